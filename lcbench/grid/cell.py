@@ -1,0 +1,75 @@
+"""A cell: one point of the grid, frozen, named by a hash of its canonical resolved config and of nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lcbench.grid.values import parse_heads, parse_scale
+from lcbench.problem import Heads, Problem, Scale
+
+ID_LENGTH = 12
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value for every axis.
+
+    ``config`` is the canonical resolved config, plain JSON types only; it alone decides equality and ``id``::
+
+        {"kernel": {"name": "sdpa", "_target_": "lcbench.kernels.sdpa.SDPA", ...options},
+         "cp":     {"name": "ring", "_target_": "lcbench.cp.ring.Ring", ...options},
+         "mask":   {"name": "causal", "_target_": "lcbench.masks.causal.causal", ...options},
+         "seqlen": 65536, "scale": "2x8", "heads": "32x8x128", "dtype": "bfloat16",
+         "direction": "forward_backward", "seed": 0,
+         "measure": {"warmup": 3, "min_iterations": 5, "max_iterations": 100, "budget_s": 20.0, "precision": 0.02,
+                     "timeout_s": 600.0}}
+
+    Token counts are plain integers there; where the cell ran, and when, is not part of it.
+    """
+
+    canonical: str  # the JSON text of the config, sorted keys, no white space
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Cell:
+        return cls(json.dumps(config, sort_keys=True, separators=(",", ":")))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads(self.canonical)
+        return config
+
+    @cached_property
+    def id(self) -> str:
+        return hashlib.sha256(self.canonical.encode()).hexdigest()[:ID_LENGTH]
+
+    @cached_property
+    def problem(self) -> Problem:
+        config = self.config
+        return Problem(config["seqlen"], self.heads, self.scale, config["dtype"], config["direction"])
+
+    @property
+    def scale(self) -> Scale:
+        return parse_scale(self.config["scale"])
+
+    @property
+    def heads(self) -> Heads:
+        return parse_heads(self.config["heads"])
+
+    @property
+    def label(self) -> str:
+        """For people: ``ring sdpa causal 64k 2x8``; not unique."""
+        config = self.config
+        names = [config[group]["name"] for group in ("cp", "kernel", "mask")]
+        return " ".join([*names, format_tokens(config["seqlen"]), config["scale"]])
+
+
+def format_tokens(tokens: int) -> str:
+    """``65536 -> 64k``; a count that is no whole number of k stays as it is."""
+    for suffix, unit in (("m", 1 << 20), ("k", 1 << 10)):
+        if tokens and tokens % unit == 0:
+            return f"{tokens // unit}{suffix}"
+    return str(tokens)
