@@ -1,0 +1,74 @@
+"""Layouts: which token indices each shard owns, in which order. Every token is in exactly one shard; no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lcbench.masks.band import BandMask, Ints, Run
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``shards[i]``: the runs of tokens of shard i, in the order in which its tensors hold them."""
+
+    shards: tuple[tuple[Run, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def size(self, shard: int) -> int:
+        """Tokens of a shard."""
+        return sum(run.count for run in self.shards[shard])
+
+    def tokens(self, shard: int) -> Ints:
+        """Global token indices of a shard, in its local order."""
+        runs = self.shards[shard]
+        return np.concatenate([run.start + run.stride * np.arange(run.count, dtype=np.int64) for run in runs])
+
+    def tile(self, mask: BandMask, q_shard: int, k_shard: int) -> BandMask:
+        """The part of ``mask`` where the queries of one shard meet the keys of another, in local positions."""
+        return mask.tile(self.shards[q_shard], self.shards[k_shard])
+
+    def imbalance(self, mask: BandMask) -> float:
+        """Work of the busiest shard over the mean: 1.0 is perfect."""
+        areas = [mask.row_area(runs) for runs in self.shards]
+        return max(areas) * len(areas) / sum(areas) if sum(areas) else 1.0
+
+    def split(self, parts: int) -> Layout:
+        """Each shard cut into ``parts`` pieces of its local order: shard i becomes shards i*parts ... i*parts+parts-1."""
+        pieces = []
+        for shard, runs in enumerate(self.shards):
+            cuts = _cuts(self.size(shard), parts)
+            pieces += [_slice(runs, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return Layout(tuple(pieces))
+
+
+def contiguous(seqlen: int, shards: int) -> Layout:
+    """Shard i owns the i-th stretch of the sequence; lengths differ by at most one."""
+    cuts = _cuts(seqlen, shards)
+    return Layout(tuple((Run(a, b - a),) for a, b in zip(cuts, cuts[1:], strict=False)))
+
+
+def zigzag(seqlen: int, shards: int) -> Layout:
+    """Shard i owns chunks i and 2n-1-i of 2n, so that every shard has the same share of a causal mask."""
+    cuts = _cuts(seqlen, 2 * shards)
+    chunks = [Run(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return Layout(tuple((chunks[i], chunks[-1 - i]) for i in range(shards)))
+
+
+def _cuts(length: int, parts: int) -> list[int]:
+    return [length * i // parts for i in range(parts + 1)]
+
+
+def _slice(runs: Sequence[Run], begin: int, end: int) -> tuple[Run, ...]:
+    """Local positions [begin, end) of a shard, as runs."""
+    kept, offset = [], 0
+    for run in runs:
+        a, b = max(begin - offset, 0), min(end - offset, run.count)
+        if a < b:
+            kept.append(Run(run.start + a * run.stride, b - a, run.stride))
+        offset += run.count
+    return tuple(kept) or (Run(0, 0),)

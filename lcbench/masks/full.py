@@ -1,0 +1,7 @@
+"""Full mask: every query sees every key."""
+
+from lcbench.masks.band import Band, BandMask
+
+
+def full(seqlen: int) -> BandMask:
+    return BandMask.of(seqlen, seqlen, [Band(0, seqlen, 0, seqlen)])

@@ -1,0 +1,32 @@
+"""The dense oracle of tests: masks as boolean matrices, attention as four lines of float64. Shares no code with lcbench."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+def dense_mask(num_q: int, num_k: int, bands: Iterable[Sequence[int]]) -> NDArray[np.bool_]:
+    """The (num_q, num_k) matrix of a set of bands, point by point; asserts that no pair is in two bands."""
+    q, k = np.arange(num_q)[:, None], np.arange(num_k)[None, :]
+    count = np.zeros((num_q, num_k), dtype=int)
+    for q0, q1, k0, k1, lo, hi in bands:
+        count += (q0 <= q) & (q < q1) & (k0 <= k) & (k < k1) & (lo <= k - q) & (k - q <= hi)
+    assert count.max(initial=0) <= 1, "bands overlap"
+    return count.astype(bool)
+
+
+def dense_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: NDArray[np.bool_], softmax_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (Tq, Hq, D) and natural-log LSE (Tq, Hq) of q (Tq, Hq, D), k and v (Tk, Hk, D); an empty row gives 0 and -inf."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * softmax_scale
+    scores = scores.masked_fill(~torch.from_numpy(mask)[None], float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    return torch.einsum("hqk,khd->qhd", weights, v), lse.T
