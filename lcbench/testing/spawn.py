@@ -1,0 +1,29 @@
+"""Run a function on P gloo ranks, for tests: real processes, real messages."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> None:
+    """``function(rank, *args)`` on every rank; an exception on any of them is raised here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, args=(world_size, port, function, args), nprocs=world_size, join=True)
+
+
+def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    try:
+        function(rank, *args)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
