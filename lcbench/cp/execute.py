@@ -72,6 +72,7 @@ class Executor:
     Attributes:
         bytes_sent: counted where it is sent, since ``forward`` or ``backward`` last began.
         calls: native kernel calls of this rank's forward pass.
+        area: unmasked pairs that this rank computes, each for its share of the heads.
     """
 
     def __init__(
@@ -93,12 +94,14 @@ class Executor:
         # Every rank makes every group, in the same order.
         self._groups = {dim: groups.of(mesh, dim, rank) for dim in dims}
         self._tiles: list[list[Prepared]] = []
+        self.area = 0
         self._held: list[int] = []  # tokens of keys and values that this rank holds in each step
         held = schedule.shard_of
         for step in schedule.steps:
             self._held.append(schedule.shards.size(int(held[rank])))
             own = [(q, k) for r, q, k in step.tiles[step.tiles[:, 0] == rank].tolist()]
             masks = [schedule.shards.tile(mask, q, k).merged() for q, k in own]
+            self.area += sum(tile.area for tile in masks)
             self._tiles.append([kernel.prepare(tile, device) for tile in masks if len(tile)])
             for move in step.moves:
                 if isinstance(move, Hop):

@@ -1,0 +1,171 @@
+"""Measure one cell on all ranks: build, check against the reference, time, measure memory. A number without a check is none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lcbench.cp.execute import Executor, Groups
+from lcbench.grid.build import build_kernel, build_mask, build_strategy
+from lcbench.grid.cell import Cell
+from lcbench.measure.environment import device_name
+from lcbench.measure.flops import backward_flops, forward_flops
+from lcbench.measure.inputs import draw
+from lcbench.measure.memory import peak_bytes
+from lcbench.measure.numerics import Check, Result, Shard, check
+from lcbench.measure.peak import configured_peak, measured_peak
+from lcbench.measure.stopping import Stopping, summary
+from lcbench.measure.timing import measure
+
+
+@dataclass
+class Measured:
+    """What a cell gave; ``unavailable`` says why it could not run on this machine, ``check`` is None then."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    check: Check | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    unavailable: str | None = None
+
+
+@dataclass(frozen=True)
+class Gang:
+    """The ranks that measure together, as one of them sees it."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    groups: Groups
+    devices: list[dict[str, Any]]  # conf/device entries
+
+
+def measure_cell(cell: Cell, gang: Gang, say: Callable[[str], None]) -> Measured:
+    """Run a cell. Collective; every rank returns the same metrics. ``say`` gets a line per phase."""
+    problem, config, device = cell.problem, cell.config, gang.device
+    measured = Measured()
+    kernel, strategy = build_kernel(config["kernel"]), build_strategy(config["cp"])
+    measured.unavailable = _first_word(kernel.unavailable(problem, device))
+    if measured.unavailable:
+        return measured
+
+    started = time.perf_counter()
+    mask = build_mask(config["mask"], problem.seqlen, config["seed"])
+    schedule = strategy.schedule(problem, mask)
+    executor = Executor(
+        schedule, mask, kernel, problem, rank=gang.rank, device=device, groups=gang.groups
+    )
+    prepare_s = time.perf_counter() - started
+    areas = _from_all(executor.area)
+    shares = schedule.mesh.world_size // len(schedule.shards)
+    if sum(areas) != mask.area * shares:
+        raise AssertionError(f"the ranks compute {sum(areas)} pairs, the mask has {mask.area} for each of {shares} head shares")
+
+    tokens = schedule.layout.tokens(gang.rank)
+    say(f"drawing {len(tokens)} of {problem.seqlen} tokens")
+    names = ("q", "k", "v", "dout") if problem.backward else ("q", "k", "v")
+    shard = Shard(tokens, *(draw(name, tokens, problem, config["seed"], device) for name in names))
+
+    say("checking against the float64 reference")
+    started = time.perf_counter()
+    out, saved = executor.forward(shard.q, shard.k, shard.v)
+    forward_bytes, backward_bytes = executor.bytes_sent, 0
+    grads: tuple[torch.Tensor | None, ...] = (None, None, None)
+    if shard.dout is not None:
+        grads = executor.backward(shard.dout, saved)
+        backward_bytes = executor.bytes_sent
+    measured.check = check(mask, problem, shard, Result(out, executor.lse(saved), *grads), seed=config["seed"])
+    del out, saved, grads
+    metrics = measured.metrics
+    for name, error in measured.check.errors.items():
+        metrics[f"check/{name}_error"] = error
+        metrics[f"check/{name}_bound"] = measured.check.bounds[name]
+    metrics["time/prepare_s"] = max(_from_all(prepare_s))
+    metrics["time/check_s"] = time.perf_counter() - started
+    metrics["mask/area"], metrics["mask/density"] = float(mask.area), mask.density
+    metrics["balance/area_max_over_mean"] = max(areas) * len(areas) / sum(areas) if sum(areas) else 1.0
+    metrics["comm/forward/bytes"] = float(max(_from_all(forward_bytes)))
+    metrics["comm/backward/bytes"] = float(max(_from_all(backward_bytes)))
+    metrics["comm/bytes"] = float(max(_from_all(forward_bytes + backward_bytes)))
+    measured.notes["kernel_calls"] = _from_all(executor.calls)
+    if measured.check.failures:
+        return measured  # a wrong result has no speed
+
+    say("timing")
+    phases: dict[str, Callable[[Any], Any]] = {"forward": lambda _: executor.forward(shard.q, shard.k, shard.v)[1]}
+    if shard.dout is not None:
+        dout = shard.dout
+        phases["backward"] = lambda saved: executor.backward(dout, saved)
+    timed = measure(phases, Stopping.from_config(config["measure"]), config["measure"]["warmup"], device)
+    measured.notes["stopped_by"] = timed.stopped_by
+    metrics["time/iterations"] = float(len(timed.slowest["forward"]))
+    metrics["time/noise"] = timed.noise
+
+    say("measuring memory")
+    peak = peak_bytes(lambda: _once(executor, shard), device)
+    peaks = _from_all(-1 if peak is None else peak)
+    if min(peaks) >= 0:
+        metrics["memory/peak_bytes"] = float(max(peaks))
+        measured.samples["rank_peak_bytes"] = [float(p) for p in peaks]
+
+    flops = {"forward": forward_flops(mask.area, problem.heads)}
+    if problem.backward:
+        flops["backward"] = backward_flops(mask.area, problem.heads)
+    slowest = dict(timed.slowest)
+    slowest["total"] = np.sum([slowest[phase] for phase in flops], axis=0).tolist()
+    flops["total"] = sum(flops.values())
+    peak_tflops, source = _peak(gang, problem.dtype)
+    metrics["compute/peak_tflops"], measured.notes["peak_source"] = peak_tflops, source
+    for phase, seconds in slowest.items():
+        for name, value in summary(seconds).items():
+            metrics[f"time/{phase}/{name}_s"] = value
+        rate = flops[phase] / metrics[f"time/{phase}/median_s"] / gang.world_size / 1e12
+        prefix = "compute" if phase == "total" else f"compute/{phase}"
+        metrics[f"{prefix}/tflops_per_gpu"] = rate
+        metrics[f"{prefix}/mfu"] = rate / peak_tflops
+        measured.samples[f"{phase}_s"] = seconds
+    for phase, own in timed.own.items():
+        measured.samples[f"rank_{phase}_median_s"] = _from_all(float(np.median(own)))
+    return measured
+
+
+def _once(executor: Executor, shard: Shard) -> None:
+    out, saved = executor.forward(shard.q, shard.k, shard.v)
+    if shard.dout is not None:
+        executor.backward(shard.dout, saved)
+    del out, saved
+
+
+def _peak(gang: Gang, dtype: str) -> tuple[float, str]:
+    """(dense TFLOP/s per device, where it comes from)."""
+    name = device_name(gang.device)
+    known = configured_peak(gang.devices, name, dtype)
+    if known is not None:
+        return known, f"conf/device entry for {name}"
+    return min(_from_all(_measured_peak(dtype, gang.device))), f"matrix product measured on {name}"
+
+
+@cache
+def _measured_peak(dtype: str, device: torch.device) -> float:
+    return measured_peak(getattr(torch, dtype), device)
+
+
+def _first_word(reason: str | None) -> str | None:
+    """The first rank's reason not to run, or None when every rank can."""
+    return next((r for r in _from_all(reason) if r), None)
+
+
+def _from_all(value: Any) -> list[Any]:
+    """Every rank's value, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,35 @@
+"""The peak that MFU is measured against: configured for a known device, else measured here by a large matrix product."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+SIDE = {"cuda": 8192, "cpu": 1024}
+REPEATS = 5
+
+
+def configured_peak(devices: Sequence[dict[str, Any]], name: str, dtype: str) -> float | None:
+    """Dense TFLOP/s of the conf/device entry whose ``match`` is in the device's name; None for a device nobody wrote down."""
+    for device in devices:
+        if device["match"].lower() in name.lower():
+            peak = device["peak_tflops"].get(dtype)
+            return None if peak is None else float(peak)
+    return None
+
+
+def measured_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """TFLOP/s of the best of a few square matrix products in this type on this device."""
+    side = SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best / 1e12

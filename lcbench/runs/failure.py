@@ -1,0 +1,119 @@
+"""Why an attempt failed: its class and the first cause in one line, from what its processes left behind.
+
+A pack's ``failures`` folder holds, per attempt, what each rank said of itself before it ended::
+
+    <cell id>.attempt-<n>.rank-<r>.json        an exception: {"kind", "cause", "rank", "time"}
+    <cell id>.attempt-<n>.rank-<r>.hang.txt    the stacks of a rank that the hang timer ended (empty: it did not)
+    exit.<node>.<gang>.<rank>.json             from the agent: {"exitcode", "rank", "pid", "time"}
+
+When one rank dies, others see broken connections and are ended; those consequences never count as the cause while there is
+an earlier one.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from lcbench.runs.store import Failure, read_json
+
+CAUSE_LENGTH = 300
+# Slurm's final states (man sacct) and our classes.
+SLURM_STATES = {
+    "OUT_OF_MEMORY": "oom", "TIMEOUT": "timeout", "DEADLINE": "timeout", "NODE_FAIL": "node-fail",
+    "BOOT_FAIL": "node-fail", "PREEMPTED": "preempted", "CANCELLED": "cancelled", "FAILED": "crash",
+    "REVOKED": "cancelled", "COMPLETED": "crash",
+}  # fmt: skip
+OOM_TYPES = ("OutOfMemoryError", "MemoryError")
+COMM_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
+COMM_WORDS = ("NCCL", "gloo", "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
+OOM_WORDS = ("CUDA out of memory", "can't allocate memory", "Cannot allocate memory")
+
+
+def classify_exception(error: BaseException) -> Failure:
+    """Class and first cause of an exception; by type names, so that torch need not be loaded to ask."""
+    first = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    names = [c.__name__ for e in (error, first) for c in type(e).__mro__]
+    message = str(first)
+    if any(n in OOM_TYPES for n in names) or any(w in message for w in OOM_WORDS):
+        kind = "oom"
+    elif any(n in COMM_TYPES for n in names) or (
+        isinstance(first, RuntimeError) and any(w in message for w in COMM_WORDS)
+    ):
+        kind = "nccl"
+    elif isinstance(first, KeyboardInterrupt):
+        kind = "cancelled"
+    else:
+        kind = "crash"
+    line = message.strip().splitlines()[0] if message.strip() else ""
+    return Failure(kind, f"{type(first).__name__}: {line}"[:CAUSE_LENGTH])
+
+
+def first_failure(folder: Path, cell_id: str, attempt: int, since: float) -> Failure:
+    """The first cause of an attempt that never ended, from the files of its ranks and agents.
+
+    ``since``: when the attempt began, in seconds since the epoch; earlier deaths belong to others.
+    """
+    stem = f"{cell_id}.attempt-{attempt}.rank-"
+    said = sorted((read_json(p) for p in folder.glob(f"{stem}*.json")), key=lambda r: float(r["time"]))
+    causes = [r for r in said if r["kind"] != "nccl"]
+    if causes:
+        return _failure(causes[0])
+    hung = sorted((p for p in folder.glob(f"{stem}*.hang.txt") if p.stat().st_size), key=lambda p: p.stat().st_mtime)
+    exits = [read_json(p) for p in folder.glob("exit.*.json")]
+    died = sorted((e for e in exits if e["time"] >= since and not _is_consequence(e)), key=lambda e: float(e["time"]))
+    # A rank that hung, or said why it ends, exits with a code of its own, which the agent saw too.
+    spoke = {r["rank"] for r in said} | {_rank(p) for p in hung}
+    silent = [e for e in died if e["rank"] not in spoke]
+    if silent:
+        return Failure("crash", f"rank {silent[0]['rank']} {_exit_text(int(silent[0]['exitcode']))}", silent[0]["rank"])
+    if hung:
+        # Ranks that wait in a collective hang as well; the one that waits elsewhere is the cause.
+        places = [(_rank(p), *_stuck(p.read_text())) for p in hung]
+        rank, place, _ = next((p for p in places if not p[2]), places[0])
+        return Failure("hang", f"no progress within the cell's timeout; rank {rank} stood at {place}", rank)
+    if said:
+        return _failure(said[0])
+    return Failure("crash", "the workers ended without a word; see the logs of the pack's nodes")
+
+
+def from_slurm_state(state: str) -> Failure:
+    """Class of an attempt whose job ended in this state (``CANCELLED by 0`` and the like included)."""
+    word = state.split()[0].rstrip("+") if state.split() else ""
+    return Failure(SLURM_STATES.get(word, "crash"), f"its Slurm job ended as {state}")
+
+
+def _failure(record: dict[str, Any]) -> Failure:
+    return Failure(record["kind"], f"rank {record['rank']}: {record['cause']}", record["rank"])
+
+
+def _is_consequence(record: dict[str, Any]) -> bool:
+    """The agent ends the ranks of a broken gang with SIGTERM."""
+    return int(record["exitcode"]) == -signal.SIGTERM
+
+
+def _exit_text(code: int) -> str:
+    if code >= 0:
+        return f"exited with code {code}"
+    name = signal.Signals(-code).name
+    hint = " (the kernel's out-of-memory killer does that)" if -code == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"
+
+
+def _rank(path: Path) -> int:
+    return int(path.name.split(".rank-")[1].split(".")[0])
+
+
+def _stuck(dump: str) -> tuple[str, bool]:
+    """Where a faulthandler dump's main thread stood: the innermost line of lcbench, and whether it waits for other ranks.
+
+    The main thread is written last, its innermost frame first.
+    """
+    frames = [line.strip() for line in dump.split("Thread ")[-1].splitlines() if line.strip().startswith("File ")]
+    own = next((f for f in frames if "lcbench" in f), frames[0] if frames else "an unknown place")
+    waits = any("distributed" in f and "lcbench" not in f for f in frames[: frames.index(own)] if own in frames)
+    path, _, rest = own.removeprefix('File "').partition('", ')
+    return f"{'/'.join(Path(path).parts[-2:])}, {rest}" if rest else own, waits

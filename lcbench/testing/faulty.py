@@ -1,0 +1,52 @@
+"""A kernel for tests that fails on purpose while a certain file exists, and is torch's own kernel once it is gone."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lcbench.kernels.base import Prepared
+from lcbench.kernels.sdpa import SDPA
+from lcbench.masks.band import BandMask
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Faulty(SDPA):
+    """``fault``: raise, exit, hang, kill or wrong; it happens on rank ``rank`` of the gang while ``while_file`` exists."""
+
+    fault: str = "raise"
+    while_file: str = ""
+    rank: int = 0
+
+    def prepare(self, mask: BandMask, device: torch.device) -> Prepared:
+        prepared = super().prepare(mask, device)
+        if not Path(self.while_file).exists() or int(os.environ.get("RANK", "0")) != self.rank:
+            return prepared
+        if self.fault == "raise":
+            raise RuntimeError("the faulty kernel raises, as told")
+        if self.fault == "exit":
+            os._exit(17)
+        if self.fault == "kill":
+            os.kill(os.getpid(), 9)
+        if self.fault == "hang":
+            time.sleep(3600)
+        return _Wrong(prepared)
+
+
+class _Wrong:
+    """Right but for a factor that a loose check would not see."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared, self.calls, self.backward = prepared, prepared.calls, prepared.backward
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = self._prepared.forward(q, k, v, softmax_scale=softmax_scale)
+        return out * 1.001, lse
