@@ -16,6 +16,10 @@ from lcbench.masks.band import BandMask
 RESERVED = ("name", "_target_")
 
 
+class Checked(dict[str, Any]):
+    """The config of an axis value that ``check_options`` has passed: a grid checks each value once, not once per cell."""
+
+
 def build_kernel(config: dict[str, Any]) -> Kernel:
     return cast(Kernel, get_object(config["_target_"])(**_options(config)))
 
@@ -37,6 +41,8 @@ def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an option that is missing, not set, not a token count where one is wanted, or refused by its owner.
     """
+    if isinstance(config, Checked):
+        return dict(config)
     name = config.get("name", "?")
     if "_target_" not in config or "name" not in config:
         raise ValueError(f"conf/{group}/{name}.yaml must set name and _target_")

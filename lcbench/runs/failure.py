@@ -52,8 +52,8 @@ def classify_exception(error: BaseException) -> Failure:
     return Failure(kind, f"{type(first).__name__}: {line}"[:CAUSE_LENGTH])
 
 
-def first_failure(folder: Path, cell_id: str, attempt: int, since: float) -> Failure:
-    """The first cause of an attempt that never ended, from the files of its ranks and agents.
+def first_failure(folder: Path, cell_id: str, attempt: int, since: float) -> Failure | None:
+    """The first cause of an attempt that never ended, from the files of its ranks and agents; None if they left none.
 
     ``since``: when the attempt began, in seconds since the epoch; earlier deaths belong to others.
     """
@@ -77,7 +77,7 @@ def first_failure(folder: Path, cell_id: str, attempt: int, since: float) -> Fai
         return Failure("hang", f"no progress within the cell's timeout; rank {rank} stood at {place}", rank)
     if said:
         return _failure(said[0])
-    return Failure("crash", "the workers ended without a word; see the logs of the pack's nodes")
+    return None
 
 
 def from_slurm_state(state: str) -> Failure:

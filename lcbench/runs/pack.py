@@ -78,3 +78,12 @@ def group(
 def _limit_min(cells: Sequence[Cell], estimate_s: Callable[[Cell], float], cap: int | None = None) -> int:
     minutes = int(-(-(STARTUP_S + SLACK * sum(map(estimate_s, cells))) // 60))
     return minutes if cap is None else min(minutes, cap)
+
+
+def estimate_s(cell: Cell) -> float:
+    """Seconds that a cell takes at most if all goes well: twice its timing budget (warm-up, check, memory), and 10 s to set up.
+
+    Never more than its timeout, which ends it.
+    """
+    measure = cell.config["measure"]
+    return float(min(2 * measure["budget_s"] + 10.0, measure["timeout_s"]))

@@ -140,6 +140,10 @@ class Sweep:
         numbered = {int(p.stem.removeprefix("attempt-")): p for p in files if p.stem.count(".") == 0}
         return [Attempt.from_json(read_json(numbered[n])) for n in sorted(numbered)]
 
+    def has_attempt_of(self, cell_id: str, pack: str) -> bool:
+        """Whether a pack has an ended attempt at this cell."""
+        return any(a.pack == pack for a in self.attempts(cell_id))
+
     def running(self, cell_id: str) -> list[Running]:
         """Attempts that have begun and not ended; their job may be dead all the same."""
         markers = (self.folder / cell_id).glob("attempt-*.running.json")

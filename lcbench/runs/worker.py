@@ -26,7 +26,8 @@ from lcbench.cp.execute import Groups
 from lcbench.grid.cell import Cell
 from lcbench.measure.cell import Gang, Measured, measure_cell
 from lcbench.measure.environment import describe
-from lcbench.runs.failure import classify_exception, first_failure
+from lcbench.runs.failure import classify_exception
+from lcbench.runs.jobs import close
 from lcbench.runs.pack import Pack
 from lcbench.runs.store import Attempt, Failure, Running, Sweep, write_json
 
@@ -85,27 +86,16 @@ def attempt_of(measured: Measured, running: Running, sweep: Sweep, provenance: d
 
 
 def close_interrupted(sweep: Sweep, pack: Pack) -> None:
-    """Record attempts of this pack that began and never ended, with the class and cause that their gang left behind."""
+    """Record attempts of this pack that began and never ended: their gang is gone."""
     for cell_id in pack.cells:
         for running in sweep.running(cell_id):
             if running.pack == pack.id:
-                sweep.finish(
-                    Attempt(
-                        cell_id=cell_id,
-                        sweep=sweep.name,
-                        number=running.number,
-                        status="failed",
-                        failure=first_failure(pack.folder / "failures", cell_id, running.number, running.started_at),
-                        pack=pack.id,
-                        started_at=running.started_at,
-                        finished_at=time.time(),
-                    )
-                )
+                close(sweep, running)
 
 
 def _remaining(sweep: Sweep, pack: Pack) -> list[str]:
     """Cells that this pack has not tried yet: after a restart or a requeue, what is done stays done."""
-    todo = [c for c in pack.cells if not any(a.pack == pack.id for a in sweep.attempts(c))]
+    todo = [c for c in pack.cells if not sweep.has_attempt_of(c, pack.id)]
     agreed: list[str] = _agree(todo)
     return agreed
 

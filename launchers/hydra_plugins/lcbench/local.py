@@ -1,0 +1,97 @@
+"""Packs on this machine, one after the other: an agent process per node of the scale, its workers below it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+from hydra_plugins.lcbench._plan import PackLauncher
+from lcbench.grid.values import parse_scale
+from lcbench.runs.pack import Pack
+from lcbench.runs.store import Sweep, write_json
+
+POLL_S = 0.3
+GRACE_S = 10.0
+
+
+class LocalLauncher(PackLauncher):
+    name = "local"
+
+    def run(self, sweep: Sweep, packs: list[Pack], *, wait: bool | None) -> bool:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns: list[Any] = [
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        ]  # fmt: skip
+        with Progress(*columns) as progress:
+            task = progress.add_task("starting", total=sum(len(pack.cells) for pack in packs))
+            before = 0
+            for pack in packs:
+                for done, text in _run_pack(sweep, pack):
+                    progress.update(task, completed=before + done, description=text)
+                before += len(pack.cells)
+        return True
+
+
+def _run_pack(sweep: Sweep, pack: Pack) -> Any:
+    """Start a pack's agents and yield (cells done, what is going on) until they have ended."""
+    nodes = parse_scale(pack.scale).nodes
+    logs = pack.folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    endpoint = f"127.0.0.1:{_free_port()}"
+    agents = []
+    try:
+        for node in range(nodes):
+            command = [
+                sys.executable, "-u", "-m", "lcbench.runs.agent", str(pack.path), "--node-rank", str(node),
+                "--rdzv", endpoint, "--run-id", pack.id,
+            ]  # fmt: skip
+            with open(logs / f"agent-{node}.log", "ab") as log:
+                # A group of its own, so that Ctrl-C reaches the agents through us, in order.
+                agents.append(subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True))
+        write_json(
+            pack.folder / "job.json",
+            {"launcher": "local", "pid": agents[0].pid, "pids": [a.pid for a in agents], "host": socket.gethostname(),
+             "started_at": time.time(), "timeout_min": pack.timeout_min},
+        )  # fmt: skip
+        while any(agent.poll() is None for agent in agents):
+            yield _progress(sweep, pack)
+            time.sleep(POLL_S)
+        yield _progress(sweep, pack)
+    finally:
+        _stop(agents)
+    if any(agent.returncode for agent in agents):
+        print(f"pack {pack.id}: an agent ended with an error; see {logs}", file=sys.stderr)
+
+
+def _progress(sweep: Sweep, pack: Pack) -> tuple[int, str]:
+    done = sum(sweep.has_attempt_of(cell_id, pack.id) for cell_id in pack.cells)
+    current = next((r for c in pack.cells for r in sweep.running(c)), None)
+    if current is None:
+        return done, "starting workers" if done < len(pack.cells) else "finishing"
+    return done, f"{pack.configs[current.cell_id]['cp']['name']} {current.cell_id}"
+
+
+def _stop(agents: list[subprocess.Popen[bytes]]) -> None:
+    """End agents that still run: TERM lets them end their workers, KILL follows."""
+    for agent in agents:
+        if agent.poll() is None:
+            os.killpg(agent.pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    for agent in agents:
+        try:
+            agent.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(agent.pid, signal.SIGKILL)
+            agent.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

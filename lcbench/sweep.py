@@ -1,0 +1,70 @@
+"""Plan a grid of cells and run it: ``python -m lcbench.sweep -m cp=ring,ulysses seqlen=64k,1m``.
+
+Overrides are Hydra's. They are looked at before Hydra starts, so that bad input is one clear line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from lcbench.grid.expand import GROUPS, REPOSITORY, Plan, expand
+
+CONF = REPOSITORY / "conf"
+BAD_INPUT = 2
+# With these Hydra explains itself and runs nothing.
+EXPLAINS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def app(_: Any) -> None:
+    raise AssertionError("cells run in jobs, not in the command")
+
+
+def main(arguments: list[str]) -> None:
+    site = os.environ.get("LCBENCH_SITE")
+    if site and not any(a.startswith("site=") for a in arguments):
+        arguments = [*arguments, f"site={site}"]
+    if not any(a.split("=")[0] in EXPLAINS for a in arguments):
+        try:
+            plan = look(arguments)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(BAD_INPUT)
+        if not any(a.startswith("hydra/launcher=") for a in arguments):
+            arguments = [*arguments, f"hydra/launcher={plan.site['launcher']}"]
+    sys.argv = [sys.argv[0], *arguments]
+    app()
+
+
+def look(arguments: list[str]) -> Plan:
+    """The plan of a command line, composed outside of the Hydra application."""
+    overrides = [a for a in arguments if "=" in a.lstrip("-") and not a.startswith("-") or a.startswith("~")]
+    folders = [Path(f).absolute() for f in _config_dirs(arguments)]
+    search = [f"hydra.searchpath=[{','.join(f'file://{f}' for f in folders)}]"] if folders else []
+    stray = [a for a in arguments if not a.startswith(("-", "~")) and a not in overrides and a not in _config_dirs(arguments)]
+    if stray:
+        raise ValueError(f"{stray[0]!r} is no override; write <axis>=<value>[,<value>...], the axes {', '.join(GROUPS)} and so on")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader: Any = GlobalHydra.instance().config_loader()
+        return expand([o for o in overrides if not o.startswith("hydra/")], loader, search)
+
+
+def _config_dirs(arguments: list[str]) -> list[str]:
+    """Values of --config-dir, in either of its spellings."""
+    found = []
+    for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, value = here.partition("=")
+        if name in ("--config-dir", "-cd"):
+            found.append(value or following)
+    return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
