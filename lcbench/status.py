@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
                 packs, cells = look(sweep)
                 live.update(tables(sweep, packs, cells))
     else:
-        Console().print(tables(sweep, packs, cells))
+        Console(width=None if sys.stdout.isatty() else 200).print(tables(sweep, packs, cells))
     return 1 if any(c.state in ("failed", "lost") for c in cells) else 0
 
 

@@ -45,12 +45,11 @@ def _row(entry: Entry, attempt: Attempt | None) -> dict[str, Any]:
 def cells_table(sweep: Sweep, ids: list[str] | None = None) -> Table:
     """For people: milliseconds, MiB, percent; a noisy cell's noise is said beside its time."""
     table = Table(title=f"sweep {sweep.name}", title_justify="left")
-    table.add_column("status")
-    table.add_column("cell", no_wrap=True)
-    table.add_column("what")
-    for column in ("fwd ms", "bwd ms", "noise", "TFLOP/s per GPU", "MFU", "peak MiB", "max error"):
-        table.add_column(column, justify="right")
-    table.add_column("why not")
+    for column in ("status", "cell", "what"):
+        table.add_column(column, no_wrap=column != "what")
+    for column in ("fwd ms", "bwd ms", "noise", "TFLOP/s\nper GPU", "MFU", "peak\nMiB", "max\nerror"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("why not", overflow="fold")
     for row in to_rows(sweep, ids):
         color = COLORS[row["status"]]
         table.add_row(

@@ -19,6 +19,7 @@ from lcbench.runs.pack import Pack, estimate_s, group
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep
 from omegaconf import DictConfig, OmegaConf
 
+WIDTH = 200  # of a table that goes to a file or a pipe
 OK, SOME_FAILED, NOT_SUBMITTED, INTERRUPTED = 0, 1, 3, 130
 
 
@@ -111,8 +112,7 @@ def finish(sweep: Sweep, report: list[str], tracking_uri: str | None) -> int:
     _settle(sweep)
     if tracking_uri:
         _publish(sweep, tracking_uri)
-    console = Console()
-    console.print(cells_table(sweep, report))
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(cells_table(sweep, report))
     newest = {cell_id: (sweep.attempts(cell_id) or [None])[-1] for cell_id in report}
     failed = [c for c, a in newest.items() if a is None or a.status == "failed"]
     where = "" if sweep.root == Path("results").absolute() else f" --results {sweep.root}"

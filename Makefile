@@ -1,0 +1,53 @@
+# CI and people call these targets and nothing else. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+STAMP := $(VENV)/.lcbench-installed
+
+.PHONY: help setup demo test lint bench mlflow cluster-up cluster-down cluster-status gpu-check
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+setup: $(STAMP) ## create .venv with exact pins (python3 must be 3.11 or later)
+
+# torch first: its exact pin is a CPU build, and what is installed satisfies all that comes after.
+$(STAMP): pyproject.toml requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lcbench needs Python 3.11 or later, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -c requirements.lock -e '.[dev]'
+	@touch $@
+
+demo: setup ## a small checked sweep on this machine, in a few minutes
+	$(BIN)/python -m lcbench.sweep +experiment=smoke
+	@echo
+	@echo 'Your own grid:  . .venv/bin/activate; python -m lcbench.sweep -m cp=ring,ulysses seqlen=2k,4k scale=1x2 heads=8x4x64 dtype=float32'
+	@echo 'Only the plan:  python -m lcbench.sweep -m cp=ring,ulysses,usp seqlen=64k,256k,1m scale=2x8 hydra/launcher=dry'
+
+test: setup cluster-up ## all tests, on the development cluster too (needs root and Debian for that)
+	$(BIN)/python -m pytest -q
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup ## how long planning and the mask algebra take
+	$(BIN)/python -m tests.bench
+
+mlflow: setup ## MLflow server with the results of this checkout; prints its address
+	@slurm/mlflow.sh
+
+cluster-up: ## start the development Slurm cluster (12 nodes x 8 GPU slots on this machine)
+	@slurm/devcluster/devcluster up
+
+cluster-down: ## stop it and remove its folder
+	@slurm/devcluster/devcluster down
+
+cluster-status: ## its nodes and daemons
+	@slurm/devcluster/devcluster status
+
+gpu-check: ## on a machine with a GPU: kernels against the reference, then timed; writes results/gpu-check.json
+	$(PYTHON) -m lcbench.testing.gpu_check
