@@ -12,9 +12,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lcbench.cp.base import Strategy
 from lcbench.cp.execute import Executor, Groups
-from lcbench.grid.build import build_kernel, build_mask, build_strategy
-from lcbench.grid.cell import Cell
+from lcbench.kernels.base import Kernel
+from lcbench.masks.band import BandMask
 from lcbench.measure.environment import device_name
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.inputs import draw
@@ -23,6 +24,7 @@ from lcbench.measure.numerics import Check, Result, Shard, check
 from lcbench.measure.peak import configured_peak, measured_peak
 from lcbench.measure.stopping import Stopping, summary
 from lcbench.measure.timing import measure
+from lcbench.problem import Problem
 
 
 @dataclass
@@ -47,18 +49,29 @@ class Gang:
     devices: list[dict[str, Any]]  # conf/device entries
 
 
-def measure_cell(cell: Cell, gang: Gang, say: Callable[[str], None]) -> Measured:
+@dataclass(frozen=True)
+class Work:
+    """A cell as objects: what to run, how long to measure it (the cell's ``measure``), and the seed of its inputs."""
+
+    problem: Problem
+    make_mask: Callable[[], BandMask]
+    kernel: Kernel
+    strategy: Strategy
+    settings: dict[str, Any]
+    seed: int
+
+
+def measure_cell(work: Work, gang: Gang, say: Callable[[str], None]) -> Measured:
     """Run a cell. Collective; every rank returns the same metrics. ``say`` gets a line per phase."""
-    problem, config, device = cell.problem, cell.config, gang.device
+    problem, kernel, device = work.problem, work.kernel, gang.device
     measured = Measured()
-    kernel, strategy = build_kernel(config["kernel"]), build_strategy(config["cp"])
     measured.unavailable = _first_word(kernel.unavailable(problem, device))
     if measured.unavailable:
         return measured
 
     started = time.perf_counter()
-    mask = build_mask(config["mask"], problem.seqlen, config["seed"])
-    schedule = strategy.schedule(problem, mask)
+    mask = work.make_mask()
+    schedule = work.strategy.schedule(problem, mask)
     executor = Executor(
         schedule, mask, kernel, problem, rank=gang.rank, device=device, groups=gang.groups
     )
@@ -71,7 +84,7 @@ def measure_cell(cell: Cell, gang: Gang, say: Callable[[str], None]) -> Measured
     tokens = schedule.layout.tokens(gang.rank)
     say(f"drawing {len(tokens)} of {problem.seqlen} tokens")
     names = ("q", "k", "v", "dout") if problem.backward else ("q", "k", "v")
-    shard = Shard(tokens, *(draw(name, tokens, problem, config["seed"], device) for name in names))
+    shard = Shard(tokens, *(draw(name, tokens, problem, work.seed, device) for name in names))
 
     say("checking against the float64 reference")
     started = time.perf_counter()
@@ -81,7 +94,7 @@ def measure_cell(cell: Cell, gang: Gang, say: Callable[[str], None]) -> Measured
     if shard.dout is not None:
         grads = executor.backward(shard.dout, saved)
         backward_bytes = executor.bytes_sent
-    measured.check = check(mask, problem, shard, Result(out, executor.lse(saved), *grads), seed=config["seed"])
+    measured.check = check(mask, problem, shard, Result(out, executor.lse(saved), *grads), seed=work.seed)
     del out, saved, grads
     metrics = measured.metrics
     for name, error in measured.check.errors.items():
@@ -103,7 +116,7 @@ def measure_cell(cell: Cell, gang: Gang, say: Callable[[str], None]) -> Measured
     if shard.dout is not None:
         dout = shard.dout
         phases["backward"] = lambda saved: executor.backward(dout, saved)
-    timed = measure(phases, Stopping.from_config(config["measure"]), config["measure"]["warmup"], device)
+    timed = measure(phases, Stopping.from_config(work.settings), work.settings["warmup"], device)
     measured.notes["stopped_by"] = timed.stopped_by
     metrics["time/iterations"] = float(len(timed.slowest["forward"]))
     metrics["time/noise"] = timed.noise

@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 
 from lcbench.cp.execute import Groups
+from lcbench.grid.build import build_kernel, build_mask, build_strategy
 from lcbench.grid.cell import Cell
-from lcbench.measure.cell import Gang, Measured, measure_cell
+from lcbench.measure.cell import Gang, Measured, Work, measure_cell
 from lcbench.measure.environment import describe
 from lcbench.runs.failure import classify_exception
 from lcbench.runs.jobs import close
@@ -114,7 +115,7 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
     say(f"{cell.label} (attempt {running.number}, {gang.world_size} ranks)")
     with _hang_timer(failures / f"{stem}.hang.txt", cell.config["measure"]["timeout_s"]):
         try:
-            return measure_cell(cell, gang, say)
+            return measure_cell(_work(cell), gang, say)
         except BaseException as error:
             failure = classify_exception(error)
             record = {"kind": failure.kind, "cause": failure.cause, "rank": gang.rank, "time": time.time()}
@@ -124,6 +125,18 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
             sys.stderr.flush()
             # No clean-up: destroying a group would wait for ranks that may be stuck.
             os._exit(FAILED_EXIT)
+
+
+def _work(cell: Cell) -> Work:
+    config, problem = cell.config, cell.problem
+    return Work(
+        problem=problem,
+        make_mask=lambda: build_mask(config["mask"], problem.seqlen, config["seed"]),
+        kernel=build_kernel(config["kernel"]),
+        strategy=build_strategy(config["cp"]),
+        settings=config["measure"],
+        seed=config["seed"],
+    )
 
 
 @contextmanager
