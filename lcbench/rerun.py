@@ -58,7 +58,7 @@ def _one(root: Path, cell_id: str | None, sweep: str | None) -> tuple[Sweep, lis
         raise ValueError(f"cell {cell_id!r} is ambiguous: {', '.join(entry.cell.id for _, entry in found)}")
     if len(found) > 1:
         raise ValueError(f"several sweeps hold cell {cell_id}; add --sweep: {', '.join(s.name for s, _ in found)}")
-    (owner, entry), = found
+    ((owner, entry),) = found
     if entry.skip:
         raise ValueError(f"cell {entry.cell.id} cannot run: {entry.skip}")
     return owner, [entry.cell]

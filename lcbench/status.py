@@ -83,9 +83,7 @@ def tables(sweep: Sweep, packs: list[PackState], cells: list[CellState]) -> Grou
         table.add_column(column, no_wrap=column == "cell")
     for c in cells:
         color = COLORS.get(c.state, "cyan")
-        table.add_row(
-            f"[{color}]{c.state}[/]", c.id, c.label, str(c.attempt or "-"), c.job_id, c.job_state, c.failure, c.cause
-        )
+        table.add_row(f"[{color}]{c.state}[/]", c.id, c.label, str(c.attempt or "-"), c.job_id, c.job_state, c.failure, c.cause)
     counts = Counter(c.state for c in cells)
     return Group(jobs, table, ", ".join(f"{count} {state}" for state, count in counts.most_common()))
 

@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
 
 def look(arguments: list[str]) -> Plan:
     """The plan of a command line, composed outside of the Hydra application."""
-    overrides = [a for a in arguments if "=" in a.lstrip("-") and not a.startswith("-") or a.startswith("~")]
+    overrides = [a for a in arguments if ("=" in a.lstrip("-") and not a.startswith("-")) or a.startswith("~")]
     folders = [Path(f).absolute() for f in _config_dirs(arguments)]
     search = [f"hydra.searchpath=[{','.join(f'file://{f}' for f in folders)}]"] if folders else []
     stray = [a for a in arguments if not a.startswith(("-", "~")) and a not in overrides and a not in _config_dirs(arguments)]

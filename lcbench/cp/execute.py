@@ -170,9 +170,7 @@ class Executor:
             before = [m for m in steps[number - 1].moves if isinstance(m, Hop)] if number else []
             fetching = self._fetch_previous(kv, saved.kv, number, before)
             grads = [
-                tile.backward(
-                    dout, saved.q, kv[0], kv[1], saved.out, saved.lse, softmax_scale=self.problem.softmax_scale
-                )
+                tile.backward(dout, saved.q, kv[0], kv[1], saved.out, saved.lse, softmax_scale=self.problem.softmax_scale)
                 for tile in self._tiles[number]
             ]
             if returning is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,12 +22,12 @@ class Layout:
 
     def size(self, shard: int) -> int:
         """Tokens of a shard."""
-        return sum(run.count for run in self.shards[shard])
+        return sum(run.size for run in self.shards[shard])
 
     def tokens(self, shard: int) -> Ints:
         """Global token indices of a shard, in its local order."""
         runs = self.shards[shard]
-        return np.concatenate([run.start + run.stride * np.arange(run.count, dtype=np.int64) for run in runs])
+        return np.concatenate([run.start + run.stride * np.arange(run.size, dtype=np.int64) for run in runs])
 
     def tile(self, mask: BandMask, q_shard: int, k_shard: int) -> BandMask:
         """The part of ``mask`` where the queries of one shard meet the keys of another, in local positions."""
@@ -42,20 +43,20 @@ class Layout:
         pieces = []
         for shard, runs in enumerate(self.shards):
             cuts = _cuts(self.size(shard), parts)
-            pieces += [_slice(runs, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+            pieces += [_slice(runs, a, b) for a, b in pairwise(cuts)]
         return Layout(tuple(pieces))
 
 
 def contiguous(seqlen: int, shards: int) -> Layout:
     """Shard i owns the i-th stretch of the sequence; lengths differ by at most one."""
     cuts = _cuts(seqlen, shards)
-    return Layout(tuple((Run(a, b - a),) for a, b in zip(cuts, cuts[1:], strict=False)))
+    return Layout(tuple((Run(a, b - a),) for a, b in pairwise(cuts)))
 
 
 def zigzag(seqlen: int, shards: int) -> Layout:
     """Shard i owns chunks i and 2n-1-i of 2n, so that every shard has the same share of a causal mask."""
     cuts = _cuts(seqlen, 2 * shards)
-    chunks = [Run(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    chunks = [Run(a, b - a) for a, b in pairwise(cuts)]
     return Layout(tuple((chunks[i], chunks[-1 - i]) for i in range(shards)))
 
 
@@ -67,8 +68,8 @@ def _slice(runs: Sequence[Run], begin: int, end: int) -> tuple[Run, ...]:
     """Local positions [begin, end) of a shard, as runs."""
     kept, offset = [], 0
     for run in runs:
-        a, b = max(begin - offset, 0), min(end - offset, run.count)
+        a, b = max(begin - offset, 0), min(end - offset, run.size)
         if a < b:
             kept.append(Run(run.start + a * run.stride, b - a, run.stride))
-        offset += run.count
+        offset += run.size
     return tuple(kept) or (Run(0, 0),)

@@ -133,6 +133,5 @@ def ring_steps(mesh: Mesh, dim: str) -> tuple[Step, ...]:
     ranks = np.arange(mesh.world_size)
     size = mesh.size(dim)
     return tuple(
-        Step(tiles(np.stack([ranks, own, (own - i) % size], axis=1)), (Hop(dim),) if i < size - 1 else ())
-        for i in range(size)
+        Step(tiles(np.stack([ranks, own, (own - i) % size], axis=1)), (Hop(dim),) if i < size - 1 else ()) for i in range(size)
     )

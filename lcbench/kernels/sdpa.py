@@ -85,9 +85,7 @@ class PreparedCPU:
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
         for batch in self._batches:
             grads = batch.backward(dout, q, k, v, out, lse, softmax_scale)
-            for total, index, grad in zip(
-                (dq, dk, dv), (batch.q_index, batch.k_index, batch.k_index), grads, strict=True
-            ):
+            for total, index, grad in zip((dq, dk, dv), (batch.q_index, batch.k_index, batch.k_index), grads, strict=True):
                 total.index_add_(0, index.flatten(), grad.flatten(0, 1).to(dtype))
         return dq, dk, dv
 
@@ -118,9 +116,7 @@ class _Batch:
         index = self.k_index if keys else self.q_index
         return [x[index].transpose(1, 2) for x in tensors]
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """out (B, lq, H, D) and lse (B, lq, H)."""
         import torch
 

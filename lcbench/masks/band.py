@@ -40,10 +40,10 @@ class Band(NamedTuple):
 
 
 class Run(NamedTuple):
-    """``count`` tokens ``start, start + stride, ...``: how a layout names the tokens of a shard."""
+    """``size`` tokens ``start, start + stride, ...``: how a layout names the tokens of a shard."""
 
     start: int
-    count: int
+    size: int
     stride: int = 1
 
 
@@ -102,10 +102,10 @@ class BandMask:
             k_offset = 0
             for k in k_runs:
                 parts.append(_shift(_reindex(self.bands, q, k), q_offset, k_offset))
-                k_offset += k.count
-            q_offset += q.count
+                k_offset += k.size
+            q_offset += q.size
         bands = np.concatenate(parts) if parts else np.empty((0, 6), dtype=np.int64)
-        num_k = sum(k.count for k in k_runs)
+        num_k = sum(k.size for k in k_runs)
         return BandMask(q_offset, num_k, bands)
 
     def merged(self) -> BandMask:
@@ -168,17 +168,17 @@ def _normal(bands: Ints) -> Ints:
 
 def _reindex(bands: Ints, q: Run, k: Run) -> Ints:
     """Bands over the positions inside two runs: ``k.start + s*j - q.start - s*i`` between lo and hi bounds ``j - i``."""
-    stride = k.stride if q.count == 1 else q.stride
-    if k.count > 1 and k.stride != stride:
+    stride = k.stride if q.size == 1 else q.stride
+    if k.size > 1 and k.stride != stride:
         raise ValueError(f"runs of different strides ({q.stride} and {k.stride}) do not keep a band a band")
     q0, q1, k0, k1, lo, hi = bands.T
     offset = k.start - q.start
     local = np.stack(
         [
-            _ceil_div(q0 - q.start, stride).clip(0, q.count),
-            _ceil_div(q1 - q.start, stride).clip(0, q.count),
-            _ceil_div(k0 - k.start, stride).clip(0, k.count),
-            _ceil_div(k1 - k.start, stride).clip(0, k.count),
+            _ceil_div(q0 - q.start, stride).clip(0, q.size),
+            _ceil_div(q1 - q.start, stride).clip(0, q.size),
+            _ceil_div(k0 - k.start, stride).clip(0, k.size),
+            _ceil_div(k1 - k.start, stride).clip(0, k.size),
             _ceil_div(lo - offset, stride),
             (hi - offset) // stride,
         ],

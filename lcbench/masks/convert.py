@@ -42,12 +42,11 @@ def _band_pieces(band: Band) -> Iterator[Piece]:
         left, right = first(top), last(bottom)
         # Triangles are inclusive of the corner key, which both have only when the overlap is one key wide.
         inverse, causal = left < begin, end < right
-        if inverse and causal and begin == end:
-            if bottom > top:
-                bottom -= 1
-                begin = first(bottom)
-                right = last(bottom)
-                inverse, causal = left < begin, end < right
+        if inverse and causal and begin == end and bottom > top:
+            bottom -= 1
+            begin = first(bottom)
+            right = last(bottom)
+            inverse, causal = left < begin, end < right
         full_begin = begin + 1 if inverse else begin
         full_end = end if causal else end + 1
         if inverse:  # the top row sees all of [left, begin], the bottom row sees begin only
@@ -106,10 +105,7 @@ def _join(window: list[int], other: tuple[int, int], band: Band) -> bool:
     """Whether a band can run under a group's window; narrows an open side of the group only where that cuts nothing."""
     # An open side of the band stands any bound that lies outside it.
     needs = (band.k1 - band.k0 - 1, band.q1 - band.q0 - 1)
-    return all(
-        mine == theirs or (theirs == -1 and mine >= need)
-        for mine, theirs, need in zip(window, other, needs, strict=True)
-    )
+    return all(mine == theirs or (theirs == -1 and mine >= need) for mine, theirs, need in zip(window, other, needs, strict=True))
 
 
 def _varlen(bands: list[Band], window: tuple[int, int], mask: BandMask) -> Varlen:

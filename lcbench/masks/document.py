@@ -27,7 +27,9 @@ def document_bounds(seqlen: int, *, seed: int, mean_length: int, lengths: list[i
     """
     if lengths is not None:
         if min(lengths, default=0) < 1 or sum(lengths) != seqlen:
-            raise ValueError(f"mask.lengths={lengths} must be counts of at least 1 that add up to seqlen={seqlen}, not {sum(lengths)}")
+            raise ValueError(
+                f"mask.lengths={lengths} must be counts of at least 1 that add up to seqlen={seqlen}, not {sum(lengths)}"
+            )
         drawn = np.array(lengths, dtype=np.int64)
     else:
         if mean_length < 1:

@@ -72,9 +72,7 @@ def measure_cell(work: Work, gang: Gang, say: Callable[[str], None]) -> Measured
     started = time.perf_counter()
     mask = work.make_mask()
     schedule = work.strategy.schedule(problem, mask)
-    executor = Executor(
-        schedule, mask, kernel, problem, rank=gang.rank, device=device, groups=gang.groups
-    )
+    executor = Executor(schedule, mask, kernel, problem, rank=gang.rank, device=device, groups=gang.groups)
     prepare_s = time.perf_counter() - started
     areas = _from_all(executor.area)
     shares = schedule.mesh.world_size // len(schedule.shards)

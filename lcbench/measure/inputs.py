@@ -28,9 +28,7 @@ def draw(name: str, tokens: Ints, problem: Problem, seed: int, device: torch.dev
     for block in np.unique(blocks).tolist():
         text = f"{seed}/{name}/{block}".encode()
         generator.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1)
-        values = torch.randn(
-            (BLOCK, heads, problem.heads.dim), generator=generator, dtype=drawn_dtype, device=device
-        )
+        values = torch.randn((BLOCK, heads, problem.heads.dim), generator=generator, dtype=drawn_dtype, device=device)
         rows = np.nonzero(blocks == block)[0]
         result[torch.from_numpy(rows).to(device)] = values[torch.from_numpy(tokens[rows] % BLOCK).to(device)].to(dtype)
     return result

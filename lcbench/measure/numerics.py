@@ -96,9 +96,7 @@ def check(mask: BandMask, problem: Problem, shard: Shard, result: Result, *, see
         lse, out = (exact["lse"][own], exact["out"][own]) if whole else (result.lse.double(), result.out.double())
         exact_columns = _columns(mask, problem, shard, columns, lse, out, torch.float64)
         dense_columns = (
-            exact_columns
-            if run_dtype == torch.float64
-            else _columns(mask, problem, shard, columns, lse, out, run_dtype)
+            exact_columns if run_dtype == torch.float64 else _columns(mask, problem, shard, columns, lse, out, run_dtype)
         )
         wanted |= {name: (exact_columns[name], dense_columns[name]) for name in ("dk", "dv")}
 
@@ -122,9 +120,7 @@ def sample(mask: BandMask, side: str, seed: int) -> Ints:
     return np.unique(np.concatenate([corners, random.integers(0, number, SAMPLE)])).astype(np.int64)
 
 
-def _rows(
-    mask: BandMask, problem: Problem, shard: Shard, rows: Ints, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def _rows(mask: BandMask, problem: Problem, shard: Shard, rows: Ints, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """out, lse and dq of global ``rows``, with the arithmetic of ``dtype``; the same on every rank."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     q = _collect(shard.q, shard.tokens, rows).to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,9 +47,12 @@ def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_ad
         rdzv_endpoint=endpoint,
         # Nodes of a busy or oversubscribed machine answer late; a lost node is Slurm's to tell.
         rdzv_configs={
-            "is_host": node_rank == 0, "timeout": 900, "read_timeout": 600, "keep_alive_interval": 10,
+            "is_host": node_rank == 0,
+            "timeout": 900,
+            "read_timeout": 600,
+            "keep_alive_interval": 10,
             "keep_alive_max_attempt": 30,
-        },  # fmt: skip
+        },
         # Each cell can end a gang once: its attempt is recorded, and the next gang goes on behind it.
         max_restarts=len(pack.cells) + SPARE_RESTARTS,
         monitor_interval=0.5,
@@ -69,6 +73,9 @@ def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_ad
 
 def run_under_slurm(pack_path: str) -> None:
     """The task that submitit runs on every node of a job."""
+    # Slurm's warning before the time limit, which submitit asks for, ends whoever does not expect it. A cell in flight may
+    # still finish, and if it does not, the job ends as TIMEOUT and says so. Workers inherit this.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     pack = Pack.read(Path(pack_path))
     job, node_rank = os.environ["SLURM_JOB_ID"], int(os.environ["SLURM_NODEID"])
     nodes = subprocess.run(
@@ -124,9 +131,7 @@ def main() -> int:
     arguments = parser.parse_args()
     pack = Pack.read(arguments.pack)
     host = arguments.rdzv.rpartition(":")[0]
-    done = run_node(
-        pack, node_rank=arguments.node_rank, endpoint=arguments.rdzv, run_id=arguments.run_id, local_addr=host
-    )
+    done = run_node(pack, node_rank=arguments.node_rank, endpoint=arguments.rdzv, run_id=arguments.run_id, local_addr=host)
     return 0 if done else 1
 
 

@@ -40,9 +40,7 @@ def classify_exception(error: BaseException) -> Failure:
     message = str(first)
     if any(n in OOM_TYPES for n in names) or any(w in message for w in OOM_WORDS):
         kind = "oom"
-    elif any(n in COMM_TYPES for n in names) or (
-        isinstance(first, RuntimeError) and any(w in message for w in COMM_WORDS)
-    ):
+    elif any(n in COMM_TYPES for n in names) or (isinstance(first, RuntimeError) and any(w in message for w in COMM_WORDS)):
         kind = "nccl"
     elif isinstance(first, KeyboardInterrupt):
         kind = "cancelled"

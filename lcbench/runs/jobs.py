@@ -80,9 +80,9 @@ def cell_states(sweep: Sweep, packs: list[PackState] | None = None) -> list[Cell
     """All cells of a sweep, in the order in which they were asked for."""
     by_id = {p.id: p for p in (pack_states(sweep) if packs is None else packs)}
     waiting: dict[str, PackState] = {}
-    for state in by_id.values():
-        for cell_id in read_json(sweep.pack_folder(state.id) / "pack.json")["cells"]:
-            waiting[cell_id] = state  # the newest pack wins
+    for one in by_id.values():
+        for cell_id in read_json(sweep.pack_folder(one.id) / "pack.json")["cells"]:
+            waiting[cell_id] = one  # the newest pack wins
     found = []
     for cell_id, entry in sweep.entries().items():
         attempts, running = sweep.attempts(cell_id), sweep.running(cell_id)
@@ -123,17 +123,18 @@ def settle(sweep: Sweep) -> list[Attempt]:
 def close(sweep: Sweep, running: Running, otherwise: Failure | None = None) -> Attempt:
     """Record an attempt that began and never ended, with the class and cause that its processes left behind.
 
-    ``otherwise``: what its job's end says, for when no process left a word.
+    ``otherwise``: what its job's end says. It counts where no process left a word, and where all they saw were the
+    connections that the job's end broke.
     """
-    failure = first_failure(
-        sweep.pack_folder(running.pack) / "failures", running.cell_id, running.number, running.started_at
-    )
+    failure = first_failure(sweep.pack_folder(running.pack) / "failures", running.cell_id, running.number, running.started_at)
+    if failure is None or (failure.kind == "nccl" and otherwise is not None and otherwise.kind != "crash"):
+        failure = otherwise or Failure("crash", "the workers ended without a word; see the logs of the pack")
     attempt = Attempt(
         cell_id=running.cell_id,
         sweep=sweep.name,
         number=running.number,
         status="failed",
-        failure=failure or otherwise or Failure("crash", "the workers ended without a word; see the logs of the pack"),
+        failure=failure,
         pack=running.pack,
         started_at=running.started_at,
         finished_at=time.time(),
@@ -167,10 +168,10 @@ def _slurm_states(job_ids: list[str], environment: dict[str, str]) -> dict[str, 
     listed = ",".join(job_ids)
     states: dict[str, tuple[str, str]] = {}
     for line in _lines(["sacct", "-X", "-n", "-P", "-j", listed, "-o", "JobIDRaw,State,Reason"], environment):
-        job_id, state, reason = (line.split("|") + ["", ""])[:3]
+        job_id, state, reason = [*line.split("|"), "", ""][:3]
         states[job_id] = (state, reason if reason != "None" else "")
     for line in _lines(["squeue", "-h", "-t", "all", "-j", listed, "-o", "%A|%T|%r"], environment):
-        job_id, state, reason = (line.split("|") + ["", ""])[:3]
+        job_id, state, reason = [*line.split("|"), "", ""][:3]
         # squeue forgets ended jobs after a while and sacct lags behind it: the live one is right while it speaks.
         states[job_id] = (state, reason if reason != "None" else "")
     return states

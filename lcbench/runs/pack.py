@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from lcbench.grid.cell import Cell
 from lcbench.problem import Scale
 from lcbench.runs.store import Sweep, read_json, write_json
 
-# What a gang needs before its first cell, and after a restart: imports, rendezvous, process groups.
-STARTUP_S = 60.0
+# What a gang needs before its first cell (imports, rendezvous, process groups), once more after one restart, and a grace
+# at the end; on an oversubscribed machine ranks start one after the other.
+STARTUP_S = 180.0
+STARTUP_PER_RANK_S = 2.0
 # A cell may overrun its estimate by this factor before the job's time limit ends it.
 SLACK = 1.5
 
@@ -66,17 +69,18 @@ def group(
         current: list[Cell] = []
         for cell in members:
             full = max_cells is not None and len(current) >= max_cells
-            late = max_minutes is not None and _limit_min([*current, cell], estimate_s) > max_minutes
+            late = max_minutes is not None and _limit_min(scale, [*current, cell], estimate_s) > max_minutes
             if current and (full or late):
-                packs.append((scale, current, _limit_min(current, estimate_s, max_minutes)))
+                packs.append((scale, current, _limit_min(scale, current, estimate_s, max_minutes)))
                 current = []
             current.append(cell)
-        packs.append((scale, current, _limit_min(current, estimate_s, max_minutes)))
+        packs.append((scale, current, _limit_min(scale, current, estimate_s, max_minutes)))
     return packs
 
 
-def _limit_min(cells: Sequence[Cell], estimate_s: Callable[[Cell], float], cap: int | None = None) -> int:
-    minutes = int(-(-(STARTUP_S + SLACK * sum(map(estimate_s, cells))) // 60))
+def _limit_min(scale: Scale, cells: Sequence[Cell], estimate_s: Callable[[Cell], float], cap: int | None = None) -> int:
+    startup_s = STARTUP_S + STARTUP_PER_RANK_S * scale.world_size
+    minutes = math.ceil((startup_s + SLACK * sum(map(estimate_s, cells))) / 60)
     return minutes if cap is None else min(minutes, cap)
 
 

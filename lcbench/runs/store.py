@@ -121,7 +121,7 @@ class Sweep:
 
     def add(self, entries: list[Entry], *, command: list[str], extra: dict[str, Any] | None = None) -> None:
         """Write the manifest, or add cells to the one that is there (a sweep may grow; nothing is taken out)."""
-        known = self.manifest() if self.exists() else {
+        known: dict[str, Any] = self.manifest() if self.exists() else {
             "schema": SCHEMA, "sweep": self.name, "created_at": time.time(), "commands": [], "cells": {},
         }  # fmt: skip
         known["commands"].append(command)
@@ -182,8 +182,7 @@ class Sweep:
 
 def sweeps(root: Path) -> list[str]:
     """Names of the sweeps below ``root``, oldest first."""
-    found = [p for p in root.glob("*/manifest.json")]
-    return [p.parent.name for p in sorted(found, key=lambda p: p.stat().st_mtime)]
+    return [p.parent.name for p in sorted(root.glob("*/manifest.json"), key=lambda p: p.stat().st_mtime)]
 
 
 def find_cell(root: Path, cell_id: str, sweep: str | None = None) -> Iterator[tuple[Sweep, Entry]]:
@@ -218,4 +217,3 @@ def write_json(path: Path, data: Any) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-

@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,9 +157,7 @@ class _Publisher:
 
     def _create_child(self, cell: Cell, first: Attempt, parent: str) -> str:
         tags = {"mlflow.parentRunId": parent, "lcbench.sweep": self._sweep.name, "lcbench.cell_id": cell.id}
-        run = self._client.create_run(
-            self._experiment, start_time=int(first.started_at * 1000), run_name=cell.label, tags=tags
-        )
+        run = self._client.create_run(self._experiment, start_time=int(first.started_at * 1000), run_name=cell.label, tags=tags)
         return str(run.info.run_id)
 
     def _fill(self, run_id: str, entry: Entry, attempts: list[Attempt], since: int) -> None:
@@ -190,7 +188,7 @@ class _Publisher:
         status = {"ok": "FINISHED", "failed": "FAILED", "skipped": "KILLED"}[newest.status]
         self._client.set_terminated(run_id, status, end_time=int(newest.finished_at * 1000))
 
-    def _finish_parent(self, run_id: str, statuses: list[str | None], entries: dict[str, Entry]) -> None:
+    def _finish_parent(self, run_id: str, statuses: Sequence[str | None], entries: dict[str, Entry]) -> None:
         counts = {s: statuses.count(s) for s in ("ok", "failed", "skipped", None)}
         self._client.set_tag(run_id, "lcbench.cells", str(len(entries)))
         for status, count in counts.items():
@@ -235,8 +233,7 @@ def _tags(attempts: list[Attempt]) -> dict[str, Any]:
     provenance = newest.provenance
     git, versions = provenance.get("git") or {}, provenance.get("versions") or {}
     history = [
-        {"attempt": a.number, "status": a.status, "class": a.failure.kind if a.failure else None, "pack": a.pack}
-        for a in attempts
+        {"attempt": a.number, "status": a.status, "class": a.failure.kind if a.failure else None, "pack": a.pack} for a in attempts
     ]
     return {
         "lcbench.status": newest.status,
@@ -254,5 +251,3 @@ def _tags(attempts: list[Attempt]) -> dict[str, Any]:
         "mlflow.source.git.commit": git.get("commit") or "",
         "lcbench.git_dirty": git.get("dirty", ""),
     }
-
-

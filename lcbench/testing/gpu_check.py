@@ -62,9 +62,7 @@ def tiles(seqlen: int) -> dict[str, BandMask]:
         "documents": causal_document(2 * seqlen, seed=3, mean_length=100),
         "listed documents": document(2 * seqlen, seed=0, mean_length=1, lengths=lengths),
     }
-    found = {
-        f"{name} q{q}k{k}": layout.tile(mask, q, k).merged() for name, mask in whole.items() for q in (0, 1) for k in (0, 1)
-    }
+    found = {f"{name} q{q}k{k}": layout.tile(mask, q, k).merged() for name, mask in whole.items() for q in (0, 1) for k in (0, 1)}
     bands = [Band(5, 700, 0, 300), Band(900, 1400, 400, 1100, -300, -100)]
     return found | {"holes": BandMask.of(seqlen, seqlen, bands)}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> None:
@@ -16,7 +16,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> None
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(world_size, port, function, args), nprocs=world_size, join=True)
+    spawn(_rank, args=(world_size, port, function, args), nprocs=world_size, join=True)
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
 from lcbench.grid.cell import Cell
 from lcbench.grid.expand import REPOSITORY, Plan
 from lcbench.runs.pack import Pack, estimate_s, group
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep
-from omegaconf import DictConfig, OmegaConf
 
 WIDTH = 200  # of a table that goes to a file or a pipe
 OK, SOME_FAILED, NOT_SUBMITTED, INTERRUPTED = 0, 1, 3, 130
@@ -84,9 +85,7 @@ class PackLauncher(Launcher):
         report: list[str],
     ) -> int:
         """Run these cells whatever their history says, then report on the cells ``report``."""
-        packs = make_packs(
-            sweep, cells, site=site, devices=devices, tracking_uri=tracking_uri, max_cells=max_cells
-        )
+        packs = make_packs(sweep, cells, site=site, devices=devices, tracking_uri=tracking_uri, max_cells=max_cells)
         for pack in packs:
             pack.write()
         try:
@@ -106,15 +105,15 @@ class PackLauncher(Launcher):
 
 def finish(sweep: Sweep, report: list[str], tracking_uri: str | None) -> int:
     """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1."""
-    from lcbench.report.table import cells_table
     from rich.console import Console
+
+    from lcbench.report.table import cells_table
 
     _settle(sweep)
     if tracking_uri:
         _publish(sweep, tracking_uri)
     Console(width=None if sys.stdout.isatty() else WIDTH).print(cells_table(sweep, report))
-    newest = {cell_id: (sweep.attempts(cell_id) or [None])[-1] for cell_id in report}
-    failed = [c for c, a in newest.items() if a is None or a.status == "failed"]
+    failed = [c for c in report if not (attempts := sweep.attempts(c)) or attempts[-1].status == "failed"]
     where = "" if sweep.root == Path("results").absolute() else f" --results {sweep.root}"
     print(f"status:     python -m lcbench.status {sweep.name}{where}")
     if failed:

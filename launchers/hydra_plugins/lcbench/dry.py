@@ -15,6 +15,7 @@ from hydra_plugins.lcbench._plan import (
     make_packs,
 )
 from hydra_plugins.lcbench.slurm import sbatch_text
+
 from lcbench.grid.cell import Cell
 from lcbench.grid.expand import Plan
 from lcbench.grid.values import parse_scale

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from hydra_plugins.lcbench._plan import PackLauncher
+
 from lcbench.grid.values import parse_scale
 from lcbench.runs.pack import Pack
 from lcbench.runs.store import Sweep, write_json

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hydra_plugins.lcbench._plan import NotSubmitted, PackLauncher
+
 from lcbench.grid.expand import REPOSITORY
 from lcbench.grid.values import parse_scale
 from lcbench.runs.pack import Pack
@@ -42,6 +43,7 @@ class SlurmLauncher(PackLauncher):
 def submit(pack: Pack) -> str:
     """Hand a pack to sbatch; returns the job id. The job reads the pack file, so nothing of it is in the pickle."""
     import submitit
+
     from lcbench.runs.agent import run_under_slurm
 
     with submitit.helpers.clean_env(), site_environment(pack.site):
@@ -110,9 +112,10 @@ def site_environment(site: dict[str, Any]) -> Iterator[None]:
 
 def _watch(sweep: Sweep) -> None:
     """Show the sweep until all of its jobs have ended."""
-    from lcbench.runs.jobs import pack_states
     from rich.live import Live
     from rich.text import Text
+
+    from lcbench.runs.jobs import pack_states
 
     with Live(Text("waiting for Slurm"), refresh_per_second=2) as live:
         while True:
