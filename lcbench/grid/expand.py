@@ -82,7 +82,7 @@ def compose(overrides: list[str], loader: ConfigLoaderImpl) -> dict[str, Any]:
         OmegaConf.set_readonly(config, False)
         OmegaConf.set_struct(config, False)
         plain: dict[str, Any] = {
-            str(k): OmegaConf.to_container(v) if OmegaConf.is_config(v := config._get_node(k)) else config[k]
+            str(k): OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v := config._get_node(k)) else config[k]
             for k in config
             if k not in ("hydra", "site")
         }

@@ -1,0 +1,70 @@
+"""Every kernel that conf/ names against dense float64 attention, on masks with holes, windows and documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lcbench.grid.build import build_kernel
+from lcbench.kernels.base import merge
+from lcbench.masks.band import Band, BandMask
+from lcbench.masks.causal import causal
+from lcbench.masks.causal_document import causal_document
+from lcbench.masks.full import full
+from lcbench.masks.sliding_window import sliding_window
+from lcbench.problem import Heads, Problem, Scale
+from lcbench.testing.dense import dense_attention, dense_mask
+
+CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "kernel").glob("*.yaml"))
+MASKS = {
+    "full": full(37),
+    "causal": causal(37),
+    "window": sliding_window(37, left=5, right=0),
+    "two-sided": sliding_window(37, left=4, right=9),
+    "documents": causal_document(37, seed=0, mean_length=5, lengths=[1, 1, 8, 20, 7]),
+    "holes": BandMask.of(37, 37, [Band(2, 9, 0, 37), Band(20, 30, 3, 9), Band(20, 30, 12, 37, -4, 6)]),
+    "empty": BandMask.of(37, 37, []),
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("heads", [Heads(4, 4, 8), Heads(6, 2, 16)], ids=str)
+def test_kernel_matches_dense_attention(path: Path, mask: BandMask, heads: Heads) -> None:
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(config, dict)
+    kernel = build_kernel({str(k): v for k, v in config.items()})
+    device = torch.device("cpu")
+    problem = Problem(37, heads, Scale(1, 1), "float64", "forward_backward")
+    if reason := kernel.unsupported(problem, mask) or kernel.unavailable(problem, device):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    # Scores far from zero and a scale that is not 1 / sqrt(D).
+    q, k, v, dout = (torch.randn(37, h, heads.dim, dtype=torch.float64) for h in (heads.q, heads.kv, heads.kv, heads.q))
+    q = 3 * q
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    want, want_lse = dense_attention(*leaves, dense_mask(37, 37, mask), 0.7)
+    want_grads = torch.autograd.grad(want, leaves, dout)
+    prepared = kernel.prepare(mask, device)
+    out, lse = prepared.forward(q, k, v, softmax_scale=0.7)
+    grads = prepared.backward(dout, q, k, v, out, lse, softmax_scale=0.7)
+    assert torch.equal(lse == -torch.inf, want_lse == -torch.inf)
+    seen = lse != -torch.inf
+    for got, wanted in zip([out, lse[seen], *grads], [want, want_lse[seen], *want_grads], strict=True):
+        assert got.shape == wanted.shape
+        assert (got - wanted).abs().max() <= 1e-12 if got.numel() else True
+
+
+def test_merge_of_huge_scores_and_of_empty_rows_is_finite() -> None:
+    out, lse = torch.ones(3, 1, 2, dtype=torch.float64), torch.tensor([[1e4], [-torch.inf], [-torch.inf]], dtype=torch.float64)
+    other = 2 * torch.ones_like(out)
+    other_lse = torch.tensor([[1e4], [-1e4], [-torch.inf]], dtype=torch.float64)
+    out[1:] = 0
+    other[2] = 0
+    merged, merged_lse = merge(out, lse, other, other_lse)
+    assert merged[:, 0, 0].tolist() == [1.5, 2.0, 0.0]
+    assert torch.allclose(merged_lse[:2, 0], torch.tensor([1e4 + 0.6931471805599453, -1e4], dtype=torch.float64))
+    assert merged_lse[2, 0] == -torch.inf
