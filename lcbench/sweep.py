@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
 
 from lcbench.grid.expand import GROUPS, REPOSITORY, Plan, expand
 
@@ -47,13 +47,13 @@ def look(arguments: list[str]) -> Plan:
     """The plan of a command line, composed outside of the Hydra application."""
     overrides = [a for a in arguments if ("=" in a.lstrip("-") and not a.startswith("-")) or a.startswith("~")]
     folders = [Path(f).absolute() for f in _config_dirs(arguments)]
-    search = [f"hydra.searchpath=[{','.join(f'file://{f}' for f in folders)}]"] if folders else []
     stray = [a for a in arguments if not a.startswith(("-", "~")) and a not in overrides and a not in _config_dirs(arguments)]
     if stray:
         raise ValueError(f"{stray[0]!r} is no override; write <axis>=<value>[,<value>...], the axes {', '.join(GROUPS)} and so on")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        loader: Any = GlobalHydra.instance().config_loader()
-        return expand([o for o in overrides if not o.startswith("hydra/")], loader, search)
+    search_path = create_config_search_path(str(CONF))
+    for folder in folders:
+        search_path.prepend("command-line", f"file://{folder}")
+    return expand([o for o in overrides if not o.startswith("hydra/")], ConfigLoaderImpl(search_path))
 
 
 def _config_dirs(arguments: list[str]) -> list[str]:

@@ -3,8 +3,8 @@
 Hydra's own sweeper composes every cell, about 40 ms each. Here overrides are put together by the top-level key they touch
 (``mask=document mask.mean_length=1k,2k`` is one axis of two values), each combination of a key is composed once, and cells
 are products of the resulting plain values. That is the same only as long as no axis looks at another, which is why axis
-files hold no defaults list and no interpolation; a form that reaches across axes (a package override, a swept experiment)
-is composed cell by cell as Hydra does.
+files hold no defaults list and no interpolation. Experiments reach across axes, so several of them are several plans, joined;
+package overrides (``mask@other=...``) have nowhere to go in a cell and are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import difflib
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +61,15 @@ class Plan:
 _plans: dict[tuple[str, ...], Plan] = {}
 
 
-def expand(overrides: Sequence[str], loader: ConfigLoaderImpl, hydra_overrides: Sequence[str] = ()) -> Plan:
-    """The plan of an override list. ``hydra_overrides`` help to compose (a search path) and name no cell.
+def expand(overrides: Sequence[str], loader: ConfigLoaderImpl) -> Plan:
+    """The plan of an override list.
 
     Raises:
         ValueError: bad input, in one line that names the value and the accepted ones.
     """
     key = tuple(overrides)
     if key not in _plans:  # the command looks at the overrides before Hydra's sweeper does
-        _plans[key] = _expand(list(overrides), list(hydra_overrides), loader)
+        _plans[key] = _expand(list(overrides), loader)
     return _plans[key]
 
 
@@ -133,9 +133,15 @@ def skip_reason(cell: Cell) -> str | None:
 # -- the product -----------------------------------------------------------------------------------------------------
 
 
-def _expand(overrides: list[str], hydra_overrides: list[str], loader: ConfigLoaderImpl) -> Plan:
+def _expand(overrides: list[str], loader: ConfigLoaderImpl) -> Plan:
     parser = OverridesParser.create(config_loader=loader)
-    parsed = _parse(parser, [*hydra_overrides, *overrides])
+    parsed = _parse(parser, overrides)
+    swept = next((o for o in parsed if _root(o) == "experiment" and o.is_sweep_override()), None)
+    if swept is not None:  # an experiment may set anything, so each is a plan of its own
+        others = [o for o in overrides if o != swept.input_line]
+        plans = [_expand([line, *others], loader) for line in _lines(swept)]
+        cells = {p.cell.id: p for plan in plans for p in plan.cells}
+        return replace(plans[0], cells=tuple(cells.values()), overrides=tuple(overrides))
     fixed = [o for o in parsed if _root(o) in RUN_OPTIONS or _root(o) == "hydra"]
     for override in fixed:
         if override.is_sweep_override():
@@ -150,12 +156,7 @@ def _expand(overrides: list[str], hydra_overrides: list[str], loader: ConfigLoad
     _check_choices(parsed, loader)
     axes = [o for o in parsed if not (_root(o) in RUN_OPTIONS or _root(o) == "hydra")]
 
-    if any(o.package is not None for o in axes):
-        lines = [base_lines + list(choice) for choice in itertools.product(*map(_lines, axes))]
-        configs: Iterable[dict[str, Any]] = (cell_config(compose(line, loader)) for line in lines)
-    else:
-        configs = _product(base, base_lines, axes, loader)
-
+    configs = _product(base, base_lines, axes, loader)
     cells = {(cell := Cell.from_config(config)).id: cell for config in configs}
     options = {k: base[k] for k in RUN_OPTIONS if k not in ("site", "experiment")}
     _check_run_options(options)
@@ -246,6 +247,8 @@ def _check_choices(overrides: list[Override], loader: ConfigLoaderImpl) -> None:
         root = _root(override)
         if root not in (*AXES, *RUN_OPTIONS, "hydra"):
             raise ValueError(_unknown_key(root))
+        if override.package is not None and root != "hydra":
+            raise ValueError(f"{override.input_line}: an axis has one place in a cell; write {root}=... without @")
         if override.key_or_group not in groups or override.is_delete():
             continue
         options = sorted(loader.get_group_options(override.key_or_group))

@@ -1,0 +1,144 @@
+"""Plans: the same cells as Hydra composes one by one, without composing each; bad input in one line."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from lcbench.grid import expand
+from lcbench.grid.cell import Cell
+from lcbench.sweep import CONF, look
+
+
+@pytest.fixture
+def loader() -> Iterator[Any]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+FORMS = [
+    ["cp=ring,ulysses,usp", "seqlen=64k,256k,1m"],
+    ["cp=choice(ring,usp)", "seed=range(0,4)", "scale=2x8,1x4"],
+    ["kernel=glob(*)", "mask=glob(*document)", "mask.mean_length=1k,2k"],
+    ["mask=sliding_window", "mask.left=512,1k", "++mask.right=0", "dtype=bf16,float32"],
+    ["mask=causal_document", "mask.lengths=[100,28],[64,64]", "seqlen=128"],
+    ["seqlen=null", "seqlen_per_rank=1k,2k", "scale=1x2,2x2"],
+    ["++measure.budget_s=1.5,2", "cp=usp", "cp.ulysses_degree=1,2,auto", "scale=1x2"],
+    ["heads=8x8x64,8x2x64", "direction=forward,forward_backward"],
+]
+
+
+@pytest.mark.parametrize("overrides", FORMS, ids=" ".join)
+def test_cells_equal_hydras_own_composition(overrides: list[str], loader: Any) -> None:
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
+    batches = list(itertools.chain(*BasicSweeper.split_arguments(parsed, None)))
+    expand._plans.clear()
+    cells = [p.cell for p in expand.expand(overrides, loader).cells]
+    for batch in random.Random(0).sample(batches, min(6, len(batches))):
+        config = expand.cell_config(expand.compose(list(batch), loader))
+        assert Cell.from_config(config) in cells, batch
+    assert len(cells) == len({Cell.from_config(expand.cell_config(expand.compose(list(b), loader))) for b in batches})
+
+
+def test_each_axis_value_is_composed_once(loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
+    compose = expand.compose
+
+    def counted(overrides: list[str], used: Any) -> dict[str, Any]:
+        nonlocal count
+        count += 1
+        return compose(overrides, used)
+
+    monkeypatch.setattr(expand, "compose", counted)
+    lengths = ",".join(f"{n}k" for n in range(1, 101))
+    plan = expand.expand([f"seqlen={lengths}", "seed=range(0,10)", "cp=ring,usp,ulysses", "scale=1x2,1x4,2x8"], loader)
+    assert len(plan.cells) == 100 * 10 * 3 * 3
+    assert count <= 1 + 100 + 10 + 3 + 3
+
+
+def test_impossible_cells_are_kept_with_their_reason() -> None:
+    plan = look(["cp=ulysses,ring", "scale=12x8", "heads=64x8x128"])
+    reasons = {p.cell.config["cp"]["name"]: p.skip for p in plan.cells}
+    assert reasons == {"ulysses": "cp ulysses: cannot split 64 query heads evenly over 96 ranks", "ring": None}
+
+
+def test_experiment_sweeps_and_the_command_line_overrides_an_axis() -> None:
+    smoke = look(["+experiment=smoke"])
+    assert len(smoke.cells) > 4
+    assert {p.cell.config["cp"]["name"] for p in look(["+experiment=smoke", "cp=ring"]).cells} == {"ring"}
+    both = {p.cell for p in look(["+experiment=smoke,strategies"]).cells}
+    assert both == {p.cell for name in ("smoke", "strategies") for p in look([f"+experiment={name}"]).cells}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["cp=rign"], ["cp=rign", "none, ring, ulysses, usp", "did you mean ring?"]),
+        (["seqlen=64q"], ["seqlen=64q", "64k"]),
+        (["scale=0x8"], ["scale=0x8", "2x8"]),
+        (["mask=sliding_window", "mask.left=null"], ["mask=sliding_window", "mask.left"]),
+        (["mask=sliding_window", "~mask.left"], ["mask=sliding_window", "mask.left"]),
+        (["mask=causal,sliding_window", "mask.left=512"], ["mask=causal", "no option 'left'"]),
+        (["sequence=64k"], ["unknown axis 'sequence'", "seqlen"]),
+        (["+foo=1"], ["unknown axis 'foo'"]),
+        (["dtype=fp8"], ["dtype=fp8", "bfloat16"]),
+        (["heads=7x2x64"], ["heads=7x2x64"]),
+        (["cp=usp", "cp.ulysses_degree=x"], ["cp.ulysses_degree=x"]),
+        (["measure.warmup=-1"], ["measure.warmup=-1"]),
+        (["sweep=a/b"], ["sweep='a/b'"]),
+        (["force=1,2"], ["force is not an axis"]),
+        (["mask@other=full"], ["mask@other=full", "write mask=..."]),
+        (["ring"], ["'ring' is no override"]),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_bad_input_is_one_clear_line(arguments: list[str], words: list[str]) -> None:
+    with pytest.raises(ValueError, match=".") as caught:
+        look(arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_bad_input_ends_the_command_with_code_2_and_submits_nothing(tmp_path: Path) -> None:
+    done = run_sweep("cp=rign", f"results={tmp_path}")
+    assert done.returncode == 2
+    assert done.stderr.strip().startswith("error: cp=rign is not one of")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_users_command_is_accepted_as_written(tmp_path: Path) -> None:
+    done = run_sweep(
+        "-m", "cp=ring,ulysses,usp", "seqlen=64k,256k,1m", "hydra/launcher=dry", "site=devcluster", "scale=2x8", f"results={tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "9 cells" in done.stdout
+    assert "#SBATCH --nodes=2" in done.stdout
+    assert "nothing was submitted" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_planning_loads_neither_torch_nor_mlflow_nor_submitit() -> None:
+    code = (
+        "import sys; from lcbench.sweep import look; look(['cp=ring,usp', 'mask=glob(*)', 'scale=2x8']);"
+        "print([m for m in ('torch', 'mlflow', 'submitit') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def run_sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "lcbench.sweep", *arguments], capture_output=True, text=True)

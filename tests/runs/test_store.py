@@ -1,0 +1,83 @@
+"""The store: whole files or none, an attempt number is claimed once, history is kept."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lcbench.grid.cell import Cell
+from lcbench.runs.store import Attempt, Entry, Failure, Sweep, find_cell, read_json, sweeps, write_json
+
+
+def made_cell(seed: int = 0) -> Cell:
+    group = {"name": "x", "_target_": "y"}
+    return Cell.from_config(
+        {
+            "kernel": group, "cp": group, "mask": group, "seqlen": 1024, "scale": "1x2", "heads": "4x2x8", "dtype": "float32",
+            "direction": "forward", "seed": seed, "measure": {"timeout_s": 10.0, "budget_s": 1.0},
+        }
+    )  # fmt: skip
+
+
+def claim(root: Path, cell_id: str) -> int:
+    return Sweep(root, "s").begin(cell_id, "p").number
+
+
+def test_concurrent_attempts_get_numbers_of_their_own(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        numbers = pool.starmap(claim, [(tmp_path, "cell")] * 24)
+    assert sorted(numbers) == list(range(1, 25))
+
+
+def test_attempts_round_trip_and_a_second_never_overwrites_the_first(tmp_path: Path) -> None:
+    sweep, cell = Sweep(tmp_path, "s"), made_cell()
+    sweep.add([Entry(cell), Entry(made_cell(1), "because")], command=["a=b"])
+    first = sweep.begin(cell.id, "p1")
+    assert [r.number for r in sweep.running(cell.id)] == [1]
+    sweep.finish(Attempt(cell.id, "s", first.number, "failed", Failure("oom", "too big", 3), {"time/x_s": 1.5}, pack="p1"))
+    assert not sweep.running(cell.id)
+    second = sweep.begin(cell.id, "p2")
+    sweep.finish(Attempt(cell.id, "s", second.number, "ok", pack="p2"))
+    assert [(a.number, a.status, a.failure) for a in sweep.attempts(cell.id)] == [
+        (1, "failed", Failure("oom", "too big", 3)),
+        (2, "ok", None),
+    ]
+    assert sweep.has_attempt_of(cell.id, "p1")
+    assert not sweep.has_attempt_of(cell.id, "p3")
+    assert [e.skip for e in sweep.entries().values()] == [None, "because"]
+    assert sweeps(tmp_path) == ["s"]
+    assert [entry.cell for _, entry in find_cell(tmp_path, cell.id[:6])] == [cell]
+
+
+def test_result_counts_when_death_came_before_the_marker_was_dropped(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, "s")
+    running = sweep.begin("cell", "p")
+    write_json(sweep.attempt_path("cell", 1), {**Attempt("cell", "s", running.number, "ok").__dict__})
+    assert not sweep.running("cell")
+    assert sweep.begin("cell", "p").number == 2
+
+
+def test_kill_in_the_middle_of_writing_leaves_whole_files(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    code = f"from lcbench.runs.store import write_json\nfrom pathlib import Path\ni=0\nwhile True:\n i+=1\n write_json(Path({str(path)!r}), [i]*20000)"
+    for pause in (0.6, 0.75, 0.9):
+        writer = subprocess.Popen([sys.executable, "-c", code])
+        time.sleep(pause)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.wait()
+        content = read_json(path)
+        assert len(content) == 20000
+        assert len(set(content)) == 1
+
+
+def test_unknown_sweep_names_those_that_exist(tmp_path: Path) -> None:
+    Sweep(tmp_path, "here").add([], command=[])
+    with pytest.raises(ValueError, match="there are: here"):
+        Sweep(tmp_path, "gone").manifest()
