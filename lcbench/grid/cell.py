@@ -37,8 +37,9 @@ class Cell:
     def from_config(cls, config: dict[str, Any]) -> Cell:
         return cls(json.dumps(config, sort_keys=True, separators=(",", ":")))
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
+        """The config as plain values; shared, so not to be changed."""
         config: dict[str, Any] = json.loads(self.canonical)
         return config
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -140,8 +140,8 @@ def _expand(overrides: list[str], loader: ConfigLoaderImpl) -> Plan:
     if swept is not None:  # an experiment may set anything, so each is a plan of its own
         others = [o for o in overrides if o != swept.input_line]
         plans = [_expand([line, *others], loader) for line in _lines(swept)]
-        cells = {p.cell.id: p for plan in plans for p in plan.cells}
-        return replace(plans[0], cells=tuple(cells.values()), overrides=tuple(overrides))
+        joined = {p.cell.id: p for plan in plans for p in plan.cells}
+        return replace(plans[0], cells=tuple(joined.values()), overrides=tuple(overrides))
     fixed = [o for o in parsed if _root(o) in RUN_OPTIONS or _root(o) == "hydra"]
     for override in fixed:
         if override.is_sweep_override():
@@ -177,28 +177,33 @@ def _product(
     by_root: dict[str, list[Override]] = {}
     for override in axes:
         by_root.setdefault(_root(override), []).append(override)
-    choices: list[list[tuple[str, Any]]] = []
-    for root, members in by_root.items():
-        found = []
-        for lines in itertools.product(*map(_lines, members)):
-            composed = _compose_key(root, list(lines), base_lines, loader)
-            found.append((root, composed))
-        choices.append(found)
-    checked: dict[str, dict[str, Any]] = {}
+    choices = [[(root, value) for value in _values(root, members, base_lines, loader)] for root, members in by_root.items()]
+    checked: dict[tuple[str, int], dict[str, Any]] = {}
     for combination in itertools.product(*choices):
         config = {**base, **dict(combination)}
-        # All that differs between two cells of one product is which values were combined: check each value once.
-        yield _cell_config_cached(config, checked)
+        for group in GROUPS:
+            # The product combines the same few objects again and again: check each once.
+            key = group, id(config[group])
+            if key not in checked:
+                checked[key] = build.check_options(group, _named(group, config[group]))
+            config[group] = build.Checked(checked[key])
+        yield cell_config(config)
 
 
-def _cell_config_cached(config: dict[str, Any], checked: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    config = dict(config)
-    for group in GROUPS:
-        key = f"{group}{json.dumps(config[group], sort_keys=True, default=str)}"
-        if key not in checked:
-            checked[key] = build.check_options(group, _named(group, config[group]))
-        config[group] = build.Checked(checked[key])
-    return cell_config(config)
+def _values(root: str, members: list[Override], base_lines: list[str], loader: ConfigLoaderImpl) -> list[Any]:
+    """What a top-level key takes under each combination of its overrides."""
+    combinations = list(itertools.product(*map(_lines, members)))
+    if root in (*GROUPS, "measure") or len(members) > 1:
+        return [_compose_key(root, list(lines), base_lines, loader) for lines in combinations]
+    # A plain key becomes what was written: composing one of its values shows that the override is a good one.
+    first = _compose_key(root, list(combinations[0]), base_lines, loader)
+    rest = _parse(OverridesParser.create(config_loader=loader), [line for (line,) in combinations[1:]])
+    return [first, *(_plain(override) for override in rest)]
+
+
+def _plain(override: Override) -> Any:
+    value = override.value()
+    return str(value) if isinstance(value, QuotedString) else value
 
 
 def _compose_key(root: str, lines: list[str], base_lines: list[str], loader: ConfigLoaderImpl) -> Any:

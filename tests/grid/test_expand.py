@@ -64,7 +64,7 @@ def test_each_axis_value_is_composed_once(loader: Any, monkeypatch: pytest.Monke
     lengths = ",".join(f"{n}k" for n in range(1, 101))
     plan = expand.expand([f"seqlen={lengths}", "seed=range(0,10)", "cp=ring,usp,ulysses", "scale=1x2,1x4,2x8"], loader)
     assert len(plan.cells) == 100 * 10 * 3 * 3
-    assert count <= 1 + 100 + 10 + 3 + 3
+    assert count <= 1 + 1 + 1 + 3 + 1  # base, then one of each plain key, and each strategy
 
 
 def test_impossible_cells_are_kept_with_their_reason() -> None:
@@ -104,7 +104,7 @@ def test_experiment_sweeps_and_the_command_line_overrides_an_axis() -> None:
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
 )
 def test_bad_input_is_one_clear_line(arguments: list[str], words: list[str]) -> None:
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         look(arguments)
     message = str(caught.value)
     assert "\n" not in message
@@ -122,7 +122,13 @@ def test_bad_input_ends_the_command_with_code_2_and_submits_nothing(tmp_path: Pa
 
 def test_the_users_command_is_accepted_as_written(tmp_path: Path) -> None:
     done = run_sweep(
-        "-m", "cp=ring,ulysses,usp", "seqlen=64k,256k,1m", "hydra/launcher=dry", "site=devcluster", "scale=2x8", f"results={tmp_path}"
+        "-m",
+        "cp=ring,ulysses,usp",
+        "seqlen=64k,256k,1m",
+        "hydra/launcher=dry",
+        "site=devcluster",
+        "scale=2x8",
+        f"results={tmp_path}",
     )
     assert done.returncode == 0, done.stderr
     assert "9 cells" in done.stdout

@@ -25,7 +25,13 @@ def test_scale_heads_and_dtype() -> None:
     assert parse_scale("12x8") == Scale(12, 8)
     assert parse_heads("32x8x128") == Heads(32, 8, 128)
     assert parse_dtype("bf16") == "bfloat16"
-    for parse, text in ((parse_scale, "0x8"), (parse_scale, "8"), (parse_heads, "3x2x8"), (parse_heads, "4x4"), (parse_dtype, "fp8")):
+    for parse, text in (
+        (parse_scale, "0x8"),
+        (parse_scale, "8"),
+        (parse_heads, "3x2x8"),
+        (parse_heads, "4x4"),
+        (parse_dtype, "fp8"),
+    ):
         with pytest.raises(ValueError, match=str(text)):
             parse(text)
 

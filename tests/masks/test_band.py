@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,9 +27,9 @@ def bands(draw: st.DrawFn) -> tuple[int, int, list[Band]]:
     num_q, num_k = draw(LENGTHS), draw(LENGTHS)
     cuts_q = sorted({0, num_q, *draw(st.lists(st.integers(0, num_q), max_size=3))})
     found = []
-    for q0, q1 in zip(cuts_q, cuts_q[1:], strict=False):
+    for q0, q1 in pairwise(cuts_q):
         cuts_k = sorted({0, num_k, *draw(st.lists(st.integers(0, num_k), max_size=3))})
-        for k0, k1 in zip(cuts_k, cuts_k[1:], strict=False):
+        for k0, k1 in pairwise(cuts_k):
             if draw(st.booleans()):
                 lo = draw(st.one_of(st.just(-OPEN), st.integers(-num_q, num_k)))
                 hi = draw(st.one_of(st.just(OPEN), st.integers(-num_q, num_k)))

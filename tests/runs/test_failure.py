@@ -62,7 +62,10 @@ def test_earlier_deaths_belong_to_other_attempts(tmp_path: Path) -> None:
 
 
 def test_a_hang_names_the_rank_that_waits_for_nobody(tmp_path: Path) -> None:
-    waits = 'Thread 0x1 (most recent call first):\n  File "/x/torch/distributed/c.py", line 1 in barrier\n  File "/x/lcbench/cp/e.py", line 2 in f\n'
+    waits = (
+        'Thread 0x1 (most recent call first):\n  File "/x/torch/distributed/c.py", line 1 in barrier\n'
+        '  File "/x/lcbench/cp/e.py", line 2 in f\n'
+    )
     stuck = 'Thread 0x1 (most recent call first):\n  File "/x/lcbench/kernels/k.py", line 7 in forward\n'
     for rank, dump in enumerate((waits, stuck, waits)):
         (tmp_path / f"cell.attempt-1.rank-{rank}.hang.txt").write_text(dump)
@@ -73,5 +76,10 @@ def test_a_hang_names_the_rank_that_waits_for_nobody(tmp_path: Path) -> None:
 
 
 def test_slurm_states() -> None:
-    for state, kind in (("TIMEOUT", "timeout"), ("NODE_FAIL", "node-fail"), ("CANCELLED by 0", "cancelled"), ("OUT_OF_MEMORY", "oom")):
+    for state, kind in (
+        ("TIMEOUT", "timeout"),
+        ("NODE_FAIL", "node-fail"),
+        ("CANCELLED by 0", "cancelled"),
+        ("OUT_OF_MEMORY", "oom"),
+    ):
         assert from_slurm_state(state).kind == kind

@@ -66,7 +66,10 @@ def test_result_counts_when_death_came_before_the_marker_was_dropped(tmp_path: P
 
 def test_kill_in_the_middle_of_writing_leaves_whole_files(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
-    code = f"from lcbench.runs.store import write_json\nfrom pathlib import Path\ni=0\nwhile True:\n i+=1\n write_json(Path({str(path)!r}), [i]*20000)"
+    code = (
+        "from lcbench.runs.store import write_json\nfrom pathlib import Path\ni=0\n"
+        f"while True:\n i+=1\n write_json(Path({str(path)!r}), [i]*20000)"
+    )
     for pause in (0.6, 0.75, 0.9):
         writer = subprocess.Popen([sys.executable, "-c", code])
         time.sleep(pause)

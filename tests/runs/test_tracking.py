@@ -64,6 +64,6 @@ def test_a_server_that_is_away_is_said_quickly(tmp_path: Path) -> None:
     sweep, cell = Sweep(tmp_path, "s"), made_cell()
     sweep.add([Entry(cell)], command=[])
     attempt(sweep, cell.id, "ok", 1.0)
-    with pytest.raises(TrackingUnavailable, match="127.0.0.1:9"):
+    with pytest.raises(TrackingUnavailable, match=r"127\.0\.0\.1:9"):
         publish(sweep, "http://127.0.0.1:9")
     assert sweep.attempts(cell.id)[0].status == "ok"
