@@ -15,7 +15,7 @@ from lcbench.runs.store import Sweep, read_json, write_json
 # What a gang needs before its first cell (imports, rendezvous, process groups), once more after one restart, and a grace
 # at the end; on an oversubscribed machine ranks start one after the other.
 STARTUP_S = 180.0
-STARTUP_PER_RANK_S = 2.0
+STARTUP_PER_RANK_S = 3.0
 # A cell may overrun its estimate by this factor before the job's time limit ends it.
 SLACK = 1.5
 
