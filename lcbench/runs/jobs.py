@@ -61,12 +61,12 @@ def pack_states(sweep: Sweep) -> list[PackState]:
     """All packs of a sweep, oldest first."""
     packs = {pack: read_json(sweep.pack_folder(pack) / "pack.json") for pack in sweep.packs()}
     jobs = {pack: _job(sweep.pack_folder(pack)) for pack in packs}
-    slurm = {pack: job for pack, job in jobs.items() if job.get("launcher") == "slurm"}
+    slurm = {pack: job for pack, job in jobs.items() if "job_id" in job}
     known = _slurm_states([str(j["job_id"]) for j in slurm.values()], _environment(packs, slurm)) if slurm else {}
     states = []
     for pack, content in packs.items():
         job = jobs[pack]
-        if job.get("launcher") == "slurm":
+        if "job_id" in job:
             state, reason = known.get(str(job["job_id"]), ("UNKNOWN", "neither squeue nor sacct knows the job"))
         else:
             state, reason = _local_state(job)
@@ -144,7 +144,7 @@ def close(sweep: Sweep, running: Running, otherwise: Failure | None = None) -> A
 
 
 def _job_failure(pack: PackState) -> Failure | None:
-    if pack.launcher == "slurm":
+    if pack.launcher == "slurm" and pack.state != "ENDED":
         return from_slurm_state(pack.state)
     return Failure("cancelled", "the launching command and its agents ended while the cell was in flight")
 

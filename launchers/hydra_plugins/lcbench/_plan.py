@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from lcbench.grid.cell import Cell
 from lcbench.grid.expand import REPOSITORY, Plan
 from lcbench.runs.pack import Pack, estimate_s, group
-from lcbench.runs.store import Attempt, Entry, Failure, Sweep
+from lcbench.runs.store import Attempt, Entry, Failure, Sweep, write_json
 
 WIDTH = 200  # of a table that goes to a file or a pipe
 OK, SOME_FAILED, NOT_SUBMITTED, INTERRUPTED = 0, 1, 3, 130
@@ -56,10 +58,12 @@ class PackLauncher(Launcher):
             if planned.skip:
                 record_skip(sweep, planned.cell, planned.skip)
         runnable = [p.cell for p in plan.cells if not p.skip]
-        cells = runnable if options["force"] else [c for c in runnable if not is_done(sweep, c)]
+        wanted = runnable if options["force"] else [c for c in runnable if not is_done(sweep, c)]
+        under_way = busy(sweep)
+        cells = [c for c in wanted if c.id not in under_way]
         print(
             f"sweep {sweep.name}: {len(plan.cells)} cells, {len(plan.cells) - len(runnable)} cannot run, "
-            f"{len(runnable) - len(cells)} done before, {len(cells)} to run"
+            f"{len(runnable) - len(wanted)} done before, {len(wanted) - len(cells)} under way, {len(cells)} to run"
         )
         return self.launch_cells(
             sweep,
@@ -88,6 +92,11 @@ class PackLauncher(Launcher):
         packs = make_packs(sweep, cells, site=site, devices=devices, tracking_uri=tracking_uri, max_cells=max_cells)
         for pack in packs:
             pack.write()
+            # Until a launcher says more: the pack waits for this process.
+            write_json(
+                pack.folder / "job.json",
+                {"launcher": self.name, "pid": os.getpid(), "host": socket.gethostname(), "started_at": time.time()},
+            )
         try:
             ended = self.run(sweep, packs, wait=wait)
         except NotSubmitted as error:
@@ -176,6 +185,14 @@ def make_packs(
 def is_done(sweep: Sweep, cell: Cell) -> bool:
     attempts = sweep.attempts(cell.id)
     return bool(attempts) and attempts[-1].status == "ok"
+
+
+def busy(sweep: Sweep) -> set[str]:
+    """Cells that a live job has or will come to: the same command twice must not run them twice."""
+    from lcbench.runs.jobs import cell_states
+
+    _settle(sweep)
+    return {state.id for state in cell_states(sweep) if state.state in ("running", "pending")}
 
 
 def record_skip(sweep: Sweep, cell: Cell, reason: str) -> None:

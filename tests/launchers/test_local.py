@@ -1,0 +1,60 @@
+"""The local launcher with real gloo ranks: kill -9 in the middle loses at most the attempt in flight, and nothing runs twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lcbench.runs.store import Sweep, read_json
+
+pytestmark = [pytest.mark.gloo, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(results: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "lcbench.sweep", "cp=ring,ulysses,usp", "mask=full,causal", "seqlen=512", "scale=2x1", "heads=4x2x16",
+        "dtype=float64", "measure.budget_s=2", "measure.min_iterations=200", "measure.max_iterations=200", "sweep=killed",
+        f"results={results}", f"tracking_uri=sqlite:///{results}/mlflow.db",
+    ]  # fmt: skip
+
+
+def wait_until(condition: object, seconds: float = 120) -> None:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.1)
+
+
+def test_kill_in_the_middle_then_the_same_command_does_what_is_missing(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, "killed")
+    first = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_until(lambda: sweep.exists() and any(sweep.attempts(c) for c in sweep.entries()))
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    # The agents live on: the same command must leave their cells to them.
+    again = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True)
+    assert " 0 to run" in again.stdout, again.stdout
+    (pack,) = sweep.packs()
+    for pid in read_json(sweep.pack_folder(pack) / "job.json")["pids"]:
+        os.killpg(pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-9", "-f", f"lcbench.runs.worker {tmp_path}"], check=False)
+    done_before = {c for c in sweep.entries() if sweep.attempts(c)}
+    assert done_before
+
+    last = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True)
+    assert last.returncode == 0, last.stdout + last.stderr
+    for cell_id in sweep.entries():
+        attempts = sweep.attempts(cell_id)
+        assert attempts[-1].status == "ok"
+        assert len(attempts) == 1 or attempts[0].failure is not None
+        if cell_id in done_before and attempts[0].status == "ok":
+            assert len(attempts) == 1  # what was done is not done again
