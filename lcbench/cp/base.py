@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Protocol
 
 from lcbench.cp.schedule import Schedule
-from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 
 
 class Strategy(Protocol):
-    def unsupported(self, problem: Problem, mask: BandMask) -> str | None:
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         """None if the schedule can run this problem, else the reason, stored word for word in the skipped result."""
         ...
 
-    def schedule(self, problem: Problem, mask: BandMask) -> Schedule: ...
+    def schedule(self, problem: Problem, mask: Mask) -> Schedule: ...

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from lcbench.cp.schedule import Exchange, Hop, Mesh, Schedule
 from lcbench.cp.verify import net_shifts
-from lcbench.kernels.base import Kernel, Prepared, accumulation_dtype, merge
-from lcbench.masks.band import BandMask
+from lcbench.kernels.base import Kernel, Prepared, accumulation_dtype, merge, prepare
+from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 
 
@@ -72,13 +72,13 @@ class Executor:
     Attributes:
         bytes_sent: counted where it is sent, since ``forward`` or ``backward`` last began.
         calls: native kernel calls of this rank's forward pass.
-        area: unmasked pairs that this rank computes, each for its share of the heads.
+        pairs: unmasked pairs that this rank computes, over its share of the query heads.
     """
 
     def __init__(
         self,
         schedule: Schedule,
-        mask: BandMask,
+        mask: Mask,
         kernel: Kernel,
         problem: Problem,
         *,
@@ -94,15 +94,18 @@ class Executor:
         # Every rank makes every group, in the same order.
         self._groups = {dim: groups.of(mesh, dim, rank) for dim in dims}
         self._tiles: list[list[Prepared]] = []
-        self.area = 0
+        self.pairs = 0
+        shares = schedule.head_shares
+        q_heads = problem.heads.q // (int(shares.max()) + 1)
+        mask = mask.of_heads(int(shares[rank]) * q_heads, q_heads, problem.heads.q)
         self._held: list[int] = []  # tokens of keys and values that this rank holds in each step
         held = schedule.shard_of
         for step in schedule.steps:
             self._held.append(schedule.shards.size(int(held[rank])))
             own = [(q, k) for r, q, k in step.tiles[step.tiles[:, 0] == rank].tolist()]
             masks = [schedule.shards.tile(mask, q, k).merged() for q, k in own]
-            self.area += sum(tile.area for tile in masks)
-            self._tiles.append([kernel.prepare(tile, device) for tile in masks if len(tile)])
+            self.pairs += sum(tile.pairs(q_heads) for tile in masks)
+            self._tiles.append([prepare(kernel, tile, device) for tile in masks if len(tile)])
             for move in step.moves:
                 if isinstance(move, Hop):
                     held = held[mesh.source(move.dim, move.shift)]

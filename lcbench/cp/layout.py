@@ -8,7 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from lcbench.masks.band import BandMask, Ints, Run
+from lcbench.masks.band import Ints, Run
+from lcbench.masks.mask import Mask
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,18 @@ class Layout:
         runs = self.shards[shard]
         return np.concatenate([run.start + run.stride * np.arange(run.size, dtype=np.int64) for run in runs])
 
-    def tile(self, mask: BandMask, q_shard: int, k_shard: int) -> BandMask:
+    def tile(self, mask: Mask, q_shard: int, k_shard: int) -> Mask:
         """The part of ``mask`` where the queries of one shard meet the keys of another, in local positions."""
         return mask.tile(self.shards[q_shard], self.shards[k_shard])
 
-    def imbalance(self, mask: BandMask) -> float:
+    def imbalance(self, mask: Mask) -> float:
         """Work of the busiest shard over the mean: 1.0 is perfect."""
-        areas = [mask.row_area(runs) for runs in self.shards]
+        areas = self.areas(mask)
         return max(areas) * len(areas) / sum(areas) if sum(areas) else 1.0
+
+    def areas(self, mask: Mask) -> list[int]:
+        """Unmasked pairs of the queries of each shard (of a block map: over all its maps)."""
+        return [mask.row_area(runs) for runs in self.shards]
 
     def split(self, parts: int) -> Layout:
         """Each shard cut into ``parts`` pieces of its local order: shard i becomes shards i*parts ... i*parts+parts-1."""
@@ -58,6 +63,11 @@ def zigzag(seqlen: int, shards: int) -> Layout:
     cuts = _cuts(seqlen, 2 * shards)
     chunks = [Run(a, b - a) for a, b in pairwise(cuts)]
     return Layout(tuple((chunks[i], chunks[-1 - i]) for i in range(shards)))
+
+
+def striped(seqlen: int, shards: int) -> Layout:
+    """Shard i owns every n-th token from i on (Striped Attention, arXiv 2311.09431)."""
+    return Layout(tuple((Run(i, max(0, -((i - seqlen) // shards)), shards),) for i in range(shards)))
 
 
 def _cuts(length: int, parts: int) -> list[int]:

@@ -8,34 +8,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lcbench.cp.layout import Layout, contiguous, zigzag
+from lcbench.cp.layout import Layout, contiguous, striped, zigzag
 from lcbench.cp.schedule import Mesh, Schedule, ring_steps
-from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 
-Order = Literal["auto", "zigzag", "contiguous"]
-ORDERS = {"zigzag": zigzag, "contiguous": contiguous}
+Order = Literal["auto", "zigzag", "striped", "contiguous"]
+ORDERS = {"zigzag": zigzag, "striped": striped, "contiguous": contiguous}
 
 
 @dataclass(frozen=True)
 class Ring:
-    """``order``: how tokens are dealt out; ``auto`` takes the better balanced one by exact area, contiguous on a tie."""
+    """``order``: how tokens are dealt out; ``auto``: zigzag or contiguous, whichever is better balanced by exact area."""
 
     order: Order = "auto"
 
     def __post_init__(self) -> None:
         check_order(self.order)
 
-    def unsupported(self, problem: Problem, mask: BandMask) -> str | None:
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return too_short(problem, problem.scale.world_size)
 
-    def schedule(self, problem: Problem, mask: BandMask) -> Schedule:
+    def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         mesh = Mesh.of(ring=problem.scale.world_size)
         layout = deal(mask, problem.seqlen, mesh.world_size, self.order)
         return Schedule(mesh, layout, layout, mesh.coordinate("ring"), ring_steps(mesh, "ring"))
 
 
-def deal(mask: BandMask, seqlen: int, shards: int, order: Order) -> Layout:
+def deal(mask: Mask, seqlen: int, shards: int, order: Order) -> Layout:
     """The layout of ``order`` for this mask."""
     if order != "auto":
         return ORDERS[order](seqlen, shards)

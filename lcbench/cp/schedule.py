@@ -109,6 +109,16 @@ class Schedule:
     shard_of: Ints
     steps: tuple[Step, ...]
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether heads are dealt out by an exchange before anything is computed."""
+        return any(isinstance(move, Exchange) for step in self.steps for move in step.moves)
+
+    @property
+    def head_shares(self) -> Ints:
+        """Which share of the heads each rank computes, shape (P,); all 0 where every rank has all heads."""
+        return self.mesh.coordinate("ulysses") if self.exchanges else np.zeros(self.mesh.world_size, dtype=np.int64)
+
     def __str__(self) -> str:
         """The schedule as a grid of steps x ranks; a bug report is this text."""
         ranks = range(self.mesh.world_size)

@@ -12,17 +12,17 @@ import numpy as np
 from lcbench.cp.layout import contiguous
 from lcbench.cp.ring import too_short
 from lcbench.cp.schedule import Exchange, Mesh, Schedule, Step, tiles
-from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 
 
 @dataclass(frozen=True)
 class Ulysses:
-    def unsupported(self, problem: Problem, mask: BandMask) -> str | None:
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         ranks = problem.scale.world_size
         return indivisible_heads(problem.heads, ranks) or too_short(problem, ranks)
 
-    def schedule(self, problem: Problem, mask: BandMask) -> Schedule:
+    def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size
         whole = contiguous(problem.seqlen, 1)
         return Schedule(

@@ -11,7 +11,7 @@ from typing import Literal
 from lcbench.cp.ring import Order, check_order, deal, too_short
 from lcbench.cp.schedule import Mesh, Schedule, ring_steps
 from lcbench.cp.ulysses import exchanged, indivisible_heads
-from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 
 
@@ -33,13 +33,13 @@ class USP:
         per_node = problem.scale.gpus_per_node
         return max(u for u in range(1, per_node + 1) if per_node % u == 0 and not indivisible_heads(problem.heads, u))
 
-    def unsupported(self, problem: Problem, mask: BandMask) -> str | None:
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         ranks, degree = problem.scale.world_size, self.degree(problem)
         if ranks % degree:
             return f"ulysses_degree={degree} does not divide the {ranks} ranks of scale={problem.scale}"
         return indivisible_heads(problem.heads, degree) or too_short(problem, ranks)
 
-    def schedule(self, problem: Problem, mask: BandMask) -> Schedule:
+    def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         degree = self.degree(problem)
         mesh = Mesh.of(ring=problem.scale.world_size // degree, ulysses=degree)
         shards = deal(mask, problem.seqlen, mesh.size("ring"), self.order)

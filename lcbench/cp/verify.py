@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lcbench.cp.schedule import Exchange, Hop, Schedule
-from lcbench.masks.band import BandMask, Ints
+from lcbench.masks.band import Ints
+from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
 
 
@@ -23,24 +24,24 @@ class Report:
     """What a valid schedule costs.
 
     Attributes:
-        rank_areas: unmasked pairs per rank (each for the rank's share of the heads), shape (P,).
-        step_areas: the same per step, shape (steps, P).
+        rank_pairs: unmasked pairs per rank, over the query heads that it computes, shape (P,).
+        step_pairs: the same per step, shape (steps, P).
         forward_bytes, backward_bytes: sent per rank, shape (P,).
     """
 
-    rank_areas: Ints
-    step_areas: Ints
+    rank_pairs: Ints
+    step_pairs: Ints
     forward_bytes: Ints
     backward_bytes: Ints
 
     @property
     def imbalance(self) -> float:
         """Time of the steps, each as long as its busiest rank, over the mean work of a rank: 1.0 is perfect."""
-        mean = self.rank_areas.mean()
-        return float(self.step_areas.max(axis=1).sum() / mean) if mean else 1.0
+        mean = self.rank_pairs.mean()
+        return float(self.step_pairs.max(axis=1).sum() / mean) if mean else 1.0
 
 
-def verify(schedule: Schedule, mask: BandMask, heads: Heads, itemsize: int) -> Report:
+def verify(schedule: Schedule, mask: Mask, heads: Heads, itemsize: int) -> Report:
     """Check a schedule against a mask and count its work and its bytes.
 
     Args:
@@ -51,13 +52,13 @@ def verify(schedule: Schedule, mask: BandMask, heads: Heads, itemsize: int) -> R
     world = schedule.mesh.world_size
     _check_layouts(schedule, mask.num_q)
 
-    areas = _tile_areas(schedule, mask)
     # Ranks of one exchange group hold the same shard with different heads: each pair must be computed once per share.
-    shares = schedule.mesh.coordinate("ulysses") if _exchanges(schedule) else np.zeros(world, dtype=np.int64)
+    shares = schedule.head_shares
+    pairs = _tile_pairs(schedule, mask, heads)
     done: set[tuple[int, int, int]] = set()
     held_kv = schedule.shard_of.copy()
-    gathered = not _exchanges(schedule)
-    step_areas = np.zeros((len(schedule.steps), world), dtype=np.int64)
+    gathered = not schedule.exchanges
+    step_pairs = np.zeros((len(schedule.steps), world), dtype=np.int64)
     for number, step in enumerate(schedule.steps):
         for rank, q, k in step.tiles.tolist():
             if not gathered:
@@ -66,10 +67,10 @@ def verify(schedule: Schedule, mask: BandMask, heads: Heads, itemsize: int) -> R
                 raise _error(schedule, number, f"rank {rank} does not hold the queries of shard {q}")
             if k != held_kv[rank]:
                 raise _error(schedule, number, f"rank {rank} holds keys of shard {held_kv[rank]}, not of shard {k}")
-            if areas[q, k] and (q, k, int(shares[rank])) in done:
+            if pairs[shares[rank], q, k] and (q, k, int(shares[rank])) in done:
                 raise _error(schedule, number, f"rank {rank} computes q{q}k{k} a second time")
             done.add((q, k, int(shares[rank])))
-            step_areas[number, rank] += areas[q, k]
+            step_pairs[number, rank] += pairs[shares[rank], q, k]
         for move in step.moves:
             if isinstance(move, Hop):
                 source = schedule.mesh.source(move.dim, move.shift)
@@ -78,20 +79,27 @@ def verify(schedule: Schedule, mask: BandMask, heads: Heads, itemsize: int) -> R
                 held_kv = held_kv[source]
             else:
                 gathered = move.way == "gather"
-    for q, k in np.argwhere(areas).tolist():
-        for share in np.unique(shares).tolist():
-            if (q, k, share) not in done:
-                raise _error(schedule, len(schedule.steps) - 1, f"nobody computed q{q}k{k} (head share {share})")
+    for share, q, k in np.argwhere(pairs).tolist():
+        if (q, k, share) not in done:
+            raise _error(schedule, len(schedule.steps) - 1, f"nobody computed q{q}k{k} (head share {share})")
     forward, backward = _bytes(schedule, heads, itemsize)
-    return Report(step_areas.sum(axis=0), step_areas, forward, backward)
+    return Report(step_pairs.sum(axis=0), step_pairs, forward, backward)
 
 
-def _tile_areas(schedule: Schedule, mask: BandMask) -> Ints:
-    shards = schedule.shards
-    areas = np.array([[shards.tile(mask, q, k).area for k in range(len(shards))] for q in range(len(shards))])
-    if areas.sum() != mask.area:
-        raise ScheduleError(f"the tiles hold {areas.sum()} pairs, the mask {mask.area}")
-    return areas
+def _tile_pairs(schedule: Schedule, mask: Mask, heads: Heads) -> Ints:
+    """Unmasked pairs of every tile over the heads of every share, shape (head shares, shards, shards)."""
+    shards, shares = schedule.shards, int(schedule.head_shares.max()) + 1
+    count = heads.q // shares
+    tables: dict[int, list[list[int]]] = {}  # by mask: bands are the same for every share
+    masks = [mask.of_heads(share * count, count, heads.q) for share in range(shares)]
+    for part in masks:
+        if id(part) not in tables:
+            every = range(len(shards))
+            tables[id(part)] = [[shards.tile(part, q, k).pairs(count) for k in every] for q in every]
+    pairs = np.array([tables[id(part)] for part in masks])
+    if pairs.sum() != mask.pairs(heads.q):
+        raise ScheduleError(f"the tiles hold {pairs.sum()} pairs, the mask {mask.pairs(heads.q)}")
+    return pairs
 
 
 def _check_layouts(schedule: Schedule, seqlen: int) -> None:
@@ -105,7 +113,7 @@ def _check_layouts(schedule: Schedule, seqlen: int) -> None:
 def _bytes(schedule: Schedule, heads: Heads, itemsize: int) -> tuple[Ints, Ints]:
     """Bytes that ``execute`` sends per rank, forward and backward, each of shape (P,)."""
     mesh = schedule.mesh
-    group = mesh.size("ulysses") if _exchanges(schedule) else 1
+    group = int(schedule.head_shares.max()) + 1
     own = np.array([schedule.layout.size(rank) for rank in range(mesh.world_size)])
     kv_heads = max(heads.kv // group, 1)
     sum_itemsize = max(itemsize, 4)  # gradients in transit are summed in fp32 at least
@@ -160,10 +168,6 @@ def net_shifts(schedule: Schedule) -> dict[str, int]:
             if isinstance(move, Hop):
                 net[move.dim] = (net.get(move.dim, 0) + move.shift) % schedule.mesh.size(move.dim)
     return net
-
-
-def _exchanges(schedule: Schedule) -> bool:
-    return any(isinstance(move, Exchange) for step in schedule.steps for move in step.moves)
 
 
 def _error(schedule: Schedule, step: int, message: str) -> ScheduleError:

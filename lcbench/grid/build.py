@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 from hydra.utils import get_object
 
 from lcbench.cp.base import Strategy
-from lcbench.grid.values import parse_tokens
+from lcbench.grid.values import parse_int, parse_tokens
 from lcbench.kernels.base import Kernel
-from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads
 
 RESERVED = ("name", "_target_")
+# What a mask gets besides its options: the length, the heads, a seed, document lengths.
+GIVEN = ("seqlen", "heads", "seed", "lengths")
+# Options of a mask that are the cell's and not its function's: seeded draws to measure, and the digest of its file.
+DRAWS, DIGEST = "draws", "file_sha256"
+# A window may have no left or no right side, a mask no global tokens, sinks or query.
+MAY_BE_ZERO = ("left", "right", "global_tokens", "global_size", "sink", "query", "local", "anchor")
 
 
 class Checked(dict[str, Any]):
@@ -28,11 +37,32 @@ def build_strategy(config: dict[str, Any]) -> Strategy:
     return cast(Strategy, get_object(config["_target_"])(**_options(config)))
 
 
-def build_mask(config: dict[str, Any], seqlen: int, seed: int) -> BandMask:
-    """The mask at a length; ``seed`` reaches the masks that draw something."""
-    function = get_object(config["_target_"])
-    seeded = {"seed": seed} if "seed" in inspect.signature(function).parameters else {}
-    return cast(BandMask, function(seqlen, **seeded, **_options(config)))
+def build_mask(config: dict[str, Any], seqlen: int, heads: Heads, seed: int, draw: int = 0) -> Mask:
+    """The mask at a length; ``seed`` and ``draw`` reach the masks that draw something.
+
+    Raises:
+        DoesNotFit: the mask cannot exist at this length or with these heads.
+        ValueError: options that are bad at any length, or a file that is not what it was when the cell was planned.
+    """
+    target = config["_target_"]
+    names = _parameters(target)
+    given: dict[str, Any] = {"heads": heads, "seed": (seed, draw)}
+    options = {k: v for k, v in _options(config).items() if k not in (DRAWS, DIGEST, "lengths")}
+    if "lengths" in names:
+        given["lengths"] = get_object(config["lengths"]["_target_"])(**_options(config["lengths"]))
+    if DIGEST in config and _digest(options["file"]) != config[DIGEST]:
+        raise ValueError(f"mask.file={options['file']} has changed since this cell was planned; plan it anew")
+    return cast(Mask, get_object(target)(seqlen, **{k: v for k, v in given.items() if k in names}, **options))
+
+
+def draws(config: dict[str, Any]) -> int:
+    """How many seeded draws of a mask a cell measures."""
+    return int(config.get(DRAWS, 1))
+
+
+def with_lengths(mask: dict[str, Any], lengths: dict[str, Any]) -> dict[str, Any]:
+    """A mask's config with the document lengths in it, if it has documents; the others are the same for every lengths value."""
+    return {**mask, "lengths": lengths} if "lengths" in _parameters(mask["_target_"]) else mask
 
 
 def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +78,7 @@ def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"conf/{group}/{name}.yaml must set name and _target_")
     checked = dict(config)
     for option, (annotation, required) in _parameters(config["_target_"]).items():
-        if option in ("seqlen", "seed") and group == "mask":
+        if group == "mask" and option in GIVEN:
             continue
         value = config.get(option)
         if value is None or value == "???":
@@ -56,14 +86,37 @@ def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
                 example = "4k" if "int" in annotation else "a value"
                 raise ValueError(f"{group}={name} needs {group}.{option}, which is not set; for example {group}.{option}={example}")
             continue
-        if group == "mask" and "list[int]" in annotation:
-            items = value if isinstance(value, list) else [value]
-            checked[option] = [parse_tokens(item, f"{group}.{option}") for item in items]
-        elif group == "mask" and "int" in annotation:
-            checked[option] = 0 if value == 0 else parse_tokens(value, f"{group}.{option}")
-    if group != "mask":
+        checked[option] = _parsed(group, option, annotation, value)
+    if group == "mask":
+        if "seed" in _parameters(config["_target_"]):
+            checked[DRAWS] = parse_int(config.get(DRAWS, 1), f"mask.{DRAWS}", least=1)
+        elif DRAWS in checked:
+            raise ValueError(f"mask={name} draws nothing, so mask.{DRAWS}={checked[DRAWS]} means nothing")
+        if "file" in checked:
+            path = Path(str(checked["file"])).absolute()
+            if not path.is_file():
+                raise ValueError(f"mask.file={checked['file']} is no file")
+            checked["file"], checked[DIGEST] = str(path), _digest(str(path))
+    else:
         get_object(config["_target_"])(**_options(checked))  # its own checks
     return checked
+
+
+def _parsed(group: str, option: str, annotation: str, value: Any) -> Any:
+    """An option's value, token counts as integers: every integer of a mask or of document lengths is one, 0 where it may be."""
+    if group not in ("mask", "lengths") or "int" not in annotation:
+        return value
+    name = f"{group}.{option}"
+    if "list[int]" in annotation:
+        return [parse_tokens(item, name) for item in (value if isinstance(value, list) else [value])]
+    if "float" in annotation:
+        return value
+    return 0 if value == 0 and option in MAY_BE_ZERO and not isinstance(value, bool) else parse_tokens(value, name)
+
+
+@cache
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 @cache

@@ -22,7 +22,8 @@ class Cell:
 
         {"kernel": {"name": "sdpa", "_target_": "lcbench.kernels.sdpa.SDPA", ...options},
          "cp":     {"name": "ring", "_target_": "lcbench.cp.ring.Ring", ...options},
-         "mask":   {"name": "causal", "_target_": "lcbench.masks.causal.causal", ...options},
+         "mask":   {"name": "document", "_target_": "lcbench.masks.document.document", ...options, "draws": 1,
+                    "lengths": {"name": "web_text", ...}},  # lengths, draws: where the mask has documents, draws something
          "seqlen": 65536, "scale": "2x8", "heads": "32x8x128", "dtype": "bfloat16",
          "direction": "forward_backward", "seed": 0,
          "measure": {"warmup": 3, "min_iterations": 5, "max_iterations": 100, "budget_s": 20.0, "precision": 0.02,
@@ -62,9 +63,11 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """For people: ``ring sdpa causal 64k 2x8``; not unique."""
+        """For people: ``ring sdpa causal_document(web_text) 64k 2x8``; not unique."""
         config = self.config
-        names = [config[group]["name"] for group in ("cp", "kernel", "mask")]
+        mask = config["mask"]
+        documents = f"({mask['lengths']['name']})" if "lengths" in mask else ""
+        names = [config["cp"]["name"], config["kernel"]["name"], f"{mask['name']}{documents}"]
         return " ".join([*names, format_tokens(config["seqlen"]), config["scale"]])
 
 

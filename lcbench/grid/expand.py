@@ -28,9 +28,11 @@ from omegaconf.errors import OmegaConfBaseException
 from lcbench.grid import build, values
 from lcbench.grid.cell import Cell
 from lcbench.kernels.base import Kernel
-from lcbench.masks.band import BandMask
+from lcbench.masks.band import DoesNotFit
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
 
-GROUPS = ("kernel", "cp", "mask")
+GROUPS = ("kernel", "cp", "mask", "lengths")
 AXES = (*GROUPS, "seqlen", "seqlen_per_rank", "scale", "heads", "dtype", "direction", "seed", "measure")
 RUN_OPTIONS = ("sweep", "site", "wait", "force", "pack", "results", "tracking_uri", "experiment")
 CONFIG = "config"
@@ -99,8 +101,10 @@ def cell_config(config: dict[str, Any]) -> dict[str, Any]:
     if config["seqlen_per_rank"] is not None:
         seqlen = values.parse_tokens(config["seqlen_per_rank"], "seqlen_per_rank") * scale.world_size
     measure = dict(config["measure"])
+    groups = {group: build.check_options(group, _named(group, config[group])) for group in GROUPS}
+    groups["mask"] = build.with_lengths(groups["mask"], groups.pop("lengths"))
     return {
-        **{group: build.check_options(group, _named(group, config[group])) for group in GROUPS},
+        **groups,
         "seqlen": values.parse_tokens(seqlen),
         "scale": str(scale),
         "heads": str(values.parse_heads(config["heads"])),
@@ -120,8 +124,8 @@ def skip_reason(cell: Cell) -> str | None:
     """Why no run of this cell can give a result, from its kernel, its strategy and its mask; None if one can."""
     config, problem = cell.config, cell.problem
     try:
-        mask = _mask(json.dumps(config["mask"]), problem.seqlen, config["seed"])
-    except ValueError as error:
+        mask = _mask(json.dumps(config["mask"]), problem, config["seed"])
+    except DoesNotFit as error:
         return f"mask {config['mask']['name']}: {error}"
     for group, builder in (("kernel", build.build_kernel), ("cp", build.build_strategy)):
         reason = _object(group, json.dumps(config[group]), builder).unsupported(problem, mask)
@@ -327,15 +331,21 @@ def _one_line(error: BaseException) -> str:
 
 # -- objects, each made once -----------------------------------------------------------------------------------------
 
-_masks: dict[tuple[str, int, int], BandMask] = {}
+_masks: dict[tuple[str, int, Heads, int], Mask | DoesNotFit] = {}
 _objects: dict[tuple[str, str], Any] = {}
 
 
-def _mask(config: str, seqlen: int, seed: int) -> BandMask:
-    key = (config, seqlen, seed)
+def _mask(config: str, problem: Problem, seed: int) -> Mask:
+    key = (config, problem.seqlen, problem.heads, seed)
     if key not in _masks:
-        _masks[key] = build.build_mask(json.loads(config), seqlen, seed)
-    return _masks[key]
+        try:
+            _masks[key] = build.build_mask(json.loads(config), problem.seqlen, problem.heads, seed)
+        except DoesNotFit as error:
+            _masks[key] = error
+    mask = _masks[key]
+    if isinstance(mask, DoesNotFit):
+        raise mask
+    return mask
 
 
 def _object(group: str, config: str, builder: Any) -> Kernel:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from lcbench.masks.band import BandMask
+from lcbench.masks.block import BlockMap
+from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class Prepared(Protocol):
 class Kernel(Protocol):
     """Modules import torch lazily, so that a plan can ask ``unsupported`` on a login node without loading it."""
 
-    def unsupported(self, problem: Problem, mask: BandMask) -> str | None:
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         """None if this kernel can run the problem, else the reason, stored word for word in the skipped result."""
         ...
 
@@ -52,7 +54,61 @@ class Kernel(Protocol):
         """None if it can run here, on this device with what is installed, else the reason; asked by the worker."""
         ...
 
-    def prepare(self, mask: BandMask, device: torch.device) -> Prepared: ...
+    def prepare(self, mask: BandMask, device: torch.device) -> Prepared:
+        """Ready for a band mask; ``prepare`` below makes any mask of it."""
+        ...
+
+
+def prepare(kernel: Kernel, mask: Mask, device: torch.device) -> Prepared:
+    """A kernel made ready for a mask; one that knows bands only runs a block map as bands, map by map."""
+    return PreparedMaps(kernel, mask, device) if isinstance(mask, BlockMap) else kernel.prepare(mask, device)
+
+
+class PreparedMaps:
+    """A block map on a band kernel: each map for the query heads that read it, with their key/value heads."""
+
+    def __init__(self, kernel: Kernel, mask: BlockMap, device: torch.device) -> None:
+        self._maps = [kernel.prepare(mask.bands(i), device) for i in range(mask.maps)]
+        self.calls = sum(part.calls for part in self._maps)
+
+    def _heads(self, q: torch.Tensor, k: torch.Tensor) -> list[tuple[Prepared, slice, slice]]:
+        each, group = q.shape[1] // len(self._maps), q.shape[1] // k.shape[1]
+        return [
+            (part, slice(i * each, (i + 1) * each), slice(i * each // group, -(-(i + 1) * each // group)))
+            for i, part in enumerate(self._maps)
+        ]
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        parts = [part.forward(q[:, own], k[:, kv], v[:, kv], softmax_scale=softmax_scale) for part, own, kv in self._heads(q, k)]
+        return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        softmax_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
+        dtype = accumulation_dtype(q.dtype)
+        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+        for part, own, kv in self._heads(q, k):
+            grads = part.backward(
+                dout[:, own], q[:, own], k[:, kv], v[:, kv], out[:, own], lse[:, own], softmax_scale=softmax_scale
+            )
+            # Several maps may share a key/value head, so gradients add up.
+            for total, heads, grad in zip((dq, dk, dv), (own, kv, kv), grads, strict=True):
+                total[:, heads] += grad
+        return dq, dk, dv
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lcbench.kernels.base import Prepared
 from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 
 if TYPE_CHECKING:
@@ -17,17 +19,17 @@ BLOCK_ELEMENTS = 1 << 22  # scores of one block of rows, over all heads
 
 @dataclass(frozen=True)
 class Reference:
-    def unsupported(self, problem: Problem, mask: BandMask) -> str | None:
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return None
 
     def unavailable(self, problem: Problem, device: torch.device) -> str | None:
         return None
 
-    def prepare(self, mask: BandMask, device: torch.device) -> PreparedReference:
+    def prepare(self, mask: BandMask, device: torch.device) -> Prepared:
         return PreparedReference(mask)
 
 
-@dataclass(frozen=True)
+@dataclass
 class PreparedReference:
     mask: BandMask
     calls: int = 1

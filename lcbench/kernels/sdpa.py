@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lcbench.kernels.base import Prepared, accumulation_dtype, merge
 from lcbench.masks.band import BandMask
 from lcbench.masks.convert import Piece, Varlen, pieces, varlen
+from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SDPA:
-    def unsupported(self, problem: Problem, mask: BandMask) -> str | None:
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return None
 
     def unavailable(self, problem: Problem, device: torch.device) -> str | None:

@@ -23,9 +23,15 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 OPEN = 1 << 61  # a diagonal bound that binds nowhere; its sums with token indices still fit 64 bits
+LOWER = np.array([True, False, True, False, True, False])  # which of a band's six numbers are lower bounds
+OVERLAP_CHUNK = 4096
 
-# Merging compares bands pairwise, so it is tried on short lists only.
+# Up to so many bands every pair is tried when merging; above it neighbours only.
 MERGE_LIMIT = 16
+
+
+class DoesNotFit(ValueError):
+    """A mask whose options are good cannot exist at this length or with these heads: the cell is skipped, not refused."""
 
 
 class Band(NamedTuple):
@@ -70,16 +76,63 @@ class BandMask:
     @property
     def areas(self) -> Ints:
         """Number of pairs in each band, shape (n,)."""
-        return _area(self.bands)
+        return areas(self.bands)
 
     @property
     def area(self) -> int:
         """Number of unmasked pairs, exact."""
         return int(self.areas.sum())
 
+    def pairs(self, q_heads: int) -> int:
+        """Unmasked pairs over all query heads."""
+        return self.area * q_heads
+
     @property
     def density(self) -> float:
         return self.area / (self.num_q * self.num_k) if self.num_q and self.num_k else 0.0
+
+    def of_heads(self, first: int, count: int, total: int) -> BandMask:
+        """The mask of query heads ``first ... first + count - 1`` of ``total``: bands hold for every head."""
+        return self
+
+    def corners(self, side: str) -> Ints:
+        """First and last rows (``side="q"``) or columns (``"k"``) of the bands, sorted: where a wrong mask shows first."""
+        first, last = (0, 1) if side == "q" else (2, 3)
+        return np.unique(np.concatenate([self.bands[:, first], self.bands[:, last] - 1]))
+
+    def intervals(self, rows: Ints) -> tuple[Ints, Ints, Ints]:
+        """What sorted ``rows`` see: (position in ``rows``, first key, last key + 1) of every interval of keys, one per band."""
+        q0, q1, k0, k1, lo, hi = self.bands.T
+        begin, end = np.searchsorted(rows, q0), np.searchsorted(rows, q1)
+        band, at = spread(begin, end)
+        q = rows[at]
+        return at, np.maximum(k0[band], q + lo[band]), np.minimum(k1[band], q + hi[band] + 1)
+
+    def extents(self, rows: Ints) -> tuple[Ints, Ints]:
+        """(first key, last key + 1) that each of sorted ``rows`` sees, shape (rows,); (0, 0) for a row without keys.
+
+        Of columns: ``transpose().extents(columns)``.
+        """
+        at, begin, end = self.intervals(rows)
+        first, last = np.full(len(rows), OPEN), np.zeros(len(rows), dtype=np.int64)
+        np.minimum.at(first, at, begin)
+        np.maximum.at(last, at, end)
+        return np.where(last > 0, first, 0), last
+
+    def overlap(self) -> tuple[Band, Band] | None:
+        """Two bands that share a pair, or None: what ``of`` takes for granted and a mask from a file must prove."""
+        order = np.argsort(self.bands[:, 0], kind="stable")
+        bands = self.bands[order]
+        later = np.searchsorted(bands[:, 0], bands[:, 1])
+        for begin in range(0, len(bands), OVERLAP_CHUNK):
+            chunk = np.arange(begin, min(begin + OVERLAP_CHUNK, len(bands)))
+            number, other = spread(chunk + 1, later[chunk])
+            one, two = bands[chunk[number]], bands[other]
+            both = np.where(LOWER, np.maximum(one, two), np.minimum(one, two))
+            shared = np.nonzero(_not_empty(_clipped(both)))[0]
+            if len(shared):
+                return Band(*one[shared[0]].tolist()), Band(*two[shared[0]].tolist())
+        return None
 
     def crop(self, q0: int, q1: int, k0: int, k1: int) -> BandMask:
         """The part inside a rectangle, in coordinates that start at its corner."""
@@ -113,24 +166,15 @@ class BandMask:
 
         The smallest band around two disjoint ones contains both, so it is their union exactly when the areas agree.
         """
-        if not 1 < len(self.bands) <= MERGE_LIMIT:
-            return self
-        bands = list(self.bands[np.lexsort((self.bands[:, 2], self.bands[:, 0]))])
-        joined = True
-        while joined:
-            joined = False
-            for i in range(len(bands)):
-                for j in range(i + 1, len(bands)):
-                    hull = _hull(bands[i], bands[j])
-                    areas = _area(np.stack([hull, bands[i], bands[j]]))
-                    if areas[0] == areas[1] + areas[2]:
-                        bands[i] = hull
-                        del bands[j]
-                        joined = True
-                        break
-                if joined:
-                    break
-        return BandMask(self.num_q, self.num_k, np.stack(bands))
+        bands = self.bands
+        before = len(bands) + 1
+        while 1 < len(bands) < before:
+            before = len(bands)
+            for keys in ((2, 0), (0, 2), (4, 0)):
+                bands = _join_neighbours(bands[np.lexsort((bands[:, keys[0]], bands[:, keys[1]]))])
+        if 1 < len(bands) <= MERGE_LIMIT:
+            bands = _join_any(bands)
+        return BandMask(self.num_q, self.num_k, bands)
 
     def row_area(self, runs: Sequence[Run]) -> int:
         """Number of pairs whose query lies in ``runs``: the work of a rank that owns these queries."""
@@ -139,17 +183,25 @@ class BandMask:
             # Over all keys a row's pairs do not depend on how keys are indexed, so each residue of the keys is one run.
             for residue in range(run.stride):
                 keys = Run(residue, max(0, -(-(self.num_k - residue) // run.stride)), run.stride)
-                total += int(_area(_reindex(self.bands, run, keys)).sum())
+                total += int(areas(_reindex(self.bands, run, keys)).sum())
         return total
 
 
+def cropped(
+    bands: Ints, q0: int | Ints | None, q1: int | Ints | None, k0: int | Ints | None, k1: int | Ints | None
+) -> tuple[Ints, NDArray[np.bool_]]:
+    """Bands, each inside a rectangle of its own (None: no bound), in normal form; and which of them are left."""
+    found = bands.copy()
+    for column, bound, pick in ((0, q0, np.maximum), (1, q1, np.minimum), (2, k0, np.maximum), (3, k1, np.minimum)):
+        if bound is not None:
+            found[:, column] = pick(bands[:, column], bound)
+    found = _clipped(found)
+    kept = _not_empty(found)
+    return found[kept], kept
+
+
 def _crop(bands: Ints, q0: int, q1: int, k0: int, k1: int) -> Ints:
-    cropped = bands.copy()
-    cropped[:, 0] = np.maximum(bands[:, 0], q0)
-    cropped[:, 1] = np.minimum(bands[:, 1], q1)
-    cropped[:, 2] = np.maximum(bands[:, 2], k0)
-    cropped[:, 3] = np.minimum(bands[:, 3], k1)
-    return _normal(cropped)
+    return cropped(bands, q0, q1, k0, k1)[0]
 
 
 def _shift(bands: Ints, dq: int, dk: int) -> Ints:
@@ -158,12 +210,22 @@ def _shift(bands: Ints, dq: int, dk: int) -> Ints:
 
 def _normal(bands: Ints) -> Ints:
     """Tight bands only: rows, then columns that no pair touches are cut away; empty bands go."""
+    clipped = _clipped(bands)
+    return clipped[_not_empty(clipped)]
+
+
+def _not_empty(clipped: Ints) -> NDArray[np.bool_]:
+    q0, q1, k0, k1, lo, hi = clipped.T
+    kept: NDArray[np.bool_] = (q0 < q1) & (k0 < k1) & (lo <= hi)
+    return kept
+
+
+def _clipped(bands: Ints) -> Ints:
     q0, q1, k0, k1, lo, hi = bands.T
     q0, q1 = np.maximum(q0, k0 - hi), np.minimum(q1, k1 - lo)
     k0, k1 = np.maximum(k0, q0 + lo), np.minimum(k1, q1 + hi)
     lo, hi = np.maximum(lo, k0 - q1 + 1), np.minimum(hi, k1 - 1 - q0)
-    full: NDArray[np.bool_] = (q0 < q1) & (k0 < k1) & (lo <= hi)
-    return np.stack([q0, q1, k0, k1, lo, hi], axis=1)[full]
+    return np.stack([q0, q1, k0, k1, lo, hi], axis=1)
 
 
 def _reindex(bands: Ints, q: Run, k: Run) -> Ints:
@@ -188,15 +250,53 @@ def _reindex(bands: Ints, q: Run, k: Run) -> Ints:
 
 
 def _hull(a: Ints, b: Ints) -> Ints:
-    low, high = np.minimum(a, b), np.maximum(a, b)
-    return np.array([low[0], high[1], low[2], high[3], low[4], high[5]])
+    return np.where(LOWER, np.minimum(a, b), np.maximum(a, b))
+
+
+def _join_neighbours(bands: Ints) -> Ints:
+    """One pass over a sorted list: a band and the next become one where that is exact."""
+    hull, sizes = _hull(bands[:-1], bands[1:]), areas(bands)
+    joins = areas(hull) == sizes[:-1] + sizes[1:]
+    # Of a chain of joins every second one is taken now, the rest in a later pass.
+    place = np.arange(len(joins))
+    starts = np.nonzero(joins & ((place - np.maximum.accumulate(np.where(joins, -1, place))) % 2 == 1))[0]
+    bands = bands.copy()
+    bands[starts] = hull[starts]
+    return np.delete(bands, starts + 1, axis=0)
+
+
+def _join_any(bands: Ints) -> Ints:
+    found = list(bands)
+    again = True
+    while again:
+        again = False
+        for i in range(len(found)):
+            for j in range(i + 1, len(found)):
+                hull = _hull(found[i], found[j])
+                sizes = areas(np.stack([hull, found[i], found[j]]))
+                if sizes[0] == sizes[1] + sizes[2]:
+                    found[i] = hull
+                    del found[j]
+                    again = True
+                    break
+            if again:
+                break
+    return np.stack(found)
+
+
+def spread(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+    """Every integer of many ranges: (number of the range, integer), both of length ``sum(end - begin)``."""
+    count = np.maximum(end - begin, 0)
+    number = np.repeat(np.arange(len(count)), count)
+    return number, np.arange(len(number)) - np.repeat(np.cumsum(count) - count, count) + begin[number]
 
 
 def _ceil_div(a: Ints, b: int) -> Ints:
     return -((-a) // b)
 
 
-def _area(bands: Ints) -> Ints:
+def areas(bands: Ints) -> Ints:
+    """Number of pairs in each band of normal form, shape (n,)."""
     q0, q1, k0, k1, lo, hi = bands.T
     return _pairs_below(q0, q1, k0, k1, hi) - _pairs_below(q0, q1, k0, k1, lo - 1)
 

@@ -1,9 +1,13 @@
 """Causal document mask: documents packed back to back, each causal inside, blind to the others."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 from lcbench.masks.band import BandMask
-from lcbench.masks.document import document_bounds, documents_mask
+from lcbench.masks.document import squares
+from lcbench.masks.lengths import Lengths, document_bounds
 
 
-def causal_document(seqlen: int, *, seed: int, mean_length: int, lengths: list[int] | None = None) -> BandMask:
-    """As ``document``, causal inside each document."""
-    return documents_mask(seqlen, document_bounds(seqlen, seed=seed, mean_length=mean_length, lengths=lengths), hi=0)
+def causal_document(seqlen: int, *, seed: Sequence[int], lengths: Lengths) -> BandMask:
+    return BandMask.of(seqlen, seqlen, squares(document_bounds(seqlen, lengths, seed), hi=0))

@@ -1,12 +1,15 @@
-"""Masks in the forms that kernels take: unmasked and causal pieces, and varlen groups with a window."""
+"""Band masks in the forms that kernels take: pieces, varlen groups with a window, slices, counts per block."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from lcbench.masks.band import Band, BandMask
+import numpy as np
+
+from lcbench.masks.band import Band, BandMask, Ints, areas, cropped, spread
 
 
 class Piece(NamedTuple):
@@ -80,15 +83,21 @@ class Varlen:
 
 
 def varlen(mask: BandMask) -> list[Varlen]:
-    """The mask as varlen calls: bands with compatible windows and ordered, disjoint queries and keys share one."""
+    """The mask as varlen calls: bands with compatible windows and ordered, disjoint queries and keys share one.
+
+    Each band joins the call whose last keys end nearest before its own begin, which leaves the others to bands that only
+    they can take.
+    """
     groups: list[tuple[list[Band], list[int]]] = []
     for band in sorted(mask, key=lambda b: (b.q0, b.k0)):
-        for bands, window in groups:
-            if bands[-1].q1 <= band.q0 and bands[-1].k1 <= band.k0 and _join(window, _window(band), band):
+        window = _window(band)
+        fitting = [g for g in groups if g[0][-1].q1 <= band.q0 and g[0][-1].k1 <= band.k0]
+        for bands, own in sorted(fitting, key=lambda g: -g[0][-1].k1):
+            if _join(own, window, band):
                 bands.append(band)
                 break
         else:
-            groups.append(([band], list(_window(band))))
+            groups.append(([band], list(window)))
     return [_varlen(bands, (window[0], window[1]), mask) for bands, window in groups]
 
 
@@ -123,3 +132,55 @@ def _varlen(bands: list[Band], window: tuple[int, int], mask: BandMask) -> Varle
     extend(mask.num_q, cu_k[-1])
     extend(mask.num_q, mask.num_k)
     return Varlen(tuple(cu_q), tuple(cu_k), window)
+
+
+class Slice(NamedTuple):
+    """A rectangle whose diagonal bounds run through its corners, as MagiAttention (arXiv 2505.13211) writes masks.
+
+    ``causal``: bounded above by the diagonal of the bottom right corner; ``inverse``: below by that of the top left one;
+    ``both``: by both.
+    """
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    kind: Literal["full", "causal", "inverse", "both"]
+
+
+def slices(mask: BandMask) -> list[Slice]:
+    """The mask as disjoint slices, at most three a band: cut where a diagonal bound begins or ceases to bind."""
+    found = []
+    for q0, q1, k0, k1, lo, hi in mask:
+        cuts = sorted({q0, q1, min(max(k1 - 1 - hi, q0), q1), min(max(k0 - lo + 1, q0), q1)})
+        for a, b in pairwise(cuts):
+            for part in BandMask.of(mask.num_q, mask.num_k, [Band(a, b, k0, k1, lo, hi)]):
+                below, above = part.hi < part.k1 - 1 - part.q0, part.lo > part.k0 - (part.q1 - 1)
+                kind: Literal["full", "causal", "inverse", "both"]
+                kind = "both" if below and above else "causal" if below else "inverse" if above else "full"
+                found.append(Slice(part.q0, part.q1, part.k0, part.k1, kind))
+    return found
+
+
+def block_areas(mask: BandMask, q_edges: Ints, k_edges: Ints) -> tuple[Ints, Ints, Ints]:
+    """(row, column, unmasked pairs) of every block of a grid that holds any, sorted by row, then column.
+
+    Built band by band: the work goes with the number of blocks that bands touch, not with the plane.
+    """
+    bands = mask.bands
+    number, row = spread(np.searchsorted(q_edges, bands[:, 0], side="right") - 1, _last(q_edges, bands[:, 1]))
+    parts, kept = cropped(bands[number], q_edges[row], q_edges[row + 1], None, None)
+    row = row[kept]
+    first = np.searchsorted(k_edges, parts[:, 2], side="right") - 1
+    number, column = spread(first, _last(k_edges, parts[:, 3]))
+    blocks, kept = cropped(parts[number], None, None, k_edges[column], k_edges[column + 1])
+    row, column = row[number][kept], column[kept]
+    key, place = np.unique(row * (len(k_edges) - 1) + column, return_inverse=True)
+    total = np.zeros(len(key), dtype=np.int64)
+    np.add.at(total, place, areas(blocks))
+    return key // (len(k_edges) - 1), key % (len(k_edges) - 1), total
+
+
+def _last(edges: Ints, end: Ints) -> Ints:
+    """One past the block that holds token ``end - 1``."""
+    return np.searchsorted(edges, end - 1, side="right")

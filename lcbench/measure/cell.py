@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lcbench.cp.base import Strategy
 from lcbench.cp.execute import Executor, Groups
 from lcbench.kernels.base import Kernel
-from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
 from lcbench.measure.environment import device_name
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.inputs import draw
@@ -51,33 +51,48 @@ class Gang:
 
 @dataclass(frozen=True)
 class Work:
-    """A cell as objects: what to run, how long to measure it (the cell's ``measure``), and the seed of its inputs."""
+    """A cell as objects: what to run, how long to measure it (the cell's ``measure``), and the seed of its inputs.
+
+    ``make_mask`` gives draw 0, 1, ... ``draws - 1`` of the mask.
+    """
 
     problem: Problem
-    make_mask: Callable[[], BandMask]
+    make_mask: Callable[[int], Mask]
     kernel: Kernel
     strategy: Strategy
     settings: dict[str, Any]
     seed: int
+    draws: int = 1
 
 
 def measure_cell(work: Work, gang: Gang, say: Callable[[str], None]) -> Measured:
-    """Run a cell. Collective; every rank returns the same metrics. ``say`` gets a line per phase."""
+    """Run a cell, once per draw of its mask. Collective; every rank returns the same metrics. ``say`` gets a line per phase."""
+    unavailable = _first_word(work.kernel.unavailable(work.problem, gang.device))
+    if unavailable:
+        return Measured(unavailable=unavailable)
+    measured: list[Measured] = []
+    for number in range(work.draws):
+        if work.draws > 1:
+            say(f"draw {number} of {work.draws}")
+        measured.append(_measure_draw(work, number, gang, say))
+        check = measured[-1].check
+        if check is not None and check.failures:
+            measured[-1].notes["draw"] = number
+            return measured[-1]
+    return measured[0] if len(measured) == 1 else over_draws(measured)
+
+
+def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None]) -> Measured:
     problem, kernel, device = work.problem, work.kernel, gang.device
     measured = Measured()
-    measured.unavailable = _first_word(kernel.unavailable(problem, device))
-    if measured.unavailable:
-        return measured
-
     started = time.perf_counter()
-    mask = work.make_mask()
+    mask = work.make_mask(number)
     schedule = work.strategy.schedule(problem, mask)
     executor = Executor(schedule, mask, kernel, problem, rank=gang.rank, device=device, groups=gang.groups)
     prepare_s = time.perf_counter() - started
-    areas = _from_all(executor.area)
-    shares = schedule.mesh.world_size // len(schedule.shards)
-    if sum(areas) != mask.area * shares:
-        raise AssertionError(f"the ranks compute {sum(areas)} pairs, the mask has {mask.area} for each of {shares} head shares")
+    pairs, rank_pairs = mask.pairs(problem.heads.q), _from_all(executor.pairs)
+    if sum(rank_pairs) != pairs:
+        raise AssertionError(f"the ranks compute {sum(rank_pairs)} pairs over all query heads, the mask has {pairs}")
 
     tokens = schedule.layout.tokens(gang.rank)
     say(f"drawing {len(tokens)} of {problem.seqlen} tokens")
@@ -100,8 +115,8 @@ def measure_cell(work: Work, gang: Gang, say: Callable[[str], None]) -> Measured
         metrics[f"check/{name}_bound"] = measured.check.bounds[name]
     metrics["time/prepare_s"] = max(_from_all(prepare_s))
     metrics["time/check_s"] = time.perf_counter() - started
-    metrics["mask/area"], metrics["mask/density"] = float(mask.area), mask.density
-    metrics["balance/area_max_over_mean"] = max(areas) * len(areas) / sum(areas) if sum(areas) else 1.0
+    metrics["mask/area"], metrics["mask/density"] = pairs / problem.heads.q, mask.density
+    metrics["balance/area_max_over_mean"] = max(rank_pairs) * len(rank_pairs) / pairs if pairs else 1.0
     metrics["comm/forward/bytes"] = float(max(_from_all(forward_bytes)))
     metrics["comm/backward/bytes"] = float(max(_from_all(backward_bytes)))
     metrics["comm/bytes"] = float(max(_from_all(forward_bytes + backward_bytes)))
@@ -126,9 +141,9 @@ def measure_cell(work: Work, gang: Gang, say: Callable[[str], None]) -> Measured
         metrics["memory/peak_bytes"] = float(max(peaks))
         measured.samples["rank_peak_bytes"] = [float(p) for p in peaks]
 
-    flops = {"forward": forward_flops(mask.area, problem.heads)}
+    flops = {"forward": forward_flops(pairs, problem.heads)}
     if problem.backward:
-        flops["backward"] = backward_flops(mask.area, problem.heads)
+        flops["backward"] = backward_flops(pairs, problem.heads)
     slowest = dict(timed.slowest)
     slowest["total"] = np.sum([slowest[phase] for phase in flops], axis=0).tolist()
     flops["total"] = sum(flops.values())
@@ -138,13 +153,54 @@ def measure_cell(work: Work, gang: Gang, say: Callable[[str], None]) -> Measured
         for name, value in summary(seconds).items():
             metrics[f"time/{phase}/{name}_s"] = value
         rate = flops[phase] / metrics[f"time/{phase}/median_s"] / gang.world_size / 1e12
-        prefix = "compute" if phase == "total" else f"compute/{phase}"
-        metrics[f"{prefix}/tflops_per_gpu"] = rate
-        metrics[f"{prefix}/mfu"] = rate / peak_tflops
+        metrics[_compute(phase, "tflops_per_gpu")] = rate
+        metrics[_compute(phase, "mfu")] = rate / peak_tflops
         measured.samples[f"{phase}_s"] = seconds
     for phase, own in timed.own.items():
         measured.samples[f"rank_{phase}_median_s"] = _from_all(float(np.median(own)))
     return measured
+
+
+def over_draws(draws: list[Measured]) -> Measured:
+    """One record of several draws of a mask, the spread over draws apart from the spread over iterations.
+
+    Times, areas, bytes and balance are means over the draws, so that FLOPs over time is the rate of all the work done; errors,
+    memory and noise are those of the worst draw. ``draws/...`` hold what differs between draws.
+    """
+    every = [m.metrics for m in draws]
+    joined = Measured(metrics={key: float(np.mean([m[key] for m in every])) for key in every[0]}, notes=dict(draws[0].notes))
+    metrics = joined.metrics
+    for key in metrics:
+        if key.startswith(("check/", "memory/")) or key == "time/noise":
+            metrics[key] = max(m[key] for m in every)
+    metrics["draws/count"] = float(len(draws))
+    for phase in ("forward", "backward", "total"):
+        key = f"time/{phase}/median_s"
+        if key not in metrics:
+            continue
+        times, areas = np.array([m[key] for m in every]), np.array([m["mask/area"] for m in every])
+        rates = np.array([m[_compute(phase, "tflops_per_gpu")] for m in every])
+        # Rate times time is the work of a draw, up to a factor that they share.
+        metrics[_compute(phase, "tflops_per_gpu")] = rate = float((rates @ times) / times.sum())
+        metrics[_compute(phase, "mfu")] = rate / metrics["compute/peak_tflops"]
+        metrics[f"draws/{phase}/min_s"], metrics[f"draws/{phase}/max_s"] = float(times.min()), float(times.max())
+        metrics[f"draws/{phase}/spread"] = float((times.max() - times.min()) / np.median(times))
+        joined.samples[f"draw_{phase}_median_s"], joined.samples["draw_area"] = times.tolist(), areas.tolist()
+    for key in draws[0].samples:
+        if key.startswith("rank_"):
+            joined.samples[key] = np.max([m.samples[key] for m in draws], axis=0).tolist()
+        else:
+            joined.samples[key] = [value for m in draws for value in m.samples[key]]
+    joined.notes["stopped_by"] = ", ".join(sorted({m.notes["stopped_by"] for m in draws}))
+    joined.notes["kernel_calls"] = [m.notes["kernel_calls"] for m in draws]
+    checks = [m.check for m in draws if m.check is not None]
+    # Errors are judged against the bound of their own draw, so the worst is the one that comes nearest to it.
+    joined.check = max(checks, key=lambda c: max(c.errors[n] / c.bounds[n] if c.bounds[n] else 0.0 for n in c.errors))
+    return joined
+
+
+def _compute(phase: str, name: str) -> str:
+    return f"compute/{name}" if phase == "total" else f"compute/{phase}/{name}"
 
 
 def _once(executor: Executor, shard: Shard) -> None:

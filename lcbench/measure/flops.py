@@ -1,4 +1,4 @@
-"""FLOPs of attention, from the exact area of the mask: forward 4 * area * Hq * D, backward 2.5 times that."""
+"""FLOPs of attention, from the exact pairs of the mask over all query heads: forward 4 * pairs * D, backward 2.5 times that."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from lcbench.problem import Heads
 BACKWARD_FACTOR = 2.5  # five matrix products instead of two
 
 
-def forward_flops(area: int, heads: Heads) -> float:
-    return 4.0 * area * heads.q * heads.dim
+def forward_flops(pairs: int, heads: Heads) -> float:
+    return 4.0 * pairs * heads.dim
 
 
-def backward_flops(area: int, heads: Heads) -> float:
-    return BACKWARD_FACTOR * forward_flops(area, heads)
+def backward_flops(pairs: int, heads: Heads) -> float:
+    return BACKWARD_FACTOR * forward_flops(pairs, heads)

@@ -4,7 +4,7 @@ Exact for a set of query rows (out, LSE, dq) and of key columns (dk, dv): all of
 seeded sample that always holds the mask's corners. A row needs only its partial over every rank's own keys and an
 all-reduce, so a row costs O(S) however long the sequence is, and no rank ever holds more than its own tokens.
 
-Imports no kernel and uses the mask's bands only as intervals of keys per row and of rows per key, on global indices; so
+Imports no kernel and uses a mask only by rows and columns, on global indices: bands as intervals, block maps as a look-up; so
 it shares neither the layout algebra nor the tiles with what it judges.
 
 The bound on an error is what the same arithmetic in the run's own precision does: twice the error of the dense
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from lcbench.masks.band import BandMask, Ints
+from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 
 WHOLE_TOKENS = 2048  # up to this length every row and column is checked
@@ -79,7 +80,7 @@ class Result:
     dv: torch.Tensor | None = None
 
 
-def check(mask: BandMask, problem: Problem, shard: Shard, result: Result, *, seed: int) -> Check:
+def check(mask: Mask, problem: Problem, shard: Shard, result: Result, *, seed: int) -> Check:
     """Compare a run with the reference. Collective over all ranks; every rank returns the same answer."""
     whole = problem.seqlen <= WHOLE_TOKENS
     rows = np.arange(mask.num_q) if whole else sample(mask, "q", seed)
@@ -109,18 +110,17 @@ def check(mask: BandMask, problem: Problem, shard: Shard, result: Result, *, see
     return Check(errors, bounds, len(rows), len(columns), whole)
 
 
-def sample(mask: BandMask, side: str, seed: int) -> Ints:
+def sample(mask: Mask, side: str, seed: int) -> Ints:
     """Rows (``side="q"``) or columns to check: the first and last of bands (the corners of the mask), and a seeded draw."""
     number = mask.num_q if side == "q" else mask.num_k
-    first, last = (0, 1) if side == "q" else (2, 3)
-    corners = np.unique(np.concatenate([[0, number - 1], mask.bands[:, first], mask.bands[:, last] - 1]))
-    random = np.random.default_rng([seed, number, first])
+    corners = np.unique(np.concatenate([[0, number - 1], mask.corners(side)]))
+    random = np.random.default_rng([seed, number, side == "k"])
     if len(corners) > MAX_CORNERS:
         corners = np.concatenate([corners[[0, -1]], random.choice(corners, MAX_CORNERS, replace=False)])
     return np.unique(np.concatenate([corners, random.integers(0, number, SAMPLE)])).astype(np.int64)
 
 
-def _rows(mask: BandMask, problem: Problem, shard: Shard, rows: Ints, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _rows(mask: Mask, problem: Problem, shard: Shard, rows: Ints, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """out, lse and dq of global ``rows``, with the arithmetic of ``dtype``; the same on every rank."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     q = _collect(shard.q, shard.tokens, rows).to(dtype)
@@ -128,7 +128,7 @@ def _rows(mask: BandMask, problem: Problem, shard: Shard, rows: Ints, dtype: tor
     keys, values = (_per_query_head(x, problem).to(dtype) for x in (shard.k, shard.v))
     parts: dict[str, list[torch.Tensor]] = {"out": [], "lse": [], "dq": []}
     for chunk in _chunks(len(rows), problem.heads.q * len(shard.tokens)):
-        allowed = _allowed_keys(mask, rows[chunk], shard.tokens).to(q.device)
+        allowed = _allowed(mask, rows[chunk], shard.tokens, problem).to(q.device)
         scores = (torch.einsum("qhd,khd->hqk", q[chunk], keys) * problem.softmax_scale).to(wide)
         scores = scores.masked_fill(~allowed, -torch.inf)
         top = _reduce(scores.amax(-1) if scores.shape[-1] else scores.new_full(scores.shape[:2], -torch.inf), "max")
@@ -150,7 +150,7 @@ def _rows(mask: BandMask, problem: Problem, shard: Shard, rows: Ints, dtype: tor
 
 
 def _columns(
-    mask: BandMask,
+    mask: Mask,
     problem: Problem,
     shard: Shard,
     columns: Ints,
@@ -167,7 +167,7 @@ def _columns(
     finite = torch.where(lse == -torch.inf, 0.0, lse).to(wide).T[..., None]
     parts: dict[str, list[torch.Tensor]] = {"dk": [], "dv": []}
     for chunk in _chunks(len(columns), problem.heads.q * len(shard.tokens)):
-        allowed = _allowed_keys(mask.transpose(), columns[chunk], shard.tokens).T.to(q.device)
+        allowed = _allowed(mask.transpose(), columns[chunk], shard.tokens, problem).transpose(-1, -2).to(q.device)
         scores = (torch.einsum("qhd,khd->hqk", q, keys[chunk]) * problem.softmax_scale).to(wide)
         weights = torch.exp(scores - finite).masked_fill(~allowed, 0.0)
         dweights = torch.einsum("qhd,khd->hqk", dout, values[chunk]).to(wide)
@@ -178,8 +178,17 @@ def _columns(
     return {name: _reduce(torch.cat(found), "sum").to(dtype).double() for name, found in parts.items()}
 
 
-def _allowed_keys(mask: BandMask, rows: Ints, keys: Ints) -> torch.Tensor:
-    """bool (rows, keys): each band gives each of its rows one interval of keys."""
+def _allowed(mask: Mask, rows: Ints, keys: Ints, problem: Problem) -> torch.Tensor:
+    """bool (rows, keys), or (Hq, rows, keys) where heads differ."""
+    if isinstance(mask, BandMask):
+        return _allowed_by_bands(mask, rows, keys)
+    row, column = (np.searchsorted(edges, at, side="right") - 1 for edges, at in ((mask.q_edges, rows), (mask.k_edges, keys)))
+    kept = np.stack([mask.keep(i)[row[:, None], column] for i in range(mask.maps)])
+    return torch.from_numpy(kept).repeat_interleave(problem.heads.q // mask.maps, 0)
+
+
+def _allowed_by_bands(mask: BandMask, rows: Ints, keys: Ints) -> torch.Tensor:
+    """Each band gives each of its rows one interval of keys."""
     allowed = np.zeros((len(rows), len(keys)), dtype=bool)
     for q0, q1, k0, k1, lo, hi in mask.bands[_touching(mask, rows)]:
         inside = np.nonzero((q0 <= rows) & (rows < q1))[0]

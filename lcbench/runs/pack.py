@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lcbench.grid.build import draws
 from lcbench.grid.cell import Cell
 from lcbench.problem import Scale
 from lcbench.runs.store import Sweep, read_json, write_json
@@ -85,9 +86,10 @@ def _limit_min(scale: Scale, cells: Sequence[Cell], estimate_s: Callable[[Cell],
 
 
 def estimate_s(cell: Cell) -> float:
-    """Seconds that a cell takes at most if all goes well: twice its timing budget (warm-up, check, memory), and 10 s to set up.
+    """Seconds that a cell takes at most if all goes well: for each draw of its mask twice its timing budget (warm-up, check,
+    memory), and 10 s to set up.
 
     Never more than its timeout, which ends it.
     """
     measure = cell.config["measure"]
-    return float(min(2 * measure["budget_s"] + 10.0, measure["timeout_s"]))
+    return float(min(2 * measure["budget_s"] + 10.0, measure["timeout_s"])) * draws(cell.config["mask"])

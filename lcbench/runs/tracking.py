@@ -199,20 +199,26 @@ class _Publisher:
 
 def flat_params(cell: Cell) -> dict[str, Any]:
     """Every axis as a param: a group's value under the group's name, its options below it."""
-    config, problem = cell.config, cell.problem
-    params: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            if "name" in value:
-                params[key] = value["name"]
-            params |= {f"{key}.{k}": v for k, v in value.items() if k not in ("name", "_target_")}
-        else:
-            params[key] = value
+    problem = cell.problem
+    params = _flat("", cell.config)
     return params | {
         "nodes": problem.scale.nodes, "gpus_per_node": problem.scale.gpus_per_node,
         "world_size": problem.scale.world_size, "num_heads_q": problem.heads.q, "num_heads_kv": problem.heads.kv,
         "head_dim": problem.heads.dim,
     }  # fmt: skip
+
+
+def _flat(prefix: str, config: dict[str, Any]) -> dict[str, Any]:
+    params: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            if "name" in value:
+                params[name] = value["name"]
+            params |= _flat(f"{name}.", {k: v for k, v in value.items() if k not in ("name", "_target_")})
+        else:
+            params[name] = value
+    return params
 
 
 def _metrics(attempt: Attempt) -> list[tuple[str, float, int]]:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from lcbench.cp.execute import Groups
-from lcbench.grid.build import build_kernel, build_mask, build_strategy
+from lcbench.grid.build import build_kernel, build_mask, build_strategy, draws
 from lcbench.grid.cell import Cell
 from lcbench.measure.cell import Gang, Measured, Work, measure_cell
 from lcbench.measure.environment import describe
@@ -41,7 +41,7 @@ def main(pack_path: Path) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = _device()
     # The hang timer of a cell must speak before a collective gives up.
-    patience = max(Cell.from_config(c).config["measure"]["timeout_s"] for c in pack.configs.values())
+    patience = max(timeout_s(config) for config in pack.configs.values())
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=2 * patience + 300),
@@ -113,7 +113,7 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
             _append(log, f"{time.strftime('%H:%M:%S')} {line}")
 
     say(f"{cell.label} (attempt {running.number}, {gang.world_size} ranks)")
-    with _hang_timer(failures / f"{stem}.hang.txt", cell.config["measure"]["timeout_s"]):
+    with _hang_timer(failures / f"{stem}.hang.txt", timeout_s(cell.config)):
         try:
             return measure_cell(_work(cell), gang, say)
         except BaseException as error:
@@ -127,15 +127,21 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
             os._exit(FAILED_EXIT)
 
 
+def timeout_s(config: dict[str, Any]) -> float:
+    """Seconds after which a cell counts as hung: its own limit for each draw of its mask."""
+    return float(config["measure"]["timeout_s"]) * draws(config["mask"])
+
+
 def _work(cell: Cell) -> Work:
     config, problem = cell.config, cell.problem
     return Work(
         problem=problem,
-        make_mask=lambda: build_mask(config["mask"], problem.seqlen, config["seed"]),
+        make_mask=lambda draw: build_mask(config["mask"], problem.seqlen, problem.heads, config["seed"], draw),
         kernel=build_kernel(config["kernel"]),
         strategy=build_strategy(config["cp"]),
         settings=config["measure"],
         seed=config["seed"],
+        draws=draws(config["mask"]),
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,19 @@ import torch
 from lcbench.cp.execute import Groups
 from lcbench.cp.layout import zigzag
 from lcbench.cp.none import Local
+from lcbench.kernels.base import prepare
 from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa import SDPA
+from lcbench.masks.attention_sink import attention_sink
 from lcbench.masks.band import Band, BandMask
+from lcbench.masks.block_causal import block_causal
+from lcbench.masks.block_random import block_random
 from lcbench.masks.causal import causal
 from lcbench.masks.causal_document import causal_document
 from lcbench.masks.document import document
 from lcbench.masks.full import full
+from lcbench.masks.lengths import Explicit, Uniform
+from lcbench.masks.mask import Mask
 from lcbench.masks.sliding_window import sliding_window
 from lcbench.measure.cell import Gang, Work, measure_cell
 from lcbench.measure.environment import describe
@@ -41,30 +46,33 @@ SETTINGS = {"warmup": 5, "min_iterations": 20, "max_iterations": 200, "budget_s"
 DEVICES = [{"match": name, "peak_tflops": {"bfloat16": 989, "float16": 989}} for name in ("H100", "H200")]
 
 
-def masks(seqlen: int) -> dict[str, Callable[[], BandMask]]:
+def masks(seqlen: int) -> dict[str, Mask]:
     return {
-        "full": partial(full, seqlen),
-        "causal": partial(causal, seqlen),
-        "sliding_window left=1k": partial(sliding_window, seqlen, left=1024, right=0),
-        "sliding_window_full 1k": partial(sliding_window, seqlen, left=1024, right=1024),
-        "document mean=4k": partial(document, seqlen, seed=0, mean_length=4096),
-        "causal_document mean=4k": partial(causal_document, seqlen, seed=0, mean_length=4096),
+        "full": full(seqlen),
+        "causal": causal(seqlen),
+        "sliding_window left=1k": sliding_window(seqlen, left=1024, right=0),
+        "sliding_window_full 1k": sliding_window(seqlen, left=1024, right=1024),
+        "document 1-8k": document(seqlen, seed=(0, 0), lengths=Uniform(1, 8192)),
+        "causal_document 1-8k": causal_document(seqlen, seed=(0, 0), lengths=Uniform(1, 8192)),
+        "block_causal 1k": block_causal(seqlen, block_size=1024),
+        "attention_sink 4+1k": attention_sink(seqlen, sink=4, left=1024),
     }
 
 
-def tiles(seqlen: int) -> dict[str, BandMask]:
+def tiles(seqlen: int) -> dict[str, Mask]:
     """What a context-parallel rank hands to its kernel: tiles of a zigzag ring, and masks with empty rows and gaps."""
     layout = zigzag(2 * seqlen, 2)
     lengths = [1, 7, 130, 64, 2 * seqlen - 202]
     whole = {
         "causal": causal(2 * seqlen),
         "window": sliding_window(2 * seqlen, left=200, right=0),
-        "documents": causal_document(2 * seqlen, seed=3, mean_length=100),
-        "listed documents": document(2 * seqlen, seed=0, mean_length=1, lengths=lengths),
+        "documents": causal_document(2 * seqlen, seed=(3, 0), lengths=Uniform(1, 200)),
+        "listed documents": document(2 * seqlen, seed=(0, 0), lengths=Explicit(lengths)),
     }
     found = {f"{name} q{q}k{k}": layout.tile(mask, q, k).merged() for name, mask in whole.items() for q in (0, 1) for k in (0, 1)}
     bands = [Band(5, 700, 0, 300), Band(900, 1400, 400, 1100, -300, -100)]
-    return found | {"holes": BandMask.of(seqlen, seqlen, bands)}
+    blocks = block_random(seqlen, heads=Heads(4, 2, 64), seed=(0, 0), density=0.3, block_size=64, sizes="variable", per="all_heads")
+    return found | {"holes": BandMask.of(seqlen, seqlen, bands), "blocks": blocks}
 
 
 def check_tiles(device: torch.device) -> list[dict[str, Any]]:
@@ -75,7 +83,7 @@ def check_tiles(device: torch.device) -> list[dict[str, Any]]:
             problem = Problem(TILE_TOKENS, heads, Scale(1, 1), dtype, "forward_backward")
             q, k, v, dout = (draw(name, everything, problem, 1, device) for name in ("q", "k", "v", "dout"))
             for name, mask in tiles(TILE_TOKENS).items():
-                kernel, exact = SDPA().prepare(mask, device), Reference().prepare(mask, device)
+                kernel, exact = prepare(SDPA(), mask, device), prepare(Reference(), mask, device)
                 scale = problem.softmax_scale
                 want_out, want_lse = exact.forward(q, k, v, softmax_scale=scale)
                 want = [want_out, want_lse, *exact.backward(dout, q, k, v, want_out, want_lse, softmax_scale=scale)]
@@ -96,11 +104,13 @@ def measure_cells(device: torch.device) -> list[dict[str, Any]]:
     gang = Gang(0, 1, device, Groups(), DEVICES)
     for seqlen in (2048, 8192, 32768):
         for heads in (Heads(64, 8, 128), Heads(64, 64, 128)):
-            for name, make in masks(seqlen).items():
+            for name, mask in masks(seqlen).items():
                 problem = Problem(seqlen, heads, Scale(1, 1), "bfloat16", "forward_backward")
                 row: dict[str, Any] = {"mask": name, "seqlen": seqlen, "heads": str(heads), "dtype": "bfloat16"}
                 try:
-                    measured = measure_cell(Work(problem, make, SDPA(), Local(), SETTINGS, 0), gang, lambda _: None)
+                    measured = measure_cell(
+                        Work(problem, partial(_whichever, mask), SDPA(), Local(), SETTINGS, 0), gang, lambda _: None
+                    )
                 except torch.OutOfMemoryError as error:
                     rows.append(row | {"ok": False, "failure": f"oom: {error}"[:200]})
                     continue
@@ -109,6 +119,10 @@ def measure_cells(device: torch.device) -> list[dict[str, Any]]:
                 rows.append(row | {"metrics": measured.metrics, "check": measured.check.as_dict(), "notes": measured.notes})
                 print(_line(rows[-1]), flush=True)
     return rows
+
+
+def _whichever(mask: Mask, draw: int) -> Mask:
+    return mask
 
 
 def _line(row: dict[str, Any]) -> str:

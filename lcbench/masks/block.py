@@ -1,0 +1,205 @@
+"""Dynamic block-sparse masks: a grid of blocks, each kept whole or not at all, per head or for all heads.
+
+Blocks need not be equal, so cutting a block map along any rows and columns, in any order and stride, leaves a block map:
+every strategy can run one. What is kept is drawn when it is first asked for, one head at a time: a plan never draws it, and
+a rank that has some of the heads draws those only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcbench.masks.band import OPEN, BandMask, DoesNotFit, Ints, Run
+from lcbench.problem import Heads
+
+Keep = NDArray[np.bool_]
+Sharing = Literal["all_heads", "kv_head", "q_head"]
+Sizes = Literal["uniform", "variable"]
+Pattern = Callable[[np.random.Generator, Ints, Ints], Keep]
+
+MAX_BLOCKS = 1 << 30  # of one head, a byte each
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMap:
+    """Blocks ``q_edges[i]:q_edges[i+1]`` x ``k_edges[j]:k_edges[j+1]`` of the plane, kept or not.
+
+    Attributes:
+        q_edges, k_edges: rising token positions from 0 to the number of queries and keys.
+        maps: how many maps there are; query head h of n reads map ``h // (n // maps)``, so 1 is shared by all heads.
+        draw: the kept blocks of a map, bool (rows of blocks, columns of blocks).
+    """
+
+    q_edges: Ints
+    k_edges: Ints
+    maps: int
+    draw: Callable[[int], Keep]
+    _drawn: dict[int, Keep] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def num_q(self) -> int:
+        return int(self.q_edges[-1])
+
+    @property
+    def num_k(self) -> int:
+        return int(self.k_edges[-1])
+
+    def keep(self, number: int) -> Keep:
+        """Kept blocks of one map."""
+        if number not in self._drawn:
+            self._drawn[number] = self.draw(number)
+        return self._drawn[number]
+
+    def __len__(self) -> int:
+        """Kept blocks over all maps."""
+        return sum(int(self.keep(i).sum()) for i in range(self.maps))
+
+    def pairs(self, q_heads: int) -> int:
+        """Unmasked pairs over all query heads, exact: what was drawn, not the density that was asked for."""
+        return sum(self._area(i) for i in range(self.maps)) * (q_heads // self.maps)
+
+    @property
+    def density(self) -> float:
+        pairs = self.maps * self.num_q * self.num_k
+        return self.pairs(self.maps) / pairs if pairs else 0.0
+
+    def _area(self, number: int) -> int:
+        heights, widths = np.diff(self.q_edges), np.diff(self.k_edges)
+        return int(heights @ (self.keep(number) @ widths))
+
+    def row_area(self, runs: Sequence[Run]) -> int:
+        """Pairs whose query lies in ``runs``, over all maps."""
+        part = self.tile(runs, [Run(0, self.num_k)])
+        return part.pairs(part.maps)
+
+    def of_heads(self, first: int, count: int, total: int) -> BlockMap:
+        """The map of query heads ``first ... first + count - 1`` of ``total``."""
+        each = total // self.maps
+        index = np.arange(first, first + count) // each
+        whole = first % each == 0 and count % each == 0
+        kept = np.unique(index) if whole or index[0] == index[-1] else index
+        return BlockMap(self.q_edges, self.k_edges, len(kept), lambda i: self.keep(int(kept[i])))
+
+    def transpose(self) -> BlockMap:
+        """Queries and keys change places."""
+        return BlockMap(self.k_edges, self.q_edges, self.maps, lambda i: self.keep(i).T)
+
+    def tile(self, q_runs: Sequence[Run], k_runs: Sequence[Run]) -> BlockMap:
+        """The map of tokens of ``q_runs`` as queries x tokens of ``k_runs`` as keys, in local positions."""
+        q_edges, rows = _cut(self.q_edges, q_runs)
+        k_edges, columns = _cut(self.k_edges, k_runs)
+        return BlockMap(q_edges, k_edges, self.maps, lambda i: self.keep(i)[np.ix_(rows, columns)])
+
+    def merged(self) -> BlockMap:
+        """Itself: ``bands`` merges when a kernel asks for them."""
+        return self
+
+    def corners(self, side: str) -> Ints:
+        """First and last rows (``side="q"``) or columns (``"k"``) of the blocks, sorted."""
+        edges = self.q_edges if side == "q" else self.k_edges
+        return np.unique(np.concatenate([edges[:-1], edges[1:] - 1]))
+
+    def bands(self, number: int) -> BandMask:
+        """One map as bands, for kernels that know no blocks: adjacent kept blocks become one rectangle."""
+        keep = self.keep(number)
+        padded = np.pad(keep, ((0, 0), (1, 1))).astype(np.int8)
+        step = np.diff(padded, axis=1)
+        (rows, begin), (_, end) = np.nonzero(step == 1), np.nonzero(step == -1)
+        # A stretch of columns that the rows of blocks below have as well is one rectangle with them.
+        order = np.lexsort((rows, end, begin))
+        rows, begin, end = rows[order], begin[order], end[order]
+        follows = (np.diff(rows) == 1) & (np.diff(begin) == 0) & (np.diff(end) == 0)
+        first = np.nonzero(np.concatenate([[True], ~follows]))[0] if len(rows) else np.empty(0, dtype=np.int64)
+        last = np.concatenate([first[1:], [len(rows)]]) - 1 if len(rows) else first
+        corners = [self.q_edges[rows[first]], self.q_edges[rows[last] + 1], self.k_edges[begin[first]], self.k_edges[end[first]]]
+        bound = np.full(len(first), OPEN)
+        return BandMask.of(self.num_q, self.num_k, np.stack([*corners, -bound, bound], axis=1))
+
+    def csr(self, number: int) -> tuple[Ints, Ints]:
+        """One map as index lists: columns of blocks of row i are ``indices[indptr[i]:indptr[i+1]]``."""
+        rows, columns = np.nonzero(self.keep(number))
+        indptr = np.searchsorted(rows, np.arange(len(self.q_edges)))
+        return indptr.astype(np.int64), columns.astype(np.int64)
+
+
+def drawn(
+    seqlen: int,
+    heads: Heads,
+    seed: Sequence[int],
+    pattern: Pattern,
+    *,
+    block_size: int,
+    sizes: Sizes,
+    per: Sharing,
+) -> BlockMap:
+    """A square block map with a pattern drawn anew for each map.
+
+    Args:
+        pattern: (random generator, row edges, column edges) to kept blocks.
+        block_size: tokens per block; of ``variable`` sizes the mean, drawn between half and one and a half of it.
+        per: which heads have a map of their own.
+    Raises:
+        ValueError: options that no length can satisfy.
+        DoesNotFit: more blocks than can be held.
+    """
+    if sizes not in get_args(Sizes):
+        raise ValueError(f"mask.sizes={sizes} is not one of {', '.join(get_args(Sizes))}")
+    if per not in get_args(Sharing):
+        raise ValueError(f"mask.per={per} is not one of {', '.join(get_args(Sharing))}")
+    blocks = -(-seqlen // block_size)
+    if blocks * blocks > MAX_BLOCKS:
+        raise DoesNotFit(f"{blocks} x {blocks} blocks of {block_size} tokens are more than {MAX_BLOCKS}; take larger blocks")
+    maps = {"all_heads": 1, "kv_head": heads.kv, "q_head": heads.q}[per]
+    if sizes == "uniform":
+        q_edges = k_edges = np.minimum(np.arange(blocks + 1) * block_size, seqlen)
+    else:
+        random = np.random.default_rng([*seed, 0])
+        q_edges, k_edges = (_variable(random, seqlen, block_size) for _ in range(2))
+    return BlockMap(q_edges, k_edges, maps, lambda i: pattern(np.random.default_rng([*seed, 1 + i]), q_edges, k_edges))
+
+
+def chosen(random: np.random.Generator, rows: int, columns: int, count: int) -> Keep:
+    """``count`` columns of every row, drawn without replacement."""
+    keep = np.zeros((rows, columns), dtype=bool)
+    if count >= columns:
+        keep[:] = True
+        return keep
+    for row in keep:  # row by row: a whole matrix of random keys would be eight times the map
+        row[random.choice(columns, count, replace=False)] = True
+    return keep
+
+
+def share(density: float, count: int) -> int:
+    """How many of ``count`` blocks a density stands for, at least one.
+
+    Raises:
+        ValueError: a density outside of (0, 1].
+    """
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+        raise ValueError(f"mask.density={density} is no share of blocks above 0 and up to 1, such as 0.2")
+    return max(1, round(density * count))
+
+
+def _variable(random: np.random.Generator, seqlen: int, mean: int) -> Ints:
+    low = max(1, mean // 2)
+    sizes = random.integers(low, 2 * mean - low + 1, 1 + seqlen // low)
+    edges = np.cumsum(sizes)
+    return np.concatenate([[0], edges[edges < seqlen], [seqlen]]).astype(np.int64)
+
+
+def _cut(edges: Ints, runs: Sequence[Run]) -> tuple[Ints, Ints]:
+    """Edges of the blocks in local positions of ``runs``, and which block each is a part of; empty parts are left out."""
+    parts, blocks, offset = [], [], 0
+    for run in runs:
+        local = (-((run.start - edges) // run.stride)).clip(0, run.size)
+        inside = np.nonzero(np.diff(local))[0]
+        parts.append(local[inside] + offset)
+        blocks.append(inside)
+        offset += run.size
+    starts = np.concatenate([*parts, [offset]]).astype(np.int64)
+    return starts, np.concatenate([*blocks, np.empty(0, dtype=np.int64)]).astype(np.int64)

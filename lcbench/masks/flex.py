@@ -1,0 +1,105 @@
+"""Masks for FlexAttention: a mask function, and a BlockMask built from the bands, never from S x S points."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lcbench.masks.band import BandMask, Ints, spread
+from lcbench.masks.block import BlockMap
+from lcbench.masks.convert import block_areas
+from lcbench.masks.mask import Mask
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128  # FlexAttention's default block, in tokens
+
+
+def mask_mod(mask: Mask, device: torch.device, q_heads: int = 1) -> Any:
+    """``mod(batch, head, q, k) -> bool`` as FlexAttention wants it: looks bands up by row, as many as a row can touch."""
+    return _block_mod(mask, device, q_heads) if isinstance(mask, BlockMap) else _band_mod(mask, device)
+
+
+def block_mask(mask: Mask, device: torch.device, q_heads: int = 1, block: int = BLOCK) -> BlockMask:
+    """The BlockMask of a mask: which blocks are empty, whole or partial follows from exact areas.
+
+    A block at the end of the sequence that is cut short counts as partial, as FlexAttention pads it.
+    """
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask
+
+    maps = [mask] if isinstance(mask, BandMask) else [mask.bands(i) for i in range(mask.maps)]
+    rows, columns = -(-mask.num_q // block), -(-mask.num_k // block)
+    tables = [[_table(part, rows, columns, block, whole) for part in maps] for whole in (False, True)]
+    # One map for all heads stays one: FlexAttention broadcasts it.
+    repeat = q_heads // len(maps) if len(maps) > 1 else 1
+
+    def stacked(index: int, whole: bool) -> torch.Tensor:
+        arrays = np.stack([table[index] for table in tables[whole]]).repeat(repeat, axis=0)
+        return torch.from_numpy(arrays[None].astype(np.int32)).to(device)
+
+    return BlockMask.from_kv_blocks(
+        stacked(0, False), stacked(1, False), stacked(0, True), stacked(1, True), BLOCK_SIZE=block,
+        mask_mod=mask_mod(mask, device, q_heads), seq_lengths=(mask.num_q, mask.num_k),
+    )  # fmt: skip
+
+
+def _table(mask: BandMask, rows: int, columns: int, block: int, whole: bool) -> tuple[Ints, Ints]:
+    """(blocks per row (rows,), their columns (rows, columns)) of the whole blocks, or of the partial ones."""
+    q_edges = np.minimum(np.arange(rows + 1) * block, mask.num_q)
+    k_edges = np.minimum(np.arange(columns + 1) * block, mask.num_k)
+    row, column, area = block_areas(mask, q_edges, k_edges)
+    kept = (area == block * block) == whole
+    row, column = row[kept], column[kept]
+    count = np.bincount(row, minlength=rows)
+    place = np.arange(len(row)) - (np.cumsum(count) - count)[row]
+    # What follows a row's own columns is never read, but has to name a column.
+    index = np.zeros((rows, columns), dtype=np.int64)
+    index[row, place] = column
+    return count, index
+
+
+def _band_mod(mask: BandMask, device: torch.device) -> Any:
+    import torch
+
+    bands = mask.bands
+    edges = np.unique(np.concatenate([[0, mask.num_q], bands[:, 0], bands[:, 1]]))
+    segments = len(edges) - 1
+    band, segment = spread(np.searchsorted(edges, bands[:, 0]), np.searchsorted(edges, bands[:, 1]))
+    order = np.argsort(segment, kind="stable")
+    band, segment = band[order], segment[order]
+    count = np.bincount(segment, minlength=segments)
+    slots = int(count.max(initial=0))
+    place = np.arange(len(band)) - (np.cumsum(count) - count)[segment]
+    table = np.zeros((slots, segments, 4), dtype=np.int64)  # k0, k1, lo, hi; nothing where no band is
+    table[place, segment] = bands[band, 2:]
+    which = torch.from_numpy(np.repeat(np.arange(segments), np.diff(edges))).to(device)
+    k0, k1, lo, hi = (torch.from_numpy(np.ascontiguousarray(table[..., i])).to(device) for i in range(4))
+
+    def mod(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        row = which[q]
+        allowed = k < 0
+        for slot in range(slots):
+            inside = (k >= k0[slot, row]) & (k < k1[slot, row])
+            allowed = allowed | (inside & (k - q >= lo[slot, row]) & (k - q <= hi[slot, row]))
+        return allowed
+
+    return mod
+
+
+def _block_mod(mask: BlockMap, device: torch.device, q_heads: int) -> Any:
+    import torch
+
+    row, column = (
+        torch.from_numpy(np.repeat(np.arange(len(edges) - 1), np.diff(edges))).to(device) for edges in (mask.q_edges, mask.k_edges)
+    )
+    keep = torch.from_numpy(np.stack([mask.keep(i) for i in range(mask.maps)])).to(device)
+    each = q_heads // mask.maps
+
+    def mod(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return keep[head // each, row[q], column[k]]
+
+    return mod

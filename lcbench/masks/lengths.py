@@ -1,0 +1,156 @@
+"""Document lengths: distributions that fill a sequence with documents, packed back to back, always to exactly its length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcbench.masks.band import DoesNotFit, Ints
+
+Weighing = Literal["documents", "tokens"]
+
+
+class Lengths(Protocol):
+    def sample(self, seqlen: int, random: np.random.Generator) -> Ints:
+        """Lengths in tokens, each at least 1, that add up to ``seqlen`` or more.
+
+        Raises:
+            DoesNotFit: lengths that cannot make up this ``seqlen``.
+        """
+        ...
+
+
+def document_bounds(seqlen: int, lengths: Lengths, seed: Sequence[int]) -> Ints:
+    """Offsets 0 = b0 < b1 < ... = seqlen of documents in tokens; the last one drawn is cut where the sequence ends."""
+    ends = np.cumsum(lengths.sample(seqlen, np.random.default_rng(seed)))
+    return np.concatenate([[0], ends[ends < seqlen], [seqlen]]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Every document ``length`` tokens."""
+
+    length: int
+
+    def sample(self, seqlen: int, random: np.random.Generator) -> Ints:
+        return np.full(-(-seqlen // self.length), self.length, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every length from ``low`` to ``high``, both included, equally likely."""
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"lengths.low={self.low} is above lengths.high={self.high}")
+
+    def sample(self, seqlen: int, random: np.random.Generator) -> Ints:
+        return _until(seqlen, (self.low + self.high) / 2, lambda n: random.integers(self.low, self.high + 1, n))
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """``median`` tokens, ``sigma`` of the logarithm, none longer than ``high``."""
+
+    median: int
+    sigma: float
+    high: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sigma, bool) or not isinstance(self.sigma, int | float) or not 0 < self.sigma <= 10:
+            raise ValueError(f"lengths.sigma={self.sigma} is no number above 0 and up to 10, such as 1.1")
+
+    def sample(self, seqlen: int, random: np.random.Generator) -> Ints:
+        mean = min(self.high, self.median * math.exp(self.sigma**2 / 2))
+
+        def some(count: int) -> Ints:
+            lengths = np.exp(random.normal(math.log(self.median), self.sigma, count)).clip(1, self.high)
+            return np.rint(lengths).astype(np.int64)
+
+        return _until(seqlen, mean, some)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Buckets ``[edges[i], edges[i+1])`` of tokens with ``weights``; inside a bucket every length is equally likely.
+
+    ``by``: whether a weight is a share of the ``documents`` or of the ``tokens``.
+    """
+
+    edges: list[int]
+    weights: list[float]
+    by: Weighing = "documents"
+
+    def __post_init__(self) -> None:
+        if self.by not in ("documents", "tokens"):
+            raise ValueError(f"lengths.by={self.by} is neither documents nor tokens")
+        if len(self.edges) != len(self.weights) + 1 or len(self.weights) < 1:
+            raise ValueError(f"lengths.edges must be one more than the {len(self.weights)} lengths.weights, not {len(self.edges)}")
+        if min(self.edges) < 1 or any(a >= b for a, b in zip(self.edges, self.edges[1:], strict=False)):
+            raise ValueError(f"lengths.edges={self.edges} must rise from 1 or more")
+        if min(self.weights) < 0 or not sum(self.weights) > 0:
+            raise ValueError(f"lengths.weights={self.weights} must not be negative and not all 0")
+
+    def sample(self, seqlen: int, random: np.random.Generator) -> Ints:
+        low, high = np.array(self.edges[:-1]), np.array(self.edges[1:])
+        middle = (low + high - 1) / 2
+        weights: NDArray[np.float64] = np.array(self.weights, dtype=float)
+        if self.by == "tokens":
+            weights = weights / middle
+        weights /= weights.sum()
+
+        def some(count: int) -> Ints:
+            bucket = random.choice(len(weights), count, p=weights)
+            return random.integers(low[bucket], high[bucket])
+
+        return _until(seqlen, float(weights @ middle), some)
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """The lengths themselves, in this order; they must add up to the sequence."""
+
+    values: list[int]
+
+    def sample(self, seqlen: int, random: np.random.Generator) -> Ints:
+        if sum(self.values) != seqlen:
+            raise DoesNotFit(f"lengths.values add up to {sum(self.values)} tokens, seqlen is {seqlen}")
+        return np.array(self.values, dtype=np.int64)
+
+
+def fit(lengths: Sequence[int]) -> Histogram:
+    """The histogram of a list of document lengths, in tokens: two buckets per doubling, weights in documents.
+
+    Raises:
+        ValueError: no lengths, or one below 1.
+    """
+    values = np.array(lengths, dtype=np.int64)
+    if not len(values) or values.min() < 1:
+        raise ValueError("document lengths must be whole numbers of at least 1, and there must be one")
+    steps = np.arange(math.floor(2 * math.log2(values.min())), math.ceil(2 * math.log2(values.max() + 1)) + 1)
+    edges = np.unique(np.rint(2.0 ** (steps / 2)).astype(np.int64))
+    edges[0], edges[-1] = min(edges[0], values.min()), max(edges[-1], values.max() + 1)
+    counts, _ = np.histogram(values, bins=np.append(edges[:-1], edges[-1] - 0.5))
+    kept = np.nonzero(counts)[0]
+    first, last = kept[0], kept[-1]
+    # What is seen bounds what is drawn.
+    edges = edges[first : last + 2]
+    edges[0], edges[-1] = max(edges[0], values.min()), min(edges[-1], values.max() + 1)
+    return Histogram(edges.tolist(), [float(c) for c in counts[first : last + 1]])
+
+
+def _until(seqlen: int, mean: float, some: object) -> Ints:
+    """Draw lengths until they fill ``seqlen``: at once but for rare luck."""
+    assert callable(some)
+    lengths = np.empty(0, dtype=np.int64)
+    while (missing := seqlen - int(lengths.sum())) > 0:
+        lengths = np.concatenate([lengths, some(16 + int(1.1 * missing / mean))])
+    return lengths
