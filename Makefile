@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 STAMP := $(VENV)/.lcbench-installed
 
-.PHONY: help setup demo test lint bench mlflow cluster-up cluster-down cluster-status gpu-check
+.PHONY: help setup demo test lint bench docs mlflow cluster-up cluster-down cluster-status gpu-check
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -36,6 +36,9 @@ lint: setup ## ruff and mypy
 
 bench: setup ## how long planning and the mask algebra take
 	$(BIN)/python -m tests.bench
+
+docs: setup ## draw the gallery of masks again
+	$(BIN)/python -m lcbench.masks --gallery docs/masks.png lengths=uniform lengths.high=4k
 
 mlflow: setup ## MLflow server with the results of this checkout; prints its address
 	@slurm/mlflow.sh

@@ -8,8 +8,9 @@ Imports no kernel and uses a mask only by rows and columns, on global indices: b
 it shares neither the layout algebra nor the tiles with what it judges.
 
 The bound on an error is what the same arithmetic in the run's own precision does: twice the error of the dense
-computation in that type, on the same rows, and never below one unit in the last place of the largest value (1e-12 of it
-for float64, whose dense computation is the reference).
+computation in that type, on the same rows, and of the largest value one unit in the last place besides, since a result that is
+merged from parts is rounded part by part, and what rounding an LSE to float32 does to every weight exp(score - LSE). For
+float64, whose dense computation is the reference, it is 1e-12 of the largest value.
 """
 
 from __future__ import annotations
@@ -101,12 +102,14 @@ def check(mask: Mask, problem: Problem, shard: Shard, result: Result, *, seed: i
         )
         wanted |= {name: (exact_columns[name], dense_columns[name]) for name in ("dk", "dv")}
 
+    lse = exact["lse"][torch.isfinite(exact["lse"])]
+    largest_lse = float(lse.abs().max()) if lse.numel() else 0.0
     errors, bounds = {}, {}
     for name, (reference, same_precision) in wanted.items():
         got = getattr(result, name)
         mine, positions = _owned(shard.tokens, columns if name in ("dk", "dv") else rows)
         errors[name] = _max_error(got[mine].double(), reference[positions])
-        bounds[name] = _bound(reference, same_precision, run_dtype)
+        bounds[name] = _bound(reference, same_precision, run_dtype, largest_lse)
     return Check(errors, bounds, len(rows), len(columns), whole)
 
 
@@ -256,7 +259,7 @@ def _max_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float("nan") if broken else error
 
 
-def _bound(reference: torch.Tensor, same_precision: torch.Tensor, dtype: torch.dtype) -> float:
+def _bound(reference: torch.Tensor, same_precision: torch.Tensor, dtype: torch.dtype, largest_lse: float) -> float:
     finite = torch.isfinite(reference)
     if not finite.any():
         return 0.0
@@ -264,4 +267,4 @@ def _bound(reference: torch.Tensor, same_precision: torch.Tensor, dtype: torch.d
     if dtype == torch.float64:
         return FLOAT64_BOUND * max(1.0, largest)
     dense_error = float((same_precision - reference)[finite].abs().max())
-    return max(2 * dense_error, torch.finfo(dtype).eps * max(1.0, largest))
+    return 2 * dense_error + (torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * largest_lse) * max(1.0, largest)

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from lcbench.runs.store import Attempt, Entry, Sweep
 
+WIDTH = 200  # of a table that goes to a file or a pipe
 COLORS = {"ok": "green", "failed": "red", "skipped": "yellow", "missing": "dim"}
 CHECKED = ("out", "dq", "dk", "dv")
 

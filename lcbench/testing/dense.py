@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +20,29 @@ def dense_mask(num_q: int, num_k: int, bands: Iterable[Sequence[int]]) -> NDArra
     return count.astype(bool)
 
 
+def dense_heads(mask: Any, q_heads: int) -> NDArray[np.bool_]:
+    """The (q_heads, num_q, num_k) matrix of a band mask or of a block map, blocks expanded one by one."""
+    if not hasattr(mask, "maps"):
+        return np.broadcast_to(dense_mask(mask.num_q, mask.num_k, mask), (q_heads, mask.num_q, mask.num_k))
+    found = np.zeros((q_heads, mask.num_q, mask.num_k), dtype=bool)
+    for head in range(q_heads):
+        keep = mask.keep(head * mask.maps // q_heads)
+        for i, j in zip(*np.nonzero(keep), strict=True):
+            found[head, mask.q_edges[i] : mask.q_edges[i + 1], mask.k_edges[j] : mask.k_edges[j + 1]] = True
+    return found
+
+
 def dense_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: NDArray[np.bool_], softmax_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (Tq, Hq, D) and natural-log LSE (Tq, Hq) of q (Tq, Hq, D), k and v (Tk, Hk, D); an empty row gives 0 and -inf."""
+    """out (Tq, Hq, D) and natural-log LSE (Tq, Hq) of q (Tq, Hq, D), k and v (Tk, Hk, D); an empty row gives 0 and -inf.
+
+    ``mask``: (Tq, Tk), or (Hq, Tq, Tk) where heads differ.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * softmax_scale
-    scores = scores.masked_fill(~torch.from_numpy(mask)[None], float("-inf"))
+    scores = scores.masked_fill(~torch.from_numpy(np.array(mask)), float("-inf"))
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     return torch.einsum("hqk,khd->qhd", weights, v), lse.T

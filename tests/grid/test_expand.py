@@ -16,7 +16,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from lcbench.grid import expand
+from lcbench.grid import build, expand
+from lcbench.grid.build import build_mask
 from lcbench.grid.cell import Cell
 from lcbench.sweep import CONF, look
 
@@ -30,9 +31,9 @@ def loader() -> Iterator[Any]:
 FORMS = [
     ["cp=ring,ulysses,usp", "seqlen=64k,256k,1m"],
     ["cp=choice(ring,usp)", "seed=range(0,4)", "scale=2x8,1x4"],
-    ["kernel=glob(*)", "mask=glob(*document)", "mask.mean_length=1k,2k"],
+    ["kernel=glob(*)", "mask=glob(*document)", "lengths=uniform,fixed", "mask.draws=1,2"],
     ["mask=sliding_window", "mask.left=512,1k", "++mask.right=0", "dtype=bf16,float32"],
-    ["mask=causal_document", "mask.lengths=[100,28],[64,64]", "seqlen=128"],
+    ["mask=causal_document", "lengths=explicit", "lengths.values=[100,28],[64,64]", "seqlen=128"],
     ["seqlen=null", "seqlen_per_rank=1k,2k", "scale=1x2,2x2"],
     ["++measure.budget_s=1.5,2", "cp=usp", "cp.ulysses_degree=1,2,auto", "scale=1x2"],
     ["heads=8x8x64,8x2x64", "direction=forward,forward_backward"],
@@ -73,6 +74,38 @@ def test_impossible_cells_are_kept_with_their_reason() -> None:
     assert reasons == {"ulysses": "cp ulysses: cannot split 64 query heads evenly over 96 ranks", "ring": None}
 
 
+def test_lengths_belong_to_masks_with_documents_only() -> None:
+    plan = look(["mask=causal,document", "lengths=uniform,fixed,web_text"])
+    masks = [p.cell.config["mask"] for p in plan.cells]
+    assert [m.get("lengths", {}).get("name") for m in masks if m["name"] == "document"] == ["uniform", "fixed", "web_text"]
+    assert [m for m in masks if m["name"] == "causal"] == [{"name": "causal", "_target_": "lcbench.masks.causal.causal"}]
+    assert "causal_document(web_text)" in look(["mask=causal_document"]).cells[0].cell.label
+
+
+def test_an_alias_makes_the_same_cell() -> None:
+    (one,), (two,) = look(["mask=sliding_window_causal"]).cells, look(["mask=sliding_window"]).cells
+    assert one.cell.id == two.cell.id
+
+
+def test_a_mask_that_does_not_fit_is_skipped_with_its_reason() -> None:
+    plan = look(["mask=document", "lengths=explicit", "lengths.values=[1k,1k]", "seqlen=2k,4k"])
+    assert [p.skip for p in plan.cells] == [None, "mask document: lengths.values add up to 2048 tokens, seqlen is 4096"]
+    (planned,) = look(["mask=star_attention", "seqlen=64"]).cells
+    assert planned.skip == "mask star_attention: query=128 is longer than seqlen=64"
+
+
+def test_a_file_is_part_of_the_cell_by_what_is_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "mask.json"
+    path.write_text('{"seqlen": 8, "bands": [[0, 8, 0, 8, null, 0]]}')
+    (planned,) = look(["mask=band_file", f"mask.file={path}", "seqlen=8"]).cells
+    config = planned.cell.config["mask"]
+    assert build_mask(config, 8, planned.cell.heads, 0).pairs(1) == 36
+    path.write_text('{"seqlen": 8, "bands": []}')
+    build._digest.cache_clear()
+    with pytest.raises(ValueError, match="has changed since this cell was planned"):
+        build_mask(config, 8, planned.cell.heads, 0)
+
+
 def test_experiment_sweeps_and_the_command_line_overrides_an_axis() -> None:
     smoke = look(["+experiment=smoke"])
     assert len(smoke.cells) > 4
@@ -90,6 +123,17 @@ def test_experiment_sweeps_and_the_command_line_overrides_an_axis() -> None:
         (["mask=sliding_window", "mask.left=null"], ["mask=sliding_window", "mask.left"]),
         (["mask=sliding_window", "~mask.left"], ["mask=sliding_window", "mask.left"]),
         (["mask=causal,sliding_window", "mask.left=512"], ["mask=causal", "no option 'left'"]),
+        (["mask=sliding_window", "mask.left=-1"], ["mask.left=-1", "token count"]),
+        (["mask=document", "lengths=webtext"], ["lengths=webtext", "web_text", "did you mean web_text?"]),
+        (["mask=document", "lengths=uniform", "lengths.low=9k"], ["lengths.low=9216 is above lengths.high=8192"]),
+        (["mask=document", "lengths=explicit"], ["lengths=explicit needs lengths.values"]),
+        (["mask=document", "mask.draws=0"], ["mask.draws=0", "at least 1"]),
+        (["mask=causal", "+mask.draws=2"], ["mask=causal", "draws nothing"]),
+        (["mask=block_random", "mask.density=1.5"], ["mask.density=1.5", "0.2"]),
+        (["mask=block_random", "mask.per=head"], ["mask.per=head", "all_heads, kv_head, q_head"]),
+        (["mask=band_file"], ["mask=band_file needs mask.file"]),
+        (["mask=band_file", "mask.file=nowhere.json"], ["mask.file=nowhere.json is no file"]),
+        (["mask=dual_scope", "mask.every=256"], ["mask.global_size=256", "mask.every=256"]),
         (["sequence=64k"], ["unknown axis 'sequence'", "seqlen"]),
         (["+foo=1"], ["unknown axis 'foo'"]),
         (["dtype=fp8"], ["dtype=fp8", "bfloat16"]),
@@ -139,7 +183,7 @@ def test_the_users_command_is_accepted_as_written(tmp_path: Path) -> None:
 
 def test_planning_loads_neither_torch_nor_mlflow_nor_submitit() -> None:
     code = (
-        "import sys; from lcbench.sweep import look; look(['cp=ring,usp', 'mask=glob(*)', 'scale=2x8']);"
+        "import sys; from lcbench.sweep import look; look(['cp=ring,usp', 'mask=glob(*,exclude=*_file)', 'scale=2x8']);"
         "print([m for m in ('torch', 'mlflow', 'submitit') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

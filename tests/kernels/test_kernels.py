@@ -9,31 +9,27 @@ import torch
 from omegaconf import OmegaConf
 
 from lcbench.grid.build import build_kernel
-from lcbench.kernels.base import merge
+from lcbench.kernels.base import merge, prepare
+from lcbench.kernels.sdpa import SDPA
 from lcbench.masks.band import Band, BandMask
-from lcbench.masks.causal import causal
-from lcbench.masks.causal_document import causal_document
-from lcbench.masks.full import full
-from lcbench.masks.sliding_window import sliding_window
+from lcbench.masks.block_random import block_random
+from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.testing.dense import dense_attention, dense_mask
+from lcbench.testing.dense import dense_attention, dense_heads
+from lcbench.testing.masks import names, small
 
 CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "kernel").glob("*.yaml"))
-MASKS = {
-    "full": full(37),
-    "causal": causal(37),
-    "window": sliding_window(37, left=5, right=0),
-    "two-sided": sliding_window(37, left=4, right=9),
-    "documents": causal_document(37, seed=0, mean_length=5, lengths=[1, 1, 8, 20, 7]),
+HARD = {
     "holes": BandMask.of(37, 37, [Band(2, 9, 0, 37), Band(20, 30, 3, 9), Band(20, 30, 12, 37, -4, 6)]),
     "empty": BandMask.of(37, 37, []),
 }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("name", [*names(), *HARD])
 @pytest.mark.parametrize("heads", [Heads(4, 4, 8), Heads(6, 2, 16)], ids=str)
-def test_kernel_matches_dense_attention(path: Path, mask: BandMask, heads: Heads) -> None:
+def test_kernel_matches_dense_attention(path: Path, name: str, heads: Heads, tmp_path: Path) -> None:
+    mask: Mask = HARD[name] if name in HARD else small(name, 37, heads, tmp_path)
     config = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(config, dict)
     kernel = build_kernel({str(k): v for k, v in config.items()})
@@ -46,9 +42,9 @@ def test_kernel_matches_dense_attention(path: Path, mask: BandMask, heads: Heads
     q, k, v, dout = (torch.randn(37, h, heads.dim, dtype=torch.float64) for h in (heads.q, heads.kv, heads.kv, heads.q))
     q = 3 * q
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    want, want_lse = dense_attention(*leaves, dense_mask(37, 37, mask), 0.7)
+    want, want_lse = dense_attention(*leaves, dense_heads(mask, heads.q), 0.7)
     want_grads = torch.autograd.grad(want, leaves, dout)
-    prepared = kernel.prepare(mask, device)
+    prepared = prepare(kernel, mask, device)
     out, lse = prepared.forward(q, k, v, softmax_scale=0.7)
     grads = prepared.backward(dout, q, k, v, out, lse, softmax_scale=0.7)
     assert torch.equal(lse == -torch.inf, want_lse == -torch.inf)
@@ -68,3 +64,18 @@ def test_merge_of_huge_scores_and_of_empty_rows_is_finite() -> None:
     assert merged[:, 0, 0].tolist() == [1.5, 2.0, 0.0]
     assert torch.allclose(merged_lse[:2, 0], torch.tensor([1e4 + 0.6931471805599453, -1e4], dtype=torch.float64))
     assert merged_lse[2, 0] == -torch.inf
+
+
+@pytest.mark.parametrize("per", ["all_heads", "kv_head", "q_head"])
+def test_block_maps_reach_the_heads_they_belong_to(per: str) -> None:
+    heads = Heads(6, 2, 8)
+    mask = block_random(64, heads=heads, seed=(1, 0), density=0.3, block_size=8, sizes="variable", per=per)  # type: ignore[arg-type]
+    q, k, v, dout = (torch.randn(64, h, 8, dtype=torch.float64) for h in (6, 2, 2, 6))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    want, _ = dense_attention(*leaves, dense_heads(mask, 6), 0.5)
+    want_grads = torch.autograd.grad(want, leaves, dout)
+    prepared = prepare(SDPA(), mask, torch.device("cpu"))
+    out, lse = prepared.forward(q, k, v, softmax_scale=0.5)
+    grads = prepared.backward(dout, q, k, v, out, lse, softmax_scale=0.5)
+    for got, wanted in zip([out, *grads], [want, *want_grads], strict=True):
+        assert (got - wanted).abs().max() <= 1e-12

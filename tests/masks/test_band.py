@@ -5,17 +5,15 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lcbench.cp.layout import contiguous, striped, zigzag
 from lcbench.masks.band import OPEN, Band, BandMask, Run
 from lcbench.masks.causal import causal
 from lcbench.masks.causal_document import causal_document
-from lcbench.masks.convert import pieces, varlen
-from lcbench.masks.document import document, document_bounds
-from lcbench.masks.full import full
-from lcbench.masks.sliding_window import sliding_window
+from lcbench.masks.convert import block_areas, pieces, slices, varlen
+from lcbench.masks.lengths import Uniform, document_bounds
 from lcbench.testing.dense import dense_mask
 
 LENGTHS = st.integers(1, 18)
@@ -102,23 +100,79 @@ def test_kernel_forms_match_dense(case: tuple[int, int, list[Band]]) -> None:
     assert (count == dense).all()
 
 
-@pytest.mark.parametrize("seqlen", [1, 2, 17, 64])
-def test_mask_families_match_their_one_line_formula(seqlen: int) -> None:
-    q, k = np.arange(seqlen)[:, None], np.arange(seqlen)[None]
-    bounds = document_bounds(seqlen, seed=5, mean_length=4, lengths=None)
-    owner = np.searchsorted(bounds, np.arange(seqlen), side="right")
-    same = owner[:, None] == owner[None]
-    wanted = {
-        "full": (full(seqlen), k >= 0),
-        "causal": (causal(seqlen), k <= q),
-        "window": (sliding_window(seqlen, left=3, right=0), (k <= q) & (k >= q - 3)),
-        "both sides": (sliding_window(seqlen, left=3, right=2), (k <= q + 2) & (k >= q - 3)),
-        "document": (document(seqlen, seed=5, mean_length=4), same),
-        "causal document": (causal_document(seqlen, seed=5, mean_length=4), same & (k <= q)),
-    }
-    for name, (mask, dense) in wanted.items():
-        assert (dense_mask(seqlen, seqlen, mask) == np.broadcast_to(dense, (seqlen, seqlen))).all(), name
-        assert mask.area == np.broadcast_to(dense, (seqlen, seqlen)).sum(), name
+@given(bands())
+def test_slices_match_dense_and_are_at_most_three_a_band(case: tuple[int, int, list[Band]]) -> None:
+    num_q, num_k, found = case
+    mask = BandMask.of(num_q, num_k, found)
+    count = np.zeros((num_q, num_k), dtype=int)
+    for q0, q1, k0, k1, kind in slices(mask):
+        q, k = np.arange(q0, q1)[:, None], np.arange(k0, k1)[None]
+        below, above = k - q <= (k1 - 1) - (q1 - 1), k - q >= k0 - q0
+        count[q0:q1, k0:k1] += {"full": q == q, "causal": below, "inverse": above, "both": below & above}[kind]
+    assert (count == dense_mask(num_q, num_k, found)).all()
+    assert len(slices(mask)) <= 3 * len(mask)
+
+
+@given(bands(), st.data())
+def test_block_areas_intervals_and_extents_match_dense(case: tuple[int, int, list[Band]], data: st.DataObject) -> None:
+    num_q, num_k, found = case
+    dense, mask = dense_mask(num_q, num_k, found), BandMask.of(num_q, num_k, found)
+    edges = [np.array(sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=4))})) for n in (num_q, num_k)]
+    grid = np.zeros((len(edges[0]) - 1, len(edges[1]) - 1), dtype=int)
+    for row, column, area in zip(*block_areas(mask, *edges), strict=True):
+        assert area > 0
+        grid[row, column] += area
+    assert (grid == np.add.reduceat(np.add.reduceat(dense, edges[0][:-1]), edges[1][:-1], axis=1)).all()
+    rows = np.array(sorted(data.draw(st.sets(st.integers(0, num_q - 1)))), dtype=np.int64)
+    seen = np.zeros((len(rows), num_k), dtype=int)
+    for at, begin, end in zip(*mask.intervals(rows), strict=True):
+        seen[at, begin:end] += 1
+    assert (seen == dense[rows]).all()
+    first, last = mask.extents(rows)
+    for row, a, b in zip(rows, first, last, strict=True):
+        keys = np.nonzero(dense[row])[0]
+        assert (a, b) == ((keys[0], keys[-1] + 1) if len(keys) else (0, 0))
+
+
+@given(bands(), bands())
+def test_overlap_is_found_exactly(one: tuple[int, int, list[Band]], two: tuple[int, int, list[Band]]) -> None:
+    num_q, num_k = max(one[0], two[0]), max(one[1], two[1])
+    dense = [dense_mask(num_q, num_k, found) for _, _, found in (one, two)]
+    shared = BandMask.of(num_q, num_k, [*one[2], *two[2]]).overlap()
+    assert (shared is not None) == (dense[0] & dense[1]).any()
+    if shared is not None:
+        assert all(dense_mask(num_q, num_k, [band]).any() for band in shared)
+
+
+@given(bands(), st.integers(1, 4), st.sampled_from([contiguous, zigzag, striped]))
+def test_the_tiles_of_a_layout_hold_every_pair_once(case: tuple[int, int, list[Band]], shards: int, deal: object) -> None:
+    assert callable(deal)
+    num_q, _, found = case
+    mask = BandMask.of(num_q, num_q, [Band(*b[:2], min(b.k0, num_q), min(b.k1, num_q), b.lo, b.hi) for b in found])
+    dense = dense_mask(num_q, num_q, mask)
+    layout = deal(num_q, shards)
+    count = np.zeros((num_q, num_q), dtype=int)
+    for i in range(shards):
+        for j in range(shards):
+            tile = layout.tile(mask, i, j)
+            assert tile.area == dense_mask(tile.num_q, tile.num_k, tile).sum()
+            count[np.ix_(layout.tokens(i), layout.tokens(j))] += dense_mask(tile.num_q, tile.num_k, tile)
+    assert (count == dense).all()
+    assert layout.areas(mask) == [int(dense[layout.tokens(i)].sum()) for i in range(shards)]
+
+
+@given(bands())
+def test_merging_never_adds_bands(case: tuple[int, int, list[Band]]) -> None:
+    num_q, num_k, found = case
+    mask = BandMask.of(num_q, num_k, found)
+    assert len(mask.merged()) <= len(mask)
+
+
+def test_many_adjacent_bands_become_one() -> None:
+    rows = BandMask.of(1000, 1000, [Band(i, i + 1, 0, 1000, hi=0) for i in range(1000)])
+    assert list(rows.merged()) == list(causal(1000))
+    columns = BandMask.of(1000, 1000, [Band(0, 1000, i, i + 10) for i in range(0, 1000, 10)])
+    assert list(columns.merged()) == [Band(0, 1000, 0, 1000, -999, 999)]
 
 
 def test_merge_turns_the_tiles_of_a_causal_step_into_one_call() -> None:
@@ -126,14 +180,10 @@ def test_merge_turns_the_tiles_of_a_causal_step_into_one_call() -> None:
     assert list(tile.merged()) == [Band(0, 16, 0, 16, -15, 0)]
 
 
-def test_documents_must_add_up() -> None:
-    with pytest.raises(ValueError, match="add up to seqlen=10"):
-        document(10, seed=0, mean_length=4, lengths=[4, 5])
-
-
 def test_ten_million_tokens_have_an_exact_area() -> None:
     seqlen = 10 << 20
     assert causal(seqlen).area == seqlen * (seqlen + 1) // 2
-    mask = causal_document(seqlen, seed=0, mean_length=100)
-    lengths = np.diff(document_bounds(seqlen, seed=0, mean_length=100, lengths=None))
+    mask = causal_document(seqlen, seed=(0, 0), lengths=Uniform(1, 200))
+    lengths = np.diff(document_bounds(seqlen, Uniform(1, 200), (0, 0)))
     assert mask.area == int((lengths * (lengths + 1) // 2).sum())
+    assert mask.overlap() is None

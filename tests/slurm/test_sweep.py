@@ -37,7 +37,7 @@ def cells(results: Path, sweep: str, environment: dict[str, str]) -> dict[str, d
 
 def test_every_strategy_and_mask_is_checked_on_two_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
     done = lcbench(
-        "sweep", "-m", "cp=ring,ulysses,usp", "mask=full,causal,sliding_window,document,causal_document", "seqlen=512,1k",
+        "sweep", "-m", "cp=ring,ulysses,usp", "mask=full,dual_scope,causal_document,share_question,block_random", "seqlen=512,1k",
         "scale=2x8", "heads=16x4x16", "sweep=main", f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", *SMALL,
         environment=devcluster,
     )  # fmt: skip

@@ -22,7 +22,6 @@ from lcbench.grid.expand import REPOSITORY, Plan
 from lcbench.runs.pack import Pack, estimate_s, group
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep, write_json
 
-WIDTH = 200  # of a table that goes to a file or a pipe
 OK, SOME_FAILED, NOT_SUBMITTED, INTERRUPTED = 0, 1, 3, 130
 
 
@@ -116,7 +115,7 @@ def finish(sweep: Sweep, report: list[str], tracking_uri: str | None) -> int:
     """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1."""
     from rich.console import Console
 
-    from lcbench.report.table import cells_table
+    from lcbench.report.table import WIDTH, cells_table
 
     _settle(sweep)
     if tracking_uri:

@@ -8,7 +8,7 @@ from pathlib import Path
 from lcbench.masks.band import OPEN, BandMask, DoesNotFit
 
 
-def custom(seqlen: int, *, file: str) -> BandMask:
+def band_file(seqlen: int, *, file: str) -> BandMask:
     """``file``: JSON ``{"seqlen": 4096, "bands": [[q0, q1, k0, k1, lo, hi], ...]}``, null for an open diagonal bound.
 
     Raises:

@@ -1,0 +1,67 @@
+"""Fit a profile of document lengths to your own data: ``python -m lcbench.lengths lengths.txt --name mine``.
+
+The file holds one length in tokens per line. What is written is a value of the lengths axis: ``mask=document lengths=mine``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lcbench.grid.expand import REPOSITORY
+from lcbench.masks.lengths import fit
+
+BAD_INPUT = 2
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lcbench.lengths", description=__doc__)
+    parser.add_argument("file", type=Path, help="one document length in tokens per line")
+    parser.add_argument("--name", required=True, help="name of the new value of the lengths axis")
+    parser.add_argument("--conf", type=Path, default=REPOSITORY / "conf", help="where to write <conf>/lengths/<name>.yaml")
+    parser.add_argument("--force", action="store_true", help="write over a profile of that name")
+    options = parser.parse_args(arguments)
+    target = options.conf / "lengths" / f"{options.name}.yaml"
+    try:
+        if not options.name.replace("_", "").replace("-", "").isalnum():
+            raise ValueError(f"--name {options.name} is no name; use letters, digits, - and _")
+        if target.exists() and not options.force:
+            raise ValueError(f"{target} is there; take another --name, or --force")
+        lengths = read(options.file)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    found = fit(lengths)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(
+        f"# Fitted to {len(lengths)} document lengths of {options.file.name}: {sum(lengths)} tokens.\n"
+        f"_target_: lcbench.masks.lengths.Histogram\nname: {options.name}\nby: documents\n"
+        f"edges: {found.edges}\nweights: {found.weights}\n"
+    )
+    print(f"{target}: {len(lengths)} documents, {min(lengths)} to {max(lengths)} tokens, in {len(found.weights)} buckets")
+    where = "" if options.conf == REPOSITORY / "conf" else f" --config-dir {options.conf}"
+    print(f"use it:  python -m lcbench.sweep mask=causal_document lengths={options.name}{where}")
+    return 0
+
+
+def read(path: Path) -> list[int]:
+    """Lengths of a file, one per line.
+
+    Raises:
+        ValueError: a line that is no whole number of at least 1, or no lines at all.
+    """
+    lengths = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        if not line.strip().isdecimal() or int(line) < 1:
+            raise ValueError(f"{path}, line {number}: {line.strip()!r} is no whole number of tokens of at least 1")
+        lengths.append(int(line))
+    if not lengths:
+        raise ValueError(f"{path} holds no lengths; write one per line")
+    return lengths
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

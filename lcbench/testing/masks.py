@@ -1,0 +1,81 @@
+"""Every mask that conf/ names at the size of a test: a new mask is tested as soon as its YAML is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from lcbench.grid.build import build_mask, check_options, with_lengths
+from lcbench.grid.values import parse_tokens
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def load(group: str, name: str) -> dict[str, Any]:
+    """The YAML of an axis value as plain values."""
+    config = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+    assert isinstance(config, dict)
+    return {str(k): v for k, v in config.items()}
+
+
+def names(group: str = "mask") -> list[str]:
+    """Every value of an axis, aliases left out."""
+    return [path.stem for path in sorted((CONF / group).glob("*.yaml")) if load(group, path.stem)["name"] == path.stem]
+
+
+def aliases(group: str = "mask") -> dict[str, str]:
+    """Other names of axis values: alias -> name."""
+    stems = [path.stem for path in sorted((CONF / group).glob("*.yaml"))]
+    return {stem: load(group, stem)["name"] for stem in stems if load(group, stem)["name"] != stem}
+
+
+def small_config(name: str, seqlen: int, heads: Heads, folder: Path, **options: Any) -> dict[str, Any]:
+    """The checked config of a mask with its token counts shrunk to ``seqlen``; files that it needs go to ``folder``."""
+    config = load("mask", name)
+    for option, value in config.items():
+        tokens = _tokens(value)
+        if tokens is not None and option != "draws" and seqlen >= 8:
+            # 1k is to be about a third of a small sequence, 64 and 128 some tokens; their order is kept.
+            config[option] = min(tokens, max(2, round(seqlen * (tokens / 8192) ** 0.5)))
+    if config.get("file") == "???":
+        config["file"] = str(_file(name, seqlen, heads, folder))
+    lengths = {"_target_": "lcbench.masks.lengths.Uniform", "name": "uniform", "low": 1, "high": max(1, seqlen // 3)}
+    return with_lengths(check_options("mask", {**config, **options}), lengths)
+
+
+def small(name: str, seqlen: int, heads: Heads, folder: Path, *, seed: int = 0, **options: Any) -> Mask:
+    return build_mask(small_config(name, seqlen, heads, folder, **options), seqlen, heads, seed)
+
+
+def _tokens(value: Any) -> int | None:
+    if isinstance(value, bool | float) or value is None:
+        return None
+    try:
+        return parse_tokens(value)
+    except ValueError:
+        return None
+
+
+def _file(name: str, seqlen: int, heads: Heads, folder: Path) -> Path:
+    half, third = seqlen // 2 + 1, seqlen // 3 + 1
+    path = folder / f"{name}-{seqlen}-{heads}"
+    if name == "band_file":
+        # Causal above, a stretch of few keys below, and rows without any.
+        bands = [[0, half, 0, seqlen, None, 0]]
+        if half < seqlen - 1:
+            bands += [[half, seqlen - 1, 0, third, None, None]]
+        path = path.with_suffix(".json")
+        path.write_text(json.dumps({"seqlen": seqlen, "bands": bands}))
+        return path
+    random = np.random.default_rng(0)
+    edges = [np.unique([0, *random.integers(0, seqlen, 5), seqlen]) for _ in range(2)]
+    keep = random.random((heads.kv, len(edges[0]) - 1, len(edges[1]) - 1)) < 0.5
+    path = path.with_suffix(".npz")
+    np.savez(path, q_edges=edges[0], k_edges=edges[1], keep=keep)
+    return path

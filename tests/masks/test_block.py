@@ -1,0 +1,162 @@
+"""Block maps: every operation against the dense matrix, what the patterns promise, and files."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lcbench.masks.band import DoesNotFit, Run
+from lcbench.masks.block import BlockMap
+from lcbench.masks.block_file import block_file
+from lcbench.masks.block_local_sink import block_local_sink
+from lcbench.masks.block_random import block_random
+from lcbench.masks.block_slash import block_slash
+from lcbench.masks.block_vertical import block_vertical
+from lcbench.problem import Heads
+from lcbench.testing.dense import dense_heads, dense_mask
+
+HEADS = Heads(6, 3, 8)
+
+
+@st.composite
+def maps(draw: st.DrawFn) -> BlockMap:
+    edges = [
+        np.array(sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=4))})) for n in draw(st.tuples(*[st.integers(1, 14)] * 2))
+    ]
+    count = draw(st.sampled_from([1, 2, 3, 6]))
+    seed = draw(st.integers(0, 99))
+    shape = (count, len(edges[0]) - 1, len(edges[1]) - 1)
+    keep = np.random.default_rng(seed).random(shape) < 0.5
+    return BlockMap(edges[0], edges[1], count, lambda i: keep[i])
+
+
+@st.composite
+def runs(draw: st.DrawFn, tokens: int) -> list[Run]:
+    found = []
+    for _ in range(draw(st.integers(1, 3))):
+        start, stride = draw(st.integers(0, tokens - 1)), draw(st.integers(1, 3))
+        found.append(Run(start, draw(st.integers(0, (tokens - 1 - start) // stride + 1)), stride))
+    return found
+
+
+def tokens_of(found: list[Run]) -> np.ndarray:
+    return np.concatenate([run.start + run.stride * np.arange(run.size) for run in found])
+
+
+@given(maps(), st.data())
+def test_block_maps_are_closed_under_the_algebra(mask: BlockMap, data: st.DataObject) -> None:
+    dense = dense_heads(mask, 6)
+    assert mask.pairs(6) == dense.sum()
+    assert mask.density == pytest.approx(dense.mean())
+    assert (dense_heads(mask.transpose(), 6) == dense.transpose(0, 2, 1)).all()
+    q_runs, k_runs = data.draw(runs(mask.num_q)), data.draw(runs(mask.num_k))
+    tile = mask.tile(q_runs, k_runs)
+    wanted = dense[:, tokens_of(q_runs)][:, :, tokens_of(k_runs)]
+    assert (dense_heads(tile, 6) == wanted).all()
+    assert (len(tile) > 0) == wanted.any()
+    assert mask.row_area(q_runs) * (6 // mask.maps) == dense[:, tokens_of(q_runs)].sum()
+    first = data.draw(st.integers(0, 5))
+    count = data.draw(st.integers(1, 6 - first))
+    part = mask.of_heads(first, count, 6)
+    assert (dense_heads(part, count) == dense[first : first + count]).all()
+
+
+@given(maps())
+def test_bands_and_index_lists_hold_the_same_blocks(mask: BlockMap) -> None:
+    for number in range(mask.maps):
+        dense = dense_heads(mask, mask.maps)[number]
+        assert (dense_mask(mask.num_q, mask.num_k, mask.bands(number)) == dense).all()
+        indptr, indices = mask.csr(number)
+        assert len(indptr) == len(mask.q_edges)
+        for row, (begin, end) in enumerate(pairwise(indptr)):
+            assert indices[begin:end].tolist() == np.nonzero(mask.keep(number)[row])[0].tolist()
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("density", [0.1, 0.2, 0.5, 1.0])
+def test_random_blocks_have_the_density_that_was_asked_for(block_size: int, density: float) -> None:
+    mask = block_random(8192, heads=HEADS, seed=(3, 0), density=density, block_size=block_size, sizes="uniform", per="q_head")
+    assert mask.maps == 6
+    columns = 8192 // block_size
+    for i in range(6):
+        assert set(mask.keep(i).sum(1).tolist()) == {round(density * columns)}
+    assert mask.density == pytest.approx(round(density * columns) / columns)
+    assert (mask.keep(0) != mask.keep(1)).any() or density == 1.0
+
+
+def test_variable_blocks_vary_and_the_area_is_what_was_drawn() -> None:
+    mask = block_random(8000, heads=HEADS, seed=(3, 0), density=0.3, block_size=128, sizes="variable", per="all_heads")
+    sizes = np.diff(mask.q_edges)[:-1]
+    assert sizes.min() < 100 < 150 < sizes.max()
+    assert sizes.min() >= 64
+    assert sizes.max() <= 192
+    assert (np.diff(mask.q_edges)[:20] != np.diff(mask.k_edges)[:20]).any()
+    assert mask.pairs(1) == dense_heads(mask, 1).sum()
+
+
+def test_patterns_are_what_their_names_say() -> None:
+    def options(density: float) -> dict[str, object]:
+        return {"heads": HEADS, "seed": (0, 0), "density": density, "block_size": 64, "sizes": "uniform", "per": "kv_head"}
+
+    local = block_local_sink(2048, local=3, sink=2, **options(0.5)).keep(0)  # type: ignore[arg-type]
+    i = np.arange(32)
+    assert local[:, :2].all()
+    assert local[i, i].all()
+    assert local[i[1:], i[1:] - 1].all()
+    assert set(local.sum(1).tolist()) == {16}
+    vertical = block_vertical(2048, **options(0.25)).keep(1)  # type: ignore[arg-type]
+    assert vertical.all(axis=0).sum() == 8
+    assert (vertical.sum(1) <= 9).all()
+    slash = block_slash(2048, **options(0.25)).keep(2)  # type: ignore[arg-type]
+    assert slash[i, i].all()
+    assert set(slash.sum(1).tolist()) == {8}
+    assert all((slash[i, (i + d) % 32] == slash[0, d]).all() for d in range(32))
+
+
+def test_nothing_is_drawn_before_it_is_asked_for() -> None:
+    def refuse(number: int) -> np.ndarray:
+        raise AssertionError("drawn")
+
+    edges = np.arange(0, 1025, 64)
+    mask = BlockMap(edges, edges, 4, refuse)
+    part = mask.tile([Run(0, 100)], [Run(3, 50)]).of_heads(0, 2, 8).transpose()
+    assert (part.num_q, part.num_k, part.maps) == (50, 100, 1)
+
+
+def test_bad_options_are_named() -> None:
+    def build(**changed: object) -> BlockMap:
+        options = {"density": 0.2, "block_size": 64, "sizes": "uniform", "per": "kv_head", **changed}
+        return block_random(4096, heads=HEADS, seed=(0, 0), **options)  # type: ignore[arg-type]
+
+    for changed, words in (
+        ({"density": 0}, "density=0"),
+        ({"sizes": "x"}, "uniform, variable"),
+        ({"per": "x"}, "all_heads, kv_head, q_head"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build(**changed)
+    with pytest.raises(DoesNotFit, match="take larger blocks"):
+        block_random(1 << 24, heads=HEADS, seed=(0, 0), density=0.1, block_size=64, sizes="uniform", per="kv_head")
+
+
+def test_a_map_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "map.npz"
+    keep = np.eye(2, dtype=bool)[None].repeat(3, 0)
+    np.savez(path, q_edges=[0, 3, 8], k_edges=[0, 4, 8], keep=keep)
+    mask = block_file(8, heads=HEADS, file=str(path))
+    assert mask.pairs(6) == 6 * (3 * 4 + 5 * 4)
+    with pytest.raises(DoesNotFit, match="8 x 8 tokens, seqlen is 9"):
+        block_file(9, heads=HEADS, file=str(path))
+    with pytest.raises(DoesNotFit, match="4 query heads are no multiple of the 3 maps"):
+        block_file(8, heads=Heads(4, 2, 8), file=str(path))
+    np.savez(path, q_edges=[0, 8, 3], k_edges=[0, 4, 8], keep=keep)
+    with pytest.raises(ValueError, match="rising from 0"):
+        block_file(8, heads=HEADS, file=str(path))
+    path.write_text("no archive")
+    with pytest.raises(ValueError, match="does not hold"):
+        block_file(8, heads=HEADS, file=str(path))

@@ -1,0 +1,118 @@
+"""A whole cell on one rank: every mask is checked in the types that people run, and draws are joined honestly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lcbench.cp.execute import Groups
+from lcbench.cp.none import Local
+from lcbench.grid.build import build_mask
+from lcbench.kernels.sdpa import SDPA
+from lcbench.masks.mask import Mask
+from lcbench.measure.cell import Gang, Measured, Work, measure_cell, over_draws
+from lcbench.measure.numerics import Check
+from lcbench.problem import Heads, Problem, Scale
+from lcbench.testing.masks import names, small_config
+
+HEADS = Heads(4, 2, 16)
+GANG = Gang(0, 1, torch.device("cpu"), Groups(), [])
+SETTINGS = {"warmup": 0, "min_iterations": 2, "max_iterations": 2, "budget_s": 1.0, "precision": 0.5}
+
+
+def measured(name: str, seqlen: int, dtype: str, folder: Path, draws: int = 1) -> Measured:
+    config = small_config(name, seqlen, HEADS, folder)
+
+    def make(draw: int) -> Mask:
+        return build_mask(config, seqlen, HEADS, 5, draw)
+
+    problem = Problem(seqlen, HEADS, Scale(1, 1), dtype, "forward_backward")
+    return measure_cell(Work(problem, make, SDPA(), Local(), SETTINGS, 5, draws), GANG, lambda _: None)
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_mask_passes_its_check_in_every_type(name: str, dtype: str, tmp_path: Path) -> None:
+    result = measured(name, 200, dtype, tmp_path)
+    assert result.check is not None
+    assert not result.check.failures
+    assert result.check.whole
+    assert result.metrics["time/total/median_s"] > 0
+    assert json.dumps(result.metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["causal_document", "dual_scope", "star_attention", "block_random", "block_file"])
+def test_long_masks_are_checked_by_sampled_rows_and_columns(name: str, tmp_path: Path) -> None:
+    result = measured(name, 3001, "float64", tmp_path)
+    assert result.check is not None
+    assert not result.check.whole
+    assert not result.check.failures
+    assert max(result.check.errors.values()) <= 1e-12
+
+
+def test_draws_are_measured_each_and_joined(tmp_path: Path) -> None:
+    result = measured("causal_document", 150, "float64", tmp_path, draws=3)
+    metrics, samples = result.metrics, result.samples
+    assert metrics["draws/count"] == 3
+    assert len(set(samples["draw_area"])) == 3
+    assert metrics["mask/area"] == pytest.approx(np.mean(samples["draw_area"]))
+    assert len(samples["total_s"]) == 6
+    assert metrics["time/total/median_s"] == pytest.approx(np.mean(samples["draw_total_median_s"]))
+    flops = 4 * 3.5 * HEADS.q * HEADS.dim * sum(samples["draw_area"])
+    assert metrics["compute/tflops_per_gpu"] == pytest.approx(flops / sum(samples["draw_total_median_s"]) / 1e12)
+
+
+def test_the_spread_over_draws_is_apart_from_the_spread_over_iterations() -> None:
+    def one(area: float, seconds: float, error: float) -> Measured:
+        times = {"median_s": seconds, "p20_s": 0.9 * seconds, "p80_s": 1.1 * seconds}
+        metrics = {f"time/total/{name}": value for name, value in times.items()} | {
+            "mask/area": area,
+            "time/noise": 0.01,
+            "compute/tflops_per_gpu": area / seconds,
+            "compute/mfu": area / seconds / 10,
+            "compute/peak_tflops": 10.0,
+            "check/out_error": error,
+            "memory/peak_bytes": area,
+        }
+        check = Check({"out": error}, {"out": 1.0}, 1, 1, True)
+        return Measured(metrics, {"total_s": [seconds]}, check, {"stopped_by": "precision", "kernel_calls": [1]})
+
+    joined = over_draws([one(100, 1.0, 0.1), one(300, 2.0, 0.5), one(500, 9.0, 0.2)])
+    metrics = joined.metrics
+    assert metrics["time/total/median_s"] == 4.0
+    assert metrics["time/total/p80_s"] == pytest.approx(4.4)  # iterations: ten percent
+    assert metrics["draws/total/spread"] == pytest.approx(4.0)  # draws: four times the median
+    assert (metrics["draws/total/min_s"], metrics["draws/total/max_s"]) == (1.0, 9.0)
+    assert metrics["compute/tflops_per_gpu"] == pytest.approx(900 / 12)
+    assert metrics["compute/mfu"] == pytest.approx(7.5)
+    assert (metrics["check/out_error"], metrics["memory/peak_bytes"]) == (0.5, 500)
+    assert joined.check is not None
+    assert joined.check.errors == {"out": 0.5}
+
+
+def test_a_draw_that_fails_its_check_is_the_answer(tmp_path: Path) -> None:
+    class Wrong(SDPA):
+        def prepare(self, mask: Mask, device: torch.device) -> object:  # type: ignore[override]
+            prepared = super().prepare(mask, device)  # type: ignore[arg-type]
+            forward = prepared.forward
+
+            def off(*args: torch.Tensor, softmax_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+                out, lse = forward(*args, softmax_scale=softmax_scale)
+                return out + 1e-6, lse
+
+            prepared.forward = off  # type: ignore[method-assign]
+            return prepared
+
+    config = small_config("document", 100, HEADS, tmp_path)
+    problem = Problem(100, HEADS, Scale(1, 1), "float64", "forward")
+    work = Work(problem, lambda draw: build_mask(config, 100, HEADS, 0, draw), Wrong(), Local(), SETTINGS, 0, 2)
+    result = measure_cell(work, GANG, lambda _: None)
+    assert result.check is not None
+    assert result.check.failures
+    assert result.notes["draw"] == 0
+    assert "time/total/median_s" not in result.metrics
