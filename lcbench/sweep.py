@@ -14,7 +14,7 @@ import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 
-from lcbench.grid.expand import GROUPS, REPOSITORY, Plan, expand
+from lcbench.grid.expand import GROUPS, REPOSITORY, Plan, expand, remember
 
 CONF = REPOSITORY / "conf"
 BAD_INPUT = 2
@@ -37,6 +37,12 @@ def main(arguments: list[str]) -> None:
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(BAD_INPUT)
+        # Hydra gets the launcher and its own options; the grid is planned already. (It would try the options of swept values,
+        # as in mask=a,b mask.draws=2, on the default value, and refuse them.)
+        remember(plan)
+        dirs = _config_dirs(arguments)
+        passed = [a for a in arguments if a.lstrip("+~").startswith(("-", "hydra")) or a in dirs]
+        arguments = ["--multirun", *(a for a in passed if a not in ("-m", "--multirun"))]
         if not any(a.startswith("hydra/launcher=") for a in arguments):
             arguments = [*arguments, f"hydra/launcher={plan.site['launcher']}"]
     sys.argv = [sys.argv[0], *arguments]

@@ -1,7 +1,7 @@
 """From override lists to cells: each axis value is composed by Hydra once, and the grid is their product.
 
 Hydra's own sweeper composes every cell, about 40 ms each. Here overrides are put together by the top-level key they touch
-(``mask=document mask.mean_length=1k,2k`` is one axis of two values), each combination of a key is composed once, and cells
+(``mask=sliding_window mask.left=1k,2k`` is one axis of two values), each combination of a key is composed once, and cells
 are products of the resulting plain values. That is the same only as long as no axis looks at another, which is why axis
 files hold no defaults list and no interpolation. Experiments reach across axes, so several of them are several plans, joined;
 package overrides (``mask@other=...``) have nowhere to go in a cell and are refused.
@@ -61,6 +61,16 @@ class Plan:
 
 
 _plans: dict[tuple[str, ...], Plan] = {}
+_remembered: list[Plan] = []
+
+
+def remember(plan: Plan) -> None:
+    """Keep the plan that a command made before Hydra started, for Hydra's sweeper to run."""
+    _remembered[:] = [plan]
+
+
+def remembered() -> Plan | None:
+    return _remembered[0] if _remembered else None
 
 
 def expand(overrides: Sequence[str], loader: ConfigLoaderImpl) -> Plan:
@@ -70,7 +80,7 @@ def expand(overrides: Sequence[str], loader: ConfigLoaderImpl) -> Plan:
         ValueError: bad input, in one line that names the value and the accepted ones.
     """
     key = tuple(overrides)
-    if key not in _plans:  # the command looks at the overrides before Hydra's sweeper does
+    if key not in _plans:
         _plans[key] = _expand(list(overrides), loader)
     return _plans[key]
 

@@ -181,6 +181,14 @@ def test_the_users_command_is_accepted_as_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_grid_with_options_needs_no_multirun_flag(tmp_path: Path) -> None:
+    options = ["mask=causal_document,block_random", "mask.draws=2", "hydra/launcher=dry", f"results={tmp_path}"]
+    for flag in ([], ["-m"]):
+        done = run_sweep(*flag, *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "2 cells" in done.stdout
+
+
 def test_planning_loads_neither_torch_nor_mlflow_nor_submitit() -> None:
     code = (
         "import sys; from lcbench.sweep import look; look(['cp=ring,usp', 'mask=glob(*,exclude=*_file)', 'scale=2x8']);"

@@ -25,10 +25,10 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from lcbench.grid.expand import expand
+        from lcbench.grid.expand import expand, remembered
 
         if not hasattr(self.launcher, "launch_plan"):
             name = type(self.launcher).__name__
             sys.exit(f"error: hydra/launcher={name} cannot run a plan; take local, slurm or dry")
         loader: Any = self.loader
-        sys.exit(self.launcher.launch_plan(expand(arguments, loader)))
+        sys.exit(self.launcher.launch_plan(remembered() or expand(arguments, loader)))
