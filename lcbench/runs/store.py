@@ -19,6 +19,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -146,8 +147,10 @@ class Sweep:
 
     def running(self, cell_id: str) -> list[Running]:
         """Attempts that have begun and not ended; their job may be dead all the same."""
-        markers = (self.folder / cell_id).glob("attempt-*.running.json")
-        found = [Running(**read_json(p)) for p in markers]
+        found = []
+        for path in (self.folder / cell_id).glob("attempt-*.running.json"):
+            with suppress(FileNotFoundError):  # it ended just now
+                found.append(Running(**read_json(path)))
         ended = {a.number for a in self.attempts(cell_id)} if found else set()
         return sorted((r for r in found if r.number not in ended), key=lambda r: r.number)
 
@@ -159,9 +162,7 @@ class Sweep:
         while True:
             marker = Running(cell_id, number, pack, time.time())
             try:
-                with open(self.attempt_path(cell_id, number, "running.json"), "x") as file:
-                    json.dump(asdict(marker), file)
-                    os.fsync(file.fileno())
+                write_json(self.attempt_path(cell_id, number, "running.json"), asdict(marker), new=True)
                 return marker
             except FileExistsError:
                 number += 1
@@ -199,8 +200,12 @@ def read_json(path: Path) -> Any:
         return json.load(file)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write atomically: the file holds the old content or the new one, whole, whatever dies when."""
+def write_json(path: Path, data: Any, *, new: bool = False) -> None:
+    """Write atomically: the file holds the old content or the new one, whole, whatever dies when.
+
+    Raises:
+        FileExistsError: with ``new``, if it is there; of several who try at once one succeeds.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -208,7 +213,11 @@ def write_json(path: Path, data: Any) -> None:
             json.dump(data, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if new:
+            os.link(temporary, path)
+            os.unlink(temporary)
+        else:
+            os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

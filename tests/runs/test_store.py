@@ -84,3 +84,23 @@ def test_unknown_sweep_names_those_that_exist(tmp_path: Path) -> None:
     Sweep(tmp_path, "here").add([], command=[])
     with pytest.raises(ValueError, match="there are: here"):
         Sweep(tmp_path, "gone").manifest()
+
+
+def begin_and_finish(root: Path, count: int) -> None:
+    sweep = Sweep(root, "s")
+    for _ in range(count):
+        running = sweep.begin("cell", "p")
+        sweep.finish(Attempt("cell", "s", running.number, "ok"))
+
+
+def test_whoever_looks_while_attempts_begin_and_end_sees_whole_files(tmp_path: Path) -> None:
+    writer = multiprocessing.get_context("spawn").Process(target=begin_and_finish, args=(tmp_path, 60))
+    writer.start()
+    sweep, looks = Sweep(tmp_path, "s"), 0
+    while writer.is_alive():
+        assert len(sweep.running("cell")) <= 1
+        looks += 1
+    writer.join()
+    assert writer.exitcode == 0
+    assert looks > 60
+    assert len(sweep.attempts("cell")) == 60
