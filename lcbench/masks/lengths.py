@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -147,9 +147,8 @@ def fit(lengths: Sequence[int]) -> Histogram:
     return Histogram(edges.tolist(), [float(c) for c in counts[first : last + 1]])
 
 
-def _until(seqlen: int, mean: float, some: object) -> Ints:
-    """Draw lengths until they fill ``seqlen``: at once but for rare luck."""
-    assert callable(some)
+def _until(seqlen: int, mean: float, some: Callable[[int], Ints]) -> Ints:
+    """Lengths from ``some(count)`` until they fill ``seqlen``: one call but for rare luck."""
     lengths = np.empty(0, dtype=np.int64)
     while (missing := seqlen - int(lengths.sum())) > 0:
         lengths = np.concatenate([lengths, some(16 + int(1.1 * missing / mean))])
