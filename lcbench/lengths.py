@@ -9,17 +9,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from lcbench.grid.expand import REPOSITORY
 from lcbench.masks.lengths import fit
-
-BAD_INPUT = 2
+from lcbench.sweep import BAD_INPUT, CONF
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m lcbench.lengths", description=__doc__)
     parser.add_argument("file", type=Path, help="one document length in tokens per line")
     parser.add_argument("--name", required=True, help="name of the new value of the lengths axis")
-    parser.add_argument("--conf", type=Path, default=REPOSITORY / "conf", help="where to write <conf>/lengths/<name>.yaml")
+    parser.add_argument("--conf", type=Path, default=CONF, help="where to write <conf>/lengths/<name>.yaml")
     parser.add_argument("--force", action="store_true", help="write over a profile of that name")
     options = parser.parse_args(arguments)
     target = options.conf / "lengths" / f"{options.name}.yaml"
@@ -40,7 +38,7 @@ def main(arguments: list[str]) -> int:
         f"edges: {found.edges}\nweights: {found.weights}\n"
     )
     print(f"{target}: {len(lengths)} documents, {min(lengths)} to {max(lengths)} tokens, in {len(found.weights)} buckets")
-    where = "" if options.conf == REPOSITORY / "conf" else f" --config-dir {options.conf}"
+    where = "" if options.conf == CONF else f" --config-dir {options.conf}"
     print(f"use it:  python -m lcbench.sweep mask=causal_document lengths={options.name}{where}")
     return 0
 

@@ -41,8 +41,7 @@ def main(arguments: list[str]) -> None:
         # as in mask=a,b mask.draws=2, on the default value, and refuse them.)
         remember(plan)
         dirs = _config_dirs(arguments)
-        passed = [a for a in arguments if a.lstrip("+~").startswith(("-", "hydra")) or a in dirs]
-        arguments = ["--multirun", *(a for a in passed if a not in ("-m", "--multirun"))]
+        arguments = [a for a in arguments if a.lstrip("+~").startswith(("-", "hydra")) or a in dirs]
         if not any(a.startswith("hydra/launcher=") for a in arguments):
             arguments = [*arguments, f"hydra/launcher={plan.site['launcher']}"]
     sys.argv = [sys.argv[0], *arguments]

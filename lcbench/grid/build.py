@@ -21,8 +21,6 @@ RESERVED = ("name", "_target_")
 GIVEN = ("seqlen", "heads", "seed", "lengths")
 # Options of a mask that are the cell's and not its function's: seeded draws to measure, and the digest of its file.
 DRAWS, DIGEST = "draws", "file_sha256"
-# A window may have no left or no right side, a mask no global tokens, sinks or query.
-MAY_BE_ZERO = ("left", "right", "global_tokens", "global_size", "sink", "query", "local", "anchor")
 
 
 class Checked(dict[str, Any]):
@@ -83,7 +81,7 @@ def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
         value = config.get(option)
         if value is None or value == "???":
             if required:
-                example = "4k" if "int" in annotation else "a value"
+                example = "4k" if "int" in annotation or "NonNegative" in annotation else "a value"
                 raise ValueError(f"{group}={name} needs {group}.{option}, which is not set; for example {group}.{option}={example}")
             continue
         checked[option] = _parsed(group, option, annotation, value)
@@ -103,18 +101,18 @@ def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(group: str, option: str, annotation: str, value: Any) -> Any:
-    """An option's value, token counts as integers: every integer of a mask or of document lengths is one, 0 where it may be."""
-    if group not in ("mask", "lengths") or "int" not in annotation:
+    """An option's value; every integer of a mask or of document lengths is a token count, ``NonNegative`` ones may be 0."""
+    if group not in ("mask", "lengths"):
         return value
     name = f"{group}.{option}"
     if "list[int]" in annotation:
         return [parse_tokens(item, name) for item in (value if isinstance(value, list) else [value])]
-    if "float" in annotation:
-        return value
-    return 0 if value == 0 and option in MAY_BE_ZERO and not isinstance(value, bool) else parse_tokens(value, name)
+    if "NonNegative" in annotation and value == 0 and not isinstance(value, bool):
+        return 0
+    count = "NonNegative" in annotation or ("int" in annotation and "float" not in annotation)
+    return parse_tokens(value, name) if count else value
 
 
-@cache
 def _digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 

@@ -60,7 +60,6 @@ class Plan:
     overrides: tuple[str, ...]
 
 
-_plans: dict[tuple[str, ...], Plan] = {}
 _remembered: list[Plan] = []
 
 
@@ -73,16 +72,47 @@ def remembered() -> Plan | None:
     return _remembered[0] if _remembered else None
 
 
-def expand(overrides: Sequence[str], loader: ConfigLoaderImpl) -> Plan:
+def expand(overrides: list[str], loader: ConfigLoaderImpl) -> Plan:
     """The plan of an override list.
 
     Raises:
         ValueError: bad input, in one line that names the value and the accepted ones.
     """
-    key = tuple(overrides)
-    if key not in _plans:
-        _plans[key] = _expand(list(overrides), loader)
-    return _plans[key]
+    parser = OverridesParser.create(config_loader=loader)
+    parsed = _parse(parser, overrides)
+    swept = next((o for o in parsed if _root(o) == "experiment" and o.is_sweep_override()), None)
+    if swept is not None:  # an experiment may set anything, so each is a plan of its own
+        others = [o for o in overrides if o != swept.input_line]
+        plans = [expand([line, *others], loader) for line in _lines(swept)]
+        joined = {p.cell.id: p for plan in plans for p in plan.cells}
+        return replace(plans[0], cells=tuple(joined.values()), overrides=tuple(overrides))
+    fixed = [o for o in parsed if _root(o) in RUN_OPTIONS or _root(o) == "hydra"]
+    for override in fixed:
+        if override.is_sweep_override():
+            raise ValueError(f"{override.get_key_element()} is not an axis and takes one value; axes: {', '.join(AXES)}")
+    _check_choices(parsed, loader)
+    base_lines = [_line(o) for o in fixed]
+    base = compose(base_lines, loader)
+    # An experiment's own sweep, below what the command line says of the same key.
+    said = {o.get_key_element().lstrip("+~") for o in parsed}
+    params = {k: v for k, v in base["hydra"]["params"].items() if k not in said}
+    parsed = [*_parse(parser, [f"{k}={v}" for k, v in params.items()]), *parsed]
+    _check_choices(parsed, loader)
+    axes = [o for o in parsed if not (_root(o) in RUN_OPTIONS or _root(o) == "hydra")]
+
+    configs = _product(base, base_lines, axes, loader)
+    cells = {(cell := Cell.from_config(config)).id: cell for config in configs}
+    options = {k: base[k] for k in RUN_OPTIONS if k not in ("site", "experiment")}
+    _check_run_options(options)
+    unknown = [k for k in base if k not in (*AXES, *RUN_OPTIONS, "hydra")]
+    if unknown:
+        raise ValueError(_unknown_key(unknown[0]))
+    return Plan(
+        cells=tuple(Planned(cell, skip_reason(cell)) for cell in cells.values()),
+        options=options,
+        site=_site(base["site"]),
+        overrides=tuple(overrides),
+    )
 
 
 def compose(overrides: list[str], loader: ConfigLoaderImpl) -> dict[str, Any]:
@@ -145,44 +175,6 @@ def skip_reason(cell: Cell) -> str | None:
 
 
 # -- the product -----------------------------------------------------------------------------------------------------
-
-
-def _expand(overrides: list[str], loader: ConfigLoaderImpl) -> Plan:
-    parser = OverridesParser.create(config_loader=loader)
-    parsed = _parse(parser, overrides)
-    swept = next((o for o in parsed if _root(o) == "experiment" and o.is_sweep_override()), None)
-    if swept is not None:  # an experiment may set anything, so each is a plan of its own
-        others = [o for o in overrides if o != swept.input_line]
-        plans = [_expand([line, *others], loader) for line in _lines(swept)]
-        joined = {p.cell.id: p for plan in plans for p in plan.cells}
-        return replace(plans[0], cells=tuple(joined.values()), overrides=tuple(overrides))
-    fixed = [o for o in parsed if _root(o) in RUN_OPTIONS or _root(o) == "hydra"]
-    for override in fixed:
-        if override.is_sweep_override():
-            raise ValueError(f"{override.get_key_element()} is not an axis and takes one value; axes: {', '.join(AXES)}")
-    _check_choices(parsed, loader)
-    base_lines = [_line(o) for o in fixed]
-    base = compose(base_lines, loader)
-    # An experiment's own sweep, below what the command line says of the same key.
-    said = {o.get_key_element().lstrip("+~") for o in parsed}
-    params = {k: v for k, v in base["hydra"]["params"].items() if k not in said}
-    parsed = [*_parse(parser, [f"{k}={v}" for k, v in params.items()]), *parsed]
-    _check_choices(parsed, loader)
-    axes = [o for o in parsed if not (_root(o) in RUN_OPTIONS or _root(o) == "hydra")]
-
-    configs = _product(base, base_lines, axes, loader)
-    cells = {(cell := Cell.from_config(config)).id: cell for config in configs}
-    options = {k: base[k] for k in RUN_OPTIONS if k not in ("site", "experiment")}
-    _check_run_options(options)
-    unknown = [k for k in base if k not in (*AXES, *RUN_OPTIONS, "hydra")]
-    if unknown:
-        raise ValueError(_unknown_key(unknown[0]))
-    return Plan(
-        cells=tuple(Planned(cell, skip_reason(cell)) for cell in cells.values()),
-        options=options,
-        site=_site(base["site"]),
-        overrides=tuple(overrides),
-    )
 
 
 def _product(

@@ -97,10 +97,7 @@ class PreparedMaps:
         *,
         softmax_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        import torch
-
-        dtype = accumulation_dtype(q.dtype)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+        dq, dk, dv = zero_gradients(q, k, v)
         for part, own, kv in self._heads(q, k):
             grads = part.backward(
                 dout[:, own], q[:, own], k[:, kv], v[:, kv], out[:, own], lse[:, own], softmax_scale=softmax_scale
@@ -116,6 +113,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     import torch
 
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def zero_gradients(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Zeros like each input, in the accumulation type: what partial gradients are added to."""
+    import torch
+
+    return tuple(torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device) for x in inputs)
 
 
 def merge(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Prepared, accumulation_dtype, merge
+from lcbench.kernels.base import Prepared, accumulation_dtype, merge, zero_gradients
 from lcbench.masks.band import BandMask
 from lcbench.masks.convert import Piece, Varlen, pieces, varlen
 from lcbench.masks.mask import Mask
@@ -80,14 +80,11 @@ class PreparedCPU:
         *,
         softmax_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        import torch
-
-        dtype = accumulation_dtype(q.dtype)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+        dq, dk, dv = zero_gradients(q, k, v)
         for batch in self._batches:
             grads = batch.backward(dout, q, k, v, out, lse, softmax_scale)
             for total, index, grad in zip((dq, dk, dv), (batch.q_index, batch.k_index, batch.k_index), grads, strict=True):
-                total.index_add_(0, index.flatten(), grad.flatten(0, 1).to(dtype))
+                total.index_add_(0, index.flatten(), grad.flatten(0, 1).to(total.dtype))
         return dq, dk, dv
 
 

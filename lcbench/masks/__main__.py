@@ -14,18 +14,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lcbench.cp.layout import contiguous, striped, zigzag
+from lcbench.cp.ring import ORDERS
 from lcbench.grid.build import build_mask, draws
 from lcbench.grid.cell import Cell, format_tokens
-from lcbench.grid.expand import REPOSITORY
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.convert import varlen
 from lcbench.masks.mask import Mask
 from lcbench.masks.picture import save
 from lcbench.report.table import WIDTH
-from lcbench.sweep import BAD_INPUT, look
+from lcbench.sweep import BAD_INPUT, CONF, look
 
-LAYOUTS = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
 SHOWN_BANDS = 8
 MANY_BANDS = 1 << 17  # packing more into varlen calls would take seconds
 
@@ -91,7 +89,7 @@ def _row(cell: Cell, number: int, mask: Mask, ranks: int) -> dict[str, Any]:
         "draw": number,
         "area": mask.pairs(q_heads) / q_heads,
         "density": mask.density,
-        "imbalance": {name: layout(mask.num_q, ranks).imbalance(mask) if fits else None for name, layout in LAYOUTS.items()},
+        "imbalance": {name: layout(mask.num_q, ranks).imbalance(mask) if fits else None for name, layout in ORDERS.items()},
     }
     if isinstance(mask, BandMask):
         return row | {"bands": len(mask), "varlen_calls": len(varlen(mask)) if len(mask) <= MANY_BANDS else None}
@@ -101,7 +99,7 @@ def _row(cell: Cell, number: int, mask: Mask, ranks: int) -> dict[str, Any]:
 def _table(rows: list[dict[str, Any]], ranks: int) -> Table:
     table = Table(title=f"busiest rank over the mean, of {ranks} ranks: 1.00 is perfect", title_justify="left")
     table.add_column("mask")
-    for column in ("seqlen", "seed.draw", "area", "density", "bands or blocks", "varlen\ncalls", *LAYOUTS):
+    for column in ("seqlen", "seed.draw", "area", "density", "bands or blocks", "varlen\ncalls", *ORDERS):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         name = f"{row['mask']}({row['lengths']})" if row["lengths"] else row["mask"]
@@ -117,8 +115,8 @@ def _print_bands(mask: Mask) -> None:
     if not isinstance(mask, BandMask):
         return
     for band in list(mask)[:SHOWN_BANDS]:
-        lo = "" if band.lo <= band.k0 - (band.q1 - 1) else f"{band.lo} <= "
-        hi = "" if band.hi >= band.k1 - 1 - band.q0 else f" <= {band.hi}"
+        lo = f"{band.lo} <= " if band.cuts_below else ""
+        hi = f" <= {band.hi}" if band.cuts_above else ""
         diagonal = f",  {lo}k - q{hi}" if lo or hi else ""
         print(f"  {band.q0} <= q < {band.q1},  {band.k0} <= k < {band.k1}{diagonal}")
     if len(mask) > SHOWN_BANDS:
@@ -134,7 +132,7 @@ def _title(cell: Cell, number: int) -> str:
 def _gallery(overrides: list[str], path: Path) -> int:
     length = [] if any(o.startswith("seqlen") for o in overrides) else ["seqlen=16k"]
     pictures = []
-    for file in sorted((REPOSITORY / "conf" / "mask").glob("*.yaml")):
+    for file in sorted((CONF / "mask").glob("*.yaml")):
         if "???" in file.read_text():
             continue  # needs a file of the user's
         (cell,) = _cells([f"mask={file.stem}", *length, *overrides])

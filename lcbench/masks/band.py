@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+NonNegative = int  # an option of a mask that may be 0; the others are at least 1
 
 OPEN = 1 << 61  # a diagonal bound that binds nowhere; its sums with token indices still fit 64 bits
 LOWER = np.array([True, False, True, False, True, False])  # which of a band's six numbers are lower bounds
@@ -43,6 +44,16 @@ class Band(NamedTuple):
     k1: int
     lo: int = -OPEN
     hi: int = OPEN
+
+    @property
+    def cuts_below(self) -> bool:
+        """Whether ``lo`` takes a pair of the rectangle away."""
+        return self.lo > self.k0 - (self.q1 - 1)
+
+    @property
+    def cuts_above(self) -> bool:
+        """Whether ``hi`` takes a pair of the rectangle away."""
+        return self.hi < (self.k1 - 1) - self.q0
 
 
 class Run(NamedTuple):

@@ -1,14 +1,14 @@
 """Dynamic block-sparse masks: a grid of blocks, each kept whole or not at all, per head or for all heads.
 
 Blocks need not be equal, so cutting a block map along any rows and columns, in any order and stride, leaves a block map:
-every strategy can run one. What is kept is drawn when it is first asked for, one head at a time: a plan never draws it, and
-a rank that has some of the heads draws those only.
+every strategy can run one. What is kept is drawn when it is first asked for, one map at a time, so a plan never draws it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -20,7 +20,7 @@ from lcbench.problem import Heads
 Keep = NDArray[np.bool_]
 Sharing = Literal["all_heads", "kv_head", "q_head"]
 Sizes = Literal["uniform", "variable"]
-Pattern = Callable[[np.random.Generator, Ints, Ints], Keep]
+Pattern = Callable[[np.random.Generator, Ints, Ints, int], Keep]
 
 MAX_BLOCKS = 1 << 30  # of one head, a byte each
 
@@ -59,23 +59,24 @@ class BlockMap:
         """Kept blocks over all maps."""
         return sum(int(self.keep(i).sum()) for i in range(self.maps))
 
+    @cached_property
+    def _area(self) -> int:
+        """Unmasked pairs over all maps."""
+        heights, widths = np.diff(self.q_edges), np.diff(self.k_edges)
+        return sum(int(heights @ (self.keep(i) @ widths)) for i in range(self.maps))
+
     def pairs(self, q_heads: int) -> int:
         """Unmasked pairs over all query heads, exact: what was drawn, not the density that was asked for."""
-        return sum(self._area(i) for i in range(self.maps)) * (q_heads // self.maps)
+        return self._area * (q_heads // self.maps)
 
     @property
     def density(self) -> float:
         pairs = self.maps * self.num_q * self.num_k
-        return self.pairs(self.maps) / pairs if pairs else 0.0
-
-    def _area(self, number: int) -> int:
-        heights, widths = np.diff(self.q_edges), np.diff(self.k_edges)
-        return int(heights @ (self.keep(number) @ widths))
+        return self._area / pairs if pairs else 0.0
 
     def row_area(self, runs: Sequence[Run]) -> int:
         """Pairs whose query lies in ``runs``, over all maps."""
-        part = self.tile(runs, [Run(0, self.num_k)])
-        return part.pairs(part.maps)
+        return self.tile(runs, [Run(0, self.num_k)])._area
 
     def of_heads(self, first: int, count: int, total: int) -> BlockMap:
         """The map of query heads ``first ... first + count - 1`` of ``total``."""
@@ -133,6 +134,7 @@ def drawn(
     seed: Sequence[int],
     pattern: Pattern,
     *,
+    density: float,
     block_size: int,
     sizes: Sizes,
     per: Sharing,
@@ -140,13 +142,16 @@ def drawn(
     """A square block map with a pattern drawn anew for each map.
 
     Args:
-        pattern: (random generator, row edges, column edges) to kept blocks.
+        pattern: (random generator, row edges, column edges, how many columns ``density`` stands for) to kept blocks.
+        density: share of the columns, above 0; at least one column.
         block_size: tokens per block; of ``variable`` sizes the mean, drawn between half and one and a half of it.
         per: which heads have a map of their own.
     Raises:
         ValueError: options that no length can satisfy.
         DoesNotFit: more blocks than can be held.
     """
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+        raise ValueError(f"mask.density={density} is no share of blocks above 0 and up to 1, such as 0.2")
     if sizes not in get_args(Sizes):
         raise ValueError(f"mask.sizes={sizes} is not one of {', '.join(get_args(Sizes))}")
     if per not in get_args(Sharing):
@@ -160,29 +165,8 @@ def drawn(
     else:
         random = np.random.default_rng([*seed, 0])
         q_edges, k_edges = (_variable(random, seqlen, block_size) for _ in range(2))
-    return BlockMap(q_edges, k_edges, maps, lambda i: pattern(np.random.default_rng([*seed, 1 + i]), q_edges, k_edges))
-
-
-def chosen(random: np.random.Generator, rows: int, columns: int, count: int) -> Keep:
-    """``count`` columns of every row, drawn without replacement."""
-    keep = np.zeros((rows, columns), dtype=bool)
-    if count >= columns:
-        keep[:] = True
-        return keep
-    for row in keep:  # row by row: a whole matrix of random keys would be eight times the map
-        row[random.choice(columns, count, replace=False)] = True
-    return keep
-
-
-def share(density: float, count: int) -> int:
-    """How many of ``count`` blocks a density stands for, at least one.
-
-    Raises:
-        ValueError: a density outside of (0, 1].
-    """
-    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
-        raise ValueError(f"mask.density={density} is no share of blocks above 0 and up to 1, such as 0.2")
-    return max(1, round(density * count))
+    count = max(1, round(density * (len(k_edges) - 1)))
+    return BlockMap(q_edges, k_edges, maps, lambda i: pattern(np.random.default_rng([*seed, 1 + i]), q_edges, k_edges, count))
 
 
 def _variable(random: np.random.Generator, seqlen: int, mean: int) -> Ints:

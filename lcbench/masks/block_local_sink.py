@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lcbench.masks.band import Ints
-from lcbench.masks.block import BlockMap, Keep, Sharing, Sizes, drawn, share
+from lcbench.masks.band import Ints, NonNegative
+from lcbench.masks.block import BlockMap, Keep, Sharing, Sizes, drawn
 from lcbench.problem import Heads
 
 
@@ -17,22 +17,20 @@ def block_local_sink(
     heads: Heads,
     seed: Sequence[int],
     density: float,
-    local: int,
-    sink: int,
+    local: NonNegative,
+    sink: NonNegative,
     block_size: int,
     sizes: Sizes,
     per: Sharing,
 ) -> BlockMap:
     """In every row of blocks: the ``local`` ones nearest the diagonal, the first ``sink`` ones, random ones up to ``density``."""
-    share(density, 1)
 
-    def pattern(random: np.random.Generator, q: Ints, k: Ints) -> Keep:
+    def pattern(random: np.random.Generator, q: Ints, k: Ints, count: int) -> Keep:
         rows, columns = len(q) - 1, len(k) - 1
         # The block of keys at the middle of each block of queries.
         middle = np.searchsorted(k, (q[:-1] + q[1:] - 1) // 2, side="right") - 1
         keep = np.abs(np.arange(columns) - middle[:, None]) <= (local - 1) // 2
         keep[:, :sink] = True
-        count = share(density, columns)
         for row in range(rows):
             free = np.nonzero(~keep[row])[0]
             missing = min(len(free), count - (columns - len(free)))
@@ -40,4 +38,4 @@ def block_local_sink(
                 keep[row, random.choice(free, missing, replace=False)] = True
         return keep
 
-    return drawn(seqlen, heads, seed, pattern, block_size=block_size, sizes=sizes, per=per)
+    return drawn(seqlen, heads, seed, pattern, density=density, block_size=block_size, sizes=sizes, per=per)

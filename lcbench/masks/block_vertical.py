@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lcbench.masks.band import Ints
-from lcbench.masks.block import BlockMap, Keep, Sharing, Sizes, drawn, share
+from lcbench.masks.block import BlockMap, Keep, Sharing, Sizes, drawn
 from lcbench.problem import Heads
 
 
@@ -15,14 +15,13 @@ def block_vertical(
     seqlen: int, *, heads: Heads, seed: Sequence[int], density: float, block_size: int, sizes: Sizes, per: Sharing
 ) -> BlockMap:
     """``density``: share of the columns of blocks that is kept; each block on the diagonal is kept besides."""
-    share(density, 1)
+    return drawn(seqlen, heads, seed, _pattern, density=density, block_size=block_size, sizes=sizes, per=per)
 
-    def pattern(random: np.random.Generator, q: Ints, k: Ints) -> Keep:
-        keep = _diagonal(q, k)
-        keep[:, random.choice(len(k) - 1, share(density, len(k) - 1), replace=False)] = True
-        return keep
 
-    return drawn(seqlen, heads, seed, pattern, block_size=block_size, sizes=sizes, per=per)
+def _pattern(random: np.random.Generator, q: Ints, k: Ints, count: int) -> Keep:
+    keep = _diagonal(q, k)
+    keep[:, random.choice(len(k) - 1, count, replace=False)] = True
+    return keep
 
 
 def _diagonal(q: Ints, k: Ints) -> Keep:

@@ -103,10 +103,9 @@ def varlen(mask: BandMask) -> list[Varlen]:
 
 def _window(band: Band) -> tuple[int, int]:
     """A tight band's window relative to its bottom right corner; both sides are >= 0, or -1 where nothing is cut."""
-    q0, q1, k0, k1, lo, hi = band
-    corner = (k1 - 1) - (q1 - 1)
-    left = -1 if lo <= k0 - (q1 - 1) else corner - lo
-    right = -1 if hi >= (k1 - 1) - q0 else hi - corner
+    corner = (band.k1 - 1) - (band.q1 - 1)
+    left = corner - band.lo if band.cuts_below else -1
+    right = band.hi - corner if band.cuts_above else -1
     return left, right
 
 
@@ -155,9 +154,10 @@ def slices(mask: BandMask) -> list[Slice]:
         cuts = sorted({q0, q1, min(max(k1 - 1 - hi, q0), q1), min(max(k0 - lo + 1, q0), q1)})
         for a, b in pairwise(cuts):
             for part in BandMask.of(mask.num_q, mask.num_k, [Band(a, b, k0, k1, lo, hi)]):
-                below, above = part.hi < part.k1 - 1 - part.q0, part.lo > part.k0 - (part.q1 - 1)
                 kind: Literal["full", "causal", "inverse", "both"]
-                kind = "both" if below and above else "causal" if below else "inverse" if above else "full"
+                kind = "inverse" if part.cuts_below else "full"
+                if part.cuts_above:
+                    kind = "both" if part.cuts_below else "causal"
                 found.append(Slice(part.q0, part.q1, part.k0, part.k1, kind))
     return found
 

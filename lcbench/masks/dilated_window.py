@@ -5,12 +5,12 @@ Each distance is a band one diagonal wide, so this is for windows of few distanc
 
 from __future__ import annotations
 
-from lcbench.masks.band import Band, BandMask
+from lcbench.masks.band import Band, BandMask, NonNegative
 
 MAX_DIAGONALS = 1024
 
 
-def dilated_window(seqlen: int, *, left: int, dilation: int) -> BandMask:
+def dilated_window(seqlen: int, *, left: NonNegative, dilation: int) -> BandMask:
     """Query q sees keys q, q - dilation, q - 2 * dilation, ... down to q - left.
 
     Raises:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from lcbench.masks.band import OPEN, BandMask
+from lcbench.masks.band import OPEN, BandMask, NonNegative
 
 
-def dual_scope(seqlen: int, *, left: int, right: int, every: int, global_size: int) -> BandMask:
+def dual_scope(seqlen: int, *, left: NonNegative, right: NonNegative, every: int, global_size: NonNegative) -> BandMask:
     """Query q sees key k when -left <= k - q <= right, or when ``k % every < global_size``.
 
     Raises:

@@ -33,33 +33,39 @@ def block_mask(mask: Mask, device: torch.device, q_heads: int = 1, block: int = 
 
     maps = [mask] if isinstance(mask, BandMask) else [mask.bands(i) for i in range(mask.maps)]
     rows, columns = -(-mask.num_q // block), -(-mask.num_k // block)
-    tables = [[_table(part, rows, columns, block, whole) for part in maps] for whole in (False, True)]
     # One map for all heads stays one: FlexAttention broadcasts it.
     repeat = q_heads // len(maps) if len(maps) > 1 else 1
-
-    def stacked(index: int, whole: bool) -> torch.Tensor:
-        arrays = np.stack([table[index] for table in tables[whole]]).repeat(repeat, axis=0)
-        return torch.from_numpy(arrays[None].astype(np.int32)).to(device)
-
+    tables = [_tables(part, rows, columns, block) for part in maps]
+    # Of the partial blocks, then of the whole ones: how many per row, and where.
+    counts, places, whole_counts, whole_places = (
+        torch.from_numpy(np.stack(arrays).repeat(repeat, axis=0)[None].astype(np.int32)).to(device)
+        for arrays in zip(*tables, strict=True)
+    )
     return BlockMask.from_kv_blocks(
-        stacked(0, False), stacked(1, False), stacked(0, True), stacked(1, True), BLOCK_SIZE=block,
-        mask_mod=mask_mod(mask, device, q_heads), seq_lengths=(mask.num_q, mask.num_k),
+        counts, places, whole_counts, whole_places, BLOCK_SIZE=block, mask_mod=mask_mod(mask, device, q_heads),
+        seq_lengths=(mask.num_q, mask.num_k),
     )  # fmt: skip
 
 
-def _table(mask: BandMask, rows: int, columns: int, block: int, whole: bool) -> tuple[Ints, Ints]:
-    """(blocks per row (rows,), their columns (rows, columns)) of the whole blocks, or of the partial ones."""
+def _tables(mask: BandMask, rows: int, columns: int, block: int) -> list[Ints]:
+    """Of the partial blocks, then of the whole ones: blocks per row (rows,), and their columns (rows, columns)."""
     q_edges = np.minimum(np.arange(rows + 1) * block, mask.num_q)
     k_edges = np.minimum(np.arange(columns + 1) * block, mask.num_k)
     row, column, area = block_areas(mask, q_edges, k_edges)
-    kept = (area == block * block) == whole
-    row, column = row[kept], column[kept]
-    count = np.bincount(row, minlength=rows)
-    place = np.arange(len(row)) - (np.cumsum(count) - count)[row]
-    # What follows a row's own columns is never read, but has to name a column.
-    index = np.zeros((rows, columns), dtype=np.int64)
-    index[row, place] = column
-    return count, index
+    found: list[Ints] = []
+    for kept in (area < block * block, area == block * block):
+        count, place = _places(row[kept], rows)
+        # What follows a row's own columns is never read, but has to name a column.
+        index = np.zeros((rows, columns), dtype=np.int64)
+        index[row[kept], place] = column[kept]
+        found += [count, index]
+    return found
+
+
+def _places(group: Ints, groups: int) -> tuple[Ints, Ints]:
+    """Of sorted group numbers: (members of each group, place of each member in its group)."""
+    count = np.bincount(group, minlength=groups)
+    return count, np.arange(len(group)) - (np.cumsum(count) - count)[group]
 
 
 def _band_mod(mask: BandMask, device: torch.device) -> Any:
@@ -71,9 +77,8 @@ def _band_mod(mask: BandMask, device: torch.device) -> Any:
     band, segment = spread(np.searchsorted(edges, bands[:, 0]), np.searchsorted(edges, bands[:, 1]))
     order = np.argsort(segment, kind="stable")
     band, segment = band[order], segment[order]
-    count = np.bincount(segment, minlength=segments)
+    count, place = _places(segment, segments)
     slots = int(count.max(initial=0))
-    place = np.arange(len(band)) - (np.cumsum(count) - count)[segment]
     table = np.zeros((slots, segments, 4), dtype=np.int64)  # k0, k1, lo, hi; nothing where no band is
     table[place, segment] = bands[band, 2:]
     which = torch.from_numpy(np.repeat(np.arange(segments), np.diff(edges))).to(device)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lcbench.masks.band import Band, BandMask
+from lcbench.masks.band import Band, BandMask, NonNegative
 
 
-def global_sliding_window(seqlen: int, *, global_tokens: int, left: int, right: int) -> BandMask:
+def global_sliding_window(seqlen: int, *, global_tokens: NonNegative, left: NonNegative, right: NonNegative) -> BandMask:
     """Query q sees key k when q < global_tokens, k < global_tokens, or -left <= k - q <= right."""
     first = min(global_tokens, seqlen)
     return BandMask.of(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from lcbench.masks.band import OPEN, Band, BandMask, DoesNotFit
+from lcbench.masks.band import OPEN, Band, BandMask, DoesNotFit, NonNegative
 from lcbench.masks.document import squares
 
 
-def star_attention(seqlen: int, *, block_size: int, anchor: int, query: int) -> BandMask:
+def star_attention(seqlen: int, *, block_size: int, anchor: NonNegative, query: NonNegative) -> BandMask:
     """Both phases as one mask: causal blocks of the context, each with the first ``anchor`` tokens, and ``query`` causal tokens.
 
     Raises:

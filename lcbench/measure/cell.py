@@ -174,18 +174,19 @@ def over_draws(draws: list[Measured]) -> Measured:
         if key.startswith(("check/", "memory/")) or key == "time/noise":
             metrics[key] = max(m[key] for m in every)
     metrics["draws/count"] = float(len(draws))
+    joined.samples["draw_area"] = [m["mask/area"] for m in every]
     for phase in ("forward", "backward", "total"):
         key = f"time/{phase}/median_s"
         if key not in metrics:
             continue
-        times, areas = np.array([m[key] for m in every]), np.array([m["mask/area"] for m in every])
+        times = np.array([m[key] for m in every])
         rates = np.array([m[_compute(phase, "tflops_per_gpu")] for m in every])
         # Rate times time is the work of a draw, up to a factor that they share.
         metrics[_compute(phase, "tflops_per_gpu")] = rate = float((rates @ times) / times.sum())
         metrics[_compute(phase, "mfu")] = rate / metrics["compute/peak_tflops"]
         metrics[f"draws/{phase}/min_s"], metrics[f"draws/{phase}/max_s"] = float(times.min()), float(times.max())
         metrics[f"draws/{phase}/spread"] = float((times.max() - times.min()) / np.median(times))
-        joined.samples[f"draw_{phase}_median_s"], joined.samples["draw_area"] = times.tolist(), areas.tolist()
+        joined.samples[f"draw_{phase}_median_s"] = times.tolist()
     for key in draws[0].samples:
         if key.startswith("rank_"):
             joined.samples[key] = np.max([m.samples[key] for m in draws], axis=0).tolist()

@@ -13,8 +13,7 @@ from lcbench.grid.build import build_mask, check_options, with_lengths
 from lcbench.grid.values import parse_tokens
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
+from lcbench.sweep import CONF
 
 
 def load(group: str, name: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
 from lcbench.cp.schedule import Hop, Step
 from lcbench.cp.verify import ScheduleError, verify
@@ -15,27 +14,20 @@ from lcbench.grid.build import build_strategy
 from lcbench.masks.causal import causal
 from lcbench.masks.full import full
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.testing.masks import names, small
+from lcbench.testing.masks import load, names, small
 
-CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "cp").glob("*.yaml"))
 SCALES = [Scale(1, p) for p in (1, 2, 3, 4, 5, 6, 7, 8)] + [Scale(2, 8), Scale(3, 4), Scale(12, 8)]
 
 
-def load(path: Path) -> dict[str, object]:
-    config = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(config, dict)
-    return {str(k): v for k, v in config.items()}
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("name", names("cp"))
 @pytest.mark.parametrize("scale", SCALES, ids=str)
-def test_schedule_covers_every_mask_once(path: Path, scale: Scale, tmp_path: Path) -> None:
+def test_schedule_covers_every_mask_once(name: str, scale: Scale, tmp_path: Path) -> None:
     seqlen = 1013  # a prime: no shard is even
-    strategy = build_strategy(load(path))
+    strategy = build_strategy(load("cp", name))
     problem = Problem(seqlen, Heads(96, 8, 64), scale, "bfloat16", "forward_backward")
     # At many ranks a tile costs more than it shows: a few masks stand for all.
     chosen = names() if scale.world_size <= 4 else ["full", "share_question", "dual_scope", "block_random"]
-    for mask in (small(name, seqlen, problem.heads, tmp_path) for name in chosen):
+    for mask in (small(mask, seqlen, problem.heads, tmp_path) for mask in chosen):
         if strategy.unsupported(problem, mask):
             continue
         report = verify(strategy.schedule(problem, mask), mask, problem.heads, itemsize=2)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from lcbench.grid.build import build_kernel
 from lcbench.kernels.base import merge, prepare
@@ -16,23 +15,20 @@ from lcbench.masks.block_random import block_random
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.testing.dense import dense_attention, dense_heads
-from lcbench.testing.masks import names, small
+from lcbench.testing.masks import load, names, small
 
-CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "kernel").glob("*.yaml"))
 HARD = {
     "holes": BandMask.of(37, 37, [Band(2, 9, 0, 37), Band(20, 30, 3, 9), Band(20, 30, 12, 37, -4, 6)]),
     "empty": BandMask.of(37, 37, []),
 }
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("kernel_name", names("kernel"))
 @pytest.mark.parametrize("name", [*names(), *HARD])
 @pytest.mark.parametrize("heads", [Heads(4, 4, 8), Heads(6, 2, 16)], ids=str)
-def test_kernel_matches_dense_attention(path: Path, name: str, heads: Heads, tmp_path: Path) -> None:
+def test_kernel_matches_dense_attention(kernel_name: str, name: str, heads: Heads, tmp_path: Path) -> None:
     mask: Mask = HARD[name] if name in HARD else small(name, 37, heads, tmp_path)
-    config = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(config, dict)
-    kernel = build_kernel({str(k): v for k, v in config.items()})
+    kernel = build_kernel(load("kernel", kernel_name))
     device = torch.device("cpu")
     problem = Problem(37, heads, Scale(1, 1), "float64", "forward_backward")
     if reason := kernel.unsupported(problem, mask) or kernel.unavailable(problem, device):

@@ -1,11 +1,10 @@
-"""The sweeper: override lists become one plan, checked and composed once per value, handed to the launcher as a whole."""
+"""The sweeper: the plan that the command made before Hydra started goes to the launcher as a whole."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -19,16 +18,17 @@ class GridSweeper(Sweeper):
         self.params = params
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.loader: ConfigLoader = hydra_context.config_loader
         self.launcher: Any = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from lcbench.grid.expand import expand, remembered
+        from lcbench.grid.expand import remembered
 
         if not hasattr(self.launcher, "launch_plan"):
             name = type(self.launcher).__name__
             sys.exit(f"error: hydra/launcher={name} cannot run a plan; take local, slurm or dry")
-        loader: Any = self.loader
-        sys.exit(self.launcher.launch_plan(remembered() or expand(arguments, loader)))
+        plan = remembered()
+        if plan is None:
+            sys.exit("error: hydra/sweeper=lcbench runs the plan of python -m lcbench.sweep, and here is none")
+        sys.exit(self.launcher.launch_plan(plan))
