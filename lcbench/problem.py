@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 DIRECTIONS = ("forward", "forward_backward")
+TRANSITS = ("float32", "input")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Problem:
         scale: nodes x GPUs per node.
         dtype: one of ``DTYPES``.
         direction: ``forward`` or ``forward_backward``.
+        transit: type of partial results and gradients under way between ranks: ``float32`` (float64 for float64 inputs), or
+            ``input``, the inputs' type, which is fewer bytes and less exact.
     """
 
     seqlen: int
@@ -56,6 +59,12 @@ class Problem:
     scale: Scale
     dtype: str
     direction: str
+    transit: str = "float32"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element of the inputs."""
+        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
 
     @property
     def backward(self) -> bool:

@@ -1,69 +1,64 @@
 """Run a schedule with torch.distributed: the one engine behind every strategy, forward and backward.
 
-Backward is not written per strategy. The moves of forward are walked in reverse by their adjoints: an exchange goes the
-other way, a hop carries the keys and values back one place and their accumulated gradient with them. Keys and values are
-first fetched to where forward left them, by the sum of all hops; so nothing is kept from forward but q, k, v, out and LSE,
-and the gradients arrive at their owners with the last hop.
+What happens when is a ``Program``; here it meets tensors. At every moment messages leave in one batch per channel, tiles are
+computed while they are under way, then what has arrived is merged or added. Memory of buffers is taken once and shared by those
+that live at different times. On CUDA nothing in here waits on the host: messages wait for what was computed before them, and
+what is computed next waits for messages, on the device.
 
-Out, LSE and gradients are accumulated in float32 (float64 for float64 inputs), and gradients travel in it.
+Tensors are packed: q, out (T, Hq, D), keys and values together (T, Hk, 2, D): any stretch of tokens is one stretch of memory.
+Out, LSE and gradients are summed in float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from lcbench.cp.schedule import Exchange, Hop, Mesh, Schedule
-from lcbench.cp.verify import net_shifts
+from lcbench.cp.adjoint import CARGO, element_bytes, traffic
+from lcbench.cp.program import Buffer, Message, Operand, Piece, Program, TileCall
+from lcbench.cp.schedule import HeadGroup, Schedule
 from lcbench.kernels.base import Kernel, Prepared, accumulation_dtype, merge, prepare
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 
+Heads = slice | list[int]
+Part = tuple[torch.Tensor, torch.Tensor]  # out, lse
+Mark = float | torch.cuda.Event
+TileRun = Callable[[TileCall, Prepared, int], None]
+
 
 class Groups:
-    """Process groups by their ranks, made once per process: creating one is collective and slow."""
+    """Process groups by channel, made once per process: creating one is collective and slow."""
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._groups: dict[str, dist.ProcessGroup | None] = {"main": None}
 
-    def of(self, mesh: Mesh, dim: str, rank: int) -> dist.ProcessGroup:
-        """The group of this rank along a mesh dimension. Collective over all ranks on first use."""
-        own = None
-        for ranks in mesh.groups(dim):
-            key = tuple(ranks)
-            if key not in self._groups:
-                group = dist.new_group(ranks)
-                assert isinstance(group, dist.ProcessGroup) or rank not in ranks
-                self._groups[key] = group  # type: ignore[assignment]
-            if rank in ranks:
-                own = self._groups[key]
-        assert own is not None
-        return own
+    def of(self, channel: str) -> dist.ProcessGroup | None:
+        """The communicator of a channel, over all ranks. Collective on first use."""
+        if channel not in self._groups:
+            group = dist.new_group()
+            assert isinstance(group, dist.ProcessGroup)
+            self._groups[channel] = group
+        return self._groups[channel]
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What backward needs of forward: tensors as the compute steps saw them, kv stacked as (2, T, Hk, D)."""
+    """What backward needs of forward besides kept buffers, which the next forward overwrites.
+
+    ``out`` (T, Hq, D) and ``lse`` (T, Hq) are of this rank's own tokens (LSE is NaN where another rank alone computed them);
+    ``finals`` of the operands whose every key this rank computed.
+    """
 
     q: torch.Tensor
     kv: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A tensor under way."""
-
-    tensor: torch.Tensor
-    works: list[dist.Work]
-
-    def wait(self) -> torch.Tensor:
-        for work in self.works:
-            work.wait()
-        return self.tensor
+    finals: dict[tuple[int, tuple[int, ...]], Part]
 
 
 class Executor:
@@ -71,8 +66,9 @@ class Executor:
 
     Attributes:
         bytes_sent: counted where it is sent, since ``forward`` or ``backward`` last began.
+        buffer_bytes: memory that is held for buffers as long as this object lives.
         calls: native kernel calls of this rank's forward pass.
-        pairs: unmasked pairs that this rank computes, over its share of the query heads.
+        pairs: unmasked pairs that this rank computes, over the query heads that it computes them for.
     """
 
     def __init__(
@@ -88,192 +84,388 @@ class Executor:
     ) -> None:
         self.schedule, self.problem, self.rank, self.device = schedule, problem, rank, device
         self.bytes_sent = 0
-        mesh = schedule.mesh
-        moves = [move for step in schedule.steps for move in step.moves]
-        dims = {move.dim: None for move in moves if mesh.size(move.dim) > 1}
+        self._marks: list[tuple[int, list[Mark]]] | None = None
+        moves = traffic(schedule, backward=problem.backward)
+        self._forward_moments = moves.steps
+        self._program = Program(schedule, moves, problem, rank)
         # Every rank makes every group, in the same order.
-        self._groups = {dim: groups.of(mesh, dim, rank) for dim in dims}
-        self._tiles: list[list[Prepared]] = []
-        self.pairs = 0
-        shares = schedule.head_shares
-        q_heads = problem.heads.q // (int(shares.max()) + 1)
-        mask = mask.of_heads(int(shares[rank]) * q_heads, q_heads, problem.heads.q)
-        self._held: list[int] = []  # tokens of keys and values that this rank holds in each step
-        held = schedule.shard_of
-        for step in schedule.steps:
-            self._held.append(schedule.shards.size(int(held[rank])))
-            own = [(q, k) for r, q, k in step.tiles[step.tiles[:, 0] == rank].tolist()]
-            masks = [schedule.shards.tile(mask, q, k).merged() for q, k in own]
-            self.pairs += sum(tile.pairs(q_heads) for tile in masks)
-            self._tiles.append([prepare(kernel, tile, device) for tile in masks if len(tile)])
-            for move in step.moves:
-                if isinstance(move, Hop):
-                    held = held[mesh.source(move.dim, move.shift)]
-        self.calls = sum(tile.calls for tiles in self._tiles for tile in tiles)
+        self._groups = {channel: groups.of(channel) for channel in sorted({t.channel for t in moves.transfers})}
+        self._tiles, self.pairs, self.calls = self._prepare(mask, kernel)
+        self.buffer_bytes = self._program.buffer_bytes
+        self._slots = [torch.zeros(size, dtype=torch.uint8, device=device) for size in self._program.slots]
+        input_dtype = getattr(torch, problem.dtype)
+        sums = accumulation_dtype(input_dtype)
+        self._dtypes = {"input": input_dtype, "sum": sums, "transit": input_dtype if problem.transit == "input" else sums}
+        self._views: dict[int, torch.Tensor] = {}
+        self._compute = self._communicate = True
 
-    # -- forward -------------------------------------------------------------------------------------------------
+    def _prepare(self, mask: Mask, kernel: Kernel) -> tuple[dict[TileCall, Prepared | None], int, int]:
+        """Every tile's kernel, its pairs and its calls; tiles of one mask at one place share what was prepared."""
+        total = self.problem.heads.q
+        made: dict[tuple[int, tuple[int, ...], tuple[int, ...]], tuple[Mask, Prepared | None]] = {}
+        masks = [mask.of_heads(group.begin, len(group), total) for group in self.schedule.heads]
+        found: dict[TileCall, Prepared | None] = {}
+        pairs = calls = 0
+        for moment in self._program.moments[: self._forward_moments]:
+            for call in moment.tiles:
+                key = (id(masks[call.group]), call.q, call.k)
+                if key not in made:
+                    runs = self.schedule.runs(call.q), self.schedule.runs(call.k)
+                    tile = masks[call.group].tile(*runs).merged()
+                    made[key] = tile, prepare(kernel, tile, self.device) if len(tile) else None
+                tile, found[call] = made[key]
+                pairs += tile.pairs(len(self.schedule.heads[call.group]))
+                ready = found[call]
+                calls += ready.calls if ready else 0
+        return found, pairs, calls
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Saved]:
-        """out (T, Hq, D) of this rank's tokens from its q (T, Hq, D) and k, v (T, Hk, D), and what backward needs."""
-        self.bytes_sent = 0
-        kv = own = torch.stack([k, v])
-        partial: tuple[torch.Tensor, torch.Tensor] | None = None
-        saved: Saved | None = None
-        out = q
-        for number, step in enumerate(self.schedule.steps):
-            hops = [m for m in step.moves if isinstance(m, Hop)]
-            arriving = [self._shift(kv, hop.dim, hop.shift, self._held[number + 1]) for hop in hops]
-            for tile in self._tiles[number]:
-                part = tile.forward(q, kv[0], kv[1], softmax_scale=self.problem.softmax_scale)
-                partial = part if partial is None else merge(partial[0].to(part[1].dtype), partial[1], *part)
-            for arrival in arriving:
-                kv = arrival.wait()
-            for move in step.moves:
-                if isinstance(move, Exchange) and move.way == "gather":
-                    q, kv = self._gather(q, move.dim), self._gather_kv(kv, move.dim)
-                    own = kv
-                elif isinstance(move, Exchange):
-                    saved = self._save(q, own, partial)
-                    out = self._scatter(saved.out, move.dim)
-        if saved is None:
-            saved = self._save(q, own, partial)
-            out = saved.out
-        return out, saved
+    # -- forward ---------------------------------------------------------------------------------------------------
 
-    def _save(self, q: torch.Tensor, kv: torch.Tensor, partial: tuple[torch.Tensor, torch.Tensor] | None) -> Saved:
-        if partial is None:  # a rank whose queries see no key at all
-            lse = torch.full(q.shape[:2], -torch.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
-            return Saved(q, kv, torch.zeros_like(q), lse)
-        return Saved(q, kv, partial[0].to(q.dtype), partial[1])
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compute: bool = True, communicate: bool = True
+    ) -> tuple[torch.Tensor, Saved]:
+        """out (T, Hq, D) of this rank's tokens from its q (T, Hq, D) and k, v (T, Hk, D), and what backward needs.
+
+        Without ``compute`` or without ``communicate`` the rest goes through the same motions, and results mean nothing.
+        """
+        self._begin(compute, communicate)
+        self._own: dict[str, torch.Tensor] = {"q": q, "kv": torch.stack([k, v], dim=2)}
+        self._parts: dict[tuple[int, tuple[int, ...]], Part] = {}
+        self._total: Part | None = None
+        for number in range(self._forward_moments):
+            self._moment(number, self._forward_tile)
+        out, lse = self._total or self._empty()
+        finals = {key: (part[0].to(q.dtype), part[1]) for key, part in self._parts.items() if key in self._program.finals}
+        saved = Saved(q, self._own["kv"], out.to(q.dtype), lse, finals)
+        self._own, self._parts, self._total = {}, {}, None
+        return saved.out, saved
+
+    def _forward_tile(self, call: TileCall, kernel: Prepared, number: int) -> None:
+        q, kv = self._value("q", call, number), self._value("kv", call, number)
+        part = kernel.forward(q, kv[:, :, 0], kv[:, :, 1], softmax_scale=self.problem.softmax_scale)
+        rows = self._program.local(Operand("q", call.group, call.q))
+        if rows is not None:
+            self._absorb(rows, call.group, part)
+            return
+        key = (call.group, call.q)
+        self._parts[key] = _merged(self._parts[key], part) if key in self._parts else part
+
+    def _absorb(self, rows: tuple[int, int], group: int, part: Part) -> None:
+        """Merge a partial result into this rank's own rows."""
+        heads = self._heads("q", group)
+        begin, end = rows
+        whole = (begin, end) == (0, self._program.tokens) and heads == slice(0, self.problem.heads.q)
+        if whole:
+            self._total = part if self._total is None else _merged(self._total, part)
+            return
+        out, lse = self._own_total()
+        if self._program.all_final:
+            out[begin:end, heads], lse[begin:end, heads] = part[0].to(out.dtype), part[1]
+        else:
+            out[begin:end, heads], lse[begin:end, heads] = merge(out[begin:end, heads], lse[begin:end, heads], *part)
+
+    def _own_total(self) -> Part:
+        """This rank's own result to write into, in the type that merging needs."""
+        out, lse = self._total or self._empty()
+        if not self._program.all_final and out.dtype != self._dtypes["sum"]:
+            out = out.to(self._dtypes["sum"])
+        self._total = out, lse
+        return self._total
+
+    def _empty(self) -> Part:
+        """No key yet: zeros and -inf."""
+        shape = (self._program.tokens, self.problem.heads.q, self.problem.heads.dim)
+        dtype = self._dtypes["input" if self._program.all_final else "sum"]
+        out = torch.zeros(shape, dtype=dtype, device=self.device)
+        return out, torch.full(shape[:2], -torch.inf, dtype=self._dtypes["sum"], device=self.device)
+
+    def _part(self, piece: Piece) -> Part:
+        """This rank's partial result of queries that it does not own; zeros and -inf where their tiles hold no pair."""
+        assert piece.buffer is not None
+        key = (piece.buffer.group, piece.buffer.bundle)
+        if key not in self._parts:
+            heads = len(self.schedule.heads[piece.group])
+            tokens = self._program.operand_tokens(piece.buffer)
+            out = torch.zeros((tokens, heads, self.problem.heads.dim), dtype=self._dtypes["sum"], device=self.device)
+            self._parts[key] = out, torch.full(out.shape[:2], -torch.inf, dtype=self._dtypes["sum"], device=self.device)
+        return self._parts[key]
 
     def lse(self, saved: Saved) -> torch.Tensor:
         """LSE (T, Hq) of this rank's own tokens. Collective; apart from ``forward``, since only the check needs it."""
-        lse = saved.lse
-        for step in self.schedule.steps:
-            for move in step.moves:
-                if isinstance(move, Exchange) and move.way == "scatter":
-                    lse = self._scatter(lse[..., None], move.dim)[..., 0]
+        lse = saved.lse.clone()
+        for moment in self._program.moments[: self._forward_moments]:
+            sends = [m for m in moment.sends if m.kind == "final"]
+            receives = [m for m in moment.receives if m.kind == "final"]
+            packed = []
+            for message in sends:
+                parts = [saved.finals[p.buffer.group, p.buffer.bundle][1][p.begin : p.end] for p in message.pieces if p.buffer]
+                packed.append(torch.cat(parts).contiguous())
+            arrived = [
+                torch.empty((m.tokens, len(self.schedule.heads[m.group])), dtype=lse.dtype, device=self.device) for m in receives
+            ]
+            ops = [dist.P2POp(dist.isend, x, m.peer) for m, x in zip(sends, packed, strict=True)]
+            ops += [dist.P2POp(dist.irecv, x, m.peer) for m, x in zip(receives, arrived, strict=True)]
+            for work in dist.batch_isend_irecv(ops) if ops else []:
+                work.wait()
+            for message, x in zip(receives, arrived, strict=True):
+                for piece, part in _cut(message.pieces, x):
+                    lse[piece.begin : piece.end, self._heads("q", message.group)] = part
         return lse
 
-    # -- backward ------------------------------------------------------------------------------------------------
+    # -- backward --------------------------------------------------------------------------------------------------
 
-    def backward(self, dout: torch.Tensor, saved: Saved) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(
+        self, dout: torch.Tensor, saved: Saved, *, compute: bool = True, communicate: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dq, dk, dv) of this rank's tokens from its dout (T, Hq, D), in the inputs' type."""
-        self.bytes_sent = 0
-        steps = self.schedule.steps
-        dtype = accumulation_dtype(saved.q.dtype)
-        dq = torch.zeros(saved.q.shape, dtype=dtype, device=self.device)
-        kv = self._fetch_last(saved.kv)
-        dkv = torch.zeros(kv.shape, dtype=dtype, device=self.device)
-        returning: Arrival | None = None
-        for number in range(len(steps) - 1, -1, -1):
-            for move in steps[number].moves:
-                if isinstance(move, Exchange) and move.way == "scatter":
-                    dout = self._gather(dout, move.dim)
-            before = [m for m in steps[number - 1].moves if isinstance(m, Hop)] if number else []
-            fetching = self._fetch_previous(kv, saved.kv, number, before)
-            grads = [
-                tile.backward(dout, saved.q, kv[0], kv[1], saved.out, saved.lse, softmax_scale=self.problem.softmax_scale)
-                for tile in self._tiles[number]
-            ]
-            if returning is not None:
-                dkv = returning.wait()
-                returning = None
-            for tile_dq, dk, dv in grads:
-                dq += tile_dq
-                dkv[0] += dk
-                dkv[1] += dv
-            for hop in before:
-                returning = self._shift(dkv, hop.dim, -hop.shift, self._held[number - 1])
-            kv = fetching.wait()
-            for move in steps[number].moves:
-                if isinstance(move, Exchange) and move.way == "gather":
-                    dq, dkv = self._scatter(dq.to(dout.dtype), move.dim), self._scatter_kv(dkv, move.dim, dout.dtype)
-        return dq.to(dout.dtype), dkv[0].to(dout.dtype), dkv[1].to(dout.dtype)
+        self._begin(compute, communicate)
+        sums = self._dtypes["sum"]
+        delta = (dout.to(sums) * saved.out).sum(-1)
+        self._own = {
+            "q": saved.q, "kv": saved.kv, "dout": dout, "stats": torch.stack([saved.lse, delta], dim=2),
+            "dq": torch.zeros(saved.q.shape, dtype=sums, device=self.device),
+            "dkv": torch.zeros(saved.kv.shape, dtype=sums, device=self.device),
+        }  # fmt: skip
+        self._saved = saved
+        for number in range(self._forward_moments, 2 * self._forward_moments + 1):
+            self._moment(number, self._backward_tile)
+        dq, dkv = self._own["dq"].to(dout.dtype), self._own["dkv"].to(dout.dtype)
+        self._own = {}
+        del self._saved
+        return dq, dkv[:, :, 0], dkv[:, :, 1]
 
-    def _fetch_last(self, kv: torch.Tensor) -> torch.Tensor:
-        """The keys and values that this rank held when forward ended, straight from their owner."""
-        for dim, shift in net_shifts(self.schedule).items():
-            kv = self._shift(kv, dim, shift, self._held[-1]).wait()
-        return kv
-
-    def _fetch_previous(self, kv: torch.Tensor, own: torch.Tensor, number: int, hops: list[Hop]) -> Arrival:
-        """The keys and values of the step before; the first ones are this rank's own and need no message."""
-        first = not any(isinstance(m, Hop) for step in self.schedule.steps[: max(number - 1, 0)] for m in step.moves)
-        if not hops:
-            return Arrival(kv, [])
-        if first:
-            return Arrival(own, [])
-        (hop,) = hops
-        return self._shift(kv, hop.dim, -hop.shift, self._held[number - 1])
-
-    # -- moves ---------------------------------------------------------------------------------------------------
-
-    def _shift(self, x: torch.Tensor, dim: str, shift: int, tokens: int) -> Arrival:
-        """Send x (2, T, H, D) along a mesh dimension and receive its like with ``tokens`` tokens; both in one batch."""
-        source = self.schedule.mesh.source(dim, shift)
-        if source[self.rank] == self.rank:
-            return Arrival(x, [])
-        (to,) = (source == self.rank).nonzero()[0].tolist()
-        received = torch.empty((x.shape[0], tokens, *x.shape[2:]), dtype=x.dtype, device=x.device)
-        group = self._groups[dim]
-        works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, x.contiguous(), to, group),
-                dist.P2POp(dist.irecv, received, int(source[self.rank]), group),
-            ]
+    def _backward_tile(self, call: TileCall, kernel: Prepared, number: int) -> None:
+        q, kv, dout = (self._value(kind, call, number) for kind in ("q", "kv", "dout"))
+        operand = Operand("q", call.group, call.q)
+        rows = self._program.local(operand)
+        if rows is not None:
+            own = slice(*rows), self._heads("q", call.group)
+            out, lse = self._saved.out[own], self._saved.lse[own]
+        elif (call.group, call.q) in self._program.finals:
+            out, lse = self._saved.finals[call.group, call.q]
+        else:
+            lse, delta = self._value("stats", call, number).unbind(-1)
+            out = _out_with(delta, dout)
+        dq, dk, dv = kernel.backward(
+            dout, q, kv[:, :, 0], kv[:, :, 1], out, lse.contiguous(), softmax_scale=self.problem.softmax_scale
         )
-        self.bytes_sent += x.numel() * x.element_size()
-        return Arrival(received, works)
+        self._add("dq", call, number, [dq])
+        self._add("dkv", call, number, [dk, dv])
 
-    def _gather(self, x: torch.Tensor, dim: str) -> torch.Tensor:
-        """(own tokens, H, E) to (tokens of the group, own H / U, E)."""
-        sizes = self._group_sizes(dim)
-        count = len(sizes)
-        if count == 1:
-            return x
-        tokens, heads, width = x.shape
-        sent = x.reshape(tokens, count, heads // count, width).transpose(0, 1).reshape(-1, heads // count, width)
-        return self._all_to_all(sent, [tokens] * count, sizes, dim)
+    def _add(self, kind: str, call: TileCall, number: int, grads: Sequence[torch.Tensor]) -> None:
+        """Add a tile's gradients, dkv as dk and dv, to where they are summed."""
+        operand = Operand(kind, call.group, call.q if kind == "dq" else call.k)
+        rows = self._program.local(operand)
+        total = self._buffer(operand, number) if rows is None else self._own_rows(kind, call.group, *rows)
+        for own, grad in zip(total.unbind(2) if kind == "dkv" else [total], grads, strict=True):
+            own += grad
 
-    def _scatter(self, x: torch.Tensor, dim: str) -> torch.Tensor:
-        """(tokens of the group, own H, E) to (own tokens, U * H, E): the adjoint, and the inverse, of ``_gather``."""
-        sizes = self._group_sizes(dim)
-        count = len(sizes)
-        if count == 1:
-            return x
-        _, heads, width = x.shape
-        tokens = self.schedule.layout.size(self.rank)
-        received = self._all_to_all(x.contiguous(), sizes, [tokens] * count, dim)
-        return received.view(count, tokens, heads, width).transpose(0, 1).reshape(tokens, count * heads, width)
+    def _add_own(self, kind: str, group: int, rows: tuple[int, int], grad: torch.Tensor) -> None:
+        own, heads = self._own[kind][slice(*rows)], self._heads(CARGO[kind].side, group)
+        if isinstance(heads, slice):
+            own[:, heads] += grad
+        else:  # a head that is held several times gets all of its gradients
+            own.index_add_(1, torch.tensor(heads, device=self.device), grad.to(own.dtype))
 
-    def _gather_kv(self, kv: torch.Tensor, dim: str) -> torch.Tensor:
-        """(2, own tokens, Hk, D) to (2, tokens of the group, Hk / U or 1, D); fewer heads than ranks are replicated."""
-        group, heads = self.schedule.mesh.size(dim), kv.shape[2]
-        packed = kv.permute(1, 2, 0, 3).flatten(2)  # (T, Hk, 2D)
-        if heads < group:
-            packed = packed.repeat_interleave(group // heads, dim=1)
-        return self._gather(packed, dim).unflatten(2, (2, -1)).permute(2, 0, 1, 3).contiguous()
+    # -- moments ---------------------------------------------------------------------------------------------------
 
-    def _scatter_kv(self, dkv: torch.Tensor, dim: str, dtype: torch.dtype) -> torch.Tensor:
-        """The adjoint of ``_gather_kv``: gradients of replicas are summed, in the accumulation type."""
-        heads = self.problem.heads.kv
-        replicated = heads < self.schedule.mesh.size(dim)
-        packed = (dkv if replicated else dkv.to(dtype)).permute(1, 2, 0, 3).flatten(2)
-        back = self._scatter(packed, dim)
-        if replicated:
-            back = back.unflatten(1, (heads, -1)).sum(2)
-        return back.unflatten(2, (2, -1)).permute(2, 0, 1, 3)
+    def _begin(self, compute: bool, communicate: bool) -> None:
+        self.bytes_sent = 0
+        self._compute, self._communicate = compute, communicate
+        self._works: dict[int, list[dist.Work]] = {}
+        self._waiting: dict[tuple[int, int, tuple[int, int]], torch.Tensor] = {}
 
-    def _group_sizes(self, dim: str) -> list[int]:
-        """Tokens of each rank of this rank's group, in group order."""
-        (ranks,) = (ranks for ranks in self.schedule.mesh.groups(dim) if self.rank in ranks)
-        return [self.schedule.layout.size(rank) for rank in ranks]
+    def _moment(self, number: int, run_tile: TileRun) -> None:
+        moment = self._program.moments[number]
+        marks = [self._mark()]
+        for operand, parts in moment.filled:
+            buffer = self._buffer(operand, number)
+            for begin, end, to, until in parts:
+                buffer[to:until] = self._own_rows(operand.kind, operand.group, begin, end)
+        for operand in moment.zeroed:
+            self._buffer(operand, number).zero_()
+        if self._communicate:
+            self._post(moment.sends, moment.receives)
+        marks.append(self._mark())
+        if self._compute:
+            for call in moment.tiles:
+                kernel = self._tiles[call]
+                if kernel is not None:
+                    run_tile(call, kernel, number)
+        marks.append(self._mark())
+        if self._communicate:
+            for work in self._works.pop(number, []):
+                work.wait()
+            for message in moment.arrivals:
+                self._unpack(message)
+        if self._compute:
+            for operand, parts in moment.flushes:
+                self._flush(operand, parts, number)
+        marks.append(self._mark())
+        if self._marks is not None:
+            self._marks.append((number, marks))
 
-    def _all_to_all(self, sent: torch.Tensor, send: list[int], receive: list[int], dim: str) -> torch.Tensor:
-        received = torch.empty((sum(receive), *sent.shape[1:]), dtype=sent.dtype, device=sent.device)
-        group = self._groups[dim]
-        dist.all_to_all_single(received, sent, receive, send, group=group)
-        own = send[dist.get_rank(group)]
-        self.bytes_sent += (sent.shape[0] - own) * sent.shape[1] * sent.shape[2] * sent.element_size()
-        return received
+    def _mark(self) -> Mark:
+        """Now, on the host, or on the device in what it has to do: without waiting for it."""
+        if self._marks is None or self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timeline(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor | None) -> list[list[float]]:
+        """One iteration: (moment, begin, messages sent, tiles computed, messages there) of each moment, in seconds."""
+        self._marks = []
+        _, saved = self.forward(q, k, v)
+        if dout is not None:
+            self.backward(dout, saved)
+        rows, self._marks = self._marks, None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        first = rows[0][1][0]
+        return [[float(number), *(_seconds(first, mark) for mark in marks)] for number, marks in rows]
+
+    def _post(self, sends: list[Message], receives: list[Message]) -> None:
+        """All messages that begin now, in one batch per channel and end: both directions at once, nobody waits for a turn."""
+        for channel, end in sorted({(m.channel, m.end) for m in (*sends, *receives)}):
+            group = self._groups[channel]
+            outgoing = [(m, self._pack(m)) for m in sends if (m.channel, m.end) == (channel, end)]
+            self.bytes_sent += sum(x.numel() * x.element_size() for _, x in outgoing)
+            ops = [dist.P2POp(dist.isend, x, m.peer, group) for m, x in outgoing]
+            incoming = [m for m in receives if (m.channel, m.end) == (channel, end)]
+            ops += [dist.P2POp(dist.irecv, self._landing(m), m.peer, group) for m in incoming]
+            self._works.setdefault(end, []).extend(dist.batch_isend_irecv(ops))
+
+    def _pack(self, message: Message) -> torch.Tensor:
+        """What a message sends, as one stretch of memory: where it lies if it is one, else copied into its staging."""
+        if message.staging is None:
+            return self._landing(message)
+        staged = self._staging(message)
+        if message.kind in ("out", "lse", "final") and not self._compute:
+            return staged  # there is no result to send
+        for piece, part in _cut(message.pieces, staged):
+            if message.kind in ("out", "lse", "final"):
+                out, lse = self._part(piece)
+                part.copy_((lse[:, :, None] if message.kind == "lse" else out)[piece.begin : piece.end])
+            else:
+                part.copy_(self._piece(message.kind, piece, message.begin))
+        return staged
+
+    def _landing(self, message: Message) -> torch.Tensor:
+        """Where a message arrives, or lies before it leaves: its staging, or the one piece of memory that it is."""
+        if message.staging is not None:
+            return self._staging(message)
+        (piece,) = message.pieces
+        return self._piece(message.kind, piece, message.begin)
+
+    def _unpack(self, message: Message) -> None:
+        if message.staging is None:
+            return
+        kind = message.kind.removeprefix("final_")
+        for piece, part in _cut(message.pieces, self._staging(message)):
+            rows = (piece.begin, piece.end)
+            if kind == "out":  # waits for its LSE, which comes behind it
+                self._waiting[message.peer, message.group, rows] = part
+            elif kind == "lse":
+                out = self._waiting.pop((message.peer, message.group, rows))
+                if self._compute:
+                    self._own_total()  # what arrives lies in memory that others will use, so it is merged, never taken over
+                    self._absorb(rows, message.group, (out, part[:, :, 0]))
+            elif kind == "final":
+                out, lse = self._own_total()
+                own = slice(*rows), self._heads("q", message.group)
+                out[own] = part.to(out.dtype)
+                lse[own] = torch.nan
+            elif kind in ("dq", "dkv"):
+                if piece.buffer is None:
+                    self._add_own(kind, message.group, rows, part)
+                else:
+                    self._piece(kind, piece, message.end).add_(part)
+            else:
+                self._piece(kind, piece, message.end).copy_(part)
+
+    def _flush(self, operand: Operand, parts: Sequence[tuple[int, int, int, int]], number: int) -> None:
+        """The own part of a bundle that is mixed with others': its sums join this rank's own."""
+        for begin, end, at, until in parts:
+            if operand.kind == "q":
+                piece = Piece(operand, operand.group, at, until)
+                out, lse = self._part(piece)
+                self._absorb((begin, end), operand.group, (out[at:until], lse[at:until]))
+            else:
+                self._add_own(operand.kind, operand.group, (begin, end), self._buffer(operand, number)[at:until])
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def _value(self, kind: str, call: TileCall, number: int) -> torch.Tensor:
+        """An operand of a tile: a view of this rank's own tensor, or its buffer."""
+        side = CARGO[kind].side
+        operand = Operand(kind, call.group, call.q if side == "q" else call.k)
+        rows = self._program.local(operand)
+        if rows is None:
+            return self._buffer(operand, number)
+        return self._own_rows(kind, call.group, *rows)
+
+    def _own_rows(self, kind: str, group: int, begin: int, end: int) -> torch.Tensor:
+        return self._own[kind][begin:end, self._heads(CARGO[kind].side, group)]
+
+    def _heads(self, side: str, group: int) -> Heads:
+        """The heads of a group in tensors that have all of them."""
+        members = self.schedule.heads[group]
+        if side == "q":
+            return slice(members.begin, members.end)
+        first, last = members.kv[0], members.kv[-1]
+        in_order = members.kv == tuple(range(first, last + 1))
+        return slice(first, last + 1) if in_order else list(members.kv)
+
+    def _piece(self, kind: str, piece: Piece, number: int) -> torch.Tensor:
+        kind = kind.removeprefix("final_")
+        if piece.buffer is None:
+            return self._own_rows(kind, piece.group, piece.begin, piece.end)
+        return self._buffer(piece.buffer, number)[piece.begin : piece.end]
+
+    def _buffer(self, operand: Operand, number: int) -> torch.Tensor:
+        precision = "sum" if operand.kind in ("dq", "dkv") else CARGO[operand.kind].precision
+        memory = self._program.buffer(operand, number)
+        tokens = self._program.operand_tokens(operand)
+        return self._view(memory, operand.kind, self.schedule.heads[operand.group], tokens, precision)
+
+    def _staging(self, message: Message) -> torch.Tensor:
+        assert message.staging is not None
+        group = self.schedule.heads[message.group]
+        return self._view(message.staging, message.kind, group, message.tokens, CARGO[message.kind].precision)
+
+    def _view(self, memory: Buffer, kind: str, group: HeadGroup, tokens: int, precision: str) -> torch.Tensor:
+        """(tokens, heads of the group, ...) in a slot; made once."""
+        found = self._views.get(id(memory))
+        if found is None:
+            cargo, dim = CARGO[kind], self.problem.heads.dim
+            heads = len(group) if cargo.side == "q" else len(group.kv)
+            shape = {0: (tokens, heads, cargo.extra), 1: (tokens, heads, dim), 2: (tokens, heads, 2, dim)}[cargo.dims]
+            count = tokens * heads * (cargo.dims * dim + cargo.extra)
+            size = count * element_bytes(precision, self.problem)
+            found = self._slots[memory.slot][:size].view(self._dtypes[precision]).view(shape)
+            self._views[id(memory)] = found
+        return found
+
+
+def _seconds(first: Mark, mark: Mark) -> float:
+    if isinstance(first, float) or isinstance(mark, float):
+        assert isinstance(first, float)
+        assert isinstance(mark, float)
+        return mark - first
+    return float(first.elapsed_time(mark)) / 1e3
+
+
+def _merged(one: Part, other: Part) -> Part:
+    return merge(one[0].to(other[1].dtype), one[1], *other)
+
+
+def _cut(pieces: list[Piece], x: torch.Tensor) -> list[tuple[Piece, torch.Tensor]]:
+    """The parts of a message's memory that belong to its pieces."""
+    return list(zip(pieces, x.split([p.end - p.begin for p in pieces]), strict=True))
+
+
+def _out_with(delta: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+    """An ``out`` (T, H, D) whose product with dout sums to ``delta`` (T, H): all that a kernel's backward takes out for."""
+    square = dout.to(delta.dtype).square().sum(-1)
+    return (dout * (delta / torch.where(square == 0, 1.0, square))[..., None]).to(dout.dtype)

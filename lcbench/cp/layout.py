@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 
-from lcbench.masks.band import Ints, Run
+from lcbench.masks.band import BandMask, Ints, Run
+from lcbench.masks.convert import block_areas
 from lcbench.masks.mask import Mask
 
 
@@ -42,6 +43,21 @@ class Layout:
     def areas(self, mask: Mask) -> list[int]:
         """Unmasked pairs of the queries of each shard (of a block map: over all its maps)."""
         return [mask.row_area(runs) for runs in self.shards]
+
+    def tile_areas(self, mask: BandMask) -> Ints:
+        """Unmasked pairs of every tile of two shards, shape (queries, keys)."""
+        count = len(self)
+        runs = [(run.start, run.start + run.size, shard) for shard, runs in enumerate(self.shards) for run in runs if run.size]
+        areas = np.zeros((count, count), dtype=np.int64)
+        if any(run.stride > 1 and run.size > 1 for runs in self.shards for run in runs):
+            for q, k in product(range(count), repeat=2):
+                areas[q, k] = mask.tile(self.shards[q], self.shards[k]).area
+            return areas
+        begin, end, shard = np.array(sorted(runs), dtype=np.int64).reshape(-1, 3).T
+        edges = np.append(begin, end[-1:])
+        row, column, area = block_areas(mask, edges, edges)
+        np.add.at(areas, (shard[row], shard[column]), area)
+        return areas
 
     def split(self, parts: int) -> Layout:
         """Each shard cut into ``parts`` pieces of its local order: shard i becomes shards i*parts ... i*parts+parts-1."""

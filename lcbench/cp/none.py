@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from lcbench.cp.layout import contiguous
-from lcbench.cp.schedule import Mesh, Schedule, ring_steps
+from lcbench.cp.ring import Ring
+from lcbench.cp.schedule import Schedule
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 
@@ -20,5 +18,4 @@ class Local:
         return None
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
-        mesh, layout = Mesh.of(ring=1), contiguous(problem.seqlen, 1)
-        return Schedule(mesh, layout, layout, np.zeros(1, dtype=np.int64), ring_steps(mesh, "ring"))
+        return Ring("contiguous").schedule(problem, mask)  # of one rank

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from lcbench.cp.layout import Layout, contiguous, striped, zigzag
-from lcbench.cp.schedule import Mesh, Schedule, ring_steps
+from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups, singles
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 
@@ -30,9 +32,15 @@ class Ring:
         return too_short(problem, problem.scale.world_size)
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
-        mesh = Mesh.of(ring=problem.scale.world_size)
-        layout = deal(mask, problem.seqlen, mesh.world_size, self.order)
-        return Schedule(mesh, layout, layout, mesh.coordinate("ring"), ring_steps(mesh, "ring"))
+        ranks = problem.scale.world_size
+        every = np.arange(ranks)
+        steps = []
+        for hop in range(ranks):
+            held = (every - hop) % ranks
+            moves = (Move("kv", columns(every, (every + 1) % ranks, held, 0)),) if hop < ranks - 1 else ()
+            steps.append(Step(columns(every, 0, every, held), moves))
+        shards = deal(mask, problem.seqlen, ranks, self.order)
+        return Schedule(ranks, shards, every, head_groups(problem.heads, 1), singles(ranks), tuple(steps))
 
 
 def deal(mask: Mask, seqlen: int, shards: int, order: Order) -> Layout:

@@ -1,147 +1,182 @@
 """A strategy is data: where tokens live, which tiles each rank computes in which step, and what moves meanwhile.
 
-Four things read a schedule and no strategy knows of them: ``verify`` proves it, ``execute`` runs it forward and (by the
-adjoint of each move, in reverse) backward, and simulation and drawing use the same steps.
+Several things read a schedule and no strategy knows of them: ``adjoint`` derives the traffic of backward from the moves of
+forward, ``verify`` proves it, ``execute`` runs it, ``draw`` shows it.
 
-Vocabulary. Ranks form a ``Mesh``. A rank starts with its own tokens and all heads. A *shard* is the set of tokens that is
-together during the compute steps; without a head exchange it is what one rank owns, after one it is what the ranks of one
-exchange group own together, each with its share of the heads. A tile ``q3k1`` is the queries of shard 3 on the keys of
-shard 1.
+Vocabulary. A *shard* is a set of tokens that always moves together; each has an owner, which has its q, k and v for all heads
+when it begins and its out when it ends. A *head group* is what is computed together of the heads. An *item* is the q, or the
+k and v, of one shard for one head group. A *bundle* is a sequence of shards that lie behind one another as one operand. A *tile*
+is a rank computing one bundle of queries on one bundle of keys, for one head group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lcbench.cp.layout import Layout
-from lcbench.masks.band import Ints
+from lcbench.masks.band import Ints, Run, spread
+from lcbench.problem import Heads
+
+EXPANDED = 1 << 22  # rows of tiles, one per pair of shards, that are looked at together
+
+Kind = Literal["q", "kv"]
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """Ranks as a grid of named dimensions, the last one fastest: ``Mesh(ring=4, ulysses=2)`` puts ranks 0, 1 in one group."""
+class HeadGroup:
+    """Query heads ``begin ... end - 1`` with the key/value heads that they read, in order, possibly one several times.
 
-    sizes: tuple[tuple[str, int], ...]
-
-    @classmethod
-    def of(cls, **sizes: int) -> Mesh:
-        return cls(tuple(sizes.items()))
-
-    @cached_property
-    def _grid(self) -> Ints:
-        return np.arange(self.world_size, dtype=np.int64).reshape([size for _, size in self.sizes])
-
-    @property
-    def world_size(self) -> int:
-        return int(np.prod([size for _, size in self.sizes], dtype=np.int64))
-
-    def size(self, dim: str) -> int:
-        return dict(self.sizes)[dim]
-
-    def _axis(self, dim: str) -> int:
-        return [name for name, _ in self.sizes].index(dim)
-
-    def coordinate(self, dim: str) -> Ints:
-        """Coordinate of every rank on a dimension, shape (P,)."""
-        return np.indices(self._grid.shape)[self._axis(dim)].reshape(-1)
-
-    def groups(self, dim: str) -> list[list[int]]:
-        """The groups of ranks that differ only on ``dim``, each in the order of that coordinate."""
-        rows: list[list[int]] = np.moveaxis(self._grid, self._axis(dim), -1).reshape(-1, self.size(dim)).tolist()
-        return rows
-
-    def source(self, dim: str, shift: int) -> Ints:
-        """From which rank each rank receives when everything moves by ``shift`` along ``dim``, shape (P,)."""
-        return np.roll(self._grid, shift, axis=self._axis(dim)).reshape(-1)
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """Heads <-> sequence over one mesh dimension, all-to-all; its adjoint is the exchange the other way.
-
-    ``gather``: q, k, v from (own tokens, all heads) to (tokens of the group, own heads). ``scatter``: out goes back.
+    Query head i of the group reads entry ``i // (heads / entries)``, as in grouped-query attention of the whole.
     """
 
-    dim: str
-    way: Literal["gather", "scatter"]
+    begin: int
+    end: int
+    kv: tuple[int, ...]
 
-    def __str__(self) -> str:
-        return f"{self.way}({self.dim})"
+    @classmethod
+    def of(cls, heads: Heads, begin: int, end: int) -> HeadGroup:
+        """The group of a range of query heads, with as few copies of key/value heads as grouped-query attention allows."""
+        each = heads.q // heads.kv
+        reads = [h // each for h in range(begin, end)]
+        count = end - begin
+        for size in range(count, 0, -1):
+            runs = [reads[i : i + size] for i in range(0, count, size)]
+            if count % size == 0 and all(run[0] == run[-1] for run in runs):
+                return cls(begin, end, tuple(run[0] for run in runs))
+        raise ValueError(f"query heads {begin} to {end} are none")
+
+    def __len__(self) -> int:
+        return self.end - self.begin
+
+
+def head_groups(heads: Heads, parts: int) -> tuple[HeadGroup, ...]:
+    """All heads in ``parts`` groups whose sizes differ by at most one query head; groups without a head are left out."""
+    cuts = [heads.q * i // parts for i in range(parts + 1)]
+    return tuple(HeadGroup.of(heads, a, b) for a, b in itertools.pairwise(cuts) if a < b)
 
 
 @dataclass(frozen=True)
-class Hop:
-    """The held keys and values move by ``shift`` along a (sub-)ring; the adjoint shifts their gradient back."""
+class Move:
+    """Items that travel while a step computes.
 
-    dim: str
-    shift: int = 1
+    Attributes:
+        kind: what travels: ``q``, or ``kv`` together.
+        rows: int64 (n, 4): from rank, to rank, shard, head group.
+        kept: the receiver holds on to it for backward instead of fetching it again.
+        steps: how many steps it may take; usable from the step after these on.
+        channel: moves of different channels run over different communicators.
+    """
 
-    def __str__(self) -> str:
-        return f"kv({self.dim}{self.shift:+d})"
-
-
-Move = Exchange | Hop
+    kind: Kind
+    rows: Ints
+    kept: bool = False
+    steps: int = 1
+    channel: str = "main"
 
 
 @dataclass(frozen=True)
 class Step:
-    """Tiles computed while the moves are under way; what moves is usable from the next step on.
+    """One step of all ranks.
 
-    ``tiles``: int64 (n, 3), rows (rank, q shard, k shard).
+    Attributes:
+        tiles: int64 (n, 4): rank, head group, bundle of queries, bundle of keys.
+        moves: what travels meanwhile.
+        returns: int64 (n, 4): from rank, to the owner, shard, head group: results of tiles of earlier steps, which the
+            owner merges at the end of this step.
     """
 
     tiles: Ints
     moves: tuple[Move, ...] = ()
+    returns: Ints = field(default_factory=lambda: columns([], [], [], []))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """``layout``: tokens of each rank, ``shards``: tokens of each compute shard, ``shard_of``: the shard of each rank (P,)."""
+    """A whole strategy for one problem. ``owner``: the rank that owns each shard, (shards,)."""
 
-    mesh: Mesh
-    layout: Layout
+    world_size: int
     shards: Layout
-    shard_of: Ints
+    owner: Ints
+    heads: tuple[HeadGroup, ...]
+    bundles: tuple[tuple[int, ...], ...]
     steps: tuple[Step, ...]
 
-    @property
-    def exchanges(self) -> bool:
-        """Whether heads are dealt out by an exchange before anything is computed."""
-        return any(isinstance(move, Exchange) for step in self.steps for move in step.moves)
+    @cached_property
+    def sizes(self) -> Ints:
+        """Tokens of each shard."""
+        return np.array([self.shards.size(i) for i in range(len(self.shards))], dtype=np.int64)
 
-    @property
-    def head_shares(self) -> Ints:
-        """Which share of the heads each rank computes, shape (P,); all 0 where every rank has all heads."""
-        return self.mesh.coordinate("ulysses") if self.exchanges else np.zeros(self.mesh.world_size, dtype=np.int64)
+    def own(self, rank: int) -> list[int]:
+        """The shards of a rank, in the order in which its tensors hold them."""
+        found: list[int] = np.nonzero(self.owner == rank)[0].tolist()
+        return found
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What each rank owns."""
+        return Layout(tuple(self.runs(self.own(rank)) for rank in range(self.world_size)))
+
+    def runs(self, shards: Iterable[int]) -> tuple[Run, ...]:
+        """Tokens of shards that lie behind one another; stretches that continue one another are one run."""
+        found: list[Run] = []
+        for run in (run for shard in shards for run in self.shards.shards[shard] if run.size):
+            if found and found[-1].stride == run.stride == 1 and found[-1].start + found[-1].size == run.start:
+                found[-1] = Run(found[-1].start, found[-1].size + run.size)
+            else:
+                found.append(run)
+        return tuple(found) or (Run(0, 0),)
+
+    @cached_property
+    def _members(self) -> tuple[Ints, Ints]:
+        """Shards of all bundles, and where each bundle begins."""
+        offsets = np.cumsum([0, *map(len, self.bundles)])
+        return np.array([shard for bundle in self.bundles for shard in bundle], dtype=np.int64), offsets
+
+    def spread(self, bundles: Ints) -> tuple[Ints, Ints]:
+        """(position in ``bundles``, shard) of every shard of every bundle."""
+        members, offsets = self._members
+        number, place = spread(offsets[bundles], offsets[bundles + 1])
+        return number, members[place]
+
+    def shard_tiles(self, step: Step) -> Iterator[Ints]:
+        """The tiles of a step by shards, in portions: rows (rank, head group, q shard, k shard)."""
+        _, offsets = self._members
+        counts = np.diff(offsets)
+        portion = np.cumsum(counts[step.tiles[:, 2]] * counts[step.tiles[:, 3]]) // EXPANDED
+        for part in np.split(step.tiles, np.nonzero(np.diff(portion))[0] + 1):
+            number, q = self.spread(part[:, 2])
+            again, k = self.spread(part[number, 3])
+            yield np.column_stack([part[number[again], :2], q[again], k])
 
     def __str__(self) -> str:
         """The schedule as a grid of steps x ranks; a bug report is this text."""
-        ranks = range(self.mesh.world_size)
-        rows = [["step", *(f"rank {r}" for r in ranks), "moves"]]
+        names = [",".join(map(str, bundle)) if len(bundle) < 4 else f"{bundle[0]}..{bundle[-1]}" for bundle in self.bundles]
+        rows = [["step", *(f"rank {r}" for r in range(self.world_size)), "moves"]]
         for number, step in enumerate(self.steps):
-            cells: list[list[str]] = [[] for _ in ranks]
-            for rank, q, k in step.tiles.tolist():
-                cells[rank].append(f"q{q}k{k}")
-            rows.append([str(number), *(" ".join(c) or "-" for c in cells), " ".join(map(str, step.moves)) or "-"])
+            cells: list[list[str]] = [[] for _ in range(self.world_size)]
+            for rank, group, q, k in step.tiles.tolist():
+                heads = f" h{group}" if len(self.heads) > 1 else ""
+                cells[rank].append(f"q{names[q]}k{names[k]}{heads}")
+            moves = [f"{m.kind} x{len(m.rows)}" for m in step.moves] + (
+                [f"return x{len(step.returns)}"] if len(step.returns) else []
+            )
+            rows.append([str(number), *(" ".join(c) or "-" for c in cells), ", ".join(moves) or "-"])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def tiles(columns: Iterable[tuple[int, int, int]] | Ints = ()) -> Ints:
-    """(rank, q shard, k shard) rows as the array that a step holds."""
-    return np.array(columns if isinstance(columns, np.ndarray) else list(columns), dtype=np.int64).reshape(-1, 3)
+def columns(*values: ArrayLike) -> Ints:
+    """Moves, returns and tiles from their four columns, where an integer stands for a column of it."""
+    return np.stack(np.broadcast_arrays(*(np.asarray(v, dtype=np.int64).ravel() for v in values)), axis=1)
 
 
-def ring_steps(mesh: Mesh, dim: str) -> tuple[Step, ...]:
-    """Every rank keeps its queries; keys and values go once around ``dim``, one hop a step, none after the last."""
-    own = mesh.coordinate(dim)
-    ranks = np.arange(mesh.world_size)
-    size = mesh.size(dim)
-    return tuple(
-        Step(tiles(np.stack([ranks, own, (own - i) % size], axis=1)), (Hop(dim),) if i < size - 1 else ()) for i in range(size)
-    )
+def singles(shards: int) -> tuple[tuple[int, ...], ...]:
+    """A bundle per shard, of the same number."""
+    return tuple((i,) for i in range(shards))

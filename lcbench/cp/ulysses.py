@@ -1,6 +1,7 @@
 """Ulysses: an all-to-all gives every rank the whole sequence for its share of the heads (arXiv 2309.14509).
 
-KV heads are replicated where there are fewer of them than ranks; their gradients are summed over the replicas.
+KV heads are replicated where there are fewer of them than ranks; their gradients are summed over the replicas. With several
+stages the heads of a rank come in as many parts, and the exchange of one part runs while another is computed.
 """
 
 from __future__ import annotations
@@ -11,32 +12,66 @@ import numpy as np
 
 from lcbench.cp.layout import contiguous
 from lcbench.cp.ring import too_short
-from lcbench.cp.schedule import Exchange, Mesh, Schedule, Step, tiles
+from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups
+from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 
 
 @dataclass(frozen=True)
 class Ulysses:
+    """``uneven_heads``: let ranks have different numbers of query heads; ``stages``: parts of a rank's heads."""
+
+    uneven_heads: bool = False
+    stages: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("stages", self.stages)
+
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         ranks = problem.scale.world_size
-        return indivisible_heads(problem.heads, ranks) or too_short(problem, ranks)
+        refused = None if self.uneven_heads else indivisible_heads(problem.heads, ranks)
+        return refused or too_few_heads(problem.heads, ranks * self.stages) or too_short(problem, ranks)
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size
-        whole = contiguous(problem.seqlen, 1)
-        return Schedule(
-            mesh=Mesh.of(ulysses=ranks),
-            layout=whole.split(ranks),
-            shards=whole,
-            shard_of=np.zeros(ranks, dtype=np.int64),
-            steps=exchanged((Step(tiles((r, 0, 0) for r in range(ranks))),)),
-        )
+        every = np.arange(ranks)
+        groups = head_groups(problem.heads, ranks * self.stages)  # of rank r: r * stages and what follows
+        steps = []
+        for time in range(self.stages + 2):
+            moves: tuple[Move, ...] = ()
+            tiles = returns = columns([], [], [], [])
+            if time < self.stages:  # heads of this stage come in
+                moves = gathered(every[None], every * self.stages + time)
+            if 1 <= time <= self.stages:
+                tiles = columns(every, every * self.stages + time - 1, 0, 0)
+            if time >= 2:
+                returns = returned(every[None], every * self.stages + time - 2)
+            steps.append(Step(tiles, moves, returns))
+        whole = (tuple(range(ranks)),)
+        return Schedule(ranks, contiguous(problem.seqlen, ranks), every, groups, whole, tuple(steps))
 
 
-def exchanged(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """Steps that run on gathered sequences and scattered heads, between the two exchanges that make it so."""
-    return (Step(tiles(), (Exchange("ulysses", "gather"),)), *steps, Step(tiles(), (Exchange("ulysses", "scatter"),)))
+def exchanged(grid: Ints) -> tuple[Ints, Ints, Ints]:
+    """(owner, other rank, column of the other) of every ordered pair of ranks in one row of a grid; shard i is owned by rank i."""
+    rows, width = grid.shape
+    owner, other = np.repeat(grid, width, axis=1), np.tile(grid, (1, width))
+    column = np.tile(np.arange(width), (rows, width))
+    apart = owner != other
+    return owner[apart], other[apart], column[apart]
+
+
+def gathered(grid: Ints, groups: Ints) -> tuple[Move, ...]:
+    """Heads of the column's group from every rank of a row to the rank in that column, kept for backward."""
+    owner, other, column = exchanged(grid)
+    rows = columns(owner, other, owner, groups[column])
+    return Move("q", rows, kept=True), Move("kv", rows, kept=True)
+
+
+def returned(grid: Ints, groups: Ints) -> Ints:
+    """The way back of their results."""
+    owner, other, column = exchanged(grid)
+    return columns(other, owner, owner, groups[column])
 
 
 def indivisible_heads(heads: Heads, ranks: int) -> str | None:
@@ -46,3 +81,12 @@ def indivisible_heads(heads: Heads, ranks: int) -> str | None:
     if heads.kv % ranks and ranks % heads.kv:
         return f"cannot split or replicate {heads.kv} key/value heads evenly over {ranks} ranks"
     return None
+
+
+def too_few_heads(heads: Heads, parts: int) -> str | None:
+    return f"cannot split {heads.q} query heads into {parts} parts" if heads.q < parts else None
+
+
+def check_count(option: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"cp.{option}={value} is no number of at least 1")

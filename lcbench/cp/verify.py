@@ -1,6 +1,7 @@
-"""Proof that a schedule computes a mask: every unmasked pair once, nothing used before it arrived, moves that match.
+"""Proof that a schedule computes a mask: every unmasked pair once, nothing used before it arrived, results back at their owners.
 
-Pure numpy, no processes, so that it runs for any number of ranks in a test.
+Pure numpy, no processes, so that it runs for thousands of ranks in a test. Messages need no proof of their own: both sides of each
+are read from the same row, and all of a moment are under way together, so no rank waits for one that is not sent.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lcbench.cp.schedule import Exchange, Hop, Schedule
-from lcbench.masks.band import Ints
+from lcbench.cp.adjoint import Traffic, Transfer, Uses, token_bytes, traffic
+from lcbench.cp.program import Program
+from lcbench.cp.schedule import Schedule
+from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
-from lcbench.problem import Heads
+from lcbench.problem import Problem
 
 
 class ScheduleError(AssertionError):
@@ -24,15 +28,24 @@ class Report:
     """What a valid schedule costs.
 
     Attributes:
-        rank_pairs: unmasked pairs per rank, over the query heads that it computes, shape (P,).
-        step_pairs: the same per step, shape (steps, P).
+        step_pairs: unmasked pairs per step and rank, over the query heads that the rank computes, shape (steps, P).
         forward_bytes, backward_bytes: sent per rank, shape (P,).
+        forward_bytes_out, backward_bytes_out: the part of them that leaves the node.
     """
 
-    rank_pairs: Ints
+    schedule: Schedule
+    problem: Problem
+    traffic: Traffic
     step_pairs: Ints
     forward_bytes: Ints
     backward_bytes: Ints
+    forward_bytes_out: Ints
+    backward_bytes_out: Ints
+
+    @property
+    def rank_pairs(self) -> Ints:
+        """Unmasked pairs per rank, shape (P,)."""
+        return self.step_pairs.sum(axis=0)
 
     @property
     def imbalance(self) -> float:
@@ -40,138 +53,156 @@ class Report:
         mean = self.rank_pairs.mean()
         return float(self.step_pairs.max(axis=1).sum() / mean) if mean else 1.0
 
+    def buffer_bytes(self, rank: int) -> int:
+        """Memory that a rank holds for buffers, besides its own tensors."""
+        return Program(self.schedule, self.traffic, self.problem, rank).buffer_bytes
 
-def verify(schedule: Schedule, mask: Mask, heads: Heads, itemsize: int) -> Report:
+
+def verify(schedule: Schedule, mask: Mask, problem: Problem) -> Report:
     """Check a schedule against a mask and count its work and its bytes.
 
-    Args:
-        itemsize: bytes per element of q, k, v.
     Raises:
         ScheduleError: naming the step and showing the grid.
     """
-    world = schedule.mesh.world_size
-    _check_layouts(schedule, mask.num_q)
+    _check_shards(schedule, mask.num_q)
+    moves = traffic(schedule, backward=problem.backward)
+    for uses, kind in ((moves.queries, "queries"), (moves.keys, "keys")):
+        _check_moves(schedule, uses, kind)
+    _check_returns(schedule, moves.queries)
+    step_pairs = _check_tiles(schedule, mask, problem)
+    forward = _bytes(schedule, [t for t in moves.transfers if t.begin < moves.steps], problem)
+    backward = _bytes(schedule, [t for t in moves.transfers if t.begin >= moves.steps], problem)
+    return Report(schedule, problem, moves, step_pairs, forward[0], backward[0], forward[1], backward[1])
 
-    # Ranks of one exchange group hold the same shard with different heads: each pair must be computed once per share.
-    shares = schedule.head_shares
-    pairs = _tile_pairs(schedule, mask, heads)
-    done: set[tuple[int, int, int]] = set()
-    held_kv = schedule.shard_of.copy()
-    gathered = not schedule.exchanges
-    step_pairs = np.zeros((len(schedule.steps), world), dtype=np.int64)
+
+def _check_shards(schedule: Schedule, seqlen: int) -> None:
+    tokens = np.sort(np.concatenate([schedule.shards.tokens(i) for i in range(len(schedule.shards))]))
+    if not np.array_equal(tokens, np.arange(seqlen)):
+        raise ScheduleError(f"the shards do not hold each of {seqlen} tokens exactly once")
+    if len(schedule.owner) != len(schedule.shards) or not ((schedule.owner >= 0) & (schedule.owner < schedule.world_size)).all():
+        raise ScheduleError(f"shards need an owner each, among {schedule.world_size} ranks")
+    heads = [head for group in schedule.heads for head in range(group.begin, group.end)]
+    if sorted(heads) != list(range(len(heads))):
+        raise ScheduleError(f"head groups do not hold each query head exactly once: {heads}")
+
+
+def _check_moves(schedule: Schedule, uses: Uses, kind: str) -> None:
+    """Each item comes to a rank once, from one that has it, before it is used there; nothing is sent for nothing."""
+    source, to, shard, group = uses.rows.T
+    keys = uses.key(to, shard, group)
+    if len(keys) and not ((uses.rows[:, :2] >= 0) & (uses.rows[:, :2] < schedule.world_size)).all():
+        raise ScheduleError(f"{kind} move between ranks that there are not")
+    _none(schedule, uses, uses.leaves, to == schedule.owner[shard], kind, "come to their owner")
+    _, repeated = np.unique(keys, return_index=True)
+    again = np.ones(len(keys), dtype=bool)
+    again[repeated] = False
+    _none(schedule, uses, uses.leaves, again, kind, "come a second time")
+    place, arrived = uses.arrivals.find(uses.key(source, shard, group))
+    when = uses.arrives[uses.arrivals.values[place]] if len(uses.rows) else uses.arrives
+    lacking = (source != schedule.owner[shard]) & (~arrived | (when > uses.leaves))
+    _none(schedule, uses, uses.leaves, lacking, kind, "are sent by a rank that does not hold them yet")
+    _, used = uses.table.find(keys)
+    sends_on = np.isin(keys, uses.key(source, shard, group))
+    _none(schedule, uses, uses.leaves, ~used & ~sends_on, kind, "are sent and never used")
+
+    rank, shard, group = uses.unkey(uses.table.keys)
+    place, arrived = uses.arrivals.find(uses.table.keys)
+    first = uses.table.values[:, 0]
+    when = uses.arrives[uses.arrivals.values[place]] if len(uses.rows) else first
+    early = np.nonzero((rank != schedule.owner[shard]) & (~arrived | (when > first)))[0]
+    if len(early):
+        i = early[np.argmin(first[early])]
+        raise _error(
+            schedule, int(first[i]), f"rank {rank[i]} computes before {kind} of shard {shard[i]}, heads {group[i]}, are there"
+        )
+
+
+def _none(schedule: Schedule, uses: Uses, steps: Ints, wrong: NDArray[np.bool_], kind: str, what: str) -> None:
+    found = np.nonzero(wrong)[0]
+    if len(found):
+        source, to, shard, group = uses.rows[found[0]].tolist()
+        raise _error(schedule, int(steps[found[0]]), f"{kind} of shard {shard}, heads {group}, {what} (rank {source} to {to})")
+
+
+def _check_returns(schedule: Schedule, uses: Uses) -> None:
+    """Every rank that computes others' queries returns each result once, when it is complete."""
+    rank, shard, group = uses.unkey(uses.table.keys)
+    owed = rank != schedule.owner[shard]
     for number, step in enumerate(schedule.steps):
-        for rank, q, k in step.tiles.tolist():
-            if not gathered:
-                raise _error(schedule, number, f"rank {rank} computes before its heads are exchanged")
-            if q != schedule.shard_of[rank]:
-                raise _error(schedule, number, f"rank {rank} does not hold the queries of shard {q}")
-            if k != held_kv[rank]:
-                raise _error(schedule, number, f"rank {rank} holds keys of shard {held_kv[rank]}, not of shard {k}")
-            if pairs[shares[rank], q, k] and (q, k, int(shares[rank])) in done:
-                raise _error(schedule, number, f"rank {rank} computes q{q}k{k} a second time")
-            done.add((q, k, int(shares[rank])))
-            step_pairs[number, rank] += pairs[shares[rank], q, k]
-        for move in step.moves:
-            if isinstance(move, Hop):
-                source = schedule.mesh.source(move.dim, move.shift)
-                if not np.array_equal(np.sort(source), np.arange(world)):
-                    raise _error(schedule, number, f"{move}: sends and receives do not match")
-                held_kv = held_kv[source]
-            else:
-                gathered = move.way == "gather"
-    for share, q, k in np.argwhere(pairs).tolist():
-        if (q, k, share) not in done:
-            raise _error(schedule, len(schedule.steps) - 1, f"nobody computed q{q}k{k} (head share {share})")
-    forward, backward = _bytes(schedule, heads, itemsize)
-    return Report(step_pairs.sum(axis=0), step_pairs, forward, backward)
+        source, to, of, heads = step.returns.T
+        place, known = uses.table.find(uses.key(source, of, heads))
+        for wrong, what in (
+            (to != schedule.owner[of], "to a rank that does not own it"),
+            (~known | ~owed[place] if len(owed) else ~known, "which it does not owe"),
+            (uses.table.values[place, 1] >= number if len(owed) else ~known, "before it is computed"),
+        ):
+            if wrong.any():
+                i = int(np.argmax(wrong))
+                raise _error(schedule, number, f"rank {source[i]} returns shard {of[i]}, heads {heads[i]}, {what}")
+        owed[place] = False
+    if owed.any():
+        i = int(np.argmax(owed))
+        raise _error(schedule, len(schedule.steps) - 1, f"rank {rank[i]} never returns shard {shard[i]}, heads {group[i]}")
 
 
-def _tile_pairs(schedule: Schedule, mask: Mask, heads: Heads) -> Ints:
-    """Unmasked pairs of every tile over the heads of every share, shape (head shares, shards, shards)."""
-    shards, shares = schedule.shards, int(schedule.head_shares.max()) + 1
-    count = heads.q // shares
-    tables: dict[int, list[list[int]]] = {}  # by mask: bands are the same for every share
-    masks = [mask.of_heads(share * count, count, heads.q) for share in range(shares)]
-    for part in masks:
-        if id(part) not in tables:
-            every = range(len(shards))
-            tables[id(part)] = [[shards.tile(part, q, k).pairs(count) for k in every] for q in every]
-    pairs = np.array([tables[id(part)] for part in masks])
-    if pairs.sum() != mask.pairs(heads.q):
-        raise ScheduleError(f"the tiles hold {pairs.sum()} pairs, the mask {mask.pairs(heads.q)}")
-    return pairs
+def _check_tiles(schedule: Schedule, mask: Mask, problem: Problem) -> Ints:
+    """Each tile with pairs is computed once for each head group, none twice; and the pairs of each step and rank."""
+    pairs, times = _tile_pairs(schedule, mask, problem)
+    computed = np.zeros((len(schedule.heads), len(schedule.shards), len(schedule.shards)), dtype=bool)
+    step_pairs = np.zeros((len(schedule.steps), schedule.world_size), dtype=np.int64)
+    for number, step in enumerate(schedule.steps):
+        for part in schedule.shard_tiles(step):
+            rank, group, q, k = part.T
+            flat = np.ravel_multi_index((group, q, k), computed.shape)
+            repeated = np.ones(len(flat), dtype=bool)
+            repeated[np.unique(flat, return_index=True)[1]] = False
+            repeated |= computed.ravel()[flat]
+            if repeated.any():
+                i = int(np.argmax(repeated))
+                raise _error(schedule, number, f"rank {rank[i]} computes q{q[i]}k{k[i]}, heads {group[i]}, a second time")
+            computed.ravel()[flat] = True
+            np.add.at(step_pairs[number], rank, pairs[group % len(pairs), q, k] * times[group])
+    missing = np.argwhere((pairs > 0) & ~computed)
+    if len(missing):
+        group, q, k = missing[0].tolist()
+        raise _error(schedule, len(schedule.steps) - 1, f"nobody computed q{q}k{k} of head group {group}")
+    return step_pairs
 
 
-def _check_layouts(schedule: Schedule, seqlen: int) -> None:
-    for name in ("layout", "shards"):
-        layout = getattr(schedule, name)
-        tokens = np.sort(np.concatenate([layout.tokens(i) for i in range(len(layout))]))
-        if not np.array_equal(tokens, np.arange(seqlen)):
-            raise ScheduleError(f"{name} does not own each of {seqlen} tokens exactly once")
+def _tile_pairs(schedule: Schedule, mask: Mask, problem: Problem) -> tuple[Ints, Ints]:
+    """Unmasked pairs of every two shards, (1 or head groups, shards, shards), and how many times they count for each group."""
+    total = problem.heads.q
+    lengths = np.array([len(group) for group in schedule.heads], dtype=np.int64)
+    if isinstance(mask, BandMask):
+        pairs = schedule.shards.tile_areas(mask)[None]
+        found = int(pairs.sum() * lengths.sum())
+    else:
+        maps = [schedule.shards.tile_areas(mask.bands(i)) for i in range(mask.maps)]
+        each = total // mask.maps
+        pairs = np.array([np.sum([maps[h // each] for h in range(g.begin, g.end)], axis=0) for g in schedule.heads])
+        lengths[:] = 1
+        found = int(pairs.sum())
+    if found != mask.pairs(total):
+        raise ScheduleError(f"the tiles hold {found} pairs, the mask {mask.pairs(total)}")
+    return pairs, lengths
 
 
-def _bytes(schedule: Schedule, heads: Heads, itemsize: int) -> tuple[Ints, Ints]:
-    """Bytes that ``execute`` sends per rank, forward and backward, each of shape (P,)."""
-    mesh = schedule.mesh
-    group = int(schedule.head_shares.max()) + 1
-    own = np.array([schedule.layout.size(rank) for rank in range(mesh.world_size)])
-    kv_heads = max(heads.kv // group, 1)
-    sum_itemsize = max(itemsize, 4)  # gradients in transit are summed in fp32 at least
-    # Replicated KV heads are summed on arrival; all other gradients are complete and travel in the inputs' type.
-    kv_itemsize = sum_itemsize if heads.kv < group else itemsize
-    held = np.array([schedule.shards.size(int(s)) for s in schedule.shard_of])
-    forward, backward = np.zeros_like(own), np.zeros_like(own)
-    for step in schedule.steps:
-        for move in step.moves:
-            if isinstance(move, Exchange):
-                remote = own * (group - 1) * heads.dim
-                others = held - own
-                share = heads.q // group
-                if move.way == "gather":
-                    forward += remote * (share + 2 * kv_heads) * itemsize
-                    # The gradients come back: each rank returns, to each other rank, that rank's tokens.
-                    backward += others * heads.dim * (share * itemsize + 2 * kv_heads * kv_itemsize)
-                else:
-                    forward += others * heads.dim * share * itemsize
-                    backward += remote * share * itemsize
-    kv_elements = 2 * kv_heads * heads.dim
-    hops = [m for step in schedule.steps for m in step.moves if isinstance(m, Hop)]
-    position = np.arange(mesh.world_size)
-    sizes = held
-    for hop in hops:
-        source = mesh.source(hop.dim, hop.shift)
-        if not np.array_equal(source, position):
-            forward += sizes * kv_elements * itemsize
-            # dKV of what arrived by this hop goes back over it.
-            backward += sizes[source] * kv_elements * sum_itemsize
-        sizes = sizes[source]
-    # Backward starts where forward ended: the last held KV is fetched at once, then walked back hop by hop.
-    sizes = held
-    for dim, net in net_shifts(schedule).items():
-        source = mesh.source(dim, net)
-        if not np.array_equal(source, position):
-            backward += sizes * kv_elements * itemsize
-        sizes = sizes[source]
-    for index in range(len(hops) - 1, 0, -1):
-        source = mesh.source(hops[index].dim, -hops[index].shift)
-        if not np.array_equal(source, position):
-            backward += sizes * kv_elements * itemsize
-        sizes = sizes[source]
-    return forward, backward
-
-
-def net_shifts(schedule: Schedule) -> dict[str, int]:
-    """How far keys and values have moved along each dimension when forward ends."""
-    net: dict[str, int] = {}
-    for step in schedule.steps:
-        for move in step.moves:
-            if isinstance(move, Hop):
-                net[move.dim] = (net.get(move.dim, 0) + move.shift) % schedule.mesh.size(move.dim)
-    return net
+def _bytes(schedule: Schedule, transfers: list[Transfer], problem: Problem) -> tuple[Ints, Ints]:
+    """Bytes that each rank sends, and those of them that leave its node."""
+    per_node = problem.scale.gpus_per_node
+    every, outside = (np.zeros(schedule.world_size, dtype=np.int64) for _ in range(2))
+    for transfer in transfers:
+        source, to, shard, group = transfer.rows.T
+        per_token = np.array([token_bytes(transfer.kind, g, problem) for g in schedule.heads])
+        size = schedule.sizes[shard] * per_token[group]
+        np.add.at(every, source, size)
+        leaves = source // per_node != to // per_node
+        np.add.at(outside, source[leaves], size[leaves])
+    return every, outside
 
 
 def _error(schedule: Schedule, step: int, message: str) -> ScheduleError:
-    if schedule.mesh.world_size > 16:
+    if schedule.world_size > 16 or len(schedule.steps) > 64:
         return ScheduleError(f"step {step}: {message}")
     lines = str(schedule).splitlines()
     lines[step + 1] += f"   <-- {message}"

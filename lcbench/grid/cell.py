@@ -25,9 +25,9 @@ class Cell:
          "mask":   {"name": "document", "_target_": "lcbench.masks.document.document", ...options, "draws": 1,
                     "lengths": {"name": "web_text", ...}},  # lengths, draws: where the mask has documents, draws something
          "seqlen": 65536, "scale": "2x8", "heads": "32x8x128", "dtype": "bfloat16",
-         "direction": "forward_backward", "seed": 0,
+         "direction": "forward_backward", "transit": "float32", "seed": 0,
          "measure": {"warmup": 3, "min_iterations": 5, "max_iterations": 100, "budget_s": 20.0, "precision": 0.02,
-                     "timeout_s": 600.0}}
+                     "timeout_s": 600.0, "timeline": false}}
 
     Token counts are plain integers there; where the cell ran, and when, is not part of it.
     """
@@ -51,7 +51,7 @@ class Cell:
     @cached_property
     def problem(self) -> Problem:
         config = self.config
-        return Problem(config["seqlen"], self.heads, self.scale, config["dtype"], config["direction"])
+        return Problem(config["seqlen"], self.heads, self.scale, config["dtype"], config["direction"], config["transit"])
 
     @property
     def scale(self) -> Scale:

@@ -33,7 +33,7 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 
 GROUPS = ("kernel", "cp", "mask", "lengths")
-AXES = (*GROUPS, "seqlen", "seqlen_per_rank", "scale", "heads", "dtype", "direction", "seed", "measure")
+AXES = (*GROUPS, "seqlen", "seqlen_per_rank", "scale", "heads", "dtype", "direction", "transit", "seed", "measure")
 RUN_OPTIONS = ("sweep", "site", "wait", "force", "pack", "results", "tracking_uri", "experiment")
 CONFIG = "config"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -150,11 +150,13 @@ def cell_config(config: dict[str, Any]) -> dict[str, Any]:
         "heads": str(values.parse_heads(config["heads"])),
         "dtype": values.parse_dtype(config["dtype"]),
         "direction": values.parse_direction(config["direction"]),
+        "transit": values.parse_transit(config["transit"]),
         "seed": values.parse_int(config["seed"], "seed"),
         "measure": {
             **{k: values.parse_int(measure.pop(k), f"measure.{k}", least=least) for k, least in
                (("warmup", 0), ("min_iterations", 1), ("max_iterations", 1))},
             **{k: values.parse_number(measure.pop(k), f"measure.{k}") for k in ("budget_s", "precision", "timeout_s")},
+            "timeline": values.parse_bool(measure.pop("timeline"), "measure.timeline"),
             **_nothing_left("measure", measure),
         },
     }  # fmt: skip

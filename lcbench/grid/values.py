@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lcbench.problem import DIRECTIONS, DTYPES, Heads, Scale
+from lcbench.problem import DIRECTIONS, DTYPES, TRANSITS, Heads, Scale
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
@@ -57,6 +57,12 @@ def parse_dtype(value: object) -> str:
 def parse_direction(value: object) -> str:
     if value not in DIRECTIONS:
         raise ValueError(f"direction={_shown(value)} is not one of {', '.join(DIRECTIONS)}")
+    return str(value)
+
+
+def parse_transit(value: object) -> str:
+    if value not in TRANSITS:
+        raise ValueError(f"transit={_shown(value)} is not one of {', '.join(TRANSITS)}")
     return str(value)
 
 

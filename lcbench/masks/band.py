@@ -160,7 +160,10 @@ class BandMask:
         Raises:
             ValueError: two runs with different strides (a band would not stay one band).
         """
-        parts = []
+        num_q, num_k = (sum(run.size for run in runs) for runs in (q_runs, k_runs))
+        if all(run.stride == 1 or run.size == 1 for run in (*q_runs, *k_runs)):
+            return BandMask(num_q, num_k, _gathered(_gathered(self.bands, q_runs, 0), k_runs, 2))
+        parts = [np.empty((0, 6), dtype=np.int64)]
         q_offset = 0
         for q in q_runs:
             k_offset = 0
@@ -168,9 +171,7 @@ class BandMask:
                 parts.append(_shift(_reindex(self.bands, q, k), q_offset, k_offset))
                 k_offset += k.size
             q_offset += q.size
-        bands = np.concatenate(parts) if parts else np.empty((0, 6), dtype=np.int64)
-        num_k = sum(k.size for k in k_runs)
-        return BandMask(q_offset, num_k, bands)
+        return BandMask(num_q, num_k, np.concatenate(parts))
 
     def merged(self) -> BandMask:
         """Fewer bands for the same pairs, by joining two wherever their union is one band.
@@ -258,6 +259,24 @@ def _reindex(bands: Ints, q: Run, k: Run) -> Ints:
         axis=1,
     )
     return _normal(local)
+
+
+def _gathered(bands: Ints, runs: Sequence[Run], column: int) -> Ints:
+    """What is left of bands in stretches of rows (``column`` 0) or of keys (2) that are put behind one another."""
+    array = np.array([(run.start, run.start + run.size) for run in runs if run.size], dtype=np.int64).reshape(-1, 2)
+    places = np.cumsum(array[:, 1] - array[:, 0]) - (array[:, 1] - array[:, 0])
+    order = np.argsort(array[:, 0])
+    array, shift = array[order], (places - array[:, 0])[order]
+    first = np.searchsorted(array[:, 1], bands[:, column], side="right")
+    number, run = spread(first, np.searchsorted(array[:, 0], bands[:, column + 1], side="left"))
+    bounds: list[Ints | None] = [None] * 4
+    bounds[column : column + 2] = [array[run, 0], array[run, 1]]
+    parts, kept = cropped(bands[number], *bounds)
+    moved = np.zeros_like(parts)
+    moved[:, column], moved[:, column + 1] = shift[run[kept]], shift[run[kept]]
+    # k - q falls when queries move down and rises when keys do.
+    moved[:, 4:] = (shift[run[kept]] if column else -shift[run[kept]])[:, None]
+    return parts + moved
 
 
 def _hull(a: Ints, b: Ints) -> Ints:

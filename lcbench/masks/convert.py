@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lcbench.masks.band import Band, BandMask, Ints, areas, cropped, spread
+from lcbench.masks.mask import Mask
 
 
 class Piece(NamedTuple):
@@ -179,6 +180,24 @@ def block_areas(mask: BandMask, q_edges: Ints, k_edges: Ints) -> tuple[Ints, Int
     total = np.zeros(len(key), dtype=np.int64)
     np.add.at(total, place, areas(blocks))
     return key // (len(k_edges) - 1), key % (len(k_edges) - 1), total
+
+
+def needed_keys(mask: Mask, q_edges: Ints) -> tuple[Ints, Ints, Ints]:
+    """(row, first key, last key + 1) of the stretches of keys that each block of rows sees, in any head; they may overlap."""
+    if isinstance(mask, BandMask):
+        bands = mask.bands
+        number, row = spread(np.searchsorted(q_edges, bands[:, 0], side="right") - 1, _last(q_edges, bands[:, 1]))
+        parts, kept = cropped(bands[number], q_edges[row], q_edges[row + 1], None, None)
+        return row[kept], parts[:, 2], parts[:, 3]  # a tight band touches every one of its columns
+    found = []
+    for block, (top, bottom) in enumerate(pairwise(q_edges.tolist())):
+        blocks = slice(np.searchsorted(mask.q_edges, top, side="right") - 1, np.searchsorted(mask.q_edges, bottom))
+        seen = np.logical_or.reduce([mask.keep(i)[blocks].any(axis=0) for i in range(mask.maps)])
+        change = np.diff(np.concatenate([[0], seen.astype(np.int8), [0]]))
+        first, last = np.nonzero(change == 1)[0], np.nonzero(change == -1)[0]
+        found.append(np.column_stack([np.full(len(first), block), mask.k_edges[first], mask.k_edges[last]]))
+    rows, begin, end = np.concatenate(found).T
+    return rows, begin, end
 
 
 def _last(edges: Ints, end: Ints) -> Ints:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lcbench.cp.base import Strategy
+from lcbench.cp.base import Peer, Run, Strategy
 from lcbench.cp.execute import Executor, Groups
 from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
@@ -59,7 +59,7 @@ class Work:
     problem: Problem
     make_mask: Callable[[int], Mask]
     kernel: Kernel
-    strategy: Strategy
+    strategy: Strategy | Peer
     settings: dict[str, Any]
     seed: int
     draws: int = 1
@@ -67,7 +67,10 @@ class Work:
 
 def measure_cell(work: Work, gang: Gang, say: Callable[[str], None]) -> Measured:
     """Run a cell, once per draw of its mask. Collective; every rank returns the same metrics. ``say`` gets a line per phase."""
-    unavailable = _first_word(work.kernel.unavailable(work.problem, gang.device))
+    unavailable = _first_word(
+        work.kernel.unavailable(work.problem, gang.device)
+        or (work.strategy.unavailable(work.problem, gang.device) if isinstance(work.strategy, Peer) else None)
+    )
     if unavailable:
         return Measured(unavailable=unavailable)
     measured: list[Measured] = []
@@ -87,27 +90,30 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
     measured = Measured()
     started = time.perf_counter()
     mask = work.make_mask(number)
-    schedule = work.strategy.schedule(problem, mask)
-    executor = Executor(schedule, mask, kernel, problem, rank=gang.rank, device=device, groups=gang.groups)
+    pairs = mask.pairs(problem.heads.q)
+    executor: Executor | None = None
+    run: Run
+    if isinstance(work.strategy, Peer):
+        tokens = work.strategy.tokens(problem, gang.rank)
+        run = work.strategy.start(problem, mask, kernel, gang.rank, device)
+    else:
+        schedule = work.strategy.schedule(problem, mask)
+        tokens = schedule.layout.tokens(gang.rank)
+        run = executor = Executor(schedule, mask, kernel, problem, rank=gang.rank, device=device, groups=gang.groups)
     prepare_s = time.perf_counter() - started
-    pairs, rank_pairs = mask.pairs(problem.heads.q), _from_all(executor.pairs)
-    if sum(rank_pairs) != pairs:
-        raise AssertionError(f"the ranks compute {sum(rank_pairs)} pairs over all query heads, the mask has {pairs}")
-
-    tokens = schedule.layout.tokens(gang.rank)
     say(f"drawing {len(tokens)} of {problem.seqlen} tokens")
     names = ("q", "k", "v", "dout") if problem.backward else ("q", "k", "v")
     shard = Shard(tokens, *(draw(name, tokens, problem, work.seed, device) for name in names))
 
     say("checking against the float64 reference")
     started = time.perf_counter()
-    out, saved = executor.forward(shard.q, shard.k, shard.v)
-    forward_bytes, backward_bytes = executor.bytes_sent, 0
+    out, saved = run.forward(shard.q, shard.k, shard.v)
+    forward_bytes, backward_bytes = executor.bytes_sent if executor else 0, 0
     grads: tuple[torch.Tensor | None, ...] = (None, None, None)
     if shard.dout is not None:
-        grads = executor.backward(shard.dout, saved)
-        backward_bytes = executor.bytes_sent
-    measured.check = check(mask, problem, shard, Result(out, executor.lse(saved), *grads), seed=work.seed)
+        grads = run.backward(shard.dout, saved)
+        backward_bytes = executor.bytes_sent if executor else 0
+    measured.check = check(mask, problem, shard, Result(out, run.lse(saved), *grads), seed=work.seed)
     del out, saved, grads
     metrics = measured.metrics
     for name, error in measured.check.errors.items():
@@ -116,27 +122,34 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
     metrics["time/prepare_s"] = max(_from_all(prepare_s))
     metrics["time/check_s"] = time.perf_counter() - started
     metrics["mask/area"], metrics["mask/density"] = pairs / problem.heads.q, mask.density
-    metrics["balance/area_max_over_mean"] = max(rank_pairs) * len(rank_pairs) / pairs if pairs else 1.0
-    metrics["comm/forward/bytes"] = float(max(_from_all(forward_bytes)))
-    metrics["comm/backward/bytes"] = float(max(_from_all(backward_bytes)))
-    metrics["comm/bytes"] = float(max(_from_all(forward_bytes + backward_bytes)))
-    measured.notes["kernel_calls"] = _from_all(executor.calls)
+    if executor is not None:
+        rank_pairs = _from_all(executor.pairs)
+        if sum(rank_pairs) != pairs:
+            raise AssertionError(f"the ranks compute {sum(rank_pairs)} pairs over all query heads, the mask has {pairs}")
+        metrics["balance/area_max_over_mean"] = max(rank_pairs) * len(rank_pairs) / pairs if pairs else 1.0
+        metrics["comm/forward/bytes"] = float(max(_from_all(forward_bytes)))
+        metrics["comm/backward/bytes"] = float(max(_from_all(backward_bytes)))
+        metrics["comm/bytes"] = float(max(_from_all(forward_bytes + backward_bytes)))
+        metrics["memory/buffer_bytes"] = float(max(_from_all(executor.buffer_bytes)))
+        measured.notes["kernel_calls"] = _from_all(executor.calls)
     if measured.check.failures:
         return measured  # a wrong result has no speed
 
     say("timing")
-    phases: dict[str, Callable[[Any], Any]] = {"forward": lambda _: executor.forward(shard.q, shard.k, shard.v)[1]}
+    phases: dict[str, Callable[[Any], Any]] = {"forward": lambda _: run.forward(shard.q, shard.k, shard.v)[1]}
     if shard.dout is not None:
         dout = shard.dout
-        phases["backward"] = lambda saved: executor.backward(dout, saved)
+        phases["backward"] = lambda saved: run.backward(dout, saved)
     timed = measure(phases, Stopping.from_config(work.settings), work.settings["warmup"], device)
     measured.notes["stopped_by"] = timed.stopped_by
     metrics["time/iterations"] = float(len(timed.slowest["forward"]))
     metrics["time/noise"] = timed.noise
 
     say("measuring memory")
-    peak = peak_bytes(lambda: _once(executor, shard), device)
-    peaks = _from_all(-1 if peak is None else peak)
+    peak = peak_bytes(lambda: _once(run, shard), device)
+    # The engine's buffers are there before and after, and are needed all the same.
+    held = executor.buffer_bytes if executor else 0
+    peaks = _from_all(-1 if peak is None else peak + held)
     if min(peaks) >= 0:
         metrics["memory/peak_bytes"] = float(max(peaks))
         measured.samples["rank_peak_bytes"] = [float(p) for p in peaks]
@@ -158,7 +171,39 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
         measured.samples[f"{phase}_s"] = seconds
     for phase, own in timed.own.items():
         measured.samples[f"rank_{phase}_median_s"] = _from_all(float(np.median(own)))
+    if executor is not None and gang.world_size > 1:
+        say("timing computing and communicating apart")
+        _measure_overlap(measured, executor, shard, work.settings, device)
+    if executor is not None and work.settings["timeline"]:
+        _from_all(None)  # ranks begin together
+        measured.notes["timeline"] = _from_all(executor.timeline(shard.q, shard.k, shard.v, shard.dout))
     return measured
+
+
+def _measure_overlap(measured: Measured, executor: Executor, shard: Shard, settings: dict[str, Any], device: torch.device) -> None:
+    """The same schedule without its messages, and without its kernels: what of the communication is hidden."""
+    stopping = Stopping.from_config(settings | {"budget_s": settings["budget_s"] / 4})
+    _, saved = executor.forward(shard.q, shard.k, shard.v)
+    dout = shard.dout
+    alone: dict[str, dict[str, float]] = {}
+    for name, switch in (("compute", {"communicate": False}), ("communication", {"compute": False})):
+        # A bare pass has no result to go on with, so backward takes what the whole one saved.
+        phases: dict[str, Callable[[Any], Any]] = {
+            "forward": lambda _, switch=switch: executor.forward(shard.q, shard.k, shard.v, **switch)  # type: ignore[misc]
+        }
+        if dout is not None:
+            phases["backward"] = lambda _, switch=switch: executor.backward(dout, saved, **switch)  # type: ignore[misc]
+        timed = measure(phases, stopping, 1, device)
+        alone[name] = {phase: float(np.median(seconds)) for phase, seconds in timed.slowest.items()}
+    for phase in alone["compute"]:
+        whole = measured.metrics[f"time/{phase}/median_s"]
+        compute, communication = alone["compute"][phase], alone["communication"][phase]
+        measured.metrics[f"overlap/{phase}/compute_s"] = compute
+        measured.metrics[f"overlap/{phase}/communication_s"] = communication
+        measured.metrics[f"overlap/{phase}/exposed_s"] = max(0.0, whole - compute)
+        hideable = min(compute, communication)
+        hidden = (compute + communication - whole) / hideable if hideable else 0.0
+        measured.metrics[f"overlap/{phase}/efficiency"] = min(1.0, max(0.0, hidden))
 
 
 def over_draws(draws: list[Measured]) -> Measured:
@@ -193,7 +238,8 @@ def over_draws(draws: list[Measured]) -> Measured:
         else:
             joined.samples[key] = [value for m in draws for value in m.samples[key]]
     joined.notes["stopped_by"] = ", ".join(sorted({m.notes["stopped_by"] for m in draws}))
-    joined.notes["kernel_calls"] = [m.notes["kernel_calls"] for m in draws]
+    for key in {"kernel_calls", "timeline"} & set(draws[0].notes):
+        joined.notes[key] = [m.notes[key] for m in draws]
     checks = [m.check for m in draws if m.check is not None]
     # Errors are judged against the bound of their own draw, so the worst is the one that comes nearest to it.
     joined.check = max(checks, key=lambda c: max(c.errors[n] / c.bounds[n] if c.bounds[n] else 0.0 for n in c.errors))
@@ -204,10 +250,10 @@ def _compute(phase: str, name: str) -> str:
     return f"compute/{name}" if phase == "total" else f"compute/{phase}/{name}"
 
 
-def _once(executor: Executor, shard: Shard) -> None:
-    out, saved = executor.forward(shard.q, shard.k, shard.v)
+def _once(run: Run, shard: Shard) -> None:
+    out, saved = run.forward(shard.q, shard.k, shard.v)
     if shard.dout is not None:
-        executor.backward(shard.dout, saved)
+        run.backward(shard.dout, saved)
     del out, saved
 
 

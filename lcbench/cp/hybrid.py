@@ -1,0 +1,116 @@
+"""Hybrid data and context parallelism: each document on a sub-group of ranks of its own, a ring over each.
+
+What planners for mixed lengths decide (ByteScale, arXiv 2502.21231; FlexSP, arXiv 2412.01523; Hydraulis, arXiv 2412.07894) is which
+sub-groups there are and which document goes where; this runs such an assignment. A document is a stretch of tokens that sees,
+and is seen by, nothing outside of it. Each is dealt out in zigzag over its sub-group, each beginning at another rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lcbench.cp.layout import Layout, zigzag
+from lcbench.cp.ring import too_short
+from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups, singles
+from lcbench.masks.band import BandMask, Ints, Run
+from lcbench.masks.mask import Mask
+from lcbench.problem import Problem
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """An assignment of documents to sub-groups of ranks.
+
+    Attributes:
+        groups: ranks of each sub-group, from rank 0 on; None: all ranks are one.
+        documents: the sub-group of each document, in the order of the sequence; None: documents with the most work first, each to
+            the sub-group that has the least of it per rank.
+    """
+
+    groups: tuple[int, ...] | list[int] | None = None
+    documents: tuple[int, ...] | list[int] | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("groups", "documents"):
+            values = getattr(self, option)
+            if values is None:
+                continue
+            least = 1 if option == "groups" else 0
+            if not isinstance(values, list | tuple) or not values or not all(type(v) is int and v >= least for v in values):
+                raise ValueError(f"cp.{option}={values} is no list of integers of at least {least}")
+            object.__setattr__(self, option, tuple(values))  # from a config it comes as a list
+        if self.documents is not None and max(self.documents) >= len(self.groups or (1,)):
+            raise ValueError(f"cp.documents={list(self.documents)} names a sub-group that cp.groups={self.groups} does not have")
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        ranks = problem.scale.world_size
+        groups = self.groups or (ranks,)
+        if sum(groups) != ranks:
+            return f"groups={list(groups)} are {sum(groups)} ranks, scale={problem.scale} has {ranks}"
+        bounds, _ = documents(mask)
+        if self.documents is not None and len(self.documents) != len(bounds) - 1:
+            return f"documents names {len(self.documents)} documents, the mask has {len(bounds) - 1}"
+        if too_short(problem, ranks):
+            return too_short(problem, ranks)
+        empty = [rank for rank, runs in enumerate(self._layout(problem, mask).shards) if not sum(run.size for run in runs)]
+        return f"rank {empty[0]} gets no token of the {len(bounds) - 1} documents in groups={list(groups)}" if empty else None
+
+    def schedule(self, problem: Problem, mask: Mask) -> Schedule:
+        groups = self.groups or (problem.scale.world_size,)
+        ranks = np.arange(sum(groups))
+        size = np.repeat(groups, groups)
+        first = np.repeat(np.cumsum([0, *groups[:-1]]), groups)
+        place = ranks - first
+        steps = []
+        for hop in range(max(groups)):
+            held = first + (place - hop) % size
+            computes, sends = ranks[hop < size], ranks[hop < size - 1]
+            next_rank = first + (place + 1) % size
+            moves = (Move("kv", columns(sends, next_rank[sends], held[sends], 0)),) if len(sends) else ()
+            steps.append(Step(columns(computes, 0, computes, held[computes]), moves))
+        layout = self._layout(problem, mask)
+        return Schedule(len(ranks), layout, ranks, head_groups(problem.heads, 1), singles(len(ranks)), tuple(steps))
+
+    def _layout(self, problem: Problem, mask: Mask) -> Layout:
+        groups = self.groups or (problem.scale.world_size,)
+        bounds, work = documents(mask)
+        chosen = _least_loaded(work, groups) if self.documents is None else np.array(self.documents)
+        runs: list[list[Run]] = [[] for _ in range(sum(groups))]
+        first = np.cumsum([0, *groups])
+        for number, group in enumerate(chosen.tolist()):
+            begin, size = int(bounds[number]), groups[group]
+            for place, pieces in enumerate(zigzag(int(bounds[number + 1]) - begin, size).shards):
+                # Short documents leave the first places empty, so they begin at another rank each time.
+                owner = runs[first[group] + (place + number) % size]
+                owner += [Run(begin + run.start, run.size) for run in pieces if run.size]
+        return Layout(tuple(tuple(own) or (Run(0, 0),) for own in runs))
+
+
+def documents(mask: Mask) -> tuple[Ints, Ints]:
+    """Bounds of the stretches of tokens that no pair connects, (documents + 1,), and the pairs in each."""
+    if not isinstance(mask, BandMask):
+        return np.array([0, mask.num_q]), np.array([mask.pairs(1)])
+    q0, q1, k0, k1, _, _ = mask.bands.T
+    begin, end = np.minimum(q0, k0), np.maximum(q1, k1)
+    order = np.argsort(begin)
+    begin, reach = begin[order], np.maximum.accumulate(np.concatenate([[0], end[order]]))
+    starts = begin[begin >= reach[:-1]]  # nothing before reaches this far
+    ends = np.append(reach[:-1][begin >= reach[:-1]][1:], reach[-1])
+    bounds = np.unique(np.concatenate([[0, mask.num_q], starts, ends]))
+    work = np.zeros(len(bounds) - 1, dtype=np.int64)
+    np.add.at(work, np.searchsorted(bounds, np.minimum(q0, k0), side="right") - 1, mask.areas)
+    return bounds, work
+
+
+def _least_loaded(work: Ints, groups: tuple[int, ...] | list[int]) -> Ints:
+    """The sub-group of each document: most work first, to the one that then has the least per rank."""
+    chosen = np.zeros(len(work), dtype=np.int64)
+    load = [0] * len(groups)
+    for document in np.argsort(-work, kind="stable").tolist():
+        extra = int(work[document])
+        group = min(range(len(groups)), key=lambda g: ((load[g] + extra) / groups[g], g))
+        chosen[document] = group
+        load[group] += extra
+    return chosen

@@ -1,0 +1,73 @@
+"""LightSeq, also DistFlashAttn: a causal mask balanced by helpers, with tokens in order (arXiv 2310.03294).
+
+Of a causal mask rank r has r + 1 tiles. In round t a rank r >= t fetches the keys and values of rank r - t; the others have
+nothing left of their own and compute for rank r - t + P, whose queries they fetch, against their own keys, and return the
+result. That takes floor(P / 2) + 1 rounds; for even P half of the ranks are idle in the last. A mask that also has keys after
+their queries gets the mirrored rounds. Tiles without a pair are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lcbench.cp.layout import contiguous
+from lcbench.cp.ring import too_short
+from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups, singles
+from lcbench.masks.band import BandMask, Ints
+from lcbench.masks.mask import Mask
+from lcbench.problem import Problem
+
+
+@dataclass(frozen=True)
+class LightSeq:
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return too_short(problem, problem.scale.world_size)
+
+    def schedule(self, problem: Problem, mask: Mask) -> Schedule:
+        ranks = problem.scale.world_size
+        every = np.arange(ranks)
+        shards = contiguous(problem.seqlen, ranks)
+        pairs = shards.tile_areas(mask) if isinstance(mask, BandMask) else np.ones((ranks, ranks), dtype=np.int64)
+        rounds = [(every, every, every), *_rounds(pairs, 1), *_rounds(pairs, -1)]
+        nothing = columns([], [], [], [])
+        steps = []
+        for time in range(len(rounds) + 1):
+            tiles = returns = nothing
+            moves: list[Move] = []
+            if time < len(rounds):
+                rank, q, k = rounds[time]
+                tiles = columns(rank, 0, q, k)
+            if time + 1 < len(rounds):
+                rank, q, k = rounds[time + 1]
+                helps = q != rank
+                moves = [
+                    Move("kv", columns(k[~helps], rank[~helps], k[~helps], 0)),
+                    Move("q", columns(q[helps], rank[helps], q[helps], 0)),
+                ]
+            if time:
+                rank, q, _ = rounds[time - 1]
+                helps = q != rank
+                returns = columns(rank[helps], q[helps], q[helps], 0)
+            steps.append(Step(tiles, tuple(m for m in moves if len(m.rows)), returns))
+        if not len(steps[-1].returns):
+            steps.pop()
+        return Schedule(ranks, shards, every, head_groups(problem.heads, 1), singles(ranks), tuple(steps))
+
+
+def _rounds(pairs: Ints, sign: int) -> list[tuple[Ints, Ints, Ints]]:
+    """(rank, q shard, k shard) of every round over keys before (1) or after (-1) their queries, without tiles that hold no pair."""
+    ranks = len(pairs)
+    every = np.arange(ranks)
+    found = []
+    for distance in range(1, ranks // 2 + 1):
+        other = every - sign * distance
+        works = (other >= 0) & (other < ranks)
+        other %= ranks
+        # A worker fetches the other's keys; a helper is the one whose keys the other's queries need.
+        q, k = np.where(works, every, other), np.where(works, other, every)
+        busy = (pairs[q, k] > 0) & (works | (2 * distance != ranks))
+        if busy.any():
+            found.append((every[busy], q[busy], k[busy]))
+    return found

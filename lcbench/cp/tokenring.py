@@ -1,0 +1,42 @@
+"""TokenRing: keys and values stay, queries travel once around, results return the other way meanwhile (arXiv 2412.20501)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lcbench.cp.ring import Order, check_order, deal, too_short
+from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups, singles
+from lcbench.masks.mask import Mask
+from lcbench.problem import Problem
+
+
+@dataclass(frozen=True)
+class TokenRing:
+    """``order``: how tokens are dealt out, as for a ring."""
+
+    order: Order = "auto"
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return too_short(problem, problem.scale.world_size)
+
+    def schedule(self, problem: Problem, mask: Mask) -> Schedule:
+        ranks = problem.scale.world_size
+        every = np.arange(ranks)
+        nothing = columns([], [], [], [])
+        steps = []
+        for hop in range(ranks + (ranks > 1)):
+            held, before = (every - hop) % ranks, (every - hop + 1) % ranks
+            steps.append(
+                Step(
+                    tiles=columns(every, 0, held, every) if hop < ranks else nothing,
+                    moves=(Move("q", columns(every, (every + 1) % ranks, held, 0)),) if hop < ranks - 1 else (),
+                    returns=columns(every, before, before, 0) if hop >= 2 else nothing,
+                )
+            )
+        shards = deal(mask, problem.seqlen, ranks, self.order)
+        return Schedule(ranks, shards, every, head_groups(problem.heads, 1), singles(ranks), tuple(steps))
