@@ -34,7 +34,7 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup ## how long planning and the mask algebra take
+bench: setup ## how long planning, the mask algebra and every strategy take (beside torch's ring)
 	$(BIN)/python -m tests.bench
 
 docs: setup ## draw the gallery of masks again

@@ -1,22 +1,38 @@
-"""How long planning and the mask algebra take: printed, never asserted. ``make bench``."""
+"""How long planning, the mask algebra and every strategy take: printed, never asserted. ``make bench``."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
+
+from lcbench.cp.adjoint import traffic
+from lcbench.cp.base import Peer, Run, Strategy
+from lcbench.cp.execute import Executor, Groups
 from lcbench.cp.layout import contiguous
+from lcbench.cp.peers.torch_cp import ROTATIONS, TorchCP
+from lcbench.cp.program import Program
+from lcbench.cp.schedule import Schedule
 from lcbench.cp.verify import verify
 from lcbench.grid.build import build_mask, build_strategy, check_options, with_lengths
+from lcbench.kernels.sdpa import SDPA
 from lcbench.masks.band import BandMask, DoesNotFit
+from lcbench.masks.causal import causal
 from lcbench.masks.causal_document import causal_document
 from lcbench.masks.convert import varlen
 from lcbench.masks.lengths import Uniform
 from lcbench.masks.mask import Mask
+from lcbench.measure.inputs import draw
+from lcbench.measure.stopping import Stopping
+from lcbench.measure.timing import measure
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.sweep import look
 from lcbench.testing.masks import load, names
+from lcbench.testing.spawn import run_ranks
 
 
 def timed(name: str, run: Callable[[], Any]) -> Any:
@@ -56,13 +72,68 @@ def main() -> None:
     timed("the same, area of 96 contiguous ranks", lambda: contiguous(10 << 20, 96).areas(documents))
     timed("the same, varlen calls", lambda: varlen(documents))
     timed("the same, overlap check", documents.overlap)
+    plans()
+    for ranks in (2, 4):
+        run_ranks(ranks, against_torch, ranks)
+
+
+def plans() -> None:
+    """What a rank works out before it runs: schedule, its backward, buffers and messages."""
     problem = Problem(1 << 20, Heads(96, 8, 128), Scale(12, 8), "bfloat16", "forward_backward")
-    for cp, target in (("ring", "lcbench.cp.ring.Ring"), ("ulysses", "lcbench.cp.ulysses.Ulysses"), ("usp", "lcbench.cp.usp.USP")):
-        strategy = build_strategy({"name": cp, "_target_": target})
-        mask = causal_document(1 << 20, seed=(0, 0), lengths=Uniform(1, 8192))
-        timed(f"{cp}: schedule, 96 ranks, 1M tokens, causal documents", lambda s=strategy, m=mask: s.schedule(problem, m))
-        schedule = strategy.schedule(problem, mask)
-        timed(f"{cp}: verify the same", lambda s=schedule, m=mask: verify(s, m, problem.heads, 2))
+    mask = causal_document(1 << 20, seed=(0, 0), lengths=Uniform(1, 8192))
+    for name in names("cp"):
+        strategy = build_strategy(load("cp", name))
+        if isinstance(strategy, Peer) or strategy.unsupported(problem, mask):
+            continue
+
+        def plan(strategy: Strategy = strategy) -> Schedule:
+            schedule = strategy.schedule(problem, mask)
+            Program(schedule, traffic(schedule, backward=True), problem, 0)
+            return schedule
+
+        schedule = timed(f"{name}: plan of a rank, 96 ranks, 1M tokens, causal documents", plan)
+        timed(f"{name}: verify the same", lambda s=schedule: verify(s, mask, problem))
+
+
+def against_torch(rank: int, ranks: int) -> None:
+    """Forward and backward of every strategy, over its kernels alone and over torch's ring on the same kernel."""
+    seqlen, device = 4096, torch.device("cpu")
+    problem = Problem(seqlen, Heads(8, 4, 64), Scale(1, ranks), "float32", "forward_backward")
+    mask, kernel, groups = causal(seqlen), SDPA(), Groups()
+    runs: dict[str, tuple[Run, Any]] = {}
+    for rotate in ROTATIONS:
+        peer = TorchCP(rotate)  # type: ignore[arg-type]
+        runs[f"torch {rotate}"] = peer.start(problem, mask, kernel, rank, device), peer.tokens(problem, rank)
+    for name in names("cp"):
+        strategy = build_strategy(load("cp", name))
+        if not isinstance(strategy, Peer) and not strategy.unsupported(problem, mask):
+            schedule = strategy.schedule(problem, mask)
+            executor = Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups)
+            runs[name] = executor, schedule.layout.tokens(rank)
+    phases: dict[str, Callable[[Any], Any]] = {}
+    for name, (run, tokens) in runs.items():
+        tensors = [draw(x, tokens, problem, 0, device) for x in ("q", "k", "v", "dout")]
+        phases[name] = partial(both, run, tensors, {})
+        if isinstance(run, Executor):
+            phases[f"{name} compute"] = partial(both, run, tensors, {"communicate": False})
+    # All take turns within an iteration, so that what else the machine does hits all alike.
+    samples = measure(phases, Stopping(15, 15, 600.0, 0.0), 2, device)
+    if rank == 0:
+        median = {name: float(np.median(seconds)) for name, seconds in samples.slowest.items()}
+        peer_s = min(median[f"torch {rotate}"] for rotate in ROTATIONS)
+        for name in (name for name in runs if not name.startswith("torch")):
+            own, alone = median[name], median[f"{name} compute"]
+            print(
+                f"{name:<12} {ranks} ranks, causal, {seqlen} tokens: {1e3 * own:8.1f} ms, {own / alone:5.2f} of its kernels alone, "
+                f"{own / peer_s:5.2f} of torch's ring ({1e3 * peer_s:.1f} ms)",
+                flush=True,
+            )
+
+
+def both(run: Run, tensors: list[torch.Tensor], switches: dict[str, bool], _: Any) -> None:
+    q, k, v, dout = tensors
+    _, saved = run.forward(q, k, v, **switches)
+    run.backward(dout, saved, **switches)
 
 
 if __name__ == "__main__":

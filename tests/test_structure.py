@@ -33,7 +33,7 @@ def test_rooms_import_only_what_the_architecture_allows(room: str) -> None:
 def test_only_execute_and_the_measuring_side_talk_to_other_ranks() -> None:
     for room in ("masks", "kernels", "cp", "grid"):
         for path in (ROOT / "lcbench" / room).rglob("*.py"):
-            if path.name != "execute.py":
+            if path.name != "execute.py" and path.parent.name != "peers":
                 assert not re.search(r"^\s*(?:from|import) torch\.distributed", path.read_text(), re.M), path
 
 

@@ -221,25 +221,29 @@ def _forward(schedule: Schedule, final: NDArray[np.bool_]) -> Iterator[Transfer]
 def _backward(schedule: Schedule, queries: Uses, keys: Uses, final: NDArray[np.bool_]) -> Iterator[Transfer]:
     count = len(schedule.steps)
     shared = _shared_heads(schedule.heads)
-    fetched = [(kind, *uses.fetches()) for kind, uses in (("q", queries), ("kv", keys))]
-    grads = []
+    fetched = []
+    for kind, uses in (("q", queries), ("kv", keys)):
+        rows, last, kept = uses.fetches()
+        order = np.argsort(last, kind="stable")
+        begins = np.searchsorted(last[order], np.arange(count + 1))
+        fetched.append((kind, rows[order], kept[order], begins))
+    grads: dict[int, list[tuple[str, int, Move, NDArray[np.bool_]]]] = {}
     for kind, uses in (("q", queries), ("kv", keys)):
         shard, group = uses.rows[:, 2:].T
         alone = (uses.beyond == uses.users[shard, group]) & ~(shared[group] & (kind == "kv"))
         ends = np.cumsum([len(m.rows) for _, m in uses.moves])
-        grads += [(kind, n, m, part) for (n, m), part in zip(uses.moves, np.split(alone, ends[:-1]), strict=False)]
+        for (number, move), part in zip(uses.moves, np.split(alone, ends[:-1]), strict=False):
+            grads.setdefault(number + move.steps - 1, []).append((kind, number, move, part))
     for time in range(count, 2 * count + 1):
         step = 2 * count - time
-        for kind, rows, last, kept in fetched:
-            now = last + 1 == step
-            yield Transfer(kind, rows[now & ~kept], time, time)
+        for kind, rows, kept, begins in fetched if step else []:  # what is used in step - 1 and not after
+            now = slice(begins[step - 1], begins[step])
+            yield Transfer(kind, rows[now][~kept[now]], time, time)
             if kind == "q":
                 arriving = rows[now]
                 yield Transfer("dout", arriving, time, time)
                 yield Transfer("stats", arriving[~final[arriving[:, 2], arriving[:, 3]]], time, time)
-        for kind, number, move, alone in grads:
-            if number + move.steps - 1 != step:
-                continue
+        for kind, number, move, alone in grads.get(step, []):
             back = move.rows[:, [1, 0, 2, 3]]
             end = 2 * count - number
             yield Transfer(f"final_d{kind}", back[alone], time, end, move.channel)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from lcbench.cp.adjoint import CARGO, element_bytes, traffic
-from lcbench.cp.program import Buffer, Message, Operand, Piece, Program, TileCall
+from lcbench.cp.program import Buffer, Message, Moment, Operand, Piece, Program, TileCall
 from lcbench.cp.schedule import HeadGroup, Schedule
 from lcbench.kernels.base import Kernel, Prepared, accumulation_dtype, merge, prepare
 from lcbench.masks.mask import Mask
@@ -285,7 +285,7 @@ class Executor:
         for operand in moment.zeroed:
             self._buffer(operand, number).zero_()
         if self._communicate:
-            self._post(moment.sends, moment.receives)
+            self._post(moment, 0)
         marks.append(self._mark())
         if self._compute:
             for call in moment.tiles:
@@ -293,11 +293,14 @@ class Executor:
                 if kernel is not None:
                     run_tile(call, kernel, number)
         marks.append(self._mark())
-        if self._communicate:
+        for turn in range(moment.rounds if self._communicate else 0):
+            if turn:
+                self._post(moment, turn)
             for work in self._works.pop(number, []):
                 work.wait()
             for message in moment.arrivals:
-                self._unpack(message)
+                if message.round == turn:
+                    self._unpack(message)
         if self._compute:
             for operand, parts in moment.flushes:
                 self._flush(operand, parts, number)
@@ -325,8 +328,10 @@ class Executor:
         first = rows[0][1][0]
         return [[float(number), *(_seconds(first, mark) for mark in marks)] for number, marks in rows]
 
-    def _post(self, sends: list[Message], receives: list[Message]) -> None:
-        """All messages that begin now, in one batch per channel and end: both directions at once, nobody waits for a turn."""
+    def _post(self, moment: Moment, turn: int) -> None:
+        """All messages of a round, in one batch per channel and end: both directions at once, nobody waits for a turn."""
+        sends = [m for m in moment.sends if m.round == turn]
+        receives = [m for m in moment.receives if m.round == turn]
         for channel, end in sorted({(m.channel, m.end) for m in (*sends, *receives)}):
             group = self._groups[channel]
             outgoing = [(m, self._pack(m)) for m in sends if (m.channel, m.end) == (channel, end)]

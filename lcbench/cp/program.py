@@ -6,10 +6,10 @@ buffers for keys and values, however many ranks it has.
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,8 @@ from lcbench.cp.schedule import Schedule
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
 
+ROUND = 8  # sums of one head group that a rank receives in one round
+MOST_STRETCHES = 8  # messages of one kind to one rank at once; more are copied together and sent as one
 ALIGNMENT = 256  # bytes; what tensors of any type and a GPU's loads want
 
 
@@ -46,6 +48,7 @@ class Buffer:
     bytes: int
     birth: int
     death: int
+    round: int | None = None  # lives in one round of a moment only
     slot: int = -1
 
     def lives(self, birth: int, death: int) -> None:
@@ -54,7 +57,12 @@ class Buffer:
 
 @dataclass
 class Message:
-    """What goes to, or comes from, one rank at once. ``staging``: room for it where it is not one stretch of memory."""
+    """What goes to, or comes from, one rank at once.
+
+    Attributes:
+        round: messages of one moment go in rounds, so that sums from many ranks do not all need room at the same time.
+        staging: room for it where it is not one stretch of memory, or is to be added to something.
+    """
 
     kind: str
     peer: int
@@ -64,6 +72,7 @@ class Message:
     channel: str
     pieces: list[Piece]
     tokens: int
+    round: int = 0
     staging: Buffer | None = None
 
 
@@ -87,6 +96,7 @@ class Moment:
     tiles: list[TileCall] = field(default_factory=list)
     arrivals: list[Message] = field(default_factory=list)
     flushes: list[tuple[Operand, list[tuple[int, int, int, int]]]] = field(default_factory=list)
+    rounds: int = 1
 
 
 class Program:
@@ -123,7 +133,7 @@ class Program:
     def local(self, operand: Operand) -> tuple[int, int] | None:
         """Rows of this rank's own tensor that are the operand as it is, or None where it needs a buffer."""
         kv = self._schedule.heads[operand.group].kv
-        in_order = all(b == a + 1 for a, b in itertools.pairwise(kv)) or CARGO[operand.kind].side == "q"
+        in_order = all(b == a + 1 for a, b in pairwise(kv)) or CARGO[operand.kind].side == "q"
         if not in_order or any(shard not in self.begin for shard in operand.bundle):
             return None
         begin = end = self.begin[operand.bundle[0]]
@@ -209,8 +219,13 @@ class Program:
                     continue
                 rows = rows[np.lexsort((rows[:, 2], rows[:, 3], rows[:, peer_column]))]
                 for message in self._messages(rows, peer_column, transfer.kind, transfer.begin, transfer.end, transfer.channel):
-                    self._live_with(message, outgoing)
                     moment = self.moments[message.begin]
+                    if message.begin == message.end and message.kind.endswith(("dq", "dkv")):
+                        distance = message.peer - self._rank if outgoing else self._rank - message.peer
+                        ranks, heads = self._schedule.world_size, len(self._schedule.heads)
+                        message.round = (distance % ranks - 1) // (ROUND * heads)
+                        moment.rounds = max(moment.rounds, message.round + 1)
+                    self._live_with(message, outgoing)
                     (moment.sends if outgoing else moment.receives).append(message)
                     if not outgoing:
                         self.moments[message.end].arrivals.append(message)
@@ -223,9 +238,13 @@ class Program:
         for part in np.split(rows, np.nonzero(np.diff(rows[:, peer]) | np.diff(rows[:, 3]))[0] + 1):
             group = int(part[0, 3])
             shards = [s for s in part[:, 2].tolist() if self._sizes[s]]
-            if shards:
-                tokens = sum(self._sizes[s] for s in shards)
-                yield Message(kind, int(part[0, peer]), group, begin, end, channel, self._pieces(kind, group, shards), tokens)
+            # Shards of consecutive numbers mostly lie behind one another on both sides, so a message of them needs no copy.
+            breaks = [i for i in range(1, len(shards)) if shards[i] != shards[i - 1] + 1]
+            if len(breaks) >= MOST_STRETCHES:
+                breaks = []
+            for a, b in pairwise([0, *breaks, len(shards)] if shards else []):
+                tokens, pieces = sum(self._sizes[s] for s in shards[a:b]), self._pieces(kind, group, shards[a:b])
+                yield Message(kind, int(part[0, peer]), group, begin, end, channel, pieces, tokens)
 
     def _operand(self, kind: str, shard: int, group: int) -> Operand:
         """The operand on this rank that holds an item; one that is only passed on is an operand by itself."""
@@ -263,7 +282,9 @@ class Program:
                     self._live(piece.buffer, time, message.end)
         if not (self._in_one_piece(message) and (values or (outgoing and self._sum_travels(message.kind)))):
             group = self._schedule.heads[message.group]
-            message.staging = Buffer(message.tokens * token_bytes(message.kind, group, self._problem), message.begin, message.end)
+            size = message.tokens * token_bytes(message.kind, group, self._problem)
+            inside = message.round if message.begin == message.end else None
+            message.staging = Buffer(size, message.begin, message.end, inside)
 
     def _sum_travels(self, kind: str) -> bool:
         """Whether a gradient travels in the type in which it is summed."""
@@ -322,17 +343,19 @@ class Program:
         """First come, first served, the slot that fits best among those that are free; a slot grows to its largest buffer."""
         staged = [m.staging for moment in self.moments for m in (*moment.sends, *moment.receives) if m.staging]
         buffers = [b for lives in self._lives.values() for b in lives] + staged
+        ticks = max(moment.rounds for moment in self.moments)
         free_from: list[int] = []
-        for buffer in sorted(buffers, key=lambda b: (b.birth, -b.bytes)):
+        for buffer in sorted(buffers, key=lambda b: (b.birth, b.round or 0, -b.bytes)):
+            birth = buffer.birth * ticks + (buffer.round or 0)
             buffer.bytes = -(-buffer.bytes // ALIGNMENT) * ALIGNMENT
-            free = [i for i, time in enumerate(free_from) if time <= buffer.birth]
+            free = [i for i, time in enumerate(free_from) if time <= birth]
             if not free:
                 free = [len(self.slots)]
                 self.slots.append(0)
                 free_from.append(0)
             buffer.slot = min(free, key=lambda i: (abs(self.slots[i] - buffer.bytes), i))
             self.slots[buffer.slot] = max(self.slots[buffer.slot], buffer.bytes)
-            free_from[buffer.slot] = buffer.death + 1
+            free_from[buffer.slot] = (buffer.death + 1) * ticks if buffer.round is None else birth + 1
 
     @property
     def buffer_bytes(self) -> int:

@@ -11,10 +11,10 @@ is a rank computing one bundle of queries on one bundle of keys, for one head gr
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -59,7 +59,7 @@ class HeadGroup:
 def head_groups(heads: Heads, parts: int) -> tuple[HeadGroup, ...]:
     """All heads in ``parts`` groups whose sizes differ by at most one query head; groups without a head are left out."""
     cuts = [heads.q * i // parts for i in range(parts + 1)]
-    return tuple(HeadGroup.of(heads, a, b) for a, b in itertools.pairwise(cuts) if a < b)
+    return tuple(HeadGroup.of(heads, a, b) for a, b in pairwise(cuts) if a < b)
 
 
 @dataclass(frozen=True)

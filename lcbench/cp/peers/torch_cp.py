@@ -1,7 +1,7 @@
 """torch's own ring attention, on the kernel of the cell: a peer to compare with.
 
-``torch.distributed.tensor.experimental.context_parallel`` runs on CUDA only, with torch's kernels. What is behind it, a ring that calls
-any attention operation, runs anywhere; it is private to torch, so another version of torch may not have it any more.
+``torch.distributed.tensor.experimental.context_parallel`` runs on CUDA only, with torch's kernels. What is behind it, a ring that
+calls any attention operation, runs anywhere; it is private to torch, so another version of torch may not have it any more.
 """
 
 from __future__ import annotations

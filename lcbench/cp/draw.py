@@ -1,0 +1,95 @@
+"""A schedule, or a run of it, as a picture: one row per rank, time to the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lcbench.cp.adjoint import token_bytes
+from lcbench.cp.verify import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Timeline = Sequence[Sequence[Sequence[float]]]  # per rank, per moment: moment, begin, sent, computed, there
+
+COMPUTE, SEND, WAIT = "#4878cf", "#e1812c", "#d65f5f"
+ROW_HEIGHT = 0.32
+FEWEST_ROWS, MOST_ROWS = 6, 64
+
+
+def save(report: Report, title: str, path: Path, timeline: Timeline | None = None) -> None:
+    """The schedule of forward by work and bytes, and below it, if given, a measured iteration; the suffix names the format."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = min(max(report.schedule.world_size, FEWEST_ROWS), MOST_ROWS)
+    panels = 2 if timeline else 1
+    figure = Figure(figsize=(11, panels * (1.2 + ROW_HEIGHT * rows)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
+    _planned(report, title, axes[0])
+    if timeline:
+        _measured(timeline, report.traffic.steps, axes[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _planned(report: Report, title: str, axes: Axes) -> None:
+    """A step is as wide as its busiest rank has work; thin bars are bytes sent, the most of any rank and step at full width."""
+    ranks, steps = report.schedule.world_size, len(report.schedule.steps)
+    pairs = report.step_pairs
+    sent = np.zeros((steps, ranks))
+    for transfer in report.traffic.transfers:
+        if transfer.begin < steps:
+            per_token = np.array([token_bytes(transfer.kind, g, report.problem) for g in report.schedule.heads])
+            size = report.schedule.sizes[transfer.rows[:, 2]] * per_token[transfer.rows[:, 3]]
+            np.add.at(sent[transfer.begin], transfer.rows[:, 0], size)
+    least = pairs.sum() / ranks / max(steps, 1) * 0.25  # a step that only moves things is still to be seen
+    widths = np.maximum(pairs.max(axis=1), max(least, 1))
+    begins = np.concatenate([[0], np.cumsum(widths)])
+    every = np.arange(ranks)
+    for step in range(steps):
+        axes.barh(every, pairs[step], left=begins[step], height=0.5, color=COMPUTE, edgecolor="white", linewidth=0.4)
+        if sent.max():
+            wide = sent[step] / sent.max() * widths[step]
+            axes.barh(every + 0.36, wide, left=begins[step], height=0.14, color=SEND)
+        axes.axvline(begins[step + 1], color="#bbbbbb", linewidth=0.5, zorder=0)
+        if ranks <= FEWEST_ROWS:
+            _label(report, step, begins[step], axes)
+    axes.set_title(f"{title}: {steps} steps, {report.imbalance:.3f} of the time of perfect balance", fontsize=9)
+    axes.set_xlabel("unmasked pairs, query heads counted; thin: bytes sent in the step", fontsize=8)
+    _ranks(axes, ranks, begins[-1])
+
+
+def _label(report: Report, step: int, left: float, axes: Axes) -> None:
+    for rank, _, q, k in report.schedule.steps[step].tiles.tolist():
+        names = [",".join(map(str, report.schedule.bundles[b])) for b in (q, k)]
+        text = f"q{names[0]} k{names[1]}"
+        if len(text) <= 12 and report.step_pairs[step, rank]:
+            axes.text(left, rank, f" {text}", va="center", fontsize=6, color="white")
+
+
+def _measured(timeline: Timeline, steps: int, axes: Axes) -> None:
+    """What each rank did when, from its own start; backward begins at the dashed line."""
+    for rank, moments in enumerate(timeline):
+        for moment, begin, sent, computed, there in moments:
+            for left, right, color in ((begin, sent, SEND), (sent, computed, COMPUTE), (computed, there, WAIT)):
+                axes.barh(rank, 1e3 * (right - left), left=1e3 * left, height=0.6, color=color)
+            if moment == steps:
+                axes.plot([1e3 * begin] * 2, [rank - 0.5, rank + 0.5], color="black", linestyle="--", linewidth=0.8)
+    end = max(moment[4] for moments in timeline for moment in moments)
+    axes.set_title("measured: blue computes, orange begins messages, red waits for them and merges", fontsize=9)
+    axes.set_xlabel("ms", fontsize=8)
+    _ranks(axes, len(timeline), 1e3 * end)
+
+
+def _ranks(axes: Axes, ranks: int, end: float) -> None:
+    axes.set_ylim(ranks - 0.5, -0.5)
+    axes.set_xlim(0, end)
+    axes.set_ylabel("rank", fontsize=8)
+    axes.set_yticks(range(0, ranks, max(1, ranks // 16)))
+    axes.tick_params(labelsize=7)
