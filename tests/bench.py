@@ -11,12 +11,15 @@ import numpy as np
 import torch
 
 from lcbench.cp.adjoint import traffic
+from lcbench.cp.allgather import AllGather
 from lcbench.cp.base import Peer, Run, Strategy
 from lcbench.cp.execute import Executor, Groups
 from lcbench.cp.layout import contiguous
 from lcbench.cp.peers.torch_cp import ROTATIONS, TorchCP
 from lcbench.cp.program import Program
+from lcbench.cp.ring import Ring
 from lcbench.cp.schedule import Schedule
+from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.verify import verify
 from lcbench.grid.build import build_mask, build_strategy, check_options, with_lengths
 from lcbench.kernels.sdpa import SDPA
@@ -29,9 +32,10 @@ from lcbench.masks.mask import Mask
 from lcbench.measure.inputs import draw
 from lcbench.measure.stopping import Stopping
 from lcbench.measure.timing import measure
-from lcbench.problem import Heads, Problem, Scale
+from lcbench.problem import TRANSITS, Heads, Problem, Scale
 from lcbench.sweep import look
 from lcbench.testing.masks import load, names
+from lcbench.testing.precision import relative_errors
 from lcbench.testing.spawn import run_ranks
 
 
@@ -73,6 +77,8 @@ def main() -> None:
     timed("the same, varlen calls", lambda: varlen(documents))
     timed("the same, overlap check", documents.overlap)
     plans()
+    for ranks in (2, 4, 8, 16):
+        run_ranks(ranks, precision, ranks)
     for ranks in (2, 4):
         run_ranks(ranks, against_torch, ranks)
 
@@ -93,6 +99,16 @@ def plans() -> None:
 
         schedule = timed(f"{name}: plan of a rank, 96 ranks, 1M tokens, causal documents", plan)
         timed(f"{name}: verify the same", lambda s=schedule: verify(s, mask, problem))
+
+
+def precision(rank: int, ranks: int) -> None:
+    """Whether results get worse with more ranks, with sums that travel in float32 and in the inputs' type."""
+    for transit in TRANSITS:
+        for strategy in (Ring(), AllGather(), TokenRing()):
+            errors = relative_errors(rank, ranks, strategy, transit)
+            if rank == 0:
+                shown = "  ".join(f"{name} {error:.2e}" for name, error in errors.items())
+                print(f"{type(strategy).__name__:<10} bfloat16, {ranks:>2} ranks, transit={transit:<8} {shown}", flush=True)
 
 
 def against_torch(rank: int, ranks: int) -> None:
@@ -117,7 +133,7 @@ def against_torch(rank: int, ranks: int) -> None:
         if isinstance(run, Executor):
             phases[f"{name} compute"] = partial(both, run, tensors, {"communicate": False})
     # All take turns within an iteration, so that what else the machine does hits all alike.
-    samples = measure(phases, Stopping(15, 15, 600.0, 0.0), 2, device)
+    samples = measure(phases, Stopping(7, 7, 600.0, 0.0), 1, device)
     if rank == 0:
         median = {name: float(np.median(seconds)) for name, seconds in samples.slowest.items()}
         peer_s = min(median[f"torch {rotate}"] for rotate in ROTATIONS)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lcbench.cp.layout import zigzag
+from lcbench.cp.peers.library import refused_length, refused_mask, segments
 from lcbench.kernels.base import Kernel, Prepared
 from lcbench.masks.band import Band, BandMask, Ints
 from lcbench.masks.mask import Mask
@@ -36,7 +37,8 @@ class TorchCP:
             raise ValueError(f"cp.rotate={self.rotate} is not one of {', '.join(ROTATIONS)}")
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return refused(problem, mask)
+        refused = refused_mask(mask, known="full and causal")
+        return refused or refused_length(problem, 2 * problem.scale.world_size)
 
     def unavailable(self, problem: Problem, device: torch.device) -> str | None:
         try:
@@ -50,25 +52,9 @@ class TorchCP:
         return zigzag(problem.seqlen, problem.scale.world_size).tokens(rank)
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> TorchRing:
-        return TorchRing(problem, is_causal(mask), kernel, self.rotate, device)
-
-
-def is_causal(mask: Mask) -> bool:
-    return isinstance(mask, BandMask) and mask.bands.tolist() == BandMask.of(mask.num_q, mask.num_k, [_causal(mask)]).bands.tolist()
-
-
-def _causal(mask: Mask) -> Band:
-    return Band(0, mask.num_q, 0, mask.num_k, hi=0)
-
-
-def refused(problem: Problem, mask: Mask) -> str | None:
-    """Why a library that knows causal or nothing, and equal shards of two chunks, cannot run a problem."""
-    full = isinstance(mask, BandMask) and mask.area == problem.seqlen**2
-    if not full and not is_causal(mask):
-        return "knows the masks full and causal only"
-    if problem.seqlen % (2 * problem.scale.world_size):
-        return f"needs a length that {2 * problem.scale.world_size} chunks divide, not {problem.seqlen}"
-    return None
+        found = segments(mask)
+        assert found is not None
+        return TorchRing(problem, found.causal, kernel, self.rotate, device)
 
 
 def _ring() -> Any:

@@ -1,0 +1,116 @@
+"""What strategies of other libraries share: which masks they can express, and a run by autograd."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lcbench.cp.execute import Executor, Groups
+from lcbench.cp.layout import Layout
+from lcbench.cp.ring import Ring
+from lcbench.kernels.base import Kernel
+from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
+from lcbench.problem import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Segments(NamedTuple):
+    """A mask as libraries know it: stretches ``bounds[i]:bounds[i+1]`` that see themselves, whole or causally."""
+
+    bounds: list[int]
+    causal: bool
+
+
+def segments(mask: Mask) -> Segments | None:
+    """The mask as segments, or None where it is anything else."""
+    if not isinstance(mask, BandMask):
+        return None
+    bounds, kinds = [0], set()
+    for band in sorted(mask):
+        size = band.q1 - band.q0
+        if (band.q0, band.q1) != (band.k0, band.k1) or band.q0 != bounds[-1]:
+            return None
+        causal = band.cuts_above and band.hi == 0 and not band.cuts_below
+        if (band.cuts_above or band.cuts_below) and not causal:
+            return None
+        bounds.append(band.q1)
+        kinds |= {causal} if size > 1 else set()  # a single token is both
+    if bounds[-1] != mask.num_q or len(kinds) > 1:
+        return None
+    return Segments(bounds, causal=True in kinds)
+
+
+def refused_mask(mask: Mask, *, known: str) -> str | None:
+    """Why a mask that is not one causal or full segment is refused."""
+    found = segments(mask)
+    if found is None or len(found.bounds) != 2:
+        return f"knows the masks {known} only"
+    return None
+
+
+def refused_length(problem: Problem, parts: int) -> str | None:
+    return None if problem.seqlen % parts == 0 else f"needs a length that {parts} chunks divide, not {problem.seqlen}"
+
+
+def missing(problem: Problem, device: torch.device, *modules: str) -> str | None:
+    """Why a CUDA library cannot run here, or None."""
+    if device.type != "cuda":
+        return f"{modules[0]} runs on CUDA devices only"
+    if problem.dtype not in ("bfloat16", "float16"):
+        return f"{modules[0]} takes bfloat16 and float16, not {problem.dtype}"
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            return f"{module} cannot be imported: {error}"
+    return None
+
+
+class AutogradRun:
+    """A run of a library's differentiable attention.
+
+    Args:
+        attend: q (1, T, Hq, D), k, v (1, T, Hk, D) of this rank to out, (1, T, Hq, D) or (1, T, Hq * D).
+        layout: tokens of every rank.
+        kernel: computes the LSE, by a ring of our own: libraries do not all return it, and the check needs it.
+    """
+
+    def __init__(
+        self,
+        attend: Callable[[Any, Any, Any], Any],
+        problem: Problem,
+        mask: Mask,
+        layout: Layout,
+        kernel: Kernel,
+        rank: int,
+        device: torch.device,
+    ) -> None:
+        self._attend, self._problem = attend, problem
+        forward = replace(problem, direction="forward")
+        schedule = replace(Ring().schedule(forward, mask), shards=layout)
+        self._lse = Executor(schedule, mask, kernel, forward, rank=rank, device=device, groups=Groups())
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        import torch
+
+        leaves = [x.detach()[None].requires_grad_(self._problem.backward) for x in (q, k, v)]
+        with torch.set_grad_enabled(self._problem.backward):
+            out = self._attend(*leaves)
+        return out.detach().view(q.shape), (out, leaves)
+
+    def lse(self, saved: Any) -> torch.Tensor:
+        _, leaves = saved
+        _, kept = self._lse.forward(*(x.detach()[0] for x in leaves))
+        return self._lse.lse(kept)
+
+    def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
+        out, leaves = saved
+        dq, dk, dv = torch.autograd.grad(out, leaves, dout.reshape(out.shape))
+        return dq[0], dk[0], dv[0]

@@ -1,0 +1,82 @@
+"""zhuzilin's ring-flash-attention, three of its ways to deal out tokens: peers to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from lcbench.cp.layout import Layout, contiguous, striped, zigzag
+from lcbench.cp.peers.library import AutogradRun, Segments, missing, refused_length, refused_mask, segments
+from lcbench.kernels.base import Kernel
+from lcbench.masks.band import Ints
+from lcbench.masks.mask import Mask
+from lcbench.problem import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+VARIANTS: dict[str, Callable[[int, int], Layout]] = {"zigzag": zigzag, "stripe": striped, "llama3": contiguous}
+
+
+@dataclass(frozen=True)
+class RingFlashAttention:
+    """``variant``: a ring in zigzag or stripes, or Llama 3's all-gather, which knows documents too."""
+
+    variant: Literal["zigzag", "stripe", "llama3"]
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"cp.variant={self.variant} is not one of {', '.join(VARIANTS)}")
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        found = segments(mask)
+        if self.variant == "llama3":
+            refused = None if found else "knows the masks full and causal, of the whole or of each document, only"
+        elif self.variant == "stripe":
+            refused = None if found and found.causal and len(found.bounds) == 2 else "knows the mask causal only"
+        else:
+            refused = refused_mask(mask, known="full and causal")
+        return refused or refused_length(problem, 2 * problem.scale.world_size)
+
+    def unavailable(self, problem: Problem, device: torch.device) -> str | None:
+        return missing(problem, device, "ring_flash_attn", "flash_attn")
+
+    def layout(self, problem: Problem) -> Layout:
+        return VARIANTS[self.variant](problem.seqlen, problem.scale.world_size)
+
+    def tokens(self, problem: Problem, rank: int) -> Ints:
+        return self.layout(problem).tokens(rank)
+
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> AutogradRun:
+        found = segments(mask)
+        assert found is not None
+        attend = self._llama3(problem, found, rank, device) if self.variant == "llama3" else self._ring(problem, found)
+        return AutogradRun(attend, problem, mask, self.layout(problem), kernel, rank, device)
+
+    def _ring(self, problem: Problem, found: Segments) -> Callable[[Any, Any, Any], Any]:
+        import ring_flash_attn as library
+        import torch.distributed as dist
+
+        causal = {"zigzag": library.zigzag_ring_flash_attn_func, "stripe": library.stripe_flash_attn_func}
+        # Without a causal mask the order of tokens means nothing to its plain ring.
+        function = causal[self.variant] if found.causal else library.ring_flash_attn_func
+        return partial(function, softmax_scale=problem.softmax_scale, causal=found.causal, group=dist.group.WORLD)
+
+    def _llama3(self, problem: Problem, found: Segments, rank: int, device: torch.device) -> Callable[[Any, Any, Any], Any]:
+        import ring_flash_attn as library
+        import torch
+        import torch.distributed as dist
+
+        bounds = torch.tensor(found.bounds, dtype=torch.int32, device=device)
+        ranks = problem.scale.world_size
+        cu_q, cu_k, max_q, max_k, local = library.llama3_flash_attn_prepare_cu_seqlens(bounds, found.causal, rank, ranks)
+
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            return library.llama3_flash_attn_varlen_func(
+                q[0], k[0], v[0], cu_q, cu_k, max_q, max_k, heads_k_stride=1, local_k_slice=local,
+                softmax_scale=problem.softmax_scale, causal=found.causal, group=dist.group.WORLD,
+            )[None]  # fmt: skip
+
+        return attend

@@ -1,0 +1,77 @@
+"""Transformer Engine's context parallelism, its four ways to communicate: peers to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from lcbench.cp.layout import Layout, zigzag
+from lcbench.cp.loongtrain import largest_degree
+from lcbench.cp.peers.library import AutogradRun, missing, refused_length, refused_mask, segments
+from lcbench.kernels.base import Kernel
+from lcbench.masks.band import Ints
+from lcbench.masks.mask import Mask
+from lcbench.problem import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+COMMUNICATIONS = ("p2p", "all_gather", "a2a", "a2a+p2p")
+
+
+@dataclass(frozen=True)
+class TransformerEngine:
+    """``comm``: ring, all-gather of keys, exchange of heads, or the last among neighbours and a ring between them."""
+
+    comm: Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
+
+    def __post_init__(self) -> None:
+        if self.comm not in COMMUNICATIONS:
+            raise ValueError(f"cp.comm={self.comm} is not one of {', '.join(COMMUNICATIONS)}")
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        ranks = problem.scale.world_size
+        found = refused_mask(mask, known="full and causal") or refused_length(problem, 2 * ranks)
+        if found:
+            return found
+        degree = {"a2a": ranks, "a2a+p2p": largest_degree(problem)}.get(self.comm, 1)
+        if problem.heads.kv % degree:
+            return f"cannot split {problem.heads.kv} key/value heads over {degree} ranks"
+        if self.comm == "a2a+p2p" and (degree == 1 or ranks % degree or degree == ranks):
+            return f"needs ranks for both: the {ranks} of scale={problem.scale} are no {degree} x ring"
+        return None
+
+    def unavailable(self, problem: Problem, device: torch.device) -> str | None:
+        return missing(problem, device, "transformer_engine.pytorch")
+
+    def layout(self, problem: Problem) -> Layout:
+        return zigzag(problem.seqlen, problem.scale.world_size)
+
+    def tokens(self, problem: Problem, rank: int) -> Ints:
+        return self.layout(problem).tokens(rank)
+
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> AutogradRun:
+        import torch
+        import torch.distributed as dist
+        from transformer_engine.pytorch import DotProductAttention
+
+        found = segments(mask)
+        assert found is not None
+        heads, ranks = problem.heads, list(range(problem.scale.world_size))
+        attention = DotProductAttention(
+            heads.q,
+            heads.dim,
+            num_gqa_groups=heads.kv,
+            attention_dropout=0.0,
+            qkv_format="bshd",
+            attn_mask_type="causal" if found.causal else "no_mask",
+            softmax_scale=problem.softmax_scale,
+        ).to(device)
+        group = dist.new_group(ranks)
+        if self.comm == "a2a+p2p":
+            degree = largest_degree(problem)
+            grids = [ranks[i : i + degree] for i in range(0, len(ranks), degree)] + [ranks[i::degree] for i in range(degree)]
+            made = [(members, dist.new_group(members)) for members in grids]
+            group = [made_group for members, made_group in made if rank in members]
+        attention.set_context_parallel_group(group, ranks, torch.cuda.Stream(), self.comm)
+        return AutogradRun(attention, problem, mask, self.layout(problem), kernel, rank, device)
