@@ -20,7 +20,7 @@ from lcbench.masks.band import Ints
 from lcbench.problem import Problem
 
 ROUND = 8  # sums of one head group that a rank receives in one round
-MOST_STRETCHES = 8  # messages of one kind to one rank at once; more are copied together and sent as one
+MOST_STRETCHES = 3  # as many messages of one kind to one rank at once, or more, are copied together and sent as one
 ALIGNMENT = 256  # bytes; what tensors of any type and a GPU's loads want
 
 
