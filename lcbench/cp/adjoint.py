@@ -67,11 +67,11 @@ def element_bytes(precision: str, problem: Problem) -> int:
     return problem.itemsize if low else max(problem.itemsize, 4)
 
 
-def token_bytes(kind: str, group: HeadGroup, problem: Problem) -> int:
-    """Bytes per token of a message."""
+def token_bytes(kind: str, group: HeadGroup, problem: Problem, precision: str | None = None) -> int:
+    """Bytes per token of a message, or of what it holds in another precision."""
     cargo = CARGO[kind]
     heads = len(group) if cargo.side == "q" else len(group.kv)
-    return heads * (cargo.dims * problem.heads.dim + cargo.extra) * element_bytes(cargo.precision, problem)
+    return heads * (cargo.dims * problem.heads.dim + cargo.extra) * element_bytes(precision or cargo.precision, problem)
 
 
 @dataclass(frozen=True)

@@ -170,22 +170,20 @@ class Program:
         for (kind, group, bundle), steps in self._use.items():
             if self.local(Operand(kind, group, bundle)) is not None:
                 continue
-            kinds = [kind]
+            first, last = steps[0], steps[-1]
+            self._live(Operand(kind, group, bundle), first, last)
+            fetched = [kind]
             if kind == "q":
                 alone = {bool(self._traffic.final[shard, group]) for shard in bundle}
                 if len(alone) > 1:
                     raise ValueError(f"some queries of bundle {bundle} are computed by one rank alone, others are not")
                 if alone.pop():
                     self.finals.add((group, bundle))
-                    kinds += ["dout"]
+                    fetched.append("dout")
                 else:
-                    kinds += ["dout", "stats"]
-            first, last = steps[0], steps[-1]
-            for name in kinds:
-                if name in ("q", "kv"):
-                    self._live(Operand(name, group, bundle), first, last)
-                if self._problem.backward:
-                    self._live(Operand(name, group, bundle), *map(self._traffic.backward_time, (last, first)))
+                    fetched += ["dout", "stats"]
+            for name in fetched if self._problem.backward else []:
+                self._live(Operand(name, group, bundle), *map(self._traffic.backward_time, (last, first)))
 
     def _live(self, operand: Operand, birth: int, death: int) -> None:
         """Let an operand's buffer live at these times too: in the life of that pass, or in a new one."""
@@ -194,13 +192,10 @@ class Program:
             if (buffer.birth < middle) == (birth < middle):
                 buffer.lives(birth, death)
                 return
-        size = self.operand_tokens(operand) * token_bytes(operand.kind, self._schedule.heads[operand.group], self._problem)
-        if operand.kind in ("dq", "dkv"):  # sums are held in the accumulation type, whatever travels
-            item = element_bytes("sum", self._problem)
-            cargo = CARGO[operand.kind]
-            heads = self._schedule.heads[operand.group]
-            size = self.operand_tokens(operand) * cargo.dims * self._problem.heads.dim * item
-            size *= len(heads) if cargo.side == "q" else len(heads.kv)
+        # Sums are held in the accumulation type, whatever they travel in.
+        precision = "sum" if operand.kind in ("dq", "dkv") else None
+        per_token = token_bytes(operand.kind, self._schedule.heads[operand.group], self._problem, precision)
+        size = self.operand_tokens(operand) * per_token
         self._lives[operand].append(Buffer(size, birth, death))
 
     # -- messages --------------------------------------------------------------------------------------------------

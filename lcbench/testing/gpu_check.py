@@ -41,7 +41,7 @@ DEFAULT_OUTPUT = Path("results/gpu-check.json")
 TILE_TOKENS = 1536
 # Half-precision products summed in fp32: this much of the largest value of a result.
 TILE_BOUND = {"bfloat16": 2e-2, "float16": 4e-3}
-SETTINGS = {"warmup": 5, "min_iterations": 20, "max_iterations": 200, "budget_s": 3.0, "precision": 0.01}
+SETTINGS = {"warmup": 5, "min_iterations": 20, "max_iterations": 200, "budget_s": 3.0, "precision": 0.01, "timeline": False}
 # Data sheets: NVIDIA H100 and H200 SXM, dense bfloat16 and float16.
 DEVICES = [{"match": name, "peak_tflops": {"bfloat16": 989, "float16": 989}} for name in ("H100", "H200")]
 

@@ -275,7 +275,12 @@ def test_a_wrong_schedule_is_caught_and_shown() -> None:
         "rank 0 computes before keys of shard 1, heads 0, are there": (first, second, Step(third.tiles), last),
         "keys of shard 0, heads 0, come a second time": (first, dataclasses.replace(second, moves=first.moves), third, last),
         "keys of shard 2, heads 0, are sent and never used": (first, second, third),
-        "are sent by a rank that does not hold them yet": (dataclasses.replace(first, moves=second.moves), second, third, last),
+        "are sent by a rank that does not hold them yet": (
+            dataclasses.replace(first, moves=second.moves),
+            Step(second.tiles, first.moves),
+            third,
+            last,
+        ),
         "a second time": (first, second, third, last, Step(last.tiles)),
         "which it does not owe": (first, second, third, dataclasses.replace(last, returns=columns([1], [0], [0], [0]))),
         "come to their owner": (first, second, third, Step(last.tiles, (Move("kv", columns([1], [0], [0], [0])),))),

@@ -115,7 +115,7 @@ def test_experiment_sweeps_and_the_command_line_overrides_an_axis() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["cp=rign"], ["cp=rign", "none, ring, ulysses, usp", "did you mean ring?"]),
+        (["cp=rign"], ["cp=rign", "loongtrain, none, ring, ", "did you mean ring?"]),
         (["seqlen=64q"], ["seqlen=64q", "64k"]),
         (["scale=0x8"], ["scale=0x8", "2x8"]),
         (["mask=sliding_window", "mask.left=null"], ["mask=sliding_window", "mask.left"]),

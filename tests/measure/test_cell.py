@@ -21,7 +21,7 @@ from lcbench.testing.masks import names, small_config
 
 HEADS = Heads(4, 2, 16)
 GANG = Gang(0, 1, torch.device("cpu"), Groups(), [])
-SETTINGS = {"warmup": 0, "min_iterations": 2, "max_iterations": 2, "budget_s": 1.0, "precision": 0.5}
+SETTINGS = {"warmup": 0, "min_iterations": 2, "max_iterations": 2, "budget_s": 1.0, "precision": 0.5, "timeline": False}
 
 
 def measured(name: str, seqlen: int, dtype: str, folder: Path, draws: int = 1) -> Measured:
