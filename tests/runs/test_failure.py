@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lcbench.cp.execute import _wait
 from lcbench.runs.failure import classify_exception, first_failure, from_slurm_state
 from lcbench.runs.store import write_json
 
@@ -67,7 +68,11 @@ def test_a_hang_names_the_rank_that_waits_for_nobody(tmp_path: Path) -> None:
         '  File "/x/lcbench/cp/e.py", line 2 in f\n'
     )
     stuck = 'Thread 0x1 (most recent call first):\n  File "/x/lcbench/kernels/k.py", line 7 in forward\n'
-    for rank, dump in enumerate((waits, stuck, waits)):
+    receives = (
+        f'Thread 0x1 (most recent call first):\n  File "/x/lcbench/cp/execute.py", line 2 in {_wait.__name__}\n'
+        '  File "/x/lcbench/cp/execute.py", line 3 in _moment\n'
+    )
+    for rank, dump in enumerate((receives, stuck, waits)):
         (tmp_path / f"cell.attempt-1.rank-{rank}.hang.txt").write_text(dump)
     failure = first_failure(tmp_path, "cell", 1, since=0)
     assert failure is not None
