@@ -74,6 +74,11 @@ def token_bytes(kind: str, group: HeadGroup, problem: Problem, precision: str | 
     return heads * (cargo.dims * problem.heads.dim + cargo.extra) * element_bytes(precision or cargo.precision, problem)
 
 
+def held_precision(kind: str) -> str:
+    """What a buffer for a kind of message holds it in: sums in the accumulation type, whatever they travel in."""
+    return "sum" if kind in ("dq", "dkv") else CARGO[kind].precision
+
+
 @dataclass(frozen=True)
 class Transfer:
     """Messages of one kind: rows (from, to, shard, head group) that leave at the begin of ``begin`` and are there after ``end``."""
@@ -83,6 +88,11 @@ class Transfer:
     begin: int
     end: int
     channel: str = "main"
+
+    def bytes(self, schedule: Schedule, problem: Problem) -> Ints:
+        """Bytes of each row."""
+        per_token = np.array([token_bytes(self.kind, group, problem) for group in schedule.heads])
+        return schedule.sizes[self.rows[:, 2]] * per_token[self.rows[:, 3]]
 
 
 @dataclass(frozen=True)
@@ -127,9 +137,9 @@ class Uses:
         self.arrives = np.repeat([n + m.steps for n, m in self.moves], lengths).astype(np.int64)  # usable from this step on
         self.leaves = np.repeat([n for n, _ in self.moves], lengths).astype(np.int64)
         self.kept = np.repeat([m.kept for _, m in self.moves], lengths).astype(bool)
-        arrival_keys = self.key(self.rows[:, 1], self.rows[:, 2], self.rows[:, 3])
-        order = np.argsort(arrival_keys, kind="stable")
-        self.arrivals = Table(arrival_keys[order], order)  # values: row of ``rows``
+        self.keys = self.key(self.rows[:, 1], self.rows[:, 2], self.rows[:, 3])
+        order = np.argsort(self.keys, kind="stable")
+        self.arrivals = Table(self.keys[order], order)  # values: row of ``rows``
 
     def key(self, rank: Ints, shard: Ints, group: Ints) -> Ints:
         """One number per (rank, shard, head group)."""
@@ -148,13 +158,16 @@ class Uses:
         return count
 
     @cached_property
+    def parent(self) -> Ints:
+        """For each row that moves, the row by which its sender got the item; -1 where the sender got it by none."""
+        place, moved = self.arrivals.find(self.key(self.rows[:, 0], self.rows[:, 2], self.rows[:, 3]))
+        return np.where(moved, self.arrivals.values[place], -1) if len(place) else place
+
+    @cached_property
     def beyond(self) -> Ints:
         """For each row that moves, how many ranks use the item at its end or further on."""
-        keys = self.key(self.rows[:, 1], self.rows[:, 2], self.rows[:, 3])
-        _, used = self.table.find(keys)
-        count = used.astype(np.int64)
-        place, moved = self.arrivals.find(self.key(self.rows[:, 0], self.rows[:, 2], self.rows[:, 3]))
-        parent = np.where(moved, self.arrivals.values[place] if len(place) else place, -1)
+        parent = self.parent
+        count = self.table.find(self.keys)[1].astype(np.int64)
         ends = np.cumsum([0, *(len(m.rows) for _, m in self.moves)])
         for begin, end in zip(ends[-2::-1], ends[:0:-1], strict=True):  # later moves first
             inner = np.arange(begin, end)[parent[begin:end] >= 0]
@@ -163,17 +176,15 @@ class Uses:
 
     def fetches(self) -> tuple[Ints, Ints, NDArray[np.bool_]]:
         """What backward needs at ranks that do not own it: rows (from, to, shard, group), last step of use, kept from forward."""
-        keys = self.key(self.rows[:, 1], self.rows[:, 2], self.rows[:, 3])
-        place, used = self.table.find(keys)
+        place, used = self.table.find(self.keys)
         steps = self.table.values
-        last = np.where(used, steps[place, 1], -1) if len(steps) else np.full(len(keys), -1)
+        last = np.where(used, steps[place, 1], -1) if len(steps) else np.full(len(place), -1)
         first = np.where(used, steps[place, 0], -1) if len(steps) else last
         source = self._schedule.owner[self.rows[:, 2]]
         # A move's receiver can give back to its sender what it uses later than the sender does; of several the one that
         # is done with it last in backward, since it has it anyway.
-        parent, moved = self.arrivals.find(self.key(self.rows[:, 0], self.rows[:, 2], self.rows[:, 3]))
-        parent = self.arrivals.values[parent] if len(self.arrivals.values) else parent
-        able = np.nonzero(moved & (last > last[parent]) & (last[parent] >= 0))[0] if len(parent) else parent
+        parent = self.parent
+        able = np.nonzero((parent >= 0) & (last > last[parent]) & (last[parent] >= 0))[0]
         able = able[np.lexsort((self.rows[able, 1], first[able], parent[able]))]
         chosen = able[np.nonzero(np.diff(parent[able], prepend=-1))[0]]
         source[parent[chosen]] = self.rows[chosen, 1]

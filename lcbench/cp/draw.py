@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lcbench.cp.adjoint import token_bytes
 from lcbench.cp.verify import Report
 
 if TYPE_CHECKING:
@@ -45,9 +44,7 @@ def _planned(report: Report, title: str, axes: Axes) -> None:
     sent = np.zeros((steps, ranks))
     for transfer in report.traffic.transfers:
         if transfer.begin < steps:
-            per_token = np.array([token_bytes(transfer.kind, g, report.problem) for g in report.schedule.heads])
-            size = report.schedule.sizes[transfer.rows[:, 2]] * per_token[transfer.rows[:, 3]]
-            np.add.at(sent[transfer.begin], transfer.rows[:, 0], size)
+            np.add.at(sent[transfer.begin], transfer.rows[:, 0], transfer.bytes(report.schedule, report.problem))
     least = pairs.sum() / ranks / max(steps, 1) * 0.25  # a step that only moves things is still to be seen
     widths = np.maximum(pairs.max(axis=1), max(least, 1))
     begins = np.concatenate([[0], np.cumsum(widths)])

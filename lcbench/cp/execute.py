@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from lcbench.cp.adjoint import CARGO, element_bytes, traffic
+from lcbench.cp.adjoint import CARGO, held_precision, token_bytes, traffic
 from lcbench.cp.program import Buffer, Message, Moment, Operand, Piece, Program, TileCall
 from lcbench.cp.schedule import HeadGroup, Schedule
 from lcbench.kernels.base import Kernel, Prepared, accumulation_dtype, merge, prepare
@@ -414,11 +414,7 @@ class Executor:
     def _heads(self, side: str, group: int) -> Heads:
         """The heads of a group in tensors that have all of them."""
         members = self.schedule.heads[group]
-        if side == "q":
-            return slice(members.begin, members.end)
-        first, last = members.kv[0], members.kv[-1]
-        in_order = members.kv == tuple(range(first, last + 1))
-        return slice(first, last + 1) if in_order else list(members.kv)
+        return slice(members.begin, members.end) if side == "q" else members.kv_heads
 
     def _piece(self, kind: str, piece: Piece, number: int) -> torch.Tensor:
         kind = kind.removeprefix("final_")
@@ -427,10 +423,9 @@ class Executor:
         return self._buffer(piece.buffer, number)[piece.begin : piece.end]
 
     def _buffer(self, operand: Operand, number: int) -> torch.Tensor:
-        precision = "sum" if operand.kind in ("dq", "dkv") else CARGO[operand.kind].precision
         memory = self._program.buffer(operand, number)
         tokens = self._program.operand_tokens(operand)
-        return self._view(memory, operand.kind, self.schedule.heads[operand.group], tokens, precision)
+        return self._view(memory, operand.kind, self.schedule.heads[operand.group], tokens, held_precision(operand.kind))
 
     def _staging(self, message: Message) -> torch.Tensor:
         assert message.staging is not None
@@ -444,8 +439,7 @@ class Executor:
             cargo, dim = CARGO[kind], self.problem.heads.dim
             heads = len(group) if cargo.side == "q" else len(group.kv)
             shape = {0: (tokens, heads, cargo.extra), 1: (tokens, heads, dim), 2: (tokens, heads, 2, dim)}[cargo.dims]
-            count = tokens * heads * (cargo.dims * dim + cargo.extra)
-            size = count * element_bytes(precision, self.problem)
+            size = tokens * token_bytes(kind, group, self.problem, precision)
             found = self._slots[memory.slot][:size].view(self._dtypes[precision]).view(shape)
             self._views[id(memory)] = found
         return found

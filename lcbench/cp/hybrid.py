@@ -7,13 +7,14 @@ and is seen by, nothing outside of it. Each is dealt out in zigzag over its sub-
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lcbench.cp.layout import Layout, zigzag
-from lcbench.cp.ring import too_short
-from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups, singles
+from lcbench.cp.ring import rings, too_short
+from lcbench.cp.schedule import Schedule, head_groups, singles
 from lcbench.masks.band import BandMask, Ints, Run
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -49,33 +50,21 @@ class Hybrid:
         groups = self.groups or (ranks,)
         if sum(groups) != ranks:
             return f"groups={list(groups)} are {sum(groups)} ranks, scale={problem.scale} has {ranks}"
-        bounds, _ = documents(mask)
+        bounds, work = documents(mask)
         if self.documents is not None and len(self.documents) != len(bounds) - 1:
             return f"documents names {len(self.documents)} documents, the mask has {len(bounds) - 1}"
         if too_short(problem, ranks):
             return too_short(problem, ranks)
-        empty = [rank for rank, runs in enumerate(self._layout(problem, mask).shards) if not sum(run.size for run in runs)]
+        empty = [rank for rank, runs in enumerate(self._layout(groups, bounds, work).shards) if not sum(run.size for run in runs)]
         return f"rank {empty[0]} gets no token of the {len(bounds) - 1} documents in groups={list(groups)}" if empty else None
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         groups = self.groups or (problem.scale.world_size,)
-        ranks = np.arange(sum(groups))
-        size = np.repeat(groups, groups)
-        first = np.repeat(np.cumsum([0, *groups[:-1]]), groups)
-        place = ranks - first
-        steps = []
-        for hop in range(max(groups)):
-            held = first + (place - hop) % size
-            computes, sends = ranks[hop < size], ranks[hop < size - 1]
-            next_rank = first + (place + 1) % size
-            moves = (Move("kv", columns(sends, next_rank[sends], held[sends], 0)),) if len(sends) else ()
-            steps.append(Step(columns(computes, 0, computes, held[computes]), moves))
-        layout = self._layout(problem, mask)
-        return Schedule(len(ranks), layout, ranks, head_groups(problem.heads, 1), singles(len(ranks)), tuple(steps))
+        ranks = sum(groups)
+        layout = self._layout(groups, *documents(mask))
+        return Schedule(ranks, layout, np.arange(ranks), head_groups(problem.heads, 1), singles(ranks), rings(groups))
 
-    def _layout(self, problem: Problem, mask: Mask) -> Layout:
-        groups = self.groups or (problem.scale.world_size,)
-        bounds, work = documents(mask)
+    def _layout(self, groups: Sequence[int], bounds: Ints, work: Ints) -> Layout:
         chosen = _least_loaded(work, groups) if self.documents is None else np.array(self.documents)
         runs: list[list[Run]] = [[] for _ in range(sum(groups))]
         first = np.cumsum([0, *groups])
@@ -104,7 +93,7 @@ def documents(mask: Mask) -> tuple[Ints, Ints]:
     return bounds, work
 
 
-def _least_loaded(work: Ints, groups: tuple[int, ...] | list[int]) -> Ints:
+def _least_loaded(work: Ints, groups: Sequence[int]) -> Ints:
     """The sub-group of each document: most work first, to the one that then has the least per rank."""
     chosen = np.zeros(len(work), dtype=np.int64)
     load = [0] * len(groups)

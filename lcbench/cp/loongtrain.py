@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from lcbench.cp.layout import Layout
 from lcbench.cp.ring import Order, check_order, deal, too_short
 from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups
 from lcbench.cp.ulysses import check_count, gathered, indivisible_heads, returned
@@ -79,12 +80,10 @@ def grid_schedule(problem: Problem, mask: Mask, grid: Ints, windows: int, order:
     """Heads exchanged along the rows of a grid of ranks, a double ring of ``windows`` windows along its columns."""
     ring, degree = grid.shape
     shards = deal(mask, problem.seqlen, ring, order).split(degree)  # of ring position i: i * degree and what follows
-    owner = grid.ravel()
-    inverse = np.argsort(owner)  # shards are numbered by rank, as the head exchange takes them
+    where = np.argsort(grid, axis=None)  # of each rank; shards are numbered by rank, as the head exchange takes them
     members = tuple(map(tuple, grid.tolist()))
-    every = np.arange(len(owner))
-    position = np.argsort(grid, axis=None) // degree  # of each rank, by rank
-    lane = np.argsort(grid, axis=None) % degree
+    every = np.arange(grid.size)
+    position, lane = np.divmod(where, degree)
     size = ring // windows
     bundles = np.array(members)
     steps = []
@@ -104,8 +103,8 @@ def grid_schedule(problem: Problem, mask: Mask, grid: Ints, windows: int, order:
         lanes = np.arange(degree)
         nothing = columns([], [], [], [])
         steps = [Step(nothing, gathered(grid, lanes)), *steps, Step(nothing, (), returned(grid, lanes))]
-    layout = type(shards)(tuple(shards.shards[i] for i in inverse))
-    return Schedule(len(owner), layout, every, head_groups(problem.heads, degree), members, tuple(steps))
+    layout = Layout(tuple(shards.shards[i] for i in where))
+    return Schedule(grid.size, layout, every, head_groups(problem.heads, degree), members, tuple(steps))
 
 
 def _bundle_move(source: Ints, to: Ints, bundles: Ints, lane: Ints, channel: str, steps: int = 1) -> Move:

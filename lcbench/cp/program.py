@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lcbench.cp.adjoint import CARGO, Traffic, element_bytes, token_bytes
+from lcbench.cp.adjoint import CARGO, Traffic, element_bytes, held_precision, token_bytes
 from lcbench.cp.schedule import Schedule
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
@@ -132,8 +132,7 @@ class Program:
 
     def local(self, operand: Operand) -> tuple[int, int] | None:
         """Rows of this rank's own tensor that are the operand as it is, or None where it needs a buffer."""
-        kv = self._schedule.heads[operand.group].kv
-        in_order = all(b == a + 1 for a, b in pairwise(kv)) or CARGO[operand.kind].side == "q"
+        in_order = CARGO[operand.kind].side == "q" or isinstance(self._schedule.heads[operand.group].kv_heads, slice)
         if not in_order or any(shard not in self.begin for shard in operand.bundle):
             return None
         begin = end = self.begin[operand.bundle[0]]
@@ -192,9 +191,8 @@ class Program:
             if (buffer.birth < middle) == (birth < middle):
                 buffer.lives(birth, death)
                 return
-        # Sums are held in the accumulation type, whatever they travel in.
-        precision = "sum" if operand.kind in ("dq", "dkv") else None
-        per_token = token_bytes(operand.kind, self._schedule.heads[operand.group], self._problem, precision)
+        group = self._schedule.heads[operand.group]
+        per_token = token_bytes(operand.kind, group, self._problem, held_precision(operand.kind))
         size = self.operand_tokens(operand) * per_token
         self._lives[operand].append(Buffer(size, birth, death))
 

@@ -5,6 +5,7 @@ The zigzag order (chunks i and 2P-1-i on rank i) gives every rank the same share
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,14 +34,24 @@ class Ring:
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size
-        every = np.arange(ranks)
-        steps = []
-        for hop in range(ranks):
-            held = (every - hop) % ranks
-            moves = (Move("kv", columns(every, (every + 1) % ranks, held, 0)),) if hop < ranks - 1 else ()
-            steps.append(Step(columns(every, 0, every, held), moves))
         shards = deal(mask, problem.seqlen, ranks, self.order)
-        return Schedule(ranks, shards, every, head_groups(problem.heads, 1), singles(ranks), tuple(steps))
+        return Schedule(ranks, shards, np.arange(ranks), head_groups(problem.heads, 1), singles(ranks), rings([ranks]))
+
+
+def rings(sizes: Sequence[int]) -> tuple[Step, ...]:
+    """A ring over each group of neighbouring ranks; rank r owns shard r. A smaller ring is done earlier."""
+    ranks = np.arange(sum(sizes))
+    size = np.repeat(sizes, sizes)
+    first = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+    place = ranks - first
+    neighbour = first + (place + 1) % size
+    steps = []
+    for hop in range(max(sizes)):
+        held = first + (place - hop) % size
+        computes, sends = ranks[hop < size], ranks[hop < size - 1]
+        moves = (Move("kv", columns(sends, neighbour[sends], held[sends], 0)),) if len(sends) else ()
+        steps.append(Step(columns(computes, 0, computes, held[computes]), moves))
+    return tuple(steps)
 
 
 def deal(mask: Mask, seqlen: int, shards: int, order: Order) -> Layout:

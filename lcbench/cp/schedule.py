@@ -55,6 +55,12 @@ class HeadGroup:
     def __len__(self) -> int:
         return self.end - self.begin
 
+    @property
+    def kv_heads(self) -> slice | list[int]:
+        """The key/value heads as an index: a slice where they are a stretch of all, so that taking them copies nothing."""
+        first, last = self.kv[0], self.kv[-1]
+        return slice(first, last + 1) if self.kv == tuple(range(first, last + 1)) else list(self.kv)
+
 
 def head_groups(heads: Heads, parts: int) -> tuple[HeadGroup, ...]:
     """All heads in ``parts`` groups whose sizes differ by at most one query head; groups without a head are left out."""

@@ -6,23 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcbench.cp.ring import Order, check_order, deal, too_short
+from lcbench.cp.ring import Ring, deal
 from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups, singles
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 
 
 @dataclass(frozen=True)
-class TokenRing:
-    """``order``: how tokens are dealt out, as for a ring."""
-
-    order: Order = "auto"
-
-    def __post_init__(self) -> None:
-        check_order(self.order)
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return too_short(problem, problem.scale.world_size)
+class TokenRing(Ring):
+    """Options and layout are a ring's; what travels is not."""
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size

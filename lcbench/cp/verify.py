@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lcbench.cp.adjoint import Traffic, Transfer, Uses, token_bytes, traffic
+from lcbench.cp.adjoint import Traffic, Transfer, Uses, traffic
 from lcbench.cp.program import Program
 from lcbench.cp.schedule import Schedule
 from lcbench.masks.band import BandMask, Ints
@@ -89,7 +89,7 @@ def _check_shards(schedule: Schedule, seqlen: int) -> None:
 def _check_moves(schedule: Schedule, uses: Uses, kind: str) -> None:
     """Each item comes to a rank once, from one that has it, before it is used there; nothing is sent for nothing."""
     source, to, shard, group = uses.rows.T
-    keys = uses.key(to, shard, group)
+    keys = uses.keys
     if len(keys) and not ((uses.rows[:, :2] >= 0) & (uses.rows[:, :2] < schedule.world_size)).all():
         raise ScheduleError(f"{kind} move between ranks that there are not")
     _none(schedule, uses, uses.leaves, to == schedule.owner[shard], kind, "come to their owner")
@@ -97,9 +97,7 @@ def _check_moves(schedule: Schedule, uses: Uses, kind: str) -> None:
     again = np.ones(len(keys), dtype=bool)
     again[repeated] = False
     _none(schedule, uses, uses.leaves, again, kind, "come a second time")
-    place, arrived = uses.arrivals.find(uses.key(source, shard, group))
-    when = uses.arrives[uses.arrivals.values[place]] if len(uses.rows) else uses.arrives
-    lacking = (source != schedule.owner[shard]) & (~arrived | (when > uses.leaves))
+    lacking = (source != schedule.owner[shard]) & ((uses.parent < 0) | (uses.arrives[uses.parent] > uses.leaves))
     _none(schedule, uses, uses.leaves, lacking, kind, "are sent by a rank that does not hold them yet")
     _, used = uses.table.find(keys)
     sends_on = np.isin(keys, uses.key(source, shard, group))
@@ -192,9 +190,8 @@ def _bytes(schedule: Schedule, transfers: list[Transfer], problem: Problem) -> t
     per_node = problem.scale.gpus_per_node
     every, outside = (np.zeros(schedule.world_size, dtype=np.int64) for _ in range(2))
     for transfer in transfers:
-        source, to, shard, group = transfer.rows.T
-        per_token = np.array([token_bytes(transfer.kind, g, problem) for g in schedule.heads])
-        size = schedule.sizes[shard] * per_token[group]
+        source, to = transfer.rows[:, :2].T
+        size = transfer.bytes(schedule, problem)
         np.add.at(every, source, size)
         leaves = source // per_node != to // per_node
         np.add.at(outside, source[leaves], size[leaves])
