@@ -22,7 +22,7 @@ from lcbench.cp.schedule import Schedule
 from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.verify import verify
 from lcbench.grid.build import build_mask, build_strategy, check_options, with_lengths
-from lcbench.kernels.sdpa import SDPA
+from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.causal import causal
 from lcbench.masks.causal_document import causal_document
@@ -115,7 +115,7 @@ def against_torch(rank: int, ranks: int) -> None:
     """Forward and backward of every strategy, over its kernels alone and over torch's ring on the same kernel."""
     seqlen, device = 4096, torch.device("cpu")
     problem = Problem(seqlen, Heads(8, 4, 64), Scale(1, ranks), "float32", "forward_backward")
-    mask, kernel, groups = causal(seqlen), SDPA(), Groups()
+    mask, kernel, groups = causal(seqlen), SDPAFlash(), Groups()
     runs: dict[str, tuple[Run, Any]] = {}
     for rotate in ROTATIONS:
         peer = TorchCP(rotate)  # type: ignore[arg-type]

@@ -23,9 +23,9 @@ from lcbench.cp.program import Buffer, Message, Moment, Operand, Piece, Program,
 from lcbench.cp.schedule import HeadGroup, Schedule
 from lcbench.kernels.base import Kernel, Prepared, accumulation_dtype, merge, prepare
 from lcbench.masks.mask import Mask
-from lcbench.problem import Problem
+from lcbench.problem import Heads, Problem
 
-Heads = slice | list[int]
+HeadIndex = slice | list[int]
 Part = tuple[torch.Tensor, torch.Tensor]  # out, lse
 Mark = float | torch.cuda.Event
 TileRun = Callable[[TileCall, Prepared, int], None]
@@ -90,31 +90,33 @@ class Executor:
         self._program = Program(schedule, moves, problem, rank)
         # Every rank makes every group, in the same order.
         self._groups = {channel: groups.of(channel) for channel in sorted({t.channel for t in moves.transfers})}
-        self._tiles, self.pairs, self.calls = self._prepare(mask, kernel)
         self.buffer_bytes = self._program.buffer_bytes
         self._slots = [torch.zeros(size, dtype=torch.uint8, device=device) for size in self._program.slots]
         input_dtype = getattr(torch, problem.dtype)
+        self._tiles, self.pairs, self.calls = self._prepare(mask, kernel, input_dtype)
         sums = accumulation_dtype(input_dtype)
         self._dtypes = {"input": input_dtype, "sum": sums, "transit": input_dtype if problem.transit == "input" else sums}
         self._views: dict[int, torch.Tensor] = {}
         self._compute = self._communicate = True
 
-    def _prepare(self, mask: Mask, kernel: Kernel) -> tuple[dict[TileCall, Prepared | None], int, int]:
+    def _prepare(self, mask: Mask, kernel: Kernel, dtype: torch.dtype) -> tuple[dict[TileCall, Prepared | None], int, int]:
         """Every tile's kernel, its pairs and its calls; tiles of one mask at one place share what was prepared."""
         total = self.problem.heads.q
-        made: dict[tuple[int, tuple[int, ...], tuple[int, ...]], tuple[Mask, Prepared | None]] = {}
+        made: dict[tuple[int, Heads, tuple[int, ...], tuple[int, ...]], tuple[Mask, Prepared | None]] = {}
         masks = [mask.of_heads(group.begin, len(group), total) for group in self.schedule.heads]
         found: dict[TileCall, Prepared | None] = {}
         pairs = calls = 0
         for moment in self._program.moments[: self._forward_moments]:
             for call in moment.tiles:
-                key = (id(masks[call.group]), call.q, call.k)
+                group = self.schedule.heads[call.group]
+                heads = Heads(len(group), len(group.kv), self.problem.heads.dim)
+                key = (id(masks[call.group]), heads, call.q, call.k)
                 if key not in made:
                     runs = self.schedule.runs(call.q), self.schedule.runs(call.k)
                     tile = masks[call.group].tile(*runs).merged()
-                    made[key] = tile, prepare(kernel, tile, self.device) if len(tile) else None
+                    made[key] = tile, prepare(kernel, tile, heads, dtype, self.device) if len(tile) else None
                 tile, found[call] = made[key]
-                pairs += tile.pairs(len(self.schedule.heads[call.group]))
+                pairs += tile.pairs(len(group))
                 ready = found[call]
                 calls += ready.calls if ready else 0
         return found, pairs, calls
@@ -411,7 +413,7 @@ class Executor:
     def _own_rows(self, kind: str, group: int, begin: int, end: int) -> torch.Tensor:
         return self._own[kind][begin:end, self._heads(CARGO[kind].side, group)]
 
-    def _heads(self, side: str, group: int) -> Heads:
+    def _heads(self, side: str, group: int) -> HeadIndex:
         """The heads of a group in tensors that have all of them."""
         members = self.schedule.heads[group]
         return slice(members.begin, members.end) if side == "q" else members.kv_heads

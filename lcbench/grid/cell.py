@@ -20,7 +20,7 @@ class Cell:
 
     ``config`` is the canonical resolved config, plain JSON types only; it alone decides equality and ``id``::
 
-        {"kernel": {"name": "sdpa", "_target_": "lcbench.kernels.sdpa.SDPA", ...options},
+        {"kernel": {"name": "sdpa_flash", "_target_": "lcbench.kernels.sdpa_flash.SDPAFlash", ...options},
          "cp":     {"name": "ring", "_target_": "lcbench.cp.ring.Ring", ...options},
          "mask":   {"name": "document", "_target_": "lcbench.masks.document.document", ...options, "draws": 1,
                     "lengths": {"name": "web_text", ...}},  # lengths, draws: where the mask has documents, draws something
@@ -63,7 +63,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """For people: ``ring sdpa causal_document(web_text) 64k 2x8``; not unique."""
+        """For people: ``ring sdpa_flash causal_document(web_text) 64k 2x8``; not unique."""
         config = self.config
         mask = config["mask"]
         documents = f"({mask['lengths']['name']})" if "lengths" in mask else ""

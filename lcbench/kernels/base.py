@@ -6,15 +6,48 @@ Shapes, packed ("THD"): q, out, dout, dq (Tq, Hq, D); k, v, dk, dv (Tk, Hk, D); 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from lcbench.masks.band import BandMask
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
-from lcbench.problem import Problem
+from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
     import torch
+
+HALVES = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What a kernel may ask about a machine, so that a machine can be asked about that is not here.
+
+    Attributes:
+        type: ``cpu`` or ``cuda``.
+        capability: compute capability of a CUDA device.
+        memory_bytes: of one device; 0 where it is not known.
+    """
+
+    type: str
+    capability: tuple[int, int] = (0, 0)
+    memory_bytes: int = 0
+
+    @classmethod
+    def of(cls, device: torch.device) -> Platform:
+        if device.type != "cuda":
+            return cls(device.type, memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        import torch
+
+        return cls("cuda", torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).total_memory)
+
+
+class Unsupported(ValueError):
+    """Raised by ``prepare`` for a tile that the kernel cannot run though the whole mask looked well: the cell is skipped."""
 
 
 class Prepared(Protocol):
@@ -44,46 +77,115 @@ class Prepared(Protocol):
 
 
 class Kernel(Protocol):
-    """Modules import torch lazily, so that a plan can ask ``unsupported`` on a login node without loading it."""
+    """One way to compute attention. Modules import torch and libraries lazily: a plan on a login node asks without loading them.
+
+    Three questions, each answered by None or by a reason that is stored word for word in the skipped result.
+    ``takes`` says what ``prepare`` is given: ``bands``, or ``blocks``, a block map in one piece.
+    """
+
+    takes: ClassVar[str]
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        """None if this kernel can run the problem, else the reason, stored word for word in the skipped result."""
+        """Why no machine can run this problem with it."""
         ...
 
-    def unavailable(self, problem: Problem, device: torch.device) -> str | None:
-        """None if it can run here, on this device with what is installed, else the reason; asked by the worker."""
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        """Why such a machine cannot, whatever is installed."""
         ...
 
-    def prepare(self, mask: BandMask, device: torch.device) -> Prepared:
-        """Ready for a band mask; ``prepare`` below makes any mask of it."""
+    def missing(self) -> str | None:
+        """Why it cannot run in this process: what is not installed."""
+        ...
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        """How many native calls compute a band mask; more than one are merged by LSE."""
+        ...
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        """Ready for a mask of the kind that ``takes`` says; ``prepare`` below makes any mask of it."""
         ...
 
 
-def prepare(kernel: Kernel, mask: Mask, device: torch.device) -> Prepared:
+def refusal(kernel: Kernel, problem: Problem, device: torch.device) -> str | None:
+    """Why a kernel cannot run a problem in this process, on this device; None if it can."""
+    return kernel.unavailable(problem, Platform.of(device)) or kernel.missing()
+
+
+def importable(*modules: str) -> str | None:
+    """None if every module can be imported, else why not."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            # Compiled libraries fail in as many ways when they were built for another torch or find no driver.
+            return f"{module} cannot be imported: {str(error).splitlines()[0]}" if str(error) else f"{module} cannot be imported"
+    return None
+
+
+def half_on_cuda(
+    problem: Problem,
+    platform: Platform,
+    name: str,
+    *,
+    least: tuple[int, int] = (8, 0),
+    most: tuple[int, int] = (99, 0),
+    head_dim: int = 256,
+    dtypes: tuple[str, ...] = HALVES,
+) -> str | None:
+    """The limits that CUDA kernels share: type of device, its capability, type of numbers, head dims up to ``head_dim`` by 8."""
+    if platform.type != "cuda":
+        return f"{name} runs on CUDA devices only"
+    if not least <= platform.capability <= most:
+        wanted = f"{_dotted(least)} or later" if most[0] == 99 else f"{_dotted(least)} to {_dotted(most)}"
+        return f"{name} needs compute capability {wanted}, this device has {_dotted(platform.capability)}"
+    if problem.dtype not in dtypes:
+        return f"{name} takes {' and '.join(dtypes)}, not {problem.dtype}"
+    if problem.heads.dim % 8 or problem.heads.dim > head_dim:
+        return f"{name} takes head dims up to {head_dim} in steps of 8, not {problem.heads.dim}"
+    return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def only_blocks(mask: Mask) -> str | None:
+    """The reason of a kernel that takes block maps only."""
+    return None if isinstance(mask, BlockMap) else "takes dynamic block masks only (mask=block_...); dense kernels run this one"
+
+
+def native_calls(kernel: Kernel, mask: Mask, platform: Platform) -> int:
+    """How many native calls of a kernel compute a mask."""
+    if not isinstance(mask, BlockMap):
+        return kernel.calls(mask, platform)
+    return 1 if kernel.takes == "blocks" else sum(kernel.calls(mask.bands(i), platform) for i in range(mask.maps))
+
+
+def prepare(kernel: Kernel, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
     """A kernel made ready for a mask; one that knows bands only runs a block map as bands, map by map."""
-    return PreparedMaps(kernel, mask, device) if isinstance(mask, BlockMap) else kernel.prepare(mask, device)
+    if isinstance(mask, BlockMap) and kernel.takes == "bands":
+        return PreparedMaps(kernel, mask, heads, dtype, device)
+    return kernel.prepare(mask, heads, dtype, device)
 
 
 class PreparedMaps:
     """A block map on a band kernel: each map for the query heads that read it, with their key/value heads."""
 
-    def __init__(self, kernel: Kernel, mask: BlockMap, device: torch.device) -> None:
-        self._maps = [kernel.prepare(mask.bands(i), device) for i in range(mask.maps)]
-        self.calls = sum(part.calls for part in self._maps)
-
-    def _heads(self, q: torch.Tensor, k: torch.Tensor) -> list[tuple[Prepared, slice, slice]]:
-        each, group = q.shape[1] // len(self._maps), q.shape[1] // k.shape[1]
-        return [
-            (part, slice(i * each, (i + 1) * each), slice(i * each // group, -(-(i + 1) * each // group)))
-            for i, part in enumerate(self._maps)
-        ]
+    def __init__(self, kernel: Kernel, mask: BlockMap, heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
+        each, group = heads.q // mask.maps, heads.q // heads.kv
+        self._parts: list[tuple[Prepared, slice, slice]] = []
+        for i in range(mask.maps):
+            own, kv = slice(i * each, (i + 1) * each), slice(i * each // group, -(-(i + 1) * each // group))
+            part = kernel.prepare(mask.bands(i), Heads(each, kv.stop - kv.start, heads.dim), dtype, device)
+            self._parts.append((part, own, kv))
+        self.calls = sum(part.calls for part, _, _ in self._parts)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        parts = [part.forward(q[:, own], k[:, kv], v[:, kv], softmax_scale=softmax_scale) for part, own, kv in self._heads(q, k)]
+        parts = [part.forward(q[:, own], k[:, kv], v[:, kv], softmax_scale=softmax_scale) for part, own, kv in self._parts]
         return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
 
     def backward(
@@ -98,7 +200,7 @@ class PreparedMaps:
         softmax_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dq, dk, dv = zero_gradients(q, k, v)
-        for part, own, kv in self._heads(q, k):
+        for part, own, kv in self._parts:
             grads = part.backward(
                 dout[:, own], q[:, own], k[:, kv], v[:, kv], out[:, own], lse[:, own], softmax_scale=softmax_scale
             )
@@ -106,6 +208,65 @@ class PreparedMaps:
             for total, heads, grad in zip((dq, dk, dv), (own, kv, kv), grads, strict=True):
                 total[:, heads] += grad
         return dq, dk, dv
+
+
+class Merged:
+    """Several native calls over disjoint pairs of one mask, merged by LSE; none at all is an empty mask."""
+
+    def __init__(self, parts: Sequence[Prepared]) -> None:
+        self._parts = parts
+        self.calls = sum(part.calls for part in parts)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        total: tuple[torch.Tensor, torch.Tensor] | None = None
+        for part in self._parts:
+            out, lse = part.forward(q, k, v, softmax_scale=softmax_scale)
+            if len(self._parts) == 1:
+                return out, lse
+            total = (out.to(lse.dtype), lse) if total is None else merge(*total, out, lse)
+        if total is None:
+            return torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
+        return total
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        softmax_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
+        totals: list[torch.Tensor] = []
+        for part in self._parts:
+            grads = part.backward(dout, q, k, v, out, lse, softmax_scale=softmax_scale)
+            if len(self._parts) == 1:
+                return grads
+            dtype = accumulation_dtype(q.dtype)
+            totals = [t + g for t, g in zip(totals, grads, strict=True)] if totals else [g.to(dtype) for g in grads]
+        if not totals:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return totals[0], totals[1], totals[2]
+
+
+def per_query_head(x: torch.Tensor, q_heads: int, dim: int) -> torch.Tensor:
+    """Key/value heads, along ``dim``, repeated for the query heads that read them: for kernels that know no groups."""
+    return x if x.shape[dim] == q_heads else x.repeat_interleave(q_heads // x.shape[dim], dim)
+
+
+def per_kv_head(grad: torch.Tensor, kv_heads: int, dim: int) -> torch.Tensor:
+    """The adjoint: gradients of the query heads of a group summed, in the accumulation type."""
+    if grad.shape[dim] == kv_heads:
+        return grad
+    return grad.to(accumulation_dtype(grad.dtype)).unflatten(dim, (kv_heads, -1)).sum(dim + 1)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import Prepared
+from lcbench.kernels.base import Platform, Prepared
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
-from lcbench.problem import Problem
+from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -19,13 +19,22 @@ BLOCK_ELEMENTS = 1 << 22  # scores of one block of rows, over all heads
 
 @dataclass(frozen=True)
 class Reference:
+    takes: ClassVar[str] = "bands"
+
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return None
 
-    def unavailable(self, problem: Problem, device: torch.device) -> str | None:
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return None
 
-    def prepare(self, mask: BandMask, device: torch.device) -> Prepared:
+    def missing(self) -> str | None:
+        return None
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return 1
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BandMask)
         return PreparedReference(mask)
 
 

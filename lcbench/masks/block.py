@@ -187,3 +187,9 @@ def _cut(edges: Ints, runs: Sequence[Run]) -> tuple[Ints, Ints]:
         offset += run.size
     starts = np.concatenate([*parts, [offset]]).astype(np.int64)
     return starts, np.concatenate([*blocks, np.empty(0, dtype=np.int64)]).astype(np.int64)
+
+
+def uniform_blocks(mask: BlockMap, size: int) -> bool:
+    """Whether every block has ``size`` tokens on both sides; the last ones may be cut short by the end of the sequence."""
+    sides = (np.diff(edges) for edges in (mask.q_edges, mask.k_edges))
+    return all((side[:-1] == size).all() and (side[-1:] <= size).all() for side in sides)

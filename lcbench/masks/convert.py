@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from lcbench.masks.band import Band, BandMask, Ints, areas, cropped, spread
+from lcbench.masks.band import OPEN, Band, BandMask, Ints, areas, cropped, spread
 from lcbench.masks.mask import Mask
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Piece(NamedTuple):
@@ -88,9 +91,12 @@ def varlen(mask: BandMask) -> list[Varlen]:
 
     Each band joins the call whose last keys end nearest before its own begin, which leaves the others to bands that only
     they can take.
+
+    A band with more rows than keys is cut into slices unless it is full: flash-attn 2 takes a bound that reaches the number of
+    keys for no bound (Dao-AILab/flash-attention issue 895), which is right only where there are as many keys as rows.
     """
     groups: list[tuple[list[Band], list[int]]] = []
-    for band in sorted(mask, key=lambda b: (b.q0, b.k0)):
+    for band in sorted(_upright(mask), key=lambda b: (b.q0, b.k0)):
         window = _window(band)
         fitting = [g for g in groups if g[0][-1].q1 <= band.q0 and g[0][-1].k1 <= band.k0]
         for bands, own in sorted(fitting, key=lambda g: -g[0][-1].k1):
@@ -100,6 +106,23 @@ def varlen(mask: BandMask) -> list[Varlen]:
         else:
             groups.append(([band], list(window)))
     return [_varlen(bands, (window[0], window[1]), mask) for bands, window in groups]
+
+
+def _upright(mask: BandMask) -> Iterator[Band]:
+    for band in mask:
+        tall = band.q1 - band.q0 > band.k1 - band.k0 and (band.cuts_below or band.cuts_above)
+        yield from sliced(BandMask.of(mask.num_q, mask.num_k, [band])) if tall else [band]
+
+
+def sliced(mask: BandMask) -> BandMask:
+    """The same mask in bands that are slices (below): as varlen calls, none has a window that reaches right of the diagonal."""
+    bands = [Band(q0, q1, k0, k1, *_corners(q0, q1, k0, k1, kind)) for q0, q1, k0, k1, kind in slices(mask)]
+    return BandMask.of(mask.num_q, mask.num_k, bands)
+
+
+def _corners(q0: int, q1: int, k0: int, k1: int, kind: str) -> tuple[int, int]:
+    """The diagonal bounds of a slice."""
+    return k0 - q0 if kind in ("inverse", "both") else -OPEN, k1 - q1 if kind in ("causal", "both") else OPEN
 
 
 def _window(band: Band) -> tuple[int, int]:
@@ -203,3 +226,15 @@ def needed_keys(mask: Mask, q_edges: Ints) -> tuple[Ints, Ints, Ints]:
 def _last(edges: Ints, end: Ints) -> Ints:
     """One past the block that holds token ``end - 1``."""
     return np.searchsorted(edges, end - 1, side="right")
+
+
+def points(mask: BandMask, device: torch.device) -> torch.Tensor:
+    """The mask as a matrix on a device, bool (queries, keys): for kernels that hold every score."""
+    import torch
+
+    allowed = torch.zeros((mask.num_q, mask.num_k), dtype=torch.bool, device=device)
+    q, k = torch.arange(mask.num_q, device=device)[:, None], torch.arange(mask.num_k, device=device)
+    for q0, q1, k0, k1, lo, hi in mask:
+        distance = k[k0:k1] - q[q0:q1]
+        allowed[q0:q1, k0:k1] |= (lo <= distance) & (distance <= hi)
+    return allowed

@@ -20,7 +20,13 @@ BLOCK = 128  # FlexAttention's default block, in tokens
 
 def mask_mod(mask: Mask, device: torch.device, q_heads: int = 1) -> Any:
     """``mod(batch, head, q, k) -> bool`` as FlexAttention wants it: looks bands up by row, as many as a row can touch."""
-    return _block_mod(mask, device, q_heads) if isinstance(mask, BlockMap) else _band_mod(mask, device)
+    lookup, tables = mask_lookup(mask, device, q_heads)
+    return lambda batch, head, q, k: lookup(batch, head, q, k, *tables)
+
+
+def mask_lookup(mask: Mask, device: torch.device, q_heads: int = 1) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """The same with the tables that it reads as further arguments: (``mod(batch, head, q, k, *tables) -> bool``, tables)."""
+    return _block_lookup(mask, device, q_heads) if isinstance(mask, BlockMap) else _band_lookup(mask, device)
 
 
 def block_mask(mask: Mask, device: torch.device, q_heads: int = 1, block: int = BLOCK) -> BlockMask:
@@ -68,7 +74,7 @@ def _places(group: Ints, groups: int) -> tuple[Ints, Ints]:
     return count, np.arange(len(group)) - (np.cumsum(count) - count)[group]
 
 
-def _band_mod(mask: BandMask, device: torch.device) -> Any:
+def _band_lookup(mask: BandMask, device: torch.device) -> tuple[Any, tuple[torch.Tensor, ...]]:
     import torch
 
     bands = mask.bands
@@ -82,9 +88,10 @@ def _band_mod(mask: BandMask, device: torch.device) -> Any:
     table = np.zeros((slots, segments, 4), dtype=np.int64)  # k0, k1, lo, hi; nothing where no band is
     table[place, segment] = bands[band, 2:]
     which = torch.from_numpy(np.repeat(np.arange(segments), np.diff(edges))).to(device)
-    k0, k1, lo, hi = (torch.from_numpy(np.ascontiguousarray(table[..., i])).to(device) for i in range(4))
+    bounds = [torch.from_numpy(np.ascontiguousarray(table[..., i])).to(device) for i in range(4)]
 
-    def mod(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def lookup(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+        which, k0, k1, lo, hi = tables
         row = which[q]
         allowed = k < 0
         for slot in range(slots):
@@ -92,10 +99,10 @@ def _band_mod(mask: BandMask, device: torch.device) -> Any:
             allowed = allowed | (inside & (k - q >= lo[slot, row]) & (k - q <= hi[slot, row]))
         return allowed
 
-    return mod
+    return lookup, (which, *bounds)
 
 
-def _block_mod(mask: BlockMap, device: torch.device, q_heads: int) -> Any:
+def _block_lookup(mask: BlockMap, device: torch.device, q_heads: int) -> tuple[Any, tuple[torch.Tensor, ...]]:
     import torch
 
     row, column = (
@@ -104,7 +111,8 @@ def _block_mod(mask: BlockMap, device: torch.device, q_heads: int) -> Any:
     keep = torch.from_numpy(np.stack([mask.keep(i) for i in range(mask.maps)])).to(device)
     each = q_heads // mask.maps
 
-    def mod(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def lookup(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+        keep, row, column = tables
         return keep[head // each, row[q], column[k]]
 
-    return mod
+    return lookup, (keep, row, column)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lcbench.cp.base import Peer, Run, Strategy
 from lcbench.cp.execute import Executor, Groups
-from lcbench.kernels.base import Kernel
+from lcbench.kernels.base import Kernel, Unsupported, refusal
 from lcbench.masks.mask import Mask
 from lcbench.measure.environment import device_name
 from lcbench.measure.flops import backward_flops, forward_flops
@@ -68,7 +68,7 @@ class Work:
 def measure_cell(work: Work, gang: Gang, say: Callable[[str], None]) -> Measured:
     """Run a cell, once per draw of its mask. Collective; every rank returns the same metrics. ``say`` gets a line per phase."""
     unavailable = _first_word(
-        work.kernel.unavailable(work.problem, gang.device)
+        refusal(work.kernel, work.problem, gang.device)
         or (work.strategy.unavailable(work.problem, gang.device) if isinstance(work.strategy, Peer) else None)
     )
     if unavailable:
@@ -79,7 +79,7 @@ def measure_cell(work: Work, gang: Gang, say: Callable[[str], None]) -> Measured
             say(f"draw {number} of {work.draws}")
         measured.append(_measure_draw(work, number, gang, say))
         check = measured[-1].check
-        if check is not None and check.failures:
+        if check is None or check.failures:
             measured[-1].notes["draw"] = number
             return measured[-1]
     return measured[0] if len(measured) == 1 else over_draws(measured)
@@ -93,13 +93,21 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
     pairs = mask.pairs(problem.heads.q)
     executor: Executor | None = None
     run: Run
-    if isinstance(work.strategy, Peer):
-        tokens = work.strategy.tokens(problem, gang.rank)
-        run = work.strategy.start(problem, mask, kernel, gang.rank, device)
-    else:
-        schedule = work.strategy.schedule(problem, mask)
-        tokens = schedule.layout.tokens(gang.rank)
-        run = executor = Executor(schedule, mask, kernel, problem, rank=gang.rank, device=device, groups=gang.groups)
+    unsupported = None
+    try:
+        if isinstance(work.strategy, Peer):
+            tokens = work.strategy.tokens(problem, gang.rank)
+            run = work.strategy.start(problem, mask, kernel, gang.rank, device)
+        else:
+            schedule = work.strategy.schedule(problem, mask)
+            tokens = schedule.layout.tokens(gang.rank)
+            run = executor = Executor(schedule, mask, kernel, problem, rank=gang.rank, device=device, groups=gang.groups)
+    except Unsupported as reason:
+        unsupported = str(reason)
+    # One rank's tile may be what its kernel cannot run while the others' are well.
+    measured.unavailable = _first_word(unsupported)
+    if measured.unavailable:
+        return measured
     prepare_s = time.perf_counter() - started
     say(f"drawing {len(tokens)} of {problem.seqlen} tokens")
     names = ("q", "k", "v", "dout") if problem.backward else ("q", "k", "v")

@@ -9,23 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcbench.kernels.base import Prepared
-from lcbench.kernels.sdpa import SDPA
-from lcbench.masks.band import BandMask
+from lcbench.kernels.sdpa_flash import SDPAFlash
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class Faulty(SDPA):
+class Faulty(SDPAFlash):
     """``fault``: raise, exit, hang, kill or wrong; it happens on rank ``rank`` of the gang while ``while_file`` exists."""
 
     fault: str = "raise"
     while_file: str = ""
     rank: int = 0
 
-    def prepare(self, mask: BandMask, device: torch.device) -> Prepared:
-        prepared = super().prepare(mask, device)
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        prepared = super().prepare(mask, heads, dtype, device)
         if not Path(self.while_file).exists() or int(os.environ.get("RANK", "0")) != self.rank:
             return prepared
         if self.fault == "raise":

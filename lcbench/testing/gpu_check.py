@@ -20,7 +20,7 @@ from lcbench.cp.layout import zigzag
 from lcbench.cp.none import Local
 from lcbench.kernels.base import prepare
 from lcbench.kernels.reference import Reference
-from lcbench.kernels.sdpa import SDPA
+from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.attention_sink import attention_sink
 from lcbench.masks.band import Band, BandMask
 from lcbench.masks.block_causal import block_causal
@@ -83,7 +83,7 @@ def check_tiles(device: torch.device) -> list[dict[str, Any]]:
             problem = Problem(TILE_TOKENS, heads, Scale(1, 1), dtype, "forward_backward")
             q, k, v, dout = (draw(name, everything, problem, 1, device) for name in ("q", "k", "v", "dout"))
             for name, mask in tiles(TILE_TOKENS).items():
-                kernel, exact = prepare(SDPA(), mask, device), prepare(Reference(), mask, device)
+                kernel, exact = prepare(SDPAFlash(), mask, device), prepare(Reference(), mask, device)
                 scale = problem.softmax_scale
                 want_out, want_lse = exact.forward(q, k, v, softmax_scale=scale)
                 want = [want_out, want_lse, *exact.backward(dout, q, k, v, want_out, want_lse, softmax_scale=scale)]
@@ -109,7 +109,7 @@ def measure_cells(device: torch.device) -> list[dict[str, Any]]:
                 row: dict[str, Any] = {"mask": name, "seqlen": seqlen, "heads": str(heads), "dtype": "bfloat16"}
                 try:
                     measured = measure_cell(
-                        Work(problem, partial(_whichever, mask), SDPA(), Local(), SETTINGS, 0), gang, lambda _: None
+                        Work(problem, partial(_whichever, mask), SDPAFlash(), Local(), SETTINGS, 0), gang, lambda _: None
                     )
                 except torch.OutOfMemoryError as error:
                     rows.append(row | {"ok": False, "failure": f"oom: {error}"[:200]})

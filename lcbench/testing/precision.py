@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from lcbench.cp.base import Strategy
 from lcbench.cp.execute import Executor, Groups
-from lcbench.kernels.sdpa import SDPA
+from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.full import full
 from lcbench.measure.inputs import draw
 from lcbench.problem import Heads, Problem, Scale
@@ -24,7 +24,7 @@ def relative_errors(rank: int, ranks: int, strategy: Strategy, transit: str, seq
     exact, _ = dense_attention(q64, k64, v64, dense_heads(mask, problem.heads.q), problem.softmax_scale)
     want = [exact.detach(), *torch.autograd.grad(exact, leaves, dout.double())]
     schedule = strategy.schedule(problem, mask)
-    executor = Executor(schedule, mask, SDPA(), problem, rank=rank, device=device, groups=Groups())
+    executor = Executor(schedule, mask, SDPAFlash(), problem, rank=rank, device=device, groups=Groups())
     tokens = schedule.layout.tokens(rank)
     out, saved = executor.forward(q[tokens], k[tokens], v[tokens])
     got = [out, *executor.backward(dout[tokens], saved)]

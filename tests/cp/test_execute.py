@@ -24,7 +24,7 @@ from lcbench.cp.usp import USP
 from lcbench.cp.verify import verify
 from lcbench.grid.build import build_strategy
 from lcbench.kernels.reference import Reference
-from lcbench.kernels.sdpa import SDPA
+from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import Band, BandMask, DoesNotFit
 from lcbench.masks.causal_document import causal_document
 from lcbench.masks.lengths import Explicit
@@ -85,7 +85,7 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
         out, lse = dense_attention(*leaves, dense_heads(mask, heads.q), problem.softmax_scale)
         expected = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
         for strategy in strategies(world_size, heads):
-            kernel = SDPA() if strategy != Ring() else Reference()
+            kernel = SDPAFlash() if strategy != Ring() else Reference()
             if strategy.unsupported(problem, mask):
                 continue
             case = f"{strategy} {kernel} {mask_name} P={world_size}"

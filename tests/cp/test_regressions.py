@@ -24,7 +24,7 @@ from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
 from lcbench.grid.build import build_strategy
-from lcbench.kernels.sdpa import SDPA
+from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import Band, BandMask
 from lcbench.masks.causal import causal
 from lcbench.masks.causal_document import causal_document
@@ -70,7 +70,7 @@ def dense(problem: Problem, mask: Mask, inputs: list[torch.Tensor]) -> list[torc
 
 def executor_of(strategy: Strategy, problem: Problem, mask: Mask, rank: int, groups: Groups) -> tuple[Executor, Any]:
     schedule = strategy.schedule(problem, mask)
-    return Executor(schedule, mask, SDPA(), problem, rank=rank, device=CPU, groups=groups), schedule.layout.tokens(rank)
+    return Executor(schedule, mask, SDPAFlash(), problem, rank=rank, device=CPU, groups=groups), schedule.layout.tokens(rank)
 
 
 def results(run: Any, tokens: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -229,7 +229,7 @@ def torch_agrees(rank: int, ranks: int) -> None:
                 peer = TorchCP(rotate)  # type: ignore[arg-type]
                 assert peer.unsupported(problem, mask) is None
                 assert (peer.tokens(problem, rank) == tokens).all()
-                theirs = results(peer.start(problem, mask, SDPA(), rank, CPU), tokens, inputs)
+                theirs = results(peer.start(problem, mask, SDPAFlash(), rank, CPU), tokens, inputs)
                 assert max(errors(theirs, want, tokens).values()) <= 1e-12
                 assert all(float((a - b).abs().max()) <= 1e-12 for a, b in zip(ours, theirs, strict=True))
 

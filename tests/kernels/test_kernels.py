@@ -1,4 +1,4 @@
-"""Every kernel that conf/ names against dense float64 attention, on masks with holes, windows and documents."""
+"""Every kernel that conf/ names and this machine runs, against dense float64 attention, on every mask and on masks with holes."""
 
 from __future__ import annotations
 
@@ -8,46 +8,110 @@ import pytest
 import torch
 
 from lcbench.grid.build import build_kernel
-from lcbench.kernels.base import merge, prepare
-from lcbench.kernels.sdpa import SDPA
+from lcbench.kernels.base import Kernel, Platform, merge, native_calls, prepare, refusal
+from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import Band, BandMask
+from lcbench.masks.block import BlockMap
 from lcbench.masks.block_random import block_random
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import load, names, small
 
+CPU = torch.device("cpu")
+SEQLEN = 70
+GROUPED, EQUAL = Heads(6, 2, 16), Heads(4, 4, 24)
 HARD = {
-    "holes": BandMask.of(37, 37, [Band(2, 9, 0, 37), Band(20, 30, 3, 9), Band(20, 30, 12, 37, -4, 6)]),
-    "empty": BandMask.of(37, 37, []),
+    "holes": BandMask.of(SEQLEN, SEQLEN, [Band(2, 9, 0, 70), Band(20, 60, 3, 9), Band(20, 60, 12, 70, -4, 6)]),
+    # More rows than keys under a window: what flash-attn 2 gets wrong.
+    "tall": BandMask.of(SEQLEN, SEQLEN, [Band(0, 70, 10, 30, -20, 10)]),
+    "empty": BandMask.of(SEQLEN, SEQLEN, []),
 }
+# Tiles small enough that a test's sequence has whole ones, cut ones and empty ones.
+TILES = {"block_q": 16, "block_k": 32, "block_dk": 32, "block_dq": 16}
 
 
-@pytest.mark.parametrize("kernel_name", names("kernel"))
-@pytest.mark.parametrize("name", [*names(), *HARD])
-@pytest.mark.parametrize("heads", [Heads(4, 4, 8), Heads(6, 2, 16)], ids=str)
-def test_kernel_matches_dense_attention(kernel_name: str, name: str, heads: Heads, tmp_path: Path) -> None:
-    mask: Mask = HARD[name] if name in HARD else small(name, 37, heads, tmp_path)
-    kernel = build_kernel(load("kernel", kernel_name))
-    device = torch.device("cpu")
-    problem = Problem(37, heads, Scale(1, 1), "float64", "forward_backward")
-    if reason := kernel.unsupported(problem, mask) or kernel.unavailable(problem, device):
-        pytest.skip(reason)
+def kernel_of(name: str) -> Kernel:
+    config = load("kernel", name)
+    return build_kernel(config | {key: size for key, size in TILES.items() if key in config})
+
+
+def problem_of(heads: Heads, dtype: str = "float64") -> Problem:
+    return Problem(SEQLEN, heads, Scale(1, 1), dtype, "forward_backward")
+
+
+HERE = [name for name in names("kernel") if refusal(kernel_of(name), problem_of(GROUPED), CPU) is None]
+
+
+def test_cpu_has_its_kernels() -> None:
+    wanted = {"naive", "reference", "sdpa_math", "sdpa_flash", "flex", "flex_sparse", "triton_band", "triton_block_sparse"}
+    assert set(HERE) == wanted
+
+
+def check_kernel(kernel: Kernel, mask: Mask, heads: Heads, dtype: torch.dtype, bound: float, scale: float = 0.7) -> None:
+    """Outputs and gradients against dense attention, as errors of the largest value."""
     torch.manual_seed(0)
-    # Scores far from zero and a scale that is not 1 / sqrt(D).
-    q, k, v, dout = (torch.randn(37, h, heads.dim, dtype=torch.float64) for h in (heads.q, heads.kv, heads.kv, heads.q))
-    q = 3 * q
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    want, want_lse = dense_attention(*leaves, dense_heads(mask, heads.q), 0.7)
-    want_grads = torch.autograd.grad(want, leaves, dout)
-    prepared = prepare(kernel, mask, device)
-    out, lse = prepared.forward(q, k, v, softmax_scale=0.7)
-    grads = prepared.backward(dout, q, k, v, out, lse, softmax_scale=0.7)
+    # Scores far from zero, and a scale that is not 1 / sqrt(D).
+    q, k, v, dout = (torch.randn(mask.num_q, h, heads.dim, dtype=torch.float64) for h in (heads.q, heads.kv, heads.kv, heads.q))
+    q, k, v, dout = (x.to(dtype) for x in (2 * q, k, v, dout))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    want, want_lse = dense_attention(*leaves, dense_heads(mask, heads.q), scale)
+    want_grads = torch.autograd.grad(want, leaves, dout.double())
+    want, want_lse = want.detach(), want_lse.detach()
+    prepared = prepare(kernel, mask, heads, dtype, CPU)
+    assert prepared.calls == native_calls(kernel, mask, Platform("cpu"))
+    out, lse = prepared.forward(q, k, v, softmax_scale=scale)
+    grads = prepared.backward(dout, q, k, v, out, lse, softmax_scale=scale)
     assert torch.equal(lse == -torch.inf, want_lse == -torch.inf)
     seen = lse != -torch.inf
-    for got, wanted in zip([out, lse[seen], *grads], [want, want_lse[seen], *want_grads], strict=True):
+    for name, got, wanted in zip(
+        ("out", "lse", "dq", "dk", "dv"), [out, lse[seen], *grads], [want, want_lse[seen], *want_grads], strict=True
+    ):
         assert got.shape == wanted.shape
-        assert (got - wanted).abs().max() <= 1e-12 if got.numel() else True
+        if got.numel():
+            assert (got.double() - wanted).abs().max() <= bound * max(1.0, float(wanted.abs().max())), name
+
+
+@pytest.mark.parametrize("kernel_name", HERE)
+@pytest.mark.parametrize("name", [*names(), *HARD])
+def test_kernel_matches_dense_attention(kernel_name: str, name: str, tmp_path: Path) -> None:
+    kernel = kernel_of(kernel_name)
+    mask = HARD[name] if name in HARD else small(name, SEQLEN, GROUPED, tmp_path)
+    if kernel.takes == "blocks" and not isinstance(mask, BlockMap):
+        assert "takes dynamic block masks only" in str(kernel.unsupported(problem_of(GROUPED), mask))
+        return
+    assert kernel.unsupported(problem_of(GROUPED), mask) is None
+    check_kernel(kernel, mask, GROUPED, torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("kernel_name", HERE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_kernel_with_equal_heads_and_in_single_precision(kernel_name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    kernel = kernel_of(kernel_name)
+    for name in ("block_random",) if kernel.takes == "blocks" else ("causal_document", "block_random"):
+        bound = 1e-12 if dtype == torch.float64 else 1e-5
+        check_kernel(kernel, small(name, SEQLEN, EQUAL, tmp_path), EQUAL, dtype, bound)
+
+
+@pytest.mark.parametrize("kernel_name", ["flex_sparse", "triton_block_sparse", "sdpa_flash"])
+@pytest.mark.parametrize("sizes", ["uniform", "variable"])
+@pytest.mark.parametrize("per", ["all_heads", "kv_head", "q_head"])
+def test_block_maps_reach_the_heads_they_belong_to(kernel_name: str, sizes: str, per: str) -> None:
+    mask = block_random(SEQLEN, heads=GROUPED, seed=(1, 0), density=0.3, block_size=16, sizes=sizes, per=per)  # type: ignore[arg-type]
+    check_kernel(kernel_of(kernel_name), mask, GROUPED, torch.float64, 1e-12)
+
+
+def test_tile_sizes_that_triton_cannot_have_are_refused() -> None:
+    for size in (0, 24, "many"):
+        with pytest.raises(ValueError, match="no power of two"):
+            build_kernel(load("kernel", "triton_band") | {"block_q": size})
+
+
+def test_kernels_of_all_scores_refuse_what_cannot_fit() -> None:
+    large = Problem(1 << 20, Heads(32, 8, 128), Scale(1, 8), "bfloat16", "forward")
+    for name in ("naive", "sdpa_math", "flex"):
+        assert "GiB or more" in str(kernel_of(name).unavailable(large, Platform("cpu", memory_bytes=64 << 30)))
+    assert kernel_of("flex").unavailable(large, Platform("cuda", (9, 0), 64 << 30)) is None
 
 
 def test_merge_of_huge_scores_and_of_empty_rows_is_finite() -> None:
@@ -62,16 +126,10 @@ def test_merge_of_huge_scores_and_of_empty_rows_is_finite() -> None:
     assert merged_lse[2, 0] == -torch.inf
 
 
-@pytest.mark.parametrize("per", ["all_heads", "kv_head", "q_head"])
-def test_block_maps_reach_the_heads_they_belong_to(per: str) -> None:
-    heads = Heads(6, 2, 8)
-    mask = block_random(64, heads=heads, seed=(1, 0), density=0.3, block_size=8, sizes="variable", per=per)  # type: ignore[arg-type]
-    q, k, v, dout = (torch.randn(64, h, 8, dtype=torch.float64) for h in (6, 2, 2, 6))
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    want, _ = dense_attention(*leaves, dense_heads(mask, 6), 0.5)
-    want_grads = torch.autograd.grad(want, leaves, dout)
-    prepared = prepare(SDPA(), mask, torch.device("cpu"))
-    out, lse = prepared.forward(q, k, v, softmax_scale=0.5)
-    grads = prepared.backward(dout, q, k, v, out, lse, softmax_scale=0.5)
-    for got, wanted in zip([out, *grads], [want, *want_grads], strict=True):
-        assert (got - wanted).abs().max() <= 1e-12
+def test_a_kernel_that_ignores_the_mask_is_not_what_dense_attention_gives(tmp_path: Path) -> None:
+    class Blind(SDPAFlash):
+        def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device):  # type: ignore[no-untyped-def]
+            return super().prepare(BandMask.of(mask.num_q, mask.num_k, [Band(0, mask.num_q, 0, mask.num_k)]), heads, dtype, device)
+
+    with pytest.raises(AssertionError):
+        check_kernel(Blind(), small("causal", SEQLEN, GROUPED, tmp_path), GROUPED, torch.float64, 1e-12)

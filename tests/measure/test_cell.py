@@ -12,7 +12,7 @@ import torch
 from lcbench.cp.execute import Groups
 from lcbench.cp.none import Local
 from lcbench.grid.build import build_mask
-from lcbench.kernels.sdpa import SDPA
+from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.mask import Mask
 from lcbench.measure.cell import Gang, Measured, Work, measure_cell, over_draws
 from lcbench.measure.numerics import Check
@@ -31,7 +31,7 @@ def measured(name: str, seqlen: int, dtype: str, folder: Path, draws: int = 1) -
         return build_mask(config, seqlen, HEADS, 5, draw)
 
     problem = Problem(seqlen, HEADS, Scale(1, 1), dtype, "forward_backward")
-    return measure_cell(Work(problem, make, SDPA(), Local(), SETTINGS, 5, draws), GANG, lambda _: None)
+    return measure_cell(Work(problem, make, SDPAFlash(), Local(), SETTINGS, 5, draws), GANG, lambda _: None)
 
 
 @pytest.mark.parametrize("name", names())
@@ -96,9 +96,9 @@ def test_the_spread_over_draws_is_apart_from_the_spread_over_iterations() -> Non
 
 
 def test_a_draw_that_fails_its_check_is_the_answer(tmp_path: Path) -> None:
-    class Wrong(SDPA):
-        def prepare(self, mask: Mask, device: torch.device) -> object:  # type: ignore[override]
-            prepared = super().prepare(mask, device)  # type: ignore[arg-type]
+    class Wrong(SDPAFlash):
+        def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> object:  # type: ignore[override]
+            prepared = super().prepare(mask, heads, dtype, device)
             forward = prepared.forward
 
             def off(*args: torch.Tensor, softmax_scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -76,7 +76,7 @@ def test_failures_carry_class_and_cause_and_rerun_repairs_one(devcluster: dict[s
     results = tmp_path / "results"
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     command = [
-        *FAULTY, "kernel=faulty_raise,faulty_exit,faulty_hang,faulty_wrong,sdpa", "cp=ring,usp", "seqlen=128", "scale=2x2",
+        *FAULTY, "kernel=faulty_raise,faulty_exit,faulty_hang,faulty_wrong,sdpa_flash", "cp=ring,usp", "seqlen=128", "scale=2x2",
         "heads=4x2x8", "measure.timeout_s=15", "sweep=faults", f"results={results}", f"tracking_uri={uri}", *SMALL,
     ]  # fmt: skip
     done = lcbench("sweep", *command, environment=environment)
@@ -84,7 +84,7 @@ def test_failures_carry_class_and_cause_and_rerun_repairs_one(devcluster: dict[s
     entries = Sweep(results, "faults").entries()
     kernel_of = {cell_id: entry.cell.config["kernel"]["name"] for cell_id, entry in entries.items()}
     want = {
-        "sdpa": ("ok", "", ""),
+        "sdpa_flash": ("ok", "", ""),
         "faulty_raise": ("failed", "crash", "the faulty kernel raises, as told"),
         "faulty_exit": ("failed", "crash", "rank 1 exited with code 17"),
         "faulty_hang": ("failed", "hang", "rank 1 stood at testing/faulty.py"),

@@ -71,6 +71,7 @@ class TorchRing:
     """A run of torch's ring: (1, H, T, D) inside, packed outside."""
 
     def __init__(self, problem: Problem, causal: bool, kernel: Kernel, rotate: str, device: torch.device) -> None:
+        import torch
         import torch.distributed as dist
 
         self._problem, self._causal, self._rotate = problem, causal, rotate
@@ -80,7 +81,7 @@ class TorchRing:
         self._kernels: dict[tuple[int, int, bool], Prepared] = {}
         for q, k, bounded in shapes:
             tile = BandMask.of(q, k, [Band(0, q, 0, k, hi=0) if bounded else Band(0, q, 0, k)])
-            self._kernels[q, k, bounded] = kernel.prepare(tile, device)
+            self._kernels[q, k, bounded] = kernel.prepare(tile, problem.heads, getattr(torch, problem.dtype), device)
 
     @contextmanager
     def _options(self, dtype: torch.dtype) -> Iterator[None]:

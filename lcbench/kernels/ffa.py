@@ -1,0 +1,88 @@
+"""MagiAttention's flex-flash-attention (arXiv 2505.13211): any mask as slices in one call, on Hopper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lcbench.kernels.base import Platform, Prepared, half_on_cuda, importable
+from lcbench.masks.band import BandMask
+from lcbench.masks.convert import slices
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+KINDS = {"full": 0, "causal": 1, "inverse": 2, "both": 3}
+
+
+@dataclass(frozen=True)
+class FFA:
+    takes: ClassVar[str] = "bands"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return None
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "flex-flash-attention", least=(9, 0), most=(9, 0), head_dim=128)
+
+    def missing(self) -> str | None:
+        return importable("magi_attention.functional.flex_flash_attn")
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return 1
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BandMask)
+        return PreparedFFA(mask, device)
+
+
+class PreparedFFA:
+    calls = 1
+
+    def __init__(self, mask: BandMask, device: torch.device) -> None:
+        import torch
+
+        found = slices(mask)
+
+        def table(values: list[Any]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        self._slices = {
+            "q_ranges": table([(s.q0, s.q1) for s in found]), "k_ranges": table([(s.k0, s.k1) for s in found]),
+            "attn_type_map": table([KINDS[s.kind] for s in found]),
+        }  # fmt: skip
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from magi_attention.functional import flex_flash_attn_func
+
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        out, meta = flex_flash_attn_func(q, k, v, **self._slices, softmax_scale=softmax_scale)
+        return out, meta.lse
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        softmax_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+        from magi_attention.functional.flex_flash_attn import _flex_flash_attn_backward
+
+        dout, q, k, v, out = (x.contiguous() for x in (dout, q, k, v, out.to(q.dtype)))
+        dq, dk, dv, _ = _flex_flash_attn_backward(
+            dout=dout, q=q, k=k, v=v, sink=None, sink_layout="sh", out=out, lse=lse.contiguous(),
+            dq=None, dk=None, dv=None, dsink=None,
+            **self._slices, softmax_scale=softmax_scale, softcap=0.0, dq_type=torch.float32, dk_type=torch.float32,
+            dv_type=torch.float32, disable_bwd_dkv_atomic_reduction=False, deterministic=False, sm_margin=0,
+        )  # fmt: skip
+        return dq, dk, dv

@@ -1,0 +1,71 @@
+"""FlashAttention-2 (arXiv 2307.08691): the library flash-attn, by the functions below its autograd, which take any out and LSE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lcbench.kernels.base import Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.varlen import VarlenCall, count_varlen, prepare_varlen
+from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class FlashAttn2:
+    takes: ClassVar[str] = "bands"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return None
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "flash-attn")
+
+    def missing(self) -> str | None:
+        return importable("flash_attn.flash_attn_interface")
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return count_varlen(mask)
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BandMask)
+        return prepare_varlen(mask, device, _Library())
+
+
+class _Library:
+    def forward(
+        self, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+        out, lse, *_ = _flash_attn_varlen_forward(
+            q, k, v, call.cu_q, call.cu_k, call.max_q, call.max_k, dropout_p=0.0, softmax_scale=scale, causal=call.causal,
+            window_size_left=call.window[0], window_size_right=call.window[1],
+        )  # fmt: skip
+        return out, lse
+
+    def backward(
+        self,
+        call: VarlenCall,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _flash_attn_varlen_backward(
+            dout, q, k, v, out, lse, dq, dk, dv, call.cu_q, call.cu_k, call.max_q, call.max_k,
+            dropout_p=0.0, softmax_scale=scale, causal=call.causal, window_size_left=call.window[0],
+            window_size_right=call.window[1], softcap=0.0, alibi_slopes=None, deterministic=False,
+        )  # fmt: skip
+        return dq, dk, dv

@@ -1,0 +1,71 @@
+"""FlashAttention-3 (arXiv 2407.08608): the Hopper build of flash-attention (``hopper/``), by the functions below its autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lcbench.kernels.base import Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.varlen import VarlenCall, count_varlen, prepare_varlen
+from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class FlashAttn3:
+    takes: ClassVar[str] = "bands"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return None
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "flash-attn 3", least=(9, 0), most=(9, 0))
+
+    def missing(self) -> str | None:
+        return importable("flash_attn_interface")
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return count_varlen(mask)
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BandMask)
+        return prepare_varlen(mask, device, _Library())
+
+
+class _Library:
+    def forward(
+        self, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from flash_attn_interface import _flash_attn_forward
+
+        out, lse, *_ = _flash_attn_forward(
+            q, k, v, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k, max_seqlen_q=call.max_q, max_seqlen_k=call.max_k,
+            softmax_scale=scale, causal=call.causal, window_size_left=call.window[0], window_size_right=call.window[1],
+        )  # fmt: skip
+        return out, lse
+
+    def backward(
+        self,
+        call: VarlenCall,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+        from flash_attn_interface import _flash_attn_backward
+
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _flash_attn_backward(
+            dout, q, k, v, out, lse, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k, max_seqlen_q=call.max_q,
+            max_seqlen_k=call.max_k, dq=dq, dk=dk, dv=dv, softmax_scale=scale, is_causal=call.causal,
+            window_size_left=call.window[0], window_size_right=call.window[1],
+        )  # fmt: skip
+        return dq, dk, dv

@@ -1,0 +1,76 @@
+"""FlashAttention-4: flash-attn-4 on PyPI, written in NVIDIA's CuTe DSL for Hopper and Blackwell, by the functions below autograd.
+
+A window's negative bound is an offset there, and no bound is None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lcbench.kernels.base import Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.varlen import VarlenCall, count_varlen, prepare_varlen
+from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class FlashAttn4:
+    takes: ClassVar[str] = "bands"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return None
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "flash-attn-4", least=(9, 0), head_dim=256 if platform.capability[0] == 9 else 128)
+
+    def missing(self) -> str | None:
+        return importable("flash_attn.cute.interface")
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return count_varlen(mask)
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BandMask)
+        return prepare_varlen(mask, device, _Library())
+
+
+class _Library:
+    def forward(
+        self, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        out, lse, *_ = _flash_attn_fwd(
+            q, k, v, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k, max_seqlen_q=call.max_q, max_seqlen_k=call.max_k,
+            softmax_scale=scale, causal=call.causal, return_lse=True, **_window(call),
+        )  # fmt: skip
+        return out, lse
+
+    def backward(
+        self,
+        call: VarlenCall,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        dq, dk, dv, *_ = _flash_attn_bwd(
+            q, k, v, out, dout, lse, softmax_scale=scale, causal=call.causal, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k,
+            max_seqlen_q=call.max_q, max_seqlen_k=call.max_k, **_window(call),
+        )  # fmt: skip
+        return dq, dk, dv
+
+
+def _window(call: VarlenCall) -> dict[str, int | None]:
+    left, right = (None if bound < 0 or call.causal else bound for bound in call.window)
+    return {"window_size_left": left, "window_size_right": right}

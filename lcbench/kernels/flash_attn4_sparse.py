@@ -1,0 +1,104 @@
+"""FlashAttention-4's block sparsity (flash-attn-4): uniform blocks of 128 tokens, a map for all heads or for each query head.
+
+Kept blocks are given as full ones, so no mask function runs. Backward takes the transposed lists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lcbench.kernels.base import Platform, Prepared, Unsupported, half_on_cuda, importable, only_blocks
+from lcbench.masks.band import BandMask
+from lcbench.masks.block import BlockMap, uniform_blocks
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class FlashAttn4Sparse:
+    takes: ClassVar[str] = "blocks"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return only_blocks(mask) or _other_blocks(mask)
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "flash-attn-4 with blocks of 128", least=(9, 0), most=(9, 0), head_dim=128)
+
+    def missing(self) -> str | None:
+        return importable("flash_attn.cute.interface", "flash_attn.cute.block_sparsity")
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return 1
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BlockMap)
+        if reason := _other_blocks(mask):
+            raise Unsupported(reason)
+        return PreparedBlocks(mask, heads, device)
+
+
+def _other_blocks(mask: Mask) -> str | None:
+    if isinstance(mask, BlockMap) and not uniform_blocks(mask, BLOCK):
+        return f"flash-attn-4 takes uniform blocks of {BLOCK} tokens (mask.block_size={BLOCK} mask.sizes=uniform)"
+    return None
+
+
+class PreparedBlocks:
+    calls = 1
+
+    def __init__(self, mask: BlockMap, heads: Heads, device: torch.device) -> None:
+        import numpy as np
+        import torch
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+        def lists(keep: Any) -> Any:
+            count = keep.sum(-1)
+            # Kept columns first, in order; what follows a row's own is never read.
+            index = np.argsort(~keep, axis=-1, kind="stable")
+            repeat = heads.q // mask.maps if mask.maps > 1 else 1
+            tables = [count, index, np.zeros_like(count), np.zeros_like(index)]
+            full_count, full, none_count, none = (
+                torch.from_numpy(np.ascontiguousarray(x.repeat(repeat, axis=0)[None], dtype=np.int32)).to(device) for x in tables
+            )
+            return BlockSparseTensorsTorch(none_count, none, full_count, full, block_size=(BLOCK, BLOCK))
+
+        keep = np.stack([mask.keep(i) for i in range(mask.maps)])
+        self._forward, self._backward = lists(keep), lists(keep.swapaxes(1, 2))
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        out, lse, *_ = _flash_attn_fwd(
+            *(x[None].contiguous() for x in (q, k, v)), softmax_scale=softmax_scale, causal=False, return_lse=True,
+            block_sparse_tensors=self._forward,
+        )  # fmt: skip
+        return out[0], lse[0].T.contiguous()
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        softmax_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        q, k, v, out, dout = (x[None].contiguous() for x in (q, k, v, out.to(q.dtype), dout))
+        dq, dk, dv, *_ = _flash_attn_bwd(
+            q, k, v, out, dout, lse.T[None].contiguous(), softmax_scale=softmax_scale, causal=False,
+            block_sparse_tensors=self._backward,
+        )  # fmt: skip
+        return dq[0], dk[0], dv[0]

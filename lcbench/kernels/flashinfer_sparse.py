@@ -1,0 +1,94 @@
+"""flashinfer's variable block-sparse attention, forward only: a map for all heads or per key/value head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lcbench.kernels.base import Platform, Prepared, Unsupported, half_on_cuda, importable, only_blocks
+from lcbench.kernels.flashinfer import LOG2_E, WORKSPACE_BYTES, forward_only
+from lcbench.masks.band import BandMask
+from lcbench.masks.block import BlockMap
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class FlashInferSparse:
+    takes: ClassVar[str] = "blocks"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return only_blocks(mask) or forward_only(problem, "flashinfer") or _per_query_head(mask, problem)
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "flashinfer")
+
+    def missing(self) -> str | None:
+        return importable("flashinfer", "einops")
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return 1
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BlockMap)
+        return PreparedFlashInfer(mask, heads, dtype, device)
+
+
+def _per_query_head(mask: Mask, problem: Problem) -> str | None:
+    if isinstance(mask, BlockMap) and mask.maps > problem.heads.kv:
+        return "flashinfer takes one map per key/value head at most, this mask has one per query head"
+    return None
+
+
+class PreparedFlashInfer:
+    calls = 1
+
+    def __init__(self, mask: BlockMap, heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
+        import numpy as np
+        import torch
+
+        if mask.maps > heads.kv:
+            raise Unsupported("flashinfer takes one map per key/value head at most")
+        if not len(mask):
+            raise Unsupported("flashinfer takes no map without a block")
+        keep = np.stack([mask.keep(i) for i in range(mask.maps)]).repeat(heads.kv // mask.maps, axis=0)
+        sizes = [np.tile(np.diff(edges), (heads.kv, 1)).astype(np.int32) for edges in (mask.q_edges, mask.k_edges)]
+        self._plan_arguments = [torch.from_numpy(x).to(device) for x in (keep, *sizes)]
+        self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._heads, self._dtype = heads, dtype
+        self._planned: dict[float, Any] = {}
+
+    def _plan(self, scale: float) -> Any:
+        from flashinfer import VariableBlockSparseAttentionWrapper
+
+        if scale not in self._planned:
+            wrapper = VariableBlockSparseAttentionWrapper(self._workspace, backend="fa2")
+            wrapper.plan(
+                *self._plan_arguments, self._heads.q, self._heads.kv, self._heads.dim, sm_scale=scale,
+                q_data_type=self._dtype, kv_data_type=self._dtype,
+            )  # fmt: skip
+            self._planned[scale] = wrapper
+        return self._planned[scale]
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        heads_first = [x.transpose(0, 1).contiguous() for x in (q, k, v)]
+        out, lse = self._plan(softmax_scale).run(*heads_first, return_lse=True)
+        return out.transpose(0, 1), (lse.T / LOG2_E).contiguous()
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        softmax_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        raise AssertionError("flashinfer has no backward")

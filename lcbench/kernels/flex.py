@@ -1,0 +1,157 @@
+"""FlexAttention (torch.nn.attention.flex_attention): any mask in one call, by a mask function and a BlockMask made from bands.
+
+The operators below the public function are called, since backward has to take the out and LSE of all ranks: each is traced once per
+mask. On CUDA it is then compiled by Inductor, which is FlexAttention's fused kernel; on CPU, where Inductor has no backward of
+it, the trace runs as it is, which holds every score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from lcbench.kernels.base import HALVES, Platform, Prepared, half_on_cuda
+from lcbench.kernels.naive import too_many_scores
+from lcbench.masks.band import BandMask
+from lcbench.masks.flex import BLOCK, block_mask, mask_lookup
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+OPTIONS = {
+    "BACKEND": "AUTO", "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False, "WRITE_DQ": True,
+    "OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Flex:
+    takes: ClassVar[str] = "bands"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return None
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return flex_limits(problem, platform)
+
+    def missing(self) -> str | None:
+        return None
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return 1
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        return PreparedFlex(mask, heads, device)
+
+
+def flex_limits(problem: Problem, platform: Platform) -> str | None:
+    if platform.type != "cuda":
+        return too_many_scores(problem, platform)
+    return half_on_cuda(problem, platform, "FlexAttention", dtypes=(*HALVES, "float32"))
+
+
+@dataclass
+class PreparedFlex:
+    """``block`` is the size of the blocks that are looked at as one."""
+
+    mask: Mask
+    heads: Heads
+    device: torch.device
+    block: int = BLOCK
+    calls: int = 1
+    _compiled: dict[tuple[str, float], Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        import torch
+
+        self._lookup, self._tables = mask_lookup(self.mask, self.device, self.heads.q)
+        whole = block_mask(self.mask, self.device, self.heads.q, self.block).as_tuple()
+        # The mask function is last; it is given anew with its tables as arguments, which a trace needs.
+        self._blocks = whole[:-1]
+        self._block_tensors = [x for x in self._blocks if isinstance(x, torch.Tensor)]
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = self._run("forward", softmax_scale, *(_heads_first(x) for x in (q, k, v)))
+        return out[0].transpose(0, 1), (lse[0].T * math.log(2)).contiguous()
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        softmax_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        log2 = (lse.T / math.log(2))[None].contiguous()
+        grads = self._run(
+            "backward", softmax_scale, *(_heads_first(x) for x in (q, k, v, out.to(q.dtype))), log2, _heads_first(dout)
+        )
+        dq, dk, dv = (grad[0].transpose(0, 1) for grad in grads)
+        return dq, dk, dv
+
+    def _run(self, direction: str, scale: float, *inputs: torch.Tensor) -> Any:
+        arguments = [*inputs, *self._block_tensors, *self._tables]
+        key = direction, scale
+        if key not in self._compiled:
+            self._compiled[key] = self._trace(direction, scale, arguments)
+        return self._compiled[key](*arguments)
+
+    def _trace(self, direction: str, scale: float, arguments: list[torch.Tensor]) -> Callable[..., Any]:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        count = {"forward": 3, "backward": 6}[direction]
+        run = _forward if direction == "forward" else _backward
+
+        def flat(*tensors: torch.Tensor) -> Any:
+            inputs, rest = tensors[:count], iter(tensors[count:])
+            blocks = tuple(next(rest) if x is not None and not isinstance(x, int) else x for x in self._blocks)
+            return run(inputs, (*blocks, self._lookup), tuple(rest), scale)
+
+        graph: Callable[..., Any] = make_fx(flat, tracing_mode="fake")(*arguments)
+        if self.device.type != "cuda":
+            return graph
+        import torch
+
+        compiled: Callable[..., Any] = torch._inductor.compile(graph, arguments)  # type: ignore[arg-type]
+        return compiled
+
+
+def _forward(inputs: tuple[torch.Tensor, ...], blocks: tuple[Any, ...], tables: tuple[torch.Tensor, ...], scale: float) -> Any:
+    """(out, LSE in powers of two)."""
+    from torch._higher_order_ops.flex_attention import flex_attention
+
+    q, k, v = inputs
+    out, lse, *_ = flex_attention(q, k, v, _same, blocks, scale, OPTIONS, (), tables)
+    return out, lse
+
+
+def _backward(inputs: tuple[torch.Tensor, ...], blocks: tuple[Any, ...], tables: tuple[torch.Tensor, ...], scale: float) -> Any:
+    import torch
+    from torch._higher_order_ops.flex_attention import create_fw_bw_graph, flex_attention_backward
+    from torch.fx import GraphModule
+
+    q, k, v, out, lse, dout = inputs
+    at = q.new_zeros((), dtype=torch.int)
+    forward, joint = create_fw_bw_graph(_same, (q.new_zeros((), requires_grad=True), at, at, at, at), ())
+    dq, dk, dv, _ = flex_attention_backward(
+        q, k, v, out, lse, dout, torch.zeros_like(lse), forward, cast(GraphModule, joint), blocks, scale, OPTIONS, (), tables
+    )
+    return dq, dk, dv
+
+
+def _same(score: Any, batch: Any, head: Any, q: Any, k: Any) -> Any:
+    return score
+
+
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    """(T, H, D) to (1, H, T, D)."""
+    return x.transpose(0, 1)[None]

@@ -1,0 +1,37 @@
+"""FlexAttention for block maps: all heads and their maps in one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lcbench.kernels.base import Platform, Prepared, only_blocks
+from lcbench.kernels.flex import PreparedFlex, flex_limits
+from lcbench.masks.band import BandMask
+from lcbench.masks.block import BlockMap
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class FlexSparse:
+    takes: ClassVar[str] = "blocks"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return only_blocks(mask)
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return flex_limits(problem, platform)
+
+    def missing(self) -> str | None:
+        return None
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return 1
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BlockMap)
+        return PreparedFlex(mask, heads, device)

@@ -1,0 +1,96 @@
+"""Attention with all scores in memory: the baseline that other kernels' memory is measured against, for short sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lcbench.kernels.base import Platform, Prepared, accumulation_dtype, per_kv_head, per_query_head
+from lcbench.masks.band import BandMask
+from lcbench.masks.convert import points
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Naive:
+    takes: ClassVar[str] = "bands"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return None
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return too_many_scores(problem, platform)
+
+    def missing(self) -> str | None:
+        return None
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return 1
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BandMask)
+        return PreparedNaive(mask, device)
+
+
+def too_many_scores(problem: Problem, platform: Platform) -> str | None:
+    """Why scores cannot be held: what every strategy needs at least is one tile of a rank's queries and as many keys."""
+    tokens = -(-problem.seqlen // problem.scale.world_size)
+    needed = 2 * 4 * problem.heads.q * tokens**2  # scores and weights
+    if platform.memory_bytes and needed > platform.memory_bytes:
+        return f"holds all scores: {needed / 2**30:.0f} GiB or more, the device has {platform.memory_bytes / 2**30:.0f}"
+    return None
+
+
+class PreparedNaive:
+    """The mask as a matrix, (Tq, Tk) bool."""
+
+    calls = 1
+
+    def __init__(self, mask: BandMask, device: torch.device) -> None:
+        self.allowed = points(mask, device)
+
+    def _scores(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+        """(Hq, Tq, Tk) in the accumulation type, -inf where the mask is not."""
+        import torch
+
+        scores = torch.einsum("qhd,khd->hqk", q, per_query_head(k, q.shape[1], 1)).to(accumulation_dtype(q.dtype)) * scale
+        return scores.masked_fill_(~self.allowed, -torch.inf)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        scores = self._scores(q, k, softmax_scale)
+        lse = scores.logsumexp(-1)
+        weights = torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+        out = torch.einsum("hqk,khd->qhd", weights.to(v.dtype), per_query_head(v, q.shape[1], 1))
+        return out, lse.T.contiguous()
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        softmax_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
+        sums = accumulation_dtype(q.dtype)
+        finite = torch.where(lse == -torch.inf, 0.0, lse).T[..., None]
+        weights = torch.exp(self._scores(q, k, softmax_scale) - finite)
+        delta = (dout.to(sums) * out).sum(-1).T[..., None]
+        dscores = torch.einsum("qhd,khd->hqk", dout, per_query_head(v, q.shape[1], 1)).to(sums) - delta
+        dscores = (dscores * weights * softmax_scale).to(q.dtype)
+        dq = torch.einsum("hqk,khd->qhd", dscores, per_query_head(k, q.shape[1], 1))
+        dk = torch.einsum("hqk,qhd->khd", dscores, q)
+        dv = torch.einsum("hqk,qhd->khd", weights.to(q.dtype), dout)
+        return dq, per_kv_head(dk, k.shape[1], 1), per_kv_head(dv, k.shape[1], 1)

@@ -1,0 +1,138 @@
+"""For kernels that know "no mask" and "causal from the top left corner": any band mask as batches of such pieces.
+
+Equal pieces go into one batched call, partial results are merged by LSE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lcbench.kernels.base import accumulation_dtype, merge, zero_gradients
+from lcbench.masks.band import BandMask
+from lcbench.masks.convert import Piece, pieces
+
+if TYPE_CHECKING:
+    import torch
+
+    # q (B, Hq, lq, D), k, v (B, Hk, lk, D), causal, softmax scale to out (B, Hq, lq, D) and lse (B, Hq, lq)
+    Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool, float], tuple[torch.Tensor, torch.Tensor]]
+    # dout, q, k, v, out, lse, causal, softmax scale to dq, dk, dv
+    Adjoint = Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool, float],
+        tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ]
+
+
+def count_pieces(mask: BandMask) -> int:
+    """Calls that a mask takes."""
+    return len(_batches(mask))
+
+
+def _batches(mask: BandMask) -> list[list[Piece]]:
+    """Pieces of a mask, those of one kind and size together as long as no query is twice in a batch."""
+    batches: dict[tuple[str, int, int, int], list[Piece]] = {}
+    layers: dict[tuple[str, int, int], list[int]] = {}
+    for piece in sorted(pieces(mask), key=lambda p: (p.q0, p.k0)):
+        shape = (piece.kind, piece.q1 - piece.q0, piece.k1 - piece.k0)
+        ends = layers.setdefault(shape, [])
+        layer = next((i for i, end in enumerate(ends) if end <= piece.q0), len(ends))
+        ends[layer : layer + 1] = [piece.q1]
+        batches.setdefault((*shape, layer), []).append(piece)
+    return list(batches.values())
+
+
+class PreparedPieces:
+    """A mask as batches of pieces for one pair of functions."""
+
+    def __init__(self, mask: BandMask, device: torch.device, attend: Attend, adjoint: Adjoint) -> None:
+        self._batches = [_Batch(members, device, attend, adjoint) for members in _batches(mask)]
+        self.calls = len(self._batches)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        dtype = accumulation_dtype(q.dtype)
+        if len(self._batches) == 1 and self._batches[0].covers(q, k):
+            out, lse = self._batches[0].forward(q, k, v, softmax_scale)
+            return out.flatten(0, 1), lse.flatten(0, 1)
+        out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+        lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
+        for batch in self._batches:
+            part, part_lse = batch.forward(q, k, v, softmax_scale)
+            rows = batch.q_index
+            out[rows], lse[rows] = merge(out[rows], lse[rows], part, part_lse)
+        return out, lse
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        softmax_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if len(self._batches) == 1 and self._batches[0].covers(q, k):
+            whole = self._batches[0].backward(dout, q, k, v, out, lse, softmax_scale)
+            return whole[0].flatten(0, 1), whole[1].flatten(0, 1), whole[2].flatten(0, 1)
+        dq, dk, dv = zero_gradients(q, k, v)
+        for batch in self._batches:
+            grads = batch.backward(dout, q, k, v, out, lse, softmax_scale)
+            for total, index, grad in zip((dq, dk, dv), (batch.q_index, batch.k_index, batch.k_index), grads, strict=True):
+                total.index_add_(0, index.flatten(), grad.flatten(0, 1).to(total.dtype))
+        return dq, dk, dv
+
+
+class _Batch:
+    """Equal pieces as one batched call; ``inverse`` ones run causal with queries and keys in reverse order."""
+
+    def __init__(self, members: list[Piece], device: torch.device, attend: Attend, adjoint: Adjoint) -> None:
+        import torch
+
+        self._attend, self._adjoint = attend, adjoint
+        kind, q0, q1, k0, k1 = members[0]
+        self.causal = kind != "full"
+        rows, keys = torch.arange(q1 - q0, device=device), torch.arange(k1 - k0, device=device)
+        if kind == "inverse":
+            rows, keys = rows.flip(0), keys.flip(0)
+        self.q_index = torch.stack([rows + piece.q0 for piece in members])  # (B, lq)
+        self.k_index = torch.stack([keys + piece.k0 for piece in members])  # (B, lk)
+        # A piece that is a stretch of rows in order needs no gathering.
+        self._slices = (slice(q0, q1), slice(k0, k1)) if len(members) == 1 and kind != "inverse" else None
+
+    def covers(self, q: torch.Tensor, k: torch.Tensor) -> bool:
+        return self._slices == (slice(0, len(q)), slice(0, len(k)))
+
+    def _take(self, *tensors: torch.Tensor, keys: bool = False) -> list[torch.Tensor]:
+        """(T, H, ...) to (B, H, l, ...)."""
+        if self._slices:
+            return [x[self._slices[keys]][None].transpose(1, 2) for x in tensors]
+        index = self.k_index if keys else self.q_index
+        return [x[index].transpose(1, 2) for x in tensors]
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """out (B, lq, H, D) and lse (B, lq, H)."""
+        (q,), (k, v) = self._take(q), self._take(k, v, keys=True)
+        out, lse = self._attend(q, k, v, self.causal, scale)
+        return out.transpose(1, 2), lse.transpose(1, 2)
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        scale: float,
+    ) -> list[torch.Tensor]:
+        """dq (B, lq, H, D), dk and dv (B, lk, Hk, D)."""
+        dout, q, out, lse = self._take(dout, q, out, lse)
+        k, v = self._take(k, v, keys=True)
+        grads = self._adjoint(dout, q, k, v, out, lse, self.causal, scale)
+        return [grad.transpose(1, 2) for grad in grads]

@@ -1,0 +1,81 @@
+"""torch's ``cudnn`` backend of scaled_dot_product_attention, called below the dispatcher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar
+
+from lcbench.kernels.base import Platform, Prepared, half_on_cuda, per_kv_head, per_query_head
+from lcbench.kernels.pieces import PreparedPieces, count_pieces
+from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class SDPACudnn:
+    takes: ClassVar[str] = "bands"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return None
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "torch's cuDNN kernel", head_dim=128)
+
+    def missing(self) -> str | None:
+        return None
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return count_pieces(mask)
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BandMask)
+        return PreparedPieces(mask, device, _attend, _adjoint)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = _raw(q, per_query_head(k, q.shape[1], 1), per_query_head(v, q.shape[1], 1), causal, scale)
+    return out, lse.reshape(q.shape[:3])
+
+
+def _raw(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return out, lse
+
+
+@cache
+def _lse_dims(device: torch.device) -> int:
+    """Dimensions of the LSE that this torch exchanges with cuDNN, (B, H, S) or (B, H, S, 1): releases differ."""
+    import torch
+
+    tiny = torch.zeros((1, 1, 128, 64), dtype=torch.bfloat16, device=device)
+    return _raw(tiny, tiny, tiny, False, 1.0)[1].dim()
+
+
+def _adjoint(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    import torch
+
+    keys, values = (per_query_head(x, q.shape[1], 1) for x in (k, v))
+    lse = lse.contiguous()
+    lse = lse[..., None] if _lse_dims(q.device) == 4 else lse
+    # Without dropout the random state is never read; there is no bias and there are no sequences.
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, keys, values, out.to(q.dtype), lse, seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, causal, scale=scale
+    )
+    return dq, per_kv_head(dk, k.shape[1], 1), per_kv_head(dv, k.shape[1], 1)

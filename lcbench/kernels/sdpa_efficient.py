@@ -1,0 +1,70 @@
+"""torch's ``efficient`` backend of scaled_dot_product_attention (the CUTLASS kernel of xformers), called below the dispatcher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lcbench.kernels.base import Platform, Prepared, half_on_cuda, per_kv_head, per_query_head
+from lcbench.kernels.pieces import PreparedPieces, count_pieces
+from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+ALIGNED = 32  # rows that the kernel's LSE is padded to
+
+
+@dataclass(frozen=True)
+class SDPAEfficient:
+    takes: ClassVar[str] = "bands"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return None
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        dtypes = ("bfloat16", "float16", "float32")
+        return half_on_cuda(problem, platform, "torch's memory-efficient kernel", head_dim=1024, dtypes=dtypes)
+
+    def missing(self) -> str | None:
+        return None
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return count_pieces(mask)
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BandMask)
+        return PreparedPieces(mask, device, _attend, _adjoint)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    k, v = (per_query_head(x, q.shape[1], 1) for x in (k, v))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    return out, lse[..., : q.shape[2]]
+
+
+def _adjoint(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    import torch
+
+    keys, values = (per_query_head(x, q.shape[1], 1) for x in (k, v))
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % ALIGNED), value=torch.inf).contiguous()
+    # Without dropout the random state is never read.
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, keys, values, None, out.to(q.dtype), lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
+    )
+    return dq, per_kv_head(dk, k.shape[1], 1), per_kv_head(dv, k.shape[1], 1)

@@ -1,0 +1,103 @@
+"""torch's ``flash`` backend of scaled_dot_product_attention, called below the dispatcher so that no other can take its place.
+
+On CPU: torch's own flash kernel, which knows "no mask" and "causal". On CUDA: the flash-attention 2 that torch ships, called with
+sequences and a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lcbench.kernels.base import Platform, Prepared, half_on_cuda
+from lcbench.kernels.pieces import PreparedPieces, count_pieces
+from lcbench.kernels.varlen import VarlenCall, count_varlen, prepare_varlen
+from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class SDPAFlash:
+    takes: ClassVar[str] = "bands"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return None
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "torch's CUDA flash kernel") if platform.type == "cuda" else None
+
+    def missing(self) -> str | None:
+        return None
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return count_varlen(mask) if platform.type == "cuda" else count_pieces(mask)
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BandMask)
+        if device.type == "cuda":
+            return prepare_varlen(mask, device, _CUDA())
+        return PreparedPieces(mask, device, _attend, _adjoint)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return out, lse
+
+
+def _adjoint(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    import torch
+
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, causal, scale=scale
+    )
+    return dq, dk, dv
+
+
+class _CUDA:
+    def forward(
+        self, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, call.cu_q, call.cu_k, call.max_q, call.max_k, 0.0, call.causal, False,
+            scale=scale, window_size_left=call.window[0], window_size_right=call.window[1],
+        )  # fmt: skip
+        return out, lse
+
+    def backward(
+        self,
+        call: VarlenCall,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
+        # Dropout is off, so the random state is never read; the kernel wants tensors in its place all the same.
+        rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            dout, q, k, v, out, lse, call.cu_q, call.cu_k, call.max_q, call.max_k, 0.0, call.causal, rng_state, unused,
+            scale=scale, window_size_left=call.window[0], window_size_right=call.window[1],
+        )  # fmt: skip
+        return dq, dk, dv

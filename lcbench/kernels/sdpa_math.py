@@ -1,0 +1,69 @@
+"""torch's ``math`` backend of scaled_dot_product_attention, with the mask as a matrix: every score in memory.
+
+Its backward is written out here, since torch's own knows the weights of its own keys only, not the LSE of all ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lcbench.kernels.base import Platform, Prepared
+from lcbench.kernels.naive import PreparedNaive, too_many_scores
+from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class SDPAMath:
+    takes: ClassVar[str] = "bands"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return None
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return too_many_scores(problem, platform)
+
+    def missing(self) -> str | None:
+        return None
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return 1
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BandMask)
+        return PreparedMath(mask, dtype, device)
+
+
+class PreparedMath(PreparedNaive):
+    def __init__(self, mask: BandMask, dtype: torch.dtype, device: torch.device) -> None:
+        import torch
+
+        super().__init__(mask, device)
+        # Below the dispatcher a mask is added to the scores, also a boolean one.
+        self._bias = torch.zeros(self.allowed.shape, dtype=dtype, device=device).masked_fill_(~self.allowed, -torch.inf)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        out, weights = torch.ops.aten._scaled_dot_product_attention_math(
+            *heads, self._bias, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out[0].transpose(0, 1), self._lse(weights[0], q, k, softmax_scale)
+
+    def _lse(self, weights: torch.Tensor, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+        """LSE (Tq, Hq) from weights (Hq, Tq, Tk): log(weight) = score - LSE, read off at each row's largest weight."""
+        import torch
+
+        sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+        largest, at = (x.T for x in weights.max(-1))  # (Tq, Hq)
+        kv_head = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
+        score = (q.to(sums) * k[at, kv_head].to(sums)).sum(-1) * scale
+        return torch.where(self.allowed.any(1)[:, None], score - torch.log(largest.to(sums)), -torch.inf)

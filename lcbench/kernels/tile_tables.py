@@ -1,0 +1,133 @@
+"""Masks as tables of tiles: what a flash kernel of our own reads to know which keys each of its blocks of rows visits.
+
+A block of rows has stretches of columns that it sees whole, and stretches that are tested against a few bands. Tiles that hold no
+pair are in neither. The work to build them goes with bands and with tiles at their edges, never with the plane.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lcbench.masks.band import BandMask, Ints, cropped, spread
+from lcbench.masks.block import BlockMap
+
+
+@dataclass(frozen=True)
+class TileTables:
+    """Blocks of rows b of map m, as entries ``e = m * len(rows) + b`` of the lists.
+
+    Attributes:
+        rows: (blocks, 2): first row, last row + 1.
+        order: (maps, blocks): blocks by falling work, so that the longest begin first.
+        whole_at, whole: columns ``whole[whole_at[e]:whole_at[e + 1]]``, each (begin, end), seen by every row of the block.
+        tested_at, tested: likewise (begin, end, first band, last band + 1): a column counts where one of these bands has it.
+        bands: (n, 6), as in ``BandMask``.
+        width: columns per tile; ``tested`` stretches begin at multiples of it.
+    """
+
+    rows: Ints
+    order: Ints
+    whole_at: Ints
+    whole: Ints
+    tested_at: Ints
+    tested: Ints
+    bands: Ints
+    width: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that are visited, of all maps."""
+        return sum(int((-(-(part[:, 1] - part[:, 0]) // self.width)).sum()) for part in (self.whole, self.tested))
+
+
+def of_bands(mask: BandMask, height: int, width: int) -> TileTables:
+    """Tables of a band mask on a grid of ``height`` x ``width`` tiles."""
+    bands = mask.bands
+    blocks = -(-mask.num_q // height)
+    number, row = spread(bands[:, 0] // height, -(-bands[:, 1] // height))
+    parts, kept = cropped(bands[number], row * height, np.minimum((row + 1) * height, mask.num_q), None, None)
+    row = row[kept]
+    q0, q1, k0, k1, lo, hi = parts.T
+    covers = (q0 == row * height) & (q1 == np.minimum((row + 1) * height, mask.num_q))
+    # Columns that the last row already sees and the first one still does, rounded inwards to whole tiles.
+    begin = -(-np.maximum(k0, q1 - 1 + lo) // width)
+    end = np.minimum(k1, q0 + hi + 1) // width
+    first, last = k0 // width, -(-k1 // width)
+    some = covers & (begin < end)
+    begin, end = np.where(some, begin, last), np.where(some, end, last)
+
+    order = np.lexsort((begin[some], row[some]))
+    whole = np.stack([begin[some], end[some]], axis=1)[order] * width
+    whole_row = row[some][order]
+
+    before, columns = spread(first, begin)
+    after, later = spread(end, last)
+    part, column = np.concatenate([before, after]), np.concatenate([columns, later])
+    order = np.lexsort((column, row[part]))
+    tested_row, tested, used = _tested(row[part[order]], column[order], part[order], parts, width)
+    return _tables(_cuts(np.arange(blocks) * height, mask.num_q), 1, whole_row, whole, tested_row, tested, used, width)
+
+
+def _tested(row: Ints, column: Ints, part: Ints, parts: Ints, width: int) -> tuple[Ints, Ints, Ints]:
+    """(row, (begin, end, first band, last band + 1), bands) of tiles given as one entry per band that touches them.
+
+    Neighbouring tiles that the same bands touch become one stretch.
+    """
+    if not len(row):
+        return row, np.zeros((0, 4), dtype=np.int64), parts[:0]
+    starts = np.nonzero(np.concatenate([[True], (np.diff(row) != 0) | (np.diff(column) != 0)]))[0]
+    count = np.diff(np.append(starts, len(row)))
+    tile_row, tile_column = row[starts], column[starts]
+    # Entry by entry against the tile before, as far as both have equally many.
+    tile, place = spread(np.zeros(len(starts), dtype=np.int64), count)
+    previous = np.maximum(tile - 1, 0)
+    differs = part != part[np.minimum(starts[previous] + place, len(part) - 1)]
+    differing = np.bincount(tile, weights=differs, minlength=len(starts))
+    follows = np.zeros(len(starts), dtype=bool)
+    follows[1:] = (np.diff(tile_row) == 0) & (np.diff(tile_column) == 1) & (np.diff(count) == 0) & (differing[1:] == 0)
+    heads = np.nonzero(~follows)[0]
+    ends = np.append(heads[1:], len(starts)) - 1
+    _, entry = spread(starts[heads], starts[heads] + count[heads])
+    bands_end = np.cumsum(count[heads])
+    stretches = [tile_column[heads] * width, (tile_column[ends] + 1) * width, bands_end - count[heads], bands_end]
+    return tile_row[heads], np.stack(stretches, axis=1), parts[part[entry]]
+
+
+def of_blocks(mask: BlockMap, height: int, width: int) -> TileTables:
+    """Tables of a block map: rows are cut at its edges, so that every kept block is seen whole; all maps one after the other."""
+    heights = np.diff(mask.q_edges)
+    number, piece = spread(np.zeros(len(heights), dtype=np.int64), -(-heights // height))
+    rows = np.stack([begin := mask.q_edges[number] + piece * height, np.minimum(begin + height, mask.q_edges[number + 1])], axis=1)
+    first = np.searchsorted(number, np.arange(len(heights)))
+    entries, stretches = [], []
+    for i in range(mask.maps):
+        step = np.diff(np.pad(mask.keep(i), ((0, 0), (1, 1))).astype(np.int8), axis=1)
+        (block, left), (_, right) = np.nonzero(step == 1), np.nonzero(step == -1)
+        stretch, row = spread(first[block], np.append(first, len(number))[block + 1])
+        order = np.argsort(row, kind="stable")
+        entries.append(i * len(number) + row[order])
+        stretches.append(np.stack([mask.k_edges[left], mask.k_edges[right]], axis=1)[stretch[order]])
+    nothing = np.zeros(0, dtype=np.int64)
+    return _tables(
+        rows, mask.maps, np.concatenate(entries), np.concatenate(stretches), nothing, nothing.reshape(0, 4), nothing.reshape(0, 6),
+        width,
+    )  # fmt: skip
+
+
+def _cuts(begin: Ints, last: int) -> Ints:
+    return np.stack([begin, np.append(begin[1:], last)], axis=1) if len(begin) else np.zeros((0, 2), dtype=np.int64)
+
+
+def _tables(
+    rows: Ints, maps: int, whole_entry: Ints, whole: Ints, tested_entry: Ints, tested: Ints, bands: Ints, width: int
+) -> TileTables:
+    """Tables from stretches with the entry of each, both lists sorted by entry."""
+    entries = np.arange(maps * len(rows) + 1)
+    work = np.zeros(maps * len(rows), dtype=np.int64)
+    for entry, stretch in ((whole_entry, whole), (tested_entry, tested)):
+        np.add.at(work, entry, -(-(stretch[:, 1] - stretch[:, 0]) // width))
+    order = np.argsort(-work.reshape(maps, -1), axis=1, kind="stable")
+    ats = [np.searchsorted(entry, entries) for entry in (whole_entry, tested_entry)]
+    return TileTables(rows, order, ats[0], whole, ats[1], tested, bands, width)

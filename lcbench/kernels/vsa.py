@@ -1,0 +1,104 @@
+"""Video sparse attention's block-sparse kernels (fastvideo-kernel, arXiv 2505.13389): the Triton ones.
+
+Uniform blocks of 64 tokens, as many key/value as query heads, and its own softmax scale of 1 / sqrt(D).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lcbench.kernels.base import Platform, Prepared, Unsupported, half_on_cuda, importable, only_blocks
+from lcbench.masks.band import BandMask
+from lcbench.masks.block import BlockMap, uniform_blocks
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+BLOCK = 64
+LOG2_E = 1.4426950408889634  # its LSE is in powers of two
+
+
+@dataclass(frozen=True)
+class VSA:
+    takes: ClassVar[str] = "blocks"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return only_blocks(mask) or _refused(mask, problem.heads)
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "VSA", head_dim=128, dtypes=("bfloat16",))
+
+    def missing(self) -> str | None:
+        return importable("fastvideo_kernel.block_sparse_attn")
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return 1
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BlockMap)
+        if reason := _refused(mask, heads):
+            raise Unsupported(reason)
+        return PreparedVSA(mask, heads, device)
+
+
+def _refused(mask: Mask, heads: Heads) -> str | None:
+    if heads.q != heads.kv:
+        return f"VSA takes as many key/value as query heads, not {heads.q} and {heads.kv}"
+    if isinstance(mask, BlockMap) and (not uniform_blocks(mask, BLOCK) or mask.num_q % BLOCK or mask.num_k % BLOCK):
+        return f"VSA takes uniform blocks of {BLOCK} tokens that divide the sequence (mask.block_size={BLOCK} mask.sizes=uniform)"
+    return None
+
+
+class PreparedVSA:
+    calls = 1
+
+    def __init__(self, mask: BlockMap, heads: Heads, device: torch.device) -> None:
+        import numpy as np
+        import torch
+
+        keep = np.stack([mask.keep(i) for i in range(mask.maps)]).repeat(heads.q // mask.maps, axis=0)[None]
+        count = keep.sum(-1)
+        index = np.where(np.arange(keep.shape[-1]) < count[..., None], np.argsort(~keep, axis=-1, kind="stable"), -1)
+        sizes = np.diff(mask.k_edges)
+        self._lists = [torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device) for x in (index, count, sizes)]
+
+    def _own_scale(self, q: torch.Tensor, softmax_scale: float) -> None:
+        if abs(softmax_scale * q.shape[2] ** 0.5 - 1) > 1e-6:
+            raise ValueError(f"VSA's softmax scale is 1 / sqrt(D), not {softmax_scale}")
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from fastvideo_kernel.block_sparse_attn import block_sparse_attn_triton
+
+        self._own_scale(q, softmax_scale)
+        out, log2 = block_sparse_attn_triton(*(_heads_first(x) for x in (q, k, v)), *self._lists)
+        return out[0].transpose(0, 1), (log2[0].T / LOG2_E).contiguous()
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        softmax_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        from fastvideo_kernel.block_sparse_attn import block_sparse_attn_backward_triton
+
+        self._own_scale(q, softmax_scale)
+        dout, q, k, v, out = (_heads_first(x) for x in (dout, q, k, v, out.to(q.dtype)))
+        log2 = (lse.T * LOG2_E)[None].contiguous()
+        dq, dk, dv = (x[0].transpose(0, 1) for x in block_sparse_attn_backward_triton(dout, q, k, v, out, log2, *self._lists))
+        return dq, dk, dv
+
+
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    """(T, H, D) to (1, H, T, D)."""
+    return x.transpose(0, 1)[None].contiguous()

@@ -1,0 +1,86 @@
+"""xformers' memory-efficient attention by its flash operator: sequences of many lengths, causal, with a left window.
+
+It has no key/value groups in backward, so these heads are repeated and their gradients summed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lcbench.kernels.base import Platform, Prepared, half_on_cuda, importable, per_kv_head, per_query_head
+from lcbench.kernels.varlen import Style, VarlenCall, count_varlen, prepare_varlen
+from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+STYLE = Style(gaps=False, right=False)
+
+
+@dataclass(frozen=True)
+class XFormers:
+    takes: ClassVar[str] = "bands"
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return None
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "xformers' flash operator", most=(9, 0))
+
+    def missing(self) -> str | None:
+        return importable("xformers.ops.fmha.flash")
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return count_varlen(mask, STYLE)
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BandMask)
+        return prepare_varlen(mask, device, _Library(), STYLE)
+
+
+class _Library:
+    def forward(
+        self, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from xformers.ops.fmha import flash, memory_efficient_attention_forward_requires_grad
+
+        keys, values = (per_query_head(x, q.shape[1], 1)[None] for x in (k, v))
+        out, lse = memory_efficient_attention_forward_requires_grad(
+            q[None], keys, values, attn_bias=_bias(call, q.device), scale=scale, op=flash.FwOp
+        )
+        return out[0], lse[0]
+
+    def backward(
+        self,
+        call: VarlenCall,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        from xformers.ops.fmha import flash, memory_efficient_attention_backward
+
+        keys, values = (per_query_head(x, q.shape[1], 1)[None] for x in (k, v))
+        dq, dk, dv = memory_efficient_attention_backward(
+            dout[None], out[None], lse[None], q[None], keys, values, attn_bias=_bias(call, q.device), scale=scale, op=flash.BwOp
+        )
+        return dq[0], per_kv_head(dk[0], k.shape[1], 1), per_kv_head(dv[0], k.shape[1], 1)
+
+
+def _bias(call: VarlenCall, device: torch.device) -> Any:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    queries, keys = (list(lengths) for lengths in zip(*call.lengths, strict=True))
+    bias = BlockDiagonalMask.from_seqlens(queries, keys, device=device)
+    if call.window == (-1, -1):
+        return bias
+    bias = bias.make_causal_from_bottomright()
+    # Its window counts the token itself.
+    return bias if call.causal else bias.make_local_attention_from_bottomright(call.window[0] + 1)

@@ -1,0 +1,547 @@
+# mypy: disable-error-code="call-arg, arg-type"
+"""Stand-ins for GPU libraries, for tests without a GPU: each library's low-level signature and conventions, on dense attention.
+
+They are as strict as the libraries are said to be: layouts, LSE bases, what a window's bound means, what empty rows give, known
+defects included. A test puts them into ``sys.modules`` and runs our adapters on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+Tensor = torch.Tensor
+OPEN = 1 << 40
+LN2 = math.log(2)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out (T, H, D) and LSE (H, T), natural, -inf for empty rows; ``allowed`` (T, Tk) or (H, T, Tk)."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(~allowed, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    return torch.einsum("hqk,khd->qhd", weights, v), lse
+
+
+def dense_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, allowed: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients from any out and LSE (H, T); infinite LSE makes a row's weights 0, as in the libraries."""
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = (torch.einsum("qhd,khd->hqk", q, keys) * scale).masked_fill(~allowed, -torch.inf)
+    weights = torch.exp(scores - torch.where(lse.isinf(), torch.inf, lse)[..., None])
+    delta = (dout * out).sum(-1).T[..., None]
+    ds = weights * (torch.einsum("qhd,khd->hqk", dout, values) - delta) * scale
+    dk, dv = torch.einsum("hqk,qhd->khd", ds, q), torch.einsum("hqk,qhd->khd", weights, dout)
+    dk, dv = (x.unflatten(1, (k.shape[1], group)).sum(2) for x in (dk, dv))
+    return torch.einsum("hqk,khd->qhd", ds, keys), dk, dv
+
+
+def sequences(cu_q: Tensor, cu_k: Tensor, tokens: tuple[int, int], left: int, right: int) -> Tensor:
+    """(Tq, Tk) of sequences with a window, bottom right aligned: ``i + lk - lq - left <= j <= i + lk - lq + right``."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert len(cu_q) == len(cu_k)
+    allowed = torch.zeros(tokens, dtype=torch.bool)
+    ends = zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:], strict=False)
+    for q0, q1, k0, k1 in ends:
+        at = torch.arange(k1 - k0) - torch.arange(q1 - q0)[:, None] - (k1 - k0 - (q1 - q0))
+        allowed[q0:q1, k0:k1] = (-left <= at) & (at <= right)
+    assert cu_q[-1] == tokens[0]
+    assert cu_k[-1] == tokens[1]
+    return allowed
+
+
+def longest(cu: Tensor) -> int:
+    return int(cu.diff().max())
+
+
+def whole(*tensors: Tensor) -> None:
+    for x in tensors:
+        assert x.stride(-1) == 1, "the last dimension must be contiguous"
+    assert len({x.dtype for x in tensors}) == 1, "one type for all"
+
+
+# -- flash-attn ------------------------------------------------------------------------------------------------------
+
+
+def _flash_window(max_k: int, causal: bool, left: int, right: int) -> tuple[int, int]:
+    """flash-attn 2 takes a bound of max_k for none, which is wrong with more rows than keys (its issue 895)."""
+    right = 0 if causal else right
+    if left >= max_k:
+        left = -1
+    if right >= max_k:
+        right = -1
+    if left < 0 and right < 0:
+        return OPEN, OPEN
+    return (max_k if left < 0 else left), (max_k if right < 0 else right)
+
+
+def flash_attn2() -> dict[str, ModuleType]:
+    def _flash_attn_varlen_forward(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+        dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int = -1, window_size_right: int = -1,
+        softcap: float = 0.0, alibi_slopes: Tensor | None = None, return_softmax: bool = False, block_table: Any = None,
+        leftpad_k: Any = None, seqused_k: Any = None, zero_tensors: bool = False,
+    ) -> tuple[Tensor, Tensor, None, Tensor]:  # fmt: skip
+        whole(q, k, v)
+        assert dropout_p == 0.0
+        assert max_seqlen_q > 1, "one query a sequence runs another layout"
+        assert (max_seqlen_q, max_seqlen_k) == (max(2, longest(cu_seqlens_q)), longest(cu_seqlens_k))
+        window = _flash_window(max_seqlen_k, causal, window_size_left, window_size_right)
+        out, lse = dense(q, k, v, sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), *window), softmax_scale)
+        return out, torch.where(lse == -torch.inf, torch.inf, lse), None, torch.zeros(2)
+
+    def _flash_attn_varlen_backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+        cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float,
+        causal: bool, window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
+        deterministic: bool, rng_state: Tensor | None = None, zero_tensors: bool = False,
+    ) -> Tensor:  # fmt: skip
+        whole(dout, q, k, v, out)
+        assert max_seqlen_k > 0
+        assert softmax_lse.shape == (q.shape[1], q.shape[0])
+        assert softmax_lse.is_contiguous()
+        window = _flash_window(max_seqlen_k, causal, window_size_left, window_size_right)
+        allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), *window)
+        for into, grad in zip((dq, dk, dv), dense_backward(dout, q, k, v, out, softmax_lse, allowed, softmax_scale), strict=True):
+            into.copy_(grad)
+        return torch.zeros(())
+
+    return _modules("flash_attn.flash_attn_interface", _flash_attn_varlen_forward, _flash_attn_varlen_backward)
+
+
+def flash_attn3() -> dict[str, ModuleType]:
+    def _flash_attn_forward(
+        q: Tensor, k: Tensor, v: Tensor, k_new: Any = None, v_new: Any = None, qv: Any = None, out_: Any = None,
+        cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, cu_seqlens_k_new: Any = None, seqused_q: Any = None,
+        seqused_k: Any = None, max_seqlen_q: Any = None, max_seqlen_k: Any = None, page_table: Any = None,
+        kv_batch_idx: Any = None, leftpad_k: Any = None, rotary_cos: Any = None, rotary_sin: Any = None,
+        seqlens_rotary: Any = None, q_descale: Any = None, k_descale: Any = None, v_descale: Any = None,
+        softmax_scale: Any = None, causal: bool = False, window_size_left: int = -1, window_size_right: int = -1,
+        attention_chunk: int = 0, softcap: float = 0.0,
+    ) -> tuple[Tensor, Tensor, None, None]:  # fmt: skip
+        whole(q, k, v)
+        assert isinstance(max_seqlen_q, int)
+        assert isinstance(max_seqlen_k, int)
+        left, right = (OPEN if bound < 0 else bound for bound in (window_size_left, 0 if causal else window_size_right))
+        allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), left, right)
+        return *dense(q, k, v, allowed, softmax_scale), None, None
+
+    def _flash_attn_backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, cu_seqlens_q: Any = None,
+        cu_seqlens_k: Any = None, sequed_q: Any = None, sequed_k: Any = None, max_seqlen_q: Any = None, max_seqlen_k: Any = None,
+        dq: Any = None, dk: Any = None, dv: Any = None, softmax_scale: Any = None, is_causal: bool = False,
+        window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0, deterministic: bool = False,
+        sm_margin: int = 0,
+    ) -> Tensor:  # fmt: skip
+        whole(dout, q, k, v, out)
+        assert softmax_lse.shape == (q.shape[1], q.shape[0])
+        left, right = (OPEN if bound < 0 else bound for bound in (window_size_left, 0 if is_causal else window_size_right))
+        allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), left, right)
+        for into, grad in zip((dq, dk, dv), dense_backward(dout, q, k, v, out, softmax_lse, allowed, softmax_scale), strict=True):
+            into.copy_(grad)
+        return torch.zeros(())
+
+    return _modules("flash_attn_interface", _flash_attn_forward, _flash_attn_backward)
+
+
+class BlockSparseTensorsTorch(NamedTuple):
+    mask_block_cnt: Tensor
+    mask_block_idx: Tensor
+    full_block_cnt: Tensor | None = None
+    full_block_idx: Tensor | None = None
+    cu_total_m_blocks: Any = None
+    cu_block_idx_offsets: Any = None
+    block_size: tuple[int, int] | None = None
+
+    def allowed(self, heads: int, rows: int, columns: int) -> Tensor:
+        """(H, rows, columns) of full blocks."""
+        assert self.block_size == (128, 128)
+        assert self.full_block_cnt is not None
+        assert self.full_block_idx is not None
+        assert int(self.mask_block_cnt.sum()) == 0
+        assert self.full_block_cnt.shape[:2] in ((1, 1), (1, heads))
+        found = torch.zeros((heads, rows, columns), dtype=torch.bool)
+        for head in range(heads):
+            own = head if self.full_block_cnt.shape[1] > 1 else 0
+            for row, count in enumerate(self.full_block_cnt[0, own].tolist()):
+                for column in self.full_block_idx[0, own, row, :count].tolist():
+                    found[head, row * 128 : (row + 1) * 128, column * 128 : (column + 1) * 128] = True
+        return found
+
+
+def flash_attn4() -> dict[str, ModuleType]:
+    def window(causal: bool, left: int | None, right: int | None) -> tuple[int, int]:
+        if left is not None and right is not None and left < 0 and right < 0:
+            left = right = None
+        right = 0 if causal else right
+        return OPEN if left is None else left, OPEN if right is None else right
+
+    def _flash_attn_fwd(
+        q: Tensor, k: Tensor, v: Tensor, qv: Any = None, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, seqused_q: Any = None,
+        seqused_k: Any = None, max_seqlen_q: Any = None, max_seqlen_k: Any = None, min_seqlen_k: Any = None,
+        page_table: Any = None, softmax_scale: Any = None, causal: bool = False, softcap: Any = None,
+        window_size_left: int | None = None, window_size_right: int | None = None, *, block_sparse_tensors: Any = None,
+        return_lse: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        whole(q, k, v)
+        if block_sparse_tensors is not None:
+            allowed = block_sparse_tensors.allowed(q.shape[2], q.shape[1], k.shape[1])
+            out, lse = dense(q[0], k[0], v[0], allowed, softmax_scale)
+            return out[None], lse[None], None, None, None
+        allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), *window(causal, window_size_left, window_size_right))
+        out, lse = dense(q, k, v, allowed, softmax_scale)
+        return out, lse if return_lse else None, None, None, None
+
+    def _flash_attn_bwd(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, softmax_scale: Any = None, causal: bool = False,
+        softcap: float = 0.0, window_size_left: int | None = None, window_size_right: int | None = None, *,
+        cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, max_seqlen_q: Any = None, max_seqlen_k: Any = None,
+        block_sparse_tensors: Any = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        whole(dout, q, k, v, out)
+        if block_sparse_tensors is not None:  # lists of query blocks for each block of keys
+            allowed = block_sparse_tensors.allowed(q.shape[2], k.shape[1], q.shape[1]).transpose(1, 2)
+            return tuple(x[None] for x in dense_backward(dout[0], q[0], k[0], v[0], out[0], lse[0], allowed, softmax_scale))
+        allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), *window(causal, window_size_left, window_size_right))
+        return dense_backward(dout, q, k, v, out, lse, allowed, softmax_scale)
+
+    return _modules("flash_attn.cute.interface", _flash_attn_fwd, _flash_attn_bwd) | _modules(
+        "flash_attn.cute.block_sparsity", BlockSparseTensorsTorch
+    )
+
+
+# -- cuDNN's -----------------------------------------------------------------------------------------------------------
+
+
+def transformer_engine() -> dict[str, ModuleType]:
+    def band(options: dict[str, Any], q: Tensor, k: Tensor, cu: tuple[Tensor, Tensor], most: tuple[int, int]) -> Tensor:
+        assert options["qkv_layout"] == "thd_thd_thd"
+        assert options["cu_seqlens_q_padded"] is cu[0]
+        assert options["cu_seqlens_kv_padded"] is cu[1]
+        assert all(int(x.diff().min()) > 0 for x in cu), "no sequence without tokens"
+        assert most == (max(2, longest(cu[0])), longest(cu[1]))
+        kind, (left, right) = options["attn_mask_type"], options["window_size"]
+        if kind == "padding":
+            assert (left, right) == (-1, -1)
+            return sequences(*cu, (len(q), len(k)), OPEN, OPEN)
+        assert kind == "padding_causal_bottom_right"
+        assert right in (0, -1)
+        assert most[0] <= max(2, most[1]), "no bottom right mask with more queries than keys"
+        return sequences(*cu, (len(q), len(k)), OPEN if left < 0 else left, 0)
+
+    def fused_attn_fwd(
+        is_training: bool, max_seqlen_q: int, max_seqlen_kv: int, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, q: Tensor, k: Tensor,
+        v: Tensor, fake_dtype: torch.dtype, fused_attention_backend: Any, attn_bias: Any = None, cu_seqlens_q_padded: Any = None,
+        cu_seqlens_kv_padded: Any = None, attn_scale: Any = None, dropout: float = 0.0, qkv_layout: str = "sbh3d",
+        o_format: str = "sbhd", attn_mask_type: str = "padding", window_size: tuple[int, int] = (-1, -1),
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        assert o_format == "thd"
+        assert fused_attention_backend == 1
+        options = {
+            "qkv_layout": qkv_layout, "cu_seqlens_q_padded": cu_seqlens_q_padded, "cu_seqlens_kv_padded": cu_seqlens_kv_padded,
+            "attn_mask_type": attn_mask_type, "window_size": window_size,
+        }  # fmt: skip
+        allowed = band(options, q, k, (cu_seqlens_q, cu_seqlens_kv), (max_seqlen_q, max_seqlen_kv))
+        out, lse = dense(q, k, v, allowed, attn_scale)
+        return out, [lse.T.contiguous()[..., None], torch.zeros(2, dtype=torch.int64)]
+
+    def fused_attn_bwd(
+        max_seqlen_q: int, max_seqlen_kv: int, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, q: Tensor, k: Tensor, v: Tensor,
+        o: Tensor, d_o: Tensor, fake_dtype: torch.dtype, aux_ctx_tensors: list[Tensor], fused_attention_backend: Any,
+        cu_seqlens_q_padded: Any = None, cu_seqlens_kv_padded: Any = None, attn_scale: Any = None, dropout: float = 0.0,
+        qkv_layout: str = "sbh3d", o_format: str = "sbhd", do_format: str = "sbhd", dqkv_layout: str = "sbh3d",
+        attn_mask_type: str = "padding", window_size: tuple[int, int] = (-1, -1),
+    ) -> list[Any]:  # fmt: skip
+        assert (o_format, do_format, dqkv_layout) == ("thd", "thd", "thd_thd_thd")
+        assert aux_ctx_tensors[0].shape == (len(q), q.shape[1], 1)
+        options = {
+            "qkv_layout": qkv_layout, "cu_seqlens_q_padded": cu_seqlens_q_padded, "cu_seqlens_kv_padded": cu_seqlens_kv_padded,
+            "attn_mask_type": attn_mask_type, "window_size": window_size,
+        }  # fmt: skip
+        allowed = band(options, q, k, (cu_seqlens_q, cu_seqlens_kv), (max_seqlen_q, max_seqlen_kv))
+        return [*dense_backward(d_o, q, k, v, o, aux_ctx_tensors[0][..., 0].T, allowed, attn_scale), None]
+
+    backends = ModuleType("transformer_engine.pytorch.cpp_extensions.fused_attn")
+    backends.FusedAttnBackend = {"F16_arbitrary_seqlen": 1}  # type: ignore[attr-defined]
+    return _modules("transformer_engine.pytorch.cpp_extensions", fused_attn_fwd, fused_attn_bwd) | {backends.__name__: backends}
+
+
+# -- others ------------------------------------------------------------------------------------------------------------
+
+
+def xformers() -> dict[str, ModuleType]:
+    class BlockDiagonalMask:
+        def __init__(self, q: list[int], k: list[int], window: tuple[int, int]) -> None:
+            self.q, self.k, self.window = q, k, window
+
+        @classmethod
+        def from_seqlens(cls, q_seqlen: list[int], kv_seqlen: list[int] | None = None, *, device: Any = None) -> Any:
+            assert kv_seqlen is not None
+            return cls(q_seqlen, kv_seqlen, (OPEN, OPEN))
+
+        def make_causal_from_bottomright(self) -> Any:
+            return BlockDiagonalMask(self.q, self.k, (OPEN, 0))
+
+        def make_local_attention_from_bottomright(self, window_size: int) -> Any:
+            assert self.window == (OPEN, 0)
+            assert window_size > 0
+            assert all(q - window_size < k for q, k in zip(self.q, self.k, strict=True)), "a row sees no key"
+            return BlockDiagonalMask(self.q, self.k, (window_size - 1, 0))
+
+        def allowed(self) -> Tensor:
+            cu = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (self.q, self.k)]
+            return sequences(cu[0], cu[1], (sum(self.q), sum(self.k)), *self.window)
+
+    flash = ModuleType("xformers.ops.fmha.flash")
+    flash.FwOp, flash.BwOp = "forward", "backward"  # type: ignore[attr-defined]
+
+    def memory_efficient_attention_forward_requires_grad(
+        query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, p: float = 0.0, scale: Any = None, *, op: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        assert op == flash.FwOp
+        assert query.shape[2] == key.shape[2], "no groups"
+        out, lse = dense(query[0], key[0], value[0], attn_bias.allowed(), scale)
+        return out[None], lse[None]
+
+    def memory_efficient_attention_backward(
+        grad: Tensor, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None,
+        p: float = 0.0, scale: Any = None, *, op: Any = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        assert op == flash.BwOp
+        grads = dense_backward(grad[0], query[0], key[0], value[0], output[0], lse[0], attn_bias.allowed(), scale)
+        return tuple(x[None] for x in grads)
+
+    functions = memory_efficient_attention_forward_requires_grad, memory_efficient_attention_backward
+    found = _modules("xformers.ops.fmha", *functions)
+    found["xformers.ops.fmha"].flash = flash  # type: ignore[attr-defined]
+    return _modules("xformers.ops.fmha.attn_bias", BlockDiagonalMask) | found | {flash.__name__: flash}
+
+
+def flashinfer() -> dict[str, ModuleType]:
+    class BatchPrefillWithRaggedKVCacheWrapper:
+        def __init__(self, float_workspace_buffer: Tensor, kv_layout: str = "NHD", *, backend: str = "auto") -> None:
+            assert float_workspace_buffer.dtype == torch.uint8
+            assert (kv_layout, backend) == ("NHD", "fa2")
+
+        def plan(
+            self, qo_indptr: Tensor, kv_indptr: Tensor, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int, *,
+            causal: bool = False, window_left: int = -1, sm_scale: float | None = None, q_data_type: Any = "float16",
+            kv_data_type: Any = None,
+        ) -> None:  # fmt: skip
+            assert sm_scale is not None
+            assert q_data_type == kv_data_type
+            self.heads = num_qo_heads, num_kv_heads, head_dim_qk
+            self.cu, self.scale = (qo_indptr, kv_indptr), sm_scale
+            self.window = OPEN if window_left < 0 else window_left, 0 if causal else OPEN
+
+        def run(self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> tuple[Tensor, Tensor]:
+            assert return_lse
+            assert self.heads == (q.shape[1], k.shape[1], q.shape[2])
+            out, lse = dense(q, k, v, sequences(*self.cu, (len(q), len(k)), *self.window), self.scale)
+            return out, lse.T / LN2
+
+    class VariableBlockSparseAttentionWrapper:
+        def __init__(self, float_workspace_buffer: Tensor, backend: str = "auto") -> None:
+            assert backend == "fa2"
+
+        def plan(
+            self, block_mask_map: Tensor, block_row_sz: Tensor, block_col_sz: Tensor, num_qo_heads: int, num_kv_heads: int,
+            head_dim: int, *, sm_scale: float | None = None, q_data_type: Any = "float16", kv_data_type: Any = None,
+        ) -> None:  # fmt: skip
+            assert block_mask_map.dtype == torch.bool
+            assert block_mask_map.any()
+            assert len(block_mask_map) == num_kv_heads
+            assert block_row_sz.shape == block_mask_map.shape[:2]
+            each = num_qo_heads // num_kv_heads
+            self.scale, self.allowed = sm_scale or 0.0, torch.stack([
+                keep.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+                for keep, rows, columns in zip(block_mask_map, block_row_sz, block_col_sz, strict=True)
+            ]).repeat_interleave(each, 0)  # fmt: skip
+
+        def run(self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> tuple[Tensor, Tensor]:
+            assert return_lse
+            out, lse = dense(*(x.transpose(0, 1) for x in (q, k, v)), self.allowed, self.scale)
+            return out.transpose(0, 1), lse / LN2
+
+    return _modules("flashinfer", BatchPrefillWithRaggedKVCacheWrapper, VariableBlockSparseAttentionWrapper)
+
+
+def magi_attention() -> dict[str, ModuleType]:
+    def cut(tokens: tuple[int, int], q_ranges: Tensor, k_ranges: Tensor, kinds: Tensor) -> Tensor:
+        assert q_ranges.dtype == k_ranges.dtype == kinds.dtype == torch.int32
+        count = torch.zeros(tokens, dtype=torch.int32)
+        for (q0, q1), (k0, k1), kind in zip(q_ranges.tolist(), k_ranges.tolist(), kinds.tolist(), strict=True):
+            at = torch.arange(k1 - k0) - torch.arange(q1 - q0)[:, None]
+            above, below = at > (k1 - k0) - (q1 - q0), at < 0
+            count[q0:q1, k0:k1] += ~((above if kind in (1, 3) else False) | (below if kind in (2, 3) else torch.zeros_like(below)))
+        assert count.max() <= 1, "slices overlap"
+        return count.bool()
+
+    def flex_flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, q_ranges: Any = None, k_ranges: Any = None, attn_type_map: Any = None, *,
+        softmax_scale: Any = None,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        out, lse = dense(q, k, v, cut((len(q), len(k)), q_ranges, k_ranges, attn_type_map), softmax_scale)
+        return out, SimpleNamespace(lse=lse.T.contiguous(), max_logits=None)
+
+    def _flex_flash_attn_backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sink: Any, sink_layout: str, out: Tensor, lse: Tensor, dq: Any, dk: Any,
+        dv: Any, dsink: Any, q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tensor, softmax_scale: float, softcap: float,
+        dq_type: Any, dk_type: Any, dv_type: Any, disable_bwd_dkv_atomic_reduction: bool, deterministic: bool, sm_margin: int,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        assert dq_type == dk_type == dv_type == torch.float32
+        assert lse.shape == q.shape[:2]
+        allowed = cut((len(q), len(k)), q_ranges, k_ranges, attn_type_map)
+        return *dense_backward(dout, q, k, v, out, lse.T, allowed, softmax_scale), None
+
+    below = _modules("magi_attention.functional.flex_flash_attn", _flex_flash_attn_backward)
+    return below | _modules("magi_attention.functional", flex_flash_attn_func)
+
+
+def fastvideo() -> dict[str, ModuleType]:
+    def expand(index: Tensor, count: Tensor, sizes: Tensor) -> Tensor:
+        assert index.dtype == count.dtype == sizes.dtype == torch.int32
+        assert set(sizes.tolist()) == {64}
+        heads, rows = index.shape[1:3]
+        found = torch.zeros((heads, rows * 64, len(sizes) * 64), dtype=torch.bool)
+        for head in range(heads):
+            for row in range(rows):
+                for column in index[0, head, row, : count[0, head, row]].tolist():
+                    found[head, row * 64 : row * 64 + 64, column * 64 : column * 64 + 64] = True
+        return found
+
+    def block_sparse_attn_triton(
+        q: Tensor, k: Tensor, v: Tensor, q2k_idx: Tensor, q2k_num: Tensor, variable_block_sizes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert q.shape == k.shape
+        allowed = expand(q2k_idx, q2k_num, variable_block_sizes)
+        out, lse = dense(*(x[0].transpose(0, 1) for x in (q, k, v)), allowed, q.shape[-1] ** -0.5)
+        return out.transpose(0, 1)[None], (lse / LN2)[None]
+
+    def block_sparse_attn_backward_triton(
+        grad_output: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, q2k_idx: Tensor, q2k_num: Tensor,
+        variable_block_sizes: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        assert all(x.is_contiguous() for x in (grad_output, q, k, v, o, lse))
+        allowed = expand(q2k_idx, q2k_num, variable_block_sizes)
+        packed = [x[0].transpose(0, 1) for x in (grad_output, q, k, v, o)]
+        grads = dense_backward(*packed, lse[0] * LN2, allowed, q.shape[-1] ** -0.5)
+        return tuple(x.transpose(0, 1)[None] for x in grads)
+
+    return _modules("fastvideo_kernel.block_sparse_attn", block_sparse_attn_triton, block_sparse_attn_backward_triton)
+
+
+def flashmask_ops() -> Any:
+    """What ``torch.ops.flashmask`` holds."""
+
+    def visible(rows: Tensor, tokens: int) -> Tensor:
+        assert rows.dtype == torch.int32
+        assert rows.shape[:2] == (1, 1)
+        assert rows.shape[3] == 4
+        at = torch.arange(tokens)[:, None]
+        first, end, second, last = rows[0, 0].T
+        return ~((at >= first) & (at < end) | (at >= second) & (at < last))
+
+    def fwd(*, q: Tensor, k: Tensor, v: Tensor, startend_row_indices: Tensor, block_mask: Any, softmax_scale: float,
+            is_causal: bool, window_size_left: int, window_size_right: int, softcap: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+        assert not is_causal
+        out, lse = dense(q[0], k[0], v[0], visible(startend_row_indices, q.shape[1]), softmax_scale)
+        return out[None], lse[None]
+
+    def bwd(*, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, startend_row_indices: Tensor,
+            softmax_scale: float, **rest: Any) -> tuple[Tensor, ...]:  # fmt: skip
+        allowed = visible(startend_row_indices, q.shape[1])
+        grads = dense_backward(dout[0], q[0], k[0], v[0], out[0], softmax_lse[0], allowed, softmax_scale)
+        return tuple(x[None] for x in grads)
+
+    return SimpleNamespace(fwd=fwd, bwd=bwd)
+
+
+def torch_cuda_ops() -> dict[str, Callable[..., Any]]:
+    """torch's CUDA attention operators, by name in ``torch.ops.aten``."""
+
+    def causal(q: Tensor, k: Tensor, is_causal: bool) -> Tensor:
+        return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if is_causal else torch.ones(1, dtype=torch.bool)
+
+    def each(function: Callable[..., tuple[Tensor, ...]], *batches: Tensor) -> list[Tensor]:
+        """Apply to packed members of a batch of (B, H, S, D) tensors."""
+        members = [function(*(x.transpose(0, 1) if x.dim() == 3 else x for x in member)) for member in zip(*batches, strict=True)]
+        return [torch.stack(parts) for parts in zip(*members, strict=True)]
+
+    def heads_first(tensors: list[Tensor]) -> list[Tensor]:
+        return [x.transpose(1, 2) for x in tensors]
+
+    def efficient(q: Tensor, k: Tensor, v: Tensor, bias: Any, compute_lse: bool, dropout: float = 0.0, is_causal: bool = False,
+                  *, scale: float) -> tuple[Any, ...]:  # fmt: skip
+        assert bias is None
+        assert compute_lse
+        assert q.shape[1] == k.shape[1], "no groups"
+        out, lse = each(lambda *m: dense(*m, causal(q, k, is_causal), scale), q, k, v)
+        return out.transpose(1, 2), torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf), None, None
+
+    def efficient_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, out: Tensor, lse: Tensor, seed: Tensor,
+                           offset: Tensor, dropout: float, wanted: list[bool], is_causal: bool = False, *,
+                           scale: float) -> tuple[Any, ...]:  # fmt: skip
+        assert lse.shape[-1] % 32 == 0
+        assert wanted == [True, True, True, False]
+        lse = lse[..., : q.shape[2]]
+        grads = each(lambda *m: dense_backward(*m, causal(q, k, is_causal), scale), dout, q, k, v, out, lse)
+        return *heads_first(grads), None
+
+    def cudnn(q: Tensor, k: Tensor, v: Tensor, bias: Any, compute_lse: bool, dropout: float = 0.0, is_causal: bool = False,
+              debug: bool = False, *, scale: float) -> tuple[Any, ...]:  # fmt: skip
+        out, lse, *_ = efficient(q, k, v, bias, compute_lse, dropout, is_causal, scale=scale)
+        return out, lse[..., : q.shape[2], None], None, None, None, None, None, None, None
+
+    def cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor,
+                       bias: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, dropout: float, is_causal: bool, *,
+                       scale: float) -> tuple[Any, ...]:  # fmt: skip
+        assert lse.shape[-1] == 1
+        assert (max_q, max_k) == (q.shape[2], k.shape[2])
+        grads = each(lambda *m: dense_backward(*m, causal(q, k, is_causal), scale), dout, q, k, v, out, lse[..., 0])
+        return tuple(heads_first(grads))
+
+    library = flash_attn2()["flash_attn.flash_attn_interface"]
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, dropout: float,
+              is_causal: bool, debug: bool, *, scale: float, window_size_left: int, window_size_right: int) -> Any:  # fmt: skip
+        forward = library._flash_attn_varlen_forward
+        return forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, is_causal, window_size_left, window_size_right)
+
+    def flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
+                       max_q: int, max_k: int, dropout: float, is_causal: bool, rng_state: Tensor, unused: Tensor, *,
+                       scale: float, window_size_left: int, window_size_right: int) -> Any:  # fmt: skip
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        library._flash_attn_varlen_backward(
+            dout, q, k, v, out, lse, *grads, cu_q, cu_k, max_q, max_k, dropout, scale, is_causal, window_size_left,
+            window_size_right, 0.0, None, False,
+        )  # fmt: skip
+        return grads
+
+    return {
+        "_scaled_dot_product_efficient_attention": efficient,
+        "_scaled_dot_product_efficient_attention_backward": efficient_backward,
+        "_scaled_dot_product_cudnn_attention": cudnn, "_scaled_dot_product_cudnn_attention_backward": cudnn_backward,
+        "_flash_attention_forward": flash, "_flash_attention_backward": flash_backward,
+    }  # fmt: skip
+
+
+def _modules(name: str, *members: Any) -> dict[str, ModuleType]:
+    """A module with these members, and its parents."""
+    found: dict[str, ModuleType] = {}
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        path = ".".join(parts[:i])
+        found[path] = sys.modules.get(path) if path in sys.modules and i < len(parts) else ModuleType(path)  # type: ignore[assignment]
+        found[path].__path__ = []  # type: ignore[attr-defined]
+    for member in members:
+        setattr(found[name], member.__name__, member)
+    return found

@@ -1,0 +1,140 @@
+"""Adapters of GPU libraries against stand-ins with the libraries' own signatures and conventions, on every mask, without a GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from test_kernels import CPU, GROUPED, HARD, SEQLEN, check_kernel, kernel_of, problem_of
+
+from lcbench.kernels.base import Kernel, Platform, Prepared, Unsupported, prepare
+from lcbench.masks.block import BlockMap
+from lcbench.masks.block_random import block_random
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem, Scale
+from lcbench.testing import fake_libraries
+from lcbench.testing.dense import dense_attention, dense_heads
+from lcbench.testing.masks import names, small
+
+H200 = Platform("cuda", (9, 0), 141 << 30)
+DENSE: dict[str, Callable[[], dict[str, ModuleType]]] = {
+    "flash_attn2": fake_libraries.flash_attn2, "flash_attn3": fake_libraries.flash_attn3, "flash_attn4": fake_libraries.flash_attn4,
+    "te_fused": fake_libraries.transformer_engine, "xformers": fake_libraries.xformers, "ffa": fake_libraries.magi_attention,
+}  # fmt: skip
+
+
+def every_mask(folder: Path) -> dict[str, Mask]:
+    return {name: small(name, SEQLEN, GROUPED, folder) for name in names()} | HARD
+
+
+def install(monkeypatch: pytest.MonkeyPatch, modules: dict[str, ModuleType]) -> None:
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("library", DENSE)
+def test_dense_library_runs_every_mask(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, DENSE[library]())
+    kernel = kernel_of(library)
+    assert kernel.missing() is None
+    assert kernel.unavailable(problem_of(Heads(6, 2, 64), "bfloat16"), H200) is None
+    for mask in every_mask(tmp_path).values():
+        check_kernel(kernel, mask, GROUPED, torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["sdpa_efficient", "sdpa_cudnn"])
+def test_torch_cuda_backend_runs_every_mask(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for operator, fake in fake_libraries.torch_cuda_ops().items():
+        monkeypatch.setattr(torch.ops.aten, operator, fake)
+    for mask in every_mask(tmp_path).values():
+        check_kernel(kernel_of(name), mask, GROUPED, torch.float64, 1e-12)
+
+
+def test_torch_flash_on_cuda_runs_every_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lcbench.kernels.sdpa_flash import _CUDA, SDPAFlash
+    from lcbench.kernels.varlen import count_varlen, prepare_varlen
+
+    for operator, fake in fake_libraries.torch_cuda_ops().items():
+        monkeypatch.setattr(torch.ops.aten, operator, fake)
+
+    class OnCuda(SDPAFlash):
+        def calls(self, mask: Mask, platform: Platform) -> int:  # type: ignore[override]
+            return count_varlen(mask)  # type: ignore[arg-type]
+
+        def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+            return prepare_varlen(mask, device, _CUDA())  # type: ignore[arg-type]
+
+    for mask in every_mask(tmp_path).values():
+        check_kernel(OnCuda(), mask, GROUPED, torch.float64, 1e-12)
+
+
+def test_flashmask_runs_every_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "flashmask", fake_libraries.flashmask_ops(), raising=False)
+    kernel = kernel_of("flashmask")
+    native = 0
+    for mask in every_mask(tmp_path).values():
+        check_kernel(kernel, mask, GROUPED, torch.float64, 1e-12)
+        native += not isinstance(mask, BlockMap) and kernel.calls(mask, H200) == 1
+    assert native > 10
+
+
+def check_forward(kernel: Kernel, mask: Mask, heads: Heads, scale: float) -> None:
+    q, k, v = (torch.randn(mask.num_q, h, heads.dim, dtype=torch.float64) for h in (heads.q, heads.kv, heads.kv))
+    want, want_lse = dense_attention(q, k, v, dense_heads(mask, heads.q), scale)
+    out, lse = prepare(kernel, mask, heads, torch.float64, CPU).forward(q, k, v, softmax_scale=scale)
+    assert torch.equal(lse == -torch.inf, want_lse == -torch.inf)
+    assert (out - want).abs().max() <= 1e-12
+    assert torch.where(want_lse == -torch.inf, 0.0, lse - want_lse).abs().max() <= 1e-12
+
+
+def test_flashinfer_runs_every_mask_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, fake_libraries.flashinfer())
+    kernel = kernel_of("flashinfer")
+    assert "direction=forward runs" in str(kernel.unsupported(problem_of(GROUPED), HARD["holes"]))
+    for mask in every_mask(tmp_path).values():
+        check_forward(kernel, mask, GROUPED, 0.7)
+
+
+def test_flashinfer_sparse_runs_block_maps_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, fake_libraries.flashinfer())
+    kernel = kernel_of("flashinfer_sparse")
+    forward = Problem(SEQLEN, GROUPED, Scale(1, 1), "bfloat16", "forward")
+    for mask in every_mask(tmp_path).values():
+        if isinstance(mask, BlockMap):
+            assert kernel.unsupported(forward, mask) is None
+            check_forward(kernel, mask, GROUPED, 0.7)
+    each = block_random(64, heads=GROUPED, seed=(1, 0), density=0.3, block_size=8, sizes="uniform", per="q_head")
+    assert "one per query head" in str(kernel.unsupported(forward, each))
+
+
+@pytest.mark.parametrize(("name", "block", "heads"), [("flash_attn4_sparse", 128, Heads(4, 2, 16)), ("vsa", 64, Heads(2, 2, 16))])
+def test_sparse_library_runs_its_blocks(name: str, block: int, heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, {"flash_attn4_sparse": fake_libraries.flash_attn4, "vsa": fake_libraries.fastvideo}[name]())
+    kernel = kernel_of(name)
+    assert kernel.missing() is None
+    for per in ("all_heads", "kv_head", "q_head"):
+        mask = block_random(4 * block, heads=heads, seed=(1, 0), density=0.4, block_size=block, sizes="uniform", per=per)  # type: ignore[arg-type]
+        assert kernel.unsupported(problem_of(heads), mask) is None
+        check_kernel(kernel, mask, heads, torch.float64, 1e-12, scale=heads.dim**-0.5)
+    other = block_random(4 * block, heads=heads, seed=(1, 0), density=0.4, block_size=block // 2, sizes="uniform", per="q_head")
+    assert f"takes uniform blocks of {block} tokens" in str(kernel.unsupported(problem_of(heads), other))
+    with pytest.raises(Unsupported, match="uniform blocks"):
+        prepare(kernel, other, heads, torch.float64, CPU)
+
+
+@pytest.mark.parametrize("name", [name for name in names("kernel") if kernel_of(name).missing()])
+def test_a_library_that_is_not_here_says_so(name: str) -> None:
+    assert "cannot be imported" in str(kernel_of(name).missing())
+
+
+def test_limits_name_what_is_wrong() -> None:
+    kernel = kernel_of("flash_attn3")
+    halves = problem_of(Heads(6, 2, 64), "bfloat16")
+    assert "runs on CUDA devices only" in str(kernel.unavailable(halves, Platform("cpu")))
+    assert "needs compute capability 9.0 to 9.0, this device has 10.0" in str(kernel.unavailable(halves, Platform("cuda", (10, 0))))
+    assert "not float64" in str(kernel.unavailable(problem_of(Heads(6, 2, 64)), H200))
+    assert "in steps of 8, not 60" in str(kernel.unavailable(problem_of(Heads(6, 2, 60), "bfloat16"), H200))
