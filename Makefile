@@ -52,5 +52,5 @@ cluster-down: ## stop it and remove its folder
 cluster-status: ## its nodes and daemons
 	@slurm/devcluster/devcluster status
 
-gpu-check: ## on a machine with a GPU: kernels against the reference, then timed; writes results/gpu-check.json
+gpu-check: ## on a machine with a GPU: kernels against the reference, then timed; writes results/<gpu>/
 	$(PYTHON) -m lcbench.testing.gpu_check

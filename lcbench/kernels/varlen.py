@@ -2,7 +2,7 @@
 
 Libraries differ in what they stand, and say so by ``Style``. ``WINDOWED`` ones (flash-attn) take any window and sequences without
 queries or without keys, so that q, k and v are used where they lie. Others get the sequences alone, their rows gathered; and where
-they know a causal bound but no other right bound, the mask is cut into slices, of which those that are bounded below only run
+they know a causal bound but no other right bound, bands are cut into slices, of which those that are bounded below only run
 with queries and keys in reverse order, which makes them causal.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from lcbench.kernels.base import Merged, Prepared, accumulation_dtype
 from lcbench.masks.band import BandMask, Ints
-from lcbench.masks.convert import Varlen, sliced, varlen
+from lcbench.masks.convert import Varlen, varlen, without_right_windows
 
 if TYPE_CHECKING:
     import torch
@@ -85,11 +85,9 @@ def _groups(mask: BandMask, style: Style) -> Iterator[tuple[Varlen, bool]]:
     if style.right:
         yield from ((group, False) for group in varlen(mask))
         return
-    parts = sliced(mask)
-    below_only = np.array([band.cuts_below and not band.cuts_above for band in parts], dtype=bool)
-    upright = BandMask(mask.num_q, mask.num_k, parts.bands[~below_only])
-    yield from ((group, False) for group in varlen(upright))
-    yield from ((group, True) for group in varlen(_reversed(BandMask(mask.num_q, mask.num_k, parts.bands[below_only]))))
+    causal, below_only = without_right_windows(mask)
+    yield from ((group, False) for group in varlen(causal))
+    yield from ((group, True) for group in varlen(_reversed(below_only)))
 
 
 def _reversed(mask: BandMask) -> BandMask:

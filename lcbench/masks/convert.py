@@ -114,8 +114,18 @@ def _upright(mask: BandMask) -> Iterator[Band]:
         yield from sliced(BandMask.of(mask.num_q, mask.num_k, [band])) if tall else [band]
 
 
+def without_right_windows(mask: BandMask) -> tuple[BandMask, BandMask]:
+    """The mask as (full bands and bands with a causal bound, with or without a left one; bands with a left bound only)."""
+    rights = [_window(band) for band in mask]
+    stays = np.array([right == 0 or (left, right) == (-1, -1) for left, right in rights], dtype=bool)
+    cut = sliced(BandMask(mask.num_q, mask.num_k, mask.bands[~stays]))
+    below_only = np.array([band.cuts_below and not band.cuts_above for band in cut], dtype=bool)
+    causal = np.concatenate([mask.bands[stays], cut.bands[~below_only]])
+    return BandMask(mask.num_q, mask.num_k, causal), BandMask(mask.num_q, mask.num_k, cut.bands[below_only])
+
+
 def sliced(mask: BandMask) -> BandMask:
-    """The same mask in bands that are slices (below): as varlen calls, none has a window that reaches right of the diagonal."""
+    """The same mask in bands that are slices (below)."""
     bands = [Band(q0, q1, k0, k1, *_corners(q0, q1, k0, k1, kind)) for q0, q1, k0, k1, kind in slices(mask)]
     return BandMask.of(mask.num_q, mask.num_k, bands)
 
@@ -175,7 +185,8 @@ def slices(mask: BandMask) -> list[Slice]:
     """The mask as disjoint slices, at most three a band: cut where a diagonal bound begins or ceases to bind."""
     found = []
     for q0, q1, k0, k1, lo, hi in mask:
-        cuts = sorted({q0, q1, min(max(k1 - 1 - hi, q0), q1), min(max(k0 - lo + 1, q0), q1)})
+        # The row whose bound runs through the corner belongs to the bounded part, though it is whole.
+        cuts = sorted({q0, q1, min(max(k1 - hi, q0), q1), min(max(k0 - lo, q0), q1)})
         for a, b in pairwise(cuts):
             for part in BandMask.of(mask.num_q, mask.num_k, [Band(a, b, k0, k1, lo, hi)]):
                 kind: Literal["full", "causal", "inverse", "both"]

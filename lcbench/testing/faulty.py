@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lcbench.kernels.base import Prepared
 from lcbench.kernels.sdpa_flash import SDPAFlash
+from lcbench.masks.band import Band, BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Faulty(SDPAFlash):
-    """``fault``: raise, exit, hang, kill or wrong; it happens on rank ``rank`` of the gang while ``while_file`` exists."""
+    """``fault``: raise, exit, hang, kill, wrong or blind (to the mask); it happens on rank ``rank`` of the gang while ``while_file`` exists."""
 
     fault: str = "raise"
     while_file: str = ""
@@ -37,6 +38,9 @@ class Faulty(SDPAFlash):
             os.kill(os.getpid(), 9)
         if self.fault == "hang":
             time.sleep(3600)
+        if self.fault == "blind":
+            everything = BandMask.of(mask.num_q, mask.num_k, [Band(0, mask.num_q, 0, mask.num_k)])
+            return super().prepare(everything, heads, dtype, device)
         return _Wrong(prepared)
 
 

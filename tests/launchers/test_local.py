@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lcbench.runs.store import Sweep, read_json
+from lcbench.testing.masks import names
 
 pytestmark = [pytest.mark.gloo, pytest.mark.slow]
 
@@ -58,3 +59,38 @@ def test_kill_in_the_middle_then_the_same_command_does_what_is_missing(tmp_path:
         assert len(attempts) == 1 or attempts[0].failure is not None
         if cell_id in done_before and attempts[0].status == "ok":
             assert len(attempts) == 1  # what was done is not done again
+
+
+def test_a_sweep_of_every_kernel_ends_with_a_result_or_a_reason_for_each(tmp_path: Path) -> None:
+    fault = tmp_path / "fault"
+    fault.touch()
+    results = tmp_path / "results"
+    dense = ["reference", "naive", "sdpa_math", "sdpa_flash", "flex", "triton_band"]
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "lcbench.sweep", "--config-dir", str(ROOT / "tests" / "conf"),
+            f"kernel={','.join([*names('kernel'), 'faulty_blind'])}", "mask=causal_document,block_random", "lengths=fixed",
+            "lengths.length=64", "cp=none", "seqlen=256", "scale=1x1", "heads=4x4x16", "dtype=float32", "measure.warmup=0",
+            "measure.min_iterations=1", "measure.max_iterations=1", "sweep=kernels", f"results={results}",
+            f"tracking_uri=sqlite:///{tmp_path}/mlflow.db",
+        ],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1", "LCBENCH_TEST_FAULT": str(fault)},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr  # the blind one
+    sweep = Sweep(results, "kernels")
+    for cell_id, entry in sweep.entries().items():
+        kernel, mask = entry.cell.config["kernel"]["name"], entry.cell.config["mask"]["name"]
+        (attempt,) = sweep.attempts(cell_id)
+        runs = dense if mask == "causal_document" else [*dense, "flex_sparse", "triton_block_sparse"]
+        if kernel in runs:
+            assert attempt.status == "ok", (kernel, mask, attempt.failure)
+        elif kernel == "faulty_blind":
+            assert attempt.failure is not None
+            assert (attempt.status, attempt.failure.kind) == ("failed", "numerics")
+            assert "out: error" in attempt.failure.cause
+        else:
+            assert attempt.failure is not None
+            assert (attempt.status, attempt.failure.kind) == ("skipped", "unsupported"), (kernel, mask)
+            assert any(word in attempt.failure.cause for word in ("CUDA devices only", "takes", "direction=forward")), (
+                attempt.failure
+            )
