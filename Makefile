@@ -37,8 +37,10 @@ lint: setup ## ruff and mypy
 bench: setup ## how long planning, the mask algebra and every strategy take (beside torch's ring)
 	$(BIN)/python -m tests.bench
 
-docs: setup ## draw the gallery of masks again
+docs: setup ## draw the gallery of masks and write the tables of what runs what again
 	$(BIN)/python -m lcbench.masks --gallery docs/masks.png lengths=uniform lengths.high=4k
+	$(BIN)/python -m lcbench.kernels --platform cpu --markdown > docs/support-cpu.md
+	$(BIN)/python -m lcbench.kernels --platform h200 --markdown > docs/support-h200.md
 
 mlflow: setup ## MLflow server with the results of this checkout; prints its address
 	@slurm/mlflow.sh

@@ -140,6 +140,7 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
         metrics["comm/bytes"] = float(max(_from_all(forward_bytes + backward_bytes)))
         metrics["memory/buffer_bytes"] = float(max(_from_all(executor.buffer_bytes)))
         measured.notes["kernel_calls"] = _from_all(executor.calls)
+        metrics["kernel/calls"] = float(max(measured.notes["kernel_calls"]))
     if measured.check.failures:
         return measured  # a wrong result has no speed
 

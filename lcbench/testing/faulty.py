@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Faulty(SDPAFlash):
-    """``fault``: raise, exit, hang, kill, wrong or blind (to the mask); it happens on rank ``rank`` of the gang while ``while_file`` exists."""
+    """``fault``: raise, exit, hang, kill, wrong or blind (to the mask); it happens on rank ``rank`` of the gang while
+    ``while_file`` exists."""
 
     fault: str = "raise"
     while_file: str = ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -106,3 +108,9 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
 
 def test_the_platform_of_a_cpu_has_memory() -> None:
     assert Platform.of(torch.device("cpu")).memory_bytes > 1 << 30
+
+
+def test_it_needs_neither_hydra_nor_mlflow() -> None:
+    program = "import sys, lcbench.testing.gpu_check; print(sorted({'hydra', 'omegaconf', 'mlflow', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 # Shared memory that one block can have, in bytes (CUDA C programming guide, technical specifications).
 SHARED = {80: 163 << 10, 90: 227 << 10}
 
-PROGRAM = '''
+PROGRAM = """
 import json, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -52,7 +52,7 @@ for kernel, tested in ((TritonBand(), True), (TritonBlockSparse(), False)):
             made = compiled(function, *tile, launch, dim, tested, capability, kind)
             tensor_cores = "wgmma" if "wgmma" in made.asm["ptx"] else "mma" if "mma.sync" in made.asm["ptx"] else ""
             print(json.dumps([capability, made.metadata.shared, tensor_cores]))
-'''
+"""
 
 
 def test_kernels_compile_for_gpus_and_use_their_tensor_cores(tmp_path: object) -> None:
