@@ -51,11 +51,11 @@ class Saved:
     """What backward needs of forward besides kept buffers, which the next forward overwrites.
 
     ``out`` (T, Hq, D) and ``lse`` (T, Hq) are of this rank's own tokens (LSE is NaN where another rank alone computed them);
-    ``finals`` of the operands whose every key this rank computed.
+    ``finals`` of the operands whose every key this rank computed. ``kv`` are keys and values together; apart where nothing moves.
     """
 
     q: torch.Tensor
-    kv: torch.Tensor
+    kv: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
     out: torch.Tensor
     lse: torch.Tensor
     finals: dict[tuple[int, tuple[int, ...]], Part]
@@ -131,6 +131,11 @@ class Executor:
         Without ``compute`` or without ``communicate`` the rest goes through the same motions, and results mean nothing.
         """
         self._begin(compute, communicate)
+        alone = self._alone()
+        if alone is not None:
+            out, lse = alone.forward(q, k, v, softmax_scale=self.problem.softmax_scale)
+            saved = Saved(q, (k, v), out.to(q.dtype), lse, {})
+            return saved.out, saved
         self._own: dict[str, torch.Tensor] = {"q": q, "kv": torch.stack([k, v], dim=2)}
         self._parts: dict[tuple[int, tuple[int, ...]], Part] = {}
         self._total: Part | None = None
@@ -141,6 +146,19 @@ class Executor:
         saved = Saved(q, self._own["kv"], out.to(q.dtype), lse, finals)
         self._own, self._parts, self._total = {}, {}, None
         return saved.out, saved
+
+    def _alone(self) -> Prepared | None:
+        """The kernel of the only tile, if that is all tokens and heads of a single rank: nothing is then packed or summed,
+        and the time of a cell without context parallelism is its kernel's."""
+        if self.schedule.world_size > 1 or self._marks is not None or not self._compute or len(self._tiles) != 1:
+            return None
+        ((call, kernel),) = self._tiles.items()
+        tokens = (0, self._program.tokens)
+        operands = Operand("q", call.group, call.q), Operand("kv", call.group, call.k)
+        whole = all(self._program.local(operand) == tokens for operand in operands)
+        group, heads = self.schedule.heads[call.group], self.problem.heads
+        every = (len(group), group.kv_heads) == (heads.q, slice(0, heads.kv))
+        return kernel if whole and every else None
 
     def _forward_tile(self, call: TileCall, kernel: Prepared, number: int) -> None:
         q, kv = self._value("q", call, number), self._value("kv", call, number)
@@ -220,13 +238,21 @@ class Executor:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dq, dk, dv) of this rank's tokens from its dout (T, Hq, D), in the inputs' type."""
         self._begin(compute, communicate)
+        if isinstance(saved.kv, tuple):
+            alone = self._alone()
+            assert alone is not None
+            grads = alone.backward(dout, saved.q, *saved.kv, saved.out, saved.lse, softmax_scale=self.problem.softmax_scale)
+            dq, dk, dv = (grad.to(dout.dtype) for grad in grads)
+            return dq, dk, dv
         sums = self._dtypes["sum"]
-        delta = (dout.to(sums) * saved.out).sum(-1)
         self._own = {
-            "q": saved.q, "kv": saved.kv, "dout": dout, "stats": torch.stack([saved.lse, delta], dim=2),
+            "q": saved.q, "kv": saved.kv, "dout": dout,
             "dq": torch.zeros(saved.q.shape, dtype=sums, device=self.device),
             "dkv": torch.zeros(saved.kv.shape, dtype=sums, device=self.device),
         }  # fmt: skip
+        if self._program.sends_stats:
+            delta = (dout.to(sums) * saved.out).sum(-1)
+            self._own["stats"] = torch.stack([saved.lse, delta], dim=2)
         self._saved = saved
         for number in range(self._forward_moments, 2 * self._forward_moments + 1):
             self._moment(number, self._backward_tile)

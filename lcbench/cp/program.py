@@ -106,6 +106,7 @@ class Program:
         slots: bytes of each piece of memory that buffers share.
         buffer_bytes: their sum.
         finals: operands (group, bundle) of queries that are not this rank's own but whose every key it computes.
+        sends_stats: whether LSE and delta of this rank's own queries are wanted elsewhere or in a buffer.
     """
 
     def __init__(self, schedule: Schedule, moves: Traffic, problem: Problem, rank: int) -> None:
@@ -127,6 +128,9 @@ class Program:
         self._place_fills()
         self.slots: list[int] = []
         self._give_slots()
+        self.sends_stats = any(
+            "stats" in {*(m.kind for m in moment.sends), *(operand.kind for operand, _ in moment.filled)} for moment in self.moments
+        )
 
     # -- operands --------------------------------------------------------------------------------------------------
 

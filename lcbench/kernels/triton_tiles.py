@@ -81,13 +81,18 @@ class PreparedTiles:
         *,
         softmax_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        delta = (dout.to(lse.dtype) * out).sum(-1).to(lse.dtype)
+        delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        dout, q, k, v = map(_rows_whole, (dout, q, k, v))
+        dout, q, k, v, out = map(_rows_whole, (dout, q, k, v, out))
+        rows, constants = self.heights[0], self._constants(self.queries, self.heights[0], q)
+        delta_kernel[triton.cdiv(q.shape[0], rows), q.shape[1]](
+            dout, out, delta, *_strides(dout, out, delta), q.shape[0],
+            **{name: constants[name] for name in ("D", "PAD", "HEIGHT", "SUM")}, **_launch(Launch(4, 1)),
+        )  # fmt: skip
         dq_kernel[self.queries.blocks, q.shape[1]](
             *self.queries.arguments, q, k, v, dout, lse, delta, dq, *_strides(q, k, v, dout, lse, delta, dq),
             k.shape[0], softmax_scale, softmax_scale * LOG2_E,
-            **self._constants(self.queries, self.heights[0], q), **_launch(self.launches[1]),
+            **constants, **_launch(self.launches[1]),
         )  # fmt: skip
         dkv_kernel[self.keys.blocks, k.shape[1]](
             *self.keys.arguments, q, k, v, dout, lse, delta, dk, dv, *_strides(q, k, v, dout, lse, delta, dk, dv),
@@ -237,6 +242,20 @@ def _stats(lse, l_t, l_h, delta, e_t, e_h, first, size, head, last):
     value = tl.load(lse + (tl.cast(first, tl.int64) * l_t + head * l_h) + size * l_t, mask=inside, other=float("-inf"))
     value = tl.where(value == float("-inf"), float("inf"), value * 1.4426950408889634)
     return value, tl.load(delta + (tl.cast(first, tl.int64) * e_t + head * e_h) + size * e_t, mask=inside, other=0.0)
+
+
+@triton.jit
+def delta_kernel(
+    dout, out, delta, g_t, g_h, o_t, o_h, e_t, e_h, num_q,
+    D: tl.constexpr, PAD: tl.constexpr, HEIGHT: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """rowsum(dout * out) of some rows of one head; out may be in a wider type than dout."""
+    head = tl.program_id(1).to(tl.int64)
+    begin = tl.program_id(0) * HEIGHT
+    size, d = tl.arange(0, HEIGHT), tl.arange(0, PAD)
+    douts = _block(dout, g_t, g_h, begin, size, head, num_q, d, D, PAD, True).to(SUM)
+    outs = _block(out, o_t, o_h, begin, size, head, num_q, d, D, PAD, True).to(SUM)
+    tl.store(delta + (tl.cast(begin, tl.int64) * e_t + head * e_h) + size * e_t, tl.sum(douts * outs, 1), mask=begin + size < num_q)
 
 
 @triton.jit

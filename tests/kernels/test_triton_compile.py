@@ -21,11 +21,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lcbench.kernels.triton_band import TritonBand
 from lcbench.kernels.triton_block_sparse import TritonBlockSparse
-from lcbench.kernels.triton_tiles import LAUNCHES, dkv_kernel, dq_kernel, forward_kernel
+from lcbench.kernels.triton_tiles import LAUNCHES, delta_kernel, dkv_kernel, dq_kernel, forward_kernel
 
 def compiled(function, height, width, launch, dim, tested, capability, kind):
     constants = {"GROUP": 8, "PER_MAP": 64, "D": dim, "PAD": triton.next_power_of_2(dim), "HEIGHT": height, "WIDTH": width,
                  "TESTED": tested, "SUM": tl.float32}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
     tables = ("block_rows", "order", "whole_at", "whole", "tested_at", "tested", "bands")
     signature, aligned = {}, {}
     for i, name in enumerate(function.arg_names):
@@ -47,11 +48,13 @@ def compiled(function, height, width, launch, dim, tested, capability, kind):
 
 for kernel, tested in ((TritonBand(), True), (TritonBlockSparse(), False)):
     queries, keys = (kernel.block_q, kernel.block_k), (kernel.block_dk, kernel.block_dq)
-    for function, tile, launch in zip((forward_kernel, dq_kernel, dkv_kernel), (queries, queries, keys), LAUNCHES):
+    for function, tile, launch in zip(
+        (forward_kernel, dq_kernel, dkv_kernel, delta_kernel), (queries, queries, keys, queries), (*LAUNCHES, LAUNCHES[0])
+    ):
         for dim, capability, kind in ((128, 90, "bf16"), (64, 90, "fp16"), (128, 80, "bf16")):
             made = compiled(function, *tile, launch, dim, tested, capability, kind)
             tensor_cores = "wgmma" if "wgmma" in made.asm["ptx"] else "mma" if "mma.sync" in made.asm["ptx"] else ""
-            print(json.dumps([capability, made.metadata.shared, tensor_cores]))
+            print(json.dumps([function.fn.__name__, capability, made.metadata.shared, tensor_cores]))
 """
 
 
@@ -66,7 +69,7 @@ def test_kernels_compile_for_gpus_and_use_their_tensor_cores(tmp_path: object) -
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 18
-    for capability, shared, tensor_cores in rows:
+    assert len(rows) == 24
+    for name, capability, shared, tensor_cores in rows:
         assert shared <= SHARED[capability]
-        assert tensor_cores == {90: "wgmma", 80: "mma"}[capability]
+        assert tensor_cores == {90: "wgmma", 80: "mma"}[capability] or (name, tensor_cores) == ("delta_kernel", "")
