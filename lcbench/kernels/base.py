@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 HALVES = ("bfloat16", "float16")
+LOG2_E = 1.4426950408889634  # times this, a natural logarithm is one in powers of two, in which some libraries give LSE
 
 
 @dataclass(frozen=True)
@@ -80,27 +82,30 @@ class Kernel(Protocol):
     """One way to compute attention. Modules import torch and libraries lazily: a plan on a login node asks without loading them.
 
     Three questions, each answered by None or by a reason that is stored word for word in the skipped result.
-    ``takes`` says what ``prepare`` is given: ``bands``, or ``blocks``, a block map in one piece.
+    ``takes`` says what ``prepare`` is given: ``bands``, or ``blocks``, a block map in one piece. What is written out here holds
+    for a kernel that does not say otherwise.
     """
 
-    takes: ClassVar[str]
+    takes: ClassVar[str] = "bands"
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         """Why no machine can run this problem with it."""
-        ...
+        return None
 
+    @abstractmethod
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         """Why such a machine cannot, whatever is installed."""
         ...
 
     def missing(self) -> str | None:
         """Why it cannot run in this process: what is not installed."""
-        ...
+        return None
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         """How many native calls compute a band mask; more than one are merged by LSE."""
-        ...
+        return 1
 
+    @abstractmethod
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         """Ready for a mask of the kind that ``takes`` says; ``prepare`` below makes any mask of it."""
         ...
@@ -267,6 +272,16 @@ def per_kv_head(grad: torch.Tensor, kv_heads: int, dim: int) -> torch.Tensor:
     if grad.shape[dim] == kv_heads:
         return grad
     return grad.to(accumulation_dtype(grad.dtype)).unflatten(dim, (kv_heads, -1)).sum(dim + 1)
+
+
+def heads_whole(x: torch.Tensor) -> torch.Tensor:
+    """A tensor (T, H, D) whose heads lie whole in memory, as every library wants them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def heads_first(x: torch.Tensor) -> torch.Tensor:
+    """(T, H, D) to (1, H, T, D)."""
+    return x.transpose(0, 1)[None]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

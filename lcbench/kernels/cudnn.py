@@ -6,9 +6,9 @@ A graph is built once per call of a mask and for each direction. Tensors are rag
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from lcbench.kernels.base import Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
 from lcbench.kernels.varlen import Style, VarlenCall, count_varlen, prepare_varlen
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -21,12 +21,7 @@ STYLE = Style(gaps=False, right=False)
 
 
 @dataclass(frozen=True)
-class Cudnn:
-    takes: ClassVar[str] = "bands"
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
-
+class Cudnn(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "cuDNN's ragged attention", least=(9, 0), head_dim=128)
 
@@ -38,7 +33,7 @@ class Cudnn:
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
-        return prepare_varlen(mask, device, _Library(), STYLE)
+        return prepare_varlen(mask, device, _Run, STYLE)
 
 
 @dataclass
@@ -61,22 +56,20 @@ class _Graph:
 
 
 @dataclass
-class _Library:
-    _graphs: dict[tuple[str, int, float], _Graph] = field(default_factory=dict)
+class _Run:
+    call: VarlenCall
+    _graphs: dict[tuple[str, float], _Graph] = field(default_factory=dict)
 
-    def forward(
-        self, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
         q, k, v = (x.contiguous() for x in (q, k, v))
         out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        self._graph("forward", call, q, k, scale).run(q=q, k=k, v=v, o=out, stats=lse)
+        self._graph("forward", q, k, scale).run(q=q, k=k, v=v, o=out, stats=lse)
         return out, lse.T
 
     def backward(
         self,
-        call: VarlenCall,
         dout: torch.Tensor,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -89,15 +82,14 @@ class _Library:
 
         dout, q, k, v, out = (x.contiguous() for x in (dout, q, k, v, out))
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        graph = self._graph("backward", call, q, k, scale)
+        graph = self._graph("backward", q, k, scale)
         graph.run(q=q, k=k, v=v, o=out, dO=dout, stats=lse.T.contiguous(), dQ=dq, dK=dk, dV=dv)
         return dq, dk, dv
 
-    def _graph(self, direction: str, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, scale: float) -> _Graph:
-        key = direction, id(call), scale
-        if key not in self._graphs:
-            self._graphs[key] = _build(direction, call, q, k, scale)
-        return self._graphs[key]
+    def _graph(self, direction: str, q: torch.Tensor, k: torch.Tensor, scale: float) -> _Graph:
+        if (direction, scale) not in self._graphs:
+            self._graphs[direction, scale] = _build(direction, self.call, q, k, scale)
+        return self._graphs[direction, scale]
 
 
 def _build(direction: str, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, scale: float) -> _Graph:

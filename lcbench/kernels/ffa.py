@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from lcbench.kernels.base import Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
 from lcbench.masks.band import BandMask
 from lcbench.masks.convert import slices
 from lcbench.masks.mask import Mask
@@ -19,20 +19,12 @@ KINDS = {"full": 0, "causal": 1, "inverse": 2, "both": 3}
 
 
 @dataclass(frozen=True)
-class FFA:
-    takes: ClassVar[str] = "bands"
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
-
+class FFA(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "flex-flash-attention", least=(9, 0), most=(9, 0), head_dim=128)
 
     def missing(self) -> str | None:
         return importable("magi_attention.functional.flex_flash_attn")
-
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return 1
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
 from lcbench.kernels.varlen import VarlenCall, count_varlen, prepare_varlen
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FlashAttn3:
-    takes: ClassVar[str] = "bands"
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
-
+class FlashAttn3(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "flash-attn 3", least=(9, 0), most=(9, 0))
 
@@ -33,15 +28,17 @@ class FlashAttn3:
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
-        return prepare_varlen(mask, device, _Library())
+        return prepare_varlen(mask, device, _Run)
 
 
-class _Library:
-    def forward(
-        self, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class _Run:
+    call: VarlenCall
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         from flash_attn_interface import _flash_attn_forward
 
+        call = self.call
         out, lse, *_ = _flash_attn_forward(
             q, k, v, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k, max_seqlen_q=call.max_q, max_seqlen_k=call.max_k,
             softmax_scale=scale, causal=call.causal, window_size_left=call.window[0], window_size_right=call.window[1],
@@ -50,7 +47,6 @@ class _Library:
 
     def backward(
         self,
-        call: VarlenCall,
         dout: torch.Tensor,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -62,6 +58,7 @@ class _Library:
         import torch
         from flash_attn_interface import _flash_attn_backward
 
+        call = self.call
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         _flash_attn_backward(
             dout, q, k, v, out, lse, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k, max_seqlen_q=call.max_q,

@@ -6,9 +6,9 @@ A window's negative bound is an offset there, and no bound is None.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
 from lcbench.kernels.varlen import VarlenCall, count_varlen, prepare_varlen
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -19,12 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FlashAttn4:
-    takes: ClassVar[str] = "bands"
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
-
+class FlashAttn4(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "flash-attn-4", least=(9, 0), head_dim=256 if platform.capability[0] == 9 else 128)
 
@@ -36,15 +31,17 @@ class FlashAttn4:
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
-        return prepare_varlen(mask, device, _Library())
+        return prepare_varlen(mask, device, _Run)
 
 
-class _Library:
-    def forward(
-        self, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class _Run:
+    call: VarlenCall
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         from flash_attn.cute.interface import _flash_attn_fwd
 
+        call = self.call
         out, lse, *_ = _flash_attn_fwd(
             q, k, v, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k, max_seqlen_q=call.max_q, max_seqlen_k=call.max_k,
             softmax_scale=scale, causal=call.causal, return_lse=True, **_window(call),
@@ -53,7 +50,6 @@ class _Library:
 
     def backward(
         self,
-        call: VarlenCall,
         dout: torch.Tensor,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -64,6 +60,7 @@ class _Library:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         from flash_attn.cute.interface import _flash_attn_bwd
 
+        call = self.call
         dq, dk, dv, *_ = _flash_attn_bwd(
             q, k, v, out, dout, lse, softmax_scale=scale, causal=call.causal, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k,
             max_seqlen_q=call.max_q, max_seqlen_k=call.max_k, **_window(call),

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import Platform, Prepared, Unsupported, half_on_cuda, importable, only_blocks
-from lcbench.masks.band import BandMask
-from lcbench.masks.block import BlockMap, uniform_blocks
+from lcbench.kernels.base import Kernel, Platform, Prepared, Unsupported, half_on_cuda, importable, only_blocks
+from lcbench.masks.block import BlockMap, kept_first, uniform_blocks
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 
@@ -22,7 +21,7 @@ BLOCK = 128
 
 
 @dataclass(frozen=True)
-class FlashAttn4Sparse:
+class FlashAttn4Sparse(Kernel):
     takes: ClassVar[str] = "blocks"
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
@@ -33,9 +32,6 @@ class FlashAttn4Sparse:
 
     def missing(self) -> str | None:
         return importable("flash_attn.cute.interface", "flash_attn.cute.block_sparsity")
-
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return 1
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BlockMap)
@@ -59,9 +55,7 @@ class PreparedBlocks:
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
         def lists(keep: Any) -> Any:
-            count = keep.sum(-1)
-            # Kept columns first, in order; what follows a row's own is never read.
-            index = np.argsort(~keep, axis=-1, kind="stable")
+            count, index = kept_first(keep)
             repeat = heads.q // mask.maps if mask.maps > 1 else 1
             tables = [count, index, np.zeros_like(count), np.zeros_like(index)]
             full_count, full, none_count, none = (
@@ -69,7 +63,7 @@ class PreparedBlocks:
             )
             return BlockSparseTensorsTorch(none_count, none, full_count, full, block_size=(BLOCK, BLOCK))
 
-        keep = np.stack([mask.keep(i) for i in range(mask.maps)])
+        keep = mask.keeps()
         self._forward, self._backward = lists(keep), lists(keep.swapaxes(1, 2))
 
     def forward(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from lcbench.kernels.base import Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, half_on_cuda, importable
 from lcbench.kernels.varlen import Style, VarlenCall, count_varlen, prepare_varlen
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -17,13 +18,10 @@ if TYPE_CHECKING:
 
 STYLE = Style(gaps=False, right=False)
 WORKSPACE_BYTES = 128 << 20
-LOG2_E = 1.4426950408889634  # its LSE is in powers of two
 
 
 @dataclass(frozen=True)
-class FlashInfer:
-    takes: ClassVar[str] = "bands"
-
+class FlashInfer(Kernel):
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return forward_only(problem, "flashinfer")
 
@@ -38,43 +36,47 @@ class FlashInfer:
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
-        return prepare_varlen(mask, device, _Library(heads, dtype, device), STYLE)
+        return prepare_varlen(mask, device, partial(_Run, heads, dtype, workspace(device)), STYLE)
+
+
+def workspace(device: torch.device) -> torch.Tensor:
+    """Memory that plans share."""
+    import torch
+
+    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 def forward_only(problem: Problem, name: str) -> str | None:
     return f"{name} has no backward; direction=forward runs" if problem.backward else None
 
 
-class _Library:
-    def __init__(self, heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
-        import torch
+@dataclass
+class _Run:
+    heads: Heads
+    dtype: torch.dtype
+    workspace: torch.Tensor
+    call: VarlenCall
+    _planned: dict[float, Any] = field(default_factory=dict)
 
-        self._heads, self._dtype = heads, dtype
-        self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._planned: dict[tuple[int, float], Any] = {}
-
-    def _plan(self, call: VarlenCall, scale: float) -> Any:
-        """The plan of a call, made when its scale is first known."""
+    def _plan(self, scale: float) -> Any:
+        """The plan of the call, made when its scale is first known."""
         from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
 
-        if (id(call), scale) not in self._planned:
-            wrapper = BatchPrefillWithRaggedKVCacheWrapper(self._workspace, kv_layout="NHD", backend="fa2")
+        if scale not in self._planned:
+            wrapper = BatchPrefillWithRaggedKVCacheWrapper(self.workspace, kv_layout="NHD", backend="fa2")
             wrapper.plan(
-                call.cu_q, call.cu_k, self._heads.q, self._heads.kv, self._heads.dim, causal=call.window != (-1, -1),
-                window_left=call.window[0], sm_scale=scale, q_data_type=self._dtype, kv_data_type=self._dtype,
+                self.call.cu_q, self.call.cu_k, self.heads.q, self.heads.kv, self.heads.dim, causal=self.call.window != (-1, -1),
+                window_left=self.call.window[0], sm_scale=scale, q_data_type=self.dtype, kv_data_type=self.dtype,
             )  # fmt: skip
-            self._planned[id(call), scale] = wrapper
-        return self._planned[id(call), scale]
+            self._planned[scale] = wrapper
+        return self._planned[scale]
 
-    def forward(
-        self, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = self._plan(call, scale).run(q, k, v, return_lse=True)
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = self._plan(scale).run(q, k, v, return_lse=True)
         return out, lse.T / LOG2_E
 
     def backward(
         self,
-        call: VarlenCall,
         dout: torch.Tensor,
         q: torch.Tensor,
         k: torch.Tensor,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import Platform, Prepared, Unsupported, half_on_cuda, importable, only_blocks
-from lcbench.kernels.flashinfer import LOG2_E, WORKSPACE_BYTES, forward_only
-from lcbench.masks.band import BandMask
+from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, Unsupported, half_on_cuda, importable, only_blocks
+from lcbench.kernels.flashinfer import forward_only, workspace
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -17,11 +16,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FlashInferSparse:
+class FlashInferSparse(Kernel):
     takes: ClassVar[str] = "blocks"
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return only_blocks(mask) or forward_only(problem, "flashinfer") or _per_query_head(mask, problem)
+        return only_blocks(mask) or forward_only(problem, "flashinfer") or _refused(mask, problem.heads)
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "flashinfer")
@@ -29,16 +28,15 @@ class FlashInferSparse:
     def missing(self) -> str | None:
         return importable("flashinfer", "einops")
 
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return 1
-
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BlockMap)
+        if reason := _refused(mask, heads):
+            raise Unsupported(reason)
         return PreparedFlashInfer(mask, heads, dtype, device)
 
 
-def _per_query_head(mask: Mask, problem: Problem) -> str | None:
-    if isinstance(mask, BlockMap) and mask.maps > problem.heads.kv:
+def _refused(mask: Mask, heads: Heads) -> str | None:
+    if isinstance(mask, BlockMap) and mask.maps > heads.kv:
         return "flashinfer takes one map per key/value head at most, this mask has one per query head"
     return None
 
@@ -50,14 +48,12 @@ class PreparedFlashInfer:
         import numpy as np
         import torch
 
-        if mask.maps > heads.kv:
-            raise Unsupported("flashinfer takes one map per key/value head at most")
         if not len(mask):
             raise Unsupported("flashinfer takes no map without a block")
-        keep = np.stack([mask.keep(i) for i in range(mask.maps)]).repeat(heads.kv // mask.maps, axis=0)
+        keep = mask.keeps().repeat(heads.kv // mask.maps, axis=0)
         sizes = [np.tile(np.diff(edges), (heads.kv, 1)).astype(np.int32) for edges in (mask.q_edges, mask.k_edges)]
         self._plan_arguments = [torch.from_numpy(x).to(device) for x in (keep, *sizes)]
-        self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._workspace = workspace(device)
         self._heads, self._dtype = heads, dtype
         self._planned: dict[float, Any] = {}
 

@@ -6,11 +6,11 @@ A column of its mask names at most two stretches of rows that it hides. A mask w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lcbench.kernels.base import Merged, Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import Kernel, Merged, Platform, Prepared, half_on_cuda, importable
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FlashMask:
-    takes: ClassVar[str] = "bands"
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
-
+class FlashMask(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "FlashMask", least=(9, 0), most=(9, 0))
 

@@ -7,15 +7,13 @@ it, the trace runs as it is, which holds every score.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from lcbench.kernels.base import HALVES, Platform, Prepared, half_on_cuda
+from lcbench.kernels.base import HALVES, LOG2_E, Kernel, Platform, Prepared, half_on_cuda, heads_first
 from lcbench.kernels.naive import too_many_scores
-from lcbench.masks.band import BandMask
-from lcbench.masks.flex import BLOCK, block_mask, mask_lookup
+from lcbench.masks.flex import block_mask, mask_lookup
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 
@@ -29,20 +27,9 @@ OPTIONS = {
 
 
 @dataclass(frozen=True)
-class Flex:
-    takes: ClassVar[str] = "bands"
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
-
+class Flex(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return flex_limits(problem, platform)
-
-    def missing(self) -> str | None:
-        return None
-
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return 1
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         return PreparedFlex(mask, heads, device)
@@ -56,12 +43,9 @@ def flex_limits(problem: Problem, platform: Platform) -> str | None:
 
 @dataclass
 class PreparedFlex:
-    """``block`` is the size of the blocks that are looked at as one."""
-
     mask: Mask
     heads: Heads
     device: torch.device
-    block: int = BLOCK
     calls: int = 1
     _compiled: dict[tuple[str, float], Any] = field(default_factory=dict)
 
@@ -69,7 +53,7 @@ class PreparedFlex:
         import torch
 
         self._lookup, self._tables = mask_lookup(self.mask, self.device, self.heads.q)
-        whole = block_mask(self.mask, self.device, self.heads.q, self.block).as_tuple()
+        whole = block_mask(self.mask, self.device, self.heads.q, mod=self._lookup).as_tuple()
         # The mask function is last; it is given anew with its tables as arguments, which a trace needs.
         self._blocks = whole[:-1]
         self._block_tensors = [x for x in self._blocks if isinstance(x, torch.Tensor)]
@@ -77,8 +61,8 @@ class PreparedFlex:
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = self._run("forward", softmax_scale, *(_heads_first(x) for x in (q, k, v)))
-        return out[0].transpose(0, 1), (lse[0].T * math.log(2)).contiguous()
+        out, lse = self._run("forward", softmax_scale, *(heads_first(x) for x in (q, k, v)))
+        return out[0].transpose(0, 1), (lse[0].T / LOG2_E).contiguous()
 
     def backward(
         self,
@@ -91,10 +75,8 @@ class PreparedFlex:
         *,
         softmax_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        log2 = (lse.T / math.log(2))[None].contiguous()
-        grads = self._run(
-            "backward", softmax_scale, *(_heads_first(x) for x in (q, k, v, out.to(q.dtype))), log2, _heads_first(dout)
-        )
+        log2 = (lse.T * LOG2_E)[None].contiguous()
+        grads = self._run("backward", softmax_scale, *(heads_first(x) for x in (q, k, v, out.to(q.dtype))), log2, heads_first(dout))
         dq, dk, dv = (grad[0].transpose(0, 1) for grad in grads)
         return dq, dk, dv
 
@@ -150,8 +132,3 @@ def _backward(inputs: tuple[torch.Tensor, ...], blocks: tuple[Any, ...], tables:
 
 def _same(score: Any, batch: Any, head: Any, q: Any, k: Any) -> Any:
     return score
-
-
-def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """(T, H, D) to (1, H, T, D)."""
-    return x.transpose(0, 1)[None]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import Platform, Prepared, only_blocks
+from lcbench.kernels.base import Kernel, Platform, Prepared, only_blocks
 from lcbench.kernels.flex import PreparedFlex, flex_limits
-from lcbench.masks.band import BandMask
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FlexSparse:
+class FlexSparse(Kernel):
     takes: ClassVar[str] = "blocks"
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
@@ -25,12 +24,6 @@ class FlexSparse:
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return flex_limits(problem, platform)
-
-    def missing(self) -> str | None:
-        return None
-
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return 1
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BlockMap)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Platform, Prepared, accumulation_dtype, per_kv_head, per_query_head
+from lcbench.kernels.base import Kernel, Platform, Prepared, accumulation_dtype, per_kv_head, per_query_head
 from lcbench.masks.band import BandMask
 from lcbench.masks.convert import points
 from lcbench.masks.mask import Mask
@@ -16,20 +16,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Naive:
-    takes: ClassVar[str] = "bands"
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
-
+class Naive(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return too_many_scores(problem, platform)
-
-    def missing(self) -> str | None:
-        return None
-
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return 1
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)

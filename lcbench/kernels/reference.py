@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Platform, Prepared
+from lcbench.kernels.base import Kernel, Platform, Prepared
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -18,20 +18,9 @@ BLOCK_ELEMENTS = 1 << 22  # scores of one block of rows, over all heads
 
 
 @dataclass(frozen=True)
-class Reference:
-    takes: ClassVar[str] = "bands"
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
-
+class Reference(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return None
-
-    def missing(self) -> str | None:
-        return None
-
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return 1
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Platform, Prepared, half_on_cuda, per_kv_head, per_query_head
+from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, per_kv_head, per_query_head
 from lcbench.kernels.pieces import PreparedPieces, count_pieces
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -17,17 +17,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SDPACudnn:
-    takes: ClassVar[str] = "bands"
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
-
+class SDPACudnn(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "torch's cuDNN kernel", head_dim=128)
-
-    def missing(self) -> str | None:
-        return None
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return count_pieces(mask)

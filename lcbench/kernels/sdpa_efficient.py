@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Platform, Prepared, half_on_cuda, per_kv_head, per_query_head
+from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, per_kv_head, per_query_head
 from lcbench.kernels.pieces import PreparedPieces, count_pieces
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -19,18 +19,10 @@ ALIGNED = 32  # rows that the kernel's LSE is padded to
 
 
 @dataclass(frozen=True)
-class SDPAEfficient:
-    takes: ClassVar[str] = "bands"
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
-
+class SDPAEfficient(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         dtypes = ("bfloat16", "float16", "float32")
         return half_on_cuda(problem, platform, "torch's memory-efficient kernel", head_dim=1024, dtypes=dtypes)
-
-    def missing(self) -> str | None:
-        return None
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return count_pieces(mask)

@@ -7,9 +7,9 @@ sequences and a window.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Platform, Prepared, half_on_cuda
+from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda
 from lcbench.kernels.pieces import PreparedPieces, count_pieces
 from lcbench.kernels.varlen import VarlenCall, count_varlen, prepare_varlen
 from lcbench.masks.band import BandMask
@@ -21,17 +21,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SDPAFlash:
-    takes: ClassVar[str] = "bands"
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
-
+class SDPAFlash(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "torch's CUDA flash kernel") if platform.type == "cuda" else None
-
-    def missing(self) -> str | None:
-        return None
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return count_varlen(mask) if platform.type == "cuda" else count_pieces(mask)
@@ -39,7 +31,7 @@ class SDPAFlash:
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
         if device.type == "cuda":
-            return prepare_varlen(mask, device, _CUDA())
+            return prepare_varlen(mask, device, _CUDA)
         return PreparedPieces(mask, device, _attend, _adjoint)
 
 
@@ -69,11 +61,18 @@ def _adjoint(
 
 
 class _CUDA:
-    def forward(
-        self, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __init__(self, call: VarlenCall) -> None:
         import torch
 
+        self._call = call
+        # Dropout is off, so the random state is never read; the kernel wants tensors in its place all the same.
+        self._rng_state = torch.zeros(2, dtype=torch.uint64, device=call.cu_q.device)
+        self._unused = torch.empty(0, dtype=torch.uint64, device=call.cu_q.device)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        call = self._call
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, call.cu_q, call.cu_k, call.max_q, call.max_k, 0.0, call.causal, False,
             scale=scale, window_size_left=call.window[0], window_size_right=call.window[1],
@@ -82,7 +81,6 @@ class _CUDA:
 
     def backward(
         self,
-        call: VarlenCall,
         dout: torch.Tensor,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -93,11 +91,9 @@ class _CUDA:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         import torch
 
-        # Dropout is off, so the random state is never read; the kernel wants tensors in its place all the same.
-        rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+        call = self._call
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, call.cu_q, call.cu_k, call.max_q, call.max_k, 0.0, call.causal, rng_state, unused,
-            scale=scale, window_size_left=call.window[0], window_size_right=call.window[1],
+            dout, q, k, v, out, lse, call.cu_q, call.cu_k, call.max_q, call.max_k, 0.0, call.causal, self._rng_state,
+            self._unused, scale=scale, window_size_left=call.window[0], window_size_right=call.window[1],
         )  # fmt: skip
         return dq, dk, dv

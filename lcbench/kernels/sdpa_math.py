@@ -6,9 +6,9 @@ Its backward is written out here, since torch's own knows the weights of its own
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Platform, Prepared
+from lcbench.kernels.base import Kernel, Platform, Prepared, heads_first
 from lcbench.kernels.naive import PreparedNaive, too_many_scores
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -19,20 +19,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SDPAMath:
-    takes: ClassVar[str] = "bands"
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
-
+class SDPAMath(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return too_many_scores(problem, platform)
-
-    def missing(self) -> str | None:
-        return None
-
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return 1
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
@@ -52,7 +41,7 @@ class PreparedMath(PreparedNaive):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        heads = [heads_first(x) for x in (q, k, v)]
         out, weights = torch.ops.aten._scaled_dot_product_attention_math(
             *heads, self._bias, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )

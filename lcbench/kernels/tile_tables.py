@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lcbench.masks.band import BandMask, Ints, cropped, spread
-from lcbench.masks.block import BlockMap
+from lcbench.masks.block import BlockMap, stretches
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class TileTables:
         whole_at, whole: columns ``whole[whole_at[e]:whole_at[e + 1]]``, each (begin, end), seen by every row of the block.
         tested_at, tested: likewise (begin, end, first band, last band + 1): a column counts where one of these bands has it.
         bands: (n, 6), as in ``BandMask``.
+        height: the most rows of a block.
         width: columns per tile; ``tested`` stretches begin at multiples of it.
     """
 
@@ -34,6 +35,7 @@ class TileTables:
     tested_at: Ints
     tested: Ints
     bands: Ints
+    height: int
     width: int
 
     @property
@@ -45,7 +47,8 @@ class TileTables:
 def of_bands(mask: BandMask, height: int, width: int) -> TileTables:
     """Tables of a band mask on a grid of ``height`` x ``width`` tiles."""
     bands = mask.bands
-    blocks = -(-mask.num_q // height)
+    tops = np.arange(0, mask.num_q, height)
+    rows = np.stack([tops, np.minimum(tops + height, mask.num_q)], axis=1)
     number, row = spread(bands[:, 0] // height, -(-bands[:, 1] // height))
     parts, kept = cropped(bands[number], row * height, np.minimum((row + 1) * height, mask.num_q), None, None)
     row = row[kept]
@@ -67,7 +70,7 @@ def of_bands(mask: BandMask, height: int, width: int) -> TileTables:
     part, column = np.concatenate([before, after]), np.concatenate([columns, later])
     order = np.lexsort((column, row[part]))
     tested_row, tested, used = _tested(row[part[order]], column[order], part[order], parts, width)
-    return _tables(_cuts(np.arange(blocks) * height, mask.num_q), 1, whole_row, whole, tested_row, tested, used, width)
+    return _tables(rows, 1, whole_row, whole, tested_row, tested, used, height, width)
 
 
 def _tested(row: Ints, column: Ints, part: Ints, parts: Ints, width: int) -> tuple[Ints, Ints, Ints]:
@@ -101,27 +104,22 @@ def of_blocks(mask: BlockMap, height: int, width: int) -> TileTables:
     number, piece = spread(np.zeros(len(heights), dtype=np.int64), -(-heights // height))
     rows = np.stack([begin := mask.q_edges[number] + piece * height, np.minimum(begin + height, mask.q_edges[number + 1])], axis=1)
     first = np.searchsorted(number, np.arange(len(heights)))
-    entries, stretches = [], []
+    entries, found = [], []
     for i in range(mask.maps):
-        step = np.diff(np.pad(mask.keep(i), ((0, 0), (1, 1))).astype(np.int8), axis=1)
-        (block, left), (_, right) = np.nonzero(step == 1), np.nonzero(step == -1)
+        block, left, right = stretches(mask.keep(i))
         stretch, row = spread(first[block], np.append(first, len(number))[block + 1])
         order = np.argsort(row, kind="stable")
         entries.append(i * len(number) + row[order])
-        stretches.append(np.stack([mask.k_edges[left], mask.k_edges[right]], axis=1)[stretch[order]])
+        found.append(np.stack([mask.k_edges[left], mask.k_edges[right]], axis=1)[stretch[order]])
     nothing = np.zeros(0, dtype=np.int64)
     return _tables(
-        rows, mask.maps, np.concatenate(entries), np.concatenate(stretches), nothing, nothing.reshape(0, 4), nothing.reshape(0, 6),
-        width,
+        rows, mask.maps, np.concatenate(entries), np.concatenate(found), nothing, nothing.reshape(0, 4), nothing.reshape(0, 6),
+        height, width,
     )  # fmt: skip
 
 
-def _cuts(begin: Ints, last: int) -> Ints:
-    return np.stack([begin, np.append(begin[1:], last)], axis=1) if len(begin) else np.zeros((0, 2), dtype=np.int64)
-
-
 def _tables(
-    rows: Ints, maps: int, whole_entry: Ints, whole: Ints, tested_entry: Ints, tested: Ints, bands: Ints, width: int
+    rows: Ints, maps: int, whole_entry: Ints, whole: Ints, tested_entry: Ints, tested: Ints, bands: Ints, height: int, width: int
 ) -> TileTables:
     """Tables from stretches with the entry of each, both lists sorted by entry."""
     entries = np.arange(maps * len(rows) + 1)
@@ -130,4 +128,4 @@ def _tables(
         np.add.at(work, entry, -(-(stretch[:, 1] - stretch[:, 0]) // width))
     order = np.argsort(-work.reshape(maps, -1), axis=1, kind="stable")
     ats = [np.searchsorted(entry, entries) for entry in (whole_entry, tested_entry)]
-    return TileTables(rows, order, ats[0], whole, ats[1], tested, bands, width)
+    return TileTables(rows, order, ats[0], whole, ats[1], tested, bands, height, width)

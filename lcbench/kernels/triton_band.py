@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -16,20 +16,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TritonBand:
+class TritonBand(Kernel):
     """``block_q`` x ``block_k`` tokens are a tile of forward and dq, ``block_dk`` keys x ``block_dq`` queries one of dk and dv."""
 
     block_q: int = 128
     block_k: int = 64
     block_dk: int = 128
     block_dq: int = 32
-    takes: ClassVar[str] = "bands"
 
     def __post_init__(self) -> None:
         power_of_two_blocks(self.block_q, self.block_k, self.block_dk, self.block_dq)
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return triton_limits(problem, platform)
@@ -37,17 +33,14 @@ class TritonBand:
     def missing(self) -> str | None:
         return importable("triton")
 
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return 1
-
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         from lcbench.kernels.tile_tables import of_bands
-        from lcbench.kernels.triton_tiles import LAUNCHES, PreparedTiles, Tables
+        from lcbench.kernels.triton_tiles import PreparedTiles, Tables
 
         assert isinstance(mask, BandMask)
         queries = Tables(of_bands(mask, self.block_q, self.block_k), device)
         keys = Tables(of_bands(mask.transpose(), self.block_dk, self.block_dq), device)
-        return PreparedTiles(queries, keys, (self.block_q, self.block_dk), LAUNCHES, heads)
+        return PreparedTiles(queries, keys, heads)
 
 
 def triton_limits(problem: Problem, platform: Platform) -> str | None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import Platform, Prepared, importable, only_blocks
+from lcbench.kernels.base import Kernel, Platform, Prepared, importable, only_blocks
 from lcbench.kernels.triton_band import power_of_two_blocks, triton_limits
-from lcbench.masks.band import BandMask
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TritonBlockSparse:
+class TritonBlockSparse(Kernel):
     """Tiles have at most ``block_q`` rows and ``block_k`` columns in forward and dq, ``block_dk`` and ``block_dq`` in dk and dv."""
 
     block_q: int = 64
@@ -41,14 +40,11 @@ class TritonBlockSparse:
     def missing(self) -> str | None:
         return importable("triton")
 
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return 1
-
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         from lcbench.kernels.tile_tables import of_blocks
-        from lcbench.kernels.triton_tiles import LAUNCHES, PreparedTiles, Tables
+        from lcbench.kernels.triton_tiles import PreparedTiles, Tables
 
         assert isinstance(mask, BlockMap)
         queries = Tables(of_blocks(mask, self.block_q, self.block_k), device)
         keys = Tables(of_blocks(mask.transpose(), self.block_dk, self.block_dq), device)
-        return PreparedTiles(queries, keys, (self.block_q, self.block_dk), LAUNCHES, heads)
+        return PreparedTiles(queries, keys, heads)

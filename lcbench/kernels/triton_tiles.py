@@ -17,22 +17,24 @@ import torch
 import triton
 import triton.language as tl
 
+from lcbench.kernels.base import LOG2_E, accumulation_dtype, heads_whole
 from lcbench.kernels.tile_tables import TileTables
 from lcbench.problem import Heads
 
-LOG2_E = 1.4426950408889634
 INT32 = np.iinfo(np.int32)
 
 
 class Launch(NamedTuple):
     """How a kernel is laid on the machine: warps of a block, tiles in flight."""
 
-    warps: int
-    stages: int
+    num_warps: int
+    num_stages: int
 
 
-# Forward, dq, dkv. Not tuned on a device yet: what compiles for compute capability 9.0 at head dim 128 with few spills.
-LAUNCHES = (Launch(8, 3), Launch(8, 2), Launch(8, 2))
+# Not tuned on a device yet: what compiles for compute capability 9.0 at head dim 128 with few spills.
+FORWARD, DQ, DKV, DELTA = Launch(8, 3), Launch(8, 2), Launch(8, 2), Launch(4, 1)
+# What a kernel reads of this module has to be a constant of Triton's.
+IN_LOG2: tl.constexpr = tl.constexpr(LOG2_E)
 
 
 class Tables:
@@ -43,18 +45,16 @@ class Tables:
         bands = tables.bands.clip(INT32.min, INT32.max)
         arrays = tables.rows, tables.order, tables.whole_at, tables.whole, tables.tested_at, tables.tested, bands
         self.arguments = tuple(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device) for x in arrays)
-        self.blocks, self.width, self.maps = len(tables.rows), tables.width, len(tables.order)
+        self.blocks, self.maps, self.height, self.width = len(tables.rows), len(tables.order), tables.height, tables.width
         self.tested = len(tables.tested) > 0
 
 
 @dataclass
 class PreparedTiles:
-    """A mask as tables over blocks of queries and over blocks of keys, ``heights`` being the most rows that these have."""
+    """A mask as tables over blocks of queries and over blocks of keys."""
 
     queries: Tables
     keys: Tables
-    heights: tuple[int, int]
-    launches: tuple[Launch, Launch, Launch]  # forward, dq, dkv
     heads: Heads
     calls: int = 1
 
@@ -62,11 +62,11 @@ class PreparedTiles:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[:2], dtype=_sums(q), device=q.device)
-        q, k, v = map(_rows_whole, (q, k, v))
+        lse = torch.empty(q.shape[:2], dtype=accumulation_dtype(q.dtype), device=q.device)
+        q, k, v = map(heads_whole, (q, k, v))
         forward_kernel[self.queries.blocks, q.shape[1]](
             *self.queries.arguments, q, k, v, out, lse, *_strides(q, k, v, out, lse), k.shape[0], softmax_scale * LOG2_E,
-            **self._constants(self.queries, self.heights[0], q), **_launch(self.launches[0]),
+            **self._constants(self.queries, q), **FORWARD._asdict(),
         )  # fmt: skip
         return out, lse
 
@@ -83,47 +83,34 @@ class PreparedTiles:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        dout, q, k, v, out = map(_rows_whole, (dout, q, k, v, out))
-        rows, constants = self.heights[0], self._constants(self.queries, self.heights[0], q)
-        delta_kernel[triton.cdiv(q.shape[0], rows), q.shape[1]](
+        dout, q, k, v, out = map(heads_whole, (dout, q, k, v, out))
+        constants = self._constants(self.queries, q)
+        delta_kernel[triton.cdiv(q.shape[0], self.queries.height), q.shape[1]](
             dout, out, delta, *_strides(dout, out, delta), q.shape[0],
-            **{name: constants[name] for name in ("D", "PAD", "HEIGHT", "SUM")}, **_launch(Launch(4, 1)),
+            **{name: constants[name] for name in ("D", "PAD", "HEIGHT", "SUM")}, **DELTA._asdict(),
         )  # fmt: skip
         dq_kernel[self.queries.blocks, q.shape[1]](
             *self.queries.arguments, q, k, v, dout, lse, delta, dq, *_strides(q, k, v, dout, lse, delta, dq),
             k.shape[0], softmax_scale, softmax_scale * LOG2_E,
-            **constants, **_launch(self.launches[1]),
+            **constants, **DQ._asdict(),
         )  # fmt: skip
         dkv_kernel[self.keys.blocks, k.shape[1]](
             *self.keys.arguments, q, k, v, dout, lse, delta, dk, dv, *_strides(q, k, v, dout, lse, delta, dk, dv),
             q.shape[0], softmax_scale, softmax_scale * LOG2_E,
-            **self._constants(self.keys, self.heights[1], q), **_launch(self.launches[2]),
+            **self._constants(self.keys, q), **DKV._asdict(),
         )  # fmt: skip
         return dq, dk, dv
 
-    def _constants(self, tables: Tables, height: int, q: torch.Tensor) -> dict[str, Any]:
+    def _constants(self, tables: Tables, q: torch.Tensor) -> dict[str, Any]:
         return {
             "GROUP": self.heads.q // self.heads.kv, "PER_MAP": self.heads.q // tables.maps, "D": q.shape[2],
-            "PAD": max(16, triton.next_power_of_2(q.shape[2])), "HEIGHT": height, "WIDTH": tables.width,
+            "PAD": max(16, triton.next_power_of_2(q.shape[2])), "HEIGHT": tables.height, "WIDTH": tables.width,
             "TESTED": tables.tested, "SUM": tl.float64 if q.dtype == torch.float64 else tl.float32,
         }  # fmt: skip
 
 
-def _sums(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _rows_whole(x: torch.Tensor) -> torch.Tensor:
-    """A tensor whose heads lie whole in memory."""
-    return x if x.stride(2) == 1 else x.contiguous()
-
-
 def _strides(*tensors: torch.Tensor) -> list[int]:
     return [x.stride(i) for x in tensors for i in (0, 1)]
-
-
-def _launch(launch: Launch) -> dict[str, int]:
-    return {"num_warps": launch.warps, "num_stages": launch.stages}
 
 
 @triton.jit
@@ -172,6 +159,15 @@ def _attend(q, k, v, scale_log2, allowed, total, weight, top, MASKED: tl.constex
 
 
 @triton.jit
+def _place(order, block_rows, PER_MAP: tl.constexpr):
+    """(query head, entry in the tables, first row, last row + 1) of a program that is one block of queries of one head."""
+    head = tl.program_id(1)
+    first_entry = head // PER_MAP * tl.num_programs(0)
+    block = tl.load(order + first_entry + tl.program_id(0))
+    return head.to(tl.int64), first_entry + block, tl.load(block_rows + 2 * block), tl.load(block_rows + 2 * block + 1)
+
+
+@triton.jit
 def forward_kernel(
     block_rows, order, whole_at, whole, tested_at, tested, bands, q, k, v, out, lse,
     q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, l_t, l_h, num_k, scale_log2,
@@ -179,14 +175,9 @@ def forward_kernel(
     TESTED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """out and LSE of one block of queries of one head."""
-    head = tl.program_id(1)
-    first_entry = head // PER_MAP * tl.num_programs(0)
-    block = tl.load(order + first_entry + tl.program_id(0))
-    entry = first_entry + block
-    begin, end = tl.load(block_rows + 2 * block), tl.load(block_rows + 2 * block + 1)
-    size, columns, d = tl.arange(0, HEIGHT), tl.arange(0, WIDTH), tl.arange(0, PAD)
-    head = head.to(tl.int64)
+    head, entry, begin, end = _place(order, block_rows, PER_MAP)
     kv_head = head // GROUP
+    size, columns, d = tl.arange(0, HEIGHT), tl.arange(0, WIDTH), tl.arange(0, PAD)
     queries = _block(q, q_t, q_h, begin, size, head, end, d, D, PAD, True)
     total = tl.zeros([HEIGHT, PAD], SUM)
     weight = tl.zeros([HEIGHT], SUM)
@@ -213,7 +204,7 @@ def forward_kernel(
                 total, weight, top = _attend(queries, keys, values, scale_log2, allowed, total, weight, top, True, SUM)
     seen = weight > 0
     _store(out, o_t, o_h, begin, size, head, end, d, total / tl.where(seen, weight, 1.0)[:, None], D)
-    value = tl.where(seen, (top + tl.log2(tl.where(seen, weight, 1.0))) / 1.4426950408889634, float("-inf"))
+    value = tl.where(seen, (top + tl.log2(tl.where(seen, weight, 1.0))) / IN_LOG2, float("-inf"))
     tl.store(lse + (tl.cast(begin, tl.int64) * l_t + head * l_h) + size * l_t, value, mask=begin + size < end)
 
 
@@ -240,7 +231,7 @@ def _stats(lse, l_t, l_h, delta, e_t, e_h, first, size, head, last):
     """(LSE in powers of two, delta) of rows; beyond ``last`` and for rows without keys, LSE is such that their weights are 0."""
     inside = first + size < last
     value = tl.load(lse + (tl.cast(first, tl.int64) * l_t + head * l_h) + size * l_t, mask=inside, other=float("-inf"))
-    value = tl.where(value == float("-inf"), float("inf"), value * 1.4426950408889634)
+    value = tl.where(value == float("-inf"), float("inf"), value * IN_LOG2)
     return value, tl.load(delta + (tl.cast(first, tl.int64) * e_t + head * e_h) + size * e_t, mask=inside, other=0.0)
 
 
@@ -266,14 +257,9 @@ def dq_kernel(
     TESTED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries of one head."""
-    head = tl.program_id(1)
-    first_entry = head // PER_MAP * tl.num_programs(0)
-    block = tl.load(order + first_entry + tl.program_id(0))
-    entry = first_entry + block
-    begin, end = tl.load(block_rows + 2 * block), tl.load(block_rows + 2 * block + 1)
-    size, columns, d = tl.arange(0, HEIGHT), tl.arange(0, WIDTH), tl.arange(0, PAD)
-    head = head.to(tl.int64)
+    head, entry, begin, end = _place(order, block_rows, PER_MAP)
     kv_head = head // GROUP
+    size, columns, d = tl.arange(0, HEIGHT), tl.arange(0, WIDTH), tl.arange(0, PAD)
     queries = _block(q, q_t, q_h, begin, size, head, end, d, D, PAD, True)
     douts = _block(dout, o_t, o_h, begin, size, head, end, d, D, PAD, True)
     lse_log2, deltas = _stats(lse, l_t, l_h, delta, e_t, e_h, begin, size, head, end)

@@ -8,14 +8,14 @@ with queries and keys in reverse order, which makes them causal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from lcbench.kernels.base import Merged, Prepared, accumulation_dtype
-from lcbench.masks.band import BandMask, Ints
+from lcbench.kernels.base import Merged, Prepared, accumulation_dtype, heads_whole
+from lcbench.masks.band import BandMask, spread
 from lcbench.masks.convert import Varlen, varlen, without_right_windows
 
 if TYPE_CHECKING:
@@ -50,16 +50,13 @@ class VarlenCall:
         return self.window == (-1, 0)
 
 
-class VarlenKernel(Protocol):
-    """A library's varlen functions; LSE is (H, T), and what it is for rows without keys is the library's own affair."""
+class VarlenRun(Protocol):
+    """A library's varlen functions made ready for one call; LSE is (H, T), for rows without keys what the library says."""
 
-    def forward(
-        self, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def backward(
         self,
-        call: VarlenCall,
         dout: torch.Tensor,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -75,9 +72,11 @@ def count_varlen(mask: BandMask, style: Style = WINDOWED) -> int:
     return len(list(_groups(mask, style)))
 
 
-def prepare_varlen(mask: BandMask, device: torch.device, kernel: VarlenKernel, style: Style = WINDOWED) -> Prepared:
-    """A mask as varlen calls of one library."""
-    return Merged([_Part(group, flipped, mask, device, kernel, style) for group, flipped in _groups(mask, style)])
+def prepare_varlen(
+    mask: BandMask, device: torch.device, ready: Callable[[VarlenCall], VarlenRun], style: Style = WINDOWED
+) -> Prepared:
+    """A mask as varlen calls of one library, which ``ready`` is asked for once for each of them."""
+    return Merged([_Part(group, flipped, mask, device, ready, style) for group, flipped in _groups(mask, style)])
 
 
 def _groups(mask: BandMask, style: Style) -> Iterator[tuple[Varlen, bool]]:
@@ -106,7 +105,13 @@ class _Part:
     calls = 1
 
     def __init__(
-        self, group: Varlen, flipped: bool, mask: BandMask, device: torch.device, kernel: VarlenKernel, style: Style
+        self,
+        group: Varlen,
+        flipped: bool,
+        mask: BandMask,
+        device: torch.device,
+        ready: Callable[[VarlenCall], VarlenRun],
+        style: Style,
     ) -> None:
         import torch
 
@@ -115,7 +120,7 @@ class _Part:
         if not style.gaps:
             whole = (np.diff(cu_q) > 0) & (np.diff(cu_k) > 0)
             for side, (cu, number) in enumerate(((cu_q, mask.num_q), (cu_k, mask.num_k))):
-                rows = _stretches(cu[:-1][whole], cu[1:][whole])
+                _, rows = spread(cu[:-1][whole], cu[1:][whole])
                 rows = number - 1 - rows if flipped else rows
                 if len(rows) != number or flipped:
                     self._rows[side] = torch.from_numpy(rows).to(device)
@@ -124,10 +129,9 @@ class _Part:
         offsets = [torch.from_numpy(cu.astype(np.int32)).to(device) for cu in (cu_q, cu_k)]
         # flash-attn runs another layout where no sequence has two queries, which does not stand ones without any.
         max_q = max(2, int(lengths[:, 0].max()))
-        self._call = VarlenCall(
-            offsets[0], offsets[1], max_q, int(lengths[:, 1].max()), group.window, tuple(map(tuple, lengths.tolist()))
+        self._run = ready(
+            VarlenCall(offsets[0], offsets[1], max_q, int(lengths[:, 1].max()), group.window, tuple(map(tuple, lengths.tolist())))
         )
-        self._kernel = kernel
 
     def _take(self, *tensors: torch.Tensor, side: int) -> list[torch.Tensor]:
         rows = self._rows[side]
@@ -139,7 +143,7 @@ class _Part:
         import torch
 
         (own_q,), (own_k, own_v) = self._take(q, side=0), self._take(k, v, side=1)
-        out, lse = self._kernel.forward(self._call, own_q, own_k, own_v, softmax_scale)
+        out, lse = self._run.forward(own_q, own_k, own_v, softmax_scale)
         # Libraries give +inf or -inf for a row without keys.
         lse = torch.where(lse == torch.inf, -torch.inf, lse).T.contiguous()
         if self._rows[0] is None:
@@ -165,7 +169,7 @@ class _Part:
         kernel_lse = torch.where(lse == -torch.inf, torch.inf, lse)
         own_dout, own_q, own_out, own_lse = self._take(dout, q, out.to(q.dtype), kernel_lse, side=0)
         own_k, own_v = self._take(k, v, side=1)
-        grads = self._kernel.backward(self._call, own_dout, own_q, own_k, own_v, own_out, own_lse.T.contiguous(), softmax_scale)
+        grads = self._run.backward(own_dout, own_q, own_k, own_v, own_out, own_lse.T.contiguous(), softmax_scale)
         found = []
         for grad, like, rows in zip(grads, (q, k, v), (self._rows[0], self._rows[1], self._rows[1]), strict=True):
             if rows is None:
@@ -174,13 +178,3 @@ class _Part:
             found.append(torch.zeros(like.shape, dtype=accumulation_dtype(like.dtype), device=like.device))
             found[-1][rows] = grad.to(found[-1].dtype)
         return found[0], found[1], found[2]
-
-
-def heads_whole(x: torch.Tensor) -> torch.Tensor:
-    """A tensor whose heads lie whole in memory, as every library wants them."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _stretches(begin: Ints, end: Ints) -> Ints:
-    """Every integer of ranges, in order."""
-    return np.concatenate([np.arange(a, b) for a, b in zip(begin.tolist(), end.tolist(), strict=True)]).astype(np.int64)

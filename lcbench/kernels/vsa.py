@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import Platform, Prepared, Unsupported, half_on_cuda, importable, only_blocks
-from lcbench.masks.band import BandMask
-from lcbench.masks.block import BlockMap, uniform_blocks
+from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, Unsupported, half_on_cuda, heads_first, importable, only_blocks
+from lcbench.masks.block import BlockMap, kept_first, uniform_blocks
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 
@@ -19,11 +18,10 @@ if TYPE_CHECKING:
 
 
 BLOCK = 64
-LOG2_E = 1.4426950408889634  # its LSE is in powers of two
 
 
 @dataclass(frozen=True)
-class VSA:
+class VSA(Kernel):
     takes: ClassVar[str] = "blocks"
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
@@ -34,9 +32,6 @@ class VSA:
 
     def missing(self) -> str | None:
         return importable("fastvideo_kernel.block_sparse_attn")
-
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return 1
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BlockMap)
@@ -60,9 +55,8 @@ class PreparedVSA:
         import numpy as np
         import torch
 
-        keep = np.stack([mask.keep(i) for i in range(mask.maps)]).repeat(heads.q // mask.maps, axis=0)[None]
-        count = keep.sum(-1)
-        index = np.where(np.arange(keep.shape[-1]) < count[..., None], np.argsort(~keep, axis=-1, kind="stable"), -1)
+        count, index = kept_first(mask.keeps().repeat(heads.q // mask.maps, axis=0)[None])
+        index = np.where(np.arange(index.shape[-1]) < count[..., None], index, -1)
         sizes = np.diff(mask.k_edges)
         self._lists = [torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device) for x in (index, count, sizes)]
 
@@ -76,7 +70,7 @@ class PreparedVSA:
         from fastvideo_kernel.block_sparse_attn import block_sparse_attn_triton
 
         self._own_scale(q, softmax_scale)
-        out, log2 = block_sparse_attn_triton(*(_heads_first(x) for x in (q, k, v)), *self._lists)
+        out, log2 = block_sparse_attn_triton(*(heads_first(x).contiguous() for x in (q, k, v)), *self._lists)
         return out[0].transpose(0, 1), (log2[0].T / LOG2_E).contiguous()
 
     def backward(
@@ -93,12 +87,7 @@ class PreparedVSA:
         from fastvideo_kernel.block_sparse_attn import block_sparse_attn_backward_triton
 
         self._own_scale(q, softmax_scale)
-        dout, q, k, v, out = (_heads_first(x) for x in (dout, q, k, v, out.to(q.dtype)))
+        dout, q, k, v, out = (heads_first(x).contiguous() for x in (dout, q, k, v, out.to(q.dtype)))
         log2 = (lse.T * LOG2_E)[None].contiguous()
         dq, dk, dv = (x[0].transpose(0, 1) for x in block_sparse_attn_backward_triton(dout, q, k, v, out, log2, *self._lists))
         return dq, dk, dv
-
-
-def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """(T, H, D) to (1, H, T, D)."""
-    return x.transpose(0, 1)[None].contiguous()

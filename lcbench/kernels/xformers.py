@@ -6,9 +6,9 @@ It has no key/value groups in backward, so these heads are repeated and their gr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from lcbench.kernels.base import Platform, Prepared, half_on_cuda, importable, per_kv_head, per_query_head
+from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable, per_kv_head, per_query_head
 from lcbench.kernels.varlen import Style, VarlenCall, count_varlen, prepare_varlen
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -22,12 +22,7 @@ STYLE = Style(gaps=False, right=False)
 
 
 @dataclass(frozen=True)
-class XFormers:
-    takes: ClassVar[str] = "bands"
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
-
+class XFormers(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "xformers' flash operator", most=(9, 0))
 
@@ -39,24 +34,24 @@ class XFormers:
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
-        return prepare_varlen(mask, device, _Library(), STYLE)
+        return prepare_varlen(mask, device, _Run, STYLE)
 
 
-class _Library:
-    def forward(
-        self, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+class _Run:
+    def __init__(self, call: VarlenCall) -> None:
+        self._bias = _bias(call)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         from xformers.ops.fmha import flash, memory_efficient_attention_forward_requires_grad
 
         keys, values = (per_query_head(x, q.shape[1], 1)[None] for x in (k, v))
         out, lse = memory_efficient_attention_forward_requires_grad(
-            q[None], keys, values, attn_bias=_bias(call, q.device), scale=scale, op=flash.FwOp
+            q[None], keys, values, attn_bias=self._bias, scale=scale, op=flash.FwOp
         )
         return out[0], lse[0]
 
     def backward(
         self,
-        call: VarlenCall,
         dout: torch.Tensor,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -69,16 +64,16 @@ class _Library:
 
         keys, values = (per_query_head(x, q.shape[1], 1)[None] for x in (k, v))
         dq, dk, dv = memory_efficient_attention_backward(
-            dout[None], out[None], lse[None], q[None], keys, values, attn_bias=_bias(call, q.device), scale=scale, op=flash.BwOp
+            dout[None], out[None], lse[None], q[None], keys, values, attn_bias=self._bias, scale=scale, op=flash.BwOp
         )
         return dq[0], per_kv_head(dk[0], k.shape[1], 1), per_kv_head(dv[0], k.shape[1], 1)
 
 
-def _bias(call: VarlenCall, device: torch.device) -> Any:
+def _bias(call: VarlenCall) -> Any:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     queries, keys = (list(lengths) for lengths in zip(*call.lengths, strict=True))
-    bias = BlockDiagonalMask.from_seqlens(queries, keys, device=device)
+    bias = BlockDiagonalMask.from_seqlens(queries, keys, device=call.cu_q.device)
     if call.window == (-1, -1):
         return bias
     bias = bias.make_causal_from_bottomright()

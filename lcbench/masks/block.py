@@ -55,6 +55,10 @@ class BlockMap:
             self._drawn[number] = self.draw(number)
         return self._drawn[number]
 
+    def keeps(self) -> Keep:
+        """Kept blocks of all maps: bool (maps, rows of blocks, columns of blocks)."""
+        return np.stack([self.keep(i) for i in range(self.maps)])
+
     def __len__(self) -> int:
         """Kept blocks over all maps."""
         return sum(int(self.keep(i).sum()) for i in range(self.maps))
@@ -107,10 +111,7 @@ class BlockMap:
 
     def bands(self, number: int) -> BandMask:
         """One map as bands, for kernels that know no blocks: adjacent kept blocks become one rectangle."""
-        keep = self.keep(number)
-        padded = np.pad(keep, ((0, 0), (1, 1))).astype(np.int8)
-        step = np.diff(padded, axis=1)
-        (rows, begin), (_, end) = np.nonzero(step == 1), np.nonzero(step == -1)
+        rows, begin, end = stretches(self.keep(number))
         # A stretch of columns that the rows of blocks below have as well is one rectangle with them.
         order = np.lexsort((rows, end, begin))
         rows, begin, end = rows[order], begin[order], end[order]
@@ -187,6 +188,18 @@ def _cut(edges: Ints, runs: Sequence[Run]) -> tuple[Ints, Ints]:
         offset += run.size
     starts = np.concatenate([*parts, [offset]]).astype(np.int64)
     return starts, np.concatenate([*blocks, np.empty(0, dtype=np.int64)]).astype(np.int64)
+
+
+def stretches(keep: Keep) -> tuple[Ints, Ints, Ints]:
+    """(row, first column, last column + 1) of every stretch of kept blocks, sorted by row, then column."""
+    step = np.diff(np.pad(keep, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    (rows, begin), (_, end) = np.nonzero(step == 1), np.nonzero(step == -1)
+    return rows, begin, end
+
+
+def kept_first(keep: Keep) -> tuple[Ints, Ints]:
+    """Of (..., rows, columns): kept columns per row (..., rows), and each row's columns (..., rows, columns), the kept first."""
+    return keep.sum(-1), np.argsort(~keep, axis=-1, kind="stable")
 
 
 def uniform_blocks(mask: BlockMap, size: int) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from lcbench.masks.band import OPEN, Band, BandMask, Ints, areas, cropped, spread
+from lcbench.masks.block import stretches
 from lcbench.masks.mask import Mask
 
 if TYPE_CHECKING:
@@ -76,14 +77,6 @@ class Varlen:
     cu_q: tuple[int, ...]
     cu_k: tuple[int, ...]
     window: tuple[int, int]
-
-    @property
-    def max_q(self) -> int:
-        return max(b - a for a, b in zip(self.cu_q, self.cu_q[1:], strict=False))
-
-    @property
-    def max_k(self) -> int:
-        return max(b - a for a, b in zip(self.cu_k, self.cu_k[1:], strict=False))
 
 
 def varlen(mask: BandMask) -> list[Varlen]:
@@ -227,8 +220,7 @@ def needed_keys(mask: Mask, q_edges: Ints) -> tuple[Ints, Ints, Ints]:
     for block, (top, bottom) in enumerate(pairwise(q_edges.tolist())):
         blocks = slice(np.searchsorted(mask.q_edges, top, side="right") - 1, np.searchsorted(mask.q_edges, bottom))
         seen = np.logical_or.reduce([mask.keep(i)[blocks].any(axis=0) for i in range(mask.maps)])
-        change = np.diff(np.concatenate([[0], seen.astype(np.int8), [0]]))
-        first, last = np.nonzero(change == 1)[0], np.nonzero(change == -1)[0]
+        _, first, last = stretches(seen[None])
         found.append(np.column_stack([np.full(len(first), block), mask.k_edges[first], mask.k_edges[last]]))
     rows, begin, end = np.concatenate(found).T
     return rows, begin, end

@@ -29,10 +29,11 @@ def mask_lookup(mask: Mask, device: torch.device, q_heads: int = 1) -> tuple[Any
     return _block_lookup(mask, device, q_heads) if isinstance(mask, BlockMap) else _band_lookup(mask, device)
 
 
-def block_mask(mask: Mask, device: torch.device, q_heads: int = 1, block: int = BLOCK) -> BlockMask:
+def block_mask(mask: Mask, device: torch.device, q_heads: int = 1, block: int = BLOCK, mod: Any = None) -> BlockMask:
     """The BlockMask of a mask: which blocks are empty, whole or partial follows from exact areas.
 
-    A block at the end of the sequence that is cut short counts as partial, as FlexAttention pads it.
+    A block at the end of the sequence that is cut short counts as partial, as FlexAttention pads it. ``mod`` is the mask function,
+    if there is one already.
     """
     import torch
     from torch.nn.attention.flex_attention import BlockMask
@@ -48,7 +49,7 @@ def block_mask(mask: Mask, device: torch.device, q_heads: int = 1, block: int = 
         for arrays in zip(*tables, strict=True)
     )
     return BlockMask.from_kv_blocks(
-        counts, places, whole_counts, whole_places, BLOCK_SIZE=block, mask_mod=mask_mod(mask, device, q_heads),
+        counts, places, whole_counts, whole_places, BLOCK_SIZE=block, mask_mod=mod or mask_mod(mask, device, q_heads),
         seq_lengths=(mask.num_q, mask.num_k),
     )  # fmt: skip
 
@@ -108,7 +109,7 @@ def _block_lookup(mask: BlockMap, device: torch.device, q_heads: int) -> tuple[A
     row, column = (
         torch.from_numpy(np.repeat(np.arange(len(edges) - 1), np.diff(edges))).to(device) for edges in (mask.q_edges, mask.k_edges)
     )
-    keep = torch.from_numpy(np.stack([mask.keep(i) for i in range(mask.maps)])).to(device)
+    keep = torch.from_numpy(mask.keeps()).to(device)
     each = q_heads // mask.maps
 
     def lookup(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:

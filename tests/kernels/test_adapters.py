@@ -66,7 +66,7 @@ def test_torch_flash_on_cuda_runs_every_mask(tmp_path: Path, monkeypatch: pytest
             return count_varlen(mask)  # type: ignore[arg-type]
 
         def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
-            return prepare_varlen(mask, device, _CUDA())  # type: ignore[arg-type]
+            return prepare_varlen(mask, device, _CUDA)  # type: ignore[arg-type]
 
     for mask in every_mask(tmp_path).values():
         check_kernel(OnCuda(), mask, GROUPED, torch.float64, 1e-12)

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lcbench.kernels.triton_band import TritonBand
 from lcbench.kernels.triton_block_sparse import TritonBlockSparse
-from lcbench.kernels.triton_tiles import LAUNCHES, delta_kernel, dkv_kernel, dq_kernel, forward_kernel
+from lcbench.kernels.triton_tiles import DELTA, DKV, DQ, FORWARD, delta_kernel, dkv_kernel, dq_kernel, forward_kernel
 
 def compiled(function, height, width, launch, dim, tested, capability, kind):
     constants = {"GROUP": 8, "PER_MAP": 64, "D": dim, "PAD": triton.next_power_of_2(dim), "HEIGHT": height, "WIDTH": width,
@@ -43,13 +43,12 @@ def compiled(function, height, width, launch, dim, tested, capability, kind):
         if signature[name][0] == "*" or name.endswith(("_t", "_h")):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch._asdict())
 
 for kernel, tested in ((TritonBand(), True), (TritonBlockSparse(), False)):
     queries, keys = (kernel.block_q, kernel.block_k), (kernel.block_dk, kernel.block_dq)
-    for function, tile, launch in zip(
-        (forward_kernel, dq_kernel, dkv_kernel, delta_kernel), (queries, queries, keys, queries), (*LAUNCHES, LAUNCHES[0])
+    for function, tile, launch in (
+        (forward_kernel, queries, FORWARD), (dq_kernel, queries, DQ), (dkv_kernel, keys, DKV), (delta_kernel, queries, DELTA)
     ):
         for dim, capability, kind in ((128, 90, "bf16"), (64, 90, "fp16"), (128, 80, "bf16")):
             made = compiled(function, *tile, launch, dim, tested, capability, kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lcbench.cp.execute import Executor, Groups
 from lcbench.cp.layout import Layout
 from lcbench.cp.ring import Ring
-from lcbench.kernels.base import Kernel
+from lcbench.kernels.base import HALVES, Kernel, importable
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -61,14 +60,9 @@ def missing(problem: Problem, device: torch.device, *modules: str) -> str | None
     """Why a CUDA library cannot run here, or None."""
     if device.type != "cuda":
         return f"{modules[0]} runs on CUDA devices only"
-    if problem.dtype not in ("bfloat16", "float16"):
+    if problem.dtype not in HALVES:
         return f"{modules[0]} takes bfloat16 and float16, not {problem.dtype}"
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            return f"{module} cannot be imported: {error}"
-    return None
+    return importable(*modules)
 
 
 class AutogradRun:

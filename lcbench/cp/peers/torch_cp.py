@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lcbench.cp.layout import zigzag
 from lcbench.cp.peers.library import refused_length, refused_mask, segments
-from lcbench.kernels.base import Kernel, Prepared
+from lcbench.kernels.base import Kernel, Prepared, heads_first
 from lcbench.masks.band import Band, BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -100,7 +100,7 @@ class TorchRing:
             options.convert_to_f32, options.enable_load_balance, options.rotate_method = before
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        query, key, value = (_batched(x) for x in (q, k, v))
+        query, key, value = (heads_first(x) for x in (q, k, v))
         with self._options(q.dtype):
             out, lse, *_ = self._ring._templated_ring_attention(
                 self._group, 2, partial(_forward, self._kernels, self._problem.softmax_scale), query, key, value, self._causal
@@ -118,17 +118,13 @@ class TorchRing:
                 self._group,
                 2,
                 partial(_backward, self._kernels, self._problem.softmax_scale),
-                _batched(dout),
+                heads_first(dout),
                 "grad_out",
                 *saved,
                 self._causal,
             )
         dq, dk, dv = (_packed(grad).to(dout.dtype) for grad in grads[:3])
         return dq, dk, dv
-
-
-def _batched(x: torch.Tensor) -> torch.Tensor:
-    return x.transpose(0, 1)[None]
 
 
 def _packed(x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +136,7 @@ def _forward(
 ) -> tuple[Any, Any]:
     q, k, v = (_packed(x) for x in (query, key, value))
     out, lse = kernels[len(q), len(k), is_causal].forward(q, k, v, softmax_scale=scale)
-    return _batched(out), lse.T[None]
+    return heads_first(out), lse.T[None]
 
 
 def _backward(
@@ -158,4 +154,4 @@ def _backward(
     dout, q, k, v, out = (_packed(x) for x in (grad_out, query, key, value, out))
     lse = logsumexp[0].T.contiguous()
     grads = kernels[len(q), len(k), is_causal].backward(dout, q, k, v, out, lse, softmax_scale=scale)
-    return [_batched(grad) for grad in grads]
+    return [heads_first(grad) for grad in grads]
