@@ -94,6 +94,7 @@ class Executor:
         self._slots = [torch.zeros(size, dtype=torch.uint8, device=device) for size in self._program.slots]
         input_dtype = getattr(torch, problem.dtype)
         self._tiles, self.pairs, self.calls = self._prepare(mask, kernel, input_dtype)
+        self._alone = self._only_kernel()
         sums = accumulation_dtype(input_dtype)
         self._dtypes = {"input": input_dtype, "sum": sums, "transit": input_dtype if problem.transit == "input" else sums}
         self._views: dict[int, torch.Tensor] = {}
@@ -131,9 +132,8 @@ class Executor:
         Without ``compute`` or without ``communicate`` the rest goes through the same motions, and results mean nothing.
         """
         self._begin(compute, communicate)
-        alone = self._alone()
-        if alone is not None:
-            out, lse = alone.forward(q, k, v, softmax_scale=self.problem.softmax_scale)
+        if compute and self._alone is not None and self._marks is None:
+            out, lse = self._alone.forward(q, k, v, softmax_scale=self.problem.softmax_scale)
             saved = Saved(q, (k, v), out.to(q.dtype), lse, {})
             return saved.out, saved
         self._own: dict[str, torch.Tensor] = {"q": q, "kv": torch.stack([k, v], dim=2)}
@@ -147,10 +147,10 @@ class Executor:
         self._own, self._parts, self._total = {}, {}, None
         return saved.out, saved
 
-    def _alone(self) -> Prepared | None:
+    def _only_kernel(self) -> Prepared | None:
         """The kernel of the only tile, if that is all tokens and heads of a single rank: nothing is then packed or summed,
         and the time of a cell without context parallelism is its kernel's."""
-        if self.schedule.world_size > 1 or self._marks is not None or not self._compute or len(self._tiles) != 1:
+        if self.schedule.world_size > 1 or len(self._tiles) != 1:
             return None
         ((call, kernel),) = self._tiles.items()
         tokens = (0, self._program.tokens)
@@ -239,9 +239,8 @@ class Executor:
         """(dq, dk, dv) of this rank's tokens from its dout (T, Hq, D), in the inputs' type."""
         self._begin(compute, communicate)
         if isinstance(saved.kv, tuple):
-            alone = self._alone()
-            assert alone is not None
-            grads = alone.backward(dout, saved.q, *saved.kv, saved.out, saved.lse, softmax_scale=self.problem.softmax_scale)
+            assert self._alone is not None
+            grads = self._alone.backward(dout, saved.q, *saved.kv, saved.out, saved.lse, softmax_scale=self.problem.softmax_scale)
             dq, dk, dv = (grad.to(dout.dtype) for grad in grads)
             return dq, dk, dv
         sums = self._dtypes["sum"]
