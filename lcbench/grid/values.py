@@ -6,12 +6,19 @@ Every error is one line that names the offending value, the accepted form and an
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from lcbench.problem import DIRECTIONS, DTYPES, TRANSITS, Heads, Scale
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+def axis_values(conf: Path, axis: str) -> list[str]:
+    """The values of an axis by the files of conf/: without other names of the same, and what needs a file of the user's."""
+    texts = {path.stem: path.read_text() for path in sorted((conf / axis).glob("*.yaml"))}
+    return [name for name, text in texts.items() if "???" not in text and re.search(rf"^name: {name}\b", text, re.MULTILINE)]
 
 
 def parse_tokens(value: object, name: str = "seqlen") -> int:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from lcbench.grid.build import build_kernel, build_mask
 from lcbench.grid.cell import Cell, format_tokens
+from lcbench.grid.values import axis_values
 from lcbench.kernels.base import Platform, native_calls
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
@@ -104,13 +105,8 @@ def _cells(overrides: list[str]) -> list[Cell]:
     whole = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in given]
     for axis in ("kernel", "mask"):
         if axis not in given:
-            whole.append(f"{axis}={','.join(_values(axis))}")
+            whole.append(f"{axis}={','.join(axis_values(CONF, axis))}")
     return [planned.cell for planned in look([*whole, *overrides]).cells]
-
-
-def _values(axis: str) -> list[str]:
-    files = sorted((CONF / axis).glob("*.yaml"))
-    return [path.stem for path in files if "???" not in path.read_text() and OmegaConf.load(path).name == path.stem]
 
 
 def _by_kernel(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -17,6 +17,7 @@ from rich.table import Table
 from lcbench.cp.ring import ORDERS
 from lcbench.grid.build import build_mask, draws
 from lcbench.grid.cell import Cell, format_tokens
+from lcbench.grid.values import axis_values
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.convert import varlen
 from lcbench.masks.mask import Mask
@@ -132,15 +133,12 @@ def _title(cell: Cell, number: int) -> str:
 def _gallery(overrides: list[str], path: Path) -> int:
     length = [] if any(o.startswith("seqlen") for o in overrides) else ["seqlen=16k"]
     pictures = []
-    for file in sorted((CONF / "mask").glob("*.yaml")):
-        if "???" in file.read_text():
-            continue  # needs a file of the user's
-        (cell,) = _cells([f"mask={file.stem}", *length, *overrides])
-        if cell.config["mask"]["name"] == file.stem:  # not an alias
-            try:
-                pictures.append((_mask(cell, 0), _title(cell, 0)))
-            except DoesNotFit as error:
-                print(f"{file.stem} left out: {error}", file=sys.stderr)
+    for name in axis_values(CONF, "mask"):
+        (cell,) = _cells([f"mask={name}", *length, *overrides])
+        try:
+            pictures.append((_mask(cell, 0), _title(cell, 0)))
+        except DoesNotFit as error:
+            print(f"{name} left out: {error}", file=sys.stderr)
     save(pictures, path)
     print(f"{len(pictures)} masks drawn to {path}")
     return 0

@@ -12,13 +12,16 @@ SIDE = {"cuda": 8192, "cpu": 1024}
 REPEATS = 5
 
 
+def entry_of(devices: Sequence[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """The conf/device entry whose ``match`` is in the device's name; None for a device nobody wrote down."""
+    return next((device for device in devices if device["match"].lower() in name.lower()), None)
+
+
 def configured_peak(devices: Sequence[dict[str, Any]], name: str, dtype: str) -> float | None:
-    """Dense TFLOP/s of the conf/device entry whose ``match`` is in the device's name; None for a device nobody wrote down."""
-    for device in devices:
-        if device["match"].lower() in name.lower():
-            peak = device["peak_tflops"].get(dtype)
-            return None if peak is None else float(peak)
-    return None
+    """Dense TFLOP/s of a device by its entry; None where it has none, or none for this type."""
+    entry = entry_of(devices, name)
+    peak = entry["peak_tflops"].get(dtype) if entry else None
+    return None if peak is None else float(peak)
 
 
 def measured_peak(dtype: torch.dtype, device: torch.device) -> float:

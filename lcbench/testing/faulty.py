@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Blind(SDPAFlash):
+    """Ignores the mask."""
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        return super().prepare(BandMask.of(mask.num_q, mask.num_k, [Band(0, mask.num_q, 0, mask.num_k)]), heads, dtype, device)
+
+
+@dataclass(frozen=True)
 class Faulty(SDPAFlash):
     """``fault``: raise, exit, hang, kill, wrong or blind (to the mask); it happens on rank ``rank`` of the gang while
     ``while_file`` exists."""
@@ -40,8 +48,7 @@ class Faulty(SDPAFlash):
         if self.fault == "hang":
             time.sleep(3600)
         if self.fault == "blind":
-            everything = BandMask.of(mask.num_q, mask.num_k, [Band(0, mask.num_q, 0, mask.num_k)])
-            return super().prepare(everything, heads, dtype, device)
+            return Blind().prepare(mask, heads, dtype, device)
         return _Wrong(prepared)
 
 

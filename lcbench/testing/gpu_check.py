@@ -26,7 +26,7 @@ import torch
 from lcbench.cp.execute import Groups
 from lcbench.cp.layout import zigzag
 from lcbench.cp.none import Local
-from lcbench.grid.values import parse_tokens
+from lcbench.grid.values import axis_values, parse_tokens
 from lcbench.kernels.base import Kernel, Unsupported, prepare, refusal
 from lcbench.kernels.reference import Reference
 from lcbench.masks.band import Band, BandMask, DoesNotFit
@@ -37,8 +37,9 @@ from lcbench.masks.sliding_window import sliding_window
 from lcbench.measure.cell import Gang, Work, measure_cell
 from lcbench.measure.environment import describe, device_name
 from lcbench.measure.inputs import draw
-from lcbench.measure.peak import measured_peak
+from lcbench.measure.peak import entry_of, measured_peak
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.testing.shrink import shrunk, tokens_of
 
 REPOSITORY = Path(__file__).parents[2]
 CONF = REPOSITORY / "conf"
@@ -56,7 +57,7 @@ HEADS, SMALL_HEADS = Heads(64, 8, 128), (Heads(8, 2, 128), Heads(4, 4, 64))
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run on which device; seconds are shared out evenly among the kernels."""
+    """What to run on which device; seconds are shared out evenly among the kernels that run there."""
 
     device: torch.device
     dtype: str = "bfloat16"
@@ -64,7 +65,7 @@ class Plan:
     small_heads: tuple[Heads, ...] = SMALL_HEADS
     heads: Heads = HEADS
     timed: tuple[tuple[str, str], ...] = TIMED
-    check_s: float = 180.0
+    check_s: float = 150.0
     time_s: float = 210.0
     settings: dict[str, Any] = field(default_factory=lambda: dict(SETTINGS))
 
@@ -106,31 +107,19 @@ def mask_of(name: str, seqlen: int, heads: Heads, *, shrink: bool = False) -> Ma
     config = flat_yaml(CONF / "mask" / f"{name}.yaml")
     function = _object(config["_target_"])
     parameters = inspect.signature(function).parameters
-    options: dict[str, Any] = {}
-    for option, parameter in parameters.items():
-        if option in config:
-            value = config[option]
-            annotation = str(parameter.annotation)
-            counts = "NonNegative" in annotation or ("int" in annotation and "float" not in annotation)
-            if counts and value is not None:
-                value = 0 if value == 0 else parse_tokens(value)
-                # 1k becomes about a third of a small sequence; the order of several counts is kept.
-                value = min(value, max(2, round(seqlen * (value / 8192) ** 0.5))) if shrink and value else value
-            options[option] = value
+    options = {option: value for option, value in config.items() if option in parameters}
+    for option, value in options.items():
+        tokens = tokens_of(value)
+        if tokens is not None:
+            options[option] = shrunk(tokens, seqlen) if shrink else tokens
     given = {"heads": heads, "seed": (0, 0), "lengths": Uniform(1, seqlen // 3 if shrink else 8192)}
     found: Mask = function(seqlen, **{k: v for k, v in given.items() if k in parameters}, **options)
     return found
 
 
-def masks() -> list[str]:
-    """Names of the masks of conf/mask that need no file."""
-    files = sorted((CONF / "mask").glob("*.yaml"))
-    return [path.stem for path in files if "???" not in path.read_text() and flat_yaml(path)["name"] == path.stem]
-
-
 def small_masks(tokens: int, heads: Heads) -> Iterator[tuple[str, Mask]]:
     """Every mask, and what a rank of a context-parallel group gives its kernel: tiles of a zigzag ring, holes, empty rows."""
-    for name in masks():
+    for name in axis_values(CONF, "mask"):
         try:
             yield name, mask_of(name, tokens, heads, shrink=True)
         except DoesNotFit:
@@ -144,9 +133,9 @@ def small_masks(tokens: int, heads: Heads) -> Iterator[tuple[str, Mask]]:
     yield "tall", BandMask.of(tokens, tokens, [Band(0, tokens, 100, 100 + third, -third, 50)])
 
 
-def check_kernel(name: str, kernel: Kernel, plan: Plan) -> Iterator[dict[str, Any]]:
+def check_kernel(name: str, kernel: Kernel, plan: Plan, seconds: float) -> Iterator[dict[str, Any]]:
     """A row per mask and heads: errors of out, lse, dq, dk, dv against the float64 reference, as parts of the largest value."""
-    ends = time.monotonic() + plan.check_s / max(1, len(kernels()))
+    ends = time.monotonic() + seconds
     for heads in plan.small_heads:
         for mask_name, mask in small_masks(plan.tokens, heads):
             problem, reason = _problem(kernel, mask, plan.tokens, heads, plan)
@@ -191,9 +180,9 @@ def _compare(kernel: Kernel, mask: Mask, problem: Problem, plan: Plan) -> dict[s
     return {"status": "ok" if good else "wrong", "errors": errors, "calls": prepared.calls}
 
 
-def time_kernel(name: str, kernel: Kernel, plan: Plan, peak_tflops: float) -> Iterator[dict[str, Any]]:
+def time_kernel(name: str, kernel: Kernel, plan: Plan, seconds: float, peak_tflops: float) -> Iterator[dict[str, Any]]:
     """A row per mask and length: TFLOP/s forward and backward, the part of the measured peak, peak memory."""
-    ends = time.monotonic() + plan.time_s / max(1, len(kernels()))
+    ends = time.monotonic() + seconds
     gang = Gang(0, 1, plan.device, Groups(), [])
     for mask_name, length in plan.timed:
         seqlen = parse_tokens(length)
@@ -259,14 +248,14 @@ def report(plan: Plan, wanted: list[str] | None = None, say: Callable[[str], Non
         else:
             here[name] = kernel
     for name, kernel in here.items():
-        rows = list(check_kernel(name, kernel, plan))
+        rows = list(check_kernel(name, kernel, plan, plan.check_s / len(here)))
         checks += rows
         count = {status: sum(row["status"] == status for row in rows) for status in ("ok", "wrong", "failed", "not reached")}
         say(f"{name}: {', '.join(f'{n} {status}' for status, n in count.items() if n)}")
         for row in [row for row in rows if row["status"] in ("wrong", "failed")][:3]:
             say(f"  {row['mask']} {row['heads']}: {row.get('reason') or row['errors']}")
     for name, kernel in here.items():
-        for row in time_kernel(name, kernel, plan, peak):
+        for row in time_kernel(name, kernel, plan, plan.time_s / len(here), peak):
             timings.append(row)
             say(_line(row))
     return {
@@ -318,10 +307,8 @@ def markdown(found: dict[str, Any]) -> str:
 def folder(device: torch.device) -> Path:
     """results/<gpu>: by the name of its conf/device entry, else its own."""
     name = device_name(device)
-    for path in sorted((CONF / "device").glob("*.yaml")):
-        if str(flat_yaml(path)["match"]).lower() in name.lower():
-            return REPOSITORY / "results" / path.stem
-    return REPOSITORY / "results" / "".join(c if c.isalnum() else "-" for c in name.lower())
+    entry = entry_of([flat_yaml(path) for path in sorted((CONF / "device").glob("*.yaml"))], name)
+    return REPOSITORY / "results" / (entry["name"] if entry else "".join(c if c.isalnum() else "-" for c in name.lower()))
 
 
 def failed(found: dict[str, Any]) -> bool:

@@ -10,10 +10,10 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from lcbench.grid.build import build_mask, check_options, with_lengths
-from lcbench.grid.values import parse_tokens
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
 from lcbench.sweep import CONF
+from lcbench.testing.shrink import shrunk, tokens_of
 
 
 def load(group: str, name: str) -> dict[str, Any]:
@@ -38,10 +38,9 @@ def small_config(name: str, seqlen: int, heads: Heads, folder: Path, **options: 
     """The checked config of a mask with its token counts shrunk to ``seqlen``; files that it needs go to ``folder``."""
     config = load("mask", name)
     for option, value in config.items():
-        tokens = _tokens(value)
+        tokens = tokens_of(value)
         if tokens is not None and option != "draws" and seqlen >= 8:
-            # 1k is to be about a third of a small sequence, 64 and 128 some tokens; their order is kept.
-            config[option] = min(tokens, max(2, round(seqlen * (tokens / 8192) ** 0.5)))
+            config[option] = shrunk(tokens, seqlen)
     if config.get("file") == "???":
         config["file"] = str(_file(name, seqlen, heads, folder))
     lengths = {"_target_": "lcbench.masks.lengths.Uniform", "name": "uniform", "low": 1, "high": max(1, seqlen // 3)}
@@ -50,15 +49,6 @@ def small_config(name: str, seqlen: int, heads: Heads, folder: Path, **options: 
 
 def small(name: str, seqlen: int, heads: Heads, folder: Path, *, seed: int = 0, **options: Any) -> Mask:
     return build_mask(small_config(name, seqlen, heads, folder, **options), seqlen, heads, seed)
-
-
-def _tokens(value: Any) -> int | None:
-    if isinstance(value, bool | float) or value is None:
-        return None
-    try:
-        return parse_tokens(value)
-    except ValueError:
-        return None
 
 
 def _file(name: str, seqlen: int, heads: Heads, folder: Path) -> Path:

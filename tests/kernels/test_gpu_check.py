@@ -7,18 +7,18 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from lcbench.grid.values import axis_values
 from lcbench.kernels.base import Platform, Prepared
 from lcbench.kernels.sdpa_flash import SDPAFlash
-from lcbench.masks.band import Band, BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
 from lcbench.testing import gpu_check
+from lcbench.testing.faulty import Blind
 from lcbench.testing.masks import names
 
 PLAN = gpu_check.Plan(
@@ -28,24 +28,14 @@ PLAN = gpu_check.Plan(
 
 
 @dataclass(frozen=True)
-class Blind(SDPAFlash):
-    """Ignores the mask."""
-
-    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
-        return super().prepare(BandMask.of(mask.num_q, mask.num_k, [Band(0, mask.num_q, 0, mask.num_k)]), heads, dtype, device)
-
-
-@dataclass(frozen=True)
 class Broken(SDPAFlash):
-    takes: ClassVar[str] = "bands"
-
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         raise RuntimeError("no kernel image")
 
 
 def test_every_kernel_and_mask_of_conf_is_read_as_hydra_reads_it() -> None:
     assert set(gpu_check.kernels()) == set(names("kernel")) - {"reference"}
-    assert set(gpu_check.masks()) == set(names()) - {"band_file", "block_file"}
+    assert set(axis_values(gpu_check.CONF, "mask")) == set(names()) - {"band_file", "block_file"}
     for group in ("kernel", "mask"):
         for name in names(group):
             path = gpu_check.CONF / group / f"{name}.yaml"

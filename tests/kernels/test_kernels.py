@@ -9,13 +9,13 @@ import torch
 
 from lcbench.grid.build import build_kernel
 from lcbench.kernels.base import Kernel, Platform, merge, native_calls, prepare, refusal
-from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import Band, BandMask
 from lcbench.masks.block import BlockMap
 from lcbench.masks.block_random import block_random
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.testing.dense import dense_attention, dense_heads
+from lcbench.testing.faulty import Blind
 from lcbench.testing.masks import load, names, small
 
 CPU = torch.device("cpu")
@@ -127,9 +127,5 @@ def test_merge_of_huge_scores_and_of_empty_rows_is_finite() -> None:
 
 
 def test_a_kernel_that_ignores_the_mask_is_not_what_dense_attention_gives(tmp_path: Path) -> None:
-    class Blind(SDPAFlash):
-        def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device):  # type: ignore[no-untyped-def]
-            return super().prepare(BandMask.of(mask.num_q, mask.num_k, [Band(0, mask.num_q, 0, mask.num_k)]), heads, dtype, device)
-
     with pytest.raises(AssertionError):
         check_kernel(Blind(), small("causal", SEQLEN, GROUPED, tmp_path), GROUPED, torch.float64, 1e-12)
