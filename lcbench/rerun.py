@@ -4,83 +4,58 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from dataclasses import replace
 
-from lcbench.grid.cell import Cell
-from lcbench.runs.jobs import cell_states, settle
-from lcbench.runs.pack import Pack
-from lcbench.runs.store import Sweep, find_cell, read_json
-from lcbench.status import find_sweep
+from lcbench.runs.jobs import Watch
+from lcbench.runs.pack import Settings
+from lcbench.runs.store import Record
+from lcbench.status import add_results_argument, chosen_cell, find_sweep
 
 BAD_INPUT = 2
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m lcbench.rerun", description=__doc__)
-    parser.add_argument("cell", nargs="?", help="cell id, or its beginning")
+    parser.add_argument("cell", nargs="?", help="cell id, or its beginning; <sweep>/<cell id> where several sweeps hold it")
     parser.add_argument("--failed", metavar="SWEEP", help="every failed or lost cell of a sweep ('last': the newest)")
-    parser.add_argument("--sweep", help="where the cell is, if several sweeps hold it")
-    parser.add_argument("--launcher", choices=("local", "slurm", "dry"), help="default: that of its last run")
+    parser.add_argument("--launcher", choices=("local", "slurm", "dry"), help="default: that of the sweep")
     parser.add_argument("--wait", action="store_true", help="wait for Slurm jobs and print their table")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="results folder (default: results)")
+    parser.add_argument("--exclude", metavar="NODES", help="nodes to keep away from, as sbatch writes them, e.g. n[03-05]")
+    add_results_argument(parser)
     options = parser.parse_args(arguments)
     root = options.results.absolute()
     try:
-        sweep, cells = _failed(root, options.failed) if options.failed else _one(root, options.cell, options.sweep)
-        packs = _last_packs(sweep, cells)
+        sweep, cell_id = (find_sweep(root, options.failed), None) if options.failed else chosen_cell(root, options.cell)
+        if cell_id and (why := sweep.entries()[cell_id].skip):
+            raise ValueError(f"cell {cell_id} cannot run: {why}")
+        standing = Watch(sweep).look()
+        wanted = [r for i, r in standing.seen.records.items() if (_needs_it(r) if cell_id is None else i == cell_id)]
+        records = [r for r in wanted if r.entry.cell.id not in standing.under_way]
+        if cell_id is not None and not records:
+            raise ValueError(f"cell {cell_id} is under way already: python -m lcbench.status {sweep.name}")
+        launch = sweep.manifest()["launch"]
+        if not launch:
+            raise ValueError(f"sweep {sweep.name} does not say how it was launched; run its command again")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    if not cells:
+    if not records:
         print(f"no failed cells in {sweep.name}")
         return 0
-    from hydra_plugins.lcbench._plan import launch_cells
+    from hydra_plugins.lcbench._plan import Todo, launcher_named
 
-    worst = 0
-    for path, members in packs.items():
-        pack = Pack.read(path)
-        launcher = options.launcher or read_json(path.parent / "job.json")["launcher"]
-        code = launch_cells(
-            launcher=launcher, sweep=sweep, cells=members, site=pack.site, devices=pack.devices,
-            tracking_uri=pack.tracking_uri, max_cells=pack.site.get("max_cells"), wait=options.wait,
-        )  # fmt: skip
-        worst = max(worst, code)
-    return worst
+    settings = Settings(**launch["settings"])
+    if options.exclude:
+        sbatch = settings.site.get("sbatch") or {}
+        also = ",".join(filter(None, [sbatch.get("exclude"), options.exclude]))
+        settings = replace(settings, site={**settings.site, "sbatch": {**sbatch, "exclude": also}})
+    cells = [r.entry.cell for r in records]
+    made = launcher_named(options.launcher or launch["launcher"])
+    return made.launch_cells(sweep, lambda: Todo(cells), settings=settings, wait=options.wait, report=[c.id for c in cells])
 
 
-def _one(root: Path, cell_id: str | None, sweep: str | None) -> tuple[Sweep, list[Cell]]:
-    if not cell_id:
-        raise ValueError("which cell? write its id, or --failed <sweep>; python -m lcbench.status <sweep> lists them")
-    found = list(find_cell(root, cell_id, sweep))
-    if not found:
-        raise ValueError(f"no cell {cell_id!r} below {root}; python -m lcbench.status <sweep> lists them")
-    if len({entry.cell.id for _, entry in found}) > 1:
-        raise ValueError(f"cell {cell_id!r} is ambiguous: {', '.join(entry.cell.id for _, entry in found)}")
-    if len(found) > 1:
-        raise ValueError(f"several sweeps hold cell {cell_id}; add --sweep: {', '.join(s.name for s, _ in found)}")
-    ((owner, entry),) = found
-    if entry.skip:
-        raise ValueError(f"cell {entry.cell.id} cannot run: {entry.skip}")
-    return owner, [entry.cell]
-
-
-def _failed(root: Path, name: str) -> tuple[Sweep, list[Cell]]:
-    sweep = find_sweep(root, name)
-    settle(sweep)
-    wanted = {c.id for c in cell_states(sweep) if c.state in ("failed", "lost", "missing")}
-    return sweep, [entry.cell for cell_id, entry in sweep.entries().items() if cell_id in wanted]
-
-
-def _last_packs(sweep: Sweep, cells: list[Cell]) -> dict[Path, list[Cell]]:
-    """The newest pack of each cell: what it ran with and where."""
-    packs: dict[Path, list[Cell]] = {}
-    for cell in cells:
-        paths = [sweep.pack_folder(p) / "pack.json" for p in sweep.packs()]
-        own = [p for p in paths if cell.id in read_json(p)["cells"]]
-        if not own:
-            raise ValueError(f"cell {cell.id} was never launched; run its sweep again: the same command does what is missing")
-        packs.setdefault(own[-1], []).append(cell)
-    return packs
+def _needs_it(record: Record) -> bool:
+    return record.status in ("failed", "missing")
 
 
 if __name__ == "__main__":

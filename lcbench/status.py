@@ -1,4 +1,8 @@
-"""Where a sweep stands: every pack with its job, every cell with its state, failure class and first cause."""
+"""Where a sweep stands: every pack with its job, every cell with its state, failure class and first cause.
+
+``--follow`` keeps showing it until it has ended, and does what a collector does: what is to be tried again is submitted, and
+results are published.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +10,22 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
+from lcbench.report.table import WIDTH, status_tables
+from lcbench.runs.jobs import Watch
+from lcbench.runs.store import Sweep, find_cell, sweeps
 
-from lcbench.report.table import COLORS
-from lcbench.runs.jobs import CellState, PackState, cell_states, pack_states, settle
-from lcbench.runs.store import Sweep, sweeps
-
-INTERVAL_S = 2.0
+INTERVAL_S = 1.0
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m lcbench.status", description=__doc__)
-    parser.add_argument("sweep", nargs="?", help="name of the sweep, or 'last'; without it: the sweeps there are")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="results folder (default: results)")
-    parser.add_argument("--watch", action="store_true", help="keep showing it until every job has ended")
+    add_sweep_arguments(parser, optional=True)
+    parser.add_argument("--follow", action="store_true", help="keep showing it until every job has ended")
     parser.add_argument("--json", action="store_true", help="for scripts")
+    parser.add_argument("--all", action="store_true", help="list every cell, also of a large sweep, and those that are well")
     options = parser.parse_args(arguments)
     root = options.results.absolute()
     if options.sweep is None:
@@ -34,22 +33,63 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(names) if options.json else "\n".join(names) or f"no sweeps below {root}")
         return 0
     try:
-        sweep = find_sweep(root, options.sweep)
+        sweep = chosen_sweep(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    packs, cells = look(sweep)
-    if options.json:
-        print(json.dumps({"sweep": sweep.name, "packs": list(map(asdict, packs)), "cells": list(map(asdict, cells))}, indent=1))
-    elif options.watch:
-        with Live(tables(sweep, packs, cells), refresh_per_second=2) as live:
-            while not all(p.ended for p in packs):
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    if options.follow:
+        from hydra_plugins.lcbench._plan import advance, publish_or_say
+
+        from lcbench.runs.queue import Patient
+
+        watch = Watch(sweep, Patient())
+        with Live(console=console, refresh_per_second=2) as live:
+            while not (standing := advance(sweep, watch)).ended:
+                live.update(status_tables(standing, sweep.name, everything=options.all))
                 time.sleep(INTERVAL_S)
-                packs, cells = look(sweep)
-                live.update(tables(sweep, packs, cells))
+        launch = sweep.manifest()["launch"]
+        if launch and launch["settings"]["tracking_uri"]:
+            publish_or_say(sweep, launch["settings"]["tracking_uri"])
     else:
-        Console(width=None if sys.stdout.isatty() else 200).print(tables(sweep, packs, cells))
-    return 1 if any(c.state in ("failed", "lost") for c in cells) else 0
+        standing = Watch(sweep).look()
+    if options.json:
+        shown = {
+            "sweep": sweep.name,
+            "ended": standing.ended,
+            "packs": [asdict(p) for p in standing.packs],
+            "cells": [asdict(c) for c in standing.cells],
+            "set_aside": [{"path": str(d.path), "reason": d.reason} for d in standing.seen.damaged],
+        }
+        print(json.dumps(shown, indent=1))
+    else:
+        console.print(status_tables(standing, sweep.name, everything=options.all))
+    for damaged in standing.seen.damaged:
+        print(f"set aside: {damaged.path}: {damaged.reason}", file=sys.stderr)
+    return 1 if any(c.state in ("failed", "lost") for c in standing.cells) else 0
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """The arguments of every command about one sweep."""
+    where = "name of the sweep, or 'last'" + ("; without it: the sweeps there are" if optional else "")
+    parser.add_argument("sweep", nargs="?" if optional else None, help=where)
+    add_results_argument(parser)
+
+
+def add_results_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=Path("results"), help="results folder (default: results)")
+
+
+def chosen_sweep(options: argparse.Namespace) -> Sweep:
+    """The sweep that a command names.
+
+    Raises:
+        ValueError: there is none; names those that exist.
+    """
+    return find_sweep(options.results.absolute(), options.sweep)
 
 
 def find_sweep(root: Path, name: str) -> Sweep:
@@ -66,26 +106,24 @@ def find_sweep(root: Path, name: str) -> Sweep:
     return Sweep(root, name)
 
 
-def look(sweep: Sweep) -> tuple[list[PackState], list[CellState]]:
-    settle(sweep)
-    packs = pack_states(sweep)
-    return packs, cell_states(sweep, packs)
+def chosen_cell(root: Path, cell: str | None) -> tuple[Sweep, str]:
+    """The sweep and the id of a cell named by the beginning of its id, or as ``<sweep>/<cell id>``.
 
-
-def tables(sweep: Sweep, packs: list[PackState], cells: list[CellState]) -> Group:
-    jobs = Table(title=f"packs of {sweep.name}", title_justify="left")
-    for column in ("pack", "launcher", "job", "state", "cells", "reason"):
-        jobs.add_column(column)
-    for p in packs:
-        jobs.add_row(p.id, p.launcher, p.job_id, p.state, f"{p.done}/{p.cells}", p.reason)
-    table = Table(title="cells", title_justify="left")
-    for column in ("state", "cell", "what", "attempt", "job", "job state", "class", "first cause"):
-        table.add_column(column, no_wrap=column == "cell")
-    for c in cells:
-        color = COLORS.get(c.state, "cyan")
-        table.add_row(f"[{color}]{c.state}[/]", c.id, c.label, str(c.attempt or "-"), c.job_id, c.job_state, c.failure, c.cause)
-    counts = Counter(c.state for c in cells)
-    return Group(jobs, table, ", ".join(f"{count} {state}" for state, count in counts.most_common()))
+    Raises:
+        ValueError: there is none, or more than one; names them.
+    """
+    if not cell:
+        raise ValueError("which cell? write its id; python -m lcbench.status <sweep> lists them")
+    name, _, cell_id = cell.rpartition("/")
+    found = list(find_cell(root, cell_id, find_sweep(root, name).name if name else None))
+    ids = sorted({entry.cell.id for _, entry in found})
+    if not found:
+        raise ValueError(f"no cell {cell!r} below {root}; python -m lcbench.status <sweep> lists them")
+    if len(ids) > 1:
+        raise ValueError(f"cell {cell!r} is ambiguous: {', '.join(ids)}")
+    if len(found) > 1:
+        raise ValueError(f"several sweeps hold cell {ids[0]}; write one of {', '.join(f'{s.name}/{ids[0]}' for s, _ in found)}")
+    return found[0][0], ids[0]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Cell:
          "seqlen": 65536, "scale": "2x8", "heads": "32x8x128", "dtype": "bfloat16",
          "direction": "forward_backward", "transit": "float32", "seed": 0,
          "measure": {"warmup": 3, "min_iterations": 5, "max_iterations": 100, "budget_s": 20.0, "precision": 0.02,
-                     "timeout_s": 600.0, "timeline": false}}
+                     "timeline": false}}
 
     Token counts are plain integers there; where the cell ran, and when, is not part of it.
     """
@@ -69,6 +69,30 @@ class Cell:
         documents = f"({mask['lengths']['name']})" if "lengths" in mask else ""
         names = [config["cp"]["name"], config["kernel"]["name"], f"{mask['name']}{documents}"]
         return " ".join([*names, format_tokens(config["seqlen"]), config["scale"]])
+
+
+def flat_config(cell: Cell) -> dict[str, Any]:
+    """Every axis as one value: a group's value under the group's name, its options below it."""
+    problem = cell.problem
+    params = _flat("", cell.config)
+    return params | {
+        "nodes": problem.scale.nodes, "gpus_per_node": problem.scale.gpus_per_node,
+        "world_size": problem.scale.world_size, "num_heads_q": problem.heads.q, "num_heads_kv": problem.heads.kv,
+        "head_dim": problem.heads.dim,
+    }  # fmt: skip
+
+
+def _flat(prefix: str, config: dict[str, Any]) -> dict[str, Any]:
+    params: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            if "name" in value:
+                params[name] = value["name"]
+            params |= _flat(f"{name}.", {k: v for k, v in value.items() if k not in ("name", "_target_")})
+        else:
+            params[name] = value
+    return params
 
 
 def format_tokens(tokens: int) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,18 @@ from omegaconf.errors import OmegaConfBaseException
 from lcbench.grid import build, values
 from lcbench.grid.cell import Cell
 from lcbench.kernels.base import Kernel
-from lcbench.masks.band import DoesNotFit
+from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 
 GROUPS = ("kernel", "cp", "mask", "lengths")
 AXES = (*GROUPS, "seqlen", "seqlen_per_rank", "scale", "heads", "dtype", "direction", "transit", "seed", "measure")
-RUN_OPTIONS = ("sweep", "site", "wait", "force", "pack", "results", "tracking_uri", "experiment")
+RUN_OPTIONS = ("sweep", "site", "wait", "force", "pack", "hang", "retry", "results", "tracking_uri", "experiment")
 CONFIG = "config"
+# Run options with options of their own, and how each of these is read.
+OPTION_GROUPS: dict[str, Callable[[Any, str], Any]] = {
+    "pack": values.parse_limit, "hang": values.parse_number, "retry": values.parse_int,
+}  # fmt: skip
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # For site files: paths that do not depend on where the command was typed.
@@ -55,7 +59,7 @@ class Plan:
     """What a command asks for: its cells in order, each once, and everything that is not part of a cell."""
 
     cells: tuple[Planned, ...]
-    options: dict[str, Any]  # sweep, wait, force, pack, results, tracking_uri
+    options: dict[str, Any]  # sweep, wait, force, pack, hang, retry, results, tracking_uri
     site: dict[str, Any]
     overrides: tuple[str, ...]
 
@@ -92,7 +96,7 @@ def expand(overrides: list[str], loader: ConfigLoaderImpl) -> Plan:
             raise ValueError(f"{override.get_key_element()} is not an axis and takes one value; axes: {', '.join(AXES)}")
     _check_choices(parsed, loader)
     base_lines = [_line(o) for o in fixed]
-    base = compose(base_lines, loader)
+    base = _compose_base(fixed, loader)
     # An experiment's own sweep, below what the command line says of the same key.
     said = {o.get_key_element().lstrip("+~") for o in parsed}
     params = {k: v for k, v in base["hydra"]["params"].items() if k not in said}
@@ -155,7 +159,7 @@ def cell_config(config: dict[str, Any]) -> dict[str, Any]:
         "measure": {
             **{k: values.parse_int(measure.pop(k), f"measure.{k}", least=least) for k, least in
                (("warmup", 0), ("min_iterations", 1), ("max_iterations", 1))},
-            **{k: values.parse_number(measure.pop(k), f"measure.{k}") for k in ("budget_s", "precision", "timeout_s")},
+            **{k: values.parse_number(measure.pop(k), f"measure.{k}") for k in ("budget_s", "precision")},
             "timeline": values.parse_bool(measure.pop("timeline"), "measure.timeline"),
             **_nothing_left("measure", measure),
         },
@@ -174,6 +178,15 @@ def skip_reason(cell: Cell) -> str | None:
         if reason:
             return f"{group} {config[group]['name']}: {reason}"
     return None
+
+
+def pairs(cell: Cell) -> float:
+    """Unmasked pairs over all query heads: exact for bands; of a block map, which is not drawn for this, what was asked for."""
+    config, problem = cell.config, cell.problem
+    mask = _mask(json.dumps(config["mask"]), problem, config["seed"])
+    if isinstance(mask, BandMask):
+        return float(mask.pairs(problem.heads.q))
+    return float(config["mask"].get("density", 1.0)) * problem.seqlen**2 * problem.heads.q
 
 
 # -- the product -----------------------------------------------------------------------------------------------------
@@ -212,6 +225,19 @@ def _values(root: str, members: list[Override], base_lines: list[str], loader: C
 def _plain(override: Override) -> Any:
     value = override.value()
     return str(value) if isinstance(value, QuotedString) else value
+
+
+def _compose_base(fixed: list[Override], loader: ConfigLoaderImpl) -> dict[str, Any]:
+    """The config under the run options alone."""
+    lines = [_line(o) for o in fixed]
+    try:
+        return compose(lines, loader)
+    except ValueError as error:
+        for group in OPTION_GROUPS:
+            own = [_line(o) for o in fixed if _root(o) == group]
+            if own and (word := _option_error(group, own, [], loader)):
+                raise ValueError(word) from error
+        raise
 
 
 def _compose_key(root: str, lines: list[str], base_lines: list[str], loader: ConfigLoaderImpl) -> Any:
@@ -283,7 +309,7 @@ def _listed(value: str, options: Sequence[str], near: Sequence[str] | None = Non
 
 def _option_error(root: str, lines: list[str], base_lines: list[str], loader: ConfigLoaderImpl) -> str | None:
     """A clear word on an option that an axis value does not have."""
-    if root not in (*GROUPS, "measure"):
+    if root not in (*GROUPS, "measure", *OPTION_GROUPS):
         return None
     chosen = [line for line in lines if line.partition("=")[0] == root]
     config = compose(base_lines + chosen, loader)[root]
@@ -313,8 +339,12 @@ def _check_run_options(options: dict[str, Any]) -> None:
     values.parse_bool(options["force"], "force")
     if options["wait"] is not None:
         values.parse_bool(options["wait"], "wait")
-    if options["pack"] is not None:
-        values.parse_int(options["pack"], "pack", least=1)
+    for group, parse in OPTION_GROUPS.items():
+        if not isinstance(options[group], dict):
+            raise ValueError(f"{group}={options[group]} means nothing; {group} has options, such as pack.max_cells=1")
+        options[group] = {key: parse(value, f"{group}.{key}") for key, value in options[group].items()}
+    if options["hang"]["min_s"] > options["hang"]["max_s"]:
+        raise ValueError(f"hang.min_s={options['hang']['min_s']} is more than hang.max_s={options['hang']['max_s']}")
     name = options["sweep"]
     if name is not None and (not str(name).strip() or set(str(name)) & set("/\\ ") or str(name).startswith(".")):
         raise ValueError(f"sweep={name!r} is no folder name; use letters, digits, - and _, such as sweep=first-try")

@@ -85,6 +85,11 @@ def parse_int(value: object, name: str, *, least: int = 0) -> int:
     return value
 
 
+def parse_limit(value: object, name: str) -> int | None:
+    """A number of at least 1, or none at all."""
+    return None if value is None else parse_int(value, name, least=1)
+
+
 def parse_number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"{name}={_shown(value)} is no number above 0")

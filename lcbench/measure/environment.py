@@ -22,7 +22,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """Provenance of this rank's process; rank 0's is stored with the attempt."""
     return {
         "git": git_state(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(device),
         "device": device_name(device),
         "host": socket.gethostname(),
         "platform": platform.platform(),
@@ -44,6 +44,11 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def node_name() -> str:
+    """This node, as Slurm calls it where it does."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def git_state() -> dict[str, Any]:
     """Commit of the checkout, whether it is dirty, and a hash of the uncommitted diff."""
     commit = _output("git", "rev-parse", "HEAD")
@@ -58,9 +63,7 @@ def git_state() -> dict[str, Any]:
 def _cuda(device: torch.device) -> dict[str, Any]:
     query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
     return {
-        "runtime": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory,
         "nvidia_smi": {"query": query, "values": _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")},
@@ -68,8 +71,12 @@ def _cuda(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions(device: torch.device) -> dict[str, str]:
+    """What may differ between two nodes though it should not: Python, packages, and on CUDA its runtime, NCCL and driver."""
+    found = {"python": platform.python_version()}
+    if device.type == "cuda":
+        found |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+        found["driver"] = (_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "").split("\n")[0]
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -7,9 +7,9 @@ from lcbench.problem import Heads
 BACKWARD_FACTOR = 2.5  # five matrix products instead of two
 
 
-def forward_flops(pairs: int, heads: Heads) -> float:
+def forward_flops(pairs: float, heads: Heads) -> float:
     return 4.0 * pairs * heads.dim
 
 
-def backward_flops(pairs: int, heads: Heads) -> float:
+def backward_flops(pairs: float, heads: Heads) -> float:
     return BACKWARD_FACTOR * forward_flops(pairs, heads)

@@ -1,35 +1,37 @@
-"""The cells of a sweep as a table: read from the store, never from MLflow."""
+"""The cells of a sweep, and where they stand, as tables: read from the store, never from MLflow."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
-from lcbench.runs.store import Attempt, Entry, Sweep
+from lcbench.runs.jobs import PackState, Standing
+from lcbench.runs.store import Look, Record
 
 WIDTH = 200  # of a table that goes to a file or a pipe
-COLORS = {"ok": "green", "failed": "red", "skipped": "yellow", "missing": "dim"}
+COLORS = {"ok": "green", "failed": "red", "lost": "red", "skipped": "yellow", "missing": "dim"}
 CHECKED = ("out", "dq", "dk", "dv")
+# Larger sweeps show what needs looking at.
+MANY = 200
 
 
-def to_rows(sweep: Sweep, ids: list[str] | None = None) -> list[dict[str, Any]]:
-    """One dictionary per cell, SI units: what ``--json`` prints. Metrics are those of the newest attempt."""
-    rows = []
-    for cell_id, entry in sweep.entries().items():
-        if ids is None or cell_id in ids:
-            attempts = sweep.attempts(cell_id)
-            rows.append(_row(entry, attempts[-1] if attempts else None))
-    return rows
+def to_rows(seen: Look, ids: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """One dictionary per cell, SI units. Metrics are those of the newest attempt."""
+    wanted = None if ids is None else set(ids)
+    return [_row(cell_id, record) for cell_id, record in seen.records.items() if wanted is None or cell_id in wanted]
 
 
-def _row(entry: Entry, attempt: Attempt | None) -> dict[str, Any]:
+def _row(cell_id: str, record: Record) -> dict[str, Any]:
+    attempt, failure = record.last, record.failure
     metrics = attempt.metrics if attempt else {}
     errors = [metrics[f"check/{name}_error"] for name in CHECKED if f"check/{name}_error" in metrics]
     return {
-        "cell": entry.cell.id,
-        "label": entry.cell.label,
-        "status": attempt.status if attempt else "missing",
+        "cell": cell_id,
+        "label": record.entry.cell.label,
+        "status": record.status,
         "attempt": attempt.number if attempt else 0,
         "forward_s": metrics.get("time/forward/median_s"),
         "backward_s": metrics.get("time/backward/median_s"),
@@ -38,20 +40,20 @@ def _row(entry: Entry, attempt: Attempt | None) -> dict[str, Any]:
         "peak_bytes": metrics.get("memory/peak_bytes"),
         "noise": metrics.get("time/noise"),
         "error": max(errors) if errors else None,
-        "failure": attempt.failure.kind if attempt and attempt.failure else None,
-        "cause": attempt.failure.cause if attempt and attempt.failure else None,
+        "failure": failure.kind if failure else None,
+        "cause": failure.cause if failure else None,
     }
 
 
-def cells_table(sweep: Sweep, ids: list[str] | None = None) -> Table:
+def cells_table(seen: Look, name: str, ids: list[str] | None = None) -> Table:
     """For people: milliseconds, MiB, percent; a noisy cell's noise is said beside its time."""
-    table = Table(title=f"sweep {sweep.name}", title_justify="left")
+    table = Table(title=f"sweep {name}", title_justify="left")
     for column in ("status", "cell", "what"):
         table.add_column(column, no_wrap=column != "what")
     for column in ("fwd ms", "bwd ms", "noise", "TFLOP/s\nper GPU", "MFU", "peak\nMiB", "max\nerror"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("why not", overflow="fold")
-    for row in to_rows(sweep, ids):
+    for row in to_rows(seen, ids):
         color = COLORS[row["status"]]
         table.add_row(
             f"[{color}]{row['status']}[/]",
@@ -71,3 +73,32 @@ def cells_table(sweep: Sweep, ids: list[str] | None = None) -> Table:
 
 def _shown(value: float | None, factor: float, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value * factor:{form}}{unit}"
+
+
+def packs_table(packs: list[PackState], name: str) -> Table:
+    """Jobs and how far they are."""
+    table = Table(title=f"packs of {name}", title_justify="left")
+    for column in ("pack", "launcher", "job", "state", "cells", "reason"):
+        table.add_column(column)
+    shown = packs if len(packs) <= MANY else [p for p in packs if not p.ended]
+    for p in shown:
+        table.add_row(p.id, p.launcher, p.job_id, p.state, f"{p.done}/{len(p.cells)}", p.reason)
+    if len(shown) < len(packs):
+        table.caption = f"and {len(packs) - len(shown)} that have ended"
+    return table
+
+
+def status_tables(standing: Standing, name: str, *, everything: bool = False) -> Group:
+    """Packs, cells, counts. Of a large sweep only the cells that are under way or not well, unless ``everything``."""
+    table = Table(title="cells", title_justify="left")
+    for column in ("state", "cell", "what", "attempt", "job", "job state", "class", "first cause"):
+        table.add_column(column, no_wrap=column == "cell")
+    cells = standing.cells
+    shown = cells if everything or len(cells) <= MANY else [c for c in cells if c.state in ("running", "failed", "lost")]
+    for c in shown if everything else shown[:MANY]:
+        color = COLORS.get(c.state, "cyan")
+        table.add_row(f"[{color}]{c.state}[/]", c.id, c.label, str(c.attempt or "-"), c.job_id, c.job_state, c.failure, c.cause)
+    if table.row_count < len(cells):
+        table.caption = f"and {len(cells) - table.row_count} more (--all)"
+    counts = ", ".join(f"{count} {state}" for state, count in standing.counts().most_common())
+    return Group(packs_table(standing.packs, name), table, counts)

@@ -4,7 +4,8 @@ A pack's ``failures`` folder holds, per attempt, what each rank said of itself b
 
     <cell id>.attempt-<n>.rank-<r>.json        an exception: {"kind", "cause", "rank", "time"}
     <cell id>.attempt-<n>.rank-<r>.hang.txt    the stacks of a rank that the hang timer ended (empty: it did not)
-    exit.<node>.<gang>.<rank>.json             from the agent: {"exitcode", "rank", "pid", "time"}
+    <cell id>.attempt-<n>.ended.json           from the agent, which ended the gang: {"kind", "cause", "time"}
+    exit.<node>.<gang>.<rank>.json             from the agent: {"exitcode", "rank", "pid", "time", "oom"}
 
 When one rank dies, others see broken connections and are ended; those consequences never count as the cause while there is
 an earlier one.
@@ -13,21 +14,25 @@ an earlier one.
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcbench.runs.store import Failure, read_json
+from lcbench.runs.store import CAUSE_LENGTH, Failure, read_or_set_aside
 
-CAUSE_LENGTH = 300
 # Slurm's final states (man sacct) and our classes.
 SLURM_STATES = {
     "OUT_OF_MEMORY": "oom", "TIMEOUT": "timeout", "DEADLINE": "timeout", "NODE_FAIL": "node-fail",
     "BOOT_FAIL": "node-fail", "PREEMPTED": "preempted", "CANCELLED": "cancelled", "FAILED": "crash",
-    "REVOKED": "cancelled", "COMPLETED": "crash",
+    "REVOKED": "cancelled", "COMPLETED": "crash", "REQUEUED": "preempted",
 }  # fmt: skip
+# A job that ends so before any of its cells began has not started at all.
+NO_START = ("FAILED", "COMPLETED", "ENDED")
 OOM_TYPES = ("OutOfMemoryError", "MemoryError")
 COMM_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
 COMM_WORDS = ("NCCL", "gloo", "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
+ERROR_WORDS = ("error", "failed", "not found", "no such", "unrecognized")
 OOM_WORDS = ("CUDA out of memory", "can't allocate memory", "Cannot allocate memory")
 
 
@@ -50,38 +55,84 @@ def classify_exception(error: BaseException) -> Failure:
     return Failure(kind, f"{type(first).__name__}: {line}"[:CAUSE_LENGTH])
 
 
-def first_failure(folder: Path, cell_id: str, attempt: int, since: float) -> Failure | None:
+@dataclass(frozen=True)
+class Found:
+    """What an attempt's processes left behind. ``may_follow``: it may as well have followed from the end of their job."""
+
+    failure: Failure
+    may_follow: bool = False
+
+
+def first_failure(folder: Path, cell_id: str, attempt: int, since: float) -> Found | None:
     """The first cause of an attempt that never ended, from the files of its ranks and agents; None if they left none.
 
     ``since``: when the attempt began, in seconds since the epoch; earlier deaths belong to others.
     """
-    stem = f"{cell_id}.attempt-{attempt}.rank-"
-    said = sorted((read_json(p) for p in folder.glob(f"{stem}*.json")), key=lambda r: float(r["time"]))
+    stem = f"{cell_id}.attempt-{attempt}"
+    for ended in _records(folder, f"{stem}.ended.json"):
+        return Found(Failure(ended["kind"], ended["cause"]))
+    said = sorted(_records(folder, f"{stem}.rank-*.json"), key=lambda r: float(r["time"]))
     causes = [r for r in said if r["kind"] != "nccl"]
     if causes:
-        return _failure(causes[0])
-    hung = sorted((p for p in folder.glob(f"{stem}*.hang.txt") if p.stat().st_size), key=lambda p: p.stat().st_mtime)
-    exits = [read_json(p) for p in folder.glob("exit.*.json")]
+        return Found(_failure(causes[0]))
+    hung = sorted((p for p in folder.glob(f"{stem}.rank-*.hang.txt") if p.stat().st_size), key=lambda p: p.stat().st_mtime)
+    exits = _records(folder, "exit.*.json")
     died = sorted((e for e in exits if e["time"] >= since and not _is_consequence(e)), key=lambda e: float(e["time"]))
     # A rank that hung, or said why it ends, exits with a code of its own, which the agent saw too.
     spoke = {r["rank"] for r in said} | {_rank(p) for p in hung}
     silent = [e for e in died if e["rank"] not in spoke]
     if silent:
-        return Failure("crash", f"rank {silent[0]['rank']} {_exit_text(int(silent[0]['exitcode']))}", silent[0]["rank"])
+        first = next((e for e in silent if e.get("oom")), silent[0])
+        code = int(first["exitcode"])
+        kind, why = ("oom", f": {first['oom']}") if first.get("oom") else ("crash", "")
+        return Found(Failure(kind, f"rank {first['rank']} {_exit_text(code)}{why}", first["rank"]), kind == "crash" and code < 0)
     if hung:
         # Ranks that wait in a collective hang as well; the one that waits elsewhere is the cause.
         places = [(_rank(p), *_stuck(p.read_text())) for p in hung]
         rank, place, _ = next((p for p in places if not p[2]), places[0])
-        return Failure("hang", f"no progress within the cell's timeout; rank {rank} stood at {place}", rank)
-    if said:
-        return _failure(said[0])
-    return None
+        return Found(Failure("hang", f"no progress within the cell's deadline; rank {rank} stood at {place}", rank))
+    return Found(_failure(said[0]), may_follow=True) if said else None
 
 
-def from_slurm_state(state: str) -> Failure:
-    """Class of an attempt whose job ended in this state (``CANCELLED by 0`` and the like included)."""
+def stacks(folder: Path, cell_id: str, attempt: int) -> Iterator[str]:
+    """The stacks of all threads of all ranks that the hang timer ended, by rank."""
+    for path in sorted(folder.glob(f"{cell_id}.attempt-{attempt}.rank-*.hang.txt"), key=_rank):
+        yield f"--- stacks of rank {_rank(path)} at the deadline\n{path.read_text().rstrip() or '(it left none)'}\n"
+
+
+def from_slurm_state(state: str, began: bool, words: str) -> Failure:
+    """Class of a cell that its job left without a result, when the job ended in this state (``CANCELLED by 0`` and the like
+    included). ``began``: whether any cell of the job did. ``words``: the job's own last ones.
+    """
     word = state.split()[0].rstrip("+") if state.split() else ""
-    return Failure(SLURM_STATES.get(word, "crash"), f"its Slurm job ended as {state}")
+    said = f": {words}" if words and word in NO_START else ""
+    if word in NO_START and not began:
+        return Failure("no-start", f"its Slurm job ended as {state} before any cell began{said}"[:CAUSE_LENGTH])
+    return Failure(SLURM_STATES.get(word, "crash"), f"its Slurm job ended as {state}{said}"[:CAUSE_LENGTH])
+
+
+def job_words(folder: Path, job_id: str) -> str:
+    """The last line that looks like an error, or else the last line, of what a Slurm job wrote."""
+    return last_error(folder / f"{job_id}_0_log.err") or last_error(folder / f"{job_id}_0_log.out")
+
+
+def last_error(log: Path) -> str:
+    """The last line of a log that looks like an error, or else its last line."""
+    try:
+        said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return ""
+    # What srun says of the end of a step is a consequence.
+    errors = [
+        line for line in said if any(w in line.lower() for w in ERROR_WORDS) and not line.startswith(("srun:", "slurmstepd:"))
+    ]
+    return errors[-1] if errors else said[-1] if said else ""
+
+
+def _records(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    """The records of that pattern."""
+    found = (read_or_set_aside(path, dict) for path in folder.glob(pattern))
+    return [record for record in found if record is not None]
 
 
 def _failure(record: dict[str, Any]) -> Failure:
@@ -97,8 +148,7 @@ def _exit_text(code: int) -> str:
     if code >= 0:
         return f"exited with code {code}"
     name = signal.Signals(-code).name
-    hint = " (the kernel's out-of-memory killer does that)" if -code == signal.SIGKILL else ""
-    return f"was killed by {name}{hint}"
+    return f"was killed by {name}"
 
 
 def _rank(path: Path) -> int:

@@ -1,27 +1,28 @@
-"""Where packs and cells stand: our own files first, then what Slurm or the process table says of their jobs.
-
-Slurm is asked once for all jobs of a sweep (squeue, then sacct). A job that neither knows is ``unknown``: accounting lags,
-and a purged record must mean neither "running" nor "done".
-"""
+"""Where packs and cells stand: our own files first, then what Slurm or the process table says of their jobs."""
 
 from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import time
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lcbench.runs.failure import first_failure, from_slurm_state
-from lcbench.runs.store import Attempt, Failure, Running, Sweep, read_json
+from filelock import Timeout
 
-QUERY_TIMEOUT_S = 15
-ENDED = {
-    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
-    "REVOKED", "ENDED",
-}  # fmt: skip
+from lcbench.runs.failure import first_failure, from_slurm_state, job_words, stacks
+from lcbench.runs.pack import Pack, tries_again
+from lcbench.runs.queue import ENDED, Key, ask, environment
+from lcbench.runs.queue import Job as QueuedJob
+from lcbench.runs.store import Attempt, Failure, Look, Record, Running, Sweep
+
+# Nobody is still handing over a pack after this long.
+SUBMITTING_S = 900.0
+NEVER_SUBMITTED = "NEVER_SUBMITTED"
+LOCK_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,17 @@ class PackState:
     job_id: str
     state: str
     reason: str
-    cells: int
+    cells: tuple[str, ...]
     done: int
+    job_name: str = ""
+    host: str = ""
+    pids: tuple[int, ...] = ()
+    retry: dict[str, int] = field(default_factory=dict)  # how often what failed how is tried again in it
 
     @property
     def ended(self) -> bool:
-        return self.state.split()[0] in ENDED
+        """Whether nothing of it runs or will run."""
+        return self.state == NEVER_SUBMITTED or self.state.split()[0].rstrip("+") in ENDED
 
 
 @dataclass(frozen=True)
@@ -57,84 +63,126 @@ class CellState:
     elapsed_s: float = 0.0
 
 
-def pack_states(sweep: Sweep) -> list[PackState]:
-    """All packs of a sweep, oldest first."""
-    packs = {pack: read_json(sweep.pack_folder(pack) / "pack.json") for pack in sweep.packs()}
-    jobs = {pack: _job(sweep.pack_folder(pack)) for pack in packs}
-    slurm = {pack: job for pack, job in jobs.items() if "job_id" in job}
-    known = _slurm_states([str(j["job_id"]) for j in slurm.values()], _environment(packs, slurm)) if slurm else {}
-    states = []
-    for pack, content in packs.items():
-        job = jobs[pack]
-        if "job_id" in job:
-            state, reason = known.get(str(job["job_id"]), ("UNKNOWN", "neither squeue nor sacct knows the job"))
-        else:
-            state, reason = _local_state(job)
-        done = sum(sweep.has_attempt_of(cell_id, pack) for cell_id in content["cells"])
-        job_id = str(job.get("job_id") or job.get("pid") or "")
-        states.append(PackState(pack, job.get("launcher", ""), job_id, state, reason, len(content["cells"]), done))
-    return states
+class Watch:
+    """Looks at a sweep; ``asking`` replaces the question to Slurm (one that waits between questions, say)."""
 
+    def __init__(self, sweep: Sweep, asking: Callable[..., Any] = ask) -> None:
+        self.sweep, self._ask = sweep, asking
 
-def cell_states(sweep: Sweep, packs: list[PackState] | None = None) -> list[CellState]:
-    """All cells of a sweep, in the order in which they were asked for."""
-    by_id = {p.id: p for p in (pack_states(sweep) if packs is None else packs)}
-    waiting: dict[str, PackState] = {}
-    for one in by_id.values():
-        for cell_id in read_json(sweep.pack_folder(one.id) / "pack.json")["cells"]:
-            waiting[cell_id] = one  # the newest pack wins
-    found = []
-    for cell_id, entry in sweep.entries().items():
-        attempts, running = sweep.attempts(cell_id), sweep.running(cell_id)
-        last = attempts[-1] if attempts else None
-        pack = by_id.get(running[-1].pack if running else last.pack if last else "") or waiting.get(cell_id)
-        state = CellState(cell_id, entry.cell.label, "missing", last.number if last else 0)
-        if pack is not None:
-            state = replace(state, pack=pack.id, job_id=pack.job_id, job_state=pack.state)
-        newest = waiting.get(cell_id)
-        if running:
-            alive = pack is not None and not pack.ended
-            state = replace(
-                state, state="running" if alive else "lost", attempt=running[-1].number,
-                elapsed_s=time.time() - running[-1].started_at,
+    def look(self) -> Standing:
+        """Settle what has ended, then say where everything stands."""
+        packs, seen = self._packs(), self.sweep.look()
+        packs = [replace(p, done=_done(seen, p)) for p in packs]
+        if settle(self.sweep, seen, packs):
+            seen = self.sweep.look()
+            packs = [replace(p, done=_done(seen, p)) for p in packs]
+        return Standing(seen, packs, _cells(seen, packs))
+
+    def _packs(self) -> list[PackState]:
+        """All packs, oldest first."""
+        contents = [(p, self.sweep.pack_file(p, "pack.json"), self.sweep.pack_file(p, "job.json")) for p in self.sweep.packs()]
+        contents = [c for c in contents if c[1]]
+        slurm = [c for c in contents if c[1]["launcher"] == "slurm"]
+        answer = None
+        if slurm:
+            newest = slurm[-1][1]
+            names = sorted({pack["job_name"] for _, pack, _ in slurm} - {""})
+            since = min((job["started_at"] for _, _, job in slurm if job), default=time.time())
+            answer = self._ask(names, since, environment(newest["settings"]["site"]))
+        states = []
+        for pack_id, pack, job in contents:
+            cells = tuple(pack["cells"])
+            made = PackState(
+                pack_id, pack["launcher"], str(job.get("job_id") or job.get("pid") or ""), "UNKNOWN", "", cells, 0,
+                pack["job_name"], job.get("host", ""), tuple(job.get("pids", ())), pack["settings"]["retry"],
             )  # fmt: skip
-        elif newest is not None and not newest.ended and not sweep.has_attempt_of(cell_id, newest.id):
-            state = replace(state, state="pending", pack=newest.id, job_id=newest.job_id, job_state=newest.state)
-        elif last is not None:
-            state = replace(state, state=last.status, elapsed_s=last.finished_at - last.started_at)
-            if last.failure:
-                state = replace(state, failure=last.failure.kind, cause=last.failure.cause)
-        found.append(state)
-    return found
+            if answer is not None and pack["launcher"] == "slurm":
+                made = _slurm_state(made, answer.jobs, answer.controller, (pack["job_name"], pack["index"]), job)
+                if made.state == "UNKNOWN" and self.sweep.pack_file(pack_id, "end.json"):
+                    made = replace(made, state="ENDED", reason="says so itself")
+            else:
+                state, reason = _local_state(job)
+                made = replace(made, state=state, reason=reason)
+            states.append(made)
+        return states
 
 
-def settle(sweep: Sweep) -> list[Attempt]:
-    """Record, as failed, attempts in flight whose job has ended; safe to call again and from several processes."""
-    states = {p.id: p for p in pack_states(sweep)}
+@dataclass(frozen=True)
+class Standing:
+    """Where a sweep stands: everything read once."""
+
+    seen: Look
+    packs: list[PackState]
+    cells: list[CellState]
+
+    @property
+    def ended(self) -> bool:
+        return all(p.ended for p in self.packs)
+
+    def counts(self) -> Counter[str]:
+        """Cells by state."""
+        return Counter(c.state for c in self.cells)
+
+    @property
+    def under_way(self) -> set[str]:
+        """Cells that a live job has or will come to."""
+        return {c.id for c in self.cells if c.state in ("running", "pending")}
+
+
+def settle(sweep: Sweep, seen: Look, packs: Sequence[PackState]) -> list[Attempt]:
+    """Record, as failed, what has no result though its job has ended: attempts in flight, and cells that it never came to.
+
+    Safe to call again and from several processes; where the results belong to somebody else, nothing is recorded.
+    """
+    dead = [p for p in packs if p.ended and p.state != NEVER_SUBMITTED]
+    open_ends = [(p, c) for p in dead for c in p.cells if c in seen.records and _is_open(seen.records[c], p.id)]
+    known = {p.id for p in packs}
+    stray = [(r, record.entry) for record in seen.records.values() for r in record.running if r.pack not in known]
+    if not (open_ends or stray) or not os.access(sweep.folder, os.W_OK):
+        return []
     settled = []
-    for cell_id in sweep.entries():
-        for running in sweep.running(cell_id):
-            pack = states.get(running.pack)
-            if pack is not None and pack.ended:
-                settled.append(close(sweep, running, _job_failure(pack)))
+    try:
+        with sweep.lock().acquire(timeout=LOCK_S):
+            for pack, cell_id in open_ends:
+                config = seen.records[cell_id].entry.cell.config
+                begun = [r for r in sweep.running(cell_id) if r.pack == pack.id]
+                if begun:
+                    settled += [close(sweep, running, config, _job_failure(sweep, pack)) for running in begun]
+                elif not sweep.has_attempt_of(cell_id, pack.id):
+                    settled.append(record(sweep, sweep.begin(cell_id, pack.id), config, _job_failure(sweep, pack)))
+            for running, entry in stray:  # nobody can say whether its job lives; if it does, its result will replace this
+                settled.append(close(sweep, running, entry.cell.config, Failure("crash", "the file of its pack is gone")))
+    except Timeout:  # somebody else is at it
+        return []
     return settled
 
 
-def close(sweep: Sweep, running: Running, otherwise: Failure | None = None) -> Attempt:
+def close(sweep: Sweep, running: Running, config: dict[str, Any], otherwise: Failure | None = None) -> Attempt:
     """Record an attempt that began and never ended, with the class and cause that its processes left behind.
 
-    ``otherwise``: what its job's end says. It counts where no process left a word, and where all they saw were the
-    connections that the job's end broke.
+    ``otherwise``: what its job's end says. It counts where no process left a word, and where all they saw was what the job's
+    end did to them: broken connections and signals.
     """
-    failure = first_failure(sweep.pack_folder(running.pack) / "failures", running.cell_id, running.number, running.started_at)
-    if failure is None or (failure.kind == "nccl" and otherwise is not None and otherwise.kind != "crash"):
+    folder = sweep.pack_folder(running.pack) / "failures"
+    found = first_failure(folder, running.cell_id, running.number, running.started_at)
+    failure = found.failure if found else None
+    if failure is None or (found and found.may_follow and otherwise is not None and otherwise.kind not in ("crash", "no-start")):
         failure = otherwise or Failure("crash", "the workers ended without a word; see the logs of the pack")
+    if failure.kind == "hang":
+        with open(sweep.attempt_path(running.cell_id, running.number, "log"), "a") as log:
+            log.writelines(stacks(folder, running.cell_id, running.number))
+    return record(sweep, running, config, failure)
+
+
+def record(sweep: Sweep, running: Running, config: dict[str, Any], failure: Failure) -> Attempt:
+    """Write down that an attempt failed."""
     attempt = Attempt(
         cell_id=running.cell_id,
         sweep=sweep.name,
         number=running.number,
         status="failed",
         failure=failure,
+        config=config,
         pack=running.pack,
         started_at=running.started_at,
         finished_at=time.time(),
@@ -143,47 +191,82 @@ def close(sweep: Sweep, running: Running, otherwise: Failure | None = None) -> A
     return attempt
 
 
-def _job_failure(pack: PackState) -> Failure | None:
-    if pack.launcher == "slurm" and pack.state != "ENDED":
-        return from_slurm_state(pack.state)
-    return Failure("cancelled", "the launching command and its agents ended while the cell was in flight")
+def in_flight(sweep: Sweep, pack: Pack) -> list[tuple[Running, dict[str, Any]]]:
+    """Attempts of this pack that began and have not ended, with the config of their cell."""
+    return [(r, pack.configs[cell_id]) for cell_id in pack.cells for r in sweep.running(cell_id) if r.pack == pack.id]
 
 
-def _job(folder: Path) -> dict[str, Any]:
-    try:
-        job: dict[str, Any] = read_json(folder / "job.json")
-    except FileNotFoundError:
-        return {}
-    return job
+def _cells(seen: Look, packs: list[PackState]) -> list[CellState]:
+    """All cells of a sweep, in the order in which they were asked for."""
+    by_id = {p.id: p for p in packs}
+    newest_of = {cell_id: pack for pack in packs for cell_id in pack.cells}
+    found = []
+    for cell_id, seen_cell in seen.records.items():
+        last, marked, newest = seen_cell.last, seen_cell.running, newest_of.get(cell_id)
+        pack = by_id.get(marked[-1].pack if marked else last.pack if last else "") or newest
+        state = CellState(cell_id, seen_cell.entry.cell.label, "missing", last.number if last else 0)
+        if pack is not None:
+            state = replace(state, pack=pack.id, job_id=pack.job_id, job_state=pack.state)
+        if marked:
+            alive = pack is not None and not pack.ended
+            state = replace(
+                state, state="running" if alive else "lost", attempt=marked[-1].number,
+                elapsed_s=time.time() - marked[-1].started_at,
+            )  # fmt: skip
+        elif newest is not None and not newest.ended and _will_come_to(newest, seen_cell):
+            state = replace(state, state="pending", pack=newest.id, job_id=newest.job_id, job_state=newest.state)
+        else:
+            state = replace(state, state=seen_cell.status, elapsed_s=last.finished_at - last.started_at if last else 0.0)
+            if why := seen_cell.failure:
+                state = replace(state, failure=why.kind, cause=why.cause)
+        found.append(state)
+    return found
 
 
-def _environment(packs: dict[str, dict[str, Any]], slurm: dict[str, Any]) -> dict[str, str]:
-    """The environment of Slurm commands, as the site of the newest Slurm pack wants it."""
-    site = packs[sorted(slurm)[-1]]["site"]
-    return {**os.environ, **{k: str(v) for k, v in (site.get("env") or {}).items()}}
+def _has(seen: Look, cell_id: str, pack_id: str) -> bool:
+    record = seen.records.get(cell_id)
+    return record is not None and any(a.pack == pack_id for a in record.attempts)
 
 
-def _slurm_states(job_ids: list[str], environment: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """(state, reason) by job id: squeue speaks for jobs that live (a requeued one too), sacct for the rest."""
-    listed = ",".join(job_ids)
-    states: dict[str, tuple[str, str]] = {}
-    for line in _lines(["sacct", "-X", "-n", "-P", "-j", listed, "-o", "JobIDRaw,State,Reason"], environment):
-        job_id, state, reason = [*line.split("|"), "", ""][:3]
-        states[job_id] = (state, reason if reason != "None" else "")
-    for line in _lines(["squeue", "-h", "-t", "all", "-j", listed, "-o", "%A|%T|%r"], environment):
-        job_id, state, reason = [*line.split("|"), "", ""][:3]
-        # squeue forgets ended jobs after a while and sacct lags behind it: the live one is right while it speaks.
-        states[job_id] = (state, reason if reason != "None" else "")
-    return states
+def _will_come_to(pack: PackState, record: Record) -> bool:
+    """Whether a live pack has a cell before it: it has not tried it, or will try it again."""
+    return not any(a.pack == pack.id for a in record.attempts) or tries_again(record.attempts, pack.retry)
 
 
-def _lines(command: list[str], environment: dict[str, str]) -> list[str]:
-    """Output lines; none where the command is missing, fails (squeue does for jobs it has forgotten) or takes too long."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, env=environment)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+def _is_open(record: Record, pack_id: str) -> bool:
+    return any(r.pack == pack_id for r in record.running) or not any(a.pack == pack_id for a in record.attempts)
+
+
+def _done(seen: Look, pack: PackState) -> int:
+    return sum(_has(seen, cell_id, pack.id) for cell_id in pack.cells)
+
+
+def _job_failure(sweep: Sweep, pack: PackState) -> Failure:
+    """What the end of a pack's job says of the cells that it left without a result."""
+    for name in ("end.json", "stop.json"):  # the pack itself may know why it stopped
+        said = sweep.pack_file(pack.id, name).get("failure")
+        if said:
+            return Failure(**said)
+    if pack.launcher != "slurm":
+        return Failure("cancelled", "the launching command and its agents ended while the cell was in flight")
+    began = pack.done > 0 or any(r.pack == pack.id for cell_id in pack.cells for r in sweep.running(cell_id))
+    return from_slurm_state(pack.state, began, job_words(sweep.folder / "jobs" / pack.job_name, pack.job_id))
+
+
+def _slurm_state(pack: PackState, jobs: dict[Key, QueuedJob], controller: bool, key: Key, handed: dict[str, Any]) -> PackState:
+    job = jobs.get(key)
+    if job is not None:
+        return replace(pack, state=job.state, reason=job.reason, job_id=job.id)
+    if not controller:
+        return replace(pack, reason="slurmctld does not answer")
+    if handed.get("job_id"):
+        return replace(pack, state="ENDED", reason="neither squeue nor sacct knows the job any more")
+    # No job of this name, and nobody was told its number: it is being submitted, or never was.
+    here = handed.get("host") == socket.gethostname()
+    alive = _alive(handed["pid"], handed["started_at"]) if here else time.time() - handed.get("started_at", 0.0) < SUBMITTING_S
+    if alive:
+        return replace(pack, state="PENDING", reason="being submitted")
+    return replace(pack, state=NEVER_SUBMITTED, reason="the launcher ended before it could")
 
 
 def _local_state(job: dict[str, Any]) -> tuple[str, str]:
@@ -192,7 +275,9 @@ def _local_state(job: dict[str, Any]) -> tuple[str, str]:
     if job["host"] != socket.gethostname():
         return "UNKNOWN", f"runs on {job['host']}"
     alive = any(_alive(pid, job["started_at"]) for pid in job.get("pids", [job["pid"]]))
-    return ("RUNNING", "") if alive else ("ENDED", "")
+    if alive:
+        return "RUNNING", ""
+    return ("ENDED", "") if "pids" in job else (NEVER_SUBMITTED, "the launcher ended before it could")
 
 
 def _alive(pid: int, started_at: float) -> bool:

@@ -1,24 +1,52 @@
-"""A pack: cells that share one allocation, and so one job; and how cells are grouped into packs."""
+"""A pack: cells that share one allocation, and so one job; how cells are grouped into packs; and when one is tried again."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lcbench.grid.build import draws
 from lcbench.grid.cell import Cell
 from lcbench.problem import Scale
-from lcbench.runs.store import Sweep, read_json, write_json
+from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Sweep, read_json, write_json
 
-# What a gang needs before its first cell (imports, rendezvous, process groups), once more after one restart, and a grace
-# at the end; on an oversubscribed machine ranks start one after the other.
+if TYPE_CHECKING:
+    from lcbench.runs.estimate import Estimator
+
+# What a gang needs before its first cell (imports, rendezvous, process groups, the check of its nodes), once more after one
+# restart, and a grace at the end; on an oversubscribed machine ranks start one after the other.
 STARTUP_S = 180.0
 STARTUP_PER_RANK_S = 3.0
 # A cell may overrun its estimate by this factor before the job's time limit ends it.
 SLACK = 1.5
+# These end the gang of their cell, and with it cost the others a restart.
+GANG_KILLERS = ("crash", "hang", "nccl", "oom")
+KILLS = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a launch says besides its cells; kept with the sweep, so that it can go on without the command that began it."""
+
+    site: dict[str, Any]  # resolved conf/site
+    devices: list[dict[str, Any]]  # every conf/device file: peaks and memory by device name
+    tracking_uri: str | None
+    pack: dict[str, int | None]  # max_cells, max_minutes, max_jobs
+    hang: dict[str, float]  # factor, min_s, max_s
+    retry: dict[str, int]  # failure class -> how often
+
+    def deadline_s(self, estimate_s: float) -> float:
+        """Seconds after which a cell counts as hung."""
+        return min(max(self.hang["factor"] * estimate_s, self.hang["min_s"]), self.hang["max_s"])
+
+    @property
+    def max_minutes(self) -> int | None:
+        """Time limit of a job at most."""
+        limits = [m for m in (self.pack["max_minutes"], self.site.get("max_minutes")) if m is not None]
+        return min(limits, default=None)
 
 
 @dataclass(frozen=True)
@@ -28,13 +56,15 @@ class Pack:
     id: str
     sweep: str
     root: str  # results root, absolute
+    launcher: str
     scale: str
-    cells: tuple[str, ...]  # ids, in the order in which they run: the shortest estimate first
+    cells: tuple[str, ...]  # ids, in the order in which they run
     configs: dict[str, dict[str, Any]]  # cell id -> canonical config
-    site: dict[str, Any]  # resolved conf/site of the submitting command
-    devices: list[dict[str, Any]]  # every conf/device file: peaks by device name
+    deadlines_s: dict[str, float]  # cell id -> seconds after which it counts as hung
     timeout_min: int
-    tracking_uri: str | None
+    settings: Settings
+    job_name: str = ""  # of the Slurm array it is an element of; unique, so that its job is found whoever died when
+    index: int = 0  # in the array
 
     @property
     def folder(self) -> Path:
@@ -44,52 +74,93 @@ class Pack:
     def path(self) -> Path:
         return self.folder / "pack.json"
 
+    @property
+    def site(self) -> dict[str, Any]:
+        return self.settings.site
+
     def write(self) -> Path:
         write_json(self.path, asdict(self))
         return self.path
 
+    def say(self, name: str, failure: Failure | None, **more: Any) -> None:
+        """Leave word in one of the pack's files: ``stop.json``, for workers to end between cells, or ``end.json``, why it ended."""
+        write_json(self.folder / name, {"failure": asdict(failure) if failure else None, "time": time.time(), **more})
+
+    def fall_out(self, fallen: dict[str, str]) -> None:
+        """End because nodes are not well; ``fallen`` says why, by node."""
+        cause = "; ".join(f"{node}: {why}" for node, why in fallen.items())
+        self.say("end.json", Failure("node-fail", f"the check of its nodes: {cause}"[:CAUSE_LENGTH]), fallen=fallen)
+
     @classmethod
     def read(cls, path: Path) -> Pack:
-        data = read_json(path)
-        return cls(**{**data, "cells": tuple(data["cells"])})
+        return cls.from_json(read_json(path))
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Pack:
+        return cls(**{**data, "cells": tuple(data["cells"]), "settings": Settings(**data["settings"])})
 
 
-def group(
-    cells: Sequence[Cell], estimate_s: Callable[[Cell], float], *, max_cells: int | None, max_minutes: int | None
-) -> list[tuple[Scale, list[Cell], int]]:
-    """Group cells by scale, shortest estimate first, so that a job that ends early has lost the fewest.
+@dataclass(frozen=True)
+class Group:
+    """Cells that will share a job, its time limit, and what is expected of each."""
 
-    Returns (scale, cells, time limit in minutes) per pack. ``max_minutes`` caps the limit and splits what would exceed it;
-    a single cell that alone exceeds it keeps a pack of its own at the cap.
+    scale: Scale
+    cells: tuple[Cell, ...]
+    minutes: int
+    seconds: dict[str, float]  # cell id -> estimate
+
+
+def group(cells: Sequence[Cell], estimator: Estimator, *, max_cells: int | None, max_minutes: int | None) -> list[Group]:
+    """Group cells by scale: the shortest first, so that a job that ends early has lost the fewest, and those last that are
+    expected not to fit.
+
+    ``max_minutes`` caps the time limit of a group and splits what would exceed it; a single cell that alone exceeds it keeps a
+    group of its own at the cap.
     """
+    seconds = {cell.id: estimator.seconds(cell) for cell in cells}
+    fails = {cell.id: estimator.will_fail(cell) for cell in cells}
     by_scale: dict[Scale, list[Cell]] = {}
-    for cell in sorted(cells, key=estimate_s):
+    for cell in sorted(cells, key=lambda c: (fails[c.id], seconds[c.id])):
         by_scale.setdefault(cell.scale, []).append(cell)
-    packs: list[tuple[Scale, list[Cell], int]] = []
+    groups: list[Group] = []
+
+    def close(scale: Scale, members: list[Cell], total_s: float) -> None:
+        minutes = _limit_min(scale, total_s)
+        minutes = minutes if max_minutes is None else min(minutes, max_minutes)
+        groups.append(Group(scale, tuple(members), minutes, {c.id: seconds[c.id] for c in members}))
+
     for scale, members in by_scale.items():
         current: list[Cell] = []
+        total_s = 0.0
         for cell in members:
             full = max_cells is not None and len(current) >= max_cells
-            late = max_minutes is not None and _limit_min(scale, [*current, cell], estimate_s) > max_minutes
+            late = max_minutes is not None and _limit_min(scale, total_s + seconds[cell.id]) > max_minutes
             if current and (full or late):
-                packs.append((scale, current, _limit_min(scale, current, estimate_s, max_minutes)))
-                current = []
+                close(scale, current, total_s)
+                current, total_s = [], 0.0
             current.append(cell)
-        packs.append((scale, current, _limit_min(scale, current, estimate_s, max_minutes)))
-    return packs
+            total_s += seconds[cell.id]
+        close(scale, current, total_s)
+    return groups
 
 
-def _limit_min(scale: Scale, cells: Sequence[Cell], estimate_s: Callable[[Cell], float], cap: int | None = None) -> int:
-    startup_s = STARTUP_S + STARTUP_PER_RANK_S * scale.world_size
-    minutes = math.ceil((startup_s + SLACK * sum(map(estimate_s, cells))) / 60)
-    return minutes if cap is None else min(minutes, cap)
+def _limit_min(scale: Scale, total_s: float) -> int:
+    return math.ceil((STARTUP_S + STARTUP_PER_RANK_S * scale.world_size + SLACK * total_s) / 60)
 
 
-def estimate_s(cell: Cell) -> float:
-    """Seconds that a cell takes at most if all goes well: for each draw of its mask twice its timing budget (warm-up, check,
-    memory), and 10 s to set up.
+def given_up(attempts: Sequence[Attempt]) -> bool:
+    """Whether a cell has killed its gang in its last two attempts, and is not worth a third."""
+    last = [a.failure.kind for a in attempts[-KILLS:] if a.failure is not None]
+    return len(last) == KILLS and all(kind in GANG_KILLERS for kind in last)
 
-    Never more than its timeout, which ends it.
-    """
-    measure = cell.config["measure"]
-    return float(min(2 * measure["budget_s"] + 10.0, measure["timeout_s"])) * draws(cell.config["mask"])
+
+def tries_again(attempts: Sequence[Attempt], retry: dict[str, int]) -> bool:
+    """Whether a cell's last failure is one that is tried again by itself, and was not too often already."""
+    if not attempts or attempts[-1].failure is None or given_up(attempts):
+        return False
+    kind, times = attempts[-1].failure.kind, 0
+    for attempt in reversed(attempts):
+        if attempt.failure is None or attempt.failure.kind != kind:
+            break
+        times += 1
+    return times <= retry.get(kind, 0)

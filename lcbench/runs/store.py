@@ -6,31 +6,43 @@
     <root>/<sweep>/<cell id>/attempt-N.log            what its workers printed
     <root>/<sweep>/packs/<pack id>/pack.json          the cells of one job, and everything its workers need
     <root>/<sweep>/packs/<pack id>/job.json           how it was started: launcher, Slurm job id, pid
+    <root>/<sweep>/packs/<pack id>/check.json         what the check of its nodes found
+    <root>/<sweep>/packs/<pack id>/end.json           how it came to its end, written by itself
     <root>/<sweep>/packs/<pack id>/failures/*.json    how workers of the pack died (written by them or by their agent)
 
 A file appears whole or not at all: temporary name, fsync, rename. An attempt number is claimed by creating the running
-marker exclusively, so a second attempt never overwrites the first.
+marker exclusively, so a second attempt never overwrites the first. A file that cannot be read all the same (a full disk, a
+broken file system, an editor) is renamed to ``<name>.corrupt``, and whoever looks at the sweep is told. docs/results.md
+describes the files.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import secrets
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from filelock import FileLock
 
 from lcbench.grid.cell import Cell
 
 SCHEMA = 1
 Status = Literal["ok", "failed", "skipped"]
 FAILURE_CLASSES = (
-    "oom", "timeout", "hang", "nccl", "numerics", "unsupported", "node-fail", "preempted", "crash", "cancelled",
+    "oom", "timeout", "hang", "nccl", "numerics", "unsupported", "node-fail", "preempted", "crash", "cancelled", "no-start",
 )  # fmt: skip
+CAUSE_LENGTH = 300
+CORRUPT = ".corrupt"
+MEMORY = "mlflow.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,8 @@ class Attempt:
     ``metrics`` are flat floats keyed as MLflow keys (``time/forward/median_s``, ``compute/mfu``, ``check/dq_error``;
     docs/metrics.md lists them with units); ``samples`` are per-iteration lists (``forward_s``: slowest rank of each
     iteration) and per-rank lists (``rank_forward_median_s``); ``checks`` holds the errors, their bounds and how the
-    reference was taken; ``provenance`` says where, with what and from which commit.
+    reference was taken; ``provenance`` says where, with what and from which commit. ``config`` is the cell's, so that a file
+    can be read by itself. What is not finite is left out of ``metrics`` and is null elsewhere: JSON has no word for it.
     """
 
     cell_id: str
@@ -61,6 +74,7 @@ class Attempt:
     samples: dict[str, list[float]] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     pack: str = ""
     started_at: float = 0.0  # seconds since the epoch
     finished_at: float = 0.0
@@ -91,6 +105,49 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Record:
+    """A cell of a sweep and all that was tried: attempts that ended, oldest first, and those in flight."""
+
+    entry: Entry
+    attempts: tuple[Attempt, ...]
+    running: tuple[Running, ...]
+
+    @property
+    def last(self) -> Attempt | None:
+        return self.attempts[-1] if self.attempts else None
+
+    @property
+    def status(self) -> str:
+        """Of the newest attempt, or ``missing``; a cell that cannot run at all is ``skipped``."""
+        if self.entry.skip:
+            return "skipped"
+        return self.last.status if self.last else "missing"
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why it has no good result."""
+        if self.entry.skip:
+            return Failure("unsupported", self.entry.skip)
+        return self.last.failure if self.last else None
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A file that was set aside because it could not be read."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """A whole sweep, read once."""
+
+    records: dict[str, Record]
+    damaged: tuple[Damaged, ...]
+
+
+@dataclass(frozen=True)
 class Sweep:
     """One sweep's folder below the results root."""
 
@@ -106,29 +163,61 @@ class Sweep:
         return self.folder / "manifest.json"
 
     def exists(self) -> bool:
-        return self.manifest_path.is_file()
+        return self.manifest_path.is_file() or bool(self.packs())
+
+    def lock(self) -> FileLock:
+        """Held while cells are given to packs, so that of two commands at once neither runs what the other does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / ".lock", is_singleton=True)  # who has it may take it again
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest: ``{"schema", "sweep", "created_at", "commands": [...], "cells": {id: {"config", "skip"}}, ...}``."""
+        """The manifest: ``{"schema", "sweep", "id", "created_at", "commands", "launch", "cells": {id: {"config", "skip"}}}``.
+
+        One that cannot be read is set aside and made again from packs and attempts.
+        """
         if not self.exists():
             raise ValueError(f"no sweep {self.name!r} below {self.root}; there are: {', '.join(sweeps(self.root)) or 'none'}")
-        manifest: dict[str, Any] = read_json(self.manifest_path)
-        return manifest
+        found = read_or_set_aside(self.manifest_path, _checked_manifest)
+        return self._rebuilt() if found is None else found
 
     def entries(self) -> dict[str, Entry]:
         """The cells by id, in the order in which they were asked for."""
-        cells = self.manifest()["cells"]
-        return {cell_id: Entry(Cell.from_config(e["config"]), e.get("skip")) for cell_id, e in cells.items()}
+        return _entries(self.manifest())
 
-    def add(self, entries: list[Entry], *, command: list[str], extra: dict[str, Any] | None = None) -> None:
-        """Write the manifest, or add cells to the one that is there (a sweep may grow; nothing is taken out)."""
-        known: dict[str, Any] = self.manifest() if self.exists() else {
-            "schema": SCHEMA, "sweep": self.name, "created_at": time.time(), "commands": [], "cells": {},
-        }  # fmt: skip
+    def add(self, entries: list[Entry], *, command: list[str], launch: dict[str, Any] | None = None) -> None:
+        """Write the manifest, or add cells to the one that is there (a sweep may grow; nothing is taken out).
+
+        ``launch``: how its cells are run, for those who go on with the sweep later.
+        """
+        known: dict[str, Any] = self.manifest() if self.exists() else _new_manifest(self.name)
         known["commands"].append(command)
+        known["launch"] = launch
         known["cells"].update({e.cell.id: {"config": e.cell.config, "skip": e.skip} for e in entries})
-        known.update(extra or {})
         write_json(self.manifest_path, known)
+
+    def _rebuilt(self) -> dict[str, Any]:
+        manifest = _new_manifest(self.name)
+        for pack_id in self.packs():
+            pack = read_or_set_aside(self.pack_folder(pack_id) / "pack.json", dict)
+            manifest["cells"].update({k: {"config": c, "skip": None} for k, c in (pack or {}).get("configs", {}).items()})
+        for folder in sorted(self.folder.iterdir()):
+            for attempt in self.attempts(folder.name) if folder.is_dir() else ():
+                if attempt.config:
+                    manifest["cells"][attempt.cell_id] = {"config": attempt.config, "skip": None}
+        write_json(self.manifest_path, manifest)
+        return manifest
+
+    def look(self) -> Look:
+        """Every cell with every attempt, each file read once."""
+        records, damaged = {}, []
+        entries = self.entries()
+        for cell_id, entry in entries.items():
+            names = _names(self.folder / cell_id)
+            records[cell_id] = Record(entry, tuple(self._attempts(cell_id, names)), tuple(self._running(cell_id, names)))
+        packs = list((self.folder / "packs").glob("*"))
+        for folder in (self.folder, *(self.folder / c for c in entries), *packs, *(p / "failures" for p in packs)):
+            damaged += [Damaged(folder / n, _unreadable(folder / n)) for n in _names(folder) if n.endswith(CORRUPT)]
+        return Look(records, tuple(damaged))
 
     # -- attempts ------------------------------------------------------------------------------------------------
 
@@ -137,9 +226,7 @@ class Sweep:
 
     def attempts(self, cell_id: str) -> list[Attempt]:
         """All ended attempts at a cell, oldest first."""
-        files = (self.folder / cell_id).glob("attempt-*.json")
-        numbered = {int(p.stem.removeprefix("attempt-")): p for p in files if p.stem.count(".") == 0}
-        return [Attempt.from_json(read_json(numbered[n])) for n in sorted(numbered)]
+        return self._attempts(cell_id, _names(self.folder / cell_id))
 
     def has_attempt_of(self, cell_id: str, pack: str) -> bool:
         """Whether a pack has an ended attempt at this cell."""
@@ -147,18 +234,25 @@ class Sweep:
 
     def running(self, cell_id: str) -> list[Running]:
         """Attempts that have begun and not ended; their job may be dead all the same."""
-        found = []
-        for path in (self.folder / cell_id).glob("attempt-*.running.json"):
-            with suppress(FileNotFoundError):  # it ended just now
-                found.append(Running(**read_json(path)))
-        ended = {a.number for a in self.attempts(cell_id)} if found else set()
-        return sorted((r for r in found if r.number not in ended), key=lambda r: r.number)
+        return self._running(cell_id, _names(self.folder / cell_id))
+
+    def _attempts(self, cell_id: str, names: list[str]) -> list[Attempt]:
+        found = (read_or_set_aside(self.attempt_path(cell_id, number), Attempt.from_json) for number in sorted(_numbers(names)))
+        return [attempt for attempt in found if attempt is not None]
+
+    def _running(self, cell_id: str, names: list[str]) -> list[Running]:
+        marked = [n for n in names if n.startswith("attempt-") and n.endswith(".running.json")]
+        # Both are there when death came between writing the result and dropping the marker: the result counts. The names may be
+        # older than the markers, which is why a result is looked for again.
+        found = (read_or_set_aside(self.folder / cell_id / name, lambda data: Running(**data)) for name in marked)
+        alive = (r for r in found if r is not None and not self.attempt_path(cell_id, r.number).exists())
+        return sorted(alive, key=lambda r: r.number)
 
     def begin(self, cell_id: str, pack: str) -> Running:
         """Claim the next attempt number of a cell."""
         folder = self.folder / cell_id
         folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(p.name.split("-")[1].split(".")[0]) for p in folder.glob("attempt-*.*json")), default=0)
+        number = 1 + max((int(p.name.split("-")[1].split(".")[0]) for p in folder.glob("attempt-*.*")), default=0)
         while True:
             marker = Running(cell_id, number, pack, time.time())
             try:
@@ -169,8 +263,18 @@ class Sweep:
 
     def finish(self, attempt: Attempt) -> None:
         """Write the result, then drop the running marker; a crash between the two leaves both, and the result counts."""
-        write_json(self.attempt_path(attempt.cell_id, attempt.number), asdict(replace(attempt, sweep=self.name)))
+        metrics = {k: v for k, v in attempt.metrics.items() if math.isfinite(v)}
+        data = _finite(asdict(replace(attempt, sweep=self.name, metrics=metrics)))
+        write_json(self.attempt_path(attempt.cell_id, attempt.number), data)
         self.attempt_path(attempt.cell_id, attempt.number, "running.json").unlink(missing_ok=True)
+
+    def newest(self, cell_id: str) -> int:
+        """Number of the newest ended attempt, without reading it; 0 if there is none."""
+        return max(_numbers(_names(self.folder / cell_id)), default=0)
+
+    def remembered(self) -> dict[str, Any]:
+        """What tracking servers have of this sweep, by address (``mlflow.json``)."""
+        return read_or_set_aside(self.folder / MEMORY, dict) or {}
 
     # -- packs ---------------------------------------------------------------------------------------------------
 
@@ -180,10 +284,61 @@ class Sweep:
     def packs(self) -> list[str]:
         return sorted(p.parent.name for p in (self.folder / "packs").glob("*/pack.json"))
 
+    def pack_file(self, pack_id: str, name: str) -> dict[str, Any]:
+        """A small file of a pack, such as ``job.json``; empty where there is none (any more)."""
+        return read_or_set_aside(self.pack_folder(pack_id) / name, dict) or {}
+
 
 def sweeps(root: Path) -> list[str]:
     """Names of the sweeps below ``root``, oldest first."""
-    return [p.parent.name for p in sorted(root.glob("*/manifest.json"), key=lambda p: p.stat().st_mtime)]
+    manifests = sorted(root.glob("*/manifest.json*"), key=lambda p: p.stat().st_mtime)
+    return list(dict.fromkeys(p.parent.name for p in manifests))
+
+
+def _new_manifest(name: str) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA, "sweep": name, "id": secrets.token_hex(8), "created_at": time.time(), "commands": [], "launch": None,
+        "cells": {},
+    }  # fmt: skip
+
+
+def _checked_manifest(data: dict[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(entry["config"], dict) for entry in data["cells"].values()):
+        raise ValueError("a cell without its config")
+    return {key: data[key] for key in ("schema", "sweep", "id", "created_at", "commands", "launch", "cells")}
+
+
+def _entries(manifest: dict[str, Any]) -> dict[str, Entry]:
+    return {cell_id: Entry(Cell.from_config(e["config"]), e.get("skip")) for cell_id, e in manifest["cells"].items()}
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def _numbers(names: list[str]) -> list[int]:
+    """Numbers of the ended attempts among a cell's files."""
+    return [int(n[8:-5]) for n in names if n.startswith("attempt-") and n.endswith(".json") and n.count(".") == 1]
+
+
+def _unreadable(path: Path) -> str:
+    """Why a file that was set aside cannot be read."""
+    try:
+        read_json(path)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return "its content is not what such a file holds"
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def find_cell(root: Path, cell_id: str, sweep: str | None = None) -> Iterator[tuple[Sweep, Entry]]:
@@ -198,6 +353,18 @@ def find_cell(root: Path, cell_id: str, sweep: str | None = None) -> Iterator[tu
 def read_json(path: Path) -> Any:
     with open(path, encoding="utf-8") as file:
         return json.load(file)
+
+
+def read_or_set_aside(path: Path, make: Callable[[Any], T]) -> T | None:
+    """What a file holds; None where there is none, or where it cannot be read, and then it is renamed."""
+    try:
+        return make(read_json(path))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        with suppress(OSError):  # somebody else's file, or somebody was faster
+            path.rename(path.with_name(path.name + CORRUPT))
+        return None
 
 
 def write_json(path: Path, data: Any, *, new: bool = False) -> None:

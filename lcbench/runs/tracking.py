@@ -12,15 +12,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from lcbench.grid.cell import Cell
-from lcbench.runs.store import Attempt, Entry, Sweep, read_json, write_json
+from lcbench.grid.cell import Cell, flat_config
+from lcbench.runs.store import MEMORY, Attempt, Entry, Sweep, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,6 +30,7 @@ EXPERIMENT = "lcbench"
 SAMPLE_STRIDE = 100_000
 BATCH = 900  # MLflow takes 1000 metrics a request
 TAG_LENGTH = 4000
+SAVE_EVERY_S = 15.0
 QUICK = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -48,10 +50,13 @@ class TrackingUnavailable(Exception):
 class Counts:
     published: int
     unchanged: int
+    complete: bool = True
 
 
-def publish(sweep: Sweep, uri: str) -> Counts:
+def publish(sweep: Sweep, uri: str, *, budget_s: float | None = None) -> Counts:
     """Bring a tracking server up to date with a sweep's store.
+
+    ``budget_s``: stop after this long, and do nothing if somebody else is at it; what is left is published another time.
 
     Raises:
         TrackingUnavailable: within seconds, whatever is wrong with the server.
@@ -60,51 +65,70 @@ def publish(sweep: Sweep, uri: str) -> Counts:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
 
     for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    with FileLock(sweep.folder / ".publish.lock"):
-        try:
+    end = None if budget_s is None else time.monotonic() + budget_s
+    try:
+        with FileLock(sweep.folder / ".publish.lock", timeout=-1 if budget_s is None else 0):
             if uri.startswith("sqlite:///"):
                 Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            return _Publisher(sweep, uri, MlflowClient(tracking_uri=uri)).run()
-        except (MlflowException, RequestException, OSError) as error:
-            raise TrackingUnavailable(uri, " ".join(str(error).split())[:300]) from error
+            return _Publisher(sweep, uri, MlflowClient(tracking_uri=uri)).run(end)
+    except Timeout:
+        return Counts(0, 0, complete=False)
+    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+        raise TrackingUnavailable(uri, " ".join(str(error).split())[:300]) from error
 
 
 class _Publisher:
+    """What the server has of this sweep is remembered in ``mlflow.json``: cell -> run, attempt, status. The file says ``open``
+    while somebody publishes; who finds it so asks the server, by tag, what became of that.
+    """
+
     def __init__(self, sweep: Sweep, uri: str, client: MlflowClient) -> None:
         self._sweep, self._uri, self._client = sweep, uri, client
-        self._memory = sweep.folder / "mlflow.json"
+        self._manifest = sweep.manifest()
         self._experiment = self._find_experiment()
+        self._known = sweep.remembered()
+        mine: dict[str, Any] = self._known.get(uri, {})
+        fresh = not mine.get("open") and mine.get("experiment") == self._experiment and self._exists(mine.get("parent", ""))
+        self._mine = mine if fresh else self._recall()
 
-    def run(self) -> Counts:
-        known = read_json(self._memory) if self._memory.exists() else {}
-        mine: dict[str, Any] = known.get(self._uri, {})
-        if mine.get("experiment") != self._experiment or not self._exists(mine.get("parent", "")):
-            mine = self._recall()
+    def run(self, end: float | None) -> Counts:
         published = unchanged = 0
         entries = self._sweep.entries()
-        statuses = []
+        cells: dict[str, Any] = self._mine["cells"]
+        saved = 0.0
+        complete = True
         for cell_id, entry in entries.items():
+            newest = self._sweep.newest(cell_id)
+            run_id, last, _ = cells.get(cell_id, (None, 0, None))
+            if newest == last:
+                unchanged += newest > 0
+                continue
+            if end is not None and time.monotonic() > end:
+                complete = False
+                break
             attempts = self._sweep.attempts(cell_id)
-            statuses.append(attempts[-1].status if attempts else None)
-            if not attempts:
+            if not attempts or attempts[-1].number == last:
                 continue
-            run_id, last = mine["cells"].get(cell_id, (None, 0))
-            if last == attempts[-1].number:
-                unchanged += 1
-                continue
-            run_id = run_id or self._create_child(entry.cell, attempts[0], mine["parent"])
-            # Remembered before it is filled: an interruption here must not make a second run of the cell.
-            mine["cells"][cell_id] = (run_id, last)
-            write_json(self._memory, {**known, self._uri: mine})
+            if time.monotonic() - saved > SAVE_EVERY_S:
+                self._save(open_=True)
+                saved = time.monotonic()
+            run_id = run_id or self._create_child(entry.cell, attempts[0])
             self._fill(run_id, entry, attempts, since=last)
-            mine["cells"][cell_id] = (run_id, attempts[-1].number)
+            cells[cell_id] = (run_id, attempts[-1].number, attempts[-1].status)
             published += 1
-        self._finish_parent(mine["parent"], statuses, entries)
-        write_json(self._memory, {**known, self._uri: mine})
-        return Counts(published, unchanged)
+        if published or not unchanged:
+            self._finish_parent(entries, complete)
+        if published or self._known.get(self._uri) != self._mine:
+            self._save(open_=False)
+        return Counts(published, unchanged, complete)
+
+    def _save(self, *, open_: bool) -> None:
+        self._mine["open"] = open_
+        write_json(self._sweep.folder / MEMORY, {**self._known, self._uri: self._mine})
 
     def _find_experiment(self) -> str:
         found = self._client.get_experiment_by_name(EXPERIMENT)
@@ -129,34 +153,36 @@ class _Publisher:
 
     def _recall(self) -> dict[str, Any]:
         """What the server has of this sweep, found by tag; the parent is made if it is not there."""
-        where = f"tags.`lcbench.sweep` = '{self._sweep.name}'"
+        where = f"tags.`lcbench.sweep_id` = '{self._manifest['id']}'"
         cells, parent, token = {}, None, None
         while True:
             page = self._client.search_runs([self._experiment], where, max_results=1000, page_token=token)
             for run in page:
-                cell_id = run.data.tags.get("lcbench.cell_id")
-                if cell_id:
-                    cells[cell_id] = (run.info.run_id, int(run.data.tags.get("lcbench.attempt", 0)))
+                tags = run.data.tags
+                if "lcbench.cell_id" in tags:
+                    found = (run.info.run_id, int(tags.get("lcbench.attempt", 0)), tags.get("lcbench.status"))
+                    cells[tags["lcbench.cell_id"]] = found
                 else:
                     parent = run.info.run_id
             token = page.token
             if not token:
                 break
-        return {"experiment": self._experiment, "parent": parent or self._create_parent(), "cells": cells}
+        return {"experiment": self._experiment, "parent": parent or self._create_parent(), "cells": cells, "open": True}
+
+    def _tags_of_all(self) -> dict[str, str]:
+        # Its id, since two people may both have a sweep called "first".
+        return {"lcbench.sweep": self._sweep.name, "lcbench.sweep_id": self._manifest["id"]}
 
     def _create_parent(self) -> str:
-        manifest = self._sweep.manifest()
-        commands = "\n".join("    python -m lcbench.sweep " + " ".join(c) for c in manifest["commands"])
-        tags = {
-            "lcbench.sweep": self._sweep.name,
-            "mlflow.note.content": f"Sweep `{self._sweep.name}`, results in `{self._sweep.folder}`.\n\n{commands}\n",
-        }
-        begun = int(manifest["created_at"] * 1000)
+        commands = "\n".join("    python -m lcbench.sweep " + " ".join(c) for c in self._manifest["commands"])
+        note = f"Sweep `{self._sweep.name}`, results in `{self._sweep.folder}`.\n\n{commands}\n"
+        tags = {**self._tags_of_all(), "mlflow.note.content": note}
+        begun = int(self._manifest["created_at"] * 1000)
         run = self._client.create_run(self._experiment, start_time=begun, run_name=self._sweep.name, tags=tags)
         return str(run.info.run_id)
 
-    def _create_child(self, cell: Cell, first: Attempt, parent: str) -> str:
-        tags = {"mlflow.parentRunId": parent, "lcbench.sweep": self._sweep.name, "lcbench.cell_id": cell.id}
+    def _create_child(self, cell: Cell, first: Attempt) -> str:
+        tags = {**self._tags_of_all(), "mlflow.parentRunId": self._mine["parent"], "lcbench.cell_id": cell.id}
         run = self._client.create_run(self._experiment, start_time=int(first.started_at * 1000), run_name=cell.label, tags=tags)
         return str(run.info.run_id)
 
@@ -170,7 +196,7 @@ class _Publisher:
             if attempt.number > since
             for key, value, step in _metrics(attempt)
         ]
-        params = [Param(k, str(v)[:6000]) for k, v in flat_params(entry.cell).items()]
+        params = [Param(k, str(v)[:6000]) for k, v in flat_config(entry.cell).items()]
         tags = [RunTag(k, str(v)[:TAG_LENGTH]) for k, v in _tags(attempts).items()]
         # Only an attempt that is complete there is marked as there: its number comes with the last batch.
         self._client.log_batch(run_id, params=params)
@@ -188,37 +214,20 @@ class _Publisher:
         status = {"ok": "FINISHED", "failed": "FAILED", "skipped": "KILLED"}[newest.status]
         self._client.set_terminated(run_id, status, end_time=int(newest.finished_at * 1000))
 
-    def _finish_parent(self, run_id: str, statuses: Sequence[str | None], entries: dict[str, Entry]) -> None:
-        counts = {s: statuses.count(s) for s in ("ok", "failed", "skipped", None)}
-        self._client.set_tag(run_id, "lcbench.cells", str(len(entries)))
-        for status, count in counts.items():
-            self._client.set_tag(run_id, f"lcbench.cells.{status or 'missing'}", str(count))
-        if not counts[None]:
-            self._client.set_terminated(run_id, "FAILED" if counts["failed"] else "FINISHED")
+    def _finish_parent(self, entries: dict[str, Entry], complete: bool) -> None:
+        """Counts by status, and cells that cannot run, which have no run of their own."""
+        cells, parent = self._mine["cells"], self._mine["parent"]
+        statuses = Counter("skipped" if e.skip else cells[i][2] if i in cells else "missing" for i, e in entries.items())
+        tags = {"lcbench.cells": str(len(entries)), "lcbench.published": "all" if complete else "in part"}
+        tags |= {f"lcbench.cells.{status}": str(statuses[status]) for status in ("ok", "failed", "skipped", "missing")}
+        from mlflow.entities import RunTag
 
-
-def flat_params(cell: Cell) -> dict[str, Any]:
-    """Every axis as a param: a group's value under the group's name, its options below it."""
-    problem = cell.problem
-    params = _flat("", cell.config)
-    return params | {
-        "nodes": problem.scale.nodes, "gpus_per_node": problem.scale.gpus_per_node,
-        "world_size": problem.scale.world_size, "num_heads_q": problem.heads.q, "num_heads_kv": problem.heads.kv,
-        "head_dim": problem.heads.dim,
-    }  # fmt: skip
-
-
-def _flat(prefix: str, config: dict[str, Any]) -> dict[str, Any]:
-    params: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            if "name" in value:
-                params[name] = value["name"]
-            params |= _flat(f"{name}.", {k: v for k, v in value.items() if k not in ("name", "_target_")})
-        else:
-            params[name] = value
-    return params
+        self._client.log_batch(parent, tags=[RunTag(k, v) for k, v in tags.items()])
+        skipped = {i: {"what": e.cell.label, "why": e.skip} for i, e in entries.items() if e.skip}
+        if skipped:
+            self._client.log_text(parent, json.dumps(skipped, indent=1), "skipped.json")
+        if complete and not statuses["missing"]:
+            self._client.set_terminated(parent, "FAILED" if statuses["failed"] else "FINISHED")
 
 
 def _metrics(attempt: Attempt) -> list[tuple[str, float, int]]:

@@ -1,20 +1,27 @@
-"""One rank of a gang: works through the cells of a pack, one after the other.
+"""One rank of a gang: checks the nodes with the others, then works through the cells of a pack, one after the other.
 
 A rank that meets an exception writes why and exits at once; its agent ends the gang and starts it anew, the new gang closes
 the attempt that was in flight and goes on with the next cell. So no rank is ever left waiting in a collective for one that
 is gone, and one cell cannot take the others with it. A cell that hangs is ended, with a stack dump, by a timer that needs
 neither the interpreter lock nor a working communicator.
+
+Between cells rank 0 looks whether the pack is to stop or the next cell was cancelled, and whether there is room for results: a
+cell is begun only while a reserve on the disk can be held for its result.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
+import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,42 +34,113 @@ from lcbench.grid.build import build_kernel, build_mask, build_strategy, draws
 from lcbench.grid.cell import Cell
 from lcbench.measure.cell import Gang, Measured, Work, measure_cell
 from lcbench.measure.environment import describe
+from lcbench.measure.nodes import check_gang
 from lcbench.runs.failure import classify_exception
-from lcbench.runs.jobs import close
-from lcbench.runs.pack import Pack
+from lcbench.runs.jobs import close, in_flight, record
+from lcbench.runs.logs import cell_mark
+from lcbench.runs.pack import Pack, tries_again
 from lcbench.runs.store import Attempt, Failure, Running, Sweep, write_json
 
-FAILED_EXIT = 1
+FAILED_EXIT = 70
+RESERVE_BYTES = 4 << 20
+# How long a result waits for a full disk before it goes to the node's own.
+PATIENCE_S = 900.0
+STOP = "stop"
 
 
-def main(pack_path: Path) -> None:
+def main(pack_path: Path, node_rank: int) -> None:
+    # Slurm's warning goes to every process of the job, and is the agent's to act on.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     pack = Pack.read(pack_path)
     sweep = Sweep(Path(pack.root), pack.sweep)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = _device()
+    device = _device(pack.site.get("device"))
     # The hang timer of a cell must speak before a collective gives up.
-    patience = max(timeout_s(config) for config in pack.configs.values())
+    patience = max(pack.deadlines_s.values()) + PATIENCE_S
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=2 * patience + 300),
+        timeout=timedelta(seconds=patience + 300),
         device_id=device if device.type == "cuda" else None,
     )
     if rank == 0:
-        close_interrupted(sweep, pack)
-    dist.barrier()
-    gang = Gang(rank, world_size, device, Groups(), pack.devices)
-    provenance = describe(device)
-    for cell_id in _remaining(sweep, pack):
+        for running, config in in_flight(sweep, pack):
+            close(sweep, running, config)
+    if not _nodes_are_well(pack, device, node_rank):
+        sys.exit(FAILED_EXIT)
+    gang = Gang(rank, world_size, device, Groups(), pack.settings.devices)
+    # Its nodes' GPUs one by one stay in the pack's file.
+    check = {k: v for k, v in sweep.pack_file(pack.id, "check.json").items() if k != "facts"} if rank == 0 else {}
+    provenance = describe(device) | {"check": check}
+    store = Results(sweep, pack)
+    for cell_id in _agree(remaining(sweep, pack) if rank == 0 else None):
+        begun = _agree(store.begin(cell_id) if rank == 0 else None)
+        if begun == STOP:
+            break
+        if begun is None:  # it was cancelled
+            continue
         cell = Cell.from_config(pack.configs[cell_id])
-        running = _agree(sweep.begin(cell_id, pack.id) if rank == 0 else None)
-        measured = _guarded(cell, gang, sweep, pack, running)
+        measured = _guarded(cell, gang, sweep, pack, begun)
         if rank == 0:
-            sweep.finish(attempt_of(measured, running, sweep, provenance))
+            store.finish(attempt_of(measured, begun, cell, sweep, provenance))
         dist.barrier()
+    if rank == 0:
+        store.release()
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def attempt_of(measured: Measured, running: Running, sweep: Sweep, provenance: dict[str, Any]) -> Attempt:
+class Results:
+    """Rank 0's way to the store, for which a full disk is no reason to lose what was measured."""
+
+    def __init__(self, sweep: Sweep, pack: Pack) -> None:
+        self._sweep, self._pack = sweep, pack
+        self._reserve = pack.folder / "reserve"
+
+    def begin(self, cell_id: str) -> Running | str | None:
+        """The attempt that may begin; ``STOP`` if the pack is to end here, None if the cell was cancelled."""
+        if (self._pack.folder / "stop.json").exists():
+            return STOP
+        try:
+            if not self._reserve.exists():
+                self._reserve.write_bytes(os.urandom(RESERVE_BYTES))  # noise, so that no file system compresses it
+            running = self._sweep.begin(cell_id, self._pack.id)
+            if (self._pack.folder / "cancel" / cell_id).exists():
+                why = Failure("cancelled", "python -m lcbench.cancel")
+                record(self._sweep, running, self._pack.configs[cell_id], why)
+                return None
+            return running
+        except OSError as error:
+            self.release()
+            failure = Failure("no-start", f"there is no room for results: {error}")
+            with suppress(OSError):
+                self._pack.say("end.json", failure)
+            print(failure.cause, file=sys.stderr, flush=True)
+            return STOP
+
+    def finish(self, attempt: Attempt) -> None:
+        """Write a result: into the reserve if the disk is full, after waiting if that is gone too, at last to another place."""
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self._sweep.finish(attempt)
+            except OSError as error:
+                print(f"{attempt.cell_id}: {error}; the result waits", file=sys.stderr, flush=True)
+                if self._reserve.exists():
+                    self.release()
+                elif time.monotonic() > end:
+                    break
+                else:
+                    time.sleep(2)
+        spilled = Path(tempfile.gettempdir()) / f"lcbench-{self._sweep.name}-{attempt.cell_id}-attempt-{attempt.number}.json"
+        spilled.write_text(json.dumps(asdict(attempt)))
+        raise RuntimeError(f"the results folder took nothing for {PATIENCE_S:.0f} s; the result is in {spilled}")
+
+    def release(self) -> None:
+        with suppress(OSError):
+            self._reserve.unlink(missing_ok=True)
+
+
+def attempt_of(measured: Measured, running: Running, cell: Cell, sweep: Sweep, provenance: dict[str, Any]) -> Attempt:
     """The record of an attempt that came to its end, well or not."""
     failure = None
     status = "ok"
@@ -80,25 +158,41 @@ def attempt_of(measured: Measured, running: Running, sweep: Sweep, provenance: d
         samples=measured.samples,
         checks=measured.check.as_dict() if measured.check else {},
         provenance={**provenance, **measured.notes},
+        config=cell.config,
         pack=running.pack,
         started_at=running.started_at,
         finished_at=time.time(),
     )
 
 
-def close_interrupted(sweep: Sweep, pack: Pack) -> None:
-    """Record attempts of this pack that began and never ended: their gang is gone."""
+def remaining(sweep: Sweep, pack: Pack) -> list[str]:
+    """Cells that this pack has still to try: after a restart or a requeue what is done stays done, and what failed so that it is
+    tried again comes last.
+    """
+    fresh, again = [], []
     for cell_id in pack.cells:
-        for running in sweep.running(cell_id):
-            if running.pack == pack.id:
-                close(sweep, running)
+        attempts = sweep.attempts(cell_id)
+        if not any(a.pack == pack.id for a in attempts):
+            fresh.append(cell_id)
+        elif tries_again(attempts, pack.settings.retry):
+            again.append(cell_id)
+    return fresh + again
 
 
-def _remaining(sweep: Sweep, pack: Pack) -> list[str]:
-    """Cells that this pack has not tried yet: after a restart or a requeue, what is done stays done."""
-    todo = [c for c in pack.cells if not sweep.has_attempt_of(c, pack.id)]
-    agreed: list[str] = _agree(todo)
-    return agreed
+def _nodes_are_well(pack: Pack, device: torch.device, node_rank: int) -> bool:
+    """The check of all nodes together, by a job's first gang; later ones have its word. Collective."""
+    path = pack.folder / "check.json"
+    if _agree(path.exists() if dist.get_rank() == 0 else None):
+        return True
+    own = Sweep(Path(pack.root), pack.sweep).pack_file(pack.id, f"check/node-{node_rank}.json")
+    check = check_gang(device, int(os.environ["LOCAL_WORLD_SIZE"]), own)
+    stops = bool(check.fallen) and pack.site.get("check", "stop") == "stop"
+    if dist.get_rank() == 0:
+        write_json(path, {"fallen": check.fallen, **check.found})
+        if stops:
+            pack.fall_out(check.fallen)
+    dist.barrier()
+    return not stops
 
 
 def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running) -> Measured:
@@ -113,23 +207,21 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
             _append(log, f"{time.strftime('%H:%M:%S')} {line}")
 
     say(f"{cell.label} (attempt {running.number}, {gang.world_size} ranks)")
-    with _hang_timer(failures / f"{stem}.hang.txt", timeout_s(cell.config)):
+    for stream in (sys.stdout, sys.stderr):  # python -m lcbench.logs finds a cell's part of a rank's output by it
+        print(cell_mark(cell.id, running.number), file=stream, flush=True)
+    with _hang_timer(failures / f"{stem}.hang.txt", pack.deadlines_s[cell.id]):
         try:
             return measure_cell(_work(cell), gang, say)
         except BaseException as error:
             failure = classify_exception(error)
-            record = {"kind": failure.kind, "cause": failure.cause, "rank": gang.rank, "time": time.time()}
-            write_json(failures / f"{stem}.json", record)
+            word = {"kind": failure.kind, "cause": failure.cause, "rank": gang.rank, "time": time.time()}
+            with suppress(OSError):
+                write_json(failures / f"{stem}.json", word)
             _append(log, f"rank {gang.rank}: {traceback.format_exc()}")
             sys.stdout.flush()
             sys.stderr.flush()
             # No clean-up: destroying a group would wait for ranks that may be stuck.
             os._exit(FAILED_EXIT)
-
-
-def timeout_s(config: dict[str, Any]) -> float:
-    """Seconds after which a cell counts as hung: its own limit for each draw of its mask."""
-    return float(config["measure"]["timeout_s"]) * draws(config["mask"])
 
 
 def _work(cell: Cell) -> Work:
@@ -148,7 +240,11 @@ def _work(cell: Cell) -> Work:
 @contextmanager
 def _hang_timer(dump: Path, timeout_s: float) -> Iterator[None]:
     """After ``timeout_s`` write every thread's stack to ``dump`` and end the process."""
-    with open(dump, "w") as file:
+    with ExitStack() as stack:
+        try:
+            file: Any = stack.enter_context(open(dump, "w"))
+        except OSError:  # a full disk
+            file = sys.stderr
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=file)
         try:
             yield
@@ -158,8 +254,7 @@ def _hang_timer(dump: Path, timeout_s: float) -> Iterator[None]:
 
 
 def _append(log: Path, line: str) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as file:
+    with suppress(OSError), open(log, "a") as file:  # a full disk costs the log, not the measurement
         file.write(line.rstrip() + "\n")
 
 
@@ -170,8 +265,11 @@ def _agree(value: Any) -> Any:
     return box[0]
 
 
-def _device() -> torch.device:
-    if torch.cuda.is_available():
+def _device(promised: str | None) -> torch.device:
+    """This rank's device; ``promised`` is the site's: ``cpu``, a GPU's name, or None for what there is."""
+    if promised not in (None, "cpu") and not torch.cuda.is_available():
+        raise RuntimeError(f"the site promises {promised}, and torch finds no CUDA device here")
+    if torch.cuda.is_available() and promised != "cpu":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         return device
@@ -181,4 +279,4 @@ def _device() -> torch.device:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,8 +30,10 @@ class Blind(SDPAFlash):
 
 @dataclass(frozen=True)
 class Faulty(SDPAFlash):
-    """``fault``: raise, exit, hang, kill, wrong or blind (to the mask); it happens on rank ``rank`` of the gang while
-    ``while_file`` exists."""
+    """``fault``: raise, exit, hang, kill, wrong, blind (to the mask), oom (more memory than there is), oom_killer (more than the
+    memory cgroup ``LCBENCH_TEST_CGROUP`` gives) or disconnect (from all other ranks); it happens on rank ``rank`` of the gang while
+    ``while_file`` exists.
+    """
 
     fault: str = "raise"
     while_file: str = ""
@@ -47,6 +51,20 @@ class Faulty(SDPAFlash):
             os.kill(os.getpid(), 9)
         if self.fault == "hang":
             time.sleep(3600)
+        if self.fault == "oom":
+            import torch
+
+            torch.empty(1 << 50, dtype=torch.uint8)
+        if self.fault == "oom_killer":
+            (Path(os.environ["LCBENCH_TEST_CGROUP"]) / "cgroup.procs").write_text(str(os.getpid()))
+            taken = []
+            while True:
+                taken.append(bytearray(os.urandom(1 << 20)))
+        if self.fault == "disconnect":
+            for number in os.listdir("/proc/self/fd"):
+                with suppress(OSError), socket.socket(fileno=os.dup(int(number))) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)
+            return prepared
         if self.fault == "blind":
             return Blind().prepare(mask, heads, dtype, device)
         return _Wrong(prepared)

@@ -39,8 +39,9 @@ def died(folder: Path, rank: int, code: int, at: float) -> None:
 def test_broken_connections_are_a_consequence_of_the_rank_that_raised(tmp_path: Path) -> None:
     said(tmp_path, 0, "nccl", 1.0)
     said(tmp_path, 1, "oom", 2.0)
-    failure = first_failure(tmp_path, "cell", 1, since=0)
-    assert failure is not None
+    found = first_failure(tmp_path, "cell", 1, since=0)
+    assert found is not None
+    failure = found.failure
     assert (failure.kind, failure.rank) == ("oom", 1)
 
 
@@ -50,8 +51,10 @@ def test_a_rank_that_died_without_a_word_is_the_cause(tmp_path: Path, code: int,
     died(tmp_path, 0, 1, 2.0)
     died(tmp_path, 1, code, 2.0)
     died(tmp_path, 2, -15, 2.0)  # ended by the agent
-    failure = first_failure(tmp_path, "cell", 1, since=0.5)
-    assert failure is not None
+    found = first_failure(tmp_path, "cell", 1, since=0.5)
+    assert found is not None
+    failure = found.failure
+    assert found.may_follow == (code < 0)  # a signal may as well be Slurm's, when it ends the job
     assert failure.kind == "crash"
     assert failure.rank == 1
     assert text in failure.cause
@@ -74,8 +77,9 @@ def test_a_hang_names_the_rank_that_waits_for_nobody(tmp_path: Path) -> None:
     )
     for rank, dump in enumerate((receives, stuck, waits)):
         (tmp_path / f"cell.attempt-1.rank-{rank}.hang.txt").write_text(dump)
-    failure = first_failure(tmp_path, "cell", 1, since=0)
-    assert failure is not None
+    found = first_failure(tmp_path, "cell", 1, since=0)
+    assert found is not None
+    failure = found.failure
     assert (failure.kind, failure.rank) == ("hang", 1)
     assert "kernels/k.py, line 7 in forward" in failure.cause
 
@@ -86,5 +90,10 @@ def test_slurm_states() -> None:
         ("NODE_FAIL", "node-fail"),
         ("CANCELLED by 0", "cancelled"),
         ("OUT_OF_MEMORY", "oom"),
+        ("FAILED", "crash"),
     ):
-        assert from_slurm_state(state).kind == kind
+        assert from_slurm_state(state, True, "").kind == kind
+    failure = from_slurm_state("FAILED", False, "module: command not found")
+    assert failure.kind == "no-start"
+    assert "module: command not found" in failure.cause
+    assert from_slurm_state("TIMEOUT", False, "").kind == "timeout"

@@ -77,7 +77,7 @@ def test_failures_carry_class_and_cause_and_rerun_repairs_one(devcluster: dict[s
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     command = [
         *FAULTY, "kernel=faulty_raise,faulty_exit,faulty_hang,faulty_wrong,sdpa_flash", "cp=ring,usp", "seqlen=128", "scale=2x2",
-        "heads=4x2x8", "measure.timeout_s=15", "sweep=faults", f"results={results}", f"tracking_uri={uri}", *SMALL,
+        "heads=4x2x8", "hang.min_s=15", "hang.factor=0.1", "sweep=faults", f"results={results}", f"tracking_uri={uri}", *SMALL,
     ]  # fmt: skip
     done = lcbench("sweep", *command, environment=environment)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import os
@@ -9,9 +10,10 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -19,20 +21,45 @@ from omegaconf import DictConfig, OmegaConf
 
 from lcbench.grid.cell import Cell
 from lcbench.grid.expand import REPOSITORY, Plan
-from lcbench.runs.pack import Pack, estimate_s, group
-from lcbench.runs.store import Attempt, Entry, Failure, Sweep, write_json
+from lcbench.runs.estimate import Estimator
+from lcbench.runs.pack import Pack, Settings, given_up, group, tries_again
+from lcbench.runs.store import Entry, Failure, Sweep, write_json
+
+if TYPE_CHECKING:
+    from lcbench.runs.jobs import Standing, Watch
 
 OK, SOME_FAILED, NOT_SUBMITTED, INTERRUPTED = 0, 1, 3, 130
 
 
 class NotSubmitted(Exception):
-    """The launcher could not hand over a pack."""
+    """The launcher could not hand over packs.
+
+    ``refused`` are those that will never be taken as they are; the rest may be tried again.
+    """
+
+    def __init__(self, message: str, refused: Sequence[Pack] = (), waiting: Sequence[Pack] = ()) -> None:
+        super().__init__(message)
+        self.refused, self.waiting = refused, waiting
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What a launch would run: the cells, and how many it leaves out and why."""
+
+    cells: list[Cell]
+    done: int = 0
+    under_way: int = 0
+    given_up: int = 0
 
 
 class PackLauncher(Launcher):
-    """Subclasses say how packs reach processes, in ``run``; all else is here."""
+    """Subclasses say how packs reach processes; all else is here.
+
+    ``submit`` hands them over, and is called under the sweep's lock; ``follow`` stays with them, and returns once they ended.
+    """
 
     name = ""
+    detaches = False
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         pass
@@ -40,75 +67,118 @@ class PackLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
         sys.exit("error: this launcher runs plans, so it needs hydra/sweeper=lcbench (the default)")
 
-    def run(self, sweep: Sweep, packs: list[Pack], *, wait: bool | None) -> bool:
-        """Bring packs to processes; True if they have ended when this returns.
-
-        Raises:
-            NotSubmitted: a pack was refused; the message says which and why.
+    def submit(self, sweep: Sweep, packs: list[Pack]) -> None:
+        """Raises:
+        NotSubmitted: packs were refused; the message says which and why.
         """
+        raise NotImplementedError
+
+    def follow(self, sweep: Sweep, packs: list[Pack]) -> None:
         raise NotImplementedError
 
     def launch_plan(self, plan: Plan) -> int:
         """Run what the plan asks for and is missing; the exit code of the command."""
-        options = plan.options
-        sweep = Sweep(Path(options["results"]).absolute(), str(options["sweep"] or default_name(plan)))
-        sweep.add([Entry(p.cell, p.skip) for p in plan.cells], command=list(plan.overrides))
-        for planned in plan.cells:
-            if planned.skip:
-                record_skip(sweep, planned.cell, planned.skip)
+        sweep, settings = sweep_of(plan), settings_of(plan)
+        with sweep.lock():
+            sweep.add([Entry(p.cell, p.skip) for p in plan.cells], command=list(plan.overrides), launch={
+                "launcher": self.name, "settings": settings.__dict__, "by": getpass.getuser(),
+            })  # fmt: skip
         runnable = [p.cell for p in plan.cells if not p.skip]
-        wanted = runnable if options["force"] else [c for c in runnable if not is_done(sweep, c)]
-        under_way = busy(sweep)
-        cells = [c for c in wanted if c.id not in under_way]
-        print(
-            f"sweep {sweep.name}: {len(plan.cells)} cells, {len(plan.cells) - len(runnable)} cannot run, "
-            f"{len(runnable) - len(wanted)} done before, {len(wanted) - len(cells)} under way, {len(cells)} to run"
-        )
+
+        def choose() -> Todo:
+            todo = missing(sweep, runnable, force=plan.options["force"])
+            given = f"{todo.given_up} given up (killed their gang twice; rerun them by name), " if todo.given_up else ""
+            print(
+                f"sweep {sweep.name}: {len(plan.cells)} cells, {len(plan.cells) - len(runnable)} cannot run, "
+                f"{todo.done} done before, {todo.under_way} under way, {given}{len(todo.cells)} to run"
+            )
+            return todo
+
         return self.launch_cells(
-            sweep,
-            cells,
-            site=plan.site,
-            devices=known_devices(),
-            tracking_uri=options["tracking_uri"] or plan.site.get("tracking_uri") or default_tracking_uri(),
-            max_cells=options["pack"] or plan.site.get("max_cells"),
-            wait=options["wait"],
-            report=[p.cell.id for p in plan.cells],
+            sweep, choose, settings=settings, wait=bool(plan.options["wait"]), report=[p.cell.id for p in plan.cells]
         )
 
-    def launch_cells(
-        self,
-        sweep: Sweep,
-        cells: list[Cell],
-        *,
-        site: dict[str, Any],
-        devices: list[dict[str, Any]],
-        tracking_uri: str | None,
-        max_cells: int | None,
-        wait: bool | None,
-        report: list[str],
-    ) -> int:
-        """Run these cells whatever their history says, then report on the cells ``report``."""
-        packs = make_packs(sweep, cells, site=site, devices=devices, tracking_uri=tracking_uri, max_cells=max_cells)
-        for pack in packs:
-            pack.write()
-            # Until a launcher says more: the pack waits for this process.
-            write_json(
-                pack.folder / "job.json",
-                {"launcher": self.name, "pid": os.getpid(), "host": socket.gethostname(), "started_at": time.time()},
-            )
+    def launch_cells(self, sweep: Sweep, choose: Callable[[], Todo], *, settings: Settings, wait: bool, report: list[str]) -> int:
+        """Run the cells that ``choose`` names, under the sweep's lock, then report on the cells ``report``."""
+        refusal: NotSubmitted | None = None
+        with sweep.lock():
+            todo = choose()
+            packs = make_packs(sweep, todo.cells, launcher=self.name, settings=settings)
+            for pack in packs:
+                pack.write()
+                # Until a launcher says more: the pack waits for this process.
+                told = {"launcher": self.name, "pid": os.getpid(), "host": socket.gethostname(), "started_at": time.time()}
+                write_json(pack.folder / "job.json", told)
+            try:
+                if packs:
+                    self.submit(sweep, packs)
+            except NotSubmitted as error:
+                refusal = error
+                turn_down(sweep, error)
+        if refusal is not None:
+            print(f"error: {refusal}", file=sys.stderr)
+            if refusal.waiting:
+                cells = sum(len(p.cells) for p in refusal.waiting)
+                print(f"{cells} cells wait; the same command submits them when there is room", file=sys.stderr)
+            if not wait or len(refusal.refused) + len(refusal.waiting) == len(packs):
+                return NOT_SUBMITTED
+        if self.detaches and not wait and (packs or todo.under_way):
+            print(f"follow it:  python -m lcbench.status {sweep.name}{_where(sweep)} --follow")
+            print(f"end it:     python -m lcbench.cancel {sweep.name}{_where(sweep)}")
+            return OK
         try:
-            ended = self.run(sweep, packs, wait=wait)
-        except NotSubmitted as error:
-            print(f"error: {error}", file=sys.stderr)
-            return NOT_SUBMITTED
+            self.follow(sweep, packs)
         except KeyboardInterrupt:
-            _settle(sweep)
             print(f"\ninterrupted; what was measured is kept: python -m lcbench.status {sweep.name}", file=sys.stderr)
             return INTERRUPTED
-        if not ended:
-            print(f"follow it:  python -m lcbench.status {sweep.name} --watch")
-            return OK
-        return finish(sweep, report, tracking_uri)
+        return max(finish(sweep, report, settings.tracking_uri), NOT_SUBMITTED if refusal else OK)
+
+
+def sweep_of(plan: Plan) -> Sweep:
+    """The plan's sweep: the one it names, or a new one."""
+    root = Path(plan.options["results"]).absolute()
+    name = plan.options["sweep"]
+    return Sweep(root, str(name)) if name is not None else Sweep(root, default_name(plan))
+
+
+def settings_of(plan: Plan) -> Settings:
+    options, site = plan.options, plan.site
+    return Settings(
+        site=site,
+        devices=known_devices(),
+        tracking_uri=options["tracking_uri"] or site.get("tracking_uri") or default_tracking_uri(),
+        pack=options["pack"],
+        hang=options["hang"],
+        retry=options["retry"],
+    )
+
+
+def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool) -> Todo:
+    """Of these cells, those that have no good result, that no live job has, and that are worth another try."""
+    from lcbench.runs.jobs import Watch
+
+    standing = Watch(sweep).look()
+    records, under_way = standing.seen.records, standing.under_way
+    idle = [c for c in cells if c.id not in under_way]
+    if force:
+        return Todo(idle, under_way=len(cells) - len(idle))
+    wanted = [c for c in idle if (last := records[c.id].last) is None or last.status != "ok"]
+    todo = [c for c in wanted if not given_up(records[c.id].attempts)]
+    return Todo(todo, len(idle) - len(wanted), len(cells) - len(idle), len(wanted) - len(todo))
+
+
+def turn_down(sweep: Sweep, error: NotSubmitted) -> None:
+    """Keep why packs were refused, as the result of their cells; packs that only wait leave no trace."""
+    from shutil import rmtree
+
+    from lcbench.runs.jobs import record
+
+    for pack in error.refused:
+        pack.say("end.json", Failure("no-start", str(error)))
+        for cell_id in pack.cells:
+            record(sweep, sweep.begin(cell_id, pack.id), pack.configs[cell_id], Failure("no-start", str(error)))
+    for pack in error.waiting:
+        rmtree(pack.folder)
 
 
 def finish(sweep: Sweep, report: list[str], tracking_uri: str | None) -> int:
@@ -116,102 +186,84 @@ def finish(sweep: Sweep, report: list[str], tracking_uri: str | None) -> int:
     from rich.console import Console
 
     from lcbench.report.table import WIDTH, cells_table
+    from lcbench.runs.jobs import Watch
 
-    _settle(sweep)
+    standing = Watch(sweep).look()
     if tracking_uri:
-        _publish(sweep, tracking_uri)
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(cells_table(sweep, report))
-    failed = [c for c in report if not (attempts := sweep.attempts(c)) or attempts[-1].status == "failed"]
-    where = "" if sweep.root == Path("results").absolute() else f" --results {sweep.root}"
-    print(f"status:     python -m lcbench.status {sweep.name}{where}")
+        publish_or_say(sweep, tracking_uri)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(cells_table(standing.seen, sweep.name, report))
+    for damaged in standing.seen.damaged:
+        print(f"set aside: {damaged.path}: {damaged.reason}", file=sys.stderr)
+    failed = [c.id for c in standing.cells if c.id in set(report) and c.state not in ("ok", "skipped", "running", "pending")]
+    print(f"status:     python -m lcbench.status {sweep.name}{_where(sweep)}")
     if failed:
-        print(f"run the {len(failed)} failed again:  python -m lcbench.rerun --failed {sweep.name}{where}")
+        print(f"run the {len(failed)} failed again:  python -m lcbench.rerun --failed {sweep.name}{_where(sweep)}")
     print("dashboards: make mlflow")
     return SOME_FAILED if failed else OK
 
 
-def launch_cells(
-    *,
-    launcher: str,
-    sweep: Sweep,
-    cells: list[Cell],
-    site: dict[str, Any],
-    devices: list[dict[str, Any]],
-    tracking_uri: str | None,
-    max_cells: int | None,
-    wait: bool | None,
-) -> int:
-    """Run stored cells again, without composing anything: what ``lcbench.rerun`` calls. Returns the exit code."""
+def launcher_named(name: str) -> PackLauncher:
+    """A launcher, for commands that run stored cells again without composing anything."""
     from importlib import import_module
 
     kinds = {"local": "LocalLauncher", "slurm": "SlurmLauncher", "dry": "DryLauncher"}
-    made: PackLauncher = getattr(import_module(f"hydra_plugins.lcbench.{launcher}"), kinds[launcher])()
-    return made.launch_cells(
-        sweep, cells, site=site, devices=devices, tracking_uri=tracking_uri, max_cells=max_cells, wait=wait,
-        report=[c.id for c in cells],
-    )  # fmt: skip
+    made: PackLauncher = getattr(import_module(f"hydra_plugins.lcbench.{name}"), kinds[name])()
+    return made
 
 
-def make_packs(
-    sweep: Sweep,
-    cells: Sequence[Cell],
-    *,
-    site: dict[str, Any],
-    devices: list[dict[str, Any]],
-    tracking_uri: str | None,
-    max_cells: int | None,
-) -> list[Pack]:
-    packs = []
-    groups = group(cells, estimate_s, max_cells=max_cells, max_minutes=site.get("max_minutes"))
-    for number, (scale, members, minutes) in enumerate(groups):
+def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: Settings) -> list[Pack]:
+    """Packs for these cells."""
+    if not cells:
+        return []
+    estimator = Estimator.of(sweep.root, settings.site, settings.devices)
+    groups = group(cells, estimator, max_cells=settings.pack["max_cells"], max_minutes=settings.max_minutes)
+    packs: list[Pack] = []
+    stamp = f"{time.strftime('%y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    for number, made in enumerate(groups):
         packs.append(
             Pack(
-                id=f"{time.strftime('%y%m%d-%H%M%S')}-{number:03d}-{secrets.token_hex(2)}",
+                id=f"{stamp}-{number:03d}",
                 sweep=sweep.name,
                 root=str(sweep.root),
-                scale=str(scale),
-                cells=tuple(c.id for c in members),
-                configs={c.id: c.config for c in members},
-                site=site,
-                devices=devices,
-                timeout_min=minutes,
-                tracking_uri=tracking_uri,
+                launcher=launcher,
+                scale=str(made.scale),
+                cells=tuple(c.id for c in made.cells),
+                configs={c.id: c.config for c in made.cells},
+                deadlines_s={cell_id: settings.deadline_s(s) for cell_id, s in made.seconds.items()},
+                timeout_min=made.minutes,
+                settings=settings,
             )
         )
     return packs
 
 
-def is_done(sweep: Sweep, cell: Cell) -> bool:
-    attempts = sweep.attempts(cell.id)
-    return bool(attempts) and attempts[-1].status == "ok"
+def advance(sweep: Sweep, watch: Watch) -> Standing:
+    """One round of a collector: settle what has ended, run again what its failure class says, and what was never handed over.
 
+    With it a sweep comes to its end whatever became of the command that began it.
+    """
+    standing = watch.look()
+    launch = sweep.manifest()["launch"]
+    if not launch or launch.get("cancelled") or launch["launcher"] != "slurm":
+        return standing
+    settings = Settings(**launch["settings"])
 
-def busy(sweep: Sweep) -> set[str]:
-    """Cells that a live job has or will come to: the same command twice must not run them twice."""
-    from lcbench.runs.jobs import cell_states
+    def wanted(now: Standing) -> Todo:
+        records = {i: r for i, r in now.seen.records.items() if i not in now.under_way and not r.entry.skip}
+        return Todo([r.entry.cell for r in records.values() if not r.attempts or tries_again(r.attempts, settings.retry)])
 
-    _settle(sweep)
-    return {state.id for state in cell_states(sweep) if state.state in ("running", "pending")}
-
-
-def record_skip(sweep: Sweep, cell: Cell, reason: str) -> None:
-    """The answer to a cell that cannot run, once: asking again for the same reason adds nothing."""
-    failure = Failure("unsupported", reason)
-    attempts = sweep.attempts(cell.id)
-    if attempts and attempts[-1].failure == failure:
-        return
-    running = sweep.begin(cell.id, pack="")
-    sweep.finish(
-        Attempt(
-            cell.id, sweep.name, running.number, "skipped", failure, started_at=running.started_at,
-            finished_at=time.time(),
-        )
-    )  # fmt: skip
+    if not wanted(standing).cells:
+        return standing
+    made = launcher_named(launch["launcher"])
+    # Under the lock somebody else may have done it.
+    made.launch_cells(sweep, lambda: wanted(watch.look()), settings=settings, wait=False, report=[])
+    return watch.look()
 
 
 def default_name(plan: Plan) -> str:
+    """Time, cells, and a word of its own: two people who type the same in the same second have two sweeps."""
     digest = hashlib.sha256(" ".join(p.cell.id for p in plan.cells).encode()).hexdigest()[:6]
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{digest}"
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{digest}{secrets.token_hex(1)}"
 
 
 def default_tracking_uri() -> str:
@@ -229,13 +281,13 @@ def known_devices() -> list[dict[str, Any]]:
     return found
 
 
-def _settle(sweep: Sweep) -> None:
-    from lcbench.runs.jobs import settle
+def _where(sweep: Sweep) -> str:
+    """How other commands find this sweep's results."""
+    return "" if sweep.root == Path("results").absolute() else f" --results {sweep.root}"
 
-    settle(sweep)
 
-
-def _publish(sweep: Sweep, uri: str) -> None:
+def publish_or_say(sweep: Sweep, uri: str) -> None:
+    """Publish to a tracking server; one that is away costs a line."""
     from lcbench.runs.tracking import TrackingUnavailable, publish
 
     try:

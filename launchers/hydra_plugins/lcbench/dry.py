@@ -2,67 +2,55 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from hydra_plugins.lcbench._plan import (
-    OK,
-    PackLauncher,
-    default_name,
-    default_tracking_uri,
-    is_done,
-    known_devices,
-    make_packs,
-)
-from hydra_plugins.lcbench.slurm import sbatch_text
+from hydra_plugins.lcbench._plan import OK, PackLauncher, Todo, make_packs, missing, settings_of, sweep_of
+from hydra_plugins.lcbench.slurm import arrays, sbatch_text
 
-from lcbench.grid.cell import Cell
 from lcbench.grid.expand import Plan
 from lcbench.grid.values import parse_scale
-from lcbench.runs.pack import Pack
+from lcbench.runs.pack import Pack, Settings
 from lcbench.runs.store import Sweep
+
+MANY = 40  # packs of an array that are listed one by one
 
 
 class DryLauncher(PackLauncher):
     name = "dry"
 
     def launch_plan(self, plan: Plan) -> int:
-        options = plan.options
-        sweep = Sweep(Path(options["results"]).absolute(), str(options["sweep"] or default_name(plan)))
+        sweep, settings = sweep_of(plan), settings_of(plan)
         print(f"sweep {sweep.name}: {len(plan.cells)} cells")
-        todo = []
+        runnable = [p.cell for p in plan.cells if not p.skip]
+        todo = Todo(runnable)
+        if sweep.exists():
+            known = sweep.entries()
+            todo = missing(sweep, [c for c in runnable if c.id in known], force=plan.options["force"])
+            todo = Todo([c for c in runnable if c.id not in known] + todo.cells)
+        wanted = {c.id for c in todo.cells}
         for planned in plan.cells:
-            done = not planned.skip and not options["force"] and is_done(sweep, planned.cell)
-            fate = f"skipped: {planned.skip}" if planned.skip else "done before" if done else "to run"
-            print(f"  {planned.cell.id}  {planned.cell.label:<44} {fate}")
-            if fate == "to run":
-                todo.append(planned.cell)
-        return self._print_packs(
-            make_packs(
-                sweep,
-                todo,
-                site=plan.site,
-                devices=known_devices(),
-                tracking_uri=options["tracking_uri"] or plan.site.get("tracking_uri") or default_tracking_uri(),
-                max_cells=options["pack"] or plan.site.get("max_cells"),
-            )
-        )
+            cell = planned.cell
+            fate = f"skipped: {planned.skip}" if planned.skip else "to run" if cell.id in wanted else "done before, or under way"
+            print(f"  {cell.id}  {cell.label:<44} {fate}")
+        return _show(make_packs(sweep, todo.cells, launcher=plan.site["launcher"], settings=settings))
 
-    def launch_cells(self, sweep: Sweep, cells: list[Cell], **options: Any) -> int:
-        for key in ("wait", "report"):
-            options.pop(key)
-        return self._print_packs(make_packs(sweep, cells, **options))
+    def launch_cells(self, sweep: Sweep, choose: Callable[[], Todo], *, settings: Settings, **_: Any) -> int:
+        return _show(make_packs(sweep, choose().cells, launcher=settings.site["launcher"], settings=settings))
 
-    def _print_packs(self, packs: list[Pack]) -> int:
-        hours = 0.0
-        for pack in packs:
-            scale = parse_scale(pack.scale)
-            hours += scale.world_size * pack.timeout_min / 60
-            print(
-                f"\npack {pack.id}: {len(pack.cells)} cells on {scale.nodes} nodes x {scale.gpus_per_node} GPUs, "
-                f"time limit {pack.timeout_min} min: {' '.join(pack.cells)}"
-            )
-            if pack.site["launcher"] == "slurm":
-                print("\n".join(f"  | {line}" for line in sbatch_text(pack).splitlines()))
-        print(f"\n{len(packs)} packs, at most {hours:.1f} GPU-hours; nothing was submitted")
-        return OK
+
+def _show(packs: Sequence[Pack]) -> int:
+    hours = 0.0
+    for array in arrays(packs) if packs else ():
+        scale = parse_scale(array[0].scale)
+        limit = max(p.timeout_min for p in array)
+        hours += scale.world_size * limit * len(array) / 60
+        print(f"\n{len(array)} jobs on {scale.nodes} nodes x {scale.gpus_per_node} GPUs each, time limit {limit} min")
+        for pack in array[:MANY]:
+            print(f"  pack {pack.id}: {len(pack.cells)} cells: {' '.join(pack.cells)}")
+        if len(array) > MANY:
+            print(f"  and {len(array) - MANY} more")
+        if array[0].launcher == "slurm":
+            print("\n".join(f"  | {line}" for line in sbatch_text(array).splitlines()))
+    print(f"\n{len(packs)} packs, at most {hours:.1f} GPU-hours; nothing was submitted")
+    return OK

@@ -23,7 +23,10 @@ GRACE_S = 10.0
 class LocalLauncher(PackLauncher):
     name = "local"
 
-    def run(self, sweep: Sweep, packs: list[Pack], *, wait: bool | None) -> bool:
+    def submit(self, sweep: Sweep, packs: list[Pack]) -> None:
+        pass  # they run while this process stays
+
+    def follow(self, sweep: Sweep, packs: list[Pack]) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         columns: list[Any] = [
@@ -36,7 +39,6 @@ class LocalLauncher(PackLauncher):
                 for done, text in _run_pack(sweep, pack):
                     progress.update(task, completed=before + done, description=text)
                 before += len(pack.cells)
-        return True
 
 
 def _run_pack(sweep: Sweep, pack: Pack) -> Any:
@@ -60,7 +62,7 @@ def _run_pack(sweep: Sweep, pack: Pack) -> Any:
             {"launcher": "local", "pid": agents[0].pid, "pids": [a.pid for a in agents], "host": socket.gethostname(),
              "started_at": time.time(), "timeout_min": pack.timeout_min},
         )  # fmt: skip
-        while any(agent.poll() is None for agent in agents):
+        while any(agent.poll() is None for agent in agents) and not any(agent.returncode for agent in agents):
             yield _progress(sweep, pack)
             time.sleep(POLL_S)
         yield _progress(sweep, pack)

@@ -1,96 +1,246 @@
-"""Packs as Slurm jobs through submitit: one task per node, which becomes that node's agent."""
+"""Packs as Slurm jobs through submitit: an array per scale, one task per node, which becomes that node's agent."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from hydra_plugins.lcbench._plan import NotSubmitted, PackLauncher
+from hydra_plugins.lcbench._plan import NotSubmitted, PackLauncher, advance
 
 from lcbench.grid.expand import REPOSITORY
 from lcbench.grid.values import parse_scale
+from lcbench.runs.agent import RunPack, warned_s
 from lcbench.runs.pack import Pack
+from lcbench.runs.queue import cancel_named
 from lcbench.runs.store import Sweep, write_json
 
-POLL_S = 2.0
+MAX_ARRAY = 1000  # Slurm's own default allows 1001
+COLLECTOR_MIN = 60
+# What sbatch says when there is no room now, and when it could not even ask.
+NO_ROOM = ("SubmitJob", "submit limit", "job array specification", "MaxJobCount", "AssocGrp", "QOSGrp")
+AWAY = ("Unable to contact", "timed out", "Connection refused", "Zero Bytes", "Communication connection failure")
+AWAY_TRIES, AWAY_PAUSE_S = 5, 10.0
 
 
 class SlurmLauncher(PackLauncher):
     name = "slurm"
+    detaches = True
 
-    def run(self, sweep: Sweep, packs: list[Pack], *, wait: bool | None) -> bool:
+    def submit(self, sweep: Sweep, packs: list[Pack]) -> None:
+        queue = list(arrays(packs))
         submitted: list[str] = []
-        for pack in packs:
+        refused: list[Pack] = []
+        words: list[str] = []
+        while queue:
+            array = queue.pop(0)
             try:
-                job_id = submit(pack)
+                # With a limit on jobs in flight, one array after the other: each knows its own limit only.
+                after = submitted[-1:] if array[0].settings.pack["max_jobs"] else []
+                job_id = submit_array(array, after)
             except (RuntimeError, OSError) as error:
-                already = f"; submitted before it: {', '.join(submitted)}" if submitted else "; nothing was submitted"
-                raise NotSubmitted(f"Slurm refused pack {pack.id}: {_first_cause(error)}{already}") from error
+                said = _first_cause(error)
+                away, full = (any(word in said for word in kind) for kind in (AWAY, NO_ROOM))
+                if full and len(array) > 1:
+                    queue[:0] = [array[: len(array) // 2], array[len(array) // 2 :]]
+                    continue
+                words.append(said)
+                if away or full:  # the rest would hear the same
+                    queue.insert(0, array)
+                    break
+                refused += array
+                continue
             submitted.append(job_id)
-            nodes = parse_scale(pack.scale).nodes
-            print(f"job {job_id}: {len(pack.cells)} cells on {nodes} nodes, at most {pack.timeout_min} min (pack {pack.id})")
-        if not wait:
-            return not packs
-        with site_environment(packs[0].site if packs else {}):
-            _watch(sweep)
-        return True
+            cells, nodes = sum(len(p.cells) for p in array), parse_scale(array[0].scale).nodes
+            jobs = f"array {job_id}: {len(array)} jobs, " if len(array) > 1 else f"job {job_id}: "
+            print(f"{jobs}{cells} cells on {nodes} nodes each, at most {max(p.timeout_min for p in array)} min")
+        if submitted and packs[0].site.get("collector", True):
+            submit_collector(sweep, packs[0], submitted)
+        if words:
+            already = f"submitted: {', '.join(submitted)}" if submitted else "nothing was submitted"
+            raise NotSubmitted(f"Slurm refused: {words[0]} ({already})", refused, [p for array in queue for p in array])
+
+    def follow(self, sweep: Sweep, packs: list[Pack]) -> None:
+        """Show the sweep until all of its jobs have ended, and do what a collector does."""
+        from rich.live import Live
+
+        from lcbench.report.table import packs_table
+        from lcbench.runs.jobs import Watch
+        from lcbench.runs.queue import Patient
+
+        watch = Watch(sweep, Patient())
+        with Live(refresh_per_second=1) as live:
+            while not (standing := advance(sweep, watch)).ended:
+                live.update(packs_table(standing.packs, sweep.name))
+                time.sleep(1.0)
+            live.update(packs_table(standing.packs, sweep.name))
 
 
-def submit(pack: Pack) -> str:
-    """Hand a pack to sbatch; returns the job id. The job reads the pack file, so nothing of it is in the pickle."""
+def arrays(packs: Sequence[Pack]) -> Iterator[list[Pack]]:
+    """Packs of one scale together, as many as an array may have elements."""
+    most = int(packs[0].site.get("max_array") or MAX_ARRAY)
+    for scale in dict.fromkeys(p.scale for p in packs):
+        alike = [p for p in packs if p.scale == scale]
+        for first in range(0, len(alike), most):
+            yield alike[first : first + most]
+
+
+def submit_array(packs: Sequence[Pack], after: Sequence[str] = ()) -> str:
+    """Hand packs of one shape to sbatch as one array; returns the job's id. A job reads its pack file, so that nothing of it is in
+    submitit's pickle.
+
+    Raises:
+        RuntimeError: Slurm refused, or did not answer for a while.
+    """
     import submitit
 
-    from lcbench.runs.agent import run_under_slurm
+    for tries_left in reversed(range(AWAY_TRIES)):
+        # A name of its own, and in the packs before Slurm hears of it: so the job is found whoever dies when.
+        name = f"lcbench-{packs[0].sweep}-{time.strftime('%y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        named = [replace(pack, job_name=name, index=index) for index, pack in enumerate(packs)]
+        for pack in named:
+            pack.write()
+        with submitit.helpers.clean_env(), site_environment(packs[0].site):
+            try:
+                executor = _executor(packs[0], name, max_num_timeout=2 * max(len(p.cells) for p in packs))
+                executor.update_parameters(**parameters(named, after))
+                jobs = executor.submit_array([RunPack(str(pack.path)) for pack in named])
+                break
+            except RuntimeError as error:
+                if not tries_left or not any(word in str(error) for word in AWAY):
+                    raise
+                time.sleep(AWAY_PAUSE_S)
+                cancel_named([name], dict(os.environ))  # it may have been taken all the same
+    for pack, job in zip(named, jobs, strict=True):
+        told = Sweep(Path(pack.root), pack.sweep).pack_file(pack.id, "job.json")
+        write_json(pack.folder / "job.json", {**told, "job_id": str(job.job_id), "timeout_min": pack.timeout_min})
+    return str(jobs[0].job_id).partition("_")[0]
 
-    with submitit.helpers.clean_env(), site_environment(pack.site):
-        executor = submitit.SlurmExecutor(folder=pack.folder / "submitit")
-        executor.update_parameters(**parameters(pack))
-        job = executor.submit(run_under_slurm, str(pack.path))
-    write_json(
-        pack.folder / "job.json",
-        {"launcher": "slurm", "job_id": job.job_id, "started_at": time.time(), "timeout_min": pack.timeout_min},
-    )
-    return str(job.job_id)
 
+def submit_collector(sweep: Sweep, like: Pack, after: Sequence[str]) -> None:
+    """A light job behind the others, which brings the sweep to its end: retries, results that nobody closed, publishing."""
+    import submitit
 
-def parameters(pack: Pack) -> dict[str, Any]:
-    """The sbatch options of a pack, as submitit names them."""
-    site, scale = pack.site, parse_scale(pack.scale)
-    cpus = int(site.get("cpus_per_task") or 1)
-    exports = [f"export {k}={shlex.quote(str(v))}" for k, v in (site.get("env") or {}).items()]
+    from lcbench.collect import Collect
+
+    site = like.site
+    name = f"lcbench-{sweep.name}-collect-{secrets.token_hex(3)}"
+    own = site["collector"] if isinstance(site.get("collector"), dict) else {}
     options = {
-        "job_name": f"lcbench-{pack.sweep}-{pack.id}",
-        "comment": pack.id,  # an orphan is found again by it
+        **_common(site, name),
+        "nodes": 1,
+        "cpus_per_task": 1,
+        "time": min(COLLECTOR_MIN, site.get("max_minutes") or COLLECTOR_MIN),
+        "dependency": f"afterany:{':'.join(after)}",
+        "srun_args": _srun_args({**site, "container": None}, 1),  # it needs Slurm's commands, which an image has not
+    }
+    options["additional_parameters"] = {**options["additional_parameters"], **own}
+    with submitit.helpers.clean_env(), site_environment(site):
+        executor = submitit.SlurmExecutor(folder=sweep.folder / "jobs" / name, max_num_timeout=10)
+        executor.update_parameters(**{k: v for k, v in options.items() if v is not None and k not in own})
+        try:
+            executor.submit(Collect(str(sweep.root), sweep.name))
+        except RuntimeError as error:
+            print(f"no collector: {_first_cause(error)}; python -m lcbench.collect {sweep.name} does its work", file=sys.stderr)
+
+
+def parameters(packs: Sequence[Pack], after: Sequence[str] = ()) -> dict[str, Any]:
+    """The sbatch options of an array, as submitit names them."""
+    first = packs[0]
+    site, scale = first.site, parse_scale(first.scale)
+    cpus = int(site.get("cpus_per_task") or 1)
+    common = _common(site, first.job_name)
+    fallen = fallen_nodes(Sweep(Path(first.root), first.sweep))
+    if fallen:
+        said = common["additional_parameters"].pop("exclude", None)
+        common["exclude"] = ",".join([*([str(said)] if said else []), *fallen])
+    options = {
+        **common,
         "nodes": scale.nodes,
-        "ntasks_per_node": 1,
         "cpus_per_task": cpus,
-        "time": pack.timeout_min,
-        "partition": site.get("partition"),
-        "account": site.get("account"),
-        "qos": site.get("qos"),
+        "time": max(p.timeout_min for p in packs),
         "gres": (site.get("gpus") or "").format(gpus_per_node=scale.gpus_per_node) or None,
-        "wckey": "",  # submitit's default is refused where wckeys are checked
-        "setup": [*exports, f"cd {shlex.quote(str(REPOSITORY))}", *(site.get("setup") or [])],
-        # A dead task would leave the others waiting for the time limit; older srun does not inherit cpus-per-task.
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}", *(site.get("srun_args") or [])],
-        "additional_parameters": {"open-mode": "append", **(site.get("sbatch") or {})},
+        "array_parallelism": first.settings.pack["max_jobs"] or len(packs),
+        "dependency": f"afterany:{':'.join(after)}" if after else None,
+        "signal_delay_s": warned_s(max(p.timeout_min for p in packs)),
+        "srun_args": _srun_args(site, cpus),
     }
     return {k: v for k, v in options.items() if v is not None}
 
 
-def sbatch_text(pack: Pack) -> str:
-    """What submitit would give to sbatch, without needing Slurm on this machine."""
-    import sys
+def fallen_nodes(sweep: Sweep) -> dict[str, str]:
+    """Nodes that a check of this sweep found unwell, and why: later jobs keep away from them."""
+    fallen: dict[str, str] = {}
+    for pack in sweep.packs():
+        fallen |= sweep.pack_file(pack, "end.json").get("fallen") or {}
+    return fallen
 
+
+def _common(site: dict[str, Any], name: str) -> dict[str, Any]:
+    exports = [f"export {k}={shlex.quote(str(v))}" for k, v in (site.get("env") or {}).items()]
+    setup = [str(line) for line in site.get("setup") or []]
+    # A line that fails ends the job there and says which it was, instead of an attempt in half an environment.
+    guarded = ["set -eE", "trap 'echo \"error: site.setup failed: $BASH_COMMAND\" >&2' ERR", *setup, "trap - ERR; set +eE"]
+    return {
+        "job_name": name,
+        "ntasks_per_node": 1,
+        "partition": site.get("partition"),
+        "account": site.get("account"),
+        "qos": site.get("qos"),
+        "wckey": "",  # submitit's default is refused where wckeys are checked
+        "setup": [*exports, f"cd {shlex.quote(str(REPOSITORY))}", *(guarded if setup else [])],
+        "additional_parameters": {"open-mode": "append", "requeue": True, **(site.get("sbatch") or {})},
+    }
+
+
+def _srun_args(site: dict[str, Any], cpus: int) -> list[str]:
+    # A dead task would leave the others waiting for the time limit; older srun does not inherit cpus-per-task.
+    return [
+        "--kill-on-bad-exit=1",
+        f"--cpus-per-task={cpus}",
+        *container_args(site.get("container")),
+        *(site.get("srun_args") or []),
+    ]
+
+
+def container_args(container: dict[str, Any] | None) -> list[str]:
+    """Pyxis' flags of srun."""
+    if not container:
+        return []
+    mounts = [f"{REPOSITORY}:{REPOSITORY}", *(container.get("mounts") or [])]
+    flags = [
+        f"--container-image={container['image']}",
+        f"--container-mounts={','.join(mounts)}",
+        f"--container-workdir={REPOSITORY}",
+    ]
+    return [*flags, *(["--no-container-mount-home"] if container.get("mount_home") is False else [])]
+
+
+def _executor(pack: Pack, name: str, *, max_num_timeout: int) -> Any:
+    import submitit
+
+    folder = Sweep(Path(pack.root), pack.sweep).folder / "jobs" / name
+    python = (pack.site.get("container") or {}).get("python")
+    return submitit.SlurmExecutor(folder=folder, max_num_timeout=max_num_timeout, python=python)
+
+
+def sbatch_text(packs: Sequence[Pack]) -> str:
+    """What submitit would give to sbatch, without needing Slurm on this machine."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    folder = pack.folder / "submitit"
-    command = shlex.join([sys.executable, "-u", "-m", "submitit.core._submit", str(folder)])
-    text: str = _make_sbatch_string(command=command, folder=folder, **parameters(pack))
+    folder = Sweep(Path(packs[0].root), packs[0].sweep).folder / "jobs" / "<name>"
+    python = (packs[0].site.get("container") or {}).get("python") or sys.executable
+    command = shlex.join([python, "-u", "-m", "submitit.core._submit", str(folder)])
+    named = [replace(p, job_name=f"lcbench-{p.sweep}") for p in packs]
+    count = len(packs) if len(packs) > 1 else None
+    text: str = _make_sbatch_string(command=command, folder=folder, map_count=count, **parameters(named))
     return text
 
 
@@ -108,22 +258,6 @@ def site_environment(site: dict[str, Any]) -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
-
-
-def _watch(sweep: Sweep) -> None:
-    """Show the sweep until all of its jobs have ended."""
-    from rich.live import Live
-    from rich.text import Text
-
-    from lcbench.runs.jobs import pack_states
-
-    with Live(Text("waiting for Slurm"), refresh_per_second=2) as live:
-        while True:
-            states = pack_states(sweep)
-            live.update(Text("\n".join(f"job {s.job_id}: {s.state}, {s.done}/{s.cells} cells" for s in states)))
-            if all(s.ended for s in states):
-                return
-            time.sleep(POLL_S)
 
 
 def _first_cause(error: BaseException) -> str:

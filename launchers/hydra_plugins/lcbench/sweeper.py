@@ -31,4 +31,9 @@ class GridSweeper(Sweeper):
         plan = remembered()
         if plan is None:
             sys.exit("error: hydra/sweeper=lcbench runs the plan of python -m lcbench.sweep, and here is none")
-        sys.exit(self.launcher.launch_plan(plan))
+        try:
+            code = self.launcher.launch_plan(plan)
+        except OSError as error:  # a full disk, a quota, a results folder of somebody else
+            print(f"error: {error}", file=sys.stderr)
+            code = 3
+        sys.exit(code)

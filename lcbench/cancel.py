@@ -1,0 +1,79 @@
+"""End a sweep, or one cell of it, and nothing else. What was measured is kept; the same sweep command goes on with the rest."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from lcbench.runs.jobs import PackState, Watch
+from lcbench.runs.queue import cancel_named, environment
+from lcbench.runs.store import Sweep, sweeps, write_json
+from lcbench.status import add_results_argument, chosen_cell, find_sweep
+
+BAD_INPUT = 2
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lcbench.cancel", description=__doc__)
+    parser.add_argument("what", help="name of a sweep, 'last', or a cell id (its beginning, or <sweep>/<cell id>)")
+    add_results_argument(parser)
+    options = parser.parse_args(arguments)
+    root: Path = options.results.absolute()
+    try:
+        if options.what == "last" or options.what in sweeps(root):
+            return cancel_sweep(find_sweep(root, options.what))
+        return cancel_cell(*chosen_cell(root, options.what))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def cancel_sweep(sweep: Sweep) -> int:
+    """End all of its jobs, the collector first, so that nothing is submitted again."""
+    with sweep.lock():
+        manifest = sweep.manifest()
+        launch = manifest["launch"] or {}
+        write_json(sweep.manifest_path, {**manifest, "launch": {**launch, "cancelled": True} if launch else None})
+        packs = [p for p in Watch(sweep).look().packs if not p.ended]
+        names = sorted(p.name for p in (sweep.folder / "jobs").glob("*"))
+        said = cancel_named(names, environment(launch["settings"]["site"])) if names and launch else None
+        said = said or end_local(packs)
+    if said:
+        print(f"error: {said}", file=sys.stderr)
+        return 1
+    print(f"{len(packs)} jobs of {sweep.name} are told to end: python -m lcbench.status {sweep.name}")
+    return 0
+
+
+def cancel_cell(sweep: Sweep, cell_id: str) -> int:
+    """Tell its pack to leave the cell: in flight it is ended with its ranks, which start again for the rest of the pack."""
+    state = next(c for c in Watch(sweep).look().cells if c.id == cell_id)
+    if state.state not in ("running", "pending"):
+        print(f"cell {cell_id} is not under way: it is {state.state}")
+        return 0
+    path = sweep.pack_folder(state.pack) / "cancel" / cell_id
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    print(f"cell {cell_id}, {state.state}, is told to end: python -m lcbench.status {sweep.name}")
+    return 0
+
+
+def end_local(packs: Sequence[PackState]) -> str | None:
+    """End the agents of local packs on this machine, and with them their workers; a complaint about packs elsewhere."""
+    for pack in packs:
+        if pack.launcher == "local" and pack.host != socket.gethostname():
+            return f"pack {pack.id} runs on {pack.host}; cancel it there"
+        for pid in pack.pids if pack.launcher == "local" else ():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

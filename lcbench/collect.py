@@ -1,0 +1,74 @@
+"""Bring a sweep to its end without the command that began it: close what its jobs left open, run again what its policy says,
+publish. The last light job of a sweep on Slurm runs this; it may be run by hand at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lcbench.runs.store import Sweep
+from lcbench.status import add_sweep_arguments, chosen_sweep
+
+INTERVAL_S = 5.0
+
+
+class Collect:
+    """The collector as a job of submitit's."""
+
+    def __init__(self, root: str, name: str) -> None:
+        self._root, self._name = root, name
+
+    def __call__(self) -> None:
+        os.chdir(Path(__file__).resolve().parents[1])
+        sweep = Sweep(Path(self._root), self._name)
+        launch = sweep.manifest()["launch"] or {}
+        # A node may have no way to the tracking server; then whoever looks from a login node publishes.
+        collect(sweep, wait=False, publish=launch.get("settings", {}).get("site", {}).get("publish", "nodes") == "nodes")
+
+    def checkpoint(self) -> Any:
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def collect(sweep: Sweep, *, wait: bool, publish: bool = True) -> int:
+    """Advance the sweep, with ``wait`` until all of its jobs have ended, and publish it; the number of cells without a good end.
+
+    What runs again has a collector of its own behind it.
+    """
+    from hydra_plugins.lcbench._plan import advance, publish_or_say
+
+    from lcbench.runs.jobs import Watch
+    from lcbench.runs.queue import Patient
+
+    watch = Watch(sweep, Patient())
+    while not (standing := advance(sweep, watch)).ended and wait:
+        time.sleep(INTERVAL_S)
+    launch = sweep.manifest()["launch"]
+    if publish and launch and launch["settings"]["tracking_uri"]:
+        publish_or_say(sweep, launch["settings"]["tracking_uri"])
+    counts = standing.counts()
+    print(", ".join(f"{count} {state}" for state, count in counts.most_common()))
+    return counts["failed"] + counts["lost"] + counts["missing"]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lcbench.collect", description=__doc__)
+    add_sweep_arguments(parser)
+    parser.add_argument("--wait", action="store_true", help="stay until every job has ended")
+    options = parser.parse_args(arguments)
+    try:
+        sweep = chosen_sweep(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 1 if collect(sweep, wait=options.wait) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

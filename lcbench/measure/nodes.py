@@ -1,0 +1,199 @@
+"""The check of a pack's nodes, before its first cell: are the devices there, idle and at full clocks, do versions agree, and what
+do the links carry? A number from a node that is not well is worth less than none.
+
+``node_facts`` is asked by each node's agent, before any worker starts; ``check_gang`` by the workers, all together.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lcbench.measure.environment import device_name, node_name, versions
+
+QUERY = {
+    "index": "index", "uuid": "uuid", "name": "name", "driver": "driver_version", "memory_used_mib": "memory.used",
+    "clock_mhz": "clocks.sm", "max_clock_mhz": "clocks.max.sm", "throttled": "clocks_throttle_reasons.active",
+    "temperature_c": "temperature.gpu",
+}  # fmt: skip
+# Bits of the throttle reasons (NVML) that cost speed against one's will: hardware slowdown, software and hardware thermal
+# slowdown, power brake. A power cap under load (bit 2) is no fault, and idle (bit 0) no throttling.
+THROTTLED = {0x08: "hardware slowdown", 0x20: "thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "power brake"}
+# What a driver and an idle context take; more belongs to somebody.
+IDLE_MIB = 1024
+MESSAGE_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
+REPEATS = 3
+# A node whose link carries less than this share of the median node's falls out. Of CPU ranks, which share cores, nothing follows.
+SLOW = 0.5
+
+
+@dataclass
+class NodesCheck:
+    """What the check found. ``fallen``: why, by name of the node."""
+
+    fallen: dict[str, str] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def node_facts(device: dict[str, Any] | None, gpus: int) -> tuple[dict[str, Any], list[str]]:
+    """This node's GPUs, and what is wrong with them.
+
+    Args:
+        device: the ``conf/device`` entry that the site promises; None where it promises CPU ranks or nothing.
+        gpus: how many workers will run here, one per GPU.
+    """
+    listed = _gpus()
+    facts: dict[str, Any] = {"node": node_name(), "gpus": listed}
+    if device is None:
+        return facts, []
+    if listed is None:
+        return facts, [f"nvidia-smi does not answer, though the site promises {device['name']}"]
+    return facts, gpu_problems(listed, device, gpus)
+
+
+def gpu_problems(listed: Sequence[dict[str, str]], device: dict[str, Any], gpus: int) -> list[str]:
+    """What is wrong with a node's GPUs."""
+    problems = []
+    if len(listed) < gpus:
+        problems.append(f"{len(listed)} of {gpus} GPUs")
+    for gpu in listed:
+        name = f"GPU {gpu['index']}"
+        if device["match"].lower() not in gpu["name"].lower():
+            problems.append(f"{name} is {gpu['name']}, not {device['name']}")
+        if _number(gpu["memory_used_mib"]) > IDLE_MIB:
+            problems.append(f"{name} is in use: {gpu['memory_used_mib']} MiB taken")
+        bits = int(gpu["throttled"], 16) if gpu["throttled"].startswith("0x") else 0
+        reasons = [reason for bit, reason in THROTTLED.items() if bits & bit]
+        if reasons:
+            problems.append(f"{name} is throttled: {', '.join(reasons)} at {gpu['clock_mhz']} of {gpu['max_clock_mhz']} MHz")
+    return problems
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:  # [N/A]
+        return 0.0
+
+
+def _gpus() -> list[dict[str, str]] | None:
+    """The GPUs that this job may use, as nvidia-smi sees them; None where it does not answer."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", f"--query-gpu={','.join(QUERY.values())}", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    listed = [dict(zip(QUERY, (v.strip() for v in line.split(",")), strict=True)) for line in text.splitlines() if line.strip()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        mine = visible.split(",")
+        listed = [gpu for gpu in listed if gpu["index"] in mine or any(gpu["uuid"].startswith(m) for m in mine if "-" in m)]
+    return listed
+
+
+def check_gang(device: torch.device, local_size: int, facts: dict[str, Any]) -> NodesCheck:
+    """Versions and links of all nodes. Collective over all ranks, which are numbered node by node.
+
+    Args:
+        facts: what this rank's node said of itself (``node_facts``).
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mine = {
+        "node": node_name(), "device": device_name(device), "versions": versions(device),
+        "facts": facts if rank % local_size == 0 else None,
+    }  # fmt: skip
+    links: dict[str, float | None] = {"allreduce": _allreduce(device)}
+    if local_size > 1:
+        links["within a node"] = _exchange(device, _partner(rank % local_size, local_size, 1, rank - rank % local_size))
+    if size > local_size:
+        # Every rank with the rank of its number on the next node.
+        links["between nodes"] = _exchange(device, _partner(rank // local_size, size // local_size, local_size, rank % local_size))
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, {**mine, "links": links})
+    return judge(everyone, device.type)
+
+
+def judge(everyone: Sequence[dict[str, Any]], kind: str) -> NodesCheck:
+    """What follows from what all ranks said, rank 0 first; ``kind`` is cpu or cuda."""
+    check = NodesCheck()
+    for what in ("device", "versions"):
+        values = [r[what] for r in everyone]
+        usual = max(values, key=values.count)
+        for other in (r for r in everyone if r[what] != usual):
+            check.fallen.setdefault(other["node"], f"{what}: {_difference(other[what], usual)}")
+    check.found["nodes"] = list(dict.fromkeys(r["node"] for r in everyone))
+    check.found["versions"] = everyone[0]["versions"]
+    check.found["facts"] = {r["node"]: r["facts"] for r in everyone if r["facts"]}
+    for link in everyone[0]["links"]:
+        slowest: dict[str, float] = {}
+        for r in everyone:
+            if r["links"][link] is not None:
+                slowest[r["node"]] = min(r["links"][link], slowest.get(r["node"], float("inf")))
+        if not slowest:
+            continue
+        median = sorted(slowest.values())[len(slowest) // 2]
+        worst = min(slowest, key=lambda node: slowest[node])
+        check.found[f"{link} GB/s"] = {"median": median, "worst": slowest[worst], "worst_node": worst}
+        if kind == "cuda" and slowest[worst] < SLOW * median:
+            check.fallen.setdefault(worst, f"{link}: {slowest[worst]:.1f} GB/s where the median node has {median:.1f}")
+    return check
+
+
+def _difference(value: Any, usual: Any) -> str:
+    if not isinstance(value, dict):
+        return f"{value} where others have {usual}"
+    parts = [
+        f"{k} {value.get(k)} where others have {usual.get(k)}" for k in sorted({*value, *usual}) if value.get(k) != usual.get(k)
+    ]
+    return ", ".join(parts)
+
+
+def _partner(place: int, places: int, stride: int, base: int) -> int | None:
+    """The rank with which the one at ``place`` exchanges: 0 with 1, 2 with 3; an odd one out with nobody."""
+    other = place ^ 1
+    return base + other * stride if other < places else None
+
+
+def _exchange(device: torch.device, partner: int | None) -> float | None:
+    """GB/s that this rank sends to its partner while it receives as much; None for a rank without one. Collective."""
+    buffers = [torch.zeros(MESSAGE_BYTES[device.type], dtype=torch.uint8, device=device) for _ in range(2)]
+
+    def once() -> None:
+        if partner is not None:
+            ops = [dist.P2POp(dist.isend, buffers[0], partner), dist.P2POp(dist.irecv, buffers[1], partner)]
+            for work in dist.batch_isend_irecv(ops):
+                work.wait()
+
+    seconds = _best_s(once, device)
+    return None if partner is None else MESSAGE_BYTES[device.type] / seconds / 1e9
+
+
+def _allreduce(device: torch.device) -> float | None:
+    """Bus bandwidth of an all-reduce over all ranks, GB/s: 2 (P-1)/P of the bytes over the time, as nccl-tests counts it."""
+    size = dist.get_world_size()
+    if size == 1:
+        return None
+    data = torch.zeros(MESSAGE_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+    return 2 * (size - 1) / size * MESSAGE_BYTES[device.type] / _best_s(lambda: dist.all_reduce(data), device) / 1e9
+
+
+def _best_s(once: Callable[[], object], device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(REPEATS):
+        dist.barrier()
+        begun = time.perf_counter()
+        once()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begun)
+    return best

@@ -1,0 +1,113 @@
+"""The results folder as a table: ``lcbench.results.load("results")`` gives a pandas frame, the command writes one to a file.
+
+python -m lcbench.results last --out cells.parquet        # or .csv, .json; every sweep with 'all'
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lcbench.grid.cell import flat_config
+from lcbench.runs.store import Attempt, Record, Sweep, sweeps
+from lcbench.status import add_results_argument, find_sweep
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMATS = (".parquet", ".csv", ".json")
+
+
+def load(
+    root: str | Path = "results",
+    sweep: str | None = None,
+    *,
+    attempts: Literal["newest", "all"] = "newest",
+    samples: bool = False,
+) -> pd.DataFrame:
+    """Results below ``root`` as a frame, a row per cell (of each sweep) with its newest attempt.
+
+    Args:
+        sweep: the name of one, ``last``, or None for all.
+        attempts: ``all`` for a row per attempt; cells that were never tried still have one.
+        samples: with a column of lists per kind of sample (``samples/forward_s``).
+
+    Columns: ``sweep``, ``cell``, ``label``, ``status``, ``failure``, ``cause``, ``attempt``, ``started_at``, ``finished_at``;
+    the axes (``kernel``, ``cp``, ``mask``, ``seqlen``, ``scale``, options as ``mask.left``); where it ran (``device``, ``nodes``,
+    ``commit``); metrics in SI units (docs/metrics.md). A file that cannot be read is set aside, with a warning that names it.
+
+    Raises:
+        ValueError: no such sweep; names those that exist.
+    """
+    import pandas as pd
+
+    folder = Path(root).absolute()
+    chosen = [Sweep(folder, name) for name in sweeps(folder)] if sweep is None else [find_sweep(folder, sweep)]
+    rows = []
+    for one in chosen:
+        seen = one.look()
+        for damaged in seen.damaged:
+            warnings.warn(f"set aside: {damaged.path}: {damaged.reason}", stacklevel=2)
+        for cell_id, record in seen.records.items():
+            tries: tuple[Attempt | None, ...] = record.attempts if attempts == "all" else (record.last,)
+            rows += [_row(one.name, cell_id, record, attempt, samples) for attempt in tries or (None,)]
+    return pd.DataFrame(rows)
+
+
+def _row(sweep: str, cell_id: str, record: Record, attempt: Attempt | None, samples: bool) -> dict[str, Any]:
+    failure = attempt.failure if attempt else record.failure
+    row: dict[str, Any] = {
+        "sweep": sweep, "cell": cell_id, "label": record.entry.cell.label,
+        "status": attempt.status if attempt else record.status,
+        "failure": failure.kind if failure else None, "cause": failure.cause if failure else None,
+        "attempt": attempt.number if attempt else 0,
+        "started_at": attempt.started_at if attempt else None, "finished_at": attempt.finished_at if attempt else None,
+        **flat_config(record.entry.cell),
+    }  # fmt: skip
+    if attempt is None:
+        return row
+    provenance = attempt.provenance
+    row |= {key: provenance.get(key) for key in ("device", "nodes", "host", "slurm_job_id")}
+    row |= {"commit": (provenance.get("git") or {}).get("commit"), **attempt.metrics}
+    return row | ({f"samples/{key}": values for key, values in attempt.samples.items()} if samples else {})
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lcbench.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sweep", help="name of the sweep, 'last' or 'all'")
+    parser.add_argument("--out", type=Path, required=True, help=f"file to write: {', '.join(FORMATS)}")
+    parser.add_argument("--attempts", choices=("newest", "all"), default="newest", help="one row per cell, or per attempt")
+    parser.add_argument("--samples", action="store_true", help="with every iteration (not for .csv)")
+    add_results_argument(parser)
+    options = parser.parse_args(arguments)
+    out: Path = options.out
+    if out.suffix not in FORMATS or (options.samples and out.suffix == ".csv"):
+        print(
+            f"error: cannot write {out}{' with samples' if options.samples else ''}; formats: {', '.join(FORMATS)}", file=sys.stderr
+        )
+        return 2
+    try:
+        name = None if options.sweep == "all" else options.sweep
+        frame = load(options.results, name, attempts=options.attempts, samples=options.samples)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if out.suffix == ".parquet":
+        # Options that differ in type between masks (a count here, a list there) are written as text.
+        mixed = [c for c in frame.columns if "." in c and frame[c].map(type).nunique() > 1]
+        frame.astype(dict.fromkeys(mixed, "string")).to_parquet(out, index=False)
+    elif out.suffix == ".csv":
+        frame.to_csv(out, index=False)
+    else:
+        frame.to_json(out, orient="records", indent=1)
+    print(f"{len(frame)} rows, {len(frame.columns)} columns: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,120 @@
+"""How long a cell will take, and whether it will fit, before it runs: from results of like cells, else from its FLOPs.
+
+Only packing, deadlines and time limits depend on it, so that being wrong by a factor costs queue time and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lcbench.grid.build import draws
+from lcbench.grid.cell import Cell
+from lcbench.grid.expand import pairs
+from lcbench.measure.flops import backward_flops, forward_flops
+from lcbench.problem import Problem
+from lcbench.runs.store import Attempt, Sweep, sweeps
+
+# Newest results that are looked at for like cells.
+HISTORY = 3000
+# What a rank reaches where nothing is known: a share of a device's peak, and FLOP/s of a CPU rank.
+EFFICIENCY = 0.25
+CPU_FLOPS = 5e9
+# Besides its passes: building, drawing, checking, and what ranks need to agree.
+CELL_S = 2.0
+RANK_S = {"cpu": 0.25, "cuda": 0.02}
+BYTES_OF_SUMS = 4  # gradients are summed in float32
+
+
+@dataclass(frozen=True)
+class _Known:
+    flops: float
+    pass_s: float
+    other_s: float
+
+
+@dataclass
+class Estimator:
+    """Seconds and bytes of cells on a site; ``device`` is the site's ``conf/device`` entry, None for CPU ranks."""
+
+    device: dict[str, Any] | None = None
+    known: dict[tuple[Any, ...], list[_Known]] = field(default_factory=lambda: defaultdict(list))
+    too_large: dict[tuple[Any, ...], float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, root: Path, site: dict[str, Any], devices: list[dict[str, Any]]) -> Estimator:
+        """With the newest results below ``root`` as history."""
+        made = cls(next((d for d in devices if d["name"] == site.get("device")), None))
+        left = HISTORY
+        for name in reversed(sweeps(root)):
+            sweep = Sweep(root, name)
+            for cell_id, entry in sweep.entries().items():
+                for attempt in sweep.attempts(cell_id)[-1:] if left > 0 else ():
+                    left -= 1
+                    made.learn(entry.cell, attempt)
+        return made
+
+    def learn(self, cell: Cell, attempt: Attempt) -> None:
+        """Remember how a cell went."""
+        if attempt.failure is not None and attempt.failure.kind == "oom":
+            self.too_large[_likeness(cell)] = min(flops(cell), self.too_large.get(_likeness(cell), float("inf")))
+        metrics = attempt.metrics
+        if attempt.status == "ok" and "time/total/median_s" in metrics:
+            other_s = metrics.get("time/prepare_s", 0.0) + metrics.get("time/check_s", 0.0)
+            self.known[_likeness(cell)].append(_Known(flops(cell), metrics["time/total/median_s"], other_s))
+
+    def seconds(self, cell: Cell) -> float:
+        """Wall time of the cell, all draws of its mask."""
+        measure, ranks, work = cell.config["measure"], cell.problem.scale.world_size, flops(cell)
+        like = self.known.get(_likeness(cell))
+        if like:
+            nearest = min(like, key=lambda k: abs(k.flops - work))
+            ratio = max(work / nearest.flops if nearest.flops else 1.0, 0.05)
+            pass_s, other_s = ratio * nearest.pass_s, max(ratio, 1.0) * nearest.other_s
+        else:
+            rate = EFFICIENCY * 1e12 * self.device["peak_tflops"].get(cell.config["dtype"], 1.0) if self.device else CPU_FLOPS
+            pass_s = work / ranks / rate
+            other_s = 2 * pass_s
+        timed = _timed_s(measure, pass_s, measure["budget_s"])
+        apart = 2 * (pass_s + _timed_s(measure, pass_s, measure["budget_s"] / 4)) if ranks > 1 else 0.0
+        one = other_s + (measure["warmup"] + 1) * pass_s + timed + apart
+        return float(CELL_S + RANK_S["cuda" if self.device else "cpu"] * ranks + draws(cell.config["mask"]) * one)
+
+    def will_fail(self, cell: Cell) -> bool:
+        """Whether it is expected not to fit: more memory than the device has, or no less work than a like cell that did not fit."""
+        known = self.too_large.get(_likeness(cell))
+        if known is not None and flops(cell) >= known:
+            return True
+        return self.device is not None and memory_bytes(cell.problem, cell.config["cp"]["name"]) > self.device["memory_bytes"]
+
+
+def _timed_s(measure: dict[str, Any], pass_s: float, budget_s: float) -> float:
+    return float(max(measure["min_iterations"] * pass_s, min(budget_s, measure["max_iterations"] * pass_s)))
+
+
+def flops(cell: Cell) -> float:
+    """FLOPs of one pass of a cell over all ranks."""
+    work, heads = pairs(cell), cell.problem.heads
+    return forward_flops(work, heads) + (backward_flops(work, heads) if cell.problem.backward else 0.0)
+
+
+def memory_bytes(problem: Problem, strategy: str) -> int:
+    """Bytes that a rank holds at least: its inputs, output, gradients with their sums, and the keys and values of others.
+
+    Of others: all of them for an all-gather, two blocks (one in use, one arriving) for the rest.
+    """
+    tokens = problem.seqlen / problem.scale.world_size
+    q, kv = (tokens * n * problem.heads.dim for n in (problem.heads.q, problem.heads.kv))
+    blocks = problem.scale.world_size if strategy == "allgather" else 2
+    total = problem.itemsize * (2 * q + 2 * kv + 2 * kv * blocks)
+    if problem.backward:
+        total += problem.itemsize * (2 * q + 2 * kv) + BYTES_OF_SUMS * (q + 2 * kv * blocks)
+    return int(total)
+
+
+def _likeness(cell: Cell) -> tuple[Any, ...]:
+    config = cell.config
+    names = (config[group]["name"] for group in ("kernel", "cp", "mask"))
+    return (*names, *(config[key] for key in ("heads", "dtype", "direction", "scale")))

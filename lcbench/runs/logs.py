@@ -1,0 +1,30 @@
+"""What the ranks of a pack printed: torch elastic keeps a file per rank and gang, a mark in it says where a cell begins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+MARK = re.compile(r"^==== cell (\w+) attempt (\d+)$", re.M)
+
+
+def cell_mark(cell_id: str, attempt: int) -> str:
+    """The line at which a cell's part of a rank's output begins."""
+    return f"==== cell {cell_id} attempt {attempt}"
+
+
+def said_by_ranks(folder: Path, cell_id: str, attempt: int, gpus_per_node: int) -> Iterator[tuple[int, str, str]]:
+    """(rank, stdout or stderr, text) of a cell, by rank, from the log folder of its pack; ranks that said nothing are left out."""
+    files = []
+    for path in folder.glob("node-*/*/attempt_*/*/std*.log"):
+        node, local = int(path.relative_to(folder).parts[0].removeprefix("node-")), int(path.parent.name)
+        files.append((node * gpus_per_node + local, path.stem, path))
+    for rank, stream, path in sorted(files):
+        text = path.read_text(errors="replace")
+        for found in MARK.finditer(text):
+            if (found[1], int(found[2])) == (cell_id, attempt):
+                following = MARK.search(text, found.end())
+                part = text[found.end() : following.start() if following else None].strip("\n")
+                if part:
+                    yield rank, stream, part

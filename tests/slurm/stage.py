@@ -1,0 +1,267 @@
+"""A sweep on the development cluster with a real MLflow server, things that go wrong, and what must hold afterwards.
+
+The tests of faults and the soak (``make soak``) share it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+
+from lcbench.runs.jobs import Standing, Watch
+from lcbench.runs.store import Sweep
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "slurm" / "devcluster" / "devcluster"
+CELLS = [
+    "cp=ring,ulysses", "mask=full,causal", "seed=range(10)", "seqlen=64", "scale=1x2", "heads=2x2x8", "dtype=float64",
+    "measure.warmup=0", "measure.min_iterations=2", "measure.max_iterations=3", "measure.budget_s=0.2", "measure.precision=0.5",
+]  # fmt: skip
+
+
+def lcbench(command: str, *arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"lcbench.{command}", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 120, every: float = 0.1) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(every)
+    return found
+
+
+def processes(*words: str) -> list[int]:
+    """Processes whose command line holds all of these words."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if all(word in line for word in words) and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+def kill(*pids: int) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def descendants(pid: int) -> list[int]:
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    return [pid, *(d for child in children for d in descendants(int(child)))]
+
+
+class Server:
+    """A real MLflow server, as ``make mlflow`` starts it."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = {**os.environ, "LCBENCH_MLFLOW_DIR": str(self.folder), "LCBENCH_MLFLOW_PORT": str(self.port)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen([ROOT / "slurm" / "mlflow.sh"], env=environment, stdout=log, stderr=log)
+        wait_until(self._answers, 60)
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def kill(self) -> None:
+        if self.process is not None:
+            kill(*descendants(self.process.pid))
+            self.process.wait()
+            self.process = None
+
+
+class Stage:
+    """One sweep of 40 cells. ``server``: where it publishes."""
+
+    def __init__(self, results: Path, server: Server, environment: dict[str, str], seed: int, *more: str) -> None:
+        self.sweep, self.server, self.environment = Sweep(results, "faults"), server, environment
+        self.random = random.Random(seed)
+        self.command = [
+            *CELLS, "pack.max_cells=20", "sweep=faults", f"results={results}", "site=devcluster",
+            f"tracking_uri={server.uri}", *more,
+        ]  # fmt: skip
+
+    def run(self, *more: str) -> subprocess.CompletedProcess[str]:
+        return lcbench("sweep", *self.command, *more, environment=self.environment)
+
+    def begin(self, *more: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lcbench.sweep", *self.command, *more], cwd=ROOT, env=self.environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def measured(self) -> dict[str, float]:
+        """When each cell got its good result."""
+        if not self.sweep.exists():
+            return {}
+        found = ((i, a) for i in self.sweep.entries() for a in self.sweep.attempts(i))
+        return {i: a.finished_at for i, a in found if a.status == "ok"}
+
+    def reach_a_random_moment(self) -> int:
+        """Wait until a random number of cells is done and a random while has passed; how many that were."""
+        count = self.random.randint(1, 25)
+        wait_until(lambda: len(self.measured()) >= count, 180)
+        time.sleep(self.random.random())
+        return count
+
+    def standing(self) -> Standing:
+        saved = dict(os.environ)
+        os.environ.update(self.environment)
+        try:
+            return Watch(self.sweep).look()
+        finally:
+            os.environ.clear()
+            os.environ.update(saved)
+
+    def bring_to_its_end(self, tries: int = 4) -> int:
+        """The same command, until it says that all is well; how often it took."""
+        said = ""
+        for number in range(1, tries + 1):
+            done = self.run("wait=true")
+            said = done.stdout[-3000:] + done.stderr[-3000:]
+            if done.returncode == 0 and self.standing().ended and len(self.measured()) == len(self.sweep.entries()):
+                return number
+        raise AssertionError(f"not at its end after {tries} times the same command:\n{said}")
+
+    def check(self, before: dict[str, float], allowed: set[str]) -> None:
+        """Each cell has one current result, nothing that was measured is lost or measured again, MLflow agrees, and what failed on
+        the way is of an ``allowed`` class.
+        """
+        entries = self.sweep.entries()
+        assert len(entries) == 40
+        for cell_id in entries:
+            attempts = self.sweep.attempts(cell_id)
+            assert [a.status for a in attempts].count("ok") == 1, [(a.number, a.status, a.failure) for a in attempts]
+            assert attempts[-1].status == "ok"
+            assert not self.sweep.running(cell_id)
+            assert max(attempts[-1].checks["errors"].values()) <= 1e-12
+            if cell_id in before:
+                assert attempts[-1].finished_at == before[cell_id]
+        classes = {a.failure.kind for i in entries for a in self.sweep.attempts(i) if a.failure}
+        assert classes <= allowed, classes
+        assert not self.sweep.look().damaged
+        synced = lcbench("sync", self.sweep.name, "--results", str(self.sweep.root), environment=self.environment)
+        assert synced.returncode == 0, synced.stderr
+        again = lcbench("sync", self.sweep.name, "--results", str(self.sweep.root), environment=self.environment)
+        assert again.stdout.startswith("0 cells published"), again.stdout
+        client = mlflow.MlflowClient(tracking_uri=self.server.uri)
+        experiment = client.get_experiment_by_name("lcbench")
+        assert experiment is not None
+        where = f"tags.`lcbench.sweep_id` = '{self.sweep.manifest()['id']}'"
+        runs = client.search_runs([experiment.experiment_id], where, max_results=1000)
+        children = {r.data.tags["lcbench.cell_id"]: r for r in runs if "lcbench.cell_id" in r.data.tags}
+        assert len(runs) == len(entries) + 1
+        assert set(children) == set(entries)
+        for cell_id, run in children.items():
+            newest = self.sweep.attempts(cell_id)[-1]
+            assert run.data.tags["lcbench.attempt"] == str(newest.number)
+            assert run.data.metrics["time/forward/median_ms"] == newest.metrics["time/forward/median_s"] * 1e3
+            assert run.info.status == "FINISHED"
+        (parent,) = (r for r in runs if "lcbench.cell_id" not in r.data.tags)
+        assert parent.data.tags["lcbench.cells.ok"] == "40"
+
+    # -- what goes wrong ------------------------------------------------------------------------------------------------
+
+    def kill_a_worker(self) -> None:
+        kill(self.random.choice(wait_until(lambda: processes("lcbench.runs.worker", str(self.sweep.folder)), 60)))
+
+    def kill_an_agent(self) -> None:
+        kill(self.random.choice(wait_until(lambda: processes("submitit.core._submit", str(self.sweep.folder)), 60)))
+
+    def kill_slurmd(self) -> None:
+        """A node dies with all that runs on it; a health check says so (Slurm by itself takes minutes), and it is back later."""
+        nodes = wait_until(self.nodes_in_use, 60)
+        node = self.random.choice(nodes)
+        state = Path(self.environment["SLURM_CONF"]).parent
+        pids = {*processes("slurmd", "-N", node), *processes(f"slurmstepd: [{self.job_on(node)}.")}
+        kill(*(d for pid in pids for d in descendants(pid)))
+        update = ["scontrol", "update", f"NodeName={node}"]
+        subprocess.run([*update, "State=DOWN", "Reason=dead"], env=self.environment, check=True)
+        time.sleep(2)
+        (state / "run" / f"{node}.pid").unlink(missing_ok=True)
+        self.restart_daemons()
+        subprocess.run([*update, "State=RESUME"], env=self.environment, capture_output=True)  # it may have come back by itself
+
+    def kill_slurmctld(self) -> None:
+        kill(*processes("slurmctld -D"))
+        time.sleep(3)
+        self.restart_daemons()
+
+    def kill_slurmdbd(self) -> None:
+        kill(*processes("slurmdbd -D"))
+        time.sleep(3)
+        self.restart_daemons()
+
+    def kill_the_server(self) -> None:
+        self.server.kill()
+        time.sleep(2)
+        self.server.start()
+
+    def requeue(self) -> None:
+        job = self.random.choice(self.jobs())
+        subprocess.run(["scontrol", "requeue", job], env=self.environment, check=True)
+
+    def scancel(self) -> None:
+        subprocess.run(["scancel", self.random.choice(self.jobs())], env=self.environment, check=True)
+
+    def jobs(self) -> list[str]:
+        """Jobs of the sweep that run."""
+        found = wait_until(lambda: [p.job_id for p in self.standing().packs if p.state == "RUNNING"], 60)
+        return list(found)
+
+    def nodes_in_use(self) -> list[str]:
+        return self._squeue("%N", *self.jobs())
+
+    def job_on(self, node: str) -> str:
+        return self._squeue("%A", "--nodelist", node)[0]
+
+    def _squeue(self, form: str, *which: str) -> list[str]:
+        chosen = list(which) if which and which[0].startswith("-") else ["-j", ",".join(which)]
+        text = subprocess.run(
+            ["squeue", "-h", "-t", "R", "-o", form, *chosen], env=self.environment, capture_output=True, text=True
+        )
+        return text.stdout.split()
+
+    def preempt(self) -> None:
+        """Somebody's urgent job takes a node."""
+        node = self.random.choice(wait_until(self.nodes_in_use, 60))
+        command = ["sbatch", "-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
+        subprocess.run(command, env=self.environment, check=True, capture_output=True)
+
+    def restart_daemons(self) -> None:
+        environment = {**self.environment, "LCBENCH_DEVCLUSTER_DIR": str(Path(self.environment["SLURM_CONF"]).parent)}
+        subprocess.run([SCRIPT, "start"], env=environment, check=True, capture_output=True)
+
+
+# What may go wrong, and how the attempts in flight may be classed then.
+FAULTS: dict[str, set[str]] = {
+    "kill_a_worker": {"crash"}, "kill_an_agent": {"crash"}, "kill_slurmd": {"node-fail"}, "kill_slurmctld": set(),
+    "kill_slurmdbd": set(), "kill_the_server": set(), "requeue": {"preempted"}, "preempt": {"preempted"}, "scancel": {"cancelled"},
+}  # fmt: skip

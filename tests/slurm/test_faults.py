@@ -1,0 +1,74 @@
+"""Something dies at a random moment of a sweep; the same command brings it to its end, and nothing that was measured is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.stage import FAULTS, Server, Stage, kill
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(tmp_path_factory.mktemp("mlflow"))
+    made.start()
+    yield made
+    made.kill()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_after(fault: str, devcluster: dict[str, str], server: Server, tmp_path: Path) -> None:
+    stage = Stage(tmp_path, server, devcluster, list(FAULTS).index(fault))
+    done = stage.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    stage.reach_a_random_moment()
+    before = stage.measured()
+    getattr(stage, fault)()
+    stage.bring_to_its_end()
+    stage.check(before, FAULTS[fault])
+
+
+def test_after_the_submitting_process_died(devcluster: dict[str, str], server: Server, tmp_path: Path) -> None:
+    stage = Stage(tmp_path, server, devcluster, 1)
+    command = stage.begin("wait=true")
+    stage.reach_a_random_moment()
+    before = stage.measured()
+    kill(command.pid)
+    command.wait()
+    stage.bring_to_its_end()
+    stage.check(before, set())
+    assert len(stage.sweep.packs()) == 2  # the jobs had gone on by themselves
+
+
+def test_a_full_disk_loses_nothing(devcluster: dict[str, str], server: Server, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(disk)], check=True)
+    try:
+        stage = Stage(disk / "results", server, devcluster, 2)
+        done = stage.run()
+        assert done.returncode == 0, done.stdout + done.stderr
+        stage.reach_a_random_moment()
+        before = stage.measured()
+        filler = disk / "filler"
+        subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], capture_output=True)  # until there is no room
+        time.sleep(8)
+        during = stage.measured()
+        assert set(before) <= set(during)
+        refused = stage.run()
+        assert refused.returncode in (0, 3), refused.stderr  # what the reserve gave back may be enough for a start
+        assert "Traceback" not in refused.stderr
+        filler.unlink()
+        stage.bring_to_its_end()
+        stage.check(during, {"no-start", "crash"})
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
