@@ -41,13 +41,10 @@ def collect(sweep: Sweep, *, wait: bool, publish: bool = True) -> int:
 
     What runs again has a collector of its own behind it.
     """
-    from hydra_plugins.lcbench._plan import advance, publish_or_say
+    from hydra_plugins.lcbench._plan import Collector, publish_or_say
 
-    from lcbench.runs.jobs import Watch
-    from lcbench.runs.queue import Patient
-
-    watch = Watch(sweep, Patient())
-    while not (standing := advance(sweep, watch)).ended and wait:
+    collector = Collector(sweep)
+    while not (standing := collector.advance()).ended and wait:
         time.sleep(INTERVAL_S)
     launch = sweep.manifest()["launch"]
     if publish and launch and launch["settings"]["tracking_uri"]:

@@ -42,13 +42,11 @@ def main(arguments: list[str]) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if options.follow:
-        from hydra_plugins.lcbench._plan import advance, publish_or_say
+        from hydra_plugins.lcbench._plan import Collector, publish_or_say
 
-        from lcbench.runs.queue import Patient
-
-        watch = Watch(sweep, Patient())
+        collector = Collector(sweep)
         with Live(console=console, refresh_per_second=2) as live:
-            while not (standing := advance(sweep, watch)).ended:
+            while not (standing := collector.advance()).ended:
                 live.update(status_tables(standing, sweep.name, everything=options.all))
                 time.sleep(INTERVAL_S)
         launch = sweep.manifest()["launch"]

@@ -15,6 +15,7 @@ from typing import Any
 from lcbench.grid.values import parse_scale
 from lcbench.runs.failure import SLURM_STATES, last_error
 from lcbench.runs.jobs import close, in_flight
+from lcbench.runs.logs import last_words
 from lcbench.runs.pack import KILLS, Pack
 from lcbench.runs.queue import environment, last_incarnation
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, write_json
@@ -215,7 +216,10 @@ def _watch_workers(sweep: Sweep, pack: Pack, node_rank: int) -> None:
             for rank, failure in result.failures.items():
                 killed = oom and failure.exitcode == -signal.SIGKILL
                 word = "the kernel's out-of-memory killer was at work" if killed else ""
-                record = {"exitcode": failure.exitcode, "rank": rank, "pid": failure.pid, "time": time.time(), "oom": word}
+                record = {
+                    "exitcode": failure.exitcode, "rank": rank, "pid": failure.pid, "time": time.time(), "oom": word,
+                    "said": last_words(pack.folder / "logs" / f"node-{node_rank}", failure.local_rank),
+                }  # fmt: skip
                 with suppress(OSError):
                     write_json(folder / f"exit.{node_rank}.{self.gangs}.{rank}.json", record)
             if node_rank == 0:

@@ -5,7 +5,7 @@ A pack's ``failures`` folder holds, per attempt, what each rank said of itself b
     <cell id>.attempt-<n>.rank-<r>.json        an exception: {"kind", "cause", "rank", "time"}
     <cell id>.attempt-<n>.rank-<r>.hang.txt    the stacks of a rank that the hang timer ended (empty: it did not)
     <cell id>.attempt-<n>.ended.json           from the agent, which ended the gang: {"kind", "cause", "time"}
-    exit.<node>.<gang>.<rank>.json             from the agent: {"exitcode", "rank", "pid", "time", "oom"}
+    exit.<node>.<gang>.<rank>.json             from the agent: {"exitcode", "rank", "pid", "time", "oom", "said"}
 
 When one rank dies, others see broken connections and are ended; those consequences never count as the cause while there is
 an earlier one.
@@ -32,7 +32,7 @@ NO_START = ("FAILED", "COMPLETED", "ENDED")
 OOM_TYPES = ("OutOfMemoryError", "MemoryError")
 COMM_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
 COMM_WORDS = ("NCCL", "gloo", "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
-ERROR_WORDS = ("error", "failed", "not found", "no such", "unrecognized")
+ERROR_WORDS = ("error", "fail", "not found", "no such", "unrecognized")
 OOM_WORDS = ("CUDA out of memory", "can't allocate memory", "Cannot allocate memory")
 
 
@@ -45,7 +45,7 @@ def classify_exception(error: BaseException) -> Failure:
     message = str(first)
     if any(n in OOM_TYPES for n in names) or any(w in message for w in OOM_WORDS):
         kind = "oom"
-    elif any(n in COMM_TYPES for n in names) or (isinstance(first, RuntimeError) and any(w in message for w in COMM_WORDS)):
+    elif any(n in COMM_TYPES for n in names) or (isinstance(first, RuntimeError) and _is_communication(message)):
         kind = "nccl"
     elif isinstance(first, KeyboardInterrupt):
         kind = "cancelled"
@@ -84,8 +84,11 @@ def first_failure(folder: Path, cell_id: str, attempt: int, since: float) -> Fou
     if silent:
         first = next((e for e in silent if e.get("oom")), silent[0])
         code = int(first["exitcode"])
-        kind, why = ("oom", f": {first['oom']}") if first.get("oom") else ("crash", "")
-        return Found(Failure(kind, f"rank {first['rank']} {_exit_text(code)}{why}", first["rank"]), kind == "crash" and code < 0)
+        why = first.get("oom") or first.get("said") or ""
+        # A communication library's own watchdog ends the process, with a word on stderr.
+        kind = "oom" if first.get("oom") else "nccl" if code == -signal.SIGABRT and _is_communication(why) else "crash"
+        cause = f"rank {first['rank']} {_exit_text(code)}{f': {why}' if why else ''}"[:CAUSE_LENGTH]
+        return Found(Failure(kind, cause, first["rank"]), may_follow=kind != "oom" and code < 0)
     if hung:
         # Ranks that wait in a collective hang as well; the one that waits elsewhere is the cause.
         places = [(_rank(p), *_stuck(p.read_text())) for p in hung]
@@ -119,20 +122,27 @@ def job_words(folder: Path, job_id: str) -> str:
 def last_error(log: Path) -> str:
     """The last line of a log that looks like an error, or else its last line."""
     try:
-        said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return error_in(log.read_text(errors="replace"))
     except OSError:
         return ""
-    # What srun says of the end of a step is a consequence.
-    errors = [
-        line for line in said if any(w in line.lower() for w in ERROR_WORDS) and not line.startswith(("srun:", "slurmstepd:"))
-    ]
-    return errors[-1] if errors else said[-1] if said else ""
+
+
+def error_in(text: str) -> str:
+    """The last line that looks like an error, or else the last line; what srun says of the end of a step only follows from it."""
+    said = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in said if any(word in line.lower() for word in ERROR_WORDS)]
+    own = [line for line in errors if not line.startswith(("srun: error:", "slurmstepd:"))]
+    return next(iter([*own[-1:], *errors[-1:], *said[-1:]]), "")
 
 
 def _records(folder: Path, pattern: str) -> list[dict[str, Any]]:
     """The records of that pattern."""
     found = (read_or_set_aside(path, dict) for path in folder.glob(pattern))
     return [record for record in found if record is not None]
+
+
+def _is_communication(words: str) -> bool:
+    return any(word in words for word in COMM_WORDS)
 
 
 def _failure(record: dict[str, Any]) -> Failure:

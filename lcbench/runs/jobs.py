@@ -114,10 +114,11 @@ class Standing:
     seen: Look
     packs: list[PackState]
     cells: list[CellState]
+    waiting: int = 0  # cells that Slurm had no room for
 
     @property
     def ended(self) -> bool:
-        return all(p.ended for p in self.packs)
+        return not self.waiting and all(p.ended for p in self.packs)
 
     def counts(self) -> Counter[str]:
         """Cells by state."""
@@ -143,13 +144,14 @@ def settle(sweep: Sweep, seen: Look, packs: Sequence[PackState]) -> list[Attempt
     settled = []
     try:
         with sweep.lock().acquire(timeout=LOCK_S):
+            whys = {pack.id: _job_failure(sweep, pack) for pack, _ in open_ends}
             for pack, cell_id in open_ends:
                 config = seen.records[cell_id].entry.cell.config
                 begun = [r for r in sweep.running(cell_id) if r.pack == pack.id]
                 if begun:
-                    settled += [close(sweep, running, config, _job_failure(sweep, pack)) for running in begun]
+                    settled += [close(sweep, running, config, whys[pack.id]) for running in begun]
                 elif not sweep.has_attempt_of(cell_id, pack.id):
-                    settled.append(record(sweep, sweep.begin(cell_id, pack.id), config, _job_failure(sweep, pack)))
+                    settled.append(record(sweep, sweep.begin(cell_id, pack.id), config, whys[pack.id]))
             for running, entry in stray:  # nobody can say whether its job lives; if it does, its result will replace this
                 settled.append(close(sweep, running, entry.cell.config, Failure("crash", "the file of its pack is gone")))
     except Timeout:  # somebody else is at it

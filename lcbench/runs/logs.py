@@ -6,12 +6,22 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from lcbench.runs.failure import error_in
+
 MARK = re.compile(r"^==== cell (\w+) attempt (\d+)$", re.M)
 
 
 def cell_mark(cell_id: str, attempt: int) -> str:
     """The line at which a cell's part of a rank's output begins."""
     return f"==== cell {cell_id} attempt {attempt}"
+
+
+def last_words(node_folder: Path, local_rank: int) -> str:
+    """What a rank of a node complained of on stderr in the cell that it was at; empty if it did not."""
+    newest = max(node_folder.glob(f"*/attempt_*/{local_rank}/stderr.log"), key=lambda p: p.stat().st_mtime, default=None)
+    text = newest.read_text(errors="replace") if newest else ""
+    begun = [found.end() for found in MARK.finditer(text)]
+    return error_in(text[begun[-1] if begun else 0 :])
 
 
 def said_by_ranks(folder: Path, cell_id: str, attempt: int, gpus_per_node: int) -> Iterator[tuple[int, str, str]]:

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,12 @@ from lcbench.runs.pack import Pack, Settings, given_up, group, tries_again
 from lcbench.runs.store import Entry, Failure, Sweep, write_json
 
 if TYPE_CHECKING:
-    from lcbench.runs.jobs import Standing, Watch
+    from lcbench.runs.jobs import Standing
 
 OK, SOME_FAILED, NOT_SUBMITTED, INTERRUPTED = 0, 1, 3, 130
+
+
+REFUSED_PAUSE_S = 20.0
 
 
 class NotSubmitted(Exception):
@@ -38,18 +41,19 @@ class NotSubmitted(Exception):
     """
 
     def __init__(self, message: str, refused: Sequence[Pack] = (), waiting: Sequence[Pack] = ()) -> None:
-        super().__init__(message)
+        cells = sum(len(p.cells) for p in waiting)
+        super().__init__(message + (f"; {cells} cells wait, and the same command submits them when there is room" if cells else ""))
         self.refused, self.waiting = refused, waiting
 
 
 @dataclass(frozen=True)
 class Todo:
-    """What a launch would run: the cells, and how many it leaves out and why."""
+    """What a launch would run, and what it leaves out and why."""
 
     cells: list[Cell]
-    done: int = 0
-    under_way: int = 0
-    given_up: int = 0
+    done: Sequence[Cell] = ()
+    under_way: Sequence[Cell] = ()
+    given_up: Sequence[Cell] = ()
 
 
 class PackLauncher(Launcher):
@@ -87,10 +91,10 @@ class PackLauncher(Launcher):
 
         def choose() -> Todo:
             todo = missing(sweep, runnable, force=plan.options["force"])
-            given = f"{todo.given_up} given up (killed their gang twice; rerun them by name), " if todo.given_up else ""
+            given = f"{len(todo.given_up)} given up (killed their gang twice; rerun them by name), " if todo.given_up else ""
             print(
                 f"sweep {sweep.name}: {len(plan.cells)} cells, {len(plan.cells) - len(runnable)} cannot run, "
-                f"{todo.done} done before, {todo.under_way} under way, {given}{len(todo.cells)} to run"
+                f"{len(todo.done)} done before, {len(todo.under_way)} under way, {given}{len(todo.cells)} to run"
             )
             return todo
 
@@ -100,7 +104,26 @@ class PackLauncher(Launcher):
 
     def launch_cells(self, sweep: Sweep, choose: Callable[[], Todo], *, settings: Settings, wait: bool, report: list[str]) -> int:
         """Run the cells that ``choose`` names, under the sweep's lock, then report on the cells ``report``."""
-        refusal: NotSubmitted | None = None
+        todo, packs, refusal = self.hand_over(sweep, choose, settings)
+        if refusal is not None:
+            print(f"error: {refusal}", file=sys.stderr)
+            if not wait or not refusal.waiting:
+                return NOT_SUBMITTED
+        if self.detaches and not wait and (packs or todo.under_way):
+            print(f"follow it:  python -m lcbench.status {sweep.name}{_where(sweep)} --follow")
+            print(f"end it:     python -m lcbench.cancel {sweep.name}{_where(sweep)}")
+            return OK
+        try:
+            self.follow(sweep, packs)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; what was measured is kept: python -m lcbench.status {sweep.name}", file=sys.stderr)
+            return INTERRUPTED
+        return finish(sweep, report, settings.tracking_uri)
+
+    def hand_over(
+        self, sweep: Sweep, choose: Callable[[], Todo], settings: Settings
+    ) -> tuple[Todo, list[Pack], NotSubmitted | None]:
+        """Make packs of what ``choose`` names and submit them, under the sweep's lock; what was refused is kept as such."""
         with sweep.lock():
             todo = choose()
             packs = make_packs(sweep, todo.cells, launcher=self.name, settings=settings)
@@ -112,26 +135,10 @@ class PackLauncher(Launcher):
             try:
                 if packs:
                     self.submit(sweep, packs)
-            except NotSubmitted as error:
-                refusal = error
-                turn_down(sweep, error)
-        if refusal is not None:
-            print(f"error: {refusal}", file=sys.stderr)
-            if refusal.waiting:
-                cells = sum(len(p.cells) for p in refusal.waiting)
-                print(f"{cells} cells wait; the same command submits them when there is room", file=sys.stderr)
-            if not wait or len(refusal.refused) + len(refusal.waiting) == len(packs):
-                return NOT_SUBMITTED
-        if self.detaches and not wait and (packs or todo.under_way):
-            print(f"follow it:  python -m lcbench.status {sweep.name}{_where(sweep)} --follow")
-            print(f"end it:     python -m lcbench.cancel {sweep.name}{_where(sweep)}")
-            return OK
-        try:
-            self.follow(sweep, packs)
-        except KeyboardInterrupt:
-            print(f"\ninterrupted; what was measured is kept: python -m lcbench.status {sweep.name}", file=sys.stderr)
-            return INTERRUPTED
-        return max(finish(sweep, report, settings.tracking_uri), NOT_SUBMITTED if refusal else OK)
+            except NotSubmitted as refusal:
+                turn_down(sweep, refusal)
+                return todo, packs, refusal
+        return todo, packs, None
 
 
 def sweep_of(plan: Plan) -> Sweep:
@@ -159,12 +166,16 @@ def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool) -> Todo:
 
     standing = Watch(sweep).look()
     records, under_way = standing.seen.records, standing.under_way
-    idle = [c for c in cells if c.id not in under_way]
-    if force:
-        return Todo(idle, under_way=len(cells) - len(idle))
-    wanted = [c for c in idle if (last := records[c.id].last) is None or last.status != "ok"]
-    todo = [c for c in wanted if not given_up(records[c.id].attempts)]
-    return Todo(todo, len(idle) - len(wanted), len(cells) - len(idle), len(wanted) - len(todo))
+    todo, done, hopeless = [], [], []
+    for cell in (c for c in cells if c.id not in under_way):
+        attempts = records[cell.id].attempts
+        if not force and attempts and attempts[-1].status == "ok":
+            done.append(cell)
+        elif not force and given_up(attempts):
+            hopeless.append(cell)
+        else:
+            todo.append(cell)
+    return Todo(todo, done, [c for c in cells if c.id in under_way], hopeless)
 
 
 def turn_down(sweep: Sweep, error: NotSubmitted) -> None:
@@ -237,27 +248,40 @@ def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: 
     return packs
 
 
-def advance(sweep: Sweep, watch: Watch) -> Standing:
-    """One round of a collector: settle what has ended, run again what its failure class says, and what was never handed over.
-
-    With it a sweep comes to its end whatever became of the command that began it.
+class Collector:
+    """Brings a sweep to its end whatever became of the command that began it: settles what has ended, runs again what its failure
+    class says, and hands over what never was.
     """
-    standing = watch.look()
-    launch = sweep.manifest()["launch"]
-    if not launch or launch.get("cancelled") or launch["launcher"] != "slurm":
-        return standing
-    settings = Settings(**launch["settings"])
 
-    def wanted(now: Standing) -> Todo:
-        records = {i: r for i, r in now.seen.records.items() if i not in now.under_way and not r.entry.skip}
-        return Todo([r.entry.cell for r in records.values() if not r.attempts or tries_again(r.attempts, settings.retry)])
+    def __init__(self, sweep: Sweep) -> None:
+        from lcbench.runs.jobs import Watch
+        from lcbench.runs.queue import Patient
 
-    if not wanted(standing).cells:
-        return standing
-    made = launcher_named(launch["launcher"])
-    # Under the lock somebody else may have done it.
-    made.launch_cells(sweep, lambda: wanted(watch.look()), settings=settings, wait=False, report=[])
-    return watch.look()
+        self._sweep, self._watch = sweep, Watch(sweep, Patient())
+        self._next, self._said = 0.0, ""
+
+    def advance(self) -> Standing:
+        """One round; where it stands now."""
+        standing = self._watch.look()
+        launch = self._sweep.manifest()["launch"]
+        if not launch or launch.get("cancelled") or launch["launcher"] != "slurm":
+            return standing
+        settings = Settings(**launch["settings"])
+
+        def wanted(now: Standing) -> Todo:
+            records = {i: r for i, r in now.seen.records.items() if i not in now.under_way and not r.entry.skip}
+            return Todo([r.entry.cell for r in records.values() if not r.attempts or tries_again(r.attempts, settings.retry)])
+
+        if wanted(standing).cells and time.monotonic() >= self._next:
+            # Looked at again under the lock: somebody else may have done it.
+            _, _, refusal = launcher_named("slurm").hand_over(self._sweep, lambda: wanted(self._watch.look()), settings)
+            if refusal is not None:
+                self._next = time.monotonic() + REFUSED_PAUSE_S
+                if str(refusal) != self._said:
+                    print(refusal, file=sys.stderr)
+                self._said = str(refusal)
+            standing = self._watch.look()
+        return replace(standing, waiting=len(wanted(standing).cells))
 
 
 def default_name(plan: Plan) -> str:

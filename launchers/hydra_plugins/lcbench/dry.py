@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hydra_plugins.lcbench._plan import OK, PackLauncher, Todo, make_packs, missing, settings_of, sweep_of
@@ -27,11 +28,12 @@ class DryLauncher(PackLauncher):
         if sweep.exists():
             known = sweep.entries()
             todo = missing(sweep, [c for c in runnable if c.id in known], force=plan.options["force"])
-            todo = Todo([c for c in runnable if c.id not in known] + todo.cells)
-        wanted = {c.id for c in todo.cells}
+            todo = replace(todo, cells=[c for c in runnable if c.id not in known] + todo.cells)
+        said = {"done before": todo.done, "under way": todo.under_way, "given up: killed its gang twice": todo.given_up}
+        fates = {cell.id: fate for fate, cells in said.items() for cell in cells}
         for planned in plan.cells:
             cell = planned.cell
-            fate = f"skipped: {planned.skip}" if planned.skip else "to run" if cell.id in wanted else "done before, or under way"
+            fate = f"skipped: {planned.skip}" if planned.skip else fates.get(cell.id, "to run")
             print(f"  {cell.id}  {cell.label:<44} {fate}")
         return _show(make_packs(sweep, todo.cells, launcher=plan.site["launcher"], settings=settings))
 

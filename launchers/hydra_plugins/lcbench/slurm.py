@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra_plugins.lcbench._plan import NotSubmitted, PackLauncher, advance
+from hydra_plugins.lcbench._plan import Collector, NotSubmitted, PackLauncher
 
 from lcbench.grid.expand import REPOSITORY
 from lcbench.grid.values import parse_scale
@@ -72,12 +72,10 @@ class SlurmLauncher(PackLauncher):
         from rich.live import Live
 
         from lcbench.report.table import packs_table
-        from lcbench.runs.jobs import Watch
-        from lcbench.runs.queue import Patient
 
-        watch = Watch(sweep, Patient())
+        collector = Collector(sweep)
         with Live(refresh_per_second=1) as live:
-            while not (standing := advance(sweep, watch)).ended:
+            while not (standing := collector.advance()).ended:
                 live.update(packs_table(standing.packs, sweep.name))
                 time.sleep(1.0)
             live.update(packs_table(standing.packs, sweep.name))
