@@ -145,6 +145,7 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
         return measured  # a wrong result has no speed
 
     say("timing")
+    started = time.perf_counter()
     phases: dict[str, Callable[[Any], Any]] = {"forward": lambda _: run.forward(shard.q, shard.k, shard.v)[1]}
     if shard.dout is not None:
         dout = shard.dout
@@ -186,6 +187,7 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
     if executor is not None and work.settings["timeline"]:
         _from_all(None)  # ranks begin together
         measured.notes["timeline"] = _from_all(executor.timeline(shard.q, shard.k, shard.v, shard.dout))
+    metrics["time/measure_s"] = time.perf_counter() - started
     return measured
 
 

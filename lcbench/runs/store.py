@@ -209,15 +209,17 @@ class Sweep:
 
     def look(self) -> Look:
         """Every cell with every attempt, each file read once."""
-        records, damaged = {}, []
-        entries = self.entries()
-        for cell_id, entry in entries.items():
-            names = _names(self.folder / cell_id)
+        records, listed = {}, {}
+        for cell_id, entry in self.entries().items():
+            folder = self.folder / cell_id
+            names = listed[folder] = _names(folder)
             records[cell_id] = Record(entry, tuple(self._attempts(cell_id, names)), tuple(self._running(cell_id, names)))
+            if len(names) != 1:  # reading may have set some aside
+                listed[folder] = _names(folder)
         packs = list((self.folder / "packs").glob("*"))
-        for folder in (self.folder, *(self.folder / c for c in entries), *packs, *(p / "failures" for p in packs)):
-            damaged += [Damaged(folder / n, _unreadable(folder / n)) for n in _names(folder) if n.endswith(CORRUPT)]
-        return Look(records, tuple(damaged))
+        listed |= {folder: _names(folder) for folder in (self.folder, *packs, *(p / "failures" for p in packs))}
+        aside = [folder / n for folder, names in listed.items() for n in names if n.endswith(CORRUPT)]
+        return Look(records, tuple(Damaged(path, _unreadable(path)) for path in aside))
 
     # -- attempts ------------------------------------------------------------------------------------------------
 

@@ -211,7 +211,7 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
         print(cell_mark(cell.id, running.number), file=stream, flush=True)
     with _hang_timer(failures / f"{stem}.hang.txt", pack.deadlines_s[cell.id]):
         try:
-            return measure_cell(_work(cell), gang, say)
+            return measure_cell(work_of(cell), gang, say)
         except BaseException as error:
             failure = classify_exception(error)
             word = {"kind": failure.kind, "cause": failure.cause, "rank": gang.rank, "time": time.time()}
@@ -224,7 +224,8 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
             os._exit(FAILED_EXIT)
 
 
-def _work(cell: Cell) -> Work:
+def work_of(cell: Cell) -> Work:
+    """A cell as objects."""
     config, problem = cell.config, cell.problem
     return Work(
         problem=problem,

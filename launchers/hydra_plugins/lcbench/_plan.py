@@ -59,7 +59,7 @@ class Todo:
 class PackLauncher(Launcher):
     """Subclasses say how packs reach processes; all else is here.
 
-    ``submit`` hands them over, and is called under the sweep's lock; ``follow`` stays with them, and returns once they ended.
+    ``submit`` writes them down and hands them over, under the sweep's lock; ``follow`` stays with them until they have ended.
     """
 
     name = ""
@@ -127,11 +127,6 @@ class PackLauncher(Launcher):
         with sweep.lock():
             todo = choose()
             packs = make_packs(sweep, todo.cells, launcher=self.name, settings=settings)
-            for pack in packs:
-                pack.write()
-                # Until a launcher says more: the pack waits for this process.
-                told = {"launcher": self.name, "pid": os.getpid(), "host": socket.gethostname(), "started_at": time.time()}
-                write_json(pack.folder / "job.json", told)
             try:
                 if packs:
                     self.submit(sweep, packs)
@@ -178,6 +173,13 @@ def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool) -> Todo:
     return Todo(todo, done, [c for c in cells if c.id in under_way], hopeless)
 
 
+def write_down(pack: Pack) -> None:
+    """Write a pack before anybody is told of it. Until a launcher says more, it waits for this process."""
+    pack.write()
+    told = {"launcher": pack.launcher, "pid": os.getpid(), "host": socket.gethostname(), "started_at": time.time()}
+    write_json(pack.folder / "job.json", told)
+
+
 def turn_down(sweep: Sweep, error: NotSubmitted) -> None:
     """Keep why packs were refused, as the result of their cells; packs that only wait leave no trace."""
     from shutil import rmtree
@@ -189,7 +191,7 @@ def turn_down(sweep: Sweep, error: NotSubmitted) -> None:
         for cell_id in pack.cells:
             record(sweep, sweep.begin(cell_id, pack.id), pack.configs[cell_id], Failure("no-start", str(error)))
     for pack in error.waiting:
-        rmtree(pack.folder)
+        rmtree(pack.folder, ignore_errors=True)
 
 
 def finish(sweep: Sweep, report: list[str], tracking_uri: str | None) -> int:

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from hydra_plugins.lcbench._plan import PackLauncher
+from hydra_plugins.lcbench._plan import PackLauncher, write_down
 
 from lcbench.grid.values import parse_scale
 from lcbench.runs.pack import Pack
@@ -24,7 +24,8 @@ class LocalLauncher(PackLauncher):
     name = "local"
 
     def submit(self, sweep: Sweep, packs: list[Pack]) -> None:
-        pass  # they run while this process stays
+        for pack in packs:  # they run while this process stays
+            write_down(pack)
 
     def follow(self, sweep: Sweep, packs: list[Pack]) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

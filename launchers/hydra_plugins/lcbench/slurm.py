@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra_plugins.lcbench._plan import Collector, NotSubmitted, PackLauncher
+from hydra_plugins.lcbench._plan import Collector, NotSubmitted, PackLauncher, write_down
 
 from lcbench.grid.expand import REPOSITORY
 from lcbench.grid.values import parse_scale
@@ -104,7 +104,7 @@ def submit_array(packs: Sequence[Pack], after: Sequence[str] = ()) -> str:
         name = f"lcbench-{packs[0].sweep}-{time.strftime('%y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         named = [replace(pack, job_name=name, index=index) for index, pack in enumerate(packs)]
         for pack in named:
-            pack.write()
+            write_down(pack)
         with submitit.helpers.clean_env(), site_environment(packs[0].site):
             try:
                 executor = _executor(packs[0], name, max_num_timeout=2 * max(len(p.cells) for p in packs))
