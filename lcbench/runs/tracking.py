@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "lcbench"
 SAMPLE_STRIDE = 100_000
-BATCH = 900  # MLflow takes 1000 metrics a request
+BATCH = 800  # MLflow takes 1000 metrics, params and tags a request, 100 params among them
 TAG_LENGTH = 4000
 SAVE_EVERY_S = 15.0
 QUICK = {
@@ -198,9 +198,9 @@ class _Publisher:
         ]
         params = [Param(k, str(v)[:6000]) for k, v in flat_config(entry.cell).items()]
         tags = [RunTag(k, str(v)[:TAG_LENGTH]) for k, v in _tags(attempts).items()]
-        # Only an attempt that is complete there is marked as there: its number comes with the last batch.
-        self._client.log_batch(run_id, params=params)
-        for first in range(0, len(metrics), BATCH):
+        # Only an attempt that is complete there is marked as there: its number is among the tags, which come last.
+        self._client.log_batch(run_id, params=params, metrics=metrics[:BATCH])
+        for first in range(BATCH, len(metrics), BATCH):
             self._client.log_batch(run_id, metrics=metrics[first : first + BATCH])
         self._client.log_text(run_id, json.dumps(entry.cell.config, indent=1), "config.json")
         self._client.log_text(run_id, json.dumps(newest.provenance, indent=1), "environment.json")
@@ -210,9 +210,9 @@ class _Publisher:
                     path = self._sweep.attempt_path(attempt.cell_id, attempt.number, suffix)
                     if path.exists():
                         self._client.log_artifact(run_id, str(path), "attempts")
-        self._client.log_batch(run_id, tags=tags)
         status = {"ok": "FINISHED", "failed": "FAILED", "skipped": "KILLED"}[newest.status]
         self._client.set_terminated(run_id, status, end_time=int(newest.finished_at * 1000))
+        self._client.log_batch(run_id, tags=tags)
 
     def _finish_parent(self, entries: dict[str, Entry], complete: bool) -> None:
         """Counts by status, and cells that cannot run, which have no run of their own."""
