@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 STAMP := $(VENV)/.lcbench-installed
 
-.PHONY: help setup demo test lint bench docs mlflow cluster-up cluster-down cluster-status gpu-check
+.PHONY: help setup demo test lint bench soak docs mlflow cluster-up cluster-down cluster-status gpu-check
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -27,20 +27,26 @@ demo: setup ## a small checked sweep on this machine, in a few minutes
 	@echo 'Only the plan:  python -m lcbench.sweep -m cp=ring,ulysses,usp seqlen=64k,256k,1m scale=2x8 hydra/launcher=dry'
 
 test: setup cluster-up ## all tests, on the development cluster too (needs root and Debian for that)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m 'not slurm' -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -q -m slurm
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup ## how long planning, the mask algebra and every strategy take (beside torch's ring)
+bench: setup cluster-up ## how long planning, the mask algebra, every strategy, and sweeps of thousands of cells take
+	$(BIN)/python -m tests.bench_sweeps
 	$(BIN)/python -m tests.bench
+
+soak: setup cluster-up ## MINUTES (30) of sweeps with random faults, from SEED (0); prints the counts
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),0)
 
 docs: setup ## draw the gallery of masks and write the tables of what runs what again
 	$(BIN)/python -m lcbench.masks --gallery docs/masks.png lengths=uniform lengths.high=4k
 	$(BIN)/python -m lcbench.kernels --platform cpu --markdown > docs/support-cpu.md
 	$(BIN)/python -m lcbench.kernels --platform h200 --markdown > docs/support-h200.md
+	$(BIN)/python -m lcbench.results --schema > docs/attempt.schema.json
 
 mlflow: setup ## MLflow server with the results of this checkout; prints its address
 	@slurm/mlflow.sh

@@ -6,6 +6,7 @@ python -m lcbench.results last --out cells.parquet        # or .csv, .json; ever
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -57,6 +58,13 @@ def load(
     return pd.DataFrame(rows)
 
 
+def schema() -> dict[str, Any]:
+    """JSON schema of an ``attempt-N.json``."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Attempt).json_schema()
+
+
 def _row(sweep: str, cell_id: str, record: Record, attempt: Attempt | None, samples: bool) -> dict[str, Any]:
     failure = attempt.failure if attempt else record.failure
     row: dict[str, Any] = {
@@ -79,12 +87,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lcbench.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sweep", help="name of the sweep, 'last' or 'all'")
-    parser.add_argument("--out", type=Path, required=True, help=f"file to write: {', '.join(FORMATS)}")
+    parser.add_argument("sweep", nargs="?", default="last", help="name of the sweep, 'last' (the default) or 'all'")
+    parser.add_argument("--out", type=Path, default=Path("results.csv"), help=f"file to write: {', '.join(FORMATS)}")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of a result instead")
     parser.add_argument("--attempts", choices=("newest", "all"), default="newest", help="one row per cell, or per attempt")
     parser.add_argument("--samples", action="store_true", help="with every iteration (not for .csv)")
     add_results_argument(parser)
     options = parser.parse_args(arguments)
+    if options.schema:
+        print(json.dumps(schema(), indent=1))
+        return 0
     out: Path = options.out
     if out.suffix not in FORMATS or (options.samples and out.suffix == ".csv"):
         print(

@@ -78,19 +78,17 @@ def test_a_sweep_of_every_kernel_ends_with_a_result_or_a_reason_for_each(tmp_pat
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr  # the blind one
     sweep = Sweep(results, "kernels")
-    for cell_id, entry in sweep.entries().items():
-        kernel, mask = entry.cell.config["kernel"]["name"], entry.cell.config["mask"]["name"]
-        (attempt,) = sweep.attempts(cell_id)
+    for record in sweep.look().records.values():
+        kernel, mask = record.entry.cell.config["kernel"]["name"], record.entry.cell.config["mask"]["name"]
+        failure = record.failure
         runs = dense if mask == "causal_document" else [*dense, "flex_sparse", "triton_block_sparse"]
         if kernel in runs:
-            assert attempt.status == "ok", (kernel, mask, attempt.failure)
+            assert record.status == "ok", (kernel, mask, failure)
         elif kernel == "faulty_blind":
-            assert attempt.failure is not None
-            assert (attempt.status, attempt.failure.kind) == ("failed", "numerics")
-            assert "out: error" in attempt.failure.cause
+            assert failure is not None
+            assert (record.status, failure.kind) == ("failed", "numerics")
+            assert "out: error" in failure.cause
         else:
-            assert attempt.failure is not None
-            assert (attempt.status, attempt.failure.kind) == ("skipped", "unsupported"), (kernel, mask)
-            assert any(word in attempt.failure.cause for word in ("CUDA devices only", "takes", "direction=forward")), (
-                attempt.failure
-            )
+            assert failure is not None
+            assert (record.status, failure.kind) == ("skipped", "unsupported"), (kernel, mask)
+            assert any(word in failure.cause for word in ("CUDA devices only", "takes", "direction=forward")), failure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.stage import FAULTS, Server, Stage, kill
+from tests.slurm.stage import FAULTS, Server, Stage, kill, lcbench, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -45,6 +46,25 @@ def test_after_the_submitting_process_died(devcluster: dict[str, str], server: S
     stage.bring_to_its_end()
     stage.check(before, set())
     assert len(stage.sweep.packs()) == 2  # the jobs had gone on by themselves
+
+
+def test_after_the_launcher_died_right_behind_sbatch(devcluster: dict[str, str], server: Server, tmp_path: Path) -> None:
+    """The job is in the queue, and nobody was told its number."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sbatch").write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@"; kill -9 $PPID\n')
+    (tools / "sbatch").chmod(0o755)
+    stage = Stage(tmp_path / "results", server, {**devcluster, "PATH": f"{tools}:{devcluster['PATH']}"}, 3)
+    assert stage.run().returncode == -9
+    stage.environment = devcluster
+    again = stage.run()
+    assert "40 under way" in again.stdout, again.stdout + again.stderr
+    told = lcbench("cancel", "faults", "--results", str(stage.sweep.root), environment=devcluster)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith("2 jobs")
+    wait_until(lambda: stage.standing().ended, 60)
+    stage.bring_to_its_end()
+    stage.check({}, {"cancelled"})
 
 
 def test_a_full_disk_loses_nothing(devcluster: dict[str, str], server: Server, tmp_path: Path) -> None:

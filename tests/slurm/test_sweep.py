@@ -34,6 +34,10 @@ def test_every_strategy_and_mask_is_checked_on_two_nodes(devcluster: dict[str, s
         assert max(errors.values()) <= 1e-12
         assert len(attempt.samples["rank_forward_median_s"]) == 16
         assert attempt.provenance["slurm_job_id"]
+        checked = attempt.provenance["check"]
+        assert checked["fallen"] == {}
+        assert len(checked["nodes"]) == 2
+        assert all(checked[f"{link} GB/s"]["worst"] > 0 for link in ("allreduce", "within a node", "between nodes"))
 
 
 @pytest.mark.timeout(1200)

@@ -1,0 +1,78 @@
+"""What sbatch is given: one array per scale, a dependency where jobs in flight are limited, containers, a node that fell out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra_plugins.lcbench.slurm import arrays, sbatch_text
+
+from lcbench.runs.pack import Pack, Settings
+from lcbench.sweep import look
+from tests.runs.test_pack import cell
+
+LIMITS: dict[str, Any] = {"max_cells": None, "max_minutes": None, "max_jobs": None}
+SITE: dict[str, Any] = {"partition": "p", "account": "a", "qos": None, "cpus_per_task": 4, "gpus": "gpu:x:{gpus_per_node}"}
+
+
+def pack(root: Path, number: int, scale: str = "2x8", site: dict[str, Any] | None = None, **limits: Any) -> Pack:
+    settings = Settings({**SITE, **(site or {})}, [], None, LIMITS | limits, {}, {})
+    one = cell(seed=number, scale=scale)
+    return Pack(f"p{number}", "s", str(root), "slurm", scale, (one.id,), {one.id: one.config}, {one.id: 9.0}, 10 + number, settings)
+
+
+def test_packs_of_a_scale_are_one_array_with_the_longest_limit(tmp_path: Path) -> None:
+    packs = [pack(tmp_path, 0), pack(tmp_path, 1, "4x8"), pack(tmp_path, 2), pack(tmp_path, 3)]
+    found = list(arrays(packs))
+    assert [[p.id for p in array] for array in found] == [["p0", "p2", "p3"], ["p1"]]
+    text = sbatch_text(found[0])
+    for line in (
+        "--array=0-2%3",
+        "--nodes=2",
+        "--gres=gpu:x:8",
+        "--time=13",
+        "--ntasks-per-node=1",
+        "--requeue",
+        "--open-mode=append",
+    ):
+        assert f"#SBATCH {line}\n" in text
+    assert "--kill-on-bad-exit=1 --cpus-per-task=4" in text
+    assert "--array" not in sbatch_text(found[1])
+
+
+def test_arrays_are_cut_where_slurm_takes_no_longer_ones(tmp_path: Path) -> None:
+    packs = [pack(tmp_path, i, site={"max_array": 3}) for i in range(8)]
+    assert [len(array) for array in arrays(packs)] == [3, 3, 2]
+
+
+def test_jobs_in_flight_are_limited(tmp_path: Path) -> None:
+    text = sbatch_text([pack(tmp_path, i, max_jobs=2) for i in range(5)])
+    assert "#SBATCH --array=0-4%2\n" in text
+
+
+def test_set_up_lines_stop_the_job_where_they_fail_and_a_container_reaches_srun(tmp_path: Path) -> None:
+    container = {"image": "nvcr.io#nvidia/pytorch:26.08-py3", "mounts": ["/data:/data"], "python": "python", "mount_home": False}
+    text = sbatch_text([pack(tmp_path, 0, site={"setup": ["module load cuda"], "container": container, "env": {"A": "b c"}})])
+    assert "export A='b c'" in text
+    assert text.index("set -eE") < text.index("module load cuda") < text.index("trap - ERR")
+    (srun,) = (line for line in text.splitlines() if line.startswith("srun "))
+    assert "'--container-image=nvcr.io#nvidia/pytorch:26.08-py3'" in srun
+    assert ",/data:/data" in srun
+    assert "--no-container-mount-home" in srun
+    assert " python -u -m submitit.core._submit " in srun
+
+
+def test_a_node_that_fell_out_is_left_out_beside_those_that_the_site_names(tmp_path: Path) -> None:
+    bad = pack(tmp_path, 0)
+    bad.write()
+    bad.fall_out({"n07": "7 of 8 GPUs"})
+    text = sbatch_text([pack(tmp_path, 1, site={"sbatch": {"exclude": "n01"}})])
+    assert "#SBATCH --exclude=n01,n07\n" in text
+
+
+@pytest.mark.parametrize("site", ["plain", "container", "devcluster"])
+def test_example_sites_compose(site: str) -> None:
+    plan = look([f"site={site}", "scale=2x8"])
+    assert plan.site["launcher"] == "slurm"
+    assert set(plan.site) == set(look(["site=plain"]).site)  # each shows every key

@@ -1,0 +1,86 @@
+"""What makes a node fall out: GPUs that are missing, foreign, taken or throttled, other versions, slow links."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lcbench.measure.nodes import _partner, check_gang, gpu_problems, judge
+from lcbench.testing.spawn import run_ranks
+
+H100 = {"name": "h100", "match": "H100"}
+
+
+def gpu(index: int, **more: str) -> dict[str, str]:
+    return {
+        "index": str(index), "uuid": f"GPU-{index}", "name": "NVIDIA H100 80GB HBM3", "driver": "580.1", "memory_used_mib": "4",
+        "clock_mhz": "1980", "max_clock_mhz": "1980", "throttled": "0x0000000000000001", "temperature_c": "30", **more,
+    }  # fmt: skip
+
+
+def test_a_healthy_node_has_no_problems() -> None:
+    assert gpu_problems([gpu(i) for i in range(8)], H100, 8) == []
+    assert gpu_problems([gpu(0, throttled="0x0000000000000004")], H100, 1) == []  # a power cap under load is no fault
+
+
+@pytest.mark.parametrize(
+    ("gpus", "word"),
+    [
+        ([gpu(0)], "1 of 2 GPUs"),
+        ([gpu(0), gpu(1, name="NVIDIA A100-SXM4-80GB")], "GPU 1 is NVIDIA A100-SXM4-80GB, not h100"),
+        ([gpu(0), gpu(1, memory_used_mib="40000")], "GPU 1 is in use: 40000 MiB taken"),
+        (
+            [gpu(0), gpu(1, throttled="0x0000000000000048", clock_mhz="345")],
+            "GPU 1 is throttled: hardware slowdown, hardware thermal ",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_node_is_said(gpus: list[dict[str, str]], word: str) -> None:
+    (problem,) = gpu_problems(gpus, H100, 2)
+    assert problem.startswith(word)
+
+
+def rank(node: str, link: float | None, **more: Any) -> dict[str, Any]:
+    said = {
+        "node": node,
+        "device": "H100",
+        "versions": {"torch": "2", "driver": "580"},
+        "facts": None,
+        "links": {"between nodes": link},
+    }
+    return said | more
+
+
+def test_the_node_that_differs_or_is_slow_is_named() -> None:
+    well = [rank("n1", 40.0), rank("n2", 42.0), rank("n3", 41.0)]
+    assert judge(well, "cuda").fallen == {}
+    assert judge(well, "cuda").found["between nodes GB/s"] == {"median": 41.0, "worst": 40.0, "worst_node": "n1"}
+    slow = judge([*well[:2], rank("n3", 3.0)], "cuda")
+    assert slow.fallen == {"n3": "between nodes: 3.0 GB/s where the median node has 40.0"}
+    assert judge([*well[:2], rank("n3", 3.0)], "cpu").fallen == {}  # ranks that share cores say nothing of links
+    other = judge([*well[:2], rank("n3", None, versions={"torch": "2", "driver": "570"})], "cuda")
+    assert other.fallen == {"n3": "versions: driver 570 where others have 580"}
+    mixed = judge([rank("n1", None), rank("n2", None), rank("n2", None, device="A100"), rank("n1", None)], "cuda")
+    assert mixed.fallen == {"n2": "device: A100 where others have H100"}
+
+
+def test_partners_are_mutual() -> None:
+    for places in range(2, 9):
+        for place in range(places):
+            other = _partner(place, places, 8, 3)
+            if other is not None:
+                assert _partner((other - 3) // 8, places, 8, 3) == 3 + 8 * place
+
+
+@pytest.mark.gloo
+def test_real_ranks_measure_their_links() -> None:
+    run_ranks(6, links_of_three_nodes)
+
+
+def links_of_three_nodes(rank: int) -> None:
+    check = check_gang(torch.device("cpu"), 2, {"rank": rank})
+    assert not check.fallen
+    for link in ("allreduce", "within a node", "between nodes"):
+        assert check.found[f"{link} GB/s"]["worst"] > 0
