@@ -27,8 +27,7 @@ demo: setup ## a small checked sweep on this machine, in a few minutes
 	@echo 'Only the plan:  python -m lcbench.sweep -m cp=ring,ulysses,usp seqlen=64k,256k,1m scale=2x8 hydra/launcher=dry'
 
 test: setup cluster-up ## all tests, on the development cluster too (needs root and Debian for that)
-	$(BIN)/python -m pytest -q -m 'not slurm' -n auto --maxprocesses 4
-	$(BIN)/python -m pytest -q -m slurm
+	$(BIN)/python -m pytest -q
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ def main() -> int:
                 stage.run()
                 for fault in chosen:
                     if len(stage.measured()) < 36 and not stage.standing().ended:
-                        stage.reach_a_random_moment()
+                        stage.reach_a_random_moment(after=len(before))
                         before = stage.measured()  # nothing of this may change
                         getattr(stage, fault)()
                         faults[fault] += 1

@@ -84,7 +84,10 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out, lse = dense_attention(*leaves, dense_heads(mask, heads.q), problem.softmax_scale)
         expected = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
-        for strategy in strategies(world_size, heads):
+        for place, strategy in enumerate(strategies(world_size, heads)):
+            # At many ranks the options take turns at the masks: each meets a third of them, and each mask a third of the options.
+            if world_size > 3 and place >= len(names("cp")) and (place + number) % 3:
+                continue
             kernel = SDPAFlash() if strategy != Ring() else Reference()
             if strategy.unsupported(problem, mask):
                 continue

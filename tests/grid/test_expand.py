@@ -31,7 +31,7 @@ def loader() -> Iterator[Any]:
 FORMS = [
     ["cp=ring,ulysses,usp", "seqlen=64k,256k,1m"],
     ["cp=choice(ring,usp)", "seed=range(0,4)", "scale=2x8,1x4"],
-    ["kernel=glob(*)", "mask=glob(*document)", "lengths=uniform,fixed", "mask.draws=1,2"],
+    ["kernel=glob(sdpa*)", "mask=glob(*document)", "lengths=uniform,fixed", "mask.draws=1,2"],
     ["mask=sliding_window", "mask.left=512,1k", "++mask.right=0", "dtype=bf16,float32"],
     ["mask=causal_document", "lengths=explicit", "lengths.values=[100,28],[64,64]", "seqlen=128"],
     ["seqlen=null", "seqlen_per_rank=1k,2k", "scale=1x2,2x2"],

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def command(results: Path) -> list[str]:
     return [
         sys.executable, "-m", "lcbench.sweep", "cp=ring,usp", "mask=full,causal", "seqlen=512", "scale=2x1", "heads=4x2x16",
-        "dtype=float64", "measure.budget_s=2", "measure.min_iterations=200", "measure.max_iterations=200", "sweep=killed",
+        "dtype=float64", "measure.budget_s=2", "measure.min_iterations=80", "measure.max_iterations=80", "sweep=killed",
         f"results={results}", f"tracking_uri=sqlite:///{results}/mlflow.db",
     ]  # fmt: skip
 

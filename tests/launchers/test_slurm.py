@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra_plugins.lcbench._plan import default_name
 from hydra_plugins.lcbench.slurm import arrays, sbatch_text
 
 from lcbench.runs.pack import Pack, Settings
@@ -69,6 +70,11 @@ def test_a_node_that_fell_out_is_left_out_beside_those_that_the_site_names(tmp_p
     bad.fall_out({"n07": "7 of 8 GPUs"})
     text = sbatch_text([pack(tmp_path, 1, site={"sbatch": {"exclude": "n01"}})])
     assert "#SBATCH --exclude=n01,n07\n" in text
+
+
+def test_two_people_who_type_the_same_have_two_sweeps() -> None:
+    plan = look(["seqlen=1k"])
+    assert len({default_name(plan) for _ in range(3)}) > 1
 
 
 @pytest.mark.parametrize("site", ["plain", "container", "devcluster"])

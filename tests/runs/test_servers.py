@@ -21,7 +21,7 @@ from lcbench.runs.store import Entry, Sweep
 from lcbench.runs.tracking import TrackingUnavailable, publish
 from tests.runs.test_store import made_cell
 from tests.runs.test_tracking import attempt
-from tests.slurm.stage import Server, lcbench, wait_until
+from tests.slurm.stage import Server, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -133,14 +133,14 @@ class SlowProxy(threading.Thread):
 
 
 def test_a_slow_server_costs_a_pack_its_budget_and_no_more(server: Server, tmp_path: Path) -> None:
-    sweep = made_sweep(tmp_path, 6)
+    sweep = made_sweep(tmp_path, 4)
     proxy = SlowProxy(server.port, 2.0)
     proxy.start()
     begun = time.monotonic()
-    counts = publish(sweep, proxy.uri, budget_s=10.0)
+    counts = publish(sweep, proxy.uri, budget_s=5.0)
     assert not counts.complete
-    assert time.monotonic() - begun < 10.0 + 60.0  # begun cells are finished
-    assert 0 < counts.published < 6
+    assert time.monotonic() - begun < 5.0 + 60.0  # begun cells are finished
+    assert 0 < counts.published < 4
     publish(sweep, server.uri)
     agrees(sweep, server)
 
@@ -201,8 +201,3 @@ def test_the_same_command_twice_at_once_runs_each_cell_once(tmp_path: Path) -> N
     sweep = Sweep(tmp_path, "twice")
     wait_until(lambda: all(sweep.attempts(i) for i in sweep.entries()), 60)
     assert all([a.status for a in sweep.attempts(i)] == ["ok"] for i in sweep.entries())
-    unnamed = [c for c in command if not c.startswith("sweep=")]
-    for _ in range(2):  # each of these is a sweep of its own
-        assert subprocess.run([*unnamed, "hydra/launcher=local"], capture_output=True).returncode == 0
-    shown = lcbench("status", "--results", str(tmp_path), environment=dict(os.environ)).stdout
-    assert len(shown.split()) == 3

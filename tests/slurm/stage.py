@@ -124,12 +124,11 @@ class Stage:
         found = ((i, a) for i in self.sweep.entries() for a in self.sweep.attempts(i))
         return {i: a.finished_at for i, a in found if a.status == "ok"}
 
-    def reach_a_random_moment(self) -> int:
-        """Wait until a random number of cells is done and a random while has passed; how many that were."""
-        count = self.random.randint(1, 25)
+    def reach_a_random_moment(self, after: int = 0) -> None:
+        """Wait until a random number of cells, more than ``after``, is done and a random while has passed."""
+        count = self.random.randint(min(after + 1, 35), max(25, min(after + 8, 35)))
         wait_until(lambda: len(self.measured()) >= count, 180)
         time.sleep(self.random.random())
-        return count
 
     def standing(self) -> Standing:
         saved = dict(os.environ)
