@@ -7,14 +7,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from lcbench.runs.store import Sweep
 from lcbench.status import add_sweep_arguments, chosen_sweep
-
-INTERVAL_S = 5.0
 
 
 class Collect:
@@ -45,7 +42,7 @@ def collect(sweep: Sweep, *, wait: bool, publish: bool = True) -> int:
 
     collector = Collector(sweep)
     while not (standing := collector.advance()).ended and wait:
-        time.sleep(INTERVAL_S)
+        collector.pause()
     launch = sweep.manifest()["launch"]
     if publish and launch and launch["settings"]["tracking_uri"]:
         publish_or_say(sweep, launch["settings"]["tracking_uri"])

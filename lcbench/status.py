@@ -9,15 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 from lcbench.report.table import WIDTH, status_tables
 from lcbench.runs.jobs import Watch
 from lcbench.runs.store import Sweep, find_cell, sweeps
-
-INTERVAL_S = 1.0
 
 
 def main(arguments: list[str]) -> int:
@@ -48,7 +45,7 @@ def main(arguments: list[str]) -> int:
         with Live(console=console, refresh_per_second=2) as live:
             while not (standing := collector.advance()).ended:
                 live.update(status_tables(standing, sweep.name, everything=options.all))
-                time.sleep(INTERVAL_S)
+                collector.pause()
         launch = sweep.manifest()["launch"]
         if launch and launch["settings"]["tracking_uri"]:
             publish_or_say(sweep, launch["settings"]["tracking_uri"])

@@ -96,9 +96,11 @@ def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_ad
 
 def begin_anew(sweep: Sweep, pack: Pack) -> None:
     """Close what a run of this job before this one left open (Slurm requeued it), and forget how it ended."""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return
     why = sweep.pack_file(pack.id, "stop.json").get("failure")
     failure = Failure(**why) if why else None
-    if failure is None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+    if failure is None:
         word = last_incarnation(os.environ["SLURM_JOB_ID"], environment(pack.site)) or "REQUEUED"
         failure = Failure(SLURM_STATES.get(word, "preempted"), f"Slurm requeued its job, which had ended as {word}")
         if failure.kind in ("crash", "cancelled"):  # nobody requeues what ended so by itself
@@ -107,8 +109,6 @@ def begin_anew(sweep: Sweep, pack: Pack) -> None:
         close(sweep, running, config, failure)
     for name in ("stop.json", "end.json", "check.json"):
         (pack.folder / name).unlink(missing_ok=True)
-    for old in (pack.folder / "check").glob("*.json"):
-        old.unlink(missing_ok=True)
 
 
 def warned_s(timeout_min: int) -> int:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -24,14 +23,6 @@ from tests.runs.test_tracking import attempt
 from tests.slurm.stage import Server, wait_until
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("mlflow"))
-    made.start()
-    yield made
-    made.kill()
 
 
 def made_sweep(root: Path, cells: int, name: str = "s") -> Sweep:

@@ -32,6 +32,21 @@ def faulty(devcluster: dict[str, str], tmp_path: Path) -> dict[str, str]:
     return {**devcluster, "LCBENCH_TEST_FAULT": str(fault)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def late(devcluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, dict[str, str]]:
+    """A sweep whose job comes to its time limit, which takes minutes: it runs beside the others and is looked at last."""
+    folder = tmp_path_factory.mktemp("late")
+    fault = folder / "fault"
+    fault.touch()
+    environment = {**devcluster, "LCBENCH_TEST_FAULT": str(fault)}
+    done = lcbench(
+        "sweep", *SMALL, "kernel=faulty_hang,sdpa_flash", "cp=ring,ulysses", "scale=1x2", "pack.max_minutes=1", "retry.timeout=0",
+        "hang.min_s=900", "sweep=late", f"results={folder}", f"tracking_uri=sqlite:///{folder}/mlflow.db", environment=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Sweep(folder, "late"), environment
+
+
 @pytest.fixture
 def small_memory(faulty: dict[str, str], tmp_path: Path) -> Iterator[str | None]:
     """A memory cgroup of 64 MiB; None where none can be made."""
@@ -63,7 +78,7 @@ def test_failures_carry_class_and_cause_and_rerun_repairs_one(
     faults = ["raise", "exit", "kill", "hang", "wrong", "oom", "disconnect", *(["oom_killer"] if small_memory else [])]
     environment = {**faulty, "LCBENCH_TEST_CGROUP": small_memory or ""}
     command = [
-        *SMALL, f"kernel={','.join(f'faulty_{f}' for f in faults)},flash_attn2,sdpa_flash", "mask=causal", "scale=2x2",
+        *SMALL, f"kernel={','.join(f'faulty_{f}' for f in faults)},flash_attn2,sdpa_flash", "mask=causal", "scale=2x1",
         "hang.min_s=12", "hang.factor=0.1", "sweep=faults", f"results={results}", f"tracking_uri={uri}", "wait=true",
     ]  # fmt: skip
     done = lcbench("sweep", *command, environment=environment)
@@ -92,7 +107,7 @@ def test_failures_carry_class_and_cause_and_rerun_repairs_one(
 
     hung = seen["faulty_hang"]["id"]
     logs = lcbench("logs", hung, "--results", str(results), environment=environment).stdout
-    for rank in range(4):
+    for rank in range(2):
         assert f"--- stacks of rank {rank} at the deadline" in logs
     assert "testing/faulty.py" in logs
     raised = lcbench("logs", seen["faulty_raise"]["id"], "--results", str(results), environment=environment).stdout
@@ -114,23 +129,6 @@ def test_failures_carry_class_and_cause_and_rerun_repairs_one(
     assert run.data.tags["lcbench.attempt"] == "2"
     assert [a["class"] for a in json.loads(run.data.tags["lcbench.history"])] == ["hang", None]
     assert len(client.search_runs([experiment.experiment_id], "tags.`lcbench.failure` = 'crash'")) == 3
-
-
-def test_a_time_limit_takes_one_cell_and_the_rest_goes_on(faulty: dict[str, str], tmp_path: Path) -> None:
-    """The job is warned, cannot finish the cell in flight, and is requeued for those behind it."""
-    done = lcbench(
-        "sweep", *SMALL, "kernel=faulty_hang,sdpa_flash", "cp=ring,ulysses", "scale=1x2", "pack.max_minutes=1", "retry.timeout=0",
-        "sweep=late", f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", "wait=true", environment=faulty,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stdout + done.stderr
-    sweep = Sweep(tmp_path, "late")
-    for cell_id, entry in sweep.entries().items():
-        (attempt,) = sweep.attempts(cell_id)
-        if entry.cell.config["kernel"]["name"] == "sdpa_flash":
-            assert attempt.status == "ok"
-        else:
-            assert attempt.failure is not None
-            assert (attempt.failure.kind, attempt.failure.cause) == ("timeout", "the time limit of its job came")
 
 
 def test_cancel_a_cell_then_the_sweep(faulty: dict[str, str], tmp_path: Path) -> None:
@@ -254,3 +252,16 @@ def test_more_jobs_than_the_quota_has_room_for(devcluster: dict[str, str], tmp_p
         assert all(len(sweep.attempts(i)) == 1 for i in sweep.entries())
     finally:
         limit(-1)
+
+
+def test_a_time_limit_takes_one_cell_and_the_rest_goes_on(late: tuple[Sweep, dict[str, str]]) -> None:
+    """The job was warned, could not finish the cell in flight, and was requeued for those behind it."""
+    sweep, environment = late
+    lcbench("status", sweep.name, "--results", str(sweep.root), "--follow", environment=environment)
+    for cell_id, entry in sweep.entries().items():
+        (attempt,) = sweep.attempts(cell_id)
+        if entry.cell.config["kernel"]["name"] == "sdpa_flash":
+            assert attempt.status == "ok"
+        else:
+            assert attempt.failure is not None
+            assert (attempt.failure.kind, attempt.failure.cause) == ("timeout", "the time limit of its job came")

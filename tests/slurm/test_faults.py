@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,27 +15,13 @@ from tests.slurm.stage import FAULTS, Server, Stage, kill, lcbench, wait_until
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("mlflow"))
-    made.start()
-    yield made
-    made.kill()
-
-
 @pytest.mark.parametrize(
     "faults",
-    # What no job depends on dies within one sweep, one after the other.
     [
-        "kill_a_worker",
-        "kill_an_agent",
-        "kill_slurmd",
-        "requeue",
-        "preempt",
-        "scancel",
+        "kill_a_worker", "kill_an_agent", "kill_slurmd", "requeue preempt", "scancel",
         "kill_slurmctld kill_slurmdbd kill_the_server",
     ],
-)
+)  # fmt: skip
 def test_after(faults: str, devcluster: dict[str, str], server: Server, tmp_path: Path) -> None:
     stage = Stage(tmp_path, server, devcluster, len(faults))
     done = stage.run()

@@ -1,4 +1,4 @@
-"""What every launcher does alike: leave out what is done, record what cannot run, write the manifest, make packs, report."""
+"""What every launcher does alike: write the manifest, leave out what is done, make packs, report; and the collector."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from lcbench.runs.jobs import Standing
 
 OK, SOME_FAILED, NOT_SUBMITTED, INTERRUPTED = 0, 1, 3, 130
-
-
-REFUSED_PAUSE_S = 20.0
+REFUSED_PAUSE_S = 10.0
+LOOKING_SHARE = 5.0  # a collector sleeps so many times as long as it looks
 
 
 class NotSubmitted(Exception):
@@ -175,9 +174,9 @@ def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool) -> Todo:
 
 def write_down(pack: Pack) -> None:
     """Write a pack before anybody is told of it. Until a launcher says more, it waits for this process."""
-    pack.write()
     told = {"launcher": pack.launcher, "pid": os.getpid(), "host": socket.gethostname(), "started_at": time.time()}
     write_json(pack.folder / "job.json", told)
+    pack.write()  # with it the pack is there, so it comes last
 
 
 def turn_down(sweep: Sweep, error: NotSubmitted) -> None:
@@ -260,11 +259,13 @@ class Collector:
         from lcbench.runs.queue import Patient
 
         self._sweep, self._watch = sweep, Watch(sweep, Patient())
-        self._next, self._said = 0.0, ""
+        self._next, self._said, self._pause_s = 0.0, "", 1.0
 
     def advance(self) -> Standing:
         """One round; where it stands now."""
+        begun = time.monotonic()
         standing = self._watch.look()
+        self._pause_s = max(1.0, LOOKING_SHARE * (time.monotonic() - begun))
         launch = self._sweep.manifest()["launch"]
         if not launch or launch.get("cancelled") or launch["launcher"] != "slurm":
             return standing
@@ -284,6 +285,10 @@ class Collector:
                 self._said = str(refusal)
             standing = self._watch.look()
         return replace(standing, waiting=len(wanted(standing).cells))
+
+    def pause(self) -> None:
+        """Sleep until it is time for the next round: longer where looking takes long."""
+        time.sleep(self._pause_s)
 
 
 def default_name(plan: Plan) -> str:

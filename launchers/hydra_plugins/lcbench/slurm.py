@@ -77,7 +77,7 @@ class SlurmLauncher(PackLauncher):
         with Live(refresh_per_second=1) as live:
             while not (standing := collector.advance()).ended:
                 live.update(packs_table(standing.packs, sweep.name))
-                time.sleep(1.0)
+                collector.pause()
             live.update(packs_table(standing.packs, sweep.name))
 
 
