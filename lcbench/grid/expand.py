@@ -356,6 +356,15 @@ def _site(site: Any) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ValueError(f"site: {_one_line(error)}") from error
     assert isinstance(resolved, dict)
+    known: dict[str, list[str | None]] = {
+        "device": [None, "cpu", *sorted(p.stem for p in (REPOSITORY / "conf" / "device").glob("*.yaml"))],
+        "check": ["stop", "warn"],
+        "publish": ["nodes", "login"],
+    }
+    for key, accepted in known.items():
+        value = resolved.get(key, accepted[0])
+        if value not in accepted:
+            raise ValueError(f"site.{key}={value} is not one of {', '.join('null' if a is None else a for a in accepted)}")
     return {str(k): v for k, v in resolved.items()}
 
 

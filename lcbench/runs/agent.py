@@ -16,7 +16,7 @@ from lcbench.grid.values import parse_scale
 from lcbench.runs.failure import SLURM_STATES, last_error
 from lcbench.runs.jobs import close, in_flight
 from lcbench.runs.logs import last_words
-from lcbench.runs.pack import KILLS, Pack
+from lcbench.runs.pack import KILLS, RESERVE, Pack
 from lcbench.runs.queue import environment, last_incarnation
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, write_json
 
@@ -88,6 +88,7 @@ def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_ad
     if node_rank == 0:
         for running, config_of in in_flight(sweep, pack):
             close(sweep, running, config_of)
+        (pack.folder / RESERVE).unlink(missing_ok=True)
         if not (pack.folder / "end.json").exists():  # it may have said already why it stops
             pack.say("end.json", failure)
         _publish(sweep, pack)

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import Timeout
 
 from lcbench.runs.failure import first_failure, from_slurm_state, job_words, stacks
-from lcbench.runs.pack import Pack, tries_again
+from lcbench.runs.pack import RESERVE, Pack, tries_again
 from lcbench.runs.queue import ENDED, Key, ask, environment
 from lcbench.runs.queue import Job as QueuedJob
 from lcbench.runs.store import Attempt, Failure, Look, Record, Running, Sweep
@@ -145,6 +145,8 @@ def settle(sweep: Sweep, seen: Look, packs: Sequence[PackState]) -> list[Attempt
     try:
         with sweep.lock().acquire(timeout=LOCK_S):
             whys = {pack.id: _job_failure(sweep, pack) for pack, _ in open_ends}
+            for pack_id in whys:
+                (sweep.pack_folder(pack_id) / RESERVE).unlink(missing_ok=True)
             for pack, cell_id in open_ends:
                 config = seen.records[cell_id].entry.cell.config
                 begun = [r for r in sweep.running(cell_id) if r.pack == pack.id]

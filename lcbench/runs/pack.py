@@ -25,6 +25,8 @@ SLACK = 1.5
 # These end the gang of their cell, and with it cost the others a restart.
 GANG_KILLERS = ("crash", "hang", "nccl", "oom")
 KILLS = 2
+# A file of a running pack that holds room for its next result.
+RESERVE = "reserve"
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from lcbench.measure.nodes import check_gang
 from lcbench.runs.failure import classify_exception
 from lcbench.runs.jobs import close, in_flight, record
 from lcbench.runs.logs import cell_mark
-from lcbench.runs.pack import Pack, tries_again
+from lcbench.runs.pack import RESERVE, Pack, tries_again
 from lcbench.runs.store import Attempt, Failure, Running, Sweep, write_json
 
 FAILED_EXIT = 70
@@ -100,7 +100,7 @@ class Results:
 
     def __init__(self, sweep: Sweep, pack: Pack) -> None:
         self._sweep, self._pack = sweep, pack
-        self._reserve = pack.folder / "reserve"
+        self._reserve = pack.folder / RESERVE
 
     def begin(self, cell_id: str) -> Running | str | None:
         """The attempt that may begin; ``STOP`` if the pack is to end here, None if the cell was cancelled."""

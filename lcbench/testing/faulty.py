@@ -30,9 +30,9 @@ class Blind(SDPAFlash):
 
 @dataclass(frozen=True)
 class Faulty(SDPAFlash):
-    """``fault``: raise, exit, hang, kill, wrong, blind (to the mask), oom (more memory than there is), oom_killer (more than the
-    memory cgroup ``LCBENCH_TEST_CGROUP`` gives) or disconnect (from all other ranks); it happens on rank ``rank`` of the gang while
-    ``while_file`` exists.
+    """``fault``: raise, exit, hang, kill, stop (to be scheduled), wrong, blind (to the mask), oom (more memory than there is),
+    oom_killer (more than the memory cgroup ``LCBENCH_TEST_CGROUP`` gives) or disconnect (from all other ranks); it happens on rank
+    ``rank`` of the gang while ``while_file`` exists.
     """
 
     fault: str = "raise"
@@ -49,6 +49,8 @@ class Faulty(SDPAFlash):
             os._exit(17)
         if self.fault == "kill":
             os.kill(os.getpid(), 9)
+        if self.fault == "stop":
+            os.kill(os.getpid(), 19)
         if self.fault == "hang":
             time.sleep(3600)
         if self.fault == "oom":

@@ -142,6 +142,12 @@ def test_experiment_sweeps_and_the_command_line_overrides_an_axis() -> None:
         (["force=1,2"], ["force is not an axis"]),
         (["mask@other=full"], ["mask@other=full", "write mask=..."]),
         (["ring"], ["'ring' is no override"]),
+        (["pack=1"], ["pack=1 means nothing", "pack.max_cells=1"]),
+        (["pack.max_jobs=0"], ["pack.max_jobs=0", "at least 1"]),
+        (["retry.oops=1"], ["retry has no option 'oops'", "node-fail"]),
+        (["hang.min_s=99999"], ["hang.min_s=99999", "hang.max_s=7200"]),
+        (["site.device=h300"], ["site.device=h300", "null, cpu, a100, h100, h200"]),
+        (["site.check=off"], ["site.check=off", "stop, warn"]),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
 )

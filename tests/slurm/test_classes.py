@@ -34,7 +34,9 @@ def faulty(devcluster: dict[str, str], tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def late(devcluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, dict[str, str]]:
-    """A sweep whose job comes to its time limit, which takes minutes: it runs beside the others and is looked at last."""
+    """Sweeps that take minutes, and run beside the others: one whose job comes to its time limit, and one with a rank that is not
+    scheduled any more, and so cannot end itself.
+    """
     folder = tmp_path_factory.mktemp("late")
     fault = folder / "fault"
     fault.touch()
@@ -42,6 +44,11 @@ def late(devcluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     done = lcbench(
         "sweep", *SMALL, "kernel=faulty_hang,sdpa_flash", "cp=ring,ulysses", "scale=1x2", "pack.max_minutes=1", "retry.timeout=0",
         "hang.min_s=900", "sweep=late", f"results={folder}", f"tracking_uri=sqlite:///{folder}/mlflow.db", environment=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = lcbench(
+        "sweep", *SMALL, "kernel=faulty_stop", "kernel.rank=0", "cp=none", "scale=1x1", "hang.min_s=5", "hang.factor=0.01",
+        "sweep=stopped", f"results={folder}", f"tracking_uri=sqlite:///{folder}/mlflow.db", environment=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return Sweep(folder, "late"), environment
@@ -265,3 +272,13 @@ def test_a_time_limit_takes_one_cell_and_the_rest_goes_on(late: tuple[Sweep, dic
         else:
             assert attempt.failure is not None
             assert (attempt.failure.kind, attempt.failure.cause) == ("timeout", "the time limit of its job came")
+
+
+def test_a_rank_that_cannot_end_itself_is_ended_by_its_agent(late: tuple[Sweep, dict[str, str]]) -> None:
+    sweep, environment = Sweep(late[0].root, "stopped"), late[1]
+    lcbench("status", sweep.name, "--results", str(sweep.root), "--follow", environment=environment)
+    (cell_id,) = sweep.entries()
+    (attempt,) = sweep.attempts(cell_id)
+    assert attempt.failure is not None
+    assert attempt.failure.kind == "hang"
+    assert "over its deadline, and its ranks did not end themselves" in attempt.failure.cause

@@ -112,10 +112,12 @@ def submit_array(packs: Sequence[Pack], after: Sequence[str] = ()) -> str:
                 jobs = executor.submit_array([RunPack(str(pack.path)) for pack in named])
                 break
             except RuntimeError as error:
-                if not tries_left or not any(word in str(error) for word in AWAY):
+                if not any(word in str(error) for word in AWAY):
                     raise
                 time.sleep(AWAY_PAUSE_S)
                 cancel_named([name], dict(os.environ))  # it may have been taken all the same
+                if not tries_left:
+                    raise
     for pack, job in zip(named, jobs, strict=True):
         told = Sweep(Path(pack.root), pack.sweep).pack_file(pack.id, "job.json")
         write_json(pack.folder / "job.json", {**told, "job_id": str(job.job_id), "timeout_min": pack.timeout_min})
