@@ -197,9 +197,11 @@ class Sweep:
 
     def _rebuilt(self) -> dict[str, Any]:
         manifest = _new_manifest(self.name)
-        for pack_id in self.packs():
-            pack = read_or_set_aside(self.pack_folder(pack_id) / "pack.json", dict)
-            manifest["cells"].update({k: {"config": c, "skip": None} for k, c in (pack or {}).get("configs", {}).items()})
+        for known in self.remembered().values():  # what was published goes by it
+            manifest["id"] = known["sweep_id"]
+        for pack in filter(None, (self.pack_file(pack_id, "pack.json") for pack_id in self.packs())):
+            manifest["cells"].update({k: {"config": config, "skip": None} for k, config in pack["configs"].items()})
+            manifest["launch"] = {key: pack[key] for key in ("launcher", "settings")}
         for folder in sorted(self.folder.iterdir()):
             for attempt in self.attempts(folder.name) if folder.is_dir() else ():
                 if attempt.config:

@@ -82,7 +82,7 @@ def publish(sweep: Sweep, uri: str, *, budget_s: float | None = None) -> Counts:
 
 
 class _Publisher:
-    """What the server has of this sweep is remembered in ``mlflow.json``: cell -> run, attempt, status. The file says ``open``
+    """What the server has of this sweep is remembered in ``mlflow.json``: cell -> (run, attempt, status). The file says ``open``
     while somebody publishes; who finds it so asks the server, by tag, what became of that.
     """
 
@@ -167,7 +167,10 @@ class _Publisher:
             token = page.token
             if not token:
                 break
-        return {"experiment": self._experiment, "parent": parent or self._create_parent(), "cells": cells, "open": True}
+        return {
+            "sweep_id": self._manifest["id"], "experiment": self._experiment, "parent": parent or self._create_parent(),
+            "cells": cells, "open": True,
+        }  # fmt: skip
 
     def _tags_of_all(self) -> dict[str, str]:
         # Its id, since two people may both have a sweep called "first".

@@ -6,17 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from lcbench.runs.store import Sweep, read_json
 from lcbench.testing.masks import names
+from tests.slurm.stage import ROOT, wait_until
 
 pytestmark = [pytest.mark.gloo, pytest.mark.slow]
-
-ROOT = Path(__file__).parents[2]
 
 
 def command(results: Path) -> list[str]:
@@ -25,14 +23,6 @@ def command(results: Path) -> list[str]:
         "dtype=float64", "measure.budget_s=2", "measure.min_iterations=80", "measure.max_iterations=80", "sweep=killed",
         f"results={results}", f"tracking_uri=sqlite:///{results}/mlflow.db",
     ]  # fmt: skip
-
-
-def wait_until(condition: object, seconds: float = 120) -> None:
-    assert callable(condition)
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.1)
 
 
 def test_kill_in_the_middle_then_the_same_command_does_what_is_missing(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_file_cut_at_any_byte_is_set_aside_and_named(tmp_path: Path, name: str
     sweep, cell_id = made_sweep(tmp_path)
     failures = sweep.pack_folder("p") / "failures"
     write_json(failures / "exit.0.1.0.json", {"exitcode": 1, "rank": 0, "pid": 1, "time": 0.0})
-    write_json(sweep.folder / "mlflow.json", {"http://x": {"cells": {cell_id: ["run", 1, "ok"]}}})
+    write_json(sweep.folder / "mlflow.json", {"http://x": {"sweep_id": "abc", "cells": {cell_id: ["run", 1, "ok"]}}})
     (path,) = (p for p in files(sweep) if p.name == name)
     whole = {p: p.read_bytes() for p in files(sweep)}
     content = whole[path]
@@ -72,8 +72,11 @@ def test_a_file_cut_at_any_byte_is_set_aside_and_named(tmp_path: Path, name: str
         aside = path.with_name(path.name + CORRUPT)
         assert aside.exists(), f"cut at {cut}"
         assert aside.read_bytes() == content[:cut]
-        # A manifest that was made again is found by its packs and attempts.
+        # A manifest that was made again has what packs, attempts and publishing know.
         assert cell_id in standing.seen.records
+        assert sweep.manifest()["launch"]["launcher"] == "local"
+        if name == "manifest.json":
+            assert sweep.manifest()["id"] == "abc"
         assert [d.path for d in standing.seen.damaged] == [aside]
         with pytest.warns(UserWarning, match=f"set aside: .*{name}"):
             frame = load(tmp_path)
