@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,3 +29,6 @@ def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], a
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # taking torch down costs seconds where ranks share cores, and aborts now and then

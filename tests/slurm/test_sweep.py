@@ -52,4 +52,4 @@ def test_ninety_six_ranks_on_twelve_nodes(devcluster: dict[str, str], tmp_path: 
     for cell_id in sweep.entries():
         (attempt,) = sweep.attempts(cell_id)
         assert max(attempt.checks["errors"].values()) <= 1e-12
-        assert len(attempt.samples["rank_forward_median_s"]) == 46
+        assert len(attempt.samples["rank_forward_median_s"]) == 96
