@@ -27,7 +27,7 @@ COLLECTOR_MIN = 60
 # What sbatch says when there is no room now, and when it could not even ask.
 NO_ROOM = ("SubmitJob", "submit limit", "job array specification", "MaxJobCount", "AssocGrp", "QOSGrp")
 AWAY = ("Unable to contact", "timed out", "Connection refused", "Zero Bytes", "Communication connection failure")
-AWAY_TRIES, AWAY_PAUSE_S = 5, 10.0
+AWAY_TRIES, AWAY_PAUSE_S = 2, 10.0  # sbatch itself tries for a minute or two
 
 
 class SlurmLauncher(PackLauncher):
@@ -114,6 +114,7 @@ def submit_array(packs: Sequence[Pack], after: Sequence[str] = ()) -> str:
             except RuntimeError as error:
                 if not any(word in str(error) for word in AWAY):
                     raise
+                print(f"Slurm does not answer: {_first_cause(error)}", file=sys.stderr)
                 time.sleep(AWAY_PAUSE_S)
                 cancel_named([name], dict(os.environ))  # it may have been taken all the same
                 if not tries_left:
