@@ -26,8 +26,11 @@ demo: setup ## a small checked sweep on this machine, in a few minutes
 	@echo 'Your own grid:  . .venv/bin/activate; python -m lcbench.sweep -m cp=ring,ulysses seqlen=2k,4k scale=1x2 heads=8x4x64 dtype=float32'
 	@echo 'Only the plan:  python -m lcbench.sweep -m cp=ring,ulysses,usp seqlen=64k,256k,1m scale=2x8 hydra/launcher=dry'
 
+# The tests on the cluster wait for most of their time; the others compute meanwhile, as long as nobody on the cluster wants to.
 test: setup cluster-up ## all tests, on the development cluster too (needs root and Debian for that)
-	$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -m slurm >$(VENV)/slurm-tests.log 2>&1 & cluster=$$!; \
+	nice -n 15 $(BIN)/python -m pytest -q -m 'not slurm' -p no:cacheprovider; others=$$?; \
+	wait $$cluster; code=$$?; cat $(VENV)/slurm-tests.log; exit $$((code | others))
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

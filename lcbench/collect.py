@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lcbench.runs.store import Sweep
+from lcbench.runs.tracking import publish_or_say, tracked_at
 from lcbench.status import add_sweep_arguments, chosen_sweep
 
 
@@ -23,9 +24,7 @@ class Collect:
     def __call__(self) -> None:
         os.chdir(Path(__file__).resolve().parents[1])
         sweep = Sweep(Path(self._root), self._name)
-        launch = sweep.manifest()["launch"] or {}
-        # A node may have no way to the tracking server; then whoever looks from a login node publishes.
-        collect(sweep, wait=False, publish=launch.get("settings", {}).get("site", {}).get("publish", "nodes") == "nodes")
+        collect(sweep, wait=False, on_a_node=True)
 
     def checkpoint(self) -> Any:
         from submitit.helpers import DelayedSubmission
@@ -33,19 +32,20 @@ class Collect:
         return DelayedSubmission(self)
 
 
-def collect(sweep: Sweep, *, wait: bool, publish: bool = True) -> int:
+def collect(sweep: Sweep, *, wait: bool, on_a_node: bool = False) -> int:
     """Advance the sweep, with ``wait`` until all of its jobs have ended, and publish it; the number of cells without a good end.
 
     What runs again has a collector of its own behind it.
     """
-    from hydra_plugins.lcbench._plan import Collector, publish_or_say
+    from hydra_plugins.lcbench._plan import Collector
 
     collector = Collector(sweep)
     while not (standing := collector.advance()).ended and wait:
         collector.pause()
-    launch = sweep.manifest()["launch"]
-    if publish and launch and launch["settings"]["tracking_uri"]:
-        publish_or_say(sweep, launch["settings"]["tracking_uri"])
+    launch = standing.seen.launch
+    # A node may have no way to the tracking server; then whoever looks from a login node publishes.
+    if launch and not (on_a_node and launch["settings"]["site"].get("publish", "nodes") != "nodes"):
+        publish_or_say(sweep, tracked_at(launch))
     counts = standing.counts()
     print(", ".join(f"{count} {state}" for state, count in counts.most_common()))
     return counts["failed"] + counts["lost"] + counts["missing"]

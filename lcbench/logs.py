@@ -46,8 +46,7 @@ def main(arguments: list[str]) -> int:
 
 def sections(sweep: Sweep, state: CellState, attempt: int) -> Iterator[tuple[str, str]]:
     """(where it is from, text) of an attempt at a cell."""
-    record = sweep.look().records[state.id]
-    tries: tuple[Attempt | Running, ...] = (*record.attempts, *record.running)
+    tries: tuple[Attempt | Running, ...] = (*sweep.attempts(state.id), *sweep.running(state.id))
     tried = next((a for a in tries if a.number == attempt), None)
     if tried is None:
         return

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         records = [r for r in wanted if r.entry.cell.id not in standing.under_way]
         if cell_id is not None and not records:
             raise ValueError(f"cell {cell_id} is under way already: python -m lcbench.status {sweep.name}")
-        launch = sweep.manifest()["launch"]
+        launch = standing.seen.launch
         if not launch:
             raise ValueError(f"sweep {sweep.name} does not say how it was launched; run its command again")
     except ValueError as error:

@@ -39,16 +39,16 @@ def main(arguments: list[str]) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if options.follow:
-        from hydra_plugins.lcbench._plan import Collector, publish_or_say
+        from hydra_plugins.lcbench._plan import Collector
+
+        from lcbench.runs.tracking import publish_or_say, tracked_at
 
         collector = Collector(sweep)
         with Live(console=console, refresh_per_second=2) as live:
             while not (standing := collector.advance()).ended:
                 live.update(status_tables(standing, sweep.name, everything=options.all))
                 collector.pause()
-        launch = sweep.manifest()["launch"]
-        if launch and launch["settings"]["tracking_uri"]:
-            publish_or_say(sweep, launch["settings"]["tracking_uri"])
+        publish_or_say(sweep, tracked_at(standing.seen.launch))
     else:
         standing = Watch(sweep).look()
     if options.json:

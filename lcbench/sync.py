@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from lcbench.runs.jobs import Watch
-from lcbench.runs.tracking import TrackingUnavailable, publish
+from lcbench.runs.tracking import TrackingUnavailable, publish, tracked_at
 from lcbench.status import add_sweep_arguments, chosen_sweep
 
 
@@ -17,13 +17,12 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         sweep = chosen_sweep(options)
-        uri = options.tracking_uri or ((sweep.manifest()["launch"] or {}).get("settings") or {}).get("tracking_uri")
+        uri = options.tracking_uri or tracked_at(Watch(sweep).look().seen.launch)
         if not uri:
             raise ValueError(f"sweep {sweep.name} names no tracking server; add --tracking-uri, such as http://127.0.0.1:5000")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    Watch(sweep).look()
     try:
         counts = publish(sweep, uri)
     except TrackingUnavailable as error:

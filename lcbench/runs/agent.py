@@ -17,8 +17,9 @@ from lcbench.runs.failure import SLURM_STATES, last_error
 from lcbench.runs.jobs import close, in_flight
 from lcbench.runs.logs import last_words
 from lcbench.runs.pack import KILLS, RESERVE, Pack
-from lcbench.runs.queue import environment, last_incarnation
+from lcbench.runs.queue import environment, last_incarnation, site_variables
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, write_json
+from lcbench.runs.tracking import publish_or_say
 
 # A gang may fail this often, one after the other, without having begun a cell.
 FRUITLESS = 2
@@ -47,7 +48,7 @@ def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_ad
 
     # Otherwise a new gang meets the keys of the dead one in the shared store, and gloo connects to addresses that are gone.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ.update({key: str(value) for key, value in (pack.site.get("env") or {}).items()})
+    os.environ.update(site_variables(pack.site))
     sweep = Sweep(Path(pack.root), pack.sweep)
     scale = parse_scale(pack.scale)
     logs = pack.folder / "logs" / f"node-{node_rank}"
@@ -91,7 +92,9 @@ def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_ad
         (pack.folder / RESERVE).unlink(missing_ok=True)
         if not (pack.folder / "end.json").exists():  # it may have said already why it stops
             pack.say("end.json", failure)
-        _publish(sweep, pack)
+        if pack.site.get("publish", "nodes") == "nodes":
+            # What is left after a while, or a server that is away, is left to the collector.
+            publish_or_say(sweep, pack.settings.tracking_uri, budget_s=PUBLISH_S)
     return failure is None
 
 
@@ -162,22 +165,10 @@ def _node_is_well(pack: Pack, node_rank: int, gpus: int) -> bool:
     write_json(pack.folder / "check" / f"node-{node_rank}.json", {**facts, "problems": problems})
     if problems:
         print(f"{facts['node']}: {'; '.join(problems)}", file=sys.stderr)
-    if problems and pack.site.get("check", "stop") == "stop":
+    if problems and pack.stops_where_unwell:
         pack.fall_out({facts["node"]: "; ".join(problems)})
         return False
     return True
-
-
-def _publish(sweep: Sweep, pack: Pack) -> None:
-    """Publish this pack's sweep for a while; what is left, or a server that is away, is left to the collector."""
-    if not pack.settings.tracking_uri or pack.site.get("publish", "nodes") != "nodes":
-        return
-    from lcbench.runs.tracking import TrackingUnavailable, publish
-
-    try:
-        publish(sweep, pack.settings.tracking_uri, budget_s=PUBLISH_S)
-    except TrackingUnavailable as error:
-        print(f"not published: {error}; later: python -m lcbench.sync {pack.sweep}", file=sys.stderr)
 
 
 def _watch_workers(sweep: Sweep, pack: Pack, node_rank: int) -> None:

@@ -5,7 +5,9 @@ Only packing, deadlines and time limits depend on it, so that being wrong by a f
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,13 +49,8 @@ class Estimator:
     def of(cls, root: Path, site: dict[str, Any], devices: list[dict[str, Any]]) -> Estimator:
         """With the newest results below ``root`` as history."""
         made = cls(next((d for d in devices if d["name"] == site.get("device")), None))
-        left = HISTORY
-        for name in reversed(sweeps(root)):
-            sweep = Sweep(root, name)
-            for cell_id, entry in sweep.entries().items():
-                for attempt in sweep.attempts(cell_id)[-1:] if left > 0 else ():
-                    left -= 1
-                    made.learn(entry.cell, attempt)
+        for cell, attempt in itertools.islice(_newest_results(root), HISTORY):
+            made.learn(cell, attempt)
         return made
 
     def learn(self, cell: Cell, attempt: Attempt) -> None:
@@ -88,6 +85,15 @@ class Estimator:
         if known is not None and flops(cell) >= known:
             return True
         return self.device is not None and memory_bytes(cell.problem, cell.config["cp"]["name"]) > self.device["memory_bytes"]
+
+
+def _newest_results(root: Path) -> Iterator[tuple[Cell, Attempt]]:
+    """Every cell's newest attempt, those of the newest sweep first."""
+    for name in reversed(sweeps(root)):
+        sweep = Sweep(root, name)
+        for cell_id, entry in sweep.entries().items():
+            for attempt in sweep.attempts(cell_id)[-1:]:
+                yield entry.cell, attempt
 
 
 def _timed_s(measure: dict[str, Any], pass_s: float, budget_s: float) -> float:

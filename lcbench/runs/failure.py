@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcbench.runs.queue import word_of
 from lcbench.runs.store import CAUSE_LENGTH, Failure, read_or_set_aside
 
 # Slurm's final states (man sacct) and our classes.
@@ -107,7 +108,7 @@ def from_slurm_state(state: str, began: bool, words: str) -> Failure:
     """Class of a cell that its job left without a result, when the job ended in this state (``CANCELLED by 0`` and the like
     included). ``began``: whether any cell of the job did. ``words``: the job's own last ones.
     """
-    word = state.split()[0].rstrip("+") if state.split() else ""
+    word = word_of(state)
     said = f": {words}" if words and word in NO_START else ""
     if word in NO_START and not began:
         return Failure("no-start", f"its Slurm job ended as {state} before any cell began{said}"[:CAUSE_LENGTH])

@@ -15,8 +15,8 @@ from filelock import Timeout
 
 from lcbench.runs.failure import first_failure, from_slurm_state, job_words, stacks
 from lcbench.runs.pack import RESERVE, Pack, tries_again
-from lcbench.runs.queue import ENDED, Key, ask, environment
 from lcbench.runs.queue import Job as QueuedJob
+from lcbench.runs.queue import Key, ask, environment, has_ended
 from lcbench.runs.store import Attempt, Failure, Look, Record, Running, Sweep
 
 # Nobody is still handing over a pack after this long.
@@ -44,7 +44,7 @@ class PackState:
     @property
     def ended(self) -> bool:
         """Whether nothing of it runs or will run."""
-        return self.state == NEVER_SUBMITTED or self.state.split()[0].rstrip("+") in ENDED
+        return self.state == NEVER_SUBMITTED or has_ended(self.state)
 
 
 @dataclass(frozen=True)
@@ -227,22 +227,17 @@ def _cells(seen: Look, packs: list[PackState]) -> list[CellState]:
     return found
 
 
-def _has(seen: Look, cell_id: str, pack_id: str) -> bool:
-    record = seen.records.get(cell_id)
-    return record is not None and any(a.pack == pack_id for a in record.attempts)
-
-
 def _will_come_to(pack: PackState, record: Record) -> bool:
     """Whether a live pack has a cell before it: it has not tried it, or will try it again."""
-    return not any(a.pack == pack.id for a in record.attempts) or tries_again(record.attempts, pack.retry)
+    return not record.has_attempt_of(pack.id) or tries_again(record.attempts, pack.retry)
 
 
 def _is_open(record: Record, pack_id: str) -> bool:
-    return any(r.pack == pack_id for r in record.running) or not any(a.pack == pack_id for a in record.attempts)
+    return any(r.pack == pack_id for r in record.running) or not record.has_attempt_of(pack_id)
 
 
 def _done(seen: Look, pack: PackState) -> int:
-    return sum(_has(seen, cell_id, pack.id) for cell_id in pack.cells)
+    return sum(seen.records[c].has_attempt_of(pack.id) for c in pack.cells if c in seen.records)
 
 
 def _job_failure(sweep: Sweep, pack: PackState) -> Failure:

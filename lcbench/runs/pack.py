@@ -80,6 +80,11 @@ class Pack:
     def site(self) -> dict[str, Any]:
         return self.settings.site
 
+    @property
+    def stops_where_unwell(self) -> bool:
+        """Whether a node that is not well ends the pack; else it is only recorded."""
+        return bool(self.site.get("check", "stop") == "stop")
+
     def write(self) -> Path:
         write_json(self.path, asdict(self))
         return self.path

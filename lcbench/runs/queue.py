@@ -27,6 +27,15 @@ LEFT_THE_QUEUE = "it has left the queue, and accounting does not say how"
 Key = tuple[str, int]  # name of a job, index in its array
 
 
+def word_of(state: str) -> str:
+    """Slurm's one word for a state: ``CANCELLED by 0`` and ``CANCELLED+`` are both CANCELLED."""
+    return state.split()[0].rstrip("+") if state.split() else ""
+
+
+def has_ended(state: str) -> bool:
+    return word_of(state) in ENDED
+
+
 @dataclass(frozen=True)
 class Job:
     """``state``: Slurm's word; ENDED for a job that left the queue and that accounting does not know."""
@@ -37,7 +46,7 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        return self.state.split()[0].rstrip("+") in ENDED
+        return has_ended(self.state)
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,14 @@ class Answer:
     controller: bool
 
 
+def site_variables(site: dict[str, Any]) -> dict[str, str]:
+    """The variables that a site sets."""
+    return {key: str(value) for key, value in (site.get("env") or {}).items()}
+
+
 def environment(site: dict[str, Any]) -> dict[str, str]:
     """The environment of Slurm's commands on a site."""
-    return {**os.environ, **{k: str(v) for k, v in (site.get("env") or {}).items()}}
+    return {**os.environ, **site_variables(site)}
 
 
 def ask(names: Sequence[str], since: float, env: dict[str, str]) -> Answer:
@@ -88,7 +102,7 @@ def ask(names: Sequence[str], since: float, env: dict[str, str]) -> Answer:
 def last_incarnation(job_id: str, env: dict[str, str]) -> str:
     """How a requeued job ended the time before, in accounting's word; empty if it does not say."""
     lines = _lines(["sacct", "-X", "-D", "-n", "-P", "-j", job_id, "-o", "State"], env) or []
-    ended = [line.split()[0] for line in lines if line.split() and line.split()[0] in ENDED | {"REQUEUED"}]
+    ended = [word for line in lines if (word := word_of(line)) in ENDED | {"REQUEUED"}]
     return ended[-1] if ended else ""
 
 

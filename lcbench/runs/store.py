@@ -112,6 +112,10 @@ class Record:
     attempts: tuple[Attempt, ...]
     running: tuple[Running, ...]
 
+    def has_attempt_of(self, pack: str) -> bool:
+        """Whether a pack has an ended attempt at this cell."""
+        return any(a.pack == pack for a in self.attempts)
+
     @property
     def last(self) -> Attempt | None:
         return self.attempts[-1] if self.attempts else None
@@ -145,6 +149,7 @@ class Look:
 
     records: dict[str, Record]
     damaged: tuple[Damaged, ...]
+    launch: dict[str, Any] | None  # as the manifest has it
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,7 @@ class Sweep:
 
     def entries(self) -> dict[str, Entry]:
         """The cells by id, in the order in which they were asked for."""
-        return _entries(self.manifest())
+        return entries_of(self.manifest())
 
     def add(self, entries: list[Entry], *, command: list[str], launch: dict[str, Any] | None = None) -> None:
         """Write the manifest, or add cells to the one that is there (a sweep may grow; nothing is taken out).
@@ -212,7 +217,8 @@ class Sweep:
     def look(self) -> Look:
         """Every cell with every attempt, each file read once."""
         records, listed = {}, {}
-        for cell_id, entry in self.entries().items():
+        manifest = self.manifest()
+        for cell_id, entry in entries_of(manifest).items():
             folder = self.folder / cell_id
             names = listed[folder] = _names(folder)
             records[cell_id] = Record(entry, tuple(self._attempts(cell_id, names)), tuple(self._running(cell_id, names)))
@@ -221,7 +227,7 @@ class Sweep:
         packs = list((self.folder / "packs").glob("*"))
         listed |= {folder: _names(folder) for folder in (self.folder, *packs, *(p / "failures" for p in packs))}
         aside = [folder / n for folder, names in listed.items() for n in names if n.endswith(CORRUPT)]
-        return Look(records, tuple(Damaged(path, _unreadable(path)) for path in aside))
+        return Look(records, tuple(Damaged(path, _unreadable(path)) for path in aside), manifest["launch"])
 
     # -- attempts ------------------------------------------------------------------------------------------------
 
@@ -312,7 +318,8 @@ def _checked_manifest(data: dict[str, Any]) -> dict[str, Any]:
     return {key: data[key] for key in ("schema", "sweep", "id", "created_at", "commands", "launch", "cells")}
 
 
-def _entries(manifest: dict[str, Any]) -> dict[str, Entry]:
+def entries_of(manifest: dict[str, Any]) -> dict[str, Entry]:
+    """The cells of a manifest by id, in the order in which they were asked for."""
     return {cell_id: Entry(Cell.from_config(e["config"]), e.get("skip")) for cell_id, e in manifest["cells"].items()}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from lcbench.grid.cell import Cell, flat_config
-from lcbench.runs.store import MEMORY, Attempt, Entry, Sweep, write_json
+from lcbench.runs.store import MEMORY, Attempt, Entry, Sweep, entries_of, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -81,6 +82,21 @@ def publish(sweep: Sweep, uri: str, *, budget_s: float | None = None) -> Counts:
         raise TrackingUnavailable(uri, " ".join(str(error).split())[:300]) from error
 
 
+def publish_or_say(sweep: Sweep, uri: str | None, *, budget_s: float | None = None) -> None:
+    """Publish where there is a tracking server; one that is away costs a line."""
+    if not uri:
+        return
+    try:
+        publish(sweep, uri, budget_s=budget_s)
+    except TrackingUnavailable as error:
+        print(f"not published: {error}; later: python -m lcbench.sync {sweep.name}", file=sys.stderr)
+
+
+def tracked_at(launch: dict[str, Any] | None) -> str | None:
+    """The tracking server of a sweep that was launched so."""
+    return launch["settings"]["tracking_uri"] if launch else None
+
+
 class _Publisher:
     """What the server has of this sweep is remembered in ``mlflow.json``: cell -> (run, attempt, status). The file says ``open``
     while somebody publishes; who finds it so asks the server, by tag, what became of that.
@@ -97,7 +113,7 @@ class _Publisher:
 
     def run(self, end: float | None) -> Counts:
         published = unchanged = 0
-        entries = self._sweep.entries()
+        entries = entries_of(self._manifest)
         cells: dict[str, Any] = self._mine["cells"]
         saved = 0.0
         complete = True

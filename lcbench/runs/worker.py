@@ -192,7 +192,7 @@ def _nodes_are_well(pack: Pack, device: torch.device, node_rank: int) -> bool:
         return True
     own = Sweep(Path(pack.root), pack.sweep).pack_file(pack.id, f"check/node-{node_rank}.json")
     check = check_gang(device, int(os.environ["LOCAL_WORLD_SIZE"]), own)
-    stops = bool(check.fallen) and pack.site.get("check", "stop") == "stop"
+    stops = bool(check.fallen) and pack.stops_where_unwell
     if dist.get_rank() == 0:
         write_json(path, {"fallen": check.fallen, **check.found})
         if stops:

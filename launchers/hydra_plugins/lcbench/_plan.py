@@ -199,10 +199,10 @@ def finish(sweep: Sweep, report: list[str], tracking_uri: str | None) -> int:
 
     from lcbench.report.table import WIDTH, cells_table
     from lcbench.runs.jobs import Watch
+    from lcbench.runs.tracking import publish_or_say
 
     standing = Watch(sweep).look()
-    if tracking_uri:
-        publish_or_say(sweep, tracking_uri)
+    publish_or_say(sweep, tracking_uri)
     Console(width=None if sys.stdout.isatty() else WIDTH).print(cells_table(standing.seen, sweep.name, report))
     for damaged in standing.seen.damaged:
         print(f"set aside: {damaged.path}: {damaged.reason}", file=sys.stderr)
@@ -266,7 +266,7 @@ class Collector:
         begun = time.monotonic()
         standing = self._watch.look()
         self._pause_s = max(1.0, LOOKING_SHARE * (time.monotonic() - begun))
-        launch = self._sweep.manifest()["launch"]
+        launch = standing.seen.launch
         if not launch or launch.get("cancelled") or launch["launcher"] != "slurm":
             return standing
         settings = Settings(**launch["settings"])
@@ -315,13 +315,3 @@ def known_devices() -> list[dict[str, Any]]:
 def _where(sweep: Sweep) -> str:
     """How other commands find this sweep's results."""
     return "" if sweep.root == Path("results").absolute() else f" --results {sweep.root}"
-
-
-def publish_or_say(sweep: Sweep, uri: str) -> None:
-    """Publish to a tracking server; one that is away costs a line."""
-    from lcbench.runs.tracking import TrackingUnavailable, publish
-
-    try:
-        publish(sweep, uri)
-    except TrackingUnavailable as error:
-        print(f"not published: {error}; later: python -m lcbench.sync {sweep.name}", file=sys.stderr)

@@ -19,7 +19,7 @@ from lcbench.grid.expand import REPOSITORY
 from lcbench.grid.values import parse_scale
 from lcbench.runs.agent import RunPack, warned_s
 from lcbench.runs.pack import Pack
-from lcbench.runs.queue import cancel_named
+from lcbench.runs.queue import cancel_named, site_variables
 from lcbench.runs.store import Sweep, write_json
 
 MAX_ARRAY = 1000  # Slurm's own default allows 1001
@@ -185,7 +185,7 @@ def fallen_nodes(sweep: Sweep) -> dict[str, str]:
 
 
 def _common(site: dict[str, Any], name: str) -> dict[str, Any]:
-    exports = [f"export {k}={shlex.quote(str(v))}" for k, v in (site.get("env") or {}).items()]
+    exports = [f"export {k}={shlex.quote(v)}" for k, v in site_variables(site).items()]
     setup = [str(line) for line in site.get("setup") or []]
     # A line that fails ends the job there and says which it was, instead of an attempt in half an environment.
     guarded = ["set -eE", "trap 'echo \"error: site.setup failed: $BASH_COMMAND\" >&2' ERR", *setup, "trap - ERR; set +eE"]
@@ -248,7 +248,7 @@ def sbatch_text(packs: Sequence[Pack]) -> str:
 @contextmanager
 def site_environment(site: dict[str, Any]) -> Iterator[None]:
     """The site's environment (where its Slurm is, for one) around a call of a Slurm command."""
-    wanted = {k: str(v) for k, v in (site.get("env") or {}).items()}
+    wanted = site_variables(site)
     before = {k: os.environ.get(k) for k in wanted}
     os.environ.update(wanted)
     try:
