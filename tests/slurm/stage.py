@@ -97,6 +97,10 @@ class Server:
             self.process = None
 
 
+class TooLate(AssertionError):
+    """The sweep ended before what was waited for came."""
+
+
 class Stage:
     """One sweep of 40 cells. ``server``: where it publishes."""
 
@@ -127,8 +131,20 @@ class Stage:
     def reach_a_random_moment(self, after: int = 0) -> None:
         """Wait until a random number of cells, more than ``after``, is done and a random while has passed."""
         count = self.random.randint(min(after + 1, 35), max(25, min(after + 8, 35)))
-        wait_until(lambda: len(self.measured()) >= count, 180)
+        self._before_the_end(lambda: len(self.measured()) >= count)
         time.sleep(self.random.random())
+
+    def _before_the_end(self, condition: Callable[[], Any], seconds: float = 180) -> Any:
+        """Wait for something that a sweep which has ended cannot give any more."""
+
+        def found() -> Any:
+            seen = condition()
+            standing = None if seen or not self.sweep.exists() else self.standing()
+            if standing is not None and standing.packs and standing.ended and not condition():
+                raise TooLate
+            return seen
+
+        return wait_until(found, seconds, every=0.3)
 
     def standing(self) -> Standing:
         saved = dict(os.environ)
@@ -189,14 +205,14 @@ class Stage:
     # -- what goes wrong ------------------------------------------------------------------------------------------------
 
     def kill_a_worker(self) -> None:
-        kill(self.random.choice(wait_until(lambda: processes("lcbench.runs.worker", str(self.sweep.folder)), 60)))
+        kill(self.random.choice(self._before_the_end(lambda: processes("lcbench.runs.worker", str(self.sweep.folder)))))
 
     def kill_an_agent(self) -> None:
-        kill(self.random.choice(wait_until(lambda: processes("submitit.core._submit", str(self.sweep.folder)), 60)))
+        kill(self.random.choice(self._before_the_end(lambda: processes("submitit.core._submit", str(self.sweep.folder)))))
 
     def kill_slurmd(self) -> None:
         """A node dies with all that runs on it; a health check says so (Slurm by itself takes minutes), and it is back later."""
-        nodes = wait_until(self.nodes_in_use, 60)
+        nodes = self._before_the_end(self.nodes_in_use)
         node = self.random.choice(nodes)
         state = Path(self.environment["SLURM_CONF"]).parent
         pids = {*processes("slurmd", "-N", node), *processes(f"slurmstepd: [{self.job_on(node)}.")}
@@ -232,8 +248,7 @@ class Stage:
 
     def jobs(self) -> list[str]:
         """Jobs of the sweep that run."""
-        found = wait_until(lambda: [p.job_id for p in self.standing().packs if p.state == "RUNNING"], 60)
-        return list(found)
+        return list(self._before_the_end(lambda: [p.job_id for p in self.standing().packs if p.state == "RUNNING"]))
 
     def nodes_in_use(self) -> list[str]:
         return self._squeue("%N", *self.jobs())
@@ -250,7 +265,7 @@ class Stage:
 
     def preempt(self) -> None:
         """Somebody's urgent job takes a node."""
-        node = self.random.choice(wait_until(self.nodes_in_use, 60))
+        node = self.random.choice(self._before_the_end(self.nodes_in_use))
         command = ["sbatch", "-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
         subprocess.run(command, env=self.environment, check=True, capture_output=True)
 
