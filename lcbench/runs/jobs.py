@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -21,6 +22,8 @@ from lcbench.runs.store import Attempt, Failure, Look, Record, Running, Sweep
 
 # Nobody is still handing over a pack after this long.
 SUBMITTING_S = 900.0
+# A job has left its nodes this long after its pack has said how it ended.
+GHOST_S = 60.0
 NEVER_SUBMITTED = "NEVER_SUBMITTED"
 LOCK_S = 30.0
 
@@ -98,7 +101,10 @@ class Watch:
             )  # fmt: skip
             if answer is not None and pack["launcher"] == "slurm":
                 made = _slurm_state(made, answer.jobs, answer.controller, (pack["job_name"], pack["index"]), job)
-                if made.state == "UNKNOWN" and self.sweep.pack_file(pack_id, "end.json"):
+                said = self.sweep.pack_file(pack_id, "end.json")
+                # A slurmctld that was killed before it saved a job's end takes it for running, for minutes or for good.
+                late = made.state == "RUNNING" and time.time() - said.get("time", math.inf) > GHOST_S
+                if said and (made.state == "UNKNOWN" or late):
                     made = replace(made, state="ENDED", reason="says so itself")
             else:
                 state, reason = _local_state(job)
