@@ -134,8 +134,8 @@ class Stage:
         self._before_the_end(lambda: len(self.measured()) >= count)
         time.sleep(self.random.random())
 
-    def _before_the_end(self, condition: Callable[[], Any], seconds: float = 180) -> Any:
-        """Wait for something that a sweep which has ended cannot give any more."""
+    def _before_the_end(self, condition: Callable[[], Any], seconds: float = 480) -> Any:
+        """Wait for something that a sweep which has ended cannot give any more; longer than a job's time limit."""
 
         def found() -> Any:
             seen = condition()
