@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import socket
@@ -11,16 +10,20 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from lcbench.arguments import add_results_argument, chosen_cell, command_parser, find_sweep
 from lcbench.runs.jobs import PackState, Watch
 from lcbench.runs.queue import cancel_named, environment
 from lcbench.runs.store import Sweep, sweeps, write_json
-from lcbench.status import add_results_argument, chosen_cell, find_sweep
 
 BAD_INPUT = 2
+EXAMPLES = """
+python -m lcbench.cancel last
+python -m lcbench.cancel 1a2b3c4d5e6f
+"""
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lcbench.cancel", description=__doc__)
+    parser = command_parser("cancel", __doc__, EXAMPLES)
     parser.add_argument("what", help="name of a sweep, 'last', or a cell id (its beginning, or <sweep>/<cell id>)")
     add_results_argument(parser)
     options = parser.parse_args(arguments)

@@ -4,15 +4,19 @@ publish. The last light job of a sweep on Slurm runs this; it may be run by hand
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from lcbench.arguments import add_sweep_arguments, chosen_sweep, command_parser
 from lcbench.runs.store import Sweep
 from lcbench.runs.tracking import publish_or_say, tracked_at
-from lcbench.status import add_sweep_arguments, chosen_sweep
+
+EXAMPLES = """
+python -m lcbench.collect last
+python -m lcbench.collect last --wait
+"""
 
 
 class Collect:
@@ -52,7 +56,7 @@ def collect(sweep: Sweep, *, wait: bool, on_a_node: bool = False) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lcbench.collect", description=__doc__)
+    parser = command_parser("collect", __doc__, EXAMPLES)
     add_sweep_arguments(parser)
     parser.add_argument("--wait", action="store_true", help="stay until every job has ended")
     options = parser.parse_args(arguments)

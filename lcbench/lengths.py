@@ -5,16 +5,20 @@ The file holds one length in tokens per line. What is written is a value of the 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from lcbench.arguments import command_parser
 from lcbench.masks.lengths import fit
 from lcbench.sweep import BAD_INPUT, CONF
 
+EXAMPLES = """
+python -m lcbench.lengths lengths.txt --name mine
+"""
+
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lcbench.lengths", description=__doc__)
+    parser = command_parser("lengths", __doc__, EXAMPLES)
     parser.add_argument("file", type=Path, help="one document length in tokens per line")
     parser.add_argument("--name", required=True, help="name of the new value of the lengths axis")
     parser.add_argument("--conf", type=Path, default=CONF, help="where to write <conf>/lengths/<name>.yaml")

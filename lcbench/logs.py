@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
 
+from lcbench.arguments import add_results_argument, chosen_cell, command_parser
 from lcbench.grid.values import parse_scale
 from lcbench.runs.jobs import CellState, Watch
 from lcbench.runs.logs import said_by_ranks
 from lcbench.runs.queue import Patient
 from lcbench.runs.store import Attempt, Running, Sweep
-from lcbench.status import add_results_argument, chosen_cell
 
 INTERVAL_S = 1.0
+EXAMPLES = """
+python -m lcbench.logs 1a2b3c4d5e6f
+python -m lcbench.logs first/1a2b3c4d5e6f --attempt 1
+python -m lcbench.logs 1a2b3c4d5e6f --follow
+"""
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lcbench.logs", description=__doc__)
+    parser = command_parser("logs", __doc__, EXAMPLES)
     parser.add_argument("cell", help="cell id, or its beginning; <sweep>/<cell id> where several sweeps hold it")
     parser.add_argument("--attempt", type=int, help="default: the newest")
     parser.add_argument("--follow", action="store_true", help="keep printing until the cell has ended")

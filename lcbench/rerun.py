@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 
+from lcbench.arguments import add_results_argument, chosen_cell, command_parser, find_sweep
 from lcbench.runs.jobs import Watch
 from lcbench.runs.pack import Settings
 from lcbench.runs.store import Record
-from lcbench.status import add_results_argument, chosen_cell, find_sweep
 
 BAD_INPUT = 2
+EXAMPLES = """
+python -m lcbench.rerun 1a2b3c4d5e6f
+python -m lcbench.rerun --failed last
+python -m lcbench.rerun --failed last --exclude n[03-05] --wait
+"""
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lcbench.rerun", description=__doc__)
+    parser = command_parser("rerun", __doc__, EXAMPLES)
     parser.add_argument("cell", nargs="?", help="cell id, or its beginning; <sweep>/<cell id> where several sweeps hold it")
     parser.add_argument("--failed", metavar="SWEEP", help="every failed or lost cell of a sweep ('last': the newest)")
     parser.add_argument("--launcher", choices=("local", "slurm", "dry"), help="default: that of the sweep")

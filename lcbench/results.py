@@ -1,25 +1,26 @@
-"""The results folder as a table: ``lcbench.results.load("results")`` gives a pandas frame, the command writes one to a file.
-
-python -m lcbench.results last --out cells.parquet        # or .csv, .json; every sweep with 'all'
-"""
+"""The results folder as a table: ``lcbench.results.load("results")`` gives a pandas frame, the command writes one to a file."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lcbench.grid.cell import flat_config
-from lcbench.runs.store import Attempt, Record, Sweep, sweeps
-from lcbench.status import add_results_argument, find_sweep
+from lcbench.arguments import add_results_argument, command_parser, find_sweep
+from lcbench.report.frame import frame_of
+from lcbench.runs.store import Attempt, Sweep, sweeps
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMATS = (".parquet", ".csv", ".json")
+EXAMPLES = """
+python -m lcbench.results last --out cells.parquet
+python -m lcbench.results all --out cells.csv --attempts all
+python -m lcbench.results last --out cells.json --samples
+python -m lcbench.results --schema
+"""
 
 
 def load(
@@ -43,19 +44,9 @@ def load(
     Raises:
         ValueError: no such sweep; names those that exist.
     """
-    import pandas as pd
-
     folder = Path(root).absolute()
     chosen = [Sweep(folder, name) for name in sweeps(folder)] if sweep is None else [find_sweep(folder, sweep)]
-    rows = []
-    for one in chosen:
-        seen = one.look()
-        for damaged in seen.damaged:
-            warnings.warn(f"set aside: {damaged.path}: {damaged.reason}", stacklevel=2)
-        for cell_id, record in seen.records.items():
-            tries: tuple[Attempt | None, ...] = record.attempts if attempts == "all" else (record.last,)
-            rows += [_row(one.name, cell_id, record, attempt, samples) for attempt in tries or (None,)]
-    return pd.DataFrame(rows)
+    return frame_of(chosen, attempts=attempts, samples=samples)
 
 
 def schema() -> dict[str, Any]:
@@ -65,28 +56,8 @@ def schema() -> dict[str, Any]:
     return TypeAdapter(Attempt).json_schema()
 
 
-def _row(sweep: str, cell_id: str, record: Record, attempt: Attempt | None, samples: bool) -> dict[str, Any]:
-    failure = attempt.failure if attempt else record.failure
-    row: dict[str, Any] = {
-        "sweep": sweep, "cell": cell_id, "label": record.entry.cell.label,
-        "status": attempt.status if attempt else record.status,
-        "failure": failure.kind if failure else None, "cause": failure.cause if failure else None,
-        "attempt": attempt.number if attempt else 0,
-        "started_at": attempt.started_at if attempt else None, "finished_at": attempt.finished_at if attempt else None,
-        **flat_config(record.entry.cell),
-    }  # fmt: skip
-    if attempt is None:
-        return row
-    provenance = attempt.provenance
-    row |= {key: provenance.get(key) for key in ("device", "nodes", "host", "slurm_job_id")}
-    row |= {"commit": (provenance.get("git") or {}).get("commit"), **attempt.metrics}
-    return row | ({f"samples/{key}": values for key, values in attempt.samples.items()} if samples else {})
-
-
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lcbench.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("results", __doc__, EXAMPLES)
     parser.add_argument("sweep", nargs="?", default="last", help="name of the sweep, 'last' (the default) or 'all'")
     parser.add_argument("--out", type=Path, default=Path("results.csv"), help=f"file to write: {', '.join(FORMATS)}")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of a result instead")

@@ -6,22 +6,32 @@ results are published.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 
-from lcbench.report.table import WIDTH, status_tables
+from lcbench.arguments import add_sweep_arguments, chosen_sweep, command_parser
+from lcbench.report.table import WIDTH, status_tables, summary_line
 from lcbench.runs.jobs import Watch
-from lcbench.runs.store import Sweep, find_cell, sweeps
+from lcbench.runs.store import sweeps
+
+EXAMPLES = """
+python -m lcbench.status
+python -m lcbench.status last
+python -m lcbench.status last --follow
+python -m lcbench.status first --json --all
+"""
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lcbench.status", description=__doc__)
+    parser = command_parser("status", __doc__, EXAMPLES)
     add_sweep_arguments(parser, optional=True)
     parser.add_argument("--follow", action="store_true", help="keep showing it until every job has ended")
-    parser.add_argument("--json", action="store_true", help="for scripts")
+    parser.add_argument(
+        "--json", action="store_true", help="for scripts; with --follow a line of JSON whenever something has changed"
+    )
+    parser.add_argument("--quiet", action="store_true", help="only the counts; the exit code says if all is well")
     parser.add_argument("--all", action="store_true", help="list every cell, also of a large sweep, and those that are well")
     options = parser.parse_args(arguments)
     root = options.results.absolute()
@@ -44,9 +54,16 @@ def main(arguments: list[str]) -> int:
         from lcbench.runs.tracking import publish_or_say, tracked_at
 
         collector = Collector(sweep)
-        with Live(console=console, refresh_per_second=2) as live:
+        said = ""
+        with nullcontext() if options.json or options.quiet else Live(console=console, refresh_per_second=2) as live:
             while not (standing := collector.advance()).ended:
-                live.update(status_tables(standing, sweep.name, everything=options.all))
+                if live is not None:
+                    live.update(status_tables(standing, sweep.name, everything=options.all))
+                elif (
+                    options.json
+                    and (line := json.dumps({"sweep": sweep.name, "ended": False, "counts": standing.counts()})) != said
+                ):
+                    print(said := line, flush=True)
                 collector.pause()
         publish_or_say(sweep, tracked_at(standing.seen.launch))
     else:
@@ -55,70 +72,20 @@ def main(arguments: list[str]) -> int:
         shown = {
             "sweep": sweep.name,
             "ended": standing.ended,
+            "counts": standing.counts(),
+            "left": asdict(standing.left()),
             "packs": [asdict(p) for p in standing.packs],
             "cells": [asdict(c) for c in standing.cells],
             "set_aside": [{"path": str(d.path), "reason": d.reason} for d in standing.seen.damaged],
         }
-        print(json.dumps(shown, indent=1))
+        print(json.dumps(shown, indent=None if options.follow else 1))
+    elif options.quiet:
+        print(summary_line(standing))
     else:
         console.print(status_tables(standing, sweep.name, everything=options.all))
     for damaged in standing.seen.damaged:
         print(f"set aside: {damaged.path}: {damaged.reason}", file=sys.stderr)
     return 1 if any(c.state in ("failed", "lost") for c in standing.cells) else 0
-
-
-def add_sweep_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    """The arguments of every command about one sweep."""
-    where = "name of the sweep, or 'last'" + ("; without it: the sweeps there are" if optional else "")
-    parser.add_argument("sweep", nargs="?" if optional else None, help=where)
-    add_results_argument(parser)
-
-
-def add_results_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--results", type=Path, default=Path("results"), help="results folder (default: results)")
-
-
-def chosen_sweep(options: argparse.Namespace) -> Sweep:
-    """The sweep that a command names.
-
-    Raises:
-        ValueError: there is none; names those that exist.
-    """
-    return find_sweep(options.results.absolute(), options.sweep)
-
-
-def find_sweep(root: Path, name: str) -> Sweep:
-    """The sweep of that name; ``last`` is the newest.
-
-    Raises:
-        ValueError: there is none; names those that exist.
-    """
-    names = sweeps(root)
-    if name == "last" and names:
-        name = names[-1]
-    if name not in names:
-        raise ValueError(f"no sweep {name!r} below {root}; there are: {', '.join(names) or 'none'}")
-    return Sweep(root, name)
-
-
-def chosen_cell(root: Path, cell: str | None) -> tuple[Sweep, str]:
-    """The sweep and the id of a cell named by the beginning of its id, or as ``<sweep>/<cell id>``.
-
-    Raises:
-        ValueError: there is none, or more than one; names them.
-    """
-    if not cell:
-        raise ValueError("which cell? write its id; python -m lcbench.status <sweep> lists them")
-    name, _, cell_id = cell.rpartition("/")
-    found = list(find_cell(root, cell_id, find_sweep(root, name).name if name else None))
-    ids = sorted({entry.cell.id for _, entry in found})
-    if not found:
-        raise ValueError(f"no cell {cell!r} below {root}; python -m lcbench.status <sweep> lists them")
-    if len(ids) > 1:
-        raise ValueError(f"cell {cell!r} is ambiguous: {', '.join(ids)}")
-    if len(found) > 1:
-        raise ValueError(f"several sweeps hold cell {ids[0]}; write one of {', '.join(f'{s.name}/{ids[0]}' for s, _ in found)}")
-    return found[0][0], ids[0]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from hydra._internal.utils import create_config_search_path
 from lcbench.grid.expand import GROUPS, REPOSITORY, Plan, expand, remember
 
 CONF = REPOSITORY / "conf"
+COMPLETION = Path(__file__).parent / "completion.bash"
 BAD_INPUT = 2
 # With these Hydra explains itself and runs nothing.
 EXPLAINS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
@@ -28,6 +29,9 @@ def app(_: Any) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    if "install=bash" in arguments:
+        print(COMPLETION.read_text(), end="")
+        return
     site = os.environ.get("LCBENCH_SITE")
     if site and not any(a.startswith("site=") for a in arguments):
         arguments = [*arguments, f"site={site}"]

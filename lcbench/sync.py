@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from lcbench.arguments import add_sweep_arguments, chosen_sweep, command_parser
 from lcbench.runs.jobs import Watch
 from lcbench.runs.tracking import TrackingUnavailable, publish, tracked_at
-from lcbench.status import add_sweep_arguments, chosen_sweep
+
+EXAMPLES = """
+python -m lcbench.sync last
+python -m lcbench.sync first --tracking-uri http://mlflow.cluster:5000
+"""
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lcbench.sync", description=__doc__)
+    parser = command_parser("sync", __doc__, EXAMPLES)
     add_sweep_arguments(parser)
     parser.add_argument("--tracking-uri", help="default: that of the sweep")
     options = parser.parse_args(arguments)

@@ -17,23 +17,28 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lcbench.arguments import add_results_argument, chosen_cell, command_parser
 from lcbench.cp.base import Peer
 from lcbench.cp.draw import Timeline, save
 from lcbench.cp.verify import Report, verify
 from lcbench.grid.build import build_mask, build_strategy
 from lcbench.grid.cell import Cell
 from lcbench.report.table import WIDTH
-from lcbench.runs.store import find_cell
 from lcbench.sweep import BAD_INPUT, look
 
-RESULTS = Path("results")
+EXAMPLES = """
+python -m lcbench.cp cp=ring,usp,groupcast mask=causal seqlen=1m scale=12x8
+python -m lcbench.cp cp=ring mask=causal seqlen=8 scale=1x4 --grid
+python -m lcbench.cp cp=ring mask=causal_document seqlen=64k scale=1x8 --out ring.png
+python -m lcbench.cp cp=hybrid seqlen=1m scale=2x8 --json
+"""
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lcbench.cp", description=__doc__)
+    parser = command_parser("cp", __doc__, EXAMPLES)
     parser.add_argument("overrides", nargs="*", help="as for a sweep: cp=... mask=... seqlen=... scale=... heads=...")
-    parser.add_argument("--cell", help="id of a cell that has run, instead of overrides")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where it lies (default: results)")
+    parser.add_argument("--cell", help="a cell that has run, instead of overrides: its id, or <sweep>/<cell id>")
+    add_results_argument(parser)
     parser.add_argument("--grid", action="store_true", help="print steps and ranks of a single one")
     parser.add_argument("--out", type=Path, help="draw a single one (png, pdf, svg)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -75,12 +80,11 @@ def _asked(options: argparse.Namespace) -> tuple[list[Cell], Timeline | None]:
         return list(found.values()), None
     if options.overrides:
         raise ValueError(f"--cell {options.cell} is a cell, so {options.overrides[0]} says nothing")
-    for sweep, entry in find_cell(options.results, options.cell):
-        timelines = [a.provenance["timeline"] for a in sweep.attempts(entry.cell.id) if "timeline" in a.provenance]
-        if options.out and not timelines:
-            raise ValueError(f"cell {options.cell} kept no timeline; run it again with measure.timeline=true")
-        return [entry.cell], timelines[-1] if timelines else None
-    raise ValueError(f"no cell {options.cell} below {options.results}")
+    sweep, cell_id = chosen_cell(options.results.absolute(), options.cell)
+    timelines = [a.provenance["timeline"] for a in sweep.attempts(cell_id) if "timeline" in a.provenance]
+    if options.out and not timelines:
+        raise ValueError(f"cell {options.cell} kept no timeline; run it again with measure.timeline=true")
+    return [sweep.entries()[cell_id].cell], timelines[-1] if timelines else None
 
 
 def _look(cell: Cell) -> tuple[dict[str, Any], Report | None]:

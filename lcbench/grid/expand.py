@@ -34,8 +34,9 @@ from lcbench.problem import Heads, Problem
 
 GROUPS = ("kernel", "cp", "mask", "lengths")
 AXES = (*GROUPS, "seqlen", "seqlen_per_rank", "scale", "heads", "dtype", "direction", "transit", "seed", "measure")
-RUN_OPTIONS = ("sweep", "site", "wait", "force", "pack", "hang", "retry", "results", "tracking_uri", "experiment")
+RUN_OPTIONS = ("sweep", "site", "wait", "output", "force", "pack", "hang", "retry", "results", "tracking_uri", "experiment")
 CONFIG = "config"
+OUTPUTS = ("table", "quiet", "json")
 # Run options with options of their own, and how each of these is read.
 OPTION_GROUPS: dict[str, Callable[[Any, str], Any]] = {
     "pack": values.parse_limit, "hang": values.parse_number, "retry": values.parse_int,
@@ -59,7 +60,7 @@ class Plan:
     """What a command asks for: its cells in order, each once, and everything that is not part of a cell."""
 
     cells: tuple[Planned, ...]
-    options: dict[str, Any]  # sweep, wait, force, pack, hang, retry, results, tracking_uri
+    options: dict[str, Any]  # sweep, wait, output, force, pack, hang, retry, results, tracking_uri
     site: dict[str, Any]
     overrides: tuple[str, ...]
 
@@ -339,6 +340,8 @@ def _check_run_options(options: dict[str, Any]) -> None:
     values.parse_bool(options["force"], "force")
     if options["wait"] is not None:
         values.parse_bool(options["wait"], "wait")
+    if options["output"] not in OUTPUTS:
+        raise ValueError(f"output={options['output']} is not one of {', '.join(OUTPUTS)}")
     for group, parse in OPTION_GROUPS.items():
         if not isinstance(options[group], dict):
             raise ValueError(f"{group}={options[group]} means nothing; {group} has options, such as pack.max_cells=1")

@@ -6,7 +6,6 @@ Of the machine it runs on, with what is installed; ``--platform`` asks about ano
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from lcbench.arguments import command_parser
 from lcbench.grid.build import build_kernel, build_mask
 from lcbench.grid.cell import Cell, format_tokens
 from lcbench.grid.values import axis_values
@@ -30,10 +30,15 @@ from lcbench.sweep import BAD_INPUT, CONF, look
 
 DEFAULTS = {"seqlen": "4k", "heads": "64x8x128", "lengths": "uniform", "cp": "none", "scale": "1x1"}
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+EXAMPLES = """
+python -m lcbench.kernels
+python -m lcbench.kernels kernel=flex,triton_band mask=causal,document
+python -m lcbench.kernels --platform h200
+"""
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lcbench.kernels", description=__doc__)
+    parser = command_parser("kernels", __doc__, EXAMPLES)
     parser.add_argument(
         "overrides", nargs="*", help="as for a sweep: kernel=... mask=... seqlen=... heads=...; all kernels and masks if not said"
     )

@@ -5,7 +5,6 @@ Takes the overrides of a sweep; each mask, length and seed that they name is sho
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lcbench.arguments import command_parser
 from lcbench.cp.ring import ORDERS
 from lcbench.grid.build import build_mask, draws
 from lcbench.grid.cell import Cell, format_tokens
@@ -27,10 +27,15 @@ from lcbench.sweep import BAD_INPUT, CONF, look
 
 SHOWN_BANDS = 8
 MANY_BANDS = 1 << 17  # packing more into varlen calls would take seconds
+EXAMPLES = """
+python -m lcbench.masks mask=causal_document seqlen=64k
+python -m lcbench.masks mask=sliding_window mask.left=4k seqlen=64k --ranks 16 --out window.png
+python -m lcbench.masks mask=full,causal seqlen=1m --json
+"""
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lcbench.masks", description=__doc__)
+    parser = command_parser("masks", __doc__, EXAMPLES)
     parser.add_argument("overrides", nargs="*", help="as for a sweep: mask=... seqlen=... lengths=... heads=... seed=...")
     parser.add_argument("--ranks", type=int, default=8, help="ranks to balance over (default: 8)")
     parser.add_argument("--out", type=Path, help="write a picture (png, pdf, svg)")

@@ -39,19 +39,25 @@ class Stopping:
 
     @staticmethod
     def noise(samples: ArrayLike) -> float:
-        """Relative half-width of the 95 % interval of the median, from order statistics (no assumption on the shape).
-
-        The interval between the order statistics at n/2 -+ 0.98 sqrt(n) (binomial, normal approximation); with fewer than
-        six samples no such interval exists and the whole range is taken.
-        """
-        values = np.sort(np.asarray(samples, dtype=float))
-        count = len(values)
-        median = float(np.median(values))
-        if count < 2 or median <= 0:
+        """Relative half-width of the 95 % interval of the median."""
+        median = float(np.median(np.asarray(samples, dtype=float)))
+        if np.size(samples) < 2 or median <= 0:
             return math.inf
-        reach = 0.98 * math.sqrt(count)
-        low, high = max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach) - 1)
-        return float(values[high] - values[low]) / 2 / median
+        low, high = median_interval(samples)
+        return (high - low) / 2 / median
+
+
+def median_interval(samples: ArrayLike) -> tuple[float, float]:
+    """95 % interval of the median, from order statistics, without an assumption on the shape of the distribution.
+
+    Between the order statistics at n/2 -+ 0.98 sqrt(n) (binomial, normal approximation); with fewer than six samples no such
+    interval exists and the whole range is taken.
+    """
+    values = np.sort(np.asarray(samples, dtype=float))
+    count = len(values)
+    reach = 0.98 * math.sqrt(count)
+    low, high = max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach) - 1)
+    return float(values[low]), float(values[high])
 
 
 def summary(samples: ArrayLike) -> dict[str, float]:

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from lcbench.runs.jobs import PackState, Standing
-from lcbench.runs.store import Look, Record
+from lcbench.runs.store import Look, Record, Sweep
 
 WIDTH = 200  # of a table that goes to a file or a pipe
 COLORS = {"ok": "green", "failed": "red", "lost": "red", "skipped": "yellow", "missing": "dim"}
@@ -71,6 +71,25 @@ def cells_table(seen: Look, name: str, ids: list[str] | None = None) -> Table:
     return table
 
 
+def fastest_table(sweep: Sweep, ids: Iterable[str]) -> Table | None:
+    """The fastest choice of every problem, where there was one; None if there was not, or too much to show."""
+    from lcbench.report.frame import reported
+    from lcbench.report.winners import winners
+
+    frame = reported(sweep)
+    chosen = frame[frame["cell"].isin(set(ids)) & (frame["status"] == "ok")]
+    found = [w for w in winners(chosen) if w.margin is not None]
+    if not found or len(found) > MANY:
+        return None
+    rows = [w.row() for w in found]
+    table = Table(title="fastest, and how many times as long the next one takes (95 % interval)", title_justify="left")
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
 def _shown(value: float | None, factor: float, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value * factor:{form}}{unit}"
 
@@ -100,5 +119,11 @@ def status_tables(standing: Standing, name: str, *, everything: bool = False) ->
         table.add_row(f"[{color}]{c.state}[/]", c.id, c.label, str(c.attempt or "-"), c.job_id, c.job_state, c.failure, c.cause)
     if table.row_count < len(cells):
         table.caption = f"and {len(cells) - table.row_count} more (--all)"
+    return Group(packs_table(standing.packs, name), table, summary_line(standing))
+
+
+def summary_line(standing: Standing) -> str:
+    """Cells by state, and how long it will take."""
     counts = ", ".join(f"{count} {state}" for state, count in standing.counts().most_common())
-    return Group(packs_table(standing.packs, name), table, counts)
+    left = str(standing.left())
+    return f"{counts}; {left}" if left else counts

@@ -232,7 +232,7 @@ def _watch_workers(sweep: Sweep, pack: Pack, node_rank: int) -> None:
                 self.next_overdue, candidates = now + OVERDUE_EVERY_S, pack.cells
             for cell_id in candidates:
                 for running in sweep.running(cell_id):
-                    late = time.time() - running.started_at - pack.deadlines_s.get(cell_id, 0.0)
+                    late = time.time() - running.started_at - pack.deadline_s(cell_id)
                     if running.pack != pack.id or (cell_id not in cancelled and late < OVERDUE_S):
                         continue
                     kind, why = ("cancelled", "python -m lcbench.cancel") if cell_id in cancelled else (

@@ -43,6 +43,7 @@ class PackState:
     host: str = ""
     pids: tuple[int, ...] = ()
     retry: dict[str, int] = field(default_factory=dict)  # how often what failed how is tried again in it
+    seconds: dict[str, float] = field(default_factory=dict)  # how long each cell is expected to take
 
     @property
     def ended(self) -> bool:
@@ -98,6 +99,7 @@ class Watch:
             made = PackState(
                 pack_id, pack["launcher"], str(job.get("job_id") or job.get("pid") or ""), "UNKNOWN", "", cells, 0,
                 pack["job_name"], job.get("host", ""), tuple(job.get("pids", ())), pack["settings"]["retry"],
+                pack["seconds"],
             )  # fmt: skip
             if answer is not None and pack["launcher"] == "slurm":
                 made = _slurm_state(made, answer.jobs, answer.controller, (pack["job_name"], pack["index"]), job)
@@ -111,6 +113,20 @@ class Watch:
                 made = replace(made, state=state, reason=reason)
             states.append(made)
         return states
+
+
+@dataclass(frozen=True)
+class TimeLeft:
+    """Estimated seconds of measuring: in the jobs that run, until the last of them ends; in the longest of ``waiting`` jobs."""
+
+    running_s: float
+    waiting: int
+    waiting_s: float
+
+    def __str__(self) -> str:
+        said = [f"about {_duration(self.running_s)} left"] if self.running_s else []
+        said += [f"{self.waiting} jobs wait, the longest with about {_duration(self.waiting_s)} to measure"] if self.waiting else []
+        return "; ".join(said)
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,30 @@ class Standing:
     def counts(self) -> Counter[str]:
         """Cells by state."""
         return Counter(c.state for c in self.cells)
+
+    def left(self) -> TimeLeft:
+        """What there is still to measure, by the estimates, corrected by how those that have ended went."""
+        live = [p for p in self.packs if not p.ended]
+        expected = taken = 0.0
+        for pack in self.packs:
+            for cell_id, record in ((c, self.seen.records[c]) for c in pack.cells if c in self.seen.records):
+                for attempt in (a for a in record.attempts if a.pack == pack.id and a.status == "ok"):
+                    expected, taken = expected + pack.seconds.get(cell_id, 0.0), taken + attempt.finished_at - attempt.started_at
+        pace = taken / expected if expected else 1.0
+        now = time.time()
+
+        def left_s(pack: PackState) -> float:
+            total = 0.0
+            for cell_id, record in ((c, self.seen.records[c]) for c in pack.cells if c in self.seen.records):
+                since = next((now - r.started_at for r in record.running if r.pack == pack.id), 0.0)
+                if _will_come_to(pack, record):
+                    total += max(0.0, pace * pack.seconds.get(cell_id, 0.0) - since)
+            return total
+
+        running = [left_s(p) for p in live if p.state == "RUNNING"]
+        waiting = [left_s(p) for p in live if p.state != "RUNNING"]
+        in_turn = any(p.launcher == "local" for p in live)
+        return TimeLeft((sum if in_turn else max)(running or [0.0]), len(waiting), max(waiting, default=0.0))
 
     @property
     def under_way(self) -> set[str]:
@@ -272,6 +312,11 @@ def _slurm_state(pack: PackState, jobs: dict[Key, QueuedJob], controller: bool, 
     if alive:
         return replace(pack, state="PENDING", reason="being submitted")
     return replace(pack, state=NEVER_SUBMITTED, reason="the launcher ended before it could")
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(math.ceil(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
 def _local_state(job: dict[str, Any]) -> tuple[str, str]:

@@ -62,7 +62,7 @@ class Pack:
     scale: str
     cells: tuple[str, ...]  # ids, in the order in which they run
     configs: dict[str, dict[str, Any]]  # cell id -> canonical config
-    deadlines_s: dict[str, float]  # cell id -> seconds after which it counts as hung
+    seconds: dict[str, float]  # cell id -> how long it is expected to take
     timeout_min: int
     settings: Settings
     job_name: str = ""  # of the Slurm array it is an element of; unique, so that its job is found whoever died when
@@ -84,6 +84,10 @@ class Pack:
     def stops_where_unwell(self) -> bool:
         """Whether a node that is not well ends the pack; else it is only recorded."""
         return bool(self.site.get("check", "stop") == "stop")
+
+    def deadline_s(self, cell_id: str) -> float:
+        """Seconds after which a cell counts as hung."""
+        return self.settings.deadline_s(self.seconds[cell_id])
 
     def write(self) -> Path:
         write_json(self.path, asdict(self))

@@ -59,7 +59,7 @@ def main(pack_path: Path, node_rank: int) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = _device(pack.site.get("device"))
     # The hang timer of a cell must speak before a collective gives up.
-    patience = max(pack.deadlines_s.values()) + PATIENCE_S
+    patience = max(map(pack.deadline_s, pack.cells)) + PATIENCE_S
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=patience + 300),
@@ -215,7 +215,7 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
     say(f"{cell.label} (attempt {running.number}, {gang.world_size} ranks)")
     for stream in (sys.stdout, sys.stderr):  # python -m lcbench.logs finds a cell's part of a rank's output by it
         print(cell_mark(cell.id, running.number), file=stream, flush=True)
-    with _hang_timer(failures / f"{stem}.hang.txt", pack.deadlines_s[cell.id]):
+    with _hang_timer(failures / f"{stem}.hang.txt", pack.deadline_s(cell.id)):
         try:
             return measure_cell(work_of(cell), gang, say)
         except BaseException as error:

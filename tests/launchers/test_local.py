@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -41,8 +42,12 @@ def test_kill_in_the_middle_then_the_same_command_does_what_is_missing(tmp_path:
     done_before = {c for c in sweep.entries() if sweep.attempts(c)}
     assert done_before
 
-    last = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True)
+    last = subprocess.run([*command(tmp_path), "output=json"], cwd=ROOT, capture_output=True, text=True)
     assert last.returncode == 0, last.stdout + last.stderr
+    said = json.loads(last.stdout)
+    assert said["sweep"] == "killed"
+    assert [c["status"] for c in said["cells"]] == ["ok"] * 4
+    assert "to run" in last.stderr
     for cell_id in sweep.entries():
         attempts = sweep.attempts(cell_id)
         assert attempts[-1].status == "ok"

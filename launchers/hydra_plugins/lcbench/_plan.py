@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lcbench.grid.cell import Cell
+from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import REPOSITORY, Plan
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.pack import Pack, Settings, given_up, group, tries_again
 from lcbench.runs.store import Entry, Failure, Sweep, write_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lcbench.runs.jobs import Standing
 
 OK, SOME_FAILED, NOT_SUBMITTED, INTERRUPTED = 0, 1, 3, 130
@@ -63,6 +66,7 @@ class PackLauncher(Launcher):
 
     name = ""
     detaches = False
+    output = "table"  # what the command prints: table, quiet or json
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         pass
@@ -79,8 +83,19 @@ class PackLauncher(Launcher):
     def follow(self, sweep: Sweep, packs: list[Pack]) -> None:
         raise NotImplementedError
 
+    @property
+    def console(self) -> Console:
+        """Where words for people go: nowhere, or out of the way of what a script reads, if the output is for one."""
+        from rich.console import Console
+
+        return Console(stderr=self.output == "json", quiet=self.output == "quiet", highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
     def launch_plan(self, plan: Plan) -> int:
         """Run what the plan asks for and is missing; the exit code of the command."""
+        self.output = plan.options["output"]
         sweep, settings = sweep_of(plan), settings_of(plan)
         with sweep.lock():
             sweep.add([Entry(p.cell, p.skip) for p in plan.cells], command=list(plan.overrides), launch={
@@ -91,7 +106,7 @@ class PackLauncher(Launcher):
         def choose() -> Todo:
             todo = missing(sweep, runnable, force=plan.options["force"])
             given = f"{len(todo.given_up)} given up (killed their gang twice; rerun them by name), " if todo.given_up else ""
-            print(
+            self.say(
                 f"sweep {sweep.name}: {len(plan.cells)} cells, {len(plan.cells) - len(runnable)} cannot run, "
                 f"{len(todo.done)} done before, {len(todo.under_way)} under way, {given}{len(todo.cells)} to run"
             )
@@ -109,15 +124,51 @@ class PackLauncher(Launcher):
             if not wait or not refusal.waiting:
                 return NOT_SUBMITTED
         if self.detaches and not wait and (packs or todo.under_way):
-            print(f"follow it:  python -m lcbench.status {sweep.name}{_where(sweep)} --follow")
-            print(f"end it:     python -m lcbench.cancel {sweep.name}{_where(sweep)}")
+            self.say(f"follow it:  python -m lcbench.status {sweep.name}{_where(sweep)} --follow")
+            self.say(f"end it:     python -m lcbench.cancel {sweep.name}{_where(sweep)}")
+            self._answer(sweep, submitted=sum(len(pack.cells) for pack in packs))
             return OK
         try:
             self.follow(sweep, packs)
         except KeyboardInterrupt:
             print(f"\ninterrupted; what was measured is kept: python -m lcbench.status {sweep.name}", file=sys.stderr)
             return INTERRUPTED
-        return finish(sweep, report, settings.tracking_uri)
+        return self.finish(sweep, report, settings.tracking_uri)
+
+    def finish(self, sweep: Sweep, report: list[str], tracking_uri: str | None) -> int:
+        """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1."""
+        from rich.console import Console
+
+        from lcbench.report.table import WIDTH, cells_table, fastest_table, to_rows
+        from lcbench.runs.jobs import Watch
+        from lcbench.runs.tracking import publish_or_say, view_url
+
+        standing = Watch(sweep).look()
+        publish_or_say(sweep, tracking_uri)
+        if self.output == "table":
+            console = Console(width=None if sys.stdout.isatty() else WIDTH)
+            console.print(cells_table(standing.seen, sweep.name, report))
+            if (fastest := fastest_table(sweep, report)) is not None:
+                console.print(fastest)
+        for damaged in standing.seen.damaged:
+            print(f"set aside: {damaged.path}: {damaged.reason}", file=sys.stderr)
+        failed = [c.id for c in standing.cells if c.id in set(report) and c.state not in ("ok", "skipped", "running", "pending")]
+        self.say(f"status:     python -m lcbench.status {sweep.name}{_where(sweep)}")
+        if failed:
+            self.say(f"run the {len(failed)} failed again:  python -m lcbench.rerun --failed {sweep.name}{_where(sweep)}")
+        self.say(f"report:     python -m lcbench.report {sweep.name}{_where(sweep)}")
+        url = view_url(sweep, tracking_uri)
+        local = bool(tracking_uri and tracking_uri.startswith("sqlite:"))
+        self.say(f"dashboard:  {'make mlflow, then ' if local else ''}{url}" if url else "dashboard:  make mlflow")
+        self._answer(sweep, cells=to_rows(standing.seen, report))
+        return SOME_FAILED if failed else OK
+
+    def _answer(self, sweep: Sweep, **more: Any) -> None:
+        """What a script reads."""
+        if self.output == "quiet":
+            print(sweep.name)
+        elif self.output == "json":
+            print(json.dumps({"sweep": sweep.name, "results": str(sweep.root), **more}, indent=1))
 
     def hand_over(
         self, sweep: Sweep, choose: Callable[[], Todo], settings: Settings
@@ -193,27 +244,6 @@ def turn_down(sweep: Sweep, error: NotSubmitted) -> None:
         rmtree(pack.folder, ignore_errors=True)
 
 
-def finish(sweep: Sweep, report: list[str], tracking_uri: str | None) -> int:
-    """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1."""
-    from rich.console import Console
-
-    from lcbench.report.table import WIDTH, cells_table
-    from lcbench.runs.jobs import Watch
-    from lcbench.runs.tracking import publish_or_say
-
-    standing = Watch(sweep).look()
-    publish_or_say(sweep, tracking_uri)
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(cells_table(standing.seen, sweep.name, report))
-    for damaged in standing.seen.damaged:
-        print(f"set aside: {damaged.path}: {damaged.reason}", file=sys.stderr)
-    failed = [c.id for c in standing.cells if c.id in set(report) and c.state not in ("ok", "skipped", "running", "pending")]
-    print(f"status:     python -m lcbench.status {sweep.name}{_where(sweep)}")
-    if failed:
-        print(f"run the {len(failed)} failed again:  python -m lcbench.rerun --failed {sweep.name}{_where(sweep)}")
-    print("dashboards: make mlflow")
-    return SOME_FAILED if failed else OK
-
-
 def launcher_named(name: str) -> PackLauncher:
     """A launcher, for commands that run stored cells again without composing anything."""
     from importlib import import_module
@@ -241,7 +271,7 @@ def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: 
                 scale=str(made.scale),
                 cells=tuple(c.id for c in made.cells),
                 configs={c.id: c.config for c in made.cells},
-                deadlines_s={cell_id: settings.deadline_s(s) for cell_id, s in made.seconds.items()},
+                seconds=made.seconds,
                 timeout_min=made.minutes,
                 settings=settings,
             )
@@ -302,14 +332,6 @@ def default_tracking_uri() -> str:
     folder = REPOSITORY / ".mlflow"
     folder.mkdir(exist_ok=True)
     return f"sqlite:///{folder / 'mlflow.db'}"
-
-
-def known_devices() -> list[dict[str, Any]]:
-    """Every conf/device file: peaks by device name."""
-    found = []
-    for path in sorted((REPOSITORY / "conf" / "device").glob("*.yaml")):
-        found.append(json.loads(json.dumps(OmegaConf.to_container(OmegaConf.load(path)))))
-    return found
 
 
 def _where(sweep: Sweep) -> str:

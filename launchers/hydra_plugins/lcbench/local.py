@@ -13,10 +13,12 @@ from typing import Any
 from hydra_plugins.lcbench._plan import PackLauncher, write_down
 
 from lcbench.grid.values import parse_scale
+from lcbench.runs.jobs import Watch
 from lcbench.runs.pack import Pack
 from lcbench.runs.store import Sweep, write_json
 
 POLL_S = 0.3
+LOOK_EVERY_S = 5.0
 GRACE_S = 10.0
 
 
@@ -31,14 +33,19 @@ class LocalLauncher(PackLauncher):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         columns: list[Any] = [
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
         ]  # fmt: skip
-        with Progress(*columns) as progress:
-            task = progress.add_task("starting", total=sum(len(pack.cells) for pack in packs))
+        watch, next_look = Watch(sweep), 0.0
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task("starting", total=sum(len(pack.cells) for pack in packs), left="")
             before = 0
             for pack in packs:
                 for done, text in _run_pack(sweep, pack):
                     progress.update(task, completed=before + done, description=text)
+                    if time.monotonic() >= next_look:
+                        progress.update(task, left=str(watch.look().left()))
+                        next_look = time.monotonic() + LOOK_EVERY_S
                 before += len(pack.cells)
 
 

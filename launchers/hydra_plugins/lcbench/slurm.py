@@ -69,16 +69,19 @@ class SlurmLauncher(PackLauncher):
 
     def follow(self, sweep: Sweep, packs: list[Pack]) -> None:
         """Show the sweep until all of its jobs have ended, and do what a collector does."""
+        from rich.console import Group
         from rich.live import Live
 
-        from lcbench.report.table import packs_table
+        from lcbench.report.table import packs_table, summary_line
 
         collector = Collector(sweep)
-        with Live(refresh_per_second=1) as live:
-            while not (standing := collector.advance()).ended:
-                live.update(packs_table(standing.packs, sweep.name))
+        with Live(console=self.console, refresh_per_second=1) as live:
+            while True:
+                standing = collector.advance()
+                live.update(Group(packs_table(standing.packs, sweep.name), summary_line(standing)))
+                if standing.ended:
+                    break
                 collector.pause()
-            live.update(packs_table(standing.packs, sweep.name))
 
 
 def arrays(packs: Sequence[Pack]) -> Iterator[list[Pack]]:

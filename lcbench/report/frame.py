@@ -1,0 +1,164 @@
+"""Results as a pandas frame, a row per cell, and the columns that reports need besides what was stored."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from lcbench.grid.cell import flat_config, format_tokens
+from lcbench.report.intervals import Median
+from lcbench.runs.store import Attempt, Record, Sweep
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PHASES = ("forward", "backward", "total")
+# A cell answers "with what?" ...
+CHOICE = ("kernel", "cp", "transit")
+# ... to a problem, which is the rest of its config but how long it was measured.
+PROBLEM = ("mask", "seqlen", "scale", "heads", "dtype", "direction", "seed")
+
+
+def frame_of(sweeps: Iterable[Sweep], *, attempts: Literal["newest", "all"] = "newest", samples: bool = False) -> pd.DataFrame:
+    """A row per cell of these sweeps; ``lcbench.results.load`` says what is in it."""
+    import pandas as pd
+
+    rows = []
+    for sweep in sweeps:
+        seen = sweep.look()
+        for damaged in seen.damaged:
+            warnings.warn(f"set aside: {damaged.path}: {damaged.reason}", stacklevel=3)
+        for cell_id, record in seen.records.items():
+            tries: tuple[Attempt | None, ...] = record.attempts if attempts == "all" else (record.last,)
+            rows += [_row(sweep.name, cell_id, record, attempt, samples) for attempt in tries or (None,)]
+    return pd.DataFrame(rows)
+
+
+def _row(sweep: str, cell_id: str, record: Record, attempt: Attempt | None, samples: bool) -> dict[str, Any]:
+    failure = attempt.failure if attempt else record.failure
+    row: dict[str, Any] = {
+        "sweep": sweep, "cell": cell_id, "label": record.entry.cell.label,
+        "status": attempt.status if attempt else record.status,
+        "failure": failure.kind if failure else None, "cause": failure.cause if failure else None,
+        "attempt": attempt.number if attempt else 0,
+        "started_at": attempt.started_at if attempt else None, "finished_at": attempt.finished_at if attempt else None,
+        **flat_config(record.entry.cell),
+    }  # fmt: skip
+    if attempt is None:
+        return row
+    provenance = attempt.provenance
+    row |= {key: provenance.get(key) for key in ("device", "nodes", "host", "slurm_job_id")}
+    row |= {"commit": (provenance.get("git") or {}).get("commit"), **attempt.metrics}
+    return row | ({f"samples/{key}": values for key, values in attempt.samples.items()} if samples else {})
+
+
+def reported(sweep: Sweep) -> pd.DataFrame:
+    """Every cell of a sweep, with samples and with columns for reports:
+
+    ``what_kernel``, ``what_cp``, ``what_mask``: the axis value with those of its options that differ between rows; ``choice``:
+    kernel, strategy and transit in one word; ``problem``: all that a choice is an answer to, as one key; ``setting``: what of the
+    problem is neither mask, length, scale nor seed; ``where``: that with the seed, if there are several; ``tokens_per_rank``;
+    ``<phase>_by_mean``: TFLOP/s per GPU with the mean over ranks for a time, as others count, where ours is the slowest rank's.
+    """
+    frame = frame_of([sweep], samples=True)
+    if frame.empty:
+        return frame
+    for group in ("kernel", "cp", "mask"):
+        frame[f"what_{group}"] = named(frame, group)
+    differing = [axis for axis in CHOICE if axis == "cp" or frame[axis].nunique() > 1]
+    shown = [
+        {"kernel": "what_kernel", "cp": "what_cp"}.get(axis, axis) for axis in ("cp", "kernel", "transit") if axis in differing
+    ]
+    frame["choice"] = [" + ".join(map(str, values)) for values in frame[shown].to_numpy()]
+    options = sorted(c for c in frame.columns if c.startswith("mask."))
+    frame["problem"] = [json.dumps([_plain(row[c]) for c in (*PROBLEM, *options)]) for row in frame.to_dict("records")]
+    rest = [axis for axis in ("heads", "dtype", "direction") if axis == "heads" or frame[axis].nunique() > 1]
+    frame["setting"] = [", ".join(f"{a} {row[a]}" for a in rest) for row in frame.to_dict("records")]
+    frame["where"] = frame["setting"] + (", seed " + frame["seed"].astype(str) if frame["seed"].nunique() > 1 else "")
+    frame["tokens_per_rank"] = frame["seqlen"] // frame["world_size"]
+    for phase in PHASES:
+        frame[f"{phase}_by_mean"] = [_by_mean(row, phase) for row in frame.to_dict("records")]
+    return frame
+
+
+def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of cells that differ in nothing but their seed one: the median of those with a good result, else the first."""
+    import pandas as pd
+
+    kept = []
+    for _, rows in frame.groupby(["choice", "what_mask", "seqlen", "scale", "setting"], sort=False):
+        good = rows[rows["status"] == "ok"]
+        if len(good):
+            rows = good.sort_values("time/total/median_s").iloc[[len(good) // 2]]
+        kept.append(rows.iloc[:1])
+    return pd.concat(kept) if kept else frame
+
+
+def named(frame: pd.DataFrame, group: str) -> list[str]:
+    """Values of a group, with those options in brackets that differ between rows of the same value."""
+    columns = [c for c in frame.columns if c.startswith(f"{group}.") and c.count(".") == 1]
+    differ: dict[str, list[str]] = {}
+    for name, rows in frame.groupby(group, sort=False):
+        differ[str(name)] = [c for c in columns if rows[c].map(lambda v: json.dumps(_plain(v))).nunique() > 1]
+        if group == "mask" and "mask.lengths" in columns and rows["mask.lengths"].notna().any():
+            differ[str(name)] = ["mask.lengths", *(c for c in differ[str(name)] if c != "mask.lengths")]
+    names = []
+    for row in frame.to_dict("records"):
+        said = [_option(c, row[c]) for c in differ[str(row[group])] if _plain(row[c]) is not None]
+        names.append(f"{row[group]}({', '.join(said)})" if said else str(row[group]))
+    return names
+
+
+def _option(column: str, value: Any) -> str:
+    return str(value) if column == "mask.lengths" else f"{column.partition('.')[2]}={_plain(value)}"
+
+
+def _plain(value: Any) -> Any:
+    """A value of a frame as JSON knows it: a column that some rows lack has turned integers into floats, and None into nan."""
+    if isinstance(value, (float, np.floating)):
+        return None if np.isnan(value) else int(value) if float(value).is_integer() else float(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def time_of(metrics: Any, samples: Sequence[float], phase: str = "total") -> Median:
+    """Median time of a phase with its interval, seconds. Over several draws of a mask, the worst draw's noise counts for all."""
+    if float(metrics.get("draws/count", 1.0)) > 1:
+        median, noise = float(metrics[f"time/{phase}/median_s"]), float(metrics["time/noise"])
+        return Median(median, median * max(1.0 - noise, 1e-9), median * (1.0 + noise))
+    return Median.of(samples)
+
+
+def row_time(row: Any, phase: str = "total") -> Median:
+    """The same of a row."""
+    return time_of(row, row[f"samples/{phase}_s"], phase)
+
+
+def rate_of(row: Any, phase: str = "total") -> Median:
+    """TFLOP/s per GPU of a phase with the interval that comes from its time."""
+    rate, time = float(row[rate_column(phase)]), row_time(row, phase)
+    return Median(rate, rate * time.value / time.high, rate * time.value / time.low)
+
+
+def rate_column(phase: str) -> str:
+    return "compute/tflops_per_gpu" if phase == "total" else f"compute/{phase}/tflops_per_gpu"
+
+
+def _by_mean(row: Any, phase: str) -> float:
+    phases = ("forward", "backward") if phase == "total" else (phase,)
+    ranks = [row.get(f"samples/rank_{p}_median_s") for p in phases]
+    ranks = [r for r in ranks if isinstance(r, list)]
+    if not ranks or np.isnan(row.get(rate_column(phase), np.nan)):
+        return float("nan")
+    mean = float(np.sum([np.mean(r) for r in ranks]))
+    return float(row[rate_column(phase)] * row[f"time/{phase}/median_s"] / mean)
+
+
+def tokens(values: Sequence[int]) -> list[str]:
+    """Token counts for an axis."""
+    return [format_tokens(int(v)) for v in values]
