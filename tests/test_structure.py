@@ -16,7 +16,7 @@ ALLOWED = {
     "measure": {"masks", "kernels", "cp", "problem"},
     "grid": {"masks", "kernels", "cp", "problem"},
     "runs": {"grid", "masks", "kernels", "cp", "measure", "problem"},
-    "report": {"runs", "grid", "problem"},
+    "report": {"runs", "grid", "measure", "problem"},
 }
 
 

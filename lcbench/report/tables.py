@@ -1,0 +1,111 @@
+"""Tables for papers and notes, in the layout of LongCA-bench's: a row per choice, a column per mask and length, or per mask and
+number of GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcbench.grid.cell import format_tokens
+from lcbench.report.frame import over_seeds, rate_column
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMATS = ("md", "csv", "tex")
+NOT_RUN = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """``rows`` hold text; columns may have two levels."""
+
+    name: str
+    title: str
+    rows: pd.DataFrame
+
+    def text(self, form: str) -> str:
+        """As ``md``, ``csv`` or ``tex`` (booktabs).
+
+        Raises:
+            ValueError: another format.
+        """
+        if form == "tex":
+            columns = "l" * self.rows.index.nlevels + "r" * len(self.rows.columns)
+            return str(
+                self.rows.to_latex(
+                    escape=True, multicolumn_format="c", column_format=columns, caption=self.title, label=f"tab:{self.name}"
+                )
+            )
+        flat = self.rows.copy()
+        flat.columns = [" ".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in flat.columns]
+        flat = flat.reset_index()
+        if form == "csv":
+            return str(flat.to_csv(index=False))
+        if form != "md":
+            raise ValueError(f"no format {form!r}; there are: {', '.join(FORMATS)}")
+        lines = [list(map(str, flat.columns)), ["---"] * len(flat.columns), *(list(map(str, r)) for r in flat.to_numpy())]
+        return (
+            f"{self.title}\n\n" + "\n".join("| " + " | ".join(v.replace("|", "\\|") for v in line) + " |" for line in lines) + "\n"
+        )
+
+    def write(self, folder: Path) -> list[Path]:
+        """One file per format."""
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{self.name}.{form}" for form in FORMATS]
+        for path, form in zip(paths, FORMATS, strict=True):
+            path.write_text(self.text(form))
+        return paths
+
+
+def rate_tables(frame: pd.DataFrame) -> Iterator[Table]:
+    """TFLOP/s per GPU of every choice: by mask and length where one GPU ran them, by mask and GPUs at the same tokens per GPU or in
+    all where several did; a table per phase and setting, of several seeds the median. What has no number says why: ``oom``,
+    ``hang``; ``-`` did not run.
+
+    Args:
+        frame: all cells (``frame.reported``), those without a good result too.
+    """
+    frame = over_seeds(frame)
+    for kind, columns, split in (
+        ("length", ["what_mask", "seqlen"], ["scale", "setting"]),
+        ("gpus", ["what_mask", "world_size"], ["tokens_per_rank", "setting"]),
+    ):
+        number = 0
+        for key, rows in frame.groupby(split, sort=False):
+            if kind == "gpus" and rows["world_size"].nunique() < 2:
+                continue
+            number += 1
+            where = f"{format_tokens(int(key[0]))} tokens per GPU, {key[1]}" if kind == "gpus" else ", ".join(k for k in key if k)
+            for phase in ("forward", "backward"):
+                if rate_column(phase) not in rows or rows[rate_column(phase)].isna().all():
+                    continue
+                made = rows.assign(value=[_value(row, phase) for row in rows.to_dict("records")])
+                pivot = made.pivot_table(index="choice", columns=columns, values="value", aggfunc="first", sort=False).fillna(
+                    NOT_RUN
+                )
+                pivot = pivot.sort_index(axis=1, level=1, sort_remaining=False, kind="stable")
+                order = list(dict.fromkeys(rows["what_mask"]))
+                pivot = pivot[sorted(pivot.columns, key=lambda c: (order.index(c[0]), c[1]))]
+                if kind == "length":
+                    pivot.columns = pivot.columns.set_levels([format_tokens(int(v)) for v in pivot.columns.levels[1]], level=1)
+                pivot.columns.names, pivot.index.name = [None, None], "TFLOP/s per GPU"
+                yield Table(f"{phase}-by-{kind}{f'-{number}' if number > 1 else ''}", f"TFLOP/s per GPU, {phase}, {where}", pivot)
+
+
+def rows_table(name: str, title: str, rows: list[dict[str, Any]]) -> Table:
+    """A table of dictionaries that share their keys; the first is the index."""
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
+    return Table(name, title, frame.set_index(frame.columns[0]) if len(frame) else frame)
+
+
+def _value(row: Any, phase: str) -> str:
+    rate = row[rate_column(phase)]
+    if row["status"] == "ok" and rate == rate:
+        return f"{rate:.4g}" if rate < 100 else f"{rate:.0f}"
+    return str(row["failure"] or row["status"]) if row["status"] == "failed" else NOT_RUN

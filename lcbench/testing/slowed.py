@@ -1,0 +1,58 @@
+"""A ring for tests that is slow on purpose while a certain file exists: a regression that a comparison must find."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcbench.cp.base import Run
+from lcbench.cp.execute import Executor, Groups
+from lcbench.cp.ring import Ring
+from lcbench.kernels.base import Kernel
+from lcbench.masks.band import Ints
+from lcbench.masks.mask import Mask
+from lcbench.problem import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class SlowedRing:
+    """A peer that runs our ring, each forward pass ``seconds`` longer while ``while_file`` exists."""
+
+    while_file: str
+    seconds: float = 0.05
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return Ring("zigzag").unsupported(problem, mask)
+
+    def unavailable(self, problem: Problem, device: torch.device) -> str | None:
+        return None
+
+    def tokens(self, problem: Problem, rank: int) -> Ints:
+        from lcbench.cp.layout import zigzag
+
+        return zigzag(problem.seqlen, problem.scale.world_size).tokens(rank)
+
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> Run:
+        schedule = Ring("zigzag").schedule(problem, mask)
+        made = Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=Groups())
+        return _Slow(made, self.seconds) if Path(self.while_file).exists() else made
+
+
+class _Slow:
+    def __init__(self, run: Run, seconds: float) -> None:
+        self._run, self._seconds = run, seconds
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        time.sleep(self._seconds)
+        return self._run.forward(q, k, v)
+
+    def lse(self, saved: Any) -> torch.Tensor:
+        return self._run.lse(saved)
+
+    def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._run.backward(dout, saved)

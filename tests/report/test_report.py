@@ -1,0 +1,177 @@
+"""Reports: every figure where its question arises, numbers that are those of the store, one page that needs nothing else."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lcbench.grid.devices import known_devices
+from lcbench.report import published
+from lcbench.report.figures import all_figures, least_bytes, split
+from lcbench.report.frame import over_seeds, rate_of, reported
+from lcbench.report.page import write_report
+from lcbench.report.tables import rate_tables
+from lcbench.report.winners import winners
+from lcbench.runs.store import Failure, Sweep
+from tests.report.made import made_sweep
+
+CP = [
+    "cp=ring,ulysses,usp", "mask=full,causal", "seqlen=null", "seqlen_per_rank=8k", "scale=1x8,2x8,4x8,12x8", "heads=64x8x128",
+]  # fmt: skip
+KERNELS = ["kernel=sdpa_flash,flash_attn3", "cp=none", "mask=full,causal,sliding_window", "seqlen=8k,32k", "heads=64x8x128"]
+
+
+def good(sweep: Sweep) -> pd.DataFrame:
+    frame = reported(sweep)
+    return frame[frame["status"] == "ok"]
+
+
+def figures(sweep: Sweep) -> dict[str, str]:
+    return {f.name: f.caption for f in all_figures(good(sweep), known_devices(), {"between nodes": 45.0})}
+
+
+def test_a_sweep_over_scales_has_scaling_heat_map_split_and_roofline(tmp_path: Path) -> None:
+    drawn = figures(made_sweep(tmp_path, "cp", CP))
+    assert set(drawn) >= {"rate-by-gpus-weak", "efficiency-weak", "mask-by-strategy", "time-split", "roofline"}
+    assert not any("rate-by-length" in name or "mask-by-kernel" in name for name in drawn)
+
+
+def test_a_sweep_of_kernels_has_lengths_memory_and_mask_by_kernel(tmp_path: Path) -> None:
+    drawn = figures(made_sweep(tmp_path, "kernels", KERNELS))
+    assert set(drawn) == {"rate-by-length", "memory-by-length", "mask-by-kernel", "roofline"}
+
+
+def test_published_figures_are_drawn_beside_the_same_problem_only_and_say_what_they_are(tmp_path: Path) -> None:
+    beside = figures(made_sweep(tmp_path, "same", KERNELS))["rate-by-length"]
+    assert "not the paper's own runs" in beside
+    assert "mean over ranks" in beside
+    assert "not the paper" not in figures(made_sweep(tmp_path, "heads", [*KERNELS[:-1], "heads=32x8x128"]))["rate-by-length"]
+    assert "not the paper" in figures(made_sweep(tmp_path, "cp", CP))["rate-by-gpus-weak"]
+    cpu = made_sweep(tmp_path, "cpu", KERNELS, provenance={"device": "Intel(R) Xeon(R)"})
+    assert "not the paper" not in figures(cpu)["rate-by-length"]
+
+
+def test_published_data_is_whole() -> None:
+    kernels, strategies = published.kernels(), published.strategies()
+    assert len(strategies) == 8 * 2 * 2 * 4
+    assert strategies["cp"].nunique() == 8
+    fa3 = kernels[(kernels["kernel"] == "FA3") & (kernels["mask"] == "causal_document") & (kernels["phase"] == "backward")]
+    assert dict(zip(fa3["seqlen"], fa3["tflops_per_gpu"], strict=True)) == {8192: 320, 32768: 425}
+    assert not kernels.isna().any().any()
+    assert kernels["tflops_per_gpu"].between(5, 989).all()
+
+
+def test_the_winner_has_a_margin_and_says_if_it_is_noise(tmp_path: Path) -> None:
+    grid = ["cp=ring,ulysses", "mask=causal", "seqlen=64k,128k", "scale=1x8"]
+    quiet = winners(good(made_sweep(tmp_path, "quiet", grid, noise=0.001)))
+    assert [w.verdict for w in quiet] == ["beyond the noise"] * 2
+    assert all(w.margin is not None and w.margin.value > 1 for w in quiet)
+    loud = winners(good(made_sweep(tmp_path, "loud", grid, noise=1.0)))
+    assert any("either will do" in w.verdict for w in loud)
+    (alone,) = winners(good(made_sweep(tmp_path, "alone", ["seqlen=64k", "scale=1x8"])))
+    assert alone.verdict == "nothing else ran"
+
+
+def test_a_choice_is_named_by_what_differs_and_a_problem_is_not_split_by_it(tmp_path: Path) -> None:
+    grid = ["cp=usp", "cp.ulysses_degree=2,4", "transit=float32,input", "seqlen=64k", "scale=1x8", "mask=causal_document"]
+    frame = reported(made_sweep(tmp_path, "s", grid))
+    assert set(frame["choice"]) == {f"usp(ulysses_degree={d}) + {t}" for d in (2, 4) for t in ("float32", "input")}
+    assert frame["problem"].nunique() == 1
+    assert set(frame["what_mask"]) == {"causal_document(web_text)"}
+
+
+def test_rates_by_mean_over_ranks_are_those_of_shorter_times(tmp_path: Path) -> None:
+    frame = good(made_sweep(tmp_path, "s", ["seqlen=64k", "scale=1x8"]))
+    assert frame["total_by_mean"].iloc[0] == pytest.approx(frame["compute/tflops_per_gpu"].iloc[0] / 0.97, rel=0.02)
+    rate = rate_of(frame.iloc[0])
+    assert rate.low <= rate.value <= rate.high
+
+
+def test_the_parts_of_an_iteration_add_up_to_it(tmp_path: Path) -> None:
+    frame = good(made_sweep(tmp_path, "s", CP))
+    parts = split(frame)
+    assert parts is not None
+    assert (parts >= 0).all().all()
+    assert parts.sum(axis=1).to_numpy() == pytest.approx(frame.loc[parts.index, "time/total/median_s"].to_numpy(), rel=0.05)
+
+
+def test_least_bytes_by_hand() -> None:
+    row = {"dtype": "bfloat16", "tokens_per_rank": 10, "num_heads_q": 4, "num_heads_kv": 2, "head_dim": 8, "direction": "forward"}
+    assert least_bytes(row) == 2 * (2 * 320 + 2 * 160)  # q and out, k and v
+    # Those again, with dout and dq, dk and dv.
+    assert least_bytes(row | {"direction": "forward_backward"}) == 2 * (960 + 960 + 2 * 320 + 2 * 160)
+
+
+def test_tables_have_the_papers_layout_in_three_formats(tmp_path: Path) -> None:
+    hang = Failure("oom", "out of memory", 0)
+    sweep = made_sweep(tmp_path, "s", CP, failed={"ring sdpa_flash causal 768k": hang})
+    tables = {t.name: t for t in rate_tables(reported(sweep))}
+    assert set(tables) >= {"forward-by-gpus", "backward-by-gpus"}
+    table = tables["forward-by-gpus"]
+    assert list(table.rows.index) == ["ring", "ulysses", "usp"]
+    assert list(table.rows.columns) == [(mask, ranks) for mask in ("full", "causal") for ranks in (8, 16, 32, 96)]
+    assert table.rows.loc["ring", ("causal", 96)] == "oom"
+    assert table.rows.loc["ulysses", ("full", 96)] == "-"
+    latex = table.text("tex")
+    assert all(word in latex for word in (r"\toprule", r"\multicolumn{4}{c}{full}", r"\bottomrule"))
+    lines = table.text("md").splitlines()
+    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert table.text("csv").count("\n") == 4
+    with pytest.raises(ValueError, match="md, csv, tex"):
+        table.text("doc")
+
+
+class Outside(HTMLParser):
+    """What a page loads from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [v or "" for k, v in attrs if k in ("src", "href") and not (v or "").startswith(("data:", "#"))]
+
+
+def test_the_page_needs_nothing_else_and_says_what_did_not_run(tmp_path: Path) -> None:
+    hang = Failure("hang", "rank 3 <waits> for rank 4", 3)
+    sweep = made_sweep(tmp_path, "s", CP, failed={"usp sdpa_flash full 64k": hang})
+    report = write_report(sweep, tmp_path / "out", known_devices())
+    text = report.page.read_text()
+    parser = Outside()
+    parser.feed(text)
+    assert parser.found == []
+    assert not re.search(r"https?://(?!www\.w3\.org)", re.sub(r'base64,[^"]*', "", text))
+    assert "rank 3 &lt;waits&gt; for rank 4" in text
+    assert "cannot split 64 query heads evenly over 96 ranks" in text
+    assert all(f">{count}<" in text for count in ("21 ok", "1 failed", "2 skipped"))
+    names = {p.suffix for p in report.files}
+    assert names == {".html", ".png", ".pdf", ".md", ".csv", ".tex"}
+    assert all(p.stat().st_size > 0 for p in report.files)
+
+
+def test_a_sweep_without_a_good_cell_still_has_a_report(tmp_path: Path) -> None:
+    broken = made_sweep(tmp_path, "s", ["seqlen=64k", "scale=1x8"], failed={"": Failure("crash", "it broke", 0)})
+    report = write_report(broken, tmp_path / "out", known_devices())
+    assert "it broke" in report.page.read_text()
+    assert report.figures == 0
+
+
+def test_cells_from_different_environments_are_warned_of(tmp_path: Path) -> None:
+    sweep = made_sweep(tmp_path, "s", ["cp=ring", "seqlen=64k", "scale=1x8"])
+    made_sweep(tmp_path, "s", ["cp=usp", "seqlen=64k", "scale=1x8"], provenance={"device": "NVIDIA A100"})
+    text = write_report(sweep, tmp_path / "out", known_devices()).page.read_text()
+    assert "device differs between cells (NVIDIA A100, NVIDIA H100 80GB HBM3)" in text
+
+
+def test_seeds_are_one_line_and_the_median_is_drawn(tmp_path: Path) -> None:
+    frame = reported(made_sweep(tmp_path, "s", [*KERNELS, "seed=range(5)"]))
+    one = over_seeds(frame)
+    assert len(one) * 5 == len(frame)
+    for _, rows in frame.groupby(["choice", "what_mask", "seqlen"]):
+        assert rows["time/total/median_s"].median() in set(one["time/total/median_s"])
+    assert len(winners(frame)) == 3 * 2 * 5
+    assert {w.setting for w in winners(frame)} == {f"heads 64x8x128, seed {seed}" for seed in range(5)}
