@@ -15,6 +15,8 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from lcbench.grid.cell import Cell, flat_config
+from lcbench.runs.dashboard import EVERYTHING, VIEW, note, view, view_path
 from lcbench.runs.store import MEMORY, Attempt, Entry, Sweep, entries_of, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "lcbench"
+LOCAL = "http://127.0.0.1:5000"  # where make mlflow serves by default
 SAMPLE_STRIDE = 100_000
 BATCH = 800  # MLflow takes 1000 metrics, params and tags a request, 100 params among them
 TAG_LENGTH = 4000
@@ -62,6 +66,31 @@ def publish(sweep: Sweep, uri: str, *, budget_s: float | None = None) -> Counts:
     Raises:
         TrackingUnavailable: within seconds, whatever is wrong with the server.
     """
+    end = None if budget_s is None else time.monotonic() + budget_s
+    try:
+        with _publisher(sweep, uri, wait=budget_s is None) as publisher:
+            return publisher.run(end)
+    except Timeout:
+        return Counts(0, 0, complete=False)
+
+
+def attach(sweep: Sweep, uri: str, folder: Path) -> None:
+    """Put a folder's files beside the sweep's own run, as artifacts below the folder's name.
+
+    Raises:
+        TrackingUnavailable: as for ``publish``.
+    """
+    with _publisher(sweep, uri) as publisher:
+        publisher.attach(folder)
+
+
+@contextmanager
+def _publisher(sweep: Sweep, uri: str, *, wait: bool = True) -> Iterator[_Publisher]:
+    """Alone with a sweep and its server; whatever the server does wrong becomes ``TrackingUnavailable``.
+
+    Raises:
+        Timeout: without ``wait``, if somebody else is at it.
+    """
     os.environ.update({k: os.environ.get(k, v) for k, v in QUICK.items()})
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -70,15 +99,14 @@ def publish(sweep: Sweep, uri: str, *, budget_s: float | None = None) -> Counts:
 
     for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    end = None if budget_s is None else time.monotonic() + budget_s
     try:
-        with FileLock(sweep.folder / ".publish.lock", timeout=-1 if budget_s is None else 0):
+        with FileLock(sweep.folder / ".publish.lock", timeout=-1 if wait else 0):
             if uri.startswith("sqlite:///"):
                 Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            return _Publisher(sweep, uri, MlflowClient(tracking_uri=uri)).run(end)
-    except Timeout:
-        return Counts(0, 0, complete=False)
+            yield _Publisher(sweep, uri, MlflowClient(tracking_uri=uri))
     except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+        if isinstance(error, Timeout):
+            raise
         raise TrackingUnavailable(uri, " ".join(str(error).split())[:300]) from error
 
 
@@ -90,6 +118,24 @@ def publish_or_say(sweep: Sweep, uri: str | None, *, budget_s: float | None = No
         publish(sweep, uri, budget_s=budget_s)
     except TrackingUnavailable as error:
         print(f"not published: {error}; later: python -m lcbench.sync {sweep.name}", file=sys.stderr)
+
+
+def attach_or_say(sweep: Sweep, uri: str | None, folder: Path) -> None:
+    """Attach where there is a tracking server; one that is away costs a line."""
+    if not uri:
+        return
+    try:
+        attach(sweep, uri, folder)
+    except TrackingUnavailable as error:
+        print(f"not attached to the sweep's run: {error}", file=sys.stderr)
+
+
+def view_url(sweep: Sweep, uri: str | None) -> str | None:
+    """Where a tracking server shows this sweep's charts, SQLite's at ``LOCAL``; None where it has nothing of the sweep."""
+    mine = sweep.remembered().get(uri, {}) if uri else {}
+    if not uri or "experiment" not in mine:
+        return None
+    return f"{uri.rstrip('/') if uri.startswith('http') else LOCAL}/#{view_path(mine['experiment'], mine['sweep_id'])}"
 
 
 def tracked_at(launch: dict[str, Any] | None) -> str | None:
@@ -146,14 +192,30 @@ class _Publisher:
         self._mine["open"] = open_
         write_json(self._sweep.folder / MEMORY, {**self._known, self._uri: self._mine})
 
+    def attach(self, folder: Path) -> None:
+        self._client.log_artifacts(self._mine["parent"], str(folder), folder.name)
+
     def _find_experiment(self) -> str:
+        """The experiment, with a description and with views of all sweeps and of this one."""
         found = self._client.get_experiment_by_name(EXPERIMENT)
-        if found is not None:
-            return str(found.experiment_id)
-        location = None
-        if self._uri.startswith("sqlite:///"):  # else artifacts land in the working directory
-            location = (Path(self._uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
-        return str(self._client.create_experiment(EXPERIMENT, artifact_location=location))
+        if found is None:
+            location = None
+            if self._uri.startswith("sqlite:///"):  # else artifacts land in the working directory
+                location = (Path(self._uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+            made, tags = str(self._client.create_experiment(EXPERIMENT, artifact_location=location)), {}
+        else:
+            made, tags = str(found.experiment_id), found.tags
+        wanted = {
+            "mlflow.note.content": note(made),
+            VIEW + EVERYTHING: view("tags.`lcbench.status` = 'ok'"),
+            VIEW + self._manifest["id"]: view(
+                f"tags.`lcbench.sweep_id` = '{self._manifest['id']}' and tags.`lcbench.status` != ''"
+            ),
+        }
+        for key, value in wanted.items():
+            if tags.get(key) != value:
+                self._client.set_experiment_tag(made, key, value)
+        return made
 
     def _exists(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
@@ -284,4 +346,15 @@ def _tags(attempts: list[Attempt]) -> dict[str, Any]:
         **{f"lcbench.version.{name}": version for name, version in versions.items()},
         "mlflow.source.git.commit": git.get("commit") or "",
         "lcbench.git_dirty": git.get("dirty", ""),
+        "mlflow.note.content": _note(newest),
     }
+
+
+def _note(newest: Attempt) -> str:
+    """A run's description: its number in a sentence, or why there is none, and how to run it again."""
+    failure, metrics = newest.failure, newest.metrics
+    if failure is not None:
+        said = f"**{newest.status}: {failure.kind}**: {failure.cause}"
+    else:
+        said = f"{metrics.get('compute/tflops_per_gpu', 0.0):.4g} TFLOP/s per GPU, noise {metrics.get('time/noise', 0.0):.1%}"
+    return f"{said}\n\n    python -m lcbench.rerun {newest.sweep}/{newest.cell_id}\n"
