@@ -204,3 +204,20 @@ def test_planning_loads_neither_torch_nor_mlflow_nor_submitit() -> None:
 
 def run_sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "lcbench.sweep", *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("preset", "cells", "skipped"),
+    [
+        ("longca_dense", 1512, 0),
+        ("longca_sparse", 360, 189),
+        ("longca_cp", 100, 4),
+        ("scaling", 90, 2),
+        ("choose", 100, 0),
+        ("smoke", 18, 0),
+    ],
+)
+def test_presets_are_the_grids_that_they_say(preset: str, cells: int, skipped: int) -> None:
+    planned = look([f"+experiment={preset}"]).cells
+    assert len(planned) == cells
+    assert sum(p.skip is not None for p in planned) == skipped
