@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 STAMP := $(VENV)/.lcbench-installed
 
-.PHONY: help setup demo test lint bench soak docs mlflow cluster-up cluster-down cluster-status gpu-check
+.PHONY: help setup demo test lint bench soak docs pictures mlflow browser cluster-up cluster-down cluster-status gpu-check
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -20,14 +20,15 @@ $(STAMP): pyproject.toml requirements.lock
 	$(BIN)/pip install -q -c requirements.lock -e '.[dev]'
 	@touch $@
 
-demo: setup ## a small checked sweep on this machine, in a few minutes
+demo: setup ## a small checked sweep on this machine and its report, in a few minutes
 	$(BIN)/python -m lcbench.sweep +experiment=smoke
+	$(BIN)/python -m lcbench.report last
 	@echo
 	@echo 'Your own grid:  . .venv/bin/activate; python -m lcbench.sweep -m cp=ring,ulysses seqlen=2k,4k scale=1x2 heads=8x4x64 dtype=float32'
 	@echo 'Only the plan:  python -m lcbench.sweep -m cp=ring,ulysses,usp seqlen=64k,256k,1m scale=2x8 hydra/launcher=dry'
 
 # The tests on the cluster wait for most of their time; the others compute meanwhile, as long as nobody on the cluster wants to.
-test: setup cluster-up ## all tests, on the development cluster too (needs root and Debian for that)
+test: setup cluster-up browser ## all tests, on the development cluster too (needs root and Debian for that)
 	@$(BIN)/python -m pytest -q -m slurm >$(VENV)/slurm-tests.log 2>&1 & cluster=$$!; \
 	nice -n 15 $(BIN)/python -m pytest -q -m 'not slurm' -p no:cacheprovider; others=$$?; \
 	wait $$cluster; code=$$?; cat $(VENV)/slurm-tests.log; exit $$((code | others))
@@ -50,8 +51,14 @@ docs: setup ## draw the gallery of masks and write the tables of what runs what 
 	$(BIN)/python -m lcbench.kernels --platform h200 --markdown > docs/support-h200.md
 	$(BIN)/python -m lcbench.results --schema > docs/attempt.schema.json
 
+pictures: setup browser ## of the newest sweep's report and of its dashboard, for the docs
+	$(BIN)/python -m tests.pictures
+
 mlflow: setup ## MLflow server with the results of this checkout; prints its address
 	@slurm/mlflow.sh
+
+browser: ## Chromium, for tests that look at pages (installs Debian's, as root)
+	@tests/browser.sh
 
 cluster-up: ## start the development Slurm cluster (12 nodes x 8 GPU slots on this machine)
 	@slurm/devcluster/devcluster up

@@ -1,0 +1,48 @@
+"""What README, docs and --help tell people to type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from tests.slurm.stage import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Every command there is, and the module of its main function.
+COMMANDS = {
+    "cancel": "cancel", "collect": "collect", "compare": "compare", "cp": "cp.__main__", "kernels": "kernels.__main__",
+    "lengths": "lengths", "logs": "logs", "masks": "masks.__main__", "report": "report.__main__", "rerun": "rerun",
+    "results": "results", "status": "status", "sync": "sync",
+}  # fmt: skip
+LINE = re.compile(r"^\s*((?:\.venv/bin/)?python -m lcbench\.\S.*|make [a-z].*|eval .*)$")
+INLINE = re.compile(r"`((?:python -m lcbench\.|make |eval )[^`]*)`")
+
+
+def told() -> Iterator[tuple[str, str]]:
+    """(where, command) of every command; comments behind them are taken off."""
+    for page in PAGES:
+        for line in page.read_text().splitlines():
+            found = LINE.match(line)
+            for command in [found[1]] if found else INLINE.findall(line):
+                yield page.name, without_comment(command)
+    for name, module in COMMANDS.items():
+        for line in import_module(f"lcbench.{module}").EXAMPLES.strip().splitlines():
+            yield f"{name} --help", line
+    for line in OmegaConf.load(ROOT / "conf" / "config.yaml").hydra.help.footer.splitlines():
+        if "python -m" in line and not line.startswith("Completion"):
+            yield "sweep --help", line.strip()
+
+
+def without_comment(command: str) -> str:
+    return re.sub(r"\s+# .*", "", command).strip()
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """(file or "bash", text) of a page's fenced blocks; a file is named in the line before its block."""
+    text = page.read_text()
+    for found in re.finditer(r"(?:^`([\w/.]+)`\n\n)?^```(\w+)\n(.*?)^```$", text, re.M | re.S):
+        yield found[1] or found[2], found[3]

@@ -1,0 +1,156 @@
+"""What docs say to type works as they say it, links lead somewhere, and the worked examples work."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from lcbench import sweep as sweep_command
+from lcbench.runs.store import Failure, Sweep
+from tests.docs.commands import COMMANDS, PAGES, blocks, told
+from tests.report.made import made_sweep
+from tests.slurm.stage import ROOT
+
+EXTENDING = "extending.md"  # its commands run where its files are
+ALL = sorted({command: where for where, command in told() if where != EXTENDING}.items())
+GRID = ["cp=ring,ulysses", "mask=full,causal", "seqlen=64k,128k", "scale=1x8"]
+NAMES = ["first", "mine", "other", "before", "after", "flash2", "flash3", "try", "demo"]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with results of every name that docs use, one of them with a failed cell."""
+    folder = tmp_path_factory.mktemp("desk")
+    for number, name in enumerate(NAMES):
+        kernel = {"flash2": "flash_attn2", "flash3": "flash_attn3"}.get(name, "sdpa_flash")
+        failed = {"ulysses": Failure("hang", "it hung", 1)} if name == "first" else None
+        made_sweep(folder / "results", name, [*GRID, f"kernel={kernel}"], seed=number, failed=failed, launch=launch())
+    shutil.copytree(folder / "results", folder / "colleague" / "results")
+    (folder / "lengths.txt").write_text("\n".join(map(str, range(10, 4000, 7))))
+    (folder / "desk").mkdir()
+    return folder
+
+
+def launch() -> dict[str, object]:
+    """As of a sweep that was only planned: whoever runs its cells again plans them."""
+    from hydra_plugins.lcbench._plan import settings_of
+
+    return {"launcher": "dry", "settings": settings_of(sweep_command.look(GRID)).__dict__, "by": "test"}
+
+
+def test_there_is_something_to_test() -> None:
+    assert len(ALL) > 80
+    assert {command.split()[2].removeprefix("lcbench.") for command, _ in ALL if "python -m" in command} >= {*COMMANDS, "sweep"}
+
+
+@pytest.mark.parametrize("command", [command for command, _ in ALL], ids=[f"{where}: {command}" for command, where in ALL])
+def test_a_command_of_the_docs_runs(
+    command: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(desk)
+    monkeypatch.delenv("LCBENCH_SITE", raising=False)
+    cell = next(iter(Sweep(desk / "results", "first").entries()))
+    command = re.sub(r"(first/)?(<cell id>|<cell>|1a2b3c4d5e6f)", f"first/{cell}", command).replace("mask=<name>", "mask=causal")
+    words = shlex.split(command)
+    if words[0] == "make":
+        target = next(w for w in words[1:] if "=" not in w)
+        done = subprocess.run(["make", "-n", "-C", str(ROOT), target], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return
+    if words[0] == "eval":
+        words = ["python", "-m", "lcbench.sweep", "-sc", "install=bash"]
+    name, arguments = words[2].removeprefix("lcbench."), words[3:]
+    if name == "testing.gpu_check":
+        assert import_module(f"lcbench.{name}").main(arguments) == 2 or torch.cuda.is_available()
+        return
+    if name == "sweep":
+        _sweep(arguments)
+        return
+    arguments = [a.replace("http://", f"sqlite:///{desk}/").replace("../colleague", "colleague") for a in arguments]
+    if name == "lengths":
+        (desk / "conf" / "lengths").mkdir(parents=True, exist_ok=True)
+        arguments += ["--conf", str(desk / "conf"), "--force"]
+    if name == "rerun" and not any("--" in a for a in arguments):
+        arguments += ["--launcher", "dry"]
+    try:
+        code = import_module(f"lcbench.{COMMANDS[name]}").main(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    shown = capsys.readouterr()
+    # One says that a sweep has failed cells, another that a cell became slower: both are what they are asked.
+    allowed = {0, 1} if name in ("status", "collect") or "--fail-on-regression" in arguments else {0}
+    assert (code or 0) in allowed, shown.out + shown.err
+
+
+def _sweep(arguments: list[str]) -> None:
+    """Plan it: what runs is the machine's matter."""
+    if any(a in arguments for a in ("--cfg", "-sc", "--help")):
+        done = subprocess.run([sys.executable, "-m", "lcbench.sweep", *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return
+    plan = sweep_command.look(arguments)
+    assert any(p.skip is None for p in plan.cells)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        import_module(f"lcbench.{COMMANDS[name]}").main(["--help"])
+    assert not ended.value.code
+    assert f"examples:\n  python -m lcbench.{name}" in capsys.readouterr().out
+
+
+def test_every_command_is_known_to_these_tests() -> None:
+    modules = {p.stem for p in (ROOT / "lcbench").glob("*.py")} | {p.parent.name for p in (ROOT / "lcbench").glob("*/__main__.py")}
+    assert modules - {"__init__", "problem", "arguments", "sweep"} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_completion_knows_axes_and_values() -> None:
+    script = """
+        eval "$(python -m lcbench.sweep -sc install=bash)"
+        complete -p python
+        COMP_LINE="python -m lcbench.sweep cp=uly"; COMP_WORDS=(python -m lcbench.sweep cp=uly); COMP_CWORD=3
+        _lcbench_sweep; echo "${COMPREPLY[@]}"
+    """
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    assert "_lcbench_sweep python" in done.stdout, done.stderr
+    assert done.stdout.split()[-1] == "cp=ulysses"
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+def test_the_worked_examples_work(tmp_path: Path) -> None:
+    """Every file of docs/extending.md is put into a copy of the checkout, and every command is run there, for real."""
+    for part in ("lcbench", "conf", "launchers"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{tmp_path / 'launchers'}"}
+    waiting: list[str] = []
+    for name, text in blocks(ROOT / "docs" / EXTENDING):
+        if name == "bash":
+            waiting += text.splitlines()
+        else:
+            assert not (tmp_path / name).exists(), f"{name} is there already"
+            (tmp_path / name).write_text(text)
+    assert len(waiting) == 7
+    for command in waiting:
+        words = shlex.split(command)
+        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    results = Sweep(tmp_path / "results", "direct")
+    assert [results.attempts(c)[-1].status for c in results.entries()] == ["ok"] * 4

@@ -1,0 +1,49 @@
+"""Pictures for the docs: the newest sweep's report, and its dashboard in a real MLflow. ``make pictures``."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from lcbench.arguments import find_sweep
+from lcbench.grid.devices import known_devices
+from lcbench.report.page import write_report
+from lcbench.runs.tracking import publish, view_url
+from tests.browser import CHROMIUM, browser
+from tests.slurm.stage import ROOT, Server
+
+
+def main() -> int:
+    if CHROMIUM is None:
+        print("pictures need Chromium: tests/browser.sh installs Debian's, as root", file=sys.stderr)
+        return 1
+    try:
+        sweep = find_sweep(ROOT / "results", "last")
+    except ValueError as error:
+        print(f"error: {error}; make demo makes one", file=sys.stderr)
+        return 2
+    docs = ROOT / "docs"
+    with tempfile.TemporaryDirectory() as folder:
+        page = write_report(sweep, Path(folder) / "report", known_devices()).page
+        server = Server(Path(folder) / "mlflow")
+        server.start()
+        try:
+            publish(sweep, server.uri)
+            with browser(1240, 1560) as b:
+                b.page.goto(page.as_uri())
+                b.page.screenshot(path=docs / "report.png")
+                b.page.set_viewport_size({"width": 1500, "height": 1250})
+                b.page.goto(view_url(sweep, server.uri))
+                b.page.locator(".js-plotly-plot").nth(2).wait_for(timeout=60_000)
+                b.page.get_by_role("button", name="Close").first.click()
+                b.page.wait_for_timeout(3000)  # the page lays its charts out again
+                b.page.screenshot(path=docs / "dashboard.png")
+        finally:
+            server.kill()
+    print(f"{docs / 'report.png'}, {docs / 'dashboard.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
