@@ -30,9 +30,11 @@ def main() -> int:
         server.start()
         try:
             publish(sweep, server.uri)
-            with browser(1240, 1560) as b:
+            with browser(1240, 1000) as b:
                 b.page.goto(page.as_uri())
                 b.page.screenshot(path=docs / "report.png")
+                if b.complaints:
+                    raise AssertionError(f"the report's page complains: {b.complaints}")
                 b.page.set_viewport_size({"width": 1500, "height": 1250})
                 b.page.goto(view_url(sweep, server.uri))
                 b.page.locator(".js-plotly-plot").nth(2).wait_for(timeout=60_000)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from lcbench.grid.cell import Cell, flat_config
 from lcbench.runs.jobs import PackState, Standing
 from lcbench.runs.store import Look, Record, Sweep
 
@@ -20,17 +21,35 @@ MANY = 200
 
 def to_rows(seen: Look, ids: Iterable[str] | None = None) -> list[dict[str, Any]]:
     """One dictionary per cell, SI units. Metrics are those of the newest attempt."""
-    wanted = None if ids is None else set(ids)
-    return [_row(cell_id, record) for cell_id, record in seen.records.items() if wanted is None or cell_id in wanted]
+    wanted = seen.records.keys() if ids is None else set(ids)
+    shown = {cell_id: record for cell_id, record in seen.records.items() if cell_id in wanted}
+    named = labels(record.entry.cell for record in shown.values())
+    return [_row(cell_id, record, named[cell_id]) for cell_id, record in shown.items()]
 
 
-def _row(cell_id: str, record: Record) -> dict[str, Any]:
+def labels(cells: Iterable[Cell]) -> dict[str, str]:
+    """What to call cells among each other: those that share a label are told apart by what differs between them."""
+    alike: dict[str, list[Cell]] = {}
+    for cell in cells:
+        alike.setdefault(cell.label, []).append(cell)
+    found = {}
+    for label, members in alike.items():
+        flat = [flat_config(cell) for cell in members] if len(members) > 1 else [{}]
+        differing = [k for k in flat[0] if any(f.get(k) != flat[0][k] for f in flat)]
+        # What heads consist of says nothing that they do not.
+        differing = [k for k in differing if not (k.startswith(("num_heads", "head_dim")) and "heads" in differing)]
+        for cell, values in zip(members, flat, strict=True):
+            found[cell.id] = " ".join([label, *(f"{k}={values.get(k)}" for k in differing)])
+    return found
+
+
+def _row(cell_id: str, record: Record, label: str) -> dict[str, Any]:
     attempt, failure = record.last, record.failure
     metrics = attempt.metrics if attempt else {}
     errors = [metrics[f"check/{name}_error"] for name in CHECKED if f"check/{name}_error" in metrics]
     return {
         "cell": cell_id,
-        "label": record.entry.cell.label,
+        "label": label,
         "status": record.status,
         "attempt": attempt.number if attempt else 0,
         "forward_s": metrics.get("time/forward/median_s"),

@@ -34,7 +34,7 @@ class Winner:
         """In words: whether the margin is larger than the noise."""
         if self.margin is None:
             return "nothing else ran"
-        return "beyond the noise" if self.margin.low > 1.0 else "within the noise: either will do"
+        return "beyond the noise" if self.margin.low > 1.0 else "within the noise"
 
     def row(self) -> dict[str, str]:
         """For a table."""

@@ -14,9 +14,11 @@ from lcbench.report import published
 from lcbench.report.figures import all_figures, least_bytes, split
 from lcbench.report.frame import over_seeds, rate_of, reported
 from lcbench.report.page import write_report
+from lcbench.report.table import labels
 from lcbench.report.tables import rate_tables
 from lcbench.report.winners import winners
 from lcbench.runs.store import Failure, Sweep
+from lcbench.sweep import look
 from tests.report.made import made_sweep
 
 CP = [
@@ -71,7 +73,7 @@ def test_the_winner_has_a_margin_and_says_if_it_is_noise(tmp_path: Path) -> None
     assert [w.verdict for w in quiet] == ["beyond the noise"] * 2
     assert all(w.margin is not None and w.margin.value > 1 for w in quiet)
     loud = winners(good(made_sweep(tmp_path, "loud", grid, noise=1.0)))
-    assert any("either will do" in w.verdict for w in loud)
+    assert any(w.verdict == "within the noise" for w in loud)
     (alone,) = winners(good(made_sweep(tmp_path, "alone", ["seqlen=64k", "scale=1x8"])))
     assert alone.verdict == "nothing else ran"
 
@@ -175,3 +177,14 @@ def test_seeds_are_one_line_and_the_median_is_drawn(tmp_path: Path) -> None:
         assert rows["time/total/median_s"].median() in set(one["time/total/median_s"])
     assert len(winners(frame)) == 3 * 2 * 5
     assert {w.setting for w in winners(frame)} == {f"heads 64x8x128, seed {seed}" for seed in range(5)}
+
+
+def test_cells_that_share_a_label_are_told_apart_by_what_differs() -> None:
+    cells = [p.cell for p in look(["cp=usp", "cp.ulysses_degree=2,4", "dtype=float16,bfloat16", "seqlen=64k", "scale=1x8"]).cells]
+    cells += [p.cell for p in look(["cp=ring", "seqlen=64k", "scale=1x8"]).cells]
+    named = labels(cells)
+    assert len(set(named.values())) == 5
+    assert "usp sdpa_flash causal 64k 1x8 cp.ulysses_degree=2 dtype=float16" in named.values()
+    assert "ring sdpa_flash causal 64k 1x8" in named.values()
+    heads = labels(p.cell for p in look(["heads=8x8x64,16x8x64", "seqlen=64k", "scale=1x8"]).cells)
+    assert {label.partition("1x8 ")[2] for label in heads.values()} == {"heads=8x8x64", "heads=16x8x64"}
