@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,12 @@ SMALL = [
 
 def test_cells_are_checked_on_two_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
     done = lcbench(
-        "sweep", "-m", "cp=ring,usp", "mask=causal_document,block_random", "seqlen=1k", "scale=2x8",
-        "heads=16x4x16", "sweep=main", f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", *SMALL,
+        "sweep", "-m", "cp=ring,usp", "mask=causal_document,block_random", "seqlen=1k", "scale=2x4",
+        "heads=16x4x16", "sweep=main", "output=json", f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", *SMALL,
         environment=devcluster,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["status"] for row in json.loads(done.stdout)["cells"]] == ["ok"] * 4
     sweep = Sweep(tmp_path, "main")
     assert len(sweep.entries()) == 4
     for cell_id in sweep.entries():
@@ -32,7 +34,7 @@ def test_cells_are_checked_on_two_nodes(devcluster: dict[str, str], tmp_path: Pa
         errors = attempt.checks["errors"]
         assert set(errors) == {"out", "lse", "dq", "dk", "dv"}
         assert max(errors.values()) <= 1e-12
-        assert len(attempt.samples["rank_forward_median_s"]) == 16
+        assert len(attempt.samples["rank_forward_median_s"]) == 8
         assert attempt.provenance["slurm_job_id"]
         checked = attempt.provenance["check"]
         assert checked["fallen"] == {}

@@ -307,7 +307,9 @@ class Collector:
 
         if wanted(standing).cells and time.monotonic() >= self._next:
             # Looked at again under the lock: somebody else may have done it.
-            _, _, refusal = launcher_named("slurm").hand_over(self._sweep, lambda: wanted(self._watch.look()), settings)
+            launcher = launcher_named("slurm")
+            launcher.output = "json"  # whoever collects may be asked for JSON: what is submitted is said on stderr
+            _, _, refusal = launcher.hand_over(self._sweep, lambda: wanted(self._watch.look()), settings)
             if refusal is not None:
                 self._next = time.monotonic() + REFUSED_PAUSE_S
                 if str(refusal) != self._said:

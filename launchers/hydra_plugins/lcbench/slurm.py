@@ -60,7 +60,7 @@ class SlurmLauncher(PackLauncher):
             submitted.append(job_id)
             cells, nodes = sum(len(p.cells) for p in array), parse_scale(array[0].scale).nodes
             jobs = f"array {job_id}: {len(array)} jobs, " if len(array) > 1 else f"job {job_id}: "
-            print(f"{jobs}{cells} cells on {nodes} nodes each, at most {max(p.timeout_min for p in array)} min")
+            self.say(f"{jobs}{cells} cells on {nodes} nodes each, at most {max(p.timeout_min for p in array)} min")
         if submitted and packs[0].site.get("collector", True):
             submit_collector(sweep, packs[0], submitted)
         if words:
