@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import sys
@@ -10,7 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
+
+# Ranks are forked from a process that has imported these: importing torch takes longer than most of what ranks are for.
+PRELOAD = ["lcbench.cp.execute", "lcbench.measure.cell", "lcbench.testing.spawn"]
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> None:
@@ -18,7 +22,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> None
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(_rank, args=(world_size, port, function, args), nprocs=world_size, join=True)
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    start_processes(_rank, (world_size, port, function, args), nprocs=world_size, join=True, start_method="forkserver")
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
