@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 @pytest.mark.parametrize(
     "faults",
     [
-        "kill_a_worker", "kill_an_agent", "kill_slurmd", "requeue preempt", "scancel",
+        "kill_a_worker kill_an_agent", "kill_slurmd scancel", "requeue preempt",
         "kill_slurmctld kill_slurmdbd kill_the_server",
     ],
 )  # fmt: skip
