@@ -139,7 +139,6 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
         (4, 67, Heads(8, 8, 8)),
         (6, 59, Heads(12, 12, 8)),
         (8, 83, Heads(16, 1, 8)),
-        (8, 83, Heads(16, 16, 8)),
     ],
     ids=str,
 )
