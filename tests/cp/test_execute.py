@@ -134,9 +134,7 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
         (2, 53, Heads(4, 4, 8)),
         (2, 53, Heads(8, 2, 8)),
         (3, 47, Heads(6, 3, 8)),
-        (3, 47, Heads(6, 6, 8)),
         (4, 67, Heads(8, 2, 8)),  # fewer KV heads than Ulysses ranks
-        (4, 67, Heads(8, 8, 8)),
         (6, 59, Heads(12, 12, 8)),
         (8, 83, Heads(16, 1, 8)),
     ],
