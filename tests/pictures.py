@@ -1,7 +1,8 @@
-"""Pictures for the docs: the newest sweep's report, and its dashboard in a real MLflow. ``make pictures``."""
+"""Pictures for the docs: the newest sweep's report, and MLflow's pages of it in a real server. ``make pictures``."""
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +13,9 @@ from lcbench.report.page import write_report
 from lcbench.runs.tracking import publish, view_url
 from tests.browser import CHROMIUM, browser
 from tests.slurm.stage import ROOT, Server
+
+SETTLED_MS = 5000  # MLflow's page lays its charts out several times
+COMPARED = 4
 
 
 def main() -> int:
@@ -36,14 +40,25 @@ def main() -> int:
                 if b.complaints:
                     raise AssertionError(f"the report's page complains: {b.complaints}")
                 b.page.set_viewport_size({"width": 1500, "height": 1250})
-                b.page.goto(view_url(sweep, server.uri))
+                url = view_url(sweep, server.uri)
+                assert url is not None
+                b.page.goto(url)
                 b.page.locator(".js-plotly-plot").nth(2).wait_for(timeout=60_000)
                 b.page.get_by_role("button", name="Close").first.click()
-                b.page.wait_for_timeout(3000)  # the page lays its charts out again
+                b.page.wait_for_timeout(SETTLED_MS)
                 b.page.screenshot(path=docs / "dashboard.png")
+                b.page.set_viewport_size({"width": 1500, "height": 800})
+                b.page.goto(url.replace("compareRunsMode=CHART", "compareRunsMode=TABLE"))
+                b.page.wait_for_timeout(SETTLED_MS)
+                b.page.screenshot(path=docs / "runs.png")
+                mine = sweep.remembered()[server.uri]
+                runs = json.dumps([run for run, *_ in list(mine["cells"].values())[:COMPARED]])
+                b.page.goto(f"{server.uri}/#/compare-runs?runs={runs}&experiments={json.dumps([mine['experiment']])}")
+                b.page.wait_for_timeout(SETTLED_MS)
+                b.page.screenshot(path=docs / "compare.png")
         finally:
             server.kill()
-    print(f"{docs / 'report.png'}, {docs / 'dashboard.png'}")
+    print(f"report.png, dashboard.png, runs.png and compare.png in {docs}")
     return 0
 
 
