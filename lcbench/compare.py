@@ -105,7 +105,7 @@ def _show(found: Comparison, a: str, b: str, *, everything: bool) -> None:
     from lcbench.report.table import WIDTH
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    environment = Table(title="environments differ" if found.environment else "the same environment", title_justify="left")
+    environment = Table(title="environments differ", title_justify="left")
     for column in ("what", f"A: {a}", f"B: {b}"):
         environment.add_column(column, overflow="fold")
     for name, values in found.environment.items():

@@ -17,7 +17,6 @@ from lcbench.runs.store import Attempt, Sweep
 class Side:
     """The newest good attempts of a sweep by what they measured, and why other cells have none."""
 
-    name: str
     good: dict[str, tuple[Cell, Attempt]]
     others: dict[str, tuple[Cell, str]]
     environment: Environment
@@ -80,7 +79,7 @@ def side_of(sweep: Sweep, across: Sequence[str] = ()) -> Side:
         else:
             failure = record.failure
             others[key] = (cell, f"{failure.kind}: {failure.cause}" if failure else record.status)
-    return Side(sweep.name, good, others, environment_of(attempt for _, attempt in good.values()))
+    return Side(good, others, environment_of(attempt for _, attempt in good.values()))
 
 
 def compare(a: Side, b: Side, phase: str = "total") -> Comparison:

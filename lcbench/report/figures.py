@@ -5,7 +5,7 @@ not arise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -167,18 +167,10 @@ def memory_by_length(frame: pd.DataFrame) -> Iterator[Drawn]:
     for number, (where, rows) in enumerate(_settings(frame[frame["memory/peak_bytes"].notna()], ["scale", "setting"])):
         if rows["seqlen"].nunique() < 2:
             continue
-        masks = _order(rows, "what_mask")
-        choices, left_out = _fastest(rows)
-        figure, axes = _panels(len(masks))
-        drawn: dict[str, Any] = {}
-        for axis, mask in zip(axes, masks, strict=False):
-            for i, choice in enumerate(choices):
-                line = rows[(rows["what_mask"] == mask) & (rows["choice"] == choice)].sort_values("seqlen")
-                if not line.empty:
-                    drawn[choice] = _plot(axis, line["seqlen"], line["memory/peak_bytes"] / 2**30, i)
+        figure, axes, left_out = _by_mask(rows, "seqlen", lambda line: line["memory/peak_bytes"] / 2**30)
+        for axis, mask in axes:
             axis.set_yscale("log")
             _tune(axis, "seqlen", sorted(rows["seqlen"].unique()), mask, "sequence length", "GiB", floor=None)
-        _legend(figure, drawn)
         yield Drawn(
             f"memory-by-length{_suffix(number)}", f"Peak memory by sequence length, {where}",
             "Worst rank's peak of one iteration above the level before it, with the engine's buffers." + _said_of(left_out), figure,
@@ -188,24 +180,41 @@ def memory_by_length(frame: pd.DataFrame) -> Iterator[Drawn]:
 def efficiency(frame: pd.DataFrame) -> Iterator[Drawn]:
     """TFLOP/s per GPU over those of the same choice on its fewest GPUs, against GPUs."""
     for name, kind, rows, where in _scalings(frame):
-        masks = _order(rows, "what_mask")
-        choices, left_out = _fastest(rows)
-        figure, axes = _panels(len(masks))
-        drawn: dict[str, Any] = {}
-        for axis, mask in zip(axes, masks, strict=False):
-            for i, choice in enumerate(choices):
-                line = rows[(rows["what_mask"] == mask) & (rows["choice"] == choice)].sort_values("world_size")
-                if len(line) < 2:
-                    continue
-                first = line["compute/tflops_per_gpu"].iloc[0]
-                drawn[choice] = _plot(axis, line["world_size"], 100 * line["compute/tflops_per_gpu"] / first, i)
+        figure, axes, left_out = _by_mask(rows, "world_size", _of_the_first)
+        for axis, mask in axes:
             axis.axhline(100, color="0.7", linewidth=0.8)
             _tune(axis, "world_size", sorted(rows["world_size"].unique()), mask, "GPUs", "% of the fewest GPUs")
-        _legend(figure, drawn)
         yield Drawn(
             f"efficiency-{name}", f"Scaling efficiency, {kind}, {where}",
             "TFLOP/s per GPU as a share of the same choice's on its fewest GPUs; 100 % is perfect." + _said_of(left_out), figure,
         )  # fmt: skip
+
+
+def _of_the_first(line: pd.DataFrame) -> pd.Series | None:
+    """Rates in percent of the first; None for a single one."""
+    rates = line["compute/tflops_per_gpu"]
+    return 100 * rates / rates.iloc[0] if len(rates) > 1 else None
+
+
+def _by_mask(
+    rows: pd.DataFrame, x: str, values: Callable[[pd.DataFrame], pd.Series | None]
+) -> tuple[Figure, list[tuple[Axes, str]], int]:
+    """A panel per mask and in it a line per choice of what ``values`` makes of its rows; the figure, its panels with their masks,
+    and how many choices are left out.
+    """
+    masks = _order(rows, "what_mask")
+    choices, left_out = _fastest(rows)
+    figure, axes = _panels(len(masks))
+    panels = list(zip(axes, masks, strict=False))
+    drawn: dict[str, Any] = {}
+    for axis, mask in panels:
+        for i, choice in enumerate(choices):
+            line = rows[(rows["what_mask"] == mask) & (rows["choice"] == choice)].sort_values(x)
+            y = values(line) if len(line) else None
+            if y is not None:
+                drawn[choice] = _plot(axis, line[x], y, i)
+    _legend(figure, drawn)
+    return figure, panels, left_out
 
 
 def _scalings(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame, str]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from lcbench.grid.cell import flat_config, format_tokens
 from lcbench.report.intervals import Median
-from lcbench.runs.store import Attempt, Record, Sweep
+from lcbench.runs.store import Attempt, Look, Record, Sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,15 +27,19 @@ def frame_of(sweeps: Iterable[Sweep], *, attempts: Literal["newest", "all"] = "n
     """A row per cell of these sweeps; ``lcbench.results.load`` says what is in it."""
     import pandas as pd
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for sweep in sweeps:
         seen = sweep.look()
         for damaged in seen.damaged:
             warnings.warn(f"set aside: {damaged.path}: {damaged.reason}", stacklevel=3)
-        for cell_id, record in seen.records.items():
-            tries: tuple[Attempt | None, ...] = record.attempts if attempts == "all" else (record.last,)
-            rows += [_row(sweep.name, cell_id, record, attempt, samples) for attempt in tries or (None,)]
+        rows += _rows(sweep.name, seen, attempts, samples)
     return pd.DataFrame(rows)
+
+
+def _rows(sweep: str, seen: Look, attempts: Literal["newest", "all"], samples: bool) -> Iterator[dict[str, Any]]:
+    for cell_id, record in seen.records.items():
+        tries: tuple[Attempt | None, ...] = record.attempts if attempts == "all" else (record.last,)
+        yield from (_row(sweep, cell_id, record, attempt, samples) for attempt in tries or (None,))
 
 
 def _row(sweep: str, cell_id: str, record: Record, attempt: Attempt | None, samples: bool) -> dict[str, Any]:
@@ -56,15 +60,17 @@ def _row(sweep: str, cell_id: str, record: Record, attempt: Attempt | None, samp
     return row | ({f"samples/{key}": values for key, values in attempt.samples.items()} if samples else {})
 
 
-def reported(sweep: Sweep) -> pd.DataFrame:
-    """Every cell of a sweep, with samples and with columns for reports:
+def reported(sweep: Sweep, seen: Look | None = None) -> pd.DataFrame:
+    """Every cell of a sweep (``seen``: as a look at it showed them), with samples and with columns for reports:
 
     ``what_kernel``, ``what_cp``, ``what_mask``: the axis value with those of its options that differ between rows; ``choice``:
     kernel, strategy and transit in one word; ``problem``: all that a choice is an answer to, as one key; ``setting``: what of the
     problem is neither mask, length, scale nor seed; ``where``: that with the seed, if there are several; ``tokens_per_rank``;
     ``<phase>_by_mean``: TFLOP/s per GPU with the mean over ranks for a time, as others count, where ours is the slowest rank's.
     """
-    frame = frame_of([sweep], samples=True)
+    import pandas as pd
+
+    frame = pd.DataFrame(_rows(sweep.name, seen or sweep.look(), "newest", samples=True))
     if frame.empty:
         return frame
     for group in ("kernel", "cp", "mask"):

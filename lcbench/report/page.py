@@ -54,9 +54,10 @@ def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]]) 
     Args:
         devices: the ``conf/device`` entries, for rooflines.
     """
-    frame = reported(sweep)
+    seen = sweep.look()
+    frame = reported(sweep, seen)
     good = frame[frame["status"] == "ok"] if len(frame) else frame
-    attempts = [record.last for record in sweep.look().records.values() if record.last is not None and record.last.status == "ok"]
+    attempts = [record.last for record in seen.records.values() if record.last is not None and record.last.status == "ok"]
     best = rows_table("winners", "Fastest choice of every problem", [w.row() for w in winners(good)])
     tables = [*rate_tables(frame)] if len(good) else []
     failures = rows_table("failures", "What did not run, and why", _failures(frame))

@@ -87,7 +87,6 @@ def rate_tables(frame: pd.DataFrame) -> Iterator[Table]:
                 pivot = made.pivot_table(index="choice", columns=columns, values="value", aggfunc="first", sort=False).fillna(
                     NOT_RUN
                 )
-                pivot = pivot.sort_index(axis=1, level=1, sort_remaining=False, kind="stable")
                 order = list(dict.fromkeys(rows["what_mask"]))
                 pivot = pivot[sorted(pivot.columns, key=lambda c: (order.index(c[0]), c[1]))]
                 if kind == "length":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lcbench.grid.cell import format_tokens
@@ -61,6 +61,6 @@ def winners(frame: pd.DataFrame) -> list[Winner]:
         others = ranked.iloc[1:]
         if not others.empty:
             second = others.iloc[0]
-            made = Winner(**{**made.__dict__, "next_choice": second["choice"], "margin": row_time(second).over(row_time(best))})
+            made = replace(made, next_choice=second["choice"], margin=row_time(second).over(row_time(best)))
         found.append(made)
     return found

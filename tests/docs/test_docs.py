@@ -36,7 +36,6 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made_sweep(folder / "results", name, [*GRID, f"kernel={kernel}"], seed=number, failed=failed, launch=launch())
     shutil.copytree(folder / "results", folder / "colleague" / "results")
     (folder / "lengths.txt").write_text("\n".join(map(str, range(10, 4000, 7))))
-    (folder / "desk").mkdir()
     return folder
 
 

@@ -148,7 +148,7 @@ class PackLauncher(Launcher):
         if self.output == "table":
             console = Console(width=None if sys.stdout.isatty() else WIDTH)
             console.print(cells_table(standing.seen, sweep.name, report))
-            if (fastest := fastest_table(sweep, report)) is not None:
+            if (fastest := fastest_table(sweep, standing.seen, report)) is not None:
                 console.print(fastest)
         for damaged in standing.seen.damaged:
             print(f"set aside: {damaged.path}: {damaged.reason}", file=sys.stderr)
