@@ -18,6 +18,8 @@ from lcbench.runs.tracking import attach, publish, view_url
 from tests.browser import browser, needs_browser
 from tests.report.made import made_sweep
 
+# The stock page asks for a user that a server without accounts does not have; on a busy machine its layout takes a frame more.
+ITS_OWN = ("404", "ResizeObserver loop")
 GRID = ["cp=ring,ulysses,usp", "mask=full,causal", "seqlen=64k,128k", "scale=1x8,2x8"]
 
 
@@ -57,5 +59,4 @@ def test_the_stock_page_opens_with_every_cell_and_its_charts(tmp_path: Path, ser
         assert b.page.get_by_text("world_size vs. compute").count() == 1
         assert b.page.get_by_text("Parallel Coordinates").count() == 1
         assert b.page.get_by_text("ring sdpa_flash full 128k 2x8").count() >= 1
-        # It asks for a user that a server without accounts does not have.
-        assert [c for c in b.complaints if "404" not in c] == []
+        assert [c for c in b.complaints if not any(own in c for own in ITS_OWN)] == []
