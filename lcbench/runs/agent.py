@@ -100,12 +100,13 @@ def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_ad
 
 def begin_anew(sweep: Sweep, pack: Pack) -> None:
     """Close what a run of this job before this one left open (Slurm requeued it), and forget how it ended."""
-    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if not restarts:
         return
     why = sweep.pack_file(pack.id, "stop.json").get("failure")
     failure = Failure(**why) if why else None
     if failure is None:
-        word = last_incarnation(os.environ["SLURM_JOB_ID"], environment(pack.site)) or "REQUEUED"
+        word = last_incarnation(os.environ["SLURM_JOB_ID"], restarts, environment(pack.site)) or "REQUEUED"
         failure = Failure(SLURM_STATES.get(word, "preempted"), f"Slurm requeued its job, which had ended as {word}")
         if failure.kind in ("crash", "cancelled"):  # nobody requeues what ended so by itself
             failure = Failure("preempted", failure.cause)

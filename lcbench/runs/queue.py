@@ -99,10 +99,13 @@ def ask(names: Sequence[str], since: float, env: dict[str, str]) -> Answer:
     return Answer({**jobs, **living}, queued is not None)
 
 
-def last_incarnation(job_id: str, env: dict[str, str]) -> str:
-    """How a requeued job ended the time before, in accounting's word; empty if it does not say."""
-    lines = _lines(["sacct", "-X", "-D", "-n", "-P", "-j", job_id, "-o", "State"], env) or []
-    ended = [word for line in lines if (word := word_of(line)) in ENDED | {"REQUEUED"}]
+def last_incarnation(job_id: str, restarts: int, env: dict[str, str]) -> str:
+    """How a job that was requeued ``restarts`` times ended the time before, in accounting's word; empty if it does not say."""
+    lines = _lines(["sacct", "-X", "-D", "-n", "-P", "-j", job_id, "-o", "JobIDRaw,State"], env) or []
+    # Asked for a whole array's id, which one of its elements has too, sacct answers for all of them.
+    own = [word_of(state) for raw, _, state in (line.partition("|") for line in lines) if raw == job_id]
+    # This one may be told to end before it asks.
+    ended = [word for word in own[:restarts] if word in ENDED | {"REQUEUED"}]
     return ended[-1] if ended else ""
 
 
