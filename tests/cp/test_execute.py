@@ -53,11 +53,11 @@ def masks(seqlen: int, heads: Heads, folder: Path) -> dict[str, Mask]:
     return found
 
 
-def strategies(world_size: int, heads: Heads) -> list[Strategy]:
-    """Every strategy of conf/cp as it is there, and, at one kind of heads, its options."""
+def strategies(world_size: int, heads: Heads) -> tuple[list[Strategy], list[Strategy]]:
+    """Every strategy of conf/cp as it is there, and, with grouped-query heads, their options."""
     named = [s for name in names("cp") if not isinstance(s := build_strategy(load("cp", name)), Peer)]
     if heads.q == heads.kv:
-        return named
+        return named, []
     degrees = [u for u in range(2, world_size) if world_size % u == 0]
     more: list[Strategy] = [Ring("contiguous"), Ring("striped"), Ulysses(uneven_heads=True), Ulysses(stages=2)]
     more += [AllGather(heads_per_step=1), GroupCast(stages=4, solver="swap"), TokenRing("striped")]
@@ -66,7 +66,7 @@ def strategies(world_size: int, heads: Heads) -> list[Strategy]:
     more += [LoongTrain(1, window=w) for w in degrees]
     if world_size > 2:
         more.append(Hybrid(groups=[world_size - 2, 1, 1]))
-    return named + more
+    return named, more
 
 
 def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Path) -> None:
@@ -80,13 +80,15 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
     own_folder = folder / str(rank)
     own_folder.mkdir()
     ran = set()
-    for number, (mask_name, mask) in enumerate(masks(seqlen, heads, own_folder).items()):
+    every_mask = masks(seqlen, heads, own_folder)
+    named, options = strategies(world_size, heads)
+    for number, (mask_name, mask) in enumerate(every_mask.items()):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out, lse = dense_attention(*leaves, dense_heads(mask, heads.q), problem.softmax_scale)
         expected = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
-        for place, strategy in enumerate(strategies(world_size, heads)):
+        for place, strategy in enumerate([*named, *options]):
             # At many ranks the options take turns at the masks: each meets a third of them, and each mask a third of the options.
-            if world_size > 3 and place >= len(names("cp")) and (place + number) % 3:
+            if world_size > 3 and place >= len(named) and (place + number) % 3:
                 continue
             kernel = SDPAFlash() if strategy != Ring() else Reference()
             if strategy.unsupported(problem, mask):
@@ -117,9 +119,9 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
                 repeated = executor.backward(dout[own], saved_again)
                 assert all(torch.equal(a, b) for a, b in zip(repeated, grads, strict=True)), case
             ran.add((mask_name, type(strategy).__name__))
-    wanted = {type(s).__name__ for s in strategies(world_size, heads)} - ({"Local"} if world_size > 1 else set())
+    wanted = {type(s).__name__ for s in named} - ({"Local"} if world_size > 1 else set())
     if problem.seqlen >= 2 * world_size:
-        missing = {(m, s) for m in masks(problem.seqlen, heads, own_folder) for s in wanted} - ran
+        missing = {(m, s) for m in every_mask for s in wanted} - ran
         assert not missing, missing
     dist.barrier()
 
@@ -134,8 +136,11 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
         (2, 53, Heads(4, 4, 8)),
         (2, 53, Heads(8, 2, 8)),
         (3, 47, Heads(6, 3, 8)),
+        (3, 47, Heads(6, 6, 8)),
+        (4, 67, Heads(8, 8, 8)),
         (4, 67, Heads(8, 2, 8)),  # fewer KV heads than Ulysses ranks
         (6, 59, Heads(12, 12, 8)),
+        (8, 83, Heads(16, 16, 8)),
         (8, 83, Heads(16, 1, 8)),
     ],
     ids=str,
