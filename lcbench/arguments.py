@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lcbench.runs.store import Sweep, find_cell, sweeps
+
+BAD_INPUT = 2  # argparse's exit code too
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """A ValueError in here is about what the command was asked: one line says it, and the command ends with exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
 
 
 def command_parser(name: str, description: str | None, examples: str) -> argparse.ArgumentParser:

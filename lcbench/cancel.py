@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from lcbench.arguments import add_results_argument, chosen_cell, command_parser, find_sweep
+from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, find_sweep
 from lcbench.runs.jobs import PackState, Watch
 from lcbench.runs.queue import cancel_named, environment
 from lcbench.runs.store import Sweep, sweeps, write_json
 
-BAD_INPUT = 2
 EXAMPLES = """
 python -m lcbench.cancel last
 python -m lcbench.cancel 1a2b3c4d5e6f
@@ -28,13 +27,10 @@ def main(arguments: list[str]) -> int:
     add_results_argument(parser)
     options = parser.parse_args(arguments)
     root: Path = options.results.absolute()
-    try:
+    with bad_input():
         if options.what == "last" or options.what in sweeps(root):
             return cancel_sweep(find_sweep(root, options.what))
         return cancel_cell(*chosen_cell(root, options.what))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
 
 
 def cancel_sweep(sweep: Sweep) -> int:

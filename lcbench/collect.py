@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lcbench.arguments import add_sweep_arguments, chosen_sweep, command_parser
+from lcbench.arguments import add_sweep_arguments, bad_input, chosen_sweep, command_parser
 from lcbench.runs.store import Sweep
 from lcbench.runs.tracking import publish_or_say, tracked_at
 
@@ -60,11 +60,8 @@ def main(arguments: list[str]) -> int:
     add_sweep_arguments(parser)
     parser.add_argument("--wait", action="store_true", help="stay until every job has ended")
     options = parser.parse_args(arguments)
-    try:
+    with bad_input():
         sweep = chosen_sweep(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 1 if collect(sweep, wait=options.wait) else 0
 
 

@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from lcbench.arguments import add_results_argument, command_parser, find_sweep
+from lcbench.arguments import BAD_INPUT, add_results_argument, bad_input, command_parser, find_sweep
 from lcbench.report.comparison import Compared, Comparison, compare, side_of
 from lcbench.report.frame import PHASES
 from lcbench.runs.store import Sweep
@@ -45,12 +45,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--all", action="store_true", help="list the cells that did not change too")
     add_results_argument(parser)
     options = parser.parse_args(arguments)
-    try:
+    with bad_input():
         a, b = (side_of(_sweep(options.results.absolute(), name), options.across) for name in (options.a, options.b))
         found = compare(a, b, options.phase)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     if not found.cells:
         print(f"error: {options.a} and {options.b} have no cell with a good result in both", file=sys.stderr)
     if options.json:
@@ -58,7 +55,7 @@ def main(arguments: list[str]) -> int:
     else:
         _show(found, options.a, options.b, everything=options.all)
     if not found.cells:
-        return 2
+        return BAD_INPUT
     share = options.fail_on_regression
     if share is not None and (worse := found.regressions(share)):
         print(f"{len(worse)} cells are slower by more than {share:.3g} of their time", file=sys.stderr)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lcbench.arguments import command_parser
+from lcbench.arguments import bad_input, command_parser
 from lcbench.masks.lengths import fit
-from lcbench.sweep import BAD_INPUT, CONF
+from lcbench.sweep import CONF
 
 EXAMPLES = """
 python -m lcbench.lengths lengths.txt --name mine
@@ -25,15 +25,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--force", action="store_true", help="write over a profile of that name")
     options = parser.parse_args(arguments)
     target = options.conf / "lengths" / f"{options.name}.yaml"
-    try:
+    with bad_input():
         if not options.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"--name {options.name} is no name; use letters, digits, - and _")
         if target.exists() and not options.force:
             raise ValueError(f"{target} is there; take another --name, or --force")
         lengths = read(options.file)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
     found = fit(lengths)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(
@@ -51,8 +48,10 @@ def read(path: Path) -> list[int]:
     """Lengths of a file, one per line.
 
     Raises:
-        ValueError: a line that is no whole number of at least 1, or no lines at all.
+        ValueError: no file, a line that is no whole number of at least 1, or no lines at all.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; write one length per line into it")
     lengths = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip():

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from lcbench.arguments import add_results_argument, chosen_cell, command_parser
+from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser
 from lcbench.grid.values import parse_scale
 from lcbench.runs.jobs import CellState, Watch
 from lcbench.runs.logs import said_by_ranks
@@ -28,11 +28,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--follow", action="store_true", help="keep printing until the cell has ended")
     add_results_argument(parser)
     options = parser.parse_args(arguments)
-    try:
+    with bad_input():
         sweep, cell_id = chosen_cell(options.results.absolute(), options.cell)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     watch = Watch(sweep, Patient())
     shown: dict[str, int] = {}
     while True:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from lcbench.arguments import add_results_argument, chosen_cell, command_parser, find_sweep
+from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, find_sweep
 from lcbench.runs.jobs import Watch
 from lcbench.runs.pack import Settings
 from lcbench.runs.store import Record
 
-BAD_INPUT = 2
 EXAMPLES = """
 python -m lcbench.rerun 1a2b3c4d5e6f
 python -m lcbench.rerun --failed last
@@ -28,7 +27,7 @@ def main(arguments: list[str]) -> int:
     add_results_argument(parser)
     options = parser.parse_args(arguments)
     root = options.results.absolute()
-    try:
+    with bad_input():
         sweep, cell_id = (find_sweep(root, options.failed), None) if options.failed else chosen_cell(root, options.cell)
         if cell_id and (why := sweep.entries()[cell_id].skip):
             raise ValueError(f"cell {cell_id} cannot run: {why}")
@@ -40,9 +39,6 @@ def main(arguments: list[str]) -> int:
         launch = standing.seen.launch
         if not launch:
             raise ValueError(f"sweep {sweep.name} does not say how it was launched; run its command again")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
     if not records:
         print(f"no failed cells in {sweep.name}")
         return 0

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lcbench.arguments import add_results_argument, command_parser, find_sweep
+from lcbench.arguments import add_results_argument, bad_input, command_parser, find_sweep
 from lcbench.report.frame import frame_of
 from lcbench.runs.store import Attempt, Sweep, sweeps
 
@@ -69,17 +69,11 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(schema(), indent=1))
         return 0
     out: Path = options.out
-    if out.suffix not in FORMATS or (options.samples and out.suffix == ".csv"):
-        print(
-            f"error: cannot write {out}{' with samples' if options.samples else ''}; formats: {', '.join(FORMATS)}", file=sys.stderr
-        )
-        return 2
-    try:
+    with bad_input():
+        if out.suffix not in FORMATS or (options.samples and out.suffix == ".csv"):
+            raise ValueError(f"cannot write {out}{' with samples' if options.samples else ''}; formats: {', '.join(FORMATS)}")
         name = None if options.sweep == "all" else options.sweep
         frame = load(options.results, name, attempts=options.attempts, samples=options.samples)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     if out.suffix == ".parquet":
         # Options that differ in type between masks (a count here, a list there) are written as text.
         mixed = [c for c in frame.columns if "." in c and frame[c].map(type).nunique() > 1]

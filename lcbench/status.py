@@ -11,7 +11,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 
-from lcbench.arguments import add_sweep_arguments, chosen_sweep, command_parser
+from lcbench.arguments import add_sweep_arguments, bad_input, chosen_sweep, command_parser
 from lcbench.report.table import WIDTH, status_tables, summary_line
 from lcbench.runs.jobs import Watch
 from lcbench.runs.store import sweeps
@@ -39,11 +39,8 @@ def main(arguments: list[str]) -> int:
         names = sweeps(root)
         print(json.dumps(names) if options.json else "\n".join(names) or f"no sweeps below {root}")
         return 0
-    try:
+    with bad_input():
         sweep = chosen_sweep(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     from rich.console import Console
     from rich.live import Live
 

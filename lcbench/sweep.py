@@ -14,11 +14,11 @@ import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 
+from lcbench.arguments import bad_input
 from lcbench.grid.expand import GROUPS, REPOSITORY, Plan, expand, remember
 
 CONF = REPOSITORY / "conf"
 COMPLETION = Path(__file__).parent / "completion.bash"
-BAD_INPUT = 2
 # With these Hydra explains itself and runs nothing.
 EXPLAINS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 
@@ -36,11 +36,8 @@ def main(arguments: list[str]) -> None:
     if site and not any(a.startswith("site=") for a in arguments):
         arguments = [*arguments, f"site={site}"]
     if not any(a.split("=")[0] in EXPLAINS for a in arguments):
-        try:
+        with bad_input():
             plan = look(arguments)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(BAD_INPUT)
         # Hydra gets the launcher and its own options; the grid is planned already. (It would try the options of swept values,
         # as in mask=a,b mask.draws=2, on the default value, and refuse them.)
         remember(plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from lcbench.arguments import add_sweep_arguments, chosen_sweep, command_parser
+from lcbench.arguments import add_sweep_arguments, bad_input, chosen_sweep, command_parser
 from lcbench.runs.jobs import Watch
 from lcbench.runs.tracking import TrackingUnavailable, publish, tracked_at
 
@@ -19,14 +19,11 @@ def main(arguments: list[str]) -> int:
     add_sweep_arguments(parser)
     parser.add_argument("--tracking-uri", help="default: that of the sweep")
     options = parser.parse_args(arguments)
-    try:
+    with bad_input():
         sweep = chosen_sweep(options)
         uri = options.tracking_uri or tracked_at(Watch(sweep).look().seen.launch)
         if not uri:
             raise ValueError(f"sweep {sweep.name} names no tracking server; add --tracking-uri, such as http://127.0.0.1:5000")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     try:
         counts = publish(sweep, uri)
     except TrackingUnavailable as error:

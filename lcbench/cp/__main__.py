@@ -17,14 +17,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lcbench.arguments import add_results_argument, chosen_cell, command_parser
+from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser
 from lcbench.cp.base import Peer
 from lcbench.cp.draw import Timeline, save
 from lcbench.cp.verify import Report, verify
 from lcbench.grid.build import build_mask, build_strategy
 from lcbench.grid.cell import Cell
 from lcbench.report.table import WIDTH
-from lcbench.sweep import BAD_INPUT, look
+from lcbench.sweep import look
 
 EXAMPLES = """
 python -m lcbench.cp cp=ring,usp,groupcast mask=causal seqlen=1m scale=12x8
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="draw a single one (png, pdf, svg)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    try:
+    with bad_input():
         cells, timeline = _asked(options)
         rows, reports = [], []
         for cell in cells:
@@ -52,9 +52,6 @@ def main(arguments: list[str]) -> int:
             reports.append(report)
         if (options.grid or options.out) and (len(reports) != 1 or reports[0] is None):
             raise ValueError(f"--grid and --out show one strategy that can run, these are {len(cells)} cells: {_reasons(rows)}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
     if options.json:
         print(json.dumps(rows, indent=1))
     else:

@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lcbench.grid import build, values
 from lcbench.grid.cell import Cell
+from lcbench.grid.devices import known_devices
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.mask import Mask
@@ -360,7 +361,7 @@ def _site(site: Any) -> dict[str, Any]:
         raise ValueError(f"site: {_one_line(error)}") from error
     assert isinstance(resolved, dict)
     known: dict[str, list[str | None]] = {
-        "device": [None, "cpu", *sorted(p.stem for p in (REPOSITORY / "conf" / "device").glob("*.yaml"))],
+        "device": [None, "cpu", *(entry["name"] for entry in known_devices())],
         "check": ["stop", "warn"],
         "publish": ["nodes", "login"],
     }

@@ -13,20 +13,20 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from lcbench.arguments import command_parser
+from lcbench.arguments import bad_input, command_parser
 from lcbench.grid.build import build_kernel, build_mask
 from lcbench.grid.cell import Cell, format_tokens
+from lcbench.grid.devices import known_devices
 from lcbench.grid.values import axis_values
 from lcbench.kernels.base import Platform, native_calls
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
 from lcbench.problem import DIRECTIONS, DTYPES
 from lcbench.report.table import WIDTH
-from lcbench.sweep import BAD_INPUT, CONF, look
+from lcbench.sweep import CONF, look
 
 DEFAULTS = {"seqlen": "4k", "heads": "64x8x128", "lengths": "uniform", "cp": "none", "scale": "1x1"}
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
@@ -46,13 +46,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--json", action="store_true", help="print JSON: an entry per kernel, mask, type and direction")
     options = parser.parse_args(arguments)
-    try:
+    with bad_input():
         platform = _platform(options.platform)
         cells = _cells(options.overrides)
         rows = list(matrix(cells, platform, installed=options.platform != "this"))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
     if options.json:
         print(json.dumps(rows, indent=1))
         return 0
@@ -96,12 +93,11 @@ def _platform(name: str) -> Platform:
         return Platform.of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if name == "cpu":
         return Platform("cpu")
-    files = {path.stem: path for path in sorted((CONF / "device").glob("*.yaml"))}
-    if name not in files:
-        raise ValueError(f"--platform {name} is not one of this, cpu, {', '.join(files)}")
-    entry = OmegaConf.load(files[name])
-    major, minor = entry.capability
-    return Platform("cuda", (major, minor), entry.memory_bytes)
+    devices = {entry["name"]: entry for entry in known_devices()}
+    if name not in devices:
+        raise ValueError(f"--platform {name} is not one of this, cpu, {', '.join(devices)}")
+    major, minor = devices[name]["capability"]
+    return Platform("cuda", (major, minor), devices[name]["memory_bytes"])
 
 
 def _cells(overrides: list[str]) -> list[Cell]:

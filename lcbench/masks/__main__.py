@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lcbench.arguments import command_parser
+from lcbench.arguments import bad_input, command_parser
 from lcbench.cp.ring import ORDERS
 from lcbench.grid.build import build_mask, draws
 from lcbench.grid.cell import Cell, format_tokens
@@ -23,7 +23,7 @@ from lcbench.masks.convert import varlen
 from lcbench.masks.mask import Mask
 from lcbench.masks.picture import save
 from lcbench.report.table import WIDTH
-from lcbench.sweep import BAD_INPUT, CONF, look
+from lcbench.sweep import CONF, look
 
 SHOWN_BANDS = 8
 MANY_BANDS = 1 << 17  # packing more into varlen calls would take seconds
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--gallery", type=Path, help="write a picture of every mask of conf/mask; seqlen=16k unless said")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    try:
+    with bad_input():
         if options.ranks < 1:
             raise ValueError(f"--ranks {options.ranks} is no number of ranks of at least 1")
         if options.gallery:
@@ -52,9 +52,6 @@ def main(arguments: list[str]) -> int:
             for cell in _cells(options.overrides)
             for number in range(draws(cell.config["mask"]))
         ]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
     rows = [_row(cell, number, mask, options.ranks) for cell, number, mask in shown]
     if options.json:
         print(json.dumps(rows, indent=1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lcbench.arguments import add_sweep_arguments, chosen_sweep, command_parser
+from lcbench.arguments import add_sweep_arguments, bad_input, chosen_sweep, command_parser
 from lcbench.grid.devices import known_devices
 from lcbench.report.page import write_report
 from lcbench.runs.tracking import attach_or_say, tracked_at
@@ -25,11 +25,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder to write to (default: report in the sweep's own)")
     parser.add_argument("--no-publish", action="store_true", help="do not attach it to the sweep on the tracking server")
     options = parser.parse_args(arguments)
-    try:
+    with bad_input():
         sweep = chosen_sweep(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     folder: Path = options.out or sweep.folder / "report"
     report = write_report(sweep, folder, known_devices())
     print(f"{report.page}  ({report.figures} figures, {report.tables} tables)")

@@ -42,7 +42,8 @@ def test_bad_input_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) ->
         (["cp=ring", "transit=bfloat16"], "transit=bfloat16 is not one of float32, input"),
         (["cp=hybrid", "cp.groups=[2,0]"], "cp.groups=[2, 0] is no list of integers of at least 1"),
     ):
-        assert main(arguments) == 2
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
         error = capsys.readouterr().err
         assert words in error, error
         assert len(error.strip().splitlines()) == 1

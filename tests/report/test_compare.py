@@ -67,7 +67,8 @@ def test_the_command_says_what_differs_and_fails_on_a_regression(tmp_path: Path,
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made_sweep(tmp_path, "a", ["seqlen=64k", "scale=1x8"])
-    assert main(["a", "b", "--results", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["a", "b", "--results", str(tmp_path)])
     assert "no sweep 'b'" in capsys.readouterr().err
     made_sweep(tmp_path, "c", ["seqlen=128k", "scale=1x8"])
     assert main(["a", "c", "--results", str(tmp_path)]) == 2

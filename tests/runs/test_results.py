@@ -67,7 +67,8 @@ def test_export_is_what_others_read(tmp_path: Path, suffix: str) -> None:
 
 
 def test_a_format_that_is_none_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["s", "--results", str(tmp_path), "--out", "x.xlsx"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["s", "--results", str(tmp_path), "--out", "x.xlsx"])
     assert "formats: .parquet, .csv, .json" in capsys.readouterr().err
 
 
