@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lcbench.arguments import add_sweep_arguments, bad_input, chosen_sweep, command_parser
+from lcbench.grid.paths import REPOSITORY
 from lcbench.runs.store import Sweep
 from lcbench.runs.tracking import publish_or_say, tracked_at
 
@@ -26,7 +27,7 @@ class Collect:
         self._root, self._name = root, name
 
     def __call__(self) -> None:
-        os.chdir(Path(__file__).resolve().parents[1])
+        os.chdir(REPOSITORY)
         sweep = Sweep(Path(self._root), self._name)
         collect(sweep, wait=False, on_a_node=True)
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from lcbench.arguments import bad_input, command_parser
+from lcbench.grid.paths import CONF
 from lcbench.masks.lengths import fit
-from lcbench.sweep import CONF
 
 EXAMPLES = """
 python -m lcbench.lengths lengths.txt --name mine

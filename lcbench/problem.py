@@ -13,6 +13,11 @@ DIRECTIONS = ("forward", "forward_backward")
 TRANSITS = ("float32", "input")
 
 
+def itemsize(dtype: str) -> int:
+    """Bytes per element."""
+    return {"float64": 8, "float32": 4}.get(dtype, 2)
+
+
 @dataclass(frozen=True)
 class Heads:
     """Head counts: ``q`` query heads, ``kv`` key/value heads (GQA when fewer than ``q``), ``dim`` per head."""
@@ -64,7 +69,7 @@ class Problem:
     @property
     def itemsize(self) -> int:
         """Bytes per element of the inputs."""
-        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
+        return itemsize(self.dtype)
 
     @property
     def backward(self) -> bool:

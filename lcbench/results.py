@@ -38,8 +38,9 @@ def load(
         samples: with a column of lists per kind of sample (``samples/forward_s``).
 
     Columns: ``sweep``, ``cell``, ``label``, ``status``, ``failure``, ``cause``, ``attempt``, ``started_at``, ``finished_at``;
-    the axes (``kernel``, ``cp``, ``mask``, ``seqlen``, ``scale``, options as ``mask.left``); where it ran (``device``, ``nodes``,
-    ``commit``); metrics in SI units (docs/metrics.md). A file that cannot be read is set aside, with a warning that names it.
+    the axes (``kernel``, ``cp``, ``mask``, ``seqlen``, ``scale``, options as ``mask.left``); where it ran (``device``, ``gpu``,
+    ``nodes``, ``commit``); metrics in SI units (docs/metrics.md). A file that cannot be read is set aside, with a warning that
+    names it.
 
     Raises:
         ValueError: no such sweep; names those that exist.

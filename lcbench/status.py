@@ -56,11 +56,10 @@ def main(arguments: list[str]) -> int:
             while not (standing := collector.advance()).ended:
                 if live is not None:
                     live.update(status_tables(standing, sweep.name, everything=options.all))
-                elif (
-                    options.json
-                    and (line := json.dumps({"sweep": sweep.name, "ended": False, "counts": standing.counts()})) != said
-                ):
-                    print(said := line, flush=True)
+                elif options.json:
+                    line = json.dumps({"sweep": sweep.name, "ended": False, "counts": standing.counts()})
+                    if line != said:
+                        print(said := line, flush=True)
                 collector.pause()
         publish_or_say(sweep, tracked_at(standing.seen.launch))
     else:

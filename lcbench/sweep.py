@@ -15,9 +15,9 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 
 from lcbench.arguments import bad_input
-from lcbench.grid.expand import GROUPS, REPOSITORY, Plan, expand, remember
+from lcbench.grid.expand import GROUPS, Plan, expand, remember
+from lcbench.grid.paths import CONF
 
-CONF = REPOSITORY / "conf"
 COMPLETION = Path(__file__).parent / "completion.bash"
 # With these Hydra explains itself and runs nothing.
 EXPLAINS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
 
-FOLDER = Path(__file__).resolve().parents[2] / "conf" / "device"
+from lcbench.grid.paths import CONF
 
 
+@cache
 def known_devices() -> list[dict[str, Any]]:
     """Every entry of conf/device, by name of its file."""
-    return [dict(OmegaConf.to_container(OmegaConf.load(path))) for path in sorted(FOLDER.glob("*.yaml"))]  # type: ignore[arg-type]
+    return [dict(OmegaConf.to_container(OmegaConf.load(path))) for path in sorted((CONF / "device").glob("*.yaml"))]  # type: ignore[arg-type]

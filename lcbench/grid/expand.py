@@ -14,7 +14,6 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -28,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lcbench.grid import build, values
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
+from lcbench.grid.paths import REPOSITORY
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.mask import Mask
@@ -42,7 +42,6 @@ OUTPUTS = ("table", "quiet", "json")
 OPTION_GROUPS: dict[str, Callable[[Any, str], Any]] = {
     "pack": values.parse_limit, "hang": values.parse_number, "retry": values.parse_int,
 }  # fmt: skip
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 # For site files: paths that do not depend on where the command was typed.
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)

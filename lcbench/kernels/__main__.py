@@ -20,13 +20,14 @@ from lcbench.arguments import bad_input, command_parser
 from lcbench.grid.build import build_kernel, build_mask
 from lcbench.grid.cell import Cell, format_tokens
 from lcbench.grid.devices import known_devices
+from lcbench.grid.paths import CONF
 from lcbench.grid.values import axis_values
 from lcbench.kernels.base import Platform, native_calls
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
 from lcbench.problem import DIRECTIONS, DTYPES
 from lcbench.report.table import WIDTH
-from lcbench.sweep import CONF, look
+from lcbench.sweep import look
 
 DEFAULTS = {"seqlen": "4k", "heads": "64x8x128", "lengths": "uniform", "cp": "none", "scale": "1x1"}
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}

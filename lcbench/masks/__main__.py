@@ -17,13 +17,14 @@ from lcbench.arguments import bad_input, command_parser
 from lcbench.cp.ring import ORDERS
 from lcbench.grid.build import build_mask, draws
 from lcbench.grid.cell import Cell, format_tokens
+from lcbench.grid.paths import CONF
 from lcbench.grid.values import axis_values
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.convert import varlen
 from lcbench.masks.mask import Mask
 from lcbench.masks.picture import save
 from lcbench.report.table import WIDTH
-from lcbench.sweep import CONF, look
+from lcbench.sweep import look
 
 SHOWN_BANDS = 8
 MANY_BANDS = 1 << 17  # packing more into varlen calls would take seconds

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 SIDE = {"cuda": 8192, "cpu": 1024}
 REPEATS = 5
@@ -26,6 +27,8 @@ def configured_peak(devices: Sequence[dict[str, Any]], name: str, dtype: str) ->
 
 def measured_peak(dtype: torch.dtype, device: torch.device) -> float:
     """TFLOP/s of the best of a few square matrix products in this type on this device."""
+    import torch
+
     side = SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")

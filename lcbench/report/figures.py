@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lcbench.grid.cell import format_tokens
+from lcbench.measure.peak import entry_of
+from lcbench.problem import itemsize
 from lcbench.report import published
 from lcbench.report.frame import PHASES, over_seeds, rate_column, rate_of
 
@@ -109,9 +111,7 @@ def _lines(name: str, title: str, rows: pd.DataFrame, x: str, label: str, refere
                         line[x], line[f"{phase}_by_mean"], color=_color(number), linestyle=":", linewidth=1.0
                     )[0]
             if reference is not None:
-                _draw_published(
-                    axis, reference, mask=rows[rows["what_mask"] == mask]["mask"].iloc[0], phase=phase, x=x, drawn=drawn
-                )
+                _draw_published(axis, reference, mask=panel["mask"].iloc[0], phase=phase, x=x, drawn=drawn)
             _tune(
                 axis,
                 x,
@@ -156,8 +156,7 @@ def _strategies_beside(rows: pd.DataFrame, kind: str) -> pd.DataFrame | None:
 
 def _comparable(rows: pd.DataFrame) -> bool:
     """Whether the published figures belong to the same problem: the device is another question, and their label names theirs."""
-    gpu = not rows["device"].astype(str).str.contains("cpu|intel|amd epyc|xeon", case=False).all()
-    return gpu and set(rows["heads"]) == {published.HEADS} and set(rows["dtype"]) == {published.DTYPE}
+    return bool(rows["gpu"].all()) and set(rows["heads"]) == {published.HEADS} and set(rows["dtype"]) == {published.DTYPE}
 
 
 def memory_by_length(frame: pd.DataFrame) -> Iterator[Drawn]:
@@ -324,7 +323,7 @@ def roofline(frame: pd.DataFrame, devices: Sequence[dict[str, Any]], links: dict
     points = frame.assign(work=frame["compute/tflops_per_gpu"] * 1e12 * frame["time/total/median_s"])
     for number, (where, rows) in enumerate(_settings(points, ["device", "dtype"])):
         peak = float(rows["compute/peak_tflops"].median())
-        device = next((d for d in devices if d["match"].lower() in str(rows["device"].iloc[0]).lower()), None)
+        device = entry_of(devices, str(rows["device"].iloc[0]))
         sent = rows[rows["comm/bytes"] > 0] if "comm/bytes" in rows else rows.iloc[:0]
         sides: list[tuple[str, pd.DataFrame, Any, dict[str, float]]] = []
         bandwidth = {"memory": device["memory_gbytes_per_s"]} if device else {}
@@ -386,13 +385,9 @@ def roofline(frame: pd.DataFrame, devices: Sequence[dict[str, Any]], links: dict
 
 def least_bytes(row: Any) -> float:
     """Bytes that a rank has to read or write at least: its q, k, v, out, in backward those again with dout, dq, dk, dv."""
-    itemsize = {"float64": 8, "float32": 4}.get(row["dtype"], 2)
-    q, kv = (
-        row["tokens_per_rank"] * row["num_heads_q"] * row["head_dim"],
-        row["tokens_per_rank"] * row["num_heads_kv"] * row["head_dim"],
-    )
+    q, kv = (row["tokens_per_rank"] * row[f"num_heads_{of}"] * row["head_dim"] for of in ("q", "kv"))
     forward = 2 * q + 2 * kv
-    return float(itemsize * (forward + (forward + 2 * q + 2 * kv if row["direction"] != "forward" else 0)))
+    return float(itemsize(row["dtype"]) * (forward + (forward + 2 * q + 2 * kv if row["direction"] != "forward" else 0)))
 
 
 # -- common ----------------------------------------------------------------------------------------------------------
@@ -443,21 +438,18 @@ def _plot(axis: Axes, x: Any, y: Any, number: int) -> Any:
     return axis.plot(x, y, color=_color(number), marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1.3)[0]
 
 
-def _grid(rows: int, columns: int) -> tuple[Figure, Any]:
+def _grid(rows: int, columns: int, size: tuple[float, float] = PANEL) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.6), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _panels(count: int, *, size: tuple[float, float] = PANEL, across: int = 3) -> tuple[Figure, list[Axes]]:
     """As many panels as asked for, side by side, then below; what is left of the last row stays empty."""
-    from matplotlib.figure import Figure
-
     columns = min(count, across)
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.6), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure, grid = _grid(math.ceil(count / columns), columns, size)
+    axes = list(grid.flat)
     for spare in axes[count:]:
         spare.set_visible(False)
     return figure, axes

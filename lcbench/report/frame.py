@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lcbench.grid.cell import flat_config, format_tokens
+from lcbench.grid.cell import flat_config
 from lcbench.report.intervals import Median
 from lcbench.runs.store import Attempt, Look, Record, Sweep
 
@@ -56,7 +56,7 @@ def _row(sweep: str, cell_id: str, record: Record, attempt: Attempt | None, samp
         return row
     provenance = attempt.provenance
     row |= {key: provenance.get(key) for key in ("device", "nodes", "host", "slurm_job_id")}
-    row |= {"commit": (provenance.get("git") or {}).get("commit"), **attempt.metrics}
+    row |= {"gpu": bool(provenance.get("cuda")), "commit": (provenance.get("git") or {}).get("commit"), **attempt.metrics}
     return row | ({f"samples/{key}": values for key, values in attempt.samples.items()} if samples else {})
 
 
@@ -81,13 +81,14 @@ def reported(sweep: Sweep, seen: Look | None = None) -> pd.DataFrame:
     ]
     frame["choice"] = [" + ".join(map(str, values)) for values in frame[shown].to_numpy()]
     options = sorted(c for c in frame.columns if c.startswith("mask."))
-    frame["problem"] = [json.dumps([_plain(row[c]) for c in (*PROBLEM, *options)]) for row in frame.to_dict("records")]
+    rows = frame.to_dict("records")
+    frame["problem"] = [json.dumps([_plain(row[c]) for c in (*PROBLEM, *options)]) for row in rows]
     rest = [axis for axis in ("heads", "dtype", "direction") if axis == "heads" or frame[axis].nunique() > 1]
-    frame["setting"] = [", ".join(f"{a} {row[a]}" for a in rest) for row in frame.to_dict("records")]
+    frame["setting"] = [", ".join(f"{a} {row[a]}" for a in rest) for row in rows]
     frame["where"] = frame["setting"] + (", seed " + frame["seed"].astype(str) if frame["seed"].nunique() > 1 else "")
     frame["tokens_per_rank"] = frame["seqlen"] // frame["world_size"]
     for phase in PHASES:
-        frame[f"{phase}_by_mean"] = [_by_mean(row, phase) for row in frame.to_dict("records")]
+        frame[f"{phase}_by_mean"] = [_by_mean(row, phase) for row in rows]
     return frame
 
 
@@ -163,8 +164,3 @@ def _by_mean(row: Any, phase: str) -> float:
         return float("nan")
     mean = float(np.sum([np.mean(r) for r in ranks]))
     return float(row[rate_column(phase)] * row[f"time/{phase}/median_s"] / mean)
-
-
-def tokens(values: Sequence[int]) -> list[str]:
-    """Token counts for an axis."""
-    return [format_tokens(int(v)) for v in values]

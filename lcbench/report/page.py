@@ -102,9 +102,8 @@ def _template() -> Any:
 
 
 def _html(table: Table) -> dict[str, Any]:
-    flat = table.rows.reset_index() if len(table.rows) else table.rows
-    columns = [" ".join(str(part) for part in c if part) if isinstance(c, tuple) else str(c) for c in flat.columns]
-    return {"title": table.title, "columns": columns, "rows": [list(map(str, row)) for row in flat.to_numpy()]}
+    flat = table.flat()
+    return {"title": table.title, "columns": list(flat.columns), "rows": [list(map(str, row)) for row in flat.to_numpy()]}
 
 
 def _save(drawn: Drawn, folder: Path) -> list[Path]:

@@ -40,9 +40,7 @@ class Table:
                     escape=True, multicolumn_format="c", column_format=columns, caption=self.title, label=f"tab:{self.name}"
                 )
             )
-        flat = self.rows.copy()
-        flat.columns = [" ".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in flat.columns]
-        flat = flat.reset_index()
+        flat = self.flat()
         if form == "csv":
             return str(flat.to_csv(index=False))
         if form != "md":
@@ -51,6 +49,12 @@ class Table:
         return (
             f"{self.title}\n\n" + "\n".join("| " + " | ".join(v.replace("|", "\\|") for v in line) + " |" for line in lines) + "\n"
         )
+
+    def flat(self) -> pd.DataFrame:
+        """With one level of columns, the index as the first."""
+        made = self.rows.copy()
+        made.columns = [" ".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in made.columns]
+        return made.reset_index() if len(made) else made
 
     def write(self, folder: Path) -> list[Path]:
         """One file per format."""

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -149,9 +149,13 @@ class Standing:
     def left(self) -> TimeLeft:
         """What there is still to measure, by the estimates, corrected by how those that have ended went."""
         live = [p for p in self.packs if not p.ended]
+
+        def records_of(pack: PackState) -> Iterator[tuple[str, Record]]:
+            return ((c, self.seen.records[c]) for c in pack.cells if c in self.seen.records)
+
         expected = taken = 0.0
         for pack in self.packs:
-            for cell_id, record in ((c, self.seen.records[c]) for c in pack.cells if c in self.seen.records):
+            for cell_id, record in records_of(pack):
                 for attempt in (a for a in record.attempts if a.pack == pack.id and a.status == "ok"):
                     expected, taken = expected + pack.seconds.get(cell_id, 0.0), taken + attempt.finished_at - attempt.started_at
         pace = taken / expected if expected else 1.0
@@ -159,7 +163,7 @@ class Standing:
 
         def left_s(pack: PackState) -> float:
             total = 0.0
-            for cell_id, record in ((c, self.seen.records[c]) for c in pack.cells if c in self.seen.records):
+            for cell_id, record in records_of(pack):
                 since = next((now - r.started_at for r in record.running if r.pack == pack.id), 0.0)
                 if _will_come_to(pack, record):
                     total += max(0.0, pace * pack.seconds.get(cell_id, 0.0) - since)

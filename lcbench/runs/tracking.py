@@ -359,5 +359,5 @@ def _note(newest: Attempt) -> str:
     if failure is not None:
         said = f"**{newest.status}: {failure.kind}**: {failure.cause}"
     else:
-        said = f"{metrics.get('compute/tflops_per_gpu', 0.0):.4g} TFLOP/s per GPU, noise {metrics.get('time/noise', 0.0):.1%}"
+        said = f"{metrics.get(HEADLINE, 0.0):.4g} TFLOP/s per GPU, noise {metrics.get('time/noise', 0.0):.1%}"
     return f"{said}\n\n    python -m lcbench.rerun {newest.sweep}/{newest.cell_id}\n"

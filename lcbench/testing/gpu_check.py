@@ -26,6 +26,7 @@ import torch
 from lcbench.cp.execute import Groups
 from lcbench.cp.layout import zigzag
 from lcbench.cp.none import Local
+from lcbench.grid.paths import CONF, REPOSITORY
 from lcbench.grid.values import axis_values, parse_tokens
 from lcbench.kernels.base import Kernel, Unsupported, prepare, refusal
 from lcbench.kernels.reference import Reference
@@ -41,8 +42,6 @@ from lcbench.measure.peak import entry_of, measured_peak
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.testing.shrink import shrunk, tokens_of
 
-REPOSITORY = Path(__file__).parents[2]
-CONF = REPOSITORY / "conf"
 # Half-precision products summed in float32: this much of the largest value of a tensor.
 BOUNDS = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-4, "float64": 1e-12}
 SETTINGS = {"warmup": 2, "min_iterations": 5, "max_iterations": 50, "budget_s": 1.0, "precision": 0.02, "timeline": False}

@@ -10,9 +10,9 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from lcbench.grid.build import build_mask, check_options, with_lengths
+from lcbench.grid.paths import CONF
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
-from lcbench.sweep import CONF
 from lcbench.testing.shrink import shrunk, tokens_of
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcbench.cp.base import Run
 from lcbench.cp.execute import Executor, Groups
+from lcbench.cp.layout import zigzag
 from lcbench.cp.ring import Ring
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import Ints
@@ -33,8 +34,6 @@ class SlowedRing:
         return None
 
     def tokens(self, problem: Problem, rank: int) -> Ints:
-        from lcbench.cp.layout import zigzag
-
         return zigzag(problem.seqlen, problem.scale.world_size).tokens(rank)
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> Run:

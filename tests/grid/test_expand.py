@@ -19,7 +19,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from lcbench.grid import expand
 from lcbench.grid.build import build_mask
 from lcbench.grid.cell import Cell
-from lcbench.sweep import CONF, look
+from lcbench.grid.paths import CONF
+from lcbench.sweep import look
 
 
 @pytest.fixture

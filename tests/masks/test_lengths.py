@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lcbench.grid.build import check_options
+from lcbench.grid.paths import CONF
 from lcbench.masks.band import DoesNotFit
 from lcbench.masks.lengths import Explicit, Fixed, Histogram, Lengths, LogNormal, Uniform, document_bounds, fit
 from lcbench.sweep import look
-from lcbench.testing.masks import CONF, load, names
+from lcbench.testing.masks import load, names
 
 DISTRIBUTIONS = st.one_of(
     st.builds(Fixed, st.integers(1, 40)),

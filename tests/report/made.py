@@ -16,7 +16,7 @@ from lcbench.sweep import look
 
 PROVENANCE: dict[str, Any] = {
     "git": {"commit": "0123456789abcdef", "dirty": False}, "versions": {"torch": "2.13.0", "nccl": "2.27"},
-    "device": "NVIDIA H100 80GB HBM3", "nodes": "n[01-12]",
+    "device": "NVIDIA H100 80GB HBM3", "cuda": {"capability": "9.0"}, "nodes": "n[01-12]",
     "check": {f"{link} GB/s": {"median": rate} for link, rate in (("within a node", 350), ("between nodes", 45))},
 }  # fmt: skip
 

@@ -21,7 +21,8 @@ from omegaconf import DictConfig
 
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
-from lcbench.grid.expand import REPOSITORY, Plan
+from lcbench.grid.expand import Plan
+from lcbench.grid.paths import REPOSITORY
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.pack import Pack, Settings, given_up, group, tries_again
 from lcbench.runs.store import Entry, Failure, Sweep, write_json

@@ -15,7 +15,7 @@ from typing import Any
 
 from hydra_plugins.lcbench._plan import Collector, NotSubmitted, PackLauncher, write_down
 
-from lcbench.grid.expand import REPOSITORY
+from lcbench.grid.paths import REPOSITORY
 from lcbench.grid.values import parse_scale
 from lcbench.runs.agent import RunPack, warned_s
 from lcbench.runs.pack import Pack
