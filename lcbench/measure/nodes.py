@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 from lcbench.measure.environment import device_name, node_name, versions
+from lcbench.measure.peak import entry_of
 
 QUERY = {
     "index": "index", "uuid": "uuid", "name": "name", "driver": "driver_version", "memory_used_mib": "memory.used",
     "clock_mhz": "clocks.sm", "max_clock_mhz": "clocks.max.sm", "throttled": "clocks_throttle_reasons.active",
-    "temperature_c": "temperature.gpu",
+    "temperature_c": "temperature.gpu", "mig": "mig.mode.current",
 }  # fmt: skip
 # Bits of the throttle reasons (NVML) that cost speed against one's will: hardware slowdown, software and hardware thermal
 # slowdown, power brake. A power cap under load (bit 2) is no fault, and idle (bit 0) no throttling.
@@ -66,8 +67,11 @@ def gpu_problems(listed: Sequence[dict[str, str]], device: dict[str, Any], gpus:
         problems.append(f"{len(listed)} of {gpus} GPUs")
     for gpu in listed:
         name = f"GPU {gpu['index']}"
-        if device["match"].lower() not in gpu["name"].lower():
+        found = entry_of([device], gpu["name"])
+        if found is None or found["name"] != device["name"]:
             problems.append(f"{name} is {gpu['name']}, not {device['name']}")
+        elif gpu["mig"] == "Enabled":
+            problems.append(f"{name} is cut into MIG slices, not a whole {device['name']}")
         if _number(gpu["memory_used_mib"]) > IDLE_MIB:
             problems.append(f"{name} is in use: {gpu['memory_used_mib']} MiB taken")
         bits = int(gpu["throttled"], 16) if gpu["throttled"].startswith("0x") else 0

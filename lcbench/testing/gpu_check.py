@@ -70,19 +70,28 @@ class Plan:
 
 
 def flat_yaml(path: Path) -> dict[str, Any]:
-    """A flat YAML file of plain values: Hydra's own reader is not on every machine with a GPU."""
+    """A YAML file of plain values, and of lists and maps in one line: Hydra's own reader is not on every machine with a GPU."""
     found: dict[str, Any] = {}
     for line in path.read_text().splitlines():
         key, colon, value = line.split(" #")[0].partition(":")
         if colon and not line.startswith("#"):
-            text = value.strip()
-            for read in (int, float, lambda x: {"true": True, "false": False, "null": None}[x], str):
-                try:
-                    found[key.strip()] = read(text)
-                    break
-                except (ValueError, KeyError):
-                    continue
+            found[key.strip()] = _plain(value.strip())
     return found
+
+
+def _plain(text: str) -> Any:
+    """``[a, b]``, ``{a: 1}`` or a value."""
+    if text.startswith(("[", "{")):
+        items = [item.strip() for item in text[1:-1].split(",") if item.strip()]
+        if text.startswith("["):
+            return [_plain(item) for item in items]
+        return {key: _plain(value.strip()) for key, _, value in (item.partition(":") for item in items)}
+    for read in (int, float, lambda x: {"true": True, "false": False, "null": None}[x]):
+        try:
+            return read(text)
+        except (ValueError, KeyError):
+            continue
+    return text
 
 
 def _object(target: str) -> Any:

@@ -48,7 +48,7 @@ def test_docs_show_the_matrix_as_it_is(platform: str, capsys: pytest.CaptureFixt
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--platform", "h2000"])
-    assert "--platform h2000 is not one of this, cpu, a100, h100, h200" in capsys.readouterr().err
+    assert "--platform h2000 is not one of this, cpu, a100" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["kernel=flesh"])
     assert "kernel=flesh is not one of" in capsys.readouterr().err

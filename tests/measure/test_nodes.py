@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 import torch
 
+from lcbench.grid.devices import known_devices
 from lcbench.measure.nodes import _partner, check_gang, gpu_problems, judge
 from lcbench.testing.spawn import run_ranks
 
-H100 = {"name": "h100", "match": "H100"}
+DEVICES = {entry["name"]: entry for entry in known_devices()}
+H100 = DEVICES["h100"]
 
 
 def gpu(index: int, **more: str) -> dict[str, str]:
     return {
         "index": str(index), "uuid": f"GPU-{index}", "name": "NVIDIA H100 80GB HBM3", "driver": "580.1", "memory_used_mib": "4",
-        "clock_mhz": "1980", "max_clock_mhz": "1980", "throttled": "0x0000000000000001", "temperature_c": "30", **more,
+        "clock_mhz": "1980", "max_clock_mhz": "1980", "throttled": "0x0000000000000001", "temperature_c": "30",
+        "mig": "Disabled", **more,
     }  # fmt: skip
 
 
@@ -30,6 +33,9 @@ def test_a_healthy_node_has_no_problems() -> None:
     [
         ([gpu(0)], "1 of 2 GPUs"),
         ([gpu(0), gpu(1, name="NVIDIA A100-SXM4-80GB")], "GPU 1 is NVIDIA A100-SXM4-80GB, not h100"),
+        ([gpu(0), gpu(1, name="NVIDIA H100 PCIe")], "GPU 1 is NVIDIA H100 PCIe, not h100"),
+        ([gpu(0), gpu(1, name="NVIDIA H100 80GB HBM3 MIG 1g.10gb")], "GPU 1 is NVIDIA H100 80GB HBM3 MIG 1g.10gb, not h100"),
+        ([gpu(0), gpu(1, mig="Enabled")], "GPU 1 is cut into MIG slices, not a whole h100"),
         ([gpu(0), gpu(1, memory_used_mib="40000")], "GPU 1 is in use: 40000 MiB taken"),
         (
             [gpu(0), gpu(1, throttled="0x0000000000000048", clock_mhz="345")],
@@ -40,6 +46,14 @@ def test_a_healthy_node_has_no_problems() -> None:
 def test_what_is_wrong_with_a_node_is_said(gpus: list[dict[str, str]], word: str) -> None:
     (problem,) = gpu_problems(gpus, H100, 2)
     assert problem.startswith(word)
+
+
+def test_a_site_gets_the_variant_that_it_promises() -> None:
+    """Each entry knows its own names, and none of another's."""
+    for name, device in DEVICES.items():
+        for other in DEVICES.values():
+            problems = [p for known in other["names"] for p in gpu_problems([gpu(0, name=known, mig="[N/A]")], device, 1)]
+            assert problems == [] if other["name"] == name else len(problems) == len(other["names"])
 
 
 def rank(node: str, link: float | None, **more: Any) -> dict[str, Any]:

@@ -1,0 +1,162 @@
+"""Impossible numbers: the bounds hold for every strategy on every mask, are near what strategies move, and say what is wrong."""
+
+from __future__ import annotations
+
+import timeit
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lcbench.cp.adjoint import traffic
+from lcbench.cp.allgather import AllGather
+from lcbench.cp.base import Peer, Strategy
+from lcbench.cp.ring import Ring
+from lcbench.cp.schedule import Schedule
+from lcbench.cp.ulysses import Ulysses
+from lcbench.grid.build import build_strategy
+from lcbench.kernels.sdpa_flash import SDPAFlash
+from lcbench.masks.full import full
+from lcbench.masks.mask import Mask
+from lcbench.measure.flops import backward_flops, forward_flops
+from lcbench.measure.inputs import draw
+from lcbench.measure.peak import measured_limit
+from lcbench.measure.plausible import MARGIN, implausible, lower_bound_bytes, lower_bound_memory, lower_bound_sent
+from lcbench.problem import Heads, Problem, Scale
+from lcbench.testing.dense import dense_heads
+from lcbench.testing.masks import load, names, small
+
+HEADS = [Heads(8, 8, 16), Heads(8, 2, 16), Heads(24, 1, 8), Heads(70, 35, 8)]
+
+
+def crossing(schedule: Schedule, problem: Problem, *, backward: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes that each rank sends and receives in one pass, by its messages."""
+    moves = traffic(schedule, backward=True)
+    sent, received = np.zeros((2, schedule.world_size))
+    for transfer in (t for t in moves.transfers if (t.begin >= moves.steps) == backward):
+        np.add.at(sent, transfer.rows[:, 0], transfer.bytes(schedule, problem))
+        np.add.at(received, transfer.rows[:, 1], transfer.bytes(schedule, problem))
+    return sent, received
+
+
+def bounds(schedule: Schedule, mask: Mask, problem: Problem) -> list[float]:
+    """By the dense matrix, pair by pair."""
+    seen = dense_heads(mask, problem.heads.q)
+    found = []
+    for rank in range(schedule.world_size):
+        own = schedule.layout.tokens(rank)
+        remote = seen[:, own].copy()
+        remote[:, :, own] = False
+        found.append(
+            lower_bound_bytes(len(own), remote.sum() / problem.heads.q, mask.num_k - len(own), problem.heads, problem.itemsize)
+        )
+    return found
+
+
+@pytest.mark.parametrize("name", [n for n in names("cp") if not isinstance(build_strategy(load("cp", n)), Peer)])
+def test_every_strategy_moves_what_a_mask_needs_at_least(name: str, tmp_path: Path) -> None:
+    strategy, seqlen = build_strategy(load("cp", name)), 83
+    tried: set[int] = set()
+    for ranks in range(2, 9):
+        for number, mask_name in enumerate(names()):
+            # Masks take turns with heads and types: each mask meets each number of ranks, with the next heads that fit it.
+            turns = [*HEADS[(number + ranks) % len(HEADS) :], *HEADS[: (number + ranks) % len(HEADS)]]
+            dtype, transit = (("bfloat16", "input"), ("bfloat16", "float32"), ("float64", "float32"))[number % 3]
+            for heads in turns:
+                problem = Problem(seqlen, heads, Scale(1, ranks), dtype, "forward_backward", transit)
+                mask = small(mask_name, seqlen, heads, tmp_path)
+                if not strategy.unsupported(problem, mask):
+                    break
+            else:
+                continue
+            tried.add(ranks)
+            schedule = strategy.schedule(problem, mask)
+            least = bounds(schedule, mask, problem)
+            for backward in (False, True):
+                sent, received = crossing(schedule, problem, backward=backward)
+                assert (sent + received >= least).all(), (ranks, heads, mask_name, backward)
+                assert sent.max() >= lower_bound_sent(least)
+    assert tried == (set() if name == "none" else set(range(2, 9)))
+
+
+@pytest.mark.parametrize("strategy", [Ring(), AllGather(), Ulysses()], ids=str)
+def test_the_bound_is_not_far_below(strategy: Strategy) -> None:
+    """Two ranks and a full mask: the bound is what comes in; as much goes out, for the other."""
+    problem = Problem(256, Heads(4, 4, 16), Scale(1, 2), "bfloat16", "forward")
+    schedule = strategy.schedule(problem, full(256))
+    sent, received = crossing(schedule, problem, backward=False)
+    assert (sent + received == 2 * np.array(bounds(schedule, full(256), problem))).all()
+
+
+def test_no_remote_pair_needs_no_byte() -> None:
+    heads = Heads(4, 2, 8)
+    assert lower_bound_bytes(10, 0, 0, heads, 2) == lower_bound_bytes(0, 0.0, 5, heads, 2) == 0
+    # One row sees three keys of others: four heads of q and of out are fewer vectors than three keys' two heads of k and of v.
+    assert lower_bound_bytes(1, 3, 3, heads, 2) == 2 * 8 * 2 * 4
+    assert lower_bound_bytes(1, 1.5, 3, heads, 2) == 8 * 2 * 4  # half of the heads see them
+    assert lower_bound_sent([100, 300]) == 100
+
+
+def test_memory_is_each_tensor_once() -> None:
+    heads = Heads(8, 2, 16)
+    q, k = 100 * 8 * 16 * 2, 50 * 2 * 16 * 2
+    assert lower_bound_memory(100, 50, heads, 2, backward=False) == 2 * q + 2 * k  # q, out; k, v
+    assert lower_bound_memory(100, 50, heads, 2, backward=True) == 3 * q + 4 * k  # q, dout, dq; k, v, dk, dv
+    assert lower_bound_memory(0, 0, heads, 2, backward=True) == 0
+
+
+def test_what_computes_nothing_is_named() -> None:
+    """A kernel that computes nothing at all, on two cores of a CPU."""
+    heads, pairs = Heads(1, 1, 16), float(1 << 40)
+    source = "matrix product measured on AMD EPYC"
+    said = implausible("forward", seconds=0.2, flops=forward_flops(pairs, heads), peak_tflops=0.12, peak_source=source)
+    assert said == f"forward: 352 TFLOP/s per device is 2.93e+03 times the peak of 0.12 ({source})"
+    for flops, refused in ((0.12e12 * MARGIN * 0.999, False), (0.12e12 * MARGIN * 1.001, True), (0.0, False)):
+        assert bool(implausible("forward", seconds=1.0, flops=flops, peak_tflops=0.12, peak_source=source)) == refused
+    assert "in no time" in str(implausible("backward", seconds=0.0, flops=1.0, peak_tflops=0.12, peak_source=source))
+
+
+def test_what_receives_nothing_and_what_is_faster_than_its_links_and_its_memory_is_named() -> None:
+    def said(seconds: float, **more: float | None) -> str | None:
+        return implausible("backward", seconds=seconds, flops=1e9, peak_tflops=1000.0, peak_source="conf/device entry", **more)  # type: ignore[arg-type]
+
+    assert (
+        said(1.0, bytes_sent=0, least_bytes_sent=10)
+        == "backward: the busiest rank sent 0 bytes, the mask needs 10 from it at least"
+    )
+    assert said(1.0, bytes_sent=10, least_bytes_sent=10) is None
+    assert said(1.0, bytes_sent=None, least_bytes_sent=10) is None  # a peer: nobody counted
+    assert said(1.0, bytes_sent=460e9, link_gbytes_per_s=450) == (
+        "backward: 1 s is less than the 1.02 s of 4.6e+11 bytes over links at 450 GB/s"
+    )
+    assert said(1.0, bytes_sent=450e9, link_gbytes_per_s=450) is None
+    assert said(1.0, bytes_sent=None, least_bytes_sent=460e9, link_gbytes_per_s=450) is not None  # what a peer sends at least
+    assert said(1.0, bytes_sent=1e15, link_gbytes_per_s=None) is None
+    assert said(1.0, memory_bytes=4000e9, memory_gbytes_per_s=3350, cache_bytes=50e6) == (
+        "backward: 1 s is less than the 1.19 s of 4e+12 bytes over memory at 3350 GB/s"
+    )
+    assert said(1.0, memory_bytes=4000e9) is None
+    # What fits into the cache twice, from one iteration to the next, asks nothing of memory.
+    assert said(1e-6, memory_bytes=100e6, memory_gbytes_per_s=3350, cache_bytes=50e6) is None
+    assert said(1e-6, memory_bytes=110e6, memory_gbytes_per_s=3350, cache_bytes=50e6) is not None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_a_sound_kernel_passes_and_one_that_does_nothing_does_not(dtype: str) -> None:
+    cpu, heads, tokens = torch.device("cpu"), Heads(2, 2, 128), 768
+    problem = Problem(tokens, heads, Scale(1, 1), dtype, "forward_backward")
+    q, k, v, dout = (draw(name, np.arange(tokens), problem, 0, cpu) for name in ("q", "k", "v", "dout"))
+    prepared = SDPAFlash().prepare(full(tokens), heads, q.dtype, cpu)
+    out, lse = prepared.forward(q, k, v, softmax_scale=problem.softmax_scale)
+    out = out.to(q.dtype)
+    passes = {
+        "forward": lambda: prepared.forward(q, k, v, softmax_scale=problem.softmax_scale),
+        "backward": lambda: prepared.backward(dout, q, k, v, out, lse, softmax_scale=problem.softmax_scale),
+    }
+    pairs = float(tokens**2 * heads.q)
+    for phase, flops in (("forward", forward_flops(pairs, heads)), ("backward", backward_flops(pairs, heads))):
+        peak = measured_limit(q.dtype, cpu)
+        seconds = min(timeit.repeat(passes[phase], number=1, repeat=10))
+        assert implausible(phase, seconds=seconds, flops=flops, peak_tflops=peak, peak_source="here") is None
+        assert implausible(phase, seconds=1e-6, flops=flops, peak_tflops=peak, peak_source="here") is not None
