@@ -133,7 +133,7 @@ class Executor:
         """
         self._begin(compute, communicate)
         if compute and self._alone is not None and self._marks is None:
-            out, lse = self._alone.forward(q, k, v, softmax_scale=self.problem.softmax_scale)
+            out, lse = self._typed(self._alone.forward(q, k, v, softmax_scale=self.problem.softmax_scale))
             saved = Saved(q, (k, v), out.to(q.dtype), lse, {})
             return saved.out, saved
         self._own: dict[str, torch.Tensor] = {"q": q, "kv": torch.stack([k, v], dim=2)}
@@ -160,9 +160,16 @@ class Executor:
         every = (len(group), group.kv_heads) == (heads.q, slice(0, heads.kv))
         return kernel if whole and every else None
 
+    def _typed(self, part: Part) -> Part:
+        """A kernel's result in the engine's types, since both ends of a message take its size from them: LSE in the type of sums,
+        out in it or in the inputs'."""
+        out, lse = part
+        sums = self._dtypes["sum"]
+        return out if out.dtype in (self._dtypes["input"], sums) else out.to(sums), lse.to(sums)
+
     def _forward_tile(self, call: TileCall, kernel: Prepared, number: int) -> None:
         q, kv = self._value("q", call, number), self._value("kv", call, number)
-        part = kernel.forward(q, kv[:, :, 0], kv[:, :, 1], softmax_scale=self.problem.softmax_scale)
+        part = self._typed(kernel.forward(q, kv[:, :, 0], kv[:, :, 1], softmax_scale=self.problem.softmax_scale))
         rows = self._program.local(Operand("q", call.group, call.q))
         if rows is not None:
             self._absorb(rows, call.group, part)

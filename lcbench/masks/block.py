@@ -145,7 +145,7 @@ def drawn(
     Args:
         pattern: (random generator, row edges, column edges, how many columns ``density`` stands for) to kept blocks.
         density: share of the columns, above 0; at least one column.
-        block_size: tokens per block; of ``variable`` sizes the mean, drawn between half and one and a half of it.
+        block_size: tokens per block; of ``variable`` sizes the mean, drawn from half of it, rounded down, to as much above it.
         per: which heads have a map of their own.
     Raises:
         ValueError: options that no length can satisfy.

@@ -23,13 +23,18 @@ def block_local_sink(
     sizes: Sizes,
     per: Sharing,
 ) -> BlockMap:
-    """In every row of blocks: the ``local`` ones nearest the diagonal, the first ``sink`` ones, random ones up to ``density``."""
+    """In every row of blocks: the ``local`` ones nearest the diagonal, the first ``sink`` ones, random ones up to ``density``.
+
+    The local ones are as many before the block on the diagonal as after it, one more before it where ``local`` is even; what would
+    lie outside of the sequence is left out.
+    """
 
     def pattern(random: np.random.Generator, q: Ints, k: Ints, count: int) -> Keep:
         rows, columns = len(q) - 1, len(k) - 1
         # The block of keys at the middle of each block of queries.
         middle = np.searchsorted(k, (q[:-1] + q[1:] - 1) // 2, side="right") - 1
-        keep = np.abs(np.arange(columns) - middle[:, None]) <= (local - 1) // 2
+        distance = np.arange(columns) - middle[:, None]
+        keep = (-(local // 2) <= distance) & (distance <= (local - 1) // 2)
         keep[:, :sink] = True
         for row in range(rows):
             free = np.nonzero(~keep[row])[0]

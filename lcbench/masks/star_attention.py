@@ -13,7 +13,7 @@ def star_attention(seqlen: int, *, block_size: int, anchor: NonNegative, query: 
 
     Raises:
         ValueError: an anchor that is longer than a block.
-        DoesNotFit: no context besides the query.
+        DoesNotFit: a query that is longer than the sequence.
     """
     if anchor > block_size:
         raise ValueError(f"mask.anchor={anchor} is longer than mask.block_size={block_size}; the anchor is part of the first block")

@@ -13,5 +13,11 @@ from lcbench.masks.lengths import Uniform, document_bounds
 
 
 def temporal_graph(seqlen: int, *, seed: Sequence[int], low: int, high: int) -> BandMask:
-    """Causal documents of ``low`` to ``high`` tokens, drawn with the seed."""
+    """Causal documents of ``low`` to ``high`` tokens, drawn with the seed.
+
+    Raises:
+        ValueError: ``low`` above ``high``.
+    """
+    if low > high:
+        raise ValueError(f"mask.low={low} is above mask.high={high}")
     return BandMask.of(seqlen, seqlen, squares(document_bounds(seqlen, Uniform(low, high), seed), hi=0))

@@ -23,7 +23,10 @@ from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
+from lcbench.cp.verify import verify
 from lcbench.grid.build import build_strategy
+from lcbench.kernels.base import Prepared, accumulation_dtype
+from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import Band, BandMask
 from lcbench.masks.causal import causal
@@ -251,3 +254,70 @@ def test_a_peer_refuses_what_it_would_get_wrong() -> None:
     assert peer.unsupported(odd, causal(60)) == "needs a length that 8 chunks divide, not 60"
     with pytest.raises(ValueError, match=r"cp\.rotate=p2p is not one of allgather, alltoall"):
         TorchCP("p2p")  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Retyped(SDPAFlash):
+    """A kernel whose results have types of their own."""
+
+    out: torch.dtype = torch.float32
+    lse: torch.dtype = torch.float32
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        return PreparedRetyped(super().prepare(mask, heads, dtype, device), self.out, self.lse)
+
+
+@dataclass
+class PreparedRetyped:
+    prepared: Prepared
+    out: torch.dtype
+    lse: torch.dtype
+    calls: int = 1
+
+    def forward(self, *args: torch.Tensor, softmax_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = self.prepared.forward(*args, softmax_scale=softmax_scale)
+        return out.to(self.out), lse.to(self.lse)
+
+    def backward(self, *args: torch.Tensor, softmax_scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dq, dk, dv = self.prepared.backward(*args, softmax_scale=softmax_scale)
+        return dq.to(self.out), dk.to(self.out), dv.to(self.out)
+
+
+def results_of_any_type(rank: int, ranks: int) -> None:
+    """``kernel=reference`` gives a float64 LSE: strategies that send it crashed, others saved it."""
+    groups = Groups()
+    mask = causal_document(64, seed=(0, 0), lengths=Explicit([40, 24]))
+    double, single, half, brief = torch.float64, torch.float32, torch.float16, torch.bfloat16
+    types = ((double, double), (double, brief), (brief, double), (brief, brief), (single, half), (half, single))
+    kernels = [Reference(), *(Retyped(out, lse) for out, lse in types)]
+    for dtype, transit in (("float32", "float32"), ("bfloat16", "input"), ("float64", "float32")):
+        problem = Problem(64, Heads(4, 2, 8), Scale(1, ranks), dtype, "forward_backward", transit)
+        inputs = tensors(problem)
+        want = dense(problem, mask, inputs)
+        sums = accumulation_dtype(inputs[0].dtype)
+        for strategy in [build_strategy(load("cp", name)) for name in names("cp")]:
+            if isinstance(strategy, Peer) or strategy.unsupported(problem, mask):
+                continue
+            schedule = strategy.schedule(problem, mask)
+            report, tokens = verify(schedule, mask, problem), schedule.layout.tokens(rank)
+            for kernel in kernels:
+                run = Executor(schedule, mask, kernel, problem, rank=rank, device=CPU, groups=groups)
+                case = f"{strategy} {kernel} {dtype}"
+                out, saved = run.forward(*(x[tokens] for x in inputs[:3]))
+                assert run.bytes_sent == report.forward_bytes[rank], case
+                assert saved.lse.dtype == sums, case
+                assert {lse.dtype for _, lse in saved.finals.values()} <= {sums}, case
+                got = [out, run.lse(saved), *run.backward(inputs[3][tokens], saved)]
+                assert run.bytes_sent == report.backward_bytes[rank], case
+                assert [x.dtype for x in got] == [inputs[0].dtype, sums, *[inputs[0].dtype] * 3], case
+                # As exact as the worst of the types that a number went through.
+                coarse = {inputs[0].dtype} | ({kernel.out, kernel.lse} if isinstance(kernel, Retyped) else set())
+                bound = 50 * max(torch.finfo(each).eps for each in coarse)
+                assert max(errors(got, want, tokens).values()) <= bound, case
+    dist.barrier()
+
+
+@pytest.mark.gloo
+def test_a_kernel_may_give_its_results_in_any_type() -> None:
+    for ranks in (1, 2):
+        run_ranks(ranks, results_of_any_type, ranks)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +19,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lcbench.grid.build import check_options
-from lcbench.grid.paths import CONF
+from lcbench.grid.paths import CONF, REPOSITORY
+from lcbench.grid.values import parse_tokens
 from lcbench.masks.band import DoesNotFit
 from lcbench.masks.lengths import Explicit, Fixed, Histogram, Lengths, LogNormal, Uniform, document_bounds, fit
 from lcbench.sweep import look
@@ -63,16 +69,98 @@ def test_shipped_lengths_fill_a_million_tokens(name: str) -> None:
     assert bounds[-1] == 1 << 20
 
 
-def test_profiles_have_the_shape_that_their_source_gives() -> None:
-    def drawn(name: str) -> np.ndarray:
-        config = load("lengths", name)
-        return np.diff(document_bounds(1 << 27, Histogram(config["edges"], config["weights"], config["by"]), (0, 0)))[:-1]
+def probabilities(config: dict[str, Any]) -> dict[int, float]:
+    """Of every length that a value of the axis draws, written from what its options mean."""
+    config = check_options("lengths", config)
+    name = config["_target_"].rpartition(".")[2]
+    if name == "Fixed":
+        return {config["length"]: 1.0}
+    if name == "Uniform":
+        return dict.fromkeys(range(config["low"], config["high"] + 1), 1 / (config["high"] - config["low"] + 1))
+    if name == "LogNormal":
+        normal = NormalDist(math.log(config["median"]), config["sigma"])
+        below = [0.0, *(normal.cdf(math.log(n + 0.5)) for n in range(1, config["high"])), 1.0]  # rounded to n or less
+        return {n + 1: b - a for n, (a, b) in enumerate(pairwise(below))}
+    found: dict[int, float] = {}
+    for (low, high), weight in zip(pairwise(config["edges"]), config["weights"], strict=True):
+        # A share of the documents, or of the tokens, of which a longer document has more.
+        tokens = sum(range(low, high)) / (high - low) if config["by"] == "tokens" else 1.0
+        found |= dict.fromkeys(range(low, high), weight / (high - low) / tokens)
+    total = sum(found.values())
+    return {n: share / total for n, share in found.items()}
 
-    web = drawn("web_text")
-    assert web.mean() == pytest.approx(1100, rel=0.05)
-    assert web.max() <= 12288
+
+def stated(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+DRAWING = [n for n in names("lengths") if n != "explicit"]
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_the_average_that_the_docs_state_is_the_one_that_is_drawn(name: str) -> None:
+    config = load("lengths", name)
+    shares = probabilities(config)
+    exact = sum(n * share for n, share in shares.items())
+    (row,) = re.findall(rf"^\| `{name}`.*\| ([\d,.]+) \|$", (REPOSITORY / "docs" / "masks.md").read_text(), re.MULTILINE)
+    assert stated(row) == pytest.approx(exact, abs=0.5)
+    options = {k: v for k, v in check_options("lengths", config).items() if k not in ("name", "_target_")}
+    drawn = get_object(config["_target_"])(**options).sample(1 << 28, np.random.default_rng(0))
+    spread = math.sqrt(sum((n - exact) ** 2 * share for n, share in shares.items()) / len(drawn))
+    assert drawn.mean() == pytest.approx(exact, abs=5 * spread + 1e-9)
+    assert min(shares) <= drawn.min() <= drawn.max() <= max(shares)
+
+
+def test_comments_of_profiles_state_what_is_drawn() -> None:
+    comments = {n: " ".join(re.findall(r"^# (.*)$", (CONF / "lengths" / f"{n}.yaml").read_text(), re.MULTILINE)) for n in DRAWING}
+    for name in ("web_text", "long_text_64k", "long_text_512k"):
+        exact = sum(n * share for n, share in probabilities(load("lengths", name)).items())
+        (said,) = re.findall(r"[Dd]rawn are ([\d,]+) tokens on average", comments[name])
+        assert stated(said) == round(exact)
+    # web_text: the weights are the log-normal's of the stated mean and sigma, per 1,000 documents; what is left out is the rest.
+    web, config = comments["web_text"], load("lengths", "web_text")
+    (mean,), (sigma,) = re.findall(r"taken as ([\d,]+) tokens", web), re.findall(r"sigma ([\d.]+),", web)
+    normal = NormalDist(math.log(stated(mean)) - float(sigma) ** 2 / 2, float(sigma))
+    shares = [1000 * (normal.cdf(math.log(b)) - normal.cdf(math.log(a))) for a, b in pairwise(config["edges"])]
+    assert config["weights"] == pytest.approx(shares, abs=0.06)
+    ((below, edge, above, top, rest),) = re.findall(
+        r"the ([\d.]+) below (\d+) and the ([\d.]+) above (\w+) tokens are left out: ([\d.]+)\.", web
+    )
+    assert (int(edge), parse_tokens(top)) == (config["edges"][0], config["edges"][-1] - 1)
+    assert float(below) == pytest.approx(1000 * normal.cdf(math.log(config["edges"][0])), abs=0.05)
+    assert float(above) == pytest.approx(1000 * (1 - normal.cdf(math.log(config["edges"][-1]))), abs=0.05)
+    assert float(rest) == pytest.approx(sum(config["weights"]))
+    assert float(rest) == pytest.approx(1000 - float(below) - float(above), abs=0.1)
+    # Long texts: the split, where the long part begins and ends, its doublings, and that the short part is web_text's log-normal.
+    for name in ("long_text_64k", "long_text_512k"):
+        said, config = comments[name], load("lengths", name)
+        ((long, short),) = re.findall(r"(\d+) % of the tokens from long documents and (\d+) % short", said)
+        ((end, low, high),) = re.findall(
+            r"up to (\w+), the long part has as many tokens in each doubling from (\w+) to (\w+)\.", said
+        )
+        weight = {n: n * share for n, share in probabilities(config).items()}
+        total = sum(weight.values())
+        assert 100 * sum(w for n, w in weight.items() if n >= parse_tokens(low)) / total == pytest.approx(float(long), abs=0.05)
+        assert 100 * sum(w for n, w in weight.items() if n < parse_tokens(end)) / total == pytest.approx(float(short), abs=0.05)
+        assert max(weight) == parse_tokens(high)
+        edges, weights = config["edges"], config["weights"]
+        doublings = [w for a, w in zip(edges, weights, strict=False) if a >= parse_tokens(low)]
+        assert doublings == [21.0] * len(doublings)
+        assert [a for a in edges if a >= parse_tokens(low)][:-1] == [parse_tokens(low) << i for i in range(len(doublings))]
+        bucket = [normal_token_share(normal, float(sigma), a, b) for a, b in pairwise(a for a in edges if a <= parse_tokens(end))]
+        assert weights[: len(bucket)] == pytest.approx([float(short) * share / sum(bucket) for share in bucket], abs=0.006)
+
+
+def normal_token_share(normal: NormalDist, sigma: float, low: int, high: int) -> float:
+    """The tokens of a log-normal are log-normal too, their logarithm moved by sigma squared."""
+    moved = NormalDist(normal.mean + sigma**2, sigma)
+    return moved.cdf(math.log(high)) - moved.cdf(math.log(low))
+
+
+def test_long_profiles_draw_long_tokens() -> None:
     for name, low, high in (("long_text_64k", 8192, 65536), ("long_text_512k", 65536, 524288)):
-        sizes = drawn(name)
+        config = load("lengths", name)
+        sizes = np.diff(document_bounds(1 << 27, Histogram(config["edges"], config["weights"], config["by"]), (0, 0)))[:-1]
         assert sizes.max() <= high
         assert sizes[sizes >= low].sum() / sizes.sum() == pytest.approx(0.63, abs=0.04)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from inspect import signature
+from itertools import combinations_with_replacement, product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
+from lcbench.grid.build import build_mask, get_object
 from lcbench.masks.band import Band, BandMask, DoesNotFit
 from lcbench.masks.band_file import band_file
 from lcbench.masks.block import BlockMap
@@ -28,6 +31,7 @@ from lcbench.masks.star_attention import star_attention
 from lcbench.problem import Heads
 from lcbench.testing.dense import dense_heads
 from lcbench.testing.masks import aliases, load, names, small, small_config
+from lcbench.testing.shrink import tokens_of
 
 HEADS = Heads(4, 2, 8)
 LENGTHS = [1, 2, 7, 64, 101]
@@ -53,7 +57,7 @@ def formula(name: str, config: dict[str, Any], seqlen: int) -> Callable[[Index, 
     if name.startswith("prefix_lm"):
         random = np.random.default_rng((0, 0) if name == "prefix_lm_causal" else (0, 0, 1))
         top = seqlen if name == "prefix_lm_causal" else int(bounds[1])
-        prefix = int(random.integers(1, top + 1))
+        prefix = c["prefix"] or int(random.integers(1, top + 1))
     formulas: dict[str, Callable[[Index, Index], Index]] = {
         "full": lambda q, k: q == q,
         "causal": lambda q, k: k <= q,
@@ -102,6 +106,57 @@ def test_static_masks_equal_flex_masks_of_their_one_line_formula(name: str, seql
     assert (dense_heads(mask, 1)[0] == dense).all()
     assert mask.area == dense.sum()
     assert mask.overlap() is None
+
+
+# Zero where an option may be zero, one, even, odd, as long as a sequence, longer than any.
+VALUES = (1, 2, 3, 4, 5, 12, 13, 14, 1 << 40)
+OPTIONS = {
+    name: [
+        option for option, value in load("mask", name).items() if tokens_of(value) is not None and option not in ("draws", "name")
+    ]
+    + ["prefix"] * name.startswith("prefix_lm")
+    for name in WITH_FORMULA
+}
+
+
+def settings(name: str, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every pair of values of every pair of options, the others as they are."""
+    parameters = signature(get_object(config["_target_"])).parameters
+    values = {o: (0, *VALUES) if "NonNegative" in str(parameters[o].annotation) else VALUES for o in OPTIONS[name]}
+    for one, other in combinations_with_replacement(values, 2):
+        for first, second in product(values[one], values[other]):
+            if one != other or first == second:
+                yield {one: first, other: second}
+
+
+@pytest.mark.parametrize("name", [name for name, options in OPTIONS.items() if options])
+def test_options_do_what_they_say_at_any_value(name: str, tmp_path: Path) -> None:
+    """Small, even, odd and large ones, against the one-line formula point by point."""
+    tried = 0
+    for seqlen in (1, 12, 13):
+        base = small_config(name, seqlen, HEADS, tmp_path)
+        q, k = torch.arange(seqlen)[:, None], torch.arange(seqlen)[None, :]
+        for changed in settings(name, base):
+            config = {**base, **changed}
+            if refused(name, config, seqlen):
+                with pytest.raises(ValueError, match="|".join(f"{option}=" for option in OPTIONS[name])):
+                    build_mask(config, seqlen, HEADS, 0)
+                continue
+            mask = build_mask(config, seqlen, HEADS, 0)
+            wanted = formula(name, config, seqlen)(q, k).expand(seqlen, seqlen).numpy()
+            assert (dense_heads(mask, 1)[0] == wanted).all(), (seqlen, changed)
+            tried += 1
+    assert tried >= 14
+
+
+def refused(name: str, c: dict[str, Any], seqlen: int) -> bool:
+    return {
+        "prefix_lm_causal": lambda: c["prefix"] is not None and c["prefix"] > seqlen,
+        "star_attention": lambda: c["anchor"] > c["block_size"] or c["query"] > seqlen,
+        "dual_scope": lambda: c["global_size"] >= c["every"],
+        "dilated_window": lambda: c["left"] // c["dilation"] >= 1024,
+        "temporal_graph": lambda: c["low"] > c["high"],
+    }.get(name, lambda: False)()
 
 
 @pytest.mark.parametrize("name", names())
