@@ -1,7 +1,8 @@
 """Compare two sweeps cell by cell: how many times as long B takes as A, with a 95 % interval, and what of it is beyond the noise.
 
 A sweep is named, or given by its folder, so that those of different people can be compared. How their environments differ
-comes first. The intervals cover the iterations of both runs, and what two runs of the same differ by, as far as the sweeps show it.
+comes first. The intervals hold what blocks of one run differ by and, from 4 cells on, what two runs of the same differ by
+beyond that.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from lcbench.arguments import BAD_INPUT, add_results_argument, bad_input, command_parser, find_sweep
 from lcbench.report.comparison import Compared, Comparison, compare, side_of
 from lcbench.report.frame import PHASES
+from lcbench.report.intervals import ENOUGH
 from lcbench.runs.store import Sweep
 
 EXAMPLES = """
@@ -25,6 +28,7 @@ python -m lcbench.compare results/before ../colleague/results/after --phase back
 python -m lcbench.compare flash2 flash3 --across kernel
 """
 MANY = 40
+UNKNOWN = "run-to-run noise not measured: what has one block only may differ as much from one run to the next without a change"
 
 
 def main(arguments: list[str]) -> int:
@@ -39,7 +43,7 @@ def main(arguments: list[str]) -> int:
         "--fail-on-regression",
         type=_share,
         metavar="5%",
-        help="exit code 1 if a cell is slower beyond the noise and by more than this",
+        help="exit code 1 if a cell is slower beyond the noise, corrected for the number of cells (Holm), and by more than this",
     )
     parser.add_argument("--json", action="store_true", help="for scripts")
     parser.add_argument("--all", action="store_true", help="list the cells that did not change too")
@@ -59,6 +63,8 @@ def main(arguments: list[str]) -> int:
     share = options.fail_on_regression
     if share is not None and (worse := found.regressions(share)):
         print(f"{len(worse)} cells are slower by more than {share:.3g} of their time", file=sys.stderr)
+        if not found.known:
+            print(UNKNOWN, file=sys.stderr)
         return 1
     return 0
 
@@ -83,10 +89,12 @@ def _sweep(root: Path, name: str) -> Sweep:
 
 def _plain(found: Comparison) -> dict[str, object]:
     return {
-        "phase": found.phase, "run_to_run": found.run_to_run, "environment": found.environment,
+        "phase": found.phase, "run_to_run": found.run_to_run, "known": found.known, "median_ratio": found.median_ratio,
+        "environment": found.environment,
         "cells": [
             {
-                "cell": c.cell.id, "label": c.cell.label, "verdict": c.verdict, **asdict(c.ratio),
+                "cell": c.cell.id, "label": c.cell.label, "verdict": c.verdict, **asdict(c.ratio), "p_adjusted": c.p_adjusted,
+                "a_blocks": c.a.blocks, "b_blocks": c.b.blocks,
                 "a_s": c.a.metrics[f"time/{found.phase}/median_s"], "b_s": c.b.metrics[f"time/{found.phase}/median_s"],
             }
             for c in found.cells
@@ -112,7 +120,7 @@ def _show(found: Comparison, a: str, b: str, *, everything: bool) -> None:
     table = Table(title=f"time of {found.phase}, B over A", title_justify="left")
     for column in ("verdict", "cell", "what"):
         table.add_column(column, no_wrap=column != "what")
-    for column in ("A ms", "B ms", "B / A", "95 % interval"):
+    for column in ("A ms", "B ms", "B / A", "95 % interval", "p, Holm"):
         table.add_column(column, justify="right", no_wrap=True)
     for c in cells if everything else cells[:MANY]:
         table.add_row(*_row(c, found.phase))
@@ -123,14 +131,33 @@ def _show(found: Comparison, a: str, b: str, *, everything: bool) -> None:
     for name, only in ((a, found.only_a), (b, found.only_b)):
         for what, why in list(only.items())[: None if everything else MANY]:
             console.print(f"only in {name}: {what} (the other: {why})", highlight=False, soft_wrap=True)
-    spread = "too few cells to tell what two runs of the same differ by: only the noise within each run counts"
-    if found.run_to_run is not None:
-        more = f"{math.expm1(found.run_to_run):.1%} beyond the noise within a run (one standard deviation)"
-        spread = f"two runs of the same differ by {more}, which the intervals hold"
-    print(spread)
+    for sentence in _noise(found):
+        print(sentence)
     print(
         ", ".join(f"{len(found.by(verdict))} {verdict}" for verdict in ("slower", "faster", "same"))
         + f" of {len(found.cells)} cells in both"
+    )
+
+
+def _noise(found: Comparison) -> Iterator[str]:
+    """What of the noise the intervals hold, and what they cannot."""
+    if not found.cells:
+        return
+    if found.run_to_run is None:
+        yield f"fewer than {ENOUGH} cells: the intervals hold the noise within each run, not what a cell's blocks of one run share"
+    elif found.run_to_run:
+        more = f"{math.expm1(found.run_to_run):.1%} from cell to cell (one standard deviation)"
+        yield f"two runs of the same differ by {more} beyond the noise within a run, which the intervals hold"
+    else:
+        yield "the ratios spread no more than the noise within each run explains"
+    single = sum(min(c.a.blocks, c.b.blocks) < 2 for c in found.cells)
+    if not found.known:
+        yield UNKNOWN
+    elif single:
+        yield f"{single} cells have one block in a sweep: their run-to-run noise is not known from themselves, but from the others"
+    yield (
+        f"median ratio of all cells: {found.median_ratio:.3f}; what all cells of a sweep share, such as a slower node, cannot be"
+        " told from a change by two sweeps"
     )
 
 
@@ -138,7 +165,7 @@ def _row(c: Compared, phase: str) -> list[str]:
     key, color = f"time/{phase}/median_s", {"slower": "red", "faster": "green"}.get(c.verdict, "dim")
     return [
         f"[{color}]{c.verdict}[/]", c.cell.id, c.cell.label, f"{c.a.metrics[key] * 1e3:.4g}", f"{c.b.metrics[key] * 1e3:.4g}",
-        f"{c.ratio.value:.3f}", f"{c.ratio.low:.3f} to {c.ratio.high:.3f}",
+        f"{c.ratio.value:.3f}", f"{c.ratio.low:.3f} to {c.ratio.high:.3f}", f"{c.p_adjusted:.2g}",
     ]  # fmt: skip
 
 

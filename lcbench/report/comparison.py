@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from lcbench.grid.cell import Cell
 from lcbench.report.environment import Environment, environment_of
-from lcbench.report.frame import PHASES, time_of
-from lcbench.report.intervals import Median, Ratio, between_runs
+from lcbench.report.frame import PHASES
+from lcbench.report.intervals import LEVEL, Ratio, Timing, holm, ratios
 from lcbench.runs.store import Attempt, Sweep
 
 
@@ -24,23 +25,28 @@ class Side:
 
 @dataclass(frozen=True)
 class Compared:
-    """One cell in both. ``ratio``: time in B over time in A, so above 1 is slower."""
+    """One cell in both. ``ratio``: time in B over time in A, so above 1 is slower; ``p_adjusted``: its p value after Holm's
+    correction for all cells that were compared.
+    """
 
     cell: Cell
     a: Attempt
     b: Attempt
     ratio: Ratio
+    p_adjusted: float
 
     @property
     def verdict(self) -> str:
-        if not self.ratio.beyond_noise:
+        if self.p_adjusted > LEVEL:
             return "same"
         return "slower" if self.ratio.value > 1 else "faster"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """``run_to_run``: standard deviation of the logarithm that the intervals were widened by; None where it is not known."""
+    """``run_to_run``: standard deviation of the logarithm by which the sweeps differ from cell to cell beyond what blocks explain,
+    which the intervals hold; None where there are too few cells to tell.
+    """
 
     phase: str
     cells: list[Compared]
@@ -54,8 +60,18 @@ class Comparison:
         chosen = [c for c in self.cells if c.verdict == verdict]
         return sorted(chosen, key=lambda c: max(c.ratio.value, 1 / c.ratio.value), reverse=True)
 
+    @property
+    def known(self) -> bool:
+        """Whether run-to-run noise is in every interval: from blocks, or from the spread of the ratios."""
+        return all(c.ratio.known for c in self.cells)
+
+    @property
+    def median_ratio(self) -> float | None:
+        """Of all cells; None if there are none. It holds what all cells of a sweep share: a slower node, or a change."""
+        return median(c.ratio.value for c in self.cells) if self.cells else None
+
     def regressions(self, by: float) -> list[Compared]:
-        """Cells that are slower beyond the noise, and by more than this share."""
+        """Cells that are slower beyond the noise (than 1), and by more than this share."""
         return [c for c in self.by("slower") if c.ratio.value > 1.0 + by]
 
 
@@ -83,9 +99,7 @@ def side_of(sweep: Sweep, across: Sequence[str] = ()) -> Side:
 
 
 def compare(a: Side, b: Side, phase: str = "total") -> Comparison:
-    """Every cell that has a good result in both, by the median time of a phase.
-
-    A ratio's interval covers the iterations of both and, from ``intervals.between_runs``, what two runs of the same differ by.
+    """Every cell that has a good result in both, by its time of a phase. ``intervals.ratios`` says what noise an interval holds.
 
     Raises:
         ValueError: no such phase.
@@ -96,15 +110,13 @@ def compare(a: Side, b: Side, phase: str = "total") -> Comparison:
     for key in a.good:
         if key in b.good:
             (cell, left), (_, right) = a.good[key], b.good[key]
-            if f"{phase}_s" in left.samples and f"{phase}_s" in right.samples:
-                pairs.append((cell, left, right, _time(right, phase).over(_time(left, phase))))
-    sigma = between_runs([ratio for *_, ratio in pairs])
-    cells = [Compared(cell, left, right, ratio.widened(sigma or 0.0)) for cell, left, right, ratio in pairs]
-    return Comparison(phase, cells, _only(a, b), _only(b, a), _differences(a.environment, b.environment), sigma)
-
-
-def _time(attempt: Attempt, phase: str) -> Median:
-    return time_of(attempt.metrics, attempt.samples[f"{phase}_s"], phase)
+            timings = [Timing.of(attempt.metrics, attempt.samples, phase) for attempt in (left, right)]
+            if timings[0] is not None and timings[1] is not None:
+                pairs.append((cell, left, right, timings[0], timings[1]))
+    found, run_to_run = ratios([before for *_, before, _ in pairs], [after for *_, after in pairs])
+    adjusted = holm([ratio.p for ratio in found])
+    cells = [Compared(*pair[:3], ratio, p) for pair, ratio, p in zip(pairs, found, adjusted, strict=True)]
+    return Comparison(phase, cells, _only(a, b), _only(b, a), _differences(a.environment, b.environment), run_to_run)
 
 
 def _only(mine: Side, other: Side) -> dict[str, str]:

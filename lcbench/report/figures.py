@@ -121,7 +121,11 @@ def _lines(name: str, title: str, rows: pd.DataFrame, x: str, label: str, refere
                 "TFLOP/s per GPU" if j == 0 else "",
             )
     _legend(figure, drawn)
-    caption = "Bars: 95 % interval of the median over iterations. An iteration lasts as long as its slowest rank."
+    known = all(time.known for phase in phases for time in rows[f"timed/{phase}"] if time is not None)
+    caption = (
+        f"Bars: 95 % interval {'with' if known else 'without the'} run-to-run noise{'' if known else ', which was not measured'}."
+        " An iteration lasts as long as its slowest rank."
+    )
     return Drawn(
         name, title, caption + _said_of(left_out) + (f" Grey: {published.LABEL}." if reference is not None else ""), figure
     )

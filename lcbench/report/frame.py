@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from lcbench.grid.cell import flat_config
-from lcbench.report.intervals import Median
+from lcbench.report.intervals import Median, Timing, medians
 from lcbench.runs.store import Attempt, Look, Record, Sweep
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def reported(sweep: Sweep, seen: Look | None = None) -> pd.DataFrame:
     ``what_kernel``, ``what_cp``, ``what_mask``: the axis value with those of its options that differ between rows; ``choice``:
     kernel, strategy and transit in one word; ``problem``: all that a choice is an answer to, as one key; ``setting``: what of the
     problem is neither mask, length, scale nor seed; ``where``: that with the seed, if there are several; ``tokens_per_rank``;
-    ``<phase>_by_mean``: TFLOP/s per GPU with the mean over ranks for a time, as others count, where ours is the slowest rank's.
+    ``<phase>_by_mean``: TFLOP/s per GPU with the mean over ranks for a time, as others count, where ours is the slowest rank's;
+    ``timed/<phase>``: its time as a ``Median``, with the noise that all good cells of the sweep tell together.
     """
     import pandas as pd
 
@@ -89,6 +91,7 @@ def reported(sweep: Sweep, seen: Look | None = None) -> pd.DataFrame:
     frame["tokens_per_rank"] = frame["seqlen"] // frame["world_size"]
     for phase in PHASES:
         frame[f"{phase}_by_mean"] = [_by_mean(row, phase) for row in rows]
+        frame[f"timed/{phase}"] = _timed(rows, phase)
     return frame
 
 
@@ -133,23 +136,20 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def time_of(metrics: Any, samples: Sequence[float], phase: str = "total") -> Median:
-    """Median time of a phase with its interval, seconds. Over several draws of a mask, the worst draw's noise counts for all."""
-    if float(metrics.get("draws/count", 1.0)) > 1:
-        median, noise = float(metrics[f"time/{phase}/median_s"]), float(metrics["time/noise"])
-        return Median(median, median * max(1.0 - noise, 1e-9), median * (1.0 + noise))
-    return Median.of(samples)
-
-
-def row_time(row: Any, phase: str = "total") -> Median:
-    """The same of a row."""
-    return time_of(row, row[f"samples/{phase}_s"], phase)
+def _timed(rows: list[dict[str, Any]], phase: str) -> list[Median | None]:
+    """The time of a phase of every row of a sweep; None where there is no good result, or not of this phase."""
+    timings = []
+    for row in rows:
+        samples = {key: row.get(f"samples/{key}") for key in (f"{phase}_s", f"block_{phase}_s")}
+        timings.append(Timing.of(row, samples, phase) if row["status"] == "ok" else None)
+    found = iter(medians([t for t in timings if t is not None]))
+    return [None if t is None else next(found) for t in timings]
 
 
 def rate_of(row: Any, phase: str = "total") -> Median:
-    """TFLOP/s per GPU of a phase with the interval that comes from its time."""
-    rate, time = float(row[rate_column(phase)]), row_time(row, phase)
-    return Median(rate, rate * time.value / time.high, rate * time.value / time.low)
+    """TFLOP/s per GPU of a phase of a good row of ``reported``, as sure as its time."""
+    time: Median = row[f"timed/{phase}"]
+    return replace(time, value=float(row[rate_column(phase)]))
 
 
 def rate_column(phase: str) -> str:

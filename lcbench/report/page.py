@@ -58,7 +58,8 @@ def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]]) 
     frame = reported(sweep, seen)
     good = frame[frame["status"] == "ok"] if len(frame) else frame
     attempts = [record.last for record in seen.records.values() if record.last is not None and record.last.status == "ok"]
-    best = rows_table("winners", "Fastest choice of every problem", [w.row() for w in winners(good)])
+    fastest = winners(good)
+    best = rows_table("winners", "Fastest choice of every problem", [w.row() for w in fastest])
     tables = [*rate_tables(frame)] if len(good) else []
     failures = rows_table("failures", "What did not run, and why", _failures(frame))
     cells = rows_table("cells", "All cells", _cells(frame))
@@ -77,6 +78,7 @@ def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]]) 
         sections=SECTIONS,
         seeds=len(frame) and frame["seed"].nunique() > 1,
         winners=_html(best),
+        known=all(w.known for w in fastest),
         figures=drawn,
         tables=[_html(t) for t in tables],
         failures=_html(failures),

@@ -1,13 +1,18 @@
-"""Which choice of kernel and strategy is fastest for each problem, by how much, and whether that is more than noise."""
+"""Which choice of kernel and strategy is fastest for each problem, by how much, and whether that is more than noise.
+
+Of choices that are equal one is the fastest all the same. It is called so only if it differs from every other: the test that it is
+the best at the level of a single pair, however many there are (Gutmann and Maymin 1987; Hung and Fithian 2019), and since a table
+has many problems, after Holm's correction over them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lcbench.grid.cell import format_tokens
-from lcbench.report.frame import row_time
-from lcbench.report.intervals import Ratio
+from lcbench.report.intervals import LEVEL, Median, Ratio, holm
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Winner:
-    """The fastest choice for a problem. ``margin``: time of the next one over its own; None where nothing else ran."""
+    """The fastest choice for a problem. ``margin``: time of the next one over its own; None where nothing else ran. ``p``: how
+    probable it is to be as far ahead of all others where one of them is as fast, adjusted for the problems of the table; ``known``:
+    whether run-to-run noise was measured.
+    """
 
     mask: str
     seqlen: int
@@ -28,13 +36,17 @@ class Winner:
     peak_bytes: float | None
     next_choice: str = ""
     margin: Ratio | None = None
+    p: float = 1.0
+    known: bool = True
 
     @property
     def verdict(self) -> str:
         """In words: whether the margin is larger than the noise."""
         if self.margin is None:
             return "nothing else ran"
-        return "beyond the noise" if self.margin.low > 1.0 else "within the noise"
+        if self.p > LEVEL:
+            return "within the noise"
+        return "beyond the noise" if self.known else "run-to-run noise not measured"
 
     def row(self) -> dict[str, str]:
         """For a table."""
@@ -58,9 +70,17 @@ def winners(frame: pd.DataFrame) -> list[Winner]:
             best["what_mask"], int(best["seqlen"]), best["scale"], best["where"], best["choice"], best["cell"],
             float(best["compute/tflops_per_gpu"]), float(best["time/total/median_s"]), None if peak != peak else float(peak),
         )  # fmt: skip
-        others = ranked.iloc[1:]
-        if not others.empty:
-            second = others.iloc[0]
-            made = replace(made, next_choice=second["choice"], margin=row_time(second).over(row_time(best)))
+        if len(ranked) > 1:
+            margin, p, known = lead(ranked["timed/total"].tolist())
+            made = replace(made, next_choice=ranked.iloc[1]["choice"], margin=margin, p=p, known=known)
         found.append(made)
-    return found
+    adjusted = iter(holm([w.p for w in found if w.margin is not None]))
+    return [w if w.margin is None else replace(w, p=next(adjusted)) for w in found]
+
+
+def lead(times: Sequence[Median]) -> tuple[Ratio, float, bool]:
+    """Of times, the shortest first: the next one over it, the p value of the least sure of its differences from the others, and
+    whether run-to-run noise is in all of them.
+    """
+    margins = [time.over(times[0]) for time in times[1:]]
+    return margins[0], max(m.p for m in margins), all(m.known for m in margins)

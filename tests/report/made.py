@@ -28,6 +28,8 @@ def made_sweep(
     *,
     seed: int = 0,
     noise: float = 0.01,
+    run_to_run: float = 0.002,
+    blocks: int = 3,
     slower: dict[str, float] | None = None,
     failed: dict[str, Failure] | None = None,
     provenance: dict[str, Any] | None = None,
@@ -37,6 +39,8 @@ def made_sweep(
 
     Args:
         noise: relative standard deviation of an iteration's time.
+        run_to_run: the same of a block's, shared by its iterations and phases.
+        blocks: of each cell; with one, results are as they were before there were blocks.
         slower: factor on the time of cells whose label holds a word.
         failed: how cells whose label holds a word failed.
     """
@@ -56,18 +60,23 @@ def made_sweep(
         factor = np.prod([f for word, f in (slower or {}).items() if word in cell.label])
         metrics: dict[str, float] = {}
         samples: dict[str, list[float]] = {}
-        for phase, count in flops.items():
-            samples[f"{phase}_s"] = (factor * count / ranks / rate / 1e12 * random.lognormal(0, noise, 24)).tolist()
-            samples[f"rank_{phase}_median_s"] = [0.97 * float(np.median(samples[f"{phase}_s"]))] * ranks
-        samples["total_s"] = np.sum([samples[f"{phase}_s"] for phase in flops], axis=0).tolist()
+        runs = random.lognormal(0, run_to_run, (blocks, 1))
+        times = {p: factor * f / ranks / rate / 1e12 * runs * random.lognormal(0, noise, (blocks, 24)) for p, f in flops.items()}
+        for phase in flops:
+            samples[f"rank_{phase}_median_s"] = [0.97 * float(np.median(times[phase]))] * ranks
+        times["total"] = times["forward"] + times["backward"]
         for phase, count in {**flops, "total": sum(flops.values())}.items():
+            samples[f"{phase}_s"] = times[phase].ravel().tolist()
+            if blocks > 1:
+                samples[f"block_{phase}_s"] = np.median(times[phase], axis=1).tolist()
             metrics |= {f"time/{phase}/{k}_s": v for k, v in summary(samples[f"{phase}_s"]).items()}
+            metrics[f"time/{phase}/median_s"] = float(np.median(times[phase], axis=1).mean())
             at = "compute" if phase == "total" else f"compute/{phase}"
             metrics[f"{at}/tflops_per_gpu"] = count / metrics[f"time/{phase}/median_s"] / ranks / 1e12
             metrics[f"{at}/mfu"] = metrics[f"{at}/tflops_per_gpu"] / 989
         metrics |= {
             "compute/peak_tflops": 989.0, "memory/peak_bytes": 1e9 + 1e3 * problem.seqlen,
-            "time/noise": Stopping.noise(samples["total_s"]),
+            "time/noise": Stopping.noise(samples["total_s"]), **({"time/blocks": float(blocks)} if blocks > 1 else {}),
             "balance/area_max_over_mean": 1.1, "comm/bytes": 0.0 if ranks == 1 else 4e3 * problem.seqlen,
         }  # fmt: skip
         for phase in flops if ranks > 1 else ():

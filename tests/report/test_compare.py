@@ -41,6 +41,18 @@ def test_what_two_runs_differ_by_anyway_is_not_a_regression(tmp_path: Path) -> N
     found = compare(side_of(a), side_of(b))
     assert found.run_to_run == pytest.approx(0.05, rel=0.5)
     assert len(found.by("same")) == len(GRID[0].split(",")) * 6
+    assert found.known
+
+
+def test_results_from_before_there_were_blocks_compare_by_their_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (made_sweep(tmp_path, name, GRID, seed=seed, blocks=1) for seed, name in enumerate("ab"))
+    c = made_sweep(tmp_path, "c", GRID, seed=3, slower={"usp": 1.06})
+    assert len(compare(side_of(a), side_of(b)).by("same")) == 18
+    found = compare(side_of(a), side_of(c))
+    assert len(found.by("slower")) == 6
+    assert found.known
+    assert main(["a", "b", "--results", str(tmp_path)]) == 0
+    assert "18 cells have one block in a sweep: their run-to-run noise is not known from themselves" in capsys.readouterr().out
 
 
 def test_the_command_says_what_differs_and_fails_on_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,6 +75,25 @@ def test_the_command_says_what_differs_and_fails_on_a_regression(tmp_path: Path,
     assert found["environment"] == {"torch": ["2.13.0", "2.14.0"]}
     assert sorted(c["label"].split()[0] for c in found["cells"] if c["verdict"] == "slower") == ["usp"] * 6
     assert all(c["low"] <= c["value"] <= c["high"] for c in found["cells"])
+    assert all(0 <= c["p"] <= c["p_adjusted"] <= 1 for c in found["cells"])
+    assert all((c["p_adjusted"] <= 0.05) == (c["verdict"] != "same") for c in found["cells"])
+    assert all(c["sigma"] > 0 and c["dof"] > 1 and (c["a_blocks"], c["b_blocks"]) == (3, 3) for c in found["cells"])
+    assert found["known"]
+    assert found["median_ratio"] == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_the_command_says_what_two_sweeps_cannot_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str], blocks: int) -> None:
+    for seed, name in enumerate("ab"):
+        made_sweep(tmp_path, name, ["cp=ring,usp", "seqlen=64k", "scale=1x8"], seed=seed, blocks=blocks)
+    made_sweep(tmp_path, "c", ["cp=ring,usp", "seqlen=64k", "scale=1x8"], seed=2, blocks=blocks, slower={"usp": 1.5})
+    assert main(["a", "b", "--results", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "fewer than 4 cells" in text
+    assert "such as a slower node, cannot be told from a change" in text
+    assert ("run-to-run noise not measured" in text) == (blocks == 1)
+    assert main(["a", "c", "--fail-on-regression", "5%", "--results", str(tmp_path)]) == 1
+    assert ("run-to-run noise not measured" in capsys.readouterr().err) == (blocks == 1)
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

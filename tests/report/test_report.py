@@ -78,6 +78,19 @@ def test_the_winner_has_a_margin_and_says_if_it_is_noise(tmp_path: Path) -> None
     assert alone.verdict == "nothing else ran"
 
 
+def test_without_blocks_no_winner_is_beyond_the_noise(tmp_path: Path) -> None:
+    grid = ["cp=ring,ulysses,usp", "mask=causal", "seqlen=64k,128k", "scale=1x8"]
+    old = made_sweep(tmp_path, "old", grid, noise=0.001, blocks=1)
+    assert {w.verdict for w in winners(good(old))} == {"run-to-run noise not measured"}
+    report = write_report(old, tmp_path / "out", known_devices())
+    assert "not measured: too few cells have several blocks" in report.page.read_text()
+    assert "without the run-to-run noise, which was not measured" in figures(old)["rate-by-length"]
+    # Cells whose job ended before their second block have the noise of the others.
+    new = made_sweep(tmp_path, "old", [*grid[:2], "seqlen=256k,512k", grid[3]], noise=0.001)
+    assert {w.verdict for w in winners(good(new))} == {"beyond the noise"}
+    assert "Bars: 95 % interval with run-to-run noise." in figures(new)["rate-by-length"]
+
+
 def test_a_choice_is_named_by_what_differs_and_a_problem_is_not_split_by_it(tmp_path: Path) -> None:
     grid = ["cp=usp", "cp.ulysses_degree=2,4", "transit=float32,input", "seqlen=64k", "scale=1x8", "mask=causal_document"]
     frame = reported(made_sweep(tmp_path, "s", grid))
