@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, find_sweep
 from lcbench.runs.jobs import PackState, Watch
+from lcbench.runs.pack import later_blocks
 from lcbench.runs.queue import cancel_named, environment
 from lcbench.runs.store import Sweep, sweeps, write_json
 
@@ -51,15 +52,22 @@ def cancel_sweep(sweep: Sweep) -> int:
 
 
 def cancel_cell(sweep: Sweep, cell_id: str) -> int:
-    """Tell its pack to leave the cell: in flight it is ended with its ranks, which start again for the rest of the pack."""
-    state = next(c for c in Watch(sweep).look().cells if c.id == cell_id)
-    if state.state not in ("running", "pending"):
+    """Tell its pack to leave the cell: in flight it is ended with its ranks, which start again for the rest of the pack. A cell
+    that has its result keeps it, and loses the blocks of timings that were to come.
+    """
+    standing = Watch(sweep).look()
+    state = next(c for c in standing.cells if c.id == cell_id)
+    lives = any(p.id == state.pack and not p.ended for p in standing.packs)
+    blocks = later_blocks(standing.seen.records[cell_id].attempts, state.pack) if lives else range(0)
+    if state.state not in ("running", "pending") and not blocks:
         print(f"cell {cell_id} is not under way: it is {state.state}")
         return 0
     path = sweep.pack_folder(state.pack) / "cancel" / cell_id
     path.parent.mkdir(exist_ok=True)
     path.touch()
-    print(f"cell {cell_id}, {state.state}, is told to end: python -m lcbench.status {sweep.name}")
+    kept = f"cell {cell_id} keeps its result; its blocks of timings from {blocks.start} on are cancelled"
+    said = kept if blocks else f"cell {cell_id}, {state.state}, is told to end"
+    print(f"{said}: python -m lcbench.status {sweep.name}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The devices that conf/device describes: peaks, memory, and the words by which one is recognised."""
+"""The devices that conf/device describes: peaks, memory, links, and the whole names (``names``) by which one is known."""
 
 from __future__ import annotations
 

@@ -38,6 +38,8 @@ AXES = (*GROUPS, "seqlen", "seqlen_per_rank", "scale", "heads", "dtype", "direct
 RUN_OPTIONS = ("sweep", "site", "wait", "output", "force", "pack", "hang", "retry", "results", "tracking_uri", "experiment")
 CONFIG = "config"
 OUTPUTS = ("table", "quiet", "json")
+# measure.blocks at its default is no part of a cell: cells of before there were blocks keep their ids.
+BLOCKS = 3
 # Run options with options of their own, and how each of these is read.
 OPTION_GROUPS: dict[str, Callable[[Any, str], Any]] = {
     "pack": values.parse_limit, "hang": values.parse_number, "retry": values.parse_int,
@@ -146,6 +148,7 @@ def cell_config(config: dict[str, Any]) -> dict[str, Any]:
     if config["seqlen_per_rank"] is not None:
         seqlen = values.parse_tokens(config["seqlen_per_rank"], "seqlen_per_rank") * scale.world_size
     measure = dict(config["measure"])
+    blocks = values.parse_int(measure.pop("blocks", BLOCKS), "measure.blocks", least=1)
     groups = {group: build.check_options(group, _named(group, config[group])) for group in GROUPS}
     groups["mask"] = build.with_lengths(groups["mask"], groups.pop("lengths"))
     return {
@@ -162,6 +165,7 @@ def cell_config(config: dict[str, Any]) -> dict[str, Any]:
                (("warmup", 0), ("min_iterations", 1), ("max_iterations", 1))},
             **{k: values.parse_number(measure.pop(k), f"measure.{k}") for k in ("budget_s", "precision")},
             "timeline": values.parse_bool(measure.pop("timeline"), "measure.timeline"),
+            **({"blocks": blocks} if blocks != BLOCKS else {}),
             **_nothing_left("measure", measure),
         },
     }  # fmt: skip

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from lcbench.grid.values import parse_scale
-from lcbench.runs.failure import SLURM_STATES, last_error
-from lcbench.runs.jobs import close, in_flight
+from lcbench.runs.failure import SLURM_STATES, last_error, stem_of
+from lcbench.runs.jobs import close_all, in_flight
 from lcbench.runs.logs import last_words
 from lcbench.runs.pack import KILLS, RESERVE, Pack
 from lcbench.runs.queue import environment, last_incarnation, site_variables
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, write_json
 from lcbench.runs.tracking import publish_or_say
 
-# A gang may fail this often, one after the other, without having begun a cell.
+# A gang may fail this often, one after the other, without having begun a cell or a later block of timings.
 FRUITLESS = 2
 FIRST_PORT, PORTS = 20000, 20000
 # Seconds ahead of the job's time limit at which Slurm warns (it may be a minute earlier), less for short jobs, and the share of
@@ -73,8 +73,9 @@ def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_ad
             "keep_alive_interval": 10,
             "keep_alive_max_attempt": 30,
         },
-        # Each cell can end a gang so often: its attempt is recorded, and the next gang goes on behind it.
-        max_restarts=KILLS * len(pack.cells) + FRUITLESS,
+        # Each cell can end a gang so often, and so often again in later blocks of timings: its attempt or its lost block is
+        # recorded, and the next gang goes on behind it.
+        max_restarts=2 * KILLS * len(pack.cells) + FRUITLESS,
         monitor_interval=0.5,
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
         local_addr=local_addr,
@@ -87,8 +88,7 @@ def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_ad
         failure = Failure("no-start", f"the gang did not come up: {said or error}"[:CAUSE_LENGTH])
         print(f"node {node_rank}: the gang failed too often: {error}", file=sys.stderr)
     if node_rank == 0:
-        for running, config_of in in_flight(sweep, pack):
-            close(sweep, running, config_of)
+        close_all(sweep, pack)
         (pack.folder / RESERVE).unlink(missing_ok=True)
         if not (pack.folder / "end.json").exists():  # it may have said already why it stops
             pack.say("end.json", failure)
@@ -110,8 +110,7 @@ def begin_anew(sweep: Sweep, pack: Pack) -> None:
         failure = Failure(SLURM_STATES.get(word, "preempted"), f"Slurm requeued its job, which had ended as {word}")
         if failure.kind in ("crash", "cancelled"):  # nobody requeues what ended so by itself
             failure = Failure("preempted", failure.cause)
-    for running, config in in_flight(sweep, pack):
-        close(sweep, running, config, failure)
+    close_all(sweep, pack, failure)
     for name in ("stop.json", "end.json", "check.json"):
         (pack.folder / name).unlink(missing_ok=True)
 
@@ -216,7 +215,7 @@ def _watch_workers(sweep: Sweep, pack: Pack, node_rank: int) -> None:
                 with suppress(OSError):
                     write_json(folder / f"exit.{node_rank}.{self.gangs}.{rank}.json", record)
             if node_rank == 0:
-                begun = sum(len(sweep.attempts(c)) + len(sweep.running(c)) for c in pack.cells)
+                begun = _begun(sweep, pack)
                 self.fruitless = self.fruitless + 1 if begun == self.begun else 0
                 self.begun = begun
             if self.fruitless >= FRUITLESS or (pack.folder / "end.json").exists():
@@ -231,22 +230,28 @@ def _watch_workers(sweep: Sweep, pack: Pack, node_rank: int) -> None:
             candidates: tuple[str, ...] = tuple(cancelled)
             if now >= self.next_overdue:
                 self.next_overdue, candidates = now + OVERDUE_EVERY_S, pack.cells
-            for cell_id in candidates:
-                for running in sweep.running(cell_id):
-                    late = time.time() - running.started_at - pack.deadline_s(cell_id)
-                    if running.pack != pack.id or (cell_id not in cancelled and late < OVERDUE_S):
-                        continue
-                    kind, why = ("cancelled", "python -m lcbench.cancel") if cell_id in cancelled else (
-                        "hang", f"{late:.0f} s over its deadline, and its ranks did not end themselves")  # fmt: skip
-                    word = folder / f"{cell_id}.attempt-{running.number}.ended.json"
-                    if not word.exists():
-                        write_json(word, {"kind": kind, "cause": why, "time": time.time()})
-                        for pid in (self._pcontext.pids() if self._pcontext else {}).values():
-                            with suppress(ProcessLookupError):
-                                os.kill(pid, signal.SIGKILL)
+            for running in in_flight(sweep, pack, candidates) if candidates else ():
+                was_cancelled = running.cell_id in cancelled
+                late = time.time() - running.started_at - pack.deadline_s(running.cell_id)
+                if not was_cancelled and late < OVERDUE_S:
+                    continue
+                kind, why = ("cancelled", "python -m lcbench.cancel") if was_cancelled else (
+                    "hang", f"{late:.0f} s over its deadline, and its ranks did not end themselves")  # fmt: skip
+                word = folder / f"{stem_of(running)}.ended.json"
+                if not word.exists():
+                    write_json(word, {"kind": kind, "cause": why, "time": time.time()})
+                    for pid in (self._pcontext.pids() if self._pcontext else {}).values():
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
 
     # elastic_launch offers no way to choose its agent's class.
     api.LocalElasticAgent = WatchingAgent  # type: ignore[attr-defined,misc]
+
+
+def _begun(sweep: Sweep, pack: Pack) -> int:
+    """How many attempts at cells of a pack, and later blocks of timings, have begun: a number that only grows."""
+    attempts = [a for c in pack.cells for a in sweep.attempts(c)]
+    return len(attempts) + sum(len(a.again) + len(a.lost_blocks) for a in attempts) + len(in_flight(sweep, pack))
 
 
 def _oom_kills() -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from lcbench.grid.build import draws
 from lcbench.grid.cell import Cell
 from lcbench.grid.expand import pairs
+from lcbench.measure.blocks import blocks_of, shared
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.problem import Problem
 from lcbench.runs.store import Attempt, Sweep, sweeps
@@ -27,6 +28,8 @@ CPU_FLOPS = 5e9
 # Besides its passes: building, drawing, checking, and what ranks need to agree.
 CELL_S = 2.0
 RANK_S = {"cpu": 0.25, "cuda": 0.02}
+# A later block's passes besides its warm-up and those that are timed: the first, a probe and the last, which are checked.
+AGAIN_PASSES = 3
 BYTES_OF_SUMS = 4  # gradients are summed in float32
 
 
@@ -34,7 +37,8 @@ BYTES_OF_SUMS = 4  # gradients are summed in float32
 class _Known:
     flops: float
     pass_s: float
-    other_s: float
+    prepare_s: float
+    check_s: float
 
 
 @dataclass
@@ -59,25 +63,28 @@ class Estimator:
             self.too_large[_likeness(cell)] = min(flops(cell), self.too_large.get(_likeness(cell), float("inf")))
         metrics = attempt.metrics
         if attempt.status == "ok" and "time/total/median_s" in metrics:
-            other_s = metrics.get("time/prepare_s", 0.0) + metrics.get("time/check_s", 0.0)
-            self.known[_likeness(cell)].append(_Known(flops(cell), metrics["time/total/median_s"], other_s))
+            besides = (metrics.get(f"time/{what}_s", 0.0) for what in ("prepare", "check"))
+            self.known[_likeness(cell)].append(_Known(flops(cell), metrics["time/total/median_s"], *besides))
 
     def seconds(self, cell: Cell) -> float:
-        """Wall time of the cell, all draws of its mask."""
+        """Wall time of the cell, all draws of its mask and all blocks of its timings."""
         measure, ranks, work = cell.config["measure"], cell.problem.scale.world_size, flops(cell)
         like = self.known.get(_likeness(cell))
         if like:
             nearest = min(like, key=lambda k: abs(k.flops - work))
             ratio = max(work / nearest.flops if nearest.flops else 1.0, 0.05)
-            pass_s, other_s = ratio * nearest.pass_s, max(ratio, 1.0) * nearest.other_s
+            pass_s = ratio * nearest.pass_s
+            prepare_s, check_s = (max(ratio, 1.0) * besides_s for besides_s in (nearest.prepare_s, nearest.check_s))
         else:
             rate = EFFICIENCY * 1e12 * self.device["peak_tflops"].get(cell.config["dtype"], 1.0) if self.device else CPU_FLOPS
             pass_s = work / ranks / rate
-            other_s = 2 * pass_s
-        timed = _timed_s(measure, pass_s, measure["budget_s"])
-        apart = 2 * (pass_s + _timed_s(measure, pass_s, measure["budget_s"] / 4)) if ranks > 1 else 0.0
-        one = other_s + (measure["warmup"] + 1) * pass_s + timed + apart
-        return float(CELL_S + RANK_S["cuda" if self.device else "cpu"] * ranks + draws(cell.config["mask"]) * one)
+            prepare_s, check_s = 0.0, 2 * pass_s
+        first, later = shared(measure), shared(measure, first=False)
+        apart = 2 * (pass_s + _timed_s(first, pass_s, first["budget_s"] / 4)) if ranks > 1 else 0.0
+        one = prepare_s + check_s + (first["warmup"] + 1) * pass_s + _timed_s(first, pass_s, first["budget_s"]) + apart
+        again = prepare_s + (later["warmup"] + AGAIN_PASSES) * pass_s + _timed_s(later, pass_s, later["budget_s"])
+        every = one + (blocks_of(measure) - 1) * again
+        return float(CELL_S + RANK_S["cuda" if self.device else "cpu"] * ranks + draws(cell.config["mask"]) * every)
 
     def will_fail(self, cell: Cell) -> bool:
         """Whether it is expected not to fit: more memory than the device has, or no less work than a like cell that did not fit."""

@@ -1,6 +1,7 @@
 """Why an attempt failed: its class and the first cause in one line, from what its processes left behind.
 
-A pack's ``failures`` folder holds, per attempt, what each rank said of itself before it ended::
+A pack's ``failures`` folder holds, per attempt, what each rank said of itself before it ended; of a later block of timings
+``.block-<b>`` follows the attempt::
 
     <cell id>.attempt-<n>.rank-<r>.json        an exception: {"kind", "cause", "rank", "time"}
     <cell id>.attempt-<n>.rank-<r>.hang.txt    the stacks of a rank that the hang timer ended (empty: it did not)
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lcbench.runs.queue import word_of
-from lcbench.runs.store import CAUSE_LENGTH, Failure, read_or_set_aside
+from lcbench.runs.store import CAUSE_LENGTH, Failure, Running, read_or_set_aside
 
 # Slurm's final states (man sacct) and our classes.
 SLURM_STATES = {
@@ -64,12 +65,17 @@ class Found:
     may_follow: bool = False
 
 
-def first_failure(folder: Path, cell_id: str, attempt: int, since: float) -> Found | None:
-    """The first cause of an attempt that never ended, from the files of its ranks and agents; None if they left none.
+def stem_of(running: Running) -> str:
+    """What the names of the files about an attempt, or about a later block of it, begin with."""
+    return f"{running.cell_id}.attempt-{running.number}" + (f".block-{running.block}" if running.block > 1 else "")
 
-    ``since``: when the attempt began, in seconds since the epoch; earlier deaths belong to others.
+
+def first_failure(folder: Path, stem: str, since: float) -> Found | None:
+    """The first cause of an attempt or of a later block that never ended, from the files of its ranks and agents, whose names
+    begin with ``stem``; None if they left none.
+
+    ``since``: when it began, in seconds since the epoch; earlier deaths belong to others.
     """
-    stem = f"{cell_id}.attempt-{attempt}"
     for ended in _records(folder, f"{stem}.ended.json"):
         return Found(Failure(ended["kind"], ended["cause"]))
     said = sorted(_records(folder, f"{stem}.rank-*.json"), key=lambda r: float(r["time"]))
@@ -98,9 +104,9 @@ def first_failure(folder: Path, cell_id: str, attempt: int, since: float) -> Fou
     return Found(_failure(said[0]), may_follow=True) if said else None
 
 
-def stacks(folder: Path, cell_id: str, attempt: int) -> Iterator[str]:
+def stacks(folder: Path, stem: str) -> Iterator[str]:
     """The stacks of all threads of all ranks that the hang timer ended, by rank."""
-    for path in sorted(folder.glob(f"{cell_id}.attempt-{attempt}.rank-*.hang.txt"), key=_rank):
+    for path in sorted(folder.glob(f"{stem}.rank-*.hang.txt"), key=_rank):
         yield f"--- stacks of rank {_rank(path)} at the deadline\n{path.read_text().rstrip() or '(it left none)'}\n"
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from filelock import Timeout
 
-from lcbench.runs.failure import first_failure, from_slurm_state, job_words, stacks
-from lcbench.runs.pack import RESERVE, Pack, tries_again
+from lcbench.measure.blocks import blocks_of, share
+from lcbench.runs.failure import first_failure, from_slurm_state, job_words, stacks, stem_of
+from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
 from lcbench.runs.queue import Job as QueuedJob
 from lcbench.runs.queue import Key, ask, environment, has_ended
 from lcbench.runs.store import Attempt, Failure, Look, Record, Running, Sweep
@@ -76,10 +77,10 @@ class Watch:
     def look(self) -> Standing:
         """Settle what has ended, then say where everything stands."""
         packs, seen = self._packs(), self.sweep.look()
-        packs = [replace(p, done=_done(seen, p)) for p in packs]
+        packs = [_with_progress(seen, p) for p in packs]
         if settle(self.sweep, seen, packs):
             seen = self.sweep.look()
-            packs = [replace(p, done=_done(seen, p)) for p in packs]
+            packs = [_with_progress(seen, p) for p in packs]
         return Standing(seen, packs, _cells(seen, packs))
 
     def _packs(self) -> list[PackState]:
@@ -156,8 +157,11 @@ class Standing:
         expected = taken = 0.0
         for pack in self.packs:
             for cell_id, record in records_of(pack):
+                blocks = blocks_of(record.entry.cell.config["measure"])
                 for attempt in (a for a in record.attempts if a.pack == pack.id and a.status == "ok"):
-                    expected, taken = expected + pack.seconds.get(cell_id, 0.0), taken + attempt.finished_at - attempt.started_at
+                    expected += pack.seconds.get(cell_id, 0.0) * share(attempt.blocks or blocks, blocks)
+                    taken += attempt.finished_at - attempt.started_at
+                    taken += sum(later["finished_at"] - later["started_at"] for later in attempt.again)
         pace = taken / expected if expected else 1.0
         now = time.time()
 
@@ -167,6 +171,8 @@ class Standing:
                 since = next((now - r.started_at for r in record.running if r.pack == pack.id), 0.0)
                 if _will_come_to(pack, record):
                     total += max(0.0, pace * pack.seconds.get(cell_id, 0.0) - since)
+                elif blocks := later_blocks(record.attempts, pack.id):
+                    total += pace * pack.seconds.get(cell_id, 0.0) * (1.0 - share(blocks.start - 1, blocks.stop - 1))
             return total
 
         running = [left_s(p) for p in live if p.state == "RUNNING"]
@@ -176,25 +182,29 @@ class Standing:
 
     @property
     def under_way(self) -> set[str]:
-        """Cells that a live job has or will come to."""
-        return {c.id for c in self.cells if c.state in ("running", "pending")}
+        """Cells that a live job has or will come to, for a first time or for more blocks of timings."""
+        live = [p for p in self.packs if not p.ended and p.state != "UNKNOWN"]
+        again = {c for p in live for c in p.cells if c in self.seen.records and later_blocks(self.seen.records[c].attempts, p.id)}
+        return again | {c.id for c in self.cells if c.state in ("running", "pending")}
 
 
 def settle(sweep: Sweep, seen: Look, packs: Sequence[PackState]) -> list[Attempt]:
-    """Record, as failed, what has no result though its job has ended: attempts in flight, and cells that it never came to.
+    """Record, as failed, what has no result though its job has ended: attempts in flight, and cells that it never came to; and
+    the later blocks of timings that were in flight, of results that stay good.
 
     Safe to call again and from several processes; where the results belong to somebody else, nothing is recorded.
     """
     dead = [p for p in packs if p.ended and p.state != NEVER_SUBMITTED]
     open_ends = [(p, c) for p in dead for c in p.cells if c in seen.records and _is_open(seen.records[c], p.id)]
+    blocks = [(p, running) for p in dead for running in sweep.again(p.id)]
     known = {p.id for p in packs}
     stray = [(r, record.entry) for record in seen.records.values() for r in record.running if r.pack not in known]
-    if not (open_ends or stray) or not os.access(sweep.folder, os.W_OK):
+    if not (open_ends or blocks or stray) or not os.access(sweep.folder, os.W_OK):
         return []
     settled = []
     try:
         with sweep.lock().acquire(timeout=LOCK_S):
-            whys = {pack.id: _job_failure(sweep, pack) for pack, _ in open_ends}
+            whys = {pack.id: _job_failure(sweep, pack) for pack, _ in (*open_ends, *blocks)}
             for pack_id in whys:
                 (sweep.pack_folder(pack_id) / RESERVE).unlink(missing_ok=True)
             for pack, cell_id in open_ends:
@@ -204,6 +214,7 @@ def settle(sweep: Sweep, seen: Look, packs: Sequence[PackState]) -> list[Attempt
                     settled += [close(sweep, running, config, whys[pack.id]) for running in begun]
                 elif not sweep.has_attempt_of(cell_id, pack.id):
                     settled.append(record(sweep, sweep.begin(cell_id, pack.id), config, whys[pack.id]))
+            settled += [lost for pack, running in blocks if (lost := lose(sweep, running, whys[pack.id]))]
             for running, entry in stray:  # nobody can say whether its job lives; if it does, its result will replace this
                 settled.append(close(sweep, running, entry.cell.config, Failure("crash", "the file of its pack is gone")))
     except Timeout:  # somebody else is at it
@@ -217,15 +228,49 @@ def close(sweep: Sweep, running: Running, config: dict[str, Any], otherwise: Fai
     ``otherwise``: what its job's end says. It counts where no process left a word, and where all they saw was what the job's
     end did to them: broken connections and signals.
     """
-    folder = sweep.pack_folder(running.pack) / "failures"
-    found = first_failure(folder, running.cell_id, running.number, running.started_at)
+    return record(sweep, running, config, _why_it_ended(sweep, running, otherwise))
+
+
+def lose(sweep: Sweep, running: Running, otherwise: Failure | None = None) -> Attempt | None:
+    """Record, with the good result that stays, that a later block of timings began and never ended, and why (as ``close`` does).
+
+    None if there is nothing to record: death came after the block was written and before its marker was dropped.
+    """
+    attempt = next((a for a in sweep.attempts(running.cell_id) if a.number == running.number), None)
+    lost = None
+    if attempt is not None and running.block in later_blocks([attempt], running.pack):
+        failure = _why_it_ended(sweep, running, otherwise)
+        lost = with_lost_block(attempt, running.block, failure)
+        sweep.finish(lost)
+    sweep.end_again(running)
+    return lost
+
+
+def with_lost_block(attempt: Attempt, block: int, failure: Failure) -> Attempt:
+    """A good result with word of a block of timings that it has not."""
+    lost = [*attempt.lost_blocks, {"block": block, "cause": f"{failure.kind}: {failure.cause}"}]
+    return replace(attempt, provenance={**attempt.provenance, "lost_blocks": lost})
+
+
+def close_all(sweep: Sweep, pack: Pack, otherwise: Failure | None = None) -> None:
+    """Record what a gang of this pack that is gone left open."""
+    for running in in_flight(sweep, pack):
+        if running.block > 1:
+            lose(sweep, running, otherwise)
+        else:
+            close(sweep, running, pack.configs[running.cell_id], otherwise)
+
+
+def _why_it_ended(sweep: Sweep, running: Running, otherwise: Failure | None) -> Failure:
+    folder, stem = sweep.pack_folder(running.pack) / "failures", stem_of(running)
+    found = first_failure(folder, stem, running.started_at)
     failure = found.failure if found else None
     if failure is None or (found and found.may_follow and otherwise is not None and otherwise.kind not in ("crash", "no-start")):
         failure = otherwise or Failure("crash", "the workers ended without a word; see the logs of the pack")
     if failure.kind == "hang":
         with open(sweep.attempt_path(running.cell_id, running.number, "log"), "a") as log:
-            log.writelines(stacks(folder, running.cell_id, running.number))
-    return record(sweep, running, config, failure)
+            log.writelines(stacks(folder, stem))
+    return failure
 
 
 def record(sweep: Sweep, running: Running, config: dict[str, Any], failure: Failure) -> Attempt:
@@ -245,9 +290,11 @@ def record(sweep: Sweep, running: Running, config: dict[str, Any], failure: Fail
     return attempt
 
 
-def in_flight(sweep: Sweep, pack: Pack) -> list[tuple[Running, dict[str, Any]]]:
-    """Attempts of this pack that began and have not ended, with the config of their cell."""
-    return [(r, pack.configs[cell_id]) for cell_id in pack.cells for r in sweep.running(cell_id) if r.pack == pack.id]
+def in_flight(sweep: Sweep, pack: Pack, cells: Sequence[str] | None = None) -> list[Running]:
+    """Attempts of this pack, at all its cells or at some, that began and have not ended, and later blocks of timings."""
+    chosen = pack.cells if cells is None else cells
+    first = [r for c in chosen for r in sweep.running(c) if r.pack == pack.id]
+    return first + [r for r in sweep.again(pack.id) if r.cell_id in chosen]
 
 
 def _cells(seen: Look, packs: list[PackState]) -> list[CellState]:
@@ -286,8 +333,13 @@ def _is_open(record: Record, pack_id: str) -> bool:
     return any(r.pack == pack_id for r in record.running) or not record.has_attempt_of(pack_id)
 
 
-def _done(seen: Look, pack: PackState) -> int:
-    return sum(seen.records[c].has_attempt_of(pack.id) for c in pack.cells if c in seen.records)
+def _with_progress(seen: Look, pack: PackState) -> PackState:
+    """A pack with how many of its cells it has tried, and, where these are all, what it is still at."""
+    records = [seen.records[c] for c in pack.cells if c in seen.records]
+    done = sum(r.has_attempt_of(pack.id) for r in records)
+    again = sum(len(later_blocks(r.attempts, pack.id)) for r in records)
+    reason = f"{again} more blocks of timings" if pack.state == "RUNNING" and done == len(records) and again else pack.reason
+    return replace(pack, done=done, reason=reason)
 
 
 def _job_failure(sweep: Sweep, pack: PackState) -> Failure:

@@ -25,16 +25,21 @@ def last_words(node_folder: Path, local_rank: int) -> str:
 
 
 def said_by_ranks(folder: Path, cell_id: str, attempt: int, gpus_per_node: int) -> Iterator[tuple[int, str, str]]:
-    """(rank, stdout or stderr, text) of a cell, by rank, from the log folder of its pack; ranks that said nothing are left out."""
+    """(rank, stdout or stderr, text) of a cell, all its blocks of timings, by rank, from the log folder of its pack; ranks that
+    said nothing are left out.
+    """
     files = []
     for path in folder.glob("node-*/*/attempt_*/*/std*.log"):
         node, local = int(path.relative_to(folder).parts[0].removeprefix("node-")), int(path.parent.name)
-        files.append((node * gpus_per_node + local, path.stem, path))
-    for rank, stream, path in sorted(files):
+        gang = int(path.parent.parent.name.removeprefix("attempt_"))
+        files.append((node * gpus_per_node + local, path.stem, gang, path))
+    said: dict[tuple[int, str], list[str]] = {}
+    for rank, stream, _, path in sorted(files):
         text = path.read_text(errors="replace")
         for found in MARK.finditer(text):
             if (found[1], int(found[2])) == (cell_id, attempt):
                 following = MARK.search(text, found.end())
-                part = text[found.end() : following.start() if following else None].strip("\n")
-                if part:
-                    yield rank, stream, part
+                said.setdefault((rank, stream), []).append(text[found.end() : following.start() if following else None].strip("\n"))
+    for (rank, stream), parts in said.items():
+        if any(parts):
+            yield rank, stream, "\n".join(filter(None, parts))

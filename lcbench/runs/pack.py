@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcbench.grid.cell import Cell
+from lcbench.measure.blocks import blocks_of
 from lcbench.problem import Scale
 from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Sweep, read_json, write_json
 
@@ -163,6 +164,16 @@ def given_up(attempts: Sequence[Attempt]) -> bool:
     """Whether a cell has killed its gang in its last two attempts, and is not worth a third."""
     last = [a.failure.kind for a in attempts[-KILLS:] if a.failure is not None]
     return len(last) == KILLS and all(kind in GANG_KILLERS for kind in last)
+
+
+def later_blocks(attempts: Sequence[Attempt], pack_id: str) -> range:
+    """Blocks of timings that a pack has still to measure of a cell, in this order: where its newest result is good and the pack's
+    own, those that were not tried, unless the cell has lost too many already. A result of before there were blocks is complete.
+    """
+    last = attempts[-1] if attempts else None
+    if last is None or last.status != "ok" or last.pack != pack_id or not last.blocks or len(last.lost_blocks) >= KILLS:
+        return range(0)
+    return range(last.blocks + len(last.lost_blocks) + 1, blocks_of(last.config.get("measure", {})) + 1)
 
 
 def tries_again(attempts: Sequence[Attempt], retry: dict[str, int]) -> bool:

@@ -8,10 +8,12 @@
     <root>/<sweep>/packs/<pack id>/job.json           how it was started: launcher, Slurm job id, pid
     <root>/<sweep>/packs/<pack id>/check.json         what the check of its nodes found
     <root>/<sweep>/packs/<pack id>/end.json           how it came to its end, written by itself
+    <root>/<sweep>/packs/<pack id>/again/<cell id>.<block>.json   a later block of timings is in flight (removed when it ends)
     <root>/<sweep>/packs/<pack id>/failures/*.json    how workers of the pack died (written by them or by their agent)
 
 A file appears whole or not at all: temporary name, fsync, rename. An attempt number is claimed by creating the running
-marker exclusively, so a second attempt never overwrites the first. A file that cannot be read all the same (a full disk, a
+marker exclusively, so a second attempt never overwrites the first. A good result is written anew, under its name, with each later
+block of timings of its cell. A file that cannot be read all the same (a full disk, a
 broken file system, an editor) is renamed to ``<name>.corrupt``, and whoever looks at the sweep is told. docs/results.md
 describes the files.
 """
@@ -37,11 +39,13 @@ from lcbench.grid.cell import Cell
 SCHEMA = 1
 Status = Literal["ok", "failed", "skipped"]
 FAILURE_CLASSES = (
-    "oom", "timeout", "hang", "nccl", "numerics", "unsupported", "node-fail", "preempted", "crash", "cancelled", "no-start",
+    "oom", "timeout", "hang", "nccl", "numerics", "implausible", "unsupported", "node-fail", "preempted", "crash", "cancelled",
+    "no-start",
 )  # fmt: skip
 CAUSE_LENGTH = 300
 CORRUPT = ".corrupt"
 MEMORY = "mlflow.json"
+AGAIN = "again"
 T = TypeVar("T")
 
 
@@ -60,9 +64,11 @@ class Attempt:
 
     ``metrics`` are flat floats keyed as MLflow keys (``time/forward/median_s``, ``compute/mfu``, ``check/dq_error``;
     docs/metrics.md lists them with units); ``samples`` are per-iteration lists (``forward_s``: slowest rank of each
-    iteration) and per-rank lists (``rank_forward_median_s``); ``checks`` holds the errors, their bounds and how the
-    reference was taken; ``provenance`` says where, with what and from which commit. ``config`` is the cell's, so that a file
-    can be read by itself. What is not finite is left out of ``metrics`` and is null elsewhere: JSON has no word for it.
+    iteration), lists per block of timings (``block_forward_s``) and per rank (``rank_forward_median_s``); ``checks`` holds
+    the errors, their bounds and how the reference was taken; ``provenance`` says where, with what and from which commit, and
+    of later blocks when they were measured (``again``) and which were lost and why (``lost_blocks``). ``config`` is the cell's,
+    so that a file can be read by itself. What is not finite is left out of ``metrics`` and is null elsewhere: JSON has no word
+    for it.
     """
 
     cell_id: str
@@ -85,15 +91,31 @@ class Attempt:
         failure = Failure(**data["failure"]) if data.get("failure") else None
         return cls(**{**data, "failure": failure})
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks of timings it has; 0 where it was not timed, or before there were blocks."""
+        return int(self.metrics.get("time/blocks", 0))
+
+    @property
+    def again(self) -> list[dict[str, Any]]:
+        """Its later blocks: number, when each began and ended, and how many iterations of the samples are its own."""
+        return list(self.provenance.get("again", []))
+
+    @property
+    def lost_blocks(self) -> list[dict[str, Any]]:
+        """Blocks that began and gave nothing, and why."""
+        return list(self.provenance.get("lost_blocks", []))
+
 
 @dataclass(frozen=True)
 class Running:
-    """The marker of an attempt in flight."""
+    """The marker of an attempt in flight, or of a later block of timings of an attempt that has a good result."""
 
     cell_id: str
     number: int
     pack: str
     started_at: float
+    block: int = 1
 
 
 @dataclass(frozen=True)
@@ -225,7 +247,8 @@ class Sweep:
             if len(names) != 1:  # reading may have set some aside
                 listed[folder] = _names(folder)
         packs = list((self.folder / "packs").glob("*"))
-        listed |= {folder: _names(folder) for folder in (self.folder, *packs, *(p / "failures" for p in packs))}
+        below = [p / name for p in packs for name in ("failures", AGAIN)]
+        listed |= {folder: _names(folder) for folder in (self.folder, *packs, *below)}
         aside = [folder / n for folder, names in listed.items() for n in names if n.endswith(CORRUPT)]
         return Look(records, tuple(Damaged(path, _unreadable(path)) for path in aside), manifest["launch"])
 
@@ -278,9 +301,34 @@ class Sweep:
         write_json(self.attempt_path(attempt.cell_id, attempt.number), data)
         self.attempt_path(attempt.cell_id, attempt.number, "running.json").unlink(missing_ok=True)
 
-    def newest(self, cell_id: str) -> int:
-        """Number of the newest ended attempt, without reading it; 0 if there is none."""
-        return max(_numbers(_names(self.folder / cell_id)), default=0)
+    def begin_again(self, attempt: Attempt, block: int) -> Running:
+        """Mark that a later block of timings of a good result begins."""
+        marker = Running(attempt.cell_id, attempt.number, attempt.pack, time.time(), block)
+        write_json(self._again_path(marker), asdict(marker))
+        return marker
+
+    def end_again(self, running: Running) -> None:
+        """Drop the marker of a later block, after its attempt was written with the block or with why it was lost."""
+        self._again_path(running).unlink(missing_ok=True)
+
+    def again(self, pack_id: str) -> list[Running]:
+        """Later blocks of a pack that have begun and not ended; their job may be dead all the same."""
+        folder = self.pack_folder(pack_id) / AGAIN
+        names = sorted(n for n in _names(folder) if n.endswith(".json") and not n.startswith("."))
+        return [r for r in (read_or_set_aside(folder / n, lambda data: Running(**data)) for n in names) if r is not None]
+
+    def _again_path(self, running: Running) -> Path:
+        return self.pack_folder(running.pack) / AGAIN / f"{running.cell_id}.{running.block}.json"
+
+    def newest(self, cell_id: str) -> tuple[int, int]:
+        """Number of the newest ended attempt and when its file was last written (``st_mtime_ns``), without reading it; zeros if
+        there is none.
+        """
+        number = max(_numbers(_names(self.folder / cell_id)), default=0)
+        try:
+            return number, self.attempt_path(cell_id, number).stat().st_mtime_ns if number else 0
+        except FileNotFoundError:  # set aside meanwhile
+            return 0, 0
 
     def remembered(self) -> dict[str, Any]:
         """What tracking servers have of this sweep, by address (``mlflow.json``)."""

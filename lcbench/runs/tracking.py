@@ -5,12 +5,16 @@ so it can be repeated, interrupted, or done over for a new server. It never runs
 
 Metrics carry ``step = attempt``, so the newest attempt is shown and the history is kept; times of iterations are the metrics
 ``samples/...``, whose step is ``SAMPLE_STRIDE * (attempt - 1) + iteration``. Seconds of the store become milliseconds here.
+
+An attempt that was published and then got another block of timings is published again: its metrics with a later timestamp, of
+which MLflow shows the last, and of its samples what is new.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -19,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -29,11 +33,13 @@ from lcbench.runs.store import MEMORY, Attempt, Entry, Sweep, entries_of, write_
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 EXPERIMENT = "lcbench"
 LOCAL = "http://127.0.0.1:5000"  # where make mlflow serves by default
 HEADLINE = "compute/tflops_per_gpu"
 SAMPLE_STRIDE = 100_000
+ITERATIONS = ("forward_s", "backward_s", "total_s")
 BATCH = 800  # MLflow takes 1000 metrics, params and tags a request, 100 params among them
 TAG_LENGTH = 4000
 SAVE_EVERY_S = 15.0
@@ -50,6 +56,23 @@ class TrackingUnavailable(Exception):
 
     def __init__(self, uri: str, reason: str) -> None:
         super().__init__(f"{uri} does not take results: {reason}")
+
+
+class Known(NamedTuple):
+    """What a server has of a cell: its run, the newest attempt there, how many blocks of timings that had then and had lost, and
+    when its file was written (0: not known).
+    """
+
+    run_id: str
+    attempt: int = 0
+    status: str | None = None
+    blocks: int = 0
+    lost: int = 0
+    written_ns: int = 0
+
+    def has(self, attempt: Attempt) -> bool:
+        """Whether it has an attempt as it is now."""
+        return self[1:5] == (attempt.number, attempt.status, attempt.blocks, len(attempt.lost_blocks))
 
 
 @dataclass(frozen=True)
@@ -145,7 +168,7 @@ def tracked_at(launch: dict[str, Any] | None) -> str | None:
 
 
 class _Publisher:
-    """What the server has of this sweep is remembered in ``mlflow.json``: cell -> (run, attempt, status). The file says ``open``
+    """What the server has of this sweep is remembered in ``mlflow.json``: cell -> ``Known``. The file says ``open``
     while somebody publishes; who finds it so asks the server, by tag, what became of that.
     """
 
@@ -163,29 +186,34 @@ class _Publisher:
         entries = entries_of(self._manifest)
         cells: dict[str, Any] = self._mine["cells"]
         saved = 0.0
-        complete = True
+        complete, looked = True, False
         for cell_id, entry in entries.items():
-            newest = self._sweep.newest(cell_id)
-            run_id, last, _ = cells.get(cell_id, (None, 0, None))
-            if newest == last:
+            newest, written_ns = self._sweep.newest(cell_id)
+            known = Known(*cells.get(cell_id, ("",)))
+            if (newest, written_ns) == (known.attempt, known.written_ns):
                 unchanged += newest > 0
                 continue
             if end is not None and time.monotonic() > end:
                 complete = False
                 break
             attempts = self._sweep.attempts(cell_id)
-            if not attempts or attempts[-1].number == last:
+            if not attempts:
+                continue
+            if known.has(attempts[-1]):
+                cells[cell_id], looked = known._replace(written_ns=written_ns), True
+                unchanged += 1
                 continue
             if time.monotonic() - saved > SAVE_EVERY_S:
                 self._save(open_=True)
                 saved = time.monotonic()
-            run_id = run_id or self._create_child(entry.cell, attempts[0])
-            self._fill(run_id, entry, attempts, since=last)
-            cells[cell_id] = (run_id, attempts[-1].number, attempts[-1].status)
+            if not known.run_id:
+                known = Known(self._create_child(entry.cell, attempts[0]))
+            self._fill(entry, attempts, known)
+            cells[cell_id] = _known(known.run_id, attempts[-1], written_ns)
             published += 1
         if published or not unchanged:
             self._finish_parent(entries, complete)
-        if published or self._known.get(self._uri) != self._mine:
+        if published or looked or self._known.get(self._uri) != self._mine:
             self._save(open_=False)
         return Counts(published, unchanged, complete)
 
@@ -239,8 +267,10 @@ class _Publisher:
             for run in page:
                 tags = run.data.tags
                 if "lcbench.cell_id" in tags:
-                    found = (run.info.run_id, int(tags.get("lcbench.attempt", 0)), tags.get("lcbench.status"))
-                    cells[tags["lcbench.cell_id"]] = found
+                    cells[tags["lcbench.cell_id"]] = Known(
+                        run.info.run_id, int(tags.get("lcbench.attempt", 0)), tags.get("lcbench.status"),
+                        int(tags.get("lcbench.blocks") or 0), len(json.loads(tags.get("lcbench.lost_blocks") or "[]")),
+                    )  # fmt: skip
                 else:
                     parent = run.info.run_id
             token = page.token
@@ -268,16 +298,12 @@ class _Publisher:
         run = self._client.create_run(self._experiment, start_time=int(first.started_at * 1000), run_name=cell.label, tags=tags)
         return str(run.info.run_id)
 
-    def _fill(self, run_id: str, entry: Entry, attempts: list[Attempt], since: int) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+    def _fill(self, entry: Entry, attempts: list[Attempt], known: Known) -> None:
+        from mlflow.entities import Param, RunTag
 
-        newest = attempts[-1]
-        metrics = [
-            Metric(key, value, int(attempt.finished_at * 1000), step)
-            for attempt in attempts
-            if attempt.number > since
-            for key, value, step in _metrics(attempt)
-        ]
+        newest, run_id = attempts[-1], known.run_id
+        changed = [a for a in attempts if a.number > known.attempt or (a.number == known.attempt and not known.has(a))]
+        metrics = [metric for attempt in changed for metric in self._metrics(attempt, known)]
         params = [Param(k, str(v)[:6000]) for k, v in flat_config(entry.cell).items()]
         tags = [RunTag(k, str(v)[:TAG_LENGTH]) for k, v in _tags(attempts).items()]
         # Only an attempt that is complete there is marked as there: its number is among the tags, which come last.
@@ -286,15 +312,30 @@ class _Publisher:
             self._client.log_batch(run_id, metrics=metrics[first : first + BATCH])
         self._client.log_text(run_id, json.dumps(entry.cell.config, indent=1), "config.json")
         self._client.log_text(run_id, json.dumps(newest.provenance, indent=1), "environment.json")
-        for attempt in attempts:
-            if attempt.number > since:
-                for suffix in ("json", "log"):
-                    path = self._sweep.attempt_path(attempt.cell_id, attempt.number, suffix)
-                    if path.exists():
-                        self._client.log_artifact(run_id, str(path), "attempts")
+        for attempt in changed:
+            for suffix in ("json", "log"):
+                path = self._sweep.attempt_path(attempt.cell_id, attempt.number, suffix)
+                if path.exists():
+                    self._client.log_artifact(run_id, str(path), "attempts")
         status = {"ok": "FINISHED", "failed": "FAILED", "skipped": "KILLED"}[newest.status]
-        self._client.set_terminated(run_id, status, end_time=int(newest.finished_at * 1000))
+        self._client.set_terminated(run_id, status, end_time=_written_ms(newest))
         self._client.log_batch(run_id, tags=tags)
+
+    def _metrics(self, attempt: Attempt, known: Known) -> list[Metric]:
+        """An attempt's metrics, without what is there of it; what is there and does not hold any more becomes NaN."""
+        from mlflow.entities import Metric
+
+        there = known if attempt.number == known.attempt else Known(known.run_id)
+        values: list[tuple[str, float]] = []
+        if (there.status, there.blocks) != (attempt.status, attempt.blocks):
+            values = _values(attempt)
+        if there.status == "ok" and attempt.status == "failed":
+            shown = self._client.get_run(known.run_id).data.metrics
+            values += [(key, math.nan) for key in sorted(shown.keys() - dict(values)) if not key.startswith("samples/")]
+        found = [Metric(key, value, _written_ms(attempt), attempt.number) for key, value in values]
+        # A sample never changes, so that logged twice, by a publisher that died in between, it is the same one.
+        at = int(attempt.finished_at * 1000)
+        return found + [Metric(key, value, at, step) for key, value, step in _samples(attempt, there.blocks)]
 
     def _finish_parent(self, entries: dict[str, Entry], complete: bool) -> None:
         """Counts by status, and cells that cannot run, which have no run of their own."""
@@ -312,14 +353,30 @@ class _Publisher:
             self._client.set_terminated(parent, "FAILED" if statuses["failed"] else "FINISHED")
 
 
-def _metrics(attempt: Attempt) -> list[tuple[str, float, int]]:
-    """(key, value, step) of an attempt, times in milliseconds."""
+def _known(run_id: str, attempt: Attempt, written_ns: int) -> Known:
+    return Known(run_id, attempt.number, attempt.status, attempt.blocks, len(attempt.lost_blocks), written_ns)
+
+
+def _written_ms(attempt: Attempt) -> int:
+    """When an attempt got its last block of timings."""
+    return int(1000 * max([attempt.finished_at, *(later["finished_at"] for later in attempt.again)]))
+
+
+def _values(attempt: Attempt) -> list[tuple[str, float]]:
+    """(key, value) of an attempt's metrics, times in milliseconds."""
     # MLflow's pages show them as they came, and its comparison begins with the first.
-    ordered = sorted(attempt.metrics.items(), key=lambda item: item[0] != HEADLINE)
-    found = [(*_in_ms(key, value), attempt.number) for key, value in ordered]
+    return [_in_ms(key, value) for key, value in sorted(attempt.metrics.items(), key=lambda item: item[0] != HEADLINE)]
+
+
+def _samples(attempt: Attempt, blocks: int) -> list[tuple[str, float, int]]:
+    """(key, value, step) of an attempt's samples, times in milliseconds, but for those that it had with so many blocks."""
     first = SAMPLE_STRIDE * (attempt.number - 1)
+    more = sum(later["iterations"] for later in attempt.again[max(blocks - 1, 0) :])
+    found = []
     for key, values in attempt.samples.items():
-        found += [(*_in_ms(f"samples/{key}", value), first + i) for i, value in enumerate(values)]
+        there = blocks if key.startswith("block_") else len(values) - more if key in ITERATIONS else len(values)
+        for i in range(there if blocks else 0, len(values)):
+            found.append((*_in_ms(f"samples/{key}", values[i]), first + i))
     return found
 
 
@@ -344,6 +401,8 @@ def _tags(attempts: list[Attempt]) -> dict[str, Any]:
         "lcbench.slurm_job_id": provenance.get("slurm_job_id") or "",
         "lcbench.nodes": provenance.get("nodes") or "",
         "lcbench.device": provenance.get("device") or "",
+        "lcbench.blocks": newest.blocks or "",
+        "lcbench.lost_blocks": json.dumps(newest.lost_blocks) if newest.lost_blocks else "",
         "lcbench.stopped_by": provenance.get("stopped_by") or "",
         "lcbench.peak_source": provenance.get("peak_source") or "",
         **{f"lcbench.version.{name}": version for name, version in versions.items()},

@@ -5,6 +5,10 @@ the attempt that was in flight and goes on with the next cell. So no rank is eve
 is gone, and one cell cannot take the others with it. A cell that hangs is ended, with a stack dump, by a timer that needs
 neither the interpreter lock nor a working communicator.
 
+A cell is timed in blocks: the first gives its result, and when every cell was tried, those that are well are measured again, block
+after block, each time in another order, so that drift and what a process does are in the samples. A later block is written into
+the result that is there; one that fails costs a block, and only one that is wrong costs the result.
+
 Between cells rank 0 looks whether the pack is to stop or the next cell was cancelled, and whether there is room for results: a
 cell is begun only while a reserve on the disk can be held for its result.
 """
@@ -15,14 +19,15 @@ import ctypes
 import faulthandler
 import json
 import os
+import random
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,20 +38,22 @@ import torch.distributed as dist
 from lcbench.cp.execute import Groups
 from lcbench.grid.build import build_kernel, build_mask, build_strategy, draws
 from lcbench.grid.cell import Cell
-from lcbench.measure.cell import Gang, Measured, Work, measure_cell
+from lcbench.measure.blocks import blocks_of, shared, with_block, without_times
+from lcbench.measure.cell import Gang, Measured, Work, measure_again, measure_cell
 from lcbench.measure.environment import describe
 from lcbench.measure.nodes import check_gang
-from lcbench.runs.failure import classify_exception
-from lcbench.runs.jobs import close, in_flight, record
+from lcbench.runs.failure import classify_exception, stem_of
+from lcbench.runs.jobs import close_all, record, with_lost_block
 from lcbench.runs.logs import cell_mark
-from lcbench.runs.pack import RESERVE, Pack, tries_again
-from lcbench.runs.store import Attempt, Failure, Running, Sweep, write_json
+from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
+from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Running, Sweep, write_json
 
 FAILED_EXIT = 70
 RESERVE_BYTES = 4 << 20
 # How long a result waits for a full disk before it goes to the node's own.
 PATIENCE_S = 900.0
 STOP = "stop"
+BLOCK_STRIDE = 1000
 PR_SET_PDEATHSIG = 1
 
 
@@ -66,33 +73,65 @@ def main(pack_path: Path, node_rank: int) -> None:
         device_id=device if device.type == "cuda" else None,
     )
     if rank == 0:
-        for running, config in in_flight(sweep, pack):
-            close(sweep, running, config)
+        close_all(sweep, pack)
     if not _nodes_are_well(pack, device, node_rank):
         sys.exit(FAILED_EXIT)
     gang = Gang(rank, world_size, device, Groups(), pack.settings.devices)
     # Its nodes' GPUs one by one stay in the pack's file.
     check = {k: v for k, v in sweep.pack_file(pack.id, "check.json").items() if k != "facts"} if rank == 0 else {}
-    provenance = describe(device) | {"check": check}
-    store = Results(sweep, pack)
-    for cell_id in _agree(remaining(sweep, pack) if rank == 0 else None):
-        begun = _agree(store.begin(cell_id) if rank == 0 else None)
-        if begun == STOP:
-            break
-        if begun is None:  # it was cancelled
-            continue
-        cell = Cell.from_config(pack.configs[cell_id])
-        measured = _guarded(cell, gang, sweep, pack, begun)
-        if rank == 0:
-            store.finish(attempt_of(measured, begun, cell, sweep, provenance))
-        dist.barrier()
+    crew = Crew(gang, sweep, pack, Results(sweep, pack))
+    if crew.measure_first(describe(device) | {"check": check}):
+        crew.measure_again()
     if rank == 0:
-        store.release()
+        crew.store.release()
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # taking the interpreter down takes seconds where many ranks share a core
+
+
+@dataclass(frozen=True)
+class Crew:
+    """A rank at work on a pack, together with the others. Its methods are collective; rank 0 alone touches the store."""
+
+    gang: Gang
+    sweep: Sweep
+    pack: Pack
+    store: Results
+
+    def measure_first(self, provenance: dict[str, Any]) -> bool:
+        """Measure every cell that has no result yet; whether to go on after that."""
+        leads = self.gang.rank == 0
+        for cell_id in _agree(remaining(self.sweep, self.pack) if leads else None):
+            begun = _agree(self.store.begin(cell_id) if leads else None)
+            if begun == STOP:
+                return False
+            if begun is None:  # it was cancelled
+                continue
+            cell = Cell.from_config(self.pack.configs[cell_id])
+            measured = _guarded(cell, self.gang, self.sweep, self.pack, begun)
+            if leads:
+                self.store.finish(attempt_of(measured, begun, cell, self.sweep, provenance))
+            dist.barrier()
+        return True
+
+    def measure_again(self) -> None:
+        """Measure the later blocks of every cell that is well."""
+        leads = self.gang.rank == 0
+        for block in range(2, max(blocks_of(config["measure"]) for config in self.pack.configs.values()) + 1):
+            due = due_again(self.sweep, self.pack, block) if leads else {}
+            for cell_id in _agree(list(due)):
+                begun = _agree(self.store.begin_again(due[cell_id], block) if leads else None)
+                if begun == STOP:
+                    return
+                if begun is None:
+                    continue
+                measured = _guarded(Cell.from_config(self.pack.configs[cell_id]), self.gang, self.sweep, self.pack, begun)
+                if leads:
+                    self.store.finish(amended(due[cell_id], begun, measured))
+                    self.sweep.end_again(begun)
+                dist.barrier()
 
 
 class Results:
@@ -104,17 +143,31 @@ class Results:
 
     def begin(self, cell_id: str) -> Running | str | None:
         """The attempt that may begin; ``STOP`` if the pack is to end here, None if the cell was cancelled."""
+
+        def claim() -> Running | None:
+            running = self._sweep.begin(cell_id, self._pack.id)
+            if not self._cancelled(cell_id):
+                return running
+            record(self._sweep, running, self._pack.configs[cell_id], Failure("cancelled", "python -m lcbench.cancel"))
+            return None
+
+        return self._begin(claim)
+
+    def begin_again(self, attempt: Attempt, block: int) -> Running | str | None:
+        """The same for a later block of timings: a cell that was cancelled meanwhile keeps its result, which says what it lost."""
+        if not self._cancelled(attempt.cell_id):
+            return self._begin(lambda: self._sweep.begin_again(attempt, block))
+        with suppress(OSError):  # on a full disk the block is lost without a word
+            self._sweep.finish(with_lost_block(attempt, block, Failure("cancelled", "python -m lcbench.cancel")))
+        return None
+
+    def _begin(self, claim: Callable[[], Running | None]) -> Running | str | None:
         if (self._pack.folder / "stop.json").exists():
             return STOP
         try:
             if not self._reserve.exists():
                 self._reserve.write_bytes(os.urandom(RESERVE_BYTES))  # noise, so that no file system compresses it
-            running = self._sweep.begin(cell_id, self._pack.id)
-            if (self._pack.folder / "cancel" / cell_id).exists():
-                why = Failure("cancelled", "python -m lcbench.cancel")
-                record(self._sweep, running, self._pack.configs[cell_id], why)
-                return None
-            return running
+            return claim()
         except OSError as error:
             self.release()
             failure = Failure("no-start", f"there is no room for results: {error}")
@@ -122,6 +175,9 @@ class Results:
                 self._pack.say("end.json", failure)
             print(failure.cause, file=sys.stderr, flush=True)
             return STOP
+
+    def _cancelled(self, cell_id: str) -> bool:
+        return (self._pack.folder / "cancel" / cell_id).exists()
 
     def finish(self, attempt: Attempt) -> None:
         """Write a result: into the reserve if the disk is full, after waiting if that is gone too, at last to another place."""
@@ -150,18 +206,20 @@ def attempt_of(measured: Measured, running: Running, cell: Cell, sweep: Sweep, p
     """The record of an attempt that came to its end, well or not."""
     failure = None
     status = "ok"
+    metrics, samples = measured.metrics, measured.samples
     if measured.unavailable:
         status, failure = "skipped", Failure("unsupported", measured.unavailable)
-    elif measured.check is not None and measured.check.failures:
-        status, failure = "failed", Failure("numerics", "; ".join(measured.check.failures))
+    elif failure := speaks_against(measured):
+        status = "failed"
+        metrics, samples = without_times(metrics, samples)
     return Attempt(
         cell_id=running.cell_id,
         sweep=sweep.name,
         number=running.number,
         status=status,  # type: ignore[arg-type]
         failure=failure,
-        metrics=measured.metrics,
-        samples=measured.samples,
+        metrics=metrics,
+        samples=samples,
         checks=measured.check.as_dict() if measured.check else {},
         provenance={**provenance, **measured.notes},
         config=cell.config,
@@ -169,6 +227,34 @@ def attempt_of(measured: Measured, running: Running, cell: Cell, sweep: Sweep, p
         started_at=running.started_at,
         finished_at=time.time(),
     )
+
+
+def speaks_against(measured: Measured) -> Failure | None:
+    """Why what was measured is no result: it is outside of its bounds, or its numbers cannot be true."""
+    if measured.check and measured.check.failures:
+        return Failure("numerics", "; ".join(measured.check.failures))
+    return Failure("implausible", measured.implausible) if measured.implausible else None
+
+
+def amended(attempt: Attempt, running: Running, measured: Measured) -> Attempt:
+    """A good result with one more block of timings, or what it has become: a number of which one block is wrong is none."""
+    if measured.unavailable:
+        return with_lost_block(attempt, running.block, Failure("unsupported", measured.unavailable))
+    now = time.time()
+    times = {"block": running.block, "started_at": running.started_at, "finished_at": now}
+    if failure := speaks_against(measured):
+        cause = f"block {running.block} of timings: {failure.cause}"[:CAUSE_LENGTH]
+        again = [*attempt.again, {**times, "iterations": 0}]
+        metrics, samples = without_times(attempt.metrics, attempt.samples)
+        found = {key: value for key, value in measured.metrics.items() if key.startswith("check/")}
+        return replace(
+            attempt, status="failed", failure=replace(failure, cause=cause),
+            metrics=metrics | found, samples=samples, checks=measured.check.as_dict() if measured.check else attempt.checks,
+            provenance={**attempt.provenance, "again": again}, finished_at=now,
+        )  # fmt: skip
+    again = [*attempt.again, {**times, "iterations": len(measured.samples["forward_s"])}]
+    metrics, samples = with_block(attempt.metrics, attempt.samples, measured)
+    return replace(attempt, metrics=metrics, samples=samples, provenance={**attempt.provenance, "again": again})
 
 
 def remaining(sweep: Sweep, pack: Pack) -> list[str]:
@@ -183,6 +269,14 @@ def remaining(sweep: Sweep, pack: Pack) -> list[str]:
         elif tries_again(attempts, pack.settings.retry):
             again.append(cell_id)
     return fresh + again
+
+
+def due_again(sweep: Sweep, pack: Pack, block: int) -> dict[str, Attempt]:
+    """Results that this block of timings is due for, by cell, in an order that the pack and the block decide."""
+    order = list(pack.cells)
+    random.Random(f"{pack.id} {block}").shuffle(order)
+    attempts = {cell_id: sweep.attempts(cell_id) for cell_id in order}
+    return {cell_id: tried[-1] for cell_id, tried in attempts.items() if block in later_blocks(tried, pack.id)[:1]}
 
 
 def _nodes_are_well(pack: Pack, device: torch.device, node_rank: int) -> bool:
@@ -202,22 +296,23 @@ def _nodes_are_well(pack: Pack, device: torch.device, node_rank: int) -> bool:
 
 
 def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running) -> Measured:
-    """Measure a cell; on an exception or a hang leave word in the pack's failures folder and end this process."""
+    """Measure a block of a cell; on an exception or a hang leave word in the pack's failures folder and end this process."""
     failures = pack.folder / "failures"
     failures.mkdir(parents=True, exist_ok=True)
-    stem = f"{cell.id}.attempt-{running.number}.rank-{gang.rank}"
+    stem = f"{stem_of(running)}.rank-{gang.rank}"
     log = sweep.attempt_path(cell.id, running.number, "log")
 
     def say(line: str) -> None:
         if gang.rank == 0:
             _append(log, f"{time.strftime('%H:%M:%S')} {line}")
 
-    say(f"{cell.label} (attempt {running.number}, {gang.world_size} ranks)")
+    first = running.block == 1
+    say(f"{cell.label} (attempt {running.number}, {gang.world_size} ranks)" if first else f"block {running.block} of timings")
     for stream in (sys.stdout, sys.stderr):  # python -m lcbench.logs finds a cell's part of a rank's output by it
         print(cell_mark(cell.id, running.number), file=stream, flush=True)
     with _hang_timer(failures / f"{stem}.hang.txt", pack.deadline_s(cell.id)):
         try:
-            return measure_cell(work_of(cell), gang, say)
+            return (measure_cell if first else measure_again)(work_of(cell, running), gang, say)
         except BaseException as error:
             failure = classify_exception(error)
             word = {"kind": failure.kind, "cause": failure.cause, "rank": gang.rank, "time": time.time()}
@@ -230,17 +325,20 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
             os._exit(FAILED_EXIT)
 
 
-def work_of(cell: Cell) -> Work:
-    """A cell as objects."""
+def work_of(cell: Cell, running: Running | None = None) -> Work:
+    """A cell as objects, for the first block of timings of an attempt or for a later one."""
+    number, block = (running.number, running.block) if running else (1, 1)
     config, problem = cell.config, cell.problem
     return Work(
         problem=problem,
         make_mask=lambda draw: build_mask(config["mask"], problem.seqlen, problem.heads, config["seed"], draw),
         kernel=build_kernel(config["kernel"]),
         strategy=build_strategy(config["cp"]),
-        settings=config["measure"],
+        settings=shared(config["measure"], first=block == 1),
         seed=config["seed"],
         draws=draws(config["mask"]),
+        # Each block has its check look elsewhere.
+        attempt=number + BLOCK_STRIDE * (block - 1),
     )
 
 

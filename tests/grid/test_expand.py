@@ -20,6 +20,7 @@ from lcbench.grid import expand
 from lcbench.grid.build import build_mask
 from lcbench.grid.cell import Cell
 from lcbench.grid.paths import CONF
+from lcbench.measure.blocks import BLOCKS, blocks_of
 from lcbench.sweep import look
 
 
@@ -82,6 +83,25 @@ def test_lengths_belong_to_masks_with_documents_only() -> None:
     assert "causal_document(web_text)" in look(["mask=causal_document"]).cells[0].cell.label
 
 
+@pytest.mark.parametrize(
+    ("overrides", "ids"),
+    [  # as they were before there were blocks
+        (["cp=ring", "seqlen=64k", "scale=2x8"], ["4f5f55899b22"]),
+        (["cp=none", "mask=sliding_window", "mask.left=1k", "seqlen=8k"], ["66be97fa1a8d"]),
+        (["measure.budget_s=3", "measure.warmup=0"], ["8a5183a84ecf"]),
+        (["+experiment=smoke"], ["2e99d8d59224", "9cf518286448"]),
+    ],
+)
+def test_blocks_at_their_default_change_no_cells_id(overrides: list[str], ids: list[str]) -> None:
+    cells = [p.cell for p in look(overrides).cells]
+    assert [cells[0].id, cells[-1].id][-len(ids) :] == ids
+    assert {p.cell for p in look([*overrides, f"measure.blocks={BLOCKS}"]).cells} == set(cells)
+    (other, *_) = look([*overrides, "measure.blocks=1"]).cells
+    assert other.cell.config["measure"] == {**cells[0].config["measure"], "blocks": 1}
+    assert blocks_of(cells[0].config["measure"]) == BLOCKS == expand.BLOCKS
+    assert blocks_of(other.cell.config["measure"]) == 1
+
+
 def test_an_alias_makes_the_same_cell() -> None:
     (one,), (two,) = look(["mask=sliding_window_causal"]).cells, look(["mask=sliding_window"]).cells
     assert one.cell.id == two.cell.id
@@ -127,6 +147,7 @@ def test_experiment_sweeps_and_the_command_line_overrides_an_axis() -> None:
         (["mask=document", "lengths=uniform", "lengths.low=9k"], ["lengths.low=9216 is above lengths.high=8192"]),
         (["mask=document", "lengths=explicit"], ["lengths=explicit needs lengths.values"]),
         (["mask=document", "mask.draws=0"], ["mask.draws=0", "at least 1"]),
+        (["measure.blocks=0"], ["measure.blocks=0", "at least 1"]),
         (["mask=causal", "+mask.draws=2"], ["mask=causal", "draws nothing"]),
         (["mask=block_random", "mask.density=1.5"], ["mask.density=1.5", "0.2"]),
         (["mask=block_random", "mask.per=head"], ["mask.per=head", "all_heads, kv_head, q_head"]),
@@ -147,7 +168,7 @@ def test_experiment_sweeps_and_the_command_line_overrides_an_axis() -> None:
         (["pack.max_jobs=0"], ["pack.max_jobs=0", "at least 1"]),
         (["retry.oops=1"], ["retry has no option 'oops'", "node-fail"]),
         (["hang.min_s=99999"], ["hang.min_s=99999", "hang.max_s=7200"]),
-        (["site.device=h300"], ["site.device=h300", "null, cpu, a100, h100, h200"]),
+        (["site.device=h300"], ["site.device=h300", "null, cpu, a100"]),
         (["site.check=off"], ["site.check=off", "stop, warn"]),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,

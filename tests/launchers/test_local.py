@@ -13,7 +13,7 @@ import pytest
 
 from lcbench.runs.store import Sweep, read_json
 from lcbench.testing.masks import names
-from tests.slurm.stage import ROOT, wait_until
+from tests.slurm.stage import ROOT, descendants, kill, wait_until
 
 pytestmark = [pytest.mark.gloo, pytest.mark.slow]
 
@@ -54,6 +54,78 @@ def test_kill_in_the_middle_then_the_same_command_does_what_is_missing(tmp_path:
         assert len(attempts) == 1 or attempts[0].failure is not None
         if cell_id in done_before and attempts[0].status == "ok":
             assert len(attempts) == 1  # what was done is not done again
+
+
+def faulty_again(folder: Path, *faults: str) -> list[str]:
+    """A command for a cell whose kernel is well, and for one each that fails so in its second block of timings."""
+    kernels = folder / "conf" / "kernel"
+    kernels.mkdir(parents=True)
+    for fault in faults:
+        (folder / fault).touch()
+        (kernels / f"again_{fault}.yaml").write_text(
+            f"_target_: lcbench.testing.faulty.Faulty\nname: again_{fault}\nfault: {fault}\nrank: 1\nagain: true\n"
+            f"while_file: {folder / fault}\n"
+        )
+    return [
+        sys.executable, "-m", "lcbench.sweep", "--config-dir", str(folder / "conf"),
+        f"kernel=sdpa_flash,{','.join(f'again_{fault}' for fault in faults)}", "cp=ring", "mask=causal", "seqlen=64", "scale=1x2",
+        "heads=2x2x8", "dtype=float64", "measure.max_iterations=9", "measure.budget_s=1", "sweep=again", f"results={folder}",
+        f"tracking_uri=sqlite:///{folder}/mlflow.db", "output=json",
+    ]  # fmt: skip
+
+
+def test_what_ends_a_later_block_of_timings_costs_that_block(tmp_path: Path) -> None:
+    faults = ("kill", "raise", "hang", "wrong")
+    command = [*faulty_again(tmp_path, *faults), "hang.min_s=10", "hang.max_s=10"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr  # the wrong one
+    sweep = Sweep(tmp_path, "again")
+    causes = {
+        "kill": "crash: rank 1 was killed by SIGKILL", "raise": "crash: rank 1: RuntimeError: the faulty kernel raises, as told",
+        "hang": "hang: no progress within the cell's deadline; rank 1 stood at testing/faulty.py",
+    }  # fmt: skip
+    for record in sweep.look().records.values():
+        (attempt,) = record.attempts
+        fault = record.entry.cell.config["kernel"]["name"].removeprefix("again_")
+        if fault == "wrong":
+            assert attempt.failure is not None
+            assert (attempt.status, attempt.failure.kind) == ("failed", "numerics")
+            assert attempt.failure.cause.startswith("block 2 of timings: out: error")
+            assert "time/total/median_s" not in attempt.metrics
+            continue
+        lost = [block["block"] for block in attempt.lost_blocks]
+        assert (attempt.status, attempt.blocks, lost) == ("ok", 3 - len(lost), [2] if fault in faults else []), (fault, attempt)
+        if lost:
+            assert attempt.lost_blocks[0]["cause"].startswith(causes[fault])
+        medians = attempt.samples["block_total_s"]
+        assert len(medians) == attempt.blocks
+        assert attempt.metrics["time/total/median_s"] == pytest.approx(sum(medians) / len(medians))
+        assert attempt.metrics["time/iterations"] == len(attempt.samples["total_s"])
+    (pack,) = sweep.packs()
+    assert not sweep.again(pack)
+    assert json.loads(done.stdout)["cells"][0]["status"] == "ok"
+
+
+def test_a_sweep_that_is_killed_in_a_later_block_has_all_its_results(tmp_path: Path) -> None:
+    sweep, command = Sweep(tmp_path, "again"), faulty_again(tmp_path, "hang")
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    wait_until(lambda: not (tmp_path / "hang").exists(), 240)  # it hangs now
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    (pack,) = sweep.packs()
+    (begun,) = sweep.again(pack)
+    for pid in read_json(sweep.pack_folder(pack) / "job.json")["pids"]:
+        kill(*descendants(pid))
+
+    last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert last.returncode == 0, last.stdout + last.stderr
+    assert " 2 done before, 0 under way, 0 to run" in last.stderr
+    assert not sweep.again(pack)
+    for cell_id in sweep.entries():
+        (attempt,) = sweep.attempts(cell_id)
+        assert (attempt.status, len(attempt.samples["block_total_s"])) == ("ok", attempt.blocks)
+        assert [block["block"] for block in attempt.lost_blocks] == [2] * (cell_id == begun.cell_id)
+        assert all(block["cause"].startswith("cancelled: the launching command") for block in attempt.lost_blocks)
 
 
 def test_a_sweep_of_every_kernel_ends_with_a_result_or_a_reason_for_each(tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from lcbench.cp.execute import _wait
 from lcbench.runs.failure import classify_exception, first_failure, from_slurm_state
-from lcbench.runs.store import write_json
+from lcbench.runs.store import FAILURE_CLASSES, write_json
 
 
 def test_exceptions_are_classified_by_their_innermost_cause() -> None:
@@ -39,7 +41,7 @@ def died(folder: Path, rank: int, code: int, at: float) -> None:
 def test_broken_connections_are_a_consequence_of_the_rank_that_raised(tmp_path: Path) -> None:
     said(tmp_path, 0, "nccl", 1.0)
     said(tmp_path, 1, "oom", 2.0)
-    found = first_failure(tmp_path, "cell", 1, since=0)
+    found = first_failure(tmp_path, "cell.attempt-1", since=0)
     assert found is not None
     failure = found.failure
     assert (failure.kind, failure.rank) == ("oom", 1)
@@ -51,7 +53,7 @@ def test_a_rank_that_died_without_a_word_is_the_cause(tmp_path: Path, code: int,
     died(tmp_path, 0, 1, 2.0)
     died(tmp_path, 1, code, 2.0)
     died(tmp_path, 2, -15, 2.0)  # ended by the agent
-    found = first_failure(tmp_path, "cell", 1, since=0.5)
+    found = first_failure(tmp_path, "cell.attempt-1", since=0.5)
     assert found is not None
     failure = found.failure
     assert found.may_follow == (code < 0)  # a signal may as well be Slurm's, when it ends the job
@@ -62,7 +64,7 @@ def test_a_rank_that_died_without_a_word_is_the_cause(tmp_path: Path, code: int,
 
 def test_earlier_deaths_belong_to_other_attempts(tmp_path: Path) -> None:
     died(tmp_path, 1, -9, 1.0)
-    assert first_failure(tmp_path, "cell", 1, since=time.time()) is None
+    assert first_failure(tmp_path, "cell.attempt-1", since=time.time()) is None
 
 
 def test_a_hang_names_the_rank_that_waits_for_nobody(tmp_path: Path) -> None:
@@ -77,11 +79,22 @@ def test_a_hang_names_the_rank_that_waits_for_nobody(tmp_path: Path) -> None:
     )
     for rank, dump in enumerate((receives, stuck, waits)):
         (tmp_path / f"cell.attempt-1.rank-{rank}.hang.txt").write_text(dump)
-    found = first_failure(tmp_path, "cell", 1, since=0)
+    found = first_failure(tmp_path, "cell.attempt-1", since=0)
     assert found is not None
     failure = found.failure
     assert (failure.kind, failure.rank) == ("hang", 1)
     assert "kernels/k.py, line 7 in forward" in failure.cause
+
+
+def test_every_class_is_explained_and_has_its_retries() -> None:
+    root = Path(__file__).parents[2]
+    retry = OmegaConf.load(root / "conf" / "config.yaml").retry
+    assert set(retry) == set(FAILURE_CLASSES) - {"unsupported"}  # which is skipped, and so not tried
+    table = (root / "docs" / "clusters.md").read_text()
+    assert set(re.findall(r"^\| `([a-z-]+)` \|.*\|.*\|$", table, re.M)) >= set(FAILURE_CLASSES)
+    tags = re.search(r"`\.failure` \(([^)]*)\)", (root / "docs" / "metrics.md").read_text())
+    assert tags is not None
+    assert tuple(tags[1].replace("\n", " ").split(", ")) == FAILURE_CLASSES
 
 
 def test_slurm_states() -> None:

@@ -13,7 +13,7 @@ from lcbench.runs.pack import given_up, group, tries_again
 from lcbench.runs.store import Attempt, Failure, Sweep
 from tests.runs.test_store import made_cell
 
-H100 = {"name": "h100", "match": "H100", "peak_tflops": {"bfloat16": 989}, "memory_bytes": 80_000_000_000}
+H100 = {"name": "h100", "names": ["NVIDIA H100 80GB HBM3"], "peak_tflops": {"bfloat16": 989}, "memory_bytes": 80_000_000_000}
 BASE = {
     "kernel": {"name": "sdpa_flash", "_target_": "lcbench.kernels.sdpa_flash.SDPAFlash"},
     "cp": {"name": "ring", "_target_": "lcbench.cp.ring.Ring"},
@@ -71,7 +71,8 @@ def test_estimates_come_from_like_results_else_from_flops() -> None:
     assert blank.seconds(long) > blank.seconds(cell(seqlen=1 << 14))
     # 1M causal, 32 heads: 5e17 FLOPs forward and 2.5 times that backward; a quarter of eight H100s does 2e15 a second.
     assert flops(long) == pytest.approx(3.5 * 4 * 128 * 32 * 2**39, rel=1e-3)
-    assert blank.seconds(long) == pytest.approx(16 * flops(long) / (8 * 0.25 * 989e12), rel=0.5)
+    # A first block of twelve passes, with the check and what is timed apart, and two later ones of six.
+    assert blank.seconds(long) == pytest.approx(24 * flops(long) / (8 * 0.25 * 989e12), rel=0.1)
     taught = Estimator(H100)
     metrics = {"time/total/median_s": 0.01, "time/prepare_s": 0.5, "time/check_s": 0.5}
     taught.learn(cell(seqlen=1 << 14), Attempt("x", "s", 1, "ok", metrics=metrics))
@@ -79,6 +80,25 @@ def test_estimates_come_from_like_results_else_from_flops() -> None:
     # Twice the length is four times the work.
     assert taught.seconds(cell(seqlen=1 << 15)) > taught.seconds(cell(seqlen=1 << 14))
     assert taught.seconds(cell(seqlen=1 << 14, dtype="float32")) == Estimator(H100).seconds(cell(seqlen=1 << 14, dtype="float32"))
+
+
+def test_an_estimate_holds_all_blocks_of_a_cell() -> None:
+    measure = {**BASE["measure"], "budget_s": 30.0, "max_iterations": 1 << 20}  # type: ignore[dict-item]
+
+    def seconds(blocks: int, estimator: Estimator) -> float:
+        return estimator.seconds(cell(scale="1x1", measure={**measure, "blocks": blocks}))
+
+    estimator = Estimator(H100)
+    metrics = {"time/total/median_s": 0.5, "time/prepare_s": 7.0, "time/check_s": 50.0}
+    estimator.learn(cell(scale="1x1"), Attempt("x", "s", 1, "ok", metrics=metrics))
+    # The budget is shared; each later block is prepared anew, warms up once, and has three passes that are checked.
+    assert seconds(2, estimator) - seconds(1, estimator) == pytest.approx(7.0 + 4 * 0.5)
+    assert seconds(6, estimator) - seconds(1, estimator) == pytest.approx(5 * (7.0 + 4 * 0.5))
+    assert seconds(1, estimator) == pytest.approx(30.0 + 57.0 + 2 * 0.5, abs=3.0)
+    default = estimator.seconds(cell(scale="1x1", measure=measure))
+    assert default == seconds(3, estimator)
+    (made,) = group([cell(scale="1x1", seed=i) for i in range(100)], estimator, max_cells=None, max_minutes=None)
+    assert 60 * made.minutes > 100 * estimator.seconds(cell(scale="1x1"))
 
 
 def test_what_will_not_fit_is_told_by_its_bytes_and_by_what_did_not_fit_before() -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 
-from lcbench.runs.store import Attempt, Entry, Failure, Sweep
-from lcbench.runs.tracking import SAMPLE_STRIDE, TrackingUnavailable, publish
+from lcbench.measure.cell import Measured
+from lcbench.runs.store import Attempt, Entry, Failure, Sweep, read_json, write_json
+from lcbench.runs.tracking import SAMPLE_STRIDE, Known, TrackingUnavailable, publish
+from lcbench.runs.worker import amended
+from tests.runs.test_again import WRONG
 from tests.runs.test_store import made_cell
 
 
@@ -67,3 +74,102 @@ def test_a_server_that_is_away_is_said_quickly(tmp_path: Path) -> None:
     with pytest.raises(TrackingUnavailable, match=r"127\.0\.0\.1:9"):
         publish(sweep, "http://127.0.0.1:9")
     assert sweep.attempts(cell.id)[0].status == "ok"
+
+
+def with_blocks(sweep: Sweep, cell_id: str, blocks: int) -> None:
+    """Write the newest attempt as it is with so many blocks of timings."""
+    last = sweep.attempts(cell_id)[-1]
+    again = [
+        {"block": 2 + i, "started_at": last.finished_at, "finished_at": last.finished_at + (i + 1) / 1000, "iterations": 2}
+        for i in range(blocks - 1)
+    ]
+    values = [float(1 + i // 2) for i in range(2 * blocks)]
+    sweep.finish(
+        replace(
+            last, provenance={**last.provenance, "again": again},
+            samples={"forward_s": values, "block_forward_s": values[::2], "rank_forward_median_s": [1.0]},
+            metrics={"time/forward/median_s": 10.0 - blocks, "time/blocks": float(blocks), "memory/peak_bytes": 7.0},
+        )
+    )  # fmt: skip
+
+
+def test_an_attempt_that_got_another_block_is_published_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, cell, other = Sweep(tmp_path / "results", "s"), made_cell(), made_cell(1)
+    sweep.add([Entry(cell), Entry(other)], command=["cp=ring"])
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    attempt(sweep, cell.id, "failed", 1.0)
+    for each in (cell, other):
+        attempt(sweep, each.id, "ok", 1.0)
+    with_blocks(sweep, cell.id, 1)
+    counts = [(publish(sweep, uri).published, publish(sweep, uri).unchanged)]
+    client = mlflow.MlflowClient(tracking_uri=uri)
+
+    def shown() -> Any:
+        (found,) = client.search_runs(["1"], f"tags.`lcbench.cell_id` = '{cell.id}'")
+        return found
+
+    assert shown().data.tags["lcbench.blocks"] == "1"
+    with_blocks(sweep, cell.id, 2)
+    counts.append((publish(sweep, uri).published, publish(sweep, uri).unchanged))
+    assert shown().data.metrics["time/forward/median_ms"] == 8000.0
+    (sweep.folder / "mlflow.json").unlink()  # what is there is found by its tags
+    assert publish(sweep, uri).published == 0
+    with_blocks(sweep, cell.id, 3)
+    counts.append((publish(sweep, uri).published, publish(sweep, uri).unchanged))
+    lost = [{"block": 4, "cause": "crash: it broke"}]
+    last = sweep.attempts(cell.id)[-1]
+    sweep.finish(replace(last, provenance={**last.provenance, "lost_blocks": lost}))
+    counts.append((publish(sweep, uri).published, publish(sweep, uri).unchanged))
+    assert counts == [(2, 2), (1, 2), (1, 2), (1, 2)]
+
+    run = shown()
+    assert (run.data.tags["lcbench.attempt"], run.data.tags["lcbench.blocks"]) == ("2", "3")
+    assert json.loads(run.data.tags["lcbench.lost_blocks"]) == lost
+    assert run.data.metrics["time/forward/median_ms"] == 7000.0  # the last is no larger than those before
+    assert run.data.metrics["time/blocks"] == 3.0
+
+    def history(key: str, number: int = 2) -> list[tuple[int, float]]:
+        found = client.get_metric_history(run.info.run_id, key)
+        return sorted((m.step, m.value) for m in found if m.step >= SAMPLE_STRIDE * (number - 1))
+
+    values = [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
+    assert history("samples/forward_ms") == [(SAMPLE_STRIDE + i, 1000 * value) for i, value in enumerate(values)]
+    assert history("samples/block_forward_ms") == [(SAMPLE_STRIDE + i, 1000.0 * (1 + i)) for i in range(3)]
+    assert history("samples/rank_forward_median_ms") == [(SAMPLE_STRIDE, 1000.0)]
+    medians = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "time/forward/median_ms")]
+    assert medians == [(1, 1000.0), (2, 9000.0), (2, 8000.0), (2, 7000.0)]
+    path = client.download_artifacts(run.info.run_id, "attempts/attempt-2.json", str(tmp_path))
+    assert json.loads(Path(path).read_text())["provenance"]["lost_blocks"] == lost
+
+    last = sweep.attempts(cell.id)[-1]
+    begun = sweep.begin_again(last, 5)
+    sweep.finish(amended(last, begun, Measured(check=WRONG)))
+    assert publish(sweep, uri).published == 1
+    run = shown()
+    assert (run.info.status, run.data.tags["lcbench.status"], run.data.tags["lcbench.blocks"]) == ("FAILED", "failed", "")
+    assert math.isnan(run.data.metrics["time/forward/median_ms"])  # it is no number any more
+    assert math.isnan(run.data.metrics["time/blocks"])
+    assert run.data.metrics["memory/peak_bytes"] == 7.0
+
+    monkeypatch.setattr(Sweep, "attempts", lambda *_: pytest.fail("a result was read though nothing has changed"))
+    counts_again = publish(sweep, uri)
+    assert (counts_again.published, counts_again.unchanged) == (0, 2)
+
+
+def test_what_an_older_version_remembers_is_good_enough(tmp_path: Path) -> None:
+    sweep, cell = Sweep(tmp_path / "results", "s"), made_cell()
+    sweep.add([Entry(cell)], command=["cp=ring"])
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    attempt(sweep, cell.id, "ok", 1.0)
+    publish(sweep, uri)
+    path = sweep.folder / "mlflow.json"
+    memory = read_json(path)
+    memory[uri]["cells"] = {cell_id: entry[:3] for cell_id, entry in memory[uri]["cells"].items()}
+    write_json(path, memory)
+    counts = publish(sweep, uri)
+    assert (counts.published, counts.unchanged) == (0, 1)
+    assert len(sweep.remembered()[uri]["cells"][cell.id]) == len(Known._fields)
+    with_blocks(sweep, cell.id, 3)
+    assert publish(sweep, uri).published == 1
+    attempt(sweep, cell.id, "ok", 1.0)
+    assert publish(sweep, uri).published == 1

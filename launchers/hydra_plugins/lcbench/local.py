@@ -13,8 +13,9 @@ from typing import Any
 from hydra_plugins.lcbench._plan import PackLauncher, write_down
 
 from lcbench.grid.values import parse_scale
-from lcbench.runs.jobs import Watch
-from lcbench.runs.pack import Pack
+from lcbench.measure.blocks import blocks_of
+from lcbench.runs.jobs import Watch, in_flight
+from lcbench.runs.pack import Pack, later_blocks
 from lcbench.runs.store import Sweep, write_json
 
 POLL_S = 0.3
@@ -84,11 +85,21 @@ def _run_pack(sweep: Sweep, pack: Pack) -> Any:
 
 
 def _progress(sweep: Sweep, pack: Pack) -> tuple[int, str]:
-    done = sum(sweep.has_attempt_of(cell_id, pack.id) for cell_id in pack.cells)
-    current = next((r for c in pack.cells for r in sweep.running(c)), None)
-    if current is None:
-        return done, "starting workers" if done < len(pack.cells) else "finishing"
-    return done, f"{pack.configs[current.cell_id]['cp']['name']} {current.cell_id}"
+    """How many cells of a pack it has tried, and what it does."""
+    tried = {cell_id: sweep.attempts(cell_id) for cell_id in pack.cells}
+    done = sum(any(a.pack == pack.id for a in attempts) for attempts in tried.values())
+    current = next(iter(in_flight(sweep, pack)), None)
+    if current is not None:
+        config = pack.configs[current.cell_id]
+        later = f"block {current.block} of {blocks_of(config['measure'])}: " if current.block > 1 else ""
+        return done, f"{later}{config['cp']['name']} {current.cell_id}"
+    if done < len(pack.cells):
+        return done, "starting workers"
+    due = {c: blocks.start for c, attempts in tried.items() if (blocks := later_blocks(attempts, pack.id))}
+    if not due:
+        return done, "finishing"
+    cell_id, block = min(due.items(), key=lambda found: found[1])
+    return done, f"block {block} of {blocks_of(pack.configs[cell_id]['measure'])}"
 
 
 def _stop(agents: list[subprocess.Popen[bytes]]) -> None:
