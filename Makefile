@@ -38,9 +38,11 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup cluster-up ## how long planning, the mask algebra, every strategy, and sweeps of thousands of cells take
+bench: setup cluster-up ## how long planning, masks, strategies and large sweeps take; which faults the check finds; 2,000 sound cells
 	$(BIN)/python -m tests.bench_sweeps
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.measure.faults
+	$(BIN)/python -m tests.measure.sound
 
 soak: setup cluster-up ## MINUTES (30) of sweeps with random faults, from SEED (0); prints the counts
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),0)

@@ -133,7 +133,7 @@ def against_torch(rank: int, ranks: int) -> None:
         if isinstance(run, Executor):
             phases[f"{name} compute"] = partial(both, run, tensors, {"communicate": False})
     # All take turns within an iteration, so that what else the machine does hits all alike.
-    samples = measure(phases, Stopping(7, 7, 600.0, 0.0), 1, device)
+    samples, _ = measure(phases, Stopping(7, 7, 600.0, 0.0), 1, device)
     if rank == 0:
         median = {name: float(np.median(seconds)) for name, seconds in samples.slowest.items()}
         peer_s = min(median[f"torch {rotate}"] for rotate in ROTATIONS)

@@ -25,7 +25,12 @@ class Strategy(Protocol):
 
 
 class Run(Protocol):
-    """A strategy at work on one rank; all tensors are packed and hold this rank's tokens. Collective, all three."""
+    """A strategy at work on one rank; all tensors are packed and hold this rank's tokens. Collective, all three.
+
+    A run may have an attribute ``own_lse``, read by ``getattr`` where a run is checked (``measure/cell.py``); without it, True.
+    False: what ``lse`` gives was computed apart from ``forward``, by other code. It says nothing of the run, so it is compared
+    with nothing, and the result says so. No member of the protocol, since every run would then need one.
+    """
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """out (T, Hq, D), and what backward needs."""

@@ -48,6 +48,21 @@ class Platform:
         return cls("cuda", torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).total_memory)
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """Where a kernel rounds to the inputs' type, besides its weights and results: how far off it may be follows from it.
+
+    Attributes:
+        scores: scores leave the product of queries and keys in the inputs' type.
+        sums_every: gradients are summed in the inputs' type, and so rounded once per so many tokens; 0: in the accumulation type.
+        exponential: relative error of its exponential for inputs of half types, where that is less exact than float32.
+    """
+
+    scores: bool = False
+    sums_every: int = 0
+    exponential: float = 0.0
+
+
 class Unsupported(ValueError):
     """Raised by ``prepare`` for a tile that the kernel cannot run though the whole mask looked well: the cell is skipped."""
 
@@ -104,6 +119,10 @@ class Kernel(Protocol):
     def calls(self, mask: BandMask, platform: Platform) -> int:
         """How many native calls compute a band mask; more than one are merged by LSE."""
         return 1
+
+    def rounding(self, platform: Platform) -> Rounding:
+        """Where it rounds more than others do."""
+        return Rounding()
 
     @abstractmethod
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:

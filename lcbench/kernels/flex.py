@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from lcbench.kernels.base import HALVES, LOG2_E, Kernel, Platform, Prepared, half_on_cuda, heads_first
+from lcbench.kernels.base import HALVES, LOG2_E, Kernel, Platform, Prepared, Rounding, half_on_cuda, heads_first
 from lcbench.kernels.naive import too_many_scores
 from lcbench.masks.flex import block_mask, mask_lookup
 from lcbench.masks.mask import Mask
@@ -30,6 +30,9 @@ OPTIONS = {
 class Flex(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return flex_limits(problem, platform)
+
+    def rounding(self, platform: Platform) -> Rounding:
+        return Rounding(scores=platform.type == "cpu")  # where it is not compiled
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         return PreparedFlex(mask, heads, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, accumulation_dtype, per_kv_head, per_query_head
+from lcbench.kernels.base import Kernel, Platform, Prepared, Rounding, accumulation_dtype, per_kv_head, per_query_head
 from lcbench.masks.band import BandMask
 from lcbench.masks.convert import points
 from lcbench.masks.mask import Mask
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class Naive(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return too_many_scores(problem, platform)
+
+    def rounding(self, platform: Platform) -> Rounding:
+        return Rounding(scores=True)
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, heads_first
+from lcbench.kernels.base import Kernel, Platform, Prepared, Rounding, accumulation_dtype, heads_first
 from lcbench.kernels.naive import PreparedNaive, too_many_scores
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -23,9 +23,12 @@ class SDPAMath(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return too_many_scores(problem, platform)
 
+    def rounding(self, platform: Platform) -> Rounding:
+        return Rounding(scores=True)  # of the backward pass, which is naive's
+
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
-        return PreparedMath(mask, dtype, device)
+        return PreparedMath(mask, accumulation_dtype(dtype), device)
 
 
 class PreparedMath(PreparedNaive):
@@ -41,11 +44,12 @@ class PreparedMath(PreparedNaive):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        heads = [heads_first(x) for x in (q, k, v)]
+        # The backend itself computes half types in float32; it is given them so because the weights are to stay float32 too.
+        heads = [heads_first(x).to(self._bias.dtype) for x in (q, k, v)]
         out, weights = torch.ops.aten._scaled_dot_product_attention_math(
             *heads, self._bias, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return out[0].transpose(0, 1), self._lse(weights[0], q, k, softmax_scale)
+        return out[0].transpose(0, 1).to(q.dtype), self._lse(weights[0], q, k, softmax_scale)
 
     def _lse(self, weights: torch.Tensor, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
         """LSE (Tq, Hq) from weights (Hq, Tq, Tk): log(weight) = score - LSE, read off at each row's largest weight."""

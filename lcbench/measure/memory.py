@@ -14,6 +14,30 @@ STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
+class _MallInfo(ctypes.Structure):
+    """glibc's ``struct mallinfo2``: bytes of all arenas."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    )
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes that are allocated now: on CUDA by torch; on CPU from the C library, in which torch's tensors are, whether they were
+    written to or not, or the resident size of the process where it cannot tell."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        ask = ctypes.CDLL(None).mallinfo2
+    except AttributeError:
+        return _status_bytes("VmRSS") if sys.platform.startswith("linux") else 0
+    ask.restype = _MallInfo
+    found = ask()
+    return int(found.uordblks + found.hblkhd)
+
+
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """Peak while ``run()`` runs, above the level before it; None where neither CUDA nor Linux can tell.
 

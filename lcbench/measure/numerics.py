@@ -1,78 +1,35 @@
-"""The float64 reference, and how far a run is from it.
+"""The check of a cell: the first pass against float64, probe passes whose results are known, and the last pass against the first.
 
-Exact for a set of query rows (out, LSE, dq) and of key columns (dk, dv): all of them when the problem is small, else a
-seeded sample that always holds the mask's corners. A row needs only its partial over every rank's own keys and an
-all-reduce, so a row costs O(S) however long the sequence is, and no rank ever holds more than its own tokens.
+    who owns what      tokens of all ranks together are 0 ... S-1, each once
+    first pass         rows and columns against the float64 reference; in float32 and float64 sums that must be conserved
+    level, zero        probe passes: every row and column of every head, closed form (``measure.probe``)
+    last passes        the last timed one, and one after all else: inputs negated in place must negate all results but LSE
 
-Imports no kernel and uses a mask only by rows and columns, on global indices: bands as intervals, block maps as a look-up; so
-it shares neither the layout algebra nor the tiles with what it judges.
-
-The bound on an error is what the same arithmetic in the run's own precision does: twice the error of the dense
-computation in that type, on the same rows, and of the largest value one unit in the last place besides, since a result that is
-merged from parts is rounded part by part, and what rounding an LSE to float32 does to every weight exp(score - LSE). For
-float64, whose dense computation is the reference, it is 1e-12 of the largest value.
+docs/measuring.md says what each part can see and what it cannot.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from lcbench.masks.band import BandMask, Ints
+from lcbench.cp.base import Run
+from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
+from lcbench.measure.bounds import TOGETHER, Bounds, Check, Judge, verdict
+from lcbench.measure.probe import Probe, Terms
+from lcbench.measure.ranks import from_all, reduce
+from lcbench.measure.reference import Exact, Shard, columns, owned, rows, sample
 from lcbench.problem import Problem
 
-WHOLE_TOKENS = 2048  # up to this length every row and column is checked
-SAMPLE = 64  # rows, and columns, beyond the corners
-MAX_CORNERS = 64
-CHUNK_ELEMENTS = 1 << 24  # scores at a time, over all heads
-FLOAT64_BOUND = 1e-12
-
-
-@dataclass(frozen=True)
-class Check:
-    """Largest absolute error per tensor and its bound; ``rows`` and ``columns`` say how many were looked at."""
-
-    errors: dict[str, float]
-    bounds: dict[str, float]
-    rows: int
-    columns: int
-    whole: bool
-
-    @property
-    def failures(self) -> list[str]:
-        """``dq: error 3.1e-02 above its bound 1.2e-02``, one per tensor that is out; NaN is out."""
-        return [
-            f"{name}: error {error:.3g} above its bound {self.bounds[name]:.3g}"
-            for name, error in self.errors.items()
-            if not error <= self.bounds[name]
-        ]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "errors": self.errors, "bounds": self.bounds, "rows": self.rows, "columns": self.columns,
-            "reference": "whole" if self.whole else "sampled",
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What one rank owns: global token indices and the tensors of these tokens."""
-
-    tokens: Ints
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    dout: torch.Tensor | None = None
+REFERENCE, SUMS = "reference", "conserved"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the run gave for the same tokens; gradients are None for a forward-only cell."""
+    """What a pass gave for a rank's tokens; gradients are None for a forward-only cell."""
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -80,191 +37,229 @@ class Result:
     dk: torch.Tensor | None = None
     dv: torch.Tensor | None = None
 
+    def items(self) -> list[tuple[str, torch.Tensor]]:
+        """The tensors by name, LSE last."""
+        named = {"out": self.out, "dq": self.dq, "dk": self.dk, "dv": self.dv, "lse": self.lse}
+        return [(name, x) for name, x in named.items() if x is not None]
 
-def check(mask: Mask, problem: Problem, shard: Shard, result: Result, *, seed: int) -> Check:
-    """Compare a run with the reference. Collective over all ranks; every rank returns the same answer."""
-    whole = problem.seqlen <= WHOLE_TOKENS
-    rows = np.arange(mask.num_q) if whole else sample(mask, "q", seed)
-    columns = np.arange(mask.num_k) if whole else sample(mask, "k", seed)
-    run_dtype = getattr(torch, problem.dtype)
-    exact = _rows(mask, problem, shard, rows, torch.float64)
-    dense = exact if run_dtype == torch.float64 else _rows(mask, problem, shard, rows, run_dtype)
-    wanted = {"out": (exact["out"], dense["out"]), "lse": (exact["lse"], dense["lse"])}
-    if problem.backward:
-        wanted["dq"] = (exact["dq"], dense["dq"])
-        # Columns need LSE and delta of every row: the reference's own where it is whole, else the run's, whose error the
-        # sampled rows have just bounded.
-        own = torch.from_numpy(shard.tokens)
-        lse, out = (exact["lse"][own], exact["out"][own]) if whole else (result.lse.double(), result.out.double())
-        exact_columns = _columns(mask, problem, shard, columns, lse, out, torch.float64)
-        dense_columns = (
-            exact_columns if run_dtype == torch.float64 else _columns(mask, problem, shard, columns, lse, out, run_dtype)
+
+def one_pass(run: Run, shard: Shard) -> Result:
+    """Forward, LSE and backward of this rank. Collective."""
+    out, saved = run.forward(shard.q, shard.k, shard.v)
+    lse = run.lse(saved)
+    return Result(out, lse, *(run.backward(shard.dout, saved) if shard.dout is not None else ()))
+
+
+def misowned(tokens: Ints, seqlen: int, device: torch.device) -> str | None:
+    """What is wrong with who owns which token; None if all ranks together own each once. Collective."""
+    inside = tokens[(tokens >= 0) & (tokens < seqlen)]
+    counts = reduce(torch.from_numpy(np.bincount(inside, minlength=seqlen)).to(device))
+    outside = sum(from_all(len(tokens) - len(inside)))
+    wrong = torch.nonzero(counts != 1).flatten()
+    if outside:
+        return f"{outside} tokens that ranks own are not among the {seqlen} of the sequence"
+    if len(wrong):
+        first = int(wrong[0])
+        return f"{len(wrong)} of {seqlen} tokens are not owned by exactly one rank; token {first} by {int(counts[first])}"
+    return None
+
+
+class Examination:
+    """The check of one draw of a cell, on one rank; its methods are collective and called in this order.
+
+    Args:
+        own_lse: whether the LSE that ``run.lse`` gives is the run's own; another is compared with nothing.
+        seed: of the sample and of the probes: the cell's seed and the attempt, so that repeats look elsewhere.
+    """
+
+    def __init__(
+        self, run: Run, mask: Mask, problem: Problem, tokens: Ints, bounds: Bounds, seed: list[int], *, own_lse: bool
+    ) -> None:
+        self._run, self._mask, self._problem, self._tokens, self._bounds, self._seed = run, mask, problem, tokens, bounds, seed
+        self._judge = Judge()
+        self._rows = sample(mask, "q", seed, problem.heads.q)
+        self._columns = sample(mask, "k", seed, problem.heads.q)
+        self._unchecked = {} if own_lse else {"lse": "the library gives none of its own"}
+        self._digest: dict[str, torch.Tensor] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that this object holds on the device between the first pass and the last."""
+        return sum(x.numel() * x.element_size() for x in self._digest.values())
+
+    def begin(self, result: Result) -> None:
+        """Keep of the first pass what later ones are compared with."""
+        self._digest = self._digested(result)
+
+    def first(self, shard: Shard, result: Result) -> None:
+        """Check the first pass."""
+        self.begin(result)
+        self._against_reference(shard, result)
+        if not self._bounds.half and shard.dout is not None:
+            self._conserved(shard, result)
+
+    @property
+    def probes(self) -> list[str]:
+        """Which probe passes there are: queries of zeros show more only of gradients and of kernels that round their scores."""
+        return ["level", "zero"] if self._problem.backward or self._bounds.rounding.scores else ["level"]
+
+    def probe(self, name: str, shard: Shard) -> None:
+        """A probe pass. It takes the place of the inputs in memory: ``shard`` has to be drawn anew after it."""
+        zero = name == "zero"
+        probe = Probe(self._mask, self._problem, self._tokens, _number(self._seed), shard.q.device, reduce, zero=zero)
+        probe.fill(shard.q, shard.k, shard.v, shard.dout)
+        result = one_pass(self._run, shard)
+        score, bounds = abs(probe.largest_score), self._bounds
+        for head in range(self._problem.heads.q):
+            want = probe.rows(head)
+            judge = self._of_head(name, head)
+            if "lse" not in self._unchecked:
+                judge("lse", result.lse[:, head], want.lse, bounds.count(want.lse, want.key, score))
+            lse = want.lse.nan_to_num(neginf=0.0)[:, None]
+            allowed = bounds.out(want.out_spread, want.out_common, want.out, want.key[:, None], lse, want.count[:, None])
+            judge("out", result.out[:, head], want.out, allowed)
+            if result.dq is not None and want.gradient is not None:
+                self._of_terms(judge, "dq", result.dq[:, head], want.gradient, want.count)
+        if result.dk is None or result.dv is None:
+            return
+        for head in range(self._problem.heads.kv):
+            sums = probe.columns(head)
+            for tensor, got, terms in (("dk", result.dk, sums.dk), ("dv", result.dv, sums.dv)):
+                self._of_terms(self._of_head(name, head), tensor, got[:, head], terms, sums.count)
+
+    def _of_terms(self, judge: _OfHead, tensor: str, got: torch.Tensor, terms: Terms, count: torch.Tensor) -> None:
+        """Elements of a gradient, and the factor that all of them have in common; collective."""
+        judge(
+            tensor,
+            got,
+            terms.value,
+            self._bounds.summed(terms.spread, terms.value.abs() + terms.common, terms.floor, count[:, None]),
         )
-        wanted |= {name: (exact_columns[name], dense_columns[name]) for name in ("dk", "dv")}
+        got = got.double()
+        products = reduce(torch.stack([(got * terms.value).sum(), terms.value.square().sum()]))
+        if products[1] > 0:
+            judge.number(tensor, abs(float(products[0] / products[1]) - 1), self._bounds.shared())
 
-    lse = exact["lse"][torch.isfinite(exact["lse"])]
-    largest_lse = float(lse.abs().max()) if lse.numel() else 0.0
-    errors, bounds = {}, {}
-    for name, (reference, same_precision) in wanted.items():
-        got = getattr(result, name)
-        mine, positions = _owned(shard.tokens, columns if name in ("dk", "dv") else rows)
-        errors[name] = _max_error(got[mine].double(), reference[positions])
-        bounds[name] = _bound(reference, same_precision, run_dtype, largest_lse)
-    return Check(errors, bounds, len(rows), len(columns), whole)
+    def last(self, part: str, result: Result, negated: bool) -> None:
+        """Check a later pass on the inputs of the first, or on the negative of all of them: all but LSE is then negative too."""
+        unit = 4 * self._bounds.unit if not self._bounds.half else 16 * self._bounds.unit
+        for name, now in self._digested(result).items():
+            before = self._digest[name]
+            sign = -1.0 if negated and name != "lse" else 1.0
+            if name == "lse":
+                size = before.abs().nan_to_num(posinf=0.0) + 1
+                bound = unit * size if not self._bounds.half else 1e-5 * size
+            else:
+                norm = dict(result.items())[name].double().square().sum(-1).sqrt()
+                # Sums in another order end up elsewhere by what rounds their terms, which are as large where little is left.
+                usual = reduce(torch.stack([norm.square().sum(), norm.new_tensor(float(norm.numel()))]))
+                bound = unit * (
+                    norm + 16 * (usual[0] / usual[1].clamp_min(1.0)).sqrt() * (1.0 if not self._bounds.half else 2.0**-10)
+                )
+            if name not in self._unchecked:
+                self._judge.elements(part, name, now, sign * before, bound, self._tokens)
 
+    def check(self) -> Check:
+        """What all ranks have found so far. Collective."""
+        whole = len(self._rows) == self._mask.num_q and len(self._columns) == self._mask.num_k
+        return verdict(from_all(self._judge.found), REFERENCE, len(self._rows), len(self._columns), whole, self._unchecked)
 
-def sample(mask: Mask, side: str, seed: int) -> Ints:
-    """Rows (``side="q"``) or columns to check: the first and last of bands (the corners of the mask), and a seeded draw."""
-    number = mask.num_q if side == "q" else mask.num_k
-    corners = np.unique(np.concatenate([[0, number - 1], mask.corners(side)]))
-    random = np.random.default_rng([seed, number, side == "k"])
-    if len(corners) > MAX_CORNERS:
-        corners = np.concatenate([corners[[0, -1]], random.choice(corners, MAX_CORNERS, replace=False)])
-    return np.unique(np.concatenate([corners, random.integers(0, number, SAMPLE)])).astype(np.int64)
+    # -- parts -----------------------------------------------------------------------------------------------------
 
+    def _of_head(self, part: str, head: int) -> _OfHead:
+        return _OfHead(self._judge, part, head, self._tokens)
 
-def _rows(mask: Mask, problem: Problem, shard: Shard, rows: Ints, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """out, lse and dq of global ``rows``, with the arithmetic of ``dtype``; the same on every rank."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    q = _collect(shard.q, shard.tokens, rows).to(dtype)
-    dout = _collect(shard.dout, shard.tokens, rows).to(dtype) if shard.dout is not None else None
-    keys, values = (_per_query_head(x, problem).to(dtype) for x in (shard.k, shard.v))
-    parts: dict[str, list[torch.Tensor]] = {"out": [], "lse": [], "dq": []}
-    for chunk in _chunks(len(rows), problem.heads.q * len(shard.tokens)):
-        allowed = _allowed(mask, rows[chunk], shard.tokens, problem).to(q.device)
-        scores = (torch.einsum("qhd,khd->hqk", q[chunk], keys) * problem.softmax_scale).to(wide)
-        scores = scores.masked_fill(~allowed, -torch.inf)
-        top = _reduce(scores.amax(-1) if scores.shape[-1] else scores.new_full(scores.shape[:2], -torch.inf), "max")
-        shift = torch.where(top == -torch.inf, 0.0, top)
-        weights = torch.exp(scores - shift[..., None])
-        total = _reduce(weights.sum(-1), "sum")
-        lse = torch.log(total) + shift
-        probabilities = weights / torch.where(total == 0, 1.0, total)[..., None]
-        out = _reduce(torch.einsum("hqk,khd->qhd", probabilities.to(dtype), values).to(wide), "sum").to(dtype)
-        parts["out"].append(out)
-        parts["lse"].append(lse.T)
-        if dout is not None:
-            delta = (dout[chunk].to(wide) * out.to(wide)).sum(-1).T
-            dweights = torch.einsum("qhd,khd->hqk", dout[chunk], values).to(wide)
-            dscores = probabilities * (dweights - delta[..., None])
-            dq = torch.einsum("hqk,khd->qhd", dscores.to(dtype), keys).to(wide) * problem.softmax_scale
-            parts["dq"].append(_reduce(dq, "sum").to(dtype))
-    return {name: torch.cat(found).double() for name, found in parts.items() if found}
+    def _digested(self, result: Result) -> dict[str, torch.Tensor]:
+        """A number per token and head of each tensor: elements with signs of their own, added up."""
+        found = {}
+        for name, x in result.items():
+            signs = np.random.default_rng(len(name)).choice([-1.0, 1.0], x.shape[-1])
+            found[name] = x.double() if name == "lse" else (x.double() * torch.from_numpy(signs).to(x.device)).sum(-1)
+        return found
 
+    def _against_reference(self, shard: Shard, result: Result) -> None:
+        scores = self._bounds.rounding.scores
+        exact = rows(self._mask, self._problem, shard, self._rows, scores=scores)
+        for name in [str(n) for n in ("out", "dq", "lse") if n in exact and n not in self._unchecked]:
+            self._compare(name, dict(result.items())[name], exact[name], self._rows)
+        if shard.dout is None:
+            return
+        lse, out = result.lse, result.out
+        if len(self._rows) == self._mask.num_q:
+            own = torch.from_numpy(shard.tokens).to(out.device)
+            lse, out = exact["lse"].value[own], exact["out"].value[own]
+        exact = columns(self._mask, self._problem, shard, self._columns, lse, out, scores=scores)
+        for name in ("dk", "dv"):
+            self._compare(name, dict(result.items())[name], exact[name], self._columns)
 
-def _columns(
-    mask: Mask,
-    problem: Problem,
-    shard: Shard,
-    columns: Ints,
-    lse: torch.Tensor,
-    out: torch.Tensor,
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """dk and dv of global ``columns``, from LSE and out of this rank's rows; the same on every rank."""
-    assert shard.dout is not None
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    keys, values = (_per_query_head(_collect(x, shard.tokens, columns), problem).to(dtype) for x in (shard.k, shard.v))
-    q, dout = shard.q.to(dtype), shard.dout.to(dtype)
-    delta = (dout.to(wide) * out.to(wide)).sum(-1).T[..., None]
-    finite = torch.where(lse == -torch.inf, 0.0, lse).to(wide).T[..., None]
-    parts: dict[str, list[torch.Tensor]] = {"dk": [], "dv": []}
-    for chunk in _chunks(len(columns), problem.heads.q * len(shard.tokens)):
-        allowed = _allowed(mask.transpose(), columns[chunk], shard.tokens, problem).transpose(-1, -2).to(q.device)
-        scores = (torch.einsum("qhd,khd->hqk", q, keys[chunk]) * problem.softmax_scale).to(wide)
-        weights = torch.exp(scores - finite).masked_fill(~allowed, 0.0)
-        dweights = torch.einsum("qhd,khd->hqk", dout, values[chunk]).to(wide)
-        dscores = weights * (dweights - delta)
-        parts["dv"].append(_per_kv_head(torch.einsum("hqk,qhd->khd", weights.to(dtype), dout).to(wide), problem))
-        dk = torch.einsum("hqk,qhd->khd", dscores.to(dtype), q).to(wide) * problem.softmax_scale
-        parts["dk"].append(_per_kv_head(dk, problem))
-    return {name: _reduce(torch.cat(found), "sum").to(dtype).double() for name, found in parts.items()}
+    def _compare(self, name: str, got: torch.Tensor, exact: Exact, wanted: Ints) -> None:
+        """Elements, each row's elements together, and each head's factor."""
+        mine, at = owned(self._tokens, wanted)
+        own = Exact(*(x[at.to(x.device)] for x in (exact.value, exact.spread, exact.common, exact.floor, exact.count)))
+        rows_got = got[mine.to(got.device)].double()
+        tokens = wanted[at.numpy()]
+        if name == "lse":
+            self._judge.elements(REFERENCE, name, rows_got, own.value, self._bounds.lse(own.value, own.spread), tokens)
+            return
+        bound = self._allowed(name, own)
+        self._judge.elements(REFERENCE, name, rows_got, own.value, bound, tokens)
+        together = ((rows_got - own.value) / bound.clamp_min(torch.finfo(torch.float64).tiny)).square().mean(-1).sqrt()
+        limit = torch.full_like(together, TOGETHER)
+        self._judge.elements("rows together", name, together, torch.zeros_like(together), limit, tokens)
+        products = reduce((rows_got * own.value).sum((0, 2)))
+        allowed = self._allowed(name, exact)
+        for head, product in enumerate(products.tolist()):
+            squares = float(exact.value[:, head].square().sum())
+            if squares:
+                off, limit_of = abs(product / squares - 1), self._bounds.slope(exact.value[:, head], allowed[:, head])
+                self._judge.number("factor", name, off, limit_of, f"head {head}")
 
+    def _allowed(self, name: str, exact: Exact) -> torch.Tensor:
+        if name == "out":
+            return self._bounds.element(exact.spread, exact.common, exact.floor)
+        return self._bounds.summed(exact.spread, exact.common, exact.floor, exact.count)
 
-def _allowed(mask: Mask, rows: Ints, keys: Ints, problem: Problem) -> torch.Tensor:
-    """bool (rows, keys), or (Hq, rows, keys) where heads differ."""
-    if isinstance(mask, BandMask):
-        return _allowed_by_bands(mask, rows, keys)
-    row, column = (np.searchsorted(edges, at, side="right") - 1 for edges, at in ((mask.q_edges, rows), (mask.k_edges, keys)))
-    kept = np.stack([mask.keep(i)[row[:, None], column] for i in range(mask.maps)])
-    return torch.from_numpy(kept).repeat_interleave(problem.heads.q // mask.maps, 0)
-
-
-def _allowed_by_bands(mask: BandMask, rows: Ints, keys: Ints) -> torch.Tensor:
-    """Each band gives each of its rows one interval of keys."""
-    allowed = np.zeros((len(rows), len(keys)), dtype=bool)
-    for q0, q1, k0, k1, lo, hi in mask.bands[_touching(mask, rows)]:
-        inside = np.nonzero((q0 <= rows) & (rows < q1))[0]
-        begin = np.maximum(k0, rows[inside] + lo)[:, None]
-        end = np.minimum(k1, rows[inside] + hi + 1)[:, None]
-        allowed[inside] |= (begin <= keys) & (keys < end)
-    return torch.from_numpy(allowed)
-
-
-def _touching(mask: BandMask, rows: Ints) -> Ints:
-    """Indices of the bands that hold one of ``rows`` (sorted)."""
-    first = np.searchsorted(rows, mask.bands[:, 0])
-    return np.nonzero((first < len(rows)) & (rows[np.minimum(first, len(rows) - 1)] < mask.bands[:, 1]))[0]
-
-
-def _collect(x: torch.Tensor, tokens: Ints, wanted: Ints) -> torch.Tensor:
-    """Global rows ``wanted`` of a tensor of which every rank owns some, in float64, on every rank."""
-    mine, positions = _owned(tokens, wanted)
-    rows = torch.zeros((len(wanted), *x.shape[1:]), dtype=torch.float64, device=x.device)
-    rows[positions] = x[mine].double()
-    return _reduce(rows, "sum")
+    def _conserved(self, shard: Shard, result: Result) -> None:
+        """Sums that no attention changes, by key/value head: dv with dout, dout.out with dv.v, q.dq with k.dk."""
+        heads, dout = self._problem.heads, shard.dout
+        assert dout is not None
+        assert result.dq is not None
+        assert result.dk is not None
+        assert result.dv is not None
+        seen = torch.isfinite(result.lse)[..., None]
+        pairs = {
+            "dv = dout": (result.dv.double(), torch.where(seen, dout, 0.0).double()),
+            "dv.v = dout.out": (result.dv.double() * shard.v.double(), dout.double() * result.out.double()),
+            "dk.k = dq.q": (result.dk.double() * shard.k.double(), result.dq.double() * shard.q.double()),
+        }
+        for name, (keys, queries) in pairs.items():
+            left = keys.sum(0)
+            right = queries.unflatten(1, (heads.kv, -1)).sum((0, 2))
+            squares = keys.square().sum(0) + queries.square().unflatten(1, (heads.kv, -1)).sum((0, 2))
+            if name != "dv = dout":
+                left, right, squares = left.sum(-1), right.sum(-1), squares.sum(-1)
+            left, right, squares = (x.reshape(heads.kv, -1) for x in reduce(torch.stack([left, right, squares])))
+            errors, bounds = (left - right).abs(), self._bounds.factor * self._bounds.unit * squares.sqrt()
+            for head, (error, bound) in enumerate(zip(errors, bounds, strict=True)):
+                for one, allowed in zip(error.tolist(), bound.tolist(), strict=True):
+                    self._judge.number(SUMS, name, one, allowed, f"key/value head {head}")
 
 
-def _owned(tokens: Ints, wanted: Ints) -> tuple[torch.Tensor, torch.Tensor]:
-    """(local positions, positions in ``wanted``) of the wanted tokens that this rank owns; ``wanted`` is sorted."""
-    at = np.searchsorted(wanted, tokens).clip(0, len(wanted) - 1)
-    hit = np.nonzero(wanted[at] == tokens)[0]
-    return torch.from_numpy(hit), torch.from_numpy(at[hit])
+@dataclass(frozen=True)
+class _OfHead:
+    """A judge of one head in one part of the check."""
+
+    judge: Judge
+    part: str
+    head: int
+    tokens: Ints
+
+    def __call__(self, tensor: str, got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor) -> None:
+        self.judge.elements(self.part, tensor, got.double(), want, bound, self.tokens, self.head)
+
+    def number(self, tensor: str, error: float, bound: float) -> None:
+        self.judge.number(f"{self.part}, factor", tensor, error, bound, f"head {self.head}")
 
 
-def _per_query_head(x: torch.Tensor, problem: Problem) -> torch.Tensor:
-    return x.repeat_interleave(problem.heads.q // problem.heads.kv, 1)
-
-
-def _per_kv_head(x: torch.Tensor, problem: Problem) -> torch.Tensor:
-    return x.unflatten(1, (problem.heads.kv, -1)).sum(2)
-
-
-def _chunks(count: int, elements_each: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // max(1, elements_each))
-    # Ranks own different numbers of tokens but must reduce equally often.
-    agreed = torch.tensor([size])
-    if dist.is_initialized():
-        agreed = _reduce(-agreed.to(_comm_device()), "max").cpu().neg()
-    return [slice(begin, begin + int(agreed)) for begin in range(0, count, int(agreed))]
-
-
-def _comm_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def _reduce(x: torch.Tensor, operation: str) -> torch.Tensor:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        x = x.contiguous()
-        dist.all_reduce(x, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation])
-    return x
-
-
-def _max_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Largest |got - want| over all ranks; equal infinities (LSE of an empty row) agree, anything else non-finite is NaN."""
-    difference = torch.where(got == want, 0.0, (got - want).abs())
-    bad = ~torch.isfinite(difference)
-    worst = torch.stack([difference.masked_fill(bad, 0.0).max() if len(got) else difference.new_zeros(()), bad.any()])
-    error, broken = _reduce(worst, "max").tolist()
-    return float("nan") if broken else error
-
-
-def _bound(reference: torch.Tensor, same_precision: torch.Tensor, dtype: torch.dtype, largest_lse: float) -> float:
-    finite = torch.isfinite(reference)
-    if not finite.any():
-        return 0.0
-    largest = float(reference[finite].abs().max())
-    if dtype == torch.float64:
-        return FLOAT64_BOUND * max(1.0, largest)
-    dense_error = float((same_precision - reference)[finite].abs().max())
-    return 2 * dense_error + (torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * largest_lse) * max(1.0, largest)
+def _number(seed: list[int]) -> int:
+    return int(np.random.default_rng(seed).integers(0, 1 << 31))

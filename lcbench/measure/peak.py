@@ -36,7 +36,7 @@ _best: dict[tuple[str, str], float] = {}  # TFLOP/s of the best product of this 
 def entry_of(devices: Sequence[dict[str, Any]], name: str) -> dict[str, Any] | None:
     """The conf/device entry of the device with this whole name, of a MIG slice its share; None for one that nobody wrote down."""
     whole, _, profile = name.partition(MIG)
-    entry = next((device for device in devices if _plain(whole) in map(_plain, device["names"])), None)
+    entry = next((device for device in devices if _plain(whole) in map(_plain, device.get("names", ()))), None)
     return _slice(entry, profile) if entry and profile else entry
 
 

@@ -27,18 +27,24 @@ class Samples:
 Phase = Callable[[Any], Any]
 
 
-def measure(phases: dict[str, Phase], stopping: Stopping, warmup: int, device: torch.device) -> Samples:
+def measure(
+    phases: dict[str, Phase], stopping: Stopping, warmup: int, device: torch.device, between: Callable[[], None] | None = None
+) -> tuple[Samples, Any]:
     """Run the phases one after the other, again and again, each timed on its own; a phase gets what the one before returned.
+    Returns what the last one of the last iteration returned, too.
 
     Collective. Ranks agree on every iteration's time (one small all-reduce outside of the timed part), so that they stop
-    after the same iteration.
+    after the same iteration. ``between`` is called before every iteration, outside of the timed part.
     """
     samples = Samples({name: [] for name in phases}, {name: [] for name in phases})
+    change = between or (lambda: None)
     for _ in range(warmup):
+        change()
         _iteration(phases, device)
     begun = time.perf_counter()
     while True:
-        own = _iteration(phases, device)
+        change()
+        own, passed = _iteration(phases, device)
         slowest = _slowest([*own.values(), time.perf_counter() - begun], device)
         for name, mine, worst in zip(phases, own.values(), slowest, strict=False):
             samples.own[name].append(mine)
@@ -47,11 +53,12 @@ def measure(phases: dict[str, Phase], stopping: Stopping, warmup: int, device: t
         verdict = stopping.verdict(totals, spent_s=slowest[-1])
         if verdict is not None:
             samples.stopped_by, samples.noise = verdict, stopping.noise(totals)
-            return samples
+            return samples, passed
+        del passed
 
 
-def _iteration(phases: dict[str, Phase], device: torch.device) -> dict[str, float]:
-    """Seconds of each phase on this rank."""
+def _iteration(phases: dict[str, Phase], device: torch.device) -> tuple[dict[str, float], Any]:
+    """Seconds of each phase on this rank, and what the last one returned."""
     passed: Any = None
     times: dict[str, float] = {}
     if device.type == "cuda":
@@ -63,13 +70,13 @@ def _iteration(phases: dict[str, Phase], device: torch.device) -> dict[str, floa
             end.record()
             end.synchronize()
             times[name] = begin.elapsed_time(end) / 1e3
-        return times
+        return times, passed
     for name, phase in phases.items():
         _barrier(device)
         started = time.perf_counter()
         passed = phase(passed)
         times[name] = time.perf_counter() - started
-    return times
+    return times, passed
 
 
 def _barrier(device: torch.device) -> None:

@@ -213,6 +213,8 @@ def _measure(work: Work, gang: Gang, peak_tflops: float) -> dict[str, Any]:
     assert measured.check is not None
     if measured.check.failures:
         return {"status": "wrong", "reason": "; ".join(measured.check.failures), "check": measured.check.as_dict()}
+    if measured.implausible:
+        return {"status": "wrong", "reason": measured.implausible, "check": measured.check.as_dict()}
     rates = {
         phase: measured.metrics[key]
         for phase in ("forward", "backward")

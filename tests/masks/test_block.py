@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +117,79 @@ def test_patterns_are_what_their_names_say() -> None:
     assert slash[i, i].all()
     assert set(slash.sum(1).tolist()) == {8}
     assert all((slash[i, (i + d) % 32] == slash[0, d]).all() for d in range(32))
+
+
+def options_of(**changed: object) -> dict[str, Any]:
+    return {"heads": HEADS, "seed": (0, 0), "density": 0.01, "block_size": 64, "sizes": "uniform", "per": "all_heads", **changed}
+
+
+@pytest.mark.parametrize("local", [*range(8), 15, 16, 17, 31, 32, 33, 1 << 40])
+@pytest.mark.parametrize("sink", [0, 1, 2, 16, 17, 1 << 40])
+def test_as_many_local_and_sink_blocks_are_kept_as_asked_for(local: int, sink: int) -> None:
+    """Row by row: the first ``local`` places by distance, the earlier of two before the later, without those outside."""
+    columns = 16
+    keep = block_local_sink(64 * columns, local=local, sink=sink, **options_of(density=1e-9)).keep(0)
+    for row in range(columns):
+        # Far more places than columns on either side: what lies outside of the sequence counts as taken.
+        nearest = sorted(range(row - 2 * columns, row + 2 * columns), key=lambda place: (abs(place - row), place))[:local]
+        wanted = {place for place in nearest if 0 <= place < columns} | set(range(min(sink, columns)))
+        if wanted:
+            assert set(np.nonzero(keep[row])[0].tolist()) == wanted, (row, local, sink)
+        else:
+            assert keep[row].sum() == 1  # the density's one block at least
+        if local // 2 <= row < columns - local // 2 and not sink:
+            assert keep[row].sum() == max(local, 1)
+
+
+def test_odd_local_blocks_are_what_they_always_were() -> None:
+    """Of stored cells: as many before the diagonal's block as after it, random ones drawn in the same order."""
+    for local in (1, 3, 5, 7):
+        keep = block_local_sink(2048, local=local, sink=1, **options_of(density=0.4)).keep(0)
+        random, i = np.random.default_rng((0, 0, 1)), np.arange(32)
+        wanted = abs(i[:, None] - i) <= (local - 1) // 2
+        wanted[:, :1] = True
+        for row in wanted:
+            free = np.nonzero(~row)[0]
+            row[random.choice(free, 13 - int(row.sum()), replace=False)] = True
+        assert (keep == wanted).all()
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 7, 8, 64, 127, 1000, 5000])
+@pytest.mark.parametrize("density", [1e-9, 0.05, 0.25, 0.5, 0.999, 1.0])
+def test_densities_are_of_whole_blocks_and_at_least_one(block_size: int, density: float) -> None:
+    seqlen = min(1000, 40 * block_size)
+    columns = -(-seqlen // block_size)
+    count = max(1, round(density * columns))
+    more = options_of(density=density, block_size=block_size)
+    assert set(block_random(seqlen, **more).keep(0).sum(1).tolist()) == {count}
+    assert set(block_slash(seqlen, **more).keep(0).sum(1).tolist()) == {count}
+    vertical = block_vertical(seqlen, **more).keep(0)
+    assert count <= vertical.all(0).sum() <= count + 1  # the diagonal makes a last column whole
+    assert vertical.diagonal().all()
+    assert set(vertical.sum(1).tolist()) <= {count, count + 1}
+    for local, sink in ((0, 0), (2, 0), (3, 1), (4, 2)):
+        keep = block_local_sink(seqlen, local=local, sink=sink, **more).keep(0)
+        near = np.array([[-(local // 2) <= j - i <= (local - 1) // 2 or j < sink for j in range(columns)] for i in range(columns)])
+        assert keep[near].all()
+        assert (keep.sum(1) == np.maximum(near.sum(1), count)).all()
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 64, 127, 128])
+def test_variable_blocks_have_the_mean_that_was_asked_for(block_size: int) -> None:
+    mask = block_random(4000 * block_size, **options_of(sizes="variable", block_size=block_size, density=1e-9))
+    for edges in (mask.q_edges, mask.k_edges):
+        sizes = np.diff(edges)[:-1]
+        low = max(1, block_size // 2)
+        assert (sizes.min(), sizes.max()) == (low, 2 * block_size - low)
+        assert sizes.mean() == pytest.approx(block_size, rel=0.03)
+
+
+def test_heads_share_maps_as_asked() -> None:
+    for per, maps in (("all_heads", 1), ("kv_head", 3), ("q_head", 6)):
+        mask = block_random(4096, **options_of(per=per, density=0.3))
+        assert mask.maps == maps
+        dense = dense_heads(mask, 6)
+        assert all((dense[i] == dense[j]).all() == (i * maps // 6 == j * maps // 6) for i in range(6) for j in range(6))
 
 
 def test_nothing_is_drawn_before_it_is_asked_for() -> None:

@@ -14,8 +14,9 @@ from lcbench.cp.none import Local
 from lcbench.grid.build import build_mask
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.mask import Mask
+from lcbench.measure.bounds import Check
 from lcbench.measure.cell import Gang, Measured, Work, measure_cell, over_draws
-from lcbench.measure.numerics import Check
+from lcbench.measure.numerics import misowned
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.testing.masks import names, small_config
 
@@ -79,7 +80,7 @@ def test_the_spread_over_draws_is_apart_from_the_spread_over_iterations() -> Non
             "check/out_error": error,
             "memory/peak_bytes": area,
         }
-        check = Check({"out": error}, {"out": 1.0}, 1, 1, True)
+        check = Check({"out": error}, {"out": 1.0}, 1, 1, True, {"reference": {"out": error}})
         return Measured(metrics, {"total_s": [seconds]}, check, {"stopped_by": "precision", "kernel_calls": [1]})
 
     joined = over_draws([one(100, 1.0, 0.1), one(300, 2.0, 0.5), one(500, 9.0, 0.2)])
@@ -116,3 +117,53 @@ def test_a_draw_that_fails_its_check_is_the_answer(tmp_path: Path) -> None:
     assert result.check.failures
     assert result.notes["draw"] == 0
     assert "time/total/median_s" not in result.metrics
+
+
+class Keeps(SDPAFlash):
+    """Takes memory when it is made ready, or in its first pass, and keeps it."""
+
+    ready: int = 0
+    first: int = 0
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> object:  # type: ignore[override]
+        prepared = super().prepare(mask, heads, dtype, device)
+        forward, kept = prepared.forward, [torch.ones(type(self).ready, dtype=torch.uint8)]
+
+        def keeping(*args: torch.Tensor, softmax_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+            if len(kept) == 1:
+                kept.append(torch.ones(type(self).first, dtype=torch.uint8))
+            return forward(*args, softmax_scale=softmax_scale)
+
+        prepared.forward = keeping  # type: ignore[method-assign]
+        return prepared
+
+
+@pytest.mark.parametrize(("ready", "first"), [(0, 0), (64 << 20, 0), (0, 64 << 20), (32 << 20, 96 << 20)])
+def test_memory_has_what_a_kernel_keeps(ready: int, first: int, tmp_path: Path) -> None:
+    config = small_config("causal", 256, HEADS, tmp_path)
+    problem = Problem(256, HEADS, Scale(1, 1), "float32", "forward_backward")
+    kind = type("Keeping", (Keeps,), {"ready": ready, "first": first})
+    work = Work(problem, lambda draw: build_mask(config, 256, HEADS, 0, draw), kind(), Local(), SETTINGS, 0)
+    measure_cell(work, GANG, lambda _: None)  # what libraries take once in a process
+    peak = measure_cell(work, GANG, lambda _: None).metrics["memory/peak_bytes"]
+    assert ready + first <= peak < ready + first + (12 << 20)
+
+
+def test_a_peer_must_own_every_token_once() -> None:
+    for tokens, says in (
+        (np.arange(50), "not owned"), (np.concatenate([np.arange(99), [0]]), "not owned"), (np.arange(1, 101), "not among"),
+    ):  # fmt: skip
+        why = misowned(tokens, 100, torch.device("cpu"))
+        assert why is not None
+        assert says in why
+    assert misowned(np.random.default_rng(0).permutation(100), 100, torch.device("cpu")) is None
+
+
+def test_a_number_that_cannot_be_true_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lcbench.measure.cell.measured_limit", lambda *_, **__: 1e-9)
+    result = measured("causal", 200, "float32", tmp_path)
+    assert result.check is not None
+    assert not result.check.failures
+    assert result.implausible is not None
+    assert "times the peak of 1e-09 (matrix product measured on" in result.implausible
+    assert not result.stands

@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 def test_ninety_six_ranks_on_twelve_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
     done = lcbench(
         "sweep", "cp=usp", "mask=causal_document", "seqlen=768", "scale=12x8", "heads=16x8x8", "dtype=float64", "measure.warmup=0",
-        "measure.min_iterations=1", "measure.max_iterations=1", "sweep=wide", "site=devcluster", "wait=true", "output=json",
+        "measure.min_iterations=1", "measure.max_iterations=1", "measure.blocks=1", "sweep=wide", "site=devcluster", "wait=true",
+        "output=json",
         f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", environment=devcluster,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

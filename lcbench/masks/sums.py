@@ -1,0 +1,101 @@
+"""Sums over what each row of a mask sees: exact for whole numbers, in time that grows with the length, not with the pairs.
+
+Uses a mask by rows alone, on global indices: the intervals of keys that bands give a row, and the look-up of a block map. It shares
+neither layouts nor tiles with what is checked by it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lcbench.masks.band import BandMask, Ints
+from lcbench.masks.block import BlockMap
+from lcbench.masks.mask import Mask
+
+if TYPE_CHECKING:
+    import torch
+
+FIXED = 2.0**20  # what is summed is cut at this fraction of one: the whole part is summed as integers, the rest is below it
+ROWS = 1 << 20  # rows and intervals that are looked at together
+BLOCK_ELEMENTS = 1 << 24  # of a block map, at a time
+
+
+class Visible:
+    """What ``rows`` (any order, global indices) of a mask see, ready for sums.
+
+    Args:
+        number: which map of a block map; bands hold for all heads.
+    """
+
+    def __init__(self, mask: Mask, rows: Ints, device: torch.device, number: int = 0) -> None:
+        self._device, self._count, self._keys = device, len(rows), mask.num_k
+        self._mask, self._number = mask, number
+        self._order = np.argsort(rows, kind="stable")
+        self._sorted = bool((np.diff(rows) >= 0).all())
+        self._rows = rows[self._order]
+        self._chunks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        if isinstance(mask, BandMask):
+            self._chunks = [self._intervals(mask, begin) for begin in range(0, len(rows), ROWS)]
+        else:
+            self._blocks = self._at(np.searchsorted(mask.q_edges, self._rows, side="right") - 1)
+        self._places = self._at(self._order)
+
+    def _at(self, values: Ints) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+
+    def _intervals(self, mask: BandMask, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows = self._rows[first : first + ROWS]
+        inside = mask.bands[(mask.bands[:, 0] <= rows[-1]) & (rows[0] < mask.bands[:, 1])]
+        at, begin, end = BandMask(mask.num_q, mask.num_k, inside).intervals(rows)
+        return self._at(at + first), self._at(begin), self._at(end)
+
+    def sums(self, values: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
+        """(C, rows) float64: the sum over each row's keys of every line of ``values`` (C, keys).
+
+        Args:
+            whole: all values are whole numbers, so that running sums of them are exact as they are.
+        """
+        import torch
+
+        found = torch.zeros((len(values), self._count), dtype=torch.float64, device=self._device)
+        for number, line in enumerate(values.double()):
+            if whole:
+                parts = [torch.cumsum(line, 0)]
+            else:
+                # Whole parts add up exactly; what is left is so small that its running sum loses nothing that counts.
+                units = torch.floor(line * FIXED)
+                parts = [torch.cumsum(units.long(), 0).double() / FIXED, torch.cumsum(line - units / FIXED, 0)]
+            for part in parts:
+                found[number] += self._of_running(torch.nn.functional.pad(part, (1, 0)))
+        if self._sorted:
+            return found
+        result = torch.empty_like(found)
+        result[:, self._places] = found
+        return result
+
+    def _of_running(self, running: torch.Tensor) -> torch.Tensor:
+        """Sums of the sorted rows from a running sum (keys + 1)."""
+        import torch
+
+        found = torch.zeros(self._count, dtype=torch.float64, device=self._device)
+        if isinstance(self._mask, BlockMap):
+            edges = self._at(self._mask.k_edges)
+            blocks = running[edges[1:]] - running[edges[:-1]]
+            return self._of_blocks(blocks)[self._blocks]
+        for at, begin, end in self._chunks:
+            found.index_add_(0, at, running[end] - running[begin])
+        return found
+
+    def _of_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Sums of the rows of blocks from those of the columns of blocks."""
+        import torch
+
+        assert isinstance(self._mask, BlockMap)
+        keep = self._mask.keep(self._number)
+        step = max(1, BLOCK_ELEMENTS // max(1, keep.shape[1]))
+        parts = [torch.from_numpy(keep[i : i + step]).to(self._device).double() @ blocks for i in range(0, len(keep), step)]
+        return torch.cat(parts)

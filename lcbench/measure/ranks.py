@@ -1,0 +1,35 @@
+"""What ranks tell each other besides what is measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every rank's value, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def first_word(reason: str | None) -> str | None:
+    """The first rank's reason not to run, or None when every rank can."""
+    return next((r for r in from_all(reason) if r), None)
+
+
+def reduce(x: torch.Tensor, operation: str = "sum") -> torch.Tensor:
+    """A tensor summed over all ranks, or the largest (``max``) of each element."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        x = x.contiguous()
+        dist.all_reduce(x, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation])
+    return x
+
+
+def least(value: int, device: torch.device) -> int:
+    """The smallest value of any rank."""
+    return -int(reduce(torch.tensor([-value], device=device), "max"))

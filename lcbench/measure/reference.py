@@ -1,0 +1,199 @@
+"""The float64 reference: exact results for some query rows (out, LSE, dq) and key columns (dk, dv), how far roundings carry each.
+
+A row needs only its partial over every rank's own keys and an all-reduce, so a row costs what it sees, however long the sequence
+is, and no rank ever holds more than its own tokens. Imports no kernel and uses a mask only by rows and columns, on global indices:
+bands as intervals, block maps as a look-up; so it shares neither the layout algebra nor the tiles with what it judges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lcbench.masks.band import BandMask, Ints
+from lcbench.masks.mask import Mask
+from lcbench.measure.ranks import least, reduce
+from lcbench.problem import Problem
+
+ELEMENTS = 1 << 22  # rows times keys times heads that are looked at at the least
+SAMPLE = 64  # rows, and columns, beyond the corners, however long the sequence is
+MAX_CORNERS = 64
+CHUNK_ELEMENTS = 1 << 22  # scores at a time, over all heads
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank owns: global token indices and the tensors of these tokens."""
+
+    tokens: Ints
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A tensor's exact rows, float64, and of each element the ``spread`` of its terms and what is ``common`` to them
+    (``measure.bounds``); ``floor``: what the smallest number of a type is multiplied by; ``count``: how many terms there are."""
+
+    value: torch.Tensor
+    spread: torch.Tensor
+    common: torch.Tensor
+    floor: torch.Tensor
+    count: torch.Tensor
+
+
+def sample(mask: Mask, side: str, seed: list[int], heads: int) -> Ints:
+    """Rows (``side="q"``) or columns to check: all of them where that is cheap, else the first and last of bands (the corners of
+    the mask), and a seeded draw."""
+    number = mask.num_q if side == "q" else mask.num_k
+    wanted = max(SAMPLE, ELEMENTS // (heads * max(1, mask.num_k if side == "q" else mask.num_q)))
+    if wanted >= number:
+        return np.arange(number)
+    corners = np.unique(np.concatenate([[0, number - 1], mask.corners(side)]))
+    random = np.random.default_rng([*seed, number, side == "k"])
+    if len(corners) > MAX_CORNERS:
+        corners = np.concatenate([corners[[0, -1]], random.choice(corners, MAX_CORNERS, replace=False)])
+    return np.unique(np.concatenate([corners, random.integers(0, number, wanted)])).astype(np.int64)
+
+
+def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, *, scores: bool) -> dict[str, Exact]:
+    """out, lse and dq of global rows, the same on every rank; collective.
+
+    Args:
+        scores: spreads are those of a kernel that rounds its scores.
+    """
+    q, dout = collected(shard.q, shard.tokens, wanted), None
+    if shard.dout is not None:
+        dout = collected(shard.dout, shard.tokens, wanted)
+    keys, values = (_per_query_head(x.double(), problem) for x in (shard.k, shard.v))
+    parts: dict[str, list[tuple[torch.Tensor, ...]]] = {"out": [], "lse": [], "dq": []}
+    for chunk in _chunks(len(wanted), problem.heads.q * len(shard.tokens), q.device):
+        allowed = _allowed(mask, wanted[chunk], shard.tokens, problem)
+        seen = allowed.reshape(-1, allowed.shape[-1]).any(0)
+        allowed, k, v = allowed[..., seen].to(q.device), keys[seen.to(q.device)], values[seen.to(q.device)]
+        s = torch.einsum("qhd,khd->hqk", q[chunk], k) * problem.softmax_scale
+        s = s.masked_fill(~allowed, -torch.inf)
+        top = reduce(s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:2], -torch.inf), "max")
+        shift = torch.where(top == -torch.inf, 0.0, top)
+        weights = torch.exp(s - shift[..., None])
+        total, count = reduce(torch.stack([weights.sum(-1), (weights > 0).double().sum(-1)]))
+        p = weights / torch.where(total == 0, 1.0, total)[..., None]
+        size = torch.where(p > 0, s, 0.0)
+        squares = p.square() * (1 + size.square() if scores else 1.0)
+        out = reduce(torch.einsum("hqk,khd->qhd", p, v))
+        floor = (1 + count.sqrt()).T[..., None]
+        spread = reduce(torch.einsum("hqk,khd->qhd", squares, v.square())).sqrt()
+        parts["out"].append((out, spread, out.abs(), floor.expand_as(out), count.T[..., None]))
+        lse = (torch.log(total) + shift).T
+        rough = reduce((p.square() * size.square()).sum(-1)).sqrt().T
+        parts["lse"].append((lse, rough, torch.zeros_like(lse), torch.zeros_like(lse), count.T))
+        if dout is None:
+            continue
+        product = dout[chunk] * out
+        delta = product.sum(-1).T[..., None]
+        dp = torch.einsum("qhd,khd->hqk", dout[chunk], v)
+        dq = reduce(torch.einsum("hqk,khd->qhd", p * (dp - delta), k)) * problem.softmax_scale
+        spread = reduce(torch.einsum("hqk,khd->qhd", squares * (dp.abs() + delta.abs()).square(), k.square())).sqrt()
+        # A rounded out shifts delta, and that a whole row.
+        mean = reduce(torch.einsum("hqk,khd->qhd", p, k)).abs()
+        common = dq.abs() + problem.softmax_scale * product.square().sum(-1, keepdim=True).sqrt() * mean
+        parts["dq"].append((dq, problem.softmax_scale * spread, common, floor.expand_as(dq), count.T[..., None]))
+    return {name: Exact(*(torch.cat(x) for x in zip(*found, strict=True))) for name, found in parts.items() if found}
+
+
+def columns(
+    mask: Mask, problem: Problem, shard: Shard, wanted: Ints, lse: torch.Tensor, out: torch.Tensor, *, scores: bool
+) -> dict[str, Exact]:
+    """dk and dv of global columns, from LSE and out of this rank's rows; the same on every rank; collective."""
+    assert shard.dout is not None
+    keys, values = (_per_query_head(collected(x, shard.tokens, wanted), problem) for x in (shard.k, shard.v))
+    q_all, dout_all, out_all = shard.q.double(), shard.dout.double(), out.double()
+    lse_all = torch.where(lse == -torch.inf, 0.0, lse).double()
+    parts: dict[str, list[tuple[torch.Tensor, ...]]] = {"dk": [], "dv": []}
+    for chunk in _chunks(len(wanted), problem.heads.q * len(shard.tokens), q_all.device):
+        allowed = _allowed(mask.transpose(), wanted[chunk], shard.tokens, problem).transpose(-1, -2)
+        seen = allowed.any(-1).reshape(-1, allowed.shape[-2]).any(0)
+        allowed, seen = allowed[..., seen, :].to(q_all.device), seen.to(q_all.device)
+        q, dout = q_all[seen], dout_all[seen]
+        product = dout * out_all[seen]
+        delta = product.sum(-1).T[..., None]
+        s = torch.einsum("qhd,khd->hqk", q, keys[chunk]) * problem.softmax_scale
+        p = torch.exp(s - lse_all[seen].T[..., None]).masked_fill(~allowed, 0.0)
+        dp = torch.einsum("qhd,khd->hqk", dout, values[chunk])
+        squares = p.square() * (1 + s.square() if scores else 1.0)
+        shifted = p.square() * product.square().sum(-1).T[..., None]
+        terms = {
+            "dv": (torch.einsum("hqk,qhd->khd", p, dout), torch.einsum("hqk,qhd->khd", squares, dout.square()), 1.0),
+            "dk": (
+                torch.einsum("hqk,qhd->khd", p * (dp - delta), q),
+                torch.einsum("hqk,qhd->khd", squares * (dp.abs() + delta.abs()).square() + shifted, q.square()),
+                problem.softmax_scale,
+            ),
+        }
+        count = _per_kv_head((p > 0).double().sum(1).T[..., None], problem)
+        for name, (value, square, scale) in terms.items():
+            value, square, number = (
+                reduce(x) for x in (_per_kv_head(value, problem), _per_kv_head(square, problem), count.clone())
+            )
+            value = value * scale
+            parts[name].append((value, scale * square.sqrt(), value.abs(), (1 + number.sqrt()).expand_as(value), number))
+    return {name: Exact(*(torch.cat(x) for x in zip(*found, strict=True))) for name, found in parts.items()}
+
+
+def owned(tokens: Ints, wanted: Ints) -> tuple[torch.Tensor, torch.Tensor]:
+    """(local positions, positions in ``wanted``) of the wanted tokens that this rank owns; ``wanted`` is sorted."""
+    at = np.searchsorted(wanted, tokens).clip(0, len(wanted) - 1)
+    hit = np.nonzero(wanted[at] == tokens)[0]
+    return torch.from_numpy(hit), torch.from_numpy(at[hit])
+
+
+def collected(x: torch.Tensor, tokens: Ints, wanted: Ints) -> torch.Tensor:
+    """Global rows ``wanted`` of a tensor of which every rank owns some, in float64, on every rank."""
+    mine, positions = owned(tokens, wanted)
+    found = torch.zeros((len(wanted), *x.shape[1:]), dtype=torch.float64, device=x.device)
+    found[positions] = x[mine].double()
+    return reduce(found)
+
+
+def _allowed(mask: Mask, wanted: Ints, keys: Ints, problem: Problem) -> torch.Tensor:
+    """bool (rows, keys), or (Hq, rows, keys) where heads differ."""
+    if isinstance(mask, BandMask):
+        return _allowed_by_bands(mask, wanted, keys)
+    row, column = (np.searchsorted(edges, at, side="right") - 1 for edges, at in ((mask.q_edges, wanted), (mask.k_edges, keys)))
+    kept = np.stack([mask.keep(i)[row[:, None], column] for i in range(mask.maps)])
+    return torch.from_numpy(kept).repeat_interleave(problem.heads.q // mask.maps, 0)
+
+
+def _allowed_by_bands(mask: BandMask, wanted: Ints, keys: Ints) -> torch.Tensor:
+    """Each band gives each of its rows one interval of keys."""
+    allowed = np.zeros((len(wanted), len(keys)), dtype=bool)
+    for q0, q1, k0, k1, lo, hi in mask.bands[_touching(mask, wanted)]:
+        inside = np.nonzero((q0 <= wanted) & (wanted < q1))[0]
+        begin = np.maximum(k0, wanted[inside] + lo)[:, None]
+        end = np.minimum(k1, wanted[inside] + hi + 1)[:, None]
+        allowed[inside] |= (begin <= keys) & (keys < end)
+    return torch.from_numpy(allowed)
+
+
+def _touching(mask: BandMask, wanted: Ints) -> Ints:
+    """Indices of the bands that hold one of the rows (sorted)."""
+    first = np.searchsorted(wanted, mask.bands[:, 0])
+    return np.nonzero((first < len(wanted)) & (wanted[np.minimum(first, len(wanted) - 1)] < mask.bands[:, 1]))[0]
+
+
+def _per_query_head(x: torch.Tensor, problem: Problem) -> torch.Tensor:
+    return x.repeat_interleave(problem.heads.q // problem.heads.kv, 1)
+
+
+def _per_kv_head(x: torch.Tensor, problem: Problem) -> torch.Tensor:
+    return x.unflatten(1, (problem.heads.kv, -1)).sum(2)
+
+
+def _chunks(count: int, elements_each: int, device: torch.device) -> list[slice]:
+    # Ranks own different numbers of tokens but must reduce equally often.
+    size = least(max(1, CHUNK_ELEMENTS // max(1, elements_each)), device)
+    return [slice(begin, begin + size) for begin in range(0, count, size)]
