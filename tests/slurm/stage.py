@@ -84,7 +84,7 @@ class Server:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "server.log", "ab") as log:
             self.process = subprocess.Popen([ROOT / "slurm" / "mlflow.sh"], env=environment, stdout=log, stderr=log)
-        wait_until(self._answers, 60)
+        wait_until(self._answers, 180)  # on a machine that is busy with everything else
 
     def _answers(self) -> bool:
         with socket.socket() as probe:
