@@ -9,7 +9,7 @@ has a type of its own, float32, and is judged by it. docs/measuring.md has the f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -253,6 +253,3 @@ def verdict(
         if not worst.ratio <= 1.0:
             failures.append(f"{tensor}: error {worst.error:.3g} above its bound {worst.bound:.3g} ({part}, {worst.where})")
     return Check(errors, bounds, rows, columns, whole, ratios, failures, unchecked)
-
-
-Reduce = Callable[[torch.Tensor], torch.Tensor]

@@ -37,10 +37,10 @@ class Result:
     dk: torch.Tensor | None = None
     dv: torch.Tensor | None = None
 
-    def items(self) -> list[tuple[str, torch.Tensor]]:
+    def named(self) -> dict[str, torch.Tensor]:
         """The tensors by name, LSE last."""
         named = {"out": self.out, "dq": self.dq, "dk": self.dk, "dv": self.dv, "lse": self.lse}
-        return [(name, x) for name, x in named.items() if x is not None]
+        return {name: x for name, x in named.items() if x is not None}
 
 
 def one_pass(run: Run, shard: Shard) -> Result:
@@ -150,7 +150,7 @@ class Examination:
                 size = before.abs().nan_to_num(posinf=0.0) + 1
                 bound = unit * size if not self._bounds.half else 1e-5 * size
             else:
-                norm = dict(result.items())[name].double().square().sum(-1).sqrt()
+                norm = result.named()[name].double().square().sum(-1).sqrt()
                 # Sums in another order end up elsewhere by what rounds their terms, which are as large where little is left.
                 usual = reduce(torch.stack([norm.square().sum(), norm.new_tensor(float(norm.numel()))]))
                 bound = unit * (
@@ -172,7 +172,7 @@ class Examination:
     def _digested(self, result: Result) -> dict[str, torch.Tensor]:
         """A number per token and head of each tensor: elements with signs of their own, added up."""
         found = {}
-        for name, x in result.items():
+        for name, x in result.named().items():
             signs = np.random.default_rng(len(name)).choice([-1.0, 1.0], x.shape[-1])
             found[name] = x.double() if name == "lse" else (x.double() * torch.from_numpy(signs).to(x.device)).sum(-1)
         return found
@@ -181,7 +181,7 @@ class Examination:
         scores = self._bounds.rounding.scores
         exact = rows(self._mask, self._problem, shard, self._rows, scores=scores)
         for name in [str(n) for n in ("out", "dq", "lse") if n in exact and n not in self._unchecked]:
-            self._compare(name, dict(result.items())[name], exact[name], self._rows)
+            self._compare(name, result.named()[name], exact[name], self._rows)
         if shard.dout is None:
             return
         lse, out = result.lse, result.out
@@ -190,7 +190,7 @@ class Examination:
             lse, out = exact["lse"].value[own], exact["out"].value[own]
         exact = columns(self._mask, self._problem, shard, self._columns, lse, out, scores=scores)
         for name in ("dk", "dv"):
-            self._compare(name, dict(result.items())[name], exact[name], self._columns)
+            self._compare(name, result.named()[name], exact[name], self._columns)
 
     def _compare(self, name: str, got: torch.Tensor, exact: Exact, wanted: Ints) -> None:
         """Elements, each row's elements together, and each head's factor."""
