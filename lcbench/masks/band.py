@@ -336,8 +336,9 @@ def _pairs_below(q0: Ints, q1: Ints, k0: Ints, k1: Ints, bound: Ints) -> Ints:
     width = k1 - k0
 
     def summed(top: Ints) -> Ints:  # sum of clip(x, 0, width) over all x <= top
-        inside = top.clip(0, width)
-        return inside * (inside + 1) // 2 + (top - width).clip(0) * width
+        above = np.maximum(top, 0)
+        inside = np.minimum(above, width)
+        return inside * (inside + 1) // 2 + (above - inside) * width
 
-    bound = bound.clip(k0 - q1, k1 - q0)
+    bound = np.minimum(np.maximum(bound, k0 - q1), k1 - q0)
     return summed(q1 - 1 + bound - k0 + 1) - summed(q0 + bound - k0)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from lcbench.kernels.base import Rounding
@@ -225,7 +226,7 @@ class Judge:
             worst.largest, worst.allowed = float(most), float(bound.flatten()[place])
         highest, place = ratio.flatten().max(0)
         if float(highest) > worst.ratio or not worst.where:
-            at = [int(i) for i in torch.unravel_index(place, exact.shape)]
+            at = [int(i) for i in np.unravel_index(int(place), exact.shape)]  # torch's imports sympy at first use
             heads = [head] if head is not None else at[1:2] if exact.ndim > 1 else []
             worst.where = ", ".join([f"token {int(tokens[at[0]])}", *(f"head {h}" for h in heads)])
             worst.ratio, worst.error, worst.bound = float(highest), float(error[tuple(at)]), float(bound[tuple(at)])

@@ -128,7 +128,6 @@ class Started:
 
     def __init__(self, work: Work, number: int, gang: Gang) -> None:
         problem, self.device = work.problem, gang.device
-        self.before = in_use(gang.device)
         begun = time.perf_counter()
         self.mask = work.make_mask(number)
         self.executor: Executor | None = None
@@ -209,6 +208,7 @@ class Started:
 
 def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None]) -> Measured:
     problem, device = work.problem, gang.device
+    before = in_use(device)
     started = Started(work, number, gang)
     measured = _begun(started)
     if not measured.stands:
@@ -247,7 +247,7 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
     check_s += time.perf_counter() - ended
 
     say("measuring memory")
-    kept = in_use(device) - started.before - started.input_bytes - examination.held_bytes
+    kept = in_use(device) - before - started.input_bytes - examination.held_bytes
     peak = peak_bytes(lambda: _once(started.run, started.shard), device)
     # What was made ready and is kept was there before the pass, and is needed all the same.
     peaks = from_all(-1 if peak is None else peak + max(kept, 0))

@@ -11,6 +11,7 @@ from lcbench.masks.band import Ints
 from lcbench.problem import Problem
 
 BLOCK = 256  # tokens drawn together; part of what the numbers are, so it never changes
+ELEMENTS = 1 << 22  # of blocks that are drawn before they are put in place
 
 
 def draw(name: str, tokens: Ints, problem: Problem, seed: int, device: torch.device) -> torch.Tensor:
@@ -24,11 +25,17 @@ def draw(name: str, tokens: Ints, problem: Problem, seed: int, device: torch.dev
     drawn_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     result = torch.empty((len(tokens), heads, problem.heads.dim), dtype=dtype, device=device)
     generator = torch.Generator(device)
-    blocks = tokens // BLOCK
-    for block in np.unique(blocks).tolist():
-        text = f"{seed}/{name}/{block}".encode()
-        generator.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1)
-        values = torch.randn((BLOCK, heads, problem.heads.dim), generator=generator, dtype=drawn_dtype, device=device)
-        rows = np.nonzero(blocks == block)[0]
-        result[torch.from_numpy(rows).to(device)] = values[torch.from_numpy(tokens[rows] % BLOCK).to(device)].to(dtype)
+    blocks, inverse = np.unique(tokens // BLOCK, return_inverse=True)
+    rows, ends = np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse, minlength=len(blocks)))
+    together = max(1, ELEMENTS // (BLOCK * heads * problem.heads.dim))
+    for first in range(0, len(blocks), together):
+        some = blocks[first : first + together].tolist()
+        values = torch.empty((len(some), BLOCK, heads, problem.heads.dim), dtype=drawn_dtype, device=device)
+        for block, into in zip(some, values, strict=True):
+            text = f"{seed}/{name}/{block}".encode()
+            generator.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1)
+            into.normal_(generator=generator)
+        mine = rows[ends[first - 1] if first else 0 : ends[first + len(some) - 1]]
+        places = (inverse[mine] - first) * BLOCK + tokens[mine] % BLOCK
+        result[torch.from_numpy(mine).to(device)] = values.flatten(0, 1)[torch.from_numpy(places).to(device)].to(dtype)
     return result

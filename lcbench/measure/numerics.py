@@ -110,6 +110,7 @@ class Examination:
         probe.fill(shard.q, shard.k, shard.v, shard.dout)
         result = one_pass(self._run, shard)
         score, bounds = abs(probe.largest_score), self._bounds
+        factors = _Factors(bounds.shared())
         for head in range(self._problem.heads.q):
             want = probe.rows(head)
             judge = self._of_head(name, head)
@@ -119,26 +120,22 @@ class Examination:
             allowed = bounds.out(want.out_spread, want.out_common, want.out, want.key[:, None], lse, want.count[:, None])
             judge("out", result.out[:, head], want.out, allowed)
             if result.dq is not None and want.gradient is not None:
-                self._of_terms(judge, "dq", result.dq[:, head], want.gradient, want.count)
+                self._of_terms(judge, factors, "dq", result.dq[:, head], want.gradient, want.count)
         if result.dk is None or result.dv is None:
             return
         for head in range(self._problem.heads.kv):
             sums = probe.columns(head)
             for tensor, got, terms in (("dk", result.dk, sums.dk), ("dv", result.dv, sums.dv)):
-                self._of_terms(self._of_head(name, head), tensor, got[:, head], terms, sums.count)
+                self._of_terms(self._of_head(name, head), factors, tensor, got[:, head], terms, sums.count)
+        factors.judge()
 
-    def _of_terms(self, judge: _OfHead, tensor: str, got: torch.Tensor, terms: Terms, count: torch.Tensor) -> None:
-        """Elements of a gradient, and the factor that all of them have in common; collective."""
-        judge(
-            tensor,
-            got,
-            terms.value,
-            self._bounds.summed(terms.spread, terms.value.abs() + terms.common, terms.floor, count[:, None]),
-        )
-        got = got.double()
-        products = reduce(torch.stack([(got * terms.value).sum(), terms.value.square().sum()]))
-        if products[1] > 0:
-            judge.number(tensor, abs(float(products[0] / products[1]) - 1), self._bounds.shared())
+    def _of_terms(
+        self, judge: _OfHead, factors: _Factors, tensor: str, got: torch.Tensor, terms: Terms, count: torch.Tensor
+    ) -> None:
+        """Elements of a gradient of one head, and their part in the factor that all of them have in common."""
+        bound = self._bounds.summed(terms.spread, terms.value.abs() + terms.common, terms.floor, count[:, None])
+        judge(tensor, got, terms.value, bound)
+        factors.add(judge, tensor, got, terms.value)
 
     def last(self, part: str, result: Result, negated: bool) -> None:
         """Check a later pass on the inputs of the first, or on the negative of all of them: all but LSE is then negative too."""
@@ -259,6 +256,26 @@ class _OfHead:
 
     def number(self, tensor: str, error: float, bound: float) -> None:
         self.judge.number(f"{self.part}, factor", tensor, error, bound, f"head {self.head}")
+
+
+class _Factors:
+    """How far from 1 the factors may be (``allowed``) by which heads' gradients follow the exact ones, on all ranks together."""
+
+    def __init__(self, allowed: float) -> None:
+        self._allowed = allowed
+        self._of: list[tuple[_OfHead, str]] = []
+        self._products: list[torch.Tensor] = []
+
+    def add(self, judge: _OfHead, tensor: str, got: torch.Tensor, want: torch.Tensor) -> None:
+        """This rank's elements of a tensor of one head."""
+        self._of.append((judge, tensor))
+        self._products.append(torch.stack([(got.double() * want).sum(), want.square().sum()]))
+
+    def judge(self) -> None:
+        """One message for all heads: at many ranks each takes longer than what it brings. Collective."""
+        for (judge, tensor), (product, squares) in zip(self._of, reduce(torch.stack(self._products)).tolist(), strict=True):
+            if squares > 0:
+                judge.number(tensor, abs(product / squares - 1), self._allowed)
 
 
 def _number(seed: list[int]) -> int:

@@ -83,17 +83,10 @@ def measured_peak(dtype: torch.dtype, device: torch.device) -> float:
     return _measured(_name(dtype), device, again=False)
 
 
-def measured_again(dtype: torch.dtype, device: torch.device) -> float:
-    """Measure the product once more, and TFLOP/s of the best of all tries of this process.
-
-    What else runs on a machine only makes a product slower, so the best is the nearest to the truth.
-    """
-    return _measured(_name(dtype), device, again=True)
-
-
 def measured_limit(dtype: torch.dtype, device: torch.device, *, again: bool = False) -> float:
     """TFLOP/s that no sound kernel exceeds here, by measured products; ``again`` measures once more before it answers.
 
+    What else runs on a machine only makes a product slower, so the best of all tries of this process is the nearest to the truth.
     For a half type that is the larger of its own product and float32's: where a CPU has no units for it, torch's product in it is
     slow, and kernels compute it in float32. For float32 on CUDA it is the larger of its own and TF32's (``configured_limit``).
     """

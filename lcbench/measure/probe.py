@@ -114,7 +114,7 @@ class Probe:
         tokens: the rank's, global indices; those of all ranks together are 0 ... S-1.
         seed: signs, levels and where digits begin.
         zero: queries of zeros.
-        collect: sums a tensor (S,) over all ranks.
+        collect: sums a tensor over all ranks.
     """
 
     def __init__(
@@ -354,8 +354,7 @@ class Probe:
             total, scale, delta = self._weights(kind)[1], torch.exp2(self._exponents(kind.number)), self._delta(kind)
             safe = torch.where(total == 0, torch.inf, total)
             size = self._size(kind) * scale + delta.abs()
-            lines = [scale / safe, delta / safe, size / safe, scale]
-            share, stats, sizes, bare = (self._everywhere(line) for line in lines)
+            share, stats, sizes, bare = self._everywhere(torch.stack([scale / safe, delta / safe, size / safe, scale]))
             every = np.arange(self._problem.seqlen)
             visible = Visible(self._mask.transpose(), self._tokens, self._device, kind.number)
             levels = self._query_level(every)
@@ -369,10 +368,11 @@ class Probe:
         return self._columns[kind]
 
     def _everywhere(self, own: torch.Tensor) -> torch.Tensor:
+        """(n, S) of this rank's and all others' (n, T); collective."""
         import torch
 
-        whole = torch.zeros(self._problem.seqlen, dtype=torch.float64, device=self._device)
-        whole[torch.from_numpy(self._tokens).to(self._device)] = own
+        whole = torch.zeros((len(own), self._problem.seqlen), dtype=torch.float64, device=self._device)
+        whole[:, torch.from_numpy(self._tokens).to(self._device)] = own
         return self._collect(whole)
 
     def columns(self, kv: int) -> Columns:

@@ -73,8 +73,8 @@ def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, *, scores: bo
     parts: dict[str, list[tuple[torch.Tensor, ...]]] = {"out": [], "lse": [], "dq": []}
     for chunk in _chunks(len(wanted), problem.heads.q * len(shard.tokens), q.device):
         allowed = _allowed(mask, wanted[chunk], shard.tokens, problem)
-        seen = allowed.reshape(-1, allowed.shape[-1]).any(0)
-        allowed, k, v = allowed[..., seen].to(q.device), keys[seen.to(q.device)], values[seen.to(q.device)]
+        seen = _some(allowed.reshape(-1, allowed.shape[-1]).any(0))
+        allowed, k, v = allowed[..., seen].to(q.device), keys[seen], values[seen]
         s = torch.einsum("qhd,khd->hqk", q[chunk], k) * problem.softmax_scale
         s = s.masked_fill(~allowed, -torch.inf)
         top = reduce(s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:2], -torch.inf), "max")
@@ -116,8 +116,8 @@ def columns(
     parts: dict[str, list[tuple[torch.Tensor, ...]]] = {"dk": [], "dv": []}
     for chunk in _chunks(len(wanted), problem.heads.q * len(shard.tokens), q_all.device):
         allowed = _allowed(mask.transpose(), wanted[chunk], shard.tokens, problem).transpose(-1, -2)
-        seen = allowed.any(-1).reshape(-1, allowed.shape[-2]).any(0)
-        allowed, seen = allowed[..., seen, :].to(q_all.device), seen.to(q_all.device)
+        seen = _some(allowed.any(-1).reshape(-1, allowed.shape[-2]).any(0))
+        allowed = allowed[..., seen, :].to(q_all.device)
         q, dout = q_all[seen], dout_all[seen]
         product = dout * out_all[seen]
         delta = product.sum(-1).T[..., None]
@@ -157,6 +157,15 @@ def collected(x: torch.Tensor, tokens: Ints, wanted: Ints) -> torch.Tensor:
     found = torch.zeros((len(wanted), *x.shape[1:]), dtype=torch.float64, device=x.device)
     found[positions] = x[mine].double()
     return reduce(found)
+
+
+def _some(seen: torch.Tensor) -> slice | torch.Tensor:
+    """What picks the tokens that are seen: where it holds few others, the stretch from the first to the last, which is no copy."""
+    places = torch.nonzero(seen).flatten()
+    if not len(places):
+        return slice(0, 0)
+    stretch = slice(int(places[0]), int(places[-1]) + 1)
+    return stretch if 2 * len(places) >= stretch.stop - stretch.start else places
 
 
 def _allowed(mask: Mask, wanted: Ints, keys: Ints, problem: Problem) -> torch.Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import json
 import os
 import random
@@ -79,6 +80,9 @@ def main(pack_path: Path, node_rank: int) -> None:
     gang = Gang(rank, world_size, device, Groups(), pack.settings.devices)
     # Its nodes' GPUs one by one stay in the pack's file.
     check = {k: v for k, v in sweep.pack_file(pack.id, "check.json").items() if k != "facts"} if rank == 0 else {}
+    # Memory is measured after a collection each, which need not visit all modules again.
+    gc.collect()
+    gc.freeze()
     crew = Crew(gang, sweep, pack, Results(sweep, pack))
     if crew.measure_first(describe(device) | {"check": check}):
         crew.measure_again()

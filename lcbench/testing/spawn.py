@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-# Ranks are forked from a process that has imported these: importing torch takes longer than most of what ranks are for.
-PRELOAD = ["lcbench.cp.execute", "lcbench.measure.cell", "lcbench.testing.spawn"]
+# Ranks are forked from a process that has imported these: importing torch, and what autograd imports at first use, takes longer
+# than most of what ranks are for.
+PRELOAD = ["lcbench.cp.execute", "lcbench.measure.cell", "lcbench.testing.spawn", "torch.fx.experimental.symbolic_shapes"]
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> None:
@@ -28,6 +30,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> None
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the parent imported, which the collections before each measurement need not visit
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     try:
         function(rank, *args)

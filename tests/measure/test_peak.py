@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from lcbench.grid.devices import known_devices
 from lcbench.grid.paths import CONF
 from lcbench.measure import peak
-from lcbench.measure.peak import configured_limit, configured_peak, entry_of, measured_again, measured_limit, measured_peak
+from lcbench.measure.peak import configured_limit, configured_peak, entry_of, measured_limit, measured_peak
 from lcbench.problem import DTYPES
 from lcbench.testing import gpu_check
 
@@ -146,8 +146,8 @@ def rates(monkeypatch: pytest.MonkeyPatch, found: dict[str, list[float]]) -> lis
 def test_a_measured_peak_is_the_best_of_all_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = rates(monkeypatch, {"float64": [0.3, 0.5, 0.4]})
     assert measured_peak(torch.float64, CPU) == measured_peak(torch.float64, CPU) == 0.3  # once
-    assert measured_again(torch.float64, CPU) == measured_peak(torch.float64, CPU) == 0.5
-    assert measured_again(torch.float64, CPU) == 0.5
+    assert measured_limit(torch.float64, CPU, again=True) == measured_peak(torch.float64, CPU) == 0.5
+    assert measured_limit(torch.float64, CPU, again=True) == 0.5
     assert asked == ["float64"] * 3
 
 

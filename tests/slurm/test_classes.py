@@ -42,7 +42,7 @@ def late(devcluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     fault.touch()
     environment = {**devcluster, "LCBENCH_TEST_FAULT": str(fault)}
     done = lcbench(
-        "sweep", *SMALL, "kernel=faulty_hang,sdpa_flash", "cp=ring,ulysses", "scale=1x2", "pack.max_minutes=1", "retry.timeout=0",
+        "sweep", *SMALL, "kernel=faulty_hang,sdpa_flash", "cp=ring,ulysses", "scale=1x2", "pack.max_minutes=2", "retry.timeout=0",
         "hang.min_s=900", "sweep=late", f"results={folder}", f"tracking_uri=sqlite:///{folder}/mlflow.db", environment=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
