@@ -146,7 +146,8 @@ class Started:
         except Unsupported as refused:
             reason = str(refused)
         # One rank's tile may be what its kernel cannot run while the others' are well.
-        self.reason = first_word(reason)
+        reasons, calls = zip(*from_all((reason, self.executor.calls if self.executor else 1)), strict=True)
+        self.reason = next((r for r in reasons if r), None)
         if self.reason:
             return
         self.prepare_s = time.perf_counter() - begun
@@ -154,10 +155,9 @@ class Started:
         self._problem, self._seed = problem, work.seed
         self.shard = Shard(self.tokens, *(self._drawn(name) for name in INPUTS[: 4 if problem.backward else 3]))
         self.negated = False
-        calls = max(from_all(self.executor.calls if self.executor else 1))
         # A library adds up gradients on their way between ranks in whatever type it likes.
         hops = gang.world_size if problem.transit == "input" or self.executor is None else 0
-        bounds = Bounds(problem, work.kernel.rounding(Platform.of(gang.device)), calls * gang.world_size, hops)
+        bounds = Bounds(problem, work.kernel.rounding(Platform.of(gang.device)), max(calls) * gang.world_size, hops)
         seed = [work.seed, work.attempt, number]
         own_lse = getattr(self.run, "own_lse", True)
         self.examination = Examination(self.run, self.mask, problem, self.tokens, bounds, seed, own_lse=own_lse)
@@ -260,7 +260,7 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
     measured.notes["stopped_by"] = timed.stopped_by
     flops = _flops(problem, pairs)
     measured.implausible = _implausible(started, problem, gang, timed.slowest, flops, sent)
-    peak_tflops, source = _peak(gang, problem.dtype)
+    peak_tflops, source = _peak(problem, gang)
     metrics["compute/peak_tflops"], measured.notes["peak_source"] = peak_tflops, source
     slowest = _with_total(timed.slowest)
     flops["total"] = sum(flops.values())
@@ -272,8 +272,8 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
         metrics[_compute(phase, "mfu")] = rate / peak_tflops
         measured.samples[f"{phase}_s"] = seconds
         measured.samples[f"block_{phase}_s"] = [metrics[f"time/{phase}/median_s"]]
-    for phase, own in timed.own.items():
-        measured.samples[f"rank_{phase}_median_s"] = from_all(float(np.median(own)))
+    for phase, medians in _by_phase({phase: float(np.median(own)) for phase, own in timed.own.items()}).items():
+        measured.samples[f"rank_{phase}_median_s"] = medians
     if executor is not None and gang.world_size > 1:
         say("timing computing and communicating apart")
         _measure_overlap(measured, executor, started.shard, work.settings, device)
@@ -348,15 +348,17 @@ def _checked(measured: Measured, examination: Examination, check_s: float) -> bo
 
 def _count(measured: Measured, executor: Executor, pairs: int, sent: dict[str, int | None]) -> None:
     """What a schedule's run is made of. Collective."""
-    metrics, rank_pairs = measured.metrics, from_all(executor.pairs)
+    metrics, both = measured.metrics, {phase: n or 0 for phase, n in sent.items()}
+    ranks = from_all((executor.pairs, both, executor.buffer_bytes, executor.calls))
+    rank_pairs, rank_sent, rank_buffers, rank_calls = (list(x) for x in zip(*ranks, strict=True))
     if sum(rank_pairs) != pairs:
         raise AssertionError(f"the ranks compute {sum(rank_pairs)} pairs over all query heads, the mask has {pairs}")
     metrics["balance/area_max_over_mean"] = max(rank_pairs) * len(rank_pairs) / pairs if pairs else 1.0
-    metrics["comm/forward/bytes"] = float(max(from_all(sent["forward"])))
-    metrics["comm/backward/bytes"] = float(max(from_all(sent.get("backward", 0))))
-    metrics["comm/bytes"] = float(max(from_all(sum(n or 0 for n in sent.values()))))
-    metrics["memory/buffer_bytes"] = float(max(from_all(executor.buffer_bytes)))
-    measured.notes["kernel_calls"] = from_all(executor.calls)
+    for phase in ("forward", "backward"):
+        metrics[f"comm/{phase}/bytes"] = float(max(n.get(phase, 0) for n in rank_sent))
+    metrics["comm/bytes"] = float(max(sum(n.values()) for n in rank_sent))
+    metrics["memory/buffer_bytes"] = float(max(rank_buffers))
+    measured.notes["kernel_calls"] = rank_calls
     metrics["kernel/calls"] = float(max(measured.notes["kernel_calls"]))
 
 
@@ -374,18 +376,17 @@ def _implausible(
         slowest: seconds of every iteration by phase, of its slowest rank.
         sent: bytes that this rank sent; None where nobody counted.
     """
-    name, dtype = device_name(gang.device), getattr(torch, problem.dtype)
+    name = device_name(gang.device)
     entry = entry_of(gang.devices, name) or {}
-    least = least_traffic(started.mask, problem, started.tokens, gang.device)
+    least, moved = least_traffic(started.mask, problem, started.tokens, gang.device), _by_phase(sent)
     configured = configured_limit(gang.devices, name, problem.dtype)
     for attempt in range(PEAK_TRIES if configured is None else 1):
         limit, source = configured, f"conf/device entry for {name}"
         if limit is None:
-            limit = max(from_all(measured_limit(dtype, gang.device, again=attempt > 0)))
+            limit = _measured_limit(problem, gang, again=attempt > 0)
             source = f"matrix product measured on {name}"
         reasons = []
         for phase, seconds in slowest.items():
-            moved = None if sent[phase] is None else float(max(from_all(sent[phase])))
             reasons.append(
                 implausible(
                     phase,
@@ -393,7 +394,7 @@ def _implausible(
                     flops=flops[phase] / gang.world_size,
                     peak_tflops=limit,
                     peak_source=source,
-                    bytes_sent=moved,
+                    bytes_sent=None if sent[phase] is None else float(max(moved[phase])),
                     least_bytes_sent=least.sent,
                     link_gbytes_per_s=entry.get("link_gbytes_per_s"),
                     memory_bytes=least.memory[phase],
@@ -476,6 +477,12 @@ def over_draws(draws: list[Measured]) -> Measured:
     return joined
 
 
+def _by_phase(own: dict[str, Any]) -> dict[str, list[Any]]:
+    """Every rank's value of each phase. Collective."""
+    every = from_all(own)
+    return {phase: [values[phase] for values in every] for phase in own}
+
+
 def _compute(phase: str, name: str) -> str:
     return f"compute/{name}" if phase == "total" else f"compute/{phase}/{name}"
 
@@ -487,10 +494,16 @@ def _once(run: Run, shard: Shard) -> None:
     del out, saved
 
 
-def _peak(gang: Gang, dtype: str) -> tuple[float, str]:
+def _peak(problem: Problem, gang: Gang) -> tuple[float, str]:
     """(dense TFLOP/s per device, where it comes from)."""
     name = device_name(gang.device)
-    known = configured_peak(gang.devices, name, dtype)
+    known = configured_peak(gang.devices, name, problem.dtype)
     if known is not None:
         return known, f"conf/device entry for {name}"
-    return max(from_all(measured_limit(getattr(torch, dtype), gang.device))), f"matrix product measured on {name}"
+    return _measured_limit(problem, gang), f"matrix product measured on {name}"
+
+
+def _measured_limit(problem: Problem, gang: Gang, *, again: bool = False) -> float:
+    """Collective. Ranks of a node share its cores, so on a CPU one of each node measures."""
+    measures = gang.device.type == "cuda" or gang.rank % problem.scale.gpus_per_node == 0
+    return max(from_all(measured_limit(getattr(torch, problem.dtype), gang.device, again=again) if measures else 0.0))

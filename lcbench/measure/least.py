@@ -41,7 +41,8 @@ def least_traffic(mask: Mask, problem: Problem, tokens: Ints, device: torch.devi
         keys = max(keys, int((Visible(mask.transpose(), tokens, device, number).sums(lines[1:], whole=True)[0] > 0).sum()))
     bound = lower_bound_bytes(len(tokens), remote, problem.seqlen - len(tokens), problem.heads, problem.itemsize)
     memory = {
-        phase: float(max(from_all(lower_bound_memory(rows, keys, problem.heads, problem.itemsize, backward=phase == "backward"))))
+        phase: lower_bound_memory(rows, keys, problem.heads, problem.itemsize, backward=phase == "backward")
         for phase in ("forward", "backward")
     }
-    return Least(lower_bound_sent(from_all(bound)), memory)
+    bounds, memories = zip(*from_all((bound, memory)), strict=True)
+    return Least(lower_bound_sent(list(bounds)), {phase: float(max(m[phase] for m in memories)) for phase in memory})

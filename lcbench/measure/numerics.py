@@ -20,7 +20,7 @@ from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.measure.bounds import TOGETHER, Bounds, Check, Judge, verdict
 from lcbench.measure.probe import Probe, Terms
-from lcbench.measure.ranks import from_all, reduce
+from lcbench.measure.ranks import from_all, reduce, reduce_together
 from lcbench.measure.reference import Exact, Shard, columns, owned, rows, sample
 from lcbench.problem import Problem
 
@@ -53,8 +53,9 @@ def one_pass(run: Run, shard: Shard) -> Result:
 def misowned(tokens: Ints, seqlen: int, device: torch.device) -> str | None:
     """What is wrong with who owns which token; None if all ranks together own each once. Collective."""
     inside = tokens[(tokens >= 0) & (tokens < seqlen)]
-    counts = reduce(torch.from_numpy(np.bincount(inside, minlength=seqlen)).to(device))
-    outside = sum(from_all(len(tokens) - len(inside)))
+    # The last place counts what is no token of the sequence.
+    found = reduce(torch.from_numpy(np.append(np.bincount(inside, minlength=seqlen), len(tokens) - len(inside))).to(device))
+    counts, outside = found[:-1], int(found[-1])
     wrong = torch.nonzero(counts != 1).flatten()
     if outside:
         return f"{outside} tokens that ranks own are not among the {seqlen} of the sequence"
@@ -110,7 +111,7 @@ class Examination:
         probe.fill(shard.q, shard.k, shard.v, shard.dout)
         result = one_pass(self._run, shard)
         score, bounds = abs(probe.largest_score), self._bounds
-        factors = _Factors(bounds.shared())
+        factors = _Factors(self._judge)
         for head in range(self._problem.heads.q):
             want = probe.rows(head)
             judge = self._of_head(name, head)
@@ -120,41 +121,37 @@ class Examination:
             allowed = bounds.out(want.out_spread, want.out_common, want.out, want.key[:, None], lse, want.count[:, None])
             judge("out", result.out[:, head], want.out, allowed)
             if result.dq is not None and want.gradient is not None:
-                self._of_terms(judge, factors, "dq", result.dq[:, head], want.gradient, want.count)
+                self._of_terms(name, head, "dq", result.dq, want.gradient, want.count, factors)
         if result.dk is None or result.dv is None:
             return
         for head in range(self._problem.heads.kv):
             sums = probe.columns(head)
             for tensor, got, terms in (("dk", result.dk, sums.dk), ("dv", result.dv, sums.dv)):
-                self._of_terms(self._of_head(name, head), factors, tensor, got[:, head], terms, sums.count)
-        factors.judge()
+                self._of_terms(name, head, tensor, got, terms, sums.count, factors)
+        factors.settle()
 
     def _of_terms(
-        self, judge: _OfHead, factors: _Factors, tensor: str, got: torch.Tensor, terms: Terms, count: torch.Tensor
+        self, probe: str, head: int, tensor: str, got: torch.Tensor, terms: Terms, count: torch.Tensor, factors: _Factors
     ) -> None:
-        """Elements of a gradient of one head, and their part in the factor that all of them have in common."""
+        """Elements of one head of a gradient, and their part in the factor that all of them have in common."""
         bound = self._bounds.summed(terms.spread, terms.value.abs() + terms.common, terms.floor, count[:, None])
-        judge(tensor, got, terms.value, bound)
-        factors.add(judge, tensor, got, terms.value)
+        self._of_head(probe, head)(tensor, got[:, head], terms.value, bound)
+        factors.add(f"{probe}, factor", tensor, head, got[:, head], terms.value, self._bounds.shared())
 
     def last(self, part: str, result: Result, negated: bool) -> None:
         """Check a later pass on the inputs of the first, or on the negative of all of them: all but LSE is then negative too."""
-        unit = 4 * self._bounds.unit if not self._bounds.half else 16 * self._bounds.unit
-        for name, now in self._digested(result).items():
-            before = self._digest[name]
-            sign = -1.0 if negated and name != "lse" else 1.0
-            if name == "lse":
-                size = before.abs().nan_to_num(posinf=0.0) + 1
-                bound = unit * size if not self._bounds.half else 1e-5 * size
-            else:
-                norm = result.named()[name].double().square().sum(-1).sqrt()
-                # Sums in another order end up elsewhere by what rounds their terms, which are as large where little is left.
-                usual = reduce(torch.stack([norm.square().sum(), norm.new_tensor(float(norm.numel()))]))
-                bound = unit * (
-                    norm + 16 * (usual[0] / usual[1].clamp_min(1.0)).sqrt() * (1.0 if not self._bounds.half else 2.0**-10)
-                )
-            if name not in self._unchecked:
-                self._judge.elements(part, name, now, sign * before, bound, self._tokens)
+        half, digest = self._bounds.half, self._digested(result)
+        unit = (16 if half else 4) * self._bounds.unit
+        norms = {name: x.double().square().sum(-1).sqrt() for name, x in result.named().items() if name != "lse"}
+        squares = reduce(torch.stack([x.square().sum() for x in norms.values()]))
+        for (name, norm), square in zip(norms.items(), squares, strict=True):
+            # Sums in another order end up elsewhere by what rounds their terms, which are as large where little is left.
+            usual = (square / (norm.shape[1] * self._problem.seqlen)).sqrt()
+            bound = unit * (norm + 16 * usual * (2.0**-10 if half else 1.0))
+            self._judge.elements(part, name, digest[name], (-1.0 if negated else 1.0) * self._digest[name], bound, self._tokens)
+        if "lse" not in self._unchecked:
+            size = self._digest["lse"].abs().nan_to_num(posinf=0.0) + 1
+            self._judge.elements(part, "lse", digest["lse"], self._digest["lse"], (1e-5 if half else unit) * size, self._tokens)
 
     def check(self) -> Check:
         """What all ranks have found so far. Collective."""
@@ -175,11 +172,12 @@ class Examination:
         return found
 
     def _against_reference(self, shard: Shard, result: Result) -> None:
-        scores = self._bounds.rounding.scores
+        scores, factors = self._bounds.rounding.scores, _Factors(self._judge)
         exact = rows(self._mask, self._problem, shard, self._rows, scores=scores)
         for name in [str(n) for n in ("out", "dq", "lse") if n in exact and n not in self._unchecked]:
-            self._compare(name, result.named()[name], exact[name], self._rows)
+            self._compare(name, result.named()[name], exact[name], self._rows, factors)
         if shard.dout is None:
+            factors.settle()
             return
         lse, out = result.lse, result.out
         if len(self._rows) == self._mask.num_q:
@@ -187,9 +185,10 @@ class Examination:
             lse, out = exact["lse"].value[own], exact["out"].value[own]
         exact = columns(self._mask, self._problem, shard, self._columns, lse, out, scores=scores)
         for name in ("dk", "dv"):
-            self._compare(name, result.named()[name], exact[name], self._columns)
+            self._compare(name, result.named()[name], exact[name], self._columns, factors)
+        factors.settle()
 
-    def _compare(self, name: str, got: torch.Tensor, exact: Exact, wanted: Ints) -> None:
+    def _compare(self, name: str, got: torch.Tensor, exact: Exact, wanted: Ints, factors: _Factors) -> None:
         """Elements, each row's elements together, and each head's factor."""
         mine, at = owned(self._tokens, wanted)
         own = Exact(*(x[at.to(x.device)] for x in (exact.value, exact.spread, exact.common, exact.floor, exact.count)))
@@ -203,13 +202,10 @@ class Examination:
         together = ((rows_got - own.value) / bound.clamp_min(torch.finfo(torch.float64).tiny)).square().mean(-1).sqrt()
         limit = torch.full_like(together, TOGETHER)
         self._judge.elements("rows together", name, together, torch.zeros_like(together), limit, tokens)
-        products = reduce((rows_got * own.value).sum((0, 2)))
         allowed = self._allowed(name, exact)
-        for head, product in enumerate(products.tolist()):
-            squares = float(exact.value[:, head].square().sum())
-            if squares:
-                off, limit_of = abs(product / squares - 1), self._bounds.slope(exact.value[:, head], allowed[:, head])
-                self._judge.number("factor", name, off, limit_of, f"head {head}")
+        for head in range(allowed.shape[1]):
+            limit_of = self._bounds.slope(exact.value[:, head], allowed[:, head])
+            factors.add("factor", name, head, rows_got[:, head], own.value[:, head], limit_of)
 
     def _allowed(self, name: str, exact: Exact) -> torch.Tensor:
         if name == "out":
@@ -229,13 +225,15 @@ class Examination:
             "dv.v = dout.out": (result.dv.double() * shard.v.double(), dout.double() * result.out.double()),
             "dk.k = dq.q": (result.dk.double() * shard.k.double(), result.dq.double() * shard.q.double()),
         }
+        sums = []
         for name, (keys, queries) in pairs.items():
             left = keys.sum(0)
             right = queries.unflatten(1, (heads.kv, -1)).sum((0, 2))
             squares = keys.square().sum(0) + queries.square().unflatten(1, (heads.kv, -1)).sum((0, 2))
             if name != "dv = dout":
                 left, right, squares = left.sum(-1), right.sum(-1), squares.sum(-1)
-            left, right, squares = (x.reshape(heads.kv, -1) for x in reduce(torch.stack([left, right, squares])))
+            sums.append(torch.stack([left, right, squares]).reshape(3, heads.kv, -1))
+        for name, (left, right, squares) in zip(pairs, reduce_together(*sums), strict=True):
             errors, bounds = (left - right).abs(), self._bounds.factor * self._bounds.unit * squares.sqrt()
             for head, (error, bound) in enumerate(zip(errors, bounds, strict=True)):
                 for one, allowed in zip(error.tolist(), bound.tolist(), strict=True):
@@ -254,28 +252,28 @@ class _OfHead:
     def __call__(self, tensor: str, got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor) -> None:
         self.judge.elements(self.part, tensor, got.double(), want, bound, self.tokens, self.head)
 
-    def number(self, tensor: str, error: float, bound: float) -> None:
-        self.judge.number(f"{self.part}, factor", tensor, error, bound, f"head {self.head}")
-
 
 class _Factors:
-    """How far from 1 the factors may be (``allowed``) by which heads' gradients follow the exact ones, on all ranks together."""
+    """Factors by which what heads gave follows what is exact, on all ranks together, and how far from 1 each may be."""
 
-    def __init__(self, allowed: float) -> None:
-        self._allowed = allowed
-        self._of: list[tuple[_OfHead, str]] = []
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self._of: list[tuple[str, str, int, float]] = []
         self._products: list[torch.Tensor] = []
 
-    def add(self, judge: _OfHead, tensor: str, got: torch.Tensor, want: torch.Tensor) -> None:
+    def add(self, part: str, tensor: str, head: int, got: torch.Tensor, want: torch.Tensor, allowed: float) -> None:
         """This rank's elements of a tensor of one head."""
-        self._of.append((judge, tensor))
+        self._of.append((part, tensor, head, allowed))
         self._products.append(torch.stack([(got.double() * want).sum(), want.square().sum()]))
 
-    def judge(self) -> None:
-        """One message for all heads: at many ranks each takes longer than what it brings. Collective."""
-        for (judge, tensor), (product, squares) in zip(self._of, reduce(torch.stack(self._products)).tolist(), strict=True):
+    def settle(self) -> None:
+        """Judge all of them after one message. Collective."""
+        if not self._of:
+            return
+        products = reduce(torch.stack(self._products)).tolist()
+        for (part, tensor, head, allowed), (product, squares) in zip(self._of, products, strict=True):
             if squares > 0:
-                judge.number(tensor, abs(product / squares - 1), self._allowed)
+                self._judge.number(part, tensor, abs(product / squares - 1), allowed, f"head {head}")
 
 
 def _number(seed: list[int]) -> int:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 VARIANTS = ((1, 1), (2, -1), (1, -1), (2, 1))  # (factor, sign) of the queries of the heads that share a key/value head, in turn
 HALF_LARGEST = 8  # dout of the rows with most keys is two to this, so that no product leaves float16's range
 STRETCHES = 32  # of the sequence, of which each has its own share of the two levels
+LINES, ELEMENTS = 4, 1 << 24  # numbers of a row that ranks tell each other, by kind; and how many at a time
 CONSTANT, LEVELS, DIGITS = 0, 1, 2  # patterns: ones, the levels, and from here on binary digits
 
 
@@ -190,10 +191,14 @@ class Probe:
         return self._lines(self._query_level(self._tokens))
 
     @cached_property
+    def _kinds(self) -> list[Kind]:
+        """Those of all heads, in their order."""
+        return list(dict.fromkeys(self.kind(head) for head in range(self._problem.heads.q)))
+
+    @cached_property
     def _used(self) -> list[int]:
         """Patterns that some head has."""
-        kinds = {self.kind(head) for head in range(self._problem.heads.q)}
-        return sorted({int(pattern) for kind in kinds for pattern in self._dims(kind)})
+        return sorted({int(pattern) for kind in self._kinds for pattern in self._dims(kind)})
 
     def _even_level(self, tokens: Ints) -> Ints:
         """As many of either level in every stretch."""
@@ -347,25 +352,42 @@ class Probe:
     # -- columns ---------------------------------------------------------------------------------------------------
 
     def _shared(self, kind: Kind) -> _Shared:
-        """What a column sums over its rows, by the rows' level; collective when a kind is first asked for."""
+        """What a column sums over its rows, by the rows' level; collective when a kind is first asked for, and for some after it:
+        at many ranks a message takes longer than what it brings."""
         import torch
 
         if kind not in self._columns:
-            total, scale, delta = self._weights(kind)[1], torch.exp2(self._exponents(kind.number)), self._delta(kind)
-            safe = torch.where(total == 0, torch.inf, total)
-            size = self._size(kind) * scale + delta.abs()
-            share, stats, sizes, bare = self._everywhere(torch.stack([scale / safe, delta / safe, size / safe, scale]))
-            every = np.arange(self._problem.seqlen)
-            visible = Visible(self._mask.transpose(), self._tokens, self._device, kind.number)
-            levels = self._query_level(every)
-            picked = self._tensor(np.stack([levels > 0, levels < 0]))
-            sums = torch.zeros((2, self._patterns, len(self._tokens)), dtype=torch.float64, device=self._device)
-            for pattern in np.unique(self._dims(kind)).tolist():
-                sums[:, pattern] = visible.sums(picked * share * self._tensor(self._line(pattern, every, levels)))
-            spreads = visible.sums(torch.cat([picked * share.square(), picked * sizes.square(), bare.square()[None]]))
-            count = visible.sums(torch.ones_like(bare)[None], whole=True)[0]
-            self._columns[kind] = _Shared(sums, visible.sums(picked * stats), spreads[:2], spreads[2:4], spreads[4], count)
+            together = max(1, ELEMENTS // (LINES * self._problem.seqlen))
+            some = [other for other in self._kinds if other not in self._columns][:together]
+            lines = self._everywhere(torch.cat([self._lines_of(other) for other in some]))
+            for other, whole in zip(some, lines.split(LINES), strict=True):
+                self._columns[other] = self._summed(other, whole)
         return self._columns[kind]
+
+    def _lines_of(self, kind: Kind) -> torch.Tensor:
+        """(LINES, T): of each row what its columns sum."""
+        import torch
+
+        total, scale, delta = self._weights(kind)[1], torch.exp2(self._exponents(kind.number)), self._delta(kind)
+        safe = torch.where(total == 0, torch.inf, total)
+        size = self._size(kind) * scale + delta.abs()
+        return torch.stack([scale / safe, delta / safe, size / safe, scale])
+
+    def _summed(self, kind: Kind, lines: torch.Tensor) -> _Shared:
+        """``lines``: (LINES, S), those of every row."""
+        import torch
+
+        share, stats, sizes, bare = lines
+        every = np.arange(self._problem.seqlen)
+        visible = Visible(self._mask.transpose(), self._tokens, self._device, kind.number)
+        levels = self._query_level(every)
+        picked = self._tensor(np.stack([levels > 0, levels < 0]))
+        sums = torch.zeros((2, self._patterns, len(self._tokens)), dtype=torch.float64, device=self._device)
+        for pattern in np.unique(self._dims(kind)).tolist():
+            sums[:, pattern] = visible.sums(picked * share * self._tensor(self._line(pattern, every, levels)))
+        spreads = visible.sums(torch.cat([picked * share.square(), picked * sizes.square(), bare.square()[None]]))
+        count = visible.sums(torch.ones_like(bare)[None], whole=True)[0]
+        return _Shared(sums, visible.sums(picked * stats), spreads[:2], spreads[2:4], spreads[4], count)
 
     def _everywhere(self, own: torch.Tensor) -> torch.Tensor:
         """(n, S) of this rank's and all others' (n, T); collective."""

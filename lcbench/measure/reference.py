@@ -7,6 +7,7 @@ bands as intervals, block maps as a look-up; so it shares neither the layout alg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
-from lcbench.measure.ranks import least, reduce
+from lcbench.measure.ranks import least, reduce, reduce_together
 from lcbench.problem import Problem
 
 ELEMENTS = 1 << 22  # rows times keys times heads that are looked at at the least
@@ -66,9 +67,8 @@ def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, *, scores: bo
     Args:
         scores: spreads are those of a kernel that rounds its scores.
     """
-    q, dout = collected(shard.q, shard.tokens, wanted), None
-    if shard.dout is not None:
-        dout = collected(shard.dout, shard.tokens, wanted)
+    q, *douts = collected([x for x in (shard.q, shard.dout) if x is not None], shard.tokens, wanted)
+    dout = douts[0] if douts else None
     keys, values = (_per_query_head(x.double(), problem) for x in (shard.k, shard.v))
     parts: dict[str, list[tuple[torch.Tensor, ...]]] = {"out": [], "lse": [], "dq": []}
     for chunk in _chunks(len(wanted), problem.heads.q * len(shard.tokens), q.device):
@@ -84,24 +84,27 @@ def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, *, scores: bo
         p = weights / torch.where(total == 0, 1.0, total)[..., None]
         size = torch.where(p > 0, s, 0.0)
         squares = p.square() * (1 + size.square() if scores else 1.0)
-        out = reduce(torch.einsum("hqk,khd->qhd", p, v))
+        sums = [torch.einsum("hqk,khd->qhd", p, v), torch.einsum("hqk,khd->qhd", squares, v.square())]
+        sums.append((p.square() * size.square()).sum(-1))
+        if dout is not None:
+            sums.append(torch.einsum("hqk,khd->qhd", p, k))
+        out, spread, rough, *means = reduce_together(*sums)
         floor = (1 + count.sqrt()).T[..., None]
-        spread = reduce(torch.einsum("hqk,khd->qhd", squares, v.square())).sqrt()
-        parts["out"].append((out, spread, out.abs(), floor.expand_as(out), count.T[..., None]))
+        parts["out"].append((out, spread.sqrt(), out.abs(), floor.expand_as(out), count.T[..., None]))
         lse = (torch.log(total) + shift).T
-        rough = reduce((p.square() * size.square()).sum(-1)).sqrt().T
-        parts["lse"].append((lse, rough, torch.zeros_like(lse), torch.zeros_like(lse), count.T))
+        parts["lse"].append((lse, rough.sqrt().T, torch.zeros_like(lse), torch.zeros_like(lse), count.T))
         if dout is None:
             continue
         product = dout[chunk] * out
         delta = product.sum(-1).T[..., None]
         dp = torch.einsum("qhd,khd->hqk", dout[chunk], v)
-        dq = reduce(torch.einsum("hqk,khd->qhd", p * (dp - delta), k)) * problem.softmax_scale
-        spread = reduce(torch.einsum("hqk,khd->qhd", squares * (dp.abs() + delta.abs()).square(), k.square())).sqrt()
+        dq, spread = reduce_together(
+            torch.einsum("hqk,khd->qhd", p * (dp - delta), k) * problem.softmax_scale,
+            torch.einsum("hqk,khd->qhd", squares * (dp.abs() + delta.abs()).square(), k.square()),
+        )
         # A rounded out shifts delta, and that a whole row.
-        mean = reduce(torch.einsum("hqk,khd->qhd", p, k)).abs()
-        common = dq.abs() + problem.softmax_scale * product.square().sum(-1, keepdim=True).sqrt() * mean
-        parts["dq"].append((dq, problem.softmax_scale * spread, common, floor.expand_as(dq), count.T[..., None]))
+        common = dq.abs() + problem.softmax_scale * product.square().sum(-1, keepdim=True).sqrt() * means[0].abs()
+        parts["dq"].append((dq, problem.softmax_scale * spread.sqrt(), common, floor.expand_as(dq), count.T[..., None]))
     return {name: Exact(*(torch.cat(x) for x in zip(*found, strict=True))) for name, found in parts.items() if found}
 
 
@@ -110,7 +113,7 @@ def columns(
 ) -> dict[str, Exact]:
     """dk and dv of global columns, from LSE and out of this rank's rows; the same on every rank; collective."""
     assert shard.dout is not None
-    keys, values = (_per_query_head(collected(x, shard.tokens, wanted), problem) for x in (shard.k, shard.v))
+    keys, values = (_per_query_head(x, problem) for x in collected([shard.k, shard.v], shard.tokens, wanted))
     q_all, dout_all, out_all = shard.q.double(), shard.dout.double(), out.double()
     lse_all = torch.where(lse == -torch.inf, 0.0, lse).double()
     parts: dict[str, list[tuple[torch.Tensor, ...]]] = {"dk": [], "dv": []}
@@ -126,21 +129,17 @@ def columns(
         dp = torch.einsum("qhd,khd->hqk", dout, values[chunk])
         squares = p.square() * (1 + s.square() if scores else 1.0)
         shifted = p.square() * product.square().sum(-1).T[..., None]
-        terms = {
-            "dv": (torch.einsum("hqk,qhd->khd", p, dout), torch.einsum("hqk,qhd->khd", squares, dout.square()), 1.0),
-            "dk": (
-                torch.einsum("hqk,qhd->khd", p * (dp - delta), q),
-                torch.einsum("hqk,qhd->khd", squares * (dp.abs() + delta.abs()).square() + shifted, q.square()),
-                problem.softmax_scale,
-            ),
-        }
-        count = _per_kv_head((p > 0).double().sum(1).T[..., None], problem)
-        for name, (value, square, scale) in terms.items():
-            value, square, number = (
-                reduce(x) for x in (_per_kv_head(value, problem), _per_kv_head(square, problem), count.clone())
-            )
+        sums = [
+            torch.einsum("hqk,qhd->khd", p, dout),
+            torch.einsum("hqk,qhd->khd", squares, dout.square()),
+            torch.einsum("hqk,qhd->khd", p * (dp - delta), q),
+            torch.einsum("hqk,qhd->khd", squares * (dp.abs() + delta.abs()).square() + shifted, q.square()),
+            (p > 0).double().sum(1).T[..., None],
+        ]
+        dv, dv_square, dk, dk_square, count = reduce_together(*(_per_kv_head(x, problem) for x in sums))
+        for name, value, square, scale in (("dk", dk, dk_square, problem.softmax_scale), ("dv", dv, dv_square, 1.0)):
             value = value * scale
-            parts[name].append((value, scale * square.sqrt(), value.abs(), (1 + number.sqrt()).expand_as(value), number))
+            parts[name].append((value, scale * square.sqrt(), value.abs(), (1 + count.sqrt()).expand_as(value), count))
     return {name: Exact(*(torch.cat(x) for x in zip(*found, strict=True))) for name, found in parts.items()}
 
 
@@ -151,12 +150,13 @@ def owned(tokens: Ints, wanted: Ints) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(hit), torch.from_numpy(at[hit])
 
 
-def collected(x: torch.Tensor, tokens: Ints, wanted: Ints) -> torch.Tensor:
-    """Global rows ``wanted`` of a tensor of which every rank owns some, in float64, on every rank."""
+def collected(tensors: Sequence[torch.Tensor], tokens: Ints, wanted: Ints) -> list[torch.Tensor]:
+    """Global rows ``wanted`` of tensors of which every rank owns some rows, in float64, on every rank."""
     mine, positions = owned(tokens, wanted)
-    found = torch.zeros((len(wanted), *x.shape[1:]), dtype=torch.float64, device=x.device)
-    found[positions] = x[mine].double()
-    return reduce(found)
+    found = [torch.zeros((len(wanted), *x.shape[1:]), dtype=torch.float64, device=x.device) for x in tensors]
+    for into, x in zip(found, tensors, strict=True):
+        into[positions] = x[mine].double()
+    return reduce_together(*found)
 
 
 def _some(seen: torch.Tensor) -> slice | torch.Tensor:

@@ -26,6 +26,7 @@ SCRIPT = ROOT / "slurm" / "devcluster" / "devcluster"
 CELLS = [
     "cp=ring,ulysses", "mask=full,causal", "seed=range(10)", "seqlen=64", "scale=1x2", "heads=2x2x8", "dtype=float64",
     "measure.warmup=0", "measure.min_iterations=2", "measure.max_iterations=3", "measure.budget_s=0.2", "measure.precision=0.5",
+    "measure.blocks=2",
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 CGROUPS = Path("/sys/fs/cgroup")
 SMALL = [
     "--config-dir", str(ROOT / "tests" / "conf"), "site=devcluster", "seqlen=128", "heads=4x2x8", "dtype=float64",
-    "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=1",
+    "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=1", "measure.blocks=1",
 ]  # fmt: skip
 
 
