@@ -10,6 +10,7 @@ docs/measuring.md says what each part can see and what it cannot.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from lcbench.measure.reference import Exact, Shard, columns, owned, rows, sample
 from lcbench.problem import Problem
 
 REFERENCE, SUMS = "reference", "conserved"
+CONSERVED = ("dv = dout", "dv.v = dout.out", "dk.k = dq.q")
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Examination:
         """Check a later pass on the inputs of the first, or on the negative of all of them: all but LSE is then negative too."""
         half, digest = self._bounds.half, self._digested(result)
         unit = (16 if half else 4) * self._bounds.unit
-        norms = {name: x.double().square().sum(-1).sqrt() for name, x in result.named().items() if name != "lse"}
+        norms = {name: _by_head(x, lambda one: one.square().sum(-1).sqrt()) for name, x in result.named().items() if name != "lse"}
         squares = reduce(torch.stack([x.square().sum() for x in norms.values()]))
         for (name, norm), square in zip(norms.items(), squares, strict=True):
             # Sums in another order end up elsewhere by what rounds their terms, which are as large where little is left.
@@ -165,10 +167,11 @@ class Examination:
 
     def _digested(self, result: Result) -> dict[str, torch.Tensor]:
         """A number per token and head of each tensor: elements with signs of their own, added up."""
-        found = {}
+        found = {"lse": result.lse.double()}
         for name, x in result.named().items():
-            signs = np.random.default_rng(len(name)).choice([-1.0, 1.0], x.shape[-1])
-            found[name] = x.double() if name == "lse" else (x.double() * torch.from_numpy(signs).to(x.device)).sum(-1)
+            if name != "lse":
+                signs = torch.from_numpy(np.random.default_rng(len(name)).choice([-1.0, 1.0], x.shape[-1])).to(x.device)
+                found[name] = _by_head(x, lambda one, signs=signs: one @ signs)  # type: ignore[misc]
         return found
 
     def _against_reference(self, shard: Shard, result: Result) -> None:
@@ -219,25 +222,20 @@ class Examination:
         assert result.dq is not None
         assert result.dk is not None
         assert result.dv is not None
-        seen = torch.isfinite(result.lse)[..., None]
-        pairs = {
-            "dv = dout": (result.dv.double(), torch.where(seen, dout, 0.0).double()),
-            "dv.v = dout.out": (result.dv.double() * shard.v.double(), dout.double() * result.out.double()),
-            "dk.k = dq.q": (result.dk.double() * shard.k.double(), result.dq.double() * shard.q.double()),
-        }
-        sums = []
-        for name, (keys, queries) in pairs.items():
-            left = keys.sum(0)
-            right = queries.unflatten(1, (heads.kv, -1)).sum((0, 2))
-            squares = keys.square().sum(0) + queries.square().unflatten(1, (heads.kv, -1)).sum((0, 2))
-            if name != "dv = dout":
-                left, right, squares = left.sum(-1), right.sum(-1), squares.sum(-1)
-            sums.append(torch.stack([left, right, squares]).reshape(3, heads.kv, -1))
-        for name, (left, right, squares) in zip(pairs, reduce_together(*sums), strict=True):
+        group, sums = heads.q // heads.kv, []
+        for head in range(heads.kv):  # one in float64 at a time
+            own = slice(head * group, (head + 1) * group)
+            q, dq, douts, out = (x[:, own].double() for x in (shard.q, result.dq, dout, result.out))
+            k, dk, v, dv = (x[:, head].double() for x in (shard.k, result.dk, shard.v, result.dv))
+            seen = torch.where(torch.isfinite(result.lse[:, own])[..., None], douts, 0.0)
+            for keys, queries, dims in ((dv, seen, (0,)), (dv * v, douts * out, (0, 1)), (dk * k, dq * q, (0, 1))):
+                queries = queries.flatten(0, 1)
+                squares = keys.square().sum(dims) + queries.square().sum(dims)
+                sums.append(torch.stack([keys.sum(dims), queries.sum(dims), squares]).reshape(3, -1))
+        for number, (left, right, squares) in enumerate(reduce_together(*sums)):
             errors, bounds = (left - right).abs(), self._bounds.factor * self._bounds.unit * squares.sqrt()
-            for head, (error, bound) in enumerate(zip(errors, bounds, strict=True)):
-                for one, allowed in zip(error.tolist(), bound.tolist(), strict=True):
-                    self._judge.number(SUMS, name, one, allowed, f"key/value head {head}")
+            for one, allowed in zip(errors.tolist(), bounds.tolist(), strict=True):
+                self._judge.number(SUMS, CONSERVED[number % 3], one, allowed, f"key/value head {number // 3}")
 
 
 @dataclass(frozen=True)
@@ -274,6 +272,11 @@ class _Factors:
         for (part, tensor, head, allowed), (product, squares) in zip(self._of, products, strict=True):
             if squares > 0:
                 self._judge.number(part, tensor, abs(product / squares - 1), allowed, f"head {head}")
+
+
+def _by_head(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """(T, H) of a (T, H, D), a head in float64 at a time: all of a long sequence would be more than a cell needs itself."""
+    return torch.stack([function(x[:, head].double()) for head in range(x.shape[1])], 1)
 
 
 def _number(seed: list[int]) -> int:

@@ -34,8 +34,3 @@ def reduce_together(*parts: torch.Tensor) -> list[torch.Tensor]:
     """Tensors of one type, each summed over all ranks: at many ranks one message of all of them takes as long as one of each."""
     whole = reduce(torch.cat([x.flatten() for x in parts]))
     return [x.view(part.shape) for x, part in zip(whole.split([part.numel() for part in parts]), parts, strict=True)]
-
-
-def least(value: int, device: torch.device) -> int:
-    """The smallest value of any rank."""
-    return -int(reduce(torch.tensor([-value], device=device), "max"))

@@ -8,20 +8,21 @@ bands as intervals, block maps as a look-up; so it shares neither the layout alg
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
-from lcbench.measure.ranks import least, reduce, reduce_together
+from lcbench.measure.ranks import reduce, reduce_together
 from lcbench.problem import Problem
 
 ELEMENTS = 1 << 22  # rows times keys times heads that are looked at at the least
 SAMPLE = 64  # rows, and columns, beyond the corners, however long the sequence is
 MAX_CORNERS = 64
-CHUNK_ELEMENTS = 1 << 22  # scores at a time, over all heads
+CHUNK_ELEMENTS = 1 << 22  # scores at a time, over all heads that are looked at together
+HEAD_ELEMENTS = 1 << 27  # of keys, or queries, in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -67,45 +68,49 @@ def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, *, scores: bo
     Args:
         scores: spreads are those of a kernel that rounds its scores.
     """
-    q, *douts = collected([x for x in (shard.q, shard.dout) if x is not None], shard.tokens, wanted)
-    dout = douts[0] if douts else None
-    keys, values = (_per_query_head(x.double(), problem) for x in (shard.k, shard.v))
-    parts: dict[str, list[tuple[torch.Tensor, ...]]] = {"out": [], "lse": [], "dq": []}
-    for chunk in _chunks(len(wanted), problem.heads.q * len(shard.tokens), q.device):
-        allowed = _allowed(mask, wanted[chunk], shard.tokens, problem)
-        seen = _some(allowed.reshape(-1, allowed.shape[-1]).any(0))
-        allowed, k, v = allowed[..., seen].to(q.device), keys[seen], values[seen]
-        s = torch.einsum("qhd,khd->hqk", q[chunk], k) * problem.softmax_scale
-        s = s.masked_fill(~allowed, -torch.inf)
-        top = reduce(s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:2], -torch.inf), "max")
-        shift = torch.where(top == -torch.inf, 0.0, top)
-        weights = torch.exp(s - shift[..., None])
-        total, count = reduce(torch.stack([weights.sum(-1), (weights > 0).double().sum(-1)]))
-        p = weights / torch.where(total == 0, 1.0, total)[..., None]
-        size = torch.where(p > 0, s, 0.0)
-        squares = p.square() * (1 + size.square() if scores else 1.0)
-        sums = [torch.einsum("hqk,khd->qhd", p, v), torch.einsum("hqk,khd->qhd", squares, v.square())]
-        sums.append((p.square() * size.square()).sum(-1))
-        if dout is not None:
-            sums.append(torch.einsum("hqk,khd->qhd", p, k))
-        out, spread, rough, *means = reduce_together(*sums)
-        floor = (1 + count.sqrt()).T[..., None]
-        parts["out"].append((out, spread.sqrt(), out.abs(), floor.expand_as(out), count.T[..., None]))
-        lse = (torch.log(total) + shift).T
-        parts["lse"].append((lse, rough.sqrt().T, torch.zeros_like(lse), torch.zeros_like(lse), count.T))
-        if dout is None:
-            continue
-        product = dout[chunk] * out
-        delta = product.sum(-1).T[..., None]
-        dp = torch.einsum("qhd,khd->hqk", dout[chunk], v)
-        dq, spread = reduce_together(
-            torch.einsum("hqk,khd->qhd", p * (dp - delta), k) * problem.softmax_scale,
-            torch.einsum("hqk,khd->qhd", squares * (dp.abs() + delta.abs()).square(), k.square()),
-        )
-        # A rounded out shifts delta, and that a whole row.
-        common = dq.abs() + problem.softmax_scale * product.square().sum(-1, keepdim=True).sqrt() * means[0].abs()
-        parts["dq"].append((dq, problem.softmax_scale * spread.sqrt(), common, floor.expand_as(dq), count.T[..., None]))
-    return {name: Exact(*(torch.cat(x) for x in zip(*found, strict=True))) for name, found in parts.items() if found}
+    q_some, *douts = collected([x for x in (shard.q, shard.dout) if x is not None], shard.tokens, wanted)
+    heads: dict[str, list[Exact]] = {}
+    for part in _parts(problem, len(wanted)):
+        keys, values = (_per_query_head(x[:, part.kv].double(), problem) for x in (shard.k, shard.v))
+        found: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+        for chunk in part.chunks:
+            allowed = part.of(_allowed(mask, wanted[chunk], shard.tokens, problem))
+            seen = _some(allowed.reshape(-1, allowed.shape[-1]).any(0))
+            q, allowed, k, v = q_some[chunk, part.q], allowed[..., seen].to(q_some.device), keys[seen], values[seen]
+            s = torch.einsum("qhd,khd->hqk", q, k) * problem.softmax_scale
+            s = s.masked_fill(~allowed, -torch.inf)
+            top = reduce(s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:2], -torch.inf), "max")
+            shift = torch.where(top == -torch.inf, 0.0, top)
+            weights = torch.exp(s - shift[..., None])
+            total, count = reduce(torch.stack([weights.sum(-1), (weights > 0).double().sum(-1)]))
+            p = weights / torch.where(total == 0, 1.0, total)[..., None]
+            size = torch.where(p > 0, s, 0.0)
+            squares = p.square() * (1 + size.square() if scores else 1.0)
+            sums = [torch.einsum("hqk,khd->qhd", p, v), torch.einsum("hqk,khd->qhd", squares, v.square())]
+            sums.append((p.square() * size.square()).sum(-1))
+            if douts:
+                sums.append(torch.einsum("hqk,khd->qhd", p, k))
+            out, spread, rough, *means = reduce_together(*sums)
+            floor = (1 + count.sqrt()).T[..., None]
+            found.setdefault("out", []).append((out, spread.sqrt(), out.abs(), floor.expand_as(out), count.T[..., None]))
+            lse = (torch.log(total) + shift).T
+            found.setdefault("lse", []).append((lse, rough.sqrt().T, torch.zeros_like(lse), torch.zeros_like(lse), count.T))
+            if not douts:
+                continue
+            dout = douts[0][chunk, part.q]
+            product = dout * out
+            delta = product.sum(-1).T[..., None]
+            dp = torch.einsum("qhd,khd->hqk", dout, v)
+            dq, spread = reduce_together(
+                torch.einsum("hqk,khd->qhd", p * (dp - delta), k) * problem.softmax_scale,
+                torch.einsum("hqk,khd->qhd", squares * (dp.abs() + delta.abs()).square(), k.square()),
+            )
+            # A rounded out shifts delta, and that a whole row.
+            common = dq.abs() + problem.softmax_scale * product.square().sum(-1, keepdim=True).sqrt() * means[0].abs()
+            terms = (dq, problem.softmax_scale * spread.sqrt(), common, floor.expand_as(dq), count.T[..., None])
+            found.setdefault("dq", []).append(terms)
+        _join(heads, found)
+    return {name: _joined(exact, 1) for name, exact in heads.items()}
 
 
 def columns(
@@ -114,33 +119,37 @@ def columns(
     """dk and dv of global columns, from LSE and out of this rank's rows; the same on every rank; collective."""
     assert shard.dout is not None
     keys, values = (_per_query_head(x, problem) for x in collected([shard.k, shard.v], shard.tokens, wanted))
-    q_all, dout_all, out_all = shard.q.double(), shard.dout.double(), out.double()
-    lse_all = torch.where(lse == -torch.inf, 0.0, lse).double()
-    parts: dict[str, list[tuple[torch.Tensor, ...]]] = {"dk": [], "dv": []}
-    for chunk in _chunks(len(wanted), problem.heads.q * len(shard.tokens), q_all.device):
-        allowed = _allowed(mask.transpose(), wanted[chunk], shard.tokens, problem).transpose(-1, -2)
-        seen = _some(allowed.any(-1).reshape(-1, allowed.shape[-2]).any(0))
-        allowed = allowed[..., seen, :].to(q_all.device)
-        q, dout = q_all[seen], dout_all[seen]
-        product = dout * out_all[seen]
-        delta = product.sum(-1).T[..., None]
-        s = torch.einsum("qhd,khd->hqk", q, keys[chunk]) * problem.softmax_scale
-        p = torch.exp(s - lse_all[seen].T[..., None]).masked_fill(~allowed, 0.0)
-        dp = torch.einsum("qhd,khd->hqk", dout, values[chunk])
-        squares = p.square() * (1 + s.square() if scores else 1.0)
-        shifted = p.square() * product.square().sum(-1).T[..., None]
-        sums = [
-            torch.einsum("hqk,qhd->khd", p, dout),
-            torch.einsum("hqk,qhd->khd", squares, dout.square()),
-            torch.einsum("hqk,qhd->khd", p * (dp - delta), q),
-            torch.einsum("hqk,qhd->khd", squares * (dp.abs() + delta.abs()).square() + shifted, q.square()),
-            (p > 0).double().sum(1).T[..., None],
-        ]
-        dv, dv_square, dk, dk_square, count = reduce_together(*(_per_kv_head(x, problem) for x in sums))
-        for name, value, square, scale in (("dk", dk, dk_square, problem.softmax_scale), ("dv", dv, dv_square, 1.0)):
-            value = value * scale
-            parts[name].append((value, scale * square.sqrt(), value.abs(), (1 + count.sqrt()).expand_as(value), count))
-    return {name: Exact(*(torch.cat(x) for x in zip(*found, strict=True))) for name, found in parts.items()}
+    heads: dict[str, list[Exact]] = {}
+    for part in _parts(problem, len(wanted)):
+        q_all, dout_all, out_all = (x[:, part.q].double() for x in (shard.q, shard.dout, out))
+        lse_all = torch.where(lse == -torch.inf, 0.0, lse)[:, part.q].double()
+        found: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+        for chunk in part.chunks:
+            allowed = part.of(_allowed(mask.transpose(), wanted[chunk], shard.tokens, problem)).transpose(-1, -2)
+            seen = _some(allowed.any(-1).reshape(-1, allowed.shape[-2]).any(0))
+            allowed = allowed[..., seen, :].to(q_all.device)
+            q, dout = q_all[seen], dout_all[seen]
+            product = dout * out_all[seen]
+            delta = product.sum(-1).T[..., None]
+            s = torch.einsum("qhd,khd->hqk", q, keys[chunk, part.q]) * problem.softmax_scale
+            p = torch.exp(s - lse_all[seen].T[..., None]).masked_fill(~allowed, 0.0)
+            dp = torch.einsum("qhd,khd->hqk", dout, values[chunk, part.q])
+            squares = p.square() * (1 + s.square() if scores else 1.0)
+            shifted = p.square() * product.square().sum(-1).T[..., None]
+            sums = [
+                torch.einsum("hqk,qhd->khd", p, dout),
+                torch.einsum("hqk,qhd->khd", squares, dout.square()),
+                torch.einsum("hqk,qhd->khd", p * (dp - delta), q),
+                torch.einsum("hqk,qhd->khd", squares * (dp.abs() + delta.abs()).square() + shifted, q.square()),
+                (p > 0).double().sum(1).T[..., None],
+            ]
+            dv, dv_square, dk, dk_square, count = reduce_together(*(_per_kv_head(x, problem) for x in sums))
+            for name, value, square, scale in (("dk", dk, dk_square, problem.softmax_scale), ("dv", dv, dv_square, 1.0)):
+                value = value * scale
+                terms = (value, scale * square.sqrt(), value.abs(), (1 + count.sqrt()).expand_as(value), count)
+                found.setdefault(name, []).append(terms)
+        _join(heads, found)
+    return {name: _joined(exact, 1) for name, exact in heads.items()}
 
 
 def owned(tokens: Ints, wanted: Ints) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,10 +208,40 @@ def _per_query_head(x: torch.Tensor, problem: Problem) -> torch.Tensor:
 
 
 def _per_kv_head(x: torch.Tensor, problem: Problem) -> torch.Tensor:
-    return x.unflatten(1, (problem.heads.kv, -1)).sum(2)
+    return x.unflatten(1, (-1, problem.heads.q // problem.heads.kv)).sum(2)
 
 
-def _chunks(count: int, elements_each: int, device: torch.device) -> list[slice]:
-    # Ranks own different numbers of tokens but must reduce equally often.
-    size = least(max(1, CHUNK_ELEMENTS // max(1, elements_each)), device)
-    return [slice(begin, begin + size) for begin in range(0, count, size)]
+@dataclass(frozen=True)
+class _Part:
+    """Some key/value heads with their query heads, and which rows or columns are looked at together: so that what is in float64 at
+    a time is small beside what a cell needs anyway."""
+
+    kv: slice
+    q: slice
+    chunks: list[slice]
+
+    def of(self, allowed: torch.Tensor) -> torch.Tensor:
+        """Its heads of what ``_allowed`` gave."""
+        return allowed[self.q] if allowed.ndim == 3 else allowed
+
+
+def _parts(problem: Problem, count: int) -> list[_Part]:
+    """All heads and ``count`` rows or columns; the same on every rank, whatever it owns, since each part is a message."""
+    heads, tokens = problem.heads, -(-problem.seqlen // problem.scale.world_size)
+    group = heads.q // heads.kv
+    together = min(heads.kv, max(1, HEAD_ELEMENTS // (group * tokens * heads.dim)))
+    size = max(1, CHUNK_ELEMENTS // (group * together * tokens))
+    chunks = [slice(begin, begin + size) for begin in range(0, count, size)]
+    starts = range(0, heads.kv, together)
+    return [_Part(slice(at, at + together), slice(at * group, (at + together) * group), chunks) for at in starts]
+
+
+def _join(heads: dict[str, list[Exact]], found: dict[str, list[tuple[torch.Tensor, ...]]]) -> None:
+    """Add what chunks of rows gave to what heads gave."""
+    for name, chunks in found.items():
+        heads.setdefault(name, []).append(_joined([Exact(*terms) for terms in chunks], 0))
+
+
+def _joined(parts: list[Exact], dim: int) -> Exact:
+    names = [f.name for f in fields(Exact)]
+    return Exact(*(torch.cat([getattr(part, name) for part in parts], dim) for name in names))
