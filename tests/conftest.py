@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,12 +12,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # Machines that run the tests are busy with other ranks; how long an example takes says nothing.
 settings.register_profile("lcbench", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.load_profile("lcbench")
-
-
-def pytest_collection_finish() -> None:
-    """Measuring a cell collects garbage several times, which need not visit every module and every test again."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_a_sweep_of_every_kernel_ends_with_a_result_or_a_reason_for_each(tmp_pat
         [
             sys.executable, "-m", "lcbench.sweep", "--config-dir", str(ROOT / "tests" / "conf"),
             f"kernel={','.join([*names('kernel'), 'faulty_blind'])}", "mask=causal_document,block_random", "lengths=fixed",
-            "lengths.length=64", "cp=none", "seqlen=256", "scale=1x1", "heads=4x4x16", "dtype=float32", "measure.warmup=0",
+            "lengths.length=64", "cp=none", "seqlen=256", "scale=1x1", "heads=2x2x16", "dtype=float32", "measure.warmup=0",
             "measure.min_iterations=1", "measure.max_iterations=1", "measure.blocks=1", "sweep=kernels", f"results={results}",
             f"tracking_uri=sqlite:///{tmp_path}/mlflow.db",
         ],
