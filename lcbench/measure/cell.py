@@ -102,9 +102,8 @@ def _every_draw(
     work: Work, gang: Gang, say: Callable[[str], None], one: Callable[[Work, int, Gang, Callable[[str], None]], Measured]
 ) -> Measured:
     peer = work.strategy if isinstance(work.strategy, Peer) else None
-    unavailable = first_word(
-        refusal(work.kernel, work.problem, gang.device) or (peer.unavailable(work.problem, gang.device) if peer else None)
-    )
+    reason = refusal(work.kernel, work.problem, gang.device) or (peer.unavailable(work.problem, gang.device) if peer else None)
+    unavailable = first_word(from_all(reason))
     if unavailable:
         return Measured(unavailable=unavailable)
     measured: list[Measured] = []
@@ -147,7 +146,7 @@ class Started:
             reason = str(refused)
         # One rank's tile may be what its kernel cannot run while the others' are well.
         reasons, calls = zip(*from_all((reason, self.executor.calls if self.executor else 1)), strict=True)
-        self.reason = next((r for r in reasons if r), None)
+        self.reason = first_word(reasons)
         if self.reason:
             return
         self.prepare_s = time.perf_counter() - begun
@@ -348,8 +347,8 @@ def _checked(measured: Measured, examination: Examination, check_s: float) -> bo
 
 def _count(measured: Measured, executor: Executor, pairs: int, sent: dict[str, int | None]) -> None:
     """What a schedule's run is made of. Collective."""
-    metrics, both = measured.metrics, {phase: n or 0 for phase, n in sent.items()}
-    ranks = from_all((executor.pairs, both, executor.buffer_bytes, executor.calls))
+    metrics, own_sent = measured.metrics, {phase: n or 0 for phase, n in sent.items()}
+    ranks = from_all((executor.pairs, own_sent, executor.buffer_bytes, executor.calls))
     rank_pairs, rank_sent, rank_buffers, rank_calls = (list(x) for x in zip(*ranks, strict=True))
     if sum(rank_pairs) != pairs:
         raise AssertionError(f"the ranks compute {sum(rank_pairs)} pairs over all query heads, the mask has {pairs}")

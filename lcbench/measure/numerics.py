@@ -116,12 +116,11 @@ class Examination:
         factors = _Factors(self._judge)
         for head in range(self._problem.heads.q):
             want = probe.rows(head)
-            judge = self._of_head(name, head)
             if "lse" not in self._unchecked:
-                judge("lse", result.lse[:, head], want.lse, bounds.count(want.lse, want.key, score))
+                self._of_head(name, head, "lse", result.lse[:, head], want.lse, bounds.count(want.lse, want.key, score))
             lse = want.lse.nan_to_num(neginf=0.0)[:, None]
             allowed = bounds.out(want.out_spread, want.out_common, want.out, want.key[:, None], lse, want.count[:, None])
-            judge("out", result.out[:, head], want.out, allowed)
+            self._of_head(name, head, "out", result.out[:, head], want.out, allowed)
             if result.dq is not None and want.gradient is not None:
                 self._of_terms(name, head, "dq", result.dq, want.gradient, want.count, factors)
         if result.dk is None or result.dv is None:
@@ -137,7 +136,7 @@ class Examination:
     ) -> None:
         """Elements of one head of a gradient, and their part in the factor that all of them have in common."""
         bound = self._bounds.summed(terms.spread, terms.value.abs() + terms.common, terms.floor, count[:, None])
-        self._of_head(probe, head)(tensor, got[:, head], terms.value, bound)
+        self._of_head(probe, head, tensor, got[:, head], terms.value, bound)
         factors.add(f"{probe}, factor", tensor, head, got[:, head], terms.value, self._bounds.shared())
 
     def last(self, part: str, result: Result, negated: bool) -> None:
@@ -162,8 +161,8 @@ class Examination:
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
-    def _of_head(self, part: str, head: int) -> _OfHead:
-        return _OfHead(self._judge, part, head, self._tokens)
+    def _of_head(self, part: str, head: int, tensor: str, got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor) -> None:
+        self._judge.elements(part, tensor, got.double(), want, bound, self._tokens, head)
 
     def _digested(self, result: Result) -> dict[str, torch.Tensor]:
         """A number per token and head of each tensor: elements with signs of their own, added up."""
@@ -236,19 +235,6 @@ class Examination:
             errors, bounds = (left - right).abs(), self._bounds.factor * self._bounds.unit * squares.sqrt()
             for one, allowed in zip(errors.tolist(), bounds.tolist(), strict=True):
                 self._judge.number(SUMS, CONSERVED[number % 3], one, allowed, f"key/value head {number // 3}")
-
-
-@dataclass(frozen=True)
-class _OfHead:
-    """A judge of one head in one part of the check."""
-
-    judge: Judge
-    part: str
-    head: int
-    tokens: Ints
-
-    def __call__(self, tensor: str, got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor) -> None:
-        self.judge.elements(self.part, tensor, got.double(), want, bound, self.tokens, self.head)
 
 
 class _Factors:

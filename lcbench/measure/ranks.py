@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ def from_all(value: Any) -> list[Any]:
     return values
 
 
-def first_word(reason: str | None) -> str | None:
-    """The first rank's reason not to run, or None when every rank can."""
-    return next((r for r in from_all(reason) if r), None)
+def first_word(reasons: Iterable[str | None]) -> str | None:
+    """The first rank's reason not to run, of those of all ranks, or None when every rank can."""
+    return next((reason for reason in reasons if reason), None)
 
 
 def reduce(x: torch.Tensor, operation: str = "sum") -> torch.Tensor:
