@@ -1,280 +1,241 @@
 """On a machine with a CUDA device: every kernel that runs there, checked on every mask and then timed. ``make gpu-check``.
 
-Needs torch and numpy, and Triton for our own kernels; kernels and masks are what conf/ names. Small masks go against the float64
-reference tensor by tensor. Then whole cells are measured as a sweep does it: checked on sampled rows, timed by CUDA events after a
-warm-up, inputs of random data larger than L2, medians. A kernel that fails is recorded and the next one goes on. Writes
-``results/<gpu>/gpu-check.json`` and ``.md``; exit code 1 if a check failed.
+Each kernel has a process of its own: first all kernels are checked, several at once, so that what they compile is compiled before
+the clock; then one after the other is timed. A row is written as soon as it is there. A process that dies, or says nothing for
+``--hang`` seconds, costs one row, and a new process goes on with the next. ``--seconds`` is what all may take: a row that would not
+fit is left out, and named. Writes ``results/<gpu>/gpu-check.json`` and ``.md``; exit code 1 if a check failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
-from lcbench.cp.execute import Groups
-from lcbench.cp.layout import zigzag
-from lcbench.cp.none import Local
-from lcbench.grid.paths import CONF, REPOSITORY
-from lcbench.grid.values import axis_values, parse_tokens
-from lcbench.kernels.base import Kernel, Unsupported, prepare, refusal
-from lcbench.kernels.reference import Reference
-from lcbench.masks.band import Band, BandMask, DoesNotFit
-from lcbench.masks.causal import causal
-from lcbench.masks.lengths import Uniform
-from lcbench.masks.mask import Mask
-from lcbench.masks.sliding_window import sliding_window
-from lcbench.measure.cell import Gang, Work, measure_cell
-from lcbench.measure.environment import describe, device_name
-from lcbench.measure.inputs import draw
+from lcbench.grid.paths import REPOSITORY
+from lcbench.kernels.base import Kernel, refusal
+from lcbench.measure.environment import describe
 from lcbench.measure.peak import entry_of, measured_peak
-from lcbench.problem import Heads, Problem, Scale
-from lcbench.testing.shrink import shrunk, tokens_of
+from lcbench.problem import Problem, Scale
+from lcbench.testing.gpu_rows import BOUNDS, Plan, Row, check_tasks, devices, guarded, kernels, time_tasks
 
-# Half-precision products summed in float32: this much of the largest value of a tensor.
-BOUNDS = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-4, "float64": 1e-12}
-SETTINGS = {"warmup": 2, "min_iterations": 5, "max_iterations": 50, "budget_s": 1.0, "precision": 0.02, "timeline": False}
-# What matters most comes first: what a kernel's time does not suffice for is recorded as not reached.
-TIMED = (
-    ("causal", "32k"), ("full", "32k"), ("causal_document", "32k"), ("sliding_window", "32k"), ("block_random", "32k"),
-    ("causal", "4k"), ("causal", "16k"), ("causal", "64k"), ("causal", "128k"), ("prefix_lm_causal", "32k"),
-    ("block_causal", "32k"),
-)  # fmt: skip
-HEADS, SMALL_HEADS = Heads(64, 8, 128), (Heads(8, 2, 128), Heads(4, 4, 64))
+SECONDS = 540.0
+HANG_S = 120.0
+# What checking may take of all seconds; the rest is for timing.
+CHECK_PART = 0.4
+AT_ONCE = 8
+# Processes of one job that may die or hang before the rest of its rows is given up.
+DEATHS = 5
+NO_TIME = "no time left"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to run on which device; seconds are shared out evenly among the kernels that run there."""
+@dataclass
+class Job:
+    """What one process at a time works through: the ``check`` or ``time`` rows of a kernel, or the ``device`` alone.
 
-    device: torch.device
-    dtype: str = "bfloat16"
-    tokens: int = 1536
-    small_heads: tuple[Heads, ...] = SMALL_HEADS
-    heads: Heads = HEADS
-    timed: tuple[tuple[str, str], ...] = TIMED
-    check_s: float = 150.0
-    time_s: float = 210.0
-    settings: dict[str, Any] = field(default_factory=lambda: dict(SETTINGS))
+    Attributes:
+        share: seconds from its start after which no further row begins.
+        done: rows that are there; a new process of the job skips them.
+        deaths: processes of it that did not come to their end.
+    """
 
-
-def flat_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of plain values, and of lists and maps in one line: Hydra's own reader is not on every machine with a GPU."""
-    found: dict[str, Any] = {}
-    for line in path.read_text().splitlines():
-        key, colon, value = line.split(" #")[0].partition(":")
-        if colon and not line.startswith("#"):
-            found[key.strip()] = _plain(value.strip())
-    return found
+    part: str
+    name: str = ""
+    kernel: Kernel | None = None
+    share: float = 60.0
+    peak_tflops: float = 0.0
+    ends: float = 0.0
+    done: int = 0
+    deaths: int = 0
 
 
-def _plain(text: str) -> Any:
-    """``[a, b]``, ``{a: 1}`` or a value."""
-    if text.startswith(("[", "{")):
-        items = [item.strip() for item in text[1:-1].split(",") if item.strip()]
-        if text.startswith("["):
-            return [_plain(item) for item in items]
-        return {key: _plain(value.strip()) for key, _, value in (item.partition(":") for item in items)}
-    for read in (int, float, lambda x: {"true": True, "false": False, "null": None}[x]):
-        try:
-            return read(text)
-        except (ValueError, KeyError):
-            continue
-    return text
+@dataclass
+class Child:
+    """A process at work, as its parent sees it: what row it is at, and since when."""
+
+    job: Job
+    process: Any
+    doing: Row = field(default_factory=dict)
+    heard: float = field(default_factory=time.monotonic)
+    ended: bool = False
 
 
-def _object(target: str) -> Any:
-    module, _, name = target.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+class Report:
+    """What was found, written whenever something is added."""
 
+    def __init__(self, plan: Plan, out: Path | None, say: Callable[[str], None]) -> None:
+        self._out, self._say, self._began = out, say, time.time()
+        self.found: dict[str, Any] = {
+            "provenance": {}, "measured_at": self._began, "seconds": 0.0, "settings": plan.settings, "measured_peak_tflops": 0.0,
+            "bounds": BOUNDS, "absent": {}, "checks": [], "timings": [],
+        }  # fmt: skip
 
-def kernels(wanted: list[str] | None = None) -> dict[str, Kernel]:
-    """The kernels of conf/kernel by name, but for the reference."""
-    found = {}
-    for path in sorted((CONF / "kernel").glob("*.yaml")):
-        config = flat_yaml(path)
-        name, target = config.pop("name"), config.pop("_target_")
-        if name != "reference" and (wanted is None or name in wanted):
-            found[name] = _object(target)(**config)
-    return found
-
-
-def mask_of(name: str, seqlen: int, heads: Heads, *, shrink: bool = False) -> Mask:
-    """A mask of conf/mask at a length; ``shrink`` scales its token counts, which are meant for long sequences, down to it."""
-    config = flat_yaml(CONF / "mask" / f"{name}.yaml")
-    function = _object(config["_target_"])
-    parameters = inspect.signature(function).parameters
-    options = {option: value for option, value in config.items() if option in parameters}
-    for option, value in options.items():
-        tokens = tokens_of(value)
-        if tokens is not None:
-            options[option] = shrunk(tokens, seqlen) if shrink else tokens
-    given = {"heads": heads, "seed": (0, 0), "lengths": Uniform(1, seqlen // 3 if shrink else 8192)}
-    found: Mask = function(seqlen, **{k: v for k, v in given.items() if k in parameters}, **options)
-    return found
-
-
-def small_masks(tokens: int, heads: Heads) -> Iterator[tuple[str, Mask]]:
-    """Every mask, and what a rank of a context-parallel group gives its kernel: tiles of a zigzag ring, holes, empty rows."""
-    for name in axis_values(CONF, "mask"):
-        try:
-            yield name, mask_of(name, tokens, heads, shrink=True)
-        except DoesNotFit:
-            continue
-    layout = zigzag(2 * tokens, 2)
-    for name, whole in (("causal", causal(2 * tokens)), ("window", sliding_window(2 * tokens, left=tokens // 8, right=0))):
-        for q, k in ((0, 1), (1, 0), (1, 1)):
-            yield f"{name} tile {q}{k}", layout.tile(whole, q, k).merged()
-    third = tokens // 3
-    yield "holes", BandMask.of(tokens, tokens, [Band(5, third, 0, 300), Band(2 * third, tokens - 7, third, tokens, -third, -100)])
-    yield "tall", BandMask.of(tokens, tokens, [Band(0, tokens, 100, 100 + third, -third, 50)])
-
-
-def check_kernel(name: str, kernel: Kernel, plan: Plan, seconds: float) -> Iterator[dict[str, Any]]:
-    """A row per mask and heads: errors of out, lse, dq, dk, dv against the float64 reference, as parts of the largest value."""
-    ends = time.monotonic() + seconds
-    for heads in plan.small_heads:
-        for mask_name, mask in small_masks(plan.tokens, heads):
-            problem, reason = _problem(kernel, mask, plan.tokens, heads, plan)
-            row = {"kernel": name, "mask": mask_name, "heads": str(heads), "dtype": plan.dtype, "direction": problem.direction}
-            if reason:
-                yield row | {"status": "unsupported", "reason": reason}
-            elif time.monotonic() > ends:
-                yield row | {"status": "not reached", "reason": "no time left for this kernel"}
-            else:
-                yield row | _guarded(partial(_compare, kernel, mask, problem, plan))
-
-
-def _problem(kernel: Kernel, mask: Mask, seqlen: int, heads: Heads, plan: Plan) -> tuple[Problem, str | None]:
-    """Forward and backward, or forward alone for a kernel that has no backward; and why neither runs."""
-    for direction in ("forward_backward", "forward"):
-        problem = Problem(seqlen, heads, Scale(1, 1), plan.dtype, direction)
-        reason = kernel.unsupported(problem, mask) or refusal(kernel, problem, plan.device)
-        if reason is None:
-            break
-    return problem, reason
-
-
-def _compare(kernel: Kernel, mask: Mask, problem: Problem, plan: Plan) -> dict[str, Any]:
-    everything = np.arange(problem.seqlen)
-    q, k, v, dout = (draw(name, everything, problem, 1, plan.device) for name in ("q", "k", "v", "dout"))
-    scale, dtype = problem.softmax_scale, getattr(torch, problem.dtype)
-    exact = prepare(Reference(), mask, problem.heads, dtype, plan.device)
-    prepared = prepare(kernel, mask, problem.heads, dtype, plan.device)
-    want = [*exact.forward(q, k, v, softmax_scale=scale)]
-    out, lse = prepared.forward(q, k, v, softmax_scale=scale)
-    got = [out, lse]
-    if problem.backward:
-        want += exact.backward(dout, q, k, v, want[0], want[1], softmax_scale=scale)
-        got += prepared.backward(dout, q, k, v, out.to(q.dtype), lse, softmax_scale=scale)
-    errors = {}
-    for tensor, mine, reference in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=False):
-        difference = torch.where(mine.double() == reference, 0.0, (mine.double() - reference).abs())
-        finite = reference[torch.isfinite(reference)]
-        largest = float(finite.abs().max()) if finite.numel() else 0.0
-        errors[tensor] = float(difference.max()) / (largest or 1.0)
-    good = all(error <= BOUNDS[problem.dtype] for error in errors.values())  # NaN is not
-    return {"status": "ok" if good else "wrong", "errors": errors, "calls": prepared.calls}
-
-
-def time_kernel(name: str, kernel: Kernel, plan: Plan, seconds: float, peak_tflops: float) -> Iterator[dict[str, Any]]:
-    """A row per mask and length: TFLOP/s forward and backward, the part of the measured peak, peak memory."""
-    ends = time.monotonic() + seconds
-    gang = Gang(0, 1, plan.device, Groups(), [])
-    for mask_name, length in plan.timed:
-        seqlen = parse_tokens(length)
-        row: dict[str, Any] = {"kernel": name, "mask": mask_name, "seqlen": seqlen, "heads": str(plan.heads), "dtype": plan.dtype}
-        mask = mask_of(mask_name, seqlen, plan.heads)
-        problem, reason = _problem(kernel, mask, seqlen, plan.heads, plan)
-        if reason is not None:
-            yield row | {"status": "unsupported", "reason": reason}
-        elif time.monotonic() > ends:
-            yield row | {"status": "not reached", "reason": "no time left for this kernel"}
+    def add(self, job: Job, row: Row) -> None:
+        found = self.found
+        if job.part == "device":
+            found |= row
+        elif "absent" in row:
+            found["absent"][job.name] = row["absent"]
+        elif job.part == "check":
+            found["checks"].append(row)
+            if row["status"] in ("wrong", "failed"):
+                self._say(f"{job.name}: {row['mask']} {row['heads']}: {row['status']}: {row.get('reason') or row['errors']}")
         else:
-            work = Work(problem, partial(_same, mask), kernel, Local(), plan.settings, 0)
-            yield row | _guarded(partial(_measure, work, gang, peak_tflops))
+            found["timings"].append(row)
+            self._say(_line(row))
+        self.write()
+
+    @property
+    def folder(self) -> Path:
+        return self._out or folder(self.found["provenance"]["device"])
+
+    def write(self) -> None:
+        found, out = self.found, self.folder
+        found["seconds"] = time.time() - self._began
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in (("gpu-check.json", json.dumps(found, indent=1) + "\n"), ("gpu-check.md", markdown(found))):
+            written = out / f".{name}"
+            written.write_text(text)
+            written.replace(out / name)
 
 
-def _measure(work: Work, gang: Gang, peak_tflops: float) -> dict[str, Any]:
-    measured = measure_cell(work, gang, lambda _: None)
-    if measured.unavailable:
-        return {"status": "unsupported", "reason": measured.unavailable}
-    assert measured.check is not None
-    if measured.check.failures:
-        return {"status": "wrong", "reason": "; ".join(measured.check.failures), "check": measured.check.as_dict()}
-    if measured.implausible:
-        return {"status": "wrong", "reason": measured.implausible, "check": measured.check.as_dict()}
-    rates = {
-        phase: measured.metrics[key]
-        for phase in ("forward", "backward")
-        if (key := f"compute/{phase}/tflops_per_gpu") in measured.metrics
-    }
-    parts = {f"{phase}_of_measured_peak": rate / peak_tflops for phase, rate in rates.items()}
-    notes = {"metrics": measured.metrics, "samples": measured.samples, "check": measured.check.as_dict(), "notes": measured.notes}
-    return {"status": "ok", "tflops": rates, **parts, **notes}
-
-
-def _guarded(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A kernel may fail in any way that its library knows; the rest goes on."""
-    try:
-        return run()
-    except Unsupported as error:
-        return {"status": "unsupported", "reason": str(error)}
-    except Exception as error:
-        kind = "oom" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
-        return {"status": "failed", "reason": f"{kind}: {str(error)[:400]}"}
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _same(mask: Mask, draw: int) -> Mask:
-    return mask
-
-
-def report(plan: Plan, wanted: list[str] | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+def check(plan: Plan, cast: dict[str, Kernel], report: Report, *, seconds: float, hang_s: float = HANG_S) -> None:
     """Check, then time, each kernel that runs here."""
-    began = time.time()
-    peak = measured_peak(getattr(torch, plan.dtype), plan.device)
-    absent: dict[str, str] = {}
-    checks: list[dict[str, Any]] = []
-    timings: list[dict[str, Any]] = []
-    here: dict[str, Kernel] = {}
-    for name, kernel in kernels(wanted).items():
+    ends = time.monotonic() + seconds
+    for job, row in work_through([Job("device")], plan, 1, hang_s):
+        report.add(job, row)
+    rest = max(0.0, ends - time.monotonic())
+    peak = report.found["measured_peak_tflops"]
+    jobs = [Job("check", name, kernel, CHECK_PART * rest) for name, kernel in cast.items()]
+    for job, row in work_through(jobs, plan, AT_ONCE, hang_s):
+        report.add(job, row)
+    here = [(name, kernel) for name, kernel in cast.items() if name not in report.found["absent"]]
+    for place, (name, kernel) in enumerate(here):
+        # What a kernel leaves of its share is the next ones'.
+        share = max(0.0, ends - time.monotonic()) / (len(here) - place)
+        for job, row in work_through([Job("time", name, kernel, share, peak)], plan, 1, hang_s):
+            report.add(job, row)
+
+
+def work_through(jobs: list[Job], plan: Plan, at_once: int, hang_s: float) -> Iterator[tuple[Job, Row]]:
+    """Rows of all jobs as they come. A process that dies or hangs costs the row that it was at."""
+    context = get_context("spawn")
+    waiting, running = list(reversed(jobs)), dict[Connection, Child]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop()
+                job.ends = job.ends or time.monotonic() + job.share
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_child, args=(job, plan, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = Child(job, process)
+            for connection in wait(list(running), timeout=0.2):
+                assert isinstance(connection, Connection)
+                child = running[connection]
+                child.heard = time.monotonic()
+                try:
+                    kind, what = connection.recv()
+                except EOFError:
+                    del running[connection]
+                    yield from _ended(child, waiting)
+                    continue
+                if kind == "begins":
+                    child.doing = what
+                elif kind == "row":
+                    child.job.done, child.doing = child.job.done + 1, {}
+                    yield child.job, what
+                else:
+                    child.ended = True
+            for child in running.values():
+                late = time.monotonic() - child.heard > hang_s
+                # A row that began in time may take as long again as the whole share.
+                if late or (child.doing and time.monotonic() > child.job.ends + max(30.0, child.job.share)):
+                    child.process.kill()  # its end of the pipe closes
+                    child.doing |= {"hang": f"hang: nothing for {hang_s:.0f} s" if late else "hang: long beyond its share"}
+    finally:
+        for child in running.values():
+            child.process.kill()
+
+
+def _ended(child: Child, waiting: list[Job]) -> Iterator[tuple[Job, Row]]:
+    """After a process has gone: a row for what it was at, and another process for the rest."""
+    child.process.join()
+    if child.ended:
+        return
+    doing, job = dict(child.doing), child.job
+    reason = doing.pop("hang", f"the process ended with code {child.process.exitcode}")
+    job.deaths += 1
+    if job.part == "device":
+        raise RuntimeError(f"the device could not be looked at: {reason}")
+    if not doing and not job.done:
+        yield job, {"absent": f"{reason} while it was imported"}
+        return
+    if doing:
+        job.done += 1
+        yield job, doing | {"status": "failed", "reason": reason}
+    if job.deaths < DEATHS:
+        waiting.append(job)
+    else:
+        rest = {"kernel": job.name, "mask": "the rest", "seqlen": 0, "heads": "", "dtype": ""}
+        yield job, rest | {"status": "not reached", "reason": f"{job.deaths} processes ended before their time"}
+
+
+def _child(job: Job, plan: Plan, to: Connection) -> None:
+    """A process's work: the rows of a job from the first that is not done."""
+    if job.part == "device":
+        peak = measured_peak(getattr(torch, plan.dtype), plan.device)
+        to.send(("row", {"provenance": describe(plan.device), "measured_peak_tflops": peak}))
+        _leave(to)
+    assert job.kernel is not None
+    if job.part == "check":
         problem = Problem(plan.tokens, plan.heads, Scale(1, 1), plan.dtype, "forward")
-        if reason := refusal(kernel, problem, plan.device):
-            absent[name] = reason
-        else:
-            here[name] = kernel
-    for name, kernel in here.items():
-        rows = list(check_kernel(name, kernel, plan, plan.check_s / len(here)))
-        checks += rows
-        count = {status: sum(row["status"] == status for row in rows) for status in ("ok", "wrong", "failed", "not reached")}
-        say(f"{name}: {', '.join(f'{n} {status}' for status, n in count.items() if n)}")
-        for row in [row for row in rows if row["status"] in ("wrong", "failed")][:3]:
-            say(f"  {row['mask']} {row['heads']}: {row.get('reason') or row['errors']}")
-    for name, kernel in here.items():
-        for row in time_kernel(name, kernel, plan, plan.time_s / len(here), peak):
-            timings.append(row)
-            say(_line(row))
-    return {
-        "provenance": describe(plan.device), "measured_at": began, "seconds": time.time() - began, "settings": plan.settings,
-        "measured_peak_tflops": peak, "bounds": BOUNDS, "absent": absent, "checks": checks, "timings": timings,
-    }  # fmt: skip
+        if reason := refusal(job.kernel, problem, plan.device):
+            to.send(("row", {"absent": reason}))
+            _leave(to)
+        tasks = check_tasks(job.name, job.kernel, plan)
+    else:
+        tasks = time_tasks(job.name, job.kernel, plan, job.peak_tflops)
+    pace = 0.0  # seconds per work of the last row, but for what was compiled in it
+    for task in islice(tasks, job.done, None):
+        left = job.ends - time.monotonic()
+        if left <= 0 or pace * task.size > left:
+            to.send(("row", task.head | {"status": "not reached", "reason": NO_TIME}))
+            continue
+        to.send(("begins", task.head))
+        begun = time.monotonic()
+        row = guarded(task.run)
+        if task.size and row["status"] == "ok":
+            pace = (time.monotonic() - begun - row["metrics"]["time/first_pass_s"]) / task.size
+        to.send(("row", task.head | row))
+        if plan.device.type == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:  # an error that stays: what is left needs another process
+                os._exit(1)
+    _leave(to)
 
 
-def _line(row: dict[str, Any]) -> str:
+def _leave(to: Connection) -> NoReturn:
+    to.send(("end", None))
+    to.close()
+    os._exit(0)  # a library's own clean-up may hang
+
+
+def _line(row: Row) -> str:
     head = f"{row['kernel']:<20}{row['mask']:<18}{row['seqlen']:>7}  "
     if row["status"] != "ok":
         return f"{head}{row['status']}: {str(row['reason'])[:90]}"
@@ -294,16 +255,17 @@ def markdown(found: dict[str, Any]) -> str:
         f"# Kernels on {provenance['device']}", "",
         f"Commit {provenance['git']['commit']}{' with changes' if provenance['git']['dirty'] else ''}; {versions}. "
         f"Matrix product measured at {found['measured_peak_tflops']:.0f} TFLOP/s. {found['seconds']:.0f} s in all.", "",
-        "| kernel | mask | tokens | forward TFLOP/s | of peak | backward TFLOP/s | of peak | peak MiB | |", "| --- " * 9 + "|",
+        "| kernel | mask | tokens | forward TFLOP/s | of peak | backward TFLOP/s | of peak | peak MiB | check s | |",
+        "| --- " * 10 + "|",
     ]  # fmt: skip
     for row in found["timings"]:
-        cells = ["", "", "", "", ""]
+        cells = ["", "", "", "", "", ""]
         if row["status"] == "ok":
             for i, phase in enumerate(("forward", "backward")):
                 if phase in row["tflops"]:
                     cells[2 * i : 2 * i + 2] = [f"{row['tflops'][phase]:.1f}", f"{row[f'{phase}_of_measured_peak']:.0%}"]
             peak = row["metrics"].get("memory/peak_bytes")
-            cells[4] = "" if peak is None else f"{peak / 2**20:.0f}"
+            cells[4:] = ["" if peak is None else f"{peak / 2**20:.0f}", f"{row['metrics']['time/check_s']:.1f}"]
         why = "" if row["status"] == "ok" else f"{row['status']}: {str(row['reason']).splitlines()[0][:120]}"
         lines.append(f"| {' | '.join([row['kernel'], row['mask'], str(row['seqlen']), *cells, why])} |")
     lines += ["", "| kernel | masks checked | wrong | failed | not reached |", "| --- " * 5 + "|"]
@@ -314,11 +276,10 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def folder(device: torch.device) -> Path:
+def folder(device: str) -> Path:
     """results/<gpu>: by the name of its conf/device entry, else its own."""
-    name = device_name(device)
-    entry = entry_of([flat_yaml(path) for path in sorted((CONF / "device").glob("*.yaml"))], name)
-    return REPOSITORY / "results" / (entry["name"] if entry else "".join(c if c.isalnum() else "-" for c in name.lower()))
+    entry = entry_of(devices(), device)
+    return REPOSITORY / "results" / (entry["name"] if entry else "".join(c if c.isalnum() else "-" for c in device.lower()))
 
 
 def failed(found: dict[str, Any]) -> bool:
@@ -330,6 +291,8 @@ def failed(found: dict[str, Any]) -> bool:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m lcbench.testing.gpu_check", description=__doc__)
     parser.add_argument("kernels", nargs="*", help="names of kernels; all there are if not said")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"what all may take (default: {SECONDS:.0f})")
+    parser.add_argument("--hang", type=float, default=HANG_S, help=f"a row may take so many seconds (default: {HANG_S:.0f})")
     parser.add_argument("--out", type=Path, help="folder of the report (default: results/<gpu>)")
     options = parser.parse_args(arguments)
     if unknown := set(options.kernels) - set(kernels()):
@@ -338,13 +301,11 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         print("gpu-check needs a CUDA device; torch sees none", file=sys.stderr)
         return 2
-    device = torch.device("cuda", 0)
-    found = report(Plan(device), options.kernels or None, partial(print, flush=True))
-    out = options.out or folder(device)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu-check.json").write_text(json.dumps(found, indent=1) + "\n")
-    (out / "gpu-check.md").write_text(markdown(found))
-    print("\n".join(["", *(_line(row) for row in found["timings"] if row["status"] == "ok"), "", f"written to {out}"]))
+    plan = Plan(torch.device("cuda", 0))
+    report = Report(plan, options.out, partial(print, flush=True))
+    check(plan, kernels(options.kernels or None), report, seconds=options.seconds, hang_s=options.hang)
+    found = report.found
+    print("\n".join(["", *(_line(row) for row in found["timings"] if row["status"] == "ok"), "", f"written to {report.folder}"]))
     return 1 if failed(found) else 0
 
 

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from lcbench.grid.values import axis_values
-from lcbench.kernels.base import Platform, Prepared
+from lcbench.kernels.base import Kernel, Platform, Prepared
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
-from lcbench.testing import gpu_check
+from lcbench.testing import gpu_check, gpu_rows
 from lcbench.testing.faulty import Blind
 from lcbench.testing.masks import names
 
-PLAN = gpu_check.Plan(
+PLAN = gpu_rows.Plan(
     torch.device("cpu"), "float32", 96, (Heads(4, 2, 16),), Heads(4, 2, 16), (("causal", "256"), ("block_random", "256")),
-    settings=gpu_check.SETTINGS | {"min_iterations": 2, "max_iterations": 3, "budget_s": 0.1},
+    settings=gpu_rows.SETTINGS | {"min_iterations": 2, "max_iterations": 3, "budget_s": 0.1},
 )  # fmt: skip
 
 
@@ -34,58 +38,71 @@ class Broken(SDPAFlash):
 
 
 def test_every_kernel_and_mask_of_conf_is_read_as_hydra_reads_it() -> None:
-    assert set(gpu_check.kernels()) == set(names("kernel")) - {"reference"}
-    assert set(axis_values(gpu_check.CONF, "mask")) == set(names()) - {"band_file", "block_file"}
+    assert set(gpu_rows.kernels()) == set(names("kernel")) - {"reference"}
+    assert set(axis_values(gpu_rows.CONF, "mask")) == set(names()) - {"band_file", "block_file"}
     for group in ("kernel", "mask"):
         for name in names(group):
-            path = gpu_check.CONF / group / f"{name}.yaml"
-            assert gpu_check.flat_yaml(path) == OmegaConf.to_container(OmegaConf.load(path))
+            path = gpu_rows.CONF / group / f"{name}.yaml"
+            assert gpu_rows.flat_yaml(path) == OmegaConf.to_container(OmegaConf.load(path))
+
+
+@dataclass(frozen=True)
+class Dying(SDPAFlash):
+    """Ends its process in the middle of a causal mask, as a segmentation fault does, and never returns from a full one."""
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        if mask.pairs(1) == 96 * 96:
+            time.sleep(1000)
+        if mask.pairs(1) in (96 * 97 // 2, 256 * 257 // 2):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().prepare(mask, heads, dtype, device)
+
+
+def run(cast: dict[str, Kernel], out: Path, seconds: float = 400.0, hang_s: float = 60.0) -> tuple[dict[str, Any], list[str]]:
+    said: list[str] = []
+    report = gpu_check.Report(PLAN, out, said.append)
+    gpu_check.check(PLAN, cast, report, seconds=seconds, hang_s=hang_s)
+    assert json.loads((out / "gpu-check.json").read_text()) == report.found
+    assert (out / "gpu-check.md").read_text() == gpu_check.markdown(report.found)
+    return report.found, said
 
 
 def test_it_checks_and_times_what_runs_and_names_the_rest(tmp_path: Path) -> None:
-    said: list[str] = []
-    found = gpu_check.report(PLAN, ["sdpa_flash", "flex_sparse", "flash_attn2"], said.append)
+    """Sound kernels, one that is not here, a wrong one, one that breaks, one that dies and hangs: none costs another a row."""
+    cast = gpu_rows.kernels(["sdpa_flash", "flex_sparse", "flash_attn2"]) | {"blind": Blind(), "broken": Broken(), "dying": Dying()}
+    found, said = run(cast, tmp_path, hang_s=45.0)
     assert "runs on CUDA devices only" in found["absent"]["flash_attn2"]
-    status = {(row["kernel"], row["mask"]): row["status"] for row in found["checks"]}
+    checked = {(row["kernel"], row["mask"]): row for row in found["checks"]}
+    status = {key: row["status"] for key, row in checked.items()}
     assert status["sdpa_flash", "holes"] == status["flex_sparse", "block_random"] == "ok"
     assert status["flex_sparse", "causal"] == "unsupported"
-    assert "wrong" not in status.values()
-    assert "failed" not in status.values()
+    assert {s for (kernel, _), s in status.items() if kernel in ("sdpa_flash", "flex_sparse")} == {"ok", "unsupported"}
+    assert (status["blind", "causal"], status["blind", "full"]) == ("wrong", "ok")
+    assert "no kernel image" in checked["broken", "full"]["reason"]
+    assert "no kernel image" in checked["broken", "full"]["traceback"]
+    assert "code -11" in checked["dying", "causal"]["reason"]
+    assert "hang: nothing for 45 s" in checked["dying", "full"]["reason"]
+    assert status["dying", "holes"] == "ok"
     timed = {(row["kernel"], row["mask"]): row for row in found["timings"]}
     assert timed["sdpa_flash", "causal"]["tflops"]["backward"] > 0
     assert timed["flex_sparse", "causal"]["status"] == "unsupported"
-    assert not gpu_check.failed(found)
-    assert json.loads(json.dumps(found))["measured_peak_tflops"] > 0
+    assert [timed[name, "causal"]["status"] for name in ("blind", "broken", "dying")] == ["wrong", "failed", "failed"]
+    assert timed["dying", "block_random"]["status"] == "ok"
+    assert gpu_check.failed(found)
+    assert found["measured_peak_tflops"] > 0
     assert "| sdpa_flash | causal | 256 |" in gpu_check.markdown(found)
     assert any("sdpa_flash" in line for line in said)
 
 
-def test_a_wrong_kernel_and_a_broken_one_are_recorded_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    cast = {"blind": Blind(), "broken": Broken(), "right": SDPAFlash()}
-    monkeypatch.setattr(gpu_check, "kernels", lambda wanted=None: cast)
-    found = gpu_check.report(PLAN, None, lambda _: None)
-    checked = {(row["kernel"], row["mask"]): row for row in found["checks"]}
-    assert checked["blind", "causal"]["status"] == "wrong"
-    assert checked["blind", "full"]["status"] == "ok"
-    assert "no kernel image" in checked["broken", "full"]["reason"]
-    assert checked["right", "causal"]["status"] == "ok"
-    timed = {(row["kernel"], row["mask"]): row["status"] for row in found["timings"]}
-    assert timed["blind", "causal"] == "wrong"
-    assert timed["broken", "causal"] == "failed"
-    assert timed["right", "causal"] == "ok"
-    assert gpu_check.failed(found)
-
-
-def test_what_there_is_no_time_for_is_said() -> None:
-    plan = gpu_check.Plan(**{**vars(PLAN), "check_s": 0.0, "time_s": 0.0})
-    found = gpu_check.report(plan, ["sdpa_flash"], lambda _: None)
+def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
+    found, _ = run(gpu_rows.kernels(["sdpa_flash"]), tmp_path, seconds=0.0)
     assert {row["status"] for row in found["checks"] + found["timings"]} == {"not reached"}
+    assert not gpu_check.failed(found)
 
 
-def test_a_device_is_known_by_its_entry_or_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for device, wanted in (("NVIDIA H200", "h200"), ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090")):
-        monkeypatch.setattr(gpu_check, "device_name", lambda _, device=device: device)
-        assert gpu_check.folder(torch.device("cuda")).name == wanted
+def test_a_device_is_known_by_its_entry_or_its_name() -> None:
+    assert gpu_check.folder("NVIDIA H200").name == "h200"
+    assert gpu_check.folder("NVIDIA GeForce RTX 4090").name == "nvidia-geforce-rtx-4090"
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from lcbench.grid.paths import CONF
 from lcbench.measure import peak
 from lcbench.measure.peak import configured_limit, configured_peak, entry_of, measured_limit, measured_peak
 from lcbench.problem import DTYPES
-from lcbench.testing import gpu_check
+from lcbench.testing import gpu_rows
 
 CPU = torch.device("cpu")
 DEVICES = known_devices()
@@ -108,7 +108,7 @@ def test_every_entry_is_whole_and_no_name_is_claimed_twice() -> None:
         for key in ("memory_bytes", "memory_gbytes_per_s", "cache_bytes", "link_gbytes_per_s", "sms"):
             assert entry[key] > 0
         assert all(name_of(name) == entry["name"] for name in entry["names"])
-        assert gpu_check.flat_yaml(path) == OmegaConf.to_container(OmegaConf.load(path))  # as a machine without Hydra reads it
+        assert gpu_rows.flat_yaml(path) == OmegaConf.to_container(OmegaConf.load(path))  # as a machine without Hydra reads it
         for profile, sms in entry["mig_sms"].items():
             assert name_of(f"{entry['names'][0]} MIG {profile}") == f"{entry['name']}-{profile}"
             assert sms <= entry["sms"]
