@@ -54,9 +54,11 @@ def _adjoint(
 
     keys, values = (per_query_head(x, q.shape[1], 1) for x in (k, v))
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % ALIGNED), value=torch.inf).contiguous()
+    # The kernel's backward reads out by the strides of a packed (B, S, H, D) tensor, whatever its own are.
+    out = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
     # Without dropout the random state is never read.
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
     dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, keys, values, None, out.to(q.dtype), lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
+        dout, q, keys, values, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
     )
     return dq, per_kv_head(dk, k.shape[1], 1), per_kv_head(dv, k.shape[1], 1)

@@ -6,6 +6,7 @@ It has no key/value groups in backward, so these heads are repeated and their gr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable, per_kv_head, per_query_head
@@ -27,7 +28,7 @@ class XFormers(Kernel):
         return half_on_cuda(problem, platform, "xformers' flash operator", most=(9, 0))
 
     def missing(self) -> str | None:
-        return importable("xformers.ops.fmha.flash")
+        return importable("xformers.ops.fmha.flash") or _not_for_this_torch()
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return count_varlen(mask, STYLE)
@@ -35,6 +36,15 @@ class XFormers(Kernel):
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
         return prepare_varlen(mask, device, _Run, STYLE)
+
+
+def _not_for_this_torch() -> str | None:
+    """Its operators refuse every input on CUDA, also those that are torch's, where its compiled part was not loaded."""
+    library = import_module("xformers._cpp_lib")
+    if library._built_with_cuda:
+        return None
+    why = str(library._cpp_library_load_exception or "it has no CUDA part").strip().splitlines()[0]
+    return f"xformers' compiled part is not for this torch and CUDA: {why}"
 
 
 class _Run:

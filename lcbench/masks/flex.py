@@ -89,15 +89,15 @@ def _band_lookup(mask: BandMask, device: torch.device) -> tuple[Any, tuple[torch
     table = np.zeros((slots, segments, 4), dtype=np.int64)  # k0, k1, lo, hi; nothing where no band is
     table[place, segment] = bands[band, 2:]
     which = torch.from_numpy(np.repeat(np.arange(segments), np.diff(edges))).to(device)
-    bounds = [torch.from_numpy(np.ascontiguousarray(table[..., i])).to(device) for i in range(4)]
+    bounds = [torch.from_numpy(table[..., i].ravel()).to(device) for i in range(4)]
 
     def lookup(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
         which, k0, k1, lo, hi = tables
-        row = which[q]
         allowed = k < 0
         for slot in range(slots):
-            inside = (k >= k0[slot, row]) & (k < k1[slot, row])
-            allowed = allowed | (inside & (k - q >= lo[slot, row]) & (k - q <= hi[slot, row]))
+            # A number among the indices would become a constant tensor of the trace, which Inductor does not take here.
+            at = which[q] + slot * segments
+            allowed = allowed | ((k >= k0[at]) & (k < k1[at]) & (k - q >= lo[at]) & (k - q <= hi[at]))
         return allowed
 
     return lookup, (which, *bounds)

@@ -322,7 +322,10 @@ def xformers() -> dict[str, ModuleType]:
     functions = memory_efficient_attention_forward_requires_grad, memory_efficient_attention_backward
     found = _modules("xformers.ops.fmha", *functions)
     found["xformers.ops.fmha"].flash = flash  # type: ignore[attr-defined]
-    return _modules("xformers.ops.fmha.attn_bias", BlockDiagonalMask) | found | {flash.__name__: flash}
+    compiled = ModuleType("xformers._cpp_lib")
+    compiled._built_with_cuda, compiled._cpp_library_load_exception = True, None  # type: ignore[attr-defined]
+    found |= {flash.__name__: flash, compiled.__name__: compiled}
+    return _modules("xformers.ops.fmha.attn_bias", BlockDiagonalMask) | found
 
 
 def flashinfer() -> dict[str, ModuleType]:
@@ -491,6 +494,7 @@ def torch_cuda_ops() -> dict[str, Callable[..., Any]]:
                            offset: Tensor, dropout: float, wanted: list[bool], is_causal: bool = False, *,
                            scale: float) -> tuple[Any, ...]:  # fmt: skip
         assert lse.shape[-1] % 32 == 0
+        assert out.transpose(1, 2).is_contiguous(), "the kernel takes the strides of a packed out for granted"
         assert wanted == [True, True, True, False]
         lse = lse[..., : q.shape[2]]
         grads = each(lambda *m: dense_backward(*m, causal(q, k, is_causal), scale), dout, q, k, v, out, lse)
@@ -498,6 +502,7 @@ def torch_cuda_ops() -> dict[str, Callable[..., Any]]:
 
     def cudnn(q: Tensor, k: Tensor, v: Tensor, bias: Any, compute_lse: bool, dropout: float = 0.0, is_causal: bool = False,
               debug: bool = False, *, scale: float) -> tuple[Any, ...]:  # fmt: skip
+        assert (q.shape[2], k.shape[2]) != (1, 1), "cuDNN Frontend error: s_q = s_kv = 1 is not supported."
         out, lse, *_ = efficient(q, k, v, bias, compute_lse, dropout, is_causal, scale=scale)
         return out, lse[..., : q.shape[2], None], None, None, None, None, None, None, None
 

@@ -12,6 +12,8 @@ import torch
 from test_kernels import CPU, GROUPED, HARD, SEQLEN, check_kernel, kernel_of, problem_of
 
 from lcbench.kernels.base import Kernel, Platform, Prepared, Unsupported, prepare
+from lcbench.kernels.flex import PreparedFlex
+from lcbench.masks.band import Band, BandMask
 from lcbench.masks.block import BlockMap
 from lcbench.masks.block_random import block_random
 from lcbench.masks.mask import Mask
@@ -129,6 +131,30 @@ def test_sparse_library_runs_its_blocks(name: str, block: int, heads: Heads, mon
 @pytest.mark.parametrize("name", [name for name in names("kernel") if kernel_of(name).missing()])
 def test_a_library_that_is_not_here_says_so(name: str) -> None:
     assert "cannot be imported" in str(kernel_of(name).missing())
+
+
+def test_xformers_whose_compiled_part_is_for_another_torch_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = fake_libraries.xformers()
+    install(monkeypatch, modules)
+    assert kernel_of("xformers").missing() is None
+    monkeypatch.setattr(modules["xformers._cpp_lib"], "_built_with_cuda", False)
+    monkeypatch.setattr(modules["xformers._cpp_lib"], "_cpp_library_load_exception", OSError("built for PyTorch 2.10.0\nmore"))
+    assert str(kernel_of("xformers").missing()).endswith("is not for this torch and CUDA: built for PyTorch 2.10.0")
+
+
+def test_what_flex_compiles_holds_no_tensor_of_its_own() -> None:
+    """Inductor takes no constant tensor in a mask function, which a number among its indices becomes."""
+    mask = BandMask.of(256, 256, [Band(5, 80, 0, 100), Band(100, 250, 0, 256, -100, 0), Band(100, 250, 0, 20, -1000, -150)])
+    heads = Heads(4, 2, 16)
+    for some in (mask, block_random(256, heads=heads, seed=(1, 0), density=0.4, block_size=64, sizes="uniform", per="kv_head")):
+        prepared = PreparedFlex(some, heads, CPU)
+        inputs = [torch.zeros(1, h, 256, 16) for h in (4, 2, 2)]
+        for direction, given in (("forward", inputs), ("backward", [*inputs, inputs[0], torch.zeros(1, 4, 256), inputs[0]])):
+            graph = prepared._trace(direction, 0.25, [*given, *prepared._block_tensors, *prepared._tables])
+            parts = dict(graph.named_modules())  # type: ignore[attr-defined]
+            assert any("mask" in name for name in parts)
+            assert not [name for part in parts.values() for name in vars(part) if name.startswith("_tensor_constant")]
+            assert not [node for part in parts.values() for node in part.graph.nodes if "lift_fresh" in str(node.target)]
 
 
 def test_limits_name_what_is_wrong() -> None:
