@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lcbench.masks.band import BandMask, Ints
-from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
 
 if TYPE_CHECKING:
@@ -31,18 +31,20 @@ class Visible:
 
     def __init__(self, mask: Mask, rows: Ints, device: torch.device, number: int = 0) -> None:
         self._device, self._count, self._keys = device, len(rows), mask.num_k
-        self._mask, self._number = mask, number
         self._order = np.argsort(rows, kind="stable")
         self._sorted = bool((np.diff(rows) >= 0).all())
         self._rows = rows[self._order]
         self._chunks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._keep: torch.Tensor | None = None
         if isinstance(mask, BandMask):
             self._chunks = [self._intervals(mask, begin) for begin in range(0, len(rows), ROWS)]
         else:
+            self._keep = self._at(mask.keep(number))
+            self._edges = self._at(mask.k_edges)
             self._blocks = self._at(np.searchsorted(mask.q_edges, self._rows, side="right") - 1)
         self._places = self._at(self._order)
 
-    def _at(self, values: Ints) -> torch.Tensor:
+    def _at(self, values: NDArray[np.generic]) -> torch.Tensor:
         import torch
 
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
@@ -82,20 +84,10 @@ class Visible:
         import torch
 
         found = torch.zeros(self._count, dtype=torch.float64, device=self._device)
-        if isinstance(self._mask, BlockMap):
-            edges = self._at(self._mask.k_edges)
-            blocks = running[edges[1:]] - running[edges[:-1]]
-            return self._of_blocks(blocks)[self._blocks]
+        if self._keep is not None:
+            blocks = running[self._edges[1:]] - running[self._edges[:-1]]
+            step = max(1, BLOCK_ELEMENTS // max(1, self._keep.shape[1]))
+            return torch.cat([part.double() @ blocks for part in self._keep.split(step)])[self._blocks]
         for at, begin, end in self._chunks:
             found.index_add_(0, at, running[end] - running[begin])
         return found
-
-    def _of_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Sums of the rows of blocks from those of the columns of blocks."""
-        import torch
-
-        assert isinstance(self._mask, BlockMap)
-        keep = self._mask.keep(self._number)
-        step = max(1, BLOCK_ELEMENTS // max(1, keep.shape[1]))
-        parts = [torch.from_numpy(keep[i : i + step]).to(self._device).double() @ blocks for i in range(0, len(keep), step)]
-        return torch.cat(parts)

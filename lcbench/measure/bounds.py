@@ -21,7 +21,7 @@ from lcbench.masks.band import Ints
 from lcbench.problem import Problem
 
 HALF_FACTOR = 10.0
-SINGLE_FACTOR = 200.0
+SINGLE_FACTOR = 300.0
 FLOAT64_BOUND = 1e-12
 # Share of the factor for what is common to many terms: it has no largest of millions.
 COMMON = 0.4
@@ -30,8 +30,10 @@ TOGETHER = 0.4
 HALF_LSE = 1e-4  # some kernels take a fast exponential for half types
 ULPS = 4.0  # of a float32 LSE
 # Of a factor that all elements have in common: units, and standard deviations of what roundings make of it.
-COMMON_HALF, COMMON_SINGLE, SIGMAS = 0.25, 20.0, 6.0
+COMMON_HALF, COMMON_SINGLE, SIGMAS = 0.25, 40.0, 6.0
 PROBE_HALF, PROBE_SINGLE = 1.75, 100.0
+# Equal weights, added one by one in float32, are rounded in the same direction again and again: units per root of their number.
+ONE_BY_ONE = 16.0
 # Steps of sums in the inputs' type per unit of variance that they add to that of one rounding.
 STEPS = 3.0
 
@@ -121,23 +123,24 @@ class Bounds:
     ) -> torch.Tensor:
         """What an element of a probe's out may be off by: a quarter of a key, and what rounds many keys alike."""
         shared: float | torch.Tensor = 8.0 if self.rounding.scores else 4.0
-        if not self.half:  # equal weights, added one by one, are rounded in the same direction again and again
-            shared = 16.0 * torch.sqrt(count)
+        if not self.half:
+            shared = ONE_BY_ONE * torch.sqrt(count)
         if self.dtype == torch.float64:
             return FLOAT64_BOUND * (common + out.abs() + spread)
         merged = 0.0 if self.parts == 1 else 4 * self._wide() * (1 + lse.abs())
         own = torch.minimum(self.factor * self.unit * spread, 0.25 * key)
         return own + merged + self.unit * shared * (common + out.abs()) + self.tiny
 
-    def shared(self) -> float:
+    def shared(self, count: float) -> float:
         """How far from 1 the factor may be by which all elements of a probe's gradient follow the exact ones; where all rows see as
-        many keys, their weights are rounded alike."""
+        many keys, their weights are rounded alike. ``count``: keys of a row in the mean, and so terms of an element."""
         if self.dtype == torch.float64:
             return FLOAT64_BOUND
         if not self.half:
-            return self.unit * PROBE_SINGLE
+            return self.unit * (PROBE_SINGLE + ONE_BY_ONE * math.sqrt(count))
         again = self.rounding.scores or self.rounding.sums_every  # and then rounded alike once more
-        return self.unit * PROBE_HALF * (2 if again else 1) + 4 * self.rounding.exponential
+        # Weights are about 1 / count, which float16 holds as so many of its smallest numbers.
+        return (self.unit * PROBE_HALF + self.tiny * count) * (2 if again else 1) + 4 * self.rounding.exponential
 
     def slope(self, exact: torch.Tensor, allowed: torch.Tensor) -> float:
         """How far from 1 the factor may be by which all elements follow the exact ones, each of which may be off by ``allowed``:
@@ -148,7 +151,7 @@ class Bounds:
         noise = float((exact * allowed).square().sum().sqrt()) / squares / self.factor
         if self.dtype == torch.float64:
             return FLOAT64_BOUND + self.factor * noise
-        return self.unit * (COMMON_HALF if self.half else COMMON_SINGLE) + SIGMAS * noise * (1.0 if self.half else 10.0)
+        return self.unit * (COMMON_HALF if self.half else COMMON_SINGLE) + SIGMAS * noise * (1.0 if self.half else 20.0)
 
 
 @dataclass

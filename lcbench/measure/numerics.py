@@ -26,6 +26,7 @@ from lcbench.measure.reference import Exact, Shard, columns, owned, rows, sample
 from lcbench.problem import Problem
 
 REFERENCE, SUMS = "reference", "conserved"
+CANCELLED = 1e-6  # of the size of terms: what is left of them when they cancel
 CONSERVED = ("dv = dout", "dv.v = dout.out", "dk.k = dq.q")
 
 
@@ -80,6 +81,7 @@ class Examination:
     ) -> None:
         self._run, self._mask, self._problem, self._tokens, self._bounds, self._seed = run, mask, problem, tokens, bounds, seed
         self._judge = Judge()
+        self._keys = mask.density * mask.num_k  # of a row, in the mean
         self._rows = sample(mask, "q", seed, problem.heads.q)
         self._columns = sample(mask, "k", seed, problem.heads.q)
         self._unchecked = {} if own_lse else {"lse": "the library gives none of its own"}
@@ -137,7 +139,8 @@ class Examination:
         """Elements of one head of a gradient, and their part in the factor that all of them have in common."""
         bound = self._bounds.summed(terms.spread, terms.value.abs() + terms.common, terms.floor, count[:, None])
         self._of_head(probe, head, tensor, got[:, head], terms.value, bound)
-        factors.add(f"{probe}, factor", tensor, head, got[:, head], terms.value, self._bounds.shared())
+        allowed = self._bounds.shared(self._keys)
+        factors.add(f"{probe}, factor", tensor, head, got[:, head], terms.value, terms.spread, allowed)
 
     def last(self, part: str, result: Result, negated: bool) -> None:
         """Check a later pass on the inputs of the first, or on the negative of all of them: all but LSE is then negative too."""
@@ -207,7 +210,7 @@ class Examination:
         allowed = self._allowed(name, exact)
         for head in range(allowed.shape[1]):
             limit_of = self._bounds.slope(exact.value[:, head], allowed[:, head])
-            factors.add("factor", name, head, rows_got[:, head], own.value[:, head], limit_of)
+            factors.add("factor", name, head, rows_got[:, head], own.value[:, head], own.spread[:, head], limit_of)
 
     def _allowed(self, name: str, exact: Exact) -> torch.Tensor:
         if name == "out":
@@ -245,18 +248,22 @@ class _Factors:
         self._of: list[tuple[str, str, int, float]] = []
         self._products: list[torch.Tensor] = []
 
-    def add(self, part: str, tensor: str, head: int, got: torch.Tensor, want: torch.Tensor, allowed: float) -> None:
-        """This rank's elements of a tensor of one head."""
+    def add(
+        self, part: str, tensor: str, head: int, got: torch.Tensor, want: torch.Tensor, spread: torch.Tensor, allowed: float
+    ) -> None:
+        """This rank's elements of a tensor of one head; ``spread``: root of the sum of the squares of each one's terms."""
         self._of.append((part, tensor, head, allowed))
-        self._products.append(torch.stack([(got.double() * want).sum(), want.square().sum()]))
+        terms = spread.square().expand_as(want).sum()
+        self._products.append(torch.stack([(got.double() * want).sum(), want.square().sum(), terms]))
 
     def settle(self) -> None:
         """Judge all of them after one message. Collective."""
         if not self._of:
             return
         products = reduce(torch.stack(self._products)).tolist()
-        for (part, tensor, head, allowed), (product, squares) in zip(self._of, products, strict=True):
-            if squares > 0:
+        for (part, tensor, head, allowed), (product, squares, terms) in zip(self._of, products, strict=True):
+            # Terms may cancel in all elements; what rounding in float64 leaves of them has no factor.
+            if squares > CANCELLED**2 * terms:
                 self._judge.number(part, tensor, abs(product / squares - 1), allowed, f"head {head}")
 
 

@@ -156,6 +156,7 @@ class Probe:
         # Half the distance of the two scores, of factor 1.
         self._half = problem.softmax_scale * heads.dim * self.alpha * self.beta
         self._columns: dict[Kind, _Shared] = {}
+        self._seen: dict[int, Visible] = {}  # by columns, of a map
 
     @property
     def largest_score(self) -> float:
@@ -379,13 +380,16 @@ class Probe:
 
         share, stats, sizes, bare = lines
         every = np.arange(self._problem.seqlen)
-        visible = Visible(self._mask.transpose(), self._tokens, self._device, kind.number)
+        if kind.number not in self._seen:
+            self._seen[kind.number] = Visible(self._mask.transpose(), self._tokens, self._device, kind.number)
+        visible = self._seen[kind.number]
         levels = self._query_level(every)
         picked = self._tensor(np.stack([levels > 0, levels < 0]))
         sums = torch.zeros((2, self._patterns, len(self._tokens)), dtype=torch.float64, device=self._device)
         for pattern in np.unique(self._dims(kind)).tolist():
             sums[:, pattern] = visible.sums(picked * share * self._tensor(self._line(pattern, every, levels)))
-        spreads = visible.sums(torch.cat([picked * share.square(), picked * sizes.square(), bare.square()[None]]))
+        # A GPU sums in any order, so that nothing may come out as less than nothing.
+        spreads = visible.sums(torch.cat([picked * share.square(), picked * sizes.square(), bare.square()[None]])).clamp_min(0.0)
         count = visible.sums(torch.ones_like(bare)[None], whole=True)[0]
         return _Shared(sums, visible.sums(picked * stats), spreads[:2], spreads[2:4], spreads[4], count)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
@@ -21,7 +22,7 @@ from lcbench.problem import Problem
 ELEMENTS = 1 << 22  # rows times keys times heads that are looked at at the least
 SAMPLE = 64  # rows, and columns, beyond the corners, however long the sequence is
 MAX_CORNERS = 64
-CHUNK_ELEMENTS = 1 << 22  # scores at a time, over all heads that are looked at together
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 24}  # scores at a time, over all heads that are looked at together
 HEAD_ELEMENTS = 1 << 27  # of keys, or queries, in float64 at a time
 
 
@@ -70,13 +71,14 @@ def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, *, scores: bo
     """
     q_some, *douts = collected([x for x in (shard.q, shard.dout) if x is not None], shard.tokens, wanted)
     heads: dict[str, list[Exact]] = {}
-    for part in _parts(problem, len(wanted)):
+    visible = _Visible(mask, wanted, shard.tokens, problem, q_some.device)
+    for part in _parts(problem, len(wanted), q_some.device):
         keys, values = (_per_query_head(x[:, part.kv].double(), problem) for x in (shard.k, shard.v))
         found: dict[str, list[tuple[torch.Tensor, ...]]] = {}
         for chunk in part.chunks:
-            allowed = part.of(_allowed(mask, wanted[chunk], shard.tokens, problem))
-            seen = _some(allowed.reshape(-1, allowed.shape[-1]).any(0))
-            q, allowed, k, v = q_some[chunk, part.q], allowed[..., seen].to(q_some.device), keys[seen], values[seen]
+            allowed = visible.of(chunk, part.q)
+            seen = _some(allowed.any(0).any(0))
+            q, allowed, k, v = q_some[chunk, part.q], allowed[..., seen], keys[seen], values[seen]
             s = torch.einsum("qhd,khd->hqk", q, k) * problem.softmax_scale
             s = s.masked_fill(~allowed, -torch.inf)
             top = reduce(s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:2], -torch.inf), "max")
@@ -120,14 +122,15 @@ def columns(
     assert shard.dout is not None
     keys, values = (_per_query_head(x, problem) for x in collected([shard.k, shard.v], shard.tokens, wanted))
     heads: dict[str, list[Exact]] = {}
-    for part in _parts(problem, len(wanted)):
+    visible = _Visible(mask.transpose(), wanted, shard.tokens, problem, keys.device)
+    for part in _parts(problem, len(wanted), keys.device):
         q_all, dout_all, out_all = (x[:, part.q].double() for x in (shard.q, shard.dout, out))
         lse_all = torch.where(lse == -torch.inf, 0.0, lse)[:, part.q].double()
         found: dict[str, list[tuple[torch.Tensor, ...]]] = {}
         for chunk in part.chunks:
-            allowed = part.of(_allowed(mask.transpose(), wanted[chunk], shard.tokens, problem)).transpose(-1, -2)
-            seen = _some(allowed.any(-1).reshape(-1, allowed.shape[-2]).any(0))
-            allowed = allowed[..., seen, :].to(q_all.device)
+            allowed = visible.of(chunk, part.q)
+            seen = _some(allowed.any(0).any(0))
+            allowed = allowed[..., seen].transpose(-1, -2)
             q, dout = q_all[seen], dout_all[seen]
             product = dout * out_all[seen]
             delta = product.sum(-1).T[..., None]
@@ -177,24 +180,35 @@ def _some(seen: torch.Tensor) -> slice | torch.Tensor:
     return stretch if 2 * len(places) >= stretch.stop - stretch.start else places
 
 
-def _allowed(mask: Mask, wanted: Ints, keys: Ints, problem: Problem) -> torch.Tensor:
-    """bool (rows, keys), or (Hq, rows, keys) where heads differ."""
-    if isinstance(mask, BandMask):
-        return _allowed_by_bands(mask, wanted, keys)
-    row, column = (np.searchsorted(edges, at, side="right") - 1 for edges, at in ((mask.q_edges, wanted), (mask.k_edges, keys)))
-    kept = np.stack([mask.keep(i)[row[:, None], column] for i in range(mask.maps)])
-    return torch.from_numpy(kept).repeat_interleave(problem.heads.q // mask.maps, 0)
+class _Visible:
+    """Which of a rank's tokens the wanted rows see."""
+
+    def __init__(self, mask: Mask, wanted: Ints, tokens: Ints, problem: Problem, device: torch.device) -> None:
+        self._mask, self._wanted, self._tokens, self._device = mask, wanted, tokens, device
+        if isinstance(mask, BandMask):
+            return
+        self._map = torch.arange(problem.heads.q, device=device) // (problem.heads.q // mask.maps)  # of each head
+        sides = (mask.q_edges, wanted), (mask.k_edges, tokens)
+        row, column = (np.searchsorted(edges, at, side="right") - 1 for edges, at in sides)
+        self._kept = torch.from_numpy(np.stack([mask.keep(i)[row] for i in range(mask.maps)])).to(device)
+        self._column = torch.from_numpy(column).to(device)
+
+    def of(self, some: slice, heads: slice) -> torch.Tensor:
+        """bool (heads, rows, tokens) of some of the rows, on the device; (1, rows, tokens) where heads do not differ."""
+        if isinstance(self._mask, BandMask):
+            return torch.from_numpy(_allowed_by_bands(self._mask, self._wanted[some], self._tokens))[None].to(self._device)
+        return self._kept[:, some][self._map[heads]][..., self._column]
 
 
-def _allowed_by_bands(mask: BandMask, wanted: Ints, keys: Ints) -> torch.Tensor:
-    """Each band gives each of its rows one interval of keys."""
+def _allowed_by_bands(mask: BandMask, wanted: Ints, keys: Ints) -> NDArray[np.bool_]:
+    """bool (rows, keys): each band gives each of its rows one interval of keys."""
     allowed = np.zeros((len(wanted), len(keys)), dtype=bool)
     for q0, q1, k0, k1, lo, hi in mask.bands[_touching(mask, wanted)]:
         inside = np.nonzero((q0 <= wanted) & (wanted < q1))[0]
         begin = np.maximum(k0, wanted[inside] + lo)[:, None]
         end = np.minimum(k1, wanted[inside] + hi + 1)[:, None]
         allowed[inside] |= (begin <= keys) & (keys < end)
-    return torch.from_numpy(allowed)
+    return allowed
 
 
 def _touching(mask: BandMask, wanted: Ints) -> Ints:
@@ -220,17 +234,13 @@ class _Part:
     q: slice
     chunks: list[slice]
 
-    def of(self, allowed: torch.Tensor) -> torch.Tensor:
-        """Its heads of what ``_allowed`` gave."""
-        return allowed[self.q] if allowed.ndim == 3 else allowed
 
-
-def _parts(problem: Problem, count: int) -> list[_Part]:
+def _parts(problem: Problem, count: int, device: torch.device) -> list[_Part]:
     """All heads and ``count`` rows or columns; the same on every rank, whatever it owns, since each part is a message."""
     heads, tokens = problem.heads, -(-problem.seqlen // problem.scale.world_size)
     group = heads.q // heads.kv
     together = min(heads.kv, max(1, HEAD_ELEMENTS // (group * tokens * heads.dim)))
-    size = max(1, CHUNK_ELEMENTS // (group * together * tokens))
+    size = max(1, CHUNK_ELEMENTS[device.type] // (group * together * tokens))
     chunks = [slice(begin, begin + size) for begin in range(0, count, size)]
     starts = range(0, heads.kv, together)
     return [_Part(slice(at, at + together), slice(at * group, (at + together) * group), chunks) for at in starts]

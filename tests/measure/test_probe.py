@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lcbench.measure.probe import Probe, magnitudes
+from lcbench.cp.execute import Groups
+from lcbench.cp.none import Local
+from lcbench.kernels.sdpa_flash import SDPAFlash
+from lcbench.masks.causal import causal
+from lcbench.measure.cell import Gang, Started, Work
+from lcbench.measure.numerics import one_pass
+from lcbench.measure.probe import Columns, Probe, magnitudes
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import names, small
@@ -72,3 +79,27 @@ def test_a_long_sequence_stays_in_the_range_of_half_types(dtype: str) -> None:
     for x in inputs:
         assert torch.isfinite(x).all()
         assert (x != 0).all()
+
+
+def test_terms_that_cancel_have_no_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dv of a probe of zeros is 0 where four heads share a key; a GPU, which adds in any order, makes it all but 0."""
+    exact = Probe.columns
+
+    def rounded(probe: Probe, kv: int) -> Columns:
+        found = exact(probe, kv)
+        noise = torch.randn(found.dv.value.shape, dtype=torch.float64) * 1e-15
+        return replace(found, dv=replace(found.dv, value=found.dv.value + noise * found.dv.spread))
+
+    monkeypatch.setattr(Probe, "columns", rounded)
+    for heads in (Heads(4, 1, 16), Heads(8, 2, 32)):
+        work = Work(
+            Problem(512, heads, Scale(1, 1), "bfloat16", "forward_backward"), lambda _: causal(512), SDPAFlash(), Local(), {}, 0
+        )
+        started = Started(work, 0, Gang(0, 1, torch.device("cpu"), Groups(), []))
+        started.examination.first(started.shard, one_pass(started.run, started.shard))
+        for probe in started.examination.probes:
+            started.examination.probe(probe, started.shard)
+        check = started.examination.check()
+        assert not check.failures
+        assert "dv" not in check.ratios["zero, factor"]
+        assert check.ratios["level, factor"]["dv"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_parts_give_what_the_whole_gives(
     whole = exact(mask)
     group = HEADS.q // HEADS.kv
     monkeypatch.setattr(reference, "HEAD_ELEMENTS", heads_at_a_time * group * SEQLEN * HEADS.dim)
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", rows_at_a_time * heads_at_a_time * group * SEQLEN)
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", {"cpu": rows_at_a_time * heads_at_a_time * group * SEQLEN})
     parts = exact(mask)
     for tensor in ("out", "lse", "dq", "dk", "dv"):
         for what in ("value", "spread", "common", "floor", "count"):
@@ -58,8 +59,9 @@ def test_parts_give_what_the_whole_gives(
 def test_no_more_than_a_part_is_in_float64_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """1m tokens of 32 heads on one GPU would be 34 GB a tensor."""
     problem = Problem(1 << 20, Heads(32, 8, 128), Scale(1, 1), "bfloat16", "forward_backward")
-    parts = reference._parts(problem, 200)
+    parts = reference._parts(problem, 200, torch.device("cpu"))
     assert [p.kv for p in parts] == [slice(n, n + 1) for n in range(8)]
     assert [p.q for p in parts] == [slice(4 * n, 4 * n + 4) for n in range(8)]
     assert all(np.concatenate([np.arange(200)[c] for c in p.chunks]).tolist() == list(range(200)) for p in parts)
-    assert len(reference._parts(Problem(4096, Heads(32, 8, 128), Scale(1, 1), "bfloat16", "forward_backward"), 200)) == 1
+    short = replace(problem, seqlen=4096)
+    assert len(reference._parts(short, 200, torch.device("cpu"))) == 1
