@@ -13,7 +13,7 @@ BLOCKS = 3
 LEAST_ITERATIONS = 2  # of a block, where there are several
 # What is not known of a run that gives wrong results, or times that cannot be; and what is all the same.
 TIMES = ("time/", "compute/", "overlap/", "draws/")
-KEPT = ("time/prepare_s", "time/check_s")
+KEPT = ("time/prepare_s", "time/first_pass_s", "time/check_s")
 
 
 class Timed(Protocol):

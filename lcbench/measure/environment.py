@@ -31,7 +31,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cuda": _cuda(device) if device.type == "cuda" else None,
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "nodes": os.environ.get("SLURM_JOB_NODELIST", socket.gethostname()),
-        "argv": sys.argv,
+        "argv": [word.removeprefix(f"{REPOSITORY}/") for word in sys.argv],
     }
 
 

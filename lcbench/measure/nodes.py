@@ -6,9 +6,6 @@ do the links carry? A number from a node that is not well is worth less than non
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +15,9 @@ import torch
 import torch.distributed as dist
 
 from lcbench.measure.environment import device_name, node_name, versions
+from lcbench.measure.gpus import gpus_here
 from lcbench.measure.peak import entry_of
 
-QUERY = {
-    "index": "index", "uuid": "uuid", "name": "name", "driver": "driver_version", "memory_used_mib": "memory.used",
-    "clock_mhz": "clocks.sm", "max_clock_mhz": "clocks.max.sm", "throttled": "clocks_throttle_reasons.active",
-    "temperature_c": "temperature.gpu", "mig": "mig.mode.current",
-}  # fmt: skip
 # Bits of the throttle reasons (NVML) that cost speed against one's will: hardware slowdown, software and hardware thermal
 # slowdown, power brake. A power cap under load (bit 2) is no fault, and idle (bit 0) no throttling.
 THROTTLED = {0x08: "hardware slowdown", 0x20: "thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "power brake"}
@@ -51,7 +44,7 @@ def node_facts(device: dict[str, Any] | None, gpus: int) -> tuple[dict[str, Any]
         device: the ``conf/device`` entry that the site promises; None where it promises CPU ranks or nothing.
         gpus: how many workers will run here, one per GPU.
     """
-    listed = _gpus()
+    listed = gpus_here()
     facts: dict[str, Any] = {"node": node_name(), "gpus": listed}
     if device is None:
         return facts, []
@@ -86,23 +79,6 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:  # [N/A]
         return 0.0
-
-
-def _gpus() -> list[dict[str, str]] | None:
-    """The GPUs that this job may use, as nvidia-smi sees them; None where it does not answer."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", f"--query-gpu={','.join(QUERY.values())}", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    listed = [dict(zip(QUERY, (v.strip() for v in line.split(",")), strict=True)) for line in text.splitlines() if line.strip()]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible:
-        mine = visible.split(",")
-        listed = [gpu for gpu in listed if gpu["index"] in mine or any(gpu["uuid"].startswith(m) for m in mine if "-" in m)]
-    return listed
 
 
 def check_gang(device: torch.device, local_size: int, facts: dict[str, Any]) -> NodesCheck:

@@ -17,6 +17,8 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.expand import pairs
 from lcbench.measure.blocks import blocks_of, shared
 from lcbench.measure.flops import backward_flops, forward_flops
+from lcbench.measure.gpus import gpus_here
+from lcbench.measure.peak import entry_of
 from lcbench.problem import Problem
 from lcbench.runs.store import Attempt, Sweep, sweeps
 
@@ -38,6 +40,7 @@ class _Known:
     flops: float
     pass_s: float
     prepare_s: float
+    first_pass_s: float
     check_s: float
 
 
@@ -50,9 +53,12 @@ class Estimator:
     too_large: dict[tuple[Any, ...], float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, root: Path, site: dict[str, Any], devices: list[dict[str, Any]]) -> Estimator:
-        """With the newest results below ``root`` as history."""
-        made = cls(next((d for d in devices if d["name"] == site.get("device")), None))
+    def of(cls, root: Path, site: dict[str, Any], devices: list[dict[str, Any]], *, here: bool = False) -> Estimator:
+        """With the newest results below ``root`` as history. ``here``: on this machine, on what it has if the site is silent."""
+        device = next((d for d in devices if d["name"] == site.get("device")), None)
+        if here and site.get("device") is None:
+            device = next((entry_of(devices, gpu["name"]) for gpu in gpus_here() or ()), None)
+        made = cls(device)
         for cell, attempt in itertools.islice(_newest_results(root), HISTORY):
             made.learn(cell, attempt)
         return made
@@ -63,7 +69,7 @@ class Estimator:
             self.too_large[_likeness(cell)] = min(flops(cell), self.too_large.get(_likeness(cell), float("inf")))
         metrics = attempt.metrics
         if attempt.status == "ok" and "time/total/median_s" in metrics:
-            besides = (metrics.get(f"time/{what}_s", 0.0) for what in ("prepare", "check"))
+            besides = (metrics.get(f"time/{what}_s", 0.0) for what in ("prepare", "first_pass", "check"))
             self.known[_likeness(cell)].append(_Known(flops(cell), metrics["time/total/median_s"], *besides))
 
     def seconds(self, cell: Cell) -> float:
@@ -74,14 +80,16 @@ class Estimator:
             nearest = min(like, key=lambda k: abs(k.flops - work))
             ratio = max(work / nearest.flops if nearest.flops else 1.0, 0.05)
             pass_s = ratio * nearest.pass_s
-            prepare_s, check_s = (max(ratio, 1.0) * besides_s for besides_s in (nearest.prepare_s, nearest.check_s))
+            besides = nearest.prepare_s, nearest.first_pass_s, nearest.check_s
+            prepare_s, first_pass_s, check_s = (max(ratio, 1.0) * besides_s for besides_s in besides)
         else:
             rate = EFFICIENCY * 1e12 * self.device["peak_tflops"].get(cell.config["dtype"], 1.0) if self.device else CPU_FLOPS
             pass_s = work / ranks / rate
-            prepare_s, check_s = 0.0, 2 * pass_s
+            prepare_s, first_pass_s, check_s = 0.0, pass_s, pass_s
         first, later = shared(measure), shared(measure, first=False)
         apart = 2 * (pass_s + _timed_s(first, pass_s, first["budget_s"] / 4)) if ranks > 1 else 0.0
-        one = prepare_s + check_s + (first["warmup"] + 1) * pass_s + _timed_s(first, pass_s, first["budget_s"]) + apart
+        timed = (first["warmup"] + 1) * pass_s + _timed_s(first, pass_s, first["budget_s"])
+        one = prepare_s + first_pass_s + check_s + timed + apart
         again = prepare_s + (later["warmup"] + AGAIN_PASSES) * pass_s + _timed_s(later, pass_s, later["budget_s"])
         every = one + (blocks_of(measure) - 1) * again
         return float(CELL_S + RANK_S["cuda" if self.device else "cpu"] * ranks + draws(cell.config["mask"]) * every)

@@ -116,10 +116,13 @@ def _publisher(sweep: Sweep, uri: str, *, wait: bool = True) -> Iterator[_Publis
         Timeout: without ``wait``, if somebody else is at it.
     """
     os.environ.update({k: os.environ.get(k, v) for k, v in QUICK.items()})
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from requests.exceptions import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
+    try:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+        from requests.exceptions import RequestException
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError as error:
+        raise TrackingUnavailable(uri, f"{error.name or error} cannot be imported") from error
 
     for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,7 +91,7 @@ def test_an_estimate_holds_all_blocks_of_a_cell() -> None:
         return estimator.seconds(cell(scale="1x1", measure={**measure, "blocks": blocks}))
 
     estimator = Estimator(H100)
-    metrics = {"time/total/median_s": 0.5, "time/prepare_s": 7.0, "time/check_s": 50.0}
+    metrics = {"time/total/median_s": 0.5, "time/prepare_s": 7.0, "time/first_pass_s": 1.5, "time/check_s": 48.5}
     estimator.learn(cell(scale="1x1"), Attempt("x", "s", 1, "ok", metrics=metrics))
     # The budget is shared; each later block is prepared anew, warms up once, and has three passes that are checked.
     assert seconds(2, estimator) - seconds(1, estimator) == pytest.approx(7.0 + 4 * 0.5)
@@ -144,10 +146,23 @@ def test_what_kills_its_gang_twice_is_not_tried_a_third_time() -> None:
 
 
 def test_a_sweep_without_history_has_an_estimator(tmp_path: object) -> None:
-    from pathlib import Path
-
     root = Path(str(tmp_path))
     Sweep(root, "s").add([], command=[])
     assert not Estimator.of(root, {"device": "cpu"}, [H100]).known
     assert Estimator.of(root, {"device": "h100"}, [H100]).device == H100
     assert made_cell().scale == Scale(1, 2)
+
+
+def test_cells_that_run_here_are_estimated_for_the_gpu_that_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = tmp_path / "nvidia-smi"
+    lists.write_text("#!/bin/sh\necho '0, GPU-1, NVIDIA H100 80GB HBM3, 580.1, 0, 1980, 1980, 0x0, 40, Disabled'\n")
+    lists.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert Estimator.of(tmp_path, {"device": None}, [H100], here=True).device == H100
+    assert Estimator.of(tmp_path, {"device": None}, [H100]).device is None
+    assert Estimator.of(tmp_path, {"device": "cpu"}, [H100], here=True).device is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert Estimator.of(tmp_path, {"device": None}, [H100], here=True).device is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert Estimator.of(tmp_path, {"device": None}, [H100], here=True).device is None

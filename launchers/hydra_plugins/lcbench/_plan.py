@@ -258,7 +258,7 @@ def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: 
     """Packs for these cells."""
     if not cells:
         return []
-    estimator = Estimator.of(sweep.root, settings.site, settings.devices)
+    estimator = Estimator.of(sweep.root, settings.site, settings.devices, here=launcher == "local")
     groups = group(cells, estimator, max_cells=settings.pack["max_cells"], max_minutes=settings.max_minutes)
     packs: list[Pack] = []
     stamp = f"{time.strftime('%y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
