@@ -30,7 +30,7 @@ demo: setup ## a small checked sweep on this machine and its report, in a few mi
 # The tests on the cluster wait for most of their time; the others compute meanwhile, as long as nobody on the cluster wants to.
 test: setup cluster-up browser ## all tests, on the development cluster too (needs root and Debian for that)
 	@$(BIN)/python -m pytest -q -m slurm >$(VENV)/slurm-tests.log 2>&1 & cluster=$$!; \
-	nice -n 15 $(BIN)/python -m pytest -q -m 'not slurm' -p no:cacheprovider; others=$$?; \
+	nice -n 15 $(BIN)/python -m pytest -q -m 'not slurm' -p no:cacheprovider -n auto --maxprocesses 4 --dist loadfile; others=$$?; \
 	wait $$cluster; code=$$?; cat $(VENV)/slurm-tests.log; exit $$((code | others))
 
 lint: setup ## ruff and mypy
@@ -42,7 +42,7 @@ bench: setup cluster-up ## how long planning, masks, strategies and large sweeps
 	$(BIN)/python -m tests.bench_sweeps
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.measure.faults
-	$(BIN)/python -m tests.measure.sound
+	$(BIN)/python -m tests.measure.sound --processes $$(nproc)
 
 soak: setup cluster-up ## MINUTES (30) of sweeps with random faults, from SEED (0); prints the counts
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),0)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads of all on all cores would only get in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Our Triton kernels run on a CPU by Triton's interpreter; it decides when a kernel is defined.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # Machines that run the tests are busy with other ranks; how long an example takes says nothing.

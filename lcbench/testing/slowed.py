@@ -25,7 +25,7 @@ class SlowedRing:
     """A peer that runs our ring, each forward pass ``seconds`` longer while ``while_file`` exists."""
 
     while_file: str
-    seconds: float = 0.05
+    seconds: float = 0.3
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return Ring("zigzag").unsupported(problem, mask)
