@@ -41,7 +41,7 @@ lint: setup ## ruff and mypy
 bench: setup cluster-up ## how long planning, masks, strategies and large sweeps take; which faults the check finds; 2,000 sound cells
 	$(BIN)/python -m tests.bench_sweeps
 	$(BIN)/python -m tests.bench
-	$(BIN)/python -m tests.measure.faults
+	$(BIN)/python -m tests.measure.faults --processes $$(nproc)
 	$(BIN)/python -m tests.measure.sound --processes $$(nproc)
 
 soak: setup cluster-up ## MINUTES (30) of sweeps with random faults, from SEED (0); prints the counts

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -33,6 +34,8 @@ from lcbench.testing.gpu_rows import BOUNDS, Plan, Row, check_tasks, devices, gu
 
 SECONDS = 540.0
 HANG_S = 120.0
+# How long a row may take beyond the time in which rows begin.
+GRACE_S = 60.0
 # What checking may take of all seconds; the rest is for timing.
 CHECK_PART = 0.4
 AT_ONCE = 8
@@ -46,7 +49,7 @@ class Job:
     """What one process at a time works through: the ``check`` or ``time`` rows of a kernel, or the ``device`` alone.
 
     Attributes:
-        share: seconds from its start after which no further row begins.
+        ends: when no further row begins (``time.monotonic``).
         done: rows that are there; a new process of the job skips them.
         deaths: processes of it that did not come to their end.
     """
@@ -54,9 +57,8 @@ class Job:
     part: str
     name: str = ""
     kernel: Kernel | None = None
-    share: float = 60.0
+    ends: float = math.inf
     peak_tflops: float = 0.0
-    ends: float = 0.0
     done: int = 0
     deaths: int = 0
 
@@ -116,16 +118,16 @@ def check(plan: Plan, cast: dict[str, Kernel], report: Report, *, seconds: float
     ends = time.monotonic() + seconds
     for job, row in work_through([Job("device")], plan, 1, hang_s):
         report.add(job, row)
-    rest = max(0.0, ends - time.monotonic())
     peak = report.found["measured_peak_tflops"]
-    jobs = [Job("check", name, kernel, CHECK_PART * rest) for name, kernel in cast.items()]
+    checked = time.monotonic() + CHECK_PART * (ends - time.monotonic())
+    jobs = [Job("check", name, kernel, checked) for name, kernel in cast.items()]
     for job, row in work_through(jobs, plan, AT_ONCE, hang_s):
         report.add(job, row)
     here = [(name, kernel) for name, kernel in cast.items() if name not in report.found["absent"]]
     for place, (name, kernel) in enumerate(here):
         # What a kernel leaves of its share is the next ones'.
         share = max(0.0, ends - time.monotonic()) / (len(here) - place)
-        for job, row in work_through([Job("time", name, kernel, share, peak)], plan, 1, hang_s):
+        for job, row in work_through([Job("time", name, kernel, time.monotonic() + share, peak)], plan, 1, hang_s):
             report.add(job, row)
 
 
@@ -137,7 +139,6 @@ def work_through(jobs: list[Job], plan: Plan, at_once: int, hang_s: float) -> It
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.pop()
-                job.ends = job.ends or time.monotonic() + job.share
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=_child, args=(job, plan, theirs), daemon=True)
                 process.start()
@@ -162,10 +163,9 @@ def work_through(jobs: list[Job], plan: Plan, at_once: int, hang_s: float) -> It
                     child.ended = True
             for child in running.values():
                 late = time.monotonic() - child.heard > hang_s
-                # A row that began in time may take as long again as the whole share.
-                if late or (child.doing and time.monotonic() > child.job.ends + max(30.0, child.job.share)):
+                if late or (child.doing and time.monotonic() > child.job.ends + GRACE_S):
                     child.process.kill()  # its end of the pipe closes
-                    child.doing |= {"hang": f"hang: nothing for {hang_s:.0f} s" if late else "hang: long beyond its share"}
+                    child.doing |= {"hang": f"hang: nothing for {hang_s:.0f} s" if late else "hang: beyond its kernel's time"}
     finally:
         for child in running.values():
             child.process.kill()

@@ -1,14 +1,18 @@
 """Kinds of faults, put into a sound kernel or a sound run from outside, and the real ``measure_cell`` that must refuse each.
 
-``python -m tests.measure.faults`` prints how many of a few seeds of each are refused, by type and length: the table in
-docs/measuring.md.
+``python -m tests.measure.faults [length ...] [--seeds N] [--processes N]`` prints how many of each are refused, by type: the table
+in docs/measuring.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
+from multiprocessing import get_context
 from typing import Any, ClassVar
 
 import numpy as np
@@ -427,22 +431,54 @@ def refused(found: Measured) -> str | None:
     return failures[0] if failures else found.implausible
 
 
-def table(lengths: Sequence[int]) -> None:
-    """Detection rates as Markdown: of two seeds, beyond 8k of one."""
-    print("| fault | " + " | ".join(f"{dtype} {seqlen}" for seqlen in lengths for dtype in DTYPES) + " |")
-    print("| --- |" + " --- |" * len(lengths) * len(DTYPES))
-    for name, fault in FAULTS.items():
-        cells = []
-        for seqlen in lengths:
-            for dtype in DTYPES:
-                if dtype not in fault.dtypes or (seqlen > 8192 and (name not in LONG or dtype not in ("float32", "bfloat16"))):
-                    cells.append("-")
-                    continue
-                seeds = 2 if seqlen <= 8192 else 1
-                caught = sum(bool(refused(measured(name, dtype, seqlen, seed))) for seed in range(seeds))
-                cells.append(f"{caught}/{seeds}")
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+def tried(name: str, dtype: str, seqlen: int) -> bool:
+    """Whether a fault is one in a type, and is tried at a length."""
+    return dtype in FAULTS[name].dtypes and (seqlen <= 8192 or (name in LONG and dtype in ("float32", "bfloat16")))
+
+
+def look(name: str, seqlen: int, seeds: int) -> dict[str, list[str | None]]:
+    """By type: of each seed why a fault was refused, or None."""
+    torch.set_num_threads(1)
+    types = [dtype for dtype in DTYPES if tried(name, dtype, seqlen)]
+    return {dtype: [refused(measured(name, dtype, seqlen, seed)) for seed in range(seeds)] for dtype in types}
+
+
+def table(seqlen: int, seeds: int, processes: int) -> None:
+    """Detection rates of a length as Markdown."""
+    names = [name for name in FAULTS if any(tried(name, dtype, seqlen) for dtype in DTYPES)]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        found = dict(zip(names, pool.map(look, names, repeat(seqlen), repeat(seeds)), strict=True))
+    every = [why for by_type in found.values() for whys in by_type.values() for why in whys]
+    heads = HEADS if seqlen <= 8192 else LONG_HEADS
+    caught = f"{sum(why is not None for why in every)} of {len(every)}" if None in every else f"all of {len(every)}"
+    print(f"At {seqlen:,} tokens, heads {heads}, seeds: {seeds}: {caught} tries were refused.\n")
+    print("| fault | " + " | ".join(DTYPES) + " | seen by, in the last of these |")
+    print("| --- |" + " --- |" * (len(DTYPES) + 1))
+    for name, by_type in found.items():
+        cells = [f"{sum(why is not None for why in whys)} of {len(whys)}" if (whys := by_type.get(d)) else "-" for d in DTYPES]
+        print(f"| {name} | {' | '.join(cells)} | {seen_by([why for whys in by_type.values() for why in whys][-1])} |")
+    print()
+
+
+def seen_by(why: str | None) -> str:
+    """The tensor and the part of the check in a line such as ``out: error 1 above its bound 0.1 (reference, token 3, head 0)``."""
+    if why is None:
+        return ""
+    tensor, colon, rest = why.partition(": ")
+    parts = rest.rpartition("(")[2].rstrip(")").split(", token")[0].split(", head")[0].split(", key/value")[0]
+    return f"{tensor}, {parts}" if colon and "above its bound" in rest else "plausible"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.measure.faults", description=__doc__)
+    parser.add_argument("lengths", nargs="*", type=int, default=[1024, 16384])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
+    given = parser.parse_args(arguments)
+    for seqlen in given.lengths:
+        table(seqlen, given.seeds, given.processes)
+    return 0
 
 
 if __name__ == "__main__":
-    table([int(x) for x in sys.argv[1:]] or [1024, 16384])
+    sys.exit(main(sys.argv[1:]))
