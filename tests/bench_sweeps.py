@@ -119,7 +119,7 @@ def overhead() -> None:
         sweep = Sweep(Path(folder), "gaps")
         attempts = sorted((sweep.attempts(i)[-1] for i in sweep.entries()), key=lambda a: a.started_at)
         rest = [
-            later.started_at - a.started_at - a.metrics["time/check_s"] - a.metrics["time/measure_s"]
+            later.started_at - a.started_at - sum(a.metrics[f"time/{what}_s"] for what in ("first_pass", "check", "measure"))
             for a, later in itertools.pairwise(attempts)
         ]
         say("a cell of two CPU ranks besides check and timing, median of 35", float(np.median(rest)), f"worst {max(rest):.3f} s")

@@ -93,10 +93,10 @@ def _band_lookup(mask: BandMask, device: torch.device) -> tuple[Any, tuple[torch
 
     def lookup(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
         which, k0, k1, lo, hi = tables
-        allowed = k < 0
+        row, allowed = which[q], k < 0
         for slot in range(slots):
             # A number among the indices would become a constant tensor of the trace, which Inductor does not take here.
-            at = which[q] + slot * segments
+            at = row + slot * segments
             allowed = allowed | ((k >= k0[at]) & (k < k1[at]) & (k - q >= lo[at]) & (k - q <= hi[at]))
         return allowed
 

@@ -71,7 +71,7 @@ def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, *, scores: bo
     """
     q_some, *douts = collected([x for x in (shard.q, shard.dout) if x is not None], shard.tokens, wanted)
     heads: dict[str, list[Exact]] = {}
-    visible = _Visible(mask, wanted, shard.tokens, problem, q_some.device)
+    visible = _Seen(mask, wanted, shard.tokens, problem, q_some.device)
     for part in _parts(problem, len(wanted), q_some.device):
         keys, values = (_per_query_head(x[:, part.kv].double(), problem) for x in (shard.k, shard.v))
         found: dict[str, list[tuple[torch.Tensor, ...]]] = {}
@@ -122,7 +122,7 @@ def columns(
     assert shard.dout is not None
     keys, values = (_per_query_head(x, problem) for x in collected([shard.k, shard.v], shard.tokens, wanted))
     heads: dict[str, list[Exact]] = {}
-    visible = _Visible(mask.transpose(), wanted, shard.tokens, problem, keys.device)
+    visible = _Seen(mask.transpose(), wanted, shard.tokens, problem, keys.device)
     for part in _parts(problem, len(wanted), keys.device):
         q_all, dout_all, out_all = (x[:, part.q].double() for x in (shard.q, shard.dout, out))
         lse_all = torch.where(lse == -torch.inf, 0.0, lse)[:, part.q].double()
@@ -180,7 +180,7 @@ def _some(seen: torch.Tensor) -> slice | torch.Tensor:
     return stretch if 2 * len(places) >= stretch.stop - stretch.start else places
 
 
-class _Visible:
+class _Seen:
     """Which of a rank's tokens the wanted rows see."""
 
     def __init__(self, mask: Mask, wanted: Ints, tokens: Ints, problem: Problem, device: torch.device) -> None:

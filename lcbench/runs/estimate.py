@@ -40,8 +40,7 @@ class _Known:
     flops: float
     pass_s: float
     prepare_s: float
-    first_pass_s: float
-    check_s: float
+    once_s: float  # the first pass and the check
 
 
 @dataclass
@@ -69,8 +68,9 @@ class Estimator:
             self.too_large[_likeness(cell)] = min(flops(cell), self.too_large.get(_likeness(cell), float("inf")))
         metrics = attempt.metrics
         if attempt.status == "ok" and "time/total/median_s" in metrics:
-            besides = (metrics.get(f"time/{what}_s", 0.0) for what in ("prepare", "first_pass", "check"))
-            self.known[_likeness(cell)].append(_Known(flops(cell), metrics["time/total/median_s"], *besides))
+            prepare_s, first_pass_s, check_s = (metrics.get(f"time/{what}_s", 0.0) for what in ("prepare", "first_pass", "check"))
+            known = _Known(flops(cell), metrics["time/total/median_s"], prepare_s, first_pass_s + check_s)
+            self.known[_likeness(cell)].append(known)
 
     def seconds(self, cell: Cell) -> float:
         """Wall time of the cell, all draws of its mask and all blocks of its timings."""
@@ -80,16 +80,14 @@ class Estimator:
             nearest = min(like, key=lambda k: abs(k.flops - work))
             ratio = max(work / nearest.flops if nearest.flops else 1.0, 0.05)
             pass_s = ratio * nearest.pass_s
-            besides = nearest.prepare_s, nearest.first_pass_s, nearest.check_s
-            prepare_s, first_pass_s, check_s = (max(ratio, 1.0) * besides_s for besides_s in besides)
+            prepare_s, once_s = (max(ratio, 1.0) * besides_s for besides_s in (nearest.prepare_s, nearest.once_s))
         else:
             rate = EFFICIENCY * 1e12 * self.device["peak_tflops"].get(cell.config["dtype"], 1.0) if self.device else CPU_FLOPS
             pass_s = work / ranks / rate
-            prepare_s, first_pass_s, check_s = 0.0, pass_s, pass_s
+            prepare_s, once_s = 0.0, 2 * pass_s
         first, later = shared(measure), shared(measure, first=False)
         apart = 2 * (pass_s + _timed_s(first, pass_s, first["budget_s"] / 4)) if ranks > 1 else 0.0
-        timed = (first["warmup"] + 1) * pass_s + _timed_s(first, pass_s, first["budget_s"])
-        one = prepare_s + first_pass_s + check_s + timed + apart
+        one = prepare_s + once_s + (first["warmup"] + 1) * pass_s + _timed_s(first, pass_s, first["budget_s"]) + apart
         again = prepare_s + (later["warmup"] + AGAIN_PASSES) * pass_s + _timed_s(later, pass_s, later["budget_s"])
         every = one + (blocks_of(measure) - 1) * again
         return float(CELL_S + RANK_S["cuda" if self.device else "cpu"] * ranks + draws(cell.config["mask"]) * every)

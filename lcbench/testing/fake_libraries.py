@@ -510,6 +510,7 @@ def torch_cuda_ops() -> dict[str, Callable[..., Any]]:
                        bias: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, dropout: float, is_causal: bool, *,
                        scale: float) -> tuple[Any, ...]:  # fmt: skip
         assert lse.shape[-1] == 1
+        assert (q.shape[2], k.shape[2]) != (1, 1), "cuDNN Frontend error: s_q = s_kv = 1 is not supported."
         assert (max_q, max_k) == (q.shape[2], k.shape[2])
         grads = each(lambda *m: dense_backward(*m, causal(q, k, is_causal), scale), dout, q, k, v, out, lse[..., 0])
         return tuple(heads_first(grads))
