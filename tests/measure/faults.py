@@ -451,7 +451,7 @@ def table(seqlen: int, seeds: int, processes: int) -> None:
     every = [why for by_type in found.values() for whys in by_type.values() for why in whys]
     heads = HEADS if seqlen <= 8192 else LONG_HEADS
     caught = f"{sum(why is not None for why in every)} of {len(every)}" if None in every else f"all of {len(every)}"
-    print(f"At {seqlen:,} tokens, heads {heads}, seeds: {seeds}: {caught} tries were refused.\n")
+    print(f"At {seqlen:,} tokens, heads {heads}, {'one seed' if seeds == 1 else f'{seeds} seeds'}: {caught} tries were refused.\n")
     print("| fault | " + " | ".join(DTYPES) + " | seen by, in the last of these |")
     print("| --- |" + " --- |" * (len(DTYPES) + 1))
     for name, by_type in found.items():
