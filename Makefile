@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH := torch==2.13.0
+TORCH := $(shell grep '^torch==' requirements.lock)
+TORCH_INDEX ?= # an index of torch's builds, such as the one of its CPU builds; empty: pip's own
 STAMP := $(VENV)/.lcbench-installed
 
 .PHONY: help setup demo test lint bench soak docs pictures mlflow browser cluster-up cluster-down cluster-status gpu-check
@@ -12,12 +13,13 @@ help: ## show this list
 
 setup: $(STAMP) ## create .venv with exact pins (python3 must be 3.11 or later)
 
-# torch first: its exact pin is a CPU build, and what is installed satisfies all that comes after.
+# torch first, from an index of its own where one is named; it is in the lock, so that nothing that comes after moves it.
 $(STAMP): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lcbench needs Python 3.11 or later, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q $(if $(strip $(TORCH_INDEX)),--index-url $(strip $(TORCH_INDEX))) $(TORCH)
 	$(BIN)/pip install -q -c requirements.lock -e '.[dev]'
+	$(BIN)/python -c 'import sys; from importlib.metadata import version as v; n = v("torch").split("+")[0]; sys.exit(n != "$(TORCH)"[7:] and f"torch {n} was installed instead of $(TORCH)")'
 	@touch $@
 
 demo: setup ## a small checked sweep on this machine and its report, in a few minutes

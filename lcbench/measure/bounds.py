@@ -32,6 +32,8 @@ ULPS = 4.0  # of a float32 LSE
 # Of a factor that all elements have in common: units, and standard deviations of what roundings make of it.
 COMMON_HALF, COMMON_SINGLE, SIGMAS = 0.25, 40.0, 6.0
 PROBE_HALF, PROBE_SINGLE = 1.75, 100.0
+# dq and dk of a probe in half types come this much nearer: their terms have both signs, and half of a pass rounds nothing alike.
+SCORES_HALF, SCORES_FACTOR_HALF = 0.4, 0.5
 # Equal weights, added one by one in float32, are rounded in the same direction again and again: units per root of their number.
 ONE_BY_ONE = 16.0
 # Steps of sums in the inputs' type per unit of variance that they add to that of one rounding.
@@ -88,6 +90,12 @@ class Bounds:
         steps = self.hops + (count / self.rounding.sums_every if self.rounding.sums_every and self.half else 0.0 * count)
         return self.element(spread, common, floor) * torch.sqrt(1 + steps / STEPS)
 
+    def probed(
+        self, spread: torch.Tensor, common: torch.Tensor, floor: torch.Tensor | float, count: torch.Tensor, *, scores: bool
+    ) -> torch.Tensor:
+        """The same for a probe; ``scores``: of a gradient that comes by way of the scores, dq or dk."""
+        return self.summed(spread, common, floor, count) * (SCORES_HALF if scores and self.half else 1.0)
+
     def lse(self, lse: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
         """What an LSE may be off by; ``spread``: of its scores, weighted."""
         size = torch.where(torch.isfinite(lse), lse.abs(), 0.0).clamp_min(1.0)
@@ -131,24 +139,26 @@ class Bounds:
         own = torch.minimum(self.factor * self.unit * spread, 0.25 * key)
         return own + merged + self.unit * shared * (common + out.abs()) + self.tiny
 
-    def shared(self, count: float) -> float:
+    def shared(self, count: float, *, scores: bool) -> float:
         """How far from 1 the factor may be by which all elements of a probe's gradient follow the exact ones; where all rows see as
-        many keys, their weights are rounded alike. ``count``: keys of a row in the mean, and so terms of an element."""
+        many keys, their weights are rounded alike. ``count``: keys of a row in the mean, and so terms of an element; ``scores``: of
+        dq or dk."""
         if self.dtype == torch.float64:
             return FLOAT64_BOUND
         if not self.half:
             return self.unit * (PROBE_SINGLE + ONE_BY_ONE * math.sqrt(count))
         again = self.rounding.scores or self.rounding.sums_every  # and then rounded alike once more
         # Weights are about 1 / count, which float16 holds as so many of its smallest numbers.
-        return (self.unit * PROBE_HALF + self.tiny * count) * (2 if again else 1) + 4 * self.rounding.exponential
+        of_gradient = (self.unit * PROBE_HALF + self.tiny * count) * (2 if again else 1) + 4 * self.rounding.exponential
+        return of_gradient * (SCORES_FACTOR_HALF if scores else 1.0)
 
-    def slope(self, exact: torch.Tensor, allowed: torch.Tensor) -> float:
-        """How far from 1 the factor may be by which all elements follow the exact ones, each of which may be off by ``allowed``:
-        their roundings, and a share of one that many have in common."""
-        squares = float(exact.square().sum())
+    def slope(self, told: torch.Tensor) -> float:
+        """How far from 1 the factor may be by which all elements follow the exact ones: their roundings, and a share of one that many
+        have in common. ``told``: exact elements over what each may be off by."""
+        squares = float(told.square().sum())
         if squares == 0:
             return math.inf
-        noise = float((exact * allowed).square().sum().sqrt()) / squares / self.factor
+        noise = 1 / math.sqrt(squares) / self.factor
         if self.dtype == torch.float64:
             return FLOAT64_BOUND + self.factor * noise
         return self.unit * (COMMON_HALF if self.half else COMMON_SINGLE) + SIGMAS * noise * (1.0 if self.half else 20.0)

@@ -137,9 +137,10 @@ class Examination:
         self, probe: str, head: int, tensor: str, got: torch.Tensor, terms: Terms, count: torch.Tensor, factors: _Factors
     ) -> None:
         """Elements of one head of a gradient, and their part in the factor that all of them have in common."""
-        bound = self._bounds.summed(terms.spread, terms.value.abs() + terms.common, terms.floor, count[:, None])
+        scores, common = tensor in ("dq", "dk"), terms.value.abs() + terms.common
+        bound = self._bounds.probed(terms.spread, common, terms.floor, count[:, None], scores=scores)
         self._of_head(probe, head, tensor, got[:, head], terms.value, bound)
-        allowed = self._bounds.shared(self._keys)
+        allowed = self._bounds.shared(self._keys, scores=scores)
         factors.add(f"{probe}, factor", tensor, head, got[:, head], terms.value, terms.spread, allowed)
 
     def last(self, part: str, result: Result, negated: bool) -> None:
@@ -207,10 +208,11 @@ class Examination:
         together = ((rows_got - own.value) / bound.clamp_min(torch.finfo(torch.float64).tiny)).square().mean(-1).sqrt()
         limit = torch.full_like(together, TOGETHER)
         self._judge.elements("rows together", name, together, torch.zeros_like(together), limit, tokens)
-        allowed = self._allowed(name, exact)
-        for head in range(allowed.shape[1]):
-            limit_of = self._bounds.slope(exact.value[:, head], allowed[:, head])
-            factors.add("factor", name, head, rows_got[:, head], own.value[:, head], own.spread[:, head], limit_of)
+        # Each element counts by how well its bound lets it tell, so that a few large ones do not hide what all others share.
+        told = exact.value / self._allowed(name, exact)
+        for head in range(told.shape[1]):
+            got_of, value, spread = (x[:, head] / bound[:, head] for x in (rows_got, own.value, own.spread))
+            factors.add("factor", name, head, got_of, value, spread, self._bounds.slope(told[:, head]))
 
     def _allowed(self, name: str, exact: Exact) -> torch.Tensor:
         if name == "out":

@@ -17,6 +17,7 @@ from lcbench.cp.execute import Executor, Groups
 from lcbench.cp.groupcast import GroupCast
 from lcbench.cp.hybrid import Hybrid
 from lcbench.cp.loongtrain import LoongTrain
+from lcbench.cp.none import Local
 from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
@@ -79,7 +80,7 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
     q, k, v, dout = (draw(name, everything, problem, 7, device) for name in ("q", "k", "v", "dout"))
     own_folder = folder / str(rank)
     own_folder.mkdir()
-    ran = set()
+    ran, due = set(), set()
     every_mask = masks(seqlen, heads, own_folder)
     named, options = strategies(world_size, heads)
     for number, (mask_name, mask) in enumerate(every_mask.items()):
@@ -90,6 +91,11 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
             # At many ranks the options take turns at the masks: each meets a third of them, and each mask a third of the options.
             if world_size > 3 and place >= len(named) and (place + number) % 3:
                 continue
+            # Eight ranks meet every strategy with every mask once: half of the pairs with 16x16 heads, the others with 16x1.
+            if world_size == 8 and place < len(named) and (place + number + heads.kv) % 2:
+                continue
+            if place < len(named) and not (world_size > 1 and isinstance(strategy, Local)):
+                due.add((mask_name, type(strategy).__name__))
             kernel = SDPAFlash() if strategy != Ring() else Reference()
             if strategy.unsupported(problem, mask):
                 continue
@@ -119,10 +125,8 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
                 repeated = executor.backward(dout[own], saved_again)
                 assert all(torch.equal(a, b) for a, b in zip(repeated, grads, strict=True)), case
             ran.add((mask_name, type(strategy).__name__))
-    wanted = {type(s).__name__ for s in named} - ({"Local"} if world_size > 1 else set())
     if problem.seqlen >= 2 * world_size:
-        missing = {(m, s) for m in every_mask for s in wanted} - ran
-        assert not missing, missing
+        assert not due - ran, due - ran
     dist.barrier()
 
 

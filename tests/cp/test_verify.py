@@ -76,6 +76,8 @@ def test_schedule_covers_every_mask_once(name: str, scale: Scale, tmp_path: Path
 def test_thousands_of_ranks(strategy: Strategy, ranks: int, direction: str) -> None:
     if ranks == 4096 and isinstance(strategy, AllGather | TokenRing | USP | LoongTrain):
         ranks = 1024  # of others' kind at 4096, or every pair of a rank and a shard by name
+    if ranks == 4096 and isinstance(strategy, Ring):
+        ranks = 2048  # a tile per step, rank and shard: four times less memory, and time
     seqlen = 6 * ranks + 1
     mask = causal_document(seqlen, seed=(0, 0), lengths=Explicit([*[6 * ranks // 8] * 8, 1]))
     if isinstance(strategy, Hybrid):

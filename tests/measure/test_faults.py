@@ -20,7 +20,7 @@ from lcbench.problem import Heads, Problem, Scale
 from tests.measure import sound
 from tests.measure.faults import CPU, DTYPES, FAULTS, LONG, SETTINGS, Fault, Faulty, State, measured, refused, shifted, tile
 
-TOKENS = 768
+TOKENS = 384
 MILLION = 1 << 20
 
 
@@ -42,6 +42,12 @@ def test_a_fault_is_refused(name: str) -> None:
 def test_the_same_kernel_without_a_fault_passes(dtype: str) -> None:
     for seed in range(2):
         assert refused(measured(None, dtype, TOKENS, seed)) is None
+
+
+@pytest.mark.slow
+def test_a_factor_that_a_few_large_columns_hide_is_refused_at_16k() -> None:
+    """The first columns of a window have far larger gradients than all others, and torch sums gradients of half types in these."""
+    assert "dk" in str(refused(measured("dk x1.01", "bfloat16", 1 << 14, 0)))
 
 
 @pytest.mark.slow
@@ -100,7 +106,7 @@ def test_at_a_million_tokens_one_tile_and_one_boundary_are_seen() -> None:
 @pytest.mark.slow
 def test_no_sound_cell_is_refused(tmp_path: Path) -> None:
     """Some of those that ``make bench`` runs 2,000 of."""
-    for cell in itertools.islice((c for c in sound.cells(1) if c.seqlen <= 2048), 48):
+    for cell in itertools.islice((c for c in sound.cells(1) if c.seqlen <= 1000), 48):
         check = sound.examined(cell, tmp_path)
         if check is not None:
             assert not check.failures, (cell, check.failures)
