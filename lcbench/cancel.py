@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, find_sweep
+from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, find_sweep, run
 from lcbench.runs.jobs import PackState, Watch
 from lcbench.runs.pack import later_blocks
 from lcbench.runs.queue import cancel_named, environment
@@ -83,4 +83,4 @@ def end_local(packs: Sequence[PackState]) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

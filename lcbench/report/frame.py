@@ -12,7 +12,7 @@ import numpy as np
 
 from lcbench.grid.cell import flat_config
 from lcbench.report.intervals import Median, Timing, medians
-from lcbench.runs.store import Attempt, Look, Record, Sweep
+from lcbench.runs.store import Attempt, Look, Record, Sweep, Unreadable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,9 +30,13 @@ def frame_of(sweeps: Iterable[Sweep], *, attempts: Literal["newest", "all"] = "n
 
     rows: list[dict[str, Any]] = []
     for sweep in sweeps:
-        seen = sweep.look()
+        try:
+            seen = sweep.look()
+        except Unreadable as error:
+            warnings.warn(f"left out: {error}", stacklevel=3)
+            continue
         for damaged in seen.damaged:
-            warnings.warn(f"set aside: {damaged.path}: {damaged.reason}", stacklevel=3)
+            warnings.warn(str(damaged), stacklevel=3)
         rows += _rows(sweep.name, seen, attempts, samples)
     return pd.DataFrame(rows)
 

@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 
 from lcbench.cp.execute import Groups
-from lcbench.grid.build import build_kernel, build_mask, build_strategy, draws
+from lcbench.grid.build import allow, build_kernel, build_mask, build_strategy, draws
 from lcbench.grid.cell import Cell
 from lcbench.measure.blocks import blocks_of, shared, with_block, without_times
 from lcbench.measure.cell import Gang, Measured, Work, measure_again, measure_cell
@@ -64,6 +64,7 @@ def main(pack_path: Path, node_rank: int) -> None:
     _die_with_the_agent()
     pack = Pack.read(pack_path)
     sweep = Sweep(Path(pack.root), pack.sweep)
+    allow(sweep.allowed())
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = _device(pack.site.get("device"))
     # The hang timer of a cell must speak before a collective gives up.

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from lcbench.arguments import find_cell
 from lcbench.grid.cell import Cell
-from lcbench.runs.store import Attempt, Entry, Failure, Sweep, find_cell, read_json, sweeps, write_json
+from lcbench.runs.store import Attempt, Entry, Failure, Sweep, read_json, sweeps, write_json
 
 
 def made_cell(seed: int = 0) -> Cell:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import os
@@ -19,13 +18,14 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from lcbench.grid import build
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Plan
 from lcbench.grid.paths import REPOSITORY
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.pack import Pack, Settings, given_up, group, tries_again
-from lcbench.runs.store import Entry, Failure, Sweep, write_json
+from lcbench.runs.store import Entry, Failure, Sweep, user_name, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 OK, SOME_FAILED, NOT_SUBMITTED, INTERRUPTED = 0, 1, 3, 130
 REFUSED_PAUSE_S = 10.0
+NOT_PUBLISHED = (
+    f"nothing is published to MLflow: {REPOSITORY}/.mlflow may not be written by {user_name()};"
+    " name a place: tracking_uri=sqlite:////<folder>/mlflow.db or http://<host>:<port>"
+)
 LOOKING_SHARE = 5.0  # a collector sleeps so many times as long as it looks
 
 
@@ -98,9 +102,12 @@ class PackLauncher(Launcher):
         """Run what the plan asks for and is missing; the exit code of the command."""
         self.output = plan.options["output"]
         sweep, settings = sweep_of(plan), settings_of(plan)
+        if settings.tracking_uri is None:
+            self.say(NOT_PUBLISHED)
+        sweep.check_writable([p.cell.id for p in plan.cells])
         with sweep.lock():
             sweep.add([Entry(p.cell, p.skip) for p in plan.cells], command=list(plan.overrides), launch={
-                "launcher": self.name, "settings": settings.__dict__, "by": getpass.getuser(),
+                "launcher": self.name, "settings": settings.__dict__, "by": user_name(),
             })  # fmt: skip
         runnable = [p.cell for p in plan.cells if not p.skip]
 
@@ -125,14 +132,14 @@ class PackLauncher(Launcher):
             if not wait or not refusal.waiting:
                 return NOT_SUBMITTED
         if self.detaches and not wait and (packs or todo.under_way):
-            self.say(f"follow it:  python -m lcbench.status {sweep.name}{_where(sweep)} --follow")
-            self.say(f"end it:     python -m lcbench.cancel {sweep.name}{_where(sweep)}")
+            self.say(f"follow it:  {sweep.command('status', '--follow')}")
+            self.say(f"end it:     {sweep.command('cancel')}")
             self._answer(sweep, submitted=sum(len(pack.cells) for pack in packs))
             return OK
         try:
             self.follow(sweep, packs)
         except KeyboardInterrupt:
-            print(f"\ninterrupted; what was measured is kept: python -m lcbench.status {sweep.name}", file=sys.stderr)
+            print(f"\ninterrupted; what was measured is kept: {sweep.command('status')}", file=sys.stderr)
             return INTERRUPTED
         return self.finish(sweep, report, settings.tracking_uri)
 
@@ -140,6 +147,7 @@ class PackLauncher(Launcher):
         """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1."""
         from rich.console import Console
 
+        from lcbench.report.inert import printable
         from lcbench.report.table import WIDTH, cells_table, fastest_table, to_rows
         from lcbench.runs.jobs import Watch
         from lcbench.runs.tracking import publish_or_say, view_url
@@ -152,15 +160,16 @@ class PackLauncher(Launcher):
             if (fastest := fastest_table(sweep, standing.seen, report)) is not None:
                 console.print(fastest)
         for damaged in standing.seen.damaged:
-            print(f"set aside: {damaged.path}: {damaged.reason}", file=sys.stderr)
+            print(printable(str(damaged)), file=sys.stderr)
         failed = [c.id for c in standing.cells if c.id in set(report) and c.state not in ("ok", "skipped", "running", "pending")]
-        self.say(f"status:     python -m lcbench.status {sweep.name}{_where(sweep)}")
+        self.say(f"status:     {sweep.command('status')}")
         if failed:
-            self.say(f"run the {len(failed)} failed again:  python -m lcbench.rerun --failed {sweep.name}{_where(sweep)}")
-        self.say(f"report:     python -m lcbench.report {sweep.name}{_where(sweep)}")
+            self.say(f"run the {len(failed)} failed again:  {sweep.command('rerun', '--failed')}")
+        self.say(f"report:     {sweep.command('report')}")
         url = view_url(sweep, tracking_uri)
         local = bool(tracking_uri and tracking_uri.startswith("sqlite:"))
-        self.say(f"dashboard:  {'make mlflow, then ' if local else ''}{url}" if url else "dashboard:  make mlflow")
+        if tracking_uri:
+            self.say(f"dashboard:  {'make mlflow, then ' if local else ''}{url}" if url else "dashboard:  make mlflow")
         self._answer(sweep, cells=to_rows(standing.seen, report))
         return SOME_FAILED if failed else OK
 
@@ -178,8 +187,10 @@ class PackLauncher(Launcher):
         with sweep.lock():
             todo = choose()
             packs = make_packs(sweep, todo.cells, launcher=self.name, settings=settings)
+            sweep.check_writable([cell.id for cell in todo.cells])
             try:
                 if packs:
+                    sweep.allow(set().union(*(build.check_targets(cell.config) for cell in todo.cells)))
                     self.submit(sweep, packs)
             except NotSubmitted as refusal:
                 turn_down(sweep, refusal)
@@ -255,9 +266,16 @@ def launcher_named(name: str) -> PackLauncher:
 
 
 def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: Settings) -> list[Pack]:
-    """Packs for these cells."""
+    """Packs for these cells.
+
+    Raises:
+        ValueError: a cell names code that neither lcbench nor this user knows.
+    """
     if not cells:
         return []
+    build.allow(sweep.allowed())
+    for cell in cells:
+        build.check_targets(cell.config)
     estimator = Estimator.of(sweep.root, settings.site, settings.devices, here=launcher == "local")
     groups = group(cells, estimator, max_cells=settings.pack["max_cells"], max_minutes=settings.max_minutes)
     packs: list[Pack] = []
@@ -330,13 +348,9 @@ def default_name(plan: Plan) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{digest}{secrets.token_hex(1)}"
 
 
-def default_tracking_uri() -> str:
-    """SQLite below the checkout, which ``make mlflow`` serves."""
+def default_tracking_uri() -> str | None:
+    """SQLite below the checkout, which ``make mlflow`` serves; None where the checkout may not be written. Makes nothing."""
     folder = REPOSITORY / ".mlflow"
-    folder.mkdir(exist_ok=True)
-    return f"sqlite:///{folder / 'mlflow.db'}"
-
-
-def _where(sweep: Sweep) -> str:
-    """How other commands find this sweep's results."""
-    return "" if sweep.root == Path("results").absolute() else f" --results {sweep.root}"
+    database = folder / "mlflow.db"
+    needed = [path for path in (database, folder) if path.exists()] or [REPOSITORY]
+    return f"sqlite:///{database}" if all(os.access(path, os.W_OK) for path in needed) else None
