@@ -45,7 +45,7 @@ def targets_in(folder: Path) -> set[str]:
 
 
 def check_targets(config: dict[str, Any]) -> set[str]:
-    """What a cell's config names as ``_target_`` that is allowed by the user's word alone.
+    """What a cell's config names as ``_target_`` that is not lcbench's own.
 
     Raises:
         ValueError: something that is not allowed.
@@ -53,7 +53,7 @@ def check_targets(config: dict[str, Any]) -> set[str]:
     values = [config[group] for group in ("kernel", "cp", "mask")]
     values += [lengths for value in values if isinstance(lengths := value.get("lengths"), dict)]
     named = {_allowed_target(value.get("_target_")) for value in values}
-    return {target for target in named if not target.startswith(HOMES) and target not in _conf_targets()}
+    return {target for target in named if not target.startswith(HOMES)}
 
 
 def get_object(target: str) -> Any:
