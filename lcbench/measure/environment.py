@@ -26,17 +26,7 @@ SOURCES = ("lcbench", "conf", "launchers", "hydra_plugins/lcbench")
 LOADED = (*all_suffixes(), ".yaml")
 # No other repository around the checkout, no program that a configuration names, nothing written.
 GIT_SETTINGS = ("-c", f"safe.directory={REPOSITORY}", "-c", "core.fsmonitor=false", "-c", "core.quotePath=true")
-DIFF = (
-    "diff",
-    "--no-color",
-    "--no-ext-diff",
-    "--no-textconv",
-    "--binary",
-    "--full-index",
-    "--src-prefix=a/",
-    "--dst-prefix=b/",
-    "HEAD",
-)
+DIFF = ("diff", "--no-color", "--no-ext-diff", "--no-textconv", "--binary", "--full-index", "--src-prefix=a/", "--dst-prefix=b/")
 
 
 def describe(device: torch.device, targets: Iterable[str] = ()) -> dict[str, Any]:
@@ -78,16 +68,12 @@ def node_name() -> str:
 def git_state() -> dict[str, Any]:
     """Which code this is.
 
-    ``commit``: of this checkout and no other, or None, and then ``why_no_commit`` says why. ``dirty``: whether anything differs from
-    it: changes, and files of ``SOURCES`` that it does not have; None without a commit. ``diff_sha256``: hash of these changes and
-    files. ``sources_sha256``: hash of what lies in ``SOURCES`` now, the same in a checkout and in a tarball of it.
+    ``commit``: of this checkout and no other, or None, and then ``why_no_commit`` says why. ``dirty``: whether anything differs
+    from it: changes, and files of ``SOURCES`` that it does not have; None without a commit. ``diff_sha256``: hash of these changes
+    and files. ``sources_sha256``: hash of what lies in ``SOURCES`` now, the same in a checkout and in a tarball of it.
     """
-    state: dict[str, Any] = {
-        "commit": None,
-        "dirty": None,
-        "diff_sha256": None,
-        "sources_sha256": _tree_sha256(REPOSITORY, SOURCES),
-    }
+    sources = _tree_sha256(REPOSITORY, SOURCES)
+    state: dict[str, Any] = {"commit": None, "dirty": None, "diff_sha256": None, "sources_sha256": sources}
     try:
         return state | _compared_to_commit()
     except subprocess.CalledProcessError as error:
@@ -106,8 +92,8 @@ def _compared_to_commit() -> dict[str, Any]:
         index = str(Path(folder) / "index")
         commit = _git("rev-parse", "--verify", "HEAD^{commit}").decode().strip()
         _git("read-tree", commit, index=index)
-        diff = _git(*DIFF, index=index)
-        there = [name for name in SOURCES if (REPOSITORY / name).exists()]
+        diff = _git(*DIFF, commit, index=index)
+        there = [":(glob)*.py", *(name for name in SOURCES if (REPOSITORY / name).exists())]  # the first: python -m imports them
         listing = ("ls-files", "--others", "-z")
         every, seen = (
             {os.fsdecode(name) for name in _git(*listing, *more, "--", *there, index=index).split(b"\0") if name}
@@ -133,10 +119,8 @@ def modules_of(targets: Iterable[str]) -> dict[str, str]:
     found = {}
     for package in sorted({target.partition(".")[0] for target in targets} - {"lcbench"}):
         spec = find_spec(package)
-        folders = list(spec.submodule_search_locations or ()) if spec else []
-        if spec and spec.origin and not folders:
-            folders = [spec.origin]
-        found[package] = _tree_sha256(Path("/"), folders, only=".py")
+        places = [*(spec.submodule_search_locations or ()), spec.origin or ""][:1] if spec else []
+        found[package] = "".join(_tree_sha256(Path(place).parent, [Path(place).name], only=".py") for place in places)
     return found
 
 
@@ -146,11 +130,9 @@ def _tree_sha256(root: Path, names: Iterable[str], only: str = "") -> str:
     for name in names:
         top = root / name
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            inside = path.relative_to(top).parts
-            if path.is_file() and path.suffix.endswith(only) and not any(p == "__pycache__" or p.startswith(".") for p in inside):
-                digest.update(
-                    f"{'/'.join((top.name, *inside))}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode(errors="replace")
-                )
+            left_out = any(part == "__pycache__" or part.startswith(".") for part in path.relative_to(top).parts)
+            if not left_out and path.suffix.endswith(only) and path.is_file():
+                digest.update(os.fsencode(path.relative_to(root)) + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
