@@ -32,9 +32,17 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
 def say_error(error: Exception) -> None:
     """One line on stderr."""
-    where = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
-    said = f"{error.strerror}{where}" if isinstance(error, OSError) and error.strerror else str(error)
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        said = error.strerror + (f": {error.filename}" if error.filename else "")
+        if isinstance(error, PermissionError) and error.filename and (there := _nearest(Path(str(error.filename)))):
+            said += f" ({there} belongs to {owner_of(there)}, and this is {user_name()})"
     print(f"error: {printable(' '.join(said.split()))}", file=sys.stderr)
+
+
+def _nearest(path: Path) -> Path | None:
+    """A file, or the folder where it would be."""
+    return next((p for p in (path, path.parent) if os.path.lexists(p)), None)
 
 
 @contextmanager

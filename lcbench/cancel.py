@@ -47,7 +47,7 @@ def cancel_sweep(sweep: Sweep) -> int:
     if said:
         print(f"error: {said}", file=sys.stderr)
         return 1
-    print(f"{len(packs)} jobs of {sweep.name} are told to end: python -m lcbench.status {sweep.name}")
+    print(f"{len(packs)} jobs of {sweep.name} are told to end: {sweep.command('status')}")
     return 0
 
 
@@ -67,7 +67,7 @@ def cancel_cell(sweep: Sweep, cell_id: str) -> int:
     path.touch()
     kept = f"cell {cell_id} keeps its result; its blocks of timings from {blocks.start} on are cancelled"
     said = kept if blocks else f"cell {cell_id}, {state.state}, is told to end"
-    print(f"{said}: python -m lcbench.status {sweep.name}")
+    print(f"{said}: {sweep.command('status')}")
     return 0
 
 

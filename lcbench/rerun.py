@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         for record in records.values():
             build.check_targets(record.entry.cell.config)
         launcher = options.launcher or standing.seen.launch["launcher"]  # type: ignore[index]
-        if launcher != "dry" and not options.yes and (owner := sweep.somebody_else):
+        if records and launcher != "dry" and not options.yes and (owner := sweep.somebody_else):
             raise ValueError(_foreign(sweep, owner, settings, launcher))
     if not records:
         busy = f"; {len(wanted)} are under way already" if wanted else ""

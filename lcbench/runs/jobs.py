@@ -217,7 +217,7 @@ def settle(sweep: Sweep, seen: Look, packs: Sequence[PackState]) -> list[Attempt
             settled += [lost for pack, running in blocks if (lost := lose(sweep, running, whys[pack.id]))]
             for running, entry in stray:  # nobody can say whether its job lives; if it does, its result will replace this
                 settled.append(close(sweep, running, entry.cell.config, Failure("crash", "the file of its pack is gone")))
-    except Timeout:  # somebody else is at it
+    except (Timeout, PermissionError):  # somebody else is at it, or owns what would be written
         return []
     return settled
 
