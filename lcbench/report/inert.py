@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # Of Unicode: controls, which steer a terminal, formats, which turn the direction of writing, line ends, and halves of pairs.
 INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Cs"}
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last: full width, as Excel reads too
+FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last: full width, as Excel reads too
 NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?%?|[-+]?(inf|nan)|-")
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
@@ -36,10 +36,11 @@ def plain(text: Any, style: str = "") -> Text:
 
 
 def csv_cell(value: Any) -> Any:
-    """A value of a CSV file that no spreadsheet takes for a formula: text that begins like one has an apostrophe before it."""
-    if isinstance(value, str) and value.lstrip(" ").startswith(FORMULA) and not NUMBER.fullmatch(value):
-        return f"'{value}"
-    return value
+    """A value of a CSV file: text on one line, with an apostrophe before what a spreadsheet would take for a formula."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.lstrip().startswith(FORMULA) and not NUMBER.fullmatch(text) else text
 
 
 def markdown(text: Any) -> str:
