@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,23 +19,21 @@ from tests.users.people import ALICE, BOB, NOBODY, needs_users, run
 pytestmark = needs_users
 GRID = (
     "cp=none seqlen=64 heads=1x1x8 dtype=float32 measure.budget_s=0.1 measure.max_iterations=3 measure.blocks=1"
-    " tracking_uri=sqlite:///m.db output=quiet"
+    " tracking_uri=sqlite:///$WHO.db output=quiet"
 )
 
 
 @pytest.fixture
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that everybody may enter, with a folder to work in for everybody and one that a group shares."""
-    folder = tmp_path_factory.mktemp("users")
-    for path in (folder, *folder.parents):
-        if str(path).startswith("/tmp/"):
-            path.chmod(path.stat().st_mode | 0o055)
-    (folder / "work").mkdir()
-    (folder / "work").chmod(0o777)
-    (folder / "shared").mkdir()
-    os.chown(folder / "shared", 5, 60)
-    (folder / "shared").chmod(0o2775)
-    return folder
+def place() -> Iterator[Path]:
+    """A folder that everybody may enter (pytest closes its own), with one to work in for everybody and one that a group shares."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        folder.chmod(0o755)
+        for name, mode in (("work", 0o777), ("shared", 0o2775)):
+            (folder / name).mkdir()
+            os.chown(folder / name, 5, 60)
+            (folder / name).chmod(mode)
+        yield folder
 
 
 @pytest.mark.gloo
@@ -127,7 +127,7 @@ def test_a_third_users_folder_runs_nothing(place: Path) -> None:
     for path in (shared, *shared.rglob("*")):
         os.chown(path, 5, 60)
     (work / "evil_module.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    (planned,) = look([*GRID.split(), "kernel=naive"]).cells
+    (planned,) = look([*GRID.replace("$WHO", "x").split(), "kernel=naive"]).cells
     script = f"""
         R="--results {shared}"
         for c in "status evil" "status" "logs evil/{cells[0]}" "rerun {cells[0]}" "rerun --failed evil" "collect evil" \
