@@ -20,8 +20,8 @@ import torch
 
 PACKAGES = ("torch", "numpy", "flash-attn", "transformer-engine", "triton", "hydra-core", "submitit", "mlflow")
 REPOSITORY = Path(__file__).resolve().parents[2]
-# What numbers depend on, in a checkout or a tarball; hydra_plugins is where an installed wheel has the launchers.
-SOURCES = ("lcbench", "conf", "launchers", "hydra_plugins/lcbench")
+# What numbers depend on, as far as it is there: an installed wheel has lcbench only.
+SOURCES = ("lcbench", "conf", "launchers")
 # Of files that git ignores these count all the same: they are imported, or composed.
 LOADED = (*all_suffixes(), ".yaml")
 # No other repository around the checkout, no program that a configuration names, nothing written.

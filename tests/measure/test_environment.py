@@ -96,15 +96,13 @@ def test_a_tarball_has_no_commit_and_says_which_sources(checkout: Path, tmp_path
     assert state["sources_sha256"] == with_git["sources_sha256"]
     (checkout / "lcbench" / "a.py").write_text("changed\n")
     assert git_state()["sources_sha256"] != with_git["sources_sha256"]
-    # As a wheel: no conf, launchers elsewhere.
+    # As a wheel.
     site = tmp_path / "site-packages"
-    (site / "hydra_plugins").mkdir(parents=True)
     shutil.copytree(checkout / "lcbench", site / "lcbench")
-    shutil.copytree(checkout / "launchers", site / "hydra_plugins" / "lcbench")
     use(site, monkeypatch)
     installed = git_state()
     assert installed["commit"] is None
-    (site / "hydra_plugins" / "lcbench" / "b.py").write_text("changed\n")
+    (site / "lcbench" / "a.py").write_text("changed again\n")
     assert git_state()["sources_sha256"] != installed["sources_sha256"]
 
 
