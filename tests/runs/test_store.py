@@ -73,6 +73,8 @@ def test_kill_in_the_middle_of_writing_leaves_whole_files(tmp_path: Path) -> Non
     )
     for pause in (0.6, 0.75, 0.9):
         writer = subprocess.Popen([sys.executable, "-c", code])
+        while not path.exists():  # a busy machine starts it late
+            time.sleep(0.05)
         time.sleep(pause)
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
