@@ -99,6 +99,14 @@ def reported(sweep: Sweep, seen: Look | None = None) -> pd.DataFrame:
     return frame
 
 
+def good_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of ``reported`` the rows with a good result that has a time and a rate."""
+    if frame.empty:
+        return frame
+    rate = frame.reindex(columns=[rate_column("total")])[rate_column("total")]
+    return frame[(frame["status"] == "ok") & frame["timed/total"].notna() & rate.notna()]
+
+
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     """Of cells that differ in nothing but their seed one: the median of those with a good result, else the first."""
     import pandas as pd

@@ -92,11 +92,11 @@ def cells_table(seen: Look, name: str, ids: list[str] | None = None) -> Table:
 
 def fastest_table(sweep: Sweep, seen: Look, ids: Iterable[str]) -> Table | None:
     """The fastest choice of every problem, where there was one; None if there was not, or too much to show."""
-    from lcbench.report.frame import reported
+    from lcbench.report.frame import good_rows, reported
     from lcbench.report.winners import winners
 
-    frame = reported(sweep, seen)
-    chosen = frame[frame["cell"].isin(set(ids)) & (frame["status"] == "ok")]
+    frame = good_rows(reported(sweep, seen))
+    chosen = frame[frame["cell"].isin(set(ids))] if len(frame) else frame
     found = [w for w in winners(chosen) if w.margin is not None]
     if not found or len(found) > MANY:
         return None
