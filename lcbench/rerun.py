@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--launcher", choices=("local", "slurm", "dry"), help="default: that of the sweep")
     parser.add_argument("--wait", action="store_true", help="wait for Slurm jobs and print their table")
     parser.add_argument("--exclude", metavar="NODES", help="nodes to keep away from, as sbatch writes them, e.g. n[03-05]")
-    parser.add_argument("--yes", action="store_true", help="of somebody else's sweep: run what it says, under your name")
+    parser.add_argument("--as-mine", action="store_true", help="of somebody else's sweep: run what it says, under your name")
     parser.add_argument(
         "--config-dir", type=Path, action="append", default=[], metavar="FOLDER",
         help="whose files name the classes (_target_) of cells that are neither lcbench's nor conf/'s",
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         for record in records.values():
             build.check_targets(record.entry.cell.config)
         launcher = options.launcher or standing.seen.launch["launcher"]  # type: ignore[index]
-        if records and launcher != "dry" and not options.yes and (owner := sweep.somebody_else):
+        if records and launcher != "dry" and not options.as_mine and (owner := sweep.somebody_else):
             raise ValueError(_foreign(sweep, owner, settings, launcher))
     if not records:
         busy = f"; {len(wanted)} are under way already" if wanted else ""
@@ -122,7 +122,7 @@ def _foreign(sweep: Sweep, owner: str, settings: Settings, launcher: str) -> str
     said = {key: settings.site[key] for key in ("setup", "env", "sbatch", "python", "container", "srun") if settings.site.get(key)}
     return (
         f"sweep {sweep.name} is {owner}'s, and running its cells runs what it says under your name: launcher {launcher},"
-        f" site {json.dumps(said)}; add --yes, or plan them yourself: python -m lcbench.sweep ..."
+        f" site {json.dumps(said)}; add --as-mine, or plan them yourself: python -m lcbench.sweep ..."
     )
 
 

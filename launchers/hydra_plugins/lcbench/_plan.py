@@ -217,11 +217,11 @@ def settings_of(plan: Plan) -> Settings:
     )
 
 
-def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool) -> Todo:
+def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool, settles: bool = True) -> Todo:
     """Of these cells, those that have no good result, that no live job has, and that are worth another try."""
     from lcbench.runs.jobs import Watch
 
-    standing = Watch(sweep).look()
+    standing = Watch(sweep, settles=settles).look()
     records, under_way = standing.seen.records, standing.under_way
     todo, done, hopeless = [], [], []
     for cell in (c for c in cells if c.id not in under_way):
