@@ -48,11 +48,13 @@ def check_targets(config: dict[str, Any]) -> set[str]:
     """What a cell's config names as ``_target_`` that is not lcbench's own.
 
     Raises:
-        ValueError: something that is not allowed.
+        ValueError: something that is not allowed, not there (any more), or no such value.
     """
     values = [config[group] for group in ("kernel", "cp", "mask")]
     values += [lengths for value in values if isinstance(lengths := value.get("lengths"), dict)]
     named = {_allowed_target(value.get("_target_")) for value in values}
+    for target in named:
+        get_object(target)
     return {target for target in named if not target.startswith(HOMES)}
 
 

@@ -235,7 +235,7 @@ class Sweep:
         return self.folder / "manifest.json"
 
     def exists(self) -> bool:
-        return self.manifest_path.is_file() or bool(self.packs())
+        return os.path.lexists(self.manifest_path) or bool(self.packs())
 
     def lock(self) -> FileLock:
         """Held while cells are given to packs, so that of two commands at once neither runs what the other does."""

@@ -309,6 +309,7 @@ class Collector:
 
         self._sweep, self._watch = sweep, Watch(sweep, Patient())
         self._next, self._said, self._pause_s = 0.0, "", 1.0
+        self._left_out: set[str] = set()
 
     def advance(self) -> Standing:
         """One round; where it stands now."""
@@ -322,7 +323,8 @@ class Collector:
 
         def wanted(now: Standing) -> Todo:
             records = {i: r for i, r in now.seen.records.items() if i not in now.under_way and not r.entry.skip}
-            return Todo([r.entry.cell for r in records.values() if not r.attempts or tries_again(r.attempts, settings.retry)])
+            due = [r.entry.cell for r in records.values() if not r.attempts or tries_again(r.attempts, settings.retry)]
+            return Todo([cell for cell in due if self._can_be_built(cell)])
 
         if wanted(standing).cells and time.monotonic() >= self._next:
             # Looked at again under the lock: somebody else may have done it.
@@ -336,6 +338,18 @@ class Collector:
                 self._said = str(refusal)
             standing = self._watch.look()
         return replace(standing, waiting=len(wanted(standing).cells))
+
+    def _can_be_built(self, cell: Cell) -> bool:
+        """Whether the classes of a cell are known here; one whose are not is left out, and said once."""
+        build.allow(self._sweep.allowed())
+        try:
+            build.check_targets(cell.config)
+        except ValueError as error:
+            if cell.id not in self._left_out:
+                print(f"left out: cell {cell.id}: {error}", file=sys.stderr)
+            self._left_out.add(cell.id)
+            return False
+        return True
 
     def pause(self) -> None:
         """Sleep until it is time for the next round: longer where looking takes long."""
