@@ -93,8 +93,11 @@ def _asked(options: argparse.Namespace) -> tuple[list[Cell], Timeline | None]:
 
 def _look(cell: Cell) -> tuple[dict[str, Any], Report | None]:
     config, problem = cell.config, cell.problem
-    mask = build_mask(config["mask"], config["seqlen"], cell.heads, config["seed"])
-    strategy = build_strategy(config["cp"])
+    try:
+        mask = build_mask(config["mask"], config["seqlen"], cell.heads, config["seed"])
+        strategy = build_strategy(config["cp"])
+    except TypeError as error:  # options that this version does not have
+        raise ValueError(f"cell {cell.id} cannot be built here: {error}") from error
     row: dict[str, Any] = {"cp": config["cp"], "label": cell.label, "reason": strategy.unsupported(problem, mask)}
     if isinstance(strategy, Peer):
         row["reason"] = row["reason"] or "a library's own, with no schedule to look at"
