@@ -72,8 +72,9 @@ def test_commands_that_read_run_nothing(
     compare.main(["evil", "evil", *where])
     assert collect.main(["evil", *where]) == 1
     capsys.readouterr()
-    for command in (rerun.main, lambda a: cp.main(["--cell", *a])):
-        for cell_id in cells[::7]:
+    looks_at = cells[len(cells) // 4 :]  # a strategy is looked at without its kernel
+    for command, asked in ((rerun.main, cells), (lambda a: cp.main(["--cell", *a]), looks_at)):
+        for cell_id in asked[::7]:
             with pytest.raises(SystemExit) as ended:
                 command([cell_id, *where])
             said = capsys.readouterr().err.strip()
