@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
-from lcbench.runs.store import Sweep, find_cell, sweeps
+from lcbench.report.inert import printable
+from lcbench.runs.store import Entry, Sweep, Unreadable, owner_of, sweeps, user_name
 
 BAD_INPUT = 2  # argparse's exit code too
+REFUSED = 3
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a command. What the file system refuses, and a store that cannot be read, is one line that names the file."""
+    try:
+        code = main(sys.argv[1:])
+    except BrokenPipeError:  # as after ``| head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (OSError, Unreadable) as error:
+        say_error(error)
+        code = REFUSED
+    sys.exit(code)
+
+
+def say_error(error: Exception) -> None:
+    """One line on stderr."""
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        said = error.strerror + (f": {error.filename}" if error.filename else "")
+        if isinstance(error, PermissionError) and error.filename and (there := _nearest(Path(str(error.filename)))):
+            said += f" ({there} belongs to {owner_of(there)}, and this is {user_name()})"
+    print(f"error: {printable(' '.join(said.split()))}", file=sys.stderr)
+
+
+def _nearest(path: Path) -> Path | None:
+    """A file, or the folder where it would be."""
+    return next((p for p in (path, path.parent) if os.path.lexists(p)), None)
 
 
 @contextmanager
@@ -18,8 +50,11 @@ def bad_input() -> Iterator[None]:
     """A ValueError in here is about what the command was asked: one line says it, and the command ends with exit code 2."""
     try:
         yield
+    except Unreadable as error:
+        say_error(error)
+        sys.exit(REFUSED)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         sys.exit(BAD_INPUT)
 
 
@@ -62,6 +97,9 @@ def find_sweep(root: Path, name: str) -> Sweep:
     if name == "last" and names:
         name = names[-1]
     if name not in names:
+        folder = root / name
+        if "/" not in name and folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+            raise PermissionError(f"{folder} belongs to {owner_of(folder)}, and {user_name()} may not read it")
         raise ValueError(f"no sweep {name!r} below {root}; there are: {', '.join(names) or 'none'}")
     return Sweep(root, name)
 
@@ -75,7 +113,7 @@ def chosen_cell(root: Path, cell: str | None) -> tuple[Sweep, str]:
     if not cell:
         raise ValueError("which cell? write its id; python -m lcbench.status <sweep> lists them")
     name, _, cell_id = cell.rpartition("/")
-    found = list(find_cell(root, cell_id, find_sweep(root, name).name if name else None))
+    found = list(find_cell(root, cell_id, find_sweep(root, name) if name else None))
     ids = sorted({entry.cell.id for _, entry in found})
     if not found:
         raise ValueError(f"no cell {cell!r} below {root}; python -m lcbench.status <sweep> lists them")
@@ -84,3 +122,14 @@ def chosen_cell(root: Path, cell: str | None) -> tuple[Sweep, str]:
     if len(found) > 1:
         raise ValueError(f"several sweeps hold cell {ids[0]}; write one of {', '.join(f'{s.name}/{ids[0]}' for s, _ in found)}")
     return found[0][0], ids[0]
+
+
+def find_cell(root: Path, cell_id: str, sweep: Sweep | None = None) -> Iterator[tuple[Sweep, Entry]]:
+    """Every sweep, or this one, that holds a cell whose id starts so; one that cannot be read is left out, by name."""
+    for candidate in [sweep] if sweep else (Sweep(root, name) for name in sweeps(root)):
+        try:
+            entries = candidate.entries()
+        except Unreadable as error:
+            print(f"left out: {printable(error)}", file=sys.stderr)
+            continue
+        yield from ((candidate, entry) for known, entry in entries.items() if known.startswith(cell_id))

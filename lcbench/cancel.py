@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, find_sweep
+from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, find_sweep, run
 from lcbench.runs.jobs import PackState, Watch
 from lcbench.runs.pack import later_blocks
 from lcbench.runs.queue import cancel_named, environment
@@ -47,7 +47,7 @@ def cancel_sweep(sweep: Sweep) -> int:
     if said:
         print(f"error: {said}", file=sys.stderr)
         return 1
-    print(f"{len(packs)} jobs of {sweep.name} are told to end: python -m lcbench.status {sweep.name}")
+    print(f"{len(packs)} jobs of {sweep.name} are told to end: {sweep.command('status')}")
     return 0
 
 
@@ -67,7 +67,7 @@ def cancel_cell(sweep: Sweep, cell_id: str) -> int:
     path.touch()
     kept = f"cell {cell_id} keeps its result; its blocks of timings from {blocks.start} on are cancelled"
     said = kept if blocks else f"cell {cell_id}, {state.state}, is told to end"
-    print(f"{said}: python -m lcbench.status {sweep.name}")
+    print(f"{said}: {sweep.command('status')}")
     return 0
 
 
@@ -83,4 +83,4 @@ def end_local(packs: Sequence[PackState]) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -5,11 +5,10 @@ publish. The last light job of a sweep on Slurm runs this; it may be run by hand
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from lcbench.arguments import add_sweep_arguments, bad_input, chosen_sweep, command_parser
+from lcbench.arguments import add_sweep_arguments, bad_input, chosen_sweep, command_parser, run
 from lcbench.grid.paths import REPOSITORY
 from lcbench.runs.store import Sweep
 from lcbench.runs.tracking import publish_or_say, tracked_at
@@ -67,4 +66,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

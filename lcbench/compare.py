@@ -14,12 +14,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lcbench.arguments import BAD_INPUT, add_results_argument, bad_input, command_parser, find_sweep
+from lcbench.arguments import BAD_INPUT, add_results_argument, bad_input, command_parser, find_sweep, run
 from lcbench.report.comparison import Compared, Comparison, compare, side_of
 from lcbench.report.frame import PHASES
+from lcbench.report.inert import plain
 from lcbench.report.intervals import ENOUGH
 from lcbench.runs.store import Sweep
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 EXAMPLES = """
 python -m lcbench.compare before after
@@ -112,9 +117,9 @@ def _show(found: Comparison, a: str, b: str, *, everything: bool) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     environment = Table(title="environments differ", title_justify="left")
     for column in ("what", f"A: {a}", f"B: {b}"):
-        environment.add_column(column, overflow="fold")
+        environment.add_column(plain(column), overflow="fold")
     for name, values in found.environment.items():
-        environment.add_row(name, *values)
+        environment.add_row(*map(plain, (name, *values)))
     console.print(environment if found.environment else "environments: no difference")
     cells = [*found.by("slower"), *found.by("faster"), *(found.by("same") if everything else ())]
     table = Table(title=f"time of {found.phase}, B over A", title_justify="left")
@@ -130,7 +135,7 @@ def _show(found: Comparison, a: str, b: str, *, everything: bool) -> None:
         console.print(table)
     for name, only in ((a, found.only_a), (b, found.only_b)):
         for what, why in list(only.items())[: None if everything else MANY]:
-            console.print(f"only in {name}: {what} (the other: {why})", highlight=False, soft_wrap=True)
+            console.print(plain(f"only in {name}: {what} (the other: {why})"), soft_wrap=True)
     for sentence in _noise(found):
         print(sentence)
     print(
@@ -161,13 +166,14 @@ def _noise(found: Comparison) -> Iterator[str]:
     )
 
 
-def _row(c: Compared, phase: str) -> list[str]:
+def _row(c: Compared, phase: str) -> list[str | Text]:
     key, color = f"time/{phase}/median_s", {"slower": "red", "faster": "green"}.get(c.verdict, "dim")
     return [
-        f"[{color}]{c.verdict}[/]", c.cell.id, c.cell.label, f"{c.a.metrics[key] * 1e3:.4g}", f"{c.b.metrics[key] * 1e3:.4g}",
+        plain(c.verdict, color), plain(c.cell.id), plain(c.cell.label),
+        f"{c.a.metrics[key] * 1e3:.4g}", f"{c.b.metrics[key] * 1e3:.4g}",
         f"{c.ratio.value:.3f}", f"{c.ratio.low:.3f} to {c.ratio.high:.3f}", f"{c.p_adjusted:.2g}",
     ]  # fmt: skip
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -1,12 +1,52 @@
 # Completion of `python -m lcbench.sweep`: Hydra knows the answers, but its own function knows scripts and not modules.
+# Answers and names of files are data: they are compared and quoted, and never expanded. Names with control characters are left out.
 _lcbench_sweep() {
     if [ "${COMP_WORDS[1]} ${COMP_WORDS[2]}" != "-m lcbench.sweep" ]; then
         [ -n "$_LCBENCH_BEFORE" ] && "$_LCBENCH_BEFORE" "$@"
         return
     fi
-    local line="lcbench.sweep${COMP_LINE#*lcbench.sweep}"
-    COMPREPLY=($(compgen -W "$(COMP_LINE="$line" "${COMP_WORDS[0]}" -m lcbench.sweep -sc query=bash 2>/dev/null)" -- "${COMP_WORDS[COMP_CWORD]}"))
+    COMPREPLY=()
+    local _LCBENCH_TYPED IFS=$' \t\n' candidate
+    local -a candidates
+    _lcbench_unquote "${COMP_WORDS[COMP_CWORD]}" || return  # inside of quotes readline completes names of files by itself
+    local key=${_LCBENCH_TYPED%"${_LCBENCH_TYPED##*[=,]}"} value=${_LCBENCH_TYPED##*[=,]}
+    if [ -n "$key" ] && [[ $value == [./~]* ]]; then
+        [[ $value == "~/"* ]] && value=$HOME/${value:2}
+        for candidate in "$value"*; do
+            [ -d "$candidate" ] && candidate+=/
+            [ -e "$candidate" ] && candidates+=("$key$candidate")
+        done
+        _LCBENCH_TYPED=$key$value
+    else
+        local line="lcbench.sweep${COMP_LINE#*lcbench.sweep}"
+        read -r -d '' -a candidates < <(COMP_LINE="$line" "${COMP_WORDS[0]}" -m lcbench.sweep -sc query=bash 2>/dev/null)
+    fi
+    for candidate in "${candidates[@]}"; do
+        if [[ $candidate == "$_LCBENCH_TYPED"* && $candidate != *[[:cntrl:]]* ]]; then
+            printf -v candidate %q "$candidate"
+            COMPREPLY+=("$candidate")
+        fi
+    done
 }
-_LCBENCH_BEFORE=$(complete -p python 2>/dev/null | sed -n 's/.*-F \([^ ]*\).*/\1/p')
+# The word that a piece of a command line stands for, in _LCBENCH_TYPED; fails where a quote is still open.
+_lcbench_unquote() {
+    local text=$1 quote= character
+    _LCBENCH_TYPED=
+    while [ -n "$text" ]; do
+        character=${text:0:1} text=${text:1}
+        if [ "$character" = "$quote" ]; then
+            quote=
+        elif [ "$character" = "\\" ] && [ "$quote" != "'" ]; then
+            _LCBENCH_TYPED+=${text:0:1} text=${text:1}
+        elif [ -z "$quote" ] && [[ $character == [\'\"] ]]; then
+            quote=$character
+        else
+            _LCBENCH_TYPED+=$character
+        fi
+    done
+    [ -z "$quote" ]
+}
+_LCBENCH_FOUND=$(complete -p python 2>/dev/null | sed -n 's/.*-F \([^ ]*\).*/\1/p')
+[ "$_LCBENCH_FOUND" = _lcbench_sweep ] || _LCBENCH_BEFORE=$_LCBENCH_FOUND
 COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
 complete -o nospace -o default -F _lcbench_sweep python python3

@@ -5,10 +5,9 @@ The file holds one length in tokens per line. What is written is a value of the 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from lcbench.arguments import bad_input, command_parser
+from lcbench.arguments import bad_input, command_parser, run
 from lcbench.grid.paths import CONF
 from lcbench.masks.lengths import fit
 
@@ -65,4 +64,4 @@ def read(path: Path) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 
-from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser
+from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, run
 from lcbench.grid.values import parse_scale
 from lcbench.runs.jobs import CellState, Watch
 from lcbench.runs.logs import said_by_ranks
@@ -69,4 +68,4 @@ def sections(sweep: Sweep, state: CellState, attempt: int) -> Iterator[tuple[str
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, find_sweep
-from lcbench.runs.jobs import Watch
+from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, find_sweep, run
+from lcbench.grid import build
+from lcbench.report.inert import printable
+from lcbench.runs.jobs import Standing, Watch
 from lcbench.runs.pack import Settings
-from lcbench.runs.store import Record
+from lcbench.runs.store import Record, Sweep
+
+if TYPE_CHECKING:
+    from hydra_plugins.lcbench._plan import Todo
 
 EXAMPLES = """
 python -m lcbench.rerun 1a2b3c4d5e6f
@@ -24,6 +32,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--launcher", choices=("local", "slurm", "dry"), help="default: that of the sweep")
     parser.add_argument("--wait", action="store_true", help="wait for Slurm jobs and print their table")
     parser.add_argument("--exclude", metavar="NODES", help="nodes to keep away from, as sbatch writes them, e.g. n[03-05]")
+    parser.add_argument("--as-mine", action="store_true", help="of somebody else's sweep: run what it says, under your name")
+    parser.add_argument(
+        "--config-dir", type=Path, action="append", default=[], metavar="FOLDER",
+        help="whose files name the classes (_target_) of cells that are neither lcbench's nor conf/'s",
+    )  # fmt: skip
     add_results_argument(parser)
     options = parser.parse_args(arguments)
     root = options.results.absolute()
@@ -31,32 +44,87 @@ def main(arguments: list[str]) -> int:
         sweep, cell_id = (find_sweep(root, options.failed), None) if options.failed else chosen_cell(root, options.cell)
         if cell_id and (why := sweep.entries()[cell_id].skip):
             raise ValueError(f"cell {cell_id} cannot run: {why}")
+        for folder in options.config_dir:
+            if not folder.is_dir():
+                raise ValueError(f"--config-dir {folder} is no folder")
+            build.allow(build.targets_in(folder))
+        build.allow(sweep.allowed())
         standing = Watch(sweep).look()
-        wanted = [r for i, r in standing.seen.records.items() if (_needs_it(r) if cell_id is None else i == cell_id)]
-        records = [r for r in wanted if r.entry.cell.id not in standing.under_way]
+        wanted = _wanted(standing, cell_id)
+        records = {i: r for i, r in wanted.items() if i not in standing.under_way}
         if cell_id is not None and not records:
-            raise ValueError(f"cell {cell_id} is under way already: python -m lcbench.status {sweep.name}")
-        launch = standing.seen.launch
-        if not launch:
-            raise ValueError(f"sweep {sweep.name} does not say how it was launched; run its command again")
+            raise ValueError(f"cell {cell_id} is under way already: {sweep.command('status')}")
+        settings = _settings(sweep, standing.seen.launch)
+        for record in records.values():
+            build.check_targets(record.entry.cell.config)
+        launcher = options.launcher or standing.seen.launch["launcher"]  # type: ignore[index]
+        if records and launcher != "dry" and not options.as_mine and (owner := sweep.somebody_else):
+            raise ValueError(_foreign(sweep, owner, settings, launcher))
     if not records:
-        print(f"no failed cells in {sweep.name}")
+        busy = f"; {len(wanted)} are under way already" if wanted else ""
+        print(f"no failed cells in {printable(sweep.name)}{busy}")
         return 0
-    from hydra_plugins.lcbench._plan import Todo, launcher_named
+    from hydra_plugins.lcbench._plan import launcher_named
 
-    settings = Settings(**launch["settings"])
     if options.exclude:
         sbatch = settings.site.get("sbatch") or {}
         also = ",".join(filter(None, [sbatch.get("exclude"), options.exclude]))
         settings = replace(settings, site={**settings.site, "sbatch": {**sbatch, "exclude": also}})
-    cells = [r.entry.cell for r in records]
-    made = launcher_named(options.launcher or launch["launcher"])
-    return made.launch_cells(sweep, lambda: Todo(cells), settings=settings, wait=options.wait, report=[c.id for c in cells])
+
+    def choose() -> Todo:
+        return _still_wanted(sweep, records)
+
+    return launcher_named(launcher).launch_cells(sweep, choose, settings=settings, wait=options.wait, report=list(records))
 
 
-def _needs_it(record: Record) -> bool:
-    return record.status in ("failed", "missing")
+def _wanted(standing: Standing, cell_id: str | None) -> dict[str, Record]:
+    if cell_id is not None:
+        return {cell_id: standing.seen.records[cell_id]}
+    return {i: r for i, r in standing.seen.records.items() if r.status in ("failed", "missing")}
+
+
+def _still_wanted(sweep: Sweep, chosen: dict[str, Record]) -> Todo:
+    """Of what was chosen, under the sweep's lock, what nobody has taken up or tried since."""
+    from hydra_plugins.lcbench._plan import Todo
+
+    now = Watch(sweep).look()
+    cells, under_way = [], []
+    for cell_id, before in chosen.items():
+        record = now.seen.records[cell_id]
+        if cell_id in now.under_way:
+            under_way.append(record.entry.cell)
+        elif len(record.attempts) == len(before.attempts):
+            cells.append(record.entry.cell)
+    taken = len(chosen) - len(cells)
+    if taken:
+        print(f"{taken} of {len(chosen)} cells: somebody else runs them, or has just run them, again", file=sys.stderr)
+    return Todo(cells, under_way=under_way)
+
+
+def _settings(sweep: Sweep, launch: dict[str, Any] | None) -> Settings:
+    """How the sweep is run.
+
+    Raises:
+        ValueError: it does not say, or another version said it.
+    """
+    if not launch:
+        raise ValueError(f"sweep {sweep.name} does not say how it was launched; run its command again")
+    try:
+        return Settings(**launch["settings"])
+    except TypeError as error:
+        raise ValueError(
+            f"sweep {sweep.name} was launched by another version of lcbench ({error}); run its command again"
+        ) from error
+
+
+def _foreign(sweep: Sweep, owner: str, settings: Settings, launcher: str) -> str:
+    """What would be run of another's, for a yes."""
+    said = {key: settings.site[key] for key in ("setup", "env", "sbatch", "python", "container", "srun") if settings.site.get(key)}
+    return (
+        f"sweep {sweep.name} is {owner}'s, and running its cells runs what it says under your name: launcher {launcher},"
+        f" site {json.dumps(said)}; add --as-mine, or plan them yourself: python -m lcbench.sweep ..."
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

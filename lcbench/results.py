@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lcbench.arguments import add_results_argument, bad_input, command_parser, find_sweep
+from lcbench.arguments import add_results_argument, bad_input, command_parser, find_sweep, run
 from lcbench.report.frame import frame_of
+from lcbench.report.inert import csv_cell, printable
 from lcbench.runs.store import Attempt, Sweep, sweeps
 
 if TYPE_CHECKING:
@@ -39,8 +41,8 @@ def load(
 
     Columns: ``sweep``, ``cell``, ``label``, ``status``, ``failure``, ``cause``, ``attempt``, ``started_at``, ``finished_at``;
     the axes (``kernel``, ``cp``, ``mask``, ``seqlen``, ``scale``, options as ``mask.left``); where it ran (``device``, ``gpu``,
-    ``nodes``, ``commit``); metrics in SI units (docs/metrics.md). A file that cannot be read is set aside, with a warning that
-    names it.
+    ``nodes``, ``commit``); metrics in SI units (docs/metrics.md). A file that cannot be read is set aside, and
+    one that may not be read is left out, with a warning that names it.
 
     Raises:
         ValueError: no such sweep; names those that exist.
@@ -74,13 +76,18 @@ def main(arguments: list[str]) -> int:
         if out.suffix not in FORMATS or (options.samples and out.suffix == ".csv"):
             raise ValueError(f"cannot write {out}{' with samples' if options.samples else ''}; formats: {', '.join(FORMATS)}")
         name = None if options.sweep == "all" else options.sweep
-        frame = load(options.results, name, attempts=options.attempts, samples=options.samples)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            frame = load(options.results, name, attempts=options.attempts, samples=options.samples)
+    for warning in said:
+        print(printable(warning.message), file=sys.stderr)
+    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".parquet":
         # Options that differ in type between masks (a count here, a list there) are written as text.
         mixed = [c for c in frame.columns if "." in c and frame[c].map(type).nunique() > 1]
         frame.astype(dict.fromkeys(mixed, "string")).to_parquet(out, index=False)
     elif out.suffix == ".csv":
-        frame.to_csv(out, index=False)
+        frame.map(csv_cell).rename(columns=csv_cell).to_csv(out, index=False)
     else:
         frame.to_json(out, orient="records", indent=1)
     print(f"{len(frame)} rows, {len(frame.columns)} columns: {out}")
@@ -88,4 +95,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -11,7 +11,8 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 
-from lcbench.arguments import add_sweep_arguments, bad_input, chosen_sweep, command_parser
+from lcbench.arguments import add_sweep_arguments, bad_input, chosen_sweep, command_parser, run
+from lcbench.report.inert import printable
 from lcbench.report.table import WIDTH, status_tables, summary_line
 from lcbench.runs.jobs import Watch
 from lcbench.runs.store import sweeps
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
     root = options.results.absolute()
     if options.sweep is None:
         names = sweeps(root)
-        print(json.dumps(names) if options.json else "\n".join(names) or f"no sweeps below {root}")
+        print(json.dumps(names) if options.json else "\n".join(map(printable, names)) or f"no sweeps below {root}")
         return 0
     with bad_input():
         sweep = chosen_sweep(options)
@@ -80,9 +81,9 @@ def main(arguments: list[str]) -> int:
     else:
         console.print(status_tables(standing, sweep.name, everything=options.all))
     for damaged in standing.seen.damaged:
-        print(f"set aside: {damaged.path}: {damaged.reason}", file=sys.stderr)
+        print(printable(damaged), file=sys.stderr)
     return 1 if any(c.state in ("failed", "lost") for c in standing.cells) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

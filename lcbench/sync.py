@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from lcbench.arguments import add_sweep_arguments, bad_input, chosen_sweep, command_parser
+from lcbench.arguments import add_sweep_arguments, bad_input, chosen_sweep, command_parser, run
 from lcbench.runs.jobs import Watch
 from lcbench.runs.tracking import TrackingUnavailable, publish, tracked_at
 
@@ -34,4 +34,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

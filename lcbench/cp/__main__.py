@@ -17,12 +17,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser
+from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, run
 from lcbench.cp.base import Peer
 from lcbench.cp.draw import Timeline, save
 from lcbench.cp.verify import Report, verify
+from lcbench.grid import build
 from lcbench.grid.build import build_mask, build_strategy
 from lcbench.grid.cell import Cell
+from lcbench.report.inert import plain
 from lcbench.report.table import WIDTH
 from lcbench.sweep import look
 
@@ -38,6 +40,10 @@ def main(arguments: list[str]) -> int:
     parser = command_parser("cp", __doc__, EXAMPLES)
     parser.add_argument("overrides", nargs="*", help="as for a sweep: cp=... mask=... seqlen=... scale=... heads=...")
     parser.add_argument("--cell", help="a cell that has run, instead of overrides: its id, or <sweep>/<cell id>")
+    parser.add_argument(
+        "--config-dir", type=Path, action="append", default=[], metavar="FOLDER",
+        help="with --cell: whose files name the classes (_target_) of a cell that are neither lcbench's nor conf/'s",
+    )  # fmt: skip
     add_results_argument(parser)
     parser.add_argument("--grid", action="store_true", help="print steps and ranks of a single one")
     parser.add_argument("--out", type=Path, help="draw a single one (png, pdf, svg)")
@@ -78,6 +84,7 @@ def _asked(options: argparse.Namespace) -> tuple[list[Cell], Timeline | None]:
     if options.overrides:
         raise ValueError(f"--cell {options.cell} is a cell, so {options.overrides[0]} says nothing")
     sweep, cell_id = chosen_cell(options.results.absolute(), options.cell)
+    build.allow(sweep.allowed().union(*map(build.targets_in, options.config_dir)))
     timelines = [a.provenance["timeline"] for a in sweep.attempts(cell_id) if "timeline" in a.provenance]
     if options.out and not timelines:
         raise ValueError(f"cell {options.cell} kept no timeline; run it again with measure.timeline=true")
@@ -86,8 +93,11 @@ def _asked(options: argparse.Namespace) -> tuple[list[Cell], Timeline | None]:
 
 def _look(cell: Cell) -> tuple[dict[str, Any], Report | None]:
     config, problem = cell.config, cell.problem
-    mask = build_mask(config["mask"], config["seqlen"], cell.heads, config["seed"])
-    strategy = build_strategy(config["cp"])
+    try:
+        mask = build_mask(config["mask"], config["seqlen"], cell.heads, config["seed"])
+        strategy = build_strategy(config["cp"])
+    except TypeError as error:  # options that this version does not have
+        raise ValueError(f"cell {cell.id} cannot be built here: {error}") from error
     row: dict[str, Any] = {"cp": config["cp"], "label": cell.label, "reason": strategy.unsupported(problem, mask)}
     if isinstance(strategy, Peer):
         row["reason"] = row["reason"] or "a library's own, with no schedule to look at"
@@ -124,9 +134,11 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table.add_column("why not", overflow="fold")
     for row in rows:
         options = " ".join(f"{k}={v}" for k, v in row["cp"].items() if k not in ("name", "_target_"))
-        what = f"{row['label']}\n[dim]{options}[/]" if options else row["label"]
+        what = plain(row["label"])
+        if options:
+            what = what.append("\n").append_text(plain(options, "dim"))
         if row["reason"]:
-            table.add_row(what, *["-"] * len(heads), row["reason"])
+            table.add_row(what, *["-"] * len(heads), plain(row["reason"]))
             continue
         mebi = [f"{row[key] / (1 << 20):.1f}" for key in row if "bytes" in key]
         table.add_row(what, str(row["steps"]), f"{row['imbalance']:.3f}", *mebi, f"{1e3 * row['plan_s']:.0f}", "")
@@ -134,4 +146,4 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 from lcbench.cp.base import Strategy
+from lcbench.grid.paths import CONF
 from lcbench.grid.values import parse_int, parse_tokens
 from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
@@ -22,10 +25,83 @@ GIVEN = ("seqlen", "heads", "seed", "lengths")
 DRAWS, DIGEST = "draws", "file_sha256"
 
 
+# Where values of axes live; everything else is built only where a file of conf/ or the user names it.
+HOMES = ("lcbench.kernels.", "lcbench.cp.", "lcbench.masks.")
+WANTED = "a kernel's class (lcbench.kernels.base.Kernel), a strategy's, one of document lengths, or a mask's function of seqlen"
+NAMED = re.compile(r"^\s*_target_\s*:\s*[\"']?([\w.]+)", re.M)
+_allowed: set[str] = set()
+
+
+def allow(targets: Iterable[str]) -> None:
+    """Let ``_target_`` name these from now on in this process: the user has named them, in an override, in a file of a folder of
+    configuration, or when the sweep was begun.
+    """
+    _allowed.update(targets)
+
+
+def targets_in(folder: Path) -> set[str]:
+    """What YAML files below a configuration folder name as ``_target_``."""
+    return {found for path in folder.rglob("*.yaml") for found in NAMED.findall(path.read_text(encoding="utf-8", errors="replace"))}
+
+
+def check_targets(config: dict[str, Any]) -> set[str]:
+    """What a cell's config names as ``_target_`` that is not lcbench's own.
+
+    Raises:
+        ValueError: something that is not allowed, not there (any more), or no such value.
+    """
+    values = [config[group] for group in ("kernel", "cp", "mask")]
+    values += [lengths for value in values if isinstance(lengths := value.get("lengths"), dict)]
+    named = {_allowed_target(value.get("_target_")) for value in values}
+    for target in named:
+        get_object(target)
+    return {target for target in named if not target.startswith(HOMES)}
+
+
 def get_object(target: str) -> Any:
-    """The class or function that a ``_target_`` names. (Hydra's own does more, and costs every rank a fifth of its start.)"""
-    module, _, name = target.rpartition(".")
-    return getattr(import_module(module), name)
+    """The class or function that a ``_target_`` names. (Hydra's own does more, and costs every rank a fifth of its start.)
+
+    A config may come from a results folder that others write to. So what is imported lies where values of axes live in lcbench, or
+    a file of ``conf/`` or the user (``allow``) has named it; and it must be such a value itself.
+
+    Raises:
+        ValueError: it is not allowed, cannot be imported, or is something else.
+    """
+    module, _, name = _allowed_target(target).rpartition(".")
+    try:
+        found = vars(import_module(module))[name]
+    except Exception as error:  # the module is not there, has no such name, or does not even load
+        raise ValueError(f"_target_={target} cannot be imported: {type(error).__name__}: {error}") from error
+    if not _is_value(found) or (target.startswith(HOMES) and found.__module__ != module):
+        raise ValueError(f"_target_={target} is not {WANTED}")
+    return found
+
+
+def _allowed_target(target: Any) -> str:
+    if not isinstance(target, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", target):
+        raise ValueError(f"_target_={target!r} is no name of a class or function, such as lcbench.kernels.mine.Mine")
+    if not (target.startswith(HOMES) or target in _allowed or target in _conf_targets()):
+        homes = ", ".join(home.rstrip(".") for home in HOMES)
+        raise ValueError(
+            f"_target_={target} is neither in {homes} nor named by a file of conf/, and nothing of it was run; if you know it, add"
+            " --config-dir <folder>, with a file <axis>/<name>.yaml that names it"
+        )
+    return target
+
+
+def _is_value(found: Any) -> bool:
+    """Whether it is what an axis can take: nothing else is ever called."""
+    if inspect.isfunction(found):
+        return next(iter(inspect.signature(found).parameters), None) == "seqlen"
+    members = ("prepare", "unsupported", "schedule", "start", "sample")  # a kernel's, a strategy's, and of lengths
+    has = {name for name in members if callable(getattr(found, name, None))}
+    return inspect.isclass(found) and ("prepare" in has or "sample" in has or {"unsupported"} < has)
+
+
+@cache
+def _conf_targets() -> frozenset[str]:
+    """What files of this checkout's conf/ name."""
+    return frozenset(targets_in(CONF))
 
 
 class Checked(dict[str, Any]):
@@ -79,6 +155,7 @@ def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
     name = config.get("name", "?")
     if "_target_" not in config or "name" not in config:
         raise ValueError(f"conf/{group}/{name}.yaml must set name and _target_")
+    allow([str(config["_target_"])])  # composed from the user's own files and words
     checked = dict(config)
     for option, (annotation, required) in _parameters(config["_target_"]).items():
         if group == "mask" and option in GIVEN:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lcbench.arguments import bad_input, command_parser
+from lcbench.arguments import bad_input, command_parser, run
 from lcbench.grid.build import build_kernel, build_mask
 from lcbench.grid.cell import Cell, format_tokens
 from lcbench.grid.devices import known_devices
@@ -158,4 +158,4 @@ def _markdown(title: str, lines: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

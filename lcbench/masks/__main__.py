@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lcbench.arguments import bad_input, command_parser
+from lcbench.arguments import bad_input, command_parser, run
 from lcbench.cp.ring import ORDERS
 from lcbench.grid.build import build_mask, draws
 from lcbench.grid.cell import Cell, format_tokens
@@ -23,6 +23,7 @@ from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.convert import varlen
 from lcbench.masks.mask import Mask
 from lcbench.masks.picture import save
+from lcbench.report.inert import plain
 from lcbench.report.table import WIDTH
 from lcbench.sweep import look
 
@@ -111,7 +112,7 @@ def _table(rows: list[dict[str, Any]], ranks: int) -> Table:
         balance = [f"{x:.2f}" if x is not None else "-" for x in row["imbalance"].values()]
         which, size = f"{row['seed']}.{row['draw']}", format_tokens(row["seqlen"])
         calls = str(row.get("varlen_calls") or "-")
-        table.add_row(name, size, which, f"{row['area']:.0f}", f"{row['density']:.2%}", parts, calls, *balance)
+        table.add_row(plain(name), size, which, f"{row['area']:.0f}", f"{row['density']:.2%}", parts, calls, *balance)
     return table
 
 
@@ -148,4 +149,4 @@ def _gallery(overrides: list[str], path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -8,7 +8,11 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterable
+from importlib.machinery import all_suffixes
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,24 @@ import torch
 
 PACKAGES = ("torch", "numpy", "flash-attn", "transformer-engine", "triton", "hydra-core", "submitit", "mlflow")
 REPOSITORY = Path(__file__).resolve().parents[2]
+# What numbers depend on, as far as it is there: an installed wheel has lcbench only.
+SOURCES = ("lcbench", "conf", "launchers")
+# Of files that git ignores these count all the same: they are imported, or composed.
+LOADED = (*all_suffixes(), ".yaml")
+# No other repository around the checkout, no program that a configuration names, nothing written.
+GIT_SETTINGS = ("-c", f"safe.directory={REPOSITORY}", "-c", "core.fsmonitor=false", "-c", "core.quotePath=true")
+DIFF = ("diff", "--no-color", "--no-ext-diff", "--no-textconv", "--binary", "--full-index", "--src-prefix=a/", "--dst-prefix=b/")
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """Provenance of this rank's process; rank 0's is stored with the attempt."""
+def describe(device: torch.device, targets: Iterable[str] = ()) -> dict[str, Any]:
+    """Provenance of this rank's process; rank 0's is stored with the attempt.
+
+    Args:
+        targets: what cells name as ``_target_`` from outside of lcbench.
+    """
     return {
         "git": git_state(),
+        "modules": modules_of(targets),
         "versions": versions(device),
         "device": device_name(device),
         "host": socket.gethostname(),
@@ -50,14 +66,74 @@ def node_name() -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the checkout, whether it is dirty, and a hash of the uncommitted diff."""
-    commit = _output("git", "rev-parse", "HEAD")
-    diff = _output("git", "diff", "HEAD")
-    return {
-        "commit": commit,
-        "dirty": bool(diff),
-        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
-    }
+    """Which code this is.
+
+    ``commit``: of this checkout and no other, or None, and then ``why_no_commit`` says why. ``dirty``: whether anything differs
+    from it: changes, and files of ``SOURCES`` that it does not have; None without a commit. ``diff_sha256``: hash of these changes
+    and files. ``sources_sha256``: hash of what lies in ``SOURCES`` now, the same in a checkout and in a tarball of it.
+    """
+    sources = _tree_sha256(REPOSITORY, SOURCES)
+    state: dict[str, Any] = {"commit": None, "dirty": None, "diff_sha256": None, "sources_sha256": sources}
+    try:
+        return state | _compared_to_commit()
+    except subprocess.CalledProcessError as error:
+        why = error.stderr.decode(errors="replace").strip().partition("\n")[0] or f"git ended with {error.returncode}"
+    except (OSError, subprocess.SubprocessError) as error:
+        why = f"git does not run: {error}"
+    return state | {"why_no_commit": f"{why}; sources_sha256 says which code it was"}
+
+
+def _compared_to_commit() -> dict[str, Any]:
+    """Raises:
+    OSError, subprocess.SubprocessError: git is not here, or this is no checkout.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # A fresh index: that of the checkout may be told to overlook changes (assume-unchanged), and is not to be written.
+        index = str(Path(folder) / "index")
+        commit = _git("rev-parse", "--verify", "HEAD^{commit}").decode().strip()
+        _git("read-tree", commit, index=index)
+        diff = _git(*DIFF, commit, index=index)
+        there = [":(glob)*.py", *(name for name in SOURCES if (REPOSITORY / name).exists())]  # the first: python -m imports them
+        listing = ("ls-files", "--others", "-z")
+        every, seen = (
+            {os.fsdecode(name) for name in _git(*listing, *more, "--", *there, index=index).split(b"\0") if name}
+            for more in ((), ("--exclude-standard",))
+        )
+    untracked = {n for n in every if "__pycache__" not in Path(n).parts and (n in seen or n.endswith(("/", *LOADED)))}
+    changed = bool(diff or untracked)
+    digest = hashlib.sha256(diff + _tree_sha256(REPOSITORY, sorted(untracked)).encode()).hexdigest()
+    return {"commit": commit, "dirty": changed, "diff_sha256": digest if changed else None}
+
+
+def _git(*arguments: str, index: str | None = None) -> bytes:
+    """What git says of this checkout, whatever the user's environment names."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    own |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_CEILING_DIRECTORIES": str(REPOSITORY.parent), "LC_ALL": "C"}
+    own |= {"GIT_INDEX_FILE": index} if index else {}
+    command = ("git", *GIT_SETTINGS, *arguments)
+    return subprocess.run(command, capture_output=True, timeout=20, cwd=REPOSITORY, check=True, env=own).stdout
+
+
+def modules_of(targets: Iterable[str]) -> dict[str, str]:
+    """Hash of the Python files of every package outside of lcbench that cells take a kernel, strategy or mask from."""
+    found = {}
+    for package in sorted({target.partition(".")[0] for target in targets} - {"lcbench"}):
+        spec = find_spec(package)
+        places = [*(spec.submodule_search_locations or ()), spec.origin or ""][:1] if spec else []
+        found[package] = "".join(_tree_sha256(Path(place).parent, [Path(place).name], only=".py") for place in places)
+    return found
+
+
+def _tree_sha256(root: Path, names: Iterable[str], only: str = "") -> str:
+    """Hash of the names and contents of all files below ``root / name``, without caches and hidden ones."""
+    digest = hashlib.sha256()
+    for name in names:
+        top = root / name
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            left_out = any(part == "__pycache__" or part.startswith(".") for part in path.relative_to(top).parts)
+            if not left_out and path.suffix.endswith(only) and path.is_file():
+                digest.update(os.fsencode(path.relative_to(root)) + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _cuda(device: torch.device) -> dict[str, Any]:
@@ -88,7 +164,7 @@ def versions(device: torch.device) -> dict[str, str]:
 def _output(*command: str) -> str | None:
     """What a command prints, or None where it is missing or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=REPOSITORY, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

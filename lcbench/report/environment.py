@@ -34,7 +34,11 @@ def links_of(attempts: Iterable[Attempt]) -> dict[str, float]:
 def _facts(attempt: Attempt) -> Iterator[tuple[str, str]]:
     provenance = attempt.provenance
     git = provenance.get("git") or {}
-    yield "lcbench", f"{(git.get('commit') or 'unknown')[:12]}{' with changes' if git.get('dirty') else ''}"
+    commit, sources = git.get("commit"), f"sources {str(git.get('sources_sha256') or 'unknown')[:12]}"
+    changes = f" with changes ({sources})" if git.get("sources_sha256") else " with changes"
+    yield "lcbench", f"{str(commit)[:12]}{changes if git.get('dirty') else ''}" if commit else f"no commit, {sources}"
+    for package, digest in (provenance.get("modules") or {}).items():
+        yield package, f"sources {str(digest)[:12]}"
     for key in ("device", "nodes", "platform", "threads"):
         if provenance.get(key) is not None:
             yield key, str(provenance[key])

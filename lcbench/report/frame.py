@@ -12,7 +12,7 @@ import numpy as np
 
 from lcbench.grid.cell import flat_config
 from lcbench.report.intervals import Median, Timing, medians
-from lcbench.runs.store import Attempt, Look, Record, Sweep
+from lcbench.runs.store import Attempt, Look, Record, Sweep, Unreadable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,9 +30,13 @@ def frame_of(sweeps: Iterable[Sweep], *, attempts: Literal["newest", "all"] = "n
 
     rows: list[dict[str, Any]] = []
     for sweep in sweeps:
-        seen = sweep.look()
+        try:
+            seen = sweep.look()
+        except Unreadable as error:
+            warnings.warn(f"left out: {error}", stacklevel=3)
+            continue
         for damaged in seen.damaged:
-            warnings.warn(f"set aside: {damaged.path}: {damaged.reason}", stacklevel=3)
+            warnings.warn(str(damaged), stacklevel=3)
         rows += _rows(sweep.name, seen, attempts, samples)
     return pd.DataFrame(rows)
 
@@ -93,6 +97,14 @@ def reported(sweep: Sweep, seen: Look | None = None) -> pd.DataFrame:
         frame[f"{phase}_by_mean"] = [_by_mean(row, phase) for row in rows]
         frame[f"timed/{phase}"] = _timed(rows, phase)
     return frame
+
+
+def good_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of ``reported`` the rows with a good result that has a time and a rate."""
+    if frame.empty:
+        return frame
+    rate = frame.reindex(columns=[rate_column("total")])[rate_column("total")]
+    return frame[(frame["status"] == "ok") & frame["timed/total"].notna() & rate.notna()]
 
 
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:

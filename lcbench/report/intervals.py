@@ -52,16 +52,19 @@ class Timing:
 
     @classmethod
     def of(cls, metrics: Mapping[str, Any], samples: Mapping[str, Any], phase: str) -> Timing | None:
-        """From an attempt's metrics and samples; None if the phase was not measured. What is older than blocks has one."""
-        iterations = samples.get(f"{phase}_s")
-        if not isinstance(iterations, list):
+        """From an attempt's metrics and samples; None if the phase was not measured, or what is there are no times. What is older
+        than blocks has one.
+        """
+        iterations, value = samples.get(f"{phase}_s"), metrics.get(f"time/{phase}/median_s")
+        if not (_are_times(iterations) and _are_times([value])):
             return None
-        value, blocks = float(metrics[f"time/{phase}/median_s"]), samples.get(f"block_{phase}_s")
-        if isinstance(blocks, list) and len(blocks) > 1:
-            return cls(value, tuple(blocks), 0.0)
+        value, blocks = float(value), samples.get(f"block_{phase}_s")  # type: ignore[arg-type]
+        if _are_times(blocks) and len(blocks) > 1:  # type: ignore[arg-type]
+            return cls(value, tuple(blocks), 0.0)  # type: ignore[arg-type]
         several = float(metrics.get("draws/count", 1.0)) > 1
         # Masks that were drawn differ in their work: the worst draw's noise counts for all.
-        return cls(value, (value,), math.log1p(metrics["time/noise"]) / NORMAL_95 if several else within_block(iterations))
+        noise = math.log1p(max(metrics.get("time/noise", 0.0), 0.0)) / NORMAL_95
+        return cls(value, (value,), noise if several else within_block(iterations))  # type: ignore[arg-type]
 
     @property
     def dof(self) -> int:
@@ -73,6 +76,11 @@ class Timing:
         logs = [math.log(seconds) for seconds in self.blocks]
         mean = math.fsum(logs) / len(logs)
         return math.fsum((log - mean) ** 2 for log in logs) / self.dof if self.dof else 0.0
+
+
+def _are_times(values: Any) -> bool:
+    """Whether these are seconds: a result may be anybody's."""
+    return isinstance(values, list) and bool(values) and all(isinstance(v, int | float) and 0 < v < math.inf for v in values)
 
 
 def within_block(iterations: Sequence[float]) -> float:

@@ -18,7 +18,7 @@ from lcbench.grid.cell import format_tokens
 from lcbench.report import published
 from lcbench.report.environment import environment_of, links_of
 from lcbench.report.figures import Drawn, all_figures
-from lcbench.report.frame import reported
+from lcbench.report.frame import good_rows, reported
 from lcbench.report.tables import Table, rate_tables, rows_table
 from lcbench.report.winners import winners
 from lcbench.runs.store import Sweep
@@ -56,7 +56,7 @@ def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]]) 
     """
     seen = sweep.look()
     frame = reported(sweep, seen)
-    good = frame[frame["status"] == "ok"] if len(frame) else frame
+    good = good_rows(frame)
     attempts = [record.last for record in seen.records.values() if record.last is not None and record.last.status == "ok"]
     fastest = winners(good)
     best = rows_table("winners", "Fastest choice of every problem", [w.row() for w in fastest])

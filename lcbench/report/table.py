@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from lcbench.grid.cell import Cell, flat_config
+from lcbench.report.inert import plain
 from lcbench.runs.jobs import PackState, Standing
 from lcbench.runs.store import Look, Record, Sweep
 
@@ -66,18 +67,17 @@ def _row(cell_id: str, record: Record, label: str) -> dict[str, Any]:
 
 def cells_table(seen: Look, name: str, ids: list[str] | None = None) -> Table:
     """For people: milliseconds, MiB, percent; a noisy cell's noise is said beside its time."""
-    table = Table(title=f"sweep {name}", title_justify="left")
+    table = Table(title=plain(f"sweep {name}"), title_justify="left")
     for column in ("status", "cell", "what"):
         table.add_column(column, no_wrap=column != "what")
     for column in ("fwd ms", "bwd ms", "noise", "TFLOP/s\nper GPU", "MFU", "peak\nMiB", "max\nerror"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("why not", overflow="fold")
     for row in to_rows(seen, ids):
-        color = COLORS[row["status"]]
         table.add_row(
-            f"[{color}]{row['status']}[/]",
-            row["cell"],
-            row["label"],
+            plain(row["status"], COLORS[row["status"]]),
+            plain(row["cell"]),
+            plain(row["label"]),
             _shown(row["forward_s"], 1e3, ".3g"),
             _shown(row["backward_s"], 1e3, ".3g"),
             _shown(row["noise"], 100, ".1f", "%"),
@@ -85,18 +85,18 @@ def cells_table(seen: Look, name: str, ids: list[str] | None = None) -> Table:
             _shown(row["mfu"], 100, ".1f", "%"),
             _shown(row["peak_bytes"], 1 / (1 << 20), ".1f"),
             _shown(row["error"], 1, ".1e"),
-            f"{row['failure']}: {row['cause']}" if row["failure"] else "",
+            plain(f"{row['failure']}: {row['cause']}" if row["failure"] else ""),
         )
     return table
 
 
 def fastest_table(sweep: Sweep, seen: Look, ids: Iterable[str]) -> Table | None:
     """The fastest choice of every problem, where there was one; None if there was not, or too much to show."""
-    from lcbench.report.frame import reported
+    from lcbench.report.frame import good_rows, reported
     from lcbench.report.winners import winners
 
-    frame = reported(sweep, seen)
-    chosen = frame[frame["cell"].isin(set(ids)) & (frame["status"] == "ok")]
+    frame = good_rows(reported(sweep, seen))
+    chosen = frame[frame["cell"].isin(set(ids))] if len(frame) else frame
     found = [w for w in winners(chosen) if w.margin is not None]
     if not found or len(found) > MANY:
         return None
@@ -105,7 +105,7 @@ def fastest_table(sweep: Sweep, seen: Look, ids: Iterable[str]) -> Table | None:
     for column in rows[0]:
         table.add_column(column)
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(plain, row.values()))
     return table
 
 
@@ -115,12 +115,12 @@ def _shown(value: float | None, factor: float, form: str, unit: str = "") -> str
 
 def packs_table(packs: list[PackState], name: str) -> Table:
     """Jobs and how far they are."""
-    table = Table(title=f"packs of {name}", title_justify="left")
+    table = Table(title=plain(f"packs of {name}"), title_justify="left")
     for column in ("pack", "launcher", "job", "state", "cells", "reason"):
         table.add_column(column)
     shown = packs if len(packs) <= MANY else [p for p in packs if not p.ended]
     for p in shown:
-        table.add_row(p.id, p.launcher, p.job_id, p.state, f"{p.done}/{len(p.cells)}", p.reason)
+        table.add_row(*map(plain, (p.id, p.launcher, p.job_id, p.state, f"{p.done}/{len(p.cells)}", p.reason)))
     if len(shown) < len(packs):
         table.caption = f"and {len(packs) - len(shown)} that have ended"
     return table
@@ -134,8 +134,8 @@ def status_tables(standing: Standing, name: str, *, everything: bool = False) ->
     cells = standing.cells
     shown = cells if everything or len(cells) <= MANY else [c for c in cells if c.state in ("running", "failed", "lost")]
     for c in shown if everything else shown[:MANY]:
-        color = COLORS.get(c.state, "cyan")
-        table.add_row(f"[{color}]{c.state}[/]", c.id, c.label, str(c.attempt or "-"), c.job_id, c.job_state, c.failure, c.cause)
+        words = (c.id, c.label, c.attempt or "-", c.job_id, c.job_state, c.failure, c.cause)
+        table.add_row(plain(c.state, COLORS.get(c.state, "cyan")), *map(plain, words))
     if table.row_count < len(cells):
         table.caption = f"and {len(cells) - table.row_count} more (--all)"
     return Group(packs_table(standing.packs, name), table, summary_line(standing))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcbench.grid.cell import format_tokens
 from lcbench.report.frame import over_seeds, rate_column
+from lcbench.report.inert import csv_cell, latex, markdown, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,27 +29,24 @@ class Table:
     rows: pd.DataFrame
 
     def text(self, form: str) -> str:
-        """As ``md``, ``csv`` or ``tex`` (booktabs).
+        """As ``md``, ``csv`` or ``tex`` (booktabs). All of it is text, whatever is in it: no HTML, no formula, no command.
 
         Raises:
             ValueError: another format.
         """
         if form == "tex":
             columns = "l" * self.rows.index.nlevels + "r" * len(self.rows.columns)
-            return str(
-                self.rows.to_latex(
-                    escape=True, multicolumn_format="c", column_format=columns, caption=self.title, label=f"tab:{self.name}"
-                )
-            )
+            shown = self.rows.map(printable).rename(index=printable).rename(columns=printable)
+            caption, label = latex(self.title), f"tab:{self.name}"
+            return str(shown.to_latex(escape=True, multicolumn_format="c", column_format=columns, caption=caption, label=label))
         flat = self.flat()
         if form == "csv":
-            return str(flat.to_csv(index=False))
+            return str(flat.map(csv_cell).rename(columns=csv_cell).to_csv(index=False))
         if form != "md":
             raise ValueError(f"no format {form!r}; there are: {', '.join(FORMATS)}")
-        lines = [list(map(str, flat.columns)), ["---"] * len(flat.columns), *(list(map(str, r)) for r in flat.to_numpy())]
-        return (
-            f"{self.title}\n\n" + "\n".join("| " + " | ".join(v.replace("|", "\\|") for v in line) + " |" for line in lines) + "\n"
-        )
+        head, *rows = [list(map(markdown, line)) for line in (flat.columns, *flat.to_numpy())]
+        lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
+        return f"{markdown(self.title)}\n\n" + "\n".join(lines) + "\n"
 
     def flat(self) -> pd.DataFrame:
         """With one level of columns, the index as the first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import stat
 import sys
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from lcbench.runs.jobs import close_all, in_flight
 from lcbench.runs.logs import last_words
 from lcbench.runs.pack import KILLS, RESERVE, Pack
 from lcbench.runs.queue import environment, last_incarnation, site_variables
-from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, write_json
+from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, user_name, write_json
 from lcbench.runs.tracking import publish_or_say
 
 # A gang may fail this often, one after the other, without having begun a cell or a later block of timings.
@@ -42,12 +43,13 @@ def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_ad
     ``endpoint``: ``host:port`` of the c10d rendezvous, served by node 0. Node 0 closes what an earlier run of the job left open,
     and after its workers have ended what a dying gang left, and publishes to the tracking server.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing import Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # Otherwise a new gang meets the keys of the dead one in the shared store, and gloo connects to addresses that are gone.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ.setdefault("LOGNAME", user_name())  # libraries ask for a name, and a uid may have none
     os.environ.update(site_variables(pack.site))
     sweep = Sweep(Path(pack.root), pack.sweep)
     scale = parse_scale(pack.scale)
@@ -77,7 +79,7 @@ def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_ad
         # recorded, and the next gang goes on behind it.
         max_restarts=2 * KILLS * len(pack.cells) + FRUITLESS,
         monitor_interval=0.5,
-        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
+        logs_specs=_shared_logs(log_dir=str(logs), redirects=Std.ALL),
         local_addr=local_addr,
     )
     failure = None
@@ -96,6 +98,19 @@ def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_ad
             # What is left after a while, or a server that is away, is left to the collector.
             publish_or_say(sweep, pack.settings.tracking_uri, budget_s=PUBLISH_S)
     return failure is None
+
+
+def _shared_logs(**options: Any) -> Any:
+    """Elastic's folders of logs, whose modes follow the umask: elastic makes the outermost for its owner only."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+
+    class SharedLogs(DefaultLogsSpecs):
+        def _make_log_dir(self, log_dir: str | None, rdzv_run_id: str) -> str:
+            made = str(super()._make_log_dir(log_dir, rdzv_run_id))
+            os.chmod(made, stat.S_IMODE(os.stat(os.path.dirname(made)).st_mode))  # that of the folder that we made around it
+            return made
+
+    return SharedLogs(**options)
 
 
 def begin_anew(sweep: Sweep, pack: Pack) -> None:

@@ -1,13 +1,17 @@
 """How long a cell will take, and whether it will fit, before it runs: from results of like cells, else from its FLOPs.
 
+Of results only stored figures are used: rate times time times ranks are the FLOPs that were done. No mask of a stored cell is
+built: its file may have changed, its code be gone, or it may be somebody else's; and a result that cannot be read teaches nothing.
+
 Only packing, deadlines and time limits depend on it, so that being wrong by a factor costs queue time and nothing else.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.gpus import gpus_here
 from lcbench.measure.peak import entry_of
 from lcbench.problem import Problem
-from lcbench.runs.store import Attempt, Sweep, sweeps
+from lcbench.runs.store import BROKEN, Attempt, newest_attempts
 
 # Newest results that are looked at for like cells.
 HISTORY = 3000
@@ -49,7 +53,7 @@ class Estimator:
 
     device: dict[str, Any] | None = None
     known: dict[tuple[Any, ...], list[_Known]] = field(default_factory=lambda: defaultdict(list))
-    too_large: dict[tuple[Any, ...], float] = field(default_factory=dict)
+    too_large: dict[tuple[Any, ...], int] = field(default_factory=dict)  # tokens of the shortest that did not fit
 
     @classmethod
     def of(cls, root: Path, site: dict[str, Any], devices: list[dict[str, Any]], *, here: bool = False) -> Estimator:
@@ -58,19 +62,24 @@ class Estimator:
         if here and site.get("device") is None:
             device = next((entry_of(devices, gpu["name"]) for gpu in gpus_here() or ()), None)
         made = cls(device)
-        for cell, attempt in itertools.islice(_newest_results(root), HISTORY):
-            made.learn(cell, attempt)
+        for attempt in itertools.islice(newest_attempts(root), HISTORY):
+            with suppress(*BROKEN):  # another version's, or no cell at all
+                made.learn(Cell.from_config(attempt.config), attempt)
         return made
 
     def learn(self, cell: Cell, attempt: Attempt) -> None:
         """Remember how a cell went."""
+        like, metrics = _likeness(cell), attempt.metrics
         if attempt.failure is not None and attempt.failure.kind == "oom":
-            self.too_large[_likeness(cell)] = min(flops(cell), self.too_large.get(_likeness(cell), float("inf")))
-        metrics = attempt.metrics
-        if attempt.status == "ok" and "time/total/median_s" in metrics:
+            tokens = cell.problem.seqlen
+            self.too_large[like] = min(tokens, self.too_large.get(like, tokens))
+        if attempt.status == "ok" and {"time/total/median_s", "compute/tflops_per_gpu"} <= metrics.keys():
+            pass_s = metrics["time/total/median_s"]
+            work = metrics["compute/tflops_per_gpu"] * 1e12 * pass_s * cell.problem.scale.world_size
             prepare_s, first_pass_s, check_s = (metrics.get(f"time/{what}_s", 0.0) for what in ("prepare", "first_pass", "check"))
-            known = _Known(flops(cell), metrics["time/total/median_s"], prepare_s, first_pass_s + check_s)
-            self.known[_likeness(cell)].append(known)
+            known = _Known(work, pass_s, prepare_s, first_pass_s + check_s)
+            if all(0.0 <= value < math.inf for value in (work, pass_s, prepare_s, known.once_s)):
+                self.known[like].append(known)
 
     def seconds(self, cell: Cell) -> float:
         """Wall time of the cell, all draws of its mask and all blocks of its timings."""
@@ -93,20 +102,11 @@ class Estimator:
         return float(CELL_S + RANK_S["cuda" if self.device else "cpu"] * ranks + draws(cell.config["mask"]) * every)
 
     def will_fail(self, cell: Cell) -> bool:
-        """Whether it is expected not to fit: more memory than the device has, or no less work than a like cell that did not fit."""
+        """Whether it is expected not to fit: more memory than the device has, or no shorter than a like cell that did not fit."""
         known = self.too_large.get(_likeness(cell))
-        if known is not None and flops(cell) >= known:
+        if known is not None and cell.problem.seqlen >= known:
             return True
         return self.device is not None and memory_bytes(cell.problem, cell.config["cp"]["name"]) > self.device["memory_bytes"]
-
-
-def _newest_results(root: Path) -> Iterator[tuple[Cell, Attempt]]:
-    """Every cell's newest attempt, those of the newest sweep first."""
-    for name in reversed(sweeps(root)):
-        sweep = Sweep(root, name)
-        for cell_id, entry in sweep.entries().items():
-            for attempt in sweep.attempts(cell_id)[-1:]:
-                yield entry.cell, attempt
 
 
 def _timed_s(measure: dict[str, Any], pass_s: float, budget_s: float) -> float:
@@ -114,8 +114,14 @@ def _timed_s(measure: dict[str, Any], pass_s: float, budget_s: float) -> float:
 
 
 def flops(cell: Cell) -> float:
-    """FLOPs of one pass of a cell over all ranks."""
-    work, heads = pairs(cell), cell.problem.heads
+    """FLOPs of one pass of a cell over all ranks; of a full mask where its own cannot be built here (its file has changed, say: its
+    attempt will say so).
+    """
+    heads = cell.problem.heads
+    try:
+        work = pairs(cell)
+    except (*BROKEN, OSError):
+        work = float(cell.problem.seqlen) ** 2 * heads.q
     return forward_flops(work, heads) + (backward_flops(work, heads) if cell.problem.backward else 0.0)
 
 

@@ -71,14 +71,14 @@ class CellState:
 class Watch:
     """Looks at a sweep; ``asking`` replaces the question to Slurm (one that waits between questions, say)."""
 
-    def __init__(self, sweep: Sweep, asking: Callable[..., Any] = ask) -> None:
-        self.sweep, self._ask = sweep, asking
+    def __init__(self, sweep: Sweep, asking: Callable[..., Any] = ask, *, settles: bool = True) -> None:
+        self.sweep, self._ask, self._settles = sweep, asking, settles
 
     def look(self) -> Standing:
         """Settle what has ended, then say where everything stands."""
         packs, seen = self._packs(), self.sweep.look()
         packs = [_with_progress(seen, p) for p in packs]
-        if settle(self.sweep, seen, packs):
+        if self._settles and settle(self.sweep, seen, packs):
             seen = self.sweep.look()
             packs = [_with_progress(seen, p) for p in packs]
         return Standing(seen, packs, _cells(seen, packs))
@@ -217,7 +217,7 @@ def settle(sweep: Sweep, seen: Look, packs: Sequence[PackState]) -> list[Attempt
             settled += [lost for pack, running in blocks if (lost := lose(sweep, running, whys[pack.id]))]
             for running, entry in stray:  # nobody can say whether its job lives; if it does, its result will replace this
                 settled.append(close(sweep, running, entry.cell.config, Failure("crash", "the file of its pack is gone")))
-    except Timeout:  # somebody else is at it
+    except (Timeout, PermissionError):  # somebody else is at it, or owns what would be written
         return []
     return settled
 

@@ -14,27 +14,39 @@
 A file appears whole or not at all: temporary name, fsync, rename. An attempt number is claimed by creating the running
 marker exclusively, so a second attempt never overwrites the first. A good result is written anew, under its name, with each later
 block of timings of its cell. A file that cannot be read all the same (a full disk, a
-broken file system, an editor) is renamed to ``<name>.corrupt``, and whoever looks at the sweep is told. docs/results.md
-describes the files.
+broken file system, an editor) is renamed to ``<name>.corrupt``, and whoever looks at the sweep is told. One that may not be read,
+or that a later lcbench wrote, stays as it is and is left out, by name. docs/results.md describes the files.
+
+Files have the mode that the umask gives, so that a folder can be shared; what only its owner may read is written with
+``private``. What lies in the folder is data: whoever can write there must not be able to run anything by it, so names in it are no
+paths, and a class that a config names is built only if ``grid/build.py`` or the user allows it (``allow``).
 """
 
 from __future__ import annotations
 
+import errno
+import getpass
 import json
 import math
 import os
+import pwd
+import re
 import secrets
-import tempfile
+import shlex
+import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from filelock import FileLock
 
 from lcbench.grid.cell import Cell
+from lcbench.grid.values import parse_direction, parse_dtype, parse_transit
+from lcbench.measure.blocks import blocks_of
 
 SCHEMA = 1
 Status = Literal["ok", "failed", "skipped"]
@@ -47,6 +59,13 @@ CORRUPT = ".corrupt"
 MEMORY = "mlflow.json"
 AGAIN = "again"
 T = TypeVar("T")
+Numbers = (int, float)
+# What reading something that is no such file may raise.
+BROKEN = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
+
+
+class Unreadable(ValueError):
+    """A file of the store that cannot be used and stays as it is: it may not be read, or another version of lcbench wrote it."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +107,23 @@ class Attempt:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Attempt:
+        """Raises:
+        Unreadable: a later version wrote it.
+        ValueError, TypeError, KeyError, AttributeError: it is no record of an attempt.
+        """
+        _check_schema(data)
         failure = Failure(**data["failure"]) if data.get("failure") else None
-        return cls(**{**data, "failure": failure})
+        made = cls(**{**data, "failure": failure})
+        _check_names(made.cell_id, *filter(None, [made.pack]))
+        texts = (failure.kind, failure.cause) if failure else ()
+        numbers = (made.number, made.started_at, made.finished_at, *made.metrics.values())
+        if made.status not in get_args(Status) or not all(isinstance(t, str) for t in (made.sweep, *texts)):
+            raise ValueError(f"no status and cause of an attempt: {made.status!r}, {texts}")
+        if not all(isinstance(n, Numbers) for n in numbers) or not all(isinstance(v, list) for v in made.samples.values()):
+            raise TypeError("a metric that is no number, or samples that are no list")
+        if not all(isinstance(d, dict) for d in (made.checks, made.provenance, made.config)):
+            raise TypeError("checks, provenance or config that are no table")
+        return made
 
     @property
     def blocks(self) -> int:
@@ -116,6 +150,14 @@ class Running:
     pack: str
     started_at: float
     block: int = 1
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Running:
+        made = cls(**data)
+        _check_names(made.cell_id, made.pack)
+        if not all(isinstance(n, Numbers) for n in (made.number, made.started_at, made.block)):
+            raise TypeError("a number that is none")
+        return made
 
 
 @dataclass(frozen=True)
@@ -159,10 +201,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Damaged:
-    """A file that was set aside because it could not be read."""
+    """A file that was set aside because it could not be read, or one that is left out and stays as it is."""
 
     path: Path
     reason: str
+
+    def __str__(self) -> str:
+        return f"{'set aside' if self.path.name.endswith(CORRUPT) else 'left out'}: {self.path}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -190,7 +235,7 @@ class Sweep:
         return self.folder / "manifest.json"
 
     def exists(self) -> bool:
-        return self.manifest_path.is_file() or bool(self.packs())
+        return os.path.lexists(self.manifest_path) or bool(self.packs())
 
     def lock(self) -> FileLock:
         """Held while cells are given to packs, so that of two commands at once neither runs what the other does."""
@@ -201,10 +246,14 @@ class Sweep:
         """The manifest: ``{"schema", "sweep", "id", "created_at", "commands", "launch", "cells": {id: {"config", "skip"}}}``.
 
         One that cannot be read is set aside and made again from packs and attempts.
+
+        Raises:
+            ValueError: there is no such sweep.
+            Unreadable: its manifest may not be read, or a later lcbench wrote it.
         """
         if not self.exists():
             raise ValueError(f"no sweep {self.name!r} below {self.root}; there are: {', '.join(sweeps(self.root)) or 'none'}")
-        found = read_or_set_aside(self.manifest_path, _checked_manifest)
+        found = _read(self.manifest_path, _checked_manifest)
         return self._rebuilt() if found is None else found
 
     def entries(self) -> dict[str, Entry]:
@@ -229,11 +278,12 @@ class Sweep:
         for pack in filter(None, (self.pack_file(pack_id, "pack.json") for pack_id in self.packs())):
             manifest["cells"].update({k: {"config": config, "skip": None} for k, config in pack["configs"].items()})
             manifest["launch"] = {key: pack[key] for key in ("launcher", "settings")}
-        for folder in sorted(self.folder.iterdir()):
-            for attempt in self.attempts(folder.name) if folder.is_dir() else ():
+        for name in sorted(_names(self.folder)):
+            for attempt in self.attempts(name):
                 if attempt.config:
                     manifest["cells"][attempt.cell_id] = {"config": attempt.config, "skip": None}
-        write_json(self.manifest_path, manifest)
+        with suppress(OSError):  # who may only read looks at it all the same
+            write_json(self.manifest_path, manifest)
         return manifest
 
     def look(self) -> Look:
@@ -246,11 +296,19 @@ class Sweep:
             records[cell_id] = Record(entry, tuple(self._attempts(cell_id, names)), tuple(self._running(cell_id, names)))
             if len(names) != 1:  # reading may have set some aside
                 listed[folder] = _names(folder)
-        packs = list((self.folder / "packs").glob("*"))
+        packs = [self.folder / "packs" / name for name in _names(self.folder / "packs")]
         below = [p / name for p in packs for name in ("failures", AGAIN)]
         listed |= {folder: _names(folder) for folder in (self.folder, *packs, *below)}
         aside = [folder / n for folder, names in listed.items() for n in names if n.endswith(CORRUPT)]
-        return Look(records, tuple(Damaged(path, _unreadable(path)) for path in aside), manifest["launch"])
+        # Of a sweep of several people some may have kept theirs to themselves.
+        for cell_id, record in records.items():
+            have = {a.number for a in record.attempts}
+            names = listed[self.folder / cell_id]
+            aside += [self.attempt_path(cell_id, n) for n in sorted(_numbers(names)) if n not in have]
+        aside += [p / "pack.json" for p in packs if "pack.json" in listed[p] and not os.access(p / "pack.json", os.R_OK)]
+        damaged = [Damaged(path, _unreadable(path)) for path in aside]
+        damaged += [Damaged(self.manifest_path, f"cell {i}: {why}") for i, why in _strange_cells(manifest).items()]
+        return Look(records, tuple(damaged), manifest["launch"])
 
     # -- attempts ------------------------------------------------------------------------------------------------
 
@@ -277,7 +335,7 @@ class Sweep:
         marked = [n for n in names if n.startswith("attempt-") and n.endswith(".running.json")]
         # Both are there when death came between writing the result and dropping the marker: the result counts. The names may be
         # older than the markers, which is why a result is looked for again.
-        found = (read_or_set_aside(self.folder / cell_id / name, lambda data: Running(**data)) for name in marked)
+        found = (read_or_set_aside(self.folder / cell_id / name, Running.from_json) for name in marked)
         alive = (r for r in found if r is not None and not self.attempt_path(cell_id, r.number).exists())
         return sorted(alive, key=lambda r: r.number)
 
@@ -285,7 +343,7 @@ class Sweep:
         """Claim the next attempt number of a cell."""
         folder = self.folder / cell_id
         folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(p.name.split("-")[1].split(".")[0]) for p in folder.glob("attempt-*.*")), default=0)
+        number = 1 + max((int(n[8:].split(".")[0]) for n in _names(folder) if re.match(r"attempt-\d+\.", n, re.ASCII)), default=0)
         while True:
             marker = Running(cell_id, number, pack, time.time())
             try:
@@ -315,7 +373,7 @@ class Sweep:
         """Later blocks of a pack that have begun and not ended; their job may be dead all the same."""
         folder = self.pack_folder(pack_id) / AGAIN
         names = sorted(n for n in _names(folder) if n.endswith(".json") and not n.startswith("."))
-        return [r for r in (read_or_set_aside(folder / n, lambda data: Running(**data)) for n in names) if r is not None]
+        return [r for r in (read_or_set_aside(folder / n, Running.from_json) for n in names) if r is not None]
 
     def _again_path(self, running: Running) -> Path:
         return self.pack_folder(running.pack) / AGAIN / f"{running.cell_id}.{running.block}.json"
@@ -346,11 +404,96 @@ class Sweep:
         """A small file of a pack, such as ``job.json``; empty where there is none (any more)."""
         return read_or_set_aside(self.pack_folder(pack_id) / name, dict) or {}
 
+    # -- people --------------------------------------------------------------------------------------------------
+
+    def command(self, name: str, *words: str) -> str:
+        """``python -m lcbench.<name>`` for this sweep from where one is now, to be copied into a shell."""
+        where = () if self.root == Path("results").absolute() else ("--results", str(self.root))
+        named = (*where, *words, "--", self.name) if self.name.startswith("-") else (self.name, *where, *words)
+        return shlex.join(["python", "-m", f"lcbench.{name}", *named])
+
+    @property
+    def somebody_else(self) -> str | None:
+        """Whose sweep it is, where another user wrote its manifest last: what it says to run was not said by who looks at it."""
+        try:
+            uid = self.manifest_path.stat().st_uid
+        except OSError:
+            return None
+        return None if uid == os.geteuid() else user_name(uid)
+
+    def allow(self, targets: Collection[str]) -> None:
+        """Keep which ``_target_`` from outside of lcbench this user runs in this sweep, for its jobs and for going on with it."""
+        known = self.allowed()
+        if not set(targets) <= known:
+            write_json(self._allowed_path, sorted(known | set(targets)), private=True)
+
+    def allowed(self) -> set[str]:
+        """The names of ``allow``: only from a file that this user wrote and that nobody else can have written."""
+        try:
+            found = self._allowed_path.stat()
+            if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                return set()
+            return {str(target) for target in read_json(self._allowed_path)}
+        except (OSError, ValueError, TypeError):
+            return set()
+
+    @property
+    def _allowed_path(self) -> Path:
+        return self.folder / f".allowed.{os.geteuid()}.json"
+
+    def check_writable(self, cells: Collection[str] = ()) -> None:
+        """See that results can be written, before anybody measures any.
+
+        Raises:
+            PermissionError: the folder of the sweep, or one of those of its packs and of these cells, is somebody else's.
+        """
+        there = {"packs", "jobs", *cells} & set(_names(self.folder))
+        for folder in (self.folder, *(self.folder / name for name in sorted(there))):
+            if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(
+                    f"{folder} belongs to {owner_of(folder)}, and {user_name()} may not write there; take a sweep of your own"
+                    " (sweep=<name>, results=<folder>), or ask for a folder that the group may write (chmod -R g+rwX)"
+                )
+
+
+def user_name(uid: int | None = None) -> str:
+    """A user's name, by default who runs this; the number of one that no list of users has."""
+    if uid is None:
+        with suppress(KeyError, OSError):
+            return getpass.getuser()
+        uid = os.geteuid()
+    with suppress(KeyError):
+        return pwd.getpwuid(uid).pw_name
+    return str(uid)
+
+
+def owner_of(path: Path) -> str:
+    """Whose a file is."""
+    try:
+        return user_name(path.stat().st_uid)
+    except OSError:
+        return "somebody else"
+
 
 def sweeps(root: Path) -> list[str]:
-    """Names of the sweeps below ``root``, oldest first."""
-    manifests = sorted(root.glob("*/manifest.json*"), key=lambda p: p.stat().st_mtime)
-    return list(dict.fromkeys(p.parent.name for p in manifests))
+    """Names of the sweeps below ``root``, oldest first; those in folders that may not be read are not seen."""
+    found: dict[str, float] = {}
+    for name in os.listdir(root) if root.exists() else ():
+        for manifest in (n for n in _names(root / name) if n.startswith("manifest.json")):
+            with suppress(OSError):  # gone meanwhile
+                found[name] = min((root / name / manifest).lstat().st_mtime, found.get(name, math.inf))
+    return sorted(found, key=lambda name: (found[name], name))
+
+
+def newest_attempts(root: Path) -> Iterator[Attempt]:
+    """Every cell's newest attempt that can be read, those of the newest sweep first; nothing is set aside."""
+    for name in reversed(sweeps(root)):
+        folder = root / name
+        for cell_id in _names(folder):
+            number = max(_numbers(_names(folder / cell_id)), default=0)
+            if number:
+                with suppress(*BROKEN, OSError):
+                    yield Attempt.from_json(read_json(folder / cell_id / f"attempt-{number}.json"))
 
 
 def _new_manifest(name: str) -> dict[str, Any]:
@@ -361,35 +504,94 @@ def _new_manifest(name: str) -> dict[str, Any]:
 
 
 def _checked_manifest(data: dict[str, Any]) -> dict[str, Any]:
+    _check_schema(data)
     if not all(isinstance(entry["config"], dict) for entry in data["cells"].values()):
         raise ValueError("a cell without its config")
+    if not isinstance(data["created_at"], Numbers) or not all(isinstance(w, str) for line in data["commands"] for w in line):
+        raise TypeError("commands that are no words")
+    launch = data["launch"]
+    if launch is not None and not (isinstance(launch["launcher"], str) and isinstance(launch["settings"]["site"], dict)):
+        raise TypeError("a launch without its site")
     return {key: data[key] for key in ("schema", "sweep", "id", "created_at", "commands", "launch", "cells")}
 
 
+def _check_schema(data: dict[str, Any]) -> None:
+    if isinstance(number := data.get("schema"), int) and number > SCHEMA:
+        raise Unreadable(f"a later lcbench wrote it (schema {number}; this one reads {SCHEMA})")
+
+
+def _check_names(*names: str) -> None:
+    """That these are names of files and no paths to elsewhere."""
+    for name in names:
+        if not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\0"):
+            raise ValueError(f"{name!r} is no name")
+
+
 def entries_of(manifest: dict[str, Any]) -> dict[str, Entry]:
-    """The cells of a manifest by id, in the order in which they were asked for."""
-    return {cell_id: Entry(Cell.from_config(e["config"]), e.get("skip")) for cell_id, e in manifest["cells"].items()}
+    """The cells of a manifest by id, in the order in which they were asked for; those that mean nothing here are left out."""
+    strange = _strange_cells(manifest)
+    cells = manifest["cells"].items()
+    return {cell_id: Entry(Cell.from_config(e["config"]), e.get("skip")) for cell_id, e in cells if cell_id not in strange}
+
+
+def _strange_cells(manifest: dict[str, Any]) -> dict[str, str]:
+    """Cells that cannot be read here, and why: another version's, or no cells at all."""
+    found = {}
+    for cell_id, entry in manifest["cells"].items():
+        try:
+            _check_names(cell_id)
+            _check_cell(Cell.from_config(entry["config"]))
+            if not isinstance(entry.get("skip"), str | None):
+                raise TypeError(f"skip is {entry['skip']!r}")
+        except BROKEN as error:
+            found[cell_id] = f"no cell of this version: {type(error).__name__}: {error}"
+    return found
+
+
+@cache
+def _check_cell(cell: Cell) -> None:
+    config, problem = cell.config, cell.problem
+    if not all(isinstance(config[group]["name"], str) for group in ("kernel", "cp", "mask")):
+        raise TypeError("a name that is none")
+    if not all(isinstance(config[key], int) for key in ("seqlen", "seed")):
+        raise TypeError("a length or a seed that is no whole number")
+    parse_dtype(problem.dtype), parse_direction(problem.direction), parse_transit(problem.transit)
+    draws, blocks = int(config["mask"].get("draws", 1)), blocks_of(config["measure"])
+    if not cell.label or not draws or not blocks:
+        raise ValueError("nothing to measure")
 
 
 def _names(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP):
+            raise
         return []
 
 
 def _numbers(names: list[str]) -> list[int]:
     """Numbers of the ended attempts among a cell's files."""
-    return [int(n[8:-5]) for n in names if n.startswith("attempt-") and n.endswith(".json") and n.count(".") == 1]
+    return [int(n[8:-5]) for n in names if re.fullmatch(r"attempt-\d{1,9}\.json", n, re.ASCII)]
 
 
 def _unreadable(path: Path) -> str:
-    """Why a file that was set aside cannot be read."""
+    """Why a file that was set aside, or left out, cannot be read."""
     try:
-        read_json(path)
-    except (OSError, ValueError) as error:
+        _check_schema(read_json(path))
+    except PermissionError:
+        return _denied(path)
+    except (OSError, ValueError, AttributeError) as error:
         return str(error)
     return "its content is not what such a file holds"
+
+
+def _denied(path: Path) -> str:
+    try:
+        mode = f", mode {stat.S_IMODE(path.stat().st_mode):o}"
+    except OSError:
+        mode = ""
+    return f"it belongs to {owner_of(path)}{mode}, and {user_name()} may not read it"
 
 
 def _finite(data: Any) -> Any:
@@ -400,40 +602,63 @@ def _finite(data: Any) -> Any:
     return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
-def find_cell(root: Path, cell_id: str, sweep: str | None = None) -> Iterator[tuple[Sweep, Entry]]:
-    """Every sweep that holds a cell whose id starts with ``cell_id``."""
-    for name in [sweep] if sweep else sweeps(root):
-        candidate = Sweep(root, name)
-        for known, entry in candidate.entries().items():
-            if known.startswith(cell_id):
-                yield candidate, entry
-
-
 def read_json(path: Path) -> Any:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    """Raises:
+    OSError: it is not there, or may not be read.
+    ValueError: it is no JSON, or no file: one would wait for a pipe for ever.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is no file")
+    with os.fdopen(descriptor, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except RecursionError as error:
+            raise ValueError("it is nested without end") from error
 
 
 def read_or_set_aside(path: Path, make: Callable[[Any], T]) -> T | None:
-    """What a file holds; None where there is none, or where it cannot be read, and then it is renamed."""
+    """What a file holds; None where there is none, where it cannot be read, and then it is renamed, or where it may not be read
+    or is of a later version, and then it stays.
+    """
+    try:
+        return _read(path, make)
+    except Unreadable:
+        return None
+
+
+def _read(path: Path, make: Callable[[Any], T]) -> T | None:
+    """Raises:
+    Unreadable: it may not be read, or is of a later version.
+    """
     try:
         return make(read_json(path))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except PermissionError as error:
+        raise Unreadable(f"{path}: {_denied(path)}") from error
+    except Unreadable as error:
+        raise Unreadable(f"{path}: {error}") from error
+    except (*BROKEN, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ELOOP:
+            raise
         with suppress(OSError):  # somebody else's file, or somebody was faster
             path.rename(path.with_name(path.name + CORRUPT))
         return None
 
 
-def write_json(path: Path, data: Any, *, new: bool = False) -> None:
+def write_json(path: Path, data: Any, *, new: bool = False, private: bool = False) -> None:
     """Write atomically: the file holds the old content or the new one, whole, whatever dies when.
+
+    ``private``: for its owner only, whatever the umask says.
 
     Raises:
         FileExistsError: with ``new``, if it is there; of several who try at once one succeeds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(data, file, indent=1)
@@ -445,7 +670,7 @@ def write_json(path: Path, data: Any, *, new: bool = False) -> None:
         else:
             os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

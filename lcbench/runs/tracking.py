@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -144,7 +145,7 @@ def publish_or_say(sweep: Sweep, uri: str | None, *, budget_s: float | None = No
     try:
         publish(sweep, uri, budget_s=budget_s)
     except TrackingUnavailable as error:
-        print(f"not published: {error}; later: python -m lcbench.sync {sweep.name}", file=sys.stderr)
+        print(f"not published: {error}; later: {sweep.command('sync')}", file=sys.stderr)
 
 
 def attach_or_say(sweep: Sweep, uri: str | None, folder: Path) -> None:
@@ -422,4 +423,4 @@ def _note(newest: Attempt) -> str:
         said = f"**{newest.status}: {failure.kind}**: {failure.cause}"
     else:
         said = f"{metrics.get(HEADLINE, 0.0):.4g} TFLOP/s per GPU, noise {metrics.get('time/noise', 0.0):.1%}"
-    return f"{said}\n\n    python -m lcbench.rerun {newest.sweep}/{newest.cell_id}\n"
+    return f"{said}\n\n    {shlex.join(['python', '-m', 'lcbench.rerun', f'{newest.sweep}/{newest.cell_id}'])}\n"

@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 
 from lcbench.cp.execute import Groups
-from lcbench.grid.build import build_kernel, build_mask, build_strategy, draws
+from lcbench.grid.build import allow, build_kernel, build_mask, build_strategy, check_targets, draws
 from lcbench.grid.cell import Cell
 from lcbench.measure.blocks import blocks_of, shared, with_block, without_times
 from lcbench.measure.cell import Gang, Measured, Work, measure_again, measure_cell
@@ -64,6 +64,7 @@ def main(pack_path: Path, node_rank: int) -> None:
     _die_with_the_agent()
     pack = Pack.read(pack_path)
     sweep = Sweep(Path(pack.root), pack.sweep)
+    allow(sweep.allowed())
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = _device(pack.site.get("device"))
     # The hang timer of a cell must speak before a collective gives up.
@@ -84,7 +85,8 @@ def main(pack_path: Path, node_rank: int) -> None:
     gc.collect()
     gc.freeze()
     crew = Crew(gang, sweep, pack, Results(sweep, pack))
-    if crew.measure_first(describe(device) | {"check": check}):
+    # Only rank 0's is kept, and asking git costs a process.
+    if crew.measure_first(describe(device, _others(pack)) | {"check": check} if rank == 0 else {}):
         crew.measure_again()
     if rank == 0:
         crew.store.release()
@@ -93,6 +95,15 @@ def main(pack_path: Path, node_rank: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # taking the interpreter down takes seconds where many ranks share a core
+
+
+def _others(pack: Pack) -> set[str]:
+    """What cells of a pack name from outside of lcbench; a cell that names what it may not fails by itself."""
+    found: set[str] = set()
+    for config in pack.configs.values():
+        with suppress(ValueError):
+            found |= check_targets(config)
+    return found
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ def test_estimates_come_from_like_results_else_from_flops() -> None:
     assert blank.seconds(long) == pytest.approx(24 * flops(long) / (8 * 0.25 * 989e12), rel=0.1)
     taught = Estimator(H100)
     metrics = {"time/total/median_s": 0.01, "time/prepare_s": 0.5, "time/check_s": 0.5}
+    metrics["compute/tflops_per_gpu"] = flops(cell(seqlen=1 << 14)) / 8 / 0.01 / 1e12
     taught.learn(cell(seqlen=1 << 14), Attempt("x", "s", 1, "ok", metrics=metrics))
     assert taught.seconds(cell(seqlen=1 << 14)) < blank.seconds(long)
     # Twice the length is four times the work.
@@ -92,6 +93,7 @@ def test_an_estimate_holds_all_blocks_of_a_cell() -> None:
 
     estimator = Estimator(H100)
     metrics = {"time/total/median_s": 0.5, "time/prepare_s": 7.0, "time/first_pass_s": 1.5, "time/check_s": 48.5}
+    metrics["compute/tflops_per_gpu"] = flops(cell(scale="1x1")) / 0.5 / 1e12
     estimator.learn(cell(scale="1x1"), Attempt("x", "s", 1, "ok", metrics=metrics))
     # The budget is shared; each later block is prepared anew, warms up once, and has three passes that are checked.
     assert seconds(2, estimator) - seconds(1, estimator) == pytest.approx(7.0 + 4 * 0.5)

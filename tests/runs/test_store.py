@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from lcbench.arguments import find_cell
 from lcbench.grid.cell import Cell
-from lcbench.runs.store import Attempt, Entry, Failure, Sweep, find_cell, read_json, sweeps, write_json
+from lcbench.runs.store import Attempt, Entry, Failure, Sweep, read_json, sweeps, write_json
 
 
 def made_cell(seed: int = 0) -> Cell:
@@ -72,6 +73,8 @@ def test_kill_in_the_middle_of_writing_leaves_whole_files(tmp_path: Path) -> Non
     )
     for pause in (0.6, 0.75, 0.9):
         writer = subprocess.Popen([sys.executable, "-c", code])
+        while not path.exists():  # a busy machine starts it late
+            time.sleep(0.05)
         time.sleep(pause)
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import os
@@ -19,13 +18,14 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from lcbench.grid import build
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Plan
 from lcbench.grid.paths import REPOSITORY
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.pack import Pack, Settings, given_up, group, tries_again
-from lcbench.runs.store import Entry, Failure, Sweep, write_json
+from lcbench.runs.store import Entry, Failure, Sweep, user_name, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 OK, SOME_FAILED, NOT_SUBMITTED, INTERRUPTED = 0, 1, 3, 130
 REFUSED_PAUSE_S = 10.0
+NOT_PUBLISHED = (
+    f"nothing is published to MLflow: {REPOSITORY}/.mlflow may not be written by {user_name()};"
+    " name a place: tracking_uri=sqlite:////<folder>/mlflow.db or http://<host>:<port>"
+)
 LOOKING_SHARE = 5.0  # a collector sleeps so many times as long as it looks
 
 
@@ -98,9 +102,12 @@ class PackLauncher(Launcher):
         """Run what the plan asks for and is missing; the exit code of the command."""
         self.output = plan.options["output"]
         sweep, settings = sweep_of(plan), settings_of(plan)
+        if settings.tracking_uri is None:
+            self.say(NOT_PUBLISHED)
+        sweep.check_writable([p.cell.id for p in plan.cells])
         with sweep.lock():
             sweep.add([Entry(p.cell, p.skip) for p in plan.cells], command=list(plan.overrides), launch={
-                "launcher": self.name, "settings": settings.__dict__, "by": getpass.getuser(),
+                "launcher": self.name, "settings": settings.__dict__, "by": user_name(),
             })  # fmt: skip
         runnable = [p.cell for p in plan.cells if not p.skip]
 
@@ -125,14 +132,14 @@ class PackLauncher(Launcher):
             if not wait or not refusal.waiting:
                 return NOT_SUBMITTED
         if self.detaches and not wait and (packs or todo.under_way):
-            self.say(f"follow it:  python -m lcbench.status {sweep.name}{_where(sweep)} --follow")
-            self.say(f"end it:     python -m lcbench.cancel {sweep.name}{_where(sweep)}")
+            self.say(f"follow it:  {sweep.command('status', '--follow')}")
+            self.say(f"end it:     {sweep.command('cancel')}")
             self._answer(sweep, submitted=sum(len(pack.cells) for pack in packs))
             return OK
         try:
             self.follow(sweep, packs)
         except KeyboardInterrupt:
-            print(f"\ninterrupted; what was measured is kept: python -m lcbench.status {sweep.name}", file=sys.stderr)
+            print(f"\ninterrupted; what was measured is kept: {sweep.command('status')}", file=sys.stderr)
             return INTERRUPTED
         return self.finish(sweep, report, settings.tracking_uri)
 
@@ -140,6 +147,7 @@ class PackLauncher(Launcher):
         """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1."""
         from rich.console import Console
 
+        from lcbench.report.inert import printable
         from lcbench.report.table import WIDTH, cells_table, fastest_table, to_rows
         from lcbench.runs.jobs import Watch
         from lcbench.runs.tracking import publish_or_say, view_url
@@ -152,15 +160,16 @@ class PackLauncher(Launcher):
             if (fastest := fastest_table(sweep, standing.seen, report)) is not None:
                 console.print(fastest)
         for damaged in standing.seen.damaged:
-            print(f"set aside: {damaged.path}: {damaged.reason}", file=sys.stderr)
+            print(printable(str(damaged)), file=sys.stderr)
         failed = [c.id for c in standing.cells if c.id in set(report) and c.state not in ("ok", "skipped", "running", "pending")]
-        self.say(f"status:     python -m lcbench.status {sweep.name}{_where(sweep)}")
+        self.say(f"status:     {sweep.command('status')}")
         if failed:
-            self.say(f"run the {len(failed)} failed again:  python -m lcbench.rerun --failed {sweep.name}{_where(sweep)}")
-        self.say(f"report:     python -m lcbench.report {sweep.name}{_where(sweep)}")
+            self.say(f"run the {len(failed)} failed again:  {sweep.command('rerun', '--failed')}")
+        self.say(f"report:     {sweep.command('report')}")
         url = view_url(sweep, tracking_uri)
         local = bool(tracking_uri and tracking_uri.startswith("sqlite:"))
-        self.say(f"dashboard:  {'make mlflow, then ' if local else ''}{url}" if url else "dashboard:  make mlflow")
+        if tracking_uri:
+            self.say(f"dashboard:  {'make mlflow, then ' if local else ''}{url}" if url else "dashboard:  make mlflow")
         self._answer(sweep, cells=to_rows(standing.seen, report))
         return SOME_FAILED if failed else OK
 
@@ -178,8 +187,10 @@ class PackLauncher(Launcher):
         with sweep.lock():
             todo = choose()
             packs = make_packs(sweep, todo.cells, launcher=self.name, settings=settings)
+            sweep.check_writable([cell.id for cell in todo.cells])
             try:
                 if packs:
+                    sweep.allow(set().union(*(build.check_targets(cell.config) for cell in todo.cells)))
                     self.submit(sweep, packs)
             except NotSubmitted as refusal:
                 turn_down(sweep, refusal)
@@ -206,11 +217,11 @@ def settings_of(plan: Plan) -> Settings:
     )
 
 
-def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool) -> Todo:
+def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool, settles: bool = True) -> Todo:
     """Of these cells, those that have no good result, that no live job has, and that are worth another try."""
     from lcbench.runs.jobs import Watch
 
-    standing = Watch(sweep).look()
+    standing = Watch(sweep, settles=settles).look()
     records, under_way = standing.seen.records, standing.under_way
     todo, done, hopeless = [], [], []
     for cell in (c for c in cells if c.id not in under_way):
@@ -255,9 +266,16 @@ def launcher_named(name: str) -> PackLauncher:
 
 
 def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: Settings) -> list[Pack]:
-    """Packs for these cells."""
+    """Packs for these cells.
+
+    Raises:
+        ValueError: a cell names code that neither lcbench nor this user knows.
+    """
     if not cells:
         return []
+    build.allow(sweep.allowed())
+    for cell in cells:
+        build.check_targets(cell.config)
     estimator = Estimator.of(sweep.root, settings.site, settings.devices, here=launcher == "local")
     groups = group(cells, estimator, max_cells=settings.pack["max_cells"], max_minutes=settings.max_minutes)
     packs: list[Pack] = []
@@ -291,6 +309,7 @@ class Collector:
 
         self._sweep, self._watch = sweep, Watch(sweep, Patient())
         self._next, self._said, self._pause_s = 0.0, "", 1.0
+        self._left_out: set[str] = set()
 
     def advance(self) -> Standing:
         """One round; where it stands now."""
@@ -304,7 +323,8 @@ class Collector:
 
         def wanted(now: Standing) -> Todo:
             records = {i: r for i, r in now.seen.records.items() if i not in now.under_way and not r.entry.skip}
-            return Todo([r.entry.cell for r in records.values() if not r.attempts or tries_again(r.attempts, settings.retry)])
+            due = [r.entry.cell for r in records.values() if not r.attempts or tries_again(r.attempts, settings.retry)]
+            return Todo([cell for cell in due if self._can_be_built(cell)])
 
         if wanted(standing).cells and time.monotonic() >= self._next:
             # Looked at again under the lock: somebody else may have done it.
@@ -319,6 +339,18 @@ class Collector:
             standing = self._watch.look()
         return replace(standing, waiting=len(wanted(standing).cells))
 
+    def _can_be_built(self, cell: Cell) -> bool:
+        """Whether the classes of a cell are known here; one whose are not is left out, and said once."""
+        build.allow(self._sweep.allowed())
+        try:
+            build.check_targets(cell.config)
+        except ValueError as error:
+            if cell.id not in self._left_out:
+                print(f"left out: cell {cell.id}: {error}", file=sys.stderr)
+            self._left_out.add(cell.id)
+            return False
+        return True
+
     def pause(self) -> None:
         """Sleep until it is time for the next round: longer where looking takes long."""
         time.sleep(self._pause_s)
@@ -330,13 +362,9 @@ def default_name(plan: Plan) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{digest}{secrets.token_hex(1)}"
 
 
-def default_tracking_uri() -> str:
-    """SQLite below the checkout, which ``make mlflow`` serves."""
+def default_tracking_uri() -> str | None:
+    """SQLite below the checkout, which ``make mlflow`` serves; None where the checkout may not be written. Makes nothing."""
     folder = REPOSITORY / ".mlflow"
-    folder.mkdir(exist_ok=True)
-    return f"sqlite:///{folder / 'mlflow.db'}"
-
-
-def _where(sweep: Sweep) -> str:
-    """How other commands find this sweep's results."""
-    return "" if sweep.root == Path("results").absolute() else f" --results {sweep.root}"
+    database = folder / "mlflow.db"
+    needed = [path for path in (database, folder) if path.exists()] or [REPOSITORY]
+    return f"sqlite:///{database}" if all(os.access(path, os.W_OK) for path in needed) else None

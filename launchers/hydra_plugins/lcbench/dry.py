@@ -27,7 +27,7 @@ class DryLauncher(PackLauncher):
         todo = Todo(runnable)
         if sweep.exists():
             known = sweep.entries()
-            todo = missing(sweep, [c for c in runnable if c.id in known], force=plan.options["force"])
+            todo = missing(sweep, [c for c in runnable if c.id in known], force=plan.options["force"], settles=False)
             todo = replace(todo, cells=[c for c in runnable if c.id not in known] + todo.cells)
         said = {"done before": todo.done, "under way": todo.under_way, "given up: killed its gang twice": todo.given_up}
         fates = {cell.id: fate for fate, cells in said.items() for cell in cells}

@@ -35,8 +35,8 @@ class LocalLauncher(PackLauncher):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         columns: list[Any] = [
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}", markup=False),
         ]  # fmt: skip
         watch, next_look = Watch(sweep), 0.0
         with Progress(*columns, console=self.console) as progress:

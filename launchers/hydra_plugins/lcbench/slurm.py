@@ -152,7 +152,7 @@ def submit_collector(sweep: Sweep, like: Pack, after: Sequence[str]) -> None:
         try:
             executor.submit(Collect(str(sweep.root), sweep.name))
         except RuntimeError as error:
-            print(f"no collector: {_first_cause(error)}; python -m lcbench.collect {sweep.name} does its work", file=sys.stderr)
+            print(f"no collector: {_first_cause(error)}; {sweep.command('collect')} does its work", file=sys.stderr)
 
 
 def parameters(packs: Sequence[Pack], after: Sequence[str] = ()) -> dict[str, Any]:

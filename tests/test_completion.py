@@ -1,0 +1,54 @@
+"""TAB in a real bash: names of files are words, whatever is in them, and nothing of them is run."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from lcbench.sweep import COMPLETION
+
+NAMES = (
+    "plain.json", "a b.json", "$(touch PWNED).json", "`touch PWNED`.json", ";touch PWNED;.json", "&touch PWNED.json", "st*r.json",
+    "q'uote.json", 'd"ouble.json', "[x].json", "{a,b}.json", "umlaut-\u00e4.json", "back\\slash.json", "!history.json",
+)  # fmt: skip
+UNSEEN = ("line\n$(touch PWNED).json", "esc\x1b[2J.json")
+SCRIPT = r"""
+source "$1"; shift
+source "$COMPLETION"  # twice: it must not call itself
+for word in "$@"; do
+    COMP_WORDS=(python -m lcbench.sweep "$word") COMP_CWORD=3 COMP_LINE="python -m lcbench.sweep $word"
+    _lcbench_sweep python
+    printf '%s\0' "${#COMPREPLY[@]}"
+    for found in "${COMPREPLY[@]}"; do printf '%s\0' "$found"; done
+done
+COMP_WORDS=(python other.py) COMP_CWORD=1 COMP_LINE="python other.py"
+_lcbench_sweep python && printf 'done\0'
+"""
+
+
+def test_names_of_files_are_words_and_run_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    (folder / "sub dir").mkdir(parents=True)
+    for name in (*NAMES, *UNSEEN):
+        (folder / name).touch()
+    # What was typed, quoted in the ways that people quote, and how many names it can become.
+    typed = {
+        "mask.file=./": len(NAMES) + 1, "mask.file=./a\\ ": 1, "mask.file=./$": 1, "mask.file=./'$(touch'": 1, "mask.file=./\\`": 1,
+        "mask.file=./st*": 1, "mask.file=./plain.json,./s": 2, 'mask.file="./a': 0, "mask.file='./": 0, "mask.file=./nothing": 0,
+        f"mask.file={folder}/": len(NAMES) + 1, "mask.file=~/": len(NAMES) + 1,
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", "--norc", "-c", SCRIPT, "bash", str(COMPLETION), *typed], cwd=folder, capture_output=True, text=True,
+        env={"HOME": str(folder), "PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "COMPLETION": str(COMPLETION)},
+    )  # fmt: skip
+    assert not done.stderr
+    said = iter(done.stdout.split("\0"))
+    for word, count in typed.items():
+        assert int(next(said)) == count, word
+        offered = [next(said) for _ in range(count)]
+        # As the shell will read them: each is one word, that names the file.
+        read = subprocess.run(["bash", "-c", f"printf '%s\\0' {' '.join(offered)}"], cwd=folder, capture_output=True, text=True)
+        words = read.stdout.split("\0")[:count]
+        key = "mask.file=./plain.json," if "," in word else "mask.file="
+        assert all(w.startswith(key) and (folder / w.removeprefix(key)).exists() for w in words), (offered, words)
+    assert not list(tmp_path.rglob("PWNED"))
