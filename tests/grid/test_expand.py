@@ -87,8 +87,8 @@ def test_lengths_belong_to_masks_with_documents_only() -> None:
     ("overrides", "ids"),
     [  # as they were before there were blocks
         (["cp=ring", "seqlen=64k", "scale=2x8"], ["4f5f55899b22"]),
-        (["cp=none", "mask=sliding_window", "mask.left=1k", "seqlen=8k"], ["66be97fa1a8d"]),
-        (["measure.budget_s=3", "measure.warmup=0"], ["8a5183a84ecf"]),
+        (["cp=none", "mask=sliding_window", "mask.left=1k", "seqlen=8k", "scale=1x1"], ["66be97fa1a8d"]),
+        (["measure.budget_s=3", "measure.warmup=0", "scale=1x1"], ["8a5183a84ecf"]),
         (["+experiment=smoke"], ["2e99d8d59224", "9cf518286448"]),
     ],
 )
