@@ -19,7 +19,7 @@ def bad_input() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))}", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
 

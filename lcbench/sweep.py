@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -114,6 +115,13 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
+class _ReadOnce(CachingConfigRepository):
+    """Reads each file of conf/ once for a plan: Hydra's own cache ends with each config that it composes."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ReadOnce:
+        return self
+
+
 def loader_of(folder: str | None) -> ConfigLoaderImpl:
     """Hydra's loader of conf/ and, before it, of the user's own folder.
 
@@ -135,7 +143,9 @@ def _loader(folder: str | None) -> ConfigLoaderImpl:
                 "and write +experiment=<name>"
             )
         search_path.prepend("command-line", f"file://{folder}")
-    return ConfigLoaderImpl(search_path)
+    loader = ConfigLoaderImpl(search_path)
+    loader.repository = _ReadOnce(loader.repository)
+    return loader
 
 
 def _with_site(overrides: list[str]) -> list[str]:

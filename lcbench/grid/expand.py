@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -224,15 +226,13 @@ def _interpolates(node: Any) -> bool:
 def _unresolved(error: BaseException, key: str, lines: list[str]) -> str:
     """One line on an interpolation that has no value: the override that it is in, and why."""
     where = next((line for line in reversed(lines) if overrides.key_of(line).split(".")[0] == key and "${" in line), key)
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ReachesOut):
-            return (
-                f"{where}: {key} refers to the axis {cause} by an interpolation; what an axis is does not depend on another one, "
-                f"so write the values of {key} out"
-            )
-        cause = cause.__cause__
-    return f"{where}: {_one_line(error).partition(' full_key:')[0]}"
+    said = _one_line(error).partition(" full_key:")[0]
+    if reached := re.fullmatch(rf"{ReachesOut.__name__} raised while resolving interpolation: (\w+)", said):
+        return (
+            f"{where}: {key} refers to the axis {reached[1]} by an interpolation; what a value is does not depend on another axis, "
+            f"so write the values of {key} out"
+        )
+    return f"{where}: {said.removeprefix('ValueError raised while resolving interpolation: ')}"
 
 
 def _one_length(said: dict[str, Override], base: dict[str, Any], params: dict[str, Any]) -> None:
@@ -314,6 +314,8 @@ def _product(
     for override in axes:
         by_root.setdefault(root_of(override), []).append(override)
     choices = [[(root, value) for value in _values(root, members, base_lines, loader)] for root, members in by_root.items()]
+    if (count := math.prod(len(values) for values in choices)) > overrides.MOST_CELLS:
+        raise ValueError(f"these are {count} cells, and a sweep has at most {overrides.MOST_CELLS}; make several of it")
     checked: dict[tuple[str, int], dict[str, Any]] = {}
     for combination in itertools.product(*choices):
         config = {**base, **dict(combination)}

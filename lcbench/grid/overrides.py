@@ -8,6 +8,7 @@ a word on where it belongs.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from antlr4 import CommonTokenStream, InputStream
 from antlr4.error.ErrorListener import ErrorListener
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
@@ -44,6 +45,7 @@ PLACES = {
     "hydra.job": "jobs are named by their sweep (sweep=<name>), and their environment is site.env.<NAME>=<value>",
     "hydra": "lcbench runs its plan itself; results, sweep, output, site.*, pack.* and hang.* say how",
 }
+MOST_CELLS = 100_000
 PLAIN_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 # Words that Hydra reads as something else than text.
 READ_OTHERWISE = ("true", "false", "null", "inf", "nan")
@@ -185,10 +187,22 @@ def check(overrides: list[Override], loader: ConfigLoaderImpl, launchers: Sequen
                 f"{line}: what a value of {root} is, its file says; write one of your own, <folder>/{root}/<name>.yaml, "
                 f"and {root}=<name> --config-dir <folder>"
             )
+        if isinstance(override.value(), RangeSweep):
+            _check_range(override)
         if not override.is_delete() and key in FILES:
             _check_members(override, sorted(loader.get_group_options(key)))
         elif isinstance(override.value(), Glob):
             raise ValueError(f"{line}: glob() chooses among the files of an axis, and {key} has none; list its values")
+
+
+def _check_range(override: Override) -> None:
+    """Refuse a range that never ends, or has more values than a sweep may have cells."""
+    found = override.value()
+    start, stop, step = (float(x) if isinstance(x, int | float) else math.nan for x in (found.start, found.stop, found.step))
+    if not step or not math.isfinite(start + stop + step):
+        raise ValueError(f"{text_of(override)}: a range is range(<start>,<stop>[,<step>]), of finite numbers and steps other than 0")
+    if (stop - start) / step > MOST_CELLS:
+        raise ValueError(f"{text_of(override)}: more than {MOST_CELLS} values, the most cells that a sweep may have")
 
 
 def _check_hydra(override: Override, launchers: Sequence[str]) -> None:
