@@ -6,10 +6,12 @@ Overrides are Hydra's. They are looked at before Hydra starts, so that bad input
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from dataclasses import replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -20,6 +22,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
 from omegaconf.errors import OmegaConfBaseException
 
 from lcbench.arguments import bad_input
@@ -98,7 +101,9 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(*names)
     parser.add_argument("--config-dir", "-cd", action="append", default=[])
     parser.add_argument("overrides", nargs="*")
-    flags = parser.parse_intermixed_args(list(arguments))
+    flags, rest = parser.parse_known_intermixed_args(list(arguments))
+    if rest:
+        parser.error(f"{next((word for word in rest if word.startswith('-')), rest[0])!r} is no flag of this command")
     for name, word in OTHERS.items():
         if getattr(flags, name):
             raise ValueError(f"--{name.replace('_', '-')} does nothing here: {word}")
@@ -120,6 +125,11 @@ class _ReadOnce(CachingConfigRepository):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _ReadOnce:
         return self
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        """What a file holds, for this composition alone: overrides are written into it."""
+        found = super().load_config(config_path)
+        return None if found is None else replace(found, config=copy.deepcopy(found.config))
 
 
 def loader_of(folder: str | None) -> ConfigLoaderImpl:

@@ -232,7 +232,7 @@ def _unresolved(error: BaseException, key: str, lines: list[str]) -> str:
             f"{where}: {key} refers to the axis {reached[1]} by an interpolation; what a value is does not depend on another axis, "
             f"so write the values of {key} out"
         )
-    return f"{where}: {said.removeprefix('ValueError raised while resolving interpolation: ')}"
+    return f"{where}: {re.sub(r'^[A-Za-z]*Error raised while resolving interpolation: ', '', said)}"
 
 
 def _one_length(said: dict[str, Override], base: dict[str, Any], params: dict[str, Any]) -> None:

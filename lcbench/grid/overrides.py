@@ -18,7 +18,7 @@ from antlr4 import CommonTokenStream, InputStream
 from antlr4.error.ErrorListener import ErrorListener
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString, RangeSweep, Sweep
 from hydra.errors import HydraException
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
@@ -46,6 +46,7 @@ PLACES = {
     "hydra": "lcbench runs its plan itself; results, sweep, output, site.*, pack.* and hang.* say how",
 }
 MOST_CELLS = 100_000
+NO_OVERRIDE = "{!r} is no override; write <axis>=<value>[,<value>...], such as seqlen=64k"
 PLAIN_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 # Words that Hydra reads as something else than text.
 READ_OTHERWISE = ("true", "false", "null", "inf", "nan")
@@ -142,7 +143,7 @@ def _unread(line: str, error: BaseException) -> str:
     """One line on an override that Hydra cannot read: which, where, and how to write it."""
     key, equals, value = line.partition("=")
     if not equals or not re.fullmatch(r"[+~]{0,2}[\w.@:/$-]+", key.strip()):
-        return f"{line!r} is no override; write <axis>=<value>[,<value>...], such as seqlen=64k"
+        return NO_OVERRIDE.format(line)
     lexer = OverrideLexer(InputStream(line))
     parser = OverrideParser(CommonTokenStream(lexer))
     for reader in (lexer, parser):
@@ -171,8 +172,12 @@ def check(overrides: list[Override], loader: ConfigLoaderImpl, launchers: Sequen
     """
     for override in overrides:
         line, root, key = text_of(override), root_of(override), override.key_or_group
+        if not root:
+            raise ValueError(NO_OVERRIDE.format(line))
         if root not in (*AXES, *RUN_OPTIONS, "hydra"):
             raise ValueError(unknown_key(root))
+        if isinstance(values := override.value(), ChoiceSweep) and any(isinstance(v, Sweep) for v in values.list):
+            raise ValueError(f"{line}: range() and glob() are a whole value of their own; list the values instead")
         if root == "hydra":
             _check_hydra(override, launchers)
             continue
@@ -187,11 +192,11 @@ def check(overrides: list[Override], loader: ConfigLoaderImpl, launchers: Sequen
                 f"{line}: what a value of {root} is, its file says; write one of your own, <folder>/{root}/<name>.yaml, "
                 f"and {root}=<name> --config-dir <folder>"
             )
-        if isinstance(override.value(), RangeSweep):
+        if isinstance(values, RangeSweep):
             _check_range(override)
         if not override.is_delete() and key in FILES:
             _check_members(override, sorted(loader.get_group_options(key)))
-        elif isinstance(override.value(), Glob):
+        elif isinstance(values, Glob):
             raise ValueError(f"{line}: glob() chooses among the files of an axis, and {key} has none; list its values")
 
 

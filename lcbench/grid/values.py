@@ -26,7 +26,7 @@ MOST_NUMBER = 1e15
 LONG = 200  # characters of a value that a message shows
 # Types of options, as a person calls their values.
 WORDS: dict[Any, str] = {
-    int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null", list: "a list of whole numbers",
+    int: "a whole number", float: "a number", bool: "true, false", str: "text", NoneType: "null", list: "a list of whole numbers",
     tuple: "a list of whole numbers",
 }  # fmt: skip
 _TRUTH: dict[str, object] = {"true": True, "false": False}
