@@ -38,6 +38,8 @@ from lcbench.measure.gpus import gpus_here
 from lcbench.problem import Heads, Problem
 
 CONFIG = "config"
+# What an axis may not look at: everything but the site. An axis is composed under site and experiment alone.
+HIDDEN = tuple(key for key in (*AXES, *RUN_OPTIONS) if key != "site")
 OUTPUTS = ("table", "quiet", "json")
 # measure.blocks at its default is no part of a cell: cells of before there were blocks keep their ids.
 BLOCKS = 3
@@ -134,7 +136,7 @@ def expand(lines: Sequence[str], loader: ConfigLoaderImpl) -> Plan:
     for override in (*fixed, *chosen):
         if override.is_sweep_override():
             raise ValueError(f"{override.get_key_element()} is not an axis and takes one value; axes: {', '.join(AXES)}")
-    base_lines = [text_of(o) for o in fixed]
+    base_lines = [text_of(o) for o in fixed if root_of(o) in ("site", "experiment")]
     base = _compose_base(fixed, loader)
     # An experiment's own sweep, below what the command line says of the same key.
     said = {overrides.key_of(text_of(o)): o for o in parsed}
@@ -208,7 +210,7 @@ def _plain_value(config: DictConfig, key: str, lines: list[str]) -> Any:
         return OmegaConf.to_container(node) if OmegaConf.is_config(node) else config[key]
     alone = OmegaConf.create({})
     for other in config:  # a config in which every other axis refuses to be looked at
-        hidden = other in AXES and other != key
+        hidden = other in (HIDDEN if key in AXES else AXES) and other != key
         alone[str(other)] = f"${{another_axis:{other}}}" if hidden else config._get_node(str(other))
     try:
         value = alone[key]
@@ -229,7 +231,7 @@ def _unresolved(error: BaseException, key: str, lines: list[str]) -> str:
     said = _one_line(error).partition(" full_key:")[0]
     if reached := re.fullmatch(rf"{ReachesOut.__name__} raised while resolving interpolation: (\w+)", said):
         return (
-            f"{where}: {key} refers to the axis {reached[1]} by an interpolation; what a value is does not depend on another axis, "
+            f"{where}: {key} refers to {reached[1]} by an interpolation; nothing depends on {reached[1]} but what it says itself, "
             f"so write the values of {key} out"
         )
     return f"{where}: {re.sub(r'^[A-Za-z]*Error raised while resolving interpolation: ', '', said)}"
@@ -331,12 +333,11 @@ def _product(
 def _values(root: str, members: list[Override], base_lines: list[str], loader: ConfigLoaderImpl) -> list[Any]:
     """What a top-level key takes under each combination of its overrides."""
     combinations = list(itertools.product(*map(lines_of, members)))
-    if root in (*GROUPS, "measure") or len(members) > 1 or any("${" in line for lines in combinations for line in lines):
+    last = [lines[-1] for lines in combinations]
+    if root in (*GROUPS, "measure") or any("${" in line or not line.startswith(f"{root}=") for line in last):
         return [_compose_key(root, list(lines), base_lines, loader) for lines in combinations]
-    # A plain key becomes what was written: composing one of its values shows that the override is a good one.
-    first = _compose_key(root, list(combinations[0]), base_lines, loader)
-    rest = overrides.read([line for (line,) in combinations[1:]], loader)
-    return [first, *(_plain(override) for override in rest)]
+    # A plain key becomes what was written last.
+    return [_plain(override) for override in overrides.read(last, loader)]
 
 
 def _plain(override: Override) -> Any:
