@@ -15,7 +15,7 @@ from typing import Any, cast
 from pydantic import TypeAdapter
 
 from lcbench.cp.base import Strategy
-from lcbench.grid.cell import CONTENT
+from lcbench.grid.cell import CONTENT, CONTENT_BEFORE
 from lcbench.grid.values import check_finite, parse_int, parse_option, parse_tokens
 from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
@@ -26,7 +26,7 @@ RESERVED = ("name", "_target_")
 GIVEN = ("seqlen", "heads", "seed", "lengths")
 # Options that are the cell's and not its owner's: seeded draws of a mask to measure, and the digest of a file's content: as it is
 # written now, and as cells of before have it.
-DRAWS, DIGESTS = "draws", (CONTENT, "file_sha256")
+DRAWS, DIGESTS = "draws", (CONTENT, CONTENT_BEFORE)
 
 
 def get_object(target: str) -> Any:

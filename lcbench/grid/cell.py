@@ -13,8 +13,8 @@ from lcbench.problem import Heads, Problem, Scale
 
 ID_LENGTH = 12
 # Digest of the content of an option ``file``. Beside it the path is no part of the cell: the same file elsewhere is the same cell.
-# (Cells of before have ``file_sha256``, and their path is a part of them.)
-CONTENT = "content_sha256"
+# (Cells of before have it under another name, and their path is a part of them.)
+CONTENT, CONTENT_BEFORE = "content_sha256", "file_sha256"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def flat_config(cell: Cell) -> dict[str, Any]:
 def _flat(prefix: str, config: dict[str, Any]) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for key, value in config.items():
-        name = f"{prefix}{key}"
+        name = f"{prefix}{CONTENT if key == CONTENT_BEFORE else key}"
         if isinstance(value, dict):
             if "name" in value:
                 params[name] = value["name"]

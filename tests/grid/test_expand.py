@@ -196,8 +196,7 @@ def test_the_users_command_is_accepted_as_written(tmp_path: Path) -> None:
         "cp=ring,ulysses,usp",
         "seqlen=64k,256k,1m",
         "hydra/launcher=dry",
-        "site=devcluster",
-        "scale=2x8",
+        "site=plain",
         f"results={tmp_path}",
     )
     assert done.returncode == 0, done.stderr
@@ -235,11 +234,11 @@ def run_sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("longca_sparse", 360, 189),
         ("longca_cp", 100, 4),
         ("scaling", 90, 2),
-        ("choose", 100, 0),
+        ("choose scale=1x1", 100, 0),
         ("smoke", 18, 0),
     ],
 )
 def test_presets_are_the_grids_that_they_say(preset: str, cells: int, skipped: int) -> None:
-    planned = look([f"+experiment={preset}"]).cells
+    planned = look(f"+experiment={preset}".split()).cells
     assert len(planned) == cells
     assert sum(p.skip is not None for p in planned) == skipped
