@@ -40,7 +40,7 @@ OTHERS = {
 }
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name=CONFIG)
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name=CONFIG)
 def app(_: Any) -> None:
     raise AssertionError("cells run in jobs, not in the command")
 
@@ -138,12 +138,6 @@ def loader_of(folder: str | None) -> ConfigLoaderImpl:
     Raises:
         ValueError: no folder, or one whose config would stand in for lcbench's.
     """
-    return _loader(None if folder is None else str(Path(folder).absolute()))
-
-
-@cache
-def _loader(folder: str | None) -> ConfigLoaderImpl:
-    search_path = create_config_search_path(str(CONF))
     if folder is not None:
         if not Path(folder).is_dir():
             raise ValueError(f"--config-dir {folder} is no folder")
@@ -152,6 +146,13 @@ def _loader(folder: str | None) -> ConfigLoaderImpl:
                 f"--config-dir {folder} has a {CONFIG}.yaml, which would stand in for lcbench's own; make it experiment/<name>.yaml there, "
                 "and write +experiment=<name>"
             )
+    return _loader(None if folder is None else str(Path(folder).absolute()))
+
+
+@cache
+def _loader(folder: str | None) -> ConfigLoaderImpl:
+    search_path = create_config_search_path(str(CONF))
+    if folder is not None:
         search_path.prepend("command-line", f"file://{folder}")
     loader = ConfigLoaderImpl(search_path)
     loader.repository = _ReadOnce(loader.repository)

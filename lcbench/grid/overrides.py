@@ -84,7 +84,7 @@ def _as_typed(line: str) -> str:
     if not equals or not value or line.startswith("~"):
         return line
     if key in TEXT:
-        if value == "null" or _quoted(value) or "," in value:
+        if value == "null" or _quoted(value) or "," in value or value[0] in "[{":
             return line
         return f"{left}={_in_quotes(value)}"
     if key in FILES or key.endswith(".file"):
@@ -258,7 +258,8 @@ def lines_of(override: Override) -> list[str]:
 
 def _each(override: Override) -> Iterator[str]:
     for value in override.sweep_string_iterator():
-        yield f"{override.get_key_element()}={value}"
+        text = re.sub(r"\\(.)", r"\1", value) if value.startswith("$\\{") else value  # Hydra would take ${...} for text here
+        yield f"{override.get_key_element()}={text}"
 
 
 def text_of(override: Override) -> str:
