@@ -31,7 +31,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     target = options.conf / "lengths" / f"{options.name}.yaml"
     with bad_input():
-        if not re.fullmatch(r"[A-Za-z_][\w-]*", options.name) or not isinstance(OmegaConf.create(f"name: {options.name}").name, str):
+        if not re.fullmatch(r"[A-Za-z_][\w-]*", options.name) or not isinstance(
+            OmegaConf.create(f"name: {options.name}").name, str
+        ):
             raise ValueError(f"--name {options.name} is no name; use a letter and then letters, digits, - and _, such as my-texts")
         if target.exists() and not options.force:
             raise ValueError(f"{target} is there; take another --name, or --force")

@@ -23,13 +23,16 @@ from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lcbench.arguments import bad_input
 from lcbench.grid.expand import CONFIG, Plan, expand, remember, single_lines
 from lcbench.grid.overrides import AXES, key_of
 from lcbench.grid.paths import CONF
+from lcbench.measure.gpus import gpus_here
 
+RANKS_ON_CPUS = 2
 COMPLETION = Path(__file__).parent / "completion.bash"
 # Flags of Hydra's that would have it run something else than the plan, and what to write instead.
 OTHERS = {
@@ -38,6 +41,15 @@ OTHERS = {
     "run": "a command runs its plan, a single cell as well as a grid; leave it out",
     "experimental_rerun": "python -m lcbench.rerun <cell> runs a cell again",
 }
+
+
+@cache
+def scale_here() -> str:
+    """This machine's GPUs as a scale; two ranks where there are none."""
+    return f"1x{len(gpus_here() or ()) or RANKS_ON_CPUS}"
+
+
+OmegaConf.register_new_resolver("scale_here", scale_here, replace=True)  # for site files
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name=CONFIG)
@@ -57,7 +69,9 @@ def main(arguments: list[str]) -> None:
         lines = _with_site(flags.overrides)
         dirs = [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
         if flags.help or flags.hydra_help or flags.version:
-            _explain([*dirs, *(f"--{name.replace('_', '-')}" for name in ("help", "hydra_help", "version") if getattr(flags, name))])
+            _explain(
+                [*dirs, *(f"--{name.replace('_', '-')}" for name in ("help", "hydra_help", "version") if getattr(flags, name))]
+            )
             return
         loader = loader_of(flags.config_dir)
         plan = expand(lines, loader)
@@ -143,8 +157,8 @@ def loader_of(folder: str | None) -> ConfigLoaderImpl:
             raise ValueError(f"--config-dir {folder} is no folder")
         if (Path(folder) / f"{CONFIG}.yaml").exists():
             raise ValueError(
-                f"--config-dir {folder} has a {CONFIG}.yaml, which would stand in for lcbench's own; make it experiment/<name>.yaml there, "
-                "and write +experiment=<name>"
+                f"--config-dir {folder} has a {CONFIG}.yaml, which would stand in for lcbench's own; make it experiment/<name>.yaml "
+                "there, and write +experiment=<name>"
             )
     return _loader(None if folder is None else str(Path(folder).absolute()))
 

@@ -95,7 +95,9 @@ def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
     unknown = [option for option in config if option not in (*known, *RESERVED)]
     if unknown and not any(parameter.open for parameter in takes.values()):
         options = ", ".join(k for k in known if k in takes or "seed" in takes) or "none"
-        raise ValueError(f"{group}={name} has no option {unknown[0]!r} ({group}.{unknown[0]}={config[unknown[0]]}); it has {options}")
+        raise ValueError(
+            f"{group}={name} has no option {unknown[0]!r} ({group}.{unknown[0]}={config[unknown[0]]}); it has {options}"
+        )
     checked = dict(config)
     for option, parameter in takes.items():
         if parameter.open or (group == "mask" and option in GIVEN):

@@ -34,7 +34,6 @@ from lcbench.grid.paths import CONF, REPOSITORY
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.mask import Mask
-from lcbench.measure.gpus import gpus_here
 from lcbench.problem import Heads, Problem
 
 CONFIG = "config"
@@ -50,10 +49,8 @@ OPTION_GROUPS: dict[str, Callable[[Any, str], Any]] = {
 NAME_BYTES = 200  # of a sweep's name: a file's name holds 255, and some are made of it and a cell's
 NOT_IN_NAMES = "/\\%|,"
 WORDS_OF_COMMANDS = ("last", "all")
-RANKS_ON_CPUS = 2
 
 _STARTED = time.localtime()
-_gpus: list[int] = []
 
 
 class ReachesOut(ValueError):
@@ -68,16 +65,8 @@ def _hydra(key: str) -> None:
     raise ValueError(f"${{hydra:{key}}} has no value in a plan; write it out, or use ${{now:%Y-%m-%d}} or ${{oc.env:NAME}}")
 
 
-def _scale_here() -> str:
-    """This machine's GPUs as a scale; two ranks where there are none."""
-    if not _gpus:
-        _gpus.append(len(gpus_here() or ()))
-    return f"1x{_gpus[0] or RANKS_ON_CPUS}"
-
-
-# For site files: paths that do not depend on where the command was typed, and the GPUs that are here.
+# For site files: paths that do not depend on where the command was typed.
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
-OmegaConf.register_new_resolver("scale_here", _scale_here, replace=True)
 OmegaConf.register_new_resolver("another_axis", _another_axis, replace=True)
 # What Hydra's own application knows: one time for all of a command.
 OmegaConf.register_new_resolver("now", lambda pattern: time.strftime(pattern, _STARTED), replace=True)
@@ -231,7 +220,7 @@ def _unresolved(error: BaseException, key: str, lines: list[str]) -> str:
     said = _one_line(error).partition(" full_key:")[0]
     if reached := re.fullmatch(rf"{ReachesOut.__name__} raised while resolving interpolation: (\w+)", said):
         return (
-            f"{where}: {key} refers to {reached[1]} by an interpolation; nothing depends on {reached[1]} but what it says itself, "
+            f"{where}: {key} refers to {reached[1]} by an interpolation; no value depends on {reached[1]}, "
             f"so write the values of {key} out"
         )
     return f"{where}: {re.sub(r'^[A-Za-z]*Error raised while resolving interpolation: ', '', said)}"
@@ -396,7 +385,9 @@ def _named(group: str, config: Any) -> dict[str, Any]:
 
 def _options_of(group: str, config: Any) -> dict[str, Any]:
     if not isinstance(config, dict):
-        raise ValueError(f"{group}={values.shown(config)} means nothing; it has options, and each is set by itself: {group}.<option>=...")
+        raise ValueError(
+            f"{group}={values.shown(config)} means nothing; it has options, and each is set by itself: {group}.<option>=..."
+        )
     return dict(config)
 
 

@@ -36,7 +36,7 @@ LAUNCHER = "hydra/launcher"
 RESERVED = ("name", "_target_")
 # Of Hydra's own options: where what they are for is said here. The longest beginning counts.
 PLACES = {
-    "hydra.launcher": "how jobs run is said by site.<option> (site.max_minutes, site.partition, site.sbatch.<option>) and pack.<option>",
+    "hydra.launcher": "jobs are what site.<option> says (site.max_minutes, site.partition, site.sbatch.<option>), and pack.<option>",
     "hydra.sweeper": "the grid is what the axes say, and params in an experiment's file",
     "hydra/sweeper": "lcbench has a sweeper of its own, which is chosen already",
     "hydra.mode": "a single cell goes the same way as a grid, with -m or without",
@@ -183,9 +183,8 @@ def check(overrides: list[Override], loader: ConfigLoaderImpl, launchers: Sequen
             continue
         if override.package is not None:
             raise ValueError(f"{line}: an axis has one place in a cell; write {root}=... without @")
-        if override.is_delete():
-            if root not in (*GROUPS, "site") or key == root:
-                raise ValueError(f"{line} takes away what every sweep needs; set it to a value instead: {key}=<value>")
+        if override.is_delete() and (root not in (*GROUPS, "site") or key == root):
+            raise ValueError(f"{line} takes away what every sweep needs; set it to a value instead: {key}=<value>")
         named = [part for part in key.split(".")[1:] if part in RESERVED or re.fullmatch(r"_\w+_", part)]
         if root in GROUPS and named:
             raise ValueError(
@@ -205,7 +204,9 @@ def _check_range(override: Override) -> None:
     found = override.value()
     start, stop, step = (float(x) if isinstance(x, int | float) else math.nan for x in (found.start, found.stop, found.step))
     if not step or not math.isfinite(start + stop + step):
-        raise ValueError(f"{text_of(override)}: a range is range(<start>,<stop>[,<step>]), of finite numbers and steps other than 0")
+        raise ValueError(
+            f"{text_of(override)}: a range is range(<start>,<stop>[,<step>]), of finite numbers and steps other than 0"
+        )
     if (stop - start) / step > MOST_CELLS:
         raise ValueError(f"{text_of(override)}: more than {MOST_CELLS} values, the most cells that a sweep may have")
 

@@ -16,7 +16,7 @@ MINUTE_S = 60.0
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimates of packs: ``hours`` of all of them one after the other, ``rank_hours`` those times their ranks, seconds by cell."""
+    """Estimates of packs: ``hours`` of all, one after the other, ``rank_hours`` those times their ranks, and seconds by cell."""
 
     hours: float
     rank_hours: float
@@ -37,22 +37,23 @@ class Cost:
         return f"estimated: {said(self.hours * HOUR_S)}, {gpu_hours} GPU-hours; the longest cell {said(longest_s)} ({cell.label})"
 
     def refusal(self, budget: Mapping[str, float | None], max_s: float) -> str | None:
-        """Why these packs are not started, in one line: more than ``budget`` (``hours``, ``gpu_hours``) allows, or a cell that would
-        be ended as hung after ``max_s`` seconds; None if they may.
+        """Why these packs are not started, in one line: more than ``budget`` (``hours``, ``gpu_hours``) allows, or a cell that
+        would be ended as hung after ``max_s`` seconds; None if they may.
         """
         for option, wanted, unit in (("hours", self.hours, "hours"), ("gpu_hours", self.rank_hours, "GPU-hours")):
             allowed = budget.get(option)
             if allowed is not None and wanted > allowed:
                 return (
                     f"these {len(self.seconds)} cells are expected to take {wanted:,.1f} {unit}, {wanted - allowed:,.1f} more than "
-                    f"budget.{option}={allowed:g} allows; nothing was started. Ask for less, or write budget.{option}={math.ceil(wanted)}"
+                    f"budget.{option}={allowed:g} allows; nothing was started. Ask for less, or write "
+                    f"budget.{option}={math.ceil(wanted)}"
                 )
         long = {cell: s for cell, s in self.seconds.items() if s > max_s}
         if long:
             cell, longest_s = max(long.items(), key=lambda item: item[1])
             return (
-                f"{len(long)} of {len(self.seconds)} cells are expected to take longer than hang.max_s={max_s:g}, after which they would be "
-                f"ended as hung: {cell.label} about {longest_s:,.0f} s; nothing was started. Leave them out, time them less "
+                f"{len(long)} of {len(self.seconds)} cells are expected to take longer than hang.max_s={max_s:g}, after which they "
+                f"would be ended as hung: {cell.label} about {longest_s:,.0f} s; nothing was started. Leave them out, time them less "
                 f"(measure.min_iterations, measure.blocks), or write hang.max_s={math.ceil(longest_s)}"
             )
         return None

@@ -39,24 +39,30 @@ GOOD = {
     "tracking_uri": ["null", "sqlite:///x.db", "1.10"],
 }  # fmt: skip
 STRANGE = [
-    "", "null", "true", "-1", "0", "1e400", "-inf", "nan", "inf", "99999999999999999999999999", "1e18", "-0.5", "1.5", "0x1f", "64q",
-    "{}", "{a:1}", "{a:{b:[1,2]}}", "[]", "[1,[2,[3,{x:y}]]]", "[[[[[[]]]]]]", "[a", "a]", "{", "}", "(", ")", "a=b", "=", "a,b,", ",",
-    ",,", "'", '"', "'a", '"a"b', "\"c,d\"", "\\", "a\\,b", "ü", "日本", "\u202e", "a b", "a\tb", "a\nb", "\x00", "\x1b[31m", "\udcff", "%j", "a|b",
-    "~", "~/x", "$", "${", "${}", "${seqlen}", "${.x}", "${..seqlen}", "${mask.left}", "${oc.env:NOPE_NOPE}", "${oc.env:PATH}",
-    "${oc.env:NOPE_NOPE,3}", "${now:%H}", "${hydra:job.name}", "${oc.select:seqlen,4}", "${oc.select:nope}", "${site}", "${site.name}",
-    "${nope:1}", "${oc.decode:1}", "${repository:}", "${sweep}", "x${seqlen}y", "range(1,2,0.3),x", "range(0,9,0)", "range(0,1e12)",
-    "range(5)", "range(a,b)", "choice(1,2)", "choice()", "glob(*)", "glob(block*)", "interval(0,1)", "sort(3,1)", "shuffle(1,2)",
-    "tag(x,1)", "str(1)", "int(a)", "float(x),1", "bool(2)", "extend_list(1)", "json_str({a:1})", "nope(1)", "os.system", "a" * 300,
-    "9" * 5000, "[" * 200, "last", ".", "..", "-", "--", "a/b", "1,2,3,3", "none,null", "lcbench.masks.causal.causal", "1x", "x2", "x",
-    "1e6", "1x1x1", "99999999x99999999", "7x3x1", "0x0x0", "?", "???", "*", "@", "a@b", "+", "64k", "1g", "１２", "1k;2k", "true,false",
+    "", "null", "true", "-1", "0", "1e400", "-inf", "nan", "inf", "99999999999999999999999999", "1e18", "-0.5", "1.5", "0x1f",
+    "64q", "{}", "{a:1}", "{a:{b:[1,2]}}", "[]", "[1,[2,[3,{x:y}]]]", "[[[[[[]]]]]]", "[a", "a]", "{", "}", "(", ")", "a=b",
+    "=", "a,b,", ",", ",,", "'", '"', "'a", '"a"b', "\"c,d\"", "\\", "a\\,b", "ü", "日本", "\u202e", "a b", "a\tb", "a\nb",
+    "\x00", "\x1b[31m", "\udcff", "%j", "a|b", "~", "~/x", "$", "${", "${}", "${seqlen}", "${.x}", "${..seqlen}",
+    "${mask.left}", "${oc.env:NOPE_NOPE}", "${oc.env:PATH}", "${oc.env:NOPE_NOPE,3}", "${now:%H}", "${hydra:job.name}",
+    "${oc.select:seqlen,4}", "${oc.select:nope}", "${site}", "${site.name}", "${nope:1}", "${oc.decode:1}", "${repository:}",
+    "${sweep}", "x${seqlen}y", "range(1,2,0.3),x", "range(0,9,0)", "range(0,1e12)", "range(5)", "range(a,b)", "choice(1,2)",
+    "choice()", "glob(*)", "glob(block*)", "interval(0,1)", "sort(3,1)", "shuffle(1,2)", "tag(x,1)", "str(1)", "int(a)",
+    "float(x),1", "bool(2)", "extend_list(1)", "json_str({a:1})", "nope(1)", "os.system", "a" * 300, "9" * 5000, "[" * 200,
+    "last", ".", "..", "-", "--", "a/b", "1,2,3,3", "none,null", "lcbench.masks.causal.causal", "1x", "x2", "x", "1e6",
+    "1x1x1", "99999999x99999999", "7x3x1", "0x0x0", "?", "???", "*", "@", "a@b", "+", "64k", "1g", "\uff11\uff12", "1k;2k",
+    "true,false",
 ]  # fmt: skip
-USUAL = ["1", "2", "4", "16", "64", "128", "1k", "8,16", "0.5", "1,2", "auto", "false", "[64,64]", "[1k,24]", "zigzag", "uniform", "'4'", "4.0"]
+USUAL = [
+    "1", "2", "4", "16", "64", "128", "1k", "8,16", "0.5", "1,2", "auto", "false", "[64,64]", "[1k,24]", "zigzag", "uniform",
+    "'4'", "4.0",
+]  # fmt: skip
 WORDS = [
-    "-m", "--multirun", "--cfg", "--cfg=job", "-x", "--resolve", "-cn", "--config-name=x", "-cp", "--config-path=/tmp", "--config-dir",
-    "--config-dir=/nowhere", "-cd", "--run", "-r", "--mult", "--pack", "--package", "--experimental-rerun=x", "--config-d=x", "-",
-    "--", "---", "ring", "=", "==", "=1", "~", "~~", "+", "++", "a", "@x=1", "mask@x=full", "mask/foo=1", "mask:x=1", ".a=1", "a.=1",
-    "seqlen", "sequence=1", "+foo=1", "++foo.bar=1", "ü=1", " =1", "seqlen =1k", " seqlen=1k", "mask..left=1", "mask.left.x=1",
-    "+mask@mask.lengths=full", "~mask=causal", "~+mask", "+~mask=1", "+++mask=1", "hydra=1", "~hydra", "+hydra.x=1", "hydra.=1", "-5", "-1=2",
+    "-m", "--multirun", "--cfg", "--cfg=job", "-x", "--resolve", "-cn", "--config-name=x", "-cp", "--config-path=/tmp",
+    "--config-dir", "--config-dir=/nowhere", "-cd", "--run", "-r", "--mult", "--pack", "--package", "--experimental-rerun=x",
+    "--config-d=x", "-", "--", "---", "ring", "=", "==", "=1", "~", "~~", "+", "++", "a", "@x=1", "mask@x=full", "mask/foo=1",
+    "mask:x=1", ".a=1", "a.=1", "seqlen", "sequence=1", "+foo=1", "++foo.bar=1", "ü=1", " =1", "seqlen =1k", " seqlen=1k",
+    "mask..left=1", "mask.left.x=1", "+mask@mask.lengths=full", "~mask=causal", "~+mask", "+~mask=1", "+++mask=1", "hydra=1",
+    "~hydra", "+hydra.x=1", "hydra.=1", "-5", "-1=2",
 ]  # fmt: skip
 
 

@@ -30,14 +30,34 @@ def option(name: str, *words: str) -> Any:
     return look(words).options[name]
 
 
-@pytest.mark.parametrize("name", ["1.10", "2024_01", "1e3", "true", "0x1f", "007", "NULL", "nan", "Prüfstand", "o'brien", "a=b", "x" * 200, "日本"])
+@pytest.mark.parametrize(
+    "name", ["1.10", "2024_01", "1e3", "true", "0x1f", "007", "NULL", "nan", "Prüfstand", "o'brien", "a=b", "x" * 200, "日本"]
+)
 def test_a_name_is_taken_as_it_was_typed(name: str) -> None:
     assert option("sweep", f"sweep={name}") == name
     assert option("results", f"results=/r/{name} [a]") == f"/r/{name} [a]"
 
 
 def test_names_that_cannot_be_a_folder_or_a_word_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ["a%j", "a|b", "c,d", "a/b", "a\\b", "-x", ".x", "last", "ALL", " ", "", "a b", "a\tb", "a\nb", "\x1b", "\udcff", "é" * 101]:
+    for name in [
+        "a%j",
+        "a|b",
+        "c,d",
+        "a/b",
+        "a\\b",
+        "-x",
+        ".x",
+        "last",
+        "ALL",
+        " ",
+        "",
+        "a b",
+        "a\tb",
+        "a\nb",
+        "\x1b",
+        "\udcff",
+        "é" * 101,
+    ]:
         with pytest.raises(ValueError, match="sweep="):
             check_name(name)
     assert "','" in refused('sweep="c,d"')
@@ -74,11 +94,22 @@ def test_an_axis_may_look_at_itself_and_at_the_environment(monkeypatch: pytest.M
     monkeypatch.setenv("LCBENCH_X", "2")
     (cell,) = look(["mask=global_sliding_window", "mask.right=${.left}", "mask.global_tokens=${mask.left}", "mask.left=512"]).cells
     assert [cell.cell.config["mask"][key] for key in ("left", "right", "global_tokens")] == [512] * 3
-    plan = look(["cp=usp", "cp.ulysses_degree=${oc.env:LCBENCH_X}", "scale=1x4", "seqlen=${oc.env:LCBENCH_X},3", "measure.warmup=${oc.env:LCBENCH_X}"])
+    plan = look(
+        [
+            "cp=usp",
+            "cp.ulysses_degree=${oc.env:LCBENCH_X}",
+            "scale=1x4",
+            "seqlen=${oc.env:LCBENCH_X},3",
+            "measure.warmup=${oc.env:LCBENCH_X}",
+        ]
+    )
     assert [p.cell.config["seqlen"] for p in plan.cells] == [2, 3]
     assert {(p.cell.config["cp"]["ulysses_degree"], p.cell.config["measure"]["warmup"]) for p in plan.cells} == {(2, 2)}
     # The same in files: an experiment's, and an axis value's of the user's own.
-    for group, text in (("experiment", "# @package _global_\nseed: ${seqlen}\n"), ("lengths", "_target_: lcbench.masks.lengths.Fixed\nname: f\nlength: ${seqlen}\n")):
+    for group, text in (
+        ("experiment", "# @package _global_\nseed: ${seqlen}\n"),
+        ("lengths", "_target_: lcbench.masks.lengths.Fixed\nname: f\nlength: ${seqlen}\n"),
+    ):
         (tmp_path / group).mkdir()
         (tmp_path / group / "f.yaml").write_text(text)
     assert "seed refers to seqlen" in refused(f"--config-dir={tmp_path}", "+experiment=f")
@@ -97,7 +128,9 @@ def test_a_length_is_said_in_one_way() -> None:
     assert seqlens("seqlen=1k,2k") == [1024, 2048]
     assert seqlens("seqlen_per_rank=16") == [128]
     assert seqlens("seqlen_per_rank=null", "seqlen=768k") == [768 << 10]
-    assert [p.cell.config["seqlen"] for p in look(["+experiment=smoke", "cp=ring", "mask=full", "seqlen_per_rank=16"]).cells] == [32]
+    assert [p.cell.config["seqlen"] for p in look(["+experiment=smoke", "cp=ring", "mask=full", "seqlen_per_rank=16"]).cells] == [
+        32
+    ]
 
 
 @pytest.mark.parametrize(
@@ -192,13 +225,18 @@ def test_plans_of_one_process_do_not_touch_each_other() -> None:
 def test_a_file_counts_by_its_content(tmp_path: Path) -> None:
     text = json.dumps({"seqlen": 8, "bands": [[0, 8, 0, 8, None, 0]]})
     plans = []
-    for folder, content in (("a", text.encode()), ("b=c [d]", b"\xef\xbb\xbf" + text.encode().replace(b",", b",\r\n")), ("e", text.encode())):
+    for folder, content in (
+        ("a", text.encode()),
+        ("b=c [d]", b"\xef\xbb\xbf" + text.encode().replace(b",", b",\r\n")),
+        ("e", text.encode()),
+    ):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "m.json").write_bytes(content)
         plans.append(look(["mask=band_file", f"mask.file={tmp_path}/{folder}/m.json", "seqlen=8"]).cells[0])
     first, marked, moved = (p.cell for p in plans)
     assert all(p.skip is None for p in plans)
-    assert (first.id, first) == (moved.id, moved) and hash(first) == hash(moved) and first.id != marked.id
+    assert (first.id, first, hash(first)) == (moved.id, moved, hash(moved))
+    assert first.id != marked.id
     assert moved.config["mask"]["file"] == f"{tmp_path}/e/m.json"  # whoever measures needs it
     assert Cell.from_config(moved.config) == first
     # Cells of before keep their ids, and their digest has one name in reports.
@@ -245,21 +283,23 @@ def test_the_command_as_its_user_writes_it_is_planned_on_many_gpus_and_refused_o
 
     code, out, err = launch("dry", "site=plain")
     assert (code, err) == (0, "")
-    assert "9 cells" in out and "#SBATCH --nodes=2" in out and "estimated: " in out and "GPU-hours; the longest cell" in out
+    for words in ("9 cells", "#SBATCH --nodes=2", "estimated: ", "GPU-hours; the longest cell"):
+        assert words in out
     for name in ("local", "dry"):
         code, out, err = launch(name, "site=local", "site.device=cpu", "scale=1x2", "output=quiet")
         assert code == 2
         assert len(err.splitlines()) == 1
-        assert "more than budget.hours=4 allows" in err and "budget.hours=" in err
+        assert "more than budget.hours=4 allows" in err
         assert ("to run" in out) == (name == "dry")
     code, out, err = launch("local", "site=local", "site.device=cpu", "scale=1x2", "budget.hours=null")
     assert code == 2
-    assert "hang.max_s=7200" in err and "9 of 9 cells" in err or "longer than hang.max_s" in err
+    assert "9 of 9 cells are expected to take longer than hang.max_s=7200" in err
     code, out, err = launch("dry", "site=plain", "scale=1x1", "seqlen=1k")
     assert code == 0
     assert out.count("on one rank") == 3
     code, out, err = launch("dry", "site=plain", "budget.gpu_hours=0.001")
-    assert code == 2 and "more than budget.gpu_hours=0.001 allows" in err
+    assert code == 2
+    assert "more than budget.gpu_hours=0.001 allows" in err
     assert not list(tmp_path.iterdir())
     assert str(Cost(0.0, 0.0, {})) == "estimated: nothing to run"
 
@@ -274,7 +314,13 @@ def test_hydra_shows_what_it_is_asked_or_says_why_not(monkeypatch: pytest.Monkey
     assert (config.sweep, config.mask.name, config.scale) == ("1.10", "sliding_window", "2x8")
     assert OmegaConf.create(shown("--cfg=job", "-p", "pack")).max_minutes == 120
     assert "seqlen=64k,256k,1m" in shown("--help")
-    for words in (["--cfg", "job", "cp=ring,usp"], ["--cfg", "job", "-p", "nope"], ["--info", "nope"], ["--cfg", "x"], ["--cfg", "job", "cp=rign"]):
+    for words in (
+        ["--cfg", "job", "cp=ring,usp"],
+        ["--cfg", "job", "-p", "nope"],
+        ["--info", "nope"],
+        ["--cfg", "x"],
+        ["--cfg", "job", "cp=rign"],
+    ):
         with pytest.raises(SystemExit) as ended:
             shown(*words)
         assert ended.value.code == 2

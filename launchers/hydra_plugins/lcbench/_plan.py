@@ -119,7 +119,9 @@ class PackLauncher(Launcher):
             )
             self.say(str(cost))
             if lonely := cost.on_one_rank():
-                self.say(f"note: {len(lonely)} cells have a strategy on one rank, where it has nothing to do; take more (scale=1x2), or cp=none")
+                self.say(
+                    f"note: {len(lonely)} cells have a strategy on one rank, where it has nothing to do; take more (scale=1x2), or cp=none"
+                )
             return todo
 
         return self.launch_cells(
