@@ -157,7 +157,7 @@ def loader_of(folder: str | None) -> ConfigLoaderImpl:
             raise ValueError(f"--config-dir {folder} is no folder")
         if (Path(folder) / f"{CONFIG}.yaml").exists():
             raise ValueError(
-                f"--config-dir {folder} has a {CONFIG}.yaml, which would stand in for lcbench's own; make it experiment/<name>.yaml "
+                f"--config-dir {folder} has a {CONFIG}.yaml, which would replace lcbench's own; make it experiment/<name>.yaml "
                 "there, and write +experiment=<name>"
             )
     return _loader(None if folder is None else str(Path(folder).absolute()))

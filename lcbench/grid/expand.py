@@ -245,7 +245,7 @@ def cell_config(config: dict[str, Any], *, both: bool = False) -> dict[str, Any]
     if per_rank is not None:
         if both and seqlen is not None:
             raise ValueError(
-                f"seqlen={values.shown(seqlen)} and seqlen_per_rank={values.shown(per_rank)} are two ways to say one length; write one"
+                f"seqlen={values.shown(seqlen)} and seqlen_per_rank={values.shown(per_rank)} are two ways to say one length"
             )
         seqlen = values.parse_tokens(per_rank, "seqlen_per_rank") * scale.world_size
     measure = _options_of("measure", config["measure"])

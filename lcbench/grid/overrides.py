@@ -36,7 +36,7 @@ LAUNCHER = "hydra/launcher"
 RESERVED = ("name", "_target_")
 # Of Hydra's own options: where what they are for is said here. The longest beginning counts.
 PLACES = {
-    "hydra.launcher": "jobs are what site.<option> says (site.max_minutes, site.partition, site.sbatch.<option>), and pack.<option>",
+    "hydra.launcher": "jobs are what site.<option> says (site.max_minutes, site.partition, site.sbatch.<option>), pack.<option>",
     "hydra.sweeper": "the grid is what the axes say, and params in an experiment's file",
     "hydra/sweeper": "lcbench has a sweeper of its own, which is chosen already",
     "hydra.mode": "a single cell goes the same way as a grid, with -m or without",

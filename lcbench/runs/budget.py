@@ -53,7 +53,7 @@ class Cost:
             cell, longest_s = max(long.items(), key=lambda item: item[1])
             return (
                 f"{len(long)} of {len(self.seconds)} cells are expected to take longer than hang.max_s={max_s:g}, after which they "
-                f"would be ended as hung: {cell.label} about {longest_s:,.0f} s; nothing was started. Leave them out, time them less "
+                f"would be ended as hung: {cell.label} about {longest_s:,.0f} s; nothing was started. Leave them out, time less "
                 f"(measure.min_iterations, measure.blocks), or write hang.max_s={math.ceil(longest_s)}"
             )
         return None

@@ -25,7 +25,7 @@ OPTIONS = [
     "lengths.values", "lengths.sigma", "lengths.name", "lengths.by", "lengths.edges", "cp.order", "cp.ulysses_degree", "cp.stages",
     "cp.groups", "cp.documents", "cp.name", "cp._target_", "cp.heads_per_step", "cp.uneven_heads", "kernel.block_q", "kernel.name",
     "kernel._target_", "measure.warmup", "measure.blocks", "measure.budget_s", "measure.max_iterations", "measure.precision",
-    "measure.timeline", "measure.nope", "pack.max_cells", "pack.max_minutes", "pack.nope", "hang.min_s", "hang.max_s", "hang.factor",
+    "measure.timeline", "measure.nope", "pack.max_cells", "pack.nope", "hang.min_s", "hang.max_s", "hang.factor",
     "retry.oom", "retry.nope", "budget.hours", "budget.gpu_hours", "budget.nope", "site.device", "site.check", "site.name",
     "hydra.mode", "hydra.run.dir", "hydra.sweep.dir", "hydra.job.name", "hydra.launcher.timeout_min", "hydra/launcher",
     "hydra/sweeper", "hydra.sweeper.params.cp", "hydra.verbose", "hydra/job_logging", "hydra.callbacks.x",

@@ -120,7 +120,7 @@ class PackLauncher(Launcher):
             self.say(str(cost))
             if lonely := cost.on_one_rank():
                 self.say(
-                    f"note: {len(lonely)} cells have a strategy on one rank, where it has nothing to do; take more (scale=1x2), or cp=none"
+                    f"note: {len(lonely)} cells have a strategy on one rank, where it has nothing to do: scale=1x2, or cp=none"
                 )
             return todo
 
