@@ -14,8 +14,8 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from antlr4 import CommonTokenStream, InputStream
-from antlr4.error.ErrorListener import ErrorListener
+from antlr4 import CommonTokenStream, InputStream  # type: ignore[import-untyped]
+from antlr4.error.ErrorListener import ErrorListener  # type: ignore[import-untyped]
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString, RangeSweep, Sweep
@@ -145,7 +145,7 @@ def _unread(line: str, error: BaseException) -> str:
     if not equals or not re.fullmatch(r"[+~]{0,2}[\w.@:/$-]+", key.strip()):
         return NO_OVERRIDE.format(line)
     lexer = OverrideLexer(InputStream(line))
-    parser = OverrideParser(CommonTokenStream(lexer))
+    parser: Any = OverrideParser(CommonTokenStream(lexer))
     for reader in (lexer, parser):
         reader.removeErrorListeners()
         reader.addErrorListener(_Listener())
@@ -201,7 +201,7 @@ def check(overrides: list[Override], loader: ConfigLoaderImpl, launchers: Sequen
 
 def _check_range(override: Override) -> None:
     """Refuse a range that never ends, or has more values than a sweep may have cells."""
-    found = override.value()
+    found: Any = override.value()
     start, stop, step = (float(x) if isinstance(x, int | float) else math.nan for x in (found.start, found.stop, found.step))
     if not step or not math.isfinite(start + stop + step):
         raise ValueError(
