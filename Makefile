@@ -27,7 +27,7 @@ demo: setup ## a small checked sweep on this machine and its report, in a few mi
 	$(BIN)/python -m lcbench.report last
 	@echo
 	@echo 'Your own grid:  . .venv/bin/activate; python -m lcbench.sweep -m cp=ring,ulysses seqlen=2k,4k scale=1x2 heads=8x4x64 dtype=float32'
-	@echo 'Only the plan:  python -m lcbench.sweep -m cp=ring,ulysses,usp seqlen=64k,256k,1m scale=2x8 hydra/launcher=dry'
+	@echo 'Only the plan:  python -m lcbench.sweep -m cp=ring,ulysses,usp seqlen=64k,256k,1m site=plain hydra/launcher=dry'
 
 # The tests on the cluster wait for most of their time; the others compute meanwhile, as long as nobody on the cluster wants to.
 test: setup cluster-up browser ## all tests, on the development cluster too (needs root and Debian for that)

@@ -5,11 +5,16 @@ The file holds one length in tokens per line. What is written is a value of the 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+from omegaconf import OmegaConf
 
 from lcbench.arguments import bad_input, command_parser, run
 from lcbench.grid.paths import CONF
+from lcbench.grid.values import parse_tokens
 from lcbench.masks.lengths import fit
+from lcbench.masks.text import read_text
 
 EXAMPLES = """
 python -m lcbench.lengths lengths.txt --name mine
@@ -25,8 +30,10 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     target = options.conf / "lengths" / f"{options.name}.yaml"
     with bad_input():
-        if not options.name.replace("_", "").replace("-", "").isalnum():
-            raise ValueError(f"--name {options.name} is no name; use letters, digits, - and _")
+        if not re.fullmatch(r"[A-Za-z_][\w-]*", options.name) or not isinstance(
+            OmegaConf.create(f"name: {options.name}").name, str
+        ):
+            raise ValueError(f"--name {options.name} is no name; use a letter and then letters, digits, - and _, such as my-texts")
         if target.exists() and not options.force:
             raise ValueError(f"{target} is there; take another --name, or --force")
         lengths = read(options.file)
@@ -44,20 +51,20 @@ def main(arguments: list[str]) -> int:
 
 
 def read(path: Path) -> list[int]:
-    """Lengths of a file, one per line.
+    """Lengths of a file, one per line, as token counts are written everywhere: ``512``, ``64k``.
 
     Raises:
-        ValueError: no file, a line that is no whole number of at least 1, or no lines at all.
+        ValueError: no file, a line that is no token count, or no lines at all.
     """
     if not path.is_file():
         raise ValueError(f"{path} is no file; write one length per line into it")
     lengths = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        if not line.strip().isdecimal() or int(line) < 1:
-            raise ValueError(f"{path}, line {number}: {line.strip()!r} is no whole number of tokens of at least 1")
-        lengths.append(int(line))
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if line.strip():
+            try:
+                lengths.append(parse_tokens(line.strip(), "length"))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
     if not lengths:
         raise ValueError(f"{path} holds no lengths; write one per line")
     return lengths

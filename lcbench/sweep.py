@@ -5,25 +5,54 @@ Overrides are Hydra's. They are looked at before Hydra starts, so that bad input
 
 from __future__ import annotations
 
+import argparse
+import copy
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import replace
+from functools import cache
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.utils import create_config_search_path
+from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lcbench.arguments import bad_input
-from lcbench.grid.expand import GROUPS, Plan, expand, remember
+from lcbench.grid.expand import CONFIG, Plan, expand, remember, single_lines
+from lcbench.grid.overrides import AXES, key_of
 from lcbench.grid.paths import CONF
+from lcbench.measure.gpus import gpus_here
 
+RANKS_ON_CPUS = 2
 COMPLETION = Path(__file__).parent / "completion.bash"
-# With these Hydra explains itself and runs nothing.
-EXPLAINS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+# Flags of Hydra's that would have it run something else than the plan, and what to write instead.
+OTHERS = {
+    "config_name": "a config of your own is <folder>/experiment/<name>.yaml: write --config-dir <folder> +experiment=<name>",
+    "config_path": "files of your own are beside lcbench's, not in their place: write --config-dir <folder>",
+    "run": "a command runs its plan, a single cell as well as a grid; leave it out",
+    "experimental_rerun": "python -m lcbench.rerun <cell> runs a cell again",
+}
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+@cache
+def scale_here() -> str:
+    """This machine's GPUs as a scale; two ranks where there are none."""
+    return f"1x{len(gpus_here() or ()) or RANKS_ON_CPUS}"
+
+
+OmegaConf.register_new_resolver("scale_here", scale_here, replace=True)  # for site files
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name=CONFIG)
 def app(_: Any) -> None:
     raise AssertionError("cells run in jobs, not in the command")
 
@@ -32,44 +61,145 @@ def main(arguments: list[str]) -> None:
     if "install=bash" in arguments:
         print(COMPLETION.read_text(), end="")
         return
+    if {"-sc", "--shell-completion"} & set(arguments):
+        _enter(arguments)
+        return
+    with bad_input():
+        flags = read_flags(arguments)
+        lines = _with_site(flags.overrides)
+        dirs = [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
+        if flags.help or flags.hydra_help or flags.version:
+            _explain(
+                [*dirs, *(f"--{name.replace('_', '-')}" for name in ("help", "hydra_help", "version") if getattr(flags, name))]
+            )
+            return
+        loader = loader_of(flags.config_dir)
+        plan = expand(lines, loader)
+        if flags.cfg or flags.info:
+            words = [f"--{name}={value}" for name in ("cfg", "info", "package") if (value := getattr(flags, name))]
+            _explain([*dirs, *words, *(["--resolve"] if flags.resolve else []), *single_lines(lines, loader)])
+            return
+    # Hydra gets the launcher; the grid is planned already. (It would try the options of swept values, as in mask=a,b mask.draws=2,
+    # on the default value, and refuse them.)
+    remember(plan)
+    _enter([*dirs, f"hydra/launcher={plan.launcher}"])
+
+
+def look(arguments: Sequence[str]) -> Plan:
+    """The plan of a command line, composed outside of the Hydra application.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
+    flags = read_flags(arguments)
+    return expand(flags.overrides, loader_of(flags.config_dir))
+
+
+class _Flags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; python -m lcbench.sweep --help lists what there is")
+
+
+def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags of a command line, and its ``overrides``.
+
+    Raises:
+        ValueError: an unknown flag, one that does nothing here, or a word that is neither flag nor override.
+    """
+    parser = _Flags(add_help=False, allow_abbrev=False)
+    for names in (("--multirun", "-m"), ("--help", "-h"), ("--hydra-help",), ("--version",), ("--resolve",), ("--run", "-r")):
+        parser.add_argument(*names, action="store_true")
+    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    parser.add_argument("--info", "-i", nargs="?", const="all")
+    for names in (("--package", "-p"), ("--config-name", "-cn"), ("--config-path", "-cp"), ("--experimental-rerun",)):
+        parser.add_argument(*names)
+    parser.add_argument("--config-dir", "-cd", action="append", default=[])
+    parser.add_argument("overrides", nargs="*")
+    flags, rest = parser.parse_known_intermixed_args(list(arguments))
+    if rest:
+        parser.error(f"{next((word for word in rest if word.startswith('-')), rest[0])!r} is no flag of this command")
+    for name, word in OTHERS.items():
+        if getattr(flags, name):
+            raise ValueError(f"--{name.replace('_', '-')} does nothing here: {word}")
+    if (flags.resolve or flags.package) and not flags.cfg:
+        raise ValueError(f"--{'resolve' if flags.resolve else 'package'} goes with --cfg job, which shows the config of a cell")
+    if flags.cfg and flags.info:
+        raise ValueError("--cfg and --info each show something; write one of them")
+    if len(flags.config_dir) > 1:
+        raise ValueError(f"--config-dir is given {len(flags.config_dir)} times; put the files into one folder")
+    flags.config_dir = flags.config_dir[0] if flags.config_dir else None
+    for word in flags.overrides:
+        if "=" not in word and not word.startswith("~"):
+            raise ValueError(f"{word!r} is no override; write <axis>=<value>[,<value>...], the axes {', '.join(AXES)} and so on")
+    return flags
+
+
+class _ReadOnce(CachingConfigRepository):
+    """Reads each file of conf/ once for a plan: Hydra's own cache ends with each config that it composes."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ReadOnce:
+        return self
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        """What a file holds, for this composition alone: overrides are written into it."""
+        found = super().load_config(config_path)
+        return None if found is None else replace(found, config=copy.deepcopy(found.config))
+
+
+def loader_of(folder: str | None) -> ConfigLoaderImpl:
+    """Hydra's loader of conf/ and, before it, of the user's own folder.
+
+    Raises:
+        ValueError: no folder, or one whose config would stand in for lcbench's.
+    """
+    if folder is not None:
+        if not Path(folder).is_dir():
+            raise ValueError(f"--config-dir {folder} is no folder")
+        if (Path(folder) / f"{CONFIG}.yaml").exists():
+            raise ValueError(
+                f"--config-dir {folder} has a {CONFIG}.yaml, which would replace lcbench's own; make it experiment/<name>.yaml "
+                "there, and write +experiment=<name>"
+            )
+    return _loader(None if folder is None else str(Path(folder).absolute()))
+
+
+@cache
+def _loader(folder: str | None) -> ConfigLoaderImpl:
+    search_path = create_config_search_path(str(CONF))
+    if folder is not None:
+        search_path.prepend("command-line", f"file://{folder}")
+    loader = ConfigLoaderImpl(search_path)
+    loader.repository = _ReadOnce(loader.repository)
+    return loader
+
+
+def _with_site(overrides: list[str]) -> list[str]:
+    """The overrides, and the site of the environment where they name none."""
     site = os.environ.get("LCBENCH_SITE")
-    if site and not any(a.startswith("site=") for a in arguments):
-        arguments = [*arguments, f"site={site}"]
-    if not any(a.split("=")[0] in EXPLAINS for a in arguments):
-        with bad_input():
-            plan = look(arguments)
-        # Hydra gets the launcher and its own options; the grid is planned already. (It would try the options of swept values,
-        # as in mask=a,b mask.draws=2, on the default value, and refuse them.)
-        remember(plan)
-        dirs = _config_dirs(arguments)
-        arguments = [a for a in arguments if a.lstrip("+~").startswith(("-", "hydra")) or a in dirs]
-        if not any(a.startswith("hydra/launcher=") for a in arguments):
-            arguments = [*arguments, f"hydra/launcher={plan.site['launcher']}"]
+    return [*overrides, f"site={site}"] if site and not any(key_of(line) == "site" for line in overrides) else overrides
+
+
+def _explain(arguments: list[str]) -> None:
+    """Have Hydra show what it knows.
+
+    Raises:
+        ValueError: it cannot, in its words.
+    """
+    words = StringIO()
+    try:
+        with redirect_stderr(words):
+            _enter(arguments)
+    except SystemExit as ended:
+        if ended.code:
+            said = " ".join(words.getvalue().split())
+            raise ValueError(said.partition(" Set the environment variable HYDRA_FULL_ERROR")[0]) from ended
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _enter(arguments: list[str]) -> None:
     sys.argv = [sys.argv[0], *arguments]
     app()
-
-
-def look(arguments: list[str]) -> Plan:
-    """The plan of a command line, composed outside of the Hydra application."""
-    overrides = [a for a in arguments if ("=" in a.lstrip("-") and not a.startswith("-")) or a.startswith("~")]
-    folders = [Path(f).absolute() for f in _config_dirs(arguments)]
-    stray = [a for a in arguments if not a.startswith(("-", "~")) and a not in overrides and a not in _config_dirs(arguments)]
-    if stray:
-        raise ValueError(f"{stray[0]!r} is no override; write <axis>=<value>[,<value>...], the axes {', '.join(GROUPS)} and so on")
-    search_path = create_config_search_path(str(CONF))
-    for folder in folders:
-        search_path.prepend("command-line", f"file://{folder}")
-    return expand([o for o in overrides if not o.startswith("hydra/")], ConfigLoaderImpl(search_path))
-
-
-def _config_dirs(arguments: list[str]) -> list[str]:
-    """Values of --config-dir, in either of its spellings."""
-    found = []
-    for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, _, value = here.partition("=")
-        if name in ("--config-dir", "-cd"):
-            found.append(value or following)
-    return found
 
 
 if __name__ == "__main__":

@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
+import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import TypeAdapter
+
 from lcbench.cp.base import Strategy
+from lcbench.grid.cell import CONTENT, CONTENT_BEFORE
 from lcbench.grid.paths import CONF
-from lcbench.grid.values import parse_int, parse_tokens
+from lcbench.grid.values import check_finite, parse_int, parse_option, parse_tokens
 from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
@@ -21,8 +27,9 @@ from lcbench.problem import Heads
 RESERVED = ("name", "_target_")
 # What a mask gets besides its options: the length, the heads, a seed, document lengths.
 GIVEN = ("seqlen", "heads", "seed", "lengths")
-# Options of a mask that are the cell's and not its function's: seeded draws to measure, and the digest of its file.
-DRAWS, DIGEST = "draws", "file_sha256"
+# Options that are the cell's and not its owner's: seeded draws of a mask to measure, and the digest of a file's content: as it is
+# written now, and as cells of before have it.
+DRAWS, DIGESTS = "draws", (CONTENT, CONTENT_BEFORE)
 
 
 # Where values of axes live; everything else is built only where a file of conf/ or the user names it.
@@ -126,10 +133,11 @@ def build_mask(config: dict[str, Any], seqlen: int, heads: Heads, seed: int, dra
     target = config["_target_"]
     names = _parameters(target)
     given: dict[str, Any] = {"heads": heads, "seed": (seed, draw)}
-    options = {k: v for k, v in _options(config).items() if k not in (DRAWS, DIGEST, "lengths")}
+    options = {k: v for k, v in _options(config).items() if k not in (DRAWS, "lengths")}
     if "lengths" in names:
         given["lengths"] = get_object(config["lengths"]["_target_"])(**_options(config["lengths"]))
-    if DIGEST in config and _digest(options["file"]) != config[DIGEST]:
+    known = next((config[key] for key in DIGESTS if key in config), None)
+    if known is not None and _digest(options["file"]) != known:
         raise ValueError(f"mask.file={options['file']} has changed since this cell was planned; plan it anew")
     return cast(Mask, get_object(target)(seqlen, **{k: v for k, v in given.items() if k in names}, **options))
 
@@ -153,58 +161,102 @@ def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config, Checked):
         return dict(config)
     name = config.get("name", "?")
-    if "_target_" not in config or "name" not in config:
-        raise ValueError(f"conf/{group}/{name}.yaml must set name and _target_")
-    allow([str(config["_target_"])])  # composed from the user's own files and words
+    if not isinstance(config.get("_target_"), str) or not isinstance(config.get("name"), str):
+        raise ValueError(f"conf/{group}/{name}.yaml must set name and _target_, each a text")
+    allow([config["_target_"]])  # composed from the user's own files and words
+    try:
+        takes = _parameters(config["_target_"])
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{group}={name}: _target_: {config['_target_']} is no class or function: {error}") from error
+    known = [*(option for option in takes if group != "mask" or option not in GIVEN), *([DRAWS] if group == "mask" else [])]
+    unknown = [option for option in config if option not in (*known, *RESERVED)]
+    if unknown and not any(parameter.open for parameter in takes.values()):
+        options = ", ".join(k for k in known if k in takes or "seed" in takes) or "none"
+        raise ValueError(
+            f"{group}={name} has no option {unknown[0]!r} ({group}.{unknown[0]}={config[unknown[0]]}); it has {options}"
+        )
     checked = dict(config)
-    for option, (annotation, required) in _parameters(config["_target_"]).items():
-        if group == "mask" and option in GIVEN:
+    for option, parameter in takes.items():
+        if parameter.open or (group == "mask" and option in GIVEN):
             continue
         value = config.get(option)
         if value is None or value == "???":
-            if required:
-                example = "4k" if "int" in annotation or "NonNegative" in annotation else "a value"
+            if parameter.required:
+                example = "4k" if "int" in parameter.annotation or "NonNegative" in parameter.annotation else "a value"
                 raise ValueError(f"{group}={name} needs {group}.{option}, which is not set; for example {group}.{option}={example}")
+            if value is None and option in config and not parameter.optional:
+                raise ValueError(f"{group}.{option}=null is no value of it; leave it out, or set it")
             continue
-        checked[option] = _parsed(group, option, annotation, value)
+        checked[option] = _parsed(group, option, parameter, value)
+    check_finite(checked, group)
     if group == "mask":
-        if "seed" in _parameters(config["_target_"]):
+        if "seed" in takes:
             checked[DRAWS] = parse_int(config.get(DRAWS, 1), f"mask.{DRAWS}", least=1)
         elif DRAWS in checked:
             raise ValueError(f"mask={name} draws nothing, so mask.{DRAWS}={checked[DRAWS]} means nothing")
-        if "file" in checked:
-            path = Path(str(checked["file"])).absolute()
-            if not path.is_file():
-                raise ValueError(f"mask.file={checked['file']} is no file")
-            checked["file"], checked[DIGEST] = str(path), _digest(str(path))
-    else:
-        get_object(config["_target_"])(**_options(checked))  # its own checks
+    if "file" in takes and checked.get("file") is not None:
+        path = Path(str(checked["file"])).expanduser().absolute()
+        if not path.is_file():
+            raise ValueError(f"{group}.file={checked['file']} is no file")
+        checked["file"], checked[CONTENT] = str(path), _digest(str(path))
+    if group != "mask":
+        try:
+            get_object(config["_target_"])(**_options(checked))  # its own checks
+        except (TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{group}={name}: {error}") from error
     return checked
 
 
-def _parsed(group: str, option: str, annotation: str, value: Any) -> Any:
+def _parsed(group: str, option: str, parameter: Parameter, value: Any) -> Any:
     """An option's value; every integer of a mask or of document lengths is a token count, ``NonNegative`` ones may be 0."""
-    if group not in ("mask", "lengths"):
-        return value
-    name = f"{group}.{option}"
-    if "list[int]" in annotation:
-        return [parse_tokens(item, name) for item in (value if isinstance(value, list) else [value])]
-    if "NonNegative" in annotation and value == 0 and not isinstance(value, bool):
-        return 0
-    count = "NonNegative" in annotation or ("int" in annotation and "float" not in annotation)
-    return parse_tokens(value, name) if count else value
+    name, annotation = f"{group}.{option}", parameter.annotation
+    if group in ("mask", "lengths"):
+        if "list[int]" in annotation:
+            return [parse_tokens(item, name) for item in (value if isinstance(value, list) else [value])]
+        if "NonNegative" in annotation and str(value) == "0":
+            return 0
+        if "NonNegative" in annotation or ("int" in annotation and "float" not in annotation):
+            return parse_tokens(value, name)
+    return value if parameter.kind is None else parse_option(value, name, parameter.kind)
 
 
 def _digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Parameter:
+    """An option of a target."""
+
+    annotation: str
+    kind: Any  # the annotation itself; None where it says nothing, or cannot be resolved
+    required: bool  # whether it has no default
+    open: bool = False  # whether it stands for any others
+
+    @property
+    def optional(self) -> bool:
+        """Whether it may be null."""
+        return self.kind is None or "None" in self.annotation
+
+
 @cache
-def _parameters(target: str) -> dict[str, tuple[str, bool]]:
-    """Options of a target: annotation as text, and whether it has no default."""
-    parameters = inspect.signature(get_object(target)).parameters.values()
-    return {p.name: (str(p.annotation), p.default is inspect.Parameter.empty) for p in parameters}
+def _parameters(target: str) -> dict[str, Parameter]:
+    """Options of a target."""
+    owner = get_object(target)
+    names = vars(sys.modules[owner.__module__]) if hasattr(owner, "__module__") else {}
+    return {p.name: _parameter(p, names) for p in inspect.signature(owner).parameters.values()}
+
+
+def _parameter(parameter: inspect.Parameter, names: dict[str, Any]) -> Parameter:
+    annotation, kind = parameter.annotation, None
+    if annotation is not inspect.Parameter.empty:
+        with suppress(Exception):  # a name that only type checkers import
+            kind = eval(annotation, dict(names)) if isinstance(annotation, str) else annotation
+            TypeAdapter(kind)
+    return Parameter(
+        str(annotation), kind, parameter.default is inspect.Parameter.empty, parameter.kind is inspect.Parameter.VAR_KEYWORD
+    )
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in RESERVED}
+    return {key: value for key, value in config.items() if key not in (*RESERVED, *DIGESTS)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,13 +12,17 @@ from lcbench.grid.values import parse_heads, parse_scale
 from lcbench.problem import Heads, Problem, Scale
 
 ID_LENGTH = 12
+# Digest of the content of an option ``file``. Beside it the path is no part of the cell: the same file elsewhere is the same cell.
+# (Cells of before have it under another name, and their path is a part of them.)
+CONTENT, CONTENT_BEFORE = "content_sha256", "file_sha256"
 
 
 @dataclass(frozen=True)
 class Cell:
     """One value for every axis.
 
-    ``config`` is the canonical resolved config, plain JSON types only; it alone decides equality and ``id``::
+    ``config`` is the canonical resolved config, plain JSON types only; it alone, without the paths of files whose content it
+    names by a digest, decides equality and ``id``::
 
         {"kernel": {"name": "sdpa_flash", "_target_": "lcbench.kernels.sdpa_flash.SDPAFlash", ...options},
          "cp":     {"name": "ring", "_target_": "lcbench.cp.ring.Ring", ...options},
@@ -32,16 +36,21 @@ class Cell:
     Token counts are plain integers there; where the cell ran, and when, is not part of it.
     """
 
-    canonical: str  # the JSON text of the config, sorted keys, no white space
+    canonical: str  # the JSON text of what decides, sorted keys, no white space
+    whole: str = field(compare=False)  # the same with the paths of files, which whoever measures needs
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Cell:
-        return cls(json.dumps(config, sort_keys=True, separators=(",", ":")))
+        """Raises:
+        ValueError: a number that JSON does not know: infinity, or none at all.
+        """
+        whole = _canonical(config)
+        return cls(_canonical(_without_paths(config)) if CONTENT in whole else whole, whole)
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The config as plain values; shared, so not to be changed."""
-        config: dict[str, Any] = json.loads(self.canonical)
+        config: dict[str, Any] = json.loads(self.whole)
         return config
 
     @cached_property
@@ -71,6 +80,16 @@ class Cell:
         return " ".join([*names, format_tokens(config["seqlen"]), config["scale"]])
 
 
+def _canonical(config: dict[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without every ``file`` that has the digest of its content beside it, at any depth."""
+    kept = {k: v for k, v in config.items() if not (k == "file" and CONTENT in config)}
+    return {k: _without_paths(v) if isinstance(v, dict) else v for k, v in kept.items()}
+
+
 def flat_config(cell: Cell) -> dict[str, Any]:
     """Every axis as one value: a group's value under the group's name, its options below it."""
     problem = cell.problem
@@ -85,7 +104,7 @@ def flat_config(cell: Cell) -> dict[str, Any]:
 def _flat(prefix: str, config: dict[str, Any]) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for key, value in config.items():
-        name = f"{prefix}{key}"
+        name = f"{prefix}{CONTENT if key == CONTENT_BEFORE else key}"
         if isinstance(value, dict):
             if "name" in value:
                 params[name] = value["name"]

@@ -9,44 +9,68 @@ package overrides (``mask@other=...``) have nowhere to go in a cell and are refu
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
+import math
+import os
+import re
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lcbench.grid import build, values
+from lcbench.grid import build, overrides, values
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
-from lcbench.grid.paths import REPOSITORY
+from lcbench.grid.overrides import AXES, GROUPS, LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
+from lcbench.grid.paths import CONF, REPOSITORY
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 
-GROUPS = ("kernel", "cp", "mask", "lengths")
-AXES = (*GROUPS, "seqlen", "seqlen_per_rank", "scale", "heads", "dtype", "direction", "transit", "seed", "measure")
-RUN_OPTIONS = ("sweep", "site", "wait", "output", "force", "pack", "hang", "retry", "results", "tracking_uri", "experiment")
 CONFIG = "config"
+# What an axis may not look at: everything but the site. An axis is composed under site and experiment alone.
+HIDDEN = tuple(key for key in (*AXES, *RUN_OPTIONS) if key != "site")
 OUTPUTS = ("table", "quiet", "json")
 # measure.blocks at its default is no part of a cell: cells of before there were blocks keep their ids.
 BLOCKS = 3
 # Run options with options of their own, and how each of these is read.
 OPTION_GROUPS: dict[str, Callable[[Any, str], Any]] = {
-    "pack": values.parse_limit, "hang": values.parse_number, "retry": values.parse_int,
+    "pack": values.parse_limit, "hang": values.parse_number, "retry": values.parse_int, "budget": values.parse_limit_number,
 }  # fmt: skip
+NAME_BYTES = 200  # of a sweep's name: a file's name holds 255, and some are made of it and a cell's
+NOT_IN_NAMES = "/\\%|,"
+WORDS_OF_COMMANDS = ("last", "all")
+
+_STARTED = time.localtime()
+
+
+class ReachesOut(ValueError):
+    """An interpolation wants another axis."""
+
+
+def _another_axis(axis: str) -> None:
+    raise ReachesOut(axis)
+
+
+def _hydra(key: str) -> None:
+    raise ValueError(f"${{hydra:{key}}} has no value in a plan; write it out, or use ${{now:%Y-%m-%d}} or ${{oc.env:NAME}}")
+
 
 # For site files: paths that do not depend on where the command was typed.
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
+OmegaConf.register_new_resolver("another_axis", _another_axis, replace=True)
+# What Hydra's own application knows: one time for all of a command.
+OmegaConf.register_new_resolver("now", lambda pattern: time.strftime(pattern, _STARTED), replace=True)
+OmegaConf.register_new_resolver("hydra", _hydra, replace=True)
 
 
 @dataclass(frozen=True)
@@ -65,6 +89,7 @@ class Plan:
     options: dict[str, Any]  # sweep, wait, output, force, pack, hang, retry, results, tracking_uri
     site: dict[str, Any]
     overrides: tuple[str, ...]
+    launcher: str  # local, slurm or dry
 
 
 _remembered: list[Plan] = []
@@ -79,75 +104,151 @@ def remembered() -> Plan | None:
     return _remembered[0] if _remembered else None
 
 
-def expand(overrides: list[str], loader: ConfigLoaderImpl) -> Plan:
+def expand(lines: Sequence[str], loader: ConfigLoaderImpl) -> Plan:
     """The plan of an override list.
 
     Raises:
         ValueError: bad input, in one line that names the value and the accepted ones.
     """
-    parser = OverridesParser.create(config_loader=loader)
-    parsed = _parse(parser, overrides)
-    swept = next((o for o in parsed if _root(o) == "experiment" and o.is_sweep_override()), None)
+    parsed = overrides.read(lines, loader)
+    swept = next((o for o in parsed if root_of(o) == "experiment" and o.is_sweep_override()), None)
+    launchers = launchers_of(loader)
+    overrides.check(parsed, loader, launchers)
     if swept is not None:  # an experiment may set anything, so each is a plan of its own
-        others = [o for o in overrides if o != swept.input_line]
-        plans = [expand([line, *others], loader) for line in _lines(swept)]
+        others = [text_of(o) for o in parsed if o is not swept]
+        plans = [expand([line, *others], loader) for line in lines_of(swept)]
         joined = {p.cell.id: p for plan in plans for p in plan.cells}
-        return replace(plans[0], cells=tuple(joined.values()), overrides=tuple(overrides))
-    fixed = [o for o in parsed if _root(o) in RUN_OPTIONS or _root(o) == "hydra"]
-    for override in fixed:
+        return replace(plans[0], cells=tuple(joined.values()), overrides=tuple(lines))
+    chosen = [o for o in parsed if o.key_or_group == LAUNCHER]
+    parsed = [o for o in parsed if "/" not in o.key_or_group]
+    fixed = [o for o in parsed if root_of(o) in RUN_OPTIONS or root_of(o) == "hydra"]
+    for override in (*fixed, *chosen):
         if override.is_sweep_override():
             raise ValueError(f"{override.get_key_element()} is not an axis and takes one value; axes: {', '.join(AXES)}")
-    _check_choices(parsed, loader)
-    base_lines = [_line(o) for o in fixed]
+    base_lines = [text_of(o) for o in fixed if root_of(o) in ("site", "experiment")]
     base = _compose_base(fixed, loader)
     # An experiment's own sweep, below what the command line says of the same key.
-    said = {o.get_key_element().lstrip("+~") for o in parsed}
+    said = {overrides.key_of(text_of(o)): o for o in parsed}
     params = {k: v for k, v in base["hydra"]["params"].items() if k not in said}
-    parsed = [*_parse(parser, [f"{k}={v}" for k, v in params.items()]), *parsed]
-    _check_choices(parsed, loader)
-    axes = [o for o in parsed if not (_root(o) in RUN_OPTIONS or _root(o) == "hydra")]
-
-    configs = _product(base, base_lines, axes, loader)
-    cells = {(cell := Cell.from_config(config)).id: cell for config in configs}
+    _one_length(said, base, params)
+    parsed = [*overrides.read([f"{k}={v}" for k, v in params.items()], loader), *parsed]
+    overrides.check(parsed, loader, launchers)
+    axes = [o for o in parsed if not (root_of(o) in RUN_OPTIONS or root_of(o) == "hydra")]
     options = {k: base[k] for k in RUN_OPTIONS if k not in ("site", "experiment")}
     _check_run_options(options)
     unknown = [k for k in base if k not in (*AXES, *RUN_OPTIONS, "hydra")]
     if unknown:
-        raise ValueError(_unknown_key(unknown[0]))
+        raise ValueError(overrides.unknown_key(unknown[0]))
+
+    configs = _product(base, base_lines, axes, loader)
+    both = "seqlen" in said or "seqlen" in params
+    cells = {(cell := Cell.from_config(cell_config(config, both=both))).id: cell for config in configs}
+    site = _site(base["site"])
     return Plan(
         cells=tuple(Planned(cell, skip_reason(cell)) for cell in cells.values()),
         options=options,
-        site=_site(base["site"]),
-        overrides=tuple(overrides),
+        site=site,
+        overrides=tuple(lines),
+        launcher=str(chosen[-1].value()) if chosen else str(site.get("launcher")),
     )
 
 
-def compose(overrides: list[str], loader: ConfigLoaderImpl) -> dict[str, Any]:
-    """One whole config as Hydra composes it, as plain values; ``hydra`` holds the sweeper's parameters only."""
+def single_lines(lines: Sequence[str], loader: ConfigLoaderImpl) -> list[str]:
+    """Overrides of one config, as Hydra has to be given them to mean what was typed.
+
+    Raises:
+        ValueError: one with several values, which stands for several configs.
+    """
+    parsed = overrides.read(lines, loader)
+    for override in parsed:
+        if override.is_sweep_override():
+            raise ValueError(f"{text_of(override)}: this shows one config; write one value for {override.key_or_group}")
+    return [text_of(o) for o in parsed]
+
+
+def launchers_of(loader: ConfigLoaderImpl) -> list[str]:
+    """Launchers that can run a plan: those with a file beside ours."""
+    return sorted(set(loader.get_group_options(LAUNCHER)) & {path.stem for path in (CONF / LAUNCHER).glob("*.yaml")})
+
+
+def compose(lines: list[str], loader: ConfigLoaderImpl) -> dict[str, Any]:
+    """One whole config as Hydra composes it, as plain values; ``hydra`` holds the sweeper's parameters only.
+
+    Raises:
+        ValueError: what Hydra refuses, and an interpolation into an axis from outside of it.
+    """
     try:
-        config = loader.load_configuration(CONFIG, overrides, run_mode=RunMode.RUN)
+        config = loader.load_configuration(CONFIG, lines, run_mode=RunMode.RUN)
+        assert isinstance(config, DictConfig)
         params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}))
-        site = config.get("site")
         OmegaConf.set_readonly(config, False)
         OmegaConf.set_struct(config, False)
-        plain: dict[str, Any] = {
-            str(k): OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v := config._get_node(k)) else config[k]
-            for k in config
-            if k not in ("hydra", "site")
-        }
+        del config["hydra"]
+        plain: dict[str, Any] = {str(k): _plain_value(config, str(k), lines) for k in config}
+        plain["site"] = OmegaConf.create(plain["site"])
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_one_line(error)) from error
-    plain["site"], plain["hydra"] = site, {"params": params}
+    plain["hydra"] = {"params": params}
     return plain
 
 
-def cell_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The canonical config of a cell from a composed one: every value checked, every token count an integer."""
+def _plain_value(config: DictConfig, key: str, lines: list[str]) -> Any:
+    """The resolved value of a top-level key."""
+    node = config._get_node(key)
+    if not _interpolates(node):
+        return OmegaConf.to_container(node) if OmegaConf.is_config(node) else config[key]
+    alone = OmegaConf.create({})
+    for other in config:  # a config in which every other axis refuses to be looked at
+        hidden = other in (HIDDEN if key in AXES else AXES) and other != key
+        alone[str(other)] = f"${{another_axis:{other}}}" if hidden else config._get_node(str(other))
+    try:
+        value = alone[key]
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException as error:
+        raise ValueError(_unresolved(error, key, lines)) from error
+    except RecursionError as error:
+        raise ValueError(f"{key}: an interpolation that leads back to itself has no value") from error
+
+
+def _interpolates(node: Any) -> bool:
+    return "${" in str(OmegaConf.to_container(node) if OmegaConf.is_config(node) else node._value())
+
+
+def _unresolved(error: BaseException, key: str, lines: list[str]) -> str:
+    """One line on an interpolation that has no value: the override that it is in, and why."""
+    where = next((line for line in reversed(lines) if overrides.key_of(line).split(".")[0] == key and "${" in line), key)
+    said = _one_line(error).partition(" full_key:")[0]
+    if reached := re.fullmatch(rf"{ReachesOut.__name__} raised while resolving interpolation: (\w+)", said):
+        return (
+            f"{where}: {key} refers to {reached[1]} by an interpolation; no value depends on {reached[1]}, "
+            f"so write the values of {key} out"
+        )
+    return f"{where}: {re.sub(r'^[A-Za-z]*Error raised while resolving interpolation: ', '', said)}"
+
+
+def _one_length(said: dict[str, Override], base: dict[str, Any], params: dict[str, Any]) -> None:
+    """A length on the command line, in either way of saying it, takes the place of an experiment's in the other."""
+    for way, other in (("seqlen", "seqlen_per_rank"), ("seqlen_per_rank", "seqlen")):
+        if way in said and other not in said and said[way].value() is not None:
+            base[other] = None
+            params.pop(other, None)
+
+
+def cell_config(config: dict[str, Any], *, both: bool = False) -> dict[str, Any]:
+    """The canonical config of a cell from a composed one: every value checked, every token count an integer. ``both``: seqlen was
+    asked for, so that seqlen_per_rank beside it is a contradiction.
+    """
+    if config["scale"] is None:
+        raise ValueError("scale is not set, and the site gives none; write scale=<nodes>x<GPUs per node>, such as scale=2x8")
     scale = values.parse_scale(config["scale"])
-    seqlen = config["seqlen"]
-    if config["seqlen_per_rank"] is not None:
-        seqlen = values.parse_tokens(config["seqlen_per_rank"], "seqlen_per_rank") * scale.world_size
-    measure = dict(config["measure"])
+    seqlen, per_rank = config["seqlen"], config["seqlen_per_rank"]
+    if per_rank is not None:
+        if both and seqlen is not None:
+            raise ValueError(
+                f"seqlen={values.shown(seqlen)} and seqlen_per_rank={values.shown(per_rank)} are two ways to say one length"
+            )
+        seqlen = values.parse_tokens(per_rank, "seqlen_per_rank") * scale.world_size
+    measure = _options_of("measure", config["measure"])
     blocks = values.parse_int(measure.pop("blocks", BLOCKS), "measure.blocks", least=1)
     groups = {group: build.check_options(group, _named(group, config[group])) for group in GROUPS}
     groups["mask"] = build.with_lengths(groups["mask"], groups.pop("lengths"))
@@ -202,8 +303,10 @@ def _product(
 ) -> Iterable[dict[str, Any]]:
     by_root: dict[str, list[Override]] = {}
     for override in axes:
-        by_root.setdefault(_root(override), []).append(override)
+        by_root.setdefault(root_of(override), []).append(override)
     choices = [[(root, value) for value in _values(root, members, base_lines, loader)] for root, members in by_root.items()]
+    if (count := math.prod(len(values) for values in choices)) > overrides.MOST_CELLS:
+        raise ValueError(f"these are {count} cells, and a sweep has at most {overrides.MOST_CELLS}; make several of it")
     checked: dict[tuple[str, int], dict[str, Any]] = {}
     for combination in itertools.product(*choices):
         config = {**base, **dict(combination)}
@@ -213,18 +316,17 @@ def _product(
             if key not in checked:
                 checked[key] = build.check_options(group, _named(group, config[group]))
             config[group] = build.Checked(checked[key])
-        yield cell_config(config)
+        yield config
 
 
 def _values(root: str, members: list[Override], base_lines: list[str], loader: ConfigLoaderImpl) -> list[Any]:
     """What a top-level key takes under each combination of its overrides."""
-    combinations = list(itertools.product(*map(_lines, members)))
-    if root in (*GROUPS, "measure") or len(members) > 1:
+    combinations = list(itertools.product(*map(lines_of, members)))
+    last = [lines[-1] for lines in combinations]
+    if root in (*GROUPS, "measure") or any("${" in line or not line.startswith(f"{root}=") for line in last):
         return [_compose_key(root, list(lines), base_lines, loader) for lines in combinations]
-    # A plain key becomes what was written: composing one of its values shows that the override is a good one.
-    first = _compose_key(root, list(combinations[0]), base_lines, loader)
-    rest = _parse(OverridesParser.create(config_loader=loader), [line for (line,) in combinations[1:]])
-    return [first, *(_plain(override) for override in rest)]
+    # A plain key becomes what was written last.
+    return [_plain(override) for override in overrides.read(last, loader)]
 
 
 def _plain(override: Override) -> Any:
@@ -234,12 +336,12 @@ def _plain(override: Override) -> Any:
 
 def _compose_base(fixed: list[Override], loader: ConfigLoaderImpl) -> dict[str, Any]:
     """The config under the run options alone."""
-    lines = [_line(o) for o in fixed]
+    lines = [text_of(o) for o in fixed]
     try:
         return compose(lines, loader)
     except ValueError as error:
         for group in OPTION_GROUPS:
-            own = [_line(o) for o in fixed if _root(o) == group]
+            own = [text_of(o) for o in fixed if root_of(o) == group]
             if own and (word := _option_error(group, own, [], loader)):
                 raise ValueError(word) from error
         raise
@@ -251,65 +353,10 @@ def _compose_key(root: str, lines: list[str], base_lines: list[str], loader: Con
         composed = compose(base_lines + lines, loader)
     except ValueError as error:
         raise ValueError(_option_error(root, lines, base_lines, loader) or str(error)) from error
-    if root not in composed:
-        raise ValueError(f"~{root} takes an axis away that every cell needs")
     return composed[root]
 
 
-def _lines(override: Override) -> list[str]:
-    """The single-valued overrides that a swept one stands for."""
-    if not override.is_sweep_override():
-        return [_line(override)]
-    if not override.is_discrete_sweep():
-        raise ValueError(f"{override.input_line}: an interval has no values to run; list them, or use range()")
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-
-
-def _line(override: Override) -> str:
-    assert override.input_line is not None
-    return override.input_line
-
-
-def _root(override: Override) -> str:
-    return override.key_or_group.split(".")[0].split("/")[0]
-
-
 # -- bad input -------------------------------------------------------------------------------------------------------
-
-
-def _parse(parser: OverridesParser, lines: list[str]) -> list[Override]:
-    try:
-        return list(parser.parse_overrides(lines))
-    except HydraException as error:
-        raise ValueError(_one_line(error)) from error
-
-
-def _check_choices(overrides: list[Override], loader: ConfigLoaderImpl) -> None:
-    """Unknown keys and unknown members of a group, before anything is composed."""
-    groups = (*GROUPS, "site", "experiment", "hydra/launcher", "hydra/sweeper")
-    for override in overrides:
-        root = _root(override)
-        if root not in (*AXES, *RUN_OPTIONS, "hydra"):
-            raise ValueError(_unknown_key(root))
-        if override.package is not None and root != "hydra":
-            raise ValueError(f"{override.input_line}: an axis has one place in a cell; write {root}=... without @")
-        if override.key_or_group not in groups or override.is_delete():
-            continue
-        options = sorted(loader.get_group_options(override.key_or_group))
-        for line in _lines(override):
-            value = line.partition("=")[2].strip("'\"")
-            if value not in options:
-                raise ValueError(f"{override.key_or_group}={value} is not one of {_listed(value, options)}")
-
-
-def _unknown_key(key: str) -> str:
-    known = (*AXES, *RUN_OPTIONS)
-    return f"unknown axis {key!r}; axes: {', '.join(AXES)}; run options: {_listed(key, RUN_OPTIONS, known)}"
-
-
-def _listed(value: str, options: Sequence[str], near: Sequence[str] | None = None) -> str:
-    close = difflib.get_close_matches(value, near or options, n=1)
-    return ", ".join(options) + (f" (did you mean {close[0]}?)" if close else "")
 
 
 def _option_error(root: str, lines: list[str], base_lines: list[str], loader: ConfigLoaderImpl) -> str | None:
@@ -318,20 +365,30 @@ def _option_error(root: str, lines: list[str], base_lines: list[str], loader: Co
         return None
     chosen = [line for line in lines if line.partition("=")[0] == root]
     config = compose(base_lines + chosen, loader)[root]
+    if not isinstance(config, dict):
+        return None
     options = [k for k in config if k not in build.RESERVED]
     for line in lines:
         key = line.partition("=")[0]
         option = key.partition(".")[2]
         if option and option.split(".")[0] not in options:
             owner = f"{root}={config['name']}" if "name" in config else root
-            return f"{owner} has no option {option!r} ({line}); it has {_listed(option, options) if options else 'none'}"
+            return f"{owner} has no option {option!r} ({line}); it has {overrides.listed(option, options) if options else 'none'}"
     return None
 
 
 def _named(group: str, config: Any) -> dict[str, Any]:
     if not isinstance(config, dict):
-        raise ValueError(f"{group}={config} is no value of this axis")
+        raise ValueError(f"{group}={values.shown(config)} is no value of this axis")
     return config
+
+
+def _options_of(group: str, config: Any) -> dict[str, Any]:
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{group}={values.shown(config)} means nothing; it has options, and each is set by itself: {group}.<option>=..."
+        )
+    return dict(config)
 
 
 def _nothing_left(owner: str, rest: dict[str, Any]) -> dict[str, Any]:
@@ -341,20 +398,52 @@ def _nothing_left(owner: str, rest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_run_options(options: dict[str, Any]) -> None:
-    values.parse_bool(options["force"], "force")
+    """Check the run options, and put values of the right type in their places."""
+    options["force"] = values.parse_bool(options["force"], "force")
     if options["wait"] is not None:
-        values.parse_bool(options["wait"], "wait")
+        options["wait"] = values.parse_bool(options["wait"], "wait")
     if options["output"] not in OUTPUTS:
-        raise ValueError(f"output={options['output']} is not one of {', '.join(OUTPUTS)}")
+        raise ValueError(f"output={values.shown(options['output'])} is not one of {', '.join(OUTPUTS)}")
     for group, parse in OPTION_GROUPS.items():
         if not isinstance(options[group], dict):
-            raise ValueError(f"{group}={options[group]} means nothing; {group} has options, such as pack.max_cells=1")
+            raise ValueError(f"{group}={values.shown(options[group])} means nothing; {group} has options, such as pack.max_cells=1")
         options[group] = {key: parse(value, f"{group}.{key}") for key, value in options[group].items()}
     if options["hang"]["min_s"] > options["hang"]["max_s"]:
         raise ValueError(f"hang.min_s={options['hang']['min_s']} is more than hang.max_s={options['hang']['max_s']}")
-    name = options["sweep"]
-    if name is not None and (not str(name).strip() or set(str(name)) & set("/\\ ") or str(name).startswith(".")):
-        raise ValueError(f"sweep={name!r} is no folder name; use letters, digits, - and _, such as sweep=first-try")
+    for name in ("results", "tracking_uri"):
+        value = options[name]
+        if isinstance(value, dict | list) or (value is None and name == "results") or not str(value).strip():
+            raise ValueError(f"{name}={values.shown(value)} is no {'folder' if name == 'results' else 'address'}; write a text")
+        if value is not None and not str(value).isprintable():
+            raise ValueError(f"{name}={str(value)!r} holds characters that cannot be shown")
+        options[name] = None if value is None else str(value)
+    options["results"] = os.path.expanduser(options["results"])
+    options["sweep"] = check_name(options["sweep"])
+
+
+def check_name(name: Any) -> str | None:
+    """A sweep's name, which is a folder's and goes into files' names; null is none.
+
+    Raises:
+        ValueError: one that cannot be a folder's everywhere, or is a word of the commands.
+    """
+    if name is None:
+        return None
+    text = str(name)
+    shown = values.shown(repr(text))
+    advice = "use letters, digits, - and _, such as sweep=first-try"
+    if isinstance(name, dict | list) or not text.strip():
+        raise ValueError(f"sweep={shown} is no folder name; {advice}")
+    wrong = next((c for c in text if c in NOT_IN_NAMES or c.isspace() or not c.isprintable()), None)
+    if wrong is not None:
+        raise ValueError(f"sweep={shown} is no folder name, because of {wrong!r}; {advice}")
+    if text[0] in "-.":
+        raise ValueError(f"sweep={shown} begins with {text[0]!r}, as options and hidden folders do; {advice}")
+    if text.lower() in WORDS_OF_COMMANDS:
+        raise ValueError(f"sweep={shown} is a word of the commands (status last, results all); take another name")
+    if len(text.encode()) > NAME_BYTES:
+        raise ValueError(f"sweep={shown} is {len(text.encode())} bytes long, and a name has at most {NAME_BYTES}")
+    return text
 
 
 def _site(site: Any) -> dict[str, Any]:

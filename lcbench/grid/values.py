@@ -5,13 +5,31 @@ Every error is one line that names the offending value, the accepted form and an
 
 from __future__ import annotations
 
+import math
 import re
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
 
 from lcbench.problem import DIRECTIONS, DTYPES, TRANSITS, Heads, Scale
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
+# Far beyond what anybody runs, and small enough that a slip of the finger is no plan that never ends.
+MOST_TOKENS = 1 << 30
+MOST_RANKS = 1 << 16
+MOST_HEADS = 1 << 16
+MOST_INT = (1 << 63) - 1
+MOST_NUMBER = 1e15
+LONG = 200  # characters of a value that a message shows
+# Types of options, as a person calls their values.
+WORDS: dict[Any, str] = {
+    int: "a whole number", float: "a number", bool: "true, false", str: "text", NoneType: "null", list: "a list of whole numbers",
+    tuple: "a list of whole numbers",
+}  # fmt: skip
+_TRUTH: dict[str, object] = {"true": True, "false": False}
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
 
 
@@ -22,33 +40,43 @@ def axis_values(conf: Path, axis: str) -> list[str]:
 
 
 def parse_tokens(value: object, name: str = "seqlen") -> int:
-    """``64k -> 65536``, ``1m -> 1048576``, ``512 -> 512``: token counts of at least 1, binary suffixes.
+    """``64k -> 65536``, ``1m -> 1048576``, ``512 -> 512``, ``1e6 -> 1000000``: token counts of at least 1, binary suffixes.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, and more than ``MOST_TOKENS``.
     """
-    if isinstance(value, float) and value.is_integer():  # Hydra reads 1e6 as a float
-        value = int(value)
-    match = re.fullmatch(r"([1-9]\d*)([km]?)", str(value).strip().lower().replace("_", ""))
-    if isinstance(value, bool) or not match:
-        raise ValueError(f"{name}={_shown(value)} is no token count; write a number of at least 1 such as 512, 64k or 1m")
-    return int(match[1]) * UNITS[match[2]]
+    text = str(value).strip().lower().replace("_", "")
+    match = re.fullmatch(r"([1-9][0-9]*)([km]?)", text)
+    if match and not isinstance(value, bool):
+        tokens: Any = _read(match[1]) * UNITS[match[2]]
+    else:
+        tokens = _whole(_read(value)) if isinstance(value, float) or re.fullmatch(r"[0-9.]+e[+]?[0-9]+", text) else None
+        if not isinstance(tokens, int) or tokens < 1:
+            raise ValueError(f"{name}={shown(value)} is no token count; write a number of at least 1 such as 512, 64k or 1m")
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"{name}={shown(value)} is more than {MOST_TOKENS >> 20}m tokens, the most that a token count may be")
+    return int(tokens)
 
 
 def parse_scale(value: object) -> Scale:
     """``2x8`` -> 2 nodes with 8 GPUs each."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", str(value).strip().lower())
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", str(value).strip().lower())
     if not match:
-        raise ValueError(f"scale={_shown(value)} is not <nodes>x<GPUs per node>, each at least 1, such as 2x8")
-    return Scale(int(match[1]), int(match[2]))
+        raise ValueError(f"scale={shown(value)} is not <nodes>x<GPUs per node>, each at least 1, such as 2x8")
+    nodes, gpus = map(_read, match.groups())
+    if nodes * gpus > MOST_RANKS:
+        raise ValueError(f"scale={shown(value)} is more than {MOST_RANKS} GPUs")
+    return Scale(nodes, gpus)
 
 
 def parse_heads(value: object) -> Heads:
     """``32x8x128`` -> 32 query heads, 8 key/value heads, dimension 128."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", str(value).strip().lower())
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)x([1-9][0-9]*)", str(value).strip().lower())
     if not match:
-        raise ValueError(f"heads={_shown(value)} is not <query>x<key/value>x<dim>, each at least 1, such as 32x8x128")
-    heads = Heads(*map(int, match.groups()))
+        raise ValueError(f"heads={shown(value)} is not <query>x<key/value>x<dim>, each at least 1, such as 32x8x128")
+    heads = Heads(*map(_read, match.groups()))
+    if max(heads.q, heads.kv, heads.dim) > MOST_HEADS:
+        raise ValueError(f"heads={shown(value)}: heads and their dimension are at most {MOST_HEADS} each")
     if heads.q % heads.kv:
         raise ValueError(f"heads={value}: {heads.q} query heads are no multiple of {heads.kv} key/value heads, as in 32x8x128")
     return heads
@@ -57,32 +85,38 @@ def parse_heads(value: object) -> Heads:
 def parse_dtype(value: object) -> str:
     name = DTYPE_ALIASES.get(str(value), str(value))
     if name not in DTYPES:
-        raise ValueError(f"dtype={_shown(value)} is not one of {', '.join((*DTYPES, *DTYPE_ALIASES))}")
+        raise ValueError(f"dtype={shown(value)} is not one of {', '.join((*DTYPES, *DTYPE_ALIASES))}")
     return name
 
 
 def parse_direction(value: object) -> str:
     if value not in DIRECTIONS:
-        raise ValueError(f"direction={_shown(value)} is not one of {', '.join(DIRECTIONS)}")
+        raise ValueError(f"direction={shown(value)} is not one of {', '.join(DIRECTIONS)}")
     return str(value)
 
 
 def parse_transit(value: object) -> str:
     if value not in TRANSITS:
-        raise ValueError(f"transit={_shown(value)} is not one of {', '.join(TRANSITS)}")
+        raise ValueError(f"transit={shown(value)} is not one of {', '.join(TRANSITS)}")
     return str(value)
 
 
 def parse_bool(value: object, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={_shown(value)} is neither true nor false")
-    return value
+    """``true`` or ``false``, also as text."""
+    found = _TRUTH.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(found, bool):
+        raise ValueError(f"{name}={shown(value)} is neither true nor false")
+    return found
 
 
 def parse_int(value: object, name: str, *, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={_shown(value)} is no whole number of at least {least}")
-    return value
+    """A whole number, also as text and as ``1e3``; at most what 64 bits hold."""
+    number = _whole(_read(value))
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise ValueError(f"{name}={shown(value)} is no whole number of at least {least}")
+    if number > MOST_INT:
+        raise ValueError(f"{name}={shown(value)} is more than {MOST_INT}, the most that it may be")
+    return number
 
 
 def parse_limit(value: object, name: str) -> int | None:
@@ -91,10 +125,82 @@ def parse_limit(value: object, name: str) -> int | None:
 
 
 def parse_number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{name}={_shown(value)} is no number above 0")
-    return float(value)
+    """A finite number above 0, also as text."""
+    number = _read(value)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= MOST_NUMBER:
+        raise ValueError(f"{name}={shown(value)} is no number above 0 and up to {MOST_NUMBER:g}")
+    return float(number)
 
 
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)
+def parse_limit_number(value: object, name: str) -> float | None:
+    """A number above 0, or none at all."""
+    return None if value is None else parse_number(value, name)
+
+
+def parse_option(value: object, name: str, kind: Any) -> Any:
+    """An option of an axis value as its annotation ``kind`` wants it: numbers that came as text become numbers.
+
+    Raises:
+        ValueError: of another type, or not finite.
+    """
+    adapter = TypeAdapter(kind)
+    for candidate in (value, _whole(_read(value)), _read(value), _TRUTH.get(str(value).lower(), value)):
+        with suppress(ValidationError):
+            found = adapter.validate_python(candidate, strict=True)
+            check_finite(found, name)
+            return found
+    raise ValueError(f"{name}={shown(value)} is not one of {', '.join(_accepted(kind))}")
+
+
+def check_finite(value: Any, name: str) -> None:
+    """Raises:
+    ValueError: a number that JSON cannot hold, at any depth.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_finite(item, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_finite(item, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value} is no finite number")
+    elif isinstance(value, int) and abs(value) > MOST_INT:
+        raise ValueError(f"{name}={shown(value)} is more than {MOST_INT}, the most that it may be")
+
+
+def _accepted(kind: Any) -> list[str]:
+    """What a type takes, in words."""
+    alternatives = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    words: list[str] = []
+    for one in alternatives:
+        if get_origin(one) is Literal:
+            words += sorted(map(str, get_args(one)))
+        else:
+            words.append(WORDS.get(get_origin(one) or one, str(one)))
+    return list(dict.fromkeys(words))
+
+
+def _read(value: object) -> Any:
+    """A number that quotes or the environment gave as text."""
+    if not isinstance(value, str):
+        return value
+    for kind in (int, float):
+        try:
+            return kind(value.strip().replace("_", ""))
+        except ValueError:
+            continue
+    return value
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def shown(value: Any) -> str:
+    """A value as it would be typed, at most a line of it."""
+    if value is None:
+        return "null"
+    if isinstance(value, int) and abs(value) > MOST_INT:
+        return f"{float(value):g}" if abs(value) < MOST_NUMBER else "a huge number"
+    text = str(value)
+    return text if len(text) <= LONG else f"{text[:LONG]}..."

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from lcbench.masks.band import OPEN, BandMask, DoesNotFit
+from lcbench.masks.text import read_text
 
 
 def band_file(seqlen: int, *, file: str) -> BandMask:
@@ -15,8 +16,9 @@ def band_file(seqlen: int, *, file: str) -> BandMask:
         ValueError: a file that holds no such thing, or bands that share a pair or leave the plane.
         DoesNotFit: a mask of another length.
     """
+    text = read_text(Path(file))
     try:
-        content = json.loads(Path(file).read_text())
+        content = json.loads(text)
         length, bands = int(content["seqlen"]), content["bands"]
         rows = [[*band[:4], -OPEN if band[4] is None else band[4], OPEN if band[5] is None else band[5]] for band in bands]
         if any(len(band) != 6 for band in bands) or not all(type(x) is int for row in rows for x in row):

@@ -86,7 +86,7 @@ def reported(sweep: Sweep, seen: Look | None = None) -> pd.DataFrame:
         {"kernel": "what_kernel", "cp": "what_cp"}.get(axis, axis) for axis in ("cp", "kernel", "transit") if axis in differing
     ]
     frame["choice"] = [" + ".join(map(str, values)) for values in frame[shown].to_numpy()]
-    options = sorted(c for c in frame.columns if c.startswith("mask."))
+    options = sorted(c for c in frame.columns if c.startswith("mask.") and c != "mask.file")  # a file's digest is there
     rows = frame.to_dict("records")
     frame["problem"] = [json.dumps([_plain(row[c]) for c in (*PROBLEM, *options)]) for row in rows]
     rest = [axis for axis in ("heads", "dtype", "direction") if axis == "heads" or frame[axis].nunique() > 1]

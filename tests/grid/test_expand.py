@@ -87,8 +87,8 @@ def test_lengths_belong_to_masks_with_documents_only() -> None:
     ("overrides", "ids"),
     [  # as they were before there were blocks
         (["cp=ring", "seqlen=64k", "scale=2x8"], ["4f5f55899b22"]),
-        (["cp=none", "mask=sliding_window", "mask.left=1k", "seqlen=8k"], ["66be97fa1a8d"]),
-        (["measure.budget_s=3", "measure.warmup=0"], ["8a5183a84ecf"]),
+        (["cp=none", "mask=sliding_window", "mask.left=1k", "seqlen=8k", "scale=1x1"], ["66be97fa1a8d"]),
+        (["measure.budget_s=3", "measure.warmup=0", "scale=1x1"], ["8a5183a84ecf"]),
         (["+experiment=smoke"], ["2e99d8d59224", "9cf518286448"]),
     ],
 )
@@ -196,8 +196,7 @@ def test_the_users_command_is_accepted_as_written(tmp_path: Path) -> None:
         "cp=ring,ulysses,usp",
         "seqlen=64k,256k,1m",
         "hydra/launcher=dry",
-        "site=devcluster",
-        "scale=2x8",
+        "site=plain",
         f"results={tmp_path}",
     )
     assert done.returncode == 0, done.stderr
@@ -235,11 +234,11 @@ def run_sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("longca_sparse", 360, 189),
         ("longca_cp", 100, 4),
         ("scaling", 90, 2),
-        ("choose", 100, 0),
+        ("choose scale=1x1", 100, 0),
         ("smoke", 18, 0),
     ],
 )
 def test_presets_are_the_grids_that_they_say(preset: str, cells: int, skipped: int) -> None:
-    planned = look([f"+experiment={preset}"]).cells
+    planned = look(f"+experiment={preset}".split()).cells
     assert len(planned) == cells
     assert sum(p.skip is not None for p in planned) == skipped

@@ -202,6 +202,6 @@ def test_the_fit_command_writes_a_value_of_the_axis(tmp_path: Path) -> None:
     path.write_text("12\nabc\n")
     bad = subprocess.run([*run[:-3], "other", *run[-2:]], capture_output=True, text=True)
     assert bad.returncode == 2
-    assert "line 2: 'abc'" in bad.stderr
+    assert "line 2: length=abc is no token count" in bad.stderr
     assert not (conf / "lengths" / "other.yaml").exists()
     assert (CONF / "lengths" / "web_text.yaml").exists()

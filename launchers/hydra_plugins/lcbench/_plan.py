@@ -23,6 +23,7 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Plan
 from lcbench.grid.paths import REPOSITORY
+from lcbench.runs.budget import Cost
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.pack import Pack, Settings, given_up, group, tries_again
 from lcbench.runs.store import Entry, Failure, Sweep, user_name, write_json
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lcbench.runs.jobs import Standing
 
 OK, SOME_FAILED, NOT_SUBMITTED, INTERRUPTED = 0, 1, 3, 130
+TOO_MUCH = 2  # as bad input
 REFUSED_PAUSE_S = 10.0
 NOT_PUBLISHED = (
     f"nothing is published to MLflow: {REPOSITORY}/.mlflow may not be written by {user_name()};"
@@ -102,6 +104,11 @@ class PackLauncher(Launcher):
         """Run what the plan asks for and is missing; the exit code of the command."""
         self.output = plan.options["output"]
         sweep, settings = sweep_of(plan), settings_of(plan)
+        runnable = [p.cell for p in plan.cells if not p.skip]
+        cost = Cost.of(make_packs(sweep, todo_of(plan, sweep).cells, launcher=self.name, settings=settings))
+        if refusal := cost.refusal(plan.options["budget"], settings.hang["max_s"]):
+            print(f"error: {refusal}", file=sys.stderr)
+            return TOO_MUCH
         if settings.tracking_uri is None:
             self.say(NOT_PUBLISHED)
         sweep.check_writable([p.cell.id for p in plan.cells])
@@ -109,7 +116,6 @@ class PackLauncher(Launcher):
             sweep.add([Entry(p.cell, p.skip) for p in plan.cells], command=list(plan.overrides), launch={
                 "launcher": self.name, "settings": settings.__dict__, "by": user_name(),
             })  # fmt: skip
-        runnable = [p.cell for p in plan.cells if not p.skip]
 
         def choose() -> Todo:
             todo = missing(sweep, runnable, force=plan.options["force"])
@@ -118,6 +124,11 @@ class PackLauncher(Launcher):
                 f"sweep {sweep.name}: {len(plan.cells)} cells, {len(plan.cells) - len(runnable)} cannot run, "
                 f"{len(todo.done)} done before, {len(todo.under_way)} under way, {given}{len(todo.cells)} to run"
             )
+            self.say(str(cost))
+            if lonely := cost.on_one_rank():
+                self.say(
+                    f"note: {len(lonely)} cells have a strategy on one rank, where it has nothing to do: scale=1x2, or cp=none"
+                )
             return todo
 
         return self.launch_cells(
@@ -196,6 +207,16 @@ class PackLauncher(Launcher):
                 turn_down(sweep, refusal)
                 return todo, packs, refusal
         return todo, packs, None
+
+
+def todo_of(plan: Plan, sweep: Sweep) -> Todo:
+    """What of a plan is missing, found without writing: the sweep need not be there."""
+    runnable = [p.cell for p in plan.cells if not p.skip]
+    if not sweep.exists():
+        return Todo(runnable)
+    known = sweep.entries()
+    todo = missing(sweep, [c for c in runnable if c.id in known], force=plan.options["force"], settles=False)
+    return replace(todo, cells=[c for c in runnable if c.id not in known] + todo.cells)
 
 
 def sweep_of(plan: Plan) -> Sweep:

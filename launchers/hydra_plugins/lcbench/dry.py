@@ -1,16 +1,20 @@
-"""The plan, printed: what would run where and for how long, what cannot run and why. Writes and submits nothing."""
+"""The plan, printed: what would run where and for how long, what cannot run and why. Writes and submits nothing.
+
+A plan beyond the budget is shown too, and the exit code is that of the command that would refuse it.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
-from hydra_plugins.lcbench._plan import OK, PackLauncher, Todo, make_packs, missing, settings_of, sweep_of
+from hydra_plugins.lcbench._plan import OK, TOO_MUCH, PackLauncher, Todo, make_packs, settings_of, sweep_of, todo_of
 from hydra_plugins.lcbench.slurm import arrays, sbatch_text
 
 from lcbench.grid.expand import Plan
 from lcbench.grid.values import parse_scale
+from lcbench.runs.budget import Cost, alone
 from lcbench.runs.pack import Pack, Settings
 from lcbench.runs.store import Sweep
 
@@ -23,19 +27,22 @@ class DryLauncher(PackLauncher):
     def launch_plan(self, plan: Plan) -> int:
         sweep, settings = sweep_of(plan), settings_of(plan)
         print(f"sweep {sweep.name}: {len(plan.cells)} cells")
-        runnable = [p.cell for p in plan.cells if not p.skip]
-        todo = Todo(runnable)
-        if sweep.exists():
-            known = sweep.entries()
-            todo = missing(sweep, [c for c in runnable if c.id in known], force=plan.options["force"], settles=False)
-            todo = replace(todo, cells=[c for c in runnable if c.id not in known] + todo.cells)
+        todo = todo_of(plan, sweep)
         said = {"done before": todo.done, "under way": todo.under_way, "given up: killed its gang twice": todo.given_up}
         fates = {cell.id: fate for fate, cells in said.items() for cell in cells}
         for planned in plan.cells:
             cell = planned.cell
-            fate = f"skipped: {planned.skip}" if planned.skip else fates.get(cell.id, "to run")
+            ready = "to run, its strategy on one rank: nothing is parallel" if alone(cell) else "to run"
+            fate = f"skipped: {planned.skip}" if planned.skip else fates.get(cell.id, ready)
             print(f"  {cell.id}  {cell.label:<44} {fate}")
-        return _show(make_packs(sweep, todo.cells, launcher=plan.site["launcher"], settings=settings))
+        packs = make_packs(sweep, todo.cells, launcher=plan.site["launcher"], settings=settings)
+        code, cost = _show(packs), Cost.of(packs)
+        print(cost)
+        if refusal := cost.refusal(plan.options["budget"], settings.hang["max_s"]):
+            sys.stdout.flush()
+            print(f"error: {refusal}", file=sys.stderr)
+            return TOO_MUCH
+        return code
 
     def launch_cells(self, sweep: Sweep, choose: Callable[[], Todo], *, settings: Settings, **_: Any) -> int:
         return _show(make_packs(sweep, choose().cells, launcher=settings.site["launcher"], settings=settings))
