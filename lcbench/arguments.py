@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lcbench.runs.ownership import others, what_it_runs, whose
 from lcbench.runs.store import Sweep, find_cell, sweeps
 
 BAD_INPUT = 2  # argparse's exit code too
@@ -41,6 +42,31 @@ def add_sweep_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fal
 
 def add_results_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="results folder (default: results)")
+
+
+def add_as_mine_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--as-mine", action="store_true", help="act on a sweep of somebody else, in your name; without it you are asked"
+    )
+
+
+def agree_to_act(sweep: Sweep, doing: str, *, as_mine: bool) -> bool:
+    """Whether the sweep is somebody else's; then only after a yes to ``doing``, which is told what it runs in the caller's name.
+
+    Raises:
+        ValueError: there is no yes.
+    """
+    people = others(sweep)
+    if not people:
+        return False
+    runs = f"{whose(sweep, people)}; {doing}, in your name, with what it says: {what_it_runs(sweep.manifest()['launch'])}"
+    if as_mine:
+        print(runs, file=sys.stderr)
+    elif not sys.stdin.isatty():
+        raise ValueError(f"{runs}; if you want that, add --as-mine")
+    elif input(f"{runs}\nDo that? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise ValueError("nothing was done")
+    return True
 
 
 def chosen_sweep(options: argparse.Namespace) -> Sweep:

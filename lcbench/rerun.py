@@ -5,8 +5,17 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, find_sweep
+from lcbench.arguments import (
+    add_as_mine_argument,
+    add_results_argument,
+    agree_to_act,
+    bad_input,
+    chosen_cell,
+    command_parser,
+    find_sweep,
+)
 from lcbench.runs.jobs import Watch
+from lcbench.runs.ownership import here_instead
 from lcbench.runs.pack import Settings
 from lcbench.runs.store import Record
 
@@ -24,6 +33,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--launcher", choices=("local", "slurm", "dry"), help="default: that of the sweep")
     parser.add_argument("--wait", action="store_true", help="wait for Slurm jobs and print their table")
     parser.add_argument("--exclude", metavar="NODES", help="nodes to keep away from, as sbatch writes them, e.g. n[03-05]")
+    add_as_mine_argument(parser)
     add_results_argument(parser)
     options = parser.parse_args(arguments)
     root = options.results.absolute()
@@ -31,7 +41,8 @@ def main(arguments: list[str]) -> int:
         sweep, cell_id = (find_sweep(root, options.failed), None) if options.failed else chosen_cell(root, options.cell)
         if cell_id and (why := sweep.entries()[cell_id].skip):
             raise ValueError(f"cell {cell_id} cannot run: {why}")
-        standing = Watch(sweep).look()
+        strange = options.launcher != "dry" and agree_to_act(sweep, "this runs cells again", as_mine=options.as_mine)
+        standing = Watch(sweep, settles=strange or None).look()
         wanted = [r for i, r in standing.seen.records.items() if (_needs_it(r) if cell_id is None else i == cell_id)]
         records = [r for r in wanted if r.entry.cell.id not in standing.under_way]
         if cell_id is not None and not records:
@@ -45,6 +56,8 @@ def main(arguments: list[str]) -> int:
     from hydra_plugins.lcbench._plan import Todo, launcher_named
 
     settings = Settings(**launch["settings"])
+    if strange:
+        settings = replace(settings, site=here_instead(settings.site))
     if options.exclude:
         sbatch = settings.site.get("sbatch") or {}
         also = ",".join(filter(None, [sbatch.get("exclude"), options.exclude]))

@@ -14,6 +14,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -25,8 +26,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lcbench.grid import build, values
+from lcbench.grid import site as sites
 from lcbench.grid.cell import Cell
-from lcbench.grid.devices import known_devices
 from lcbench.grid.paths import REPOSITORY
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
@@ -117,7 +118,7 @@ def expand(overrides: list[str], loader: ConfigLoaderImpl) -> Plan:
     return Plan(
         cells=tuple(Planned(cell, skip_reason(cell)) for cell in cells.values()),
         options=options,
-        site=_site(base["site"]),
+        site=_site(base["site"], options, cells.values()),
         overrides=tuple(overrides),
     )
 
@@ -238,6 +239,10 @@ def _compose_base(fixed: list[Override], loader: ConfigLoaderImpl) -> dict[str, 
     try:
         return compose(lines, loader)
     except ValueError as error:
+        for override in fixed:
+            key = override.key_or_group.split(".")
+            if key[0] == "site" and len(key) == 2 and not override.is_add() and key[1] not in sites.SlurmSite.model_fields:
+                raise ValueError(sites.unknown_key(key[1])) from error
         for group in OPTION_GROUPS:
             own = [_line(o) for o in fixed if _root(o) == group]
             if own and (word := _option_error(group, own, [], loader)):
@@ -357,22 +362,15 @@ def _check_run_options(options: dict[str, Any]) -> None:
         raise ValueError(f"sweep={name!r} is no folder name; use letters, digits, - and _, such as sweep=first-try")
 
 
-def _site(site: Any) -> dict[str, Any]:
+def _site(node: Any, options: dict[str, Any], cells: Iterable[Cell]) -> dict[str, Any]:
     try:
-        resolved = OmegaConf.to_container(site, resolve=True)
+        resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
     except OmegaConfBaseException as error:
         raise ValueError(f"site: {_one_line(error)}") from error
-    assert isinstance(resolved, dict)
-    known: dict[str, list[str | None]] = {
-        "device": [None, "cpu", *(entry["name"] for entry in known_devices())],
-        "check": ["stop", "warn"],
-        "publish": ["nodes", "login"],
-    }
-    for key, accepted in known.items():
-        value = resolved.get(key, accepted[0])
-        if value not in accepted:
-            raise ValueError(f"site.{key}={value} is not one of {', '.join('null' if a is None else a for a in accepted)}")
-    return {str(k): v for k, v in resolved.items()}
+    found = sites.checked({str(k): v for k, v in resolved.items()} if isinstance(resolved, dict) else resolved)
+    folder = Path(str(options["results"])).absolute() / str(options["sweep"] or "")
+    sites.check_fit(found, (cell.scale for cell in cells), options["pack"]["max_minutes"], folder)
+    return found
 
 
 def _one_line(error: BaseException) -> str:
