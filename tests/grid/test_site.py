@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ SLURM: dict[str, Any] = {"launcher": "slurm", "gpus": "gpu:{gpus_per_node}", "cp
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_site_is_one_line(more: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="^site") as caught:
         checked({**SLURM, **more})
     said = str(caught.value)
     assert "\n" not in said
@@ -140,12 +141,14 @@ def test_booleans_of_sbatch_options_mean_what_they_say() -> None:
         ({"launcher": "local"}, "9x99", None, "/r/%j", None),
     ],
 )  # fmt: skip
-def test_what_cannot_go_together(more: dict[str, Any], scale: str, minutes: int | None, folder: str, words: list[str] | None) -> None:
+def test_what_cannot_go_together(
+    more: dict[str, Any], scale: str, minutes: int | None, folder: str, words: list[str] | None
+) -> None:
     scales = [Scale(*map(int, scale.split("x")))]
     if words is None:
         check_fit({**SLURM, **more}, scales, minutes, Path(folder))
         return
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
         check_fit({**SLURM, **more}, scales, minutes, Path(folder))
     for word in words:
         assert word in str(caught.value)

@@ -143,7 +143,7 @@ def test_another_cluster_s_silence_ends_nothing(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("text", ["", '{"cell_id": "'])
 def test_a_result_that_was_damaged_is_measured_again_and_then_said(tmp_path: Path, text: str) -> None:
     sweep = made_pack(tmp_path, cells=2)
-    damaged, other = sweep.entries()
+    damaged = next(iter(sweep.entries()))
     sweep.attempt_path(damaged, 1).write_text(text)  # truncated while its job ran
     assert Watch(sweep, asked("RUNNING")).look().counts() == {"pending": 2}
     standing = Watch(sweep, asked("COMPLETED")).look()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -13,13 +14,14 @@ import pytest
 
 from lcbench import cancel, collect, logs, rerun, status, sync
 from lcbench.report import __main__ as report
+from lcbench.report.page import Report
 from lcbench.runs.agent import RunPack
 from lcbench.runs.jobs import Watch
 from lcbench.runs.ownership import mine, others
 from lcbench.runs.pack import Pack, Settings
 from lcbench.runs.store import Entry, Sweep, write_json
+from tests.runs.test_pack import cell
 from tests.runs.test_queue import command
-from tests.runs.test_store import made_cell
 
 STRANGER = 54321  # a uid without a name
 RETRY = {"no-start": 1}
@@ -38,11 +40,11 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_CONF", "own.conf")
     monkeypatch.delenv("LCBENCH_SITE", raising=False)
-    monkeypatch.setattr("sys.stdin", open(os.devnull))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     return folder
 
 
-def hostile_sweep(root: Path, owner: int) -> Sweep:
+def hostile_sweep(root: Path, owner: int, *, tracked: bool = False) -> Sweep:
     """A sweep on Slurm whose two cells are to be tried again, and whose site, pack and names are there to run something."""
     evil = root.parent / "evil"
     evil.mkdir()
@@ -53,11 +55,24 @@ def hostile_sweep(root: Path, owner: int) -> Sweep:
         "env": {"PATH": str(evil), "SLURM_CONF": f"{evil}/slurm.conf", "LD_PRELOAD": f"{evil}/ran.so", "PYTHONPATH": str(evil)},
         "container": {"image": "evil.sqsh", "python": f"{evil}/python"},
     }  # fmt: skip
-    settings = Settings(site, [], f"sqlite:///{evil}/ran", LIMITS, {"factor": 1.0, "min_s": 1.0, "max_s": 9.0}, RETRY)
-    sweep, cells = Sweep(root, "theirs"), [made_cell(n) for n in range(2)]
+    uri = f"sqlite:///{evil}/ran" if tracked else None
+    settings = Settings(site, [], uri, LIMITS, {"factor": 1.0, "min_s": 1.0, "max_s": 9.0}, RETRY)
+    sweep, cells = Sweep(root, "theirs"), [cell(seed=n, scale="1x1") for n in range(2)]
     sweep.add([Entry(c) for c in cells], command=[], launch={"launcher": "slurm", "settings": asdict(settings), "by": "root"})
     ids = tuple(c.id for c in cells)
-    pack = Pack("p", "theirs", str(root), "slurm", "1x1", ids, {c.id: c.config for c in cells}, dict.fromkeys(ids, 1.0), 5, settings, "lcbench-$(ran)")
+    pack = Pack(
+        "p",
+        "theirs",
+        str(root),
+        "slurm",
+        "1x1",
+        ids,
+        {c.id: c.config for c in cells},
+        dict.fromkeys(ids, 1.0),
+        5,
+        settings,
+        "lcbench-$(ran)",
+    )
     pack.write()
     write_json(pack.folder / "job.json", {"job_id": "7", "started_at": 1.0, "pid": -1, "pids": [-1], "host": os.uname().nodename})
     for path in (root, *root.rglob("*")):
@@ -71,20 +86,20 @@ def content(folder: Path) -> dict[Path, tuple[float, int]]:
 
 @needs_root
 def test_looking_at_somebody_else_s_sweep_runs_only_ones_own_commands(
-    tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "results"
-    sweep = hostile_sweep(root, STRANGER)
-    where, cell = ["--results", str(root)], next(iter(sweep.entries()))
+    sweep = hostile_sweep(root, STRANGER, tracked=True)
+    where, cell_id = ["--results", str(root)], next(iter(sweep.entries()))
     before = content(root)
     assert others(sweep) == [str(STRANGER)]
     for view in (["theirs"], ["theirs", "--json"], ["last", "--quiet"]):
         status.main([*view, *where])
-    logs.main([cell, *where])
+    logs.main([cell_id, *where])
     standing = Watch(sweep).look()
     # PrivateData may hide a colleague's jobs: silence does not end them.
     assert (standing.packs[0].state, standing.packs[0].reason) == ("UNKNOWN", "squeue and sacct show you nothing of it")
-    for act, words in ((cancel, ["theirs"]), (cancel, [cell]), (collect, ["theirs"]), (sync, ["theirs"]), (rerun, [cell])):
+    for act, words in ((cancel, ["theirs"]), (cancel, [cell_id]), (collect, ["theirs"]), (sync, ["theirs"]), (rerun, [cell_id])):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             act.main([*words, *where])
@@ -93,7 +108,8 @@ def test_looking_at_somebody_else_s_sweep_runs_only_ones_own_commands(
         assert said.count("\n") == 1
         for word in (f"of {STRANGER}", "in your name", "site.setup", "evil.sqsh", "evil/python", "LD_PRELOAD", "--as-mine"):
             assert word in said
-    report.main(["theirs", "--out", str(tmp_path / "page"), *where])
+    monkeypatch.setattr(report, "write_report", lambda *_: Report(tmp_path, [], 0, 0))
+    report.main(["theirs", *where])
     assert content(root) == before
     assert not (tmp_path / "evil" / "ran").exists()
     assert not list((tmp_path / "evil").glob("*.args"))
@@ -109,7 +125,9 @@ def test_following_it_submits_nothing_and_a_yes_does(
     root = tmp_path / "results"
     sweep = hostile_sweep(root, STRANGER)
     where = ["--results", str(root)]
-    write_json(sweep.pack_folder("p") / "end.json", {"failure": None, "time": 1.0})  # its jobs have ended: cells wait for a collector
+    write_json(
+        sweep.pack_folder("p") / "end.json", {"failure": None, "time": 1.0}
+    )  # its jobs have ended: cells wait for a collector
     status.main(["theirs", "--follow", "--json", *where])
     assert "it is only shown; python -m lcbench.collect theirs --as-mine goes on with it" in capsys.readouterr().err
     assert not (tools / "sbatch.args").exists()
@@ -168,7 +186,9 @@ def test_a_pack_file_that_is_none_stops_nobody(tools: Path, tmp_path: Path, text
     assert [p.id for p in Watch(sweep).look().packs] == ["p"]
 
 
-def test_only_an_agent_of_the_pack_is_ended_whatever_number_its_file_names(tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_an_agent_of_the_pack_is_ended_whatever_number_its_file_names(
+    tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweep = hostile_sweep(tmp_path / "results", os.geteuid())
     pack = Pack.read(sweep.pack_folder("p") / "pack.json")
     write_json(pack.path, {**asdict(pack), "launcher": "local"})

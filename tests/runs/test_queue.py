@@ -22,7 +22,9 @@ ANSWER = """\
 def command(folder: Path, name: str, said: str, script: str = "") -> None:
     """A command of Slurm's that says this, after it has kept its arguments and environment."""
     path = folder / name
-    path.write_text(f"#!/bin/sh\nenv > {folder}/{name}.env\necho \"$@\" >> {folder}/{name}.args\n{script}\ncat <<'END'\n{said}END\n")
+    path.write_text(
+        f"#!/bin/sh\nenv > {folder}/{name}.env\necho \"$@\" >> {folder}/{name}.args\n{script}\ncat <<'END'\n{said}END\n"
+    )
     path.chmod(0o755)
 
 
@@ -49,7 +51,9 @@ def test_commands_run_in_an_environment_of_ours(tools: Path, monkeypatch: pytest
         monkeypatch.setenv(name, "odd")
     monkeypatch.setenv("SLURM_CONF", "mine.conf")
     monkeypatch.setenv("SLURM_JWT", "token")
-    own = environment({"env": {"PATH": "/evil", "LD_PRELOAD": "/evil.so", "PYTHONPATH": "/evil", "SLURM_CONF": "site.conf", "A": 1}})
+    own = environment(
+        {"env": {"PATH": "/evil", "LD_PRELOAD": "/evil.so", "PYTHONPATH": "/evil", "SLURM_CONF": "site.conf", "A": 1}}
+    )
     assert own["PATH"] == os.environ["PATH"]
     assert not [k for k, v in own.items() if "evil" in v or v == "odd"]
     assert (own["SLURM_CONF"], own["SLURM_JWT"], own.get("A")) == ("site.conf", "token", None)
@@ -77,11 +81,16 @@ def test_names_of_earlier_versions_do_not_break_the_answer(tools: Path) -> None:
 
 
 def test_what_accounting_calls_alive_has_not_ended_because_squeue_is_silent(tools: Path) -> None:
-    command(tools, "sacct", "5_[0-1,3%2]|PENDING|None|n\n5_2|RUNNING|None|n\n5_4|COMPLETED|None|n\n6|REQUEUED|None|m\n7.batch|FAILED||m\n")
+    command(
+        tools,
+        "sacct",
+        "5_[0-1,3%2]|PENDING|None|n\n5_2|RUNNING|None|n\n5_4|COMPLETED|None|n\n6|REQUEUED|None|m\n7.batch|FAILED||m\n",
+    )
     answer = ask(["n", "m"], time.time(), environment({}))
     assert answer.controller
     assert {key: job.state for key, job in answer.jobs.items()} == {
-        ("n", 0): "PENDING", ("n", 1): "PENDING", ("n", 3): "PENDING", ("n", 2): "RUNNING", ("n", 4): "COMPLETED", ("m", 0): "REQUEUED",
+        ("n", 0): "PENDING", ("n", 1): "PENDING", ("n", 3): "PENDING", ("n", 2): "RUNNING", ("n", 4): "COMPLETED",
+        ("m", 0): "REQUEUED",
     }  # fmt: skip
     assert answer.jobs["n", 2].reason == "accounting calls it RUNNING, squeue does not list it"
     command(tools, "squeue", "", "exit 1")
@@ -123,9 +132,11 @@ def test_a_job_that_waits_for_a_person_says_what_helps(state: str, reason: str, 
     [
         ("sbatch: option '--requeue' doesn't allow an argument\nTry \"sbatch --help\" for more information\n",
          "sbatch: option '--requeue' doesn't allow an argument"),
-        ("sbatch: unrecognized option '--foo=1'\nTry \"sbatch --help\" for more information", "sbatch: unrecognized option '--foo=1'"),
-        ("Invalid time specification (pos=0): 960\nsbatch: error: Invalid --begin specification", "sbatch: error: Invalid --begin specification"),
-        ("sbatch: info: your project has 3 h left\n\nsbatch: error: no budget\nsbatch: error: Batch job submission failed: Unspecified error",
+        ("sbatch: unrecognized option '--foo=1'\nTry \"sbatch --help\" for more information",
+         "sbatch: unrecognized option '--foo=1'"),
+        ("Invalid time specification (pos=0): 960\nsbatch: error: Invalid --begin specification",
+         "sbatch: error: Invalid --begin specification"),
+        ("sbatch: info: your project has 3 h left\n\nsbatch: error: no budget\nsbatch: error: Batch job submission failed: Unspecified",
          "sbatch: error: no budget"),
         ("sbatch: lua: Welcome\nsbatch: warning: old option\nsbatch: error:   use   --gpus", "sbatch: error: use --gpus"),
         ("Try \"srun --help\" for more information", "Try \"srun --help\" for more information"),
