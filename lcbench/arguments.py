@@ -64,9 +64,16 @@ def agree_to_act(sweep: Sweep, doing: str, *, as_mine: bool) -> bool:
         print(runs, file=sys.stderr)
     elif not sys.stdin.isatty():
         raise ValueError(f"{runs}; if you want that, add --as-mine")
-    elif input(f"{runs}\nDo that? [y/N] ").strip().lower() not in ("y", "yes"):
+    elif not _says_yes(f"{runs}\nDo that? [y/N] "):
         raise ValueError("nothing was done")
     return True
+
+
+def _says_yes(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except (EOFError, KeyboardInterrupt):
+        return False
 
 
 def chosen_sweep(options: argparse.Namespace) -> Sweep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -68,7 +69,7 @@ def cancel_sweep(sweep: Sweep) -> int:
     if complaints:
         print(f"error: {'; '.join(complaints)}" + (f" ({count} other jobs are told to end)" if count else ""), file=sys.stderr)
         return 1
-    print(f"{count} jobs of {sweep.name} are told to end: python -m lcbench.status {sweep.name}")
+    print(f"{count} jobs of {sweep.name} are told to end: python -m lcbench.status {shlex.quote(sweep.name)}")
     return 0
 
 
@@ -115,7 +116,7 @@ def cancel_cell(sweep: Sweep, cell_id: str) -> int:
     path.touch()
     kept = f"cell {cell_id} keeps its result; its blocks of timings from {blocks.start} on are cancelled"
     said = kept if blocks else f"cell {cell_id}, {state.state}, is told to end"
-    print(f"{said}: python -m lcbench.status {sweep.name}")
+    print(f"{said}: python -m lcbench.status {shlex.quote(sweep.name)}")
     return 0
 
 

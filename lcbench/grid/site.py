@@ -33,7 +33,6 @@ OURS = {
     "job-name": "a job is found by its name; comment is free",
     "nodes": "the scale says how many",
     "ntasks": "a node has one task, which starts a worker per GPU",
-    "ntasks-per-node": "a node has one task, which starts a worker per GPU",
     "open-mode": "a requeued job goes on with its log",
     "output": "the logs of jobs lie in the folder of their sweep",
     "parsable": "the job's number is read from what sbatch says",
@@ -203,9 +202,11 @@ def _sbatch(value: Any, ours: Mapping[str, str] = {**OURS, **KEYS_OF_THEIR_OWN})
         option = str(key).replace("_", "-")
         if not re.fullmatch(r"[a-z][a-z0-9-]+", option):
             raise ValueError(f"holds {key!r}; write the long name of an option without dashes before it, as in mem")
-        full = [name for name in ours if name == option] or [name for name in ours if len(option) > 2 and name.startswith(option)]
-        if full and option not in ("ntasks-per", "no"):
-            raise ValueError(f"holds {key}, which lcbench sets: {ours[full[0]]}")
+        # sbatch takes the beginnings of its options too.
+        meant = "ntasks" if option.startswith("ntasks") else option
+        full = [name for name in ours if name == meant or (len(option) > 2 and name.startswith(option))]
+        if full:
+            raise ValueError(f"holds {key}, which lcbench sets: {ours[meant if meant in full else full[0]]}")
         if isinstance(word, dict | list):
             raise ValueError(f"holds {key}: {_shown(word)}, a {_kind(word)}; write text as sbatch takes it, as in 'a,b'")
         if option in ("begin", "deadline") and isinstance(word, int | float):
@@ -302,7 +303,7 @@ def unknown_key(key: str, keys: Iterable[str] = tuple(SlurmSite.model_fields)) -
     known = sorted(keys)
     if option == "gres":
         return f"site has no key {key!r}: write site.gpus, which is sbatch's --gres"
-    if reason := {**OURS, **KEYS_OF_THEIR_OWN}.get(option):
+    if reason := {**OURS, **KEYS_OF_THEIR_OWN}.get("ntasks" if option.startswith("ntasks") else option):
         return f"site has no key {key!r}: {reason}"
     near = _near(key, known)
     if not near and option in _options_that_submitit_knows():

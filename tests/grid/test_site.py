@@ -84,7 +84,7 @@ SLURM: dict[str, Any] = {"launcher": "slurm", "gpus": "gpu:{gpus_per_node}", "cp
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_site_is_one_line(more: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(ValueError, match="^site") as caught:
+    with pytest.raises(ValueError, match=r"^site") as caught:
         checked({**SLURM, **more})
     said = str(caught.value)
     assert "\n" not in said

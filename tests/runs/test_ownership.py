@@ -197,3 +197,28 @@ def test_only_an_agent_of_the_pack_is_ended_whatever_number_its_file_names(
     monkeypatch.setattr(os, "kill", lambda pid, _: pytest.fail(f"killed {pid}"))
     assert cancel.main(["theirs", "--results", str(tmp_path / "results")]) == 0
     assert sys.argv  # still here
+
+
+def test_jobs_of_an_earlier_version_are_cancelled_by_id_and_what_cannot_be_is_said(
+    tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were named after their sweep; and one is known to accounting only."""
+    sweep = hostile_sweep(tmp_path / "results", os.geteuid())
+    pack = json.loads((sweep.pack_folder("p") / "pack.json").read_text())
+    write_json(sweep.pack_folder("p") / "pack.json", {**pack, "job_name": "lcbench-c,d|e-1"})
+    folder = sweep.folder / "jobs" / "lcbench-c,d|e-1"
+    folder.mkdir(parents=True)
+    (folder / "7_submission.sh").touch()
+    command(tools, "squeue", "7|N/A|RUNNING|None|N/A|lcbench-c,d|e-1\n8|N/A|RUNNING|None|N/A|somebody's\n")
+    assert Watch(sweep).look().packs[0].state == "RUNNING"
+    assert cancel.main(["theirs", "--results", str(sweep.root)]) == 0
+    assert capsys.readouterr().out.startswith("1 jobs of theirs")
+    assert (tools / "scancel.args").read_text() == "-v 7\n"
+
+    command(tools, "squeue", "")
+    command(tools, "sacct", "7|RUNNING|None|lcbench-c,d|e-1\n")
+    assert not Watch(sweep).look().ended
+    command(tools, "scancel", "", "echo 'scancel: error: Kill job error on job id 7: Invalid job id specified' >&2")
+    assert cancel.main(["theirs", "--results", str(sweep.root)]) == 1
+    assert "job 7: Invalid job id specified" in capsys.readouterr().err
+    assert "does not know its job" in sweep.pack_file("p", "end.json")["failure"]["cause"]  # so it will not be waited for
