@@ -115,10 +115,13 @@ def expand(overrides: list[str], loader: ConfigLoaderImpl) -> Plan:
     unknown = [k for k in base if k not in (*AXES, *RUN_OPTIONS, "hydra")]
     if unknown:
         raise ValueError(_unknown_key(unknown[0]))
+    site = _site(base["site"])
+    folder = Path(str(options["results"])).absolute() / str(options["sweep"] or "")
+    sites.check_fit(site, (cell.scale for cell in cells.values()), options["pack"]["max_minutes"], folder)
     return Plan(
         cells=tuple(Planned(cell, skip_reason(cell)) for cell in cells.values()),
         options=options,
-        site=_site(base["site"], options, cells.values()),
+        site=site,
         overrides=tuple(overrides),
     )
 
@@ -362,15 +365,12 @@ def _check_run_options(options: dict[str, Any]) -> None:
         raise ValueError(f"sweep={name!r} is no folder name; use letters, digits, - and _, such as sweep=first-try")
 
 
-def _site(node: Any, options: dict[str, Any], cells: Iterable[Cell]) -> dict[str, Any]:
+def _site(site: Any) -> dict[str, Any]:
     try:
-        resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
+        resolved = OmegaConf.to_container(site, resolve=True, throw_on_missing=True) if OmegaConf.is_config(site) else site
     except OmegaConfBaseException as error:
         raise ValueError(f"site: {_one_line(error)}") from error
-    found = sites.checked({str(k): v for k, v in resolved.items()} if isinstance(resolved, dict) else resolved)
-    folder = Path(str(options["results"])).absolute() / str(options["sweep"] or "")
-    sites.check_fit(found, (cell.scale for cell in cells), options["pack"]["max_minutes"], folder)
-    return found
+    return sites.checked({str(k): v for k, v in resolved.items()} if isinstance(resolved, dict) else resolved)
 
 
 def _one_line(error: BaseException) -> str:

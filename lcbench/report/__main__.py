@@ -11,7 +11,6 @@ from pathlib import Path
 from lcbench.arguments import add_sweep_arguments, bad_input, chosen_sweep, command_parser
 from lcbench.grid.devices import known_devices
 from lcbench.report.page import write_report
-from lcbench.runs.ownership import others
 from lcbench.runs.tracking import attach_or_say, tracked_at
 
 EXAMPLES = """
@@ -31,7 +30,7 @@ def main(arguments: list[str]) -> int:
     folder: Path = options.out or sweep.folder / "report"
     report = write_report(sweep, folder, known_devices())
     print(f"{report.page}  ({report.figures} figures, {report.tables} tables)")
-    if not options.no_publish and not others(sweep):  # where somebody else's sweep is published is his to say
+    if not options.no_publish:
         attach_or_say(sweep, tracked_at(sweep.manifest()["launch"]), folder)
     return 0
 
