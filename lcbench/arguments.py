@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lcbench.report.inert import printable
+from lcbench.runs.ownership import others, what_it_runs, whose
 from lcbench.runs.store import Entry, Sweep, Unreadable, owner_of, sweeps, user_name
 
 BAD_INPUT = 2  # argparse's exit code too
@@ -76,6 +77,38 @@ def add_sweep_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fal
 
 def add_results_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="results folder (default: results)")
+
+
+def add_as_mine_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--as-mine", action="store_true", help="act on a sweep of somebody else, in your name; without it you are asked"
+    )
+
+
+def agree_to_act(sweep: Sweep, doing: str, *, as_mine: bool) -> bool:
+    """Whether the sweep is somebody else's; then only after a yes to ``doing``, which is told what it runs in the caller's name.
+
+    Raises:
+        ValueError: there is no yes.
+    """
+    people = others(sweep)
+    if not people:
+        return False
+    runs = f"{whose(sweep, people)}; {doing}, in your name, with what it says: {what_it_runs(sweep.manifest()['launch'])}"
+    if as_mine:
+        print(runs, file=sys.stderr)
+    elif not sys.stdin.isatty():
+        raise ValueError(f"{runs}; if you want that, add --as-mine")
+    elif not _says_yes(f"{runs}\nDo that? [y/N] "):
+        raise ValueError("nothing was done")
+    return True
+
+
+def _says_yes(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except (EOFError, KeyboardInterrupt):
+        return False
 
 
 def chosen_sweep(options: argparse.Namespace) -> Sweep:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, find_sweep, run
+from lcbench.arguments import (
+    add_as_mine_argument,
+    add_results_argument,
+    agree_to_act,
+    bad_input,
+    chosen_cell,
+    command_parser,
+    find_sweep,
+    run,
+)
 from lcbench.grid import build
 from lcbench.report.inert import printable
 from lcbench.runs.jobs import Standing, Watch
+from lcbench.runs.ownership import here_instead
 from lcbench.runs.pack import Settings
 from lcbench.runs.store import Record, Sweep
 
@@ -32,7 +41,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--launcher", choices=("local", "slurm", "dry"), help="default: that of the sweep")
     parser.add_argument("--wait", action="store_true", help="wait for Slurm jobs and print their table")
     parser.add_argument("--exclude", metavar="NODES", help="nodes to keep away from, as sbatch writes them, e.g. n[03-05]")
-    parser.add_argument("--as-mine", action="store_true", help="of somebody else's sweep: run what it says, under your name")
+    add_as_mine_argument(parser)
     parser.add_argument(
         "--config-dir", type=Path, action="append", default=[], metavar="FOLDER",
         help="whose files name the classes (_target_) of cells that are neither lcbench's nor conf/'s",
@@ -49,7 +58,8 @@ def main(arguments: list[str]) -> int:
                 raise ValueError(f"--config-dir {folder} is no folder")
             build.allow(build.targets_in(folder))
         build.allow(sweep.allowed())
-        standing = Watch(sweep).look()
+        strange = options.launcher != "dry" and agree_to_act(sweep, "this runs cells again", as_mine=options.as_mine)
+        standing = Watch(sweep, settles=strange or None).look()
         wanted = _wanted(standing, cell_id)
         records = {i: r for i, r in wanted.items() if i not in standing.under_way}
         if cell_id is not None and not records:
@@ -58,21 +68,21 @@ def main(arguments: list[str]) -> int:
         for record in records.values():
             build.check_targets(record.entry.cell.config)
         launcher = options.launcher or standing.seen.launch["launcher"]  # type: ignore[index]
-        if records and launcher != "dry" and not options.as_mine and (owner := sweep.somebody_else):
-            raise ValueError(_foreign(sweep, owner, settings, launcher))
     if not records:
         busy = f"; {len(wanted)} are under way already" if wanted else ""
         print(f"no failed cells in {printable(sweep.name)}{busy}")
         return 0
     from hydra_plugins.lcbench._plan import launcher_named
 
+    if strange:
+        settings = replace(settings, site=here_instead(settings.site))
     if options.exclude:
         sbatch = settings.site.get("sbatch") or {}
         also = ",".join(filter(None, [sbatch.get("exclude"), options.exclude]))
         settings = replace(settings, site={**settings.site, "sbatch": {**sbatch, "exclude": also}})
 
     def choose() -> Todo:
-        return _still_wanted(sweep, records)
+        return _still_wanted(sweep, records, settles=strange or None)
 
     return launcher_named(launcher).launch_cells(sweep, choose, settings=settings, wait=options.wait, report=list(records))
 
@@ -83,11 +93,11 @@ def _wanted(standing: Standing, cell_id: str | None) -> dict[str, Record]:
     return {i: r for i, r in standing.seen.records.items() if r.status in ("failed", "missing")}
 
 
-def _still_wanted(sweep: Sweep, chosen: dict[str, Record]) -> Todo:
+def _still_wanted(sweep: Sweep, chosen: dict[str, Record], *, settles: bool | None) -> Todo:
     """Of what was chosen, under the sweep's lock, what nobody has taken up or tried since."""
     from hydra_plugins.lcbench._plan import Todo
 
-    now = Watch(sweep).look()
+    now = Watch(sweep, settles=settles).look()
     cells, under_way = [], []
     for cell_id, before in chosen.items():
         record = now.seen.records[cell_id]
@@ -115,15 +125,6 @@ def _settings(sweep: Sweep, launch: dict[str, Any] | None) -> Settings:
         raise ValueError(
             f"sweep {sweep.name} was launched by another version of lcbench ({error}); run its command again"
         ) from error
-
-
-def _foreign(sweep: Sweep, owner: str, settings: Settings, launcher: str) -> str:
-    """What would be run of another's, for a yes."""
-    said = {key: settings.site[key] for key in ("setup", "env", "sbatch", "python", "container", "srun") if settings.site.get(key)}
-    return (
-        f"sweep {sweep.name} is {owner}'s, and running its cells runs what it says under your name: launcher {launcher},"
-        f" site {json.dumps(said)}; add --as-mine, or plan them yourself: python -m lcbench.sweep ..."
-    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Where a sweep stands: every pack with its job, every cell with its state, failure class and first cause.
 
-``--follow`` keeps showing it until it has ended, and does what a collector does: what is to be tried again is submitted, and
-results are published.
+``--follow`` keeps showing it until it has ended, or until only jobs are left that Slurm holds, and does what a collector does: what
+is to be tried again is submitted, and results are published. Of somebody else's sweep it only shows where it stands.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 
-from lcbench.arguments import add_sweep_arguments, bad_input, chosen_sweep, command_parser, run
+from lcbench.arguments import add_as_mine_argument, add_sweep_arguments, agree_to_act, bad_input, chosen_sweep, command_parser, run
 from lcbench.report.inert import printable
 from lcbench.report.table import WIDTH, status_tables, summary_line
 from lcbench.runs.jobs import Watch
+from lcbench.runs.ownership import others
 from lcbench.runs.store import sweeps
 
 EXAMPLES = """
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--quiet", action="store_true", help="only the counts; the exit code says if all is well")
     parser.add_argument("--all", action="store_true", help="list every cell, also of a large sweep, and those that are well")
+    add_as_mine_argument(parser)
     options = parser.parse_args(arguments)
     root = options.results.absolute()
     if options.sweep is None:
@@ -42,6 +44,9 @@ def main(arguments: list[str]) -> int:
         return 0
     with bad_input():
         sweep = chosen_sweep(options)
+        if options.as_mine and not options.follow:
+            raise ValueError("--as-mine goes with --follow: without it status only shows where a sweep stands")
+        as_mine = options.as_mine and agree_to_act(sweep, "this submits jobs and publishes", as_mine=True)
     from rich.console import Console
     from rich.live import Live
 
@@ -51,10 +56,10 @@ def main(arguments: list[str]) -> int:
 
         from lcbench.runs.tracking import publish_or_say, tracked_at
 
-        collector = Collector(sweep)
+        collector = Collector(sweep, as_mine=as_mine)
         said = ""
         with nullcontext() if options.json or options.quiet else Live(console=console, refresh_per_second=2) as live:
-            while not (standing := collector.advance()).ended:
+            while not (standing := collector.advance()).at_rest:
                 if live is not None:
                     live.update(status_tables(standing, sweep.name, everything=options.all))
                 elif options.json:
@@ -62,7 +67,8 @@ def main(arguments: list[str]) -> int:
                     if line != said:
                         print(said := line, flush=True)
                 collector.pause()
-        publish_or_say(sweep, tracked_at(standing.seen.launch))
+        if as_mine or not others(sweep):
+            publish_or_say(sweep, tracked_at(standing.seen.launch))
     else:
         standing = Watch(sweep).look()
     if options.json:
@@ -82,7 +88,9 @@ def main(arguments: list[str]) -> int:
         console.print(status_tables(standing, sweep.name, everything=options.all))
     for damaged in standing.seen.damaged:
         print(printable(damaged), file=sys.stderr)
-    return 1 if any(c.state in ("failed", "lost") for c in standing.cells) else 0
+    for line in standing.held_words():
+        print(line, file=sys.stderr)
+    return 1 if standing.held or any(c.state in ("failed", "lost") for c in standing.cells) else 0
 
 
 if __name__ == "__main__":

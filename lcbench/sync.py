@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from lcbench.arguments import add_sweep_arguments, bad_input, chosen_sweep, command_parser, run
+from lcbench.arguments import add_as_mine_argument, add_sweep_arguments, agree_to_act, bad_input, chosen_sweep, command_parser, run
 from lcbench.runs.jobs import Watch
 from lcbench.runs.tracking import TrackingUnavailable, publish, tracked_at
 
@@ -18,9 +18,11 @@ def main(arguments: list[str]) -> int:
     parser = command_parser("sync", __doc__, EXAMPLES)
     add_sweep_arguments(parser)
     parser.add_argument("--tracking-uri", help="default: that of the sweep")
+    add_as_mine_argument(parser)
     options = parser.parse_args(arguments)
     with bad_input():
         sweep = chosen_sweep(options)
+        agree_to_act(sweep, "this publishes its results", as_mine=options.as_mine)
         uri = options.tracking_uri or tracked_at(Watch(sweep).look().seen.launch)
         if not uri:
             raise ValueError(f"sweep {sweep.name} names no tracking server; add --tracking-uri, such as http://127.0.0.1:5000")

@@ -17,6 +17,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -27,8 +28,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lcbench.grid import build, overrides, values
+from lcbench.grid import site as sites
 from lcbench.grid.cell import Cell
-from lcbench.grid.devices import known_devices
 from lcbench.grid.overrides import AXES, GROUPS, LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
 from lcbench.grid.paths import CONF, REPOSITORY
 from lcbench.kernels.base import Kernel
@@ -144,6 +145,8 @@ def expand(lines: Sequence[str], loader: ConfigLoaderImpl) -> Plan:
     both = "seqlen" in said or "seqlen" in params
     cells = {(cell := Cell.from_config(cell_config(config, both=both))).id: cell for config in configs}
     site = _site(base["site"])
+    folder = Path(str(options["results"])).absolute() / str(options["sweep"] or "")
+    sites.check_fit(site, (cell.scale for cell in cells.values()), options["pack"]["max_minutes"], folder)
     return Plan(
         cells=tuple(Planned(cell, skip_reason(cell)) for cell in cells.values()),
         options=options,
@@ -340,6 +343,10 @@ def _compose_base(fixed: list[Override], loader: ConfigLoaderImpl) -> dict[str, 
     try:
         return compose(lines, loader)
     except ValueError as error:
+        for override in fixed:
+            key = override.key_or_group.split(".")
+            if key[0] == "site" and len(key) == 2 and not override.is_add() and key[1] not in sites.SlurmSite.model_fields:
+                raise ValueError(sites.unknown_key(key[1])) from error
         for group in OPTION_GROUPS:
             own = [text_of(o) for o in fixed if root_of(o) == group]
             if own and (word := _option_error(group, own, [], loader)):
@@ -448,20 +455,10 @@ def check_name(name: Any) -> str | None:
 
 def _site(site: Any) -> dict[str, Any]:
     try:
-        resolved = OmegaConf.to_container(site, resolve=True)
+        resolved = OmegaConf.to_container(site, resolve=True, throw_on_missing=True) if OmegaConf.is_config(site) else site
     except OmegaConfBaseException as error:
         raise ValueError(f"site: {_one_line(error)}") from error
-    assert isinstance(resolved, dict)
-    known: dict[str, list[str | None]] = {
-        "device": [None, "cpu", *(entry["name"] for entry in known_devices())],
-        "check": ["stop", "warn"],
-        "publish": ["nodes", "login"],
-    }
-    for key, accepted in known.items():
-        value = resolved.get(key, accepted[0])
-        if value not in accepted:
-            raise ValueError(f"site.{key}={value} is not one of {', '.join('null' if a is None else a for a in accepted)}")
-    return {str(k): v for k, v in resolved.items()}
+    return sites.checked({str(k): v for k, v in resolved.items()} if isinstance(resolved, dict) else resolved)
 
 
 def _one_line(error: BaseException) -> str:

@@ -153,8 +153,8 @@ class Bounds:
         return of_gradient * (SCORES_FACTOR_HALF if scores else 1.0)
 
     def slope(self, told: torch.Tensor) -> float:
-        """How far from 1 the factor may be by which all elements follow the exact ones: their roundings, and a share of one that many
-        have in common. ``told``: exact elements over what each may be off by."""
+        """How far from 1 the factor may be by which all elements follow the exact ones: their roundings, and a share of one that
+        many have in common. ``told``: exact elements over what each may be off by."""
         squares = float(told.square().sum())
         if squares == 0:
             return math.inf

@@ -14,6 +14,7 @@ from lcbench.arguments import REFUSED, add_sweep_arguments, bad_input, chosen_sw
 from lcbench.grid.devices import known_devices
 from lcbench.report.inert import printable
 from lcbench.report.page import write_report
+from lcbench.runs.ownership import others, whose
 from lcbench.runs.tracking import attach_or_say, tracked_at
 
 EXAMPLES = """
@@ -42,9 +43,9 @@ def main(arguments: list[str]) -> int:
         print(f"write it elsewhere:  {sweep.command('report', '--out', f'report-{sweep.name}')}", file=sys.stderr)
         return REFUSED
     print(f"{printable(report.page)}  ({report.figures} figures, {report.tables} tables)")
-    owner = sweep.somebody_else
-    if options.publish is None and owner:
-        print(f"not attached to the sweep's run: {printable(sweep.name)} is {owner}'s, and names the server; --publish attaches it")
+    people = others(sweep)
+    if options.publish is None and people:
+        print(f"not attached to the sweep's run: {printable(whose(sweep, people))}, and names the server; --publish attaches it")
     elif options.publish is not False:
         attach_or_say(sweep, tracked_at(sweep.manifest()["launch"]), folder)
     return 0

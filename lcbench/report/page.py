@@ -123,7 +123,7 @@ def _svg(drawn: Drawn) -> str:
 
 
 def _span(frame: pd.DataFrame, created_at: float) -> str:
-    times = [t for t in frame["finished_at"] if t == t] if len(frame) else []
+    times = list(frame["finished_at"].dropna()) if len(frame) else []
     begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(created_at))
     return f"{begun} to {time.strftime('%Y-%m-%d %H:%M', time.localtime(max(times)))}" if len(times) else f"begun {begun}"
 

@@ -17,6 +17,7 @@ from lcbench.grid.values import parse_scale
 from lcbench.runs.failure import SLURM_STATES, last_error, stem_of
 from lcbench.runs.jobs import close_all, in_flight
 from lcbench.runs.logs import last_words
+from lcbench.runs.ownership import mine
 from lcbench.runs.pack import KILLS, RESERVE, Pack
 from lcbench.runs.queue import environment, last_incarnation, site_variables
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, user_name, write_json
@@ -145,6 +146,8 @@ class RunPack:
         import submitit
 
         self.begun = time.time()
+        if not mine(Path(self.pack_path)):  # its settings reach the environment of what runs here
+            raise SystemExit(f"error: {self.pack_path} belongs to somebody else than its job")
         pack = Pack.read(Path(self.pack_path))
         job, node_rank = os.environ["SLURM_JOB_ID"], int(os.environ["SLURM_NODEID"])
         nodes = submitit.JobEnvironment().hostnames

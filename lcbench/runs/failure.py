@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcbench.runs.queue import word_of
+from lcbench.runs.queue import NOISE, word_of
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Running, read_or_set_aside
 
 # Slurm's final states (man sacct) and our classes.
@@ -136,7 +136,7 @@ def last_error(log: Path) -> str:
 
 def error_in(text: str) -> str:
     """The last line that looks like an error, or else the last line; what srun says of the end of a step only follows from it."""
-    said = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line.strip() for line in text.splitlines() if line.strip() and not NOISE.match(line.strip())]
     errors = [line for line in said if any(word in line.lower() for word in ERROR_WORDS)]
     own = [line for line in errors if not line.startswith(("srun: error:", "slurmstepd:"))]
     return next(iter([*own[-1:], *errors[-1:], *said[-1:]]), "")

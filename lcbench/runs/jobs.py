@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import socket
 import time
 from collections import Counter
@@ -16,10 +17,11 @@ from filelock import Timeout
 
 from lcbench.measure.blocks import blocks_of, share
 from lcbench.runs.failure import first_failure, from_slurm_state, job_words, stacks, stem_of
+from lcbench.runs.ownership import others, trusted_site
 from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
 from lcbench.runs.queue import Job as QueuedJob
-from lcbench.runs.queue import Key, ask, environment, has_ended
-from lcbench.runs.store import Attempt, Failure, Look, Record, Running, Sweep
+from lcbench.runs.queue import Key, ask, cluster_of, environment, has_ended, remedy, where, word_of
+from lcbench.runs.store import CORRUPT, Attempt, Failure, Look, Record, Running, Sweep
 
 # Nobody is still handing over a pack after this long.
 SUBMITTING_S = 900.0
@@ -27,6 +29,10 @@ SUBMITTING_S = 900.0
 GHOST_S = 60.0
 NEVER_SUBMITTED = "NEVER_SUBMITTED"
 LOCK_S = 30.0
+# A job that squeue does not list though accounting calls it running is nobody's to wait for after this long.
+UNLISTED_S = 600.0
+# A result that was damaged is measured again so often by itself.
+DAMAGED_TWICE = 2
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,17 @@ class PackState:
     pids: tuple[int, ...] = ()
     retry: dict[str, int] = field(default_factory=dict)  # how often what failed how is tried again in it
     seconds: dict[str, float] = field(default_factory=dict)  # how long each cell is expected to take
+    remedy: str = ""  # the command that helps a job which does not go on by itself: one that Slurm holds, say
 
     @property
     def ended(self) -> bool:
         """Whether nothing of it runs or will run."""
         return self.state == NEVER_SUBMITTED or has_ended(self.state)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is in the queue and not on its nodes."""
+        return not self.ended and (bool(self.remedy) or word_of(self.state).startswith(("PENDING", "REQUEUE")))
 
 
 @dataclass(frozen=True)
@@ -69,51 +81,67 @@ class CellState:
 
 
 class Watch:
-    """Looks at a sweep; ``asking`` replaces the question to Slurm (one that waits between questions, say)."""
+    """Looks at a sweep; ``asking`` replaces the question to Slurm (one that waits between questions, say).
 
-    def __init__(self, sweep: Sweep, asking: Callable[..., Any] = ask, *, settles: bool = True) -> None:
+    ``settles``: whether it records what has ended; by default where the sweep is the caller's own.
+    """
+
+    def __init__(self, sweep: Sweep, asking: Callable[..., Any] = ask, *, settles: bool | None = None) -> None:
         self.sweep, self._ask, self._settles = sweep, asking, settles
+        self._unlisted: dict[str, float] = {}  # since when squeue has not listed a pack's job
 
     def look(self) -> Standing:
         """Settle what has ended, then say where everything stands."""
-        packs, seen = self._packs(), self.sweep.look()
+        own = not others(self.sweep)
+        packs, seen = self._packs(own), self.sweep.look()
         packs = [_with_progress(seen, p) for p in packs]
-        if self._settles and settle(self.sweep, seen, packs):
+        if (own if self._settles is None else self._settles) and settle(self.sweep, seen, packs):
             seen = self.sweep.look()
             packs = [_with_progress(seen, p) for p in packs]
         return Standing(seen, packs, _cells(seen, packs))
 
-    def _packs(self) -> list[PackState]:
-        """All packs, oldest first."""
-        contents = [(p, self.sweep.pack_file(p, "pack.json"), self.sweep.pack_file(p, "job.json")) for p in self.sweep.packs()]
-        contents = [c for c in contents if c[1]]
-        slurm = [c for c in contents if c[1]["launcher"] == "slurm"]
-        answer = None
+    def _packs(self, own: bool) -> list[PackState]:
+        """All packs, oldest first; a file that is none is left out."""
+        made = []
+        for pack_id in self.sweep.packs():
+            pack, job = self.sweep.pack_file(pack_id, "pack.json"), self.sweep.pack_file(pack_id, "job.json")
+            try:
+                made.append((pack, job, _as_handed_over(pack_id, pack, job)))
+            except (KeyError, TypeError, ValueError, AttributeError):
+                continue
+        slurm = [(pack, job) for pack, job, state in made if state.launcher == "slurm"]
+        answer = env = None
         if slurm:
-            newest = slurm[-1][1]
-            names = sorted({pack["job_name"] for _, pack, _ in slurm} - {""})
-            since = min((job["started_at"] for _, _, job in slurm if job), default=time.time())
-            answer = self._ask(names, since, environment(newest["settings"]["site"]))
+            env = environment(trusted_site(slurm[-1][0]["settings"]["site"], own))
+            names = sorted({str(pack["job_name"]) for pack, _ in slurm} - {""})
+            ids = {str(job.get("job_id", "")).partition("_")[0] for pack, job in slurm if "," in str(pack["job_name"])}
+            since = min((job["started_at"] for _, job in slurm if job), default=time.time())
+            answer = self._ask(names, since, env, sorted(i for i in ids if i.isdigit()))
         states = []
-        for pack_id, pack, job in contents:
-            cells = tuple(pack["cells"])
-            made = PackState(
-                pack_id, pack["launcher"], str(job.get("job_id") or job.get("pid") or ""), "UNKNOWN", "", cells, 0,
-                pack["job_name"], job.get("host", ""), tuple(job.get("pids", ())), pack["settings"]["retry"],
-                pack["seconds"],
-            )  # fmt: skip
-            if answer is not None and pack["launcher"] == "slurm":
-                made = _slurm_state(made, answer.jobs, answer.controller, (pack["job_name"], pack["index"]), job)
-                said = self.sweep.pack_file(pack_id, "end.json")
+        for pack, job, state in made:
+            if answer is not None and env is not None and state.launcher == "slurm":
+                key = str(pack["job_name"]), int(pack["index"])
+                state = _slurm_state(state, answer.jobs, answer.controller, key, job, where(env), own)
+                said = self.sweep.pack_file(state.id, "end.json")
                 # A slurmctld that was killed before it saved a job's end takes it for running, for minutes or for good.
-                late = made.state == "RUNNING" and time.time() - said.get("time", math.inf) > GHOST_S
-                if said and (made.state == "UNKNOWN" or late):
-                    made = replace(made, state="ENDED", reason="says so itself")
+                late = state.state == "RUNNING" and time.time() - said.get("time", math.inf) > GHOST_S
+                if said and (state.state == "UNKNOWN" or late):
+                    state = replace(state, state="ENDED", reason="says so itself", remedy="")
+                state = self._patient(state)
             else:
-                state, reason = _local_state(job)
-                made = replace(made, state=state, reason=reason)
-            states.append(made)
+                word, reason = _local_state(job)
+                state = replace(state, state=word, reason=reason)
+            states.append(state)
         return states
+
+    def _patient(self, pack: PackState) -> PackState:
+        """A pack whose job squeue has not listed for long says what to do about it."""
+        if "squeue does not list it" not in pack.reason:
+            self._unlisted.pop(pack.id, None)
+            return pack
+        if time.monotonic() - self._unlisted.setdefault(pack.id, time.monotonic()) < UNLISTED_S:
+            return pack
+        return replace(pack, remedy=f"python -m lcbench.cancel {shlex.quote(self.sweep.name)}")
 
 
 @dataclass(frozen=True)
@@ -142,6 +170,30 @@ class Standing:
     @property
     def ended(self) -> bool:
         return not self.waiting and all(p.ended for p in self.packs)
+
+    @property
+    def held(self) -> list[PackState]:
+        """Packs whose jobs do not go on before a person does something."""
+        return [p for p in self.packs if p.remedy]
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing goes on by itself: all has ended, or what has not is held, or waits for a job that is."""
+        live = [p for p in self.packs if not p.ended]
+        return self.ended or (bool(self.held) and all(p.remedy or p.reason == "Dependency" for p in live))
+
+    def held_words(self) -> list[str]:
+        """A line for each job that is held: why, how many cells wait for it, and the command that helps."""
+        jobs: dict[tuple[str, str], list[PackState]] = {}
+        for pack in self.held:
+            jobs.setdefault((pack.job_id.partition("_")[0], pack.reason), []).append(pack)
+        lines = []
+        for (master, reason), packs in jobs.items():
+            job_id = packs[0].job_id if len(packs) == 1 else master
+            cells = sum(c.pack in {p.id for p in packs} and c.state == "pending" for c in self.cells)
+            help_ = packs[0].remedy.replace(packs[0].job_id, job_id)
+            lines.append(f"job {job_id} does not go on by itself ({reason}), and {cells} cells wait for it: {help_}")
+        return lines
 
     def counts(self) -> Counter[str]:
         """Cells by state."""
@@ -212,14 +264,29 @@ def settle(sweep: Sweep, seen: Look, packs: Sequence[PackState]) -> list[Attempt
                 begun = [r for r in sweep.running(cell_id) if r.pack == pack.id]
                 if begun:
                     settled += [close(sweep, running, config, whys[pack.id]) for running in begun]
-                elif not sweep.has_attempt_of(cell_id, pack.id):
-                    settled.append(record(sweep, sweep.begin(cell_id, pack.id), config, whys[pack.id]))
+                elif not sweep.has_attempt_of(cell_id, pack.id) and (why := _damage(sweep, pack, cell_id, whys[pack.id])):
+                    settled.append(record(sweep, sweep.begin(cell_id, pack.id), config, why))
             settled += [lost for pack, running in blocks if (lost := lose(sweep, running, whys[pack.id]))]
             for running, entry in stray:  # nobody can say whether its job lives; if it does, its result will replace this
                 settled.append(close(sweep, running, entry.cell.config, Failure("crash", "the file of its pack is gone")))
     except (Timeout, PermissionError):  # somebody else is at it, or owns what would be written
         return []
     return settled
+
+
+def _damage(sweep: Sweep, pack: PackState, cell_id: str, otherwise: Failure) -> Failure | None:
+    """Why a cell has no result of a pack that has ended: ``otherwise``, unless its result was there and is damaged. Then None
+    the first time, since a cell without an attempt is run again by whoever brings its sweep to the end.
+    """
+    since = sweep.pack_file(pack.id, "job.json").get("started_at", math.inf)
+    aside = {int(p.name.split("-")[1].split(".")[0]): p for p in (sweep.folder / cell_id).glob(f"attempt-*[0-9].json{CORRUPT}")}
+    own = [number for number, path in aside.items() if path.stat().st_mtime >= since]
+    if not own:
+        return otherwise
+    attempts = sweep.attempts(cell_id)
+    if attempts[-1].number > max(own) if attempts else len(aside) < DAMAGED_TWICE:
+        return None
+    return Failure("crash", f"its result was damaged after it was written, and set aside: {aside[max(own)].name}")
 
 
 def close(sweep: Sweep, running: Running, config: dict[str, Any], otherwise: Failure | None = None) -> Attempt:
@@ -311,7 +378,7 @@ def _cells(seen: Look, packs: list[PackState]) -> list[CellState]:
         if marked:
             alive = pack is not None and not pack.ended
             state = replace(
-                state, state="running" if alive else "lost", attempt=marked[-1].number,
+                state, state=("pending" if pack and pack.waits else "running") if alive else "lost", attempt=marked[-1].number,
                 elapsed_s=time.time() - marked[-1].started_at,
             )  # fmt: skip
         elif newest is not None and not newest.ended and _will_come_to(newest, seen_cell):
@@ -320,6 +387,8 @@ def _cells(seen: Look, packs: list[PackState]) -> list[CellState]:
             state = replace(state, state=seen_cell.status, elapsed_s=last.finished_at - last.started_at if last else 0.0)
             if why := seen_cell.failure:
                 state = replace(state, failure=why.kind, cause=why.cause)
+        if state.state == "pending" and (holder := by_id.get(state.pack)) and holder.remedy:
+            state = replace(state, cause=f"{holder.reason}: {holder.remedy}")
         found.append(state)
     return found
 
@@ -354,17 +423,40 @@ def _job_failure(sweep: Sweep, pack: PackState) -> Failure:
     return from_slurm_state(pack.state, began, job_words(sweep.folder / "jobs" / pack.job_name, pack.job_id))
 
 
-def _slurm_state(pack: PackState, jobs: dict[Key, QueuedJob], controller: bool, key: Key, handed: dict[str, Any]) -> PackState:
+def _as_handed_over(pack_id: str, pack: dict[str, Any], job: dict[str, Any]) -> PackState:
+    """A pack as its files have it.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: they hold something else.
+    """
+    settings, started_at = pack["settings"], job.get("started_at", 0.0)
+    settings["site"].get("name"), int(pack["index"]), float(started_at)
+    return PackState(
+        pack_id, str(pack["launcher"]), str(job.get("job_id") or job.get("pid") or ""), "UNKNOWN", "",
+        tuple(map(str, pack["cells"])), 0, str(pack["job_name"]), str(job.get("host", "")),
+        tuple(map(int, job.get("pids", ()))), dict(settings["retry"]), dict(pack["seconds"]),
+    )  # fmt: skip
+
+
+def _slurm_state(
+    pack: PackState, jobs: dict[Key, QueuedJob], controller: bool, key: Key, handed: dict[str, Any],
+    here: tuple[str | None, ...], own: bool,
+) -> PackState:  # fmt: skip
     job = jobs.get(key)
     if job is not None:
-        return replace(pack, state=job.state, reason=job.reason, job_id=job.id)
+        helps = remedy(job.state, job.reason, job.id)
+        return replace(pack, state=job.state, reason=job.reason, job_id=job.id, remedy=helps)
     if not controller:
         return replace(pack, reason="slurmctld does not answer")
+    if handed.get("cluster") and (asked := cluster_of(here)) and asked != handed["cluster"]:
+        return replace(pack, reason=f"its cluster is {handed['cluster']}, and Slurm's commands here ask {asked}")
     if handed.get("job_id"):
+        if not own:
+            return replace(pack, reason="squeue and sacct show you nothing of it")
         return replace(pack, state="ENDED", reason="neither squeue nor sacct knows the job any more")
     # No job of this name, and nobody was told its number: it is being submitted, or never was.
-    here = handed.get("host") == socket.gethostname()
-    alive = _alive(handed["pid"], handed["started_at"]) if here else time.time() - handed.get("started_at", 0.0) < SUBMITTING_S
+    at_home = handed.get("host") == socket.gethostname()
+    alive = _alive(handed["pid"], handed["started_at"]) if at_home else time.time() - handed.get("started_at", 0.0) < SUBMITTING_S
     if alive:
         return replace(pack, state="PENDING", reason="being submitted")
     return replace(pack, state=NEVER_SUBMITTED, reason="the launcher ended before it could")

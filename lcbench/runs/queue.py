@@ -1,20 +1,24 @@
 """What Slurm knows of jobs, by name: one squeue and one sacct for all of a sweep.
 
-squeue speaks for what lives, a requeued job too; a job that a controller which answers does not list has left the queue. Only
-then sacct's last word counts, since for a requeued job it may be that of the run before. A controller that does not answer
-makes jobs unknown, never dead.
+squeue speaks for what lives, a requeued job too. For a job that squeue does not list sacct's last word counts: a job that
+accounting calls running or pending is never taken for ended. A controller that does not answer makes jobs unknown, never dead.
+
+Slurm's commands run in an environment of ours (``environment``), so that neither the formats and filters of the person who calls
+nor what a stored site names change what they do.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-QUERY_TIMEOUT_S = 20
+QUERY_TIMEOUT_S, CANCEL_TIMEOUT_S = 20, 60
 ENDED = {
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
     "REVOKED", "ENDED",
@@ -22,7 +26,18 @@ ENDED = {
 # Slurm may still requeue a job in one of these; it says so within seconds.
 MAY_COME_BACK = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL"}
 COMES_BACK_S = 45
-LEFT_THE_QUEUE = "it has left the queue, and accounting does not say how"
+NOT_LISTED = "accounting calls it {state}, squeue does not list it"
+# Variables that change what Slurm's commands ask, show or submit, and those of them that say where and as whom.
+SLURM_VARIABLES = ("SLURM", "SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_", "SINFO_", "SBATCH_", "SRUN_", "SALLOC_")
+LOCATING = ("SLURM_CONF", "SLURM_CONF_SERVER")
+KEPT = (*LOCATING, "SLURM_JWT")
+# Why a job waits, where it waits for a person (man squeue, JOB REASON CODES): it is held until it is released, or can never start.
+HELD = re.compile(r"\bheld\b|Held|JobHold|^ReservationDeleted$")
+NEVER_STARTS = re.compile(
+    r"NeverSatisfied|^BadConstraints$|^Partition(Node|Time)Limit$|^Invalid(Account|QOS)$|NotAllowed$|Max\w+PerJob"
+)
+# What commands say when nothing is wrong, or before or behind the line that says what is.
+NOISE = re.compile(r"^(Try ['\"`]|Usage:|\w+: (warning|info|debug\d?):|\w+: lua:)", re.IGNORECASE)
 
 Key = tuple[str, int]  # name of a job, index in its array
 
@@ -38,7 +53,7 @@ def has_ended(state: str) -> bool:
 
 @dataclass(frozen=True)
 class Job:
-    """``state``: Slurm's word; ENDED for a job that left the queue and that accounting does not know."""
+    """``state``: Slurm's word."""
 
     state: str
     reason: str
@@ -58,45 +73,69 @@ class Answer:
 
 
 def site_variables(site: dict[str, Any]) -> dict[str, str]:
-    """The variables that a site sets."""
-    return {key: str(value) for key, value in (site.get("env") or {}).items()}
+    """The variables that a site sets in its jobs."""
+    return {key: str(value) for key, value in (site.get("env") or {}).items() if value is not None}
 
 
 def environment(site: dict[str, Any]) -> dict[str, str]:
-    """The environment of Slurm's commands on a site."""
-    return {**os.environ, **site_variables(site)}
+    """The environment of Slurm's commands: that of the person who calls, without variables that change what these commands do.
+    Of the site it takes where Slurm is (``LOCATING``) and nothing else, above all no PATH.
+    """
+    own = {k: v for k, v in os.environ.items() if k in KEPT or not k.startswith(SLURM_VARIABLES)}
+    return {**own, **{k: v for k, v in site_variables(site).items() if k in LOCATING}}
 
 
-def ask(names: Sequence[str], since: float, env: dict[str, str]) -> Answer:
-    """States of all jobs of these names that were there after ``since`` (seconds since the epoch)."""
-    if not names:
-        return Answer({}, True)
-    listed = ",".join(names)
-    # --array: one line for each element, also for those that wait.
-    queued = _lines(["squeue", "--array", "-h", "-t", "all", "-n", listed, "-o", "%j|%F|%K|%T|%r|%e"], env)
+def remedy(state: str, reason: str, job_id: str) -> str:
+    """What a person does about a job that will not start by itself; empty for every other job."""
+    if has_ended(state) or word_of(state) == "RUNNING":
+        return ""
+    if HELD.search(reason) or word_of(state).endswith(("_HOLD", "SPECIAL_EXIT")):
+        return f"scontrol release {job_id}"
+    return f"scancel {job_id}" if NEVER_STARTS.search(reason) else ""
+
+
+def reason_in(text: str) -> str:
+    """Of what a Slurm command wrote the first line that says what is wrong; empty if it wrote nothing."""
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    said = [line for line in lines if not NOISE.match(line)]
+    return next(iter([*(line for line in said if "error:" in line.lower()), *said, *lines]), "")
+
+
+def ask(names: Sequence[str], since: float, env: dict[str, str], ids: Sequence[str] = ()) -> Answer:
+    """States of all jobs of these names that were there after ``since`` (seconds since the epoch).
+
+    ``ids``: of jobs whose names cannot be asked for, since commas separate names; earlier versions named jobs after their sweep.
+    """
+    listed = ",".join(name for name in names if "," not in name)
+    wanted = [(f"--name={listed}",)] if listed else []
+    if ids:
+        wanted.append((f"--jobs={','.join(ids)}",))
     begun = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - 60))
-    wanted = "JobName%200,JobID,State%40,Reason"
-    counted = _lines(["sacct", "-X", "-n", "-P", "-S", begun, f"--name={listed}", "-o", wanted], env)
     jobs: dict[Key, Job] = {}
-    for line in counted or ():
-        name, job_id, state, reason = [*line.split("|"), "", ""][:4]
-        master, _, element = job_id.partition("_")
-        if element.isdigit() or not element:
-            jobs[name, int(element or 0)] = Job(state, _said(reason), job_id)
     living: dict[Key, Job] = {}
-    for line in queued or ():
-        name, master, element, state, reason, end = [*line.split("|"), *6 * [""]][:6]
-        if state in MAY_COME_BACK and _age_s(end) < COMES_BACK_S:
-            state, reason = "COMPLETING", f"{state}, may be requeued"
-        number = int(element) if element.isdigit() else 0
-        living[name, number] = Job(state, _said(reason), f"{master}_{element}" if element.isdigit() else master)
-    if queued is not None:
-        for key, job in jobs.items():
-            if key not in living and not job.ended:
-                jobs[key] = Job("ENDED", LEFT_THE_QUEUE, job.id)
-    else:
-        jobs = {key: Job("UNKNOWN", "slurmctld does not answer", job.id) for key, job in jobs.items()}
-    return Answer({**jobs, **living}, queued is not None)
+    answers = True
+    for which in wanted:
+        # --array: one line for each element, also for those that wait. --all: also in partitions that are hidden. The name comes
+        # last: it may hold the bar that separates.
+        queued = _squeue(["--array", "--all", "-h", "-t", "all", *which, "-o", "%F|%K|%T|%r|%e|%j"], env)
+        counted = _lines(["sacct", "-a", "-X", "-n", "-P", "-S", begun, *which, "-o", "JobID,State,Reason,JobName%200"], env)
+        for line in counted or ():
+            job_id, state, reason, name = [*line.split("|", 3), "", "", ""][:4]
+            for element in _elements(job_id):
+                jobs[name, int(element.partition("_")[2] or 0)] = Job(state, _said(reason), element)
+        for line in queued or ():
+            master, element, state, reason, end, name = [*line.split("|", 5), *6 * [""]][:6]
+            if state in MAY_COME_BACK and _age_s(end) < COMES_BACK_S:
+                state, reason = "COMPLETING", f"{state}, may be requeued"
+            number = int(element) if element.isdigit() else 0
+            living[name, number] = Job(state, _said(reason), f"{master}_{element}" if element.isdigit() else master)
+        answers = answers and queued is not None
+    for key, job in jobs.items():
+        if not answers:
+            jobs[key] = Job("UNKNOWN", "slurmctld does not answer", job.id)
+        elif not job.ended:  # squeue shows less than there is, or accounting is late
+            jobs[key] = Job(job.state, NOT_LISTED.format(state=job.state), job.id)
+    return Answer({**jobs, **living}, answers)
 
 
 def last_incarnation(job_id: str, restarts: int, env: dict[str, str]) -> str:
@@ -114,36 +153,71 @@ class Patient:
 
     def __init__(self, first_s: float = 2.0, most_s: float = 30.0) -> None:
         self._first_s, self._most_s, self._pause_s = first_s, most_s, first_s
-        self._next, self._names = 0.0, tuple[str, ...]()
+        self._next, self._asked = 0.0, (tuple[str, ...](), tuple[str, ...]())
         self._answer = Answer({}, True)
 
-    def __call__(self, names: Sequence[str], since: float, env: dict[str, str]) -> Answer:
-        if tuple(names) == self._names and time.monotonic() < self._next:
+    def __call__(self, names: Sequence[str], since: float, env: dict[str, str], ids: Sequence[str] = ()) -> Answer:
+        asked = tuple(names), tuple(ids)
+        if asked == self._asked and time.monotonic() < self._next:
             return self._answer
-        answer = ask(names, since, env)
+        answer = ask(names, since, env, ids)
         same = answer == self._answer
         self._pause_s = min(1.5 * self._pause_s, self._most_s) if same else self._first_s
-        self._names, self._answer, self._next = tuple(names), answer, time.monotonic() + self._pause_s
+        self._asked, self._answer, self._next = asked, answer, time.monotonic() + self._pause_s
         return answer
+
+
+@lru_cache
+def cluster_of(locating: tuple[str | None, ...]) -> str:
+    """Name of the cluster that Slurm's commands ask; empty where they do not say. ``locating``: ``where(env)``."""
+    found = {k: v for k, v in zip(LOCATING, locating, strict=True) if v is not None}
+    lines = _lines(["scontrol", "show", "config"], {**environment({}), **found}) or []
+    return next((line.partition("=")[2].strip() for line in lines if line.split("=")[0].strip() == "ClusterName"), "")
+
+
+def where(env: dict[str, str]) -> tuple[str | None, ...]:
+    """What locates the Slurm that an environment leads to."""
+    return tuple(env.get(key) for key in LOCATING)
 
 
 def cancel_named(names: Sequence[str], env: dict[str, str]) -> str | None:
     """Cancel all jobs of these names; what Slurm says if it will not."""
-    ids = _lines(["squeue", "-h", "-n", ",".join(names), "-o", "%A"], env) if names else []
-    if ids is None:
+    answer = ask(names, time.time(), env)
+    if not answer.controller:
         return "slurmctld does not answer"
-    return cancel(sorted(set(ids)), env) if ids else None
+    return "; ".join(cancel([job.id for job in answer.jobs.values() if not job.ended], env).values()) or None
 
 
-def cancel(job_ids: Sequence[str], env: dict[str, str]) -> str | None:
-    """Cancel jobs; what Slurm says if it will not."""
-    try:
-        subprocess.run(["scancel", *job_ids], capture_output=True, text=True, timeout=60, env=env, check=True)
-    except subprocess.CalledProcessError as error:
-        return " ".join(str(error.stderr).split())
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return None
+def cancel(job_ids: Sequence[str], env: dict[str, str]) -> dict[str, str]:
+    """Cancel jobs; by id, what became of those that Slurm did not cancel."""
+    asked = list(dict.fromkeys(i for i in job_ids if re.fullmatch(r"\d+(_\d+)?", i)))
+    if not asked:
+        return {}
+    # scancel says nothing of jobs that it does not know unless asked for words.
+    done = _call(["scancel", "-v", *asked], env, CANCEL_TIMEOUT_S)
+    if isinstance(done, str):
+        return dict.fromkeys(asked, done)
+    refused: dict[str, str] = {}
+    for line in done.stderr.splitlines():
+        found = re.search(r"error on job id (\d+(?:_\d+)?)\W+(.*)", line)
+        if found and "already completing" not in line.lower():
+            refused[found[1]] = found[2].strip()
+    if done.returncode and not refused:
+        return dict.fromkeys(asked, reason_in(done.stderr) or f"scancel ended with code {done.returncode}")
+    return {i: refused[i] for i in asked if i in refused}
+
+
+def _elements(job_id: str) -> Iterator[str]:
+    """The jobs that one line of sacct is about: ``7``, ``7_2``, and of those that wait ``7_[0-3,5%2]``."""
+    found = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", job_id)
+    if not found:
+        if re.fullmatch(r"\d+(_\d+)?", job_id):
+            yield job_id
+        return
+    for part in found[2].split(","):
+        first, _, last = part.partition("-")
+        for element in range(int(first), int(last or first) + 1):
+            yield f"{found[1]}_{element}"
 
 
 def _age_s(moment: str) -> float:
@@ -158,10 +232,32 @@ def _said(reason: str) -> str:
     return "" if reason == "None" else reason
 
 
+def _squeue(options: list[str], env: dict[str, str]) -> list[str] | None:
+    """Lines of squeue; None where it does not answer. That it knows none of the jobs is an answer."""
+    done = _call(["squeue", *options], env)
+    if isinstance(done, str) or (done.returncode and "Invalid job id" not in done.stderr):
+        return None
+    return _nonempty(done.stdout)
+
+
 def _lines(command: list[str], env: dict[str, str]) -> list[str] | None:
     """Output lines; None where the command is missing, fails or takes too long."""
+    done = _call(command, env)
+    return None if isinstance(done, str) or done.returncode else _nonempty(done.stdout)
+
+
+def _call(command: list[str], env: dict[str, str], timeout_s: float = QUERY_TIMEOUT_S) -> subprocess.CompletedProcess[str] | str:
+    """A finished command, or why it could not be run."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, env=env)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else None
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout_s, env=env,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} does not answer within {timeout_s:.0f} s"
+    except OSError as error:
+        return f"{command[0]}: {error.strerror or error}"
+
+
+def _nonempty(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip()]

@@ -412,15 +412,6 @@ class Sweep:
         named = (*where, *words, "--", self.name) if self.name.startswith("-") else (self.name, *where, *words)
         return shlex.join(["python", "-m", f"lcbench.{name}", *named])
 
-    @property
-    def somebody_else(self) -> str | None:
-        """Whose sweep it is, where another user wrote its manifest last: what it says to run was not said by who looks at it."""
-        try:
-            uid = self.manifest_path.stat().st_uid
-        except OSError:
-            return None
-        return None if uid == os.geteuid() else user_name(uid)
-
     def allow(self, targets: Collection[str]) -> None:
         """Keep which ``_target_`` from outside of lcbench this user runs in this sweep, for its jobs and for going on with it."""
         known = self.allowed()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra_plugins.lcbench._plan import default_name
-from hydra_plugins.lcbench.slurm import arrays, sbatch_text
+from hydra_plugins.lcbench.slurm import arrays, called_for, job_name, sbatch_text, sweep_key
 
 from lcbench.runs.pack import Pack, Settings
+from lcbench.runs.store import Sweep
 from lcbench.sweep import look
 from tests.runs.test_pack import cell
 
@@ -70,6 +74,38 @@ def test_a_node_that_fell_out_is_left_out_beside_those_that_the_site_names(tmp_p
     bad.fall_out({"n07": "7 of 8 GPUs"})
     text = sbatch_text([pack(tmp_path, 1, site={"sbatch": {"exclude": "n01"}})])
     assert "#SBATCH --exclude=n01,n07\n" in text
+
+
+@pytest.mark.parametrize("name", ["c,d", "a|b", "x'y", "10 %", "ü*?"])
+def test_a_job_s_name_is_nothing_that_was_typed(tmp_path: Path, name: str) -> None:
+    sweep = Sweep(tmp_path, name)
+    made = job_name(sweep)
+    assert re.fullmatch(r"lcbench-[0-9a-f]{8}-\d{6}-\d{6}-[0-9a-f]{6}", made)
+    assert made != job_name(sweep)
+    assert sweep_key(Sweep(tmp_path / "other", name)) != sweep_key(sweep)
+    text = sbatch_text([replace(pack(tmp_path, 0), sweep=name)])
+    (comment,) = (line for line in text.splitlines() if "--comment" in line)
+    assert re.fullmatch(r"#SBATCH --comment='lcbench sweep [\w.-]+'", comment, re.ASCII)
+
+
+def test_options_of_sbatch_reach_it_as_they_are_meant(tmp_path: Path) -> None:
+    sbatch = {"requeue": False, "exclusive": True, "overcommit": False, "mem": 0, "mail_type": None, "comment": "mine"}
+    lines = sbatch_text([pack(tmp_path, 0, site={"sbatch": sbatch})]).splitlines()
+    for line in ("--no-requeue", "--exclusive", "--mem=0", "--comment=mine"):
+        assert lines.count(f"#SBATCH {line}") == 1
+    assert not [line for line in lines if "--requeue" in line or "overcommit" in line or "mail" in line]
+
+
+def test_sbatch_runs_in_an_environment_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SQUEUE_SORT", "SBATCH_PARTITION", "SLURM_CLUSTERS"):
+        monkeypatch.setenv(name, "odd")
+    monkeypatch.setenv("SLURM_CONF", "mine.conf")
+    before = dict(os.environ)
+    with called_for({"env": {"PATH": "/evil", "A": "b"}}):
+        assert {**os.environ} == {k: v for k, v in before.items() if v != "odd"}
+    with called_for({"env": {"SLURM_CONF": "site.conf"}}):
+        assert os.environ["SLURM_CONF"] == "site.conf"
+    assert dict(os.environ) == before
 
 
 def test_two_people_who_type_the_same_have_two_sweeps() -> None:

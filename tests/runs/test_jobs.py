@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from lcbench.runs import jobs
 from lcbench.runs.jobs import GHOST_S, Watch
-from lcbench.runs.queue import Answer, Job
+from lcbench.runs.queue import NOT_LISTED, Answer, Job
 from lcbench.runs.store import Attempt, Entry, Sweep, write_json
 from tests.runs.test_store import made_cell
 
@@ -79,3 +80,84 @@ def test_a_cell_in_flight_has_had_its_time(tmp_path: Path) -> None:
     sweep.begin(next(iter(sweep.entries())), "p")
     time.sleep(0.2)
     assert 190 < Watch(sweep, asked("RUNNING")).look().left().running_s < 200
+
+
+HELD = Job("PENDING", "launch failed requeued held", "7")
+
+
+def test_a_job_that_slurm_holds_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cells, one of which had begun before, are not running; who waits stops and says what helps."""
+    sweep = made_pack(tmp_path, cells=3)
+    cells = list(sweep.entries())
+    sweep.begin(cells[1], "p")
+    standing = Watch(sweep, lambda *_: Answer({("n", 0): HELD}, True)).look()
+    assert [c.state for c in standing.cells] == ["ok", "pending", "pending"]
+    assert standing.cells[1].cause == "launch failed requeued held: scontrol release 7"
+    assert not standing.ended
+    assert standing.at_rest
+    assert standing.under_way == set(cells[1:])
+    said = "job 7 does not go on by itself (launch failed requeued held), and 2 cells wait for it: scontrol release 7"
+    assert standing.held_words() == [said]
+    # One that waits for it does not go on either; one that waits its turn does.
+    pack = sweep.pack_file("p", "pack.json")
+    write_json(sweep.pack_folder("q") / "pack.json", {**pack, "job_name": "m"})
+    for reason, rests in (("Dependency", True), ("Priority", False)):
+        answer = Answer({("n", 0): HELD, ("m", 0): Job("PENDING", reason, "8")}, True)
+        assert Watch(sweep, lambda *_, answer=answer: answer).look().at_rest == rests
+    assert not Watch(sweep, lambda *_: Answer({("n", 0): Job("PENDING", "Dependency", "7")}, True)).look().at_rest
+    # Of an array that is held one command helps.
+    write_json(sweep.pack_folder("q") / "pack.json", {**pack, "index": 1})
+    both = {("n", i): Job("PENDING", "JobHeldUser", f"7_{i}") for i in range(2)}
+    (line,) = Watch(sweep, lambda *_: Answer(both, True)).look().held_words()
+    assert line.endswith(": scontrol release 7")
+
+
+def test_a_job_that_squeue_does_not_list_lives_while_accounting_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = made_pack(tmp_path, cells=2)
+    unlisted = lambda *_: Answer({("n", 0): Job("RUNNING", NOT_LISTED.format(state="RUNNING"), "7")}, True)  # noqa: E731
+    watch = Watch(sweep, unlisted)
+    for _ in range(2):
+        standing = watch.look()
+        assert not standing.ended
+        assert not standing.at_rest
+        assert standing.counts() == {"ok": 1, "pending": 1}
+    monkeypatch.setattr(jobs, "UNLISTED_S", -1.0)  # whoever waits is told after a while
+    standing = watch.look()
+    assert standing.at_rest
+    assert not standing.ended
+    assert standing.held_words()[0].endswith("python -m lcbench.cancel s")
+
+
+def test_another_cluster_s_silence_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = made_pack(tmp_path, cells=2)
+    folder = sweep.pack_folder("p")
+    write_json(folder / "job.json", {"job_id": "7", "started_at": time.time() - 600, "cluster": "big"})
+    silent = lambda *_: Answer({}, True)  # noqa: E731
+    monkeypatch.setattr(jobs, "cluster_of", lambda _: "small")
+    (pack,) = Watch(sweep, silent).look().packs
+    assert (pack.state, pack.reason) == ("UNKNOWN", "its cluster is big, and Slurm's commands here ask small")
+    monkeypatch.setattr(jobs, "cluster_of", lambda _: "big")
+    assert Watch(sweep, silent).look().packs[0].state == "ENDED"
+
+
+@pytest.mark.parametrize("text", ["", '{"cell_id": "'])
+def test_a_result_that_was_damaged_is_measured_again_and_then_said(tmp_path: Path, text: str) -> None:
+    sweep = made_pack(tmp_path, cells=2)
+    damaged = next(iter(sweep.entries()))
+    sweep.attempt_path(damaged, 1).write_text(text)  # truncated while its job ran
+    assert Watch(sweep, asked("RUNNING")).look().counts() == {"pending": 2}
+    standing = Watch(sweep, asked("COMPLETED")).look()
+    # No attempt: whoever brings the sweep to its end runs it again. What its job never came to has its job's class.
+    assert [c.state for c in standing.cells] == ["missing", "failed"]
+    assert [d.path.name for d in standing.seen.damaged] == ["attempt-1.json.corrupt"]
+    assert Watch(sweep, asked("COMPLETED")).look().cells == standing.cells
+    number = sweep.begin(damaged, "p").number
+    assert number == 2
+    sweep.attempt_path(damaged, 2, "running.json").unlink()
+    sweep.attempt_path(damaged, 2).write_text(text)
+    cell = Watch(sweep, asked("COMPLETED")).look().cells[0]
+    assert (cell.state, cell.failure) == ("failed", "crash")
+    assert cell.cause == "its result was damaged after it was written, and set aside: attempt-2.json.corrupt"
+    # A later good result stays the last word.
+    sweep.finish(Attempt(damaged, "s", sweep.begin(damaged, "q").number, "ok", pack="q", started_at=1.0, finished_at=2.0))
+    assert Watch(sweep, asked("COMPLETED")).look().cells[0].state == "ok"

@@ -166,9 +166,9 @@ def test_cancel_a_cell_then_the_sweep(faulty: dict[str, str], tmp_path: Path) ->
     assert (cell["failure"], cell["attempt"]) == ("cancelled", 2)
 
     def queued() -> str:
-        return subprocess.run(["squeue", "-h", "-o", "%j"], env=faulty, capture_output=True, text=True).stdout
+        return subprocess.run(["squeue", "-h", "-o", "%k"], env=faulty, capture_output=True, text=True).stdout
 
-    wait_until(lambda: "lcbench-cut" not in queued(), 30)  # neither its jobs nor its collector
+    wait_until(lambda: "lcbench sweep cut" not in queued(), 30)  # neither its jobs nor its collector
 
 
 @pytest.mark.parametrize(

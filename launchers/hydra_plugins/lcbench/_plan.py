@@ -25,6 +25,7 @@ from lcbench.grid.expand import Plan
 from lcbench.grid.paths import REPOSITORY
 from lcbench.runs.budget import Cost
 from lcbench.runs.estimate import Estimator
+from lcbench.runs.ownership import here_instead, only_shown, others
 from lcbench.runs.pack import Pack, Settings, given_up, group, tries_again
 from lcbench.runs.store import Entry, Failure, Sweep, user_name, write_json
 
@@ -63,6 +64,7 @@ class Todo:
     done: Sequence[Cell] = ()
     under_way: Sequence[Cell] = ()
     given_up: Sequence[Cell] = ()
+    held: Sequence[str] = ()  # a line for each job under way that does not go on by itself
 
 
 class PackLauncher(Launcher):
@@ -129,6 +131,8 @@ class PackLauncher(Launcher):
                 self.say(
                     f"note: {len(lonely)} cells have a strategy on one rank, where it has nothing to do: scale=1x2, or cp=none"
                 )
+            for line in todo.held:
+                self.say(line)
             return todo
 
         return self.launch_cells(
@@ -163,7 +167,7 @@ class PackLauncher(Launcher):
         from lcbench.runs.jobs import Watch
         from lcbench.runs.tracking import publish_or_say, view_url
 
-        standing = Watch(sweep).look()
+        standing = Watch(sweep, settles=True).look()
         publish_or_say(sweep, tracking_uri)
         if self.output == "table":
             console = Console(width=None if sys.stdout.isatty() else WIDTH)
@@ -182,7 +186,9 @@ class PackLauncher(Launcher):
         if tracking_uri:
             self.say(f"dashboard:  {'make mlflow, then ' if local else ''}{url}" if url else "dashboard:  make mlflow")
         self._answer(sweep, cells=to_rows(standing.seen, report))
-        return SOME_FAILED if failed else OK
+        for line in standing.held_words():
+            print(line, file=sys.stderr)
+        return SOME_FAILED if failed or standing.held else OK
 
     def _answer(self, sweep: Sweep, **more: Any) -> None:
         """What a script reads."""
@@ -253,7 +259,7 @@ def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool, settles: bool =
             hopeless.append(cell)
         else:
             todo.append(cell)
-    return Todo(todo, done, [c for c in cells if c.id in under_way], hopeless)
+    return Todo(todo, done, [c for c in cells if c.id in under_way], hopeless, standing.held_words())
 
 
 def write_down(pack: Pack) -> None:
@@ -322,13 +328,17 @@ def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: 
 class Collector:
     """Brings a sweep to its end whatever became of the command that began it: settles what has ended, runs again what its failure
     class says, and hands over what never was.
+
+    A sweep that is not, or not wholly, the caller's own is only looked at, unless ``as_mine``: what it would run in the caller's
+    name is what somebody else has written down.
     """
 
-    def __init__(self, sweep: Sweep) -> None:
+    def __init__(self, sweep: Sweep, *, as_mine: bool = False) -> None:
         from lcbench.runs.jobs import Watch
         from lcbench.runs.queue import Patient
 
-        self._sweep, self._watch = sweep, Watch(sweep, Patient())
+        self._sweep, self._as_mine = sweep, as_mine
+        self._watch = Watch(sweep, Patient(), settles=True if as_mine else None)
         self._next, self._said, self._pause_s = 0.0, "", 1.0
         self._left_out: set[str] = set()
 
@@ -340,7 +350,13 @@ class Collector:
         launch = standing.seen.launch
         if not launch or launch.get("cancelled") or launch["launcher"] != "slurm":
             return standing
+        people = others(self._sweep)
+        if people and not self._as_mine:
+            self._say(only_shown(self._sweep, people))
+            return standing
         settings = Settings(**launch["settings"])
+        if people:
+            settings = replace(settings, site=here_instead(settings.site))
 
         def wanted(now: Standing) -> Todo:
             records = {i: r for i, r in now.seen.records.items() if i not in now.under_way and not r.entry.skip}
@@ -354,9 +370,7 @@ class Collector:
             _, _, refusal = launcher.hand_over(self._sweep, lambda: wanted(self._watch.look()), settings)
             if refusal is not None:
                 self._next = time.monotonic() + REFUSED_PAUSE_S
-                if str(refusal) != self._said:
-                    print(refusal, file=sys.stderr)
-                self._said = str(refusal)
+                self._say(str(refusal))
             standing = self._watch.look()
         return replace(standing, waiting=len(wanted(standing).cells))
 
@@ -375,6 +389,12 @@ class Collector:
     def pause(self) -> None:
         """Sleep until it is time for the next round: longer where looking takes long."""
         time.sleep(self._pause_s)
+
+    def _say(self, text: str) -> None:
+        """On stderr, once."""
+        if text != self._said:
+            print(text, file=sys.stderr)
+        self._said = text
 
 
 def default_name(plan: Plan) -> str:

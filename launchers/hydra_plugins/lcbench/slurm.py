@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
+import re
 import secrets
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,11 @@ from typing import Any
 from hydra_plugins.lcbench._plan import Collector, NotSubmitted, PackLauncher, write_down
 
 from lcbench.grid.paths import REPOSITORY
+from lcbench.grid.site import check_path, lost_without_requeue, sbatch_flags
 from lcbench.grid.values import parse_scale
 from lcbench.runs.agent import RunPack, warned_s
 from lcbench.runs.pack import Pack
-from lcbench.runs.queue import cancel_named, site_variables
+from lcbench.runs.queue import KEPT, cancel_named, cluster_of, environment, reason_in, site_variables, where
 from lcbench.runs.store import Sweep, write_json
 
 MAX_ARRAY = 1000  # Slurm's own default allows 1001
@@ -35,6 +39,12 @@ class SlurmLauncher(PackLauncher):
     detaches = True
 
     def submit(self, sweep: Sweep, packs: list[Pack]) -> None:
+        try:
+            check_path(sweep.folder)
+        except ValueError as error:
+            raise NotSubmitted(str(error), packs) from error
+        if lost := lost_without_requeue(packs[0].site):
+            self.say(lost)
         queue = list(arrays(packs))
         submitted: list[str] = []
         refused: list[Pack] = []
@@ -46,8 +56,8 @@ class SlurmLauncher(PackLauncher):
                 after = submitted[-1:] if array[0].settings.pack["max_jobs"] else []
                 job_id = submit_array(array, after)
             except (RuntimeError, OSError) as error:
-                said = _first_cause(error)
-                away, full = (any(word in said for word in kind) for kind in (AWAY, NO_ROOM))
+                said = reason_in(str(error)) or type(error).__name__
+                away, full = (any(word in str(error) for word in kind) for kind in (AWAY, NO_ROOM))
                 if full and len(array) > 1:
                     queue[:0] = [array[: len(array) // 2], array[len(array) // 2 :]]
                     continue
@@ -79,7 +89,7 @@ class SlurmLauncher(PackLauncher):
             while True:
                 standing = collector.advance()
                 live.update(Group(packs_table(standing.packs, sweep.name), summary_line(standing)))
-                if standing.ended:
+                if standing.at_rest:
                     break
                 collector.pause()
 
@@ -100,32 +110,44 @@ def submit_array(packs: Sequence[Pack], after: Sequence[str] = ()) -> str:
     Raises:
         RuntimeError: Slurm refused, or did not answer for a while.
     """
-    import submitit
-
     for tries_left in reversed(range(AWAY_TRIES)):
         # A name of its own, and in the packs before Slurm hears of it: so the job is found whoever dies when.
-        name = f"lcbench-{packs[0].sweep}-{time.strftime('%y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        name = job_name(Sweep(Path(packs[0].root), packs[0].sweep))
         named = [replace(pack, job_name=name, index=index) for index, pack in enumerate(packs)]
         for pack in named:
             write_down(pack)
-        with submitit.helpers.clean_env(), site_environment(packs[0].site):
-            try:
+        try:
+            with called_for(packs[0].site):
                 executor = _executor(packs[0], name, max_num_timeout=2 * max(len(p.cells) for p in packs))
                 executor.update_parameters(**parameters(named, after))
                 jobs = executor.submit_array([RunPack(str(pack.path)) for pack in named])
-                break
-            except RuntimeError as error:
-                if not any(word in str(error) for word in AWAY):
-                    raise
-                print(f"Slurm does not answer: {_first_cause(error)}", file=sys.stderr)
-                time.sleep(AWAY_PAUSE_S)
-                cancel_named([name], dict(os.environ))  # it may have been taken all the same
-                if not tries_left:
-                    raise
+            break
+        except RuntimeError as error:
+            if not any(word in str(error) for word in AWAY):
+                raise
+            print(f"Slurm does not answer: {reason_in(str(error))}", file=sys.stderr)
+            time.sleep(AWAY_PAUSE_S)
+            cancel_named([name], environment(packs[0].site))  # it may have been taken all the same
+            if not tries_left:
+                raise
+    cluster = cluster_of(where(environment(packs[0].site)))
     for pack, job in zip(named, jobs, strict=True):
         told = Sweep(Path(pack.root), pack.sweep).pack_file(pack.id, "job.json")
-        write_json(pack.folder / "job.json", {**told, "job_id": str(job.job_id), "timeout_min": pack.timeout_min})
+        more = {"job_id": str(job.job_id), "timeout_min": pack.timeout_min, "cluster": cluster}
+        write_json(pack.folder / "job.json", {**told, **more})
     return str(jobs[0].job_id).partition("_")[0]
+
+
+def job_name(sweep: Sweep) -> str:
+    """A new name for a job of a sweep: nothing of it is what a person typed, since commas, bars and percent signs mean something to
+    Slurm's commands, and two results folders may have a sweep of the same name.
+    """
+    return f"lcbench-{sweep_key(sweep)}-{time.strftime('%y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def sweep_key(sweep: Sweep) -> str:
+    """What the names of a sweep's jobs have in common: a hash of its folder."""
+    return hashlib.sha256(os.fsencode(sweep.folder)).hexdigest()[:8]
 
 
 def submit_collector(sweep: Sweep, like: Pack, after: Sequence[str]) -> None:
@@ -135,24 +157,24 @@ def submit_collector(sweep: Sweep, like: Pack, after: Sequence[str]) -> None:
     from lcbench.collect import Collect
 
     site = like.site
-    name = f"lcbench-{sweep.name}-collect-{secrets.token_hex(3)}"
-    own = site["collector"] if isinstance(site.get("collector"), dict) else {}
+    name = f"{job_name(sweep)}-collect"
+    own = sbatch_flags(site["collector"] if isinstance(site.get("collector"), dict) else {})
     options = {
-        **_common(site, name),
+        **_common(site, name, sweep.name),
         "nodes": 1,
         "cpus_per_task": 1,
         "time": min(COLLECTOR_MIN, site.get("max_minutes") or COLLECTOR_MIN),
         "dependency": f"afterany:{':'.join(after)}",
         "srun_args": _srun_args({**site, "container": None}, 1),  # it needs Slurm's commands, which an image has not
     }
-    options["additional_parameters"] = {**options["additional_parameters"], **own}
-    with submitit.helpers.clean_env(), site_environment(site):
-        executor = submitit.SlurmExecutor(folder=sweep.folder / "jobs" / name, max_num_timeout=10)
-        executor.update_parameters(**{k: v for k, v in options.items() if v is not None and k not in own})
-        try:
+    options["additional_parameters"] = _flags({**options["additional_parameters"], **own})
+    try:
+        with called_for(site):
+            executor = submitit.SlurmExecutor(folder=sweep.folder / "jobs" / name, max_num_timeout=10)
+            executor.update_parameters(**{k: v for k, v in options.items() if v is not None and k.replace("_", "-") not in own})
             executor.submit(Collect(str(sweep.root), sweep.name))
-        except RuntimeError as error:
-            print(f"no collector: {_first_cause(error)}; {sweep.command('collect')} does its work", file=sys.stderr)
+    except RuntimeError as error:
+        print(f"no collector: {reason_in(str(error))}; {sweep.command('collect')} does its work", file=sys.stderr)
 
 
 def parameters(packs: Sequence[Pack], after: Sequence[str] = ()) -> dict[str, Any]:
@@ -160,7 +182,7 @@ def parameters(packs: Sequence[Pack], after: Sequence[str] = ()) -> dict[str, An
     first = packs[0]
     site, scale = first.site, parse_scale(first.scale)
     cpus = int(site.get("cpus_per_task") or 1)
-    common = _common(site, first.job_name)
+    common = _common(site, first.job_name, first.sweep)
     fallen = fallen_nodes(Sweep(Path(first.root), first.sweep))
     if fallen:
         said = common["additional_parameters"].pop("exclude", None)
@@ -187,7 +209,7 @@ def fallen_nodes(sweep: Sweep) -> dict[str, str]:
     return fallen
 
 
-def _common(site: dict[str, Any], name: str) -> dict[str, Any]:
+def _common(site: dict[str, Any], name: str, sweep: str) -> dict[str, Any]:
     exports = [f"export {k}={shlex.quote(v)}" for k, v in site_variables(site).items()]
     setup = [str(line) for line in site.get("setup") or []]
     # A line that fails ends the job there and says which it was, instead of an attempt in half an environment.
@@ -199,9 +221,15 @@ def _common(site: dict[str, Any], name: str) -> dict[str, Any]:
         "account": site.get("account"),
         "qos": site.get("qos"),
         "wckey": "",  # submitit's default is refused where wckeys are checked
+        "comment": f"lcbench sweep {re.sub(r'[^A-Za-z0-9._-]', '_', sweep)}",  # for people who look at the queue
         "setup": [*exports, f"cd {shlex.quote(str(REPOSITORY))}", *(guarded if setup else [])],
-        "additional_parameters": {"open-mode": "append", "requeue": True, **(site.get("sbatch") or {})},
+        "additional_parameters": _flags({"open-mode": "append", "requeue": True, **sbatch_flags(site.get("sbatch") or {})}),
     }
+
+
+def _flags(options: dict[str, Any]) -> dict[str, Any]:
+    """sbatch's options without the flag that another one of them takes back."""
+    return {k: v for k, v in options.items() if k != "requeue" or "no-requeue" not in options}
 
 
 def _srun_args(site: dict[str, Any], cpus: int) -> list[str]:
@@ -231,6 +259,10 @@ def _executor(pack: Pack, name: str, *, max_num_timeout: int) -> Any:
     import submitit
 
     folder = Sweep(Path(pack.root), pack.sweep).folder / "jobs" / name
+    folder.mkdir(parents=True)
+    for made in (folder, folder.parent):
+        with suppress(OSError):  # jobs load what lies there, so nobody else is to write into it, whatever the umask
+            made.chmod(made.stat().st_mode & ~0o022)
     python = (pack.site.get("container") or {}).get("python")
     return submitit.SlurmExecutor(folder=folder, max_num_timeout=max_num_timeout, python=python)
 
@@ -242,28 +274,24 @@ def sbatch_text(packs: Sequence[Pack]) -> str:
     folder = Sweep(Path(packs[0].root), packs[0].sweep).folder / "jobs" / "<name>"
     python = (packs[0].site.get("container") or {}).get("python") or sys.executable
     command = shlex.join([python, "-u", "-m", "submitit.core._submit", str(folder)])
-    named = [replace(p, job_name=f"lcbench-{p.sweep}") for p in packs]
+    named = [replace(p, job_name=f"lcbench-{sweep_key(Sweep(Path(p.root), p.sweep))}") for p in packs]
     count = len(packs) if len(packs) > 1 else None
     text: str = _make_sbatch_string(command=command, folder=folder, map_count=count, **parameters(named))
     return text
 
 
 @contextmanager
-def site_environment(site: dict[str, Any]) -> Iterator[None]:
-    """The site's environment (where its Slurm is, for one) around a call of a Slurm command."""
-    wanted = site_variables(site)
-    before = {k: os.environ.get(k) for k in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
+def called_for(site: dict[str, Any]) -> Iterator[None]:
+    """Around a call of sbatch: the environment of Slurm's commands on a site, for the job too, which inherits it. What sbatch
+    says is in submitit's exception; its copy on stderr is kept back.
+    """
+    import submitit
+
+    env = environment(site)
+    with submitit.helpers.clean_env([k for k in os.environ if k not in env]), redirect_stderr(io.StringIO()):
+        os.environ.update({k: env[k] for k in KEPT if k in env})
+        try:
+            yield
+        finally:
+            for key in KEPT:  # clean_env brings back what was there
                 os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
-
-
-def _first_cause(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else type(error).__name__)
