@@ -4,8 +4,8 @@ A pack's ``failures`` folder holds, per attempt, what each rank said of itself b
 ``.block-<b>`` follows the attempt::
 
     <cell id>.attempt-<n>.rank-<r>.json        an exception: {"kind", "cause", "rank", "time"}
-    <cell id>.attempt-<n>.rank-<r>.hang.txt    the stacks of a rank that the hang timer ended (empty: it did not)
-    <cell id>.attempt-<n>.ended.json           from the agent, which ended the gang: {"kind", "cause", "time"}
+    <cell id>.attempt-<n>.rank-<r>.hang.txt    the stacks of a rank of a gang that hung (empty: it did not)
+    <cell id>.attempt-<n>.ended.json           from the agent, which ended the gang: {"kind", "cause", "rank", "time"}
     exit.<node>.<gang>.<rank>.json             from the agent: {"exitcode", "rank", "pid", "time", "oom", "said"}
 
 When one rank dies, others see broken connections and are ended; those consequences never count as the cause while there is
@@ -14,6 +14,7 @@ an earlier one.
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,13 +77,14 @@ def first_failure(folder: Path, stem: str, since: float) -> Found | None:
 
     ``since``: when it began, in seconds since the epoch; earlier deaths belong to others.
     """
+    hung = sorted((p for p in folder.glob(f"{stem}.rank-*.hang.txt") if p.stat().st_size), key=_rank)
     for ended in _records(folder, f"{stem}.ended.json"):
-        return Found(Failure(ended["kind"], ended["cause"]))
+        rank, place = _where(hung, ended.get("rank")) if ended["kind"] == "hang" else (None, "")
+        return Found(Failure(ended["kind"], f"{ended['cause']}{place}"[:CAUSE_LENGTH], rank))
     said = sorted(_records(folder, f"{stem}.rank-*.json"), key=lambda r: float(r["time"]))
     causes = [r for r in said if r["kind"] != "nccl"]
     if causes:
         return Found(_failure(causes[0]))
-    hung = sorted((p for p in folder.glob(f"{stem}.rank-*.hang.txt") if p.stat().st_size), key=lambda p: p.stat().st_mtime)
     exits = _records(folder, "exit.*.json")
     died = sorted((e for e in exits if e["time"] >= since and not _is_consequence(e)), key=lambda e: float(e["time"]))
     # A rank that hung, or said why it ends, exits with a code of its own, which the agent saw too.
@@ -97,17 +99,15 @@ def first_failure(folder: Path, stem: str, since: float) -> Found | None:
         cause = f"rank {first['rank']} {_exit_text(code)}{f': {why}' if why else ''}"[:CAUSE_LENGTH]
         return Found(Failure(kind, cause, first["rank"]), may_follow=kind != "oom" and code < 0)
     if hung:
-        # Ranks that wait in a collective hang as well; the one that waits elsewhere is the cause.
-        places = [(_rank(p), *_stuck(p.read_text())) for p in hung]
-        rank, place, _ = next((p for p in places if not p[2]), places[0])
-        return Found(Failure("hang", f"no progress within the cell's deadline; rank {rank} stood at {place}", rank))
+        rank, place = _where(hung, None)
+        return Found(Failure("hang", f"not at its end after hang.max_s{place}"[:CAUSE_LENGTH], rank))
     return Found(_failure(said[0]), may_follow=True) if said else None
 
 
 def stacks(folder: Path, stem: str) -> Iterator[str]:
-    """The stacks of all threads of all ranks that the hang timer ended, by rank."""
+    """The stacks of all threads of all ranks of a gang that hung, by rank."""
     for path in sorted(folder.glob(f"{stem}.rank-*.hang.txt"), key=_rank):
-        yield f"--- stacks of rank {_rank(path)} at the deadline\n{path.read_text().rstrip() or '(it left none)'}\n"
+        yield f"--- stacks of rank {_rank(path)} when it was ended\n{path.read_text().rstrip() or '(it left none)'}\n"
 
 
 def from_slurm_state(state: str, began: bool, words: str) -> Failure:
@@ -172,12 +172,24 @@ def _rank(path: Path) -> int:
     return int(path.name.split(".rank-")[1].split(".")[0])
 
 
+def _where(dumps: list[Path], rank: int | None) -> tuple[int | None, str]:
+    """(rank, where it stood in words) of the rank that the others waited for: the one that the marks show, else by the stacks."""
+    places = {_rank(path): _stuck(path.read_text()) for path in dumps}
+    if rank is None and places:
+        # Ranks that wait in a collective hang as well; the one that waits elsewhere is the cause.
+        rank = next((r for r, (_, waits) in places.items() if not waits), min(places))
+    if rank is None:
+        return None, ""
+    return rank, f"; rank {rank} stood at {places[rank][0]}" if rank in places else f"; rank {rank} left no stack"
+
+
 def _stuck(dump: str) -> tuple[str, bool]:
     """Where a faulthandler dump's main thread stood: the innermost line of lcbench, and whether it waits for other ranks.
 
     The main thread is written last, its innermost frame first.
     """
-    frames = [line.strip() for line in dump.split("Thread ")[-1].splitlines() if line.strip().startswith("File ")]
+    last = re.split(r"^(?:Current thread|Thread) ", dump, flags=re.M)[-1]
+    frames = [line.strip() for line in last.splitlines() if line.strip().startswith("File ")]
     own = next((f for f in frames if "lcbench" in f), frames[0] if frames else "an unknown place")
     # Either inside torch.distributed, or in the function in which the engine waits for messages, whose frames are not Python's.
     waits = own.endswith(" in _wait") or any(

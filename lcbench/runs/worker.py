@@ -2,8 +2,9 @@
 
 A rank that meets an exception writes why and exits at once; its agent ends the gang and starts it anew, the new gang closes
 the attempt that was in flight and goes on with the next cell. So no rank is ever left waiting in a collective for one that
-is gone, and one cell cannot take the others with it. A cell that hangs is ended, with a stack dump, by a timer that needs
-neither the interpreter lock nor a working communicator.
+is gone, and one cell cannot take the others with it. Of a gang that hangs the agent has each rank write its stacks, which needs
+neither the interpreter lock nor a working communicator, and ends it (``hang.py``); should the agent not be able to, a timer of the
+rank does, after ``hang.max_s``.
 
 A cell is timed in blocks: the first gives its result, and when every cell was tried, those that are well are measured again, block
 after block, each time in another order, so that drift and what a process does are in the samples. A later block is written into
@@ -39,11 +40,13 @@ import torch.distributed as dist
 from lcbench.cp.execute import Groups
 from lcbench.grid.build import build_kernel, build_mask, build_strategy, draws
 from lcbench.grid.cell import Cell
+from lcbench.measure import progress
 from lcbench.measure.blocks import blocks_of, shared, with_block, without_times
 from lcbench.measure.cell import Gang, Measured, Work, measure_again, measure_cell
 from lcbench.measure.environment import describe
 from lcbench.measure.nodes import check_gang
 from lcbench.runs.failure import classify_exception, stem_of
+from lcbench.runs.hang import STACKS_SIGNAL
 from lcbench.runs.jobs import close_all, record, with_lost_block
 from lcbench.runs.logs import cell_mark
 from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
@@ -53,6 +56,10 @@ FAILED_EXIT = 70
 RESERVE_BYTES = 4 << 20
 # How long a result waits for a full disk before it goes to the node's own.
 PATIENCE_S = 900.0
+# Between cells, and before the first, ranks may stand still for this long: results wait for a full disk, and a gang comes up.
+REST_S = PATIENCE_S + 300.0
+# A rank ends itself this long after ``hang.max_s``, if its agent has not.
+OVERDUE_S = 30.0
 STOP = "stop"
 BLOCK_STRIDE = 1000
 PR_SET_PDEATHSIG = 1
@@ -61,16 +68,18 @@ PR_SET_PDEATHSIG = 1
 def main(pack_path: Path, node_rank: int) -> None:
     # Slurm's warning goes to every process of the job, and is the agent's to act on.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    faulthandler.register(STACKS_SIGNAL, file=sys.stderr)
     _die_with_the_agent()
     pack = Pack.read(pack_path)
     sweep = Sweep(Path(pack.root), pack.sweep)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = _device(pack.site.get("device"))
-    # The hang timer of a cell must speak before a collective gives up.
-    patience = max(map(pack.deadline_s, pack.cells)) + PATIENCE_S
+    marks = progress.share()
+    _rest(marks)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=patience + 300),
+        # Who watches the gang must speak before a collective gives up.
+        timeout=timedelta(seconds=pack.settings.hang["max_s"] + 2 * REST_S),
         device_id=device if device.type == "cuda" else None,
     )
     if rank == 0:
@@ -314,9 +323,13 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
     say(f"{cell.label} (attempt {running.number}, {gang.world_size} ranks)" if first else f"block {running.block} of timings")
     for stream in (sys.stdout, sys.stderr):  # python -m lcbench.logs finds a cell's part of a rank's output by it
         print(cell_mark(cell.id, running.number), file=stream, flush=True)
-    with _hang_timer(failures / f"{stem}.hang.txt", pack.deadline_s(cell.id)):
+    limit_s = pack.settings.hang["max_s"]
+    with _stacks(failures / f"{stem}.hang.txt", limit_s + OVERDUE_S):
+        progress.own.begin(stem_of(running), patience_s=pack.patience_s(cell.id), limit_s=limit_s)
         try:
-            return (measure_cell if first else measure_again)(work_of(cell, running), gang, say)
+            measured = (measure_cell if first else measure_again)(work_of(cell, running), gang, say)
+            _rest(progress.own)
+            return measured
         except BaseException as error:
             failure = classify_exception(error)
             word = {"kind": failure.kind, "cause": failure.cause, "rank": gang.rank, "time": time.time()}
@@ -346,19 +359,26 @@ def work_of(cell: Cell, running: Running | None = None) -> Work:
     )
 
 
+def _rest(marks: progress.Progress) -> None:
+    """Between cells."""
+    marks.begin("", patience_s=REST_S, limit_s=0.0)
+
+
 @contextmanager
-def _hang_timer(dump: Path, timeout_s: float) -> Iterator[None]:
-    """After ``timeout_s`` write every thread's stack to ``dump`` and end the process."""
+def _stacks(dump: Path, timeout_s: float) -> Iterator[None]:
+    """Write every thread's stack to ``dump`` when the agent asks for it by a signal; after ``timeout_s`` also end the process."""
     with ExitStack() as stack:
         try:
             file: Any = stack.enter_context(open(dump, "w"))
         except OSError:  # a full disk
             file = sys.stderr
+        faulthandler.register(STACKS_SIGNAL, file=file)
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=file)
         try:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
+            faulthandler.register(STACKS_SIGNAL, file=sys.stderr)
     dump.unlink(missing_ok=True)
 
 

@@ -58,14 +58,10 @@ def _run_pack(sweep: Sweep, pack: Pack) -> Any:
     nodes = parse_scale(pack.scale).nodes
     logs = pack.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    endpoint = f"127.0.0.1:{_free_port()}"
     agents = []
     try:
         for node in range(nodes):
-            command = [
-                sys.executable, "-u", "-m", "lcbench.runs.agent", str(pack.path), "--node-rank", str(node),
-                "--rdzv", endpoint, "--run-id", pack.id,
-            ]  # fmt: skip
+            command = [sys.executable, "-u", "-m", "lcbench.runs.agent", str(pack.path), "--node-rank", str(node)]
             with open(logs / f"agent-{node}.log", "ab") as log:
                 # A group of its own, so that Ctrl-C reaches the agents through us, in order.
                 agents.append(subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True))
@@ -114,9 +110,3 @@ def _stop(agents: list[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(agent.pid, signal.SIGKILL)
             agent.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
