@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from lcbench.runs.failure import SLURM_STATES, last_error, stem_of
 from lcbench.runs.hang import STACKS_SIGNAL, Watcher
 from lcbench.runs.jobs import close_all, in_flight
 from lcbench.runs.logs import last_words
+from lcbench.runs.machine import shown
 from lcbench.runs.pack import KILLS, RESERVE, Pack
 from lcbench.runs.queue import environment, last_incarnation, site_variables
 from lcbench.runs.rendezvous import BACKEND, NoRendezvous, innermost, meeting_of, use
@@ -30,6 +32,7 @@ FRUITLESS = 2
 WARNING_S, WARNING_S_PER_MIN = 120, 15
 WARNING_SHARE = 0.6
 LOOK_EVERY_S = 1.0
+PR_SET_PDEATHSIG = 1
 # The kernel counts a kill before the agent sees the death.
 OOM_LAG_S = 15.0
 PUBLISH_S = 30.0
@@ -118,6 +121,14 @@ def begin_anew(sweep: Sweep, pack: Pack) -> None:
         (pack.folder / name).unlink(missing_ok=True)
 
 
+def end_with_parent(number: signal.Signals, parent: int) -> None:
+    """Have Linux send this process a signal when its parent dies, however it does."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it is dead already
+        os.kill(os.getpid(), number)
+
+
 def warned_s(timeout_min: int) -> int:
     """How long before its time limit a job is warned, in seconds."""
     return min(WARNING_S, WARNING_S_PER_MIN * timeout_min)
@@ -137,7 +148,9 @@ class RunPack:
         job, node_rank = os.environ["SLURM_JOB_ID"], int(os.environ["SLURM_NODEID"])
         nodes = list(submitit.JobEnvironment().hostnames)
         incarnation = f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        if not run_node(pack, node_rank=node_rank, hosts=nodes, incarnation=incarnation):
+        with shown(pack):
+            done = run_node(pack, node_rank=node_rank, hosts=nodes, incarnation=incarnation)
+        if not done:
             raise SystemExit(1)
 
     def checkpoint(self) -> Any:
@@ -286,7 +299,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lcbench.runs.agent", description=__doc__)
     parser.add_argument("pack", type=Path, help="path of a pack.json, all of whose nodes are this machine")
     parser.add_argument("--node-rank", type=int, required=True)
+    parser.add_argument(
+        "--of", type=int, required=True, metavar="PID", help="of the command that started it, and with which it ends"
+    )
     arguments = parser.parse_args()
+    end_with_parent(signal.SIGTERM, arguments.of)
     pack = Pack.read(arguments.pack)
     hosts = parse_scale(pack.scale).nodes * ["127.0.0.1"]
     done = run_node(pack, node_rank=arguments.node_rank, hosts=hosts, incarnation=pack.id)

@@ -49,6 +49,7 @@ from lcbench.runs.failure import classify_exception, stem_of
 from lcbench.runs.hang import STACKS_SIGNAL
 from lcbench.runs.jobs import close_all, record, with_lost_block
 from lcbench.runs.logs import cell_mark
+from lcbench.runs.machine import beside
 from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
 from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Running, Sweep, write_json
 
@@ -123,9 +124,10 @@ class Crew:
             if begun is None:  # it was cancelled
                 continue
             cell = Cell.from_config(self.pack.configs[cell_id])
+            seen = beside(self.pack) if leads else []
             measured = _guarded(cell, self.gang, self.sweep, self.pack, begun)
             if leads:
-                self.store.finish(attempt_of(measured, begun, cell, self.sweep, provenance))
+                self.store.finish(_with_others(attempt_of(measured, begun, cell, self.sweep, provenance), seen + beside(self.pack)))
             dist.barrier()
         return True
 
@@ -140,9 +142,10 @@ class Crew:
                     return
                 if begun is None:
                     continue
+                seen = beside(self.pack) if leads else []
                 measured = _guarded(Cell.from_config(self.pack.configs[cell_id]), self.gang, self.sweep, self.pack, begun)
                 if leads:
-                    self.store.finish(amended(due[cell_id], begun, measured))
+                    self.store.finish(_with_others(amended(due[cell_id], begun, measured), seen + beside(self.pack)))
                     self.sweep.end_again(begun)
                 dist.barrier()
 
@@ -268,6 +271,14 @@ def amended(attempt: Attempt, running: Running, measured: Measured) -> Attempt:
     again = [*attempt.again, {**times, "iterations": len(measured.samples["forward_s"])}]
     metrics, samples = with_block(attempt.metrics, attempt.samples, measured)
     return replace(attempt, metrics=metrics, samples=samples, provenance={**attempt.provenance, "again": again})
+
+
+def _with_others(attempt: Attempt, seen: list[str]) -> Attempt:
+    """A result that says who else was at work on its devices when it was measured."""
+    if not seen:
+        return attempt
+    every = sorted({*attempt.provenance.get("beside", ()), *seen})
+    return replace(attempt, provenance={**attempt.provenance, "beside": every})
 
 
 def remaining(sweep: Sweep, pack: Pack) -> list[str]:

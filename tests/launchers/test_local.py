@@ -81,13 +81,13 @@ def faulty_again(folder: Path, *faults: str) -> list[str]:
 
 def test_what_ends_a_later_block_of_timings_costs_that_block(tmp_path: Path) -> None:
     faults = ("kill", "raise", "hang", "wrong")
-    command = [*faulty_again(tmp_path, *faults), "hang.min_s=10", "hang.max_s=10"]
+    command = [*faulty_again(tmp_path, *faults), "hang.min_s=10", "hang.factor=0.1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr  # the wrong one
     sweep = Sweep(tmp_path, "again")
     causes = {
         "kill": "crash: rank 1 was killed by SIGKILL", "raise": "crash: rank 1: RuntimeError: the faulty kernel raises, as told",
-        "hang": "hang: no progress within the cell's deadline; rank 1 stood at testing/faulty.py",
+        "hang": "hang: no progress for ",
     }  # fmt: skip
     for record in sweep.look().records.values():
         (attempt,) = record.attempts
@@ -101,7 +101,9 @@ def test_what_ends_a_later_block_of_timings_costs_that_block(tmp_path: Path) -> 
         lost = [block["block"] for block in attempt.lost_blocks]
         assert (attempt.status, attempt.blocks, lost) == ("ok", 3 - len(lost), [2] if fault in faults else []), (fault, attempt)
         if lost:
-            assert attempt.lost_blocks[0]["cause"].startswith(causes[fault])
+            cause = attempt.lost_blocks[0]["cause"]
+            assert cause.startswith(causes[fault])
+            assert fault != "hang" or "'building'; rank 1 stood at testing/faulty.py" in cause
         medians = attempt.samples["block_total_s"]
         assert len(medians) == attempt.blocks
         assert attempt.metrics["time/total/median_s"] == pytest.approx(sum(medians) / len(medians))
