@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,28 @@ NO_START = ("FAILED", "COMPLETED", "ENDED")
 OOM_TYPES = ("OutOfMemoryError", "MemoryError")
 COMM_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
 COMM_WORDS = ("NCCL", "gloo", "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
+# Lines in which srun, slurmstepd, the shell or the kernel say that a process was killed.
+DEATHS = [
+    re.compile(pattern)
+    for pattern in (
+        r"tasks? [\d,-]+: (?!Exited|Terminated|running)[A-Z][\w ]+",
+        r"line \d+: +\d+ (Killed|Aborted|Segmentation fault|Bus error)", r"^\S+ \(pid \d+\): \w+",
+        r"[Dd]etected \d+ oom[-_ ]kill", r"OOM Killed", r"Out of memory: Killed process", r"was killed by SIG",
+    )
+]  # fmt: skip
+OOM_DEATHS = re.compile(r"(?i)oom[-_ ]kill|out of memory: killed|: out of memory")
+# Lines that follow from the end of something, and say nothing of why.
+NOISE = [
+    re.compile(pattern)
+    for pattern in (
+        r"^srun: error: .*(Exited with exit code|Terminated)", r"^srun: (launch/|Force Terminated|Job step aborted|Terminating)",
+        r"^slurmstepd.*\*\*\*.*CANCELLED", r"^submitit (INFO|WARNING)", r"^submitit ERROR .*triggered an exception",
+        r"death signal, shutting down", r"closing signal SIG",
+    )
+]  # fmt: skip
+# Exceptions with which a process ends that was told to, or whose child failed.
+FOLLOWING = ("SignalException", "SystemExit", "ChildFailedError", "KeyboardInterrupt", "FailedJobError")
+CHAINED = ("The above exception was the direct cause", "During handling of the above exception")
 ERROR_WORDS = ("error", "fail", "not found", "no such", "unrecognized")
 OOM_WORDS = ("CUDA out of memory", "can't allocate memory", "Cannot allocate memory")
 
@@ -116,30 +138,90 @@ def from_slurm_state(state: str, began: bool, words: str) -> Failure:
     """
     word = word_of(state)
     said = f": {words}" if words and word in NO_START else ""
+    if word in NO_START and OOM_DEATHS.search(words):
+        return Failure("oom", f"its Slurm job ended as {state}{said}"[:CAUSE_LENGTH])
     if word in NO_START and not began:
         return Failure("no-start", f"its Slurm job ended as {state} before any cell began{said}"[:CAUSE_LENGTH])
     return Failure(SLURM_STATES.get(word, "crash"), f"its Slurm job ended as {state}{said}"[:CAUSE_LENGTH])
 
 
 def job_words(folder: Path, job_id: str) -> str:
-    """The last line that looks like an error, or else the last line, of what a Slurm job wrote."""
-    return last_error(folder / f"{job_id}_0_log.err") or last_error(folder / f"{job_id}_0_log.out")
+    """The line of all that a Slurm job's nodes wrote that says most about why it ended."""
+    logs = [
+        path for path in folder.glob(f"{job_id}_*_log.*") if re.fullmatch(rf"{re.escape(job_id)}_\d+_log\.(err|out)", path.name)
+    ]
+    # What is on stderr says more, and node 0's, in which srun's words are.
+    logs.sort(key=lambda path: (path.suffix != ".err", int(path.name.removeprefix(f"{job_id}_").partition("_")[0])))
+    return _best(said for path in logs for said in _weighed(_read(path)))
 
 
 def last_error(log: Path) -> str:
-    """The last line of a log that looks like an error, or else its last line."""
-    try:
-        return error_in(log.read_text(errors="replace"))
-    except OSError:
-        return ""
+    """The line of a log that says most about why its process ended."""
+    return error_in(_read(log))
 
 
 def error_in(text: str) -> str:
-    """The last line that looks like an error, or else the last line; what srun says of the end of a step only follows from it."""
-    said = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in said if any(word in line.lower() for word in ERROR_WORDS)]
-    own = [line for line in errors if not line.startswith(("srun: error:", "slurmstepd:"))]
-    return next(iter([*own[-1:], *errors[-1:], *said[-1:]]), "")
+    """The line of a text that says most about why a process ended: who was killed, else the first exception of the last traceback
+    that follows from no other, else the last line that speaks of an error, else the last line.
+    """
+    return _best(_weighed(text))
+
+
+def tells_of_a_kill(cause: str) -> bool:
+    """Whether a cause is that a process was killed, so that connections to it broke."""
+    return any(pattern.search(cause) for pattern in DEATHS)
+
+
+def _best(said: Iterable[tuple[int, str]]) -> str:
+    """Of lines with their weights, the first of those that weigh most."""
+    found = list(said)
+    return min(found, key=lambda weighed: weighed[0])[1] if found else ""
+
+
+def _weighed(text: str) -> list[tuple[int, str]]:
+    """The lines of a text that are worth showing, as (weight, line), the weightiest of which is 0; of one weight the one to show
+    comes first.
+    """
+    lines, exceptions = _without_tracebacks(text)
+    # The shell repeats the whole command that was killed.
+    deaths = [
+        re.sub(r"^.*line \d+: +(\d+) (.*?) {2,}(\S+).*$", r"\3 (pid \1): \2", line) for line in lines if tells_of_a_kill(line)
+    ]
+    own = [line for line in exceptions if not line.split(":")[0].endswith(FOLLOWING)]
+    plain = [line for line in lines if not any(pattern.search(line) for pattern in NOISE)]
+    errors = [line for line in plain if any(word in line.lower() for word in ERROR_WORDS)]
+    order = [deaths[:1], own[-1:], errors[-1:], exceptions[-1:], plain[-1:], lines[-1:]]
+    return [(weight, line) for weight, found in enumerate(order) for line in found]
+
+
+def _without_tracebacks(text: str) -> tuple[list[str], list[str]]:
+    """(lines outside of Python's tracebacks, what each traceback ends with: of a chain the first, which caused the others)."""
+    lines, exceptions, inside, follows = list[str](), list[str](), False, False
+    for raw in text.splitlines():
+        # Ranks and loggers may put a word before each line.
+        bare = re.sub(r"^\[\w+\d*\]:\s?", "", raw)
+        line = bare.strip()
+        if line.startswith("Traceback (most recent call last)"):
+            inside = True
+        elif inside and (not line or bare[:1].isspace() or line.startswith(("|", "+"))):
+            continue
+        elif inside:
+            inside = False
+            if not follows:
+                exceptions.append(line)
+            follows = False
+        elif line.startswith(CHAINED):
+            follows = True
+        elif line:
+            lines.append(line)
+    return lines, exceptions
+
+
+def _read(log: Path) -> str:
+    try:
+        return log.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _records(folder: Path, pattern: str) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ from lcbench.grid.cell import Cell
 from lcbench.measure import progress
 from lcbench.measure.blocks import blocks_of, shared, with_block, without_times
 from lcbench.measure.cell import Gang, Measured, Work, measure_again, measure_cell
-from lcbench.measure.environment import describe
+from lcbench.measure.environment import describe, node_name
 from lcbench.measure.nodes import check_gang
 from lcbench.runs.failure import classify_exception, stem_of
 from lcbench.runs.hang import STACKS_SIGNAL
@@ -64,12 +64,13 @@ OVERDUE_S = 30.0
 STOP = "stop"
 BLOCK_STRIDE = 1000
 PR_SET_PDEATHSIG = 1
+STDERR = 2
 
 
 def main(pack_path: Path, node_rank: int) -> None:
     # Slurm's warning goes to every process of the job, and is the agent's to act on.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    faulthandler.register(STACKS_SIGNAL, file=sys.stderr)
+    faulthandler.register(STACKS_SIGNAL, file=STDERR)
     _die_with_the_agent()
     pack = Pack.read(pack_path)
     sweep = Sweep(Path(pack.root), pack.sweep)
@@ -209,9 +210,13 @@ class Results:
                     break
                 else:
                     time.sleep(2)
-        spilled = Path(tempfile.gettempdir()) / f"lcbench-{self._sweep.name}-{attempt.cell_id}-attempt-{attempt.number}.json"
+        # A folder of its own, which nobody else can have made before.
+        spilled = Path(tempfile.mkdtemp(prefix="lcbench-")) / f"attempt-{attempt.number}.json"
         spilled.write_text(json.dumps(asdict(attempt)))
-        raise RuntimeError(f"the results folder took nothing for {PATIENCE_S:.0f} s; the result is in {spilled}")
+        place = self._sweep.attempt_path(attempt.cell_id, attempt.number)
+        raise RuntimeError(
+            f"the results folder took nothing for {PATIENCE_S:.0f} s; the result is in {spilled} on {node_name()}, to be copied to {place}"
+        )
 
     def release(self) -> None:
         with suppress(OSError):
@@ -382,14 +387,14 @@ def _stacks(dump: Path, timeout_s: float) -> Iterator[None]:
         try:
             file: Any = stack.enter_context(open(dump, "w"))
         except OSError:  # a full disk
-            file = sys.stderr
+            file = STDERR
         faulthandler.register(STACKS_SIGNAL, file=file)
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=file)
         try:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
-            faulthandler.register(STACKS_SIGNAL, file=sys.stderr)
+            faulthandler.register(STACKS_SIGNAL, file=STDERR)
     dump.unlink(missing_ok=True)
 
 
