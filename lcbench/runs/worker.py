@@ -214,9 +214,8 @@ class Results:
         spilled = Path(tempfile.mkdtemp(prefix="lcbench-")) / f"attempt-{attempt.number}.json"
         spilled.write_text(json.dumps(asdict(attempt)))
         place = self._sweep.attempt_path(attempt.cell_id, attempt.number)
-        raise RuntimeError(
-            f"the results folder took nothing for {PATIENCE_S:.0f} s; the result is in {spilled} on {node_name()}, to be copied to {place}"
-        )
+        why = f"the results folder took nothing for {PATIENCE_S:.0f} s"
+        raise RuntimeError(f"{why}; the result is in {spilled} on {node_name()}, to be copied to {place}")
 
     def release(self) -> None:
         with suppress(OSError):

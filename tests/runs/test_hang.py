@@ -62,7 +62,7 @@ def test_another_work_and_the_time_between_cells_begin_anew() -> None:
     assert not judge.see(between, 1100.0 + 20)
     late = judge.see(between, 1100.0 + 1201)
     assert late is None  # the agent itself was not there
-    assert [at for at in range(1300) if judge.see(between, 2301.0 + at)][0] == pytest.approx(1201 - 20, abs=2)
+    assert next(at for at in range(1300) if judge.see(between, 2301.0 + at)) == pytest.approx(1201 - 20, abs=2)
 
 
 def test_an_agent_that_was_stopped_with_its_job_ends_nothing() -> None:
