@@ -1,4 +1,4 @@
-"""On the development cluster: what is slow is measured, what hangs on another node is found, and nobody else's port is in the way."""
+"""On the development cluster: what is slow is measured, what hangs on another node is found, and whose agent died is told."""
 
 from __future__ import annotations
 
