@@ -18,6 +18,8 @@ from typing import Any
 
 from lcbench.measure.progress import SLOT, VARIABLE, Mark
 
+# Between cells, and before the first, ranks may stand still for this long: results wait for a full disk, and a gang comes up.
+REST_S = 1200.0
 # Ranks have this long to write where they stand before they are ended.
 SETTLE_S = 5.0
 # Nodes tell each other every so many seconds, less often where they are many.
@@ -137,6 +139,7 @@ class Watcher:
         self._node, self._nodes = node, nodes
         self._memory, self._judge = _shared(SLOT.size * ranks_per_node), Judge(hang["factor"], hang["min_s"])
         self._next = self._ends_at = 0.0
+        self._started = time.monotonic()
         self._others: dict[int, View] = {}
         self._asked = False
         self.verdict: Verdict | None = None
@@ -145,6 +148,7 @@ class Watcher:
         """A new gang is about to start."""
         self._memory[:] = bytes(len(self._memory))
         self._others, self._next, self._asked, self.verdict = {}, 0.0, False, None
+        self._started = time.monotonic()
 
     def look(self, ranks: dict[int, int], pids: dict[int, int], store: Any) -> tuple[Verdict | None, Verdict | None]:
         """(why this node's ranks are to write where they stand, said once; why they are to be ended).
@@ -163,7 +167,10 @@ class Watcher:
             with suppress(RuntimeError, ValueError):  # a store that is gone ends the gang by itself
                 self._exchange(view, store)
         if self._node == 0:
-            found = self._judge.see(View.together(view, list(self._others.values())), now) if view else None
+            if view and len(self._others) == self._nodes - 1:
+                found = self._judge.see(View.together(view, list(self._others.values())), now)
+            else:
+                found = Verdict("", f"not all ranks came up in {REST_S:g} s", None) if now - self._started > REST_S else None
             if found is None:  # it goes on, or it went on again
                 self.verdict = None
             elif self.verdict is None:

@@ -46,7 +46,7 @@ from lcbench.measure.cell import Gang, Measured, Work, measure_again, measure_ce
 from lcbench.measure.environment import describe, node_name
 from lcbench.measure.nodes import check_gang
 from lcbench.runs.failure import classify_exception, stem_of
-from lcbench.runs.hang import STACKS_SIGNAL
+from lcbench.runs.hang import REST_S, STACKS_SIGNAL
 from lcbench.runs.jobs import close_all, record, with_lost_block
 from lcbench.runs.logs import cell_mark
 from lcbench.runs.machine import beside
@@ -57,8 +57,6 @@ FAILED_EXIT = 70
 RESERVE_BYTES = 4 << 20
 # How long a result waits for a full disk before it goes to the node's own.
 PATIENCE_S = 900.0
-# Between cells, and before the first, ranks may stand still for this long: results wait for a full disk, and a gang comes up.
-REST_S = PATIENCE_S + 300.0
 # A rank ends itself this long after ``hang.max_s``, if its agent has not.
 OVERDUE_S = 30.0
 STOP = "stop"

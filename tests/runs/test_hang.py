@@ -14,7 +14,7 @@ import pytest
 
 from lcbench.measure import progress
 from lcbench.measure.progress import Mark, Progress
-from lcbench.runs.hang import SETTLE_S, STOPPED_S, Judge, View, Watcher, _is_stopped
+from lcbench.runs.hang import REST_S, SETTLE_S, STOPPED_S, Judge, View, Watcher, _is_stopped
 
 VIEW = View(0, "cell.attempt-1", 0.0, 7200.0, 120.0, (3, 1), (3, 1), 0, "'timing', iteration 1", False)
 
@@ -152,6 +152,11 @@ def test_the_marks_of_all_nodes_count_and_all_their_ranks_write_where_they_stand
     assert Mark.read(watchers[0]._memory, 0).begun == 0
     store.data.clear()
     assert look() == ([], [])
+    clock.now += REST_S  # no rank of the new gang has come up
+    look()
+    clock.now += SETTLE_S
+    _, (ended_too,) = look()
+    assert (ended_too.work, ended_too.cause) == ("", "not all ranks came up in 1200 s")
 
 
 def test_a_mark_is_cheap_and_changes_nothing_where_nobody_looks() -> None:
