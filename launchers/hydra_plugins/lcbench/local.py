@@ -106,7 +106,8 @@ def _run_pack(sweep: Sweep, pack: Pack) -> Generator[tuple[int, str]]:
             {"launcher": "local", "pid": agents[0].pid, "pids": [a.pid for a in agents], "host": socket.gethostname(),
              "started_at": time.time(), "timeout_min": pack.timeout_min},
         )  # fmt: skip
-        while any(agent.poll() is None for agent in agents) and not any(agent.returncode for agent in agents):
+        # Each is asked in each round: one that dies does so while the others wait for it.
+        while None in (codes := [agent.poll() for agent in agents]) and not any(codes):
             yield _progress(sweep, pack)
             time.sleep(POLL_S)
         failed = [node for node, agent in enumerate(agents) if agent.returncode]
