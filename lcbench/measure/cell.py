@@ -17,6 +17,7 @@ from lcbench.cp.base import Peer, Run, Strategy
 from lcbench.cp.execute import Executor, Groups
 from lcbench.kernels.base import Kernel, Platform, Unsupported, refusal
 from lcbench.masks.mask import Mask
+from lcbench.measure import progress
 from lcbench.measure.bounds import Bounds, Check
 from lcbench.measure.environment import device_name
 from lcbench.measure.flops import backward_flops, forward_flops
@@ -107,10 +108,15 @@ def _every_draw(
     if unavailable:
         return Measured(unavailable=unavailable)
     measured: list[Measured] = []
+
+    def enter(phase: str) -> None:
+        progress.own.enter(phase)
+        say(phase)
+
     for number in range(work.draws):
         if work.draws > 1:
-            say(f"draw {number} of {work.draws}")
-        measured.append(one(work, number, gang, say))
+            enter(f"draw {number} of {work.draws}")
+        measured.append(one(work, number, gang, enter))
         if not measured[-1].stands:
             measured[-1].notes["draw"] = number
             return measured[-1]
@@ -299,6 +305,7 @@ def _measure_block(work: Work, number: int, gang: Gang, say: Callable[[str], Non
     measured = _begun(started)
     if not measured.stands:
         return measured
+    progress.own.enter("checking by a probe")
     begun = time.perf_counter()
     started.examination.begin(one_pass(started.run, started.shard))
     started.examination.probe("level", started.shard)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lcbench.measure import progress
+
 
 def from_all(value: Any) -> list[Any]:
     """Every rank's value, by rank."""
@@ -15,6 +17,7 @@ def from_all(value: Any) -> list[Any]:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
+    progress.own.mark()
     return values
 
 
@@ -28,6 +31,7 @@ def reduce(x: torch.Tensor, operation: str = "sum") -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         x = x.contiguous()
         dist.all_reduce(x, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation])
+    progress.own.mark()
     return x
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lcbench.measure import progress
 from lcbench.measure.stopping import Stopping
 
 
@@ -38,14 +39,17 @@ def measure(
     """
     samples = Samples({name: [] for name in phases}, {name: [] for name in phases})
     change = between or (lambda: None)
+    progress.own.has_pace()
     for _ in range(warmup):
         change()
         _iteration(phases, device)
+        progress.own.iterate()
     begun = time.perf_counter()
     while True:
         change()
         own, passed = _iteration(phases, device)
         slowest = _slowest([*own.values(), time.perf_counter() - begun], device)
+        progress.own.iterate()
         for name, mine, worst in zip(phases, own.values(), slowest, strict=False):
             samples.own[name].append(mine)
             samples.slowest[name].append(worst)

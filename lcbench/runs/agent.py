@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import stat
@@ -15,41 +16,45 @@ from typing import Any
 
 from lcbench.grid.values import parse_scale
 from lcbench.runs.failure import SLURM_STATES, last_error, stem_of
+from lcbench.runs.hang import STACKS_SIGNAL, Watcher
 from lcbench.runs.jobs import close_all, in_flight
 from lcbench.runs.logs import last_words
+from lcbench.runs.machine import shown
 from lcbench.runs.ownership import mine
 from lcbench.runs.pack import KILLS, RESERVE, Pack
 from lcbench.runs.queue import environment, last_incarnation, site_variables
+from lcbench.runs.rendezvous import BACKEND, NoRendezvous, innermost, meeting_of, use
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, user_name, write_json
 from lcbench.runs.tracking import publish_or_say
 
 # A gang may fail this often, one after the other, without having begun a cell or a later block of timings.
 FRUITLESS = 2
-FIRST_PORT, PORTS = 20000, 20000
 # Seconds ahead of the job's time limit at which Slurm warns (it may be a minute earlier), less for short jobs, and the share of
 # it in which the cell in flight may still finish.
 WARNING_S, WARNING_S_PER_MIN = 120, 15
 WARNING_SHARE = 0.6
-# A worker that its own hang timer could not end is ended this long after the deadline.
-OVERDUE_S = 30.0
-OVERDUE_EVERY_S, CANCEL_EVERY_S = 10.0, 1.0
+LOOK_EVERY_S = 1.0
+PR_SET_PDEATHSIG = 1
 # The kernel counts a kill before the agent sees the death.
 OOM_LAG_S = 15.0
 PUBLISH_S = 30.0
 
 
-def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_addr: str | None = None) -> bool:
+def run_node(pack: Pack, *, node_rank: int, hosts: list[str], incarnation: str) -> bool:
     """Run this node's workers until every cell was tried. Blocks; True if they all ended well.
 
-    ``endpoint``: ``host:port`` of the c10d rendezvous, served by node 0. Node 0 closes what an earlier run of the job left open,
-    and after its workers have ended what a dying gang left, and publishes to the tracking server.
+    Node 0 closes what an earlier run of the job left open, and after its workers have ended what a dying gang left, and publishes
+    to the tracking server.
+
+    Args:
+        hosts: names of all nodes of the job, by which the others reach them.
+        incarnation: names this run of the job; Slurm may requeue it.
     """
     from torch.distributed.elastic.multiprocessing import Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Otherwise a new gang meets the keys of the dead one in the shared store, and gloo connects to addresses that are gone.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("LOGNAME", user_name())  # libraries ask for a name, and a uid may have none
     os.environ.update(site_variables(pack.site))
     sweep = Sweep(Path(pack.root), pack.sweep)
@@ -61,31 +66,32 @@ def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_ad
     if not _node_is_well(pack, node_rank, scale.gpus_per_node):
         return False
     _watch_workers(sweep, pack, node_rank)
-    config = LaunchConfig(
-        min_nodes=scale.nodes,
-        max_nodes=scale.nodes,
-        nproc_per_node=scale.gpus_per_node,
-        run_id=run_id,
-        rdzv_backend="c10d",
-        rdzv_endpoint=endpoint,
-        # Nodes of a busy or oversubscribed machine answer late; a lost node is Slurm's to tell.
-        rdzv_configs={
-            "is_host": node_rank == 0,
-            "timeout": 900,
-            "read_timeout": 600,
-            "keep_alive_interval": 10,
-            "keep_alive_max_attempt": 30,
-        },
-        # Each cell can end a gang so often, and so often again in later blocks of timings: its attempt or its lost block is
-        # recorded, and the next gang goes on behind it.
-        max_restarts=2 * KILLS * len(pack.cells) + FRUITLESS,
-        monitor_interval=0.5,
-        logs_specs=_shared_logs(log_dir=str(logs), redirects=Std.ALL),
-        local_addr=local_addr,
-    )
-    failure = None
+    failure, where = None, "any port"
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", "lcbench.runs.worker", str(pack.path), str(node_rank))
+        with meeting_of(pack.folder, incarnation, node=node_rank, hosts=hosts) as (meeting, listening):
+            where = meeting.endpoint
+            use(meeting, listening, node=node_rank, hosts=hosts)
+            config = LaunchConfig(
+                min_nodes=scale.nodes,
+                max_nodes=scale.nodes,
+                nproc_per_node=scale.gpus_per_node,
+                run_id=f"{incarnation}.{meeting.token('run id')}",
+                rdzv_backend=BACKEND,
+                rdzv_endpoint=where,
+                # Each cell can end a gang so often, and so often again in later blocks of timings: its attempt or its lost block is
+                # recorded, and the next gang goes on behind it.
+                max_restarts=2 * KILLS * len(pack.cells) + FRUITLESS,
+                monitor_interval=0.5,
+                logs_specs=_shared_logs(log_dir=str(logs), redirects=Std.ALL),
+                local_addr=hosts[node_rank],
+            )
+            elastic_launch(config, sys.executable)("-u", "-m", "lcbench.runs.worker", str(pack.path), str(node_rank))
+    except (NoRendezvous, RendezvousError) as error:
+        cause = str(error) if isinstance(error, NoRendezvous) else f"the rendezvous at {where}: {innermost(error)}"
+        failure = Failure("no-start", cause[:CAUSE_LENGTH])
+        print(f"node {node_rank}: {cause}", file=sys.stderr)
+        if node_rank and not (pack.folder / "end.json").exists():
+            pack.say("end.json", failure)
     except ChildFailedError as error:
         said = last_error(max(logs.rglob("stderr.log"), key=lambda p: p.stat().st_mtime, default=logs))
         failure = Failure("no-start", f"the gang did not come up: {said or error}"[:CAUSE_LENGTH])
@@ -131,6 +137,14 @@ def begin_anew(sweep: Sweep, pack: Pack) -> None:
         (pack.folder / name).unlink(missing_ok=True)
 
 
+def end_with_parent(number: signal.Signals, parent: int) -> None:
+    """Have Linux send this process a signal when its parent dies, however it does."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it is dead already
+        os.kill(os.getpid(), number)
+
+
 def warned_s(timeout_min: int) -> int:
     """How long before its time limit a job is warned, in seconds."""
     return min(WARNING_S, WARNING_S_PER_MIN * timeout_min)
@@ -150,11 +164,11 @@ class RunPack:
             raise SystemExit(f"error: {self.pack_path} belongs to somebody else than its job")
         pack = Pack.read(Path(self.pack_path))
         job, node_rank = os.environ["SLURM_JOB_ID"], int(os.environ["SLURM_NODEID"])
-        nodes = submitit.JobEnvironment().hostnames
-        # Jobs that share a node get different ports; a requeued job gets a rendezvous of its own.
-        endpoint = f"{nodes[0]}:{FIRST_PORT + int(job) % PORTS}"
-        run_id = f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        if not run_node(pack, node_rank=node_rank, endpoint=endpoint, run_id=run_id, local_addr=nodes[node_rank]):
+        nodes = list(submitit.JobEnvironment().hostnames)
+        incarnation = f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        with shown(pack):
+            done = run_node(pack, node_rank=node_rank, hosts=nodes, incarnation=incarnation)
+        if not done:
             raise SystemExit(1)
 
     def checkpoint(self) -> Any:
@@ -191,27 +205,36 @@ def _node_is_well(pack: Pack, node_rank: int, gpus: int) -> bool:
 
 def _watch_workers(sweep: Sweep, pack: Pack, node_rank: int) -> None:
     """Have elastic's agent keep how each of its workers died (elastic itself reports the first one it happens to look at), end
-    cells that were cancelled or are overdue, and give up where a gang comes to nothing.
+    cells that were cancelled and gangs that hang, and give up where a gang comes to nothing.
     """
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.launcher import api
 
     folder = pack.folder / "failures"
+    scale = parse_scale(pack.scale)
+    watcher = Watcher(node_rank, scale.nodes, scale.gpus_per_node, pack.settings.hang)
 
     class WatchingAgent(LocalElasticAgent):
         gangs = fruitless = 0
         begun = -1
-        next_cancel = next_overdue = 0.0
+        next_look = 0.0
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             self.kills: deque[tuple[float, int]] = deque()
 
+        def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+            watcher.forget()
+            return super()._start_workers(worker_group)
+
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-            if node_rank == 0:
-                self._end_cells()
             now = time.monotonic()
+            if now >= self.next_look:
+                self.next_look = now + LOOK_EVERY_S
+                self._end_what_hangs(worker_group)
+                if node_rank == 0:
+                    self._end_what_was_cancelled()
             self.kills.append((now, _oom_kills()))
             while now - self.kills[0][0] > OOM_LAG_S:
                 self.kills.popleft()
@@ -239,28 +262,37 @@ def _watch_workers(sweep: Sweep, pack: Pack, node_rank: int) -> None:
             if self.fruitless >= FRUITLESS or (pack.folder / "end.json").exists():
                 self._remaining_restarts = 0
 
-        def _end_cells(self) -> None:
-            now = time.monotonic()
-            if now < self.next_cancel:
+        def _end_what_hangs(self, worker_group: WorkerGroup) -> None:
+            ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
+            asks, ends = watcher.look(ranks, self._pids(), self._store)
+            if asks:
+                self._signal(STACKS_SIGNAL)
+            if ends:
+                self._end(ends.work, {"kind": "hang", "cause": ends.cause, "rank": ends.rank})
+
+        def _end_what_was_cancelled(self) -> None:
+            cancelled = tuple(p.name for p in (pack.folder / "cancel").glob("*"))
+            for running in in_flight(sweep, pack, cancelled) if cancelled else ():
+                self._end(stem_of(running), {"kind": "cancelled", "cause": "python -m lcbench.cancel"})
+
+        def _end(self, stem: str, word: dict[str, Any]) -> None:
+            """End this node's ranks, and leave word why the attempt or block that they are at did not go on."""
+            path = folder / f"{stem}.ended.json"
+            if stem and path.exists():
                 return
-            self.next_cancel = now + CANCEL_EVERY_S
-            cancelled = [p.name for p in (pack.folder / "cancel").glob("*")]
-            candidates: tuple[str, ...] = tuple(cancelled)
-            if now >= self.next_overdue:
-                self.next_overdue, candidates = now + OVERDUE_EVERY_S, pack.cells
-            for running in in_flight(sweep, pack, candidates) if candidates else ():
-                was_cancelled = running.cell_id in cancelled
-                late = time.time() - running.started_at - pack.deadline_s(running.cell_id)
-                if not was_cancelled and late < OVERDUE_S:
-                    continue
-                kind, why = ("cancelled", "python -m lcbench.cancel") if was_cancelled else (
-                    "hang", f"{late:.0f} s over its deadline, and its ranks did not end themselves")  # fmt: skip
-                word = folder / f"{stem_of(running)}.ended.json"
-                if not word.exists():
-                    write_json(word, {"kind": kind, "cause": why, "time": time.time()})
-                    for pid in (self._pcontext.pids() if self._pcontext else {}).values():
-                        with suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
+            if stem:
+                write_json(path, {**word, "time": time.time()})
+            else:
+                print(f"between cells: {word['cause']}", file=sys.stderr, flush=True)
+            self._signal(signal.SIGKILL)
+
+        def _signal(self, number: signal.Signals) -> None:
+            for pid in self._pids().values():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+        def _pids(self) -> dict[int, int]:
+            return dict(self._pcontext.pids()) if self._pcontext else {}
 
     # elastic_launch offers no way to choose its agent's class.
     api.LocalElasticAgent = WatchingAgent  # type: ignore[attr-defined,misc]
@@ -283,14 +315,16 @@ def _oom_kills() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lcbench.runs.agent", description=__doc__)
-    parser.add_argument("pack", type=Path, help="path of a pack.json")
+    parser.add_argument("pack", type=Path, help="path of a pack.json, all of whose nodes are this machine")
     parser.add_argument("--node-rank", type=int, required=True)
-    parser.add_argument("--rdzv", required=True, metavar="HOST:PORT", help="rendezvous, served by node 0")
-    parser.add_argument("--run-id", required=True)
+    parser.add_argument(
+        "--of", type=int, required=True, metavar="PID", help="of the command that started it, and with which it ends"
+    )
     arguments = parser.parse_args()
+    end_with_parent(signal.SIGTERM, arguments.of)
     pack = Pack.read(arguments.pack)
-    host = arguments.rdzv.rpartition(":")[0]
-    done = run_node(pack, node_rank=arguments.node_rank, endpoint=arguments.rdzv, run_id=arguments.run_id, local_addr=host)
+    hosts = parse_scale(pack.scale).nodes * ["127.0.0.1"]
+    done = run_node(pack, node_rank=arguments.node_rank, hosts=hosts, incarnation=pack.id)
     return 0 if done else 1
 
 

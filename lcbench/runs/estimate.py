@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -49,9 +50,12 @@ class _Known:
 
 @dataclass
 class Estimator:
-    """Seconds and bytes of cells on a site; ``device`` is the site's ``conf/device`` entry, None for CPU ranks."""
+    """Seconds and bytes of cells on a site; ``device`` is the site's ``conf/device`` entry, None for CPU ranks. ``cores``: of all
+    nodes that are one machine, and of a node; what is not known is enough.
+    """
 
     device: dict[str, Any] | None = None
+    cores: tuple[float, float] = (math.inf, math.inf)
     known: dict[tuple[Any, ...], list[_Known]] = field(default_factory=lambda: defaultdict(list))
     too_large: dict[tuple[Any, ...], int] = field(default_factory=dict)  # tokens of the shortest that did not fit
 
@@ -61,7 +65,8 @@ class Estimator:
         device = next((d for d in devices if d["name"] == site.get("device")), None)
         if here and site.get("device") is None:
             device = next((entry_of(devices, gpu["name"]) for gpu in gpus_here() or ()), None)
-        made = cls(device)
+        node_cores = float(site.get("cpus_per_task") or math.inf)
+        made = cls(device, (float(os.cpu_count() or math.inf), math.inf) if here else (math.inf, node_cores))
         for attempt in itertools.islice(newest_attempts(root), HISTORY):
             with suppress(*BROKEN):  # another version's, or no cell at all
                 made.learn(Cell.from_config(attempt.config), attempt)
@@ -93,6 +98,9 @@ class Estimator:
         else:
             rate = EFFICIENCY * 1e12 * self.device["peak_tflops"].get(cell.config["dtype"], 1.0) if self.device else CPU_FLOPS
             pass_s = work / ranks / rate
+            if not self.device:  # ranks that share a core take turns
+                scale = cell.problem.scale
+                pass_s *= max(1.0, ranks / self.cores[0], scale.gpus_per_node / self.cores[1])
             prepare_s, once_s = 0.0, 2 * pass_s
         first, later = shared(measure), shared(measure, first=False)
         apart = 2 * (pass_s + _timed_s(first, pass_s, first["budget_s"] / 4)) if ranks > 1 else 0.0

@@ -4,8 +4,8 @@ A pack's ``failures`` folder holds, per attempt, what each rank said of itself b
 ``.block-<b>`` follows the attempt::
 
     <cell id>.attempt-<n>.rank-<r>.json        an exception: {"kind", "cause", "rank", "time"}
-    <cell id>.attempt-<n>.rank-<r>.hang.txt    the stacks of a rank that the hang timer ended (empty: it did not)
-    <cell id>.attempt-<n>.ended.json           from the agent, which ended the gang: {"kind", "cause", "time"}
+    <cell id>.attempt-<n>.rank-<r>.hang.txt    the stacks of a rank of a gang that hung (empty: it did not)
+    <cell id>.attempt-<n>.ended.json           from the agent, which ended the gang: {"kind", "cause", "rank", "time"}
     exit.<node>.<gang>.<rank>.json             from the agent: {"exitcode", "rank", "pid", "time", "oom", "said"}
 
 When one rank dies, others see broken connections and are ended; those consequences never count as the cause while there is
@@ -14,13 +14,15 @@ an earlier one.
 
 from __future__ import annotations
 
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcbench.runs.queue import NOISE, word_of
+from lcbench.runs.queue import NOISE as NOISE_OF_SLURM
+from lcbench.runs.queue import word_of
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Running, read_or_set_aside
 
 # Slurm's final states (man sacct) and our classes.
@@ -34,6 +36,29 @@ NO_START = ("FAILED", "COMPLETED", "ENDED")
 OOM_TYPES = ("OutOfMemoryError", "MemoryError")
 COMM_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
 COMM_WORDS = ("NCCL", "gloo", "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
+# Lines in which srun, slurmstepd, the shell or the kernel say that a process was killed.
+DEATHS = [
+    re.compile(pattern)
+    for pattern in (
+        r"tasks? [\d,-]+: (?!Exited|Terminated|running)[A-Z][\w ]+",
+        r"line \d+: +\d+ (Killed|Aborted|Segmentation fault|Bus error)", r"^\S+ \(pid \d+\): \w+",
+        r"[Dd]etected \d+ oom[-_ ]kill", r"OOM Killed", r"Out of memory: Killed process", r"was killed by SIG",
+    )
+]  # fmt: skip
+OOM_DEATHS = re.compile(r"(?i)oom[-_ ]kill|out of memory: killed|: out of memory")
+# Lines that follow from the end of something, and say nothing of why.
+NOISE = [
+    NOISE_OF_SLURM,
+    *(re.compile(pattern)
+    for pattern in (
+        r"^srun: error: .*(Exited with exit code|Terminated)", r"^srun: (launch/|Force Terminated|Job step aborted|Terminating)",
+        r"^slurmstepd.*\*\*\*.*CANCELLED", r"^submitit (INFO|WARNING)", r"^submitit ERROR .*triggered an exception",
+        r"death signal, shutting down", r"closing signal SIG",
+    )),
+]  # fmt: skip
+# Exceptions with which a process ends that was told to, or whose child failed.
+FOLLOWING = ("SignalException", "SystemExit", "ChildFailedError", "KeyboardInterrupt", "FailedJobError")
+CHAINED = ("The above exception was the direct cause", "During handling of the above exception")
 ERROR_WORDS = ("error", "fail", "not found", "no such", "unrecognized")
 OOM_WORDS = ("CUDA out of memory", "can't allocate memory", "Cannot allocate memory")
 
@@ -76,13 +101,14 @@ def first_failure(folder: Path, stem: str, since: float) -> Found | None:
 
     ``since``: when it began, in seconds since the epoch; earlier deaths belong to others.
     """
+    hung = sorted((p for p in folder.glob(f"{stem}.rank-*.hang.txt") if p.stat().st_size), key=_rank)
     for ended in _records(folder, f"{stem}.ended.json"):
-        return Found(Failure(ended["kind"], ended["cause"]))
+        rank, place = _where(hung, ended.get("rank")) if ended["kind"] == "hang" else (None, "")
+        return Found(Failure(ended["kind"], f"{ended['cause']}{place}"[:CAUSE_LENGTH], rank))
     said = sorted(_records(folder, f"{stem}.rank-*.json"), key=lambda r: float(r["time"]))
     causes = [r for r in said if r["kind"] != "nccl"]
     if causes:
         return Found(_failure(causes[0]))
-    hung = sorted((p for p in folder.glob(f"{stem}.rank-*.hang.txt") if p.stat().st_size), key=lambda p: p.stat().st_mtime)
     exits = _records(folder, "exit.*.json")
     died = sorted((e for e in exits if e["time"] >= since and not _is_consequence(e)), key=lambda e: float(e["time"]))
     # A rank that hung, or said why it ends, exits with a code of its own, which the agent saw too.
@@ -97,17 +123,15 @@ def first_failure(folder: Path, stem: str, since: float) -> Found | None:
         cause = f"rank {first['rank']} {_exit_text(code)}{f': {why}' if why else ''}"[:CAUSE_LENGTH]
         return Found(Failure(kind, cause, first["rank"]), may_follow=kind != "oom" and code < 0)
     if hung:
-        # Ranks that wait in a collective hang as well; the one that waits elsewhere is the cause.
-        places = [(_rank(p), *_stuck(p.read_text())) for p in hung]
-        rank, place, _ = next((p for p in places if not p[2]), places[0])
-        return Found(Failure("hang", f"no progress within the cell's deadline; rank {rank} stood at {place}", rank))
+        rank, place = _where(hung, None)
+        return Found(Failure("hang", f"not at its end after hang.max_s{place}"[:CAUSE_LENGTH], rank))
     return Found(_failure(said[0]), may_follow=True) if said else None
 
 
 def stacks(folder: Path, stem: str) -> Iterator[str]:
-    """The stacks of all threads of all ranks that the hang timer ended, by rank."""
+    """The stacks of all threads of all ranks of a gang that hung, by rank."""
     for path in sorted(folder.glob(f"{stem}.rank-*.hang.txt"), key=_rank):
-        yield f"--- stacks of rank {_rank(path)} at the deadline\n{path.read_text().rstrip() or '(it left none)'}\n"
+        yield f"--- stacks of rank {_rank(path)} when it was ended\n{path.read_text().rstrip() or '(it left none)'}\n"
 
 
 def from_slurm_state(state: str, began: bool, words: str) -> Failure:
@@ -116,30 +140,90 @@ def from_slurm_state(state: str, began: bool, words: str) -> Failure:
     """
     word = word_of(state)
     said = f": {words}" if words and word in NO_START else ""
+    if word in NO_START and OOM_DEATHS.search(words):
+        return Failure("oom", f"its Slurm job ended as {state}{said}"[:CAUSE_LENGTH])
     if word in NO_START and not began:
         return Failure("no-start", f"its Slurm job ended as {state} before any cell began{said}"[:CAUSE_LENGTH])
     return Failure(SLURM_STATES.get(word, "crash"), f"its Slurm job ended as {state}{said}"[:CAUSE_LENGTH])
 
 
 def job_words(folder: Path, job_id: str) -> str:
-    """The last line that looks like an error, or else the last line, of what a Slurm job wrote."""
-    return last_error(folder / f"{job_id}_0_log.err") or last_error(folder / f"{job_id}_0_log.out")
+    """The line of all that a Slurm job's nodes wrote that says most about why it ended."""
+    logs = [
+        path for path in folder.glob(f"{job_id}_*_log.*") if re.fullmatch(rf"{re.escape(job_id)}_\d+_log\.(err|out)", path.name)
+    ]
+    # What is on stderr says more, and node 0's, in which srun's words are.
+    logs.sort(key=lambda path: (path.suffix != ".err", int(path.name.removeprefix(f"{job_id}_").partition("_")[0])))
+    return _best(said for path in logs for said in _weighed(_read(path)))
 
 
 def last_error(log: Path) -> str:
-    """The last line of a log that looks like an error, or else its last line."""
-    try:
-        return error_in(log.read_text(errors="replace"))
-    except OSError:
-        return ""
+    """The line of a log that says most about why its process ended."""
+    return error_in(_read(log))
 
 
 def error_in(text: str) -> str:
-    """The last line that looks like an error, or else the last line; what srun says of the end of a step only follows from it."""
-    said = [line.strip() for line in text.splitlines() if line.strip() and not NOISE.match(line.strip())]
-    errors = [line for line in said if any(word in line.lower() for word in ERROR_WORDS)]
-    own = [line for line in errors if not line.startswith(("srun: error:", "slurmstepd:"))]
-    return next(iter([*own[-1:], *errors[-1:], *said[-1:]]), "")
+    """The line of a text that says most about why a process ended: who was killed, else the first exception of the last traceback
+    that follows from no other, else the last line that speaks of an error, else the last line.
+    """
+    return _best(_weighed(text))
+
+
+def tells_of_a_kill(cause: str) -> bool:
+    """Whether a cause is that a process was killed, so that connections to it broke."""
+    return any(pattern.search(cause) for pattern in DEATHS)
+
+
+def _best(said: Iterable[tuple[int, str]]) -> str:
+    """Of lines with their weights, the first of those that weigh most."""
+    found = list(said)
+    return min(found, key=lambda weighed: weighed[0])[1] if found else ""
+
+
+def _weighed(text: str) -> list[tuple[int, str]]:
+    """The lines of a text that are worth showing, as (weight, line), the weightiest of which is 0; of one weight the one to show
+    comes first.
+    """
+    lines, exceptions = _without_tracebacks(text)
+    # The shell repeats the whole command that was killed.
+    deaths = [
+        re.sub(r"^.*line \d+: +(\d+) (.*?) {2,}(\S+).*$", r"\3 (pid \1): \2", line) for line in lines if tells_of_a_kill(line)
+    ]
+    own = [line for line in exceptions if not line.split(":")[0].endswith(FOLLOWING)]
+    plain = [line for line in lines if not any(pattern.search(line) for pattern in NOISE)]
+    errors = [line for line in plain if any(word in line.lower() for word in ERROR_WORDS)]
+    order = [deaths[:1], own[-1:], errors[-1:], exceptions[-1:], plain[-1:], lines[-1:]]
+    return [(weight, line) for weight, found in enumerate(order) for line in found]
+
+
+def _without_tracebacks(text: str) -> tuple[list[str], list[str]]:
+    """(lines outside of Python's tracebacks, what each traceback ends with: of a chain the first, which caused the others)."""
+    lines, exceptions, inside, follows = list[str](), list[str](), False, False
+    for raw in text.splitlines():
+        # Ranks and loggers may put a word before each line.
+        bare = re.sub(r"^\[\w+\d*\]:\s?", "", raw)
+        line = bare.strip()
+        if line.startswith("Traceback (most recent call last)"):
+            inside = True
+        elif inside and (not line or bare[:1].isspace() or line.startswith(("|", "+"))):
+            continue
+        elif inside:
+            inside = False
+            if not follows:
+                exceptions.append(line)
+            follows = False
+        elif line.startswith(CHAINED):
+            follows = True
+        elif line:
+            lines.append(line)
+    return lines, exceptions
+
+
+def _read(log: Path) -> str:
+    try:
+        return log.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _records(folder: Path, pattern: str) -> list[dict[str, Any]]:
@@ -172,12 +256,24 @@ def _rank(path: Path) -> int:
     return int(path.name.split(".rank-")[1].split(".")[0])
 
 
+def _where(dumps: list[Path], rank: int | None) -> tuple[int | None, str]:
+    """(rank, where it stood in words) of the rank that the others waited for: the one that the marks show, else by the stacks."""
+    places = {_rank(path): _stuck(path.read_text()) for path in dumps}
+    if rank is None and places:
+        # Ranks that wait in a collective hang as well; the one that waits elsewhere is the cause.
+        rank = next((r for r, (_, waits) in places.items() if not waits), min(places))
+    if rank is None:
+        return None, ""
+    return rank, f"; rank {rank} stood at {places[rank][0]}" if rank in places else f"; rank {rank} left no stack"
+
+
 def _stuck(dump: str) -> tuple[str, bool]:
     """Where a faulthandler dump's main thread stood: the innermost line of lcbench, and whether it waits for other ranks.
 
     The main thread is written last, its innermost frame first.
     """
-    frames = [line.strip() for line in dump.split("Thread ")[-1].splitlines() if line.strip().startswith("File ")]
+    last = re.split(r"^(?:Current thread|Thread) ", dump, flags=re.M)[-1]
+    frames = [line.strip() for line in last.splitlines() if line.strip().startswith("File ")]
     own = next((f for f in frames if "lcbench" in f), frames[0] if frames else "an unknown place")
     # Either inside torch.distributed, or in the function in which the engine waits for messages, whose frames are not Python's.
     waits = own.endswith(" in _wait") or any(

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import Timeout
 
 from lcbench.measure.blocks import blocks_of, share
-from lcbench.runs.failure import first_failure, from_slurm_state, job_words, stacks, stem_of
+from lcbench.runs.failure import first_failure, from_slurm_state, job_words, stacks, stem_of, tells_of_a_kill
 from lcbench.runs.ownership import others, trusted_site
 from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
 from lcbench.runs.queue import Job as QueuedJob
@@ -332,7 +332,8 @@ def _why_it_ended(sweep: Sweep, running: Running, otherwise: Failure | None) -> 
     folder, stem = sweep.pack_folder(running.pack) / "failures", stem_of(running)
     found = first_failure(folder, stem, running.started_at)
     failure = found.failure if found else None
-    if failure is None or (found and found.may_follow and otherwise is not None and otherwise.kind not in ("crash", "no-start")):
+    says = otherwise is not None and (otherwise.kind not in ("crash", "no-start") or tells_of_a_kill(otherwise.cause))
+    if failure is None or (found and found.may_follow and says):
         failure = otherwise or Failure("crash", "the workers ended without a word; see the logs of the pack")
     if failure.kind == "hang":
         with open(sweep.attempt_path(running.cell_id, running.number, "log"), "a") as log:

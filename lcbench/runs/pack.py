@@ -41,8 +41,8 @@ class Settings:
     hang: dict[str, float]  # factor, min_s, max_s
     retry: dict[str, int]  # failure class -> how often
 
-    def deadline_s(self, estimate_s: float) -> float:
-        """Seconds after which a cell counts as hung."""
+    def patience_s(self, estimate_s: float) -> float:
+        """Seconds for which none of a cell's ranks may make progress before it counts as hung."""
         return min(max(self.hang["factor"] * estimate_s, self.hang["min_s"]), self.hang["max_s"])
 
     @property
@@ -86,9 +86,9 @@ class Pack:
         """Whether a node that is not well ends the pack; else it is only recorded."""
         return bool(self.site.get("check", "stop") == "stop")
 
-    def deadline_s(self, cell_id: str) -> float:
-        """Seconds after which a cell counts as hung."""
-        return self.settings.deadline_s(self.seconds[cell_id])
+    def patience_s(self, cell_id: str) -> float:
+        """Seconds for which none of a cell's ranks may make progress before it counts as hung, until it has a pace of its own."""
+        return self.settings.patience_s(self.seconds[cell_id])
 
     def write(self) -> Path:
         write_json(self.path, asdict(self))

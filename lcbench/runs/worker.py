@@ -2,8 +2,9 @@
 
 A rank that meets an exception writes why and exits at once; its agent ends the gang and starts it anew, the new gang closes
 the attempt that was in flight and goes on with the next cell. So no rank is ever left waiting in a collective for one that
-is gone, and one cell cannot take the others with it. A cell that hangs is ended, with a stack dump, by a timer that needs
-neither the interpreter lock nor a working communicator.
+is gone, and one cell cannot take the others with it. Of a gang that hangs the agent has each rank write its stacks, which needs
+neither the interpreter lock nor a working communicator, and ends it (``hang.py``); should the agent not be able to, a timer of the
+rank does, after ``hang.max_s``.
 
 A cell is timed in blocks: the first gives its result, and when every cell was tried, those that are well are measured again, block
 after block, each time in another order, so that drift and what a process does are in the samples. A later block is written into
@@ -39,13 +40,16 @@ import torch.distributed as dist
 from lcbench.cp.execute import Groups
 from lcbench.grid.build import allow, build_kernel, build_mask, build_strategy, check_targets, draws
 from lcbench.grid.cell import Cell
+from lcbench.measure import progress
 from lcbench.measure.blocks import blocks_of, shared, with_block, without_times
 from lcbench.measure.cell import Gang, Measured, Work, measure_again, measure_cell
-from lcbench.measure.environment import describe
+from lcbench.measure.environment import describe, node_name
 from lcbench.measure.nodes import check_gang
 from lcbench.runs.failure import classify_exception, stem_of
+from lcbench.runs.hang import REST_S, STACKS_SIGNAL
 from lcbench.runs.jobs import close_all, record, with_lost_block
 from lcbench.runs.logs import cell_mark
+from lcbench.runs.machine import beside
 from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
 from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Running, Sweep, write_json
 
@@ -53,25 +57,30 @@ FAILED_EXIT = 70
 RESERVE_BYTES = 4 << 20
 # How long a result waits for a full disk before it goes to the node's own.
 PATIENCE_S = 900.0
+# A rank ends itself this long after ``hang.max_s``, if its agent has not.
+OVERDUE_S = 30.0
 STOP = "stop"
 BLOCK_STRIDE = 1000
 PR_SET_PDEATHSIG = 1
+STDERR = 2
 
 
 def main(pack_path: Path, node_rank: int) -> None:
     # Slurm's warning goes to every process of the job, and is the agent's to act on.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    faulthandler.register(STACKS_SIGNAL, file=STDERR)
     _die_with_the_agent()
     pack = Pack.read(pack_path)
     sweep = Sweep(Path(pack.root), pack.sweep)
     allow(sweep.allowed())
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = _device(pack.site.get("device"))
-    # The hang timer of a cell must speak before a collective gives up.
-    patience = max(map(pack.deadline_s, pack.cells)) + PATIENCE_S
+    marks = progress.share()
+    _rest(marks)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=patience + 300),
+        # Who watches the gang must speak before a collective gives up.
+        timeout=timedelta(seconds=pack.settings.hang["max_s"] + 2 * REST_S),
         device_id=device if device.type == "cuda" else None,
     )
     if rank == 0:
@@ -125,9 +134,10 @@ class Crew:
             if begun is None:  # it was cancelled
                 continue
             cell = Cell.from_config(self.pack.configs[cell_id])
+            seen = beside(self.pack) if leads else []
             measured = _guarded(cell, self.gang, self.sweep, self.pack, begun)
             if leads:
-                self.store.finish(attempt_of(measured, begun, cell, self.sweep, provenance))
+                self.store.finish(_with_others(attempt_of(measured, begun, cell, self.sweep, provenance), seen + beside(self.pack)))
             dist.barrier()
         return True
 
@@ -142,9 +152,10 @@ class Crew:
                     return
                 if begun is None:
                     continue
+                seen = beside(self.pack) if leads else []
                 measured = _guarded(Cell.from_config(self.pack.configs[cell_id]), self.gang, self.sweep, self.pack, begun)
                 if leads:
-                    self.store.finish(amended(due[cell_id], begun, measured))
+                    self.store.finish(_with_others(amended(due[cell_id], begun, measured), seen + beside(self.pack)))
                     self.sweep.end_again(begun)
                 dist.barrier()
 
@@ -208,9 +219,12 @@ class Results:
                     break
                 else:
                     time.sleep(2)
-        spilled = Path(tempfile.gettempdir()) / f"lcbench-{self._sweep.name}-{attempt.cell_id}-attempt-{attempt.number}.json"
+        # A folder of its own, which nobody else can have made before.
+        spilled = Path(tempfile.mkdtemp(prefix="lcbench-")) / f"attempt-{attempt.number}.json"
         spilled.write_text(json.dumps(asdict(attempt)))
-        raise RuntimeError(f"the results folder took nothing for {PATIENCE_S:.0f} s; the result is in {spilled}")
+        place = self._sweep.attempt_path(attempt.cell_id, attempt.number)
+        why = f"the results folder took nothing for {PATIENCE_S:.0f} s"
+        raise RuntimeError(f"{why}; the result is in {spilled} on {node_name()}, to be copied to {place}")
 
     def release(self) -> None:
         with suppress(OSError):
@@ -272,6 +286,14 @@ def amended(attempt: Attempt, running: Running, measured: Measured) -> Attempt:
     return replace(attempt, metrics=metrics, samples=samples, provenance={**attempt.provenance, "again": again})
 
 
+def _with_others(attempt: Attempt, seen: list[str]) -> Attempt:
+    """A result that says who else was at work on its devices when it was measured."""
+    if not seen:
+        return attempt
+    every = sorted({*attempt.provenance.get("beside", ()), *seen})
+    return replace(attempt, provenance={**attempt.provenance, "beside": every})
+
+
 def remaining(sweep: Sweep, pack: Pack) -> list[str]:
     """Cells that this pack has still to try: after a restart or a requeue what is done stays done, and what failed so that it is
     tried again comes last.
@@ -325,9 +347,13 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
     say(f"{cell.label} (attempt {running.number}, {gang.world_size} ranks)" if first else f"block {running.block} of timings")
     for stream in (sys.stdout, sys.stderr):  # python -m lcbench.logs finds a cell's part of a rank's output by it
         print(cell_mark(cell.id, running.number), file=stream, flush=True)
-    with _hang_timer(failures / f"{stem}.hang.txt", pack.deadline_s(cell.id)):
+    limit_s = pack.settings.hang["max_s"]
+    with _stacks(failures / f"{stem}.hang.txt", limit_s + OVERDUE_S):
+        progress.own.begin(stem_of(running), patience_s=pack.patience_s(cell.id), limit_s=limit_s)
         try:
-            return (measure_cell if first else measure_again)(work_of(cell, running), gang, say)
+            measured = (measure_cell if first else measure_again)(work_of(cell, running), gang, say)
+            _rest(progress.own)
+            return measured
         except BaseException as error:
             failure = classify_exception(error)
             word = {"kind": failure.kind, "cause": failure.cause, "rank": gang.rank, "time": time.time()}
@@ -357,19 +383,26 @@ def work_of(cell: Cell, running: Running | None = None) -> Work:
     )
 
 
+def _rest(marks: progress.Progress) -> None:
+    """Between cells."""
+    marks.begin("", patience_s=REST_S, limit_s=0.0)
+
+
 @contextmanager
-def _hang_timer(dump: Path, timeout_s: float) -> Iterator[None]:
-    """After ``timeout_s`` write every thread's stack to ``dump`` and end the process."""
+def _stacks(dump: Path, timeout_s: float) -> Iterator[None]:
+    """Write every thread's stack to ``dump`` when the agent asks for it by a signal; after ``timeout_s`` also end the process."""
     with ExitStack() as stack:
         try:
             file: Any = stack.enter_context(open(dump, "w"))
         except OSError:  # a full disk
-            file = sys.stderr
+            file = STDERR
+        faulthandler.register(STACKS_SIGNAL, file=file)
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=file)
         try:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
+            faulthandler.register(STACKS_SIGNAL, file=STDERR)
     dump.unlink(missing_ok=True)
 
 

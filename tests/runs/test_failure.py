@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lcbench.cp.execute import _wait
-from lcbench.runs.failure import classify_exception, first_failure, from_slurm_state
+from lcbench.runs.failure import classify_exception, error_in, first_failure, from_slurm_state, job_words
 from lcbench.runs.store import FAILURE_CLASSES, write_json
 
 
@@ -86,6 +86,25 @@ def test_a_hang_names_the_rank_that_waits_for_nobody(tmp_path: Path) -> None:
     assert "kernels/k.py, line 7 in forward" in failure.cause
 
 
+def test_a_gang_that_its_agent_ended_says_where_it_stood(tmp_path: Path) -> None:
+    word = {"kind": "hang", "cause": "no progress for 60 s at 'timing', iteration 3", "rank": None, "time": 1.0}
+    write_json(tmp_path / "cell.attempt-1.ended.json", word)
+    died(tmp_path, 1, -9, 2.0)
+    # The signal may meet the main thread, or another one.
+    (tmp_path / "cell.attempt-1.rank-1.hang.txt").write_text(
+        'Thread 0x7 (most recent call first):\n  File "/x/other.py", line 1 in run\n\n'
+        'Current thread 0x1 (most recent call first):\n  File "/x/lcbench/kernels/k.py", line 7 in forward\n'
+    )
+    found = first_failure(tmp_path, "cell.attempt-1", since=0)
+    assert found is not None
+    assert (found.failure.kind, found.failure.rank) == ("hang", 1)
+    assert found.failure.cause == f"{word['cause']}; rank 1 stood at kernels/k.py, line 7 in forward"
+    write_json(tmp_path / "cell.attempt-1.ended.json", {**word, "rank": 2})  # a stopped rank writes nothing
+    found = first_failure(tmp_path, "cell.attempt-1", since=0)
+    assert found is not None
+    assert found.failure.cause.endswith("; rank 2 left no stack")
+
+
 def test_every_class_is_explained_and_has_its_retries() -> None:
     root = Path(__file__).parents[2]
     retry = OmegaConf.load(root / "conf" / "config.yaml").retry
@@ -110,3 +129,60 @@ def test_slurm_states() -> None:
     assert failure.kind == "no-start"
     assert "module: command not found" in failure.cause
     assert from_slurm_state("TIMEOUT", False, "").kind == "timeout"
+
+
+TRACEBACK = """Traceback (most recent call last):
+  File "/x/submission.py", line 69, in process_job
+    raise error
+  File "/x/agent.py", line 152, in __call__
+    done = run_node(pack)
+           ^^^^^^^^^^^^^^
+"""
+TOLD = f"{TRACEBACK}torch.distributed.elastic.multiprocessing.api.SignalException: Process 26530 got signal: 15\n"
+NOISE = """submitit INFO (2026-11-26 21:51:21,899) - Starting with JobEnvironment(job_id=10)
+submitit ERROR (2026-11-26 21:51:48,736) - Submitted job triggered an exception
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"{TRACEBACK}ValueError: no such error\nmore of its message\n{NOISE}", "ValueError: no such error"),
+        (f"{TRACEBACK}OSError: [Errno 28] No space left\n\nThe above exception was the direct cause of the following exception:\n\n"
+         f"{TRACEBACK}RuntimeError: cannot write\nsrun: error: n1: task 0: Exited with exit code 1",
+         "OSError: [Errno 28] No space left"),
+        (f"srun: error: n2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=10.0\n"
+         f"slurmstepd-n1: error: *** STEP 10.0 ON n1 CANCELLED AT 2026-11-26T21:51:48 ***\n{NOISE}{TOLD}"
+         "srun: error: n1: task 0: Exited with exit code 1\nsrun: Force Terminated StepId=10.0", "srun: error: n2: task 1: Killed"),
+        ("srun: error: n1: tasks 0-3: Segmentation fault (core dumped)\nsrun: error: n2: task 4: Terminated",
+         "srun: error: n1: tasks 0-3: Segmentation fault (core dumped)"),
+        ("/var/spool/job12/slurm_script: line 26: 26577 Killed                  srun --error /x/error.log python\n"
+         "slurmstepd-n1: error: *** STEP 12.0 ON n1 CANCELLED AT 2026-11-26T21:51:56 ***", "srun (pid 26577): Killed"),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks have been OOM Killed.\n"
+         f"srun: error: n1: task 0: Out Of Memory\n{TOLD}",
+         "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks have been OOM Killed."),
+        ("Lmod has detected the following error:  The following module(s) are unknown: \"cuda/99\"\n\nPlease check the spelling.\n",
+         'Lmod has detected the following error:  The following module(s) are unknown: "cuda/99"'),
+        ("bash: line 4: module: command not found\nsite.setup failed: module load cuda", "site.setup failed: module load cuda"),
+        ("slurmstepd: error: execve(): python: No such file or directory\nsrun: error: n1: task 0: Exited with exit code 2",
+         "slurmstepd: error: execve(): python: No such file or directory"),
+        (f"{NOISE}{TOLD}", "torch.distributed.elastic.multiprocessing.api.SignalException: Process 26530 got signal: 15"),
+        (f"[rank0]: {TRACEBACK}[rank0]: ModuleNotFoundError: No module named 'x'", "ModuleNotFoundError: No module named 'x'"),
+        ("all is well\nsubmitit INFO (x) - Job completed successfully", "all is well"), ("", ""),
+    ],
+)  # fmt: skip
+def test_the_line_of_a_log_that_says_why(text: str, says: str) -> None:
+    assert error_in(text).startswith(says) if says else not error_in(text)
+
+
+def test_all_nodes_of_a_job_are_asked_and_its_class_is_true(tmp_path: Path) -> None:
+    (tmp_path / "7_0_log.err").write_text(f"{TOLD}srun: error: n2: task 1: Exited with exit code 1\n")
+    (tmp_path / "7_0_log.out").write_text(NOISE)
+    assert "SignalException" in job_words(tmp_path, "7")
+    (tmp_path / "7_1_log.err").write_text(f"{TRACEBACK}KeyError: 'SLURM_NODEID'\n")
+    (tmp_path / "7_10_log.err").write_text("an error\n")
+    assert job_words(tmp_path, "7") == "KeyError: 'SLURM_NODEID'"
+    assert not job_words(tmp_path, "7_1")
+    killed = from_slurm_state("FAILED", True, "srun: error: n1: task 0: Out Of Memory")
+    assert killed.kind == "oom"
+    assert from_slurm_state("FAILED", True, "srun: error: n1: task 0: Killed").kind == "crash"

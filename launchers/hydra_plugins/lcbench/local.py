@@ -8,15 +8,20 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from types import FrameType
 from typing import Any
 
 from hydra_plugins.lcbench._plan import PackLauncher, write_down
 
 from lcbench.grid.values import parse_scale
 from lcbench.measure.blocks import blocks_of
+from lcbench.runs.failure import last_error
 from lcbench.runs.jobs import Watch, in_flight
+from lcbench.runs.machine import PAUSE_S, SHARE, Claim, shares
 from lcbench.runs.pack import Pack, later_blocks
-from lcbench.runs.store import Sweep, write_json
+from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, write_json
 
 POLL_S = 0.3
 LOOK_EVERY_S = 5.0
@@ -39,49 +44,106 @@ class LocalLauncher(PackLauncher):
             TextColumn("{task.fields[left]}", markup=False),
         ]  # fmt: skip
         watch, next_look = Watch(sweep), 0.0
-        with Progress(*columns, console=self.console) as progress:
+        with _told_to_end(), Progress(*columns, console=self.console) as progress:
             task = progress.add_task("starting", total=sum(len(pack.cells) for pack in packs), left="")
             before = 0
             for pack in packs:
-                for done, text in _run_pack(sweep, pack):
-                    progress.update(task, completed=before + done, description=text)
-                    if time.monotonic() >= next_look:
-                        begun = time.monotonic()
-                        progress.update(task, left=str(watch.look().left()))
-                        # Ranks measure on these cores: of a large sweep it is looked at seldom.
-                        next_look = time.monotonic() + max(LOOK_EVERY_S, LOOKING_SHARE * (time.monotonic() - begun))
+                with closing(_run_pack(sweep, pack)) as steps:
+                    for done, text in steps:
+                        progress.update(task, completed=before + done, description=text)
+                        if time.monotonic() >= next_look:
+                            begun = time.monotonic()
+                            progress.update(task, left=str(watch.look().left()))
+                            # Ranks measure on these cores: of a large sweep it is looked at seldom.
+                            next_look = time.monotonic() + max(LOOK_EVERY_S, LOOKING_SHARE * (time.monotonic() - begun))
                 before += len(pack.cells)
 
 
-def _run_pack(sweep: Sweep, pack: Pack) -> Any:
-    """Start a pack's agents and yield (cells done, what is going on) until they have ended."""
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that was closed, end this command as Ctrl-C does, with its agents. What it was started to
+    ignore (``nohup``) stays ignored.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_pack(sweep: Sweep, pack: Pack) -> Generator[tuple[int, str]]:
+    """Start a pack's agents, once nobody else measures here, and yield (cells done, what is going on) until they have ended."""
     nodes = parse_scale(pack.scale).nodes
     logs = pack.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    endpoint = f"127.0.0.1:{_free_port()}"
-    agents = []
+    claim = Claim(pack)
+    agents: list[subprocess.Popen[bytes]] = []
     try:
+        yield from _wait_for_the_machine(claim)
         for node in range(nodes):
             command = [
                 sys.executable, "-u", "-m", "lcbench.runs.agent", str(pack.path), "--node-rank", str(node),
-                "--rdzv", endpoint, "--run-id", pack.id,
+                "--of", str(os.getpid()),
             ]  # fmt: skip
             with open(logs / f"agent-{node}.log", "ab") as log:
                 # A group of its own, so that Ctrl-C reaches the agents through us, in order.
-                agents.append(subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True))
+                agents.append(
+                    subprocess.Popen(
+                        command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                        pass_fds=claim.descriptors, env={**os.environ, **claim.environment},
+                    )
+                )  # fmt: skip
         write_json(
             pack.folder / "job.json",
             {"launcher": "local", "pid": agents[0].pid, "pids": [a.pid for a in agents], "host": socket.gethostname(),
              "started_at": time.time(), "timeout_min": pack.timeout_min},
         )  # fmt: skip
-        while any(agent.poll() is None for agent in agents) and not any(agent.returncode for agent in agents):
+        # Each is asked in each round: one that dies does so while the others wait for it.
+        while None in (codes := [agent.poll() for agent in agents]) and not any(codes):
             yield _progress(sweep, pack)
             time.sleep(POLL_S)
+        failed = [node for node, agent in enumerate(agents) if agent.returncode]
+        if failed:
+            _say_why(sweep, pack, failed[0], agents[failed[0]].returncode)
         yield _progress(sweep, pack)
     finally:
         _stop(agents)
-    if any(agent.returncode for agent in agents):
-        print(f"pack {pack.id}: an agent ended with an error; see {logs}", file=sys.stderr)
+        claim.drop()
+
+
+def _wait_for_the_machine(claim: Claim) -> Iterator[tuple[int, str]]:
+    said = None
+    while found := claim.take(share=shares()):
+        who = "; ".join(str(other) for other in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        if shares():
+            print(f"measures beside {who}; the results say so", file=sys.stderr)
+            return
+        if who != said:
+            print(f"waits for {who}; {SHARE}=1 measures beside it, and the results say so", file=sys.stderr, flush=True)
+            said = who
+        yield 0, f"waits for {who}"
+        time.sleep(PAUSE_S)
+
+
+def _say_why(sweep: Sweep, pack: Pack, node: int, code: int) -> None:
+    """Leave word why an agent ended with an error, if it did not itself."""
+    logs = pack.folder / "logs"
+    print(f"pack {pack.id}: an agent ended with an error; see {logs}", file=sys.stderr)
+    if (pack.folder / "end.json").exists():
+        return
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    said = last_error(logs / f"agent-{node}.log") if code > 0 else ""
+    began = any(sweep.running(cell) or sweep.has_attempt_of(cell, pack.id) for cell in pack.cells)
+    cause = f"the agent of node {node} {how}{f': {said}' if said else ''}"[:CAUSE_LENGTH]
+    pack.say("end.json", Failure("crash" if began else "no-start", cause))
 
 
 def _progress(sweep: Sweep, pack: Pack) -> tuple[int, str]:
@@ -114,9 +176,3 @@ def _stop(agents: list[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(agent.pid, signal.SIGKILL)
             agent.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
