@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lcbench.redact import redacted
 from lcbench.runs.store import Sweep, find_cell, sweeps
 
 BAD_INPUT = 2  # argparse's exit code too
@@ -19,7 +20,7 @@ def bad_input() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
 

@@ -32,10 +32,14 @@ from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
+from lcbench.redact import refuse_readable
 
 GROUPS = ("kernel", "cp", "mask", "lengths")
 AXES = (*GROUPS, "seqlen", "seqlen_per_rank", "scale", "heads", "dtype", "direction", "transit", "seed", "measure")
-RUN_OPTIONS = ("sweep", "site", "wait", "output", "force", "pack", "hang", "retry", "results", "tracking_uri", "experiment")
+RUN_OPTIONS = (
+    "sweep", "site", "wait", "output", "force", "pack", "hang", "retry", "results", "tracking_uri", "mlflow_experiment",
+    "experiment",
+)  # fmt: skip
 CONFIG = "config"
 OUTPUTS = ("table", "quiet", "json")
 # measure.blocks at its default is no part of a cell: cells of before there were blocks keep their ids.
@@ -372,6 +376,7 @@ def _site(site: Any) -> dict[str, Any]:
         value = resolved.get(key, accepted[0])
         if value not in accepted:
             raise ValueError(f"site.{key}={value} is not one of {', '.join('null' if a is None else a for a in accepted)}")
+    refuse_readable(resolved)
     return {str(k): v for k, v in resolved.items()}
 
 

@@ -16,7 +16,7 @@ from lcbench.grid.values import parse_scale
 from lcbench.runs.failure import SLURM_STATES, last_error, stem_of
 from lcbench.runs.jobs import close_all, in_flight
 from lcbench.runs.logs import last_words
-from lcbench.runs.pack import KILLS, RESERVE, Pack
+from lcbench.runs.pack import KILLS, RESERVE, Pack, forget_secrets
 from lcbench.runs.queue import environment, last_incarnation, site_variables
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, write_json
 from lcbench.runs.tracking import publish_or_say
@@ -95,6 +95,7 @@ def run_node(pack: Pack, *, node_rank: int, endpoint: str, run_id: str, local_ad
         if pack.site.get("publish", "nodes") == "nodes":
             # What is left after a while, or a server that is away, is left to the collector.
             publish_or_say(sweep, pack.settings.tracking_uri, budget_s=PUBLISH_S)
+        forget_secrets(pack.folder)
     return failure is None
 
 

@@ -16,7 +16,7 @@ from filelock import Timeout
 
 from lcbench.measure.blocks import blocks_of, share
 from lcbench.runs.failure import first_failure, from_slurm_state, job_words, stacks, stem_of
-from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
+from lcbench.runs.pack import RESERVE, Pack, forget_secrets, later_blocks, tries_again
 from lcbench.runs.queue import Job as QueuedJob
 from lcbench.runs.queue import Key, ask, environment, has_ended
 from lcbench.runs.store import Attempt, Failure, Look, Record, Running, Sweep
@@ -112,6 +112,8 @@ class Watch:
             else:
                 state, reason = _local_state(job)
                 made = replace(made, state=state, reason=reason)
+            if made.ended:
+                forget_secrets(self.sweep.pack_folder(pack_id))
             states.append(made)
         return states
 

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lcbench.redact import hidden
+
 QUERY_TIMEOUT_S = 20
 ENDED = {
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
@@ -58,8 +60,10 @@ class Answer:
 
 
 def site_variables(site: dict[str, Any]) -> dict[str, str]:
-    """The variables that a site sets."""
-    return {key: str(value) for key, value in (site.get("env") or {}).items()}
+    """The variables that a site sets, but for those of a stored sweep whose secret was left out."""
+    env = site.get("env") or {}
+    left_out = hidden(env)
+    return {key: str(value) for key, value in env.items() if key not in left_out}
 
 
 def environment(site: dict[str, Any]) -> dict[str, str]:

@@ -10,7 +10,8 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,13 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from lcbench.arguments import bad_input
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Plan
 from lcbench.grid.paths import REPOSITORY
+from lcbench.redact import redacted, redacted_uri
+from lcbench.runs.address import planned_address, planned_experiment
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.pack import Pack, Settings, given_up, group, tries_again
 from lcbench.runs.store import Entry, Failure, Sweep, write_json
@@ -99,8 +103,8 @@ class PackLauncher(Launcher):
         self.output = plan.options["output"]
         sweep, settings = sweep_of(plan), settings_of(plan)
         with sweep.lock():
-            sweep.add([Entry(p.cell, p.skip) for p in plan.cells], command=list(plan.overrides), launch={
-                "launcher": self.name, "settings": settings.__dict__, "by": getpass.getuser(),
+            sweep.add([Entry(p.cell, p.skip) for p in plan.cells], command=[redacted(o) for o in plan.overrides], launch={
+                "launcher": self.name, "settings": settings.public(), "by": getpass.getuser(),
             })  # fmt: skip
         runnable = [p.cell for p in plan.cells if not p.skip]
 
@@ -142,7 +146,7 @@ class PackLauncher(Launcher):
 
         from lcbench.report.table import WIDTH, cells_table, fastest_table, to_rows
         from lcbench.runs.jobs import Watch
-        from lcbench.runs.tracking import publish_or_say, view_url
+        from lcbench.runs.tracking import dashboard_hint, publish_or_say
 
         standing = Watch(sweep).look()
         publish_or_say(sweep, tracking_uri)
@@ -158,9 +162,7 @@ class PackLauncher(Launcher):
         if failed:
             self.say(f"run the {len(failed)} failed again:  python -m lcbench.rerun --failed {sweep.name}{_where(sweep)}")
         self.say(f"report:     python -m lcbench.report {sweep.name}{_where(sweep)}")
-        url = view_url(sweep, tracking_uri)
-        local = bool(tracking_uri and tracking_uri.startswith("sqlite:"))
-        self.say(f"dashboard:  {'make mlflow, then ' if local else ''}{url}" if url else "dashboard:  make mlflow")
+        self.say(f"dashboard:  {dashboard_hint(sweep, tracking_uri, ours=tracking_uri == default_tracking_uri())}")
         self._answer(sweep, cells=to_rows(standing.seen, report))
         return SOME_FAILED if failed else OK
 
@@ -177,10 +179,15 @@ class PackLauncher(Launcher):
         """Make packs of what ``choose`` names and submit them, under the sweep's lock; what was refused is kept as such."""
         with sweep.lock():
             todo = choose()
+            try:
+                settings = settings.revealed()
+            except ValueError as error:
+                return todo, [], NotSubmitted(str(error)) if todo.cells else None
             packs = make_packs(sweep, todo.cells, launcher=self.name, settings=settings)
             try:
                 if packs:
-                    self.submit(sweep, packs)
+                    with _inherited(settings):
+                        self.submit(sweep, packs)
             except NotSubmitted as refusal:
                 turn_down(sweep, refusal)
                 return todo, packs, refusal
@@ -196,14 +203,34 @@ def sweep_of(plan: Plan) -> Sweep:
 
 def settings_of(plan: Plan) -> Settings:
     options, site = plan.options, plan.site
+    with bad_input():
+        tracking_uri = planned_address(options["tracking_uri"], site.get("tracking_uri"), default_tracking_uri())
+        experiment = planned_experiment(options["mlflow_experiment"])
     return Settings(
         site=site,
         devices=known_devices(),
-        tracking_uri=options["tracking_uri"] or site.get("tracking_uri") or default_tracking_uri(),
+        tracking_uri=tracking_uri,
         pack=options["pack"],
         hang=options["hang"],
         retry=options["retry"],
+        experiment=experiment,
     )
+
+
+@contextmanager
+def _inherited(settings: Settings) -> Iterator[None]:
+    """Jobs that are submitted in here inherit the tracking server's password, for the collector, which has no private file."""
+    uri, before = settings.tracking_uri, os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri or redacted_uri(uri) == uri:
+        yield
+        return
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    try:
+        yield
+    finally:
+        del os.environ["MLFLOW_TRACKING_URI"]
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool) -> Todo:
@@ -332,9 +359,7 @@ def default_name(plan: Plan) -> str:
 
 def default_tracking_uri() -> str:
     """SQLite below the checkout, which ``make mlflow`` serves."""
-    folder = REPOSITORY / ".mlflow"
-    folder.mkdir(exist_ok=True)
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    return f"sqlite:///{REPOSITORY / '.mlflow' / 'mlflow.db'}"
 
 
 def _where(sweep: Sweep) -> str:

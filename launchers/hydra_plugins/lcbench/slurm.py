@@ -17,6 +17,7 @@ from hydra_plugins.lcbench._plan import Collector, NotSubmitted, PackLauncher, w
 
 from lcbench.grid.paths import REPOSITORY
 from lcbench.grid.values import parse_scale
+from lcbench.redact import secrets_of
 from lcbench.runs.agent import RunPack, warned_s
 from lcbench.runs.pack import Pack
 from lcbench.runs.queue import cancel_named, site_variables
@@ -188,7 +189,9 @@ def fallen_nodes(sweep: Sweep) -> dict[str, str]:
 
 
 def _common(site: dict[str, Any], name: str) -> dict[str, Any]:
-    exports = [f"export {k}={shlex.quote(v)}" for k, v in site_variables(site).items()]
+    # Secrets come with the job's environment (sbatch passes it on) and the pack's private file; others may read the script.
+    secret = secrets_of(site.get("env"))
+    exports = [f"export {k}={shlex.quote(v)}" for k, v in site_variables(site).items() if k not in secret]
     setup = [str(line) for line in site.get("setup") or []]
     # A line that fails ends the job there and says which it was, instead of an attempt in half an environment.
     guarded = ["set -eE", "trap 'echo \"error: site.setup failed: $BASH_COMMAND\" >&2' ERR", *setup, "trap - ERR; set +eE"]
