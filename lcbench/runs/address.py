@@ -157,13 +157,13 @@ def credentials(uri: str) -> Iterator[str]:
 # -- why it takes nothing --------------------------------------------------------------------------------------------
 
 _CURES = {
-    401: "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to what the server knows (a sweep does"
-    " not store them)",
+    401: "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN (a sweep does not store them)",
     403: "the account may not do that, or the server does not know this name of its: mlflow server --allowed-hosts",
     404: "no MLflow server answers there; look at the path and the port",
     405: "no MLflow server answers there; look at the path and the port",
     407: "the proxy of http_proxy or https_proxy wants a user and a password",
 }  # fmt: skip
+_NOT_TAKEN = "the server does not know the user, password or token that it was given"
 _TLS = {
     "WRONG_VERSION_NUMBER": "no TLS is spoken there; write http://",
     "RECORD_LAYER_FAILURE": "no TLS is spoken there; write http://",
@@ -187,7 +187,7 @@ def _cause(error: BaseException, uri: str) -> str:
         return f"{name} cannot be imported: pip install {_DRIVERS.get(name, name)}" if missing.name else name
     if code := _status(chain):
         phrase = HTTPStatus(code).phrase if code in list(HTTPStatus) else ""
-        cure = _CURES.get(code)
+        cure = _NOT_TAKEN if code == 401 and _has_credentials(uri) else _CURES.get(code)
         return "; ".join(filter(None, (f"{code} {phrase}".strip(), cure, _body(chain))))
     database = next(filter(None, (getattr(e, "orig", None) for e in chain)), None)  # SQLAlchemy's
     if database is not None:
@@ -206,6 +206,11 @@ def _cause(error: BaseException, uri: str) -> str:
     if "not in a valid JSON format" in str(error):
         return "what answers there is no MLflow server"
     return where + (str(chain[-1]) or type(chain[-1]).__name__ if _wraps(error) else str(error) or type(error).__name__)
+
+
+def _has_credentials(uri: str) -> bool:
+    names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_TOKEN")
+    return redacted_uri(uri) != uri or any(os.environ.get(name) for name in names)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
