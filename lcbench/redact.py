@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -20,6 +20,7 @@ HIDDEN = "***"
 _STRONG = re.compile(r"(?:password|passwd|passphrase|passcode|secret|credentials?|apikey|connectionstring)s?$")
 _WEAK = re.compile(r"(?:token|pwd|pass|dsn)$|^(?:keys?|jwt|pat|cookie|bearer|authorization)$")
 _PLACE = ("file", "files", "path", "dir", "folder", "name", "url", "uri")
+_AFTER = ("value", "id", "base64", "b64", "raw")
 _JOINED = re.compile(r"(api|connection)_(key|string)", re.I)
 # What the issuers of tokens begin them with.
 _LOOK = re.compile(
@@ -35,12 +36,17 @@ _BARE_USER = re.compile(r"(^|[\s=,(\[\"'])[^\s:/@=,(\[\"'<>]+:(?!//)[^\s/@]+@(?=
 # The value is looked at and not taken, since it may hold an assignment itself.
 _ASSIGNED = re.compile(
     r"(?:(?P<name>\b[A-Za-z_][\w.-]*)(?P<sign>[\"']?\s*[=:]\s*)|--(?P<flag>[a-z][\w-]*)\s+)"
-    r"(?=\"(?P<double>[^\"]+)\"|'(?P<single>[^']+)'|(?P<bare>[^\s,;&}\])\"'{\[(]+))"
+    r"(?=\"(?P<double>[^\"]+)\"|'(?P<single>[^']+)'|(?P<bare>(?:(?:[Bb]earer|[Bb]asic|[Tt]oken)\s+)?[^\s,;&}\])\"'{\[(]+))"
 )
 
 
-def redacted(text: str) -> str:
-    """A text without the secrets in it: users and passwords of URIs, values behind telling names, what looks like a token."""
+def redacted(text: str, known: Iterable[str] = ()) -> str:
+    """A text without the secrets in it: users and passwords of URIs, values behind telling names, what looks like a token.
+
+    ``known``: secrets that are left out wherever they stand.
+    """
+    for secret in sorted(filter(None, known), key=len, reverse=True):
+        text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
     if HIDDEN not in text:
         text = _BARE_USER.sub(rf"\1{HIDDEN}@", _USER.sub(rf"\1{HIDDEN}@", text))
     spans = [span for found in _ASSIGNED.finditer(text) if (span := _secret_span(found))]
@@ -68,13 +74,15 @@ def redacted_values(data: Any) -> Any:
 def without(text: str, uri: str) -> str:
     """A text about a URI, without what the URI hides, wherever in the text it stands."""
     text = text.replace(uri, redacted_uri(uri))
+    return redacted(text, _secrets_in(uri))
+
+
+def _secrets_in(uri: str) -> Iterator[str]:
     found = re.match(r"[A-Za-z][\w+.-]*://([^/?#]*)@", uri)
     password = found[1].partition(":")[2] if found else ""
     queried = [part.partition("=")[2] for part in uri.partition("?")[2].split("&") if is_secret(*part.partition("=")[::2])]
-    for secret in filter(None, (password, *queried)):
-        for form in (secret, unquote(secret)):
-            text = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", HIDDEN, text)
-    return redacted(text)
+    for secret in (password, *queried):
+        yield from (secret, unquote(secret))
 
 
 def is_secret(name: str, value: str) -> bool:
@@ -85,12 +93,14 @@ def is_secret(name: str, value: str) -> bool:
     if redacted_uri(value) != value or _LOOK.search(value):
         return True
     words = _words(name)
-    if not words or words[-1] in _PLACE:
+    while len(words) > 1 and (words[-1] in _AFTER or words[-1].isdigit()):
+        words.pop()
+    if words[-1] in _PLACE:
         return False
     if any(map(_STRONG.search, words)):
         return True
-    plain = re.fullmatch(r"[-+]?(?:0x[\da-f]+|[\d.]+)|true|false|yes|no|on|off|none|null", value, re.I)
-    return bool(any(map(_WEAK.search, words)) and not plain)
+    plain = re.fullmatch(r"[-+]?(?:0x[\da-f]+|[\d.]{1,4})|true|false|yes|no|on|off|none|null", value, re.I)
+    return bool(_WEAK.search(words[-1]) and not plain)
 
 
 def secrets_of(variables: Mapping[str, Any] | None) -> dict[str, str]:
@@ -168,9 +178,11 @@ def _secret_span(found: re.Match[str]) -> tuple[int, int] | None:
     """Where the value of an assignment stands, if it is a secret."""
     group = next(name for name in ("double", "single", "bare") if found[name])
     value, name = found[group], (found["flag"] or found["name"]).rpartition(".")[2]
-    # A colon in a sentence assigns nothing: "unknown key: x".
-    telling = found["flag"] or "=" in found["sign"] or "_" in name or name.isupper() or any(map(_STRONG.search, _words(name)))
-    return found.span(group) if telling and HIDDEN not in value and "://" not in value and is_secret(name, value) else None
+    words, sign = _words(name), found["sign"] or "="
+    # A colon in a sentence assigns nothing: "full_key: site.setup".
+    telling = "=" in sign or not sign.endswith(" ") or name.isupper() or not re.match("keys?$", words[-1])
+    address = "://" in value or "?" in value  # which is looked at by itself
+    return found.span(group) if telling and HIDDEN not in value and not address and is_secret(name, value) else None
 
 
 def _words(name: str) -> list[str]:

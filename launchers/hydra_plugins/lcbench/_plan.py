@@ -25,7 +25,7 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Plan
 from lcbench.grid.paths import REPOSITORY
-from lcbench.redact import redacted, redacted_uri
+from lcbench.redact import redacted, redacted_uri, secrets_of
 from lcbench.runs.address import planned_address, planned_experiment
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.pack import Pack, Settings, given_up, group, tries_again
@@ -102,8 +102,9 @@ class PackLauncher(Launcher):
         """Run what the plan asks for and is missing; the exit code of the command."""
         self.output = plan.options["output"]
         sweep, settings = sweep_of(plan), settings_of(plan)
+        secret = secrets_of(settings.site.get("env")).values()
         with sweep.lock():
-            sweep.add([Entry(p.cell, p.skip) for p in plan.cells], command=[redacted(o) for o in plan.overrides], launch={
+            sweep.add([Entry(p.cell, p.skip) for p in plan.cells], command=[redacted(o, secret) for o in plan.overrides], launch={
                 "launcher": self.name, "settings": settings.public(), "by": getpass.getuser(),
             })  # fmt: skip
         runnable = [p.cell for p in plan.cells if not p.skip]
