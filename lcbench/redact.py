@@ -45,7 +45,7 @@ def redacted(text: str, known: Iterable[str] = ()) -> str:
 
     ``known``: secrets that are left out wherever they stand.
     """
-    for secret in sorted(filter(None, known), key=len, reverse=True):
+    for secret in sorted((s for s in known if len(s) > 3), key=len, reverse=True):  # a shorter one is many a word
         text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, text)
     if HIDDEN not in text:
         text = _BARE_USER.sub(rf"\1{HIDDEN}@", _USER.sub(rf"\1{HIDDEN}@", text))

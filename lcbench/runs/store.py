@@ -35,6 +35,7 @@ from typing import Any, Literal, TypeVar
 from filelock import FileLock
 
 from lcbench.grid.cell import Cell
+from lcbench.redact import redacted
 
 SCHEMA = 1
 Status = Literal["ok", "failed", "skipped"]
@@ -217,7 +218,7 @@ class Sweep:
         ``launch``: how its cells are run, for those who go on with the sweep later.
         """
         known: dict[str, Any] = self.manifest() if self.exists() else _new_manifest(self.name)
-        known["commands"].append(command)
+        known["commands"] = [[redacted(word) for word in words] for words in (*known["commands"], command)]
         known["launch"] = launch
         known["cells"].update({e.cell.id: {"config": e.cell.config, "skip": e.skip} for e in entries})
         write_json(self.manifest_path, known)
