@@ -359,6 +359,9 @@ class _Publisher:
                         int(tags.get("lcbench.blocks") or 0), len(json.loads(tags.get("lcbench.lost_blocks") or "[]")),
                         files=not tags.get("lcbench.files"),
                     )  # fmt: skip
+                    # A restored experiment has runs again that were deleted one by one: the newest attempt counts.
+                    if known.attempt < cells.get(tags["lcbench.cell_id"], Known("")).attempt:
+                        continue
                     was = Known(*before.get(tags["lcbench.cell_id"], ("",)))
                     cells[tags["lcbench.cell_id"]] = was if was == known._replace(written_ns=was.written_ns) else known
                     parents[known.run_id] = tags.get("mlflow.parentRunId", "")
