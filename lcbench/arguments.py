@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from lcbench.redact import redacted
 from lcbench.report.inert import printable
 from lcbench.runs.ownership import others, what_it_runs, whose
 from lcbench.runs.store import Entry, Sweep, Unreadable, owner_of, sweeps, user_name
@@ -38,7 +39,7 @@ def say_error(error: Exception) -> None:
         said = error.strerror + (f": {error.filename}" if error.filename else "")
         if isinstance(error, PermissionError) and error.filename and (there := _nearest(Path(str(error.filename)))):
             said += f" ({there} belongs to {owner_of(there)}, and this is {user_name()})"
-    print(f"error: {printable(' '.join(said.split()))}", file=sys.stderr)
+    print(f"error: {printable(redacted(' '.join(said.split())))}", file=sys.stderr)
 
 
 def _nearest(path: Path) -> Path | None:

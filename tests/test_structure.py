@@ -14,9 +14,9 @@ ALLOWED = {
     "kernels": {"masks", "problem"},
     "cp": {"masks", "kernels", "problem"},
     "measure": {"masks", "kernels", "cp", "problem"},
-    "grid": {"masks", "kernels", "cp", "problem"},
-    "runs": {"grid", "masks", "kernels", "cp", "measure", "problem"},
-    "report": {"runs", "grid", "measure", "problem"},
+    "grid": {"masks", "kernels", "cp", "problem", "redact"},
+    "runs": {"grid", "masks", "kernels", "cp", "measure", "problem", "redact"},
+    "report": {"runs", "grid", "measure", "problem", "redact"},
 }
 
 

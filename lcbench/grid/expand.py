@@ -36,6 +36,7 @@ from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
+from lcbench.redact import refuse_readable
 
 CONFIG = "config"
 # What an axis may not look at: everything but the site. An axis is composed under site and experiment alone.
@@ -458,7 +459,9 @@ def _site(site: Any) -> dict[str, Any]:
         resolved = OmegaConf.to_container(site, resolve=True, throw_on_missing=True) if OmegaConf.is_config(site) else site
     except OmegaConfBaseException as error:
         raise ValueError(f"site: {_one_line(error)}") from error
-    return sites.checked({str(k): v for k, v in resolved.items()} if isinstance(resolved, dict) else resolved)
+    found = sites.checked({str(k): v for k, v in resolved.items()} if isinstance(resolved, dict) else resolved)
+    refuse_readable(found)
+    return found
 
 
 def _one_line(error: BaseException) -> str:

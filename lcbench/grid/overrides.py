@@ -26,10 +26,11 @@ from hydra.grammar.gen.OverrideParser import OverrideParser
 GROUPS = ("kernel", "cp", "mask", "lengths")
 AXES = (*GROUPS, "seqlen", "seqlen_per_rank", "scale", "heads", "dtype", "direction", "transit", "seed", "measure")
 RUN_OPTIONS = (
-    "sweep", "site", "wait", "output", "force", "pack", "hang", "retry", "budget", "results", "tracking_uri", "experiment",
+    "sweep", "site", "wait", "output", "force", "pack", "hang", "retry", "budget", "results", "tracking_uri", "mlflow_experiment",
+    "experiment",
 )  # fmt: skip
 # Options whose value is text, and those that name a file of conf/.
-TEXT = ("sweep", "results", "tracking_uri", "output")
+TEXT = ("sweep", "results", "tracking_uri", "mlflow_experiment", "output")
 FILES = (*GROUPS, "site", "experiment", "hydra/launcher", "hydra/sweeper")
 LAUNCHER = "hydra/launcher"
 # What of an axis value's file says what the value is; the rest are options.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcbench.grid.cell import format_tokens
+from lcbench.redact import redacted
 from lcbench.report import published
 from lcbench.report.environment import environment_of, links_of
 from lcbench.report.figures import Drawn, all_figures
@@ -86,7 +87,7 @@ def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]]) 
         environment=_html(
             rows_table("environment", "Where it ran", [{"what": k, "value": ", ".join(sorted(v))} for k, v in environment.items()])
         ),
-        commands=[shlex.join(command) for command in manifest["commands"]],
+        commands=[redacted(shlex.join(command)) for command in manifest["commands"]],
         published=published.LABEL if any(published.LABEL in d["caption"] for d in drawn) else None,
         most=MOST_FIGURES if len(drawn) == MOST_FIGURES else None,
     )

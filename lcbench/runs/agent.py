@@ -21,7 +21,7 @@ from lcbench.runs.jobs import close_all, in_flight
 from lcbench.runs.logs import last_words
 from lcbench.runs.machine import shown
 from lcbench.runs.ownership import mine
-from lcbench.runs.pack import KILLS, RESERVE, Pack
+from lcbench.runs.pack import KILLS, RESERVE, Pack, forget_secrets
 from lcbench.runs.queue import environment, last_incarnation, site_variables
 from lcbench.runs.rendezvous import BACKEND, NoRendezvous, innermost, meeting_of, use
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, user_name, write_json
@@ -104,6 +104,7 @@ def run_node(pack: Pack, *, node_rank: int, hosts: list[str], incarnation: str) 
         if pack.site.get("publish", "nodes") == "nodes":
             # What is left after a while, or a server that is away, is left to the collector.
             publish_or_say(sweep, pack.settings.tracking_uri, budget_s=PUBLISH_S)
+        forget_secrets(pack.folder)
     return failure is None
 
 

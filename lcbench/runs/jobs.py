@@ -18,7 +18,7 @@ from filelock import Timeout
 from lcbench.measure.blocks import blocks_of, share
 from lcbench.runs.failure import first_failure, from_slurm_state, job_words, stacks, stem_of, tells_of_a_kill
 from lcbench.runs.ownership import others, trusted_site
-from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
+from lcbench.runs.pack import RESERVE, Pack, forget_secrets, later_blocks, tries_again
 from lcbench.runs.queue import Job as QueuedJob
 from lcbench.runs.queue import Key, ask, cluster_of, environment, has_ended, remedy, where, word_of
 from lcbench.runs.store import CORRUPT, Attempt, Failure, Look, Record, Running, Sweep
@@ -131,6 +131,8 @@ class Watch:
             else:
                 word, reason = _local_state(job)
                 state = replace(state, state=word, reason=reason)
+            if state.ended:
+                forget_secrets(self.sweep.pack_folder(state.id))
             states.append(state)
         return states
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lcbench.redact import redacted, redacted_uri, secrets_of
 from lcbench.runs.queue import LOCATING, site_variables
 from lcbench.runs.store import Sweep, user_name
 
@@ -64,11 +65,13 @@ def what_it_runs(launch: dict[str, Any] | None) -> str:
     settings = (launch or {}).get("settings")
     site = settings.get("site") if isinstance(settings, dict) else None
     keys = ("setup", "container", "env", "partition", "account", "qos", "sbatch", "srun_args", "collector")
-    named = {k: site[k] for k in keys if site.get(k)} if isinstance(site, dict) else {}
+    site = site if isinstance(site, dict) else {}
+    named = {k: site[k] for k in keys if site.get(k)}
     uri = settings.get("tracking_uri") if isinstance(settings, dict) else None
-    said = [f"site.{k}={json.dumps(v, default=str)}" for k, v in named.items()]
+    secret = secrets_of(site.get("env")).values()
+    said = [f"site.{k}={redacted(json.dumps(v, default=str), secret)}" for k, v in named.items()]
     # JSON keeps control characters of strangers off the terminal.
-    return ", ".join([*said, *([f"tracking_uri={json.dumps(uri, default=str)}"] if uri else [])]) or "nothing of its own"
+    return ", ".join([*said, *([f"tracking_uri={json.dumps(redacted_uri(str(uri)))}"] if uri else [])]) or "nothing of its own"
 
 
 def _pieces(sweep: Sweep) -> Iterator[Path]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcbench.grid.cell import Cell
 from lcbench.measure.blocks import blocks_of
 from lcbench.problem import Scale
+from lcbench.redact import redacted_uri, redacted_values, secrets_of, with_environment, with_password, without_secret
 from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Sweep, read_json, write_json
 
 if TYPE_CHECKING:
@@ -28,6 +32,8 @@ GANG_KILLERS = ("crash", "hang", "nccl", "oom")
 KILLS = 2
 # A file of a running pack that holds room for its next result.
 RESERVE = "reserve"
+# The secrets of a pack that is to run, readable by its owner only; gone when the pack has ended.
+PRIVATE = "private.json"
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,26 @@ class Settings:
     pack: dict[str, int | None]  # max_cells, max_minutes, max_jobs
     hang: dict[str, float]  # factor, min_s, max_s
     retry: dict[str, int]  # failure class -> how often
+    experiment: str = "lcbench"  # MLflow's
+
+    def public(self) -> dict[str, Any]:
+        """What may be stored where others read it: without the secrets of the site's variables and of addresses."""
+        site = redacted_values(self.site)
+        if env := self.site.get("env"):
+            site["env"] = {**env, **{key: without_secret(value) for key, value in secrets_of(env).items()}}
+        if self.site.get("tracking_uri"):
+            site["tracking_uri"] = redacted_uri(self.site["tracking_uri"])
+        return {**asdict(self), "site": site, "tracking_uri": redacted_uri(self.tracking_uri) if self.tracking_uri else None}
+
+    def revealed(self) -> Settings:
+        """These settings with the secrets that a stored sweep lacks, from the environment.
+
+        Raises:
+            ValueError: a variable is not there.
+        """
+        env = self.site.get("env")
+        site = {**self.site, "env": with_environment(env)} if env else self.site
+        return replace(self, site=site, tracking_uri=with_password(self.tracking_uri))
 
     def patience_s(self, estimate_s: float) -> float:
         """Seconds for which none of a cell's ranks may make progress before it counts as hung."""
@@ -91,7 +117,16 @@ class Pack:
         return self.settings.patience_s(self.seconds[cell_id])
 
     def write(self) -> Path:
-        write_json(self.path, asdict(self))
+        """Write it, its secrets apart from what others may read."""
+        public = self.settings.public()
+        private = {"env": secrets_of(self.site.get("env")), "tracking_uri": self.settings.tracking_uri}
+        if private["env"] or private["tracking_uri"] != public["tracking_uri"]:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # of an earlier try to submit it
+                (self.folder / PRIVATE).unlink()
+            with open(os.open(self.folder / PRIVATE, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
+                json.dump(private, file)
+        write_json(self.path, {**asdict(self), "settings": public})
         return self.path
 
     def say(self, name: str, failure: Failure | None, **more: Any) -> None:
@@ -105,11 +140,24 @@ class Pack:
 
     @classmethod
     def read(cls, path: Path) -> Pack:
-        return cls.from_json(read_json(path))
+        """A pack with its secrets, where they are still there and may be read."""
+        data = read_json(path)
+        with suppress(OSError):
+            private = read_json(path.with_name(PRIVATE))
+            settings = data["settings"]
+            site = {**settings["site"], "env": {**(settings["site"].get("env") or {}), **private["env"]}}
+            data["settings"] = {**settings, "site": site, "tracking_uri": private["tracking_uri"]}
+        return cls.from_json(data)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Pack:
         return cls(**{**data, "cells": tuple(data["cells"]), "settings": Settings(**data["settings"])})
+
+
+def forget_secrets(folder: Path) -> None:
+    """Remove the secrets of a pack that has ended; ``folder`` is the pack's."""
+    with suppress(OSError):
+        (folder / PRIVATE).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from lcbench.redact import hidden
+
 QUERY_TIMEOUT_S, CANCEL_TIMEOUT_S = 20, 60
 ENDED = {
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
@@ -73,8 +75,10 @@ class Answer:
 
 
 def site_variables(site: dict[str, Any]) -> dict[str, str]:
-    """The variables that a site sets in its jobs."""
-    return {key: str(value) for key, value in (site.get("env") or {}).items() if value is not None}
+    """The variables that a site sets in its jobs, but for those of a stored sweep whose secret was left out."""
+    env = site.get("env") or {}
+    left_out = hidden(env)
+    return {key: str(value) for key, value in env.items() if value is not None and key not in left_out}
 
 
 def environment(site: dict[str, Any]) -> dict[str, str]:

@@ -47,6 +47,7 @@ from filelock import FileLock
 from lcbench.grid.cell import Cell
 from lcbench.grid.values import parse_direction, parse_dtype, parse_transit
 from lcbench.measure.blocks import blocks_of
+from lcbench.redact import redacted
 
 SCHEMA = 1
 Status = Literal["ok", "failed", "skipped"]
@@ -266,7 +267,7 @@ class Sweep:
         ``launch``: how its cells are run, for those who go on with the sweep later.
         """
         known: dict[str, Any] = self.manifest() if self.exists() else _new_manifest(self.name)
-        known["commands"].append(command)
+        known["commands"] = [[redacted(word) for word in words] for words in (*known["commands"], command)]
         known["launch"] = launch
         known["cells"].update({e.cell.id: {"config": e.cell.config, "skip": e.skip} for e in entries})
         write_json(self.manifest_path, known)

@@ -19,8 +19,9 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +30,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from lcbench.grid.cell import Cell, flat_config
+from lcbench.redact import redacted, redacted_uri, with_password
+from lcbench.runs.address import EXPERIMENT, credentials, reason, server_command, sqlite_file
 from lcbench.runs.dashboard import EVERYTHING, VIEW, note, view, view_path
-from lcbench.runs.store import MEMORY, Attempt, Entry, Sweep, entries_of, write_json
+from lcbench.runs.store import MEMORY, Attempt, Entry, Sweep, entries_of, user_name, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-EXPERIMENT = "lcbench"
 LOCAL = "http://127.0.0.1:5000"  # where make mlflow serves by default
 HEADLINE = "compute/tflops_per_gpu"
 SAMPLE_STRIDE = 100_000
@@ -49,19 +51,21 @@ QUICK = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PGCONNECT_TIMEOUT": "5",
 }
+NOISY = ("alembic", "mlflow", "sqlalchemy", "urllib3")
 
 
 class TrackingUnavailable(Exception):
     """The tracking server cannot be reached or refuses; nothing is lost, the store has it all."""
 
     def __init__(self, uri: str, reason: str) -> None:
-        super().__init__(f"{uri} does not take results: {reason}")
+        super().__init__(f"{reason} ({redacted_uri(uri)})")
 
 
 class Known(NamedTuple):
-    """What a server has of a cell: its run, the newest attempt there, how many blocks of timings that had then and had lost, and
-    when its file was written (0: not known).
+    """What a server has of a cell: its run, the newest attempt there, how many blocks of timings that had then and had lost,
+    when its file was written (0: not known), and whether it has the files of the attempts too.
     """
 
     run_id: str
@@ -70,6 +74,7 @@ class Known(NamedTuple):
     blocks: int = 0
     lost: int = 0
     written_ns: int = 0
+    files: bool = True
 
     def has(self, attempt: Attempt) -> bool:
         """Whether it has an attempt as it is now."""
@@ -81,19 +86,25 @@ class Counts:
     published: int
     unchanged: int
     complete: bool = True
+    files: str = ""  # why the files of attempts could not be put beside their runs, if so
 
 
-def publish(sweep: Sweep, uri: str, *, budget_s: float | None = None) -> Counts:
+def publish(
+    sweep: Sweep, uri: str, experiment: str | None = None, *, budget_s: float | None = None, thorough: bool = False
+) -> Counts:
     """Bring a tracking server up to date with a sweep's store.
 
-    ``budget_s``: stop after this long, and do nothing if somebody else is at it; what is left is published another time.
+    Args:
+        experiment: the name of MLflow's; by default the sweep's own choice.
+        budget_s: stop after this long, and do nothing if somebody else is at it; what is left is published another time.
+        thorough: ask the server what it has instead of trusting what is remembered; runs that were deleted there are made again.
 
     Raises:
         TrackingUnavailable: within seconds, whatever is wrong with the server.
     """
     end = None if budget_s is None else time.monotonic() + budget_s
     try:
-        with _publisher(sweep, uri, wait=budget_s is None) as publisher:
+        with _publisher(sweep, uri, experiment, wait=budget_s is None, thorough=thorough) as publisher:
             return publisher.run(end)
     except Timeout:
         return Counts(0, 0, complete=False)
@@ -110,32 +121,49 @@ def attach(sweep: Sweep, uri: str, folder: Path) -> None:
 
 
 @contextmanager
-def _publisher(sweep: Sweep, uri: str, *, wait: bool = True) -> Iterator[_Publisher]:
-    """Alone with a sweep and its server; whatever the server does wrong becomes ``TrackingUnavailable``.
+def _publisher(
+    sweep: Sweep, uri: str, experiment: str | None = None, *, wait: bool = True, thorough: bool = False
+) -> Iterator[_Publisher]:
+    """Alone with a sweep and its server; whatever goes wrong with the server becomes ``TrackingUnavailable``.
 
     Raises:
         Timeout: without ``wait``, if somebody else is at it.
     """
     os.environ.update({k: os.environ.get(k, v) for k, v in QUICK.items()})
     try:
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-        from requests.exceptions import RequestException
-        from sqlalchemy.exc import SQLAlchemyError
-    except ImportError as error:
-        raise TrackingUnavailable(uri, f"{error.name or error} cannot be imported") from error
+        with FileLock(sweep.folder / ".publish.lock", timeout=-1 if wait else 0), _quietly(), credentials(uri) as address:
+            yield _Publisher(sweep, uri, _client(address), experiment, thorough=thorough)
+    except (Timeout, TrackingUnavailable):
+        raise
+    except Exception as error:  # drivers of databases, stores of artifacts and plugins have exceptions of their own
+        raise TrackingUnavailable(uri, reason(error, uri)) from error
 
-    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+def _client(address: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    if not address.startswith(("http://", "https://")):
+        from mlflow.store.db import utils
+
+        utils.MAX_RETRY_COUNT = 1  # MLflow tries for 100 s to open a database, with a page of warnings
+    if file := sqlite_file(address):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=address)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what MLflow and its libraries log: what is wrong is said in one line."""
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in NOISY}
+    for name in loggers:
+        name.setLevel(logging.CRITICAL)
     try:
-        with FileLock(sweep.folder / ".publish.lock", timeout=-1 if wait else 0):
-            if uri.startswith("sqlite:///"):
-                Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            yield _Publisher(sweep, uri, MlflowClient(tracking_uri=uri))
-    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-        if isinstance(error, Timeout):
-            raise
-        raise TrackingUnavailable(uri, " ".join(str(error).split())[:300]) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
 
 
 def publish_or_say(sweep: Sweep, uri: str | None, *, budget_s: float | None = None) -> None:
@@ -143,9 +171,12 @@ def publish_or_say(sweep: Sweep, uri: str | None, *, budget_s: float | None = No
     if not uri:
         return
     try:
-        publish(sweep, uri, budget_s=budget_s)
+        counts = publish(sweep, uri, budget_s=budget_s)
     except TrackingUnavailable as error:
         print(f"not published: {error}; later: {sweep.command('sync')}", file=sys.stderr)
+    else:
+        if counts.files:
+            print(counts.files, file=sys.stderr)
 
 
 def attach_or_say(sweep: Sweep, uri: str | None, folder: Path) -> None:
@@ -159,16 +190,34 @@ def attach_or_say(sweep: Sweep, uri: str | None, folder: Path) -> None:
 
 
 def view_url(sweep: Sweep, uri: str | None) -> str | None:
-    """Where a tracking server shows this sweep's charts, SQLite's at ``LOCAL``; None where it has nothing of the sweep."""
-    mine = sweep.remembered().get(uri, {}) if uri else {}
+    """Where a tracking server shows this sweep's charts, a database's at ``LOCAL``; None where it has nothing of the sweep."""
+    mine = _memory(sweep).get(redacted_uri(uri), {}) if uri else {}
     if not uri or "experiment" not in mine:
         return None
-    return f"{uri.rstrip('/') if uri.startswith('http') else LOCAL}/#{view_path(mine['experiment'], mine['sweep_id'])}"
+    server = redacted_uri(uri).rstrip("/") if uri.startswith("http") else LOCAL
+    return f"{server}/#{view_path(mine['experiment'], mine['sweep_id'])}"
+
+
+def dashboard_hint(sweep: Sweep, uri: str | None, *, ours: bool) -> str:
+    """How to look at a sweep's charts. ``ours``: whether ``make mlflow`` serves this address."""
+    url = view_url(sweep, uri)
+    if not uri or url is None:
+        return f"nothing is published yet: python -m lcbench.sync {shlex.quote(sweep.name)}"
+    if uri.startswith("http"):
+        return url
+    if uri.startswith("databricks"):
+        return f"the experiment in {redacted_uri(uri)}"
+    return f"{'make mlflow' if ours else server_command(uri)}, then {url}"
 
 
 def tracked_at(launch: dict[str, Any] | None) -> str | None:
-    """The tracking server of a sweep that was launched so."""
-    return launch["settings"]["tracking_uri"] if launch else None
+    """The tracking server of a sweep that was launched so, with the password that ``MLFLOW_TRACKING_URI`` has for it."""
+    return with_password(launch["settings"]["tracking_uri"]) if launch else None
+
+
+def _memory(sweep: Sweep) -> dict[str, Any]:
+    """What servers have of a sweep, by their addresses without user and password."""
+    return {redacted_uri(uri): known for uri, known in sweep.remembered().items()}
 
 
 class _Publisher:
@@ -176,14 +225,19 @@ class _Publisher:
     while somebody publishes; who finds it so asks the server, by tag, what became of that.
     """
 
-    def __init__(self, sweep: Sweep, uri: str, client: MlflowClient) -> None:
-        self._sweep, self._uri, self._client = sweep, uri, client
+    def __init__(self, sweep: Sweep, uri: str, client: MlflowClient, experiment: str | None, *, thorough: bool) -> None:
+        self._sweep, self._uri, self._client = sweep, redacted_uri(uri), client
         self._manifest = sweep.manifest()
+        self._launch: dict[str, Any] = self._manifest["launch"] or {}
+        self._name = experiment or self._launch.get("settings", {}).get("experiment") or EXPERIMENT
+        self._no_files = ""
+        self._location = ""
         self._experiment = self._find_experiment()
-        self._known = sweep.remembered()
-        mine: dict[str, Any] = self._known.get(uri, {})
-        fresh = not mine.get("open") and mine.get("experiment") == self._experiment and self._exists(mine.get("parent", ""))
-        self._mine = mine if fresh else self._recall()
+        self._known = _memory(sweep)
+        mine: dict[str, Any] = self._known.get(self._uri, {})
+        same = mine.get("experiment") == self._experiment
+        fresh = not thorough and not mine.get("open") and same and self._exists(mine.get("parent", ""))
+        self._mine = mine if fresh else self._recall(mine.get("cells", {}) if same else {})
 
     def run(self, end: float | None) -> Counts:
         published = unchanged = 0
@@ -194,7 +248,7 @@ class _Publisher:
         for cell_id, entry in entries.items():
             newest, written_ns = self._sweep.newest(cell_id)
             known = Known(*cells.get(cell_id, ("",)))
-            if (newest, written_ns) == (known.attempt, known.written_ns):
+            if (newest, written_ns) == (known.attempt, known.written_ns) and (known.files or self._no_files):
                 unchanged += newest > 0
                 continue
             if end is not None and time.monotonic() > end:
@@ -204,22 +258,38 @@ class _Publisher:
             if not attempts:
                 continue
             if known.has(attempts[-1]):
-                cells[cell_id], looked = known._replace(written_ns=written_ns), True
-                unchanged += 1
+                more = not known.files and self._put_files(entry, attempts, known.run_id)
+                if more:
+                    self._client.set_tag(known.run_id, "lcbench.files", "")
+                cells[cell_id], looked = known._replace(written_ns=written_ns, files=known.files or more), True
+                published, unchanged = published + more, unchanged + (not more)
                 continue
             if time.monotonic() - saved > SAVE_EVERY_S:
                 self._save(open_=True)
                 saved = time.monotonic()
             if not known.run_id:
                 known = Known(self._create_child(entry.cell, attempts[0]))
-            self._fill(entry, attempts, known)
-            cells[cell_id] = _known(known.run_id, attempts[-1], written_ns)
+            known, files = self._fill(entry, attempts, known)
+            cells[cell_id] = _known(known.run_id, attempts[-1], written_ns, files)
             published += 1
-        if published or not unchanged:
+        if published or not unchanged or self._mine["open"]:
             self._finish_parent(entries, complete)
         if published or looked or self._known.get(self._uri) != self._mine:
             self._save(open_=False)
-        return Counts(published, unchanged, complete)
+        return Counts(published, unchanged, complete, self._about_files())
+
+    def _about_files(self) -> str:
+        if not self._no_files:
+            return ""
+        proxied = self._location.startswith(("mlflow-artifacts:", "http"))
+        cure = "look at the server's --artifacts-destination" if proxied else (
+            "start the server with --serve-artifacts, and take another experiment, since one keeps its root: "
+            "mlflow_experiment=NAME, or lcbench.sync --experiment NAME"
+        )  # fmt: skip
+        return (
+            f"files not published: {self._no_files}; metrics, parameters and tags are. The server's artifact root "
+            f"{redacted_uri(self._location)} cannot be written: {cure}"
+        )
 
     def _save(self, *, open_: bool) -> None:
         self._mine["open"] = open_
@@ -230,14 +300,21 @@ class _Publisher:
 
     def _find_experiment(self) -> str:
         """The experiment, with a description and with views of all sweeps and of this one."""
-        found = self._client.get_experiment_by_name(EXPERIMENT)
+        found = self._client.get_experiment_by_name(self._name)
         if found is None:
-            location = None
-            if self._uri.startswith("sqlite:///"):  # else artifacts land in the working directory
-                location = (Path(self._uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
-            made, tags = str(self._client.create_experiment(EXPERIMENT, artifact_location=location)), {}
+            # Else artifacts land in the working directory.
+            location = (file.absolute().parent / "mlartifacts").as_uri() if (file := sqlite_file(self._uri)) else None
+            made, tags = str(self._client.create_experiment(self._name, artifact_location=location)), {}
+            self._location = str(self._client.get_experiment(made).artifact_location)
         else:
-            made, tags = str(found.experiment_id), found.tags
+            made, tags, self._location = str(found.experiment_id), found.tags, str(found.artifact_location)
+            if found.lifecycle_stage != "active":
+                raise TrackingUnavailable(
+                    self._uri,
+                    f"its experiment {self._name!r} is deleted: restore it by "
+                    f"MLFLOW_TRACKING_URI={shlex.quote(self._uri)} mlflow experiments restore --experiment-id {made}, "
+                    "or take another: mlflow_experiment=NAME, or lcbench.sync --experiment NAME",
+                )
         wanted = {
             "mlflow.note.content": note(made),
             VIEW + EVERYTHING: view("tags.`lcbench.status` = 'ok'"),
@@ -262,35 +339,57 @@ class _Publisher:
                 return False
             raise
 
-    def _recall(self) -> dict[str, Any]:
-        """What the server has of this sweep, found by tag; the parent is made if it is not there."""
+    def _recall(self, before: dict[str, Any]) -> dict[str, Any]:
+        """What the server has of this sweep, found by tag; the parent is made if it is not there.
+
+        ``before``: what is remembered of its cells; of runs that are still so, it knows which file they are made of.
+        """
         where = f"tags.`lcbench.sweep_id` = '{self._manifest['id']}'"
-        cells, parent, token = {}, None, None
+        cells: dict[str, Known] = {}
+        parents: dict[str, str] = {}
+        parent, token = None, None
         while True:
             page = self._client.search_runs([self._experiment], where, max_results=1000, page_token=token)
             for run in page:
                 tags = run.data.tags
                 if "lcbench.cell_id" in tags:
-                    cells[tags["lcbench.cell_id"]] = Known(
+                    known = Known(
                         run.info.run_id, int(tags.get("lcbench.attempt", 0)), tags.get("lcbench.status"),
                         int(tags.get("lcbench.blocks") or 0), len(json.loads(tags.get("lcbench.lost_blocks") or "[]")),
+                        files=not tags.get("lcbench.files"),
                     )  # fmt: skip
+                    # A restored experiment has runs again that were deleted one by one: the newest attempt counts.
+                    if known.attempt < cells.get(tags["lcbench.cell_id"], Known("")).attempt:
+                        continue
+                    was = Known(*before.get(tags["lcbench.cell_id"], ("",)))
+                    cells[tags["lcbench.cell_id"]] = was if was == known._replace(written_ns=was.written_ns) else known
+                    parents[known.run_id] = tags.get("mlflow.parentRunId", "")
                 else:
                     parent = run.info.run_id
             token = page.token
             if not token:
                 break
+        parent = parent or self._create_parent()
+        for run_id in (r for r, its in parents.items() if its != parent):  # its parent was deleted
+            self._client.set_tag(run_id, "mlflow.parentRunId", parent)
         return {
-            "sweep_id": self._manifest["id"], "experiment": self._experiment, "parent": parent or self._create_parent(),
-            "cells": cells, "open": True,
+            "sweep_id": self._manifest["id"], "experiment": self._experiment, "parent": parent, "cells": cells, "open": True,
         }  # fmt: skip
 
     def _tags_of_all(self) -> dict[str, str]:
         # Its id, since two people may both have a sweep called "first".
-        return {"lcbench.sweep": self._sweep.name, "lcbench.sweep_id": self._manifest["id"]}
+        return {
+            "lcbench.sweep": self._sweep.name, "lcbench.sweep_id": self._manifest["id"], "mlflow.user": self._user(),
+            "mlflow.source.name": "python -m lcbench.sweep",
+            "mlflow.source.type": "JOB" if self._launch.get("launcher") == "slurm" else "LOCAL",
+        }  # fmt: skip
+
+    def _user(self) -> str:
+        """Who started the sweep, or the number of whoever owns it."""
+        return str(self._launch.get("by") or user_name(self._sweep.folder.stat().st_uid))
 
     def _create_parent(self) -> str:
-        commands = "\n".join("    python -m lcbench.sweep " + " ".join(c) for c in self._manifest["commands"])
+        commands = "\n".join(f"    python -m lcbench.sweep {redacted(shlex.join(c))}" for c in self._manifest["commands"])
         note = f"Sweep `{self._sweep.name}`, results in `{self._sweep.folder}`.\n\n{commands}\n"
         tags = {**self._tags_of_all(), "mlflow.note.content": note}
         begun = int(self._manifest["created_at"] * 1000)
@@ -302,28 +401,56 @@ class _Publisher:
         run = self._client.create_run(self._experiment, start_time=int(first.started_at * 1000), run_name=cell.label, tags=tags)
         return str(run.info.run_id)
 
-    def _fill(self, entry: Entry, attempts: list[Attempt], known: Known) -> None:
+    def _fill(self, entry: Entry, attempts: list[Attempt], known: Known) -> tuple[Known, bool]:
+        """Bring a cell's run up to date, in a new one if it was deleted; the run, and whether it has the files too."""
+        try:
+            return known, self._fill_run(entry, attempts, known)
+        except Exception:
+            if self._exists(known.run_id):
+                raise
+            known = Known(self._create_child(entry.cell, attempts[0]))
+            return known, self._fill_run(entry, attempts, known)
+
+    def _fill_run(self, entry: Entry, attempts: list[Attempt], known: Known) -> bool:
         from mlflow.entities import Param, RunTag
 
         newest, run_id = attempts[-1], known.run_id
         changed = [a for a in attempts if a.number > known.attempt or (a.number == known.attempt and not known.has(a))]
         metrics = [metric for attempt in changed for metric in self._metrics(attempt, known)]
         params = [Param(k, str(v)[:6000]) for k, v in flat_config(entry.cell).items()]
-        tags = [RunTag(k, str(v)[:TAG_LENGTH]) for k, v in _tags(attempts).items()]
         # Only an attempt that is complete there is marked as there: its number is among the tags, which come last.
         self._client.log_batch(run_id, params=params, metrics=metrics[:BATCH])
         for first in range(BATCH, len(metrics), BATCH):
             self._client.log_batch(run_id, metrics=metrics[first : first + BATCH])
-        self._client.log_text(run_id, json.dumps(entry.cell.config, indent=1), "config.json")
-        self._client.log_text(run_id, json.dumps(newest.provenance, indent=1), "environment.json")
-        for attempt in changed:
-            for suffix in ("json", "log"):
-                path = self._sweep.attempt_path(attempt.cell_id, attempt.number, suffix)
-                if path.exists():
-                    self._client.log_artifact(run_id, str(path), "attempts")
+        files = self._put_files(entry, changed if known.files else attempts, run_id)
         status = {"ok": "FINISHED", "failed": "FAILED", "skipped": "KILLED"}[newest.status]
         self._client.set_terminated(run_id, status, end_time=_written_ms(newest))
-        self._client.log_batch(run_id, tags=tags)
+        tags = {**_tags(attempts), "lcbench.files": "" if files else "missing", "mlflow.user": self._user()}
+        self._client.log_batch(run_id, tags=[RunTag(k, redacted(str(v))[:TAG_LENGTH]) for k, v in tags.items()])
+        return files
+
+    def _put_files(self, entry: Entry, attempts: list[Attempt], run_id: str) -> bool:
+        """Put the files of attempts beside a cell's run; whether they are there. Where that fails once, it is not tried again."""
+
+        def put() -> None:
+            self._client.log_text(run_id, json.dumps(entry.cell.config, indent=1), "config.json")
+            self._client.log_text(run_id, json.dumps(attempts[-1].provenance, indent=1), "environment.json")
+            for attempt in attempts:
+                for suffix in ("json", "log"):
+                    path = self._sweep.attempt_path(attempt.cell_id, attempt.number, suffix)
+                    if path.exists():
+                        self._client.log_artifact(run_id, str(path), "attempts")
+
+        return self._try_files(put)
+
+    def _try_files(self, put: Callable[[], None]) -> bool:
+        if self._no_files:
+            return False
+        try:
+            put()
+        except Exception as error:  # every store of artifacts has exceptions of its own
+            self._no_files = reason(error, self._uri)
+        return not self._no_files
 
     def _metrics(self, attempt: Attempt, known: Known) -> list[Metric]:
         """An attempt's metrics, without what is there of it; what is there and does not hold any more becomes NaN."""
@@ -352,13 +479,13 @@ class _Publisher:
         self._client.log_batch(parent, tags=[RunTag(k, v) for k, v in tags.items()])
         skipped = {i: {"what": e.cell.label, "why": e.skip} for i, e in entries.items() if e.skip}
         if skipped:
-            self._client.log_text(parent, json.dumps(skipped, indent=1), "skipped.json")
+            self._try_files(lambda: self._client.log_text(parent, json.dumps(skipped, indent=1), "skipped.json"))
         if complete and not statuses["missing"]:
             self._client.set_terminated(parent, "FAILED" if statuses["failed"] else "FINISHED")
 
 
-def _known(run_id: str, attempt: Attempt, written_ns: int) -> Known:
-    return Known(run_id, attempt.number, attempt.status, attempt.blocks, len(attempt.lost_blocks), written_ns)
+def _known(run_id: str, attempt: Attempt, written_ns: int, files: bool) -> Known:
+    return Known(run_id, attempt.number, attempt.status, attempt.blocks, len(attempt.lost_blocks), written_ns, files)
 
 
 def _written_ms(attempt: Attempt) -> int:

@@ -20,7 +20,7 @@ from lcbench.runs.store import Entry, Sweep
 from lcbench.runs.tracking import TrackingUnavailable, publish
 from tests.runs.test_store import made_cell
 from tests.runs.test_tracking import attempt
-from tests.slurm.stage import Server, wait_until
+from tests.slurm.stage import ROOT, Server, processes, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +72,8 @@ def test_a_server_that_dies_while_it_is_told_and_one_that_is_down(server: Server
         server.kill()
         _, said = telling.communicate()
         assert telling.returncode == 1
-        assert said.startswith(f"error: {server.uri} does not take results"), said
+        assert said.startswith("error: ")
+        assert said.endswith(f" ({server.uri})\n"), said
         assert "Traceback" not in said
         server.start()
     publish(sweep, server.uri)
@@ -170,7 +171,7 @@ def test_a_server_without_room(tmp_path: Path) -> None:
         full.start()
         sweep = made_sweep(tmp_path / "results", 8)
         subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'filler'}", "bs=4k"], capture_output=True)
-        with pytest.raises(TrackingUnavailable, match="does not take results"):
+        with pytest.raises(TrackingUnavailable, match=full.uri):
             publish(sweep, full.uri)
         (disk / "filler").unlink()
         publish(sweep, full.uri)
@@ -192,3 +193,58 @@ def test_the_same_command_twice_at_once_runs_each_cell_once(tmp_path: Path) -> N
     sweep = Sweep(tmp_path, "twice")
     wait_until(lambda: all(sweep.attempts(i) for i in sweep.entries()), 60)
     assert all([a.status for a in sweep.attempts(i)] == ["ok"] for i in sweep.entries())
+
+
+def status_of(uri: str, host: str, *more: str) -> str:
+    """What a server answers to who calls it by a name."""
+    command = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "-H", f"Host: {host}", *more]
+    return subprocess.run(
+        [*command, f"{uri}/api/2.0/mlflow/experiments/get?experiment_id=0"], capture_output=True, text=True
+    ).stdout
+
+
+def test_a_server_answers_to_its_own_names_only(server: Server) -> None:
+    addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split()
+    names = [socket.gethostname(), socket.getfqdn(), "127.0.0.1", "[::1]", *(a if ":" not in a else f"[{a}]" for a in addresses)]
+    for name in names:
+        assert status_of(server.uri, name) == "200", name
+        assert status_of(server.uri, f"{name}:8080") == "200", name  # a tunnel's port
+    assert status_of(server.uri, "evil.example.org") == "403"
+    assert (server.folder.stat().st_mode & 0o077, (server.folder / "mlflow.db").stat().st_mode & 0o077) == (0, 0)
+
+
+def test_a_server_with_accounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    password = tmp_path / "password"
+    password.write_text("hunter2/of:an@admin\n")
+    monkeypatch.setenv("LCBENCH_MLFLOW_PASSWORD_FILE", str(password))
+    monkeypatch.setenv("LCBENCH_MLFLOW_ALLOWED_HOSTS", "mlflow.example.org,*.cluster.local")
+    monkeypatch.setenv("LCBENCH_MLFLOW_DIR", str(tmp_path / "mlflow"))
+    password.chmod(0o644)
+    refused = subprocess.run([ROOT / "slurm" / "mlflow.sh"], capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "others may read" in refused.stderr
+    password.chmod(0o600)
+    pytest.importorskip("flask_wtf", reason="accounts are an extra: pip install -e '.[accounts]'")
+    asking = Server(tmp_path / "mlflow")
+    try:
+        asking.start()
+        assert not processes("hunter2")  # nobody reads it from a command line
+        sweep = made_sweep(tmp_path / "results", 1)
+        for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        with pytest.raises(TrackingUnavailable, match=r"^401 Unauthorized; set MLFLOW_TRACKING_USERNAME"):
+            publish(sweep, asking.uri)
+        address = asking.uri.removeprefix("http://")
+        with pytest.raises(TrackingUnavailable, match=r"^401 Unauthorized; the server does not know") as said:
+            publish(sweep, f"http://admin:hunter3@{address}")
+        assert "hunter3" not in str(said.value)
+        assert publish(sweep, f"http://admin:hunter2%2Fof%3Aan%40admin@{address}").published == 1
+        assert "MLFLOW_TRACKING_PASSWORD" not in os.environ
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2/of:an@admin")
+        agrees(sweep, asking)
+        assert b"hunter2" not in b"".join(p.read_bytes() for p in sweep.folder.rglob("*") if p.is_file())
+        for name in ("mlflow.example.org", "n01.cluster.local:5000"):
+            assert status_of(asking.uri, name, "-u", "admin:hunter2/of:an@admin") == "200"
+    finally:
+        asking.kill()

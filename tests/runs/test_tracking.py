@@ -13,6 +13,7 @@ import mlflow
 import pytest
 
 from lcbench.measure.cell import Measured
+from lcbench.runs.pack import PRIVATE, Pack, Settings, forget_secrets
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep, read_json, write_json
 from lcbench.runs.tracking import SAMPLE_STRIDE, Known, TrackingUnavailable, publish
 from lcbench.runs.worker import amended
@@ -173,3 +174,105 @@ def test_what_an_older_version_remembers_is_good_enough(tmp_path: Path) -> None:
     assert publish(sweep, uri).published == 1
     attempt(sweep, cell.id, "ok", 1.0)
     assert publish(sweep, uri).published == 1
+
+
+def test_what_was_deleted_on_the_server_is_made_again(tmp_path: Path) -> None:
+    sweep, cells = Sweep(tmp_path / "results", "s"), [made_cell(seed) for seed in range(3)]
+    sweep.add([Entry(cell) for cell in cells], command=[], launch={"launcher": "slurm", "settings": {}, "by": "ada"})
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for cell in cells:
+        attempt(sweep, cell.id, "ok", 1.0)
+    publish(sweep, uri)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+
+    def runs() -> dict[str, Any]:
+        return {r.data.tags.get("lcbench.cell_id", "parent"): r for r in client.search_runs(["1"])}
+
+    before = runs()
+    assert {r.data.tags["mlflow.user"] for r in before.values()} == {"ada"}
+    assert before["parent"].data.tags["mlflow.source.type"] == "JOB"
+    for cell in cells[:2]:
+        client.delete_run(before[cell.id].info.run_id)
+    assert publish(sweep, uri, thorough=True).published == 2
+    after = runs()
+    assert len(after) == 4
+    assert after[cells[2].id].info.run_id == before[cells[2].id].info.run_id
+    client.delete_run(after[cells[0].id].info.run_id)
+    attempt(sweep, cells[0].id, "ok", 2.0)  # whoever has more to say of a run that is gone makes it again too
+    assert publish(sweep, uri).published == 1
+    client.delete_run(after["parent"].info.run_id)
+    assert publish(sweep, uri).published == 0
+    again = runs()
+    assert {again[c.id].data.tags["mlflow.parentRunId"] for c in cells} == {again["parent"].info.run_id}
+    assert again["parent"].data.tags["lcbench.cells.ok"] == "3"
+
+    client.delete_experiment("1")
+    with pytest.raises(TrackingUnavailable, match="experiments restore --experiment-id 1,"):
+        publish(sweep, uri)
+    assert publish(sweep, uri, "other").published == 3
+    client.restore_experiment("1")
+    assert publish(sweep, uri, thorough=True).unchanged == 3
+
+
+def test_files_that_cannot_be_put_cost_a_line_and_come_later(tmp_path: Path) -> None:
+    sweep, cells = Sweep(tmp_path / "results", "s"), [made_cell(seed) for seed in range(2)]
+    sweep.add([Entry(cell) for cell in cells], command=[])
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    root = tmp_path / "root"
+    root.touch()  # no folder, so nobody can write below it
+    made = client.create_experiment("theirs", artifact_location=root.as_uri())
+    for cell in cells:
+        attempt(sweep, cell.id, "ok", 0.5)
+    counts = publish(sweep, uri, "theirs")
+    assert (counts.published, counts.unchanged, counts.complete) == (2, 0, True)
+    assert "artifact root" in counts.files
+    assert "--serve-artifacts" in counts.files
+    children = client.search_runs([made], "tags.`lcbench.status` = 'ok'")
+    assert [r.data.metrics["time/forward/median_ms"] for r in children] == [500.0, 500.0]
+    assert [r.info.status for r in children] == ["FINISHED", "FINISHED"]
+    again = publish(sweep, uri, "theirs")
+    assert (again.published, again.unchanged, bool(again.files)) == (0, 2, True)
+    (sweep.folder / "mlflow.json").unlink()  # a new machine knows it by a tag
+    root.unlink()
+    later = publish(sweep, uri, "theirs")
+    assert (later.published, later.files) == (2, "")
+    assert {a.path for a in client.list_artifacts(children[0].info.run_id)} == {"attempts", "config.json", "environment.json"}
+    assert publish(sweep, uri, "theirs").unchanged == 2
+
+
+def test_no_secret_is_stored_but_for_the_pack_that_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {"HF_TOKEN": "hunter2-a", "https_proxy": "http://me:hunter2-b@proxy:1", "NCCL_DEBUG": "WARN"}
+    site = {"env": env, "tracking_uri": "http://me:hunter2-c@host:5000"}
+    settings = Settings(site, [], site["tracking_uri"], {}, {}, {}, "team")  # type: ignore[arg-type]
+    pack = Pack("p", "s", str(tmp_path), "slurm", "1x1", (), {}, {}, 1, settings)
+    for _ in range(2):  # it may be written again before it is submitted
+        pack.write()
+    private = pack.folder / PRIVATE
+    assert private.stat().st_mode & 0o777 == 0o600
+    assert Pack.read(pack.path).settings.tracking_uri == "http://me:hunter2-c@host:5000"
+    assert Pack.read(pack.path).site["env"] == env
+    forget_secrets(pack.folder)
+    assert not private.exists()
+    stored = Pack.read(pack.path).settings
+    assert "hunter2" not in pack.path.read_text()
+    assert stored.tracking_uri == "http://host:5000"
+    assert stored.experiment == "team"
+    assert stored.site["env"]["NCCL_DEBUG"] == "WARN"
+    for key in env:
+        monkeypatch.delenv(key, raising=False)
+    with pytest.raises(ValueError, match="export HF_TOKEN"):
+        stored.revealed()
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2-c@host:5000")
+    assert stored.revealed().site["env"] == env
+    assert stored.revealed().tracking_uri == "http://me:hunter2-c@host:5000"
+
+    sweep = Sweep(tmp_path, "s")
+    sweep.add([Entry(made_cell())], command=["tracking_uri=http://me:hunter2-c@host:5000", "+site.env.HF_TOKEN=hunter2-a"])
+    attempt(sweep, made_cell().id, "ok", 1.0)
+    write_json(sweep.folder / "mlflow.json", {"http://me:hunter2-c@host:5000": {"sweep_id": "1", "experiment": "1", "cells": {}}})
+    publish(sweep, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    written = [p for p in tmp_path.rglob("*") if p.is_file() and b"hunter2" in p.read_bytes()]
+    assert written == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +46,13 @@ def test_accounting_knows_how_jobs_end(devcluster: dict[str, str]) -> None:
     for job, state in ended.items():
         assert final_state(devcluster, job) == state
     assert final_state(devcluster, cancelled).startswith("CANCELLED")
+
+
+def test_its_daemons_listen_on_the_loopback_only(devcluster: dict[str, str]) -> None:
+    shown = run(devcluster, "scontrol", "show", "config")
+    first = next(int(line.split()[-1]) for line in shown.splitlines() if line.startswith("SlurmctldPort"))
+    sockets = [line.split()[1:4] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening = {int(local.split(":")[1], 16): local.split(":")[0] for local, _, state in sockets if state == "0A"}
+    ours = {port: listening[port] for port in range(first, first + 21) if port in listening}
+    assert len(ours) == 15  # slurmctld, slurmdbd, MariaDB and twelve slurmd
+    assert set(ours.values()) == {"0100007F"}

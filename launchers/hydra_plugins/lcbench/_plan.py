@@ -9,7 +9,8 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,14 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from lcbench.arguments import bad_input
 from lcbench.grid import build
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Plan
 from lcbench.grid.paths import REPOSITORY
+from lcbench.redact import redacted, redacted_uri, secrets_of
+from lcbench.runs.address import planned_address, planned_experiment
 from lcbench.runs.budget import Cost
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.ownership import here_instead, only_shown, others
@@ -114,9 +118,10 @@ class PackLauncher(Launcher):
         if settings.tracking_uri is None:
             self.say(NOT_PUBLISHED)
         sweep.check_writable([p.cell.id for p in plan.cells])
+        secret = secrets_of(settings.site.get("env")).values()
         with sweep.lock():
-            sweep.add([Entry(p.cell, p.skip) for p in plan.cells], command=list(plan.overrides), launch={
-                "launcher": self.name, "settings": settings.__dict__, "by": user_name(),
+            sweep.add([Entry(p.cell, p.skip) for p in plan.cells], command=[redacted(o, secret) for o in plan.overrides], launch={
+                "launcher": self.name, "settings": settings.public(), "by": user_name(),
             })  # fmt: skip
 
         def choose() -> Todo:
@@ -165,7 +170,7 @@ class PackLauncher(Launcher):
         from lcbench.report.inert import printable
         from lcbench.report.table import WIDTH, cells_table, fastest_table, to_rows
         from lcbench.runs.jobs import Watch
-        from lcbench.runs.tracking import publish_or_say, view_url
+        from lcbench.runs.tracking import dashboard_hint, publish_or_say
 
         standing = Watch(sweep, settles=True).look()
         publish_or_say(sweep, tracking_uri)
@@ -181,10 +186,8 @@ class PackLauncher(Launcher):
         if failed:
             self.say(f"run the {len(failed)} failed again:  {sweep.command('rerun', '--failed')}")
         self.say(f"report:     {sweep.command('report')}")
-        url = view_url(sweep, tracking_uri)
-        local = bool(tracking_uri and tracking_uri.startswith("sqlite:"))
         if tracking_uri:
-            self.say(f"dashboard:  {'make mlflow, then ' if local else ''}{url}" if url else "dashboard:  make mlflow")
+            self.say(f"dashboard:  {dashboard_hint(sweep, tracking_uri, ours=tracking_uri == default_tracking_uri())}")
         self._answer(sweep, cells=to_rows(standing.seen, report))
         for line in standing.held_words():
             print(line, file=sys.stderr)
@@ -203,12 +206,17 @@ class PackLauncher(Launcher):
         """Make packs of what ``choose`` names and submit them, under the sweep's lock; what was refused is kept as such."""
         with sweep.lock():
             todo = choose()
+            try:
+                settings = settings.revealed()
+            except ValueError as error:
+                return todo, [], NotSubmitted(str(error)) if todo.cells else None
             packs = make_packs(sweep, todo.cells, launcher=self.name, settings=settings)
             sweep.check_writable([cell.id for cell in todo.cells])
             try:
                 if packs:
                     sweep.allow(set().union(*(build.check_targets(cell.config) for cell in todo.cells)))
-                    self.submit(sweep, packs)
+                    with _inherited(settings):
+                        self.submit(sweep, packs)
             except NotSubmitted as refusal:
                 turn_down(sweep, refusal)
                 return todo, packs, refusal
@@ -234,14 +242,34 @@ def sweep_of(plan: Plan) -> Sweep:
 
 def settings_of(plan: Plan) -> Settings:
     options, site = plan.options, plan.site
+    with bad_input():
+        tracking_uri = planned_address(options["tracking_uri"], site.get("tracking_uri"), default_tracking_uri())
+        experiment = planned_experiment(options["mlflow_experiment"])
     return Settings(
         site=site,
         devices=known_devices(),
-        tracking_uri=options["tracking_uri"] or site.get("tracking_uri") or default_tracking_uri(),
+        tracking_uri=tracking_uri,
         pack=options["pack"],
         hang=options["hang"],
         retry=options["retry"],
+        experiment=experiment,
     )
+
+
+@contextmanager
+def _inherited(settings: Settings) -> Iterator[None]:
+    """Jobs that are submitted in here inherit the tracking server's password, for the collector, which has no private file."""
+    uri, before = settings.tracking_uri, os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri or redacted_uri(uri) == uri:
+        yield
+        return
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    try:
+        yield
+    finally:
+        del os.environ["MLFLOW_TRACKING_URI"]
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool, settles: bool = True) -> Todo:

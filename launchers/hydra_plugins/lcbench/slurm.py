@@ -21,6 +21,7 @@ from hydra_plugins.lcbench._plan import Collector, NotSubmitted, PackLauncher, w
 from lcbench.grid.paths import REPOSITORY
 from lcbench.grid.site import check_path, lost_without_requeue, sbatch_flags
 from lcbench.grid.values import parse_scale
+from lcbench.redact import secrets_of
 from lcbench.runs.agent import RunPack, warned_s
 from lcbench.runs.pack import Pack
 from lcbench.runs.queue import KEPT, cancel_named, cluster_of, environment, reason_in, site_variables, where
@@ -210,7 +211,9 @@ def fallen_nodes(sweep: Sweep) -> dict[str, str]:
 
 
 def _common(site: dict[str, Any], name: str, sweep: str) -> dict[str, Any]:
-    exports = [f"export {k}={shlex.quote(v)}" for k, v in site_variables(site).items()]
+    # Secrets come with the job's environment (sbatch passes it on) and the pack's private file; others may read the script.
+    secret = secrets_of(site.get("env"))
+    exports = [f"export {k}={shlex.quote(v)}" for k, v in site_variables(site).items() if k not in secret]
     setup = [str(line) for line in site.get("setup") or []]
     # A line that fails ends the job there and says which it was, instead of an attempt in half an environment.
     guarded = ["set -eE", "trap 'echo \"error: site.setup failed: $BASH_COMMAND\" >&2' ERR", *setup, "trap - ERR; set +eE"]
@@ -282,16 +285,17 @@ def sbatch_text(packs: Sequence[Pack]) -> str:
 
 @contextmanager
 def called_for(site: dict[str, Any]) -> Iterator[None]:
-    """Around a call of sbatch: the environment of Slurm's commands on a site, for the job too, which inherits it. What sbatch
-    says is in submitit's exception; its copy on stderr is kept back.
+    """Around a call of sbatch: the environment of Slurm's commands on a site, for the job too, which inherits it, and with it the
+    site's secrets. What sbatch says is in submitit's exception; its copy on stderr is kept back.
     """
     import submitit
 
-    env = environment(site)
-    with submitit.helpers.clean_env([k for k in os.environ if k not in env]), redirect_stderr(io.StringIO()):
-        os.environ.update({k: env[k] for k in KEPT if k in env})
+    env, secret = environment(site), secrets_of(site.get("env"))
+    given = {**{k: env[k] for k in KEPT if k in env}, **secret}
+    with submitit.helpers.clean_env([k for k in os.environ if k not in env or k in secret]), redirect_stderr(io.StringIO()):
+        os.environ.update(given)
         try:
             yield
         finally:
-            for key in KEPT:  # clean_env brings back what was there
+            for key in given:  # clean_env brings back what was there
                 os.environ.pop(key, None)
