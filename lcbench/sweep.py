@@ -169,7 +169,7 @@ def _loader(folder: str | None) -> ConfigLoaderImpl:
     if folder is not None:
         search_path.prepend("command-line", f"file://{folder}")
     loader = ConfigLoaderImpl(search_path)
-    loader.repository = _ReadOnce(loader.repository)
+    loader.repository = _ReadOnce(loader.repository)  # type: ignore[assignment]
     return loader
 
 

@@ -202,9 +202,9 @@ def _plain_value(config: DictConfig, key: str, lines: list[str]) -> Any:
     if not _interpolates(node):
         return OmegaConf.to_container(node) if OmegaConf.is_config(node) else config[key]
     alone = OmegaConf.create({})
-    for other in config:  # a config in which every other axis refuses to be looked at
+    for other in map(str, config):  # a config in which every other axis refuses to be looked at
         hidden = other in (HIDDEN if key in AXES else AXES) and other != key
-        alone[str(other)] = f"${{another_axis:{other}}}" if hidden else config._get_node(str(other))
+        alone[other] = f"${{another_axis:{other}}}" if hidden else config._get_node(other)
     try:
         value = alone[key]
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

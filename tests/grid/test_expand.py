@@ -207,7 +207,7 @@ def test_the_users_command_is_accepted_as_written(tmp_path: Path) -> None:
 
 
 def test_a_grid_with_options_needs_no_multirun_flag(tmp_path: Path) -> None:
-    options = ["mask=causal_document,block_random", "mask.draws=2", "hydra/launcher=dry", f"results={tmp_path}"]
+    options = ["mask=causal_document,block_random", "mask.draws=2", "seqlen=1k", "hydra/launcher=dry", f"results={tmp_path}"]
     for flag in ([], ["-m"]):
         done = run_sweep(*flag, *options)
         assert done.returncode == 0, done.stdout + done.stderr
