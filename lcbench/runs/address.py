@@ -21,7 +21,7 @@ EXPERIMENT = "lcbench"
 EXAMPLES = "http://mlflow.example.org:5000 for a server, sqlite:////home/me/mlflow.db for a file"
 
 
-def planned_address(option: Any, site: Any, default: str) -> str:
+def planned_address(option: Any, site: Any, default: str | None) -> str | None:
     """Where a sweep publishes to: the option ``tracking_uri``, else the site's, else ``MLFLOW_TRACKING_URI``, else the default.
 
     Raises:
@@ -29,7 +29,7 @@ def planned_address(option: Any, site: Any, default: str) -> str:
     """
     given = (("tracking_uri", option), ("site.tracking_uri", site), ("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI")))
     name, uri = next(((name, value) for name, value in given if value is not None and value != ""), ("", default))
-    return checked_address(uri, name)
+    return None if uri is None else checked_address(uri, name)
 
 
 def planned_experiment(option: Any) -> str:
