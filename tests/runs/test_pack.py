@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,14 @@ def test_cells_that_run_here_are_estimated_for_the_gpu_that_is_here(tmp_path: Pa
     assert Estimator.of(tmp_path, {"device": None}, [H100], here=True).device is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert Estimator.of(tmp_path, {"device": None}, [H100], here=True).device is None
+
+
+def test_cpu_ranks_that_share_a_core_take_turns(tmp_path: Path) -> None:
+    large = cell(scale="12x8", seqlen=1 << 16)
+    alone, crowded = Estimator(), Estimator(cores=(2.0, float("inf")))
+    assert crowded.seconds(large) > 10 * alone.seconds(large)
+    assert crowded.seconds(cell(scale="1x2")) == alone.seconds(cell(scale="1x2"))
+    here = Estimator.of(tmp_path, {"device": "cpu"}, [], here=True)
+    assert here.cores[0] == os.cpu_count()
+    nodes = Estimator.of(tmp_path, {"device": "cpu", "cpus_per_task": 4}, [])
+    assert nodes.seconds(large) > 1.5 * alone.seconds(large)
