@@ -93,7 +93,7 @@ def _wanted(standing: Standing, cell_id: str | None) -> dict[str, Record]:
     return {i: r for i, r in standing.seen.records.items() if r.status in ("failed", "missing")}
 
 
-def _still_wanted(sweep: Sweep, chosen: dict[str, Record], *, settles: bool | None) -> Todo:
+def _still_wanted(sweep: Sweep, chosen: dict[str, Record], *, settles: bool | None = None) -> Todo:
     """Of what was chosen, under the sweep's lock, what nobody has taken up or tried since."""
     from hydra_plugins.lcbench._plan import Todo
 
