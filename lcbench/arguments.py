@@ -164,6 +164,8 @@ def find_cell(root: Path, cell_id: str, sweep: Sweep | None = None) -> Iterator[
         try:
             entries = candidate.entries()
         except Unreadable as error:
+            if sweep:
+                raise
             print(f"left out: {printable(error)}", file=sys.stderr)
             continue
         yield from ((candidate, entry) for known, entry in entries.items() if known.startswith(cell_id))
