@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 class Strategy(Protocol):
-    """A strategy as data, which the engine runs."""
+    """A strategy as data, which the engine runs. One that is for a single rank sets ``one_rank = True``, which ``grid.build``
+    reads: where nobody asks for a scale it gets 1x1.
+    """
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         """None if the schedule can run this problem, else the reason, stored word for word in the skipped result."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lcbench.cp.ring import Ring
 from lcbench.cp.schedule import Schedule
@@ -12,6 +13,8 @@ from lcbench.problem import Problem
 
 @dataclass(frozen=True)
 class Local:
+    one_rank: ClassVar[bool] = True
+
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         if problem.scale.world_size != 1:
             return f"runs on one GPU, scale={problem.scale} has {problem.scale.world_size}"

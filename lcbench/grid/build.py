@@ -123,6 +123,11 @@ def build_strategy(config: dict[str, Any]) -> Strategy:
     return cast(Strategy, get_object(config["_target_"])(**_options(config)))
 
 
+def on_one_rank(config: dict[str, Any]) -> bool:
+    """Whether a strategy, by its config, has no use for a second rank."""
+    return bool(getattr(get_object(config["_target_"]), "one_rank", False))
+
+
 def build_mask(config: dict[str, Any], seqlen: int, heads: Heads, seed: int, draw: int = 0) -> Mask:
     """The mask at a length; ``seed`` and ``draw`` reach the masks that draw something.
 
@@ -196,7 +201,7 @@ def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"mask={name} draws nothing, so mask.{DRAWS}={checked[DRAWS]} means nothing")
     if "file" in takes and checked.get("file") is not None:
         path = Path(str(checked["file"])).expanduser().absolute()
-        if not path.is_file():
+        if not _is_file(path):
             raise ValueError(f"{group}.file={checked['file']} is no file")
         checked["file"], checked[CONTENT] = str(path), _digest(str(path))
     if group != "mask":
@@ -218,6 +223,13 @@ def _parsed(group: str, option: str, parameter: Parameter, value: Any) -> Any:
         if "NonNegative" in annotation or ("int" in annotation and "float" not in annotation):
             return parse_tokens(value, name)
     return value if parameter.kind is None else parse_option(value, name, parameter.kind)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _digest(path: str) -> str:

@@ -35,7 +35,7 @@ from lcbench.grid.paths import CONF, REPOSITORY
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.mask import Mask
-from lcbench.problem import Heads, Problem
+from lcbench.problem import Heads, Problem, Scale
 from lcbench.redact import refuse_readable
 
 CONFIG = "config"
@@ -142,10 +142,11 @@ def expand(lines: Sequence[str], loader: ConfigLoaderImpl) -> Plan:
     if unknown:
         raise ValueError(overrides.unknown_key(unknown[0]))
 
-    configs = _product(base, base_lines, axes, loader)
-    both = "seqlen" in said or "seqlen" in params
-    cells = {(cell := Cell.from_config(cell_config(config, both=both))).id: cell for config in configs}
     site = _site(base["site"])
+    by_site = not {"scale"} & {*said, *params} and base["scale"] == site.get("scale")
+    both = "seqlen" in said or "seqlen" in params
+    made = (cell_config(config, both=both, by_site=by_site) for config in _product(base, base_lines, axes, loader))
+    cells = {(cell := Cell.from_config(config)).id: cell for config in made}
     folder = Path(str(options["results"])).absolute() / str(options["sweep"] or "")
     sites.check_fit(site, (cell.scale for cell in cells.values()), options["pack"]["max_minutes"], folder)
     return Plan(
@@ -238,13 +239,17 @@ def _one_length(said: dict[str, Override], base: dict[str, Any], params: dict[st
             params.pop(other, None)
 
 
-def cell_config(config: dict[str, Any], *, both: bool = False) -> dict[str, Any]:
-    """The canonical config of a cell from a composed one: every value checked, every token count an integer. ``both``: seqlen was
-    asked for, so that seqlen_per_rank beside it is a contradiction.
+def cell_config(config: dict[str, Any], *, both: bool = False, by_site: bool = False) -> dict[str, Any]:
+    """The canonical config of a cell from a composed one: every value checked, every token count an integer.
+
+    Args:
+        both: seqlen was asked for, so that seqlen_per_rank beside it is a contradiction.
+        by_site: nobody asked for the scale, which is the site's; what runs on one rank only then gets one.
     """
     if config["scale"] is None:
         raise ValueError("scale is not set, and the site gives none; write scale=<nodes>x<GPUs per node>, such as scale=2x8")
-    scale = values.parse_scale(config["scale"])
+    groups = {group: build.check_options(group, _named(group, config[group])) for group in GROUPS}
+    scale = Scale(1, 1) if by_site and build.on_one_rank(groups["cp"]) else values.parse_scale(config["scale"])
     seqlen, per_rank = config["seqlen"], config["seqlen_per_rank"]
     if per_rank is not None:
         if both and seqlen is not None:
@@ -254,7 +259,6 @@ def cell_config(config: dict[str, Any], *, both: bool = False) -> dict[str, Any]
         seqlen = values.parse_tokens(per_rank, "seqlen_per_rank") * scale.world_size
     measure = _options_of("measure", config["measure"])
     blocks = values.parse_int(measure.pop("blocks", BLOCKS), "measure.blocks", least=1)
-    groups = {group: build.check_options(group, _named(group, config[group])) for group in GROUPS}
     groups["mask"] = build.with_lengths(groups["mask"], groups.pop("lengths"))
     return {
         **groups,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lcbench.grid.build import on_one_rank
 from lcbench.grid.cell import Cell
 from lcbench.grid.values import parse_scale
 from lcbench.runs.pack import Pack
@@ -65,7 +66,7 @@ class Cost:
 
 def alone(cell: Cell) -> bool:
     """Whether a cell has a strategy of context parallelism and one rank."""
-    return cell.scale.world_size == 1 and cell.config["cp"]["name"] != "none"
+    return cell.scale.world_size == 1 and not on_one_rank(cell.config["cp"])
 
 
 def said(seconds: float) -> str:

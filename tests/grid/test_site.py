@@ -172,7 +172,7 @@ def test_the_command_line_and_site_files_of_ones_own(
         (["site=mine", "+site.sbatch.array=1"], "site.sbatch holds array"),
         (["site=mine", "results=/tmp/%u"], "'%u'"),
         (["site=mine", "~site.launcher"], "site.launcher is missing"),
-        (["~site"], "is no site"),
+        (["~site"], "~site takes away what every sweep needs"),
     ):
         with pytest.raises(SystemExit) as ended:
             main([*where, *overrides])

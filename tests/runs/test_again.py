@@ -410,7 +410,7 @@ def test_cancelling_a_cell_that_has_its_result_ends_its_later_blocks(
     of_this_process(pack)
     assert pack.cells[1] in Watch(sweep).look().under_way
     assert cancel.main(command) == 0
-    said = f"cell {pack.cells[1]} keeps its result; its blocks of timings from 2 on are cancelled: python -m lcbench.status s\n"
+    said = f"cell {pack.cells[1]} keeps its result; its blocks of timings from 2 on are cancelled: {sweep.command('status')}\n"
     assert capsys.readouterr().out == said
     gang(sweep, pack)
     assert [(a.status, a.blocks) for a in newest(sweep, pack)] == [("ok", 3), ("ok", 1), ("ok", 3)]

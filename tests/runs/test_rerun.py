@@ -84,7 +84,7 @@ def test_somebody_elses_cells_run_only_with_a_yes(tmp_path: Path, capsys: pytest
         rerun.main(["--failed", "s", "--results", str(tmp_path)])
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert "'s, and running its cells runs what it says under your name" in said
+    assert "sweep s is, wholly or in part, of games; this runs cells again, in your name" in said
     assert "touch x" in said
     assert rerun.main(["--failed", "s", "--launcher", "dry", "--results", str(tmp_path)]) == 0
     capsys.readouterr()

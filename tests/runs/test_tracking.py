@@ -178,7 +178,7 @@ def test_what_an_older_version_remembers_is_good_enough(tmp_path: Path) -> None:
 
 def test_what_was_deleted_on_the_server_is_made_again(tmp_path: Path) -> None:
     sweep, cells = Sweep(tmp_path / "results", "s"), [made_cell(seed) for seed in range(3)]
-    sweep.add([Entry(cell) for cell in cells], command=[], launch={"launcher": "slurm", "settings": {}, "by": "ada"})
+    sweep.add([Entry(cell) for cell in cells], command=[], launch={"launcher": "slurm", "settings": {"site": {}}, "by": "ada"})
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     for cell in cells:
         attempt(sweep, cell.id, "ok", 1.0)
