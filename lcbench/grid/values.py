@@ -138,18 +138,25 @@ def parse_limit_number(value: object, name: str) -> float | None:
 
 
 def parse_option(value: object, name: str, kind: Any) -> Any:
-    """An option of an axis value as its annotation ``kind`` wants it: numbers that came as text become numbers.
+    """An option of an axis value as its annotation ``kind`` wants it: numbers that came as text, and token counts, become numbers.
 
     Raises:
         ValueError: of another type, or not finite.
     """
     adapter = TypeAdapter(kind)
-    for candidate in (value, _whole(_read(value)), _read(value), _TRUTH.get(str(value).lower(), value)):
+    for candidate in (value, _whole(_read(value)), _read(value), _TRUTH.get(str(value).lower(), value), _tokens(value)):
         with suppress(ValidationError):
             found = adapter.validate_python(candidate, strict=True)
             check_finite(found, name)
             return found
     raise ValueError(f"{name}={shown(value)} is not one of {', '.join(_accepted(kind))}")
+
+
+def _tokens(value: object) -> object:
+    """A count of tokens as a number, and anything else as it is."""
+    with suppress(ValueError):
+        return parse_tokens(value)
+    return value
 
 
 def check_finite(value: Any, name: str) -> None:
