@@ -32,11 +32,11 @@ def test_jobs_are_found_whatever_a_sweep_is_called_and_released_where_slurm_hold
     devcluster: dict[str, str], tmp_path: Path
 ) -> None:
     """One sweep of three jobs: they are held, one is released and ends well, the rest is cancelled."""
-    odd, name, results = {**devcluster, **ODD}, "x,y|z", tmp_path / 'it\'s a "res" folder'
+    odd, name, results = {**devcluster, **ODD}, "x'y;$(z)é[1]", tmp_path / 'it\'s a "res" folder'
     where = ["--results", str(results)]
     quoted = str(results).replace("'", "\\'")
     command = [
-        *SMALL, "seed=1,2,3", "pack.max_cells=1", f"sweep='{name}'", f"results='{quoted}'", "+site.sbatch.hold=true",
+        *SMALL, "seed=1,2,3", "pack.max_cells=1", f'sweep="{name}"', f"results='{quoted}'", "+site.sbatch.hold=true",
         "site.collector=false", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db",
     ]  # fmt: skip
     done = lcbench("sweep", *command, environment=odd)
@@ -44,7 +44,7 @@ def test_jobs_are_found_whatever_a_sweep_is_called_and_released_where_slurm_hold
     sweep = Sweep(results, name)
     master = sweep.pack_file(sweep.packs()[0], "job.json")["job_id"].partition("_")[0]
     assert sweep.pack_file(sweep.packs()[0], "job.json")["cluster"] == "lcbench"
-    assert f"{master}|lcbench sweep x_y_z" in slurm(devcluster, "squeue", "-h", "-o", "%A|%k")
+    assert f"{master}|lcbench sweep x_y___z___1_" in slurm(devcluster, "squeue", "-h", "-o", "%A|%k")
 
     def seen() -> tuple[list[str], set[str]]:
         shown = json.loads(lcbench("status", name, *where, "--json", environment=odd).stdout)

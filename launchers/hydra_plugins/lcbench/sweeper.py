@@ -23,6 +23,7 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
+        from lcbench.arguments import bad_input, run
         from lcbench.grid.expand import remembered
 
         if not hasattr(self.launcher, "launch_plan"):
@@ -31,9 +32,5 @@ class GridSweeper(Sweeper):
         plan = remembered()
         if plan is None:
             sys.exit("error: hydra/sweeper=lcbench runs the plan of python -m lcbench.sweep, and here is none")
-        try:
-            code = self.launcher.launch_plan(plan)
-        except OSError as error:  # a full disk, a quota, a results folder of somebody else
-            print(f"error: {error}", file=sys.stderr)
-            code = 3
-        sys.exit(code)
+        with bad_input():
+            run(lambda _: self.launcher.launch_plan(plan))
