@@ -17,24 +17,20 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 def test_ninety_six_ranks_on_twelve_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
     """On a few cores they are slow: by its estimate the ring has 90 s, goes on for longer, and is measured."""
     done = lcbench(
-        "sweep", "cp=usp,ring", "mask=causal_document", "seqlen=1536", "scale=12x8", "heads=16x8x8", "dtype=float64",
+        "sweep", "cp=ring", "mask=causal_document", "seqlen=1536", "scale=12x8", "heads=4x4x16", "dtype=float64",
         "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=1", "measure.blocks=1", "hang.min_s=90",
         "hang.factor=1", "sweep=wide", "site=devcluster", "wait=true", "output=json", f"results={tmp_path}",
         f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", environment=devcluster,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [row["status"] for row in json.loads(done.stdout)["cells"]] == ["ok", "ok"]
+    assert [row["status"] for row in json.loads(done.stdout)["cells"]] == ["ok"]
     sweep = Sweep(tmp_path, "wide")
-    attempts = [attempt for cell_id in sweep.entries() for attempt in sweep.attempts(cell_id)]
-    assert len(attempts) == 2
-    for attempt in attempts:
-        errors = attempt.checks["errors"]
-        assert set(errors) == {"out", "lse", "dq", "dk", "dv"}
-        assert max(errors.values()) <= 1e-12
-        assert len(attempt.samples["rank_forward_median_s"]) == 96
-    (pack,) = sweep.packs()
-    assert not list(sweep.pack_folder(pack).glob("rendezvous-*"))  # its secret is gone
-    attempt = attempts[0]
+    (cell_id,) = sweep.entries()
+    (attempt,) = sweep.attempts(cell_id)
+    errors = attempt.checks["errors"]
+    assert set(errors) == {"out", "lse", "dq", "dk", "dv"}
+    assert max(errors.values()) <= 1e-12
+    assert len(attempt.samples["rank_forward_median_s"]) == 96
     assert attempt.provenance["slurm_job_id"]
     checked = attempt.provenance["check"]
     assert checked["fallen"] == {}
