@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from importlib.metadata import entry_points
@@ -142,10 +142,17 @@ def credentials(uri: str) -> Iterator[str]:
     # A user alone is a token, as GitHub and others have it.
     wanted = {"MLFLOW_TRACKING_USERNAME": unquote(user), "MLFLOW_TRACKING_PASSWORD": unquote(password)} if password else {
         "MLFLOW_TRACKING_TOKEN": unquote(user)}  # fmt: skip
+    with variables(wanted):
+        yield redacted_uri(uri)
+
+
+@contextmanager
+def variables(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables of this process, set in here and afterwards as they were."""
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
     try:
-        yield redacted_uri(uri)
+        yield
     finally:
         for key, value in before.items():
             if value is None:

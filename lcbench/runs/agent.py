@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import signal
 import stat
@@ -19,7 +18,7 @@ from lcbench.runs.failure import SLURM_STATES, last_error, stem_of
 from lcbench.runs.hang import STACKS_SIGNAL, Watcher
 from lcbench.runs.jobs import close_all, in_flight
 from lcbench.runs.logs import last_words
-from lcbench.runs.machine import shown
+from lcbench.runs.machine import shown, signal_when_parent_dies
 from lcbench.runs.ownership import mine
 from lcbench.runs.pack import KILLS, RESERVE, Pack, forget_secrets
 from lcbench.runs.queue import environment, last_incarnation, site_variables
@@ -34,7 +33,6 @@ FRUITLESS = 2
 WARNING_S, WARNING_S_PER_MIN = 120, 15
 WARNING_SHARE = 0.6
 LOOK_EVERY_S = 1.0
-PR_SET_PDEATHSIG = 1
 # The kernel counts a kill before the agent sees the death.
 OOM_LAG_S = 15.0
 PUBLISH_S = 30.0
@@ -140,8 +138,7 @@ def begin_anew(sweep: Sweep, pack: Pack) -> None:
 
 def end_with_parent(number: signal.Signals, parent: int) -> None:
     """Have Linux send this process a signal when its parent dies, however it does."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    signal_when_parent_dies(number)
     if os.getppid() != parent:  # it is dead already
         os.kill(os.getpid(), number)
 

@@ -131,7 +131,7 @@ class Watch:
             else:
                 word, reason = _local_state(job)
                 state = replace(state, state=word, reason=reason)
-            if state.ended:
+            if own and state.ended:
                 forget_secrets(self.sweep.pack_folder(state.id))
             states.append(state)
         return states

@@ -7,9 +7,10 @@ ended. CPU ranks take all cores, so a pack of theirs is beside any other; packs 
 
 from __future__ import annotations
 
+import ctypes
 import os
-import pwd
 import re
+import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from lcbench.grid.values import parse_scale
 from lcbench.measure.gpus import gpus_here
 from lcbench.runs.pack import Pack
+from lcbench.runs.store import user_name
 
 SHARE = "LCBENCH_SHARE_MACHINE"
 DEVICES = "LCBENCH_DEVICES"
@@ -28,6 +30,7 @@ LISTED = Path("/proc/net/unix")
 PREFIX, TURN = "lcbench", "\0lcbench.turn"
 NAME_BYTES = 107
 PAUSE_S = 0.5
+PR_SET_PDEATHSIG = 1
 # Who looks whether the machine is free has it for microseconds; somebody who holds it longer means it.
 TURN_S = 10.0
 
@@ -43,7 +46,13 @@ class Other:
     sweep: str
 
     def __str__(self) -> str:
-        return f"sweep {self.sweep} of {_user(self.uid)} (pid {self.pid}) on {self.device}"
+        return f"sweep {self.sweep} of {user_name(self.uid)} (pid {self.pid}) on {self.device}"
+
+
+def signal_when_parent_dies(number: signal.Signals) -> None:
+    """Ask Linux to send this process a signal when its parent dies, however it does; who calls looks whether it is dead already."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def devices_of(pack: Pack) -> list[str]:
@@ -145,9 +154,3 @@ def _bound(name: str) -> socket.socket:
         made.close()
         raise
     return made
-
-
-def _user(uid: int) -> str:
-    with suppress(KeyError):
-        return pwd.getpwuid(uid).pw_name
-    return f"uid {uid}"

@@ -22,6 +22,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lcbench.runs.store import write_json
+
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
@@ -82,7 +84,7 @@ def meeting_of(folder: Path, incarnation: str, *, node: int, hosts: list[str]) -
     # Behind a wildcard, the name is what the others know.
     where = Meeting(hosts[0] if address == ANY else address, port, secrets.token_hex(32))
     try:
-        _write_private(path, json.dumps(asdict(where)))
+        write_json(path, asdict(where), private=True)
         yield where, listening
     finally:
         with suppress(OSError):
@@ -235,20 +237,6 @@ def _awaited(path: Path, host: str) -> Meeting:
                     return Meeting(**json.load(file))
         time.sleep(LOOK_EVERY_S)
     raise NoRendezvous(f"no rendezvous: {host} did not say within {JOIN_S:.0f} s where it listens")
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Write atomically a file that its owner alone may read."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def innermost(error: BaseException) -> str:

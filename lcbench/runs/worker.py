@@ -16,7 +16,6 @@ cell is begun only while a reserve on the disk can be held for its result.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import gc
 import json
@@ -49,7 +48,7 @@ from lcbench.runs.failure import classify_exception, stem_of
 from lcbench.runs.hang import REST_S, STACKS_SIGNAL
 from lcbench.runs.jobs import close_all, record, with_lost_block
 from lcbench.runs.logs import cell_mark
-from lcbench.runs.machine import beside
+from lcbench.runs.machine import beside, signal_when_parent_dies
 from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
 from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Running, Sweep, write_json
 
@@ -61,7 +60,6 @@ PATIENCE_S = 900.0
 OVERDUE_S = 30.0
 STOP = "stop"
 BLOCK_STRIDE = 1000
-PR_SET_PDEATHSIG = 1
 STDERR = 2
 
 
@@ -420,8 +418,7 @@ def _agree(value: Any) -> Any:
 
 def _die_with_the_agent() -> None:
     """Ask Linux to kill this rank when its agent dies: it would measure on beside the job that takes its cells over."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_when_parent_dies(signal.SIGKILL)
     if os.getppid() == 1:
         os._exit(FAILED_EXIT)
 

@@ -15,6 +15,7 @@ import pytest
 from lcbench.runs import machine
 from lcbench.runs.machine import Claim, beside, others, shown
 from lcbench.runs.pack import Pack
+from lcbench.runs.store import user_name
 from tests.runs.test_corrupt import SETTINGS
 
 
@@ -38,7 +39,7 @@ def test_packs_of_cpu_ranks_wait_for_each_other() -> None:
     first, second = Claim(pack(1)), Claim(pack(2))
     assert not first.take(share=False)
     (other,) = second.take(share=False)
-    assert str(other) == f"sweep my_sweep of {machine._user(os.getuid())} (pid {os.getpid()}) on cpu"
+    assert str(other) == f"sweep my_sweep of {user_name(os.getuid())} (pid {os.getpid()}) on cpu"
     assert not second.descriptors
     assert not others("p1", ["cpu"])  # oneself is no other
     first.drop()

@@ -18,6 +18,7 @@ from torch.distributed import TCPStore
 
 from lcbench.runs import rendezvous
 from lcbench.runs.rendezvous import ANY, Meeting, NoRendezvous, _handler, _ports, listen, meeting_of, own_address
+from lcbench.runs.store import write_json
 
 PARAMETERS: Any = SimpleNamespace(run_id="7.0.word", min_nodes=1, max_nodes=1, get_as_int=lambda *_: None)
 
@@ -96,7 +97,7 @@ def test_other_nodes_wait_for_the_file_of_their_own_run_and_believe_no_open_one(
         pass
     monkeypatch.setattr(rendezvous, "JOIN_S", 30.0)
     open_to_all.unlink()
-    threading.Timer(0.3, lambda: rendezvous._write_private(open_to_all, said)).start()
+    threading.Timer(0.3, lambda: write_json(open_to_all, json.loads(said), private=True)).start()
     with meeting_of(tmp_path, "7.1", node=1, hosts=["n1", "n2"]) as (meeting, _):
         assert meeting.endpoint == "10.0.0.1:20001"
 

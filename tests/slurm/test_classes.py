@@ -173,7 +173,16 @@ def test_cancel_a_cell_then_the_sweep(faulty: dict[str, str], tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("override", "word"),
-    [("site.partition=nope", "invalid partition"), ("site.account=nobody", "Invalid account"), ("scale=13x8 seqlen=1k", "node")],
+    [
+        ("site.partition=nope", "invalid partition"),
+        ("site.account=nobody", "Invalid account"),
+        ("scale=13x8 seqlen=1k", "node"),
+        ("+site.sbatch.licenses=nope:1", "Invalid license specification"),
+        ("+site.sbatch.foo=1", "unrecognized option '--foo=1'"),
+        ("+site.sbatch.no-kill=maybe", "no-kill"),
+        ("site.gpus=nope:1", "Invalid generic resource (gres) specification"),
+        ("+site.sbatch.begin=tuesday-ish", "Invalid --begin specification"),
+    ],
 )
 def test_what_slurm_refuses_is_one_line_and_the_class_of_its_cells(
     override: str, word: str, devcluster: dict[str, str], tmp_path: Path
@@ -183,6 +192,7 @@ def test_what_slurm_refuses_is_one_line_and_the_class_of_its_cells(
     )  # fmt: skip
     assert done.returncode == 3, done.stdout + done.stderr
     assert "Slurm refused" in done.stderr
+    assert done.stderr.count("\n") == 1
     assert word.lower() in done.stderr.lower()
     sweep = Sweep(tmp_path, "no")
     (cell_id,) = sweep.entries()

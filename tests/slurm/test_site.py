@@ -72,26 +72,3 @@ def test_jobs_are_found_whatever_a_sweep_is_called_and_released_where_slurm_hold
     assert told.stdout.startswith("2 jobs"), told.stdout + told.stderr
     assert slurm(devcluster, "squeue", "-h", "-j", master, "-t", "PD,R") == ""
     assert seen()[0] == ["failed", "failed", "ok"]
-
-
-@pytest.mark.parametrize(
-    ("override", "word"),
-    [
-        ("+site.sbatch.licenses=nope:1", "Invalid license specification"),
-        ("+site.sbatch.foo=1", "unrecognized option '--foo=1'"),
-        ("+site.sbatch.no-kill=maybe", "no-kill"),
-        ("site.gpus=nope:1", "Invalid generic resource (gres) specification"),
-        ("+site.sbatch.begin=tuesday-ish", "Invalid --begin specification"),
-    ],
-)  # fmt: skip
-def test_sbatch_s_own_reason_is_the_cause(override: str, word: str, devcluster: dict[str, str], tmp_path: Path) -> None:
-    done = lcbench("sweep", *SMALL, override, "sweep=no", f"results={tmp_path}", environment=devcluster)
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert done.stderr.count("\n") == 1
-    assert word.lower() in done.stderr.lower()
-    sweep = Sweep(tmp_path, "no")
-    (cell_id,) = sweep.entries()
-    (attempt,) = sweep.attempts(cell_id)
-    assert attempt.failure is not None
-    assert attempt.failure.kind == "no-start"
-    assert word.lower() in attempt.failure.cause.lower()

@@ -9,8 +9,8 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Plan
 from lcbench.grid.paths import REPOSITORY
 from lcbench.redact import redacted, redacted_uri, secrets_of
-from lcbench.runs.address import planned_address, planned_experiment
+from lcbench.runs.address import planned_address, planned_experiment, variables
 from lcbench.runs.budget import Cost
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.ownership import here_instead, only_shown, others
@@ -256,20 +256,10 @@ def settings_of(plan: Plan) -> Settings:
     )
 
 
-@contextmanager
-def _inherited(settings: Settings) -> Iterator[None]:
+def _inherited(settings: Settings) -> AbstractContextManager[None]:
     """Jobs that are submitted in here inherit the tracking server's password, for the collector, which has no private file."""
-    uri, before = settings.tracking_uri, os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri or redacted_uri(uri) == uri:
-        yield
-        return
-    os.environ["MLFLOW_TRACKING_URI"] = uri
-    try:
-        yield
-    finally:
-        del os.environ["MLFLOW_TRACKING_URI"]
-        if before is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = before
+    uri = settings.tracking_uri
+    return variables({"MLFLOW_TRACKING_URI": uri} if uri and redacted_uri(uri) != uri else {})
 
 
 def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool, settles: bool = True) -> Todo:
