@@ -33,7 +33,7 @@ ULPS = 4.0  # of a float32 LSE
 COMMON_HALF, COMMON_SINGLE, SIGMAS = 0.25, 40.0, 6.0
 PROBE_HALF, PROBE_SINGLE = 1.75, 100.0
 # dq and dk of a probe in half types come this much nearer: their terms have both signs, and half of a pass rounds nothing alike.
-SCORES_HALF, SCORES_FACTOR_HALF = 0.4, 0.5
+SCORES_HALF, SCORES_FACTOR_HALF = 0.4, 0.7
 # Equal weights, added one by one in float32, are rounded in the same direction again and again: units per root of their number.
 ONE_BY_ONE = 16.0
 # Steps of sums in the inputs' type per unit of variance that they add to that of one rounding.

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Winner:
     """The fastest choice for a problem. ``margin``: time of the next one over its own; None where nothing else ran. ``p``: how
-    probable it is to be as far ahead of all others where one of them is as fast, adjusted for the problems of the table; ``known``:
-    whether run-to-run noise was measured.
+    probable it is to be as far ahead of all others where one of them is as fast, adjusted for the problems of the table;
+    ``least_sure``: that one, if it is not the next; ``known``: whether run-to-run noise was measured.
     """
 
     mask: str
@@ -37,6 +37,7 @@ class Winner:
     next_choice: str = ""
     margin: Ratio | None = None
     p: float = 1.0
+    least_sure: str = ""
     known: bool = True
 
     @property
@@ -45,7 +46,7 @@ class Winner:
         if self.margin is None:
             return "nothing else ran"
         if self.p > LEVEL:
-            return "within the noise"
+            return f"within the noise of {self.least_sure}" if self.least_sure else "within the noise"
         return "beyond the noise" if self.known else "run-to-run noise not measured"
 
     def row(self) -> dict[str, str]:
@@ -71,16 +72,20 @@ def winners(frame: pd.DataFrame) -> list[Winner]:
             float(best["compute/tflops_per_gpu"]), float(best["time/total/median_s"]), None if peak != peak else float(peak),
         )  # fmt: skip
         if len(ranked) > 1:
-            margin, p, known = lead(ranked["timed/total"].tolist())
-            made = replace(made, next_choice=ranked.iloc[1]["choice"], margin=margin, p=p, known=known)
+            margin, p, place, known = lead(ranked["timed/total"].tolist())
+            choices = ranked["choice"].tolist()
+            made = replace(
+                made, next_choice=choices[1], margin=margin, p=p, least_sure=choices[place] if place > 1 else "", known=known
+            )  # fmt: skip
         found.append(made)
     adjusted = iter(holm([w.p for w in found if w.margin is not None]))
     return [w if w.margin is None else replace(w, p=next(adjusted)) for w in found]
 
 
-def lead(times: Sequence[Median]) -> tuple[Ratio, float, bool]:
-    """Of times, the shortest first: the next one over it, the p value of the least sure of its differences from the others, and
-    whether run-to-run noise is in all of them.
+def lead(times: Sequence[Median]) -> tuple[Ratio, float, int, bool]:
+    """Of times, the shortest first: the next one over it, the p value of the least sure of its differences from the others, the
+    place of that other, and whether run-to-run noise is in all of them.
     """
     margins = [time.over(times[0]) for time in times[1:]]
-    return margins[0], max(m.p for m in margins), all(m.known for m in margins)
+    least = max(range(len(margins)), key=lambda i: margins[i].p)
+    return margins[0], margins[least].p, least + 1, all(m.known for m in margins)

@@ -16,6 +16,7 @@ from lcbench import sweep as command
 from lcbench.grid import expand
 from lcbench.grid.overrides import AXES, GROUPS, RESERVED, RUN_OPTIONS
 from lcbench.grid.paths import CONF
+from lcbench.grid.site import SlurmSite
 
 SEED, LISTS = 17, 2000
 KINDS = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in (*GROUPS, "site", "experiment")}
@@ -26,9 +27,12 @@ OPTIONS = [
     "cp.groups", "cp.documents", "cp.name", "cp._target_", "cp.heads_per_step", "cp.uneven_heads", "kernel.block_q", "kernel.name",
     "kernel._target_", "measure.warmup", "measure.blocks", "measure.budget_s", "measure.max_iterations", "measure.precision",
     "measure.timeline", "measure.nope", "pack.max_cells", "pack.nope", "hang.min_s", "hang.max_s", "hang.factor",
-    "retry.oom", "retry.nope", "budget.hours", "budget.gpu_hours", "budget.nope", "site.device", "site.check", "site.name",
+    "retry.oom", "retry.nope", "budget.hours", "budget.gpu_hours", "budget.nope",
     "hydra.mode", "hydra.run.dir", "hydra.sweep.dir", "hydra.job.name", "hydra.launcher.timeout_min", "hydra/launcher",
     "hydra/sweeper", "hydra.sweeper.params.cp", "hydra.verbose", "hydra/job_logging", "hydra.callbacks.x",
+    *(f"site.{key}" for key in SlurmSite.model_fields), "site.nope", "site.env.NCCL_DEBUG", "site.sbatch.mem",
+    "site.sbatch.no-kill", "site.sbatch.array", "site.container.image", "site.container.mounts", "site.budget.hours",
+    "site.collector.partition",
 ]  # fmt: skip
 GOOD = {
     "seqlen": ["1k", "256", "2k,4k", "1e3", "1_000", "range(64,256,64)"], "seqlen_per_rank": ["64", "null", "64,128"],
@@ -50,7 +54,7 @@ STRANGE = [
     "float(x),1", "bool(2)", "extend_list(1)", "json_str({a:1})", "nope(1)", "os.system", "a" * 300, "9" * 5000, "[" * 200,
     "last", ".", "..", "-", "--", "a/b", "1,2,3,3", "none,null", "lcbench.masks.causal.causal", "1x", "x2", "x", "1e6",
     "1x1x1", "99999999x99999999", "7x3x1", "0x0x0", "?", "???", "*", "@", "a@b", "+", "64k", "1g", "\uff11\uff12", "1k;2k",
-    "true,false",
+    "true,false", "{partition:cpu}", "{no-kill:true}", "[--mem=0,-J x]", "gpu:h100:8", "module load x",
 ]  # fmt: skip
 USUAL = [
     "1", "2", "4", "16", "64", "128", "1k", "8,16", "0.5", "1,2", "auto", "false", "[64,64]", "[1k,24]", "zigzag", "uniform",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -76,6 +77,17 @@ def test_the_winner_has_a_margin_and_says_if_it_is_noise(tmp_path: Path) -> None
     assert any(w.verdict == "within the noise" for w in loud)
     (alone,) = winners(good(made_sweep(tmp_path, "alone", ["seqlen=64k", "scale=1x8"])))
     assert alone.verdict == "nothing else ran"
+
+
+def test_a_verdict_names_the_choice_that_it_rests_on(tmp_path: Path) -> None:
+    frame = good(made_sweep(tmp_path, "three", ["cp=ring,ulysses,usp", "mask=causal", "seqlen=64k", "scale=1x8"], noise=0.001))
+    ranked = frame.sort_values("time/total/median_s")
+    last = ranked.index[-1]
+    frame.at[last, "timed/total"] = replace(frame.at[last, "timed/total"], sigma=3.0)  # slow, and nobody knows how slow
+    (winner,) = winners(frame)
+    assert winner.margin is not None
+    assert winner.margin.low > 1  # ahead of the next, beyond its noise
+    assert winner.verdict == f"within the noise of {ranked.iloc[-1]['choice']}"
 
 
 def test_without_blocks_no_winner_is_beyond_the_noise(tmp_path: Path) -> None:

@@ -47,6 +47,12 @@ def make(root: Path, marker: Path, groups: tuple[str, ...] = ("kernel", "cp", "m
                 **good, "mask": {**good["mask"], "lengths": bad}}  # fmt: skip
             cells[Cell.from_config(config).id] = config
     site = {"name": "local", "launcher": "local", "env": {"PATH": str(root / "bin")}, "setup": [f"touch {marker}"]}
+    # Slurm's commands by the PATH of the pack, as programs of whoever made the folder.
+    for command in ("squeue", "sacct", "scancel", "sbatch", "scontrol", "sinfo", "srun", "python", "git", "nvidia-smi"):
+        program = root / "bin" / command
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\ntouch {marker}\n")
+        program.chmod(0o755)
     settings = {
         "site": site, "devices": [], "tracking_uri": None, "pack": {"max_cells": None, "max_minutes": 1, "max_jobs": None},
         "hang": {"factor": 1.0, "min_s": 1.0, "max_s": 1.0}, "retry": {},
@@ -74,6 +80,15 @@ def make(root: Path, marker: Path, groups: tuple[str, ...] = ("kernel", "cp", "m
     }  # fmt: skip
     write(root / NAME / "packs" / "p" / "pack.json", pack)
     write(root / NAME / "packs" / "p" / "job.json", {"launcher": "local", "pid": 1, "pids": [], "host": "h", "started_at": 1.0})
+    # One that Slurm is said to have: whether it lives is asked of Slurm.
+    rest = list(cells)[len(cells) // 2 :][:2]
+    queued = {
+        **pack, "id": "q", "launcher": "slurm", "job_name": f"x$(touch {marker})", "cells": rest,
+        "configs": {c: cells[c] for c in rest}, "seconds": dict.fromkeys(rest, 1.0),
+        "settings": {**settings, "site": {**site, "launcher": "slurm", "partition": f"$(touch {marker})"}},
+    }  # fmt: skip
+    write(root / NAME / "packs" / "q" / "pack.json", queued)
+    write(root / NAME / "packs" / "q" / "job.json", {"launcher": "slurm", "job_id": f"7;touch {marker}", "started_at": 1.0})
     return list(cells)
 
 

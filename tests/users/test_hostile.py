@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hydra_plugins.lcbench.dry import DryLauncher
 
-from lcbench import collect, compare, logs, rerun, results, status
+from lcbench import cancel, collect, compare, logs, rerun, results, status
 from lcbench.cp import __main__ as cp
 from lcbench.grid import build
 from lcbench.masks import __main__ as masks
@@ -83,7 +83,22 @@ def test_commands_that_read_run_nothing(
             assert len(said.splitlines()) == 1, said
     with pytest.raises(SystemExit):
         rerun.main(["--failed", "evil", *where])
+    cancel.main(["evil", *where])
     assert not marker.exists()
+
+
+def test_a_launcher_that_there_is_not_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = made_sweep(tmp_path, "strange", [*SMALL])
+    manifest = json.loads((folder.folder / "manifest.json").read_text())
+    manifest["launch"] = {
+        "launcher": "pbs",
+        "settings": {"site": SITE, "devices": [], "tracking_uri": None, "pack": {}, "hang": {}, "retry": {}},
+    }
+    (folder.folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit) as ended:
+        rerun.main([next(iter(folder.entries())), "--results", str(tmp_path)])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: there is no launcher 'pbs'; write --launcher dry, local, slurm\n"
 
 
 def test_a_new_sweep_plan_and_mask_beside_it_go_on(evil: tuple[Path, Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -302,10 +302,16 @@ def turn_down(sweep: Sweep, error: NotSubmitted) -> None:
 
 
 def launcher_named(name: str) -> PackLauncher:
-    """A launcher, for commands that run stored cells again without composing anything."""
+    """A launcher, for commands that run stored cells again without composing anything.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
     from importlib import import_module
 
     kinds = {"local": "LocalLauncher", "slurm": "SlurmLauncher", "dry": "DryLauncher"}
+    if name not in kinds:
+        raise ValueError(f"there is no launcher {name!r}; write --launcher {', '.join(sorted(kinds))}")
     made: PackLauncher = getattr(import_module(f"hydra_plugins.lcbench.{name}"), kinds[name])()
     return made
 
