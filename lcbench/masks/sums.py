@@ -63,16 +63,14 @@ class Visible:
         """
         import torch
 
-        found = torch.zeros((len(values), self._count), dtype=torch.float64, device=self._device)
-        for number, line in enumerate(values.double()):
-            if whole:
-                parts = [torch.cumsum(line, 0)]
-            else:
-                # Whole parts add up exactly; what is left is so small that its running sum loses nothing that counts.
-                units = torch.floor(line * FIXED)
-                parts = [torch.cumsum(units.long(), 0).double() / FIXED, torch.cumsum(line - units / FIXED, 0)]
-            for part in parts:
-                found[number] += self._of_running(torch.nn.functional.pad(part, (1, 0)))
+        values = values.double()
+        if whole:
+            found = self._of_running(torch.cumsum(values, 1))
+        else:
+            # Whole parts add up exactly; what is left is so small that its running sum loses nothing that counts.
+            units = torch.floor(values * FIXED)
+            found = self._of_running(torch.cumsum(units.long(), 1).double() / FIXED)
+            found += self._of_running(torch.cumsum(values - units / FIXED, 1))
         if self._sorted:
             return found
         result = torch.empty_like(found)
@@ -80,14 +78,15 @@ class Visible:
         return result
 
     def _of_running(self, running: torch.Tensor) -> torch.Tensor:
-        """Sums of the sorted rows from a running sum (keys + 1)."""
+        """(C, rows): sums of the sorted rows from running sums (C, keys)."""
         import torch
 
-        found = torch.zeros(self._count, dtype=torch.float64, device=self._device)
+        running = torch.nn.functional.pad(running, (1, 0))
         if self._keep is not None:
-            blocks = running[self._edges[1:]] - running[self._edges[:-1]]
+            blocks = (running[:, self._edges[1:]] - running[:, self._edges[:-1]]).T
             step = max(1, BLOCK_ELEMENTS // max(1, self._keep.shape[1]))
-            return torch.cat([part.double() @ blocks for part in self._keep.split(step)])[self._blocks]
+            return torch.cat([part.double() @ blocks for part in self._keep.split(step)]).T[:, self._blocks]
+        found = torch.zeros((len(running), self._count), dtype=torch.float64, device=self._device)
         for at, begin, end in self._chunks:
-            found.index_add_(0, at, running[end] - running[begin])
+            found.index_add_(1, at, running[:, end] - running[:, begin])
         return found

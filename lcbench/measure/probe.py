@@ -42,9 +42,9 @@ LINES, ELEMENTS = 4, 1 << 24  # numbers of a row that ranks tell each other, by 
 CONSTANT, LEVELS, DIGITS = 0, 1, 2  # patterns: ones, the levels, and from here on binary digits
 
 
-def signs(values: Ints) -> Ints:
-    """+1 for an even number of binary ones, -1 for an odd one (the Thue-Morse sequence)."""
-    x = values.copy()
+def signs(values: torch.Tensor) -> torch.Tensor:
+    """+1 for an even number of binary ones, -1 for an odd one (the Thue-Morse sequence), of whole numbers."""
+    x = values.clone()
     for shift in (32, 16, 8, 4, 2, 1):
         x ^= x >> shift
     return 1 - 2 * (x & 1)
@@ -171,25 +171,48 @@ class Probe:
         turn = kv * heads.dim % len(self._order) if self._turns else 0
         return Kind(number, *VARIANTS[head % (heads.q // heads.kv) % len(VARIANTS)], turn)
 
-    def _line(self, pattern: int, tokens: Ints, levels: Ints) -> Ints:
+    @cached_property
+    def _own(self) -> torch.Tensor:
+        """(T,): this rank's tokens, on the device: what has a number per token is made there."""
+        import torch
+
+        return torch.from_numpy(self._tokens).to(self._device)
+
+    @cached_property
+    def _every(self) -> torch.Tensor:
+        """(S,): all tokens."""
+        import torch
+
+        return torch.arange(self._problem.seqlen, device=self._device)
+
+    def _line(self, pattern: int, tokens: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         """A pattern at tokens, whole numbers."""
+        import torch
+
         if pattern == CONSTANT:
-            return np.ones(len(tokens), dtype=np.int64)
+            return torch.ones_like(tokens)
         if pattern == LEVELS:
             return levels
-        return 1 - 2 * ((tokens + self._begin[0]) >> (pattern - DIGITS) & 1)
+        return 1 - 2 * ((tokens + int(self._begin[0])) >> (pattern - DIGITS) & 1)
 
-    def _lines(self, levels: Ints) -> torch.Tensor:
+    def _lines(self, levels: torch.Tensor) -> torch.Tensor:
         """(patterns, T): every pattern at this rank's tokens."""
-        return self._tensor(np.stack([self._line(p, self._tokens, levels) for p in range(self._patterns)]))
+        import torch
+
+        return torch.stack([self._line(p, self._own, levels) for p in range(self._patterns)]).double()
 
     @cached_property
     def _value_lines(self) -> torch.Tensor:
-        return self._lines(self._even_level(self._tokens))
+        return self._lines(self._even_level(self._own))
 
     @cached_property
     def _dout_lines(self) -> torch.Tensor:
-        return self._lines(self._query_level(self._tokens))
+        return self._lines(self._query_level(self._own))
+
+    @cached_property
+    def _own_levels(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(T,) each: levels of this rank's keys and queries."""
+        return self._key_level(self._own).double(), self._query_level(self._own).double()
 
     @cached_property
     def _kinds(self) -> list[Kind]:
@@ -201,16 +224,21 @@ class Probe:
         """Patterns that some head has."""
         return sorted({int(pattern) for kind in self._kinds for pattern in self._dims(kind)})
 
-    def _even_level(self, tokens: Ints) -> Ints:
+    def _even_level(self, tokens: torch.Tensor) -> torch.Tensor:
         """As many of either level in every stretch."""
-        return signs(tokens + self._begin[1])
+        return signs(tokens + int(self._begin[1]))
 
-    def _key_level(self, tokens: Ints) -> Ints:
-        heavy = self._heavy[tokens + self._begin[1] >> max(0, self._digits - 5)]
-        return np.where(heavy & (not self.zero), 1, self._even_level(tokens))
+    def _key_level(self, tokens: torch.Tensor) -> torch.Tensor:
+        import torch
 
-    def _query_level(self, tokens: Ints) -> Ints:
-        return signs(tokens + self._begin[2])
+        even = self._even_level(tokens)
+        if self.zero:
+            return even
+        heavy = torch.from_numpy(self._heavy).to(self._device)[tokens + int(self._begin[1]) >> max(0, self._digits - 5)]
+        return torch.where(heavy, 1, even)
+
+    def _query_level(self, tokens: torch.Tensor) -> torch.Tensor:
+        return signs(tokens + int(self._begin[2]))
 
     def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:
         import torch
@@ -224,11 +252,10 @@ class Probe:
 
     def fill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor | None) -> None:
         """Write the inputs of this rank's tokens into tensors q, dout (T, Hq, D), k, v (T, Hk, D)."""
-        import torch
 
         heads = self._problem.heads
         group = heads.q // heads.kv
-        key_level, query_level = (self._tensor(x(self._tokens))[:, None] for x in (self._key_level, self._query_level))
+        key_level, query_level = (levels[:, None] for levels in self._own_levels)
         for head in range(heads.kv):
             k[:, head] = (self.alpha * key_level * self._tensor(self._u[head])).to(k.dtype)
             v[:, head] = (self._value_lines[self._dims(self.kind(head * group))].T * self._tensor(self._v[head])).to(v.dtype)
@@ -237,7 +264,7 @@ class Probe:
             factor = self.beta * kind.factor * kind.sign
             q[:, head] = (factor * query_level * self._tensor(self._u[head // group])).to(q.dtype)
             if dout is not None:
-                signs = self._tensor(self._dout_signs(head)) * torch.exp2(self._exponents(kind.number))[:, None]
+                signs = self._tensor(self._dout_signs(head)) * self._scales[kind.number][:, None]
                 dout[:, head] = (self._dout_lines[self._dims(kind)].T * signs).to(dout.dtype)
 
     def _dout_signs(self, head: int) -> Ints:
@@ -251,30 +278,36 @@ class Probe:
         """By map: (2, patterns, T): sums of each pattern over a row's keys of level +1 and of level -1."""
         import torch
 
-        every = np.arange(self._problem.seqlen)
-        levels = self._key_level(every)
-        found = {}
-        for number in range(1 if isinstance(self._mask, BandMask) else self._mask.maps):
-            visible = Visible(self._mask, self._tokens, self._device, number)
-            found[number] = torch.zeros((2, self._patterns, len(self._tokens)), dtype=torch.float64, device=self._device)
-            for pattern in self._used:
-                line = self._line(pattern, every, self._even_level(every))
-                lines = self._tensor(np.stack([line * (levels > 0), line * (levels < 0)]))
-                found[number][:, pattern] = visible.sums(lines, whole=True)
+        levels, even = self._key_level(self._every), self._even_level(self._every)
+        visible = [
+            Visible(self._mask, self._tokens, self._device, number)
+            for number in range(1 if isinstance(self._mask, BandMask) else self._mask.maps)
+        ]
+        shape = (2, self._patterns, len(self._tokens))
+        found = {number: torch.zeros(shape, dtype=torch.float64, device=self._device) for number in range(len(visible))}
+        for pattern in self._used:
+            line = self._line(pattern, self._every, even)
+            lines = torch.stack([line * (levels > 0), line * (levels < 0)])
+            for number, seen in enumerate(visible):
+                found[number][:, pattern] = seen.sums(lines, whole=True)
         return found
 
-    def _exponents(self, number: int) -> torch.Tensor:
-        """Of two, of dout: about the number of a row's keys, so that all rows weigh alike in a column."""
+    @cached_property
+    def _scales(self) -> dict[int, torch.Tensor]:
+        """(T,) by map, of dout: a power of two, about the number of a row's keys, so that all rows weigh alike in a column."""
         import torch
 
-        count = self._sums[number][:, 0].sum(0).clamp_min(1.0)
-        return torch.round(torch.log2(count)) - max(0, self._digits - HALF_LARGEST)
+        def scale(sums: torch.Tensor) -> torch.Tensor:
+            count = sums[:, 0].sum(0).clamp_min(1.0)
+            return torch.exp2(torch.round(torch.log2(count)) - max(0, self._digits - HALF_LARGEST))
+
+        return {number: scale(sums) for number, sums in self._sums.items()}
 
     def _weights(self, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
         """(2, T): softmax weights of the keys of either level, unnormalised; (T,): their sum over a row's keys."""
         import torch
 
-        score = kind.sign * kind.factor * self._half * self._tensor(self._query_level(self._tokens))
+        score = kind.sign * kind.factor * self._half * self._own_levels[1]
         weights = torch.stack([torch.exp(score), torch.exp(-score)])
         return weights, (weights * self._sums[kind.number][:, 0]).sum(0)
 
@@ -301,7 +334,7 @@ class Probe:
 
         weights, total = self._weights(kind)
         mean = (weights[:, None] * self._sums[kind.number]).sum(0) / torch.where(total == 0, 1.0, total)
-        return torch.exp2(self._exponents(kind.number)) * (self._joined(kind) * self._dout_lines * mean).sum(0)
+        return self._scales[kind.number] * (self._joined(kind) * self._dout_lines * mean).sum(0)
 
     def rows(self, head: int) -> Rows:
         """What a query head must give for this rank's rows."""
@@ -321,7 +354,7 @@ class Probe:
         found = Rows(torch.log(total), out, spread[:, None], common, weights.amin(0) / safe, count)
         if not self._problem.backward:
             return found
-        turn, scale = int(self._turn[head]), torch.exp2(self._exponents(kind.number))
+        turn, scale = int(self._turn[head]), self._scales[kind.number]
         delta = turn * self._delta(kind)
         products = turn * scale * (self._joined(kind) * self._dout_lines * sums).sum(1)  # (2, T): dout . v, summed by level
         side = weights * (products - delta * sums[:, 0]) / safe
@@ -369,7 +402,7 @@ class Probe:
         """(LINES, T): of each row what its columns sum."""
         import torch
 
-        total, scale, delta = self._weights(kind)[1], torch.exp2(self._exponents(kind.number)), self._delta(kind)
+        total, scale, delta = self._weights(kind)[1], self._scales[kind.number], self._delta(kind)
         safe = torch.where(total == 0, torch.inf, total)
         size = self._size(kind) * scale + delta.abs()
         return torch.stack([scale / safe, delta / safe, size / safe, scale])
@@ -379,15 +412,14 @@ class Probe:
         import torch
 
         share, stats, sizes, bare = lines
-        every = np.arange(self._problem.seqlen)
         if kind.number not in self._seen:
             self._seen[kind.number] = Visible(self._mask.transpose(), self._tokens, self._device, kind.number)
         visible = self._seen[kind.number]
-        levels = self._query_level(every)
-        picked = self._tensor(np.stack([levels > 0, levels < 0]))
+        levels = self._query_level(self._every)
+        picked = torch.stack([levels > 0, levels < 0]).double()
         sums = torch.zeros((2, self._patterns, len(self._tokens)), dtype=torch.float64, device=self._device)
         for pattern in np.unique(self._dims(kind)).tolist():
-            sums[:, pattern] = visible.sums(picked * share * self._tensor(self._line(pattern, every, levels)))
+            sums[:, pattern] = visible.sums(picked * share * self._line(pattern, self._every, levels))
         # A GPU sums in any order, so that nothing may come out as less than nothing.
         spreads = visible.sums(torch.cat([picked * share.square(), picked * sizes.square(), bare.square()[None]])).clamp_min(0.0)
         count = visible.sums(torch.ones_like(bare)[None], whole=True)[0]
@@ -398,7 +430,7 @@ class Probe:
         import torch
 
         whole = torch.zeros((len(own), self._problem.seqlen), dtype=torch.float64, device=self._device)
-        whole[:, torch.from_numpy(self._tokens).to(self._device)] = own
+        whole[:, self._own] = own
         return self._collect(whole)
 
     def columns(self, kv: int) -> Columns:
@@ -407,7 +439,7 @@ class Probe:
 
         heads, problem = self._problem.heads, self._problem
         group = heads.q // heads.kv
-        level = self._tensor(self._key_level(self._tokens))
+        level = self._own_levels[0]
         shape = (len(self._tokens), heads.dim)
         dk, dv, dv_common = (torch.zeros(shape, dtype=torch.float64, device=self._device) for _ in range(3))
         dk_common, *squares = torch.zeros((5, len(self._tokens)), dtype=torch.float64, device=self._device)
