@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from test_kernels import CPU, GROUPED, HARD, SEQLEN, check_kernel, kernel_of, problem_of
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, Unsupported, prepare
+from lcbench.kernels.base import Kernel, Platform, Prepared, Unsupported, accumulation_dtype, prepare
 from lcbench.kernels.flex import PreparedFlex
 from lcbench.masks.band import Band, BandMask
 from lcbench.masks.block import BlockMap
@@ -22,11 +24,73 @@ from lcbench.testing import fake_libraries
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import names, small
 
+Tensor = torch.Tensor
 H200 = Platform("cuda", (9, 0), 141 << 30)
 DENSE: dict[str, Callable[[], dict[str, ModuleType]]] = {
     "flash_attn2": fake_libraries.flash_attn2, "flash_attn3": fake_libraries.flash_attn3, "flash_attn4": fake_libraries.flash_attn4,
-    "te_fused": fake_libraries.transformer_engine, "xformers": fake_libraries.xformers, "ffa": fake_libraries.magi_attention,
+    "te_fused": fake_libraries.transformer_engine, "te_fused 2.5": partial(fake_libraries.transformer_engine, "2.5"),
+    "xformers": fake_libraries.xformers, "ffa": fake_libraries.magi_attention,
 }  # fmt: skip
+
+
+class LikeTheEngine(Kernel):
+    """A kernel that gets tensors as the engine may hand them over: keys and values interleaved, queries and dout with strides of
+    their own, out in the type that partial results are merged in."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self.takes = kernel.takes  # type: ignore[misc]
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return self._kernel.unavailable(problem, platform)
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return self._kernel.calls(mask, platform)
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        return Strided(self._kernel.prepare(mask, heads, dtype, device))
+
+
+@dataclass
+class Strided:
+    prepared: Prepared
+
+    @property
+    def calls(self) -> int:
+        return self.prepared.calls
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> tuple[Tensor, Tensor]:
+        return self.prepared.forward(among_heads(q), *interleaved(k, v), softmax_scale=softmax_scale)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, softmax_scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, lse = among_heads(out.to(accumulation_dtype(out.dtype))), lse.T.contiguous().T
+        return self.prepared.backward(
+            among_heads(dout), among_heads(q), *interleaved(k, v), out, lse, softmax_scale=softmax_scale
+        )  # fmt: skip
+
+
+def among_heads(x: Tensor) -> Tensor:
+    """The same values as a part of the heads, and of the tokens, of a larger tensor."""
+    larger = torch.full((len(x) + 2, x.shape[1] + 3, x.shape[2]), torch.nan, dtype=x.dtype)
+    larger[1:-1, 2:-1] = x
+    return larger[1:-1, 2:-1]
+
+
+def interleaved(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    both = torch.stack([k, v], dim=2)
+    return both[:, :, 0], both[:, :, 1]
+
+
+def check_adapter(kernel: Kernel, masks: Iterable[Mask], heads: Heads = GROUPED, scale: float = 0.7) -> None:
+    """Every mask in float64, in both layouts, and the first in bfloat16, whose statistics are float32."""
+    masks = list(masks)
+    for mask in masks:
+        check_kernel(LikeTheEngine(kernel), mask, heads, torch.float64, 1e-12, scale)
+    check_kernel(kernel, masks[0], heads, torch.float64, 1e-12, scale)
+    for some in (kernel, LikeTheEngine(kernel)):
+        check_kernel(some, masks[0], heads, torch.bfloat16, 0.05, scale)
 
 
 def every_mask(folder: Path) -> dict[str, Mask]:
@@ -41,19 +105,17 @@ def install(monkeypatch: pytest.MonkeyPatch, modules: dict[str, ModuleType]) -> 
 @pytest.mark.parametrize("library", DENSE)
 def test_dense_library_runs_every_mask(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, DENSE[library]())
-    kernel = kernel_of(library)
+    kernel = kernel_of(library.partition(" ")[0])
     assert kernel.missing() is None
     assert kernel.unavailable(problem_of(Heads(6, 2, 64), "bfloat16"), H200) is None
-    for mask in every_mask(tmp_path).values():
-        check_kernel(kernel, mask, GROUPED, torch.float64, 1e-12)
+    check_adapter(kernel, every_mask(tmp_path).values())
 
 
 @pytest.mark.parametrize("name", ["sdpa_efficient", "sdpa_cudnn"])
 def test_torch_cuda_backend_runs_every_mask(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for operator, fake in fake_libraries.torch_cuda_ops().items():
         monkeypatch.setattr(torch.ops.aten, operator, fake)
-    for mask in every_mask(tmp_path).values():
-        check_kernel(kernel_of(name), mask, GROUPED, torch.float64, 1e-12)
+    check_adapter(kernel_of(name), every_mask(tmp_path).values())
 
 
 def test_torch_flash_on_cuda_runs_every_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,22 +132,22 @@ def test_torch_flash_on_cuda_runs_every_mask(tmp_path: Path, monkeypatch: pytest
         def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
             return prepare_varlen(mask, device, _CUDA)  # type: ignore[arg-type]
 
-    for mask in every_mask(tmp_path).values():
-        check_kernel(OnCuda(), mask, GROUPED, torch.float64, 1e-12)
+    check_adapter(OnCuda(), every_mask(tmp_path).values())
 
 
 def test_flashmask_runs_every_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops, "flashmask", fake_libraries.flashmask_ops(), raising=False)
-    kernel = kernel_of("flashmask")
-    native = 0
-    for mask in every_mask(tmp_path).values():
-        check_kernel(kernel, mask, GROUPED, torch.float64, 1e-12)
-        native += not isinstance(mask, BlockMap) and kernel.calls(mask, H200) == 1
-    assert native > 10
+    """Blocks of several sizes, so that a test's sequence has many of them, and bounds lie within and between them."""
+    kernel, masks = kernel_of("flashmask"), every_mask(tmp_path)
+    for block_q, block_k in ((8, 16), (16, 4), (64, 64)):
+        monkeypatch.setattr(torch.ops, "flashmask", fake_libraries.flashmask_ops(block_q, block_k), raising=False)
+        check_adapter(kernel, masks.values())
+    native = [name for name, mask in masks.items() if not isinstance(mask, BlockMap) and kernel.calls(mask, H200) == 1]
+    assert len(native) > 10
 
 
 def check_forward(kernel: Kernel, mask: Mask, heads: Heads, scale: float) -> None:
     q, k, v = (torch.randn(mask.num_q, h, heads.dim, dtype=torch.float64) for h in (heads.q, heads.kv, heads.kv))
+    q, (k, v) = among_heads(q), interleaved(k, v)
     want, want_lse = dense_attention(q, k, v, dense_heads(mask, heads.q), scale)
     out, lse = prepare(kernel, mask, heads, torch.float64, CPU).forward(q, k, v, softmax_scale=scale)
     assert torch.equal(lse == -torch.inf, want_lse == -torch.inf)
@@ -121,7 +183,7 @@ def test_sparse_library_runs_its_blocks(name: str, block: int, heads: Heads, mon
     for per in ("all_heads", "kv_head", "q_head"):
         mask = block_random(4 * block, heads=heads, seed=(1, 0), density=0.4, block_size=block, sizes="uniform", per=per)  # type: ignore[arg-type]
         assert kernel.unsupported(problem_of(heads), mask) is None
-        check_kernel(kernel, mask, heads, torch.float64, 1e-12, scale=heads.dim**-0.5)
+        check_adapter(kernel, [mask], heads, heads.dim**-0.5)
     other = block_random(4 * block, heads=heads, seed=(1, 0), density=0.4, block_size=block // 2, sizes="uniform", per="q_head")
     assert f"takes uniform blocks of {block} tokens" in str(kernel.unsupported(problem_of(heads), other))
     with pytest.raises(Unsupported, match="uniform blocks"):
