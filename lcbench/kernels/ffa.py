@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import Kernel, Merged, Platform, Prepared, half_on_cuda, importable
 from lcbench.masks.band import BandMask
 from lcbench.masks.convert import slices
 from lcbench.masks.mask import Mask
@@ -26,9 +26,12 @@ class FFA(Kernel):
     def missing(self) -> str | None:
         return importable("magi_attention.functional.flex_flash_attn")
 
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return min(1, len(mask))
+
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
-        return PreparedFFA(mask, device)
+        return PreparedFFA(mask, device) if len(mask) else Merged([])
 
 
 class PreparedFFA:

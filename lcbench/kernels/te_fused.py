@@ -64,6 +64,7 @@ class _Run:
         from transformer_engine.pytorch.cpp_extensions import fused_attn_fwd
 
         call = self._call
+        q, k, v = _packed(q, k, v)
         out, aux, *_ = fused_attn_fwd(
             True, call.max_q, call.max_k, call.cu_q, call.cu_k, q, k, v, q.dtype, self._backend, attn_scale=scale,
             **self._forward_options,
@@ -84,6 +85,7 @@ class _Run:
         from transformer_engine.pytorch.cpp_extensions import fused_attn_bwd
 
         call, aux = self._call, [lse.T.contiguous()[..., None], self._rng_state]
+        dout, q, k, v, out = _packed(dout, q, k, v, out)
         dtypes: list[Any] = [q.dtype]
         if self._names_type:
             import transformer_engine_torch as tex
@@ -94,3 +96,8 @@ class _Run:
             **self._backward_options,
         )  # fmt: skip
         return dq, dk, dv
+
+
+def _packed(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Its C++ takes data pointers and the strides of packed tensors for granted, and says nothing about others."""
+    return [x.contiguous() for x in tensors]

@@ -519,6 +519,7 @@ def magi_attention() -> dict[str, ModuleType]:
     def cut(tokens: tuple[int, int], q_ranges: Tensor, k_ranges: Tensor, kinds: Tensor) -> Tensor:
         table(q_ranges, k_ranges, kinds)
         assert q_ranges.shape == k_ranges.shape == (len(kinds), 2)
+        assert len(kinds), "no call without slices"
         count = torch.zeros(tokens, dtype=torch.int32)
         for (q0, q1), (k0, k1), kind in zip(q_ranges.tolist(), k_ranges.tolist(), kinds.tolist(), strict=True):
             at = torch.arange(k1 - k0) - torch.arange(q1 - q0)[:, None]
