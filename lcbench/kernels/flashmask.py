@@ -6,7 +6,7 @@ A column of its mask names at most two stretches of rows that it hides. A mask w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlashMask(Kernel):
+    contiguous_kv: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = ("flashmask",)
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "FlashMask", least=(9, 0), most=(9, 0))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -114,6 +115,16 @@ def gradients(dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tenso
         into.copy_(grad)
 
 
+class Operator:
+    """A function that a library made an operator of torch (``torch.library.custom_op``): it shows no signature."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._init_fn, self.__name__ = function, function.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._init_fn(*args, **kwargs)
+
+
 # -- flash-attn ------------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +173,7 @@ def flash_attn2() -> dict[str, ModuleType]:
         gradients(dq, dk, dv, q, k, v, dense_backward(dout, q, k, v, out, softmax_lse, allowed, softmax_scale))
         return torch.zeros(())
 
-    return _modules("flash_attn.flash_attn_interface", _flash_attn_varlen_forward, _flash_attn_varlen_backward)
+    return _modules("flash_attn.flash_attn_interface", *map(Operator, (_flash_attn_varlen_forward, _flash_attn_varlen_backward)))
 
 
 def flash_attn3() -> dict[str, ModuleType]:
@@ -197,7 +208,7 @@ def flash_attn3() -> dict[str, ModuleType]:
         gradients(dq, dk, dv, q, k, v, dense_backward(dout, q, k, v, out, softmax_lse, allowed, softmax_scale))
         return torch.zeros(())
 
-    return _modules("flash_attn_interface", _flash_attn_forward, _flash_attn_backward)
+    return _modules("flash_attn_interface", *map(Operator, (_flash_attn_forward, _flash_attn_backward)))
 
 
 class BlockSparseTensorsTorch(NamedTuple):
@@ -437,6 +448,7 @@ def xformers() -> dict[str, ModuleType]:
     functions = memory_efficient_attention_forward_requires_grad, memory_efficient_attention_backward
     found = _modules("xformers.ops.fmha", *functions)
     found["xformers.ops.fmha"].flash = flash  # type: ignore[attr-defined]
+    found["xformers"].__version__ = "0.0.35"  # type: ignore[attr-defined]
     compiled = ModuleType("xformers._cpp_lib")
     compiled._built_with_cuda, compiled._cpp_library_load_exception = True, None  # type: ignore[attr-defined]
     found |= {flash.__name__: flash, compiled.__name__: compiled}
@@ -534,7 +546,7 @@ def magi_attention() -> dict[str, ModuleType]:
     ) -> tuple[Tensor, Any]:  # fmt: skip
         packed(q, k, v)
         out, lse = dense(q, k, v, cut((len(q), len(k)), q_ranges, k_ranges, attn_type_map), softmax_scale)
-        return out, SimpleNamespace(lse=lse.T.contiguous(), max_logits=None)
+        return out, AttnForwardMeta(lse.T.contiguous())
 
     def _flex_flash_attn_backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sink: Any, sink_layout: str, out: Tensor, lse: Tensor, dq: Any, dk: Any,
@@ -549,7 +561,11 @@ def magi_attention() -> dict[str, ModuleType]:
         allowed = cut((len(q), len(k)), q_ranges, k_ranges, attn_type_map)
         return *dense_backward(dout, q, k, v, out, lse.T, allowed, softmax_scale), None
 
-    below = _modules("magi_attention.functional.flex_flash_attn", _flex_flash_attn_backward)
+    class AttnForwardMeta(NamedTuple):
+        lse: Tensor
+        max_logits: Tensor | None = None
+
+    below = _modules("magi_attention.functional.flex_flash_attn", _flex_flash_attn_backward, AttnForwardMeta)
     return below | _modules("magi_attention.functional", flex_flash_attn_func)
 
 
@@ -586,7 +602,8 @@ def fastvideo() -> dict[str, ModuleType]:
         grads = dense_backward(*members, lse[0] * LN2, allowed, q.shape[-1] ** -0.5)
         return tuple(x.transpose(0, 1)[None] for x in grads)
 
-    return _modules("fastvideo_kernel.block_sparse_attn", block_sparse_attn_triton, block_sparse_attn_backward_triton)
+    functions = block_sparse_attn_triton, block_sparse_attn_backward_triton
+    return _modules("fastvideo_kernel.block_sparse_attn", *map(Operator, functions))
 
 
 def flashmask_ops(block_q: int = 64, block_k: int = 64) -> Any:
@@ -772,6 +789,7 @@ def _modules(name: str, *members: Any) -> dict[str, ModuleType]:
         path = ".".join(parts[:i])
         found[path] = sys.modules.get(path) if path in sys.modules and i < len(parts) else ModuleType(path)  # type: ignore[assignment]
         found[path].__path__ = []  # type: ignore[attr-defined]
+        found[path].__spec__ = ModuleSpec(path, None, is_package=True)
     for member in members:
         setattr(found[name], member.__name__, member)
     return found
