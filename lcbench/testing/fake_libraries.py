@@ -151,7 +151,8 @@ def flash_attn2() -> dict[str, ModuleType]:
         assert dropout_p == 0.0
         assert type(max_seqlen_q) is type(max_seqlen_k) is int
         assert max_seqlen_q > 1, "one query a sequence runs another layout"
-        assert (max_seqlen_q, max_seqlen_k) == (max(2, longest(cu_seqlens_q)), longest(cu_seqlens_k))
+        assert max_seqlen_q >= longest(cu_seqlens_q)
+        assert max_seqlen_k >= longest(cu_seqlens_k)
         window = _flash_window(max_seqlen_k, causal, window_size_left, window_size_right)
         out, lse = dense(q, k, v, sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), *window), softmax_scale)
         return out, torch.where(lse == -torch.inf, torch.inf, lse), None, torch.zeros(2)
@@ -165,15 +166,49 @@ def flash_attn2() -> dict[str, ModuleType]:
         whole(dout, q, k, v, out)
         assert dropout_p == 0.0
         assert type(max_seqlen_q) is type(max_seqlen_k) is int
-        assert (max_seqlen_q, max_seqlen_k) == (max(2, longest(cu_seqlens_q)), longest(cu_seqlens_k))
-        assert max_seqlen_k > 0
+        assert max_seqlen_q >= longest(cu_seqlens_q)
+        assert max_seqlen_k >= max(1, longest(cu_seqlens_k))
         statistics(softmax_lse, q, q.shape[1], q.shape[0])
         window = _flash_window(max_seqlen_k, causal, window_size_left, window_size_right)
         allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), *window)
         gradients(dq, dk, dv, q, k, v, dense_backward(dout, q, k, v, out, softmax_lse, allowed, softmax_scale))
         return torch.zeros(())
 
-    return _modules("flash_attn.flash_attn_interface", *map(Operator, (_flash_attn_varlen_forward, _flash_attn_varlen_backward)))
+    def batches(q: Tensor, k: Tensor, causal: bool, left: int, right: int) -> Tensor:
+        left, right = _flash_window(k.shape[1], causal, left, right)
+        at = torch.arange(k.shape[1]) - torch.arange(q.shape[1])[:, None] - (k.shape[1] - q.shape[1])
+        return (-left <= at) & (at <= right)
+
+    def _flash_attn_forward(
+        q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
+        window_size_right: int, softcap: float, alibi_slopes: Tensor | None, return_softmax: bool,
+    ) -> tuple[Tensor, Tensor, None, Tensor]:  # fmt: skip
+        whole(q, k, v)
+        assert (dropout_p, softcap, alibi_slopes) == (0.0, 0.0, None)
+        allowed = batches(q, k, causal, window_size_left, window_size_right)
+        found = [dense(*member, allowed, softmax_scale) for member in zip(q, k, v, strict=True)]
+        out, lse = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return out, lse, None, torch.zeros(2)
+
+    def _flash_attn_backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+        dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int, window_size_right: int, softcap: float,
+        alibi_slopes: Tensor | None, deterministic: bool, rng_state: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        whole(dout, q, k, v, out)
+        assert (dropout_p, softcap, alibi_slopes) == (0.0, 0.0, None)
+        statistics(softmax_lse, q, q.shape[0], q.shape[2], q.shape[1])
+        allowed = batches(q, k, causal, window_size_left, window_size_right)
+        members = zip(dout, q, k, v, out, softmax_lse, strict=True)
+        found = [dense_backward(*member, allowed, softmax_scale) for member in members]
+        gradients(dq, dk, dv, q, k, v, tuple(torch.stack(parts) for parts in zip(*found, strict=True)))
+        return torch.zeros(())
+
+    functions = _flash_attn_varlen_forward, _flash_attn_varlen_backward, _flash_attn_forward, _flash_attn_backward
+    found = _modules("flash_attn.flash_attn_interface", *map(Operator, functions))
+    package: Any = found["flash_attn"]
+    package.__version__, package.flash_attn_func = "2.8.3", None
+    return found
 
 
 def flash_attn3() -> dict[str, ModuleType]:
@@ -188,7 +223,8 @@ def flash_attn3() -> dict[str, ModuleType]:
     ) -> tuple[Tensor, Tensor, None, None]:  # fmt: skip
         whole(q, k, v)
         assert type(max_seqlen_q) is type(max_seqlen_k) is int
-        assert (max_seqlen_q, max_seqlen_k) >= (longest(cu_seqlens_q), longest(cu_seqlens_k))
+        assert max_seqlen_q >= longest(cu_seqlens_q)
+        assert max_seqlen_k >= longest(cu_seqlens_k)
         left, right = (OPEN if bound < 0 else bound for bound in (window_size_left, 0 if causal else window_size_right))
         allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), left, right)
         return *dense(q, k, v, allowed, softmax_scale), None, None
