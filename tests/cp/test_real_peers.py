@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import site
 import sys
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def peers(ranks: int) -> dict[str, Peer]:
 
 
 def check_peers(rank: int, ranks: int, folder: str) -> None:
-    sys.path.insert(0, folder)
+    site.addsitedir(folder)
     sys.modules.update(fake_libraries.flash_attn2())
     problem = Problem(SEQLEN, HEADS, Scale(1, ranks), "bfloat16", "forward_backward")
     inputs, groups, ran = tensors(problem), Groups(), []
