@@ -119,7 +119,7 @@ def against_torch(rank: int, ranks: int) -> None:
     runs: dict[str, tuple[Run, Any]] = {}
     for rotate in ROTATIONS:
         peer = TorchCP(rotate)  # type: ignore[arg-type]
-        runs[f"torch {rotate}"] = peer.start(problem, mask, kernel, rank, device), peer.tokens(problem, rank)
+        runs[f"torch {rotate}"] = peer.start(problem, mask, kernel, rank, device, groups), peer.tokens(problem, rank)
     for name in names("cp"):
         strategy = build_strategy(load("cp", name))
         if not isinstance(strategy, Peer) and not strategy.unsupported(problem, mask):

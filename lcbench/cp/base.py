@@ -13,6 +13,8 @@ from lcbench.problem import Problem
 if TYPE_CHECKING:
     import torch
 
+    from lcbench.cp.execute import Groups
+
 
 class Strategy(Protocol):
     """A strategy as data, which the engine runs. One that is for a single rank sets ``one_rank = True``, which ``grid.build``
@@ -63,6 +65,8 @@ class Peer(Protocol):
         """Global indices of the tokens of a rank, in the order of its tensors."""
         ...
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> Run:
-        """Ready to run. Collective."""
+    def start(
+        self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups
+    ) -> Run:  # fmt: skip
+        """Ready to run, on communicators of ``groups``, which outlive the cell. Collective."""
         ...

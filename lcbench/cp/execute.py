@@ -32,10 +32,14 @@ TileRun = Callable[[TileCall, Prepared, int], None]
 
 
 class Groups:
-    """Process groups by channel, made once per process: creating one is collective and slow."""
+    """Process groups by channel, and by ranks for libraries, made once per process: creating one is collective and slow.
+
+    They live until ``destroy_process_group``.
+    """
 
     def __init__(self) -> None:
         self._groups: dict[str, dist.ProcessGroup | None] = {"main": None}
+        self._among: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def of(self, channel: str) -> dist.ProcessGroup | None:
         """The communicator of a channel, over all ranks. Collective on first use."""
@@ -44,6 +48,15 @@ class Groups:
             assert isinstance(group, dist.ProcessGroup)
             self._groups[channel] = group
         return self._groups[channel]
+
+    def among(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        """The communicator of these ranks in this order, apart from those of channels; on other ranks of no use. Collective over
+        all ranks on first use.
+        """
+        key = tuple(ranks)
+        if key not in self._among:
+            self._among[key] = dist.new_group(list(key))  # type: ignore[assignment]
+        return self._among[key]
 
 
 @dataclass(frozen=True)

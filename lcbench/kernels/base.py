@@ -140,9 +140,10 @@ def importable(*modules: str) -> str | None:
     for module in modules:
         try:
             importlib.import_module(module)
-        except (ImportError, OSError, RuntimeError, AttributeError) as error:
-            # Compiled libraries fail in as many ways when they were built for another torch or find no driver.
-            return f"{module} cannot be imported: {str(error).splitlines()[0]}" if str(error) else f"{module} cannot be imported"
+        except Exception as error:
+            # Compiled libraries that were built for another torch, or find no driver, or half of another version, raise anything.
+            lines = str(error).strip().splitlines()
+            return f"{module} cannot be imported: {lines[0] if lines else type(error).__name__}"
     return None
 
 

@@ -6,7 +6,7 @@ A graph is built once per call of a mask and for each direction. Tensors are rag
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
 from lcbench.kernels.varlen import Style, VarlenCall, count_varlen, prepare_varlen
@@ -22,11 +22,14 @@ STYLE = Style(gaps=False, right=False)
 
 @dataclass(frozen=True)
 class Cudnn(Kernel):
+    contiguous_kv: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = ("nvidia-cudnn-frontend",)
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "cuDNN's ragged attention", least=(9, 0), head_dim=128)
 
     def missing(self) -> str | None:
-        return importable("cudnn")
+        return importable("cudnn") or refused_cudnn()
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return count_varlen(mask, STYLE)
@@ -34,6 +37,29 @@ class Cudnn(Kernel):
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
         return prepare_varlen(mask, device, _Run, STYLE)
+
+
+def refused_cudnn() -> str | None:
+    """Why the cuDNN that torch has loaded cannot run packed sequences of any length that are aligned to the bottom right.
+
+    The limits are those that Transformer Engine states for it (its ``nvte_get_fused_attn_backend``).
+    """
+    import torch
+
+    version = torch.backends.cudnn.version()
+    if version is None:
+        return None
+    name = cudnn_name(version)
+    if version < 90700:
+        return f"cuDNN {name} aligns a causal mask to the bottom right for lengths of whole 64 only; 9.7 and later do for any"
+    if version in (91000, 91001):
+        return f"cuDNN {name} has known bugs in attention of half types; other releases since 9.7 run"
+    return None
+
+
+def cudnn_name(version: int) -> str:
+    """9.10.1 for 91001."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
 @dataclass

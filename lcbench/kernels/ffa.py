@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import Kernel, Merged, Platform, Prepared, half_on_cuda
+from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.band import BandMask
 from lcbench.masks.convert import slices
 from lcbench.masks.mask import Mask
@@ -15,20 +16,40 @@ if TYPE_CHECKING:
     import torch
 
 
+_SLICES = ("q_ranges", "k_ranges", "attn_type_map", "softmax_scale")
+CALLS = (
+    LibraryCall("magi_attention.functional", "flex_flash_attn_func", 3, _SLICES),
+    LibraryCall(
+        "magi_attention.functional.flex_flash_attn", "_flex_flash_attn_backward", 0,
+        (
+            *_SLICES, "dout", "q", "k", "v", "sink", "sink_layout", "out", "lse", "dq", "dk", "dv", "dsink", "softcap", "dq_type",
+            "dk_type", "dv_type", "disable_bwd_dkv_atomic_reduction", "deterministic", "sm_margin",
+        ),
+    ),
+    # Since 1.1 the forward function returns LSE in it; until then it came bare.
+    LibraryCall("magi_attention.functional.flex_flash_attn", "AttnForwardMeta"),
+)  # fmt: skip
 KINDS = {"full": 0, "causal": 1, "inverse": 2, "both": 3}
 
 
 @dataclass(frozen=True)
 class FFA(Kernel):
+    contiguous_kv: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = ("magi-attention",)
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "flex-flash-attention", least=(9, 0), most=(9, 0), head_dim=128)
 
     def missing(self) -> str | None:
-        return importable("magi_attention.functional.flex_flash_attn")
+        reason = unfit(*CALLS)
+        return f"{reason}; MagiAttention 1.1 or later runs" if reason else None
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return min(1, len(mask))
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
-        return PreparedFFA(mask, device)
+        return PreparedFFA(mask, device) if len(mask) else Merged([])
 
 
 class PreparedFFA:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda
+from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.kernels.varlen import VarlenCall, count_varlen, prepare_varlen
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -15,13 +16,23 @@ if TYPE_CHECKING:
     import torch
 
 
+MODULE = "flash_attn.flash_attn_interface"
+_OPTIONS = ("dropout_p", "softmax_scale", "causal", "window_size_left", "window_size_right")
+CALLS = (
+    LibraryCall(MODULE, "_flash_attn_varlen_forward", 7, _OPTIONS),
+    LibraryCall(MODULE, "_flash_attn_varlen_backward", 13, (*_OPTIONS, "softcap", "alibi_slopes", "deterministic")),
+)
+
+
 @dataclass(frozen=True)
 class FlashAttn2(Kernel):
+    libraries: ClassVar[tuple[str, ...]] = ("flash-attn",)
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "flash-attn")
 
     def missing(self) -> str | None:
-        return importable("flash_attn.flash_attn_interface")
+        return unfit(*CALLS)
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return count_varlen(mask)

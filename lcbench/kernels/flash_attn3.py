@@ -1,11 +1,15 @@
-"""FlashAttention-3 (arXiv 2407.08608): the Hopper build of flash-attention (``hopper/``), by the functions below its autograd."""
+"""FlashAttention-3 (arXiv 2407.08608): the Hopper build of flash-attention (``hopper/``), by the functions below its autograd.
+
+Of its branch main: in the folder of that name of release 2.8.3 these functions take other arguments.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda
+from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.kernels.varlen import VarlenCall, count_varlen, prepare_varlen
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -15,13 +19,25 @@ if TYPE_CHECKING:
     import torch
 
 
+MODULE = "flash_attn_interface"
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+_OPTIONS = (*_LENGTHS, "softmax_scale", "window_size_left", "window_size_right")
+CALLS = (
+    LibraryCall(MODULE, "_flash_attn_forward", 3, (*_OPTIONS, "causal")),
+    LibraryCall(MODULE, "_flash_attn_backward", 6, (*_OPTIONS, "is_causal", "dq", "dk", "dv")),
+)
+
+
 @dataclass(frozen=True)
 class FlashAttn3(Kernel):
+    libraries: ClassVar[tuple[str, ...]] = ("flash-attn-3",)
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "flash-attn 3", least=(9, 0), most=(9, 0))
 
     def missing(self) -> str | None:
-        return importable("flash_attn_interface")
+        reason = unfit(*CALLS)
+        return f"{reason}; the Hopper build of flash-attention's branch main is what runs" if reason else None
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return count_varlen(mask)

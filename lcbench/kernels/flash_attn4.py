@@ -6,9 +6,10 @@ A window's negative bound is an offset there, and no bound is None.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda
+from lcbench.kernels.library import LibraryCall, flash_attention_2_is_here, unfit
 from lcbench.kernels.varlen import VarlenCall, count_varlen, prepare_varlen
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -18,13 +19,27 @@ if TYPE_CHECKING:
     import torch
 
 
+MODULE = "flash_attn.cute.interface"
+LIBRARIES = ("flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
+_OPTIONS = (
+    "softmax_scale", "causal", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "window_size_left",
+    "window_size_right",
+)  # fmt: skip
+CALLS = (
+    LibraryCall(MODULE, "_flash_attn_fwd", 3, (*_OPTIONS, "return_lse")),
+    LibraryCall(MODULE, "_flash_attn_bwd", 6, _OPTIONS),
+)
+
+
 @dataclass(frozen=True)
 class FlashAttn4(Kernel):
+    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "flash-attn-4", least=(9, 0), head_dim=256 if platform.capability[0] == 9 else 128)
 
     def missing(self) -> str | None:
-        return importable("flash_attn.cute.interface")
+        return overwritten(unfit(*CALLS))
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return count_varlen(mask)
@@ -32,6 +47,13 @@ class FlashAttn4(Kernel):
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
         return prepare_varlen(mask, device, _Run)
+
+
+def overwritten(reason: str | None) -> str | None:
+    """A reason with its likely cause: flash-attn 2 holds an old ``flash_attn/cute``, which it installs over flash-attn-4's."""
+    if reason and flash_attention_2_is_here():
+        return f"{reason}; flash-attn 2 is here, which installs an old flash_attn/cute: install flash-attn-4 after it"
+    return reason
 
 
 @dataclass(frozen=True)

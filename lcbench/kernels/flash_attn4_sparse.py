@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, Unsupported, half_on_cuda, importable, only_blocks
+from lcbench.kernels.base import Kernel, Platform, Prepared, Unsupported, half_on_cuda, only_blocks
+from lcbench.kernels.flash_attn4 import LIBRARIES, MODULE, overwritten
+from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.block import BlockMap, kept_first, uniform_blocks
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -18,11 +20,19 @@ if TYPE_CHECKING:
 
 
 BLOCK = 128
+_OPTIONS = ("softmax_scale", "causal", "block_sparse_tensors")
+CALLS = (
+    LibraryCall(MODULE, "_flash_attn_fwd", 3, (*_OPTIONS, "return_lse")),
+    LibraryCall(MODULE, "_flash_attn_bwd", 6, _OPTIONS),
+    LibraryCall("flash_attn.cute.block_sparsity", "BlockSparseTensorsTorch", 4, ("block_size",)),
+)
 
 
 @dataclass(frozen=True)
 class FlashAttn4Sparse(Kernel):
     takes: ClassVar[str] = "blocks"
+    contiguous_kv: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return only_blocks(mask) or _other_blocks(mask)
@@ -31,7 +41,7 @@ class FlashAttn4Sparse(Kernel):
         return half_on_cuda(problem, platform, "flash-attn-4 with blocks of 128", least=(9, 0), most=(9, 0), head_dim=128)
 
     def missing(self) -> str | None:
-        return importable("flash_attn.cute.interface", "flash_attn.cute.block_sparsity")
+        return overwritten(unfit(*CALLS))
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BlockMap)

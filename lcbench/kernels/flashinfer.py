@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakValueDictionary
 
-from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, half_on_cuda
+from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.kernels.varlen import Style, VarlenCall, count_varlen, prepare_varlen
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -17,11 +19,20 @@ if TYPE_CHECKING:
 
 
 STYLE = Style(gaps=False, right=False)
-WORKSPACE_BYTES = 128 << 20
+WORKSPACE_BYTES = 512 << 20
+LIBRARIES = ("flashinfer-python", "flashinfer-cubin", "flashinfer-jit-cache")
+_WRAPPER = "BatchPrefillWithRaggedKVCacheWrapper"
+CALLS = (
+    LibraryCall("flashinfer", _WRAPPER, 1, ("kv_layout", "backend")),
+    LibraryCall("flashinfer", f"{_WRAPPER}.plan", 6, ("causal", "window_left", "sm_scale", "q_data_type", "kv_data_type")),
+    LibraryCall("flashinfer", f"{_WRAPPER}.run", 4, ("return_lse",)),
+)
 
 
 @dataclass(frozen=True)
 class FlashInfer(Kernel):
+    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
+
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return forward_only(problem, "flashinfer")
 
@@ -29,21 +40,36 @@ class FlashInfer(Kernel):
         return half_on_cuda(problem, platform, "flashinfer")
 
     def missing(self) -> str | None:
-        return importable("flashinfer")
+        return unfit(*CALLS)
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return count_varlen(mask, STYLE)
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
-        return prepare_varlen(mask, device, partial(_Run, heads, dtype, workspace(device)), STYLE)
+        return prepare_varlen(mask, device, partial(_Run, heads, dtype, workspace(heads, device)), STYLE)
 
 
-def workspace(device: torch.device) -> torch.Tensor:
-    """Memory that plans share."""
+_workspaces: WeakValueDictionary[tuple[torch.device, int], torch.Tensor] = WeakValueDictionary()
+
+
+def workspace(heads: Heads, device: torch.device) -> torch.Tensor:
+    """Memory for partial results, which all plans of a device share as long as one of them lives.
+
+    Releases up to 0.6.18 ask for room for every query head in each of their tiles of 128 rows, of which two run on a
+    multiprocessor; how many they ask for together depends on the key/value heads, and exceeds the 128 MiB of their examples.
+    """
     import torch
 
-    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    needed = 0
+    if device.type == "cuda":
+        tiles = 2 * torch.cuda.get_device_properties(device).multi_processor_count // heads.kv
+        needed = heads.q * tiles * 128 * (heads.dim + 1) * 4
+    size = max(WORKSPACE_BYTES, needed + (16 << 20))
+    found = _workspaces.get((device, size))
+    if found is None:
+        found = _workspaces[device, size] = torch.empty(size, dtype=torch.uint8, device=device)
+    return found
 
 
 def forward_only(problem: Problem, name: str) -> str | None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, Unsupported, half_on_cuda, importable, only_blocks
-from lcbench.kernels.flashinfer import forward_only, workspace
+from lcbench.kernels.flashinfer import LIBRARIES, forward_only, workspace
+from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -15,9 +16,19 @@ if TYPE_CHECKING:
     import torch
 
 
+_WRAPPER = "VariableBlockSparseAttentionWrapper"
+CALLS = (
+    LibraryCall("flashinfer", _WRAPPER, 1, ("backend",)),
+    LibraryCall("flashinfer", f"{_WRAPPER}.plan", 7, ("sm_scale", "q_data_type", "kv_data_type")),
+    LibraryCall("flashinfer", f"{_WRAPPER}.run", 4, ("return_lse",)),
+)
+COPIES = 4  # of its token indices that its plan has in memory at a time, by reading it
+
+
 @dataclass(frozen=True)
 class FlashInferSparse(Kernel):
     takes: ClassVar[str] = "blocks"
+    libraries: ClassVar[tuple[str, ...]] = (*LIBRARIES, "einops")
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return only_blocks(mask) or forward_only(problem, "flashinfer") or _refused(mask, problem.heads)
@@ -26,7 +37,7 @@ class FlashInferSparse(Kernel):
         return half_on_cuda(problem, platform, "flashinfer")
 
     def missing(self) -> str | None:
-        return importable("flashinfer", "einops")
+        return unfit(*CALLS) or importable("einops")
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BlockMap)
@@ -41,6 +52,20 @@ def _refused(mask: Mask, heads: Heads) -> str | None:
     return None
 
 
+def _too_many(indices: int) -> str | None:
+    """Why a plan does not fit into the host's memory: it lists the tokens of all kept blocks, on the device and on the host."""
+    import torch
+
+    devices = max(1, torch.cuda.device_count())  # each has a rank that plans at the same time
+    needed, here = 4 * COPIES * indices, Platform.of(torch.device("cpu")).memory_bytes // devices
+    if needed <= here:
+        return None
+    return (
+        f"flashinfer's plan lists the tokens of every kept block: {needed / 2**30:.0f} GiB of the host's memory, "
+        f"which has {here / 2**30:.0f} for each device"
+    )
+
+
 class PreparedFlashInfer:
     calls = 1
 
@@ -51,9 +76,11 @@ class PreparedFlashInfer:
         if not len(mask):
             raise Unsupported("flashinfer takes no map without a block")
         keep = mask.keeps().repeat(heads.kv // mask.maps, axis=0)
+        if reason := _too_many(int((keep * np.diff(mask.k_edges)).sum())):
+            raise Unsupported(reason)
         sizes = [np.tile(np.diff(edges), (heads.kv, 1)).astype(np.int32) for edges in (mask.q_edges, mask.k_edges)]
         self._plan_arguments = [torch.from_numpy(x).to(device) for x in (keep, *sizes)]
-        self._workspace = workspace(device)
+        self._workspace = workspace(heads, device)
         self._heads, self._dtype = heads, dtype
         self._planned: dict[float, Any] = {}
 

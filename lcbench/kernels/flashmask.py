@@ -6,7 +6,7 @@ A column of its mask names at most two stretches of rows that it hides. A mask w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlashMask(Kernel):
+    contiguous_kv: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = ("flashmask",)
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "FlashMask", least=(9, 0), most=(9, 0))
 
@@ -38,7 +41,13 @@ class FlashMask(Kernel):
 
 
 def hidden_rows(mask: BandMask) -> Ints | None:
-    """(begin, end, begin, end) of the rows that each column hides, (Tk, 4), (0, 0) for none; None where a column needs more."""
+    """Rows that each column hides, (Tk, 4): begin and end of the lower stretch, begin and end of the upper one.
+
+    The order matters: the library's backward walks the rows of a block of columns from the first to the last, past the upper
+    stretches and then past the lower ones, and asks the mask near their bounds only. So no upper stretch ends below the lower
+    one of its column. A lone stretch is the upper one if it begins at row 0, else the lower one. Without an upper one: (0, 0),
+    without a lower one: (Tq, Tq). None where a column hides more than two.
+    """
     columns = np.arange(mask.num_k)
     at, begin, end = mask.transpose().intervals(columns)
     order = np.lexsort((begin, at))
@@ -61,9 +70,11 @@ def hidden_rows(mask: BandMask) -> Ints | None:
     place = np.arange(len(column)) - np.searchsorted(column, column)
     if place.max(initial=0) > 1:
         return None
-    table = np.zeros((mask.num_k, 2, 2), dtype=np.int64)
-    table[column, place] = gap
-    return table.reshape(-1, 4)
+    lower, upper = np.full((mask.num_k, 2), mask.num_q), np.zeros((mask.num_k, 2), dtype=np.int64)
+    number = np.bincount(column, minlength=mask.num_k)[column]
+    above = (place == 0) & ((number == 2) | (gap[:, 0] == 0))
+    upper[column[above]], lower[column[~above]] = gap[above], gap[~above]
+    return np.concatenate([lower, upper], axis=1)
 
 
 class _Part:

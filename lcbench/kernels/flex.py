@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lcbench.kernels.base import HALVES, LOG2_E, Kernel, Platform, Prepared, Rounding, half_on_cuda, heads_first
 from lcbench.kernels.naive import too_many_scores
@@ -28,6 +28,8 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Flex(Kernel):
+    libraries: ClassVar[tuple[str, ...]] = ("triton",)  # what Inductor compiles it with
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return flex_limits(problem, platform)
 

@@ -5,10 +5,14 @@ Called as Transformer Engine's own context parallelism calls it, below autograd,
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import Kernel, Platform, Prepared, Unsupported, half_on_cuda, importable
+from lcbench.kernels.cudnn import refused_cudnn
+from lcbench.kernels.library import LibraryCall, signature_of, unfit
 from lcbench.kernels.varlen import Style, VarlenCall, count_varlen, prepare_varlen
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 
+LIBRARIES = ("transformer-engine", "transformer-engine-torch")
 STYLE = Style(gaps=False, right=False)
 # Releases differ in what they take; where one takes these, their defaults are wrong for packed sequences.
 FORMATS = {"o_format": "thd", "do_format": "thd", "dqkv_layout": "thd_thd_thd"}
@@ -25,11 +30,14 @@ FORMATS = {"o_format": "thd", "do_format": "thd", "dqkv_layout": "thd_thd_thd"}
 
 @dataclass(frozen=True)
 class TEFused(Kernel):
+    contiguous_kv: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "Transformer Engine's fused attention", least=(9, 0), head_dim=128)
 
     def missing(self) -> str | None:
-        return importable("transformer_engine.pytorch")
+        return importable("transformer_engine.pytorch") or unfit(*_calls()) or refused_cudnn()
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return count_varlen(mask, STYLE)
@@ -39,24 +47,54 @@ class TEFused(Kernel):
         return prepare_varlen(mask, device, _Run, STYLE)
 
 
+MODULE = "transformer_engine.pytorch.cpp_extensions"
+_OPTIONS = (
+    "attn_scale", "cu_seqlens_q_padded", "cu_seqlens_kv_padded", "qkv_layout", "dropout", "attn_mask_type", "window_size"
+)  # fmt: skip
+
+
+def _calls() -> tuple[LibraryCall, ...]:
+    """The functions as this release takes them."""
+    forward, backward = (LibraryCall(MODULE, name) for name in ("fused_attn_fwd", "fused_attn_bwd"))
+    if unfit(forward, backward):
+        return forward, backward
+    return (
+        forward._replace(positional=10, keywords=(*_OPTIONS, *_formats("fused_attn_fwd"))),
+        backward._replace(positional=13 if _names_type() else 12, keywords=(*_OPTIONS, *_formats("fused_attn_bwd"))),
+    )
+
+
+def _parameters(function: str) -> Collection[str]:
+    signature = signature_of(getattr(import_module(MODULE), function))
+    return signature.parameters if signature else ()
+
+
+def _formats(function: str) -> dict[str, str]:
+    """Those of ``FORMATS`` that a function of this release takes."""
+    known = _parameters(function)
+    return {name: value for name, value in FORMATS.items() if name in known}
+
+
+def _names_type() -> bool:
+    """Whether backward wants the type of gradients: until 2.14."""
+    return "dqkv_dtype" in _parameters("fused_attn_bwd")
+
+
 class _Run:
     def __init__(self, call: VarlenCall) -> None:
-        import inspect
-
         import torch
-        from transformer_engine.pytorch.cpp_extensions import fused_attn_bwd, fused_attn_fwd
         from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend
 
+        if torch.backends.cudnn.version() == 91400 and call.window[0] >= 0 and call.max_k > 1024:
+            raise Unsupported("cuDNN 9.14.0 gets a left window over more than 1024 keys of packed sequences wrong")
         self._call, self._backend = call, FusedAttnBackend["F16_arbitrary_seqlen"]
         options = {
             "cu_seqlens_q_padded": call.cu_q, "cu_seqlens_kv_padded": call.cu_k, "qkv_layout": "thd_thd_thd", "dropout": 0.0,
             "attn_mask_type": "padding" if call.window == (-1, -1) else "padding_causal_bottom_right", "window_size": call.window,
         }  # fmt: skip
-        known = [inspect.signature(function).parameters for function in (fused_attn_fwd, fused_attn_bwd)]
-        self._forward_options, self._backward_options = (
-            options | {name: value for name, value in FORMATS.items() if name in parameters} for parameters in known
-        )
-        self._names_type = "dqkv_dtype" in known[1]
+        self._forward_options = options | _formats("fused_attn_fwd")
+        self._backward_options = options | _formats("fused_attn_bwd")
+        self._names_type = _names_type()
         # Without dropout the random state is never read.
         self._rng_state = torch.zeros(2, dtype=torch.int64, device=call.cu_q.device)
 
@@ -64,6 +102,7 @@ class _Run:
         from transformer_engine.pytorch.cpp_extensions import fused_attn_fwd
 
         call = self._call
+        q, k, v = _packed(q, k, v)
         out, aux, *_ = fused_attn_fwd(
             True, call.max_q, call.max_k, call.cu_q, call.cu_k, q, k, v, q.dtype, self._backend, attn_scale=scale,
             **self._forward_options,
@@ -84,6 +123,7 @@ class _Run:
         from transformer_engine.pytorch.cpp_extensions import fused_attn_bwd
 
         call, aux = self._call, [lse.T.contiguous()[..., None], self._rng_state]
+        dout, q, k, v, out = _packed(dout, q, k, v, out)
         dtypes: list[Any] = [q.dtype]
         if self._names_type:
             import transformer_engine_torch as tex
@@ -94,3 +134,8 @@ class _Run:
             **self._backward_options,
         )  # fmt: skip
         return dq, dk, dv
+
+
+def _packed(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Its C++ takes data pointers and the strides of packed tensors for granted, and says nothing about others."""
+    return [x.contiguous() for x in tensors]

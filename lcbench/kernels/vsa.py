@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, Unsupported, half_on_cuda, heads_first, importable, only_blocks
+from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, Unsupported, half_on_cuda, heads_first, only_blocks
+from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.block import BlockMap, kept_first, uniform_blocks
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -18,11 +19,17 @@ if TYPE_CHECKING:
 
 
 BLOCK = 64
+MODULE = "fastvideo_kernel.block_sparse_attn"
+CALLS = (
+    LibraryCall(MODULE, "block_sparse_attn_triton", 6, ()),
+    LibraryCall(MODULE, "block_sparse_attn_backward_triton", 9, ()),
+)
 
 
 @dataclass(frozen=True)
 class VSA(Kernel):
     takes: ClassVar[str] = "blocks"
+    libraries: ClassVar[tuple[str, ...]] = ("fastvideo-kernel",)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return only_blocks(mask) or _refused(mask, problem.heads)
@@ -31,7 +38,7 @@ class VSA(Kernel):
         return half_on_cuda(problem, platform, "VSA", head_dim=128, dtypes=("bfloat16",))
 
     def missing(self) -> str | None:
-        return importable("fastvideo_kernel.block_sparse_attn")
+        return unfit(*CALLS)
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BlockMap)

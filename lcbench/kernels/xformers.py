@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable, per_kv_head, per_query_head
+from lcbench.kernels.library import LibraryCall, flash_attention_2_is_here, release_of, unfit
 from lcbench.kernels.varlen import Style, VarlenCall, count_varlen, prepare_varlen
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -20,15 +22,26 @@ if TYPE_CHECKING:
 
 
 STYLE = Style(gaps=False, right=False)
+UNTRIED = (0, 0, 36)  # from here on its operators are another package's, and nobody has tried them with this adapter
+CALLS = (
+    LibraryCall("xformers.ops.fmha", "memory_efficient_attention_forward_requires_grad", 3, ("attn_bias", "scale", "op")),
+    LibraryCall("xformers.ops.fmha", "memory_efficient_attention_backward", 6, ("attn_bias", "scale", "op")),
+    LibraryCall("xformers.ops.fmha.attn_bias", "BlockDiagonalMask.from_seqlens", 2, ("device",)),
+)
 
 
 @dataclass(frozen=True)
 class XFormers(Kernel):
+    libraries: ClassVar[tuple[str, ...]] = ("xformers",)
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "xformers' flash operator", most=(9, 0))
 
     def missing(self) -> str | None:
-        return importable("xformers.ops.fmha.flash") or _not_for_this_torch()
+        if find_spec("xformers") and find_spec("flash_attn") and not flash_attention_2_is_here():
+            return "xformers takes flash_attn for flash-attn 2, of which flash-attn-4 has the name: it runs beside both or neither"
+        found = importable("xformers") or _too_new() or importable("xformers.ops.fmha.flash")
+        return found or unfit(*CALLS) or _not_for_this_torch()
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return count_varlen(mask, STYLE)
@@ -36,6 +49,13 @@ class XFormers(Kernel):
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
         return prepare_varlen(mask, device, _Run, STYLE)
+
+
+def _too_new() -> str | None:
+    release = release_of("xformers")
+    if release < UNTRIED:
+        return None
+    return f"xformers {'.'.join(map(str, release))} has other operators than 0.0.35, with which this adapter was tried"
 
 
 def _not_for_this_torch() -> str | None:

@@ -141,7 +141,7 @@ class Started:
         try:
             if isinstance(work.strategy, Peer):
                 self.tokens = work.strategy.tokens(problem, gang.rank)
-                self.run = work.strategy.start(problem, self.mask, work.kernel, gang.rank, gang.device)
+                self.run = work.strategy.start(problem, self.mask, work.kernel, gang.rank, gang.device, gang.groups)
             else:
                 schedule = work.strategy.schedule(problem, self.mask)
                 self.tokens = schedule.layout.tokens(gang.rank)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import pkgutil
 import platform
+import re
 import socket
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterable
+from importlib import import_module
 from importlib.machinery import all_suffixes
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, requires
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "numpy", "flash-attn", "transformer-engine", "triton", "hydra-core", "submitit", "mlflow")
+import lcbench.cp.peers
+import lcbench.kernels
+
+# Modules whose classes say which libraries they use (``libraries``), as do those that cells name from outside of lcbench.
+USERS = (lcbench.kernels, lcbench.cp.peers)
 REPOSITORY = Path(__file__).resolve().parents[2]
 # What numbers depend on, as far as it is there: an installed wheel has lcbench only.
 SOURCES = ("lcbench", "conf", "launchers")
@@ -38,7 +47,7 @@ def describe(device: torch.device, targets: Iterable[str] = ()) -> dict[str, Any
     return {
         "git": git_state(),
         "modules": modules_of(targets),
-        "versions": versions(device),
+        "versions": versions(device, targets),
         "device": device_name(device),
         "host": socket.gethostname(),
         "platform": platform.platform(),
@@ -147,18 +156,63 @@ def _cuda(device: torch.device) -> dict[str, Any]:
     }
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """What may differ between two nodes though it should not: Python, packages, and on CUDA its runtime, NCCL and driver."""
+def versions(device: torch.device, targets: Iterable[str] = ()) -> dict[str, str]:
+    """What numbers depend on and may differ between two nodes though it should not.
+
+    Python; torch and everything else that lcbench depends on; every library of a kernel or peer that is installed, whether a cell
+    uses it or not; cuDNN as it is loaded; on CUDA its runtime, NCCL and driver. A library installed from a repository has the
+    commit beside its version.
+    """
     found = {"python": platform.python_version()}
+    if torch.backends.cudnn.is_available():
+        found["cudnn"] = str(torch.backends.cudnn.version())
     if device.type == "cuda":
         found |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
         found["driver"] = (_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "").split("\n")[0]
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
+    return found | {name: installed for name in sorted({*_requirements(), *libraries(targets)}) if (installed := _version(name))}
+
+
+def libraries(targets: Iterable[str] = ()) -> set[str]:
+    """Names of the distributions that kernels and peers say they use, of lcbench and of those that ``targets`` name."""
+    modules = [f"{package.__name__}.{found.name}" for package in USERS for found in pkgutil.iter_modules(package.__path__)]
+    found = {"torch"}
+    for name in (*modules, *sorted({target.rpartition(".")[0] for target in targets})):
+        if name.endswith(".__main__"):
             continue
+        try:
+            module = import_module(name)
+        except Exception:
+            if name in modules:
+                raise
+            continue  # its cell fails by itself and says why
+        for member in vars(module).values():
+            if isinstance(member, type) and member.__module__ == name:
+                found |= set(getattr(member, "libraries", ()))
     return found
+
+
+def _requirements() -> list[str]:
+    """Names of the distributions that lcbench itself depends on, without extras: as its checkout says, else as its wheel does."""
+    project = REPOSITORY / "pyproject.toml"
+    try:
+        stated = tomllib.loads(project.read_text())["project"]["dependencies"] if project.is_file() else requires("lcbench") or []
+    except PackageNotFoundError:
+        return []
+    return [found[0] for line in stated if "extra ==" not in line and (found := re.match(r"[\w.-]+", line))]
+
+
+def _version(name: str) -> str | None:
+    """The version of a distribution, with the commit where it was installed from a repository; None where it is not installed."""
+    try:
+        there = distribution(name)
+    except PackageNotFoundError:
+        return None
+    try:
+        origin = json.loads(there.read_text("direct_url.json") or "{}")
+    except ValueError:
+        origin = {}
+    commit = (origin.get("vcs_info") or {}).get("commit_id")
+    return f"{there.version} at {commit[:12]}" if commit else there.version
 
 
 def _output(*command: str) -> str | None:

@@ -36,9 +36,9 @@ class SlowedRing:
     def tokens(self, problem: Problem, rank: int) -> Ints:
         return zigzag(problem.seqlen, problem.scale.world_size).tokens(rank)
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> Run:
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> Run:
         schedule = Ring("zigzag").schedule(problem, mask)
-        made = Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=Groups())
+        made = Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups)
         return _Slow(made, self.seconds) if Path(self.while_file).exists() else made
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from lcbench.cp.base import Peer
+from lcbench.cp.execute import Groups
 from lcbench.cp.peers.library import Segments, segments
 from lcbench.grid.build import build_strategy
+from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.attention_sink import attention_sink
 from lcbench.masks.band import Band, BandMask
 from lcbench.masks.causal import causal
@@ -17,7 +25,9 @@ from lcbench.masks.full import full
 from lcbench.masks.lengths import Explicit
 from lcbench.masks.sliding_window import sliding_window
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.testing import fake_libraries
 from lcbench.testing.masks import load, names
+from lcbench.testing.spawn import run_ranks
 
 PEERS = [n for n in names("cp") if isinstance(build_strategy(load("cp", n)), Peer)]
 LENGTHS = Explicit([30, 1, 33])
@@ -64,6 +74,86 @@ def test_peers_that_cannot_run_here_say_why(name: str) -> None:
     assert "runs on CUDA devices only" in str(peer.unavailable(problem_of(64), torch.device("cpu")))
     assert "takes bfloat16 and float16, not float32" in str(peer.unavailable(problem_of(64, "float32"), torch.device("cuda")))
     assert "cannot be imported" in str(peer.unavailable(problem_of(64), torch.device("cuda")))
+
+
+class DotProductAttention(torch.nn.Module):
+    """Transformer Engine's, as far as its context parallelism is given to it."""
+
+    given: ClassVar[list[Any]] = []
+
+    def __init__(
+        self, num_attention_heads: int, kv_channels: int, num_gqa_groups: int | None = None, attention_dropout: float = 0.0,
+        qkv_format: str = "sbhd", attn_mask_type: str = "causal", softmax_scale: float | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        assert (qkv_format, attention_dropout) == ("bshd", 0.0)
+
+    def set_context_parallel_group(
+        self, cp_group: Any, cp_global_ranks: list[int] | None, cp_stream: Any, cp_comm_type: str = "p2p"
+    ) -> None:
+        self.given.append(cp_group)
+
+
+def check_groups_of_transformer_engine(rank: int, ranks: int) -> None:
+    module: Any = ModuleType("transformer_engine.pytorch")
+    module.DotProductAttention = DotProductAttention
+    sys.modules.update({"transformer_engine": ModuleType("transformer_engine"), module.__name__: module})
+    torch.cuda.Stream = lambda: None  # type: ignore[assignment, misc]
+    groups, found = Groups(), {}
+    for name in (*(name for name in PEERS if name.startswith("te_")), "te_p2p", "te_a2a_p2p"):
+        comm = load("cp", name)["comm"]
+        nodes = 2 if comm == "a2a+p2p" else 1
+        problem = Problem(64, Heads(8, 4, 64), Scale(nodes, ranks // nodes), "bfloat16", "forward_backward")
+        peer = peer_of(name)
+        assert peer.unsupported(problem, causal(64)) is None
+        assert peer.unavailable(problem, torch.device("cuda")) is None
+        peer.start(problem, causal(64), SDPAFlash(), rank, torch.device("cpu"), groups)
+        given = DotProductAttention.given.pop()
+        members = [dist.get_process_group_ranks(group) for group in (given if isinstance(given, list) else [given])]
+        # The exchange of heads is first, among neighbours.
+        assert members == (
+            [[rank - rank % 2, rank - rank % 2 + 1], [rank % 2, rank % 2 + 2]] if comm == "a2a+p2p" else [[0, 1, 2, 3]]
+        )
+        if name in found:
+            assert found[name] == given, "communicators are kept"
+        found[name] = given
+    # The default group, one of all ranks, two pairs of neighbours and two rings.
+    assert len(dist.distributed_c10d._world.pg_names) <= 6
+
+
+@pytest.mark.gloo
+def test_transformer_engine_gets_the_same_communicators_in_every_cell() -> None:
+    run_ranks(4, check_groups_of_transformer_engine, 4)
+
+
+def test_ring_flash_attention_is_imported_without_its_adapter_for_hugging_face(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own ``__init__`` imports an adapter, which asks transformers for names that are gone."""
+    package = tmp_path / "ring_flash_attn"
+    (package / "adapters").mkdir(parents=True)
+    functions = "ring_flash_attn_func", "zigzag_ring_flash_attn_func", "stripe_flash_attn_func"
+    written = [f"def {name}(q, k, v, softmax_scale=None, causal=False, group=None): pass" for name in functions]
+    written += [
+        "def llama3_flash_attn_prepare_cu_seqlens(cu, causal, rank, ranks): pass",
+        "def llama3_flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, heads_k_stride, local_k_slice, "
+        "softmax_scale=None, causal=False, group=None): pass",
+        "from .adapters import substitute_hf_flash_attn, update_ring_flash_attn_params",
+    ]
+    (package / "__init__.py").write_text("\n".join(written))
+    (package / "adapters" / "__init__.py").write_text("from transformers.modeling_flash_attention_utils import gone_long_ago")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, module in fake_libraries.flash_attn2().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("ring_flash_attn", "ring_flash_attn.adapters"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+    for name in (name for name in PEERS if name.startswith("ring_flash_attn")):
+        assert peer_of(name).unavailable(problem_of(64), torch.device("cuda")) is None
+    # Another release, whose function takes other arguments.
+    library = sys.modules["ring_flash_attn"]
+    monkeypatch.setattr(library, "stripe_flash_attn_func", lambda q, k, v, dropout_p=0.0, causal=False: None)
+    assert "softmax_scale" in str(peer_of("ring_flash_attn_stripe").unavailable(problem_of(64), torch.device("cuda")))
 
 
 def test_options_of_peers_name_themselves() -> None:

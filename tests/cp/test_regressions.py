@@ -233,7 +233,7 @@ def torch_agrees(rank: int, ranks: int) -> None:
                 peer = TorchCP(rotate)  # type: ignore[arg-type]
                 assert peer.unsupported(problem, mask) is None
                 assert (peer.tokens(problem, rank) == tokens).all()
-                theirs = results(peer.start(problem, mask, SDPAFlash(), rank, CPU), tokens, inputs)
+                theirs = results(peer.start(problem, mask, SDPAFlash(), rank, CPU, groups), tokens, inputs)
                 assert max(errors(theirs, want, tokens).values()) <= 1e-12
                 assert all(float((a - b).abs().max()) <= 1e-12 for a, b in zip(ours, theirs, strict=True))
 

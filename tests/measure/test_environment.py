@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lcbench.grid.build import build_kernel, build_strategy
 from lcbench.measure import environment
-from lcbench.measure.environment import git_state, modules_of
+from lcbench.measure.environment import git_state, libraries, modules_of, versions
+from lcbench.testing.masks import load
+from lcbench.testing.masks import names as values
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -171,3 +176,53 @@ def test_code_from_elsewhere_is_in_the_record(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "own_module_of_kernels.py").write_text("two")
     second = modules_of(targets)
     assert [first[name] == second[name] for name in sorted(first)] == [True, False, False]
+
+
+def installed(folder: Path, name: str, version: str, origin: str | None = None) -> None:
+    """A distribution as installers leave it."""
+    place = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    place.mkdir()
+    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    if origin:
+        (place / "direct_url.json").write_text(origin)
+
+
+def test_every_library_of_a_kernel_or_peer_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = versions(torch.device("cpu"))
+    assert {"python", "torch", "numpy", "hydra-core", "submitit", "mlflow", "triton"} <= set(here)
+    wanted = libraries()
+    assert {"flash-attn-3", "flash-attn-4", "nvidia-cudnn-frontend", "ring-flash-attn", "yunchang", "magi-attention"} <= wanted
+    for number, name in enumerate(sorted(wanted - set(here))):
+        installed(tmp_path, name, f"1.{number}.0+local")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = versions(torch.device("cpu"))
+    assert wanted <= set(found)
+    assert all(found[name].endswith("+local") for name in wanted - set(here))
+
+
+def test_what_calls_a_library_says_which() -> None:
+    """A kernel or peer whose library may be missing is one whose library has a version to record."""
+    kernels, peers = (build_kernel(load("kernel", name)) for name in values("kernel")), map(build, values("cp"))
+    for user in (*kernels, *peers):
+        module = import_module(type(user).__module__)
+        if hasattr(module, "CALLS") or hasattr(module, "_calls") or getattr(user, "missing", lambda: None)():
+            assert type(user).libraries, type(user).__name__  # type: ignore[attr-defined]
+
+
+def build(name: str) -> Any:
+    return build_strategy(load("cp", name))
+
+
+def test_a_library_from_a_repository_has_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = '{"url": "x", "vcs_info": {"vcs": "git", "commit_id": "0123456789abcdef0123"}}'
+    installed(tmp_path, "flash_attn_3", "3.0.0b1", origin)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert versions(torch.device("cpu"))["flash-attn-3"] == "3.0.0b1 at 0123456789ab"
+
+
+def test_what_others_kernels_use_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_kernels.py").write_text("class Theirs:\n    libraries = ('their-library',)\n")
+    (tmp_path / "their_broken.py").write_text("raise TypeError('no')\n")
+    installed(tmp_path, "their-library", "7")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert versions(torch.device("cpu"), ["their_kernels.Theirs", "their_broken.Broken"])["their-library"] == "7"

@@ -435,9 +435,9 @@ class RingPeer:
     def tokens(self, problem: Problem, rank: int) -> Ints:
         return zigzag(problem.seqlen, problem.scale.world_size).tokens(rank)
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> Run:
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> Run:
         schedule = Ring("zigzag").schedule(problem, mask)
-        return Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=Groups())
+        return Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups)
 
 
 @dataclass(frozen=True)
@@ -447,9 +447,9 @@ class HalfPeer(RingPeer):
     def tokens(self, problem: Problem, rank: int) -> Ints:
         return super().tokens(replace(problem, seqlen=problem.seqlen // 2), rank)
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> Run:
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> Run:
         half = problem.seqlen // 2
-        return super().start(replace(problem, seqlen=half), MASKS["causal"](half), kernel, rank, device)
+        return super().start(replace(problem, seqlen=half), MASKS["causal"](half), kernel, rank, device, groups)
 
 
 @dataclass(frozen=True)
@@ -505,8 +505,8 @@ class Wrapped:
 class BasePeer(RingPeer):
     """Gives its LSE as a power of two."""
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> Run:
-        return Wrapped(super().start(problem, mask, kernel, rank, device), of_lse=lambda x: x / math.log(2))
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> Run:
+        return Wrapped(super().start(problem, mask, kernel, rank, device, groups), of_lse=lambda x: x / math.log(2))
 
 
 @dataclass(frozen=True)
@@ -515,7 +515,7 @@ class LibraryPeer(RingPeer):
 
     factor: float = 1.0
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> Run:
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> Run:
         ranks = problem.scale.world_size
         layout = Layout(tuple(zigzag(problem.seqlen, ranks).shards))
         every = np.concatenate([layout.tokens(r) for r in range(ranks)])
@@ -528,7 +528,7 @@ class LibraryPeer(RingPeer):
             p = torch.softmax(s.masked_fill(~dense, -torch.inf), -1)
             return self.factor * torch.einsum("hqk,khd->qhd", p, values).to(q.dtype)[None]
 
-        return AutogradRun(attend, problem, mask, layout, kernel, rank, device)
+        return AutogradRun(attend, problem, mask, layout, kernel, rank, device, groups)
 
 
 class _Gather(torch.autograd.Function):

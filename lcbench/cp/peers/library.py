@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from lcbench.cp.execute import Executor, Groups
 from lcbench.cp.layout import Layout
 from lcbench.cp.ring import Ring
-from lcbench.kernels.base import HALVES, Kernel, importable
+from lcbench.kernels.base import HALVES, Kernel
+from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -56,13 +57,14 @@ def refused_length(problem: Problem, parts: int) -> str | None:
     return None if problem.seqlen % parts == 0 else f"needs a length that {parts} chunks divide, not {problem.seqlen}"
 
 
-def missing(problem: Problem, device: torch.device, *modules: str) -> str | None:
-    """Why a CUDA library cannot run here, or None."""
+def missing(problem: Problem, device: torch.device, *calls: LibraryCall) -> str | None:
+    """Why a CUDA library, that of the first call, cannot run here, or None."""
+    name = calls[0].module
     if device.type != "cuda":
-        return f"{modules[0]} runs on CUDA devices only"
+        return f"{name} runs on CUDA devices only"
     if problem.dtype not in HALVES:
-        return f"{modules[0]} takes bfloat16 and float16, not {problem.dtype}"
-    return importable(*modules)
+        return f"{name} takes bfloat16 and float16, not {problem.dtype}"
+    return unfit(*calls)
 
 
 class AutogradRun:
@@ -72,6 +74,7 @@ class AutogradRun:
         attend: q (1, T, Hq, D), k, v (1, T, Hk, D) of this rank to out, (1, T, Hq, D) or (1, T, Hq * D).
         layout: tokens of every rank.
         kernel: computes the LSE, by a ring of our own: libraries do not all return it, and the check needs it.
+        groups: communicators of that ring.
 
     Attributes:
         own_lse: False: the LSE is that of a ring of our own, so the check compares it with nothing and says that the library's is
@@ -89,11 +92,12 @@ class AutogradRun:
         kernel: Kernel,
         rank: int,
         device: torch.device,
+        groups: Groups,
     ) -> None:
         self._attend, self._problem = attend, problem
         forward = replace(problem, direction="forward")
         schedule = replace(Ring().schedule(forward, mask), shards=layout)
-        self._lse = Executor(schedule, mask, kernel, forward, rank=rank, device=device, groups=Groups())
+        self._lse = Executor(schedule, mask, kernel, forward, rank=rank, device=device, groups=groups)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
         import torch

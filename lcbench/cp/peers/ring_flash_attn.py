@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from lcbench.cp.execute import Groups
 from lcbench.cp.layout import Layout, contiguous, striped, zigzag
 from lcbench.cp.peers.library import AutogradRun, Segments, missing, refused_length, refused_mask, segments
 from lcbench.kernels.base import Kernel
+from lcbench.kernels.library import LibraryCall
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -20,10 +25,40 @@ if TYPE_CHECKING:
 VARIANTS: dict[str, Callable[[int, int], Layout]] = {"zigzag": zigzag, "stripe": striped, "llama3": contiguous}
 
 
+_OPTIONS = ("softmax_scale", "causal", "group")
+CALLS = (
+    *(
+        LibraryCall("ring_flash_attn", name, 3, _OPTIONS)
+        for name in ("ring_flash_attn_func", "zigzag_ring_flash_attn_func", "stripe_flash_attn_func")
+    ),
+    LibraryCall("ring_flash_attn", "llama3_flash_attn_prepare_cu_seqlens", 4, ()),
+    LibraryCall("ring_flash_attn", "llama3_flash_attn_varlen_func", 7, ("heads_k_stride", "local_k_slice", *_OPTIONS)),
+    LibraryCall("flash_attn.flash_attn_interface", "_flash_attn_varlen_forward"),
+)
+_HUGGING_FACE = "ring_flash_attn.adapters"
+
+
+def _without_hugging_face() -> None:
+    """Put an empty module in the place of the library's adapter for Hugging Face, before the library is imported.
+
+    Its ``__init__`` imports that adapter, which imports names that transformers has no more, or is not there.
+    """
+    if _HUGGING_FACE not in sys.modules:
+        empty: Any = ModuleType(_HUGGING_FACE)
+        empty.substitute_hf_flash_attn = empty.update_ring_flash_attn_params = None
+        sys.modules[_HUGGING_FACE] = empty
+
+
+def _library() -> Any:
+    _without_hugging_face()
+    return import_module("ring_flash_attn")
+
+
 @dataclass(frozen=True)
 class RingFlashAttention:
     """``variant``: a ring in zigzag or stripes, or Llama 3's all-gather, which knows documents too."""
 
+    libraries: ClassVar[tuple[str, ...]] = ("ring-flash-attn", "flash-attn")
     variant: Literal["zigzag", "stripe", "llama3"]
 
     def __post_init__(self) -> None:
@@ -41,7 +76,8 @@ class RingFlashAttention:
         return refused or refused_length(problem, 2 * problem.scale.world_size)
 
     def unavailable(self, problem: Problem, device: torch.device) -> str | None:
-        return missing(problem, device, "ring_flash_attn", "flash_attn")
+        _without_hugging_face()
+        return missing(problem, device, *CALLS)
 
     def layout(self, problem: Problem) -> Layout:
         return VARIANTS[self.variant](problem.seqlen, problem.scale.world_size)
@@ -49,26 +85,28 @@ class RingFlashAttention:
     def tokens(self, problem: Problem, rank: int) -> Ints:
         return self.layout(problem).tokens(rank)
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> AutogradRun:
+    def start(
+        self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups
+    ) -> AutogradRun:  # fmt: skip
         found = segments(mask)
         assert found is not None
         attend = self._llama3(problem, found, rank, device) if self.variant == "llama3" else self._ring(problem, found)
-        return AutogradRun(attend, problem, mask, self.layout(problem), kernel, rank, device)
+        return AutogradRun(attend, problem, mask, self.layout(problem), kernel, rank, device, groups)
 
     def _ring(self, problem: Problem, found: Segments) -> Callable[[Any, Any, Any], Any]:
-        import ring_flash_attn as library
         import torch.distributed as dist
 
+        library = _library()
         causal = {"zigzag": library.zigzag_ring_flash_attn_func, "stripe": library.stripe_flash_attn_func}
         # Without a causal mask the order of tokens means nothing to its plain ring.
         function = causal[self.variant] if found.causal else library.ring_flash_attn_func
         return partial(function, softmax_scale=problem.softmax_scale, causal=found.causal, group=dist.group.WORLD)
 
     def _llama3(self, problem: Problem, found: Segments, rank: int, device: torch.device) -> Callable[[Any, Any, Any], Any]:
-        import ring_flash_attn as library
         import torch
         import torch.distributed as dist
 
+        library = _library()
         bounds = torch.tensor(found.bounds, dtype=torch.int32, device=device)
         ranks = problem.scale.world_size
         cu_q, cu_k, max_q, max_k, local = library.llama3_flash_attn_prepare_cu_seqlens(bounds, found.causal, rank, ranks)

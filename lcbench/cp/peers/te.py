@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from lcbench.cp.execute import Groups
 from lcbench.cp.layout import Layout, zigzag
 from lcbench.cp.loongtrain import largest_degree
 from lcbench.cp.peers.library import AutogradRun, missing, refused_length, refused_mask, segments
 from lcbench.kernels.base import Kernel
+from lcbench.kernels.library import LibraryCall
+from lcbench.kernels.te_fused import LIBRARIES
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -16,6 +19,13 @@ from lcbench.problem import Problem
 if TYPE_CHECKING:
     import torch
 
+CALLS = (
+    LibraryCall(
+        "transformer_engine.pytorch", "DotProductAttention", 2,
+        ("num_gqa_groups", "attention_dropout", "qkv_format", "attn_mask_type", "softmax_scale"),
+    ),
+    LibraryCall("transformer_engine.pytorch", "DotProductAttention.set_context_parallel_group", 5, ()),
+)  # fmt: skip
 COMMUNICATIONS = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
 
@@ -23,6 +33,7 @@ COMMUNICATIONS = ("p2p", "all_gather", "a2a", "a2a+p2p")
 class TransformerEngine:
     """``comm``: ring, all-gather of keys, exchange of heads, or the last among neighbours and a ring between them."""
 
+    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
     comm: Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
 
     def __post_init__(self) -> None:
@@ -42,7 +53,7 @@ class TransformerEngine:
         return None
 
     def unavailable(self, problem: Problem, device: torch.device) -> str | None:
-        return missing(problem, device, "transformer_engine.pytorch")
+        return missing(problem, device, *CALLS)
 
     def layout(self, problem: Problem) -> Layout:
         return zigzag(problem.seqlen, problem.scale.world_size)
@@ -50,9 +61,10 @@ class TransformerEngine:
     def tokens(self, problem: Problem, rank: int) -> Ints:
         return self.layout(problem).tokens(rank)
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> AutogradRun:
+    def start(
+        self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups
+    ) -> AutogradRun:  # fmt: skip
         import torch
-        import torch.distributed as dist
         from transformer_engine.pytorch import DotProductAttention
 
         found = segments(mask)
@@ -67,11 +79,11 @@ class TransformerEngine:
             attn_mask_type="causal" if found.causal else "no_mask",
             softmax_scale=problem.softmax_scale,
         ).to(device)
-        group = dist.new_group(ranks)
+        sets = [ranks]
         if self.comm == "a2a+p2p":
             degree = largest_degree(problem)
-            grids = [ranks[i : i + degree] for i in range(0, len(ranks), degree)] + [ranks[i::degree] for i in range(degree)]
-            made = [(members, dist.new_group(members)) for members in grids]
-            group = [made_group for members, made_group in made if rank in members]
-        attention.set_context_parallel_group(group, ranks, torch.cuda.Stream(), self.comm)
-        return AutogradRun(attention, problem, mask, self.layout(problem), kernel, rank, device)
+            sets = [ranks[i : i + degree] for i in range(0, len(ranks), degree)] + [ranks[i::degree] for i in range(degree)]
+        # Every rank makes every group, in the same order.
+        mine = [group for members, group in [(members, groups.among(members)) for members in sets] if rank in members]
+        attention.set_context_parallel_group(mine if len(mine) > 1 else mine[0], ranks, torch.cuda.Stream(), self.comm)
+        return AutogradRun(attention, problem, mask, self.layout(problem), kernel, rank, device, groups)

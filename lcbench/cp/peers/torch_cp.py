@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from lcbench.cp.execute import Groups
 from lcbench.cp.layout import zigzag
 from lcbench.cp.peers.library import refused_length, refused_mask, segments
 from lcbench.kernels.base import Kernel, Prepared, heads_first
@@ -51,7 +52,9 @@ class TorchCP:
         # Causal or not, zigzag is a layout like any other; torch asks for it only where it is causal.
         return zigzag(problem.seqlen, problem.scale.world_size).tokens(rank)
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> TorchRing:
+    def start(
+        self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups
+    ) -> TorchRing:  # fmt: skip
         found = segments(mask)
         assert found is not None
         return TorchRing(problem, found.causal, kernel, self.rotate, device)

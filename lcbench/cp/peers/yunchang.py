@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from lcbench.cp.execute import Groups
 from lcbench.cp.layout import Layout, zigzag
 from lcbench.cp.loongtrain import largest_degree, refused_grid
 from lcbench.cp.peers.library import AutogradRun, missing, refused_length, refused_mask, segments
 from lcbench.cp.ulysses import check_count
 from lcbench.kernels.base import Kernel
+from lcbench.kernels.library import LibraryCall
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -19,10 +21,21 @@ if TYPE_CHECKING:
     import torch
 
 
+CALLS = (
+    LibraryCall("yunchang", "LongContextAttention", 0, ("ring_impl_type", "attn_type")),
+    LibraryCall("yunchang", "LongContextAttention.forward", 4, ("causal", "softmax_scale")),
+    LibraryCall("yunchang.globals", "PROCESS_GROUP.ULYSSES_PG"),
+    LibraryCall("yunchang.globals", "PROCESS_GROUP.RING_PG"),
+    LibraryCall("yunchang.kernels", "AttnType.FA"),
+    LibraryCall("flash_attn.flash_attn_interface", "_flash_attn_forward"),
+)
+
+
 @dataclass(frozen=True)
 class YunchangUSP:
     """``ulysses_degree``: ranks of a head exchange, or ``auto``: the largest that divides a node's and the heads."""
 
+    libraries: ClassVar[tuple[str, ...]] = ("yunchang", "flash-attn")
     ulysses_degree: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
@@ -40,7 +53,7 @@ class YunchangUSP:
         return refused or refused_length(problem, 2 * problem.scale.world_size)
 
     def unavailable(self, problem: Problem, device: torch.device) -> str | None:
-        return missing(problem, device, "yunchang", "flash_attn")
+        return missing(problem, device, *CALLS)
 
     def layout(self, problem: Problem) -> Layout:
         degree = self.degree(problem)
@@ -49,15 +62,23 @@ class YunchangUSP:
     def tokens(self, problem: Problem, rank: int) -> Ints:
         return self.layout(problem).tokens(rank)
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device) -> AutogradRun:
-        from yunchang import LongContextAttention, set_seq_parallel_pg
+    def start(
+        self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups
+    ) -> AutogradRun:  # fmt: skip
+        from yunchang import LongContextAttention
+        from yunchang.globals import PROCESS_GROUP
         from yunchang.kernels import AttnType
 
         found = segments(mask)
         assert found is not None
-        degree, ranks = self.degree(problem), problem.scale.world_size
-        set_seq_parallel_pg(degree, ranks // degree, rank, ranks)
+        degree, ranks = self.degree(problem), list(range(problem.scale.world_size))
+        # As its set_seq_parallel_pg lays them out, which makes new ones each time. Every rank makes every group, in the same order.
+        neighbours = [ranks[i : i + degree] for i in range(0, len(ranks), degree)]
+        rings = [ranks[i::degree] for i in range(degree)]
+        made = {tuple(members): groups.among(members) for members in neighbours + rings}
+        PROCESS_GROUP.ULYSSES_PG = made[tuple(neighbours[rank // degree])]
+        PROCESS_GROUP.RING_PG = made[tuple(rings[rank % degree])]
         # Without a causal mask the order of tokens means nothing to its plain ring.
         attention = LongContextAttention(ring_impl_type="zigzag" if found.causal else "basic", attn_type=AttnType.FA)
         attend = partial(attention, causal=found.causal, softmax_scale=problem.softmax_scale)
-        return AutogradRun(attend, problem, mask, self.layout(problem), kernel, rank, device)
+        return AutogradRun(attend, problem, mask, self.layout(problem), kernel, rank, device, groups)
