@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,18 +33,43 @@ TileRun = Callable[[TileCall, Prepared, int], None]
 
 
 class Groups:
-    """Process groups by channel, made once per process: creating one is collective and slow."""
+    """Process groups by channel and set of ranks, made once and kept until the process group of all ranks is destroyed.
+
+    Making one is slow, takes device memory, and is collective: all ranks ask for the same groups in the same order, those too
+    that are not in them.
+    """
 
     def __init__(self) -> None:
-        self._groups: dict[str, dist.ProcessGroup | None] = {"main": None}
+        self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
 
-    def of(self, channel: str) -> dist.ProcessGroup | None:
+    def of(self, channel: str) -> dist.ProcessGroup:
         """The communicator of a channel, over all ranks. Collective on first use."""
-        if channel not in self._groups:
-            group = dist.new_group()
-            assert isinstance(group, dist.ProcessGroup)
-            self._groups[channel] = group
-        return self._groups[channel]
+        group = self.among(tuple(range(dist.get_world_size())), channel)
+        assert group is not None
+        return group
+
+    def among(self, ranks: tuple[int, ...], channel: str = "main") -> dist.ProcessGroup | None:
+        """The communicator of some ranks on a channel, None on the others. Collective over all ranks on first use.
+
+        The ranks are in ascending order within the group, however they are given. On ``main`` that of all ranks is the default one.
+        """
+        members = tuple(sorted(set(ranks)))
+        key = channel, members
+        if key not in self._groups:
+            if key == ("main", tuple(range(dist.get_world_size()))):
+                self._groups[key] = dist.group.WORLD
+            else:
+                made = dist.new_group(list(members), pg_options=group_options(dist.get_backend()))
+                self._groups[key] = made if dist.get_rank() in members else None
+        return self._groups[key]
+
+
+def group_options(backend: str) -> Any:
+    """How a process group is made: NCCL's copies go ahead of kernels that wait for a multiprocessor.
+
+    An attention kernel that fills the device would hold them back until its thread blocks end. Other backends: None.
+    """
+    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if backend == "nccl" else None
 
 
 @dataclass(frozen=True)
