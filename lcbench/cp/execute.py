@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from lcbench.cp.adjoint import CARGO, held_precision, token_bytes, traffic
-from lcbench.cp.program import Buffer, Message, Moment, Operand, Piece, Program, TileCall
+from lcbench.cp.lowering import Lowering, operations_of, sets_of
+from lcbench.cp.program import Buffer, Exchange, Message, Moment, Operand, Piece, Program, TileCall
 from lcbench.cp.schedule import HeadGroup, Schedule
 from lcbench.kernels.base import Kernel, Prepared, accumulation_dtype, merge, prepare
 from lcbench.masks.mask import Mask
@@ -107,15 +108,21 @@ class Executor:
         rank: int,
         device: torch.device,
         groups: Groups,
+        lowering: Lowering = "auto",
     ) -> None:
         self.schedule, self.problem, self.rank, self.device = schedule, problem, rank, device
         self.bytes_sent = 0
         self._marks: list[tuple[int, list[Mark]]] | None = None
+        self._sets: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
         moves = traffic(schedule, backward=problem.backward)
         self._forward_moments = moves.steps
-        self._program = Program(schedule, moves, problem, rank)
+        operations = operations_of(lowering, dist.get_backend()) if moves.transfers else ()
+        self._program = Program(schedule, moves, problem, rank, operations)
         # Every rank makes every group, in the same order.
         self._groups = {channel: groups.of(channel) for channel in sorted({t.channel for t in moves.transfers})}
+        for channel, members in sets_of(moves, self._program.lowered):
+            if (made := groups.among(members, channel)) is not None:
+                self._sets[channel, members] = made
         self.buffer_bytes = self._program.buffer_bytes
         self._slots = [torch.zeros(size, dtype=torch.uint8, device=device) for size in self._program.slots]
         input_dtype = getattr(torch, problem.dtype)
@@ -123,7 +130,7 @@ class Executor:
         self._alone = self._only_kernel()
         sums = accumulation_dtype(input_dtype)
         self._dtypes = {"input": input_dtype, "sum": sums, "transit": input_dtype if problem.transit == "input" else sums}
-        self._views: dict[int, torch.Tensor] = {}
+        self._views: dict[tuple[int, int], torch.Tensor] = {}
         self._compute = self._communicate = True
 
     def _prepare(self, mask: Mask, kernel: Kernel, dtype: torch.dtype) -> tuple[dict[TileCall, Prepared | None], int, int]:
@@ -248,7 +255,8 @@ class Executor:
         lse = saved.lse.clone()
         for moment in self._program.moments[: self._forward_moments]:
             sends = [m for m in moment.sends if m.kind == "final"]
-            receives = [m for m in moment.receives if m.kind == "final"]
+            sends += [m for exchange in moment.exchanges if exchange.kind == "final" for m in exchange.packed]
+            receives = [m for m in (*moment.receives, *moment.exchanged) if m.kind == "final"]
             packed = []
             for message in sends:
                 parts = [saved.finals[p.buffer.group, p.buffer.bundle][1][p.begin : p.end] for p in message.pieces if p.buffer]
@@ -388,16 +396,49 @@ class Executor:
 
     def _post(self, moment: Moment, turn: int) -> None:
         """All messages of a round, in one batch per channel and end: both directions at once, nobody waits for a turn."""
+        for exchange in [e for e in moment.exchanges if e.round == turn]:
+            self._works.setdefault(exchange.end, []).append(self._post_exchange(exchange))
         sends = [m for m in moment.sends if m.round == turn]
         receives = [m for m in moment.receives if m.round == turn]
         for channel, end in sorted({(m.channel, m.end) for m in (*sends, *receives)}):
             group = self._groups[channel]
             outgoing = [(m, self._pack(m)) for m in sends if (m.channel, m.end) == (channel, end)]
             self.bytes_sent += sum(x.numel() * x.element_size() for _, x in outgoing)
-            ops = [dist.P2POp(dist.isend, x, m.peer, group) for m, x in outgoing]
+            ops = [dist.P2POp(dist.isend, _stretch(x), m.peer, group) for m, x in outgoing]
             incoming = [m for m in receives if (m.channel, m.end) == (channel, end)]
-            ops += [dist.P2POp(dist.irecv, self._landing(m), m.peer, group) for m in incoming]
+            ops += [dist.P2POp(dist.irecv, _stretch(self._landing(m)), m.peer, group) for m in incoming]
             self._works.setdefault(end, []).extend(dist.batch_isend_irecv(ops))
+
+    def _post_exchange(self, exchange: Exchange) -> dist.Work:
+        """A collective of this rank's set. Counted is what goes to the others of it."""
+        for message in exchange.packed:
+            self._pack(message)
+        (source, size), others = self._end(exchange, exchange.source), len(exchange.ranks) - 1
+        target, _ = self._end(exchange, exchange.target)
+        group = self._sets[exchange.channel, exchange.ranks]
+        if exchange.operation == "all_gather":
+            self.bytes_sent += size * others
+            return _all_gather(target, source, group)
+        self.bytes_sent += size // (others + exchange.own) * others
+        if exchange.operation == "reduce_scatter":
+            return _reduce_scatter(target, source, group)
+        if exchange.own:
+            return dist.all_to_all_single(target, source, group=group, async_op=True)
+        block = source.numel() // others
+        splits = [0 if rank == self.rank else block for rank in exchange.ranks]
+        return dist.all_to_all_single(target, source, splits, splits, group=group, async_op=True)
+
+    def _end(self, exchange: Exchange, end: tuple[Buffer | Operand | Piece, int]) -> tuple[torch.Tensor, int]:
+        """One end of a collective as a stretch of memory, and its bytes."""
+        place, size = end
+        if isinstance(place, Buffer):
+            flat = self._slots[place.slot][:size].view(self._dtypes[CARGO[exchange.kind].precision])
+        elif isinstance(place, Operand):
+            flat = _stretch(self._buffer(place, exchange.begin)).view(-1)
+        else:
+            flat = _stretch(self._piece(exchange.kind, place, exchange.begin)).view(-1)
+        assert flat.numel() * flat.element_size() == size
+        return flat, size
 
     def _pack(self, message: Message) -> torch.Tensor:
         """What a message sends, as one stretch of memory: where it lies if it is one, else copied into its staging."""
@@ -490,18 +531,18 @@ class Executor:
     def _staging(self, message: Message) -> torch.Tensor:
         assert message.staging is not None
         group = self.schedule.heads[message.group]
-        return self._view(message.staging, message.kind, group, message.tokens, CARGO[message.kind].precision)
+        return self._view(message.staging, message.kind, group, message.tokens, CARGO[message.kind].precision, message.offset)
 
-    def _view(self, memory: Buffer, kind: str, group: HeadGroup, tokens: int, precision: str) -> torch.Tensor:
-        """(tokens, heads of the group, ...) in a slot; made once."""
-        found = self._views.get(id(memory))
+    def _view(self, memory: Buffer, kind: str, group: HeadGroup, tokens: int, precision: str, offset: int = 0) -> torch.Tensor:
+        """(tokens, heads of the group, ...) in a slot, ``offset`` bytes after its begin; made once."""
+        found = self._views.get((id(memory), offset))
         if found is None:
             cargo, dim = CARGO[kind], self.problem.heads.dim
             heads = len(group) if cargo.side == "q" else len(group.kv)
             shape = {0: (tokens, heads, cargo.extra), 1: (tokens, heads, dim), 2: (tokens, heads, 2, dim)}[cargo.dims]
             size = tokens * token_bytes(kind, group, self.problem, precision)
-            found = self._slots[memory.slot][:size].view(self._dtypes[precision]).view(shape)
-            self._views[id(memory)] = found
+            found = self._slots[memory.slot][offset : offset + size].view(self._dtypes[precision]).view(shape)
+            self._views[id(memory), offset] = found
         return found
 
 
@@ -509,6 +550,22 @@ def _wait(works: list[dist.Work]) -> None:
     """A function of its own: by its name a hang is told that waits for other ranks (``runs/failure.py``)."""
     for work in works:
         work.wait()
+
+
+def _all_gather(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Under its name of torch 2.13 or of before."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(target, source, group=group, async_op=True)
+
+
+def _reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return scatter(target, source, group=group, async_op=True)
+
+
+def _stretch(x: torch.Tensor) -> torch.Tensor:
+    """Keys and values that lie apart, (T, Hk, 2, D) to look at, as the stretch of memory (2, T, Hk, D) that they are."""
+    return x if x.is_contiguous() else x.permute(2, 0, 1, 3)
 
 
 def _seconds(first: Mark, mark: Mark) -> float:
