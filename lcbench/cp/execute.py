@@ -5,8 +5,9 @@ computed while they are under way, then what has arrived is merged or added. Mem
 that live at different times. On CUDA nothing in here waits on the host: messages wait for what was computed before them, and
 what is computed next waits for messages, on the device.
 
-Tensors are packed: q, out (T, Hq, D), keys and values together (T, Hk, 2, D): any stretch of tokens is one stretch of memory.
-Out, LSE and gradients are summed in float32 (float64 for float64 inputs).
+Tensors are packed: q, out (T, Hq, D), keys and values together (T, Hk, 2, D): any stretch of tokens is one stretch of memory. For a
+kernel that wants each contiguous they lie in memory as (2, T, Hk, D), and are looked at as the same. Out, LSE and gradients are
+summed in float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,11 +24,12 @@ from lcbench.cp.adjoint import CARGO, held_precision, token_bytes, traffic
 from lcbench.cp.lowering import Lowering, operations_of, sets_of
 from lcbench.cp.program import Buffer, Exchange, Message, Moment, Operand, Piece, Program, TileCall
 from lcbench.cp.schedule import HeadGroup, Schedule
-from lcbench.kernels.base import Kernel, Prepared, accumulation_dtype, merge, prepare
+from lcbench.kernels.base import Kernel, Prepared, accumulation_dtype, prepare
+from lcbench.kernels.merge import merge_into
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 
-HeadIndex = slice | list[int]
+HeadIndex = slice | torch.Tensor
 Part = tuple[torch.Tensor, torch.Tensor]  # out, lse
 Mark = float | torch.cuda.Event
 TileRun = Callable[[TileCall, Prepared, int], None]
@@ -40,7 +42,9 @@ class Groups:
     that are not in them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, through_host: bool | None = None) -> None:
+        """``through_host``: see ``goes_through_host``; None: as the backend needs it."""
+        self._through_host = through_host
         self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
 
     def of(self, channel: str) -> dist.ProcessGroup:
@@ -63,6 +67,21 @@ class Groups:
                 made = dist.new_group(list(members), pg_options=group_options(dist.get_backend()))
                 self._groups[key] = made if dist.get_rank() in members else None
         return self._groups[key]
+
+    def goes_through_host(self, device: torch.device) -> bool:
+        """Whether messages of this device's tensors are copied to the host's memory and back: gloo sends no others.
+
+        (It has collectives that do so by themselves, and no point-to-point.)
+        """
+        if self._through_host is not None:
+            return self._through_host
+        return device.type == "cuda" and dist.get_backend() == "gloo"
+
+
+class Waits(Protocol):
+    """Something that is under way."""
+
+    def wait(self) -> Any: ...
 
 
 def group_options(backend: str) -> Any:
@@ -113,11 +132,14 @@ class Executor:
         self.schedule, self.problem, self.rank, self.device = schedule, problem, rank, device
         self.bytes_sent = 0
         self._marks: list[tuple[int, list[Mark]]] | None = None
+        self._apart: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
         self._sets: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
         moves = traffic(schedule, backward=problem.backward)
         self._forward_moments = moves.steps
         operations = operations_of(lowering, dist.get_backend()) if moves.transfers else ()
-        self._program = Program(schedule, moves, problem, rank, operations)
+        self._planes = kernel.contiguous_kv
+        self._program = Program(schedule, moves, problem, rank, operations, planes=self._planes)
+        self._through_host = bool(moves.transfers) and groups.goes_through_host(device)
         # Every rank makes every group, in the same order.
         self._groups = {channel: groups.of(channel) for channel in sorted({t.channel for t in moves.transfers})}
         for channel, members in sets_of(moves, self._program.lowered):
@@ -125,6 +147,10 @@ class Executor:
                 self._sets[channel, members] = made
         self.buffer_bytes = self._program.buffer_bytes
         self._slots = [torch.zeros(size, dtype=torch.uint8, device=device) for size in self._program.slots]
+        indices = [group.kv_heads for group in schedule.heads]
+        self._kv_heads: list[HeadIndex] = [
+            heads if isinstance(heads, slice) else torch.tensor(heads, device=device) for heads in indices
+        ]
         input_dtype = getattr(torch, problem.dtype)
         self._tiles, self.pairs, self.calls = self._prepare(mask, kernel, input_dtype)
         self._alone = self._only_kernel()
@@ -169,7 +195,7 @@ class Executor:
             out, lse = self._typed(self._alone.forward(q, k, v, softmax_scale=self.problem.softmax_scale))
             saved = Saved(q, (k, v), out.to(q.dtype), lse, {})
             return saved.out, saved
-        self._own: dict[str, torch.Tensor] = {"q": q, "kv": torch.stack([k, v], dim=2)}
+        self._own: dict[str, torch.Tensor] = {"q": q, "kv": self._packed(k, v)}
         self._parts: dict[tuple[int, tuple[int, ...]], Part] = {}
         self._total: Part | None = None
         for number in range(self._forward_moments):
@@ -177,7 +203,7 @@ class Executor:
         out, lse = self._total or self._empty()
         finals = {key: (part[0].to(q.dtype), part[1]) for key, part in self._parts.items() if key in self._program.finals}
         saved = Saved(q, self._own["kv"], out.to(q.dtype), lse, finals)
-        self._own, self._parts, self._total = {}, {}, None
+        self._own, self._parts, self._total, self._apart = {}, {}, None, {}
         return saved.out, saved
 
     def _only_kernel(self) -> Prepared | None:
@@ -193,6 +219,20 @@ class Executor:
         every = (len(group), group.kv_heads) == (heads.q, slice(0, heads.kv))
         return kernel if whole and every else None
 
+    def _packed(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Keys and values together, (T, Hk, 2, D) to look at."""
+        return torch.stack([k, v]).permute(1, 2, 0, 3) if self._planes else torch.stack([k, v], dim=2)
+
+    def _keys_and_values(self, call: TileCall, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """k, v (T, Hk, D) of a tile, as its kernel wants them: some heads of this rank's own are copied once in a pass."""
+        k, v = self._value("kv", call, number).unbind(2)
+        if not self._planes or (k.is_contiguous() and v.is_contiguous()):
+            return k, v
+        key = (call.group, call.k)
+        if key not in self._apart:
+            self._apart[key] = k.contiguous(), v.contiguous()
+        return self._apart[key]
+
     def _typed(self, part: Part) -> Part:
         """A kernel's result in the engine's types, since both ends of a message take its size from them: LSE in the type of sums,
         out in it or in the inputs'."""
@@ -201,8 +241,8 @@ class Executor:
         return out if out.dtype in (self._dtypes["input"], sums) else out.to(sums), lse.to(sums)
 
     def _forward_tile(self, call: TileCall, kernel: Prepared, number: int) -> None:
-        q, kv = self._value("q", call, number), self._value("kv", call, number)
-        part = self._typed(kernel.forward(q, kv[:, :, 0], kv[:, :, 1], softmax_scale=self.problem.softmax_scale))
+        q, (k, v) = self._value("q", call, number), self._keys_and_values(call, number)
+        part = self._typed(kernel.forward(q, k, v, softmax_scale=self.problem.softmax_scale))
         rows = self._program.local(Operand("q", call.group, call.q))
         if rows is not None:
             self._absorb(rows, call.group, part)
@@ -222,7 +262,7 @@ class Executor:
         if self._program.all_final:
             out[begin:end, heads], lse[begin:end, heads] = part[0].to(out.dtype), part[1]
         else:
-            out[begin:end, heads], lse[begin:end, heads] = merge(out[begin:end, heads], lse[begin:end, heads], *part)
+            merge_into(out[begin:end, heads], lse[begin:end, heads], *part)
 
     def _own_total(self) -> Part:
         """This rank's own result to write into, in the type that merging needs."""
@@ -264,9 +304,8 @@ class Executor:
             arrived = [
                 torch.empty((m.tokens, len(self.schedule.heads[m.group])), dtype=lse.dtype, device=self.device) for m in receives
             ]
-            ops = [dist.P2POp(dist.isend, x, m.peer) for m, x in zip(sends, packed, strict=True)]
-            ops += [dist.P2POp(dist.irecv, x, m.peer) for m, x in zip(receives, arrived, strict=True)]
-            _wait(dist.batch_isend_irecv(ops) if ops else [])
+            outgoing = [(x, m.peer) for m, x in zip(sends, packed, strict=True)]
+            _wait(self._messages(outgoing, [(x, m.peer) for m, x in zip(receives, arrived, strict=True)], None))
             for message, x in zip(receives, arrived, strict=True):
                 for piece, part in _cut(message.pieces, x):
                     lse[piece.begin : piece.end, self._heads("q", message.group)] = part
@@ -297,12 +336,13 @@ class Executor:
         for number in range(self._forward_moments, 2 * self._forward_moments + 1):
             self._moment(number, self._backward_tile)
         dq, dkv = self._own["dq"].to(dout.dtype), self._own["dkv"].to(dout.dtype)
-        self._own = {}
+        self._own, self._apart = {}, {}
         del self._saved
         return dq, dkv[:, :, 0], dkv[:, :, 1]
 
     def _backward_tile(self, call: TileCall, kernel: Prepared, number: int) -> None:
-        q, kv, dout = (self._value(kind, call, number) for kind in ("q", "kv", "dout"))
+        q, dout = (self._value(kind, call, number) for kind in ("q", "dout"))
+        k, v = self._keys_and_values(call, number)
         operand = Operand("q", call.group, call.q)
         rows = self._program.local(operand)
         if rows is not None:
@@ -313,9 +353,7 @@ class Executor:
         else:
             lse, delta = self._value("stats", call, number).unbind(-1)
             out = _out_with(delta, dout)
-        dq, dk, dv = kernel.backward(
-            dout, q, kv[:, :, 0], kv[:, :, 1], out, lse.contiguous(), softmax_scale=self.problem.softmax_scale
-        )
+        dq, dk, dv = kernel.backward(dout, q, k, v, out, lse.contiguous(), softmax_scale=self.problem.softmax_scale)
         self._add("dq", call, number, [dq])
         self._add("dkv", call, number, [dk, dv])
 
@@ -332,14 +370,15 @@ class Executor:
         if isinstance(heads, slice):
             own[:, heads] += grad
         else:  # a head that is held several times gets all of its gradients
-            own.index_add_(1, torch.tensor(heads, device=self.device), grad.to(own.dtype))
+            own.index_add_(1, heads, grad.to(own.dtype))
 
     # -- moments ---------------------------------------------------------------------------------------------------
 
     def _begin(self, compute: bool, communicate: bool) -> None:
         self.bytes_sent = 0
         self._compute, self._communicate = compute, communicate
-        self._works: dict[int, list[dist.Work]] = {}
+        self._works: dict[int, list[Waits]] = {}
+        self._apart = {}
         self._waiting: dict[tuple[int, int, tuple[int, int]], torch.Tensor] = {}
 
     def _moment(self, number: int, run_tile: TileRun) -> None:
@@ -397,36 +436,63 @@ class Executor:
     def _post(self, moment: Moment, turn: int) -> None:
         """All messages of a round, in one batch per channel and end: both directions at once, nobody waits for a turn."""
         for exchange in [e for e in moment.exchanges if e.round == turn]:
-            self._works.setdefault(exchange.end, []).append(self._post_exchange(exchange))
+            self._works.setdefault(exchange.end, []).extend(self._post_exchange(exchange))
         sends = [m for m in moment.sends if m.round == turn]
         receives = [m for m in moment.receives if m.round == turn]
         for channel, end in sorted({(m.channel, m.end) for m in (*sends, *receives)}):
             group = self._groups[channel]
             outgoing = [(m, self._pack(m)) for m in sends if (m.channel, m.end) == (channel, end)]
             self.bytes_sent += sum(x.numel() * x.element_size() for _, x in outgoing)
-            ops = [dist.P2POp(dist.isend, _stretch(x), m.peer, group) for m, x in outgoing]
-            incoming = [m for m in receives if (m.channel, m.end) == (channel, end)]
-            ops += [dist.P2POp(dist.irecv, _stretch(self._landing(m)), m.peer, group) for m in incoming]
-            self._works.setdefault(end, []).extend(dist.batch_isend_irecv(ops))
+            incoming = [(_stretch(self._landing(m)), m.peer) for m in receives if (m.channel, m.end) == (channel, end)]
+            works = self._messages([(_stretch(x), m.peer) for m, x in outgoing], incoming, group)
+            self._works.setdefault(end, []).extend(works)
 
-    def _post_exchange(self, exchange: Exchange) -> dist.Work:
+    def _messages(
+        self, outgoing: list[tuple[torch.Tensor, int]], incoming: list[tuple[torch.Tensor, int]], group: dist.ProcessGroup | None
+    ) -> list[Waits]:
+        """Send to peers and receive from peers, in one batch."""
+        sent, landing, copies = self._ends([x for x, _ in outgoing], [x for x, _ in incoming])
+        ops = [dist.P2POp(dist.isend, x, peer, group) for x, (_, peer) in zip(sent, outgoing, strict=True)]
+        ops += [dist.P2POp(dist.irecv, x, peer, group) for x, (_, peer) in zip(landing, incoming, strict=True)]
+        return [*dist.batch_isend_irecv(ops), *copies] if ops else []
+
+    def _ends(
+        self, outgoing: list[torch.Tensor], incoming: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[Waits]]:
+        """What the backend is given to send and to receive into, and what is to be waited for after it.
+
+        Where messages go through the host's memory, the host waits here for what is sent to be computed and copied.
+        """
+        if not self._through_host:
+            return outgoing, incoming, []
+        sent, landing = ([self._on_host(x) for x in each] for each in (outgoing, incoming))
+        for host, x in zip(sent, outgoing, strict=True):
+            host.copy_(x, non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return sent, landing, [FromHost(list(zip(landing, incoming, strict=True)))]
+
+    def _on_host(self, x: torch.Tensor) -> torch.Tensor:
+        # torch hands pinned memory out again only when copies from it are done.
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=self.device.type == "cuda")
+
+    def _post_exchange(self, exchange: Exchange) -> list[Waits]:
         """A collective of this rank's set. Counted is what goes to the others of it."""
         for message in exchange.packed:
             self._pack(message)
         (source, size), others = self._end(exchange, exchange.source), len(exchange.ranks) - 1
         target, _ = self._end(exchange, exchange.target)
         group = self._sets[exchange.channel, exchange.ranks]
-        if exchange.operation == "all_gather":
-            self.bytes_sent += size * others
-            return _all_gather(target, source, group)
-        self.bytes_sent += size // (others + exchange.own) * others
+        (source,), (target,), copies = self._ends([source], [target])
+        gathers = exchange.operation == "all_gather"
+        self.bytes_sent += size * others if gathers else size // (others + exchange.own) * others
+        if gathers:
+            return [_all_gather(target, source, group), *copies]
         if exchange.operation == "reduce_scatter":
-            return _reduce_scatter(target, source, group)
-        if exchange.own:
-            return dist.all_to_all_single(target, source, group=group, async_op=True)
-        block = source.numel() // others
-        splits = [0 if rank == self.rank else block for rank in exchange.ranks]
-        return dist.all_to_all_single(target, source, splits, splits, group=group, async_op=True)
+            return [_reduce_scatter(target, source, group), *copies]
+        block = source.numel() // (others + exchange.own)
+        splits = None if exchange.own else [0 if rank == self.rank else block for rank in exchange.ranks]
+        return [dist.all_to_all_single(target, source, splits, splits, group=group, async_op=True), *copies]
 
     def _end(self, exchange: Exchange, end: tuple[Buffer | Operand | Piece, int]) -> tuple[torch.Tensor, int]:
         """One end of a collective as a stretch of memory, and its bytes."""
@@ -515,7 +581,7 @@ class Executor:
     def _heads(self, side: str, group: int) -> HeadIndex:
         """The heads of a group in tensors that have all of them."""
         members = self.schedule.heads[group]
-        return slice(members.begin, members.end) if side == "q" else members.kv_heads
+        return slice(members.begin, members.end) if side == "q" else self._kv_heads[group]
 
     def _piece(self, kind: str, piece: Piece, number: int) -> torch.Tensor:
         kind = kind.removeprefix("final_")
@@ -541,12 +607,25 @@ class Executor:
             heads = len(group) if cargo.side == "q" else len(group.kv)
             shape = {0: (tokens, heads, cargo.extra), 1: (tokens, heads, dim), 2: (tokens, heads, 2, dim)}[cargo.dims]
             size = tokens * token_bytes(kind, group, self.problem, precision)
-            found = self._slots[memory.slot][offset : offset + size].view(self._dtypes[precision]).view(shape)
+            found = self._slots[memory.slot][offset : offset + size].view(self._dtypes[precision])
+            apart = kind == "kv" and self._planes
+            found = found.view(2, tokens, heads, dim).permute(1, 2, 0, 3) if apart else found.view(shape)
             self._views[id(memory), offset] = found
         return found
 
 
-def _wait(works: list[dist.Work]) -> None:
+@dataclass(frozen=True)
+class FromHost:
+    """Copies of what has arrived in the host's memory, (host, where it belongs), in the order of the stream of computation."""
+
+    pairs: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def wait(self) -> None:
+        for host, x in self.pairs:
+            x.copy_(host, non_blocking=True)
+
+
+def _wait(works: list[Waits]) -> None:
     """A function of its own: by its name a hang is told that waits for other ranks (``runs/failure.py``)."""
     for work in works:
         work.wait()
@@ -577,7 +656,10 @@ def _seconds(first: Mark, mark: Mark) -> float:
 
 
 def _merged(one: Part, other: Part) -> Part:
-    return merge(one[0].to(other[1].dtype), one[1], *other)
+    """The two together, in the memory of the first if that has the type of sums."""
+    out, lse = one[0].to(other[1].dtype), one[1]
+    merge_into(out, lse, *other)
+    return out, lse
 
 
 def _cut(pieces: list[Piece], x: torch.Tensor) -> list[tuple[Piece, torch.Tensor]]:

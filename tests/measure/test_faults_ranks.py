@@ -37,7 +37,8 @@ from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
-from lcbench.kernels.base import Kernel, Prepared, merge, prepare
+from lcbench.kernels.base import Kernel, Prepared, prepare
+from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.block_random import block_random
@@ -389,6 +390,19 @@ class Uncounted(Faulty):
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
+def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> Pair:
+    """The right one, into new memory."""
+    out, lse = out.clone(), lse.clone()
+    merge_into(out, lse, other, other_lse)
+    return out, lse
+
+
+def in_place(wrong: Callable[..., Pair], out: torch.Tensor, lse: torch.Tensor, *other: torch.Tensor) -> None:
+    merged, total = wrong(out, lse, *other)
+    out.copy_(merged)
+    lse.copy_(total)
+
+
 def averaged(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> Pair:
     """Both results weigh alike, where both have one."""
     merged, total = merge(out, lse, other, other_lse)
@@ -690,7 +704,7 @@ def measured(cell: Cell, dtype: str, gang: Gang, fault: Fault | None = None) -> 
     with pytest.MonkeyPatch.context() as patch:
         if fault:
             patch.setattr(lcbench.measure.cell, "Executor", fault.executor)
-            patch.setattr(lcbench.cp.execute, "merge", fault.merge)
+            patch.setattr(lcbench.cp.execute, "merge_into", partial(in_place, fault.merge))
         return measure_cell(work, gang, lambda _: None)
 
 
