@@ -115,6 +115,7 @@ class Executor:
         buffer_bytes: memory that is held for buffers as long as this object lives.
         calls: native kernel calls of this rank's forward pass.
         pairs: unmasked pairs that this rank computes, over the query heads that it computes them for.
+        collectives: the operations that go by collectives, by name.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class Executor:
             if (made := groups.among(members, channel)) is not None:
                 self._sets[channel, members] = made
         self.buffer_bytes = self._program.buffer_bytes
+        self.collectives = sorted({each.operation for each in self._program.lowered if each is not None})
         self._slots = [torch.zeros(size, dtype=torch.uint8, device=device) for size in self._program.slots]
         indices = [group.kv_heads for group in schedule.heads]
         self._kv_heads: list[HeadIndex] = [
@@ -422,7 +424,10 @@ class Executor:
         return event
 
     def timeline(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor | None) -> list[list[float]]:
-        """One iteration: (moment, begin, messages sent, tiles computed, messages there) of each moment, in seconds."""
+        """One iteration: (moment, begin, messages sent, tiles computed, messages there) of each moment, in seconds.
+
+        On CUDA these are times of the stream that computes: "sent" is when messages were allowed to leave.
+        """
         self._marks = []
         _, saved = self.forward(q, k, v)
         if dout is not None:

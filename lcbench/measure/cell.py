@@ -372,6 +372,7 @@ def _count(measured: Measured, executor: Executor, pairs: int, sent: dict[str, i
     metrics["comm/bytes"] = float(max(sum(n.values()) for n in rank_sent))
     metrics["memory/buffer_bytes"] = float(max(rank_buffers))
     measured.notes["kernel_calls"] = rank_calls
+    measured.notes["collectives"] = executor.collectives
     metrics["kernel/calls"] = float(max(measured.notes["kernel_calls"]))
 
 

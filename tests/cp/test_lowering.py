@@ -97,8 +97,10 @@ def test_ranks_of_a_head_exchange_are_sets_and_rings_around_them_are_not(ranks: 
 
 def test_sizes_that_differ_go_from_point_to_point() -> None:
     for ranks, seqlen, heads, strategy in (
-        (4, 67, Heads(8, 8, 8), Ulysses()), (4, 67, Heads(8, 8, 8), AllGather()), (3, 48, Heads(7, 7, 8), Ulysses(uneven_heads=True)),
-    ):  # fmt: skip
+        (4, 67, Heads(8, 8, 8), Ulysses()),
+        (4, 67, Heads(8, 8, 8), AllGather()),
+        (3, 48, Heads(7, 7, 8), Ulysses(uneven_heads=True)),
+    ):
         assert set(found(strategy, problem_of(ranks, seqlen, heads), causal(seqlen))) == {"p2p"}, strategy
 
 
@@ -159,35 +161,34 @@ def ways(rank: int, ranks: int) -> None:
         "contiguous": (Strict(), direct, "auto"), "messages, contiguous": (Strict(), direct, "p2p"),
         "contiguous, through the host": (Strict(), through_host, "auto"),
     }  # fmt: skip
-    for heads in (Heads(8, 8, 8), Heads(8, 2, 8)):
-        seqlen = 16 * ranks
+    seqlen = 16 * ranks
+    documents = causal_document(seqlen, seed=(0, 0), lengths=Explicit([seqlen // 2 + 3, seqlen // 2 - 3]))
+    for heads, mask in ((Heads(8, 8, 8), causal(seqlen)), (Heads(8, 2, 8), documents)):
         problem = problem_of(ranks, seqlen, heads, dtype="float64")
         tensors = [draw(name, np.arange(seqlen), problem, 7, CPU) for name in ("q", "k", "v", "dout")]
         dout = tensors.pop()
-        documents = causal_document(seqlen, seed=(0, 0), lengths=Explicit([seqlen // 2 + 3, seqlen // 2 - 3]))
-        for mask in (causal(seqlen), documents):
-            leaves = [x.clone().requires_grad_() for x in tensors]
-            out, lse = dense_attention(*leaves, dense_heads(mask, heads.q), problem.softmax_scale)
-            want = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
-            strategies = [s for name in names("cp") if not isinstance(s := build_strategy(load("cp", name)), Peer)]
-            strategies += [AllGather(order="contiguous"), AllGather(heads_per_step=1), Ulysses(stages=2), USP(2), LoongTrain(2)]
-            for strategy in strategies:
-                if strategy.unsupported(problem, mask):
-                    continue
-                schedule = strategy.schedule(problem, mask)
-                report, own = verify(schedule, mask, problem), schedule.layout.tokens(rank)
-                for way, (kernel, groups, lowered) in everything.items():
-                    case = f"{strategy} {way} {heads}"
-                    run = Executor(
-                        schedule, mask, kernel, problem, rank=rank, device=CPU, groups=groups, lowering=lowered  # type: ignore[arg-type]
-                    )  # fmt: skip
-                    for _ in range(2):  # buffers are used again
-                        got_out, saved = run.forward(*(x[own] for x in tensors))
-                        assert run.bytes_sent == report.forward_bytes[rank], case
-                        got = [got_out, run.lse(saved), *run.backward(dout[own], saved)]
-                        assert run.bytes_sent == report.backward_bytes[rank], case
-                    error = max(float((mine - exact[own]).abs().max()) for mine, exact in zip(got, want, strict=True))
-                    assert error <= 1e-12, f"{case}: {error}"
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out, lse = dense_attention(*leaves, dense_heads(mask, heads.q), problem.softmax_scale)
+        want = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
+        strategies = [s for name in names("cp") if not isinstance(s := build_strategy(load("cp", name)), Peer)]
+        strategies += [AllGather(order="contiguous"), AllGather(heads_per_step=1), Ulysses(stages=2), USP(2), LoongTrain(2)]
+        for strategy in strategies:
+            if strategy.unsupported(problem, mask):
+                continue
+            schedule = strategy.schedule(problem, mask)
+            report, own = verify(schedule, mask, problem), schedule.layout.tokens(rank)
+            for way, (kernel, groups, lowered) in everything.items():
+                case = f"{strategy} {way} {heads}"
+                run = Executor(
+                    schedule, mask, kernel, problem, rank=rank, device=CPU, groups=groups, lowering=lowered  # type: ignore[arg-type]
+                )  # fmt: skip
+                for _ in range(2):  # buffers are used again
+                    got_out, saved = run.forward(*(x[own] for x in tensors))
+                    assert run.bytes_sent == report.forward_bytes[rank], case
+                    got = [got_out, run.lse(saved), *run.backward(dout[own], saved)]
+                    assert run.bytes_sent == report.backward_bytes[rank], case
+                error = max(float((mine - exact[own]).abs().max()) for mine, exact in zip(got, want, strict=True))
+                assert error <= 1e-12, f"{case}: {error}"
     dist.barrier()
 
 
