@@ -379,7 +379,7 @@ class Executor:
     def _begin(self, compute: bool, communicate: bool) -> None:
         self.bytes_sent = 0
         self._compute, self._communicate = compute, communicate
-        self._works: dict[int, list[Waits]] = {}
+        self._works: dict[tuple[int, int], list[Waits]] = {}  # by when they end, and round
         self._apart = {}
         self._waiting: dict[tuple[int, int, tuple[int, int]], torch.Tensor] = {}
 
@@ -392,8 +392,9 @@ class Executor:
                 buffer[to:until] = self._own_rows(operand.kind, operand.group, begin, end)
         for operand in moment.zeroed:
             self._buffer(operand, number).zero_()
-        if self._communicate:
-            self._post(moment, 0)
+        rounds = moment.rounds if self._communicate else 0
+        for turn in range(min(rounds, 2)):
+            self._post(moment, turn)
         marks.append(self._mark())
         if self._compute:
             for call in moment.tiles:
@@ -401,13 +402,13 @@ class Executor:
                 if kernel is not None:
                     run_tile(call, kernel, number)
         marks.append(self._mark())
-        for turn in range(moment.rounds if self._communicate else 0):
-            if turn:
-                self._post(moment, turn)
-            _wait(self._works.pop(number, []))
+        for turn in range(rounds):
+            _wait(self._works.pop((number, turn), []))
             for message in moment.arrivals:
                 if message.round == turn:
                     self._unpack(message)
+            if turn + 2 < rounds:  # while the next one arrives
+                self._post(moment, turn + 2)
         if self._compute:
             for operand, parts in moment.flushes:
                 self._flush(operand, parts, number)
@@ -439,9 +440,10 @@ class Executor:
         return [[float(number), *(_seconds(first, mark) for mark in marks)] for number, marks in rows]
 
     def _post(self, moment: Moment, turn: int) -> None:
-        """All messages of a round, in one batch per channel and end: both directions at once, nobody waits for a turn."""
+        """All messages of a round: its collectives, and the others in one batch per channel and end: both directions at once, so
+        that nobody waits for a turn."""
         for exchange in [e for e in moment.exchanges if e.round == turn]:
-            self._works.setdefault(exchange.end, []).extend(self._post_exchange(exchange))
+            self._works.setdefault((exchange.end, turn), []).extend(self._post_exchange(exchange))
         sends = [m for m in moment.sends if m.round == turn]
         receives = [m for m in moment.receives if m.round == turn]
         for channel, end in sorted({(m.channel, m.end) for m in (*sends, *receives)}):
@@ -450,7 +452,7 @@ class Executor:
             self.bytes_sent += sum(x.numel() * x.element_size() for _, x in outgoing)
             incoming = [(_stretch(self._landing(m)), m.peer) for m in receives if (m.channel, m.end) == (channel, end)]
             works = self._messages([(_stretch(x), m.peer) for m, x in outgoing], incoming, group)
-            self._works.setdefault(end, []).extend(works)
+            self._works.setdefault((end, turn), []).extend(works)
 
     def _messages(
         self, outgoing: list[tuple[torch.Tensor, int]], incoming: list[tuple[torch.Tensor, int]], group: dist.ProcessGroup | None

@@ -20,7 +20,7 @@ from lcbench.cp.schedule import Schedule
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
 
-ROUND = 8  # sums of one head group that a rank receives in one round
+ROUND = 4  # sums of one head group that a rank receives in one round; two rounds are under way at once
 MOST_STRETCHES = 3  # as many messages of one kind to one rank at once, or more, are copied together and sent as one
 ALIGNMENT = 256  # bytes; what tensors of any type and a GPU's loads want
 
@@ -501,8 +501,12 @@ class Program:
         buffers = [b for lives in self._lives.values() for b in lives] + staged
         ticks = max(moment.rounds for moment in self.moments)
         free_from: list[int] = []
-        for buffer in sorted(buffers, key=lambda b: (b.birth, b.round or 0, -b.bytes)):
-            birth = buffer.birth * ticks + (buffer.round or 0)
+
+        def begins(buffer: Buffer) -> int:  # a round leaves while the one before it is waited for
+            return buffer.birth * ticks + max((buffer.round or 0) - 1, 0)
+
+        for buffer in sorted(buffers, key=lambda b: (begins(b), -b.bytes)):
+            birth = begins(buffer)
             buffer.bytes = -(-buffer.bytes // ALIGNMENT) * ALIGNMENT
             free = [i for i, time in enumerate(free_from) if time <= birth]
             if not free:
@@ -511,7 +515,8 @@ class Program:
                 free_from.append(0)
             buffer.slot = min(free, key=lambda i: (abs(self.slots[i] - buffer.bytes), i))
             self.slots[buffer.slot] = max(self.slots[buffer.slot], buffer.bytes)
-            free_from[buffer.slot] = (buffer.death + 1) * ticks if buffer.round is None else birth + 1
+            until = (buffer.death + 1) * ticks if buffer.round is None else buffer.birth * ticks + buffer.round + 1
+            free_from[buffer.slot] = until
 
     @property
     def buffer_bytes(self) -> int:
