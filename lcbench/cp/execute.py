@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -42,9 +43,13 @@ class Groups:
     that are not in them.
     """
 
-    def __init__(self, *, through_host: bool | None = None) -> None:
-        """``through_host``: see ``goes_through_host``; None: as the backend needs it."""
-        self._through_host = through_host
+    def __init__(self, *, timeout: timedelta | None = None, through_host: bool | None = None) -> None:
+        """
+        Args:
+            timeout: of operations; None: the backend's own.
+            through_host: see ``goes_through_host``; None: as the backend needs it.
+        """
+        self._timeout, self._through_host = timeout, through_host
         self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
 
     def of(self, channel: str) -> dist.ProcessGroup:
@@ -64,7 +69,7 @@ class Groups:
             if key == ("main", tuple(range(dist.get_world_size()))):
                 self._groups[key] = dist.group.WORLD
             else:
-                made = dist.new_group(list(members), pg_options=group_options(dist.get_backend()))
+                made = dist.new_group(list(members), self._timeout, pg_options=group_options(dist.get_backend()))
                 self._groups[key] = made if dist.get_rank() in members else None
         return self._groups[key]
 

@@ -76,10 +76,11 @@ def main(pack_path: Path, node_rank: int) -> None:
     marks = progress.share()
     _rest(marks)
     backend = _backend(device)
+    # Who watches the gang must speak before a collective gives up.
+    timeout = timedelta(seconds=pack.settings.hang["max_s"] + 2 * REST_S)
     dist.init_process_group(
         backend,
-        # Who watches the gang must speak before a collective gives up.
-        timeout=timedelta(seconds=pack.settings.hang["max_s"] + 2 * REST_S),
+        timeout=timeout,
         device_id=device if backend == "nccl" else None,
         pg_options=group_options(backend),
     )
@@ -87,7 +88,7 @@ def main(pack_path: Path, node_rank: int) -> None:
         close_all(sweep, pack)
     if not _nodes_are_well(pack, device, node_rank):
         sys.exit(FAILED_EXIT)
-    groups = Groups()
+    groups = Groups(timeout=timeout)
     gang = Gang(rank, world_size, device, groups, pack.settings.devices)
     # Its nodes' GPUs one by one stay in the pack's file.
     check = {k: v for k, v in sweep.pack_file(pack.id, "check.json").items() if k != "facts"} if rank == 0 else {}
