@@ -112,7 +112,8 @@ def precision(rank: int, ranks: int) -> None:
 
 
 def against_torch(rank: int, ranks: int) -> None:
-    """Forward and backward of every strategy, over its kernels alone and over torch's ring on the same kernel."""
+    """Forward and backward of every strategy, over its kernels alone and over torch's ring on the same kernel; where collectives
+    move its data, messages one by one too."""
     seqlen, device = 4096, torch.device("cpu")
     problem = Problem(seqlen, Heads(8, 4, 64), Scale(1, ranks), "float32", "forward_backward")
     mask, kernel, groups = causal(seqlen), SDPAFlash(), Groups()
@@ -126,6 +127,11 @@ def against_torch(rank: int, ranks: int) -> None:
             schedule = strategy.schedule(problem, mask)
             executor = Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups)
             runs[name] = executor, schedule.layout.tokens(rank)
+            if executor.collectives:
+                runs[f"{name} p2p"] = (
+                    Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups, lowering="p2p"),
+                    schedule.layout.tokens(rank),
+                )
     phases: dict[str, Callable[[Any], Any]] = {}
     for name, (run, tokens) in runs.items():
         tensors = [draw(x, tokens, problem, 0, device) for x in ("q", "k", "v", "dout")]
@@ -140,7 +146,7 @@ def against_torch(rank: int, ranks: int) -> None:
         for name in (name for name in runs if not name.startswith("torch")):
             own, alone = median[name], median[f"{name} compute"]
             print(
-                f"{name:<12} {ranks} ranks, causal, {seqlen} tokens: {1e3 * own:8.1f} ms, {own / alone:5.2f} of its kernels alone, "
+                f"{name:<14} {ranks} ranks, causal, {seqlen} tokens: {1e3 * own:8.1f} ms, {own / alone:5.2f} of its kernels alone, "
                 f"{own / peer_s:5.2f} of torch's ring ({1e3 * peer_s:.1f} ms)",
                 flush=True,
             )

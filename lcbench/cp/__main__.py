@@ -20,6 +20,7 @@ from rich.table import Table
 from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, run
 from lcbench.cp.base import Peer
 from lcbench.cp.draw import Timeline, save
+from lcbench.cp.lowering import operations_of
 from lcbench.cp.verify import Report, verify
 from lcbench.grid import build
 from lcbench.grid.build import build_mask, build_strategy
@@ -107,6 +108,7 @@ def _look(cell: Cell) -> tuple[dict[str, Any], Report | None]:
     schedule = strategy.schedule(problem, mask)
     planned = time.perf_counter() - begun
     report = verify(schedule, mask, problem)
+    operations = operations_of(getattr(strategy, "lowering", "auto"), "nccl")
     ranks = sorted({0, schedule.world_size // 2, schedule.world_size - 1})
     row |= {
         "steps": len(schedule.steps),
@@ -115,7 +117,7 @@ def _look(cell: Cell) -> tuple[dict[str, Any], Report | None]:
         "forward_bytes_out_of_node": int(report.forward_bytes_out.max()),
         "backward_bytes": int(report.backward_bytes.max()),
         "backward_bytes_out_of_node": int(report.backward_bytes_out.max()),
-        "buffer_bytes": max(report.buffer_bytes(rank) for rank in ranks),
+        "buffer_bytes": max(report.buffer_bytes(rank, operations) for rank in ranks),
         "plan_s": planned,
     }
     return row, report

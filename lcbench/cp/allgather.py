@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from lcbench.cp.layout import Layout
+from lcbench.cp.lowering import Lowered
 from lcbench.cp.ring import deal, too_short
 from lcbench.cp.schedule import HeadGroup, Move, Schedule, Step, columns
 from lcbench.cp.ulysses import check_count
@@ -22,7 +23,7 @@ ORDERS = ("auto", "zigzag", "contiguous")
 
 
 @dataclass(frozen=True)
-class AllGather:
+class AllGather(Lowered):
     """``heads_per_step``: key/value heads gathered at a time, or ``all``; ``order``: how tokens are dealt out."""
 
     heads_per_step: int | Literal["all"] = "all"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 class Strategy(Protocol):
     """A strategy as data, which the engine runs. One that is for a single rank sets ``one_rank = True``, which ``grid.build``
-    reads: where nobody asks for a scale it gets 1x1.
+    reads: where nobody asks for a scale it gets 1x1. One whose messages may be told how to go is a ``cp.lowering.Lowered``.
     """
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from lcbench.cp.layout import Layout, contiguous
+from lcbench.cp.lowering import Lowered
 from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups
 from lcbench.cp.ulysses import check_count
 from lcbench.masks.band import Ints, Run
@@ -27,7 +28,7 @@ MOST_CUTS = 1 << 14  # of the sequence, at the ends of what ranks need; with mor
 
 
 @dataclass(frozen=True)
-class GroupCast:
+class GroupCast(Lowered):
     """How finely work is dealt out, by which solver, and how finely the cast is overlapped.
 
     Attributes:

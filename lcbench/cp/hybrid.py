@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lcbench.cp.layout import Layout, zigzag
+from lcbench.cp.lowering import Lowered
 from lcbench.cp.ring import rings, too_short
 from lcbench.cp.schedule import Schedule, head_groups, singles
 from lcbench.masks.band import BandMask, Ints, Run
@@ -21,7 +22,7 @@ from lcbench.problem import Problem
 
 
 @dataclass(frozen=True)
-class Hybrid:
+class Hybrid(Lowered):
     """An assignment of documents to sub-groups of ranks.
 
     Attributes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lcbench.cp.layout import contiguous
+from lcbench.cp.lowering import Lowered
 from lcbench.cp.ring import too_short
 from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups, singles
 from lcbench.masks.band import BandMask, Ints
@@ -21,7 +22,7 @@ from lcbench.problem import Problem
 
 
 @dataclass(frozen=True)
-class LightSeq:
+class LightSeq(Lowered):
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return too_short(problem, problem.scale.world_size)
 

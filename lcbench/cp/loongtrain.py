@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from lcbench.cp.layout import Layout
+from lcbench.cp.lowering import Lowered
 from lcbench.cp.ring import Order, check_order, deal, too_short
 from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups
 from lcbench.cp.ulysses import check_count, gathered, indivisible_heads, returned
@@ -23,7 +24,7 @@ Placement = Literal["head_first", "context_first"]
 
 
 @dataclass(frozen=True)
-class LoongTrain:
+class LoongTrain(Lowered):
     """A grid of ``ulysses_degree`` ranks per head exchange and a double ring over the rest.
 
     Attributes:

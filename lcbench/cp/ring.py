@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from lcbench.cp.layout import Layout, contiguous, striped, zigzag
+from lcbench.cp.lowering import Lowered
 from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups, singles
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -21,7 +22,7 @@ ORDERS = {"zigzag": zigzag, "striped": striped, "contiguous": contiguous}
 
 
 @dataclass(frozen=True)
-class Ring:
+class Ring(Lowered):
     """``order``: how tokens are dealt out; ``auto``: zigzag or contiguous, whichever is better balanced by exact area."""
 
     order: Order = "auto"

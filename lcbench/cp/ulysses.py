@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lcbench.cp.layout import contiguous
+from lcbench.cp.lowering import Lowered
 from lcbench.cp.ring import too_short
 from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups
 from lcbench.masks.band import Ints
@@ -19,7 +20,7 @@ from lcbench.problem import Heads, Problem
 
 
 @dataclass(frozen=True)
-class Ulysses:
+class Ulysses(Lowered):
     """``uneven_heads``: let ranks have different numbers of query heads; ``stages``: parts of a rank's heads."""
 
     uneven_heads: bool = False

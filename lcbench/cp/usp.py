@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lcbench.cp.loongtrain import grid_schedule, largest_degree, ranks_of, refused_grid
+from lcbench.cp.lowering import Lowered
 from lcbench.cp.ring import Order, check_order
 from lcbench.cp.schedule import Schedule
 from lcbench.cp.ulysses import check_count
@@ -14,7 +15,7 @@ from lcbench.problem import Problem
 
 
 @dataclass(frozen=True)
-class USP:
+class USP(Lowered):
     """Ulysses inside a ring.
 
     Attributes:

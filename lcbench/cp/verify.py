@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcbench.cp.adjoint import Traffic, Transfer, Uses, traffic
+from lcbench.cp.lowering import Operation
 from lcbench.cp.program import Program
 from lcbench.cp.schedule import Schedule
 from lcbench.masks.band import BandMask, Ints
@@ -53,9 +54,9 @@ class Report:
         mean = self.rank_pairs.mean()
         return float(self.step_pairs.max(axis=1).sum() / mean) if mean else 1.0
 
-    def buffer_bytes(self, rank: int) -> int:
-        """Memory that a rank holds for buffers, besides its own tensors."""
-        return Program(self.schedule, self.traffic, self.problem, rank).buffer_bytes
+    def buffer_bytes(self, rank: int, operations: tuple[Operation, ...] = ()) -> int:
+        """Memory that a rank holds for buffers, besides its own tensors, where these operations go by collectives."""
+        return Program(self.schedule, self.traffic, self.problem, rank, operations).buffer_bytes
 
 
 def verify(schedule: Schedule, mask: Mask, problem: Problem) -> Report:

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -209,7 +209,7 @@ def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
             get_object(config["_target_"])(**_options(checked))  # its own checks
         except (TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{group}={name}: {error}") from error
-    return checked
+    return {option: value for option, value in checked.items() if option not in takes or not takes[option].left_out(value)}
 
 
 def _parsed(group: str, option: str, parameter: Parameter, value: Any) -> Any:
@@ -244,11 +244,16 @@ class Parameter:
     kind: Any  # the annotation itself; None where it says nothing, or cannot be resolved
     required: bool  # whether it has no default
     open: bool = False  # whether it stands for any others
+    unsaid: Any = inspect.Parameter.empty  # a value that no cell names: cells of before there was a choice keep their ids
 
     @property
     def optional(self) -> bool:
         """Whether it may be null."""
         return self.kind is None or "None" in self.annotation
+
+    def left_out(self, value: Any) -> bool:
+        """Whether a cell says nothing of it at this value."""
+        return self.unsaid is not inspect.Parameter.empty and value == self.unsaid
 
 
 @cache
@@ -256,17 +261,22 @@ def _parameters(target: str) -> dict[str, Parameter]:
     """Options of a target."""
     owner = get_object(target)
     names = vars(sys.modules[owner.__module__]) if hasattr(owner, "__module__") else {}
-    return {p.name: _parameter(p, names) for p in inspect.signature(owner).parameters.values()}
+    unsaid = {f.name for f in fields(owner) if f.metadata.get("left_out")} if is_dataclass(owner) else set()
+    return {p.name: _parameter(p, names, p.name in unsaid) for p in inspect.signature(owner).parameters.values()}
 
 
-def _parameter(parameter: inspect.Parameter, names: dict[str, Any]) -> Parameter:
+def _parameter(parameter: inspect.Parameter, names: dict[str, Any], unsaid: bool) -> Parameter:
     annotation, kind = parameter.annotation, None
     if annotation is not inspect.Parameter.empty:
         with suppress(Exception):  # a name that only type checkers import
             kind = eval(annotation, dict(names)) if isinstance(annotation, str) else annotation
             TypeAdapter(kind)
     return Parameter(
-        str(annotation), kind, parameter.default is inspect.Parameter.empty, parameter.kind is inspect.Parameter.VAR_KEYWORD
+        str(annotation),
+        kind,
+        parameter.default is inspect.Parameter.empty,
+        parameter.kind is inspect.Parameter.VAR_KEYWORD,
+        parameter.default if unsaid else inspect.Parameter.empty,
     )
 
 

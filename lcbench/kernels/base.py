@@ -1,4 +1,4 @@
-"""What a kernel is to the rest, and how partial results are merged.
+"""What a kernel is to the rest.
 
 Shapes, packed ("THD"): q, out, dout, dq (Tq, Hq, D); k, v, dk, dv (Tk, Hk, D); lse (Tq, Hq), natural logarithm, float32
 (float64 for float64 inputs), -inf for a row without keys. Query head h reads key/value head ``h // (Hq // Hk)``.
@@ -97,11 +97,13 @@ class Kernel(Protocol):
     """One way to compute attention. Modules import torch and libraries lazily: a plan on a login node asks without loading them.
 
     Three questions, each answered by None or by a reason that is stored word for word in the skipped result.
-    ``takes`` says what ``prepare`` is given: ``bands``, or ``blocks``, a block map in one piece. What is written out here holds
-    for a kernel that does not say otherwise.
+    ``takes`` says what ``prepare`` is given: ``bands``, or ``blocks``, a block map in one piece. ``contiguous_kv``: k and v are
+    to be contiguous each, because it reads them as (T, H, D) whatever their strides, or would copy them in every call; else they
+    are rows of one tensor, (T, Hk, 2, D). What is written out here holds for a kernel that does not say otherwise.
     """
 
     takes: ClassVar[str] = "bands"
+    contiguous_kv: ClassVar[bool] = False
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         """Why no machine can run this problem with it."""
@@ -199,6 +201,7 @@ class PreparedMaps:
     def __init__(self, kernel: Kernel, mask: BlockMap, heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
         each, group = heads.q // mask.maps, heads.q // heads.kv
         self._parts: list[tuple[Prepared, slice, slice]] = []
+        self._contiguous_kv = kernel.contiguous_kv
         for i in range(mask.maps):
             own, kv = slice(i * each, (i + 1) * each), slice(i * each // group, -(-(i + 1) * each // group))
             part = kernel.prepare(mask.bands(i), Heads(each, kv.stop - kv.start, heads.dim), dtype, device)
@@ -210,7 +213,7 @@ class PreparedMaps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        parts = [part.forward(q[:, own], k[:, kv], v[:, kv], softmax_scale=softmax_scale) for part, own, kv in self._parts]
+        parts = [part.forward(q[:, own], *self._of_heads(k, v, kv), softmax_scale=softmax_scale) for part, own, kv in self._parts]
         return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
 
     def backward(
@@ -227,12 +230,16 @@ class PreparedMaps:
         dq, dk, dv = zero_gradients(q, k, v)
         for part, own, kv in self._parts:
             grads = part.backward(
-                dout[:, own], q[:, own], k[:, kv], v[:, kv], out[:, own], lse[:, own], softmax_scale=softmax_scale
+                dout[:, own], q[:, own], *self._of_heads(k, v, kv), out[:, own], lse[:, own], softmax_scale=softmax_scale
             )
             # Several maps may share a key/value head, so gradients add up.
             for total, heads, grad in zip((dq, dk, dv), (own, kv, kv), grads, strict=True):
                 total[:, heads] += grad
         return dq, dk, dv
+
+    def _of_heads(self, k: torch.Tensor, v: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = k[:, heads], v[:, heads]
+        return (k.contiguous(), v.contiguous()) if self._contiguous_kv else (k, v)
 
 
 class Merged:
@@ -247,12 +254,17 @@ class Merged:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
+        from lcbench.kernels.merge import merge_into
+
         total: tuple[torch.Tensor, torch.Tensor] | None = None
         for part in self._parts:
             out, lse = part.forward(q, k, v, softmax_scale=softmax_scale)
             if len(self._parts) == 1:
                 return out, lse
-            total = (out.to(lse.dtype), lse) if total is None else merge(*total, out, lse)
+            if total is None:
+                total = out.to(lse.dtype), lse
+            else:
+                merge_into(*total, out, lse)
         if total is None:
             return torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
         return total
@@ -316,21 +328,3 @@ def zero_gradients(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     import torch
 
     return tuple(torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device) for x in inputs)
-
-
-def merge(
-    out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join two partial results over disjoint keys, (..., H, D) and (..., H), shifted by the larger LSE so that nothing overflows.
-
-    Rows empty in both stay 0 and -inf (the difference of two infinities is never taken).
-    """
-    import torch
-
-    top = torch.maximum(lse, other_lse)
-    shift = torch.where(top == -torch.inf, 0.0, top)
-    mine, theirs = torch.exp(lse - shift), torch.exp(other_lse - shift)
-    total = mine + theirs
-    scale = torch.where(total == 0, 1.0, total)
-    merged = out * (mine / scale)[..., None] + other_out.to(out.dtype) * (theirs / scale)[..., None]
-    return merged, torch.log(total) + shift

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import accumulation_dtype, merge, zero_gradients
+from lcbench.kernels.base import accumulation_dtype, zero_gradients
 from lcbench.masks.band import BandMask
 from lcbench.masks.convert import Piece, pieces
 
@@ -54,6 +54,8 @@ class PreparedPieces:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
+        from lcbench.kernels.merge import merge_into
+
         dtype = accumulation_dtype(q.dtype)
         if len(self._batches) == 1 and self._batches[0].covers(q, k):
             out, lse = self._batches[0].forward(q, k, v, softmax_scale)
@@ -63,7 +65,9 @@ class PreparedPieces:
         for batch in self._batches:
             part, part_lse = batch.forward(q, k, v, softmax_scale)
             rows = batch.q_index
-            out[rows], lse[rows] = merge(out[rows], lse[rows], part, part_lse)
+            own, own_lse = out[rows], lse[rows]
+            merge_into(own, own_lse, part, part_lse)
+            out[rows], lse[rows] = own, own_lse
         return out, lse
 
     def backward(

@@ -146,8 +146,9 @@ class Started:
                 schedule = work.strategy.schedule(problem, self.mask)
                 self.tokens = schedule.layout.tokens(gang.rank)
                 self.run = self.executor = Executor(
-                    schedule, self.mask, work.kernel, problem, rank=gang.rank, device=gang.device, groups=gang.groups
-                )
+                    schedule, self.mask, work.kernel, problem, rank=gang.rank, device=gang.device, groups=gang.groups,
+                    lowering=getattr(work.strategy, "lowering", "auto"),
+                )  # fmt: skip
         except Unsupported as refused:
             reason = str(refused)
         # One rank's tile may be what its kernel cannot run while the others' are well.
@@ -371,6 +372,7 @@ def _count(measured: Measured, executor: Executor, pairs: int, sent: dict[str, i
     metrics["comm/bytes"] = float(max(sum(n.values()) for n in rank_sent))
     metrics["memory/buffer_bytes"] = float(max(rank_buffers))
     measured.notes["kernel_calls"] = rank_calls
+    measured.notes["collectives"] = executor.collectives
     metrics["kernel/calls"] = float(max(measured.notes["kernel_calls"]))
 
 

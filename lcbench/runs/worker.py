@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lcbench.cp.execute import Groups
+from lcbench.cp.execute import Groups, group_options
 from lcbench.grid.build import allow, build_kernel, build_mask, build_strategy, check_targets, draws
 from lcbench.grid.cell import Cell
 from lcbench.measure import progress
@@ -72,20 +72,24 @@ def main(pack_path: Path, node_rank: int) -> None:
     sweep = Sweep(Path(pack.root), pack.sweep)
     allow(sweep.allowed())
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = _device(pack.site.get("device"))
+    device = _device(pack.site.get("device"), share=bool(pack.site.get("share_gpu")))
     marks = progress.share()
     _rest(marks)
+    backend = _backend(device)
+    # Who watches the gang must speak before a collective gives up.
+    timeout = timedelta(seconds=pack.settings.hang["max_s"] + 2 * REST_S)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        # Who watches the gang must speak before a collective gives up.
-        timeout=timedelta(seconds=pack.settings.hang["max_s"] + 2 * REST_S),
-        device_id=device if device.type == "cuda" else None,
+        backend,
+        timeout=timeout,
+        device_id=device if backend == "nccl" else None,
+        pg_options=group_options(backend),
     )
     if rank == 0:
         close_all(sweep, pack)
     if not _nodes_are_well(pack, device, node_rank):
         sys.exit(FAILED_EXIT)
-    gang = Gang(rank, world_size, device, Groups(), pack.settings.devices)
+    groups = Groups(timeout=timeout)
+    gang = Gang(rank, world_size, device, groups, pack.settings.devices)
     # Its nodes' GPUs one by one stay in the pack's file.
     check = {k: v for k, v in sweep.pack_file(pack.id, "check.json").items() if k != "facts"} if rank == 0 else {}
     # Memory is measured after a collection each, which need not visit all modules again.
@@ -93,7 +97,9 @@ def main(pack_path: Path, node_rank: int) -> None:
     gc.freeze()
     crew = Crew(gang, sweep, pack, Results(sweep, pack))
     # Only rank 0's is kept, and asking git costs a process.
-    if crew.measure_first(describe(device, _others(pack)) | {"check": check} if rank == 0 else {}):
+    communication = {"backend": backend, "through_host": groups.goes_through_host(device)}
+    provenance = describe(device, _others(pack)) | {"check": check, "communication": communication} if rank == 0 else {}
+    if crew.measure_first(provenance):
         crew.measure_again()
     if rank == 0:
         crew.store.release()
@@ -423,17 +429,27 @@ def _die_with_the_agent() -> None:
         os._exit(FAILED_EXIT)
 
 
-def _device(promised: str | None) -> torch.device:
-    """This rank's device; ``promised`` is the site's: ``cpu``, a GPU's name, or None for what there is."""
+def _device(promised: str | None, *, share: bool) -> torch.device:
+    """This rank's device; ``promised`` is the site's: ``cpu``, a GPU's name, or None for what there is.
+
+    ``share``: ranks that there is no GPU for take one that another has. Without, torch refuses them.
+    """
     if promised not in (None, "cpu") and not torch.cuda.is_available():
         raise RuntimeError(f"the site promises {promised}, and torch finds no CUDA device here")
     if torch.cuda.is_available() and promised != "cpu":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number = int(os.environ["LOCAL_RANK"])
+        device = torch.device("cuda", number % torch.cuda.device_count() if share else number)
         torch.cuda.set_device(device)
         return device
     # Ranks share the host's cores; more threads than that only get in each other's way.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     return torch.device("cpu")
+
+
+def _backend(device: torch.device) -> str:
+    """NCCL for GPUs, where every rank has one: it refuses two ranks on one."""
+    shared = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
+    return "nccl" if device.type == "cuda" and not shared else "gloo"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lcbench.grid.build import build_kernel
-from lcbench.kernels.base import Kernel, Platform, merge, native_calls, prepare, refusal
+from lcbench.kernels.base import Kernel, Platform, native_calls, prepare, refusal
 from lcbench.masks.band import Band, BandMask
 from lcbench.masks.block import BlockMap
 from lcbench.masks.block_random import block_random
@@ -112,18 +112,6 @@ def test_kernels_of_all_scores_refuse_what_cannot_fit() -> None:
     for name in ("naive", "sdpa_math", "flex"):
         assert "GiB or more" in str(kernel_of(name).unavailable(large, Platform("cpu", memory_bytes=64 << 30)))
     assert kernel_of("flex").unavailable(large, Platform("cuda", (9, 0), 64 << 30)) is None
-
-
-def test_merge_of_huge_scores_and_of_empty_rows_is_finite() -> None:
-    out, lse = torch.ones(3, 1, 2, dtype=torch.float64), torch.tensor([[1e4], [-torch.inf], [-torch.inf]], dtype=torch.float64)
-    other = 2 * torch.ones_like(out)
-    other_lse = torch.tensor([[1e4], [-1e4], [-torch.inf]], dtype=torch.float64)
-    out[1:] = 0
-    other[2] = 0
-    merged, merged_lse = merge(out, lse, other, other_lse)
-    assert merged[:, 0, 0].tolist() == [1.5, 2.0, 0.0]
-    assert torch.allclose(merged_lse[:2, 0], torch.tensor([1e4 + 0.6931471805599453, -1e4], dtype=torch.float64))
-    assert merged_lse[2, 0] == -torch.inf
 
 
 def test_a_kernel_that_ignores_the_mask_is_not_what_dense_attention_gives(tmp_path: Path) -> None:

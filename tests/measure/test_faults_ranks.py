@@ -32,12 +32,13 @@ from lcbench.cp.lightseq import LightSeq
 from lcbench.cp.loongtrain import LoongTrain
 from lcbench.cp.peers.library import AutogradRun
 from lcbench.cp.peers.torch_cp import TorchCP
-from lcbench.cp.program import Message, Piece, TileCall
+from lcbench.cp.program import Exchange, Message, Piece, TileCall
 from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
-from lcbench.kernels.base import Kernel, Prepared, merge, prepare
+from lcbench.kernels.base import Kernel, Prepared, prepare
+from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.block_random import block_random
@@ -108,7 +109,7 @@ class Deaf(Faulty):
         self._old: dict[int, torch.Tensor] = {}
         super().__init__(*args, **kwargs)
 
-    def _lost(self, message: Message) -> bool:
+    def _lost(self, message: Message | Exchange) -> bool:
         kind = self._kinds is None or message.kind.removeprefix("final_") in self._kinds
         return self.wrong and kind and (self._at is None or message.begin in self._at)
 
@@ -131,6 +132,17 @@ class Deaf(Faulty):
             place[first:] = old[first:]
         super()._unpack(message)
 
+    def _post_exchange(self, exchange: Exchange) -> Any:
+        if not self._lost(exchange):
+            return super()._post_exchange(exchange)
+        place, _ = self._end(exchange, exchange.target)
+        old = place.clone()
+        for work in super()._post_exchange(exchange):
+            work.wait()
+        first = len(place) - math.ceil(self._share * len(place))
+        place[first:] = old[first:]
+        return []
+
 
 class Rounded(Faulty):
     """Messages of these kinds travel in a lower precision."""
@@ -142,7 +154,12 @@ class Rounded(Faulty):
     def _pack(self, message: Message) -> torch.Tensor:
         found = super()._pack(message)
         kind = message.kind.removeprefix("final_")
-        return found.to(self._low).to(found.dtype) if self.wrong and kind in self._kinds else found
+        if not self.wrong or kind not in self._kinds:
+            return found
+        rounded = found.to(self._low).to(found.dtype)
+        if message.staging is not None:  # a collective sends its staging
+            found.copy_(rounded)
+        return rounded
 
 
 class Stale(Faulty):
@@ -387,6 +404,19 @@ class Uncounted(Faulty):
 # -- merges that are wrong ---------------------------------------------------------------------------------------------
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> Pair:
+    """The right one, into new memory."""
+    out, lse = out.clone(), lse.clone()
+    merge_into(out, lse, other, other_lse)
+    return out, lse
+
+
+def in_place(wrong: Callable[..., Pair], out: torch.Tensor, lse: torch.Tensor, *other: torch.Tensor) -> None:
+    merged, total = wrong(out, lse, *other)
+    out.copy_(merged)
+    lse.copy_(total)
 
 
 def averaged(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> Pair:
@@ -690,7 +720,7 @@ def measured(cell: Cell, dtype: str, gang: Gang, fault: Fault | None = None) -> 
     with pytest.MonkeyPatch.context() as patch:
         if fault:
             patch.setattr(lcbench.measure.cell, "Executor", fault.executor)
-            patch.setattr(lcbench.cp.execute, "merge", fault.merge)
+            patch.setattr(lcbench.cp.execute, "merge_into", partial(in_place, fault.merge))
         return measure_cell(work, gang, lambda _: None)
 
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# Libraries' messages go by communicators of their own, whatever the order in which they post them.
+CHANNEL = "library"
+
+
 class Segments(NamedTuple):
     """A mask as libraries know it: stretches ``bounds[i]:bounds[i+1]`` that see themselves, whole or causally."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from lcbench.cp.execute import Groups
 from lcbench.cp.layout import Layout, zigzag
 from lcbench.cp.loongtrain import largest_degree
-from lcbench.cp.peers.library import AutogradRun, missing, refused_length, refused_mask, segments
+from lcbench.cp.peers.library import CHANNEL, AutogradRun, missing, refused_length, refused_mask, segments
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
 from lcbench.kernels.te_fused import LIBRARIES
@@ -84,6 +84,6 @@ class TransformerEngine:
             degree = largest_degree(problem)
             sets = [ranks[i : i + degree] for i in range(0, len(ranks), degree)] + [ranks[i::degree] for i in range(degree)]
         # Every rank makes every group, in the same order.
-        mine = [group for members, group in [(members, groups.among(members)) for members in sets] if rank in members]
+        mine = [group for members, group in [(members, groups.among(tuple(members), CHANNEL)) for members in sets] if rank in members]
         attention.set_context_parallel_group(mine if len(mine) > 1 else mine[0], ranks, torch.cuda.Stream(), self.comm)
         return AutogradRun(attention, problem, mask, self.layout(problem), kernel, rank, device, groups)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from lcbench.cp.execute import Groups
 from lcbench.cp.layout import Layout, zigzag
 from lcbench.cp.loongtrain import largest_degree, refused_grid
-from lcbench.cp.peers.library import AutogradRun, missing, refused_length, refused_mask, segments
+from lcbench.cp.peers.library import CHANNEL, AutogradRun, missing, refused_length, refused_mask, segments
 from lcbench.cp.ulysses import check_count
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
@@ -75,7 +75,7 @@ class YunchangUSP:
         # As its set_seq_parallel_pg lays them out, which makes new ones each time. Every rank makes every group, in the same order.
         neighbours = [ranks[i : i + degree] for i in range(0, len(ranks), degree)]
         rings = [ranks[i::degree] for i in range(degree)]
-        made = {tuple(members): groups.among(members) for members in neighbours + rings}
+        made = {tuple(members): groups.among(tuple(members), CHANNEL) for members in neighbours + rings}
         PROCESS_GROUP.ULYSSES_PG = made[tuple(neighbours[rank // degree])]
         PROCESS_GROUP.RING_PG = made[tuple(rings[rank % degree])]
         # Without a causal mask the order of tokens means nothing to its plain ring.

@@ -1,0 +1,37 @@
+"""Joining partial results over disjoint keys, in place (the rescaling of FlashAttention, arXiv 2205.14135, section 3.1)."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from lcbench.kernels.base import importable
+
+
+def merge_into(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor) -> None:
+    """Make ``out`` (T, H, D) and ``lse`` (T, H) what they are together with the other partial result.
+
+    ``out`` and both LSE are in the type of sums, ``other_out`` in any; all may be slices of larger tensors. A row without keys
+    has LSE -inf and out 0 and takes the other's, which may be empty too. On CUDA one kernel does it, where Triton is installed;
+    elsewhere it is a pass over ``out``, and one that converts ``other_out`` if it is of another type.
+    """
+    if out.is_cuda and _triton_is_there():
+        from lcbench.kernels.triton_merge import fused_merge_into
+
+        fused_merge_into(out, lse, other_out, other_lse)
+    else:
+        plain_merge_into(out, lse, other_out, other_lse)
+
+
+def plain_merge_into(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor) -> None:
+    """The same by operations of torch."""
+    # exp(other) / (exp(own) + exp(other)); infinities of two empty rows have no difference.
+    weight = torch.sigmoid(other_lse - lse).nan_to_num_(nan=0.0)
+    out.lerp_(other_out.to(out.dtype), weight.unsqueeze(-1))
+    lse.copy_(torch.logaddexp(lse, other_lse))
+
+
+@cache
+def _triton_is_there() -> bool:
+    return importable("triton") is None
