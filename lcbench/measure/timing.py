@@ -20,7 +20,6 @@ import torch.distributed as dist
 from lcbench.measure import progress
 from lcbench.measure.stopping import Stopping
 
-
 # The device sleeps for this many times the shortest time in which the host has launched the phase so far, within bounds: the first
 # sleep is before anything is known, and a phase that waits for its kernels would otherwise have as long a sleep as itself.
 SLEEP_FACTOR = 1.5
