@@ -83,11 +83,18 @@ def test_it_checks_and_times_what_runs_and_names_the_rest(tmp_path: Path) -> Non
     assert "code -11" in checked["dying", "causal"]["reason"]
     assert "hang: nothing for 45 s" in checked["dying", "full"]["reason"]
     assert status["dying", "holes"] == "ok"
+    first = {(row["kernel"], row["mask"]): row["status"] for row in found["first_passes"]}
+    assert (first["sdpa_flash", "causal"], first["broken", "causal"], first["dying", "causal"]) == ("ok", "failed", "failed")
     timed = {(row["kernel"], row["mask"]): row for row in found["timings"]}
+    assert "as bands" in timed["sdpa_flash", "block_random"]["reason"]
+    assert all(row["check"]["of_bound"] <= 1 for row in found["timings"] if row["status"] == "ok")
+    # All kernels' first rows come before any second one.
+    order = [PLAN.timed.index((row["mask"], str(row["seqlen"]))) for row in found["timings"] if row["status"] == "ok"]
+    assert order == sorted(order)
     assert timed["sdpa_flash", "causal"]["tflops"]["backward"] > 0
     assert timed["flex_sparse", "causal"]["status"] == "unsupported"
     assert [timed[name, "causal"]["status"] for name in ("blind", "broken", "dying")] == ["wrong", "failed", "failed"]
-    assert timed["dying", "block_random"]["status"] == "ok"
+    assert timed["flex_sparse", "block_random"]["status"] == "ok"
     assert gpu_check.failed(found)
     assert found["measured_peak_tflops"] > 0
     assert "| sdpa_flash | causal | 256 |" in gpu_check.markdown(found)
@@ -98,6 +105,21 @@ def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
     found, _ = run(gpu_rows.kernels(["sdpa_flash"]), tmp_path, seconds=0.0)
     assert {row["status"] for row in found["checks"] + found["timings"]} == {"not reached"}
     assert not gpu_check.failed(found)
+
+
+def test_a_row_is_expected_to_take_what_the_host_needs_and_what_grows() -> None:
+    pace = gpu_check.Pace()
+    assert pace.expected(1e6) == 0.0  # of a first row nothing is known
+    pace.learn(64.0, 4.0)
+    assert pace.expected(256.0) == 16.0  # all of it may grow
+    assert pace.expected(1.0) == pace.expected(64.0) == 4.0  # none of it may
+    pace.learn(1.0, 1.2)
+    pace.learn(64.0, 3.0)  # another mask, of less work
+    assert pace.expected(256.0) == pytest.approx(1.2 + 2.8 * 4)
+    assert pace.expected(16.0) == pytest.approx(1.2 + 2.8 / 4)
+    assert pace.expected(1.0) == 1.2
+    for size in (1.0, 4.0, 64.0, 100.0, 1e4):
+        assert pace.expected(size) <= pace.expected(2 * size)
 
 
 def test_a_device_is_known_by_its_entry_or_its_name() -> None:
