@@ -41,7 +41,9 @@ HANG_S = 120.0
 GRACE_S = 60.0
 # What first passes and checks may take of all seconds; the rest is for timing.
 CHECK_PART = 0.4
-AT_ONCE = 8
+AT_ONCE = min(8, os.cpu_count() or 1)
+# A process may be silent for longer before its first word: it imports torch and libraries, and others do the same.
+IMPORT_S = 60.0
 # Processes of one job that may die or hang before the rest of its rows is given up.
 DEATHS = 8
 NO_TIME = "no time left"
@@ -83,6 +85,7 @@ class Child:
 
     job: Job
     process: Any
+    patience_s: float
     part: str = "first"
     doing: Row = field(default_factory=dict)
     heard: float = field(default_factory=time.monotonic)
@@ -180,11 +183,11 @@ def work_through(jobs: list[Job], plan: Plan, at_once: int, hang_s: float) -> It
                 process = context.Process(target=_child, args=(job, plan, theirs), daemon=True)
                 process.start()
                 theirs.close()
-                running[ours] = Child(job, process)
+                running[ours] = Child(job, process, patience_s=hang_s + IMPORT_S)
             for connection in wait(list(running), timeout=0.2):
                 assert isinstance(connection, Connection)
                 child = running[connection]
-                child.heard = time.monotonic()
+                child.heard, child.patience_s = time.monotonic(), hang_s
                 try:
                     kind, what = connection.recv()
                 except (EOFError, ConnectionResetError):
@@ -201,10 +204,12 @@ def work_through(jobs: list[Job], plan: Plan, at_once: int, hang_s: float) -> It
                 else:
                     child.ended = True
             for child in running.values():
-                late = child.asks is None and time.monotonic() - child.heard > hang_s
+                late = child.asks is None and time.monotonic() - child.heard > child.patience_s
                 if late or (child.doing and time.monotonic() > child.job.ends[child.part] + GRACE_S):
                     child.process.kill()  # its end of the pipe closes
-                    child.doing |= {"hang": f"hang: nothing for {hang_s:.0f} s" if late else "hang: beyond the time of all rows"}
+                    child.doing |= {
+                        "hang": f"hang: nothing for {child.patience_s:.0f} s" if late else "hang: beyond the time of all rows"
+                    }
             if running and not waiting and all(child.asks is not None for child in running.values()):
                 connection = min(running, key=lambda c: (running[c].asks, jobs.index(running[c].job)))
                 running[connection].asks, running[connection].heard = None, time.monotonic()
