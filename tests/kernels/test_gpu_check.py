@@ -58,7 +58,7 @@ class Dying(SDPAFlash):
         return super().prepare(mask, heads, dtype, device)
 
 
-def run(cast: dict[str, Kernel], out: Path, seconds: float = 400.0, hang_s: float = 60.0) -> tuple[dict[str, Any], list[str]]:
+def run(cast: dict[str, Kernel], out: Path, seconds: float = 2000.0, hang_s: float = 60.0) -> tuple[dict[str, Any], list[str]]:
     said: list[str] = []
     report = gpu_check.Report(PLAN, out, said.append)
     gpu_check.check(PLAN, cast, report, seconds=seconds, hang_s=hang_s)
