@@ -19,6 +19,7 @@ from lcbench.report.winners import winners
 from lcbench.runs.agent import _node_is_well
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.pack import Pack
+from lcbench.sweep import look
 from tests.report.made import PROVENANCE, made_sweep
 from tests.runs.test_corrupt import SETTINGS
 
@@ -80,3 +81,10 @@ def test_times_of_a_shared_gpu_are_in_no_table_of_times(tmp_path: Path) -> None:
     assert {str(cell) for cell in cells.columns[-1].cells} == {"no speed: 2 ranks shared a GPU"}
     assert Estimator.of(alone.root, {}, []).known
     assert not Estimator.of(shared.root, {}, []).known
+
+
+def test_the_cells_of_make_gpu_cells_can_all_run_on_ranks_that_share() -> None:
+    plan = look(["+experiment=gpu_cells,gpu_cells_sparse,gpu_cells_ranks"])
+    assert plan.site["share_gpu"]
+    assert [p.skip for p in plan.cells] == [None] * 20
+    assert {str(p.cell.scale) for p in plan.cells} == {"1x1", "1x2"}
