@@ -48,12 +48,12 @@ def test_every_kernel_and_mask_of_conf_is_read_as_hydra_reads_it() -> None:
 
 @dataclass(frozen=True)
 class Dying(SDPAFlash):
-    """Ends its process in the middle of a causal mask, as a segmentation fault does, and never returns from a full one."""
+    """Ends its process in the middle of what will be timed, as a segmentation fault does, and never returns from a full mask."""
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         if mask.pairs(1) == 96 * 96:
             time.sleep(1000)
-        if mask.pairs(1) in (96 * 97 // 2, 256 * 257 // 2):
+        if mask.pairs(1) == 256 * 257 // 2:
             os.kill(os.getpid(), signal.SIGSEGV)
         return super().prepare(mask, heads, dtype, device)
 
@@ -80,14 +80,14 @@ def test_it_checks_and_times_what_runs_and_names_the_rest(tmp_path: Path) -> Non
     assert (status["blind", "causal"], status["blind", "full"]) == ("wrong", "ok")
     assert "no kernel image" in checked["broken", "full"]["reason"]
     assert "no kernel image" in checked["broken", "full"]["traceback"]
-    assert "code -11" in checked["dying", "causal"]["reason"]
     assert "hang: nothing for 30 s" in checked["dying", "full"]["reason"]
     assert status["dying", "holes"] == "ok"
     first = {(row["kernel"], row["mask"]): row["status"] for row in found["first_passes"]}
+    assert {row["kernel"] for row in found["first_passes"] if "code -11" in row.get("reason", "")} == {"dying"}
     assert (first["sdpa_flash", "causal"], first["broken", "causal"], first["dying", "causal"]) == ("ok", "failed", "failed")
     timed = {(row["kernel"], row["mask"]): row for row in found["timings"]}
     assert "as bands" in timed["sdpa_flash", "block_random"]["reason"]
-    assert all(row["check"]["of_bound"] <= 1 for row in found["timings"] if row["status"] == "ok")
+    assert all(max(row["check"]["of_bound"].values()) <= 1 for row in found["timings"] if row["status"] == "ok")
     # All kernels' first rows come before any second one.
     order = [PLAN.timed.index((row["mask"], str(row["seqlen"]))) for row in found["timings"] if row["status"] == "ok"]
     assert order == sorted(order)
