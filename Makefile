@@ -6,20 +6,22 @@ TORCH := $(shell grep '^torch==' requirements.lock)
 TORCH_INDEX ?= # an index of torch's builds, such as the one of its CPU builds; empty: pip's own
 STAMP := $(VENV)/.lcbench-installed
 
-.PHONY: help setup demo test lint bench soak docs pictures mlflow browser cluster-up cluster-down cluster-status gpu-check
+.PHONY: help setup demo test lint bench soak docs pictures mlflow browser cluster-up cluster-down cluster-status gpu-check gpu-cells
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(STAMP) ## create .venv with exact pins (python3 must be 3.11 or later)
 
-# torch first, from an index of its own where one is named; it is in the lock, so that nothing that comes after moves it.
+# torch first, from an index of its own where one is named. It is in the lock, with the triton that its CUDA builds want, so that
+# nothing that comes after moves it; what does not fit together in the end stops here.
 $(STAMP): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lcbench needs Python 3.11 or later, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(if $(strip $(TORCH_INDEX)),--index-url $(strip $(TORCH_INDEX))) $(TORCH)
 	$(BIN)/pip install -q -c requirements.lock -e '.[dev]'
 	$(BIN)/python -c 'import sys; from importlib.metadata import version as v; n = v("torch").split("+")[0]; sys.exit(n != "$(TORCH)"[7:] and f"torch {n} was installed instead of $(TORCH)")'
+	$(BIN)/pip check
 	@touch $@
 
 demo: setup ## a small checked sweep on this machine and its report, in a few minutes
@@ -75,3 +77,9 @@ cluster-status: ## its nodes and daemons
 
 gpu-check: ## on a machine with a GPU: kernels against the reference, then timed; writes results/<gpu>/
 	$(PYTHON) -m lcbench.testing.gpu_check
+
+# Needs what planning needs (hydra-core, submitit, pydantic, pandas, scipy, rich, jinja2, filelock), not MLflow; lcbench need not be installed.
+gpu-cells: export PYTHONPATH := $(CURDIR):$(CURDIR)/launchers$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu-cells: ## on a machine with a GPU: whole cells through the worker, on one rank and on two that share it; writes results/<gpu>/cells/
+	out=$$($(PYTHON) -m lcbench.testing.gpu_check --folder) && \
+	$(PYTHON) -m lcbench.sweep +experiment=gpu_cells,gpu_cells_sparse,gpu_cells_ranks results="$$out" sweep=cells force=true

@@ -41,7 +41,7 @@ def load(
 
     Columns: ``sweep``, ``cell``, ``label``, ``status``, ``failure``, ``cause``, ``attempt``, ``started_at``, ``finished_at``;
     the axes (``kernel``, ``cp``, ``mask``, ``seqlen``, ``scale``, options as ``mask.left``); where it ran (``device``, ``gpu``,
-    ``nodes``, ``commit``); metrics in SI units (docs/metrics.md). A file that cannot be read is set aside, and
+    ``nodes``, ``commit``, ``no_speed``); metrics in SI units (docs/metrics.md). A file that cannot be read is set aside, and
     one that may not be read is left out, with a warning that names it.
 
     Raises:

@@ -257,6 +257,7 @@ class LocalSite(_Keys):
     budget: Budget | None = None
     max_minutes: Annotated[int | None, _maybe(_whole(LEAST_MINUTES, ": a shorter job is warned of its end at its start"))] = None
     check: Annotated[str, _one_of("stop", "warn")] = "stop"
+    share_gpu: bool = False
     publish: Annotated[str, _one_of("nodes", "login")] = "nodes"
     tracking_uri: Annotated[str | None, _maybe(_text)] = None
     env: Annotated[dict[str, str], BeforeValidator(_environment)] = {}

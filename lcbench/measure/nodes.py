@@ -7,6 +7,7 @@ do the links carry? A number from a node that is not well is worth less than non
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +54,14 @@ def node_facts(device: dict[str, Any] | None, gpus: int) -> tuple[dict[str, Any]
     return facts, gpu_problems(listed, device, gpus)
 
 
+def too_few(ranks: int) -> str | None:
+    """What is wrong where torch finds GPUs on this node, and fewer than ranks: for a site that promises nothing."""
+    here = torch.cuda.device_count()
+    if not 0 < here < ranks:
+        return None
+    return f"{here} of {ranks} GPUs; site.share_gpu=true has ranks share one, and site.device=cpu takes none"
+
+
 def gpu_problems(listed: Sequence[dict[str, str]], device: dict[str, Any], gpus: int) -> list[str]:
     """What is wrong with a node's GPUs."""
     problems = []
@@ -90,12 +99,15 @@ def check_gang(device: torch.device, local_size: int, facts: dict[str, Any]) -> 
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = {
         "node": node_name(), "device": device_name(device), "versions": versions(device),
-        "facts": facts if rank % local_size == 0 else None,
+        "facts": facts if rank % local_size == 0 else None, "gpu": _gpu(device),
+        "backend": dist.get_backend(),
     }  # fmt: skip
-    links: dict[str, float | None] = {"allreduce": _allreduce(device)}
-    if local_size > 1:
+    links: dict[str, float | None] = {}
+    if carries := device.type == "cpu" or dist.get_backend() == "nccl":  # gloo goes through the host, whatever the links are
+        links["allreduce"] = _allreduce(device)
+    if carries and local_size > 1:
         links["within a node"] = _exchange(device, _partner(rank % local_size, local_size, 1, rank - rank % local_size))
-    if size > local_size:
+    if carries and size > local_size:
         # Every rank with the rank of its number on the next node.
         links["between nodes"] = _exchange(device, _partner(rank // local_size, size // local_size, local_size, rank % local_size))
     everyone: list[Any] = [None] * size
@@ -111,6 +123,8 @@ def judge(everyone: Sequence[dict[str, Any]], kind: str) -> NodesCheck:
         usual = max(values, key=values.count)
         for other in (r for r in everyone if r[what] != usual):
             check.fallen.setdefault(other["node"], f"{what}: {_difference(other[what], usual)}")
+    if kind == "cuda" and (why := _no_speed(everyone)):
+        check.found["no_speed"] = why
     check.found["nodes"] = list(dict.fromkeys(r["node"] for r in everyone))
     check.found["versions"] = everyone[0]["versions"]
     check.found["facts"] = {r["node"]: r["facts"] for r in everyone if r["facts"]}
@@ -127,6 +141,20 @@ def judge(everyone: Sequence[dict[str, Any]], kind: str) -> NodesCheck:
         if kind == "cuda" and slowest[worst] < SLOW * median:
             check.fallen.setdefault(worst, f"{link}: {slowest[worst]:.1f} GB/s where the median node has {median:.1f}")
     return check
+
+
+def _no_speed(everyone: Sequence[dict[str, Any]]) -> str:
+    """Why times of these ranks say nothing about GPUs; empty if they do."""
+    most = max(Counter((r["node"], r["gpu"]) for r in everyone).values())
+    if most > 1:
+        return f"{most} ranks shared a GPU"
+    through_host = len(everyone) > 1 and everyone[0]["backend"] != "nccl"
+    return f"messages between GPUs went through the host ({everyone[0]['backend']})" if through_host else ""
+
+
+def _gpu(device: torch.device) -> str | None:
+    """Which GPU of its node a rank has; None for a CPU rank."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
 def _difference(value: Any, usual: Any) -> str:

@@ -90,8 +90,10 @@ def side_of(sweep: Sweep, across: Sequence[str] = ()) -> Side:
         key = json.dumps({k: v for k, v in cell.config.items() if k not in ("measure", *across)}, sort_keys=True)
         if key in good and across:
             raise ValueError(f"sweep {sweep.name} has several cells that differ in {', '.join(across)} only, such as {cell.label}")
-        if last is not None and last.status == "ok":
+        if last is not None and last.status == "ok" and not last.no_speed:
             good[key] = (cell, last)
+        elif last is not None and last.status == "ok":
+            others[key] = (cell, f"no speed: {last.no_speed}")
         else:
             failure = record.failure
             others[key] = (cell, f"{failure.kind}: {failure.cause}" if failure else record.status)

@@ -53,7 +53,7 @@ def _row(sweep: str, cell_id: str, record: Record, attempt: Attempt | None, samp
         "sweep": sweep, "cell": cell_id, "label": record.entry.cell.label,
         "status": attempt.status if attempt else record.status,
         "failure": failure.kind if failure else None, "cause": failure.cause if failure else None,
-        "attempt": attempt.number if attempt else 0,
+        "attempt": attempt.number if attempt else 0, "no_speed": attempt.no_speed if attempt else "",
         "started_at": attempt.started_at if attempt else None, "finished_at": attempt.finished_at if attempt else None,
         **flat_config(record.entry.cell),
     }  # fmt: skip
@@ -73,12 +73,16 @@ def reported(sweep: Sweep, seen: Look | None = None) -> pd.DataFrame:
     problem is neither mask, length, scale nor seed; ``where``: that with the seed, if there are several; ``tokens_per_rank``;
     ``<phase>_by_mean``: TFLOP/s per GPU with the mean over ranks for a time, as others count, where ours is the slowest rank's;
     ``timed/<phase>``: its time as a ``Median``, with the noise that all good cells of the sweep tell together.
+
+    Where ranks shared a GPU (``no_speed``) there is neither a time nor a rate.
     """
     import pandas as pd
 
     frame = pd.DataFrame(_rows(sweep.name, seen or sweep.look(), "newest", samples=True))
     if frame.empty:
         return frame
+    speeds = [c for c in frame.columns if c.startswith(("time/", "compute/", "overlap/", "draws/"))]
+    frame.loc[frame["no_speed"] != "", speeds] = np.nan
     for group in ("kernel", "cp", "mask"):
         frame[f"what_{group}"] = named(frame, group)
     differing = [axis for axis in CHOICE if axis == "cp" or frame[axis].nunique() > 1]
@@ -153,7 +157,7 @@ def _timed(rows: list[dict[str, Any]], phase: str) -> list[Median | None]:
     timings = []
     for row in rows:
         samples = {key: row.get(f"samples/{key}") for key in (f"{phase}_s", f"block_{phase}_s")}
-        timings.append(Timing.of(row, samples, phase) if row["status"] == "ok" else None)
+        timings.append(Timing.of(row, samples, phase) if row["status"] == "ok" and not row["no_speed"] else None)
     found = iter(medians([t for t in timings if t is not None]))
     return [None if t is None else next(found) for t in timings]
 

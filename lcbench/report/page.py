@@ -20,6 +20,7 @@ from lcbench.report import published
 from lcbench.report.environment import environment_of, links_of
 from lcbench.report.figures import Drawn, all_figures
 from lcbench.report.frame import good_rows, reported
+from lcbench.report.table import why_not
 from lcbench.report.tables import Table, rate_tables, rows_table
 from lcbench.report.winners import winners
 from lcbench.runs.store import Sweep
@@ -165,7 +166,7 @@ def _cells(frame: pd.DataFrame) -> list[dict[str, str]]:
             "noise %": shown(row, "time/noise", 100, ".1f"), "TFLOP/s per GPU": shown(row, "compute/tflops_per_gpu"),
             "by mean over ranks": shown(row, "total_by_mean"), "MFU %": shown(row, "compute/mfu", 100, ".1f"),
             "peak MiB": shown(row, "memory/peak_bytes", 2**-20, ".1f"), "sent MiB": shown(row, "comm/bytes", 2**-20, ".3g"),
-            "attempt": str(row["attempt"]), "why not": f"{row['failure']}: {row['cause']}" if row["failure"] else "",
+            "attempt": str(row["attempt"]), "why not": why_not(row),
         }
         for row in frame.to_dict("records")
     ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Group
@@ -60,9 +60,17 @@ def _row(cell_id: str, record: Record, label: str) -> dict[str, Any]:
         "peak_bytes": metrics.get("memory/peak_bytes"),
         "noise": metrics.get("time/noise"),
         "error": max(errors) if errors else None,
+        "no_speed": attempt.no_speed if attempt else "",
         "failure": failure.kind if failure else None,
         "cause": failure.cause if failure else None,
     }
+
+
+def why_not(row: Mapping[str, Any]) -> str:
+    """Why a cell has no result, or one that is checked and has no speed."""
+    if row["failure"]:
+        return f"{row['failure']}: {row['cause']}"
+    return f"no speed: {row['no_speed']}" if row["no_speed"] else ""
 
 
 def cells_table(seen: Look, name: str, ids: list[str] | None = None) -> Table:
@@ -85,7 +93,7 @@ def cells_table(seen: Look, name: str, ids: list[str] | None = None) -> Table:
             _shown(row["mfu"], 100, ".1f", "%"),
             _shown(row["peak_bytes"], 1 / (1 << 20), ".1f"),
             _shown(row["error"], 1, ".1e"),
-            plain(f"{row['failure']}: {row['cause']}" if row["failure"] else ""),
+            plain(why_not(row)),
         )
     return table
 

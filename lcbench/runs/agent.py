@@ -188,10 +188,13 @@ class RunPack:
 
 def _node_is_well(pack: Pack, node_rank: int, gpus: int) -> bool:
     """Look at this node before a worker starts; a node that falls out is named in the pack's end."""
-    from lcbench.measure.nodes import node_facts
+    from lcbench.measure.nodes import node_facts, too_few
 
-    device = next((d for d in pack.settings.devices if d["name"] == pack.site.get("device")), None)
-    facts, problems = node_facts(device, gpus)
+    promised = pack.site.get("device")
+    needed = 1 if pack.site.get("share_gpu") else gpus
+    facts, problems = node_facts(next((d for d in pack.settings.devices if d["name"] == promised), None), needed)
+    if promised is None and (problem := too_few(needed)):
+        problems.append(problem)
     write_json(pack.folder / "check" / f"node-{node_rank}.json", {**facts, "problems": problems})
     if problems:
         print(f"{facts['node']}: {'; '.join(problems)}", file=sys.stderr)

@@ -78,7 +78,8 @@ class Estimator:
         if attempt.failure is not None and attempt.failure.kind == "oom":
             tokens = cell.problem.seqlen
             self.too_large[like] = min(tokens, self.too_large.get(like, tokens))
-        if attempt.status == "ok" and {"time/total/median_s", "compute/tflops_per_gpu"} <= metrics.keys():
+        timed = {"time/total/median_s", "compute/tflops_per_gpu"} <= metrics.keys() and not attempt.no_speed
+        if attempt.status == "ok" and timed:
             pass_s = metrics["time/total/median_s"]
             work = metrics["compute/tflops_per_gpu"] * 1e12 * pass_s * cell.problem.scale.world_size
             prepare_s, first_pass_s, check_s = (metrics.get(f"time/{what}_s", 0.0) for what in ("prepare", "first_pass", "check"))

@@ -132,6 +132,12 @@ class Attempt:
         return int(self.metrics.get("time/blocks", 0))
 
     @property
+    def no_speed(self) -> str:
+        """Why its times say nothing about GPUs, such as ranks that shared one; its result is checked as any other."""
+        check = self.provenance.get("check")
+        return str(check.get("no_speed", "")) if isinstance(check, dict) else ""
+
+    @property
     def again(self) -> list[dict[str, Any]]:
         """Its later blocks: number, when each began and ended, and how many iterations of the samples are its own."""
         return list(self.provenance.get("again", []))

@@ -533,6 +533,7 @@ def _tags(attempts: list[Attempt]) -> dict[str, Any]:
         "lcbench.nodes": provenance.get("nodes") or "",
         "lcbench.device": provenance.get("device") or "",
         "lcbench.blocks": newest.blocks or "",
+        "lcbench.no_speed": newest.no_speed,
         "lcbench.lost_blocks": json.dumps(newest.lost_blocks) if newest.lost_blocks else "",
         "lcbench.stopped_by": provenance.get("stopped_by") or "",
         "lcbench.peak_source": provenance.get("peak_source") or "",
@@ -549,5 +550,6 @@ def _note(newest: Attempt) -> str:
     if failure is not None:
         said = f"**{newest.status}: {failure.kind}**: {failure.cause}"
     else:
-        said = f"{metrics.get(HEADLINE, 0.0):.4g} TFLOP/s per GPU, noise {metrics.get('time/noise', 0.0):.1%}"
+        said = f"no speed: {newest.no_speed}; " if newest.no_speed else ""
+        said += f"{metrics.get(HEADLINE, 0.0):.4g} TFLOP/s per GPU, noise {metrics.get('time/noise', 0.0):.1%}"
     return f"{said}\n\n    {shlex.join(['python', '-m', 'lcbench.rerun', f'{newest.sweep}/{newest.cell_id}'])}\n"

@@ -1,9 +1,11 @@
 """On a machine with a CUDA device: every kernel that runs there, checked on every mask and then timed. ``make gpu-check``.
 
-Each kernel has a process of its own: first all kernels are checked, several at once, so that what they compile is compiled before
-the clock; then one after the other is timed. A row is written as soon as it is there. A process that dies, or says nothing for
-``--hang`` seconds, costs one row, and a new process goes on with the next. ``--seconds`` is what all may take: a row that would not
-fit is left out, and named. Writes ``results/<gpu>/gpu-check.json`` and ``.md``; exit code 1 if a check failed.
+Each kernel has a process of its own. First they work several at once: a pass of what will be timed, so that it is compiled
+before the clock, then the checks. Then one process at a time uses the device: the first row of every kernel is timed, then the
+second. Each timed row has the whole check of a sweep's cell; of first passes only the seconds are kept. A row is written as soon as
+it is there. A process that dies, or says nothing for ``--hang`` seconds, costs one row, and a new process goes on with the next.
+``--seconds`` is what all may take: a row that would not fit is left out, and named. Writes ``results/<gpu>/gpu-check.json`` and
+``.md``; exit code 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -30,48 +33,85 @@ from lcbench.kernels.base import Kernel, refusal
 from lcbench.measure.environment import describe
 from lcbench.measure.peak import entry_of, measured_peak
 from lcbench.problem import Problem, Scale
-from lcbench.testing.gpu_rows import BOUNDS, Plan, Row, check_tasks, devices, guarded, kernels, time_tasks
+from lcbench.testing.gpu_rows import BOUNDS, Plan, Row, Task, check_tasks, devices, first_tasks, guarded, kernels, time_tasks
 
 SECONDS = 540.0
 HANG_S = 120.0
 # How long a row may take beyond the time in which rows begin.
 GRACE_S = 60.0
-# What checking may take of all seconds; the rest is for timing.
+# What first passes and checks may take of all seconds; the rest is for timing.
 CHECK_PART = 0.4
-AT_ONCE = 8
+AT_ONCE = min(8, os.cpu_count() or 1)
+# A process may be silent for longer before its first word: it imports torch and libraries, and others do the same.
+IMPORT_S = 60.0
 # Processes of one job that may die or hang before the rest of its rows is given up.
-DEATHS = 5
+DEATHS = 8
 NO_TIME = "no time left"
 
 
 @dataclass
 class Job:
-    """What one process at a time works through: the ``check`` or ``time`` rows of a kernel, or the ``device`` alone.
+    """What one process at a time works through: the rows of a kernel, or without one the device.
 
     Attributes:
-        ends: when no further row begins (``time.monotonic``).
+        ends: when no further row of a part begins (``time.monotonic``).
         done: rows that are there; a new process of the job skips them.
         deaths: processes of it that did not come to their end.
     """
 
-    part: str
     name: str = ""
     kernel: Kernel | None = None
-    ends: float = math.inf
+    ends: dict[str, float] = field(default_factory=dict)
     peak_tflops: float = 0.0
     done: int = 0
     deaths: int = 0
 
+    def tasks(self, plan: Plan) -> Iterator[tuple[str, Task]]:
+        """All its rows to be, each with its part."""
+        assert self.kernel is not None
+        for task in first_tasks(self.name, self.kernel, plan):
+            yield "first", task
+        for task in check_tasks(self.name, self.kernel, plan):
+            yield "check", task
+        for task in time_tasks(self.name, self.kernel, plan, self.peak_tflops):
+            yield "time", task
+
 
 @dataclass
 class Child:
-    """A process at work, as its parent sees it: what row it is at, and since when."""
+    """A process at work, as its parent sees it: what row of which part it is at, and since when. ``asks``: which row it wants the
+    device alone for; None if it does not wait.
+    """
 
     job: Job
     process: Any
+    patience_s: float
+    part: str = "first"
     doing: Row = field(default_factory=dict)
     heard: float = field(default_factory=time.monotonic)
+    asks: int | None = None
     ended: bool = False
+
+
+class Pace:
+    """How long rows of a kernel take: a part that no length changes, such as what the host does in a check, and one that grows with
+    the work.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[float, float] = {}  # the most of a size
+
+    def learn(self, size: float, seconds: float) -> None:
+        self._seconds[size] = max(seconds, self._seconds.get(size, 0.0))
+
+    def expected(self, size: float) -> float:
+        """From the row that is nearest in size, and a smaller one, if there is one, for what does not grow; 0 of a first row."""
+        if not self._seconds:
+            return 0.0
+        near = min(self._seconds, key=lambda known: abs(math.log(known / size)))
+        same = min((seconds for known, seconds in self._seconds.items() if known < near), default=0.0)
+        grown = max(self._seconds[near] - same, 0.0) * size / near
+        return same + grown if same or size >= near else self._seconds[near]
 
 
 class Report:
@@ -81,16 +121,18 @@ class Report:
         self._out, self._say, self._began = out, say, time.time()
         self.found: dict[str, Any] = {
             "provenance": {}, "measured_at": self._began, "seconds": 0.0, "settings": plan.settings, "measured_peak_tflops": 0.0,
-            "bounds": BOUNDS, "absent": {}, "checks": [], "timings": [],
+            "bounds": BOUNDS, "absent": {}, "first_passes": [], "checks": [], "timings": [],
         }  # fmt: skip
 
-    def add(self, job: Job, row: Row) -> None:
+    def add(self, job: Job, part: str, row: Row) -> None:
         found = self.found
-        if job.part == "device":
+        if job.kernel is None:
             found |= row
         elif "absent" in row:
             found["absent"][job.name] = row["absent"]
-        elif job.part == "check":
+        elif part == "first":
+            found["first_passes"].append(row)
+        elif part == "check":
             found["checks"].append(row)
             if row["status"] in ("wrong", "failed"):
                 self._say(f"{job.name}: {row['mask']} {row['heads']}: {row['status']}: {row.get('reason') or row['errors']}")
@@ -116,62 +158,69 @@ class Report:
 def check(plan: Plan, cast: dict[str, Kernel], report: Report, *, seconds: float, hang_s: float = HANG_S) -> None:
     """Check, then time, each kernel that runs here."""
     ends = time.monotonic() + seconds
-    for job, row in work_through([Job("device")], plan, 1, hang_s):
-        report.add(job, row)
+    for found in work_through([Job()], plan, 1, hang_s):
+        report.add(*found)
     peak = report.found["measured_peak_tflops"]
     checked = time.monotonic() + CHECK_PART * (ends - time.monotonic())
-    jobs = [Job("check", name, kernel, checked) for name, kernel in cast.items()]
-    for job, row in work_through(jobs, plan, AT_ONCE, hang_s):
-        report.add(job, row)
-    here = [(name, kernel) for name, kernel in cast.items() if name not in report.found["absent"]]
-    for place, (name, kernel) in enumerate(here):
-        # What a kernel leaves of its share is the next ones'.
-        share = max(0.0, ends - time.monotonic()) / (len(here) - place)
-        for job, row in work_through([Job("time", name, kernel, time.monotonic() + share, peak)], plan, 1, hang_s):
-            report.add(job, row)
+    by_part = {"first": checked, "check": checked, "time": ends}
+    for found in work_through([Job(name, kernel, by_part, peak) for name, kernel in cast.items()], plan, AT_ONCE, hang_s):
+        report.add(*found)
 
 
-def work_through(jobs: list[Job], plan: Plan, at_once: int, hang_s: float) -> Iterator[tuple[Job, Row]]:
-    """Rows of all jobs as they come. A process that dies or hangs costs the row that it was at."""
+def work_through(jobs: list[Job], plan: Plan, at_once: int, hang_s: float) -> Iterator[tuple[Job, str, Row]]:
+    """Rows of all jobs as they come, each with its part. A process that dies or hangs costs the row that it was at.
+
+    At most ``at_once`` processes work. When all that are left ask for the device, one gets it: the one whose row is the earliest
+    among those of its kernel.
+    """
     context = get_context("spawn")
     waiting, running = list(reversed(jobs)), dict[Connection, Child]()
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
+            while waiting and sum(child.asks is None for child in running.values()) < at_once:
                 job = waiting.pop()
-                ours, theirs = context.Pipe(duplex=False)
+                ours, theirs = context.Pipe()
                 process = context.Process(target=_child, args=(job, plan, theirs), daemon=True)
                 process.start()
                 theirs.close()
-                running[ours] = Child(job, process)
+                running[ours] = Child(job, process, patience_s=hang_s + IMPORT_S)
             for connection in wait(list(running), timeout=0.2):
                 assert isinstance(connection, Connection)
                 child = running[connection]
-                child.heard = time.monotonic()
+                child.heard, child.patience_s = time.monotonic(), hang_s
                 try:
                     kind, what = connection.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     del running[connection]
                     yield from _ended(child, waiting)
                     continue
-                if kind == "begins":
-                    child.doing = what
+                if kind == "asks":
+                    child.asks = what
+                elif kind == "begins":
+                    child.part, child.doing = what
                 elif kind == "row":
                     child.job.done, child.doing = child.job.done + 1, {}
-                    yield child.job, what
+                    yield child.job, *what
                 else:
                     child.ended = True
             for child in running.values():
-                late = time.monotonic() - child.heard > hang_s
-                if late or (child.doing and time.monotonic() > child.job.ends + GRACE_S):
+                late = child.asks is None and time.monotonic() - child.heard > child.patience_s
+                if late or (child.doing and time.monotonic() > child.job.ends[child.part] + GRACE_S):
                     child.process.kill()  # its end of the pipe closes
-                    child.doing |= {"hang": f"hang: nothing for {hang_s:.0f} s" if late else "hang: beyond its kernel's time"}
+                    child.doing |= {
+                        "hang": f"hang: nothing for {child.patience_s:.0f} s" if late else "hang: beyond the time of all rows"
+                    }
+            if running and not waiting and all(child.asks is not None for child in running.values()):
+                connection = min(running, key=lambda c: (running[c].asks, jobs.index(running[c].job)))
+                running[connection].asks, running[connection].heard = None, time.monotonic()
+                with suppress(OSError):  # it has died; its end is seen above
+                    connection.send("go")
     finally:
         for child in running.values():
             child.process.kill()
 
 
-def _ended(child: Child, waiting: list[Job]) -> Iterator[tuple[Job, Row]]:
+def _ended(child: Child, waiting: list[Job]) -> Iterator[tuple[Job, str, Row]]:
     """After a process has gone: a row for what it was at, and another process for the rest."""
     child.process.join()
     if child.ended:
@@ -179,59 +228,58 @@ def _ended(child: Child, waiting: list[Job]) -> Iterator[tuple[Job, Row]]:
     doing, job = dict(child.doing), child.job
     reason = doing.pop("hang", f"the process ended with code {child.process.exitcode}")
     job.deaths += 1
-    if job.part == "device":
+    if job.kernel is None:
         raise RuntimeError(f"the device could not be looked at: {reason}")
     if not doing and not job.done:
-        yield job, {"absent": f"{reason} while it was imported"}
+        yield job, "first", {"absent": f"{reason} while it was imported"}
         return
     if doing:
         job.done += 1
-        yield job, doing | {"status": "failed", "reason": reason}
+        yield job, child.part, doing | {"status": "failed", "reason": reason}
     if job.deaths < DEATHS:
         waiting.append(job)
     else:
         rest = {"kernel": job.name, "mask": "the rest", "seqlen": 0, "heads": "", "dtype": ""}
-        yield job, rest | {"status": "not reached", "reason": f"{job.deaths} processes ended before their time"}
+        yield job, "time", rest | {"status": "not reached", "reason": f"{job.deaths} processes ended before their time"}
 
 
-def _child(job: Job, plan: Plan, to: Connection) -> None:
+def _child(job: Job, plan: Plan, parent: Connection) -> None:
     """A process's work: the rows of a job from the first that is not done."""
-    if job.part == "device":
+    if job.kernel is None:
         peak = measured_peak(getattr(torch, plan.dtype), plan.device)
-        to.send(("row", {"provenance": describe(plan.device), "measured_peak_tflops": peak}))
-        _leave(to)
-    assert job.kernel is not None
-    if job.part == "check":
-        problem = Problem(plan.tokens, plan.heads, Scale(1, 1), plan.dtype, "forward")
-        if reason := refusal(job.kernel, problem, plan.device):
-            to.send(("row", {"absent": reason}))
-            _leave(to)
-        tasks = check_tasks(job.name, job.kernel, plan)
-    else:
-        tasks = time_tasks(job.name, job.kernel, plan, job.peak_tflops)
-    pace = 0.0  # seconds per work of the last row, but for what was compiled in it
-    for task in islice(tasks, job.done, None):
-        left = job.ends - time.monotonic()
-        if left <= 0 or pace * task.size > left:
-            to.send(("row", task.head | {"status": "not reached", "reason": NO_TIME}))
+        parent.send(("row", ("device", {"provenance": describe(plan.device), "measured_peak_tflops": peak})))
+        _leave(parent)
+    problem = Problem(plan.tokens, plan.heads, Scale(1, 1), plan.dtype, "forward")
+    if reason := refusal(job.kernel, problem, plan.device):
+        parent.send(("row", ("first", {"absent": reason})))
+        _leave(parent)
+    pace = Pace()
+    for number, (part, task) in islice(enumerate(job.tasks(plan)), job.done, None):
+        if task.alone:
+            parent.send(("asks", number))
+            parent.recv()
+        left, expected = job.ends[part] - time.monotonic(), pace.expected(task.size) if task.size else 0.0
+        if left <= expected:
+            reason = NO_TIME if left <= 0 else f"{left:.0f} s are left, and it would take {expected:.0f} s"
+            parent.send(("row", (part, task.head | {"status": "not reached", "reason": reason})))
             continue
-        to.send(("begins", task.head))
+        parent.send(("begins", (part, task.head)))
         begun = time.monotonic()
         row = guarded(task.run)
-        if task.size and row["status"] == "ok":
-            pace = (time.monotonic() - begun - row["metrics"]["time/first_pass_s"]) / task.size
-        to.send(("row", task.head | row))
+        if task.size and row["status"] == "ok":  # what was compiled in it will not be again
+            pace.learn(task.size, time.monotonic() - begun - row["metrics"]["time/first_pass_s"])
+        parent.send(("row", (part, task.head | row)))
         if plan.device.type == "cuda":
             try:
                 torch.cuda.synchronize()
             except RuntimeError:  # an error that stays: what is left needs another process
                 os._exit(1)
-    _leave(to)
+    _leave(parent)
 
 
-def _leave(to: Connection) -> NoReturn:
-    to.send(("end", None))
-    to.close()
+def _leave(parent: Connection) -> NoReturn:
+    parent.send(("end", None))
+    parent.close()
     os._exit(0)  # a library's own clean-up may hang
 
 
@@ -268,10 +316,17 @@ def markdown(found: dict[str, Any]) -> str:
             cells[4:] = ["" if peak is None else f"{peak / 2**20:.0f}", f"{row['metrics']['time/check_s']:.1f}"]
         why = "" if row["status"] == "ok" else f"{row['status']}: {str(row['reason']).splitlines()[0][:120]}"
         lines.append(f"| {' | '.join([row['kernel'], row['mask'], str(row['seqlen']), *cells, why])} |")
-    lines += ["", "| kernel | masks checked | wrong | failed | not reached |", "| --- " * 5 + "|"]
+    lines += [
+        "",
+        "Every rate is of a row that passed the whole check of a sweep's cell. Small masks against the reference:",
+        "",
+    ]
+    lines += ["| kernel | masks checked | wrong | failed | not reached | first passes s |", "| --- " * 6 + "|"]
     for name in dict.fromkeys(row["kernel"] for row in found["checks"]):
         own = [row["status"] for row in found["checks"] if row["kernel"] == name]
-        lines.append(f"| {name} | {own.count('ok')} | {own.count('wrong')} | {own.count('failed')} | {own.count('not reached')} |")
+        counts = " | ".join(str(own.count(status)) for status in ("ok", "wrong", "failed", "not reached"))
+        compiled = sum(row.get("seconds", 0.0) for row in found["first_passes"] if row["kernel"] == name)
+        lines.append(f"| {name} | {counts} | {compiled:.0f} |")
     lines += ["", "Not here:", "", *(f"- {name}: {reason}" for name, reason in found["absent"].items())]
     return "\n".join(lines) + "\n"
 
@@ -284,7 +339,8 @@ def folder(device: str) -> Path:
 
 def failed(found: dict[str, Any]) -> bool:
     return any(
-        row["status"] in ("wrong", "failed") and "oom" not in str(row.get("reason")) for row in found["checks"] + found["timings"]
+        row["status"] in ("wrong", "failed") and "oom" not in str(row.get("reason"))
+        for row in found["first_passes"] + found["checks"] + found["timings"]
     )
 
 
@@ -293,6 +349,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("kernels", nargs="*", help="names of kernels; all there are if not said")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"what all may take (default: {SECONDS:.0f})")
     parser.add_argument("--hang", type=float, default=HANG_S, help=f"a row may take so many seconds (default: {HANG_S:.0f})")
+    parser.add_argument("--folder", action="store_true", help="only print where results of this machine's GPU belong")
     parser.add_argument("--out", type=Path, help="folder of the report (default: results/<gpu>)")
     options = parser.parse_args(arguments)
     if unknown := set(options.kernels) - set(kernels()):
@@ -301,6 +358,9 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         print("gpu-check needs a CUDA device; torch sees none", file=sys.stderr)
         return 2
+    if options.folder:
+        print(folder(torch.cuda.get_device_name(0)))
+        return 0
     plan = Plan(torch.device("cuda", 0))
     report = Report(plan, options.out, partial(print, flush=True))
     check(plan, kernels(options.kernels or None), report, seconds=options.seconds, hang_s=options.hang)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from lcbench.grid.values import axis_values, parse_tokens
 from lcbench.kernels.base import Kernel, Unsupported, prepare, refusal
 from lcbench.kernels.reference import Reference
 from lcbench.masks.band import Band, BandMask, DoesNotFit
+from lcbench.masks.block import BlockMap
 from lcbench.masks.causal import causal
 from lcbench.masks.lengths import Uniform
 from lcbench.masks.mask import Mask
@@ -39,12 +41,14 @@ from lcbench.testing.shrink import shrunk, tokens_of
 # Half-precision products summed in float32: this much of the largest value of a tensor.
 BOUNDS = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-4, "float64": 1e-12}
 SETTINGS = {"warmup": 2, "min_iterations": 5, "max_iterations": 50, "budget_s": 1.0, "precision": 0.02, "timeline": False}
-# What matters most comes first: what a kernel's time does not suffice for is recorded as not reached.
+# What matters most comes first: what the time does not suffice for is recorded as not reached.
 TIMED = (
-    ("causal", "32k"), ("full", "32k"), ("causal_document", "32k"), ("sliding_window", "32k"), ("block_random", "32k"),
-    ("causal", "4k"), ("causal", "16k"), ("causal", "64k"), ("causal", "128k"), ("prefix_lm_causal", "32k"),
-    ("block_causal", "32k"),
+    ("causal", "32k"), ("block_random", "32k"), ("causal_document", "32k"), ("full", "32k"), ("sliding_window", "32k"),
+    ("causal", "4k"), ("causal", "16k"), ("causal", "64k"), ("prefix_lm_causal", "32k"), ("block_causal", "32k"),
+    ("causal", "128k"),
 )  # fmt: skip
+# First passes run several at once, so that compiling takes no time of the timings; a longer one would want much memory.
+FIRST_TOKENS = 32 << 10
 HEADS, SMALL_HEADS = Heads(64, 8, 128), (Heads(8, 2, 128), Heads(4, 4, 64))
 
 
@@ -53,11 +57,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """One row to be: what it is about, its work, and how much work it is among those of its kernel (0: not known)."""
+    """One row to be: what it is about, its work, and how much work it is among those of its kernel (0: not known). ``alone``: no
+    other process may use the device meanwhile.
+    """
 
     head: Row
     run: Callable[[], Row]
     size: float = 0.0
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,16 +199,50 @@ def _compare(kernel: Kernel, mask: Mask, problem: Problem, plan: Plan) -> Row:
     return {"status": "ok" if good else "wrong", "errors": errors, "calls": prepared.calls}
 
 
+def first_tasks(name: str, kernel: Kernel, plan: Plan) -> Iterator[Task]:
+    """A row per mask and length that will be timed and is not long: one pass, which compiles what it needs. Its result is not
+    looked at."""
+    for head, mask, problem, reason in _timed(name, kernel, plan):
+        if reason is None and problem.seqlen <= FIRST_TOKENS:
+            yield Task(head, partial(_first_pass, kernel, mask, problem, plan))
+
+
 def time_tasks(name: str, kernel: Kernel, plan: Plan, peak_tflops: float) -> Iterator[Task]:
-    """A row per mask and length: TFLOP/s forward and backward, the part of the measured peak, peak memory."""
+    """A row per mask and length: TFLOP/s forward and backward, the part of the measured peak, peak memory. What is timed is checked
+    by the whole check of a sweep's cell.
+    """
     gang = Gang(0, 1, plan.device, Groups(), devices())
+    for head, mask, problem, reason in _timed(name, kernel, plan):
+        if reason:
+            yield Task(head, partial(_refused, reason))
+        else:
+            work = Work(problem, partial(_same, mask), kernel, Local(), plan.settings, 0)
+            yield Task(head, partial(_measure, work, gang, peak_tflops), float(problem.seqlen) ** 2, alone=True)
+
+
+def _timed(name: str, kernel: Kernel, plan: Plan) -> Iterator[tuple[Row, Mask, Problem, str | None]]:
+    """What is to be timed, and why a kernel does not run it."""
     for mask_name, length in plan.timed:
         seqlen = parse_tokens(length)
         head: Row = {"kernel": name, "mask": mask_name, "seqlen": seqlen, "heads": str(plan.heads), "dtype": plan.dtype}
         mask = mask_of(mask_name, seqlen, plan.heads)
         problem, reason = _problem(kernel, mask, seqlen, plan.heads, plan)
-        work = Work(problem, partial(_same, mask), kernel, Local(), plan.settings, 0)
-        yield Task(head, partial(_refused, reason) if reason else partial(_measure, work, gang, peak_tflops), float(seqlen) ** 2)
+        if reason is None and isinstance(mask, BlockMap) and kernel.takes == "bands":
+            reason = "left to a sweep: it runs a block map as bands, in very many calls"
+        yield head, mask, problem, reason
+
+
+def _first_pass(kernel: Kernel, mask: Mask, problem: Problem, plan: Plan) -> Row:
+    tokens = np.arange(problem.seqlen)
+    q, k, v, dout = (draw(name, tokens, problem, 1, plan.device) for name in ("q", "k", "v", "dout"))
+    begun = time.perf_counter()
+    prepared = prepare(kernel, mask, problem.heads, getattr(torch, problem.dtype), plan.device)
+    out, lse = prepared.forward(q, k, v, softmax_scale=problem.softmax_scale)
+    if problem.backward:
+        prepared.backward(dout, q, k, v, out.to(q.dtype), lse, softmax_scale=problem.softmax_scale)
+    if plan.device.type == "cuda":
+        torch.cuda.synchronize(plan.device)
+    return {"status": "ok", "seconds": time.perf_counter() - begun}
 
 
 def _refused(reason: str) -> Row:

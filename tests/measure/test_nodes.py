@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lcbench.grid.devices import known_devices
-from lcbench.measure.nodes import _partner, check_gang, gpu_problems, judge
+from lcbench.measure.nodes import _partner, check_gang, gpu_problems, judge, too_few
 from lcbench.testing.spawn import run_ranks
 
 DEVICES = {entry["name"]: entry for entry in known_devices()}
@@ -62,6 +62,8 @@ def rank(node: str, link: float | None, **more: Any) -> dict[str, Any]:
         "device": "H100",
         "versions": {"torch": "2", "driver": "580"},
         "facts": None,
+        "gpu": node,
+        "backend": "nccl",
         "links": {"between nodes": link},
     }
     return said | more
@@ -78,6 +80,23 @@ def test_the_node_that_differs_or_is_slow_is_named() -> None:
     assert other.fallen == {"n3": "versions: driver 570 where others have 580"}
     mixed = judge([rank("n1", None), rank("n2", None), rank("n2", None, device="A100"), rank("n1", None)], "cuda")
     assert mixed.fallen == {"n2": "device: A100 where others have H100"}
+
+
+def test_ranks_on_one_gpu_are_counted_node_by_node() -> None:
+    apart = [rank(node, None, gpu=f"GPU-{gpu}") for node in ("n1", "n2") for gpu in (0, 1)]
+    assert "no_speed" not in judge(apart, "cuda").found
+    assert "no_speed" not in judge([rank("n1", 1.0, backend="gloo"), rank("n1", 1.0, backend="gloo")], "cpu").found
+    assert judge([*apart, *apart[3:], *apart[2:]], "cuda").found["no_speed"] == "3 ranks shared a GPU"
+    by_gloo = [r | {"backend": "gloo"} for r in apart]
+    assert judge(by_gloo, "cuda").found["no_speed"] == "messages between GPUs went through the host (gloo)"
+    assert "no_speed" not in judge(by_gloo[:1], "cuda").found
+
+
+def test_ranks_beyond_the_gpus_need_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    for here, ranks, few in ((0, 2, False), (1, 1, False), (8, 8, False), (1, 2, True), (3, 8, True)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda here=here: here)
+        assert bool(too_few(ranks)) == few
+    assert "3 of 8 GPUs; site.share_gpu=true" in str(too_few(8))
 
 
 def test_partners_are_mutual() -> None:
