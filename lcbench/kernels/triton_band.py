@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.triton_shapes import Shape, Shapes
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -35,12 +36,16 @@ class TritonBand(Kernel):
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         from lcbench.kernels.tile_tables import of_bands
-        from lcbench.kernels.triton_tiles import PreparedTiles, Tables
+        from lcbench.kernels.triton_tiles import PreparedTiles
 
         assert isinstance(mask, BandMask)
-        queries = Tables(of_bands(mask, self.block_q, self.block_k), device)
-        keys = Tables(of_bands(mask.transpose(), self.block_dk, self.block_dq), device)
-        return PreparedTiles(queries, keys, heads)
+        transposed = mask.transpose()
+        shapes = Shapes(
+            Shape(self.block_q, self.block_k, self.block_k, 8, 3),
+            Shape(self.block_q, self.block_k, self.block_k, 8, 2),
+            Shape(self.block_dk, self.block_dq, self.block_dq, 8, 2),
+        )
+        return PreparedTiles(lambda other, *tile: of_bands(transposed if other else mask, *tile), shapes, heads, device)
 
 
 def triton_limits(problem: Problem, platform: Platform) -> str | None:

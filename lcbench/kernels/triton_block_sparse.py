@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lcbench.kernels.base import Kernel, Platform, Prepared, importable, only_blocks
 from lcbench.kernels.triton_band import power_of_two_blocks, triton_limits
+from lcbench.kernels.triton_shapes import Shape, Shapes
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -42,9 +43,13 @@ class TritonBlockSparse(Kernel):
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         from lcbench.kernels.tile_tables import of_blocks
-        from lcbench.kernels.triton_tiles import PreparedTiles, Tables
+        from lcbench.kernels.triton_tiles import PreparedTiles
 
         assert isinstance(mask, BlockMap)
-        queries = Tables(of_blocks(mask, self.block_q, self.block_k), device)
-        keys = Tables(of_blocks(mask.transpose(), self.block_dk, self.block_dq), device)
-        return PreparedTiles(queries, keys, heads)
+        transposed = mask.transpose()
+        shapes = Shapes(
+            Shape(self.block_q, self.block_k, self.block_k, 8, 3),
+            Shape(self.block_q, self.block_k, self.block_k, 8, 2),
+            Shape(self.block_dk, self.block_dq, self.block_dq, 8, 2),
+        )
+        return PreparedTiles(lambda other, *tile: of_blocks(transposed if other else mask, *tile), shapes, heads, device)
