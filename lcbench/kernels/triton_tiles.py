@@ -107,9 +107,9 @@ def launch_forward(
     lse: torch.Tensor, scale: float,
 ) -> Any:  # fmt: skip
     """out and LSE into tensors given; returns what was compiled (None under the interpreter)."""
-    described, tiles = _tiles(shape, k, v)
+    described, tiles = _tiles(tables, shape, k, v)
     return forward_kernel[tables.blocks, q.shape[1]](
-        *tables.arguments, q, k, v, *tiles, out, lse, *_strides(q, k, v, out, lse), k.shape[0], scale * LOG2_E,
+        *tables.arguments, q, *tiles, out, lse, *_strides(q, k, v, out, lse), k.shape[0], scale * LOG2_E,
         **_constants(tables, shape, heads, q, described),
     )  # fmt: skip
 
@@ -133,9 +133,9 @@ def launch_dq(
     stats: torch.Tensor, dq: torch.Tensor, scale: float,
 ) -> Any:  # fmt: skip
     """dq into a tensor given."""
-    described, tiles = _tiles(shape, k, v)
+    described, tiles = _tiles(tables, shape, k, v)
     return dq_kernel[tables.blocks, q.shape[1]](
-        *tables.arguments, q, k, v, *tiles, dout, stats, dq, *_strides(q, k, v, dout, dq), stats.shape[2],
+        *tables.arguments, q, *tiles, dout, stats, dq, *_strides(q, k, v, dout, dq), stats.shape[2],
         k.shape[0], scale, scale * LOG2_E, **_constants(tables, shape, heads, q, described),
     )  # fmt: skip
 
@@ -145,9 +145,9 @@ def launch_dkv(
     stats: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, scale: float,
 ) -> Any:  # fmt: skip
     """dk and dv into tensors given."""
-    described, tiles = _tiles(shape, q, dout)
+    described, tiles = _tiles(tables, shape, q, dout)
     return dkv_kernel[tables.blocks, k.shape[1]](
-        *tables.arguments, q, k, v, dout, *tiles, stats, dk, dv, *_strides(q, k, v, dout, dk, dv), stats.shape[2],
+        *tables.arguments, k, v, *tiles, stats, dk, dv, *_strides(q, k, v, dout, dk, dv), stats.shape[2],
         q.shape[0], scale, scale * LOG2_E, **_constants(tables, shape, heads, q, described),
     )  # fmt: skip
 
@@ -171,17 +171,17 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [x.stride(i) for x in tensors for i in (0, 1)]
 
 
-def _tiles(shape: Shape, *tensors: torch.Tensor) -> tuple[bool, list[Any]]:
-    """Whether whole tiles of all the tensors can be read by tensor descriptors, and these, else the tensors as they are.
+def _tiles(tables: Tables, shape: Shape, *tensors: torch.Tensor) -> tuple[bool, list[Any]]:
+    """Whether tiles of the tensors can be read by tensor descriptors; and these, those of tested tiles last, else the tensors.
 
     A descriptor is of the matrix (tokens, heads and dims), which holds a head at ``head * stride`` whatever lies between heads.
     """
     if not (shape.described and all(_describable(x) for x in tensors)):
-        return False, list(tensors)
+        return False, [*tensors, *tensors]
+    widths = tables.constants["WIDTH"], tables.constants["TESTED"] or tables.constants["WIDTH"]
     return True, [
-        TensorDescriptor(
-            x, [x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]], [x.stride(0), 1], [shape.columns, x.shape[2]]
-        )
+        TensorDescriptor(x, [x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]], [x.stride(0), 1], [width, x.shape[2]])
+        for width in widths
         for x in tensors
     ]
 
@@ -210,12 +210,12 @@ def _block(x, t, h, first, size, head, last, d, D: tl.constexpr, PAD: tl.constex
 
 
 @triton.jit
-def _tile(x, t, h, first, size, head, d, D: tl.constexpr, PAD: tl.constexpr, DESCRIBED: tl.constexpr):
-    """A whole tile, by a tensor descriptor or by pointers."""
+def _tile(x, t, h, first, size, head, last, d, D: tl.constexpr, PAD: tl.constexpr, CUT: tl.constexpr, DESCRIBED: tl.constexpr):
+    """A tile by a tensor descriptor, zeros beyond the last token, or by pointers as ``_block``."""
     if DESCRIBED:
         return x.load([first, (head * h).to(tl.int32)])
     else:
-        return _block(x, t, h, first, size, head, first, d, D, PAD, False)
+        return _block(x, t, h, first, size, head, last, d, D, PAD, CUT)
 
 
 @triton.jit
@@ -280,7 +280,7 @@ def _place(order, block_rows, PER_MAP: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    block_rows, order, whole_at, whole, tested_at, tested, bands, q, k, v, k_tiles, v_tiles, out, lse,
+    block_rows, order, whole_at, whole, tested_at, tested, bands, q, k_tiles, v_tiles, k_narrow, v_narrow, out, lse,
     q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, l_t, l_h, num_k, scale_log2,
     GROUP: tl.constexpr, PER_MAP: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     TESTED: tl.constexpr, SINGLE: tl.constexpr, DESCRIBED: tl.constexpr, SUM: tl.constexpr,
@@ -296,8 +296,8 @@ def forward_kernel(
     i = tl.load(whole_at + 2 * entry)
     at, stop = tl.load(whole + 2 * i), tl.load(whole + 2 * i + 1)
     for _ in range(tl.load(whole_at + 2 * entry + 1)):
-        keys = _tile(k_tiles, k_t, k_h, at, columns, kv_head, d, D, PAD, DESCRIBED)
-        values = _tile(v_tiles, v_t, v_h, at, columns, kv_head, d, D, PAD, DESCRIBED)
+        keys = _tile(k_tiles, k_t, k_h, at, columns, kv_head, num_k, d, D, PAD, False, DESCRIBED)
+        values = _tile(v_tiles, v_t, v_h, at, columns, kv_head, num_k, d, D, PAD, False, DESCRIBED)
         total, weight, top = _attend(queries, keys, values, scale_log2, None, total, weight, top, False, SUM)
         i, at, stop = _walk(whole, i, at, stop, WIDTH, 2)
     if TESTED > 0:
@@ -305,8 +305,8 @@ def forward_kernel(
         i = tl.load(tested_at + 2 * entry)
         at, stop = tl.load(tested + 4 * i), tl.load(tested + 4 * i + 1)
         for _ in range(tl.load(tested_at + 2 * entry + 1)):
-            keys = _block(k, k_t, k_h, at, narrow, kv_head, num_k, d, D, PAD, True)
-            values = _block(v, v_t, v_h, at, narrow, kv_head, num_k, d, D, PAD, True)
+            keys = _tile(k_narrow, k_t, k_h, at, narrow, kv_head, num_k, d, D, PAD, True, DESCRIBED)
+            values = _tile(v_narrow, v_t, v_h, at, narrow, kv_head, num_k, d, D, PAD, True, DESCRIBED)
             allowed = _in_bands(bands, tested + 4 * i, begin + size, at + narrow, SINGLE)
             total, weight, top = _attend(queries, keys, values, scale_log2, allowed, total, weight, top, True, SUM)
             i, at, stop = _walk(tested, i, at, stop, TESTED, 4)
@@ -358,7 +358,7 @@ def delta_kernel(
 
 @triton.jit
 def dq_kernel(
-    block_rows, order, whole_at, whole, tested_at, tested, bands, q, k, v, k_tiles, v_tiles, dout, stats, dq,
+    block_rows, order, whole_at, whole, tested_at, tested, bands, q, k_tiles, v_tiles, k_narrow, v_narrow, dout, stats, dq,
     q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, g_t, g_h, padded_q, num_k, scale, scale_log2,
     GROUP: tl.constexpr, PER_MAP: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     TESTED: tl.constexpr, SINGLE: tl.constexpr, DESCRIBED: tl.constexpr, SUM: tl.constexpr,
@@ -375,8 +375,8 @@ def dq_kernel(
     i = tl.load(whole_at + 2 * entry)
     at, stop = tl.load(whole + 2 * i), tl.load(whole + 2 * i + 1)
     for _ in range(tl.load(whole_at + 2 * entry + 1)):
-        keys = _tile(k_tiles, k_t, k_h, at, columns, kv_head, d, D, PAD, DESCRIBED)
-        values = _tile(v_tiles, v_t, v_h, at, columns, kv_head, d, D, PAD, DESCRIBED)
+        keys = _tile(k_tiles, k_t, k_h, at, columns, kv_head, num_k, d, D, PAD, False, DESCRIBED)
+        values = _tile(v_tiles, v_t, v_h, at, columns, kv_head, num_k, d, D, PAD, False, DESCRIBED)
         p, ds = _weights(queries, keys, douts, values, lse_log2, deltas, scale_log2, None, False, SUM)
         total = tl.dot(ds.to(keys.dtype), keys, total, input_precision="ieee", out_dtype=SUM)
         i, at, stop = _walk(whole, i, at, stop, WIDTH, 2)
@@ -385,8 +385,8 @@ def dq_kernel(
         i = tl.load(tested_at + 2 * entry)
         at, stop = tl.load(tested + 4 * i), tl.load(tested + 4 * i + 1)
         for _ in range(tl.load(tested_at + 2 * entry + 1)):
-            keys = _block(k, k_t, k_h, at, narrow, kv_head, num_k, d, D, PAD, True)
-            values = _block(v, v_t, v_h, at, narrow, kv_head, num_k, d, D, PAD, True)
+            keys = _tile(k_narrow, k_t, k_h, at, narrow, kv_head, num_k, d, D, PAD, True, DESCRIBED)
+            values = _tile(v_narrow, v_t, v_h, at, narrow, kv_head, num_k, d, D, PAD, True, DESCRIBED)
             allowed = _in_bands(bands, tested + 4 * i, begin + size, at + narrow, SINGLE)
             p, ds = _weights(queries, keys, douts, values, lse_log2, deltas, scale_log2, allowed, True, SUM)
             total = tl.dot(ds.to(keys.dtype), keys, total, input_precision="ieee", out_dtype=SUM)
@@ -396,7 +396,7 @@ def dq_kernel(
 
 @triton.jit
 def dkv_kernel(
-    block_rows, order, whole_at, whole, tested_at, tested, bands, q, k, v, dout, q_tiles, dout_tiles, stats, dk, dv,
+    block_rows, order, whole_at, whole, tested_at, tested, bands, k, v, q_tiles, dout_tiles, q_narrow, dout_narrow, stats, dk, dv,
     q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, dk_t, dk_h, dv_t, dv_h, padded_q, num_q, scale, scale_log2,
     GROUP: tl.constexpr, PER_MAP: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     TESTED: tl.constexpr, SINGLE: tl.constexpr, DESCRIBED: tl.constexpr, SUM: tl.constexpr,
@@ -411,15 +411,16 @@ def dkv_kernel(
     values = _block(v, v_t, v_h, begin, size, kv_head, end, d, D, PAD, True)
     dk_total, dv_total = tl.zeros([HEIGHT, PAD], SUM), tl.zeros([HEIGHT, PAD], SUM)
     deltas_at = tl.num_programs(1).to(tl.int64) * GROUP * padded_q
+    # Two sums fill the registers: what does not change in a loop is better computed in it again than kept.
     for member in range(GROUP):
         head = kv_head * GROUP + member
         entry = (head // PER_MAP).to(tl.int32) * tl.num_programs(0) + block
         of_head = stats + head * padded_q
         i = tl.load(whole_at + 2 * entry)
         at, stop = tl.load(whole + 2 * i), tl.load(whole + 2 * i + 1)
-        for _ in range(tl.load(whole_at + 2 * entry + 1)):
-            queries = _tile(q_tiles, q_t, q_h, at, columns, head, d, D, PAD, DESCRIBED)
-            douts = _tile(dout_tiles, o_t, o_h, at, columns, head, d, D, PAD, DESCRIBED)
+        for _ in tl.range(tl.load(whole_at + 2 * entry + 1), disable_licm=True):
+            queries = _tile(q_tiles, q_t, q_h, at, columns, head, num_q, d, D, PAD, False, DESCRIBED)
+            douts = _tile(dout_tiles, o_t, o_h, at, columns, head, num_q, d, D, PAD, False, DESCRIBED)
             lse_log2, deltas = tl.load(of_head + at + columns), tl.load(of_head + deltas_at + at + columns)
             dk_total, dv_total = _add_gradients(
                 keys, queries, values, douts, lse_log2, deltas, scale_log2, None, dk_total, dv_total, False, SUM
@@ -429,9 +430,9 @@ def dkv_kernel(
             narrow = tl.arange(0, TESTED)
             i = tl.load(tested_at + 2 * entry)
             at, stop = tl.load(tested + 4 * i), tl.load(tested + 4 * i + 1)
-            for _ in range(tl.load(tested_at + 2 * entry + 1)):
-                queries = _block(q, q_t, q_h, at, narrow, head, num_q, d, D, PAD, True)
-                douts = _block(dout, o_t, o_h, at, narrow, head, num_q, d, D, PAD, True)
+            for _ in tl.range(tl.load(tested_at + 2 * entry + 1), disable_licm=True):
+                queries = _tile(q_narrow, q_t, q_h, at, narrow, head, num_q, d, D, PAD, True, DESCRIBED)
+                douts = _tile(dout_narrow, o_t, o_h, at, narrow, head, num_q, d, D, PAD, True, DESCRIBED)
                 lse_log2, deltas = tl.load(of_head + at + narrow), tl.load(of_head + deltas_at + at + narrow)
                 allowed = _in_bands(bands, tested + 4 * i, begin + size, at + narrow, SINGLE)
                 dk_total, dv_total = _add_gradients(
