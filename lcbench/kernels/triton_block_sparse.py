@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, importable, only_blocks
-from lcbench.kernels.triton_band import power_of_two_blocks, triton_limits
-from lcbench.kernels.triton_shapes import Shape, Shapes
+from lcbench.kernels.base import Platform, Prepared, importable, only_blocks
+from lcbench.kernels.triton_band import triton_limits
+from lcbench.kernels.triton_shapes import Tiled
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -20,17 +20,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TritonBlockSparse(Kernel):
-    """Tiles have at most ``block_q`` rows and ``block_k`` columns in forward and dq, ``block_dk`` and ``block_dq`` in dk and dv."""
+class TritonBlockSparse(Tiled):
+    """Any block map in one call: tiles have at most the rows and columns that ``Tiled`` says."""
 
-    block_q: int = 64
-    block_k: int = 64
-    block_dk: int = 64
-    block_dq: int = 32
     takes: ClassVar[str] = "blocks"
-
-    def __post_init__(self) -> None:
-        power_of_two_blocks(self.block_q, self.block_k, self.block_dk, self.block_dq)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return only_blocks(mask)
@@ -47,9 +40,5 @@ class TritonBlockSparse(Kernel):
 
         assert isinstance(mask, BlockMap)
         transposed = mask.transpose()
-        shapes = Shapes(
-            Shape(self.block_q, self.block_k, self.block_k, 8, 3),
-            Shape(self.block_q, self.block_k, self.block_k, 8, 2),
-            Shape(self.block_dk, self.block_dq, self.block_dq, 8, 2),
-        )
+        shapes = self.shapes(heads.dim, dtype.itemsize, Platform.of(device).capability)
         return PreparedTiles(lambda other, *tile: of_blocks(transposed if other else mask, *tile), shapes, heads, device)

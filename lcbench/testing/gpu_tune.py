@@ -63,8 +63,9 @@ class Candidate:
 # (rows, columns, columns of a tested tile, warps, stages), likely ones first; the first few are tried without descriptors as well.
 TRIED = {
     "forward": (
-        (64, 64, 64, 4, 3), (128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3), (128, 128, 128, 8, 3), (128, 128, 64, 8, 2),
-        (64, 64, 32, 4, 3), (128, 128, 32, 8, 3), (64, 128, 64, 4, 2), (128, 64, 64, 8, 4), (64, 128, 128, 4, 3), (128, 64, 64, 4, 3),
+        (64, 64, 64, 4, 3), (128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3), (128, 128, 128, 8, 3),
+        (128, 128, 64, 8, 2), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3), (64, 128, 64, 4, 2), (128, 64, 64, 8, 4),
+        (64, 128, 128, 4, 3), (128, 64, 64, 4, 3),
     ),
     "dq": (
         (64, 64, 64, 4, 2), (128, 64, 64, 8, 3), (64, 32, 32, 4, 3), (64, 64, 32, 4, 2), (128, 128, 64, 8, 2), (64, 64, 64, 4, 3),
@@ -139,8 +140,8 @@ class Checked:
 
     def __init__(self, name: str, heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
         self.cell = cell = Cell(small(name, heads), heads, dtype, device)
-        leaves = [x.cpu().double().requires_grad_() for x in (cell.q, cell.k, cell.v)]
-        out, lse = dense_attention(*leaves, dense_heads(cell.mask, heads.q), cell.scale)
+        q, k, v = leaves = [x.cpu().double().requires_grad_() for x in (cell.q, cell.k, cell.v)]
+        out, lse = dense_attention(q, k, v, dense_heads(cell.mask, heads.q), cell.scale)
         grads = torch.autograd.grad(out, leaves, cell.dout.cpu().double())
         found = zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads), strict=True)
         self.wanted = {name: x.to(device) for name, x in found}
