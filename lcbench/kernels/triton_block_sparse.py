@@ -1,6 +1,6 @@
 """Block-sparse flash attention in Triton: uniform and variable blocks, a map for each head or for many, in one call.
 
-Rows of tiles are cut where blocks end, so a kept block is computed whole and without a mask, and nothing else is.
+Rows of tiles are cut where blocks end, so kept blocks are computed without a mask but for what whole tiles leave of them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class TritonBlockSparse(Tiled):
     """Any block map in one call: tiles have at most the rows and columns that ``Tiled`` says."""
 
     takes: ClassVar[str] = "blocks"
+    largest: ClassVar[int] = 64  # blocks may be of 64 tokens, and tiles end where blocks do
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return only_blocks(mask)

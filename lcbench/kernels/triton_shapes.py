@@ -6,7 +6,7 @@ No torch: a plan asks on a login node.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from lcbench.kernels.base import Kernel, Platform
 from lcbench.problem import Heads
@@ -63,6 +63,7 @@ class Tiled(Kernel):
     block_k: int | None = None
     block_dk: int | None = None
     block_dq: int | None = None
+    largest: ClassVar[int] = 128  # the most tokens of a tile's side, of those that are tuned
 
     def __post_init__(self) -> None:
         """Raises ValueError for a tile that Triton cannot have."""
@@ -73,14 +74,19 @@ class Tiled(Kernel):
     def shapes(self, dim: int, itemsize: int, capability: tuple[int, int]) -> Shapes:
         """The launch shapes for a head dim, bytes of a number and a compute capability."""
         tuned = TUNED.get(capability, {}).get(dim) if itemsize == 2 else None
-        queries, keys = (self.block_q, self.block_k), (self.block_dk, self.block_dq)
-        if tuned and queries == (None, None) == keys:
-            return tuned
         room = SHARED.get(capability, 99) - REST
-        forward = tuned.forward if tuned and queries == (None, None) else _fitting(*queries, 1, 3, 64, dim, itemsize, room)
-        dq = tuned.dq if tuned and queries == (None, None) else _fitting(*queries, 2, 2, 64, dim, itemsize, room)
-        dkv = tuned.dkv if tuned and keys == (None, None) else _fitting(*keys, 2, 2, 32, dim, itemsize, room)
-        return Shapes(forward, dq, dkv)
+        queries, keys = (self.block_q, self.block_k), (self.block_dk, self.block_dq)
+
+        def chosen(known: Shape | None, sides: tuple[int | None, int | None], kept: int, stages: int, tested: int) -> Shape:
+            if known and sides == (None, None) and max(known.rows, known.columns) <= self.largest:
+                return known
+            return _fitting(*sides, kept, stages, tested, dim, itemsize, room)
+
+        return Shapes(
+            chosen(tuned and tuned.forward, queries, 1, 3, 64),
+            chosen(tuned and tuned.dq, queries, 2, 2, 64),
+            chosen(tuned and tuned.dkv, keys, 2, 2, 32),
+        )
 
     def launch(self, heads: Heads, dtype: str, platform: Platform) -> dict[str, Any]:
         shapes = self.shapes(heads.dim, {"float64": 8, "float32": 4}.get(dtype, 2), platform.capability)
