@@ -11,7 +11,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lcbench.masks.band import BandMask
 from lcbench.masks.block import BlockMap
@@ -125,6 +125,10 @@ class Kernel(Protocol):
     def rounding(self, platform: Platform) -> Rounding:
         """Where it rounds more than others do."""
         return Rounding()
+
+    def launch(self, heads: Heads, dtype: str, platform: Platform) -> dict[str, Any]:
+        """How it is laid on such a device, where it chooses that itself and no option of the cell says it; stored with results."""
+        return {}
 
     @abstractmethod
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:

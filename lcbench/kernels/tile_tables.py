@@ -1,7 +1,8 @@
 """Masks as tables of tiles: what a flash kernel of our own reads to know which keys each of its blocks of rows visits.
 
 A block of rows has stretches of columns that it sees whole, and stretches that are tested against a few bands. Tiles that hold no
-pair are in neither. The work to build them goes with bands and with tiles at their edges, never with the plane.
+pair are in neither. Whole stretches consist of tiles of ``width`` columns, tested ones of tiles of ``tested_width``. The work to
+build the tables goes with bands and with tiles at their edges, never with the plane.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ class TileTables:
     Attributes:
         rows: (blocks, 2): first row, last row + 1.
         order: (maps, blocks): blocks by falling work, so that the longest begin first.
-        whole_at, whole: columns ``whole[whole_at[e]:whole_at[e + 1]]``, each (begin, end), seen by every row of the block.
-        tested_at, tested: likewise (begin, end, first band, last band + 1): a column counts where one of these bands has it.
+        whole_at: (entries, 2): where the stretches of an entry begin in ``whole``, and how many tiles they have in all.
+        whole: (n, 2): columns (begin, end) that every row of the block sees; a multiple of ``width`` long.
+        tested_at: (entries, 2): as ``whole_at``, for ``tested``.
+        tested: (n, 4): (begin, end, first band, last band + 1): a column counts where one of these bands has it. A multiple of
+            ``tested_width`` long; the last tile may reach beyond the last column.
         bands: (n, 6), as in ``BandMask``.
         height: the most rows of a block.
-        width: columns per tile; ``tested`` stretches begin at multiples of it.
+        width, tested_width: columns per tile.
     """
 
     rows: Ints
@@ -37,15 +41,17 @@ class TileTables:
     bands: Ints
     height: int
     width: int
+    tested_width: int
 
     @property
-    def tiles(self) -> int:
-        """Tiles that are visited, of all maps."""
-        return sum(int((-(-(part[:, 1] - part[:, 0]) // self.width)).sum()) for part in (self.whole, self.tested))
+    def single(self) -> bool:
+        """Whether every tested tile has one band."""
+        return bool((self.tested[:, 3] - self.tested[:, 2] == 1).all())
 
 
-def of_bands(mask: BandMask, height: int, width: int) -> TileTables:
-    """Tables of a band mask on a grid of ``height`` x ``width`` tiles."""
+def of_bands(mask: BandMask, height: int, width: int, tested_width: int) -> TileTables:
+    """Tables of a band mask; ``width`` is a multiple of ``tested_width``, at whose multiples all tiles begin."""
+    each, grid = width // tested_width, tested_width
     bands = mask.bands
     tops = np.arange(0, mask.num_q, height)
     rows = np.stack([tops, np.minimum(tops + height, mask.num_q)], axis=1)
@@ -55,22 +61,23 @@ def of_bands(mask: BandMask, height: int, width: int) -> TileTables:
     q0, q1, k0, k1, lo, hi = parts.T
     covers = (q0 == row * height) & (q1 == np.minimum((row + 1) * height, mask.num_q))
     # Columns that the last row already sees and the first one still does, rounded inwards to whole tiles.
-    begin = -(-np.maximum(k0, q1 - 1 + lo) // width)
-    end = np.minimum(k1, q0 + hi + 1) // width
-    first, last = k0 // width, -(-k1 // width)
+    begin = -(-np.maximum(k0, q1 - 1 + lo) // grid)
+    end = np.minimum(k1, q0 + hi + 1) // grid
+    end = begin + np.maximum(end - begin, 0) // each * each
+    first, last = k0 // grid, -(-k1 // grid)
     some = covers & (begin < end)
     begin, end = np.where(some, begin, last), np.where(some, end, last)
 
     order = np.lexsort((begin[some], row[some]))
-    whole = np.stack([begin[some], end[some]], axis=1)[order] * width
+    whole = np.stack([begin[some], end[some]], axis=1)[order] * grid
     whole_row = row[some][order]
 
     before, columns = spread(first, begin)
     after, later = spread(end, last)
     part, column = np.concatenate([before, after]), np.concatenate([columns, later])
     order = np.lexsort((column, row[part]))
-    tested_row, tested, used = _tested(row[part[order]], column[order], part[order], parts, width)
-    return _tables(rows, 1, whole_row, whole, tested_row, tested, used, height, width)
+    tested_row, tested, used = _tested(row[part[order]], column[order], part[order], parts, grid)
+    return _tables(rows, 1, whole_row, whole, tested_row, tested, used, height, width, grid)
 
 
 def _tested(row: Ints, column: Ints, part: Ints, parts: Ints, width: int) -> tuple[Ints, Ints, Ints]:
@@ -98,8 +105,11 @@ def _tested(row: Ints, column: Ints, part: Ints, parts: Ints, width: int) -> tup
     return tile_row[heads], np.stack(stretches, axis=1), parts[part[entry]]
 
 
-def of_blocks(mask: BlockMap, height: int, width: int) -> TileTables:
-    """Tables of a block map: rows are cut at its edges, so that every kept block is seen whole; all maps one after the other."""
+def of_blocks(mask: BlockMap, height: int, width: int, tested_width: int) -> TileTables:
+    """Tables of a block map, all maps one after the other.
+
+    Rows are cut at its edges, so that kept blocks are seen whole; what whole tiles leave of a stretch of kept blocks is tested.
+    """
     heights = np.diff(mask.q_edges)
     number, piece = spread(np.zeros(len(heights), dtype=np.int64), -(-heights // height))
     rows = np.stack([begin := mask.q_edges[number] + piece * height, np.minimum(begin + height, mask.q_edges[number + 1])], axis=1)
@@ -111,21 +121,30 @@ def of_blocks(mask: BlockMap, height: int, width: int) -> TileTables:
         order = np.argsort(row, kind="stable")
         entries.append(i * len(number) + row[order])
         found.append(np.stack([mask.k_edges[left], mask.k_edges[right]], axis=1)[stretch[order]])
-    nothing = np.zeros(0, dtype=np.int64)
+    entry, stretch = np.concatenate(entries), np.concatenate(found)
+    begin, end = stretch.T
+    rest = begin + (end - begin) // width * width
+    some, left = begin < rest, rest < end
+    ends, band = np.unique(np.stack([rest[left], end[left]], axis=1), axis=0, return_inverse=True)
+    bands = np.zeros((len(ends), 6), dtype=np.int64)
+    bands[:, 1], bands[:, 2:4], bands[:, 4:] = mask.num_q, ends, (-mask.num_q, mask.num_k)
+    band = band.reshape(-1)  # numpy 2.0 gives it another shape
+    tiles = -(-(end - rest)[left] // tested_width)
+    tested = np.stack([rest[left], rest[left] + tiles * tested_width, band, band + 1], axis=1)
     return _tables(
-        rows, mask.maps, np.concatenate(entries), np.concatenate(found), nothing, nothing.reshape(0, 4), nothing.reshape(0, 6),
-        height, width,
-    )  # fmt: skip
+        rows, mask.maps, entry[some], np.stack([begin, rest], axis=1)[some], entry[left], tested, bands, height, width, tested_width
+    )
 
 
 def _tables(
-    rows: Ints, maps: int, whole_entry: Ints, whole: Ints, tested_entry: Ints, tested: Ints, bands: Ints, height: int, width: int
-) -> TileTables:
+    rows: Ints, maps: int, whole_entry: Ints, whole: Ints, tested_entry: Ints, tested: Ints, bands: Ints,
+    height: int, width: int, tested_width: int,
+) -> TileTables:  # fmt: skip
     """Tables from stretches with the entry of each, both lists sorted by entry."""
-    entries = np.arange(maps * len(rows) + 1)
-    work = np.zeros(maps * len(rows), dtype=np.int64)
-    for entry, stretch in ((whole_entry, whole), (tested_entry, tested)):
-        np.add.at(work, entry, -(-(stretch[:, 1] - stretch[:, 0]) // width))
+    ats = []
+    for entry, stretch, tile in ((whole_entry, whole, width), (tested_entry, tested, tested_width)):
+        tiles = np.bincount(entry, weights=(stretch[:, 1] - stretch[:, 0]) // tile, minlength=maps * len(rows)).astype(np.int64)
+        ats.append(np.stack([np.searchsorted(entry, np.arange(maps * len(rows))), tiles], axis=1))
+    work = ats[0][:, 1] * width + ats[1][:, 1] * tested_width
     order = np.argsort(-work.reshape(maps, -1), axis=1, kind="stable")
-    ats = [np.searchsorted(entry, entries) for entry in (whole_entry, tested_entry)]
-    return TileTables(rows, order, ats[0], whole, ats[1], tested, bands, height, width)
+    return TileTables(rows, order, ats[0], whole, ats[1], tested, bands, height, width, tested_width)

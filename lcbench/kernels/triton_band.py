@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.triton_shapes import Tiled
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -16,16 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TritonBand(Kernel):
-    """``block_q`` x ``block_k`` tokens are a tile of forward and dq, ``block_dk`` keys x ``block_dq`` queries one of dk and dv."""
-
-    block_q: int = 128
-    block_k: int = 64
-    block_dk: int = 128
-    block_dq: int = 32
-
-    def __post_init__(self) -> None:
-        power_of_two_blocks(self.block_q, self.block_k, self.block_dk, self.block_dq)
+class TritonBand(Tiled):
+    """Any static mask in one call."""
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return triton_limits(problem, platform)
@@ -35,12 +28,12 @@ class TritonBand(Kernel):
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         from lcbench.kernels.tile_tables import of_bands
-        from lcbench.kernels.triton_tiles import PreparedTiles, Tables
+        from lcbench.kernels.triton_tiles import PreparedTiles
 
         assert isinstance(mask, BandMask)
-        queries = Tables(of_bands(mask, self.block_q, self.block_k), device)
-        keys = Tables(of_bands(mask.transpose(), self.block_dk, self.block_dq), device)
-        return PreparedTiles(queries, keys, heads)
+        transposed = mask.transpose()
+        shapes = self.shapes(heads.dim, dtype.itemsize, Platform.of(device).capability)
+        return PreparedTiles(lambda other, *tile: of_bands(transposed if other else mask, *tile), shapes, heads, device)
 
 
 def triton_limits(problem: Problem, platform: Platform) -> str | None:
@@ -52,10 +45,3 @@ def triton_limits(problem: Problem, platform: Platform) -> str | None:
     if problem.dtype == "bfloat16":
         return "Triton's interpreter on a CPU multiplies no bfloat16"
     return None
-
-
-def power_of_two_blocks(*sizes: int) -> None:
-    """Raises ValueError for a tile that Triton cannot have."""
-    for size in sizes:
-        if not isinstance(size, int) or size < 16 or size & (size - 1):
-            raise ValueError(f"a tile of {size} tokens is no power of two from 16 on, such as 64")

@@ -1,6 +1,6 @@
 """Block-sparse flash attention in Triton: uniform and variable blocks, a map for each head or for many, in one call.
 
-Rows of tiles are cut where blocks end, so a kept block is computed whole and without a mask, and nothing else is.
+Rows of tiles are cut where blocks end, so kept blocks are computed without a mask but for what whole tiles leave of them.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, importable, only_blocks
-from lcbench.kernels.triton_band import power_of_two_blocks, triton_limits
+from lcbench.kernels.base import Platform, Prepared, importable, only_blocks
+from lcbench.kernels.triton_band import triton_limits
+from lcbench.kernels.triton_shapes import Tiled
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -19,17 +20,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TritonBlockSparse(Kernel):
-    """Tiles have at most ``block_q`` rows and ``block_k`` columns in forward and dq, ``block_dk`` and ``block_dq`` in dk and dv."""
+class TritonBlockSparse(Tiled):
+    """Any block map in one call: tiles have at most the rows and columns that ``Tiled`` says."""
 
-    block_q: int = 64
-    block_k: int = 64
-    block_dk: int = 64
-    block_dq: int = 32
     takes: ClassVar[str] = "blocks"
-
-    def __post_init__(self) -> None:
-        power_of_two_blocks(self.block_q, self.block_k, self.block_dk, self.block_dq)
+    largest: ClassVar[int] = 64  # blocks may be of 64 tokens, and tiles end where blocks do
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return only_blocks(mask)
@@ -42,9 +37,9 @@ class TritonBlockSparse(Kernel):
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         from lcbench.kernels.tile_tables import of_blocks
-        from lcbench.kernels.triton_tiles import PreparedTiles, Tables
+        from lcbench.kernels.triton_tiles import PreparedTiles
 
         assert isinstance(mask, BlockMap)
-        queries = Tables(of_blocks(mask, self.block_q, self.block_k), device)
-        keys = Tables(of_blocks(mask.transpose(), self.block_dk, self.block_dq), device)
-        return PreparedTiles(queries, keys, heads)
+        transposed = mask.transpose()
+        shapes = self.shapes(heads.dim, dtype.itemsize, Platform.of(device).capability)
+        return PreparedTiles(lambda other, *tile: of_blocks(transposed if other else mask, *tile), shapes, heads, device)

@@ -4,35 +4,31 @@ The online softmax is that of FlashAttention-2 (arXiv 2307.08691). Backward is t
 for dq and one over blocks of keys for dk and dv, so nothing is added atomically and results repeat bit by bit. Layouts are
 packed as in ``base``; tensors are read where they lie, whatever their strides over tokens and heads.
 
+A kernel walks the stretches of its block in one loop over tiles, so that the next tile is always being read, whichever stretch it
+is of. Tiles that are tested against bands have a loop of their own, with narrower tiles: that keeps registers from spilling.
+
 Compiled for CUDA; under ``TRITON_INTERPRET=1`` the same code runs on a CPU, slowly, which is how tests see it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lcbench.kernels.base import LOG2_E, accumulation_dtype, heads_whole
 from lcbench.kernels.tile_tables import TileTables
+from lcbench.kernels.triton_shapes import Shape, Shapes
 from lcbench.problem import Heads
 
 INT32 = np.iinfo(np.int32)
-
-
-class Launch(NamedTuple):
-    """How a kernel is laid on the machine: warps of a block, tiles in flight."""
-
-    num_warps: int
-    num_stages: int
-
-
-# Not tuned on a device yet: what compiles for compute capability 9.0 at head dim 128 with few spills.
-FORWARD, DQ, DKV, DELTA = Launch(8, 3), Launch(8, 2), Launch(8, 2), Launch(4, 1)
+# Rows of ``delta_kernel``, and its warps.
+DELTA_ROWS, DELTA_WARPS = 64, 4
 # What a kernel reads of this module has to be a constant of Triton's.
 IN_LOG2: tl.constexpr = tl.constexpr(LOG2_E)
 
@@ -43,31 +39,48 @@ class Tables:
     def __init__(self, tables: TileTables, device: torch.device) -> None:
         # Bounds of a band reach at most a sequence beyond the plane, or bind nowhere.
         bands = tables.bands.clip(INT32.min, INT32.max)
-        arrays = tables.rows, tables.order, tables.whole_at, tables.whole, tables.tested_at, tables.tested, bands
+        # Kernels read the stretch after the last one, and use nothing of it.
+        whole, tested = (np.concatenate([x, np.zeros_like(x, shape=(1, x.shape[1]))]) for x in (tables.whole, tables.tested))
+        arrays = tables.rows, tables.order, tables.whole_at, whole, tables.tested_at, tested, bands
         self.arguments = tuple(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device) for x in arrays)
-        self.blocks, self.maps, self.height, self.width = len(tables.rows), len(tables.order), tables.height, tables.width
-        self.tested = len(tables.tested) > 0
+        self.blocks, self.maps = len(tables.rows), len(tables.order)
+        tested_tiles = len(tables.tested) > 0
+        self.constants = {
+            "HEIGHT": tables.height, "WIDTH": tables.width, "TESTED": tables.tested_width if tested_tiles else 0,
+            "SINGLE": tables.single,
+        }  # fmt: skip
 
 
-@dataclass
 class PreparedTiles:
     """A mask as tables over blocks of queries and over blocks of keys."""
 
-    queries: Tables
-    keys: Tables
-    heads: Heads
-    calls: int = 1
+    calls = 1
+
+    def __init__(self, tables: Callable[[bool, int, int, int], TileTables], shapes: Shapes, heads: Heads, device: torch.device):
+        """``tables(transposed, rows, columns, tested)`` are those of the mask, or of its transpose."""
+        self._shapes, self._heads = shapes, heads
+        made: dict[tuple[bool, int, int, int], Tables] = {}
+        for transposed, shape in ((False, shapes.forward), (False, shapes.dq), (True, shapes.dkv)):
+            key = transposed, shape.rows, shape.columns, shape.tested
+            if key not in made:
+                made[key] = Tables(tables(*key), device)
+        self._forward, self._dq = (made[False, x.rows, x.columns, x.tested] for x in (shapes.forward, shapes.dq))
+        self._dkv = made[True, shapes.dkv.rows, shapes.dkv.columns, shapes.dkv.tested]
+        # A tile may reach so far beyond the last query.
+        self._beyond = max(x for shape in (shapes.dq, shapes.dkv) for x in (shape.rows, shape.columns, DELTA_ROWS))
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raises:
+        ValueError: a softmax scale that is not above zero; the largest score is looked for before it is applied.
+        """
+        if not softmax_scale > 0:
+            raise ValueError(f"our Triton kernels take softmax scales above 0, not {softmax_scale}")
+        q, k, v = map(heads_whole, (q, k, v))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=accumulation_dtype(q.dtype), device=q.device)
-        q, k, v = map(heads_whole, (q, k, v))
-        forward_kernel[self.queries.blocks, q.shape[1]](
-            *self.queries.arguments, q, k, v, out, lse, *_strides(q, k, v, out, lse), k.shape[0], softmax_scale * LOG2_E,
-            **self._constants(self.queries, q), **FORWARD._asdict(),
-        )  # fmt: skip
+        launch_forward(self._forward, self._shapes.forward, self._heads, q, k, v, out, lse, softmax_scale)
         return out, lse
 
     def backward(
@@ -81,36 +94,108 @@ class PreparedTiles:
         *,
         softmax_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         dout, q, k, v, out = map(heads_whole, (dout, q, k, v, out))
-        constants = self._constants(self.queries, q)
-        delta_kernel[triton.cdiv(q.shape[0], self.queries.height), q.shape[1]](
-            dout, out, delta, *_strides(dout, out, delta), q.shape[0],
-            **{name: constants[name] for name in ("D", "PAD", "HEIGHT", "SUM")}, **DELTA._asdict(),
-        )  # fmt: skip
-        dq_kernel[self.queries.blocks, q.shape[1]](
-            *self.queries.arguments, q, k, v, dout, lse, delta, dq, *_strides(q, k, v, dout, lse, delta, dq),
-            k.shape[0], softmax_scale, softmax_scale * LOG2_E,
-            **constants, **DQ._asdict(),
-        )  # fmt: skip
-        dkv_kernel[self.keys.blocks, k.shape[1]](
-            *self.keys.arguments, q, k, v, dout, lse, delta, dk, dv, *_strides(q, k, v, dout, lse, delta, dk, dv),
-            q.shape[0], softmax_scale, softmax_scale * LOG2_E,
-            **self._constants(self.keys, q), **DKV._asdict(),
-        )  # fmt: skip
+        stats = row_stats(dout, out, lse, self._beyond)
+        launch_dq(self._dq, self._shapes.dq, self._heads, q, k, v, dout, stats, dq, softmax_scale)
+        launch_dkv(self._dkv, self._shapes.dkv, self._heads, q, k, v, dout, stats, dk, dv, softmax_scale)
         return dq, dk, dv
 
-    def _constants(self, tables: Tables, q: torch.Tensor) -> dict[str, Any]:
-        return {
-            "GROUP": self.heads.q // self.heads.kv, "PER_MAP": self.heads.q // tables.maps, "D": q.shape[2],
-            "PAD": max(16, triton.next_power_of_2(q.shape[2])), "HEIGHT": tables.height, "WIDTH": tables.width,
-            "TESTED": tables.tested, "SUM": tl.float64 if q.dtype == torch.float64 else tl.float32,
-        }  # fmt: skip
+
+def launch_forward(
+    tables: Tables, shape: Shape, heads: Heads, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+    lse: torch.Tensor, scale: float,
+) -> Any:  # fmt: skip
+    """out and LSE into tensors given; returns what was compiled (None under the interpreter)."""
+    described, tiles = _tiles(tables, shape, k, v)
+    return forward_kernel[tables.blocks, q.shape[1]](
+        *tables.arguments, q, *tiles, out, lse, *_strides(q, k, v, out, lse), k.shape[0], scale * LOG2_E,
+        **_constants(tables, shape, heads, q, described),
+    )  # fmt: skip
+
+
+def row_stats(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, beyond: int) -> torch.Tensor:
+    """What backward needs of each row and head, (2, Hq, Tq + beyond): LSE in powers of two, and rowsum(dout * out).
+
+    For rows without keys and beyond the last one LSE is infinite, so that their weights are 0.
+    """
+    tokens, heads, dim = dout.shape
+    stats = torch.empty(2, heads, -(-(tokens + beyond) // DELTA_ROWS) * DELTA_ROWS, dtype=lse.dtype, device=lse.device)
+    delta_kernel[stats.shape[2] // DELTA_ROWS, heads](
+        dout, out, lse, stats, *_strides(dout, out, lse), tokens, stats.shape[2],
+        D=dim, PAD=_padded(dim), HEIGHT=DELTA_ROWS, SUM=_sum_type(lse), num_warps=DELTA_WARPS,
+    )  # fmt: skip
+    return stats
+
+
+def launch_dq(
+    tables: Tables, shape: Shape, heads: Heads, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor,
+    stats: torch.Tensor, dq: torch.Tensor, scale: float,
+) -> Any:  # fmt: skip
+    """dq into a tensor given."""
+    described, tiles = _tiles(tables, shape, k, v)
+    return dq_kernel[tables.blocks, q.shape[1]](
+        *tables.arguments, q, *tiles, dout, stats, dq, *_strides(q, k, v, dout, dq), stats.shape[2],
+        k.shape[0], scale, scale * LOG2_E, **_constants(tables, shape, heads, q, described),
+    )  # fmt: skip
+
+
+def launch_dkv(
+    tables: Tables, shape: Shape, heads: Heads, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor,
+    stats: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, scale: float,
+) -> Any:  # fmt: skip
+    """dk and dv into tensors given."""
+    described, tiles = _tiles(tables, shape, q, dout)
+    return dkv_kernel[tables.blocks, k.shape[1]](
+        *tables.arguments, k, v, *tiles, stats, dk, dv, *_strides(q, k, v, dout, dk, dv), stats.shape[2],
+        q.shape[0], scale, scale * LOG2_E, **_constants(tables, shape, heads, q, described),
+    )  # fmt: skip
+
+
+def _constants(tables: Tables, shape: Shape, heads: Heads, q: torch.Tensor, described: bool) -> dict[str, Any]:
+    return {
+        "GROUP": heads.q // heads.kv, "PER_MAP": heads.q // tables.maps, "D": q.shape[2], "PAD": _padded(q.shape[2]),
+        **tables.constants, "DESCRIBED": described, "SUM": _sum_type(q), "num_warps": shape.warps, "num_stages": shape.stages,
+    }  # fmt: skip
+
+
+def _padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _sum_type(x: torch.Tensor) -> Any:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
     return [x.stride(i) for x in tensors for i in (0, 1)]
+
+
+def _tiles(tables: Tables, shape: Shape, *tensors: torch.Tensor) -> tuple[bool, list[Any]]:
+    """Whether tiles of the tensors can be read by tensor descriptors; and these, those of tested tiles last, else the tensors.
+
+    A descriptor is of the matrix (tokens, heads and dims), which holds a head at ``head * stride`` whatever lies between heads.
+    """
+    if not (shape.described and all(_describable(x) for x in tensors)):
+        return False, [*tensors, *tensors]
+    widths = tables.constants["WIDTH"], tables.constants["TESTED"] or tables.constants["WIDTH"]
+    return True, [
+        TensorDescriptor(x, [x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]], [x.stride(0), 1], [width, x.shape[2]])
+        for width in widths
+        for x in tensors
+    ]
+
+
+def _describable(x: torch.Tensor) -> bool:
+    """What the tensor memory accelerator addresses (cuTensorMapEncodeTiled): strides and a base of 16-byte multiples."""
+    strides = [x.stride(i) * x.element_size() for i in (0, 1)]
+    return (
+        x.numel() > 0
+        and (x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (9, 0))
+        and x.element_size() * x.shape[2] <= 256 and x.shape[2] == _padded(x.shape[2])
+        and x.data_ptr() % 16 == 0 and all(stride % 16 == 0 and 0 < stride < 1 << 40 for stride in strides)
+        and x.shape[1] * x.stride(1) < INT32.max
+    )  # fmt: skip
 
 
 @triton.jit
@@ -125,36 +210,62 @@ def _block(x, t, h, first, size, head, last, d, D: tl.constexpr, PAD: tl.constex
 
 
 @triton.jit
+def _tile(x, t, h, first, size, head, last, d, D: tl.constexpr, PAD: tl.constexpr, CUT: tl.constexpr, DESCRIBED: tl.constexpr):
+    """A tile by a tensor descriptor, zeros beyond the last token, or by pointers as ``_block``."""
+    if DESCRIBED:
+        return x.load([first, (head * h).to(tl.int32)])
+    else:
+        return _block(x, t, h, first, size, head, last, d, D, PAD, CUT)
+
+
+@triton.jit
 def _store(x, t, h, first, size, head, last, d, value, D: tl.constexpr):
     at = x + (tl.cast(first, tl.int64) * t + head * h) + (size[:, None] * t + d[None, :])
     tl.store(at, value.to(x.dtype.element_ty), mask=(first + size < last)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
-def _in_bands(bands, first, last, rows, columns):
-    """Which (row, column) one of the bands ``first ... last - 1`` has."""
-    inside = (rows[:, None] < 0) & (columns[None, :] < 0)
-    for i in range(first, last):
-        at = bands + 6 * i
-        r = (rows >= tl.load(at)) & (rows < tl.load(at + 1))
-        c = (columns >= tl.load(at + 2)) & (columns < tl.load(at + 3))
-        distance = columns[None, :] - rows[:, None]
-        inside |= r[:, None] & c[None, :] & (distance >= tl.load(at + 4)) & (distance <= tl.load(at + 5))
+def _walk(stretches, i, at, stop, WIDTH: tl.constexpr, FIELDS: tl.constexpr):
+    """The tile after one at ``at``: of the same stretch, or the first of the next one."""
+    at += WIDTH
+    over = at >= stop
+    i = tl.where(over, i + 1, i)
+    stretch = stretches + FIELDS * i
+    return i, tl.where(over, tl.load(stretch), at), tl.load(stretch + 1)
+
+
+@triton.jit
+def _in_band(at, rows, columns):
+    """Which (row, column) a band has."""
+    r = (rows >= tl.load(at)) & (rows < tl.load(at + 1))
+    c = (columns >= tl.load(at + 2)) & (columns < tl.load(at + 3))
+    distance = columns[None, :] - rows[:, None]
+    return r[:, None] & c[None, :] & (distance >= tl.load(at + 4)) & (distance <= tl.load(at + 5))
+
+
+@triton.jit
+def _in_bands(bands, stretch, rows, columns, SINGLE: tl.constexpr):
+    """Which (row, column) one of the bands of a stretch has."""
+    first = tl.load(stretch + 2)
+    inside = _in_band(bands + 6 * first, rows, columns)
+    if not SINGLE:
+        for i in range(first + 1, tl.load(stretch + 3)):
+            inside |= _in_band(bands + 6 * i, rows, columns)
     return inside
 
 
 @triton.jit
 def _attend(q, k, v, scale_log2, allowed, total, weight, top, MASKED: tl.constexpr, SUM: tl.constexpr):
-    """One step of the online softmax, in powers of two."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=SUM) * scale_log2
+    """One step of the online softmax; ``top`` is the largest score before it is scaled, so that scaling is part of the exponent."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=SUM)
     if MASKED:
         scores = tl.where(allowed, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     # A row that has seen no key yet: the difference of two infinities is never taken.
     shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-    p = tl.exp2(scores - shift[:, None])
-    decay = tl.exp2(top - shift)
-    total = total * decay[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee", out_dtype=SUM)
+    p = tl.exp2(scores * scale_log2 - (shift * scale_log2)[:, None])
+    decay = tl.exp2((top - shift) * scale_log2)
+    total = tl.dot(p.to(v.dtype), v, total * decay[:, None], input_precision="ieee", out_dtype=SUM)
     return total, weight * decay + tl.sum(p, 1), new_top
 
 
@@ -169,10 +280,10 @@ def _place(order, block_rows, PER_MAP: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    block_rows, order, whole_at, whole, tested_at, tested, bands, q, k, v, out, lse,
+    block_rows, order, whole_at, whole, tested_at, tested, bands, q, k_tiles, v_tiles, k_narrow, v_narrow, out, lse,
     q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, l_t, l_h, num_k, scale_log2,
     GROUP: tl.constexpr, PER_MAP: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    TESTED: tl.constexpr, SUM: tl.constexpr,
+    TESTED: tl.constexpr, SINGLE: tl.constexpr, DESCRIBED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """out and LSE of one block of queries of one head."""
     head, entry, begin, end = _place(order, block_rows, PER_MAP)
@@ -182,29 +293,26 @@ def forward_kernel(
     total = tl.zeros([HEIGHT, PAD], SUM)
     weight = tl.zeros([HEIGHT], SUM)
     top = tl.full([HEIGHT], float("-inf"), SUM)
-    for i in range(tl.load(whole_at + entry), tl.load(whole_at + entry + 1)):
-        first, last = tl.load(whole + 2 * i), tl.load(whole + 2 * i + 1)
-        rest = (last - first) // WIDTH * WIDTH + first
-        for at in range(first, rest, WIDTH):
-            keys = _block(k, k_t, k_h, at, columns, kv_head, num_k, d, D, PAD, False)
-            values = _block(v, v_t, v_h, at, columns, kv_head, num_k, d, D, PAD, False)
-            total, weight, top = _attend(queries, keys, values, scale_log2, None, total, weight, top, False, SUM)
-        if rest < last:
-            keys = _block(k, k_t, k_h, rest, columns, kv_head, last, d, D, PAD, True)
-            values = _block(v, v_t, v_h, rest, columns, kv_head, last, d, D, PAD, True)
-            allowed = (rest + columns < last)[None, :]
+    i = tl.load(whole_at + 2 * entry)
+    at, stop = tl.load(whole + 2 * i), tl.load(whole + 2 * i + 1)
+    for _ in range(tl.load(whole_at + 2 * entry + 1)):
+        keys = _tile(k_tiles, k_t, k_h, at, columns, kv_head, num_k, d, D, PAD, False, DESCRIBED)
+        values = _tile(v_tiles, v_t, v_h, at, columns, kv_head, num_k, d, D, PAD, False, DESCRIBED)
+        total, weight, top = _attend(queries, keys, values, scale_log2, None, total, weight, top, False, SUM)
+        i, at, stop = _walk(whole, i, at, stop, WIDTH, 2)
+    if TESTED > 0:
+        narrow = tl.arange(0, TESTED)
+        i = tl.load(tested_at + 2 * entry)
+        at, stop = tl.load(tested + 4 * i), tl.load(tested + 4 * i + 1)
+        for _ in range(tl.load(tested_at + 2 * entry + 1)):
+            keys = _tile(k_narrow, k_t, k_h, at, narrow, kv_head, num_k, d, D, PAD, True, DESCRIBED)
+            values = _tile(v_narrow, v_t, v_h, at, narrow, kv_head, num_k, d, D, PAD, True, DESCRIBED)
+            allowed = _in_bands(bands, tested + 4 * i, begin + size, at + narrow, SINGLE)
             total, weight, top = _attend(queries, keys, values, scale_log2, allowed, total, weight, top, True, SUM)
-    if TESTED:
-        for i in range(tl.load(tested_at + entry), tl.load(tested_at + entry + 1)):
-            stretch = tested + 4 * i
-            for at in range(tl.load(stretch), tl.load(stretch + 1), WIDTH):
-                keys = _block(k, k_t, k_h, at, columns, kv_head, num_k, d, D, PAD, True)
-                values = _block(v, v_t, v_h, at, columns, kv_head, num_k, d, D, PAD, True)
-                allowed = _in_bands(bands, tl.load(stretch + 2), tl.load(stretch + 3), begin + size, at + columns)
-                total, weight, top = _attend(queries, keys, values, scale_log2, allowed, total, weight, top, True, SUM)
+            i, at, stop = _walk(tested, i, at, stop, TESTED, 4)
     seen = weight > 0
     _store(out, o_t, o_h, begin, size, head, end, d, total / tl.where(seen, weight, 1.0)[:, None], D)
-    value = tl.where(seen, (top + tl.log2(tl.where(seen, weight, 1.0))) / IN_LOG2, float("-inf"))
+    value = tl.where(seen, (top * scale_log2 + tl.log2(tl.where(seen, weight, 1.0))) / IN_LOG2, float("-inf"))
     tl.store(lse + (tl.cast(begin, tl.int64) * l_t + head * l_h) + size * l_t, value, mask=begin + size < end)
 
 
@@ -218,43 +326,42 @@ def _weights(q, k, dout, v, lse_log2, delta, scale_log2, allowed, MASKED: tl.con
 
 
 @triton.jit
-def _weights_t(k, q, v, dout, lse_log2, delta, scale_log2, allowed, MASKED: tl.constexpr, SUM: tl.constexpr):
-    """The same, rows being keys."""
+def _add_gradients(
+    k, q, v, dout, lse_log2, delta, scale_log2, allowed, dk, dv, MASKED: tl.constexpr, SUM: tl.constexpr
+):  # fmt: skip
+    """dk (without the softmax scale) and dv of a tile, rows being keys, added to their sums."""
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=SUM) * scale_log2 - lse_log2[None, :])
     if MASKED:
         p = tl.where(allowed, p, 0.0)
-    return p, p * (tl.dot(v, tl.trans(dout), input_precision="ieee", out_dtype=SUM) - delta[None, :])
-
-
-@triton.jit
-def _stats(lse, l_t, l_h, delta, e_t, e_h, first, size, head, last):
-    """(LSE in powers of two, delta) of rows; beyond ``last`` and for rows without keys, LSE is such that their weights are 0."""
-    inside = first + size < last
-    value = tl.load(lse + (tl.cast(first, tl.int64) * l_t + head * l_h) + size * l_t, mask=inside, other=float("-inf"))
-    value = tl.where(value == float("-inf"), float("inf"), value * IN_LOG2)
-    return value, tl.load(delta + (tl.cast(first, tl.int64) * e_t + head * e_h) + size * e_t, mask=inside, other=0.0)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee", out_dtype=SUM)
+    ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee", out_dtype=SUM) - delta[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=SUM), dv
 
 
 @triton.jit
 def delta_kernel(
-    dout, out, delta, g_t, g_h, o_t, o_h, e_t, e_h, num_q,
+    dout, out, lse, stats, g_t, g_h, o_t, o_h, l_t, l_h, num_q, padded_q,
     D: tl.constexpr, PAD: tl.constexpr, HEIGHT: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """rowsum(dout * out) of some rows of one head; out may be in a wider type than dout."""
+    """Some rows of one head of ``row_stats``; out may be in a wider type than dout."""
     head = tl.program_id(1).to(tl.int64)
     begin = tl.program_id(0) * HEIGHT
     size, d = tl.arange(0, HEIGHT), tl.arange(0, PAD)
     douts = _block(dout, g_t, g_h, begin, size, head, num_q, d, D, PAD, True).to(SUM)
     outs = _block(out, o_t, o_h, begin, size, head, num_q, d, D, PAD, True).to(SUM)
-    tl.store(delta + (tl.cast(begin, tl.int64) * e_t + head * e_h) + size * e_t, tl.sum(douts * outs, 1), mask=begin + size < num_q)
+    at = lse + (tl.cast(begin, tl.int64) * l_t + head * l_h) + size * l_t
+    value = tl.load(at, mask=begin + size < num_q, other=float("-inf"))
+    to = stats + (head * padded_q + begin) + size
+    tl.store(to, tl.where(value == float("-inf"), float("inf"), value * IN_LOG2))
+    tl.store(to + tl.num_programs(1).to(tl.int64) * padded_q, tl.sum(douts * outs, 1))
 
 
 @triton.jit
 def dq_kernel(
-    block_rows, order, whole_at, whole, tested_at, tested, bands, q, k, v, dout, lse, delta, dq,
-    q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, l_t, l_h, e_t, e_h, g_t, g_h, num_k, scale, scale_log2,
+    block_rows, order, whole_at, whole, tested_at, tested, bands, q, k_tiles, v_tiles, k_narrow, v_narrow, dout, stats, dq,
+    q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, g_t, g_h, padded_q, num_k, scale, scale_log2,
     GROUP: tl.constexpr, PER_MAP: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    TESTED: tl.constexpr, SUM: tl.constexpr,
+    TESTED: tl.constexpr, SINGLE: tl.constexpr, DESCRIBED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries of one head."""
     head, entry, begin, end = _place(order, block_rows, PER_MAP)
@@ -262,40 +369,37 @@ def dq_kernel(
     size, columns, d = tl.arange(0, HEIGHT), tl.arange(0, WIDTH), tl.arange(0, PAD)
     queries = _block(q, q_t, q_h, begin, size, head, end, d, D, PAD, True)
     douts = _block(dout, o_t, o_h, begin, size, head, end, d, D, PAD, True)
-    lse_log2, deltas = _stats(lse, l_t, l_h, delta, e_t, e_h, begin, size, head, end)
+    of_rows = stats + (head * padded_q + begin) + size
+    lse_log2, deltas = tl.load(of_rows), tl.load(of_rows + tl.num_programs(1).to(tl.int64) * padded_q)
     total = tl.zeros([HEIGHT, PAD], SUM)
-    for i in range(tl.load(whole_at + entry), tl.load(whole_at + entry + 1)):
-        first, last = tl.load(whole + 2 * i), tl.load(whole + 2 * i + 1)
-        rest = (last - first) // WIDTH * WIDTH + first
-        for at in range(first, rest, WIDTH):
-            keys = _block(k, k_t, k_h, at, columns, kv_head, num_k, d, D, PAD, False)
-            values = _block(v, v_t, v_h, at, columns, kv_head, num_k, d, D, PAD, False)
-            p, ds = _weights(queries, keys, douts, values, lse_log2, deltas, scale_log2, None, False, SUM)
-            total += tl.dot(ds.to(keys.dtype), keys, input_precision="ieee", out_dtype=SUM)
-        if rest < last:
-            keys = _block(k, k_t, k_h, rest, columns, kv_head, last, d, D, PAD, True)
-            values = _block(v, v_t, v_h, rest, columns, kv_head, last, d, D, PAD, True)
-            allowed = (rest + columns < last)[None, :]
+    i = tl.load(whole_at + 2 * entry)
+    at, stop = tl.load(whole + 2 * i), tl.load(whole + 2 * i + 1)
+    for _ in range(tl.load(whole_at + 2 * entry + 1)):
+        keys = _tile(k_tiles, k_t, k_h, at, columns, kv_head, num_k, d, D, PAD, False, DESCRIBED)
+        values = _tile(v_tiles, v_t, v_h, at, columns, kv_head, num_k, d, D, PAD, False, DESCRIBED)
+        p, ds = _weights(queries, keys, douts, values, lse_log2, deltas, scale_log2, None, False, SUM)
+        total = tl.dot(ds.to(keys.dtype), keys, total, input_precision="ieee", out_dtype=SUM)
+        i, at, stop = _walk(whole, i, at, stop, WIDTH, 2)
+    if TESTED > 0:
+        narrow = tl.arange(0, TESTED)
+        i = tl.load(tested_at + 2 * entry)
+        at, stop = tl.load(tested + 4 * i), tl.load(tested + 4 * i + 1)
+        for _ in range(tl.load(tested_at + 2 * entry + 1)):
+            keys = _tile(k_narrow, k_t, k_h, at, narrow, kv_head, num_k, d, D, PAD, True, DESCRIBED)
+            values = _tile(v_narrow, v_t, v_h, at, narrow, kv_head, num_k, d, D, PAD, True, DESCRIBED)
+            allowed = _in_bands(bands, tested + 4 * i, begin + size, at + narrow, SINGLE)
             p, ds = _weights(queries, keys, douts, values, lse_log2, deltas, scale_log2, allowed, True, SUM)
-            total += tl.dot(ds.to(keys.dtype), keys, input_precision="ieee", out_dtype=SUM)
-    if TESTED:
-        for i in range(tl.load(tested_at + entry), tl.load(tested_at + entry + 1)):
-            stretch = tested + 4 * i
-            for at in range(tl.load(stretch), tl.load(stretch + 1), WIDTH):
-                keys = _block(k, k_t, k_h, at, columns, kv_head, num_k, d, D, PAD, True)
-                values = _block(v, v_t, v_h, at, columns, kv_head, num_k, d, D, PAD, True)
-                allowed = _in_bands(bands, tl.load(stretch + 2), tl.load(stretch + 3), begin + size, at + columns)
-                p, ds = _weights(queries, keys, douts, values, lse_log2, deltas, scale_log2, allowed, True, SUM)
-                total += tl.dot(ds.to(keys.dtype), keys, input_precision="ieee", out_dtype=SUM)
+            total = tl.dot(ds.to(keys.dtype), keys, total, input_precision="ieee", out_dtype=SUM)
+            i, at, stop = _walk(tested, i, at, stop, TESTED, 4)
     _store(dq, g_t, g_h, begin, size, head, end, d, total * scale, D)
 
 
 @triton.jit
 def dkv_kernel(
-    block_rows, order, whole_at, whole, tested_at, tested, bands, q, k, v, dout, lse, delta, dk, dv,
-    q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, l_t, l_h, e_t, e_h, dk_t, dk_h, dv_t, dv_h, num_q, scale, scale_log2,
+    block_rows, order, whole_at, whole, tested_at, tested, bands, k, v, q_tiles, dout_tiles, q_narrow, dout_narrow, stats, dk, dv,
+    q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, dk_t, dk_h, dv_t, dv_h, padded_q, num_q, scale, scale_log2,
     GROUP: tl.constexpr, PER_MAP: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    TESTED: tl.constexpr, SUM: tl.constexpr,
+    TESTED: tl.constexpr, SINGLE: tl.constexpr, DESCRIBED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys of one key/value head, over all query heads that read it; of the transposed mask."""
     kv_head = tl.program_id(1).to(tl.int64)
@@ -306,29 +410,34 @@ def dkv_kernel(
     keys = _block(k, k_t, k_h, begin, size, kv_head, end, d, D, PAD, True)
     values = _block(v, v_t, v_h, begin, size, kv_head, end, d, D, PAD, True)
     dk_total, dv_total = tl.zeros([HEIGHT, PAD], SUM), tl.zeros([HEIGHT, PAD], SUM)
+    deltas_at = tl.num_programs(1).to(tl.int64) * GROUP * padded_q
+    # Two sums fill the registers: what does not change in a loop is better computed in it again than kept.
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        entry = head // PER_MAP * tl.num_programs(0) + block
-        for i in range(tl.load(whole_at + entry), tl.load(whole_at + entry + 1)):
-            first, last = tl.load(whole + 2 * i), tl.load(whole + 2 * i + 1)
-            for at in range(first, last, WIDTH):
-                # What lies beyond the stretch has weight 0, so it needs no mask.
-                queries = _block(q, q_t, q_h, at, columns, head, last, d, D, PAD, True)
-                douts = _block(dout, o_t, o_h, at, columns, head, last, d, D, PAD, True)
-                lse_log2, deltas = _stats(lse, l_t, l_h, delta, e_t, e_h, at, columns, head, last)
-                p, ds = _weights_t(keys, queries, values, douts, lse_log2, deltas, scale_log2, None, False, SUM)
-                dv_total += tl.dot(p.to(douts.dtype), douts, input_precision="ieee", out_dtype=SUM)
-                dk_total += tl.dot(ds.to(queries.dtype), queries, input_precision="ieee", out_dtype=SUM)
-        if TESTED:
-            for i in range(tl.load(tested_at + entry), tl.load(tested_at + entry + 1)):
-                stretch = tested + 4 * i
-                for at in range(tl.load(stretch), tl.load(stretch + 1), WIDTH):
-                    queries = _block(q, q_t, q_h, at, columns, head, num_q, d, D, PAD, True)
-                    douts = _block(dout, o_t, o_h, at, columns, head, num_q, d, D, PAD, True)
-                    lse_log2, deltas = _stats(lse, l_t, l_h, delta, e_t, e_h, at, columns, head, num_q)
-                    allowed = _in_bands(bands, tl.load(stretch + 2), tl.load(stretch + 3), begin + size, at + columns)
-                    p, ds = _weights_t(keys, queries, values, douts, lse_log2, deltas, scale_log2, allowed, True, SUM)
-                    dv_total += tl.dot(p.to(douts.dtype), douts, input_precision="ieee", out_dtype=SUM)
-                    dk_total += tl.dot(ds.to(queries.dtype), queries, input_precision="ieee", out_dtype=SUM)
+        entry = (head // PER_MAP).to(tl.int32) * tl.num_programs(0) + block
+        of_head = stats + head * padded_q
+        i = tl.load(whole_at + 2 * entry)
+        at, stop = tl.load(whole + 2 * i), tl.load(whole + 2 * i + 1)
+        for _ in tl.range(tl.load(whole_at + 2 * entry + 1), disable_licm=True):
+            queries = _tile(q_tiles, q_t, q_h, at, columns, head, num_q, d, D, PAD, False, DESCRIBED)
+            douts = _tile(dout_tiles, o_t, o_h, at, columns, head, num_q, d, D, PAD, False, DESCRIBED)
+            lse_log2, deltas = tl.load(of_head + at + columns), tl.load(of_head + deltas_at + at + columns)
+            dk_total, dv_total = _add_gradients(
+                keys, queries, values, douts, lse_log2, deltas, scale_log2, None, dk_total, dv_total, False, SUM
+            )
+            i, at, stop = _walk(whole, i, at, stop, WIDTH, 2)
+        if TESTED > 0:
+            narrow = tl.arange(0, TESTED)
+            i = tl.load(tested_at + 2 * entry)
+            at, stop = tl.load(tested + 4 * i), tl.load(tested + 4 * i + 1)
+            for _ in tl.range(tl.load(tested_at + 2 * entry + 1), disable_licm=True):
+                queries = _tile(q_narrow, q_t, q_h, at, narrow, head, num_q, d, D, PAD, True, DESCRIBED)
+                douts = _tile(dout_narrow, o_t, o_h, at, narrow, head, num_q, d, D, PAD, True, DESCRIBED)
+                lse_log2, deltas = tl.load(of_head + at + narrow), tl.load(of_head + deltas_at + at + narrow)
+                allowed = _in_bands(bands, tested + 4 * i, begin + size, at + narrow, SINGLE)
+                dk_total, dv_total = _add_gradients(
+                    keys, queries, values, douts, lse_log2, deltas, scale_log2, allowed, dk_total, dv_total, True, SUM
+                )
+                i, at, stop = _walk(tested, i, at, stop, TESTED, 4)
     _store(dk, dk_t, dk_h, begin, size, kv_head, end, d, dk_total * scale, D)
     _store(dv, dv_t, dv_h, begin, size, kv_head, end, d, dv_total, D)

@@ -246,6 +246,8 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
     started.draw()
     if executor is not None:
         _count(measured, executor, pairs, sent)
+        if launch := work.kernel.launch(problem.heads, problem.dtype, Platform.of(device)):
+            measured.notes["kernel_launch"] = launch
     check_s = time.perf_counter() - begun
     if not _checked(measured, examination, check_s):
         return measured  # a wrong result has no speed

@@ -1,4 +1,8 @@
-"""Our Triton kernels compile for GPUs that are not here: for compute capability 8.0 and 9.0, within what a block may have."""
+"""Our Triton kernels compile for GPUs that are not here, and what they take of a GPU: registers, spills, shared memory.
+
+Launch shapes are those that ``triton_shapes`` gives each device. Registers and spills are what the ``ptxas`` that comes with Triton
+reports, which needs no driver.
+"""
 
 from __future__ import annotations
 
@@ -6,69 +10,95 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.slow
 
-# Shared memory that one block can have, in bytes (CUDA C programming guide, technical specifications).
+# Shared memory that one block can have, in bytes (CUDA programming guide, technical specifications).
 SHARED = {80: 163 << 10, 90: 227 << 10}
 
 PROGRAM = """
-import json, sys
+import json, re, subprocess, sys
+from pathlib import Path
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lcbench.kernels.triton_band import TritonBand
 from lcbench.kernels.triton_block_sparse import TritonBlockSparse
-from lcbench.kernels.triton_tiles import DELTA, DKV, DQ, FORWARD, delta_kernel, dkv_kernel, dq_kernel, forward_kernel
+from lcbench.kernels.triton_shapes import Shape
+from lcbench.kernels.triton_tiles import DELTA_ROWS, DELTA_WARPS, delta_kernel, dkv_kernel, dq_kernel, forward_kernel
 
-def compiled(function, height, width, launch, dim, tested, capability, kind):
-    constants = {"GROUP": 8, "PER_MAP": 64, "D": dim, "PAD": triton.next_power_of_2(dim), "HEIGHT": height, "WIDTH": width,
-                 "TESTED": tested, "SUM": tl.float32}
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+TABLES = ("block_rows", "order", "whole_at", "whole", "tested_at", "tested", "bands")
+
+def compiled(function, shape, dim, tested, capability, kind):
+    described = shape.described and capability >= 90
+    narrow = shape.tested if tested else 0
+    constants = {"GROUP": 8, "PER_MAP": 64, "D": dim, "PAD": triton.next_power_of_2(dim), "HEIGHT": shape.rows,
+                 "WIDTH": shape.columns, "TESTED": narrow, "SINGLE": True, "DESCRIBED": described, "SUM": tl.float32}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    tables = ("block_rows", "order", "whole_at", "whole", "tested_at", "tested", "bands")
     signature, aligned = {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in tables:
+        elif name in TABLES:
             signature[name] = "*i32"
-        elif name in ("lse", "delta"):
+        elif name in ("lse", "stats"):
             signature[name] = "*fp32"
-        elif name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
+        elif described and name.endswith(("_tiles", "_narrow")):
+            width = shape.columns if name.endswith("_tiles") else narrow or shape.columns
+            signature[name] = f"tensordesc<{kind}[{width}, {dim}]>"
+        elif name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv") or name.endswith(("_tiles", "_narrow")):
             signature[name] = "*" + kind
         else:
             signature[name] = "fp32" if name.startswith("scale") else "i32"
-        if signature[name][0] == "*" or name.endswith(("_t", "_h")):
+        if signature[name][0] == "*" or name.endswith(("_t", "_h", "padded_q")):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch._asdict())
+    options = {"num_warps": shape.warps, "num_stages": shape.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+def used(made, capability):
+    ptx = Path(sys.argv[1]) / "kernel.ptx"
+    ptx.write_text(made.asm["ptx"])
+    target = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    done = subprocess.run([PTXAS, "-v", "--gpu-name", target, ptx, "-o", "/dev/null"], capture_output=True, text=True, check=True)
+    said = done.stdout + done.stderr
+    return [int(re.search(pattern, said)[1]) for pattern in (r"Used (\\d+) registers", r"(\\d+) bytes spill stores")]
 
 for kernel, tested in ((TritonBand(), True), (TritonBlockSparse(), False)):
-    queries, keys = (kernel.block_q, kernel.block_k), (kernel.block_dk, kernel.block_dq)
-    for function, tile, launch in (
-        (forward_kernel, queries, FORWARD), (dq_kernel, queries, DQ), (dkv_kernel, keys, DKV), (delta_kernel, queries, DELTA)
-    ):
-        for dim, capability, kind in ((128, 90, "bf16"), (64, 90, "fp16"), (128, 80, "bf16")):
-            made = compiled(function, *tile, launch, dim, tested, capability, kind)
-            tensor_cores = "wgmma" if "wgmma" in made.asm["ptx"] else "mma" if "mma.sync" in made.asm["ptx"] else ""
-            print(json.dumps([function.fn.__name__, capability, made.metadata.shared, tensor_cores]))
+    for dim, capability, kind in ((128, 90, "bf16"), (64, 90, "fp16"), (128, 80, "bf16")):
+        shapes = kernel.shapes(dim, 2, (capability // 10, capability % 10))
+        row_stats = Shape(DELTA_ROWS, 16, 16, DELTA_WARPS, 1)
+        for function, shape in zip((forward_kernel, dq_kernel, dkv_kernel, delta_kernel), (*shapes, row_stats)):
+            made = compiled(function, shape, dim, tested, capability, kind)
+            ptx = made.asm["ptx"]
+            tensor_cores = "wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else ""
+            print(json.dumps({"name": function.fn.__name__, "dim": dim, "capability": capability, "tested": tested,
+                "shared": made.metadata.shared, "tensor_cores": tensor_cores, "by_tma": "cp.async.bulk.tensor" in ptx,
+                "used": used(made, capability)}))
 """
 
 
-def test_kernels_compile_for_gpus_and_use_their_tensor_cores(tmp_path: object) -> None:
+def test_kernels_compile_for_gpus_without_spills_and_use_their_tensor_cores(tmp_path: Path) -> None:
     pytest.importorskip("triton.backends.nvidia")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     environment.pop("TRITON_INTERPRET", None)  # which would not compile
     # From a file: Triton reads the source of its functions.
-    program = f"{tmp_path}/compile.py"
-    with open(program, "w") as file:
-        file.write(PROGRAM)
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
+    program = tmp_path / "compile.py"
+    program.write_text(PROGRAM)
+    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == 24
-    for name, capability, shared, tensor_cores in rows:
-        assert shared <= SHARED[capability]
-        assert tensor_cores == {90: "wgmma", 80: "mma"}[capability] or (name, tensor_cores) == ("delta_kernel", "")
+    for row in rows:
+        capability, name = row["capability"], row["name"]
+        assert row["shared"] <= SHARED[capability], row
+        assert row["tensor_cores"] == ("" if name == "delta_kernel" else {90: "wgmma", 80: "mma"}[capability]), row
+        assert row["by_tma"] == (capability == 90 and name != "delta_kernel"), row
+        if capability == 90:
+            registers, spilled = row["used"]
+            assert registers <= 255, row
+            assert spilled == 0, row
