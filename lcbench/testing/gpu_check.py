@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -105,13 +104,14 @@ class Pace:
         self._seconds[size] = max(seconds, self._seconds.get(size, 0.0))
 
     def expected(self, size: float) -> float:
-        """From the row that is nearest in size, and a smaller one, if there is one, for what does not grow; 0 of a first row."""
+        """On the line through the smallest and the largest row; 0 of a first row."""
         if not self._seconds:
             return 0.0
-        near = min(self._seconds, key=lambda known: abs(math.log(known / size)))
-        same = min((seconds for known, seconds in self._seconds.items() if known < near), default=0.0)
-        grown = max(self._seconds[near] - same, 0.0) * size / near
-        return same + grown if same or size >= near else self._seconds[near]
+        small, large = min(self._seconds), max(self._seconds)
+        if small == large:  # all of it may grow, and none of it may
+            return self._seconds[large] * max(1.0, size / large)
+        same, grown = self._seconds[small], max(self._seconds[large] - self._seconds[small], 0.0)
+        return same + grown * size / large
 
 
 class Report:
