@@ -84,8 +84,6 @@ class TransformerEngine:
             degree = largest_degree(problem)
             sets = [ranks[i : i + degree] for i in range(0, len(ranks), degree)] + [ranks[i::degree] for i in range(degree)]
         # Every rank makes every group, in the same order.
-        mine = [
-            group for members, group in [(members, groups.among(tuple(members), CHANNEL)) for members in sets] if rank in members
-        ]
+        mine = [group for group in [groups.among(tuple(members), CHANNEL) for members in sets] if group is not None]
         attention.set_context_parallel_group(mine if len(mine) > 1 else mine[0], ranks, torch.cuda.Stream(), self.comm)
         return AutogradRun(attention, problem, mask, self.layout(problem), kernel, rank, device, groups)
