@@ -15,7 +15,13 @@ def merge_into(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, ot
     ``out`` and both LSE are in the type of sums, ``other_out`` in any; all may be slices of larger tensors. A row without keys
     has LSE -inf and out 0 and takes the other's, which may be empty too. On CUDA one kernel does it, where Triton is installed;
     elsewhere it is a pass over ``out``, and one that converts ``other_out`` if it is of another type.
+
+    Raises:
+        ValueError: what the kernel could not address, on any device.
     """
+    if out.dim() != 3 or out.shape != other_out.shape or not out.shape[:2] == lse.shape == other_lse.shape or out.stride(-1) != 1:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (out, lse, other_out, other_lse))
+        raise ValueError(f"partial results are (T, H, D) and (T, H), heads whole in memory, not {shapes}")
     if out.is_cuda and _triton_is_there():
         from lcbench.kernels.triton_merge import fused_merge_into
 

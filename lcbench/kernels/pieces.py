@@ -66,7 +66,7 @@ class PreparedPieces:
             part, part_lse = batch.forward(q, k, v, softmax_scale)
             rows = batch.q_index
             own, own_lse = out[rows], lse[rows]
-            merge_into(own, own_lse, part, part_lse)
+            merge_into(*(x.flatten(0, 1) for x in (own, own_lse, part, part_lse)))  # own ones are views: they lie whole
             out[rows], lse[rows] = own, own_lse
         return out, lse
 

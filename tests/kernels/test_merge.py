@@ -12,8 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from lcbench.kernels.base import prepare
 from lcbench.kernels.merge import merge_into, plain_merge_into
+from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.kernels.triton_merge import fused_merge_into
+from lcbench.masks.band import Band, BandMask
+from lcbench.problem import Heads
+from lcbench.testing.dense import dense_attention, dense_heads
 
 Merge = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 TOKENS, HEADS, DIM = 37, 3, 24  # no power of two, no multiple of a block
@@ -40,6 +45,36 @@ def parts(dtype: torch.dtype, other_dtype: torch.dtype, spread: float) -> list[t
     for rows, x, x_lse in ((slice(0, 5), out, lse), (slice(3, 9), other, other_lse)):
         x[rows], x_lse[rows] = 0, -torch.inf
     return [out.to(dtype), lse.to(dtype), other.to(other_dtype), other_lse.to(dtype)]
+
+
+def test_what_the_kernel_cannot_address_is_refused_on_every_device() -> None:
+    out, lse, other, other_lse = parts(torch.float32, torch.float32, 1.0)
+    for wrong in (
+        (out[None], lse[None], other[None], other_lse[None]),  # batches of pieces
+        (out.mT.contiguous().mT, lse, other, other_lse),
+        (out, lse[1:], other, other_lse),
+    ):
+        with pytest.raises(ValueError, match="partial results are"):
+            merge_into(*wrong)
+
+
+def test_pieces_are_joined_by_the_kernel_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where every batch of pieces is merged by it."""
+    joined: list[torch.Size] = []
+
+    def fused(*parts: torch.Tensor) -> None:
+        joined.append(parts[0].shape)
+        fused_merge_into(*parts)
+
+    monkeypatch.setattr("lcbench.kernels.merge.plain_merge_into", fused)
+    heads, mask = Heads(2, 1, 8), BandMask.of(40, 40, [Band(2, 9, 0, 40), Band(12, 40, 3, 9), Band(12, 40, 12, 40, -4, 6)])
+    q, k, v = (torch.randn(40, n, 8, dtype=torch.float64) for n in (2, 1, 1))
+    want, want_lse = dense_attention(q, k, v, dense_heads(mask, 2), 0.3)
+    out, lse = prepare(SDPAFlash(), mask, heads, torch.float64, torch.device("cpu")).forward(q, k, v, softmax_scale=0.3)
+    assert joined
+    assert (out - want).abs().max() <= 1e-12
+    seen = torch.isfinite(want_lse)
+    assert (lse - want_lse)[seen].abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("merge", [merge_into, plain_merge_into, fused_merge_into])
