@@ -97,10 +97,11 @@ def check_gang(device: torch.device, local_size: int, facts: dict[str, Any]) -> 
         facts: what this rank's node said of itself (``node_facts``).
     """
     rank, size = dist.get_rank(), dist.get_world_size()
+    first = rank % local_size == 0
     mine = {
-        "node": node_name(), "device": device_name(device), "versions": versions(device),
-        "facts": facts if rank % local_size == 0 else None, "gpu": _gpu(device),
-        "backend": dist.get_backend(),
+        "node": node_name(), "device": device_name(device), "gpu": _gpu(device), "backend": dist.get_backend(),
+        # Of a node, once: its ranks have one environment, and looking takes each of them a second of a shared core.
+        "versions": versions(device) if first else None, "facts": facts if first else None,
     }  # fmt: skip
     links: dict[str, float | None] = {}
     if carries := device.type == "cpu" or dist.get_backend() == "nccl":  # gloo goes through the host, whatever the links are
@@ -119,9 +120,10 @@ def judge(everyone: Sequence[dict[str, Any]], kind: str) -> NodesCheck:
     """What follows from what all ranks said, rank 0 first; ``kind`` is cpu or cuda."""
     check = NodesCheck()
     for what in ("device", "versions"):
-        values = [r[what] for r in everyone]
+        told = [r for r in everyone if r[what] is not None]
+        values = [r[what] for r in told]
         usual = max(values, key=values.count)
-        for other in (r for r in everyone if r[what] != usual):
+        for other in (r for r in told if r[what] != usual):
             check.fallen.setdefault(other["node"], f"{what}: {_difference(other[what], usual)}")
     if kind == "cuda" and (why := _no_speed(everyone)):
         check.found["no_speed"] = why

@@ -78,6 +78,8 @@ def test_the_node_that_differs_or_is_slow_is_named() -> None:
     assert judge([*well[:2], rank("n3", 3.0)], "cpu").fallen == {}  # ranks that share cores say nothing of links
     other = judge([*well[:2], rank("n3", None, versions={"torch": "2", "driver": "570"})], "cuda")
     assert other.fallen == {"n3": "versions: driver 570 where others have 580"}
+    # A node's first rank tells them for all of its ranks.
+    assert judge([r | more for r in well for more in ({}, {"versions": None})], "cuda").fallen == {}
     mixed = judge([rank("n1", None), rank("n2", None), rank("n2", None, device="A100"), rank("n1", None)], "cuda")
     assert mixed.fallen == {"n2": "device: A100 where others have H100"}
 
