@@ -48,8 +48,6 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     add_results_argument(parser)
     options = parser.parse_args(arguments)
-    from hydra_plugins.lcbench._plan import launcher_named
-
     root = options.results.absolute()
     with bad_input():
         sweep, cell_id = (find_sweep(root, options.failed), None) if options.failed else chosen_cell(root, options.cell)
@@ -69,11 +67,15 @@ def main(arguments: list[str]) -> int:
         settings = _settings(sweep, standing.seen.launch)
         for record in records.values():
             build.check_targets(record.entry.cell.config)
-        launcher = launcher_named(options.launcher or standing.seen.launch["launcher"])  # type: ignore[index]
+        name = options.launcher or standing.seen.launch["launcher"]  # type: ignore[index]
     if not records:
         busy = f"; {len(wanted)} are under way already" if wanted else ""
         print(f"no failed cells in {printable(sweep.name)}{busy}")
         return 0
+    from hydra_plugins.lcbench._plan import launcher_named
+
+    with bad_input():
+        launcher = launcher_named(name)
     if strange:
         settings = replace(settings, site=here_instead(settings.site))
     if options.exclude:

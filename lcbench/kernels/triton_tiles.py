@@ -225,6 +225,13 @@ def _store(x, t, h, first, size, head, last, d, value, D: tl.constexpr):
 
 
 @triton.jit
+def _begin(ats, stretches, entry, FIELDS: tl.constexpr):
+    """(tiles, first stretch, its first column, its last column + 1) of an entry of the tables."""
+    i = tl.load(ats + 2 * entry)
+    return tl.load(ats + 2 * entry + 1), i, tl.load(stretches + FIELDS * i), tl.load(stretches + FIELDS * i + 1)
+
+
+@triton.jit
 def _walk(stretches, i, at, stop, WIDTH: tl.constexpr, FIELDS: tl.constexpr):
     """The tile after one at ``at``: of the same stretch, or the first of the next one."""
     at += WIDTH
@@ -293,18 +300,16 @@ def forward_kernel(
     total = tl.zeros([HEIGHT, PAD], SUM)
     weight = tl.zeros([HEIGHT], SUM)
     top = tl.full([HEIGHT], float("-inf"), SUM)
-    i = tl.load(whole_at + 2 * entry)
-    at, stop = tl.load(whole + 2 * i), tl.load(whole + 2 * i + 1)
-    for _ in range(tl.load(whole_at + 2 * entry + 1)):
+    tiles, i, at, stop = _begin(whole_at, whole, entry, 2)
+    for _ in range(tiles):
         keys = _tile(k_tiles, k_t, k_h, at, columns, kv_head, num_k, d, D, PAD, False, DESCRIBED)
         values = _tile(v_tiles, v_t, v_h, at, columns, kv_head, num_k, d, D, PAD, False, DESCRIBED)
         total, weight, top = _attend(queries, keys, values, scale_log2, None, total, weight, top, False, SUM)
         i, at, stop = _walk(whole, i, at, stop, WIDTH, 2)
     if TESTED > 0:
         narrow = tl.arange(0, TESTED)
-        i = tl.load(tested_at + 2 * entry)
-        at, stop = tl.load(tested + 4 * i), tl.load(tested + 4 * i + 1)
-        for _ in range(tl.load(tested_at + 2 * entry + 1)):
+        tiles, i, at, stop = _begin(tested_at, tested, entry, 4)
+        for _ in range(tiles):
             keys = _tile(k_narrow, k_t, k_h, at, narrow, kv_head, num_k, d, D, PAD, True, DESCRIBED)
             values = _tile(v_narrow, v_t, v_h, at, narrow, kv_head, num_k, d, D, PAD, True, DESCRIBED)
             allowed = _in_bands(bands, tested + 4 * i, begin + size, at + narrow, SINGLE)
@@ -372,9 +377,8 @@ def dq_kernel(
     of_rows = stats + (head * padded_q + begin) + size
     lse_log2, deltas = tl.load(of_rows), tl.load(of_rows + tl.num_programs(1).to(tl.int64) * padded_q)
     total = tl.zeros([HEIGHT, PAD], SUM)
-    i = tl.load(whole_at + 2 * entry)
-    at, stop = tl.load(whole + 2 * i), tl.load(whole + 2 * i + 1)
-    for _ in range(tl.load(whole_at + 2 * entry + 1)):
+    tiles, i, at, stop = _begin(whole_at, whole, entry, 2)
+    for _ in range(tiles):
         keys = _tile(k_tiles, k_t, k_h, at, columns, kv_head, num_k, d, D, PAD, False, DESCRIBED)
         values = _tile(v_tiles, v_t, v_h, at, columns, kv_head, num_k, d, D, PAD, False, DESCRIBED)
         p, ds = _weights(queries, keys, douts, values, lse_log2, deltas, scale_log2, None, False, SUM)
@@ -382,9 +386,8 @@ def dq_kernel(
         i, at, stop = _walk(whole, i, at, stop, WIDTH, 2)
     if TESTED > 0:
         narrow = tl.arange(0, TESTED)
-        i = tl.load(tested_at + 2 * entry)
-        at, stop = tl.load(tested + 4 * i), tl.load(tested + 4 * i + 1)
-        for _ in range(tl.load(tested_at + 2 * entry + 1)):
+        tiles, i, at, stop = _begin(tested_at, tested, entry, 4)
+        for _ in range(tiles):
             keys = _tile(k_narrow, k_t, k_h, at, narrow, kv_head, num_k, d, D, PAD, True, DESCRIBED)
             values = _tile(v_narrow, v_t, v_h, at, narrow, kv_head, num_k, d, D, PAD, True, DESCRIBED)
             allowed = _in_bands(bands, tested + 4 * i, begin + size, at + narrow, SINGLE)
@@ -416,9 +419,8 @@ def dkv_kernel(
         head = kv_head * GROUP + member
         entry = (head // PER_MAP).to(tl.int32) * tl.num_programs(0) + block
         of_head = stats + head * padded_q
-        i = tl.load(whole_at + 2 * entry)
-        at, stop = tl.load(whole + 2 * i), tl.load(whole + 2 * i + 1)
-        for _ in tl.range(tl.load(whole_at + 2 * entry + 1), disable_licm=True):
+        tiles, i, at, stop = _begin(whole_at, whole, entry, 2)
+        for _ in tl.range(tiles, disable_licm=True):
             queries = _tile(q_tiles, q_t, q_h, at, columns, head, num_q, d, D, PAD, False, DESCRIBED)
             douts = _tile(dout_tiles, o_t, o_h, at, columns, head, num_q, d, D, PAD, False, DESCRIBED)
             lse_log2, deltas = tl.load(of_head + at + columns), tl.load(of_head + deltas_at + at + columns)
@@ -428,9 +430,8 @@ def dkv_kernel(
             i, at, stop = _walk(whole, i, at, stop, WIDTH, 2)
         if TESTED > 0:
             narrow = tl.arange(0, TESTED)
-            i = tl.load(tested_at + 2 * entry)
-            at, stop = tl.load(tested + 4 * i), tl.load(tested + 4 * i + 1)
-            for _ in tl.range(tl.load(tested_at + 2 * entry + 1), disable_licm=True):
+            tiles, i, at, stop = _begin(tested_at, tested, entry, 4)
+            for _ in tl.range(tiles, disable_licm=True):
                 queries = _tile(q_narrow, q_t, q_h, at, narrow, head, num_q, d, D, PAD, True, DESCRIBED)
                 douts = _tile(dout_narrow, o_t, o_h, at, narrow, head, num_q, d, D, PAD, True, DESCRIBED)
                 lse_log2, deltas = tl.load(of_head + at + narrow), tl.load(of_head + deltas_at + at + narrow)

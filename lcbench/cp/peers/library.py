@@ -17,6 +17,7 @@ from lcbench.problem import Problem
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
 
 # Libraries' messages go by communicators of their own, whatever the order in which they post them.
@@ -69,6 +70,16 @@ def missing(problem: Problem, device: torch.device, *calls: LibraryCall) -> str 
     if problem.dtype not in HALVES:
         return f"{name} takes bfloat16 and float16, not {problem.dtype}"
     return unfit(*calls)
+
+
+def grid(groups: Groups, ranks: int, degree: int) -> list[dist.ProcessGroup]:
+    """A rank's two communicators of a grid: ``degree`` neighbours, and the ring of every ``degree``-th rank. Collective.
+
+    Every rank makes every group, in the same order.
+    """
+    every = tuple(range(ranks))
+    sets = [every[i : i + degree] for i in range(0, ranks, degree)] + [every[i::degree] for i in range(degree)]
+    return [group for group in [groups.among(members, CHANNEL) for members in sets] if group is not None]
 
 
 class AutogradRun:

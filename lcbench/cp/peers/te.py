@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lcbench.cp.execute import Groups
 from lcbench.cp.layout import Layout, zigzag
 from lcbench.cp.loongtrain import largest_degree
-from lcbench.cp.peers.library import CHANNEL, AutogradRun, missing, refused_length, refused_mask, segments
+from lcbench.cp.peers.library import CHANNEL, AutogradRun, grid, missing, refused_length, refused_mask, segments
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
 from lcbench.kernels.te_fused import LIBRARIES
@@ -79,11 +79,7 @@ class TransformerEngine:
             attn_mask_type="causal" if found.causal else "no_mask",
             softmax_scale=problem.softmax_scale,
         ).to(device)
-        sets = [ranks]
-        if self.comm == "a2a+p2p":
-            degree = largest_degree(problem)
-            sets = [ranks[i : i + degree] for i in range(0, len(ranks), degree)] + [ranks[i::degree] for i in range(degree)]
-        # Every rank makes every group, in the same order.
-        mine = [group for group in [groups.among(tuple(members), CHANNEL) for members in sets] if group is not None]
-        attention.set_context_parallel_group(mine if len(mine) > 1 else mine[0], ranks, torch.cuda.Stream(), self.comm)
+        both = self.comm == "a2a+p2p"
+        made: Any = grid(groups, len(ranks), largest_degree(problem)) if both else groups.among(tuple(ranks), CHANNEL)
+        attention.set_context_parallel_group(made, ranks, torch.cuda.Stream(), self.comm)
         return AutogradRun(attention, problem, mask, self.layout(problem), kernel, rank, device, groups)

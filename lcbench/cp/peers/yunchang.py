@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from lcbench.cp.execute import Groups
 from lcbench.cp.layout import Layout, zigzag
 from lcbench.cp.loongtrain import largest_degree, refused_grid
-from lcbench.cp.peers.library import CHANNEL, AutogradRun, missing, refused_length, refused_mask, segments
+from lcbench.cp.peers.library import AutogradRun, grid, missing, refused_length, refused_mask, segments
 from lcbench.cp.ulysses import check_count
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
@@ -71,13 +71,8 @@ class YunchangUSP:
 
         found = segments(mask)
         assert found is not None
-        degree, ranks = self.degree(problem), list(range(problem.scale.world_size))
-        # As its set_seq_parallel_pg lays them out, which makes new ones each time. Every rank makes every group, in the same order.
-        neighbours = [ranks[i : i + degree] for i in range(0, len(ranks), degree)]
-        rings = [ranks[i::degree] for i in range(degree)]
-        made = {tuple(members): groups.among(tuple(members), CHANNEL) for members in neighbours + rings}
-        PROCESS_GROUP.ULYSSES_PG = made[tuple(neighbours[rank // degree])]
-        PROCESS_GROUP.RING_PG = made[tuple(rings[rank % degree])]
+        # As its set_seq_parallel_pg lays them out, which makes new ones each time.
+        PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = grid(groups, problem.scale.world_size, self.degree(problem))
         # Without a causal mask the order of tokens means nothing to its plain ring.
         attention = LongContextAttention(ring_impl_type="zigzag" if found.causal else "basic", attn_type=AttnType.FA)
         attend = partial(attention, causal=found.causal, softmax_scale=problem.softmax_scale)
