@@ -92,9 +92,8 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
             # At many ranks the options take turns at the masks: each meets a third of them, and each mask a third of the options.
             if world_size > 3 and place >= len(named) and (place + number) % 3:
                 continue
-            # Three, four and eight ranks meet every strategy with every mask once: half of the pairs with equal heads, the others
-            # with grouped ones. Two and six ranks meet all.
-            if world_size in (3, 4, 8) and place < len(named) and (place + number + (heads.q == heads.kv)) % 2:
+            # Eight ranks meet every strategy with every mask once: half of the pairs with 16x16 heads, the others with 16x1.
+            if world_size == 8 and place < len(named) and (place + number + heads.kv) % 2:
                 continue
             if place < len(named) and not (world_size > 1 and isinstance(strategy, Local)):
                 due.add((mask_name, type(strategy).__name__))
