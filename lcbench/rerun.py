@@ -19,7 +19,7 @@ from lcbench.arguments import (
 )
 from lcbench.grid import build
 from lcbench.report.inert import printable
-from lcbench.runs.jobs import Standing, Watch
+from lcbench.runs.jobs import SweepStatus, Watch
 from lcbench.runs.ownership import here_instead
 from lcbench.runs.pack import Settings
 from lcbench.runs.store import Record, Sweep
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
     return launcher.launch_cells(sweep, choose, settings=settings, wait=options.wait, report=list(records))
 
 
-def _wanted(standing: Standing, cell_id: str | None) -> dict[str, Record]:
+def _wanted(standing: SweepStatus, cell_id: str | None) -> dict[str, Record]:
     if cell_id is not None:
         return {cell_id: standing.seen.records[cell_id]}
     return {i: r for i, r in standing.seen.records.items() if r.status in ("failed", "missing")}

@@ -10,17 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lcbench.cp.adjoint import traffic
 from lcbench.cp.allgather import AllGather
-from lcbench.cp.base import Peer, Run, Strategy
-from lcbench.cp.execute import Executor, Groups
-from lcbench.cp.layout import contiguous
+from lcbench.cp.base import Peer, RankRun, Strategy
 from lcbench.cp.peers.torch_cp import ROTATIONS, TorchCP
-from lcbench.cp.program import Program
 from lcbench.cp.ring import Ring
-from lcbench.cp.schedule import Schedule
 from lcbench.cp.tokenring import TokenRing
-from lcbench.cp.verify import verify
 from lcbench.grid.build import build_mask, build_strategy, check_options, with_lengths
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import BandMask, DoesNotFit
@@ -33,6 +27,12 @@ from lcbench.measure.inputs import draw
 from lcbench.measure.stopping import Stopping
 from lcbench.measure.timing import measure
 from lcbench.problem import TRANSITS, Heads, Problem, Scale
+from lcbench.schedule.adjoint import traffic
+from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.layout import contiguous
+from lcbench.schedule.program import Program
+from lcbench.schedule.schedule import Schedule
+from lcbench.schedule.verify import verify
 from lcbench.sweep import look
 from lcbench.testing.masks import load, names
 from lcbench.testing.precision import relative_errors
@@ -117,7 +117,7 @@ def against_torch(rank: int, ranks: int) -> None:
     seqlen, device = 4096, torch.device("cpu")
     problem = Problem(seqlen, Heads(8, 4, 64), Scale(1, ranks), "float32", "forward_backward")
     mask, kernel, groups = causal(seqlen), SDPAFlash(), Groups()
-    runs: dict[str, tuple[Run, Any]] = {}
+    runs: dict[str, tuple[RankRun, Any]] = {}
     for rotate in ROTATIONS:
         peer = TorchCP(rotate)  # type: ignore[arg-type]
         runs[f"torch {rotate}"] = peer.start(problem, mask, kernel, rank, device, groups), peer.tokens(problem, rank)
@@ -152,7 +152,7 @@ def against_torch(rank: int, ranks: int) -> None:
             )
 
 
-def both(run: Run, tensors: list[torch.Tensor], switches: dict[str, bool], _: Any) -> None:
+def both(run: RankRun, tensors: list[torch.Tensor], switches: dict[str, bool], _: Any) -> None:
     q, k, v, dout = tensors
     _, saved = run.forward(q, k, v, **switches)
     run.backward(dout, saved, **switches)

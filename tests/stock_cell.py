@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lcbench.cp.execute import Groups
 from lcbench.grid.cell import Cell
 from lcbench.measure.cell import Gang, measure_cell
 from lcbench.runs.worker import work_of
+from lcbench.schedule.execute import Groups
 
 
 def measured(config: str) -> None:

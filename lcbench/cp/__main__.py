@@ -19,14 +19,14 @@ from rich.table import Table
 
 from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, run
 from lcbench.cp.base import Peer
-from lcbench.cp.draw import Timeline, save
-from lcbench.cp.lowering import operations_of
-from lcbench.cp.verify import Report, verify
 from lcbench.grid import build
 from lcbench.grid.build import build_mask, build_strategy
 from lcbench.grid.cell import Cell
 from lcbench.report.inert import plain
 from lcbench.report.table import WIDTH
+from lcbench.schedule.lowering import operations_of
+from lcbench.schedule.plot import Timeline, save
+from lcbench.schedule.verify import ScheduleCost, verify
 from lcbench.sweep import look
 
 EXAMPLES = """
@@ -92,7 +92,7 @@ def _asked(options: argparse.Namespace) -> tuple[list[Cell], Timeline | None]:
     return [sweep.entries()[cell_id].cell], timelines[-1] if timelines else None
 
 
-def _look(cell: Cell) -> tuple[dict[str, Any], Report | None]:
+def _look(cell: Cell) -> tuple[dict[str, Any], ScheduleCost | None]:
     config, problem = cell.config, cell.problem
     try:
         mask = build_mask(config["mask"], config["seqlen"], cell.heads, config["seed"])

@@ -11,13 +11,13 @@ from typing import Literal
 
 import numpy as np
 
-from lcbench.cp.layout import Layout
-from lcbench.cp.lowering import Lowered
 from lcbench.cp.ring import deal, too_short
-from lcbench.cp.schedule import HeadGroup, Move, Schedule, Step, columns
 from lcbench.cp.ulysses import check_count
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.layout import Layout
+from lcbench.schedule.lowering import Lowered
+from lcbench.schedule.schedule import NO_ROWS, HeadGroup, Move, Schedule, Step, rows
 
 ORDERS = ("auto", "zigzag", "contiguous")
 
@@ -59,7 +59,7 @@ class AllGather(Lowered):
             if time < len(groups):
                 to, shard = np.meshgrid(every, np.arange(len(pieces)), indexing="ij")
                 remote = owner[shard] != to
-                moves = (Move("kv", columns(owner[shard[remote]], to[remote], shard[remote], time)),)
-            tiles = columns(every, time - 1, every, everything) if time else columns([], [], [], [])
+                moves = (Move("kv", rows(owner[shard[remote]], to[remote], shard[remote], time)),)
+            tiles = rows(every, time - 1, every, everything) if time else NO_ROWS
             steps.append(Step(tiles, moves))
         return Schedule(ranks, shards, owner, groups, (*own, tuple(range(len(pieces)))), tuple(steps))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from lcbench.cp.schedule import Schedule
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     import torch
 
-    from lcbench.cp.execute import Groups
+    from lcbench.schedule.execute import Groups
 
 
 class Strategy(Protocol):
@@ -28,7 +28,7 @@ class Strategy(Protocol):
     def schedule(self, problem: Problem, mask: Mask) -> Schedule: ...
 
 
-class Run(Protocol):
+class RankRun(Protocol):
     """A strategy at work on one rank; all tensors are packed and hold this rank's tokens. Collective, all three.
 
     A run may have an attribute ``own_lse``, read by ``getattr`` where a run is checked (``measure/cell.py``); without it, True.
@@ -67,6 +67,6 @@ class Peer(Protocol):
 
     def start(
         self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups
-    ) -> Run:  # fmt: skip
+    ) -> RankRun:  # fmt: skip
         """Ready to run, on communicators of ``groups``, which outlive the cell. Collective."""
         ...

@@ -13,14 +13,14 @@ from typing import Literal
 
 import numpy as np
 
-from lcbench.cp.layout import Layout, contiguous
-from lcbench.cp.lowering import Lowered
-from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups
 from lcbench.cp.ulysses import check_count
-from lcbench.masks.band import Ints, Run
+from lcbench.masks.band import Ints, TokenSpan
 from lcbench.masks.convert import needed_keys
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.layout import Layout, contiguous
+from lcbench.schedule.lowering import Lowered
+from lcbench.schedule.schedule import Move, Schedule, Step, head_groups, rows
 
 SOLVERS = ("greedy", "swap")
 MAX_SWAPS = 1000
@@ -68,11 +68,11 @@ class GroupCast(Lowered):
         np.add.at(marks, (owner_of_chunk[chunk], np.searchsorted(cuts, end)), -1)
         needed = np.cumsum(marks, axis=1)[:, :-1] > 0
         owner = owner_of_chunk[np.searchsorted(edges, cuts[:-1], side="right") - 1]
-        shards = Layout(tuple((Run(a, b - a),) for a, b in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)))
+        shards = Layout(tuple((TokenSpan(a, b - a),) for a, b in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)))
 
         every = np.arange(ranks)
         bundles: list[tuple[int, ...]] = [tuple(np.nonzero(owner == rank)[0].tolist()) for rank in range(ranks)]
-        tiles = [columns(every, 0, every, every)]
+        tiles = [rows(every, 0, every, every)]
         moves: list[tuple[Move, ...]] = []
         remote = needed & (owner != every[:, None])
         # Stretches go to stages by the tokens before them, so that stages are equally long.
@@ -85,8 +85,8 @@ class GroupCast(Lowered):
             users, begins = np.unique(rank, return_index=True)
             first = len(bundles)
             bundles += [tuple(part.tolist()) for part in np.split(shard, begins[1:])]
-            moves.append((Move("kv", columns(owner[shard], rank, shard, 0)),))
-            tiles.append(columns(users, 0, users, first + np.arange(len(users))))
+            moves.append((Move("kv", rows(owner[shard], rank, shard, 0)),))
+            tiles.append(rows(users, 0, users, first + np.arange(len(users))))
         steps = tuple(Step(*step) for step in zip(tiles, [*moves, ()], strict=True))
         return Schedule(ranks, shards, owner, head_groups(problem.heads, 1), tuple(bundles), steps)
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcbench.cp.layout import Layout, zigzag
-from lcbench.cp.lowering import Lowered
 from lcbench.cp.ring import rings, too_short
-from lcbench.cp.schedule import Schedule, head_groups, singles
-from lcbench.masks.band import BandMask, Ints, Run
+from lcbench.masks.band import BandMask, Ints, TokenSpan
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.layout import Layout, zigzag
+from lcbench.schedule.lowering import Lowered
+from lcbench.schedule.schedule import Schedule, head_groups, singles
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ class Hybrid(Lowered):
 
     def _layout(self, groups: Sequence[int], bounds: Ints, work: Ints) -> Layout:
         chosen = _least_loaded(work, groups) if self.documents is None else np.array(self.documents)
-        runs: list[list[Run]] = [[] for _ in range(sum(groups))]
+        runs: list[list[TokenSpan]] = [[] for _ in range(sum(groups))]
         first = np.cumsum([0, *groups])
         for number, group in enumerate(chosen.tolist()):
             begin, size = int(bounds[number]), groups[group]
             for place, pieces in enumerate(zigzag(int(bounds[number + 1]) - begin, size).shards):
                 # Short documents leave the first places empty, so they begin at another rank each time.
                 owner = runs[first[group] + (place + number) % size]
-                owner += [Run(begin + run.start, run.size) for run in pieces if run.size]
-        return Layout(tuple(tuple(own) or (Run(0, 0),) for own in runs))
+                owner += [TokenSpan(begin + run.start, run.size) for run in pieces if run.size]
+        return Layout(tuple(tuple(own) or (TokenSpan(0, 0),) for own in runs))
 
 
 def documents(mask: Mask) -> tuple[Ints, Ints]:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcbench.cp.layout import contiguous
-from lcbench.cp.lowering import Lowered
 from lcbench.cp.ring import too_short
-from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups, singles
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.layout import contiguous
+from lcbench.schedule.lowering import Lowered
+from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows, singles
 
 
 @dataclass(frozen=True)
@@ -32,25 +32,24 @@ class LightSeq(Lowered):
         shards = contiguous(problem.seqlen, ranks)
         pairs = shards.tile_areas(mask) if isinstance(mask, BandMask) else np.ones((ranks, ranks), dtype=np.int64)
         rounds = [(every, every, every), *_rounds(pairs, 1), *_rounds(pairs, -1)]
-        nothing = columns([], [], [], [])
         steps = []
         for time in range(len(rounds) + 1):
-            tiles = returns = nothing
+            tiles = returns = NO_ROWS
             moves: list[Move] = []
             if time < len(rounds):
                 rank, q, k = rounds[time]
-                tiles = columns(rank, 0, q, k)
+                tiles = rows(rank, 0, q, k)
             if time + 1 < len(rounds):
                 rank, q, k = rounds[time + 1]
                 helps = q != rank
                 moves = [
-                    Move("kv", columns(k[~helps], rank[~helps], k[~helps], 0)),
-                    Move("q", columns(q[helps], rank[helps], q[helps], 0)),
+                    Move("kv", rows(k[~helps], rank[~helps], k[~helps], 0)),
+                    Move("q", rows(q[helps], rank[helps], q[helps], 0)),
                 ]
             if time:
                 rank, q, _ = rounds[time - 1]
                 helps = q != rank
-                returns = columns(rank[helps], q[helps], q[helps], 0)
+                returns = rows(rank[helps], q[helps], q[helps], 0)
             steps.append(Step(tiles, tuple(m for m in moves if len(m.rows)), returns))
         if not len(steps[-1].returns):
             steps.pop()

@@ -11,14 +11,14 @@ from typing import Literal
 
 import numpy as np
 
-from lcbench.cp.layout import Layout
-from lcbench.cp.lowering import Lowered
 from lcbench.cp.ring import Order, check_order, deal, too_short
-from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups
 from lcbench.cp.ulysses import check_count, gathered, indivisible_heads, returned
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.layout import Layout
+from lcbench.schedule.lowering import Lowered
+from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows
 
 Placement = Literal["head_first", "context_first"]
 
@@ -99,11 +99,10 @@ def grid_schedule(problem: Problem, mask: Mask, grid: Ints, windows: int, order:
             if inner == 0 and outer < windows - 1:
                 to = grid[(window + 1) % windows * size + place, lane]
                 moves.append(_bundle_move(every, to, bundles[held], lane, "outer", steps=size))
-            steps.append(Step(columns(every, lane, position, held), tuple(moves)))
+            steps.append(Step(rows(every, lane, position, held), tuple(moves)))
     if degree > 1:
         lanes = np.arange(degree)
-        nothing = columns([], [], [], [])
-        steps = [Step(nothing, gathered(grid, lanes)), *steps, Step(nothing, (), returned(grid, lanes))]
+        steps = [Step(NO_ROWS, gathered(grid, lanes)), *steps, Step(NO_ROWS, (), returned(grid, lanes))]
     layout = Layout(tuple(shards.shards[i] for i in where))
     return Schedule(grid.size, layout, every, head_groups(problem.heads, degree), members, tuple(steps))
 
@@ -111,8 +110,8 @@ def grid_schedule(problem: Problem, mask: Mask, grid: Ints, windows: int, order:
 def _bundle_move(source: Ints, to: Ints, bundles: Ints, lane: Ints, channel: str, steps: int = 1) -> Move:
     """Every rank sends all shards of the bundle that it holds."""
     width = bundles.shape[1]
-    rows = columns(np.repeat(source, width), np.repeat(to, width), bundles.ravel(), np.repeat(lane, width))
-    return Move("kv", rows, steps=steps, channel=channel)
+    moved = rows(np.repeat(source, width), np.repeat(to, width), bundles.ravel(), np.repeat(lane, width))
+    return Move("kv", moved, steps=steps, channel=channel)
 
 
 def ranks_of(world_size: int, degree: int, *, outside: bool) -> Ints:

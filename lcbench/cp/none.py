@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lcbench.cp.ring import Ring
-from lcbench.cp.schedule import Schedule
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True)

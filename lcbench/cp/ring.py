@@ -11,11 +11,11 @@ from typing import Literal
 
 import numpy as np
 
-from lcbench.cp.layout import Layout, contiguous, striped, zigzag
-from lcbench.cp.lowering import Lowered
-from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups, singles
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.layout import Layout, contiguous, striped, zigzag
+from lcbench.schedule.lowering import Lowered
+from lcbench.schedule.schedule import Move, Schedule, Step, head_groups, rows, singles
 
 Order = Literal["auto", "zigzag", "striped", "contiguous"]
 ORDERS = {"zigzag": zigzag, "striped": striped, "contiguous": contiguous}
@@ -50,8 +50,8 @@ def rings(sizes: Sequence[int]) -> tuple[Step, ...]:
     for hop in range(max(sizes)):
         held = first + (place - hop) % size
         computes, sends = ranks[hop < size], ranks[hop < size - 1]
-        moves = (Move("kv", columns(sends, neighbour[sends], held[sends], 0)),) if len(sends) else ()
-        steps.append(Step(columns(computes, 0, computes, held[computes]), moves))
+        moves = (Move("kv", rows(sends, neighbour[sends], held[sends], 0)),) if len(sends) else ()
+        steps.append(Step(rows(computes, 0, computes, held[computes]), moves))
     return tuple(steps)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lcbench.cp.ring import Ring, deal
-from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups, singles
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows, singles
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,14 @@ class TokenRing(Ring):
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size
         every = np.arange(ranks)
-        nothing = columns([], [], [], [])
         steps = []
         for hop in range(ranks + (ranks > 1)):
             held, before = (every - hop) % ranks, (every - hop + 1) % ranks
             steps.append(
                 Step(
-                    tiles=columns(every, 0, held, every) if hop < ranks else nothing,
-                    moves=(Move("q", columns(every, (every + 1) % ranks, held, 0)),) if hop < ranks - 1 else (),
-                    returns=columns(every, before, before, 0) if hop >= 2 else nothing,
+                    tiles=rows(every, 0, held, every) if hop < ranks else NO_ROWS,
+                    moves=(Move("q", rows(every, (every + 1) % ranks, held, 0)),) if hop < ranks - 1 else (),
+                    returns=rows(every, before, before, 0) if hop >= 2 else NO_ROWS,
                 )
             )
         shards = deal(mask, problem.seqlen, ranks, self.order)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcbench.cp.layout import contiguous
-from lcbench.cp.lowering import Lowered
 from lcbench.cp.ring import too_short
-from lcbench.cp.schedule import Move, Schedule, Step, columns, head_groups
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
+from lcbench.schedule.layout import contiguous
+from lcbench.schedule.lowering import Lowered
+from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Ulysses(Lowered):
         steps = []
         for time in range(self.stages + 2):
             moves: tuple[Move, ...] = ()
-            tiles = returns = columns([], [], [], [])
+            tiles = returns = NO_ROWS
             if time < self.stages:  # heads of this stage come in
                 moves = gathered(every[None], every * self.stages + time)
             if 1 <= time <= self.stages:
-                tiles = columns(every, every * self.stages + time - 1, 0, 0)
+                tiles = rows(every, every * self.stages + time - 1, 0, 0)
             if time >= 2:
                 returns = returned(every[None], every * self.stages + time - 2)
             steps.append(Step(tiles, moves, returns))
@@ -65,14 +65,14 @@ def exchanged(grid: Ints) -> tuple[Ints, Ints, Ints]:
 def gathered(grid: Ints, groups: Ints) -> tuple[Move, ...]:
     """Heads of the column's group from every rank of a row to the rank in that column, kept for backward."""
     owner, other, column = exchanged(grid)
-    rows = columns(owner, other, owner, groups[column])
-    return Move("q", rows, kept=True), Move("kv", rows, kept=True)
+    moved = rows(owner, other, owner, groups[column])
+    return Move("q", moved, kept=True), Move("kv", moved, kept=True)
 
 
 def returned(grid: Ints, groups: Ints) -> Ints:
     """The way back of their results."""
     owner, other, column = exchanged(grid)
-    return columns(other, owner, owner, groups[column])
+    return rows(other, owner, owner, groups[column])
 
 
 def indivisible_heads(heads: Heads, ranks: int) -> str | None:

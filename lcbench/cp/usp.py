@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lcbench.cp.loongtrain import grid_schedule, largest_degree, ranks_of, refused_grid
-from lcbench.cp.lowering import Lowered
 from lcbench.cp.ring import Order, check_order
-from lcbench.cp.schedule import Schedule
 from lcbench.cp.ulysses import check_count
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.lowering import Lowered
+from lcbench.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Band(NamedTuple):
         return self.hi < (self.k1 - 1) - self.q0
 
 
-class Run(NamedTuple):
+class TokenSpan(NamedTuple):
     """``size`` tokens ``start, start + stride, ...``: how a layout names the tokens of a shard."""
 
     start: int
@@ -154,7 +154,7 @@ class BandMask:
         q0, q1, k0, k1, lo, hi = self.bands.T
         return BandMask(self.num_k, self.num_q, np.stack([k0, k1, q0, q1, -hi, -lo], axis=1))
 
-    def tile(self, q_runs: Sequence[Run], k_runs: Sequence[Run]) -> BandMask:
+    def tile(self, q_runs: Sequence[TokenSpan], k_runs: Sequence[TokenSpan]) -> BandMask:
         """The mask of one tile: tokens of ``q_runs`` as queries x tokens of ``k_runs`` as keys, in local positions.
 
         Raises:
@@ -188,13 +188,13 @@ class BandMask:
             bands = _join_any(bands)
         return BandMask(self.num_q, self.num_k, bands)
 
-    def row_area(self, runs: Sequence[Run]) -> int:
+    def row_area(self, runs: Sequence[TokenSpan]) -> int:
         """Number of pairs whose query lies in ``runs``: the work of a rank that owns these queries."""
         total = 0
         for run in runs:
             # Over all keys a row's pairs do not depend on how keys are indexed, so each residue of the keys is one run.
             for residue in range(run.stride):
-                keys = Run(residue, max(0, -(-(self.num_k - residue) // run.stride)), run.stride)
+                keys = TokenSpan(residue, max(0, -(-(self.num_k - residue) // run.stride)), run.stride)
                 total += int(areas(_reindex(self.bands, run, keys)).sum())
         return total
 
@@ -240,7 +240,7 @@ def _clipped(bands: Ints) -> Ints:
     return np.stack([q0, q1, k0, k1, lo, hi], axis=1)
 
 
-def _reindex(bands: Ints, q: Run, k: Run) -> Ints:
+def _reindex(bands: Ints, q: TokenSpan, k: TokenSpan) -> Ints:
     """Bands over the positions inside two runs: ``k.start + s*j - q.start - s*i`` between lo and hi bounds ``j - i``."""
     stride = k.stride if q.size == 1 else q.stride
     if k.size > 1 and k.stride != stride:
@@ -261,7 +261,7 @@ def _reindex(bands: Ints, q: Run, k: Run) -> Ints:
     return _normal(local)
 
 
-def _gathered(bands: Ints, runs: Sequence[Run], column: int) -> Ints:
+def _gathered(bands: Ints, runs: Sequence[TokenSpan], column: int) -> Ints:
     """What is left of bands in stretches of rows (``column`` 0) or of keys (2) that are put behind one another."""
     array = np.array([(run.start, run.start + run.size) for run in runs if run.size], dtype=np.int64).reshape(-1, 2)
     places = np.cumsum(array[:, 1] - array[:, 0]) - (array[:, 1] - array[:, 0])

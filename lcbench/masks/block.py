@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lcbench.masks.band import OPEN, BandMask, DoesNotFit, Ints, Run
+from lcbench.masks.band import OPEN, BandMask, DoesNotFit, Ints, TokenSpan
 from lcbench.problem import Heads
 
 Keep = NDArray[np.bool_]
@@ -78,9 +78,9 @@ class BlockMap:
         pairs = self.maps * self.num_q * self.num_k
         return self._area / pairs if pairs else 0.0
 
-    def row_area(self, runs: Sequence[Run]) -> int:
+    def row_area(self, runs: Sequence[TokenSpan]) -> int:
         """Pairs whose query lies in ``runs``, over all maps."""
-        return self.tile(runs, [Run(0, self.num_k)])._area
+        return self.tile(runs, [TokenSpan(0, self.num_k)])._area
 
     def of_heads(self, first: int, count: int, total: int) -> BlockMap:
         """The map of query heads ``first ... first + count - 1`` of ``total``."""
@@ -94,7 +94,7 @@ class BlockMap:
         """Queries and keys change places."""
         return BlockMap(self.k_edges, self.q_edges, self.maps, lambda i: self.keep(i).T)
 
-    def tile(self, q_runs: Sequence[Run], k_runs: Sequence[Run]) -> BlockMap:
+    def tile(self, q_runs: Sequence[TokenSpan], k_runs: Sequence[TokenSpan]) -> BlockMap:
         """The map of tokens of ``q_runs`` as queries x tokens of ``k_runs`` as keys, in local positions."""
         q_edges, rows = _cut(self.q_edges, q_runs)
         k_edges, columns = _cut(self.k_edges, k_runs)
@@ -177,7 +177,7 @@ def _variable(random: np.random.Generator, seqlen: int, mean: int) -> Ints:
     return np.concatenate([[0], edges[edges < seqlen], [seqlen]]).astype(np.int64)
 
 
-def _cut(edges: Ints, runs: Sequence[Run]) -> tuple[Ints, Ints]:
+def _cut(edges: Ints, runs: Sequence[TokenSpan]) -> tuple[Ints, Ints]:
     """Edges of the blocks in local positions of ``runs``, and which block each is a part of; empty parts are left out."""
     parts, blocks, offset = [], [], 0
     for run in runs:

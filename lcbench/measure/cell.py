@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lcbench.cp.base import Peer, Run, Strategy
-from lcbench.cp.execute import Executor, Groups
+from lcbench.cp.base import Peer, RankRun, Strategy
 from lcbench.kernels.base import Kernel, Platform, Unsupported, refusal
 from lcbench.masks.mask import Mask
 from lcbench.measure import progress
@@ -27,11 +26,12 @@ from lcbench.measure.memory import in_use, peak_bytes
 from lcbench.measure.numerics import Examination, Result, misowned, one_pass
 from lcbench.measure.peak import configured_limit, configured_peak, entry_of, measured_limit
 from lcbench.measure.plausible import implausible
-from lcbench.measure.ranks import first_word, from_all
+from lcbench.measure.ranks import all_gather_object, first_refusal
 from lcbench.measure.reference import Shard
 from lcbench.measure.stopping import Stopping, summary
 from lcbench.measure.timing import measure
 from lcbench.problem import Problem
+from lcbench.schedule.execute import Executor, Groups
 
 # A peak that was measured is measured again so often before a rate above it is refused.
 PEAK_TRIES = 3
@@ -104,7 +104,7 @@ def _every_draw(
 ) -> Measured:
     peer = work.strategy if isinstance(work.strategy, Peer) else None
     reason = refusal(work.kernel, work.problem, gang.device) or (peer.unavailable(work.problem, gang.device) if peer else None)
-    unavailable = first_word(from_all(reason))
+    unavailable = first_refusal(all_gather_object(reason))
     if unavailable:
         return Measured(unavailable=unavailable)
     measured: list[Measured] = []
@@ -136,7 +136,7 @@ class Started:
         begun = time.perf_counter()
         self.mask = work.make_mask(number)
         self.executor: Executor | None = None
-        self.run: Run
+        self.run: RankRun
         reason = None
         try:
             if isinstance(work.strategy, Peer):
@@ -152,8 +152,8 @@ class Started:
         except Unsupported as refused:
             reason = str(refused)
         # One rank's tile may be what its kernel cannot run while the others' are well.
-        reasons, calls = zip(*from_all((reason, self.executor.calls if self.executor else 1)), strict=True)
-        self.reason = first_word(reasons)
+        reasons, calls = zip(*all_gather_object((reason, self.executor.calls if self.executor else 1)), strict=True)
+        self.reason = first_refusal(reasons)
         if self.reason:
             return
         self.prepare_s = time.perf_counter() - begun
@@ -221,7 +221,7 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
         return measured
     executor, examination, metrics = started.executor, started.examination, measured.metrics
     pairs = started.mask.pairs(problem.heads.q)
-    metrics["time/prepare_s"] = max(from_all(started.prepare_s))
+    metrics["time/prepare_s"] = max(all_gather_object(started.prepare_s))
     metrics["mask/area"], metrics["mask/density"] = pairs / problem.heads.q, started.mask.density
 
     say("the first pass")
@@ -235,7 +235,7 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     # What a kernel compiles at first use is in here, and no cost of the check.
-    metrics["time/first_pass_s"] = max(from_all(time.perf_counter() - begun))
+    metrics["time/first_pass_s"] = max(all_gather_object(time.perf_counter() - begun))
     say("checking the first pass against the float64 reference")
     begun = time.perf_counter()
     examination.first(started.shard, Result(out, lse, *grads))
@@ -264,7 +264,7 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
     kept = in_use(device) - before - started.input_bytes - examination.held_bytes
     peak = peak_bytes(lambda: _once(started.run, started.shard), device)
     # What was made ready and is kept was there before the pass, and is needed all the same.
-    peaks = from_all(-1 if peak is None else peak + max(kept, 0))
+    peaks = all_gather_object(-1 if peak is None else peak + max(kept, 0))
     if min(peaks) >= 0:
         metrics["memory/peak_bytes"] = float(max(peaks))
         measured.samples["rank_peak_bytes"] = [float(p) for p in peaks]
@@ -292,9 +292,9 @@ def _measure_draw(work: Work, number: int, gang: Gang, say: Callable[[str], None
         say("timing computing and communicating apart")
         _measure_overlap(measured, executor, started.shard, work.settings, device)
     if executor is not None and work.settings["timeline"]:
-        from_all(None)  # ranks begin together
+        all_gather_object(None)  # ranks begin together
         shard = started.shard
-        measured.notes["timeline"] = from_all(executor.timeline(shard.q, shard.k, shard.v, shard.dout))
+        measured.notes["timeline"] = all_gather_object(executor.timeline(shard.q, shard.k, shard.v, shard.dout))
     say("checking the last pass")
     ended = time.perf_counter()
     started.check_last()
@@ -357,14 +357,14 @@ def _checked(measured: Measured, examination: Examination, check_s: float) -> bo
         measured.metrics[f"check/{name}_error"] = error
         measured.metrics[f"check/{name}_bound"] = check.bounds[name]
     measured.metrics["check/of_bound"] = check.of_bound
-    measured.metrics["time/check_s"] = max(from_all(check_s))
+    measured.metrics["time/check_s"] = max(all_gather_object(check_s))
     return not check.failures
 
 
 def _count(measured: Measured, executor: Executor, pairs: int, sent: dict[str, int | None]) -> None:
     """What a schedule's run is made of. Collective."""
     metrics, own_sent = measured.metrics, {phase: n or 0 for phase, n in sent.items()}
-    ranks = from_all((executor.pairs, own_sent, executor.buffer_bytes, executor.calls))
+    ranks = all_gather_object((executor.pairs, own_sent, executor.buffer_bytes, executor.calls))
     rank_pairs, rank_sent, rank_buffers, rank_calls = (list(x) for x in zip(*ranks, strict=True))
     if sum(rank_pairs) != pairs:
         raise AssertionError(f"the ranks compute {sum(rank_pairs)} pairs over all query heads, the mask has {pairs}")
@@ -495,7 +495,7 @@ def over_draws(draws: list[Measured]) -> Measured:
 
 def _by_phase(own: dict[str, Any]) -> dict[str, list[Any]]:
     """Every rank's value of each phase. Collective."""
-    every = from_all(own)
+    every = all_gather_object(own)
     return {phase: [values[phase] for values in every] for phase in own}
 
 
@@ -503,7 +503,7 @@ def _compute(phase: str, name: str) -> str:
     return f"compute/{name}" if phase == "total" else f"compute/{phase}/{name}"
 
 
-def _once(run: Run, shard: Shard) -> None:
+def _once(run: RankRun, shard: Shard) -> None:
     out, saved = run.forward(shard.q, shard.k, shard.v)
     if shard.dout is not None:
         run.backward(shard.dout, saved)
@@ -522,4 +522,4 @@ def _peak(problem: Problem, gang: Gang) -> tuple[float, str]:
 def _measured_limit(problem: Problem, gang: Gang, *, again: bool = False) -> float:
     """Collective. Ranks of a node share its cores, so on a CPU one of each node measures."""
     measures = gang.device.type == "cuda" or gang.rank % problem.scale.gpus_per_node == 0
-    return max(from_all(measured_limit(getattr(torch, problem.dtype), gang.device, again=again) if measures else 0.0))
+    return max(all_gather_object(measured_limit(getattr(torch, problem.dtype), gang.device, again=again) if measures else 0.0))

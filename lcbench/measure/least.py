@@ -11,7 +11,7 @@ from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.masks.sums import Visible
 from lcbench.measure.plausible import lower_bound_bytes, lower_bound_memory, lower_bound_sent
-from lcbench.measure.ranks import from_all
+from lcbench.measure.ranks import all_gather_object
 from lcbench.problem import Problem
 
 
@@ -44,5 +44,5 @@ def least_traffic(mask: Mask, problem: Problem, tokens: Ints, device: torch.devi
         phase: lower_bound_memory(rows, keys, problem.heads, problem.itemsize, backward=phase == "backward")
         for phase in ("forward", "backward")
     }
-    bounds, memories = zip(*from_all((bound, memory)), strict=True)
+    bounds, memories = zip(*all_gather_object((bound, memory)), strict=True)
     return Least(lower_bound_sent(list(bounds)), {phase: float(max(m[phase] for m in memories)) for phase in memory})

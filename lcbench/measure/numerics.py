@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lcbench.cp.base import Run
+from lcbench.cp.base import RankRun
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.measure.bounds import TOGETHER, Bounds, Check, Judge, verdict
 from lcbench.measure.probe import Probe, Terms
-from lcbench.measure.ranks import from_all, reduce, reduce_together
+from lcbench.measure.ranks import all_gather_object, reduce, reduce_together
 from lcbench.measure.reference import Exact, Shard, columns, owned, rows, sample
 from lcbench.problem import Problem
 
@@ -46,7 +46,7 @@ class Result:
         return {name: x for name, x in named.items() if x is not None}
 
 
-def one_pass(run: Run, shard: Shard) -> Result:
+def one_pass(run: RankRun, shard: Shard) -> Result:
     """Forward, LSE and backward of this rank. Collective."""
     out, saved = run.forward(shard.q, shard.k, shard.v)
     lse = run.lse(saved)
@@ -77,7 +77,7 @@ class Examination:
     """
 
     def __init__(
-        self, run: Run, mask: Mask, problem: Problem, tokens: Ints, bounds: Bounds, seed: list[int], *, own_lse: bool
+        self, run: RankRun, mask: Mask, problem: Problem, tokens: Ints, bounds: Bounds, seed: list[int], *, own_lse: bool
     ) -> None:
         self._run, self._mask, self._problem, self._tokens, self._bounds, self._seed = run, mask, problem, tokens, bounds, seed
         self._judge = Judge()
@@ -161,7 +161,7 @@ class Examination:
     def check(self) -> Check:
         """What all ranks have found so far. Collective."""
         whole = len(self._rows) == self._mask.num_q and len(self._columns) == self._mask.num_k
-        return verdict(from_all(self._judge.found), REFERENCE, len(self._rows), len(self._columns), whole, self._unchecked)
+        return verdict(all_gather_object(self._judge.found), REFERENCE, len(self._rows), len(self._columns), whole, self._unchecked)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 

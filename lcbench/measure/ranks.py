@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lcbench.measure import progress
 
 
-def from_all(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """Every rank's value, by rank."""
     if not dist.is_initialized():
         return [value]
@@ -21,7 +21,7 @@ def from_all(value: Any) -> list[Any]:
     return values
 
 
-def first_word(reasons: Iterable[str | None]) -> str | None:
+def first_refusal(reasons: Iterable[str | None]) -> str | None:
     """The first rank's reason not to run, of those of all ranks, or None when every rank can."""
     return next((reason for reason in reasons if reason), None)
 

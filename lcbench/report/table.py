@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lcbench.grid.cell import Cell, flat_config
 from lcbench.report.inert import plain
-from lcbench.runs.jobs import PackState, Standing
+from lcbench.runs.jobs import PackState, SweepStatus
 from lcbench.runs.store import Look, Record, Sweep
 
 WIDTH = 200  # of a table that goes to a file or a pipe
@@ -134,7 +134,7 @@ def packs_table(packs: list[PackState], name: str) -> Table:
     return table
 
 
-def status_tables(standing: Standing, name: str, *, everything: bool = False) -> Group:
+def status_tables(standing: SweepStatus, name: str, *, everything: bool = False) -> Group:
     """Packs, cells, counts. Of a large sweep only the cells that are under way or not well, unless ``everything``."""
     table = Table(title="cells", title_justify="left")
     for column in ("state", "cell", "what", "attempt", "job", "job state", "class", "first cause"):
@@ -149,7 +149,7 @@ def status_tables(standing: Standing, name: str, *, everything: bool = False) ->
     return Group(packs_table(standing.packs, name), table, summary_line(standing))
 
 
-def summary_line(standing: Standing) -> str:
+def summary_line(standing: SweepStatus) -> str:
     """Cells by state, and how long it will take."""
     counts = ", ".join(f"{count} {state}" for state, count in standing.counts().most_common())
     left = str(standing.left())

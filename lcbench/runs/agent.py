@@ -89,7 +89,7 @@ def run_node(pack: Pack, *, node_rank: int, hosts: list[str], incarnation: str) 
         failure = Failure("no-start", cause[:CAUSE_LENGTH])
         print(f"node {node_rank}: {cause}", file=sys.stderr)
         if node_rank and not (pack.folder / "end.json").exists():
-            pack.say("end.json", failure)
+            pack.write_note("end.json", failure)
     except ChildFailedError as error:
         said = last_error(max(logs.rglob("stderr.log"), key=lambda p: p.stat().st_mtime, default=logs))
         failure = Failure("no-start", f"the gang did not come up: {said or error}"[:CAUSE_LENGTH])
@@ -98,7 +98,7 @@ def run_node(pack: Pack, *, node_rank: int, hosts: list[str], incarnation: str) 
         close_all(sweep, pack)
         (pack.folder / RESERVE).unlink(missing_ok=True)
         if not (pack.folder / "end.json").exists():  # it may have said already why it stops
-            pack.say("end.json", failure)
+            pack.write_note("end.json", failure)
         if pack.site.get("publish", "nodes") == "nodes":
             # What is left after a while, or a server that is away, is left to the collector.
             publish_or_say(sweep, pack.settings.tracking_uri, budget_s=PUBLISH_S)
@@ -179,7 +179,7 @@ class RunPack:
         late = time.time() - self.begun > 60 * (pack.timeout_min - 1) - warning_s
         kind, why = ("timeout", "the time limit of its job came") if late else ("preempted", "Slurm took its job off the nodes")
         with suppress(OSError):
-            pack.say("stop.json", Failure(kind, why))
+            pack.write_note("stop.json", Failure(kind, why))
         end = time.monotonic() + WARNING_SHARE * warning_s
         while time.monotonic() < end and in_flight(sweep, pack):
             time.sleep(0.5)
@@ -199,7 +199,7 @@ def _node_is_well(pack: Pack, node_rank: int, gpus: int) -> bool:
     if problems:
         print(f"{facts['node']}: {'; '.join(problems)}", file=sys.stderr)
     if problems and pack.stops_where_unwell:
-        pack.fall_out({facts["node"]: "; ".join(problems)})
+        pack.end_unhealthy({facts["node"]: "; ".join(problems)})
         return False
     return True
 

@@ -90,7 +90,7 @@ class Watch:
         self.sweep, self._ask, self._settles = sweep, asking, settles
         self._unlisted: dict[str, float] = {}  # since when squeue has not listed a pack's job
 
-    def look(self) -> Standing:
+    def look(self) -> SweepStatus:
         """Settle what has ended, then say where everything stands."""
         own = not others(self.sweep)
         packs, seen = self._packs(own), self.sweep.look()
@@ -98,7 +98,7 @@ class Watch:
         if (own if self._settles is None else self._settles) and settle(self.sweep, seen, packs):
             seen = self.sweep.look()
             packs = [_with_progress(seen, p) for p in packs]
-        return Standing(seen, packs, _cells(seen, packs))
+        return SweepStatus(seen, packs, _cells(seen, packs))
 
     def _packs(self, own: bool) -> list[PackState]:
         """All packs, oldest first; a file that is none is left out."""
@@ -161,7 +161,7 @@ class TimeLeft:
 
 
 @dataclass(frozen=True)
-class Standing:
+class SweepStatus:
     """Where a sweep stands: everything read once."""
 
     seen: Look

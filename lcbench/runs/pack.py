@@ -129,14 +129,14 @@ class Pack:
         write_json(self.path, {**asdict(self), "settings": public})
         return self.path
 
-    def say(self, name: str, failure: Failure | None, **more: Any) -> None:
+    def write_note(self, name: str, failure: Failure | None, **more: Any) -> None:
         """Leave word in one of the pack's files: ``stop.json``, for workers to end between cells, or ``end.json``, why it ended."""
         write_json(self.folder / name, {"failure": asdict(failure) if failure else None, "time": time.time(), **more})
 
-    def fall_out(self, fallen: dict[str, str]) -> None:
+    def end_unhealthy(self, fallen: dict[str, str]) -> None:
         """End because nodes are not well; ``fallen`` says why, by node."""
         cause = "; ".join(f"{node}: {why}" for node, why in fallen.items())
-        self.say("end.json", Failure("node-fail", f"the check of its nodes: {cause}"[:CAUSE_LENGTH]), fallen=fallen)
+        self.write_note("end.json", Failure("node-fail", f"the check of its nodes: {cause}"[:CAUSE_LENGTH]), fallen=fallen)
 
     @classmethod
     def read(cls, path: Path) -> Pack:

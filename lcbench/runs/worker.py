@@ -36,7 +36,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lcbench.cp.execute import Groups, group_options
 from lcbench.grid.build import allow, build_kernel, build_mask, build_strategy, check_targets, draws
 from lcbench.grid.cell import Cell
 from lcbench.measure import progress
@@ -51,6 +50,7 @@ from lcbench.runs.logs import cell_mark
 from lcbench.runs.machine import beside, signal_when_parent_dies
 from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
 from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Running, Sweep, write_json
+from lcbench.schedule.execute import Groups, group_options
 
 FAILED_EXIT = 70
 RESERVE_BYTES = 4 << 20
@@ -131,8 +131,8 @@ class Crew:
     def measure_first(self, provenance: dict[str, Any]) -> bool:
         """Measure every cell that has no result yet; whether to go on after that."""
         leads = self.gang.rank == 0
-        for cell_id in _agree(remaining(self.sweep, self.pack) if leads else None):
-            begun = _agree(self.store.begin(cell_id) if leads else None)
+        for cell_id in broadcast_object(remaining(self.sweep, self.pack) if leads else None):
+            begun = broadcast_object(self.store.begin(cell_id) if leads else None)
             if begun == STOP:
                 return False
             if begun is None:  # it was cancelled
@@ -150,8 +150,8 @@ class Crew:
         leads = self.gang.rank == 0
         for block in range(2, max(blocks_of(config["measure"]) for config in self.pack.configs.values()) + 1):
             due = due_again(self.sweep, self.pack, block) if leads else {}
-            for cell_id in _agree(list(due)):
-                begun = _agree(self.store.begin_again(due[cell_id], block) if leads else None)
+            for cell_id in broadcast_object(list(due)):
+                begun = broadcast_object(self.store.begin_again(due[cell_id], block) if leads else None)
                 if begun == STOP:
                     return
                 if begun is None:
@@ -202,7 +202,7 @@ class Results:
             self.release()
             failure = Failure("no-start", f"there is no room for results: {error}")
             with suppress(OSError):
-                self._pack.say("end.json", failure)
+                self._pack.write_note("end.json", failure)
             print(failure.cause, file=sys.stderr, flush=True)
             return STOP
 
@@ -323,7 +323,7 @@ def due_again(sweep: Sweep, pack: Pack, block: int) -> dict[str, Attempt]:
 def _nodes_are_well(pack: Pack, device: torch.device, node_rank: int) -> bool:
     """The check of all nodes together, by a job's first gang; later ones have its word. Collective."""
     path = pack.folder / "check.json"
-    if _agree(path.exists() if dist.get_rank() == 0 else None):
+    if broadcast_object(path.exists() if dist.get_rank() == 0 else None):
         return True
     own = Sweep(Path(pack.root), pack.sweep).pack_file(pack.id, f"check/node-{node_rank}.json")
     check = check_gang(device, int(os.environ["LOCAL_WORLD_SIZE"]), own)
@@ -331,7 +331,7 @@ def _nodes_are_well(pack: Pack, device: torch.device, node_rank: int) -> bool:
     if dist.get_rank() == 0:
         write_json(path, {"fallen": check.fallen, **check.found})
         if stops:
-            pack.fall_out(check.fallen)
+            pack.end_unhealthy(check.fallen)
     dist.barrier()
     return not stops
 
@@ -415,7 +415,7 @@ def _append(log: Path, line: str) -> None:
         file.write(line.rstrip() + "\n")
 
 
-def _agree(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)

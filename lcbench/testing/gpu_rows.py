@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lcbench.cp.execute import Groups
-from lcbench.cp.layout import zigzag
 from lcbench.cp.none import Local
 from lcbench.grid.paths import CONF
 from lcbench.grid.values import axis_values, parse_tokens
@@ -36,6 +34,8 @@ from lcbench.masks.sliding_window import sliding_window
 from lcbench.measure.cell import Gang, Work, measure_cell
 from lcbench.measure.inputs import draw
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.execute import Groups
+from lcbench.schedule.layout import zigzag
 from lcbench.testing.shrink import shrunk, tokens_of
 
 # Half-precision products summed in float32: this much of the largest value of a tensor.

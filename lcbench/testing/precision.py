@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 
 from lcbench.cp.base import Strategy
-from lcbench.cp.execute import Executor, Groups
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.full import full
 from lcbench.measure.inputs import draw
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.execute import Executor, Groups
 from lcbench.testing.dense import dense_attention, dense_heads
 
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcbench.cp.base import Run
-from lcbench.cp.execute import Executor, Groups
-from lcbench.cp.layout import zigzag
+from lcbench.cp.base import RankRun
 from lcbench.cp.ring import Ring
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.layout import zigzag
 
 if TYPE_CHECKING:
     import torch
@@ -36,14 +36,14 @@ class SlowedRing:
     def tokens(self, problem: Problem, rank: int) -> Ints:
         return zigzag(problem.seqlen, problem.scale.world_size).tokens(rank)
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> Run:
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> RankRun:
         schedule = Ring("zigzag").schedule(problem, mask)
         made = Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups)
         return _Slow(made, self.seconds) if Path(self.while_file).exists() else made
 
 
 class _Slow:
-    def __init__(self, run: Run, seconds: float) -> None:
+    def __init__(self, run: RankRun, seconds: float) -> None:
         self._run, self._seconds = run, seconds
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:

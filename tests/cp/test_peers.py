@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from lcbench.cp.base import Peer
-from lcbench.cp.execute import Groups
 from lcbench.cp.peers.library import Segments, segments
 from lcbench.grid.build import build_strategy
 from lcbench.kernels.sdpa_flash import SDPAFlash
@@ -25,6 +24,7 @@ from lcbench.masks.full import full
 from lcbench.masks.lengths import Explicit
 from lcbench.masks.sliding_window import sliding_window
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.execute import Groups
 from lcbench.testing import fake_libraries
 from lcbench.testing.masks import load, names
 from lcbench.testing.spawn import run_ranks

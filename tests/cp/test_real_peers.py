@@ -12,7 +12,6 @@ import torch.distributed as dist
 from test_regressions import CPU, dense, errors, results, tensors
 
 from lcbench.cp.base import Peer
-from lcbench.cp.execute import Groups
 from lcbench.grid.build import build_strategy
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.causal import causal
@@ -20,6 +19,7 @@ from lcbench.masks.causal_document import causal_document
 from lcbench.masks.full import full
 from lcbench.masks.lengths import Explicit
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.execute import Groups
 from lcbench.testing import fake_libraries, wheels
 from lcbench.testing.masks import load, names
 from lcbench.testing.spawn import run_ranks

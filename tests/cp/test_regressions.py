@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from lcbench.cp.allgather import AllGather
 from lcbench.cp.base import Peer, Strategy
-from lcbench.cp.execute import Executor, Groups
 from lcbench.cp.groupcast import GroupCast
 from lcbench.cp.lightseq import LightSeq
 from lcbench.cp.loongtrain import LoongTrain
@@ -23,7 +22,6 @@ from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
-from lcbench.cp.verify import verify
 from lcbench.grid.build import build_strategy
 from lcbench.kernels.base import Prepared, accumulation_dtype
 from lcbench.kernels.reference import Reference
@@ -38,6 +36,8 @@ from lcbench.masks.sliding_window import sliding_window
 from lcbench.measure.inputs import draw
 from lcbench.measure.memory import peak_bytes
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.verify import verify
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import load, names
 from lcbench.testing.precision import relative_errors

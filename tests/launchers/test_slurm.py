@@ -71,7 +71,7 @@ def test_set_up_lines_stop_the_job_where_they_fail_and_a_container_reaches_srun(
 def test_a_node_that_fell_out_is_left_out_beside_those_that_the_site_names(tmp_path: Path) -> None:
     bad = pack(tmp_path, 0)
     bad.write()
-    bad.fall_out({"n07": "7 of 8 GPUs"})
+    bad.end_unhealthy({"n07": "7 of 8 GPUs"})
     text = sbatch_text([pack(tmp_path, 1, site={"sbatch": {"exclude": "n01"}})])
     assert "#SBATCH --exclude=n01,n07\n" in text
 

@@ -8,12 +8,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcbench.cp.layout import contiguous, striped, zigzag
-from lcbench.masks.band import OPEN, Band, BandMask, Run
+from lcbench.masks.band import OPEN, Band, BandMask, TokenSpan
 from lcbench.masks.causal import causal
 from lcbench.masks.causal_document import causal_document
 from lcbench.masks.convert import block_areas, pieces, slices, varlen
 from lcbench.masks.lengths import Uniform, document_bounds
+from lcbench.schedule.layout import contiguous, striped, zigzag
 from lcbench.testing.dense import dense_mask
 
 LENGTHS = st.integers(1, 18)
@@ -36,15 +36,15 @@ def bands(draw: st.DrawFn) -> tuple[int, int, list[Band]]:
 
 
 @st.composite
-def runs(draw: st.DrawFn, tokens: int, stride: int) -> list[Run]:
+def runs(draw: st.DrawFn, tokens: int, stride: int) -> list[TokenSpan]:
     found = []
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, tokens - 1))
-        found.append(Run(start, draw(st.integers(0, (tokens - 1 - start) // stride + 1)), stride))
+        found.append(TokenSpan(start, draw(st.integers(0, (tokens - 1 - start) // stride + 1)), stride))
     return found
 
 
-def tokens_of(found: list[Run]) -> np.ndarray:
+def tokens_of(found: list[TokenSpan]) -> np.ndarray:
     return np.concatenate([run.start + run.stride * np.arange(run.size) for run in found])
 
 
@@ -176,7 +176,7 @@ def test_many_adjacent_bands_become_one() -> None:
 
 
 def test_merge_turns_the_tiles_of_a_causal_step_into_one_call() -> None:
-    tile = causal(64).tile([Run(0, 8), Run(56, 8)], [Run(0, 8), Run(56, 8)])
+    tile = causal(64).tile([TokenSpan(0, 8), TokenSpan(56, 8)], [TokenSpan(0, 8), TokenSpan(56, 8)])
     assert list(tile.merged()) == [Band(0, 16, 0, 16, -15, 0)]
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcbench.masks.band import DoesNotFit, Run
+from lcbench.masks.band import DoesNotFit, TokenSpan
 from lcbench.masks.block import BlockMap
 from lcbench.masks.block_file import block_file
 from lcbench.masks.block_local_sink import block_local_sink
@@ -37,15 +37,15 @@ def maps(draw: st.DrawFn) -> BlockMap:
 
 
 @st.composite
-def runs(draw: st.DrawFn, tokens: int) -> list[Run]:
+def runs(draw: st.DrawFn, tokens: int) -> list[TokenSpan]:
     found = []
     for _ in range(draw(st.integers(1, 3))):
         start, stride = draw(st.integers(0, tokens - 1)), draw(st.integers(1, 3))
-        found.append(Run(start, draw(st.integers(0, (tokens - 1 - start) // stride + 1)), stride))
+        found.append(TokenSpan(start, draw(st.integers(0, (tokens - 1 - start) // stride + 1)), stride))
     return found
 
 
-def tokens_of(found: list[Run]) -> np.ndarray:
+def tokens_of(found: list[TokenSpan]) -> np.ndarray:
     return np.concatenate([run.start + run.stride * np.arange(run.size) for run in found])
 
 
@@ -198,7 +198,7 @@ def test_nothing_is_drawn_before_it_is_asked_for() -> None:
 
     edges = np.arange(0, 1025, 64)
     mask = BlockMap(edges, edges, 4, refuse)
-    part = mask.tile([Run(0, 100)], [Run(3, 50)]).of_heads(0, 2, 8).transpose()
+    part = mask.tile([TokenSpan(0, 100)], [TokenSpan(3, 50)]).of_heads(0, 2, 8).transpose()
     assert (part.num_q, part.num_k, part.maps) == (50, 100, 1)
 
 

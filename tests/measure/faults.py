@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from lcbench.cp.execute import Groups
 from lcbench.cp.none import Local
 from lcbench.kernels.base import Kernel, Platform, Prepared, Rounding, prepare
 from lcbench.kernels.sdpa_flash import SDPAFlash
@@ -34,6 +33,7 @@ from lcbench.masks.mask import Mask
 from lcbench.masks.sliding_window import sliding_window
 from lcbench.measure.cell import Gang, Measured, Work, measure_cell
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.execute import Groups
 
 CPU = torch.device("cpu")
 SETTINGS = {"warmup": 0, "min_iterations": 2, "max_iterations": 2, "budget_s": 0.5, "precision": 0.5, "timeline": False}

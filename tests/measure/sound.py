@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lcbench.cp.execute import Groups
 from lcbench.cp.none import Local
 from lcbench.grid.build import build_kernel
 from lcbench.kernels.base import Kernel, refusal
@@ -31,6 +30,7 @@ from lcbench.measure.bounds import Check
 from lcbench.measure.cell import Gang, Started, Work
 from lcbench.measure.numerics import one_pass
 from lcbench.problem import DTYPES, Heads, Problem, Scale
+from lcbench.schedule.execute import Groups
 from lcbench.testing.masks import load, names, small
 
 CPU = torch.device("cpu")

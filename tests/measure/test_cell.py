@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from lcbench.cp.execute import Groups
 from lcbench.cp.none import Local
 from lcbench.grid.build import build_mask
 from lcbench.kernels.sdpa_flash import SDPAFlash
@@ -18,6 +17,7 @@ from lcbench.measure.bounds import Check
 from lcbench.measure.cell import Gang, Measured, Work, measure_cell, over_draws
 from lcbench.measure.numerics import misowned
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.execute import Groups
 from lcbench.testing.masks import names, small_config
 
 HEADS = Heads(4, 2, 16)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcbench.cp.execute import Groups
 from lcbench.cp.none import Local
 from lcbench.kernels.base import Kernel, Platform, Prepared
 from lcbench.masks.causal_document import causal_document
@@ -17,6 +16,7 @@ from lcbench.masks.lengths import Uniform
 from lcbench.masks.mask import Mask
 from lcbench.measure.cell import Gang, Measured, Work, measure_cell
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.execute import Groups
 from tests.measure import sound
 from tests.measure.faults import CPU, DTYPES, FAULTS, LONG, SETTINGS, Fault, Faulty, State, measured, refused, shifted, tile
 

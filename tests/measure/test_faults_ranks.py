@@ -20,19 +20,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import lcbench.cp.execute
 import lcbench.measure.cell
+import lcbench.schedule.execute
 from lcbench.cp.allgather import AllGather
-from lcbench.cp.base import Run
-from lcbench.cp.execute import Executor, Groups, Saved
+from lcbench.cp.base import RankRun
 from lcbench.cp.groupcast import GroupCast
 from lcbench.cp.hybrid import Hybrid
-from lcbench.cp.layout import Layout, contiguous, zigzag
 from lcbench.cp.lightseq import LightSeq
 from lcbench.cp.loongtrain import LoongTrain
 from lcbench.cp.peers.library import AutogradRun
 from lcbench.cp.peers.torch_cp import TorchCP
-from lcbench.cp.program import Exchange, Message, Piece, TileCall
 from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
@@ -49,6 +46,9 @@ from lcbench.masks.lengths import Uniform
 from lcbench.masks.mask import Mask
 from lcbench.measure.cell import Gang, Measured, Work, measure_cell
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.execute import Executor, Groups, Saved
+from lcbench.schedule.layout import Layout, contiguous, zigzag
+from lcbench.schedule.program import Exchange, Message, Piece, TileCall
 from lcbench.testing.dense import dense_heads
 from lcbench.testing.spawn import run_ranks
 from tests.measure.faults import refused, without
@@ -465,7 +465,7 @@ class RingPeer:
     def tokens(self, problem: Problem, rank: int) -> Ints:
         return zigzag(problem.seqlen, problem.scale.world_size).tokens(rank)
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> Run:
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> RankRun:
         schedule = Ring("zigzag").schedule(problem, mask)
         return Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups)
 
@@ -477,7 +477,7 @@ class HalfPeer(RingPeer):
     def tokens(self, problem: Problem, rank: int) -> Ints:
         return super().tokens(replace(problem, seqlen=problem.seqlen // 2), rank)
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> Run:
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> RankRun:
         half = problem.seqlen // 2
         return super().start(replace(problem, seqlen=half), MASKS["causal"](half), kernel, rank, device, groups)
 
@@ -515,7 +515,7 @@ class OrderPeer(RingPeer):
 class Wrapped:
     """A run with results of its own kind."""
 
-    run: Run
+    run: RankRun
     out: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda x: x)
     of_lse: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda x: x)
     own_lse: bool = True
@@ -535,7 +535,7 @@ class Wrapped:
 class BasePeer(RingPeer):
     """Gives its LSE as a power of two."""
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> Run:
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> RankRun:
         return Wrapped(super().start(problem, mask, kernel, rank, device, groups), of_lse=lambda x: x / math.log(2))
 
 
@@ -545,7 +545,7 @@ class LibraryPeer(RingPeer):
 
     factor: float = 1.0
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> Run:
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> RankRun:
         ranks = problem.scale.world_size
         layout = Layout(tuple(zigzag(problem.seqlen, ranks).shards))
         every = np.concatenate([layout.tokens(r) for r in range(ranks)])
@@ -720,7 +720,7 @@ def measured(cell: Cell, dtype: str, gang: Gang, fault: Fault | None = None) -> 
     with pytest.MonkeyPatch.context() as patch:
         if fault:
             patch.setattr(lcbench.measure.cell, "Executor", fault.executor)
-            patch.setattr(lcbench.cp.execute, "merge_into", partial(in_place, fault.merge))
+            patch.setattr(lcbench.schedule.execute, "merge_into", partial(in_place, fault.merge))
         return measure_cell(work, gang, lambda _: None)
 
 

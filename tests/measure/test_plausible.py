@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from lcbench.cp.adjoint import traffic
 from lcbench.cp.allgather import AllGather
 from lcbench.cp.base import Peer, Strategy
 from lcbench.cp.ring import Ring
-from lcbench.cp.schedule import Schedule
 from lcbench.cp.ulysses import Ulysses
 from lcbench.grid.build import build_strategy
 from lcbench.kernels.sdpa_flash import SDPAFlash
@@ -24,6 +22,8 @@ from lcbench.measure.inputs import draw
 from lcbench.measure.peak import measured_limit
 from lcbench.measure.plausible import MARGIN, implausible, lower_bound_bytes, lower_bound_memory, lower_bound_sent
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.adjoint import traffic
+from lcbench.schedule.schedule import Schedule
 from lcbench.testing.dense import dense_heads
 from lcbench.testing.masks import load, names, small
 

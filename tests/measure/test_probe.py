@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from lcbench.cp.execute import Groups
 from lcbench.cp.none import Local
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.causal import causal
@@ -18,6 +17,7 @@ from lcbench.measure.cell import Gang, Started, Work
 from lcbench.measure.numerics import one_pass
 from lcbench.measure.probe import Columns, Probe, magnitudes
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.execute import Groups
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import names, small
 

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from hydra_plugins.lcbench.local import _progress
 
 from lcbench import cancel
-from lcbench.cp.execute import Groups
 from lcbench.grid.cell import Cell
 from lcbench.measure.cell import Gang, Measured, Work, measure_again
 from lcbench.runs import agent, worker
@@ -29,6 +28,7 @@ from lcbench.runs.logs import cell_mark, said_by_ranks
 from lcbench.runs.pack import KILLS, Pack, later_blocks, tries_again
 from lcbench.runs.queue import Answer, Job
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep, write_json
+from lcbench.schedule.execute import Groups
 from lcbench.sweep import look
 from tests.runs.test_corrupt import SETTINGS
 from tests.runs.test_pack import BASE
@@ -354,7 +354,7 @@ def test_a_stop_between_blocks_loses_nothing(tmp_path: Path, alone: None, monkey
         nonlocal calls
         calls += 1
         if calls == 4:
-            pack.say("stop.json", Failure("timeout", "the time limit of its job came"))
+            pack.write_note("stop.json", Failure("timeout", "the time limit of its job came"))
         return three_seconds(work, gang, say)
 
     monkeypatch.setattr(worker, "measure_again", measure)
@@ -373,7 +373,7 @@ def test_a_stop_between_blocks_loses_nothing(tmp_path: Path, alone: None, monkey
 def test_a_requeued_job_says_what_ended_the_block_in_flight(tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, pack = made_sweep(tmp_path)
     sweep.begin_again(newest(sweep, pack)[0], 2)
-    pack.say("stop.json", Failure("preempted", "Slurm took its job off the nodes"))
+    pack.write_note("stop.json", Failure("preempted", "Slurm took its job off the nodes"))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     agent.begin_anew(sweep, pack)
     gang(sweep, pack)

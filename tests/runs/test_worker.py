@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lcbench.cp.execute import Groups, group_options
 from lcbench.runs.worker import _backend, _device
+from lcbench.schedule.execute import Groups, group_options
 
 
 def a_node(monkeypatch: pytest.MonkeyPatch, *, gpus: int, ranks: int, rank: int) -> list[torch.device]:

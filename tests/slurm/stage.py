@@ -18,7 +18,7 @@ from typing import Any
 
 import mlflow
 
-from lcbench.runs.jobs import Standing, Watch
+from lcbench.runs.jobs import SweepStatus, Watch
 from lcbench.runs.store import Sweep
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +147,7 @@ class Stage:
 
         return wait_until(found, seconds, every=0.3)
 
-    def standing(self) -> Standing:
+    def standing(self) -> SweepStatus:
         saved = dict(os.environ)
         os.environ.update(self.environment)
         try:

@@ -36,7 +36,7 @@ from lcbench.runs.store import Entry, Failure, Sweep, user_name, write_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lcbench.runs.jobs import Standing
+    from lcbench.runs.jobs import SweepStatus
 
 OK, SOME_FAILED, NOT_SUBMITTED, INTERRUPTED = 0, 1, 3, 130
 TOO_MUCH = 2  # as bad input
@@ -294,7 +294,7 @@ def turn_down(sweep: Sweep, error: NotSubmitted) -> None:
     from lcbench.runs.jobs import record
 
     for pack in error.refused:
-        pack.say("end.json", Failure("no-start", str(error)))
+        pack.write_note("end.json", Failure("no-start", str(error)))
         for cell_id in pack.cells:
             record(sweep, sweep.begin(cell_id, pack.id), pack.configs[cell_id], Failure("no-start", str(error)))
     for pack in error.waiting:
@@ -366,7 +366,7 @@ class Collector:
         self._next, self._said, self._pause_s = 0.0, "", 1.0
         self._left_out: set[str] = set()
 
-    def advance(self) -> Standing:
+    def advance(self) -> SweepStatus:
         """One round; where it stands now."""
         begun = time.monotonic()
         standing = self._watch.look()
@@ -382,7 +382,7 @@ class Collector:
         if people:
             settings = replace(settings, site=here_instead(settings.site))
 
-        def wanted(now: Standing) -> Todo:
+        def wanted(now: SweepStatus) -> Todo:
             records = {i: r for i, r in now.seen.records.items() if i not in now.under_way and not r.entry.skip}
             due = [r.entry.cell for r in records.values() if not r.attempts or tries_again(r.attempts, settings.retry)]
             return Todo([cell for cell in due if self._can_be_built(cell)])

@@ -143,7 +143,7 @@ def _say_why(sweep: Sweep, pack: Pack, node: int, code: int) -> None:
     said = last_error(logs / f"agent-{node}.log") if code > 0 else ""
     began = any(sweep.running(cell) or sweep.has_attempt_of(cell, pack.id) for cell in pack.cells)
     cause = f"the agent of node {node} {how}{f': {said}' if said else ''}"[:CAUSE_LENGTH]
-    pack.say("end.json", Failure("crash" if began else "no-start", cause))
+    pack.write_note("end.json", Failure("crash" if began else "no-start", cause))
 
 
 def _progress(sweep: Sweep, pack: Pack) -> tuple[int, str]:

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from lcbench.cp.execute import Executor, Groups
-from lcbench.cp.layout import Layout
 from lcbench.cp.ring import Ring
 from lcbench.kernels.base import HALVES, Kernel
 from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.layout import Layout
 
 if TYPE_CHECKING:
     import torch

@@ -10,14 +10,14 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lcbench.cp.execute import Groups
-from lcbench.cp.layout import Layout, contiguous, striped, zigzag
 from lcbench.cp.peers.library import AutogradRun, Segments, missing, refused_length, refused_mask, segments
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.execute import Groups
+from lcbench.schedule.layout import Layout, contiguous, striped, zigzag
 
 if TYPE_CHECKING:
     import torch

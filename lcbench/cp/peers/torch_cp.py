@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lcbench.cp.execute import Groups
-from lcbench.cp.layout import zigzag
 from lcbench.cp.peers.library import refused_length, refused_mask, segments
 from lcbench.kernels.base import Kernel, Prepared, heads_first
 from lcbench.masks.band import Band, BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.execute import Groups
+from lcbench.schedule.layout import zigzag
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lcbench.cp.execute import Groups
-from lcbench.cp.layout import Layout, zigzag
 from lcbench.cp.loongtrain import largest_degree, refused_grid
 from lcbench.cp.peers.library import AutogradRun, grid, missing, refused_length, refused_mask, segments
 from lcbench.cp.ulysses import check_count
@@ -16,6 +14,8 @@ from lcbench.kernels.library import LibraryCall
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.execute import Groups
+from lcbench.schedule.layout import Layout, zigzag
 
 if TYPE_CHECKING:
     import torch

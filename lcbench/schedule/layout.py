@@ -8,7 +8,7 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from lcbench.masks.band import BandMask, Ints, Run
+from lcbench.masks.band import BandMask, Ints, TokenSpan
 from lcbench.masks.convert import block_areas
 from lcbench.masks.mask import Mask
 
@@ -17,7 +17,7 @@ from lcbench.masks.mask import Mask
 class Layout:
     """``shards[i]``: the runs of tokens of shard i, in the order in which its tensors hold them."""
 
-    shards: tuple[tuple[Run, ...], ...]
+    shards: tuple[tuple[TokenSpan, ...], ...]
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -71,31 +71,31 @@ class Layout:
 def contiguous(seqlen: int, shards: int) -> Layout:
     """Shard i owns the i-th stretch of the sequence; lengths differ by at most one."""
     cuts = _cuts(seqlen, shards)
-    return Layout(tuple((Run(a, b - a),) for a, b in pairwise(cuts)))
+    return Layout(tuple((TokenSpan(a, b - a),) for a, b in pairwise(cuts)))
 
 
 def zigzag(seqlen: int, shards: int) -> Layout:
     """Shard i owns chunks i and 2n-1-i of 2n, so that every shard has the same share of a causal mask."""
     cuts = _cuts(seqlen, 2 * shards)
-    chunks = [Run(a, b - a) for a, b in pairwise(cuts)]
+    chunks = [TokenSpan(a, b - a) for a, b in pairwise(cuts)]
     return Layout(tuple((chunks[i], chunks[-1 - i]) for i in range(shards)))
 
 
 def striped(seqlen: int, shards: int) -> Layout:
     """Shard i owns every n-th token from i on (Striped Attention, arXiv 2311.09431)."""
-    return Layout(tuple((Run(i, max(0, -((i - seqlen) // shards)), shards),) for i in range(shards)))
+    return Layout(tuple((TokenSpan(i, max(0, -((i - seqlen) // shards)), shards),) for i in range(shards)))
 
 
 def _cuts(length: int, parts: int) -> list[int]:
     return [length * i // parts for i in range(parts + 1)]
 
 
-def _slice(runs: Sequence[Run], begin: int, end: int) -> tuple[Run, ...]:
+def _slice(runs: Sequence[TokenSpan], begin: int, end: int) -> tuple[TokenSpan, ...]:
     """Local positions [begin, end) of a shard, as runs."""
     kept, offset = [], 0
     for run in runs:
         a, b = max(begin - offset, 0), min(end - offset, run.size)
         if a < b:
-            kept.append(Run(run.start + a * run.stride, b - a, run.stride))
+            kept.append(TokenSpan(run.start + a * run.stride, b - a, run.stride))
         offset += run.size
-    return tuple(kept) or (Run(0, 0),)
+    return tuple(kept) or (TokenSpan(0, 0),)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lcbench.cp.verify import Report
+from lcbench.schedule.verify import ScheduleCost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ ROW_HEIGHT = 0.32
 FEWEST_ROWS, MOST_ROWS = 6, 64
 
 
-def save(report: Report, title: str, path: Path, timeline: Timeline | None = None) -> None:
+def save(report: ScheduleCost, title: str, path: Path, timeline: Timeline | None = None) -> None:
     """The schedule of forward by work and bytes, and below it, if given, a measured iteration; the suffix names the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -37,7 +37,7 @@ def save(report: Report, title: str, path: Path, timeline: Timeline | None = Non
     figure.savefig(path)
 
 
-def _planned(report: Report, title: str, axes: Axes) -> None:
+def _planned(report: ScheduleCost, title: str, axes: Axes) -> None:
     """A step is as wide as its busiest rank has work; thin bars are bytes sent, the most of any rank and step at full width."""
     ranks, steps = report.schedule.world_size, len(report.schedule.steps)
     pairs = report.step_pairs
@@ -62,7 +62,7 @@ def _planned(report: Report, title: str, axes: Axes) -> None:
     _ranks(axes, ranks, begins[-1])
 
 
-def _label(report: Report, step: int, left: float, axes: Axes) -> None:
+def _label(report: ScheduleCost, step: int, left: float, axes: Axes) -> None:
     for rank, _, q, k in report.schedule.steps[step].tiles.tolist():
         names = [",".join(map(str, report.schedule.bundles[b])) for b in (q, k)]
         text = f"q{names[0]} k{names[1]}"

@@ -20,13 +20,22 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lcbench.cp.layout import Layout
-from lcbench.masks.band import Ints, Run, spread
+from lcbench.masks.band import Ints, TokenSpan, spread
 from lcbench.problem import Heads
+from lcbench.schedule.layout import Layout
 
 EXPANDED = 1 << 22  # rows of tiles, one per pair of shards, that are looked at together
 
 Kind = Literal["q", "kv"]
+
+
+def rows(*values: ArrayLike) -> Ints:
+    """Tiles, moves and returns, int64 (n, columns), from their columns; an integer stands for a column of it."""
+    return np.stack(np.broadcast_arrays(*(np.asarray(v, dtype=np.int64).ravel() for v in values)), axis=1)
+
+
+NO_ROWS = rows([], [], [], [])  # no tiles, or no returns
+NO_ROWS.setflags(write=False)
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ class Step:
 
     tiles: Ints
     moves: tuple[Move, ...] = ()
-    returns: Ints = field(default_factory=lambda: columns([], [], [], []))
+    returns: Ints = field(default_factory=lambda: NO_ROWS)
 
 
 @dataclass(frozen=True)
@@ -129,15 +138,15 @@ class Schedule:
         """What each rank owns."""
         return Layout(tuple(self.runs(self.own(rank)) for rank in range(self.world_size)))
 
-    def runs(self, shards: Iterable[int]) -> tuple[Run, ...]:
+    def runs(self, shards: Iterable[int]) -> tuple[TokenSpan, ...]:
         """Tokens of shards that lie behind one another; stretches that continue one another are one run."""
-        found: list[Run] = []
+        found: list[TokenSpan] = []
         for run in (run for shard in shards for run in self.shards.shards[shard] if run.size):
             if found and found[-1].stride == run.stride == 1 and found[-1].start + found[-1].size == run.start:
-                found[-1] = Run(found[-1].start, found[-1].size + run.size)
+                found[-1] = TokenSpan(found[-1].start, found[-1].size + run.size)
             else:
                 found.append(run)
-        return tuple(found) or (Run(0, 0),)
+        return tuple(found) or (TokenSpan(0, 0),)
 
     @cached_property
     def _members(self) -> tuple[Ints, Ints]:
@@ -176,11 +185,6 @@ class Schedule:
             rows.append([str(number), *(" ".join(c) or "-" for c in cells), ", ".join(moves) or "-"])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def columns(*values: ArrayLike) -> Ints:
-    """Moves, returns and tiles from their four columns, where an integer stands for a column of it."""
-    return np.stack(np.broadcast_arrays(*(np.asarray(v, dtype=np.int64).ravel() for v in values)), axis=1)
 
 
 def singles(shards: int) -> tuple[tuple[int, ...], ...]:

@@ -11,22 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lcbench.cp import lowering, program
-from lcbench.cp.adjoint import traffic
 from lcbench.cp.allgather import AllGather
 from lcbench.cp.base import Peer, Strategy
-from lcbench.cp.execute import Executor, Groups
 from lcbench.cp.groupcast import GroupCast
 from lcbench.cp.hybrid import Hybrid
 from lcbench.cp.lightseq import LightSeq
 from lcbench.cp.loongtrain import LoongTrain
-from lcbench.cp.lowering import OPERATIONS, Lowered, collectives, sets_of
-from lcbench.cp.program import Program
 from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
-from lcbench.cp.verify import verify
 from lcbench.grid.build import build_strategy
 from lcbench.kernels.base import Prepared, prepare
 from lcbench.kernels.sdpa_flash import SDPAFlash
@@ -37,6 +31,12 @@ from lcbench.masks.lengths import Explicit
 from lcbench.masks.mask import Mask
 from lcbench.measure.inputs import draw
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule import lowering, program
+from lcbench.schedule.adjoint import traffic
+from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.lowering import OPERATIONS, Lowered, collectives, sets_of
+from lcbench.schedule.program import Program
+from lcbench.schedule.verify import verify
 from lcbench.sweep import look
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import load, names, small

@@ -24,13 +24,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from lcbench.cp.schedule import HeadGroup, Kind, Move, Schedule
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
+from lcbench.schedule.schedule import HeadGroup, Kind, Move, Schedule
 
 
 @dataclass(frozen=True)
-class Cargo:
+class Payload:
     """What a kind of message holds per token and head.
 
     Attributes:
@@ -47,17 +47,17 @@ class Cargo:
 
 
 CARGO = {
-    "q": Cargo("q", 1, 0, "input"),
-    "kv": Cargo("kv", 2, 0, "input"),
-    "out": Cargo("q", 1, 0, "transit"),  # of some of the keys, with lse
-    "lse": Cargo("q", 0, 1, "sum"),
-    "final": Cargo("q", 1, 0, "input"),  # out of all keys of its rows
-    "dout": Cargo("q", 1, 0, "input"),
-    "stats": Cargo("q", 0, 2, "sum"),  # lse and delta
-    "dq": Cargo("q", 1, 0, "transit"),
-    "dkv": Cargo("kv", 2, 0, "transit"),
-    "final_dq": Cargo("q", 1, 0, "input"),  # gradients that nothing is added to any more
-    "final_dkv": Cargo("kv", 2, 0, "input"),
+    "q": Payload("q", 1, 0, "input"),
+    "kv": Payload("kv", 2, 0, "input"),
+    "out": Payload("q", 1, 0, "transit"),  # of some of the keys, with lse
+    "lse": Payload("q", 0, 1, "sum"),
+    "final": Payload("q", 1, 0, "input"),  # out of all keys of its rows
+    "dout": Payload("q", 1, 0, "input"),
+    "stats": Payload("q", 0, 2, "sum"),  # lse and delta
+    "dq": Payload("q", 1, 0, "transit"),
+    "dkv": Payload("kv", 2, 0, "transit"),
+    "final_dq": Payload("q", 1, 0, "input"),  # gradients that nothing is added to any more
+    "final_dkv": Payload("kv", 2, 0, "input"),
 }
 
 

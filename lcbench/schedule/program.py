@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lcbench.cp.adjoint import CARGO, Traffic, Transfer, element_bytes, held_precision, token_bytes
-from lcbench.cp.lowering import VALUES, Collective, Operation, collectives
-from lcbench.cp.schedule import Schedule
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
+from lcbench.schedule.adjoint import CARGO, Traffic, Transfer, element_bytes, held_precision, token_bytes
+from lcbench.schedule.lowering import VALUES, Collective, Operation, collectives
+from lcbench.schedule.schedule import Schedule
 
 ROUND = 4  # sums of one head group that a rank receives in one round; two rounds are under way at once
 MOST_STRETCHES = 3  # as many messages of one kind to one rank at once, or more, are copied together and sent as one
@@ -115,7 +115,7 @@ class TileCall:
 
 
 @dataclass
-class Moment:
+class RankStep:
     """What happens at one time: buffers begin, messages leave and arrive, tiles are computed, sums go to the rank's own."""
 
     filled: list[tuple[Operand, list[tuple[int, int, int, int]]]] = field(default_factory=list)  # (own begin, end, begin, end)
@@ -166,7 +166,7 @@ class Program:
         self.begin = {shard: int(a) for shard, a in zip(self.own, begins, strict=False)}
         self.tokens = int(begins[-1])
         self._sizes: list[int] = schedule.sizes.tolist()
-        self.moments = [Moment() for _ in range(2 * moves.steps + 1 if problem.backward else moves.steps)]
+        self.moments = [RankStep() for _ in range(2 * moves.steps + 1 if problem.backward else moves.steps)]
         self._home: dict[tuple[str, int, int], tuple[tuple[int, ...], int]] = {}
         self._use: dict[tuple[str, int, tuple[int, ...]], list[int]] = defaultdict(list)
         # Buffers by operand; one that lives in forward and, fetched again, in backward, has two lives.

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lcbench.cp.adjoint import Traffic, Transfer, Uses, traffic
-from lcbench.cp.lowering import Operation
-from lcbench.cp.program import Program
-from lcbench.cp.schedule import Schedule
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.adjoint import Traffic, Transfer, Uses, traffic
+from lcbench.schedule.lowering import Operation
+from lcbench.schedule.program import Program
+from lcbench.schedule.schedule import Schedule
 
 
 class ScheduleError(AssertionError):
@@ -25,7 +25,7 @@ class ScheduleError(AssertionError):
 
 
 @dataclass(frozen=True)
-class Report:
+class ScheduleCost:
     """What a valid schedule costs.
 
     Attributes:
@@ -59,7 +59,7 @@ class Report:
         return Program(self.schedule, self.traffic, self.problem, rank, operations).buffer_bytes
 
 
-def verify(schedule: Schedule, mask: Mask, problem: Problem) -> Report:
+def verify(schedule: Schedule, mask: Mask, problem: Problem) -> ScheduleCost:
     """Check a schedule against a mask and count its work and its bytes.
 
     Raises:
@@ -73,7 +73,7 @@ def verify(schedule: Schedule, mask: Mask, problem: Problem) -> Report:
     step_pairs = _check_tiles(schedule, mask, problem)
     forward = _bytes(schedule, [t for t in moves.transfers if t.begin < moves.steps], problem)
     backward = _bytes(schedule, [t for t in moves.transfers if t.begin >= moves.steps], problem)
-    return Report(schedule, problem, moves, step_pairs, forward[0], backward[0], forward[1], backward[1])
+    return ScheduleCost(schedule, problem, moves, step_pairs, forward[0], backward[0], forward[1], backward[1])
 
 
 def _check_shards(schedule: Schedule, seqlen: int) -> None:

@@ -12,15 +12,12 @@ from lcbench.cp.allgather import AllGather
 from lcbench.cp.base import Peer, Strategy
 from lcbench.cp.groupcast import GroupCast, dispatch
 from lcbench.cp.hybrid import Hybrid, documents
-from lcbench.cp.layout import contiguous
 from lcbench.cp.lightseq import LightSeq
 from lcbench.cp.loongtrain import LoongTrain
 from lcbench.cp.ring import Ring
-from lcbench.cp.schedule import HeadGroup, Move, Schedule, Step, columns
 from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
-from lcbench.cp.verify import Report, ScheduleError, verify
 from lcbench.grid.build import build_strategy
 from lcbench.masks.band import BandMask
 from lcbench.masks.causal import causal
@@ -30,6 +27,9 @@ from lcbench.masks.lengths import Explicit
 from lcbench.masks.mask import Mask
 from lcbench.masks.sliding_window import sliding_window
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.layout import contiguous
+from lcbench.schedule.schedule import HeadGroup, Move, Schedule, Step, rows
+from lcbench.schedule.verify import ScheduleCost, ScheduleError, verify
 from lcbench.testing.dense import dense_heads
 from lcbench.testing.masks import load, names, small
 
@@ -45,7 +45,7 @@ def problem_of(ranks: int, seqlen: int, heads: Heads = HEADS, transit: str = "fl
     return Problem(seqlen, heads, Scale(nodes, ranks // nodes), "bfloat16", "forward_backward", transit)
 
 
-def report_of(strategy: Strategy, mask: Mask, problem: Problem) -> Report:
+def report_of(strategy: Strategy, mask: Mask, problem: Problem) -> ScheduleCost:
     assert strategy.unsupported(problem, mask) is None
     return verify(strategy.schedule(problem, mask), mask, problem)
 
@@ -284,8 +284,8 @@ def test_a_wrong_schedule_is_caught_and_shown() -> None:
             last,
         ),
         "a second time": (first, second, third, last, Step(last.tiles)),
-        "which it does not owe": (first, second, third, dataclasses.replace(last, returns=columns([1], [0], [0], [0]))),
-        "come to their owner": (first, second, third, Step(last.tiles, (Move("kv", columns([1], [0], [0], [0])),))),
+        "which it does not owe": (first, second, third, dataclasses.replace(last, returns=rows([1], [0], [0], [0]))),
+        "come to their owner": (first, second, third, Step(last.tiles, (Move("kv", rows([1], [0], [0], [0])),))),
     }
     for message, steps in wrong.items():
         with pytest.raises(ScheduleError, match=message):

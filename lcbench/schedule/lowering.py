@@ -15,9 +15,9 @@ from typing import Literal
 
 import numpy as np
 
-from lcbench.cp.adjoint import Traffic, Transfer, element_bytes
-from lcbench.cp.schedule import Schedule
 from lcbench.problem import Problem
+from lcbench.schedule.adjoint import Traffic, Transfer, element_bytes
+from lcbench.schedule.schedule import Schedule
 
 Lowering = Literal["auto", "p2p"]
 Operation = Literal["all_to_all", "all_gather", "reduce_scatter"]

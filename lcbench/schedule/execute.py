@@ -21,14 +21,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from lcbench.cp.adjoint import CARGO, held_precision, token_bytes, traffic
-from lcbench.cp.lowering import Lowering, operations_of, sets_of
-from lcbench.cp.program import Buffer, Exchange, Message, Moment, Operand, Piece, Program, TileCall
-from lcbench.cp.schedule import HeadGroup, Schedule
 from lcbench.kernels.base import Kernel, Prepared, accumulation_dtype, prepare
 from lcbench.kernels.merge import merge_into
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
+from lcbench.schedule.adjoint import CARGO, held_precision, token_bytes, traffic
+from lcbench.schedule.lowering import Lowering, operations_of, sets_of
+from lcbench.schedule.program import Buffer, Exchange, Message, Operand, Piece, Program, RankStep, TileCall
+from lcbench.schedule.schedule import HeadGroup, Schedule
 
 HeadIndex = slice | torch.Tensor
 Part = tuple[torch.Tensor, torch.Tensor]  # out, lse
@@ -444,7 +444,7 @@ class Executor:
         first = rows[0][1][0]
         return [[float(number), *(_seconds(first, mark) for mark in marks)] for number, marks in rows]
 
-    def _post(self, moment: Moment, turn: int) -> None:
+    def _post(self, moment: RankStep, turn: int) -> None:
         """All messages of a round: its collectives, and the others in one batch per channel and end: both directions at once, so
         that nobody waits for a turn."""
         for exchange in [e for e in moment.exchanges if e.round == turn]:
