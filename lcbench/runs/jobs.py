@@ -81,24 +81,30 @@ class CellState:
 
 
 class Watch:
-    """Looks at a sweep; ``asking`` replaces the question to Slurm (one that waits between questions, say).
+    """Looks at a sweep; ``asking`` replaces the question to Slurm (one that waits between questions, say)."""
 
-    ``settles``: whether it records what has ended; by default where the sweep is the caller's own.
-    """
-
-    def __init__(self, sweep: Sweep, asking: Callable[..., Any] = ask, *, settles: bool | None = None) -> None:
-        self.sweep, self._ask, self._settles = sweep, asking, settles
+    def __init__(self, sweep: Sweep, asking: Callable[..., Any] = ask) -> None:
+        self.sweep, self._ask = sweep, asking
         self._unlisted: dict[str, float] = {}  # since when squeue has not listed a pack's job
 
     def look(self) -> SweepStatus:
-        """Settle what has ended, then say where everything stands."""
+        """Where everything stands. Records nothing."""
+        packs = self._packs(own=not others(self.sweep))
+        return _status(self.sweep.look(), packs)
+
+    def settle(self, *, as_mine: bool = False) -> SweepStatus:
+        """Record what has ended, then say where everything stands.
+
+        Of a sweep that is not the caller's own nothing is recorded, unless ``as_mine``.
+        """
         own = not others(self.sweep)
         packs, seen = self._packs(own), self.sweep.look()
-        packs = [_with_progress(seen, p) for p in packs]
-        if (own if self._settles is None else self._settles) and settle(self.sweep, seen, packs):
-            seen = self.sweep.look()
-            packs = [_with_progress(seen, p) for p in packs]
-        return SweepStatus(seen, packs, _cells(seen, packs))
+        if own:
+            for pack in (p for p in packs if p.ended):
+                forget_secrets(self.sweep.pack_folder(pack.id))
+        status = _status(seen, packs)
+        recorded = (own or as_mine) and settle(self.sweep, seen, status.packs)
+        return _status(self.sweep.look(), packs) if recorded else status
 
     def _packs(self, own: bool) -> list[PackState]:
         """All packs, oldest first; a file that is none is left out."""
@@ -131,8 +137,6 @@ class Watch:
             else:
                 word, reason = _local_state(job)
                 state = replace(state, state=word, reason=reason)
-            if own and state.ended:
-                forget_secrets(self.sweep.pack_folder(state.id))
             states.append(state)
         return states
 
@@ -240,6 +244,11 @@ class SweepStatus:
         live = [p for p in self.packs if not p.ended and p.state != "UNKNOWN"]
         again = {c for p in live for c in p.cells if c in self.seen.records and later_blocks(self.seen.records[c].attempts, p.id)}
         return again | {c.id for c in self.cells if c.state in ("running", "pending")}
+
+
+def _status(seen: Look, packs: Sequence[PackState]) -> SweepStatus:
+    with_progress = [_with_progress(seen, pack) for pack in packs]
+    return SweepStatus(seen, with_progress, _cells(seen, with_progress))
 
 
 def settle(sweep: Sweep, seen: Look, packs: Sequence[PackState]) -> list[Attempt]:

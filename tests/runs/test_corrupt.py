@@ -68,7 +68,7 @@ def test_a_file_cut_at_any_byte_is_set_aside_and_named(tmp_path: Path, name: str
         path.write_bytes(content[:cut])
         sweep.remembered()
         first_failure(failures, f"{cell_id}.attempt-3", since=0.0)
-        standing = Watch(sweep).look()
+        standing = Watch(sweep).settle()
         aside = path.with_name(path.name + CORRUPT)
         assert aside.exists(), f"cut at {cut}"
         assert aside.read_bytes() == content[:cut]

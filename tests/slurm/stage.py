@@ -151,7 +151,7 @@ class Stage:
         saved = dict(os.environ)
         os.environ.update(self.environment)
         try:
-            return Watch(self.sweep).look()
+            return Watch(self.sweep).settle()
         finally:
             os.environ.clear()
             os.environ.update(saved)

@@ -13,12 +13,13 @@ from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Any
 
-from hydra_plugins.lcbench._plan import PackLauncher, write_down
+from hydra_plugins.lcbench.base import PackLauncher
 
 from lcbench.grid.values import parse_scale
 from lcbench.measure.blocks import blocks_of
 from lcbench.runs.failure import last_error
 from lcbench.runs.jobs import Watch, in_flight
+from lcbench.runs.launch import write_down
 from lcbench.runs.machine import PAUSE_S, SHARE, Claim, shares
 from lcbench.runs.pack import Pack, later_blocks
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, write_json
@@ -53,7 +54,7 @@ class LocalLauncher(PackLauncher):
                         progress.update(task, completed=before + done, description=text)
                         if time.monotonic() >= next_look:
                             begun = time.monotonic()
-                            progress.update(task, left=str(watch.look().left()))
+                            progress.update(task, left=str(watch.settle().left()))
                             # Ranks measure on these cores: of a large sweep it is looked at seldom.
                             next_look = time.monotonic() + max(LOOK_EVERY_S, LOOKING_SHARE * (time.monotonic() - begun))
                 before += len(pack.cells)
