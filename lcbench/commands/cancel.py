@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,10 +20,12 @@ from lcbench.commands.arguments import (
     find_sweep,
 )
 from lcbench.report.ending import bad_input
+from lcbench.runs import notes
 from lcbench.runs.jobs import PackState, Watch
 from lcbench.runs.ownership import others, trusted_site
 from lcbench.runs.pack import later_blocks
 from lcbench.runs.queue import ask, cancel, environment
+from lcbench.runs.settle import settled
 from lcbench.runs.store import Failure, Sweep, sweeps, write_json
 
 OURS = "lcbench-"  # what the names of our jobs begin with
@@ -55,13 +56,12 @@ def cancel_sweep(sweep: Sweep) -> int:
         manifest = sweep.manifest()
         launch = manifest["launch"] or {}
         write_json(sweep.manifest_path, {**manifest, "launch": {**launch, "cancelled": True} if launch else None})
-        packs = [p for p in Watch(sweep).settle(as_mine=True).packs if not p.ended]
+        packs = [p for p in settled(Watch(sweep), as_mine=True).packs if not p.ended]
         told, refused, complaints = cancel_jobs(sweep, launch["settings"]["site"] if launch else {}, packs)
         for pack in packs:
             if UNKNOWN_TO_SLURM in refused.get(pack.job_id, ""):  # accounting may call it running for good
                 why = Failure("cancelled", "python -m lcbench.cancel, and the controller does not know its job")
-                written = {"failure": {"kind": why.kind, "cause": why.cause, "rank": None}, "time": time.time()}
-                write_json(sweep.pack_folder(pack.id) / "end.json", written)
+                notes.write_ending(sweep.pack_folder(pack.id), notes.END, notes.Ending(why))
         if said := end_local(sweep, packs):
             complaints.append(said)
     count = sum(p.job_id in told or p.launcher != "slurm" for p in packs)
@@ -103,16 +103,14 @@ def cancel_cell(sweep: Sweep, cell_id: str) -> int:
     """Tell its pack to leave the cell: in flight it is ended with its ranks, which start again for the rest of the pack. A cell
     that has its result keeps it, and loses the blocks of timings that were to come.
     """
-    standing = Watch(sweep).settle()
+    standing = settled(Watch(sweep))
     state = next(c for c in standing.cells if c.id == cell_id)
     lives = any(p.id == state.pack and not p.ended for p in standing.packs)
     blocks = later_blocks(standing.seen.records[cell_id].attempts, state.pack) if lives else range(0)
     if state.state not in ("running", "pending") and not blocks:
         print(f"cell {cell_id} is not under way: it is {state.state}")
         return 0
-    path = sweep.pack_folder(state.pack) / "cancel" / cell_id
-    path.parent.mkdir(exist_ok=True)
-    path.touch()
+    notes.cancel_cell(sweep.pack_folder(state.pack), cell_id)
     kept = f"cell {cell_id} keeps its result; its blocks of timings from {blocks.start} on are cancelled"
     said = kept if blocks else f"cell {cell_id}, {state.state}, is told to end"
     print(f"{said}: {sweep.command('status')}")

@@ -11,6 +11,7 @@ from lcbench.report.ending import bad_input
 from lcbench.runs.jobs import CellState, Watch
 from lcbench.runs.logs import said_by_ranks
 from lcbench.runs.queue import Patient
+from lcbench.runs.settle import settled
 from lcbench.runs.store import Attempt, Running, Sweep
 
 INTERVAL_S = 1.0
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
     watch = Watch(sweep, Patient())
     shown: dict[str, int] = {}
     while True:
-        state = next(c for c in watch.settle().cells if c.id == cell_id)
+        state = next(c for c in settled(watch).cells if c.id == cell_id)
         for source, text in sections(sweep, state, options.attempt or state.attempt):
             fresh = text[shown.get(source, 0) :]
             if fresh:

@@ -23,6 +23,7 @@ from lcbench.runs.jobs import SweepStatus, Watch
 from lcbench.runs.launch import Todo
 from lcbench.runs.ownership import here_instead
 from lcbench.runs.pack import Settings
+from lcbench.runs.settle import settled
 from lcbench.runs.store import Record, Sweep
 
 EXAMPLES = """
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> int:
             build.allow(build.targets_in(folder))
         build.allow(sweep.allowed())
         strange = options.launcher != "dry" and agree_to_act(sweep, "this runs cells again", as_mine=options.as_mine)
-        standing = Watch(sweep).settle(as_mine=strange)
+        standing = settled(Watch(sweep), as_mine=strange)
         wanted = _wanted(standing, cell_id)
         records = {i: r for i, r in wanted.items() if i not in standing.under_way}
         if cell_id is not None and not records:
@@ -93,7 +94,7 @@ def _wanted(standing: SweepStatus, cell_id: str | None) -> dict[str, Record]:
 
 def _still_wanted(sweep: Sweep, chosen: dict[str, Record], *, as_mine: bool = False) -> Todo:
     """Of what was chosen, under the sweep's lock, what nobody has taken up or tried since."""
-    now = Watch(sweep).settle(as_mine=as_mine)
+    now = settled(Watch(sweep), as_mine=as_mine)
     cells, under_way = [], []
     for cell_id, before in chosen.items():
         record = now.seen.records[cell_id]

@@ -17,6 +17,7 @@ from lcbench.report.inert import printable
 from lcbench.report.table import WIDTH, status_tables, summary_line
 from lcbench.runs.jobs import Watch
 from lcbench.runs.ownership import others
+from lcbench.runs.settle import settled
 from lcbench.runs.store import sweeps
 
 EXAMPLES = """
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> int:
         if as_mine or not others(sweep):
             publish_or_say(sweep, tracked_at(standing.seen.launch))
     else:
-        standing = Watch(sweep).settle()
+        standing = settled(Watch(sweep))
     if options.json:
         shown = {
             "sweep": sweep.name,

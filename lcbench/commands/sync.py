@@ -14,6 +14,7 @@ from lcbench.redact import redacted_uri
 from lcbench.report.ending import bad_input
 from lcbench.runs.address import checked_address
 from lcbench.runs.jobs import Watch
+from lcbench.runs.settle import settled
 from lcbench.runs.tracking import TrackingUnavailable, publish, tracked_at
 
 EXAMPLES = """
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
     with bad_input():
         sweep = chosen_sweep(options)
         agree_to_act(sweep, "this publishes its results", as_mine=options.as_mine)
-        given = options.tracking_uri or tracked_at(Watch(sweep).settle().seen.launch) or os.environ.get("MLFLOW_TRACKING_URI")
+        given = options.tracking_uri or tracked_at(settled(Watch(sweep)).seen.launch) or os.environ.get("MLFLOW_TRACKING_URI")
         if not given:
             raise ValueError(f"sweep {sweep.name} names no tracking server; add --tracking-uri, such as http://127.0.0.1:5000")
         uri = checked_address(given, "--tracking-uri" if options.tracking_uri else "its tracking_uri")

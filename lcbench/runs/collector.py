@@ -18,6 +18,7 @@ from lcbench.runs.launch import Launches, Todo, hand_over
 from lcbench.runs.ownership import here_instead, only_shown, others
 from lcbench.runs.pack import Settings, tries_again
 from lcbench.runs.queue import Patient
+from lcbench.runs.settle import settled
 from lcbench.runs.store import Sweep
 from lcbench.runs.tracking import publish_or_say, tracked_at
 
@@ -72,7 +73,7 @@ class Collector:
         return replace(standing, waiting=len(wanted(standing).cells))
 
     def _settled(self) -> SweepStatus:
-        return self._watch.settle(as_mine=self._as_mine)
+        return settled(self._watch, as_mine=self._as_mine)
 
     def _launcher(self, name: str) -> Launches | None:
         """The sweep's launcher, where its packs run on without the command and so may be handed over again; else None."""

@@ -6,7 +6,6 @@ import hashlib
 import os
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -22,9 +21,11 @@ from lcbench.grid.paths import REPOSITORY
 from lcbench.redact import redacted_uri
 from lcbench.runs.address import planned_address, planned_experiment, variables
 from lcbench.runs.estimate import Estimator
-from lcbench.runs.jobs import Watch, record
+from lcbench.runs.jobs import Watch
+from lcbench.runs.notes import END, job_here, write_job
 from lcbench.runs.pack import Pack, Settings, given_up, group
-from lcbench.runs.store import Failure, Sweep, write_json
+from lcbench.runs.settle import record, settled
+from lcbench.runs.store import Failure, Sweep
 
 
 class NotSubmitted(Exception):
@@ -142,7 +143,7 @@ def _inherited(settings: Settings) -> AbstractContextManager[None]:
 def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool, settles: bool = True) -> Todo:
     """Of these cells, those that have no good result, that no live job has, and that are worth another try."""
     watch = Watch(sweep)
-    standing = watch.settle(as_mine=True) if settles else watch.look()
+    standing = settled(watch, as_mine=True) if settles else watch.look()
     records, under_way = standing.seen.records, standing.under_way
     todo, done, hopeless = [], [], []
     for cell in (c for c in cells if c.id not in under_way):
@@ -158,15 +159,14 @@ def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool, settles: bool =
 
 def write_down(pack: Pack) -> None:
     """Write a pack before anybody is told of it. Until a launcher says more, it waits for this process."""
-    told = {"launcher": pack.launcher, "pid": os.getpid(), "host": socket.gethostname(), "started_at": time.time()}
-    write_json(pack.folder / "job.json", told)
+    write_job(pack.folder, job_here(pack.launcher))
     pack.write()  # with it the pack is there, so it comes last
 
 
 def turn_down(sweep: Sweep, error: NotSubmitted) -> None:
     """Keep why packs were refused, as the result of their cells; packs that only wait leave no trace."""
     for pack in error.refused:
-        pack.write_note("end.json", Failure("no-start", str(error)))
+        pack.write_note(END, Failure("no-start", str(error)))
         for cell_id in pack.cells:
             record(sweep, sweep.begin(cell_id, pack.id), pack.configs[cell_id], Failure("no-start", str(error)))
     for pack in error.waiting:

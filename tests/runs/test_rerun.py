@@ -14,6 +14,7 @@ from lcbench.commands import rerun
 from lcbench.grid.command_line import look
 from lcbench.runs.jobs import Watch
 from lcbench.runs.launch import make_packs, missing, settings_of, write_down
+from lcbench.runs.settle import settled
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep
 from tests.slurm.stage import ROOT
 
@@ -43,7 +44,7 @@ def failed_sweep(root: Path) -> Sweep:
 
 def test_what_somebody_else_took_up_or_tried_meanwhile_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = failed_sweep(tmp_path)
-    chosen = rerun._wanted(Watch(sweep).settle(), None)
+    chosen = rerun._wanted(settled(Watch(sweep)), None)
     first, second = chosen
     assert [c.id for c in rerun._still_wanted(sweep, chosen).cells] == [first, second]
     begun = sweep.begin(first, "other")

@@ -19,6 +19,7 @@ from lcbench.runs.budget import Cost
 from lcbench.runs.jobs import Watch
 from lcbench.runs.launch import Todo, default_tracking_uri, hand_over, make_packs, missing, settings_of, sweep_of, todo_of
 from lcbench.runs.pack import Pack, Settings
+from lcbench.runs.settle import settled
 from lcbench.runs.store import Entry, Sweep, user_name
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class PackLauncher(Launcher):
         from lcbench.report.table import WIDTH, cells_table, fastest_table, to_rows
         from lcbench.runs.tracking import dashboard_hint, publish_or_say
 
-        standing = Watch(sweep).settle(as_mine=True)
+        standing = settled(Watch(sweep), as_mine=True)
         publish_or_say(sweep, tracking_uri)
         if self.output == "table":
             console = Console(width=None if sys.stdout.isatty() else WIDTH)

@@ -25,9 +25,10 @@ from lcbench.redact import secrets_of
 from lcbench.runs.agent import RunPack, warned_s
 from lcbench.runs.collector import Collect, Collector
 from lcbench.runs.launch import Launches, NotSubmitted, write_down
+from lcbench.runs.notes import END, job_here, read_ending, read_job, write_job
 from lcbench.runs.pack import Pack
 from lcbench.runs.queue import KEPT, cancel_named, cluster_of, environment, reason_in, site_variables, where
-from lcbench.runs.store import Sweep, write_json
+from lcbench.runs.store import Sweep
 
 MAX_ARRAY = 1000  # Slurm's own default allows 1001
 COLLECTOR_MIN = 60
@@ -135,9 +136,8 @@ def submit_array(packs: Sequence[Pack], after: Sequence[str] = ()) -> str:
                 raise
     cluster = cluster_of(where(environment(packs[0].site)))
     for pack, job in zip(named, jobs, strict=True):
-        told = Sweep(Path(pack.root), pack.sweep).pack_file(pack.id, "job.json")
-        more = {"job_id": str(job.job_id), "timeout_min": pack.timeout_min, "cluster": cluster}
-        write_json(pack.folder / "job.json", {**told, **more})
+        told = read_job(pack.folder) or job_here(pack.launcher)
+        write_job(pack.folder, replace(told, job_id=str(job.job_id), timeout_min=pack.timeout_min, cluster=cluster))
     return str(jobs[0].job_id).partition("_")[0]
 
 
@@ -206,7 +206,8 @@ def fallen_nodes(sweep: Sweep) -> dict[str, str]:
     """Nodes that a check of this sweep found unwell, and why: later jobs keep away from them."""
     fallen: dict[str, str] = {}
     for pack in sweep.packs():
-        fallen |= sweep.pack_file(pack, "end.json").get("fallen") or {}
+        if (end := read_ending(sweep.pack_folder(pack), END)) is not None:
+            fallen |= end.fallen
     return fallen
 
 
