@@ -1,74 +1,7 @@
-"""Fit a profile of document lengths to your own data: ``python -m lcbench.lengths lengths.txt --name mine``.
+"""``python -m lcbench.lengths``: lcbench/commands/lengths.py."""
 
-The file holds one length in tokens per line. What is written is a value of the lengths axis: ``mask=document lengths=mine``.
-"""
-
-from __future__ import annotations
-
-import re
-from pathlib import Path
-
-from omegaconf import OmegaConf
-
-from lcbench.arguments import bad_input, command_parser, run
-from lcbench.grid.paths import CONF
-from lcbench.grid.values import parse_tokens
-from lcbench.masks.lengths import fit
-from lcbench.masks.text import read_text
-
-EXAMPLES = """
-python -m lcbench.lengths lengths.txt --name mine
-"""
-
-
-def main(arguments: list[str]) -> int:
-    parser = command_parser("lengths", __doc__, EXAMPLES)
-    parser.add_argument("file", type=Path, help="one document length in tokens per line")
-    parser.add_argument("--name", required=True, help="name of the new value of the lengths axis")
-    parser.add_argument("--conf", type=Path, default=CONF, help="where to write <conf>/lengths/<name>.yaml")
-    parser.add_argument("--force", action="store_true", help="write over a profile of that name")
-    options = parser.parse_args(arguments)
-    target = options.conf / "lengths" / f"{options.name}.yaml"
-    with bad_input():
-        if not re.fullmatch(r"[A-Za-z_][\w-]*", options.name) or not isinstance(
-            OmegaConf.create(f"name: {options.name}").name, str
-        ):
-            raise ValueError(f"--name {options.name} is no name; use a letter and then letters, digits, - and _, such as my-texts")
-        if target.exists() and not options.force:
-            raise ValueError(f"{target} is there; take another --name, or --force")
-        lengths = read(options.file)
-    found = fit(lengths)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(
-        f"# Fitted to {len(lengths)} document lengths of {options.file.name}: {sum(lengths)} tokens.\n"
-        f"_target_: lcbench.masks.lengths.Histogram\nname: {options.name}\nby: documents\n"
-        f"edges: {found.edges}\nweights: {found.weights}\n"
-    )
-    print(f"{target}: {len(lengths)} documents, {min(lengths)} to {max(lengths)} tokens, in {len(found.weights)} buckets")
-    where = "" if options.conf == CONF else f" --config-dir {options.conf}"
-    print(f"use it:  python -m lcbench.sweep mask=causal_document lengths={options.name}{where}")
-    return 0
-
-
-def read(path: Path) -> list[int]:
-    """Lengths of a file, one per line, as token counts are written everywhere: ``512``, ``64k``.
-
-    Raises:
-        ValueError: no file, a line that is no token count, or no lines at all.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is no file; write one length per line into it")
-    lengths = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if line.strip():
-            try:
-                lengths.append(parse_tokens(line.strip(), "length"))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-    if not lengths:
-        raise ValueError(f"{path} holds no lengths; write one per line")
-    return lengths
-
+from lcbench.commands.lengths import main
+from lcbench.report.ending import run
 
 if __name__ == "__main__":
     run(main)

@@ -16,6 +16,7 @@ from lcbench.cp.peers.torch_cp import ROTATIONS, TorchCP
 from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
 from lcbench.grid.build import build_mask, build_strategy, check_options, with_lengths
+from lcbench.grid.command_line import look
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.causal import causal
@@ -33,7 +34,6 @@ from lcbench.schedule.layout import contiguous
 from lcbench.schedule.program import Program
 from lcbench.schedule.schedule import Schedule
 from lcbench.schedule.verify import verify
-from lcbench.sweep import look
 from lcbench.testing.masks import load, names
 from lcbench.testing.precision import relative_errors
 from lcbench.testing.spawn import run_ranks

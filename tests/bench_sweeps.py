@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lcbench.grid.command_line import look
 from lcbench.runs.store import Attempt, Entry, Sweep
-from lcbench.sweep import look
 from tests.slurm.stage import ROOT, Server, lcbench
 
 GRID = [

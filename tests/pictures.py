@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lcbench.arguments import find_sweep
+from lcbench.commands.arguments import find_sweep
 from lcbench.grid.devices import known_devices
 from lcbench.report.page import write_report
 from lcbench.runs.tracking import publish, view_url

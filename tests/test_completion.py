@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from lcbench.sweep import COMPLETION
+from lcbench.commands.sweep import COMPLETION
 
 NAMES = (
     "plain.json", "a b.json", "$(touch PWNED).json", "`touch PWNED`.json", ";touch PWNED;.json", "&touch PWNED.json", "st*r.json",

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -31,7 +32,7 @@ from lcbench.grid import build, overrides, values
 from lcbench.grid import site as sites
 from lcbench.grid.cell import Cell
 from lcbench.grid.overrides import AXES, GROUPS, LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
-from lcbench.grid.paths import CONF, REPOSITORY
+from lcbench.grid.paths import REPOSITORY
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.mask import Mask
@@ -172,8 +173,9 @@ def single_lines(lines: Sequence[str], loader: ConfigLoaderImpl) -> list[str]:
 
 
 def launchers_of(loader: ConfigLoaderImpl) -> list[str]:
-    """Launchers that can run a plan: those with a file beside ours."""
-    return sorted(set(loader.get_group_options(LAUNCHER)) & {path.stem for path in (CONF / LAUNCHER).glob("*.yaml")})
+    """Launchers that can run a plan: those with a file in conf/ or in the user's own folder, unlike Hydra's own."""
+    files = [source for source in loader.get_sources() if source.scheme() == "file" and source.is_group(LAUNCHER)]
+    return sorted({name for source in files for name in source.list(LAUNCHER, ObjectType.CONFIG)})
 
 
 def compose(lines: list[str], loader: ConfigLoaderImpl) -> dict[str, Any]:

@@ -1,55 +1,7 @@
-"""Write the report of a sweep: one HTML page that works offline, its figures as PNG and PDF, its tables as Markdown, CSV and LaTeX.
+"""``python -m lcbench.report``: lcbench/commands/report.py."""
 
-It is put into the sweep's folder, and beside the sweep on its tracking server, which for somebody else's sweep has to be asked for
-(--publish). A sweep that still runs can be reported too.
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-from pathlib import Path
-
-from lcbench.arguments import REFUSED, add_sweep_arguments, bad_input, chosen_sweep, command_parser, run, say_error
-from lcbench.grid.devices import known_devices
-from lcbench.report.inert import printable
-from lcbench.report.page import write_report
-from lcbench.runs.ownership import others, whose
-from lcbench.runs.tracking import attach_or_say, tracked_at
-
-EXAMPLES = """
-python -m lcbench.report last
-python -m lcbench.report first --out /tmp/report --no-publish
-"""
-
-
-def main(arguments: list[str]) -> int:
-    parser = command_parser("report", __doc__, EXAMPLES)
-    add_sweep_arguments(parser)
-    parser.add_argument("--out", type=Path, help="folder to write to (default: report in the sweep's own)")
-    parser.add_argument(
-        "--publish",
-        action=argparse.BooleanOptionalAction,
-        help="attach it to the sweep on the tracking server (default: to your own)",
-    )
-    options = parser.parse_args(arguments)
-    with bad_input():
-        sweep = chosen_sweep(options)
-    folder: Path = options.out or sweep.folder / "report"
-    try:
-        report = write_report(sweep, folder, known_devices())
-    except PermissionError as error:
-        say_error(error)
-        print(f"write it elsewhere:  {sweep.command('report', '--out', f'report-{sweep.name}')}", file=sys.stderr)
-        return REFUSED
-    print(f"{printable(report.page)}  ({report.figures} figures, {report.tables} tables)")
-    people = others(sweep)
-    if options.publish is None and people:
-        print(f"not attached to the sweep's run: {printable(whose(sweep, people))}, and names the server; --publish attaches it")
-    elif options.publish is not False:
-        attach_or_say(sweep, tracked_at(sweep.manifest()["launch"]), folder)
-    return 0
-
+from lcbench.commands.report import main
+from lcbench.report.ending import run
 
 if __name__ == "__main__":
     run(main)

@@ -16,13 +16,14 @@ from typing import Any
 from lcbench.grid.values import parse_scale
 from lcbench.runs.failure import SLURM_STATES, last_error, stem_of
 from lcbench.runs.hang import STACKS_SIGNAL, Watcher
-from lcbench.runs.jobs import close_all, in_flight
 from lcbench.runs.logs import last_words
 from lcbench.runs.machine import shown, signal_when_parent_dies
+from lcbench.runs.notes import END, STOP, cancelled_cells, ended, forget, read_ending
 from lcbench.runs.ownership import mine
 from lcbench.runs.pack import KILLS, RESERVE, Pack, forget_secrets
 from lcbench.runs.queue import environment, last_incarnation, site_variables
 from lcbench.runs.rendezvous import BACKEND, NoRendezvous, innermost, meeting_of, use
+from lcbench.runs.settle import close_all, in_flight
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, user_name, write_json
 from lcbench.runs.tracking import publish_or_say
 
@@ -88,8 +89,8 @@ def run_node(pack: Pack, *, node_rank: int, hosts: list[str], incarnation: str) 
         cause = str(error) if isinstance(error, NoRendezvous) else f"the rendezvous at {where}: {innermost(error)}"
         failure = Failure("no-start", cause[:CAUSE_LENGTH])
         print(f"node {node_rank}: {cause}", file=sys.stderr)
-        if node_rank and not (pack.folder / "end.json").exists():
-            pack.write_note("end.json", failure)
+        if node_rank and not ended(pack.folder):
+            pack.write_note(END, failure)
     except ChildFailedError as error:
         said = last_error(max(logs.rglob("stderr.log"), key=lambda p: p.stat().st_mtime, default=logs))
         failure = Failure("no-start", f"the gang did not come up: {said or error}"[:CAUSE_LENGTH])
@@ -97,8 +98,8 @@ def run_node(pack: Pack, *, node_rank: int, hosts: list[str], incarnation: str) 
     if node_rank == 0:
         close_all(sweep, pack)
         (pack.folder / RESERVE).unlink(missing_ok=True)
-        if not (pack.folder / "end.json").exists():  # it may have said already why it stops
-            pack.write_note("end.json", failure)
+        if not ended(pack.folder):  # it may have said already why it stops
+            pack.write_note(END, failure)
         if pack.site.get("publish", "nodes") == "nodes":
             # What is left after a while, or a server that is away, is left to the collector.
             publish_or_say(sweep, pack.settings.tracking_uri, budget_s=PUBLISH_S)
@@ -124,16 +125,15 @@ def begin_anew(sweep: Sweep, pack: Pack) -> None:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if not restarts:
         return
-    why = sweep.pack_file(pack.id, "stop.json").get("failure")
-    failure = Failure(**why) if why else None
+    told = read_ending(pack.folder, STOP)
+    failure = told.failure if told else None
     if failure is None:
         word = last_incarnation(os.environ["SLURM_JOB_ID"], restarts, environment(pack.site)) or "REQUEUED"
         failure = Failure(SLURM_STATES.get(word, "preempted"), f"Slurm requeued its job, which had ended as {word}")
         if failure.kind in ("crash", "cancelled"):  # nobody requeues what ended so by itself
             failure = Failure("preempted", failure.cause)
     close_all(sweep, pack, failure)
-    for name in ("stop.json", "end.json", "check.json"):
-        (pack.folder / name).unlink(missing_ok=True)
+    forget(pack.folder)
 
 
 def end_with_parent(number: signal.Signals, parent: int) -> None:
@@ -179,7 +179,7 @@ class RunPack:
         late = time.time() - self.begun > 60 * (pack.timeout_min - 1) - warning_s
         kind, why = ("timeout", "the time limit of its job came") if late else ("preempted", "Slurm took its job off the nodes")
         with suppress(OSError):
-            pack.write_note("stop.json", Failure(kind, why))
+            pack.write_note(STOP, Failure(kind, why))
         end = time.monotonic() + WARNING_SHARE * warning_s
         while time.monotonic() < end and in_flight(sweep, pack):
             time.sleep(0.5)
@@ -260,7 +260,7 @@ def _watch_workers(sweep: Sweep, pack: Pack, node_rank: int) -> None:
                 begun = _begun(sweep, pack)
                 self.fruitless = self.fruitless + 1 if begun == self.begun else 0
                 self.begun = begun
-            if self.fruitless >= FRUITLESS or (pack.folder / "end.json").exists():
+            if self.fruitless >= FRUITLESS or ended(pack.folder):
                 self._remaining_restarts = 0
 
         def _end_what_hangs(self, worker_group: WorkerGroup) -> None:
@@ -272,7 +272,7 @@ def _watch_workers(sweep: Sweep, pack: Pack, node_rank: int) -> None:
                 self._end(ends.work, {"kind": "hang", "cause": ends.cause, "rank": ends.rank})
 
         def _end_what_was_cancelled(self) -> None:
-            cancelled = tuple(p.name for p in (pack.folder / "cancel").glob("*"))
+            cancelled = cancelled_cells(pack.folder)
             for running in in_flight(sweep, pack, cancelled) if cancelled else ():
                 self._end(stem_of(running), {"kind": "cancelled", "cause": "python -m lcbench.cancel"})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from lcbench.grid.cell import Cell
 from lcbench.measure.blocks import blocks_of
 from lcbench.problem import Scale
 from lcbench.redact import redacted_uri, redacted_values, secrets_of, with_environment, with_password, without_secret
+from lcbench.runs.notes import END, Ending, write_ending
 from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Sweep, read_json, write_json
 
 if TYPE_CHECKING:
@@ -129,14 +129,15 @@ class Pack:
         write_json(self.path, {**asdict(self), "settings": public})
         return self.path
 
-    def write_note(self, name: str, failure: Failure | None, **more: Any) -> None:
+    def write_note(self, name: str, failure: Failure | None) -> None:
         """Leave word in one of the pack's files: ``stop.json``, for workers to end between cells, or ``end.json``, why it ended."""
-        write_json(self.folder / name, {"failure": asdict(failure) if failure else None, "time": time.time(), **more})
+        write_ending(self.folder, name, Ending(failure))
 
     def end_unhealthy(self, fallen: dict[str, str]) -> None:
         """End because nodes are not well; ``fallen`` says why, by node."""
         cause = "; ".join(f"{node}: {why}" for node, why in fallen.items())
-        self.write_note("end.json", Failure("node-fail", f"the check of its nodes: {cause}"[:CAUSE_LENGTH]), fallen=fallen)
+        failure = Failure("node-fail", f"the check of its nodes: {cause}"[:CAUSE_LENGTH])
+        write_ending(self.folder, END, Ending(failure, fallen=fallen))
 
     @classmethod
     def read(cls, path: Path) -> Pack:

@@ -45,10 +45,10 @@ from lcbench.measure.environment import describe, node_name
 from lcbench.measure.nodes import check_gang
 from lcbench.runs.failure import classify_exception, stem_of
 from lcbench.runs.hang import REST_S, STACKS_SIGNAL
-from lcbench.runs.jobs import close_all, record, with_lost_block
 from lcbench.runs.logs import cell_mark
 from lcbench.runs.machine import beside, signal_when_parent_dies
 from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
+from lcbench.runs.settle import close_all, record, with_lost_block
 from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Running, Sweep, write_json
 from lcbench.schedule.execute import Groups, group_options
 

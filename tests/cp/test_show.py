@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lcbench.cp.__main__ import main
+from lcbench.commands.cp import main
 from lcbench.runs.store import Sweep
 
 ROOT = Path(__file__).parents[2]

@@ -12,12 +12,8 @@ from omegaconf import OmegaConf
 from tests.slurm.stage import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Every command there is, and the module of its main function.
-COMMANDS = {
-    "cancel": "cancel", "collect": "collect", "compare": "compare", "cp": "cp.__main__", "kernels": "kernels.__main__",
-    "lengths": "lengths", "logs": "logs", "masks": "masks.__main__", "report": "report.__main__", "rerun": "rerun",
-    "results": "results", "status": "status", "sync": "sync",
-}  # fmt: skip
+# Every command with examples in its help: all but the sweep, whose help is Hydra's.
+COMMANDS = sorted(p.stem for p in (ROOT / "lcbench" / "commands").glob("*.py") if "\nEXAMPLES = " in p.read_text())
 LINE = re.compile(r"^\s*((?:\.venv/bin/)?python -m lcbench\.\S.*|make [a-z].*|eval .*)$")
 INLINE = re.compile(r"`((?:python -m lcbench\.|make |eval )[^`]*)`")
 
@@ -29,8 +25,8 @@ def told() -> Iterator[tuple[str, str]]:
             found = LINE.match(line)
             for command in [found[1]] if found else INLINE.findall(line):
                 yield page.name, without_comment(command)
-    for name, module in COMMANDS.items():
-        for line in import_module(f"lcbench.{module}").EXAMPLES.strip().splitlines():
+    for name in COMMANDS:
+        for line in import_module(f"lcbench.commands.{name}").EXAMPLES.strip().splitlines():
             yield f"{name} --help", line
     for line in OmegaConf.load(ROOT / "conf" / "config.yaml").hydra.help.footer.splitlines():
         if "python -m" in line and not line.startswith("Completion"):

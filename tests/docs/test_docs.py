@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcbench import sweep as sweep_command
+from lcbench.grid.command_line import look
 from lcbench.runs.store import Failure, Sweep
 from tests.docs.commands import COMMANDS, PAGES, blocks, told
 from tests.report.made import made_sweep
@@ -41,9 +41,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def launch() -> dict[str, object]:
     """As of a sweep that was only planned: whoever runs its cells again plans them."""
-    from hydra_plugins.lcbench._plan import settings_of
+    from lcbench.runs.launch import settings_of
 
-    return {"launcher": "dry", "settings": settings_of(sweep_command.look(GRID)).__dict__, "by": "test"}
+    return {"launcher": "dry", "settings": settings_of(look(GRID)).__dict__, "by": "test"}
 
 
 def test_there_is_something_to_test() -> None:
@@ -81,7 +81,7 @@ def test_a_command_of_the_docs_runs(
     if name == "rerun" and not any("--" in a for a in arguments):
         arguments += ["--launcher", "dry"]
     try:
-        code = import_module(f"lcbench.{COMMANDS[name]}").main(arguments)
+        code = import_module(f"lcbench.commands.{name}").main(arguments)
     except SystemExit as ended:
         code = ended.code
     shown = capsys.readouterr()
@@ -96,14 +96,14 @@ def _sweep(arguments: list[str]) -> None:
         done = subprocess.run([sys.executable, "-m", "lcbench.sweep", *arguments], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return
-    plan = sweep_command.look(arguments)
+    plan = look(arguments)
     assert any(p.skip is None for p in plan.cells)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_ends_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        import_module(f"lcbench.{COMMANDS[name]}").main(["--help"])
+        import_module(f"lcbench.commands.{name}").main(["--help"])
     assert not ended.value.code
     assert f"examples:\n  python -m lcbench.{name}" in capsys.readouterr().out
 

@@ -19,9 +19,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from lcbench.grid import expand
 from lcbench.grid.build import build_mask
 from lcbench.grid.cell import Cell
+from lcbench.grid.command_line import look
 from lcbench.grid.paths import CONF
 from lcbench.measure.blocks import BLOCKS, blocks_of
-from lcbench.sweep import look
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_a_grid_with_options_needs_no_multirun_flag(tmp_path: Path) -> None:
 
 def test_planning_loads_neither_torch_nor_mlflow_nor_submitit() -> None:
     code = (
-        "import sys; from lcbench.sweep import look; look(['cp=ring,usp', 'mask=glob(*,exclude=*_file)', 'scale=2x8']);"
+        "import sys; from lcbench.grid.command_line import look; look(['cp=ring,usp', 'mask=glob(*,exclude=*_file)', 'scale=2x8']);"
         "print([m for m in ('torch', 'mlflow', 'submitit') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

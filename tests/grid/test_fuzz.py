@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra_plugins.lcbench._plan import launcher_named
 from omegaconf import OmegaConf
 
-from lcbench import sweep as command
+from lcbench.commands import sweep as command
+from lcbench.commands.launchers import launcher_named
 from lcbench.grid import expand
 from lcbench.grid.overrides import AXES, GROUPS, RESERVED, RUN_OPTIONS
 from lcbench.grid.paths import CONF

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from lcbench import lengths
-from lcbench import sweep as command
+from lcbench.commands import lengths
+from lcbench.commands import sweep as command
 from lcbench.grid.cell import Cell, flat_config
+from lcbench.grid.command_line import loader_of, look
 from lcbench.grid.expand import Plan, check_name
 from lcbench.masks.text import read_text
 from lcbench.runs.budget import Cost
-from lcbench.sweep import look
 
 
 def refused(*words: str) -> str:
@@ -211,7 +211,7 @@ def test_a_user_s_own_file_may_say_what_a_value_is(tmp_path: Path) -> None:
     assert "has no option 'left'" in refused("-cd", str(tmp_path), "mask=odd")
     (tmp_path / "config.yaml").write_text("seqlen: 1\n")
     with pytest.raises(ValueError, match=r"\+experiment=<name>"):
-        command.loader_of(str(tmp_path))
+        loader_of(str(tmp_path))
 
 
 def test_plans_of_one_process_do_not_touch_each_other() -> None:
@@ -273,7 +273,7 @@ def test_the_site_gives_the_scale_and_the_budget() -> None:
 def test_the_command_as_its_user_writes_it_is_planned_on_many_gpus_and_refused_on_a_laptop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hydra_plugins.lcbench._plan import launcher_named
+    from lcbench.commands.launchers import launcher_named
 
     def launch(name: str, *words: str) -> tuple[int, str, str]:
         plan: Plan = look(["-m", "cp=ring,ulysses,usp", "seqlen=64k,256k,1m", f"results={tmp_path}/r", *words])

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from lcbench.commands.sweep import main
+from lcbench.grid.command_line import look
 from lcbench.grid.site import check_fit, checked, lost_without_requeue, sbatch_flags, site_of_caller
 from lcbench.problem import Scale
-from lcbench.sweep import look, main
 
 SLURM: dict[str, Any] = {"launcher": "slurm", "gpus": "gpu:{gpus_per_node}", "cpus_per_task": 16}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lcbench.kernels.__main__ import main
+from lcbench.commands.kernels import main
 
 DOCS = Path(__file__).parents[2] / "docs"
 

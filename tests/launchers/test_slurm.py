@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra_plugins.lcbench._plan import default_name
 from hydra_plugins.lcbench.slurm import arrays, called_for, job_name, sbatch_text, sweep_key
 
+from lcbench.grid.command_line import look
+from lcbench.runs.launch import default_name
 from lcbench.runs.pack import Pack, Settings
 from lcbench.runs.store import Sweep
-from lcbench.sweep import look
 from tests.runs.test_pack import cell
 
 LIMITS: dict[str, Any] = {"max_cells": None, "max_minutes": None, "max_jobs": None}

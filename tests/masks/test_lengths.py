@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lcbench.grid.build import check_options
+from lcbench.grid.command_line import look
 from lcbench.grid.paths import CONF, REPOSITORY
 from lcbench.grid.values import parse_tokens
 from lcbench.masks.band import DoesNotFit
 from lcbench.masks.lengths import Explicit, Fixed, Histogram, Lengths, LogNormal, Uniform, document_bounds, fit
-from lcbench.sweep import look
 from lcbench.testing.masks import load, names
 
 DISTRIBUTIONS = st.one_of(

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from lcbench.grid.command_line import look
 from lcbench.grid.expand import pairs
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.stopping import Stopping, summary
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep
-from lcbench.sweep import look
 
 PROVENANCE: dict[str, Any] = {
     "git": {"commit": "0123456789abcdef", "dirty": False}, "versions": {"torch": "2.13.0", "nccl": "2.27"},

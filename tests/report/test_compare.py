@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lcbench.compare import main
+from lcbench.commands.compare import main
 from lcbench.report.comparison import compare, side_of
 from lcbench.runs.store import Failure
 from tests.report.made import made_sweep

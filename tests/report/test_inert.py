@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from lcbench import results
+from lcbench.commands import results
 from lcbench.report.inert import csv_cell, latex, markdown, plain
 from lcbench.report.table import cells_table
 from lcbench.report.tables import Table

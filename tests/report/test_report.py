@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
 from lcbench.report import published
 from lcbench.report.figures import all_figures, least_bytes, split
@@ -19,7 +20,6 @@ from lcbench.report.table import labels
 from lcbench.report.tables import rate_tables
 from lcbench.report.winners import winners
 from lcbench.runs.store import Failure, Sweep
-from lcbench.sweep import look
 from tests.report.made import made_sweep
 
 CP = [

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from scipy.signal import lfilter
 
 from lcbench.grid.cell import Cell
+from lcbench.grid.command_line import look
 from lcbench.report.comparison import Comparison, Side, compare
 from lcbench.report.intervals import LEVEL, Timing, holm, medians, within_block
 from lcbench.report.winners import lead
 from lcbench.runs.store import Attempt
-from lcbench.sweep import look
 
 Array = NDArray[np.float64]
 DRAWS = 500

@@ -19,17 +19,18 @@ import torch
 import torch.distributed as dist
 from hydra_plugins.lcbench.local import _progress
 
-from lcbench import cancel
+from lcbench.commands import cancel
 from lcbench.grid.cell import Cell
+from lcbench.grid.command_line import look
 from lcbench.measure.cell import Gang, Measured, Work, measure_again
 from lcbench.runs import agent, worker
-from lcbench.runs.jobs import Watch, close_all, in_flight
+from lcbench.runs.jobs import Watch
 from lcbench.runs.logs import cell_mark, said_by_ranks
 from lcbench.runs.pack import KILLS, Pack, later_blocks, tries_again
 from lcbench.runs.queue import Answer, Job
+from lcbench.runs.settle import close_all, in_flight, settled
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep, write_json
 from lcbench.schedule.execute import Groups
-from lcbench.sweep import look
 from tests.runs.test_corrupt import SETTINGS
 from tests.runs.test_pack import BASE
 
@@ -246,7 +247,7 @@ def test_a_gang_records_what_cannot_be_true_and_goes_on(tmp_path: Path, alone: N
         assert not any(key.startswith(("time/", "compute/")) for key in attempt.metrics)
     for attempt in found[2:]:
         check_whole(attempt)
-    states = {c.id: (c.state, c.failure, c.cause) for c in Watch(sweep).look().cells}
+    states = {c.id: (c.state, c.failure, c.cause) for c in settled(Watch(sweep)).cells}
     assert states[fresh] == ("failed", "implausible", TOO_FAST)
 
 
@@ -408,13 +409,13 @@ def test_cancelling_a_cell_that_has_its_result_ends_its_later_blocks(
     assert f"cell {pack.cells[1]} is not under way: it is ok" in capsys.readouterr().out
     assert not (pack.folder / "cancel").exists()
     of_this_process(pack)
-    assert pack.cells[1] in Watch(sweep).look().under_way
+    assert pack.cells[1] in settled(Watch(sweep)).under_way
     assert cancel.main(command) == 0
     said = f"cell {pack.cells[1]} keeps its result; its blocks of timings from 2 on are cancelled: {sweep.command('status')}\n"
     assert capsys.readouterr().out == said
     gang(sweep, pack)
     assert [(a.status, a.blocks) for a in newest(sweep, pack)] == [("ok", 3), ("ok", 1), ("ok", 3)]
-    assert not Watch(sweep).look().under_way
+    assert not settled(Watch(sweep)).under_way
     assert cancel.main(command) == 0
     assert "is not under way: it is ok" in capsys.readouterr().out
 
@@ -478,7 +479,7 @@ def test_the_end_of_a_job_in_a_later_block_fails_nothing(tmp_path: Path) -> None
     sweep, pack = made_sweep(tmp_path)
     of_slurm(pack)
     sweep.begin_again(newest(sweep, pack)[0], 2)
-    standing = Watch(sweep, asked("TIMEOUT")).look()
+    standing = settled(Watch(sweep, asked("TIMEOUT")))
     assert standing.ended
     assert standing.counts() == {"ok": 3}
     assert not standing.under_way
@@ -486,7 +487,7 @@ def test_the_end_of_a_job_in_a_later_block_fails_nothing(tmp_path: Path) -> None
     assert lost == [[{"block": 2, "cause": "timeout: its Slurm job ended as TIMEOUT"}], [], []]
     assert [len(sweep.attempts(c)) for c in pack.cells] == [1, 1, 1]
     assert not sweep.again("p")
-    assert Watch(sweep, asked("TIMEOUT")).look().seen == standing.seen  # said once
+    assert settled(Watch(sweep, asked("TIMEOUT"))).seen == standing.seen  # said once
 
 
 def test_a_job_that_still_measures_again_is_running_and_says_how_long(tmp_path: Path) -> None:
@@ -495,7 +496,7 @@ def test_a_job_that_still_measures_again_is_running_and_says_how_long(tmp_path: 
     attempts = newest(sweep, pack)
     for attempt in attempts:  # as long as was expected of the first block
         sweep.finish(replace(attempt, started_at=attempt.finished_at - 50.0))
-    standing = Watch(sweep, asked("RUNNING")).look()
+    standing = settled(Watch(sweep, asked("RUNNING")))
     assert not standing.ended
     assert standing.counts() == {"ok": 3}
     assert standing.under_way == set(pack.cells)  # nobody else is to begin with them
@@ -505,7 +506,7 @@ def test_a_job_that_still_measures_again_is_running_and_says_how_long(tmp_path: 
     marker = sweep.begin_again(newest(sweep, pack)[0], 2)
     sweep.finish(worker.amended(newest(sweep, pack)[0], replace(marker, started_at=time.time() - 25.0), three_seconds(*[None] * 3)))  # type: ignore[arg-type]
     sweep.end_again(marker)
-    assert Watch(sweep, asked("RUNNING")).look().left().running_s == pytest.approx(125.0, rel=1e-3)
+    assert settled(Watch(sweep, asked("RUNNING"))).left().running_s == pytest.approx(125.0, rel=1e-3)
 
 
 def killed_at(step: int, root: Path, work: Callable[[], None]) -> bool:

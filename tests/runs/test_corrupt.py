@@ -11,6 +11,7 @@ from lcbench.results import load
 from lcbench.runs.failure import first_failure
 from lcbench.runs.jobs import Watch
 from lcbench.runs.pack import Pack, Settings
+from lcbench.runs.settle import settled
 from lcbench.runs.store import CORRUPT, Attempt, Entry, Failure, Sweep, write_json
 from tests.runs.test_store import made_cell
 
@@ -68,7 +69,7 @@ def test_a_file_cut_at_any_byte_is_set_aside_and_named(tmp_path: Path, name: str
         path.write_bytes(content[:cut])
         sweep.remembered()
         first_failure(failures, f"{cell_id}.attempt-3", since=0.0)
-        standing = Watch(sweep).look()
+        standing = settled(Watch(sweep))
         aside = path.with_name(path.name + CORRUPT)
         assert aside.exists(), f"cut at {cut}"
         assert aside.read_bytes() == content[:cut]

@@ -11,6 +11,7 @@ import pytest
 from lcbench.runs import jobs
 from lcbench.runs.jobs import GHOST_S, Watch
 from lcbench.runs.queue import NOT_LISTED, Answer, Job
+from lcbench.runs.settle import settled
 from lcbench.runs.store import Attempt, Entry, Sweep, write_json
 from tests.runs.test_store import made_cell
 
@@ -58,7 +59,7 @@ def test_a_pack_that_said_how_it_ended_has_ended_whatever_slurm_makes_of_it(
     tmp_path: Path, state: str, ended_s_ago: float | None, ended: bool
 ) -> None:
     sweep = made_pack(tmp_path, ended_s_ago=ended_s_ago)
-    standing = Watch(sweep, asked(state)).look()
+    standing = settled(Watch(sweep, asked(state)))
     assert standing.ended == ended
     assert standing.counts() == {"ok": 1}
 
@@ -68,9 +69,9 @@ def test_the_time_left_comes_from_estimates_and_from_how_those_turned_out(
     tmp_path: Path, done_in_s: float | None, left_s: float
 ) -> None:
     sweep = made_pack(tmp_path, cells=3, done_in_s=done_in_s)
-    left = Watch(sweep, asked("RUNNING")).look().left()
+    left = settled(Watch(sweep, asked("RUNNING"))).left()
     assert (left.running_s, left.waiting) == (pytest.approx(left_s), 0)
-    waiting = Watch(sweep, asked("PENDING")).look().left()
+    waiting = settled(Watch(sweep, asked("PENDING"))).left()
     assert (waiting.running_s, waiting.waiting, waiting.waiting_s) == (0.0, 1, pytest.approx(left_s))
     assert "1 jobs wait" in str(waiting)
 
@@ -79,7 +80,7 @@ def test_a_cell_in_flight_has_had_its_time(tmp_path: Path) -> None:
     sweep = made_pack(tmp_path, cells=2, done_in_s=None)
     sweep.begin(next(iter(sweep.entries())), "p")
     time.sleep(0.2)
-    assert 190 < Watch(sweep, asked("RUNNING")).look().left().running_s < 200
+    assert 190 < settled(Watch(sweep, asked("RUNNING"))).left().running_s < 200
 
 
 HELD = Job("PENDING", "launch failed requeued held", "7")
@@ -90,7 +91,7 @@ def test_a_job_that_slurm_holds_is_not_waited_for(tmp_path: Path, capsys: pytest
     sweep = made_pack(tmp_path, cells=3)
     cells = list(sweep.entries())
     sweep.begin(cells[1], "p")
-    standing = Watch(sweep, lambda *_: Answer({("n", 0): HELD}, True)).look()
+    standing = settled(Watch(sweep, lambda *_: Answer({("n", 0): HELD}, True)))
     assert [c.state for c in standing.cells] == ["ok", "pending", "pending"]
     assert standing.cells[1].cause == "launch failed requeued held: scontrol release 7"
     assert not standing.ended
@@ -103,12 +104,12 @@ def test_a_job_that_slurm_holds_is_not_waited_for(tmp_path: Path, capsys: pytest
     write_json(sweep.pack_folder("q") / "pack.json", {**pack, "job_name": "m"})
     for reason, rests in (("Dependency", True), ("Priority", False)):
         answer = Answer({("n", 0): HELD, ("m", 0): Job("PENDING", reason, "8")}, True)
-        assert Watch(sweep, lambda *_, answer=answer: answer).look().at_rest == rests
-    assert not Watch(sweep, lambda *_: Answer({("n", 0): Job("PENDING", "Dependency", "7")}, True)).look().at_rest
+        assert settled(Watch(sweep, lambda *_, answer=answer: answer)).at_rest == rests
+    assert not settled(Watch(sweep, lambda *_: Answer({("n", 0): Job("PENDING", "Dependency", "7")}, True))).at_rest
     # Of an array that is held one command helps.
     write_json(sweep.pack_folder("q") / "pack.json", {**pack, "index": 1})
     both = {("n", i): Job("PENDING", "JobHeldUser", f"7_{i}") for i in range(2)}
-    (line,) = Watch(sweep, lambda *_: Answer(both, True)).look().held_words()
+    (line,) = settled(Watch(sweep, lambda *_: Answer(both, True))).held_words()
     assert line.endswith(": scontrol release 7")
 
 
@@ -134,10 +135,10 @@ def test_another_cluster_s_silence_ends_nothing(tmp_path: Path, monkeypatch: pyt
     write_json(folder / "job.json", {"job_id": "7", "started_at": time.time() - 600, "cluster": "big"})
     silent = lambda *_: Answer({}, True)  # noqa: E731
     monkeypatch.setattr(jobs, "cluster_of", lambda _: "small")
-    (pack,) = Watch(sweep, silent).look().packs
+    (pack,) = settled(Watch(sweep, silent)).packs
     assert (pack.state, pack.reason) == ("UNKNOWN", "its cluster is big, and Slurm's commands here ask small")
     monkeypatch.setattr(jobs, "cluster_of", lambda _: "big")
-    assert Watch(sweep, silent).look().packs[0].state == "ENDED"
+    assert settled(Watch(sweep, silent)).packs[0].state == "ENDED"
 
 
 @pytest.mark.parametrize("text", ["", '{"cell_id": "'])
@@ -145,19 +146,19 @@ def test_a_result_that_was_damaged_is_measured_again_and_then_said(tmp_path: Pat
     sweep = made_pack(tmp_path, cells=2)
     damaged = next(iter(sweep.entries()))
     sweep.attempt_path(damaged, 1).write_text(text)  # truncated while its job ran
-    assert Watch(sweep, asked("RUNNING")).look().counts() == {"pending": 2}
-    standing = Watch(sweep, asked("COMPLETED")).look()
+    assert settled(Watch(sweep, asked("RUNNING"))).counts() == {"pending": 2}
+    standing = settled(Watch(sweep, asked("COMPLETED")))
     # No attempt: whoever brings the sweep to its end runs it again. What its job never came to has its job's class.
     assert [c.state for c in standing.cells] == ["missing", "failed"]
     assert [d.path.name for d in standing.seen.damaged] == ["attempt-1.json.corrupt"]
-    assert Watch(sweep, asked("COMPLETED")).look().cells == standing.cells
+    assert settled(Watch(sweep, asked("COMPLETED"))).cells == standing.cells
     number = sweep.begin(damaged, "p").number
     assert number == 2
     sweep.attempt_path(damaged, 2, "running.json").unlink()
     sweep.attempt_path(damaged, 2).write_text(text)
-    cell = Watch(sweep, asked("COMPLETED")).look().cells[0]
+    cell = settled(Watch(sweep, asked("COMPLETED"))).cells[0]
     assert (cell.state, cell.failure) == ("failed", "crash")
     assert cell.cause == "its result was damaged after it was written, and set aside: attempt-2.json.corrupt"
     # A later good result stays the last word.
     sweep.finish(Attempt(damaged, "s", sweep.begin(damaged, "q").number, "ok", pack="q", started_at=1.0, finished_at=2.0))
-    assert Watch(sweep, asked("COMPLETED")).look().cells[0].state == "ok"
+    assert settled(Watch(sweep, asked("COMPLETED"))).cells[0].state == "ok"

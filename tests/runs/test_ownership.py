@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from lcbench import cancel, collect, logs, rerun, status, sync
+from lcbench.commands import cancel, collect, logs, rerun, status, sync
 from lcbench.runs.agent import RunPack
 from lcbench.runs.jobs import Watch
 from lcbench.runs.ownership import mine, others
 from lcbench.runs.pack import Pack, Settings
+from lcbench.runs.settle import settled
 from lcbench.runs.store import Entry, Sweep, write_json
 from tests.runs.test_pack import cell
 from tests.runs.test_queue import command
@@ -94,7 +95,7 @@ def test_looking_at_somebody_else_s_sweep_runs_only_ones_own_commands(
     for view in (["theirs"], ["theirs", "--json"], ["last", "--quiet"]):
         status.main([*view, *where])
     logs.main([cell_id, *where])
-    standing = Watch(sweep).look()
+    standing = settled(Watch(sweep))
     # PrivateData may hide a colleague's jobs: silence does not end them.
     assert (standing.packs[0].state, standing.packs[0].reason) == ("UNKNOWN", "squeue and sacct show you nothing of it")
     for act, words in ((cancel, ["theirs"]), (cancel, [cell_id]), (collect, ["theirs"]), (sync, ["theirs"]), (rerun, [cell_id])):
@@ -156,7 +157,7 @@ def test_a_piece_of_somebody_else_s_makes_it_not_ones_own(tools: Path, tmp_path:
         write_json(path, json.loads((sweep.pack_folder("p") / "pack.json").read_text()))
     os.chown(path, STRANGER, -1)
     assert others(sweep) == [str(STRANGER)]
-    Watch(sweep).look()
+    settled(Watch(sweep))
     assert not (tmp_path / "evil" / "ran").exists()
     if path.name == "pack.json":
         with pytest.raises(SystemExit, match="belongs to somebody else"):
@@ -165,7 +166,7 @@ def test_a_piece_of_somebody_else_s_makes_it_not_ones_own(tools: Path, tmp_path:
 
 def test_ones_own_sweep_names_the_cluster_and_no_program(tools: Path, tmp_path: Path) -> None:
     sweep = hostile_sweep(tmp_path / "results", os.geteuid())
-    Watch(sweep).look()
+    settled(Watch(sweep))
     seen = (tools / "squeue.env").read_text()
     assert f"SLURM_CONF={tmp_path}/evil/slurm.conf" in seen
     assert "LD_PRELOAD" not in seen
@@ -179,7 +180,7 @@ def test_a_pack_file_that_is_none_stops_nobody(tools: Path, tmp_path: Path, text
     sweep = hostile_sweep(tmp_path / "results", os.geteuid())
     (sweep.folder / "packs" / "odd").mkdir()
     (sweep.folder / "packs" / "odd" / "pack.json").write_text(text)
-    assert [p.id for p in Watch(sweep).look().packs] == ["p"]
+    assert [p.id for p in settled(Watch(sweep)).packs] == ["p"]
 
 
 def test_only_an_agent_of_the_pack_is_ended_whatever_number_its_file_names(
@@ -206,14 +207,14 @@ def test_jobs_of_an_earlier_version_are_cancelled_by_id_and_what_cannot_be_is_sa
     folder.mkdir(parents=True)
     (folder / "7_submission.sh").touch()
     command(tools, "squeue", "7|N/A|RUNNING|None|N/A|lcbench-c,d|e-1\n8|N/A|RUNNING|None|N/A|somebody's\n")
-    assert Watch(sweep).look().packs[0].state == "RUNNING"
+    assert settled(Watch(sweep)).packs[0].state == "RUNNING"
     assert cancel.main(["theirs", "--results", str(sweep.root)]) == 0
     assert capsys.readouterr().out.startswith("1 jobs of theirs")
     assert (tools / "scancel.args").read_text() == "-v 7\n"
 
     command(tools, "squeue", "")
     command(tools, "sacct", "7|RUNNING|None|lcbench-c,d|e-1\n")
-    assert not Watch(sweep).look().ended
+    assert not settled(Watch(sweep)).ended
     command(tools, "scancel", "", "echo 'scancel: error: Kill job error on job id 7: Invalid job id specified' >&2")
     assert cancel.main(["theirs", "--results", str(sweep.root)]) == 1
     assert "job 7: Invalid job id specified" in capsys.readouterr().err

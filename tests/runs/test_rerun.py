@@ -9,12 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from hydra_plugins.lcbench._plan import make_packs, missing, settings_of, write_down
 
-from lcbench import rerun
+from lcbench.commands import rerun
+from lcbench.grid.command_line import look
 from lcbench.runs.jobs import Watch
+from lcbench.runs.launch import make_packs, missing, settings_of, write_down
+from lcbench.runs.settle import settled
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep
-from lcbench.sweep import look
 from tests.slurm.stage import ROOT
 
 GRID = [
@@ -43,7 +44,7 @@ def failed_sweep(root: Path) -> Sweep:
 
 def test_what_somebody_else_took_up_or_tried_meanwhile_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = failed_sweep(tmp_path)
-    chosen = rerun._wanted(Watch(sweep).look(), None)
+    chosen = rerun._wanted(settled(Watch(sweep)), None)
     first, second = chosen
     assert [c.id for c in rerun._still_wanted(sweep, chosen).cells] == [first, second]
     begun = sweep.begin(first, "other")

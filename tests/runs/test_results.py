@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from lcbench.results import load, main, schema
+from lcbench.commands.results import load, main, schema
+from lcbench.grid.command_line import look
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep
-from lcbench.sweep import look
 from tests.runs.test_store import made_cell
 
 ROOT = Path(__file__).parents[2]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lcbench.grid.command_line import look
 from lcbench.grid.site import checked
 from lcbench.measure import nodes
 from lcbench.report.comparison import compare, side_of
@@ -19,7 +20,6 @@ from lcbench.report.winners import winners
 from lcbench.runs.agent import _node_is_well
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.pack import Pack
-from lcbench.sweep import look
 from tests.report.made import PROVENANCE, made_sweep
 from tests.runs.test_corrupt import SETTINGS
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lcbench.arguments import find_cell
+from lcbench.commands.arguments import find_cell
 from lcbench.grid.cell import Cell
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep, read_json, sweeps, write_json
 

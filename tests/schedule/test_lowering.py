@@ -22,6 +22,7 @@ from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
 from lcbench.grid.build import build_strategy
+from lcbench.grid.command_line import look
 from lcbench.kernels.base import Prepared, prepare
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.block import BlockMap
@@ -37,7 +38,6 @@ from lcbench.schedule.execute import Executor, Groups
 from lcbench.schedule.lowering import OPERATIONS, Lowered, collectives, sets_of
 from lcbench.schedule.program import Program
 from lcbench.schedule.verify import verify
-from lcbench.sweep import look
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import load, names, small
 from lcbench.testing.spawn import run_ranks

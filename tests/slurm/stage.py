@@ -19,6 +19,7 @@ from typing import Any
 import mlflow
 
 from lcbench.runs.jobs import SweepStatus, Watch
+from lcbench.runs.settle import settled
 from lcbench.runs.store import Sweep
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +152,7 @@ class Stage:
         saved = dict(os.environ)
         os.environ.update(self.environment)
         try:
-            return Watch(self.sweep).look()
+            return settled(Watch(self.sweep))
         finally:
             os.environ.clear()
             os.environ.update(saved)

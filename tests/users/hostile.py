@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lcbench.grid.cell import Cell
-from lcbench.sweep import look
+from lcbench.grid.command_line import look
 
 NAME = "evil"
 

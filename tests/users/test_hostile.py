@@ -13,14 +13,11 @@ from typing import Any
 import pytest
 from hydra_plugins.lcbench.dry import DryLauncher
 
-from lcbench import cancel, collect, compare, logs, rerun, results, status
-from lcbench.cp import __main__ as cp
+from lcbench.commands import cancel, collect, compare, cp, logs, masks, report, rerun, results, status
 from lcbench.grid import build
-from lcbench.masks import __main__ as masks
-from lcbench.report import __main__ as report
+from lcbench.grid.command_line import look
 from lcbench.report.inert import printable
 from lcbench.runs.store import Sweep, Unreadable, newest_attempts, read_json, sweeps, write_json
-from lcbench.sweep import look
 from tests.report.made import made_sweep
 from tests.users import hostile
 

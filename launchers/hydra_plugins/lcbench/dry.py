@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hydra_plugins.lcbench._plan import OK, TOO_MUCH, PackLauncher, Todo, make_packs, settings_of, sweep_of, todo_of
+from hydra_plugins.lcbench.base import PackLauncher
 from hydra_plugins.lcbench.slurm import arrays, sbatch_text
 
 from lcbench.grid.expand import Plan
 from lcbench.grid.values import parse_scale
+from lcbench.report.ending import BAD_INPUT, OK
 from lcbench.runs.budget import Cost, alone
+from lcbench.runs.launch import Todo, make_packs, settings_of, sweep_of, todo_of
 from lcbench.runs.pack import Pack, Settings
 from lcbench.runs.store import Sweep
 
@@ -41,7 +43,7 @@ class DryLauncher(PackLauncher):
         if refusal := cost.refusal(plan.options["budget"], settings.hang["max_s"]):
             sys.stdout.flush()
             print(f"error: {refusal}", file=sys.stderr)
-            return TOO_MUCH
+            return BAD_INPUT
         return code
 
     def launch_cells(self, sweep: Sweep, choose: Callable[[], Todo], *, settings: Settings, **_: Any) -> int:

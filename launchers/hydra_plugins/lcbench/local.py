@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-from hydra_plugins.lcbench._plan import PackLauncher, write_down
+from hydra_plugins.lcbench.base import PackLauncher
 
 from lcbench.grid.values import parse_scale
 from lcbench.measure.blocks import blocks_of
 from lcbench.runs.failure import last_error
-from lcbench.runs.jobs import Watch, in_flight
+from lcbench.runs.jobs import Watch
+from lcbench.runs.launch import write_down
 from lcbench.runs.machine import PAUSE_S, SHARE, Claim, shares
+from lcbench.runs.notes import END, ended, job_here, write_job
 from lcbench.runs.pack import Pack, later_blocks
-from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, write_json
+from lcbench.runs.settle import in_flight, settled
+from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep
 
 POLL_S = 0.3
 LOOK_EVERY_S = 5.0
@@ -53,7 +56,7 @@ class LocalLauncher(PackLauncher):
                         progress.update(task, completed=before + done, description=text)
                         if time.monotonic() >= next_look:
                             begun = time.monotonic()
-                            progress.update(task, left=str(watch.look().left()))
+                            progress.update(task, left=str(settled(watch).left()))
                             # Ranks measure on these cores: of a large sweep it is looked at seldom.
                             next_look = time.monotonic() + max(LOOK_EVERY_S, LOOKING_SHARE * (time.monotonic() - begun))
                 before += len(pack.cells)
@@ -101,11 +104,8 @@ def _run_pack(sweep: Sweep, pack: Pack) -> Generator[tuple[int, str]]:
                         pass_fds=claim.descriptors, env={**os.environ, **claim.environment},
                     )
                 )  # fmt: skip
-        write_json(
-            pack.folder / "job.json",
-            {"launcher": "local", "pid": agents[0].pid, "pids": [a.pid for a in agents], "host": socket.gethostname(),
-             "started_at": time.time(), "timeout_min": pack.timeout_min},
-        )  # fmt: skip
+        pids = tuple(agent.pid for agent in agents)
+        write_job(pack.folder, replace(job_here(pack.launcher), pid=pids[0], pids=pids, timeout_min=pack.timeout_min))
         # Each is asked in each round: one that dies does so while the others wait for it.
         while None in (codes := [agent.poll() for agent in agents]) and not any(codes):
             yield _progress(sweep, pack)
@@ -137,13 +137,13 @@ def _say_why(sweep: Sweep, pack: Pack, node: int, code: int) -> None:
     """Leave word why an agent ended with an error, if it did not itself."""
     logs = pack.folder / "logs"
     print(f"pack {pack.id}: an agent ended with an error; see {logs}", file=sys.stderr)
-    if (pack.folder / "end.json").exists():
+    if ended(pack.folder):
         return
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     said = last_error(logs / f"agent-{node}.log") if code > 0 else ""
     began = any(sweep.running(cell) or sweep.has_attempt_of(cell, pack.id) for cell in pack.cells)
     cause = f"the agent of node {node} {how}{f': {said}' if said else ''}"[:CAUSE_LENGTH]
-    pack.write_note("end.json", Failure("crash" if began else "no-start", cause))
+    pack.write_note(END, Failure("crash" if began else "no-start", cause))
 
 
 def _progress(sweep: Sweep, pack: Pack) -> tuple[int, str]:

@@ -16,16 +16,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra_plugins.lcbench._plan import Collector, NotSubmitted, PackLauncher, write_down
+from hydra_plugins.lcbench.base import PackLauncher
 
 from lcbench.grid.paths import REPOSITORY
 from lcbench.grid.site import check_path, lost_without_requeue, sbatch_flags
 from lcbench.grid.values import parse_scale
 from lcbench.redact import secrets_of
 from lcbench.runs.agent import RunPack, warned_s
+from lcbench.runs.collector import Collect, Collector
+from lcbench.runs.launch import Launches, NotSubmitted, write_down
+from lcbench.runs.notes import END, job_here, read_ending, read_job, write_job
 from lcbench.runs.pack import Pack
 from lcbench.runs.queue import KEPT, cancel_named, cluster_of, environment, reason_in, site_variables, where
-from lcbench.runs.store import Sweep, write_json
+from lcbench.runs.store import Sweep
 
 MAX_ARRAY = 1000  # Slurm's own default allows 1001
 COLLECTOR_MIN = 60
@@ -73,7 +76,7 @@ class SlurmLauncher(PackLauncher):
             jobs = f"array {job_id}: {len(array)} jobs, " if len(array) > 1 else f"job {job_id}: "
             self.say(f"{jobs}{cells} cells on {nodes} nodes each, at most {max(p.timeout_min for p in array)} min")
         if submitted and packs[0].site.get("collector", True):
-            submit_collector(sweep, packs[0], submitted)
+            submit_collector(self, sweep, packs[0], submitted)
         if words:
             already = f"submitted: {', '.join(submitted)}" if submitted else "nothing was submitted"
             raise NotSubmitted(f"Slurm refused: {words[0]} ({already})", refused, [p for array in queue for p in array])
@@ -85,7 +88,7 @@ class SlurmLauncher(PackLauncher):
 
         from lcbench.report.table import packs_table, summary_line
 
-        collector = Collector(sweep)
+        collector = Collector(sweep, lambda _: self)
         with Live(console=self.console, refresh_per_second=1) as live:
             while True:
                 standing = collector.advance()
@@ -133,9 +136,8 @@ def submit_array(packs: Sequence[Pack], after: Sequence[str] = ()) -> str:
                 raise
     cluster = cluster_of(where(environment(packs[0].site)))
     for pack, job in zip(named, jobs, strict=True):
-        told = Sweep(Path(pack.root), pack.sweep).pack_file(pack.id, "job.json")
-        more = {"job_id": str(job.job_id), "timeout_min": pack.timeout_min, "cluster": cluster}
-        write_json(pack.folder / "job.json", {**told, **more})
+        told = read_job(pack.folder) or job_here(pack.launcher)
+        write_job(pack.folder, replace(told, job_id=str(job.job_id), timeout_min=pack.timeout_min, cluster=cluster))
     return str(jobs[0].job_id).partition("_")[0]
 
 
@@ -151,11 +153,9 @@ def sweep_key(sweep: Sweep) -> str:
     return hashlib.sha256(os.fsencode(sweep.folder)).hexdigest()[:8]
 
 
-def submit_collector(sweep: Sweep, like: Pack, after: Sequence[str]) -> None:
+def submit_collector(launcher: Launches, sweep: Sweep, like: Pack, after: Sequence[str]) -> None:
     """A light job behind the others, which brings the sweep to its end: retries, results that nobody closed, publishing."""
     import submitit
-
-    from lcbench.collect import Collect
 
     site = like.site
     name = f"{job_name(sweep)}-collect"
@@ -173,7 +173,7 @@ def submit_collector(sweep: Sweep, like: Pack, after: Sequence[str]) -> None:
         with called_for(site):
             executor = submitit.SlurmExecutor(folder=sweep.folder / "jobs" / name, max_num_timeout=10)
             executor.update_parameters(**{k: v for k, v in options.items() if v is not None and k.replace("_", "-") not in own})
-            executor.submit(Collect(str(sweep.root), sweep.name))
+            executor.submit(Collect(str(sweep.root), sweep.name, launcher))
     except RuntimeError as error:
         print(f"no collector: {reason_in(str(error))}; {sweep.command('collect')} does its work", file=sys.stderr)
 
@@ -206,7 +206,8 @@ def fallen_nodes(sweep: Sweep) -> dict[str, str]:
     """Nodes that a check of this sweep found unwell, and why: later jobs keep away from them."""
     fallen: dict[str, str] = {}
     for pack in sweep.packs():
-        fallen |= sweep.pack_file(pack, "end.json").get("fallen") or {}
+        if (end := read_ending(sweep.pack_folder(pack), END)) is not None:
+            fallen |= end.fallen
     return fallen
 
 

@@ -23,8 +23,8 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from lcbench.arguments import bad_input, run
         from lcbench.grid.expand import remembered
+        from lcbench.report.ending import bad_input, run
 
         if not hasattr(self.launcher, "launch_plan"):
             name = type(self.launcher).__name__

@@ -1,0 +1,160 @@
+"""What every launcher does alike: launch a plan within its budget, and report what came of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from lcbench.grid.expand import Plan
+from lcbench.grid.paths import REPOSITORY
+from lcbench.redact import redacted, secrets_of
+from lcbench.report.ending import BAD_INPUT, INTERRUPTED, OK, REFUSED, SOME_FAILED
+from lcbench.runs.budget import Cost
+from lcbench.runs.jobs import Watch
+from lcbench.runs.launch import Todo, default_tracking_uri, hand_over, make_packs, missing, settings_of, sweep_of, todo_of
+from lcbench.runs.pack import Pack, Settings
+from lcbench.runs.settle import settled
+from lcbench.runs.store import Entry, Sweep, user_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NOT_PUBLISHED = (
+    f"nothing is published to MLflow: {REPOSITORY}/.mlflow may not be written by {user_name()};"
+    " name a place: tracking_uri=sqlite:////<folder>/mlflow.db or http://<host>:<port>"
+)
+
+
+class PackLauncher(Launcher):
+    """Subclasses say how packs reach processes; all else is here.
+
+    ``submit`` writes them down and hands them over, under the sweep's lock; ``follow`` stays with them until they have ended.
+    """
+
+    name = ""
+    detaches = False
+    output = "table"  # what the command prints: table, quiet or json
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        pass
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        sys.exit("error: this launcher runs plans, so it needs hydra/sweeper=lcbench (the default)")
+
+    def submit(self, sweep: Sweep, packs: list[Pack]) -> None:
+        """Raises:
+        NotSubmitted: packs were refused; the message says which and why.
+        """
+        raise NotImplementedError
+
+    def follow(self, sweep: Sweep, packs: list[Pack]) -> None:
+        raise NotImplementedError
+
+    @property
+    def console(self) -> Console:
+        """Where words for people go: nowhere, or out of the way of what a script reads, if the output is for one."""
+        from rich.console import Console
+
+        return Console(stderr=self.output == "json", quiet=self.output == "quiet", highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def launch_plan(self, plan: Plan) -> int:
+        """Run what the plan asks for and is missing; the exit code of the command."""
+        self.output = plan.options["output"]
+        sweep, settings = sweep_of(plan), settings_of(plan)
+        runnable = [p.cell for p in plan.cells if not p.skip]
+        cost = Cost.of(make_packs(sweep, todo_of(plan, sweep).cells, launcher=self.name, settings=settings))
+        if refusal := cost.refusal(plan.options["budget"], settings.hang["max_s"]):
+            print(f"error: {refusal}", file=sys.stderr)
+            return BAD_INPUT
+        if settings.tracking_uri is None:
+            self.say(NOT_PUBLISHED)
+        sweep.check_writable([p.cell.id for p in plan.cells])
+        secret = secrets_of(settings.site.get("env")).values()
+        with sweep.lock():
+            sweep.add([Entry(p.cell, p.skip) for p in plan.cells], command=[redacted(o, secret) for o in plan.overrides], launch={
+                "launcher": self.name, "settings": settings.public(), "by": user_name(),
+            })  # fmt: skip
+
+        def choose() -> Todo:
+            todo = missing(sweep, runnable, force=plan.options["force"])
+            given = f"{len(todo.given_up)} given up (killed their gang twice; rerun them by name), " if todo.given_up else ""
+            self.say(
+                f"sweep {sweep.name}: {len(plan.cells)} cells, {len(plan.cells) - len(runnable)} cannot run, "
+                f"{len(todo.done)} done before, {len(todo.under_way)} under way, {given}{len(todo.cells)} to run"
+            )
+            self.say(str(cost))
+            if lonely := cost.on_one_rank():
+                self.say(
+                    f"note: {len(lonely)} cells have a strategy on one rank, where it has nothing to do: scale=1x2, or cp=none"
+                )
+            for line in todo.held:
+                self.say(line)
+            return todo
+
+        return self.launch_cells(
+            sweep, choose, settings=settings, wait=bool(plan.options["wait"]), report=[p.cell.id for p in plan.cells]
+        )
+
+    def launch_cells(self, sweep: Sweep, choose: Callable[[], Todo], *, settings: Settings, wait: bool, report: list[str]) -> int:
+        """Run the cells that ``choose`` names, under the sweep's lock, then report on the cells ``report``."""
+        todo, packs, refusal = hand_over(self, sweep, choose, settings)
+        if refusal is not None:
+            print(f"error: {refusal}", file=sys.stderr)
+            if not wait or not refusal.waiting:
+                return REFUSED
+        if self.detaches and not wait and (packs or todo.under_way):
+            self.say(f"follow it:  {sweep.command('status', '--follow')}")
+            self.say(f"end it:     {sweep.command('cancel')}")
+            self._answer(sweep, submitted=sum(len(pack.cells) for pack in packs))
+            return OK
+        try:
+            self.follow(sweep, packs)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; what was measured is kept: {sweep.command('status')}", file=sys.stderr)
+            return INTERRUPTED
+        return self.finish(sweep, report, settings.tracking_uri)
+
+    def finish(self, sweep: Sweep, report: list[str], tracking_uri: str | None) -> int:
+        """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1."""
+        from rich.console import Console
+
+        from lcbench.report.inert import printable
+        from lcbench.report.table import WIDTH, cells_table, fastest_table, to_rows
+        from lcbench.runs.tracking import dashboard_hint, publish_or_say
+
+        standing = settled(Watch(sweep), as_mine=True)
+        publish_or_say(sweep, tracking_uri)
+        if self.output == "table":
+            console = Console(width=None if sys.stdout.isatty() else WIDTH)
+            console.print(cells_table(standing.seen, sweep.name, report))
+            if (fastest := fastest_table(sweep, standing.seen, report)) is not None:
+                console.print(fastest)
+        for damaged in standing.seen.damaged:
+            print(printable(str(damaged)), file=sys.stderr)
+        failed = [c.id for c in standing.cells if c.id in set(report) and c.state not in ("ok", "skipped", "running", "pending")]
+        self.say(f"status:     {sweep.command('status')}")
+        if failed:
+            self.say(f"run the {len(failed)} failed again:  {sweep.command('rerun', '--failed')}")
+        self.say(f"report:     {sweep.command('report')}")
+        if tracking_uri:
+            self.say(f"dashboard:  {dashboard_hint(sweep, tracking_uri, ours=tracking_uri == default_tracking_uri())}")
+        self._answer(sweep, cells=to_rows(standing.seen, report))
+        for line in standing.held_words():
+            print(line, file=sys.stderr)
+        return SOME_FAILED if failed or standing.held else OK
+
+    def _answer(self, sweep: Sweep, **more: Any) -> None:
+        """What a script reads."""
+        if self.output == "quiet":
+            print(sweep.name)
+        elif self.output == "json":
+            print(json.dumps({"sweep": sweep.name, "results": str(sweep.root), **more}, indent=1))

@@ -1,0 +1,148 @@
+"""Look at strategies without running them: ``python -m lcbench.cp cp=ring,groupcast mask=causal seqlen=1m scale=12x8``.
+
+Takes the overrides of a sweep; every strategy, mask, length and scale that they name is proven and counted once. ``--out`` draws
+one of them, ``--grid`` prints its steps, ``--cell`` takes a cell that has run, with the timeline that ``measure.timeline=true``
+kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lcbench.commands.arguments import add_results_argument, chosen_cell, command_parser
+from lcbench.cp.base import Peer
+from lcbench.grid import build
+from lcbench.grid.build import build_mask, build_strategy
+from lcbench.grid.cell import Cell
+from lcbench.grid.command_line import look
+from lcbench.report.ending import bad_input
+from lcbench.report.inert import plain
+from lcbench.report.table import WIDTH
+from lcbench.schedule.lowering import operations_of
+from lcbench.schedule.plot import Timeline, save
+from lcbench.schedule.verify import ScheduleCost, verify
+
+EXAMPLES = """
+python -m lcbench.cp cp=ring,usp,groupcast mask=causal seqlen=1m scale=12x8
+python -m lcbench.cp cp=ring mask=causal seqlen=8 scale=1x4 --grid
+python -m lcbench.cp cp=ring mask=causal_document seqlen=64k scale=1x8 --out ring.png
+python -m lcbench.cp cp=hybrid seqlen=1m scale=2x8 --json
+"""
+
+
+def main(arguments: list[str]) -> int:
+    parser = command_parser("cp", __doc__, EXAMPLES)
+    parser.add_argument("overrides", nargs="*", help="as for a sweep: cp=... mask=... seqlen=... scale=... heads=...")
+    parser.add_argument("--cell", help="a cell that has run, instead of overrides: its id, or <sweep>/<cell id>")
+    parser.add_argument(
+        "--config-dir", type=Path, action="append", default=[], metavar="FOLDER",
+        help="with --cell: whose files name the classes (_target_) of a cell that are neither lcbench's nor conf/'s",
+    )  # fmt: skip
+    add_results_argument(parser)
+    parser.add_argument("--grid", action="store_true", help="print steps and ranks of a single one")
+    parser.add_argument("--out", type=Path, help="draw a single one (png, pdf, svg)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    with bad_input():
+        cells, timeline = _asked(options)
+        rows, reports = [], []
+        for cell in cells:
+            row, report = _look(cell)
+            rows.append(row)
+            reports.append(report)
+        if (options.grid or options.out) and (len(reports) != 1 or reports[0] is None):
+            raise ValueError(f"--grid and --out show one strategy that can run, these are {len(cells)} cells: {_reasons(rows)}")
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        Console(width=None if sys.stdout.isatty() else WIDTH).print(_table(rows))
+    (report, *_) = reports
+    if report is not None and options.grid:
+        print(report.schedule)
+    if report is not None and options.out:
+        save(report, cells[0].label, options.out, timeline)
+        print(f"written to {options.out}", file=sys.stderr)
+    return 0
+
+
+def _asked(options: argparse.Namespace) -> tuple[list[Cell], Timeline | None]:
+    if options.cell is None:
+        found: dict[str, Cell] = {}
+        for planned in look(options.overrides).cells:
+            config = planned.cell.config
+            key = json.dumps(
+                [config[axis] for axis in ("cp", "mask", "seqlen", "scale", "heads", "dtype", "direction", "transit", "seed")]
+            )
+            found.setdefault(key, planned.cell)
+        return list(found.values()), None
+    if options.overrides:
+        raise ValueError(f"--cell {options.cell} is a cell, so {options.overrides[0]} says nothing")
+    sweep, cell_id = chosen_cell(options.results.absolute(), options.cell)
+    build.allow(sweep.allowed().union(*map(build.targets_in, options.config_dir)))
+    timelines = [a.provenance["timeline"] for a in sweep.attempts(cell_id) if "timeline" in a.provenance]
+    if options.out and not timelines:
+        raise ValueError(f"cell {options.cell} kept no timeline; run it again with measure.timeline=true")
+    return [sweep.entries()[cell_id].cell], timelines[-1] if timelines else None
+
+
+def _look(cell: Cell) -> tuple[dict[str, Any], ScheduleCost | None]:
+    config, problem = cell.config, cell.problem
+    try:
+        mask = build_mask(config["mask"], config["seqlen"], cell.heads, config["seed"])
+        strategy = build_strategy(config["cp"])
+    except TypeError as error:  # options that this version does not have
+        raise ValueError(f"cell {cell.id} cannot be built here: {error}") from error
+    row: dict[str, Any] = {"cp": config["cp"], "label": cell.label, "reason": strategy.unsupported(problem, mask)}
+    if isinstance(strategy, Peer):
+        row["reason"] = row["reason"] or "a library's own, with no schedule to look at"
+    if row["reason"]:
+        return row, None
+    begun = time.perf_counter()
+    schedule = strategy.schedule(problem, mask)
+    planned = time.perf_counter() - begun
+    report = verify(schedule, mask, problem)
+    operations = operations_of(getattr(strategy, "lowering", "auto"), "nccl")
+    ranks = sorted({0, schedule.world_size // 2, schedule.world_size - 1})
+    row |= {
+        "steps": len(schedule.steps),
+        "imbalance": report.imbalance,
+        "forward_bytes": int(report.forward_bytes.max()),
+        "forward_bytes_out_of_node": int(report.forward_bytes_out.max()),
+        "backward_bytes": int(report.backward_bytes.max()),
+        "backward_bytes_out_of_node": int(report.backward_bytes_out.max()),
+        "buffer_bytes": max(report.buffer_bytes(rank, operations) for rank in ranks),
+        "plan_s": planned,
+    }
+    return row, report
+
+
+def _reasons(rows: list[dict[str, Any]]) -> str:
+    return "; ".join(sorted({row["reason"] or "can run" for row in rows}))
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="MiB sent by the rank that sends most; balance 1.00 is perfect", title_justify="left")
+    table.add_column("what")
+    heads = ("steps", "balance", "forward", "out of\nthe node", "backward", "out of\nthe node", "buffers\nMiB", "plan\nms")
+    for column in heads:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("why not", overflow="fold")
+    for row in rows:
+        options = " ".join(f"{k}={v}" for k, v in row["cp"].items() if k not in ("name", "_target_"))
+        what = plain(row["label"])
+        if options:
+            what = what.append("\n").append_text(plain(options, "dim"))
+        if row["reason"]:
+            table.add_row(what, *["-"] * len(heads), plain(row["reason"]))
+            continue
+        mebi = [f"{row[key] / (1 << 20):.1f}" for key in row if "bytes" in key]
+        table.add_row(what, str(row["steps"]), f"{row['imbalance']:.3f}", *mebi, f"{1e3 * row['plan_s']:.0f}", "")
+    return table

@@ -1,0 +1,158 @@
+"""What runs what: ``python -m lcbench.kernels [kernel=flex,triton_band] [mask=causal,document] [--platform h200]``.
+
+For each kernel, mask, type and direction: ``native`` (one call), ``grouped`` (several, merged by LSE) or ``no``, with the reason.
+Of the machine it runs on, with what is installed; ``--platform`` asks about another one, as if everything were installed there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lcbench.commands.arguments import command_parser
+from lcbench.grid.build import build_kernel, build_mask
+from lcbench.grid.cell import Cell, format_tokens
+from lcbench.grid.command_line import look
+from lcbench.grid.devices import known_devices
+from lcbench.grid.paths import CONF
+from lcbench.grid.values import axis_values
+from lcbench.kernels.base import Platform, native_calls
+from lcbench.masks.block import BlockMap
+from lcbench.masks.mask import Mask
+from lcbench.problem import DIRECTIONS, DTYPES
+from lcbench.report.ending import bad_input
+from lcbench.report.table import WIDTH
+
+DEFAULTS = {"seqlen": "4k", "heads": "64x8x128", "lengths": "uniform", "cp": "none", "scale": "1x1"}
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+EXAMPLES = """
+python -m lcbench.kernels
+python -m lcbench.kernels kernel=flex,triton_band mask=causal,document
+python -m lcbench.kernels --platform h200
+"""
+
+
+def main(arguments: list[str]) -> int:
+    parser = command_parser("kernels", __doc__, EXAMPLES)
+    parser.add_argument(
+        "overrides", nargs="*", help="as for a sweep: kernel=... mask=... seqlen=... heads=...; all kernels and masks if not said"
+    )
+    parser.add_argument("--platform", default="this", help="this (default), cpu, or an entry of conf/device, such as h200")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--json", action="store_true", help="print JSON: an entry per kernel, mask, type and direction")
+    options = parser.parse_args(arguments)
+    with bad_input():
+        platform = _platform(options.platform)
+        cells = _cells(options.overrides)
+        rows = list(matrix(cells, platform, installed=options.platform != "this"))
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    first = cells[0].config
+    title = f"{options.platform}: {format_tokens(first['seqlen'])} tokens, heads {first['heads']}"
+    table = [_line(name, own) for name, own in _by_kernel(rows).items()]
+    if options.markdown:
+        print(_markdown(title, table))
+    else:
+        Console(width=None if sys.stdout.isatty() else WIDTH).print(_table(title, table))
+    return 0
+
+
+def matrix(cells: list[Cell], platform: Platform, *, installed: bool) -> Iterator[dict[str, Any]]:
+    """An entry per kernel and mask of the cells, type and direction; ``installed``: as if every library were."""
+    masks: dict[str, Mask] = {}
+    for cell in cells:
+        config = cell.config
+        name = config["mask"]["name"]
+        if name not in masks:
+            masks[name] = build_mask(config["mask"], config["seqlen"], cell.heads, config["seed"])
+        kernel, mask = build_kernel(config["kernel"]), masks[name]
+        missing = None if installed else kernel.missing()
+        calls: int | None = None
+        for dtype, direction in product(DTYPES, DIRECTIONS):
+            problem = replace(cell.problem, dtype=dtype, direction=direction)
+            reason = kernel.unsupported(problem, mask) or kernel.unavailable(problem, platform) or missing
+            if reason is None and calls is None:
+                calls = native_calls(kernel, mask, platform)
+            yield {
+                "kernel": config["kernel"]["name"], "mask": name, "blocks": isinstance(mask, BlockMap), "dtype": dtype,
+                "direction": direction, "support": "no" if reason else "native" if calls == 1 else "grouped",
+                "calls": None if reason else calls, "reason": reason,
+            }  # fmt: skip
+
+
+def _platform(name: str) -> Platform:
+    if name == "this":
+        import torch
+
+        return Platform.of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if name == "cpu":
+        return Platform("cpu")
+    devices = {entry["name"]: entry for entry in known_devices()}
+    if name not in devices:
+        raise ValueError(f"--platform {name} is not one of this, cpu, {', '.join(devices)}")
+    major, minor = devices[name]["capability"]
+    return Platform("cuda", (major, minor), devices[name]["memory_bytes"])
+
+
+def _cells(overrides: list[str]) -> list[Cell]:
+    """A cell per kernel and mask; all there are where the overrides name none, but for masks that need a file of the user's."""
+    given = {override.split("=")[0].lstrip("+~") for override in overrides}
+    whole = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in given]
+    for axis in ("kernel", "mask"):
+        if axis not in given:
+            whole.append(f"{axis}={','.join(axis_values(CONF, axis))}")
+    return [planned.cell for planned in look([*whole, *overrides]).cells]
+
+
+def _by_kernel(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["kernel"], []).append(row)
+    return found
+
+
+def _line(kernel: str, rows: list[dict[str, Any]]) -> list[str]:
+    """kernel, what it does in each type, masks in one call, masks in several, what it does not run and why."""
+    types = []
+    for dtype in DTYPES:
+        directions = {row["direction"] for row in rows if row["dtype"] == dtype and row["support"] != "no"}
+        types.append("fwd+bwd" if "forward_backward" in directions else "fwd" if directions else "-")
+    runs = {row["mask"]: row["calls"] for row in rows if row["support"] != "no"}
+    native = [mask for mask, calls in runs.items() if calls == 1]
+    grouped = [f"{mask} {calls}" for mask, calls in runs.items() if calls != 1]
+    every = {row["mask"] for row in rows}
+    bands, blocks = ({row["mask"] for row in rows if row["blocks"] is kind} for kind in (False, True))
+    names = ", ".join(native)
+    for label, group in (("all", every), ("all static masks", bands), ("all block maps", blocks)):
+        if group and set(native) == group:
+            names = label
+            break
+    refused = {row["mask"] for row in rows} - set(runs)
+    # Types that it lacks are told by the columns before; --json has every reason.
+    reasons = dict.fromkeys(row["reason"] for row in rows if row["mask"] in refused and row["dtype"] == DTYPES[0])
+    return [kernel, *types, names, ", ".join(grouped), "; ".join(reasons)]
+
+
+COLUMNS = ("kernel", *SHORT.values(), "one call", "several calls, merged by LSE", "does not run")
+
+
+def _table(title: str, lines: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for column in COLUMNS:
+        table.add_column(column, no_wrap=column in COLUMNS[:5])
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def _markdown(title: str, lines: list[list[str]]) -> str:
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *lines]
+    return f"# What runs: {title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)

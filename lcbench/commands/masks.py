@@ -1,0 +1,149 @@
+"""Look at a mask: ``python -m lcbench.masks mask=causal_document seqlen=64k [--ranks 8] [--out mask.png] [--json]``.
+
+Takes the overrides of a sweep; each mask, length and seed that they name is shown once. ``--gallery`` draws every mask there is.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lcbench.commands.arguments import command_parser
+from lcbench.cp.ring import ORDERS
+from lcbench.grid.build import build_mask, draws
+from lcbench.grid.cell import Cell, format_tokens
+from lcbench.grid.command_line import look
+from lcbench.grid.paths import CONF
+from lcbench.grid.values import axis_values
+from lcbench.masks.band import BandMask, DoesNotFit
+from lcbench.masks.convert import varlen
+from lcbench.masks.mask import Mask
+from lcbench.masks.picture import save
+from lcbench.report.ending import bad_input
+from lcbench.report.inert import plain
+from lcbench.report.table import WIDTH
+
+SHOWN_BANDS = 8
+MANY_BANDS = 1 << 17  # packing more into varlen calls would take seconds
+EXAMPLES = """
+python -m lcbench.masks mask=causal_document seqlen=64k
+python -m lcbench.masks mask=sliding_window mask.left=4k seqlen=64k --ranks 16 --out window.png
+python -m lcbench.masks mask=full,causal seqlen=1m --json
+"""
+
+
+def main(arguments: list[str]) -> int:
+    parser = command_parser("masks", __doc__, EXAMPLES)
+    parser.add_argument("overrides", nargs="*", help="as for a sweep: mask=... seqlen=... lengths=... heads=... seed=...")
+    parser.add_argument("--ranks", type=int, default=8, help="ranks to balance over (default: 8)")
+    parser.add_argument("--out", type=Path, help="write a picture (png, pdf, svg)")
+    parser.add_argument("--gallery", type=Path, help="write a picture of every mask of conf/mask; seqlen=16k unless said")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    with bad_input():
+        if options.ranks < 1:
+            raise ValueError(f"--ranks {options.ranks} is no number of ranks of at least 1")
+        if options.gallery:
+            return _gallery(options.overrides, options.gallery)
+        shown = [
+            (cell, number, _mask(cell, number))
+            for cell in _cells(options.overrides)
+            for number in range(draws(cell.config["mask"]))
+        ]
+    rows = [_row(cell, number, mask, options.ranks) for cell, number, mask in shown]
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else WIDTH)
+        console.print(_table(rows, options.ranks))
+        if len(shown) == 1:
+            _print_bands(shown[0][2])
+    if options.out:
+        save([(mask, _title(cell, number)) for cell, number, mask in shown], options.out)
+        print(f"written to {options.out}", file=sys.stderr)
+    return 0
+
+
+def _cells(overrides: list[str]) -> list[Cell]:
+    """One cell per mask, length, heads and seed, in order."""
+    found: dict[str, Cell] = {}
+    for planned in look(overrides).cells:
+        config = planned.cell.config
+        key = json.dumps([config["mask"], config["seqlen"], config["seed"], config["heads"]])
+        found.setdefault(key, planned.cell)
+    return list(found.values())
+
+
+def _mask(cell: Cell, number: int) -> Mask:
+    config = cell.config
+    return build_mask(config["mask"], config["seqlen"], cell.heads, config["seed"], number)
+
+
+def _row(cell: Cell, number: int, mask: Mask, ranks: int) -> dict[str, Any]:
+    q_heads = cell.heads.q
+    fits = mask.num_q >= 2 * ranks
+    row: dict[str, Any] = {
+        "mask": cell.config["mask"]["name"],
+        "lengths": cell.config["mask"].get("lengths", {}).get("name"),
+        "seqlen": cell.config["seqlen"],
+        "seed": cell.config["seed"],
+        "draw": number,
+        "area": mask.pairs(q_heads) / q_heads,
+        "density": mask.density,
+        "imbalance": {name: layout(mask.num_q, ranks).imbalance(mask) if fits else None for name, layout in ORDERS.items()},
+    }
+    if isinstance(mask, BandMask):
+        return row | {"bands": len(mask), "varlen_calls": len(varlen(mask)) if len(mask) <= MANY_BANDS else None}
+    return row | {"maps": mask.maps, "blocks": len(mask)}
+
+
+def _table(rows: list[dict[str, Any]], ranks: int) -> Table:
+    table = Table(title=f"busiest rank over the mean, of {ranks} ranks: 1.00 is perfect", title_justify="left")
+    table.add_column("mask")
+    for column in ("seqlen", "seed.draw", "area", "density", "bands or blocks", "varlen\ncalls", *ORDERS):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        name = f"{row['mask']}({row['lengths']})" if row["lengths"] else row["mask"]
+        parts = f"{row['bands']} bands" if "bands" in row else f"{row['blocks']} in {row['maps']} maps"
+        balance = [f"{x:.2f}" if x is not None else "-" for x in row["imbalance"].values()]
+        which, size = f"{row['seed']}.{row['draw']}", format_tokens(row["seqlen"])
+        calls = str(row.get("varlen_calls") or "-")
+        table.add_row(plain(name), size, which, f"{row['area']:.0f}", f"{row['density']:.2%}", parts, calls, *balance)
+    return table
+
+
+def _print_bands(mask: Mask) -> None:
+    if not isinstance(mask, BandMask):
+        return
+    for band in list(mask)[:SHOWN_BANDS]:
+        lo = f"{band.lo} <= " if band.cuts_below else ""
+        hi = f" <= {band.hi}" if band.cuts_above else ""
+        diagonal = f",  {lo}k - q{hi}" if lo or hi else ""
+        print(f"  {band.q0} <= q < {band.q1},  {band.k0} <= k < {band.k1}{diagonal}")
+    if len(mask) > SHOWN_BANDS:
+        print(f"  ... and {len(mask) - SHOWN_BANDS} more")
+
+
+def _title(cell: Cell, number: int) -> str:
+    documents = cell.config["mask"].get("lengths", {}).get("name")
+    name = cell.config["mask"]["name"] + (f"\n{documents}" if documents else "")
+    return name if number == 0 else f"{name} draw {number}"
+
+
+def _gallery(overrides: list[str], path: Path) -> int:
+    length = [] if any(o.startswith("seqlen") for o in overrides) else ["seqlen=16k"]
+    pictures = []
+    for name in axis_values(CONF, "mask"):
+        (cell,) = _cells([f"mask={name}", *length, *overrides])
+        try:
+            pictures.append((_mask(cell, 0), _title(cell, 0)))
+        except DoesNotFit as error:
+            print(f"{name} left out: {error}", file=sys.stderr)
+    save(pictures, path)
+    print(f"{len(pictures)} masks drawn to {path}")
+    return 0

@@ -1,0 +1,59 @@
+"""How a command ends: its exit code, and one line on stderr that says why."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from lcbench.redact import redacted
+from lcbench.report.inert import printable
+from lcbench.runs.store import Unreadable, owner_of, user_name
+
+OK, SOME_FAILED, INTERRUPTED = 0, 1, 130
+BAD_INPUT = 2  # argparse's exit code too
+REFUSED = 3  # by the file system, or by a scheduler
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a command. What the file system refuses, and a store that cannot be read, is one line that names the file."""
+    try:
+        code = main(sys.argv[1:])
+    except BrokenPipeError:  # as after ``| head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (OSError, Unreadable) as error:
+        say_error(error)
+        code = REFUSED
+    sys.exit(code)
+
+
+def say_error(error: Exception) -> None:
+    """One line on stderr."""
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        said = error.strerror + (f": {error.filename}" if error.filename else "")
+        if isinstance(error, PermissionError) and error.filename and (there := _nearest(Path(str(error.filename)))):
+            said += f" ({there} belongs to {owner_of(there)}, and this is {user_name()})"
+    print(f"error: {printable(redacted(' '.join(said.split())))}", file=sys.stderr)
+
+
+def _nearest(path: Path) -> Path | None:
+    """A file, or the folder where it would be."""
+    return next((p for p in (path, path.parent) if os.path.lexists(p)), None)
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """A ValueError in here is about what the command was asked: one line says it, and the command ends with exit code 2."""
+    try:
+        yield
+    except Unreadable as error:
+        say_error(error)
+        sys.exit(REFUSED)
+    except ValueError as error:
+        say_error(error)
+        sys.exit(BAD_INPUT)
