@@ -26,7 +26,7 @@ from lcbench.masks.mask import Mask
 from lcbench.measure.inputs import draw
 from lcbench.measure.stopping import Stopping
 from lcbench.measure.timing import measure
-from lcbench.problem import TRANSITS, Heads, Problem, Scale
+from lcbench.problem import REDUCE_DTYPES, Heads, Problem, Scale
 from lcbench.schedule.adjoint import traffic
 from lcbench.schedule.execute import Executor, Groups
 from lcbench.schedule.layout import contiguous
@@ -103,12 +103,12 @@ def plans() -> None:
 
 def precision(rank: int, ranks: int) -> None:
     """Whether results get worse with more ranks, with sums that travel in float32 and in the inputs' type."""
-    for transit in TRANSITS:
+    for kept in REDUCE_DTYPES:
         for strategy in (Ring(), AllGather(), TokenRing()):
-            errors = relative_errors(rank, ranks, strategy, transit)
+            errors = relative_errors(rank, ranks, strategy, kept)
             if rank == 0:
                 shown = "  ".join(f"{name} {error:.2e}" for name, error in errors.items())
-                print(f"{type(strategy).__name__:<10} bfloat16, {ranks:>2} ranks, transit={transit:<8} {shown}", flush=True)
+                print(f"{type(strategy).__name__:<10} bfloat16, {ranks:>2} ranks, reduce_dtype={kept:<8} {shown}", flush=True)
 
 
 def against_torch(rank: int, ranks: int) -> None:

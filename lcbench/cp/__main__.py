@@ -78,7 +78,7 @@ def _asked(options: argparse.Namespace) -> tuple[list[Cell], Timeline | None]:
         for planned in look(options.overrides).cells:
             config = planned.cell.config
             key = json.dumps(
-                [config[axis] for axis in ("cp", "mask", "seqlen", "scale", "heads", "dtype", "direction", "transit", "seed")]
+                [config[axis] for axis in ("cp", "mask", "seqlen", "scale", "heads", "dtype", "direction", "reduce_dtype", "seed")]
             )
             found.setdefault(key, planned.cell)
         return list(found.values()), None

@@ -17,6 +17,7 @@ from typing import Any, cast
 from pydantic import TypeAdapter
 
 from lcbench.cp.base import Strategy
+from lcbench.grid.axes import renamed
 from lcbench.grid.cell import CONTENT, CONTENT_BEFORE
 from lcbench.grid.paths import CONF
 from lcbench.grid.values import check_finite, parse_int, parse_option, parse_tokens
@@ -29,7 +30,7 @@ RESERVED = ("name", "_target_")
 GIVEN = ("seqlen", "heads", "seed", "lengths")
 # Options that are the cell's and not its owner's: seeded draws of a mask to measure, and the digest of a file's content: as it is
 # written now, and as cells of before have it.
-DRAWS, DIGESTS = "draws", (CONTENT, CONTENT_BEFORE)
+SAMPLES, DIGESTS = "samples", (CONTENT, CONTENT_BEFORE)
 
 
 # Where values of axes live; everything else is built only where a file of conf/ or the user names it.
@@ -138,7 +139,7 @@ def build_mask(config: dict[str, Any], seqlen: int, heads: Heads, seed: int, dra
     target = config["_target_"]
     names = _parameters(target)
     given: dict[str, Any] = {"heads": heads, "seed": (seed, draw)}
-    options = {k: v for k, v in _options(config).items() if k not in (DRAWS, "lengths")}
+    options = {k: v for k, v in _options(config).items() if k not in (SAMPLES, "lengths")}
     if "lengths" in names:
         given["lengths"] = get_object(config["lengths"]["_target_"])(**_options(config["lengths"]))
     known = next((config[key] for key in DIGESTS if key in config), None)
@@ -149,7 +150,7 @@ def build_mask(config: dict[str, Any], seqlen: int, heads: Heads, seed: int, dra
 
 def draws(config: dict[str, Any]) -> int:
     """How many seeded draws of a mask a cell measures."""
-    return int(config.get(DRAWS, 1))
+    return int(config.get(SAMPLES, 1))
 
 
 def with_lengths(mask: dict[str, Any], lengths: dict[str, Any]) -> dict[str, Any]:
@@ -173,9 +174,11 @@ def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
         takes = _parameters(config["_target_"])
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{group}={name}: _target_: {config['_target_']} is no class or function: {error}") from error
-    known = [*(option for option in takes if group != "mask" or option not in GIVEN), *([DRAWS] if group == "mask" else [])]
+    known = [*(option for option in takes if group != "mask" or option not in GIVEN), *([SAMPLES] if group == "mask" else [])]
     unknown = [option for option in config if option not in (*known, *RESERVED)]
     if unknown and not any(parameter.open for parameter in takes.values()):
+        if before := renamed(f"{group}.{unknown[0]}"):
+            raise ValueError(before)
         options = ", ".join(k for k in known if k in takes or "seed" in takes) or "none"
         raise ValueError(
             f"{group}={name} has no option {unknown[0]!r} ({group}.{unknown[0]}={config[unknown[0]]}); it has {options}"
@@ -196,9 +199,9 @@ def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
     check_finite(checked, group)
     if group == "mask":
         if "seed" in takes:
-            checked[DRAWS] = parse_int(config.get(DRAWS, 1), f"mask.{DRAWS}", least=1)
-        elif DRAWS in checked:
-            raise ValueError(f"mask={name} draws nothing, so mask.{DRAWS}={checked[DRAWS]} means nothing")
+            checked[SAMPLES] = parse_int(config.get(SAMPLES, 1), f"mask.{SAMPLES}", least=1)
+        elif SAMPLES in checked:
+            raise ValueError(f"mask={name} draws nothing, so mask.{SAMPLES}={checked[SAMPLES]} means nothing")
     if "file" in takes and checked.get("file") is not None:
         path = Path(str(checked["file"])).expanduser().absolute()
         if not _is_file(path):

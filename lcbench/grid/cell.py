@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lcbench.grid.axes import with_first_names, with_present_names
 from lcbench.grid.values import parse_heads, parse_scale
 from lcbench.problem import Heads, Problem, Scale
 
@@ -26,26 +27,26 @@ class Cell:
 
         {"kernel": {"name": "sdpa_flash", "_target_": "lcbench.kernels.sdpa_flash.SDPAFlash", ...options},
          "cp":     {"name": "ring", "_target_": "lcbench.cp.ring.Ring", ...options},
-         "mask":   {"name": "document", "_target_": "lcbench.masks.document.document", ...options, "draws": 1,
-                    "lengths": {"name": "web_text", ...}},  # lengths, draws: where the mask has documents, draws something
+         "mask":   {"name": "document", "_target_": "lcbench.masks.document.document", ...options, "samples": 1,
+                    "lengths": {"name": "web_text", ...}},  # lengths, samples: where the mask has documents, draws something
          "seqlen": 65536, "scale": "2x8", "heads": "32x8x128", "dtype": "bfloat16",
-         "direction": "forward_backward", "transit": "float32", "seed": 0,
+         "direction": "forward_backward", "reduce_dtype": "float32", "seed": 0,
          "measure": {"warmup": 3, "min_iterations": 5, "max_iterations": 100, "budget_s": 20.0, "precision": 0.02,
                      "timeline": false}}
 
     Token counts are plain integers there; where the cell ran, and when, is not part of it.
     """
 
-    canonical: str  # the JSON text of what decides, sorted keys, no white space
-    whole: str = field(compare=False)  # the same with the paths of files, which whoever measures needs
+    canonical: str  # the JSON text of what decides, by the first names of things, sorted keys, no white space
+    whole: str = field(compare=False)  # the config by the names of now, with the paths of files, which whoever measures needs
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Cell:
         """Raises:
         ValueError: a number that JSON does not know: infinity, or none at all.
         """
-        whole = _canonical(config)
-        return cls(_canonical(_without_paths(config)) if CONTENT in whole else whole, whole)
+        config = with_present_names(config)
+        return cls(_canonical(with_first_names(_without_paths(config))), _canonical(config))
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class Cell:
     @cached_property
     def problem(self) -> Problem:
         config = self.config
-        return Problem(config["seqlen"], self.heads, self.scale, config["dtype"], config["direction"], config["transit"])
+        return Problem(config["seqlen"], self.heads, self.scale, config["dtype"], config["direction"], config["reduce_dtype"])
 
     @property
     def scale(self) -> Scale:

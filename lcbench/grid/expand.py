@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lcbench.grid import build, overrides, values
 from lcbench.grid import site as sites
+from lcbench.grid.axes import renamed
 from lcbench.grid.cell import Cell
 from lcbench.grid.overrides import AXES, GROUPS, LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
 from lcbench.grid.paths import CONF, REPOSITORY
@@ -267,7 +268,7 @@ def cell_config(config: dict[str, Any], *, both: bool = False, by_site: bool = F
         "heads": str(values.parse_heads(config["heads"])),
         "dtype": values.parse_dtype(config["dtype"]),
         "direction": values.parse_direction(config["direction"]),
-        "transit": values.parse_transit(config["transit"]),
+        "reduce_dtype": values.parse_reduce_dtype(config["reduce_dtype"]),
         "seed": values.parse_int(config["seed"], "seed"),
         "measure": {
             **{k: values.parse_int(measure.pop(k), f"measure.{k}", least=least) for k, least in
@@ -384,6 +385,8 @@ def _option_error(root: str, lines: list[str], base_lines: list[str], loader: Co
         key = line.partition("=")[0]
         option = key.partition(".")[2]
         if option and option.split(".")[0] not in options:
+            if before := renamed(key.lstrip("+~")):
+                return before
             owner = f"{root}={config['name']}" if "name" in config else root
             return f"{owner} has no option {option!r} ({line}); it has {overrides.listed(option, options) if options else 'none'}"
     return None

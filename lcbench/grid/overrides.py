@@ -23,8 +23,10 @@ from hydra.errors import HydraException
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
+from lcbench.grid.axes import renamed
+
 GROUPS = ("kernel", "cp", "mask", "lengths")
-AXES = (*GROUPS, "seqlen", "seqlen_per_rank", "scale", "heads", "dtype", "direction", "transit", "seed", "measure")
+AXES = (*GROUPS, "seqlen", "seqlen_per_rank", "scale", "heads", "dtype", "direction", "reduce_dtype", "seed", "measure")
 RUN_OPTIONS = (
     "sweep", "site", "wait", "output", "force", "pack", "hang", "retry", "budget", "results", "tracking_uri", "mlflow_experiment",
     "experiment",
@@ -236,6 +238,8 @@ def _check_members(override: Override, options: Sequence[str]) -> None:
 
 def unknown_key(key: str) -> str:
     """One line on a key that is neither axis nor option."""
+    if before := renamed(key):
+        return before
     known = (*AXES, *RUN_OPTIONS)
     return f"unknown axis {key!r}; axes: {', '.join(AXES)}; run options: {listed(key, RUN_OPTIONS, known)}"
 

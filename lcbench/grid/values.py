@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from lcbench.problem import DIRECTIONS, DTYPES, TRANSITS, Heads, Scale
+from lcbench.problem import DIRECTIONS, DTYPES, REDUCE_DTYPES, Heads, Scale
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 # Far beyond what anybody runs, and small enough that a slip of the finger is no plan that never ends.
@@ -95,9 +95,9 @@ def parse_direction(value: object) -> str:
     return str(value)
 
 
-def parse_transit(value: object) -> str:
-    if value not in TRANSITS:
-        raise ValueError(f"transit={shown(value)} is not one of {', '.join(TRANSITS)}")
+def parse_reduce_dtype(value: object) -> str:
+    if value not in REDUCE_DTYPES:
+        raise ValueError(f"reduce_dtype={shown(value)} is not one of {', '.join(REDUCE_DTYPES)}")
     return str(value)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PHASES = ("forward", "backward", "total")
 # A cell answers "with what?" ...
-CHOICE = ("kernel", "cp", "transit")
+CHOICE = ("kernel", "cp", "reduce_dtype")
 # ... to a problem, which is the rest of its config but how long it was measured.
 PROBLEM = ("mask", "seqlen", "scale", "heads", "dtype", "direction", "seed")
 
@@ -69,8 +69,8 @@ def reported(sweep: Sweep, seen: Look | None = None) -> pd.DataFrame:
     """Every cell of a sweep (``seen``: as a look at it showed them), with samples and with columns for reports:
 
     ``what_kernel``, ``what_cp``, ``what_mask``: the axis value with those of its options that differ between rows; ``choice``:
-    kernel, strategy and transit in one word; ``problem``: all that a choice is an answer to, as one key; ``setting``: what of the
-    problem is neither mask, length, scale nor seed; ``where``: that with the seed, if there are several; ``tokens_per_rank``;
+    kernel, strategy and reduce_dtype in one word; ``problem``: all that a choice is an answer to, as one key; ``setting``: what of
+    the problem is neither mask, length, scale nor seed; ``where``: that with the seed, if there are several; ``tokens_per_rank``;
     ``<phase>_by_mean``: TFLOP/s per GPU with the mean over ranks for a time, as others count, where ours is the slowest rank's;
     ``timed/<phase>``: its time as a ``Median``, with the noise that all good cells of the sweep tell together.
 
@@ -87,7 +87,7 @@ def reported(sweep: Sweep, seen: Look | None = None) -> pd.DataFrame:
         frame[f"what_{group}"] = named(frame, group)
     differing = [axis for axis in CHOICE if axis == "cp" or frame[axis].nunique() > 1]
     shown = [
-        {"kernel": "what_kernel", "cp": "what_cp"}.get(axis, axis) for axis in ("cp", "kernel", "transit") if axis in differing
+        {"kernel": "what_kernel", "cp": "what_cp"}.get(axis, axis) for axis in ("cp", "kernel", "reduce_dtype") if axis in differing
     ]
     frame["choice"] = [" + ".join(map(str, values)) for values in frame[shown].to_numpy()]
     options = sorted(c for c in frame.columns if c.startswith("mask.") and c != "mask.file")  # a file's digest is there

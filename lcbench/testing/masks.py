@@ -39,7 +39,7 @@ def small_config(name: str, seqlen: int, heads: Heads, folder: Path, **options: 
     config = load("mask", name)
     for option, value in config.items():
         tokens = tokens_of(value)
-        if tokens is not None and option != "draws" and seqlen >= 8:
+        if tokens is not None and option != "samples" and seqlen >= 8:
             config[option] = shrunk(tokens, seqlen)
     if config.get("file") == "???":
         config["file"] = str(_file(name, seqlen, heads, folder))
