@@ -27,8 +27,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lcbench.arguments import bad_input
+from lcbench.grid.axes import AXES
 from lcbench.grid.expand import CONFIG, Plan, expand, remember, single_lines
-from lcbench.grid.overrides import AXES, key_of
+from lcbench.grid.overrides import key_of
 from lcbench.grid.paths import CONF
 from lcbench.measure.gpus import gpus_here
 

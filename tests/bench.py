@@ -15,7 +15,7 @@ from lcbench.cp.base import Peer, RankRun, Strategy
 from lcbench.cp.peers.torch_cp import ROTATIONS, TorchCP
 from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
-from lcbench.grid.build import build_mask, build_strategy, check_options, with_lengths
+from lcbench.grid.build import build_mask, build_strategy, check_options, with_option
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.causal import causal
@@ -64,7 +64,8 @@ def main() -> None:
         for name in names():
             if name.endswith("_file"):
                 continue
-            config = with_lengths(check_options("mask", load("mask", name)), check_options("lengths", load("lengths", "web_text")))
+            lengths = check_options("lengths", load("lengths", "web_text"))
+            config = with_option(check_options("mask", load("mask", name)), "lengths", lengths)
             mask = timed(f"{name}, build, {tokens} tokens", lambda c=config, n=tokens: fitting(c, n, heads))
             if isinstance(mask, BandMask):
                 timed(f"{name}, area of {len(mask)} bands", lambda m=mask: m.area)

@@ -16,7 +16,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from lcbench.grid import expand
+from lcbench.grid import expand, values
 from lcbench.grid.build import build_mask
 from lcbench.grid.cell import Cell
 from lcbench.grid.paths import CONF
@@ -98,7 +98,7 @@ def test_blocks_at_their_default_change_no_cells_id(overrides: list[str], ids: l
     assert {p.cell for p in look([*overrides, f"measure.blocks={BLOCKS}"]).cells} == set(cells)
     (other, *_) = look([*overrides, "measure.blocks=1"]).cells
     assert other.cell.config["measure"] == {**cells[0].config["measure"], "blocks": 1}
-    assert blocks_of(cells[0].config["measure"]) == BLOCKS == expand.BLOCKS
+    assert blocks_of(cells[0].config["measure"]) == BLOCKS == values.BLOCKS
     assert blocks_of(other.cell.config["measure"]) == 1
 
 

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 
 from lcbench import sweep as command
 from lcbench.grid import expand
-from lcbench.grid.overrides import AXES, GROUPS, RESERVED, RUN_OPTIONS
+from lcbench.grid.axes import AXES, GROUPS, RESERVED
+from lcbench.grid.overrides import RUN_OPTIONS
 from lcbench.grid.paths import CONF
 from lcbench.grid.site import SlurmSite
 
@@ -23,7 +24,8 @@ KINDS = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for 
 OPTIONS = [
     "mask.left", "mask.right", "mask.sink", "mask.block_size", "mask.density", "mask.sizes", "mask.per", "mask.samples",
     "mask.file", "mask.prefix", "mask.lengths", "mask.seed", "mask.name", "mask._target_", "mask._partial_", "lengths.low",
-    "lengths.high", "lengths.values", "lengths.sigma", "lengths.name", "lengths.by", "lengths.edges", "cp.layout", "cp.ulysses_degree", "cp.stages",
+    "lengths.high", "lengths.values", "lengths.sigma", "lengths.name", "lengths.by", "lengths.edges", "cp.layout",
+    "cp.ulysses_degree", "cp.stages",
     "cp.groups", "cp.documents", "cp.name", "cp._target_", "cp.heads_per_step", "cp.uneven_heads", "kernel.block_q", "kernel.name",
     "kernel._target_", "measure.warmup", "measure.blocks", "measure.budget_s", "measure.max_iterations", "measure.precision",
     "measure.timeline", "measure.nope", "pack.max_cells", "pack.nope", "hang.min_s", "hang.max_s", "hang.factor",
