@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 DIRECTIONS = ("forward", "forward_backward")
-TRANSITS = ("float32", "input")
+REDUCE_DTYPES = ("float32", "input")
 
 
 def itemsize(dtype: str) -> int:
@@ -55,7 +55,7 @@ class Problem:
         scale: nodes x GPUs per node.
         dtype: one of ``DTYPES``.
         direction: ``forward`` or ``forward_backward``.
-        transit: type of partial results and gradients under way between ranks: ``float32`` (float64 for float64 inputs), or
+        reduce_dtype: type of partial results and gradients under way between ranks: ``float32`` (float64 for float64 inputs), or
             ``input``, the inputs' type, which is fewer bytes and less exact.
     """
 
@@ -64,7 +64,7 @@ class Problem:
     scale: Scale
     dtype: str
     direction: str
-    transit: str = "float32"
+    reduce_dtype: str = "float32"
 
     @property
     def itemsize(self) -> int:

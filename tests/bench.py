@@ -15,7 +15,7 @@ from lcbench.cp.base import Peer, RankRun, Strategy
 from lcbench.cp.peers.torch_cp import ROTATIONS, TorchCP
 from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
-from lcbench.grid.build import build_mask, build_strategy, check_options, with_lengths
+from lcbench.grid.build import build_mask, build_strategy, check_options, with_option
 from lcbench.grid.command_line import look
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import BandMask, DoesNotFit
@@ -27,7 +27,7 @@ from lcbench.masks.mask import Mask
 from lcbench.measure.inputs import draw
 from lcbench.measure.stopping import Stopping
 from lcbench.measure.timing import measure
-from lcbench.problem import TRANSITS, Heads, Problem, Scale
+from lcbench.problem import REDUCE_DTYPES, Heads, Problem, Scale
 from lcbench.schedule.adjoint import traffic
 from lcbench.schedule.execute import Executor, Groups
 from lcbench.schedule.layout import contiguous
@@ -64,7 +64,8 @@ def main() -> None:
         for name in names():
             if name.endswith("_file"):
                 continue
-            config = with_lengths(check_options("mask", load("mask", name)), check_options("lengths", load("lengths", "web_text")))
+            lengths = check_options("lengths", load("lengths", "web_text"))
+            config = with_option(check_options("mask", load("mask", name)), "lengths", lengths)
             mask = timed(f"{name}, build, {tokens} tokens", lambda c=config, n=tokens: fitting(c, n, heads))
             if isinstance(mask, BandMask):
                 timed(f"{name}, area of {len(mask)} bands", lambda m=mask: m.area)
@@ -103,12 +104,12 @@ def plans() -> None:
 
 def precision(rank: int, ranks: int) -> None:
     """Whether results get worse with more ranks, with sums that travel in float32 and in the inputs' type."""
-    for transit in TRANSITS:
+    for kept in REDUCE_DTYPES:
         for strategy in (Ring(), AllGather(), TokenRing()):
-            errors = relative_errors(rank, ranks, strategy, transit)
+            errors = relative_errors(rank, ranks, strategy, kept)
             if rank == 0:
                 shown = "  ".join(f"{name} {error:.2e}" for name, error in errors.items())
-                print(f"{type(strategy).__name__:<10} bfloat16, {ranks:>2} ranks, transit={transit:<8} {shown}", flush=True)
+                print(f"{type(strategy).__name__:<10} bfloat16, {ranks:>2} ranks, reduce_dtype={kept:<8} {shown}", flush=True)
 
 
 def against_torch(rank: int, ranks: int) -> None:

@@ -78,9 +78,7 @@ def _asked(options: argparse.Namespace) -> tuple[list[Cell], Timeline | None]:
         found: dict[str, Cell] = {}
         for planned in look(options.overrides).cells:
             config = planned.cell.config
-            key = json.dumps(
-                [config[axis] for axis in ("cp", "mask", "seqlen", "scale", "heads", "dtype", "direction", "transit", "seed")]
-            )
+            key = json.dumps({axis: value for axis, value in config.items() if axis not in ("kernel", "measure")})
             found.setdefault(key, planned.cell)
         return list(found.values()), None
     if options.overrides:

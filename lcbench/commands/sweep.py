@@ -52,8 +52,8 @@ def main(arguments: list[str]) -> int:
             words = [f"--{name}={value}" for name in ("cfg", "info", "package") if (value := getattr(flags, name))]
             _explain([*dirs, *words, *(["--resolve"] if flags.resolve else []), *single_lines(lines, loader)])
             return 0
-    # Hydra gets the launcher; the grid is planned already. (It would try the options of swept values, as in mask=a,b mask.draws=2,
-    # on the default value, and refuse them.)
+    # Hydra gets the launcher; the grid is planned already. (It would try the options of swept values, as in mask=a,b
+    # mask.samples=2, on the default value, and refuse them.)
     remember(plan)
     _enter([*dirs, f"hydra/launcher={plan.launcher}"])
     return 0

@@ -24,16 +24,16 @@ ORDERS = ("auto", "zigzag", "contiguous")
 
 @dataclass(frozen=True)
 class AllGather(Lowered):
-    """``heads_per_step``: key/value heads gathered at a time, or ``all``; ``order``: how tokens are dealt out."""
+    """``heads_per_step``: key/value heads gathered at a time, or ``all``; ``layout``: how tokens are dealt out."""
 
     heads_per_step: int | Literal["all"] = "all"
-    order: Literal["auto", "zigzag", "contiguous"] = "auto"
+    layout: Literal["auto", "zigzag", "contiguous"] = "auto"
 
     def __post_init__(self) -> None:
         if self.heads_per_step != "all":
             check_count("heads_per_step", self.heads_per_step)
-        if self.order not in ORDERS:
-            raise ValueError(f"cp.order={self.order} is not one of {', '.join(ORDERS)}")
+        if self.layout not in ORDERS:
+            raise ValueError(f"cp.layout={self.layout} is not one of {', '.join(ORDERS)}")
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         if self.heads_per_step != "all" and problem.heads.kv % self.heads_per_step:
@@ -43,7 +43,7 @@ class AllGather(Lowered):
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks, heads = problem.scale.world_size, problem.heads
         # Stretches of tokens are shards, so that all of them behind one another are the sequence as it was.
-        dealt = deal(mask, problem.seqlen, ranks, self.order)
+        dealt = deal(mask, problem.seqlen, ranks, self.layout)
         pieces = sorted((run, rank) for rank, runs in enumerate(dealt.shards) for run in runs)
         owner = np.array([rank for _, rank in pieces])
         shards = Layout(tuple((run,) for run, _ in pieces))

@@ -32,16 +32,16 @@ class LoongTrain(Lowered):
         window: ring positions of an inner ring, or ``auto``: those in one node; where that is 1 or all, the divisor of the ring
             nearest to its square root.
         placement: which ranks are neighbours: those of a head exchange, or those of an inner ring.
-        order: of tokens over the ring positions.
+        layout: of tokens over the ring positions.
     """
 
     ulysses_degree: int | Literal["auto"] = "auto"
     window: int | Literal["auto"] = "auto"
     placement: Placement = "head_first"
-    order: Order = "auto"
+    layout: Order = "auto"
 
     def __post_init__(self) -> None:
-        check_order(self.order)
+        check_order(self.layout)
         for option in ("ulysses_degree", "window"):
             if getattr(self, option) != "auto":
                 check_count(option, getattr(self, option))
@@ -74,7 +74,7 @@ class LoongTrain(Lowered):
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         degree, windows = self.degree(problem), self.windows(problem)
         grid = ranks_of(problem.scale.world_size, degree, outside=self.placement == "context_first")
-        return grid_schedule(problem, mask, grid, windows, self.order)
+        return grid_schedule(problem, mask, grid, windows, self.layout)
 
 
 def grid_schedule(problem: Problem, mask: Mask, grid: Ints, windows: int, order: Order) -> Schedule:

@@ -23,19 +23,19 @@ ORDERS = {"zigzag": zigzag, "striped": striped, "contiguous": contiguous}
 
 @dataclass(frozen=True)
 class Ring(Lowered):
-    """``order``: how tokens are dealt out; ``auto``: zigzag or contiguous, whichever is better balanced by exact area."""
+    """``layout``: how tokens are dealt out; ``auto``: zigzag or contiguous, whichever is better balanced by exact area."""
 
-    order: Order = "auto"
+    layout: Order = "auto"
 
     def __post_init__(self) -> None:
-        check_order(self.order)
+        check_order(self.layout)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return too_short(problem, problem.scale.world_size)
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size
-        shards = deal(mask, problem.seqlen, ranks, self.order)
+        shards = deal(mask, problem.seqlen, ranks, self.layout)
         return Schedule(ranks, shards, np.arange(ranks), head_groups(problem.heads, 1), singles(ranks), rings([ranks]))
 
 
@@ -72,4 +72,4 @@ def too_short(problem: Problem, shards: int) -> str | None:
 
 def check_order(order: str) -> None:
     if order not in ("auto", *ORDERS):
-        raise ValueError(f"cp.order={order} is not one of auto, {', '.join(ORDERS)}")
+        raise ValueError(f"cp.layout={order} is not one of auto, {', '.join(ORDERS)}")

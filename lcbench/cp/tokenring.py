@@ -29,5 +29,5 @@ class TokenRing(Ring):
                     returns=rows(every, before, before, 0) if hop >= 2 else NO_ROWS,
                 )
             )
-        shards = deal(mask, problem.seqlen, ranks, self.order)
+        shards = deal(mask, problem.seqlen, ranks, self.layout)
         return Schedule(ranks, shards, every, head_groups(problem.heads, 1), singles(ranks), tuple(steps))

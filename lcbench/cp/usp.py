@@ -25,11 +25,11 @@ class USP(Lowered):
     """
 
     ulysses_degree: int | Literal["auto"] = "auto"
-    order: Order = "auto"
+    layout: Order = "auto"
     ulysses: Literal["inside", "outside"] = "inside"
 
     def __post_init__(self) -> None:
-        check_order(self.order)
+        check_order(self.layout)
         if self.ulysses_degree != "auto":
             check_count("ulysses_degree", self.ulysses_degree)
         if self.ulysses not in ("inside", "outside"):
@@ -43,4 +43,4 @@ class USP(Lowered):
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         grid = ranks_of(problem.scale.world_size, self.degree(problem), outside=self.ulysses == "outside")
-        return grid_schedule(problem, mask, grid, 1, self.order)
+        return grid_schedule(problem, mask, grid, 1, self.layout)

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -17,24 +17,22 @@ from typing import Any, cast
 from pydantic import TypeAdapter
 
 from lcbench.cp.base import Strategy
+from lcbench.grid.axes import AXES, GROUPS, HOMES, RESERVED, renamed
 from lcbench.grid.cell import CONTENT, CONTENT_BEFORE
 from lcbench.grid.paths import CONF
-from lcbench.grid.values import check_finite, parse_int, parse_option, parse_tokens
+from lcbench.grid.values import check_finite, listed, parse_int, parse_option, parse_tokens
 from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
 
-RESERVED = ("name", "_target_")
-# What a mask gets besides its options: the length, the heads, a seed, document lengths.
-GIVEN = ("seqlen", "heads", "seed", "lengths")
 # Options that are the cell's and not its owner's: seeded draws of a mask to measure, and the digest of a file's content: as it is
 # written now, and as cells of before have it.
-DRAWS, DIGESTS = "draws", (CONTENT, CONTENT_BEFORE)
+SAMPLES, DIGESTS = "samples", (CONTENT, CONTENT_BEFORE)
 
 
-# Where values of axes live; everything else is built only where a file of conf/ or the user names it.
-HOMES = ("lcbench.kernels.", "lcbench.cp.", "lcbench.masks.")
-WANTED = "a kernel's class (lcbench.kernels.base.Kernel), a strategy's, one of document lengths, or a mask's function of seqlen"
+WANTED = (
+    "a value of an axis: a class with the methods of one of its kind (lcbench.kernels.base.Kernel), or a mask's function of seqlen"
+)
 NAMED = re.compile(r"^\s*_target_\s*:\s*[\"']?([\w.]+)", re.M)
 _allowed: set[str] = set()
 
@@ -57,19 +55,29 @@ def check_targets(config: dict[str, Any]) -> set[str]:
     Raises:
         ValueError: something that is not allowed, not there (any more), or no such value.
     """
-    values = [config[group] for group in ("kernel", "cp", "mask")]
-    values += [lengths for value in values if isinstance(lengths := value.get("lengths"), dict)]
-    named = {_allowed_target(value.get("_target_")) for value in values}
-    for target in named:
-        get_object(target)
-    return {target for target in named if not target.startswith(HOMES)}
+    named = {(group, target) for group in GROUPS for target in _targets(config.get(group))}
+    for group, target in named:
+        get_object(target, group if target == config[group].get("_target_") else None)
+    return {target for _, target in named if not target.startswith(HOMES)}
 
 
-def get_object(target: str) -> Any:
+def _targets(value: Any) -> Iterator[Any]:
+    """Every ``_target_`` of an axis value, its own and those of values in its options."""
+    if isinstance(value, dict):
+        if "name" in value or "_target_" in value:
+            yield _allowed_target(value.get("_target_"))
+        for option in value.values():
+            yield from _targets(option)
+
+
+def get_object(target: str, group: str | None = None) -> Any:
     """The class or function that a ``_target_`` names. (Hydra's own does more, and costs every rank a fifth of its start.)
 
     A config may come from a results folder that others write to. So what is imported lies where values of axes live in lcbench, or
-    a file of ``conf/`` or the user (``allow``) has named it; and it must be such a value itself.
+    a file of ``conf/`` or the user (``allow``) has named it; and it must be such a value itself: nothing else is ever called.
+
+    Args:
+        group: the axis that it is a value of; None: any.
 
     Raises:
         ValueError: it is not allowed, cannot be imported, or is something else.
@@ -78,10 +86,18 @@ def get_object(target: str) -> Any:
     try:
         found = vars(import_module(module))[name]
     except Exception as error:  # the module is not there, has no such name, or does not even load
-        raise ValueError(f"_target_={target} cannot be imported: {type(error).__name__}: {error}") from error
-    if not _is_value(found) or (target.startswith(HOMES) and found.__module__ != module):
+        raise ValueError(f"_target_={target} cannot be imported: {_in_words(error)}") from error
+    if not (inspect.isclass(found) or inspect.isfunction(found)) or (target.startswith(HOMES) and found.__module__ != module):
+        raise ValueError(f"_target_={target} is not {WANTED}")
+    if group is not None and (lacking := AXES[group].missing(found)):
+        raise ValueError(f"_target_={target} {lacking}, which a value of {group} has")
+    if all(AXES[name].missing(found) for name in GROUPS):
         raise ValueError(f"_target_={target} is not {WANTED}")
     return found
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _allowed_target(target: Any) -> str:
@@ -96,15 +112,6 @@ def _allowed_target(target: Any) -> str:
     return target
 
 
-def _is_value(found: Any) -> bool:
-    """Whether it is what an axis can take: nothing else is ever called."""
-    if inspect.isfunction(found):
-        return next(iter(inspect.signature(found).parameters), None) == "seqlen"
-    members = ("prepare", "unsupported", "schedule", "start", "sample")  # a kernel's, a strategy's, and of lengths
-    has = {name for name in members if callable(getattr(found, name, None))}
-    return inspect.isclass(found) and ("prepare" in has or "sample" in has or {"unsupported"} < has)
-
-
 @cache
 def _conf_targets() -> frozenset[str]:
     """What files of this checkout's conf/ name."""
@@ -115,12 +122,22 @@ class Checked(dict[str, Any]):
     """The config of an axis value that ``check_options`` has passed: a grid checks each value once, not once per cell."""
 
 
+def build(config: dict[str, Any], *given: Any, **more: Any) -> Any:
+    """The value that a config names, with its options; an option that names a ``_target_`` itself is built first."""
+    options = {key: build(value) if _is_nested(value) else value for key, value in _options(config).items()}
+    return get_object(config["_target_"])(*given, **more, **options)
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
+
+
 def build_kernel(config: dict[str, Any]) -> Kernel:
-    return cast(Kernel, get_object(config["_target_"])(**_options(config)))
+    return cast(Kernel, build(config))
 
 
 def build_strategy(config: dict[str, Any]) -> Strategy:
-    return cast(Strategy, get_object(config["_target_"])(**_options(config)))
+    return cast(Strategy, build(config))
 
 
 def on_one_rank(config: dict[str, Any]) -> bool:
@@ -135,87 +152,137 @@ def build_mask(config: dict[str, Any], seqlen: int, heads: Heads, seed: int, dra
         DoesNotFit: the mask cannot exist at this length or with these heads.
         ValueError: options that are bad at any length, or a file that is not what it was when the cell was planned.
     """
-    target = config["_target_"]
-    names = _parameters(target)
-    given: dict[str, Any] = {"heads": heads, "seed": (seed, draw)}
-    options = {k: v for k, v in _options(config).items() if k not in (DRAWS, "lengths")}
-    if "lengths" in names:
-        given["lengths"] = get_object(config["lengths"]["_target_"])(**_options(config["lengths"]))
     known = next((config[key] for key in DIGESTS if key in config), None)
-    if known is not None and _digest(options["file"]) != known:
-        raise ValueError(f"mask.file={options['file']} has changed since this cell was planned; plan it anew")
-    return cast(Mask, get_object(target)(seqlen, **{k: v for k, v in given.items() if k in names}, **options))
+    if known is not None and _digest(config["file"]) != known:
+        raise ValueError(f"mask.file={config['file']} has changed since this cell was planned; plan it anew")
+    given = {"heads": heads, "seed": (seed, draw)}
+    takes = _parameters(config["_target_"])
+    options = {key: value for key, value in config.items() if key != SAMPLES}
+    return cast(Mask, build(options, seqlen, **{key: value for key, value in given.items() if key in takes}))
 
 
 def draws(config: dict[str, Any]) -> int:
     """How many seeded draws of a mask a cell measures."""
-    return int(config.get(DRAWS, 1))
+    return int(config.get(SAMPLES, 1))
 
 
-def with_lengths(mask: dict[str, Any], lengths: dict[str, Any]) -> dict[str, Any]:
-    """A mask's config with the document lengths in it, if it has documents; the others are the same for every lengths value."""
-    return {**mask, "lengths": lengths} if "lengths" in _parameters(mask["_target_"]) else mask
+def with_option(owner: dict[str, Any], name: str, value: dict[str, Any]) -> dict[str, Any]:
+    """An axis value's config with another value in it, if it has an option of this name (document lengths of a mask); the other
+    owners are the same cell whatever the value.
+    """
+    return {**owner, name: value} if name in _parameters(owner["_target_"]) else owner
 
 
 def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
     """The config of an axis value with its options checked against what ``_target_`` takes; token counts become integers.
 
+    Args:
+        group: the axis, or ``<axis>.<option>`` of a value that is an option.
+
     Raises:
+        BadFile: the file of the value does not say what it is, or what it names is no such value.
         ValueError: an option that is missing, not set, not a token count where one is wanted, or refused by its owner.
     """
     if isinstance(config, Checked):
         return dict(config)
-    name = config.get("name", "?")
-    if not isinstance(config.get("_target_"), str) or not isinstance(config.get("name"), str):
-        raise ValueError(f"conf/{group}/{name}.yaml must set name and _target_, each a text")
-    allow([config["_target_"]])  # composed from the user's own files and words
-    try:
-        takes = _parameters(config["_target_"])
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{group}={name}: _target_: {config['_target_']} is no class or function: {error}") from error
-    known = [*(option for option in takes if group != "mask" or option not in GIVEN), *([DRAWS] if group == "mask" else [])]
-    unknown = [option for option in config if option not in (*known, *RESERVED)]
-    if unknown and not any(parameter.open for parameter in takes.values()):
-        options = ", ".join(k for k in known if k in takes or "seed" in takes) or "none"
-        raise ValueError(
-            f"{group}={name} has no option {unknown[0]!r} ({group}.{unknown[0]}={config[unknown[0]]}); it has {options}"
-        )
+    takes, given = _takes(group, config), _given(group)
+    options = {option: parameter for option, parameter in takes.items() if not parameter.open and option not in given}
+    _check_known(group, config, takes, [*options, *([SAMPLES] if "seed" in given else [])])
     checked = dict(config)
-    for option, parameter in takes.items():
-        if parameter.open or (group == "mask" and option in GIVEN):
-            continue
-        value = config.get(option)
-        if value is None or value == "???":
-            if parameter.required:
-                example = "4k" if "int" in parameter.annotation or "NonNegative" in parameter.annotation else "a value"
-                raise ValueError(f"{group}={name} needs {group}.{option}, which is not set; for example {group}.{option}={example}")
-            if value is None and option in config and not parameter.optional:
-                raise ValueError(f"{group}.{option}=null is no value of it; leave it out, or set it")
-            continue
-        checked[option] = _parsed(group, option, parameter, value)
+    for option, parameter in options.items():
+        if _is_set(group, option, parameter, config):
+            checked[option] = _parsed(group, option, parameter, config[option])
     check_finite(checked, group)
-    if group == "mask":
-        if "seed" in takes:
-            checked[DRAWS] = parse_int(config.get(DRAWS, 1), f"mask.{DRAWS}", least=1)
-        elif DRAWS in checked:
-            raise ValueError(f"mask={name} draws nothing, so mask.{DRAWS}={checked[DRAWS]} means nothing")
+    if "seed" in given:
+        _check_samples(checked, "seed" in takes)
     if "file" in takes and checked.get("file") is not None:
-        path = Path(str(checked["file"])).expanduser().absolute()
-        if not _is_file(path):
-            raise ValueError(f"{group}.file={checked['file']} is no file")
-        checked["file"], checked[CONTENT] = str(path), _digest(str(path))
-    if group != "mask":
-        try:
-            get_object(config["_target_"])(**_options(checked))  # its own checks
-        except (TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"{group}={name}: {error}") from error
+        _pin_file(group, checked)
+    if not given:
+        _try(group, checked)
     return {option: value for option, value in checked.items() if option not in takes or not takes[option].left_out(value)}
 
 
+class BadFile(ValueError):
+    """The file of an axis value is wrong, whatever was typed."""
+
+
+def _given(group: str) -> tuple[str, ...]:
+    """What a value gets besides its options: arguments, and values of axes that fold into it."""
+    folded = (axis.name for axis in AXES.values() if axis.folds_into == group and axis.home)
+    return (*AXES[group].given, *folded) if group in AXES else ()
+
+
+def _takes(group: str, config: dict[str, Any]) -> dict[str, Parameter]:
+    """What the target of a config takes."""
+    target = config.get("_target_")
+    unset = [key for key in RESERVED if not isinstance(config.get(key), str)]
+    if unset:
+        raise BadFile(f"a value of {group} has a name and a _target_, each a text, and this one has no {unset[0]}")
+    allow([str(target)])  # composed from the user's own files and words
+    name = f"{group}={config['name']}"
+    try:
+        get_object(str(target), group if group in AXES else None)
+        return _parameters(str(target))
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise BadFile(f"{name}: {error}") from error
+
+
+def _check_known(group: str, config: dict[str, Any], takes: dict[str, Parameter], known: list[str]) -> None:
+    unknown = [option for option in config if option not in (*known, *RESERVED)]
+    if not unknown or any(parameter.open for parameter in takes.values()):
+        return
+    if before := renamed(f"{group}.{unknown[0]}"):
+        raise ValueError(before)
+    options = [option for option in known if option in takes or "seed" in takes]
+    raise ValueError(
+        f"{group}={config['name']} has no option {unknown[0]!r} ({group}.{unknown[0]}={config[unknown[0]]}); "
+        f"it has {listed(unknown[0], options) if options else 'none'}"
+    )
+
+
+def _is_set(group: str, option: str, parameter: Parameter, config: dict[str, Any]) -> bool:
+    """Whether an option has a value; it must have one where its owner has no default."""
+    value = config.get(option)
+    if value is not None and value != "???":
+        return True
+    if parameter.required:
+        example = "4k" if "int" in parameter.annotation or "NonNegative" in parameter.annotation else "a value"
+        name = f"{group}.{option}"
+        raise ValueError(f"{group}={config['name']} needs {name}, which is not set; for example {name}={example}")
+    if value is None and option in config and not parameter.optional:
+        raise ValueError(f"{group}.{option}=null is no value of it; leave it out, or set it")
+    return False
+
+
+def _check_samples(checked: dict[str, Any], draws_something: bool) -> None:
+    if draws_something:
+        checked[SAMPLES] = parse_int(checked.get(SAMPLES, 1), f"mask.{SAMPLES}", least=1)
+    elif SAMPLES in checked:
+        raise ValueError(f"mask={checked['name']} draws nothing, so mask.{SAMPLES}={checked[SAMPLES]} means nothing")
+
+
+def _pin_file(group: str, checked: dict[str, Any]) -> None:
+    """Make the path of an option ``file`` absolute, and put a digest of the content beside it."""
+    path = Path(str(checked["file"])).expanduser().absolute()
+    if not _is_file(path):
+        raise ValueError(f"{group}.file={checked['file']} is no file")
+    checked["file"], checked[CONTENT] = str(path), _digest(str(path))
+
+
+def _try(group: str, checked: dict[str, Any]) -> None:
+    """Have the owner of the options check them itself."""
+    try:
+        build(checked)
+    except (TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{group}={checked['name']}: {_in_words(error)}") from error
+
+
 def _parsed(group: str, option: str, parameter: Parameter, value: Any) -> Any:
-    """An option's value; every integer of a mask or of document lengths is a token count, ``NonNegative`` ones may be 0."""
+    """An option's value. Where whole numbers are token counts, those of type ``NonNegative`` may be 0."""
     name, annotation = f"{group}.{option}", parameter.annotation
-    if group in ("mask", "lengths"):
+    if _is_nested(value):
+        return check_options(name, value)
+    if group in AXES and AXES[group].token_counts:
         if "list[int]" in annotation:
             return [parse_tokens(item, name) for item in (value if isinstance(value, list) else [value])]
         if "NonNegative" in annotation and str(value) == "0":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lcbench.grid.axes import AXES, GROUPS, LABEL, value_of, with_first_names, with_present_names
 from lcbench.grid.values import parse_heads, parse_scale
 from lcbench.problem import Heads, Problem, Scale
 
@@ -26,26 +27,27 @@ class Cell:
 
         {"kernel": {"name": "sdpa_flash", "_target_": "lcbench.kernels.sdpa_flash.SDPAFlash", ...options},
          "cp":     {"name": "ring", "_target_": "lcbench.cp.ring.Ring", ...options},
-         "mask":   {"name": "document", "_target_": "lcbench.masks.document.document", ...options, "draws": 1,
-                    "lengths": {"name": "web_text", ...}},  # lengths, draws: where the mask has documents, draws something
+         "mask":   {"name": "document", "_target_": "lcbench.masks.document.document", ...options, "samples": 1,
+                    "lengths": {"name": "web_text", ...}},  # lengths, samples: where the mask has documents, draws something
          "seqlen": 65536, "scale": "2x8", "heads": "32x8x128", "dtype": "bfloat16",
-         "direction": "forward_backward", "transit": "float32", "seed": 0,
+         "direction": "forward_backward", "reduce_dtype": "float32", "seed": 0,
+         "workload": {...},  # where it is not attention: an axis with an ``unsaid`` value is left out at it (``grid/axes.py``)
          "measure": {"warmup": 3, "min_iterations": 5, "max_iterations": 100, "budget_s": 20.0, "precision": 0.02,
                      "timeline": false}}
 
     Token counts are plain integers there; where the cell ran, and when, is not part of it.
     """
 
-    canonical: str  # the JSON text of what decides, sorted keys, no white space
-    whole: str = field(compare=False)  # the same with the paths of files, which whoever measures needs
+    canonical: str  # the JSON text of what decides, by the first names of things, sorted keys, no white space
+    whole: str = field(compare=False)  # the config by the names of now, with the paths of files, which whoever measures needs
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Cell:
         """Raises:
         ValueError: a number that JSON does not know: infinity, or none at all.
         """
-        whole = _canonical(config)
-        return cls(_canonical(_without_paths(config)) if CONTENT in whole else whole, whole)
+        config = with_present_names(config)
+        return cls(_canonical(with_first_names(_without_paths(config))), _canonical(config))
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -60,7 +62,7 @@ class Cell:
     @cached_property
     def problem(self) -> Problem:
         config = self.config
-        return Problem(config["seqlen"], self.heads, self.scale, config["dtype"], config["direction"], config["transit"])
+        return Problem(config["seqlen"], self.heads, self.scale, config["dtype"], config["direction"], config["reduce_dtype"])
 
     @property
     def scale(self) -> Scale:
@@ -73,11 +75,16 @@ class Cell:
     @property
     def label(self) -> str:
         """For people: ``ring sdpa_flash causal_document(web_text) 64k 2x8``; not unique."""
-        config = self.config
-        mask = config["mask"]
-        documents = f"({mask['lengths']['name']})" if "lengths" in mask else ""
-        names = [config["cp"]["name"], config["kernel"]["name"], f"{mask['name']}{documents}"]
-        return " ".join([*names, format_tokens(config["seqlen"]), config["scale"]])
+        return " ".join(self._word(axis) for axis in LABEL if axis in self.config)
+
+    def _word(self, axis: str) -> str:
+        """The value of an axis, with the value of an axis that is folded into it in brackets."""
+        value = value_of(self.config, axis)
+        if isinstance(value, int):
+            return format_tokens(value)
+        options = self.config[axis] if axis in GROUPS else {}
+        folded = [options[other.name]["name"] for other in AXES.values() if other.folds_into == axis and other.name in options]
+        return f"{value}({', '.join(folded)})" if folded else str(value)
 
 
 def _canonical(config: dict[str, Any]) -> str:
@@ -93,7 +100,8 @@ def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
 def flat_config(cell: Cell) -> dict[str, Any]:
     """Every axis as one value: a group's value under the group's name, its options below it."""
     problem = cell.problem
-    params = _flat("", cell.config)
+    unsaid = {name: axis.unsaid for name, axis in AXES.items() if axis.unsaid is not None and name not in cell.config}
+    params = _flat("", {**cell.config, **unsaid})
     return params | {
         "nodes": problem.scale.nodes, "gpus_per_node": problem.scale.gpus_per_node,
         "world_size": problem.scale.world_size, "num_heads_q": problem.heads.q, "num_heads_kv": problem.heads.kv,

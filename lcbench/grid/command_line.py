@@ -16,8 +16,8 @@ from hydra._internal.utils import create_config_search_path
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
+from lcbench.grid.axes import AXES
 from lcbench.grid.expand import CONFIG, Plan, expand
-from lcbench.grid.overrides import AXES
 from lcbench.grid.paths import CONF
 from lcbench.measure.gpus import gpus_here
 

@@ -30,9 +30,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lcbench.grid import build, overrides, values
 from lcbench.grid import site as sites
+from lcbench.grid.axes import AXES, CELL_AXES, GROUPS, RESERVED, WITH_OPTIONS, plain_axes, renamed
 from lcbench.grid.cell import Cell
-from lcbench.grid.overrides import AXES, GROUPS, LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
-from lcbench.grid.paths import REPOSITORY
+from lcbench.grid.overrides import LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
+from lcbench.grid.paths import CONF, REPOSITORY
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.mask import Mask
@@ -43,8 +44,6 @@ CONFIG = "config"
 # What an axis may not look at: everything but the site. An axis is composed under site and experiment alone.
 HIDDEN = tuple(key for key in (*AXES, *RUN_OPTIONS) if key != "site")
 OUTPUTS = ("table", "quiet", "json")
-# measure.blocks at its default is no part of a cell: cells of before there were blocks keep their ids.
-BLOCKS = 3
 # Run options with options of their own, and how each of these is read.
 OPTION_GROUPS: dict[str, Callable[[Any, str], Any]] = {
     "pack": values.parse_limit, "hang": values.parse_number, "retry": values.parse_int, "budget": values.parse_limit_number,
@@ -74,6 +73,11 @@ OmegaConf.register_new_resolver("another_axis", _another_axis, replace=True)
 # What Hydra's own application knows: one time for all of a command.
 OmegaConf.register_new_resolver("now", lambda pattern: time.strftime(pattern, _STARTED), replace=True)
 OmegaConf.register_new_resolver("hydra", _hydra, replace=True)
+# What the help text of the command lists.
+OmegaConf.register_new_resolver("plain_axes", plain_axes, replace=True)
+OmegaConf.register_new_resolver(
+    "run_options", lambda: ", ".join(f"{o}.*" if o in OPTION_GROUPS else o for o in RUN_OPTIONS), replace=True
+)
 
 
 @dataclass(frozen=True)
@@ -115,48 +119,69 @@ def expand(lines: Sequence[str], loader: ConfigLoaderImpl) -> Plan:
     """
     parsed = overrides.read(lines, loader)
     swept = next((o for o in parsed if root_of(o) == "experiment" and o.is_sweep_override()), None)
-    launchers = launchers_of(loader)
-    overrides.check(parsed, loader, launchers)
-    if swept is not None:  # an experiment may set anything, so each is a plan of its own
-        others = [text_of(o) for o in parsed if o is not swept]
-        plans = [expand([line, *others], loader) for line in lines_of(swept)]
-        joined = {p.cell.id: p for plan in plans for p in plan.cells}
-        return replace(plans[0], cells=tuple(joined.values()), overrides=tuple(lines))
-    chosen = [o for o in parsed if o.key_or_group == LAUNCHER]
-    parsed = [o for o in parsed if "/" not in o.key_or_group]
-    fixed = [o for o in parsed if root_of(o) in RUN_OPTIONS or root_of(o) == "hydra"]
-    for override in (*fixed, *chosen):
-        if override.is_sweep_override():
-            raise ValueError(f"{override.get_key_element()} is not an axis and takes one value; axes: {', '.join(AXES)}")
-    base_lines = [text_of(o) for o in fixed if root_of(o) in ("site", "experiment")]
-    base = _compose_base(fixed, loader)
-    # An experiment's own sweep, below what the command line says of the same key.
-    said = {overrides.key_of(text_of(o)): o for o in parsed}
-    params = {k: v for k, v in base["hydra"]["params"].items() if k not in said}
-    _one_length(said, base, params)
-    parsed = [*overrides.read([f"{k}={v}" for k, v in params.items()], loader), *parsed]
-    overrides.check(parsed, loader, launchers)
-    axes = [o for o in parsed if not (root_of(o) in RUN_OPTIONS or root_of(o) == "hydra")]
-    options = {k: base[k] for k in RUN_OPTIONS if k not in ("site", "experiment")}
-    _check_run_options(options)
-    unknown = [k for k in base if k not in (*AXES, *RUN_OPTIONS, "hydra")]
-    if unknown:
-        raise ValueError(overrides.unknown_key(unknown[0]))
+    overrides.check(parsed, loader, launchers_of(loader))
+    if swept is None:
+        return _plan(parsed, tuple(lines), loader)
+    # An experiment may set anything, so each is a plan of its own.
+    others = [text_of(o) for o in parsed if o is not swept]
+    plans = [expand([line, *others], loader) for line in lines_of(swept)]
+    joined = {p.cell.id: p for plan in plans for p in plan.cells}
+    return replace(plans[0], cells=tuple(joined.values()), overrides=tuple(lines))
 
+
+def _plan(parsed: list[Override], lines: tuple[str, ...], loader: ConfigLoaderImpl) -> Plan:
+    """The plan of overrides with one experiment at most."""
+    chosen = [o for o in parsed if o.key_or_group == LAUNCHER]
+    typed = [o for o in parsed if "/" not in o.key_or_group]
+    fixed = [o for o in typed if _is_fixed(o)]
+    _refuse_sweeps([*fixed, *chosen])
+    base = _compose_base(fixed, loader)
+    axes, swept = _axes(typed, base, loader)
+    options = _run_options(base)
     site = _site(base["site"])
-    by_site = not {"scale"} & {*said, *params} and base["scale"] == site.get("scale")
-    both = "seqlen" in said or "seqlen" in params
-    made = (cell_config(config, both=both, by_site=by_site) for config in _product(base, base_lines, axes, loader))
-    cells = {(cell := Cell.from_config(config)).id: cell for config in made}
+    by_site = "scale" not in swept and base["scale"] == site.get("scale")
+    configs = _product(base, [text_of(o) for o in fixed if root_of(o) in ("site", "experiment")], axes, loader)
+    made = (Cell.from_config(cell_config(config, both="seqlen" in swept, by_site=by_site)) for config in configs)
+    cells = {cell.id: cell for cell in made}
     folder = Path(str(options["results"])).absolute() / str(options["sweep"] or "")
     sites.check_fit(site, (cell.scale for cell in cells.values()), options["pack"]["max_minutes"], folder)
     return Plan(
         cells=tuple(Planned(cell, skip_reason(cell)) for cell in cells.values()),
         options=options,
         site=site,
-        overrides=tuple(lines),
+        overrides=lines,
         launcher=str(chosen[-1].value()) if chosen else str(site.get("launcher")),
     )
+
+
+def _is_fixed(override: Override) -> bool:
+    """Whether an override is of no axis, so that it has one value for the whole plan."""
+    return root_of(override) in RUN_OPTIONS or root_of(override) == "hydra"
+
+
+def _refuse_sweeps(fixed: list[Override]) -> None:
+    for override in fixed:
+        if override.is_sweep_override():
+            raise ValueError(f"{override.get_key_element()} is not an axis and takes one value; axes: {', '.join(AXES)}")
+
+
+def _axes(typed: list[Override], base: dict[str, Any], loader: ConfigLoaderImpl) -> tuple[list[Override], set[str]]:
+    """Overrides of axes, those of an experiment's own sweep first, and their keys. What was typed of a key counts."""
+    said = {overrides.key_of(text_of(o)): o for o in typed}
+    params = {k: v for k, v in base["hydra"]["params"].items() if k not in said}
+    _one_length(said, base, params)
+    every = [*overrides.read([f"{k}={v}" for k, v in params.items()], loader), *typed]
+    overrides.check(every, loader, launchers_of(loader))
+    return [o for o in every if not _is_fixed(o)], {*said, *params}
+
+
+def _run_options(base: dict[str, Any]) -> dict[str, Any]:
+    """Everything but axes, site and experiment, checked."""
+    options = {k: base[k] for k in RUN_OPTIONS if k not in ("site", "experiment")}
+    _check_run_options(options)
+    if unknown := [k for k in base if k not in (*AXES, *RUN_OPTIONS, "hydra")]:
+        raise ValueError(overrides.unknown_key(unknown[0]))
+    return options
 
 
 def single_lines(lines: Sequence[str], loader: ConfigLoaderImpl) -> list[str]:
@@ -179,7 +204,7 @@ def launchers_of(loader: ConfigLoaderImpl) -> list[str]:
 
 
 def compose(lines: list[str], loader: ConfigLoaderImpl) -> dict[str, Any]:
-    """One whole config as Hydra composes it, as plain values; ``hydra`` holds the sweeper's parameters only.
+    """One whole config as Hydra composes it, as plain values; ``hydra`` holds the sweeper's parameters and the chosen files only.
 
     Raises:
         ValueError: what Hydra refuses, and an interpolation into an axis from outside of it.
@@ -188,6 +213,7 @@ def compose(lines: list[str], loader: ConfigLoaderImpl) -> dict[str, Any]:
         config = loader.load_configuration(CONFIG, lines, run_mode=RunMode.RUN)
         assert isinstance(config, DictConfig)
         params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}))
+        choices = dict(config.hydra.runtime.choices)
         OmegaConf.set_readonly(config, False)
         OmegaConf.set_struct(config, False)
         del config["hydra"]
@@ -195,7 +221,7 @@ def compose(lines: list[str], loader: ConfigLoaderImpl) -> dict[str, Any]:
         plain["site"] = OmegaConf.create(plain["site"])
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_one_line(error)) from error
-    plain["hydra"] = {"params": params}
+    plain["hydra"] = {"params": params, "choices": choices}
     return plain
 
 
@@ -248,38 +274,33 @@ def cell_config(config: dict[str, Any], *, both: bool = False, by_site: bool = F
         both: seqlen was asked for, so that seqlen_per_rank beside it is a contradiction.
         by_site: nobody asked for the scale, which is the site's; what runs on one rank only then gets one.
     """
-    if config["scale"] is None:
+    found: dict[str, Any] = {group: build.check_options(group, config[group]) for group in GROUPS}
+    scale = _scale(config["scale"], found["cp"], by_site)
+    found |= {"seqlen": _seqlen(config["seqlen"], config["seqlen_per_rank"], scale, both), "scale": str(scale)}
+    for axis in AXES.values():
+        if axis.folds_into in found and axis.home:
+            owner = found[axis.folds_into]
+            found[axis.folds_into] = build.with_option(owner, axis.name, found[axis.name])
+        elif axis.parse is not None and axis.name not in found:
+            found[axis.name] = axis.parse(config[axis.name])
+    return {name: found[name] for name, axis in CELL_AXES.items() if axis.unsaid is None or found[name] != axis.unsaid}
+
+
+def _scale(said: Any, strategy: dict[str, Any], by_site: bool) -> Scale:
+    if said is None:
         raise ValueError("scale is not set, and the site gives none; write scale=<nodes>x<GPUs per node>, such as scale=2x8")
-    groups = {group: build.check_options(group, _named(group, config[group])) for group in GROUPS}
-    scale = Scale(1, 1) if by_site and build.on_one_rank(groups["cp"]) else values.parse_scale(config["scale"])
-    seqlen, per_rank = config["seqlen"], config["seqlen_per_rank"]
-    if per_rank is not None:
-        if both and seqlen is not None:
-            raise ValueError(
-                f"seqlen={values.shown(seqlen)} and seqlen_per_rank={values.shown(per_rank)} are two ways to say one length"
-            )
-        seqlen = values.parse_tokens(per_rank, "seqlen_per_rank") * scale.world_size
-    measure = _options_of("measure", config["measure"])
-    blocks = values.parse_int(measure.pop("blocks", BLOCKS), "measure.blocks", least=1)
-    groups["mask"] = build.with_lengths(groups["mask"], groups.pop("lengths"))
-    return {
-        **groups,
-        "seqlen": values.parse_tokens(seqlen),
-        "scale": str(scale),
-        "heads": str(values.parse_heads(config["heads"])),
-        "dtype": values.parse_dtype(config["dtype"]),
-        "direction": values.parse_direction(config["direction"]),
-        "transit": values.parse_transit(config["transit"]),
-        "seed": values.parse_int(config["seed"], "seed"),
-        "measure": {
-            **{k: values.parse_int(measure.pop(k), f"measure.{k}", least=least) for k, least in
-               (("warmup", 0), ("min_iterations", 1), ("max_iterations", 1))},
-            **{k: values.parse_number(measure.pop(k), f"measure.{k}") for k in ("budget_s", "precision")},
-            "timeline": values.parse_bool(measure.pop("timeline"), "measure.timeline"),
-            **({"blocks": blocks} if blocks != BLOCKS else {}),
-            **_nothing_left("measure", measure),
-        },
-    }  # fmt: skip
+    return Scale(1, 1) if by_site and build.on_one_rank(strategy) else values.parse_scale(said)
+
+
+def _seqlen(seqlen: Any, per_rank: Any, scale: Scale, both: bool) -> int:
+    """Total tokens, which are said in one of two ways."""
+    if per_rank is None:
+        return values.parse_tokens(seqlen)
+    if both and seqlen is not None:
+        raise ValueError(
+            f"seqlen={values.shown(seqlen)} and seqlen_per_rank={values.shown(per_rank)} are two ways to say one length"
+        )
+    return values.parse_tokens(values.parse_tokens(per_rank, "seqlen_per_rank") * scale.world_size)
 
 
 def skip_reason(cell: Cell) -> str | None:
@@ -317,26 +338,35 @@ def _product(
     choices = [[(root, value) for value in _values(root, members, base_lines, loader)] for root, members in by_root.items()]
     if (count := math.prod(len(values) for values in choices)) > overrides.MOST_CELLS:
         raise ValueError(f"these are {count} cells, and a sweep has at most {overrides.MOST_CELLS}; make several of it")
-    checked: dict[tuple[str, int], dict[str, Any]] = {}
+    # The product combines the same few values again and again: each is checked once.
+    rest = {group: _checked(group, base, loader) for group in GROUPS if group not in by_root}
     for combination in itertools.product(*choices):
-        config = {**base, **dict(combination)}
-        for group in GROUPS:
-            # The product combines the same few objects again and again: check each once.
-            key = group, id(config[group])
-            if key not in checked:
-                checked[key] = build.check_options(group, _named(group, config[group]))
-            config[group] = build.Checked(checked[key])
-        yield config
+        yield {**base, **rest, **dict(combination)}
 
 
 def _values(root: str, members: list[Override], base_lines: list[str], loader: ConfigLoaderImpl) -> list[Any]:
     """What a top-level key takes under each combination of its overrides."""
     combinations = list(itertools.product(*map(lines_of, members)))
     last = [lines[-1] for lines in combinations]
-    if root in (*GROUPS, "measure") or any("${" in line or not line.startswith(f"{root}=") for line in last):
+    if root in WITH_OPTIONS or any("${" in line or not line.startswith(f"{root}=") for line in last):
         return [_compose_key(root, list(lines), base_lines, loader) for lines in combinations]
     # A plain key becomes what was written last.
     return [_plain(override) for override in overrides.read(last, loader)]
+
+
+def _checked(group: str, composed: dict[str, Any], loader: ConfigLoaderImpl) -> build.Checked:
+    """The value of a group in a composed config, checked; what is wrong with a file names it."""
+    value = composed[group]
+    if not isinstance(value, dict):
+        raise ValueError(f"{group}={values.shown(value)} is no value of this axis")
+    try:
+        return build.Checked(build.check_options(group, value))
+    except ValueError as error:
+        source = loader.repository.load_config(f"{group}/{composed['hydra']['choices'].get(group)}")
+        folder = Path(source.path.removeprefix("file://")) if source else CONF
+        if source and (folder != CONF or isinstance(error, build.BadFile)):
+            raise ValueError(f"{folder / group / composed['hydra']['choices'][group]}.yaml: {error}") from error
+        raise
 
 
 def _plain(override: Override) -> Any:
@@ -367,7 +397,7 @@ def _compose_key(root: str, lines: list[str], base_lines: list[str], loader: Con
         composed = compose(base_lines + lines, loader)
     except ValueError as error:
         raise ValueError(_option_error(root, lines, base_lines, loader) or str(error)) from error
-    return composed[root]
+    return _checked(root, composed, loader) if root in GROUPS else composed[root]
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
@@ -375,40 +405,22 @@ def _compose_key(root: str, lines: list[str], base_lines: list[str], loader: Con
 
 def _option_error(root: str, lines: list[str], base_lines: list[str], loader: ConfigLoaderImpl) -> str | None:
     """A clear word on an option that an axis value does not have."""
-    if root not in (*GROUPS, "measure", *OPTION_GROUPS):
+    if root not in (*WITH_OPTIONS, *OPTION_GROUPS):
         return None
     chosen = [line for line in lines if line.partition("=")[0] == root]
     config = compose(base_lines + chosen, loader)[root]
     if not isinstance(config, dict):
         return None
-    options = [k for k in config if k not in build.RESERVED]
+    options = [k for k in config if k not in RESERVED]
     for line in lines:
         key = line.partition("=")[0]
         option = key.partition(".")[2]
         if option and option.split(".")[0] not in options:
+            if before := renamed(key.lstrip("+~")):
+                return before
             owner = f"{root}={config['name']}" if "name" in config else root
-            return f"{owner} has no option {option!r} ({line}); it has {overrides.listed(option, options) if options else 'none'}"
+            return f"{owner} has no option {option!r} ({line}); it has {values.listed(option, options) if options else 'none'}"
     return None
-
-
-def _named(group: str, config: Any) -> dict[str, Any]:
-    if not isinstance(config, dict):
-        raise ValueError(f"{group}={values.shown(config)} is no value of this axis")
-    return config
-
-
-def _options_of(group: str, config: Any) -> dict[str, Any]:
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"{group}={values.shown(config)} means nothing; it has options, and each is set by itself: {group}.<option>=..."
-        )
-    return dict(config)
-
-
-def _nothing_left(owner: str, rest: dict[str, Any]) -> dict[str, Any]:
-    if rest:
-        raise ValueError(f"{owner} has no option {sorted(rest)[0]!r}")
-    return {}
 
 
 def _check_run_options(options: dict[str, Any]) -> None:

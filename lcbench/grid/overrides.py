@@ -7,7 +7,6 @@ a word on where it belongs.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import shlex
@@ -23,8 +22,9 @@ from hydra.errors import HydraException
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
-GROUPS = ("kernel", "cp", "mask", "lengths")
-AXES = (*GROUPS, "seqlen", "seqlen_per_rank", "scale", "heads", "dtype", "direction", "transit", "seed", "measure")
+from lcbench.grid.axes import AXES, GROUPS, RESERVED, renamed
+from lcbench.grid.values import listed
+
 RUN_OPTIONS = (
     "sweep", "site", "wait", "output", "force", "pack", "hang", "retry", "budget", "results", "tracking_uri", "mlflow_experiment",
     "experiment",
@@ -33,8 +33,6 @@ RUN_OPTIONS = (
 TEXT = ("sweep", "results", "tracking_uri", "mlflow_experiment", "output")
 FILES = (*GROUPS, "site", "experiment", "hydra/launcher", "hydra/sweeper")
 LAUNCHER = "hydra/launcher"
-# What of an axis value's file says what the value is; the rest are options.
-RESERVED = ("name", "_target_")
 # Of Hydra's own options: where what they are for is said here. The longest beginning counts.
 PLACES = {
     "hydra.launcher": "jobs are what site.<option> says (site.max_minutes, site.partition, site.sbatch.<option>), pack.<option>",
@@ -236,14 +234,10 @@ def _check_members(override: Override, options: Sequence[str]) -> None:
 
 def unknown_key(key: str) -> str:
     """One line on a key that is neither axis nor option."""
+    if before := renamed(key):
+        return before
     known = (*AXES, *RUN_OPTIONS)
     return f"unknown axis {key!r}; axes: {', '.join(AXES)}; run options: {listed(key, RUN_OPTIONS, known)}"
-
-
-def listed(value: str, options: Sequence[str], near: Sequence[str] | None = None) -> str:
-    """Options, with the one that was meant if that can be guessed."""
-    close = difflib.get_close_matches(value, near or options, n=1)
-    return ", ".join(options) + (f" (did you mean {close[0]}?)" if close else "")
 
 
 # -- what an override holds ----------------------------------------------------------------------------------------------

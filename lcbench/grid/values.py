@@ -5,16 +5,19 @@ Every error is one line that names the offending value, the accepted form and an
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from lcbench.problem import DIRECTIONS, DTYPES, TRANSITS, Heads, Scale
+from lcbench.problem import DIRECTIONS, DTYPES, REDUCE_DTYPES, Heads, Scale
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 # Far beyond what anybody runs, and small enough that a slip of the finger is no plan that never ends.
@@ -37,6 +40,12 @@ def axis_values(conf: Path, axis: str) -> list[str]:
     """The values of an axis by the files of conf/: without other names of the same, and what needs a file of the user's."""
     texts = {path.stem: path.read_text() for path in sorted((conf / axis).glob("*.yaml"))}
     return [name for name, text in texts.items() if "???" not in text and re.search(rf"^name: {name}\b", text, re.MULTILINE)]
+
+
+def listed(value: str, options: Sequence[str], near: Sequence[str] | None = None) -> str:
+    """Options, with the one that was meant if that can be guessed."""
+    close = difflib.get_close_matches(value, near or options, n=1)
+    return ", ".join(options) + (f" (did you mean {close[0]}?)" if close else "")
 
 
 def parse_tokens(value: object, name: str = "seqlen") -> int:
@@ -95,9 +104,9 @@ def parse_direction(value: object) -> str:
     return str(value)
 
 
-def parse_transit(value: object) -> str:
-    if value not in TRANSITS:
-        raise ValueError(f"transit={shown(value)} is not one of {', '.join(TRANSITS)}")
+def parse_reduce_dtype(value: object) -> str:
+    if value not in REDUCE_DTYPES:
+        raise ValueError(f"reduce_dtype={shown(value)} is not one of {', '.join(REDUCE_DTYPES)}")
     return str(value)
 
 
@@ -135,6 +144,19 @@ def parse_number(value: object, name: str) -> float:
 def parse_limit_number(value: object, name: str) -> float | None:
     """A number above 0, or none at all."""
     return None if value is None else parse_number(value, name)
+
+
+def parse_measure(value: object) -> dict[str, Any]:
+    """How a cell is timed, as its config holds it: every option of ``measure`` checked."""
+    if not isinstance(value, dict):
+        raise ValueError(f"measure={shown(value)} means nothing; it has options, and each is set by itself: measure.<option>=...")
+    if unknown := sorted(set(value) - set(MEASURE)):
+        raise ValueError(f"measure has no option {unknown[0]!r}; it has {', '.join(MEASURE)}")
+    missing = [option for option in MEASURE if option not in value and option != "blocks"]
+    if missing:
+        raise ValueError(f"measure.{missing[0]} is not set")
+    found = {option: parse(value[option], f"measure.{option}") for option, parse in MEASURE.items() if option in value}
+    return {option: one for option, one in found.items() if option != "blocks" or one != BLOCKS}
 
 
 def parse_option(value: object, name: str, kind: Any) -> Any:
@@ -211,3 +233,12 @@ def shown(value: Any) -> str:
         return f"{float(value):g}" if abs(value) < MOST_NUMBER else "a huge number"
     text = str(value)
     return text if len(text) <= LONG else f"{text[:LONG]}..."
+
+
+# measure.blocks at its default is no part of a cell: cells of before there were blocks keep their ids.
+BLOCKS = 3
+# Options of measure, and how each is read.
+MEASURE: dict[str, Callable[[Any, str], Any]] = {
+    "warmup": parse_int, "min_iterations": partial(parse_int, least=1), "max_iterations": partial(parse_int, least=1),
+    "budget_s": parse_number, "precision": parse_number, "timeline": parse_bool, "blocks": partial(parse_int, least=1),
+}  # fmt: skip

@@ -162,7 +162,7 @@ class Started:
         self.shard = Shard(self.tokens, *(self._drawn(name) for name in INPUTS[: 4 if problem.backward else 3]))
         self.negated = False
         # A library adds up gradients on their way between ranks in whatever type it likes.
-        hops = gang.world_size if problem.transit == "input" or self.executor is None else 0
+        hops = gang.world_size if problem.reduce_dtype == "input" or self.executor is None else 0
         bounds = Bounds(problem, work.kernel.rounding(Platform.of(gang.device)), max(calls) * gang.world_size, hops)
         seed = [work.seed, work.attempt, number]
         own_lse = getattr(self.run, "own_lse", True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from lcbench.grid.axes import CHOICE, PROBLEM, renamed
 from lcbench.grid.cell import Cell
 from lcbench.report.environment import Environment, environment_of
 from lcbench.report.frame import PHASES
@@ -76,18 +77,20 @@ class Comparison:
 
 
 def side_of(sweep: Sweep, across: Sequence[str] = ()) -> Side:
-    """A sweep as one side of a comparison; cells are the same if they differ in nothing but ``measure`` and the axes ``across``.
+    """A sweep as one side of a comparison; cells are the same if they differ in nothing but how they were measured and the
+    axes ``across``.
 
     Raises:
         ValueError: no such axis, or several cells that differ in these only.
     """
+    if unknown := [axis for axis in across if axis not in (*CHOICE, *PROBLEM)]:
+        raise ValueError(renamed(unknown[0]) or f"{unknown[0]!r} is not an axis; axes: {', '.join((*CHOICE, *PROBLEM))}")
+    alike = {*CHOICE, *PROBLEM} - {*across}
     good: dict[str, tuple[Cell, Attempt]] = {}
     others: dict[str, tuple[Cell, str]] = {}
     for record in sweep.look().records.values():
         cell, last = record.entry.cell, record.last
-        if unknown := [axis for axis in across if axis not in cell.config]:
-            raise ValueError(f"{unknown[0]!r} is not an axis; axes: {', '.join(k for k in cell.config if k != 'measure')}")
-        key = json.dumps({k: v for k, v in cell.config.items() if k not in ("measure", *across)}, sort_keys=True)
+        key = json.dumps({k: v for k, v in cell.config.items() if k in alike}, sort_keys=True)
         if key in good and across:
             raise ValueError(f"sweep {sweep.name} has several cells that differ in {', '.join(across)} only, such as {cell.label}")
         if last is not None and last.status == "ok" and not last.no_speed:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lcbench.grid.axes import CELL_GROUPS, CHOICE, LABEL, PROBLEM
 from lcbench.grid.cell import flat_config
 from lcbench.report.intervals import Median, Timing, medians
 from lcbench.runs.store import Attempt, Look, Record, Sweep, Unreadable
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PHASES = ("forward", "backward", "total")
-# A cell answers "with what?" ...
-CHOICE = ("kernel", "cp", "transit")
-# ... to a problem, which is the rest of its config but how long it was measured.
-PROBLEM = ("mask", "seqlen", "scale", "heads", "dtype", "direction", "seed")
 
 
 def frame_of(sweeps: Iterable[Sweep], *, attempts: Literal["newest", "all"] = "newest", samples: bool = False) -> pd.DataFrame:
@@ -69,8 +66,8 @@ def reported(sweep: Sweep, seen: Look | None = None) -> pd.DataFrame:
     """Every cell of a sweep (``seen``: as a look at it showed them), with samples and with columns for reports:
 
     ``what_kernel``, ``what_cp``, ``what_mask``: the axis value with those of its options that differ between rows; ``choice``:
-    kernel, strategy and transit in one word; ``problem``: all that a choice is an answer to, as one key; ``setting``: what of the
-    problem is neither mask, length, scale nor seed; ``where``: that with the seed, if there are several; ``tokens_per_rank``;
+    kernel, strategy and reduce_dtype in one word; ``problem``: all that a choice is an answer to, as one key; ``setting``: what of
+    the problem is neither mask, length, scale nor seed; ``where``: that with the seed, if there are several; ``tokens_per_rank``;
     ``<phase>_by_mean``: TFLOP/s per GPU with the mean over ranks for a time, as others count, where ours is the slowest rank's;
     ``timed/<phase>``: its time as a ``Median``, with the noise that all good cells of the sweep tell together.
 
@@ -83,17 +80,17 @@ def reported(sweep: Sweep, seen: Look | None = None) -> pd.DataFrame:
         return frame
     speeds = [c for c in frame.columns if c.startswith(("time/", "compute/", "overlap/", "draws/"))]
     frame.loc[frame["no_speed"] != "", speeds] = np.nan
-    for group in ("kernel", "cp", "mask"):
+    for group in CELL_GROUPS:
         frame[f"what_{group}"] = named(frame, group)
     differing = [axis for axis in CHOICE if axis == "cp" or frame[axis].nunique() > 1]
-    shown = [
-        {"kernel": "what_kernel", "cp": "what_cp"}.get(axis, axis) for axis in ("cp", "kernel", "transit") if axis in differing
-    ]
+    shown = [f"what_{axis}" if axis in CELL_GROUPS else axis for axis in sorted(differing, key=lambda axis: axis != "cp")]
     frame["choice"] = [" + ".join(map(str, values)) for values in frame[shown].to_numpy()]
-    options = sorted(c for c in frame.columns if c.startswith("mask.") and c != "mask.file")  # a file's digest is there
+    options = sorted(
+        c for c in frame.columns if c.partition(".")[0] in PROBLEM and "." in c and c != "mask.file"
+    )  # its digest is there
     rows = frame.to_dict("records")
     frame["problem"] = [json.dumps([_plain(row[c]) for c in (*PROBLEM, *options)]) for row in rows]
-    rest = [axis for axis in ("heads", "dtype", "direction") if axis == "heads" or frame[axis].nunique() > 1]
+    rest = [axis for axis in PROBLEM if axis not in (*LABEL, "seed") and (axis == "heads" or frame[axis].nunique() > 1)]
     frame["setting"] = [", ".join(f"{a} {row[a]}" for a in rest) for row in rows]
     frame["where"] = frame["setting"] + (", seed " + frame["seed"].astype(str) if frame["seed"].nunique() > 1 else "")
     frame["tokens_per_rank"] = frame["seqlen"] // frame["world_size"]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lcbench.grid.axes import PACE, value_of
 from lcbench.grid.build import draws
 from lcbench.grid.cell import Cell
 from lcbench.grid.expand import pairs
@@ -149,6 +150,4 @@ def memory_bytes(problem: Problem, strategy: str) -> int:
 
 
 def _likeness(cell: Cell) -> tuple[Any, ...]:
-    config = cell.config
-    names = (config[group]["name"] for group in ("kernel", "cp", "mask"))
-    return (*names, *(config[key] for key in ("heads", "dtype", "direction", "scale")))
+    return tuple(value_of(cell.config, axis) for axis in PACE)

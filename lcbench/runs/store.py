@@ -44,8 +44,9 @@ from typing import Any, Literal, TypeVar, get_args
 
 from filelock import FileLock
 
+from lcbench.grid.axes import CELL_GROUPS, value_of
 from lcbench.grid.cell import Cell
-from lcbench.grid.values import parse_direction, parse_dtype, parse_transit
+from lcbench.grid.values import parse_direction, parse_dtype, parse_reduce_dtype
 from lcbench.measure.blocks import blocks_of
 from lcbench.redact import redacted
 
@@ -549,12 +550,12 @@ def _strange_cells(manifest: dict[str, Any]) -> dict[str, str]:
 @cache
 def _check_cell(cell: Cell) -> None:
     config, problem = cell.config, cell.problem
-    if not all(isinstance(config[group]["name"], str) for group in ("kernel", "cp", "mask")):
+    if not all(isinstance(value_of(config, group), str) for group in CELL_GROUPS):
         raise TypeError("a name that is none")
     if not all(isinstance(config[key], int) for key in ("seqlen", "seed")):
         raise TypeError("a length or a seed that is no whole number")
-    parse_dtype(problem.dtype), parse_direction(problem.direction), parse_transit(problem.transit)
-    draws, blocks = int(config["mask"].get("draws", 1)), blocks_of(config["measure"])
+    parse_dtype(problem.dtype), parse_direction(problem.direction), parse_reduce_dtype(problem.reduce_dtype)
+    draws, blocks = int(config["mask"].get("samples", 1)), blocks_of(config["measure"])
     if not cell.label or not draws or not blocks:
         raise ValueError("nothing to measure")
 

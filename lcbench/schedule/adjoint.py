@@ -9,7 +9,7 @@ The adjoint of a returned partial result is the arrival of its query's output gr
 rowsum(dout * out); a rank that computed all keys of its queries has both already and gets the output gradient only.
 
 A gradient that nothing is added to any more travels in the inputs' type, all others in the accumulation type (or as
-``Problem.transit`` says).
+``Problem.reduce_dtype`` says).
 
 Time is one line for both passes: forward step n of N is time n, backward of step n is time 2N - n, and what backward needs first
 is fetched at time N.
@@ -37,7 +37,7 @@ class Payload:
         side: whose heads and tokens it has: those of queries or of keys and values.
         dims: elements, in head dimensions.
         extra: elements besides.
-        precision: ``input``: the inputs' type; ``sum``: the accumulation type; ``transit``: whichever ``Problem.transit`` says.
+        precision: ``input``: the inputs' type; ``sum``: the accumulation type; ``transit``: what ``Problem.reduce_dtype`` says.
     """
 
     side: Kind
@@ -63,7 +63,7 @@ CARGO = {
 
 def element_bytes(precision: str, problem: Problem) -> int:
     """Bytes of an element of a precision class; sums are float32, or float64 for float64 inputs."""
-    low = precision == "input" or (precision == "transit" and problem.transit == "input")
+    low = precision == "input" or (precision == "transit" and problem.reduce_dtype == "input")
     return problem.itemsize if low else max(problem.itemsize, 4)
 
 

@@ -162,7 +162,7 @@ class Executor:
         self._tiles, self.pairs, self.calls = self._prepare(mask, kernel, input_dtype)
         self._alone = self._only_kernel()
         sums = accumulation_dtype(input_dtype)
-        self._dtypes = {"input": input_dtype, "sum": sums, "transit": input_dtype if problem.transit == "input" else sums}
+        self._dtypes = {"input": input_dtype, "sum": sums, "transit": input_dtype if problem.reduce_dtype == "input" else sums}
         self._views: dict[tuple[int, int], torch.Tensor] = {}
         self._compute = self._communicate = True
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from lcbench.grid.build import build_mask, check_options, with_lengths
+from lcbench.grid.build import build_mask, check_options, with_option
 from lcbench.grid.paths import CONF
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
@@ -39,12 +39,12 @@ def small_config(name: str, seqlen: int, heads: Heads, folder: Path, **options: 
     config = load("mask", name)
     for option, value in config.items():
         tokens = tokens_of(value)
-        if tokens is not None and option != "draws" and seqlen >= 8:
+        if tokens is not None and option != "samples" and seqlen >= 8:
             config[option] = shrunk(tokens, seqlen)
     if config.get("file") == "???":
         config["file"] = str(_file(name, seqlen, heads, folder))
     lengths = {"_target_": "lcbench.masks.lengths.Uniform", "name": "uniform", "low": 1, "high": max(1, seqlen // 3)}
-    return with_lengths(check_options("mask", {**config, **options}), lengths)
+    return with_option(check_options("mask", {**config, **options}), "lengths", lengths)
 
 
 def small(name: str, seqlen: int, heads: Heads, folder: Path, *, seed: int = 0, **options: Any) -> Mask:

@@ -15,9 +15,9 @@ from lcbench.schedule.execute import Executor, Groups
 from lcbench.testing.dense import dense_attention, dense_heads
 
 
-def relative_errors(rank: int, ranks: int, strategy: Strategy, transit: str, seqlen: int = 1024) -> dict[str, float]:
+def relative_errors(rank: int, ranks: int, strategy: Strategy, reduce_dtype: str, seqlen: int = 1024) -> dict[str, float]:
     """Root mean square error of out, dq, dk, dv over that of their values, bfloat16, a full mask. Collective."""
-    problem = Problem(seqlen, Heads(4, 2, 64), Scale(1, ranks), "bfloat16", "forward_backward", transit)
+    problem = Problem(seqlen, Heads(4, 2, 64), Scale(1, ranks), "bfloat16", "forward_backward", reduce_dtype)
     mask, device = full(seqlen), torch.device("cpu")
     q, k, v, dout = (draw(name, np.arange(seqlen), problem, 3, device) for name in ("q", "k", "v", "dout"))
     leaves = q64, k64, v64 = [x.double().requires_grad_() for x in (q, k, v)]

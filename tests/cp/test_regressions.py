@@ -166,7 +166,7 @@ def test_all_strategies_are_the_same_on_one_rank() -> None:
 
 
 def gradients_in_bfloat16(rank: int, ranks: int, path: Path) -> None:
-    found = {transit: relative_errors(rank, ranks, Ring(), transit, 512) for transit in ("float32", "input")}
+    found = {reduce_dtype: relative_errors(rank, ranks, Ring(), reduce_dtype, 512) for reduce_dtype in ("float32", "input")}
     if rank == 0:
         path.write_text(json.dumps(found))
 
@@ -290,8 +290,8 @@ def results_of_any_type(rank: int, ranks: int) -> None:
     double, single, half, brief = torch.float64, torch.float32, torch.float16, torch.bfloat16
     types = ((double, double), (double, brief), (brief, double), (brief, brief), (single, half), (half, single))
     kernels = [Reference(), *(Retyped(out, lse) for out, lse in types)]
-    for dtype, transit in (("float32", "float32"), ("bfloat16", "input"), ("float64", "float32")):
-        problem = Problem(64, Heads(4, 2, 8), Scale(1, ranks), dtype, "forward_backward", transit)
+    for dtype, reduce_dtype in (("float32", "float32"), ("bfloat16", "input"), ("float64", "float32")):
+        problem = Problem(64, Heads(4, 2, 8), Scale(1, ranks), dtype, "forward_backward", reduce_dtype)
         inputs = tensors(problem)
         want = dense(problem, mask, inputs)
         sums = accumulation_dtype(inputs[0].dtype)

@@ -39,7 +39,7 @@ def test_bad_input_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) ->
         (["cp=ring,usp", "scale=1x4", "--grid"], "show one strategy that can run"),
         (["cp=ulysses", "scale=1x7", "--out", "x.png"], "cannot split 32 query heads evenly over 7 ranks"),
         (["--cell", "0123456789ab", "--results", "nowhere"], "no cell '0123456789ab'"),
-        (["cp=ring", "transit=bfloat16"], "transit=bfloat16 is not one of float32, input"),
+        (["cp=ring", "reduce_dtype=bfloat16"], "reduce_dtype=bfloat16 is not one of float32, input"),
         (["cp=hybrid", "cp.groups=[2,0]"], "cp.groups=[2, 0] is no list of integers of at least 1"),
     ):
         with pytest.raises(SystemExit, match="2"):

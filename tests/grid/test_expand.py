@@ -16,7 +16,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from lcbench.grid import expand
+from lcbench.grid import expand, values
 from lcbench.grid.build import build_mask
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
@@ -33,7 +33,7 @@ def loader() -> Iterator[Any]:
 FORMS = [
     ["cp=ring,ulysses,usp", "seqlen=64k,256k,1m"],
     ["cp=choice(ring,usp)", "seed=range(0,4)", "scale=2x8,1x4"],
-    ["kernel=glob(sdpa*)", "mask=glob(*document)", "lengths=uniform,fixed", "mask.draws=1,2"],
+    ["kernel=glob(sdpa*)", "mask=glob(*document)", "lengths=uniform,fixed", "mask.samples=1,2"],
     ["mask=sliding_window", "mask.left=512,1k", "++mask.right=0", "dtype=bf16,float32"],
     ["mask=causal_document", "lengths=explicit", "lengths.values=[100,28],[64,64]", "seqlen=128"],
     ["seqlen=null", "seqlen_per_rank=1k,2k", "scale=1x2,2x2"],
@@ -98,7 +98,7 @@ def test_blocks_at_their_default_change_no_cells_id(overrides: list[str], ids: l
     assert {p.cell for p in look([*overrides, f"measure.blocks={BLOCKS}"]).cells} == set(cells)
     (other, *_) = look([*overrides, "measure.blocks=1"]).cells
     assert other.cell.config["measure"] == {**cells[0].config["measure"], "blocks": 1}
-    assert blocks_of(cells[0].config["measure"]) == BLOCKS == expand.BLOCKS
+    assert blocks_of(cells[0].config["measure"]) == BLOCKS == values.BLOCKS
     assert blocks_of(other.cell.config["measure"]) == 1
 
 
@@ -146,9 +146,9 @@ def test_experiment_sweeps_and_the_command_line_overrides_an_axis() -> None:
         (["mask=document", "lengths=webtext"], ["lengths=webtext", "web_text", "did you mean web_text?"]),
         (["mask=document", "lengths=uniform", "lengths.low=9k"], ["lengths.low=9216 is above lengths.high=8192"]),
         (["mask=document", "lengths=explicit"], ["lengths=explicit needs lengths.values"]),
-        (["mask=document", "mask.draws=0"], ["mask.draws=0", "at least 1"]),
+        (["mask=document", "mask.samples=0"], ["mask.samples=0", "at least 1"]),
         (["measure.blocks=0"], ["measure.blocks=0", "at least 1"]),
-        (["mask=causal", "+mask.draws=2"], ["mask=causal", "draws nothing"]),
+        (["mask=causal", "+mask.samples=2"], ["mask=causal", "draws nothing"]),
         (["mask=block_random", "mask.density=1.5"], ["mask.density=1.5", "0.2"]),
         (["mask=block_random", "mask.per=head"], ["mask.per=head", "all_heads, kv_head, q_head"]),
         (["mask=band_file"], ["mask=band_file needs mask.file"]),
@@ -207,7 +207,7 @@ def test_the_users_command_is_accepted_as_written(tmp_path: Path) -> None:
 
 
 def test_a_grid_with_options_needs_no_multirun_flag(tmp_path: Path) -> None:
-    options = ["mask=causal_document,block_random", "mask.draws=2", "seqlen=1k", "hydra/launcher=dry", f"results={tmp_path}"]
+    options = ["mask=causal_document,block_random", "mask.samples=2", "seqlen=1k", "hydra/launcher=dry", f"results={tmp_path}"]
     for flag in ([], ["-m"]):
         done = run_sweep(*flag, *options)
         assert done.returncode == 0, done.stdout + done.stderr

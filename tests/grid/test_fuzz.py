@@ -14,16 +14,18 @@ from omegaconf import OmegaConf
 from lcbench.commands import sweep as command
 from lcbench.commands.launchers import launcher_named
 from lcbench.grid import expand
-from lcbench.grid.overrides import AXES, GROUPS, RESERVED, RUN_OPTIONS
+from lcbench.grid.axes import AXES, GROUPS, RESERVED
+from lcbench.grid.overrides import RUN_OPTIONS
 from lcbench.grid.paths import CONF
 from lcbench.grid.site import SlurmSite
 
 SEED, LISTS = 17, 2000
 KINDS = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in (*GROUPS, "site", "experiment")}
 OPTIONS = [
-    "mask.left", "mask.right", "mask.sink", "mask.block_size", "mask.density", "mask.sizes", "mask.per", "mask.draws", "mask.file",
-    "mask.prefix", "mask.lengths", "mask.seed", "mask.name", "mask._target_", "mask._partial_", "lengths.low", "lengths.high",
-    "lengths.values", "lengths.sigma", "lengths.name", "lengths.by", "lengths.edges", "cp.order", "cp.ulysses_degree", "cp.stages",
+    "mask.left", "mask.right", "mask.sink", "mask.block_size", "mask.density", "mask.sizes", "mask.per", "mask.samples",
+    "mask.file", "mask.prefix", "mask.lengths", "mask.seed", "mask.name", "mask._target_", "mask._partial_", "lengths.low",
+    "lengths.high", "lengths.values", "lengths.sigma", "lengths.name", "lengths.by", "lengths.edges", "cp.layout",
+    "cp.ulysses_degree", "cp.stages",
     "cp.groups", "cp.documents", "cp.name", "cp._target_", "cp.heads_per_step", "cp.uneven_heads", "kernel.block_q", "kernel.name",
     "kernel._target_", "measure.warmup", "measure.blocks", "measure.budget_s", "measure.max_iterations", "measure.precision",
     "measure.timeline", "measure.nope", "pack.max_cells", "pack.nope", "hang.min_s", "hang.max_s", "hang.factor",
@@ -37,7 +39,7 @@ OPTIONS = [
 GOOD = {
     "seqlen": ["1k", "256", "2k,4k", "1e3", "1_000", "range(64,256,64)"], "seqlen_per_rank": ["64", "null", "64,128"],
     "scale": ["1x1", "1x2", "2x2,1x4"], "heads": ["8x4x32", "4x4x16,8x2x16"], "dtype": ["float32", "bf16,fp16"],
-    "direction": ["forward", "forward,forward_backward"], "transit": ["float32", "input"], "seed": ["0", "1,2", "range(3)"],
+    "direction": ["forward", "forward,forward_backward"], "reduce_dtype": ["float32", "input"], "seed": ["0", "1,2", "range(3)"],
     "sweep": ["a", "1.10", "2024_01", "Prüf", "null", "exp_${now:%Y}", "'quoted'"], "wait": ["true", "false"],
     "output": ["quiet", "json", "table"], "force": ["true"], "results": ["${oc.env:PWD}/nowhere", "nowhere/x=y [z]"],
     "tracking_uri": ["null", "sqlite:///x.db", "1.10"],

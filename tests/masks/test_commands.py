@@ -28,9 +28,9 @@ def test_a_mask_is_shown_with_its_area_bands_balance_and_picture(tmp_path: Path)
 
 
 def test_json_has_a_row_for_each_mask_and_draw() -> None:
-    done = masks("mask=causal,block_random,document", "mask.draws=1", "seqlen=4k", "--json", "--ranks", "4")
+    done = masks("mask=causal,block_random,document", "mask.samples=1", "seqlen=4k", "--json", "--ranks", "4")
     assert done.returncode == 2  # causal draws nothing
-    done = masks("mask=block_random,document", "mask.draws=2", "seqlen=4k", "--json", "--ranks", "4")
+    done = masks("mask=block_random,document", "mask.samples=2", "seqlen=4k", "--json", "--ranks", "4")
     rows = json.loads(done.stdout)
     assert [(r["mask"], r["draw"]) for r in rows] == [("block_random", 0), ("block_random", 1), ("document", 0), ("document", 1)]
     assert rows[2]["area"] != rows[3]["area"]

@@ -112,7 +112,7 @@ def test_static_masks_equal_flex_masks_of_their_one_line_formula(name: str, seql
 VALUES = (1, 2, 3, 4, 5, 12, 13, 14, 1 << 40)
 OPTIONS = {
     name: [
-        option for option, value in load("mask", name).items() if tokens_of(value) is not None and option not in ("draws", "name")
+        option for option, value in load("mask", name).items() if tokens_of(value) is not None and option not in ("samples", "name")
     ]
     + ["prefix"] * name.startswith("prefix_lm")
     for name in WITH_FORMULA
@@ -227,7 +227,7 @@ def test_block_causal_is_two_varlen_calls_not_a_staircase() -> None:
 def test_draws_differ_and_repeat(tmp_path: Path) -> None:
     for name in names():
         config = small_config(name, 101, HEADS, tmp_path)
-        if "draws" not in config:
+        if "samples" not in config:
             continue
         areas = [dense_heads(small(name, 101, HEADS, tmp_path, seed=seed), HEADS.q) for seed in (0, 0, 1)]
         assert (areas[0] == areas[1]).all(), name

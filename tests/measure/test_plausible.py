@@ -62,9 +62,9 @@ def test_every_strategy_moves_what_a_mask_needs_at_least(name: str, tmp_path: Pa
         for number, mask_name in enumerate(names()):
             # Masks take turns with heads and types: each mask meets each number of ranks, with the next heads that fit it.
             turns = [*HEADS[(number + ranks) % len(HEADS) :], *HEADS[: (number + ranks) % len(HEADS)]]
-            dtype, transit = (("bfloat16", "input"), ("bfloat16", "float32"), ("float64", "float32"))[number % 3]
+            dtype, reduce_dtype = (("bfloat16", "input"), ("bfloat16", "float32"), ("float64", "float32"))[number % 3]
             for heads in turns:
-                problem = Problem(seqlen, heads, Scale(1, ranks), dtype, "forward_backward", transit)
+                problem = Problem(seqlen, heads, Scale(1, ranks), dtype, "forward_backward", reduce_dtype)
                 mask = small(mask_name, seqlen, heads, tmp_path)
                 if not strategy.unsupported(problem, mask):
                     break

@@ -104,7 +104,7 @@ def test_without_blocks_no_winner_is_beyond_the_noise(tmp_path: Path) -> None:
 
 
 def test_a_choice_is_named_by_what_differs_and_a_problem_is_not_split_by_it(tmp_path: Path) -> None:
-    grid = ["cp=usp", "cp.ulysses_degree=2,4", "transit=float32,input", "seqlen=64k", "scale=1x8", "mask=causal_document"]
+    grid = ["cp=usp", "cp.ulysses_degree=2,4", "reduce_dtype=float32,input", "seqlen=64k", "scale=1x8", "mask=causal_document"]
     frame = reported(made_sweep(tmp_path, "s", grid))
     assert set(frame["choice"]) == {f"usp(ulysses_degree={d}) + {t}" for d in (2, 4) for t in ("float32", "input")}
     assert frame["problem"].nunique() == 1

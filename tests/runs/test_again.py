@@ -257,7 +257,7 @@ def test_real_blocks_of_real_cells(tmp_path: Path, alone: None, monkeypatch: pyt
     small = ["cp=none", "scale=1x1", "heads=2x2x8", "dtype=float64", "measure.max_iterations=12", "measure.precision=1e-9"]
     grids = (
         ["mask=causal", "seqlen=64"],
-        ["mask=causal_document", "mask.draws=2", "lengths=fixed", "lengths.length=50", "seqlen=96"],
+        ["mask=causal_document", "mask.samples=2", "lengths=fixed", "lengths.length=50", "seqlen=96"],
     )
     cells = [planned.cell for grid in grids for planned in look([*small, *grid, "kernel=sdpa_flash"]).cells]
     sweep, pack = made_sweep(tmp_path, cells=0)

@@ -22,7 +22,7 @@ BASE = {
     "cp": {"name": "ring", "_target_": "lcbench.cp.ring.Ring"},
     "mask": {"name": "causal", "_target_": "lcbench.masks.causal.causal"},
     "seqlen": 1024, "scale": "1x8", "heads": "32x8x128", "dtype": "bfloat16", "direction": "forward_backward",
-    "transit": "float32", "seed": 0,
+    "reduce_dtype": "float32", "seed": 0,
     "measure": {"warmup": 1, "min_iterations": 5, "max_iterations": 50, "budget_s": 10.0, "precision": 0.02, "timeline": False},
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ def made_cell(seed: int = 0) -> Cell:
     return Cell.from_config(
         {
             "kernel": group, "cp": group, "mask": group, "seqlen": 1024, "scale": "1x2", "heads": "4x2x8", "dtype": "float32",
-            "direction": "forward", "transit": "float32", "seed": seed, "measure": {"budget_s": 1.0},
+            "direction": "forward", "reduce_dtype": "float32", "seed": seed, "measure": {"budget_s": 1.0},
         }
     )  # fmt: skip
 

@@ -56,8 +56,8 @@ def found(strategy: Strategy, problem: Problem, mask: Mask) -> dict[str, set[str
     return by
 
 
-def problem_of(ranks: int, seqlen: int, heads: Heads, transit: str = "float32", dtype: str = "bfloat16") -> Problem:
-    return Problem(seqlen, heads, Scale(1, ranks), dtype, "forward_backward", transit)
+def problem_of(ranks: int, seqlen: int, heads: Heads, reduce_dtype: str = "float32", dtype: str = "bfloat16") -> Problem:
+    return Problem(seqlen, heads, Scale(1, ranks), dtype, "forward_backward", reduce_dtype)
 
 
 EXCHANGED = {"q", "kv", "final", "dout", "final_dq", "final_dkv"}
@@ -68,7 +68,7 @@ def test_what_every_rank_of_a_set_sends_to_every_other_is_a_collective(ranks: in
     problem, mask = problem_of(ranks, 48 * ranks, Heads(ranks, ranks, 8)), causal(48 * ranks)
     assert found(Ulysses(), problem, mask) == {"all_to_all": EXCHANGED}
     for order in ("zigzag", "contiguous"):
-        assert found(AllGather(order=order), problem, mask) == {"all_gather": {"kv"}, "reduce_scatter": {"dkv"}}  # type: ignore[arg-type]
+        assert found(AllGather(layout=order), problem, mask) == {"all_gather": {"kv"}, "reduce_scatter": {"dkv"}}  # type: ignore[arg-type]
     # Sums that travel in the inputs' type are added up where they arrive.
     low = problem_of(ranks, 48 * ranks, Heads(ranks, ranks, 8), "input")
     assert found(AllGather(), low, mask) == {"all_gather": {"kv"}, "p2p": {"dkv"}}
@@ -107,8 +107,8 @@ def test_sizes_that_differ_go_from_point_to_point() -> None:
 @pytest.mark.parametrize("ranks", [4, 24])
 def test_blocks_of_collectives_are_the_bytes_of_the_formulas(ranks: int) -> None:
     """And every message of before is in one of them, or goes by itself."""
-    for transit in ("float32", "input"):
-        problem, mask = problem_of(ranks, 48 * ranks, Heads(2 * ranks, ranks, 8), transit), causal(48 * ranks)
+    for reduce_dtype in ("float32", "input"):
+        problem, mask = problem_of(ranks, 48 * ranks, Heads(2 * ranks, ranks, 8), reduce_dtype), causal(48 * ranks)
         for strategy in (Ulysses(), Ulysses(stages=2), AllGather(), AllGather(heads_per_step=1), USP(2), LoongTrain(2)):
             schedule = strategy.schedule(problem, mask)
             report, moves = verify(schedule, mask, problem), traffic(schedule, backward=True)
@@ -171,7 +171,7 @@ def ways(rank: int, ranks: int) -> None:
         out, lse = dense_attention(*leaves, dense_heads(mask, heads.q), problem.softmax_scale)
         want = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
         strategies = [s for name in names("cp") if not isinstance(s := build_strategy(load("cp", name)), Peer)]
-        strategies += [AllGather(order="contiguous"), AllGather(heads_per_step=1), Ulysses(stages=2), USP(2), LoongTrain(2)]
+        strategies += [AllGather(layout="contiguous"), AllGather(heads_per_step=1), Ulysses(stages=2), USP(2), LoongTrain(2)]
         for strategy in strategies:
             if strategy.unsupported(problem, mask):
                 continue

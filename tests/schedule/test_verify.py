@@ -41,8 +41,8 @@ BLOCK = 2 * PER_RANK * 8 * 128 * 2  # bytes of a rank's keys and values there
 HEADS = Heads(64, 8, 128)
 
 
-def problem_of(ranks: int, seqlen: int, heads: Heads = HEADS, transit: str = "float32", nodes: int = 1) -> Problem:
-    return Problem(seqlen, heads, Scale(nodes, ranks // nodes), "bfloat16", "forward_backward", transit)
+def problem_of(ranks: int, seqlen: int, heads: Heads = HEADS, reduce_dtype: str = "float32", nodes: int = 1) -> Problem:
+    return Problem(seqlen, heads, Scale(nodes, ranks // nodes), "bfloat16", "forward_backward", reduce_dtype)
 
 
 def report_of(strategy: Strategy, mask: Mask, problem: Problem) -> ScheduleCost:
@@ -91,11 +91,11 @@ def test_thousands_of_ranks(strategy: Strategy, ranks: int, direction: str) -> N
 
 @pytest.mark.parametrize(("ranks", "forward_mb"), [(8, 235), (32, 1040)])
 @pytest.mark.parametrize("strategy", [Ring(), AllGather(), AllGather(heads_per_step=2)], ids=str)
-@pytest.mark.parametrize(("transit", "backward"), [("float32", 3), ("input", 2)])
-def test_ring_and_allgather_bytes(strategy: Strategy, ranks: int, forward_mb: int, transit: str, backward: int) -> None:
-    """Forward (P-1) KV blocks; backward the same again for KV and, in the type of transit, for its gradient."""
+@pytest.mark.parametrize(("reduce_dtype", "backward"), [("float32", 3), ("input", 2)])
+def test_ring_and_allgather_bytes(strategy: Strategy, ranks: int, forward_mb: int, reduce_dtype: str, backward: int) -> None:
+    """Forward (P-1) KV blocks; backward the same again for KV and, in the type of reduce_dtype, for its gradient."""
     seqlen = PER_RANK * ranks
-    report = report_of(strategy, full(seqlen), problem_of(ranks, seqlen, transit=transit))
+    report = report_of(strategy, full(seqlen), problem_of(ranks, seqlen, reduce_dtype=reduce_dtype))
     assert set(report.forward_bytes.tolist()) == {(ranks - 1) * BLOCK}
     assert set(report.backward_bytes.tolist()) == {(ranks - 1) * BLOCK * backward}
     assert round(report.forward_bytes[0] / 1e6) == forward_mb
@@ -146,12 +146,12 @@ def test_only_outer_hops_of_a_double_ring_cross_windows() -> None:
     assert all((m.rows[:, 0] // 4 == m.rows[:, 1] // 4).all() for m in inner)
 
 
-@pytest.mark.parametrize(("transit", "sums"), [("float32", 4), ("input", 2)])
-def test_tokenring_bytes(transit: str, sums: int) -> None:
+@pytest.mark.parametrize(("reduce_dtype", "sums"), [("float32", 4), ("input", 2)])
+def test_tokenring_bytes(reduce_dtype: str, sums: int) -> None:
     """Queries one way, out and its LSE the other; backward queries, dout and two floats, and the gradient of queries."""
     ranks = 8
     seqlen = PER_RANK * ranks
-    report = report_of(TokenRing(), full(seqlen), problem_of(ranks, seqlen, transit=transit))
+    report = report_of(TokenRing(), full(seqlen), problem_of(ranks, seqlen, reduce_dtype=reduce_dtype))
     rows = (ranks - 1) * PER_RANK * 64
     assert set(report.forward_bytes.tolist()) == {rows * (128 * 2 + 128 * sums + 4)}
     assert set(report.backward_bytes.tolist()) == {rows * (2 * 128 * 2 + 2 * 4 + 128 * sums)}
@@ -244,7 +244,8 @@ def test_refusals_name_the_numbers() -> None:
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [("ulysses", "stages", 0), ("usp", "ulysses", "both"), ("loongtrain", "placement", "random"), ("hybrid", "groups", [2, 0]),
-     ("hybrid", "documents", [0, 1]), ("groupcast", "solver", "best"), ("allgather", "order", "striped"), ("ring", "order", "up")],
+     ("hybrid", "documents", [0, 1]), ("groupcast", "solver", "best"), ("allgather", "layout", "striped"),
+     ("ring", "layout", "up")],
 )  # fmt: skip
 def test_bad_options_name_themselves(name: str, option: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"cp\.{option}="):

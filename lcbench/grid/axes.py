@@ -1,0 +1,170 @@
+"""Every axis of a grid, declared once: how a value is read, where it goes in a cell's config, and what it is in reports.
+
+A new axis is one entry of ``AXES`` and one line of ``conf/config.yaml``, with a folder of files where its values have files. Its
+``unsaid`` value is its default there: a cell's config says nothing of the axis at this value, so cells of before keep their ids.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from lcbench.grid import values
+
+# What a cell's value is in reports: with what it is computed, what is computed, or only how it is measured.
+Role = Literal["choice", "problem", "how"]
+# What of an axis value's file says what the value is; the rest are options.
+RESERVED = ("name", "_target_")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis: a folder of conf/ whose files are its values (``home``), or a plain key.
+
+    Attributes:
+        name: as it is typed, and in a cell's config.
+        role: ``choice``, ``problem`` or ``how``.
+        parse: from what was typed to what the config holds; raises ValueError. None: ``grid.build`` or ``grid.expand`` does it.
+        home: where lcbench's own values live; what is outside is built only where a file of the user's names it.
+        needs: methods of a class that is such a value, alternatives with ``or``; none: it is a function of ``seqlen``.
+        given: arguments that a value gets besides its options.
+        token_counts: whether whole numbers among its options are token counts, such as ``1k``.
+        folds_into: the axis that takes this one in: a group as an option, where the value has one of this name; a plain key as
+            another way to say it.
+        has_options: whether a plain key has options of its own (``measure.warmup``).
+        unsaid: the value at which a config says nothing of the axis; None: it always does.
+        label: its place in a cell's label; 0: it is not there.
+        paces: whether cells of one pace, in FLOP/s, are the same in it.
+    """
+
+    name: str
+    role: Role
+    parse: Callable[[Any], Any] | None = None
+    home: str = ""
+    needs: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
+    token_counts: bool = False
+    folds_into: str = ""
+    has_options: bool = False
+    unsaid: Any = None
+    label: int = 0
+    paces: bool = False
+
+    def missing(self, found: Any) -> str | None:
+        """What a class or function lacks to be a value of this group; None if it can be one."""
+        if not self.needs:
+            first = next(iter(inspect.signature(found).parameters), None) if inspect.isfunction(found) else None
+            return None if first == "seqlen" else "is no function whose first argument is seqlen"
+        if not inspect.isclass(found):
+            return "is no class"
+        lacks = [need for need in self.needs if not any(_has(found, method) for method in need.split(" or "))]
+        lacks = lacks or sorted(getattr(found, "__abstractmethods__", ()))
+        return f"has no method {lacks[0]}" if lacks else None
+
+
+def _has(found: type, method: str) -> bool:
+    member = getattr(found, method, None)
+    return callable(member) and not getattr(member, "__isabstractmethod__", False)
+
+
+_DECLARED = (
+    Axis("kernel", "choice", home="lcbench.kernels.", needs=("unavailable", "prepare"), label=2, paces=True),
+    Axis("cp", "choice", home="lcbench.cp.", needs=("unsupported", "schedule or start"), label=1, paces=True),
+    Axis("mask", "problem", home="lcbench.masks.", given=("seqlen", "heads", "seed"), token_counts=True, label=3, paces=True),
+    Axis("lengths", "problem", home="lcbench.masks.", needs=("sample",), token_counts=True, folds_into="mask"),
+    Axis(
+        "workload", "problem", home="lcbench.workloads.", needs=("unsupported", "work", "start"), paces=True,
+        unsaid={"name": "attention", "_target_": "lcbench.workloads.attention.Attention"},
+    ),
+    Axis("seqlen", "problem", values.parse_tokens, label=4),
+    Axis("seqlen_per_rank", "problem", folds_into="seqlen"),
+    Axis("scale", "problem", lambda value: str(values.parse_scale(value)), label=5, paces=True),
+    Axis("heads", "problem", lambda value: str(values.parse_heads(value)), paces=True),
+    Axis("dtype", "problem", values.parse_dtype, paces=True),
+    Axis("direction", "problem", values.parse_direction, paces=True),
+    Axis("reduce_dtype", "choice", values.parse_reduce_dtype),
+    Axis("seed", "problem", partial(values.parse_int, name="seed")),
+    Axis("measure", "how", values.parse_measure, has_options=True),
+)  # fmt: skip
+
+AXES: dict[str, Axis] = {axis.name: axis for axis in _DECLARED}
+# Axes whose values have files, and those of which an override may set an option.
+GROUPS = tuple(axis.name for axis in _DECLARED if axis.home)
+WITH_OPTIONS = tuple(axis.name for axis in _DECLARED if axis.home or axis.has_options)
+HOMES = tuple(dict.fromkeys(axis.home for axis in _DECLARED if axis.home))
+# Keys of a cell's config.
+CELL_AXES = {axis.name: axis for axis in _DECLARED if not axis.folds_into}
+CELL_GROUPS = tuple(axis.name for axis in CELL_AXES.values() if axis.home)
+# A cell answers "with what?" ...
+CHOICE = tuple(axis.name for axis in CELL_AXES.values() if axis.role == "choice")
+# ... to a problem, which is the rest of its config but how long it was measured.
+PROBLEM = tuple(axis.name for axis in CELL_AXES.values() if axis.role == "problem")
+LABEL = tuple(axis.name for axis in sorted(_DECLARED, key=lambda axis: axis.label) if axis.label)
+PACE = tuple(axis.name for axis in CELL_AXES.values() if axis.paces)
+
+
+def value_of(config: dict[str, Any], axis: str) -> Any:
+    """What a cell's config says of an axis, or would say of its default; of a group the value's name."""
+    value = config.get(axis, AXES[axis].unsaid)
+    return value["name"] if axis in GROUPS else value
+
+
+def plain_axes() -> str:
+    """The axes without files, for a help text."""
+    return ", ".join(f"{axis.name}.*" if axis.has_options else axis.name for axis in _DECLARED if not axis.home)
+
+
+# -- names that changed ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A name of before and its name now: an axis, or an option of an axis value (``cp.order``).
+
+    Attributes:
+        targets: only values whose ``_target_`` begins so have the name; another's option of the same name is its own.
+    """
+
+    old: str
+    new: str
+    targets: str = ""
+
+
+RENAMED = (
+    Renamed("transit", "reduce_dtype"),
+    Renamed("cp.order", "cp.layout", targets="lcbench.cp."),
+    Renamed("mask.draws", "mask.samples"),
+)
+
+
+def with_present_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A cell's config, of this version or an earlier one, with the names of this version."""
+    for name in RENAMED:
+        config = _moved(config, name.old, name.new, name.targets)
+    return config
+
+
+def with_first_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A cell's config with the first name that each thing ever had: ids are made of these, so no renaming changes an id."""
+    for name in RENAMED:
+        config = _moved(config, name.new, name.old, name.targets)
+    return config
+
+
+def _moved(config: dict[str, Any], source: str, to: str, targets: str) -> dict[str, Any]:
+    group, _, option = source.rpartition(".")
+    if not group:
+        return {to if key == source else key: value for key, value in config.items()}
+    value = config.get(group)
+    if not isinstance(value, dict) or option not in value or not str(value.get("_target_", "")).startswith(targets):
+        return config
+    return {**config, group: _moved(value, option, to.rpartition(".")[2], "")}
+
+
+def renamed(key: str) -> str | None:
+    """One line on a key as it was typed before; None for any other."""
+    new = next((name.new for name in RENAMED if name.old == key), None)
+    return new and f"{key} is called {new} now; write {new}"
