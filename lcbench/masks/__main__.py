@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from lcbench.arguments import bad_input, command_parser, run
-from lcbench.cp.ring import ORDERS
 from lcbench.grid.build import build_mask, draws
 from lcbench.grid.cell import Cell, format_tokens
 from lcbench.grid.paths import CONF
@@ -25,6 +24,7 @@ from lcbench.masks.mask import Mask
 from lcbench.masks.picture import save
 from lcbench.report.inert import plain
 from lcbench.report.table import WIDTH
+from lcbench.schedule.build import ORDERS
 from lcbench.sweep import look
 
 SHOWN_BANDS = 8
