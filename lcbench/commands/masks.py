@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from lcbench.commands.arguments import command_parser
-from lcbench.cp.ring import ORDERS
 from lcbench.grid.build import build_mask, draws
 from lcbench.grid.cell import Cell, format_tokens
 from lcbench.grid.command_line import look
@@ -27,6 +26,7 @@ from lcbench.masks.picture import save
 from lcbench.report.ending import bad_input
 from lcbench.report.inert import plain
 from lcbench.report.table import WIDTH
+from lcbench.schedule.build import ORDERS
 
 SHOWN_BANDS = 8
 MANY_BANDS = 1 << 17  # packing more into varlen calls would take seconds

@@ -11,10 +11,9 @@ from typing import Literal
 
 import numpy as np
 
-from lcbench.cp.ring import deal, too_short
-from lcbench.cp.ulysses import check_count
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.build import check_choice, check_count, deal, too_short
 from lcbench.schedule.layout import Layout
 from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import NO_ROWS, HeadGroup, Move, Schedule, Step, rows
@@ -32,8 +31,7 @@ class AllGather(Lowered):
     def __post_init__(self) -> None:
         if self.heads_per_step != "all":
             check_count("heads_per_step", self.heads_per_step)
-        if self.layout not in ORDERS:
-            raise ValueError(f"cp.layout={self.layout} is not one of {', '.join(ORDERS)}")
+        check_choice("layout", self.layout, ORDERS)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         if self.heads_per_step != "all" and problem.heads.kv % self.heads_per_step:

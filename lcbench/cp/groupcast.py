@@ -13,11 +13,11 @@ from typing import Literal
 
 import numpy as np
 
-from lcbench.cp.ulysses import check_count
 from lcbench.masks.band import Ints, TokenSpan
 from lcbench.masks.convert import needed_keys
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.build import check_choice, check_count
 from lcbench.schedule.layout import Layout, contiguous
 from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import Move, Schedule, Step, head_groups, rows
@@ -45,8 +45,7 @@ class GroupCast(Lowered):
     def __post_init__(self) -> None:
         check_count("chunks_per_rank", self.chunks_per_rank)
         check_count("stages", self.stages)
-        if self.solver not in SOLVERS:
-            raise ValueError(f"cp.solver={self.solver} is not one of {', '.join(SOLVERS)}")
+        check_choice("solver", self.solver, SOLVERS)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         if problem.seqlen < problem.scale.world_size:

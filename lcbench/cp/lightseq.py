@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcbench.cp.ring import too_short
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.build import too_short
 from lcbench.schedule.layout import contiguous
 from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows, singles

@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lcbench.cp.ring import Ring
+import numpy as np
+
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.schedule import Schedule
+from lcbench.schedule.build import rings
+from lcbench.schedule.layout import contiguous
+from lcbench.schedule.schedule import Schedule, head_groups, singles
 
 
 @dataclass(frozen=True)
 class Local:
+    """One tile: all queries on all keys."""
+
     one_rank: ClassVar[bool] = True
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
@@ -21,4 +26,5 @@ class Local:
         return None
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
-        return Ring("contiguous").schedule(problem, mask)  # of one rank
+        shards = contiguous(problem.seqlen, 1)
+        return Schedule(1, shards, np.arange(1), head_groups(problem.heads, 1), singles(1), rings([1]))

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcbench.cp.ring import too_short
-from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
-from lcbench.problem import Heads, Problem
+from lcbench.problem import Problem
+from lcbench.schedule.build import check_count, gathered, indivisible_heads, returned, too_few_heads, too_short
 from lcbench.schedule.layout import contiguous
 from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows
@@ -51,43 +50,3 @@ class Ulysses(Lowered):
             steps.append(Step(tiles, moves, returns))
         whole = (tuple(range(ranks)),)
         return Schedule(ranks, contiguous(problem.seqlen, ranks), every, groups, whole, tuple(steps))
-
-
-def exchanged(grid: Ints) -> tuple[Ints, Ints, Ints]:
-    """(owner, other rank, column of the other) of every ordered pair of ranks in one row of a grid; shard i is owned by rank i."""
-    rows, width = grid.shape
-    owner, other = np.repeat(grid, width, axis=1), np.tile(grid, (1, width))
-    column = np.tile(np.arange(width), (rows, width))
-    apart = owner != other
-    return owner[apart], other[apart], column[apart]
-
-
-def gathered(grid: Ints, groups: Ints) -> tuple[Move, ...]:
-    """Heads of the column's group from every rank of a row to the rank in that column, kept for backward."""
-    owner, other, column = exchanged(grid)
-    moved = rows(owner, other, owner, groups[column])
-    return Move("q", moved, kept=True), Move("kv", moved, kept=True)
-
-
-def returned(grid: Ints, groups: Ints) -> Ints:
-    """The way back of their results."""
-    owner, other, column = exchanged(grid)
-    return rows(other, owner, owner, groups[column])
-
-
-def indivisible_heads(heads: Heads, ranks: int) -> str | None:
-    """Why heads cannot be dealt out evenly to an exchange group of this size, or None."""
-    if heads.q % ranks:
-        return f"cannot split {heads.q} query heads evenly over {ranks} ranks"
-    if heads.kv % ranks and ranks % heads.kv:
-        return f"cannot split or replicate {heads.kv} key/value heads evenly over {ranks} ranks"
-    return None
-
-
-def too_few_heads(heads: Heads, parts: int) -> str | None:
-    return f"cannot split {heads.q} query heads into {parts} parts" if heads.q < parts else None
-
-
-def check_count(option: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"cp.{option}={value} is no number of at least 1")

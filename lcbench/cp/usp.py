@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lcbench.cp.loongtrain import grid_schedule, largest_degree, ranks_of, refused_grid
-from lcbench.cp.ring import Order, check_order
-from lcbench.cp.ulysses import check_count
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.build import (
+    Order,
+    check_choice,
+    check_count,
+    check_order,
+    grid_schedule,
+    largest_degree,
+    ranks_of,
+    refused_grid,
+)
 from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import Schedule
 
@@ -32,8 +39,7 @@ class USP(Lowered):
         check_order(self.layout)
         if self.ulysses_degree != "auto":
             check_count("ulysses_degree", self.ulysses_degree)
-        if self.ulysses not in ("inside", "outside"):
-            raise ValueError(f"cp.ulysses={self.ulysses} is not one of inside, outside")
+        check_choice("ulysses", self.ulysses, ("inside", "outside"))
 
     def degree(self, problem: Problem) -> int:
         return largest_degree(problem) if self.ulysses_degree == "auto" else self.ulysses_degree

@@ -1,13 +1,13 @@
 """Run a schedule with torch.distributed: the one engine behind every strategy, forward and backward.
 
-What happens when is a ``Program``; here it meets tensors. At every moment messages leave in one batch per channel, tiles are
-computed while they are under way, then what has arrived is merged or added. Memory of buffers is taken once and shared by those
-that live at different times. On CUDA nothing in here waits on the host: messages wait for what was computed before them, and
-what is computed next waits for messages, on the device.
+A ``Program`` says what a rank does at each time; this file does it with tensors. At each time messages leave in one batch per
+channel, tiles are computed while these are under way, then what has arrived is merged or added. Buffers that live at different
+times share memory, which is taken once. On CUDA the host waits for nothing in here: messages wait on the device for what was
+computed before them, and what is computed next waits there for messages.
 
-Tensors are packed: q, out (T, Hq, D), keys and values together (T, Hk, 2, D): any stretch of tokens is one stretch of memory. For a
-kernel that wants each contiguous they lie in memory as (2, T, Hk, D), and are looked at as the same. Out, LSE and gradients are
-summed in float32 (float64 for float64 inputs).
+Tensors are packed: q and out (T, Hq, D), keys and values together (T, Hk, 2, D), so any stretch of tokens is one stretch of memory.
+For a kernel that wants each contiguous, keys and values lie in memory as (2, T, Hk, D) and are looked at as (T, Hk, 2, D). Out, LSE
+and gradients are summed in float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from lcbench.kernels.base import Kernel, Prepared, accumulation_dtype, prepare
 from lcbench.kernels.merge import merge_into
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
-from lcbench.schedule.adjoint import CARGO, held_precision, token_bytes, traffic
+from lcbench.schedule.adjoint import SIDES, Traffic, traffic
 from lcbench.schedule.lowering import Lowering, operations_of, sets_of
-from lcbench.schedule.program import Buffer, Exchange, Message, Operand, Piece, Program, RankStep, TileCall
-from lcbench.schedule.schedule import HeadGroup, Schedule
+from lcbench.schedule.payload import PAYLOADS, Precision, token_bytes
+from lcbench.schedule.program import Buffer, End, Exchange, Message, Operand, OwnPart, Piece, Program, RankStep, TileCall
+from lcbench.schedule.schedule import HeadGroup, Kind, Schedule
 
 HeadIndex = slice | torch.Tensor
 Part = tuple[torch.Tensor, torch.Tensor]  # out, lse
@@ -39,8 +40,8 @@ TileRun = Callable[[TileCall, Prepared, int], None]
 class Groups:
     """Process groups by channel and set of ranks, made once and kept until the process group of all ranks is destroyed.
 
-    Making one is slow, takes device memory, and is collective: all ranks ask for the same groups in the same order, those too
-    that are not in them.
+    Making one is slow, takes device memory, and is collective: all ranks ask for the same groups in the same order, also those that
+    are not in them.
     """
 
     def __init__(self, *, timeout: timedelta | None = None, through_host: bool | None = None) -> None:
@@ -74,9 +75,9 @@ class Groups:
         return self._groups[key]
 
     def goes_through_host(self, device: torch.device) -> bool:
-        """Whether messages of this device's tensors are copied to the host's memory and back: gloo sends no others.
+        """Whether messages of this device's tensors are copied to the host's memory and back.
 
-        (It has collectives that do so by themselves, and no point-to-point.)
+        gloo needs that for a GPU's: some of its collectives copy by themselves, its point-to-point messages do not.
         """
         if self._through_host is not None:
             return self._through_host
@@ -139,42 +140,47 @@ class Executor:
         self.bytes_sent = 0
         self._marks: list[tuple[int, list[Mark]]] | None = None
         self._apart: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._sets: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+        self._views: dict[tuple[int, int], torch.Tensor] = {}
+        self._compute = self._communicate = True
         moves = traffic(schedule, backward=problem.backward)
-        self._forward_moments = moves.steps
+        self._forward_steps = moves.steps
         operations = operations_of(lowering, dist.get_backend()) if moves.transfers else ()
         self._planes = kernel.contiguous_kv
         self._program = Program(schedule, moves, problem, rank, operations, planes=self._planes)
-        self._through_host = bool(moves.transfers) and groups.goes_through_host(device)
-        # Every rank makes every group, in the same order.
-        self._groups = {channel: groups.of(channel) for channel in sorted({t.channel for t in moves.transfers})}
-        for channel, members in sets_of(moves, self._program.lowered):
-            if (made := groups.among(members, channel)) is not None:
-                self._sets[channel, members] = made
+        self._join(groups, moves)
         self.buffer_bytes = self._program.buffer_bytes
         self.collectives = sorted({each.operation for each in self._program.lowered if each is not None})
         self._slots = [torch.zeros(size, dtype=torch.uint8, device=device) for size in self._program.slots]
-        indices = [group.kv_heads for group in schedule.heads]
-        self._kv_heads: list[HeadIndex] = [
-            heads if isinstance(heads, slice) else torch.tensor(heads, device=device) for heads in indices
-        ]
-        input_dtype = getattr(torch, problem.dtype)
+        self._kv_heads = [self._index(group.kv_heads) for group in schedule.heads]
+        input_dtype: torch.dtype = getattr(torch, problem.dtype)
+        sums = accumulation_dtype(input_dtype)
+        transit = input_dtype if problem.reduce_dtype == "input" else sums
+        self._dtypes: dict[Precision, torch.dtype] = {"input": input_dtype, "sum": sums, "transit": transit}
         self._tiles, self.pairs, self.calls = self._prepare(mask, kernel, input_dtype)
         self._alone = self._only_kernel()
-        sums = accumulation_dtype(input_dtype)
-        self._dtypes = {"input": input_dtype, "sum": sums, "transit": input_dtype if problem.reduce_dtype == "input" else sums}
-        self._views: dict[tuple[int, int], torch.Tensor] = {}
-        self._compute = self._communicate = True
+
+    def _join(self, groups: Groups, moves: Traffic) -> None:
+        """The communicators that this rank needs. Every rank makes every group, in the same order."""
+        self._through_host = bool(moves.transfers) and groups.goes_through_host(self.device)
+        self._groups = {channel: groups.of(channel) for channel in sorted({t.channel for t in moves.transfers})}
+        self._sets: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+        for channel, members in sets_of(moves, self._program.lowered):
+            if (made := groups.among(members, channel)) is not None:
+                self._sets[channel, members] = made
+
+    def _index(self, heads: slice | list[int]) -> HeadIndex:
+        """Heads as an index of a tensor on this device."""
+        return heads if isinstance(heads, slice) else torch.tensor(heads, device=self.device)
 
     def _prepare(self, mask: Mask, kernel: Kernel, dtype: torch.dtype) -> tuple[dict[TileCall, Prepared | None], int, int]:
-        """Every tile's kernel, its pairs and its calls; tiles of one mask at one place share what was prepared."""
+        """The kernel of every tile (None for one without pairs), and their pairs and calls. Equal tiles share one."""
         total = self.problem.heads.q
         made: dict[tuple[int, Heads, tuple[int, ...], tuple[int, ...]], tuple[Mask, Prepared | None]] = {}
         masks = [mask.of_heads(group.begin, len(group), total) for group in self.schedule.heads]
         found: dict[TileCall, Prepared | None] = {}
         pairs = calls = 0
-        for moment in self._program.moments[: self._forward_moments]:
-            for call in moment.tiles:
+        for step in self._program.steps[: self._forward_steps]:
+            for call in step.tiles:
                 group = self.schedule.heads[call.group]
                 heads = Heads(len(group), len(group.kv), self.problem.heads.dim)
                 key = (id(masks[call.group]), heads, call.q, call.k)
@@ -195,7 +201,7 @@ class Executor:
     ) -> tuple[torch.Tensor, Saved]:
         """out (T, Hq, D) of this rank's tokens from its q (T, Hq, D) and k, v (T, Hk, D), and what backward needs.
 
-        Without ``compute`` or without ``communicate`` the rest goes through the same motions, and results mean nothing.
+        Without ``compute`` or without ``communicate`` everything else is done as usual, and the results mean nothing.
         """
         self._begin(compute, communicate)
         if compute and self._alone is not None and self._marks is None:
@@ -205,8 +211,8 @@ class Executor:
         self._own: dict[str, torch.Tensor] = {"q": q, "kv": self._packed(k, v)}
         self._parts: dict[tuple[int, tuple[int, ...]], Part] = {}
         self._total: Part | None = None
-        for number in range(self._forward_moments):
-            self._moment(number, self._forward_tile)
+        for number in range(self._forward_steps):
+            self._run_step(number, self._forward_tile)
         out, lse = self._total or self._empty()
         finals = {key: (part[0].to(q.dtype), part[1]) for key, part in self._parts.items() if key in self._program.finals}
         saved = Saved(q, self._own["kv"], out.to(q.dtype), lse, finals)
@@ -214,24 +220,25 @@ class Executor:
         return saved.out, saved
 
     def _only_kernel(self) -> Prepared | None:
-        """The kernel of the only tile, if that is all tokens and heads of a single rank: nothing is then packed or summed,
-        and the time of a cell without context parallelism is its kernel's."""
+        """The kernel of the only tile, if that is all tokens and heads of a single rank, else None.
+
+        Nothing is packed or summed then, and the time of a cell without context parallelism is its kernel's.
+        """
         if self.schedule.world_size > 1 or len(self._tiles) != 1:
             return None
         ((call, kernel),) = self._tiles.items()
         tokens = (0, self._program.tokens)
-        operands = Operand("q", call.group, call.q), Operand("kv", call.group, call.k)
-        whole = all(self._program.local(operand) == tokens for operand in operands)
+        whole = all(self._program.local(call.operand(kind)) == tokens for kind in ("q", "kv"))
         group, heads = self.schedule.heads[call.group], self.problem.heads
         every = (len(group), group.kv_heads) == (heads.q, slice(0, heads.kv))
         return kernel if whole and every else None
 
     def _packed(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Keys and values together, (T, Hk, 2, D) to look at."""
+        """Keys and values together, as (T, Hk, 2, D)."""
         return torch.stack([k, v]).permute(1, 2, 0, 3) if self._planes else torch.stack([k, v], dim=2)
 
     def _keys_and_values(self, call: TileCall, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """k, v (T, Hk, D) of a tile, as its kernel wants them: some heads of this rank's own are copied once in a pass."""
+        """k, v (T, Hk, D) of a tile as its kernel wants them. Some heads of this rank's own are copied, once in a pass."""
         k, v = self._value("kv", call, number).unbind(2)
         if not self._planes or (k.is_contiguous() and v.is_contiguous()):
             return k, v
@@ -241,8 +248,10 @@ class Executor:
         return self._apart[key]
 
     def _typed(self, part: Part) -> Part:
-        """A kernel's result in the engine's types, since both ends of a message take its size from them: LSE in the type of sums,
-        out in it or in the inputs'."""
+        """A kernel's result in the engine's types: LSE in the type of sums, out in that or in the inputs' type.
+
+        Both ends of a message take its size from these types.
+        """
         out, lse = part
         sums = self._dtypes["sum"]
         return out if out.dtype in (self._dtypes["input"], sums) else out.to(sums), lse.to(sums)
@@ -250,7 +259,7 @@ class Executor:
     def _forward_tile(self, call: TileCall, kernel: Prepared, number: int) -> None:
         q, (k, v) = self._value("q", call, number), self._keys_and_values(call, number)
         part = self._typed(kernel.forward(q, k, v, softmax_scale=self.problem.softmax_scale))
-        rows = self._program.local(Operand("q", call.group, call.q))
+        rows = self._program.local(call.operand("q"))
         if rows is not None:
             self._absorb(rows, call.group, part)
             return
@@ -280,14 +289,14 @@ class Executor:
         return self._total
 
     def _empty(self) -> Part:
-        """No key yet: zeros and -inf."""
+        """The result over no keys: zeros and -inf."""
         shape = (self._program.tokens, self.problem.heads.q, self.problem.heads.dim)
         dtype = self._dtypes["input" if self._program.all_final else "sum"]
         out = torch.zeros(shape, dtype=dtype, device=self.device)
         return out, torch.full(shape[:2], -torch.inf, dtype=self._dtypes["sum"], device=self.device)
 
     def _part(self, piece: Piece) -> Part:
-        """This rank's partial result of queries that it does not own; zeros and -inf where their tiles hold no pair."""
+        """This rank's partial result of queries in a buffer; zeros and -inf where their tiles hold no pair."""
         assert piece.buffer is not None
         key = (piece.buffer.group, piece.buffer.bundle)
         if key not in self._parts:
@@ -300,18 +309,14 @@ class Executor:
     def lse(self, saved: Saved) -> torch.Tensor:
         """LSE (T, Hq) of this rank's own tokens. Collective; apart from ``forward``, since only the check needs it."""
         lse = saved.lse.clone()
-        for moment in self._program.moments[: self._forward_moments]:
-            sends = [m for m in moment.sends if m.kind == "final"]
-            sends += [m for exchange in moment.exchanges if exchange.kind == "final" for m in exchange.packed]
-            receives = [m for m in (*moment.receives, *moment.exchanged) if m.kind == "final"]
-            packed = []
-            for message in sends:
-                parts = [saved.finals[p.buffer.group, p.buffer.bundle][1][p.begin : p.end] for p in message.pieces if p.buffer]
-                packed.append(torch.cat(parts).contiguous())
+        for step in self._program.steps[: self._forward_steps]:
+            packed = [m for exchange in step.exchanges for m in exchange.packed]
+            sends = [m for m in (*step.sends, *packed) if m.kind == "final"]
+            receives = [m for m in (*step.receives, *step.exchanged) if m.kind == "final"]
+            outgoing = [(_final_lse(message, saved), message.peer) for message in sends]
             arrived = [
                 torch.empty((m.tokens, len(self.schedule.heads[m.group])), dtype=lse.dtype, device=self.device) for m in receives
             ]
-            outgoing = [(x, m.peer) for m, x in zip(sends, packed, strict=True)]
             _wait(self._messages(outgoing, [(x, m.peer) for m, x in zip(receives, arrived, strict=True)], None))
             for message, x in zip(receives, arrived, strict=True):
                 for piece, part in _cut(message.pieces, x):
@@ -330,56 +335,60 @@ class Executor:
             grads = self._alone.backward(dout, saved.q, *saved.kv, saved.out, saved.lse, softmax_scale=self.problem.softmax_scale)
             dq, dk, dv = (grad.to(dout.dtype) for grad in grads)
             return dq, dk, dv
-        sums = self._dtypes["sum"]
-        self._own = {
-            "q": saved.q, "kv": saved.kv, "dout": dout,
-            "dq": torch.zeros(saved.q.shape, dtype=sums, device=self.device),
-            "dkv": torch.zeros(saved.kv.shape, dtype=sums, device=self.device),
-        }  # fmt: skip
-        if self._program.sends_stats:
-            delta = (dout.to(sums) * saved.out).sum(-1)
-            self._own["stats"] = torch.stack([saved.lse, delta], dim=2)
-        self._saved = saved
-        for number in range(self._forward_moments, 2 * self._forward_moments + 1):
-            self._moment(number, self._backward_tile)
+        self._own, self._saved = self._backward_own(dout, saved.kv, saved), saved
+        for number in range(self._forward_steps, 2 * self._forward_steps + 1):
+            self._run_step(number, self._backward_tile)
         dq, dkv = self._own["dq"].to(dout.dtype), self._own["dkv"].to(dout.dtype)
         self._own, self._apart = {}, {}
         del self._saved
         return dq, dkv[:, :, 0], dkv[:, :, 1]
 
+    def _backward_own(self, dout: torch.Tensor, kv: torch.Tensor, saved: Saved) -> dict[str, torch.Tensor]:
+        """This rank's own tensors in backward, by kind of operand; gradients are zeros at first."""
+        sums = self._dtypes["sum"]
+        own = {"q": saved.q, "kv": kv, "dout": dout}
+        own |= {PAYLOADS[kind].gradient: torch.zeros(own[kind].shape, dtype=sums, device=self.device) for kind in SIDES}
+        if self._program.sends_stats:
+            delta = (dout.to(sums) * saved.out).sum(-1)
+            own["stats"] = torch.stack([saved.lse, delta], dim=2)
+        return own
+
     def _backward_tile(self, call: TileCall, kernel: Prepared, number: int) -> None:
         q, dout = (self._value(kind, call, number) for kind in ("q", "dout"))
         k, v = self._keys_and_values(call, number)
-        operand = Operand("q", call.group, call.q)
-        rows = self._program.local(operand)
-        if rows is not None:
-            own = slice(*rows), self._heads("q", call.group)
-            out, lse = self._saved.out[own], self._saved.lse[own]
-        elif (call.group, call.q) in self._program.finals:
-            out, lse = self._saved.finals[call.group, call.q]
-        else:
-            lse, delta = self._value("stats", call, number).unbind(-1)
-            out = _out_with(delta, dout)
+        out, lse = self._whole_rows(call, dout, number)
         dq, dk, dv = kernel.backward(dout, q, k, v, out, lse.contiguous(), softmax_scale=self.problem.softmax_scale)
         self._add("dq", call, number, [dq])
         self._add("dkv", call, number, [dk, dv])
 
+    def _whole_rows(self, call: TileCall, dout: torch.Tensor, number: int) -> Part:
+        """out and LSE over all keys of a tile's queries: this rank's own, its final ones, or an out that stands for delta."""
+        rows = self._program.local(call.operand("q"))
+        if rows is not None:
+            own = slice(*rows), self._heads("q", call.group)
+            return self._saved.out[own], self._saved.lse[own]
+        if (call.group, call.q) in self._program.finals:
+            return self._saved.finals[call.group, call.q]
+        lse, delta = self._value("stats", call, number).unbind(-1)
+        return _out_with(delta, dout), lse
+
     def _add(self, kind: str, call: TileCall, number: int, grads: Sequence[torch.Tensor]) -> None:
-        """Add a tile's gradients, dkv as dk and dv, to where they are summed."""
-        operand = Operand(kind, call.group, call.q if kind == "dq" else call.k)
+        """Add a tile's gradients, dkv as dk and dv, where they are summed."""
+        operand = call.operand(kind)
         rows = self._program.local(operand)
         total = self._buffer(operand, number) if rows is None else self._own_rows(kind, call.group, *rows)
         for own, grad in zip(total.unbind(2) if kind == "dkv" else [total], grads, strict=True):
             own += grad
 
     def _add_own(self, kind: str, group: int, rows: tuple[int, int], grad: torch.Tensor) -> None:
-        own, heads = self._own[kind][slice(*rows)], self._heads(CARGO[kind].side, group)
+        """Add a gradient to rows of this rank's own."""
+        own, heads = self._own[kind][slice(*rows)], self._heads(PAYLOADS[kind].side, group)
         if isinstance(heads, slice):
             own[:, heads] += grad
         else:  # a head that is held several times gets all of its gradients
             own.index_add_(1, heads, grad.to(own.dtype))
 
-    # -- moments ---------------------------------------------------------------------------------------------------
+    # -- steps -----------------------------------------------------------------------------------------------------
 
     def _begin(self, compute: bool, communicate: bool) -> None:
         self.bytes_sent = 0
@@ -388,41 +397,48 @@ class Executor:
         self._apart = {}
         self._waiting: dict[tuple[int, int, tuple[int, int]], torch.Tensor] = {}
 
-    def _moment(self, number: int, run_tile: TileRun) -> None:
-        moment = self._program.moments[number]
+    def _run_step(self, number: int, run_tile: TileRun) -> None:
+        """Everything of one time: begin messages, compute tiles, wait for messages, take them."""
+        step = self._program.steps[number]
         marks = [self._mark()]
-        for operand, parts in moment.filled:
-            buffer = self._buffer(operand, number)
-            for begin, end, to, until in parts:
-                buffer[to:until] = self._own_rows(operand.kind, operand.group, begin, end)
-        for operand in moment.zeroed:
-            self._buffer(operand, number).zero_()
-        rounds = moment.rounds if self._communicate else 0
+        self._fill(step, number)
+        rounds = step.rounds if self._communicate else 0
         for turn in range(min(rounds, 2)):
-            self._post(moment, turn)
+            self._post(step, turn)
         marks.append(self._mark())
-        if self._compute:
-            for call in moment.tiles:
-                kernel = self._tiles[call]
-                if kernel is not None:
-                    run_tile(call, kernel, number)
+        for call in step.tiles if self._compute else ():
+            kernel = self._tiles[call]
+            if kernel is not None:
+                run_tile(call, kernel, number)
         marks.append(self._mark())
         for turn in range(rounds):
-            _wait(self._works.pop((number, turn), []))
-            for message in moment.arrivals:
-                if message.round == turn:
-                    self._unpack(message)
-            if turn + 2 < rounds:  # while the next one arrives
-                self._post(moment, turn + 2)
-        if self._compute:
-            for operand, parts in moment.flushes:
-                self._flush(operand, parts, number)
+            self._receive(step, number, turn)
+        for operand, parts in step.flushes if self._compute else ():
+            self._flush(operand, parts, number)
         marks.append(self._mark())
         if self._marks is not None:
             self._marks.append((number, marks))
 
+    def _fill(self, step: RankStep, number: int) -> None:
+        """Copy own parts into buffers that begin to live, and clear those for gradients."""
+        for operand, parts in step.filled:
+            buffer = self._buffer(operand, number)
+            for part in parts:
+                buffer[part.at : part.until] = self._own_rows(operand.kind, operand.group, part.begin, part.end)
+        for operand in step.zeroed:
+            self._buffer(operand, number).zero_()
+
+    def _receive(self, step: RankStep, number: int, turn: int) -> None:
+        """Wait for a round and take what it brought; the next but one is posted then, while the next one arrives."""
+        _wait(self._works.pop((number, turn), []))
+        for message in step.arrivals:
+            if message.round == turn:
+                self._unpack(message)
+        if turn + 2 < step.rounds:
+            self._post(step, turn + 2)
+
     def _mark(self) -> Mark:
-        """Now, on the host, or on the device in what it has to do: without waiting for it."""
+        """Now: the host's time, or an event in the device's stream, for which nothing waits."""
         if self._marks is None or self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -430,7 +446,7 @@ class Executor:
         return event
 
     def timeline(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor | None) -> list[list[float]]:
-        """One iteration: (moment, begin, messages sent, tiles computed, messages there) of each moment, in seconds.
+        """One iteration: (number of the rank step, begin, messages sent, tiles computed, messages there) of each, in seconds.
 
         On CUDA these are times of the stream that computes: "sent" is when messages were allowed to leave.
         """
@@ -444,13 +460,15 @@ class Executor:
         first = rows[0][1][0]
         return [[float(number), *(_seconds(first, mark) for mark in marks)] for number, marks in rows]
 
-    def _post(self, moment: RankStep, turn: int) -> None:
-        """All messages of a round: its collectives, and the others in one batch per channel and end: both directions at once, so
-        that nobody waits for a turn."""
-        for exchange in [e for e in moment.exchanges if e.round == turn]:
+    def _post(self, step: RankStep, turn: int) -> None:
+        """Begin all messages of a round: its collectives, and the others in one batch per channel and end.
+
+        A batch has both directions, so no rank waits for its turn.
+        """
+        for exchange in [e for e in step.exchanges if e.round == turn]:
             self._works.setdefault((exchange.end, turn), []).extend(self._post_exchange(exchange))
-        sends = [m for m in moment.sends if m.round == turn]
-        receives = [m for m in moment.receives if m.round == turn]
+        sends = [m for m in step.sends if m.round == turn]
+        receives = [m for m in step.receives if m.round == turn]
         for channel, end in sorted({(m.channel, m.end) for m in (*sends, *receives)}):
             group = self._groups[channel]
             outgoing = [(m, self._pack(m)) for m in sends if (m.channel, m.end) == (channel, end)]
@@ -471,9 +489,9 @@ class Executor:
     def _ends(
         self, outgoing: list[torch.Tensor], incoming: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[Waits]]:
-        """What the backend is given to send and to receive into, and what is to be waited for after it.
+        """The tensors that the backend sends and receives into, and what to wait for after it.
 
-        Where messages go through the host's memory, the host waits here for what is sent to be computed and copied.
+        Where messages go through the host's memory, the host waits here until what is sent is computed and copied.
         """
         if not self._through_host:
             return outgoing, incoming, []
@@ -489,7 +507,7 @@ class Executor:
         return torch.empty(x.shape, dtype=x.dtype, pin_memory=self.device.type == "cuda")
 
     def _post_exchange(self, exchange: Exchange) -> list[Waits]:
-        """A collective of this rank's set. Counted is what goes to the others of it."""
+        """Begin a collective of this rank's set. ``bytes_sent`` counts what goes to the others of it."""
         for message in exchange.packed:
             self._pack(message)
         (source, size), others = self._end(exchange, exchange.source), len(exchange.ranks) - 1
@@ -506,11 +524,11 @@ class Executor:
         splits = None if exchange.own else [0 if rank == self.rank else block for rank in exchange.ranks]
         return [dist.all_to_all_single(target, source, splits, splits, group=group, async_op=True), *copies]
 
-    def _end(self, exchange: Exchange, end: tuple[Buffer | Operand | Piece, int]) -> tuple[torch.Tensor, int]:
+    def _end(self, exchange: Exchange, end: End) -> tuple[torch.Tensor, int]:
         """One end of a collective as a stretch of memory, and its bytes."""
         place, size = end
         if isinstance(place, Buffer):
-            flat = self._slots[place.slot][:size].view(self._dtypes[CARGO[exchange.kind].precision])
+            flat = self._slots[place.slot][:size].view(self._dtypes[exchange.payload.precision])
         elif isinstance(place, Operand):
             flat = _stretch(self._buffer(place, exchange.begin)).view(-1)
         else:
@@ -519,18 +537,19 @@ class Executor:
         return flat, size
 
     def _pack(self, message: Message) -> torch.Tensor:
-        """What a message sends, as one stretch of memory: where it lies if it is one, else copied into its staging."""
+        """What a message sends, as one stretch of memory: where it lies if it is one, else a copy in its staging."""
         if message.staging is None:
             return self._landing(message)
         staged = self._staging(message)
-        if message.kind in ("out", "lse", "final") and not self._compute:
+        result = message.payload.combine == "merge"
+        if result and not self._compute:
             return staged  # there is no result to send
         for piece, part in _cut(message.pieces, staged):
-            if message.kind in ("out", "lse", "final"):
+            if result:
                 out, lse = self._part(piece)
                 part.copy_((lse[:, :, None] if message.kind == "lse" else out)[piece.begin : piece.end])
             else:
-                part.copy_(self._piece(message.kind, piece, message.begin))
+                part.copy_(self._piece(message.payload.operand, piece, message.begin))
         return staged
 
     def _landing(self, message: Message) -> torch.Tensor:
@@ -538,65 +557,73 @@ class Executor:
         if message.staging is not None:
             return self._staging(message)
         (piece,) = message.pieces
-        return self._piece(message.kind, piece, message.begin)
+        return self._piece(message.payload.operand, piece, message.begin)
 
     def _unpack(self, message: Message) -> None:
+        """Take what has arrived from a message's staging, as its payload is combined."""
         if message.staging is None:
             return
-        kind = message.kind.removeprefix("final_")
+        take = {"replace": self._take_values, "merge": self._take_result, "add": self._take_gradient}[message.payload.combine]
         for piece, part in _cut(message.pieces, self._staging(message)):
-            rows = (piece.begin, piece.end)
-            if kind == "out":  # waits for its LSE, which comes behind it
-                self._waiting[message.peer, message.group, rows] = part
-            elif kind == "lse":
-                out = self._waiting.pop((message.peer, message.group, rows))
-                if self._compute:
-                    self._own_total()  # what arrives lies in memory that others will use, so it is merged, never taken over
-                    self._absorb(rows, message.group, (out, part[:, :, 0]))
-            elif kind == "final":
-                out, lse = self._own_total()
-                own = slice(*rows), self._heads("q", message.group)
-                out[own] = part.to(out.dtype)
-                lse[own] = torch.nan
-            elif kind in ("dq", "dkv"):
-                if piece.buffer is None:
-                    self._add_own(kind, message.group, rows, part)
-                else:
-                    self._piece(kind, piece, message.end).add_(part)
-            else:
-                self._piece(kind, piece, message.end).copy_(part)
+            take(message, piece, part)
 
-    def _flush(self, operand: Operand, parts: Sequence[tuple[int, int, int, int]], number: int) -> None:
-        """The own part of a bundle that is mixed with others': its sums join this rank's own."""
+    def _take_values(self, message: Message, piece: Piece, part: torch.Tensor) -> None:
+        self._piece(message.kind, piece, message.end).copy_(part)
+
+    def _take_gradient(self, message: Message, piece: Piece, part: torch.Tensor) -> None:
+        kind = message.payload.operand
+        if piece.buffer is None:
+            self._add_own(kind, message.group, (piece.begin, piece.end), part)
+        else:
+            self._piece(kind, piece, message.end).add_(part)
+
+    def _take_result(self, message: Message, piece: Piece, part: torch.Tensor) -> None:
+        """A final out goes to its rows. A partial one waits for its LSE, which comes after it, and is merged."""
+        rows = (piece.begin, piece.end)
+        waiting = (message.peer, message.group, rows)
+        if message.kind == "final":
+            out, lse = self._own_total()
+            own = slice(*rows), self._heads("q", message.group)
+            out[own] = part.to(out.dtype)
+            lse[own] = torch.nan
+        elif message.kind == "out":
+            self._waiting[waiting] = part
+        else:
+            out = self._waiting.pop(waiting)
+            if self._compute:
+                self._own_total()  # what arrives lies in memory that others will use, so it is merged, never taken over
+                self._absorb(rows, message.group, (out, part[:, :, 0]))
+
+    def _flush(self, operand: Operand, parts: Sequence[OwnPart], number: int) -> None:
+        """Merge or add this rank's own part of a mixed bundle to its own rows."""
         for begin, end, at, until in parts:
-            if operand.kind == "q":
-                piece = Piece(operand, operand.group, at, until)
-                out, lse = self._part(piece)
-                self._absorb((begin, end), operand.group, (out[at:until], lse[at:until]))
-            else:
+            if operand.payload.combine == "add":
                 self._add_own(operand.kind, operand.group, (begin, end), self._buffer(operand, number)[at:until])
+            else:
+                out, lse = self._part(Piece(operand, operand.group, at, until))
+                self._absorb((begin, end), operand.group, (out[at:until], lse[at:until]))
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def _value(self, kind: str, call: TileCall, number: int) -> torch.Tensor:
         """An operand of a tile: a view of this rank's own tensor, or its buffer."""
-        side = CARGO[kind].side
-        operand = Operand(kind, call.group, call.q if side == "q" else call.k)
+        operand = call.operand(kind)
         rows = self._program.local(operand)
         if rows is None:
             return self._buffer(operand, number)
         return self._own_rows(kind, call.group, *rows)
 
     def _own_rows(self, kind: str, group: int, begin: int, end: int) -> torch.Tensor:
-        return self._own[kind][begin:end, self._heads(CARGO[kind].side, group)]
+        """Rows of this rank's own tensor of a kind of operand, for the heads of a group."""
+        return self._own[kind][begin:end, self._heads(PAYLOADS[kind].side, group)]
 
-    def _heads(self, side: str, group: int) -> HeadIndex:
-        """The heads of a group in tensors that have all of them."""
+    def _heads(self, side: Kind, group: int) -> HeadIndex:
+        """The heads of a group as an index of tensors with all heads."""
         members = self.schedule.heads[group]
         return slice(members.begin, members.end) if side == "q" else self._kv_heads[group]
 
     def _piece(self, kind: str, piece: Piece, number: int) -> torch.Tensor:
-        kind = kind.removeprefix("final_")
+        """Rows of an operand of a kind, in its buffer or in this rank's own tensor."""
         if piece.buffer is None:
             return self._own_rows(kind, piece.group, piece.begin, piece.end)
         return self._buffer(piece.buffer, number)[piece.begin : piece.end]
@@ -604,24 +631,25 @@ class Executor:
     def _buffer(self, operand: Operand, number: int) -> torch.Tensor:
         memory = self._program.buffer(operand, number)
         tokens = self._program.operand_tokens(operand)
-        return self._view(memory, operand.kind, self.schedule.heads[operand.group], tokens, held_precision(operand.kind))
+        return self._view(memory, operand.kind, self.schedule.heads[operand.group], tokens, operand.payload.held)
 
     def _staging(self, message: Message) -> torch.Tensor:
         assert message.staging is not None
         group = self.schedule.heads[message.group]
-        return self._view(message.staging, message.kind, group, message.tokens, CARGO[message.kind].precision, message.offset)
+        return self._view(message.staging, message.kind, group, message.tokens, message.payload.precision, message.offset)
 
-    def _view(self, memory: Buffer, kind: str, group: HeadGroup, tokens: int, precision: str, offset: int = 0) -> torch.Tensor:
+    def _view(
+        self, memory: Buffer, kind: str, group: HeadGroup, tokens: int, precision: Precision, offset: int = 0
+    ) -> torch.Tensor:
         """(tokens, heads of the group, ...) in a slot, ``offset`` bytes after its begin; made once."""
         found = self._views.get((id(memory), offset))
         if found is None:
-            cargo, dim = CARGO[kind], self.problem.heads.dim
-            heads = len(group) if cargo.side == "q" else len(group.kv)
-            shape = {0: (tokens, heads, cargo.extra), 1: (tokens, heads, dim), 2: (tokens, heads, 2, dim)}[cargo.dims]
+            payload, dim = PAYLOADS[kind], self.problem.heads.dim
+            heads = len(group) if payload.side == "q" else len(group.kv)
             size = tokens * token_bytes(kind, group, self.problem, precision)
-            found = self._slots[memory.slot][offset : offset + size].view(self._dtypes[precision])
+            flat = self._slots[memory.slot][offset : offset + size].view(self._dtypes[precision])
             apart = kind == "kv" and self._planes
-            found = found.view(2, tokens, heads, dim).permute(1, 2, 0, 3) if apart else found.view(shape)
+            found = flat.view(2, tokens, heads, dim).permute(1, 2, 0, 3) if apart else flat.view(payload.shape(tokens, heads, dim))
             self._views[id(memory), offset] = found
         return found
 
@@ -638,7 +666,7 @@ class FromHost:
 
 
 def _wait(works: list[Waits]) -> None:
-    """A function of its own: by its name a hang is told that waits for other ranks (``runs/failure.py``)."""
+    """Wait for all of them. ``runs/failure.py`` knows a rank that waits for others by the name of this function."""
     for work in works:
         work.wait()
 
@@ -655,7 +683,7 @@ def _reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: dist.Proc
 
 
 def _stretch(x: torch.Tensor) -> torch.Tensor:
-    """Keys and values that lie apart, (T, Hk, 2, D) to look at, as the stretch of memory (2, T, Hk, D) that they are."""
+    """A tensor as the stretch of memory that it is: keys and values that lie apart, (T, Hk, 2, D), as (2, T, Hk, D)."""
     return x if x.is_contiguous() else x.permute(2, 0, 1, 3)
 
 
@@ -668,18 +696,24 @@ def _seconds(first: Mark, mark: Mark) -> float:
 
 
 def _merged(one: Part, other: Part) -> Part:
-    """The two together, in the memory of the first if that has the type of sums."""
+    """Both merged, in the memory of the first if that has the type of sums."""
     out, lse = one[0].to(other[1].dtype), one[1]
     merge_into(out, lse, *other)
     return out, lse
 
 
+def _final_lse(message: Message, saved: Saved) -> torch.Tensor:
+    """The LSE (tokens, heads of the group) of the rows of a message, of results that this rank alone computed."""
+    parts = [saved.finals[p.buffer.group, p.buffer.bundle][1][p.begin : p.end] for p in message.pieces if p.buffer]
+    return torch.cat(parts).contiguous()
+
+
 def _cut(pieces: list[Piece], x: torch.Tensor) -> list[tuple[Piece, torch.Tensor]]:
-    """The parts of a message's memory that belong to its pieces."""
+    """Each piece with its rows of a message's memory."""
     return list(zip(pieces, x.split([p.end - p.begin for p in pieces]), strict=True))
 
 
 def _out_with(delta: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
-    """An ``out`` (T, H, D) whose product with dout sums to ``delta`` (T, H): all that a kernel's backward takes out for."""
+    """An ``out`` (T, H, D) whose product with dout sums to ``delta`` (T, H): a kernel's backward uses out for nothing else."""
     square = dout.to(delta.dtype).square().sum(-1)
     return (dout * (delta / torch.where(square == 0, 1.0, square))[..., None]).to(dout.dtype)

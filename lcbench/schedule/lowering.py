@@ -1,23 +1,26 @@
-"""Which of a schedule's transfers are collectives, seen from what moves and never from who planned it.
+"""Which of a schedule's transfers go by collectives. It is found in the rows that move; no strategy is known by its name.
 
-A transfer is one if ranks come in sets: each rank sends as many bytes to every other of its set, and has in one operand the shards
-of all of them, its own included. A head exchange is an all-to-all, in both directions. Keys and values of the same heads for
-every rank are an all-gather; their gradients on the way back, summed where they arrive, a reduce-scatter. All else goes from
-point to point: hops of a ring, casts to those who need something, shards of uneven sizes.
+A transfer is a collective if its ranks form sets: each rank sends the same number of bytes to every other rank of its set, and one
+of its operands holds the shards of all ranks of the set, its own included. A head exchange is an all-to-all, in both directions.
+Keys and values of the same heads for every rank are an all-gather. Their gradients, which are summed where they arrive, are a
+reduce-scatter. Everything else goes from point to point: hops of a ring, casts to the ranks that need something, shards of uneven
+sizes.
 
-Every rank finds the same, since it looks at all ranks' rows.
+Every rank finds the same collectives, since each looks at the rows of all ranks.
 """
 
 # No postponed annotations: subclasses in other modules are asked for the types of their options, ``lowering`` among them.
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
+from lcbench.masks.band import Ints
 from lcbench.problem import Problem
-from lcbench.schedule.adjoint import Traffic, Transfer, element_bytes
-from lcbench.schedule.schedule import Schedule
+from lcbench.schedule.adjoint import SIDES, Traffic, Transfer
+from lcbench.schedule.payload import element_bytes
+from lcbench.schedule.schedule import Kind, MoveColumn, Schedule, TileColumn
 
 Lowering = Literal["auto", "p2p"]
 Operation = Literal["all_to_all", "all_gather", "reduce_scatter"]
@@ -26,25 +29,23 @@ OPERATIONS: dict[str, tuple[Operation, ...]] = {
     # Its reduce-scatter is an all-reduce per rank, and its all-gather takes longer than messages do (docs/strategies.md).
     "gloo": ("all_to_all",),
 }
-VALUES = ("q", "kv", "dout", "stats")
-SUMS = ("dq", "dkv")
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """What every strategy that the engine runs can be told.
+    """The option that every strategy of the engine has.
 
     Attributes:
         lowering: ``auto``: what moves within whole sets of ranks goes by collectives; ``p2p``: everything from point to point.
     """
 
-    # At its default it is no part of a cell, whose id is from before there was a choice.
+    # At its default it is left out of a cell's config: ids of cells are older than this option.
     lowering: Lowering = field(default="auto", kw_only=True, metadata={"left_out": True})
 
 
 @dataclass(frozen=True)
 class Collective:
-    """How a transfer is done together.
+    """A transfer as a collective.
 
     Attributes:
         operation: ``all_to_all``, ``all_gather`` or ``reduce_scatter``.
@@ -57,12 +58,12 @@ class Collective:
     block: int
 
     def of(self, rank: int) -> tuple[int, ...] | None:
-        """The set of a rank."""
+        """The set of a rank, None where it takes no part."""
         return next((members for members in self.sets if rank in members), None)
 
 
 def collectives(schedule: Schedule, moves: Traffic, problem: Problem, operations: tuple[Operation, ...]) -> list[Collective | None]:
-    """How each transfer is done together; None for one that goes from point to point, or whose operation is not asked for."""
+    """The collective of each transfer; None for one that goes from point to point, or whose operation is not among those given."""
     if not operations:
         return [None] * len(moves.transfers)
     bundles = _bundles(schedule)
@@ -70,24 +71,25 @@ def collectives(schedule: Schedule, moves: Traffic, problem: Problem, operations
     return [each if each is not None and each.operation in operations else None for each in found]
 
 
-Bundles = dict[tuple[str, int, int], list[tuple[int, ...]]]
+Bundles = dict[tuple[Kind, int, int], list[tuple[int, ...]]]
 
 
 def _bundles(schedule: Schedule) -> Bundles:
     """The bundles of several shards that ranks use, by side, rank and head group."""
-    found: dict[tuple[str, int, int], dict[int, None]] = {}
+    found: dict[tuple[Kind, int, int], dict[int, None]] = {}
     several = np.array([len(bundle) > 1 for bundle in schedule.bundles], dtype=bool)
-    for side, column in (("q", 2), ("kv", 3)):
+    for side, column in zip(SIDES, (TileColumn.Q, TileColumn.K), strict=True):
         for step in schedule.steps:
-            tiles = step.tiles[several[step.tiles[:, column]]][:, [0, 1, column]] if len(step.tiles) else step.tiles[:, :3]
-            for rank, group, bundle in np.unique(tiles, axis=0).tolist():
+            tiles = step.tiles[several[step.tiles[:, column]]]
+            for rank, group, bundle in np.unique(tiles[:, [TileColumn.RANK, TileColumn.GROUP, column]], axis=0).tolist():
                 found.setdefault((side, rank, group), {})[bundle] = None
     return {key: [schedule.bundles[i] for i in numbers] for key, numbers in found.items()}
 
 
 def _collective(schedule: Schedule, transfer: Transfer, problem: Problem, bundles: Bundles) -> Collective | None:
+    """The collective that a transfer is; None for one from point to point."""
     source, to, shard, group = transfer.rows.T
-    gathers = transfer.kind in VALUES
+    gathers = transfer.payload.combine == "replace"
     holder, owner = (to, source) if gathers else (source, to)
     if (schedule.owner[shard] != owner).any():
         return None
@@ -97,57 +99,69 @@ def _collective(schedule: Schedule, transfer: Transfer, problem: Problem, bundle
     block = int(sizes[0])
     if not block or (sizes != block).any():
         return None
-    holders, owners = np.divmod(pairs, schedule.world_size)
+    sets = _sets(*np.divmod(pairs, schedule.world_size))
+    held = _held(schedule, transfer, problem, bundles, holder, sets, block) if sets else None
+    if held is None:
+        return None
+    same = len(np.unique(group)) == 1 and all(len(each) == 1 for each in held.values())
+    operation: Operation = "all_to_all"
+    if same and gathers:
+        operation = "all_gather"
+    elif same and transfer.payload.partial_sum:
+        if element_bytes(transfer.payload.precision, problem) != element_bytes(transfer.payload.held, problem):
+            return None  # on its way it would be summed in the inputs' type
+        operation = "reduce_scatter"
+    return Collective(operation, tuple(sorted(held)), block)
+
+
+def _sets(holders: Ints, owners: Ints) -> dict[int, tuple[int, ...]]:
+    """The set of each rank, from all pairs (rank, another one that it exchanges with), sorted; none if they form no sets."""
     ranks, starts = np.unique(holders, return_index=True)
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
     sets: dict[int, tuple[int, ...]] = {}
     for rank, others in zip(ranks.tolist(), np.split(owners, starts[1:]), strict=True):
         members = tuple(sorted([rank, *others.tolist()]))
         sets[rank] = known.setdefault(members, members)
-    if any(sets.get(other) is not members for rank, members in sets.items() for other in members):
-        return None
-    held: dict[tuple[int, ...], set[frozenset[int]]] = {}
-    order = np.argsort(holder, kind="stable")
-    cuts = np.nonzero(np.diff(holder[order]))[0] + 1
-    for rows in np.split(order, cuts):
-        rank = int(holder[rows[0]])
-        bundle = _whole(schedule, transfer, problem, bundles, rank, shard[rows].tolist(), set(group[rows].tolist()), block)
-        if bundle is None:
-            return None
-        held.setdefault(sets[rank], set()).add(bundle)
-    same = len(np.unique(group)) == 1 and all(len(each) == 1 for each in held.values())
-    operation: Operation = "all_to_all"
-    if same and gathers:
-        operation = "all_gather"
-    elif same and transfer.kind in SUMS:
-        if element_bytes("transit", problem) != element_bytes("sum", problem):
-            return None  # on its way it would be summed in the inputs' type
-        operation = "reduce_scatter"
-    return Collective(operation, tuple(sorted(known)), block)
+    whole = all(sets.get(other) is members for members in sets.values() for other in members)
+    return sets if whole else {}
 
 
-def _whole(
+def _held(
     schedule: Schedule,
     transfer: Transfer,
     problem: Problem,
     bundles: Bundles,
-    rank: int,
-    shards: list[int],
-    groups: set[int],
+    holder: Ints,
+    sets: dict[int, tuple[int, ...]],
     block: int,
+) -> dict[tuple[int, ...], set[frozenset[int]]] | None:
+    """The bundles that the ranks of each set hold; None if a rank has no bundle for what comes to it or leaves it."""
+    held: dict[tuple[int, ...], set[frozenset[int]]] = {}
+    order = np.argsort(holder, kind="stable")
+    cuts = np.nonzero(np.diff(holder[order]))[0] + 1
+    for places in np.split(order, cuts):
+        rank = int(holder[places[0]])
+        bundle = _whole(schedule, transfer, problem, bundles, rank, transfer.rows[places], block)
+        if bundle is None:
+            return None
+        held.setdefault(sets[rank], set()).add(bundle)
+    return held
+
+
+def _whole(
+    schedule: Schedule, transfer: Transfer, problem: Problem, bundles: Bundles, rank: int, rows: Ints, block: int
 ) -> frozenset[int] | None:
     """The one bundle of a rank that holds what comes to it, or leaves it, and as much of its own; None if there is none."""
+    shards, groups = rows[:, MoveColumn.SHARD].tolist(), set(rows[:, MoveColumn.GROUP].tolist())
     if len(groups) > 1 or len(set(shards)) < len(shards):
         return None
     (group,) = groups
     others = set(shards)
-    side = "kv" if transfer.kind.endswith("kv") else "q"
-    for bundle in bundles.get((side, rank, group), ()):
+    for bundle in bundles.get((transfer.payload.side, rank, group), ()):
         members = frozenset(bundle)
         own = [shard for shard in members if schedule.owner[shard] == rank]
         if members == others.union(own):
-            rows = np.array([[rank, rank, shard, group] for shard in own], dtype=np.int64).reshape(-1, 4)
-            mine = Transfer(transfer.kind, rows, transfer.begin, transfer.end)
+            mine = replace(transfer, rows=np.array([[rank, rank, shard, group] for shard in own], dtype=np.int64).reshape(-1, 4))
             return members if int(mine.bytes(schedule, problem).sum()) == block else None
     return None
 
@@ -163,5 +177,5 @@ def sets_of(moves: Traffic, found: list[Collective | None]) -> list[tuple[str, t
 
 
 def operations_of(lowering: Lowering, backend: str) -> tuple[Operation, ...]:
-    """What may go by a collective over a backend of torch.distributed."""
+    """The operations that go by collectives over a backend of torch.distributed."""
     return OPERATIONS.get(backend, ()) if lowering == "auto" else ()

@@ -1,7 +1,11 @@
-"""One rank's part of a schedule: its operands, messages and buffers, worked out before anything runs. No tensors here.
+"""One rank's part of a schedule: its operands, messages and buffers, worked out before anything runs. There are no tensors here.
 
-Buffers are given memory by how long they live: one whose last use is over leaves its slot to the next. A ring thus runs on two
-buffers for keys and values, however many ranks it has.
+A buffer holds memory from its birth to its death, both on the time line of ``adjoint``. Buffers that do not overlap in time share
+a slot. A ring thus runs on two slots for keys and values, whatever P is. Here is forward on rank 0 of four ranks:
+
+    time      0                1                2                3
+    slot 0    [shard 3 comes   is used, goes]   [shard 1 comes   is used]
+    slot 1                     [shard 2 comes   is used, goes]
 """
 
 from __future__ import annotations
@@ -16,21 +20,27 @@ import numpy as np
 
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
-from lcbench.schedule.adjoint import CARGO, Traffic, Transfer, element_bytes, held_precision, token_bytes
-from lcbench.schedule.lowering import VALUES, Collective, Operation, collectives
-from lcbench.schedule.schedule import Schedule
+from lcbench.schedule.adjoint import SIDES, Traffic, Transfer
+from lcbench.schedule.lowering import Collective, Operation, collectives
+from lcbench.schedule.payload import PAYLOADS, Payload, element_bytes, token_bytes
+from lcbench.schedule.schedule import Kind, MoveColumn, Schedule, TileColumn
 
 ROUND = 4  # sums of one head group that a rank receives in one round; two rounds are under way at once
-MOST_STRETCHES = 3  # as many messages of one kind to one rank at once, or more, are copied together and sent as one
-ALIGNMENT = 256  # bytes; what tensors of any type and a GPU's loads want
+MOST_STRETCHES = 3  # so many messages of one kind to one rank at the same time, or more, are copied together and sent as one
+ALIGNMENT = 256  # bytes; enough for tensors of any type and for a GPU's loads
 
 
 class Operand(NamedTuple):
-    """One side of tiles: what of (``q``, ``kv``, ``dout``, ``stats``, ``dq``, ``dkv``), for which heads, which shards in a row."""
+    """One side of tiles: ``q``, ``kv``, ``dout``, ``stats``, ``dq`` or ``dkv`` of a bundle of shards for a head group."""
 
     kind: str
     group: int
     bundle: tuple[int, ...]
+
+    @property
+    def payload(self) -> Payload:
+        """What it holds."""
+        return PAYLOADS[self.kind]
 
 
 class Piece(NamedTuple):
@@ -42,27 +52,49 @@ class Piece(NamedTuple):
     end: int
 
 
+class OwnPart(NamedTuple):
+    """Rows ``begin:end`` of this rank's own tensor, which are rows ``at:until`` of an operand's buffer."""
+
+    begin: int
+    end: int
+    at: int
+    until: int
+
+
 @dataclass
 class Buffer:
-    """Memory with a life on the line of time, ends included; ``slot`` is shared with others that live at other times."""
+    """Memory that is needed from time ``birth`` to time ``death``, both included.
+
+    Attributes:
+        bytes: its size.
+        round: the round of its time, if it is needed in this round only.
+        slot: the memory that it is given; buffers of other times have the same.
+    """
 
     bytes: int
     birth: int
     death: int
-    round: int | None = None  # lives in one round of a moment only
+    round: int | None = None
     slot: int = -1
 
     def lives(self, birth: int, death: int) -> None:
+        """Need it at these times too."""
         self.birth, self.death = min(self.birth, birth), max(self.death, death)
 
 
 @dataclass
 class Message:
-    """What goes to, or comes from, one rank at once.
+    """What goes to one rank, or comes from one, as one stretch of memory.
 
     Attributes:
-        round: messages of one moment go in rounds, so that sums from many ranks do not all need room at the same time.
-        staging: room for it where it is not one stretch of memory, or is to be added to something.
+        kind: a key of ``PAYLOADS``.
+        peer: the other rank.
+        group: head group.
+        begin, end: it leaves when time ``begin`` begins and has arrived when time ``end`` ends.
+        pieces: where its rows lie on this rank, in order.
+        tokens: its rows.
+        round: messages of one time go in rounds, so that sums from many ranks do not need room all at once.
+        staging: room for a message that is not one stretch of memory, or that is to be added to something.
         offset: bytes of the staging before it.
     """
 
@@ -78,6 +110,19 @@ class Message:
     staging: Buffer | None = None
     offset: int = 0
 
+    @property
+    def payload(self) -> Payload:
+        """What it holds."""
+        return PAYLOADS[self.kind]
+
+    @property
+    def inside(self) -> int | None:
+        """The only round in which its staging is needed; None if it is under way for longer than one time."""
+        return self.round if self.begin == self.end else None
+
+
+End = tuple[Buffer | Operand | Piece, int]
+
 
 @dataclass
 class Exchange:
@@ -88,7 +133,7 @@ class Exchange:
         block: bytes.
         own: whether this rank's own block is among them.
         packed: what is copied into the source before it leaves; nothing where the source is a buffer as it is.
-        source, target: staging, an operand's buffer, or a piece of this rank's own tensor, with bytes.
+        source, target: staging, an operand's buffer, or a piece of this rank's own tensor, with its bytes.
     """
 
     operation: Operation
@@ -101,49 +146,80 @@ class Exchange:
     block: int
     own: bool
     packed: list[Message]
-    source: tuple[Buffer | Operand | Piece, int]
-    target: tuple[Buffer | Operand, int]
+    source: End
+    target: End
+
+    @property
+    def payload(self) -> Payload:
+        """What it holds."""
+        return PAYLOADS[self.kind]
 
 
 @dataclass(frozen=True)
 class TileCall:
-    """A tile of this rank, with its place in memory: own tensors where the operand says None."""
+    """A tile of this rank: head group, and the shards of its queries and of its keys."""
 
     group: int
     q: tuple[int, ...]
     k: tuple[int, ...]
 
+    def operand(self, kind: str) -> Operand:
+        """Its operand of a kind."""
+        return Operand(kind, self.group, self.q if PAYLOADS[kind].side == "q" else self.k)
+
 
 @dataclass
 class RankStep:
-    """What happens at one time: buffers begin, messages leave and arrive, tiles are computed, sums go to the rank's own."""
+    """What a rank does at one time.
 
-    filled: list[tuple[Operand, list[tuple[int, int, int, int]]]] = field(default_factory=list)  # (own begin, end, begin, end)
+    Attributes:
+        filled: operands whose own part is copied into their buffers first.
+        zeroed: gradients whose buffers are cleared first.
+        sends, receives: messages that leave, or begin to arrive.
+        exchanges: collectives that begin.
+        exchanged: what these bring into staging.
+        tiles: what is computed meanwhile, in order.
+        arrivals: messages that have arrived by the end, to be taken from their staging.
+        flushes: operands whose own part of results or gradients goes to this rank's own at the end.
+        rounds: in how many rounds messages go.
+    """
+
+    filled: list[tuple[Operand, list[OwnPart]]] = field(default_factory=list)
     zeroed: list[Operand] = field(default_factory=list)
     sends: list[Message] = field(default_factory=list)
     receives: list[Message] = field(default_factory=list)
     exchanges: list[Exchange] = field(default_factory=list)
-    exchanged: list[Message] = field(default_factory=list)  # what the exchanges bring into staging
+    exchanged: list[Message] = field(default_factory=list)
     tiles: list[TileCall] = field(default_factory=list)
     arrivals: list[Message] = field(default_factory=list)
-    flushes: list[tuple[Operand, list[tuple[int, int, int, int]]]] = field(default_factory=list)
+    flushes: list[tuple[Operand, list[OwnPart]]] = field(default_factory=list)
     rounds: int = 1
+
+    def kinds_needed(self) -> set[str]:
+        """Kinds of what leaves or is filled in."""
+        return {m.kind for m in self.sends} | {e.kind for e in self.exchanges} | {operand.kind for operand, _ in self.filled}
 
 
 class Program:
-    """A rank's moments, from 0 to N - 1 forward and, with backward, from N to 2N.
+    """What a rank does, time by time: 0 to N - 1 are forward and, with backward, N to 2N backward.
 
     Attributes:
+        steps: a ``RankStep`` for each time.
         slots: bytes of each piece of memory that buffers share.
-        buffer_bytes: their sum.
         finals: operands (group, bundle) of queries that are not this rank's own but whose every key it computes.
-        sends_stats: whether LSE and delta of this rank's own queries are wanted elsewhere or in a buffer.
-        lowered: how each transfer is done together; None from point to point.
+        sends_stats: whether LSE and delta of this rank's own queries are needed elsewhere or in a buffer.
+        lowered: the collective of each transfer; None for one from point to point.
+        own: this rank's shards, in order.
+        begin: the first row of each of them in this rank's own tensors.
+        tokens: rows of these tensors.
 
     Args:
         operations: what may go by a collective.
         planes: keys and values of an operand lie apart, (2, T, Hk, D), for a kernel that wants each contiguous; without,
             any stretch of tokens is one stretch of memory, (T, Hk, 2, D).
+
+    Raises:
+        ValueError: this rank uses a shard in two bundles, or a bundle of queries some of which it computes alone.
     """
 
     def __init__(
@@ -166,28 +242,28 @@ class Program:
         self.begin = {shard: int(a) for shard, a in zip(self.own, begins, strict=False)}
         self.tokens = int(begins[-1])
         self._sizes: list[int] = schedule.sizes.tolist()
-        self.moments = [RankStep() for _ in range(2 * moves.steps + 1 if problem.backward else moves.steps)]
-        self._home: dict[tuple[str, int, int], tuple[tuple[int, ...], int]] = {}
-        self._use: dict[tuple[str, int, tuple[int, ...]], list[int]] = defaultdict(list)
-        # Buffers by operand; one that lives in forward and, fetched again, in backward, has two lives.
+        self.steps = [RankStep() for _ in range(2 * moves.steps + 1 if problem.backward else moves.steps)]
+        # (side, shard, head group): the bundle that this rank uses it in, and its first row there.
+        self._home: dict[tuple[Kind, int, int], tuple[tuple[int, ...], int]] = {}
+        self._use: dict[tuple[Kind, int, tuple[int, ...]], list[int]] = defaultdict(list)  # steps of each (side, group, bundle)
+        # Buffers of an operand: one that is needed in forward and, fetched again, in backward has one for each.
         self._lives: dict[Operand, list[Buffer]] = defaultdict(list)
         self.finals: set[tuple[int, tuple[int, ...]]] = set()
         self._place_tiles()
+        self._place_homes()
+        self._place_operands()
         self._place_messages()
         self._place_sums()
-        self._place_fills()
+        self._place_own_parts()
         self.slots: list[int] = []
         self._give_slots()
-        self.sends_stats = any(
-            "stats" in {m.kind for m in moment.sends} | {e.kind for e in moment.exchanges} | {o.kind for o, _ in moment.filled}
-            for moment in self.moments
-        )
+        self.sends_stats = any("stats" in step.kinds_needed() for step in self.steps)
 
     # -- operands --------------------------------------------------------------------------------------------------
 
     def local(self, operand: Operand) -> tuple[int, int] | None:
-        """Rows of this rank's own tensor that are the operand as it is, or None where it needs a buffer."""
-        in_order = CARGO[operand.kind].side == "q" or isinstance(self._schedule.heads[operand.group].kv_heads, slice)
+        """The rows (begin, end) of this rank's own tensor that are the operand as it is, or None where it needs a buffer."""
+        in_order = operand.payload.side == "q" or isinstance(self._schedule.heads[operand.group].kv_heads, slice)
         if not in_order or any(shard not in self.begin for shard in operand.bundle):
             return None
         begin = end = self.begin[operand.bundle[0]]
@@ -202,164 +278,212 @@ class Program:
         return next(b for b in self._lives[operand] if b.birth <= time <= b.death)
 
     def operand_tokens(self, operand: Operand) -> int:
+        """Rows of an operand."""
         return sum(self._sizes[shard] for shard in operand.bundle)
 
     def _place_tiles(self) -> None:
+        """The tiles of each time: backward computes those of a step in reverse order."""
         bundles = self._schedule.bundles
         for number, step in enumerate(self._schedule.steps):
-            for _, group, q, k in step.tiles[step.tiles[:, 0] == self._rank].tolist():
+            for _, group, q, k in step.tiles[step.tiles[:, TileColumn.RANK] == self._rank].tolist():
                 call = TileCall(group, bundles[q], bundles[k])
-                self.moments[number].tiles.append(call)
+                self.steps[number].tiles.append(call)
                 if self._problem.backward:
-                    self.moments[self._traffic.backward_time(number)].tiles.insert(0, call)
+                    self.steps[self._traffic.backward_time(number)].tiles.insert(0, call)
                 self._use["q", group, call.q].append(number)
                 self._use["kv", group, call.k].append(number)
-        for kind, group, bundle in self._use:
+
+    def _place_homes(self) -> None:
+        """The one place of each shard in memory, for a side and a head group."""
+        for side, group, bundle in self._use:
             offset = 0
             for shard in bundle:
-                known = self._home.setdefault((kind, shard, group), (bundle, offset))
+                known = self._home.setdefault((side, shard, group), (bundle, offset))
                 if known != (bundle, offset):
                     raise ValueError(f"rank {self._rank} uses shard {shard} in two bundles, {known[0]} and {bundle}")
                 offset += self._sizes[shard]
-        for (kind, group, bundle), steps in self._use.items():
-            if self.local(Operand(kind, group, bundle)) is not None:
+
+    def _place_operands(self) -> None:
+        """Buffers of operands that are not this rank's own tensor as it is."""
+        for (side, group, bundle), steps in self._use.items():
+            if self.local(Operand(side, group, bundle)) is not None:
                 continue
             first, last = steps[0], steps[-1]
-            self._live(Operand(kind, group, bundle), first, last)
-            fetched = [kind]
-            if kind == "q":
-                alone = {bool(self._traffic.final[shard, group]) for shard in bundle}
-                if len(alone) > 1:
-                    raise ValueError(f"some queries of bundle {bundle} are computed by one rank alone, others are not")
-                if alone.pop():
-                    self.finals.add((group, bundle))
-                    fetched.append("dout")
-                else:
-                    fetched += ["dout", "stats"]
-            for name in fetched if self._problem.backward else []:
-                self._live(Operand(name, group, bundle), *map(self._traffic.backward_time, (last, first)))
+            self._live(Operand(side, group, bundle), first, last)
+            needed = [side, *self._row_kinds(group, bundle)] if side == "q" else [side]
+            for kind in needed if self._problem.backward else []:
+                self._live(Operand(kind, group, bundle), *map(self._traffic.backward_time, (last, first)))
+
+    def _row_kinds(self, group: int, bundle: tuple[int, ...]) -> list[str]:
+        """What backward needs of the queries of a bundle besides themselves; notes those that this rank computes alone."""
+        alone = {bool(self._traffic.final[shard, group]) for shard in bundle}
+        if len(alone) > 1:
+            raise ValueError(f"some queries of bundle {bundle} are computed by one rank alone, others are not")
+        if not alone.pop():
+            return ["dout", "stats"]
+        self.finals.add((group, bundle))
+        return ["dout"]
 
     def _live(self, operand: Operand, birth: int, death: int) -> None:
-        """Let an operand's buffer live at these times too: in the life of that pass, or in a new one."""
+        """Need a buffer for an operand from ``birth`` to ``death``: its buffer of that pass, or a new one."""
         middle = self._traffic.steps
         for buffer in self._lives[operand]:
             if (buffer.birth < middle) == (birth < middle):
                 buffer.lives(birth, death)
                 return
         group = self._schedule.heads[operand.group]
-        per_token = token_bytes(operand.kind, group, self._problem, held_precision(operand.kind))
+        per_token = token_bytes(operand.kind, group, self._problem, operand.payload.held)
         size = self.operand_tokens(operand) * per_token
         self._lives[operand].append(Buffer(size, birth, death))
 
     # -- messages --------------------------------------------------------------------------------------------------
 
     def _place_messages(self) -> None:
-        kept: set[Operand] = set()
-        for uses, kind in ((self._traffic.queries, "q"), (self._traffic.keys, "kv")):
-            mine = uses.rows[(uses.rows[:, 1] == self._rank) & uses.kept]
-            kept |= {self._operand(kind, shard, group) for shard, group in mine[:, 2:].tolist()}
+        """The messages and collectives of each time, and the buffers that they need."""
         for transfer, together in zip(self._traffic.transfers, self.lowered, strict=True):
-            if together is not None:
-                if members := together.of(self._rank):
-                    self._place_exchange(transfer, together, members)
-                continue
-            for rows, peer_column, outgoing in (
-                (transfer.rows[transfer.rows[:, 0] == self._rank], 1, True),
-                (transfer.rows[transfer.rows[:, 1] == self._rank], 0, False),
-            ):
-                if not len(rows):
-                    continue
-                rows = rows[np.lexsort((rows[:, 2], rows[:, 3], rows[:, peer_column]))]
-                for message in self._messages(rows, peer_column, transfer.kind, transfer.begin, transfer.end, transfer.channel):
-                    moment = self.moments[message.begin]
-                    if message.begin == message.end and message.kind.endswith(("dq", "dkv")):
-                        distance = message.peer - self._rank if outgoing else self._rank - message.peer
-                        ranks, heads = self._schedule.world_size, len(self._schedule.heads)
-                        message.round = (distance % ranks - 1) // (ROUND * heads)
-                        moment.rounds = max(moment.rounds, message.round + 1)
-                    self._live_with(message, outgoing)
-                    (moment.sends if outgoing else moment.receives).append(message)
-                    if not outgoing:
-                        self.moments[message.end].arrivals.append(message)
-        for operand in kept:  # one life from the first use in forward to the last in backward
+            if together is None:
+                self._place_transfer(transfer, outgoing=True)
+                self._place_transfer(transfer, outgoing=False)
+            elif members := together.of(self._rank):
+                self._place_exchange(transfer, together, members)
+        for operand in self._kept():  # one buffer from the first use in forward to the last in backward
             lives = self._lives[operand]
             if lives:
                 lives[:] = [Buffer(lives[0].bytes, min(b.birth for b in lives), max(b.death for b in lives))]
 
-    def _place_exchange(self, transfer: Transfer, together: Collective, ranks: tuple[int, ...]) -> None:
-        """Messages of a collective lie in its source and target, block behind block; both may be the buffer of its operand."""
-        kind, begin, end = transfer.kind, transfer.begin, transfer.end
-        name, values = kind.removeprefix("final_"), kind in VALUES
-        sends, receives = ({m.peer: m for m in self._blocks(transfer, outgoing)} for outgoing in (True, False))
-        group = next(iter((receives if values else sends).values())).group
-        held = Operand("q" if name in ("out", "lse", "final") else name, group, self._bundle(transfer, ranks, group))
-        own = [s for s in held.bundle if s in self.begin and self._sizes[s]]
-        tokens = sum(self._sizes[s] for s in own)
-        mine = self._pieces(kind, group, own), self._held_pieces(held, own)
-        (from_pieces, to_pieces) = mine if values else mine[::-1]
-        sends[self._rank] = Message(kind, self._rank, group, begin, end, transfer.channel, from_pieces, tokens)
-        receives[self._rank] = Message(kind, self._rank, group, begin, end, transfer.channel, to_pieces, tokens)
+    def _kept(self) -> set[Operand]:
+        """Operands of which something that comes in forward is held for backward."""
+        kept: set[Operand] = set()
+        for uses, kind in zip((self._traffic.queries, self._traffic.keys), SIDES, strict=True):
+            mine = uses.rows[(uses.rows[:, MoveColumn.TARGET] == self._rank) & uses.kept]
+            kept |= {self._operand(kind, shard, group) for _, _, shard, group in mine.tolist()}
+        return kept
 
-        direct = self._by_rank(held.bundle, ranks) and (
-            not (self._planes and name == "kv") if values else name in ("dq", "dkv") and self._travels_as_held(kind)
-        )
-        gather, scatter = together.operation == "all_gather", together.operation == "reduce_scatter"
-        included = direct or gather or scatter
-        members = [rank for rank in ranks if included or rank != self._rank]
+    def _place_transfer(self, transfer: Transfer, *, outgoing: bool) -> None:
+        """The messages of a transfer that this rank sends, or receives, from point to point."""
+        rows, peer = self._own_rows(transfer, outgoing=outgoing)
+        if not len(rows):
+            return
+        rows = rows[np.lexsort((rows[:, MoveColumn.SHARD], rows[:, MoveColumn.GROUP], rows[:, peer]))]
+        for message in self._messages(transfer, rows, peer):
+            step = self.steps[message.begin]
+            if message.begin == message.end and message.payload.combine == "add":
+                distance = message.peer - self._rank if outgoing else self._rank - message.peer
+                ranks, heads = self._schedule.world_size, len(self._schedule.heads)
+                message.round = (distance % ranks - 1) // (ROUND * heads)
+                step.rounds = max(step.rounds, message.round + 1)
+            self._live_with(message, outgoing)
+            (step.sends if outgoing else step.receives).append(message)
+            if not outgoing:
+                self.steps[message.end].arrivals.append(message)
+
+    def _own_rows(self, transfer: Transfer, *, outgoing: bool) -> tuple[Ints, int]:
+        """The rows that this rank sends, or receives, and the column of the other rank."""
+        mine, peer = (MoveColumn.SOURCE, MoveColumn.TARGET) if outgoing else (MoveColumn.TARGET, MoveColumn.SOURCE)
+        return transfer.rows[transfer.rows[:, mine] == self._rank], peer
+
+    def _place_exchange(self, transfer: Transfer, together: Collective, ranks: tuple[int, ...]) -> None:
+        """A collective. Its messages lie in its source and its target, block behind block; each may be an operand's buffer."""
+        sends, receives = ({m.peer: m for m in self._blocks(transfer, outgoing)} for outgoing in (True, False))
+        values = transfer.payload.combine == "replace"
+        held = self._held_operand(transfer, ranks, next(iter((receives if values else sends).values())).group)
+        self._add_own_blocks(transfer, held, sends, receives)
         for rank in ranks:
             self._live_pieces(sends[rank], outgoing=True)
             self._live_pieces(receives[rank], outgoing=False)
+        direct = self._by_rank(held.bundle, ranks) and self._lies_as_sent(transfer)
+        included = direct or together.operation != "all_to_all"
         # Sums of many ranks that are copied before they leave go in rounds, part by part of every block.
-        rounds = min(tokens, -(-len(ranks) // ROUND)) if scatter and not direct and begin == end else 1
+        scatter, tokens = together.operation == "reduce_scatter", sends[self._rank].tokens
+        rounds = min(tokens, -(-len(ranks) // ROUND)) if scatter and not direct and transfer.begin == transfer.end else 1
         cuts = [tokens * turn // rounds for turn in range(rounds + 1)]
-        self.moments[begin].rounds = max(self.moments[begin].rounds, rounds)
+        self.steps[transfer.begin].rounds = max(self.steps[transfer.begin].rounds, rounds)
         for turn, (first, last) in enumerate(pairwise(cuts)):
             out, into = ({rank: _part(m, first, last, turn) for rank, m in each.items()} for each in (sends, receives))
             block = together.block * (last - first) // tokens
-            inside = turn if begin == end else None
-            source: tuple[Buffer | Operand | Piece, int]
-            target: tuple[Buffer | Operand, int]
-            packed = [out[self._rank]] if gather else [out[rank] for rank in members]
-            if gather and self._in_one_piece(out[self._rank]):
-                source, packed = (out[self._rank].pieces[0], block), []
-            elif direct and not values:
-                source, packed = (held, len(members) * block), []
-            else:
-                source = _staged(packed, block, inside)
-            if direct and values:
-                target = held, len(members) * block
-            else:
-                target = _staged([into[self._rank]] if scatter else [into[rank] for rank in members], block, inside)
-            arriving = [self._rank] if scatter else [rank for rank in members if rank != self._rank or not values]
-            landed = [into[rank] for rank in arriving if into[rank].staging is not None]
-            self.moments[begin].exchanged += landed
-            self.moments[end].arrivals += landed
-            self.moments[begin].exchanges.append(
-                Exchange(
-                    together.operation, kind, ranks, begin, end, transfer.channel, turn, block, included, packed, source, target
-                )
-            )
+            self._place_round(transfer, together.operation, ranks, out, into, held if direct else None, block, turn)
         if direct and values:
-            self._brought[held].append(begin)
+            self._brought[held].append(transfer.begin)
         elif included and not values:
             self._taken.add(held)
 
+    def _place_round(
+        self,
+        transfer: Transfer,
+        operation: Operation,
+        ranks: tuple[int, ...],
+        out: dict[int, Message],
+        into: dict[int, Message],
+        direct: Operand | None,
+        block: int,
+        turn: int,
+    ) -> None:
+        """One round of a collective, of blocks of ``block`` bytes. ``direct``: the operand whose buffer is its end as it is."""
+        values, gather, scatter = transfer.payload.combine == "replace", operation == "all_gather", operation == "reduce_scatter"
+        included = direct is not None or operation != "all_to_all"
+        members = [rank for rank in ranks if included or rank != self._rank]
+        packed = [out[self._rank]] if gather else [out[rank] for rank in members]
+        source: End
+        target: End
+        if gather and self._in_one_piece(out[self._rank]):
+            source, packed = (out[self._rank].pieces[0], block), []
+        elif direct is not None and not values:
+            source, packed = (direct, len(members) * block), []
+        else:
+            source = _staged(packed, block)
+        if direct is not None and values:
+            target = direct, len(members) * block
+        else:
+            target = _staged([into[self._rank]] if scatter else [into[rank] for rank in members], block)
+        arriving = [self._rank] if scatter else [rank for rank in members if rank != self._rank or not values]
+        landed = [into[rank] for rank in arriving if into[rank].staging is not None]
+        begins, ends = self.steps[transfer.begin], self.steps[transfer.end]
+        begins.exchanged += landed
+        ends.arrivals += landed
+        times = transfer.begin, transfer.end
+        begins.exchanges.append(
+            Exchange(operation, transfer.kind, ranks, *times, transfer.channel, turn, block, included, packed, source, target)
+        )
+
+    def _add_own_blocks(
+        self, transfer: Transfer, held: Operand, sends: dict[int, Message], receives: dict[int, Message]
+    ) -> None:  # fmt: skip
+        """This rank's own part as a message from itself to itself: between its own tensor and the buffer of the operand."""
+        own = [s for s in held.bundle if s in self.begin and self._sizes[s]]
+        tokens = sum(self._sizes[s] for s in own)
+        ends = [self._pieces(transfer.kind, held.group, own), self._held_pieces(held, own)]
+        if transfer.payload.combine != "replace":
+            ends.reverse()
+        for blocks, pieces in zip((sends, receives), ends, strict=True):
+            blocks[self._rank] = Message(
+                transfer.kind, self._rank, held.group, transfer.begin, transfer.end, transfer.channel, pieces, tokens
+            )
+
+    def _lies_as_sent(self, transfer: Transfer) -> bool:
+        """Whether the buffer of an operand of the shards of all ranks, in their order, can be an end of a collective as it is."""
+        if transfer.payload.combine == "replace":
+            return not (self._planes and transfer.kind == "kv")
+        return transfer.payload.combine == "add" and self._travels_as_held(transfer.payload)
+
     def _blocks(self, transfer: Transfer, outgoing: bool) -> Iterable[Message]:
         """One message for each other rank of a set, or from it, of all its shards in order."""
-        mine, peer = (0, 1) if outgoing else (1, 0)
-        rows = transfer.rows[transfer.rows[:, mine] == self._rank]
-        rows = rows[np.lexsort((rows[:, 2], rows[:, peer]))]
+        rows, peer = self._own_rows(transfer, outgoing=outgoing)
+        rows = rows[np.lexsort((rows[:, MoveColumn.SHARD], rows[:, peer]))]
         for part in np.split(rows, np.nonzero(np.diff(rows[:, peer]))[0] + 1):
-            shards = [s for s in part[:, 2].tolist() if self._sizes[s]]
-            group, tokens = int(part[0, 3]), sum(self._sizes[s] for s in shards)
-            pieces = self._pieces(transfer.kind, group, shards)
-            yield Message(transfer.kind, int(part[0, peer]), group, transfer.begin, transfer.end, transfer.channel, pieces, tokens)
+            shards = [s for s in part[:, MoveColumn.SHARD].tolist() if self._sizes[s]]
+            yield self._message(transfer, int(part[0, peer]), int(part[0, MoveColumn.GROUP]), shards)
 
-    def _bundle(self, transfer: Transfer, ranks: tuple[int, ...], group: int) -> tuple[int, ...]:
-        """The bundle that holds the shards of a set."""
-        mine, other = (1, 0) if transfer.kind in VALUES else (0, 1)
-        row = next(row for row in transfer.rows[transfer.rows[:, mine] == self._rank].tolist() if row[other] in ranks)
-        return self._home[CARGO[transfer.kind].side, row[2], group][0]
+    def _message(self, transfer: Transfer, peer: int, group: int, shards: list[int]) -> Message:
+        """A message of some shards to a rank, or from it."""
+        tokens, pieces = sum(self._sizes[s] for s in shards), self._pieces(transfer.kind, group, shards)
+        return Message(transfer.kind, peer, group, transfer.begin, transfer.end, transfer.channel, pieces, tokens)
+
+    def _held_operand(self, transfer: Transfer, ranks: tuple[int, ...], group: int) -> Operand:
+        """The operand of this rank that holds the shards of a set."""
+        rows, other = self._own_rows(transfer, outgoing=transfer.payload.combine != "replace")
+        row = next(row for row in rows.tolist() if row[other] in ranks)
+        bundle, _ = self._home[transfer.payload.side, row[MoveColumn.SHARD], group]
+        return Operand(transfer.payload.operand, group, bundle)
 
     def _held_pieces(self, held: Operand, shards: list[int]) -> list[Piece]:
         """Where shards lie in the buffer of an operand that holds them, this rank's own too."""
@@ -376,67 +500,64 @@ class Program:
         owners = [int(self._schedule.owner[s]) for s in shards]
         return shards == [s for _, s in sorted(zip(owners, shards, strict=True))] and set(owners) <= set(ranks)
 
-    def _messages(self, rows: Ints, peer: int, kind: str, begin: int, end: int, channel: str) -> Iterable[Message]:
-        for part in np.split(rows, np.nonzero(np.diff(rows[:, peer]) | np.diff(rows[:, 3]))[0] + 1):
-            group = int(part[0, 3])
-            shards = [s for s in part[:, 2].tolist() if self._sizes[s]]
+    def _messages(self, transfer: Transfer, rows: Ints, peer: int) -> Iterable[Message]:
+        """Messages of sorted rows: per rank in column ``peer`` and head group, one for each stretch of shards."""
+        breaks_at = np.diff(rows[:, peer]) | np.diff(rows[:, MoveColumn.GROUP])
+        for part in np.split(rows, np.nonzero(breaks_at)[0] + 1):
+            shards = [s for s in part[:, MoveColumn.SHARD].tolist() if self._sizes[s]]
             # Shards of consecutive numbers mostly lie behind one another on both sides, so a message of them needs no copy.
             breaks = [i for i in range(1, len(shards)) if shards[i] != shards[i - 1] + 1]
             if len(breaks) >= MOST_STRETCHES:
                 breaks = []
             for a, b in pairwise([0, *breaks, len(shards)] if shards else []):
-                tokens, pieces = sum(self._sizes[s] for s in shards[a:b]), self._pieces(kind, group, shards[a:b])
-                yield Message(kind, int(part[0, peer]), group, begin, end, channel, pieces, tokens)
+                yield self._message(transfer, int(part[0, peer]), int(part[0, MoveColumn.GROUP]), shards[a:b])
 
     def _operand(self, kind: str, shard: int, group: int) -> Operand:
-        """The operand on this rank that holds an item; one that is only passed on is an operand by itself."""
-        side = CARGO[kind].side
-        bundle, _ = self._home.get((side, shard, group), ((shard,), 0))
-        return Operand(kind, group, bundle)
+        """The operand of this rank that a kind of message about an item is about; one that is only passed on is one by itself."""
+        payload = PAYLOADS[kind]
+        bundle, _ = self._home.get((payload.side, shard, group), ((shard,), 0))
+        return Operand(payload.operand, group, bundle)
 
     def _pieces(self, kind: str, group: int, shards: list[int]) -> list[Piece]:
         """Where the rows of a message lie; stretches that continue one another are one piece."""
-        kind = kind.removeprefix("final_")
         found: list[Piece] = []
         for shard in shards:
             size = self._sizes[shard]
             if shard in self.begin:
                 piece = Piece(None, group, self.begin[shard], self.begin[shard] + size)
             else:
-                operand = self._operand("q" if kind in ("out", "lse", "final") else kind, shard, group)
-                _, offset = self._home.get((CARGO[kind].side, shard, group), ((shard,), 0))
-                piece = Piece(operand, group, offset, offset + size)
+                _, offset = self._home.get((PAYLOADS[kind].side, shard, group), ((shard,), 0))
+                piece = Piece(self._operand(kind, shard, group), group, offset, offset + size)
             if found and found[-1].buffer == piece.buffer and found[-1].end == piece.begin:
                 piece = Piece(piece.buffer, group, found.pop().begin, piece.end)
             found.append(piece)
         return found
 
     def _live_with(self, message: Message, outgoing: bool) -> None:
+        """The buffers that a message needs, and its staging unless it leaves from, or arrives in, one stretch of memory."""
         self._live_pieces(message, outgoing)
-        values = message.kind in VALUES
-        sums = message.kind in ("dq", "dkv")
-        if not (self._in_one_piece(message) and (values or (outgoing and sums and self._travels_as_held(message.kind)))):
-            group = self._schedule.heads[message.group]
-            size = message.tokens * token_bytes(message.kind, group, self._problem)
-            inside = message.round if message.begin == message.end else None
-            message.staging = Buffer(size, message.begin, message.end, inside)
+        payload = message.payload
+        as_it_is = payload.combine == "replace" or (outgoing and payload.partial_sum and self._travels_as_held(payload))
+        if not (as_it_is and self._in_one_piece(message)):
+            size = message.tokens * token_bytes(message.kind, self._schedule.heads[message.group], self._problem)
+            message.staging = Buffer(size, message.begin, message.end, message.inside)
 
     def _live_pieces(self, message: Message, outgoing: bool) -> None:
-        """The buffers that a message leaves or enters live as long as it is under way."""
+        """The buffers that a message leaves or enters are needed as long as it is under way."""
         for piece in message.pieces:
             if piece.buffer is None:
                 continue
-            if message.kind in VALUES:
+            if message.payload.combine == "replace":
                 self._live(piece.buffer, message.begin, message.end)
-            elif message.kind.removeprefix("final_") in ("dq", "dkv"):  # begins with what arrives, ends when the sum has left
-                time = message.end if not outgoing else message.begin
-                self._live(piece.buffer, time, message.end)
+            elif message.payload.combine == "add":  # from what arrives first until the sum has left
+                self._live(piece.buffer, message.begin if outgoing else message.end, message.end)
 
-    def _travels_as_held(self, kind: str) -> bool:
-        """Whether a gradient travels in the type in which it is summed."""
-        return element_bytes(CARGO[kind].precision, self._problem) == element_bytes("sum", self._problem)
+    def _travels_as_held(self, payload: Payload) -> bool:
+        """Whether it travels in the type in which buffers hold it."""
+        return element_bytes(payload.precision, self._problem) == element_bytes(payload.held, self._problem)
 
     def _in_one_piece(self, message: Message) -> bool:
+        """Whether the rows of a message are one stretch of memory."""
         (piece, *others) = message.pieces
         if others:
             return False
@@ -447,7 +568,7 @@ class Program:
         if piece.buffer is not None:
             return True
         heads, group = self._problem.heads, self._schedule.heads[message.group]
-        whole = len(group) == heads.q if CARGO[message.kind].side == "q" else group.kv == tuple(range(heads.kv))
+        whole = len(group) == heads.q if message.payload.side == "q" else group.kv == tuple(range(heads.kv))
         return whole and message.kind != "stats"
 
     # -- sums, own parts, memory -----------------------------------------------------------------------------------
@@ -456,56 +577,64 @@ class Program:
         """Buffers for gradients of operands that are not this rank's own, from the last use in forward to the first."""
         if not self._problem.backward:
             return
-        for (kind, group, bundle), steps in self._use.items():
-            if self.local(Operand(kind, group, bundle)) is None:
-                self._live(Operand(f"d{kind}", group, bundle), *map(self._traffic.backward_time, (steps[-1], steps[0])))
+        for (side, group, bundle), steps in self._use.items():
+            if self.local(Operand(side, group, bundle)) is None:
+                gradient = Operand(PAYLOADS[side].gradient, group, bundle)
+                self._live(gradient, *map(self._traffic.backward_time, (steps[-1], steps[0])))
         for operand, lives in self._lives.items():
-            if operand.kind in ("dq", "dkv"):
+            if operand.payload.combine == "add":
                 (life,) = lives
-                self.moments[life.birth].zeroed.append(operand)
+                self.steps[life.birth].zeroed.append(operand)
 
-    def _place_fills(self) -> None:
-        """A bundle of own and other shards: the own part is copied in at first, and its sums are taken out at last."""
+    def _place_own_parts(self) -> None:
+        """In a bundle of own and other shards the own part is copied in at first; its results and gradients leave at last."""
         for operand, lives in list(self._lives.items()):
             parts = self._own_parts(operand)
             if not parts:
                 continue
-            if operand.kind in ("dq", "dkv"):
-                if operand in self._taken:
-                    continue
-                steps = self._use[operand.kind[1:], operand.group, operand.bundle]
-                self.moments[self._traffic.backward_time(steps[0])].flushes.append((operand, parts))
+            if operand.payload.combine == "add":
+                if operand not in self._taken:
+                    first, _ = self._used(operand)
+                    self.steps[self._traffic.backward_time(first)].flushes.append((operand, parts))
                 continue
             for life in lives:
-                if any(life.birth <= time <= life.death for time in self._brought.get(operand, ())):
-                    continue
-                self.moments[life.birth].filled.append((operand, parts))
+                if not any(life.birth <= time <= life.death for time in self._brought.get(operand, ())):
+                    self.steps[life.birth].filled.append((operand, parts))
             if operand.kind == "q":
-                steps = self._use["q", operand.group, operand.bundle]
-                self.moments[steps[-1]].flushes.append((operand, parts))
+                _, last = self._used(operand)
+                self.steps[last].flushes.append((operand, parts))
 
-    def _own_parts(self, operand: Operand) -> list[tuple[int, int, int, int]]:
+    def _used(self, operand: Operand) -> tuple[int, int]:
+        """The first and the last step that use an operand, or that whose gradient it is."""
+        steps = self._use[operand.payload.side, operand.group, operand.bundle]
+        return steps[0], steps[-1]
+
+    def _own_parts(self, operand: Operand) -> list[OwnPart]:
+        """The parts of an operand that are this rank's own."""
         parts, offset = [], 0
         for shard in operand.bundle:
             size = self._sizes[shard]
             if shard in self.begin and size:
-                parts.append((self.begin[shard], self.begin[shard] + size, offset, offset + size))
+                parts.append(OwnPart(self.begin[shard], self.begin[shard] + size, offset, offset + size))
             offset += size
         return parts
 
-    def _give_slots(self) -> None:
-        """First come, first served, the slot that fits best among those that are free; a slot grows to its largest buffer."""
-        staged = [m.staging for moment in self.moments for m in (*moment.sends, *moment.receives) if m.staging]
-        ends = [end for moment in self.moments for exchange in moment.exchanges for end, _ in (exchange.source, exchange.target)]
+    def _buffers(self) -> list[Buffer]:
+        """Every buffer: of operands, of messages, and of collectives."""
+        staged = [m.staging for step in self.steps for m in (*step.sends, *step.receives) if m.staging]
+        ends = [end for step in self.steps for exchange in step.exchanges for end, _ in (exchange.source, exchange.target)]
         staged += [end for end in ends if isinstance(end, Buffer)]
-        buffers = [b for lives in self._lives.values() for b in lives] + staged
-        ticks = max(moment.rounds for moment in self.moments)
+        return [buffer for lives in self._lives.values() for buffer in lives] + staged
+
+    def _give_slots(self) -> None:
+        """In the order of birth, each buffer gets the free slot that fits it best; a slot grows to its largest buffer."""
+        ticks = max(step.rounds for step in self.steps)
         free_from: list[int] = []
 
         def begins(buffer: Buffer) -> int:  # a round leaves while the one before it is waited for
             return buffer.birth * ticks + max((buffer.round or 0) - 1, 0)
 
-        for buffer in sorted(buffers, key=lambda b: (begins(b), -b.bytes)):
+        for buffer in sorted(self._buffers(), key=lambda b: (begins(b), -b.bytes)):
             birth = begins(buffer)
             buffer.bytes = -(-buffer.bytes // ALIGNMENT) * ALIGNMENT
             free = [i for i, time in enumerate(free_from) if time <= birth]
@@ -520,6 +649,7 @@ class Program:
 
     @property
     def buffer_bytes(self) -> int:
+        """Bytes of all slots."""
         return sum(self.slots)
 
     @property
@@ -540,10 +670,10 @@ def _part(message: Message, first: int, last: int, turn: int) -> Message:
     return replace(message, pieces=pieces, tokens=last - first, round=turn)
 
 
-def _staged(messages: list[Message], block: int, inside: int | None) -> tuple[Buffer, int]:
+def _staged(messages: list[Message], block: int) -> tuple[Buffer, int]:
     """Room for messages of ``block`` bytes each, one behind the other; and its bytes."""
     size = len(messages) * block
-    memory = Buffer(size, messages[0].begin, messages[0].end, inside)
+    memory = Buffer(size, messages[0].begin, messages[0].end, messages[0].inside)
     for place, message in enumerate(messages):
         message.staging, message.offset = memory, place * block
     return memory, size

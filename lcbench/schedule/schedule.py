@@ -1,12 +1,12 @@
 """A strategy is data: where tokens live, which tiles each rank computes in which step, and what moves meanwhile.
 
-Several things read a schedule and no strategy knows of them: ``adjoint`` derives the traffic of backward from the moves of
-forward, ``verify`` proves it, ``execute`` runs it, ``draw`` shows it.
+Strategies write schedules; ``adjoint`` derives the traffic of backward from the moves of forward, ``verify`` proves a schedule,
+``program`` works out what one rank does, ``execute`` runs it, ``plot`` draws it. A strategy knows none of them.
 
-Vocabulary. A *shard* is a set of tokens that always moves together; each has an owner, which has its q, k and v for all heads
-when it begins and its out when it ends. A *head group* is what is computed together of the heads. An *item* is the q, or the
-k and v, of one shard for one head group. A *bundle* is a sequence of shards that lie behind one another as one operand. A *tile*
-is a rank computing one bundle of queries on one bundle of keys, for one head group.
+A *shard* is a set of tokens that always move together. Its owner holds their q, k and v for all heads at the begin, and their out
+at the end. A *head group* is a range of query heads that are computed together, with the key/value heads that they read. An *item*
+is the q, or the k and v, of one shard for one head group. A *bundle* is a sequence of shards that one kernel call takes as one
+operand. A *tile* is the computation of one bundle of queries on one bundle of keys for one head group by one rank.
 """
 
 from __future__ import annotations
@@ -36,6 +36,18 @@ def rows(*values: ArrayLike) -> Ints:
 
 NO_ROWS = rows([], [], [], [])  # no tiles, or no returns
 NO_ROWS.setflags(write=False)
+
+
+class TileColumn:
+    """Columns of tiles: a rank computes, for a head group, a bundle of queries on a bundle of keys."""
+
+    RANK, GROUP, Q, K = range(4)
+
+
+class MoveColumn:
+    """Columns of moves, returns and messages: an item, shard and head group, goes from a rank to another."""
+
+    SOURCE, TARGET, SHARD, GROUP = range(4)
 
 
 @dataclass(frozen=True)
@@ -83,10 +95,10 @@ class Move:
 
     Attributes:
         kind: what travels: ``q``, or ``kv`` together.
-        rows: int64 (n, 4): from rank, to rank, shard, head group.
-        kept: the receiver holds on to it for backward instead of fetching it again.
-        steps: how many steps it may take; usable from the step after these on.
-        channel: moves of different channels run over different communicators.
+        rows: int64 (n, 4): see ``MoveColumn``.
+        kept: whether the receiver holds the items for backward instead of fetching them again.
+        steps: how many steps the move may take; what it brings may be used in the step after them.
+        channel: the communicator that it runs over, by name.
     """
 
     kind: Kind
@@ -101,10 +113,10 @@ class Step:
     """One step of all ranks.
 
     Attributes:
-        tiles: int64 (n, 4): rank, head group, bundle of queries, bundle of keys.
+        tiles: int64 (n, 4): see ``TileColumn``.
         moves: what travels meanwhile.
-        returns: int64 (n, 4): from rank, to the owner, shard, head group: results of tiles of earlier steps, which the
-            owner merges at the end of this step.
+        returns: int64 (n, 4): see ``MoveColumn``; results of tiles of earlier steps, which the owner, their target, merges at the
+            end of this step.
     """
 
     tiles: Ints
@@ -114,7 +126,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A whole strategy for one problem. ``owner``: the rank that owns each shard, (shards,)."""
+    """A whole strategy for one problem.
+
+    Attributes:
+        world_size: P, ranks.
+        shards: the tokens of each shard.
+        owner: the rank that owns each shard, int64 (shards,).
+        heads: the head groups.
+        bundles: the shards of each bundle, in the order in which they lie in memory.
+        steps: what happens, one after the other.
+    """
 
     world_size: int
     shards: Layout
@@ -125,7 +146,7 @@ class Schedule:
 
     @cached_property
     def sizes(self) -> Ints:
-        """Tokens of each shard."""
+        """Tokens of each shard, (shards,)."""
         return np.array([self.shards.size(i) for i in range(len(self.shards))], dtype=np.int64)
 
     def own(self, rank: int) -> list[int]:
@@ -139,7 +160,7 @@ class Schedule:
         return Layout(tuple(self.runs(self.own(rank)) for rank in range(self.world_size)))
 
     def runs(self, shards: Iterable[int]) -> tuple[TokenSpan, ...]:
-        """Tokens of shards that lie behind one another; stretches that continue one another are one run."""
+        """The token spans of shards that lie behind one another; spans that continue one another are one."""
         found: list[TokenSpan] = []
         for run in (run for shard in shards for run in self.shards.shards[shard] if run.size):
             if found and found[-1].stride == run.stride == 1 and found[-1].start + found[-1].size == run.start:
@@ -164,11 +185,11 @@ class Schedule:
         """The tiles of a step by shards, in portions: rows (rank, head group, q shard, k shard)."""
         _, offsets = self._members
         counts = np.diff(offsets)
-        portion = np.cumsum(counts[step.tiles[:, 2]] * counts[step.tiles[:, 3]]) // EXPANDED
+        portion = np.cumsum(counts[step.tiles[:, TileColumn.Q]] * counts[step.tiles[:, TileColumn.K]]) // EXPANDED
         for part in np.split(step.tiles, np.nonzero(np.diff(portion))[0] + 1):
-            number, q = self.spread(part[:, 2])
-            again, k = self.spread(part[number, 3])
-            yield np.column_stack([part[number[again], :2], q[again], k])
+            number, q = self.spread(part[:, TileColumn.Q])
+            again, k = self.spread(part[number, TileColumn.K])
+            yield np.column_stack([part[number[again], : TileColumn.Q], q[again], k])
 
     def __str__(self) -> str:
         """The schedule as a grid of steps x ranks; a bug report is this text."""

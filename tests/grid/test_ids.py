@@ -14,7 +14,7 @@ import pytest
 
 from lcbench.grid.axes import RENAMED
 from lcbench.grid.cell import Cell, flat_config
-from lcbench.sweep import look
+from lcbench.grid.command_line import look
 
 GOLDEN: list[dict[str, Any]] = json.loads(Path(__file__).with_name("golden_cells.json").read_text())
 

@@ -174,7 +174,7 @@ class Stale(Faulty):
         if kind != "kv":
             return value
         before, self._before = self._before, value.clone()
-        wrong = self.wrong and number == self._number % (2 * self._forward_moments + 1)
+        wrong = self.wrong and number == self._number % (2 * self._forward_steps + 1)
         return before if wrong and before.shape == value.shape else value
 
 
@@ -216,8 +216,8 @@ class Skips(Faulty):
     def __init__(self, *args: Any, backward: bool = False, **kwargs: Any) -> None:
         self._in_backward = backward
         super().__init__(*args, **kwargs)
-        moments = self._program.moments[: self._forward_moments]
-        calls = [call for moment in moments for call in moment.tiles if self._tiles[call] is not None]
+        steps = self._program.steps[: self._forward_steps]
+        calls = [call for step in steps for call in step.tiles if self._tiles[call] is not None]
         self._skipped = calls[-1] if calls else None
 
     def _forward_tile(self, call: TileCall, kernel: Prepared, number: int) -> None:
@@ -284,8 +284,8 @@ class NoZeros(Faulty):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for moment in self._program.moments:
-            moment.zeroed = []
+        for step in self._program.steps:
+            step.zeroed = []
 
 
 class FirstLSE(Faulty):

@@ -114,12 +114,12 @@ def test_blocks_of_collectives_are_the_bytes_of_the_formulas(ranks: int) -> None
             report, moves = verify(schedule, mask, problem), traffic(schedule, backward=True)
             for rank in (0, ranks - 1):
                 made = Program(schedule, moves, problem, rank, NCCL)
-                sent = sum(e.block * (len(e.ranks) - 1) for moment in made.moments for e in moment.exchanges)
+                sent = sum(e.block * (len(e.ranks) - 1) for step in made.steps for e in step.exchanges)
                 one_by_one = Program(schedule, moves, problem, rank)
                 rows = [t.bytes(schedule, problem)[t.rows[:, 0] == rank].sum() for t in moves.transfers]
                 alone = sum(int(n) for n, each in zip(rows, made.lowered, strict=True) if each is None)
                 assert sent + alone == report.forward_bytes[rank] + report.backward_bytes[rank], strategy
-                assert not any(moment.exchanges for moment in one_by_one.moments)
+                assert not any(step.exchanges for step in one_by_one.steps)
 
 
 @dataclass(frozen=True)

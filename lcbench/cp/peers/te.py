@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lcbench.cp.loongtrain import largest_degree
 from lcbench.cp.peers.library import CHANNEL, AutogradRun, grid, missing, refused_length, refused_mask, segments
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
@@ -13,6 +12,7 @@ from lcbench.kernels.te_fused import LIBRARIES
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.build import largest_degree
 from lcbench.schedule.execute import Groups
 from lcbench.schedule.layout import Layout, zigzag
 

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lcbench.cp.loongtrain import largest_degree, refused_grid
 from lcbench.cp.peers.library import AutogradRun, grid, missing, refused_length, refused_mask, segments
-from lcbench.cp.ulysses import check_count
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.build import check_count, largest_degree, refused_grid
 from lcbench.schedule.execute import Groups
 from lcbench.schedule.layout import Layout, zigzag
 

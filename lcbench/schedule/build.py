@@ -1,0 +1,182 @@
+"""The parts that strategies share: how tokens are dealt out, rings, grids of ranks, exchanges of heads, and reasons to refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+import numpy as np
+
+from lcbench.masks.band import Ints
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+from lcbench.schedule.layout import Layout, contiguous, striped, zigzag
+from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows
+
+Order = Literal["auto", "zigzag", "striped", "contiguous"]
+ORDERS = {"zigzag": zigzag, "striped": striped, "contiguous": contiguous}
+
+# -- options and refusals ------------------------------------------------------------------------------------------------
+
+
+def check_choice(option: str, value: object, accepted: Collection[str]) -> None:
+    """Raises ValueError, naming the accepted values, unless ``value`` is one of them."""
+    if value not in accepted:
+        raise ValueError(f"cp.{option}={value} is not one of {', '.join(accepted)}")
+
+
+def check_order(order: str) -> None:
+    """Raises ValueError unless ``deal`` knows the order."""
+    check_choice("layout", order, ("auto", *ORDERS))
+
+
+def check_count(option: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"cp.{option}={value} is no number of at least 1")
+
+
+def too_short(problem: Problem, shards: int) -> str | None:
+    """Why the sequence cannot be cut into a shard per rank, or None."""
+    if problem.seqlen < 2 * shards:
+        return f"needs at least two tokens per rank: seqlen={problem.seqlen} over {shards} ranks"
+    return None
+
+
+def indivisible_heads(heads: Heads, ranks: int) -> str | None:
+    """Why heads cannot be dealt out evenly to an exchange group of this size, or None."""
+    if heads.q % ranks:
+        return f"cannot split {heads.q} query heads evenly over {ranks} ranks"
+    if heads.kv % ranks and ranks % heads.kv:
+        return f"cannot split or replicate {heads.kv} key/value heads evenly over {ranks} ranks"
+    return None
+
+
+def too_few_heads(heads: Heads, parts: int) -> str | None:
+    """Why there cannot be so many parts with a query head each, or None."""
+    return f"cannot split {heads.q} query heads into {parts} parts" if heads.q < parts else None
+
+
+def refused_grid(problem: Problem, degree: int) -> str | None:
+    """Why ranks cannot form head exchanges of ``degree`` ranks with rings across them, or None."""
+    ranks = problem.scale.world_size
+    if ranks % degree:
+        return f"ulysses_degree={degree} does not divide the {ranks} ranks of scale={problem.scale}"
+    return indivisible_heads(problem.heads, degree) or too_short(problem, ranks)
+
+
+# -- layouts and rings ---------------------------------------------------------------------------------------------------
+
+
+def deal(mask: Mask, seqlen: int, shards: int, order: Order) -> Layout:
+    """The layout that ``order`` names; ``auto``: zigzag or contiguous, whichever balances the mask better by exact area."""
+    if order != "auto":
+        return ORDERS[order](seqlen, shards)
+    plain, balanced = contiguous(seqlen, shards), zigzag(seqlen, shards)
+    # A gain below one percent is not worth a layout whose tiles fall into more pieces.
+    return balanced if balanced.imbalance(mask) < 0.99 * plain.imbalance(mask) else plain
+
+
+def rings(sizes: Sequence[int]) -> tuple[Step, ...]:
+    """The steps of a ring over each group of neighbouring ranks, of these sizes, when rank r owns shard r.
+
+    In each step a rank computes its own queries on the keys and values that it holds, and passes these on. A smaller ring is done
+    earlier.
+    """
+    ranks = np.arange(sum(sizes))
+    size = np.repeat(sizes, sizes)
+    first = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+    place = ranks - first
+    neighbour = first + (place + 1) % size
+    steps = []
+    for hop in range(max(sizes)):
+        held = first + (place - hop) % size
+        computes, sends = ranks[hop < size], ranks[hop < size - 1]
+        moves = (Move("kv", rows(sends, neighbour[sends], held[sends], 0)),) if len(sends) else ()
+        steps.append(Step(rows(computes, 0, computes, held[computes]), moves))
+    return tuple(steps)
+
+
+# -- exchanges of heads --------------------------------------------------------------------------------------------------
+
+
+def exchanged(grid: Ints) -> tuple[Ints, Ints, Ints]:
+    """(owner, other rank, column of the other) of every ordered pair of ranks in one row of a grid; rank i owns shard i."""
+    count, width = grid.shape
+    owner, other = np.repeat(grid, width, axis=1), np.tile(grid, (1, width))
+    column = np.tile(np.arange(width), (count, width))
+    apart = owner != other
+    return owner[apart], other[apart], column[apart]
+
+
+def gathered(grid: Ints, groups: Ints) -> tuple[Move, ...]:
+    """The moves that bring head group ``groups[c]`` of every rank of a row to the rank in column c, kept for backward."""
+    owner, other, column = exchanged(grid)
+    moved = rows(owner, other, owner, groups[column])
+    return Move("q", moved, kept=True), Move("kv", moved, kept=True)
+
+
+def returned(grid: Ints, groups: Ints) -> Ints:
+    """The returns of what ``gathered`` brought: each result goes from the rank that computed it to the owner of its queries."""
+    owner, other, column = exchanged(grid)
+    return rows(other, owner, owner, groups[column])
+
+
+# -- grids: heads exchanged along rows, rings along columns --------------------------------------------------------------
+
+
+def ranks_of(world_size: int, degree: int, *, outside: bool) -> Ints:
+    """A (ring, degree) grid of ranks. The ranks of a head exchange are neighbours, or, with ``outside``, those of a ring are."""
+    every = np.arange(world_size)
+    return every.reshape(degree, -1).T.copy() if outside else every.reshape(-1, degree)
+
+
+def largest_degree(problem: Problem) -> int:
+    """The most ranks of a node among which heads can be dealt out evenly."""
+    per_node = problem.scale.gpus_per_node
+    return max(u for u in range(1, per_node + 1) if per_node % u == 0 and not indivisible_heads(problem.heads, u))
+
+
+def grid_schedule(problem: Problem, mask: Mask, grid: Ints, windows: int, order: Order) -> Schedule:
+    """Heads exchanged along the rows of a (ring, degree) grid of ranks, a double ring of ``windows`` windows along its columns."""
+    ring, degree = grid.shape
+    shards = deal(mask, problem.seqlen, ring, order).split(degree)  # of ring position i: i * degree and what follows
+    where = np.argsort(grid, axis=None)  # of each rank; shards are numbered by rank, as the head exchange takes them
+    steps = list(_double_ring(grid, where, windows))
+    if degree > 1:
+        lanes = np.arange(degree)
+        steps = [Step(NO_ROWS, gathered(grid, lanes)), *steps, Step(NO_ROWS, (), returned(grid, lanes))]
+    layout = Layout(tuple(shards.shards[i] for i in where))
+    bundles = tuple(map(tuple, grid.tolist()))
+    return Schedule(grid.size, layout, np.arange(grid.size), head_groups(problem.heads, degree), bundles, tuple(steps))
+
+
+def _double_ring(grid: Ints, where: Ints, windows: int) -> list[Step]:
+    """Steps of a ring inside each window, and of one across windows whose hop takes as long as the ring inside.
+
+    Bundle i is row i of the grid: the shards of ring position i. ``where``: the place of each rank in the flattened grid.
+    """
+    ring, degree = grid.shape
+    every, size = np.arange(grid.size), ring // windows
+    position, lane = np.divmod(where, degree)
+    window, place = np.divmod(position, size)
+    steps = []
+    for outer in range(windows):
+        for inner in range(size):
+            held = (window - outer) % windows * size + (place - inner) % size
+            moves = []
+            if inner < size - 1:
+                to = grid[window * size + (place + 1) % size, lane]
+                moves.append(_bundle_move(every, to, grid[held], lane, "main"))
+            if inner == 0 and outer < windows - 1:
+                to = grid[(window + 1) % windows * size + place, lane]
+                moves.append(_bundle_move(every, to, grid[held], lane, "outer", steps=size))
+            steps.append(Step(rows(every, lane, position, held), tuple(moves)))
+    return steps
+
+
+def _bundle_move(source: Ints, to: Ints, bundles: Ints, lane: Ints, channel: str, steps: int = 1) -> Move:
+    """Every rank sends all shards of the bundle that it holds."""
+    width = bundles.shape[1]
+    moved = rows(np.repeat(source, width), np.repeat(to, width), bundles.ravel(), np.repeat(lane, width))
+    return Move("kv", moved, steps=steps, channel=channel)

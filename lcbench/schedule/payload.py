@@ -1,0 +1,79 @@
+"""What messages hold: one table, which everything that derives, counts, places or runs traffic reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lcbench.problem import Problem
+from lcbench.schedule.schedule import HeadGroup, Kind
+
+Precision = Literal["input", "sum", "transit"]
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What a kind of message holds per token and head, and what its receiver does with it.
+
+    Attributes:
+        operand: the operand whose rows it is about: results lie with their queries, a final gradient with the sum that it was.
+        side: whose heads and tokens it has: those of queries, or of keys and values.
+        dims: elements, in head dimensions.
+        extra: elements besides.
+        precision: ``input``: the inputs' type; ``sum``: the accumulation type; ``transit``: as ``Problem.reduce_dtype`` says.
+        combine: what the receiver does: ``replace``: it uses them as they are; ``merge``: it merges partial results by their LSE;
+            ``add``: it adds gradients up.
+        gradient: the kind of message that takes its gradient back; empty for what has none.
+        final: the kind as which it travels once nothing is merged with it or added to it any more; empty where it is that already.
+    """
+
+    operand: str
+    side: Kind
+    dims: int
+    extra: int
+    precision: Precision
+    combine: Literal["replace", "merge", "add"]
+    gradient: str = ""
+    final: str = ""
+
+    @property
+    def held(self) -> Precision:
+        """The precision in which a buffer holds it: sums in the accumulation type, whatever they travel in."""
+        return "sum" if self.combine == "add" else self.precision
+
+    @property
+    def partial_sum(self) -> bool:
+        """Whether it is a gradient that others are added to."""
+        return self.combine == "add" and bool(self.final)
+
+    def shape(self, tokens: int, heads: int, dim: int) -> tuple[int, ...]:
+        """The shape of a tensor of it: (T, H, D), (T, H, 2, D) for keys with values, (T, H, extra) for numbers per row."""
+        return {0: (tokens, heads, self.extra), 1: (tokens, heads, dim), 2: (tokens, heads, 2, dim)}[self.dims]
+
+
+PAYLOADS = {
+    "q": Payload("q", "q", 1, 0, "input", "replace", gradient="dq"),
+    "kv": Payload("kv", "kv", 2, 0, "input", "replace", gradient="dkv"),
+    "out": Payload("q", "q", 1, 0, "transit", "merge", final="final"),  # over some of the keys
+    "lse": Payload("q", "q", 0, 1, "sum", "merge"),  # of that out
+    "final": Payload("q", "q", 1, 0, "input", "merge"),  # out over all keys of its rows
+    "dout": Payload("dout", "q", 1, 0, "input", "replace"),
+    "stats": Payload("stats", "q", 0, 2, "sum", "replace"),  # lse and delta
+    "dq": Payload("dq", "q", 1, 0, "transit", "add", final="final_dq"),
+    "dkv": Payload("dkv", "kv", 2, 0, "transit", "add", final="final_dkv"),
+    "final_dq": Payload("dq", "q", 1, 0, "input", "add"),
+    "final_dkv": Payload("dkv", "kv", 2, 0, "input", "add"),
+}
+
+
+def element_bytes(precision: Precision, problem: Problem) -> int:
+    """Bytes of an element of a precision class; sums are float32, or float64 for float64 inputs."""
+    low = precision == "input" or (precision == "transit" and problem.reduce_dtype == "input")
+    return problem.itemsize if low else max(problem.itemsize, 4)
+
+
+def token_bytes(kind: str, group: HeadGroup, problem: Problem, precision: Precision | None = None) -> int:
+    """Bytes per token of a message of a kind for a head group; with ``precision``, of what it holds in that one."""
+    payload = PAYLOADS[kind]
+    heads = len(group) if payload.side == "q" else len(group.kv)
+    return heads * (payload.dims * problem.heads.dim + payload.extra) * element_bytes(precision or payload.precision, problem)
