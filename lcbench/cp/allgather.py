@@ -11,19 +11,19 @@ from typing import Literal
 
 import numpy as np
 
+from lcbench.cp.base import Scheduled
 from lcbench.cp.ring import deal, too_short
 from lcbench.cp.ulysses import check_count
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.layout import Layout
-from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import NO_ROWS, HeadGroup, Move, Schedule, Step, rows
 
 ORDERS = ("auto", "zigzag", "contiguous")
 
 
 @dataclass(frozen=True)
-class AllGather(Lowered):
+class AllGather(Scheduled):
     """``heads_per_step``: key/value heads gathered at a time, or ``all``; ``order``: how tokens are dealt out."""
 
     heads_per_step: int | Literal["all"] = "all"

@@ -11,20 +11,20 @@ from typing import Literal
 
 import numpy as np
 
+from lcbench.cp.base import Scheduled
 from lcbench.cp.ring import Order, check_order, deal, too_short
 from lcbench.cp.ulysses import check_count, gathered, indivisible_heads, returned
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.layout import Layout
-from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows
 
 Placement = Literal["head_first", "context_first"]
 
 
 @dataclass(frozen=True)
-class LoongTrain(Lowered):
+class LoongTrain(Scheduled):
     """A grid of ``ulysses_degree`` ranks per head exchange and a double ring over the rest.
 
     Attributes:

@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 
+from lcbench.cp.base import Scheduled
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.layout import Layout, contiguous, striped, zigzag
-from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import Move, Schedule, Step, head_groups, rows, singles
 
 Order = Literal["auto", "zigzag", "striped", "contiguous"]
@@ -22,7 +22,7 @@ ORDERS = {"zigzag": zigzag, "striped": striped, "contiguous": contiguous}
 
 
 @dataclass(frozen=True)
-class Ring(Lowered):
+class Ring(Scheduled):
     """``order``: how tokens are dealt out; ``auto``: zigzag or contiguous, whichever is better balanced by exact area."""
 
     order: Order = "auto"

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lcbench.cp.base import Scheduled
 from lcbench.cp.ring import too_short
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 from lcbench.schedule.layout import contiguous
-from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows
 
 
 @dataclass(frozen=True)
-class Ulysses(Lowered):
+class Ulysses(Scheduled):
     """``uneven_heads``: let ranks have different numbers of query heads; ``stages``: parts of a rank's heads."""
 
     uneven_heads: bool = False

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lcbench.cp.base import Scheduled
 from lcbench.cp.loongtrain import grid_schedule, largest_degree, ranks_of, refused_grid
 from lcbench.cp.ring import Order, check_order
 from lcbench.cp.ulysses import check_count
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class USP(Lowered):
+class USP(Scheduled):
     """Ulysses inside a ring.
 
     Attributes:

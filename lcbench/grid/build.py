@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import TypeAdapter
 
@@ -23,6 +23,9 @@ from lcbench.grid.values import check_finite, parse_int, parse_option, parse_tok
 from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
+
+if TYPE_CHECKING:
+    from lcbench.workloads.base import Workload
 
 RESERVED = ("name", "_target_")
 # What a mask gets besides its options: the length, the heads, a seed, document lengths.
@@ -282,3 +285,10 @@ def _parameter(parameter: inspect.Parameter, names: dict[str, Any], unsaid: bool
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in (*RESERVED, *DIGESTS)}
+
+
+def build_workload(config: dict[str, Any] | None) -> Workload:
+    """What a cell runs; None, of a cell that names no workload: attention."""
+    from lcbench.workloads.attention import Attention  # with torch, which planning does without
+
+    return Attention() if config is None else cast("Workload", get_object(config["_target_"])(**_options(config)))

@@ -8,9 +8,9 @@ point to point: hops of a ring, casts to those who need something, shards of une
 Every rank finds the same, since it looks at all ranks' rows.
 """
 
-# No postponed annotations: subclasses in other modules are asked for the types of their options, ``lowering`` among them.
+from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -28,18 +28,6 @@ OPERATIONS: dict[str, tuple[Operation, ...]] = {
 }
 VALUES = ("q", "kv", "dout", "stats")
 SUMS = ("dq", "dkv")
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """What every strategy that the engine runs can be told.
-
-    Attributes:
-        lowering: ``auto``: what moves within whole sets of ranks goes by collectives; ``p2p``: everything from point to point.
-    """
-
-    # At its default it is no part of a cell, whose id is from before there was a choice.
-    lowering: Lowering = field(default="auto", kw_only=True, metadata={"left_out": True})
 
 
 @dataclass(frozen=True)
