@@ -1,7 +1,7 @@
 """Every metric that an attempt holds: key, unit, how draws of a mask are joined, and what it means.
 
-``python -m lcbench.measure.metrics`` prints the table of docs/metrics.md. In a key ``<phase>`` stands for a phase of the workload or
-``total``, ``<x>`` for a tensor.
+``python -m lcbench.measure.metrics`` prints the table of docs/metrics.md. In a key ``<phase>`` stands for a phase of the workload
+or ``total``, ``<x>`` for a tensor.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ METRICS = (
     Metric("memory/buffer_bytes", "byte", "of these, what the engine holds for buffers between ranks, worst rank", "lower", "max"),
     Metric(
         "kernel/calls", "1",
-        "native calls of a forward pass of the rank that has most: 1 per tile is native, more is grouped and merged by LSE", "lower",
+        "native calls of a forward pass of the rank that has most: 1 per tile is native, more is grouped and merged by LSE",
+        "lower",
     ),
     Metric(
         "overlap/<phase>/compute_s", "s",

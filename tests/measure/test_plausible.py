@@ -57,6 +57,7 @@ def bounds(schedule: Schedule, mask: Mask, problem: Problem) -> list[float]:
 @pytest.mark.parametrize("name", [n for n in names("cp") if isinstance(build_strategy(load("cp", n)), Scheduled)])
 def test_every_strategy_moves_what_a_mask_needs_at_least(name: str, tmp_path: Path) -> None:
     strategy, seqlen = build_strategy(load("cp", name)), 83
+    assert isinstance(strategy, Scheduled)
     tried: set[int] = set()
     for ranks in range(2, 9):
         for number, mask_name in enumerate(names()):

@@ -260,6 +260,5 @@ def test_cells_keep_the_ids_that_they_had_before_there_was_a_choice() -> None:
     with pytest.raises(ValueError, match=r"cp\.lowering=nccl is not one of auto, p2p"):
         look(["cp=usp", "cp.lowering=nccl", *AXES])
     engine = [s for name in names("cp") if isinstance(s := build_strategy(load("cp", name)), Scheduled)]
-    assert {type(each) for each in engine if "lowering" not in signature(type(each)).parameters} == {
-        Local
-    }  # one rank sends nothing
+    # One rank sends nothing.
+    assert {type(each) for each in engine if "lowering" not in signature(type(each)).parameters} == {Local}
