@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from lcbench.cp.allgather import AllGather
-from lcbench.cp.base import Peer, RankRun, Strategy
+from lcbench.cp.base import Passes, Place, RankRun, Scheduled
 from lcbench.cp.peers.torch_cp import ROTATIONS, TorchCP
 from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
@@ -29,7 +30,7 @@ from lcbench.measure.stopping import Stopping
 from lcbench.measure.timing import measure
 from lcbench.problem import REDUCE_DTYPES, Heads, Problem, Scale
 from lcbench.schedule.adjoint import traffic
-from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.execute import Groups
 from lcbench.schedule.layout import contiguous
 from lcbench.schedule.program import Program
 from lcbench.schedule.schedule import Schedule
@@ -90,10 +91,10 @@ def plans() -> None:
     mask = causal_document(1 << 20, seed=(0, 0), lengths=Uniform(1, 8192))
     for name in names("cp"):
         strategy = build_strategy(load("cp", name))
-        if isinstance(strategy, Peer) or strategy.unsupported(problem, mask):
+        if not isinstance(strategy, Scheduled) or strategy.unsupported(problem, mask):
             continue
 
-        def plan(strategy: Strategy = strategy) -> Schedule:
+        def plan(strategy: Scheduled = strategy) -> Schedule:
             schedule = strategy.schedule(problem, mask)
             Program(schedule, traffic(schedule, backward=True), problem, 0)
             return schedule
@@ -117,28 +118,24 @@ def against_torch(rank: int, ranks: int) -> None:
     move its data, messages one by one too."""
     seqlen, device = 4096, torch.device("cpu")
     problem = Problem(seqlen, Heads(8, 4, 64), Scale(1, ranks), "float32", "forward_backward")
-    mask, kernel, groups = causal(seqlen), SDPAFlash(), Groups()
-    runs: dict[str, tuple[RankRun, Any]] = {}
+    mask, kernel, place = causal(seqlen), SDPAFlash(), Place(rank, device, Groups())
+    runs: dict[str, RankRun] = {}
     for rotate in ROTATIONS:
         peer = TorchCP(rotate)  # type: ignore[arg-type]
-        runs[f"torch {rotate}"] = peer.start(problem, mask, kernel, rank, device, groups), peer.tokens(problem, rank)
+        runs[f"torch {rotate}"] = peer.start(problem, mask, kernel, place)
     for name in names("cp"):
         strategy = build_strategy(load("cp", name))
-        if not isinstance(strategy, Peer) and not strategy.unsupported(problem, mask):
-            schedule = strategy.schedule(problem, mask)
-            executor = Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups)
-            runs[name] = executor, schedule.layout.tokens(rank)
-            if executor.collectives:
-                runs[f"{name} p2p"] = (
-                    Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups, lowering="p2p"),
-                    schedule.layout.tokens(rank),
-                )
+        if isinstance(strategy, Scheduled) and not strategy.unsupported(problem, mask):
+            runs[name] = run = strategy.start(problem, mask, kernel, place)
+            if run.collectives:
+                runs[f"{name} p2p"] = replace(strategy, lowering="p2p").start(problem, mask, kernel, place)
     phases: dict[str, Callable[[Any], Any]] = {}
-    for name, (run, tokens) in runs.items():
-        tensors = [draw(x, tokens, problem, 0, device) for x in ("q", "k", "v", "dout")]
-        phases[name] = partial(both, run, tensors, {})
-        if isinstance(run, Executor):
-            phases[f"{name} compute"] = partial(both, run, tensors, {"communicate": False})
+    for name, each in runs.items():
+        tensors = [draw(x, each.tokens, problem, 0, device) for x in ("q", "k", "v", "dout")]
+        _, saved = each.forward(*tensors[:3])
+        phases[name] = partial(both, each, tensors, None)
+        if bare := each.replay(compute=True, communicate=False):
+            phases[f"{name} compute"] = partial(both, bare, tensors, saved)
     # All take turns within an iteration, so that what else the machine does hits all alike.
     samples, _ = measure(phases, Stopping(7, 7, 600.0, 0.0), 1, device)
     if rank == 0:
@@ -153,10 +150,11 @@ def against_torch(rank: int, ranks: int) -> None:
             )
 
 
-def both(run: RankRun, tensors: list[torch.Tensor], switches: dict[str, bool], _: Any) -> None:
+def both(run: Passes, tensors: list[torch.Tensor], whole: Any, _: Any) -> None:
+    """Forward and backward; ``whole``: what a whole forward saved, for passes whose own means nothing."""
     q, k, v, dout = tensors
-    _, saved = run.forward(q, k, v, **switches)
-    run.backward(dout, saved, **switches)
+    _, saved = run.forward(q, k, v)
+    run.backward(dout, saved if whole is None else whole)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from lcbench.grid.cell import Cell
-from lcbench.measure.cell import Gang, measure_cell
+from lcbench.measure.cell import measure_cell
+from lcbench.measure.session import Gang
 from lcbench.runs.worker import work_of
 from lcbench.schedule.execute import Groups
 

@@ -15,8 +15,9 @@ ALLOWED = {
     "schedule": {"masks", "kernels", "problem"},
     "cp": {"schedule", "masks", "kernels", "problem"},
     "measure": {"masks", "kernels", "schedule", "cp", "problem"},
-    "grid": {"masks", "kernels", "schedule", "cp", "problem", "redact"},
-    "runs": {"grid", "masks", "kernels", "schedule", "cp", "measure", "problem", "redact"},
+    "workloads": {"measure", "cp", "schedule", "masks", "kernels", "problem"},
+    "grid": {"workloads", "masks", "kernels", "schedule", "cp", "problem", "redact"},
+    "runs": {"workloads", "grid", "masks", "kernels", "schedule", "cp", "measure", "problem", "redact"},
     "report": {"runs", "grid", "measure", "problem", "redact"},
 }
 

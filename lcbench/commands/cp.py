@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lcbench.commands.arguments import add_results_argument, chosen_cell, command_parser
-from lcbench.cp.base import Peer
+from lcbench.cp.base import Scheduled
 from lcbench.grid import build
 from lcbench.grid.build import build_mask, build_strategy
 from lcbench.grid.cell import Cell
@@ -99,15 +99,16 @@ def _look(cell: Cell) -> tuple[dict[str, Any], ScheduleCost | None]:
     except TypeError as error:  # options that this version does not have
         raise ValueError(f"cell {cell.id} cannot be built here: {error}") from error
     row: dict[str, Any] = {"cp": config["cp"], "label": cell.label, "reason": strategy.unsupported(problem, mask)}
-    if isinstance(strategy, Peer):
+    if not isinstance(strategy, Scheduled):
         row["reason"] = row["reason"] or "a library's own, with no schedule to look at"
+        return row, None
     if row["reason"]:
         return row, None
     begun = time.perf_counter()
     schedule = strategy.schedule(problem, mask)
     planned = time.perf_counter() - begun
     report = verify(schedule, mask, problem)
-    operations = operations_of(getattr(strategy, "lowering", "auto"), "nccl")
+    operations = operations_of(strategy.lowering, "nccl")
     ranks = sorted({0, schedule.world_size // 2, schedule.world_size - 1})
     row |= {
         "steps": len(schedule.steps),

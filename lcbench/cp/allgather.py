@@ -11,18 +11,18 @@ from typing import Literal
 
 import numpy as np
 
+from lcbench.cp.base import Scheduled
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import check_choice, check_count, deal, too_short
 from lcbench.schedule.layout import Layout
-from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import NO_ROWS, HeadGroup, Move, Schedule, Step, rows
 
 ORDERS = ("auto", "zigzag", "contiguous")
 
 
 @dataclass(frozen=True)
-class AllGather(Lowered):
+class AllGather(Scheduled):
     """``heads_per_step``: key/value heads gathered at a time, or ``all``; ``layout``: how tokens are dealt out."""
 
     heads_per_step: int | Literal["all"] = "all"

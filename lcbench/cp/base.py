@@ -1,72 +1,136 @@
-"""What a strategy is to the rest: options as a frozen dataclass, an honest refusal, and a schedule, or, of a library, a run."""
+"""What a strategy is to the rest: options as a frozen dataclass, an honest refusal, and a run on every rank.
 
-from __future__ import annotations
+Our own strategies are ``Scheduled``: they give a schedule, and the engine runs it. A strategy of another library starts itself.
+"""
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+# No postponed annotations: subclasses in other modules are asked for the types of their options, ``lowering`` among them.
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.lowering import Lowering
 from lcbench.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     import torch
 
-    from lcbench.schedule.execute import Groups
+    from lcbench.schedule.execute import Counters, Executor, Groups
 
 
-class Strategy(Protocol):
-    """A strategy as data, which the engine runs. One that is for a single rank sets ``one_rank = True``, which ``grid.build``
-    reads: where nobody asks for a scale it gets 1x1. One whose messages may be told how to go is a ``cp.lowering.Lowered``.
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs.
+
+    Attributes:
+        rank: its number among the ranks of the cell.
+        device: its device.
+        groups: communicators, which outlive the cell.
     """
 
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        """None if the schedule can run this problem, else the reason, stored word for word in the skipped result."""
+    rank: int
+    device: "torch.device"
+    groups: "Groups"
+
+
+class Passes(Protocol):
+    """Forward and backward on one rank. Tensors are packed and hold this rank's T tokens. Both methods are collective."""
+
+    def forward(self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor") -> "tuple[torch.Tensor, Any]":
+        """out (T, Hq, D) from q (T, Hq, D) and k, v (T, Hk, D), and what backward needs."""
         ...
 
-    def schedule(self, problem: Problem, mask: Mask) -> Schedule: ...
+    def backward(self, dout: "torch.Tensor", saved: Any) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+        """dq (T, Hq, D) and dk, dv (T, Hk, D) from dout (T, Hq, D)."""
+        ...
 
 
-class RankRun(Protocol):
-    """A strategy at work on one rank; all tensors are packed and hold this rank's tokens. Collective, all three.
+class RankRun(Passes, Protocol):
+    """A strategy at work on one rank. A subclass takes the defaults below; ``schedule.execute.Executor`` has all members itself.
 
-    A run may have an attribute ``own_lse``, read by ``getattr`` where a run is checked (``measure/cell.py``); without it, True.
-    False: what ``lse`` gives was computed apart from ``forward``, by other code. It says nothing of the run, so it is compared
-    with nothing, and the result says so. No member of the protocol, since every run would then need one.
+    Attributes:
+        tokens: global indices of this rank's tokens, in the order of its tensors.
+        own_lse: whether ``lse`` belongs to ``forward``. False: other code computes it, so the check compares it with nothing and
+            says so.
+        sums_are_wide: whether gradients are added up in float32 or wider on their way between ranks. The check allows the
+            roundings of as many additions as there are ranks where that is not known.
     """
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """out (T, Hq, D), and what backward needs."""
+    tokens: Ints
+    own_lse: bool = True
+    sums_are_wide: bool = False
+
+    def lse(self, saved: Any) -> "torch.Tensor":
+        """(T, Hq), natural logarithm. Collective."""
         ...
 
-    def lse(self, saved: Any) -> torch.Tensor:
-        """(T, Hq), natural logarithm."""
-        ...
+    def counters(self) -> "Counters | None":
+        """What this rank computes, holds and has sent in the last pass; None where nobody counts."""
+        return None
 
-    def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """dq (T, Hq, D), dk, dv (T, Hk, D)."""
-        ...
+    def replay(self, *, compute: bool, communicate: bool) -> Passes | None:
+        """The same passes without kernels or without messages, whose results mean nothing; None where there are no such passes."""
+        return None
+
+    def timeline(
+        self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", dout: "torch.Tensor | None"
+    ) -> list[list[float]] | None:
+        """Seconds of each step of one iteration, as of ``Executor.timeline``; None where steps are not known. Collective."""
+        return None
 
 
-@runtime_checkable
-class Peer(Protocol):
-    """A strategy of another library, run by that library and checked like ours: for comparison."""
+class Strategy(ABC):
+    """A way to share attention among ranks.
 
+    Attributes:
+        one_rank: whether it is for a single rank: where nobody asks for a scale it gets 1x1.
+    """
+
+    one_rank: ClassVar[bool] = False
+
+    @abstractmethod
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        """None if the library can run this problem; it must refuse a mask that it would not respect."""
-        ...
+        """None if it can run this problem, else the reason, stored word for word in the skipped result.
 
-    def unavailable(self, problem: Problem, device: torch.device) -> str | None:
-        """None if the library is here and runs on this device, else the reason; asked by the worker."""
-        ...
+        A library must refuse a mask that it would not respect.
+        """
 
-    def tokens(self, problem: Problem, rank: int) -> Ints:
-        """Global indices of the tokens of a rank, in the order of its tensors."""
-        ...
+    def unavailable(self, problem: Problem, device: "torch.device") -> str | None:
+        """None if what it needs is installed and runs on this device, else the reason. Asked by every rank."""
+        return None
 
-    def start(
-        self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups
-    ) -> RankRun:  # fmt: skip
-        """Ready to run, on communicators of ``groups``, which outlive the cell. Collective."""
-        ...
+    @abstractmethod
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> RankRun:
+        """Make this rank ready to run. Collective.
+
+        Raises:
+            Unsupported: the kernel cannot run a tile of this rank.
+        """
+
+
+@dataclass(frozen=True)
+class Scheduled(Strategy):
+    """A strategy as data, which the engine runs.
+
+    Attributes:
+        lowering: ``auto``: what moves within whole sets of ranks goes by collectives; ``p2p``: everything from point to point.
+    """
+
+    # At its default it is no part of a cell, whose id is from before there was a choice.
+    lowering: Lowering = field(default="auto", kw_only=True, metadata={"left_out": True})
+
+    @abstractmethod
+    def schedule(self, problem: Problem, mask: Mask) -> Schedule:
+        """Who owns which tokens, and what each rank computes and sends in each step."""
+
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> "Executor":
+        from lcbench.schedule import execute  # with torch, which planning does without
+
+        return execute.Executor(
+            self.schedule(problem, mask), mask, kernel, problem,
+            rank=place.rank, device=place.device, groups=place.groups, lowering=self.lowering,
+        )  # fmt: skip

@@ -13,13 +13,13 @@ from typing import Literal
 
 import numpy as np
 
+from lcbench.cp.base import Scheduled
 from lcbench.masks.band import Ints, TokenSpan
 from lcbench.masks.convert import needed_keys
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import check_choice, check_count
 from lcbench.schedule.layout import Layout, contiguous
-from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import Move, Schedule, Step, head_groups, rows
 
 SOLVERS = ("greedy", "swap")
@@ -28,7 +28,7 @@ MOST_CUTS = 1 << 14  # of the sequence, at the ends of what ranks need; with mor
 
 
 @dataclass(frozen=True)
-class GroupCast(Lowered):
+class GroupCast(Scheduled):
     """How finely work is dealt out, by which solver, and how finely the cast is overlapped.
 
     Attributes:

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lcbench.cp.base import Scheduled
 from lcbench.masks.band import BandMask, Ints, TokenSpan
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import rings, too_short
 from lcbench.schedule.layout import Layout, zigzag
-from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import Schedule, head_groups, singles
 
 
 @dataclass(frozen=True)
-class Hybrid(Lowered):
+class Hybrid(Scheduled):
     """An assignment of documents to sub-groups of ranks.
 
     Attributes:

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lcbench.cp.base import Scheduled
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import too_short
 from lcbench.schedule.layout import contiguous
-from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows, singles
 
 
 @dataclass(frozen=True)
-class LightSeq(Lowered):
+class LightSeq(Scheduled):
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return too_short(problem, problem.scale.world_size)
 

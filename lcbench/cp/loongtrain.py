@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lcbench.cp.base import Scheduled
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import (
@@ -21,14 +22,13 @@ from lcbench.schedule.build import (
     ranks_of,
     refused_grid,
 )
-from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import Schedule
 
 Placement = Literal["head_first", "context_first"]
 
 
 @dataclass(frozen=True)
-class LoongTrain(Lowered):
+class LoongTrain(Scheduled):
     """A grid of ``ulysses_degree`` ranks per head exchange and a double ring over the rest.
 
     Attributes:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
+from lcbench.cp.base import Scheduled
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import rings
 from lcbench.schedule.layout import contiguous
+from lcbench.schedule.lowering import Lowering
 from lcbench.schedule.schedule import Schedule, head_groups, singles
 
 
 @dataclass(frozen=True)
-class Local:
+class Local(Scheduled):
     """One tile: all queries on all keys."""
 
     one_rank: ClassVar[bool] = True
+    lowering: Lowering = field(default="auto", init=False)  # no option: one rank sends nothing
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         if problem.scale.world_size != 1:

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lcbench.cp.base import Scheduled
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import Order, check_order, deal, rings, too_short
-from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import Schedule, head_groups, singles
 
 
 @dataclass(frozen=True)
-class Ring(Lowered):
+class Ring(Scheduled):
     """``layout``: how tokens are dealt out; ``auto``: zigzag or contiguous, whichever is better balanced by exact area."""
 
     layout: Order = "auto"

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lcbench.cp.base import Scheduled
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import Order, check_order, deal, too_short
-from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows, singles
 
 
 @dataclass(frozen=True)
-class TokenRing(Lowered):
+class TokenRing(Scheduled):
     """``layout``: how tokens are dealt out; ``auto``: zigzag or contiguous, whichever is better balanced by exact area."""
 
     layout: Order = "auto"

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lcbench.cp.base import Scheduled
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import check_count, gathered, indivisible_heads, returned, too_few_heads, too_short
 from lcbench.schedule.layout import contiguous
-from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows
 
 
 @dataclass(frozen=True)
-class Ulysses(Lowered):
+class Ulysses(Scheduled):
     """``uneven_heads``: let ranks have different numbers of query heads; ``stages``: parts of a rank's heads."""
 
     uneven_heads: bool = False

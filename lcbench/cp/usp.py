@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lcbench.cp.base import Scheduled
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import (
@@ -17,12 +18,11 @@ from lcbench.schedule.build import (
     ranks_of,
     refused_grid,
 )
-from lcbench.schedule.lowering import Lowered
 from lcbench.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class USP(Lowered):
+class USP(Scheduled):
     """Ulysses inside a ring.
 
     Attributes:

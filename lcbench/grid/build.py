@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import TypeAdapter
 
@@ -24,6 +24,9 @@ from lcbench.grid.values import check_finite, listed, parse_int, parse_option, p
 from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
+
+if TYPE_CHECKING:
+    from lcbench.workloads.base import Workload
 
 # Options that are the cell's and not its owner's: seeded draws of a mask to measure, and the digest of a file's content: as it is
 # written now, and as cells of before have it.
@@ -349,3 +352,9 @@ def _parameter(parameter: inspect.Parameter, names: dict[str, Any], unsaid: bool
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in (*RESERVED, *DIGESTS)}
+
+
+def build_workload(config: dict[str, Any] | None) -> Workload:
+    """What a cell runs; None: a cell that says nothing of it, which is the axis's default."""
+    chosen = config or AXES["workload"].unsaid
+    return cast("Workload", get_object(chosen["_target_"], "workload")(**_options(chosen)))

@@ -6,6 +6,7 @@ A block has its share of the cell's budget and iterations. The time of a cell is
 from __future__ import annotations
 
 import math
+import re
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ LEAST_ITERATIONS = 2  # of a block, where there are several
 # What is not known of a run that gives wrong results, or times that cannot be; and what is all the same.
 TIMES = ("time/", "compute/", "overlap/", "draws/")
 KEPT = ("time/prepare_s", "time/first_pass_s", "time/check_s")
+BLOCK = re.compile(r"block_(\w+)_s")  # samples of a phase, a value per block
 
 
 class Timed(Protocol):
@@ -57,9 +59,7 @@ def with_block(
 
     metrics, samples = dict(metrics), dict(samples)
     draws = metrics.get("draws/count", 1.0)
-    for phase in ("forward", "backward", "total"):
-        if f"block_{phase}_s" not in samples:
-            continue
+    for phase in [found[1] for key in samples if (found := BLOCK.fullmatch(key))]:
         for key in (f"{phase}_s", f"block_{phase}_s"):
             samples[key] = [*samples[key], *again.samples[key]]
         time, rates = f"time/{phase}", "compute" if phase == "total" else f"compute/{phase}"
@@ -70,7 +70,7 @@ def with_block(
             metrics[f"{time}/{name}_s"] = metrics[f"{time}/{name}_s"] * after / before if draws > 1 else spread[name]
         for name in ("tflops_per_gpu", "mfu"):
             metrics[f"{rates}/{name}"] *= before / after
-    metrics["time/iterations"] = len(samples["forward_s"]) / draws
+    metrics["time/iterations"] = len(samples["total_s"]) / draws
     metrics["time/blocks"] += 1.0
     return metrics, samples
 

@@ -21,6 +21,13 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank. Collective."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def first_refusal(reasons: Iterable[str | None]) -> str | None:
     """The first rank's reason not to run, of those of all ranks, or None when every rank can."""
     return next((reason for reason in reasons if reason), None)

@@ -36,13 +36,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lcbench.grid.build import allow, build_kernel, build_mask, build_strategy, check_targets, draws
+from lcbench.grid.build import allow, build_kernel, build_mask, build_strategy, build_workload, check_targets, draws
 from lcbench.grid.cell import Cell
 from lcbench.measure import progress
 from lcbench.measure.blocks import blocks_of, shared, with_block, without_times
-from lcbench.measure.cell import Gang, Measured, Work, measure_again, measure_cell
+from lcbench.measure.cell import measure_again, measure_cell
 from lcbench.measure.environment import describe, node_name
+from lcbench.measure.measured import Measured
 from lcbench.measure.nodes import check_gang
+from lcbench.measure.ranks import broadcast_object
+from lcbench.measure.session import Gang
 from lcbench.runs.failure import classify_exception, stem_of
 from lcbench.runs.hang import REST_S, STACKS_SIGNAL
 from lcbench.runs.logs import cell_mark
@@ -51,6 +54,7 @@ from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
 from lcbench.runs.settle import close_all, record, with_lost_block
 from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Running, Sweep, write_json
 from lcbench.schedule.execute import Groups, group_options
+from lcbench.workloads.base import Work
 
 FAILED_EXIT = 70
 RESERVE_BYTES = 4 << 20
@@ -285,7 +289,7 @@ def amended(attempt: Attempt, running: Running, measured: Measured) -> Attempt:
             metrics=metrics | found, samples=samples, checks=measured.check.as_dict() if measured.check else attempt.checks,
             provenance={**attempt.provenance, "again": again}, finished_at=now,
         )  # fmt: skip
-    again = [*attempt.again, {**times, "iterations": len(measured.samples["forward_s"])}]
+    again = [*attempt.again, {**times, "iterations": len(measured.samples["total_s"])}]
     metrics, samples = with_block(attempt.metrics, attempt.samples, measured)
     return replace(attempt, metrics=metrics, samples=samples, provenance={**attempt.provenance, "again": again})
 
@@ -375,6 +379,7 @@ def work_of(cell: Cell, running: Running | None = None) -> Work:
     number, block = (running.number, running.block) if running else (1, 1)
     config, problem = cell.config, cell.problem
     return Work(
+        workload=build_workload(config.get("workload")),
         problem=problem,
         make_mask=lambda draw: build_mask(config["mask"], problem.seqlen, problem.heads, config["seed"], draw),
         kernel=build_kernel(config["kernel"]),
@@ -413,13 +418,6 @@ def _stacks(dump: Path, timeout_s: float) -> Iterator[None]:
 def _append(log: Path, line: str) -> None:
     with suppress(OSError), open(log, "a") as file:  # a full disk costs the log, not the measurement
         file.write(line.rstrip() + "\n")
-
-
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _die_with_the_agent() -> None:

@@ -113,15 +113,33 @@ class Saved:
     finals: dict[tuple[int, tuple[int, ...]], Part]
 
 
+@dataclass(frozen=True)
+class Counters:
+    """What one rank's run of a schedule is made of.
+
+    Attributes:
+        bytes_sent: in the last pass, counted where it is sent.
+        buffer_bytes: memory that is held for buffers as long as the run lives.
+        calls: native kernel calls of a forward pass.
+        pairs: unmasked pairs that the rank computes, over the query heads that it computes them for.
+        collectives: the operations that go by collectives, by name.
+    """
+
+    bytes_sent: int
+    buffer_bytes: int
+    calls: int
+    pairs: int
+    collectives: Sequence[str]
+
+
 class Executor:
     """One rank's run of a schedule. What depends on the mask alone is prepared here, outside of any timing.
 
     Attributes:
-        bytes_sent: counted where it is sent, since ``forward`` or ``backward`` last began.
-        buffer_bytes: memory that is held for buffers as long as this object lives.
-        calls: native kernel calls of this rank's forward pass.
-        pairs: unmasked pairs that this rank computes, over the query heads that it computes them for.
-        collectives: the operations that go by collectives, by name.
+        tokens: global indices of this rank's tokens, in the order of its tensors.
+        own_lse: True: ``lse`` gives what ``forward`` found.
+        sums_are_wide: whether gradients are added up in the type of sums on their way between ranks.
+        bytes_sent, buffer_bytes, calls, pairs, collectives: see ``Counters``; bytes since a pass last began.
     """
 
     def __init__(
@@ -137,6 +155,8 @@ class Executor:
         lowering: Lowering = "auto",
     ) -> None:
         self.schedule, self.problem, self.rank, self.device = schedule, problem, rank, device
+        self.tokens = schedule.layout.tokens(rank)
+        self.own_lse, self.sums_are_wide = True, problem.reduce_dtype != "input"
         self.bytes_sent = 0
         self._marks: list[tuple[int, list[Mark]]] | None = None
         self._apart: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -193,6 +213,13 @@ class Executor:
                 ready = found[call]
                 calls += ready.calls if ready else 0
         return found, pairs, calls
+
+    def counters(self) -> Counters:
+        return Counters(self.bytes_sent, self.buffer_bytes, self.calls, self.pairs, self.collectives)
+
+    def replay(self, *, compute: bool, communicate: bool) -> Replay | None:
+        """The same passes without kernels or without messages; None on a single rank, which sends nothing."""
+        return Replay(self, compute, communicate) if self.schedule.world_size > 1 else None
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -663,6 +690,24 @@ class FromHost:
     def wait(self) -> None:
         for host, x in self.pairs:
             x.copy_(host, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The passes of an executor without kernels or without messages. Results mean nothing.
+
+    Backward takes what a whole forward pass saved.
+    """
+
+    executor: Executor
+    compute: bool
+    communicate: bool
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Saved]:
+        return self.executor.forward(q, k, v, compute=self.compute, communicate=self.communicate)
+
+    def backward(self, dout: torch.Tensor, saved: Saved) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.executor.backward(dout, saved, compute=self.compute, communicate=self.communicate)
 
 
 def _wait(works: list[Waits]) -> None:

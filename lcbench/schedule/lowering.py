@@ -9,9 +9,9 @@ sizes.
 Every rank finds the same collectives, since each looks at the rows of all ranks.
 """
 
-# No postponed annotations: subclasses in other modules are asked for the types of their options, ``lowering`` among them.
+from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -29,18 +29,6 @@ OPERATIONS: dict[str, tuple[Operation, ...]] = {
     # Its reduce-scatter is an all-reduce per rank, and its all-gather takes longer than messages do (docs/strategies.md).
     "gloo": ("all_to_all",),
 }
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """The option that every strategy of the engine has.
-
-    Attributes:
-        lowering: ``auto``: what moves within whole sets of ranks goes by collectives; ``p2p``: everything from point to point.
-    """
-
-    # At its default it is left out of a cell's config: ids of cells are older than this option.
-    lowering: Lowering = field(default="auto", kw_only=True, metadata={"left_out": True})
 
 
 @dataclass(frozen=True)

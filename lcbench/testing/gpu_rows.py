@@ -31,12 +31,15 @@ from lcbench.masks.causal import causal
 from lcbench.masks.lengths import Uniform
 from lcbench.masks.mask import Mask
 from lcbench.masks.sliding_window import sliding_window
-from lcbench.measure.cell import Gang, Work, measure_cell
+from lcbench.measure.cell import measure_cell
 from lcbench.measure.inputs import draw
+from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Groups
 from lcbench.schedule.layout import zigzag
 from lcbench.testing.shrink import shrunk, tokens_of
+from lcbench.workloads.attention import Attention
+from lcbench.workloads.base import Work
 
 # Half-precision products summed in float32: this much of the largest value of a tensor.
 BOUNDS = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-4, "float64": 1e-12}
@@ -216,7 +219,7 @@ def time_tasks(name: str, kernel: Kernel, plan: Plan, peak_tflops: float) -> Ite
         if reason:
             yield Task(head, partial(_refused, reason))
         else:
-            work = Work(problem, partial(_same, mask), kernel, Local(), plan.settings, 0)
+            work = Work(Attention(), problem, partial(_same, mask), kernel, Local(), plan.settings, 0)
             yield Task(head, partial(_measure, work, gang, peak_tflops), float(problem.seqlen) ** 2, alone=True)
 
 

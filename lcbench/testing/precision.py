@@ -6,12 +6,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lcbench.cp.base import Strategy
+from lcbench.cp.base import Place, Strategy
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.full import full
 from lcbench.measure.inputs import draw
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.execute import Groups
 from lcbench.testing.dense import dense_attention, dense_heads
 
 
@@ -23,11 +23,10 @@ def relative_errors(rank: int, ranks: int, strategy: Strategy, reduce_dtype: str
     leaves = q64, k64, v64 = [x.double().requires_grad_() for x in (q, k, v)]
     exact, _ = dense_attention(q64, k64, v64, dense_heads(mask, problem.heads.q), problem.softmax_scale)
     want = [exact.detach(), *torch.autograd.grad(exact, leaves, dout.double())]
-    schedule = strategy.schedule(problem, mask)
-    executor = Executor(schedule, mask, SDPAFlash(), problem, rank=rank, device=device, groups=Groups())
-    tokens = schedule.layout.tokens(rank)
-    out, saved = executor.forward(q[tokens], k[tokens], v[tokens])
-    got = [out, *executor.backward(dout[tokens], saved)]
+    run = strategy.start(problem, mask, SDPAFlash(), Place(rank, device, Groups()))
+    tokens = run.tokens
+    out, saved = run.forward(q[tokens], k[tokens], v[tokens])
+    got = [out, *run.backward(dout[tokens], saved)]
     squares = torch.tensor([float((mine.double() - x[tokens]).square().sum()) for mine, x in zip(got, want, strict=True)])
     dist.all_reduce(squares)
     norms = torch.tensor([float(x.square().sum()) for x in want])

@@ -7,22 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcbench.cp.base import RankRun
+from lcbench.cp.base import Place, RankRun, Strategy
 from lcbench.cp.ring import Ring
 from lcbench.kernels.base import Kernel
-from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.execute import Executor, Groups
-from lcbench.schedule.layout import zigzag
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class SlowedRing:
-    """A peer that runs our ring, each forward pass ``seconds`` longer while ``while_file`` exists."""
+class SlowedRing(Strategy):
+    """Our ring, each forward pass ``seconds`` longer while ``while_file`` exists."""
 
     while_file: str
     seconds: float = 0.3
@@ -30,21 +27,14 @@ class SlowedRing:
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return Ring("zigzag").unsupported(problem, mask)
 
-    def unavailable(self, problem: Problem, device: torch.device) -> str | None:
-        return None
-
-    def tokens(self, problem: Problem, rank: int) -> Ints:
-        return zigzag(problem.seqlen, problem.scale.world_size).tokens(rank)
-
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> RankRun:
-        schedule = Ring("zigzag").schedule(problem, mask)
-        made = Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups)
-        return _Slow(made, self.seconds) if Path(self.while_file).exists() else made
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> RankRun:
+        run = Ring("zigzag").start(problem, mask, kernel, place)
+        return _Slow(run, self.seconds) if Path(self.while_file).exists() else run
 
 
-class _Slow:
+class _Slow(RankRun):
     def __init__(self, run: RankRun, seconds: float) -> None:
-        self._run, self._seconds = run, seconds
+        self._run, self._seconds, self.tokens = run, seconds, run.tokens
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
         time.sleep(self._seconds)

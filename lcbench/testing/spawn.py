@@ -16,7 +16,13 @@ from torch.multiprocessing.spawn import start_processes
 
 # Ranks are forked from a process that has imported these: importing torch, and what autograd imports at first use, takes longer
 # than most of what ranks are for.
-PRELOAD = ["lcbench.schedule.execute", "lcbench.measure.cell", "lcbench.testing.spawn", "torch.fx.experimental.symbolic_shapes"]
+PRELOAD = [
+    "lcbench.schedule.execute",
+    "lcbench.workloads.attention",
+    "lcbench.measure.cell",
+    "lcbench.testing.spawn",
+    "torch.fx.experimental.symbolic_shapes",
+]
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> None:

@@ -1,17 +1,216 @@
-"""Stands in for the workload of the same name until it is here."""
+"""One attention call: forward of a sequence with a mask, and backward where the cell asks for it."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lcbench.cp.base import Passes, RankRun
+from lcbench.kernels.base import Platform, Unsupported
+from lcbench.measure.bounds import Bounds, Check
+from lcbench.measure.flops import backward_flops, forward_flops
+from lcbench.measure.inputs import draw
+from lcbench.measure.least import least_traffic
+from lcbench.measure.numerics import Examination, Result, misowned, one_pass
+from lcbench.measure.ranks import all_gather_object, first_refusal
+from lcbench.measure.reference import Shard
+from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
+from lcbench.schedule.execute import Counters
+from lcbench.workloads.base import Work
+
+INPUTS = ("q", "k", "v", "dout")
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention call, forward and, where it is asked for, backward."""
+    """Attention alone; it has no options. Phases are ``forward`` and, unless direction=forward, ``backward``."""
 
-    def unsupported(self) -> str | None:
-        return None
+    def start(self, work: Work, draw: int, gang: Gang) -> AttentionSession:
+        return AttentionSession(work, draw, gang)
 
-    def work(self) -> None: ...
 
-    def start(self) -> None: ...
+class AttentionSession(Session):
+    """One draw of an attention cell on this rank.
+
+    Attributes:
+        mask: of this draw; ``pairs``: its unmasked pairs over all query heads.
+        run: the strategy at work.
+        shard: this rank's tokens and inputs, (T, Hq, D) and (T, Hk, D).
+        examination: the check.
+    """
+
+    run: RankRun
+    wrong: str | None = None
+
+    def __init__(self, work: Work, number: int, gang: Gang) -> None:
+        self._work, self._gang = work, gang
+        self._first: Result | None = None
+        self._sent: dict[str, int] = {}
+        begun = time.perf_counter()
+        self.mask = work.make_mask(number)
+        reason, calls = None, 1
+        try:
+            self.run = work.strategy.start(work.problem, self.mask, work.kernel, gang.place)
+            calls = counters.calls if (counters := self.run.counters()) else 1
+        except Unsupported as refused:
+            reason = str(refused)
+        # One rank's tile may be what its kernel cannot run while the others' are well.
+        reasons, every_calls = zip(*all_gather_object((reason, calls)), strict=True)
+        self.refused = first_refusal(reasons)
+        if self.refused:
+            return
+        self.prepare_s = time.perf_counter() - begun
+        self._give_inputs(number, max(every_calls))
+
+    def _give_inputs(self, number: int, calls: int) -> None:
+        """Draw this rank's inputs, and make the check ready; ``calls``: kernel calls of the rank with most."""
+        work, gang, problem, tokens = self._work, self._gang, self._work.problem, self.run.tokens
+        self.pairs = self.mask.pairs(problem.heads.q)
+        self.wrong = misowned(tokens, problem.seqlen, gang.device)
+        self.shard = Shard(tokens, *(self._drawn(name) for name in INPUTS[: 4 if problem.backward else 3]))
+        self.negated = False
+        hops = 0 if self.run.sums_are_wide else gang.world_size
+        bounds = Bounds(problem, work.kernel.rounding(Platform.of(gang.device)), calls * gang.world_size, hops)
+        seed = [work.seed, work.attempt, number]
+        self.examination = Examination(self.run, self.mask, problem, tokens, bounds, seed, own_lse=self.run.own_lse)
+
+    def _drawn(self, name: str) -> torch.Tensor:
+        return draw(name, self.run.tokens, self._work.problem, self._work.seed, self._gang.device)
+
+    def _inputs(self) -> dict[str, torch.Tensor]:
+        return {name: x for name in INPUTS if (x := getattr(self.shard, name)) is not None}
+
+    def draw(self) -> None:
+        """Draw the inputs anew, into the memory that they are in."""
+        for name, x in self._inputs().items():
+            x.copy_(self._drawn(name))
+        self.negated = False
+
+    def vary(self) -> None:
+        """Negate all inputs in place: the next pass gives the negative out, dq, dk and dv, and the same LSE."""
+        for x in self._inputs().values():
+            x.neg_()
+        self.negated = not self.negated
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self._inputs().values())
+
+    @property
+    def held_bytes(self) -> int:
+        return self.examination.held_bytes
+
+    # -- passes ----------------------------------------------------------------------------------------------------
+
+    def phases(self) -> Phases:
+        """Forward gives (out, saved), backward (out, saved, (dq, dk, dv))."""
+        run, shard = self.run, self.shard
+        phases: dict[str, Callable[[Any], Any]] = {"forward": lambda _: run.forward(shard.q, shard.k, shard.v)}
+        if shard.dout is not None:
+            dout = shard.dout
+            phases["backward"] = lambda passed: (*passed, run.backward(dout, passed[1]))
+        return phases
+
+    def first_pass(self) -> None:
+        passed: Any = None
+        lse = None
+        for phase, run in self.phases().items():
+            passed = run(passed)
+            if counters := self.run.counters():
+                self._sent[phase] = counters.bytes_sent
+            if lse is None:  # of forward, before backward takes its buffers
+                lse = self.run.lse(passed[1])
+        self._first = self._result(passed, lse)
+
+    def _result(self, passed: Any, lse: torch.Tensor | None = None) -> Result:
+        out, saved, *grads = passed
+        return Result(out, self.run.lse(saved) if lse is None else lse, *(grads[0] if grads else ()))
+
+    def variants(self) -> dict[str, Phases]:
+        alone = {
+            "compute": self.run.replay(compute=True, communicate=False),
+            "communication": self.run.replay(compute=False, communicate=True),
+        }
+        found = {name: passes for name, passes in alone.items() if passes is not None}
+        if not found:
+            return {}
+        _, saved = self.run.forward(self.shard.q, self.shard.k, self.shard.v)
+        return {name: self._alone(passes, saved) for name, passes in found.items()}
+
+    def _alone(self, passes: Passes, saved: Any) -> Phases:
+        """The phases of bare passes: forward has no result to go on with, so backward takes what a whole one saved."""
+        shard = self.shard
+        phases: dict[str, Callable[[Any], Any]] = {"forward": lambda _: passes.forward(shard.q, shard.k, shard.v)}
+        if shard.dout is not None:
+            dout = shard.dout
+            phases["backward"] = lambda _: passes.backward(dout, saved)
+        return phases
+
+    def timeline(self) -> list[list[float]] | None:
+        return self.run.timeline(self.shard.q, self.shard.k, self.shard.v, self.shard.dout)
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def check_first(self, say: Say) -> None:
+        say("checking the first pass against the float64 reference")
+        assert self._first is not None
+        self.examination.first(self.shard, self._first)
+        self._first = None
+        say("checking every row and column by probes")
+        for probe in self.examination.probes:
+            self.examination.probe(probe, self.shard)
+        self.draw()
+
+    def check_again(self) -> None:
+        self.examination.begin(one_pass(self.run, self.shard))
+        self.examination.probe("level", self.shard)
+        self.draw()
+
+    def check_timed(self, passed: Any) -> None:
+        self.examination.last("last timed pass", self._result(passed), self.negated)
+
+    def check_last(self) -> None:
+        self.vary()
+        self.examination.last("last pass", one_pass(self.run, self.shard), self.negated)
+
+    def check(self) -> Check:
+        return self.examination.check()
+
+    # -- what it is made of ----------------------------------------------------------------------------------------
+
+    def costs(self) -> dict[str, Cost]:
+        """Cost by phase: FLOPs of the mask's pairs; traffic that the mask needs from who owns what."""
+        problem = self._work.problem
+        least = least_traffic(self.mask, problem, self.run.tokens, self._gang.device)
+        flops = {"forward": forward_flops(self.pairs, problem.heads), "backward": backward_flops(self.pairs, problem.heads)}
+        return {phase: Cost(flops[phase], least.sent, least.memory[phase]) for phase in self.phases()}
+
+    def counted(self) -> Counted:
+        counted = Counted({"mask/area": self.pairs / self._work.problem.heads.q, "mask/density": self.mask.density})
+        counters = self.run.counters()
+        if counters is not None:
+            self._count(counted, counters)
+        return counted
+
+    def _count(self, counted: Counted, counters: Counters) -> None:
+        """What the run is made of. Collective."""
+        work, pairs, metrics, notes = self._work, self.pairs, counted.metrics, counted.notes
+        ranks: list[tuple[Counters, dict[str, int]]] = all_gather_object((counters, self._sent))
+        rank_pairs = [own.pairs for own, _ in ranks]
+        if sum(rank_pairs) != pairs:
+            raise AssertionError(f"the ranks compute {sum(rank_pairs)} pairs over all query heads, the mask has {pairs}")
+        metrics["balance/area_max_over_mean"] = max(rank_pairs) * len(rank_pairs) / pairs if pairs else 1.0
+        for phase in ("forward", "backward"):
+            metrics[f"comm/{phase}/bytes"] = float(max(sent.get(phase, 0) for _, sent in ranks))
+        counted.bytes_sent.update((phase, metrics[f"comm/{phase}/bytes"]) for phase in self._sent)
+        metrics["comm/bytes"] = float(max(sum(sent.values()) for _, sent in ranks))
+        metrics["memory/buffer_bytes"] = float(max(own.buffer_bytes for own, _ in ranks))
+        notes["kernel_calls"] = [own.calls for own, _ in ranks]
+        notes["collectives"] = list(counters.collectives)
+        metrics["kernel/calls"] = float(max(notes["kernel_calls"]))
+        if launch := work.kernel.launch(work.problem.heads, work.problem.dtype, Platform.of(self._gang.device)):
+            notes["kernel_launch"] = launch

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lcbench.cp.base import Peer
-from lcbench.cp.peers.library import Segments, segments
+from lcbench.cp.base import Place
+from lcbench.cp.peers.library import LibraryStrategy, Segments, segments
 from lcbench.grid.build import build_strategy
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.attention_sink import attention_sink
@@ -29,7 +29,7 @@ from lcbench.testing import fake_libraries
 from lcbench.testing.masks import load, names
 from lcbench.testing.spawn import run_ranks
 
-PEERS = [n for n in names("cp") if isinstance(build_strategy(load("cp", n)), Peer)]
+PEERS = [n for n in names("cp") if isinstance(build_strategy(load("cp", n)), LibraryStrategy)]
 LENGTHS = Explicit([30, 1, 33])
 
 
@@ -37,9 +37,9 @@ def problem_of(seqlen: int, dtype: str = "bfloat16") -> Problem:
     return Problem(seqlen, Heads(8, 4, 64), Scale(1, 4), dtype, "forward_backward")
 
 
-def peer_of(name: str) -> Peer:
+def peer_of(name: str) -> LibraryStrategy:
     peer = build_strategy(load("cp", name))
-    assert isinstance(peer, Peer)
+    assert isinstance(peer, LibraryStrategy)
     return peer
 
 
@@ -64,7 +64,7 @@ def test_peers_refuse_masks_that_they_would_drop(name: str) -> None:
     assert (peer.unsupported(problem_of(64), documents) is None) == (name == "ring_flash_attn_llama3")
     assert "60" in str(peer.unsupported(problem_of(60), causal(60)))
     # Every token has one owner.
-    tokens = sorted(t for rank in range(4) for t in peer.tokens(problem_of(64), rank).tolist())
+    tokens = sorted(t for rank in range(4) for t in peer.layout(problem_of(64)).tokens(rank).tolist())
     assert tokens == list(range(64))
 
 
@@ -107,7 +107,7 @@ def check_groups_of_transformer_engine(rank: int, ranks: int) -> None:
         peer = peer_of(name)
         assert peer.unsupported(problem, causal(64)) is None
         assert peer.unavailable(problem, torch.device("cuda")) is None
-        peer.start(problem, causal(64), SDPAFlash(), rank, torch.device("cpu"), groups)
+        peer.start(problem, causal(64), SDPAFlash(), Place(rank, torch.device("cpu"), groups))
         given = DotProductAttention.given.pop()
         members = [dist.get_process_group_ranks(group) for group in (given if isinstance(given, list) else [given])]
         # The exchange of heads is first, among neighbours.

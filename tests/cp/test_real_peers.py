@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from test_regressions import CPU, dense, errors, results, tensors
 
-from lcbench.cp.base import Peer
+from lcbench.cp.base import Place, Strategy
 from lcbench.grid.build import build_strategy
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.causal import causal
@@ -34,15 +34,15 @@ MASKS = {
 BOUND = 0.02
 
 
-def peers(ranks: int) -> dict[str, Peer]:
-    found = {}
+def peers(ranks: int) -> dict[str, Strategy]:
+    found: dict[str, Strategy] = {}
     for name in names("cp"):
         if name.startswith("ring_flash_attn"):
             found[name] = build_strategy(load("cp", name))
     # With a ring of one, yunchang's backward sends to itself, which gloo does not do.
     for degree in range(1, ranks // 2 + 1):
         found[f"yunchang {degree}"] = build_strategy({**load("cp", "yunchang_usp"), "ulysses_degree": degree})
-    return {name: peer for name, peer in found.items() if isinstance(peer, Peer)}
+    return found
 
 
 def check_peers(rank: int, ranks: int, folder: str) -> None:
@@ -55,11 +55,11 @@ def check_peers(rank: int, ranks: int, folder: str) -> None:
         for mask_name, mask in MASKS.items():
             if peer.unsupported(problem, mask):
                 continue
-            tokens, want = peer.tokens(problem, rank), dense(problem, mask, inputs)
-            run = peer.start(problem, mask, SDPAFlash(), rank, CPU, groups)
+            want = dense(problem, mask, inputs)
+            run = peer.start(problem, mask, SDPAFlash(), Place(rank, CPU, groups))
             communicators = len(dist.distributed_c10d._world.pg_map)
-            found = errors(results(run, tokens, inputs), want, tokens)
-            peer.start(problem, mask, SDPAFlash(), rank, CPU, groups)
+            found = errors(results(run, run.tokens, inputs), want, run.tokens)
+            peer.start(problem, mask, SDPAFlash(), Place(rank, CPU, groups))
             assert len(dist.distributed_c10d._world.pg_map) == communicators, "communicators are kept"
             sizes = {part: float(exact.abs().max()) for part, exact in zip(found, want, strict=True)}
             assert all(found[part] <= BOUND * max(1.0, sizes[part]) for part in found), (name, mask_name, found)

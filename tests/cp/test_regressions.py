@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lcbench.cp.allgather import AllGather
-from lcbench.cp.base import Peer, Strategy
+from lcbench.cp.base import Place, Scheduled
 from lcbench.cp.groupcast import GroupCast
 from lcbench.cp.lightseq import LightSeq
 from lcbench.cp.loongtrain import LoongTrain
@@ -71,7 +71,7 @@ def dense(problem: Problem, mask: Mask, inputs: list[torch.Tensor]) -> list[torc
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-def executor_of(strategy: Strategy, problem: Problem, mask: Mask, rank: int, groups: Groups) -> tuple[Executor, Any]:
+def executor_of(strategy: Scheduled, problem: Problem, mask: Mask, rank: int, groups: Groups) -> tuple[Executor, Any]:
     schedule = strategy.schedule(problem, mask)
     return Executor(schedule, mask, SDPAFlash(), problem, rank=rank, device=CPU, groups=groups), schedule.layout.tokens(rank)
 
@@ -96,7 +96,7 @@ def hard_cases(rank: int, ranks: int) -> None:
     groups = Groups()
     heads = Heads(4, 2, 8)
 
-    def check(strategy: Strategy, mask: Mask, problem: Problem, factor: float = 1.0, bound: float = 1e-12) -> None:
+    def check(strategy: Scheduled, mask: Mask, problem: Problem, factor: float = 1.0, bound: float = 1e-12) -> None:
         inputs = tensors(problem, factor)
         run, tokens = executor_of(strategy, problem, mask, rank, groups)
         want = dense(problem, mask, inputs)
@@ -149,7 +149,7 @@ def one_rank(rank: int) -> None:
     strategies = [build_strategy(load("cp", name)) for name in names("cp")]
     found = []
     for strategy in strategies:
-        if not isinstance(strategy, Peer):
+        if isinstance(strategy, Scheduled):
             run, tokens = executor_of(strategy, problem, mask, rank, Groups())
             by_token = np.argsort(tokens)
             found.append([x[by_token] for x in results(run, tokens, inputs)])
@@ -232,8 +232,9 @@ def torch_agrees(rank: int, ranks: int) -> None:
             for rotate in ROTATIONS:
                 peer = TorchCP(rotate)  # type: ignore[arg-type]
                 assert peer.unsupported(problem, mask) is None
-                assert (peer.tokens(problem, rank) == tokens).all()
-                theirs = results(peer.start(problem, mask, SDPAFlash(), rank, CPU, groups), tokens, inputs)
+                run = peer.start(problem, mask, SDPAFlash(), Place(rank, CPU, groups))
+                assert (run.tokens == tokens).all()
+                theirs = results(run, tokens, inputs)
                 assert max(errors(theirs, want, tokens).values()) <= 1e-12
                 assert all(float((a - b).abs().max()) <= 1e-12 for a, b in zip(ours, theirs, strict=True))
 
@@ -296,7 +297,7 @@ def results_of_any_type(rank: int, ranks: int) -> None:
         want = dense(problem, mask, inputs)
         sums = accumulation_dtype(inputs[0].dtype)
         for strategy in [build_strategy(load("cp", name)) for name in names("cp")]:
-            if isinstance(strategy, Peer) or strategy.unsupported(problem, mask):
+            if not isinstance(strategy, Scheduled) or strategy.unsupported(problem, mask):
                 continue
             schedule = strategy.schedule(problem, mask)
             report, tokens = verify(schedule, mask, problem), schedule.layout.tokens(rank)

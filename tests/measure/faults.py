@@ -31,9 +31,13 @@ from lcbench.masks.full import full
 from lcbench.masks.lengths import Fixed, Uniform
 from lcbench.masks.mask import Mask
 from lcbench.masks.sliding_window import sliding_window
-from lcbench.measure.cell import Gang, Measured, Work, measure_cell
+from lcbench.measure.cell import measure_cell
+from lcbench.measure.measured import Measured
+from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Groups
+from lcbench.workloads.attention import Attention
+from lcbench.workloads.base import Work
 
 CPU = torch.device("cpu")
 SETTINGS = {"warmup": 0, "min_iterations": 2, "max_iterations": 2, "budget_s": 0.5, "precision": 0.5, "timeline": False}
@@ -421,7 +425,7 @@ def measured(name: str | None, dtype: str, seqlen: int, seed: int, *, direction:
     on = fault.on if seqlen <= 8192 or fault.on != "causal" else "window"
     problem = Problem(seqlen, heads, Scale(1, 1), dtype, direction)
     kernel = Faulty(fault, State(seqlen, heads, seed))
-    work = Work(problem, lambda draw: masks(seqlen, on, seed), kernel, Local(), SETTINGS, seed)
+    work = Work(Attention(), problem, lambda draw: masks(seqlen, on, seed), kernel, Local(), SETTINGS, seed)
     return measure_cell(work, Gang(0, 1, CPU, Groups(), []), lambda _: None)
 
 

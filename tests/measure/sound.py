@@ -27,11 +27,13 @@ from lcbench.grid.build import build_kernel
 from lcbench.kernels.base import Kernel, refusal
 from lcbench.masks.band import DoesNotFit
 from lcbench.measure.bounds import Check
-from lcbench.measure.cell import Gang, Started, Work
 from lcbench.measure.numerics import one_pass
+from lcbench.measure.session import Gang
 from lcbench.problem import DTYPES, Heads, Problem, Scale
 from lcbench.schedule.execute import Groups
 from lcbench.testing.masks import load, names, small
+from lcbench.workloads.attention import Attention, AttentionSession
+from lcbench.workloads.base import Work
 
 CPU = torch.device("cpu")
 LENGTHS = (512, 1000, 2048, 4096, 16384)
@@ -89,9 +91,9 @@ def examined(cell: Cell, folder: Path, kernel: Kernel | None = None, device: tor
     problem = Problem(cell.seqlen, cell.heads, Scale(1, 1), cell.dtype, "forward_backward")
     if kernel.unsupported(problem, mask) or refusal(kernel, problem, device):
         return None
-    work = Work(problem, lambda _: mask, kernel, Local(), {}, cell.seed)
-    started = Started(work, 0, Gang(0, 1, device, Groups(), []))
-    if started.reason:
+    work = Work(Attention(), problem, lambda _: mask, kernel, Local(), {}, cell.seed)
+    started = AttentionSession(work, 0, Gang(0, 1, device, Groups(), []))
+    if started.refused:
         return None
     assert started.wrong is None
     examination = started.examination

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lcbench.measure.blocks import BLOCKS, blocks_of, share, shared, with_block, without_times
-from lcbench.measure.cell import Measured
+from lcbench.measure.measured import Measured
 from lcbench.measure.stopping import Stopping
 
 SETTINGS = {"warmup": 3, "min_iterations": 5, "max_iterations": 100, "budget_s": 21.0, "precision": 0.02, "timeline": False}

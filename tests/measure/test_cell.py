@@ -14,11 +14,15 @@ from lcbench.grid.build import build_mask
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.mask import Mask
 from lcbench.measure.bounds import Check
-from lcbench.measure.cell import Gang, Measured, Work, measure_cell, over_draws
+from lcbench.measure.cell import measure_cell
+from lcbench.measure.measured import Measured, over_draws
 from lcbench.measure.numerics import misowned
+from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Groups
 from lcbench.testing.masks import names, small_config
+from lcbench.workloads.attention import Attention
+from lcbench.workloads.base import Work
 
 HEADS = Heads(4, 2, 16)
 GANG = Gang(0, 1, torch.device("cpu"), Groups(), [])
@@ -32,7 +36,7 @@ def measured(name: str, seqlen: int, dtype: str, folder: Path, draws: int = 1) -
         return build_mask(config, seqlen, HEADS, 5, draw)
 
     problem = Problem(seqlen, HEADS, Scale(1, 1), dtype, "forward_backward")
-    return measure_cell(Work(problem, make, SDPAFlash(), Local(), SETTINGS, 5, draws), GANG, lambda _: None)
+    return measure_cell(Work(Attention(), problem, make, SDPAFlash(), Local(), SETTINGS, 5, draws), GANG, lambda _: None)
 
 
 @pytest.mark.parametrize("name", names())
@@ -111,7 +115,7 @@ def test_a_draw_that_fails_its_check_is_the_answer(tmp_path: Path) -> None:
 
     config = small_config("document", 100, HEADS, tmp_path)
     problem = Problem(100, HEADS, Scale(1, 1), "float64", "forward")
-    work = Work(problem, lambda draw: build_mask(config, 100, HEADS, 0, draw), Wrong(), Local(), SETTINGS, 0, 2)
+    work = Work(Attention(), problem, lambda draw: build_mask(config, 100, HEADS, 0, draw), Wrong(), Local(), SETTINGS, 0, 2)
     result = measure_cell(work, GANG, lambda _: None)
     assert result.check is not None
     assert result.check.failures
@@ -143,7 +147,7 @@ def test_memory_has_what_a_kernel_keeps(ready: int, first: int, tmp_path: Path) 
     config = small_config("causal", 256, HEADS, tmp_path)
     problem = Problem(256, HEADS, Scale(1, 1), "float32", "forward_backward")
     kind = type("Keeping", (Keeps,), {"ready": ready, "first": first})
-    work = Work(problem, lambda draw: build_mask(config, 256, HEADS, 0, draw), kind(), Local(), SETTINGS, 0)
+    work = Work(Attention(), problem, lambda draw: build_mask(config, 256, HEADS, 0, draw), kind(), Local(), SETTINGS, 0)
     measure_cell(work, GANG, lambda _: None)  # what libraries take once in a process
     peak = measure_cell(work, GANG, lambda _: None).metrics["memory/peak_bytes"]
     assert ready + first <= peak < ready + first + (12 << 20)
@@ -160,7 +164,7 @@ def test_a_peer_must_own_every_token_once() -> None:
 
 
 def test_a_number_that_cannot_be_true_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcbench.measure.cell.measured_limit", lambda *_, **__: 1e-9)
+    monkeypatch.setattr("lcbench.measure.limits.measured_limit", lambda *_, **__: 1e-9)
     result = measured("causal", 200, "float32", tmp_path)
     assert result.check is not None
     assert not result.check.failures

@@ -14,9 +14,13 @@ from lcbench.masks.causal_document import causal_document
 from lcbench.masks.full import full
 from lcbench.masks.lengths import Uniform
 from lcbench.masks.mask import Mask
-from lcbench.measure.cell import Gang, Measured, Work, measure_cell
+from lcbench.measure.cell import measure_cell
+from lcbench.measure.measured import Measured
+from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Groups
+from lcbench.workloads.attention import Attention
+from lcbench.workloads.base import Work
 from tests.measure import sound
 from tests.measure.faults import CPU, DTYPES, FAULTS, LONG, SETTINGS, Fault, Faulty, State, measured, refused, shifted, tile
 
@@ -86,7 +90,7 @@ class Nothing(Kernel):
 
 def at_a_million(kernel: Kernel, mask: Mask) -> Measured:
     problem = Problem(MILLION, Heads(1, 1, 16), Scale(1, 1), "bfloat16", "forward")
-    work = Work(problem, lambda _: mask, kernel, Local(), SETTINGS, 0)
+    work = Work(Attention(), problem, lambda _: mask, kernel, Local(), SETTINGS, 0)
     return measure_cell(work, Gang(0, 1, CPU, Groups(), []), lambda _: None)
 
 

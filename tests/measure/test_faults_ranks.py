@@ -10,20 +10,19 @@ import gc
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-import lcbench.measure.cell
 import lcbench.schedule.execute
 from lcbench.cp.allgather import AllGather
-from lcbench.cp.base import RankRun
+from lcbench.cp.base import Place, RankRun, Strategy
 from lcbench.cp.groupcast import GroupCast
 from lcbench.cp.hybrid import Hybrid
 from lcbench.cp.lightseq import LightSeq
@@ -37,20 +36,24 @@ from lcbench.cp.usp import USP
 from lcbench.kernels.base import Kernel, Prepared, prepare
 from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sdpa_flash import SDPAFlash
-from lcbench.masks.band import BandMask, Ints
+from lcbench.masks.band import BandMask
 from lcbench.masks.block_random import block_random
 from lcbench.masks.causal import causal
 from lcbench.masks.causal_document import causal_document
 from lcbench.masks.full import full
 from lcbench.masks.lengths import Uniform
 from lcbench.masks.mask import Mask
-from lcbench.measure.cell import Gang, Measured, Work, measure_cell
+from lcbench.measure.cell import measure_cell
+from lcbench.measure.measured import Measured
+from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Executor, Groups, Saved
 from lcbench.schedule.layout import Layout, contiguous, zigzag
 from lcbench.schedule.program import Exchange, Message, Piece, TileCall
 from lcbench.testing.dense import dense_heads
 from lcbench.testing.spawn import run_ranks
+from lcbench.workloads.attention import Attention
+from lcbench.workloads.base import Work
 from tests.measure.faults import refused, without
 
 CPU = torch.device("cpu")
@@ -451,92 +454,79 @@ def one_head(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_ls
 
 
 @dataclass(frozen=True)
-class RingPeer:
-    """Our ring as a peer."""
-
-    kind: ClassVar[str] = ""
+class RingPeer(Strategy):
+    """Our ring, started by itself."""
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return None
 
-    def unavailable(self, problem: Problem, device: torch.device) -> str | None:
-        return None
-
-    def tokens(self, problem: Problem, rank: int) -> Ints:
-        return zigzag(problem.seqlen, problem.scale.world_size).tokens(rank)
-
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> RankRun:
-        schedule = Ring("zigzag").schedule(problem, mask)
-        return Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups)
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> RankRun:
+        return Ring("zigzag").start(problem, mask, kernel, place)
 
 
 @dataclass(frozen=True)
 class HalfPeer(RingPeer):
     """Owns and computes the first half of the sequence."""
 
-    def tokens(self, problem: Problem, rank: int) -> Ints:
-        return super().tokens(replace(problem, seqlen=problem.seqlen // 2), rank)
-
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> RankRun:
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> RankRun:
         half = problem.seqlen // 2
-        return super().start(replace(problem, seqlen=half), MASKS["causal"](half), kernel, rank, device, groups)
+        return super().start(replace(problem, seqlen=half), MASKS["causal"](half), kernel, place)
 
 
 @dataclass(frozen=True)
 class DoublePeer(RingPeer):
     """A token of rank 0 is the last rank's, too."""
 
-    def tokens(self, problem: Problem, rank: int) -> Ints:
-        own = super().tokens(problem, rank).copy()
-        if rank == problem.scale.world_size - 1:
-            own[0] = super().tokens(problem, 0)[0]
-        return own
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> RankRun:
+        run, ranks = super().start(problem, mask, kernel, place), problem.scale.world_size
+        if place.rank == ranks - 1:
+            run.tokens = run.tokens.copy()
+            run.tokens[0] = zigzag(problem.seqlen, ranks).tokens(0)[0]
+        return run
 
 
 @dataclass(frozen=True)
 class BeyondPeer(RingPeer):
     """Owns a token that there is not."""
 
-    def tokens(self, problem: Problem, rank: int) -> Ints:
-        own = super().tokens(problem, rank).copy()
-        own[own == problem.seqlen - 1] += 1
-        return own
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> RankRun:
+        run = super().start(problem, mask, kernel, place)
+        run.tokens = run.tokens + (run.tokens == problem.seqlen - 1)
+        return run
 
 
 @dataclass(frozen=True)
 class OrderPeer(RingPeer):
     """Says that tokens are dealt out in another order than it computes."""
 
-    def tokens(self, problem: Problem, rank: int) -> Ints:
-        return contiguous(problem.seqlen, problem.scale.world_size).tokens(rank)
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> RankRun:
+        run = super().start(problem, mask, kernel, place)
+        run.tokens = contiguous(problem.seqlen, problem.scale.world_size).tokens(place.rank)
+        return run
 
 
-@dataclass
-class Wrapped:
-    """A run with results of its own kind."""
+class OtherBase(RankRun):
+    """A run whose LSE is a power of two."""
 
-    run: RankRun
-    out: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda x: x)
-    of_lse: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda x: x)
-    own_lse: bool = True
+    def __init__(self, run: RankRun) -> None:
+        self._run, self.tokens = run, run.tokens
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        out, saved = self.run.forward(q, k, v)
-        return self.out(out), saved
+        return self._run.forward(q, k, v)
 
     def lse(self, saved: Any) -> torch.Tensor:
-        return self.of_lse(self.run.lse(saved))
+        return self._run.lse(saved) / math.log(2)
 
     def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.run.backward(dout, saved)
+        return self._run.backward(dout, saved)
 
 
 @dataclass(frozen=True)
 class BasePeer(RingPeer):
     """Gives its LSE as a power of two."""
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> RankRun:
-        return Wrapped(super().start(problem, mask, kernel, rank, device, groups), of_lse=lambda x: x / math.log(2))
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> RankRun:
+        return OtherBase(super().start(problem, mask, kernel, place))
 
 
 @dataclass(frozen=True)
@@ -545,11 +535,11 @@ class LibraryPeer(RingPeer):
 
     factor: float = 1.0
 
-    def start(self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups) -> RankRun:
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> RankRun:
         ranks = problem.scale.world_size
         layout = Layout(tuple(zigzag(problem.seqlen, ranks).shards))
         every = np.concatenate([layout.tokens(r) for r in range(ranks)])
-        dense = torch.from_numpy(dense_heads(mask, 1)[0][np.ix_(layout.tokens(rank), every)])
+        dense = torch.from_numpy(dense_heads(mask, 1)[0][np.ix_(layout.tokens(place.rank), every)])
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             keys, values = (_Gather.apply(x[0]) for x in (k, v))  # type: ignore[no-untyped-call]
@@ -558,7 +548,7 @@ class LibraryPeer(RingPeer):
             p = torch.softmax(s.masked_fill(~dense, -torch.inf), -1)
             return self.factor * torch.einsum("hqk,khd->qhd", p, values).to(q.dtype)[None]
 
-        return AutogradRun(attend, problem, mask, layout, kernel, rank, device, groups)
+        return AutogradRun(attend, problem, mask, layout, kernel, place)
 
 
 class _Gather(torch.autograd.Function):
@@ -716,10 +706,10 @@ def measured(cell: Cell, dtype: str, gang: Gang, fault: Fault | None = None) -> 
     problem = Problem(cell.seqlen, HEADS, Scale(1, cell.ranks), dtype, cell.direction)
     mask = MASKS[cell.mask](cell.seqlen)
     assert cell.strategy.unsupported(problem, mask) is None, str(cell)
-    work = Work(problem, lambda draw: mask, SDPAFlash(), cell.strategy, SETTINGS, 0)
+    work = Work(Attention(), problem, lambda draw: mask, SDPAFlash(), cell.strategy, SETTINGS, 0)
     with pytest.MonkeyPatch.context() as patch:
         if fault:
-            patch.setattr(lcbench.measure.cell, "Executor", fault.executor)
+            patch.setattr(lcbench.schedule.execute, "Executor", fault.executor)
             patch.setattr(lcbench.schedule.execute, "merge_into", partial(in_place, fault.merge))
         return measure_cell(work, gang, lambda _: None)
 

@@ -13,13 +13,15 @@ import torch
 from lcbench.cp.none import Local
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.causal import causal
-from lcbench.measure.cell import Gang, Started, Work
 from lcbench.measure.numerics import one_pass
 from lcbench.measure.probe import Columns, Probe, magnitudes
+from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Groups
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import names, small
+from lcbench.workloads.attention import Attention, AttentionSession
+from lcbench.workloads.base import Work
 
 CPU = torch.device("cpu")
 SEQLEN = 97
@@ -93,9 +95,15 @@ def test_terms_that_cancel_have_no_factor(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Probe, "columns", rounded)
     for heads in (Heads(4, 1, 16), Heads(8, 2, 32)):
         work = Work(
-            Problem(512, heads, Scale(1, 1), "bfloat16", "forward_backward"), lambda _: causal(512), SDPAFlash(), Local(), {}, 0
+            Attention(),
+            Problem(512, heads, Scale(1, 1), "bfloat16", "forward_backward"),
+            lambda _: causal(512),
+            SDPAFlash(),
+            Local(),
+            {},
+            0,
         )
-        started = Started(work, 0, Gang(0, 1, torch.device("cpu"), Groups(), []))
+        started = AttentionSession(work, 0, Gang(0, 1, torch.device("cpu"), Groups(), []))
         started.examination.first(started.shard, one_pass(started.run, started.shard))
         for probe in started.examination.probes:
             started.examination.probe(probe, started.shard)

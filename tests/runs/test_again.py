@@ -22,7 +22,9 @@ from hydra_plugins.lcbench.local import _progress
 from lcbench.commands import cancel
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
-from lcbench.measure.cell import Gang, Measured, Work, measure_again
+from lcbench.measure.cell import measure_again
+from lcbench.measure.measured import Measured
+from lcbench.measure.session import Gang
 from lcbench.runs import agent, worker
 from lcbench.runs.jobs import Watch
 from lcbench.runs.logs import cell_mark, said_by_ranks
@@ -31,6 +33,7 @@ from lcbench.runs.queue import Answer, Job
 from lcbench.runs.settle import close_all, in_flight, settled
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep, write_json
 from lcbench.schedule.execute import Groups
+from lcbench.workloads.base import Work
 from tests.runs.test_corrupt import SETTINGS
 from tests.runs.test_pack import BASE
 

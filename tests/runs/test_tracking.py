@@ -12,7 +12,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from lcbench.measure.cell import Measured
+from lcbench.measure.measured import Measured
 from lcbench.runs.pack import PRIVATE, Pack, Settings, forget_secrets
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep, read_json, write_json
 from lcbench.runs.tracking import SAMPLE_STRIDE, Known, TrackingUnavailable, publish

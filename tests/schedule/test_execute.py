@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lcbench.cp.allgather import AllGather
-from lcbench.cp.base import Peer, Strategy
+from lcbench.cp.base import Scheduled
 from lcbench.cp.groupcast import GroupCast
 from lcbench.cp.hybrid import Hybrid
 from lcbench.cp.loongtrain import LoongTrain
@@ -55,13 +55,13 @@ def masks(seqlen: int, heads: Heads, folder: Path) -> dict[str, Mask]:
     return found
 
 
-def strategies(world_size: int, heads: Heads) -> tuple[list[Strategy], list[Strategy]]:
+def strategies(world_size: int, heads: Heads) -> tuple[list[Scheduled], list[Scheduled]]:
     """Every strategy of conf/cp as it is there, and, with grouped-query heads, their options."""
-    named = [s for name in names("cp") if not isinstance(s := build_strategy(load("cp", name)), Peer)]
+    named = [s for name in names("cp") if isinstance(s := build_strategy(load("cp", name)), Scheduled)]
     if heads.q == heads.kv:
         return named, []
     degrees = [u for u in range(2, world_size) if world_size % u == 0]
-    more: list[Strategy] = [Ring("contiguous"), Ring("striped"), Ulysses(uneven_heads=True), Ulysses(stages=2)]
+    more: list[Scheduled] = [Ring("contiguous"), Ring("striped"), Ulysses(uneven_heads=True), Ulysses(stages=2)]
     more += [AllGather(heads_per_step=1), GroupCast(stages=4, solver="swap"), TokenRing("striped")]
     for degree in degrees:
         more += [USP(degree), USP(degree, ulysses="outside"), LoongTrain(degree), LoongTrain(degree, placement="context_first")]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lcbench.cp.allgather import AllGather
-from lcbench.cp.base import Peer, Strategy
+from lcbench.cp.base import Scheduled
 from lcbench.cp.groupcast import GroupCast, dispatch
 from lcbench.cp.hybrid import Hybrid, documents
 from lcbench.cp.lightseq import LightSeq
@@ -45,12 +45,12 @@ def problem_of(ranks: int, seqlen: int, heads: Heads = HEADS, reduce_dtype: str 
     return Problem(seqlen, heads, Scale(nodes, ranks // nodes), "bfloat16", "forward_backward", reduce_dtype)
 
 
-def report_of(strategy: Strategy, mask: Mask, problem: Problem) -> ScheduleCost:
+def report_of(strategy: Scheduled, mask: Mask, problem: Problem) -> ScheduleCost:
     assert strategy.unsupported(problem, mask) is None
     return verify(strategy.schedule(problem, mask), mask, problem)
 
 
-@pytest.mark.parametrize("name", [n for n in names("cp") if not isinstance(build_strategy(load("cp", n)), Peer)])
+@pytest.mark.parametrize("name", [n for n in names("cp") if isinstance(build_strategy(load("cp", n)), Scheduled)])
 @pytest.mark.parametrize("scale", SCALES, ids=str)
 def test_schedule_covers_every_mask_once(name: str, scale: Scale, tmp_path: Path) -> None:
     seqlen = 1013  # a prime: no shard is even
@@ -73,7 +73,7 @@ def test_schedule_covers_every_mask_once(name: str, scale: Scale, tmp_path: Path
     [Ring(), USP(8), LoongTrain(8), LightSeq(), GroupCast(chunks_per_rank=1), TokenRing(), Hybrid(), AllGather()],
     ids=lambda strategy: type(strategy).__name__,
 )
-def test_thousands_of_ranks(strategy: Strategy, ranks: int, direction: str) -> None:
+def test_thousands_of_ranks(strategy: Scheduled, ranks: int, direction: str) -> None:
     if ranks == 4096 and isinstance(strategy, AllGather | TokenRing | USP | LoongTrain):
         ranks = 1024  # of others' kind at 4096, or every pair of a rank and a shard by name
     if ranks == 4096 and isinstance(strategy, Ring):
@@ -92,7 +92,7 @@ def test_thousands_of_ranks(strategy: Strategy, ranks: int, direction: str) -> N
 @pytest.mark.parametrize(("ranks", "forward_mb"), [(8, 235), (32, 1040)])
 @pytest.mark.parametrize("strategy", [Ring(), AllGather(), AllGather(heads_per_step=2)], ids=str)
 @pytest.mark.parametrize(("reduce_dtype", "backward"), [("float32", 3), ("input", 2)])
-def test_ring_and_allgather_bytes(strategy: Strategy, ranks: int, forward_mb: int, reduce_dtype: str, backward: int) -> None:
+def test_ring_and_allgather_bytes(strategy: Scheduled, ranks: int, forward_mb: int, reduce_dtype: str, backward: int) -> None:
     """Forward (P-1) KV blocks; backward the same again for KV and, in the type of reduce_dtype, for its gradient."""
     seqlen = PER_RANK * ranks
     report = report_of(strategy, full(seqlen), problem_of(ranks, seqlen, reduce_dtype=reduce_dtype))
@@ -120,7 +120,7 @@ def test_ulysses_bytes(stages: int) -> None:
 def test_usp_and_loongtrain_bytes(ranks: int, degree: int, kind: str) -> None:
     """(U-1)/U * s * D * b * (2 Hq + 2 Hk) for heads, (R-1) blocks around the ring."""
     seqlen = PER_RANK * ranks
-    strategy: Strategy = {
+    strategy: Scheduled = {
         "usp": USP(degree), "usp outside": USP(degree, ulysses="outside"),
         "loongtrain": LoongTrain(degree), "context first": LoongTrain(degree, placement="context_first"),
     }[kind]  # fmt: skip

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lcbench.cp.base import Place, RankRun, Strategy
 from lcbench.cp.ring import Ring
 from lcbench.kernels.base import HALVES, Kernel
 from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.execute import Executor, Groups
 from lcbench.schedule.layout import Layout
 
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
+
+    from lcbench.schedule.execute import Groups
 
 
 # Libraries' messages go by communicators of their own, whatever the order in which they post them.
@@ -82,21 +85,29 @@ def grid(groups: Groups, ranks: int, degree: int) -> list[dist.ProcessGroup]:
     return [group for group in [groups.among(members, CHANNEL) for members in sets] if group is not None]
 
 
-class AutogradRun:
+class LibraryStrategy(Strategy):
+    """A strategy of another library, run by that library and checked like ours: for comparison."""
+
+    @abstractmethod
+    def layout(self, problem: Problem) -> Layout:
+        """How the library deals tokens out to ranks."""
+
+
+class AutogradRun(RankRun):
     """A run of a library's differentiable attention.
 
     Args:
         attend: q (1, T, Hq, D), k, v (1, T, Hk, D) of this rank to out, (1, T, Hq, D) or (1, T, Hq * D).
         layout: tokens of every rank.
         kernel: computes the LSE, by a ring of our own: libraries do not all return it, and the check needs it.
-        groups: communicators of that ring.
+        place: this rank, its device, and the communicators of that ring.
 
     Attributes:
         own_lse: False: the LSE is that of a ring of our own, so the check compares it with nothing and says that the library's is
             unchecked.
     """
 
-    own_lse: ClassVar[bool] = False
+    own_lse = False
 
     def __init__(
         self,
@@ -105,14 +116,14 @@ class AutogradRun:
         mask: Mask,
         layout: Layout,
         kernel: Kernel,
-        rank: int,
-        device: torch.device,
-        groups: Groups,
+        place: Place,
     ) -> None:
-        self._attend, self._problem = attend, problem
+        from lcbench.schedule.execute import Executor  # with torch, which planning does without
+
+        self._attend, self._problem, self.tokens = attend, problem, layout.tokens(place.rank)
         forward = replace(problem, direction="forward")
         schedule = replace(Ring().schedule(forward, mask), shards=layout)
-        self._lse = Executor(schedule, mask, kernel, forward, rank=rank, device=device, groups=groups)
+        self._lse = Executor(schedule, mask, kernel, forward, rank=place.rank, device=place.device, groups=place.groups)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
         import torch

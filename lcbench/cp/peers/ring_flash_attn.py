@@ -10,13 +10,12 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lcbench.cp.peers.library import AutogradRun, Segments, missing, refused_length, refused_mask, segments
+from lcbench.cp.base import Place
+from lcbench.cp.peers.library import AutogradRun, LibraryStrategy, Segments, missing, refused_length, refused_mask, segments
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
-from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.execute import Groups
 from lcbench.schedule.layout import Layout, contiguous, striped, zigzag
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def _library() -> Any:
 
 
 @dataclass(frozen=True)
-class RingFlashAttention:
+class RingFlashAttention(LibraryStrategy):
     """``variant``: a ring in zigzag or stripes, or Llama 3's all-gather, which knows documents too."""
 
     libraries: ClassVar[tuple[str, ...]] = ("ring-flash-attn", "flash-attn")
@@ -82,16 +81,11 @@ class RingFlashAttention:
     def layout(self, problem: Problem) -> Layout:
         return VARIANTS[self.variant](problem.seqlen, problem.scale.world_size)
 
-    def tokens(self, problem: Problem, rank: int) -> Ints:
-        return self.layout(problem).tokens(rank)
-
-    def start(
-        self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups
-    ) -> AutogradRun:  # fmt: skip
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> AutogradRun:
         found = segments(mask)
         assert found is not None
-        attend = self._llama3(problem, found, rank, device) if self.variant == "llama3" else self._ring(problem, found)
-        return AutogradRun(attend, problem, mask, self.layout(problem), kernel, rank, device, groups)
+        attend = self._llama3(problem, found, place) if self.variant == "llama3" else self._ring(problem, found)
+        return AutogradRun(attend, problem, mask, self.layout(problem), kernel, place)
 
     def _ring(self, problem: Problem, found: Segments) -> Callable[[Any, Any, Any], Any]:
         import torch.distributed as dist
@@ -102,14 +96,14 @@ class RingFlashAttention:
         function = causal[self.variant] if found.causal else library.ring_flash_attn_func
         return partial(function, softmax_scale=problem.softmax_scale, causal=found.causal, group=dist.group.WORLD)
 
-    def _llama3(self, problem: Problem, found: Segments, rank: int, device: torch.device) -> Callable[[Any, Any, Any], Any]:
+    def _llama3(self, problem: Problem, found: Segments, place: Place) -> Callable[[Any, Any, Any], Any]:
         import torch
         import torch.distributed as dist
 
         library = _library()
-        bounds = torch.tensor(found.bounds, dtype=torch.int32, device=device)
+        bounds = torch.tensor(found.bounds, dtype=torch.int32, device=place.device)
         ranks = problem.scale.world_size
-        cu_q, cu_k, max_q, max_k, local = library.llama3_flash_attn_prepare_cu_seqlens(bounds, found.causal, rank, ranks)
+        cu_q, cu_k, max_q, max_k, local = library.llama3_flash_attn_prepare_cu_seqlens(bounds, found.causal, place.rank, ranks)
 
         def attend(q: Any, k: Any, v: Any) -> Any:
             return library.llama3_flash_attn_varlen_func(

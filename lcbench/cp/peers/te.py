@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lcbench.cp.peers.library import CHANNEL, AutogradRun, grid, missing, refused_length, refused_mask, segments
+from lcbench.cp.base import Place
+from lcbench.cp.peers.library import CHANNEL, AutogradRun, LibraryStrategy, grid, missing, refused_length, refused_mask, segments
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
 from lcbench.kernels.te_fused import LIBRARIES
-from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import largest_degree
-from lcbench.schedule.execute import Groups
 from lcbench.schedule.layout import Layout, zigzag
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ COMMUNICATIONS = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
 
 @dataclass(frozen=True)
-class TransformerEngine:
+class TransformerEngine(LibraryStrategy):
     """``comm``: ring, all-gather of keys, exchange of heads, or the last among neighbours and a ring between them."""
 
     libraries: ClassVar[tuple[str, ...]] = LIBRARIES
@@ -58,12 +57,7 @@ class TransformerEngine:
     def layout(self, problem: Problem) -> Layout:
         return zigzag(problem.seqlen, problem.scale.world_size)
 
-    def tokens(self, problem: Problem, rank: int) -> Ints:
-        return self.layout(problem).tokens(rank)
-
-    def start(
-        self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups
-    ) -> AutogradRun:  # fmt: skip
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> AutogradRun:
         import torch
         from transformer_engine.pytorch import DotProductAttention
 
@@ -78,8 +72,8 @@ class TransformerEngine:
             qkv_format="bshd",
             attn_mask_type="causal" if found.causal else "no_mask",
             softmax_scale=problem.softmax_scale,
-        ).to(device)
+        ).to(place.device)
         both = self.comm == "a2a+p2p"
-        made: Any = grid(groups, len(ranks), largest_degree(problem)) if both else groups.among(tuple(ranks), CHANNEL)
+        made: Any = grid(place.groups, len(ranks), largest_degree(problem)) if both else place.groups.among(tuple(ranks), CHANNEL)
         attention.set_context_parallel_group(made, ranks, torch.cuda.Stream(), self.comm)
-        return AutogradRun(attention, problem, mask, self.layout(problem), kernel, rank, device, groups)
+        return AutogradRun(attention, problem, mask, self.layout(problem), kernel, place)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lcbench.cp.peers.library import refused_length, refused_mask, segments
+from lcbench.cp.base import Place, RankRun
+from lcbench.cp.peers.library import LibraryStrategy, refused_length, refused_mask, segments
 from lcbench.kernels.base import Kernel, Prepared, heads_first
 from lcbench.masks.band import Band, BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.execute import Groups
-from lcbench.schedule.layout import zigzag
+from lcbench.schedule.layout import Layout, zigzag
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ MODULE = "torch.distributed.tensor.experimental._context_parallel._attention"
 
 
 @dataclass(frozen=True)
-class TorchCP:
+class TorchCP(LibraryStrategy):
     """``rotate``: how torch moves keys and values, all gathered at once (its default) or hop by hop."""
 
     rotate: Literal["allgather", "alltoall"] = "allgather"
@@ -48,16 +48,14 @@ class TorchCP:
             return f"this torch has no {MODULE}: {error}"
         return None
 
-    def tokens(self, problem: Problem, rank: int) -> Ints:
+    def layout(self, problem: Problem) -> Layout:
         # Causal or not, zigzag is a layout like any other; torch asks for it only where it is causal.
-        return zigzag(problem.seqlen, problem.scale.world_size).tokens(rank)
+        return zigzag(problem.seqlen, problem.scale.world_size)
 
-    def start(
-        self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups
-    ) -> TorchRing:  # fmt: skip
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> TorchRing:
         found = segments(mask)
         assert found is not None
-        return TorchRing(problem, found.causal, kernel, self.rotate, device)
+        return TorchRing(problem, found.causal, kernel, self.rotate, self.layout(problem).tokens(place.rank), place.device)
 
 
 def _ring() -> Any:
@@ -70,13 +68,14 @@ def _ring() -> Any:
     return module
 
 
-class TorchRing:
+class TorchRing(RankRun):
     """A run of torch's ring: (1, H, T, D) inside, packed outside."""
 
-    def __init__(self, problem: Problem, causal: bool, kernel: Kernel, rotate: str, device: torch.device) -> None:
+    def __init__(self, problem: Problem, causal: bool, kernel: Kernel, rotate: str, tokens: Ints, device: torch.device) -> None:
         import torch
         import torch.distributed as dist
 
+        self.tokens = tokens
         self._problem, self._causal, self._rotate = problem, causal, rotate
         self._ring, self._group = _ring(), dist.group.WORLD
         size = problem.seqlen // problem.scale.world_size

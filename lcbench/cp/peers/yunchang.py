@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lcbench.cp.peers.library import AutogradRun, grid, missing, refused_length, refused_mask, segments
+from lcbench.cp.base import Place
+from lcbench.cp.peers.library import AutogradRun, LibraryStrategy, grid, missing, refused_length, refused_mask, segments
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
-from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import check_count, largest_degree, refused_grid
-from lcbench.schedule.execute import Groups
 from lcbench.schedule.layout import Layout, zigzag
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ CALLS = (
 
 
 @dataclass(frozen=True)
-class YunchangUSP:
+class YunchangUSP(LibraryStrategy):
     """``ulysses_degree``: ranks of a head exchange, or ``auto``: the largest that divides a node's and the heads."""
 
     libraries: ClassVar[tuple[str, ...]] = ("yunchang", "flash-attn")
@@ -58,12 +57,7 @@ class YunchangUSP:
         degree = self.degree(problem)
         return zigzag(problem.seqlen, problem.scale.world_size // degree).split(degree)
 
-    def tokens(self, problem: Problem, rank: int) -> Ints:
-        return self.layout(problem).tokens(rank)
-
-    def start(
-        self, problem: Problem, mask: Mask, kernel: Kernel, rank: int, device: torch.device, groups: Groups
-    ) -> AutogradRun:  # fmt: skip
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> AutogradRun:
         from yunchang import LongContextAttention
         from yunchang.globals import PROCESS_GROUP
         from yunchang.kernels import AttnType
@@ -71,8 +65,8 @@ class YunchangUSP:
         found = segments(mask)
         assert found is not None
         # As its set_seq_parallel_pg lays them out, which makes new ones each time.
-        PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = grid(groups, problem.scale.world_size, self.degree(problem))
+        PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = grid(place.groups, problem.scale.world_size, self.degree(problem))
         # Without a causal mask the order of tokens means nothing to its plain ring.
         attention = LongContextAttention(ring_impl_type="zigzag" if found.causal else "basic", attn_type=AttnType.FA)
         attend = partial(attention, causal=found.causal, softmax_scale=problem.softmax_scale)
-        return AutogradRun(attend, problem, mask, self.layout(problem), kernel, rank, device, groups)
+        return AutogradRun(attend, problem, mask, self.layout(problem), kernel, place)

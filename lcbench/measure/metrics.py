@@ -1,0 +1,156 @@
+"""Every metric that an attempt holds: key, unit, how draws of a mask are joined, and what it means.
+
+``python -m lcbench.measure.metrics`` prints the table of docs/metrics.md. In a key ``<phase>`` stands for a phase of the workload
+or ``total``, ``<x>`` for a tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+Better = Literal["lower", "higher"] | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric.
+
+    Attributes:
+        key: in ``metrics`` of an attempt, perhaps with ``<phase>`` or ``<x>``.
+        unit: SI; ``1`` for a count or a ratio.
+        text: what it is, for docs/metrics.md.
+        better: which way is better; None where neither is, or where it says nothing of a choice.
+        over_draws: what the metric of several draws of a mask is: the mean of theirs, the max, the rate of all their work, or None
+            for one that only several draws have.
+        sample: under which key ``samples`` has the value of each draw.
+    """
+
+    key: str
+    unit: str
+    text: str
+    better: Better = None
+    over_draws: Literal["mean", "max", "rate"] | None = "mean"
+    sample: str | None = None
+
+    def names(self, key: str) -> bool:
+        """Whether a key of an attempt is this metric's."""
+        return re.fullmatch(re.sub(r"<\w+>", r"\\w+", self.key), key) is not None
+
+
+METRICS = (
+    Metric(
+        "time/<phase>/median_s", "s",
+        "the mean of the blocks' medians: a cell is timed in `measure.blocks` blocks, at its turn and again later in its pack",
+        "lower", sample="draw_<phase>_median_s",
+    ),
+    Metric(
+        "time/<phase>/p20_s", "s",
+        "20 % of the iterations of all blocks are faster; of several draws as far from the median as in the first block", "lower",
+    ),
+    Metric("time/<phase>/p80_s", "s", "80 % are faster", "lower"),
+    Metric(
+        "time/blocks", "1",
+        "how many blocks were measured; `provenance.lost_blocks` says why there are fewer than were asked for, `provenance.again` "
+        "when each was",
+    ),
+    Metric(
+        "time/iterations", "1",
+        "how many were timed in all blocks; the tag `lcbench.stopped_by` says why no more in the first: precision, budget, "
+        "iterations",
+    ),
+    Metric("time/noise", "1", "relative half-width of the 95 % interval of the median of the total", "lower", "max"),
+    Metric(
+        "time/prepare_s", "s",
+        "building mask, schedule, messages, buffers and kernel inputs, slowest rank; paid once per mask and layout", "lower",
+    ),
+    Metric("time/first_pass_s", "s", "the first pass, with what the kernel compiles at first use, slowest rank"),
+    Metric(
+        "time/check_s", "s",
+        "the check of the first block: comparison with the reference, probe passes, the last pass, and its and the timed pass's "
+        "comparison with the first",
+    ),
+    Metric(
+        "time/measure_s", "s",
+        "all that comes after the check: timing with its warm-up, memory, computing and communicating apart",
+    ),
+    Metric(
+        "compute/<phase>/tflops_per_gpu", "TFLOP/s",
+        "FLOPs / (median time x ranks); forward 4 x pairs (area x query heads) x dim, backward 2.5 times that", "higher", "rate",
+    ),
+    Metric("compute/<phase>/mfu", "0..1", "the same over `compute/peak_tflops`", "higher", "rate"),
+    Metric("compute/tflops_per_gpu", "TFLOP/s", "of the total", "higher", "rate"),
+    Metric("compute/mfu", "0..1", "of the total", "higher", "rate"),
+    Metric(
+        "compute/peak_tflops", "TFLOP/s",
+        "of one device: `conf/device` for a known one, else measured by a matrix product; `lcbench.peak_source` says which",
+    ),
+    Metric(
+        "memory/peak_bytes", "byte",
+        "worst rank's peak of one iteration above what was in use before the kernel was made ready, without the inputs (CUDA "
+        "allocator; on Linux resident peak of the process and the C library's count of what is kept)", "lower", "max",
+    ),
+    Metric("memory/buffer_bytes", "byte", "of these, what the engine holds for buffers between ranks, worst rank", "lower", "max"),
+    Metric(
+        "kernel/calls", "1",
+        "native calls of a forward pass of the rank that has most: 1 per tile is native, more is grouped and merged by LSE",
+        "lower",
+    ),
+    Metric(
+        "overlap/<phase>/compute_s", "s",
+        "median of the same schedule without its messages; where there is more than one rank", "lower",
+    ),
+    Metric("overlap/<phase>/communication_s", "s", "median of the same schedule without its kernels", "lower"),
+    Metric("overlap/<phase>/exposed_s", "s", "the whole minus `compute_s`, at least 0", "lower"),
+    Metric(
+        "overlap/<phase>/efficiency", "0..1",
+        "(`compute_s` + `communication_s` - the whole) / the smaller of both: how much of what could be hidden is", "higher",
+    ),
+    Metric("comm/<phase>/bytes", "byte", "sent by the rank that sends most, counted where it is sent", "lower"),
+    Metric("comm/bytes", "byte", "of all phases", "lower"),
+    Metric("balance/area_max_over_mean", "1", "unmasked pairs of the busiest rank over the mean", "lower"),
+    Metric(
+        "mask/area", "pairs", "exact; mean over the heads where they have different block maps", sample="draw_area",
+    ),
+    Metric("mask/density", "0..1", "`mask/area` over all pairs"),
+    Metric("draws/count", "1", "seeded draws of the mask, where there are several", over_draws=None),
+    Metric("draws/<phase>/min_s", "s", "the fastest draw's median", over_draws=None),
+    Metric("draws/<phase>/max_s", "s", "the slowest draw's median", over_draws=None),
+    Metric(
+        "draws/<phase>/spread", "1", "the distance of both over the median draw: not noise, but different work", over_draws=None,
+    ),
+    Metric(
+        "check/of_bound", "1",
+        "the largest error over its bound of all parts of the check, at most 1; the attempt's `checks` have it by part and tensor, "
+        "and what was not checked", "lower", "max",
+    ),
+    Metric(
+        "check/<x>_error", "as x", "largest absolute error of out, lse, dq, dk, dv against the reference", "lower", "max",
+    ),
+    Metric("check/<x>_bound", "as x", "what is allowed of that element", None, "max"),
+)  # fmt: skip
+
+
+@cache
+def metric_of(key: str) -> Metric:
+    """The metric of a key.
+
+    Raises:
+        KeyError: a key that no metric names.
+    """
+    found = next((metric for metric in METRICS if metric.names(key)), None)
+    if found is None:
+        raise KeyError(f"{key} is no metric of lcbench.measure.metrics")
+    return found
+
+
+def table() -> str:
+    """The metrics as a Markdown table."""
+    rows = [f"| `{m.key}` | {m.unit} | {m.better or ''} | {m.text} |" for m in METRICS]
+    return "\n".join(["| key | unit | better | meaning |", "| --- | --- | --- | --- |", *rows])
+
+
+if __name__ == "__main__":
+    print(table())
