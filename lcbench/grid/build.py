@@ -87,13 +87,16 @@ def get_object(target: str, group: str | None = None) -> Any:
     """
     module, _, name = _allowed_target(target).rpartition(".")
     try:
-        found = vars(import_module(module))[name]
-    except Exception as error:  # the module is not there, has no such name, or does not even load
+        members = vars(import_module(module))
+    except Exception as error:  # the module is not there, or does not even load
         raise ValueError(f"_target_={target} cannot be imported: {_in_words(error)}") from error
+    if name not in members:
+        raise ValueError(f"_target_={target} cannot be imported: {module} has no {name}")
+    found = members[name]
+    if group is not None and (lacking := AXES[group].missing(found)):
+        raise ValueError(f"_target_={target} {lacking}, and so no value of {group}")
     if not (inspect.isclass(found) or inspect.isfunction(found)) or (target.startswith(HOMES) and found.__module__ != module):
         raise ValueError(f"_target_={target} is not {WANTED}")
-    if group is not None and (lacking := AXES[group].missing(found)):
-        raise ValueError(f"_target_={target} {lacking}, which a value of {group} has")
     if all(AXES[name].missing(found) for name in GROUPS):
         raise ValueError(f"_target_={target} is not {WANTED}")
     return found

@@ -77,8 +77,10 @@ class Comparison:
 
 
 def side_of(sweep: Sweep, across: Sequence[str] = ()) -> Side:
-    """A sweep as one side of a comparison; cells are the same if they differ in nothing but how they were measured and the
-    axes ``across``.
+    """A sweep as one side of a comparison. Cells are the same if they differ only in how they were measured and in ``across``.
+
+    Args:
+        across: axes in which the same cell may differ.
 
     Raises:
         ValueError: no such axis, or several cells that differ in these only.

@@ -1,0 +1,167 @@
+"""Values of axes that a user keeps outside of the checkout: ``--config-dir`` and a module on PYTHONPATH."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lcbench.grid.paths import REPOSITORY
+from lcbench.results import load
+from lcbench.sweep import look
+
+MODULE = """
+from dataclasses import dataclass
+from typing import Literal
+
+from lcbench.cp.ring import Ring
+from lcbench.kernels.naive import Naive
+from lcbench.masks.band import Band, BandMask
+
+
+def own_mask(seqlen: int, *, reach: int = 64) -> BandMask:
+    return BandMask.of(seqlen, seqlen, [Band(0, seqlen, 0, seqlen, -reach, 0)])
+
+
+@dataclass(frozen=True)
+class OwnKernel(Naive):
+    pass
+
+
+@dataclass(frozen=True)
+class OwnStrategy(Ring):
+    order: Literal["up", "down"] = "up"
+
+
+@dataclass(frozen=True)
+class Alone:
+    def sample(self, seqlen, random):
+        return [seqlen]
+
+
+@dataclass(frozen=True)
+class Holds(Ring):
+    lengths: object = None
+
+
+class NoKernel:
+    def unavailable(self, problem, platform):
+        return None
+
+
+class NoStrategy:
+    def schedule(self, problem, mask):
+        return None
+
+
+class NoWorkload:
+    def unsupported(self):
+        return None
+
+
+def no_mask(tokens):
+    return None
+"""
+FILES = {
+    "mask/own.yaml": "_target_: own_values.own_mask\nname: own\nreach: 32\n",
+    "kernel/own.yaml": "_target_: own_values.OwnKernel\nname: own\n",
+    "cp/own.yaml": "_target_: own_values.OwnStrategy\nname: own\norder: up\n",
+}
+OWN = ["mask=own", "kernel=own", "cp=own", "scale=1x2", "seqlen=256", "heads=4x2x32", "dtype=float32"]
+
+
+def write(folder: Path, files: dict[str, str]) -> list[str]:
+    for name, text in files.items():
+        (folder / "conf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "conf" / name).write_text(text)
+    return ["--config-dir", str(folder / "conf")]
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "own_values.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_values", raising=False)
+    return tmp_path
+
+
+def test_a_plan_of_ones_own_values(own: Path) -> None:
+    flags = write(own, FILES)
+    (planned,) = look([*OWN, "site=plain", *flags]).cells
+    assert planned.skip is None
+    assert planned.cell.label == "own own own 256 1x2"
+    assert planned.cell.config["cp"]["order"] == "up"  # of a strategy of one's own, whatever ours is called now
+    (other,) = look([*OWN, "mask.reach=1k", "cp.order=down", "site=plain", *flags]).cells
+    assert (other.cell.config["mask"]["reach"], other.cell.config["cp"]["order"]) == (1024, "down")
+
+
+def test_a_cell_of_ones_own_values_runs(own: Path) -> None:
+    flags = write(own, FILES)
+    budget = ["measure.budget_s=0.1", "measure.max_iterations=3", "measure.min_iterations=1", "measure.blocks=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lcbench.sweep", *OWN, *budget, *flags, "site=local", "site.device=cpu", "sweep=own",
+         f"results={own}/results", f"tracking_uri=sqlite:///{own}/mlflow.db", "output=quiet"],
+        env={**os.environ, "PYTHONPATH": str(own)}, cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = load(str(own / "results"), "own").to_dict("records")
+    assert (row["status"], row["kernel"], row["cp"], row["mask"]) == ("ok", "own", "own", "own")
+
+
+def test_a_value_may_be_an_option_of_another(own: Path) -> None:
+    """A nested ``_target_`` is checked and built as any other."""
+    from lcbench.grid import build
+
+    nested = "lengths: {_target_: own_values.Alone, name: alone}"
+    flags = write(own, {"cp/own.yaml": f"_target_: own_values.Holds\nname: own\n{nested}\n"})
+    (planned,) = look(["cp=own", "site=plain", *flags]).cells
+    config = planned.cell.config["cp"]
+    assert config["lengths"] == {"_target_": "own_values.Alone", "name": "alone"}
+    assert type(build.build_strategy(config).lengths).__name__ == "Alone"  # type: ignore[attr-defined]
+    assert build.check_targets(planned.cell.config) == {"own_values.Holds", "own_values.Alone"}
+    flags = write(own, {"cp/other.yaml": f"_target_: own_values.Holds\nname: other\n{nested[:-1]}, left: 3}}\n"})
+    with pytest.raises(ValueError, match=r"cp/other.yaml: cp.lengths=alone has no option 'left'"):
+        look(["cp=other", "site=plain", *flags])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("cp/bad.yaml", "name: bad\n", "no _target_"),
+        ("cp/bad.yaml", "_target_: own_values.OwnStrategy\n", "no name"),
+        ("cp/bad.yaml", "_target_: own_values.Ours\nname: bad\n", "own_values.Ours cannot be imported: own_values has no Ours"),
+        ("cp/bad.yaml", "_target_: own_valves.OwnStrategy\nname: bad\n", "No module named 'own_valves'"),
+        ("mask/bad.yaml", "_target_: 7\nname: bad\n", "no _target_"),
+        ("cp/bad.yaml", "_target_: own_values.OwnStrategy\nname: bad\nodrer: up\n", "no option 'odrer'"),
+        ("cp/bad.yaml", "_target_: own_values.OwnStrategy\nname: bad\norder: left\n", "cp.order=left is not one of down, up"),
+        ("mask/bad.yaml", "_target_: own_values.own_mask\nname: bad\nraech: 3\n", "did you mean reach?"),
+        ("kernel/bad.yaml", "_target_: own_values.NoKernel\nname: bad\n", "has no method prepare"),
+        ("cp/bad.yaml", "_target_: own_values.NoStrategy\nname: bad\n", "has no method unsupported"),
+        ("workload/bad.yaml", "_target_: own_values.NoWorkload\nname: bad\n", "has no method"),
+        ("mask/bad.yaml", "_target_: own_values.no_mask\nname: bad\n", "no function whose first argument is seqlen"),
+        ("mask/bad.yaml", "_target_: own_values.OwnKernel\nname: bad\n", "no function whose first argument is seqlen"),
+        ("kernel/bad.yaml", "_target_: own_values.own_mask\nname: bad\n", "is no class"),
+        ("mask/bad.yaml", "_target_: os.system\nname: bad\n", "no function whose first argument is seqlen"),
+    ],
+)
+def test_what_is_wrong_in_a_file_names_it(name: str, text: str, said: str, own: Path) -> None:
+    flags = write(own, {name: text})
+    group = name.partition("/")[0]
+    with pytest.raises(ValueError, match=f"{group}/bad.yaml: ") as error:
+        look([f"{group}=bad", "site=plain", *flags])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_file_is_one_line_and_exit_code_2(own: Path) -> None:
+    flags = write(own, {"kernel/bad.yaml": "_target_: own_values.NoKernel\nname: bad\n"})
+    done = subprocess.run(
+        [sys.executable, "-m", "lcbench.sweep", "kernel=bad", "hydra/launcher=dry", f"results={own}/results", *flags],
+        env={**os.environ, "PYTHONPATH": str(own)}, cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert f"{own}/conf/kernel/bad.yaml" in done.stderr
