@@ -1,42 +1,132 @@
-"""The rooms: who may import whom, and what launchers know."""
+"""The rooms of the code and the arrows between them: every file, and every import in it, wherever it stands."""
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# What each room may use besides itself; commands (lcbench/*.py) and testing may use all.
-ALLOWED = {
-    "masks": {"problem"},
-    "kernels": {"masks", "problem"},
-    "schedule": {"masks", "kernels", "problem"},
-    "cp": {"schedule", "masks", "kernels", "problem"},
-    "measure": {"masks", "kernels", "schedule", "cp", "problem"},
-    "workloads": {"measure", "cp", "schedule", "masks", "kernels", "problem"},
-    "grid": {"workloads", "masks", "kernels", "schedule", "cp", "problem", "redact"},
-    "runs": {"workloads", "grid", "masks", "kernels", "schedule", "cp", "measure", "problem", "redact"},
-    "report": {"runs", "grid", "measure", "problem", "redact"},
+# From the lowest to the highest: a room may import what is below it, and itself.
+ROOMS = (
+    "problem", "redact", "masks", "kernels", "schedule", "cp", "measure", "workloads", "grid", "runs", "report", "launchers",
+    "commands", "entries",
+)  # fmt: skip
+# What is below a room and still none of its business.
+STRANGERS = {
+    "masks": {"redact"}, "kernels": {"redact"}, "schedule": {"redact"}, "cp": {"redact"}, "measure": {"redact"},
+    "workloads": {"redact"},
+    # Reached by the files in conf/hydra/launcher only.
+    "commands": {"launchers"}, "entries": {"launchers"},
+}  # fmt: skip
+ENTRY_LINES = 10  # of a module that python -m names: a docstring, two imports, and the call
+# Functions of more than 60 lines, and how long each may be at most: the goal is that none is named here.
+LONGEST = {
+    "lcbench.kernels.cudnn._build": 61,
+    "lcbench.report.figures.roofline": 63,
+    "lcbench.testing.fake_libraries.flash_attn2": 69,
+    "lcbench.testing.fake_libraries.flashinfer": 70,
+    "lcbench.testing.fake_libraries.flashmask_ops": 91,
+    "lcbench.testing.fake_libraries.torch_cuda_ops": 80,
+    "lcbench.testing.fake_libraries.transformer_engine": 103,
+    "lcbench.testing.gpu_tune.tune": 82,
 }
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_rooms_import_only_what_the_architecture_allows(room: str) -> None:
-    for path in (ROOT / "lcbench" / room).rglob("*.py"):
-        if path.name == "__main__.py":
-            continue  # a command
-        for used in re.findall(r"^\s*(?:from|import) lcbench\.(\w+)", path.read_text(), re.M):
-            assert used in ALLOWED[room] | {room}, f"{path.name} imports lcbench.{used}"
-        assert "hydra_plugins" not in path.read_text(), f"{path.name} imports launchers"
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the code by its name."""
+    found = {}
+    for top in (ROOT / "lcbench", ROOT / "launchers" / "hydra_plugins"):
+        for path in top.rglob("*.py"):
+            parts = path.relative_to(top.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(modules()[module].read_text())
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """What a module imports anywhere: at its top, in functions, and for type checkers only."""
+    used: set[str] = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            used |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            used |= {name if (name := f"{node.module}.{a.name}") in modules() else str(node.module) for a in node.names}
+    return frozenset(used)
+
+
+def room_of(module: str) -> str:
+    """The room of a module; ``entries``: what ``python -m lcbench.<command>`` names."""
+    parts = module.split(".")
+    if parts[0] == "hydra_plugins":
+        return "launchers"
+    if parts[-1] == "__main__" or (len(parts) == 2 and parts[1] not in ROOMS and modules()[module].name != "__init__.py"):
+        return "entries"
+    return parts[1] if len(parts) > 1 else "lcbench"
+
+
+def of_room(room: str) -> Iterator[str]:
+    return (module for module in modules() if room_of(module) == room)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_point_down(room: str) -> None:
+    allowed = {*ROOMS[: ROOMS.index(room) + 1], "lcbench"} - STRANGERS.get(room, set())
+    wrong = [
+        f"{module} imports {used}" for module in of_room(room) for used in imports(module)
+        if used in modules() and room_of(used) not in allowed
+    ]  # fmt: skip
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_module_is_in_a_room() -> None:
+    assert {room_of(module) for module in modules()} <= {*ROOMS, "testing", "lcbench"}
+
+
+def test_nothing_but_testing_imports_testing() -> None:
+    assert not [m for m in modules() if room_of(m) != "testing" and any(used.startswith("lcbench.testing") for used in imports(m))]
+
+
+def test_nothing_in_lcbench_names_launchers() -> None:
+    """Launchers come by the ``_target_`` of a file in conf/hydra/launcher."""
+    for module, path in modules().items():
+        assert room_of(module) == "launchers" or "hydra_plugins." not in path.read_text(), module
+
+
+def test_modules_import_one_another_in_no_circle() -> None:
+    graph = {module: {used for used in imports(module) if used in modules() and used != module} for module in modules()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
+
+
+def test_commands_are_in_their_room_and_their_entries_short() -> None:
+    entries = {m.removesuffix(".__main__").split(".")[-1]: m for m in of_room("entries") if m != "lcbench.__main__"}
+    commands = {path.stem for path in (ROOT / "lcbench" / "commands").glob("*.py") if "\ndef main(" in path.read_text()}
+    assert set(entries) == commands
+    for name, module in entries.items():
+        assert len(modules()[module].read_text().splitlines()) <= ENTRY_LINES, module
+        assert f"lcbench.commands.{name}" in imports(module)
 
 
 def test_only_execute_and_the_measuring_side_talk_to_other_ranks() -> None:
-    for room in ("masks", "kernels", "schedule", "cp", "grid"):
-        for path in (ROOT / "lcbench" / room).rglob("*.py"):
-            if path.name != "execute.py" and path.parent.name != "peers":
-                assert not re.search(r"^\s*(?:from|import) torch\.distributed", path.read_text(), re.M), path
+    for room in ("masks", "kernels", "schedule", "cp", "workloads", "grid"):
+        for module in of_room(room):
+            if not module.endswith(".execute") and not module.startswith("lcbench.cp.peers."):
+                assert not any(used.startswith("torch.distributed") for used in imports(module)), module
 
 
 def test_launchers_know_nothing_of_attention() -> None:
@@ -48,3 +138,18 @@ def test_launchers_know_nothing_of_attention() -> None:
 def test_no_package_init_in_the_plugin_namespace() -> None:
     assert not (ROOT / "launchers" / "hydra_plugins" / "__init__.py").exists()
     assert (ROOT / "launchers" / "hydra_plugins" / "lcbench" / "__init__.py").exists()
+
+
+def test_functions_are_short() -> None:
+    """Lines from ``def`` to the end: the longest only ever get shorter, towards 60."""
+    lengths = {
+        f"{module}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for module in modules()
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    ordered = sorted(lengths.values())
+    assert ordered[len(ordered) // 2] <= 7
+    assert ordered[9 * len(ordered) // 10] <= 22
+    long = {name: lines for name, lines in lengths.items() if lines > LONGEST.get(name, 60)}
+    assert not long, long

@@ -6,19 +6,27 @@ is to be tried again is submitted, and results are published. Of somebody else's
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
 
 from lcbench.commands.arguments import add_as_mine_argument, add_sweep_arguments, agree_to_act, chosen_sweep, command_parser
+from lcbench.commands.launchers import launcher_named
 from lcbench.report.ending import bad_input
 from lcbench.report.inert import printable
 from lcbench.report.table import WIDTH, status_tables, summary_line
-from lcbench.runs.jobs import Watch
+from lcbench.runs.collector import Collector
+from lcbench.runs.jobs import SweepStatus, Watch
 from lcbench.runs.ownership import others
 from lcbench.runs.settle import settled
-from lcbench.runs.store import sweeps
+from lcbench.runs.store import Sweep, sweeps
+from lcbench.runs.tracking import publish_or_say, tracked_at
 
 EXAMPLES = """
 python -m lcbench.status
@@ -49,41 +57,10 @@ def main(arguments: list[str]) -> int:
         if options.as_mine and not options.follow:
             raise ValueError("--as-mine goes with --follow: without it status only shows where a sweep stands")
         as_mine = options.as_mine and agree_to_act(sweep, "this submits jobs and publishes", as_mine=True)
-    from rich.console import Console
-    from rich.live import Live
-
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    if options.follow:
-        from lcbench.commands.launchers import launcher_named
-        from lcbench.runs.collector import Collector
-        from lcbench.runs.tracking import publish_or_say, tracked_at
-
-        collector = Collector(sweep, launcher_named, as_mine=as_mine)
-        said = ""
-        with nullcontext() if options.json or options.quiet else Live(console=console, refresh_per_second=2) as live:
-            while not (standing := collector.advance()).at_rest:
-                if live is not None:
-                    live.update(status_tables(standing, sweep.name, everything=options.all))
-                elif options.json:
-                    line = json.dumps({"sweep": sweep.name, "ended": False, "counts": standing.counts()})
-                    if line != said:
-                        print(said := line, flush=True)
-                collector.pause()
-        if as_mine or not others(sweep):
-            publish_or_say(sweep, tracked_at(standing.seen.launch))
-    else:
-        standing = settled(Watch(sweep))
+    standing = _follow(sweep, options, console, as_mine=as_mine) if options.follow else settled(Watch(sweep))
     if options.json:
-        shown = {
-            "sweep": sweep.name,
-            "ended": standing.ended,
-            "counts": standing.counts(),
-            "left": asdict(standing.left()),
-            "packs": [asdict(p) for p in standing.packs],
-            "cells": [asdict(c) for c in standing.cells],
-            "set_aside": [{"path": str(d.path), "reason": d.reason} for d in standing.seen.damaged],
-        }
-        print(json.dumps(shown, indent=None if options.follow else 1))
+        print(json.dumps(_as_json(sweep, standing), indent=None if options.follow else 1))
     elif options.quiet:
         print(summary_line(standing))
     else:
@@ -93,3 +70,33 @@ def main(arguments: list[str]) -> int:
     for line in standing.held_words():
         print(line, file=sys.stderr)
     return 1 if standing.held or any(c.state in ("failed", "lost") for c in standing.cells) else 0
+
+
+def _follow(sweep: Sweep, options: argparse.Namespace, console: Console, *, as_mine: bool) -> SweepStatus:
+    """Show where the sweep stands and do what a collector does, until nothing goes on by itself."""
+    collector = Collector(sweep, launcher_named, as_mine=as_mine)
+    said = ""
+    with nullcontext() if options.json or options.quiet else Live(console=console, refresh_per_second=2) as live:
+        while not (standing := collector.advance()).at_rest:
+            if live is not None:
+                live.update(status_tables(standing, sweep.name, everything=options.all))
+            elif options.json:
+                line = json.dumps({"sweep": sweep.name, "ended": False, "counts": standing.counts()})
+                if line != said:
+                    print(said := line, flush=True)
+            collector.pause()
+    if as_mine or not others(sweep):
+        publish_or_say(sweep, tracked_at(standing.seen.launch))
+    return standing
+
+
+def _as_json(sweep: Sweep, standing: SweepStatus) -> dict[str, Any]:
+    return {
+        "sweep": sweep.name,
+        "ended": standing.ended,
+        "counts": standing.counts(),
+        "left": asdict(standing.left()),
+        "packs": [asdict(p) for p in standing.packs],
+        "cells": [asdict(c) for c in standing.cells],
+        "set_aside": [{"path": str(d.path), "reason": d.reason} for d in standing.seen.damaged],
+    }

@@ -228,7 +228,7 @@ def _collector(value: Any) -> bool | dict[str, Any]:
 
 
 class _Keys(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Container(_Keys):

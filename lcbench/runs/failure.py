@@ -95,37 +95,74 @@ def stem_of(running: Running) -> str:
     return f"{running.cell_id}.attempt-{running.number}" + (f".block-{running.block}" if running.block > 1 else "")
 
 
+@dataclass(frozen=True)
+class _Left:
+    """The files about an attempt or a later block: what agents and ranks said of it, and how ranks of its time died."""
+
+    ended: list[dict[str, Any]]  # by agents, which ended the gang
+    said: list[dict[str, Any]]  # by ranks, the earliest first
+    hung: list[Path]  # stacks, by rank
+    died: list[dict[str, Any]]  # exits of ranks that nobody ended, the earliest first
+
+    @classmethod
+    def of(cls, folder: Path, stem: str, since: float) -> _Left:
+        exits = [e for e in _records(folder, "exit.*.json") if e["time"] >= since and not _is_consequence(e)]
+        return cls(
+            _records(folder, f"{stem}.ended.json"),
+            sorted(_records(folder, f"{stem}.rank-*.json"), key=_time),
+            sorted((p for p in folder.glob(f"{stem}.rank-*.hang.txt") if p.stat().st_size), key=_rank),
+            sorted(exits, key=_time),
+        )
+
+
 def first_failure(folder: Path, stem: str, since: float) -> Found | None:
     """The first cause of an attempt or of a later block that never ended, from the files of its ranks and agents, whose names
     begin with ``stem``; None if they left none.
 
     ``since``: when it began, in seconds since the epoch; earlier deaths belong to others.
     """
-    hung = sorted((p for p in folder.glob(f"{stem}.rank-*.hang.txt") if p.stat().st_size), key=_rank)
-    for ended in _records(folder, f"{stem}.ended.json"):
-        rank, place = _where(hung, ended.get("rank")) if ended["kind"] == "hang" else (None, "")
+    left = _Left.of(folder, stem, since)
+    # From the surest to what may only have followed from something else.
+    return _ended_by_agent(left) or _said_by_rank(left) or _died_in_silence(left) or _hung(left) or _lost_connection(left)
+
+
+def _ended_by_agent(left: _Left) -> Found | None:
+    for ended in left.ended[:1]:
+        rank, place = _where(left.hung, ended.get("rank")) if ended["kind"] == "hang" else (None, "")
         return Found(Failure(ended["kind"], f"{ended['cause']}{place}"[:CAUSE_LENGTH], rank))
-    said = sorted(_records(folder, f"{stem}.rank-*.json"), key=lambda r: float(r["time"]))
-    causes = [r for r in said if r["kind"] != "nccl"]
-    if causes:
-        return Found(_failure(causes[0]))
-    exits = _records(folder, "exit.*.json")
-    died = sorted((e for e in exits if e["time"] >= since and not _is_consequence(e)), key=lambda e: float(e["time"]))
+    return None
+
+
+def _said_by_rank(left: _Left) -> Found | None:
+    """An exception that is more than a broken connection to a rank that had died before."""
+    return next((Found(_failure(said)) for said in left.said if said["kind"] != "nccl"), None)
+
+
+def _died_in_silence(left: _Left) -> Found | None:
     # A rank that hung, or said why it ends, exits with a code of its own, which the agent saw too.
-    spoke = {r["rank"] for r in said} | {_rank(p) for p in hung}
-    silent = [e for e in died if e["rank"] not in spoke]
-    if silent:
-        first = next((e for e in silent if e.get("oom")), silent[0])
-        code = int(first["exitcode"])
-        why = first.get("oom") or first.get("said") or ""
-        # A communication library's own watchdog ends the process, with a word on stderr.
-        kind = "oom" if first.get("oom") else "nccl" if code == -signal.SIGABRT and _is_communication(why) else "crash"
-        cause = f"rank {first['rank']} {_exit_text(code)}{f': {why}' if why else ''}"[:CAUSE_LENGTH]
-        return Found(Failure(kind, cause, first["rank"]), may_follow=kind != "oom" and code < 0)
-    if hung:
-        rank, place = _where(hung, None)
-        return Found(Failure("hang", f"not at its end after hang.max_s{place}"[:CAUSE_LENGTH], rank))
-    return Found(_failure(said[0]), may_follow=True) if said else None
+    spoke = {said["rank"] for said in left.said} | {_rank(path) for path in left.hung}
+    silent = [exit_ for exit_ in left.died if exit_["rank"] not in spoke]
+    if not silent:
+        return None
+    first = next((exit_ for exit_ in silent if exit_.get("oom")), silent[0])
+    code = int(first["exitcode"])
+    why = first.get("oom") or first.get("said") or ""
+    # A communication library's own watchdog ends the process, with a word on stderr.
+    kind = "oom" if first.get("oom") else "nccl" if code == -signal.SIGABRT and _is_communication(why) else "crash"
+    cause = f"rank {first['rank']} {_exit_text(code)}{f': {why}' if why else ''}"[:CAUSE_LENGTH]
+    return Found(Failure(kind, cause, first["rank"]), may_follow=kind != "oom" and code < 0)
+
+
+def _hung(left: _Left) -> Found | None:
+    """Stacks of a rank whose own timer ended it."""
+    if not left.hung:
+        return None
+    rank, place = _where(left.hung, None)
+    return Found(Failure("hang", f"not at its end after hang.max_s{place}"[:CAUSE_LENGTH], rank))
+
+
+def _lost_connection(left: _Left) -> Found | None:
+    return Found(_failure(left.said[0]), may_follow=True) if left.said else None
 
 
 def stacks(folder: Path, stem: str) -> Iterator[str]:
@@ -230,6 +267,10 @@ def _records(folder: Path, pattern: str) -> list[dict[str, Any]]:
     """The records of that pattern."""
     found = (read_or_set_aside(path, dict) for path in folder.glob(pattern))
     return [record for record in found if record is not None]
+
+
+def _time(record: dict[str, Any]) -> float:
+    return float(record["time"])
 
 
 def _is_communication(words: str) -> bool:

@@ -26,6 +26,7 @@ from lcbench.measure.cell import measure_again
 from lcbench.measure.measured import Measured
 from lcbench.measure.session import Gang
 from lcbench.runs import agent, worker
+from lcbench.runs.gang import begun_of
 from lcbench.runs.jobs import Watch
 from lcbench.runs.logs import cell_mark, said_by_ranks
 from lcbench.runs.pack import KILLS, Pack, later_blocks, tries_again
@@ -302,12 +303,12 @@ def test_a_block_that_raises_is_lost_and_the_next_gang_goes_on(
         return three_seconds(work, gang, say)
 
     monkeypatch.setattr(worker, "measure_again", measure)
-    begun = agent._begun(sweep, pack)
+    begun = begun_of(sweep, pack)
     with pytest.raises(Exit):
         gang(sweep, pack)
     assert len(in_flight(sweep, pack)) == 1
     assert [a.status for a in newest(sweep, pack)] == ["ok"] * 3
-    assert agent._begun(sweep, pack) == begun + 2  # which is progress
+    assert begun_of(sweep, pack) == begun + 2  # which is progress
     gang(sweep, pack)
     assert calls == 6  # none is tried twice
     for attempt in newest(sweep, pack):

@@ -162,3 +162,15 @@ def test_a_result_that_was_damaged_is_measured_again_and_then_said(tmp_path: Pat
     # A later good result stays the last word.
     sweep.finish(Attempt(damaged, "s", sweep.begin(damaged, "q").number, "ok", pack="q", started_at=1.0, finished_at=2.0))
     assert settled(Watch(sweep, asked("COMPLETED"))).cells[0].state == "ok"
+
+
+def test_looking_records_nothing(tmp_path: Path) -> None:
+    sweep = made_pack(tmp_path, cells=2)
+
+    def files() -> dict[Path, str]:
+        return {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = files()
+    assert Watch(sweep, asked("COMPLETED")).look().counts() == {"ok": 1, "missing": 1}
+    assert files() == before
+    assert settled(Watch(sweep, asked("COMPLETED"))).counts() == {"ok": 1, "failed": 1}
