@@ -8,16 +8,19 @@ kept.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from lcbench.arguments import add_results_argument, bad_input, chosen_cell, command_parser, run
+from lcbench.arguments import BAD_INPUT, add_results_argument, bad_input, chosen_cell, command_parser, run, say_error
 from lcbench.cp.base import Peer
 from lcbench.grid import build
 from lcbench.grid.build import build_mask, build_strategy
@@ -26,7 +29,7 @@ from lcbench.report.inert import plain
 from lcbench.report.table import WIDTH
 from lcbench.schedule.lowering import operations_of
 from lcbench.schedule.plot import Timeline, save
-from lcbench.schedule.verify import ScheduleCost, verify
+from lcbench.schedule.verify import ScheduleCost, ScheduleError, verify
 from lcbench.sweep import look
 
 EXAMPLES = """
@@ -43,14 +46,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cell", help="a cell that has run, instead of overrides: its id, or <sweep>/<cell id>")
     parser.add_argument(
         "--config-dir", type=Path, action="append", default=[], metavar="FOLDER",
-        help="with --cell: whose files name the classes (_target_) of a cell that are neither lcbench's nor conf/'s",
+        help="files of your own beside those of conf/, as for a sweep; with --cell: those that name the classes of the cell",
     )  # fmt: skip
     add_results_argument(parser)
     parser.add_argument("--grid", action="store_true", help="print steps and ranks of a single one")
     parser.add_argument("--out", type=Path, help="draw a single one (png, pdf, svg)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    with bad_input():
+    with bad_input(), _fault():
         cells, timeline = _asked(options)
         rows, reports = [], []
         for cell in cells:
@@ -72,10 +75,22 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+@contextmanager
+def _fault() -> Iterator[None]:
+    """A schedule that does not verify: one line, as for any bad input, and below it the grid with an arrow at the fault."""
+    try:
+        yield
+    except ScheduleError as error:
+        say_error(ValueError(error.fault))
+        if error.grid:
+            print(error.grid, file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
 def _asked(options: argparse.Namespace) -> tuple[list[Cell], Timeline | None]:
     if options.cell is None:
         found: dict[str, Cell] = {}
-        for planned in look(options.overrides).cells:
+        for planned in look([*options.overrides, *(f"--config-dir={folder}" for folder in options.config_dir)]).cells:
             config = planned.cell.config
             key = json.dumps(
                 [config[axis] for axis in ("cp", "mask", "seqlen", "scale", "heads", "dtype", "direction", "transit", "seed")]
@@ -107,7 +122,10 @@ def _look(cell: Cell) -> tuple[dict[str, Any], ScheduleCost | None]:
     begun = time.perf_counter()
     schedule = strategy.schedule(problem, mask)
     planned = time.perf_counter() - begun
-    report = verify(schedule, mask, problem)
+    try:
+        report = verify(schedule, mask, problem)
+    except ScheduleError as error:
+        raise ScheduleError(f"cp={config['cp']['name']} ({inspect.getfile(type(strategy))}): {error.fault}", error.grid) from error
     operations = operations_of(getattr(strategy, "lowering", "auto"), "nccl")
     ranks = sorted({0, schedule.world_size // 2, schedule.world_size - 1})
     row |= {

@@ -173,7 +173,7 @@ class Executor:
         return heads if isinstance(heads, slice) else torch.tensor(heads, device=self.device)
 
     def _prepare(self, mask: Mask, kernel: Kernel, dtype: torch.dtype) -> tuple[dict[TileCall, Prepared | None], int, int]:
-        """The kernel of every tile (None for one without pairs), and their pairs and calls. Equal tiles of a mask share a kernel."""
+        """The kernel of every tile (None for one without pairs), and their pairs and calls. Equal tiles share a kernel."""
         total = self.problem.heads.q
         made: dict[tuple[int, Heads, tuple[int, ...], tuple[int, ...]], tuple[Mask, Prepared | None]] = {}
         masks = [mask.of_heads(group.begin, len(group), total) for group in self.schedule.heads]
