@@ -59,7 +59,7 @@ class LightSeq(Lowered):
 
 
 def _rounds(pairs: Ints, sign: int) -> list[tuple[Ints, Ints, Ints]]:
-    """(rank, q shard, k shard) of every round over keys before (1) or after (-1) their queries; tiles without a pair are left out."""
+    """(rank, q shard, k shard) of every round over keys before (1) or after (-1) their queries, but for tiles without a pair."""
     ranks = len(pairs)
     every = np.arange(ranks)
     found = []
