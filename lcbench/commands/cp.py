@@ -8,9 +8,12 @@ kept.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,12 @@ from lcbench.grid import build
 from lcbench.grid.build import build_mask, build_strategy
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
-from lcbench.report.ending import bad_input
+from lcbench.report.ending import BAD_INPUT, bad_input, say_error
 from lcbench.report.inert import plain
 from lcbench.report.table import WIDTH
 from lcbench.schedule.lowering import operations_of
 from lcbench.schedule.plot import Timeline, save
-from lcbench.schedule.verify import ScheduleCost, verify
+from lcbench.schedule.verify import ScheduleCost, ScheduleError, verify
 
 EXAMPLES = """
 python -m lcbench.cp cp=ring,usp,groupcast mask=causal seqlen=1m scale=12x8
@@ -44,14 +47,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cell", help="a cell that has run, instead of overrides: its id, or <sweep>/<cell id>")
     parser.add_argument(
         "--config-dir", type=Path, action="append", default=[], metavar="FOLDER",
-        help="with --cell: whose files name the classes (_target_) of a cell that are neither lcbench's nor conf/'s",
+        help="files of your own beside those of conf/, as for a sweep; with --cell: those that name the classes of the cell",
     )  # fmt: skip
     add_results_argument(parser)
     parser.add_argument("--grid", action="store_true", help="print steps and ranks of a single one")
     parser.add_argument("--out", type=Path, help="draw a single one (png, pdf, svg)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    with bad_input():
+    with bad_input(), _fault():
         cells, timeline = _asked(options)
         rows, reports = [], []
         for cell in cells:
@@ -73,10 +76,22 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+@contextmanager
+def _fault() -> Iterator[None]:
+    """A schedule that does not verify: one line, as for any bad input, and below it the grid with an arrow at the fault."""
+    try:
+        yield
+    except ScheduleError as error:
+        say_error(ValueError(error.fault))
+        if error.grid:
+            print(error.grid, file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
 def _asked(options: argparse.Namespace) -> tuple[list[Cell], Timeline | None]:
     if options.cell is None:
         found: dict[str, Cell] = {}
-        for planned in look(options.overrides).cells:
+        for planned in look([*options.overrides, *(f"--config-dir={folder}" for folder in options.config_dir)]).cells:
             config = planned.cell.config
             key = json.dumps({axis: value for axis, value in config.items() if axis not in ("kernel", "measure")})
             found.setdefault(key, planned.cell)
@@ -107,7 +122,10 @@ def _look(cell: Cell) -> tuple[dict[str, Any], ScheduleCost | None]:
     begun = time.perf_counter()
     schedule = strategy.schedule(problem, mask)
     planned = time.perf_counter() - begun
-    report = verify(schedule, mask, problem)
+    try:
+        report = verify(schedule, mask, problem)
+    except ScheduleError as error:
+        raise ScheduleError(f"cp={config['cp']['name']} ({inspect.getfile(type(strategy))}): {error.fault}", error.grid) from error
     operations = operations_of(strategy.lowering, "nccl")
     ranks = sorted({0, schedule.world_size // 2, schedule.world_size - 1})
     row |= {

@@ -44,13 +44,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "overrides", nargs="*", help="as for a sweep: kernel=... mask=... seqlen=... heads=...; all kernels and masks if not said"
     )
+    parser.add_argument(
+        "--config-dir",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="files of your own beside those of conf/, as for a sweep",
+    )
     parser.add_argument("--platform", default="this", help="this (default), cpu, or an entry of conf/device, such as h200")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--json", action="store_true", help="print JSON: an entry per kernel, mask, type and direction")
     options = parser.parse_args(arguments)
     with bad_input():
         platform = _platform(options.platform)
-        cells = _cells(options.overrides)
+        overrides = [*options.overrides, *(f"--config-dir={folder}" for folder in options.config_dir)]
+        cells = _cells(overrides)
         rows = list(matrix(cells, platform, installed=options.platform != "this"))
     if options.json:
         print(json.dumps(rows, indent=1))

@@ -1,6 +1,6 @@
 """All-gather: every rank gathers all keys and values and computes its queries at once (Llama 3, arXiv 2407.21783, section 3.3.2).
 
-``heads_per_step`` key/value heads at a time, the next ones gathered while these are computed. Backward gathers again and sends
+It gathers ``heads_per_step`` key/value heads at a time, the next ones while these are computed. Backward gathers again and sends
 every rank's gradients straight to the owners, which sum them: a reduce-scatter.
 """
 

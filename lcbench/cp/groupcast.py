@@ -1,8 +1,8 @@
 """Group-cast: chunks dealt out by exact area, keys sent only to the ranks that need them (MagiAttention, arXiv 2505.13211).
 
-Every rank gets as many chunks of queries, chosen so that the busiest has as little work as can be found. Of the keys it receives
-those that its queries see, in ``stages`` parts, each under way while the part before it is computed, its own part first.
-Gradients go straight back.
+Every rank gets the same number of chunks of queries; a solver chooses them so that the busiest rank has little work. A rank
+receives only the keys that its queries see, in ``stages`` parts. Each part travels while the part before it is computed; the rank's
+own keys are computed first. Gradients go straight back to the owners.
 """
 
 from __future__ import annotations

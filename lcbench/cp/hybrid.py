@@ -1,8 +1,9 @@
 """Hybrid data and context parallelism: each document on a sub-group of ranks of its own, a ring over each.
 
-What planners for mixed lengths decide (ByteScale, arXiv 2502.21231; FlexSP, arXiv 2412.01523; Hydraulis, arXiv 2412.07894) is which
-sub-groups there are and which document goes where; this runs such an assignment. A document is a stretch of tokens that sees,
-and is seen by, nothing outside of it. Each is dealt out in zigzag over its sub-group, each beginning at another rank.
+Planners for mixed lengths (ByteScale, arXiv 2502.21231; FlexSP, arXiv 2412.01523; Hydraulis, arXiv 2412.07894) decide which
+sub-groups there are and which document goes to which; this strategy runs such an assignment. A document is a stretch of tokens that
+sees, and is seen by, nothing outside of it. Each is dealt out in zigzag over its sub-group, and begins at another rank than the one
+before it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """LightSeq, also DistFlashAttn: a causal mask balanced by helpers, with tokens in order (arXiv 2310.03294).
 
-Of a causal mask rank r has r + 1 tiles. In round t a rank r >= t fetches the keys and values of rank r - t; the others have
-nothing left of their own and compute for rank r - t + P, whose queries they fetch, against their own keys, and return the
-result. That takes floor(P / 2) + 1 rounds; for even P half of the ranks are idle in the last. A mask that also has keys after
-their queries gets the mirrored rounds. Tiles without a pair are left out.
+Rank r has r + 1 tiles of a causal mask. In round t a rank r >= t is a worker: it fetches the keys and values of rank r - t. A rank
+r < t has no tile of its own left and is a helper: it fetches the queries of rank r - t + P, computes them on its own keys, and
+returns the result. There are floor(P / 2) + 1 rounds; for even P half of the ranks are idle in the last one. A mask with keys after
+their queries gets the mirrored rounds too. Tiles without a pair are left out.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups
 
 @dataclass(frozen=True)
 class LightSeq(Scheduled):
+    """Workers and helpers; there is nothing to choose but ``lowering``."""
+
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return too_short(problem, problem.scale.world_size)
 
@@ -57,7 +59,7 @@ class LightSeq(Scheduled):
 
 
 def _rounds(pairs: Ints, sign: int) -> list[tuple[Ints, Ints, Ints]]:
-    """(rank, q shard, k shard) of every round over keys before (1) or after (-1) their queries, without tiles that hold no pair."""
+    """(rank, q shard, k shard) of every round over keys before (1) or after (-1) their queries, but for tiles without a pair."""
     ranks = len(pairs)
     every = np.arange(ranks)
     found = []

@@ -1,7 +1,7 @@
 """LoongTrain: heads exchanged in groups of U ranks, and around them a double ring (arXiv 2406.18485).
 
-The R ring positions are W windows of w. Keys and values go around inside a window, w - 1 hops, while the next window's are already
-on their way over a communicator of their own and have w steps to arrive; of all R - 1 hops only W - 1 leave a window.
+The R ring positions form W windows of w positions. Keys and values go around inside a window in w - 1 hops. Meanwhile those of the
+next window travel over a communicator of their own and have w steps to arrive. Of all R - 1 hops only W - 1 leave a window.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class LoongTrain(Scheduled):
         check_choice("placement", self.placement, ("head_first", "context_first"))
 
     def degree(self, problem: Problem) -> int:
+        """U, ranks of a head exchange."""
         return largest_degree(problem) if self.ulysses_degree == "auto" else self.ulysses_degree
 
     def windows(self, problem: Problem) -> int:

@@ -42,6 +42,7 @@ class USP(Scheduled):
         check_choice("ulysses", self.ulysses, ("inside", "outside"))
 
     def degree(self, problem: Problem) -> int:
+        """U, ranks of a head exchange."""
         return largest_degree(problem) if self.ulysses_degree == "auto" else self.ulysses_degree
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:

@@ -100,6 +100,7 @@ class BandMask:
 
     @property
     def density(self) -> float:
+        """Share of the plane's pairs that count, 0 to 1."""
         return self.area / (self.num_q * self.num_k) if self.num_q and self.num_k else 0.0
 
     def of_heads(self, first: int, count: int, total: int) -> BandMask:

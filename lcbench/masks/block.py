@@ -43,10 +43,12 @@ class BlockMap:
 
     @property
     def num_q(self) -> int:
+        """Queries."""
         return int(self.q_edges[-1])
 
     @property
     def num_k(self) -> int:
+        """Keys."""
         return int(self.k_edges[-1])
 
     def keep(self, number: int) -> Keep:
@@ -75,6 +77,7 @@ class BlockMap:
 
     @property
     def density(self) -> float:
+        """Share of the planes' pairs that count, over all maps, 0 to 1."""
         pairs = self.maps * self.num_q * self.num_k
         return self._area / pairs if pairs else 0.0
 
@@ -101,7 +104,7 @@ class BlockMap:
         return BlockMap(q_edges, k_edges, self.maps, lambda i: self.keep(i)[np.ix_(rows, columns)])
 
     def merged(self) -> BlockMap:
-        """Itself: ``bands`` merges when a kernel asks for them."""
+        """The map as it is: ``bands`` merges when a kernel asks for them."""
         return self
 
     def corners(self, side: str) -> Ints:

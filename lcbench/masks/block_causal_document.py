@@ -10,5 +10,5 @@ from lcbench.masks.lengths import Lengths, document_bounds
 
 
 def block_causal_document(seqlen: int, *, seed: Sequence[int], lengths: Lengths, block_size: int) -> BandMask:
-    """Blocks of ``block_size`` tokens from the start of each document, its last one as short as it comes."""
+    """Query q sees key k of the same document when k's block is not after q's; blocks of ``block_size`` begin with the document."""
     return BandMask.of(seqlen, seqlen, block_causal_bands(document_bounds(seqlen, lengths, seed), block_size))

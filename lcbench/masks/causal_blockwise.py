@@ -15,6 +15,7 @@ from lcbench.masks.lengths import Lengths, document_bounds
 
 
 def causal_blockwise(seqlen: int, *, seed: Sequence[int], lengths: Lengths) -> BandMask:
+    """Query q sees key k when k <= q and both are in the same document, or q is in the last one."""
     bounds = document_bounds(seqlen, lengths, seed)
     last = Band(int(bounds[-2]), seqlen, 0, seqlen, -OPEN, 0)
     return BandMask.of(seqlen, seqlen, np.concatenate([squares(bounds[:-1], hi=0), [last]]))

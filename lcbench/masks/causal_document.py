@@ -1,4 +1,4 @@
-"""Causal document mask: documents packed back to back, each causal inside, blind to the others."""
+"""Causal document mask: documents are packed back to back; each is causal and sees no other."""
 
 from __future__ import annotations
 
@@ -10,4 +10,5 @@ from lcbench.masks.lengths import Lengths, document_bounds
 
 
 def causal_document(seqlen: int, *, seed: Sequence[int], lengths: Lengths) -> BandMask:
+    """Query q sees key k when both are in the same document and k <= q."""
     return BandMask.of(seqlen, seqlen, squares(document_bounds(seqlen, lengths, seed), hi=0))

@@ -1,6 +1,6 @@
 """Dilated causal window (LongNet, arXiv 2307.02486; Sparse Transformers, arXiv 1904.10509): every d-th key of a window.
 
-Each distance is a band one diagonal wide, so this is for windows of few distances.
+Each distance is a band of one diagonal, so a window may have few distances only.
 """
 
 from __future__ import annotations

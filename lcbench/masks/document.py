@@ -11,6 +11,7 @@ from lcbench.masks.lengths import Lengths, document_bounds
 
 
 def document(seqlen: int, *, seed: Sequence[int], lengths: Lengths) -> BandMask:
+    """Query q sees key k when both are in the same document."""
     return BandMask.of(seqlen, seqlen, squares(document_bounds(seqlen, lengths, seed)))
 
 

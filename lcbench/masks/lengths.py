@@ -16,6 +16,8 @@ Weighing = Literal["documents", "tokens"]
 
 
 class Lengths(Protocol):
+    """A distribution of document lengths."""
+
     def sample(self, seqlen: int, random: np.random.Generator) -> Ints:
         """Lengths in tokens, each at least 1, that add up to ``seqlen`` or more.
 
@@ -148,7 +150,7 @@ def fit(lengths: Sequence[int]) -> Histogram:
 
 
 def _until(seqlen: int, mean: float, some: Callable[[int], Ints]) -> Ints:
-    """Lengths from ``some(count)`` until they fill ``seqlen``: one call but for rare luck."""
+    """Lengths from ``some(count)`` until they fill ``seqlen``; mostly one call is enough."""
     lengths = np.empty(0, dtype=np.int64)
     while (missing := seqlen - int(lengths.sum())) > 0:
         lengths = np.concatenate([lengths, some(16 + int(1.1 * missing / mean))])

@@ -15,6 +15,7 @@ from lcbench.masks.lengths import Lengths, document_bounds
 
 
 def share_question(seqlen: int, *, seed: Sequence[int], lengths: Lengths) -> BandMask:
+    """Query q sees key k when k <= q and k is in the document of q or in the first one."""
     bounds = document_bounds(seqlen, lengths, seed)
     answers = Band(int(bounds[1]), seqlen, 0, int(bounds[1]))
     return BandMask.of(seqlen, seqlen, np.concatenate([squares(bounds, hi=0), [answers]]))

@@ -1,4 +1,4 @@
-"""Star Attention (arXiv 2411.17116): context blocks that see themselves and the anchor, then a query that sees everything."""
+"""Star Attention (arXiv 2411.17116): context blocks see themselves and the anchor, the query sees everything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums over what each row of a mask sees: exact for whole numbers, in time that grows with the length, not with the pairs.
+"""Sums over what each row of a mask sees: exact for whole numbers. Time grows with the length, not with the pairs.
 
 Uses a mask by rows alone, on global indices: the intervals of keys that bands give a row, and the look-up of a block map. It shares
 neither layouts nor tiles with what is checked by it.

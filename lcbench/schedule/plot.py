@@ -13,7 +13,7 @@ from lcbench.schedule.verify import ScheduleCost
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Timeline = Sequence[Sequence[Sequence[float]]]  # per rank, per moment: moment, begin, sent, computed, there
+Timeline = Sequence[Sequence[Sequence[float]]]  # per rank, per rank step: its number, begin, sent, computed, there; seconds
 
 COMPUTE, SEND, WAIT = "#4878cf", "#e1812c", "#d65f5f"
 ROW_HEIGHT = 0.32
@@ -21,7 +21,7 @@ FEWEST_ROWS, MOST_ROWS = 6, 64
 
 
 def save(report: ScheduleCost, title: str, path: Path, timeline: Timeline | None = None) -> None:
-    """The schedule of forward by work and bytes, and below it, if given, a measured iteration; the suffix names the format."""
+    """Draw the schedule of forward by work and bytes, and below it, if given, a measured iteration. The suffix names the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -38,7 +38,7 @@ def save(report: ScheduleCost, title: str, path: Path, timeline: Timeline | None
 
 
 def _planned(report: ScheduleCost, title: str, axes: Axes) -> None:
-    """A step is as wide as its busiest rank has work; thin bars are bytes sent, the most of any rank and step at full width."""
+    """Bars of work: a step is as wide as its busiest rank has pairs. Thin bars of bytes sent: the most is as wide as its step."""
     ranks, steps = report.schedule.world_size, len(report.schedule.steps)
     pairs = report.step_pairs
     sent = np.zeros((steps, ranks))
@@ -72,13 +72,13 @@ def _label(report: ScheduleCost, step: int, left: float, axes: Axes) -> None:
 
 def _measured(timeline: Timeline, steps: int, axes: Axes) -> None:
     """What each rank did when, from its own start; backward begins at the dashed line."""
-    for rank, moments in enumerate(timeline):
-        for moment, begin, sent, computed, there in moments:
+    for rank, rank_steps in enumerate(timeline):
+        for number, begin, sent, computed, there in rank_steps:
             for left, right, color in ((begin, sent, SEND), (sent, computed, COMPUTE), (computed, there, WAIT)):
                 axes.barh(rank, 1e3 * (right - left), left=1e3 * left, height=0.6, color=color)
-            if moment == steps:
+            if number == steps:
                 axes.plot([1e3 * begin] * 2, [rank - 0.5, rank + 0.5], color="black", linestyle="--", linewidth=0.8)
-    end = max(moment[4] for moments in timeline for moment in moments)
+    end = max(there for rank_steps in timeline for *_, there in rank_steps)
     axes.set_title("measured: blue computes, orange begins messages, red waits for them and merges", fontsize=9)
     axes.set_xlabel("ms", fontsize=8)
     _ranks(axes, len(timeline), 1e3 * end)

@@ -192,20 +192,51 @@ class Schedule:
             yield np.column_stack([part[number[again], : TileColumn.Q], q[again], k])
 
     def __str__(self) -> str:
-        """The schedule as a grid of steps x ranks; a bug report is this text."""
-        names = [",".join(map(str, bundle)) if len(bundle) < 4 else f"{bundle[0]}..{bundle[-1]}" for bundle in self.bundles]
-        rows = [["step", *(f"rank {r}" for r in range(self.world_size)), "moves"]]
+        """The schedule as a grid of steps x ranks; a bug report is this text.
+
+        ``q0k1-3``: the rank computes the queries of shard 0 on the keys of shards 1 to 3. ``kv1>2``: it sends keys and values of
+        shard 1 to rank 2. ``out0>3``: it returns the result of shard 0 to rank 3. ``h1``: head group 1, where there are several.
+        """
+        names = [_ranges(bundle) for bundle in self.bundles]
+        grid = [["step", *(f"rank {r}" for r in range(self.world_size)), "moves"]]
         for number, step in enumerate(self.steps):
             cells: list[list[str]] = [[] for _ in range(self.world_size)]
             for rank, group, q, k in step.tiles.tolist():
                 heads = f" h{group}" if len(self.heads) > 1 else ""
                 cells[rank].append(f"q{names[q]}k{names[k]}{heads}")
-            moves = [f"{m.kind} x{len(m.rows)}" for m in step.moves] + (
-                [f"return x{len(step.returns)}"] if len(step.returns) else []
-            )
-            rows.append([str(number), *(" ".join(c) or "-" for c in cells), ", ".join(moves) or "-"])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+            moves = []
+            for kind, sent, steps in [*((m.kind, m.rows, m.steps) for m in step.moves), ("out", step.returns, 1)]:
+                for rank, text in _sends(kind, sent):
+                    cells[rank].append(text)
+                if len(sent):
+                    duration = f" in {steps} steps" if steps > 1 else ""
+                    moves.append(f"{'return' if kind == 'out' else kind} x{len(sent)}{duration}")
+            grid.append([str(number), *(" ".join(cell) or "-" for cell in cells), ", ".join(moves) or "-"])
+        widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in grid)
+
+
+def _sends(kind: str, moved: Ints) -> Iterator[tuple[int, str]]:
+    """(rank, what it sends to whom) of the rows of a move or of returns; receivers of the same shards are named together."""
+    shards: dict[tuple[int, int], set[int]] = {}
+    for source, to, shard, _ in moved.tolist():
+        shards.setdefault((source, to), set()).add(shard)
+    receivers: dict[tuple[int, frozenset[int]], list[int]] = {}
+    for (source, to), several in sorted(shards.items()):
+        receivers.setdefault((source, frozenset(several)), []).append(to)
+    for (source, several), ranks in receivers.items():
+        yield source, f"{kind}{_ranges(several)}>{_ranges(ranks)}"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Numbers as ``0-3,5``."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][1] + 1 == number:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
 def singles(shards: int) -> tuple[tuple[int, ...], ...]:

@@ -1,7 +1,7 @@
 """Proof that a schedule computes a mask: every unmasked pair once, nothing used before it arrived, results back at their owners.
 
-Pure numpy, no processes, so that it runs for thousands of ranks in a test. Messages need no proof of their own: both sides of each
-are read from the same row, and all of a moment are under way together, so no rank waits for one that is not sent.
+It is numpy without processes, so a test proves schedules of thousands of ranks. Messages need no proof of their own: both ends of a
+message are read from the same row, and all messages of a step are under way together, so no rank waits for one that is not sent.
 """
 
 from __future__ import annotations
@@ -14,14 +14,23 @@ from numpy.typing import NDArray
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.adjoint import Traffic, Transfer, Uses, traffic
+from lcbench.schedule.adjoint import SIDES, Traffic, Transfer, Uses, traffic
 from lcbench.schedule.lowering import Operation
 from lcbench.schedule.program import Program
 from lcbench.schedule.schedule import Schedule
 
 
-class ScheduleError(AssertionError):
-    """A strategy's schedule is wrong; the message shows the grid and the offending step."""
+class ScheduleError(ValueError):
+    """A strategy's schedule is wrong.
+
+    Attributes:
+        fault: one line: step, rank, and what is wrong there.
+        grid: the schedule with an arrow at that step; empty where it is too large to read, or too wrong to be drawn.
+    """
+
+    def __init__(self, fault: str, grid: str = "") -> None:
+        super().__init__(f"{fault}\n{grid}" if grid else fault)
+        self.fault, self.grid = fault, grid
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,10 @@ def verify(schedule: Schedule, mask: Mask, problem: Problem) -> ScheduleCost:
     """Check a schedule against a mask and count its work and its bytes.
 
     Raises:
-        ScheduleError: naming the step and showing the grid.
+        ScheduleError: it names the step and shows the grid.
     """
     _check_shards(schedule, mask.num_q)
+    _check_rows(schedule)
     moves = traffic(schedule, backward=problem.backward)
     for uses, kind in ((moves.queries, "queries"), (moves.keys, "keys")):
         _check_moves(schedule, uses, kind)
@@ -87,12 +97,37 @@ def _check_shards(schedule: Schedule, seqlen: int) -> None:
         raise ScheduleError(f"head groups do not hold each query head exactly once: {heads}")
 
 
+def _check_rows(schedule: Schedule) -> None:
+    """Every tile, move and return names ranks, head groups, bundles and shards that there are."""
+    ranks, groups, shards, bundles = schedule.world_size, len(schedule.heads), len(schedule.shards), len(schedule.bundles)
+    for bundle in schedule.bundles:
+        if not bundle or not all(0 <= shard < shards for shard in bundle):
+            raise ScheduleError(f"bundle {bundle} does not consist of some of the shards 0 to {shards - 1}")
+    for number, step in enumerate(schedule.steps):
+        _check_range(
+            number, "tile (rank, head group, bundle of queries, bundle of keys)", step.tiles, (ranks, groups, bundles, bundles)
+        )
+        for move in step.moves:
+            if move.kind not in SIDES or move.steps < 1:
+                raise ScheduleError(f"step {number}: a move of {move.kind} in {move.steps} steps; kinds are {', '.join(SIDES)}")
+            _check_range(number, "move (from rank, to rank, shard, head group)", move.rows, (ranks, ranks, shards, groups))
+        _check_range(number, "return (from rank, to rank, shard, head group)", step.returns, (ranks, ranks, shards, groups))
+
+
+def _check_range(step: int, what: str, found: Ints, ends: tuple[int, ...]) -> None:
+    """Raises ScheduleError unless rows are integers (n, 4), each column from 0 to below its end."""
+    if found.ndim != 2 or found.shape[1] != len(ends) or found.dtype != np.int64:
+        raise ScheduleError(f"step {step}: {what} has rows of shape {found.shape} and type {found.dtype}, not (n, 4) of int64")
+    wrong = ((found < 0) | (found >= np.array(ends))).any(axis=1)
+    if wrong.any():
+        row, last = found[np.argmax(wrong)].tolist(), [end - 1 for end in ends]
+        raise ScheduleError(f"step {step}: {what} {row} is out of range; the largest numbers are {last}")
+
+
 def _check_moves(schedule: Schedule, uses: Uses, kind: str) -> None:
     """Each item comes to a rank once, from one that has it, before it is used there; nothing is sent for nothing."""
     source, to, shard, group = uses.rows.T
     keys = uses.keys
-    if len(keys) and not ((uses.rows[:, :2] >= 0) & (uses.rows[:, :2] < schedule.world_size)).all():
-        raise ScheduleError(f"{kind} move between ranks that there are not")
     _none(schedule, uses, uses.leaves, to == schedule.owner[shard], kind, "come to their owner")
     _, repeated = np.unique(keys, return_index=True)
     again = np.ones(len(keys), dtype=bool)
@@ -117,6 +152,7 @@ def _check_moves(schedule: Schedule, uses: Uses, kind: str) -> None:
 
 
 def _none(schedule: Schedule, uses: Uses, steps: Ints, wrong: NDArray[np.bool_], kind: str, what: str) -> None:
+    """Raises ScheduleError for the first of the rows that are wrong."""
     found = np.nonzero(wrong)[0]
     if len(found):
         source, to, shard, group = uses.rows[found[0]].tolist()
@@ -191,7 +227,7 @@ def _bytes(schedule: Schedule, transfers: list[Transfer], problem: Problem) -> t
     per_node = problem.scale.gpus_per_node
     every, outside = (np.zeros(schedule.world_size, dtype=np.int64) for _ in range(2))
     for transfer in transfers:
-        source, to = transfer.rows[:, :2].T
+        source, to, _, _ = transfer.rows.T
         size = transfer.bytes(schedule, problem)
         np.add.at(every, source, size)
         leaves = source // per_node != to // per_node
@@ -200,8 +236,9 @@ def _bytes(schedule: Schedule, transfers: list[Transfer], problem: Problem) -> t
 
 
 def _error(schedule: Schedule, step: int, message: str) -> ScheduleError:
+    """The error of a fault in a step, with the grid where it is small enough to read."""
     if schedule.world_size > 16 or len(schedule.steps) > 64:
         return ScheduleError(f"step {step}: {message}")
     lines = str(schedule).splitlines()
     lines[step + 1] += f"   <-- {message}"
-    return ScheduleError(f"step {step}: {message}\n" + "\n".join(lines))
+    return ScheduleError(f"step {step}: {message}", "\n".join(lines))

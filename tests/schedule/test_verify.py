@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +87,61 @@ def test_thousands_of_ranks(strategy: Scheduled, ranks: int, direction: str) -> 
         strategy = Hybrid([ranks // 8] * 8)
     problem = dataclasses.replace(problem_of(ranks, seqlen, nodes=ranks // 8), direction=direction)
     assert report_of(strategy, mask, problem).rank_pairs.sum() == mask.pairs(64)
+
+
+# -- a strategy of a user that is wrong ---------------------------------------------------------------------------------
+
+
+def test_grid_says_who_sends_what_to_whom() -> None:
+    problem = Problem(16, Heads(4, 2, 8), Scale(1, 3), "float32", "forward")
+    ring = str(Ring("contiguous").schedule(problem, causal(16))).splitlines()
+    assert ring[1].split() == ["0", "q0k0", "kv0>1", "q1k1", "kv1>2", "q2k2", "kv2>0", "kv", "x3"]
+    assert ring[3].split() == ["2", "q0k1", "q1k2", "q2k0", "-"]
+    gather = str(Ulysses(uneven_heads=True).schedule(problem, causal(16))).splitlines()
+    assert "q1>0,2 kv1>0,2" in gather[1]
+    assert "out1>1 out2>2" in gather[3]
+
+
+WRONG = """
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lcbench.cp.ring import Ring
+from lcbench.schedule.schedule import Step
+
+
+@dataclass(frozen=True)
+class Wrong(Ring):
+    fault: str = "twice"
+
+    def schedule(self, problem, mask):
+        right = super().schedule(problem, mask)
+        first, *others = right.steps
+        if self.fault == "twice":
+            others[-1] = replace(others[-1], tiles=np.concatenate([others[-1].tiles, first.tiles]))
+        else:
+            first = replace(first, tiles=first.tiles + np.array([0, 0, 0, 9]))
+        return replace(right, steps=(first, *others))
+"""
+
+
+def test_command_names_file_and_fault_of_a_wrong_schedule_and_shows_it(tmp_path: Path) -> None:
+    (tmp_path / "wrong_cp.py").write_text(WRONG)
+    (tmp_path / "cp").mkdir()
+    for fault, said, shown in (("twice", "step 2: rank 0 computes q0k0", "<--"), ("number", "is out of range", "")):
+        (tmp_path / "cp" / f"wrong_{fault}.yaml").write_text(f"_target_: wrong_cp.Wrong\nname: wrong_{fault}\nfault: {fault}\n")
+        done = subprocess.run(
+            [sys.executable, "-m", "lcbench.cp", f"cp=wrong_{fault}", "seqlen=32", "scale=1x3", "--config-dir", str(tmp_path)],
+            env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        )  # fmt: skip
+        line, *grid = done.stderr.splitlines()
+        assert done.returncode == 2, done.stderr
+        assert line.startswith(f"error: cp=wrong_{fault} (")
+        assert "wrong_cp.py" in line
+        assert said in line
+        assert [row for row in grid if "<--" in row] == ([row for row in grid if row.startswith("2 ")] if shown else [])
+        assert bool(grid) == bool(shown)
 
 
 # -- bytes: the closed formulas ------------------------------------------------------------------------------------
