@@ -224,8 +224,8 @@ def _sends(kind: str, moved: Ints) -> Iterator[tuple[int, str]]:
     receivers: dict[tuple[int, frozenset[int]], list[int]] = {}
     for (source, to), several in sorted(shards.items()):
         receivers.setdefault((source, frozenset(several)), []).append(to)
-    for (source, several), ranks in receivers.items():
-        yield source, f"{kind}{_ranges(several)}>{_ranges(ranks)}"
+    for (source, together), ranks in receivers.items():
+        yield source, f"{kind}{_ranges(together)}>{_ranges(ranks)}"
 
 
 def _ranges(numbers: Iterable[int]) -> str:
