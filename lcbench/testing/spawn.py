@@ -18,9 +18,12 @@ from torch.multiprocessing.spawn import start_processes
 # than most of what ranks are for.
 PRELOAD = ["lcbench.schedule.execute", "lcbench.measure.cell", "lcbench.testing.spawn", "torch.fx.experimental.symbolic_shapes"]
 
+STARTED = "lcbench.testing.run_ranks"
+
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> None:
-    """``function(rank, *args)`` on every rank; an exception on any of them is raised here."""
+    """``function(rank, *args)`` on every rank; an exception on any of them is raised here. Raises an audit event."""
+    sys.audit(STARTED, world_size)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
