@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -43,10 +44,24 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     return result
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="of each parametrised test, only every Nth case")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seen: Counter[str] = Counter()
+    every: int = config.getoption("--one-in")
+    left_out = []
     for item in items:
+        case_of = item.nodeid.partition("[")[0]
+        if seen[case_of] % every:
+            left_out.append(item)
+        seen[case_of] += 1
         if "devcluster" in getattr(item, "fixturenames", ()) and not any(item.iter_markers("slurm")):
             raise pytest.UsageError(f"{item.nodeid} needs the development cluster; mark it slurm")
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
