@@ -6,7 +6,7 @@ TORCH := $(shell grep '^torch==' requirements.lock)
 TORCH_INDEX ?= # an index of torch's builds, such as the one of its CPU builds; empty: pip's own
 STAMP := $(VENV)/.lcbench-installed
 
-.PHONY: help setup demo test lint bench soak docs pictures mlflow browser cluster-up cluster-down cluster-status gpu-check gpu-cells
+.PHONY: help setup demo test test-fast coverage lint wheel bench soak docs pictures mlflow browser cluster-up cluster-down cluster-status gpu-check gpu-cells
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -31,16 +31,33 @@ demo: setup ## a small checked sweep on this machine and its report, in a few mi
 	@echo 'Your own grid:  . .venv/bin/activate; python -m lcbench.sweep -m cp=ring,ulysses seqlen=2k,4k scale=1x2 heads=8x4x64 dtype=float32'
 	@echo 'Only the plan:  python -m lcbench.sweep -m cp=ring,ulysses,usp seqlen=64k,256k,1m site=plain hydra/launcher=dry'
 
-# The tests on the cluster wait for most of their time; the others compute meanwhile, as long as nobody on the cluster wants to.
-test: setup cluster-up browser ## all tests, on the development cluster too (needs root and Debian for that)
-	@$(BIN)/python -m pytest -q -m slurm >$(VENV)/slurm-tests.log 2>&1 & cluster=$$!; \
-	nice -n 15 $(BIN)/python -m pytest -q -m 'not slurm' -p no:cacheprovider -n auto --maxprocesses 4 --dist loadfile; others=$$?; \
-	wait $$cluster; code=$$?; cat $(VENV)/slurm-tests.log; exit $$((code | others))
+# K chooses tests by name (pytest's -k); then a part that has none of them is no failure.
+PYTEST = $(BIN)/python -m pytest -q $(if $(K),-k '$(K)')
+BESIDE := -p no:cacheprovider -n auto --maxprocesses 4 --dist loadfile
+NONE_IS_FINE = $(if $(K),|| [ $$? -eq 5 ])
 
-lint: setup ## ruff and mypy
+# The tests on the cluster wait for most of their time; the others compute meanwhile, as long as nobody on the cluster wants to.
+# Those with a rank for each GPU of the cluster fill the machine's memory and cores, so they come last and alone.
+test: setup cluster-up browser ## all tests, on the development cluster too (needs root and Debian for that); K=... chooses by name
+	@{ $(PYTEST) -m 'slurm and not wide' $(NONE_IS_FINE); } >$(VENV)/slurm-tests.log 2>&1 & cluster=$$!; \
+	{ nice -n 15 $(PYTEST) -m 'not slurm' $(BESIDE) $(NONE_IS_FINE); }; others=$$?; \
+	wait $$cluster; code=$$?; cat $(VENV)/slurm-tests.log; \
+	{ $(PYTEST) -m wide $(NONE_IS_FINE); }; exit $$((code | others | $$?))
+
+# Of a test that goes through all kernels or masks one case in eight; all of those that K chooses.
+test-fast: setup ## a share of the tests that need no cluster, no root and less than ten seconds each; K=... chooses by name
+	$(PYTEST) -m 'not slow and not slurm' $(if $(K),,--one-in 8) $(BESIDE) $(NONE_IS_FINE)
+
+coverage: setup ## which lines the fast tests reach in their own process (ranks and commands in processes of their own count not)
+	$(PYTEST) -m 'not slow and not slurm' $(BESIDE) --cov --cov-report=term:skip-covered $(NONE_IS_FINE)
+
+lint: setup ## ruff, and mypy of code and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+wheel: setup ## dist/lcbench-<version>-py3-none-any.whl, with conf/ inside
+	$(BIN)/python -m hatchling build -t wheel
 
 bench: setup cluster-up ## how long planning, masks, strategies and large sweeps take; which faults the check finds; 2,000 sound cells
 	$(BIN)/python -m tests.bench_sweeps

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+RANKS_OF_A_TEST = "lcbench.testing.run_ranks"  # the audit event of lcbench/testing/spawn.py, which is not imported for it
+AGENT = "lcbench.runs.agent"
+SLOW_S = 20.0  # a busy machine takes twice as long
+started_ranks: list[str] = []
+too_slow: list[str] = []
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads of all on all cores would only get in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +24,54 @@ os.environ.setdefault("LCBENCH_SHARE_MACHINE", "1")
 # Machines that run the tests are busy with other ranks; how long an example takes says nothing.
 settings.register_profile("lcbench", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.load_profile("lcbench")
+
+
+def _hear_of_ranks(event: str, args: tuple[Any, ...]) -> None:
+    if event == RANKS_OF_A_TEST or (event == "subprocess.Popen" and AGENT in map(str, args[1])):
+        started_ranks.append(event)
+
+
+sys.addaudithook(_hear_of_ranks)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A test that starts ranks is marked gloo, one of the cluster slurm: the markers are what people choose tests by."""
+    started_ranks.clear()
+    result = yield
+    if started_ranks and not any(item.iter_markers("gloo")):
+        pytest.fail(f"{item.nodeid} starts ranks; mark it gloo")
+    return result
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="of each parametrised test, only every Nth case")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seen: Counter[str] = Counter()
+    every: int = config.getoption("--one-in")
+    left_out = []
+    for item in items:
+        case_of = item.nodeid.partition("[")[0]
+        if seen[case_of] % every:
+            left_out.append(item)
+        seen[case_of] += 1
+        if "devcluster" in getattr(item, "fixturenames", ()) and not any(item.iter_markers("slurm")):
+            raise pytest.UsageError(f"{item.nodeid} needs the development cluster; mark it slurm")
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.duration > SLOW_S and "slow" not in report.keywords:
+        too_slow.append(f"{report.nodeid} took {report.duration:.0f} s and is not marked slow")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for line in too_slow:
+        terminalreporter.write_line(line, yellow=True)
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ import lcbench.kernels
 # Modules whose classes say which libraries they use (``libraries``), as do those that cells name from outside of lcbench.
 USERS = (lcbench.kernels, lcbench.cp.peers)
 REPOSITORY = Path(__file__).resolve().parents[2]
-# What numbers depend on, as far as it is there: a checkout has the first three, a wheel lcbench (with conf/) and the last.
-SOURCES = ("lcbench", "conf", "launchers", "hydra_plugins/lcbench")
+# What numbers depend on, as far as it is there: an installed wheel has lcbench only, with conf/ inside.
+SOURCES = ("lcbench", "conf", "launchers")
 # Of files that git ignores these count all the same: they are imported, or composed.
 LOADED = (*all_suffixes(), ".yaml")
 # No other repository around the checkout, no program that a configuration names, nothing written.

@@ -24,9 +24,12 @@ PRELOAD = [
     "torch.fx.experimental.symbolic_shapes",
 ]
 
+STARTED = "lcbench.testing.run_ranks"
+
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> None:
-    """``function(rank, *args)`` on every rank; an exception on any of them is raised here."""
+    """``function(rank, *args)`` on every rank; an exception on any of them is raised here. Raises an audit event."""
+    sys.audit(STARTED, world_size)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

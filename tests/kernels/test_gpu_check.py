@@ -39,10 +39,10 @@ class Broken(SDPAFlash):
 
 def test_every_kernel_and_mask_of_conf_is_read_as_hydra_reads_it() -> None:
     assert set(gpu_rows.kernels()) == set(names("kernel")) - {"reference"}
-    assert set(axis_values(gpu_rows.CONF, "mask")) == set(names()) - {"band_file", "block_file"}
+    assert set(axis_values(gpu_rows.CONF, "mask")) == set(names()) - {"band_file", "block_file"}  # type: ignore[attr-defined]
     for group in ("kernel", "mask"):
         for name in names(group):
-            path = gpu_rows.CONF / group / f"{name}.yaml"
+            path = gpu_rows.CONF / group / f"{name}.yaml"  # type: ignore[attr-defined]
             assert gpu_rows.flat_yaml(path) == OmegaConf.to_container(OmegaConf.load(path))
 
 

@@ -29,7 +29,7 @@ class Machine:
         for name in ("synchronize", "_sleep"):
             patch.setattr(torch.cuda, name, getattr(self, name.strip("_")))
         patch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
-        patch.setattr(timing.time, "perf_counter", lambda: self.host_s)
+        patch.setattr(timing.time, "perf_counter", lambda: self.host_s)  # type: ignore[attr-defined]
         patch.setattr(dist, "is_initialized", lambda: ranks > 1)
         patch.setattr(dist, "get_world_size", lambda: ranks)
         patch.setattr(dist, "get_backend", lambda: backend)

@@ -96,7 +96,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Exit
 
     monkeypatch.setattr(worker, "measure_again", three_seconds)
-    monkeypatch.setattr(worker.os, "_exit", leave)
+    monkeypatch.setattr(worker.os, "_exit", leave)  # type: ignore[attr-defined]
 
 
 def gang(sweep: Sweep, pack: Pack) -> None:
@@ -449,7 +449,7 @@ def test_a_full_disk_ends_later_blocks_and_costs_none(tmp_path: Path, alone: Non
     def full(size: int) -> bytes:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(worker.os, "urandom", full)
+    monkeypatch.setattr(worker.os, "urandom", full)  # type: ignore[attr-defined]
     gang(sweep, pack)
     assert "no room for results" in sweep.pack_file("p", "end.json")["failure"]["cause"]
     assert [(a.status, a.blocks, a.lost_blocks) for a in newest(sweep, pack)] == [("ok", 1, [])] * 3

@@ -129,10 +129,10 @@ def test_what_another_wrote_is_never_unpickled(tmp_path: Path, monkeypatch: pyte
         state = pickle.dumps(Bomb())
         for forged in (state, b"\0" * 32 + state, b""):
             stranger.set(key.removeprefix("/"), b64encode(forged).decode())
-            handler._state_holder._last_sync_time = -1.0  # as if a second had passed
+            handler._state_holder._last_sync_time = -1.0  # type: ignore[attr-defined]  # as if a second had passed
             with pytest.raises(RendezvousStateError, match=rf"somebody else wrote into the rendezvous at {meeting.endpoint}"):
                 handler.is_closed()
-        handler._stop_heartbeats()
+        handler._stop_heartbeats()  # type: ignore[attr-defined]
     assert not (tmp_path / "PWNED").exists()
 
 

@@ -34,7 +34,7 @@ def test_a_rank_that_is_stopped_on_another_node_and_an_agent_that_is_killed(devc
         assert probe.connect_ex((where["address"], where["port"])) == 0
     kill(max(processes("submitit.core._submit", str(killed.folder / "jobs"))))
     for sweep in (killed, stopped):
-        lcbench("status", sweep.name, "--results", str(tmp_path), "--follow", environment=environment)
+        lcbench("status", sweep.name, "--results", str(tmp_path), "--follow", environment=environment)  # type: ignore[attr-defined]
     (first,) = (a for c in killed.entries() for a in killed.attempts(c))
     assert first.failure is not None
     assert first.failure.kind == "crash"

@@ -10,7 +10,7 @@ import pytest
 from lcbench.runs.store import Sweep
 from tests.slurm.stage import lcbench
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.wide]
 
 
 @pytest.mark.timeout(1800)

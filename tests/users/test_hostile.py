@@ -239,7 +239,7 @@ def test_commands_to_copy_are_words_of_a_shell(tmp_path: Path, monkeypatch: pyte
         assert words[:3] == ["python", "-m", "lcbench.status"]
         assert words[words.index("--results") + 1] == str(root)
         assert "--follow" in words
-        options = rerun.command_parser("x", "", "")
+        options = rerun.command_parser("x", "", "")  # type: ignore[attr-defined]
         options.add_argument("sweep")
         options.add_argument("--results")
         options.add_argument("--follow", action="store_true")

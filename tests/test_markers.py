@@ -1,0 +1,63 @@
+"""The markers that people choose tests by are true: what tests/conftest.py refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MADE = """
+import subprocess, sys
+import pytest
+
+def run_ranks():
+    sys.audit("lcbench.testing.run_ranks", 2)
+
+def run_agent():
+    subprocess.run([sys.executable, "-S", "-c", "", "lcbench.runs.agent"], check=True)
+
+@pytest.mark.gloo
+def test_marked(): run_ranks()
+
+def test_unmarked(): run_ranks()
+
+def test_unmarked_agent(): run_agent()
+
+def test_without_ranks(): subprocess.run([sys.executable, "-S", "-c", ""], check=True)
+"""
+CLUSTER = """
+import pytest
+
+@pytest.fixture
+def devcluster(): pass
+
+def test_it(devcluster): pass
+"""
+
+
+def outcome(path: Path, text: str) -> tuple[int, str]:
+    """Exit code and words of pytest, with the project's conftest."""
+    path.write_text(text)
+    options = ["-q", "-rA", "-p", "tests.conftest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_test_that_starts_ranks_is_marked_gloo(tmp_path: Path) -> None:
+    code, said = outcome(tmp_path / "test_made.py", MADE)
+    assert code == 1
+    assert "2 failed, 2 passed" in said
+    assert said.count("starts ranks; mark it gloo") >= 2
+    assert "::test_unmarked" in said
+
+
+@pytest.mark.slow
+def test_a_test_on_the_cluster_is_marked_slurm(tmp_path: Path) -> None:
+    code, said = outcome(tmp_path / "test_made.py", CLUSTER)
+    assert (code, "mark it slurm" in said) == (4, True), said
