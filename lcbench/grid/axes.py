@@ -76,7 +76,7 @@ _DECLARED = (
     Axis("mask", "problem", home="lcbench.masks.", given=("seqlen", "heads", "seed"), token_counts=True, label=3, paces=True),
     Axis("lengths", "problem", home="lcbench.masks.", needs=("sample",), token_counts=True, folds_into="mask"),
     Axis(
-        "workload", "problem", home="lcbench.workloads.", needs=("unsupported", "work", "start"), paces=True,
+        "workload", "problem", home="lcbench.workloads.", needs=("start",), paces=True,
         unsaid={"name": "attention", "_target_": "lcbench.workloads.attention.Attention"},
     ),
     Axis("seqlen", "problem", values.parse_tokens, label=4),

@@ -9,9 +9,4 @@ from dataclasses import dataclass
 class Attention:
     """One attention call, forward and, where it is asked for, backward."""
 
-    def unsupported(self) -> str | None:
-        return None
-
-    def work(self) -> None: ...
-
     def start(self) -> None: ...
