@@ -128,7 +128,7 @@ def test_what_the_user_names_is_built_and_nobody_else_can_name_it(tmp_path: Path
     assert build.check_targets(cell.config) == {"own_masks.mine"}
     assert build.targets_in(tmp_path / "conf") == {"own_masks.mine"}
     build.allow(["own_masks.other"])
-    with pytest.raises(ValueError, match="is not a kernel's class"):
+    with pytest.raises(ValueError, match="is not a value of an axis"):
         build.build_mask({"name": "other", "_target_": "own_masks.other"}, 8, heads, 0)
     # Workers and whoever goes on with the sweep have it from a file that only this user can have written.
     sweep = Sweep(tmp_path, "s")
