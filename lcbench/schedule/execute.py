@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from lcbench.kernels.base import Kernel, Prepared, accumulation_dtype, prepare
+from lcbench.kernels.base import Saved as Attended
 from lcbench.kernels.merge import merge_into
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -327,7 +328,8 @@ class Executor:
         self._begin(compute, communicate)
         if isinstance(saved.kv, tuple):
             assert self._alone is not None
-            grads = self._alone.backward(dout, saved.q, *saved.kv, saved.out, saved.lse, softmax_scale=self.problem.softmax_scale)
+            whole = Attended(saved.q, *saved.kv, saved.out, saved.lse)
+            grads = self._alone.backward(dout, whole, softmax_scale=self.problem.softmax_scale)
             dq, dk, dv = (grad.to(dout.dtype) for grad in grads)
             return dq, dk, dv
         sums = self._dtypes["sum"]
@@ -360,7 +362,8 @@ class Executor:
         else:
             lse, delta = self._value("stats", call, number).unbind(-1)
             out = _out_with(delta, dout)
-        dq, dk, dv = kernel.backward(dout, q, k, v, out, lse.contiguous(), softmax_scale=self.problem.softmax_scale)
+        tile = Attended(q, k, v, out, lse.contiguous())
+        dq, dk, dv = kernel.backward(dout, tile, softmax_scale=self.problem.softmax_scale)
         self._add("dq", call, number, [dq])
         self._add("dkv", call, number, [dk, dv])
 
