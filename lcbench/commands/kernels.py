@@ -40,6 +40,7 @@ python -m lcbench.kernels --platform h200
 
 
 def main(arguments: list[str]) -> int:
+    """The command: print what runs what. Returns 0; raises SystemExit(2) for bad input."""
     parser = command_parser("kernels", __doc__, EXAMPLES)
     parser.add_argument(
         "overrides", nargs="*", help="as for a sweep: kernel=... mask=... seqlen=... heads=...; all kernels and masks if not said"

@@ -1,7 +1,8 @@
-"""What a kernel is to the rest.
+"""The protocol of kernels, and what several of them share.
 
 Shapes, packed ("THD"): q, out, dout, dq (Tq, Hq, D); k, v, dk, dv (Tk, Hk, D); lse (Tq, Hq), natural logarithm, float32
-(float64 for float64 inputs), -inf for a row without keys. Query head h reads key/value head ``h // (Hq // Hk)``.
+(float64 for float64 inputs), -inf for a row without keys. Query head h reads key/value head ``h // (Hq // Hk)``. Every docstring of
+this folder uses these names.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from lcbench.masks.band import BandMask
 from lcbench.masks.block import BlockMap
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
     import torch
 
 HALVES = ("bfloat16", "float16")
-LOG2_E = 1.4426950408889634  # times this, a natural logarithm is one in powers of two, in which some libraries give LSE
+LOG2_E = 1.4426950408889634  # LSE in powers of two, as some libraries give it, is the natural one times this
+
+OutLse: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"  # out and lse over the keys of a call
+Gradients: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor]"  # dq, dk, dv
 
 
 @dataclass(frozen=True)
 class Platform:
-    """What a kernel may ask about a machine, so that a machine can be asked about that is not here.
+    """What a kernel may ask about a machine. It describes any machine, so a plan can ask about one that is not here.
 
     Attributes:
         type: ``cpu`` or ``cuda``.
@@ -41,6 +45,7 @@ class Platform:
 
     @classmethod
     def of(cls, device: torch.device) -> Platform:
+        """The platform of a device of this machine; on a CPU ``memory_bytes`` is the host's memory."""
         if device.type != "cuda":
             return cls(device.type, memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         import torch
@@ -50,11 +55,11 @@ class Platform:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Where a kernel rounds to the inputs' type, besides its weights and results: how far off it may be follows from it.
+    """Where a kernel rounds to the inputs' type, besides its weights and results. The bounds of the check follow from it.
 
     Attributes:
         scores: scores leave the product of queries and keys in the inputs' type.
-        sums_every: gradients are summed in the inputs' type, and so rounded once per so many tokens; 0: in the accumulation type.
+        sums_every: tokens after which a sum of gradients is rounded to the inputs' type; 0: sums are of the accumulation type.
         exponential: relative error of its exponential for inputs of half types, where that is less exact than float32.
     """
 
@@ -64,62 +69,70 @@ class Rounding:
 
 
 class Unsupported(ValueError):
-    """Raised by ``prepare`` for a tile that the kernel cannot run though the whole mask looked well: the cell is skipped."""
+    """Raised by ``prepare`` for a tile that the kernel cannot run though ``unsupported`` found nothing; the cell is skipped."""
+
+
+class Saved(NamedTuple):
+    """What backward takes besides dout. ``out`` and ``lse`` are over *all* keys of a row, wherever they were computed.
+
+    Attributes:
+        q: (Tq, Hq, D).
+        k, v: (Tk, Hk, D).
+        out: (Tq, Hq, D), in the inputs' type or the accumulation type.
+        lse: (Tq, Hq), natural logarithm, -inf for a row without keys.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
 
 
 class Prepared(Protocol):
-    """A kernel made ready for one mask on one device; ``calls`` native calls make it up (more than one: it was split)."""
+    """A kernel made ready for one mask on one device. ``calls``: its native calls; more than one, and the mask was split."""
 
     calls: int
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse) over the keys given; out may have the inputs' type or the accumulation type."""
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
+        """(out, lse) over the keys given; out has the inputs' type or the accumulation type."""
         ...
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(dq, dk, dv) of these keys, given out and lse over *all* keys of the row, wherever they were computed."""
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+        """(dq, dk, dv) of the keys in ``saved``, in the inputs' type or the accumulation type."""
         ...
 
 
 class Kernel(Protocol):
-    """One way to compute attention. Modules import torch and libraries lazily: a plan on a login node asks without loading them.
+    """One way to compute attention. Modules import torch and libraries lazily, so that a plan on a login node loads neither.
 
-    Three questions, each answered by None or by a reason that is stored word for word in the skipped result.
-    ``takes`` says what ``prepare`` is given: ``bands``, or ``blocks``, a block map in one piece. ``contiguous_kv``: k and v are
-    to be contiguous each, because it reads them as (T, H, D) whatever their strides, or would copy them in every call; else they
-    are rows of one tensor, (T, Hk, 2, D). What is written out here holds for a kernel that does not say otherwise.
+    ``unsupported``, ``unavailable`` and ``missing`` answer None, or a reason that is stored word for word in the skipped result.
+    Methods with a body are defaults.
+
+    Attributes:
+        takes: what ``prepare`` is given: ``bands``, or ``blocks``, a block map in one piece.
+        contiguous_kv: k and v must each be contiguous, because the kernel ignores their strides or would copy them in every
+            call; else both are views of one tensor (T, Hk, 2, D).
     """
 
     takes: ClassVar[str] = "bands"
     contiguous_kv: ClassVar[bool] = False
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        """Why no machine can run this problem with it."""
+        """Why it runs this problem on no machine."""
         return None
 
     @abstractmethod
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        """Why such a machine cannot, whatever is installed."""
+        """Why it does not run on such a machine, whatever is installed."""
         ...
 
     def missing(self) -> str | None:
-        """Why it cannot run in this process: what is not installed."""
+        """Why it does not run in this process: which library is not installed, or is of another release."""
         return None
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
-        """How many native calls compute a band mask; more than one are merged by LSE."""
+        """Native calls that compute a band mask; results of more than one are merged by LSE."""
         return 1
 
     def rounding(self, platform: Platform) -> Rounding:
@@ -127,27 +140,31 @@ class Kernel(Protocol):
         return Rounding()
 
     def launch(self, heads: Heads, dtype: str, platform: Platform) -> dict[str, Any]:
-        """How it is laid on such a device, where it chooses that itself and no option of the cell says it; stored with results."""
+        """The launch shape that it chooses on such a device where no option of the cell says it; stored with results."""
         return {}
 
     @abstractmethod
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
-        """Ready for a mask of the kind that ``takes`` says; ``prepare`` below makes any mask of it."""
+        """Make it ready for a mask of the kind that ``takes`` says; the function ``prepare`` below takes any mask.
+
+        Raises:
+            Unsupported: it cannot run this tile.
+        """
         ...
 
 
 def refusal(kernel: Kernel, problem: Problem, device: torch.device) -> str | None:
-    """Why a kernel cannot run a problem in this process, on this device; None if it can."""
+    """Why a kernel does not run a problem in this process on this device, or None."""
     return kernel.unavailable(problem, Platform.of(device)) or kernel.missing()
 
 
 def importable(*modules: str) -> str | None:
-    """None if every module can be imported, else why not."""
+    """Why one of the modules cannot be imported, or None."""
     for module in modules:
         try:
             importlib.import_module(module)
         except Exception as error:
-            # Compiled libraries that were built for another torch, or find no driver, or half of another version, raise anything.
+            # Compiled libraries raise anything where they were built for another torch, find no driver or are mixed versions.
             lines = str(error).strip().splitlines()
             return f"{module} cannot be imported: {lines[0] if lines else type(error).__name__}"
     return None
@@ -163,7 +180,16 @@ def half_on_cuda(
     head_dim: int = 256,
     dtypes: tuple[str, ...] = HALVES,
 ) -> str | None:
-    """The limits that CUDA kernels share: type of device, its capability, type of numbers, head dims up to ``head_dim`` by 8."""
+    """Why a CUDA kernel does not run a problem on a platform, by the limits that such kernels share, or None.
+
+    Args:
+        problem: its dtype and head dim are looked at.
+        platform: its type and compute capability are looked at.
+        name: what the reason calls the kernel.
+        least, most: the first and last compute capability that it runs on.
+        head_dim: the largest head dim; all are multiples of 8.
+        dtypes: the types of inputs that it takes.
+    """
     if platform.type != "cuda":
         return f"{name} runs on CUDA devices only"
     if not least <= platform.capability <= most:
@@ -181,26 +207,30 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def only_blocks(mask: Mask) -> str | None:
-    """The reason of a kernel that takes block maps only."""
+    """Why a kernel that takes block maps only does not run a mask, or None."""
     return None if isinstance(mask, BlockMap) else "takes dynamic block masks only (mask=block_...); dense kernels run this one"
 
 
 def native_calls(kernel: Kernel, mask: Mask, platform: Platform) -> int:
-    """How many native calls of a kernel compute a mask."""
+    """Native calls of a kernel that compute a mask, a block map map by map if the kernel takes bands."""
     if not isinstance(mask, BlockMap):
         return kernel.calls(mask, platform)
     return 1 if kernel.takes == "blocks" else sum(kernel.calls(mask.bands(i), platform) for i in range(mask.maps))
 
 
 def prepare(kernel: Kernel, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
-    """A kernel made ready for a mask; one that knows bands only runs a block map as bands, map by map."""
+    """A kernel made ready for any mask; a kernel that takes bands runs a block map as bands, map by map.
+
+    Raises:
+        Unsupported: the kernel cannot run this tile.
+    """
     if isinstance(mask, BlockMap) and kernel.takes == "bands":
         return PreparedMaps(kernel, mask, heads, dtype, device)
     return kernel.prepare(mask, heads, dtype, device)
 
 
 class PreparedMaps:
-    """A block map on a band kernel: each map for the query heads that read it, with their key/value heads."""
+    """A block map on a kernel that takes bands: each map is run for the query heads that read it, with their key/value heads."""
 
     def __init__(self, kernel: Kernel, mask: BlockMap, heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
         each, group = heads.q // mask.maps, heads.q // heads.kv
@@ -212,30 +242,18 @@ class PreparedMaps:
             self._parts.append((part, own, kv))
         self.calls = sum(part.calls for part, _, _ in self._parts)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         import torch
 
         parts = [part.forward(q[:, own], *self._of_heads(k, v, kv), softmax_scale=softmax_scale) for part, own, kv in self._parts]
         return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+        q, k, v, out, lse = saved
         dq, dk, dv = zero_gradients(q, k, v)
         for part, own, kv in self._parts:
-            grads = part.backward(
-                dout[:, own], q[:, own], *self._of_heads(k, v, kv), out[:, own], lse[:, own], softmax_scale=softmax_scale
-            )
+            of_heads = Saved(q[:, own], *self._of_heads(k, v, kv), out[:, own], lse[:, own])
+            grads = part.backward(dout[:, own], of_heads, softmax_scale=softmax_scale)
             # Several maps may share a key/value head, so gradients add up.
             for total, heads, grad in zip((dq, dk, dv), (own, kv, kv), grads, strict=True):
                 total[:, heads] += grad
@@ -247,20 +265,18 @@ class PreparedMaps:
 
 
 class Merged:
-    """Several native calls over disjoint pairs of one mask, merged by LSE; none at all is an empty mask."""
+    """Several native calls over disjoint pairs of one mask, merged by LSE. Without calls it is an empty mask."""
 
     def __init__(self, parts: Sequence[Prepared]) -> None:
         self._parts = parts
         self.calls = sum(part.calls for part in parts)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         import torch
 
         from lcbench.kernels.merge import merge_into
 
-        total: tuple[torch.Tensor, torch.Tensor] | None = None
+        total: OutLse | None = None
         for part in self._parts:
             out, lse = part.forward(q, k, v, softmax_scale=softmax_scale)
             if len(self._parts) == 1:
@@ -273,45 +289,35 @@ class Merged:
             return torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
         return total
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
         import torch
 
         totals: list[torch.Tensor] = []
         for part in self._parts:
-            grads = part.backward(dout, q, k, v, out, lse, softmax_scale=softmax_scale)
+            grads = part.backward(dout, saved, softmax_scale=softmax_scale)
             if len(self._parts) == 1:
                 return grads
-            dtype = accumulation_dtype(q.dtype)
+            dtype = accumulation_dtype(saved.q.dtype)
             totals = [t + g for t, g in zip(totals, grads, strict=True)] if totals else [g.to(dtype) for g in grads]
         if not totals:
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            return torch.zeros_like(saved.q), torch.zeros_like(saved.k), torch.zeros_like(saved.v)
         return totals[0], totals[1], totals[2]
 
 
 def per_query_head(x: torch.Tensor, q_heads: int, dim: int) -> torch.Tensor:
-    """Key/value heads, along ``dim``, repeated for the query heads that read them: for kernels that know no groups."""
+    """k or v with its heads, dimension ``dim``, repeated for the query heads that read them: for libraries without groups."""
     return x if x.shape[dim] == q_heads else x.repeat_interleave(q_heads // x.shape[dim], dim)
 
 
 def per_kv_head(grad: torch.Tensor, kv_heads: int, dim: int) -> torch.Tensor:
-    """The adjoint: gradients of the query heads of a group summed, in the accumulation type."""
+    """The adjoint of ``per_query_head``: gradients of a group's query heads summed, in the accumulation type."""
     if grad.shape[dim] == kv_heads:
         return grad
     return grad.to(accumulation_dtype(grad.dtype)).unflatten(dim, (kv_heads, -1)).sum(dim + 1)
 
 
 def heads_whole(x: torch.Tensor) -> torch.Tensor:
-    """A tensor (T, H, D) whose heads lie whole in memory, as every library wants them."""
+    """x (T, H, D), or a copy, with each head's D numbers side by side in memory, as every library reads them."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -321,14 +327,14 @@ def heads_first(x: torch.Tensor) -> torch.Tensor:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What out, LSE and gradients are summed in: float64 for float64, float32 for all else."""
+    """The type that out, LSE and gradients are summed in: float64 for float64, float32 for all else."""
     import torch
 
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def zero_gradients(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Zeros like each input, in the accumulation type: what partial gradients are added to."""
+    """Zeros of each input's shape in the accumulation type, which partial gradients are added to."""
     import torch
 
     return tuple(torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device) for x in inputs)

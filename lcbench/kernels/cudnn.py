@@ -8,20 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable
-from lcbench.kernels.varlen import Style, VarlenCall, count_varlen, prepare_varlen
-from lcbench.masks.band import BandMask
-from lcbench.masks.mask import Mask
+from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, half_on_cuda, importable
+from lcbench.kernels.varlen import CAUSAL, Style, VarlenCall, VarlenKernel, VarlenRun
 from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
     import torch
 
-STYLE = Style(gaps=False, right=False)
-
 
 @dataclass(frozen=True)
-class Cudnn(Kernel):
+class Cudnn(VarlenKernel):
+    """cuDNN's ragged attention, from compute capability 9.0 on, half types, head dims up to 128."""
+
+    style: ClassVar[Style] = CAUSAL
     contiguous_kv: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("nvidia-cudnn-frontend",)
 
@@ -31,12 +30,8 @@ class Cudnn(Kernel):
     def missing(self) -> str | None:
         return importable("cudnn") or refused_cudnn()
 
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return count_varlen(mask, STYLE)
-
-    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
-        assert isinstance(mask, BandMask)
-        return prepare_varlen(mask, device, _Run, STYLE)
+    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
+        return _Run(call)
 
 
 def refused_cudnn() -> str | None:
@@ -86,7 +81,7 @@ class _Run:
     call: VarlenCall
     _graphs: dict[tuple[str, float], _Graph] = field(default_factory=dict)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
         import torch
 
         q, k, v = (x.contiguous() for x in (q, k, v))
@@ -94,18 +89,10 @@ class _Run:
         self._graph("forward", q, k, scale).run(q=q, k=k, v=v, o=out, stats=lse)
         return out, lse.T
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, scale: float) -> Gradients:
         import torch
 
+        q, k, v, out, lse = saved
         dout, q, k, v, out = (x.contiguous() for x in (dout, q, k, v, out))
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         graph = self._graph("backward", q, k, scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import Kernel, Merged, Platform, Prepared, half_on_cuda
+from lcbench.kernels.base import Gradients, Kernel, Merged, OutLse, Platform, Prepared, Saved, half_on_cuda
 from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.band import BandMask
 from lcbench.masks.convert import slices
@@ -34,6 +34,8 @@ KINDS = {"full": 0, "causal": 1, "inverse": 2, "both": 3}
 
 @dataclass(frozen=True)
 class FFA(Kernel):
+    """flex-flash-attention on Hopper, half types, head dims up to 128; an empty mask is no call."""
+
     contiguous_kv: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("magi-attention",)
 
@@ -53,6 +55,8 @@ class FFA(Kernel):
 
 
 class PreparedFFA:
+    """The slices of a mask as int32 tables on the device: ranges (n, 2), and the kind of each slice (n)."""
+
     calls = 1
 
     def __init__(self, mask: BandMask, device: torch.device) -> None:
@@ -68,29 +72,18 @@ class PreparedFFA:
             "attn_type_map": table([KINDS[s.kind] for s in found]),
         }  # fmt: skip
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         from magi_attention.functional import flex_flash_attn_func
 
         q, k, v = (x.contiguous() for x in (q, k, v))
         out, meta = flex_flash_attn_func(q, k, v, **self._slices, softmax_scale=softmax_scale)
         return out, meta.lse
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
         import torch
         from magi_attention.functional.flex_flash_attn import _flex_flash_attn_backward
 
+        q, k, v, out, lse = saved
         dout, q, k, v, out = (x.contiguous() for x in (dout, q, k, v, out.to(q.dtype)))
         dq, dk, dv, _ = _flex_flash_attn_backward(
             dout=dout, q=q, k=k, v=v, sink=None, sink_layout="sh", out=out, lse=lse.contiguous(),

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda
+from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, half_on_cuda
 from lcbench.kernels.library import LibraryCall, unfit
-from lcbench.kernels.varlen import VarlenCall, count_varlen, prepare_varlen
-from lcbench.masks.band import BandMask
-from lcbench.masks.mask import Mask
+from lcbench.kernels.varlen import VarlenCall, VarlenKernel, VarlenRun
 from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
@@ -25,7 +23,9 @@ CALLS = (
 
 
 @dataclass(frozen=True)
-class FlashAttn2(Kernel):
+class FlashAttn2(VarlenKernel):
+    """flash-attn 2 from compute capability 8.0 on, half types, head dims up to 256."""
+
     libraries: ClassVar[tuple[str, ...]] = ("flash-attn",)
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
@@ -34,19 +34,15 @@ class FlashAttn2(Kernel):
     def missing(self) -> str | None:
         return unfit(*CALLS)
 
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return count_varlen(mask)
-
-    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
-        assert isinstance(mask, BandMask)
-        return prepare_varlen(mask, device, _Run)
+    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
+        return _Run(call)
 
 
 @dataclass(frozen=True)
 class _Run:
     call: VarlenCall
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
         call = self.call
@@ -56,19 +52,11 @@ class _Run:
         )  # fmt: skip
         return out, lse
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, scale: float) -> Gradients:
         import torch
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
+        q, k, v, out, lse = saved
         call = self.call
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         _flash_attn_varlen_backward(

@@ -8,11 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda
+from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, half_on_cuda
 from lcbench.kernels.library import LibraryCall, flash_attention_2_is_here, unfit
-from lcbench.kernels.varlen import VarlenCall, count_varlen, prepare_varlen
-from lcbench.masks.band import BandMask
-from lcbench.masks.mask import Mask
+from lcbench.kernels.varlen import VarlenCall, VarlenKernel, VarlenRun
 from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
@@ -32,7 +30,9 @@ CALLS = (
 
 
 @dataclass(frozen=True)
-class FlashAttn4(Kernel):
+class FlashAttn4(VarlenKernel):
+    """flash-attn-4 from compute capability 9.0 on, half types, head dims up to 256 on Hopper and 128 elsewhere."""
+
     libraries: ClassVar[tuple[str, ...]] = LIBRARIES
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
@@ -41,12 +41,8 @@ class FlashAttn4(Kernel):
     def missing(self) -> str | None:
         return overwritten(unfit(*CALLS))
 
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return count_varlen(mask)
-
-    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
-        assert isinstance(mask, BandMask)
-        return prepare_varlen(mask, device, _Run)
+    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
+        return _Run(call)
 
 
 def overwritten(reason: str | None) -> str | None:
@@ -60,7 +56,7 @@ def overwritten(reason: str | None) -> str | None:
 class _Run:
     call: VarlenCall
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
         from flash_attn.cute.interface import _flash_attn_fwd
 
         call = self.call
@@ -70,18 +66,10 @@ class _Run:
         )  # fmt: skip
         return out, lse
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, scale: float) -> Gradients:
         from flash_attn.cute.interface import _flash_attn_bwd
 
+        q, k, v, out, lse = saved
         call = self.call
         dq, dk, dv, *_ = _flash_attn_bwd(
             q, k, v, out, dout, lse, softmax_scale=scale, causal=call.causal, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, Unsupported, half_on_cuda, only_blocks
+from lcbench.kernels.base import Gradients, Kernel, OutLse, Platform, Prepared, Saved, Unsupported, half_on_cuda, only_blocks
 from lcbench.kernels.flash_attn4 import LIBRARIES, MODULE, overwritten
 from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.block import BlockMap, kept_first, uniform_blocks
@@ -30,6 +30,8 @@ CALLS = (
 
 @dataclass(frozen=True)
 class FlashAttn4Sparse(Kernel):
+    """flash-attn-4 on block maps, on Hopper, half types, head dims up to 128."""
+
     takes: ClassVar[str] = "blocks"
     contiguous_kv: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = LIBRARIES
@@ -57,6 +59,8 @@ def _other_blocks(mask: Mask) -> str | None:
 
 
 class PreparedBlocks:
+    """A block map as the library's lists: kept blocks of keys per block of queries, and the transposed lists."""
+
     calls = 1
 
     def __init__(self, mask: BlockMap, heads: Heads, device: torch.device) -> None:
@@ -76,9 +80,7 @@ class PreparedBlocks:
         keep = mask.keeps()
         self._forward, self._backward = lists(keep), lists(keep.swapaxes(1, 2))
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         from flash_attn.cute.interface import _flash_attn_fwd
 
         out, lse, *_ = _flash_attn_fwd(
@@ -87,19 +89,10 @@ class PreparedBlocks:
         )  # fmt: skip
         return out[0], lse[0].T.contiguous()
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
         from flash_attn.cute.interface import _flash_attn_bwd
 
+        q, k, v, out, lse = saved
         q, k, v, out, dout = (x[None].contiguous() for x in (q, k, v, out.to(q.dtype), dout))
         dq, dk, dv, *_ = _flash_attn_bwd(
             q, k, v, out, dout, lse.T[None].contiguous(), softmax_scale=softmax_scale, causal=False,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
-from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, half_on_cuda
+from lcbench.kernels.base import LOG2_E, Gradients, OutLse, Platform, Saved, half_on_cuda
 from lcbench.kernels.library import LibraryCall, unfit
-from lcbench.kernels.varlen import Style, VarlenCall, count_varlen, prepare_varlen
-from lcbench.masks.band import BandMask
+from lcbench.kernels.varlen import CAUSAL, Style, VarlenCall, VarlenKernel, VarlenRun
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 
-STYLE = Style(gaps=False, right=False)
 WORKSPACE_BYTES = 512 << 20
 LIBRARIES = ("flashinfer-python", "flashinfer-cubin", "flashinfer-jit-cache")
 _WRAPPER = "BatchPrefillWithRaggedKVCacheWrapper"
@@ -30,7 +27,10 @@ CALLS = (
 
 
 @dataclass(frozen=True)
-class FlashInfer(Kernel):
+class FlashInfer(VarlenKernel):
+    """flashinfer's ragged prefill, half types, head dims up to 256, forward only."""
+
+    style: ClassVar[Style] = CAUSAL
     libraries: ClassVar[tuple[str, ...]] = LIBRARIES
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
@@ -42,12 +42,8 @@ class FlashInfer(Kernel):
     def missing(self) -> str | None:
         return unfit(*CALLS)
 
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return count_varlen(mask, STYLE)
-
-    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
-        assert isinstance(mask, BandMask)
-        return prepare_varlen(mask, device, partial(_Run, heads, dtype, workspace(heads, device)), STYLE)
+    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
+        return _Run(heads, dtype, workspace(heads, call.cu_q.device), call)
 
 
 _workspaces: WeakValueDictionary[tuple[torch.device, int], torch.Tensor] = WeakValueDictionary()
@@ -73,6 +69,7 @@ def workspace(heads: Heads, device: torch.device) -> torch.Tensor:
 
 
 def forward_only(problem: Problem, name: str) -> str | None:
+    """Why a kernel without backward does not run a problem, or None."""
     return f"{name} has no backward; direction=forward runs" if problem.backward else None
 
 
@@ -97,18 +94,9 @@ class _Run:
             self._planned[scale] = wrapper
         return self._planned[scale]
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
         out, lse = self._plan(scale).run(q, k, v, return_lse=True)
         return out, lse.T / LOG2_E
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, scale: float) -> Gradients:
         raise AssertionError("flashinfer has no backward")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, Unsupported, half_on_cuda, importable, only_blocks
+from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, Saved, Unsupported, half_on_cuda, importable, only_blocks
 from lcbench.kernels.flashinfer import LIBRARIES, forward_only, workspace
 from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.block import BlockMap
@@ -14,6 +14,8 @@ from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
     import torch
+
+    from lcbench.kernels.base import Gradients, OutLse
 
 
 _WRAPPER = "VariableBlockSparseAttentionWrapper"
@@ -27,6 +29,8 @@ COPIES = 4  # of its token indices that its plan has in memory at a time, by rea
 
 @dataclass(frozen=True)
 class FlashInferSparse(Kernel):
+    """flashinfer on block maps, half types, head dims up to 256, forward only."""
+
     takes: ClassVar[str] = "blocks"
     libraries: ClassVar[tuple[str, ...]] = (*LIBRARIES, "einops")
 
@@ -67,6 +71,12 @@ def _too_many(indices: int) -> str | None:
 
 
 class PreparedFlashInfer:
+    """A block map as arguments of the library's plan. The plan is made at the first pass with a softmax scale, which it holds.
+
+    Raises:
+        Unsupported: the map has no block, or its plan does not fit into the host's memory.
+    """
+
     calls = 1
 
     def __init__(self, mask: BlockMap, heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
@@ -96,22 +106,10 @@ class PreparedFlashInfer:
             self._planned[scale] = wrapper
         return self._planned[scale]
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         heads_first = [x.transpose(0, 1).contiguous() for x in (q, k, v)]
         out, lse = self._plan(softmax_scale).run(*heads_first, return_lse=True)
         return out.transpose(0, 1), (lse.T / LOG2_E).contiguous()
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
         raise AssertionError("flashinfer has no backward")

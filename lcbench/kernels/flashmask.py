@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from lcbench.kernels.base import Kernel, Merged, Platform, Prepared, half_on_cuda, importable
+from lcbench.kernels.base import Gradients, Kernel, Merged, OutLse, Platform, Prepared, Saved, half_on_cuda, importable
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlashMask(Kernel):
+    """FlashMask on Hopper, half types, head dims up to 256."""
+
     contiguous_kv: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("flashmask",)
 
@@ -85,9 +87,7 @@ class _Part:
 
         self._rows = torch.from_numpy(hidden.astype(np.int32)).to(device)[None, None].contiguous()  # (1, 1, Tk, 4)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         import torch
 
         out, lse = torch.ops.flashmask.fwd(
@@ -96,19 +96,10 @@ class _Part:
         )  # fmt: skip
         return out[0], lse[0].T.contiguous()
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
         import torch
 
+        q, k, v, out, lse = saved
         dout, q, k, v, out = (x[None].contiguous() for x in (dout, q, k, v, out.to(q.dtype)))
         dq, dk, dv, *_ = torch.ops.flashmask.bwd(
             dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse.T[None].contiguous(), dq=None, dk=None, dv=None, cu_seqlens_q=None,

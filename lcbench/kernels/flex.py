@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from lcbench.kernels.base import HALVES, LOG2_E, Kernel, Platform, Prepared, Rounding, half_on_cuda, heads_first
+from lcbench.kernels.base import HALVES, LOG2_E, Kernel, Platform, Prepared, Rounding, Saved, half_on_cuda, heads_first
 from lcbench.kernels.naive import too_many_scores
 from lcbench.masks.flex import block_mask, mask_lookup
 from lcbench.masks.mask import Mask
@@ -19,6 +19,8 @@ from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
     import torch
+
+    from lcbench.kernels.base import Gradients, OutLse
 
 OPTIONS = {
     "BACKEND": "AUTO", "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False, "WRITE_DQ": True,
@@ -28,6 +30,8 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Flex(Kernel):
+    """FlexAttention on static masks: half types and float32 on CUDA, any type on CPU."""
+
     libraries: ClassVar[tuple[str, ...]] = ("triton",)  # what Inductor compiles it with
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
@@ -41,6 +45,7 @@ class Flex(Kernel):
 
 
 def flex_limits(problem: Problem, platform: Platform) -> str | None:
+    """Why FlexAttention does not run a problem on a platform, or None."""
     if platform.type != "cuda":
         return too_many_scores(problem, platform)
     return half_on_cuda(problem, platform, "FlexAttention", dtypes=(*HALVES, "float32"))
@@ -48,6 +53,8 @@ def flex_limits(problem: Problem, platform: Platform) -> str | None:
 
 @dataclass
 class PreparedFlex:
+    """A mask as a BlockMask. Each direction is traced, and on CUDA compiled, at its first pass with a softmax scale."""
+
     mask: Mask
     heads: Heads
     device: torch.device
@@ -63,23 +70,12 @@ class PreparedFlex:
         self._blocks = whole[:-1]
         self._block_tensors = [x for x in self._blocks if isinstance(x, torch.Tensor)]
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         out, lse = self._run("forward", softmax_scale, *(heads_first(x) for x in (q, k, v)))
         return out[0].transpose(0, 1), (lse[0].T / LOG2_E).contiguous()
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+        q, k, v, out, lse = saved
         log2 = (lse.T * LOG2_E)[None].contiguous()
         grads = self._run("backward", softmax_scale, *(heads_first(x) for x in (q, k, v, out.to(q.dtype))), log2, heads_first(dout))
         dq, dk, dv = (grad[0].transpose(0, 1) for grad in grads)

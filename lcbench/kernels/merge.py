@@ -1,4 +1,4 @@
-"""Joining partial results over disjoint keys, in place (the rescaling of FlashAttention, arXiv 2205.14135, section 3.1)."""
+"""Partial results over disjoint keys, merged in place (the rescaling of FlashAttention, arXiv 2205.14135, section 3.1)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 def merge_into(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor) -> None:
-    """Make ``out`` (T, H, D) and ``lse`` (T, H) what they are together with the other partial result.
+    """Merge another partial result into ``out`` (T, H, D) and ``lse`` (T, H), in place.
 
-    ``out`` and both LSE are in the type of sums, ``other_out`` in any; all may be slices of larger tensors. A row without keys
-    has LSE -inf and out 0 and takes the other's, which may be empty too. On CUDA one kernel does it, where Triton is installed;
-    elsewhere it is a pass over ``out``, and one that converts ``other_out`` if it is of another type.
+    ``out`` and both LSE have the accumulation type, ``other_out`` any type; all may be slices of larger tensors. A row without keys
+    has LSE -inf and out 0; it takes the other's row, which may be without keys too. On CUDA with Triton it is one kernel.
+    Elsewhere it is a pass over ``out``, and one that converts ``other_out`` if its type differs.
 
     Raises:
-        ValueError: what the kernel could not address, on any device.
+        ValueError: the shapes differ, or a head of ``out`` is not contiguous, which the kernel could not address.
     """
     if out.dim() != 3 or out.shape != other_out.shape or not out.shape[:2] == lse.shape == other_lse.shape or out.stride(-1) != 1:
         shapes = ", ".join(str(tuple(x.shape)) for x in (out, lse, other_out, other_lse))
@@ -30,7 +30,7 @@ def merge_into(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, ot
 
 
 def plain_merge_into(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor) -> None:
-    """The same by operations of torch."""
+    """``merge_into`` in operations of torch."""
     # exp(other) / (exp(own) + exp(other)); infinities of two empty rows have no difference.
     weight = torch.sigmoid(other_lse - lse).nan_to_num_(nan=0.0)
     out.lerp_(other_out.to(out.dtype), weight.unsqueeze(-1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, Rounding, accumulation_dtype, per_kv_head, per_query_head
+from lcbench.kernels.base import Kernel, Platform, Prepared, Rounding, Saved, accumulation_dtype, per_kv_head, per_query_head
 from lcbench.masks.band import BandMask
 from lcbench.masks.convert import points
 from lcbench.masks.mask import Mask
@@ -14,9 +14,13 @@ from lcbench.problem import Heads, Problem
 if TYPE_CHECKING:
     import torch
 
+    from lcbench.kernels.base import Gradients, OutLse
+
 
 @dataclass(frozen=True)
 class Naive(Kernel):
+    """Plain attention in operations of torch, on any device and in any type."""
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return too_many_scores(problem, platform)
 
@@ -29,7 +33,10 @@ class Naive(Kernel):
 
 
 def too_many_scores(problem: Problem, platform: Platform) -> str | None:
-    """Why scores cannot be held: what every strategy needs at least is one tile of a rank's queries and as many keys."""
+    """Why the scores of a problem do not fit into a device's memory, or None.
+
+    Every strategy needs at least one tile of a rank's queries and as many keys.
+    """
     tokens = -(-problem.seqlen // problem.scale.world_size)
     needed = 2 * 4 * problem.heads.q * tokens**2  # scores and weights
     if platform.memory_bytes and needed > platform.memory_bytes:
@@ -46,15 +53,13 @@ class PreparedNaive:
         self.allowed = points(mask, device)
 
     def _scores(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-        """(Hq, Tq, Tk) in the accumulation type, -inf where the mask is not."""
+        """Scores (Hq, Tq, Tk) in the accumulation type, -inf for pairs outside of the mask."""
         import torch
 
         scores = torch.einsum("qhd,khd->hqk", q, per_query_head(k, q.shape[1], 1)).to(accumulation_dtype(q.dtype)) * scale
         return scores.masked_fill_(~self.allowed, -torch.inf)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         import torch
 
         scores = self._scores(q, k, softmax_scale)
@@ -63,19 +68,10 @@ class PreparedNaive:
         out = torch.einsum("hqk,khd->qhd", weights.to(v.dtype), per_query_head(v, q.shape[1], 1))
         return out, lse.T.contiguous()
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
         import torch
 
+        q, k, v, out, lse = saved
         sums = accumulation_dtype(q.dtype)
         finite = torch.where(lse == -torch.inf, 0.0, lse).T[..., None]
         weights = torch.exp(self._scores(q, k, softmax_scale) - finite)

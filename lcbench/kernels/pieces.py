@@ -1,36 +1,49 @@
-"""For kernels that know "no mask" and "causal from the top left corner": any band mask as batches of such pieces.
+"""Any band mask on functions that know "no mask" and "causal from the top left corner": batches of such pieces.
 
-Equal pieces go into one batched call, partial results are merged by LSE.
+Equal pieces go into one batched call, and partial results are merged by LSE.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import accumulation_dtype, zero_gradients
+from lcbench.kernels.base import Gradients, Kernel, OutLse, Platform, Prepared, Saved, accumulation_dtype, zero_gradients
 from lcbench.masks.band import BandMask
 from lcbench.masks.convert import Piece, pieces
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads
 
 if TYPE_CHECKING:
     import torch
 
-    # q (B, Hq, lq, D), k, v (B, Hk, lk, D), causal, softmax scale to out (B, Hq, lq, D) and lse (B, Hq, lq)
-    Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool, float], tuple[torch.Tensor, torch.Tensor]]
-    # dout, q, k, v, out, lse, causal, softmax scale to dq, dk, dv
-    Adjoint = Callable[
-        [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool, float],
-        tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    ]
 
+class PiecesKernel(Kernel):
+    """A kernel that runs batches of pieces, each full or causal from its top left corner.
 
-def count_pieces(mask: BandMask) -> int:
-    """Calls that a mask takes."""
-    return len(_batches(mask))
+    Tensors of a batch are (B, H, l, D), LSE (B, Hq, l): B pieces of l tokens. k and v have the key/value heads.
+    """
+
+    @abstractmethod
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> OutLse:
+        """(out, lse) of a batch."""
+        ...
+
+    @abstractmethod
+    def adjoint(self, dout: torch.Tensor, saved: Saved, causal: bool, scale: float) -> Gradients:
+        """(dq, dk, dv) of a batch, from out and LSE over all keys of its rows."""
+        ...
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return len(_batches(mask))
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BandMask)
+        return PreparedPieces(self, mask, device)
 
 
 def _batches(mask: BandMask) -> list[list[Piece]]:
-    """Pieces of a mask, those of one kind and size together as long as no query is twice in a batch."""
+    """Pieces of a mask, batched by kind and size; no query is twice in a batch."""
     batches: dict[tuple[str, int, int, int], list[Piece]] = {}
     layers: dict[tuple[str, int, int], list[int]] = {}
     for piece in sorted(pieces(mask), key=lambda p: (p.q0, p.k0)):
@@ -43,15 +56,13 @@ def _batches(mask: BandMask) -> list[list[Piece]]:
 
 
 class PreparedPieces:
-    """A mask as batches of pieces for one pair of functions."""
+    """A mask as batches of pieces for one kernel."""
 
-    def __init__(self, mask: BandMask, device: torch.device, attend: Attend, adjoint: Adjoint) -> None:
-        self._batches = [_Batch(members, device, attend, adjoint) for members in _batches(mask)]
+    def __init__(self, kernel: PiecesKernel, mask: BandMask, device: torch.device) -> None:
+        self._batches = [_Batch(kernel, members, device) for members in _batches(mask)]
         self.calls = len(self._batches)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         import torch
 
         from lcbench.kernels.merge import merge_into
@@ -66,39 +77,30 @@ class PreparedPieces:
             part, part_lse = batch.forward(q, k, v, softmax_scale)
             rows = batch.q_index
             own, own_lse = out[rows], lse[rows]
-            merge_into(*(x.flatten(0, 1) for x in (own, own_lse, part, part_lse)))  # own ones are views: they lie whole
+            merge_into(*(x.flatten(0, 1) for x in (own, own_lse, part, part_lse)))  # views: the rows that were taken are contiguous
             out[rows], lse[rows] = own, own_lse
         return out, lse
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+        q, k, v, _, _ = saved
         if len(self._batches) == 1 and self._batches[0].covers(q, k):
-            whole = self._batches[0].backward(dout, q, k, v, out, lse, softmax_scale)
+            whole = self._batches[0].backward(dout, saved, softmax_scale)
             return whole[0].flatten(0, 1), whole[1].flatten(0, 1), whole[2].flatten(0, 1)
         dq, dk, dv = zero_gradients(q, k, v)
         for batch in self._batches:
-            grads = batch.backward(dout, q, k, v, out, lse, softmax_scale)
+            grads = batch.backward(dout, saved, softmax_scale)
             for total, index, grad in zip((dq, dk, dv), (batch.q_index, batch.k_index, batch.k_index), grads, strict=True):
                 total.index_add_(0, index.flatten(), grad.flatten(0, 1).to(total.dtype))
         return dq, dk, dv
 
 
 class _Batch:
-    """Equal pieces as one batched call; ``inverse`` ones run causal with queries and keys in reverse order."""
+    """Equal pieces as one batched call. ``inverse`` pieces are causal once their queries and keys are reversed."""
 
-    def __init__(self, members: list[Piece], device: torch.device, attend: Attend, adjoint: Adjoint) -> None:
+    def __init__(self, kernel: PiecesKernel, members: list[Piece], device: torch.device) -> None:
         import torch
 
-        self._attend, self._adjoint = attend, adjoint
+        self._kernel = kernel
         kind, q0, q1, k0, k1 = members[0]
         self.causal = kind != "full"
         rows, keys = torch.arange(q1 - q0, device=device), torch.arange(k1 - k0, device=device)
@@ -106,10 +108,11 @@ class _Batch:
             rows, keys = rows.flip(0), keys.flip(0)
         self.q_index = torch.stack([rows + piece.q0 for piece in members])  # (B, lq)
         self.k_index = torch.stack([keys + piece.k0 for piece in members])  # (B, lk)
-        # A piece that is a stretch of rows in order needs no gathering.
+        # One piece in its own order is a slice: its rows are not gathered.
         self._slices = (slice(q0, q1), slice(k0, k1)) if len(members) == 1 and kind != "inverse" else None
 
     def covers(self, q: torch.Tensor, k: torch.Tensor) -> bool:
+        """Whether it is one piece of all queries and all keys."""
         return self._slices == (slice(0, len(q)), slice(0, len(k)))
 
     def _take(self, *tensors: torch.Tensor, keys: bool = False) -> list[torch.Tensor]:
@@ -119,24 +122,15 @@ class _Batch:
         index = self.k_index if keys else self.q_index
         return [x[index].transpose(1, 2) for x in tensors]
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
         """out (B, lq, H, D) and lse (B, lq, H)."""
         (q,), (k, v) = self._take(q), self._take(k, v, keys=True)
-        out, lse = self._attend(q, k, v, self.causal, scale)
+        out, lse = self._kernel.attend(q, k, v, self.causal, scale)
         return out.transpose(1, 2), lse.transpose(1, 2)
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-    ) -> list[torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, scale: float) -> list[torch.Tensor]:
         """dq (B, lq, H, D), dk and dv (B, lk, Hk, D)."""
-        dout, q, out, lse = self._take(dout, q, out, lse)
-        k, v = self._take(k, v, keys=True)
-        grads = self._adjoint(dout, q, k, v, out, lse, self.causal, scale)
+        dout, q, out, lse = self._take(dout, saved.q, saved.out, saved.lse)
+        k, v = self._take(saved.k, saved.v, keys=True)
+        grads = self._kernel.adjoint(dout, Saved(q, k, v, out, lse), self.causal, scale)
         return [grad.transpose(1, 2) for grad in grads]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Kernel, Platform, Prepared
+from lcbench.kernels.base import Gradients, Kernel, OutLse, Platform, Prepared, Saved
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -19,6 +19,8 @@ BLOCK_ELEMENTS = 1 << 22  # scores of one block of rows, over all heads
 
 @dataclass(frozen=True)
 class Reference(Kernel):
+    """Float64 attention in operations of torch, on any device; inputs of any type, results in float64."""
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return None
 
@@ -29,12 +31,12 @@ class Reference(Kernel):
 
 @dataclass
 class PreparedReference:
+    """A band mask, tested pair by pair for each block of rows."""
+
     mask: BandMask
     calls: int = 1
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         import torch
 
         out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
@@ -48,19 +50,10 @@ class PreparedReference:
             lse[rows] = row_lse.T
         return out, lse
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
         import torch
 
+        q, k, v, out, lse = saved
         keys, values = _per_query_head(k, q), _per_query_head(v, q)
         queries, dout64 = q.double(), dout.double()
         delta = (dout64 * out.double()).sum(-1)
@@ -76,7 +69,7 @@ class PreparedReference:
         return dq, dk.view(shape).sum(2), dv.view(shape).sum(2)
 
     def _scores(self, q: torch.Tensor, k: torch.Tensor, softmax_scale: float) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(rows, scores (Hq, rows, Tk)), -inf where the mask is not."""
+        """Blocks of rows and their scores (Hq, rows, Tk), -inf for pairs outside of the mask."""
         import torch
 
         keys = _per_query_head(k, q)

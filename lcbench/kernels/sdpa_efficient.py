@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, per_kv_head, per_query_head
-from lcbench.kernels.pieces import PreparedPieces, count_pieces
-from lcbench.masks.band import BandMask
-from lcbench.masks.mask import Mask
-from lcbench.problem import Heads, Problem
+from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, half_on_cuda, per_kv_head, per_query_head
+from lcbench.kernels.pieces import PiecesKernel
+from lcbench.problem import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -19,46 +17,31 @@ ALIGNED = 32  # rows that the kernel's LSE is padded to
 
 
 @dataclass(frozen=True)
-class SDPAEfficient(Kernel):
+class SDPAEfficient(PiecesKernel):
+    """torch's memory-efficient backend on CUDA, half types and float32, head dims up to 1024."""
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         dtypes = ("bfloat16", "float16", "float32")
         return half_on_cuda(problem, platform, "torch's memory-efficient kernel", head_dim=1024, dtypes=dtypes)
 
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return count_pieces(mask)
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> OutLse:
+        import torch
 
-    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
-        assert isinstance(mask, BandMask)
-        return PreparedPieces(mask, device, _attend, _adjoint)
+        k, v = (per_query_head(x, q.shape[1], 1) for x in (k, v))
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+        return out, lse[..., : q.shape[2]]
 
+    def adjoint(self, dout: torch.Tensor, saved: Saved, causal: bool, scale: float) -> Gradients:
+        import torch
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    k, v = (per_query_head(x, q.shape[1], 1) for x in (k, v))
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
-    return out, lse[..., : q.shape[2]]
-
-
-def _adjoint(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    import torch
-
-    keys, values = (per_query_head(x, q.shape[1], 1) for x in (k, v))
-    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % ALIGNED), value=torch.inf).contiguous()
-    # The kernel's backward reads out by the strides of a packed (B, S, H, D) tensor, whatever its own are.
-    out = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-    # Without dropout the random state is never read.
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, keys, values, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
-    )
-    return dq, per_kv_head(dk, k.shape[1], 1), per_kv_head(dv, k.shape[1], 1)
+        q, k, v, out, lse = saved
+        keys, values = (per_query_head(x, q.shape[1], 1) for x in (k, v))
+        lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % ALIGNED), value=torch.inf).contiguous()
+        # The kernel's backward reads out by the strides of a packed (B, S, H, D) tensor, whatever its own are.
+        out = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        # Without dropout the random state is never read.
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            dout, q, keys, values, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
+        )
+        return dq, per_kv_head(dk, k.shape[1], 1), per_kv_head(dv, k.shape[1], 1)

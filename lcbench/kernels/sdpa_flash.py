@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, Rounding, half_on_cuda
-from lcbench.kernels.pieces import PreparedPieces, count_pieces
+from lcbench.kernels.base import Gradients, OutLse, Platform, Prepared, Rounding, Saved, half_on_cuda
+from lcbench.kernels.pieces import PiecesKernel
 from lcbench.kernels.varlen import VarlenCall, count_varlen, prepare_varlen
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
@@ -21,47 +21,39 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SDPAFlash(Kernel):
+class SDPAFlash(PiecesKernel):
+    """torch's flash backend: half types and head dims up to 256 on CUDA, any type on CPU."""
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "torch's CUDA flash kernel") if platform.type == "cuda" else None
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
-        return count_varlen(mask) if platform.type == "cuda" else count_pieces(mask)
+        return count_varlen(mask) if platform.type == "cuda" else super().calls(mask, platform)
 
     def rounding(self, platform: Platform) -> Rounding:
         # torch's CPU kernel adds each block of 32 to 256 rows to gradients of the inputs' type; its exponential of 0 is 1 + 5e-5.
         return Rounding(sums_every=64, exponential=1.5e-4) if platform.type == "cpu" else Rounding()
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        if device.type != "cuda":
+            return super().prepare(mask, heads, dtype, device)
         assert isinstance(mask, BandMask)
-        if device.type == "cuda":
-            return prepare_varlen(mask, device, _CUDA)
-        return PreparedPieces(mask, device, _attend, _adjoint)
+        return prepare_varlen(mask, device, _CUDA)
 
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> OutLse:
+        import torch
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return out, lse
 
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return out, lse
+    def adjoint(self, dout: torch.Tensor, saved: Saved, causal: bool, scale: float) -> Gradients:
+        import torch
 
-
-def _adjoint(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    import torch
-
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, causal, scale=scale
-    )
-    return dq, dk, dv
+        q, k, v, out, lse = saved
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, causal, scale=scale
+        )
+        return dq, dk, dv
 
 
 class _CUDA:
@@ -73,7 +65,7 @@ class _CUDA:
         self._rng_state = torch.zeros(2, dtype=torch.uint64, device=call.cu_q.device)
         self._unused = torch.empty(0, dtype=torch.uint64, device=call.cu_q.device)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
         import torch
 
         call = self._call
@@ -83,18 +75,10 @@ class _CUDA:
         )  # fmt: skip
         return out, lse
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, scale: float) -> Gradients:
         import torch
 
+        q, k, v, out, lse = saved
         call = self._call
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             dout, q, k, v, out, lse, call.cu_q, call.cu_k, call.max_q, call.max_k, 0.0, call.causal, self._rng_state,

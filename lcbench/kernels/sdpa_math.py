@@ -8,23 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, Rounding, accumulation_dtype, heads_first
-from lcbench.kernels.naive import PreparedNaive, too_many_scores
+from lcbench.kernels.base import OutLse, Prepared, accumulation_dtype, heads_first
+from lcbench.kernels.naive import Naive, PreparedNaive
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
-from lcbench.problem import Heads, Problem
+from lcbench.problem import Heads
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class SDPAMath(Kernel):
-    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        return too_many_scores(problem, platform)
-
-    def rounding(self, platform: Platform) -> Rounding:
-        return Rounding(scores=True)  # of the backward pass, which is naive's
+class SDPAMath(Naive):
+    """torch's math forward, and the backward of ``naive``."""
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
@@ -32,6 +28,8 @@ class SDPAMath(Kernel):
 
 
 class PreparedMath(PreparedNaive):
+    """The mask as a matrix (Tq, Tk) that is added to the scores, 0 or -inf, in the accumulation type."""
+
     def __init__(self, mask: BandMask, dtype: torch.dtype, device: torch.device) -> None:
         import torch
 
@@ -39,9 +37,7 @@ class PreparedMath(PreparedNaive):
         # Below the dispatcher a mask is added to the scores, also a boolean one.
         self._bias = torch.zeros(self.allowed.shape, dtype=dtype, device=device).masked_fill_(~self.allowed, -torch.inf)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         import torch
 
         # The backend itself computes half types in float32; it is given them so because the weights are to stay float32 too.

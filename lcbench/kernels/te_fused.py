@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, Unsupported, half_on_cuda, importable
+from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, Unsupported, half_on_cuda, importable
 from lcbench.kernels.cudnn import refused_cudnn
 from lcbench.kernels.library import LibraryCall, signature_of, unfit
-from lcbench.kernels.varlen import Style, VarlenCall, count_varlen, prepare_varlen
-from lcbench.masks.band import BandMask
-from lcbench.masks.mask import Mask
+from lcbench.kernels.varlen import CAUSAL, Style, VarlenCall, VarlenKernel, VarlenRun
 from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
@@ -23,13 +21,15 @@ if TYPE_CHECKING:
 
 
 LIBRARIES = ("transformer-engine", "transformer-engine-torch")
-STYLE = Style(gaps=False, right=False)
 # Releases differ in what they take; where one takes these, their defaults are wrong for packed sequences.
 FORMATS = {"o_format": "thd", "do_format": "thd", "dqkv_layout": "thd_thd_thd"}
 
 
 @dataclass(frozen=True)
-class TEFused(Kernel):
+class TEFused(VarlenKernel):
+    """Transformer Engine's fused attention, from compute capability 9.0 on, half types, head dims up to 128."""
+
+    style: ClassVar[Style] = CAUSAL
     contiguous_kv: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = LIBRARIES
 
@@ -39,12 +39,8 @@ class TEFused(Kernel):
     def missing(self) -> str | None:
         return importable("transformer_engine.pytorch") or unfit(*_calls()) or refused_cudnn()
 
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return count_varlen(mask, STYLE)
-
-    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
-        assert isinstance(mask, BandMask)
-        return prepare_varlen(mask, device, _Run, STYLE)
+    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
+        return _Run(call)
 
 
 MODULE = "transformer_engine.pytorch.cpp_extensions"
@@ -98,7 +94,7 @@ class _Run:
         # Without dropout the random state is never read.
         self._rng_state = torch.zeros(2, dtype=torch.int64, device=call.cu_q.device)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
         from transformer_engine.pytorch.cpp_extensions import fused_attn_fwd
 
         call = self._call
@@ -109,19 +105,11 @@ class _Run:
         )  # fmt: skip
         return out, aux[0].squeeze(-1).T  # (T, H, 1)
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, scale: float) -> Gradients:
         import torch
         from transformer_engine.pytorch.cpp_extensions import fused_attn_bwd
 
+        q, k, v, out, lse = saved
         call, aux = self._call, [lse.T.contiguous()[..., None], self._rng_state]
         dout, q, k, v, out = _packed(dout, q, k, v, out)
         dtypes: list[Any] = [q.dtype]

@@ -1,13 +1,15 @@
-"""Masks as tables of tiles: what a flash kernel of our own reads to know which keys each of its blocks of rows visits.
+"""Masks as tables of tiles, from which our Triton kernels read the columns that each of their blocks of rows visits.
 
-A block of rows has stretches of columns that it sees whole, and stretches that are tested against a few bands. Tiles that hold no
-pair are in neither. Whole stretches consist of tiles of ``width`` columns, tested ones of tiles of ``tested_width``. The work to
-build the tables goes with bands and with tiles at their edges, never with the plane.
+A block of rows has stretches of columns that it sees whole, and stretches that are tested against a few bands. Tiles without a
+pair are in neither. Whole stretches consist of tiles of ``width`` columns, tested ones of tiles of ``tested_width``. The time to
+build the tables grows with the number of bands and of tiles at their edges, not with queries times keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -49,8 +51,14 @@ class TileTables:
         return bool((self.tested[:, 3] - self.tested[:, 2] == 1).all())
 
 
+MakeTables: TypeAlias = Callable[[int, int, int], TileTables]  # tables of one mask for (height, width, tested width)
+
+
 def of_bands(mask: BandMask, height: int, width: int, tested_width: int) -> TileTables:
-    """Tables of a band mask; ``width`` is a multiple of ``tested_width``, at whose multiples all tiles begin."""
+    """Tables of a band mask, for blocks of ``height`` rows and tiles of ``width`` and ``tested_width`` columns.
+
+    ``width`` is a multiple of ``tested_width``. Every tile begins at a multiple of ``tested_width``.
+    """
     each, grid = width // tested_width, tested_width
     bands = mask.bands
     tops = np.arange(0, mask.num_q, height)
@@ -106,9 +114,10 @@ def _tested(row: Ints, column: Ints, part: Ints, parts: Ints, width: int) -> tup
 
 
 def of_blocks(mask: BlockMap, height: int, width: int, tested_width: int) -> TileTables:
-    """Tables of a block map, all maps one after the other.
+    """Tables of a block map, its maps one after the other; sizes as for ``of_bands``.
 
-    Rows are cut at its edges, so that kept blocks are seen whole; what whole tiles leave of a stretch of kept blocks is tested.
+    Blocks of rows end where the map's blocks end, so that kept blocks are seen whole. What whole tiles leave of a stretch of kept
+    blocks is tested.
     """
     heights = np.diff(mask.q_edges)
     number, piece = spread(np.zeros(len(heights), dtype=np.int64), -(-heights // height))

@@ -1,4 +1,4 @@
-"""Two partial results joined by one kernel, in place: each out is read once and written once."""
+"""Two partial results merged in place by one Triton kernel, which reads and writes each out once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-# Rows of a block and its warps. Not tuned: it moves memory, and a row of a head is at least a few whole sectors.
+# Rows and warps of a block. They are not tuned: the kernel only moves memory, and a row of a head is several whole sectors.
 ROWS, WARPS = 16, 4
 
 
 def fused_merge_into(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor) -> None:
-    """See ``merge.merge_into``. Heads lie whole in memory: strides over tokens and heads may be any."""
+    """``merge.merge_into`` on CUDA. Each head of ``out`` is contiguous; strides over tokens and heads may be any."""
     tokens, heads, dim = out.shape
     if not out.numel():
         return
@@ -31,6 +31,7 @@ def merge_kernel(
     out_t, out_h, lse_t, lse_h, other_t, other_h, other_lse_t, other_lse_h, tokens,
     D: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
+    """Merge ROWS rows of one head: program (block of rows, head). ``_t`` and ``_h``: strides over tokens and heads."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, PAD)

@@ -1,15 +1,23 @@
-"""Launch shapes of our Triton kernels: which tile, how many warps, how many tiles in flight. What was tuned is written down here.
+"""Our Triton kernels but for their tables, and their launch shapes: tile, warps, tiles in flight, with what was tuned.
 
-No torch: a plan asks on a login node.
+Nothing here loads torch before ``prepare``, since a plan on a login node asks for shapes.
 """
 
 from __future__ import annotations
 
+import os
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from lcbench.kernels.base import Kernel, Platform
-from lcbench.problem import Heads
+from lcbench.kernels.base import HALVES, Kernel, Platform, Prepared, half_on_cuda, importable
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+    from lcbench.kernels.tile_tables import MakeTables
 
 
 class Shape(NamedTuple):
@@ -55,15 +63,21 @@ REST = 3
 
 @dataclass(frozen=True)
 class Tiled(Kernel):
-    """A kernel of ours. ``block_q`` x ``block_k`` tokens are a tile of forward and dq, ``block_dk`` keys x ``block_dq`` queries one
-    of dk and dv. None: what was tuned for the device and the head dim, else a tile of 64 x 64 tokens or less.
+    """A Triton kernel of ours: a subclass says which tables of tiles a mask has.
+
+    A side that is None is what was tuned for the device and the head dim, else 64 tokens or less.
+
+    Attributes:
+        block_q, block_k: queries and keys of a tile of forward and of dq.
+        block_dk, block_dq: keys and queries of a tile of dk and dv.
+        largest: the most tokens of a side of a tuned tile.
     """
 
     block_q: int | None = None
     block_k: int | None = None
     block_dk: int | None = None
     block_dq: int | None = None
-    largest: ClassVar[int] = 128  # the most tokens of a tile's side, of those that are tuned
+    largest: ClassVar[int] = 128
 
     def __post_init__(self) -> None:
         """Raises ValueError for a tile that Triton cannot have."""
@@ -91,6 +105,29 @@ class Tiled(Kernel):
     def launch(self, heads: Heads, dtype: str, platform: Platform) -> dict[str, Any]:
         shapes = self.shapes(heads.dim, {"float64": 8, "float32": 4}.get(dtype, 2), platform.capability)
         return {name: shape._asdict() for name, shape in shapes._asdict().items()}
+
+    @abstractmethod
+    def tables(self, mask: Mask) -> MakeTables:
+        """How the tables of tiles of a mask are made, given sizes of blocks and tiles."""
+        ...
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        if platform.type == "cuda":
+            return half_on_cuda(problem, platform, "Triton", dtypes=(*HALVES, "float32"))
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton runs on CUDA devices; on a CPU under TRITON_INTERPRET=1 only, which is for checks and not for speed"
+        if problem.dtype == "bfloat16":
+            return "Triton's interpreter on a CPU multiplies no bfloat16"
+        return None
+
+    def missing(self) -> str | None:
+        return importable("triton")
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        from lcbench.kernels.triton_tiles import PreparedTiles
+
+        shapes = self.shapes(heads.dim, dtype.itemsize, Platform.of(device).capability)
+        return PreparedTiles(self.tables(mask), self.tables(mask.transpose()), shapes, heads, device)
 
 
 def _fitting(

@@ -4,15 +4,14 @@ The online softmax is that of FlashAttention-2 (arXiv 2307.08691). Backward is t
 for dq and one over blocks of keys for dk and dv, so nothing is added atomically and results repeat bit by bit. Layouts are
 packed as in ``base``; tensors are read where they lie, whatever their strides over tokens and heads.
 
-A kernel walks the stretches of its block in one loop over tiles, so that the next tile is always being read, whichever stretch it
-is of. Tiles that are tested against bands have a loop of their own, with narrower tiles: that keeps registers from spilling.
+A kernel walks the stretches of its block in one loop over tiles. So it reads the next tile ahead across the end of a stretch too.
+Tiles that are tested against bands have a loop of their own, with narrower tiles, which keeps registers from spilling.
 
-Compiled for CUDA; under ``TRITON_INTERPRET=1`` the same code runs on a CPU, slowly, which is how tests see it.
+The code is compiled for CUDA. Under ``TRITON_INTERPRET=1`` it runs on a CPU, slowly; tests run it so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,15 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lcbench.kernels.base import LOG2_E, accumulation_dtype, heads_whole
-from lcbench.kernels.tile_tables import TileTables
+from lcbench.kernels.base import LOG2_E, Gradients, OutLse, Saved, accumulation_dtype, heads_whole
+from lcbench.kernels.tile_tables import MakeTables, TileTables
 from lcbench.kernels.triton_shapes import Shape, Shapes
 from lcbench.problem import Heads
 
 INT32 = np.iinfo(np.int32)
-# Rows of ``delta_kernel``, and its warps.
+# Rows of a block of ``delta_kernel``, and its warps.
 DELTA_ROWS, DELTA_WARPS = 64, 4
-# What a kernel reads of this module has to be a constant of Triton's.
+# A Triton kernel reads globals only if they are constexpr.
 IN_LOG2: tl.constexpr = tl.constexpr(LOG2_E)
 
 
@@ -56,24 +55,24 @@ class PreparedTiles:
 
     calls = 1
 
-    def __init__(self, tables: Callable[[bool, int, int, int], TileTables], shapes: Shapes, heads: Heads, device: torch.device):
-        """``tables(transposed, rows, columns, tested)`` are those of the mask, or of its transpose."""
+    def __init__(self, tables: MakeTables, transposed: MakeTables, shapes: Shapes, heads: Heads, device: torch.device) -> None:
+        """``tables`` are made of the mask, ``transposed`` of its transpose."""
         self._shapes, self._heads = shapes, heads
-        made: dict[tuple[bool, int, int, int], Tables] = {}
-        for transposed, shape in ((False, shapes.forward), (False, shapes.dq), (True, shapes.dkv)):
-            key = transposed, shape.rows, shape.columns, shape.tested
-            if key not in made:
-                made[key] = Tables(tables(*key), device)
-        self._forward, self._dq = (made[False, x.rows, x.columns, x.tested] for x in (shapes.forward, shapes.dq))
-        self._dkv = made[True, shapes.dkv.rows, shapes.dkv.columns, shapes.dkv.tested]
-        # A tile may reach so far beyond the last query.
+
+        def made(make: MakeTables, shape: Shape) -> Tables:
+            return Tables(make(shape.rows, shape.columns, shape.tested), device)
+
+        alike = shapes.forward[:3] == shapes.dq[:3]
+        self._forward, self._dkv = made(tables, shapes.forward), made(transposed, shapes.dkv)
+        self._dq = self._forward if alike else made(tables, shapes.dq)
+        # The most tokens that a tile may reach beyond the last query.
         self._beyond = max(x for shape in (shapes.dq, shapes.dkv) for x in (shape.rows, shape.columns, DELTA_ROWS))
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raises:
-        ValueError: a softmax scale that is not above zero; the largest score is looked for before it is applied.
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
+        """(out, lse), out in the inputs' type.
+
+        Raises:
+            ValueError: ``softmax_scale`` is not above 0. The kernel looks for the largest score before it applies the scale.
         """
         if not softmax_scale > 0:
             raise ValueError(f"our Triton kernels take softmax scales above 0, not {softmax_scale}")
@@ -83,17 +82,8 @@ class PreparedTiles:
         launch_forward(self._forward, self._shapes.forward, self._heads, q, k, v, out, lse, softmax_scale)
         return out, lse
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+        q, k, v, out, lse = saved
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         dout, q, k, v, out = map(heads_whole, (dout, q, k, v, out))
         stats = row_stats(dout, out, lse, self._beyond)
@@ -106,7 +96,7 @@ def launch_forward(
     tables: Tables, shape: Shape, heads: Heads, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
     lse: torch.Tensor, scale: float,
 ) -> Any:  # fmt: skip
-    """out and LSE into tensors given; returns what was compiled (None under the interpreter)."""
+    """Write out and LSE into the tensors given. Returns the compiled kernel, None under the interpreter."""
     described, tiles = _tiles(tables, shape, k, v)
     return forward_kernel[tables.blocks, q.shape[1]](
         *tables.arguments, q, *tiles, out, lse, *_strides(q, k, v, out, lse), k.shape[0], scale * LOG2_E,
@@ -115,9 +105,10 @@ def launch_forward(
 
 
 def row_stats(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, beyond: int) -> torch.Tensor:
-    """What backward needs of each row and head, (2, Hq, Tq + beyond): LSE in powers of two, and rowsum(dout * out).
+    """What backward needs of each row and head: LSE in powers of two, and rowsum(dout * out).
 
-    For rows without keys and beyond the last one LSE is infinite, so that their weights are 0.
+    Returns (2, Hq, Tq + ``beyond`` or more), in the type of ``lse``. LSE is infinite for rows without keys and beyond the last
+    row, so that their weights are 0.
     """
     tokens, heads, dim = dout.shape
     stats = torch.empty(2, heads, -(-(tokens + beyond) // DELTA_ROWS) * DELTA_ROWS, dtype=lse.dtype, device=lse.device)
@@ -132,7 +123,7 @@ def launch_dq(
     tables: Tables, shape: Shape, heads: Heads, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor,
     stats: torch.Tensor, dq: torch.Tensor, scale: float,
 ) -> Any:  # fmt: skip
-    """dq into a tensor given."""
+    """Write dq into the tensor given. Returns as ``launch_forward``."""
     described, tiles = _tiles(tables, shape, k, v)
     return dq_kernel[tables.blocks, q.shape[1]](
         *tables.arguments, q, *tiles, dout, stats, dq, *_strides(q, k, v, dout, dq), stats.shape[2],
@@ -144,7 +135,7 @@ def launch_dkv(
     tables: Tables, shape: Shape, heads: Heads, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor,
     stats: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, scale: float,
 ) -> Any:  # fmt: skip
-    """dk and dv into tensors given."""
+    """Write dk and dv into the tensors given. Returns as ``launch_forward``."""
     described, tiles = _tiles(tables, shape, q, dout)
     return dkv_kernel[tables.blocks, k.shape[1]](
         *tables.arguments, k, v, *tiles, stats, dk, dv, *_strides(q, k, v, dout, dk, dv), stats.shape[2],
@@ -172,9 +163,9 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
 
 
 def _tiles(tables: Tables, shape: Shape, *tensors: torch.Tensor) -> tuple[bool, list[Any]]:
-    """Whether tiles of the tensors can be read by tensor descriptors; and these, those of tested tiles last, else the tensors.
+    """Whether tensor descriptors can read tiles of the tensors; then a descriptor each, tested tiles last, else the tensors twice.
 
-    A descriptor is of the matrix (tokens, heads and dims), which holds a head at ``head * stride`` whatever lies between heads.
+    A descriptor is of the matrix (tokens, heads and dims). A head begins at column ``head * stride``, whatever lies between heads.
     """
     if not (shape.described and all(_describable(x) for x in tensors)):
         return False, [*tensors, *tensors]

@@ -1,41 +1,56 @@
-"""For kernels that take sequences of many lengths with a window: any band mask as such calls, merged by LSE.
+"""Any band mask on a library that takes sequences of many lengths with a window ("varlen"): several calls, merged by LSE.
 
-Libraries differ in what they stand, and say so by ``Style``. ``WINDOWED`` ones (flash-attn) take any window and sequences without
-queries or without keys, so that q, k and v are used where they lie. Others get the sequences alone, their rows gathered; and where
-they know a causal bound but no other right bound, bands are cut into slices, of which those that are bounded below only run
-with queries and keys in reverse order, which makes them causal.
+A ``Style`` says which sequences and windows a library takes. ``WINDOWED`` libraries (flash-attn) take any window, and sequences
+without queries or without keys, so they read q, k and v in place. Other libraries get gathered rows of the sequences only. For a
+library whose only right bound is the causal one, bands are cut into slices; a slice that is bounded below only becomes causal when
+its queries and keys are reversed, and runs that way.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from lcbench.kernels.base import Merged, Prepared, accumulation_dtype, heads_whole
-from lcbench.masks.band import BandMask, spread
+from lcbench.kernels.base import Gradients, Kernel, Merged, OutLse, Platform, Prepared, Saved, accumulation_dtype, heads_whole
+from lcbench.masks.band import BandMask, Ints, spread
 from lcbench.masks.convert import Varlen, varlen, without_right_windows
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads
 
 if TYPE_CHECKING:
     import torch
 
 
 class Style(NamedTuple):
-    gaps: bool  # sequences without queries or without keys are fine
-    right: bool  # a window may reach right of the diagonal
+    """Which sequences and windows a library takes.
+
+    Attributes:
+        gaps: it takes sequences without queries or without keys.
+        right: it takes windows that reach right of the diagonal.
+    """
+
+    gaps: bool
+    right: bool
 
 
 WINDOWED = Style(gaps=True, right=True)
+CAUSAL = Style(gaps=False, right=False)
 
 
 @dataclass(frozen=True)
 class VarlenCall:
-    """One call: sequence i is rows ``cu_q[i]:cu_q[i + 1]`` against keys ``cu_k[i]:cu_k[i + 1]``, int32 on the device.
+    """One varlen call.
 
-    ``window`` is (left, right), aligned to the bottom right corner of each sequence, -1 for no bound. ``lengths``:
-    (queries, keys) of each sequence, on the host.
+    Attributes:
+        cu_q, cu_k: (sequences + 1), int32 on the device: sequence i is rows ``cu_q[i]:cu_q[i + 1]`` against keys
+            ``cu_k[i]:cu_k[i + 1]``.
+        max_q, max_k: the longest sequence, tokens.
+        window: (left, right) in tokens, aligned to the bottom right corner of each sequence; -1 for no bound.
+        lengths: (queries, keys) of each sequence, on the host.
     """
 
     cu_q: torch.Tensor
@@ -47,40 +62,62 @@ class VarlenCall:
 
     @property
     def causal(self) -> bool:
+        """Whether the window is the causal bound alone."""
         return self.window == (-1, 0)
 
 
 class VarlenRun(Protocol):
-    """A library's varlen functions made ready for one call; LSE is (H, T), for rows without keys what the library says."""
+    """A library's varlen functions made ready for one call. Here LSE is (Hq, Tq); in rows without keys it is infinite."""
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
+        """(out, lse); the infinity of rows without keys has the sign that the library gives it."""
+        ...
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    def backward(self, dout: torch.Tensor, saved: Saved, scale: float) -> Gradients:
+        """(dq, dk, dv); ``saved.lse`` is +inf in rows without keys, ``saved.out`` has the inputs' type."""
+        ...
+
+
+class VarlenKernel(Kernel):
+    """A kernel whose library takes sequences of many lengths with a window: it says how one call is made.
+
+    Attributes:
+        style: which sequences and windows the library takes.
+    """
+
+    style: ClassVar[Style] = WINDOWED
+
+    @abstractmethod
+    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
+        """The library's functions for one call.
+
+        Raises:
+            Unsupported: the library cannot run this call.
+        """
+        ...
+
+    def calls(self, mask: BandMask, platform: Platform) -> int:
+        return count_varlen(mask, self.style)
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        assert isinstance(mask, BandMask)
+        return prepare_varlen(mask, device, lambda call: self.ready(call, heads, dtype), self.style)
 
 
 def count_varlen(mask: BandMask, style: Style = WINDOWED) -> int:
-    """Calls that a mask takes."""
+    """Varlen calls that a mask takes."""
     return len(list(_groups(mask, style)))
 
 
 def prepare_varlen(
     mask: BandMask, device: torch.device, ready: Callable[[VarlenCall], VarlenRun], style: Style = WINDOWED
 ) -> Prepared:
-    """A mask as varlen calls of one library, which ``ready`` is asked for once for each of them."""
+    """A mask as varlen calls of one library; ``ready`` is called once for each of them."""
     return Merged([_Part(group, flipped, mask, device, ready, style) for group, flipped in _groups(mask, style)])
 
 
 def _groups(mask: BandMask, style: Style) -> Iterator[tuple[Varlen, bool]]:
-    """(call, whether it runs with queries and keys in reverse order)."""
+    """Pairs of a call and whether its queries and keys are reversed."""
     if style.right:
         yield from ((group, False) for group in varlen(mask))
         return
@@ -90,7 +127,7 @@ def _groups(mask: BandMask, style: Style) -> Iterator[tuple[Varlen, bool]]:
 
 
 def _reversed(mask: BandMask) -> BandMask:
-    """Queries and keys counted from the end."""
+    """The mask with queries and keys counted from the end."""
     q0, q1, k0, k1, lo, hi = mask.bands.T
     corner = mask.num_k - mask.num_q
     return BandMask.of(
@@ -99,8 +136,18 @@ def _reversed(mask: BandMask) -> BandMask:
     )  # fmt: skip
 
 
+def _call(cu_q: Ints, cu_k: Ints, window: tuple[int, int], device: torch.device) -> VarlenCall:
+    import torch
+
+    lengths = np.stack([np.diff(cu_q), np.diff(cu_k)], axis=1)
+    on_q, on_k = (torch.from_numpy(cu.astype(np.int32)).to(device) for cu in (cu_q, cu_k))
+    # flash-attn takes another layout where no sequence has two queries, and that one refuses sequences without any.
+    max_q = max(2, int(lengths[:, 0].max()))
+    return VarlenCall(on_q, on_k, max_q, int(lengths[:, 1].max()), window, tuple(map(tuple, lengths.tolist())))
+
+
 class _Part:
-    """One varlen call; ``calls`` is 1."""
+    """One varlen call, with its rows gathered and its results put back where the library takes no gaps."""
 
     calls = 1
 
@@ -125,26 +172,18 @@ class _Part:
                 if len(rows) != number or flipped:
                     self._rows[side] = torch.from_numpy(rows).to(device)
             cu_q, cu_k = (np.concatenate([[0], np.cumsum(np.diff(cu)[whole])]) for cu in (cu_q, cu_k))
-        lengths = np.stack([np.diff(cu_q), np.diff(cu_k)], axis=1)
-        offsets = [torch.from_numpy(cu.astype(np.int32)).to(device) for cu in (cu_q, cu_k)]
-        # flash-attn runs another layout where no sequence has two queries, which does not stand ones without any.
-        max_q = max(2, int(lengths[:, 0].max()))
-        self._run = ready(
-            VarlenCall(offsets[0], offsets[1], max_q, int(lengths[:, 1].max()), group.window, tuple(map(tuple, lengths.tolist())))
-        )
+        self._run = ready(_call(cu_q, cu_k, group.window, device))
 
     def _take(self, *tensors: torch.Tensor, side: int) -> list[torch.Tensor]:
         rows = self._rows[side]
         return [heads_whole(x) if rows is None else x[rows] for x in tensors]
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         import torch
 
         (own_q,), (own_k, own_v) = self._take(q, side=0), self._take(k, v, side=1)
         out, lse = self._run.forward(own_q, own_k, own_v, softmax_scale)
-        # Libraries give +inf or -inf for a row without keys.
+        # Libraries give +inf or -inf for a row without keys; here it is -inf.
         lse = torch.where(lse == torch.inf, -torch.inf, lse).T.contiguous()
         if self._rows[0] is None:
             return out, lse
@@ -152,24 +191,16 @@ class _Part:
         whole_out[self._rows[0]], whole_lse[self._rows[0]] = out, lse
         return whole_out, whole_lse
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
         import torch
 
-        # For a row without keys +inf makes the weights vanish, whatever the library itself gives there.
+        q, k, v, out, lse = saved
+        # +inf makes the weights of a row without keys 0, whichever infinity the library itself gives there.
         kernel_lse = torch.where(lse == -torch.inf, torch.inf, lse)
         own_dout, own_q, own_out, own_lse = self._take(dout, q, out.to(q.dtype), kernel_lse, side=0)
         own_k, own_v = self._take(k, v, side=1)
-        grads = self._run.backward(own_dout, own_q, own_k, own_v, own_out, own_lse.T.contiguous(), softmax_scale)
+        own = Saved(own_q, own_k, own_v, own_out, own_lse.T.contiguous())
+        grads = self._run.backward(own_dout, own, softmax_scale)
         found = []
         for grad, like, rows in zip(grads, (q, k, v), (self._rows[0], self._rows[1], self._rows[1]), strict=True):
             if rows is None:

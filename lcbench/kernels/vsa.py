@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, Unsupported, half_on_cuda, heads_first, only_blocks
+from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, Saved, Unsupported, half_on_cuda, heads_first, only_blocks
 from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.block import BlockMap, kept_first, uniform_blocks
 from lcbench.masks.mask import Mask
@@ -16,6 +16,8 @@ from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
     import torch
+
+    from lcbench.kernels.base import Gradients, OutLse
 
 
 BLOCK = 64
@@ -28,6 +30,8 @@ CALLS = (
 
 @dataclass(frozen=True)
 class VSA(Kernel):
+    """fastvideo-kernel on block maps, bfloat16 on CUDA, head dims up to 128."""
+
     takes: ClassVar[str] = "blocks"
     libraries: ClassVar[tuple[str, ...]] = ("fastvideo-kernel",)
 
@@ -56,6 +60,8 @@ def _refused(mask: Mask, heads: Heads) -> str | None:
 
 
 class PreparedVSA:
+    """A block map as the library's lists of kept blocks of keys per block of queries."""
+
     calls = 1
 
     def __init__(self, mask: BlockMap, heads: Heads, device: torch.device) -> None:
@@ -71,28 +77,17 @@ class PreparedVSA:
         if abs(softmax_scale * q.shape[2] ** 0.5 - 1) > 1e-6:
             raise ValueError(f"VSA's softmax scale is 1 / sqrt(D), not {softmax_scale}")
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         from fastvideo_kernel.block_sparse_attn import block_sparse_attn_triton
 
         self._own_scale(q, softmax_scale)
         out, log2 = block_sparse_attn_triton(*(heads_first(x).contiguous() for x in (q, k, v)), *self._lists)
         return out[0].transpose(0, 1), (log2[0].T / LOG2_E).contiguous()
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        softmax_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
         from fastvideo_kernel.block_sparse_attn import block_sparse_attn_backward_triton
 
+        q, k, v, out, lse = saved
         self._own_scale(q, softmax_scale)
         dout, q, k, v, out = (heads_first(x).contiguous() for x in (dout, q, k, v, out.to(q.dtype)))
         log2 = (lse.T * LOG2_E)[None].contiguous()

@@ -10,18 +10,15 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, half_on_cuda, importable, per_kv_head, per_query_head
+from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, half_on_cuda, importable, per_kv_head, per_query_head
 from lcbench.kernels.library import LibraryCall, flash_attention_2_is_here, release_of, unfit
-from lcbench.kernels.varlen import Style, VarlenCall, count_varlen, prepare_varlen
-from lcbench.masks.band import BandMask
-from lcbench.masks.mask import Mask
+from lcbench.kernels.varlen import CAUSAL, Style, VarlenCall, VarlenKernel, VarlenRun
 from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
     import torch
 
 
-STYLE = Style(gaps=False, right=False)
 UNTRIED = (0, 0, 36)  # from here on its operators are another package's, and nobody has tried them with this adapter
 CALLS = (
     LibraryCall("xformers.ops.fmha", "memory_efficient_attention_forward_requires_grad", 3, ("attn_bias", "scale", "op")),
@@ -31,7 +28,10 @@ CALLS = (
 
 
 @dataclass(frozen=True)
-class XFormers(Kernel):
+class XFormers(VarlenKernel):
+    """xformers' flash operator, compute capability 8.0 to 9.0, half types, head dims up to 256."""
+
+    style: ClassVar[Style] = CAUSAL
     libraries: ClassVar[tuple[str, ...]] = ("xformers",)
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
@@ -43,12 +43,8 @@ class XFormers(Kernel):
         found = importable("xformers") or _too_new() or importable("xformers.ops.fmha.flash")
         return found or unfit(*CALLS) or _not_for_this_torch()
 
-    def calls(self, mask: BandMask, platform: Platform) -> int:
-        return count_varlen(mask, STYLE)
-
-    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
-        assert isinstance(mask, BandMask)
-        return prepare_varlen(mask, device, _Run, STYLE)
+    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
+        return _Run(call)
 
 
 def _too_new() -> str | None:
@@ -71,7 +67,7 @@ class _Run:
     def __init__(self, call: VarlenCall) -> None:
         self._bias = _bias(call)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
         from xformers.ops.fmha import flash, memory_efficient_attention_forward_requires_grad
 
         keys, values = (per_query_head(x, q.shape[1], 1)[None] for x in (k, v))
@@ -80,18 +76,10 @@ class _Run:
         )
         return out[0], lse[0]
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Saved, scale: float) -> Gradients:
         from xformers.ops.fmha import flash, memory_efficient_attention_backward
 
+        q, k, v, out, lse = saved
         keys, values = (per_query_head(x, q.shape[1], 1)[None] for x in (k, v))
         dq, dk, dv = memory_efficient_attention_backward(
             dout[None], out[None], lse[None], q[None], keys, values, attn_bias=self._bias, scale=scale, op=flash.BwOp

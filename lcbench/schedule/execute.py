@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from lcbench.kernels.base import Kernel, Prepared, accumulation_dtype, prepare
+from lcbench.kernels.base import Saved as Attended
 from lcbench.kernels.merge import merge_into
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -359,7 +360,8 @@ class Executor:
         self._begin(compute, communicate)
         if isinstance(saved.kv, tuple):
             assert self._alone is not None
-            grads = self._alone.backward(dout, saved.q, *saved.kv, saved.out, saved.lse, softmax_scale=self.problem.softmax_scale)
+            whole = Attended(saved.q, *saved.kv, saved.out, saved.lse)
+            grads = self._alone.backward(dout, whole, softmax_scale=self.problem.softmax_scale)
             dq, dk, dv = (grad.to(dout.dtype) for grad in grads)
             return dq, dk, dv
         self._own, self._saved = self._backward_own(dout, saved.kv, saved), saved
@@ -384,7 +386,8 @@ class Executor:
         q, dout = (self._value(kind, call, number) for kind in ("q", "dout"))
         k, v = self._keys_and_values(call, number)
         out, lse = self._whole_rows(call, dout, number)
-        dq, dk, dv = kernel.backward(dout, q, k, v, out, lse.contiguous(), softmax_scale=self.problem.softmax_scale)
+        tile = Attended(q, k, v, out, lse.contiguous())
+        dq, dk, dv = kernel.backward(dout, tile, softmax_scale=self.problem.softmax_scale)
         self._add("dq", call, number, [dq])
         self._add("dkv", call, number, [dk, dv])
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Prepared
+from lcbench.kernels.base import OutLse, Prepared
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import Band, BandMask
 from lcbench.masks.mask import Mask
@@ -87,8 +87,6 @@ class _Wrong:
     def __init__(self, prepared: Prepared) -> None:
         self._prepared, self.calls, self.backward = prepared, prepared.calls, prepared.backward
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         out, lse = self._prepared.forward(q, k, v, softmax_scale=softmax_scale)
         return out * 1.001, lse

@@ -23,7 +23,7 @@ import torch
 from lcbench.cp.none import Local
 from lcbench.grid.paths import CONF
 from lcbench.grid.values import axis_values, parse_tokens
-from lcbench.kernels.base import Kernel, Unsupported, prepare, refusal
+from lcbench.kernels.base import Kernel, Saved, Unsupported, prepare, refusal
 from lcbench.kernels.reference import Reference
 from lcbench.masks.band import Band, BandMask, DoesNotFit
 from lcbench.masks.block import BlockMap
@@ -190,8 +190,8 @@ def _compare(kernel: Kernel, mask: Mask, problem: Problem, plan: Plan) -> Row:
     out, lse = prepared.forward(q, k, v, softmax_scale=scale)
     got = [out, lse]
     if problem.backward:
-        want += exact.backward(dout, q, k, v, want[0], want[1], softmax_scale=scale)
-        got += prepared.backward(dout, q, k, v, out.to(q.dtype), lse, softmax_scale=scale)
+        want += exact.backward(dout, Saved(q, k, v, want[0], want[1]), softmax_scale=scale)
+        got += prepared.backward(dout, Saved(q, k, v, out.to(q.dtype), lse), softmax_scale=scale)
     errors = {}
     for tensor, mine, reference in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=False):
         difference = torch.where(mine.double() == reference, 0.0, (mine.double() - reference).abs())
@@ -242,7 +242,7 @@ def _first_pass(kernel: Kernel, mask: Mask, problem: Problem, plan: Plan) -> Row
     prepared = prepare(kernel, mask, problem.heads, getattr(torch, problem.dtype), plan.device)
     out, lse = prepared.forward(q, k, v, softmax_scale=problem.softmax_scale)
     if problem.backward:
-        prepared.backward(dout, q, k, v, out.to(q.dtype), lse, softmax_scale=problem.softmax_scale)
+        prepared.backward(dout, Saved(q, k, v, out.to(q.dtype), lse), softmax_scale=problem.softmax_scale)
     if plan.device.type == "cuda":
         torch.cuda.synchronize(plan.device)
     return {"status": "ok", "seconds": time.perf_counter() - begun}

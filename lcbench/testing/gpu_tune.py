@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
-from lcbench.kernels.tile_tables import TileTables, of_bands, of_blocks
+from lcbench.kernels.tile_tables import MakeTables
+from lcbench.kernels.triton_band import TritonBand
+from lcbench.kernels.triton_block_sparse import TritonBlockSparse
 from lcbench.kernels.triton_shapes import Shape
 from lcbench.kernels.triton_tiles import Tables, launch_dkv, launch_dq, launch_forward, row_stats
-from lcbench.masks.band import BandMask
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
@@ -104,7 +105,7 @@ class Cell:
     def tables(self, candidate: Candidate) -> Tables:
         key = candidate.kernel == "dkv", *candidate.shape[:3]
         if key not in self._tables:
-            self._tables[key] = Tables(tables_of(self.mask.transpose() if key[0] else self.mask, *key[1:]), self.q.device)
+            self._tables[key] = Tables(tables_of(self.mask.transpose() if key[0] else self.mask)(*key[1:]), self.q.device)
         return self._tables[key]
 
     def run(self, candidate: Candidate) -> Any:
@@ -120,11 +121,9 @@ class Cell:
         return launch_dkv(*given, self.dk, self.dv, self.scale)
 
 
-def tables_of(mask: Mask, rows: int, columns: int, tested: int) -> TileTables:
-    if isinstance(mask, BlockMap):
-        return of_blocks(mask, rows, columns, tested)
-    assert isinstance(mask, BandMask)
-    return of_bands(mask, rows, columns, tested)
+def tables_of(mask: Mask) -> MakeTables:
+    """How our kernel for such masks makes their tables."""
+    return (TritonBlockSparse if isinstance(mask, BlockMap) else TritonBand)().tables(mask)
 
 
 def small(name: str, heads: Heads) -> Mask:

@@ -25,7 +25,7 @@ from lcbench.masks.lengths import Explicit
 from lcbench.masks.sliding_window import sliding_window
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Groups
-from lcbench.testing import fake_libraries
+from lcbench.testing.fake_libraries import flash_attn2
 from lcbench.testing.masks import load, names
 from lcbench.testing.spawn import run_ranks
 
@@ -143,7 +143,7 @@ def test_ring_flash_attention_is_imported_without_its_adapter_for_hugging_face(
     (package / "__init__.py").write_text("\n".join(written))
     (package / "adapters" / "__init__.py").write_text("from transformers.modeling_flash_attention_utils import gone_long_ago")
     monkeypatch.syspath_prepend(tmp_path)
-    for name, module in fake_libraries.flash_attn2().items():
+    for name, module in flash_attn2.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     for name in ("ring_flash_attn", "ring_flash_attn.adapters"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -20,7 +20,8 @@ from lcbench.masks.full import full
 from lcbench.masks.lengths import Explicit
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Groups
-from lcbench.testing import fake_libraries, wheels
+from lcbench.testing import wheels
+from lcbench.testing.fake_libraries import flash_attn2
 from lcbench.testing.masks import load, names
 from lcbench.testing.spawn import run_ranks
 
@@ -47,7 +48,7 @@ def peers(ranks: int) -> dict[str, Strategy]:
 
 def check_peers(rank: int, ranks: int, folder: str) -> None:
     site.addsitedir(folder)
-    sys.modules.update(fake_libraries.flash_attn2())
+    sys.modules.update(flash_attn2.modules())
     problem = Problem(SEQLEN, HEADS, Scale(1, ranks), "bfloat16", "forward_backward")
     inputs, groups, ran = tensors(problem), Groups(), []
     for name, peer in peers(ranks).items():

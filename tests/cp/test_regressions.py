@@ -23,7 +23,7 @@ from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
 from lcbench.grid.build import build_strategy
-from lcbench.kernels.base import Prepared, accumulation_dtype
+from lcbench.kernels.base import Gradients, Prepared, Saved, accumulation_dtype
 from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import Band, BandMask
@@ -279,8 +279,8 @@ class PreparedRetyped:
         out, lse = self.prepared.forward(*args, softmax_scale=softmax_scale)
         return out.to(self.out), lse.to(self.lse)
 
-    def backward(self, *args: torch.Tensor, softmax_scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dq, dk, dv = self.prepared.backward(*args, softmax_scale=softmax_scale)
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+        dq, dk, dv = self.prepared.backward(dout, saved, softmax_scale=softmax_scale)
         return dq.to(self.out), dk.to(self.out), dv.to(self.out)
 
 

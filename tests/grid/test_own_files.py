@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lcbench.grid.command_line import look
 from lcbench.grid.paths import REPOSITORY
 from lcbench.results import load
-from lcbench.sweep import look
 
 MODULE = """
 from dataclasses import dataclass

@@ -17,8 +17,8 @@ import pytest
 import torch
 from test_kernels import CPU, GROUPED, HARD, SEQLEN, check_kernel, kernel_of, problem_of
 
-from lcbench.kernels import flashinfer
-from lcbench.kernels.base import Kernel, Platform, Prepared, Unsupported, accumulation_dtype, importable, prepare
+from lcbench.kernels import flashinfer as flashinfer_kernel
+from lcbench.kernels.base import Gradients, Kernel, Platform, Prepared, Saved, Unsupported, accumulation_dtype, importable, prepare
 from lcbench.kernels.flex import PreparedFlex
 from lcbench.kernels.library import LibraryCall, signature_of, unfit
 from lcbench.kernels.te_fused import FORMATS
@@ -27,16 +27,27 @@ from lcbench.masks.block import BlockMap
 from lcbench.masks.block_random import block_random
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.testing import fake_libraries
 from lcbench.testing.dense import dense_attention, dense_heads
+from lcbench.testing.fake_libraries import (
+    fastvideo,
+    flash_attn2,
+    flash_attn3,
+    flash_attn4,
+    flashinfer,
+    flashmask,
+    magi_attention,
+    torch_operators,
+    transformer_engine,
+    xformers,
+)
 from lcbench.testing.masks import names, small
 
 Tensor = torch.Tensor
 H200 = Platform("cuda", (9, 0), 141 << 30)
 DENSE: dict[str, Callable[[], dict[str, ModuleType]]] = {
-    "flash_attn2": fake_libraries.flash_attn2, "flash_attn3": fake_libraries.flash_attn3, "flash_attn4": fake_libraries.flash_attn4,
-    "te_fused": fake_libraries.transformer_engine, "te_fused 2.5": partial(fake_libraries.transformer_engine, "2.5"),
-    "xformers": fake_libraries.xformers, "ffa": fake_libraries.magi_attention,
+    "flash_attn2": flash_attn2.modules, "flash_attn3": flash_attn3.modules, "flash_attn4": flash_attn4.modules,
+    "te_fused": transformer_engine.modules, "te_fused 2.5": partial(transformer_engine.modules, "2.5"),
+    "xformers": xformers.modules, "ffa": magi_attention.modules,
 }  # fmt: skip
 
 
@@ -69,13 +80,11 @@ class Strided:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> tuple[Tensor, Tensor]:
         return self.prepared.forward(among_heads(q), *interleaved(k, v), softmax_scale=softmax_scale)
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, softmax_scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+        q, k, v, out, lse = saved
         out, lse = among_heads(out.to(accumulation_dtype(out.dtype))), lse.T.contiguous().T
-        return self.prepared.backward(
-            among_heads(dout), among_heads(q), *interleaved(k, v), out, lse, softmax_scale=softmax_scale
-        )  # fmt: skip
+        laid = Saved(among_heads(q), *interleaved(k, v), out, lse)
+        return self.prepared.backward(among_heads(dout), laid, softmax_scale=softmax_scale)
 
 
 def among_heads(x: Tensor) -> Tensor:
@@ -120,7 +129,7 @@ def test_dense_library_runs_every_mask(library: str, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("name", ["sdpa_efficient", "sdpa_cudnn"])
 def test_torch_cuda_backend_runs_every_mask(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for operator, fake in fake_libraries.torch_cuda_ops().items():
+    for operator, fake in torch_operators.operators().items():
         monkeypatch.setattr(torch.ops.aten, operator, fake)
     check_adapter(kernel_of(name), every_mask(tmp_path).values())
 
@@ -129,7 +138,7 @@ def test_torch_flash_on_cuda_runs_every_mask(tmp_path: Path, monkeypatch: pytest
     from lcbench.kernels.sdpa_flash import _CUDA, SDPAFlash
     from lcbench.kernels.varlen import count_varlen, prepare_varlen
 
-    for operator, fake in fake_libraries.torch_cuda_ops().items():
+    for operator, fake in torch_operators.operators().items():
         monkeypatch.setattr(torch.ops.aten, operator, fake)
 
     class OnCuda(SDPAFlash):
@@ -146,7 +155,7 @@ def test_flashmask_runs_every_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Blocks of several sizes, so that a test's sequence has many of them, and bounds lie within and between them."""
     kernel, masks = kernel_of("flashmask"), every_mask(tmp_path)
     for block_q, block_k in ((8, 16), (16, 4), (64, 64)):
-        monkeypatch.setattr(torch.ops, "flashmask", fake_libraries.flashmask_ops(block_q, block_k), raising=False)
+        monkeypatch.setattr(torch.ops, "flashmask", flashmask.operators(block_q, block_k), raising=False)
         check_adapter(kernel, masks.values())
     native = [name for name, mask in masks.items() if not isinstance(mask, BlockMap) and kernel.calls(mask, H200) == 1]
     assert len(native) > 10
@@ -163,7 +172,7 @@ def check_forward(kernel: Kernel, mask: Mask, heads: Heads, scale: float) -> Non
 
 
 def test_flashinfer_runs_every_mask_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, fake_libraries.flashinfer())
+    install(monkeypatch, flashinfer.modules())
     kernel = kernel_of("flashinfer")
     assert "direction=forward runs" in str(kernel.unsupported(problem_of(GROUPED), HARD["holes"]))
     for mask in every_mask(tmp_path).values():
@@ -171,7 +180,7 @@ def test_flashinfer_runs_every_mask_forward(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_flashinfer_sparse_runs_block_maps_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, fake_libraries.flashinfer())
+    install(monkeypatch, flashinfer.modules())
     kernel = kernel_of("flashinfer_sparse")
     forward = Problem(SEQLEN, GROUPED, Scale(1, 1), "bfloat16", "forward")
     for mask in every_mask(tmp_path).values():
@@ -184,7 +193,7 @@ def test_flashinfer_sparse_runs_block_maps_forward(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize(("name", "block", "heads"), [("flash_attn4_sparse", 128, Heads(4, 2, 16)), ("vsa", 64, Heads(2, 2, 16))])
 def test_sparse_library_runs_its_blocks(name: str, block: int, heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, {"flash_attn4_sparse": fake_libraries.flash_attn4, "vsa": fake_libraries.fastvideo}[name]())
+    install(monkeypatch, {"flash_attn4_sparse": flash_attn4.modules, "vsa": fastvideo.modules}[name]())
     kernel = kernel_of(name)
     assert kernel.missing() is None
     for per in ("all_heads", "kv_head", "q_head"):
@@ -204,8 +213,8 @@ def test_a_library_that_is_not_here_says_so(name: str) -> None:
 
 STANDINS = {
     **{name: library for name, library in DENSE.items() if " " not in name},
-    "flash_attn4_sparse": fake_libraries.flash_attn4, "vsa": fake_libraries.fastvideo, "flashinfer": fake_libraries.flashinfer,
-    "flashinfer_sparse": fake_libraries.flashinfer,
+    "flash_attn4_sparse": flash_attn4.modules, "vsa": fastvideo.modules, "flashinfer": flashinfer.modules,
+    "flashinfer_sparse": flashinfer.modules,
 }  # fmt: skip
 
 
@@ -295,7 +304,7 @@ def test_flash_attn3_of_the_release_is_refused(monkeypatch: pytest.MonkeyPatch) 
     def _flash_attn_forward(q: Any, k: Any, v: Any, k_new: Any, v_new: Any, qv: Any, out: Any, cu_seqlens_q: Any) -> None:
         raise AssertionError("not to be called")
 
-    modules = fake_libraries.flash_attn3()
+    modules = flash_attn3.modules()
     install(monkeypatch, modules)
     assert kernel_of("flash_attn3").missing() is None
     monkeypatch.setattr(modules["flash_attn_interface"], "_flash_attn_forward", _flash_attn_forward)
@@ -306,19 +315,19 @@ def test_flash_attn4_under_an_older_one_is_refused(monkeypatch: pytest.MonkeyPat
     def _flash_attn_fwd(q: Any, k: Any, v: Any, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, causal: bool = False) -> None:
         raise AssertionError("not to be called")
 
-    modules = fake_libraries.flash_attn4()
+    modules = flash_attn4.modules()
     install(monkeypatch, modules)
     for kernel in map(kernel_of, ("flash_attn4", "flash_attn4_sparse")):
         assert kernel.missing() is None
     monkeypatch.setattr(modules["flash_attn.cute.interface"], "_flash_attn_fwd", _flash_attn_fwd)
     assert "install flash-attn-4 after it" not in str(kernel_of("flash_attn4").missing())
-    install(monkeypatch, fake_libraries.flash_attn2())
+    install(monkeypatch, flash_attn2.modules())
     for kernel in map(kernel_of, ("flash_attn4", "flash_attn4_sparse")):
         assert "install flash-attn-4 after it" in str(kernel.missing())
 
 
 def test_magi_attention_that_returns_a_bare_lse_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = fake_libraries.magi_attention()
+    modules = magi_attention.modules()
     install(monkeypatch, modules)
     assert kernel_of("ffa").missing() is None
     monkeypatch.delattr(modules["magi_attention.functional.flex_flash_attn"], "AttnForwardMeta")
@@ -326,20 +335,20 @@ def test_magi_attention_that_returns_a_bare_lse_is_refused(monkeypatch: pytest.M
 
 
 def test_xformers_is_refused_where_it_was_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = fake_libraries.xformers()
+    modules = xformers.modules()
     install(monkeypatch, modules)
     for version, refused in (("0.0.35", False), ("0.0.35.post1+cu130", False), ("0.0.36", True), ("0.1.0.dev3", True)):
         monkeypatch.setattr(modules["xformers"], "__version__", version)
         assert ("was tried" in str(kernel_of("xformers").missing())) == refused, version
     monkeypatch.setattr(modules["xformers"], "__version__", "0.0.35")
-    install(monkeypatch, fake_libraries.flash_attn4())
+    install(monkeypatch, flash_attn4.modules())
     assert "beside both or neither" in str(kernel_of("xformers").missing())
-    install(monkeypatch, fake_libraries.flash_attn2())
+    install(monkeypatch, flash_attn2.modules())
     assert kernel_of("xformers").missing() is None
 
 
 def test_releases_of_cudnn_that_cannot_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, fake_libraries.transformer_engine() | {"cudnn": ModuleType("cudnn")})
+    install(monkeypatch, transformer_engine.modules() | {"cudnn": ModuleType("cudnn")})
     for version, reason in (
         (90600, "9.6.0"),
         (91000, "9.10.0 has known bugs"),
@@ -372,18 +381,18 @@ def test_a_library_whose_import_raises_anything_is_missing(
 
 
 def test_flashinfer_has_room_for_its_partial_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, fake_libraries.flashinfer())
+    install(monkeypatch, flashinfer.modules())
     heads, mask = Heads(64, 8, 128), BandMask.of(64, 64, [Band(0, 64, 0, 64)])
     check_forward(kernel_of("flashinfer"), mask, heads, 0.1)
-    first, second = flashinfer.workspace(heads, CPU), flashinfer.workspace(heads, CPU)
+    first, second = flashinfer_kernel.workspace(heads, CPU), flashinfer_kernel.workspace(heads, CPU)
     assert first is second
-    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 96 << 20)
+    monkeypatch.setattr(flashinfer_kernel, "WORKSPACE_BYTES", 96 << 20)
     with pytest.raises(AssertionError, match="batch_prefill_tmp_v"):
         check_forward(kernel_of("flashinfer"), mask, heads, 0.1)
 
 
 def test_flashinfer_refuses_a_plan_that_the_host_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, fake_libraries.flashinfer())
+    install(monkeypatch, flashinfer.modules())
     long = block_random(1 << 17, heads=GROUPED, seed=(1, 0), density=0.25, block_size=64, sizes="uniform", per="kv_head")
     monkeypatch.setattr(Platform, "of", lambda device: Platform("cpu", memory_bytes=1 << 30))
     with pytest.raises(Unsupported, match=r"lists the tokens of every kept block: \d+ GiB"):
@@ -391,7 +400,7 @@ def test_flashinfer_refuses_a_plan_that_the_host_cannot_hold(monkeypatch: pytest
 
 
 def test_xformers_whose_compiled_part_is_for_another_torch_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = fake_libraries.xformers()
+    modules = xformers.modules()
     install(monkeypatch, modules)
     assert kernel_of("xformers").missing() is None
     monkeypatch.setattr(modules["xformers._cpp_lib"], "_built_with_cuda", False)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcbench.kernels.base import Kernel
+from lcbench.kernels.base import Kernel, Saved
 from lcbench.kernels.flash_attn4 import FlashAttn4
 from lcbench.kernels.flash_attn4_sparse import FlashAttn4Sparse
 from lcbench.masks.band import Band, BandMask
@@ -59,7 +59,7 @@ def compile_both_directions(kernel: Kernel, mask: Mask) -> None:
         prepared = kernel.prepare(mask, HEADS, torch.bfloat16, cuda)
         out, lse = prepared.forward(q, k, v, softmax_scale=0.1)
         assert (out.shape, lse.shape) == (q.shape, q.shape[:2])
-        grads = prepared.backward(dout, q, k, v, out, lse, softmax_scale=0.1)
+        grads = prepared.backward(dout, Saved(q, k, v, out, lse), softmax_scale=0.1)
         assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
         from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 

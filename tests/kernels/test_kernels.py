@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lcbench.grid.build import build_kernel
-from lcbench.kernels.base import Kernel, Platform, native_calls, prepare, refusal
+from lcbench.kernels.base import Kernel, Platform, Saved, native_calls, prepare, refusal
 from lcbench.masks.band import Band, BandMask
 from lcbench.masks.block import BlockMap
 from lcbench.masks.block_random import block_random
@@ -61,7 +61,7 @@ def check_kernel(kernel: Kernel, mask: Mask, heads: Heads, dtype: torch.dtype, b
     prepared = prepare(kernel, mask, heads, dtype, CPU)
     assert prepared.calls == native_calls(kernel, mask, Platform("cpu"))
     out, lse = prepared.forward(q, k, v, softmax_scale=scale)
-    grads = prepared.backward(dout, q, k, v, out, lse, softmax_scale=scale)
+    grads = prepared.backward(dout, Saved(q, k, v, out, lse), softmax_scale=scale)
     assert torch.equal(lse == -torch.inf, want_lse == -torch.inf)
     seen = lse != -torch.inf
     for name, got, wanted in zip(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lcbench.kernels.base import Platform
+from lcbench.kernels.base import Platform, Saved
 from lcbench.kernels.tile_tables import TileTables, of_bands, of_blocks
 from lcbench.kernels.triton_band import TritonBand
 from lcbench.kernels.triton_block_sparse import TritonBlockSparse
@@ -88,6 +88,7 @@ def as_laid(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 def test_any_layout_and_narrow_tested_tiles_give_what_dense_attention_gives() -> None:
     from lcbench.kernels.triton_tiles import PreparedTiles, _describable
+    from lcbench.testing.gpu_tune import tables_of
 
     tokens, scale = 70, 0.4
     bands = BandMask.of(tokens, tokens, [Band(0, 50, 0, 70, -60, 0), Band(50, 64, 0, 9), Band(50, 64, 20, 70)])
@@ -102,16 +103,12 @@ def test_any_layout_and_narrow_tested_tiles_give_what_dense_attention_gives() ->
         laid = [as_laid(x, layout) for x in (q, k, v, dout)]
         assert all(_describable(x) == described for x in laid)
 
-        def tables(transposed: bool, *tile: int, mask: BandMask | BlockMap = mask) -> TileTables:
-            part = mask.transpose() if transposed else mask
-            return of_blocks(part, *tile) if isinstance(part, BlockMap) else of_bands(part, *tile)
-
         shapes = Shapes(Shape(32, 32, 16, 4, 2), Shape(16, 64, 16, 4, 2), Shape(32, 32, 16, 4, 2))
         results = []
         for using in (shapes, Shapes(*(replace_described(shape) for shape in shapes))):
-            prepared = PreparedTiles(tables, using, HEADS, CPU)
+            prepared = PreparedTiles(tables_of(mask), tables_of(mask.transpose()), using, HEADS, CPU)
             out, lse = prepared.forward(laid[0], laid[1], laid[2], softmax_scale=scale)
-            results.append([out, lse, *prepared.backward(laid[3], *laid[:3], out, lse, softmax_scale=scale)])
+            results.append([out, lse, *prepared.backward(laid[3], Saved(laid[0], laid[1], laid[2], out, lse), softmax_scale=scale)])
         for name, got, by_pointers, wanted in zip(
             ("out", "lse", "dq", "dk", "dv"), *results, (want.detach(), want_lse.detach(), *grads), strict=True
         ):
@@ -132,8 +129,8 @@ def test_out_may_be_wider_than_the_inputs() -> None:
     q, k, v, dout = pieces(40, torch.float32)
     prepared = TritonBand(16, 16, 16, 16).prepare(mask, HEADS, torch.float32, CPU)
     out, lse = prepared.forward(q, k, v, softmax_scale=0.3)
-    narrow = prepared.backward(dout, q, k, v, out, lse, softmax_scale=0.3)
-    wide = prepared.backward(dout, q, k, v, out.double(), lse, softmax_scale=0.3)
+    narrow = prepared.backward(dout, Saved(q, k, v, out, lse), softmax_scale=0.3)
+    wide = prepared.backward(dout, Saved(q, k, v, out.double(), lse), softmax_scale=0.3)
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(narrow, wide, strict=True))
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lcbench.cp.none import Local
-from lcbench.kernels.base import Kernel, Platform, Prepared, Rounding, prepare
+from lcbench.kernels.base import Kernel, Platform, Prepared, Rounding, Saved, prepare
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import BandMask, cropped
 from lcbench.masks.block import BlockMap
@@ -146,13 +146,11 @@ class _Prepared:
         out, lse = self._forward.forward(*given, softmax_scale=softmax_scale * self._fault.scale)
         return self._fault.outputs(out, lse, self._state) if self._fault.outputs else (out, lse)
 
-    def backward(
-        self, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *,
-        softmax_scale: float,
-    ) -> Any:  # fmt: skip
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Any:
+        q, k, v, out, lse = saved
         self._state.kept["dout"] = dout
         given = self._fault.inputs(q, k, v, self._state) if self._fault.inputs else (q, k, v)
-        grads = self._backward.backward(dout, *given, out, lse, softmax_scale=softmax_scale * self._fault.scale)
+        grads = self._backward.backward(dout, Saved(*given, out, lse), softmax_scale=softmax_scale * self._fault.scale)
         return self._fault.gradients(*grads, self._state) if self._fault.gradients else grads
 
 

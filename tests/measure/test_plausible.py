@@ -14,6 +14,7 @@ from lcbench.cp.base import Scheduled
 from lcbench.cp.ring import Ring
 from lcbench.cp.ulysses import Ulysses
 from lcbench.grid.build import build_strategy
+from lcbench.kernels.base import Saved
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.full import full
 from lcbench.masks.mask import Mask
@@ -153,7 +154,7 @@ def test_a_sound_kernel_passes_and_one_that_does_nothing_does_not(dtype: str) ->
     out = out.to(q.dtype)
     passes = {
         "forward": lambda: prepared.forward(q, k, v, softmax_scale=problem.softmax_scale),
-        "backward": lambda: prepared.backward(dout, q, k, v, out, lse, softmax_scale=problem.softmax_scale),
+        "backward": lambda: prepared.backward(dout, Saved(q, k, v, out, lse), softmax_scale=problem.softmax_scale),
     }
     pairs = float(tokens**2 * heads.q)
     for phase, flops in (("forward", forward_flops(pairs, heads)), ("backward", backward_flops(pairs, heads))):

@@ -25,7 +25,7 @@ from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
 from lcbench.grid.build import build_strategy
 from lcbench.grid.command_line import look
-from lcbench.kernels.base import Prepared, prepare
+from lcbench.kernels.base import Prepared, Saved, prepare
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.block import BlockMap
 from lcbench.masks.causal import causal
@@ -144,12 +144,10 @@ class PreparedStrict:
         assert v.is_contiguous()
         return self.prepared.forward(q, k, v, softmax_scale=softmax_scale)
 
-    def backward(
-        self, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, softmax_scale: float
-    ) -> Any:
-        assert k.is_contiguous()
-        assert v.is_contiguous()
-        return self.prepared.backward(dout, q, k, v, *rest, softmax_scale=softmax_scale)
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Any:
+        assert saved.k.is_contiguous()
+        assert saved.v.is_contiguous()
+        return self.prepared.backward(dout, saved, softmax_scale=softmax_scale)
 
 
 def ways(rank: int, ranks: int) -> None:
@@ -235,7 +233,7 @@ def test_a_block_map_on_a_band_kernel_gives_each_map_its_heads_as_the_kernel_wan
     for kernel in (SDPAFlash(), Strict()):
         prepared = prepare(kernel, mask, heads, torch.float64, CPU)
         out, lse = prepared.forward(q, k, v, softmax_scale=problem.softmax_scale)
-        results.append([out, lse, *prepared.backward(dout, q, k, v, out, lse, softmax_scale=problem.softmax_scale)])
+        results.append([out, lse, *prepared.backward(dout, Saved(q, k, v, out, lse), softmax_scale=problem.softmax_scale)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lcbench.cp.base import Place, RankRun
 from lcbench.cp.peers.library import LibraryStrategy, refused_length, refused_mask, segments
-from lcbench.kernels.base import Kernel, Prepared, heads_first
+from lcbench.kernels.base import Kernel, Prepared, Saved, heads_first
 from lcbench.masks.band import Band, BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -155,5 +155,5 @@ def _backward(
 ) -> list[Any]:
     dout, q, k, v, out = (_packed(x) for x in (grad_out, query, key, value, out))
     lse = logsumexp[0].T.contiguous()
-    grads = kernels[len(q), len(k), is_causal].backward(dout, q, k, v, out, lse, softmax_scale=scale)
+    grads = kernels[len(q), len(k), is_causal].backward(dout, Saved(q, k, v, out, lse), softmax_scale=scale)
     return [heads_first(grad) for grad in grads]
