@@ -22,7 +22,7 @@ def launcher_named(name: str, folders: Sequence[Path] = ()) -> Launches:
     loaders = [loader_of(None), *(loader_of(str(folder)) for folder in folders)]
     known = {launcher: loader for loader in loaders for launcher in launchers_of(loader)}
     if name not in known:
-        raise ValueError(f"there is no launcher {name!r}; take {', '.join(sorted(known))}")
+        raise ValueError(f"there is no launcher {name!r}; write --launcher {', '.join(sorted(known))}")
     found = known[name].repository.load_config(f"{LAUNCHER}/{name}")
     assert found is not None
     launcher: Launches = instantiate(found.config)

@@ -75,5 +75,5 @@ def test_a_launcher_that_is_not_there_is_one_line_with_those_that_are(folder: Pa
     assert done.returncode == 2
     assert "pbs" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    with pytest.raises(ValueError, match=r"no launcher 'basic'; take dry, local, slurm$"):
+    with pytest.raises(ValueError, match=r"no launcher 'basic'; write --launcher dry, local, slurm$"):
         launcher_named("basic")  # Hydra's own
