@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.triton_shapes import Tiled
+from lcbench.kernels.tiled import Tiled
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 

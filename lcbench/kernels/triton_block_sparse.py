@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from lcbench.kernels.base import only_blocks
-from lcbench.kernels.triton_shapes import Tiled
+from lcbench.kernels.tiled import Tiled
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem

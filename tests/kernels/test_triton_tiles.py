@@ -18,6 +18,7 @@ from lcbench.kernels.triton_shapes import SHARED, TUNED, Shape, Shapes
 from lcbench.masks.band import Band, BandMask
 from lcbench.masks.block import BlockMap
 from lcbench.masks.block_random import block_random
+from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import names, small
@@ -93,8 +94,9 @@ def test_any_layout_and_narrow_tested_tiles_give_what_dense_attention_gives() ->
     tokens, scale = 70, 0.4
     bands = BandMask.of(tokens, tokens, [Band(0, 50, 0, 70, -60, 0), Band(50, 64, 0, 9), Band(50, 64, 20, 70)])
     blocks = block_random(tokens, heads=HEADS, seed=(1, 0), density=0.5, block_size=24, sizes="variable", per="kv_head")
+    masks: list[Mask] = [bands, blocks, bands, blocks]
     for mask, (layout, described) in zip(
-        (bands, blocks, bands, blocks), {"packed": True, "heads first": True, "odd": False, "padded": False}.items(), strict=True
+        masks, {"packed": True, "heads first": True, "odd": False, "padded": False}.items(), strict=True
     ):
         q, k, v, dout = pieces(tokens, torch.float64)
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
