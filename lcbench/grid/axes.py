@@ -29,7 +29,7 @@ class Axis:
         role: ``choice``, ``problem`` or ``how``.
         parse: from what was typed to what the config holds; raises ValueError. None: ``grid.build`` or ``grid.expand`` does it.
         home: where lcbench's own values live; what is outside is built only where a file of the user's names it.
-        needs: methods of a class that is such a value, alternatives with ``or``; none: it is a function of ``seqlen``.
+        needs: methods of a class that is such a value; none: it is a function of ``seqlen``.
         given: arguments that a value gets besides its options.
         token_counts: whether whole numbers among its options are token counts, such as ``1k``.
         folds_into: the axis that takes this one in: a group as an option, where the value has one of this name; a plain key as
@@ -60,7 +60,7 @@ class Axis:
             return None if first == "seqlen" else "is no function whose first argument is seqlen"
         if not inspect.isclass(found):
             return "is no class"
-        lacks = [need for need in self.needs if not any(_has(found, method) for method in need.split(" or "))]
+        lacks = [need for need in self.needs if not _has(found, need)]
         lacks = lacks or sorted(getattr(found, "__abstractmethods__", ()))
         return f"has no method {lacks[0]}" if lacks else None
 
@@ -72,7 +72,7 @@ def _has(found: type, method: str) -> bool:
 
 _DECLARED = (
     Axis("kernel", "choice", home="lcbench.kernels.", needs=("unavailable", "prepare"), label=2, paces=True),
-    Axis("cp", "choice", home="lcbench.cp.", needs=("unsupported", "schedule or start"), label=1, paces=True),
+    Axis("cp", "choice", home="lcbench.cp.", needs=("unsupported", "unavailable", "start"), label=1, paces=True),
     Axis("mask", "problem", home="lcbench.masks.", given=("seqlen", "heads", "seed"), token_counts=True, label=3, paces=True),
     Axis("lengths", "problem", home="lcbench.masks.", needs=("sample",), token_counts=True, folds_into="mask"),
     Axis(

@@ -65,10 +65,37 @@ class NoWorkload:
 def no_mask(tokens):
     return None
 """
+WORKLOAD = """
+from dataclasses import dataclass, replace
+
+from lcbench.workloads.attention import Attention, AttentionSession
+
+
+@dataclass(frozen=True)
+class Twice(Attention):
+    times: int = 2
+
+    def start(self, work, draw, gang):
+        return Repeated(self.times, work, draw, gang)
+
+
+class Repeated(AttentionSession):
+    def __init__(self, times, work, draw, gang):
+        self.times = times
+        super().__init__(work, draw, gang)
+
+    def phases(self):
+        once = super().phases()["forward"]
+        return {"forward": lambda passed: [once(passed) for _ in range(self.times)][-1]}
+
+    def costs(self):
+        return {phase: replace(cost, flops=self.times * cost.flops) for phase, cost in super().costs().items()}
+"""
 FILES = {
     "mask/own.yaml": "_target_: own_values.own_mask\nname: own\nreach: 32\n",
     "kernel/own.yaml": "_target_: own_values.OwnKernel\nname: own\n",
     "cp/own.yaml": "_target_: own_values.OwnStrategy\nname: own\norder: up\n",
+    "workload/own.yaml": "_target_: own_workload.Twice\nname: own\ntimes: 2\n",
 }
 OWN = ["mask=own", "kernel=own", "cp=own", "scale=1x2", "seqlen=256", "heads=4x2x32", "dtype=float32"]
 
@@ -83,8 +110,10 @@ def write(folder: Path, files: dict[str, str]) -> list[str]:
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own_values.py").write_text(MODULE)
+    (tmp_path / "own_workload.py").write_text(WORKLOAD)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "own_values", raising=False)
+    for module in ("own_values", "own_workload"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     return tmp_path
 
 
@@ -98,17 +127,27 @@ def test_a_plan_of_ones_own_values(own: Path) -> None:
     assert (other.cell.config["mask"]["reach"], other.cell.config["cp"]["order"]) == (1024, "down")
 
 
+@pytest.mark.slow
 def test_a_cell_of_ones_own_values_runs(own: Path) -> None:
     flags = write(own, FILES)
-    budget = ["measure.budget_s=0.1", "measure.max_iterations=3", "measure.min_iterations=1", "measure.blocks=1"]
+    asked = [
+        *OWN, "workload=own,attention", "direction=forward", "measure.budget_s=0.1", "measure.max_iterations=3",
+        "measure.min_iterations=1", "measure.blocks=1", *flags, "site=local", "site.device=cpu", "sweep=own",
+        f"results={own}/results", f"tracking_uri=sqlite:///{own}/mlflow.db", "output=quiet",
+    ]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "lcbench.sweep", *OWN, *budget, *flags, "site=local", "site.device=cpu", "sweep=own",
-         f"results={own}/results", f"tracking_uri=sqlite:///{own}/mlflow.db", "output=quiet"],
-        env={**os.environ, "PYTHONPATH": str(own)}, cwd=REPOSITORY, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "lcbench.sweep", *asked], env={**os.environ, "PYTHONPATH": str(own)}, cwd=REPOSITORY,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (row,) = load(str(own / "results"), "own").to_dict("records")
-    assert (row["status"], row["kernel"], row["cp"], row["mask"]) == ("ok", "own", "own", "own")
+    twice, once = load(str(own / "results"), "own").to_dict("records")
+    for row in (twice, once):
+        assert (row["status"], row["kernel"], row["cp"], row["mask"]) == ("ok", "own", "own", "own")
+    assert (twice["workload"], twice["workload.times"], once["workload"]) == ("own", 2, "attention")
+    # The rate counts the work of a phase as its workload does.
+    work = [row["compute/tflops_per_gpu"] * row["time/total/median_s"] for row in (twice, once)]
+    assert work[0] == pytest.approx(2 * work[1])
+    assert twice["comm/forward/bytes"] == once["comm/forward/bytes"]  # of one pass
 
 
 def test_a_value_may_be_an_option_of_another(own: Path) -> None:
