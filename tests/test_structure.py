@@ -25,17 +25,6 @@ STRANGERS = {
     "commands": {"launchers"}, "entries": {"launchers"},
 }  # fmt: skip
 ENTRY_LINES = 10  # of a module that python -m names: a docstring, two imports, and the call
-# Functions of more than 60 lines, and how long each may be at most: the goal is that none is named here.
-LONGEST = {
-    "lcbench.kernels.cudnn._build": 61,
-    "lcbench.report.figures.roofline": 63,
-    "lcbench.testing.fake_libraries.flash_attn2": 69,
-    "lcbench.testing.fake_libraries.flashinfer": 70,
-    "lcbench.testing.fake_libraries.flashmask_ops": 91,
-    "lcbench.testing.fake_libraries.torch_cuda_ops": 80,
-    "lcbench.testing.fake_libraries.transformer_engine": 103,
-    "lcbench.testing.gpu_tune.tune": 82,
-}
 
 
 @cache
@@ -151,5 +140,5 @@ def test_functions_are_short() -> None:
     ordered = sorted(lengths.values())
     assert ordered[len(ordered) // 2] <= 7
     assert ordered[9 * len(ordered) // 10] <= 22
-    long = {name: lines for name, lines in lengths.items() if lines > LONGEST.get(name, 60)}
+    long = {name: lines for name, lines in lengths.items() if lines > 60}
     assert not long, long

@@ -105,6 +105,18 @@ class _Run:
         return self._graphs[direction, scale]
 
 
+def _bounds(window: tuple[int, int]) -> dict[str, Any]:
+    """A window as options of a graph: causal, or open."""
+    import cudnn
+
+    if window == (-1, -1):
+        return {}
+    options = {"diagonal_alignment": cudnn.diagonal_alignment.BOTTOM_RIGHT, "diagonal_band_right_bound": 0}
+    if window[0] >= 0:
+        options["diagonal_band_left_bound"] = window[0] + 1  # counts the token itself
+    return options
+
+
 def _build(direction: str, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, scale: float) -> _Graph:
     import cudnn
     import torch
@@ -145,11 +157,7 @@ def _build(direction: str, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, s
         tensor.set_ragged_offset(offsets[side])
         return tensor
 
-    options: dict[str, Any] = {"attn_scale": scale, "use_padding_mask": True, **lengths}
-    if call.window != (-1, -1):
-        options |= {"diagonal_alignment": cudnn.diagonal_alignment.BOTTOM_RIGHT, "diagonal_band_right_bound": 0}
-        if call.window[0] >= 0:
-            options["diagonal_band_left_bound"] = call.window[0] + 1  # counts the token itself
+    options: dict[str, Any] = {"attn_scale": scale, "use_padding_mask": True, **lengths, **_bounds(call.window)}
     handles = {"q": given("q", "q"), "k": given("k", "kv"), "v": given("v", "kv")}
     if direction == "forward":
         out, stats = graph.sdpa(**handles, generate_stats=True, name="forward", **options)

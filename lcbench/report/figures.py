@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -322,61 +322,34 @@ def split(frame: pd.DataFrame) -> pd.DataFrame | None:
     return pd.DataFrame({"computing": even, "imbalance": compute - even, "exposed communication": exposed, "rest": rest})
 
 
+class Side(NamedTuple):
+    """One panel of a roofline.
+
+    Attributes:
+        label: of its axis.
+        cells: rows of ``reported``.
+        intensity: FLOPs per byte of each row.
+        roofs: GB/s by the name of what moves the bytes.
+    """
+
+    label: str
+    cells: pd.DataFrame
+    intensity: pd.Series
+    roofs: dict[str, float]
+
+
 def roofline(frame: pd.DataFrame, devices: Sequence[dict[str, Any]], links: dict[str, float]) -> Iterator[Drawn]:
     """Every cell under what its device and its links allow: TFLOP/s per GPU against FLOPs per byte of memory, and per byte sent."""
     points = frame.assign(work=frame["compute/tflops_per_gpu"] * 1e12 * frame["time/total/median_s"])
     for number, (where, rows) in enumerate(_settings(points, ["device", "dtype"])):
         peak = float(rows["compute/peak_tflops"].median())
-        device = entry_of(devices, str(rows["device"].iloc[0]))
-        sent = rows[rows["comm/bytes"] > 0] if "comm/bytes" in rows else rows.iloc[:0]
-        sides: list[tuple[str, pd.DataFrame, Any, dict[str, float]]] = []
-        bandwidth = {"memory": device["memory_gbytes_per_s"]} if device else {}
-        sides.append(
-            (
-                "FLOP per byte of inputs, outputs and gradients",
-                rows,
-                rows["work"] / [least_bytes(r) for r in rows.to_dict("records")],
-                bandwidth,
-            )
-        )
-        if not sent.empty:
-            sides.append(("FLOP per byte sent", sent, sent["work"] / sent["comm/bytes"], links))
+        sides = _sides(rows, entry_of(devices, str(rows["device"].iloc[0])), links)
         figure, axes = _panels(len(sides), size=(5.6, 4.0))
         choices, left_out = _fastest(rows)
         drawn: dict[str, Any] = {}
-        for axis, (label, cells, intensity, roofs) in zip(axes, sides, strict=False):
-            for i, choice in enumerate(choices):
-                mine = cells["choice"] == choice
-                if mine.any():
-                    drawn[choice] = axis.scatter(
-                        intensity[mine],
-                        cells["compute/tflops_per_gpu"][mine],
-                        s=16,
-                        color=_color(i),
-                        marker=MARKERS[i % len(MARKERS)],
-                    )
-            # From left of the bend of every roof, so that it is seen how far from it cells are.
-            bends = [1e3 * peak / rate for rate in roofs.values()]
-            reach = np.geomspace(min([float(intensity.min()), *bends]) / 4, float(intensity.max()) * 4, 200)
-            axis.set_ylim(
-                float(cells["compute/tflops_per_gpu"].min()) / 3, 2 * max(peak, float(cells["compute/tflops_per_gpu"].max()))
-            )
-            for style, (name, rate) in zip(("-", "--", "-.", ":"), roofs.items(), strict=False):
-                axis.plot(
-                    reach,
-                    np.minimum(peak, reach * rate / 1e3),
-                    color="0.4",
-                    linestyle=style,
-                    linewidth=1,
-                    label=f"{name}: {rate:.4g} GB/s",
-                )
-            axis.axhline(peak, color="0.2", linewidth=1, label=f"peak: {peak:.3g} TFLOP/s")
-            axis.set_xscale("log")
-            axis.set_yscale("log")
-            axis.set_xlabel(label)
-            axis.set_ylabel("TFLOP/s per GPU")
-            axis.grid(alpha=0.25)
-            axis.legend(fontsize=7, loc="lower right")
+        for axis, side in zip(axes, sides, strict=False):
+            drawn |= _points(axis, side, choices)
+            _roofs(axis, side, peak)
         _legend(figure, drawn)
         yield Drawn(
             f"roofline{_suffix(number)}", f"Roofline, {where}",
@@ -385,6 +358,49 @@ def roofline(frame: pd.DataFrame, devices: Sequence[dict[str, Any]], links: dict
             "near a slope is bound by it." + _said_of(left_out),
             figure,
         )  # fmt: skip
+
+
+def _sides(rows: pd.DataFrame, device: dict[str, Any] | None, links: dict[str, float]) -> list[Side]:
+    """The panels of cells of one device: bytes of memory, and bytes sent where any were."""
+    bandwidth = {"memory": device["memory_gbytes_per_s"]} if device else {}
+    touched = rows["work"] / [least_bytes(r) for r in rows.to_dict("records")]
+    sides = [Side("FLOP per byte of inputs, outputs and gradients", rows, touched, bandwidth)]
+    sent = rows[rows["comm/bytes"] > 0] if "comm/bytes" in rows else rows.iloc[:0]
+    if not sent.empty:
+        sides.append(Side("FLOP per byte sent", sent, sent["work"] / sent["comm/bytes"], links))
+    return sides
+
+
+def _points(axis: Axes, side: Side, choices: Sequence[str]) -> dict[str, Any]:
+    """Draw the cells of a panel; what was drawn of each choice."""
+    drawn: dict[str, Any] = {}
+    for i, choice in enumerate(choices):
+        mine = side.cells["choice"] == choice
+        if mine.any():
+            drawn[choice] = axis.scatter(
+                side.intensity[mine], side.cells["compute/tflops_per_gpu"][mine], s=16, color=_color(i),
+                marker=MARKERS[i % len(MARKERS)],
+            )  # fmt: skip
+    return drawn
+
+
+def _roofs(axis: Axes, side: Side, peak: float) -> None:
+    """Draw what a panel's cells lie under: the peak, and a slope for each roof."""
+    rates = side.cells["compute/tflops_per_gpu"]
+    # From left of the bend of every roof, so that it is seen how far from it cells are.
+    bends = [1e3 * peak / rate for rate in side.roofs.values()]
+    reach = np.geomspace(min([float(side.intensity.min()), *bends]) / 4, float(side.intensity.max()) * 4, 200)
+    axis.set_ylim(float(rates.min()) / 3, 2 * max(peak, float(rates.max())))
+    for style, (name, rate) in zip(("-", "--", "-.", ":"), side.roofs.items(), strict=False):
+        slope = np.minimum(peak, reach * rate / 1e3)
+        axis.plot(reach, slope, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {rate:.4g} GB/s")
+    axis.axhline(peak, color="0.2", linewidth=1, label=f"peak: {peak:.3g} TFLOP/s")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel(side.label)
+    axis.set_ylabel("TFLOP/s per GPU")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=7, loc="lower right")
 
 
 def least_bytes(row: Any) -> float:

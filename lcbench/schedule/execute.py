@@ -175,8 +175,8 @@ class Executor:
         self._kv_heads = [self._index(group.kv_heads) for group in schedule.heads]
         input_dtype: torch.dtype = getattr(torch, problem.dtype)
         sums = accumulation_dtype(input_dtype)
-        transit = input_dtype if problem.reduce_dtype == "input" else sums
-        self._dtypes: dict[Precision, torch.dtype] = {"input": input_dtype, "sum": sums, "transit": transit}
+        reduced = input_dtype if problem.reduce_dtype == "input" else sums
+        self._dtypes: dict[Precision, torch.dtype] = {"input": input_dtype, "sum": sums, "reduce": reduced}
         self._tiles, self.pairs, self.calls = self._prepare(mask, kernel, input_dtype)
         self._alone = self._only_kernel()
 

@@ -8,7 +8,7 @@ from typing import Literal
 from lcbench.problem import Problem
 from lcbench.schedule.schedule import HeadGroup, Kind
 
-Precision = Literal["input", "sum", "transit"]
+Precision = Literal["input", "sum", "reduce"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Payload:
         side: whose heads and tokens it has: those of queries, or of keys and values.
         dims: elements, in head dimensions.
         extra: elements besides.
-        precision: ``input``: the inputs' type; ``sum``: the accumulation type; ``transit``: as ``Problem.reduce_dtype`` says.
+        precision: ``input``: the inputs' type; ``sum``: the accumulation type; ``reduce``: as ``Problem.reduce_dtype`` says.
         combine: what the receiver does: ``replace``: it uses them as they are; ``merge``: it merges partial results by their LSE;
             ``add``: it adds gradients up.
         gradient: the kind of message that takes its gradient back; empty for what has none.
@@ -54,13 +54,13 @@ class Payload:
 PAYLOADS = {
     "q": Payload("q", "q", 1, 0, "input", "replace", gradient="dq"),
     "kv": Payload("kv", "kv", 2, 0, "input", "replace", gradient="dkv"),
-    "out": Payload("q", "q", 1, 0, "transit", "merge", final="final"),  # over some of the keys
+    "out": Payload("q", "q", 1, 0, "reduce", "merge", final="final"),  # over some of the keys
     "lse": Payload("q", "q", 0, 1, "sum", "merge"),  # of that out
     "final": Payload("q", "q", 1, 0, "input", "merge"),  # out over all keys of its rows
     "dout": Payload("dout", "q", 1, 0, "input", "replace"),
     "stats": Payload("stats", "q", 0, 2, "sum", "replace"),  # lse and delta
-    "dq": Payload("dq", "q", 1, 0, "transit", "add", final="final_dq"),
-    "dkv": Payload("dkv", "kv", 2, 0, "transit", "add", final="final_dkv"),
+    "dq": Payload("dq", "q", 1, 0, "reduce", "add", final="final_dq"),
+    "dkv": Payload("dkv", "kv", 2, 0, "reduce", "add", final="final_dkv"),
     "final_dq": Payload("dq", "q", 1, 0, "input", "add"),
     "final_dkv": Payload("dkv", "kv", 2, 0, "input", "add"),
 }
@@ -68,7 +68,7 @@ PAYLOADS = {
 
 def element_bytes(precision: Precision, problem: Problem) -> int:
     """Bytes of an element of a precision class; sums are float32, or float64 for float64 inputs."""
-    low = precision == "input" or (precision == "transit" and problem.reduce_dtype == "input")
+    low = precision == "input" or (precision == "reduce" and problem.reduce_dtype == "input")
     return problem.itemsize if low else max(problem.itemsize, 4)
 
 

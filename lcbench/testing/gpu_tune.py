@@ -201,28 +201,51 @@ def timed(cell: Cell, candidate: Candidate, iterations: int) -> float:
     return sorted(a.elapsed_time(b) for a, b in zip(begun, ended, strict=True))[iterations // 2] / 1e3
 
 
-def tune(seconds: float, out: Path, wanted: list[Candidate], processes: int) -> int:
-    ends = time.monotonic() + seconds
-    device, dtype = torch.device("cuda", 0), torch.bfloat16
-    out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    file = (out / "gpu-tune.jsonl").open("a", buffering=1)
+class Tuning:
+    """Candidates compiled, checked and timed, cell after cell, until the seconds are spent.
 
-    def add(candidate: Candidate, **row: Any) -> None:
-        rows.append({"kernel": candidate.kernel, **candidate.shape._asdict()} | row)
-        file.write(json.dumps(rows[-1]) + "\n")
+    Attributes:
+        rows: of the file, as they come.
+        wrong: candidates that gave a wrong result.
+        going_on: candidates of each kernel that are still tried.
+    """
 
-    def left() -> float:
-        return ends - time.monotonic()
+    def __init__(self, seconds: float, out: Path, wanted: list[Candidate], processes: int) -> None:
+        self._seconds, self._ends, self._processes = seconds, time.monotonic() + seconds, processes
+        self._device, self._dtype = torch.device("cuda", 0), torch.bfloat16
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "gpu-tune.jsonl"
+        self._file = self.path.open("a", buffering=1)
+        self._pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+        self.rows: list[dict[str, Any]] = []
+        self.wrong = 0
+        self.going_on = {kernel: [c for c in wanted if c.kernel == kernel] for kernel in PRODUCTS}
 
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    def run(self) -> None:
+        """Work through all cells."""
+        known = set()
+        for heads, name, tokens in CELLS:
+            if (heads, name) not in known and self._left() > 0:
+                known.add((heads, name))
+                self._compile(name, heads, [c for own in self.going_on.values() for c in own])
+            self._work_through(heads, name, tokens)
+        for process in list((self._pool._processes or {}).values()):
+            process.kill()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def compile_for(name: str, heads: Heads, own: list[Candidate]) -> None:
+    def _left(self) -> float:
+        return self._ends - time.monotonic()
+
+    def _add(self, candidate: Candidate, **row: Any) -> None:
+        self.rows.append({"kernel": candidate.kernel, **candidate.shape._asdict()} | row)
+        self._file.write(json.dumps(self.rows[-1]) + "\n")
+
+    def _compile(self, name: str, heads: Heads, own: list[Candidate]) -> None:
         begun = time.monotonic()
         jobs = [(candidate, name, heads) for candidate in own]
-        for future in [pool.submit(compile_all, jobs[i::processes]) for i in range(processes)]:
+        for future in [self._pool.submit(compile_all, jobs[i :: self._processes]) for i in range(self._processes)]:
             try:
-                future.result(timeout=max(1.0, left() / 2))
+                future.result(timeout=max(1.0, self._left() / 2))
             except NotInTime:
                 print("compiling took half of the time; what is not compiled is compiled when it is met", flush=True)
                 break
@@ -230,59 +253,63 @@ def tune(seconds: float, out: Path, wanted: list[Candidate], processes: int) -> 
                 print(f"a compiling process ended: {type(error).__name__}: {str(error)[:200]}", flush=True)
         print(f"\n{len(jobs)} kernels compiled for {name} {heads} in {time.monotonic() - begun:.0f} s", flush=True)
 
-    wrong = 0
-    going_on = {kernel: [c for c in wanted if c.kernel == kernel] for kernel in PRODUCTS}
-    known = set()
-    for heads, name, tokens in CELLS:
-        if (heads, name) not in known and left() > 0:
-            known.add((heads, name))
-            compile_for(name, heads, [c for own in going_on.values() for c in own])
-        checked = Checked(name, heads, dtype, device)
-        cell = Cell(mask_of(name, tokens, heads), heads, dtype, device)
-        found: list[tuple[float, str]] = []
-        for kernel, own in going_on.items():
+    def _work_through(self, heads: Heads, name: str, tokens: int) -> None:
+        """Try every candidate on one cell, and print the fastest first. Those of the first cell say which go on."""
+        checked = Checked(name, heads, self._dtype, self._device)
+        cell = Cell(mask_of(name, tokens, heads), heads, self._dtype, self._device)
+        lines: dict[str, list[tuple[float, str]]] = {}
+        for kernel, own in self.going_on.items():
             rates: dict[Candidate, float] = {}
+            lines[kernel] = []
             for candidate in own:
-                head = {"mask": name, "tokens": tokens, "heads": str(heads)}
-                if left() <= 0:
-                    add(candidate, **head, status="not reached")
-                    continue
-                try:
-                    error = checked.error(candidate)
-                    if not error <= BOUNDS["bfloat16"]:
-                        wrong += 1
-                        add(candidate, **head, status="wrong", error=error)
-                        print(f"WRONG {candidate} {name} {heads}: error {error:.3g}", flush=True)
-                        continue
-                    made = cell.run(candidate)
-                    median = timed(cell, candidate, 7)
-                except Exception as failure:
-                    add(candidate, **head, status="failed", reason=f"{type(failure).__name__}: {str(failure)[:300]}")
-                    print(f"FAILED {candidate}: {type(failure).__name__}: {str(failure).splitlines()[0][:120]}", flush=True)
-                    if "CUDA error" in str(failure):
-                        raise  # an error that stays
-                    continue
-                rates[candidate] = PRODUCTS[kernel] * 2 * heads.dim * cell.mask.pairs(heads.q) / median / 1e12
-                usage = {"registers": made.n_regs, "spills": made.n_spills, "shared": made.metadata.shared}
-                add(candidate, **head, status="ok", seconds=median, tflops=rates[candidate], error=error, **usage)
-                compiled = f"{made.n_regs:>3} registers {made.n_spills:>3} spilled {made.metadata.shared >> 10:>3} KiB"
-                text = f"{rates[candidate]:7.1f} {median * 1e3:8.3f} ms  {candidate}  {compiled}"
-                found.append((-rates[candidate], text))
+                if timing := self._try(candidate, checked, cell, {"mask": name, "tokens": tokens, "heads": str(heads)}):
+                    rates[candidate], text = timing
+                    lines[kernel].append((-rates[candidate], text))
             best = sorted(rates, key=lambda c: -rates[c])
-            if kernel == "forward" and best:
+            if kernel == "forward" and best:  # dq and dk, dv start from its results
                 cell.run(best[0])
                 cell.stats = None
             if (heads, name, tokens) == CELLS[0] and best:
-                going_on[kernel] = best[:GO_ON]
-        print(f"{name} {tokens} tokens {heads}, TFLOP/s ({seconds - left():.0f} s)", flush=True)
-        for kernel in PRODUCTS:
-            print("\n".join(text for _, text in sorted(found) if f" {kernel} " in text), flush=True)
-    for process in list((pool._processes or {}).values()):
-        process.kill()
-    pool.shutdown(wait=False, cancel_futures=True)
+                self.going_on[kernel] = best[:GO_ON]
+        print(f"{name} {tokens} tokens {heads}, TFLOP/s ({self._seconds - self._left():.0f} s)", flush=True)
+        for own_lines in lines.values():
+            print("\n".join(text for _, text in sorted(own_lines)), flush=True)
+
+    def _try(self, candidate: Candidate, checked: Checked, cell: Cell, head: dict[str, Any]) -> tuple[float, str] | None:
+        """TFLOP/s of a candidate with its line; None, and a row that says why, where there is no time of it."""
+        if self._left() <= 0:
+            self._add(candidate, **head, status="not reached")
+            return None
+        try:
+            error = checked.error(candidate)
+            if not error <= BOUNDS["bfloat16"]:
+                self.wrong += 1
+                self._add(candidate, **head, status="wrong", error=error)
+                print(f"WRONG {candidate} {head['mask']} {head['heads']}: error {error:.3g}", flush=True)
+                return None
+            made = cell.run(candidate)
+            median = timed(cell, candidate, 7)
+        except Exception as failure:
+            self._add(candidate, **head, status="failed", reason=f"{type(failure).__name__}: {str(failure)[:300]}")
+            print(f"FAILED {candidate}: {type(failure).__name__}: {str(failure).splitlines()[0][:120]}", flush=True)
+            if "CUDA error" in str(failure):
+                raise  # an error that stays
+            return None
+        rate = PRODUCTS[candidate.kernel] * 2 * cell.heads.dim * cell.mask.pairs(cell.heads.q) / median / 1e12
+        usage = {"registers": made.n_regs, "spills": made.n_spills, "shared": made.metadata.shared}
+        self._add(candidate, **head, status="ok", seconds=median, tflops=rate, error=error, **usage)
+        compiled = f"{made.n_regs:>3} registers {made.n_spills:>3} spilled {made.metadata.shared >> 10:>3} KiB"
+        return rate, f"{rate:7.1f} {median * 1e3:8.3f} ms  {candidate}  {compiled}"
+
+
+def tune(seconds: float, out: Path, wanted: list[Candidate], processes: int) -> int:
+    """Time candidates, write and print the rows; 1 if one was wrong, else 0."""
+    tuning = Tuning(seconds, out, wanted, processes)
+    tuning.run()
+    rows = tuning.rows
     left_out = sum(row["status"] == "not reached" for row in rows)
-    print(f"\n{len(rows) - left_out} rows in {out / 'gpu-tune.jsonl'}; {left_out} not reached; {wrong} wrong", flush=True)
-    return 1 if wrong else 0
+    print(f"\n{len(rows) - left_out} rows in {tuning.path}; {left_out} not reached; {tuning.wrong} wrong", flush=True)
+    return 1 if tuning.wrong else 0
 
 
 def main(arguments: list[str]) -> int:
