@@ -189,7 +189,8 @@ def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
         BadFile: the file of the value does not say what it is, or what it names is no such value.
         ValueError: an option that is missing, not set, not a token count where one is wanted, or refused by its owner.
     """
-    if isinstance(config, Checked):
+    # The default of an axis that cells say nothing of is lcbench's own, and a plan need not load what it names.
+    if isinstance(config, Checked) or (group in AXES and config == AXES[group].unsaid):
         return dict(config)
     takes, given = _takes(group, config), _given(group)
     options = {option: parameter for option, parameter in takes.items() if not parameter.open and option not in given}
