@@ -8,35 +8,24 @@ import sys
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from pkgutil import iter_modules
-
-import lcbench
 
 BAD_INPUT = 2
-GUARD = 'if __name__ == "__main__":'
 
 
 def commands() -> dict[str, Path]:
-    """The file behind every ``python -m lcbench.<command>``, by the command's name. Imports none of them."""
-    found = {}
-    for root in map(Path, lcbench.__path__):
-        for module in iter_modules([str(root)]):
-            path = root / module.name / "__main__.py" if module.ispkg else root / f"{module.name}.py"
-            if module.name != "__main__" and path.is_file() and (module.ispkg or GUARD in path.read_text()):
-                found[module.name] = path
-    return dict(sorted(found.items()))
+    """The file that does the work of every ``python -m lcbench.<command>``, by the command's name. Imports none of them."""
+    files = sorted((Path(__file__).parent / "commands").glob("*.py"))
+    return {path.stem: path for path in files if "\ndef main(" in path.read_text()}
 
 
 def usage() -> str:
     """The commands, each with the first sentence of its docstring."""
-    lines = [f"  {name:<9}{_summary(name, path)}" for name, path in commands().items()]
+    lines = [f"  {name:<9}{_summary(path)}" for name, path in commands().items()]
     return "\n".join(["usage: lcbench <command> ...", "", *lines, "", "lcbench <command> --help says more."])
 
 
-def _summary(name: str, path: Path) -> str:
-    """The first sentence of the module that does the work, which may be ``lcbench/commands/<name>.py``."""
-    works = Path(__file__).parent / "commands" / f"{name}.py"
-    said = " ".join((ast.get_docstring(ast.parse((works if works.is_file() else path).read_text())) or "").split())
+def _summary(path: Path) -> str:
+    said = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
     return said.partition(": ``")[0].partition(". ")[0].rstrip(".")
 
 

@@ -33,6 +33,18 @@ def add_results_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="results folder (default: results)")
 
 
+def add_plan_arguments(parser: argparse.ArgumentParser, overrides: str, *, folder: str = "") -> None:
+    """The arguments of commands that look at a plan; ``overrides`` and ``folder`` say more in the help."""
+    parser.add_argument("overrides", nargs="*", help=f"as for a sweep: {overrides}")
+    said = f"files of your own beside those of conf/, as for a sweep{folder}"
+    parser.add_argument("--config-dir", type=Path, action="append", default=[], metavar="FOLDER", help=said)
+
+
+def plan_words(options: argparse.Namespace) -> list[str]:
+    """What ``add_plan_arguments`` took, as the words of a sweep."""
+    return [*options.overrides, *(f"--config-dir={folder}" for folder in options.config_dir)]
+
+
 def add_as_mine_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--as-mine", action="store_true", help="act on a sweep of somebody else, in your name; without it you are asked"

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lcbench.commands.arguments import add_results_argument, chosen_cell, command_parser
+from lcbench.commands.arguments import add_plan_arguments, add_results_argument, chosen_cell, command_parser, plan_words
 from lcbench.cp.base import Scheduled
 from lcbench.grid import build
 from lcbench.grid.build import build_mask, build_strategy
@@ -43,12 +43,10 @@ python -m lcbench.cp cp=hybrid seqlen=1m scale=2x8 --json
 
 def main(arguments: list[str]) -> int:
     parser = command_parser("cp", __doc__, EXAMPLES)
-    parser.add_argument("overrides", nargs="*", help="as for a sweep: cp=... mask=... seqlen=... scale=... heads=...")
+    add_plan_arguments(
+        parser, "cp=... mask=... seqlen=... scale=... heads=...", folder="; with --cell: those that name the classes of the cell"
+    )
     parser.add_argument("--cell", help="a cell that has run, instead of overrides: its id, or <sweep>/<cell id>")
-    parser.add_argument(
-        "--config-dir", type=Path, action="append", default=[], metavar="FOLDER",
-        help="files of your own beside those of conf/, as for a sweep; with --cell: those that name the classes of the cell",
-    )  # fmt: skip
     add_results_argument(parser)
     parser.add_argument("--grid", action="store_true", help="print steps and ranks of a single one")
     parser.add_argument("--out", type=Path, help="draw a single one (png, pdf, svg)")
@@ -91,7 +89,7 @@ def _fault() -> Iterator[None]:
 def _asked(options: argparse.Namespace) -> tuple[list[Cell], Timeline | None]:
     if options.cell is None:
         found: dict[str, Cell] = {}
-        for planned in look([*options.overrides, *(f"--config-dir={folder}" for folder in options.config_dir)]).cells:
+        for planned in look(plan_words(options)).cells:
             config = planned.cell.config
             key = json.dumps({axis: value for axis, value in config.items() if axis not in ("kernel", "measure")})
             found.setdefault(key, planned.cell)

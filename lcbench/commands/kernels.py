@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lcbench.commands.arguments import command_parser
+from lcbench.commands.arguments import add_plan_arguments, command_parser, plan_words
 from lcbench.grid.build import build_kernel, build_mask
 from lcbench.grid.cell import Cell, format_tokens
 from lcbench.grid.command_line import look
@@ -42,24 +42,14 @@ python -m lcbench.kernels --platform h200
 def main(arguments: list[str]) -> int:
     """The command: print what runs what. Returns 0; raises SystemExit(2) for bad input."""
     parser = command_parser("kernels", __doc__, EXAMPLES)
-    parser.add_argument(
-        "overrides", nargs="*", help="as for a sweep: kernel=... mask=... seqlen=... heads=...; all kernels and masks if not said"
-    )
-    parser.add_argument(
-        "--config-dir",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="files of your own beside those of conf/, as for a sweep",
-    )
+    add_plan_arguments(parser, "kernel=... mask=... seqlen=... heads=...; all kernels and masks if not said")
     parser.add_argument("--platform", default="this", help="this (default), cpu, or an entry of conf/device, such as h200")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--json", action="store_true", help="print JSON: an entry per kernel, mask, type and direction")
     options = parser.parse_args(arguments)
     with bad_input():
         platform = _platform(options.platform)
-        overrides = [*options.overrides, *(f"--config-dir={folder}" for folder in options.config_dir)]
-        cells = _cells(overrides)
+        cells = _cells(plan_words(options))
         rows = list(matrix(cells, platform, installed=options.platform != "this"))
     if options.json:
         print(json.dumps(rows, indent=1))

@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from lcbench.commands.arguments import command_parser
-from lcbench.grid.paths import CONF
+from lcbench.grid.paths import CONF, REPOSITORY
 from lcbench.grid.values import parse_tokens
 from lcbench.masks.lengths import fit
 from lcbench.masks.text import read_text
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     parser = command_parser("lengths", __doc__, EXAMPLES)
     parser.add_argument("file", type=Path, help="one document length in tokens per line")
     parser.add_argument("--name", required=True, help="name of the new value of the lengths axis")
-    parser.add_argument("--conf", type=Path, default=CONF, help="where to write <conf>/lengths/<name>.yaml")
+    parser.add_argument("--conf", type=Path, default=REPOSITORY / "conf", help="where to write <conf>/lengths/<name>.yaml")
     parser.add_argument("--force", action="store_true", help="write over a profile of that name")
     options = parser.parse_args(arguments)
     target = options.conf / "lengths" / f"{options.name}.yaml"

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lcbench.commands.arguments import command_parser
+from lcbench.commands.arguments import add_plan_arguments, command_parser, plan_words
 from lcbench.grid.build import build_mask, draws
 from lcbench.grid.cell import Cell, format_tokens
 from lcbench.grid.command_line import look
@@ -39,14 +39,7 @@ python -m lcbench.masks mask=full,causal seqlen=1m --json
 
 def main(arguments: list[str]) -> int:
     parser = command_parser("masks", __doc__, EXAMPLES)
-    parser.add_argument("overrides", nargs="*", help="as for a sweep: mask=... seqlen=... lengths=... heads=... seed=...")
-    parser.add_argument(
-        "--config-dir",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="files of your own beside those of conf/, as for a sweep",
-    )
+    add_plan_arguments(parser, "mask=... seqlen=... lengths=... heads=... seed=...")
     parser.add_argument("--ranks", type=int, default=8, help="ranks to balance over (default: 8)")
     parser.add_argument("--out", type=Path, help="write a picture (png, pdf, svg)")
     parser.add_argument("--gallery", type=Path, help="write a picture of every mask of conf/mask; seqlen=16k unless said")
@@ -55,7 +48,7 @@ def main(arguments: list[str]) -> int:
     with bad_input():
         if options.ranks < 1:
             raise ValueError(f"--ranks {options.ranks} is no number of ranks of at least 1")
-        overrides = [*options.overrides, *(f"--config-dir={folder}" for folder in options.config_dir)]
+        overrides = plan_words(options)
         if options.gallery:
             return _gallery(overrides, options.gallery)
         shown = [(cell, number, _mask(cell, number)) for cell in _cells(overrides) for number in range(draws(cell.config["mask"]))]

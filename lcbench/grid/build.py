@@ -146,6 +146,11 @@ def build_strategy(config: dict[str, Any]) -> Strategy:
     return cast(Strategy, build(config))
 
 
+def build_workload(config: dict[str, Any] | None) -> Workload:
+    """What a cell runs; None: a cell that says nothing of it, which is the axis's default."""
+    return cast("Workload", build(config or AXES["workload"].unsaid))
+
+
 def on_one_rank(config: dict[str, Any]) -> bool:
     """Whether a strategy, by its config, has no use for a second rank."""
     return bool(getattr(get_object(config["_target_"]), "one_rank", False))
@@ -356,9 +361,3 @@ def _parameter(parameter: inspect.Parameter, names: dict[str, Any], unsaid: bool
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in (*RESERVED, *DIGESTS)}
-
-
-def build_workload(config: dict[str, Any] | None) -> Workload:
-    """What a cell runs; None: a cell that says nothing of it, which is the axis's default."""
-    chosen = config or AXES["workload"].unsaid
-    return cast("Workload", get_object(chosen["_target_"], "workload")(**_options(chosen)))

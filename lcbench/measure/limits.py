@@ -17,11 +17,14 @@ PEAK_TRIES = 3
 
 def peak_tflops(problem: Problem, gang: Gang) -> tuple[float, str]:
     """(dense TFLOP/s of a device in the type of the problem, where that is known from). Collective."""
-    name = device_name(gang.device)
-    known = configured_peak(gang.devices, name, problem.dtype)
-    if known is not None:
-        return known, f"conf/device entry for {name}"
-    return _measured(problem, gang), f"matrix product measured on {name}"
+    known = configured_peak(gang.devices, device_name(gang.device), problem.dtype)
+    return (_measured(problem, gang) if known is None else known), _source(known, gang)
+
+
+def _source(configured: float | None, gang: Gang) -> str:
+    """Where a peak or a limit is known from."""
+    how = "matrix product measured on" if configured is None else "conf/device entry for"
+    return f"{how} {device_name(gang.device)}"
 
 
 def cannot_be(
@@ -34,14 +37,11 @@ def cannot_be(
         costs: what each phase costs any sound run.
         bytes_sent: by phase, of the rank that sends most; without the phases that nobody counts.
     """
-    name = device_name(gang.device)
-    configured = configured_limit(gang.devices, name, problem.dtype)
+    configured = configured_limit(gang.devices, device_name(gang.device), problem.dtype)
     reason = None
     for attempt in range(PEAK_TRIES if configured is None else 1):
-        limit, source = configured, f"conf/device entry for {name}"
-        if limit is None:
-            limit, source = _measured(problem, gang, again=attempt > 0), f"matrix product measured on {name}"
-        reason = _above(limit, source, gang, slowest, costs, bytes_sent)
+        limit = _measured(problem, gang, again=attempt > 0) if configured is None else configured
+        reason = _above(limit, _source(configured, gang), gang, slowest, costs, bytes_sent)
         if reason is None:
             break
     return reason

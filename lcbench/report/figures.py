@@ -322,7 +322,7 @@ def split(frame: pd.DataFrame) -> pd.DataFrame | None:
     return pd.DataFrame({"computing": even, "imbalance": compute - even, "exposed communication": exposed, "rest": rest})
 
 
-class Side(NamedTuple):
+class Panel(NamedTuple):
     """One panel of a roofline.
 
     Attributes:
@@ -343,13 +343,13 @@ def roofline(frame: pd.DataFrame, devices: Sequence[dict[str, Any]], links: dict
     points = frame.assign(work=frame["compute/tflops_per_gpu"] * 1e12 * frame["time/total/median_s"])
     for number, (where, rows) in enumerate(_settings(points, ["device", "dtype"])):
         peak = float(rows["compute/peak_tflops"].median())
-        sides = _sides(rows, entry_of(devices, str(rows["device"].iloc[0])), links)
-        figure, axes = _panels(len(sides), size=(5.6, 4.0))
+        panels = _roofline_panels(rows, entry_of(devices, str(rows["device"].iloc[0])), links)
+        figure, axes = _panels(len(panels), size=(5.6, 4.0))
         choices, left_out = _fastest(rows)
         drawn: dict[str, Any] = {}
-        for axis, side in zip(axes, sides, strict=False):
-            drawn |= _points(axis, side, choices)
-            _roofs(axis, side, peak)
+        for axis, panel in zip(axes, panels, strict=False):
+            drawn |= _points(axis, panel, choices)
+            _roofs(axis, panel, peak)
         _legend(figure, drawn)
         yield Drawn(
             f"roofline{_suffix(number)}", f"Roofline, {where}",
@@ -360,44 +360,44 @@ def roofline(frame: pd.DataFrame, devices: Sequence[dict[str, Any]], links: dict
         )  # fmt: skip
 
 
-def _sides(rows: pd.DataFrame, device: dict[str, Any] | None, links: dict[str, float]) -> list[Side]:
+def _roofline_panels(rows: pd.DataFrame, device: dict[str, Any] | None, links: dict[str, float]) -> list[Panel]:
     """The panels of cells of one device: bytes of memory, and bytes sent where any were."""
     bandwidth = {"memory": device["memory_gbytes_per_s"]} if device else {}
     touched = rows["work"] / [least_bytes(r) for r in rows.to_dict("records")]
-    sides = [Side("FLOP per byte of inputs, outputs and gradients", rows, touched, bandwidth)]
+    panels = [Panel("FLOP per byte of inputs, outputs and gradients", rows, touched, bandwidth)]
     sent = rows[rows["comm/bytes"] > 0] if "comm/bytes" in rows else rows.iloc[:0]
     if not sent.empty:
-        sides.append(Side("FLOP per byte sent", sent, sent["work"] / sent["comm/bytes"], links))
-    return sides
+        panels.append(Panel("FLOP per byte sent", sent, sent["work"] / sent["comm/bytes"], links))
+    return panels
 
 
-def _points(axis: Axes, side: Side, choices: Sequence[str]) -> dict[str, Any]:
+def _points(axis: Axes, panel: Panel, choices: Sequence[str]) -> dict[str, Any]:
     """Draw the cells of a panel; what was drawn of each choice."""
     drawn: dict[str, Any] = {}
     for i, choice in enumerate(choices):
-        mine = side.cells["choice"] == choice
+        mine = panel.cells["choice"] == choice
         if mine.any():
             drawn[choice] = axis.scatter(
-                side.intensity[mine], side.cells["compute/tflops_per_gpu"][mine], s=16, color=_color(i),
+                panel.intensity[mine], panel.cells["compute/tflops_per_gpu"][mine], s=16, color=_color(i),
                 marker=MARKERS[i % len(MARKERS)],
             )  # fmt: skip
     return drawn
 
 
-def _roofs(axis: Axes, side: Side, peak: float) -> None:
+def _roofs(axis: Axes, panel: Panel, peak: float) -> None:
     """Draw what a panel's cells lie under: the peak, and a slope for each roof."""
-    rates = side.cells["compute/tflops_per_gpu"]
+    rates = panel.cells["compute/tflops_per_gpu"]
     # From left of the bend of every roof, so that it is seen how far from it cells are.
-    bends = [1e3 * peak / rate for rate in side.roofs.values()]
-    reach = np.geomspace(min([float(side.intensity.min()), *bends]) / 4, float(side.intensity.max()) * 4, 200)
+    bends = [1e3 * peak / rate for rate in panel.roofs.values()]
+    reach = np.geomspace(min([float(panel.intensity.min()), *bends]) / 4, float(panel.intensity.max()) * 4, 200)
     axis.set_ylim(float(rates.min()) / 3, 2 * max(peak, float(rates.max())))
-    for style, (name, rate) in zip(("-", "--", "-.", ":"), side.roofs.items(), strict=False):
+    for style, (name, rate) in zip(("-", "--", "-.", ":"), panel.roofs.items(), strict=False):
         slope = np.minimum(peak, reach * rate / 1e3)
         axis.plot(reach, slope, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {rate:.4g} GB/s")
     axis.axhline(peak, color="0.2", linewidth=1, label=f"peak: {peak:.3g} TFLOP/s")
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xlabel(side.label)
+    axis.set_xlabel(panel.label)
     axis.set_ylabel("TFLOP/s per GPU")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=7, loc="lower right")

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class Collector:
     """
 
     def __init__(self, sweep: Sweep, launcher_named: Callable[[str], Launches], *, as_mine: bool = False) -> None:
-        self._sweep, self._launcher_named, self._as_mine = sweep, launcher_named, as_mine
+        self._sweep, self._as_mine = sweep, as_mine
+        self._launcher_named = cache(launcher_named)  # asked in every round
         self._watch = Watch(sweep, Patient())
         self._next, self._said, self._pause_s = 0.0, "", 1.0
         self._left_out: set[str] = set()

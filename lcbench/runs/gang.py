@@ -8,7 +8,6 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -187,7 +186,7 @@ def begun_of(sweep: Sweep, pack: Pack) -> int:
 def oom_kills() -> int:
     """How often the kernel has killed for want of memory since it started, on this node; 0 where it does not count."""
     try:
-        lines: Sequence[str] = Path("/proc/vmstat").read_text().splitlines()
+        lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -85,6 +85,11 @@ def ended(folder: Path) -> bool:
     return (folder / END).exists()
 
 
+def told_to_stop(folder: Path) -> bool:
+    """Whether the workers of a pack are to end before the next cell."""
+    return (folder / STOP).exists()
+
+
 def forget(folder: Path) -> None:
     """Remove the words of an earlier run of a pack's job."""
     for name in (STOP, END, CHECK):
@@ -94,6 +99,11 @@ def forget(folder: Path) -> None:
 def cancelled_cells(folder: Path) -> tuple[str, ...]:
     """Ids of the cells that a pack is to leave."""
     return tuple(path.name for path in (folder / CANCEL).glob("*"))
+
+
+def is_cancelled(folder: Path, cell_id: str) -> bool:
+    """Whether a pack is to leave this cell."""
+    return (folder / CANCEL / cell_id).exists()
 
 
 def cancel_cell(folder: Path, cell_id: str) -> None:

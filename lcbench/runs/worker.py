@@ -50,6 +50,7 @@ from lcbench.runs.failure import classify_exception, stem_of
 from lcbench.runs.hang import REST_S, STACKS_SIGNAL
 from lcbench.runs.logs import cell_mark
 from lcbench.runs.machine import beside, signal_when_parent_dies
+from lcbench.runs.notes import CHECK, END, is_cancelled, told_to_stop
 from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
 from lcbench.runs.settle import close_all, record, with_lost_block
 from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Running, Sweep, write_json
@@ -95,7 +96,7 @@ def main(pack_path: Path, node_rank: int) -> None:
     groups = Groups(timeout=timeout)
     gang = Gang(rank, world_size, device, groups, pack.settings.devices)
     # Its nodes' GPUs one by one stay in the pack's file.
-    check = {k: v for k, v in sweep.pack_file(pack.id, "check.json").items() if k != "facts"} if rank == 0 else {}
+    check = {k: v for k, v in sweep.pack_file(pack.id, CHECK).items() if k != "facts"} if rank == 0 else {}
     # Memory is measured after a collection each, which need not visit all modules again.
     gc.collect()
     gc.freeze()
@@ -180,7 +181,7 @@ class Results:
 
         def claim() -> Running | None:
             running = self._sweep.begin(cell_id, self._pack.id)
-            if not self._cancelled(cell_id):
+            if not is_cancelled(self._pack.folder, cell_id):
                 return running
             record(self._sweep, running, self._pack.configs[cell_id], Failure("cancelled", "python -m lcbench.cancel"))
             return None
@@ -189,14 +190,14 @@ class Results:
 
     def begin_again(self, attempt: Attempt, block: int) -> Running | str | None:
         """The same for a later block of timings: a cell that was cancelled meanwhile keeps its result, which says what it lost."""
-        if not self._cancelled(attempt.cell_id):
+        if not is_cancelled(self._pack.folder, attempt.cell_id):
             return self._begin(lambda: self._sweep.begin_again(attempt, block))
         with suppress(OSError):  # on a full disk the block is lost without a word
             self._sweep.finish(with_lost_block(attempt, block, Failure("cancelled", "python -m lcbench.cancel")))
         return None
 
     def _begin(self, claim: Callable[[], Running | None]) -> Running | str | None:
-        if (self._pack.folder / "stop.json").exists():
+        if told_to_stop(self._pack.folder):
             return STOP
         try:
             if not self._reserve.exists():
@@ -206,12 +207,9 @@ class Results:
             self.release()
             failure = Failure("no-start", f"there is no room for results: {error}")
             with suppress(OSError):
-                self._pack.write_note("end.json", failure)
+                self._pack.write_note(END, failure)
             print(failure.cause, file=sys.stderr, flush=True)
             return STOP
-
-    def _cancelled(self, cell_id: str) -> bool:
-        return (self._pack.folder / "cancel" / cell_id).exists()
 
     def finish(self, attempt: Attempt) -> None:
         """Write a result: into the reserve if the disk is full, after waiting if that is gone too, at last to another place."""
@@ -326,7 +324,7 @@ def due_again(sweep: Sweep, pack: Pack, block: int) -> dict[str, Attempt]:
 
 def _nodes_are_well(pack: Pack, device: torch.device, node_rank: int) -> bool:
     """The check of all nodes together, by a job's first gang; later ones have its word. Collective."""
-    path = pack.folder / "check.json"
+    path = pack.folder / CHECK
     if broadcast_object(path.exists() if dist.get_rank() == 0 else None):
         return True
     own = Sweep(Path(pack.root), pack.sweep).pack_file(pack.id, f"check/node-{node_rank}.json")

@@ -21,8 +21,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from lcbench.kernels.base import Kernel, Prepared, accumulation_dtype, prepare
-from lcbench.kernels.base import Saved as Attended
+from lcbench.kernels.base import Kernel, Prepared, Saved, accumulation_dtype, prepare
 from lcbench.kernels.merge import merge_into
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -100,7 +99,7 @@ def group_options(backend: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedPass:
     """What backward needs of forward besides kept buffers, which the next forward overwrites.
 
     ``out`` (T, Hq, D) and ``lse`` (T, Hq) are of this rank's own tokens (LSE is NaN where another rank alone computed them);
@@ -226,7 +225,7 @@ class Executor:
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compute: bool = True, communicate: bool = True
-    ) -> tuple[torch.Tensor, Saved]:
+    ) -> tuple[torch.Tensor, SavedPass]:
         """out (T, Hq, D) of this rank's tokens from its q (T, Hq, D) and k, v (T, Hk, D), and what backward needs.
 
         Without ``compute`` or without ``communicate`` everything else is done as usual, and the results mean nothing.
@@ -234,7 +233,7 @@ class Executor:
         self._begin(compute, communicate)
         if compute and self._alone is not None and self._marks is None:
             out, lse = self._typed(self._alone.forward(q, k, v, softmax_scale=self.problem.softmax_scale))
-            saved = Saved(q, (k, v), out.to(q.dtype), lse, {})
+            saved = SavedPass(q, (k, v), out.to(q.dtype), lse, {})
             return saved.out, saved
         self._own: dict[str, torch.Tensor] = {"q": q, "kv": self._packed(k, v)}
         self._parts: dict[tuple[int, tuple[int, ...]], Part] = {}
@@ -243,7 +242,7 @@ class Executor:
             self._run_step(number, self._forward_tile)
         out, lse = self._total or self._empty()
         finals = {key: (part[0].to(q.dtype), part[1]) for key, part in self._parts.items() if key in self._program.finals}
-        saved = Saved(q, self._own["kv"], out.to(q.dtype), lse, finals)
+        saved = SavedPass(q, self._own["kv"], out.to(q.dtype), lse, finals)
         self._own, self._parts, self._total, self._apart = {}, {}, None, {}
         return saved.out, saved
 
@@ -334,7 +333,7 @@ class Executor:
             self._parts[key] = out, torch.full(out.shape[:2], -torch.inf, dtype=self._dtypes["sum"], device=self.device)
         return self._parts[key]
 
-    def lse(self, saved: Saved) -> torch.Tensor:
+    def lse(self, saved: SavedPass) -> torch.Tensor:
         """LSE (T, Hq) of this rank's own tokens. Collective; apart from ``forward``, since only the check needs it."""
         lse = saved.lse.clone()
         for step in self._program.steps[: self._forward_steps]:
@@ -354,13 +353,13 @@ class Executor:
     # -- backward --------------------------------------------------------------------------------------------------
 
     def backward(
-        self, dout: torch.Tensor, saved: Saved, *, compute: bool = True, communicate: bool = True
+        self, dout: torch.Tensor, saved: SavedPass, *, compute: bool = True, communicate: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dq, dk, dv) of this rank's tokens from its dout (T, Hq, D), in the inputs' type."""
         self._begin(compute, communicate)
         if isinstance(saved.kv, tuple):
             assert self._alone is not None
-            whole = Attended(saved.q, *saved.kv, saved.out, saved.lse)
+            whole = Saved(saved.q, *saved.kv, saved.out, saved.lse)
             grads = self._alone.backward(dout, whole, softmax_scale=self.problem.softmax_scale)
             dq, dk, dv = (grad.to(dout.dtype) for grad in grads)
             return dq, dk, dv
@@ -372,7 +371,7 @@ class Executor:
         del self._saved
         return dq, dkv[:, :, 0], dkv[:, :, 1]
 
-    def _backward_own(self, dout: torch.Tensor, kv: torch.Tensor, saved: Saved) -> dict[str, torch.Tensor]:
+    def _backward_own(self, dout: torch.Tensor, kv: torch.Tensor, saved: SavedPass) -> dict[str, torch.Tensor]:
         """This rank's own tensors in backward, by kind of operand; gradients are zeros at first."""
         sums = self._dtypes["sum"]
         own = {"q": saved.q, "kv": kv, "dout": dout}
@@ -386,7 +385,7 @@ class Executor:
         q, dout = (self._value(kind, call, number) for kind in ("q", "dout"))
         k, v = self._keys_and_values(call, number)
         out, lse = self._whole_rows(call, dout, number)
-        tile = Attended(q, k, v, out, lse.contiguous())
+        tile = Saved(q, k, v, out, lse.contiguous())
         dq, dk, dv = kernel.backward(dout, tile, softmax_scale=self.problem.softmax_scale)
         self._add("dq", call, number, [dq])
         self._add("dkv", call, number, [dk, dv])
@@ -706,10 +705,10 @@ class Replay:
     compute: bool
     communicate: bool
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Saved]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, SavedPass]:
         return self.executor.forward(q, k, v, compute=self.compute, communicate=self.communicate)
 
-    def backward(self, dout: torch.Tensor, saved: Saved) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: SavedPass) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.executor.backward(dout, saved, compute=self.compute, communicate=self.communicate)
 
 
@@ -750,7 +749,7 @@ def _merged(one: Part, other: Part) -> Part:
     return out, lse
 
 
-def _final_lse(message: Message, saved: Saved) -> torch.Tensor:
+def _final_lse(message: Message, saved: SavedPass) -> torch.Tensor:
     """The LSE (tokens, heads of the group) of the rows of a message, of results that this rank alone computed."""
     parts = [saved.finals[p.buffer.group, p.buffer.bundle][1][p.begin : p.end] for p in message.pieces if p.buffer]
     return torch.cat(parts).contiguous()

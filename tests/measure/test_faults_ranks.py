@@ -47,7 +47,7 @@ from lcbench.measure.cell import measure_cell
 from lcbench.measure.measured import Measured
 from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Executor, Groups, Saved
+from lcbench.schedule.execute import Executor, Groups, SavedPass
 from lcbench.schedule.layout import Layout, contiguous, zigzag
 from lcbench.schedule.program import Exchange, Message, Piece, TileCall
 from lcbench.testing.dense import dense_heads
@@ -94,7 +94,7 @@ class Faulty(Executor):
     def wrong(self) -> bool:
         return self.faulty and self._since <= self.passes < self._until
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Saved]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, SavedPass]:
         self.passes += 1
         return super().forward(*args, **kwargs)
 
@@ -299,7 +299,7 @@ class FirstLSE(Faulty):
         if number == 0 and self._total is not None:
             self._first_lse = self._total[1].clone()
 
-    def backward(self, dout: torch.Tensor, saved: Saved, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: SavedPass, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return super().backward(dout, replace(saved, lse=self._first_lse), **kwargs)
 
 
@@ -332,7 +332,7 @@ class OtherHeads(Faulty):
 class OtherLSE(Faulty):
     """Heads of a rank's LSE are in another order."""
 
-    def lse(self, saved: Saved) -> torch.Tensor:
+    def lse(self, saved: SavedPass) -> torch.Tensor:
         found = super().lse(saved)
         return found.flip(1) if self.wrong else found
 
@@ -345,13 +345,13 @@ class Memo(Faulty):
         self._kept: dict[Any, Any] = {}
         super().__init__(*args, **kwargs)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Saved]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, SavedPass]:
         found = super().forward(q, k, v, **kwargs)
         if not self.faulty or self._of == "backward":
             return found
         return self._kept.setdefault(("forward", self._address and v.data_ptr()), found)
 
-    def backward(self, dout: torch.Tensor, saved: Saved, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: SavedPass, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         found = super().backward(dout, saved, **kwargs)
         if not self.faulty or self._of == "forward":
             return found
@@ -365,7 +365,7 @@ class KeepsKeys(Faulty):
         self._kept: dict[Any, torch.Tensor] = {}
         super().__init__(*args, **kwargs)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Saved]:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, SavedPass]:
         self._key = k.data_ptr()
         return super().forward(q, k, v, **kwargs)
 
@@ -377,10 +377,10 @@ class KeepsKeys(Faulty):
 class Lazy(Faulty):
     """A rank computes nothing in some passes, and gives the result of the pass before."""
 
-    _last_forward: tuple[torch.Tensor, Saved]
+    _last_forward: tuple[torch.Tensor, SavedPass]
     _last_backward: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Saved]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, SavedPass]:
         found = super().forward(*args, **kwargs | ({"compute": False} if self._next else {}))
         self._last_forward = self._last_forward if self.wrong else found
         return self._last_forward
@@ -389,7 +389,7 @@ class Lazy(Faulty):
     def _next(self) -> bool:
         return self.faulty and self._since <= self.passes + 1 < self._until
 
-    def backward(self, dout: torch.Tensor, saved: Saved, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: SavedPass, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         found = super().backward(dout, saved, **kwargs | ({"compute": False} if self.wrong else {}))
         self._last_backward = self._last_backward if self.wrong else found
         return self._last_backward

@@ -16,6 +16,7 @@ from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.build import check_choice
 from lcbench.schedule.layout import Layout, contiguous, striped, zigzag
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ class RingFlashAttention(LibraryStrategy):
     variant: Literal["zigzag", "stripe", "llama3"]
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"cp.variant={self.variant} is not one of {', '.join(VARIANTS)}")
+        check_choice("variant", self.variant, VARIANTS)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         found = segments(mask)

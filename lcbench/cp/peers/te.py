@@ -12,7 +12,7 @@ from lcbench.kernels.library import LibraryCall
 from lcbench.kernels.te_fused import LIBRARIES
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import largest_degree
+from lcbench.schedule.build import check_choice, largest_degree
 from lcbench.schedule.layout import Layout, zigzag
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ class TransformerEngine(LibraryStrategy):
     comm: Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
 
     def __post_init__(self) -> None:
-        if self.comm not in COMMUNICATIONS:
-            raise ValueError(f"cp.comm={self.comm} is not one of {', '.join(COMMUNICATIONS)}")
+        check_choice("comm", self.comm, COMMUNICATIONS)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         ranks = problem.scale.world_size

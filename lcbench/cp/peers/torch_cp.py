@@ -18,6 +18,7 @@ from lcbench.kernels.base import Kernel, Prepared, Saved, heads_first
 from lcbench.masks.band import Band, BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.build import check_choice
 from lcbench.schedule.layout import Layout, zigzag
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ class TorchCP(LibraryStrategy):
     rotate: Literal["allgather", "alltoall"] = "allgather"
 
     def __post_init__(self) -> None:
-        if self.rotate not in ROTATIONS:
-            raise ValueError(f"cp.rotate={self.rotate} is not one of {', '.join(ROTATIONS)}")
+        check_choice("rotate", self.rotate, ROTATIONS)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         refused = refused_mask(mask, known="full and causal")
