@@ -44,9 +44,9 @@ test: setup cluster-up browser ## all tests, on the development cluster too (nee
 	wait $$cluster; code=$$?; cat $(VENV)/slurm-tests.log; \
 	{ $(PYTEST) -m wide $(NONE_IS_FINE); }; exit $$((code | others | $$?))
 
-# Of a test that goes through all kernels or masks one case in eight; all of those that K chooses.
+# Of a test that goes through all kernels or masks one case in sixteen; all of those that K chooses.
 test-fast: setup ## a share of the tests that need no cluster, no root and less than ten seconds each; K=... chooses by name
-	$(PYTEST) -m 'not slow and not slurm' $(if $(K),,--one-in 8) $(BESIDE) $(NONE_IS_FINE)
+	$(PYTEST) -m 'not slow and not slurm' $(if $(K),,--one-in 16) $(BESIDE) $(NONE_IS_FINE)
 
 coverage: setup ## which lines the fast tests reach in their own process (ranks and commands in processes of their own count not)
 	$(PYTEST) -m 'not slow and not slurm' $(BESIDE) --cov --cov-report=term:skip-covered $(NONE_IS_FINE)

@@ -319,6 +319,7 @@ def results_of_any_type(rank: int, ranks: int) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_a_kernel_may_give_its_results_in_any_type() -> None:
     for ranks in (1, 2):
         run_ranks(ranks, results_of_any_type, ranks)

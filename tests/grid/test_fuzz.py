@@ -18,6 +18,7 @@ from lcbench.grid.axes import AXES, GROUPS, RESERVED
 from lcbench.grid.overrides import RUN_OPTIONS
 from lcbench.grid.paths import CONF
 from lcbench.grid.site import SlurmSite
+from lcbench.report.ending import bad_input
 
 SEED, LISTS = 17, 2000
 KINDS = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in (*GROUPS, "site", "experiment")}
@@ -144,7 +145,8 @@ def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         if "hydra/launcher=dry" in arguments:
             plan = expand.remembered()
             assert plan is not None
-            sys.exit(launcher_named("dry").launch_plan(plan))
+            with bad_input():  # as the sweeper does
+                sys.exit(launcher_named("dry").launch_plan(plan))
 
     monkeypatch.setattr(expand, "compose", once)
     monkeypatch.setattr(command, "_enter", enter)
@@ -152,6 +154,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("LCBENCH_SITE", "plain")  # of GPUs, so that a plan of the defaults is within its budget
 
 
+@pytest.mark.slow
 def test_any_list_of_words_is_a_plan_or_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

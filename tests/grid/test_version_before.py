@@ -73,6 +73,7 @@ def test_a_sweep_of_the_same_finds_them_done(typed: tuple[str, ...], root: Path)
     assert done == set(GRIDS[typed]), said
 
 
+@pytest.mark.slow
 def test_commands_show_them(root: Path, tmp_path: Path) -> None:
     assert "7 ok" in lcbench("status", "before", "--results", str(root))
     lcbench("results", "before", "--results", str(root), "--out", str(tmp_path / "cells.json"))

@@ -67,6 +67,7 @@ def run(cast: dict[str, Kernel], out: Path, seconds: float = 2000.0, hang_s: flo
     return report.found, said
 
 
+@pytest.mark.slow
 def test_it_checks_and_times_what_runs_and_names_the_rest(tmp_path: Path) -> None:
     """Sound kernels, one that is not here, a wrong one, one that breaks, one that dies and hangs: none costs another a row."""
     cast = gpu_rows.kernels(["sdpa_flash", "flex_sparse", "flash_attn2"]) | {"blind": Blind(), "broken": Broken(), "dying": Dying()}

@@ -87,6 +87,7 @@ def as_laid(x: torch.Tensor, layout: str) -> torch.Tensor:
     return torch.cat([x, x.new_zeros(*x.shape[:2], 3)], 2)[:, :, : x.shape[2]]
 
 
+@pytest.mark.slow
 def test_any_layout_and_narrow_tested_tiles_give_what_dense_attention_gives() -> None:
     from lcbench.kernels.triton_tiles import PreparedTiles, _describable
     from lcbench.testing.gpu_tune import tables_of

@@ -48,6 +48,7 @@ def test_a_sweep_of_kernels_has_lengths_memory_and_mask_by_kernel(tmp_path: Path
     assert set(drawn) == {"rate-by-length", "memory-by-length", "mask-by-kernel", "roofline"}
 
 
+@pytest.mark.slow
 def test_published_figures_are_drawn_beside_the_same_problem_only_and_say_what_they_are(tmp_path: Path) -> None:
     beside = figures(made_sweep(tmp_path, "same", KERNELS))["rate-by-length"]
     assert "not the paper's own runs" in beside
@@ -163,6 +164,7 @@ class Outside(HTMLParser):
         self.found += [v or "" for k, v in attrs if k in ("src", "href") and not (v or "").startswith(("data:", "#"))]
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else_and_says_what_did_not_run(tmp_path: Path) -> None:
     hang = Failure("hang", "rank 3 <waits> for rank 4", 3)
     sweep = made_sweep(tmp_path, "s", CP, failed={"usp sdpa_flash full 64k": hang})

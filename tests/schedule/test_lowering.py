@@ -245,6 +245,7 @@ IDS = {
 AXES = ["scale=1x4", "seqlen=4k", "mask=causal", "kernel=sdpa_flash"]
 
 
+@pytest.mark.slow
 def test_cells_keep_the_ids_that_they_had_before_there_was_a_choice() -> None:
     for said in ([], ["cp.lowering=auto"]):
         chosen = [name for name in IDS if name != "torch_cp" or not said]
