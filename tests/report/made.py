@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.expand import pairs
 from lcbench.measure.flops import backward_flops, forward_flops
@@ -32,6 +34,7 @@ def made_sweep(
     blocks: int = 3,
     slower: dict[str, float] | None = None,
     failed: dict[str, Failure] | None = None,
+    factor_of: Callable[[Cell], float] = lambda cell: 1.0,
     provenance: dict[str, Any] | None = None,
     launch: dict[str, Any] | None = None,
 ) -> Sweep:
@@ -42,7 +45,8 @@ def made_sweep(
         run_to_run: the same of a block's, shared by its iterations and phases.
         blocks: of each cell; with one, results are as they were before there were blocks.
         slower: factor on the time of cells whose label holds a word.
-        failed: how cells whose label holds a word failed.
+        failed: how cells whose label holds these whole words failed.
+        factor_of: factor on the time of a cell.
     """
     sweep = Sweep(root, name)
     planned = look(grid).cells
@@ -51,13 +55,13 @@ def made_sweep(
         if p.skip:
             continue
         cell, random = p.cell, np.random.default_rng([seed, int(p.cell.id, 16)])
-        failure = next((f for word, f in (failed or {}).items() if word in cell.label), None)
+        failure = next((f for words, f in (failed or {}).items() if not words or f" {words} " in f" {cell.label} "), None)
         running = sweep.begin(cell.id, "p")
         config, problem = cell.config, cell.problem
         ranks, work = problem.scale.world_size, pairs(cell)
         flops = {"forward": forward_flops(work, problem.heads), "backward": backward_flops(work, problem.heads)}
         rate = 400 + zlib.crc32(f"{config['cp']['name']} {config['kernel']['name']}".encode()) % 200  # TFLOP/s per GPU
-        factor = np.prod([f for word, f in (slower or {}).items() if word in cell.label])
+        factor = factor_of(cell) * np.prod([f for word, f in (slower or {}).items() if word in cell.label])
         metrics: dict[str, float] = {}
         samples: dict[str, list[float]] = {}
         runs = random.lognormal(0, run_to_run, (blocks, 1))
@@ -92,3 +96,65 @@ def made_sweep(
             )
         )  # fmt: skip
     return sweep
+
+
+STRATEGIES = ("ring", "allgather", "ulysses", "usp", "loongtrain", "groupcast", "lightseq", "tokenring")
+BIG = (
+    f"cp={','.join(STRATEGIES)}", "mask=full,causal,sliding_window,causal_document", "lengths=long_text_64k",
+    "seqlen=64k,128k,256k,512k", "scale=1x8,2x8,4x8,8x8", "heads=32x8x128", "kernel=flash_attn3", "site=plain",
+)  # fmt: skip
+NODE_FAILURE = Failure("node-fail", "node003: GPU 5 fell off the bus (Xid 79)", 21)
+SOCKET_FAILURE = Failure(
+    "nccl", "NCCL error: remote process exited or there was a network error, last error: socket node003<41873>", 17
+)
+MEMORY_FAILURE = Failure("oom", "CUDA out of memory. Tried to allocate 16.00 GiB", 0)
+# 13 cells that failed, 8 of them by one node. A label is "cp kernel mask length scale".
+FAILED = {
+    "ring flash_attn3 full 128k 4x8": NODE_FAILURE,
+    "usp flash_attn3 sliding_window 256k 4x8": NODE_FAILURE,
+    "groupcast flash_attn3 full 64k 4x8": NODE_FAILURE,
+    "lightseq flash_attn3 causal 64k 4x8": SOCKET_FAILURE,
+    "lightseq flash_attn3 causal 128k 4x8": SOCKET_FAILURE,
+    "tokenring flash_attn3 full 256k 8x8": SOCKET_FAILURE,
+    "tokenring flash_attn3 full 512k 8x8": SOCKET_FAILURE,
+    "allgather flash_attn3 causal 256k 8x8": SOCKET_FAILURE,
+    "tokenring flash_attn3 causal_document(long_text_64k) 64k 1x8": MEMORY_FAILURE,
+    "tokenring flash_attn3 causal_document(long_text_64k) 128k 1x8": MEMORY_FAILURE,
+    "tokenring flash_attn3 causal_document(long_text_64k) 256k 1x8": MEMORY_FAILURE,
+    "tokenring flash_attn3 causal_document(long_text_64k) 512k 1x8": MEMORY_FAILURE,
+    "loongtrain flash_attn3 causal 512k 2x8": Failure("timeout", "the job reached its limit of 120 min"),
+}  # fmt: skip
+# Bytes between nodes, as a share of what a ring sends; and the rate at which it computes, as a share of the kernel's.
+_SENT = {
+    "ring": 1.0, "allgather": 1.05, "ulysses": 0.3, "usp": 0.25, "loongtrain": 0.28, "groupcast": 0.26, "lightseq": 0.7,
+    "tokenring": 1.6,
+}  # fmt: skip
+_RATE = {"ulysses": 1.0, "usp": 0.99, "loongtrain": 0.985, "groupcast": 0.975, "allgather": 0.95, "ring": 0.93, "lightseq": 0.94}
+
+
+def big_sweep(root: Path, name: str = "big", *, seed: int = 0, faster: dict[str, float] | None = None) -> Sweep:
+    """512 cells as 8 to 64 GPUs might give them: 483 good, 13 failed, 16 that cannot run.
+
+    Args:
+        faster: factor on the time of a strategy.
+    """
+    return made_sweep(
+        root, name, list(BIG), seed=seed, run_to_run=0.006, failed=FAILED,
+        factor_of=lambda cell: _as_clusters_do(cell) * (faster or {}).get(cell.config["cp"]["name"], 1.0),
+    )  # fmt: skip
+
+
+def _as_clusters_do(cell: Cell) -> float:
+    """The time of a cell over that of ``made_sweep``: computing as fast as the strategy lets the kernel, then sending."""
+    cp, kernel = cell.config["cp"]["name"], cell.config["kernel"]["name"]
+    ranks, seqlen, work = cell.problem.scale.world_size, cell.problem.seqlen, pairs(cell)
+    flops = forward_flops(work, cell.problem.heads)
+    nominal = flops / ranks / (400 + zlib.crc32(f"{cp} {kernel}".encode()) % 200) / 1e12
+    compute = flops / ranks / 600e12 / _RATE.get(cp, 0.9) + 4e-5
+    link = 350e9 if ranks == 8 else 45e9
+    sent = 4.0 * seqlen * cell.problem.heads.kv * cell.problem.heads.dim * _SENT[cp] * (2 if ranks > 8 else 1)
+    dense = work / seqlen**2
+    if cp == "groupcast":  # it sends only what the mask needs, in many pieces
+        sent *= min(1.0, dense + 0.1)
+        compute *= 1.2 if ranks == 8 and "lengths" in cell.config["mask"] else 1.0
+    return (max(compute, sent / link) + 0.25 * min(compute, sent / link)) / nominal
