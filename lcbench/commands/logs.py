@@ -10,7 +10,6 @@ from lcbench.grid.values import parse_scale
 from lcbench.report.ending import bad_input
 from lcbench.runs.jobs import CellState, Watch
 from lcbench.runs.logs import said_by_ranks
-from lcbench.runs.queue import Patient
 from lcbench.runs.settle import settled
 from lcbench.runs.store import Attempt, Running, Sweep
 
@@ -31,7 +30,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     with bad_input():
         sweep, cell_id = chosen_cell(options.results.absolute(), options.cell)
-    watch = Watch(sweep, Patient())
+    watch = Watch(sweep, patient=True)
     shown: dict[str, int] = {}
     while True:
         state = next(c for c in settled(watch).cells if c.id == cell_id)

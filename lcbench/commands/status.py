@@ -11,12 +11,20 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 
-from lcbench.commands.arguments import add_as_mine_argument, add_sweep_arguments, agree_to_act, chosen_sweep, command_parser
+from lcbench.commands.arguments import (
+    add_as_mine_argument,
+    add_launchers_argument,
+    add_sweep_arguments,
+    agree_to_act,
+    chosen_sweep,
+    command_parser,
+)
 from lcbench.commands.launchers import launcher_named
 from lcbench.report.ending import bad_input
 from lcbench.report.inert import printable
@@ -46,6 +54,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="only the counts; the exit code says if all is well")
     parser.add_argument("--all", action="store_true", help="list every cell, also of a large sweep, and those that are well")
     add_as_mine_argument(parser)
+    add_launchers_argument(parser)
     options = parser.parse_args(arguments)
     root = options.results.absolute()
     if options.sweep is None:
@@ -74,7 +83,7 @@ def main(arguments: list[str]) -> int:
 
 def _follow(sweep: Sweep, options: argparse.Namespace, console: Console, *, as_mine: bool) -> SweepStatus:
     """Show where the sweep stands and do what a collector does, until nothing goes on by itself."""
-    collector = Collector(sweep, launcher_named, as_mine=as_mine)
+    collector = Collector(sweep, partial(launcher_named, folders=options.config_dir), as_mine=as_mine)
     said = ""
     with nullcontext() if options.json or options.quiet else Live(console=console, refresh_per_second=2) as live:
         while not (standing := collector.advance()).at_rest:
