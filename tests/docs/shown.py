@@ -56,8 +56,6 @@ def make_sweeps(folder: Path) -> None:
     for number, name in enumerate(("before", "after")):
         made_sweep(results, name, CHANGED, seed=number, run_to_run=0.006, slower={"ring ": 1.09} if number else None)
     made_sweep(results, "first", FIRST, failed=FAILED, launch=launch(FIRST))
-    random = np.random.default_rng(0)
-    lengths = np.clip(random.lognormal(6.5, 1.3, 2000).astype(int), 16, 32768)
     make_files(folder)
 
 
@@ -66,6 +64,8 @@ def make_files(folder: Path) -> None:
     (folder / "mine.json").write_text(
         json.dumps({"seqlen": 4096, "bands": [[0, 4000, 0, 4096, None, 0], [4000, 4096, 0, 1024, None, None]]})
     )
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(6.5, 1.3, 2000).astype(int), 16, 32768)
     (folder / "lengths.txt").write_text("\n".join(map(str, lengths)) + "\n")
     write_profile([str(folder / "lengths.txt"), "--name", "mine", "--conf", str(folder / "conf"), "--force"])
 

@@ -47,8 +47,8 @@ def test_search_works_from_files(site: Path) -> None:
         asked: list[str] = []
         b.page.on("request", lambda request: asked.append(request.url))
         b.page.goto((site / "index.html").as_uri())
-        b.page.locator("label.md-search__icon, .md-search__input").first.click()
-        b.page.locator(".md-search__input").fill("groupcast")
+        b.page.locator(".md-search__input").click()
+        b.page.keyboard.type("groupcast", delay=50)
         b.page.locator(".md-search-result__link").first.wait_for(timeout=20_000)
         assert b.page.locator(".md-search-result__link").count() > 0
         assert not b.complaints
