@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 from omegaconf import OmegaConf
 
@@ -37,7 +36,7 @@ def evidence() -> dict[str, dict[str, set[str]]]:
     for gpu, seen in found.items():
         for file in (ROOT / "results" / gpu).glob("*/*/attempt-*.json"):
             result = json.loads(file.read_text())
-            if result["status"] == "ok" and not str(result["config"]["scale"]) == "1x1":
+            if result["status"] == "ok" and str(result["config"]["scale"]) != "1x1":
                 seen["cp"].add(result["config"]["cp"]["name"])
     return found
 
