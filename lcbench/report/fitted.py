@@ -1,4 +1,4 @@
-"""Tables for a terminal of any width: what matters least is left out first, and long words have lines of their own below their row."""
+"""Tables for a terminal of any width: what matters least is left out first, and long words have lines of their own below a row."""
 
 from __future__ import annotations
 
