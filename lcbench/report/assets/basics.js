@@ -1,0 +1,80 @@
+"use strict";
+// Elements, numbers for people, and the cells of the block. Whatever comes from results becomes text nodes, never markup.
+
+const BLOCK = JSON.parse(document.getElementById("data").textContent);
+
+/** An element: `h("td", {class: "number", onclick: f}, "text", child)`. Attributes that are null or false are left out. */
+function h(name, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
+    else if (value !== null && value !== undefined && value !== false) made.setAttribute(key, value === true ? "" : value);
+  }
+  made.append(...children.flat().filter(child => child !== null && child !== undefined));
+  return made;
+}
+
+/** Three significant digits without an exponent from 1e-3 to 1e6, as `report/amounts.py` writes them. */
+function digits(value) {
+  if (value === null || value === undefined || !Number.isFinite(value)) return "";
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  if (size < 1e-3 || size >= 1e6) return value.toExponential(2);
+  const places = Math.max(0, 2 - Math.floor(Math.log10(size)));
+  const rounded = Number(value.toPrecision(3));
+  return size >= 1000 ? String(Math.round(value)) : String(Number(rounded.toFixed(Math.min(places, 6))));
+}
+
+function scaled(value, units) {
+  if (value === null || value === undefined) return "";
+  const [unit, size] = units.find(([, least]) => value >= least) ?? units.at(-1);
+  return `${digits(value / size)} ${unit}`;
+}
+
+const seconds = value => scaled(value, [["s", 1], ["ms", 1e-3], ["µs", 1e-6]]);
+const bytes = value => value === 0 ? "0" : scaled(value, [["TiB", 2 ** 40], ["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10], ["B", 1]]);
+const rate = value => value === null || value === undefined ? "" : value >= 1 ? `${digits(value)} TFLOP/s` : `${digits(value * 1e3)} GFLOP/s`;
+const percent = value => value === null || value === undefined ? "" : `${digits(value * 100)} %`;
+const times = value => `${value.toFixed(2)}×`;
+const slower = ratio => ratio >= 2 ? times(ratio) : `+${(100 * (ratio - 1)).toFixed(ratio < 1.1 ? 1 : 0)} %`;
+
+/** 65536 -> 64k, as on the command line. */
+function tokens(count) {
+  for (const [suffix, unit] of [["m", 2 ** 20], ["k", 2 ** 10]]) if (count && count % unit === 0) return `${count / unit}${suffix}`;
+  return String(count);
+}
+
+/** Rows of a block of columns; a column of words is its values and, per row, the place among them. */
+function unpacked(columns, repeated) {
+  const whole = Object.fromEntries(Object.entries(columns).map(([name, column]) =>
+    [name, repeated.includes(name) ? column[1].map(place => column[0][place]) : column]));
+  const names = Object.keys(whole);
+  return whole[names[0]].map((_, i) => Object.fromEntries(names.map(name => [name, whole[name][i]])));
+}
+
+const unique = values => [...new Set(values)];
+const geometric = values => Math.exp(d3.mean(values, Math.log));
+
+/** The style of a choice: the same in every figure, chip and bar of the report. */
+const styleOf = choice => BLOCK.styles[choice] ?? {color: "currentColor", symbol: "circle", dash: null};
+
+function copyButton(text, what) {
+  return h("button", {type: "button", title: `copy ${what}`, "aria-label": `copy ${what}`, onclick: event => {
+    event.stopPropagation();
+    copy(text);
+    event.currentTarget.textContent = "✓";
+  }}, "⧉");
+}
+
+/** Into the clipboard; a page from disk, or in a frame, may have none but the old way. */
+function copy(text) {
+  const old = () => {
+    const field = h("textarea", {style: "position: fixed; opacity: 0"});
+    field.value = text;
+    document.body.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+  };
+  navigator.clipboard ? navigator.clipboard.writeText(text).catch(old) : old();
+}

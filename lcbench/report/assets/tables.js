@@ -1,0 +1,43 @@
+"use strict";
+// Tables that sort by the raw value of an entry, and words that filter their rows.
+
+/** An entry: what is shown, and what it is sorted by. */
+const entry = (shown, value = shown, kind = "") => ({shown, value, kind});
+const number = (value, shown) => entry(shown, value, "number");
+
+/** A head with a button per column; `columns`: {name, about, kind}. */
+function sortableHead(columns) {
+  return h("thead", {}, h("tr", {}, columns.map((column, place) => h("th", {"aria-sort": "none", scope: "col", class: column.kind || null},
+    h("button", {type: "button", title: column.about ?? null, onclick: event => sortBy(event.currentTarget.closest("table"), place)}, column.name)))));
+}
+
+function sortBy(table, place) {
+  const heads = [...table.tHead.rows[0].cells], down = heads[place].getAttribute("aria-sort") === "ascending";
+  heads.forEach((head, i) => head.setAttribute("aria-sort", i !== place ? "none" : down ? "descending" : "ascending"));
+  const rows = [...table.tBodies[0].rows].filter(row => !row.classList.contains("detail"));
+  const value = row => row.entries[place].value;
+  rows.sort((a, b) => (down ? -1 : 1) * inOrder(value(a), value(b)) || a.rowIndex - b.rowIndex);
+  table.tBodies[0].append(...rows.flatMap(row => row.detail ? [row, row.detail] : [row]));
+}
+
+/** Numbers by size, words by the alphabet, what is missing first. */
+function inOrder(a, b) {
+  const missing = v => v === null || v === undefined || v === "";
+  if (missing(a) || missing(b)) return missing(b) - missing(a);
+  return typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
+}
+
+function rowOf(entries, attributes = {}) {
+  const row = h("tr", attributes, entries.map((e, i) => h(i ? "td" : "th", {class: e.kind || null, scope: i ? null : "row",
+    "data-v": e.value === null || e.value === undefined ? "" : String(e.value)}, e.shown)));
+  row.entries = entries;
+  row.words = entries.map(e => (e.text ?? row.cells[entries.indexOf(e)].textContent).trim().toLowerCase());
+  return row;
+}
+
+/** Words of a filter: a quoted one may be anywhere in an entry, another is an entry or its beginning. */
+function wordsOf(text) {
+  return [...text.toLowerCase().matchAll(/"([^"]*)"?|(\S+)/g)].map(([, quoted, word]) => ({text: quoted ?? word, anywhere: quoted !== undefined}));
+}
+
+const hasWords = (row, words) => words.every(word => row.words.some(text => word.anywhere ? text.includes(word.text) : text.startsWith(word.text)));
