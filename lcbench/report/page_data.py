@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lcbench.grid.cell import format_tokens
 from lcbench.measure.peak import entry_of
 from lcbench.report import published
 from lcbench.report.figures import least_bytes, split
@@ -27,13 +28,15 @@ TIMELINE_RANKS = 16  # `python -m lcbench.cp --cell` draws those of more
 TIMELINE_BYTES = 200_000  # of all timelines of a page
 WORDS = {
     "id": "cell", "label": "label", "status": "status", "kind": "failure", "cause": "cause", "choice": "choice", "mask": "what_mask", "scale": "scale",
-    "strategy": "what_cp", "kernel": "what_kernel", "where": "where", "problem": "problem", "device": "device", "dtype": "dtype", "slow": "no_speed",
+    "strategy": "what_cp", "kernel": "what_kernel", "where": "where", "setting": "setting", "problem": "problem", "device": "device", "dtype": "dtype", "slow": "no_speed",
 }  # fmt: skip
 COUNTS = {"seqlen": "seqlen", "ranks": "world_size", "share": "tokens_per_rank", "attempt": "attempt"}
 NUMBERS = {
     "noise": "time/noise", "mfu": "compute/mfu", "peak": "memory/peak_bytes", "sent": "comm/bytes", "bymean": "total_by_mean",
     "top": "compute/peak_tflops", "blocks": "time/blocks",
 }  # fmt: skip
+REPEATED = (frozenset(WORDS) | {"place"}) - {"id", "label", "problem"}  # few words, many times
+LEAST = ["tokens_per_rank", "num_heads_q", "num_heads_kv", "head_dim", "dtype", "direction"]
 PARTS = {"even": "computing", "imbalance": "imbalance", "exposed": "exposed communication", "rest": "rest"}
 
 
@@ -62,18 +65,12 @@ def cells_of(frame: pd.DataFrame) -> dict[str, list[Any]]:
     return found
 
 
-LEAST = ["tokens_per_rank", "num_heads_q", "num_heads_kv", "head_dim", "dtype", "direction"]
-
-
 def packed(columns: dict[str, list[Any]]) -> dict[str, Any]:
     """Columns of words as their values and, per cell, the place among them: most have few."""
     return {
         name: [list(values := dict.fromkeys(column)), [list(values).index(v) for v in column]] if name in REPEATED else column
         for name, column in columns.items()
     }
-
-
-REPEATED = frozenset(WORDS) - {"id", "label", "problem"}
 
 
 def details_of(records: dict[str, Record]) -> dict[str, dict[str, Any]]:
@@ -168,12 +165,17 @@ def devices_of(frame: pd.DataFrame, devices: Sequence[dict[str, Any]]) -> dict[s
 
 def commands_of(sweep: Sweep) -> dict[str, str]:
     """The commands about a cell, with ``CELL`` where its id goes."""
-    place = f"{sweep.name}/CELL"
-    where = sweep.command("logs").removeprefix("python -m lcbench.logs").replace(f" {sweep.name}", "", 1)
+    where = () if sweep.root == Path("results").absolute() else ("--results", str(sweep.root))
+    cell = f"{sweep.name}/CELL"
+
+    def about(name: str, *words: str) -> str:
+        return shlex.join(["python", "-m", f"lcbench.{name}", *where, *words])
+
     return {
-        "logs": f"python -m lcbench.logs {place}{where}", "rerun": f"python -m lcbench.rerun {place}{where}",
-        "explain": f"python -m lcbench.cp --cell {place} --grid{where}", "failed": sweep.command("rerun").replace("lcbench.rerun", "lcbench.rerun --failed"),
-    }  # fmt: skip
+        "logs": about("logs", "--", cell),
+        "rerun": about("rerun", "--", cell),
+        "explain": about("cp", f"--cell={cell}", "--grid"),
+    }
 
 
 def script_json(value: Any) -> str:
@@ -201,8 +203,3 @@ def _numbers(frame: pd.DataFrame, column: str) -> list[float | int | None]:
 def _numbered(values: list[str]) -> list[int]:
     places = {value: place for place, value in enumerate(dict.fromkeys(values))}
     return [places[value] for value in values]
-
-
-def lengths_said(values: Iterable[int]) -> dict[int, str]:
-    """Token counts as people write them."""
-    return {value: format_tokens(value) for value in sorted(set(values))}

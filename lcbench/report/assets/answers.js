@@ -1,47 +1,54 @@
 "use strict";
 // Which choice to take: the same as report/regret.py and report/winners.py say, of those cells that a filter leaves.
 
-const CLOSE = 1.02; // less is never called an order
-
-/** Per choice: its time over the best of each problem. Best first; a choice that ran in fewer than most problems comes after. */
-function regretsOf(good) {
-  const problems = d3.groups(good, cell => cell.problem).map(([, cells]) => d3.sort(cells, cell => cell.total));
-  const ratios = problems.flatMap(cells => cells.map(cell => ({cell, ratio: cell.total / cells[0].total, first: cell === cells[0]})));
-  const found = d3.groups(ratios, r => r.cell.choice).map(([choice, mine]) => {
-    const worst = d3.greatest(mine, r => r.ratio);
-    return {choice, mean: geometric(mine.map(r => r.ratio)), worst: worst.ratio, worstCell: worst.cell, fastest: mine.filter(r => r.first).length,
-      ran: new Set(mine.map(r => r.cell.problem)).size, problems: problems.length};
-  });
-  return d3.sort(found, r => r.ran < BLOCK.nearlyAll * r.problems, r => r.mean);
+/** Of cells that differ only in how they were measured one per choice and problem: the median one. */
+function oneEach(good) {
+  return d3.groups(good, cell => cell.problem, cell => cell.choice).flatMap(([, choices]) =>
+    choices.map(([, same]) => d3.sort(same, cell => cell.total)[same.length >> 1]));
 }
 
-/** The fastest cell of every problem, and how far the next is behind. */
+/** Per choice: its time over the best of each problem. Those that ran in nearly all problems first, by their mean. */
+function regretsOf(good) {
+  const cells = oneEach(good), problems = d3.groups(cells, cell => cell.problem), ran = d3.rollup(cells, mine => mine.length, cell => cell.choice);
+  const ratios = problems.filter(([, mine]) => mine.length > 1).flatMap(([, mine]) => {
+    const best = d3.min(mine, cell => cell.total);
+    return mine.map(cell => ({cell, ratio: cell.total / best}));
+  });
+  const found = d3.groups(ratios, r => r.cell.choice).map(([choice, mine]) => {
+    const worst = d3.greatest(mine, r => r.ratio);
+    return {choice, mean: geometric(mine.map(r => r.ratio)), worst: worst.ratio, worstCell: worst.cell, fastest: mine.filter(r => r.ratio === 1).length,
+      ran: ran.get(choice), compared: mine.length, problems: problems.length};
+  });
+  return d3.sort(found, r => ran.get(r.choice) < BLOCK.nearlyAll * d3.max(ran.values()), r => r.mean);
+}
+
+/** The fastest cell of every problem, and how far the next is behind; less than 2 %, or than the two intervals, is close. */
 function winnersOf(good) {
   return d3.groups(good, cell => cell.problem).map(([, cells]) => {
     const [best, next] = d3.sort(cells, cell => cell.total);
     const margin = next ? next.total / best.total : null;
-    const close = next ? margin < CLOSE || Math.log(margin) < Math.hypot(best.total_reach, next.total_reach) : false;
+    const least = BLOCK.known ? BLOCK.close : BLOCK.unmeasured;
+    const close = next ? margin < 1 + least || Math.log(margin) < Math.hypot(best.total_reach, next.total_reach) : false;
     return {best, next, margin, close};
   });
 }
 
 const cellLink = (cell, text) => h("a", {href: `#c-${cell.id}`}, text);
-const placeOf = cell => [cell.mask, tokens(cell.seqlen), cell.scale, ...(BLOCK.settings ? [cell.where] : [])].join(" ");
 
 function regretRow(r, widest) {
   return h("tr", {style: `--c: ${styleOf(r.choice).color}`}, h("th", {scope: "row", class: "mine"}, r.choice), h("td", {class: "number"}, times(r.mean)),
     h("td", {class: "bar"}, h("i", {style: `width: ${Math.max(2, 100 * (r.mean - 1) / Math.max(widest - 1, 1e-9)).toFixed(0)}%`})),
-    h("td", {class: "number"}, times(r.worst)), h("td", {}, cellLink(r.worstCell, placeOf(r.worstCell))),
-    h("td", {class: "number"}, `${r.fastest} of ${r.problems}`), h("td", {class: "number"}, `${r.ran} of ${r.problems}`));
+    h("td", {class: "number"}, times(r.worst)), h("td", {}, cellLink(r.worstCell, r.worstCell.place)),
+    h("td", {class: "number"}, `${r.fastest} of ${r.compared}`), h("td", {class: "number"}, `${r.ran} of ${r.problems}`));
 }
 
 function winnerEntry(w) {
   if (!w) return h("td");
   const said = w.margin === null ? "only one ran" : w.close ? "the order is not known" : "clear";
   return h("td", {class: w.close ? "mine close" : "mine", style: `--c: ${styleOf(w.best.choice).color}`,
-    title: w.next ? `${seconds(w.best.total)}; next: ${w.next.choice}, ${slower(w.margin)}; ${said}` : said},
+    title: w.next ? `${seconds(w.best.total)}; next: ${w.next.choice}, ${more(w.margin)}; ${said}` : said},
     h("a", {href: `#c-${w.best.id}`}, `${w.close ? "≈ " : ""}${w.best.choice}`), " ",
-    h("small", {}, [digits(w.best.total_rate), w.margin === null ? "" : ` · ${slower(w.margin)}`].join("")));
+    h("small", {}, [digits(w.best.total_rate), w.margin === null ? "" : ` · ${more(w.margin)}`].join("")));
 }
 
 /** Rows mask x scale, a column per length, or per tokens per GPU where that has fewer values (weak scaling). */

@@ -14,29 +14,28 @@ function h(name, attributes = {}, ...children) {
   return made;
 }
 
-/** Three significant digits without an exponent from 1e-3 to 1e6, as `report/amounts.py` writes them. */
+/** Three significant digits without an exponent from 1e-3 to 1e6, as `report/amounts.py` writes them; empty where there is none. */
 function digits(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "";
   if (value === 0) return "0";
-  const size = Math.abs(value);
-  if (size < 1e-3 || size >= 1e6) return value.toExponential(2);
-  const places = Math.max(0, 2 - Math.floor(Math.log10(size)));
-  const rounded = Number(value.toPrecision(3));
-  return size >= 1000 ? String(Math.round(value)) : String(Number(rounded.toFixed(Math.min(places, 6))));
+  const rounded = Number(value.toExponential(2)), size = Math.abs(rounded);
+  if (size < 1e-3 || size >= 1e6) return value.toExponential(2).replace(/e([+-])(\d)$/, "e$10$2");
+  return rounded.toFixed(Math.max(0, 2 - Math.floor(Math.log10(size))));
 }
 
+/** In the largest of these units, [name, size] from small to large, of which it is at least one. */
 function scaled(value, units) {
   if (value === null || value === undefined) return "";
-  const [unit, size] = units.find(([, least]) => value >= least) ?? units.at(-1);
-  return `${digits(value / size)} ${unit}`;
+  const size = Math.abs(Number(value.toExponential(2)));
+  const [unit, of] = units.findLast(([, of]) => Number((size / of).toExponential(2)) >= 1) ?? units[0];
+  return `${digits(value / of)} ${unit}`;
 }
 
-const seconds = value => scaled(value, [["s", 1], ["ms", 1e-3], ["µs", 1e-6]]);
-const bytes = value => value === 0 ? "0" : scaled(value, [["TiB", 2 ** 40], ["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10], ["B", 1]]);
-const rate = value => value === null || value === undefined ? "" : value >= 1 ? `${digits(value)} TFLOP/s` : `${digits(value * 1e3)} GFLOP/s`;
-const percent = value => value === null || value === undefined ? "" : `${digits(value * 100)} %`;
-const times = value => `${value.toFixed(2)}×`;
-const slower = ratio => ratio >= 2 ? times(ratio) : `+${(100 * (ratio - 1)).toFixed(ratio < 1.1 ? 1 : 0)} %`;
+const seconds = value => scaled(value, [["ns", 1e-9], ["µs", 1e-6], ["ms", 1e-3], ["s", 1]]);
+const bytes = value => scaled(value, [["B", 1], ["KiB", 2 ** 10], ["MiB", 2 ** 20], ["GiB", 2 ** 30], ["TiB", 2 ** 40]]);
+const percent = value => value === null || value === undefined ? "" : `${(value * 100).toFixed(1)} %`;
+const times = value => value >= 0.005 && value < 9.995 ? `${value.toFixed(2)}x` : `${digits(value)}x`;
+const more = ratio => ratio >= 2 ? times(ratio) : `${ratio >= 1 ? "+" : ""}${(100 * (ratio - 1)).toFixed(1)} %`;
 
 /** 65536 -> 64k, as on the command line. */
 function tokens(count) {

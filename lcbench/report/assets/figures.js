@@ -123,12 +123,12 @@ const ranking = {
     const good = d3.sort(problem.cells.filter(isGood), cell => cell.total), bad = problem.cells.filter(cell => !isGood(cell));
     const names = [...good, ...bad].map(cell => cell.choice), best = good[0], most = d3.max(good, cell => cell.total);
     const unit = most < 1e-3 ? 1e6 : most < 1 ? 1e3 : 1;
-    const finding = best ? `${best.choice} is fastest with ${seconds(best.total)}${good[1] ? `; next ${good[1].choice}, ${slower(good[1].total / best.total)}; last ${good.at(-1).choice}, ${times(good.at(-1).total / best.total)}` : ""}.${bad.length ? ` ${bad.length} did not run.` : ""}` : "Nothing ran.";
+    const finding = best ? `${best.choice} is fastest with ${seconds(best.total)}${good[1] ? `; next ${good[1].choice}, ${more(good[1].total / best.total)}; last ${good.at(-1).choice}, ${times(good.at(-1).total / best.total)}` : ""}.${bad.length ? ` ${bad.length} did not run.` : ""}` : "Nothing ran.";
     const node = plotted({width: Math.min(widthOf(), 900), height: 50 + 22 * names.length, marginLeft: 20 + 6.4 * d3.max(names, name => name.length), marginRight: 120,
       x: {label: `time, ${unit === 1e6 ? "µs" : unit === 1e3 ? "ms" : "s"}`, grid: true}, y: {domain: names, label: null}, marks: [
         Plot.barX(good, {x: cell => cell.total * unit, y: "choice", fill: cell => styleOf(cell.choice).color, insetTop: 3, insetBottom: 3}),
         Plot.ruleY(good, {x1: cell => cell.total * unit * Math.exp(-cell.total_reach), x2: cell => cell.total * unit * Math.exp(cell.total_reach), y: "choice", stroke: "currentColor", marker: "tick"}),
-        Plot.text(good, {x: cell => cell.total * unit * Math.exp(cell.total_reach), y: "choice", text: cell => ` ${seconds(cell.total)}${cell === best ? "" : ` · ${slower(cell.total / best.total)}`}`, textAnchor: "start", dx: 6}),
+        Plot.text(good, {x: cell => cell.total * unit * Math.exp(cell.total_reach), y: "choice", text: cell => ` ${seconds(cell.total)}${cell === best ? "" : ` · ${more(cell.total / best.total)}`}`, textAnchor: "start", dx: 6}),
         Plot.text(bad, {x: 0, y: "choice", text: cell => `✕ ${cell.kind || cell.status}`, textAnchor: "start", dx: 4, fill: "var(--bad)"}),
         best ? Plot.ruleX([best.total * unit], {stroke: "currentColor", strokeDasharray: "3,3"}) : null,
         Plot.tip(good, Plot.pointerY({x: cell => cell.total * unit, y: "choice", title: tipOf}))]}, finding);
