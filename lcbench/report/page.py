@@ -197,14 +197,11 @@ def _alone(fastest: list[Winner]) -> list[tuple[bool, str]]:
     found = next((w for w in fastest if w.margin is not None), None)
     if found is None or found.margin is None:
         return []
-    problems = "the one problem" if len(fastest) == 1 else f"the first of {len(fastest)} problems"
-    unsure = f" The order of the two is not known: {found.why}." if found.verdict == "close" else ""
     where = f"{found.mask} {format_tokens(found.seqlen)} {found.scale}"
-    return [
-        (True, found.choice),
-        (False, f" takes 1.00x of the best time in {problems} here, {where}: {amounts.duration(found.seconds)}. "
-                f"Next is {found.next_choice}, {amounts.times(found.margin.value)}, slower by {found.slower}.{unsure}"),
-    ]  # fmt: skip
+    rest = "" if len(fastest) == 1 else f", one of {len(fastest)} problems"
+    unsure = f" The order of the two is not known: {found.why}." if found.verdict == "close" else ""
+    said = f" is fastest for {where}{rest}: {amounts.duration(found.seconds)}. Next: {found.next_choice}, {found.slower}.{unsure}"
+    return [(True, found.choice), (False, said)]
 
 
 def _matrix(good: pd.DataFrame, fastest: list[Winner], drawn: dict[str, dict[str, Any]]) -> dict[str, Any]:

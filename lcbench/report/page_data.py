@@ -87,6 +87,8 @@ def details_of(records: dict[str, Record]) -> dict[str, dict[str, Any]]:
             size = len(json.dumps(line, separators=(",", ":"))) if line else 0
             if line and size <= room:
                 detail["timeline"], room = line, room - size
+            elif last.provenance.get("timeline"):
+                detail["recorded"] = True
         found[cell_id] = detail
     return found
 

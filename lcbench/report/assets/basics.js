@@ -61,8 +61,15 @@ function copyButton(text, what) {
   return h("button", {type: "button", title: `copy ${what}`, "aria-label": `copy ${what}`, onclick: event => {
     event.stopPropagation();
     copy(text);
-    event.currentTarget.textContent = "✓";
-  }}, "⧉");
+    event.currentTarget.replaceChildren("✓");
+  }}, copyIcon());
+}
+
+/** Two sheets of paper: a letter for them is missing in many fonts. */
+function copyIcon() {
+  const icon = d3.create("svg").attr("width", 11).attr("height", 12).attr("fill", "none").attr("stroke", "currentColor").attr("aria-hidden", "true");
+  icon.append("path").attr("d", "M3.5 3.5h6v7h-6zM7.5 3.5v-3h-6v7h2");
+  return icon.node();
 }
 
 /** Into the clipboard; a page from disk, or in a frame, may have none but the old way. */

@@ -14,12 +14,13 @@ function cellColumns(cells) {
   const best = d3.rollup(cells.filter(cell => cell.total), found => d3.min(found, cell => cell.total), cell => cell.problem);
   for (const cell of cells) cell.behind = cell.total ? cell.total / best.get(cell.problem) : null;
   return [
-    {name: "cell", of: cell => ({...entry(idOf(cell), cell.id, "id"), text: cell.id})},
+    {name: "cell", of: cell => entry(idOf(cell), cell.id, "id")},
     {name: "status", of: cell => entry(cell.status, cell.status, cell.status)},
     {name: "choice", of: cell => entry(cell.choice)},
-    varies("mask") && {name: "mask", of: cell => entry(cell.mask)},
+    varies("mask") && {name: "mask", of: cell => entry(cell.mask, cell.mask, "name")},
     varies("seqlen") && {name: "length", kind: "number", of: cell => number(cell.seqlen, tokens(cell.seqlen))},
     varies("scale") && {name: "scale", kind: "number", of: cell => number(cell.order, cell.scale)},
+    varies("attempt") && {name: "attempt", kind: "number", of: cell => number(cell.attempt, String(cell.attempt))},
     varies("where") && {name: "setting", of: cell => entry(cell.where)},
     {name: "time", kind: "number", of: cell => number(cell.total, seconds(cell.total))},
     {name: "vs best", kind: "number", of: cell => number(cell.behind, cell.behind ? times(cell.behind) : "")},
@@ -28,8 +29,6 @@ function cellColumns(cells) {
     {name: "noise", kind: "number", of: cell => number(cell.noise, percent(cell.noise))},
     {name: "peak", kind: "number", of: cell => number(cell.peak, bytes(cell.peak))},
     {name: "sent", kind: "number", of: cell => number(cell.sent, bytes(cell.sent))},
-    varies("attempt") && {name: "attempt", kind: "number", of: cell => number(cell.attempt, String(cell.attempt))},
-    cells.some(whyNot) && {name: "why not", of: cell => entry(whyNot(cell), whyNot(cell), "words")},
   ].filter(Boolean).map(column => ({...column, about: ABOUT[column.name]}));
 }
 
@@ -42,7 +41,8 @@ const idOf = cell => h("span", {}, h("button", {type: "button", class: "twist", 
 function drawCells(table, cells) {
   const columns = cellColumns(cells);
   const rows = cells.map(cell => {
-    const row = rowOf(columns.map(column => column.of(cell)), {id: `c-${cell.id}`, class: "row"});
+    const instead = isGood(cell) ? null : {from: columns.findIndex(column => column.name === "time"), text: whyNot(cell)};
+    const row = rowOf(columns.map(column => column.of(cell)), {id: `c-${cell.id}`, class: "row"}, instead);
     row.cell = cell;
     row.addEventListener("click", event => { if (!event.target.closest("a") && !getSelection().toString()) unfold(row); });
     return row;
@@ -55,7 +55,7 @@ function drawCells(table, cells) {
 function unfold(row, open = row.detail === undefined) {
   const twist = row.querySelector(".twist");
   if (open && !row.detail) {
-    row.detail = h("tr", {class: "detail"}, h("td", {colspan: row.cells.length}, detailOf(row.cell)));
+    row.detail = h("tr", {class: "detail"}, h("td", {colspan: row.entries.length}, detailOf(row.cell)));
     row.after(row.detail);
   } else if (!open && row.detail) {
     row.detail.remove();

@@ -17,7 +17,7 @@ const table = (heads, rows) => h("table", {}, h("thead", {}, h("tr", {}, heads.m
 function phasesOf(cell) {
   const phases = ["forward", "backward", "total"].filter(phase => cell[phase] !== null);
   if (!phases.length) return whyNot(cell) ? h("p", {}, whyNot(cell)) : null;
-  return table(["phase", "time", "95 %", "TFLOP/s", "by mean"], phases.map(phase => [phase, seconds(cell[phase]), `±${digits(100 * cell[`${phase}_reach`])} %`,
+  return table(["phase", "time", "95 %", "TFLOP/s", "by mean"], phases.map(phase => [phase, seconds(cell[phase]), `±${percent(cell[`${phase}_reach`])}`,
     digits(cell[`${phase}_rate`]), digits(cell[`${phase}_bymean`])]));
 }
 
@@ -35,7 +35,7 @@ function ranksOf(cell, known) {
   const points = Object.entries(known.ranks ?? {}).flatMap(([phase, parts]) => parts.map((part, rank) => ({phase, rank, time: part / BLOCK.part * cell[phase]})));
   if (new Set(points.map(p => p.rank)).size < 2) return null;
   const slowest = d3.greatest(points, p => p.time / cell[p.phase]);
-  return plotted({width: 330, height: 120, marginLeft: 52, x: {label: "rank", tickFormat: "d"}, y: {label: null, tickFormat: seconds, ticks: 4, grid: true, zero: true},
+  return plotted({width: 330, height: 120, marginLeft: 52, x: {label: "rank", tickFormat: "d"}, y: {label: null, tickFormat: time => time ? seconds(time) : "0", ticks: 4, grid: true, zero: true},
     symbol: {legend: false}, marks: [Plot.dot(points, {x: "rank", y: "time", symbol: "phase", r: 2.5, stroke: styleOf(cell.choice).color, title: p => `rank ${p.rank} ${p.phase}: ${seconds(p.time)}`})]},
   `medians of ${known.ranks.forward?.length ?? 0} ranks; slowest for its phase: rank ${slowest.rank}, ${slowest.phase}`);
 }
@@ -52,6 +52,7 @@ function checksOf(known) {
 }
 
 function timelineOf(known) {
+  if (known.recorded) return h("p", {class: "dim"}, "Recorded, but left out of this page for its size: the last command draws it with --out.");
   if (!known.timeline) return null;
   const bars = known.timeline.flatMap((steps, rank) => steps.flatMap(([step, ...marks]) =>
     ["begins messages", "computes", "waits and merges"].map((what, i) => ({rank, step, what, from: marks[i], to: marks[i + 1]}))));

@@ -39,11 +39,13 @@ function phaseAndView() {
 function rateLines(cells, x, axis, published) {
   const {phase, relative, fields} = phaseAndView();
   const points = linePoints(cells, x, phase, relative);
-  const beside = relative ? [] : published.filter(p => p.phase === phase && cells.some(cell => cell.mask.split("(")[0] === p.mask)).map(p => ({...p, y: p.rate,
+  const [first, last] = axis.domain;
+  const beside = relative ? [] : published.filter(p => p.phase === phase && p.x >= first && p.x <= last && cells.some(cell => cell.mask.split("(")[0] === p.mask)).map(p => ({...p, y: p.rate,
     panel: cells.find(cell => cell.mask.split("(")[0] === p.mask).mask}));
   const dotted = beside.length ? points.filter(p => p.cell[`${phase}_bymean`]).map(p => ({...p, y: p.cell[`${phase}_bymean`]})) : [];
   const finding = leadersSaid(points);
-  return {fields, finding, choices: unique(points.map(p => p.choice)), caption: beside.length ? `Grey: ${BLOCK.published.label}. Dotted: the same cells, time as mean over ranks.` : "",
+  return {fields, finding, choices: unique(points.map(p => p.choice)), caption: beside.length ? `Grey: ${BLOCK.published.label}. Dotted: the same cells, time as mean over ranks.`
+      : published.length && phase === "total" ? "Published figures of the same problem are drawn beside forward and backward." : "",
     node: lines({panels: unique(cells.map(cell => cell.mask)), points, failed: failedPoints(cells, x), published: beside, dotted, x: axis, tip: p => tipOf(p.cell),
       y: relative ? {type: "log", label: "% of the best", tickFormat: digits} : {label: "TFLOP/s per GPU", zero: true}}, finding)};
 }
@@ -178,12 +180,12 @@ const memory = {
     let from = Math.floor(Math.log2(low)), until = Math.ceil(Math.log2(high * 1.02));
     while (until - from < 2) { until++; if (until - from < 2) from--; }
     const line = device && device / GiB <= 2 ** until ? [Plot.ruleY([device / GiB], {stroke: "var(--bad)", strokeDasharray: "6,3"})] : [];
-    const crosses = full.map(cell => ({panel: cell.mask, x: cell.seqlen, choice: cell.choice, kind: "oom"}));
+    const crosses = full.map(cell => ({panel: cell.mask, x: cell.seqlen, choice: cell.choice, kind: "oom", ...(line.length ? {y: device / GiB} : {})}));
     const ticks = d3.range(from, until + 1).map(power => 2 ** power), finding = leadersSaid(points, false).replace("Best", "Least memory").replace("furthest behind", "largest");
     return {title: `Peak memory by sequence length, ${scale}`, fields: [scaleField], finding, choices: unique(points.map(p => p.choice)),
       caption: `Worst rank's peak of one iteration above the level before it, with the engine's buffers. ${device ? `The device has ${bytes(device)}${line.length ? " (dashed)" : ""}.` : ""}`,
       node: lines({panels: unique(mine.map(cell => cell.mask)), points, failed: crosses, x: lengthAxis(lengthsOf(mine)), merge: true, rules: line,
-        y: {type: "log", base: 2, label: "GiB", domain: [2 ** from, 2 ** until], ticks, tickFormat: digits, nice: false}, tip: p => `${tipOf(p.cell)}\n${bytes(p.cell.peak)}`}, finding)};
+        y: {type: "log", base: 2, label: "GiB", domain: [2 ** from, 2 ** until], ticks, tickFormat: String, nice: false}, tip: p => `${tipOf(p.cell)}\n${bytes(p.cell.peak)}`}, finding)};
   },
 };
 
@@ -212,6 +214,7 @@ const timeSplit = {
 
 function leastExposed(cells) {
   const share = cell => cell.exposed / cell.total, sorted = d3.sort(cells, share);
+  if (share(sorted.at(-1)) - share(sorted[0]) < 0.01) return `All wait for messages for ${percent(d3.mean(cells, share))} of their time.`;
   return `Least of its time ${sorted[0].choice} waits for messages (${percent(share(sorted[0]))}), most ${sorted.at(-1).choice} (${percent(share(sorted.at(-1)))}).`;
 }
 
@@ -235,9 +238,9 @@ function roofPanel(cells, intensity, roofs, peak, label) {
   const bends = Object.values(roofs).map(gbytes => 1e3 * peak / gbytes), [least, most] = d3.extent(cells, intensity);
   const from = d3.min([least, ...bends]) / 4, until = most * 4, low = d3.min(cells, cell => cell.total_rate) / 3;
   const slopes = Object.entries(roofs).flatMap(([name, gbytes]) => [from, 1e3 * peak / gbytes, until].map(x => ({name: `${name}: ${digits(gbytes)} GB/s`, x, y: Math.min(peak, x * gbytes / 1e3)})));
-  return plotted({width: 520, height: 330, marginLeft: 48, x: {type: "log", label, domain: [from, until], ticks: 5, tickFormat: "~s"}, y: {type: "log", label: "TFLOP/s per GPU", domain: [low, peak * 1.6], ticks: 5, tickFormat: digits}, marks: [
-    Plot.gridY({stroke: "currentColor", strokeOpacity: 0.12}), Plot.line(slopes, {x: "x", y: "y", z: "name", stroke: "currentColor", strokeOpacity: 0.6, clip: true}),
-    Plot.text(d3.groups(slopes, s => s.name).map(([name, line]) => ({name, ...line[1]})), {x: "x", y: "y", text: "name", dy: 12, dx: 4, textAnchor: "start", fillOpacity: 0.75}),
+  return plotted({width: 520, height: 330, marginLeft: 48, x: {type: "log", label, domain: [from, until], ticks: 5, tickFormat: "~s"}, y: {type: "log", label: "TFLOP/s per GPU", domain: [low, peak * 1.6], ticks: 5, tickFormat: "~g"}, marks: [
+    Plot.line(slopes, {x: "x", y: "y", z: "name", stroke: "currentColor", strokeOpacity: 0.6, clip: true}),
+    ...d3.groups(slopes, s => s.name).map(([name, line], i) => Plot.text([line[1]], {x: "x", y: "y", text: [name], dy: 12 + 13 * i, dx: 6, textAnchor: "start", fillOpacity: 0.8})),
     Plot.ruleY([peak], {stroke: "currentColor"}), Plot.text([peak], {y: d => d, frameAnchor: "left", dy: -7, dx: 4, textAnchor: "start", text: d => `peak: ${digits(d)} TFLOP/s`}),
     ...d3.groups(cells, cell => cell.choice).map(([choice, mine]) => Plot.dot(mine, {x: intensity, y: "total_rate", symbol: styleOf(choice).symbol, r: 3, fill: styleOf(choice).color, stroke: "var(--back)", strokeWidth: 0.5})),
     Plot.tip(cells, Plot.pointer({x: intensity, y: "total_rate", title: tipOf}))]}, `${cells.length} cells under ${label}`);

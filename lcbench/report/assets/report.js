@@ -27,6 +27,7 @@ function draw() {
 
 /** Go to a section, or to a cell: its row is shown, whatever was filtered, and opened. */
 function goTo(id) {
+  if (matchMedia("(max-width: 1000px)").matches) document.getElementById("filter").open = false;
   if (id.startsWith("c-")) {
     const row = document.getElementById(id);
     if (!row) return;

@@ -27,11 +27,14 @@ function inOrder(a, b) {
   return typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
 }
 
-function rowOf(entries, attributes = {}) {
-  const row = h("tr", attributes, entries.map((e, i) => h(i ? "td" : "th", {class: e.kind || null, scope: i ? null : "row",
-    "data-v": e.value === null || e.value === undefined ? "" : String(e.value)}, e.shown)));
+/** A row of entries; `instead`: words that stand where entries from this place on have nothing to show. */
+function rowOf(entries, attributes = {}, instead = null) {
+  const shown = instead ? entries.slice(0, instead.from) : entries;
+  const row = h("tr", attributes, shown.map((e, i) => h(i ? "td" : "th", {class: e.kind || null, scope: i ? null : "row",
+    "data-v": e.value === null || e.value === undefined ? "" : String(e.value)}, e.shown)),
+    instead ? h("td", {class: "words", colspan: entries.length - instead.from}, instead.text) : null);
   row.entries = entries;
-  row.words = entries.map(e => (e.text ?? row.cells[entries.indexOf(e)].textContent).trim().toLowerCase());
+  row.words = [...row.cells].map(cell => cell.textContent.trim().toLowerCase());
   return row;
 }
 
