@@ -20,7 +20,7 @@ function cellColumns(cells) {
     varies("mask") && {name: "mask", of: cell => entry(cell.mask, cell.mask, "name")},
     varies("seqlen") && {name: "length", kind: "number", of: cell => number(cell.seqlen, tokens(cell.seqlen))},
     varies("scale") && {name: "scale", kind: "number", of: cell => number(cell.order, cell.scale)},
-    varies("attempt") && {name: "attempt", kind: "number", of: cell => number(cell.attempt, String(cell.attempt))},
+    cells.some(cell => cell.attempt > 1) && {name: "attempt", kind: "number", of: cell => number(cell.attempt, String(cell.attempt))},
     varies("where") && {name: "setting", of: cell => entry(cell.where)},
     {name: "time", kind: "number", of: cell => number(cell.total, seconds(cell.total))},
     {name: "vs best", kind: "number", of: cell => number(cell.behind, cell.behind ? times(cell.behind) : "")},
