@@ -110,13 +110,10 @@ def render(template: str, scripts: Sequence[str], data: dict[str, Any], **contex
     )
 
 
-def drawn_styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """The style of every choice for a page: black is the text's color, which is white on black."""
-    return {choice: {"color": _color(s), "symbol": s.marker, "dash": s.strokes or None} for choice, s in styles(frame).items()}
-
-
-def _color(style: Style) -> str:
-    return "currentColor" if style.color == "#000000" else style.color
+def drawn_style(style: Style) -> dict[str, Any]:
+    """A style for a page: black is the text's color, which is white on black."""
+    color = "currentColor" if style.color == "#000000" else style.color
+    return {"color": color, "symbol": style.marker, "dash": style.strokes or None}
 
 
 def _write_tables(
@@ -146,13 +143,17 @@ def _block(
     cells["place"] = list(problem_labels(frame)) if len(frame) else []
     phases = [p for p in ("total", "forward", "backward") if rate_column(p) in good and good[rate_column(p)].notna().any()]
     return {
-        "name": sweep.name, "cells": page_data.packed(cells), "repeated": sorted(page_data.REPEATED), "part": page_data.PART,
-        "styles": drawn_styles(frame), "phases": phases, "settings": bool(len(frame) and frame["where"].nunique() > 1),
+        "name": sweep.name, "cells": page_data.packed(cells, page_data.REPEATED), "repeated": sorted(page_data.REPEATED), "part": page_data.PART,
+        "styles": _styles(frame), "phases": phases, "settings": bool(len(frame) and frame["where"].nunique() > 1),
         "matrixBy": _matrix_by(good), "known": bool(len(good)) and all(t.known for t in good["timed/total"]), "nearlyAll": NEARLY_ALL, "close": CLOSE, "unmeasured": UNMEASURED,
         "published": {"label": published.LABEL, "share": published.TOKENS_PER_GPU, "rows": page_data.published_for(good)},
         "devices": page_data.devices_of(frame, devices), "links": {k: page_data.short(v) for k, v in links.items()},
         "commands": page_data.commands_of(sweep),
     }  # fmt: skip
+
+
+def _styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    return {choice: drawn_style(style) for choice, style in styles(frame).items()}
 
 
 def _matrix_by(good: pd.DataFrame) -> str:
@@ -161,7 +162,7 @@ def _matrix_by(good: pd.DataFrame) -> str:
 
 
 def _first_screen(frame: pd.DataFrame, attempts: list[Attempt], fastest: list[Winner], choices: list[Regret]) -> dict[str, Any]:
-    drawn = drawn_styles(frame)
+    drawn = _styles(frame)
     widest = max((r.mean for r in choices), default=1.0) - 1.0
     counts = frame["status"].value_counts().to_dict() if len(frame) else {}
     return {

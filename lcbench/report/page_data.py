@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,12 +65,13 @@ def cells_of(frame: pd.DataFrame) -> dict[str, list[Any]]:
     return found
 
 
-def packed(columns: dict[str, list[Any]]) -> dict[str, Any]:
-    """Columns of words as their values and, per cell, the place among them: most have few."""
-    return {
-        name: [list(values := dict.fromkeys(column)), [list(values).index(v) for v in column]] if name in REPEATED else column
-        for name, column in columns.items()
-    }
+def packed(columns: dict[str, list[Any]], repeated: Collection[str]) -> dict[str, Any]:
+    """Columns, those of ``repeated`` as their values and, per cell, the place among them: they have few, many times."""
+    found: dict[str, Any] = {}
+    for name, column in columns.items():
+        places = {value: place for place, value in enumerate(dict.fromkeys(column))}
+        found[name] = [list(places), [places[value] for value in column]] if name in repeated else column
+    return found
 
 
 def details_of(records: dict[str, Record]) -> dict[str, dict[str, Any]]:

@@ -74,22 +74,3 @@ function showCells(rows, shownCells) {
   const left = rows.filter(row => !row.hidden).length;
   document.getElementById("shown").textContent = left === rows.length ? String(left) : `${left} of ${rows.length}`;
 }
-
-/** Text that a spreadsheet takes for no formula, as `report/inert.py` writes it. */
-function csvEntry(value) {
-  if (value === null || value === undefined) return "";
-  if (typeof value === "number") return String(value);
-  const text = /^\s*[=+\-@＝＋－＠]/.test(value) ? `'${value}` : value;
-  return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
-}
-
-function csvOf(cells) {
-  const names = Object.keys(BLOCK.cells).filter(name => name !== "problem");
-  return [names, ...cells.map(cell => names.map(name => cell[name]))].map(line => line.map(csvEntry).join(",") + "\r\n").join("");
-}
-
-function download(name, text) {
-  const address = URL.createObjectURL(new Blob([text], {type: "text/csv"}));
-  h("a", {href: address, download: name}).click();
-  setTimeout(() => URL.revokeObjectURL(address), 1000);
-}
