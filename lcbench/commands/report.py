@@ -1,4 +1,4 @@
-"""Write the report of a sweep: one HTML page that works offline, its tables as Markdown, CSV and LaTeX, with --figures also PNG and PDF.
+"""Write the report of a sweep: one HTML page that works offline, and its tables as Markdown, CSV and LaTeX.
 
 It is put into the sweep's folder, and beside the sweep on its tracking server, which for somebody else's sweep has to be asked for
 (--publish). A sweep that still runs can be reported too.
@@ -45,9 +45,8 @@ def main(arguments: list[str]) -> int:
         say_error(error)
         print(f"write it elsewhere:  {sweep.command('report', '--out', f'report-{sweep.name}')}", file=sys.stderr)
         return REFUSED
-    print(
-        f"{printable(report.page)}  ({report.cells} cells, {report.tables} tables{f', {report.figures} figures' if options.figures else ''})"
-    )
+    drawn = f", {report.figures} figures" if options.figures else ""
+    print(f"{printable(report.page)}  ({report.cells} cells, {report.tables} tables{drawn})")
     people = others(sweep)
     if options.publish is None and people:
         print(f"not attached to the sweep's run: {printable(whose(sweep, people))}, and names the server; --publish attaches it")

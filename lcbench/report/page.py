@@ -1,8 +1,8 @@
-"""The report of a sweep: an HTML page that needs nothing else, tables as Markdown, CSV and LaTeX, and figures as PNG and PDF if asked for.
+"""The report of a sweep: an HTML page that needs nothing else, tables as Markdown, CSV and LaTeX, figures as files if asked for.
 
 The page is a template, a style sheet and scripts (``assets/``), d3 and Observable Plot (``vendor/``), and one JSON block of cells
-(``page_data``). What answers the first question is written here, so that it stands without scripts too; they draw the rest, and this
-again under a filter.
+(``page_data``). What answers the first question is written here, so that it stands without scripts too; they draw the rest, and
+this again under a filter.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SECTIONS = (
-    ("fastest", "Fastest"), ("figures", "Figures"), ("failures", "What did not run"), ("cells", "Cells"), ("environment", "Where it ran"),
+    ("fastest", "Fastest"), ("figures", "Figures"), ("failures", "What did not run"), ("cells", "Cells"),
+    ("environment", "Where it ran"),
 )  # fmt: skip
 PAGE = "report.html"
 DPI = 150
 HERE = Path(__file__).parent
 LIBRARIES = ("d3.min.js", "plot.umd.min.js")
 SCRIPTS = ("basics.js", "view.js", "tables.js", "plots.js")  # of every page
-REPORT = ("answers.js", "detail.js", "cells.js", "figures.js", "report.js")
+REPORT = ("answers.js", "detail.js", "cells.js", "figures-lines.js", "figures-cells.js", "figures.js", "report.js")
 # Of one sweep these should be one; a page says so where they are not.
 ONE = ("lcbench", "device", "torch", "driver", "nccl", "cuda")
 VERSIONS = ("torch", "nccl", "driver", "cuda")
@@ -143,9 +144,10 @@ def _block(
     cells["place"] = list(problem_labels(frame)) if len(frame) else []
     phases = [p for p in ("total", "forward", "backward") if rate_column(p) in good and good[rate_column(p)].notna().any()]
     return {
-        "name": sweep.name, "cells": page_data.packed(cells, page_data.REPEATED), "repeated": sorted(page_data.REPEATED), "part": page_data.PART,
+        "name": sweep.name, "cells": page_data.packed(cells, page_data.REPEATED), "repeated": sorted(page_data.REPEATED),
+        "part": page_data.PART, "nearlyAll": NEARLY_ALL, "close": CLOSE, "unmeasured": UNMEASURED,
         "styles": _styles(frame), "phases": phases, "settings": bool(len(frame) and frame["where"].nunique() > 1),
-        "matrixBy": _matrix_by(good), "known": bool(len(good)) and all(t.known for t in good["timed/total"]), "nearlyAll": NEARLY_ALL, "close": CLOSE, "unmeasured": UNMEASURED,
+        "matrixBy": _matrix_by(good), "known": bool(len(good)) and all(t.known for t in good["timed/total"]),
         "published": {"label": published.LABEL, "share": published.TOKENS_PER_GPU, "rows": page_data.published_for(good)},
         "devices": page_data.devices_of(frame, devices), "links": {k: page_data.short(v) for k, v in links.items()},
         "commands": page_data.commands_of(sweep),
@@ -263,8 +265,8 @@ def _about(frame: pd.DataFrame, environment: dict[str, set[str]]) -> list[str]:
     if not len(frame):
         return ["0 cells"]
     ranks, devices = sorted(set(frame["world_size"])), sorted(environment.get("device", ()))
-    on = f"{ranks[0]}–{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
-    first = [f"{len(frame)} cells on {on} × {' or '.join(devices) or 'devices of which nothing is known yet'}"]
+    on = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+    first = [f"{len(frame)} cells on {on} x {' or '.join(devices) or 'devices of which nothing is known yet'}"]
     for column, shown in (("what_kernel", "{}"), ("what_mask", "{}"), ("dtype", "{}"), ("heads", "heads {}")):
         values = set(frame[column])
         first += [shown.format(*values)] if len(values) == 1 else []
@@ -312,13 +314,15 @@ def _cells(frame: pd.DataFrame) -> list[dict[str, str]]:
         ("forward", "time/forward/median_s", amounts.duration), ("backward", "time/backward/median_s", amounts.duration),
         ("total", "time/total/median_s", amounts.duration), ("noise", "time/noise", amounts.percent),
         ("TFLOP/s per GPU", "compute/tflops_per_gpu", amounts.digits), ("by mean over ranks", "total_by_mean", amounts.digits),
-        ("MFU", "compute/mfu", amounts.percent), ("peak memory", "memory/peak_bytes", amounts.size), ("sent", "comm/bytes", amounts.size),
+        ("MFU", "compute/mfu", amounts.percent), ("peak memory", "memory/peak_bytes", amounts.size),
+        ("sent", "comm/bytes", amounts.size),
     ]  # fmt: skip
     return [
         {
             "cell": row["cell"], "status": row["status"], "choice": row["choice"], "mask": row["what_mask"],
             "length": format_tokens(int(row["seqlen"])), "scale": row["scale"], "setting": row["where"],
-            **{name: form(row.get(column)) for name, column, form in shown}, "attempt": str(row["attempt"]), "why not": why_not(row),
+            **{name: form(row.get(column)) for name, column, form in shown},
+            "attempt": str(row["attempt"]), "why not": why_not(row),
         }
         for row in frame.to_dict("records")
     ]  # fmt: skip
