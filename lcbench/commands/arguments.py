@@ -49,6 +49,14 @@ def plan_words(options: argparse.Namespace) -> list[str]:
     return [*options.overrides, *(f"--config-dir={folder}" for folder in options.config_dir)]
 
 
+def add_launchers_argument(parser: argparse.ArgumentParser) -> None:
+    """The argument of commands that submit what a sweep's own launcher, outside of conf/, has to take."""
+    parser.add_argument(
+        "--config-dir", type=Path, action="append", default=[], metavar="FOLDER",
+        help="files of your own beside those of conf/, which name the launcher of the sweep",
+    )  # fmt: skip
+
+
 def add_as_mine_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--as-mine", action="store_true", help="act on a sweep of somebody else, in your name; without it you are asked"

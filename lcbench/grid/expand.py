@@ -97,7 +97,7 @@ class Plan:
     options: dict[str, Any]  # sweep, wait, output, force, pack, hang, retry, results, tracking_uri
     site: dict[str, Any]
     overrides: tuple[str, ...]
-    launcher: str  # local, slurm or dry
+    launcher: str  # its name in conf/hydra/launcher
 
 
 _remembered: list[Plan] = []
@@ -139,7 +139,7 @@ def _plan(parsed: list[Override], lines: tuple[str, ...], loader: ConfigLoaderIm
     base = _compose_base(fixed, loader)
     axes, swept = _axes(typed, base, loader)
     options = _run_options(base)
-    site = _site(base["site"])
+    site = _site(base["site"], launchers_of(loader))
     by_site = "scale" not in swept and base["scale"] == site.get("scale")
     configs = _product(base, [text_of(o) for o in fixed if root_of(o) in ("site", "experiment")], axes, loader)
     made = (Cell.from_config(cell_config(config, both="seqlen" in swept, by_site=by_site)) for config in configs)
@@ -389,7 +389,7 @@ def _compose_base(fixed: list[Override], loader: ConfigLoaderImpl) -> dict[str, 
     except ValueError as error:
         for override in fixed:
             key = override.key_or_group.split(".")
-            if key[0] == "site" and len(key) == 2 and not override.is_add() and key[1] not in sites.SlurmSite.model_fields:
+            if key[0] == "site" and len(key) == 2 and not override.is_add() and key[1] not in sites.ClusterSite.model_fields:
                 raise ValueError(sites.unknown_key(key[1])) from error
         for group in OPTION_GROUPS:
             own = [text_of(o) for o in fixed if root_of(o) == group]
@@ -479,12 +479,12 @@ def check_name(name: Any) -> str | None:
     return text
 
 
-def _site(site: Any) -> dict[str, Any]:
+def _site(site: Any, launchers: list[str]) -> dict[str, Any]:
     try:
         resolved = OmegaConf.to_container(site, resolve=True, throw_on_missing=True) if OmegaConf.is_config(site) else site
     except OmegaConfBaseException as error:
         raise ValueError(f"site: {_one_line(error)}") from error
-    found = sites.checked({str(k): v for k, v in resolved.items()} if isinstance(resolved, dict) else resolved)
+    found = sites.checked({str(k): v for k, v in resolved.items()} if isinstance(resolved, dict) else resolved, launchers)
     refuse_readable(found)
     return found
 

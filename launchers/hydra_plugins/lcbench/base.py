@@ -19,6 +19,7 @@ from lcbench.runs.budget import Cost
 from lcbench.runs.jobs import Watch
 from lcbench.runs.launch import Todo, default_tracking_uri, hand_over, make_packs, missing, settings_of, sweep_of, todo_of
 from lcbench.runs.pack import Pack, Settings
+from lcbench.runs.queues import Queue
 from lcbench.runs.settle import settled
 from lcbench.runs.store import Entry, Sweep, user_name
 
@@ -35,11 +36,19 @@ class PackLauncher(Launcher):
     """Subclasses say how packs reach processes; all else is here.
 
     ``submit`` writes them down and hands them over, under the sweep's lock; ``follow`` stays with them until they have ended.
+
+    Attributes:
+        name: that of its file in conf/hydra/launcher.
+        queue: what knows its jobs, which run on without the command; None: packs end with the command.
+        here: whether packs are processes on this machine, as its file says.
     """
 
     name = ""
-    detaches = False
+    queue: Queue | None = None
     output = "table"  # what the command prints: table, quiet or json
+
+    def __init__(self, here: bool = False) -> None:
+        self.here = here
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         pass
@@ -111,7 +120,7 @@ class PackLauncher(Launcher):
             print(f"error: {refusal}", file=sys.stderr)
             if not wait or not refusal.waiting:
                 return REFUSED
-        if self.detaches and not wait and (packs or todo.under_way):
+        if self.queue is not None and not wait and (packs or todo.under_way):
             self.say(f"follow it:  {sweep.command('status', '--follow')}")
             self.say(f"end it:     {sweep.command('cancel')}")
             self._answer(sweep, submitted=sum(len(pack.cells) for pack in packs))
