@@ -1,8 +1,8 @@
-"""The report of a sweep: an HTML page that needs nothing else, tables as Markdown, CSV and LaTeX, and figures as PNG and PDF if asked for.
+"""The report of a sweep: an HTML page that needs nothing else, tables as Markdown, CSV and LaTeX, figures as files if asked for.
 
 The page is a template, a style sheet and scripts (``assets/``), d3 and Observable Plot (``vendor/``), and one JSON block of cells
-(``page_data``). What answers the first question is written here, so that it stands without scripts too; they draw the rest, and this
-again under a filter.
+(``page_data``). What answers the first question is written here, so that it stands without scripts too; they draw the rest, and
+this again under a filter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lcbench.redact import redacted
 from lcbench.report import amounts, page_data, published
 from lcbench.report.causes import causes, suspects
 from lcbench.report.environment import environment_of, links_of
-from lcbench.report.figures import Drawn, all_figures
+from lcbench.report.figures import all_figures
 from lcbench.report.frame import good_rows, rate_column, reported
 from lcbench.report.palette import Style, styles
 from lcbench.report.regret import NEARLY_ALL, Regret, problem_labels, regrets, verdict
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SECTIONS = (
-    ("fastest", "Fastest"), ("figures", "Figures"), ("failures", "What did not run"), ("cells", "Cells"), ("environment", "Where it ran"),
+    ("fastest", "Fastest"), ("figures", "Figures"), ("failures", "What did not run"), ("cells", "Cells"),
+    ("environment", "Where it ran"),
 )  # fmt: skip
 PAGE = "report.html"
-DPI = 150
 HERE = Path(__file__).parent
 LIBRARIES = ("d3.min.js", "plot.umd.min.js")
 SCRIPTS = ("basics.js", "view.js", "tables.js", "plots.js")  # of every page
-REPORT = ("answers.js", "detail.js", "cells.js", "figures.js", "report.js")
+REPORT = ("answers.js", "detail.js", "cells.js", "figures-lines.js", "figures-cells.js", "figures.js", "report.js")
 # Of one sweep these should be one; a page says so where they are not.
 ONE = ("lcbench", "device", "torch", "driver", "nccl", "cuda")
 VERSIONS = ("torch", "nccl", "driver", "cuda")
@@ -72,7 +72,7 @@ def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]], 
     folder.mkdir(parents=True, exist_ok=True)
     files = _write_tables(frame, good, fastest, choices, folder / "tables")
     links = links_of(attempts)
-    drawn = [path for figure in all_figures(good, devices, links) for path in _save(figure, folder / "figures")] if figures else []
+    drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links) | {"details": page_data.details_of(seen.records)}
     page = folder / PAGE
     page.write_text(
@@ -110,13 +110,10 @@ def render(template: str, scripts: Sequence[str], data: dict[str, Any], **contex
     )
 
 
-def drawn_styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """The style of every choice for a page: black is the text's color, which is white on black."""
-    return {choice: {"color": _color(s), "symbol": s.marker, "dash": s.strokes or None} for choice, s in styles(frame).items()}
-
-
-def _color(style: Style) -> str:
-    return "currentColor" if style.color == "#000000" else style.color
+def drawn_style(style: Style) -> dict[str, Any]:
+    """A style for a page: black is the text's color, which is white on black."""
+    color = "currentColor" if style.color == "#000000" else style.color
+    return {"color": color, "symbol": style.marker, "dash": style.strokes or None}
 
 
 def _write_tables(
@@ -146,13 +143,18 @@ def _block(
     cells["place"] = list(problem_labels(frame)) if len(frame) else []
     phases = [p for p in ("total", "forward", "backward") if rate_column(p) in good and good[rate_column(p)].notna().any()]
     return {
-        "name": sweep.name, "cells": page_data.packed(cells), "repeated": sorted(page_data.REPEATED), "part": page_data.PART,
-        "styles": drawn_styles(frame), "phases": phases, "settings": bool(len(frame) and frame["where"].nunique() > 1),
-        "matrixBy": _matrix_by(good), "known": bool(len(good)) and all(t.known for t in good["timed/total"]), "nearlyAll": NEARLY_ALL, "close": CLOSE, "unmeasured": UNMEASURED,
+        "name": sweep.name, "cells": page_data.packed(cells, page_data.REPEATED), "repeated": sorted(page_data.REPEATED),
+        "part": page_data.PART, "nearlyAll": NEARLY_ALL, "close": CLOSE, "unmeasured": UNMEASURED,
+        "styles": _styles(frame), "phases": phases, "settings": bool(len(frame) and frame["where"].nunique() > 1),
+        "matrixBy": _matrix_by(good), "known": bool(len(good)) and all(t.known for t in good["timed/total"]),
         "published": {"label": published.LABEL, "share": published.TOKENS_PER_GPU, "rows": page_data.published_for(good)},
         "devices": page_data.devices_of(frame, devices), "links": {k: page_data.short(v) for k, v in links.items()},
         "commands": page_data.commands_of(sweep),
     }  # fmt: skip
+
+
+def _styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    return {choice: drawn_style(style) for choice, style in styles(frame).items()}
 
 
 def _matrix_by(good: pd.DataFrame) -> str:
@@ -161,7 +163,7 @@ def _matrix_by(good: pd.DataFrame) -> str:
 
 
 def _first_screen(frame: pd.DataFrame, attempts: list[Attempt], fastest: list[Winner], choices: list[Regret]) -> dict[str, Any]:
-    drawn = drawn_styles(frame)
+    drawn = _styles(frame)
     widest = max((r.mean for r in choices), default=1.0) - 1.0
     counts = frame["status"].value_counts().to_dict() if len(frame) else {}
     return {
@@ -262,22 +264,14 @@ def _about(frame: pd.DataFrame, environment: dict[str, set[str]]) -> list[str]:
     if not len(frame):
         return ["0 cells"]
     ranks, devices = sorted(set(frame["world_size"])), sorted(environment.get("device", ()))
-    on = f"{ranks[0]}–{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
-    first = [f"{len(frame)} cells on {on} × {' or '.join(devices) or 'devices of which nothing is known yet'}"]
+    on = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+    first = [f"{len(frame)} cells on {on} x {' or '.join(devices) or 'devices of which nothing is known yet'}"]
     for column, shown in (("what_kernel", "{}"), ("what_mask", "{}"), ("dtype", "{}"), ("heads", "heads {}")):
         values = set(frame[column])
         first += [shown.format(*values)] if len(values) == 1 else []
     versions = [f"{name} {' or '.join(sorted(environment[name]))}" for name in VERSIONS if environment.get(name)]
     commit = [f"lcbench {' or '.join(sorted(environment['lcbench']))}"] if environment.get("lcbench") else []
     return [", ".join(first), *([", ".join(versions)] if versions else []), *commit]
-
-
-def _save(drawn: Drawn, folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{drawn.name}.{form}" for form in ("png", "pdf")]
-    for path in paths:
-        drawn.figure.savefig(path, dpi=DPI)
-    return paths
 
 
 def _span(frame: pd.DataFrame, created_at: float) -> str:
@@ -311,13 +305,15 @@ def _cells(frame: pd.DataFrame) -> list[dict[str, str]]:
         ("forward", "time/forward/median_s", amounts.duration), ("backward", "time/backward/median_s", amounts.duration),
         ("total", "time/total/median_s", amounts.duration), ("noise", "time/noise", amounts.percent),
         ("TFLOP/s per GPU", "compute/tflops_per_gpu", amounts.digits), ("by mean over ranks", "total_by_mean", amounts.digits),
-        ("MFU", "compute/mfu", amounts.percent), ("peak memory", "memory/peak_bytes", amounts.size), ("sent", "comm/bytes", amounts.size),
+        ("MFU", "compute/mfu", amounts.percent), ("peak memory", "memory/peak_bytes", amounts.size),
+        ("sent", "comm/bytes", amounts.size),
     ]  # fmt: skip
     return [
         {
             "cell": row["cell"], "status": row["status"], "choice": row["choice"], "mask": row["what_mask"],
             "length": format_tokens(int(row["seqlen"])), "scale": row["scale"], "setting": row["where"],
-            **{name: form(row.get(column)) for name, column, form in shown}, "attempt": str(row["attempt"]), "why not": why_not(row),
+            **{name: form(row.get(column)) for name, column, form in shown},
+            "attempt": str(row["attempt"]), "why not": why_not(row),
         }
         for row in frame.to_dict("records")
     ]  # fmt: skip

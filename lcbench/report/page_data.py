@@ -1,11 +1,11 @@
-"""What a page draws from: one JSON block of cells by column, and what is known of each, short enough that 512 cells are one page."""
+"""What a page draws from: one JSON block of cells by column, and what is known of each, so short that 512 cells fit one page."""
 
 from __future__ import annotations
 
 import json
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ import numpy as np
 
 from lcbench.measure.peak import entry_of
 from lcbench.report import published
-from lcbench.report.figures import least_bytes, split
 from lcbench.report.frame import PHASES, rate_column
 from lcbench.report.intervals import Median
+from lcbench.report.parts import least_bytes, split
 from lcbench.runs.store import Attempt, Record, Sweep
 
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ PART = 10_000  # samples and ranks' medians are whole numbers of this part of th
 TIMELINE_RANKS = 16  # `python -m lcbench.cp --cell` draws those of more
 TIMELINE_BYTES = 200_000  # of all timelines of a page
 WORDS = {
-    "id": "cell", "label": "label", "status": "status", "kind": "failure", "cause": "cause", "choice": "choice", "mask": "what_mask", "scale": "scale",
-    "strategy": "what_cp", "kernel": "what_kernel", "where": "where", "setting": "setting", "problem": "problem", "device": "device", "dtype": "dtype", "slow": "no_speed",
+    "id": "cell", "label": "label", "status": "status", "kind": "failure", "cause": "cause", "choice": "choice",
+    "mask": "what_mask", "scale": "scale",
+    "strategy": "what_cp", "kernel": "what_kernel", "where": "where", "setting": "setting", "problem": "problem",
+    "device": "device", "dtype": "dtype", "slow": "no_speed",
 }  # fmt: skip
 COUNTS = {"seqlen": "seqlen", "ranks": "world_size", "share": "tokens_per_rank", "attempt": "attempt"}
 NUMBERS = {
@@ -43,8 +45,8 @@ PARTS = {"even": "computing", "imbalance": "imbalance", "exposed": "exposed comm
 def cells_of(frame: pd.DataFrame) -> dict[str, list[Any]]:
     """Columns of all cells of ``frame.reported``: words, counts, and numbers of four digits, null where there is none.
 
-    ``forward``, ``backward``, ``total`` are seconds, ``<phase>_rate`` TFLOP/s per GPU, ``<phase>_reach`` the half-width of the 95 % interval of the
-    logarithm of both; ``even``, ``imbalance``, ``exposed``, ``rest`` seconds; ``peak``, ``sent``, ``least`` bytes.
+    ``forward``, ``backward``, ``total`` are seconds, ``<phase>_rate`` TFLOP/s per GPU, ``<phase>_reach`` the half-width of the 95 %
+    interval of the logarithm of both; ``even``, ``imbalance``, ``exposed``, ``rest`` seconds; ``peak``, ``sent``, ``least`` bytes.
     """
     if frame.empty:
         return {name: [] for name in (*WORDS, *COUNTS)}
@@ -65,17 +67,19 @@ def cells_of(frame: pd.DataFrame) -> dict[str, list[Any]]:
     return found
 
 
-def packed(columns: dict[str, list[Any]]) -> dict[str, Any]:
-    """Columns of words as their values and, per cell, the place among them: most have few."""
-    return {
-        name: [list(values := dict.fromkeys(column)), [list(values).index(v) for v in column]] if name in REPEATED else column
-        for name, column in columns.items()
-    }
+def packed(columns: dict[str, list[Any]], repeated: Collection[str]) -> dict[str, Any]:
+    """Columns, those of ``repeated`` as their values and, per cell, the place among them: they have few, many times."""
+    found: dict[str, Any] = {}
+    for name, column in columns.items():
+        places = {value: place for place, value in enumerate(dict.fromkeys(column))}
+        found[name] = [list(places), [places[value] for value in column]] if name in repeated else column
+    return found
 
 
 def details_of(records: dict[str, Record]) -> dict[str, dict[str, Any]]:
-    """By cell: its attempts, and of the newest good one samples of the total by block and ranks' medians (in parts of ``PART`` of the
-    cell's median), check errors and bounds, overlap in seconds, and the timeline where it is small and there is room.
+    """By cell: its attempts, and of the newest good one samples of the total by block and ranks' medians (in parts of ``PART`` of
+    the cell's median), check errors and bounds, overlap in seconds, and the timeline where it is small and there is room, else that
+    there is one.
     """
     found, room = {}, TIMELINE_BYTES
     for cell_id, record in records.items():
@@ -96,8 +100,9 @@ def details_of(records: dict[str, Record]) -> dict[str, dict[str, Any]]:
 def _tried(attempt: Attempt) -> dict[str, Any]:
     failure = attempt.failure
     return {
-        "n": attempt.number, "status": attempt.status, "kind": failure.kind if failure else "", "cause": failure.cause if failure else "",
-        "at": round(attempt.finished_at or 0), "nodes": str(attempt.provenance.get("nodes") or ""), "job": str(attempt.provenance.get("slurm_job_id") or ""),
+        "n": attempt.number, "status": attempt.status, "kind": failure.kind if failure else "",
+        "cause": failure.cause if failure else "", "at": round(attempt.finished_at or 0),
+        "nodes": str(attempt.provenance.get("nodes") or ""), "job": str(attempt.provenance.get("slurm_job_id") or ""),
     }  # fmt: skip
 
 
@@ -116,7 +121,7 @@ def _measured(attempt: Attempt) -> dict[str, Any]:
 
 
 def _samples(attempt: Attempt) -> list[list[int]]:
-    """Per block at most ``SAMPLES`` over the number of blocks of its iterations, evenly spaced in time, the extremes among the others."""
+    """Per block at most ``SAMPLES`` over the number of blocks of its iterations, evenly spaced in time."""
     times = attempt.samples.get("total_s") or attempt.samples.get("forward_s") or []
     blocks = max(1, int(attempt.metrics.get("time/blocks", 1)))
     median = attempt.metrics.get("time/total/median_s")
@@ -160,7 +165,7 @@ def published_for(good: pd.DataFrame) -> list[dict[str, Any]]:
 
 def devices_of(frame: pd.DataFrame, devices: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """By name of a device that occurs: bytes of its memory and GB/s of it, where known."""
-    names = [] if frame.empty or "device" not in frame else [d for d in frame["device"].dropna().unique()]
+    names = [] if frame.empty or "device" not in frame else list(frame["device"].dropna().unique())
     known = {str(name): entry_of(devices, str(name)) for name in names}
     return {n: {"memory": e["memory_bytes"], "gbytes": e["memory_gbytes_per_s"]} for n, e in known.items() if e}
 

@@ -18,7 +18,8 @@ function h(name, attributes = {}, ...children) {
 function digits(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "";
   if (value === 0) return "0";
-  const rounded = Number(value.toExponential(2)), size = Math.abs(rounded);
+  const rounded = Number(value.toExponential(2)),
+    size = Math.abs(rounded);
   if (size < 1e-3 || size >= 1e6) return value.toExponential(2).replace(/e([+-])(\d)$/, "e$10$2");
   return rounded.toFixed(Math.max(0, 2 - Math.floor(Math.log10(size))));
 }
@@ -31,22 +32,43 @@ function scaled(value, units) {
   return `${digits(value / of)} ${unit}`;
 }
 
-const seconds = value => scaled(value, [["ns", 1e-9], ["µs", 1e-6], ["ms", 1e-3], ["s", 1]]);
-const bytes = value => scaled(value, [["B", 1], ["KiB", 2 ** 10], ["MiB", 2 ** 20], ["GiB", 2 ** 30], ["TiB", 2 ** 40]]);
-const percent = value => value === null || value === undefined ? "" : `${(value * 100).toFixed(1)} %`;
-const times = value => value >= 0.005 && value < 9.995 ? `${value.toFixed(2)}x` : `${digits(value)}x`;
-const more = ratio => ratio >= 2 ? times(ratio) : `${ratio >= 1 ? "+" : ""}${(100 * (ratio - 1)).toFixed(1)} %`;
+const seconds = value =>
+  scaled(value, [
+    ["ns", 1e-9],
+    ["µs", 1e-6],
+    ["ms", 1e-3],
+    ["s", 1],
+  ]);
+const bytes = value =>
+  scaled(value, [
+    ["B", 1],
+    ["KiB", 2 ** 10],
+    ["MiB", 2 ** 20],
+    ["GiB", 2 ** 30],
+    ["TiB", 2 ** 40],
+  ]);
+const percent = value => (value === null || value === undefined ? "" : `${(value * 100).toFixed(1)} %`);
+const times = value => (value >= 0.005 && value < 9.995 ? `${value.toFixed(2)}x` : `${digits(value)}x`);
+const more = ratio => (ratio >= 2 ? times(ratio) : `${ratio >= 1 ? "+" : ""}${(100 * (ratio - 1)).toFixed(1)} %`);
 
 /** 65536 -> 64k, as on the command line. */
 function tokens(count) {
-  for (const [suffix, unit] of [["m", 2 ** 20], ["k", 2 ** 10]]) if (count && count % unit === 0) return `${count / unit}${suffix}`;
+  for (const [suffix, unit] of [
+    ["m", 2 ** 20],
+    ["k", 2 ** 10],
+  ])
+    if (count && count % unit === 0) return `${count / unit}${suffix}`;
   return String(count);
 }
 
 /** Rows of a block of columns; a column of words is its values and, per row, the place among them. */
 function unpacked(columns, repeated) {
-  const whole = Object.fromEntries(Object.entries(columns).map(([name, column]) =>
-    [name, repeated.includes(name) ? column[1].map(place => column[0][place]) : column]));
+  const whole = Object.fromEntries(
+    Object.entries(columns).map(([name, column]) => [
+      name,
+      repeated.includes(name) ? column[1].map(place => column[0][place]) : column,
+    ]),
+  );
   const names = Object.keys(whole);
   return whole[names[0]].map((_, i) => Object.fromEntries(names.map(name => [name, whole[name][i]])));
 }
@@ -58,16 +80,31 @@ const geometric = values => Math.exp(d3.mean(values, Math.log));
 const styleOf = choice => BLOCK.styles[choice] ?? {color: "currentColor", symbol: "circle", dash: null};
 
 function copyButton(text, what) {
-  return h("button", {type: "button", title: `copy ${what}`, "aria-label": `copy ${what}`, onclick: event => {
-    event.stopPropagation();
-    copy(text);
-    event.currentTarget.replaceChildren("✓");
-  }}, copyIcon());
+  return h(
+    "button",
+    {
+      type: "button",
+      title: `copy ${what}`,
+      "aria-label": `copy ${what}`,
+      onclick: event => {
+        event.stopPropagation();
+        copy(text);
+        event.currentTarget.replaceChildren("✓");
+      },
+    },
+    copyIcon(),
+  );
 }
 
 /** Two sheets of paper: a letter for them is missing in many fonts. */
 function copyIcon() {
-  const icon = d3.create("svg").attr("width", 11).attr("height", 12).attr("fill", "none").attr("stroke", "currentColor").attr("aria-hidden", "true");
+  const icon = d3
+    .create("svg")
+    .attr("width", 11)
+    .attr("height", 12)
+    .attr("fill", "none")
+    .attr("stroke", "currentColor")
+    .attr("aria-hidden", "true");
   icon.append("path").attr("d", "M3.5 3.5h6v7h-6zM7.5 3.5v-3h-6v7h2");
   return icon.node();
 }

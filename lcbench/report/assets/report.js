@@ -7,8 +7,13 @@ for (const cell of CELLS) {
   cell.order = nodes * gpus + nodes / 1e6; // 12x8 comes after 2x8
 }
 const FACETS = facetsOf(CELLS, [
-  {name: "mask", of: cell => cell.mask}, {name: "scale", of: cell => cell.scale}, {name: "length", of: cell => tokens(cell.seqlen)},
-  {name: "strategy", of: cell => cell.strategy}, {name: "kernel", of: cell => cell.kernel}, {name: "setting", of: cell => cell.where}, {name: "status", of: cell => cell.status},
+  {name: "mask", of: cell => cell.mask},
+  {name: "scale", of: cell => cell.scale},
+  {name: "length", of: cell => tokens(cell.seqlen)},
+  {name: "strategy", of: cell => cell.strategy},
+  {name: "kernel", of: cell => cell.kernel},
+  {name: "setting", of: cell => cell.where},
+  {name: "status", of: cell => cell.status},
 ]);
 const ROWS = drawCells(document.getElementById("rows"), CELLS);
 
@@ -21,8 +26,10 @@ function draw() {
   document.getElementById("text").value = view.words;
   const said = document.getElementById("narrowed");
   said.hidden = !view.facets.size;
-  said.replaceChildren(`${left.length} of ${CELLS.length} cells: ${[...view.facets].map(([name, values]) => `${name} ${[...values].join(" or ")}`).join(", ")}. `,
-    h("button", {type: "button", onclick: clearFacets}, "show all"));
+  said.replaceChildren(
+    `${left.length} of ${CELLS.length} cells: ${[...view.facets].map(([name, values]) => `${name} ${[...values].join(" or ")}`).join(", ")}. `,
+    h("button", {type: "button", onclick: clearFacets}, "show all"),
+  );
 }
 
 /** Go to a section, or to a cell: its row is shown, whatever was filtered, and opened. */
@@ -49,7 +56,12 @@ function follow(event) {
   event.preventDefault();
   const id = link.getAttribute("href").slice(1);
   goTo(id);
-  if (!view.facets.size && !view.picks.size && !view.words) try { history.replaceState(null, "", `#${id}`); } catch { /* a frame without an address */ }
+  if (!view.facets.size && !view.picks.size && !view.words)
+    try {
+      history.replaceState(null, "", `#${id}`);
+    } catch {
+      /* a frame without an address */
+    }
 }
 
 function arrive() {
@@ -66,8 +78,17 @@ document.getElementById("text").addEventListener("input", event => {
   writeAddress();
   showCells(ROWS, seen(CELLS, FACETS));
 });
-document.getElementById("csv").addEventListener("click", () => download(`${BLOCK.name}-cells.csv`, csvOf(ROWS.filter(row => !row.hidden).map(row => row.cell))));
+document
+  .getElementById("csv")
+  .addEventListener("click", () =>
+    download(`${BLOCK.name}-cells.csv`, csvOf(ROWS.filter(row => !row.hidden).map(row => row.cell))),
+  );
 if (matchMedia("(max-width: 1000px)").matches) document.getElementById("filter").open = false;
 let width = innerWidth;
-window.addEventListener("resize", () => { if (Math.abs(innerWidth - width) > 40) { width = innerWidth; draw(); } });
+window.addEventListener("resize", () => {
+  if (Math.abs(innerWidth - width) > 40) {
+    width = innerWidth;
+    draw();
+  }
+});
 arrive();

@@ -20,7 +20,9 @@ function writeAddress() {
   const hash = words.toString();
   try {
     history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
-  } catch { /* a frame without an address of its own: the view still works, it just cannot be sent */ }
+  } catch {
+    /* a frame without an address of its own: the view still works, it just cannot be sent */
+  }
 }
 
 function readAddress(facets) {
@@ -58,14 +60,34 @@ function toggle(facet, value) {
 /** Chips with how many cells each would leave, given the other facets. */
 function drawFacets(place, cells, facets) {
   const focused = document.activeElement?.dataset?.chip;
-  place.replaceChildren(...facets.map(facet => {
-    const counts = d3.rollup(seen(cells, facets, facet), found => found.length, facet.of);
-    return h("fieldset", {class: "facet"}, h("legend", {}, facet.name), facet.values.map(value => {
-      const on = view.facets.get(facet.name)?.has(value) ?? false, count = counts.get(value) ?? 0;
-      return h("button", {type: "button", class: "chip", "aria-pressed": String(on), disabled: !count && !on, "data-chip": `${facet.name}=${value}`,
-        onclick: () => toggle(facet, value)}, value, h("small", {}, String(count)));
-    }));
-  }), view.facets.size ? h("button", {type: "button", onclick: clearFacets}, "show all") : "");
+  place.replaceChildren(
+    ...facets.map(facet => {
+      const counts = d3.rollup(seen(cells, facets, facet), found => found.length, facet.of);
+      return h(
+        "fieldset",
+        {class: "facet"},
+        h("legend", {}, facet.name),
+        facet.values.map(value => {
+          const on = view.facets.get(facet.name)?.has(value) ?? false,
+            count = counts.get(value) ?? 0;
+          return h(
+            "button",
+            {
+              type: "button",
+              class: "chip",
+              "aria-pressed": String(on),
+              disabled: !count && !on,
+              "data-chip": `${facet.name}=${value}`,
+              onclick: () => toggle(facet, value),
+            },
+            value,
+            h("small", {}, String(count)),
+          );
+        }),
+      );
+    }),
+    view.facets.size ? h("button", {type: "button", onclick: clearFacets}, "show all") : "",
+  );
   if (focused) place.querySelector(`[data-chip="${CSS.escape(focused)}"]`)?.focus();
 }
 
@@ -83,10 +105,18 @@ function picked(name, values, first = values[0]) {
 
 function choose(name, label, values, shown = String, first = values[0]) {
   const now = picked(name, values, first);
-  const field = h("select", {"data-pick": name, "aria-label": label, onchange: event => {
-    view.picks.set(name, event.target.value);
-    changed();
-    document.querySelector(`[data-pick="${name}"]`)?.focus();
-  }}, values.map(value => h("option", {value: String(value), selected: value === now}, shown(value))));
+  const field = h(
+    "select",
+    {
+      "data-pick": name,
+      "aria-label": label,
+      onchange: event => {
+        view.picks.set(name, event.target.value);
+        changed();
+        document.querySelector(`[data-pick="${name}"]`)?.focus();
+      },
+    },
+    values.map(value => h("option", {value: String(value), selected: value === now}, shown(value))),
+  );
   return [now, values.length > 1 ? h("label", {}, `${label} `, field) : null];
 }
