@@ -20,7 +20,7 @@ from lcbench.redact import redacted
 from lcbench.report import amounts, page_data, published
 from lcbench.report.causes import causes, suspects
 from lcbench.report.environment import environment_of, links_of
-from lcbench.report.figures import Drawn, all_figures
+from lcbench.report.figures import all_figures
 from lcbench.report.frame import good_rows, rate_column, reported
 from lcbench.report.palette import Style, styles
 from lcbench.report.regret import NEARLY_ALL, Regret, problem_labels, regrets, verdict
@@ -37,7 +37,6 @@ SECTIONS = (
     ("environment", "Where it ran"),
 )  # fmt: skip
 PAGE = "report.html"
-DPI = 150
 HERE = Path(__file__).parent
 LIBRARIES = ("d3.min.js", "plot.umd.min.js")
 SCRIPTS = ("basics.js", "view.js", "tables.js", "plots.js")  # of every page
@@ -73,7 +72,7 @@ def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]], 
     folder.mkdir(parents=True, exist_ok=True)
     files = _write_tables(frame, good, fastest, choices, folder / "tables")
     links = links_of(attempts)
-    drawn = [path for figure in all_figures(good, devices, links) for path in _save(figure, folder / "figures")] if figures else []
+    drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links) | {"details": page_data.details_of(seen.records)}
     page = folder / PAGE
     page.write_text(
@@ -273,14 +272,6 @@ def _about(frame: pd.DataFrame, environment: dict[str, set[str]]) -> list[str]:
     versions = [f"{name} {' or '.join(sorted(environment[name]))}" for name in VERSIONS if environment.get(name)]
     commit = [f"lcbench {' or '.join(sorted(environment['lcbench']))}"] if environment.get("lcbench") else []
     return [", ".join(first), *([", ".join(versions)] if versions else []), *commit]
-
-
-def _save(drawn: Drawn, folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{drawn.name}.{form}" for form in ("png", "pdf")]
-    for path in paths:
-        drawn.figure.savefig(path, dpi=DPI)
-    return paths
 
 
 def _span(frame: pd.DataFrame, created_at: float) -> str:

@@ -13,9 +13,9 @@ import numpy as np
 
 from lcbench.measure.peak import entry_of
 from lcbench.report import published
-from lcbench.report.figures import least_bytes, split
 from lcbench.report.frame import PHASES, rate_column
 from lcbench.report.intervals import Median
+from lcbench.report.parts import least_bytes, split
 from lcbench.runs.store import Attempt, Record, Sweep
 
 if TYPE_CHECKING:

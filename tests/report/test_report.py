@@ -15,14 +15,12 @@ from lcbench.grid.devices import known_devices
 from lcbench.report import published
 from lcbench.report.figures import all_figures, least_bytes, split
 from lcbench.report.frame import over_seeds, rate_of, reported
-from lcbench.report.page import LIBRARIES, write_report
+from lcbench.report.page import HERE, LIBRARIES, write_report
 from lcbench.report.table import labels
 from lcbench.report.tables import rate_tables
 from lcbench.report.winners import winners
 from lcbench.runs.store import Failure, Sweep
 from tests.report.made import made_sweep
-
-ROOT = Path(__file__).parents[2]
 
 CP = [
     "cp=ring,ulysses,usp", "mask=full,causal", "seqlen=null", "seqlen_per_rank=8k", "scale=1x8,2x8,4x8,12x8", "heads=64x8x128",
@@ -208,7 +206,7 @@ def test_the_page_needs_nothing_else_and_says_what_did_not_run(tmp_path: Path) -
     parser.feed(text)
     assert parser.found == []
     for library in LIBRARIES:
-        text = text.replace((ROOT / "lcbench/report/vendor" / library).read_text(), "")
+        text = text.replace((HERE / "vendor" / library).read_text(), "")
     assert not re.search(r"https?://", text)
     assert "rank 3 &lt;waits&gt; for rank 4" in text
     assert "cannot split 64 query heads evenly over 96 ranks" in text
