@@ -129,7 +129,7 @@ class Standing:
     def _failed(self) -> list[RenderableType]:
         """A row for each cause, with the cells that share it."""
         causes = grouped(unwell_of(self.standing.cells), self.sweep)
-        columns = [Column("cells", right=True), Column("class"), Column("cause", folds=True)]
+        columns = [Column("cells", right=True), Column("class"), Column("cause", folds=True, cut=self.height is not None)]
         shown: list[RenderableType] = []
         for status in UNWELL:
             alike = [cause for cause in causes if cause.status == status]
