@@ -11,14 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lcbench.commands.arguments import (
-    add_as_mine_argument,
-    add_results_argument,
-    agree_to_act,
-    chosen_cell,
-    command_parser,
-    find_sweep,
-)
+from lcbench.commands.arguments import add_as_mine_argument, add_results_argument, agree_to_act, chosen_either, command_parser
 from lcbench.report.ending import bad_input
 from lcbench.runs import notes
 from lcbench.runs.jobs import PackState, Watch
@@ -26,7 +19,7 @@ from lcbench.runs.ownership import others, trusted_site
 from lcbench.runs.pack import later_blocks
 from lcbench.runs.queues import SLURM, Queue
 from lcbench.runs.settle import settled
-from lcbench.runs.store import Failure, Sweep, sweeps, write_json
+from lcbench.runs.store import Failure, Sweep, write_json
 
 OURS = "lcbench-"  # what the names of our jobs begin with
 UNKNOWN_TO_SLURM = "Invalid job id"
@@ -44,10 +37,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     root: Path = options.results.absolute()
     with bad_input():
-        whole = options.what == "last" or options.what in sweeps(root)
-        sweep, cell_id = (find_sweep(root, options.what), "") if whole else chosen_cell(root, options.what)
+        sweep, cell_id = chosen_either(root, options.what)
         agree_to_act(sweep, "this cancels its jobs", as_mine=options.as_mine)
-        return cancel_sweep(sweep) if whole else cancel_cell(sweep, cell_id)
+        return cancel_cell(sweep, cell_id) if cell_id else cancel_sweep(sweep)
 
 
 def cancel_sweep(sweep: Sweep) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 
 from lcbench.commands.arguments import add_launch_arguments, add_sweep_arguments, agree_to_act, chosen_sweep, command_parser
 from lcbench.commands.launchers import launcher_named
-from lcbench.report.ending import bad_input
+from lcbench.report.ending import bad_input, left_with
 from lcbench.runs.collector import collect
 
 EXAMPLES = """
@@ -26,4 +26,6 @@ def main(arguments: list[str]) -> int:
     with bad_input():
         sweep = chosen_sweep(options)
         as_mine = agree_to_act(sweep, "this submits jobs and publishes", as_mine=options.as_mine)
-    return 1 if collect(sweep, partial(launcher_named, folders=options.config_dir), wait=options.wait, as_mine=as_mine) else 0
+    with left_with(lambda: f"the sweep goes on; again: {sweep.command('collect', '--wait')}"):
+        launchers = partial(launcher_named, folders=options.config_dir)
+        return 1 if collect(sweep, launchers, wait=options.wait, as_mine=as_mine) else 0

@@ -68,12 +68,12 @@ class PackLauncher(Launcher):
     @property
     def console(self) -> Console:
         """Where words for people go: nowhere, or out of the way of what a script reads, if the output is for one."""
-        from rich.console import Console
+        from lcbench.report.fitted import console
 
-        return Console(stderr=self.output == "json", quiet=self.output == "quiet", highlight=False, soft_wrap=True)
+        return console(stderr=self.output == "json", quiet=self.output == "quiet")
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def launch_plan(self, plan: Plan) -> int:
         """Run what the plan asks for and is missing; the exit code of the command."""
@@ -134,25 +134,28 @@ class PackLauncher(Launcher):
 
     def finish(self, sweep: Sweep, report: list[str], tracking_uri: str | None) -> int:
         """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1."""
-        from rich.console import Console
-
+        from lcbench.report.causes import again, by_node
         from lcbench.report.inert import printable
-        from lcbench.report.table import WIDTH, cells_table, fastest_table, to_rows
+        from lcbench.report.standing import unwell_of
+        from lcbench.report.table import cells_table, summary, to_rows
         from lcbench.runs.tracking import dashboard_hint, publish_or_say
 
         standing = settled(Watch(sweep), as_mine=True)
         publish_or_say(sweep, tracking_uri)
         if self.output == "table":
-            console = Console(width=None if sys.stdout.isatty() else WIDTH)
-            console.print(cells_table(standing.seen, sweep.name, report))
-            if (fastest := fastest_table(sweep, standing.seen, report)) is not None:
-                console.print(fastest)
+            self.console.print(cells_table(standing.seen, sweep.name, report))
+            if (said := summary(sweep, standing.seen, report)) is not None:
+                self.console.print()
+                self.console.print(said)
         for damaged in standing.seen.damaged:
             print(printable(str(damaged)), file=sys.stderr)
         failed = [c.id for c in standing.cells if c.id in set(report) and c.state not in ("ok", "skipped", "running", "pending")]
         self.say(f"status:     {sweep.command('status')}")
         if failed:
-            self.say(f"run the {len(failed)} failed again:  {sweep.command('rerun', '--failed')}")
+            suspects = by_node(unwell_of(standing.cells), sweep)
+            for suspect in suspects:
+                self.say(suspect.says)
+            self.say(f"run the {len(failed)} failed again:  {again(sweep, [suspect.node for suspect in suspects])}")
         self.say(f"report:     {sweep.command('report')}")
         if tracking_uri:
             ours = tracking_uri == default_tracking_uri() and not INSTALLED  # a wheel has no Makefile

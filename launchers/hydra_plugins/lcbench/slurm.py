@@ -84,16 +84,16 @@ class SlurmLauncher(PackLauncher):
 
     def follow(self, sweep: Sweep, packs: list[Pack]) -> None:
         """Show the sweep until all of its jobs have ended, and do what a collector does."""
-        from rich.console import Group
         from rich.live import Live
 
-        from lcbench.report.table import packs_table, summary_line
+        from lcbench.report.fitted import room_in
+        from lcbench.report.standing import Standing
 
-        collector = Collector(sweep, lambda _: self)
-        with Live(console=self.console, refresh_per_second=1) as live:
+        collector, terminal = Collector(sweep, lambda _: self), self.console
+        with Live(console=terminal, refresh_per_second=1) as live:
             while True:
                 standing = collector.advance()
-                live.update(Group(packs_table(standing.packs, sweep.name), summary_line(standing)))
+                live.update(Standing(standing, sweep, height=room_in(terminal)))
                 if standing.at_rest:
                     break
                 collector.pause()
