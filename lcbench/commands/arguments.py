@@ -49,8 +49,9 @@ def plan_words(options: argparse.Namespace) -> list[str]:
     return [*options.overrides, *(f"--config-dir={folder}" for folder in options.config_dir)]
 
 
-def add_launchers_argument(parser: argparse.ArgumentParser) -> None:
-    """The argument of commands that submit what a sweep's own launcher, outside of conf/, has to take."""
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of commands that submit what is left of a sweep, by its own launcher, which may be outside of conf/."""
+    add_as_mine_argument(parser)
     parser.add_argument(
         "--config-dir", type=Path, action="append", default=[], metavar="FOLDER",
         help="files of your own beside those of conf/, which name the launcher of the sweep",

@@ -6,14 +6,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from lcbench.commands.arguments import (
-    add_as_mine_argument,
-    add_launchers_argument,
-    add_sweep_arguments,
-    agree_to_act,
-    chosen_sweep,
-    command_parser,
-)
+from lcbench.commands.arguments import add_launch_arguments, add_sweep_arguments, agree_to_act, chosen_sweep, command_parser
 from lcbench.commands.launchers import launcher_named
 from lcbench.report.ending import bad_input, left_with
 from lcbench.runs.collector import collect
@@ -28,8 +21,7 @@ def main(arguments: list[str]) -> int:
     parser = command_parser("collect", __doc__, EXAMPLES)
     add_sweep_arguments(parser)
     parser.add_argument("--wait", action="store_true", help="stay until every job has ended, or only held ones are left")
-    add_as_mine_argument(parser)
-    add_launchers_argument(parser)
+    add_launch_arguments(parser)
     options = parser.parse_args(arguments)
     with bad_input():
         sweep = chosen_sweep(options)

@@ -17,14 +17,7 @@ from typing import Any
 
 from rich.live import Live
 
-from lcbench.commands.arguments import (
-    add_as_mine_argument,
-    add_launchers_argument,
-    add_sweep_arguments,
-    agree_to_act,
-    chosen_sweep,
-    command_parser,
-)
+from lcbench.commands.arguments import add_launch_arguments, add_sweep_arguments, agree_to_act, chosen_sweep, command_parser
 from lcbench.commands.launchers import launcher_named
 from lcbench.report.ending import bad_input, left_with
 from lcbench.report.fitted import console, room_in
@@ -54,8 +47,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--quiet", action="store_true", help="only the counts; the exit code says if all is well")
     parser.add_argument("--all", action="store_true", help="with a row for every job and every cell")
-    add_as_mine_argument(parser)
-    add_launchers_argument(parser)
+    add_launch_arguments(parser)
     options = parser.parse_args(arguments)
     root = options.results.absolute()
     if options.sweep is None:

@@ -217,7 +217,7 @@ def default_name(plan: Plan) -> str:
 
 
 def default_tracking_uri() -> str | None:
-    """SQLite below the checkout, which ``make mlflow`` serves; None where the checkout may not be written. Makes nothing."""
+    """SQLite below ``REPOSITORY``; None where that may not be written. Makes nothing."""
     folder = REPOSITORY / ".mlflow"
     database = folder / "mlflow.db"
     needed = [path for path in (database, folder) if path.exists()] or [REPOSITORY]

@@ -12,7 +12,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from lcbench.grid.expand import Plan
-from lcbench.grid.paths import REPOSITORY
+from lcbench.grid.paths import INSTALLED, REPOSITORY
 from lcbench.redact import redacted, secrets_of
 from lcbench.report.ending import BAD_INPUT, INTERRUPTED, OK, REFUSED, SOME_FAILED
 from lcbench.runs.budget import Cost
@@ -158,7 +158,8 @@ class PackLauncher(Launcher):
             self.say(f"run the {len(failed)} failed again:  {again(sweep, [suspect.node for suspect in suspects])}")
         self.say(f"report:     {sweep.command('report')}")
         if tracking_uri:
-            self.say(f"dashboard:  {dashboard_hint(sweep, tracking_uri, ours=tracking_uri == default_tracking_uri())}")
+            ours = tracking_uri == default_tracking_uri() and not INSTALLED  # a wheel has no Makefile
+            self.say(f"dashboard:  {dashboard_hint(sweep, tracking_uri, ours=ours)}")
         self._answer(sweep, cells=to_rows(standing.seen, report))
         for line in standing.held_words():
             print(line, file=sys.stderr)
