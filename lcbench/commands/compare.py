@@ -22,10 +22,11 @@ from lcbench.commands.arguments import add_results_argument, command_parser, fin
 from lcbench.report.amounts import digits, percent, times
 from lcbench.report.causes import Unwell, grouped
 from lcbench.report.comparison import Compared, Comparison, Share, compare, side_of
-from lcbench.report.ending import BAD_INPUT, bad_input
+from lcbench.report.comparison_page import write_comparison
+from lcbench.report.ending import BAD_INPUT, REFUSED, bad_input, say_error
 from lcbench.report.fitted import Column, Fitted, console
 from lcbench.report.frame import PHASES
-from lcbench.report.inert import plain
+from lcbench.report.inert import plain, printable
 from lcbench.report.intervals import ENOUGH
 from lcbench.report.table import WHAT, Names
 from lcbench.runs.store import Sweep
@@ -35,7 +36,9 @@ python -m lcbench.compare before after
 python -m lcbench.compare before after --fail-on-regression 5%
 python -m lcbench.compare results/before ../colleague/results/after --phase backward --json
 python -m lcbench.compare flash2 flash3 --across kernel
+python -m lcbench.compare before after --html
 """
+DEFAULT = ""  # of --html: in the folder of B
 MANY = 40
 FEW = 3  # cells that share a cause are named
 UNKNOWN = "run-to-run noise not measured: what has one block only may differ as much from one run to the next without a change"
@@ -57,11 +60,14 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="for scripts")
     parser.add_argument("--all", action="store_true", help="list the cells that did not change too")
+    parser.add_argument(
+        "--html", nargs="?", const=DEFAULT, metavar="FILE", help="write a page too (default: report/compare-<A>.html in B's folder)"
+    )
     add_results_argument(parser)
     options = parser.parse_args(arguments)
     with bad_input():
-        a, b = (side_of(_sweep(options.results.absolute(), name), options.across) for name in (options.a, options.b))
-        found = compare(a, b, options.phase)
+        a, b = (_sweep(options.results.absolute(), name) for name in (options.a, options.b))
+        found = compare(side_of(a, options.across), side_of(b, options.across), options.phase)
     if not found.cells:
         print(f"error: {options.a} and {options.b} have no cell with a good result in both", file=sys.stderr)
     if options.json:
@@ -70,6 +76,15 @@ def main(arguments: list[str]) -> int:
         _show(found, options.a, options.b, everything=options.all)
     if not found.cells:
         return BAD_INPUT
+    if options.html is not None:
+        page = Path(options.html) if options.html else b.folder / "report" / f"compare-{a.name}.html"
+        try:
+            write_comparison(found, a, b, page, noise=list(_noise(found)))
+        except PermissionError as error:
+            say_error(error)
+            print("write it elsewhere:  --html FILE", file=sys.stderr)
+            return REFUSED
+        print(printable(page), file=sys.stderr if options.json else sys.stdout)
     share = options.fail_on_regression
     if share is not None and (worse := found.regressions(share)):
         print(f"{len(worse)} cells are slower by more than {share:.3g} of their time", file=sys.stderr)
