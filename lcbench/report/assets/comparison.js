@@ -62,7 +62,8 @@ function drawRows() {
 function scatter(cells) {
   const [low, high] = d3.extent(cells.flatMap(cell => [cell.a, cell.b])),
     ends = [low / 1.2, high * 1.2];
-  const finding = `${cells.length} cells, time of B against A; ${cells.filter(cell => Math.abs(Math.log(cell.ratio)) > Math.log(1 + BAND)).length} outside of the band of 5 %.`;
+  const outside = cells.filter(cell => Math.abs(Math.log(cell.ratio)) > Math.log(1 + BAND));
+  const finding = `${cells.length} cells, time of B against A; ${outside.length} outside of the band of 5 %.`;
   return plotted(
     {
       width: 500,

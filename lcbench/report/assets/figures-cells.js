@@ -237,7 +237,9 @@ const timeSplit = {
       finding: leastExposed(mine),
       node: h("div", {}, key, h("div", {class: "side-by-side"}, plots)),
       caption:
-        "Computing: the schedule without its messages, as if the work were spread evenly. Imbalance: what the busiest rank has more; another cp.layout may help, faster links will not. Exposed communication: the whole minus the schedule without its messages, per phase. Rest: what lies between the phases.",
+        "Computing: the schedule without its messages, as if the work were spread evenly. Imbalance: what the busiest rank has more; " +
+        "another cp.layout may help, faster links will not. Exposed communication: the whole minus the schedule without its " +
+        "messages, per phase. Rest: what lies between the phases.",
     };
   },
 };
