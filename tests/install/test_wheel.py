@@ -15,9 +15,9 @@ from zipfile import ZipFile
 
 import pytest
 
-from lcbench.report.page import HERE
 from lcbench.__main__ import BAD_INPUT, commands, usage
 from lcbench.grid.paths import CONF, REPOSITORY
+from lcbench.report.page import HERE
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 TINY = ["cp=ring", "scale=1x2", "seqlen=256", "heads=2x2x8", "dtype=float64"]
