@@ -117,7 +117,7 @@ def drawn_style(style: Style) -> dict[str, Any]:
 
 
 def _write_tables(
-    frame: pd.DataFrame, good: pd.DataFrame, fastest: list[Winner], choices: list[Regret], folder: Path
+    sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: list[Regret], folder: Path
 ) -> list[Path]:
     tables = [
         rows_table("winners", "Fastest choice of every problem", [w.row() for w in fastest]),
