@@ -116,9 +116,7 @@ def drawn_style(style: Style) -> dict[str, Any]:
     return {"color": color, "symbol": style.marker, "dash": style.strokes or None}
 
 
-def _write_tables(
-    sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: list[Regret], folder: Path
-) -> list[Path]:
+def _write_tables(sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: list[Regret], folder: Path) -> list[Path]:
     tables = [
         rows_table("winners", "Fastest choice of every problem", [w.row() for w in fastest]),
         rows_table("regret", "If it has to be one choice for everything", [_regret_row(r) for r in choices]),
