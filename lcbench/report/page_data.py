@@ -47,7 +47,8 @@ def cells_of(frame: pd.DataFrame, rate: Unit) -> dict[str, list[Any]]:
     """Columns of all cells of ``frame.reported``: words, counts, and numbers of four digits, null where there is none.
 
     ``forward``, ``backward``, ``total`` are seconds, ``<phase>_rate`` and ``top`` in ``rate`` per GPU, ``<phase>_reach`` the
-    half-width of the 95 % interval of the logarithm of time and rate; ``even``, ``imbalance``, ``exposed``, ``rest`` seconds; ``peak``, ``sent``, ``least`` bytes.
+    half-width of the 95 % interval of the logarithm of time and rate; ``even``, ``imbalance``, ``exposed``, ``rest`` seconds;
+    ``peak``, ``sent``, ``least`` bytes.
     """
     if frame.empty:
         return {name: [] for name in (*WORDS, *COUNTS)}
