@@ -180,6 +180,12 @@ const publishedEnds = points =>
       lines.map(([name, mine]) => ({...d3.greatest(mine, p => p.x), published: true, text: `publ. ${name}`})),
     );
 
+/** The color of a choice for words: yellow is too pale for them on white. */
+function wordsColor(choice) {
+  const {color} = styleOf(choice);
+  return d3.lab(color).l > 85 ? "var(--pale)" : color;
+}
+
 /** Names at the right end of lines, moved apart. */
 function endLabels(ends, place, x) {
   return Plot.text(
@@ -190,7 +196,7 @@ function endLabels(ends, place, x) {
         x,
         y: "y",
         text: "text",
-        fill: e => (e.published ? "var(--dim)" : styleOf(e.choice).color),
+        fill: e => (e.published ? "var(--dim)" : wordsColor(e.choice)),
         textAnchor: "start",
         dx: 8,
         fontSize: 10,
