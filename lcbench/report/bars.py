@@ -9,7 +9,7 @@ import numpy as np
 
 from lcbench.grid.cell import format_tokens
 from lcbench.report.amounts import SECONDS, duration, more, percent, times, unit_for
-from lcbench.report.drawing import GREY, Drawn, panels
+from lcbench.report.drawing import CROSS, GREY, Drawn, legend, panels
 from lcbench.report.palette import Style
 from lcbench.report.parts import RATE, TIME, Group, Shown, groups, in_order, split
 
@@ -45,9 +45,8 @@ def ranking(of: Shown) -> Iterator[Drawn]:
             at = format_tokens(int(rows["seqlen"].iloc[0]))
             axis.set_title(f"{mask} {at}", fontsize=9)
             said.append(_ranked(f"{mask} {at}", rows, failed))
-        caption = (
-            "Time of an iteration with its 95 % interval; line: the best. Failed cells are at the end, with the class of the failure."
-            + (f" Only the {MOST_BARS} fastest." if any(len(rows) > MOST_BARS for _, rows, _ in problems) else "")
+        caption = "Time of an iteration with its 95 % interval; line: the best. Failed cells are at the end, with their class." + (
+            f" Only the {MOST_BARS} fastest." if any(len(rows) > MOST_BARS for _, rows, _ in problems) else ""
         )
         yield Drawn(f"ranking_{group.slug}", title, caption, " ".join(said), figure)
 
@@ -69,25 +68,21 @@ def _rank(axis: Axes, rows: pd.DataFrame, failed: pd.DataFrame, styles: dict[str
     unit = unit_for(float(rows[TIME].iloc[0]), SECONDS)
     seconds = rows[TIME].to_numpy(dtype=float)
     values, best = seconds / unit.size, seconds[0] / unit.size
-    around = [
-        [(t.value - t.low) / unit.size for t in rows["timed/total"]],
-        [(t.high - t.value) / unit.size for t in rows["timed/total"]],
-    ]
+    lows, highs = (np.array([getattr(time, end) for time in rows["timed/total"]]) / unit.size for end in ("low", "high"))
     places = range(len(rows))
     axis.barh(places, values, color=[styles[c].color for c in rows["choice"]], height=0.7)
-    axis.errorbar(values, places, xerr=around, fmt="none", ecolor="0.2", elinewidth=1.0, capsize=2)
-    for place, value in zip(places, values, strict=True):
+    axis.errorbar(values, places, xerr=[values - lows, highs - values], fmt="none", ecolor="0.2", elinewidth=1.0, capsize=2)
+    for place, (value, high) in enumerate(zip(values, highs, strict=True)):
         text = unit.of(seconds[0]) if place == 0 else f"{unit.of(seconds[place])}  {more(value / best)}"
-        axis.annotate(text, (value, place), xytext=(6, 0), textcoords="offset points", fontsize=7, va="center")
+        axis.annotate(text, (high, place), xytext=(6, 0), textcoords="offset points", fontsize=7, va="center")
     for place, (choice, kind) in enumerate(zip(failed["choice"], failed["failure"], strict=True), start=len(rows)):
-        axis.plot([0], [place], marker="x", color=styles[choice].color, clip_on=False, label=f"_failed {choice}")
-        axis.annotate(f"{kind}", (0, place), xytext=(6, 0), textcoords="offset points", fontsize=7, va="center", color=GREY)
+        axis.plot([0], [place], color=styles[choice].color, clip_on=False, label=f"_failed {choice}", **CROSS)
+        axis.annotate(kind, (0, place), xytext=(6, 0), textcoords="offset points", fontsize=7, va="center", color=GREY)
     axis.axvline(best, color="0.4", linewidth=0.8)
     names = [*rows["choice"], *failed["choice"]]
     axis.set_yticks(range(len(names)), names, fontsize=7)
-    axis.margins(y=0.01)
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1.25 * max(values))
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.set_xlim(0, 1.35 * min(max(highs), 2 * max(values)))
     axis.set_xlabel(f"time of an iteration, {unit.name}", fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
 
@@ -112,7 +107,8 @@ def time_split(of: Shown) -> Iterator[Drawn]:
     best = of.good.groupby("problem")[TIME].transform("min")
     ratios = parts.div(best.loc[parts.index], axis=0)
     for group in groups(of, ["scale", "setting"]):
-        rows = group.rows.loc[group.rows.index.intersection(parts.index)].sort_values(["what_mask", "seqlen", TIME])
+        rows = group.rows.loc[group.rows.index.intersection(parts.index)].sort_values(["seqlen", TIME])
+        rows = rows.sort_values("what_mask", key=lambda masks: masks.map(in_order(group.rows, "what_mask").index), kind="stable")
         if rows.empty:
             continue
         left_out = max(0, len(rows) - MOST_BARS)
@@ -125,19 +121,21 @@ def time_split(of: Shown) -> Iterator[Drawn]:
         if (mine["rest"] < NO_REST * mine.sum(axis=1)).all():
             mine = mine.drop(columns="rest")
         _stack(axis, rows, mine)
-        figure.legend(loc="outside upper left", ncols=4, fontsize=8, frameon=False)
+        legend(figure, dict(zip(mine, axis.containers, strict=True)))
         yield Drawn(f"time-split_{group.slug}", title, _said_of_parts(mine, left_out), _most_exposed(rows, mine), figure)
 
 
 def _stack(axis: Axes, rows: pd.DataFrame, ratios: pd.DataFrame) -> None:
     """Bars one below the other, those of a problem together, with their time at their end."""
     places = np.arange(len(rows)) + 0.6 * np.cumsum(rows["problem"].ne(rows["problem"].shift()).to_numpy())
+    ends = ratios.cumsum(axis=1)
     begin = np.zeros(len(rows))
     for part in ratios:
-        axis.barh(places, ratios[part], left=begin, height=0.8, label=part, color=PARTS[str(part)])
-        begin += ratios[part].to_numpy()
-    most = min(LONGEST, float(begin.max()))
-    for place, end, seconds in zip(places, begin, rows[TIME], strict=True):
+        end = np.minimum(ends[part].to_numpy(), LONGEST)
+        axis.barh(places, end - begin, left=begin, height=0.8, color=PARTS[str(part)])
+        begin = end
+    most = float(begin.max())
+    for place, end, seconds in zip(places, ends.iloc[:, -1], rows[TIME], strict=True):
         beyond = f" ({times(end)}, cut)" if end > LONGEST else ""
         axis.annotate(
             f"{duration(seconds)}{beyond}",
@@ -149,10 +147,9 @@ def _stack(axis: Axes, rows: pd.DataFrame, ratios: pd.DataFrame) -> None:
         )
     texts = zip(rows["what_mask"], rows["seqlen"], rows["choice"], strict=True)
     axis.set_yticks(places, [f"{mask}  {format_tokens(int(seqlen))}  {choice}" for mask, seqlen, choice in texts], fontsize=7)
-    axis.margins(y=0.01)
-    axis.invert_yaxis()
+    axis.set_ylim(places[-1] + 0.6, places[0] - 0.6)
     axis.axvline(1.0, color="0.4", linewidth=0.8)
-    axis.set_xlim(0, most * 1.12)
+    axis.set_xlim(0, most * 1.15)
     axis.set_xlabel("times the fastest choice's for the same problem", fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
 

@@ -26,7 +26,9 @@ DPI = 150
 DODGE = 1.02
 # Failed cells at one place that are marked one above the other; of more it is said how many.
 MOST_MARKS = 6
+MOST_TICKS = 8
 GREY = "0.5"
+CROSS: dict[str, Any] = {"marker": "X", "markersize": 6, "markeredgecolor": "0.25", "markeredgewidth": 0.4, "linestyle": "none"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ def draw_line(axis: Axes, x: pd.Series, y: pd.Series, style: Style, **more: Any)
     return axis.plot(x.to_numpy(), y.to_numpy(), **{**style.matplotlib, **look, **more})[0]
 
 
+def with_gaps(line: pd.DataFrame, x: str, places: Sequence[Any]) -> pd.DataFrame:
+    """A line with a row for each of its places, so that one without a result shows as a gap and not as a straight line."""
+    return line.drop_duplicates(x).set_index(x).reindex(places).rename_axis(x).reset_index()
+
+
 def dodged(x: pd.Series, place: int, count: int) -> pd.Series:
     """Places of choice ``place`` of ``count`` beside each other on a logarithmic axis."""
     return x * DODGE ** (place - (count - 1) / 2)
@@ -97,18 +104,9 @@ def mark_failures(axis: Axes, failed: pd.DataFrame, x: str, styles: dict[str, St
     across = axis.get_xaxis_transform()
     for place, cells in failed.groupby(x):
         for height, (choice, kind) in enumerate(zip(cells["choice"][:MOST_MARKS], cells["failure"][:MOST_MARKS], strict=True)):
-            y, color = 0.04 + 0.065 * height, styles[choice].color
-            axis.plot([place], [y], marker="x", color=color, markersize=5, transform=across, linestyle="none", label="_failed")
-            axis.annotate(
-                f"{kind}",
-                (place, y),
-                xycoords=across,
-                xytext=(4, 0),
-                textcoords="offset points",
-                fontsize=6,
-                color=color,
-                va="center",
-            )
+            y = 0.04 + 0.065 * height
+            axis.plot([place], [y], color=styles[choice].color, transform=across, label=f"_failed {choice}", **CROSS)
+            axis.annotate(kind, (place, y), xycoords=across, xytext=(5, 0), textcoords="offset points", fontsize=6, va="center")
         if len(cells) > MOST_MARKS:
             axis.text(place, 0.04 + 0.065 * MOST_MARKS, f"{len(cells) - MOST_MARKS} more failed", transform=across, fontsize=6)
 
@@ -139,24 +137,22 @@ def relative_axis(axes: Sequence[Axes]) -> None:
     for axis in axes:
         axis.set_yscale("log")
     lines = [line for axis in axes for line in axis.get_lines()]
-    lowest = min((float(np.min(line.get_ydata())) for line in lines), default=50.0)
-    steps = [1, 2, 5, 10, 20, 30, 50, 70, 80, 90, 95, 100]
-    # So far below the lowest that its ticks are at least three, and marks of what failed have room.
-    low = min(lowest * 0.8, 75.0)
-    ticks = [step for step in steps if step >= low and (step <= 90 or low > 60 or step == 100)]
+    lowest = min((float(np.nanmin(line.get_ydata())) for line in lines), default=50.0)
+    low = min(lowest * 0.9, 75.0)
+    ticks = [100.0]
+    for step in (95.0, 90.0, 80.0, 70.0, 50.0, 30.0, 20.0, 10.0, 5.0, 2.0, 1.0):
+        if step >= low and ticks[-1] / step >= (100 / low) ** (1 / MOST_TICKS):
+            ticks.append(step)
     for axis in axes:
-        axis.set_yticks(ticks, [f"{step} %" for step in ticks], fontsize=8)
+        axis.set_yticks(ticks, [f"{step:g} %" for step in ticks], fontsize=8)
         axis.minorticks_off()
-        axis.set_ylim(low, 104)
+        axis.set_ylim(low, 100 * (100 / low) ** 0.04)
 
 
 def legend(figure: Figure, drawn: dict[str, Any]) -> None:
-    """All that was drawn, by name, above the panels."""
+    """All that was drawn, by name, beside the panels."""
     if drawn:
-        columns = min(5, len(drawn))
-        figure.legend(
-            list(drawn.values()), list(drawn), loc="outside upper left", ncols=columns, fontsize=8, frameon=False, handlelength=3
-        )
+        figure.legend(list(drawn.values()), list(drawn), loc="outside right upper", fontsize=8, frameon=False, handlelength=3)
 
 
 def said_of(left_out: int) -> str:

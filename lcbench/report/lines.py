@@ -14,6 +14,7 @@ from lcbench.report import published
 from lcbench.report.amounts import percent, size, times
 from lcbench.report.drawing import (
     ACROSS,
+    CROSS,
     GREY,
     Drawn,
     dodged,
@@ -28,6 +29,7 @@ from lcbench.report.drawing import (
     share_y,
     tune,
     used,
+    with_gaps,
 )
 from lcbench.report.frame import PHASES, rate_column
 from lcbench.report.palette import MARKERS
@@ -125,11 +127,12 @@ def _rates(of: Shown, group: Group, x: str, name: str, title: str) -> Drawn:
 def _draw(axis: Axes, of: Shown, lines: Lines, mask: str, choices: Sequence[str], x: str, y: str, interval: str) -> dict[str, Any]:
     """Draw a mask's line of every choice, with its intervals of the phase ``interval`` if named; what was drawn."""
     drawn = {}
+    places = sorted({place for line in lines.values() for place in line[x]})
     for place, choice in enumerate(choices):
         line = lines.get((mask, choice))
-        line = None if line is None else line[line[y].notna()]
-        if line is None or line.empty:
+        if line is None or line[y].isna().all():
             continue
+        line = with_gaps(line, x, places)
         at, style = dodged(line[x], place, len(choices)), of.styles[choice]
         drawn[choice] = draw_line(axis, at, line[y], style, label=choice)
         if interval:
@@ -241,7 +244,8 @@ def efficiency(of: Shown) -> Iterator[Drawn]:
                     {} if own is None else {"markerfacecolor": "none", "markeredgecolor": of.styles[choice].color, "alpha": 0.7}
                 )
                 name = choice if own is None else f"{choice} (from {own})"
-                drawn[name] = draw_line(axis, mine[choice]["world_size"], share, of.styles[choice], label=name, **hollow)
+                line = with_gaps(mine[choice].assign(share=share), "world_size", sorted(rows["world_size"].unique()))
+                drawn[name] = draw_line(axis, line["world_size"], line["share"], of.styles[choice], label=name, **hollow)
             axis.axhline(100, color="0.7", linewidth=0.8, label="_perfect")
             tune(
                 axis,
@@ -335,9 +339,7 @@ def _cross_where_it_was_too_much(axis: Axes, out: pd.DataFrame, capacity: float 
     for place, cells in out.groupby("seqlen"):
         for number, choice in enumerate(cells["choice"]):
             at = float(dodged(np.float64(place), number, len(cells)))
-            axis.plot(
-                [at], [height], marker="x", markersize=6, color=of.styles[choice].color, label=f"_oom {choice}", clip_on=False
-            )
+            axis.plot([at], [height], color=of.styles[choice].color, label=f"_failed {choice}", clip_on=False, **CROSS)
 
 
 def _name_those_that_coincide(axis: Axes, lines: dict[str, pd.DataFrame]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,7 @@ def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]], 
     attempts = [record.last for record in seen.records.values() if record.last is not None and record.last.status == "ok"]
     fastest, choices = winners(good), regrets(good)
     folder.mkdir(parents=True, exist_ok=True)
-    files = _write_tables(frame, good, fastest, choices, folder / "tables")
+    files = _write_tables(sweep, frame, fastest, choices, folder / "tables")
     links = links_of(attempts)
     drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links) | {"details": page_data.details_of(seen.records)}
@@ -122,8 +122,8 @@ def _write_tables(
     tables = [
         rows_table("winners", "Fastest choice of every problem", [w.row() for w in fastest]),
         rows_table("regret", "If it has to be one choice for everything", [_regret_row(r) for r in choices]),
-        *(rate_tables(frame) if len(good) else ()),
-        rows_table("failures", "What did not run, and why", _failures(frame)),
+        *(rate_tables(frame) if fastest else ()),
+        rows_table("failures", "What did not run, and why", _failures(frame, sweep)),
         rows_table("cells", "All cells", _cells(frame)),
     ]
     return [path for table in tables if len(table.rows) for path in table.write(folder)]
@@ -223,14 +223,16 @@ def _matrix(good: pd.DataFrame, fastest: list[Winner], drawn: dict[str, dict[str
         "rows": [
             {
                 "mask": mask, "mask_at": masks.index(mask), "scale": scale, "setting": setting,
-                "winners": [_shown(w, drawn) if (w := rows[mask, scale, setting].get(c)) else None for c in columns],
+                "winners": [_shown(rows[mask, scale, setting].get(c), drawn) for c in columns],
             }
             for mask, scale, setting in ordered
         ],
     }  # fmt: skip
 
 
-def _shown(w: Winner, drawn: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _shown(w: Winner | None, drawn: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    if w is None:
+        return None
     next_is = f"; next: {w.next_choice}, {w.slower}" if w.margin is not None else ""
     return {
         "choice": w.choice, "cell": w.cell, "close": w.verdict == "close", "rate": amounts.digits(w.tflops_per_gpu),
@@ -288,20 +290,20 @@ def _warnings(environment: dict[str, set[str]]) -> list[str]:
     ]
 
 
-def _failures(frame: pd.DataFrame) -> list[dict[str, str]]:
+def _failures(frame: pd.DataFrame, sweep: Sweep) -> list[dict[str, str]]:
     """Cells without a good result by cause, the most frequent first."""
     return [
         {
             "cells": str(len(c.cells)), "status": c.status, "class": c.kind, "first cause": c.cause, "what helps": c.help,
             "command": c.command, "which": ", ".join(c.cells),
         }
-        for c in causes(frame)
+        for c in causes(frame, sweep)
     ]  # fmt: skip
 
 
 def _cells(frame: pd.DataFrame) -> list[dict[str, str]]:
     """Every cell for the long table; empty where there is no number."""
-    shown = [
+    shown: list[tuple[str, str, Callable[[Any], str]]] = [
         ("forward", "time/forward/median_s", amounts.duration), ("backward", "time/backward/median_s", amounts.duration),
         ("total", "time/total/median_s", amounts.duration), ("noise", "time/noise", amounts.percent),
         ("TFLOP/s per GPU", "compute/tflops_per_gpu", amounts.digits), ("by mean over ranks", "total_by_mean", amounts.digits),

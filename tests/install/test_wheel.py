@@ -17,6 +17,7 @@ import pytest
 
 from lcbench.__main__ import BAD_INPUT, commands, usage
 from lcbench.grid.paths import CONF, REPOSITORY
+from lcbench.report.page import HERE
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 TINY = ["cp=ring", "scale=1x2", "seqlen=256", "heads=2x2x8", "dtype=float64"]
@@ -58,6 +59,9 @@ def test_the_wheel_has_every_config_and_the_marker_of_its_types(wheel: Path) -> 
     names = set(ZipFile(wheel).namelist())
     assert {f"lcbench/conf/{path.relative_to(CONF)}" for path in CONF.rglob("*.yaml")} <= names
     assert {"lcbench/py.typed", "hydra_plugins/lcbench/py.typed", "hydra_plugins/lcbench/slurm.py"} <= names
+    page = {f"lcbench/report/{path.relative_to(HERE)}" for part in ("assets", "vendor") for path in (HERE / part).iterdir()}
+    assert len(page) > 10
+    assert page <= names
     assert not [name for name in names if name.startswith(("conf/", "tests/", "launchers/", "results/"))]
 
 

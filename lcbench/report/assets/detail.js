@@ -76,7 +76,10 @@ function samplesOf(cell, known) {
         Plot.dot(points, {fx: "block", x: "place", y: "time", r: 2, fill: styleOf(cell.choice).color}),
       ],
     },
-    `${points.length} iterations in ${known.samples.length} blocks, from ${seconds(d3.min(points, p => p.time))} to ${seconds(d3.max(points, p => p.time))}`,
+    `${points.length} iterations of ${known.samples.length} blocks, ${d3
+      .extent(points, p => p.time)
+      .map(seconds)
+      .join(" to ")}`,
   );
 }
 

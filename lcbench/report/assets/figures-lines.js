@@ -13,7 +13,12 @@ const lengthAxis = (values, label = "sequence length") => ({
 });
 const gpuAxis = values => ({type: "log", base: 2, label: "GPUs", ticks: values, tickFormat: String, domain: d3.extent(values)});
 const tipOf = cell =>
-  `${cell.choice}\n${cell.mask} ${tokens(cell.seqlen)} ${cell.scale}\n${seconds(cell.total)} · ${digits(cell.total_rate)} TFLOP/s per GPU\n±${digits(100 * cell.total_reach)} % (95 %) · ${cell.id}`;
+  [
+    cell.choice,
+    `${cell.mask} ${tokens(cell.seqlen)} ${cell.scale}`,
+    `${seconds(cell.total)} · ${digits(cell.total_rate)} TFLOP/s per GPU`,
+    `±${percent(cell.total_reach)} (95 %) · ${cell.id}`,
+  ].join("\n");
 const inOrderOfScale = cells =>
   d3.sort(unique(cells.map(cell => cell.scale)), scale => cells.find(cell => cell.scale === scale).order);
 const lengthsOf = cells => d3.sort(unique(cells.map(cell => cell.seqlen)));
@@ -27,7 +32,7 @@ function overSeeds(cells) {
   });
 }
 
-/** What lines are drawn of: a value of each good cell, and those that failed. `show`: rate, or 100 % for the best of each problem. */
+/** A value of each good cell: its rate, or, if `relative`, that in percent of the best of its problem. */
 function linePoints(cells, x, phase, relative) {
   const good = cells.filter(cell => isGood(cell) && cell[`${phase}_rate`] !== null);
   const best = d3.rollup(
@@ -214,7 +219,9 @@ const efficiency = {
       finding,
       choices: unique(points.map(p => p.choice)),
       caption:
-        "TFLOP/s per GPU as a share of the same choice's on the fewest GPUs of the panel; 100 % is perfect. A choice can be efficient because it is slow on few GPUs. Hollow, “from n”: it has no result on the fewest, so its own first stands for 100 %, and its line is not comparable.",
+        "TFLOP/s per GPU as a share of the same choice's on the fewest GPUs of the panel; 100 % is perfect. " +
+        "A choice can be efficient because it is slow on few GPUs. Hollow, “from n”: it has no result on the fewest, " +
+        "so its own first stands for 100 %, and its line is not comparable.",
       node: lines(
         {
           panels: unique(way.cells.map(cell => cell.mask)),
@@ -268,7 +275,9 @@ const memory = {
       fields: [scaleField],
       finding,
       choices: unique(points.map(p => p.choice)),
-      caption: `Worst rank's peak of one iteration above the level before it, with the engine's buffers. ${device ? `The device has ${bytes(device)}${line.length ? " (dashed)" : ""}.` : ""}`,
+      caption:
+        "Worst rank's peak of one iteration above the level before it, with the engine's buffers." +
+        (device ? ` The device has ${bytes(device)}${line.length ? " (dashed)" : ""}.` : ""),
       node: lines(
         {
           panels: unique(mine.map(cell => cell.mask)),
