@@ -1,8 +1,8 @@
 """Compare two sweeps cell by cell: how many times as long B takes as A, with a 95 % interval, and what of it is beyond the noise.
 
 A sweep is named, or given by its folder, so that those of different people can be compared. The answer comes first, then how their
-environments differ, the change by axis, and the cells that changed. The intervals hold what blocks of one run differ by and, from 4 cells on, what two runs of the same differ by
-beyond that.
+environments differ, the change by axis, and the cells that changed. The intervals hold what blocks of one run differ by and, from
+4 cells on, what two runs of the same differ by beyond that.
 """
 
 from __future__ import annotations
@@ -76,15 +76,8 @@ def main(arguments: list[str]) -> int:
         _show(found, options.a, options.b, everything=options.all)
     if not found.cells:
         return BAD_INPUT
-    if options.html is not None:
-        page = Path(options.html) if options.html else b.folder / "report" / f"compare-{a.name}.html"
-        try:
-            write_comparison(found, a, b, page, noise=list(_noise(found)))
-        except PermissionError as error:
-            say_error(error)
-            print("write it elsewhere:  --html FILE", file=sys.stderr)
-            return REFUSED
-        print(printable(page), file=sys.stderr if options.json else sys.stdout)
+    if options.html is not None and not _write_page(found, a, b, options.html, quiet=options.json):
+        return REFUSED
     share = options.fail_on_regression
     if share is not None and (worse := found.regressions(share)):
         print(f"{len(worse)} cells are slower by more than {share:.3g} of their time", file=sys.stderr)
@@ -92,6 +85,19 @@ def main(arguments: list[str]) -> int:
             print(UNKNOWN, file=sys.stderr)
         return 1
     return 0
+
+
+def _write_page(found: Comparison, a: Sweep, b: Sweep, file: str, *, quiet: bool) -> bool:
+    """Write the page of ``--html`` and say where it is, on stderr if ``quiet``; False where the file system refuses."""
+    page = Path(file) if file else b.folder / "report" / f"compare-{a.name}.html"
+    try:
+        write_comparison(found, a, b, page, noise=list(_noise(found)))
+    except PermissionError as error:
+        say_error(error)
+        print("write it elsewhere:  --html FILE", file=sys.stderr)
+        return False
+    print(printable(page), file=sys.stderr if quiet else sys.stdout)
+    return True
 
 
 def _share(text: str) -> float:
@@ -153,7 +159,8 @@ def _verdict(found: Comparison, a: str, b: str) -> Text:
     """The answer in a line: red if anything became slower, green if some became faster and none slower."""
     slower, faster, same = (len(found.by(verdict)) for verdict in ("slower", "faster", "same"))
     ratio = geometric_mean([c.ratio.value for c in found.cells])
-    said = f"{slower} slower, {faster} faster, {same} same of {len(found.cells)} cells in both; on average {b} takes {times(ratio)} the time of {a}"
+    counts = f"{slower} slower, {faster} faster, {same} same of {len(found.cells)} cells in both"
+    said = f"{counts}; on average {b} takes {times(ratio)} the time of {a}"
     return plain(said, "bold red" if slower else "bold green" if faster else "bold")
 
 
@@ -179,12 +186,14 @@ def _cells(cells: Sequence[Compared], phase: str, count: int) -> Fitted:
     names = Names.of(c.cell for c in cells)
     table = Fitted(names.title(f"time of {phase}, B over A"), [
         Column("verdict"), Column("cell"), Column("what", folds=True, wanted=WHAT), Column("A ms", 2, right=True),
-        Column("B ms", 2, right=True), Column("B / A", right=True), Column("95 % interval", 1, right=True), Column("p, Holm", 3, right=True),
+        Column("B ms", 2, right=True), Column("B / A", right=True), Column("95 % interval", 1, right=True),
+        Column("p, Holm", 3, right=True),
     ])  # fmt: skip
     for c in cells:
         key, color = f"time/{phase}/median_s", {"slower": "red", "faster": "green"}.get(c.verdict, "dim")
         table.add(
-            plain(c.verdict, color), c.cell.id, names.what[c.cell.id], digits(c.a.metrics[key] * 1e3), digits(c.b.metrics[key] * 1e3),
+            plain(c.verdict, color), c.cell.id, names.what[c.cell.id],
+            digits(c.a.metrics[key] * 1e3), digits(c.b.metrics[key] * 1e3),
             f"{c.ratio.value:.3f}", f"{c.ratio.low:.3f} to {c.ratio.high:.3f}", digits(c.p_adjusted),
         )  # fmt: skip
     if len(cells) < count:
@@ -194,9 +203,8 @@ def _cells(cells: Sequence[Compared], phase: str, count: int) -> Fitted:
 
 def _only(name: str, other: str, only: Mapping[str, str], *, everything: bool) -> Fitted:
     """Cells that one sweep has a good result of, counted by why the other has none."""
-    table = Fitted(
-        f"only in {name}: {len(only)} cells", [Column("cells", right=True), Column(f"why {other} has no result", folds=True)]
-    )
+    why = Column(f"why {other} has no result", folds=True)
+    table = Fitted(f"only in {name}: {len(only)} cells", [Column("cells", right=True), why])
     causes = grouped([Unwell(what, "failed", "", why) for what, why in only.items()], Sweep(Path(), other))
     for cause in causes:
         shown = cause.cells if everything else cause.cells[:FEW]

@@ -146,8 +146,8 @@ COLUMNS = ("kernel", *SHORT.values(), "one call", "several calls, merged by LSE"
 
 
 def _table(title: str, found: dict[str, list[dict[str, Any]]], lines: list[list[str]]) -> Group:
-    """A row per kernel that runs anything; below it what needs several calls, and what it does not run and why. Then a line for each
-    reason for which kernels run nothing.
+    """A row per kernel that runs anything; below it what needs several calls, and what it does not run and why. Then a line for
+    each reason for which kernels run nothing.
     """
     table = Fitted(f"{title}; yes: forward and backward", [
         Column("kernel"), *(Column(name) for name in SHORT.values()), Column("one call", folds=True),
@@ -159,7 +159,8 @@ def _table(title: str, found: dict[str, list[dict[str, Any]]], lines: list[list[
             continue
         more = [f"several calls, merged by LSE: {several}"] if several else []
         more += [f"does not run: {refused}"] if refused else []
-        table.add(name, *("yes" if text == "fwd+bwd" else text for text in types), native or "-", below=Text("\n".join(more), "dim"))
+        marks = ["yes" if text == "fwd+bwd" else text for text in types]
+        table.add(name, *marks, native or "-", below=Text("\n".join(more), "dim"))
     shown: list[RenderableType] = [table] if len(table) else []
     if idle:
         shown += [Text(), plain("what runs nothing here, and why (--json says more)", "bold")]

@@ -107,7 +107,8 @@ def _table(rows: list[dict[str, Any]], ranks: int) -> Fitted:
     """Imbalance is why one looks at a mask, so it is left out last."""
     varies = len({(row["seed"], row["draw"]) for row in rows}) > 1
     table = Fitted(f"busiest rank over the mean, of {ranks} ranks: 1.00 is perfect", [
-        Column("mask", folds=True, wanted=32), Column("seqlen", right=True), *([Column("seed.draw", 1, right=True)] if varies else []),
+        Column("mask", folds=True, wanted=32), Column("seqlen", right=True),
+        *([Column("seed.draw", 1, right=True)] if varies else []),
         Column("density", 2, right=True), Column("area", 3, right=True), Column("bands or blocks", 4, right=True),
         Column("varlen\ncalls", 5, right=True), *(Column(name, right=True) for name in ORDERS),
     ])  # fmt: skip

@@ -1,5 +1,5 @@
-"""Where a sweep stands: how many cells are done, how long the rest will take, what runs, and what failed, by cause. Without a sweep:
-which there are.
+"""Where a sweep stands: how many cells are done, how long the rest will take, what runs, and what failed, by cause. Without a
+sweep: which there are.
 
 ``--follow`` keeps showing it until it has ended, or until only jobs are left that Slurm holds, and does what a collector does: what
 is to be tried again is submitted, and results are published. Of somebody else's sweep it only shows where it stands.

@@ -19,7 +19,8 @@ PIXELS = 512
 GAMMA = 0.4
 LETTERS = 24  # across a picture of characters, which are twice as high as wide
 EMPTY_HALF = 0.25  # from here on a pixel above or below an empty one is drawn as half a block
-BLOCKS, ASCII = "░▒▓█▀▄", ".:+#^_"  # four shades, and a half block each for the upper and the lower pixel
+# Shades, and half a block each for the upper and the lower pixel.
+BLOCKS, ASCII = (("░", "▒", "▓", "█"), ("▀", "▄")), ((".", ":", "+", "#"), ("^", "_"))
 
 
 def shades(mask: Mask, pixels: int = PIXELS) -> NDArray[np.float64]:
@@ -38,10 +39,10 @@ def shades(mask: Mask, pixels: int = PIXELS) -> NDArray[np.float64]:
 def drawn(mask: Mask, letters: int = LETTERS, *, ascii_only: bool = False) -> list[str]:
     """A mask in lines of ``letters`` characters, half as many of them, queries down, keys across; fewer for a mask of fewer tokens.
 
-    A character is two pixels, one above the other: half a block where one of them is empty, else a shade of how many pairs count. It
-    is blank only where none does.
+    A character is two pixels, one above the other: half a block where one of them is empty, else a shade of how many pairs count.
+    It is blank only where none does.
     """
-    *ramp, upper, lower = ASCII if ascii_only else BLOCKS
+    ramp, (upper, lower) = ASCII if ascii_only else BLOCKS
     pixels = shades(mask, letters)
     if len(pixels) % 2:
         pixels = np.vstack([pixels, np.zeros_like(pixels[:1])])

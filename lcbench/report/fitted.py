@@ -1,4 +1,4 @@
-"""Tables for a terminal of any width: what matters least is left out first, and long words have lines of their own below their row."""
+"""Tables for a terminal of any width: what matters least is left out first, and long words have lines of their own below a row."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ WIDTH = 200  # of a table that goes to a file or a pipe
 COLUMNS = "COLUMNS"  # what a shell sets to the width of its terminal, and who has none may set
 GAP = 2  # blanks between columns
 INDENT = 2  # of what stands below a row
+NOTHING = "-"  # a column of numbers that holds nothing else is left out
 LEAST = 20  # columns of words that are folded
 
 
@@ -45,6 +46,7 @@ class Column:
         folds: whether its words may take several lines; every other column is as wide as its longest value.
         wanted: columns that folded words get before a column that may be left out has a place, unless they need fewer. Where even
             that is too much they get at least ``LEAST``.
+        cut: whether folded words keep to one line, and end with "…" where that is too short: for views that are drawn anew.
     """
 
     head: str
@@ -52,6 +54,7 @@ class Column:
     right: bool = False
     folds: bool = False
     wanted: int = LEAST
+    cut: bool = False
 
 
 # The values of a row, and what stands below it; an empty line has neither.
@@ -94,8 +97,9 @@ class Fitted:
         needs = []
         for place, column in enumerate(self.columns):
             heads = column.head.splitlines() if self.headed else []
-            lines = [*heads, *(line for values, _ in self._rows if values for line in values[place].plain.splitlines())]
-            needs.append(max(map(cell_len, lines), default=0))
+            lines = [line for values, _ in self._rows if values for line in values[place].plain.splitlines()]
+            empty = column.right and lines and set(lines) == {NOTHING}
+            needs.append(0 if empty else max(map(cell_len, [*heads, *lines]), default=0))
         left_out = sorted((c.priority, place) for place, c in enumerate(self.columns) if c.priority)
         kept = [place for place in range(len(self.columns)) if needs[place]]
         while left_out and sum(self._least(p, needs[p], self.columns[p].wanted) for p in kept) + GAP * (len(kept) - 1) > width:
@@ -147,7 +151,8 @@ class Fitted:
         for place, width in widths.items():
             column = self.columns[place]
             justify: Literal["left", "right"] = "right" if column.right else "left"
-            table.add_column(column.head, width=width, no_wrap=not column.folds, overflow="fold", justify=justify)
+            overflow: Literal["fold", "ellipsis"] = "ellipsis" if column.cut else "fold"
+            table.add_column(column.head, width=width, no_wrap=column.cut or not column.folds, overflow=overflow, justify=justify)
         return table
 
 

@@ -116,9 +116,7 @@ def drawn_style(style: Style) -> dict[str, Any]:
     return {"color": color, "symbol": style.marker, "dash": style.strokes or None}
 
 
-def _write_tables(
-    frame: pd.DataFrame, good: pd.DataFrame, fastest: list[Winner], choices: list[Regret], folder: Path
-) -> list[Path]:
+def _write_tables(sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: list[Regret], folder: Path) -> list[Path]:
     tables = [
         rows_table("winners", "Fastest choice of every problem", [w.row() for w in fastest]),
         rows_table("regret", "If it has to be one choice for everything", [_regret_row(r) for r in choices]),
@@ -139,11 +137,13 @@ def _regret_row(r: Regret) -> dict[str, str]:
 def _block(
     sweep: Sweep, frame: pd.DataFrame, good: pd.DataFrame, devices: Sequence[dict[str, Any]], links: dict[str, float]
 ) -> dict[str, Any]:
-    cells = page_data.cells_of(frame)
+    unit = _rate_unit(good)
+    cells = page_data.cells_of(frame, unit)
     cells["place"] = list(problem_labels(frame)) if len(frame) else []
     phases = [p for p in ("total", "forward", "backward") if rate_column(p) in good and good[rate_column(p)].notna().any()]
     return {
         "name": sweep.name, "cells": page_data.packed(cells, page_data.REPEATED), "repeated": sorted(page_data.REPEATED),
+        "rate": {"name": unit.name, "flops": unit.size * 1e12},
         "part": page_data.PART, "nearlyAll": NEARLY_ALL, "close": CLOSE, "unmeasured": UNMEASURED,
         "styles": _styles(frame), "phases": phases, "settings": bool(len(frame) and frame["where"].nunique() > 1),
         "matrixBy": _matrix_by(good), "known": bool(len(good)) and all(t.known for t in good["timed/total"]),
@@ -155,6 +155,11 @@ def _block(
 
 def _styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return {choice: drawn_style(style) for choice, style in styles(frame).items()}
+
+
+def _rate_unit(good: pd.DataFrame) -> amounts.Unit:
+    """One unit for all rates of a page: that of the highest."""
+    return amounts.unit_for(good[rate_column("total")].max() if len(good) else 1.0, amounts.TFLOPS)
 
 
 def _matrix_by(good: pd.DataFrame) -> str:
@@ -180,6 +185,7 @@ def _first_screen(frame: pd.DataFrame, attempts: list[Attempt], fastest: list[Wi
             for r in choices
         ],
         "matrix": _matrix(good_rows(frame), fastest, drawn),
+        "rate": _rate_unit(good_rows(frame)).name,
         "known": all(w.known for w in fastest if w.margin is not None),
         "seeds": bool(len(frame)) and frame["seed"].nunique() > 1,
     }  # fmt: skip
@@ -223,19 +229,19 @@ def _matrix(good: pd.DataFrame, fastest: list[Winner], drawn: dict[str, dict[str
         "rows": [
             {
                 "mask": mask, "mask_at": masks.index(mask), "scale": scale, "setting": setting,
-                "winners": [_shown(rows[mask, scale, setting].get(c), drawn) for c in columns],
+                "winners": [_shown(rows[mask, scale, setting].get(c), _rate_unit(good), drawn) for c in columns],
             }
             for mask, scale, setting in ordered
         ],
     }  # fmt: skip
 
 
-def _shown(w: Winner | None, drawn: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+def _shown(w: Winner | None, unit: amounts.Unit, drawn: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     if w is None:
         return None
     next_is = f"; next: {w.next_choice}, {w.slower}" if w.margin is not None else ""
     return {
-        "choice": w.choice, "cell": w.cell, "close": w.verdict == "close", "rate": amounts.digits(w.tflops_per_gpu),
+        "choice": w.choice, "cell": w.cell, "close": w.verdict == "close", "rate": unit.of(w.tflops_per_gpu, named=False),
         "margin": amounts.more(w.margin.value) if w.margin is not None else "", "color": drawn[w.choice]["color"],
         "title": f"{amounts.duration(w.seconds)}{next_is}; {w.verdict}{f': {w.why}' if w.why else ''}",
     }  # fmt: skip

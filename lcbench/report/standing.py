@@ -1,4 +1,4 @@
-"""Where sweeps stand, for people: counts and time left first, then what runs, what failed by cause and node, and what to type next."""
+"""Where sweeps stand, for people: counts and time left, then what runs, what failed by cause and node, and what to type next."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def _pace(standing: SweepStatus, now: float) -> float:
 
 @dataclass
 class Standing:
-    """The view of a sweep. ``everything``: every job and every cell has a row. ``height``: lines that there is room for, what to type
-    next (``advice``) among them; rows of what runs and causes are left out for it. None: no limit, and advice is not among them, since
-    what is to be copied is printed without being folded.
+    """The view of a sweep. ``everything``: every job and every cell has a row. ``height``: lines that there is room for, what to
+    type next (``advice``) among them; rows of what runs and causes are left out for it. None: no limit, and advice is not among
+    them, since what is to be copied is printed without being folded.
     """
 
     standing: SweepStatus
@@ -99,7 +99,8 @@ class Standing:
         """Two lines, at any width and however long the name is: a bar with the counts, and the time that is left."""
         counts = self.standing.counts()
         done, total = sum(counts[state] for state in DONE), len(self.standing.cells)
-        said = [(f"  {done}/{total} ", "bold"), *((f"  {n} {state}", COLORS.get(state, "cyan")) for state, n in counts.most_common())]
+        states = [(f"  {n} {state}", COLORS.get(state, "cyan")) for state, n in counts.most_common()]
+        said = [(f"  {done}/{total} ", "bold"), *states]
         name = Text(printable(self.sweep.name), "bold")
         spare = options.max_width - sum(cell_len(text) for text, _ in said)
         bar = max(LEAST_BAR, min(BAR, spare - min(LEAST, cell_len(name.plain)) - 2))
@@ -122,25 +123,19 @@ class Standing:
         for cell in cells:
             job = f"job {cell.job_id}" if cell.job_id else ""
             rows.append([cell.id, names.what[cell.id], job, clock(cell.elapsed_s)])
-        return _rows_of("running", "cyan", rows, [Column("cell"), Column("what", folds=True), Column("job"), Column("time", right=True)])
+        columns = [Column("cell"), Column("what", folds=True), Column("job"), Column("time", right=True)]
+        return _rows_of("running", "cyan", rows, columns)
 
     def _failed(self) -> list[RenderableType]:
         """A row for each cause, with the cells that share it."""
-        rows, below = [], []
-        for cause in grouped(unwell_of(self.standing.cells), self.sweep):
-            ids = " ".join(cause.cells[:FEW_IDS])
-            more = f" and {len(cause.cells) - FEW_IDS} more" if len(cause.cells) > FEW_IDS else ""
-            rows.append([str(len(cause.cells)), cause.kind or cause.status, cause.cause or "its job is gone"])
-            below.append((cause.status, f"{ids}{more}"))
-        columns = [Column("n", right=True), Column("class"), Column("cause", folds=True)]
-        return [
-            made
-            for status in UNWELL
-            for made in _rows_of(
-                status, COLORS[status], [r for r, (s, _) in zip(rows, below, strict=True) if s == status], columns,
-                [ids for s, ids in below if s == status],
-            )
-        ]  # fmt: skip
+        causes = grouped(unwell_of(self.standing.cells), self.sweep)
+        columns = [Column("cells", right=True), Column("class"), Column("cause", folds=True, cut=self.height is not None)]
+        shown: list[RenderableType] = []
+        for status in UNWELL:
+            alike = [cause for cause in causes if cause.status == status]
+            rows = [[str(len(c.cells)), c.kind or c.status, c.cause or "its job is gone"] for c in alike]
+            shown += _rows_of(status, COLORS[status], rows, columns, [_ids(c.cells) for c in alike])
+        return shown
 
     def advice(self) -> Iterator[str]:
         """Nodes that several failures name, and what to type about cells that failed; none of it while there are none."""
@@ -167,6 +162,11 @@ def unwell_of(cells: Iterable[CellState]) -> list[Unwell]:
     return [Unwell(c.id, c.state, c.failure, c.cause) for c in cells if c.state in UNWELL]
 
 
+def _ids(cells: Sequence[str]) -> str:
+    """The first of these cells, and how many more there are."""
+    return " ".join(cells[:FEW_IDS]) + (f" and {len(cells) - FEW_IDS} more" if len(cells) > FEW_IDS else "")
+
+
 def clock(seconds: float) -> str:
     """``2:10``, ``1:02:10``."""
     hours, rest = divmod(int(seconds), 3600)
@@ -177,7 +177,7 @@ def clock(seconds: float) -> str:
 def _rows_of(
     word: str, style: str, rows: Sequence[Sequence[str]], columns: Sequence[Column], below: Sequence[str] = ()
 ) -> list[RenderableType]:
-    """Rows with a word before the first, each by itself, so that those there is no room for can be left out; all with the same widths."""
+    """Rows with a word before the first, each by itself, so that those there is no room for can be left out; all equally wide."""
     if not rows:
         return []
     table = Fitted("", [Column("", wanted=0), *columns], headed=False)
@@ -212,7 +212,8 @@ def _fitting(
 def packs_table(packs: Iterable[PackState], name: str) -> Fitted:
     """Every job and how far it is."""
     table = Fitted(f"jobs of {name}", [
-        Column("job"), Column("state"), Column("cells", right=True), Column("pack", 1), Column("launcher", 2), Column("reason", folds=True),
+        Column("job"), Column("state"), Column("cells", right=True), Column("pack", 1), Column("launcher", 2),
+        Column("reason", folds=True),
     ])  # fmt: skip
     for p in packs:
         table.add(p.job_id or "-", p.state, f"{p.done}/{len(p.cells)}", p.id, p.launcher, p.reason)
@@ -223,8 +224,8 @@ def states_table(standing: SweepStatus, name: str) -> Fitted:
     """Every cell and where it stands."""
     names = Names.of(record.entry.cell for record in standing.seen.records.values())
     table = Fitted(names.title(f"cells of {name}"), [
-        Column("state"), Column("cell"), Column("what", folds=True, wanted=2 * LEAST), Column("attempt", 2, right=True), Column("job", 1),
-        Column("job state", 3), Column("time", 1, right=True),
+        Column("state"), Column("cell"), Column("what", folds=True, wanted=2 * LEAST), Column("attempt", 2, right=True),
+        Column("job", 1), Column("job state", 3), Column("time", 1, right=True),
     ])  # fmt: skip
     for c in standing.cells:
         took = clock(c.elapsed_s) if c.elapsed_s else "-"
@@ -270,8 +271,8 @@ def _told(sweep: Sweep, watch: Callable[[Sweep], Watch]) -> list[str]:
         for record in seen.records.values() for attempt in record.attempts if attempt.provenance.get("device")
     )  # fmt: skip
     begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(sweep.manifest()["created_at"]))
-    words = [_short(device) for device in devices]
-    return [begun, str(counts.total()), str(counts["ok"]), str(failed), str(running), str(other), ", ".join(dict.fromkeys(words)) or "-"]
+    short = ", ".join(dict.fromkeys(map(_short, devices))) or "-"
+    return [begun, *map(str, (counts.total(), counts["ok"], failed, running, other)), short]
 
 
 def _short(device: str) -> str:

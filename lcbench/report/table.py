@@ -189,11 +189,12 @@ class _Form:
         noise = 0 if most("noise") > NOISY else 3
         numbers = [
             Column("fwd ms", right=True), Column("bwd ms", right=True), Column("noise", noise, right=True),
-            Column(f"{rate.name}\nper GPU", 1, right=True), Column("MFU", 4, right=True), Column(f"peak\n{size.name}", 2, right=True),
-            Column("max\nerror", 5, right=True),
+            Column(f"{rate.name}\nper GPU", 1, right=True), Column("MFU", 4, right=True),
+            Column(f"peak\n{size.name}", 2, right=True), Column("max\nerror", 5, right=True),
         ]  # fmt: skip
         versus = [Column("vs best", right=True)] if ranked else []
-        return cls([Column("status"), Column("cell"), Column("what", folds=True, wanted=WHAT), *versus, *numbers], rate, size, ranked)
+        columns = [Column("status"), Column("cell"), Column("what", folds=True, wanted=WHAT), *versus, *numbers]
+        return cls(columns, rate, size, ranked)
 
     def numbers(self, row: Mapping[str, Any], versus: str) -> list[str]:
         """What of a row stands behind what the cell is."""

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
 from lcbench.report import amounts
 from lcbench.report.frame import good_rows, reported
 from lcbench.report.page import write_report
 from lcbench.report.regret import regrets
-from lcbench.runs.store import Failure, Sweep
+from lcbench.runs.store import Entry, Failure, Sweep
 from tests.browser import Browser, browser, needs_browser
 from tests.report.made import made_sweep
 
@@ -90,6 +91,25 @@ def test_figures_are_files_only_if_asked_for(tmp_path: Path) -> None:
     assert not {p.suffix for p in without.files} & {".png", ".pdf"}
     drawn = write_report(sweep, tmp_path / "with", known_devices(), figures=True)
     assert drawn.figures == len([p for p in drawn.files if p.suffix == ".png"]) > 1
+
+
+def test_rates_of_a_cpu_are_in_a_unit_of_their_size(tmp_path: Path) -> None:
+    grid = ["cp=none", "kernel=naive,flex", "seqlen=256", "heads=2x2x8", "dtype=float32"]
+    page = write(tmp_path, grid, factor_of=lambda cell: 3e4, provenance={"cuda": None, "device": "Xeon"})
+    text = page.read_text()
+    assert "GFLOP/s per GPU" in text
+    assert '"rate":{"name":"GFLOP/s","flops":1000000000.0}' in text
+    rates = [float(rate) for rate in re.findall(r'"total_rate":\[([\d.]+),([\d.]+)\]', text)[0]]
+    assert all(5 < rate < 50 for rate in rates)  # 400 to 600 TFLOP/s over 30,000
+
+
+def test_a_sweep_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, "new")
+    planned = look(["cp=ring,usp", "seqlen=64k,128k", "scale=1x8"]).cells
+    sweep.add([Entry(p.cell, p.skip) for p in planned], command=["x"])
+    text = write_report(sweep, tmp_path / "out", known_devices()).page.read_text()
+    assert "4 without a result" in text
+    assert "No cell has a good result yet." in text
 
 
 # -- first screen ----------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ function phasesOf(cell) {
   const phases = ["forward", "backward", "total"].filter(phase => cell[phase] !== null);
   if (!phases.length) return whyNot(cell) ? h("p", {}, whyNot(cell)) : null;
   return table(
-    ["phase", "time", "95 %", "TFLOP/s", "by mean"],
+    ["phase", "time", "95 %", BLOCK.rate.name, "by mean"],
     phases.map(phase => [
       phase,
       seconds(cell[phase]),

@@ -140,7 +140,7 @@ const heatMap = {
     const finding = squaresSaid(squares);
     const node = heatSquares(squares, unique(mine.map(cell => cell[across])), unique(mine.map(cell => cell[down])), finding);
     return {
-      title: `TFLOP/s per GPU, ${pair}, ${mask ? `${mask} ` : ""}${tokens(length)} ${scale}`,
+      title: `${BLOCK.rate.name} per GPU, ${pair}, ${mask ? `${mask} ` : ""}${tokens(length)} ${scale}`,
       fields: [pairField, maskField, scaleField, lengthField],
       finding,
       node,
@@ -169,7 +169,8 @@ const rateOf = square => square.best?.total_rate;
 function squaresSaid(squares) {
   const top = d3.greatest(squares, rateOf);
   if (!top?.best) return "Nothing ran.";
-  return `Best: ${top.a} with ${top.b}, ${digits(rateOf(top))} TFLOP/s per GPU; lowest ${digits(d3.min(squares, rateOf))}.`;
+  const [low, high] = [d3.min(squares, rateOf), rateOf(top)].map(digits);
+  return `Best: ${top.a} with ${top.b}, ${high} ${BLOCK.rate.name} per GPU; lowest ${low}.`;
 }
 
 function heatSquares(squares, names, rows, finding) {
@@ -288,11 +289,11 @@ const roofline = {
     const [which, field] = choose("device", "device", unique(good.map(cell => `${cell.device} ${cell.dtype}`)));
     const mine = good.filter(cell => `${cell.device} ${cell.dtype}` === which),
       peak = d3.median(mine, cell => cell.top);
-    const work = cell => cell.total_rate * 1e12 * cell.total,
+    const work = cell => cell.total_rate * BLOCK.rate.flops * cell.total,
       gbytes = BLOCK.devices[mine[0].device]?.gbytes;
     const sent = mine.filter(cell => cell.sent > 0);
     const reached = percent(d3.max(mine, cell => cell.total_rate) / peak);
-    const finding = `The best cell reaches ${reached} of the peak of ${digits(peak)} TFLOP/s.`;
+    const finding = `The best cell reaches ${reached} of the peak of ${digits(peak)} ${BLOCK.rate.name}.`;
     const panels = [
       roofPanel(
         mine,
@@ -318,16 +319,16 @@ const roofline = {
 };
 
 function roofPanel(cells, intensity, roofs, peak, label) {
-  const bends = Object.values(roofs).map(gbytes => (1e3 * peak) / gbytes),
+  const bends = Object.values(roofs).map(gbytes => (peak * BLOCK.rate.flops) / (gbytes * 1e9)),
     [least, most] = d3.extent(cells, intensity);
   const from = d3.min([least, ...bends]) / 4,
     until = most * 4,
     low = d3.min(cells, cell => cell.total_rate) / 3;
   const slopes = Object.entries(roofs).flatMap(([name, gbytes]) =>
-    [from, (1e3 * peak) / gbytes, until].map(x => ({
+    [from, (peak * BLOCK.rate.flops) / (gbytes * 1e9), until].map(x => ({
       name: `${name}: ${digits(gbytes)} GB/s`,
       x,
-      y: Math.min(peak, (x * gbytes) / 1e3),
+      y: Math.min(peak, (x * gbytes * 1e9) / BLOCK.rate.flops),
     })),
   );
   return plotted(
@@ -336,7 +337,7 @@ function roofPanel(cells, intensity, roofs, peak, label) {
       height: 330,
       marginLeft: 48,
       x: {type: "log", label, domain: [from, until], ticks: 5, tickFormat: "~s"},
-      y: {type: "log", label: "TFLOP/s per GPU", domain: [low, peak * 1.6], ticks: 5, tickFormat: "~g"},
+      y: {type: "log", label: `${BLOCK.rate.name} per GPU`, domain: [low, peak * 1.6], ticks: 5, tickFormat: "~g"},
       marks: [
         Plot.line(slopes, {x: "x", y: "y", z: "name", stroke: "currentColor", strokeOpacity: 0.6, clip: true}),
         ...d3
@@ -351,7 +352,7 @@ function roofPanel(cells, intensity, roofs, peak, label) {
           dy: -7,
           dx: 4,
           textAnchor: "start",
-          text: d => `peak: ${digits(d)} TFLOP/s`,
+          text: d => `peak: ${digits(d)} ${BLOCK.rate.name}`,
         }),
         ...roofDots(cells, intensity),
         Plot.tip(cells, Plot.pointer({x: intensity, y: "total_rate", title: tipOf})),
@@ -417,7 +418,7 @@ const pivot = {
       pivotTable(choices, columns, value),
     );
     return {
-      title: `TFLOP/s per GPU, ${phase}, ${scale}`,
+      title: `${BLOCK.rate.name} per GPU, ${phase}, ${scale}`,
       fields: [phaseField, scaleField],
       finding: "Bold: the best of a column. -: did not run; other words: why it failed.",
       node,

@@ -16,7 +16,7 @@ const tipOf = cell =>
   [
     cell.choice,
     `${cell.mask} ${tokens(cell.seqlen)} ${cell.scale}`,
-    `${seconds(cell.total)} · ${digits(cell.total_rate)} TFLOP/s per GPU`,
+    `${seconds(cell.total)} · ${digits(cell.total_rate)} ${BLOCK.rate.name} per GPU`,
     `±${percent(cell.total_reach)} (95 %) · ${cell.id}`,
   ].join("\n");
 const inOrderOfScale = cells =>
@@ -68,7 +68,7 @@ function phaseAndView() {
     "phase",
     PHASES.filter(p => BLOCK.phases.includes(p)),
   );
-  const [show, showField] = choose("show", "show", ["TFLOP/s per GPU", "relative to the best"]);
+  const [show, showField] = choose("show", "show", ["rate", "relative to the best"]);
   return {phase, relative: show === "relative to the best", fields: [phaseField, showField]};
 }
 
@@ -103,7 +103,7 @@ function rateLines(cells, x, axis, published) {
         dotted,
         x: axis,
         tip: p => tipOf(p.cell),
-        y: relative ? {type: "log", label: "% of the best", tickFormat: digits} : {label: "TFLOP/s per GPU", zero: true},
+        y: relative ? {type: "log", label: "% of the best", tickFormat: digits} : {label: "rate", zero: true},
       },
       finding,
     ),
@@ -124,7 +124,7 @@ const byLength = {
       lengthAxis(lengthsOf(mine)),
       mine[0].ranks === 1 ? BLOCK.published.rows.filter(p => p.seqlen).map(p => ({...p, x: p.seqlen})) : [],
     );
-    return {...made, title: `TFLOP/s per GPU by sequence length, ${scale}`, fields: [scaleField, ...made.fields]};
+    return {...made, title: `${BLOCK.rate.name} per GPU by sequence length, ${scale}`, fields: [scaleField, ...made.fields]};
   },
 };
 
@@ -176,7 +176,7 @@ const byGpus = {
       gpuAxis(d3.sort(unique(way.cells.map(c => c.ranks)))),
       weak ? BLOCK.published.rows.filter(p => p.ranks).map(p => ({...p, x: p.ranks})) : [],
     );
-    return {...made, title: `TFLOP/s per GPU by number of GPUs, ${way.name}`, fields: [field, ...made.fields]};
+    return {...made, title: `${BLOCK.rate.name} per GPU by number of GPUs, ${way.name}`, fields: [field, ...made.fields]};
   },
 };
 
@@ -219,7 +219,7 @@ const efficiency = {
       finding,
       choices: unique(points.map(p => p.choice)),
       caption:
-        "TFLOP/s per GPU as a share of the same choice's on the fewest GPUs of the panel; 100 % is perfect. " +
+        "Rate per GPU as a share of the same choice's on the fewest GPUs of the panel; 100 % is perfect. " +
         "A choice can be efficient because it is slow on few GPUs. Hollow, “from n”: it has no result on the fewest, " +
         "so its own first stands for 100 %, and its line is not comparable.",
       node: lines(
