@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -31,6 +32,8 @@ from lcbench.runs.machine import signal_when_parent_dies
 TELLING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 WAIT_EVERY_S = 0.02
 STDOUT, STDERR = 1, 2
+# What ps and top show: the command line is the agent's.
+SERVER_NAME, RANK_NAME = "lcbench forks", "lcbench rank"
 COMM = Path("/proc/self/comm")
 COMM_BYTES = 15
 
@@ -78,6 +81,8 @@ class ForkServer:
             _serve(theirs, target, agent)
         theirs.close()
         self.alive = True
+        # A signal's handler may raise in the main thread at any moment, and must not come between a question and its answer.
+        self._asking = ThreadPoolExecutor(1, "fork server")
 
     def start(self, asked: Start) -> Forked:
         """Start a worker.
@@ -97,21 +102,25 @@ class ForkServer:
 
     def close(self) -> None:
         """End the server, and with it workers that are left."""
-        self._channel.close()
         self.alive = False
+        self._asking.shutdown()
+        self._channel.close()
         with suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
     def _ask(self, question: Start | int) -> Any:
-        try:
-            self._channel.send(question)
-            answer = self._channel.recv()
-        except (EOFError, OSError) as error:
-            self.alive = False
-            raise ServerDied("the process that starts the workers was killed") from error
+        answer = self._asking.submit(self._exchange, question).result()
         if isinstance(answer, OSError):
             raise answer
         return answer
+
+    def _exchange(self, question: Start | int) -> Any:
+        try:
+            self._channel.send(question)
+            return self._channel.recv()
+        except (EOFError, OSError) as error:
+            self.alive = False
+            raise ServerDied("the process that starts the workers was killed") from error
 
 
 class Forked:
@@ -171,6 +180,7 @@ def _serve(channel: Connection, target: Callable[..., None], agent: int) -> NoRe
     """Do what the agent asks for until it is gone."""
     try:
         _die_with(agent)
+        _name(SERVER_NAME)
         signals = _signals_of_a_program()
         for number in TELLING:
             signal.signal(number, signal.SIG_IGN)
@@ -198,22 +208,29 @@ def _ended(pid: int) -> int | None:
 
 
 def _forked(asked: Start, channel: Connection, target: Callable[..., None], signals: dict[int, Any]) -> int:
+    """The process of a new worker, once signals reach it as its own."""
     server = os.getpid()
+    ready, own = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _work(asked, channel, target, signals, server)
+        channel.close()
+        os.close(ready)
+        _work(asked, target, signals, server, own)
+    os.close(own)
+    os.read(ready, 1)
+    os.close(ready)
     return pid
 
 
-def _work(asked: Start, channel: Connection, target: Callable[..., None], signals: dict[int, Any], server: int) -> NoReturn:
-    """Be a worker, and end without going back to what this process was."""
+def _work(asked: Start, target: Callable[..., None], signals: dict[int, Any], server: int, ready: int) -> NoReturn:
+    """Be a worker, and end without going back to what this process was. ``ready``: what the server waits for is closed."""
     code = 1
     try:
         _die_with(server)
-        channel.close()
         os.setsid()
         for number, handler in signals.items():
             signal.signal(number, handler)
+        os.close(ready)
         _name(asked.name)
         for stream, path in ((STDOUT, asked.stdout), (STDERR, asked.stderr)):
             opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -227,6 +244,8 @@ def _work(asked: Start, channel: Connection, target: Callable[..., None], signal
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

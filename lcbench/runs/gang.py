@@ -21,7 +21,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvou
 
 from lcbench.grid.values import parse_scale
 from lcbench.runs.failure import stem_of
-from lcbench.runs.forkserver import ForkServer, Start
+from lcbench.runs.forkserver import RANK_NAME, ForkServer, Start
 from lcbench.runs.hang import STACKS_SIGNAL, Watcher
 from lcbench.runs.logs import last_words
 from lcbench.runs.notes import cancelled_cells, ended
@@ -33,8 +33,6 @@ from lcbench.runs.store import Sweep, write_json
 # A gang may fail this often, one after the other, without having begun a cell or a later block of timings.
 FRUITLESS = 2
 WORKER = "lcbench.runs.worker"
-# What ps, top and py-spy show of a rank.
-RANK_NAME = "lcbench rank"
 LOOK_EVERY_S = 1.0
 MONITOR_EVERY_S = 0.5
 # The kernel counts a kill before the agent sees the death.
