@@ -13,7 +13,7 @@ from typing import Any
 
 from lcbench.grid.values import parse_scale
 from lcbench.runs.failure import SLURM_STATES, last_error
-from lcbench.runs.forkserver import ForkServer, forking
+from lcbench.runs.forkserver import ForkServer, ServerDied, forking
 from lcbench.runs.machine import shown, signal_when_parent_dies
 from lcbench.runs.notes import END, STOP, ended, forget, read_ending
 from lcbench.runs.ownership import mine
@@ -77,9 +77,9 @@ def _run_gangs(
             use(meeting, listening, node=node_rank, hosts=hosts)
             run_id = f"{incarnation}.{meeting.token('run id')}"
             run_gang(sweep, pack, server, node_rank=node_rank, run_id=run_id, endpoint=where, host=hosts[node_rank], logs=logs)
-    except (NoRendezvous, RendezvousError) as error:
-        cause = str(error) if isinstance(error, NoRendezvous) else f"the rendezvous at {where}: {innermost(error)}"
-        failure = Failure("no-start", cause[:CAUSE_LENGTH])
+    except (NoRendezvous, RendezvousError, ServerDied) as error:
+        cause = f"the rendezvous at {where}: {innermost(error)}" if isinstance(error, RendezvousError) else str(error)
+        failure = Failure("crash" if isinstance(error, ServerDied) else "no-start", cause[:CAUSE_LENGTH])
         print(f"node {node_rank}: {cause}", file=sys.stderr)
         if node_rank and not ended(pack.folder):
             pack.write_note(END, failure)

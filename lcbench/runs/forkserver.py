@@ -41,6 +41,9 @@ COMM_BYTES = 15
 class ServerDied(RuntimeError):
     """The fork server is gone, and its workers with it."""
 
+    def __init__(self) -> None:
+        super().__init__("the process that forks the ranks was killed, and they with it")
+
 
 @dataclass(frozen=True)
 class Start:
@@ -120,7 +123,7 @@ class ForkServer:
             return self._channel.recv()
         except (EOFError, OSError) as error:
             self.alive = False
-            raise ServerDied("the process that starts the workers was killed") from error
+            raise ServerDied from error
 
 
 class Forked:

@@ -21,7 +21,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvou
 
 from lcbench.grid.values import parse_scale
 from lcbench.runs.failure import stem_of
-from lcbench.runs.forkserver import RANK_NAME, ForkServer, Start
+from lcbench.runs.forkserver import RANK_NAME, ForkServer, ServerDied, Start
 from lcbench.runs.hang import STACKS_SIGNAL, Watcher
 from lcbench.runs.logs import last_words
 from lcbench.runs.notes import cancelled_cells, ended
@@ -53,6 +53,7 @@ def run_gang(
 
     Raises:
         ChildFailedError: the gang died more often than its cells explain.
+        ServerDied: nobody is there to fork workers any more.
         RendezvousError: the nodes did not meet.
     """
     scale = parse_scale(pack.scale)
@@ -78,6 +79,8 @@ def run_gang(
         spec.rdzv_handler.shutdown()
         raise
     spec.rdzv_handler.shutdown()
+    if not server.alive:
+        raise ServerDied
     if result.is_failed():
         raise ChildFailedError(WORKER, result.failures)
 
@@ -181,11 +184,12 @@ class WatchingAgent(LocalElasticAgent):
         """Keep how each worker died."""
         oom = self._kills[-1][1] > self._kills[0][1] or oom_kills() > self._kills[0][1]
         for rank, failure in result.failures.items():
+            logs = self._pack.folder / "logs" / f"node-{self._node_rank}"
             killed = oom and failure.exitcode == -signal.SIGKILL
             record = {
                 "exitcode": failure.exitcode, "rank": rank, "pid": failure.pid, "time": time.time(),
                 "oom": "the kernel's out-of-memory killer was at work" if killed else "",
-                "said": last_words(self._pack.folder / "logs" / f"node-{self._node_rank}", failure.local_rank),
+                "said": last_words(logs, failure.local_rank) if self._server.alive else str(ServerDied()),
             }  # fmt: skip
             with suppress(OSError):
                 write_json(self._failures / f"exit.{self._node_rank}.{self._gangs}.{rank}.json", record)

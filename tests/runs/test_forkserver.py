@@ -66,7 +66,7 @@ def test_workers_end_with_their_server_and_count_as_killed(tmp_path: Path) -> No
     wait_until(lambda: not any(map(alive, pids)), 10)
     assert codes == [-9, -9, -9]
     assert not lives
-    assert why == "the process that starts the workers was killed"
+    assert why == "the process that forks the ranks was killed, and they with it"
     pids, _ = run("the server is closed", tmp_path)
     wait_until(lambda: not any(map(alive, pids)), 10)
 
