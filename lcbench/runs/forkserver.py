@@ -96,7 +96,7 @@ class ForkServer:
         return Forked(self, self._ask(asked))
 
     def poll(self, pid: int) -> int | None:
-        """How a worker ended: its exit code, or the negative number of its signal; None while it runs. The answer is given once."""
+        """How a worker ended: its exit code, or the negative number of its signal; None while it runs."""
         try:
             code: int | None = self._ask(pid)
         except ServerDied:  # it took its workers with it
@@ -190,12 +190,17 @@ def _serve(channel: Connection, target: Callable[..., None], agent: int) -> NoRe
         # A collection in a worker would write to the pages of all that is here, and have a copy of each.
         gc.collect()
         gc.freeze()
+        ended: dict[int, int] = {}
         while True:
             asked = channel.recv()
             try:
-                answer: int | OSError | None = _ended(asked) if isinstance(asked, int) else _forked(asked, channel, target, signals)
+                answer: int | OSError | None = (
+                    _ended(asked, ended) if isinstance(asked, int) else _forked(asked, channel, target, signals)
+                )
             except OSError as error:  # the machine has no room for another process
                 answer = error
+            if isinstance(asked, Start) and isinstance(answer, int):
+                ended.pop(answer, None)  # the number of one that ended is given again
             channel.send(answer)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)
@@ -205,9 +210,14 @@ def _serve(channel: Connection, target: Callable[..., None], agent: int) -> NoRe
     os._exit(1)
 
 
-def _ended(pid: int) -> int | None:
-    found, status = os.waitpid(pid, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if found else None
+def _ended(pid: int, ended: dict[int, int]) -> int | None:
+    """How a worker ended; kept, since who asked may have been interrupted before the answer came."""
+    if pid not in ended:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if not found:
+            return None
+        ended[pid] = os.waitstatus_to_exitcode(status)
+    return ended[pid]
 
 
 def _forked(asked: Start, channel: Connection, target: Callable[..., None], signals: dict[int, Any]) -> int:

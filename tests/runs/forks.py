@@ -65,7 +65,10 @@ def main(what: str, folder: Path) -> Any:
     os.environ["ONLY_THE_AGENT"] = "1"
     server = ForkServer(worker)
     if what == "ends":
-        return {end: started(server, folder, end).wait(30) for end in ENDS}
+        found = {end: started(server, folder, end) for end in ENDS}
+        codes = {end: worker.wait(30) for end, worker in found.items()}
+        assert codes == {end: server.poll(worker.pid) for end, worker in found.items()}  # whoever asks again hears the same
+        return codes
     if what == "tell":
         one, two = (started(server, folder, "tell", RANK=rank) for rank in "01")
         return {"codes": [one.wait(30), two.wait(30)], "server": server.pid}
