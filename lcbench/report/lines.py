@@ -127,7 +127,7 @@ def _rates(of: Shown, group: Group, x: str, name: str, title: str) -> Drawn:
 def _draw(axis: Axes, of: Shown, lines: Lines, mask: str, choices: Sequence[str], x: str, y: str, interval: str) -> dict[str, Any]:
     """Draw a mask's line of every choice, with its intervals of the phase ``interval`` if named; what was drawn."""
     drawn = {}
-    places = sorted({place for line in lines.values() for place in line[x]})
+    places = sorted({place for (of_mask, _), line in lines.items() if of_mask == mask for place in line[x]})
     for place, choice in enumerate(choices):
         line = lines.get((mask, choice))
         if line is None or line[y].isna().all():
@@ -238,13 +238,13 @@ def efficiency(of: Shown) -> Iterator[Drawn]:
         lines, drawn, ends = _lines(rows, "world_size"), dict[str, Any](), list[str]()
         for axis, mask in zip(axes, masks, strict=True):
             mine = {choice: lines[mask, choice] for choice in choices if (mask, choice) in lines}
-            found = efficiency_of(mine)
+            found, places = efficiency_of(mine), sorted(set(rows["world_size"][rows["what_mask"] == mask]))
             for choice, (share, own) in found.items():
                 hollow = (
                     {} if own is None else {"markerfacecolor": "none", "markeredgecolor": of.styles[choice].color, "alpha": 0.7}
                 )
                 name = choice if own is None else f"{choice} (from {own})"
-                line = with_gaps(mine[choice].assign(share=share), "world_size", sorted(rows["world_size"].unique()))
+                line = with_gaps(mine[choice].assign(share=share), "world_size", places)
                 drawn[name] = draw_line(axis, line["world_size"], line["share"], of.styles[choice], label=name, **hollow)
             axis.axhline(100, color="0.7", linewidth=0.8, label="_perfect")
             tune(

@@ -109,6 +109,14 @@ def test_a_failed_cell_leaves_a_mark_with_its_class_and_a_gap(figures: dict[str,
     assert "cross" not in figures["rate-by-length_1x8"].caption or any(map(texts, shown_axes(figures["rate-by-length_1x8"])))
 
 
+def test_a_length_that_a_mask_was_not_asked_for_is_no_gap(tmp_path: Path) -> None:
+    made_sweep(tmp_path, "s", ["cp=ring,usp", "mask=full", "seqlen=64k,256k", "scale=1x8"])
+    both = made_sweep(tmp_path, "s", ["cp=ring,usp", "mask=causal", "seqlen=64k,128k,256k", "scale=1x8"])
+    axes = shown_axes(drawn_of(reported(both))["rate-by-length_1x8"])
+    assert [[len(line.get_ydata()) for line in axis.get_lines()] for axis in axes[:2]] == [[2, 2], [3, 3]]
+    assert not any(np.isnan(line.get_ydata()).any() for axis in axes for line in axis.get_lines())
+
+
 @pytest.mark.parametrize("name", ["rate-by-length_4x8", "rate-by-gpus_strong-64k", "efficiency_strong-64k", "phases-by-length_4x8"])
 def test_panels_of_a_row_share_their_y_limits(figures: dict[str, Drawn], name: str) -> None:
     rows: dict[int, set[Any]] = {}
