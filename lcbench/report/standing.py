@@ -20,7 +20,7 @@ from lcbench.report.fitted import LEAST, Column, Fitted
 from lcbench.report.inert import plain, printable
 from lcbench.report.table import COLORS, Names
 from lcbench.runs.jobs import CellState, PackState, SweepStatus, Watch
-from lcbench.runs.queue import word_of
+from lcbench.runs.squeue import word_of
 from lcbench.runs.store import Sweep, Unreadable, sweeps
 
 BAR, LEAST_BAR = 24, 8

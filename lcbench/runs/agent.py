@@ -18,9 +18,9 @@ from lcbench.runs.machine import shown, signal_when_parent_dies
 from lcbench.runs.notes import END, STOP, ended, forget, read_ending
 from lcbench.runs.ownership import mine
 from lcbench.runs.pack import RESERVE, Pack, forget_secrets
-from lcbench.runs.queue import environment, last_incarnation, site_variables
 from lcbench.runs.rendezvous import NoRendezvous, innermost, meeting_of, use
 from lcbench.runs.settle import close_all, in_flight
+from lcbench.runs.squeue import environment, last_incarnation, site_variables
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, user_name, write_json
 from lcbench.runs.tracking import publish_or_say
 

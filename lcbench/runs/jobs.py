@@ -18,8 +18,8 @@ from lcbench.measure.blocks import blocks_of, share
 from lcbench.runs.notes import END, Job, read_ending, read_job
 from lcbench.runs.ownership import others, trusted_site
 from lcbench.runs.pack import later_blocks, tries_again
-from lcbench.runs.queue import Answer, has_ended, word_of
 from lcbench.runs.queues import SLURM, Patient, Queue, queue_of
+from lcbench.runs.squeue import Answer, has_ended, word_of
 from lcbench.runs.store import Look, Record, Sweep
 
 # Nobody is still handing over a pack after this long.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lcbench.redact import redacted, redacted_uri, secrets_of
-from lcbench.runs.queue import LOCATING, site_variables
+from lcbench.runs.squeue import LOCATING, site_variables
 from lcbench.runs.store import Sweep, user_name
 
 

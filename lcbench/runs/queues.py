@@ -14,8 +14,8 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 from lcbench.grid import own
-from lcbench.runs import queue
-from lcbench.runs.queue import Answer, Job
+from lcbench.runs import squeue
+from lcbench.runs.squeue import Answer, Job
 
 FIRST_S, MOST_S = 2.0, 30.0  # between two questions to a scheduler of which nothing changes
 
@@ -52,21 +52,21 @@ class Queue(ABC):
 
 
 class Slurm(Queue):
-    """squeue, sacct and scancel (``runs/queue.py``)."""
+    """squeue, sacct and scancel (``runs/squeue.py``)."""
 
     name = "Slurm"
 
     def ask(self, names: Sequence[str], since: float, site: dict[str, Any], ids: Sequence[str] = ()) -> Answer:
-        return queue.ask(names, since, queue.environment(site), ids)
+        return squeue.ask(names, since, squeue.environment(site), ids)
 
     def cancel(self, job_ids: Sequence[str], site: dict[str, Any]) -> dict[str, str]:
-        return queue.cancel(job_ids, queue.environment(site))
+        return squeue.cancel(job_ids, squeue.environment(site))
 
     def remedy(self, job: Job) -> str:
-        return queue.remedy(job.state, job.reason, job.id)
+        return squeue.remedy(job.state, job.reason, job.id)
 
     def cluster(self, site: dict[str, Any]) -> str:
-        return queue.cluster_of(queue.where(queue.environment(site)))
+        return squeue.cluster_of(squeue.where(squeue.environment(site)))
 
 
 class Patient(Queue):

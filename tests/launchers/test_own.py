@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from lcbench.commands.launchers import launcher_named
-from lcbench.runs.queue import Answer
 from lcbench.runs.queues import SLURM, Queue, Slurm, queue_of
+from lcbench.runs.squeue import Answer
 from lcbench.runs.store import Sweep
 from tests.slurm.stage import ROOT
 
@@ -28,7 +28,7 @@ from hydra_plugins.lcbench.base import PackLauncher
 from lcbench.grid.values import parse_scale
 from lcbench.runs.launch import write_down
 from lcbench.runs.notes import job_here, write_job
-from lcbench.runs.queue import Answer, Job
+from lcbench.runs.squeue import Answer, Job
 from lcbench.runs.queues import Queue
 
 STATES = Path(__file__).parent / "states.json"  # stands for the server

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from lcbench.runs.jobs import Watch
-from lcbench.runs.queue import Answer, Job, Key
 from lcbench.runs.queues import Slurm
+from lcbench.runs.squeue import Answer, Job, Key
 from lcbench.runs.store import Sweep
 
 Watching = Callable[[Sweep], Watch]

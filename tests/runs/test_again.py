@@ -30,8 +30,8 @@ from lcbench.runs.gang import begun_of
 from lcbench.runs.jobs import Watch
 from lcbench.runs.logs import cell_mark, said_by_ranks
 from lcbench.runs.pack import KILLS, Pack, later_blocks, tries_again
-from lcbench.runs.queue import Job
 from lcbench.runs.settle import close_all, in_flight, settled
+from lcbench.runs.squeue import Job
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep, write_json
 from lcbench.schedule.execute import Groups
 from lcbench.workloads.base import Work

@@ -9,8 +9,8 @@ import pytest
 
 from lcbench.runs import jobs
 from lcbench.runs.jobs import GHOST_S
-from lcbench.runs.queue import NOT_LISTED, Job
 from lcbench.runs.settle import settled
+from lcbench.runs.squeue import NOT_LISTED, Job
 from lcbench.runs.store import Attempt, Entry, Sweep, write_json
 from tests.runs.queues import Watching, says
 from tests.runs.test_store import made_cell

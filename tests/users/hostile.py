@@ -23,7 +23,7 @@ def targets(marker: Path) -> dict[str, dict[str, Any]]:
         "importlib.import_module": {"name": "evil_module"},
         "evil_module.Kernel": {},
         "pathlib.Path.touch": {"self": str(marker)},
-        "lcbench.runs.queue.subprocess.run": {"args": ["touch", str(marker)]},
+        "lcbench.runs.squeue.subprocess.run": {"args": ["touch", str(marker)]},
         "lcbench.masks.mask.np.load": {"file": str(marker)},
         "lcbench.masks.lengths.np.random.default_rng": {},
         "lcbench.masks.picture.save": {"path": str(marker)},

@@ -23,8 +23,8 @@ from lcbench.runs.launch import write_down
 from lcbench.runs.machine import PAUSE_S, SHARE, Claim, shares
 from lcbench.runs.notes import END, ended, job_here, write_job
 from lcbench.runs.pack import Pack, later_blocks
-from lcbench.runs.queue import site_variables
 from lcbench.runs.settle import in_flight, settled
+from lcbench.runs.squeue import site_variables
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep
 
 POLL_S = 0.3

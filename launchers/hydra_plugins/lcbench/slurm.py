@@ -27,8 +27,8 @@ from lcbench.runs.collector import Collect, Collector
 from lcbench.runs.launch import Launches, NotSubmitted, write_down
 from lcbench.runs.notes import END, job_here, read_ending, read_job, write_job
 from lcbench.runs.pack import Pack
-from lcbench.runs.queue import KEPT, cancel_named, cluster_of, environment, reason_in, site_variables, where
 from lcbench.runs.queues import Queue, Slurm
+from lcbench.runs.squeue import KEPT, cancel_named, cluster_of, environment, reason_in, site_variables, where
 from lcbench.runs.store import Sweep
 
 MAX_ARRAY = 1000  # Slurm's own default allows 1001

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lcbench.runs.queue import Job, ask, cancel, environment, last_incarnation, reason_in, remedy
+from lcbench.runs.squeue import Job, ask, cancel, environment, last_incarnation, reason_in, remedy
 
 # As sacct answers for an array's id: an element has that id too, was requeued after its node failed, and then cancelled.
 ANSWER = """\
