@@ -20,7 +20,7 @@ from lcbench.runs.pack import Pack, Settings
 from lcbench.runs.settle import settled
 from lcbench.runs.store import Entry, Sweep, write_json
 from tests.runs.test_pack import cell
-from tests.runs.test_queue import command
+from tests.runs.test_squeue import command
 
 STRANGER = 54321  # a uid without a name
 RETRY = {"no-start": 1}
