@@ -159,6 +159,7 @@ def _said_of_parts(parts: pd.DataFrame, left_out: int) -> str:
     return (
         "Computing: the schedule without its messages, as if the work were spread evenly. Imbalance: what the busiest rank has "
         f"more. Exposed communication: the whole minus the schedule without its messages, per phase.{rest} Line: the fastest time."
+        + (f" Bars end at {times(LONGEST)}, what is beyond is cut." if (parts.sum(axis=1) > LONGEST).any() else "")
         + (f" {left_out} cells are not drawn." if left_out else "")
     )  # fmt: skip
 
