@@ -49,6 +49,15 @@ def plan_words(options: argparse.Namespace) -> list[str]:
     return [*options.overrides, *(f"--config-dir={folder}" for folder in options.config_dir)]
 
 
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of commands that submit what is left of a sweep, by its own launcher, which may be outside of conf/."""
+    add_as_mine_argument(parser)
+    parser.add_argument(
+        "--config-dir", type=Path, action="append", default=[], metavar="FOLDER",
+        help="files of your own beside those of conf/, which name the launcher of the sweep",
+    )  # fmt: skip
+
+
 def add_as_mine_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--as-mine", action="store_true", help="act on a sweep of somebody else, in your name; without it you are asked"

@@ -8,7 +8,6 @@ kept.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 from lcbench.commands.arguments import add_plan_arguments, add_results_argument, chosen_cell, command_parser, plan_words
 from lcbench.cp.base import Scheduled
-from lcbench.grid import build
+from lcbench.grid import build, own
 from lcbench.grid.build import build_mask, build_strategy
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
@@ -31,7 +30,7 @@ from lcbench.report.table import Names
 from lcbench.schedule.lowering import operations_of
 from lcbench.schedule.plot import Timeline, save
 from lcbench.schedule.schedule import Schedule
-from lcbench.schedule.verify import ScheduleCost, ScheduleError, verify
+from lcbench.schedule.verify import ScheduleCost, ScheduleError
 
 FIRST_RANKS, FIRST_STEPS = 4, 8  # of a single schedule, where --grid is not asked for
 EXAMPLES = """
@@ -114,19 +113,17 @@ def _look(cell: Cell) -> tuple[dict[str, Any], ScheduleCost | None]:
         strategy = build_strategy(config["cp"])
     except TypeError as error:  # options that this version does not have
         raise ValueError(f"cell {cell.id} cannot be built here: {error}") from error
-    row: dict[str, Any] = {"cp": config["cp"], "label": cell.label, "reason": strategy.unsupported(problem, mask)}
+    refused = own.reason_not("cp", config["cp"], strategy, problem, mask)
+    row: dict[str, Any] = {"cp": config["cp"], "label": cell.label, "reason": refused}
     if not isinstance(strategy, Scheduled):
         row["reason"] = row["reason"] or "a library's own, with no schedule to look at"
         return row, None
     if row["reason"]:
         return row, None
     begun = time.perf_counter()
-    schedule = strategy.schedule(problem, mask)
+    schedule = own.scheduled(config["cp"], strategy, problem, mask)
     planned = time.perf_counter() - begun
-    try:
-        report = verify(schedule, mask, problem)
-    except ScheduleError as error:
-        raise ScheduleError(f"cp={config['cp']['name']} ({inspect.getfile(type(strategy))}): {error.fault}", error.grid) from error
+    report = own.proven(config["cp"], strategy, schedule, problem, mask)
     operations = operations_of(strategy.lowering, "nccl")
     ranks = sorted({0, schedule.world_size // 2, schedule.world_size - 1})
     row |= {

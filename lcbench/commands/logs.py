@@ -11,7 +11,6 @@ from lcbench.grid.values import parse_scale
 from lcbench.report.ending import bad_input, left_with
 from lcbench.runs.jobs import CellState, Watch
 from lcbench.runs.logs import said_by_ranks
-from lcbench.runs.queue import Patient
 from lcbench.runs.settle import settled
 from lcbench.runs.store import Attempt, Running, Sweep
 
@@ -41,7 +40,7 @@ def main(arguments: list[str]) -> int:
 
 def _show(sweep: Sweep, cell_id: str, *, attempt: int | None, follow: bool) -> CellState:
     """Print what a cell has said, with ``follow`` until it has ended; where it stands then."""
-    watch = Watch(sweep, Patient())
+    watch = Watch(sweep, patient=True)
     shown: dict[str, int] = {}
     while True:
         state = next(c for c in settled(watch).cells if c.id == cell_id)

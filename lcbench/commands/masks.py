@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
         if options.gallery:
             return _gallery(overrides, options.gallery)
         shown = [(cell, number, _mask(cell, number)) for cell in _cells(overrides) for number in range(draws(cell.config["mask"]))]
-    rows = [_row(cell, number, mask, options.ranks) for cell, number, mask in shown]
+        rows = [_row(cell, number, mask, options.ranks) for cell, number, mask in shown]
     if options.json:
         print(json.dumps(rows, indent=1))
     else:

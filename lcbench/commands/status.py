@@ -12,11 +12,12 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from rich.live import Live
 
-from lcbench.commands.arguments import add_as_mine_argument, add_sweep_arguments, agree_to_act, chosen_sweep, command_parser
+from lcbench.commands.arguments import add_launch_arguments, add_sweep_arguments, agree_to_act, chosen_sweep, command_parser
 from lcbench.commands.launchers import launcher_named
 from lcbench.report.ending import bad_input, left_with
 from lcbench.report.fitted import console, room_in
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--quiet", action="store_true", help="only the counts; the exit code says if all is well")
     parser.add_argument("--all", action="store_true", help="with a row for every job and every cell")
-    add_as_mine_argument(parser)
+    add_launch_arguments(parser)
     options = parser.parse_args(arguments)
     root = options.results.absolute()
     if options.sweep is None:
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> int:
 
 def _follow(sweep: Sweep, options: argparse.Namespace, *, as_mine: bool) -> SweepStatus:
     """Show where the sweep stands and do what a collector does, until nothing goes on by itself."""
-    collector = Collector(sweep, launcher_named, as_mine=as_mine)
+    collector = Collector(sweep, partial(launcher_named, folders=options.config_dir), as_mine=as_mine)
     said = last = ""
 
     def words() -> str:

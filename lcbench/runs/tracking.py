@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from lcbench.grid.cell import Cell, flat_config
+from lcbench.grid.site import runs_here
 from lcbench.redact import redacted, redacted_uri, with_password
 from lcbench.runs.address import EXPERIMENT, credentials, reason, server_command, sqlite_file
 from lcbench.runs.dashboard import EVERYTHING, VIEW, note, view, view_path
@@ -381,7 +382,7 @@ class _Publisher:
         return {
             "lcbench.sweep": self._sweep.name, "lcbench.sweep_id": self._manifest["id"], "mlflow.user": self._user(),
             "mlflow.source.name": "python -m lcbench.sweep",
-            "mlflow.source.type": "JOB" if self._launch.get("launcher") == "slurm" else "LOCAL",
+            "mlflow.source.type": "LOCAL" if runs_here(str(self._launch.get("launcher"))) else "JOB",
         }  # fmt: skip
 
     def _user(self) -> str:

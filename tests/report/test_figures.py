@@ -17,6 +17,7 @@ from lcbench.report.figures import all_figures
 from lcbench.report.frame import good_rows, over_seeds, reported
 from lcbench.report.palette import styles
 from lcbench.report.parts import alike, efficiency_of, source_of
+from lcbench.report.tables import rate_tables
 from lcbench.report.winners import winners
 from lcbench.runs.store import Failure
 from tests.report.made import MEMORY_FAILURE, NODE_FAILURE, made_sweep
@@ -256,8 +257,11 @@ def test_where_the_time_goes_shows_how_long_it_is(figures: dict[str, Drawn], big
 
 
 def test_the_name_of_a_figure_does_not_depend_on_other_scales(tmp_path: Path) -> None:
-    alone = set(drawn_of(reported(made_sweep(tmp_path, "alone", [*LENGTHS, "scale=4x8"]))))
-    both = set(drawn_of(reported(made_sweep(tmp_path, "both", [*LENGTHS, "scale=1x8,4x8"]))))
+    one, two = (
+        reported(made_sweep(tmp_path, scales.replace(",", "-"), [*LENGTHS, f"scale={scales}"])) for scales in ("4x8", "1x8,4x8")
+    )
+    alone, both = set(drawn_of(one)), set(drawn_of(two))
+    assert {table.name for table in rate_tables(one)} < {table.name for table in rate_tables(two)}
     assert "rate-by-length_4x8" in alone < both
     assert "rate-by-length_1x8" in both
     heads = set(drawn_of(reported(made_sweep(tmp_path, "heads", [*LENGTHS, "scale=4x8", "heads=8x8x64,16x8x64"]))))

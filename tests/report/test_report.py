@@ -181,8 +181,10 @@ def test_tables_have_the_papers_layout_in_three_formats(tmp_path: Path) -> None:
     hang = Failure("oom", "out of memory", 0)
     sweep = made_sweep(tmp_path, "s", CP, failed={"ring sdpa_flash causal 768k": hang})
     tables = {t.name: t for t in rate_tables(reported(sweep))}
-    assert set(tables) >= {"forward-by-gpus", "backward-by-gpus"}
-    table = tables["forward-by-gpus"]
+    # 8k tokens per GPU make one length for each scale.
+    assert {name for name in tables if "by-gpus" in name} == {f"{phase}-by-gpus_8k" for phase in ("total", "forward", "backward")}
+    assert {"total-by-length_1x8", "total-by-length_12x8"} <= set(tables)
+    table = tables["forward-by-gpus_8k"]
     assert list(table.rows.index) == ["ring", "ulysses", "usp"]
     assert list(table.rows.columns) == [(mask, ranks) for mask in ("full", "causal") for ranks in (8, 16, 32, 96)]
     assert table.rows.loc["ring", ("causal", 96)] == "oom"

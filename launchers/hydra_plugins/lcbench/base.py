@@ -12,13 +12,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from lcbench.grid.expand import Plan
-from lcbench.grid.paths import REPOSITORY
+from lcbench.grid.paths import INSTALLED, REPOSITORY
 from lcbench.redact import redacted, secrets_of
 from lcbench.report.ending import BAD_INPUT, INTERRUPTED, OK, REFUSED, SOME_FAILED
 from lcbench.runs.budget import Cost
 from lcbench.runs.jobs import Watch
 from lcbench.runs.launch import Todo, default_tracking_uri, hand_over, make_packs, missing, settings_of, sweep_of, todo_of
 from lcbench.runs.pack import Pack, Settings
+from lcbench.runs.queues import Queue
 from lcbench.runs.settle import settled
 from lcbench.runs.store import Entry, Sweep, user_name
 
@@ -35,11 +36,19 @@ class PackLauncher(Launcher):
     """Subclasses say how packs reach processes; all else is here.
 
     ``submit`` writes them down and hands them over, under the sweep's lock; ``follow`` stays with them until they have ended.
+
+    Attributes:
+        name: that of its file in conf/hydra/launcher.
+        queue: what knows its jobs, which run on without the command; None: packs end with the command.
+        here: whether packs are processes on this machine, as its file says.
     """
 
     name = ""
-    detaches = False
+    queue: Queue | None = None
     output = "table"  # what the command prints: table, quiet or json
+
+    def __init__(self, here: bool = False) -> None:
+        self.here = here
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         pass
@@ -111,7 +120,7 @@ class PackLauncher(Launcher):
             print(f"error: {refusal}", file=sys.stderr)
             if not wait or not refusal.waiting:
                 return REFUSED
-        if self.detaches and not wait and (packs or todo.under_way):
+        if self.queue is not None and not wait and (packs or todo.under_way):
             self.say(f"follow it:  {sweep.command('status', '--follow')}")
             self.say(f"end it:     {sweep.command('cancel')}")
             self._answer(sweep, submitted=sum(len(pack.cells) for pack in packs))
@@ -151,7 +160,8 @@ class PackLauncher(Launcher):
             self.say(f"run the {len(failed)} failed again:  {again(sweep, [suspect.node for suspect in suspects])}")
         self.say(f"report:     {sweep.command('report')}")
         if tracking_uri:
-            self.say(f"dashboard:  {dashboard_hint(sweep, tracking_uri, ours=tracking_uri == default_tracking_uri())}")
+            ours = tracking_uri == default_tracking_uri() and not INSTALLED  # a wheel has no Makefile
+            self.say(f"dashboard:  {dashboard_hint(sweep, tracking_uri, ours=ours)}")
         self._answer(sweep, cells=to_rows(standing.seen, report))
         for line in standing.held_words():
             print(line, file=sys.stderr)

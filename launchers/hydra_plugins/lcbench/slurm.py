@@ -28,6 +28,7 @@ from lcbench.runs.launch import Launches, NotSubmitted, write_down
 from lcbench.runs.notes import END, job_here, read_ending, read_job, write_job
 from lcbench.runs.pack import Pack
 from lcbench.runs.queue import KEPT, cancel_named, cluster_of, environment, reason_in, site_variables, where
+from lcbench.runs.queues import Queue, Slurm
 from lcbench.runs.store import Sweep
 
 MAX_ARRAY = 1000  # Slurm's own default allows 1001
@@ -40,7 +41,7 @@ AWAY_TRIES, AWAY_PAUSE_S = 2, 10.0  # sbatch itself tries for a minute or two
 
 class SlurmLauncher(PackLauncher):
     name = "slurm"
-    detaches = True
+    queue: Queue | None = Slurm()
 
     def submit(self, sweep: Sweep, packs: list[Pack]) -> None:
         try:
