@@ -130,7 +130,7 @@ class PackLauncher(Launcher):
         except KeyboardInterrupt:
             goes_on = f"the sweep goes on; again: {sweep.command('status', '--follow')}"
             ends = f"interrupted; what was measured is kept: {sweep.command('status')}"
-            print(f"\n{goes_on if self.detaches else ends}", file=sys.stderr)
+            print(f"\n{ends if self.queue is None else goes_on}", file=sys.stderr)
             return INTERRUPTED
         return self.finish(sweep, report, settings.tracking_uri)
 
