@@ -49,16 +49,18 @@ def _row(sweep: str, cell_id: str, record: Record, attempt: Attempt | None, samp
     row: dict[str, Any] = {
         "sweep": sweep, "cell": cell_id, "label": record.entry.cell.label,
         "status": attempt.status if attempt else record.status,
-        "failure": failure.kind if failure else None, "cause": failure.cause if failure else None,
+        "failure": failure.kind if failure else "", "cause": failure.cause if failure else "",
         "attempt": attempt.number if attempt else 0, "no_speed": attempt.no_speed if attempt else "",
         "started_at": attempt.started_at if attempt else None, "finished_at": attempt.finished_at if attempt else None,
         **flat_config(record.entry.cell),
     }  # fmt: skip
+    provenance = attempt.provenance if attempt else {}
+    # Text is empty where there is none: pandas makes of a None beside text a nan, which is true and reads "nan".
+    row |= {key: str(provenance.get(key) or "") for key in ("device", "nodes", "host", "slurm_job_id")}
+    row |= {"gpu": bool(provenance.get("cuda")), "commit": str((provenance.get("git") or {}).get("commit") or "")}
     if attempt is None:
         return row
-    provenance = attempt.provenance
-    row |= {key: provenance.get(key) for key in ("device", "nodes", "host", "slurm_job_id")}
-    row |= {"gpu": bool(provenance.get("cuda")), "commit": (provenance.get("git") or {}).get("commit"), **attempt.metrics}
+    row |= attempt.metrics
     return row | ({f"samples/{key}": values for key, values in attempt.samples.items()} if samples else {})
 
 

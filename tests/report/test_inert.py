@@ -62,7 +62,7 @@ def test_a_results_file_has_no_formulas_and_its_folder_is_made(tmp_path: Path) -
     out = tmp_path / "new folder" / "deep" / "x.csv"
     assert results.main(["s", "--out", str(out), "--results", str(tmp_path)]) == 0
     assert "'=HYPERLINK(1)" in out.read_text()
-    assert results.load(tmp_path, "s")["cause"].dropna().tolist() == [why.cause]
+    assert results.load(tmp_path, "s")["cause"].tolist() == ["", why.cause]
     console = Console(width=200, record=True, file=io.StringIO(), force_terminal=False)
     console.print(cells_table(sweep.look(), "[/x]"))
     shown = console.export_text()

@@ -1,0 +1,136 @@
+"""What it costs to take one choice for everything: its time over that of the best, problem by problem, for every choice.
+
+Who counts victories chooses wrong: the choice that is fastest most often may be several times slower than the best elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lcbench.grid.cell import format_tokens
+from lcbench.report.amounts import times
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# A choice that ran in fewer than this share of the problems that the most frequent one ran ranks after those that did: its mean is
+# over other problems than theirs, and may leave out the hard ones.
+NEARLY_ALL = 0.9
+# No verdict from fewer problems or choices than these.
+FEWEST_PROBLEMS = 3
+FEWEST_CHOICES = 2
+# Means that are closer than this are not told apart.
+CLOSE = 0.02
+
+
+@dataclass(frozen=True)
+class Regret:
+    """How a choice does over all problems.
+
+    Attributes:
+        choice: its name, as in the frame.
+        mean: geometric mean of its time over that of the best, over ``compared`` problems; 1 is the best everywhere.
+        worst: the largest of these ratios.
+        where: what to call the problem of the worst, such as ``causal 128k 1x8``.
+        worst_cell: id of its cell there.
+        fastest: in how many of the ``compared`` problems none was faster.
+        ran: in how many problems it has a good result.
+        problems: in how many any choice has one.
+        compared: in how many it and another have one.
+        everywhere: whether it ran in nearly all problems, so that its mean can be set beside that of others.
+    """
+
+    choice: str
+    mean: float
+    worst: float
+    where: str
+    worst_cell: str
+    fastest: int
+    ran: int
+    problems: int
+    compared: int
+    everywhere: bool
+
+
+def regrets(good: pd.DataFrame, problems: Collection[str] | None = None) -> list[Regret]:
+    """Every choice of the good rows of ``frame.reported``, the best first.
+
+    Those that ran in nearly all problems (at least ``NEARLY_ALL`` of the most that any choice ran) come first, by their mean; then
+    the others, by theirs. What ran alone in a problem has nothing to be compared with there: such problems count in ``ran`` and
+    ``problems`` only, and a choice that has no other has no place in the list.
+
+    Args:
+        problems: keys (the frame's ``problem``) of those to look at; None: all.
+    """
+    if problems is not None and len(good):
+        good = good[good["problem"].isin(set(problems))]
+    if good.empty:
+        return []
+    rows = _one_each(good)
+    rows = rows.assign(label=problem_labels(rows))
+    by_problem = rows.groupby("problem", sort=False)["time/total/median_s"]
+    rows = rows.assign(ratio=rows["time/total/median_s"] / by_problem.transform("min"), rivals=by_problem.transform("size"))
+    count = rows["problem"].nunique()
+    ran = rows.groupby("choice", sort=False).size()
+    found = []
+    for choice, mine in rows[rows["rivals"] > 1].groupby("choice", sort=False):
+        ratios = mine["ratio"].to_numpy(dtype=float)
+        worst = mine.iloc[int(ratios.argmax())]
+        found.append(
+            Regret(
+                str(choice), float(np.exp(np.log(ratios).mean())), float(ratios.max()), worst["label"], worst["cell"],
+                int((ratios == 1.0).sum()), int(ran[choice]), count, len(ratios), bool(ran[choice] >= NEARLY_ALL * ran.max()),
+            )
+        )  # fmt: skip
+    return sorted(found, key=lambda r: (not r.everywhere, r.mean))
+
+
+def _one_each(good: pd.DataFrame) -> pd.DataFrame:
+    """One row of each choice and problem: cells that differ only in how they were measured are one answer, the median one."""
+    ordered = good.sort_values("time/total/median_s", kind="stable")
+    groups = ordered.groupby(["problem", "choice"], sort=False)
+    median = groups.cumcount() == groups["cell"].transform("size") // 2
+    return ordered[median].sort_index()
+
+
+def problem_labels(frame: pd.DataFrame) -> pd.Series:
+    """What to call the problem of every row of ``frame.reported``: mask, length and scale, and what else differs between rows.
+
+    A mask's options are left out where it has the same in all rows.
+    """
+    short = frame.groupby("mask")["what_mask"].transform("nunique") == 1
+    masks = frame["mask"].where(short, frame["what_mask"])
+    labels = masks + " " + frame["seqlen"].map(lambda n: format_tokens(int(n))) + " " + frame["scale"].astype(str)
+    return labels if frame["where"].nunique() <= 1 else labels + ", " + frame["where"]
+
+
+def verdict(found: Sequence[Regret]) -> str | None:
+    """What to use, by how much, and over how many problems, in sentences; None of fewer than three problems or two choices.
+
+    Args:
+        found: what ``regrets`` gave.
+    """
+    if len(found) < FEWEST_CHOICES or found[0].compared < FEWEST_PROBLEMS:
+        return None
+    best, *others = found
+    said = [
+        f"Use {best.choice}. Over {best.compared} problems it takes on average {times(best.mean)} the time of the best, "
+        f"at worst {times(best.worst)} ({best.where})."
+    ]
+    if best.ran < best.problems:
+        said.append(f"It has a result in {best.ran} of {best.problems}.")
+    most = max(found, key=lambda r: r.fastest)
+    if most.fastest > best.fastest:
+        partly = "" if most.everywhere else f", has a result in {most.ran} of {most.problems} only"
+        but = ", and" if partly else " but" if most.worst > best.worst else " and"
+        victories = f"{most.choice} is fastest most often ({most.fastest} of {most.compared})"
+        said.append(f"{victories}{partly}{but} takes up to {times(most.worst)} ({most.where}).")
+    near = [r for r in others if r.everywhere and r.mean < best.mean * (1 + CLOSE) and r is not most]
+    if near:
+        close = ", ".join(f"{r.choice} ({times(r.mean)}, at worst {times(r.worst)})" for r in near)
+        said.append(f"Close to it on average: {close}.")
+    return " ".join(said)
