@@ -7,6 +7,7 @@ from __future__ import annotations
 from lcbench.commands.arguments import add_as_mine_argument, add_sweep_arguments, agree_to_act, chosen_sweep, command_parser
 from lcbench.commands.launchers import launcher_named
 from lcbench.report.ending import bad_input
+from lcbench.report.publishing import publish_sweep
 from lcbench.runs.collector import collect
 
 EXAMPLES = """
@@ -24,4 +25,4 @@ def main(arguments: list[str]) -> int:
     with bad_input():
         sweep = chosen_sweep(options)
         as_mine = agree_to_act(sweep, "this submits jobs and publishes", as_mine=options.as_mine)
-    return 1 if collect(sweep, launcher_named, wait=options.wait, as_mine=as_mine) else 0
+    return 1 if collect(sweep, launcher_named, publish_sweep, wait=options.wait, as_mine=as_mine) else 0

@@ -1,8 +1,8 @@
 """What the stock MLflow page of our experiment shows as it opens: a description, and named views with their charts and columns.
 
-A view is an experiment tag ``mlflow.sharedViewState.<key>``, which the page's own "save and share view" writes: JSON with a name, and
-in it the page's state, compressed. It is the page's private format (of MLflow 3.17), so it is made here only, and a test looks at it
-in a browser.
+A view is an experiment tag ``mlflow.sharedViewState.<key>``, which the page's own "save and share view" writes: JSON with a name,
+and in it the page's state, compressed. It is the page's private format (of MLflow 3.17), so it is made here only, and a test looks
+at it in a browser.
 
 The page loads ``PAGE`` runs and hides the rest behind a button, so that a view with more of them shows a choice that nobody made.
 Cells are therefore cut into views that the page shows whole: by mask, and where a mask has too many, by scale, length, and so on.
@@ -40,9 +40,10 @@ FAILURE_COLUMNS = {
     "tags.`lcbench.slurm_job_id`": MEDIUM, "tags.`lcbench.attempt`": MEDIUM, "tags.`lcbench.cell_id`": MEDIUM,
 }  # fmt: skip
 SWEEP_COLUMNS = {
-    "metrics.`cells/ok`": NARROW, "metrics.`cells/failed`": NARROW, "metrics.`cells/skipped`": MEDIUM, "metrics.`gpu_hours`": NARROW,
-    "tags.`lcbench.device`": MEDIUM, "tags.`lcbench.verdict`": WIDE, "attributes.`User`": NARROW,
+    "metrics.`cells/ok`": NARROW, "metrics.`cells/failed`": NARROW, "metrics.`cells/skipped`": MEDIUM,
+    "metrics.`gpu_hours`": NARROW, "tags.`lcbench.device`": MEDIUM, "tags.`lcbench.verdict`": WIDE, "attributes.`User`": NARROW,
 }  # fmt: skip
+Flat = dict[str, Any]  # a cell's config, as parameters of its run
 NOTE = """A sweep has a run of its own, which says what to use, what failed and why, and holds its report. Below it every run is a
 cell: a kernel x context-parallel strategy x mask x length x scale, checked against a float64 reference, then timed.
 
@@ -113,7 +114,7 @@ def cell_views(sweep: str, sweep_id: str, created_at: float, entries: Mapping[st
     """
     flat = [flat_config(e.cell) for e in entries.values() if not e.skip]
     differing = _differing(flat)
-    whole = [] if len(flat) > PAGE else [({}, flat)]
+    whole: list[tuple[Flat, list[Flat]]] = [] if len(flat) > PAGE else [({}, flat)]
     masks = [key for key in CUTS[:2] if key in differing]
     parts = [part for group in _cut(flat, masks, {}) for part in _small_enough(*group)] if masks or not whole else []
     skipped = sum(bool(e.skip) for e in entries.values())
@@ -131,16 +132,16 @@ def cell_views(sweep: str, sweep_id: str, created_at: float, entries: Mapping[st
     return made
 
 
-def _cut(cells: list[dict[str, Any]], keys: Sequence[str], values: dict[str, Any]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+def _cut(cells: list[Flat], keys: Sequence[str], values: Flat) -> list[tuple[Flat, list[Flat]]]:
     """Cells in groups that have the same under these keys; (what they have, cells)."""
-    groups: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    groups: dict[str, tuple[Flat, list[Flat]]] = {}
     for cell in cells:
         mine = {**values, **{key: cell[key] for key in keys if cell.get(key) is not None}}
         groups.setdefault(json.dumps(mine), (mine, []))[1].append(cell)
     return list(groups.values())
 
 
-def _small_enough(values: dict[str, Any], cells: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+def _small_enough(values: Flat, cells: list[Flat]) -> list[tuple[Flat, list[Flat]]]:
     """A group in parts of at most ``PAGE`` cells. Cells differ in their configs, so that one may always go on."""
     if len(cells) <= PAGE:
         return [(values, cells)]
@@ -149,7 +150,7 @@ def _small_enough(values: dict[str, Any], cells: list[dict[str, Any]]) -> list[t
     return [part for group in _cut(cells, [first], values) for part in _small_enough(*group)]
 
 
-def _differing(cells: list[dict[str, Any]]) -> list[str]:
+def _differing(cells: list[Flat]) -> list[str]:
     keys = dict.fromkeys(key for cell in cells for key in cell)
     return [key for key in keys if len({json.dumps(cell.get(key)) for cell in cells}) > 1]
 
@@ -170,8 +171,8 @@ def _is(key: str, value: Any) -> str:
     return f"params.`{key}` = {quote}{value}{quote}"
 
 
-def _charts(name: str, where: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """The state of a view of charts. Runs have the colour of their choice (tag ``mlflow.runColor``), and are grouped by strategy."""
+def _charts(name: str, where: str, cells: list[Flat]) -> dict[str, Any]:
+    """The state of a view of charts, runs grouped by strategy, in the colours of their choices (``mlflow.runColor``)."""
     differing = [{"seqlen": "length"}.get(key, key) for key in _differing(cells)]
     lines = [axis for axis in LINES if axis in differing] or ["cp"]
     charts = [

@@ -1,8 +1,8 @@
 """What MLflow shows of an attempt: metrics in units for people, samples, tags, a description.
 
 The store has SI units. Here seconds are milliseconds (``..._ms``), bytes are GiB (``..._gib``), shares of one are percent
-(``..._percent``), and the numbers that tables show have short names too, since MLflow cuts long ones off. MLflow's page of a run lists
-metrics as they came: those first, then by what they are about, and the check at the end.
+(``..._percent``), and the numbers that tables show have short names too, since MLflow cuts long ones off. MLflow's page of a run
+lists metrics as they came: those first, then by what they are about, and the check at the end.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from typing import Any
 
 from lcbench.grid.cell import Cell, flat_config, format_tokens
 from lcbench.measure.metrics import METRICS, Metric, metric_of

@@ -7,7 +7,7 @@ Metrics carry ``step = attempt``, so the newest attempt is shown and the history
 ``samples/...``, whose step is ``SAMPLE_STRIDE * (attempt - 1) + iteration``. ``runs/shown.py`` has their names and units.
 
 What a sweep comes to (what to use, why cells failed, colours of choices) is known to ``report/`` only. ``report/publishing.py``
-publishes the cells (``publish``) and then tells that (``tell``); a pack's own publishing, at its end, leaves it to whoever comes later.
+publishes the cells (``publish``) and then tells that (``tell``); a pack that publishes at its end leaves it to whoever comes later.
 
 An attempt that was published and then got another block of timings is published again: its metrics with a later timestamp, of
 which MLflow shows the last, and of its samples what is new.
@@ -35,8 +35,8 @@ from filelock import FileLock, Timeout
 
 from lcbench.grid.cell import Cell
 from lcbench.redact import redacted, redacted_uri, with_password
-from lcbench.runs.address import EXPERIMENT, credentials, reason, server_command, sqlite_file
 from lcbench.runs import shown
+from lcbench.runs.address import EXPERIMENT, credentials, reason, server_command, sqlite_file
 from lcbench.runs.dashboard import VIEW, View, cell_views, failures_view, note, run_path, sweeps_view
 from lcbench.runs.store import MEMORY, Attempt, Entry, Sweep, entries_of, user_name, write_json
 
@@ -224,12 +224,19 @@ def _quietly() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def publish_or_say(sweep: Sweep, uri: str | None, *, budget_s: float | None = None) -> None:
-    """Publish where there is a tracking server; one that is away costs a line."""
+def publish_or_say(
+    sweep: Sweep, uri: str | None, how: Callable[[Sweep, str], Counts] | None = None, *, budget_s: float | None = None
+) -> None:
+    """Publish where there is a tracking server; one that is away costs a line.
+
+    Args:
+        how: by default cells only (``publish``).
+        budget_s: of ``publish``.
+    """
     if not uri:
         return
     try:
-        counts = publish(sweep, uri, budget_s=budget_s)
+        counts = how(sweep, uri) if how else publish(sweep, uri, budget_s=budget_s)
     except TrackingUnavailable as error:
         print(f"not published: {error}; later: {sweep.command('sync')}", file=sys.stderr)
     else:
@@ -468,13 +475,13 @@ class _Publisher:
         return (file.absolute().parent / ARTIFACTS).as_uri() if file else None
 
     def _keep_out_of_another_checkout(self) -> None:
-        """An experiment keeps the absolute path of its files: that of a checkout that was copied or moved names the one of before."""
+        """An experiment keeps the absolute path of its files, which in a copied or moved checkout is that of before."""
         ours = self._beside()
         self._strange = ours is not None and self._location != ours and self._location.rstrip("/").endswith(f"/{ARTIFACTS}")
         if self._strange:
             self._no_files = (
-                f"the experiment {self._name!r} keeps them in {self._location}, which is not beside its database, as after a copy or a"
-                " move; take another experiment: mlflow_experiment=NAME, or lcbench.sync --experiment NAME"
+                f"the experiment {self._name!r} keeps them in {self._location}, which is not beside its database, as after a copy"
+                " or a move; take another experiment: mlflow_experiment=NAME, or lcbench.sync --experiment NAME"
             )
 
     def _set_experiment_tags(self, experiment: str, wanted: Mapping[str, str]) -> None:
@@ -629,7 +636,7 @@ class _Publisher:
 
         return self._try_files(put)
 
-    def _try_files(self, put: Callable[[], None]) -> bool:
+    def _try_files(self, put: Callable[[], object]) -> bool:
         if self._no_files:
             return False
         try:

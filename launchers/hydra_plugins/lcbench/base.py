@@ -128,11 +128,12 @@ class PackLauncher(Launcher):
         from rich.console import Console
 
         from lcbench.report.inert import printable
+        from lcbench.report.publishing import publish_sweep
         from lcbench.report.table import WIDTH, cells_table, fastest_table, to_rows
-        from lcbench.runs.tracking import dashboard_hint, publish_or_say
+        from lcbench.runs.tracking import dashboard_hint, failures_url, publish_or_say
 
         standing = settled(Watch(sweep), as_mine=True)
-        publish_or_say(sweep, tracking_uri)
+        publish_or_say(sweep, tracking_uri, publish_sweep)
         if self.output == "table":
             console = Console(width=None if sys.stdout.isatty() else WIDTH)
             console.print(cells_table(standing.seen, sweep.name, report))
@@ -147,6 +148,8 @@ class PackLauncher(Launcher):
         self.say(f"report:     {sweep.command('report')}")
         if tracking_uri:
             self.say(f"dashboard:  {dashboard_hint(sweep, tracking_uri, ours=tracking_uri == default_tracking_uri())}")
+            if failures := failures_url(sweep, tracking_uri):
+                self.say(f"failures:   {failures}")
         self._answer(sweep, cells=to_rows(standing.seen, report))
         for line in standing.held_words():
             print(line, file=sys.stderr)
