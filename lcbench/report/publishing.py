@@ -70,7 +70,7 @@ def summary_of(sweep: Sweep, seen: Look) -> Summary:
         verdict=f"**{said}**" if verdict(found) else said,
         body="\n".join([f"{len(seen.records)} cells: {words}" + (f"; {digits(hours)} GPU-hours" if hours else "") + ".",
                         *_regret_table(found), *_causes(frame, sweep)]),
-        metrics={"gpu_hours": hours} if hours else {},
+        metrics={"gpu_hours": round(hours, 3)} if hours else {},
         tags={"lcbench.verdict": said, "lcbench.device": ", ".join(dict.fromkeys(filter(None, devices)))},
         colors={row["cell"]: colors[row["choice"]].color for _, row in frame.iterrows()} if len(frame) else {},
         at=max((written_ms(attempt) for attempt in attempts), default=0) / 1000,
@@ -102,7 +102,7 @@ def _causes(frame: pd.DataFrame, sweep: Sweep) -> list[str]:
         return []
     rows = [[str(len(c.cells)), c.kind or c.status, c.cause[:CAUSE_LENGTH], ", ".join(c.nodes)] for c in failed[:MOST_CAUSES]]
     more = [f"and {len(failed) - MOST_CAUSES} more causes"] if len(failed) > MOST_CAUSES else []
-    nodes = [line for s in suspects(frame, sweep) for line in ("", f"{s.says} Run them again without it:", "", f"    {s.command}")]
+    nodes = [line for s in suspects(frame, sweep) for line in ("", f"{s.says} Without it: `{s.command}`")]
     return ["", "### Why cells failed", "", *_table(("cells", "class", "cause", "nodes"), rows), *more, *nodes]
 
 
@@ -112,6 +112,6 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    for sign in "\\`*_[]<>|#~":
+    for sign in "\\`*_[]<|":
         text = text.replace(sign, f"\\{sign}")
     return " ".join(text.split())

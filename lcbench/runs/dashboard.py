@@ -121,7 +121,9 @@ def cell_views(sweep: str, sweep_id: str, created_at: float, entries: Mapping[st
     made: list[View] = []
     for place, (values, cells) in enumerate([*whole, *parts]):
         words = " ".join(_word(key, value) for key, value in values.items()) or "all"
-        short = f"{words}, {len(cells)} cells" + (f" ({skipped} more cannot run)" if not values and skipped else "")
+        short = f"{words}, {len(cells)} cell{'s' * (len(cells) != 1)}" + (
+            f" ({skipped} more cannot run)" if not values and skipped else ""
+        )
         name = f"{sweep}: {short}"
         key = ".".join([sweep_id, *([re.sub(r"[^\w.-]+", "-", words)] if values else [])])
         if key in {view.key for view in made}:
@@ -176,11 +178,11 @@ def _charts(name: str, where: str, cells: list[Flat]) -> dict[str, Any]:
     differing = [{"seqlen": "length"}.get(key, key) for key in _differing(cells)]
     lines = [axis for axis in LINES if axis in differing] or ["cp"]
     charts = [
-        _scatter("TFLOP/s per GPU by length", "length", "tflops"),
-        _scatter("TFLOP/s per GPU by scale", "scale", "tflops"),
+        _scatter("length", "tflops"),
+        _scatter("scale", "tflops"),
+        _scatter("length", "peak_gib"),
         {"type": "PARALLEL", "metricSectionId": "overview", "selectedParams": lines, "selectedMetrics": ["tflops"],
-         "showAllRuns": False, "displayName": "TFLOP/s per GPU by choice"},
-        _scatter("Peak memory, GiB, by length", "length", "peak_gib"),
+         "showAllRuns": False},
         *(
             {"type": "BAR", "metricSectionId": "cells", "metricKey": key}
             for key in ("tflops", "mfu_percent", "fwd_ms", "bwd_ms", "peak_gib", "overlap/forward/exposed_ms")
@@ -202,11 +204,9 @@ def _charts(name: str, where: str, cells: list[Flat]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _scatter(title: str, x: str, y: str) -> dict[str, Any]:
-    return {
-        "type": "SCATTER", "metricSectionId": "overview", "displayName": title, "xaxis": {"key": x, "type": "PARAM"},
-        "yaxis": {"key": y, "type": "METRIC"},
-    }  # fmt: skip
+def _scatter(x: str, y: str) -> dict[str, Any]:
+    axes = {"xaxis": {"key": x, "type": "PARAM"}, "yaxis": {"key": y, "type": "METRIC"}}
+    return {"type": "SCATTER", "metricSectionId": "overview", **axes}
 
 
 def _state(where: str, columns: Mapping[str, int], *, order: str, descending: bool = False) -> dict[str, Any]:

@@ -61,6 +61,7 @@ QUICK = {
     "PGCONNECT_TIMEOUT": "5",
 }
 FILES = "lcbench.files"
+KIND = "mlflow.experimentKind"  # by which the page shows what belongs to training models, not to language models in production
 NOISY = ("alembic", "mlflow", "sqlalchemy", "urllib3")
 
 
@@ -439,12 +440,17 @@ class _Publisher:
             links.pop()
         more = len(views) + 1 - len(links)
         said = [summary.verdict, " · ".join(links) + (f" and {more} more among the page's views" if more > 1 else "")]
-        commands = [redacted(f"    {self._command(words)}") for words in self._manifest["commands"]]
-        end = "\n".join([f"Results in `{self._sweep.folder}`.", "", *commands])
+        end = self._about_results()
         body = summary.body.split("\n")
         while body and len("\n\n".join([*said, "\n".join(body), end])) > NOTE_LENGTH:
             body.pop()
         return "\n\n".join(filter(None, [*said, "\n".join(body), end]))[:NOTE_LENGTH]
+
+    def _about_results(self) -> str:
+        """Where a sweep's results lie and which commands made them, Markdown."""
+        # Not as blocks of code: MLflow's page gets as wide as their longest line.
+        commands = [f"`{redacted(self._command(words))}`" for words in self._manifest["commands"]]
+        return "\n\n".join([f"Results in `{self._sweep.folder}`.", *commands])
 
     def _find_experiment(self) -> str:
         """The experiment, with a description and with views of all sweeps and of this one."""
@@ -465,7 +471,8 @@ class _Publisher:
                 )
         self._tags_there = dict(tags)
         sweeps = sweeps_view()
-        self._set_experiment_tags(made, {"mlflow.note.content": note(made), VIEW + sweeps.key: sweeps.value})
+        kind = {} if KIND in tags else {KIND: "custom_model_development"}
+        self._set_experiment_tags(made, {"mlflow.note.content": note(made), VIEW + sweeps.key: sweeps.value, **kind})
         self._keep_out_of_another_checkout()
         return made
 
@@ -560,7 +567,7 @@ class _Publisher:
         # Its id, since two people may both have a sweep called "first".
         return {
             "lcbench.sweep": self._sweep.name, "lcbench.sweep_id": self._manifest["id"], "mlflow.user": self._user(),
-            "mlflow.source.name": redacted(self._command(self._manifest["commands"][-1]))[:TAG_LENGTH],
+            "mlflow.source.name": redacted(self._command((self._manifest["commands"] or [[]])[-1]))[:TAG_LENGTH],
             "mlflow.source.type": "JOB" if self._launch.get("launcher") == "slurm" else "LOCAL",
         }  # fmt: skip
 
@@ -573,9 +580,7 @@ class _Publisher:
         return str(self._launch.get("by") or user_name(self._sweep.folder.stat().st_uid))
 
     def _create_parent(self) -> str:
-        commands = "\n".join(f"    python -m lcbench.sweep {redacted(shlex.join(c))}" for c in self._manifest["commands"])
-        note = f"Sweep `{self._sweep.name}`, results in `{self._sweep.folder}`.\n\n{commands}\n"
-        tags = {**self._tags_of_all(), "mlflow.note.content": note}
+        tags = {**self._tags_of_all(), "mlflow.note.content": self._about_results()[:NOTE_LENGTH]}
         begun = int(self._manifest["created_at"] * 1000)
         run = self._client.create_run(self._experiment, start_time=begun, run_name=self._sweep.name, tags=tags)
         return str(run.info.run_id)
