@@ -24,8 +24,9 @@ from lcbench.runs.store import Entry
 VIEW = "mlflow.sharedViewState."
 SWEEPS = "lcbench"
 PAGE = 100  # runs that MLflow's page loads at once
-# What cells are told apart by, first, where there are too many for one view; then by anything else that differs between them.
+# What cells are told apart by where there are too many for one view, in this order; then by their place in the plan.
 CUTS = ("mask", "mask.lengths", "scale", "seqlen", "kernel", "heads", "dtype")
+PLACE = "lcbench.place"
 CHARTS, TABLE = "CHART", "TABLE"
 LINES = ("cp", "kernel", "length", "scale")  # axes of the parallel coordinates, where they differ
 NARROW, MEDIUM, WIDE = 90, 150, 420  # px of a column
@@ -94,6 +95,11 @@ def run_path(experiment: str, run: str, artifact: str = "") -> str:
     return f"/experiments/{experiment}/runs/{run}" + (f"/artifacts/{artifact}" if artifact else "")
 
 
+def place_tag(place: int) -> str:
+    """A cell's place in the plan, as a text that sorts as it does, and of which views ask for hundreds."""
+    return f"{place:06}"
+
+
 def sweeps_view() -> View:
     """All sweeps of an experiment, the newest first."""
     state = _state("tags.`lcbench.cells` != ''", SWEEP_COLUMNS, order="attributes.start_time", descending=True)
@@ -112,25 +118,24 @@ def cell_views(sweep: str, sweep_id: str, created_at: float, entries: Mapping[st
     """Views that the page shows whole, of all cells of a sweep that can run: of all together if they are few enough, and of every
     mask, or of parts of it.
     """
-    flat = [flat_config(e.cell) for e in entries.values() if not e.skip]
-    differing = _differing(flat)
+    flat = [{**flat_config(e.cell), PLACE: place // PAGE} for place, e in enumerate(entries.values()) if not e.skip]
     whole: list[tuple[Flat, list[Flat]]] = [] if len(flat) > PAGE else [({}, flat)]
-    masks = [key for key in CUTS[:2] if key in differing]
+    masks = [key for key in CUTS[:2] if _differs(key, flat)]
     parts = [part for group in _cut(flat, masks, {}) for part in _small_enough(*group)] if masks or not whole else []
-    skipped = sum(bool(e.skip) for e in entries.values())
+    skipped = len(entries) - len(flat)
     made: list[View] = []
-    for place, (values, cells) in enumerate([*whole, *parts]):
+    for number, (values, cells) in enumerate([*whole, *parts]):
         words = " ".join(_word(key, value) for key, value in values.items()) or "all"
-        short = f"{words}, {len(cells)} cell{'s' * (len(cells) != 1)}" + (
-            f" ({skipped} more cannot run)" if not values and skipped else ""
-        )
+        short = f"{words}, {len(cells)} cell{'s' * (len(cells) != 1)}"
+        if not values and skipped:
+            short += f" ({skipped} more cannot run)"
         name = f"{sweep}: {short}"
         key = ".".join([sweep_id, *([re.sub(r"[^\w.-]+", "-", words)] if values else [])])
         if key in {view.key for view in made}:
-            key += f"-{place}"
+            key += f"-{number}"
         where = " and ".join([f"{_of(sweep_id)} and tags.`lcbench.status` != ''", *(_is(k, v) for k, v in values.items())])
         # Menus list the newest first.
-        made.append(View(key, name, _tag(name, created_at - place - 1, _charts(name, where, cells)), CHARTS, len(cells), short))
+        made.append(View(key, name, _tag(name, created_at - number - 1, _charts(name, where, cells)), CHARTS, len(cells), short))
     return made
 
 
@@ -144,24 +149,22 @@ def _cut(cells: list[Flat], keys: Sequence[str], values: Flat) -> list[tuple[Fla
 
 
 def _small_enough(values: Flat, cells: list[Flat]) -> list[tuple[Flat, list[Flat]]]:
-    """A group in parts of at most ``PAGE`` cells. Cells differ in their configs, so that one may always go on."""
+    """A group in parts of at most ``PAGE`` cells."""
     if len(cells) <= PAGE:
         return [(values, cells)]
-    differing = _differing(cells)
-    first = next((key for key in (*CUTS, *differing) if key in differing and key != "cp"), "cp")
+    first = next((key for key in CUTS if _differs(key, cells)), PLACE)
     return [part for group in _cut(cells, [first], values) for part in _small_enough(*group)]
 
 
-def _differing(cells: list[Flat]) -> list[str]:
-    keys = dict.fromkeys(key for cell in cells for key in cell)
-    return [key for key in keys if len({json.dumps(cell.get(key)) for cell in cells}) > 1]
+def _differs(key: str, cells: list[Flat]) -> bool:
+    return len({json.dumps(cell.get(key)) for cell in cells}) > 1
 
 
 def _word(key: str, value: Any) -> str:
     """A value in the name of a view."""
-    if key == "seqlen":
-        return format_tokens(int(value))
-    return str(value) if key in CUTS else f"{key}={value}"
+    if key == PLACE:
+        return f"from {PAGE * value}"
+    return format_tokens(int(value)) if key == "seqlen" else str(value)
 
 
 def _of(sweep_id: str) -> str:
@@ -169,14 +172,15 @@ def _of(sweep_id: str) -> str:
 
 
 def _is(key: str, value: Any) -> str:
+    if key == PLACE:
+        return f"tags.`{PLACE}` LIKE '{value:04}%'"
     quote = '"' if "'" in str(value) else "'"
     return f"params.`{key}` = {quote}{value}{quote}"
 
 
 def _charts(name: str, where: str, cells: list[Flat]) -> dict[str, Any]:
     """The state of a view of charts, runs grouped by strategy, in the colours of their choices (``mlflow.runColor``)."""
-    differing = [{"seqlen": "length"}.get(key, key) for key in _differing(cells)]
-    lines = [axis for axis in LINES if axis in differing] or ["cp"]
+    lines = [axis for axis in LINES if _differs({"length": "seqlen"}.get(axis, axis), cells)] or ["cp"]
     charts = [
         _scatter("length", "tflops"),
         _scatter("scale", "tflops"),
@@ -190,7 +194,7 @@ def _charts(name: str, where: str, cells: list[Flat]) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         # The page lays out categories by where they come first, from the last run: so lengths and scales are in the plan's order.
-        **_state(where, CELL_COLUMNS, order="tags.`lcbench.place`", descending=True),
+        **_state(where, CELL_COLUMNS, order=f"tags.`{PLACE}`", descending=True),
         "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "cp"}]},
         "useGroupedValuesInCharts": False,
         "compareRunSections": [

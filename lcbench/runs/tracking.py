@@ -37,7 +37,7 @@ from lcbench.grid.cell import Cell
 from lcbench.redact import redacted, redacted_uri, with_password
 from lcbench.runs import shown
 from lcbench.runs.address import EXPERIMENT, credentials, reason, server_command, sqlite_file
-from lcbench.runs.dashboard import VIEW, View, cell_views, failures_view, note, run_path, sweeps_view
+from lcbench.runs.dashboard import PLACE, VIEW, View, cell_views, failures_view, note, place_tag, run_path, sweeps_view
 from lcbench.runs.store import MEMORY, Attempt, Entry, Sweep, entries_of, user_name, write_json
 
 if TYPE_CHECKING:
@@ -614,7 +614,7 @@ class _Publisher:
         files = self._put_files(entry, changed if known.files else attempts, run_id)
         status = {"ok": "FINISHED", "failed": "FAILED", "skipped": "KILLED"}[newest.status]
         self._client.set_terminated(run_id, status, end_time=shown.written_ms(newest))
-        more = {FILES: "" if files else "missing", "lcbench.place": f"{place:06}", "lcbench.form": str(FORM)}
+        more = {FILES: "" if files else "missing", PLACE: place_tag(place), "lcbench.form": str(FORM)}
         self._set_tags(run_id, {**shown.tags(attempts), **self._tags_of_all(), **more}, again=known.attempt > 0)
         return files
 
