@@ -6,7 +6,7 @@ TORCH := $(shell grep '^torch==' requirements.lock)
 TORCH_INDEX ?= # an index of torch's builds, such as the one of its CPU builds; empty: pip's own
 STAMP := $(VENV)/.lcbench-installed
 
-.PHONY: help setup demo test test-fast coverage lint wheel bench soak docs pictures mlflow browser cluster-up cluster-down cluster-status gpu-check gpu-cells
+.PHONY: help setup demo test test-fast coverage lint wheel bench soak docs site pictures mlflow browser cluster-up cluster-down cluster-status gpu-check gpu-cells
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -68,11 +68,17 @@ bench: setup cluster-up ## how long planning, masks, strategies and large sweeps
 soak: setup cluster-up ## MINUTES (30) of sweeps with random faults, from SEED (0); prints the counts
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),0)
 
-docs: setup ## draw the gallery of masks and write the tables of what runs what again
+docs: setup ## draw the docs' pictures, write their tables again, and build dist/site from them: open dist/site/index.html
 	$(BIN)/python -m lcbench.masks --gallery docs/masks.png lengths=uniform lengths.high=4k
+	$(BIN)/python -m tests.docs.drawings
 	$(BIN)/python -m lcbench.kernels --platform cpu --markdown > docs/support-cpu.md
 	$(BIN)/python -m lcbench.kernels --platform h200 --markdown > docs/support-h200.md
 	$(BIN)/python -m lcbench.results --schema > docs/attempt.schema.json
+	$(BIN)/python -m tests.docs.shown
+	$(MAKE) site
+
+site: setup ## build dist/site from docs/, which fails on a link or an anchor that leads nowhere
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 pictures: setup browser ## of the newest sweep's report and of its dashboard, for the docs
 	$(BIN)/python -m tests.pictures

@@ -1,45 +1,101 @@
-"""Pictures for the docs: the newest sweep's report, and MLflow's pages of it in a real server. ``make pictures``."""
+"""Pictures for the docs: a report of cells that nobody measured, and MLflow's pages of the newest sweep in a real server.
+
+``make pictures`` makes all of them; ``python -m tests.pictures report`` those of the report, which need no sweep and no server.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import tempfile
+from contextlib import chdir
 from pathlib import Path
 
 from lcbench.commands.arguments import find_sweep
 from lcbench.grid.devices import known_devices
 from lcbench.report.page import write_report
+from lcbench.runs.store import Sweep
 from lcbench.runs.tracking import publish, view_url
-from tests.browser import CHROMIUM, browser
+from tests.browser import CHROMIUM, Browser, browser
+from tests.report.made import big_sweep
 from tests.slurm.stage import ROOT, Server
 
+DOCS = ROOT / "docs"
 SETTLED_MS = 5000  # MLflow's page lays its charts out several times
+DRAWN_MS = 3000
 COMPARED = 4
+WIDTH = 1440
+CELLS_PX = 200  # of the table of cells
+# What the annotated picture numbers, in the order of the list in docs/reports.md.
+MARKED = ("p.about", "#verdict", "#regret", "#matrix", "#facets", "#tab-length", "#figure-length", "#causes", "#rows")
+BANNER = """() => {
+  const banner = document.createElement("div");
+  banner.textContent = "Synthetic numbers: a program made these 512 cells, nobody measured them.";
+  banner.style = "background: #f0e442; color: #000; padding: 4px 12px; font-weight: bold";
+  document.querySelector("#verdict").before(banner);
+}"""
+MARK = """(number, selector) => {
+  const at = document.querySelector(selector).getBoundingClientRect();
+  const mark = document.createElement("div");
+  mark.textContent = number;
+  const left = at.left < 26 ? at.right - 26 : at.left - 26;
+  mark.style = `position: absolute; left: ${left + scrollX}px; top: ${at.top + scrollY - 4}px; width: 24px; height: 24px;
+    border-radius: 50%; background: #d55e00; color: #fff; font: bold 15px/24px sans-serif; text-align: center; z-index: 99`;
+  document.body.append(mark);
+}"""
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     if CHROMIUM is None:
         print("pictures need Chromium: tests/browser.sh installs Debian's, as root", file=sys.stderr)
         return 1
+    report_pictures()
+    if "report" in arguments:
+        return 0
     try:
         sweep = find_sweep(ROOT / "results", "last")
     except ValueError as error:
         print(f"error: {error}; make demo makes one", file=sys.stderr)
         return 2
-    docs = ROOT / "docs"
+    dashboard_pictures(sweep)
+    return 0
+
+
+def report_pictures(docs: Path = DOCS) -> None:
+    """The first screen of a report, and the same page with numbers at its parts; a line in both says that it is synthetic."""
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):  # so that commands on the page name no folder
+        page = write_report(big_sweep(Path("results"), "big"), Path("report"), known_devices()).page
+        with browser(WIDTH, 900) as b:
+            b.page.goto(page.resolve().as_uri())
+            b.page.wait_for_timeout(DRAWN_MS)
+            b.page.evaluate(BANNER)
+            _keep(b.page.screenshot(), docs / "decision.png")
+            for number, selector in enumerate(MARKED, 1):
+                b.page.evaluate(f"() => ({MARK})({number}, {json.dumps(selector)})")
+            end = b.page.locator("#rows").bounding_box()
+            assert end is not None
+            whole = {"x": 0, "y": 0, "width": WIDTH, "height": end["y"] + CELLS_PX}
+            _keep(b.page.screenshot(full_page=True, clip=whole), docs / "report.png")
+            _no_complaints(b)
+    print(f"decision.png and report.png in {docs}")
+
+
+def _keep(png: bytes, path: Path) -> None:
+    """Write a screenshot in 256 colours, which is a third of its bytes."""
+    from PIL import Image
+
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def dashboard_pictures(sweep: Sweep, docs: Path = DOCS) -> None:
+    """MLflow's stock pages of a sweep: its charts, its table, four runs compared."""
     with tempfile.TemporaryDirectory() as folder:
-        page = write_report(sweep, Path(folder) / "report", known_devices()).page
         server = Server(Path(folder) / "mlflow")
         server.start()
         try:
             publish(sweep, server.uri)
-            with browser(1240, 1000) as b:
-                b.page.goto(page.as_uri())
-                b.page.screenshot(path=docs / "report.png")
-                if b.complaints:
-                    raise AssertionError(f"the report's page complains: {b.complaints}")
-                b.page.set_viewport_size({"width": 1500, "height": 1250})
+            with browser(1500, 1250) as b:
                 url = view_url(sweep, server.uri)
                 assert url is not None
                 b.page.goto(url)
@@ -58,9 +114,13 @@ def main() -> int:
                 b.page.screenshot(path=docs / "compare.png")
         finally:
             server.kill()
-    print(f"report.png, dashboard.png, runs.png and compare.png in {docs}")
-    return 0
+    print(f"dashboard.png, runs.png and compare.png in {docs}")
+
+
+def _no_complaints(b: Browser) -> None:
+    if b.complaints:
+        raise AssertionError(f"the report's page complains: {b.complaints}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from lcbench.__main__ import commands
 from lcbench.commands.sweep import COMPLETION
 
 NAMES = (
@@ -52,3 +57,37 @@ def test_names_of_files_are_words_and_run_nothing(tmp_path: Path) -> None:
         key = "mask.file=./plain.json," if "," in word else "mask.file="
         assert all(w.startswith(key) and (folder / w.removeprefix(key)).exists() for w in words), (offered, words)
     assert not list(tmp_path.rglob("PWNED"))
+
+
+TYPED = r"""
+source "$COMPLETION"
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMP_LINE="$*" COMPREPLY=()
+_lcbench_sweep "$1"
+printf '%s\n' "${COMPREPLY[@]}"
+"""
+
+
+def offered(folder: Path, *words: str) -> list[str]:
+    """What TAB offers behind these words, where ``lcbench`` is installed."""
+    script = folder / "lcbench"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m lcbench "$@"\n')
+    script.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "--norc", "-c", TYPED, "bash", *words], capture_output=True, text=True,
+        env={**os.environ, "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}", "COMPLETION": str(COMPLETION)},
+    )  # fmt: skip
+    assert not done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("command", [["lcbench", "sweep"], ["python", "-m", "lcbench.sweep"]])
+def test_axes_are_completed_after_either_name_of_the_command(command: list[str], tmp_path: Path) -> None:
+    assert offered(tmp_path, *command, "mask=causal_d") == ["mask=causal_document"]
+    assert {"cp=ring", "cp=ring_flash_attn_zigzag"} <= set(offered(tmp_path, *command, "mask=full", "cp=r"))
+    assert offered(tmp_path, *command, "mask=nothing_so") == []
+
+
+def test_commands_are_completed_and_their_own_words_are_left_to_bash(tmp_path: Path) -> None:
+    assert set(offered(tmp_path, "lcbench", "")) == set(commands())
+    assert offered(tmp_path, str(tmp_path / "lcbench"), "sta") == ["status"]
+    assert offered(tmp_path, "lcbench", "status", "mask=") == []

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from lcbench.report.inert import printable
 from lcbench.runs.ownership import others, what_it_runs, whose
 from lcbench.runs.store import Entry, Sweep, Unreadable, owner_of, sweeps, user_name
+
+LAST = "last"  # the newest sweep
+MANY = 12  # sweeps that an error names
 
 
 def command_parser(name: str, description: str | None, examples: str) -> argparse.ArgumentParser:
@@ -43,6 +47,15 @@ def add_plan_arguments(parser: argparse.ArgumentParser, overrides: str, *, folde
 def plan_words(options: argparse.Namespace) -> list[str]:
     """What ``add_plan_arguments`` took, as the words of a sweep."""
     return [*options.overrides, *(f"--config-dir={folder}" for folder in options.config_dir)]
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of commands that submit what is left of a sweep, by its own launcher, which may be outside of conf/."""
+    add_as_mine_argument(parser)
+    parser.add_argument(
+        "--config-dir", type=Path, action="append", default=[], metavar="FOLDER",
+        help="files of your own beside those of conf/, which name the launcher of the sweep",
+    )  # fmt: skip
 
 
 def add_as_mine_argument(parser: argparse.ArgumentParser) -> None:
@@ -93,14 +106,22 @@ def find_sweep(root: Path, name: str) -> Sweep:
         ValueError: there is none; names those that exist.
     """
     names = sweeps(root)
-    if name == "last" and names:
+    if name == LAST and names:
         name = names[-1]
     if name not in names:
         folder = root / name
         if "/" not in name and folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
             raise PermissionError(f"{folder} belongs to {owner_of(folder)}, and {user_name()} may not read it")
-        raise ValueError(f"no sweep {name!r} below {root}; there are: {', '.join(names) or 'none'}")
+        raise ValueError(f"no sweep {name!r} below {root}; {_there_are(name, names)}")
     return Sweep(root, name)
+
+
+def _there_are(name: str, names: Sequence[str]) -> str:
+    """The newest sweeps, and which of all was meant if that can be guessed."""
+    close = get_close_matches(name, [LAST, *reversed(names)], n=1) if names else []
+    meant = f"did you mean {close[0]}? " if close else ""
+    shown = [*(["..."] if len(names) > MANY else []), *names[-MANY:]]
+    return f"{meant}there are: {', '.join(shown) or 'none'}"
 
 
 def chosen_cell(root: Path, cell: str | None) -> tuple[Sweep, str]:
@@ -121,6 +142,23 @@ def chosen_cell(root: Path, cell: str | None) -> tuple[Sweep, str]:
     if len(found) > 1:
         raise ValueError(f"several sweeps hold cell {ids[0]}; write one of {', '.join(f'{s.name}/{ids[0]}' for s, _ in found)}")
     return found[0][0], ids[0]
+
+
+def chosen_either(root: Path, what: str) -> tuple[Sweep, str]:
+    """The sweep of that name, with no cell, or else the sweep and the id of a cell.
+
+    Raises:
+        ValueError: there is neither; names the sweeps that there are.
+    """
+    names = sweeps(root)
+    if what == LAST or what in names:
+        return find_sweep(root, what), ""
+    try:
+        return chosen_cell(root, what)
+    except Unreadable:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{error}; nor is there such a sweep: {_there_are(what, names)}") from error
 
 
 def find_cell(root: Path, cell_id: str, sweep: Sweep | None = None) -> Iterator[tuple[Sweep, Entry]]:

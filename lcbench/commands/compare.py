@@ -1,8 +1,8 @@
 """Compare two sweeps cell by cell: how many times as long B takes as A, with a 95 % interval, and what of it is beyond the noise.
 
-A sweep is named, or given by its folder, so that those of different people can be compared. How their environments differ
-comes first. The intervals hold what blocks of one run differ by and, from 4 cells on, what two runs of the same differ by
-beyond that.
+A sweep is named, or given by its folder, so that those of different people can be compared. The answer comes first, then how their
+environments differ, the change by axis, and the cells that changed. The intervals hold what blocks of one run differ by and, from
+4 cells on, what two runs of the same differ by beyond that.
 """
 
 from __future__ import annotations
@@ -11,29 +11,36 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import geometric_mean
+
+from rich.text import Text
 
 from lcbench.commands.arguments import add_results_argument, command_parser, find_sweep
-from lcbench.report.comparison import Compared, Comparison, compare, side_of
-from lcbench.report.ending import BAD_INPUT, bad_input
+from lcbench.report.amounts import digits, percent, times
+from lcbench.report.causes import Unwell, grouped
+from lcbench.report.comparison import Compared, Comparison, Share, compare, side_of
+from lcbench.report.comparison_page import write_comparison
+from lcbench.report.ending import BAD_INPUT, REFUSED, bad_input, say_error
+from lcbench.report.fitted import Column, Fitted, console
 from lcbench.report.frame import PHASES
-from lcbench.report.inert import plain
+from lcbench.report.inert import plain, printable
 from lcbench.report.intervals import ENOUGH
+from lcbench.report.table import WHAT, Names
 from lcbench.runs.store import Sweep
-
-if TYPE_CHECKING:
-    from rich.text import Text
 
 EXAMPLES = """
 python -m lcbench.compare before after
 python -m lcbench.compare before after --fail-on-regression 5%
 python -m lcbench.compare results/before ../colleague/results/after --phase backward --json
 python -m lcbench.compare flash2 flash3 --across kernel
+python -m lcbench.compare before after --html
 """
+DEFAULT = ""  # of --html: in the folder of B
 MANY = 40
+FEW = 3  # cells that share a cause are named
 UNKNOWN = "run-to-run noise not measured: what has one block only may differ as much from one run to the next without a change"
 
 
@@ -53,11 +60,14 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="for scripts")
     parser.add_argument("--all", action="store_true", help="list the cells that did not change too")
+    parser.add_argument(
+        "--html", nargs="?", const=DEFAULT, metavar="FILE", help="write a page too (default: report/compare-<A>.html in B's folder)"
+    )
     add_results_argument(parser)
     options = parser.parse_args(arguments)
     with bad_input():
-        a, b = (side_of(_sweep(options.results.absolute(), name), options.across) for name in (options.a, options.b))
-        found = compare(a, b, options.phase)
+        a, b = (_sweep(options.results.absolute(), name) for name in (options.a, options.b))
+        found = compare(side_of(a, options.across), side_of(b, options.across), options.phase)
     if not found.cells:
         print(f"error: {options.a} and {options.b} have no cell with a good result in both", file=sys.stderr)
     if options.json:
@@ -66,6 +76,15 @@ def main(arguments: list[str]) -> int:
         _show(found, options.a, options.b, everything=options.all)
     if not found.cells:
         return BAD_INPUT
+    if options.html is not None:
+        page = Path(options.html) if options.html else b.folder / "report" / f"compare-{a.name}.html"
+        try:
+            write_comparison(found, a, b, page, noise=list(_noise(found)))
+        except PermissionError as error:
+            say_error(error)
+            print("write it elsewhere:  --html FILE", file=sys.stderr)
+            return REFUSED
+        print(printable(page), file=sys.stderr if options.json else sys.stdout)
     share = options.fail_on_regression
     if share is not None and (worse := found.regressions(share)):
         print(f"{len(worse)} cells are slower by more than {share:.3g} of their time", file=sys.stderr)
@@ -110,39 +129,82 @@ def _plain(found: Comparison) -> dict[str, object]:
 
 
 def _show(found: Comparison, a: str, b: str, *, everything: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from lcbench.report.table import WIDTH
-
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    environment = Table(title="environments differ", title_justify="left")
-    for column in ("what", f"A: {a}", f"B: {b}"):
-        environment.add_column(plain(column), overflow="fold")
+    terminal = console()
+    if found.cells:
+        terminal.print(_verdict(found, a, b))
+    environment = Fitted("environments differ", [Column("what"), *(Column(name, folds=True) for name in (f"A: {a}", f"B: {b}"))])
     for name, values in found.environment.items():
-        environment.add_row(*map(plain, (name, *values)))
-    console.print(environment if found.environment else "environments: no difference")
+        environment.add(name, *values)
+    named = ", ".join(found.same) or "nothing"
+    terminal.print(environment if len(environment) else plain(f"environments: no difference in {named}"))
+    if shares := found.by_axis():
+        terminal.print(_shares(shares))
     cells = [*found.by("slower"), *found.by("faster"), *(found.by("same") if everything else ())]
-    table = Table(title=f"time of {found.phase}, B over A", title_justify="left")
-    for column in ("verdict", "cell", "what"):
-        table.add_column(column, no_wrap=column != "what")
-    for column in ("A ms", "B ms", "B / A", "95 % interval", "p, Holm"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for c in cells if everything else cells[:MANY]:
-        table.add_row(*_row(c, found.phase))
-    if len(cells) > MANY and not everything:
-        table.caption = f"and {len(cells) - MANY} more (--all)"
     if cells:
-        console.print(table)
-    for name, only in ((a, found.only_a), (b, found.only_b)):
-        for what, why in list(only.items())[: None if everything else MANY]:
-            console.print(plain(f"only in {name}: {what} (the other: {why})"), soft_wrap=True)
+        terminal.print(_cells(cells if everything else cells[:MANY], found.phase, len(cells)))
+    for name, other, only in ((a, b, found.only_a), (b, a, found.only_b)):
+        if only:
+            terminal.print(_only(name, other, only, everything=everything))
     for sentence in _noise(found):
-        print(sentence)
-    print(
-        ", ".join(f"{len(found.by(verdict))} {verdict}" for verdict in ("slower", "faster", "same"))
-        + f" of {len(found.cells)} cells in both"
-    )
+        terminal.print(plain(sentence))
+
+
+def _verdict(found: Comparison, a: str, b: str) -> Text:
+    """The answer in a line: red if anything became slower, green if some became faster and none slower."""
+    slower, faster, same = (len(found.by(verdict)) for verdict in ("slower", "faster", "same"))
+    ratio = geometric_mean([c.ratio.value for c in found.cells])
+    counts = f"{slower} slower, {faster} faster, {same} same of {len(found.cells)} cells in both"
+    said = f"{counts}; on average {b} takes {times(ratio)} the time of {a}"
+    return plain(said, "bold red" if slower else "bold green" if faster else "bold")
+
+
+def _shares(shares: Sequence[Share]) -> Fitted:
+    table = Fitted("by axis: B over A is a geometric mean", [
+        Column("axis"), Column("value", folds=True), Column("cells", right=True), Column("B / A", right=True),
+        Column("faster", right=True), Column("slower", right=True),
+    ])  # fmt: skip
+    before = ""
+    for share in shares:
+        if share.axis != before:
+            table.gap()
+        color = "red" if share.slower > share.faster else "green" if share.faster else "dim"
+        table.add(
+            share.axis if share.axis != before else "", share.value, str(share.cells), plain(times(share.ratio), color),
+            str(share.faster), str(share.slower),
+        )  # fmt: skip
+        before = share.axis
+    return table
+
+
+def _cells(cells: Sequence[Compared], phase: str, count: int) -> Fitted:
+    names = Names.of(c.cell for c in cells)
+    table = Fitted(names.title(f"time of {phase}, B over A"), [
+        Column("verdict"), Column("cell"), Column("what", folds=True, wanted=WHAT), Column("A ms", 2, right=True),
+        Column("B ms", 2, right=True), Column("B / A", right=True), Column("95 % interval", 1, right=True),
+        Column("p, Holm", 3, right=True),
+    ])  # fmt: skip
+    for c in cells:
+        key, color = f"time/{phase}/median_s", {"slower": "red", "faster": "green"}.get(c.verdict, "dim")
+        table.add(
+            plain(c.verdict, color), c.cell.id, names.what[c.cell.id],
+            digits(c.a.metrics[key] * 1e3), digits(c.b.metrics[key] * 1e3),
+            f"{c.ratio.value:.3f}", f"{c.ratio.low:.3f} to {c.ratio.high:.3f}", digits(c.p_adjusted),
+        )  # fmt: skip
+    if len(cells) < count:
+        table.caption = f"and {count - len(cells)} more (--all)"
+    return table
+
+
+def _only(name: str, other: str, only: Mapping[str, str], *, everything: bool) -> Fitted:
+    """Cells that one sweep has a good result of, counted by why the other has none."""
+    why = Column(f"why {other} has no result", folds=True)
+    table = Fitted(f"only in {name}: {len(only)} cells", [Column("cells", right=True), why])
+    causes = grouped([Unwell(what, "failed", "", why) for what, why in only.items()], Sweep(Path(), other))
+    for cause in causes:
+        shown = cause.cells if everything else cause.cells[:FEW]
+        more = f" and {len(cause.cells) - len(shown)} more (--all)" if len(shown) < len(cause.cells) else ""
+        table.add(str(len(cause.cells)), cause.cause, below=f"{'; '.join(shown)}{more}")
+    return table
 
 
 def _noise(found: Comparison) -> Iterator[str]:
@@ -152,8 +214,8 @@ def _noise(found: Comparison) -> Iterator[str]:
     if found.run_to_run is None:
         yield f"fewer than {ENOUGH} cells: the intervals hold the noise within each run, not what a cell's blocks of one run share"
     elif found.run_to_run:
-        more = f"{math.expm1(found.run_to_run):.1%} from cell to cell (one standard deviation)"
-        yield f"two runs of the same differ by {more} beyond the noise within a run, which the intervals hold"
+        change = percent(math.expm1(found.run_to_run))
+        yield f"Repeating the same cell changes its time by about {change} (one standard deviation); the intervals include that."
     else:
         yield "the ratios spread no more than the noise within each run explains"
     single = sum(min(c.a.blocks, c.b.blocks) < 2 for c in found.cells)
@@ -165,12 +227,3 @@ def _noise(found: Comparison) -> Iterator[str]:
         f"median ratio of all cells: {found.median_ratio:.3f}; what all cells of a sweep share, such as a slower node, cannot be"
         " told from a change by two sweeps"
     )
-
-
-def _row(c: Compared, phase: str) -> list[str | Text]:
-    key, color = f"time/{phase}/median_s", {"slower": "red", "faster": "green"}.get(c.verdict, "dim")
-    return [
-        plain(c.verdict, color), plain(c.cell.id), plain(c.cell.label),
-        f"{c.a.metrics[key] * 1e3:.4g}", f"{c.b.metrics[key] * 1e3:.4g}",
-        f"{c.ratio.value:.3f}", f"{c.ratio.low:.3f} to {c.ratio.high:.3f}", f"{c.p_adjusted:.2g}",
-    ]  # fmt: skip

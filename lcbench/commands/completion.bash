@@ -1,7 +1,21 @@
-# Completion of `python -m lcbench.sweep`: Hydra knows the answers, but its own function knows scripts and not modules.
+# Completion of `python -m lcbench.sweep` and `lcbench sweep`: Hydra knows the answers, but its own function knows scripts only.
+# Of `lcbench` the commands are completed too.
 # Answers and names of files are data: they are compared and quoted, and never expanded. Names with control characters are left out.
 _lcbench_sweep() {
-    if [ "${COMP_WORDS[1]} ${COMP_WORDS[2]}" != "-m lcbench.sweep" ]; then
+    local -a sweep
+    local typed
+    if [ "${COMP_WORDS[1]} ${COMP_WORDS[2]}" = "-m lcbench.sweep" ]; then
+        sweep=("${COMP_WORDS[0]}" -m lcbench.sweep) typed=${COMP_LINE#*lcbench.sweep}
+    elif [ "${COMP_WORDS[0]##*/}" = lcbench ]; then
+        COMPREPLY=()
+        if [ "$COMP_CWORD" = 1 ]; then
+            mapfile -t COMPREPLY < <(compgen -W "$("${COMP_WORDS[0]}" --help 2>/dev/null | sed -n 's/^  \([a-z]*\) .*/\1/p')" -- "${COMP_WORDS[1]}")
+            COMPREPLY=("${COMPREPLY[@]/%/ }")
+            return
+        fi
+        [ "${COMP_WORDS[1]}" = sweep ] || return
+        sweep=("${COMP_WORDS[0]}" sweep) typed=${COMP_LINE#*lcbench} typed=${typed#*sweep}
+    else
         [ -n "$_LCBENCH_BEFORE" ] && "$_LCBENCH_BEFORE" "$@"
         return
     fi
@@ -18,8 +32,7 @@ _lcbench_sweep() {
         done
         _LCBENCH_TYPED=$key$value
     else
-        local line="lcbench.sweep${COMP_LINE#*lcbench.sweep}"
-        read -r -d '' -a candidates < <(COMP_LINE="$line" "${COMP_WORDS[0]}" -m lcbench.sweep -sc query=bash 2>/dev/null)
+        read -r -d '' -a candidates < <(COMP_LINE="lcbench.sweep$typed" "${sweep[@]}" -sc query=bash 2>/dev/null)
     fi
     for candidate in "${candidates[@]}"; do
         if [[ $candidate == "$_LCBENCH_TYPED"* && $candidate != *[[:cntrl:]]* ]]; then
@@ -49,4 +62,4 @@ _lcbench_unquote() {
 _LCBENCH_FOUND=$(complete -p python 2>/dev/null | sed -n 's/.*-F \([^ ]*\).*/\1/p')
 [ "$_LCBENCH_FOUND" = _lcbench_sweep ] || _LCBENCH_BEFORE=$_LCBENCH_FOUND
 COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
-complete -o nospace -o default -F _lcbench_sweep python python3
+complete -o nospace -o default -F _lcbench_sweep python python3 lcbench

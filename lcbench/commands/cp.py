@@ -8,7 +8,6 @@ kept.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import sys
 import time
@@ -17,22 +16,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from lcbench.commands.arguments import add_plan_arguments, add_results_argument, chosen_cell, command_parser, plan_words
 from lcbench.cp.base import Scheduled
-from lcbench.grid import build
+from lcbench.grid import build, own
 from lcbench.grid.build import build_mask, build_strategy
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
+from lcbench.report.amounts import digits
 from lcbench.report.ending import BAD_INPUT, bad_input, say_error
+from lcbench.report.fitted import Column, Fitted, console
 from lcbench.report.inert import plain
-from lcbench.report.table import WIDTH
+from lcbench.report.table import Names
 from lcbench.schedule.lowering import operations_of
 from lcbench.schedule.plot import Timeline, save
-from lcbench.schedule.verify import ScheduleCost, ScheduleError, verify
+from lcbench.schedule.schedule import Schedule
+from lcbench.schedule.verify import ScheduleCost, ScheduleError
 
+FIRST_RANKS, FIRST_STEPS = 4, 8  # of a single schedule, where --grid is not asked for
 EXAMPLES = """
 python -m lcbench.cp cp=ring,usp,groupcast mask=causal seqlen=1m scale=12x8
 python -m lcbench.cp cp=ring mask=causal seqlen=8 scale=1x4 --grid
@@ -64,10 +64,12 @@ def main(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
-        Console(width=None if sys.stdout.isatty() else WIDTH).print(_table(rows))
+        console().print(_table(rows, cells))
     (report, *_) = reports
     if report is not None and options.grid:
         print(report.schedule)
+    elif report is not None and len(reports) == 1 and not options.json:
+        console().print(f"\n{_first_ranks(report.schedule)}", markup=False, no_wrap=True, overflow="ellipsis", crop=True)
     if report is not None and options.out:
         save(report, cells[0].label, options.out, timeline)
         print(f"written to {options.out}", file=sys.stderr)
@@ -111,19 +113,17 @@ def _look(cell: Cell) -> tuple[dict[str, Any], ScheduleCost | None]:
         strategy = build_strategy(config["cp"])
     except TypeError as error:  # options that this version does not have
         raise ValueError(f"cell {cell.id} cannot be built here: {error}") from error
-    row: dict[str, Any] = {"cp": config["cp"], "label": cell.label, "reason": strategy.unsupported(problem, mask)}
+    refused = own.reason_not("cp", config["cp"], strategy, problem, mask)
+    row: dict[str, Any] = {"cp": config["cp"], "label": cell.label, "reason": refused}
     if not isinstance(strategy, Scheduled):
         row["reason"] = row["reason"] or "a library's own, with no schedule to look at"
         return row, None
     if row["reason"]:
         return row, None
     begun = time.perf_counter()
-    schedule = strategy.schedule(problem, mask)
+    schedule = own.scheduled(config["cp"], strategy, problem, mask)
     planned = time.perf_counter() - begun
-    try:
-        report = verify(schedule, mask, problem)
-    except ScheduleError as error:
-        raise ScheduleError(f"cp={config['cp']['name']} ({inspect.getfile(type(strategy))}): {error.fault}", error.grid) from error
+    report = own.proven(config["cp"], strategy, schedule, problem, mask)
     operations = operations_of(strategy.lowering, "nccl")
     ranks = sorted({0, schedule.world_size // 2, schedule.world_size - 1})
     row |= {
@@ -143,21 +143,29 @@ def _reasons(rows: list[dict[str, Any]]) -> str:
     return "; ".join(sorted({row["reason"] or "can run" for row in rows}))
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="MiB sent by the rank that sends most; balance 1.00 is perfect", title_justify="left")
-    table.add_column("what")
-    heads = ("steps", "balance", "forward", "out of\nthe node", "backward", "out of\nthe node", "buffers\nMiB", "plan\nms")
-    for column in heads:
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("why not", overflow="fold")
-    for row in rows:
+def _table(rows: list[dict[str, Any]], cells: list[Cell]) -> Fitted:
+    names = Names.of(cells)
+    table = Fitted(names.title("MiB sent by the rank that sends most; balance 1.00 is perfect"), [
+        Column("what", folds=True, wanted=32), Column("steps", 1, right=True), Column("balance", right=True),
+        Column("forward", right=True), Column("out of\nthe node", right=True), Column("backward", right=True),
+        Column("out of\nthe node", 2, right=True), Column("buffers\nMiB", 3, right=True), Column("plan\nms", 4, right=True),
+    ])  # fmt: skip
+    numbers = len(table.columns) - 1
+    for row, cell in zip(rows, cells, strict=True):
         options = " ".join(f"{k}={v}" for k, v in row["cp"].items() if k not in ("name", "_target_"))
-        what = plain(row["label"])
+        what = plain(names.what[cell.id])
         if options:
             what = what.append("\n").append_text(plain(options, "dim"))
         if row["reason"]:
-            table.add_row(what, *["-"] * len(heads), plain(row["reason"]))
+            table.add(what, *["-"] * numbers, below=row["reason"])
             continue
-        mebi = [f"{row[key] / (1 << 20):.1f}" for key in row if "bytes" in key]
-        table.add_row(what, str(row["steps"]), f"{row['imbalance']:.3f}", *mebi, f"{1e3 * row['plan_s']:.0f}", "")
+        mebi = [digits(row[key] / (1 << 20)) for key in row if "bytes" in key]
+        table.add(what, str(row["steps"]), f"{row['imbalance']:.3f}", *mebi, digits(1e3 * row["plan_s"]))
     return table
+
+
+def _first_ranks(schedule: Schedule) -> str:
+    """The first steps of the first ranks, where there is more of it."""
+    grid = schedule.grid(range(min(FIRST_RANKS, schedule.world_size)), FIRST_STEPS)
+    more = schedule.world_size > FIRST_RANKS or len(schedule.steps) > FIRST_STEPS
+    return f"{grid}\n... --grid prints all {len(schedule.steps)} steps of {schedule.world_size} ranks" if more else grid

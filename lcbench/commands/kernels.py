@@ -7,14 +7,13 @@ Of the machine it runs on, with what is installed; ``--platform`` asks about ano
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from lcbench.commands.arguments import add_plan_arguments, command_parser, plan_words
 from lcbench.grid.build import build_kernel, build_mask
@@ -28,10 +27,12 @@ from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
 from lcbench.problem import DIRECTIONS, DTYPES
 from lcbench.report.ending import bad_input
-from lcbench.report.table import WIDTH
+from lcbench.report.fitted import Column, Fitted, console
+from lcbench.report.inert import plain
 
 DEFAULTS = {"seqlen": "4k", "heads": "64x8x128", "lengths": "uniform", "cp": "none", "scale": "1x1"}
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+CUDA = "on CUDA devices"  # what every reason for a GPU says
 EXAMPLES = """
 python -m lcbench.kernels
 python -m lcbench.kernels kernel=flex,triton_band mask=causal,document
@@ -56,11 +57,12 @@ def main(arguments: list[str]) -> int:
         return 0
     first = cells[0].config
     title = f"{options.platform}: {format_tokens(first['seqlen'])} tokens, heads {first['heads']}"
-    table = [_line(name, own) for name, own in _by_kernel(rows).items()]
+    found = _by_kernel(rows)
+    lines = [_line(name, own) for name, own in found.items()]
     if options.markdown:
-        print(_markdown(title, table))
+        print(_markdown(title, lines))
     else:
-        Console(width=None if sys.stdout.isatty() else WIDTH).print(_table(title, table))
+        console().print(_table(title, found, lines))
     return 0
 
 
@@ -143,13 +145,27 @@ def _line(kernel: str, rows: list[dict[str, Any]]) -> list[str]:
 COLUMNS = ("kernel", *SHORT.values(), "one call", "several calls, merged by LSE", "does not run")
 
 
-def _table(title: str, lines: list[list[str]]) -> Table:
-    table = Table(title=title, title_justify="left", show_lines=True)
-    for column in COLUMNS:
-        table.add_column(column, no_wrap=column in COLUMNS[:5])
-    for line in lines:
-        table.add_row(*line)
-    return table
+def _table(title: str, found: dict[str, list[dict[str, Any]]], lines: list[list[str]]) -> Group:
+    """A row per kernel that runs anything; below it what needs several calls, and what it does not run and why. Then a line for
+    each reason for which kernels run nothing.
+    """
+    table = Fitted(f"{title}; yes: forward and backward", [
+        Column("kernel"), *(Column(name) for name in SHORT.values()), Column("one call", folds=True),
+    ])  # fmt: skip
+    idle: dict[str, list[str]] = {}
+    for rows, (name, *types, native, several, refused) in zip(found.values(), lines, strict=True):
+        if all(row["support"] == "no" for row in rows):
+            idle.setdefault(CUDA if CUDA in refused else refused, []).append(name)
+            continue
+        more = [f"several calls, merged by LSE: {several}"] if several else []
+        more += [f"does not run: {refused}"] if refused else []
+        marks = ["yes" if text == "fwd+bwd" else text for text in types]
+        table.add(name, *marks, native or "-", below=Text("\n".join(more), "dim"))
+    shown: list[RenderableType] = [table] if len(table) else []
+    if idle:
+        shown += [Text(), plain("what runs nothing here, and why (--json says more)", "bold")]
+        shown += [plain(f"{'run ' if why == CUDA else ''}{why}: {', '.join(names)}") for why, names in idle.items()]
+    return Group(*shown)
 
 
 def _markdown(title: str, lines: list[list[str]]) -> str:

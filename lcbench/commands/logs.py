@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 
 from lcbench.commands.arguments import add_results_argument, chosen_cell, command_parser
 from lcbench.grid.values import parse_scale
-from lcbench.report.ending import bad_input
+from lcbench.report.ending import bad_input, left_with
 from lcbench.runs.jobs import CellState, Watch
 from lcbench.runs.logs import said_by_ranks
-from lcbench.runs.queue import Patient
 from lcbench.runs.settle import settled
 from lcbench.runs.store import Attempt, Running, Sweep
 
@@ -31,18 +31,26 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     with bad_input():
         sweep, cell_id = chosen_cell(options.results.absolute(), options.cell)
-    watch = Watch(sweep, Patient())
+    again = f"the cell goes on; again: python -m lcbench.logs {shlex.join(arguments)}"
+    with left_with(lambda: again):
+        state = _show(sweep, cell_id, attempt=options.attempt, follow=options.follow)
+    print(f"--- {state.state}{f', {state.failure}: {state.cause}' if state.failure else ''}")
+    return 0
+
+
+def _show(sweep: Sweep, cell_id: str, *, attempt: int | None, follow: bool) -> CellState:
+    """Print what a cell has said, with ``follow`` until it has ended; where it stands then."""
+    watch = Watch(sweep, patient=True)
     shown: dict[str, int] = {}
     while True:
         state = next(c for c in settled(watch).cells if c.id == cell_id)
-        for source, text in sections(sweep, state, options.attempt or state.attempt):
+        for source, text in sections(sweep, state, attempt or state.attempt):
             fresh = text[shown.get(source, 0) :]
             if fresh:
                 print(f"--- {source}\n{fresh}", flush=True)
                 shown[source] = len(text)
-        if not options.follow or state.state not in ("running", "pending"):
-            print(f"--- {state.state}{f', {state.failure}: {state.cause}' if state.failure else ''}")
-            return 0
+        if not follow or state.state not in ("running", "pending"):
+            return state
         time.sleep(INTERVAL_S)
 
 

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.box import SQUARE
 from rich.console import Console
-from rich.table import Table
+from rich.panel import Panel
+from rich.text import Text
 
 from lcbench.commands.arguments import add_plan_arguments, command_parser, plan_words
 from lcbench.grid.build import build_mask, draws
@@ -22,10 +24,10 @@ from lcbench.grid.values import axis_values
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.convert import varlen
 from lcbench.masks.mask import Mask
-from lcbench.masks.picture import save
+from lcbench.masks.picture import drawn, save
 from lcbench.report.ending import bad_input
+from lcbench.report.fitted import Column, Fitted, console
 from lcbench.report.inert import plain
-from lcbench.report.table import WIDTH
 from lcbench.schedule.build import ORDERS
 
 SHOWN_BANDS = 8
@@ -52,14 +54,16 @@ def main(arguments: list[str]) -> int:
         if options.gallery:
             return _gallery(overrides, options.gallery)
         shown = [(cell, number, _mask(cell, number)) for cell in _cells(overrides) for number in range(draws(cell.config["mask"]))]
-    rows = [_row(cell, number, mask, options.ranks) for cell, number, mask in shown]
+        rows = [_row(cell, number, mask, options.ranks) for cell, number, mask in shown]
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
-        console = Console(width=None if sys.stdout.isatty() else WIDTH)
-        console.print(_table(rows, options.ranks))
+        terminal = console()
+        terminal.print(_table(rows, options.ranks))
         if len(shown) == 1:
-            _print_bands(shown[0][2])
+            (_, _, mask), *_ = shown
+            _print_picture(mask, terminal)
+            _print_bands(mask)
     if options.out:
         save([(mask, _title(cell, number)) for cell, number, mask in shown], options.out)
         print(f"written to {options.out}", file=sys.stderr)
@@ -99,19 +103,30 @@ def _row(cell: Cell, number: int, mask: Mask, ranks: int) -> dict[str, Any]:
     return row | {"maps": mask.maps, "blocks": len(mask)}
 
 
-def _table(rows: list[dict[str, Any]], ranks: int) -> Table:
-    table = Table(title=f"busiest rank over the mean, of {ranks} ranks: 1.00 is perfect", title_justify="left")
-    table.add_column("mask")
-    for column in ("seqlen", "seed.draw", "area", "density", "bands or blocks", "varlen\ncalls", *ORDERS):
-        table.add_column(column, justify="right", no_wrap=True)
+def _table(rows: list[dict[str, Any]], ranks: int) -> Fitted:
+    """Imbalance is why one looks at a mask, so it is left out last."""
+    varies = len({(row["seed"], row["draw"]) for row in rows}) > 1
+    table = Fitted(f"busiest rank over the mean, of {ranks} ranks: 1.00 is perfect", [
+        Column("mask", folds=True, wanted=32), Column("seqlen", right=True),
+        *([Column("seed.draw", 1, right=True)] if varies else []),
+        Column("density", 2, right=True), Column("area", 3, right=True), Column("bands or blocks", 4, right=True),
+        Column("varlen\ncalls", 5, right=True), *(Column(name, right=True) for name in ORDERS),
+    ])  # fmt: skip
     for row in rows:
         name = f"{row['mask']}({row['lengths']})" if row["lengths"] else row["mask"]
         parts = f"{row['bands']} bands" if "bands" in row else f"{row['blocks']} in {row['maps']} maps"
         balance = [f"{x:.2f}" if x is not None else "-" for x in row["imbalance"].values()]
-        which, size = f"{row['seed']}.{row['draw']}", format_tokens(row["seqlen"])
+        which, size = [f"{row['seed']}.{row['draw']}"] if varies else [], format_tokens(row["seqlen"])
         calls = str(row.get("varlen_calls") or "-")
-        table.add_row(plain(name), size, which, f"{row['area']:.0f}", f"{row['density']:.2%}", parts, calls, *balance)
+        table.add(name, size, *which, f"{row['density']:.2%}", f"{row['area']:.0f}", parts, calls, *balance)
     return table
+
+
+def _print_picture(mask: Mask, terminal: Console) -> None:
+    """The mask in a frame, small enough for any terminal."""
+    rows = drawn(mask, ascii_only=terminal.options.ascii_only)
+    terminal.print(Panel.fit(Text("\n".join(rows), no_wrap=True), box=SQUARE, padding=0))
+    terminal.print(plain(f"queries down, keys across: {format_tokens(mask.num_q)} x {format_tokens(mask.num_k)} tokens", "dim"))
 
 
 def _print_bands(mask: Mask) -> None:

@@ -1,4 +1,4 @@
-"""Write the report of a sweep: one HTML page that works offline, its figures as PNG and PDF, its tables as Markdown, CSV and LaTeX.
+"""Write the report of a sweep: one HTML page that works offline, and its tables as Markdown, CSV and LaTeX.
 
 It is put into the sweep's folder, and beside the sweep on its tracking server, which for somebody else's sweep has to be asked for
 (--publish). A sweep that still runs can be reported too.
@@ -20,6 +20,7 @@ from lcbench.runs.tracking import attach_or_say, tracked_at
 
 EXAMPLES = """
 python -m lcbench.report last
+python -m lcbench.report last --figures
 python -m lcbench.report first --out /tmp/report --no-publish
 """
 
@@ -28,6 +29,7 @@ def main(arguments: list[str]) -> int:
     parser = command_parser("report", __doc__, EXAMPLES)
     add_sweep_arguments(parser)
     parser.add_argument("--out", type=Path, help="folder to write to (default: report in the sweep's own)")
+    parser.add_argument("--figures", action="store_true", help="draw figures as PNG and PDF too, for slides and papers")
     parser.add_argument(
         "--publish",
         action=argparse.BooleanOptionalAction,
@@ -38,12 +40,13 @@ def main(arguments: list[str]) -> int:
         sweep = chosen_sweep(options)
     folder: Path = options.out or sweep.folder / "report"
     try:
-        report = write_report(sweep, folder, known_devices())
+        report = write_report(sweep, folder, known_devices(), figures=options.figures)
     except PermissionError as error:
         say_error(error)
         print(f"write it elsewhere:  {sweep.command('report', '--out', f'report-{sweep.name}')}", file=sys.stderr)
         return REFUSED
-    print(f"{printable(report.page)}  ({report.figures} figures, {report.tables} tables)")
+    drawn = f", {report.figures} figures" if options.figures else ""
+    print(f"{printable(report.page)}  ({report.cells} cells, {report.tables} tables{drawn})")
     people = others(sweep)
     if options.publish is None and people:
         print(f"not attached to the sweep's run: {printable(whose(sweep, people))}, and names the server; --publish attaches it")

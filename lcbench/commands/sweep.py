@@ -16,6 +16,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from lcbench.commands.launchers import launcher_named
 from lcbench.grid.command_line import loader_of, read_flags
 from lcbench.grid.expand import CONFIG, expand, remember, single_lines
 from lcbench.grid.overrides import key_of
@@ -52,6 +53,7 @@ def main(arguments: list[str]) -> int:
             words = [f"--{name}={value}" for name in ("cfg", "info", "package") if (value := getattr(flags, name))]
             _explain([*dirs, *words, *(["--resolve"] if flags.resolve else []), *single_lines(lines, loader)])
             return 0
+        launcher_named(plan.launcher, [Path(flags.config_dir)] if flags.config_dir else [])  # Hydra's words are a traceback
     # Hydra gets the launcher; the grid is planned already. (It would try the options of swept values, as in mask=a,b
     # mask.samples=2, on the default value, and refuse them.)
     remember(plan)

@@ -7,12 +7,13 @@ Our own strategies are ``Scheduled``: they give a schedule, and the engine runs 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.build import Order, check_count, check_order, largest_degree, too_short
 from lcbench.schedule.lowering import Lowering
 from lcbench.schedule.schedule import Schedule
 
@@ -134,3 +135,39 @@ class Scheduled(Strategy):
             self.schedule(problem, mask), mask, kernel, problem,
             rank=place.rank, device=place.device, groups=place.groups, lowering=self.lowering,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dealt(Scheduled):
+    """A strategy with a shard of tokens per rank.
+
+    Attributes:
+        layout: how tokens are dealt out; ``auto``: zigzag or contiguous, whichever is better balanced by exact area.
+    """
+
+    layout: Order = "auto"
+
+    def __post_init__(self) -> None:
+        check_order(self.layout)
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return too_short(problem, problem.scale.world_size)
+
+
+@dataclass(frozen=True)
+class HeadGrid:
+    """The options of a strategy that exchanges heads in groups of U ranks, and does something else across these.
+
+    Attributes:
+        ulysses_degree: U, or ``auto``: the largest that divides the GPUs of a node and splits the heads.
+    """
+
+    ulysses_degree: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.ulysses_degree != "auto":
+            check_count("ulysses_degree", self.ulysses_degree)
+
+    def degree(self, problem: Problem) -> int:
+        """U, ranks of a head exchange."""
+        return largest_degree(problem) if self.ulysses_degree == "auto" else self.ulysses_degree

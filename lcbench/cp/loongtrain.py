@@ -9,51 +9,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lcbench.cp.base import Scheduled
+from lcbench.cp.base import HeadGrid, Scheduled
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import (
-    Order,
-    check_choice,
-    check_count,
-    check_order,
-    grid_schedule,
-    largest_degree,
-    ranks_of,
-    refused_grid,
-)
+from lcbench.schedule.build import Order, check_choice, check_count, check_order, grid_schedule, ranks_of, refused_grid
 from lcbench.schedule.schedule import Schedule
 
 Placement = Literal["head_first", "context_first"]
 
 
 @dataclass(frozen=True)
-class LoongTrain(Scheduled):
+class LoongTrain(HeadGrid, Scheduled):
     """A grid of ``ulysses_degree`` ranks per head exchange and a double ring over the rest.
 
     Attributes:
-        ulysses_degree: U, or ``auto``: the largest that divides the GPUs of a node and splits the heads.
         window: ring positions of an inner ring, or ``auto``: those in one node; where that is 1 or all, the divisor of the ring
             nearest to its square root.
         placement: which ranks are neighbours: those of a head exchange, or those of an inner ring.
         layout: of tokens over the ring positions.
     """
 
-    ulysses_degree: int | Literal["auto"] = "auto"
     window: int | Literal["auto"] = "auto"
     placement: Placement = "head_first"
     layout: Order = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_order(self.layout)
-        for option in ("ulysses_degree", "window"):
-            if getattr(self, option) != "auto":
-                check_count(option, getattr(self, option))
+        if self.window != "auto":
+            check_count("window", self.window)
         check_choice("placement", self.placement, ("head_first", "context_first"))
-
-    def degree(self, problem: Problem) -> int:
-        """U, ranks of a head exchange."""
-        return largest_degree(problem) if self.ulysses_degree == "auto" else self.ulysses_degree
 
     def windows(self, problem: Problem) -> int:
         """W, windows of the outer ring."""

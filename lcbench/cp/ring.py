@@ -9,24 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcbench.cp.base import Scheduled
+from lcbench.cp.base import Dealt
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import Order, check_order, deal, rings, too_short
+from lcbench.schedule.build import deal, rings
 from lcbench.schedule.schedule import Schedule, head_groups, singles
 
 
 @dataclass(frozen=True)
-class Ring(Scheduled):
-    """``layout``: how tokens are dealt out; ``auto``: zigzag or contiguous, whichever is better balanced by exact area."""
-
-    layout: Order = "auto"
-
-    def __post_init__(self) -> None:
-        check_order(self.layout)
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return too_short(problem, problem.scale.world_size)
+class Ring(Dealt):
+    """Keys and values travel around, queries stay."""
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size

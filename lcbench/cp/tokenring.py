@@ -6,24 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcbench.cp.base import Scheduled
+from lcbench.cp.base import Dealt
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import Order, check_order, deal, too_short
+from lcbench.schedule.build import deal
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows, singles
 
 
 @dataclass(frozen=True)
-class TokenRing(Scheduled):
-    """``layout``: how tokens are dealt out; ``auto``: zigzag or contiguous, whichever is better balanced by exact area."""
-
-    layout: Order = "auto"
-
-    def __post_init__(self) -> None:
-        check_order(self.layout)
-
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return too_short(problem, problem.scale.world_size)
+class TokenRing(Dealt):
+    """Queries travel around, keys and values stay."""
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import TypeAdapter
 
 from lcbench.cp.base import Strategy
+from lcbench.grid import own
 from lcbench.grid.axes import AXES, GROUPS, HOMES, RESERVED, renamed
 from lcbench.grid.cell import CONTENT, CONTENT_BEFORE
 from lcbench.grid.paths import CONF
@@ -88,10 +89,14 @@ def get_object(target: str, group: str | None = None) -> Any:
     module, _, name = _allowed_target(target).rpartition(".")
     try:
         members = vars(import_module(module))
-    except Exception as error:  # the module is not there, or does not even load
-        raise ValueError(f"_target_={target} cannot be imported: {_in_words(error)}") from error
+    except (Exception, SystemExit) as error:  # the module is not there, or does not even load
+        there = own.file_of(target)
+        raise ValueError(
+            f"_target_={target} cannot be imported: {f'{own.where(error, [target])}: ' if there else ''}{own.in_words(error)}"
+        ) from error
     if name not in members:
-        raise ValueError(f"_target_={target} cannot be imported: {module} has no {name}")
+        theirs = "" if target.startswith(HOMES) else f" ({own.file_of(target)})"
+        raise ValueError(f"_target_={target} cannot be imported: {module} has no {name}{theirs}")
     found = members[name]
     if group is not None and (lacking := AXES[group].missing(found)):
         raise ValueError(f"_target_={target} {lacking}, and so no value of {group}")
@@ -100,10 +105,6 @@ def get_object(target: str, group: str | None = None) -> Any:
     if all(AXES[name].missing(found) for name in GROUPS):
         raise ValueError(f"_target_={target} is not {WANTED}")
     return found
-
-
-def _in_words(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _allowed_target(target: Any) -> str:
@@ -169,7 +170,9 @@ def build_mask(config: dict[str, Any], seqlen: int, heads: Heads, seed: int, dra
     given = {"heads": heads, "seed": (seed, draw)}
     takes = _parameters(config["_target_"])
     options = {key: value for key, value in config.items() if key != SAMPLES}
-    return cast(Mask, build(options, seqlen, **{key: value for key, value in given.items() if key in takes}))
+    with own.blamed("mask", config):
+        made = build(options, seqlen, **{key: value for key, value in given.items() if key in takes})
+    return own.checked_mask(config, made, seqlen)
 
 
 def draws(config: dict[str, Any]) -> int:
@@ -284,9 +287,10 @@ def _pin_file(group: str, checked: dict[str, Any]) -> None:
 def _try(group: str, checked: dict[str, Any]) -> None:
     """Have the owner of the options check them itself."""
     try:
-        build(checked)
+        with own.blamed(group, checked):
+            build(checked)
     except (TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{group}={checked['name']}: {_in_words(error)}") from error
+        raise ValueError(f"{group}={checked['name']}: {own.in_words(error)}") from error
 
 
 def _parsed(group: str, option: str, parameter: Parameter, value: Any) -> Any:

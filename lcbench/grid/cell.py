@@ -75,7 +75,12 @@ class Cell:
     @property
     def label(self) -> str:
         """For people: ``ring sdpa_flash causal_document(web_text) 64k 2x8``; not unique."""
-        return " ".join(self._word(axis) for axis in LABEL if axis in self.config)
+        return " ".join(self.words.values())
+
+    @property
+    def words(self) -> dict[str, str]:
+        """The words of the label by axis."""
+        return {axis: self._word(axis) for axis in LABEL if axis in self.config}
 
     def _word(self, axis: str) -> str:
         """The value of an axis, with the value of an axis that is folded into it in brackets."""

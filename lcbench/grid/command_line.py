@@ -16,6 +16,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
+from lcbench.grid import own
 from lcbench.grid.axes import AXES
 from lcbench.grid.expand import CONFIG, Plan, expand
 from lcbench.grid.paths import CONF
@@ -120,7 +121,10 @@ def loader_of(folder: str | None) -> ConfigLoaderImpl:
 
 @cache
 def _loader(folder: str | None) -> ConfigLoaderImpl:
-    search_path = create_config_search_path(str(CONF))
+    try:
+        search_path = create_config_search_path(str(CONF))
+    except Exception as error:  # Hydra imports all that lies in hydra_plugins, and so a launcher of the user's
+        raise ValueError(f"a module in hydra_plugins cannot be imported: {own.where(error, ())}: {own.in_words(error)}") from error
     if folder is not None:
         search_path.prepend("command-line", f"file://{folder}")
     loader = ConfigLoaderImpl(search_path)

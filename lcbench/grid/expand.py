@@ -28,14 +28,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lcbench.grid import build, overrides, values
+from lcbench.cp.base import Scheduled
+from lcbench.grid import build, overrides, own, values
 from lcbench.grid import site as sites
 from lcbench.grid.axes import AXES, CELL_AXES, GROUPS, RESERVED, WITH_OPTIONS, plain_axes, renamed
 from lcbench.grid.cell import Cell
 from lcbench.grid.overrides import LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
 from lcbench.grid.paths import CONF, REPOSITORY
-from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
+from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.redact import refuse_readable
@@ -96,7 +97,7 @@ class Plan:
     options: dict[str, Any]  # sweep, wait, output, force, pack, hang, retry, results, tracking_uri
     site: dict[str, Any]
     overrides: tuple[str, ...]
-    launcher: str  # local, slurm or dry
+    launcher: str  # its name in conf/hydra/launcher
 
 
 _remembered: list[Plan] = []
@@ -138,7 +139,7 @@ def _plan(parsed: list[Override], lines: tuple[str, ...], loader: ConfigLoaderIm
     base = _compose_base(fixed, loader)
     axes, swept = _axes(typed, base, loader)
     options = _run_options(base)
-    site = _site(base["site"])
+    site = _site(base["site"], launchers_of(loader))
     by_site = "scale" not in swept and base["scale"] == site.get("scale")
     configs = _product(base, [text_of(o) for o in fixed if root_of(o) in ("site", "experiment")], axes, loader)
     made = (Cell.from_config(cell_config(config, both="seqlen" in swept, by_site=by_site)) for config in configs)
@@ -304,16 +305,22 @@ def _seqlen(seqlen: Any, per_rank: Any, scale: Scale, both: bool) -> int:
 
 
 def skip_reason(cell: Cell) -> str | None:
-    """Why no run of this cell can give a result, from its kernel, its strategy and its mask; None if one can."""
+    """Why no run of this cell can give a result, from its kernel, its strategy and its mask; None if one can.
+
+    Raises:
+        ValueError: code of the user's is wrong: a mask, a schedule. Ours is proven by tests.
+    """
     config, problem = cell.config, cell.problem
     try:
         mask = _mask(json.dumps(config["mask"]), problem, config["seed"])
     except DoesNotFit as error:
         return f"mask {config['mask']['name']}: {error}"
     for group, builder in (("kernel", build.build_kernel), ("cp", build.build_strategy)):
-        reason = _object(group, json.dumps(config[group]), builder).unsupported(problem, mask)
-        if reason:
+        value = _object(group, json.dumps(config[group]), builder)
+        if reason := own.reason_not(group, config[group], value, problem, mask):
             return f"{group} {config[group]['name']}: {reason}"
+    if own.named_in(config["cp"]):
+        _prove(json.dumps(config["cp"]), json.dumps(config["mask"]), problem, config["seed"])
     return None
 
 
@@ -382,7 +389,7 @@ def _compose_base(fixed: list[Override], loader: ConfigLoaderImpl) -> dict[str, 
     except ValueError as error:
         for override in fixed:
             key = override.key_or_group.split(".")
-            if key[0] == "site" and len(key) == 2 and not override.is_add() and key[1] not in sites.SlurmSite.model_fields:
+            if key[0] == "site" and len(key) == 2 and not override.is_add() and key[1] not in sites.ClusterSite.model_fields:
                 raise ValueError(sites.unknown_key(key[1])) from error
         for group in OPTION_GROUPS:
             own = [text_of(o) for o in fixed if root_of(o) == group]
@@ -472,12 +479,12 @@ def check_name(name: Any) -> str | None:
     return text
 
 
-def _site(site: Any) -> dict[str, Any]:
+def _site(site: Any, launchers: list[str]) -> dict[str, Any]:
     try:
         resolved = OmegaConf.to_container(site, resolve=True, throw_on_missing=True) if OmegaConf.is_config(site) else site
     except OmegaConfBaseException as error:
         raise ValueError(f"site: {_one_line(error)}") from error
-    found = sites.checked({str(k): v for k, v in resolved.items()} if isinstance(resolved, dict) else resolved)
+    found = sites.checked({str(k): v for k, v in resolved.items()} if isinstance(resolved, dict) else resolved, launchers)
     refuse_readable(found)
     return found
 
@@ -490,13 +497,17 @@ def _one_line(error: BaseException) -> str:
 
 _masks: dict[tuple[str, int, Heads, int], Mask | DoesNotFit] = {}
 _objects: dict[tuple[str, str], Any] = {}
+_proven: set[tuple[str, str, Problem, int]] = set()
 
 
 def _mask(config: str, problem: Problem, seed: int) -> Mask:
     key = (config, problem.seqlen, problem.heads, seed)
     if key not in _masks:
         try:
-            _masks[key] = build.build_mask(json.loads(config), problem.seqlen, problem.heads, seed)
+            made = build.build_mask(json.loads(config), problem.seqlen, problem.heads, seed)
+            if isinstance(made, BlockMap) and own.named_in(json.loads(config)):
+                made.draw(0)  # code of the user's, which is to fail here and not in a job
+            _masks[key] = made
         except DoesNotFit as error:
             _masks[key] = error
     mask = _masks[key]
@@ -505,8 +516,19 @@ def _mask(config: str, problem: Problem, seed: int) -> Mask:
     return mask
 
 
-def _object(group: str, config: str, builder: Any) -> Kernel:
+def _object(group: str, config: str, builder: Any) -> Any:
     if (group, config) not in _objects:
         _objects[group, config] = builder(json.loads(config))
-    made: Kernel = _objects[group, config]
-    return made
+    return _objects[group, config]
+
+
+def _prove(config: str, mask: str, problem: Problem, seed: int) -> None:
+    """Prove the schedule of a strategy of the user's, once for all types that are computed in: milliseconds up to 64 ranks, some
+    ten seconds of 512.
+    """
+    key = (config, mask, replace(problem, dtype="float32", reduce_dtype="float32"), seed)
+    strategy = _object("cp", config, build.build_strategy)
+    if key not in _proven and isinstance(strategy, Scheduled):
+        said, drawn = json.loads(config), _mask(mask, problem, seed)
+        own.proven(said, strategy, own.scheduled(said, strategy, problem, drawn), problem, drawn)
+    _proven.add(key)

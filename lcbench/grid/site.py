@@ -10,10 +10,12 @@ import os
 import re
 import shlex
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
+from omegaconf import OmegaConf
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from lcbench.grid import values
@@ -250,7 +252,7 @@ class Budget(_Keys):
 class LocalSite(_Keys):
     """This machine."""
 
-    launcher: Annotated[str, _one_of("local", "slurm")]
+    launcher: str  # one that there is: ``checked`` looks
     name: Annotated[str | None, _maybe(_text)] = None
     device: Annotated[str | None, _maybe(_device)] = None
     scale: Annotated[str | None, _maybe(_scale)] = None
@@ -263,7 +265,7 @@ class LocalSite(_Keys):
     env: Annotated[dict[str, str], BeforeValidator(_environment)] = {}
 
 
-class SlurmSite(LocalSite):
+class ClusterSite(LocalSite):
     """A cluster."""
 
     partition: Annotated[str | None, _maybe(_text)] = None
@@ -282,23 +284,42 @@ class SlurmSite(LocalSite):
 # -- one site -----------------------------------------------------------------------------------------------------------
 
 
-def checked(site: Any) -> dict[str, Any]:
+@cache
+def _launchers() -> dict[str, bool]:
+    """The launchers of conf/ by name, and whether each runs packs on this machine."""
+    files = sorted((CONF / "hydra" / "launcher").glob("*.yaml"))
+    return {path.stem: bool(OmegaConf.to_container(OmegaConf.load(path)).get("here")) for path in files}  # type: ignore[union-attr]
+
+
+def runs_here(launcher: str) -> bool:
+    """Whether a launcher's packs are processes on this machine; one that is not in conf/ is of a scheduler."""
+    return _launchers().get(launcher, False)
+
+
+def checked(site: Any, launchers: Collection[str] = ()) -> dict[str, Any]:
     """A site's values, each of its type: what the file sets and nothing else.
+
+    Args:
+        launchers: names of launchers besides those of conf/: the user's own.
 
     Raises:
         ValueError: a key that there is not, or a value that is none; one line.
     """
     if not isinstance(site, dict):
         raise ValueError(f"site={_shown(site)} is no site; choose a file of conf/site, as in site=plain")
-    kind = LocalSite if site.get("launcher") == "local" else SlurmSite
+    launcher, known = site.get("launcher"), sorted({*_launchers(), *launchers})
+    if launcher is None or launcher not in known:
+        said = f"site.launcher={_shown(launcher)} is not one of" if "launcher" in site else "site.launcher is missing; write one of"
+        raise ValueError(f"{said} {', '.join(known)}{_near(str(launcher), known)}")
+    kind = LocalSite if runs_here(launcher) else ClusterSite
     try:
         return kind.model_validate(site).model_dump(exclude_unset=True)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(_complaint(kind, first)) from None
+        raise ValueError(_complaint(kind, first, launcher)) from None
 
 
-def unknown_key(key: str, keys: Iterable[str] = tuple(SlurmSite.model_fields)) -> str:
+def unknown_key(key: str, keys: Iterable[str] = tuple(ClusterSite.model_fields)) -> str:
     """What is wrong with a key that a site has not, and what to write."""
     option = key.replace("_", "-")
     known = sorted(keys)
@@ -313,19 +334,19 @@ def unknown_key(key: str, keys: Iterable[str] = tuple(SlurmSite.model_fields)) -
     return f"site has no key {key!r}; it has {', '.join(known)}{near}{more}"
 
 
-def _complaint(kind: type[LocalSite], error: Any) -> str:
+def _complaint(kind: type[LocalSite], error: Any, launcher: str) -> str:
     """One line on what pydantic found first."""
     where, value, of = list(error["loc"]), error["input"], error["type"]
     path = ".".join(["site", *map(str, where)])
     if of == "extra_forbidden" and len(where) == 1:
-        if where[0] in SlurmSite.model_fields:
-            return f"site.{where[0]} means nothing with launcher: local; it is for launcher: slurm"
+        if where[0] in ClusterSite.model_fields:
+            return f"site.{where[0]} means nothing with launcher: {launcher}; it is for those of schedulers"
         return unknown_key(str(where[0]), kind.model_fields)
     if of == "extra_forbidden":
         known = sorted((Container if where[0] == "container" else Budget).model_fields)
         return f"site.{where[0]} has no key {where[1]!r}; it has {', '.join(known)}{_near(str(where[1]), known)}"
     if of == "missing":
-        return f"{path} is missing" + ("; write local or slurm" if where == ["launcher"] else "")
+        return f"{path} is missing"
     if of == "bool_type":
         return f"{path}={_shown(value)} is neither true nor false"
     if of.startswith(("model_", "dict_")):
@@ -351,7 +372,7 @@ def check_fit(site: Mapping[str, Any], scales: Iterable[Scale], max_minutes: int
     Raises:
         ValueError: they cannot; one line.
     """
-    if site["launcher"] != "slurm":
+    if runs_here(site["launcher"]):
         return
     if max_minutes is not None and max_minutes < LEAST_MINUTES:
         raise ValueError(

@@ -5,56 +5,16 @@ A graph is built once per call of a mask and for each direction. Tensors are rag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, half_on_cuda, importable
 from lcbench.kernels.varlen import CAUSAL, Style, VarlenCall, VarlenKernel, VarlenRun
-from lcbench.problem import Heads, Problem
+from lcbench.problem import Problem
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Cudnn(VarlenKernel):
-    """cuDNN's ragged attention, from compute capability 9.0 on, half types, head dims up to 128."""
-
-    style: ClassVar[Style] = CAUSAL
-    contiguous_kv: ClassVar[bool] = True
-    libraries: ClassVar[tuple[str, ...]] = ("nvidia-cudnn-frontend",)
-
-    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        return half_on_cuda(problem, platform, "cuDNN's ragged attention", least=(9, 0), head_dim=128)
-
-    def missing(self) -> str | None:
-        return importable("cudnn") or refused_cudnn()
-
-    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
-        return _Run(call)
-
-
-def refused_cudnn() -> str | None:
-    """Why the cuDNN that torch has loaded cannot run packed sequences of any length that are aligned to the bottom right.
-
-    The limits are those that Transformer Engine states for it (its ``nvte_get_fused_attn_backend``).
-    """
-    import torch
-
-    version = torch.backends.cudnn.version()
-    if version is None:
-        return None
-    name = cudnn_name(version)
-    if version < 90700:
-        return f"cuDNN {name} aligns a causal mask to the bottom right for lengths of whole 64 only; 9.7 and later do for any"
-    if version in (91000, 91001):
-        return f"cuDNN {name} has known bugs in attention of half types; other releases since 9.7 run"
-    return None
-
-
-def cudnn_name(version: int) -> str:
-    """9.10.1 for 91001."""
-    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
 @dataclass
@@ -103,6 +63,45 @@ class _Run:
         if (direction, scale) not in self._graphs:
             self._graphs[direction, scale] = _build(direction, self.call, q, k, scale)
         return self._graphs[direction, scale]
+
+
+@dataclass(frozen=True)
+class Cudnn(VarlenKernel):
+    """cuDNN's ragged attention, from compute capability 9.0 on, half types, head dims up to 128."""
+
+    style: ClassVar[Style] = CAUSAL
+    contiguous_kv: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = ("nvidia-cudnn-frontend",)
+    run: ClassVar[Callable[[VarlenCall], VarlenRun]] = _Run
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "cuDNN's ragged attention", least=(9, 0), head_dim=128)
+
+    def missing(self) -> str | None:
+        return importable("cudnn") or refused_cudnn()
+
+
+def refused_cudnn() -> str | None:
+    """Why the cuDNN that torch has loaded cannot run packed sequences of any length that are aligned to the bottom right.
+
+    The limits are those that Transformer Engine states for it (its ``nvte_get_fused_attn_backend``).
+    """
+    import torch
+
+    version = torch.backends.cudnn.version()
+    if version is None:
+        return None
+    name = cudnn_name(version)
+    if version < 90700:
+        return f"cuDNN {name} aligns a causal mask to the bottom right for lengths of whole 64 only; 9.7 and later do for any"
+    if version in (91000, 91001):
+        return f"cuDNN {name} has known bugs in attention of half types; other releases since 9.7 run"
+    return None
+
+
+def cudnn_name(version: int) -> str:
+    """9.10.1 for 91001."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
 def _bounds(window: tuple[int, int]) -> dict[str, Any]:

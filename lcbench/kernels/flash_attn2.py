@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, half_on_cuda
 from lcbench.kernels.library import LibraryCall, unfit
-from lcbench.kernels.varlen import VarlenCall, VarlenKernel, VarlenRun
-from lcbench.problem import Heads, Problem
+from lcbench.kernels.varlen import OneCall, VarlenCall, VarlenKernel, VarlenRun
+from lcbench.problem import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -22,26 +23,7 @@ CALLS = (
 )
 
 
-@dataclass(frozen=True)
-class FlashAttn2(VarlenKernel):
-    """flash-attn 2 from compute capability 8.0 on, half types, head dims up to 256."""
-
-    libraries: ClassVar[tuple[str, ...]] = ("flash-attn",)
-
-    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        return half_on_cuda(problem, platform, "flash-attn")
-
-    def missing(self) -> str | None:
-        return unfit(*CALLS)
-
-    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
-        return _Run(call)
-
-
-@dataclass(frozen=True)
-class _Run:
-    call: VarlenCall
-
+class _Run(OneCall):
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
@@ -65,3 +47,17 @@ class _Run:
             window_size_right=call.window[1], softcap=0.0, alibi_slopes=None, deterministic=False,
         )  # fmt: skip
         return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class FlashAttn2(VarlenKernel):
+    """flash-attn 2 from compute capability 8.0 on, half types, head dims up to 256."""
+
+    libraries: ClassVar[tuple[str, ...]] = ("flash-attn",)
+    run: ClassVar[Callable[[VarlenCall], VarlenRun]] = _Run
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "flash-attn")
+
+    def missing(self) -> str | None:
+        return unfit(*CALLS)

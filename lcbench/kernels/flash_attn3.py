@@ -5,13 +5,14 @@ Of its branch main: in the folder of that name of release 2.8.3 these functions 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, half_on_cuda
 from lcbench.kernels.library import LibraryCall, unfit
-from lcbench.kernels.varlen import VarlenCall, VarlenKernel, VarlenRun
-from lcbench.problem import Heads, Problem
+from lcbench.kernels.varlen import OneCall, VarlenCall, VarlenKernel, VarlenRun
+from lcbench.problem import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -26,27 +27,7 @@ CALLS = (
 )
 
 
-@dataclass(frozen=True)
-class FlashAttn3(VarlenKernel):
-    """flash-attn 3 on Hopper, half types, head dims up to 256."""
-
-    libraries: ClassVar[tuple[str, ...]] = ("flash-attn-3",)
-
-    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        return half_on_cuda(problem, platform, "flash-attn 3", least=(9, 0), most=(9, 0))
-
-    def missing(self) -> str | None:
-        reason = unfit(*CALLS)
-        return f"{reason}; the Hopper build of flash-attention's branch main is what runs" if reason else None
-
-    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
-        return _Run(call)
-
-
-@dataclass(frozen=True)
-class _Run:
-    call: VarlenCall
-
+class _Run(OneCall):
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
         from flash_attn_interface import _flash_attn_forward
 
@@ -70,3 +51,18 @@ class _Run:
             window_size_left=call.window[0], window_size_right=call.window[1],
         )  # fmt: skip
         return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class FlashAttn3(VarlenKernel):
+    """flash-attn 3 on Hopper, half types, head dims up to 256."""
+
+    libraries: ClassVar[tuple[str, ...]] = ("flash-attn-3",)
+    run: ClassVar[Callable[[VarlenCall], VarlenRun]] = _Run
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "flash-attn 3", least=(9, 0), most=(9, 0))
+
+    def missing(self) -> str | None:
+        reason = unfit(*CALLS)
+        return f"{reason}; the Hopper build of flash-attention's branch main is what runs" if reason else None

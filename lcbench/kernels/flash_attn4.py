@@ -5,13 +5,14 @@ A window's negative bound is an offset there, and no bound is None.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, half_on_cuda
 from lcbench.kernels.library import LibraryCall, flash_attention_2_is_here, unfit
-from lcbench.kernels.varlen import VarlenCall, VarlenKernel, VarlenRun
-from lcbench.problem import Heads, Problem
+from lcbench.kernels.varlen import OneCall, VarlenCall, VarlenKernel, VarlenRun
+from lcbench.problem import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -29,33 +30,7 @@ CALLS = (
 )
 
 
-@dataclass(frozen=True)
-class FlashAttn4(VarlenKernel):
-    """flash-attn-4 from compute capability 9.0 on, half types, head dims up to 256 on Hopper and 128 elsewhere."""
-
-    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
-
-    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        return half_on_cuda(problem, platform, "flash-attn-4", least=(9, 0), head_dim=256 if platform.capability[0] == 9 else 128)
-
-    def missing(self) -> str | None:
-        return overwritten(unfit(*CALLS))
-
-    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
-        return _Run(call)
-
-
-def overwritten(reason: str | None) -> str | None:
-    """A reason with its likely cause: flash-attn 2 holds an old ``flash_attn/cute``, which it installs over flash-attn-4's."""
-    if reason and flash_attention_2_is_here():
-        return f"{reason}; flash-attn 2 is here, which installs an old flash_attn/cute: install flash-attn-4 after it"
-    return reason
-
-
-@dataclass(frozen=True)
-class _Run:
-    call: VarlenCall
-
+class _Run(OneCall):
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
         from flash_attn.cute.interface import _flash_attn_fwd
 
@@ -76,6 +51,27 @@ class _Run:
             max_seqlen_q=call.max_q, max_seqlen_k=call.max_k, **_window(call),
         )  # fmt: skip
         return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class FlashAttn4(VarlenKernel):
+    """flash-attn-4 from compute capability 9.0 on, half types, head dims up to 256 on Hopper and 128 elsewhere."""
+
+    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
+    run: ClassVar[Callable[[VarlenCall], VarlenRun]] = _Run
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "flash-attn-4", least=(9, 0), head_dim=256 if platform.capability[0] == 9 else 128)
+
+    def missing(self) -> str | None:
+        return overwritten(unfit(*CALLS))
+
+
+def overwritten(reason: str | None) -> str | None:
+    """A reason with its likely cause: flash-attn 2 holds an old ``flash_attn/cute``, which it installs over flash-attn-4's."""
+    if reason and flash_attention_2_is_here():
+        return f"{reason}; flash-attn 2 is here, which installs an old flash_attn/cute: install flash-attn-4 after it"
+    return reason
 
 
 def _window(call: VarlenCall) -> dict[str, int | None]:

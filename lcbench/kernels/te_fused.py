@@ -5,7 +5,7 @@ Called as Transformer Engine's own context parallelism calls it, below autograd,
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +14,7 @@ from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, Unsupported
 from lcbench.kernels.cudnn import refused_cudnn
 from lcbench.kernels.library import LibraryCall, signature_of, unfit
 from lcbench.kernels.varlen import CAUSAL, Style, VarlenCall, VarlenKernel, VarlenRun
-from lcbench.problem import Heads, Problem
+from lcbench.problem import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -23,57 +23,6 @@ if TYPE_CHECKING:
 LIBRARIES = ("transformer-engine", "transformer-engine-torch")
 # Releases differ in what they take; where one takes these, their defaults are wrong for packed sequences.
 FORMATS = {"o_format": "thd", "do_format": "thd", "dqkv_layout": "thd_thd_thd"}
-
-
-@dataclass(frozen=True)
-class TEFused(VarlenKernel):
-    """Transformer Engine's fused attention, from compute capability 9.0 on, half types, head dims up to 128."""
-
-    style: ClassVar[Style] = CAUSAL
-    contiguous_kv: ClassVar[bool] = True
-    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
-
-    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        return half_on_cuda(problem, platform, "Transformer Engine's fused attention", least=(9, 0), head_dim=128)
-
-    def missing(self) -> str | None:
-        return importable("transformer_engine.pytorch") or unfit(*_calls()) or refused_cudnn()
-
-    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
-        return _Run(call)
-
-
-MODULE = "transformer_engine.pytorch.cpp_extensions"
-_OPTIONS = (
-    "attn_scale", "cu_seqlens_q_padded", "cu_seqlens_kv_padded", "qkv_layout", "dropout", "attn_mask_type", "window_size"
-)  # fmt: skip
-
-
-def _calls() -> tuple[LibraryCall, ...]:
-    """The functions as this release takes them."""
-    forward, backward = (LibraryCall(MODULE, name) for name in ("fused_attn_fwd", "fused_attn_bwd"))
-    if unfit(forward, backward):
-        return forward, backward
-    return (
-        forward._replace(positional=10, keywords=(*_OPTIONS, *_formats("fused_attn_fwd"))),
-        backward._replace(positional=13 if _names_type() else 12, keywords=(*_OPTIONS, *_formats("fused_attn_bwd"))),
-    )
-
-
-def _parameters(function: str) -> Collection[str]:
-    signature = signature_of(getattr(import_module(MODULE), function))
-    return signature.parameters if signature else ()
-
-
-def _formats(function: str) -> dict[str, str]:
-    """Those of ``FORMATS`` that a function of this release takes."""
-    known = _parameters(function)
-    return {name: value for name, value in FORMATS.items() if name in known}
-
-
-def _names_type() -> bool:
-    """Whether backward wants the type of gradients: until 2.14."""
-    return "dqkv_dtype" in _parameters("fused_attn_bwd")
 
 
 class _Run:
@@ -122,6 +71,55 @@ class _Run:
             **self._backward_options,
         )  # fmt: skip
         return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class TEFused(VarlenKernel):
+    """Transformer Engine's fused attention, from compute capability 9.0 on, half types, head dims up to 128."""
+
+    style: ClassVar[Style] = CAUSAL
+    contiguous_kv: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
+    run: ClassVar[Callable[[VarlenCall], VarlenRun]] = _Run
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "Transformer Engine's fused attention", least=(9, 0), head_dim=128)
+
+    def missing(self) -> str | None:
+        return importable("transformer_engine.pytorch") or unfit(*_calls()) or refused_cudnn()
+
+
+MODULE = "transformer_engine.pytorch.cpp_extensions"
+_OPTIONS = (
+    "attn_scale", "cu_seqlens_q_padded", "cu_seqlens_kv_padded", "qkv_layout", "dropout", "attn_mask_type", "window_size"
+)  # fmt: skip
+
+
+def _calls() -> tuple[LibraryCall, ...]:
+    """The functions as this release takes them."""
+    forward, backward = (LibraryCall(MODULE, name) for name in ("fused_attn_fwd", "fused_attn_bwd"))
+    if unfit(forward, backward):
+        return forward, backward
+    return (
+        forward._replace(positional=10, keywords=(*_OPTIONS, *_formats("fused_attn_fwd"))),
+        backward._replace(positional=13 if _names_type() else 12, keywords=(*_OPTIONS, *_formats("fused_attn_bwd"))),
+    )
+
+
+def _parameters(function: str) -> Collection[str]:
+    signature = signature_of(getattr(import_module(MODULE), function))
+    return signature.parameters if signature else ()
+
+
+def _formats(function: str) -> dict[str, str]:
+    """Those of ``FORMATS`` that a function of this release takes."""
+    known = _parameters(function)
+    return {name: value for name, value in FORMATS.items() if name in known}
+
+
+def _names_type() -> bool:
+    """Whether backward wants the type of gradients: until 2.14."""
+    return "dqkv_dtype" in _parameters("fused_attn_bwd")
 
 
 def _packed(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -8,7 +8,6 @@ its queries and keys are reversed, and runs that way.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
@@ -66,6 +65,13 @@ class VarlenCall:
         return self.window == (-1, 0)
 
 
+@dataclass(frozen=True)
+class OneCall:
+    """What a library's functions are made ready for, where nothing else is to be kept."""
+
+    call: VarlenCall
+
+
 class VarlenRun(Protocol):
     """A library's varlen functions made ready for one call. Here LSE is (Hq, Tq); in rows without keys it is infinite."""
 
@@ -83,18 +89,19 @@ class VarlenKernel(Kernel):
 
     Attributes:
         style: which sequences and windows the library takes.
+        run: makes the library's functions ready for one call.
     """
 
     style: ClassVar[Style] = WINDOWED
+    run: ClassVar[Callable[[VarlenCall], VarlenRun]]
 
-    @abstractmethod
     def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
-        """The library's functions for one call.
+        """The library's functions for one call, of heads and types that it may ask for.
 
         Raises:
             Unsupported: the library cannot run this call.
         """
-        ...
+        return type(self).run(call)
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return count_varlen(mask, self.style)

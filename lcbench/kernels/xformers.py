@@ -5,6 +5,7 @@ It has no key/value groups in backward, so these heads are repeated and their gr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, half_on_cuda, importable, per_kv_head, per_query_head
 from lcbench.kernels.library import LibraryCall, flash_attention_2_is_here, release_of, unfit
 from lcbench.kernels.varlen import CAUSAL, Style, VarlenCall, VarlenKernel, VarlenRun
-from lcbench.problem import Heads, Problem
+from lcbench.problem import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -25,42 +26,6 @@ CALLS = (
     LibraryCall("xformers.ops.fmha", "memory_efficient_attention_backward", 6, ("attn_bias", "scale", "op")),
     LibraryCall("xformers.ops.fmha.attn_bias", "BlockDiagonalMask.from_seqlens", 2, ("device",)),
 )
-
-
-@dataclass(frozen=True)
-class XFormers(VarlenKernel):
-    """xformers' flash operator, compute capability 8.0 to 9.0, half types, head dims up to 256."""
-
-    style: ClassVar[Style] = CAUSAL
-    libraries: ClassVar[tuple[str, ...]] = ("xformers",)
-
-    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        return half_on_cuda(problem, platform, "xformers' flash operator", most=(9, 0))
-
-    def missing(self) -> str | None:
-        if find_spec("xformers") and find_spec("flash_attn") and not flash_attention_2_is_here():
-            return "xformers takes flash_attn for flash-attn 2, of which flash-attn-4 has the name: it runs beside both or neither"
-        found = importable("xformers") or _too_new() or importable("xformers.ops.fmha.flash")
-        return found or unfit(*CALLS) or _not_for_this_torch()
-
-    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
-        return _Run(call)
-
-
-def _too_new() -> str | None:
-    release = release_of("xformers")
-    if release < UNTRIED:
-        return None
-    return f"xformers {'.'.join(map(str, release))} has other operators than 0.0.35, with which this adapter was tried"
-
-
-def _not_for_this_torch() -> str | None:
-    """Its operators refuse every input on CUDA, also those that are torch's, where its compiled part was not loaded."""
-    library = import_module("xformers._cpp_lib")
-    if library._built_with_cuda:
-        return None
-    why = str(library._cpp_library_load_exception or "it has no CUDA part").strip().splitlines()[0]
-    return f"xformers' compiled part is not for this torch and CUDA: {why}"
 
 
 class _Run:
@@ -85,6 +50,40 @@ class _Run:
             dout[None], out[None], lse[None], q[None], keys, values, attn_bias=self._bias, scale=scale, op=flash.BwOp
         )
         return dq[0], per_kv_head(dk[0], k.shape[1], 1), per_kv_head(dv[0], k.shape[1], 1)
+
+
+@dataclass(frozen=True)
+class XFormers(VarlenKernel):
+    """xformers' flash operator, compute capability 8.0 to 9.0, half types, head dims up to 256."""
+
+    style: ClassVar[Style] = CAUSAL
+    libraries: ClassVar[tuple[str, ...]] = ("xformers",)
+    run: ClassVar[Callable[[VarlenCall], VarlenRun]] = _Run
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return half_on_cuda(problem, platform, "xformers' flash operator", most=(9, 0))
+
+    def missing(self) -> str | None:
+        if find_spec("xformers") and find_spec("flash_attn") and not flash_attention_2_is_here():
+            return "xformers takes flash_attn for flash-attn 2, of which flash-attn-4 has the name: it runs beside both or neither"
+        found = importable("xformers") or _too_new() or importable("xformers.ops.fmha.flash")
+        return found or unfit(*CALLS) or _not_for_this_torch()
+
+
+def _too_new() -> str | None:
+    release = release_of("xformers")
+    if release < UNTRIED:
+        return None
+    return f"xformers {'.'.join(map(str, release))} has other operators than 0.0.35, with which this adapter was tried"
+
+
+def _not_for_this_torch() -> str | None:
+    """Its operators refuse every input on CUDA, also those that are torch's, where its compiled part was not loaded."""
+    library = import_module("xformers._cpp_lib")
+    if library._built_with_cuda:
+        return None
+    why = str(library._cpp_library_load_exception or "it has no CUDA part").strip().splitlines()[0]
+    return f"xformers' compiled part is not for this torch and CUDA: {why}"
 
 
 def _bias(call: VarlenCall) -> Any:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 PIXELS = 512
 GAMMA = 0.4
+LETTERS = 24  # across a picture of characters, which are twice as high as wide
+EMPTY_HALF = 0.25  # from here on a pixel above or below an empty one is drawn as half a block
+# Shades, and half a block each for the upper and the lower pixel.
+BLOCKS, ASCII = (("░", "▒", "▓", "█"), ("▀", "▄")), ((".", ":", "+", "#"), ("^", "_"))
 
 
 def shades(mask: Mask, pixels: int = PIXELS) -> NDArray[np.float64]:
@@ -30,6 +34,27 @@ def shades(mask: Mask, pixels: int = PIXELS) -> NDArray[np.float64]:
         row, column, area = block_areas(part, q_edges, k_edges)
         image[row, column] += area
     return image / (np.outer(np.diff(q_edges), np.diff(k_edges)) * len(parts))
+
+
+def drawn(mask: Mask, letters: int = LETTERS, *, ascii_only: bool = False) -> list[str]:
+    """A mask in lines of ``letters`` characters, half as many of them, queries down, keys across; fewer for a mask of fewer tokens.
+
+    A character is two pixels, one above the other: half a block where one of them is empty, else a shade of how many pairs count.
+    It is blank only where none does.
+    """
+    ramp, (upper, lower) = ASCII if ascii_only else BLOCKS
+    pixels = shades(mask, letters)
+    if len(pixels) % 2:
+        pixels = np.vstack([pixels, np.zeros_like(pixels[:1])])
+
+    def letter(above: float, below: float) -> str:
+        if above == below == 0:
+            return " "
+        if not (above and below) and max(above, below) >= EMPTY_HALF:
+            return upper if above else lower
+        return ramp[min(len(ramp) - 1, int((above + below) / 2 * len(ramp)))]
+
+    return ["".join(map(letter, *pair)) for pair in zip(pixels[::2].tolist(), pixels[1::2].tolist(), strict=True)]
 
 
 def draw(mask: Mask, title: str, axes: Axes) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import geometric_mean, median
 
-from lcbench.grid.axes import CHOICE, PROBLEM, renamed
+from lcbench.grid.axes import CHOICE, LABEL, PROBLEM, renamed
 from lcbench.grid.cell import Cell
 from lcbench.report.environment import Environment, environment_of
 from lcbench.report.frame import PHASES
@@ -44,9 +44,28 @@ class Compared:
 
 
 @dataclass(frozen=True)
+class Share:
+    """The cells of one value of an axis, or all of them. ``ratio``: geometric mean of time in B over time in A."""
+
+    axis: str
+    value: str
+    cells: int
+    ratio: float
+    faster: int
+    slower: int
+
+    @classmethod
+    def of(cls, axis: str, value: str, cells: Sequence[Compared]) -> Share:
+        verdicts = [c.verdict for c in cells]
+        ratio = geometric_mean([c.ratio.value for c in cells])
+        return cls(axis, value, len(cells), ratio, verdicts.count("faster"), verdicts.count("slower"))
+
+
+@dataclass(frozen=True)
 class Comparison:
     """``run_to_run``: standard deviation of the logarithm by which the sweeps differ from cell to cell beyond what blocks explain,
-    which the intervals hold; None where there are too few cells to tell.
+    which the intervals hold; None where there are too few cells to tell. ``same``: what of the environments was compared and is the
+    same.
     """
 
     phase: str
@@ -55,6 +74,18 @@ class Comparison:
     only_b: dict[str, str]
     environment: dict[str, tuple[str, str]]
     run_to_run: float | None
+    same: tuple[str, ...] = ()
+
+    def by_axis(self) -> list[Share]:
+        """Of each axis of a label that has several values here: each value, in the order of the plan."""
+        found = []
+        for axis in LABEL:
+            groups: dict[str, list[Compared]] = {}
+            for c in self.cells:
+                groups.setdefault(c.cell.words.get(axis, ""), []).append(c)
+            if len(groups) > 1:
+                found += [Share.of(axis, value, cells) for value, cells in groups.items()]
+        return found
 
     def by(self, verdict: str) -> list[Compared]:
         """Those with a verdict, the largest difference first."""
@@ -123,7 +154,9 @@ def compare(a: Side, b: Side, phase: str = "total") -> Comparison:
     found, run_to_run = ratios([before for *_, before, _ in pairs], [after for *_, after in pairs])
     adjusted = holm([ratio.p for ratio in found])
     cells = [Compared(*pair[:3], ratio, p) for pair, ratio, p in zip(pairs, found, adjusted, strict=True)]
-    return Comparison(phase, cells, _only(a, b), _only(b, a), _differences(a.environment, b.environment), run_to_run)
+    differences = _differences(a.environment, b.environment)
+    same = tuple(name for name in dict.fromkeys([*a.environment, *b.environment]) if name not in differences)
+    return Comparison(phase, cells, _only(a, b), _only(b, a), differences, run_to_run, same)
 
 
 def _only(mine: Side, other: Side) -> dict[str, str]:

@@ -19,9 +19,14 @@ REFUSED = 3  # by the file system, or by a scheduler
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command. What the file system refuses, and a store that cannot be read, is one line that names the file."""
+    """Run a command. What the file system refuses, and a store that cannot be read, is one line that names the file; Ctrl-C is one
+    too.
+    """
     try:
         code = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = INTERRUPTED
     except BrokenPipeError:  # as after ``| head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -57,3 +62,18 @@ def bad_input() -> Iterator[None]:
     except ValueError as error:
         say_error(error)
         sys.exit(BAD_INPUT)
+
+
+@contextmanager
+def left_with(words: Callable[[], str]) -> Iterator[None]:
+    """Around what follows or waits: Ctrl-C is the way to leave it. What goes on, and how to come back, is said on stderr, and the
+    command ends with exit code 130.
+
+    Args:
+        words: asked only then.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\n{words()}", file=sys.stderr)
+        sys.exit(INTERRUPTED)

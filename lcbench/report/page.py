@@ -1,14 +1,15 @@
-"""The report of a sweep: an HTML page that needs nothing else, figures as PNG and PDF, tables as Markdown, CSV and LaTeX."""
+"""The report of a sweep: an HTML page that needs nothing else, tables as Markdown, CSV and LaTeX, figures as files if asked for.
+
+The page is a template, a style sheet and scripts (``assets/``), d3 and Observable Plot (``vendor/``), and one JSON block of cells
+(``page_data``). What answers the first question is written here, so that it stands without scripts too; they draw the rest, and
+this again under a filter.
+"""
 
 from __future__ import annotations
 
-import base64
-import io
-import itertools
 import re
 import shlex
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,28 +17,33 @@ from typing import TYPE_CHECKING, Any
 
 from lcbench.grid.cell import format_tokens
 from lcbench.redact import redacted
-from lcbench.report import published
+from lcbench.report import amounts, page_data, published
+from lcbench.report.causes import causes, suspects
 from lcbench.report.environment import environment_of, links_of
-from lcbench.report.figures import Drawn, all_figures
-from lcbench.report.frame import good_rows, reported
+from lcbench.report.figures import all_figures
+from lcbench.report.frame import good_rows, rate_column, reported
+from lcbench.report.palette import Style, styles
+from lcbench.report.regret import NEARLY_ALL, Regret, problem_labels, regrets, verdict
 from lcbench.report.table import why_not
-from lcbench.report.tables import Table, rate_tables, rows_table
-from lcbench.report.winners import winners
-from lcbench.runs.store import Sweep
+from lcbench.report.tables import rate_tables, rows_table
+from lcbench.report.winners import CLOSE, UNMEASURED, Winner, winners
+from lcbench.runs.store import Attempt, Sweep
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SECTIONS = (
-    ("winners", "Fastest"), ("figures", "Figures"), ("tables", "Tables"), ("failures", "What did not run"), ("cells", "Cells"),
+    ("fastest", "Fastest"), ("figures", "Figures"), ("failures", "What did not run"), ("cells", "Cells"),
     ("environment", "Where it ran"),
 )  # fmt: skip
 PAGE = "report.html"
-DPI = 150
-EXAMPLES = 3
-MOST_FIGURES = 40
+HERE = Path(__file__).parent
+LIBRARIES = ("d3.min.js", "plot.umd.min.js")
+SCRIPTS = ("basics.js", "view.js", "tables.js", "plots.js")  # of every page
+REPORT = ("answers.js", "detail.js", "cells.js", "figures-lines.js", "figures-cells.js", "figures.js", "report.js")
 # Of one sweep these should be one; a page says so where they are not.
 ONE = ("lcbench", "device", "torch", "driver", "nccl", "cuda")
+VERSIONS = ("torch", "nccl", "driver", "cuda")
 
 
 @dataclass(frozen=True)
@@ -46,82 +52,226 @@ class Report:
 
     page: Path
     files: list[Path]
-    figures: int
+    cells: int
     tables: int
+    figures: int
 
 
-def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]]) -> Report:
+def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]], *, figures: bool = False) -> Report:
     """Write the report of a sweep into a folder.
 
     Args:
         devices: the ``conf/device`` entries, for rooflines.
+        figures: also as PNG and PDF, which takes longer than all the rest.
     """
     seen = sweep.look()
     frame = reported(sweep, seen)
     good = good_rows(frame)
     attempts = [record.last for record in seen.records.values() if record.last is not None and record.last.status == "ok"]
-    fastest = winners(good)
-    best = rows_table("winners", "Fastest choice of every problem", [w.row() for w in fastest])
-    tables = [*rate_tables(frame)] if len(good) else []
-    failures = rows_table("failures", "What did not run, and why", _failures(frame))
-    cells = rows_table("cells", "All cells", _cells(frame))
-    files = [path for table in (best, *tables, failures, cells) if len(table.rows) for path in table.write(folder / "tables")]
-    drawn = []
-    for figure in itertools.islice(all_figures(good, devices, links_of(attempts)), MOST_FIGURES):
-        files += _save(figure, folder / "figures")
-        drawn.append({"title": figure.title, "caption": figure.caption, "svg": _svg(figure)})
-    environment = environment_of(attempts)
-    manifest = sweep.manifest()
-    text = _template().render(
-        name=sweep.name,
-        span=_span(frame, manifest["created_at"]),
-        counts=Counter(frame["status"]).most_common() if len(frame) else [],
-        warnings=_warnings(environment),
-        sections=SECTIONS,
-        seeds=len(frame) and frame["seed"].nunique() > 1,
-        winners=_html(best),
-        known=all(w.known for w in fastest),
-        figures=drawn,
-        tables=[_html(t) for t in tables],
-        failures=_html(failures),
-        cells=_html(cells),
-        environment=_html(
-            rows_table("environment", "Where it ran", [{"what": k, "value": ", ".join(sorted(v))} for k, v in environment.items()])
-        ),
-        commands=[redacted(shlex.join(command)) for command in manifest["commands"]],
-        published=published.LABEL if any(published.LABEL in d["caption"] for d in drawn) else None,
-        most=MOST_FIGURES if len(drawn) == MOST_FIGURES else None,
-    )
+    fastest, choices = winners(good), regrets(good)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = _write_tables(frame, good, fastest, choices, folder / "tables")
+    links = links_of(attempts)
+    drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
+    data = _block(sweep, frame, good, devices, links) | {"details": page_data.details_of(seen.records)}
     page = folder / PAGE
-    page.write_text(text, encoding="utf-8")
-    return Report(page, [page, *files], len(drawn), len(tables))
+    page.write_text(
+        render(
+            "report.html",
+            REPORT,
+            data,
+            title=sweep.name,
+            sections=SECTIONS,
+            **_first_screen(frame, attempts, fastest, choices),
+            **_rest(sweep, frame, attempts),
+        ),
+        encoding="utf-8",
+    )
+    return Report(page, [page, *files, *drawn], len(frame), len(files) // 3, len(drawn) // 2)
 
 
-def _template() -> Any:
+def render(template: str, scripts: Sequence[str], data: dict[str, Any], **context: Any) -> str:
+    """A page of ``assets/`` that needs no other file.
+
+    Args:
+        scripts: files of ``assets/``, after those of every page.
+        data: what the scripts find as ``BLOCK``.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    environment.filters["is_number"] = lambda value: bool(re.fullmatch(r"[-\d.][\d.e+-]*%?", str(value)))
-    return environment.get_template("page.html")
+    environment = Environment(
+        loader=FileSystemLoader(HERE / "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    libraries = [(HERE / "vendor" / name).read_text(encoding="utf-8") for name in LIBRARIES]
+    ours = [(HERE / "assets" / name).read_text(encoding="utf-8") for name in (*SCRIPTS, *scripts)]
+    css = (HERE / "assets" / "page.css").read_text(encoding="utf-8")
+    return environment.get_template(template).render(
+        css=css, data=page_data.script_json(data), scripts=[*libraries, *ours], **context
+    )
 
 
-def _html(table: Table) -> dict[str, Any]:
-    flat = table.flat()
-    return {"title": table.title, "columns": list(flat.columns), "rows": [list(map(str, row)) for row in flat.to_numpy()]}
+def drawn_style(style: Style) -> dict[str, Any]:
+    """A style for a page: black is the text's color, which is white on black."""
+    color = "currentColor" if style.color == "#000000" else style.color
+    return {"color": color, "symbol": style.marker, "dash": style.strokes or None}
 
 
-def _save(drawn: Drawn, folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{drawn.name}.{form}" for form in ("png", "pdf")]
-    for path in paths:
-        drawn.figure.savefig(path, dpi=DPI)
-    return paths
+def _write_tables(
+    frame: pd.DataFrame, good: pd.DataFrame, fastest: list[Winner], choices: list[Regret], folder: Path
+) -> list[Path]:
+    tables = [
+        rows_table("winners", "Fastest choice of every problem", [w.row() for w in fastest]),
+        rows_table("regret", "If it has to be one choice for everything", [_regret_row(r) for r in choices]),
+        *(rate_tables(frame) if len(good) else ()),
+        rows_table("failures", "What did not run, and why", _failures(frame)),
+        rows_table("cells", "All cells", _cells(frame)),
+    ]
+    return [path for table in tables if len(table.rows) for path in table.write(folder)]
 
 
-def _svg(drawn: Drawn) -> str:
-    made = io.BytesIO()
-    drawn.figure.savefig(made, format="svg", metadata={"Date": None})
-    return base64.b64encode(made.getvalue()).decode()
+def _regret_row(r: Regret) -> dict[str, str]:
+    return {
+        "choice": r.choice, "mean vs best": amounts.times(r.mean), "worst": amounts.times(r.worst), "where": r.where,
+        "fastest in": f"{r.fastest} of {r.compared}", "ran in": f"{r.ran} of {r.problems}",
+    }  # fmt: skip
+
+
+def _block(
+    sweep: Sweep, frame: pd.DataFrame, good: pd.DataFrame, devices: Sequence[dict[str, Any]], links: dict[str, float]
+) -> dict[str, Any]:
+    cells = page_data.cells_of(frame)
+    cells["place"] = list(problem_labels(frame)) if len(frame) else []
+    phases = [p for p in ("total", "forward", "backward") if rate_column(p) in good and good[rate_column(p)].notna().any()]
+    return {
+        "name": sweep.name, "cells": page_data.packed(cells, page_data.REPEATED), "repeated": sorted(page_data.REPEATED),
+        "part": page_data.PART, "nearlyAll": NEARLY_ALL, "close": CLOSE, "unmeasured": UNMEASURED,
+        "styles": _styles(frame), "phases": phases, "settings": bool(len(frame) and frame["where"].nunique() > 1),
+        "matrixBy": _matrix_by(good), "known": bool(len(good)) and all(t.known for t in good["timed/total"]),
+        "published": {"label": published.LABEL, "share": published.TOKENS_PER_GPU, "rows": page_data.published_for(good)},
+        "devices": page_data.devices_of(frame, devices), "links": {k: page_data.short(v) for k, v in links.items()},
+        "commands": page_data.commands_of(sweep),
+    }  # fmt: skip
+
+
+def _styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    return {choice: drawn_style(style) for choice, style in styles(frame).items()}
+
+
+def _matrix_by(good: pd.DataFrame) -> str:
+    """What the columns of the matrix are: lengths, or tokens per GPU (``share``) where these are fewer, as in weak scaling."""
+    return "share" if len(good) and good["tokens_per_rank"].nunique() < good["seqlen"].nunique() else "seqlen"
+
+
+def _first_screen(frame: pd.DataFrame, attempts: list[Attempt], fastest: list[Winner], choices: list[Regret]) -> dict[str, Any]:
+    drawn = _styles(frame)
+    widest = max((r.mean for r in choices), default=1.0) - 1.0
+    counts = frame["status"].value_counts().to_dict() if len(frame) else {}
+    return {
+        "about": _about(frame, environment_of(attempts)),
+        "counts": {status: counts.get(status, 0) for status in ("ok", "failed", "skipped")}
+        | {"missing": sum(n for status, n in counts.items() if status not in ("ok", "failed", "skipped"))},
+        "verdict": _bold(verdict(choices), choices) or _alone(fastest),
+        "regrets": [
+            {
+                "choice": r.choice, "mean": amounts.times(r.mean), "worst": amounts.times(r.worst), "where": r.where, "ran": r.ran,
+                "worst_cell": r.worst_cell, "fastest": r.fastest, "compared": r.compared, "problems": r.problems,
+                "bar": round(max(2.0, 100 * (r.mean - 1) / widest)) if widest > 0 else 2, "color": drawn[r.choice]["color"],
+            }
+            for r in choices
+        ],
+        "matrix": _matrix(good_rows(frame), fastest, drawn),
+        "known": all(w.known for w in fastest if w.margin is not None),
+        "seeds": bool(len(frame)) and frame["seed"].nunique() > 1,
+    }  # fmt: skip
+
+
+def _bold(text: str | None, choices: list[Regret]) -> list[tuple[bool, str]]:
+    """The verdict in parts, and whether each is bold: what to use, and what is fastest most often."""
+    if text is None:
+        return []
+    names = "|".join(re.escape(r.choice) for r in choices)
+    parts = re.split(rf"(^Use (?:{names})\.|(?<= )(?:{names})(?= is fastest))", text)
+    return [(place % 2 == 1, part) for place, part in enumerate(parts) if part]
+
+
+def _alone(fastest: list[Winner]) -> list[tuple[bool, str]]:
+    """The answer where there are too few problems for a verdict: that of the first problem with several choices."""
+    found = next((w for w in fastest if w.margin is not None), None)
+    if found is None or found.margin is None:
+        return []
+    where = f"{found.mask} {format_tokens(found.seqlen)} {found.scale}"
+    rest = "" if len(fastest) == 1 else f", one of {len(fastest)} problems"
+    unsure = f" The order of the two is not known: {found.why}." if found.verdict == "close" else ""
+    said = f" is fastest for {where}{rest}: {amounts.duration(found.seconds)}. Next: {found.next_choice}, {found.slower}.{unsure}"
+    return [(True, found.choice), (False, said)]
+
+
+def _matrix(good: pd.DataFrame, fastest: list[Winner], drawn: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Rows mask x scale (x setting), columns of ``_matrix_by``."""
+    by = _matrix_by(good)
+    ranks = dict(zip(good["scale"], good["world_size"], strict=True)) if len(good) else {}
+    column_of = {id(w): w.seqlen // int(ranks[w.scale]) if by == "share" else w.seqlen for w in fastest}
+    columns = sorted(set(column_of.values()))
+    rows: dict[tuple[str, str, str], dict[int, Winner]] = {}
+    for w in fastest:
+        rows.setdefault((w.mask, w.scale, w.setting), {})[column_of[id(w)]] = w
+    masks = list(dict.fromkeys(w.mask for w in fastest))
+    ordered = sorted(rows, key=lambda key: (masks.index(key[0]), ranks[key[1]]))
+    return {
+        "columns": [f"{format_tokens(c)} per GPU" if by == "share" else format_tokens(c) for c in columns],
+        "settings": len({setting for *_, setting in rows}) > 1,
+        "rows": [
+            {
+                "mask": mask, "mask_at": masks.index(mask), "scale": scale, "setting": setting,
+                "winners": [_shown(w, drawn) if (w := rows[mask, scale, setting].get(c)) else None for c in columns],
+            }
+            for mask, scale, setting in ordered
+        ],
+    }  # fmt: skip
+
+
+def _shown(w: Winner, drawn: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    next_is = f"; next: {w.next_choice}, {w.slower}" if w.margin is not None else ""
+    return {
+        "choice": w.choice, "cell": w.cell, "close": w.verdict == "close", "rate": amounts.digits(w.tflops_per_gpu),
+        "margin": amounts.more(w.margin.value) if w.margin is not None else "", "color": drawn[w.choice]["color"],
+        "title": f"{amounts.duration(w.seconds)}{next_is}; {w.verdict}{f': {w.why}' if w.why else ''}",
+    }  # fmt: skip
+
+
+def _rest(sweep: Sweep, frame: pd.DataFrame, attempts: list[Attempt]) -> dict[str, Any]:
+    environment, manifest = environment_of(attempts), sweep.manifest()
+    labels = dict(zip(frame["cell"], frame["label"], strict=True)) if len(frame) else {}
+    return {
+        "span": _span(frame, manifest["created_at"]),
+        "warnings": _warnings(environment),
+        "causes": [
+            {
+                "count": len(c.cells), "status": c.status, "kind": c.kind, "cause": c.cause, "help": c.help, "command": c.command,
+                "cells": [(cell, labels[cell]) for cell in c.cells],
+            }
+            for c in causes(frame, sweep)
+        ],
+        "nodes": suspects(frame, sweep),
+        "environment": [(name, ", ".join(sorted(values))) for name, values in environment.items()],
+        "commands": [redacted(shlex.join(command)) for command in manifest["commands"]],
+        "published": published.LABEL if page_data.published_for(good_rows(frame)) else None,
+    }  # fmt: skip
+
+
+def _about(frame: pd.DataFrame, environment: dict[str, set[str]]) -> list[str]:
+    """What all cells share, for the first line: how many, on what, and what is the same in all."""
+    if not len(frame):
+        return ["0 cells"]
+    ranks, devices = sorted(set(frame["world_size"])), sorted(environment.get("device", ()))
+    on = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+    first = [f"{len(frame)} cells on {on} x {' or '.join(devices) or 'devices of which nothing is known yet'}"]
+    for column, shown in (("what_kernel", "{}"), ("what_mask", "{}"), ("dtype", "{}"), ("heads", "heads {}")):
+        values = set(frame[column])
+        first += [shown.format(*values)] if len(values) == 1 else []
+    versions = [f"{name} {' or '.join(sorted(environment[name]))}" for name in VERSIONS if environment.get(name)]
+    commit = [f"lcbench {' or '.join(sorted(environment['lcbench']))}"] if environment.get("lcbench") else []
+    return [", ".join(first), *([", ".join(versions)] if versions else []), *commit]
 
 
 def _span(frame: pd.DataFrame, created_at: float) -> str:
@@ -139,33 +289,30 @@ def _warnings(environment: dict[str, set[str]]) -> list[str]:
 
 
 def _failures(frame: pd.DataFrame) -> list[dict[str, str]]:
-    """Cells without a good result by reason, the most frequent first."""
-    if not len(frame):
-        return []
-    bad = frame[frame["status"] != "ok"].fillna({"failure": "", "cause": ""})
-    rows = []
-    for (status, failure, cause), cells in bad.groupby(["status", "failure", "cause"], sort=False):
-        examples = ", ".join(f"{row['label']} ({row['cell']})" for row in cells.head(EXAMPLES).to_dict("records"))
-        more = f" and {len(cells) - EXAMPLES} more" if len(cells) > EXAMPLES else ""
-        rows.append({"cells": str(len(cells)), "status": status, "class": failure, "first cause": cause, "which": examples + more})
-    return sorted(rows, key=lambda r: -int(r["cells"]))
+    """Cells without a good result by cause, the most frequent first."""
+    return [
+        {
+            "cells": str(len(c.cells)), "status": c.status, "class": c.kind, "first cause": c.cause, "what helps": c.help,
+            "command": c.command, "which": ", ".join(c.cells),
+        }
+        for c in causes(frame)
+    ]  # fmt: skip
 
 
 def _cells(frame: pd.DataFrame) -> list[dict[str, str]]:
     """Every cell for the long table; empty where there is no number."""
-
-    def shown(row: Any, column: str, factor: float = 1.0, form: str = ".4g") -> str:
-        value = row.get(column)
-        return "" if value is None or value != value else f"{value * factor:{form}}"
-
+    shown = [
+        ("forward", "time/forward/median_s", amounts.duration), ("backward", "time/backward/median_s", amounts.duration),
+        ("total", "time/total/median_s", amounts.duration), ("noise", "time/noise", amounts.percent),
+        ("TFLOP/s per GPU", "compute/tflops_per_gpu", amounts.digits), ("by mean over ranks", "total_by_mean", amounts.digits),
+        ("MFU", "compute/mfu", amounts.percent), ("peak memory", "memory/peak_bytes", amounts.size),
+        ("sent", "comm/bytes", amounts.size),
+    ]  # fmt: skip
     return [
         {
             "cell": row["cell"], "status": row["status"], "choice": row["choice"], "mask": row["what_mask"],
             "length": format_tokens(int(row["seqlen"])), "scale": row["scale"], "setting": row["where"],
-            "fwd ms": shown(row, "time/forward/median_s", 1e3), "bwd ms": shown(row, "time/backward/median_s", 1e3),
-            "noise %": shown(row, "time/noise", 100, ".1f"), "TFLOP/s per GPU": shown(row, "compute/tflops_per_gpu"),
-            "by mean over ranks": shown(row, "total_by_mean"), "MFU %": shown(row, "compute/mfu", 100, ".1f"),
-            "peak MiB": shown(row, "memory/peak_bytes", 2**-20, ".1f"), "sent MiB": shown(row, "comm/bytes", 2**-20, ".3g"),
+            **{name: form(row.get(column)) for name, column, form in shown},
             "attempt": str(row["attempt"]), "why not": why_not(row),
         }
         for row in frame.to_dict("records")

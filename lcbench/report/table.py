@@ -1,23 +1,28 @@
-"""The cells of a sweep, and where they stand, as tables: read from the store, never from MLflow."""
+"""The cells of a sweep as rows for scripts and as a table for people: read from the store, never from MLflow."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.text import Text
 
+from lcbench.grid.axes import PROBLEM
 from lcbench.grid.cell import Cell, flat_config
+from lcbench.report.amounts import BYTES, TFLOPS, Unit, digits, more, percent, times, unit_for
+from lcbench.report.fitted import Column, Fitted
 from lcbench.report.inert import plain
-from lcbench.runs.jobs import PackState, SweepStatus
 from lcbench.runs.store import Look, Record, Sweep
 
-WIDTH = 200  # of a table that goes to a file or a pipe
 COLORS = {"ok": "green", "failed": "red", "lost": "red", "skipped": "yellow", "missing": "dim"}
 CHECKED = ("out", "dq", "dk", "dv")
-# Larger sweeps show what needs looking at.
-MANY = 200
+NOISY = 0.05  # a share of the time: from here on its noise stands beside a time at any width
+WHAT = 40  # columns of what a cell is, if that leaves out no more than what matters less
+FEW = 5  # lines of a summary
 
 
 def to_rows(seen: Look, ids: Iterable[str] | None = None) -> list[dict[str, Any]]:
@@ -30,18 +35,55 @@ def to_rows(seen: Look, ids: Iterable[str] | None = None) -> list[dict[str, Any]
 
 def labels(cells: Iterable[Cell]) -> dict[str, str]:
     """What to call cells among each other: those that share a label are told apart by what differs between them."""
+    several = list(cells)
+    told = _told_apart(several)
+    return {cell.id: " ".join(filter(None, [cell.label, told[cell.id]])) for cell in several}
+
+
+def _told_apart(cells: Iterable[Cell]) -> dict[str, str]:
+    """By id what differs between cells of the same label; empty for a label that only one has."""
     alike: dict[str, list[Cell]] = {}
     for cell in cells:
         alike.setdefault(cell.label, []).append(cell)
     found = {}
-    for label, members in alike.items():
+    for members in alike.values():
         flat = [flat_config(cell) for cell in members] if len(members) > 1 else [{}]
         differing = [k for k in flat[0] if any(f.get(k) != flat[0][k] for f in flat)]
         # What heads consist of says nothing that they do not.
         differing = [k for k in differing if not (k.startswith(("num_heads", "head_dim")) and "heads" in differing)]
         for cell, values in zip(members, flat, strict=True):
-            found[cell.id] = " ".join([label, *(f"{k}={values.get(k)}" for k in differing)])
+            found[cell.id] = " ".join(f"{k}={values.get(k)}" for k in differing)
     return found
+
+
+@dataclass(frozen=True)
+class Names:
+    """What to call cells in one table. ``what``: by id, without what all of them share; ``same``: that, for the title."""
+
+    what: dict[str, str]
+    same: str
+
+    @classmethod
+    def of(cls, cells: Iterable[Cell]) -> Names:
+        several = list(cells)
+        words = [cell.words for cell in several]
+        shared = {a: w for a, w in words[0].items() if all(other.get(a) == w for other in words)} if words else {}
+        if len(several) < 2 or len(shared) == len(words[0]):  # a label in a row says more than an empty one
+            return cls(labels(several), _heads(several))
+        told = _told_apart(several)
+        what = {
+            cell.id: " ".join(filter(None, [*(word for axis, word in own.items() if axis not in shared), told[cell.id]]))
+            for cell, own in zip(several, words, strict=True)
+        }
+        return cls(what, ", ".join([*(f"{axis} {word}" for axis, word in shared.items()), *filter(None, [_heads(several)])]))
+
+    def title(self, text: str) -> str:
+        return f"{text}: {self.same}" if self.same else text
+
+
+def _heads(cells: Sequence[Cell]) -> str:
+    found = {str(cell.config["heads"]) for cell in cells}
+    return f"heads {found.pop()}" if len(found) == 1 else ""
 
 
 def _row(cell_id: str, record: Record, label: str) -> dict[str, Any]:
@@ -73,84 +115,136 @@ def why_not(row: Mapping[str, Any]) -> str:
     return f"no speed: {row['no_speed']}" if row["no_speed"] else ""
 
 
-def cells_table(seen: Look, name: str, ids: list[str] | None = None) -> Table:
-    """For people: milliseconds, MiB, percent; a noisy cell's noise is said beside its time."""
-    table = Table(title=plain(f"sweep {name}"), title_justify="left")
-    for column in ("status", "cell", "what"):
-        table.add_column(column, no_wrap=column != "what")
-    for column in ("fwd ms", "bwd ms", "noise", "TFLOP/s\nper GPU", "MFU", "peak\nMiB", "max\nerror"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("why not", overflow="fold")
-    for row in to_rows(seen, ids):
-        table.add_row(
-            plain(row["status"], COLORS[row["status"]]),
-            plain(row["cell"]),
-            plain(row["label"]),
-            _shown(row["forward_s"], 1e3, ".3g"),
-            _shown(row["backward_s"], 1e3, ".3g"),
-            _shown(row["noise"], 100, ".1f", "%"),
-            _shown(row["tflops_per_gpu"], 1, ".3g"),
-            _shown(row["mfu"], 100, ".1f", "%"),
-            _shown(row["peak_bytes"], 1 / (1 << 20), ".1f"),
-            _shown(row["error"], 1, ".1e"),
-            plain(why_not(row)),
-        )
+# -- the table of a sweep ------------------------------------------------------------------------------------------------
+
+
+def cells_table(seen: Look, name: str, ids: Iterable[str] | None = None) -> Fitted:
+    """Cells problem by problem, the fastest first, with how much longer than it the others take."""
+    rows = {row["cell"]: row for row in to_rows(seen, ids)}
+    cells = {cell_id: seen.records[cell_id].entry.cell for cell_id in rows}
+    names = Names.of(cells.values())
+    problems = list(by_problem({cell_id: seen.records[cell_id] for cell_id in rows}))
+    ranked = any(sum(math.isfinite(ratio) for ratio in problem.values()) > 1 for problem in problems)
+    form = _Form.of(list(rows.values()), ranked=ranked)
+    table = Fitted(names.title(f"sweep {name}"), form.columns)
+    for problem in problems:
+        if ranked and len(problem) > 1:
+            table.gap()
+        compared = sum(map(math.isfinite, problem.values())) > 1
+        for cell_id, ratio in problem.items():
+            row = rows[cell_id]
+            style = "bold" if compared and ratio == 1 else ""
+            values = [names.what[cell_id], *form.numbers(row, _versus(ratio) if compared else "")]
+            table.add(
+                plain(row["status"], COLORS[row["status"]]), plain(cell_id, style), *(plain(v, style) for v in values),
+                below=why_not(row),
+            )  # fmt: skip
     return table
 
 
-def fastest_table(sweep: Sweep, seen: Look, ids: Iterable[str]) -> Table | None:
-    """The fastest choice of every problem, where there was one; None if there was not, or too much to show."""
+def by_problem(records: Mapping[str, Record]) -> Iterator[dict[str, float]]:
+    """Of every problem, in the order of the plan, its cells by id, the fastest first, with their time over that of the fastest;
+    then those without a time, for which it is infinite.
+    """
+    problems: dict[str, dict[str, float]] = {}
+    for cell_id, record in records.items():
+        config = record.entry.cell.config
+        key = json.dumps({axis: config[axis] for axis in PROBLEM if axis in config}, sort_keys=True)
+        problems.setdefault(key, {})[cell_id] = _seconds(record)
+    for seconds in problems.values():
+        best = min(seconds.values())
+        # Two that have no time are left as the plan has them.
+        yield {c: s / best if math.isfinite(s) else math.inf for c, s in sorted(seconds.items(), key=lambda item: item[1])}
+
+
+def _seconds(record: Record) -> float:
+    """The time that ranks a cell, in seconds: both phases, or the one that it has; infinite where none counts."""
+    last = record.last
+    if last is None or record.status != "ok" or last.no_speed:
+        return math.inf
+    found = (last.metrics.get(f"time/{phase}/median_s") for phase in ("total", "forward"))
+    return next((seconds for seconds in found if seconds), math.inf)
+
+
+def _versus(ratio: float) -> str:
+    """A time over that of the best: ``1.00x`` for the best itself, ``+12.0 %``, ``2.40x``."""
+    return "-" if math.isinf(ratio) else times(1.0) if ratio == 1 else more(ratio)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The columns of a table of cells, each number in one unit, that of its largest value."""
+
+    columns: list[Column]
+    rate: Unit
+    size: Unit
+    ranked: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]], *, ranked: bool) -> _Form:
+        def most(key: str) -> float:
+            return max((row[key] for row in rows if row[key] is not None), default=0.0)
+
+        rate, size = unit_for(most("tflops_per_gpu"), TFLOPS), unit_for(most("peak_bytes"), BYTES)
+        noise = 0 if most("noise") > NOISY else 3
+        numbers = [
+            Column("fwd ms", right=True), Column("bwd ms", right=True), Column("noise", noise, right=True),
+            Column(f"{rate.name}\nper GPU", 1, right=True), Column("MFU", 4, right=True),
+            Column(f"peak\n{size.name}", 2, right=True), Column("max\nerror", 5, right=True),
+        ]  # fmt: skip
+        versus = [Column("vs best", right=True)] if ranked else []
+        columns = [Column("status"), Column("cell"), Column("what", folds=True, wanted=WHAT), *versus, *numbers]
+        return cls(columns, rate, size, ranked)
+
+    def numbers(self, row: Mapping[str, Any], versus: str) -> list[str]:
+        """What of a row stands behind what the cell is."""
+        errors = "" if row["error"] is None else f"{row['error']:.1e}"
+        shown = [
+            *(digits(s if s is None else 1e3 * s) for s in (row["forward_s"], row["backward_s"])), percent(row["noise"]),
+            self.rate.of(row["tflops_per_gpu"], named=False), percent(row["mfu"]), self.size.of(row["peak_bytes"], named=False),
+            errors,
+        ]  # fmt: skip
+        return [value or "-" for value in ([versus] if self.ranked else []) + shown]
+
+
+# -- what comes of it ----------------------------------------------------------------------------------------------------
+
+
+def summary(sweep: Sweep, seen: Look, ids: Iterable[str]) -> RenderableType | None:
+    """In a few lines what to use: how each choice does over all problems; of fewer than three problems the fastest of each. None
+    where there was no choice.
+    """
     from lcbench.report.frame import good_rows, reported
-    from lcbench.report.winners import winners
+    from lcbench.report.regret import regrets, verdict
 
     frame = good_rows(reported(sweep, seen))
     chosen = frame[frame["cell"].isin(set(ids))] if len(frame) else frame
-    found = [w for w in winners(chosen) if w.margin is not None]
-    if not found or len(found) > MANY:
-        return None
-    rows = [w.row() for w in found]
-    table = Table(title="fastest, and how many times as long the next one takes (95 % interval)", title_justify="left")
-    for column in rows[0]:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*map(plain, row.values()))
-    return table
+    found = regrets(chosen)
+    said = verdict(found)
+    if said is None:
+        lines = list(_fastest(chosen))
+        return Group(*lines) if lines else None
+    table = Fitted("if it has to be one, over all problems", [
+        Column("choice", folds=True), Column("mean vs best", right=True), Column("worst", right=True),
+        Column("where", 1, folds=True), Column("fastest in", right=True), Column("ran in", right=True),
+    ])  # fmt: skip
+    for regret in found[:FEW]:
+        table.add(
+            regret.choice, times(regret.mean), times(regret.worst), regret.where, str(regret.fastest),
+            f"{regret.ran} of {regret.problems}",
+        )  # fmt: skip
+    if len(found) > FEW:
+        table.caption = f"and {len(found) - FEW} more choices"
+    return Group(plain(said, "bold"), Text(), table)
 
 
-def _shown(value: float | None, factor: float, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value * factor:{form}}{unit}"
+def _fastest(good: Any) -> Iterator[Text]:
+    """A line for each problem of good rows that had a choice."""
+    from lcbench.report.regret import problem_labels
+    from lcbench.report.winners import winners
 
-
-def packs_table(packs: list[PackState], name: str) -> Table:
-    """Jobs and how far they are."""
-    table = Table(title=plain(f"packs of {name}"), title_justify="left")
-    for column in ("pack", "launcher", "job", "state", "cells", "reason"):
-        table.add_column(column)
-    shown = packs if len(packs) <= MANY else [p for p in packs if not p.ended]
-    for p in shown:
-        table.add_row(*map(plain, (p.id, p.launcher, p.job_id, p.state, f"{p.done}/{len(p.cells)}", p.reason)))
-    if len(shown) < len(packs):
-        table.caption = f"and {len(packs) - len(shown)} that have ended"
-    return table
-
-
-def status_tables(standing: SweepStatus, name: str, *, everything: bool = False) -> Group:
-    """Packs, cells, counts. Of a large sweep only the cells that are under way or not well, unless ``everything``."""
-    table = Table(title="cells", title_justify="left")
-    for column in ("state", "cell", "what", "attempt", "job", "job state", "class", "first cause"):
-        table.add_column(column, no_wrap=column == "cell")
-    cells = standing.cells
-    shown = cells if everything or len(cells) <= MANY else [c for c in cells if c.state in ("running", "failed", "lost")]
-    for c in shown if everything else shown[:MANY]:
-        words = (c.id, c.label, c.attempt or "-", c.job_id, c.job_state, c.failure, c.cause)
-        table.add_row(plain(c.state, COLORS.get(c.state, "cyan")), *map(plain, words))
-    if table.row_count < len(cells):
-        table.caption = f"and {len(cells) - table.row_count} more (--all)"
-    return Group(packs_table(standing.packs, name), table, summary_line(standing))
-
-
-def summary_line(standing: SweepStatus) -> str:
-    """Cells by state, and how long it will take."""
-    counts = ", ".join(f"{count} {state}" for state, count in standing.counts().most_common())
-    left = str(standing.left())
-    return f"{counts}; {left}" if left else counts
+    names = dict(zip(good["cell"], problem_labels(good), strict=True)) if len(good) else {}
+    for winner in winners(good):
+        if winner.margin is not None:
+            margin = f"{winner.next_choice} {more(winner.margin.value)}, {winner.verdict}"
+            yield plain(f"fastest for {names[winner.cell]}: {winner.choice} ({margin})")

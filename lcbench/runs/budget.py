@@ -34,8 +34,10 @@ class Cost:
         if not self.seconds:
             return "estimated: nothing to run"
         cell, longest_s = max(self.seconds.items(), key=lambda item: item[1])
-        gpu_hours = f"{self.rank_hours:,.0f}" if self.rank_hours >= 10 else f"{self.rank_hours:.2g}"
-        return f"estimated: {said(self.hours * HOUR_S)}, {gpu_hours} GPU-hours; the longest cell {said(longest_s)} ({cell.label})"
+        return (
+            f"estimated: {said(self.hours * HOUR_S)}, {hours_of(self.rank_hours)} GPU-hours; "
+            f"the longest cell {said(longest_s)} ({cell.label})"
+        )
 
     def refusal(self, budget: Mapping[str, float | None], max_s: float) -> str | None:
         """Why these packs are not started, in one line: more than ``budget`` (``hours``, ``gpu_hours``) allows, or a cell that
@@ -67,6 +69,11 @@ class Cost:
 def alone(cell: Cell) -> bool:
     """Whether a cell has a strategy of context parallelism and one rank."""
     return cell.scale.world_size == 1 and not on_one_rank(cell.config["cp"])
+
+
+def hours_of(hours: float) -> str:
+    """Hours for people, with two digits below ten."""
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def said(seconds: float) -> str:

@@ -18,7 +18,6 @@ from lcbench.runs.jobs import SweepStatus, Watch
 from lcbench.runs.launch import Launches, Todo, hand_over
 from lcbench.runs.ownership import here_instead, only_shown, others
 from lcbench.runs.pack import Settings, tries_again
-from lcbench.runs.queue import Patient
 from lcbench.runs.settle import settled
 from lcbench.runs.store import Sweep
 from lcbench.runs.tracking import Counts, publish_or_say, tracked_at
@@ -40,7 +39,7 @@ class Collector:
     def __init__(self, sweep: Sweep, launcher_named: Callable[[str], Launches], *, as_mine: bool = False) -> None:
         self._sweep, self._as_mine = sweep, as_mine
         self._launcher_named = cache(launcher_named)  # asked in every round
-        self._watch = Watch(sweep, Patient())
+        self._watch = Watch(sweep, patient=True)
         self._next, self._said, self._pause_s = 0.0, "", 1.0
         self._left_out: set[str] = set()
 
@@ -85,7 +84,7 @@ class Collector:
             self._say(str(error))
             return None
         launcher.output = "json"  # whoever collects may be asked for JSON: what is submitted is said on stderr
-        return launcher if launcher.detaches else None
+        return launcher if launcher.queue is not None else None
 
     def _can_be_built(self, cell: Cell) -> bool:
         """Whether the classes of a cell are known here; one whose are not is left out, and said once."""

@@ -178,10 +178,10 @@ def from_slurm_state(state: str, began: bool, words: str) -> Failure:
     word = word_of(state)
     said = f": {words}" if words and word in NO_START else ""
     if word in NO_START and OOM_DEATHS.search(words):
-        return Failure("oom", f"its Slurm job ended as {state}{said}"[:CAUSE_LENGTH])
+        return Failure("oom", f"its job ended as {state}{said}"[:CAUSE_LENGTH])
     if word in NO_START and not began:
-        return Failure("no-start", f"its Slurm job ended as {state} before any cell began{said}"[:CAUSE_LENGTH])
-    return Failure(SLURM_STATES.get(word, "crash"), f"its Slurm job ended as {state}{said}"[:CAUSE_LENGTH])
+        return Failure("no-start", f"its job ended as {state} before any cell began{said}"[:CAUSE_LENGTH])
+    return Failure(SLURM_STATES.get(word, "crash"), f"its job ended as {state}{said}"[:CAUSE_LENGTH])
 
 
 def job_words(folder: Path, job_id: str) -> str:

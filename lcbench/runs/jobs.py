@@ -1,4 +1,4 @@
-"""Where packs and cells stand: our own files first, then what Slurm or the process table says of their jobs."""
+"""Where packs and cells stand: our own files first, then what their queue or the process table says of their jobs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from lcbench.measure.blocks import blocks_of, share
 from lcbench.runs.notes import END, Job, read_ending, read_job
 from lcbench.runs.ownership import others, trusted_site
 from lcbench.runs.pack import later_blocks, tries_again
-from lcbench.runs.queue import Answer, ask, cluster_of, environment, has_ended, remedy, where, word_of
+from lcbench.runs.queue import Answer, has_ended, word_of
+from lcbench.runs.queues import SLURM, Patient, Queue, queue_of
 from lcbench.runs.store import Look, Record, Sweep
 
 # Nobody is still handing over a pack after this long.
@@ -41,12 +42,13 @@ class PackState:
     reason: str
     cells: tuple[str, ...]
     done: int
-    job_name: str = ""  # of Slurm's array that it is an element of
+    job_name: str = ""  # of the scheduler's array that it is an element of
     host: str = ""
     pids: tuple[int, ...] = ()
     retry: dict[str, int] = field(default_factory=dict)  # how often what failed how is tried again in it
     seconds: dict[str, float] = field(default_factory=dict)  # how long each cell is expected to take
     remedy: str = ""  # the command that helps a job which does not go on by itself: one that Slurm holds, say
+    queue: str = ""  # the class that knows its job; empty: processes run it
 
     @property
     def ended(self) -> bool:
@@ -55,7 +57,7 @@ class PackState:
 
     @property
     def queued(self) -> bool:
-        """Whether Slurm has its job, under a name of its own; else processes here do."""
+        """Whether a scheduler has its job, under a name of its own; else processes of a machine run it."""
         return bool(self.job_name)
 
     @property
@@ -90,10 +92,18 @@ class CellState:
 
 
 class Watch:
-    """Looks at a sweep; ``asking`` replaces the question to Slurm (one that waits between questions, say)."""
+    """Looks at a sweep, and asks the queues of its packs.
 
-    def __init__(self, sweep: Sweep, asking: Callable[..., Any] = ask) -> None:
-        self.sweep, self._ask = sweep, asking
+    Args:
+        patient: whether a queue is asked less and less often while nothing changes.
+        queue_of: the queue that a pack names; raises ValueError where it may not be asked, or is not there.
+    """
+
+    def __init__(
+        self, sweep: Sweep, *, patient: bool = False, queue_of: Callable[[str, Collection[str]], Queue] = queue_of
+    ) -> None:
+        self.sweep, self._queue_of, self._patiently = sweep, queue_of, patient
+        self._queues: dict[str, Queue] = {}
         self._unlisted: dict[str, float] = {}  # since when squeue has not listed a pack's job
 
     def look(self) -> SweepStatus:
@@ -104,15 +114,36 @@ class Watch:
     def _packs(self, own: bool) -> list[PackState]:
         """All packs, oldest first; a file that is none is left out."""
         handed = list(self._handed_over())
-        slurm = [h for h in handed if h.state.queued]
-        if not slurm:
-            return [_local_state(h.state, h.job) for h in handed]
-        env = environment(trusted_site(slurm[-1].pack["settings"]["site"], own))
-        answer = self._answer(slurm, env)
-        return [
-            self._patient(self._heard(_slurm_state(h, answer, where(env), own))) if h.state.queued else _local_state(h.state, h.job)
-            for h in handed
-        ]
+        queued: dict[str, list[_HandedOver]] = {}
+        for h in handed:
+            if h.state.queued:
+                queued.setdefault(h.state.queue, []).append(h)
+        states = {h.state.id: _local_state(h.state, h.job) for h in handed if not h.state.queued}
+        for target, packs in queued.items():
+            states |= {state.id: state for state in self._in_queue(target, packs, own)}
+        return [states[h.state.id] for h in handed]
+
+    def _in_queue(self, target: str, packs: list[_HandedOver], own: bool) -> Iterator[PackState]:
+        """The packs of one queue, which is asked once."""
+        try:
+            asked = self.queue(target)
+        except ValueError as error:
+            yield from (self._heard(replace(h.state, reason=str(error))) for h in packs)
+            return
+        site = trusted_site(packs[-1].pack["settings"]["site"], own)
+        answer = self._answer(asked, packs, site)
+        yield from (self._patient(self._heard(_queued_state(h, asked, answer, site, own))) for h in packs)
+
+    def queue(self, target: str) -> Queue:
+        """The queue of a pack by the class that it names.
+
+        Raises:
+            ValueError: it may not be asked, or is not there.
+        """
+        if target not in self._queues:
+            found = self._queue_of(target, self.sweep.allowed())
+            self._queues[target] = Patient(found) if self._patiently else found
+        return self._queues[target]
 
     def _handed_over(self) -> Iterator[_HandedOver]:
         for pack_id in self.sweep.packs():
@@ -120,17 +151,16 @@ class Watch:
             with suppress(KeyError, TypeError, ValueError, AttributeError):
                 yield _HandedOver(pack, job, _as_handed_over(pack_id, pack, job))
 
-    def _answer(self, slurm: Sequence[_HandedOver], env: dict[str, str]) -> Answer:
-        """What Slurm says of packs that it was given."""
-        names = sorted({h.state.job_name for h in slurm})
+    def _answer(self, asked: Queue, packs: Sequence[_HandedOver], site: dict[str, Any]) -> Answer:
+        """What a queue says of packs that it was given."""
+        names = sorted({h.state.job_name for h in packs})
         # Earlier versions named jobs after their sweep; where that cannot be asked for, the ids are.
-        ids = {h.job.job_id.partition("_")[0] for h in slurm if h.job and "," in h.state.job_name}
-        since = min((h.job.started_at for h in slurm if h.job), default=time.time())
-        answer: Answer = self._ask(names, since, env, sorted(i for i in ids if i.isdigit()))
-        return answer
+        ids = {h.job.job_id.partition("_")[0] for h in packs if h.job and "," in h.state.job_name}
+        since = min((h.job.started_at for h in packs if h.job), default=time.time())
+        return asked.ask(names, since, site, sorted(i for i in ids if i.isdigit()))
 
     def _heard(self, pack: PackState) -> PackState:
-        """A pack that says itself that it has ended, where Slurm does not know, or not yet."""
+        """A pack that says itself that it has ended, where its queue does not know, or not yet."""
         said = read_ending(self.sweep.pack_folder(pack.id), END)
         # A slurmctld that was killed before it saved a job's end takes it for running, for minutes or for good.
         late = said is not None and pack.state == "RUNNING" and time.time() - said.time > GHOST_S
@@ -169,7 +199,7 @@ class SweepStatus:
     seen: Look
     packs: list[PackState]
     cells: list[CellState]
-    waiting: int = 0  # cells that Slurm had no room for
+    waiting: int = 0  # cells that the queue had no room for
 
     @property
     def ended(self) -> bool:
@@ -304,25 +334,29 @@ def _as_handed_over(pack_id: str, pack: dict[str, Any], job: Job | None) -> Pack
     return PackState(
         pack_id, str(pack["launcher"]), job.job_id or str(job.pid or ""), "UNKNOWN", "",
         tuple(map(str, pack["cells"])), 0, str(pack["job_name"]), job.host,
-        job.pids or (), dict(settings["retry"]), dict(pack["seconds"]),
+        job.pids or (), dict(settings["retry"]), dict(pack["seconds"]), queue=_queue_named(pack),
     )  # fmt: skip
 
 
-def _slurm_state(handed: _HandedOver, answer: Answer, here: tuple[str | None, ...], own: bool) -> PackState:
-    """A pack of Slurm's by what Slurm answers. ``here``: which Slurm was asked; ``own``: whether the sweep is the caller's."""
+def _queue_named(pack: dict[str, Any]) -> str:
+    """The class that knows a pack's job; packs of earlier versions name none, and are Slurm's where they have a job's name."""
+    return str(pack.get("queue", "")) or (SLURM if pack["job_name"] else "")
+
+
+def _queued_state(handed: _HandedOver, queue: Queue, answer: Answer, site: dict[str, Any], own: bool) -> PackState:
+    """A pack of a queue by what it answers on a site. ``own``: whether the sweep is the caller's."""
     pack, told = handed.state, handed.job or Job()
     job = answer.jobs.get((pack.job_name, int(handed.pack["index"])))
     if job is not None:
-        helps = remedy(job.state, job.reason, job.id)
-        return replace(pack, state=job.state, reason=job.reason, job_id=job.id, remedy=helps)
+        return replace(pack, state=job.state, reason=job.reason, job_id=job.id, remedy=queue.remedy(job))
     if not answer.controller:
-        return replace(pack, reason="slurmctld does not answer")
-    if told.cluster and (asked := cluster_of(here)) and asked != told.cluster:
-        return replace(pack, reason=f"its cluster is {told.cluster}, and Slurm's commands here ask {asked}")
+        return replace(pack, reason=f"{queue.name} does not answer")
+    if told.cluster and (asked := queue.cluster(site)) and asked != told.cluster:
+        return replace(pack, reason=f"its cluster is {told.cluster}, and {queue.name}'s commands here ask {asked}")
     if told.job_id and not own:
-        return replace(pack, reason="squeue and sacct show you nothing of it")
+        return replace(pack, reason=f"{queue.name} shows you nothing of it")
     if told.job_id:
-        return replace(pack, state="ENDED", reason="neither squeue nor sacct knows the job any more")
+        return replace(pack, state="ENDED", reason=f"{queue.name} does not know the job any more")
     # No job of this name, and nobody was told its number: it is being submitted, or never was.
     at_home = told.pid is not None and told.host == socket.gethostname()
     alive = _alive(told.pid, told.started_at) if at_home and told.pid else time.time() - told.started_at < SUBMITTING_S

@@ -18,12 +18,14 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Plan
 from lcbench.grid.paths import REPOSITORY
+from lcbench.grid.site import runs_here
 from lcbench.redact import redacted_uri
 from lcbench.runs.address import planned_address, planned_experiment, variables
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.jobs import Watch
 from lcbench.runs.notes import END, job_here, write_job
 from lcbench.runs.pack import Pack, Settings, given_up, group
+from lcbench.runs.queues import SLURM, Queue, target_of
 from lcbench.runs.settle import record, settled
 from lcbench.runs.store import Failure, Sweep
 
@@ -54,12 +56,12 @@ class Todo:
 class Launches(Protocol):
     """A launcher, as the code below the launchers knows it: it brings packs to processes.
 
-    ``name``: that of its file in conf/hydra/launcher. ``detaches``: whether its packs run on without the command.
-    ``output``: what the command prints: table, quiet or json.
+    ``name``: that of its file in conf/hydra/launcher. ``queue``: what knows its jobs, which run on without the command; None: its
+    packs end with the command. ``output``: what the command prints: table, quiet or json.
     """
 
     name: str
-    detaches: bool
+    queue: Queue | None
     output: str
 
     def submit(self, sweep: Sweep, packs: list[Pack]) -> None:
@@ -89,11 +91,12 @@ def hand_over(
             settings = settings.revealed()
         except ValueError as error:
             return todo, [], NotSubmitted(str(error)) if todo.cells else None
-        packs = make_packs(sweep, todo.cells, launcher=launcher.name, settings=settings)
+        packs = make_packs(sweep, todo.cells, launcher=launcher.name, queue=target_of(launcher.queue), settings=settings)
         sweep.check_writable([cell.id for cell in todo.cells])
         try:
             if packs:
-                sweep.allow(set().union(*(build.check_targets(cell.config) for cell in todo.cells)))
+                named = set().union(*(build.check_targets(cell.config) for cell in todo.cells))
+                sweep.allow(named | ({packs[0].queue} - {"", SLURM}))
                 with _inherited(settings):
                     launcher.submit(sweep, packs)
         except NotSubmitted as refusal:
@@ -173,8 +176,8 @@ def turn_down(sweep: Sweep, error: NotSubmitted) -> None:
         shutil.rmtree(pack.folder, ignore_errors=True)
 
 
-def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: Settings) -> list[Pack]:
-    """Packs for these cells.
+def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: Settings, queue: str = "") -> list[Pack]:
+    """Packs for these cells; ``queue``: the class that will know their jobs.
 
     Raises:
         ValueError: a cell names code that neither lcbench nor this user knows.
@@ -184,7 +187,7 @@ def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: 
     build.allow(sweep.allowed())
     for cell in cells:
         build.check_targets(cell.config)
-    estimator = Estimator.of(sweep.root, settings.site, settings.devices, here=launcher == "local")
+    estimator = Estimator.of(sweep.root, settings.site, settings.devices, here=runs_here(launcher))
     groups = group(cells, estimator, max_cells=settings.pack["max_cells"], max_minutes=settings.max_minutes)
     packs: list[Pack] = []
     stamp = f"{time.strftime('%y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -195,6 +198,7 @@ def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: 
                 sweep=sweep.name,
                 root=str(sweep.root),
                 launcher=launcher,
+                queue=queue,
                 scale=str(made.scale),
                 cells=tuple(c.id for c in made.cells),
                 configs={c.id: c.config for c in made.cells},
@@ -213,7 +217,7 @@ def default_name(plan: Plan) -> str:
 
 
 def default_tracking_uri() -> str | None:
-    """SQLite below the checkout, which ``make mlflow`` serves; None where the checkout may not be written. Makes nothing."""
+    """SQLite below ``REPOSITORY``; None where that may not be written. Makes nothing."""
     folder = REPOSITORY / ".mlflow"
     database = folder / "mlflow.db"
     needed = [path for path in (database, folder) if path.exists()] or [REPOSITORY]

@@ -92,8 +92,9 @@ class Pack:
     seconds: dict[str, float]  # cell id -> how long it is expected to take
     timeout_min: int
     settings: Settings
-    job_name: str = ""  # of the Slurm array it is an element of; unique, so that its job is found whoever died when
+    job_name: str = ""  # of the scheduler's array it is an element of; unique, so that its job is found whoever died when
     index: int = 0  # in the array
+    queue: str = ""  # the class that knows its job (``runs/queues.py``); empty: processes of the launching machine run it
 
     @property
     def folder(self) -> Path:

@@ -152,25 +152,6 @@ def last_incarnation(job_id: str, restarts: int, env: dict[str, str]) -> str:
     return ended[-1] if ended else ""
 
 
-class Patient:
-    """Asks less and less often while nothing changes; in between it repeats the last answer."""
-
-    def __init__(self, first_s: float = 2.0, most_s: float = 30.0) -> None:
-        self._first_s, self._most_s, self._pause_s = first_s, most_s, first_s
-        self._next, self._asked = 0.0, (tuple[str, ...](), tuple[str, ...]())
-        self._answer = Answer({}, True)
-
-    def __call__(self, names: Sequence[str], since: float, env: dict[str, str], ids: Sequence[str] = ()) -> Answer:
-        asked = tuple(names), tuple(ids)
-        if asked == self._asked and time.monotonic() < self._next:
-            return self._answer
-        answer = ask(names, since, env, ids)
-        same = answer == self._answer
-        self._pause_s = min(1.5 * self._pause_s, self._most_s) if same else self._first_s
-        self._asked, self._answer, self._next = asked, answer, time.monotonic() + self._pause_s
-        return answer
-
-
 @lru_cache
 def cluster_of(locating: tuple[str | None, ...]) -> str:
     """Name of the cluster that Slurm's commands ask; empty where they do not say. ``locating``: ``where(env)``."""

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from lcbench.grid.cell import Cell
+from lcbench.grid.site import runs_here
 from lcbench.redact import redacted, redacted_uri, with_password
 from lcbench.runs import shown
 from lcbench.runs.address import EXPERIMENT, credentials, reason, server_command, sqlite_file
@@ -568,7 +569,7 @@ class _Publisher:
         return {
             "lcbench.sweep": self._sweep.name, "lcbench.sweep_id": self._manifest["id"], "mlflow.user": self._user(),
             "mlflow.source.name": redacted(self._command((self._manifest["commands"] or [[]])[-1]))[:TAG_LENGTH],
-            "mlflow.source.type": "JOB" if self._launch.get("launcher") == "slurm" else "LOCAL",
+            "mlflow.source.type": "LOCAL" if runs_here(str(self._launch.get("launcher"))) else "JOB",
         }  # fmt: skip
 
     @staticmethod

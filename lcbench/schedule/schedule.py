@@ -11,7 +11,7 @@ operand. A *tile* is the computation of one bundle of queries on one bundle of k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -197,9 +197,14 @@ class Schedule:
         ``q0k1-3``: the rank computes the queries of shard 0 on the keys of shards 1 to 3. ``kv1>2``: it sends keys and values of
         shard 1 to rank 2. ``out0>3``: it returns the result of shard 0 to rank 3. ``h1``: head group 1, where there are several.
         """
+        return self.grid()
+
+    def grid(self, ranks: Sequence[int] | None = None, steps: int | None = None) -> str:
+        """The text of ``str``, of these ranks and the first steps only; None: of all."""
+        shown = range(self.world_size) if ranks is None else ranks
         names = [_ranges(bundle) for bundle in self.bundles]
-        grid = [["step", *(f"rank {r}" for r in range(self.world_size)), "moves"]]
-        for number, step in enumerate(self.steps):
+        grid = [["step", *(f"rank {r}" for r in shown), "moves"]]
+        for number, step in enumerate(self.steps[:steps]):
             cells: list[list[str]] = [[] for _ in range(self.world_size)]
             for rank, group, q, k in step.tiles.tolist():
                 heads = f" h{group}" if len(self.heads) > 1 else ""
@@ -211,7 +216,7 @@ class Schedule:
                 if len(sent):
                     duration = f" in {steps} steps" if steps > 1 else ""
                     moves.append(f"{'return' if kind == 'out' else kind} x{len(sent)}{duration}")
-            grid.append([str(number), *(" ".join(cell) or "-" for cell in cells), ", ".join(moves) or "-"])
+            grid.append([str(number), *(" ".join(cells[rank]) or "-" for rank in shown), ", ".join(moves) or "-"])
         widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in grid)
 

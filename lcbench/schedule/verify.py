@@ -29,8 +29,10 @@ class ScheduleError(ValueError):
     """
 
     def __init__(self, fault: str, grid: str = "") -> None:
-        super().__init__(f"{fault}\n{grid}" if grid else fault)
+        super().__init__(fault)
         self.fault, self.grid = fault, grid
+        if grid:
+            self.add_note(grid)  # of a traceback
 
 
 @dataclass(frozen=True)

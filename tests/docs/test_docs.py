@@ -17,6 +17,7 @@ import torch
 from lcbench.grid.command_line import look
 from lcbench.runs.store import Failure, Sweep
 from tests.docs.commands import COMMANDS, blocks, told
+from tests.docs.shown import launch, make_files
 from tests.report.made import made_sweep
 from tests.slurm.stage import ROOT
 
@@ -24,7 +25,7 @@ WRITTEN = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")})
 EXTENDING = "extending.md"  # its commands run where its files are
 ALL = sorted({command: where for where, command in told() if where != EXTENDING}.items())
 GRID = ["cp=ring,ulysses", "mask=full,causal", "seqlen=64k,128k", "scale=1x8"]
-NAMES = ["first", "mine", "other", "before", "after", "flash2", "flash3", "try", "demo"]
+NAMES = ["first", "mine", "other", "before", "after", "flash2", "flash3", "try", "demo", "choose", "scaling"]
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +35,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(NAMES):
         kernel = {"flash2": "flash_attn2", "flash3": "flash_attn3"}.get(name, "sdpa_flash")
         failed = {"ulysses": Failure("hang", "it hung", 1)} if name == "first" else None
-        made_sweep(folder / "results", name, [*GRID, f"kernel={kernel}"], seed=number, failed=failed, launch=launch())
+        made_sweep(folder / "results", name, [*GRID, f"kernel={kernel}"], seed=number, failed=failed, launch=launch(GRID))
     shutil.copytree(folder / "results", folder / "colleague" / "results")
-    (folder / "lengths.txt").write_text("\n".join(map(str, range(10, 4000, 7))))
+    make_files(folder)
     return folder
-
-
-def launch() -> dict[str, object]:
-    """As of a sweep that was only planned: whoever runs its cells again plans them."""
-    from lcbench.runs.launch import settings_of
-
-    return {"launcher": "dry", "settings": settings_of(look(GRID)).__dict__, "by": "test"}
 
 
 def test_there_is_something_to_test() -> None:
@@ -72,12 +66,13 @@ def test_a_command_of_the_docs_runs(
     if name.startswith("testing.gpu_"):  # which need a GPU, and say so
         assert import_module(f"lcbench.{name}").main(arguments) == 2 or torch.cuda.is_available()
         return
+    if "lengths=mine" in arguments:  # which the command above it wrote into the checkout's conf/
+        arguments += ["--config-dir", str(desk / "conf")]
     if name == "sweep":
         _sweep(arguments)
         return
     arguments = [a.replace("http://", f"sqlite:///{desk}/").replace("../colleague", "colleague") for a in arguments]
     if name == "lengths":
-        (desk / "conf" / "lengths").mkdir(parents=True, exist_ok=True)
         arguments += ["--conf", str(desk / "conf"), "--force"]
     if name == "rerun" and not any("--" in a for a in arguments):
         arguments += ["--launcher", "dry"]

@@ -17,7 +17,7 @@ from lcbench.grid import expand
 from lcbench.grid.axes import AXES, GROUPS, RESERVED
 from lcbench.grid.overrides import RUN_OPTIONS
 from lcbench.grid.paths import CONF
-from lcbench.grid.site import SlurmSite
+from lcbench.grid.site import ClusterSite
 from lcbench.report.ending import bad_input
 
 SEED, LISTS = 17, 2000
@@ -33,7 +33,7 @@ OPTIONS = [
     "retry.oom", "retry.nope", "budget.hours", "budget.gpu_hours", "budget.nope",
     "hydra.mode", "hydra.run.dir", "hydra.sweep.dir", "hydra.job.name", "hydra.launcher.timeout_min", "hydra/launcher",
     "hydra/sweeper", "hydra.sweeper.params.cp", "hydra.verbose", "hydra/job_logging", "hydra.callbacks.x",
-    *(f"site.{key}" for key in SlurmSite.model_fields), "site.nope", "site.env.NCCL_DEBUG", "site.sbatch.mem",
+    *(f"site.{key}" for key in ClusterSite.model_fields), "site.nope", "site.env.NCCL_DEBUG", "site.sbatch.mem",
     "site.sbatch.no-kill", "site.sbatch.array", "site.container.image", "site.container.mounts", "site.budget.hours",
     "site.collector.partition",
 ]  # fmt: skip

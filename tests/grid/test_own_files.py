@@ -14,12 +14,15 @@ from lcbench.grid.paths import REPOSITORY
 from lcbench.results import load
 
 MODULE = """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+import numpy as np
 
 from lcbench.cp.ring import Ring
 from lcbench.kernels.naive import Naive
-from lcbench.masks.band import Band, BandMask
+from lcbench.masks.band import Band, BandMask, DoesNotFit
+from lcbench.masks.block import BlockMap
 
 
 def own_mask(seqlen: int, *, reach: int = 64) -> BandMask:
@@ -64,6 +67,91 @@ class NoWorkload:
 
 def no_mask(tokens):
     return None
+
+
+def index(seqlen):
+    return [][seqlen]
+
+
+def shapes(seqlen):
+    return np.zeros(3) + np.zeros(4)
+
+
+def forgotten(seqlen):
+    BandMask.of(seqlen, seqlen, [])
+
+
+def short(seqlen):
+    return BandMask.of(8, 8, [])
+
+
+def shared(seqlen):
+    return BandMask.of(seqlen, seqlen, [Band(0, seqlen, 0, seqlen), Band(0, 4, 0, 4)])
+
+
+def unlike(seqlen):
+    return BandMask(seqlen, seqlen, np.zeros((1, 6)))
+
+
+def undrawn(seqlen):
+    return BlockMap(np.array([0, seqlen]), np.array([0, seqlen]), 1, lambda number: {}[number])
+
+
+def misdrawn(seqlen):
+    return BlockMap(np.array([0, seqlen]), np.array([0, seqlen]), 1, lambda number: np.ones((2, 2), dtype=bool))
+
+
+def too_short(seqlen):
+    raise DoesNotFit("wants more tokens")
+
+
+@dataclass(frozen=True)
+class Letters:
+    def sample(self, seqlen, random):
+        return ["a"]
+
+
+@dataclass(frozen=True)
+class Divides(OwnKernel):
+    def unsupported(self, problem, mask):
+        return 1 // 0
+
+
+@dataclass(frozen=True)
+class SaysTrue(Ring):
+    def unsupported(self, problem, mask):
+        return True
+
+
+@dataclass(frozen=True)
+class Broken(Ring):
+    def __post_init__(self):
+        {}["layout"]
+
+
+@dataclass(frozen=True)
+class NoSchedule(Ring):
+    def schedule(self, problem, mask):
+        pass
+
+
+@dataclass(frozen=True)
+class Misspelt(Ring):
+    def schedule(self, problem, mask):
+        return self.shedule
+
+
+@dataclass(frozen=True)
+class Twice(Ring):
+    def schedule(self, problem, mask):
+        right = super().schedule(problem, mask)
+        return replace(right, steps=(*right.steps, right.steps[0]))
+
+
+@dataclass(frozen=True)
+class TwiceAtFour(Twice):
+    def schedule(self, problem, mask):
+        return (Twice if problem.scale.world_size == 4 else Ring).schedule(self, problem, mask)
 """
 WORKLOAD = """
 from dataclasses import dataclass, replace
@@ -112,7 +200,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own_values.py").write_text(MODULE)
     (tmp_path / "own_workload.py").write_text(WORKLOAD)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for module in ("own_values", "own_workload"):
+    for module in ("own_values", "own_workload", "unloadable"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     return tmp_path
 
@@ -204,3 +292,99 @@ def test_a_bad_file_is_one_line_and_exit_code_2(own: Path) -> None:
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert f"{own}/conf/kernel/bad.yaml" in done.stderr
+
+
+def line_of(text: str, module: str = MODULE) -> int:
+    """The line of the module that holds a text."""
+    return next(number for number, line in enumerate(module.splitlines(), 1) if text in line)
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "line", "said"),
+    [
+        ("mask", "index", "[][seqlen]", "IndexError: list index out of range"),
+        ("mask", "shapes", "np.zeros(4)", "operands could not be broadcast"),
+        ("mask", "forgotten", "", "gives None, and a mask's function gives a BandMask or a BlockMap"),
+        ("mask", "short", "", "gives a mask of 8 x 8 tokens at seqlen=256"),
+        ("mask", "shared", "", "bands must be disjoint, but"),
+        ("mask", "unlike", "", "gives bands of shape (1, 6) and type float64"),
+        ("mask", "undrawn", "{}[number]", "KeyError: 0"),
+        ("mask", "misdrawn", "", "gives a ndarray of shape (2, 2) and type bool, not a bool array of 1 x 1 blocks"),
+        ("kernel", "Divides", "1 // 0", "ZeroDivisionError"),
+        ("cp", "SaysTrue", "", "unsupported() gives True; it gives None, or the reason as a text"),
+        ("cp", "Broken", '{}["layout"]', "KeyError: 'layout'"),
+        ("cp", "NoSchedule", "", "schedule() gives None, not a Schedule"),
+        ("cp", "Misspelt", "self.shedule", "AttributeError: 'Misspelt' object has no attribute 'shedule'"),
+        ("cp", "Twice", "", "step 2: keys of shard 0, heads 0, come a second time (rank 0 to 1)"),
+    ],
+)
+def test_what_code_of_ones_own_does_wrong_is_one_line_with_its_file(group: str, name: str, line: str, said: str, own: Path) -> None:
+    flags = write(own, {f"{group}/bad.yaml": f"_target_: own_values.{name}\nname: bad\n"})
+    with pytest.raises(ValueError, match=f"{group}=bad ") as error:
+        look(["seqlen=256", "scale=1x2", f"{group}=bad", "site=plain", *flags])
+    assert f"({own}/own_values.py{f':{line_of(line)}' if line else ''})" in str(error.value)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_lengths_of_ones_own_that_are_none_name_their_file(own: Path) -> None:
+    flags = write(own, {"lengths/bad.yaml": "_target_: own_values.Letters\nname: bad\n"})
+    with pytest.raises(ValueError, match=rf"mask=document \({own}/own_values.py\): "):
+        look(["mask=document", "lengths=bad", "site=plain", *flags])
+
+
+def test_a_mask_that_does_not_fit_is_skipped_still(own: Path) -> None:
+    flags = write(own, {"mask/own.yaml": "_target_: own_values.too_short\nname: own\n"})
+    assert [planned.skip for planned in look(["mask=own", "site=plain", *flags]).cells] == ["mask own: wants more tokens"]
+
+
+def test_every_scale_of_a_strategy_of_ones_own_is_proven(own: Path) -> None:
+    flags = write(own, {"cp/own.yaml": "_target_: own_values.TwiceAtFour\nname: own\n"})
+    words = ["cp=own", "mask=full,causal", "dtype=float32,bfloat16", "seqlen=256", "site=plain", *flags]
+    assert len(look([*words, "scale=1x2,1x3"]).cells) == 8
+    with pytest.raises(ValueError, match=r"cp=own \(.*\): step 4: "):
+        look([*words, "scale=1x2,2x2"])
+
+
+@pytest.mark.parametrize("group", ["kernel", "cp", "mask", "lengths", "workload"])
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("import numpy\nx = y\n", 2, "NameError: name 'y' is not defined"),
+        ("def f(:\n", 1, "SyntaxError"),
+        ("import sys\n\nsys.exit(3)\n", 3, "SystemExit: 3"),
+        ("import nowhere\n", 1, "No module named 'nowhere'"),
+        ("import numpy\nnumpy.zeros('a')\n", 2, "TypeError"),
+    ],
+)
+def test_a_module_that_does_not_load_is_one_line_with_its_file(group: str, text: str, line: int, said: str, own: Path) -> None:
+    (own / "unloadable.py").write_text(text)
+    flags = write(own, {f"{group}/bad.yaml": "_target_: unloadable.Bad\nname: bad\n"})
+    with pytest.raises(ValueError, match=rf"{group}/bad.yaml: {group}=bad: .*{own}/unloadable.py:{line}: ") as error:
+        look(
+            [f"{group}=bad", "mask=document", "site=plain", *flags]
+            if group == "lengths"
+            else [f"{group}=bad", "site=plain", *flags]
+        )
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_schedule_submits_nothing(own: Path) -> None:
+    flags = write(own, {"cp/own.yaml": "_target_: own_values.Twice\nname: own\n"})
+    done = subprocess.run(
+        [sys.executable, "-m", "lcbench.sweep", *OWN[2:], "site=local", "site.device=cpu", f"results={own}/results", *flags],
+        env={**os.environ, "PYTHONPATH": str(own)}, cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: cp=own ({own}/own_values.py): step 2: keys of shard 0")
+    assert not (own / "results").exists()
+
+
+def test_our_own_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lcbench.cp.ring import Ring
+
+    monkeypatch.setattr(Ring, "unsupported", lambda *_: {}["ours"])
+    with pytest.raises(KeyError, match="ours"):
+        look(["cp=ring", "site=plain", "seqlen=512", "scale=1x2"])

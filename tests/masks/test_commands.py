@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from lcbench.masks.picture import shades
 
 
 def masks(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "lcbench.masks", *arguments], capture_output=True, text=True)
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run([sys.executable, "-m", "lcbench.masks", *arguments], capture_output=True, text=True, env=environment)
 
 
 def test_a_mask_is_shown_with_its_area_bands_balance_and_picture(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lcbench.grid.devices import known_devices
 from lcbench.report import published
 from lcbench.report.figures import all_figures, least_bytes, split
 from lcbench.report.frame import over_seeds, rate_of, reported
-from lcbench.report.page import write_report
+from lcbench.report.page import HERE, LIBRARIES, write_report
 from lcbench.report.table import labels
 from lcbench.report.tables import rate_tables
 from lcbench.report.winners import winners
@@ -205,12 +205,13 @@ def test_the_page_needs_nothing_else_and_says_what_did_not_run(tmp_path: Path) -
     parser = Outside()
     parser.feed(text)
     assert parser.found == []
-    assert not re.search(r"https?://(?!www\.w3\.org)", re.sub(r'base64,[^"]*', "", text))
+    for library in LIBRARIES:
+        text = text.replace((HERE / "vendor" / library).read_text(), "")
+    assert not re.search(r"https?://", text)
     assert "rank 3 &lt;waits&gt; for rank 4" in text
     assert "cannot split 64 query heads evenly over 96 ranks" in text
-    assert all(f">{count}<" in text for count in ("21 ok", "1 failed", "2 skipped"))
-    names = {p.suffix for p in report.files}
-    assert names == {".html", ".png", ".pdf", ".md", ".csv", ".tex"}
+    assert all(count in text for count in ("21 ok", ">1 failed<", ">2 cannot run<"))
+    assert {p.suffix for p in report.files} == {".html", ".md", ".csv", ".tex"}
     assert all(p.stat().st_size > 0 for p in report.files)
 
 

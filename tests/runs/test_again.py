@@ -30,11 +30,12 @@ from lcbench.runs.gang import begun_of
 from lcbench.runs.jobs import Watch
 from lcbench.runs.logs import cell_mark, said_by_ranks
 from lcbench.runs.pack import KILLS, Pack, later_blocks, tries_again
-from lcbench.runs.queue import Answer, Job
+from lcbench.runs.queue import Job
 from lcbench.runs.settle import close_all, in_flight, settled
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep, write_json
 from lcbench.schedule.execute import Groups
 from lcbench.workloads.base import Work
+from tests.runs.queues import Watching, says
 from tests.runs.test_corrupt import SETTINGS
 from tests.runs.test_pack import BASE
 
@@ -470,8 +471,8 @@ def test_what_a_rank_said_in_all_blocks_of_a_cell_is_one_text(tmp_path: Path) ->
     assert list(said_by_ranks(tmp_path, "a", 1, 2)) == [(1, "stdout", "first\nsecond\nthird\nlast")]
 
 
-def asked(state: str) -> Any:
-    return lambda *_: Answer({("n", 0): Job(state, "", "7")}, True)
+def asked(state: str) -> Watching:
+    return says({("n", 0): Job(state, "", "7")})
 
 
 def of_slurm(pack: Pack) -> None:
@@ -483,15 +484,15 @@ def test_the_end_of_a_job_in_a_later_block_fails_nothing(tmp_path: Path) -> None
     sweep, pack = made_sweep(tmp_path)
     of_slurm(pack)
     sweep.begin_again(newest(sweep, pack)[0], 2)
-    standing = settled(Watch(sweep, asked("TIMEOUT")))
+    standing = settled(asked("TIMEOUT")(sweep))
     assert standing.ended
     assert standing.counts() == {"ok": 3}
     assert not standing.under_way
     lost = [a.lost_blocks for a in newest(sweep, pack)]
-    assert lost == [[{"block": 2, "cause": "timeout: its Slurm job ended as TIMEOUT"}], [], []]
+    assert lost == [[{"block": 2, "cause": "timeout: its job ended as TIMEOUT"}], [], []]
     assert [len(sweep.attempts(c)) for c in pack.cells] == [1, 1, 1]
     assert not sweep.again("p")
-    assert settled(Watch(sweep, asked("TIMEOUT"))).seen == standing.seen  # said once
+    assert settled(asked("TIMEOUT")(sweep)).seen == standing.seen  # said once
 
 
 def test_a_job_that_still_measures_again_is_running_and_says_how_long(tmp_path: Path) -> None:
@@ -500,7 +501,7 @@ def test_a_job_that_still_measures_again_is_running_and_says_how_long(tmp_path: 
     attempts = newest(sweep, pack)
     for attempt in attempts:  # as long as was expected of the first block
         sweep.finish(replace(attempt, started_at=attempt.finished_at - 50.0))
-    standing = settled(Watch(sweep, asked("RUNNING")))
+    standing = settled(asked("RUNNING")(sweep))
     assert not standing.ended
     assert standing.counts() == {"ok": 3}
     assert standing.under_way == set(pack.cells)  # nobody else is to begin with them
@@ -510,7 +511,7 @@ def test_a_job_that_still_measures_again_is_running_and_says_how_long(tmp_path: 
     marker = sweep.begin_again(newest(sweep, pack)[0], 2)
     sweep.finish(worker.amended(newest(sweep, pack)[0], replace(marker, started_at=time.time() - 25.0), three_seconds(*[None] * 3)))  # type: ignore[arg-type]
     sweep.end_again(marker)
-    assert settled(Watch(sweep, asked("RUNNING"))).left().running_s == pytest.approx(125.0, rel=1e-3)
+    assert settled(asked("RUNNING")(sweep)).left().running_s == pytest.approx(125.0, rel=1e-3)
 
 
 def killed_at(step: int, root: Path, work: Callable[[], None]) -> bool:

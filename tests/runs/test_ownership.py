@@ -97,7 +97,7 @@ def test_looking_at_somebody_else_s_sweep_runs_only_ones_own_commands(
     logs.main([cell_id, *where])
     standing = settled(Watch(sweep))
     # PrivateData may hide a colleague's jobs: silence does not end them.
-    assert (standing.packs[0].state, standing.packs[0].reason) == ("UNKNOWN", "squeue and sacct show you nothing of it")
+    assert (standing.packs[0].state, standing.packs[0].reason) == ("UNKNOWN", "Slurm shows you nothing of it")
     for act, words in ((cancel, ["theirs"]), (cancel, [cell_id]), (collect, ["theirs"]), (sync, ["theirs"]), (rerun, [cell_id])):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:

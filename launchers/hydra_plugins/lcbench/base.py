@@ -12,13 +12,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from lcbench.grid.expand import Plan
-from lcbench.grid.paths import REPOSITORY
+from lcbench.grid.paths import INSTALLED, REPOSITORY
 from lcbench.redact import redacted, secrets_of
 from lcbench.report.ending import BAD_INPUT, INTERRUPTED, OK, REFUSED, SOME_FAILED
 from lcbench.runs.budget import Cost
 from lcbench.runs.jobs import Watch
 from lcbench.runs.launch import Todo, default_tracking_uri, hand_over, make_packs, missing, settings_of, sweep_of, todo_of
 from lcbench.runs.pack import Pack, Settings
+from lcbench.runs.queues import Queue
 from lcbench.runs.settle import settled
 from lcbench.runs.store import Entry, Sweep, user_name
 
@@ -35,11 +36,19 @@ class PackLauncher(Launcher):
     """Subclasses say how packs reach processes; all else is here.
 
     ``submit`` writes them down and hands them over, under the sweep's lock; ``follow`` stays with them until they have ended.
+
+    Attributes:
+        name: that of its file in conf/hydra/launcher.
+        queue: what knows its jobs, which run on without the command; None: packs end with the command.
+        here: whether packs are processes on this machine, as its file says.
     """
 
     name = ""
-    detaches = False
+    queue: Queue | None = None
     output = "table"  # what the command prints: table, quiet or json
+
+    def __init__(self, here: bool = False) -> None:
+        self.here = here
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         pass
@@ -59,12 +68,12 @@ class PackLauncher(Launcher):
     @property
     def console(self) -> Console:
         """Where words for people go: nowhere, or out of the way of what a script reads, if the output is for one."""
-        from rich.console import Console
+        from lcbench.report.fitted import console
 
-        return Console(stderr=self.output == "json", quiet=self.output == "quiet", highlight=False, soft_wrap=True)
+        return console(stderr=self.output == "json", quiet=self.output == "quiet")
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def launch_plan(self, plan: Plan) -> int:
         """Run what the plan asks for and is missing; the exit code of the command."""
@@ -111,7 +120,7 @@ class PackLauncher(Launcher):
             print(f"error: {refusal}", file=sys.stderr)
             if not wait or not refusal.waiting:
                 return REFUSED
-        if self.detaches and not wait and (packs or todo.under_way):
+        if self.queue is not None and not wait and (packs or todo.under_way):
             self.say(f"follow it:  {sweep.command('status', '--follow')}")
             self.say(f"end it:     {sweep.command('cancel')}")
             self._answer(sweep, submitted=sum(len(pack.cells) for pack in packs))
@@ -125,29 +134,33 @@ class PackLauncher(Launcher):
 
     def finish(self, sweep: Sweep, report: list[str], tracking_uri: str | None) -> int:
         """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1."""
-        from rich.console import Console
-
+        from lcbench.report.causes import again, by_node
         from lcbench.report.inert import printable
         from lcbench.report.publishing import publish_sweep
-        from lcbench.report.table import WIDTH, cells_table, fastest_table, to_rows
+        from lcbench.report.standing import unwell_of
+        from lcbench.report.table import cells_table, summary, to_rows
         from lcbench.runs.tracking import dashboard_hint, failures_url, publish_or_say
 
         standing = settled(Watch(sweep), as_mine=True)
         publish_or_say(sweep, tracking_uri, publish_sweep)
         if self.output == "table":
-            console = Console(width=None if sys.stdout.isatty() else WIDTH)
-            console.print(cells_table(standing.seen, sweep.name, report))
-            if (fastest := fastest_table(sweep, standing.seen, report)) is not None:
-                console.print(fastest)
+            self.console.print(cells_table(standing.seen, sweep.name, report))
+            if (said := summary(sweep, standing.seen, report)) is not None:
+                self.console.print()
+                self.console.print(said)
         for damaged in standing.seen.damaged:
             print(printable(str(damaged)), file=sys.stderr)
         failed = [c.id for c in standing.cells if c.id in set(report) and c.state not in ("ok", "skipped", "running", "pending")]
         self.say(f"status:     {sweep.command('status')}")
         if failed:
-            self.say(f"run the {len(failed)} failed again:  {sweep.command('rerun', '--failed')}")
+            suspects = by_node(unwell_of(standing.cells), sweep)
+            for suspect in suspects:
+                self.say(suspect.says)
+            self.say(f"run the {len(failed)} failed again:  {again(sweep, [suspect.node for suspect in suspects])}")
         self.say(f"report:     {sweep.command('report')}")
         if tracking_uri:
-            self.say(f"dashboard:  {dashboard_hint(sweep, tracking_uri, ours=tracking_uri == default_tracking_uri())}")
+            ours = tracking_uri == default_tracking_uri() and not INSTALLED  # a wheel has no Makefile
+            self.say(f"dashboard:  {dashboard_hint(sweep, tracking_uri, ours=ours)}")
             if failures := failures_url(sweep, tracking_uri):
                 self.say(f"failures:   {failures}")
         self._answer(sweep, cells=to_rows(standing.seen, report))

@@ -15,7 +15,8 @@ from hydra_plugins.lcbench.slurm import arrays, sbatch_text
 from lcbench.grid.expand import Plan
 from lcbench.grid.values import parse_scale
 from lcbench.report.ending import BAD_INPUT, OK
-from lcbench.runs.budget import Cost, alone
+from lcbench.runs.budget import Cost, alone, hours_of
+from lcbench.runs.budget import said as duration
 from lcbench.runs.launch import Todo, make_packs, settings_of, sweep_of, todo_of
 from lcbench.runs.pack import Pack, Settings
 from lcbench.runs.store import Sweep
@@ -28,8 +29,11 @@ class DryLauncher(PackLauncher):
 
     def launch_plan(self, plan: Plan) -> int:
         sweep, settings = sweep_of(plan), settings_of(plan)
-        print(f"sweep {sweep.name}: {len(plan.cells)} cells")
         todo = todo_of(plan, sweep)
+        packs = make_packs(sweep, todo.cells, launcher=plan.site["launcher"], settings=settings)
+        cost = Cost.of(packs)
+        print(f"sweep {sweep.name}: {len(plan.cells)} cells, {len(todo.cells)} to run; {_expected(cost, packs)}")
+        print(cost)
         said = {"done before": todo.done, "under way": todo.under_way, "given up: killed its gang twice": todo.given_up}
         fates = {cell.id: fate for fate, cells in said.items() for cell in cells}
         for planned in plan.cells:
@@ -37,9 +41,7 @@ class DryLauncher(PackLauncher):
             ready = "to run, its strategy on one rank: nothing is parallel" if alone(cell) else "to run"
             fate = f"skipped: {planned.skip}" if planned.skip else fates.get(cell.id, ready)
             print(f"  {cell.id}  {cell.label:<44} {fate}")
-        packs = make_packs(sweep, todo.cells, launcher=plan.site["launcher"], settings=settings)
-        code, cost = _show(packs), Cost.of(packs)
-        print(cost)
+        code = _show(packs)
         if refusal := cost.refusal(plan.options["budget"], settings.hang["max_s"]):
             sys.stdout.flush()
             print(f"error: {refusal}", file=sys.stderr)
@@ -47,21 +49,30 @@ class DryLauncher(PackLauncher):
         return code
 
     def launch_cells(self, sweep: Sweep, choose: Callable[[], Todo], *, settings: Settings, **_: Any) -> int:
-        return _show(make_packs(sweep, choose().cells, launcher=settings.site["launcher"], settings=settings))
+        packs = make_packs(sweep, choose().cells, launcher=settings.site["launcher"], settings=settings)
+        cost = Cost.of(packs)
+        print(f"sweep {sweep.name}: {len(cost.seconds)} cells to run; {_expected(cost, packs)}")
+        return _show(packs)
+
+
+def _expected(cost: Cost, packs: Sequence[Pack]) -> str:
+    """What packs are expected to take, and what their time limits would let them."""
+    limits = 0.0
+    for array in arrays(packs) if packs else ():
+        limits += parse_scale(array[0].scale).world_size * max(p.timeout_min for p in array) * len(array) / 60
+    return f"expected about {hours_of(cost.rank_hours)} GPU-hours (time limits add up to {hours_of(limits)})"
 
 
 def _show(packs: Sequence[Pack]) -> int:
-    hours = 0.0
     for array in arrays(packs) if packs else ():
         scale = parse_scale(array[0].scale)
         limit = max(p.timeout_min for p in array)
-        hours += scale.world_size * limit * len(array) / 60
         print(f"\n{len(array)} jobs on {scale.nodes} nodes x {scale.gpus_per_node} GPUs each, time limit {limit} min")
         for pack in array[:MANY]:
-            print(f"  pack {pack.id}: {len(pack.cells)} cells: {' '.join(pack.cells)}")
+            print(f"  {len(pack.cells)} cells, about {duration(sum(pack.seconds[cell] for cell in pack.cells))}")
         if len(array) > MANY:
             print(f"  and {len(array) - MANY} more")
         if array[0].launcher == "slurm":
             print("\n".join(f"  | {line}" for line in sbatch_text(array).splitlines()))
-    print(f"\n{len(packs)} packs, at most {hours:.1f} GPU-hours; nothing was submitted")
+    print(f"\n{len(packs)} jobs; nothing was submitted")
     return OK

@@ -28,6 +28,7 @@ from lcbench.runs.launch import Launches, NotSubmitted, write_down
 from lcbench.runs.notes import END, job_here, read_ending, read_job, write_job
 from lcbench.runs.pack import Pack
 from lcbench.runs.queue import KEPT, cancel_named, cluster_of, environment, reason_in, site_variables, where
+from lcbench.runs.queues import Queue, Slurm
 from lcbench.runs.store import Sweep
 
 MAX_ARRAY = 1000  # Slurm's own default allows 1001
@@ -40,7 +41,7 @@ AWAY_TRIES, AWAY_PAUSE_S = 2, 10.0  # sbatch itself tries for a minute or two
 
 class SlurmLauncher(PackLauncher):
     name = "slurm"
-    detaches = True
+    queue: Queue | None = Slurm()
 
     def submit(self, sweep: Sweep, packs: list[Pack]) -> None:
         try:
@@ -83,16 +84,16 @@ class SlurmLauncher(PackLauncher):
 
     def follow(self, sweep: Sweep, packs: list[Pack]) -> None:
         """Show the sweep until all of its jobs have ended, and do what a collector does."""
-        from rich.console import Group
         from rich.live import Live
 
-        from lcbench.report.table import packs_table, summary_line
+        from lcbench.report.fitted import room_in
+        from lcbench.report.standing import Standing
 
-        collector = Collector(sweep, lambda _: self)
-        with Live(console=self.console, refresh_per_second=1) as live:
+        collector, terminal = Collector(sweep, lambda _: self), self.console
+        with Live(console=terminal, refresh_per_second=1) as live:
             while True:
                 standing = collector.advance()
-                live.update(Group(packs_table(standing.packs, sweep.name), summary_line(standing)))
+                live.update(Standing(standing, sweep, height=room_in(terminal)))
                 if standing.at_rest:
                     break
                 collector.pause()

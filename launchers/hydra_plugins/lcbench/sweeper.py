@@ -26,9 +26,6 @@ class GridSweeper(Sweeper):
         from lcbench.grid.expand import remembered
         from lcbench.report.ending import bad_input, run
 
-        if not hasattr(self.launcher, "launch_plan"):
-            name = type(self.launcher).__name__
-            sys.exit(f"error: hydra/launcher={name} cannot run a plan; take local, slurm or dry")
         plan = remembered()
         if plan is None:
             sys.exit("error: hydra/sweeper=lcbench runs the plan of python -m lcbench.sweep, and here is none")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.cp.base import Place
+from lcbench.cp.base import HeadGrid, Place
 from lcbench.cp.peers.library import AutogradRun, LibraryStrategy, grid, missing, refused_length, refused_mask, segments
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import check_count, largest_degree, refused_grid
+from lcbench.schedule.build import refused_grid
 from lcbench.schedule.layout import Layout, zigzag
 
 if TYPE_CHECKING:
@@ -30,18 +30,10 @@ CALLS = (
 
 
 @dataclass(frozen=True)
-class YunchangUSP(LibraryStrategy):
-    """``ulysses_degree``: ranks of a head exchange, or ``auto``: the largest that divides a node's and the heads."""
+class YunchangUSP(HeadGrid, LibraryStrategy):
+    """Heads exchanged in groups of ranks, a zigzag ring across them."""
 
     libraries: ClassVar[tuple[str, ...]] = ("yunchang", "flash-attn")
-    ulysses_degree: int | Literal["auto"] = "auto"
-
-    def __post_init__(self) -> None:
-        if self.ulysses_degree != "auto":
-            check_count("ulysses_degree", self.ulysses_degree)
-
-    def degree(self, problem: Problem) -> int:
-        return largest_degree(problem) if self.ulysses_degree == "auto" else self.ulysses_degree
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         degree = self.degree(problem)

@@ -1,0 +1,162 @@
+"use strict";
+// Which choice to take: the same as report/regret.py and report/winners.py say, of those cells that a filter leaves.
+
+/** Of cells that differ only in how they were measured one per choice and problem: the median one. */
+function oneEach(good) {
+  return d3
+    .groups(
+      good,
+      cell => cell.problem,
+      cell => cell.choice,
+    )
+    .flatMap(([, choices]) => choices.map(([, same]) => d3.sort(same, cell => cell.total)[same.length >> 1]));
+}
+
+/** Per choice: its time over the best of each problem. Those that ran in nearly all problems first, by their mean. */
+function regretsOf(good) {
+  const cells = oneEach(good),
+    problems = d3.groups(cells, cell => cell.problem),
+    ran = d3.rollup(
+      cells,
+      mine => mine.length,
+      cell => cell.choice,
+    );
+  const ratios = problems
+    .filter(([, mine]) => mine.length > 1)
+    .flatMap(([, mine]) => {
+      const best = d3.min(mine, cell => cell.total);
+      return mine.map(cell => ({cell, ratio: cell.total / best}));
+    });
+  const found = d3
+    .groups(ratios, r => r.cell.choice)
+    .map(([choice, mine]) => {
+      const worst = d3.greatest(mine, r => r.ratio);
+      return {
+        choice,
+        mean: geometric(mine.map(r => r.ratio)),
+        worst: worst.ratio,
+        worstCell: worst.cell,
+        fastest: mine.filter(r => r.ratio === 1).length,
+        ran: ran.get(choice),
+        compared: mine.length,
+        problems: problems.length,
+      };
+    });
+  return d3.sort(
+    found,
+    r => ran.get(r.choice) < BLOCK.nearlyAll * d3.max(ran.values()),
+    r => r.mean,
+  );
+}
+
+/** The fastest cell of every problem, and how far the next is behind; less than 2 %, or than the two intervals, is close. */
+function winnersOf(good) {
+  return d3
+    .groups(good, cell => cell.problem)
+    .map(([, cells]) => {
+      const [best, next] = d3.sort(cells, cell => cell.total);
+      const margin = next ? next.total / best.total : null;
+      const least = BLOCK.known ? BLOCK.close : BLOCK.unmeasured;
+      const close = next ? margin < 1 + least || Math.log(margin) < Math.hypot(best.total_reach, next.total_reach) : false;
+      return {best, next, margin, close};
+    });
+}
+
+const cellLink = (cell, text) => h("a", {href: `#c-${cell.id}`}, text);
+
+function regretRow(r, widest) {
+  return h(
+    "tr",
+    {style: `--c: ${styleOf(r.choice).color}`},
+    h("th", {scope: "row", class: "mine"}, r.choice),
+    h("td", {class: "number"}, times(r.mean)),
+    h(
+      "td",
+      {class: "bar"},
+      h("i", {style: `width: ${Math.max(2, (100 * (r.mean - 1)) / Math.max(widest - 1, 1e-9)).toFixed(0)}%`}),
+    ),
+    h("td", {class: "number"}, times(r.worst)),
+    h("td", {}, cellLink(r.worstCell, r.worstCell.place)),
+    h("td", {class: "number"}, `${r.fastest} of ${r.compared}`),
+    h("td", {class: "number"}, `${r.ran} of ${r.problems}`),
+  );
+}
+
+function winnerEntry(w) {
+  if (!w) return h("td");
+  const said = w.margin === null ? "only one ran" : w.close ? "the order is not known" : "clear";
+  return h(
+    "td",
+    {
+      class: w.close ? "mine close" : "mine",
+      style: `--c: ${styleOf(w.best.choice).color}`,
+      title: w.next ? `${seconds(w.best.total)}; next: ${w.next.choice}, ${more(w.margin)}; ${said}` : said,
+    },
+    h("a", {href: `#c-${w.best.id}`}, `${w.close ? "≈ " : ""}${w.best.choice}`),
+    " ",
+    h("small", {}, [digits(w.best.total_rate), w.margin === null ? "" : ` · ${more(w.margin)}`].join("")),
+  );
+}
+
+/** Rows mask x scale, a column per length, or per tokens per GPU where that has fewer values (weak scaling). */
+function matrixOf(winners) {
+  const by = BLOCK.matrixBy,
+    columns = d3.sort(unique(winners.map(w => w.best[by])));
+  const masks = d3.groups(winners, w => w.best.mask);
+  const head = h(
+    "thead",
+    {},
+    h(
+      "tr",
+      {},
+      h("th", {}, "mask"),
+      h("th", {}, "scale"),
+      BLOCK.settings ? h("th", {}, "setting") : null,
+      columns.map(c => h("th", {}, by === "share" ? `${tokens(c)} per GPU` : tokens(c))),
+    ),
+  );
+  const bodies = masks.map(([mask, mine]) => {
+    const rows = d3
+      .groups(
+        mine,
+        w => w.best.scale,
+        w => w.best.where,
+      )
+      .flatMap(([scale, inner]) => inner.map(([where, ws]) => ({scale, where, ws})));
+    return h(
+      "tbody",
+      {},
+      d3
+        .sort(rows, row => row.ws[0].best.ranks)
+        .map((row, i) =>
+          h(
+            "tr",
+            {},
+            i ? null : h("th", {scope: "rowgroup", rowspan: rows.length}, mask),
+            h("th", {scope: "row"}, row.scale),
+            BLOCK.settings ? h("td", {}, row.where) : null,
+            columns.map(c => winnerEntry(row.ws.find(w => w.best[by] === c))),
+          ),
+        ),
+    );
+  });
+  return [head, ...bodies];
+}
+
+/** Regret and winners of what the filter leaves; unfiltered they are as Python wrote them. */
+const written = new Map();
+function drawAnswers(good) {
+  const regret = document.getElementById("regret"),
+    matrix = document.getElementById("matrix"),
+    verdict = document.getElementById("verdict");
+  for (const part of [regret?.tBodies[0], matrix])
+    if (part && !written.has(part.id || "regret")) written.set(part.id || "regret", [...part.childNodes]);
+  const now = narrowed("status");
+  if (verdict) verdict.hidden = now;
+  if (regret) {
+    const found = now ? regretsOf(good) : [],
+      widest = d3.max(found, r => r.mean) ?? 1;
+    regret.tBodies[0].replaceChildren(...(now ? found.map(r => regretRow(r, widest)) : written.get("regret")));
+  }
+  if (matrix) matrix.replaceChildren(...(now ? matrixOf(winnersOf(good)) : written.get("matrix")));
+}
