@@ -33,7 +33,7 @@ demo: setup ## a small checked sweep on this machine and its report, in a few mi
 
 # K chooses tests by name (pytest's -k); then a part that has none of them is no failure.
 PYTEST = $(BIN)/python -m pytest -q $(if $(K),-k '$(K)')
-BESIDE := -p no:cacheprovider -n auto --maxprocesses 4 --dist loadfile
+BESIDE := -p no:cacheprovider -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 NONE_IS_FINE = $(if $(K),|| [ $$? -eq 5 ])
 
 # The tests on the cluster wait for most of their time; the others compute meanwhile, as long as nobody on the cluster wants to.

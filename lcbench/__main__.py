@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import runpy
 import sys
 from difflib import get_close_matches
@@ -33,7 +34,10 @@ def main() -> None:
     """Run the command that the first argument names; exit code 2 where there is none of this name."""
     match sys.argv[1:]:
         case [] | ["-h" | "--help", *_]:
-            print(usage())
+            try:
+                print(usage(), flush=True)
+            except BrokenPipeError:  # as after ``| head``
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         case ["--version", *_]:
             print(f"lcbench {version('lcbench')}")
         case [name, *_] if name in commands():

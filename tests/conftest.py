@@ -62,6 +62,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+    # Processes take one file after the other: the longest come first, so that none is begun when the others are through.
+    slow = Counter(item.path for item in items if any(item.iter_markers("slow")))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -76,15 +76,8 @@ def main(arguments: list[str]) -> int:
         _show(found, options.a, options.b, everything=options.all)
     if not found.cells:
         return BAD_INPUT
-    if options.html is not None:
-        page = Path(options.html) if options.html else b.folder / "report" / f"compare-{a.name}.html"
-        try:
-            write_comparison(found, a, b, page, noise=list(_noise(found)))
-        except PermissionError as error:
-            say_error(error)
-            print("write it elsewhere:  --html FILE", file=sys.stderr)
-            return REFUSED
-        print(printable(page), file=sys.stderr if options.json else sys.stdout)
+    if options.html is not None and not _write_page(found, a, b, options.html, quiet=options.json):
+        return REFUSED
     share = options.fail_on_regression
     if share is not None and (worse := found.regressions(share)):
         print(f"{len(worse)} cells are slower by more than {share:.3g} of their time", file=sys.stderr)
@@ -92,6 +85,19 @@ def main(arguments: list[str]) -> int:
             print(UNKNOWN, file=sys.stderr)
         return 1
     return 0
+
+
+def _write_page(found: Comparison, a: Sweep, b: Sweep, file: str, *, quiet: bool) -> bool:
+    """Write the page of ``--html`` and say where it is, on stderr if ``quiet``; False where the file system refuses."""
+    page = Path(file) if file else b.folder / "report" / f"compare-{a.name}.html"
+    try:
+        write_comparison(found, a, b, page, noise=list(_noise(found)))
+    except PermissionError as error:
+        say_error(error)
+        print("write it elsewhere:  --html FILE", file=sys.stderr)
+        return False
+    print(printable(page), file=sys.stderr if quiet else sys.stdout)
+    return True
 
 
 def _share(text: str) -> float:

@@ -149,7 +149,7 @@ def _stack(axis: Axes, rows: pd.DataFrame, ratios: pd.DataFrame) -> None:
     axis.set_yticks(places, [f"{mask}  {format_tokens(int(seqlen))}  {choice}" for mask, seqlen, choice in texts], fontsize=7)
     axis.set_ylim(places[-1] + 0.6, places[0] - 0.6)
     axis.axvline(1.0, color="0.4", linewidth=0.8)
-    axis.set_xlim(0, most * 1.15)
+    axis.set_xlim(0, most * (1.3 if ends.iloc[:, -1].max() > LONGEST else 1.15))
     axis.set_xlabel("times the fastest choice's for the same problem", fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
 

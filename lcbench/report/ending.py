@@ -19,8 +19,8 @@ REFUSED = 3  # by the file system, or by a scheduler
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command. What the file system refuses, and a store that cannot be read, is one line that names the file; Ctrl-C is one
-    too.
+    """Run a command and exit with its code. A file that cannot be read or written is one line on stderr that names it, and Ctrl-C
+    is one line too.
     """
     try:
         code = main(sys.argv[1:])
@@ -53,7 +53,7 @@ def _nearest(path: Path) -> Path | None:
 
 @contextmanager
 def bad_input() -> Iterator[None]:
-    """A ValueError in here is about what the command was asked: one line says it, and the command ends with exit code 2."""
+    """Report a ValueError in here, which is about the command's input, in one line, and exit with code 2."""
     try:
         yield
     except Unreadable as error:

@@ -1,4 +1,4 @@
-"""Words that come from results, made harmless where they are shown: names, causes and hosts are text, never markup or commands."""
+"""Makes words that come from results harmless where they are shown: names, causes and hosts are text, never markup or commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LATEX = {
 
 
 def printable(text: Any) -> str:
-    """A text with what a terminal would obey, or not show, spelled out: ESC becomes ``\\x1b``, a line end ``\\n``."""
+    """A text in which characters that a terminal obeys or does not show are spelled out: ESC is ``\\x1b``, a line end ``\\n``."""
     return "".join(_spelled(c) if unicodedata.category(c) in INVISIBLE else c for c in str(text))
 
 
@@ -36,7 +36,7 @@ def plain(text: Any, style: str = "") -> Text:
 
 
 def csv_cell(value: Any) -> Any:
-    """A value of a CSV file: text on one line, with an apostrophe before what a spreadsheet would take for a formula."""
+    """A value for a CSV file: one line of text, with an apostrophe before text that a spreadsheet would read as a formula."""
     if not isinstance(value, str):
         return value
     text = printable(value)
@@ -44,7 +44,7 @@ def csv_cell(value: Any) -> Any:
 
 
 def markdown(text: Any) -> str:
-    """A cell of a Markdown table: one line, no HTML, links, pictures, code or further cells."""
+    """Text for a cell of a Markdown table: one line, in which HTML, links, pictures, code and cell borders have no effect."""
     escaped = re.sub(r"([\\|`*\[\]~])", r"\\\1", printable(text))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

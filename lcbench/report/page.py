@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,7 @@ def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]], 
     attempts = [record.last for record in seen.records.values() if record.last is not None and record.last.status == "ok"]
     fastest, choices = winners(good), regrets(good)
     folder.mkdir(parents=True, exist_ok=True)
-    files = _write_tables(frame, good, fastest, choices, folder / "tables")
+    files = _write_tables(sweep, frame, fastest, choices, folder / "tables")
     links = links_of(attempts)
     drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links) | {"details": page_data.details_of(seen.records)}
@@ -116,14 +116,12 @@ def drawn_style(style: Style) -> dict[str, Any]:
     return {"color": color, "symbol": style.marker, "dash": style.strokes or None}
 
 
-def _write_tables(
-    frame: pd.DataFrame, good: pd.DataFrame, fastest: list[Winner], choices: list[Regret], folder: Path
-) -> list[Path]:
+def _write_tables(sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: list[Regret], folder: Path) -> list[Path]:
     tables = [
         rows_table("winners", "Fastest choice of every problem", [w.row() for w in fastest]),
         rows_table("regret", "If it has to be one choice for everything", [_regret_row(r) for r in choices]),
-        *(rate_tables(frame) if len(good) else ()),
-        rows_table("failures", "What did not run, and why", _failures(frame)),
+        *(rate_tables(frame) if fastest else ()),
+        rows_table("failures", "What did not run, and why", _failures(frame, sweep)),
         rows_table("cells", "All cells", _cells(frame)),
     ]
     return [path for table in tables if len(table.rows) for path in table.write(folder)]
@@ -139,11 +137,13 @@ def _regret_row(r: Regret) -> dict[str, str]:
 def _block(
     sweep: Sweep, frame: pd.DataFrame, good: pd.DataFrame, devices: Sequence[dict[str, Any]], links: dict[str, float]
 ) -> dict[str, Any]:
-    cells = page_data.cells_of(frame)
+    unit = _rate_unit(good)
+    cells = page_data.cells_of(frame, unit)
     cells["place"] = list(problem_labels(frame)) if len(frame) else []
     phases = [p for p in ("total", "forward", "backward") if rate_column(p) in good and good[rate_column(p)].notna().any()]
     return {
         "name": sweep.name, "cells": page_data.packed(cells, page_data.REPEATED), "repeated": sorted(page_data.REPEATED),
+        "rate": {"name": unit.name, "flops": unit.size * 1e12},
         "part": page_data.PART, "nearlyAll": NEARLY_ALL, "close": CLOSE, "unmeasured": UNMEASURED,
         "styles": _styles(frame), "phases": phases, "settings": bool(len(frame) and frame["where"].nunique() > 1),
         "matrixBy": _matrix_by(good), "known": bool(len(good)) and all(t.known for t in good["timed/total"]),
@@ -155,6 +155,11 @@ def _block(
 
 def _styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return {choice: drawn_style(style) for choice, style in styles(frame).items()}
+
+
+def _rate_unit(good: pd.DataFrame) -> amounts.Unit:
+    """One unit for all rates of a page: that of the highest."""
+    return amounts.unit_for(good[rate_column("total")].max() if len(good) else 1.0, amounts.TFLOPS)
 
 
 def _matrix_by(good: pd.DataFrame) -> str:
@@ -180,6 +185,7 @@ def _first_screen(frame: pd.DataFrame, attempts: list[Attempt], fastest: list[Wi
             for r in choices
         ],
         "matrix": _matrix(good_rows(frame), fastest, drawn),
+        "rate": _rate_unit(good_rows(frame)).name,
         "known": all(w.known for w in fastest if w.margin is not None),
         "seeds": bool(len(frame)) and frame["seed"].nunique() > 1,
     }  # fmt: skip
@@ -223,17 +229,19 @@ def _matrix(good: pd.DataFrame, fastest: list[Winner], drawn: dict[str, dict[str
         "rows": [
             {
                 "mask": mask, "mask_at": masks.index(mask), "scale": scale, "setting": setting,
-                "winners": [_shown(w, drawn) if (w := rows[mask, scale, setting].get(c)) else None for c in columns],
+                "winners": [_shown(rows[mask, scale, setting].get(c), _rate_unit(good), drawn) for c in columns],
             }
             for mask, scale, setting in ordered
         ],
     }  # fmt: skip
 
 
-def _shown(w: Winner, drawn: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _shown(w: Winner | None, unit: amounts.Unit, drawn: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    if w is None:
+        return None
     next_is = f"; next: {w.next_choice}, {w.slower}" if w.margin is not None else ""
     return {
-        "choice": w.choice, "cell": w.cell, "close": w.verdict == "close", "rate": amounts.digits(w.tflops_per_gpu),
+        "choice": w.choice, "cell": w.cell, "close": w.verdict == "close", "rate": unit.of(w.tflops_per_gpu, named=False),
         "margin": amounts.more(w.margin.value) if w.margin is not None else "", "color": drawn[w.choice]["color"],
         "title": f"{amounts.duration(w.seconds)}{next_is}; {w.verdict}{f': {w.why}' if w.why else ''}",
     }  # fmt: skip
@@ -288,20 +296,20 @@ def _warnings(environment: dict[str, set[str]]) -> list[str]:
     ]
 
 
-def _failures(frame: pd.DataFrame) -> list[dict[str, str]]:
+def _failures(frame: pd.DataFrame, sweep: Sweep) -> list[dict[str, str]]:
     """Cells without a good result by cause, the most frequent first."""
     return [
         {
             "cells": str(len(c.cells)), "status": c.status, "class": c.kind, "first cause": c.cause, "what helps": c.help,
             "command": c.command, "which": ", ".join(c.cells),
         }
-        for c in causes(frame)
+        for c in causes(frame, sweep)
     ]  # fmt: skip
 
 
 def _cells(frame: pd.DataFrame) -> list[dict[str, str]]:
     """Every cell for the long table; empty where there is no number."""
-    shown = [
+    shown: list[tuple[str, str, Callable[[Any], str]]] = [
         ("forward", "time/forward/median_s", amounts.duration), ("backward", "time/backward/median_s", amounts.duration),
         ("total", "time/total/median_s", amounts.duration), ("noise", "time/noise", amounts.percent),
         ("TFLOP/s per GPU", "compute/tflops_per_gpu", amounts.digits), ("by mean over ranks", "total_by_mean", amounts.digits),

@@ -13,6 +13,7 @@ import numpy as np
 
 from lcbench.measure.peak import entry_of
 from lcbench.report import published
+from lcbench.report.amounts import Unit
 from lcbench.report.frame import PHASES, rate_column
 from lcbench.report.intervals import Median
 from lcbench.report.parts import least_bytes, split
@@ -34,32 +35,34 @@ WORDS = {
 }  # fmt: skip
 COUNTS = {"seqlen": "seqlen", "ranks": "world_size", "share": "tokens_per_rank", "attempt": "attempt"}
 NUMBERS = {
-    "noise": "time/noise", "mfu": "compute/mfu", "peak": "memory/peak_bytes", "sent": "comm/bytes", "bymean": "total_by_mean",
-    "top": "compute/peak_tflops", "blocks": "time/blocks",
+    "noise": "time/noise", "mfu": "compute/mfu", "peak": "memory/peak_bytes", "sent": "comm/bytes",
+    "blocks": "time/blocks",
 }  # fmt: skip
 REPEATED = (frozenset(WORDS) | {"place"}) - {"id", "label", "problem"}  # few words, many times
 LEAST = ["tokens_per_rank", "num_heads_q", "num_heads_kv", "head_dim", "dtype", "direction"]
 PARTS = {"even": "computing", "imbalance": "imbalance", "exposed": "exposed communication", "rest": "rest"}
 
 
-def cells_of(frame: pd.DataFrame) -> dict[str, list[Any]]:
+def cells_of(frame: pd.DataFrame, rate: Unit) -> dict[str, list[Any]]:
     """Columns of all cells of ``frame.reported``: words, counts, and numbers of four digits, null where there is none.
 
-    ``forward``, ``backward``, ``total`` are seconds, ``<phase>_rate`` TFLOP/s per GPU, ``<phase>_reach`` the half-width of the 95 %
-    interval of the logarithm of both; ``even``, ``imbalance``, ``exposed``, ``rest`` seconds; ``peak``, ``sent``, ``least`` bytes.
+    ``forward``, ``backward``, ``total`` are seconds, ``<phase>_rate`` and ``top`` in ``rate`` per GPU, ``<phase>_reach`` the
+    half-width of the 95 % interval of the logarithm of time and rate; ``even``, ``imbalance``, ``exposed``, ``rest`` seconds;
+    ``peak``, ``sent``, ``least`` bytes.
     """
     if frame.empty:
         return {name: [] for name in (*WORDS, *COUNTS)}
     found: dict[str, list[Any]] = {name: _words(frame, column) for name, column in WORDS.items()}
     found |= {name: [int(v) for v in frame[column]] for name, column in COUNTS.items()}
     found |= {name: _numbers(frame, column) for name, column in NUMBERS.items()}
+    found["top"] = _numbers(frame, "compute/peak_tflops", rate.size)
     found["problem"] = _numbered(found["problem"])
     for phase in PHASES:
         timed: list[Median | None] = frame[f"timed/{phase}"].tolist()
         found[phase] = [None if t is None else short(t.value) for t in timed]
         found[f"{phase}_reach"] = [None if t is None else short(math.log(t.high / t.value)) for t in timed]
-        found[f"{phase}_rate"] = _numbers(frame, rate_column(phase))
-        found[f"{phase}_bymean"] = _numbers(frame, f"{phase}_by_mean")
+        found[f"{phase}_rate"] = _numbers(frame, rate_column(phase), rate.size)
+        found[f"{phase}_bymean"] = _numbers(frame, f"{phase}_by_mean", rate.size)
     parts = split(frame)
     for name, column in PARTS.items():
         found[name] = [None] * len(frame) if parts is None else [short(v) for v in parts[column].reindex(frame.index)]
@@ -203,8 +206,8 @@ def _words(frame: pd.DataFrame, column: str) -> list[str]:
     return [v if isinstance(v, str) else "" for v in frame[column]] if column in frame else [""] * len(frame)
 
 
-def _numbers(frame: pd.DataFrame, column: str) -> list[float | int | None]:
-    return [short(v) for v in frame[column].astype(float)] if column in frame else [None] * len(frame)
+def _numbers(frame: pd.DataFrame, column: str, unit: float = 1.0) -> list[float | int | None]:
+    return [short(v / unit) for v in frame[column].astype(float)] if column in frame else [None] * len(frame)
 
 
 def _numbered(values: list[str]) -> list[int]:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcbench.grid.cell import format_tokens
+from lcbench.report.amounts import digits
 from lcbench.report.frame import over_seeds, rate_column
 from lcbench.report.inert import csv_cell, latex, markdown, printable
+from lcbench.report.parts import slug
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,36 +67,44 @@ class Table:
 
 def rate_tables(frame: pd.DataFrame) -> Iterator[Table]:
     """TFLOP/s per GPU of every choice: by mask and length where one GPU ran them, by mask and GPUs at the same tokens per GPU or in
-    all where several did; a table per phase and setting, of several seeds the median. What has no number says why: ``oom``,
-    ``hang``; ``-`` did not run.
+    all where several did; a table per phase and setting, the total, by which choices are ranked, first; of several seeds the
+    median. What has no number says why: ``oom``, ``hang``; ``-`` did not run. Tables are named by what they hold.
 
     Args:
         frame: all cells (``frame.reported``), those without a good result too.
     """
     frame = over_seeds(frame)
+    several = frame["setting"].nunique() > 1
     for kind, columns, split in (
         ("length", ["what_mask", "seqlen"], ["scale", "setting"]),
         ("gpus", ["what_mask", "world_size"], ["tokens_per_rank", "setting"]),
     ):
-        number = 0
-        for key, rows in frame.groupby(split, sort=False):
+        for (first, setting), rows in frame.groupby(split, sort=False):
             if kind == "gpus" and rows["world_size"].nunique() < 2:
                 continue
-            number += 1
-            where = f"{format_tokens(int(key[0]))} tokens per GPU, {key[1]}" if kind == "gpus" else ", ".join(k for k in key if k)
-            for phase in ("forward", "backward"):
-                if rate_column(phase) not in rows or rows[rate_column(phase)].isna().all():
-                    continue
-                made = rows.assign(value=[_value(row, phase) for row in rows.to_dict("records")])
-                pivot = made.pivot_table(index="choice", columns=columns, values="value", aggfunc="first", sort=False).fillna(
-                    NOT_RUN
-                )
-                order = list(dict.fromkeys(rows["what_mask"]))
-                pivot = pivot[sorted(pivot.columns, key=lambda c: (order.index(c[0]), c[1]))]
-                if kind == "length":
-                    pivot.columns = pivot.columns.set_levels([format_tokens(int(v)) for v in pivot.columns.levels[1]], level=1)
-                pivot.columns.names, pivot.index.name = [None, None], "TFLOP/s per GPU"
-                yield Table(f"{phase}-by-{kind}{f'-{number}' if number > 1 else ''}", f"TFLOP/s per GPU, {phase}, {where}", pivot)
+            value = format_tokens(int(first)) if kind == "gpus" else str(first)
+            where = f"{value} tokens per GPU, {setting}" if kind == "gpus" else ", ".join(filter(None, [value, setting]))
+            name = "_".join([f"by-{kind}", value, *([slug(setting)] if several else [])])
+            for phase in _phases(rows):
+                yield Table(f"{phase}-{name}", f"TFLOP/s per GPU, {phase}, {where}", _pivot(rows, phase, columns))
+
+
+def _phases(rows: pd.DataFrame) -> list[str]:
+    """Phases that have rates, the total first; it is left out where there is one phase only."""
+    there = [p for p in ("total", "forward", "backward") if rate_column(p) in rows and rows[rate_column(p)].notna().any()]
+    return there if len(there) != 2 else there[1:]
+
+
+def _pivot(rows: pd.DataFrame, phase: str, columns: list[str]) -> pd.DataFrame:
+    """Rates as text, a row per choice, a column for each pair of values of these columns."""
+    values = [_value(*row) for row in zip(rows["status"], rows["failure"], rows[rate_column(phase)], strict=True)]
+    pivot = rows.assign(value=values).pivot_table(index="choice", columns=columns, values="value", aggfunc="first", sort=False)
+    order = list(dict.fromkeys(rows["what_mask"]))
+    pivot = pivot.fillna(NOT_RUN)[sorted(pivot.columns, key=lambda c: (order.index(c[0]), c[1]))]
+    if columns[1] == "seqlen":
+        pivot.columns = pivot.columns.set_levels([format_tokens(int(v)) for v in pivot.columns.levels[1]], level=1)
+    pivot.columns.names, pivot.index.name = [None, None], "TFLOP/s per GPU"
+    return pivot
 
 
 def rows_table(name: str, title: str, rows: list[dict[str, Any]]) -> Table:
@@ -105,8 +115,8 @@ def rows_table(name: str, title: str, rows: list[dict[str, Any]]) -> Table:
     return Table(name, title, frame.set_index(frame.columns[0]) if len(frame) else frame)
 
 
-def _value(row: Any, phase: str) -> str:
-    rate = row[rate_column(phase)]
-    if row["status"] == "ok" and rate == rate:
-        return f"{rate:.4g}" if rate < 100 else f"{rate:.0f}"
-    return str(row["failure"] or row["status"]) if row["status"] == "failed" else NOT_RUN
+def _value(status: str, failure: str, rate: float) -> str:
+    """A rate with three digits, the class of a failure, or that it did not run."""
+    if status == "ok" and rate == rate:
+        return digits(rate)
+    return (failure or status) if status == "failed" else NOT_RUN

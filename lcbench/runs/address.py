@@ -133,7 +133,7 @@ def server_command(uri: str) -> str:
 
 @contextmanager
 def credentials(uri: str) -> Iterator[str]:
-    """The address that MLflow's client is given: a server's without user and password, which it gets as MLflow wants them."""
+    """The address for MLflow's client. User and password are taken out of it and given to MLflow in its own variables."""
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
         yield uri
@@ -148,7 +148,7 @@ def credentials(uri: str) -> Iterator[str]:
 
 @contextmanager
 def variables(wanted: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables of this process, set in here and afterwards as they were."""
+    """Set environment variables of this process in here; afterwards they are as before."""
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
     try:
@@ -233,7 +233,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _wraps(error: BaseException) -> bool:
-    """Whether it is one of requests' or urllib3's, around the cause."""
+    """Whether an exception of requests or urllib3 only wraps the cause."""
     return type(error).__module__.split(".")[0] in ("requests", "urllib3")
 
 
@@ -251,7 +251,7 @@ def _status(chain: list[BaseException]) -> int | None:
 
 
 def _body(chain: list[BaseException]) -> str:
-    """What a server that is not MLflow, or that is in front of it, says beside its status."""
+    """What a server that is not MLflow, such as a proxy in front of it, says beside its status."""
     found = re.search(r"Response body: '(.*)'", str(chain[0]), re.S)
     text = found[1] if found else str(getattr(chain[0], "message", ""))
     text = re.sub(r"<style.*?</style>|<script.*?</script>|<[^>]*>", " ", text, flags=re.S)

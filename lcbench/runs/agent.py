@@ -13,6 +13,7 @@ from typing import Any
 
 from lcbench.grid.values import parse_scale
 from lcbench.runs.failure import SLURM_STATES, last_error
+from lcbench.runs.forkserver import ForkServer, ServerDied, forking
 from lcbench.runs.machine import shown, signal_when_parent_dies
 from lcbench.runs.notes import END, STOP, ended, forget, read_ending
 from lcbench.runs.ownership import mine
@@ -48,15 +49,20 @@ def run_node(pack: Pack, *, node_rank: int, hosts: list[str], incarnation: str) 
     logs.mkdir(parents=True, exist_ok=True)
     if node_rank == 0:
         begin_anew(sweep, pack)
-    if not _node_is_well(pack, node_rank, scale.gpus_per_node):
-        return False
-    failure = _run_gangs(sweep, pack, logs, node_rank=node_rank, hosts=hosts, incarnation=incarnation)
+    from lcbench.runs.worker import run_rank  # loads torch, which launchers that submit this do without
+
+    with forking(run_rank) as server:  # before anybody looks at a GPU
+        if not _node_is_well(pack, node_rank, scale.gpus_per_node):
+            return False
+        failure = _run_gangs(sweep, pack, server, logs, node_rank=node_rank, hosts=hosts, incarnation=incarnation)
     if node_rank == 0:
         _come_to_an_end(sweep, pack, failure)
     return failure is None
 
 
-def _run_gangs(sweep: Sweep, pack: Pack, logs: Path, *, node_rank: int, hosts: list[str], incarnation: str) -> Failure | None:
+def _run_gangs(
+    sweep: Sweep, pack: Pack, server: ForkServer, logs: Path, *, node_rank: int, hosts: list[str], incarnation: str
+) -> Failure | None:
     """Meet the other nodes and run the workers; why that came to nothing, or None."""
     # Elastic loads torch, which launchers that submit this do without.
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -70,10 +76,10 @@ def _run_gangs(sweep: Sweep, pack: Pack, logs: Path, *, node_rank: int, hosts: l
             where = meeting.endpoint
             use(meeting, listening, node=node_rank, hosts=hosts)
             run_id = f"{incarnation}.{meeting.token('run id')}"
-            run_gang(sweep, pack, node_rank=node_rank, run_id=run_id, endpoint=where, host=hosts[node_rank], logs=logs)
-    except (NoRendezvous, RendezvousError) as error:
-        cause = str(error) if isinstance(error, NoRendezvous) else f"the rendezvous at {where}: {innermost(error)}"
-        failure = Failure("no-start", cause[:CAUSE_LENGTH])
+            run_gang(sweep, pack, server, node_rank=node_rank, run_id=run_id, endpoint=where, host=hosts[node_rank], logs=logs)
+    except (NoRendezvous, RendezvousError, ServerDied) as error:
+        cause = f"the rendezvous at {where}: {innermost(error)}" if isinstance(error, RendezvousError) else str(error)
+        failure = Failure("crash" if isinstance(error, ServerDied) else "no-start", cause[:CAUSE_LENGTH])
         print(f"node {node_rank}: {cause}", file=sys.stderr)
         if node_rank and not ended(pack.folder):
             pack.write_note(END, failure)

@@ -1,4 +1,4 @@
-"""What packs are expected to take, and whether a command may start them without being told that it may."""
+"""How long packs are expected to take, and whether a command may start them without an explicit budget."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Cost:
         return None
 
     def on_one_rank(self) -> list[Cell]:
-        """Cells whose strategy has nothing to do, since there is one rank."""
+        """Cells whose strategy has nothing to do, because there is one rank."""
         return [cell for cell in self.seconds if alone(cell)]
 
 

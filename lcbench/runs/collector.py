@@ -27,11 +27,11 @@ LOOKING_SHARE = 5.0  # a collector sleeps so many times as long as it looks
 
 
 class Collector:
-    """Brings a sweep to its end whatever became of the command that began it: settles what has ended, runs again what its failure
-    class says, and hands over what never was.
+    """Brings a sweep to its end, whatever became of the command that began it. It records what has ended, runs again what the
+    failure class allows, and submits what was never submitted.
 
-    A sweep that is not, or not wholly, the caller's own is only looked at, unless ``as_mine``: what it would run in the caller's
-    name is what somebody else has written down.
+    The collector only looks at a sweep that is not wholly the caller's own, unless ``as_mine``: running it would run, in the
+    caller's name, what somebody else has written down.
 
     ``launcher_named``: the launcher of a name; raises ValueError where there is none.
     """
@@ -77,7 +77,7 @@ class Collector:
         return settled(self._watch, as_mine=self._as_mine)
 
     def _launcher(self, name: str) -> Launches | None:
-        """The sweep's launcher, where its packs run on without the command and so may be handed over again; else None."""
+        """The sweep's launcher, if its packs run on without the command; else None, because nobody else may submit them again."""
         try:
             launcher = self._launcher_named(name)
         except ValueError as error:
@@ -87,7 +87,7 @@ class Collector:
         return launcher if launcher.queue is not None else None
 
     def _can_be_built(self, cell: Cell) -> bool:
-        """Whether the classes of a cell are known here; one whose are not is left out, and said once."""
+        """Whether the classes of a cell are known here. A cell with unknown classes is left out, and reported once."""
         build.allow(self._sweep.allowed())
         try:
             build.check_targets(cell.config)
@@ -151,10 +151,11 @@ def collect(
     on_a_node: bool = False,
     as_mine: bool = False,
 ) -> int:
-    """Advance the sweep, with ``wait`` until all of its jobs have ended, and ``publish`` it; the number of cells
-    without a good end and of jobs that are held.
+    """Advance the sweep and ``publish`` it; with ``wait``, stay until all of its jobs have ended.
 
-    What runs again has a collector of its own behind it.
+    Cells that run again have a collector of their own behind them.
+
+    Returns: the number of cells without a good end, plus the number of held jobs.
     """
     collector = Collector(sweep, launcher_named, as_mine=as_mine)
     while not (standing := collector.advance()).at_rest and wait:

@@ -1,9 +1,9 @@
 """How long a cell will take, and whether it will fit, before it runs: from results of like cells, else from its FLOPs.
 
-Of results only stored figures are used: rate times time times ranks are the FLOPs that were done. No mask of a stored cell is
-built: its file may have changed, its code be gone, or it may be somebody else's; and a result that cannot be read teaches nothing.
+An estimate uses only figures that a result stores: rate x time x ranks = FLOPs. It builds no mask of a stored cell, because the
+mask's file may have changed, its code may be gone, or both may be somebody else's. A result that cannot be read is ignored.
 
-Only packing, deadlines and time limits depend on it, so that being wrong by a factor costs queue time and nothing else.
+Only packing, deadlines and time limits depend on estimates: one that is wrong by a factor costs queue time and nothing else.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Estimator:
 
     @classmethod
     def of(cls, root: Path, site: dict[str, Any], devices: list[dict[str, Any]], *, here: bool = False) -> Estimator:
-        """With the newest results below ``root`` as history. ``here``: on this machine, on what it has if the site is silent."""
+        """An estimator that knows the newest results below ``root``. ``here``: for this machine, and its GPUs by default."""
         device = next((d for d in devices if d["name"] == site.get("device")), None)
         if here and site.get("device") is None:
             device = next((entry_of(devices, gpu["name"]) for gpu in gpus_here() or ()), None)
@@ -112,7 +112,7 @@ class Estimator:
         return float(CELL_S + RANK_S["cuda" if self.device else "cpu"] * ranks + draws(cell.config["mask"]) * every)
 
     def will_fail(self, cell: Cell) -> bool:
-        """Whether it is expected not to fit: more memory than the device has, or no shorter than a like cell that did not fit."""
+        """Whether a cell is expected not to fit: by the memory of the device, or because a like cell, no longer, did not fit."""
         known = self.too_large.get(_likeness(cell))
         if known is not None and cell.problem.seqlen >= known:
             return True
@@ -124,8 +124,8 @@ def _timed_s(measure: dict[str, Any], pass_s: float, budget_s: float) -> float:
 
 
 def flops(cell: Cell) -> float:
-    """FLOPs of one pass of a cell over all ranks; of a full mask where its own cannot be built here (its file has changed, say: its
-    attempt will say so).
+    """FLOPs of one pass of a cell over all ranks. Where its mask cannot be built here (its file has changed, say), a full mask
+    counts; the attempt reports the reason.
     """
     heads = cell.problem.heads
     try:

@@ -64,7 +64,7 @@ OOM_WORDS = ("CUDA out of memory", "can't allocate memory", "Cannot allocate mem
 
 
 def classify_exception(error: BaseException) -> Failure:
-    """Class and first cause of an exception; by type names, so that torch need not be loaded to ask."""
+    """Class and first cause of an exception. Types are compared by name, so torch need not be loaded."""
     first = error
     while first.__cause__ is not None:
         first = first.__cause__
@@ -84,14 +84,14 @@ def classify_exception(error: BaseException) -> Failure:
 
 @dataclass(frozen=True)
 class Found:
-    """What an attempt's processes left behind. ``may_follow``: it may as well have followed from the end of their job."""
+    """What an attempt's processes left behind. ``may_follow``: the end of their job may have caused it."""
 
     failure: Failure
     may_follow: bool = False
 
 
 def stem_of(running: Running) -> str:
-    """What the names of the files about an attempt, or about a later block of it, begin with."""
+    """The beginning of the names of files about an attempt, or about a later block of it."""
     return f"{running.cell_id}.attempt-{running.number}" + (f".block-{running.block}" if running.block > 1 else "")
 
 
@@ -134,7 +134,7 @@ def _ended_by_agent(left: _Left) -> Found | None:
 
 
 def _said_by_rank(left: _Left) -> Found | None:
-    """An exception that is more than a broken connection to a rank that had died before."""
+    """The first exception that is not just a broken connection to a rank that had died before."""
     return next((Found(_failure(said)) for said in left.said if said["kind"] != "nccl"), None)
 
 
@@ -185,7 +185,7 @@ def from_slurm_state(state: str, began: bool, words: str) -> Failure:
 
 
 def job_words(folder: Path, job_id: str) -> str:
-    """The line of all that a Slurm job's nodes wrote that says most about why it ended."""
+    """The line, of all that the nodes of a job wrote, that says most about why the job ended."""
     logs = [
         path for path in folder.glob(f"{job_id}_*_log.*") if re.fullmatch(rf"{re.escape(job_id)}_\d+_log\.(err|out)", path.name)
     ]
@@ -207,7 +207,7 @@ def error_in(text: str) -> str:
 
 
 def tells_of_a_kill(cause: str) -> bool:
-    """Whether a cause is that a process was killed, so that connections to it broke."""
+    """Whether a cause says that a process was killed. Such a death breaks the connections of others."""
     return any(pattern.search(cause) for pattern in DEATHS)
 
 

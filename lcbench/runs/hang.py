@@ -1,7 +1,7 @@
-"""Tells a gang that hangs from one that is slow: by the marks of its ranks (``measure/progress.py``), never by the clock alone.
+"""Tells a gang that hangs from a slow one, by the marks of its ranks (``measure/progress.py``) and never by the clock alone.
 
-Each node's agent sees the marks of its own ranks and says them to node 0, whose agent judges: a gang hangs when none of its ranks
-has made a mark for as long as the cell's patience. One that goes on has until ``hang.max_s``.
+Each node's agent sees the marks of its own ranks and reports them to node 0, whose agent judges. A gang hangs when none of its
+ranks has made a mark for as long as the cell's patience. A gang that makes marks has until ``hang.max_s``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STACKS_SIGNAL = signal.SIGUSR1
 
 @dataclass(frozen=True)
 class View:
-    """What is seen of ranks: of those of a node, or of all.
+    """What an agent sees of ranks: those of its node, or all.
 
     Attributes:
         total: marks of all of them.
@@ -89,7 +89,7 @@ class View:
 
 @dataclass(frozen=True)
 class Verdict:
-    """That a gang is to be ended, and why; ``rank`` is the one that the others wait for, where the marks show it."""
+    """The decision to end a gang, and why. ``rank``: the rank that the others wait for, if the marks show it."""
 
     work: str
     cause: str
@@ -196,7 +196,7 @@ class Watcher:
 
 
 def _shared(size: int) -> mmap.mmap:
-    """Memory that the workers of this process find by their environment; it is gone with the last of them."""
+    """Memory that the workers of this process find by an environment variable. It is freed with the last of them."""
     descriptor = os.memfd_create("lcbench-progress")
     os.ftruncate(descriptor, size)
     os.environ[VARIABLE] = f"/proc/{os.getpid()}/fd/{descriptor}"

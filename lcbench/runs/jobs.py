@@ -207,12 +207,12 @@ class SweepStatus:
 
     @property
     def held(self) -> list[PackState]:
-        """Packs whose jobs do not go on before a person does something."""
+        """Packs whose jobs wait until a person does something."""
         return [p for p in self.packs if p.remedy]
 
     @property
     def at_rest(self) -> bool:
-        """Whether nothing goes on by itself: all has ended, or what has not is held, or waits for a job that is."""
+        """Whether nothing goes on by itself: every job has ended, is held, or waits for a held one."""
         live = [p for p in self.packs if not p.ended]
         return self.ended or (bool(self.held) and all(p.remedy or p.reason == "Dependency" for p in live))
 
@@ -234,7 +234,7 @@ class SweepStatus:
         return Counter(c.state for c in self.cells)
 
     def left(self) -> TimeLeft:
-        """What there is still to measure, by the estimates, corrected by how those that have ended went."""
+        """The measuring time that is left: estimates, scaled by how long ended cells took against theirs."""
         live = [p for p in self.packs if not p.ended]
 
         def records_of(pack: PackState) -> Iterator[tuple[str, Record]]:
@@ -268,14 +268,14 @@ class SweepStatus:
 
     @property
     def under_way(self) -> set[str]:
-        """Cells that a live job has or will come to, for a first time or for more blocks of timings."""
+        """Cells that a live job runs or will run, for the first time or for more blocks of timings."""
         live = [p for p in self.packs if not p.ended and p.state != "UNKNOWN"]
         again = {c for p in live for c in p.cells if c in self.seen.records and later_blocks(self.seen.records[c].attempts, p.id)}
         return again | {c.id for c in self.cells if c.state in ("running", "pending")}
 
 
 def status_of(seen: Look, packs: Sequence[PackState]) -> SweepStatus:
-    """Where a sweep stands, by what is in its store and where its jobs are."""
+    """Where a sweep stands, from its store and from the state of its jobs."""
     with_progress = [_with_progress(seen, pack) for pack in packs]
     return SweepStatus(seen, with_progress, _cells(seen, with_progress))
 
@@ -310,12 +310,12 @@ def _cells(seen: Look, packs: list[PackState]) -> list[CellState]:
 
 
 def _will_come_to(pack: PackState, record: Record) -> bool:
-    """Whether a live pack has a cell before it: it has not tried it, or will try it again."""
+    """Whether a live pack will still run a cell: it has not tried the cell, or will try it again."""
     return not record.has_attempt_of(pack.id) or tries_again(record.attempts, pack.retry)
 
 
 def _with_progress(seen: Look, pack: PackState) -> PackState:
-    """A pack with how many of its cells it has tried, and, where these are all, what it is still at."""
+    """A pack with the number of cells that it has tried and, if it has tried all, what it still does."""
     records = [seen.records[c] for c in pack.cells if c in seen.records]
     done = sum(r.has_attempt_of(pack.id) for r in records)
     again = sum(len(later_blocks(r.attempts, pack.id)) for r in records)
@@ -385,7 +385,7 @@ def _local_state(pack: PackState, job: Job | None) -> PackState:
 
 
 def _alive(pid: int, started_at: float) -> bool:
-    """Whether a process lives and is the one that was started then, not a later one with its number."""
+    """Whether a process lives and was started then; a later process may have its number."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

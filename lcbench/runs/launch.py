@@ -1,4 +1,4 @@
-"""What a launch runs: the sweep and the settings of a plan, the cells that are missing, their packs, and handing these over."""
+"""A launch: the sweep and the settings of a plan, the cells that are missing, their packs, and the hand-over of these."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lcbench.runs.store import Failure, Sweep
 class NotSubmitted(Exception):
     """The launcher could not hand over packs.
 
-    ``refused`` are those that will never be taken as they are; the rest may be tried again.
+    ``refused``: packs that the launcher will never take as they are. ``waiting``: packs that may be tried again.
     """
 
     def __init__(self, message: str, refused: Sequence[Pack] = (), waiting: Sequence[Pack] = ()) -> None:
@@ -138,13 +138,13 @@ def settings_of(plan: Plan) -> Settings:
 
 
 def _inherited(settings: Settings) -> AbstractContextManager[None]:
-    """Jobs that are submitted in here inherit the tracking server's password, for the collector, which has no private file."""
+    """Have jobs that are submitted in here inherit the tracking server's password: the collector has no private file."""
     uri = settings.tracking_uri
     return variables({"MLFLOW_TRACKING_URI": uri} if uri and redacted_uri(uri) != uri else {})
 
 
 def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool, settles: bool = True) -> Todo:
-    """Of these cells, those that have no good result, that no live job has, and that are worth another try."""
+    """The cells of these that have no good result, that no live job has, and that are worth another try."""
     watch = Watch(sweep)
     standing = settled(watch, as_mine=True) if settles else watch.look()
     records, under_way = standing.seen.records, standing.under_way
@@ -161,13 +161,13 @@ def missing(sweep: Sweep, cells: Sequence[Cell], *, force: bool, settles: bool =
 
 
 def write_down(pack: Pack) -> None:
-    """Write a pack before anybody is told of it. Until a launcher says more, it waits for this process."""
+    """Write a pack before anybody hears of it. Until the launcher says more, the pack waits for this process."""
     write_job(pack.folder, job_here(pack.launcher))
     pack.write()  # with it the pack is there, so it comes last
 
 
 def turn_down(sweep: Sweep, error: NotSubmitted) -> None:
-    """Keep why packs were refused, as the result of their cells; packs that only wait leave no trace."""
+    """Record why packs were refused, as the result of their cells. Packs that only wait are removed."""
     for pack in error.refused:
         pack.write_note(END, Failure("no-start", str(error)))
         for cell_id in pack.cells:
@@ -211,7 +211,7 @@ def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: 
 
 
 def default_name(plan: Plan) -> str:
-    """Time, cells, and a word of its own: two people who type the same in the same second have two sweeps."""
+    """A name of time, hash of the cells, and a random word: two people who type the same in the same second get two sweeps."""
     digest = hashlib.sha256(" ".join(p.cell.id for p in plan.cells).encode()).hexdigest()[:6]
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{digest}{secrets.token_hex(1)}"
 

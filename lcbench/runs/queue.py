@@ -90,7 +90,7 @@ def environment(site: dict[str, Any]) -> dict[str, str]:
 
 
 def remedy(state: str, reason: str, job_id: str) -> str:
-    """What a person does about a job that will not start by itself; empty for every other job."""
+    """The command that helps a job which will not start by itself; empty for every other job."""
     if has_ended(state) or word_of(state) == "RUNNING":
         return ""
     if HELD.search(reason) or word_of(state).endswith(("_HOLD", "SPECIAL_EXIT")):
@@ -99,14 +99,14 @@ def remedy(state: str, reason: str, job_id: str) -> str:
 
 
 def reason_in(text: str) -> str:
-    """Of what a Slurm command wrote the first line that says what is wrong; empty if it wrote nothing."""
+    """The first line of a Slurm command's output that says what is wrong; empty if there is no output."""
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     said = [line for line in lines if not NOISE.match(line)]
     return next(iter([*(line for line in said if "error:" in line.lower()), *said, *lines]), "")
 
 
 def ask(names: Sequence[str], since: float, env: dict[str, str], ids: Sequence[str] = ()) -> Answer:
-    """States of all jobs of these names that were there after ``since`` (seconds since the epoch).
+    """The states of all jobs of these names that existed after ``since`` (seconds since the epoch).
 
     ``ids``: of jobs whose names cannot be asked for, since commas separate names; earlier versions named jobs after their sweep.
     """
@@ -166,7 +166,7 @@ def where(env: dict[str, str]) -> tuple[str | None, ...]:
 
 
 def cancel_named(names: Sequence[str], env: dict[str, str]) -> str | None:
-    """Cancel all jobs of these names; what Slurm says if it will not."""
+    """Cancel all jobs of these names. Returns Slurm's words if it refuses, else None."""
     answer = ask(names, time.time(), env)
     if not answer.controller:
         return "slurmctld does not answer"

@@ -1,8 +1,8 @@
 """Where the agents of a pack meet: a socket on which node 0 listens, and a secret that only its owner's agents know.
 
-torch elastic keeps the state of its rendezvous pickled in a TCPStore, which knows no accounts. So each state is signed with the
-secret, and what another wrote is refused before it is unpickled. Node 0 listens first and then says where, in a file of mode 600;
-the other nodes wait for it. Ports are taken outside of the range that the kernel gives to outgoing connections.
+torch elastic keeps the state of its rendezvous pickled in a TCPStore, which knows no accounts. So agents sign each state with the
+secret, and refuse what another wrote before they unpickle it. Node 0 listens first and then writes the address to a file of mode
+600, for which the other nodes wait. Ports lie outside of the range that the kernel gives to outgoing connections.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def listen(address: str) -> socket.socket:
 
 
 def use(meeting: Meeting, listening: socket.socket | None, *, node: int, hosts: list[str]) -> None:
-    """Have torch elastic meet there, as its rendezvous backend ``BACKEND``."""
+    """Register this meeting as torch elastic's rendezvous backend ``BACKEND``."""
     from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 
     registry: Any = rendezvous_handler_registry
@@ -204,7 +204,7 @@ def _store_on(listening: socket.socket) -> TCPStore:
 
 
 def _ports() -> list[int]:
-    """Candidates in a random order: others on this machine look for one too."""
+    """Candidate ports in random order, because other agents on this machine look for one too."""
     low, high = LAST_PORT + 1, LAST_PORT
     with suppress(OSError, ValueError):
         low, high = (int(word) for word in EPHEMERAL.read_text().split())

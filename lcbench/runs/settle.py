@@ -1,4 +1,4 @@
-"""Records what has ended without a result: attempts and blocks of timings in flight, and cells that a job never came to."""
+"""Records what ended without a result: attempts and blocks of timings in flight, and cells that a job never began."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DAMAGED_TWICE = 2
 def settled(watch: Watch, *, as_mine: bool = False) -> SweepStatus:
     """Record what has ended of a sweep, then say where everything stands.
 
-    Of a sweep that is not the caller's own nothing is recorded, unless ``as_mine``.
+    Nothing is recorded for a sweep that is not the caller's own, unless ``as_mine``.
     """
     status, own = watch.look(), not others(watch.sweep)
     if own:
@@ -39,10 +39,10 @@ def settled(watch: Watch, *, as_mine: bool = False) -> SweepStatus:
 
 
 def settle(sweep: Sweep, seen: Look, packs: Sequence[PackState]) -> list[Attempt]:
-    """Record, as failed, what has no result though its job has ended: attempts in flight, and cells that it never came to; and
-    the later blocks of timings that were in flight, of results that stay good.
+    """Record as failed what has no result though its job has ended: attempts in flight, and cells that the job never began. A later
+    block of timings that was in flight is recorded as lost; the result of its cell stays good.
 
-    Safe to call again and from several processes; where the results belong to somebody else, nothing is recorded.
+    Several processes may call this, again and again. Nothing is recorded where the results belong to somebody else.
     """
     open_ends = OpenEnds.of(sweep, seen, packs)
     if open_ends.none() or not os.access(sweep.folder, os.W_OK):
@@ -91,7 +91,7 @@ class OpenEnds:
 
 
 def _close_cell(sweep: Sweep, pack: PackState, cell: Cell, why: Failure) -> Iterator[Attempt]:
-    """Record that a pack which has ended left a cell in flight, or never came to it."""
+    """Record that an ended pack left a cell in flight, or never began it."""
     begun = [r for r in sweep.running(cell.id) if r.pack == pack.id]
     for running in begun:
         yield close(sweep, running, cell.config, why)
@@ -140,7 +140,7 @@ def lose(sweep: Sweep, running: Running, otherwise: Failure | None = None) -> At
 
 
 def with_lost_block(attempt: Attempt, block: int, failure: Failure) -> Attempt:
-    """A good result with word of a block of timings that it has not."""
+    """A good result that says which block of timings it lacks, and why."""
     lost = [*attempt.lost_blocks, {"block": block, "cause": f"{failure.kind}: {failure.cause}"}]
     return replace(attempt, provenance={**attempt.provenance, "lost_blocks": lost})
 
@@ -196,7 +196,7 @@ def _is_open(record: Record, pack_id: str) -> bool:
 
 
 def _job_failure(sweep: Sweep, pack: PackState) -> Failure:
-    """What the end of a pack's job says of the cells that it left without a result."""
+    """Why a pack's job left cells without a result, by how the job ended."""
     for name in (END, STOP):  # the pack itself may know why it stopped
         said = read_ending(sweep.pack_folder(pack.id), name)
         if said and said.failure:

@@ -88,8 +88,8 @@ class Attempt:
     iteration), lists per block of timings (``block_forward_s``) and per rank (``rank_forward_median_s``); ``checks`` holds
     the errors, their bounds and how the reference was taken; ``provenance`` says where, with what and from which commit, and
     of later blocks when they were measured (``again``) and which were lost and why (``lost_blocks``). ``config`` is the cell's,
-    so that a file can be read by itself. What is not finite is left out of ``metrics`` and is null elsewhere: JSON has no word
-    for it.
+    so that a file can be read by itself. A value that is not finite is left out of ``metrics`` and is null elsewhere, because
+    JSON cannot write it.
     """
 
     cell_id: str
@@ -134,7 +134,7 @@ class Attempt:
 
     @property
     def no_speed(self) -> str:
-        """Why its times say nothing about GPUs, such as ranks that shared one; its result is checked as any other."""
+        """Why the times say nothing about a GPU's speed: ranks shared one, say. The check counts as any other."""
         check = self.provenance.get("check")
         return str(check.get("no_speed", "")) if isinstance(check, dict) else ""
 
@@ -246,7 +246,7 @@ class Sweep:
         return os.path.lexists(self.manifest_path) or bool(self.packs())
 
     def lock(self) -> FileLock:
-        """Held while cells are given to packs, so that of two commands at once neither runs what the other does."""
+        """The lock to hold while cells are given to packs, so that two commands at once do not run the same cells."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder / ".lock", is_singleton=True)  # who has it may take it again
 
@@ -332,7 +332,7 @@ class Sweep:
         return any(a.pack == pack for a in self.attempts(cell_id))
 
     def running(self, cell_id: str) -> list[Running]:
-        """Attempts that have begun and not ended; their job may be dead all the same."""
+        """Attempts that have begun and not ended. Their job may be dead."""
         return self._running(cell_id, _names(self.folder / cell_id))
 
     def _attempts(self, cell_id: str, names: list[str]) -> list[Attempt]:
@@ -378,7 +378,7 @@ class Sweep:
         self._again_path(running).unlink(missing_ok=True)
 
     def again(self, pack_id: str) -> list[Running]:
-        """Later blocks of a pack that have begun and not ended; their job may be dead all the same."""
+        """Later blocks of a pack that have begun and not ended. Their job may be dead."""
         folder = self.pack_folder(pack_id) / AGAIN
         names = sorted(n for n in _names(folder) if n.endswith(".json") and not n.startswith("."))
         return [r for r in (read_or_set_aside(folder / n, Running.from_json) for n in names) if r is not None]
@@ -415,7 +415,7 @@ class Sweep:
     # -- people --------------------------------------------------------------------------------------------------
 
     def command(self, name: str, *words: str) -> str:
-        """``python -m lcbench.<name>`` for this sweep from where one is now, to be copied into a shell."""
+        """The command ``python -m lcbench.<name>`` for this sweep, from the current folder, to be copied into a shell."""
         where = () if self.root == Path("results").absolute() else ("--results", str(self.root))
         named = (*where, *words, "--", self.name) if self.name.startswith("-") else (self.name, *where, *words)
         return shlex.join(["python", "-m", f"lcbench.{name}", *named])
@@ -441,7 +441,7 @@ class Sweep:
         return self.folder / f".allowed.{os.geteuid()}.json"
 
     def check_writable(self, cells: Collection[str] = ()) -> None:
-        """See that results can be written, before anybody measures any.
+        """Check that results can be written, before anything is measured.
 
         Raises:
             PermissionError: the folder of the sweep, or one of those of its packs and of these cells, is somebody else's.
@@ -456,7 +456,7 @@ class Sweep:
 
 
 def user_name(uid: int | None = None) -> str:
-    """A user's name, by default who runs this; the number of one that no list of users has."""
+    """A user's name, by default that of whoever runs this; the uid where no list of users has the name."""
     if uid is None:
         with suppress(KeyError, OSError):
             return getpass.getuser()

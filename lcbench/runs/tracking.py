@@ -62,7 +62,6 @@ QUICK = {
     "PGCONNECT_TIMEOUT": "5",
 }
 FILES = "lcbench.files"
-KIND = "mlflow.experimentKind"  # by which the page shows what belongs to training models, not to language models in production
 NOISY = ("alembic", "mlflow", "sqlalchemy", "urllib3")
 
 
@@ -472,8 +471,7 @@ class _Publisher:
                 )
         self._tags_there = dict(tags)
         sweeps = sweeps_view()
-        kind = {} if KIND in tags else {KIND: "custom_model_development"}
-        self._set_experiment_tags(made, {"mlflow.note.content": note(made), VIEW + sweeps.key: sweeps.value, **kind})
+        self._set_experiment_tags(made, {"mlflow.note.content": note(made), VIEW + sweeps.key: sweeps.value})
         self._keep_out_of_another_checkout()
         return made
 

@@ -49,7 +49,7 @@ from lcbench.measure.session import Gang
 from lcbench.runs.failure import classify_exception, stem_of
 from lcbench.runs.hang import REST_S, STACKS_SIGNAL
 from lcbench.runs.logs import cell_mark
-from lcbench.runs.machine import beside, signal_when_parent_dies
+from lcbench.runs.machine import beside
 from lcbench.runs.notes import CHECK, END, is_cancelled, told_to_stop
 from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
 from lcbench.runs.settle import close_all, record, with_lost_block
@@ -68,11 +68,11 @@ BLOCK_STRIDE = 1000
 STDERR = 2
 
 
-def main(pack_path: Path, node_rank: int) -> None:
+def run_rank(pack_path: Path, node_rank: int) -> None:
+    """Be a rank; torch elastic's environment says which."""
     # Slurm's warning goes to every process of the job, and is the agent's to act on.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     faulthandler.register(STACKS_SIGNAL, file=STDERR)
-    _die_with_the_agent()
     pack = Pack.read(pack_path)
     sweep = Sweep(Path(pack.root), pack.sweep)
     allow(sweep.allowed())
@@ -110,9 +110,6 @@ def main(pack_path: Path, node_rank: int) -> None:
         crew.store.release()
     dist.barrier()
     dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # taking the interpreter down takes seconds where many ranks share a core
 
 
 def _others(pack: Pack) -> set[str]:
@@ -418,13 +415,6 @@ def _append(log: Path, line: str) -> None:
         file.write(line.rstrip() + "\n")
 
 
-def _die_with_the_agent() -> None:
-    """Ask Linux to kill this rank when its agent dies: it would measure on beside the job that takes its cells over."""
-    signal_when_parent_dies(signal.SIGKILL)
-    if os.getppid() == 1:
-        os._exit(FAILED_EXIT)
-
-
 def _device(promised: str | None, *, share: bool) -> torch.device:
     """This rank's device; ``promised`` is the site's: ``cpu``, a GPU's name, or None for what there is.
 
@@ -446,7 +436,3 @@ def _backend(device: torch.device) -> str:
     """NCCL for GPUs, where every rank has one: it refuses two ranks on one."""
     shared = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
     return "nccl" if device.type == "cuda" and not shared else "gloo"
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

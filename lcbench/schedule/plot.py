@@ -57,8 +57,12 @@ def _planned(report: ScheduleCost, title: str, axes: Axes) -> None:
         axes.axvline(begins[step + 1], color="#bbbbbb", linewidth=0.5, zorder=0)
         if ranks <= FEWEST_ROWS:
             _label(report, step, begins[step], axes)
-    axes.set_title(f"{title}: {steps} steps, {report.imbalance:.3f} of the time of perfect balance", fontsize=9)
-    axes.set_xlabel("unmasked pairs, query heads counted; thin: bytes sent in the step", fontsize=8)
+    axes.set_title(
+        f"planned, {title}: {steps} steps, each as long as its busiest rank; balance {report.imbalance:.2f}, 1.00 is perfect",
+        fontsize=9,
+    )
+    axes.set_xlabel("blue: million unmasked pairs, over the query heads; orange: bytes sent in the step", fontsize=8)
+    axes.xaxis.set_major_formatter(lambda pairs, _: f"{pairs / 1e6:g}")
     _ranks(axes, ranks, begins[-1])
 
 

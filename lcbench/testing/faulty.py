@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import os
 import socket
@@ -31,10 +32,10 @@ class Blind(SDPAFlash):
 
 @dataclass(frozen=True)
 class Faulty(SDPAFlash):
-    """``fault``: raise, exit, hang, kill, stop (to be scheduled), wrong, blind (to the mask), oom (more memory than there is),
-    oom_killer (more than the memory cgroup ``LCBENCH_TEST_CGROUP`` gives) or disconnect (from all other ranks); it happens on rank
-    ``rank`` of the gang while ``while_file`` exists. With ``again`` it happens in a later block of timings, and once: the file is
-    removed.
+    """``fault``: raise, exit, hang, kill, segfault, forks (who forks ranks is killed), stop (to be scheduled), wrong, blind (to the
+    mask), oom (more memory than there is), oom_killer (more than the memory cgroup ``LCBENCH_TEST_CGROUP`` gives) or disconnect
+    (from all other ranks); it happens on rank ``rank`` of the gang while ``while_file`` exists. With ``again`` it happens in a
+    later block of timings, and once: the file is removed.
     """
 
     fault: str = "raise"
@@ -58,6 +59,10 @@ class Faulty(SDPAFlash):
             os._exit(17)
         if self.fault == "kill":
             os.kill(os.getpid(), 9)
+        if self.fault == "segfault":
+            ctypes.string_at(0)
+        if self.fault == "forks":
+            os.kill(os.getppid(), 9)
         if self.fault == "stop":
             os.kill(os.getpid(), 19)
         if self.fault == "hang":

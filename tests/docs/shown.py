@@ -95,7 +95,7 @@ def prints(told: str, folder: Path) -> list[str]:
     name, *words = shlex.split(told)
     command = [sys.executable, "-m", f"lcbench.{name}", *words]
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode not in (0, 1):
+    if done.returncode not in (0, 1) or "Traceback" in done.stdout:
         raise RuntimeError(f"{told}: exit code {done.returncode}\n{done.stdout}")
     return [line.rstrip() for line in done.stdout.replace(f"{folder}/", "").splitlines() if not PASSING.search(line)]
 

@@ -17,6 +17,7 @@ import pytest
 
 from lcbench.__main__ import BAD_INPUT, commands, usage
 from lcbench.grid.paths import CONF, REPOSITORY
+from lcbench.report.page import HERE
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 TINY = ["cp=ring", "scale=1x2", "seqlen=256", "heads=2x2x8", "dtype=float64"]
@@ -58,6 +59,9 @@ def test_the_wheel_has_every_config_and_the_marker_of_its_types(wheel: Path) -> 
     names = set(ZipFile(wheel).namelist())
     assert {f"lcbench/conf/{path.relative_to(CONF)}" for path in CONF.rglob("*.yaml")} <= names
     assert {"lcbench/py.typed", "hydra_plugins/lcbench/py.typed", "hydra_plugins/lcbench/slurm.py"} <= names
+    page = {f"lcbench/report/{path.relative_to(HERE)}" for part in ("assets", "vendor") for path in (HERE / part).iterdir()}
+    assert len(page) > 10
+    assert page <= names
     assert not [name for name in names if name.startswith(("conf/", "tests/", "launchers/", "results/"))]
 
 
@@ -80,6 +84,10 @@ def test_an_installed_lcbench_measures_and_writes_where_it_was_typed(lcbench: Co
     assert done.returncode == 0, done.stderr
     assert [cell["status"] for cell in json.loads(done.stdout)["cells"]] == ["ok"]
     assert {path.name for path in tmp_path.iterdir()} == {"results", ".mlflow"}
+    # The charts are served by a command that there is: a Makefile belongs to a checkout.
+    (dashboard,) = [line for line in done.stderr.splitlines() if line.startswith("dashboard:")]
+    assert f"mlflow server --backend-store-uri sqlite:///{tmp_path}/.mlflow/mlflow.db" in dashboard
+    assert "make " not in done.stderr
     provenance = json.loads(next(tmp_path.glob("results/first/*/attempt-1.json")).read_text())["provenance"]
     assert provenance["git"]["commit"] is None
     status = lcbench("status", "first", cwd=tmp_path)

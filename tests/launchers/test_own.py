@@ -62,7 +62,7 @@ class PbsLauncher(PackLauncher):
             write_down(pack)
             scale = parse_scale(pack.scale)
             self.say(f"#PBS -l select={scale.nodes}:ngpus={scale.gpus_per_node},walltime=00:{pack.timeout_min}:00")
-            self.say(f"mpiexec python -m lcbench.runs.agent {pack.path}")
+            self.say(f"mpiexec python -m own_node {pack.path}")
             STATES.write_text(json.dumps({**json.loads(STATES.read_text()), pack.id: "Q"}))
             write_job(pack.folder, replace(job_here(self.name), job_id=pack.id))
 '''

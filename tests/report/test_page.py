@@ -1,4 +1,4 @@
-"""The report's page in a real browser: what it answers first, what a filter leaves, where addresses lead, by keys alone, in print."""
+"""The report's page in a real browser: what it answers first, what a filter leaves, where addresses lead, by keys, in print."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
 from lcbench.report import amounts
 from lcbench.report.frame import good_rows, reported
 from lcbench.report.page import write_report
 from lcbench.report.regret import regrets
-from lcbench.runs.store import Failure, Sweep
+from lcbench.runs.store import Entry, Failure, Sweep
 from tests.browser import Browser, browser, needs_browser
 from tests.report.made import made_sweep
 
@@ -45,6 +46,11 @@ def shown(page: Path) -> Iterator[Browser]:
 def visit(b: Browser, page: Path, place: str) -> None:
     b.page.goto("about:blank")
     b.page.goto(f"{page.as_uri()}#{place}")
+
+
+def drawn(b: Browser) -> str:
+    """The words in the figure that is looked at."""
+    return b.page.text_content("figure svg[role=img]") or ""
 
 
 def write(tmp_path: Path, grid: list[str], **more: Any) -> Path:
@@ -85,6 +91,25 @@ def test_figures_are_files_only_if_asked_for(tmp_path: Path) -> None:
     assert not {p.suffix for p in without.files} & {".png", ".pdf"}
     drawn = write_report(sweep, tmp_path / "with", known_devices(), figures=True)
     assert drawn.figures == len([p for p in drawn.files if p.suffix == ".png"]) > 1
+
+
+def test_rates_of_a_cpu_are_in_a_unit_of_their_size(tmp_path: Path) -> None:
+    grid = ["cp=none", "kernel=naive,flex", "seqlen=256", "heads=2x2x8", "dtype=float32"]
+    page = write(tmp_path, grid, factor_of=lambda cell: 3e4, provenance={"cuda": None, "device": "Xeon"})
+    text = page.read_text()
+    assert "GFLOP/s per GPU" in text
+    assert '"rate":{"name":"GFLOP/s","flops":1000000000.0}' in text
+    rates = [float(rate) for rate in re.findall(r'"total_rate":\[([\d.]+),([\d.]+)\]', text)[0]]
+    assert all(5 < rate < 50 for rate in rates)  # 400 to 600 TFLOP/s over 30,000
+
+
+def test_a_sweep_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, "new")
+    planned = look(["cp=ring,usp", "seqlen=64k,128k", "scale=1x8"]).cells
+    sweep.add([Entry(p.cell, p.skip) for p in planned], command=["x"])
+    text = write_report(sweep, tmp_path / "out", known_devices()).page.read_text()
+    assert "4 without a result" in text
+    assert "No cell has a good result yet." in text
 
 
 # -- first screen ----------------------------------------------------------------------------------------------------
@@ -157,12 +182,18 @@ def test_an_address_with_facets_shows_only_these_cells_and_figures(shown: Browse
 
 @needs_browser
 def test_under_no_filter_the_script_finds_the_regrets_and_winners_that_python_does(shown: Browser, big: Sweep) -> None:
-    expected = [(r.choice, round(r.mean, 3), round(r.worst, 2), r.worst_cell, r.fastest, r.ran, r.compared)
-                for r in regrets(good_rows(reported(big)))]  # fmt: skip
-    found = shown.page.evaluate(
-        "regretsOf(CELLS.filter(isGood)).map(r => [r.choice, r.mean, r.worst, r.worstCell.id, r.fastest, r.ran, r.compared])"
-    )
-    assert [(c, round(m, 3), round(w, 2), *rest) for c, m, w, *rest in found] == expected
+    expected = regrets(good_rows(reported(big)))
+    found = shown.page.evaluate("regretsOf(CELLS.filter(isGood))")
+    assert [r["choice"] for r in found] == [r.choice for r in expected]
+    for mine, its in zip(found, expected, strict=True):
+        assert (mine["mean"], mine["worst"]) == pytest.approx((its.mean, its.worst), rel=1e-3)
+        assert mine["worstCell"]["id"] == its.worst_cell
+        assert [mine[key] for key in ("fastest", "ran", "compared", "problems")] == [
+            its.fastest,
+            its.ran,
+            its.compared,
+            its.problems,
+        ]
     links = "e => [...e.querySelectorAll('td a')].map(a => a.getAttribute('href'))"
     again = shown.page.evaluate(f"({links})(h('table', {{}}, matrixOf(winnersOf(CELLS.filter(isGood)))))")
     assert again == shown.page.locator("#matrix").evaluate(links)
@@ -195,7 +226,7 @@ def test_rows_sort_by_what_they_mean(tmp_path: Path) -> None:
         b.page.goto(page.as_uri())
 
         def column(name: str) -> list[str]:
-            b.page.get_by_role("button", name=name, exact=True).click()
+            b.page.locator("#rows thead button", has_text=re.compile(f"^{name}$")).click()
             heads = b.page.evaluate("[...document.querySelectorAll('#rows thead th')].map(e => e.textContent)")
             place = heads.index(name)
             return b.page.evaluate(
@@ -205,7 +236,7 @@ def test_rows_sort_by_what_they_mean(tmp_path: Path) -> None:
 
         assert list(dict.fromkeys(column("length"))) == ["64k", "512k", "1m"]
         assert list(dict.fromkeys(column("scale"))) == ["1x8", "2x8", "12x8"]
-        b.page.get_by_role("button", name="time", exact=True).click()
+        b.page.locator("#rows thead button", has_text=re.compile("^time$")).click()
         seconds = b.page.evaluate("[...document.querySelectorAll('#rows tbody tr')].map(r => r.cell.total)")
         assert seconds == [None, *sorted(s for s in seconds if s is not None)]
         assert b.page.locator("#rows th[aria-sort=ascending]").inner_text() == "time"
@@ -334,9 +365,9 @@ def test_a_choice_looks_the_same_in_every_figure_whatever_ran(shown: Browser) ->
 @needs_browser
 def test_a_failed_cell_leaves_its_class_and_panels_share_their_axis(shown: Browser, page: Path) -> None:
     visit(shown, page, ".fig=length")
-    assert shown.page.inner_text("figure svg").count("✕ oom") == 4
-    assert shown.page.locator("figure svg [aria-label='y-axis tick label']").count() == 1  # one axis for four panels
-    titles = shown.page.inner_text("figure svg")
+    assert drawn(shown).count("✕ oom") == 4
+    assert shown.page.locator("figure svg[role=img] [aria-label='y-axis tick label']").count() == 1  # one axis for four panels
+    titles = drawn(shown)
     assert all(mask in titles for mask in ("full", "causal", "sliding_window", "causal_document(long_text_64k)"))
     shown.page.select_option("[data-pick=show]", "relative to the best")
     assert ".show=relative" in shown.page.url
@@ -347,7 +378,7 @@ def test_a_failed_cell_leaves_its_class_and_panels_share_their_axis(shown: Brows
 @needs_browser
 def test_a_choice_without_the_fewest_gpus_is_no_100_percent_of_them(shown: Browser, page: Path) -> None:
     visit(shown, page, ".fig=efficiency")
-    said = shown.page.inner_text("figure svg")
+    said = drawn(shown)
     assert "tokenring (from 16)" in said
     hollow = shown.page.evaluate(
         "[...document.querySelectorAll('figure [aria-label=dot] *')].filter(e => e.getAttribute('fill') === 'var(--back)').length"
@@ -363,7 +394,7 @@ def test_memory_has_ticks_of_powers_of_two_and_the_device(shown: Browser, page: 
     )
     assert len(ticks) >= 3
     assert all(float(tick).hex().startswith("0x1.0000000000000p") for tick in ticks)
-    assert "= … (8)" in shown.page.inner_text("figure svg")
+    assert "= … (8)" in drawn(shown)
     assert "The device has 74.5 GiB (dashed)" in shown.page.inner_text("figcaption")
 
 
@@ -374,7 +405,7 @@ def test_published_figures_are_drawn_beside_the_same_problem_only(tmp_path: Path
         page = write(tmp_path / heads, [*kernels, f"heads={heads}"])
         with browser(1440, 900) as b:
             b.page.goto(f"{page.as_uri()}#.fig=length&.phase=forward")
-            assert ("publ. FA3" in b.page.inner_text("figure svg")) is beside
+            assert ("publ. FA3" in drawn(b)) is beside
             assert ("not the paper's own runs" in b.page.inner_text("figcaption")) is beside
 
 
@@ -387,7 +418,7 @@ def test_numbers_are_for_people_and_the_scripts_are_those_of_python(shown: Brows
     assert not re.search(r"\de\+0", words)
     assert not re.search(r"\bnan\b|undefined|\bnull\b|NaN", words)
     assert "number" not in (shown.page.locator("#environment td", has_text="2.13.0").get_attribute("class") or "")
-    values = [0, 0.000123, 0.00123, 0.5, 0.9996, 1, 4.5, 61.25, 999.6, 1023.9 * 1024, 3340.4, 999999, 1234567, 5.5e9, 8e10, 3e-7]
+    values = [0, 0.000123, 0.00123, 0.5, 0.9996, 1, 4.5, 61.27, 999.6, 1023.9 * 1024, 3340.4, 999999, 1234567, 5.5e9, 8e10, 3e-7]
     for script, python in (
         ("digits", amounts.digits), ("seconds", amounts.duration), ("bytes", amounts.size), ("percent", amounts.percent),
         ("times", amounts.times),

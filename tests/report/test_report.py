@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,16 +12,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lcbench.commands import results
+from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
 from lcbench.report import published
-from lcbench.report.figures import all_figures, least_bytes, split
+from lcbench.report.drawing import Drawn
+from lcbench.report.figures import all_figures
 from lcbench.report.frame import over_seeds, rate_of, reported
 from lcbench.report.page import HERE, LIBRARIES, write_report
+from lcbench.report.parts import least_bytes, split
 from lcbench.report.table import labels
 from lcbench.report.tables import rate_tables
 from lcbench.report.winners import winners
-from lcbench.runs.store import Failure, Sweep
+from lcbench.runs.store import Entry, Failure, Sweep
 from tests.report.made import made_sweep
 
 CP = [
@@ -33,30 +39,35 @@ def good(sweep: Sweep) -> pd.DataFrame:
     return frame[frame["status"] == "ok"]
 
 
-def figures(sweep: Sweep) -> dict[str, str]:
-    return {f.name: f.caption for f in all_figures(good(sweep), known_devices(), {"between nodes": 45.0})}
+def figures(sweep: Sweep) -> dict[str, Drawn]:
+    return {f.name: f for f in all_figures(reported(sweep), known_devices(), {"between nodes": 45.0})}
 
 
 def test_a_sweep_over_scales_has_scaling_heat_map_split_and_roofline(tmp_path: Path) -> None:
     drawn = figures(made_sweep(tmp_path, "cp", CP))
-    assert set(drawn) >= {"rate-by-gpus-weak", "efficiency-weak", "mask-by-strategy", "time-split", "roofline"}
-    assert not any("rate-by-length" in name or "mask-by-kernel" in name for name in drawn)
+    kinds = {figure.kind for figure in drawn.values()}
+    assert kinds == {"rate-by-gpus", "efficiency", "mask-by-strategy", "ranking", "time-split", "roofline", "phases-by-gpus"}
+    assert "rate-by-gpus_weak-8k" in drawn
 
 
 def test_a_sweep_of_kernels_has_lengths_memory_and_mask_by_kernel(tmp_path: Path) -> None:
     drawn = figures(made_sweep(tmp_path, "kernels", KERNELS))
-    assert set(drawn) == {"rate-by-length", "memory-by-length", "mask-by-kernel", "roofline"}
+    kinds = {figure.kind for figure in drawn.values()}
+    assert kinds == {"rate-by-length", "memory-by-length", "mask-by-kernel", "roofline", "phases-by-length"}
 
 
 @pytest.mark.slow
 def test_published_figures_are_drawn_beside_the_same_problem_only_and_say_what_they_are(tmp_path: Path) -> None:
-    beside = figures(made_sweep(tmp_path, "same", KERNELS))["rate-by-length"]
+    drawn = figures(made_sweep(tmp_path, "same", KERNELS))
+    beside = drawn["phases-by-length_1x1"].caption
     assert "not the paper's own runs" in beside
     assert "mean over ranks" in beside
-    assert "not the paper" not in figures(made_sweep(tmp_path, "heads", [*KERNELS[:-1], "heads=32x8x128"]))["rate-by-length"]
-    assert "not the paper" in figures(made_sweep(tmp_path, "cp", CP))["rate-by-gpus-weak"]
+    assert not any("not the paper" in figure.caption for figure in drawn.values() if figure.kind == "rate-by-length")
+    heads = figures(made_sweep(tmp_path, "heads", [*KERNELS[:-1], "heads=32x8x128"]))
+    assert "not the paper" not in heads["phases-by-length_1x1"].caption
+    assert "not the paper" in figures(made_sweep(tmp_path, "cp", CP))["phases-by-gpus_weak-8k"].caption
     cpu = made_sweep(tmp_path, "cpu", KERNELS, provenance={"device": "Intel(R) Xeon(R)", "cuda": None})
-    assert "not the paper" not in figures(cpu)["rate-by-length"]
+    assert "not the paper" not in figures(cpu)["phases-by-length_1x1"].caption
 
 
 def test_published_data_is_whole() -> None:
@@ -72,8 +83,14 @@ def test_published_data_is_whole() -> None:
 GRID = ["cp=ring,ulysses", "mask=causal", "seqlen=64k,128k", "scale=1x8"]
 
 
+def times_of(ratio: float) -> Callable[[Cell], float]:
+    """Factors that make ring's time, on average, ``ratio`` times that of ulysses, whatever rate ``made_sweep`` gives each."""
+    rate = {cp: 400 + zlib.crc32(f"{cp} sdpa_flash".encode()) % 200 for cp in ("ring", "ulysses")}
+    return lambda cell: rate[cell.config["cp"]["name"]] / 500 * (ratio if cell.config["cp"]["name"] == "ring" else 1.0)
+
+
 def test_the_winner_has_a_margin_and_says_if_it_is_noise(tmp_path: Path) -> None:
-    quiet = winners(good(made_sweep(tmp_path, "quiet", GRID, noise=0.001)))
+    quiet = winners(good(made_sweep(tmp_path, "quiet", GRID, noise=0.001, factor_of=times_of(1.1))))
     assert [(w.verdict, w.why) for w in quiet] == [("clear", "")] * 2
     assert all(w.margin is not None and w.margin.value > 1 and w.p < 0.05 for w in quiet)
     assert all(re.fullmatch(r"\+\d+\.\d % \(\d+\.\d to \d+\.\d\)", w.slower) for w in quiet)
@@ -83,17 +100,11 @@ def test_the_winner_has_a_margin_and_says_if_it_is_noise(tmp_path: Path) -> None
     assert (alone.verdict, alone.why, alone.slower) == ("only one ran", "", "")
 
 
-def times_of(ratio: float, sd: float, blocks: int = 3) -> Callable[[Cell], float]:
-    """Factors that make ring's time, on average, ``ratio`` times that of ulysses, whatever rate ``made_sweep`` gives each."""
-    rate = {cp: 400 + zlib.crc32(f"{cp} sdpa_flash".encode()) % 200 for cp in ("ring", "ulysses")}
-    return lambda cell: rate[cell.config["cp"]["name"]] / 500 * (ratio if cell.config["cp"]["name"] == "ring" else 1.0)
-
-
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("run_to_run", [0.0, 0.012])
 def test_a_difference_of_three_in_a_thousand_is_never_clear(tmp_path: Path, blocks: int, run_to_run: float) -> None:
-    grid = [*GRID[:2], "seqlen=range(16k,513k,16k)", GRID[3]]
-    sweep = made_sweep(tmp_path, "s", grid, noise=1e-4, run_to_run=run_to_run, blocks=blocks, factor_of=times_of(1.003, 1e-4))
+    grid = [*GRID[:2], "seqlen=range(16384,540672,16384)", GRID[3]]
+    sweep = made_sweep(tmp_path, "s", grid, noise=1e-4, run_to_run=run_to_run, blocks=blocks, factor_of=times_of(1.003))
     found = winners(good(sweep))
     assert len(found) == 32
     assert {w.verdict for w in found} == {"close"}
@@ -105,13 +116,13 @@ def test_a_difference_of_three_in_a_thousand_is_never_clear(tmp_path: Path, bloc
 
 def test_run_to_run_noise_that_was_not_measured_leaves_large_differences_clear_and_is_said(tmp_path: Path) -> None:
     for ratio, verdict in ((1.05, "close"), (1.5, "clear")):
-        old = made_sweep(tmp_path, str(ratio), GRID, noise=1e-3, blocks=1, factor_of=times_of(ratio, 1e-3))
+        old = made_sweep(tmp_path, str(ratio), GRID, noise=1e-3, blocks=1, factor_of=times_of(ratio))
         assert {(w.verdict, w.why) for w in winners(good(old))} == {(verdict, "run-to-run noise not measured")}
         assert all("run-to-run noise not measured" in w.row()["verdict"] for w in winners(good(old)))
 
 
 def test_a_margin_of_several_times_is_said_as_such(tmp_path: Path) -> None:
-    (winner, _) = winners(good(made_sweep(tmp_path, "s", GRID, factor_of=times_of(4.4, 1e-3))))
+    (winner, _) = winners(good(made_sweep(tmp_path, "s", GRID, factor_of=times_of(4.4))))
     assert re.fullmatch(r"4\.[34]\dx \(4\.[234]\dx to 4\.[3456]\dx\)", winner.row()["next is slower by"])
 
 
@@ -132,7 +143,7 @@ def test_figures_say_whether_run_to_run_noise_was_measured(tmp_path: Path) -> No
     assert "without the run-to-run noise, which was not measured" in figures(old)["rate-by-length_1x8"].caption
     # Cells whose job ended before their second block have the noise of the others.
     new = made_sweep(tmp_path, "old", [*grid[:2], "seqlen=256k,512k", grid[3]], noise=0.001)
-    assert {w.verdict for w in winners(good(new))} == {"clear"}
+    assert all(w.known for w in winners(good(new)))
     assert "Bars: 95 % interval with run-to-run noise." in figures(new)["rate-by-length_1x8"].caption
 
 
@@ -170,8 +181,10 @@ def test_tables_have_the_papers_layout_in_three_formats(tmp_path: Path) -> None:
     hang = Failure("oom", "out of memory", 0)
     sweep = made_sweep(tmp_path, "s", CP, failed={"ring sdpa_flash causal 768k": hang})
     tables = {t.name: t for t in rate_tables(reported(sweep))}
-    assert set(tables) >= {"forward-by-gpus", "backward-by-gpus"}
-    table = tables["forward-by-gpus"]
+    # 8k tokens per GPU make one length for each scale.
+    assert {name for name in tables if "by-gpus" in name} == {f"{phase}-by-gpus_8k" for phase in ("total", "forward", "backward")}
+    assert {"total-by-length_1x8", "total-by-length_12x8"} <= set(tables)
+    table = tables["forward-by-gpus_8k"]
     assert list(table.rows.index) == ["ring", "ulysses", "usp"]
     assert list(table.rows.columns) == [(mask, ranks) for mask in ("full", "causal") for ranks in (8, 16, 32, 96)]
     assert table.rows.loc["ring", ("causal", 96)] == "oom"
@@ -248,3 +261,26 @@ def test_cells_that_share_a_label_are_told_apart_by_what_differs() -> None:
     assert "ring sdpa_flash causal 64k 1x8" in named.values()
     heads = labels(p.cell for p in look(["heads=8x8x64,16x8x64", "seqlen=64k", "scale=1x8"]).cells)
     assert {label.partition("1x8 ")[2] for label in heads.values()} == {"heads=8x8x64", "heads=16x8x64"}
+
+
+@pytest.mark.parametrize("also", [["seqlen=64k,128k"], ["seqlen=64k", "mask=causal,causal_document"], ["seqlen=64k", "seed=1,2"]])
+def test_what_there_is_no_word_for_is_empty_and_never_nan(tmp_path: Path, also: list[str]) -> None:
+    grid = ["cp=ring,ulysses,none", "kernel=sdpa_flash", "scale=1x8,1x1", "heads=12x4x64", *also]  # 12 heads over 8 ranks: skipped
+    sweep = made_sweep(tmp_path, "s", grid, failed={"ring": Failure("oom", "out of memory", 0)})
+    planned = [Entry(p.cell, p.skip) for p in look([*grid, "dtype=float16"]).cells]
+    sweep.add(planned, command=grid)  # never tried
+    frame = reported(sweep)
+    assert set(frame["status"]) == {"ok", "failed", "skipped", "missing"}
+    for text in ("failure", "cause", "no_speed", "device", "nodes", "host", "slurm_job_id", "commit"):
+        assert all(isinstance(value, str) for value in frame[text]), text
+    page = re.sub(
+        r"(?s)<(script|style).*?</\1>|base64,[^\"]*", "", write_report(sweep, tmp_path / "out", known_devices()).page.read_text()
+    )
+    shown = [page, *(path.read_text() for path in (tmp_path / "out" / "tables").iterdir())]
+    for form in ("csv", "json"):
+        for attempts in ("newest", "all"):
+            out = tmp_path / f"{attempts}.{form}"
+            assert results.main(["s", "--out", str(out), "--attempts", attempts, "--results", str(tmp_path)]) == 0
+            shown.append(out.read_text())
+    for text in shown:
+        assert not re.search(r"(?i)\bnan\b", text), re.search(r"(?i).{80}\bnan\b.{80}", text)

@@ -18,6 +18,7 @@ from typing import Any
 
 import mlflow
 
+from lcbench.runs.forkserver import RANK_NAME, SERVER_NAME
 from lcbench.runs.jobs import SweepStatus, Watch
 from lcbench.runs.settle import settled
 from lcbench.runs.store import Sweep
@@ -56,6 +57,24 @@ def processes(*words: str) -> list[int]:
         if all(word in line for word in words) and int(folder.name) != os.getpid():
             found.append(int(folder.name))
     return found
+
+
+def ranks(folder: Path) -> list[int]:
+    """Ranks at work on a sweep, which have the command line of the agent that they were forked by."""
+    return [pid for pid in processes(str(folder)) if _name_of(pid).startswith(RANK_NAME)]
+
+
+def agents(folder: Path) -> list[int]:
+    """Processes of the jobs of a sweep that are neither ranks nor fork them."""
+    found = processes("submitit.core._submit", str(folder))
+    return [pid for pid in found if not _name_of(pid).startswith((RANK_NAME, SERVER_NAME))]
+
+
+def _name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
 
 
 def kill(*pids: int) -> None:
@@ -206,10 +225,10 @@ class Stage:
     # -- what goes wrong ------------------------------------------------------------------------------------------------
 
     def kill_a_worker(self) -> None:
-        kill(self.random.choice(self._before_the_end(lambda: processes("lcbench.runs.worker", str(self.sweep.folder)))))
+        kill(self.random.choice(self._before_the_end(lambda: ranks(self.sweep.folder))))
 
     def kill_an_agent(self) -> None:
-        kill(self.random.choice(self._before_the_end(lambda: processes("submitit.core._submit", str(self.sweep.folder)))))
+        kill(self.random.choice(self._before_the_end(lambda: agents(self.sweep.folder))))
 
     def kill_slurmd(self) -> None:
         """A node dies with all that runs on it; a health check says so (Slurm by itself takes minutes), and it is back later."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lcbench.runs.store import Sweep
-from tests.slurm.stage import kill, lcbench, processes, wait_until
+from tests.slurm.stage import agents, kill, lcbench, wait_until
 from tests.slurm.test_classes import SMALL
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -32,7 +32,7 @@ def test_a_rank_that_is_stopped_on_another_node_and_an_agent_that_is_killed(devc
     with socket.socket() as probe:  # its nodes are all here, and so it listens here only
         assert where["address"].startswith("127.")
         assert probe.connect_ex((where["address"], where["port"])) == 0
-    kill(max(processes("submitit.core._submit", str(killed.folder / "jobs"))))
+    kill(max(agents(killed.folder)))
     for sweep in (killed, stopped):
         lcbench("status", sweep.name, "--results", str(tmp_path), "--follow", environment=environment)  # type: ignore[attr-defined]
     (first,) = (a for c in killed.entries() for a in killed.attempts(c))

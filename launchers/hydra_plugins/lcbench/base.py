@@ -128,7 +128,9 @@ class PackLauncher(Launcher):
         try:
             self.follow(sweep, packs)
         except KeyboardInterrupt:
-            print(f"\ninterrupted; what was measured is kept: {sweep.command('status')}", file=sys.stderr)
+            goes_on = f"the sweep goes on; again: {sweep.command('status', '--follow')}"
+            ends = f"interrupted; what was measured is kept: {sweep.command('status')}"
+            print(f"\n{ends if self.queue is None else goes_on}", file=sys.stderr)
             return INTERRUPTED
         return self.finish(sweep, report, settings.tracking_uri)
 

@@ -23,6 +23,7 @@ from lcbench.runs.launch import write_down
 from lcbench.runs.machine import PAUSE_S, SHARE, Claim, shares
 from lcbench.runs.notes import END, ended, job_here, write_job
 from lcbench.runs.pack import Pack, later_blocks
+from lcbench.runs.queue import site_variables
 from lcbench.runs.settle import in_flight, settled
 from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep
 
@@ -101,7 +102,7 @@ def _run_pack(sweep: Sweep, pack: Pack) -> Generator[tuple[int, str]]:
                 agents.append(
                     subprocess.Popen(
                         command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                        pass_fds=claim.descriptors, env={**os.environ, **claim.environment},
+                        pass_fds=claim.descriptors, env={**os.environ, **site_variables(pack.site), **claim.environment},
                     )
                 )  # fmt: skip
         pids = tuple(agent.pid for agent in agents)

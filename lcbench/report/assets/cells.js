@@ -8,7 +8,7 @@ const ABOUT = {
   sent: "by the rank that sends most, in an iteration",
   MFU: "rate over the peak of the device",
   time: "median iteration, forward and backward, of the slowest rank",
-  "TFLOP/s": "per GPU, of the unmasked pairs",
+  [BLOCK.rate.name]: "per GPU, of the unmasked pairs",
   transit: "type in which partial sums travel between ranks",
 };
 
@@ -36,7 +36,7 @@ function cellColumns(cells) {
     varies("where") && {name: "setting", of: cell => entry(cell.where)},
     {name: "time", kind: "number", of: cell => number(cell.total, seconds(cell.total))},
     {name: "vs best", kind: "number", of: cell => number(cell.behind, cell.behind ? times(cell.behind) : "")},
-    {name: "TFLOP/s", kind: "number", of: cell => number(cell.total_rate, digits(cell.total_rate))},
+    {name: BLOCK.rate.name, kind: "number", of: cell => number(cell.total_rate, digits(cell.total_rate))},
     {name: "MFU", kind: "number", of: cell => number(cell.mfu, percent(cell.mfu))},
     {name: "noise", kind: "number", of: cell => number(cell.noise, percent(cell.noise))},
     {name: "peak", kind: "number", of: cell => number(cell.peak, bytes(cell.peak))},

@@ -62,7 +62,8 @@ function drawRows() {
 function scatter(cells) {
   const [low, high] = d3.extent(cells.flatMap(cell => [cell.a, cell.b])),
     ends = [low / 1.2, high * 1.2];
-  const finding = `${cells.length} cells, time of B against A; ${cells.filter(cell => Math.abs(Math.log(cell.ratio)) > Math.log(1 + BAND)).length} outside of the band of 5 %.`;
+  const outside = cells.filter(cell => Math.abs(Math.log(cell.ratio)) > Math.log(1 + BAND));
+  const finding = `${cells.length} cells, time of B against A; ${outside.length} outside of the band of 5 %.`;
   return plotted(
     {
       width: 500,
@@ -113,7 +114,10 @@ function ratios(cells) {
         Plot.tip(cells, Plot.pointer({x: "a", y: "ratio", title: tip})),
       ],
     },
-    `B over A by time of A, from ${d3.min(cells, cell => cell.ratio).toFixed(3)} to ${d3.max(cells, cell => cell.ratio).toFixed(3)}`,
+    `B over A by time of A, from ${d3
+      .extent(cells, cell => cell.ratio)
+      .map(digits)
+      .join(" to ")}`,
   );
 }
 
@@ -156,10 +160,9 @@ function draw() {
   show(left);
   const said = document.getElementById("narrowed");
   said.hidden = !view.facets.size;
+  const ratio = left.length ? ` B takes ${times(geometric(left.map(cell => cell.ratio)))} the time of A on average. ` : " ";
   said.replaceChildren(
-    left.length
-      ? `${left.length} of ${CELLS.length} cells; B takes ${times(geometric(left.map(cell => cell.ratio)))} the time of A on average. `
-      : "No cells. ",
+    `${left.length} of ${CELLS.length} cells.${ratio}`,
     h("button", {type: "button", onclick: clearFacets}, "show all"),
   );
 }

@@ -46,7 +46,7 @@ function phasesOf(cell) {
   const phases = ["forward", "backward", "total"].filter(phase => cell[phase] !== null);
   if (!phases.length) return whyNot(cell) ? h("p", {}, whyNot(cell)) : null;
   return table(
-    ["phase", "time", "95 %", "TFLOP/s", "by mean"],
+    ["phase", "time", "95 %", BLOCK.rate.name, "by mean"],
     phases.map(phase => [
       phase,
       seconds(cell[phase]),
@@ -76,7 +76,10 @@ function samplesOf(cell, known) {
         Plot.dot(points, {fx: "block", x: "place", y: "time", r: 2, fill: styleOf(cell.choice).color}),
       ],
     },
-    `${points.length} iterations in ${known.samples.length} blocks, from ${seconds(d3.min(points, p => p.time))} to ${seconds(d3.max(points, p => p.time))}`,
+    `${points.length} iterations of ${known.samples.length} blocks, ${d3
+      .extent(points, p => p.time)
+      .map(seconds)
+      .join(" to ")}`,
   );
 }
 

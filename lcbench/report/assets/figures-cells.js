@@ -41,57 +41,8 @@ const ranking = {
     const problem = chooseProblem(cells);
     const good = d3.sort(problem.cells.filter(isGood), cell => cell.total),
       bad = problem.cells.filter(cell => !isGood(cell));
-    const names = [...good, ...bad].map(cell => cell.choice),
-      best = good[0],
-      most = d3.max(good, cell => cell.total);
-    const unit = most < 1e-3 ? 1e6 : most < 1 ? 1e3 : 1;
-    const finding = best
-      ? `${best.choice} is fastest with ${seconds(best.total)}${good[1] ? `; next ${good[1].choice}, ${more(good[1].total / best.total)}; last ${good.at(-1).choice}, ${times(good.at(-1).total / best.total)}` : ""}.${bad.length ? ` ${bad.length} did not run.` : ""}`
-      : "Nothing ran.";
-    const node = plotted(
-      {
-        width: Math.min(widthOf(), 900),
-        height: 50 + 22 * names.length,
-        marginLeft: 20 + 6.4 * d3.max(names, name => name.length),
-        marginRight: 120,
-        x: {label: `time, ${unit === 1e6 ? "µs" : unit === 1e3 ? "ms" : "s"}`, grid: true},
-        y: {domain: names, label: null},
-        marks: [
-          Plot.barX(good, {
-            x: cell => cell.total * unit,
-            y: "choice",
-            fill: cell => styleOf(cell.choice).color,
-            insetTop: 3,
-            insetBottom: 3,
-          }),
-          Plot.ruleY(good, {
-            x1: cell => cell.total * unit * Math.exp(-cell.total_reach),
-            x2: cell => cell.total * unit * Math.exp(cell.total_reach),
-            y: "choice",
-            stroke: "currentColor",
-            marker: "tick",
-          }),
-          Plot.text(good, {
-            x: cell => cell.total * unit * Math.exp(cell.total_reach),
-            y: "choice",
-            text: cell => ` ${seconds(cell.total)}${cell === best ? "" : ` · ${more(cell.total / best.total)}`}`,
-            textAnchor: "start",
-            dx: 6,
-          }),
-          Plot.text(bad, {
-            x: 0,
-            y: "choice",
-            text: cell => `✕ ${cell.kind || cell.status}`,
-            textAnchor: "start",
-            dx: 4,
-            fill: "var(--bad)",
-          }),
-          best ? Plot.ruleX([best.total * unit], {stroke: "currentColor", strokeDasharray: "3,3"}) : null,
-          Plot.tip(good, Plot.pointerY({x: cell => cell.total * unit, y: "choice", title: tipOf})),
-        ],
-      },
-      finding,
-    );
+    const finding = rankingSaid(good, bad);
+    const node = rankingBars(good, bad, finding);
     return {
       title: `Ranking: ${problem.said}`,
       fields: problem.fields,
@@ -101,6 +52,68 @@ const ranking = {
     };
   },
 };
+
+function rankingSaid(good, bad) {
+  if (!good.length) return "Nothing ran.";
+  const [best, next] = good,
+    last = good.at(-1);
+  const others = next
+    ? `; next ${next.choice}, ${more(next.total / best.total)}; last ${last.choice}, ${times(last.total / best.total)}`
+    : "";
+  return `${best.choice} is fastest with ${seconds(best.total)}${others}.${bad.length ? ` ${bad.length} did not run.` : ""}`;
+}
+
+/** Bars of the times, the best on top, with their intervals; what did not run below, with its class. */
+function rankingBars(good, bad, finding) {
+  const names = [...good, ...bad].map(cell => cell.choice),
+    best = good[0],
+    most = d3.max(good, cell => cell.total);
+  const unit = most < 1e-3 ? 1e6 : most < 1 ? 1e3 : 1;
+  return plotted(
+    {
+      width: Math.min(widthOf(), 900),
+      height: 50 + 22 * names.length,
+      marginLeft: 20 + 6.4 * d3.max(names, name => name.length),
+      marginRight: 120,
+      x: {label: `time, ${unit === 1e6 ? "µs" : unit === 1e3 ? "ms" : "s"}`, grid: true},
+      y: {domain: names, label: null},
+      marks: [
+        Plot.barX(good, {
+          x: cell => cell.total * unit,
+          y: "choice",
+          fill: cell => styleOf(cell.choice).color,
+          insetTop: 3,
+          insetBottom: 3,
+        }),
+        Plot.ruleY(good, {
+          x1: cell => cell.total * unit * Math.exp(-cell.total_reach),
+          x2: cell => cell.total * unit * Math.exp(cell.total_reach),
+          y: "choice",
+          stroke: "currentColor",
+          marker: "tick",
+        }),
+        Plot.text(good, {
+          x: cell => cell.total * unit * Math.exp(cell.total_reach),
+          y: "choice",
+          text: cell => ` ${seconds(cell.total)}${cell === best ? "" : ` · ${more(cell.total / best.total)}`}`,
+          textAnchor: "start",
+          dx: 6,
+        }),
+        Plot.text(bad, {
+          x: 0,
+          y: "choice",
+          text: cell => `✕ ${cell.kind || cell.status}`,
+          textAnchor: "start",
+          dx: 4,
+          fill: "var(--bad)",
+        }),
+        best ? Plot.ruleX([best.total * unit], {stroke: "currentColor", strokeDasharray: "3,3"}) : null,
+        Plot.tip(good, Plot.pointerY({x: cell => cell.total * unit, y: "choice", title: tipOf})),
+      ],
+    },
+    finding,
+  );
+}
 
 const AXES = {mask: "mask", kernel: "kernel", strategy: "strategy"};
 const severalOf = cells => Object.keys(AXES).filter(axis => unique(cells.map(cell => cell[axis])).length > 1);
@@ -123,55 +136,11 @@ const heatMap = {
     const [length, lengthField] = choose("seqlen", "length", lengthsOf(ofScale), tokens);
     const [mask, maskField] = other.length ? choose("mask", "mask", unique(cells.map(cell => cell.mask))) : [null, null];
     const mine = ofScale.filter(cell => cell.seqlen === length && (mask === null || cell.mask === mask));
-    const squares = d3
-      .groups(
-        mine,
-        cell => cell[down],
-        cell => cell[across],
-      )
-      .flatMap(([a, inner]) =>
-        inner.map(([b, found]) => {
-          const best = d3.greatest(found.filter(isGood), cell => cell.total_rate);
-          return {a, b, best, why: best ? "" : found[0].kind || found[0].status};
-        }),
-      );
-    const rated = squares.filter(s => s.best),
-      top = d3.greatest(rated, s => s.best.total_rate),
-      high = top?.best.total_rate ?? 1,
-      low = d3.min(rated, s => s.best.total_rate) ?? 0;
-    const finding = top
-      ? `Best: ${top.a} with ${top.b}, ${digits(high)} TFLOP/s per GPU; lowest ${digits(low)}.`
-      : "Nothing ran.";
-    const names = unique(mine.map(cell => cell[across])),
-      rows = unique(mine.map(cell => cell[down]));
-    const node = plotted(
-      {
-        width: Math.min(widthOf(), 180 + 92 * names.length),
-        height: 70 + 30 * rows.length,
-        marginLeft: 20 + 6.4 * d3.max(rows, r => r.length),
-        marginTop: 34,
-        x: {domain: names, label: null, axis: "top"},
-        y: {domain: rows, label: null},
-        color: {scheme: "viridis", domain: [0, high]},
-        marks: [
-          Plot.cell(rated, {x: "b", y: "a", fill: s => s.best.total_rate, inset: 1, title: s => tipOf(s.best)}),
-          Plot.text(rated, {
-            x: "b",
-            y: "a",
-            text: s => digits(s.best.total_rate),
-            fill: s => (s.best.total_rate < 0.6 * high ? "white" : "black"),
-            fontWeight: s => (s === top ? 700 : 400),
-          }),
-          Plot.text(
-            squares.filter(s => !s.best),
-            {x: "b", y: "a", text: s => `✕ ${s.why}`, fill: "var(--bad)"},
-          ),
-        ],
-      },
-      finding,
-    );
+    const squares = squaresOf(mine, down, across);
+    const finding = squaresSaid(squares);
+    const node = heatSquares(squares, unique(mine.map(cell => cell[across])), unique(mine.map(cell => cell[down])), finding);
     return {
-      title: `TFLOP/s per GPU, ${pair}, ${mask ? `${mask} ` : ""}${tokens(length)} ${scale}`,
+      title: `${BLOCK.rate.name} per GPU, ${pair}, ${mask ? `${mask} ` : ""}${tokens(length)} ${scale}`,
       fields: [pairField, maskField, scaleField, lengthField],
       finding,
       node,
@@ -179,6 +148,62 @@ const heatMap = {
     };
   },
 };
+
+/** The best of each pair of values, and why there is none. */
+function squaresOf(cells, down, across) {
+  const groups = d3.groups(
+    cells,
+    cell => cell[down],
+    cell => cell[across],
+  );
+  return groups.flatMap(([a, inner]) =>
+    inner.map(([b, found]) => {
+      const best = d3.greatest(found.filter(isGood), cell => cell.total_rate);
+      return {a, b, best, why: best ? "" : found[0].kind || found[0].status};
+    }),
+  );
+}
+
+const rateOf = square => square.best?.total_rate;
+
+function squaresSaid(squares) {
+  const top = d3.greatest(squares, rateOf);
+  if (!top?.best) return "Nothing ran.";
+  const [low, high] = [d3.min(squares, rateOf), rateOf(top)].map(digits);
+  return `Best: ${top.a} with ${top.b}, ${high} ${BLOCK.rate.name} per GPU; lowest ${low}.`;
+}
+
+function heatSquares(squares, names, rows, finding) {
+  const rated = squares.filter(s => s.best),
+    top = d3.greatest(rated, rateOf),
+    high = rateOf(top ?? {}) ?? 1;
+  return plotted(
+    {
+      width: Math.min(widthOf(), 180 + 92 * names.length),
+      height: 70 + 30 * rows.length,
+      marginLeft: 20 + 6.4 * d3.max(rows, r => r.length),
+      marginTop: 34,
+      x: {domain: names, label: null, axis: "top"},
+      y: {domain: rows, label: null},
+      color: {scheme: "viridis", domain: [0, high]},
+      marks: [
+        Plot.cell(rated, {x: "b", y: "a", fill: s => s.best.total_rate, inset: 1, title: s => tipOf(s.best)}),
+        Plot.text(rated, {
+          x: "b",
+          y: "a",
+          text: s => digits(s.best.total_rate),
+          fill: s => (s.best.total_rate < 0.6 * high ? "white" : "black"),
+          fontWeight: s => (s === top ? 700 : 400),
+        }),
+        Plot.text(
+          squares.filter(s => !s.best),
+          {x: "b", y: "a", text: s => `✕ ${s.why}`, fill: "var(--bad)"},
+        ),
+      ],
+    },
+    finding,
+  );
+}
 
 const PARTS = [
   ["even", "computing", "#0072B2"],
@@ -198,34 +223,7 @@ const timeSplit = {
     const [length, lengthField] = choose("seqlen", "length", lengthsOf(ofScale), tokens, lengthsOf(ofScale).at(-1));
     const mine = ofScale.filter(cell => cell.seqlen === length),
       names = d3.max(mine, cell => cell.choice.length);
-    const plots = d3
-      .groups(mine, cell => cell.mask)
-      .map(([mask, ofMask]) => {
-        const bars = ofMask.flatMap(cell => PARTS.map(([key, what]) => ({choice: cell.choice, what, ms: 1e3 * cell[key], cell})));
-        return plotted(
-          {
-            width: Math.min(widthOf(), 560),
-            height: 56 + 19 * ofMask.length,
-            marginLeft: 20 + 6.4 * names,
-            marginTop: 22,
-            x: {label: "ms", grid: true},
-            y: {label: null, domain: d3.sort(ofMask, cell => cell.total).map(cell => cell.choice)},
-            color: {domain: PARTS.map(p => p[1]), range: PARTS.map(p => p[2])},
-            marks: [
-              Plot.barX(bars, {
-                x: "ms",
-                y: "choice",
-                fill: "what",
-                insetTop: 2,
-                insetBottom: 2,
-                title: b => `${b.choice} ${b.what}: ${digits(b.ms)} ms of ${digits(1e3 * b.cell.total)}`,
-              }),
-              Plot.text([mask], {frameAnchor: "top-left", dy: -16, text: [mask], fontWeight: 600, fontSize: 12}),
-            ],
-          },
-          `${mask}: ${leastExposed(ofMask)}`,
-        );
-      });
+    const plots = d3.groups(mine, cell => cell.mask).map(([mask, ofMask]) => splitBars(mask, ofMask, names));
     const key = h(
       "div",
       {class: "legend"},
@@ -237,17 +235,49 @@ const timeSplit = {
       finding: leastExposed(mine),
       node: h("div", {}, key, h("div", {class: "side-by-side"}, plots)),
       caption:
-        "Computing: the schedule without its messages, as if the work were spread evenly. Imbalance: what the busiest rank has more; another cp.layout may help, faster links will not. Exposed communication: the whole minus the schedule without its messages, per phase. Rest: what lies between the phases.",
+        "Computing: the schedule without its messages, as if the work were spread evenly. " +
+        "Imbalance: what the busiest rank has more; another cp.layout may help, faster links will not. " +
+        "Exposed communication: the whole minus the schedule without its messages, per phase. " +
+        "Rest: what lies between the phases.",
     };
   },
 };
+
+/** Where the time of each choice goes for one mask, in ms, the fastest on top. */
+function splitBars(mask, ofMask, names) {
+  const bars = ofMask.flatMap(cell => PARTS.map(([key, what]) => ({choice: cell.choice, what, ms: 1e3 * cell[key], cell})));
+  return plotted(
+    {
+      width: Math.min(widthOf(), 560),
+      height: 56 + 19 * ofMask.length,
+      marginLeft: 20 + 6.4 * names,
+      marginTop: 22,
+      x: {label: "ms", grid: true},
+      y: {label: null, domain: d3.sort(ofMask, cell => cell.total).map(cell => cell.choice)},
+      color: {domain: PARTS.map(p => p[1]), range: PARTS.map(p => p[2])},
+      marks: [
+        Plot.barX(bars, {
+          x: "ms",
+          y: "choice",
+          fill: "what",
+          insetTop: 2,
+          insetBottom: 2,
+          title: b => `${b.choice} ${b.what}: ${digits(b.ms)} ms of ${digits(1e3 * b.cell.total)}`,
+        }),
+        Plot.text([mask], {frameAnchor: "top-left", dy: -16, text: [mask], fontWeight: 600, fontSize: 12}),
+      ],
+    },
+    `${mask}: ${leastExposed(ofMask)}`,
+  );
+}
 
 function leastExposed(cells) {
   const share = cell => cell.exposed / cell.total,
     sorted = d3.sort(cells, share);
   if (share(sorted.at(-1)) - share(sorted[0]) < 0.01)
     return `All wait for messages for ${percent(d3.mean(cells, share))} of their time.`;
-  return `Least of its time ${sorted[0].choice} waits for messages (${percent(share(sorted[0]))}), most ${sorted.at(-1).choice} (${percent(share(sorted.at(-1)))}).`;
+  const [least, most] = [sorted[0], sorted.at(-1)].map(cell => `${cell.choice} (${percent(share(cell))})`);
+  return `Waiting for messages takes the smallest share of the time of ${least}, the largest of ${most}.`;
 }
 
 const roofline = {
@@ -259,10 +289,11 @@ const roofline = {
     const [which, field] = choose("device", "device", unique(good.map(cell => `${cell.device} ${cell.dtype}`)));
     const mine = good.filter(cell => `${cell.device} ${cell.dtype}` === which),
       peak = d3.median(mine, cell => cell.top);
-    const work = cell => cell.total_rate * 1e12 * cell.total,
+    const work = cell => cell.total_rate * BLOCK.rate.flops * cell.total,
       gbytes = BLOCK.devices[mine[0].device]?.gbytes;
     const sent = mine.filter(cell => cell.sent > 0);
-    const finding = `The best cell reaches ${percent(d3.max(mine, cell => cell.total_rate) / peak)} of the peak of ${digits(peak)} TFLOP/s.`;
+    const reached = percent(d3.max(mine, cell => cell.total_rate) / peak);
+    const finding = `The best cell reaches ${reached} of the peak of ${digits(peak)} ${BLOCK.rate.name}.`;
     const panels = [
       roofPanel(
         mine,
@@ -280,22 +311,24 @@ const roofline = {
       choices: unique(mine.map(cell => cell.choice)),
       node: h("div", {class: "side-by-side"}, panels.filter(Boolean)),
       caption:
-        "A point on a slope is limited by that memory or link; a point near the flat roof by computing. Left: bytes of a rank's inputs, outputs and gradients, each touched once. Right: bytes of the rank that sends most; slopes are what the check of the nodes measured.",
+        "A point on a slope is limited by that memory or link; a point near the flat roof by computing. " +
+        "Left: bytes of a rank's inputs, outputs and gradients, each touched once. " +
+        "Right: bytes of the rank that sends most; slopes are what the check of the nodes measured.",
     };
   },
 };
 
 function roofPanel(cells, intensity, roofs, peak, label) {
-  const bends = Object.values(roofs).map(gbytes => (1e3 * peak) / gbytes),
+  const bends = Object.values(roofs).map(gbytes => (peak * BLOCK.rate.flops) / (gbytes * 1e9)),
     [least, most] = d3.extent(cells, intensity);
   const from = d3.min([least, ...bends]) / 4,
     until = most * 4,
     low = d3.min(cells, cell => cell.total_rate) / 3;
   const slopes = Object.entries(roofs).flatMap(([name, gbytes]) =>
-    [from, (1e3 * peak) / gbytes, until].map(x => ({
+    [from, (peak * BLOCK.rate.flops) / (gbytes * 1e9), until].map(x => ({
       name: `${name}: ${digits(gbytes)} GB/s`,
       x,
-      y: Math.min(peak, (x * gbytes) / 1e3),
+      y: Math.min(peak, (x * gbytes * 1e9) / BLOCK.rate.flops),
     })),
   );
   return plotted(
@@ -304,7 +337,7 @@ function roofPanel(cells, intensity, roofs, peak, label) {
       height: 330,
       marginLeft: 48,
       x: {type: "log", label, domain: [from, until], ticks: 5, tickFormat: "~s"},
-      y: {type: "log", label: "TFLOP/s per GPU", domain: [low, peak * 1.6], ticks: 5, tickFormat: "~g"},
+      y: {type: "log", label: `${BLOCK.rate.name} per GPU`, domain: [low, peak * 1.6], ticks: 5, tickFormat: "~g"},
       marks: [
         Plot.line(slopes, {x: "x", y: "y", z: "name", stroke: "currentColor", strokeOpacity: 0.6, clip: true}),
         ...d3
@@ -319,27 +352,30 @@ function roofPanel(cells, intensity, roofs, peak, label) {
           dy: -7,
           dx: 4,
           textAnchor: "start",
-          text: d => `peak: ${digits(d)} TFLOP/s`,
+          text: d => `peak: ${digits(d)} ${BLOCK.rate.name}`,
         }),
-        ...d3
-          .groups(cells, cell => cell.choice)
-          .map(([choice, mine]) =>
-            Plot.dot(mine, {
-              x: intensity,
-              y: "total_rate",
-              symbol: styleOf(choice).symbol,
-              r: 3,
-              fill: styleOf(choice).color,
-              stroke: "var(--back)",
-              strokeWidth: 0.5,
-            }),
-          ),
+        ...roofDots(cells, intensity),
         Plot.tip(cells, Plot.pointer({x: intensity, y: "total_rate", title: tipOf})),
       ],
     },
     `${cells.length} cells under ${label}`,
   );
 }
+
+const roofDots = (cells, intensity) =>
+  d3
+    .groups(cells, cell => cell.choice)
+    .map(([choice, mine]) =>
+      Plot.dot(mine, {
+        x: intensity,
+        y: "total_rate",
+        symbol: styleOf(choice).symbol,
+        r: 3,
+        fill: styleOf(choice).color,
+        stroke: "var(--back)",
+        strokeWidth: 0.5,
+      }),
+    );
 
 const pivot = {
   id: "table",
@@ -375,46 +411,52 @@ const pivot = {
         digits(cell[key]),
       );
     };
+    const choices = unique(mine.map(cell => cell.choice));
     const node = h(
       "div",
       {class: "scroll", tabindex: "0", role: "region", "aria-label": "rates"},
-      h(
-        "table",
-        {class: "pivot"},
-        h(
-          "thead",
-          {},
-          h(
-            "tr",
-            {},
-            h("th", {rowspan: 2}, "choice"),
-            columns.map(([mask, lengths]) => h("th", {colspan: lengths.length}, mask)),
-          ),
-          h(
-            "tr",
-            {},
-            columns.flatMap(([, lengths]) => lengths.map(length => h("th", {class: "number"}, tokens(length)))),
-          ),
-        ),
-        h(
-          "tbody",
-          {},
-          unique(mine.map(cell => cell.choice)).map(choice =>
-            h(
-              "tr",
-              {},
-              h("th", {scope: "row"}, choice),
-              columns.flatMap(([mask, lengths]) => lengths.map(length => value(choice, mask, length))),
-            ),
-          ),
-        ),
-      ),
+      pivotTable(choices, columns, value),
     );
     return {
-      title: `TFLOP/s per GPU, ${phase}, ${scale}`,
+      title: `${BLOCK.rate.name} per GPU, ${phase}, ${scale}`,
       fields: [phaseField, scaleField],
       finding: "Bold: the best of a column. -: did not run; other words: why it failed.",
       node,
     };
   },
 };
+
+/** A row per choice, and under each mask its lengths; `value`: the entry of a choice, a mask and a length. */
+function pivotTable(choices, columns, value) {
+  return h(
+    "table",
+    {class: "pivot"},
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        h("th", {rowspan: 2}, "choice"),
+        columns.map(([mask, lengths]) => h("th", {colspan: lengths.length}, mask)),
+      ),
+      h(
+        "tr",
+        {},
+        columns.flatMap(([, lengths]) => lengths.map(length => h("th", {class: "number"}, tokens(length)))),
+      ),
+    ),
+    h(
+      "tbody",
+      {},
+      choices.map(choice =>
+        h(
+          "tr",
+          {},
+          h("th", {scope: "row"}, choice),
+          columns.flatMap(([mask, lengths]) => lengths.map(length => value(choice, mask, length))),
+        ),
+      ),
+    ),
+  );
+}

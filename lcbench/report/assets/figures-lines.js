@@ -13,7 +13,12 @@ const lengthAxis = (values, label = "sequence length") => ({
 });
 const gpuAxis = values => ({type: "log", base: 2, label: "GPUs", ticks: values, tickFormat: String, domain: d3.extent(values)});
 const tipOf = cell =>
-  `${cell.choice}\n${cell.mask} ${tokens(cell.seqlen)} ${cell.scale}\n${seconds(cell.total)} · ${digits(cell.total_rate)} TFLOP/s per GPU\n±${digits(100 * cell.total_reach)} % (95 %) · ${cell.id}`;
+  [
+    cell.choice,
+    `${cell.mask} ${tokens(cell.seqlen)} ${cell.scale}`,
+    `${seconds(cell.total)} · ${digits(cell.total_rate)} ${BLOCK.rate.name} per GPU`,
+    `±${percent(cell.total_reach)} (95 %) · ${cell.id}`,
+  ].join("\n");
 const inOrderOfScale = cells =>
   d3.sort(unique(cells.map(cell => cell.scale)), scale => cells.find(cell => cell.scale === scale).order);
 const lengthsOf = cells => d3.sort(unique(cells.map(cell => cell.seqlen)));
@@ -27,7 +32,7 @@ function overSeeds(cells) {
   });
 }
 
-/** What lines are drawn of: a value of each good cell, and those that failed. `show`: rate, or 100 % for the best of each problem. */
+/** A value of each good cell: its rate, or, if `relative`, that in percent of the best of its problem. */
 function linePoints(cells, x, phase, relative) {
   const good = cells.filter(cell => isGood(cell) && cell[`${phase}_rate`] !== null);
   const best = d3.rollup(
@@ -63,7 +68,7 @@ function phaseAndView() {
     "phase",
     PHASES.filter(p => BLOCK.phases.includes(p)),
   );
-  const [show, showField] = choose("show", "show", ["TFLOP/s per GPU", "relative to the best"]);
+  const [show, showField] = choose("show", "show", ["rate", "relative to the best"]);
   return {phase, relative: show === "relative to the best", fields: [phaseField, showField]};
 }
 
@@ -98,7 +103,7 @@ function rateLines(cells, x, axis, published) {
         dotted,
         x: axis,
         tip: p => tipOf(p.cell),
-        y: relative ? {type: "log", label: "% of the best", tickFormat: digits} : {label: "TFLOP/s per GPU", zero: true},
+        y: relative ? {type: "log", label: "% of the best", tickFormat: digits} : {label: "rate", zero: true},
       },
       finding,
     ),
@@ -119,7 +124,7 @@ const byLength = {
       lengthAxis(lengthsOf(mine)),
       mine[0].ranks === 1 ? BLOCK.published.rows.filter(p => p.seqlen).map(p => ({...p, x: p.seqlen})) : [],
     );
-    return {...made, title: `TFLOP/s per GPU by sequence length, ${scale}`, fields: [scaleField, ...made.fields]};
+    return {...made, title: `${BLOCK.rate.name} per GPU by sequence length, ${scale}`, fields: [scaleField, ...made.fields]};
   },
 };
 
@@ -171,7 +176,7 @@ const byGpus = {
       gpuAxis(d3.sort(unique(way.cells.map(c => c.ranks)))),
       weak ? BLOCK.published.rows.filter(p => p.ranks).map(p => ({...p, x: p.ranks})) : [],
     );
-    return {...made, title: `TFLOP/s per GPU by number of GPUs, ${way.name}`, fields: [field, ...made.fields]};
+    return {...made, title: `${BLOCK.rate.name} per GPU by number of GPUs, ${way.name}`, fields: [field, ...made.fields]};
   },
 };
 
@@ -214,7 +219,9 @@ const efficiency = {
       finding,
       choices: unique(points.map(p => p.choice)),
       caption:
-        "TFLOP/s per GPU as a share of the same choice's on the fewest GPUs of the panel; 100 % is perfect. A choice can be efficient because it is slow on few GPUs. Hollow, “from n”: it has no result on the fewest, so its own first stands for 100 %, and its line is not comparable.",
+        "Rate per GPU as a share of the same choice's on the fewest GPUs of the panel; 100 % is perfect. " +
+        "A choice can be efficient because it is slow on few GPUs. Hollow, “from n”: it has no result on the fewest, " +
+        "so its own first stands for 100 %, and its line is not comparable.",
       node: lines(
         {
           panels: unique(way.cells.map(cell => cell.mask)),
@@ -268,7 +275,9 @@ const memory = {
       fields: [scaleField],
       finding,
       choices: unique(points.map(p => p.choice)),
-      caption: `Worst rank's peak of one iteration above the level before it, with the engine's buffers. ${device ? `The device has ${bytes(device)}${line.length ? " (dashed)" : ""}.` : ""}`,
+      caption:
+        "Worst rank's peak of one iteration above the level before it, with the engine's buffers." +
+        (device ? ` The device has ${bytes(device)}${line.length ? " (dashed)" : ""}.` : ""),
       node: lines(
         {
           panels: unique(mine.map(cell => cell.mask)),

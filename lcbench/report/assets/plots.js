@@ -1,5 +1,5 @@
 "use strict";
-// What figures share: panels with the same axes, a line per choice in its own style, what failed, and who is who at the end of lines.
+// What figures share: panels with the same axes, a line per choice in its own style, what failed, and names at the end of lines.
 
 const PANEL = {least: 270, most: 420, height: 230}; // pixels
 
@@ -33,8 +33,9 @@ function panelsOf(names) {
 
 /**
  * Lines of one figure: a panel per mask, an axis for all of them.
- * spec: points {panel, x, y, low, high, choice, cell}, failed {panel, x, choice, kind}, published {panel, x, y, name}, dotted (like points),
- * x/y: scale options of Plot with `label`, rules: marks of every panel, merge: whether lines that lie on one another share a label.
+ * spec: points {panel, x, y, low, high, choice, cell}, failed {panel, x, choice, kind}, published {panel, x, y, name},
+ * dotted (like points), x/y: scale options of Plot with `label`, rules: marks of every panel,
+ * merge: whether lines that lie on one another share a label.
  */
 function lines(spec, finding) {
   const panels = panelsOf(spec.panels),
@@ -45,51 +46,8 @@ function lines(spec, finding) {
   const insetRight = Math.min(170, 12 + 5.7 * (d3.max(ends, end => end.text.length) ?? 0));
   const dodged = p => (p.published ? p.x : p.x * 2 ** ((choices.indexOf(p.choice) - (all - 1) / 2) * 0.03));
   const marks = [Plot.gridY({stroke: "currentColor", strokeOpacity: 0.12}), ...(spec.rules ?? [])];
-  for (const choice of choices) {
-    const mine = d3.sort(
-        spec.points.filter(p => p.choice === choice),
-        p => p.x,
-      ),
-      style = styleOf(choice);
-    marks.push(
-      Plot.line(mine, {
-        ...place,
-        x: dodged,
-        y: "y",
-        z: "panel",
-        stroke: style.color,
-        strokeWidth: 1.5,
-        strokeDasharray: style.dash,
-      }),
-      Plot.ruleX(
-        mine.filter(p => p.low),
-        {...place, x: dodged, y1: "low", y2: "high", stroke: style.color},
-      ),
-      Plot.dot(mine, {
-        ...place,
-        x: dodged,
-        y: "y",
-        symbol: style.symbol,
-        r: 3.2,
-        fill: p => (p.hollow ? "var(--back)" : style.color),
-        stroke: style.color,
-      }),
-    );
-  }
-  for (const [, mine] of d3.groups(spec.dotted ?? [], p => p.choice))
-    marks.push(
-      Plot.line(
-        d3.sort(mine, p => p.x),
-        {...place, x: "x", y: "y", z: "panel", stroke: styleOf(mine[0].choice).color, strokeDasharray: "1,3"},
-      ),
-    );
-  for (const [, mine] of d3.groups(spec.published ?? [], p => p.name))
-    marks.push(
-      Plot.line(
-        d3.sort(mine, p => p.x),
-        {...place, x: "x", y: "y", z: "panel", stroke: "currentColor", strokeOpacity: 0.45, strokeDasharray: "5,3"},
-      ),
-    );
+  for (const choice of choices) marks.push(...choiceMarks(spec.points, choice, place, dodged));
+  marks.push(...besideMarks(spec, place));
   marks.push(
     ...failureMarks(spec.failed ?? [], place),
     endLabels(ends, place, dodged),
@@ -114,6 +72,54 @@ function lines(spec, finding) {
     },
     finding,
   );
+}
+
+/** The line of a choice with its intervals and markers. */
+function choiceMarks(points, choice, place, dodged) {
+  const style = styleOf(choice);
+  const mine = d3.sort(
+    points.filter(p => p.choice === choice),
+    p => p.x,
+  );
+  return [
+    Plot.line(mine, {
+      ...place,
+      x: dodged,
+      y: "y",
+      z: "panel",
+      stroke: style.color,
+      strokeWidth: 1.5,
+      strokeDasharray: style.dash,
+    }),
+    Plot.ruleX(
+      mine.filter(p => p.low),
+      {...place, x: dodged, y1: "low", y2: "high", stroke: style.color},
+    ),
+    Plot.dot(mine, {
+      ...place,
+      x: dodged,
+      y: "y",
+      symbol: style.symbol,
+      r: 3.2,
+      fill: p => (p.hollow ? "var(--back)" : style.color),
+      stroke: style.color,
+    }),
+  ];
+}
+
+/** Published lines in grey, and ours by their way of counting, dotted. */
+function besideMarks(spec, place) {
+  const line = (mine, look) =>
+    Plot.line(
+      d3.sort(mine, p => p.x),
+      {...place, x: "x", y: "y", z: "panel", ...look},
+    );
+  const dotted = d3.groups(spec.dotted ?? [], p => p.choice);
+  const published = d3.groups(spec.published ?? [], p => p.name);
+  return [
+    ...dotted.map(([choice, mine]) => line(mine, {stroke: styleOf(choice).color, strokeDasharray: "1,3"})),
+    ...published.map(([, mine]) => line(mine, {stroke: "currentColor", strokeOpacity: 0.45, strokeDasharray: "5,3"})),
+  ];
 }
 
 /** A cross with the class at the foot of the panel, or at `y`, one above the other where several failed. */
@@ -174,6 +180,12 @@ const publishedEnds = points =>
       lines.map(([name, mine]) => ({...d3.greatest(mine, p => p.x), published: true, text: `publ. ${name}`})),
     );
 
+/** The color of a choice for words: yellow is too pale for them on white. */
+function wordsColor(choice) {
+  const {color} = styleOf(choice);
+  return d3.lab(color).l > 85 ? "var(--pale)" : color;
+}
+
 /** Names at the right end of lines, moved apart. */
 function endLabels(ends, place, x) {
   return Plot.text(
@@ -184,7 +196,7 @@ function endLabels(ends, place, x) {
         x,
         y: "y",
         text: "text",
-        fill: e => (e.published ? "var(--dim)" : styleOf(e.choice).color),
+        fill: e => (e.published ? "var(--dim)" : wordsColor(e.choice)),
         textAnchor: "start",
         dx: 8,
         fontSize: 10,
@@ -286,5 +298,6 @@ function leadersSaid(points, more = true) {
     .slice(0, 3)
     .map(([choice, count]) => `${choice} in ${count}`)
     .join(", ");
-  return `Best of ${contests.length} points: ${leads}${wins.length > 3 ? " …" : ""}. ${last} is furthest behind, ${times(ratio)} on average.`;
+  const leaders = `Best of ${contests.length} points: ${leads}${wins.length > 3 ? " …" : ""}.`;
+  return `${leaders} ${last} is furthest behind, ${times(ratio)} on average.`;
 }

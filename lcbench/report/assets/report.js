@@ -26,8 +26,9 @@ function draw() {
   document.getElementById("text").value = view.words;
   const said = document.getElementById("narrowed");
   said.hidden = !view.facets.size;
+  const chosen = [...view.facets].map(([name, values]) => `${name} ${[...values].join(" or ")}`);
   said.replaceChildren(
-    `${left.length} of ${CELLS.length} cells: ${[...view.facets].map(([name, values]) => `${name} ${[...values].join(" or ")}`).join(", ")}. `,
+    `${left.length} of ${CELLS.length} cells: ${chosen.join(", ")}. `,
     h("button", {type: "button", onclick: clearFacets}, "show all"),
   );
 }

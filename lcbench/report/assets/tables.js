@@ -90,7 +90,8 @@ function csvEntry(value) {
 
 function csvOf(cells) {
   const names = Object.keys(BLOCK.cells).filter(name => name !== "problem");
-  return [names, ...cells.map(cell => names.map(name => cell[name]))].map(line => line.map(csvEntry).join(",") + "\r\n").join("");
+  const heads = names.map(name => (/(rate|bymean|^top)$/.test(name) ? `${name} ${BLOCK.rate.name}` : name));
+  return [heads, ...cells.map(cell => names.map(name => cell[name]))].map(line => line.map(csvEntry).join(",") + "\r\n").join("");
 }
 
 function download(name, text) {
