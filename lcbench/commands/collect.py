@@ -9,6 +9,7 @@ from functools import partial
 from lcbench.commands.arguments import add_launch_arguments, add_sweep_arguments, agree_to_act, chosen_sweep, command_parser
 from lcbench.commands.launchers import launcher_named
 from lcbench.report.ending import bad_input, left_with
+from lcbench.report.publishing import publish_sweep
 from lcbench.runs.collector import collect
 
 EXAMPLES = """
@@ -28,4 +29,4 @@ def main(arguments: list[str]) -> int:
         as_mine = agree_to_act(sweep, "this submits jobs and publishes", as_mine=options.as_mine)
     with left_with(lambda: f"the sweep goes on; again: {sweep.command('collect', '--wait')}"):
         launchers = partial(launcher_named, folders=options.config_dir)
-        return 1 if collect(sweep, launchers, wait=options.wait, as_mine=as_mine) else 0
+        return 1 if collect(sweep, launchers, publish_sweep, wait=options.wait, as_mine=as_mine) else 0

@@ -102,7 +102,9 @@ def _follow(sweep: Sweep, options: argparse.Namespace, *, as_mine: bool) -> Swee
                     print(said := line, flush=True)
             collector.pause()
     if as_mine or not others(sweep):
-        publish_or_say(sweep, tracked_at(standing.seen.launch))
+        from lcbench.report.publishing import publish_sweep  # with SciPy, which a look at a sweep does not need
+
+        publish_or_say(sweep, tracked_at(standing.seen.launch), publish_sweep)
     return standing
 
 

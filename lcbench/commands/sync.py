@@ -12,10 +12,11 @@ import sys
 from lcbench.commands.arguments import add_as_mine_argument, add_sweep_arguments, agree_to_act, chosen_sweep, command_parser
 from lcbench.redact import redacted_uri
 from lcbench.report.ending import bad_input
+from lcbench.report.publishing import publish_sweep
 from lcbench.runs.address import checked_address
 from lcbench.runs.jobs import Watch
 from lcbench.runs.settle import settled
-from lcbench.runs.tracking import TrackingUnavailable, publish, tracked_at
+from lcbench.runs.tracking import TrackingUnavailable, sweep_url, tracked_at
 
 EXAMPLES = """
 python -m lcbench.sync last
@@ -38,11 +39,13 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"sweep {sweep.name} names no tracking server; add --tracking-uri, such as http://127.0.0.1:5000")
         uri = checked_address(given, "--tracking-uri" if options.tracking_uri else "its tracking_uri")
     try:
-        counts = publish(sweep, uri, options.experiment, thorough=True)
+        counts = publish_sweep(sweep, uri, options.experiment, thorough=True)
     except TrackingUnavailable as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{counts.published} cells published to {redacted_uri(uri)}, {counts.unchanged} were there already")
+    if uri.startswith("http"):
+        print(sweep_url(sweep, uri))
     if counts.files:
         print(counts.files, file=sys.stderr)
     return 0

@@ -20,7 +20,7 @@ from lcbench.runs.ownership import here_instead, only_shown, others
 from lcbench.runs.pack import Settings, tries_again
 from lcbench.runs.settle import settled
 from lcbench.runs.store import Sweep
-from lcbench.runs.tracking import publish_or_say, tracked_at
+from lcbench.runs.tracking import Counts, publish_or_say, tracked_at
 
 REFUSED_PAUSE_S = 10.0
 LOOKING_SHARE = 5.0  # a collector sleeps so many times as long as it looks
@@ -111,16 +111,20 @@ class Collector:
 
 @dataclass(frozen=True)
 class Collect:
-    """The collector as a job, behind those that ``launcher`` has submitted."""
+    """The collector as a job, behind those that ``launcher`` has submitted.
+
+    ``publish``: how a sweep gets to its tracking server.
+    """
 
     root: str
     name: str
     launcher: Launches
+    publish: Callable[[Sweep, str], Counts]
 
     def __call__(self) -> None:
         os.chdir(REPOSITORY)
         sweep = Sweep(Path(self.root), self.name)
-        collect(sweep, self.only, wait=False, on_a_node=True)
+        collect(sweep, self.only, self.publish, wait=False, on_a_node=True)
 
     def only(self, name: str) -> Launches:
         """The launcher, if it is of this name.
@@ -139,9 +143,15 @@ class Collect:
 
 
 def collect(
-    sweep: Sweep, launcher_named: Callable[[str], Launches], *, wait: bool, on_a_node: bool = False, as_mine: bool = False
+    sweep: Sweep,
+    launcher_named: Callable[[str], Launches],
+    publish: Callable[[Sweep, str], Counts],
+    *,
+    wait: bool,
+    on_a_node: bool = False,
+    as_mine: bool = False,
 ) -> int:
-    """Advance the sweep and publish it; with ``wait``, stay until all of its jobs have ended.
+    """Advance the sweep and ``publish`` it; with ``wait``, stay until all of its jobs have ended.
 
     Cells that run again have a collector of their own behind them.
 
@@ -153,7 +163,7 @@ def collect(
     launch = standing.seen.launch if as_mine or not others(sweep) else None
     # A node may have no way to the tracking server; then whoever looks from a login node publishes.
     if launch and not (on_a_node and launch["settings"]["site"].get("publish", "nodes") != "nodes"):
-        publish_or_say(sweep, tracked_at(launch))
+        publish_or_say(sweep, tracked_at(launch), publish)
     counts = standing.counts()
     print(", ".join(f"{count} {state}" for state, count in counts.most_common()))
     for line in standing.held_words():

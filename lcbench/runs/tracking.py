@@ -4,7 +4,10 @@ Publishing is idempotent by (sweep, cell id): what the server has is remembered 
 so it can be repeated, interrupted, or done over for a new server. It never runs in a measuring process.
 
 Metrics carry ``step = attempt``, so the newest attempt is shown and the history is kept; times of iterations are the metrics
-``samples/...``, whose step is ``SAMPLE_STRIDE * (attempt - 1) + iteration``. Seconds of the store become milliseconds here.
+``samples/...``, whose step is ``SAMPLE_STRIDE * (attempt - 1) + iteration``. ``runs/shown.py`` has their names and units.
+
+What a sweep comes to (what to use, why cells failed, colours of choices) is known to ``report/`` only. ``report/publishing.py``
+publishes the cells (``publish``) and then tells that (``tell``); a pack that publishes at its end leaves it to whoever comes later.
 
 An attempt that was published and then got another block of timings is published again: its metrics with a later timestamp, of
 which MLflow shows the last, and of its samples what is new.
@@ -12,6 +15,7 @@ which MLflow shows the last, and of its samples what is new.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -21,19 +25,20 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from lcbench.grid.cell import Cell, flat_config
+from lcbench.grid.cell import Cell
 from lcbench.grid.site import runs_here
 from lcbench.redact import redacted, redacted_uri, with_password
+from lcbench.runs import shown
 from lcbench.runs.address import EXPERIMENT, credentials, reason, server_command, sqlite_file
-from lcbench.runs.dashboard import EVERYTHING, VIEW, note, view, view_path
+from lcbench.runs.dashboard import PLACE, VIEW, View, cell_views, failures_view, note, place_tag, run_path, sweeps_view
 from lcbench.runs.store import MEMORY, Attempt, Entry, Sweep, entries_of, user_name, write_json
 
 if TYPE_CHECKING:
@@ -41,11 +46,13 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 LOCAL = "http://127.0.0.1:5000"  # where make mlflow serves by default
-HEADLINE = "compute/tflops_per_gpu"
-SAMPLE_STRIDE = 100_000
-ITERATIONS = ("forward_s", "backward_s", "total_s")
 BATCH = 800  # MLflow takes 1000 metrics, params and tags a request, 100 params among them
 TAG_LENGTH = 4000
+NOTE_LENGTH, LINKS_LENGTH = 5000, 2500  # of a sweep's description, and of the links to its views in it
+ARTIFACTS = "mlartifacts"  # beside an SQLite file, where files of its runs lie
+REPORT = "report"
+# What is published of a cell. One that was published otherwise is published again.
+FORM = 2
 SAVE_EVERY_S = 15.0
 QUICK = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
@@ -54,6 +61,7 @@ QUICK = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PGCONNECT_TIMEOUT": "5",
 }
+FILES = "lcbench.files"
 NOISY = ("alembic", "mlflow", "sqlalchemy", "urllib3")
 
 
@@ -66,7 +74,7 @@ class TrackingUnavailable(Exception):
 
 class Known(NamedTuple):
     """What a server has of a cell: its run, the newest attempt there, how many blocks of timings that had then and had lost,
-    when its file was written (0: not known), and whether it has the files of the attempts too.
+    when its file was written (0: not known), whether it has the files of the attempts too, and in which form it was published.
     """
 
     run_id: str
@@ -76,18 +84,53 @@ class Known(NamedTuple):
     lost: int = 0
     written_ns: int = 0
     files: bool = True
+    form: int = 0
 
     def has(self, attempt: Attempt) -> bool:
-        """Whether it has an attempt as it is now."""
-        return self[1:5] == (attempt.number, attempt.status, attempt.blocks, len(attempt.lost_blocks))
+        """Whether it has an attempt as it is now, and as it is published now."""
+        return self.form == FORM and self[1:5] == (attempt.number, attempt.status, attempt.blocks, len(attempt.lost_blocks))
 
 
 @dataclass(frozen=True)
 class Counts:
+    """What came of publishing.
+
+    Attributes:
+        published: cells that were published.
+        unchanged: cells that were there already.
+        complete: whether there was time for all.
+        files: why the files of attempts could not be put beside their runs, if so.
+        told: whether the sweep's run says what its cells come to as they are now.
+        ended: whether every cell that can run has a result.
+    """
+
     published: int
     unchanged: int
     complete: bool = True
-    files: str = ""  # why the files of attempts could not be put beside their runs, if so
+    files: str = ""
+    told: bool = True
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a sweep comes to, for its own run.
+
+    Attributes:
+        verdict: what to use, Markdown; empty where there is nothing to say.
+        body: the rest of the description, Markdown: each line of it may be left out where there is no room.
+        metrics: of the sweep as a whole.
+        tags: of the sweep's run.
+        colors: of each cell's run, as #rrggbb, by cell id.
+        at: when the last of its results was measured, in seconds since the epoch.
+    """
+
+    verdict: str = ""
+    body: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    colors: Mapping[str, str] = field(default_factory=dict)
+    at: float = 0.0
 
 
 def publish(
@@ -109,6 +152,21 @@ def publish(
             return publisher.run(end)
     except Timeout:
         return Counts(0, 0, complete=False)
+
+
+def tell(sweep: Sweep, uri: str, experiment: str | None, summary: Summary, page: Path | None = None) -> str:
+    """Have the sweep's own run say what its cells come to, and give their runs the colours of their choices.
+
+    Args:
+        page: the report's page, to be put beside it.
+
+    Returns: why files could not be put beside it, if so.
+
+    Raises:
+        TrackingUnavailable: as for ``publish``.
+    """
+    with _publisher(sweep, uri, experiment) as publisher:
+        return publisher.tell(summary, page)
 
 
 def attach(sweep: Sweep, uri: str, folder: Path) -> None:
@@ -167,12 +225,19 @@ def _quietly() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def publish_or_say(sweep: Sweep, uri: str | None, *, budget_s: float | None = None) -> None:
-    """Publish where there is a tracking server; one that is away costs a line."""
+def publish_or_say(
+    sweep: Sweep, uri: str | None, how: Callable[[Sweep, str], Counts] | None = None, *, budget_s: float | None = None
+) -> None:
+    """Publish where there is a tracking server; one that is away costs a line.
+
+    Args:
+        how: by default cells only (``publish``).
+        budget_s: of ``publish``.
+    """
     if not uri:
         return
     try:
-        counts = publish(sweep, uri, budget_s=budget_s)
+        counts = how(sweep, uri) if how else publish(sweep, uri, budget_s=budget_s)
     except TrackingUnavailable as error:
         print(f"not published: {error}; later: {sweep.command('sync')}", file=sys.stderr)
     else:
@@ -191,17 +256,44 @@ def attach_or_say(sweep: Sweep, uri: str | None, folder: Path) -> None:
 
 
 def view_url(sweep: Sweep, uri: str | None) -> str | None:
-    """Where a tracking server shows this sweep's charts, a database's at ``LOCAL``; None where it has nothing of the sweep."""
-    mine = _memory(sweep).get(redacted_uri(uri), {}) if uri else {}
+    """Where a tracking server shows this sweep's charts, of a large sweep those of its first part; a database's at ``LOCAL``; None
+    where it has nothing of the sweep.
+    """
+    return _url(sweep, uri, lambda mine: _cell_views(sweep.name, sweep.manifest())[0].path(mine["experiment"]))
+
+
+def failures_url(sweep: Sweep, uri: str | None) -> str | None:
+    """Where a tracking server shows this sweep's failed cells; None where it knows of none."""
+    failed = sum(Known(*known).status == "failed" for known in _mine(sweep, uri).get("cells", {}).values())
+    manifest = sweep.manifest()
+    return _url(
+        sweep, uri,
+        lambda mine: failures_view(sweep.name, manifest["id"], manifest["created_at"], failed).path(mine["experiment"]),
+    ) if failed else None  # fmt: skip
+
+
+def sweep_url(sweep: Sweep, uri: str | None) -> str | None:
+    """Where a tracking server says what this sweep comes to, with links to all else; None where it has nothing of the sweep."""
+    return _url(sweep, uri, lambda mine: run_path(mine["experiment"], mine["parent"]))
+
+
+def _url(sweep: Sweep, uri: str | None, path: Callable[[dict[str, Any]], str]) -> str | None:
+    mine = _mine(sweep, uri)
     if not uri or "experiment" not in mine:
         return None
     server = redacted_uri(uri).rstrip("/") if uri.startswith("http") else LOCAL
-    return f"{server}/#{view_path(mine['experiment'], mine['sweep_id'])}"
+    return f"{server}/#{path(mine)}"
+
+
+def _mine(sweep: Sweep, uri: str | None) -> dict[str, Any]:
+    """What a server has of a sweep."""
+    found: dict[str, Any] = _memory(sweep).get(redacted_uri(uri), {}) if uri else {}
+    return found
 
 
 def dashboard_hint(sweep: Sweep, uri: str | None, *, ours: bool) -> str:
-    """How to look at a sweep's charts. ``ours``: whether ``make mlflow`` serves this address."""
-    url = view_url(sweep, uri)
+    """How to look at what a sweep comes to. ``ours``: whether ``make mlflow`` serves this address."""
+    url = sweep_url(sweep, uri)
     if not uri or url is None:
         return f"nothing is published yet: python -m lcbench.sync {shlex.quote(sweep.name)}"
     if uri.startswith("http"):
@@ -246,10 +338,11 @@ class _Publisher:
         cells: dict[str, Any] = self._mine["cells"]
         saved = 0.0
         complete, looked = True, False
-        for cell_id, entry in entries.items():
+        for place, (cell_id, entry) in enumerate(entries.items()):
             newest, written_ns = self._sweep.newest(cell_id)
             known = Known(*cells.get(cell_id, ("",)))
-            if (newest, written_ns) == (known.attempt, known.written_ns) and (known.files or self._no_files):
+            same = (newest, written_ns) == (known.attempt, known.written_ns) and known.form == (FORM if newest else 0)
+            if same and (known.files or self._no_files):
                 unchanged += newest > 0
                 continue
             if end is not None and time.monotonic() > end:
@@ -261,7 +354,7 @@ class _Publisher:
             if known.has(attempts[-1]):
                 more = not known.files and self._put_files(entry, attempts, known.run_id)
                 if more:
-                    self._client.set_tag(known.run_id, "lcbench.files", "")
+                    self._client.delete_tag(known.run_id, FILES)
                 cells[cell_id], looked = known._replace(written_ns=written_ns, files=known.files or more), True
                 published, unchanged = published + more, unchanged + (not more)
                 continue
@@ -270,18 +363,21 @@ class _Publisher:
                 saved = time.monotonic()
             if not known.run_id:
                 known = Known(self._create_child(entry.cell, attempts[0]))
-            known, files = self._fill(entry, attempts, known)
+            known, files = self._fill(place, entry, attempts, known)
             cells[cell_id] = _known(known.run_id, attempts[-1], written_ns, files)
             published += 1
         if published or not unchanged or self._mine["open"]:
             self._finish_parent(entries, complete)
         if published or looked or self._known.get(self._uri) != self._mine:
             self._save(open_=False)
-        return Counts(published, unchanged, complete, self._about_files())
+        told = self._mine.get("told") == self._digest()
+        return Counts(published, unchanged, complete, self._about_files(), told, self._statuses(entries)["missing"] == 0)
 
     def _about_files(self) -> str:
         if not self._no_files:
             return ""
+        if self._strange:
+            return f"files not published: {self._no_files}; metrics, parameters and tags are"
         proxied = self._location.startswith(("mlflow-artifacts:", "http"))
         cure = "look at the server's --artifacts-destination" if proxied else (
             "start the server with --serve-artifacts, and take another experiment, since one keeps its root: "
@@ -296,15 +392,72 @@ class _Publisher:
         self._mine["open"] = open_
         write_json(self._sweep.folder / MEMORY, {**self._known, self._uri: self._mine})
 
+    def _digest(self) -> str:
+        """What is there of the cells, as one word."""
+        there = {cell_id: Known(*known)[1:5] for cell_id, known in self._mine["cells"].items()}
+        return hashlib.sha256(json.dumps([len(self._manifest["cells"]), there], sort_keys=True).encode()).hexdigest()
+
     def attach(self, folder: Path) -> None:
+        if self._no_files:
+            raise TrackingUnavailable(self._uri, self._no_files)
         self._client.log_artifacts(self._mine["parent"], str(folder), folder.name)
+
+    def tell(self, summary: Summary, page: Path | None) -> str:
+        from mlflow.entities import Metric, RunTag
+
+        parent, cells = self._mine["parent"], self._mine["cells"]
+        colors: dict[str, str] = self._mine.setdefault("colors", {})
+        for cell_id, color in summary.colors.items():
+            run_id = Known(*cells.get(cell_id, ("",))).run_id
+            if run_id and colors.get(run_id) != color:
+                self._client.set_tag(run_id, "mlflow.runColor", color)
+                colors[run_id] = color
+        if page is not None:
+            self._try_files(lambda: self._client.log_artifact(parent, str(page), REPORT))
+        tags = {**summary.tags, "mlflow.note.content": self._note(summary)}
+        at = int(summary.at * 1000)
+        self._client.log_batch(
+            parent, metrics=[Metric(key, value, at, 0) for key, value in summary.metrics.items()],
+            tags=[RunTag(key, redacted(value)[:NOTE_LENGTH]) for key, value in tags.items()],
+        )  # fmt: skip
+        self._mine["told"] = self._digest()
+        self._save(open_=False)
+        return self._about_files()
+
+    def _note(self, summary: Summary) -> str:
+        """The description of the sweep's run, Markdown. The page folds it after a few lines, so what matters most comes first."""
+        entries, experiment, parent = entries_of(self._manifest), self._experiment, self._mine["parent"]
+        page = f"{REPORT}/report.html"
+        there = self._try_files(lambda: self._client.list_artifacts(parent, REPORT))
+        links = []
+        if there and page in {file.path for file in self._client.list_artifacts(parent, REPORT)}:
+            links.append(f"[Report](#{run_path(experiment, parent, page)})")
+        views = self._views(self._statuses(entries))
+        links += [f"[{view.short}](#{view.path(experiment)})" for view in views if not view.key.endswith(".failed")]
+        failed = [f"[**{view.short}**](#{view.path(experiment)})" for view in views if view.key.endswith(".failed")]
+        links = failed + links
+        while sum(map(len, links)) > LINKS_LENGTH:
+            links.pop()
+        more = len(views) + 1 - len(links)
+        said = [summary.verdict, " · ".join(links) + (f" and {more} more among the page's views" if more > 1 else "")]
+        end = self._about_results()
+        body = summary.body.split("\n")
+        while body and len("\n\n".join([*said, "\n".join(body), end])) > NOTE_LENGTH:
+            body.pop()
+        return "\n\n".join(filter(None, [*said, "\n".join(body), end]))[:NOTE_LENGTH]
+
+    def _about_results(self) -> str:
+        """Where a sweep's results lie and which commands made them, Markdown."""
+        # Not as blocks of code: MLflow's page gets as wide as their longest line.
+        commands = [f"`{redacted(self._command(words))}`" for words in self._manifest["commands"]]
+        return "\n\n".join([f"Results in `{self._sweep.folder}`.", *commands])
 
     def _find_experiment(self) -> str:
         """The experiment, with a description and with views of all sweeps and of this one."""
         found = self._client.get_experiment_by_name(self._name)
         if found is None:
             # Else artifacts land in the working directory.
-            location = (file.absolute().parent / "mlartifacts").as_uri() if (file := sqlite_file(self._uri)) else None
+            location = self._beside()
             made, tags = str(self._client.create_experiment(self._name, artifact_location=location)), {}
             self._location = str(self._client.get_experiment(made).artifact_location)
         else:
@@ -316,17 +469,49 @@ class _Publisher:
                     f"MLFLOW_TRACKING_URI={shlex.quote(self._uri)} mlflow experiments restore --experiment-id {made}, "
                     "or take another: mlflow_experiment=NAME, or lcbench.sync --experiment NAME",
                 )
-        wanted = {
-            "mlflow.note.content": note(made),
-            VIEW + EVERYTHING: view("tags.`lcbench.status` = 'ok'"),
-            VIEW + self._manifest["id"]: view(
-                f"tags.`lcbench.sweep_id` = '{self._manifest['id']}' and tags.`lcbench.status` != ''"
-            ),
-        }
-        for key, value in wanted.items():
-            if tags.get(key) != value:
-                self._client.set_experiment_tag(made, key, value)
+        self._tags_there = dict(tags)
+        sweeps = sweeps_view()
+        self._set_experiment_tags(made, {"mlflow.note.content": note(made), VIEW + sweeps.key: sweeps.value})
+        self._keep_out_of_another_checkout()
         return made
+
+    def _beside(self) -> str | None:
+        """Where files of runs lie that an SQLite file of ours holds; None of a server."""
+        file = sqlite_file(self._uri)
+        return (file.absolute().parent / ARTIFACTS).as_uri() if file else None
+
+    def _keep_out_of_another_checkout(self) -> None:
+        """An experiment keeps the absolute path of its files, which in a copied or moved checkout is that of before."""
+        ours = self._beside()
+        self._strange = ours is not None and self._location != ours and self._location.rstrip("/").endswith(f"/{ARTIFACTS}")
+        if self._strange:
+            self._no_files = (
+                f"the experiment {self._name!r} keeps them in {self._location}, which is not beside its database, as after a copy"
+                " or a move; take another experiment: mlflow_experiment=NAME, or lcbench.sync --experiment NAME"
+            )
+
+    def _set_experiment_tags(self, experiment: str, wanted: Mapping[str, str]) -> None:
+        for key, value in wanted.items():
+            if self._tags_there.get(key) != value:
+                self._client.set_experiment_tag(experiment, key, value)
+                self._tags_there[key] = value
+
+    def _views(self, statuses: Mapping[str, int]) -> list[View]:
+        """The sweep's views, that of its failures first."""
+        manifest = self._manifest
+        failed = statuses["failed"]
+        failures = [failures_view(self._sweep.name, manifest["id"], manifest["created_at"], failed)] if failed else []
+        return [*failures, *_cell_views(self._sweep.name, manifest)]
+
+    def _set_views(self, statuses: Mapping[str, int]) -> None:
+        """Bring the sweep's views up to date; those that hold no more, such as one of all cells of a sweep that grew, go."""
+        wanted = {VIEW + view.key: view.value for view in self._views(statuses)}
+        self._set_experiment_tags(self._experiment, wanted)
+        mine = VIEW + self._manifest["id"]
+        for key in [k for k in self._tags_there if k == mine or k.startswith(f"{mine}.")]:
+            if key not in wanted:
+                self._client.delete_experiment_tag(self._experiment, key)
+                del self._tags_there[key]
 
     def _exists(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
@@ -357,7 +542,7 @@ class _Publisher:
                     known = Known(
                         run.info.run_id, int(tags.get("lcbench.attempt", 0)), tags.get("lcbench.status"),
                         int(tags.get("lcbench.blocks") or 0), len(json.loads(tags.get("lcbench.lost_blocks") or "[]")),
-                        files=not tags.get("lcbench.files"),
+                        files=not tags.get(FILES), form=int(tags.get("lcbench.form") or 0),
                     )  # fmt: skip
                     # A restored experiment has runs again that were deleted one by one: the newest attempt counts.
                     if known.attempt < cells.get(tags["lcbench.cell_id"], Known("")).attempt:
@@ -381,18 +566,20 @@ class _Publisher:
         # Its id, since two people may both have a sweep called "first".
         return {
             "lcbench.sweep": self._sweep.name, "lcbench.sweep_id": self._manifest["id"], "mlflow.user": self._user(),
-            "mlflow.source.name": "python -m lcbench.sweep",
+            "mlflow.source.name": redacted(self._command((self._manifest["commands"] or [[]])[-1]))[:TAG_LENGTH],
             "mlflow.source.type": "LOCAL" if runs_here(str(self._launch.get("launcher"))) else "JOB",
         }  # fmt: skip
+
+    @staticmethod
+    def _command(words: list[str]) -> str:
+        return shlex.join(["python", "-m", "lcbench.sweep", *words])
 
     def _user(self) -> str:
         """Who started the sweep, or the number of whoever owns it."""
         return str(self._launch.get("by") or user_name(self._sweep.folder.stat().st_uid))
 
     def _create_parent(self) -> str:
-        commands = "\n".join(f"    python -m lcbench.sweep {redacted(shlex.join(c))}" for c in self._manifest["commands"])
-        note = f"Sweep `{self._sweep.name}`, results in `{self._sweep.folder}`.\n\n{commands}\n"
-        tags = {**self._tags_of_all(), "mlflow.note.content": note}
+        tags = {**self._tags_of_all(), "mlflow.note.content": self._about_results()[:NOTE_LENGTH]}
         begun = int(self._manifest["created_at"] * 1000)
         run = self._client.create_run(self._experiment, start_time=begun, run_name=self._sweep.name, tags=tags)
         return str(run.info.run_id)
@@ -402,33 +589,42 @@ class _Publisher:
         run = self._client.create_run(self._experiment, start_time=int(first.started_at * 1000), run_name=cell.label, tags=tags)
         return str(run.info.run_id)
 
-    def _fill(self, entry: Entry, attempts: list[Attempt], known: Known) -> tuple[Known, bool]:
+    def _fill(self, place: int, entry: Entry, attempts: list[Attempt], known: Known) -> tuple[Known, bool]:
         """Bring a cell's run up to date, in a new one if it was deleted; the run, and whether it has the files too."""
         try:
-            return known, self._fill_run(entry, attempts, known)
+            return known, self._fill_run(place, entry, attempts, known)
         except Exception:
             if self._exists(known.run_id):
                 raise
             known = Known(self._create_child(entry.cell, attempts[0]))
-            return known, self._fill_run(entry, attempts, known)
+            return known, self._fill_run(place, entry, attempts, known)
 
-    def _fill_run(self, entry: Entry, attempts: list[Attempt], known: Known) -> bool:
-        from mlflow.entities import Param, RunTag
+    def _fill_run(self, place: int, entry: Entry, attempts: list[Attempt], known: Known) -> bool:
+        from mlflow.entities import Param
 
         newest, run_id = attempts[-1], known.run_id
         changed = [a for a in attempts if a.number > known.attempt or (a.number == known.attempt and not known.has(a))]
         metrics = [metric for attempt in changed for metric in self._metrics(attempt, known)]
-        params = [Param(k, str(v)[:6000]) for k, v in flat_config(entry.cell).items()]
+        params = [Param(key, value) for key, value in shown.params(entry.cell).items()]
         # Only an attempt that is complete there is marked as there: its number is among the tags, which come last.
         self._client.log_batch(run_id, params=params, metrics=metrics[:BATCH])
         for first in range(BATCH, len(metrics), BATCH):
             self._client.log_batch(run_id, metrics=metrics[first : first + BATCH])
         files = self._put_files(entry, changed if known.files else attempts, run_id)
         status = {"ok": "FINISHED", "failed": "FAILED", "skipped": "KILLED"}[newest.status]
-        self._client.set_terminated(run_id, status, end_time=_written_ms(newest))
-        tags = {**_tags(attempts), "lcbench.files": "" if files else "missing", "mlflow.user": self._user()}
-        self._client.log_batch(run_id, tags=[RunTag(k, redacted(str(v))[:TAG_LENGTH]) for k, v in tags.items()])
+        self._client.set_terminated(run_id, status, end_time=shown.written_ms(newest))
+        more = {FILES: "" if files else "missing", PLACE: place_tag(place), "lcbench.form": str(FORM)}
+        self._set_tags(run_id, {**shown.tags(attempts), **self._tags_of_all(), **more}, again=known.attempt > 0)
         return files
+
+    def _set_tags(self, run_id: str, tags: Mapping[str, str], *, again: bool) -> None:
+        """Set a run's tags; those that say nothing are not there. ``again``: whether some may be there from before."""
+        from mlflow.entities import RunTag
+
+        there = self._client.get_run(run_id).data.tags if again else {}
+        for key in [key for key, value in tags.items() if not value and key in there]:
+            self._client.delete_tag(run_id, key)
+        self._client.log_batch(run_id, tags=[RunTag(k, redacted(v)[:TAG_LENGTH]) for k, v in tags.items() if v])
 
     def _put_files(self, entry: Entry, attempts: list[Attempt], run_id: str) -> bool:
         """Put the files of attempts beside a cell's run; whether they are there. Where that fails once, it is not tried again."""
@@ -444,7 +640,7 @@ class _Publisher:
 
         return self._try_files(put)
 
-    def _try_files(self, put: Callable[[], None]) -> bool:
+    def _try_files(self, put: Callable[[], object]) -> bool:
         if self._no_files:
             return False
         try:
@@ -459,98 +655,48 @@ class _Publisher:
 
         there = known if attempt.number == known.attempt else Known(known.run_id)
         values: list[tuple[str, float]] = []
-        if (there.status, there.blocks) != (attempt.status, attempt.blocks):
-            values = _values(attempt)
+        if (there.status, there.blocks, there.form) != (attempt.status, attempt.blocks, FORM):
+            values = shown.values(attempt)
         if there.status == "ok" and attempt.status == "failed":
-            shown = self._client.get_run(known.run_id).data.metrics
-            values += [(key, math.nan) for key in sorted(shown.keys() - dict(values)) if not key.startswith("samples/")]
-        found = [Metric(key, value, _written_ms(attempt), attempt.number) for key, value in values]
+            logged = self._client.get_run(known.run_id).data.metrics
+            values += [(key, math.nan) for key in sorted(logged.keys() - dict(values)) if not key.startswith("samples/")]
+        found = [Metric(key, value, shown.written_ms(attempt), attempt.number) for key, value in values]
         # A sample never changes, so that logged twice, by a publisher that died in between, it is the same one.
         at = int(attempt.finished_at * 1000)
-        return found + [Metric(key, value, at, step) for key, value, step in _samples(attempt, there.blocks)]
+        return found + [Metric(key, value, at, step) for key, value, step in shown.samples(attempt, there.blocks)]
+
+    def _statuses(self, entries: dict[str, Entry]) -> Counter[str]:
+        """How many cells are ok, failed, skipped or missing, as far as they are published."""
+        cells = self._mine["cells"]
+        return Counter("skipped" if e.skip else cells[i][2] if i in cells else "missing" for i, e in entries.items())
 
     def _finish_parent(self, entries: dict[str, Entry], complete: bool) -> None:
-        """Counts by status, and cells that cannot run, which have no run of their own."""
-        cells, parent = self._mine["cells"], self._mine["parent"]
-        statuses = Counter("skipped" if e.skip else cells[i][2] if i in cells else "missing" for i, e in entries.items())
-        tags = {"lcbench.cells": str(len(entries)), "lcbench.published": "all" if complete else "in part"}
-        tags |= {f"lcbench.cells.{status}": str(statuses[status]) for status in ("ok", "failed", "skipped", "missing")}
-        from mlflow.entities import RunTag
+        """Views, counts by status, and cells that cannot run, which have no run of their own."""
+        from mlflow.entities import Metric, RunTag
 
-        self._client.log_batch(parent, tags=[RunTag(k, v) for k, v in tags.items()])
+        cells, parent, statuses = self._mine["cells"], self._mine["parent"], self._statuses(entries)
+        self._set_views(statuses)
+        counts = {f"cells/{status}": statuses[status] for status in ("ok", "failed", "skipped", "missing")}
+        tags = {**self._tags_of_all(), "lcbench.cells": str(len(entries)), "lcbench.published": "all" if complete else "in part"}
+        tags |= {f"lcbench.{key.replace('/', '.')}": str(count) for key, count in counts.items()}
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            parent, metrics=[Metric(key, float(count), now, 0) for key, count in counts.items()],
+            tags=[RunTag(k, v) for k, v in tags.items()],
+        )  # fmt: skip
         skipped = {i: {"what": e.cell.label, "why": e.skip} for i, e in entries.items() if e.skip}
         if skipped:
             self._try_files(lambda: self._client.log_text(parent, json.dumps(skipped, indent=1), "skipped.json"))
         if complete and not statuses["missing"]:
-            self._client.set_terminated(parent, "FAILED" if statuses["failed"] else "FINISHED")
+            ended = max((Known(*known).written_ns for known in cells.values()), default=0) // 10**6
+            self._client.set_terminated(parent, "FINISHED" if statuses["ok"] else "FAILED", end_time=ended or now)
+        else:
+            self._client.update_run(parent, "RUNNING")
+
+
+def _cell_views(name: str, manifest: dict[str, Any]) -> list[View]:
+    return cell_views(name, manifest["id"], manifest["created_at"], entries_of(manifest))
 
 
 def _known(run_id: str, attempt: Attempt, written_ns: int, files: bool) -> Known:
-    return Known(run_id, attempt.number, attempt.status, attempt.blocks, len(attempt.lost_blocks), written_ns, files)
-
-
-def _written_ms(attempt: Attempt) -> int:
-    """When an attempt got its last block of timings."""
-    return int(1000 * max([attempt.finished_at, *(later["finished_at"] for later in attempt.again)]))
-
-
-def _values(attempt: Attempt) -> list[tuple[str, float]]:
-    """(key, value) of an attempt's metrics, times in milliseconds."""
-    # MLflow's pages show them as they came, and its comparison begins with the first.
-    return [_in_ms(key, value) for key, value in sorted(attempt.metrics.items(), key=lambda item: item[0] != HEADLINE)]
-
-
-def _samples(attempt: Attempt, blocks: int) -> list[tuple[str, float, int]]:
-    """(key, value, step) of an attempt's samples, times in milliseconds, but for those that it had with so many blocks."""
-    first = SAMPLE_STRIDE * (attempt.number - 1)
-    more = sum(later["iterations"] for later in attempt.again[max(blocks - 1, 0) :])
-    found = []
-    for key, values in attempt.samples.items():
-        there = blocks if key.startswith("block_") else len(values) - more if key in ITERATIONS else len(values)
-        for i in range(there if blocks else 0, len(values)):
-            found.append((*_in_ms(f"samples/{key}", values[i]), first + i))
-    return found
-
-
-def _in_ms(key: str, value: float) -> tuple[str, float]:
-    return (f"{key[:-2]}_ms", value * 1e3) if key.endswith("_s") else (key, value)
-
-
-def _tags(attempts: list[Attempt]) -> dict[str, Any]:
-    newest = attempts[-1]
-    provenance = newest.provenance
-    git, versions = provenance.get("git") or {}, provenance.get("versions") or {}
-    history = [
-        {"attempt": a.number, "status": a.status, "class": a.failure.kind if a.failure else None, "pack": a.pack} for a in attempts
-    ]
-    return {
-        "lcbench.status": newest.status,
-        "lcbench.failure": newest.failure.kind if newest.failure else "",
-        "lcbench.cause": newest.failure.cause if newest.failure else "",
-        "lcbench.attempt": newest.number,
-        "lcbench.history": json.dumps(history),
-        "lcbench.pack": newest.pack,
-        "lcbench.slurm_job_id": provenance.get("slurm_job_id") or "",
-        "lcbench.nodes": provenance.get("nodes") or "",
-        "lcbench.device": provenance.get("device") or "",
-        "lcbench.blocks": newest.blocks or "",
-        "lcbench.no_speed": newest.no_speed,
-        "lcbench.lost_blocks": json.dumps(newest.lost_blocks) if newest.lost_blocks else "",
-        "lcbench.stopped_by": provenance.get("stopped_by") or "",
-        "lcbench.peak_source": provenance.get("peak_source") or "",
-        **{f"lcbench.version.{name}": version for name, version in versions.items()},
-        "mlflow.source.git.commit": git.get("commit") or "",
-        "lcbench.git_dirty": git.get("dirty", ""),
-        "mlflow.note.content": _note(newest),
-    }
-
-
-def _note(newest: Attempt) -> str:
-    """A run's description: its number in a sentence, or why there is none, and how to run it again."""
-    failure, metrics = newest.failure, newest.metrics
-    if failure is not None:
-        said = f"**{newest.status}: {failure.kind}**: {failure.cause}"
-    else:
-        said = f"no speed: {newest.no_speed}; " if newest.no_speed else ""
-        said += f"{metrics.get(HEADLINE, 0.0):.4g} TFLOP/s per GPU, noise {metrics.get('time/noise', 0.0):.1%}"
-    return f"{said}\n\n    {shlex.join(['python', '-m', 'lcbench.rerun', f'{newest.sweep}/{newest.cell_id}'])}\n"
+    return Known(run_id, attempt.number, attempt.status, attempt.blocks, len(attempt.lost_blocks), written_ns, files, FORM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 
 from lcbench.measure.measured import Measured
 from lcbench.runs.pack import PRIVATE, Pack, Settings, forget_secrets
+from lcbench.runs.shown import SAMPLE_STRIDE, SHORT, in_units, values
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep, read_json, write_json
-from lcbench.runs.tracking import SAMPLE_STRIDE, Known, TrackingUnavailable, publish
+from lcbench.runs.tracking import FORM, Summary, TrackingUnavailable, attach, publish, tell
 from lcbench.runs.worker import amended
 from tests.runs.test_again import WRONG
 from tests.runs.test_store import made_cell
@@ -89,7 +91,7 @@ def with_blocks(sweep: Sweep, cell_id: str, blocks: int) -> None:
         replace(
             last, provenance={**last.provenance, "again": again},
             samples={"forward_s": values, "block_forward_s": values[::2], "rank_forward_median_s": [1.0]},
-            metrics={"time/forward/median_s": 10.0 - blocks, "time/blocks": float(blocks), "memory/peak_bytes": 7.0},
+            metrics={"time/forward/median_s": 10.0 - blocks, "time/blocks": float(blocks), "memory/peak_bytes": 7.0 * 2**30},
         )
     )  # fmt: skip
 
@@ -147,29 +149,45 @@ def test_an_attempt_that_got_another_block_is_published_again(tmp_path: Path, mo
     sweep.finish(amended(last, begun, Measured(check=WRONG)))
     assert publish(sweep, uri).published == 1
     run = shown()
-    assert (run.info.status, run.data.tags["lcbench.status"], run.data.tags["lcbench.blocks"]) == ("FAILED", "failed", "")
+    assert (run.info.status, run.data.tags["lcbench.status"], run.data.tags.get("lcbench.blocks")) == ("FAILED", "failed", None)
     assert math.isnan(run.data.metrics["time/forward/median_ms"])  # it is no number any more
     assert math.isnan(run.data.metrics["time/blocks"])
-    assert run.data.metrics["memory/peak_bytes"] == 7.0
+    assert run.data.metrics["memory/peak_gib"] == 7.0
 
     monkeypatch.setattr(Sweep, "attempts", lambda *_: pytest.fail("a result was read though nothing has changed"))
     counts_again = publish(sweep, uri)
     assert (counts_again.published, counts_again.unchanged) == (0, 2)
 
 
-def test_what_an_older_version_remembers_is_good_enough(tmp_path: Path) -> None:
+def test_what_an_older_version_published_is_brought_up_to_date_once(tmp_path: Path) -> None:
     sweep, cell = Sweep(tmp_path / "results", "s"), made_cell()
     sweep.add([Entry(cell)], command=["cp=ring"])
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     attempt(sweep, cell.id, "ok", 1.0)
     publish(sweep, uri)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs(["1"], "tags.`lcbench.status` = 'ok'")
+    # As it was: a shorter memory, no form, tags that say nothing, a view of all good cells.
+    client.delete_tag(run.info.run_id, "lcbench.form")
+    for key in ("lcbench.failure", "lcbench.files"):
+        client.set_tag(run.info.run_id, key, "")
+    mine = f"mlflow.sharedViewState.{sweep.manifest()['id']}"
+    client.set_experiment_tag("1", f"{mine}.gone", "deflate;")
     path = sweep.folder / "mlflow.json"
     memory = read_json(path)
     memory[uri]["cells"] = {cell_id: entry[:3] for cell_id, entry in memory[uri]["cells"].items()}
     write_json(path, memory)
-    counts = publish(sweep, uri)
-    assert (counts.published, counts.unchanged) == (0, 1)
-    assert len(sweep.remembered()[uri]["cells"][cell.id]) == len(Known._fields)
+    assert [publish(sweep, uri).published for _ in range(2)] == [1, 0]
+    path.unlink()  # a new machine asks the server
+    assert publish(sweep, uri).published == 0
+    assert len(client.search_runs(["1"])) == 2
+    tags = client.get_run(run.info.run_id).data.tags
+    assert {"lcbench.failure", "lcbench.files"} & set(tags) == set()
+    assert tags["lcbench.form"] == str(FORM)
+    history = client.get_metric_history(run.info.run_id, "time/forward/median_ms")
+    assert [(m.step, m.value) for m in history] == [(1, 1000.0)]
+    views = {key for key in client.get_experiment("1").tags if key.startswith(mine)}
+    assert views == {mine}
     with_blocks(sweep, cell.id, 3)
     assert publish(sweep, uri).published == 1
     attempt(sweep, cell.id, "ok", 1.0)
@@ -239,6 +257,128 @@ def test_files_that_cannot_be_put_cost_a_line_and_come_later(tmp_path: Path) -> 
     assert (later.published, later.files) == (2, "")
     assert {a.path for a in client.list_artifacts(children[0].info.run_id)} == {"attempts", "config.json", "environment.json"}
     assert publish(sweep, uri, "theirs").unchanged == 2
+
+
+def test_units_are_for_people_and_the_numbers_of_tables_come_first(tmp_path: Path) -> None:
+    known = {
+        "time/total/median_s": ("time/total/median_ms", 1500.0), "memory/peak_bytes": ("memory/peak_gib", 1.5),
+        "comm/bytes": ("comm/gib", 1.5), "comm/forward/bytes": ("comm/forward/gib", 1.5),
+        "compute/mfu": ("compute/mfu_percent", 150.0), "overlap/forward/efficiency": ("overlap/forward/efficiency_percent", 150.0),
+        "samples/rank_peak_bytes": ("samples/rank_peak_gib", 1.5), "samples/forward_s": ("samples/forward_ms", 1500.0),
+        "check/dq_error": ("check/dq_error", 1.5), "time/blocks": ("time/blocks", 1.5),
+        "from/another_version": ("from/another_version", 1.5),
+    }  # fmt: skip
+    for key, shown in known.items():
+        assert in_units(key, 1.5 * 2**30 if "bytes" in key else 1.5) == shown
+    metrics = {"check/dq_error": 1e-3, "balance/area_max_over_mean": 1.0, "memory/peak_bytes": 2.0**31, "compute/mfu": 0.625}
+    metrics |= {"time/noise": 0.004, "compute/tflops_per_gpu": 500.0, "from/another_version": 1.0, "comm/bytes": 1.0}
+    metrics |= {f"time/{phase}/median_s": 0.25 for phase in ("total", "forward", "backward")}
+    found = values(Attempt("a" * 12, "s", 1, "ok", metrics=metrics))
+    assert [name for name, _ in found[: len(SHORT)]] == list(SHORT)
+    assert dict(found[: len(SHORT)]) == {
+        "tflops": 500.0, "mfu_percent": 62.5, "total_ms": 250.0, "fwd_ms": 250.0, "bwd_ms": 250.0, "peak_gib": 2.0,
+        "noise_percent": 0.4,
+    }  # fmt: skip
+    names = [name for name, _ in found]
+    order = ["compute/tflops_per_gpu", "time/total/median_ms", "memory/peak_gib", "comm/gib", "check/dq_error"]
+    assert sorted(names, key=names.index) == names
+    assert [name for name in names if name in order] == order
+    assert len(set(names)) == len(names)
+
+
+def test_a_run_has_no_tag_that_says_nothing_and_names_who_and_what(tmp_path: Path) -> None:
+    sweep, cell = Sweep(tmp_path / "results", "s"), made_cell()
+    launch = {"launcher": "local", "settings": {"site": {}}, "by": "ada"}
+    sweep.add([Entry(cell)], command=["cp=ring", "+site.env.HF_TOKEN=hunter2"], launch=launch)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    attempt(sweep, cell.id, "failed", 1.0)
+    publish(sweep, uri)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+
+    def tags() -> dict[str, str]:
+        (run,) = client.search_runs(["1"], f"tags.`lcbench.cell_id` = '{cell.id}'")
+        return dict(run.data.tags)
+
+    assert tags()["lcbench.cause"] == "it broke"
+    attempt(sweep, cell.id, "ok", 1.0)
+    publish(sweep, uri)
+    now = tags()
+    assert "lcbench.cause" not in now
+    assert "lcbench.failure" not in now
+    assert [key for key, value in now.items() if not value] == []
+    assert now["mlflow.user"] == "ada"
+    assert now["mlflow.source.name"].startswith("python -m lcbench.sweep cp=ring")
+    assert "hunter2" not in str(now)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status"),
+    [(["ok", "failed"], "FINISHED"), (["failed", "failed"], "FAILED"), (["ok", None], "RUNNING"), (["ok", "ok"], "FINISHED")],
+)
+def test_a_sweep_failed_only_if_nothing_is_ok(tmp_path: Path, statuses: list[str | None], status: str) -> None:
+    sweep, cells = Sweep(tmp_path / "results", "s"), [made_cell(seed) for seed in range(2)]
+    sweep.add([Entry(cell) for cell in cells], command=[])
+    for cell, its in zip(cells, statuses, strict=True):
+        if its:
+            attempt(sweep, cell.id, its, 1.0)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    counts = publish(sweep, uri)
+    assert counts.ended == (None not in statuses)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    (parent,) = client.search_runs(["1"], "tags.`lcbench.cells` = '2'")
+    assert parent.info.status == status
+    assert parent.data.metrics["cells/ok"] == statuses.count("ok")
+    assert parent.data.metrics["cells/failed"] == statuses.count("failed")
+    assert parent.data.metrics["cells/missing"] == statuses.count(None)
+
+
+def test_what_a_sweep_comes_to_is_told_again_only_when_it_changed(tmp_path: Path) -> None:
+    sweep, cell = Sweep(tmp_path / "results", "s"), made_cell()
+    sweep.add([Entry(cell)], command=["cp=ring"])
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    attempt(sweep, cell.id, "ok", 1.0)
+    assert not publish(sweep, uri).told  # as a pack does, which does not know it
+    told = Summary(
+        "Use ring with hunter2.", "more\n" * 9000, {"gpu_hours": 2.0}, {"lcbench.verdict": "Use ring"}, {cell.id: "#123456"}
+    )
+    assert tell(sweep, uri, None, told) == ""
+    assert publish(sweep, uri).told
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    (parent,) = client.search_runs(["1"], "tags.`lcbench.verdict` = 'Use ring'")
+    (run,) = client.search_runs(["1"], "tags.`lcbench.status` = 'ok'")
+    assert run.data.tags["mlflow.runColor"] == "#123456"
+    assert parent.data.metrics["gpu_hours"] == 2.0
+    note = parent.data.tags["mlflow.note.content"]
+    assert note.startswith("Use ring")
+    assert len(note) <= 5000
+    assert note.endswith("`python -m lcbench.sweep cp=ring`")  # the body is what is cut
+    attempt(sweep, cell.id, "failed", 1.0)
+    assert not publish(sweep, uri).told
+
+
+@pytest.mark.parametrize("how", ["copied", "moved"])
+def test_a_copied_or_moved_checkout_writes_nothing_into_the_old_one(tmp_path: Path, how: str) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    sweep, cells = Sweep(old / "results", "s"), [made_cell(seed) for seed in range(2)]
+    sweep.add([Entry(cell) for cell in cells], command=[])
+    attempt(sweep, cells[0].id, "ok", 1.0)
+    assert publish(sweep, f"sqlite:///{old}/mlflow.db").files == ""
+    if how == "moved":
+        old.rename(new)
+    else:
+        shutil.copytree(old, new)
+    before = sorted(old.rglob("*")) if old.exists() else None
+    moved = Sweep(new / "results", "s")
+    attempt(moved, cells[1].id, "ok", 1.0)
+    counts = publish(moved, f"sqlite:///{new}/mlflow.db")
+    assert counts.published == 1
+    assert "keeps them in file://" in counts.files
+    assert "--experiment NAME" in counts.files
+    assert "\n" not in counts.files
+    assert (sorted(old.rglob("*")) if old.exists() else None) == before
+    with pytest.raises(TrackingUnavailable, match="not beside its database"):
+        attach(moved, f"sqlite:///{new}/mlflow.db", tmp_path / "new")
+    assert publish(moved, f"sqlite:///{new}/mlflow.db", "another").files == ""
 
 
 def test_no_secret_is_stored_but_for_the_pack_that_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,12 +138,13 @@ class PackLauncher(Launcher):
         """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1."""
         from lcbench.report.causes import again, by_node
         from lcbench.report.inert import printable
+        from lcbench.report.publishing import publish_sweep
         from lcbench.report.standing import unwell_of
         from lcbench.report.table import cells_table, summary, to_rows
-        from lcbench.runs.tracking import dashboard_hint, publish_or_say
+        from lcbench.runs.tracking import dashboard_hint, failures_url, publish_or_say
 
         standing = settled(Watch(sweep), as_mine=True)
-        publish_or_say(sweep, tracking_uri)
+        publish_or_say(sweep, tracking_uri, publish_sweep)
         if self.output == "table":
             self.console.print(cells_table(standing.seen, sweep.name, report))
             if (said := summary(sweep, standing.seen, report)) is not None:
@@ -162,6 +163,8 @@ class PackLauncher(Launcher):
         if tracking_uri:
             ours = tracking_uri == default_tracking_uri() and not INSTALLED  # a wheel has no Makefile
             self.say(f"dashboard:  {dashboard_hint(sweep, tracking_uri, ours=ours)}")
+            if failures := failures_url(sweep, tracking_uri):
+                self.say(f"failures:   {failures}")
         self._answer(sweep, cells=to_rows(standing.seen, report))
         for line in standing.held_words():
             print(line, file=sys.stderr)

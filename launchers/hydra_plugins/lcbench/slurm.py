@@ -158,6 +158,8 @@ def submit_collector(launcher: Launches, sweep: Sweep, like: Pack, after: Sequen
     """A light job behind the others, which brings the sweep to its end: retries, results that nobody closed, publishing."""
     import submitit
 
+    from lcbench.report.publishing import publish_sweep
+
     site = like.site
     name = f"{job_name(sweep)}-collect"
     own = sbatch_flags(site["collector"] if isinstance(site.get("collector"), dict) else {})
@@ -174,7 +176,7 @@ def submit_collector(launcher: Launches, sweep: Sweep, like: Pack, after: Sequen
         with called_for(site):
             executor = submitit.SlurmExecutor(folder=sweep.folder / "jobs" / name, max_num_timeout=10)
             executor.update_parameters(**{k: v for k, v in options.items() if v is not None and k.replace("_", "-") not in own})
-            executor.submit(Collect(str(sweep.root), sweep.name, launcher))
+            executor.submit(Collect(str(sweep.root), sweep.name, launcher, publish_sweep))
     except RuntimeError as error:
         print(f"no collector: {reason_in(str(error))}; {sweep.command('collect')} does its work", file=sys.stderr)
 

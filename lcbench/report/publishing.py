@@ -1,0 +1,117 @@
+"""A sweep on its tracking server, whole: its cells, and in a run of its own what they come to.
+
+That run's description begins with what to use, since MLflow's page folds it after a few lines; then come links to views and to the
+report, what every choice costs if it has to be one, and why cells failed. It has the report's page as a file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lcbench.grid.cell import format_tokens
+from lcbench.grid.devices import known_devices
+from lcbench.report.amounts import digits, duration, times
+from lcbench.report.causes import FAILED, causes, suspects
+from lcbench.report.frame import good_rows, reported
+from lcbench.report.page import write_report
+from lcbench.report.palette import styles
+from lcbench.report.regret import Regret, regrets, verdict
+from lcbench.report.winners import winners
+from lcbench.runs.shown import gpu_hours, written_ms
+from lcbench.runs.store import Look, Sweep
+from lcbench.runs.tracking import Counts, Summary, publish, tell
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST_CELLS = 1000  # of a sweep whose report is written unasked
+MOST_CAUSES = 10
+CAUSE_LENGTH = 160
+
+
+def publish_sweep(sweep: Sweep, uri: str, experiment: str | None = None, *, thorough: bool = False) -> Counts:
+    """Bring a tracking server up to date with a sweep, cells first, then what they come to, where that has changed.
+
+    The report is written and put there once every cell that can run has a result, of at most ``MOST_CELLS`` cells.
+
+    Args: as for ``tracking.publish``.
+
+    Raises:
+        TrackingUnavailable: within seconds, whatever is wrong with the server.
+    """
+    counts = publish(sweep, uri, experiment, thorough=thorough)
+    if counts.told:
+        return counts
+    seen = sweep.look()
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = counts.ended and not counts.files and 0 < len(seen.records) <= MOST_CELLS
+        page = write_report(sweep, Path(folder), known_devices()).page if wanted else None
+        return replace(counts, told=True, files=tell(sweep, uri, experiment, summary_of(sweep, seen), page))
+
+
+def summary_of(sweep: Sweep, seen: Look) -> Summary:
+    """What a sweep comes to, as a look at it showed it."""
+    frame = reported(sweep, seen)
+    good = good_rows(frame)
+    found = regrets(good)
+    said = verdict(found) or "  \n".join(_fastest(good)) or "No cell has a good result with a time."
+    counts = Counter(record.status for record in seen.records.values())
+    attempts = [attempt for record in seen.records.values() for attempt in record.attempts]
+    colors = styles(frame)
+    devices = [attempt.provenance.get("device") for attempt in attempts]
+    hours = gpu_hours(attempts)
+    words = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    return Summary(
+        verdict=f"**{said}**" if verdict(found) else said,
+        body="\n".join([f"{len(seen.records)} cells: {words}" + (f"; {digits(hours)} GPU-hours" if hours else "") + ".",
+                        *_regret_table(found), *_causes(frame, sweep)]),
+        metrics={"gpu_hours": round(hours, 3)} if hours else {},
+        tags={"lcbench.verdict": said, "lcbench.device": ", ".join(dict.fromkeys(filter(None, devices)))},
+        colors={row["cell"]: colors[row["choice"]].color for _, row in frame.iterrows()} if len(frame) else {},
+        at=max((written_ms(attempt) for attempt in attempts), default=0) / 1000,
+    )  # fmt: skip
+
+
+def _fastest(good: pd.DataFrame) -> Iterator[str]:
+    """The winners of a few problems, where there are too few for a verdict over all."""
+    for winner in winners(good)[:3]:
+        where = f"{winner.mask} {format_tokens(winner.seqlen)} {winner.scale}"
+        behind = f"; {winner.next_choice} is next, slower by {winner.slower}" if winner.margin else ""
+        yield f"{where}: {winner.choice} is fastest, {duration(winner.seconds)}{behind}. Verdict: {winner.verdict}."
+
+
+def _regret_table(found: Sequence[Regret]) -> list[str]:
+    if not found:
+        return []
+    rows = [
+        [r.choice, times(r.mean), times(r.worst), r.where, f"{r.fastest} of {r.compared}", f"{r.ran} of {r.problems}"]
+        for r in found
+    ]
+    return ["", "### If it has to be one", "", *_table(("choice", "mean", "worst", "where", "fastest in", "ran in"), rows),
+            "", "Time over that of the best of each problem; mean: geometric."]  # fmt: skip
+
+
+def _causes(frame: pd.DataFrame, sweep: Sweep) -> list[str]:
+    failed = [cause for cause in causes(frame, sweep) if cause.status in FAILED]
+    if not failed:
+        return []
+    rows = [[str(len(c.cells)), c.kind or c.status, c.cause[:CAUSE_LENGTH], ", ".join(c.nodes)] for c in failed[:MOST_CAUSES]]
+    more = [f"and {len(failed) - MOST_CAUSES} more causes"] if len(failed) > MOST_CAUSES else []
+    nodes = [line for s in suspects(frame, sweep) for line in ("", f"{s.says} Without it: `{s.command}`")]
+    return ["", "### Why cells failed", "", *_table(("cells", "class", "cause", "nodes"), rows), *more, *nodes]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """In Markdown. What a cell's cause says is no markup."""
+    return [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}", *(f"| {' | '.join(map(_plain, row))} |" for row in rows)]
+
+
+def _plain(text: str) -> str:
+    for sign in "\\`*_[]<|":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())
