@@ -23,7 +23,7 @@ from lcbench.report.environment import environment_of, links_of
 from lcbench.report.figures import all_figures
 from lcbench.report.frame import good_rows, rate_column, reported
 from lcbench.report.palette import Style, styles
-from lcbench.report.regret import NEARLY_ALL, Regret, problem_labels, regrets, verdict
+from lcbench.report.regret import FEWEST_CHOICES, FEWEST_PROBLEMS, NEARLY_ALL, Regret, problem_labels, regrets, verdict
 from lcbench.report.table import why_not
 from lcbench.report.tables import rate_tables, rows_table
 from lcbench.report.winners import CLOSE, UNMEASURED, Winner, winners
@@ -144,7 +144,7 @@ def _block(
     return {
         "name": sweep.name, "cells": page_data.packed(cells, page_data.REPEATED), "repeated": sorted(page_data.REPEATED),
         "rate": {"name": unit.name, "flops": unit.size * 1e12},
-        "part": page_data.PART, "nearlyAll": NEARLY_ALL, "close": CLOSE, "unmeasured": UNMEASURED,
+        "part": page_data.PART, "nearlyAll": NEARLY_ALL, "fewestProblems": FEWEST_PROBLEMS, "fewestChoices": FEWEST_CHOICES, "close": CLOSE, "unmeasured": UNMEASURED,
         "styles": _styles(frame), "phases": phases, "settings": bool(len(frame) and frame["where"].nunique() > 1),
         "matrixBy": _matrix_by(good), "known": bool(len(good)) and all(t.known for t in good["timed/total"]),
         "published": {"label": published.LABEL, "share": published.TOKENS_PER_GPU, "rows": page_data.published_for(good)},

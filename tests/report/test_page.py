@@ -166,6 +166,7 @@ def test_an_address_with_facets_shows_only_these_cells_and_figures(shown: Browse
     places = shown.page.evaluate(TEXTS, "#regret tbody td:nth-child(5)")
     assert len(places) == 8
     assert all(re.fullmatch(r"causal \d+k 2x8", place) for place in places)
+    assert "Over these 4 problems" in shown.page.inner_text("#verdict")
     assert "by GPUs" not in shown.page.evaluate(TEXTS, "[role=tab]")
     figure = shown.page.inner_text("#figure")
     assert "causal" in figure
@@ -178,6 +179,9 @@ def test_an_address_with_facets_shows_only_these_cells_and_figures(shown: Browse
     assert "mask" not in shown.page.url
     assert shown.page.evaluate(VISIBLE) == 512
     assert shown.page.locator("#matrix td a").count() == 64  # as Python wrote it
+    assert "Over 6" in shown.page.inner_text("#verdict")
+    visit(shown, page, "mask=causal&scale=2x8&length=64k")
+    assert not shown.page.is_visible("#verdict")  # one problem
 
 
 @needs_browser

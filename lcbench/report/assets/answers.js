@@ -143,19 +143,30 @@ function matrixOf(winners) {
   return [head, ...bodies];
 }
 
-/** Regret and winners of what the filter leaves; unfiltered they are as Python wrote them. */
+/** What to use of what the filter leaves; nothing for fewer problems or choices than report/regret.py asks for. */
+function verdictOf(regrets) {
+  const [best] = regrets;
+  if (regrets.length < BLOCK.fewestChoices || best.compared < BLOCK.fewestProblems) return [];
+  const over = `Over these ${best.compared} problems it takes on average ${times(best.mean)} the time of the best`;
+  return [h("b", {}, `Use ${best.choice}.`), ` ${over}, at worst ${times(best.worst)} (${best.worstCell.place}).`];
+}
+
+/** Verdict, regret and winners of what the filter leaves; unfiltered they are as Python wrote them. */
 const written = new Map();
 function drawAnswers(good) {
   const regret = document.getElementById("regret"),
     matrix = document.getElementById("matrix"),
     verdict = document.getElementById("verdict");
-  for (const part of [regret?.tBodies[0], matrix])
+  for (const part of [regret?.tBodies[0], matrix, verdict])
     if (part && !written.has(part.id || "regret")) written.set(part.id || "regret", [...part.childNodes]);
-  const now = narrowed("status");
-  if (verdict) verdict.hidden = now;
+  const now = narrowed("status"),
+    found = now ? regretsOf(good) : [];
+  if (verdict) {
+    verdict.replaceChildren(...(now ? verdictOf(found) : written.get("verdict")));
+    verdict.hidden = !verdict.hasChildNodes();
+  }
   if (regret) {
-    const found = now ? regretsOf(good) : [],
-      widest = d3.max(found, r => r.mean) ?? 1;
+    const widest = d3.max(found, r => r.mean) ?? 1;
     regret.tBodies[0].replaceChildren(...(now ? found.map(r => regretRow(r, widest)) : written.get("regret")));
   }
   if (matrix) matrix.replaceChildren(...(now ? matrixOf(winnersOf(good)) : written.get("matrix")));

@@ -9,7 +9,7 @@ const ABOUT = {
   MFU: "rate over the peak of the device",
   time: "median iteration, forward and backward, of the slowest rank",
   [BLOCK.rate.name]: "per GPU, of the unmasked pairs",
-  transit: "type in which partial sums travel between ranks",
+  reduce_dtype: "type in which partial sums travel between ranks",
 };
 
 /** Columns of the table; those that are the same in all cells are in the first lines of the page, and left out here. */
