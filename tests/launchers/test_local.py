@@ -70,6 +70,7 @@ def test_a_second_pack_waits_for_the_first_and_either_ends_when_told(tmp_path: P
     fault = tmp_path / "fault"
     fault.touch()
     run = {"cwd": ROOT, "env": {**os.environ, "LCBENCH_TEST_FAULT": str(fault), "LCBENCH_SHARE_MACHINE": "0"}, "text": True}
+    run["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's children ignore it
     begin = [sys.executable, "-c", APART.format(os.getpid()), *command(tmp_path)[3:]]
     small = ["cp=none", "seqlen=64", "scale=1x1", "kernel=faulty_hang", "kernel.rank=0"]
     one = [word for word in begin if not word.startswith(("cp=", "seqlen=", "scale=", "kernel=", "sweep="))] + small
