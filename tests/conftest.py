@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import readline  # noqa: F401  # pytest's debugger would load it later
+import signal
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -19,6 +21,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads of 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Our Triton kernels run on a CPU by Triton's interpreter; it decides when a kernel is defined.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# GNU readline exports the size of a terminal that is not there, by which tables would fit themselves.
+for size in ("COLUMNS", "LINES"):
+    os.environ[size] = ""  # so that C's environment, too, loses what it has
+    del os.environ[size]
+# Whoever starts tests in the background has their children ignore Ctrl-C, and tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Several tests measure at once here, and look at no time.
 os.environ.setdefault("LCBENCH_SHARE_MACHINE", "1")
 # Machines that run the tests are busy with other ranks; how long an example takes says nothing.

@@ -144,7 +144,8 @@ def _block(
     return {
         "name": sweep.name, "cells": page_data.packed(cells, page_data.REPEATED), "repeated": sorted(page_data.REPEATED),
         "rate": {"name": unit.name, "flops": unit.size * 1e12},
-        "part": page_data.PART, "nearlyAll": NEARLY_ALL, "fewestProblems": FEWEST_PROBLEMS, "fewestChoices": FEWEST_CHOICES, "close": CLOSE, "unmeasured": UNMEASURED,
+        "part": page_data.PART, "nearlyAll": NEARLY_ALL, "fewestProblems": FEWEST_PROBLEMS,
+        "fewestChoices": FEWEST_CHOICES, "close": CLOSE, "unmeasured": UNMEASURED,
         "styles": _styles(frame), "phases": phases, "settings": bool(len(frame) and frame["where"].nunique() > 1),
         "matrixBy": _matrix_by(good), "known": bool(len(good)) and all(t.known for t in good["timed/total"]),
         "published": {"label": published.LABEL, "share": published.TOKENS_PER_GPU, "rows": page_data.published_for(good)},

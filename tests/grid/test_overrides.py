@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from lcbench.commands import lengths
 from lcbench.commands import sweep as command
+from lcbench.grid import expand
 from lcbench.grid.axes import with_first_names
 from lcbench.grid.cell import Cell, flat_config
 from lcbench.grid.command_line import loader_of, look
@@ -66,6 +67,7 @@ def test_names_that_cannot_be_a_folder_or_a_word_are_refused(monkeypatch: pytest
     monkeypatch.setenv("LCBENCH_X", "1.10")
     assert option("sweep", "sweep=${oc.env:LCBENCH_X}") == "1.10"
     assert option("sweep", "sweep=e_${now:%Y}") == f"e_{time.strftime('%Y')}"
+    OmegaConf.register_new_resolver("hydra", expand._hydra, replace=True)  # a Hydra that ran in this process has its own
     assert "${now:" in refused("sweep=${hydra:job.name}")
     assert "NOPE_NOPE" in refused("results=${oc.env:NOPE_NOPE}")
 

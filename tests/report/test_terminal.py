@@ -415,7 +415,7 @@ def test_a_terminal_of_24_lines_shows_the_counts_and_is_left_with_ctrl_c(live: S
         if b"1 running" in shown and not told:
             process.send_signal(signal.SIGINT)
             told = True
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     os.close(above)
     os.close(below)
     assert process.returncode == INTERRUPTED, err

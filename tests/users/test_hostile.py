@@ -95,7 +95,9 @@ def test_a_launcher_that_there_is_not_is_one_line(tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit) as ended:
         rerun.main([next(iter(folder.entries())), "--results", str(tmp_path)])
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: there is no launcher 'pbs'; write --launcher dry, local, slurm\n"
+    assert capsys.readouterr().err == (
+        "error: there is no launcher 'pbs': there are dry, local, slurm, and in a folder of yours with --config-dir\n"
+    )
 
 
 def test_a_new_sweep_plan_and_mask_beside_it_go_on(evil: tuple[Path, Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
