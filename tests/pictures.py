@@ -15,8 +15,9 @@ from pathlib import Path
 from lcbench.commands.arguments import find_sweep
 from lcbench.grid.devices import known_devices
 from lcbench.report.page import write_report
+from lcbench.report.publishing import publish_sweep
 from lcbench.runs.store import Sweep
-from lcbench.runs.tracking import publish, view_url
+from lcbench.runs.tracking import view_url
 from tests.browser import CHROMIUM, Browser, browser
 from tests.report.made import big_sweep
 from tests.slurm.stage import ROOT, Server
@@ -94,7 +95,7 @@ def dashboard_pictures(sweep: Sweep, docs: Path = DOCS) -> None:
         server = Server(Path(folder) / "mlflow")
         server.start()
         try:
-            publish(sweep, server.uri)
+            publish_sweep(sweep, server.uri)
             with browser(1500, 1250) as b:
                 url = view_url(sweep, server.uri)
                 assert url is not None
