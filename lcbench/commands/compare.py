@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import geometric_mean
 
 from rich.text import Text
 
@@ -157,11 +156,9 @@ def _show(found: Comparison, a: str, b: str, *, everything: bool) -> None:
 
 def _verdict(found: Comparison, a: str, b: str) -> Text:
     """The answer in a line: red if anything became slower, green if some became faster and none slower."""
-    slower, faster, same = (len(found.by(verdict)) for verdict in ("slower", "faster", "same"))
-    ratio = geometric_mean([c.ratio.value for c in found.cells])
-    counts = f"{slower} slower, {faster} faster, {same} same of {len(found.cells)} cells in both"
-    said = f"{counts}; on average {b} takes {times(ratio)} the time of {a}"
-    return plain(said, "bold red" if slower else "bold green" if faster else "bold")
+    whole = found.whole
+    said = f"{whole.counts} in both; on average {b} takes {times(whole.ratio)} the time of {a}"
+    return plain(said, "bold red" if whole.slower else "bold green" if whole.faster else "bold")
 
 
 def _shares(shares: Sequence[Share]) -> Fitted:

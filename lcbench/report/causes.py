@@ -183,8 +183,7 @@ def again(sweep: Sweep, without: Sequence[str] = ()) -> str:
     """The command that runs a sweep's failed cells again, ``without`` these nodes."""
     failed = [f"--failed={sweep.name}"] if sweep.name.startswith("-") else ["--failed", sweep.name]
     exclude = ["--exclude", ",".join(without)] if without else []
-    where = () if sweep.root == Path("results").absolute() else ("--results", str(sweep.root))
-    return shlex.join(["python", "-m", "lcbench.rerun", *failed, *exclude, *where])
+    return shlex.join(["python", "-m", "lcbench.rerun", *failed, *exclude, *sweep.where])
 
 
 def _help(status: str, kind: str, cells: Sequence[str], nodes: Sequence[str], sweep: Sweep) -> tuple[str, str]:

@@ -60,6 +60,12 @@ class Share:
         ratio = geometric_mean([c.ratio.value for c in cells])
         return cls(axis, value, len(cells), ratio, verdicts.count("faster"), verdicts.count("slower"))
 
+    @property
+    def counts(self) -> str:
+        """In words: ``0 slower, 57 faster, 426 same of 483 cells``."""
+        same = self.cells - self.faster - self.slower
+        return f"{self.slower} slower, {self.faster} faster, {same} same of {self.cells} cells"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -75,6 +81,11 @@ class Comparison:
     environment: dict[str, tuple[str, str]]
     run_to_run: float | None
     same: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> Share:
+        """All cells; there has to be one."""
+        return Share.of("", "", self.cells)
 
     def by_axis(self) -> list[Share]:
         """Of each axis of a label that has several values here: each value, in the order of the plan."""

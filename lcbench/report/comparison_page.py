@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 from urllib.parse import quote
 
@@ -79,13 +78,9 @@ def _row(c: Compared, phase: str) -> dict[str, Any]:
 def _verdict(found: Comparison, a: Sweep, b: Sweep) -> dict[str, str]:
     if not found.cells:
         return {"verdict": "No cell has a good result in both.", "average": ""}
-    counts = {verdict: len(found.by(verdict)) for verdict in ("slower", "faster", "same")}
-    ratio = geometric_mean([c.ratio.value for c in found.cells])
-    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    return {
-        "verdict": f"{said} of {len(found.cells)} cells.",
-        "average": f"On average {b.name} takes {times(ratio)} the time of {a.name}.",
-    }
+    whole = found.whole
+    average = f"On average {b.name} takes {times(whole.ratio)} the time of {a.name}."
+    return {"verdict": f"{whole.counts}.", "average": average}
 
 
 def _report_of(sweep: Sweep, page: Path) -> str | None:

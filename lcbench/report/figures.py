@@ -10,13 +10,11 @@ from lcbench.report.bars import ranking, time_split
 from lcbench.report.drawing import Drawn
 from lcbench.report.lines import efficiency, memory_by_length, phases_by_gpus, phases_by_length, rate_by_gpus, rate_by_length
 from lcbench.report.maps import kernel_by_strategy, mask_by_kernel, mask_by_strategy
-from lcbench.report.parts import least_bytes, shown, split
+from lcbench.report.parts import shown
 from lcbench.report.roofline import roofline
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = ["Drawn", "all_figures", "least_bytes", "split"]
 
 
 def all_figures(frame: pd.DataFrame, devices: Sequence[dict[str, Any]], links: dict[str, float]) -> Iterator[Drawn]:

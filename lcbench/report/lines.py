@@ -213,17 +213,12 @@ def _published(axis: Axes, reference: pd.DataFrame, *, mask: str, phase: str, x:
 
 
 def _kernels_beside(rows: pd.DataFrame) -> pd.DataFrame | None:
-    return published.kernels() if _comparable(rows) and set(rows["world_size"]) == {1} else None
+    return published.kernels() if published.comparable(rows) and set(rows["world_size"]) == {1} else None
 
 
 def _strategies_beside(rows: pd.DataFrame, kind: str) -> pd.DataFrame | None:
     same = kind.startswith("weak") and set(rows["tokens_per_rank"]) == {published.TOKENS_PER_GPU}
-    return published.strategies() if _comparable(rows) and same else None
-
-
-def _comparable(rows: pd.DataFrame) -> bool:
-    """Whether the published figures belong to the same problem: the device is another question, and their label names theirs."""
-    return bool(rows["gpu"].all()) and set(rows["heads"]) == {published.HEADS} and set(rows["dtype"]) == {published.DTYPE}
+    return published.strategies() if published.comparable(rows) and same else None
 
 
 # -- efficiency ----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from lcbench.grid.cell import format_tokens
 from lcbench.redact import redacted
 from lcbench.report import amounts, page_data, published
 from lcbench.report.causes import causes, suspects
-from lcbench.report.environment import environment_of, links_of
+from lcbench.report.environment import Environment, environment_of, links_of
 from lcbench.report.figures import all_figures
 from lcbench.report.frame import good_rows, rate_column, reported
 from lcbench.report.palette import Style, styles
@@ -27,7 +27,7 @@ from lcbench.report.regret import FEWEST_CHOICES, FEWEST_PROBLEMS, NEARLY_ALL, R
 from lcbench.report.table import why_not
 from lcbench.report.tables import rate_tables, rows_table
 from lcbench.report.winners import CLOSE, UNMEASURED, Winner, winners
-from lcbench.runs.store import Attempt, Sweep
+from lcbench.runs.store import Sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,6 +74,7 @@ def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]], 
     links = links_of(attempts)
     drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links) | {"details": page_data.details_of(seen.records)}
+    environment = environment_of(attempts)
     page = folder / PAGE
     page.write_text(
         render(
@@ -82,8 +83,9 @@ def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]], 
             data,
             title=sweep.name,
             sections=SECTIONS,
-            **_first_screen(frame, attempts, fastest, choices),
-            **_rest(sweep, frame, attempts),
+            **_first_screen(frame, good, environment, fastest, choices),
+            **_rest(sweep, frame, environment),
+            published=published.LABEL if data["published"]["rows"] else None,
         ),
         encoding="utf-8",
     )
@@ -119,19 +121,12 @@ def drawn_style(style: Style) -> dict[str, Any]:
 def _write_tables(sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: list[Regret], folder: Path) -> list[Path]:
     tables = [
         rows_table("winners", "Fastest choice of every problem", [w.row() for w in fastest]),
-        rows_table("regret", "If it has to be one choice for everything", [_regret_row(r) for r in choices]),
+        rows_table("regret", "If it has to be one choice for everything", [r.row() for r in choices]),
         *(rate_tables(frame) if fastest else ()),
         rows_table("failures", "What did not run, and why", _failures(frame, sweep)),
         rows_table("cells", "All cells", _cells(frame)),
     ]
     return [path for table in tables if len(table.rows) for path in table.write(folder)]
-
-
-def _regret_row(r: Regret) -> dict[str, str]:
-    return {
-        "choice": r.choice, "mean vs best": amounts.times(r.mean), "worst": amounts.times(r.worst), "where": r.where,
-        "fastest in": f"{r.fastest} of {r.compared}", "ran in": f"{r.ran} of {r.problems}",
-    }  # fmt: skip
 
 
 def _block(
@@ -168,12 +163,14 @@ def _matrix_by(good: pd.DataFrame) -> str:
     return "share" if len(good) and good["tokens_per_rank"].nunique() < good["seqlen"].nunique() else "seqlen"
 
 
-def _first_screen(frame: pd.DataFrame, attempts: list[Attempt], fastest: list[Winner], choices: list[Regret]) -> dict[str, Any]:
-    drawn = _styles(frame)
+def _first_screen(
+    frame: pd.DataFrame, good: pd.DataFrame, environment: Environment, fastest: list[Winner], choices: list[Regret]
+) -> dict[str, Any]:
+    drawn, unit = _styles(frame), _rate_unit(good)
     widest = max((r.mean for r in choices), default=1.0) - 1.0
     counts = frame["status"].value_counts().to_dict() if len(frame) else {}
     return {
-        "about": _about(frame, environment_of(attempts)),
+        "about": _about(frame, environment),
         "counts": {status: counts.get(status, 0) for status in ("ok", "failed", "skipped")}
         | {"missing": sum(n for status, n in counts.items() if status not in ("ok", "failed", "skipped"))},
         "verdict": _bold(verdict(choices), choices) or _alone(fastest),
@@ -185,8 +182,8 @@ def _first_screen(frame: pd.DataFrame, attempts: list[Attempt], fastest: list[Wi
             }
             for r in choices
         ],
-        "matrix": _matrix(good_rows(frame), fastest, drawn),
-        "rate": _rate_unit(good_rows(frame)).name,
+        "matrix": _matrix(good, fastest, drawn, unit),
+        "rate": unit.name,
         "known": all(w.known for w in fastest if w.margin is not None),
         "seeds": bool(len(frame)) and frame["seed"].nunique() > 1,
     }  # fmt: skip
@@ -213,7 +210,7 @@ def _alone(fastest: list[Winner]) -> list[tuple[bool, str]]:
     return [(True, found.choice), (False, said)]
 
 
-def _matrix(good: pd.DataFrame, fastest: list[Winner], drawn: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _matrix(good: pd.DataFrame, fastest: list[Winner], drawn: dict[str, dict[str, Any]], unit: amounts.Unit) -> dict[str, Any]:
     """Rows mask x scale (x setting), columns of ``_matrix_by``."""
     by = _matrix_by(good)
     ranks = dict(zip(good["scale"], good["world_size"], strict=True)) if len(good) else {}
@@ -230,7 +227,7 @@ def _matrix(good: pd.DataFrame, fastest: list[Winner], drawn: dict[str, dict[str
         "rows": [
             {
                 "mask": mask, "mask_at": masks.index(mask), "scale": scale, "setting": setting,
-                "winners": [_shown(rows[mask, scale, setting].get(c), _rate_unit(good), drawn) for c in columns],
+                "winners": [_shown(rows[mask, scale, setting].get(c), unit, drawn) for c in columns],
             }
             for mask, scale, setting in ordered
         ],
@@ -248,8 +245,8 @@ def _shown(w: Winner | None, unit: amounts.Unit, drawn: dict[str, dict[str, Any]
     }  # fmt: skip
 
 
-def _rest(sweep: Sweep, frame: pd.DataFrame, attempts: list[Attempt]) -> dict[str, Any]:
-    environment, manifest = environment_of(attempts), sweep.manifest()
+def _rest(sweep: Sweep, frame: pd.DataFrame, environment: Environment) -> dict[str, Any]:
+    manifest = sweep.manifest()
     labels = dict(zip(frame["cell"], frame["label"], strict=True)) if len(frame) else {}
     return {
         "span": _span(frame, manifest["created_at"]),
@@ -264,11 +261,10 @@ def _rest(sweep: Sweep, frame: pd.DataFrame, attempts: list[Attempt]) -> dict[st
         "nodes": suspects(frame, sweep),
         "environment": [(name, ", ".join(sorted(values))) for name, values in environment.items()],
         "commands": [redacted(shlex.join(command)) for command in manifest["commands"]],
-        "published": published.LABEL if page_data.published_for(good_rows(frame)) else None,
     }  # fmt: skip
 
 
-def _about(frame: pd.DataFrame, environment: dict[str, set[str]]) -> list[str]:
+def _about(frame: pd.DataFrame, environment: Environment) -> list[str]:
     """What all cells share, for the first line: how many, on what, and what is the same in all."""
     if not len(frame):
         return ["0 cells"]
@@ -289,7 +285,7 @@ def _span(frame: pd.DataFrame, created_at: float) -> str:
     return f"{begun} to {time.strftime('%Y-%m-%d %H:%M', time.localtime(max(times)))}" if len(times) else f"begun {begun}"
 
 
-def _warnings(environment: dict[str, set[str]]) -> list[str]:
+def _warnings(environment: Environment) -> list[str]:
     return [
         f"{name} differs between cells ({', '.join(sorted(environment[name]))}): compare them with care."
         for name in ONE

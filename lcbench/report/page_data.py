@@ -6,7 +6,6 @@ import json
 import math
 import shlex
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,8 +73,7 @@ def packed(columns: dict[str, list[Any]], repeated: Collection[str]) -> dict[str
     """Columns, those of ``repeated`` as their values and, per cell, the place among them: they have few, many times."""
     found: dict[str, Any] = {}
     for name, column in columns.items():
-        places = {value: place for place, value in enumerate(dict.fromkeys(column))}
-        found[name] = [list(places), [places[value] for value in column]] if name in repeated else column
+        found[name] = [list(dict.fromkeys(column)), _numbered(column)] if name in repeated else column
     return found
 
 
@@ -149,7 +147,7 @@ def _timeline(attempt: Attempt) -> list[list[list[int]]] | None:
 def published_for(good: pd.DataFrame) -> list[dict[str, Any]]:
     """Published figures of the same problem, to be drawn beside: name, mask, phase, ``seqlen`` (one GPU) or ``ranks``, rate."""
     rows: list[dict[str, Any]] = []
-    if good.empty or not good["gpu"].all() or set(good["heads"]) != {published.HEADS} or set(good["dtype"]) != {published.DTYPE}:
+    if good.empty or not published.comparable(good):
         return rows
     for table, name, x, key in (
         (published.kernels(), "kernel", "seqlen", "seqlen"), (published.strategies(), "cp", "world_size", "ranks")
@@ -175,11 +173,10 @@ def devices_of(frame: pd.DataFrame, devices: Sequence[dict[str, Any]]) -> dict[s
 
 def commands_of(sweep: Sweep) -> dict[str, str]:
     """The commands about a cell, with ``CELL`` where its id goes."""
-    where = () if sweep.root == Path("results").absolute() else ("--results", str(sweep.root))
     cell = f"{sweep.name}/CELL"
 
     def about(name: str, *words: str) -> str:
-        return shlex.join(["python", "-m", f"lcbench.{name}", *where, *words])
+        return shlex.join(["python", "-m", f"lcbench.{name}", *sweep.where, *words])
 
     return {
         "logs": about("logs", "--", cell),
@@ -210,6 +207,7 @@ def _numbers(frame: pd.DataFrame, column: str, unit: float = 1.0) -> list[float 
     return [short(v / unit) for v in frame[column].astype(float)] if column in frame else [None] * len(frame)
 
 
-def _numbered(values: list[str]) -> list[int]:
+def _numbered(values: list[Any]) -> list[int]:
+    """Each value as its place among the different ones."""
     places = {value: place for place, value in enumerate(dict.fromkeys(values))}
     return [places[value] for value in values]

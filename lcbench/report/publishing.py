@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lcbench.grid.cell import format_tokens
 from lcbench.grid.devices import known_devices
-from lcbench.report.amounts import digits, duration, times
+from lcbench.report.amounts import digits, duration
 from lcbench.report.causes import FAILED, causes, suspects
 from lcbench.report.frame import good_rows, reported
 from lcbench.report.page import write_report
@@ -59,7 +59,8 @@ def summary_of(sweep: Sweep, seen: Look) -> Summary:
     frame = reported(sweep, seen)
     good = good_rows(frame)
     found = regrets(good)
-    said = verdict(found) or "  \n".join(_fastest(good)) or "No cell has a good result with a time."
+    use = verdict(found)
+    said = use or "  \n".join(_fastest(good)) or "No cell has a good result with a time."
     counts = Counter(record.status for record in seen.records.values())
     attempts = [attempt for record in seen.records.values() for attempt in record.attempts]
     colors = styles(frame)
@@ -67,7 +68,7 @@ def summary_of(sweep: Sweep, seen: Look) -> Summary:
     hours = gpu_hours(attempts)
     words = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     return Summary(
-        verdict=f"**{said}**" if verdict(found) else said,
+        verdict=f"**{said}**" if use else said,
         body="\n".join([f"{len(seen.records)} cells: {words}" + (f"; {digits(hours)} GPU-hours" if hours else "") + ".",
                         *_regret_table(found), *_causes(frame, sweep)]),
         metrics={"gpu_hours": round(hours, 3)} if hours else {},
@@ -88,11 +89,8 @@ def _fastest(good: pd.DataFrame) -> Iterator[str]:
 def _regret_table(found: Sequence[Regret]) -> list[str]:
     if not found:
         return []
-    rows = [
-        [r.choice, times(r.mean), times(r.worst), r.where, f"{r.fastest} of {r.compared}", f"{r.ran} of {r.problems}"]
-        for r in found
-    ]
-    return ["", "### If it has to be one", "", *_table(("choice", "mean", "worst", "where", "fastest in", "ran in"), rows),
+    columns, rows = ("choice", "mean", "worst", "where", "fastest in", "ran in"), [list(r.row().values()) for r in found]
+    return ["", "### If it has to be one", "", *_table(columns, rows),
             "", "Time over that of the best of each problem; mean: geometric."]  # fmt: skip
 
 

@@ -55,6 +55,13 @@ class Regret:
     compared: int
     everywhere: bool
 
+    def row(self) -> dict[str, str]:
+        """For a table."""
+        return {
+            "choice": self.choice, "mean vs best": times(self.mean), "worst": times(self.worst), "where": self.where,
+            "fastest in": f"{self.fastest} of {self.compared}", "ran in": f"{self.ran} of {self.problems}",
+        }  # fmt: skip
+
 
 def regrets(good: pd.DataFrame, problems: Collection[str] | None = None) -> list[Regret]:
     """Every choice of the good rows of ``frame.reported``, the best first.

@@ -414,10 +414,14 @@ class Sweep:
 
     # -- people --------------------------------------------------------------------------------------------------
 
+    @property
+    def where(self) -> tuple[str, ...]:
+        """What a command typed in the current folder needs to find this sweep's root; nothing where that is ``results``."""
+        return () if self.root == Path("results").absolute() else ("--results", str(self.root))
+
     def command(self, name: str, *words: str) -> str:
         """The command ``python -m lcbench.<name>`` for this sweep, from the current folder, to be copied into a shell."""
-        where = () if self.root == Path("results").absolute() else ("--results", str(self.root))
-        named = (*where, *words, "--", self.name) if self.name.startswith("-") else (self.name, *where, *words)
+        named = (*self.where, *words, "--", self.name) if self.name.startswith("-") else (self.name, *self.where, *words)
         return shlex.join(["python", "-m", f"lcbench.{name}", *named])
 
     def allow(self, targets: Collection[str]) -> None:

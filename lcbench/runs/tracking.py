@@ -428,9 +428,10 @@ class _Publisher:
         """The description of the sweep's run, Markdown. The page folds it after a few lines, so what matters most comes first."""
         entries, experiment, parent = entries_of(self._manifest), self._experiment, self._mine["parent"]
         page = f"{REPORT}/report.html"
-        there = self._try_files(lambda: self._client.list_artifacts(parent, REPORT))
+        there: list[str] = []
+        self._try_files(lambda: there.extend(file.path for file in self._client.list_artifacts(parent, REPORT)))
         links = []
-        if there and page in {file.path for file in self._client.list_artifacts(parent, REPORT)}:
+        if page in there:
             links.append(f"[Report](#{run_path(experiment, parent, page)})")
         views = self._views(self._statuses(entries))
         links += [f"[{view.short}](#{view.path(experiment)})" for view in views if not view.key.endswith(".failed")]

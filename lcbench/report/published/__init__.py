@@ -28,6 +28,11 @@ def strategies() -> pd.DataFrame:
     return _read("h100_cp.csv")
 
 
+def comparable(rows: pd.DataFrame) -> bool:
+    """Whether rows of ``frame.reported`` are of the same problem; the device is another question, and ``LABEL`` names theirs."""
+    return bool(rows["gpu"].all()) and set(rows["heads"]) == {HEADS} and set(rows["dtype"]) == {DTYPE}
+
+
 def _read(name: str) -> pd.DataFrame:
     import pandas as pd
 
