@@ -10,9 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.slurm.conftest import clear
 from tests.slurm.stage import FAULTS, Server, Stage, kill, lcbench, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+@pytest.fixture(autouse=True)
+def well(devcluster: dict[str, str]) -> None:
+    """What one test killed is there again before the next."""
+    clear()
 
 
 @pytest.mark.parametrize(
