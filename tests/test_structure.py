@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the lowest to the highest: a room may import what is below it, and itself.
 ROOMS = (
-    "problem", "redact", "masks", "kernels", "schedule", "cp", "measure", "workloads", "grid", "runs", "report", "launchers",
-    "commands", "entries",
+    "problem", "redact", "masks", "kernels", "schedule", "cp", "measure", "workloads", "grid", "predict", "runs", "report",
+    "advice", "launchers", "commands", "entries",
 )  # fmt: skip
 # What is below a room and still none of its business.
 STRANGERS = {

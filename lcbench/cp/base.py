@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from lcbench.schedule.execute import Counters, Executor, Groups
+    from lcbench.schedule.simulate import Modelled
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ class Strategy(ABC):
         """None if what it needs is installed and runs on this device, else the reason. Asked by every rank."""
         return None
 
+    def modelled(self, problem: Problem, mask: Mask) -> "Modelled | None":
+        """What is simulated for it (``schedule/simulate.py``); None: nobody knows how it works."""
+        return None
+
     @abstractmethod
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> RankRun:
         """Make this rank ready to run. Collective.
@@ -127,6 +132,11 @@ class Scheduled(Strategy):
     @abstractmethod
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         """Who owns which tokens, and what each rank computes and sends in each step."""
+
+    def modelled(self, problem: Problem, mask: Mask) -> "Modelled":
+        from lcbench.schedule.simulate import Modelled  # with scipy, which planning does without
+
+        return Modelled(self.schedule(problem, mask), mask, problem)
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> "Executor":
         from lcbench.schedule import execute  # with torch, which planning does without

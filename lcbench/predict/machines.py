@@ -1,0 +1,44 @@
+"""The machines of conf/machine: devices with their links."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lcbench.grid.devices import known_devices
+from lcbench.grid.paths import CONF
+from lcbench.schedule.machine import Collective, Link, Machine
+
+
+def known() -> list[str]:
+    """Names of all machines."""
+    return sorted(path.stem for path in (CONF / "machine").glob("*.yaml"))
+
+
+@cache
+def machine_of(name: str) -> Machine:
+    """Raises:
+    ValueError: there is no machine of this name.
+    """
+    if name not in known():
+        raise ValueError(f"machine={name} is none of {', '.join(known())} (conf/machine)")
+    entry: dict[str, Any] = dict(OmegaConf.to_container(OmegaConf.load(CONF / "machine" / f"{name}.yaml")))  # type: ignore[arg-type]
+    device = next((d for d in known_devices() if d["name"] == entry["device"]), None)
+    memory = float(device["memory_gbytes_per_s"]) if device else float(entry["memory_gbytes_per_s"])
+    inside, across = (Link(link["latency_s"], link["gbytes_per_s"] * 1e9) for link in (entry["inside"], entry["across"]))
+    return Machine(
+        name, entry["device"], inside, across,
+        memory_bytes=int(device["memory_bytes"]) if device else 0,
+        memory_bytes_per_s=memory * float(entry["memory_share"]) * 1e9,
+        launch_s=entry["launch_s"], message_s=entry["message_s"],
+        collectives={name: Collective(**how) for name, how in entry["collectives"].items()},
+    )  # fmt: skip
+
+
+def peak_flops(machine: Machine, dtype: str) -> float | None:
+    """FLOP/s of the device's data sheet; None where there is none."""
+    device = next((d for d in known_devices() if d["name"] == machine.device), None)
+    peak = device["peak_tflops"].get(dtype) if device else None
+    return float(peak) * 1e12 if peak is not None else None

@@ -1,0 +1,101 @@
+"""What a schedule is simulated on: a machine, its links, and how long a kernel takes for a tile. ``simulate`` plays on it.
+
+Nothing in here is measured. Numbers come from conf/machine or from a fit (``lcbench.predict``), which says where it has them from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcbench.masks.band import Ints
+from lcbench.problem import Problem
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A way between ranks, in each direction.
+
+    Attributes:
+        latency_s: from when both ends are ready until the first byte is there.
+        bytes_per_s: of one rank, one way.
+    """
+
+    latency_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Collective:
+    """How a collective does on the links: seconds = ``latency_s`` x ranks of the set + bytes / (``efficiency`` x bandwidth)."""
+
+    latency_s: float = 0.0
+    efficiency: float = 1.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What ranks are and what is between them.
+
+    Attributes:
+        name: of its file in conf/machine.
+        device: name of its entry in conf/device; ``cpu`` for ranks that are CPU processes.
+        inside: the link between ranks of a node.
+        across: the link of a rank to other nodes: its share of the node's network.
+        memory_bytes: of a device; 0: not known.
+        memory_bytes_per_s: of a rank, for copies, merges and sums.
+        launch_s: the host's time to start a kernel or a copy.
+        message_s: the host's time to start a batch of messages.
+        collectives: by operation (``all_to_all``, ``all_gather``, ``reduce_scatter``); those that are not named are as the links.
+    """
+
+    name: str
+    device: str
+    inside: Link
+    across: Link
+    memory_bytes: int
+    memory_bytes_per_s: float
+    launch_s: float
+    message_s: float
+    collectives: dict[str, Collective] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a kernel's time depends on, an entry per tile, arrays (n,).
+
+    Attributes:
+        pairs: unmasked pairs of one head.
+        covered: pairs of the 128 x 128 blocks that hold one of them: what a kernel computes that skips empty blocks only.
+        rows, keys: of the operands.
+        pieces: bands of the tile's mask: documents, windows, triangles.
+        q_heads, kv_heads: of the head group.
+    """
+
+    pairs: Floats
+    covered: Floats
+    rows: Ints
+    keys: Ints
+    pieces: Ints
+    q_heads: Ints
+    kv_heads: Ints
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+class KernelModel(Protocol):
+    """How long a kernel takes on a device."""
+
+    def seconds(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
+        """Seconds of each tile, (n,): of its forward, or of its backward."""
+        ...
+
+    def calls(self, tiles: Tiles) -> Ints:
+        """Native calls of each tile, (n,)."""
+        ...
