@@ -90,6 +90,43 @@ class Modelled:
     copied_bytes: float = 0.0
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What does not depend on the machine: worked out once, played as often as a fit wants.
+
+    Attributes:
+        found: the collective of each transfer of ``moves``, or None.
+        operations: what goes by collectives.
+    """
+
+    modelled: Modelled
+    moves: Traffic
+    found: list[Collective | None]
+    tiling: Tiling
+    operations: tuple[Operation, ...]
+
+
+def prepare(modelled: Modelled, operations: tuple[Operation, ...] = ()) -> Prepared:
+    schedule, problem = modelled.schedule, modelled.problem
+    moves = traffic(schedule, backward=problem.backward)
+    found = collectives(schedule, moves, problem, operations)
+    return Prepared(modelled, moves, found, tiling(schedule, modelled.mask), operations)
+
+
+def play(prepared: Prepared, machine: Machine, model: KernelModel, *, memory: bool = True) -> Simulated:
+    """Play one iteration of what was prepared; ``memory``: whether buffers are worked out, which takes longer than the play."""
+    modelled, moves = prepared.modelled, prepared.moves
+    clocks = _Play(modelled, machine, moves, _work(prepared, machine, model))
+    by_begin: dict[int, list[tuple[Transfer, Collective | None]]] = defaultdict(list)
+    for transfer, collective in zip(moves.transfers, prepared.found, strict=True):
+        by_begin[transfer.begin].append((transfer, collective))
+    for time in range(2 * moves.steps + 1 if modelled.problem.backward else moves.steps):
+        clocks.step(time, by_begin.get(time, []))
+    times = clocks.times()
+    buffers, peak = _memory(modelled, moves, clocks.work, prepared.operations) if memory else (0, 0)
+    return Simulated(clocks.phases(times), times, buffers, peak)
+
+
 def simulate(
     modelled: Modelled, machine: Machine, model: KernelModel, *, operations: tuple[Operation, ...] = (), memory: bool = True
 ) -> Simulated:
@@ -99,18 +136,7 @@ def simulate(
         operations: what goes by collectives.
         memory: whether buffers are worked out, which takes longer than the play.
     """
-    schedule, problem = modelled.schedule, modelled.problem
-    moves = traffic(schedule, backward=problem.backward)
-    found = collectives(schedule, moves, problem, operations)
-    play = _Play(modelled, machine, moves, _work(modelled, machine, model, moves))
-    by_begin: dict[int, list[tuple[Transfer, Collective | None]]] = defaultdict(list)
-    for transfer, collective in zip(moves.transfers, found, strict=True):
-        by_begin[transfer.begin].append((transfer, collective))
-    for time in range(2 * moves.steps + 1 if problem.backward else moves.steps):
-        play.step(time, by_begin.get(time, []))
-    times = play.times()
-    buffers, peak = _memory(modelled, moves, play.work, operations) if memory else (0, 0)
-    return Simulated(play.phases(times), times, buffers, peak)
+    return play(prepare(modelled, operations), machine, model, memory=memory)
 
 
 @dataclass(frozen=True)
@@ -123,8 +149,9 @@ class _Work:
     tiling: Tiling
 
 
-def _work(modelled: Modelled, machine: Machine, model: KernelModel, moves: Traffic) -> _Work:
-    problem, made = modelled.problem, tiling(modelled.schedule, modelled.mask)
+def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
+    modelled, moves, made = prepared.modelled, prepared.moves, prepared.tiling
+    problem = modelled.problem
     times = 2 * moves.steps + 1 if problem.backward else moves.steps
     shape = (times, modelled.schedule.world_size)
     compute, besides, launches = (np.zeros(shape) for _ in range(3))
