@@ -64,6 +64,22 @@ class Machine:
     message_s: float
     collectives: dict[str, Collective] = field(default_factory=dict)
 
+    def collective_s(self, operation: str, block: float, ranks: int, together: int) -> float:
+        """Seconds of a collective.
+
+        Args:
+            block: bytes from each rank of the set to each other.
+            ranks: of the set.
+            together: those of them that are in one node at most.
+        """
+        how, outside = self.collectives.get(operation, Collective()), ranks - together
+        if operation == "all_to_all":
+            bound = max(block * (together - 1) / self.inside.bytes_per_s, block * outside / self.across.bytes_per_s)
+        else:  # a ring through all nodes: each node's bytes come once, over the network links of all its ranks
+            within = self.inside.bytes_per_s if together > 1 else np.inf
+            bound = block * (ranks - 1) / min(within, together * self.across.bytes_per_s if outside else np.inf)
+        return float(how.latency_s * ranks + (self.across if outside else self.inside).latency_s + bound / how.efficiency)
+
 
 @dataclass(frozen=True)
 class Tiles:

@@ -18,7 +18,6 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import Traffic, Transfer, traffic
 from lcbench.schedule.lowering import Collective, Operation, collectives
-from lcbench.schedule.machine import Collective as CollectiveCost
 from lcbench.schedule.machine import Floats, KernelModel, Link, Machine
 from lcbench.schedule.payload import element_bytes
 from lcbench.schedule.program import Program
@@ -246,28 +245,15 @@ class _Play:
     def _collective(self, transfer: Transfer, collective: Collective, ready: Floats) -> None:
         per_node = self._modelled.problem.scale.gpus_per_node
         stream = self._streams[transfer.channel]
-        how = self._machine.collectives.get(collective.operation, CollectiveCost())
         for members in collective.sets:
             ranks = np.array(members)
             begin = float(np.maximum(ready[ranks], stream[ranks]).max())
             nodes = np.unique(ranks // per_node, return_counts=True)[1]
-            end = begin + self._collective_s(collective, len(ranks), int(nodes.max()), how)
+            end = begin + self._machine.collective_s(collective.operation, collective.block, len(ranks), int(nodes.max()))
             np.maximum.at(self._arrivals[transfer.end], ranks, end)
             np.maximum.at(stream, ranks, end)
         to = transfer.rows[:, MoveColumn.TARGET]
         self._note_unpacked(transfer, to, transfer.bytes(self._modelled.schedule, self._modelled.problem).astype(np.float64))
-
-    def _collective_s(self, collective: Collective, ranks: int, together: int, how: CollectiveCost) -> float:
-        """Seconds of a collective of a set, ``together`` of whose ranks are in one node at most."""
-        inside, across, block = self._machine.inside, self._machine.across, float(collective.block)
-        outside = ranks - together
-        if collective.operation == "all_to_all":
-            bound = max(block * (together - 1) / inside.bytes_per_s, block * outside / across.bytes_per_s)
-        else:  # a ring through all nodes: each node's bytes come once, over the network links of all its ranks
-            within = inside.bytes_per_s if together > 1 else np.inf
-            bound = block * (ranks - 1) / min(within, together * across.bytes_per_s if outside else np.inf)
-        latency = how.latency_s * ranks + (across if outside else inside).latency_s
-        return latency + float(bound) / how.efficiency
 
     def _note_unpacked(self, transfer: Transfer, to: Ints, size: Floats) -> None:
         """What is merged or added where it arrives reads it, and reads and writes what it is added to."""
