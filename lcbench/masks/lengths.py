@@ -121,7 +121,7 @@ class Packed:
     """A stream of documents cut into packs, as a data loader lays them: ``seqlen`` tokens from anywhere in it.
 
     Documents are of ``lengths``, each as often as its weight among ``documents``. One longer than a pack's ``parts``-th part is cut
-    into such parts and a rest, all are shuffled, and a pack begins wherever the one before it has ended, maybe inside of a document.
+    into such parts and a rest, all are shuffled, and a pack begins where the one before it ended, maybe inside of a document.
     """
 
     lengths: list[int]

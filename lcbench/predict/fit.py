@@ -17,7 +17,7 @@ from lcbench.predict.fitted import Coefficients, Fitted, KernelFit, Residual
 from lcbench.predict.machines import peak_flops
 from lcbench.predict.observations import CellTime, CollectiveTime, KernelTime, Observation
 from lcbench.predict.search import search
-from lcbench.predict.unknowns import PHASES, Path, Unknown, Unknowns, kernel_unknowns
+from lcbench.predict.unknowns import PHASES, Key, Unknown, Unknowns, kernel_unknowns
 from lcbench.problem import Problem, Scale, itemsize
 from lcbench.schedule.machine import Floats, Machine, Tiles
 from lcbench.schedule.simulate import Prepared, play
@@ -28,6 +28,8 @@ UNFITTED_SHARE, UNFITTED_CPU = 0.5, 5e9
 # How far unknowns may well be from where a fit begins, in logarithms: what nobody has measured, what was measured alone, links of
 # data sheets, and by how much the kernels of an implementation differ from the kernel alone.
 GUESSED, ALONE, SHEET, IMPLEMENTED = 2.0, 0.1, 0.3, 0.1
+# On a device a piece costs what a block of threads costs to begin, and tables of whole batches say nothing better of it.
+PIECES = 0.05
 NO_CELLS = 0.5  # error where no whole cell was seen
 PERCENTILE = 0.95
 
@@ -76,9 +78,10 @@ def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = F
 
 def _begin(machine: Machine, kernels: Sequence[KernelTime], cells: Sequence[_Played]) -> Unknowns:
     """Every unknown that an observation may say something of, at what is believed of it."""
-    of: dict[Path, Unknown] = {}
+    of: dict[Key, Unknown] = {}
     for name, dtype in dict.fromkeys([(k.kernel, k.dtype) for k in kernels] + [c.kernel for c in cells]):
-        of |= kernel_unknowns(name, dtype, dict.fromkeys(PHASES, guess(machine, dtype)), GUESSED)
+        widths = {"piece_s": PIECES} if peak_flops(machine, dtype) else {}
+        of |= kernel_unknowns(name, dtype, dict.fromkeys(PHASES, guess(machine, dtype)), GUESSED, widths)
     for name in ("inside", "across"):
         link = getattr(machine, name)
         of[("link", name, "latency_s")] = Unknown(link.latency_s, 2 * SHEET)
@@ -86,6 +89,7 @@ def _begin(machine: Machine, kernels: Sequence[KernelTime], cells: Sequence[_Pla
     for operation, how in machine.collectives.items():
         of[("collective", operation, "latency_s")] = Unknown(how.latency_s, 2 * SHEET)
         of[("collective", operation, "efficiency")] = Unknown(how.efficiency, SHEET)
+        of[("collective", operation, "fewer")] = Unknown(max(how.fewer, 0.1), GUESSED)
     for number in ("memory_bytes_per_s", "launch_s", "message_s"):
         of[("machine", number)] = Unknown(getattr(machine, number), 2 * SHEET)
     for strategy in dict.fromkeys(c.strategy for c in cells):
@@ -108,7 +112,7 @@ def _of_kernels(unknowns: Unknowns, kernels: Sequence[KernelTime]) -> Unknowns:
         free = [p for p in unknowns.of if p[:4] == path]
         observed = np.array([call.seconds for call in calls])
 
-        def predict(at: Unknowns, _: Path | None, calls: Sequence[KernelTime] = calls) -> Floats:
+        def predict(at: Unknowns, _: Key | None, calls: Sequence[KernelTime] = calls) -> Floats:
             return _seconds_of(at.kernel(calls[0].kernel, calls[0].dtype), calls)
 
         found = search(unknowns, free, predict, observed)
@@ -157,7 +161,7 @@ def _of_collectives(unknowns: Unknowns, collectives: Sequence[CollectiveTime]) -
         free = [p for p in unknowns.of if p[:2] == ("collective", operation)]
         observed = np.array([call.seconds for call in calls])
 
-        def predict(at: Unknowns, _: Path | None, calls: Sequence[CollectiveTime] = calls) -> Floats:
+        def predict(at: Unknowns, _: Key | None, calls: Sequence[CollectiveTime] = calls) -> Floats:
             machine = at.fitted()
             return np.array([machine.collective_s(c.operation, c.block, c.ranks, c.together) for c in calls])
 
@@ -199,7 +203,7 @@ class _Played:
         played = [play(draw, machine, kernel, memory=False).phases for draw in self.draws]
         return np.array([np.mean([each[phase].seconds for each in played]) for phase in self.phases])
 
-    def depends_on(self, path: Path) -> bool:
+    def depends_on(self, path: Key) -> bool:
         """Whether an unknown can change its times."""
         scale = self.time.cell.scale
         match path:
@@ -220,7 +224,7 @@ def _of_cells(unknowns: Unknowns, cells: Sequence[_Played], begin: Unknowns | No
         return unknowns
     free = [path for path in unknowns.of if any(cell.depends_on(path) for cell in cells)]
 
-    def predict(at: Unknowns, path: Path | None) -> Floats:
+    def predict(at: Unknowns, path: Key | None) -> Floats:
         return np.concatenate([
             cell.seconds(at) if path is None or cell.depends_on(path) else np.full(len(cell.phases), np.nan) for cell in cells
         ])  # fmt: skip

@@ -102,6 +102,7 @@ class CollectiveFit(Frozen):
 
     latency_s: float
     efficiency: float
+    fewer: float = 0.0
 
 
 class MachineFit(Frozen):

@@ -11,17 +11,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lcbench.predict.unknowns import Path, Unknowns
+from lcbench.predict.unknowns import Key, Unknowns
 from lcbench.schedule.machine import Floats
 
 NOISE = 0.04  # of one observation, in logarithms: what a fit need not explain
 STEP = 0.02  # of a derivative, in logarithms
 ROUNDS = 30  # of evaluations at most
 
-Predict = Callable[[Unknowns, Path | None], Floats]
+Predict = Callable[[Unknowns, Key | None], Floats]
 
 
-def search(unknowns: Unknowns, free: Sequence[Path], predict: Predict, observed: Floats, begin: Unknowns | None = None) -> Unknowns:
+def search(unknowns: Unknowns, free: Sequence[Key], predict: Predict, observed: Floats, begin: Unknowns | None = None) -> Unknowns:
     """The unknowns at the values that explain what was observed best.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 from lcbench.predict.fitted import Coefficients, Factor, KernelFit, MachineFit
 from lcbench.schedule.machine import Machine
 
-Path = tuple[str, ...]
+Key = tuple[str, ...]
 PHASES = ("forward", "backward")
 
 
@@ -36,9 +36,9 @@ class Unknowns:
     """
 
     machine: Machine
-    of: dict[Path, Unknown]
+    of: dict[Key, Unknown]
 
-    def with_values(self, values: dict[Path, float], width: float | None = None) -> Unknowns:
+    def with_values(self, values: dict[Key, float], width: float | None = None) -> Unknowns:
         """The same, at other values; ``width``: how sure these are, None: as it was."""
         changed = {p: replace(self.of[p], value=v, width=self.of[p].width if width is None else width) for p, v in values.items()}
         return replace(self, of=self.of | changed)
@@ -74,9 +74,11 @@ class Unknowns:
         return self.links().of(self.machine)
 
 
-def kernel_unknowns(name: str, dtype: str, guess: dict[str, Coefficients], width: float) -> dict[Path, Unknown]:
-    """The unknowns of a kernel; ``guess``: by phase."""
+def kernel_unknowns(
+    name: str, dtype: str, guess: dict[str, Coefficients], width: float, widths: dict[str, float]
+) -> dict[Key, Unknown]:
+    """The unknowns of a kernel; ``guess``: by phase; ``widths``: of coefficients that are known better than ``width``."""
     return {
-        ("kernel", name, dtype, phase, coefficient): Unknown(value, width)
+        ("kernel", name, dtype, phase, coefficient): Unknown(value, widths.get(coefficient, width))
         for phase, coefficients in guess.items() for coefficient, value in coefficients
     }  # fmt: skip

@@ -32,10 +32,13 @@ class Link:
 
 @dataclass(frozen=True)
 class Collective:
-    """How a collective does on the links: seconds = ``latency_s`` x ranks of the set + bytes / (``efficiency`` x bandwidth)."""
+    """How a collective does on the links: ``latency_s`` x ranks of the set + bytes x (1 + ``fewer`` / ranks) / (``efficiency`` x
+    bandwidth) seconds. Sets of few ranks use less of the links.
+    """
 
     latency_s: float = 0.0
     efficiency: float = 1.0
+    fewer: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Machine:
         else:  # a ring through all nodes: each node's bytes come once, over the network links of all its ranks
             within = self.inside.bytes_per_s if together > 1 else np.inf
             bound = block * (ranks - 1) / min(within, together * self.across.bytes_per_s if outside else np.inf)
-        return float(how.latency_s * ranks + (self.across if outside else self.inside).latency_s + bound / how.efficiency)
+        latency = how.latency_s * ranks + (self.across if outside else self.inside).latency_s
+        return float(latency + bound * (1 + how.fewer / ranks) / how.efficiency)
 
 
 @dataclass(frozen=True)
