@@ -59,6 +59,10 @@ def _check_device(provenance: dict[str, Any], machine: Machine, source: str) -> 
     of = next((d["name"] for d in known_devices() if gpu and name in d["names"]), name if gpu else "cpu")
     if of != machine.device:
         raise ValueError(f"{source} was measured on {name}, which is no device of machine={machine.name} ({machine.device})")
+    if machine.cores and provenance.get("cpus") != machine.cores:
+        raise ValueError(
+            f"{source} was measured on {provenance.get('cpus')} cores, and this machine has {machine.cores}; fit it there"
+        )
 
 
 def _cell_time(cell: Cell, attempts: Sequence[Result], source: str) -> CellTime:

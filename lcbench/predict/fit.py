@@ -7,7 +7,7 @@ implementations of strategies take besides. How far predictions are off is found
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +66,8 @@ def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = F
     unknowns = _of_collectives(unknowns, collectives)
     found = _of_cells(unknowns, cells)
     left_out = _left_out(unknowns, found, cells, folds)
-    cells, left_out = zip(*((c, out) for c, out in zip(cells, left_out, strict=True) if c.whole), strict=True) if cells else ((), ())
+    left_out = [out for cell, out in zip(cells, left_out, strict=True) if cell.whole]
+    cells = [cell for cell in cells if cell.whole]
     residuals = (*_kernel_residuals(unknowns, kernels), *_collective_residuals(unknowns, collectives),
                  *_cell_residuals(found, cells, left_out))  # fmt: skip
     return _written(found, seen, cells, left_out, residuals)
