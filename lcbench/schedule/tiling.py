@@ -121,7 +121,9 @@ class Side:
         if (stride > 1).any():
             every = np.unique(np.stack([start, size, stride], axis=1), axis=0)
             code = {row: i for i, row in enumerate(map(tuple, every.tolist()))}
-            first = np.array([code[row] for row in zip(start.tolist(), size.tolist(), stride.tolist(), strict=True)], dtype=np.int64)
+            first = np.array(
+                [code[row] for row in zip(start.tolist(), size.tolist(), stride.tolist(), strict=True)], dtype=np.int64
+            )
             return cls(place, *every.T, first, first + 1, runs, True, np.ones(len(every), dtype=bool))
         edges = np.unique(np.concatenate([start, start + size]))
         first, last = np.searchsorted(edges, start), np.searchsorted(edges, start + size)
@@ -252,7 +254,12 @@ class _Bands(_Sheet):
         ends = keys.hard[unit] | (bands[number, 3] <= edges[unit + 1])
         pad = np.where(ends, -(parts[:, 3] - begins) % BLOCK, 0)
         goes_on = (np.diff(number) == 0) & (np.diff(unit) == 1)
-        values = (areas(parts).astype(np.float64), covered(parts, pad), np.ones(len(parts)), np.append(goes_on, [False] * len(parts[:1])))
+        values = (
+            areas(parts).astype(np.float64),
+            covered(parts, pad),
+            np.ones(len(parts)),
+            np.append(goes_on, [False] * len(parts[:1])),
+        )
         size = (last - first) * units
         return np.stack([np.bincount(flat, weights=v, minlength=size).reshape(-1, units) for v in values])
 
