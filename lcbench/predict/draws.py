@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from lcbench.grid import build
 from lcbench.grid.cell import Cell
 from lcbench.masks.band import DoesNotFit
+from lcbench.predict.counted import counted
 from lcbench.schedule.lowering import OPERATIONS, Operation
 from lcbench.schedule.machine import Machine
 from lcbench.schedule.simulate import Prepared, prepare
@@ -42,4 +44,7 @@ def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
         if modelled is None:
             raise CannotPredict(f"cp={config['cp']['name']} is a library's, and nothing says how it works")
         lowering = getattr(strategy, "lowering", "auto")
-        yield prepare(modelled, operations_on(machine) if lowering == "auto" else ()), float(mask.pairs(problem.heads.q))
+        prepared = prepare(modelled, operations_on(machine) if lowering == "auto" else ())
+        if machine.device == "cpu":
+            prepared = replace(prepared, tiling=counted(prepared.tiling, modelled, build.build_kernel(config["kernel"])))
+        yield prepared, float(mask.pairs(problem.heads.q))

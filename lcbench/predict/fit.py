@@ -7,7 +7,7 @@ implementations of strategies take besides. How far predictions are off is found
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,7 @@ def guess(machine: Machine, dtype: str) -> Coefficients:
     at_once = 100.0 if peak else 1.0
     return Coefficients(
         call_s=machine.launch_s, flop_s=flop_s, pair_s=20 * flop_s, waste_s=flop_s, tail_s=0.3 * at_once * flop_s,
-        row_s=element_s, key_s=element_s, piece_s=1e-6 / at_once,
+        row_s=element_s, key_s=element_s, piece_s=1e-6 / at_once, gather_s=4 * element_s,
     )  # fmt: skip
 
 
@@ -63,11 +63,13 @@ def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = F
         raise ValueError("there is nothing to fit on: no row is a measured time of this machine")
     kernels = [each for each in seen if isinstance(each, KernelTime)]
     collectives = [each for each in seen if isinstance(each, CollectiveTime)]
-    cells = [_Played.of(each, machine) for each in seen if isinstance(each, CellTime)]
+    cells = [played for each in seen if isinstance(each, CellTime) for played in _Played.all_of(each, machine)]
     unknowns = _of_kernels(_begin(machine, kernels, cells), kernels)
     unknowns = _of_collectives(unknowns, collectives)
     found = _of_cells(unknowns, cells)
     left_out = _left_out(unknowns, found, cells, folds)
+    left_out = [out for cell, out in zip(cells, left_out, strict=True) if cell.whole]
+    cells = [cell for cell in cells if cell.whole]
     residuals = (*_kernel_residuals(unknowns, kernels), *_collective_residuals(unknowns, collectives),
                  *_cell_residuals(found, cells, left_out))  # fmt: skip
     return _written(found, seen, cells, left_out, residuals)
@@ -92,7 +94,7 @@ def _begin(machine: Machine, kernels: Sequence[KernelTime], cells: Sequence[_Pla
         of[("collective", operation, "fewer")] = Unknown(max(how.fewer, 0.1), GUESSED)
     for number in ("memory_bytes_per_s", "launch_s", "message_s"):
         of[("machine", number)] = Unknown(getattr(machine, number), 2 * SHEET)
-    for strategy in dict.fromkeys(c.strategy for c in cells):
+    for strategy in dict.fromkeys(c.strategy for c in cells if not c.time.own):
         for phase in PHASES:
             of[("factor", strategy, phase, "compute")] = Unknown(1.0, IMPLEMENTED)
             of[("factor", strategy, phase, "operand_s")] = Unknown(0.3 / machine.memory_bytes_per_s, GUESSED)
@@ -175,15 +177,31 @@ def _of_collectives(unknowns: Unknowns, collectives: Sequence[CollectiveTime]) -
 
 @dataclass(frozen=True)
 class _Played:
-    """A cell with its draws, ready to be played; ``phases``: those with a time."""
+    """A cell with its draws, ready to be played.
+
+    Attributes:
+        seen: seconds by phase, of those with a time.
+        whole: whether it is the cell itself; False: its kernels or its messages alone.
+    """
 
     time: CellTime
     draws: tuple[Prepared, ...]
-    phases: tuple[str, ...]
+    seen: dict[str, float]
+    whole: bool = True
 
     @classmethod
-    def of(cls, time: CellTime, machine: Machine) -> _Played:
-        return cls(time, tuple(prepared for prepared, _ in draws_of(time.cell, machine)), tuple(time.phases))
+    def all_of(cls, time: CellTime, machine: Machine) -> Iterator[_Played]:
+        """The cell, and its kernels and its messages alone where these were timed."""
+        draws = tuple(prepared for prepared, _ in draws_of(time.cell, machine))
+        yield cls(time, draws, time.phases)
+        if time.compute:
+            yield cls(time, tuple(draw.without_messages() for draw in draws), time.compute, whole=False)
+        if time.communication:
+            yield cls(time, tuple(draw.without_kernels() for draw in draws), time.communication, whole=False)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return tuple(self.seen)
 
     @property
     def kernel(self) -> tuple[str, str]:
@@ -195,7 +213,7 @@ class _Played:
 
     @property
     def observed(self) -> Floats:
-        return np.array([self.time.phases[phase] for phase in self.phases])
+        return np.array(list(self.seen.values()))
 
     def seconds(self, at: Unknowns) -> Floats:
         """Of each phase, the mean of the draws."""

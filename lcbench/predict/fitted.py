@@ -34,6 +34,7 @@ class Coefficients(Frozen):
             take while most of the device has nothing left to do.
         row_s: per element of q; key_s: per element of k and v.
         piece_s: per piece of the mask and query head.
+        gather_s: per element of q, k and v that is copied for a call and merged or added up after it.
     """
 
     call_s: float = 0.0
@@ -44,6 +45,7 @@ class Coefficients(Frozen):
     row_s: float = 0.0
     key_s: float = 0.0
     piece_s: float = 0.0
+    gather_s: float = 0.0
 
 
 class Factor(Frozen):
@@ -63,7 +65,8 @@ class Factor(Frozen):
 class KernelFit(Frozen):
     """A kernel on a device for a type of inputs; ``sources``: what it was fitted on, in words.
 
-    ``factors``: of the implementation that calls it, forward and backward.
+    ``factors``: of the implementation that calls it, forward and backward. ``cores``: of the node that it was fitted on, which
+    CPU ranks share; 0: every rank has a device.
     """
 
     kernel: str
@@ -72,22 +75,30 @@ class KernelFit(Frozen):
     backward: Coefficients
     sources: tuple[str, ...] = ()
     factors: tuple[Factor, Factor] = (Factor(), Factor())
+    cores: int = 0
 
     def seconds(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
         """Seconds of each tile, (n,)."""
         c, dim, factor = self.backward if backward else self.forward, problem.heads.dim, self.factors[backward]
         queries, keys = tiles.rows * tiles.q_heads * dim, tiles.keys * tiles.kv_heads * dim
         pairs = FLOPS[backward] * dim * (c.flop_s * tiles.pairs + c.waste_s * (tiles.covered - tiles.pairs))
+        gathered = (tiles.gathered_rows * tiles.q_heads + 2 * tiles.gathered_keys * tiles.kv_heads) * dim
         tail = c.tail_s * FLOPS[backward] * dim * np.minimum(tiles.rows, BLOCK) * tiles.pairs / np.maximum(tiles.rows, 1)
         found: Floats = (
-            factor.compute * (c.call_s * self.calls(tiles) + tiles.q_heads * (pairs + c.pair_s * tiles.pairs) + tail
-                              + c.row_s * queries + c.key_s * keys + c.piece_s * tiles.pieces * tiles.q_heads)
+            factor.compute * (c.call_s * self.calls(tiles) + (
+                tiles.q_heads * (pairs + c.pair_s * tiles.pairs) + tail + c.row_s * queries + c.key_s * keys
+                + c.piece_s * tiles.pieces * tiles.q_heads + c.gather_s * gathered) / self.cores_of(problem))
             + factor.operand_s * 2 * problem.itemsize * (queries + keys)
         )  # fmt: skip
         return found
 
     def calls(self, tiles: Tiles) -> Ints:
-        return np.ones(len(tiles), dtype=np.int64)
+        return tiles.calls
+
+    def cores_of(self, problem: Problem) -> float:
+        """Cores that a rank has: whole ones, one thread each, unless there are more ranks than cores."""
+        ranks = problem.scale.gpus_per_node
+        return float(self.cores // ranks or self.cores / ranks) if self.cores else 1.0
 
 
 class LinkFit(Frozen):

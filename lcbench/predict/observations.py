@@ -6,7 +6,7 @@ out together by cross-validation; ``source`` says in words where a time is from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lcbench.grid.cell import Cell
 from lcbench.problem import Heads
@@ -57,12 +57,17 @@ class CellTime:
 
     Attributes:
         phases: seconds of the slowest rank, by phase (``forward``, ``backward``), means over the draws of the mask.
+        own: whether our own engine ran the strategy's schedule, so that no other implementation takes anything besides.
+        compute, communication: seconds of the same phases without messages, and without kernels, where these were timed.
     """
 
     cell: Cell
     phases: dict[str, float]
     group: str
     source: str
+    own: bool = False
+    compute: dict[str, float] = field(default_factory=dict)
+    communication: dict[str, float] = field(default_factory=dict)
 
 
 Observation = KernelTime | CollectiveTime | CellTime

@@ -52,7 +52,8 @@ class Unknowns:
         forward, backward = (Coefficients(**self.below("kernel", name, dtype, phase)) for phase in PHASES)
         factors = (self.factor(strategy, "forward"), self.factor(strategy, "backward"))
         return KernelFit(
-            kernel=name, dtype=dtype, forward=forward, backward=backward, factors=factors, sources=tuple(sources)
+            kernel=name, dtype=dtype, forward=forward, backward=backward, factors=factors, sources=tuple(sources),
+            cores=self.machine.cores,
         )  # fmt: skip
 
     def factor(self, strategy: str, phase: str) -> Factor:

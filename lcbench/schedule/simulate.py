@@ -104,6 +104,15 @@ class Prepared:
     tiling: Tiling
     operations: tuple[Operation, ...]
 
+    def without_messages(self) -> Prepared:
+        """The same with nothing that is sent, as it is timed to see what of the communication is hidden."""
+        return replace(self, moves=replace(self.moves, transfers=()), found=[])
+
+    def without_kernels(self) -> Prepared:
+        """The same with messages alone."""
+        tiles = self.tiling.tiles
+        return replace(self, tiling=replace(self.tiling, tiles=replace(tiles, pairs=np.zeros(len(tiles)))))
+
 
 def prepare(modelled: Modelled, operations: tuple[Operation, ...] = ()) -> Prepared:
     schedule, problem = modelled.schedule, modelled.problem
