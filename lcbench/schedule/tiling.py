@@ -20,6 +20,7 @@ from lcbench.schedule.machine import Floats, Tiles
 from lcbench.schedule.schedule import Schedule, TileColumn
 
 BLOCK = 128  # rows and keys of the blocks that kernels compute or skip
+BYTE = 255  # as many rows of blocks as a byte can count
 PORTION = 1 << 22  # entries of rows that are worked out together
 # Of a bundle of queries with each unit of keys: pairs, covered pairs, pieces, and pieces that go on in the next unit.
 PAIRS, COVERED, PIECES, GO_ON = range(4)
@@ -121,9 +122,7 @@ class Side:
         if (stride > 1).any():
             every = np.unique(np.stack([start, size, stride], axis=1), axis=0)
             code = {row: i for i, row in enumerate(map(tuple, every.tolist()))}
-            first = np.array(
-                [code[row] for row in zip(start.tolist(), size.tolist(), stride.tolist(), strict=True)], dtype=np.int64
-            )
+            first = np.array([code[row] for row in zip(start.tolist(), size.tolist(), stride.tolist(), strict=True)], dtype=np.int64)
             return cls(place, *every.T, first, first + 1, runs, True, np.ones(len(every), dtype=bool))
         edges = np.unique(np.concatenate([start, start + size]))
         first, last = np.searchsorted(edges, start), np.searchsorted(edges, start + size)
@@ -199,17 +198,36 @@ def _looked_up(queries: Side, keys: Side, sheet: _Sheet, tiles: Ints) -> Floats:
         here = order[slice(*np.searchsorted(q[order], [first, last]))]
         if not len(here):
             continue
-        values = sheet.of(first, last)
         sums = np.zeros((VALUES, last - first, len(keys) + 1))
-        np.cumsum(values, axis=2, out=sums[:, :, 1:])
-        number, run = spread(keys.runs[k[here]], keys.runs[k[here] + 1])
-        row, begin, end = q[here][number] - first, keys.first[run], keys.last[run]
-        for column in (PAIRS, COVERED, PIECES):
-            value = sums[column, row, end] - sums[column, row, begin]
-            if column == PIECES:  # within a run a piece that goes on is the same
-                value -= sums[GO_ON, row, end - 1] - sums[GO_ON, row, begin]
-            found[column, here] = np.bincount(number, weights=value, minlength=len(here))
+        np.cumsum(sheet.of(first, last), axis=2, out=sums[:, :, 1:])
+        row, bundle = q[here] - first, k[here]
+        lookups = int((keys.runs[bundle + 1] - keys.runs[bundle]).sum())
+        look = _one_by_one if lookups < (last - first) * len(keys.first) else _all_at_once
+        found[:, here] = look(keys, sums, row, bundle)
     return found
+
+
+def _one_by_one(keys: Side, sums: Floats, row: Ints, bundle: Ints) -> Floats:
+    """What rows of sums have in the runs of bundles of keys, (3, n), looked up for each."""
+    number, run = spread(keys.runs[bundle], keys.runs[bundle + 1])
+    at, begin, end = row[number], keys.first[run], keys.last[run]
+    values = [sums[column, at, end] - sums[column, at, begin] for column in (PAIRS, COVERED, PIECES)]
+    values[PIECES] -= sums[GO_ON, at, end - 1] - sums[GO_ON, at, begin]  # within a run a piece that goes on is the same
+    return np.stack([np.bincount(number, weights=value, minlength=len(row)) for value in values])
+
+
+def _all_at_once(keys: Side, sums: Floats, row: Ints, bundle: Ints) -> Floats:
+    """The same by a product, for every row with every bundle: for bundles of many runs, each of which many tiles have."""
+    count, width = len(keys.runs) - 1, sums.shape[2]
+    of_run = np.repeat(np.arange(count), np.diff(keys.runs))
+    ones = np.ones(len(of_run))
+    within, going = (
+        sparse.coo_array((np.append(ones, -ones), (np.tile(of_run, 2), np.append(end, keys.first))), shape=(count, width)).tocsr()
+        for end in (keys.last, keys.last - 1)
+    )
+    found = [within @ sums[column].T for column in (PAIRS, COVERED, PIECES)]
+    found[PIECES] -= going @ sums[GO_ON].T
+    return np.stack([value[bundle, row] for value in found])
 
 
 def _cut_evenly(weights: Ints) -> Iterator[tuple[int, int]]:
@@ -236,32 +254,61 @@ class _Bands(_Sheet):
         self._parts, self._bundle = parts[place[order]], bundle[order]
         self._first, self._last = _span_of(keys, self._parts)
         self._count = inside.shape[0]
+        edges = keys.edges
+        self._hard_before = np.maximum.accumulate(np.where(np.concatenate([[True], keys.hard[:-1]]), edges[:-1], edges[0]))
+        self._pad = np.where(keys.hard, -(edges[1:] - self._hard_before) % BLOCK, 0)
 
     def portions(self) -> Iterator[tuple[int, int]]:
-        wide = np.bincount(self._bundle, weights=self._last - self._first, minlength=self._count).astype(np.int64)
-        return _cut_evenly(np.maximum(wide, len(self._keys) + 1))
+        return _cut_evenly(np.full(self._count, len(self._keys) + 1))
 
     def of(self, first: int, last: int) -> Floats:
-        keys, units = self._keys, len(self._keys)
         here = slice(*np.searchsorted(self._bundle, [first, last]))
-        number, unit = spread(self._first[here], self._last[here])
-        bands, edges = self._parts[here], keys.edges
-        parts, kept = cropped(bands[number], None, None, edges[unit], edges[unit + 1])
+        parts, row, begin, end = self._parts[here], self._bundle[here] - first, self._first[here], self._last[here]
+        whole = self._whole(parts, begin, end)
+        high = (parts[:, 1] - parts[:, 0]).astype(np.float64)
+        ones, rows = np.ones(len(parts)), last - first
+        keys = self._keys
+        values = np.stack([
+            _risen(row, *whole, high, rows, len(keys)) * keys.size,
+            _risen(row, *whole, np.ceil(high / BLOCK) * BLOCK, rows, len(keys)) * (keys.size + self._pad),
+            _risen(row, begin, end, ones, rows, len(keys)),
+            _risen(row, begin, np.maximum(end - 1, begin), ones, rows, len(keys)),
+        ])  # fmt: skip
+        for cut in ((begin, whole[0]), (whole[1], end)):
+            self._add_cut(values, parts, row, *cut)
+        return values
+
+    def _whole(self, parts: Ints, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+        """(first, last) units of keys of which every query of a part sees every key: they need not be looked at one by one."""
+        edges = self._keys.edges
+        q0, q1, k0, k1, lo, hi = parts.T
+        first = np.searchsorted(edges, np.maximum(k0, q1 - 1 + lo))
+        last = np.searchsorted(edges, np.minimum(k1, q0 + hi + 1), side="right") - 1
+        last = np.minimum(last, np.where(self._keys.hard[end - 1], end, end - 1))  # where it ends it is filled up
+        first = np.clip(first, begin, end)
+        return first, np.maximum(last, first)
+
+    def _add_cut(self, values: Floats, parts: Ints, row: Ints, begin: Ints, end: Ints) -> None:
+        """Add pairs and covered pairs of parts in units of keys that are looked at one by one."""
+        keys = self._keys
+        number, unit = spread(begin, end)
+        edges = keys.edges
+        found, kept = cropped(parts[number], None, None, edges[unit], edges[unit + 1])
         number, unit = number[kept], unit[kept]
-        flat = (self._bundle[here][number] - first) * units + unit
-        hard_before = np.maximum.accumulate(np.where(np.concatenate([[True], keys.hard[:-1]]), edges[:-1], edges[0]))
-        begins = np.maximum(bands[number, 2], hard_before[unit])
-        ends = keys.hard[unit] | (bands[number, 3] <= edges[unit + 1])
-        pad = np.where(ends, -(parts[:, 3] - begins) % BLOCK, 0)
-        goes_on = (np.diff(number) == 0) & (np.diff(unit) == 1)
-        values = (
-            areas(parts).astype(np.float64),
-            covered(parts, pad),
-            np.ones(len(parts)),
-            np.append(goes_on, [False] * len(parts[:1])),
-        )
-        size = (last - first) * units
-        return np.stack([np.bincount(flat, weights=v, minlength=size).reshape(-1, units) for v in values])
+        begins = np.maximum(parts[number, 2], self._hard_before[unit])
+        ends = keys.hard[unit] | (parts[number, 3] <= edges[unit + 1])
+        pad = np.where(ends, -(found[:, 3] - begins) % BLOCK, 0)
+        flat, shape = row[number] * len(keys) + unit, values.shape[1:]
+        for column, value in ((PAIRS, areas(found).astype(np.float64)), (COVERED, covered(found, pad))):
+            values[column] += np.bincount(flat, weights=value, minlength=values[column].size).reshape(shape)
+
+
+def _risen(row: Ints, begin: Ints, end: Ints, height: Floats, rows: int, width: int) -> Floats:
+    """A sum of steps, each ``height`` from ``begin`` to ``end`` (not included) in its row, (rows, width)."""
+    flat = np.concatenate([row * (width + 1) + begin, row * (width + 1) + end])
+    changes = np.bincount(flat, weights=np.concatenate([height, -height]), minlength=rows * (width + 1))
+    risen: Floats = np.cumsum(changes.reshape(rows, width + 1)[:, :-1], axis=1)
+    return risen
 
 
 def _span_of(keys: Side, bands: Ints) -> tuple[Ints, Ints]:
@@ -306,15 +353,17 @@ class _Stripes(_Sheet):
         inside = self._inside[first:last]
         used = np.unique(inside.indices)
         values = np.zeros((VALUES, len(used), len(self._keys)))
-        every = len(used) * len(self._keys)
-        q, k = (each.ravel() for each in np.meshgrid(used, np.arange(len(self._keys)), indexing="ij"))
-        q_span, k_span = (np.stack([s.start[i], s.size[i], s.stride[i]]) for s, i in ((self._queries, q), (self._keys, k)))
+        q, k = (np.stack([side.start, side.size, side.stride]) for side in (self._queries, self._keys))
+        rows, columns = self._queries.tokens_in, self._keys.tokens_in
         for band in self._mask.bands:
-            parts, kept = reindexed(np.broadcast_to(band, (every, 6)), q_span, k_span)
-            flat = values.reshape(VALUES, -1)
-            flat[PAIRS, kept] += areas(parts)
-            flat[COVERED, kept] += covered(parts)
-            flat[PIECES, kept] += 1
+            some = np.nonzero(rows(band[:2])[used, 0])[0]
+            others = np.nonzero(columns(band[2:4])[:, 0])[0]
+            at, to = np.repeat(some, len(others)), np.tile(others, len(some))
+            parts, kept = reindexed(np.broadcast_to(band, (len(at), 6)), q[:, used[at]], k[:, to])
+            at, to = at[kept], to[kept]
+            values[PAIRS, at, to] += areas(parts)
+            values[COVERED, at, to] += covered(parts)
+            values[PIECES, at, to] += 1
         return np.stack([inside[:, used] @ value for value in values])
 
 
@@ -331,26 +380,36 @@ class _Blocks(_Sheet):
 
     def of(self, first: int, last: int) -> Floats:
         inside = self._inside[first:last]
-        values = [
-            self._product(inside @ rows.astype(np.float64), kept, columns)
-            for rows, columns, kept in (
-                (self._rows, self._columns, self._keep),
-                (_filled(self._rows), _filled(self._columns), self._keep),
-                (self._rows > 0, self._columns > 0, self._begins),
-            )
-        ]
-        return np.stack([*values, np.zeros_like(values[0])])
+        rows, columns = self._rows, self._columns
+        filled, filled_too = _filled(rows), _filled(columns)
+        pairs = self._product(inside @ rows.astype(np.float64), self._keep, columns)
+        if (rows == filled).all() and (columns == filled_too).all():
+            blocks = pairs
+        else:
+            blocks = self._product(inside @ filled.astype(np.float64), self._keep, filled_too)
+        pieces = self._product(inside @ (rows > 0).astype(np.float64), self._begins, columns > 0)
+        return np.stack([pairs, blocks, pieces, np.zeros_like(pairs)])
 
     def _product(self, rows: Floats, kept: Keep, columns: Ints | Keep) -> Floats:
-        found = np.zeros((len(rows), kept.shape[1]))
-        step = max(1, PORTION // kept.shape[1])
-        for begin in range(0, len(kept), step):
-            part = slice(begin, begin + step)
-            some = sparse.csr_array(rows[:, part])
-            if some.nnz:
-                found += some @ kept[part].astype(np.float64)
+        """``rows`` x what is kept x ``columns``. Rows of blocks that all operands have alike are added up first, as bytes."""
+        cuts = np.nonzero((rows[:, 1:] != rows[:, :-1]).any(axis=0))[0] + 1
+        starts = np.unique(np.concatenate([[0], cuts, np.arange(0, len(kept), BYTE)]))
+        if len(starts) < len(kept) // 2:
+            added = np.add.reduceat(kept.view(np.uint8), starts, axis=0, dtype=np.uint8)
+            found = sparse.csr_array(rows[:, starts]) @ added.astype(np.float64)
+        else:
+            found = _dense_product(rows, kept)
         product: Floats = found @ sparse.csr_array(columns.T.astype(np.float64))
         return product
+
+
+def _dense_product(rows: Floats, kept: Keep) -> Floats:
+    """``rows`` x ``kept`` a portion at a time: as a conversion of all that is kept would not fit."""
+    found = np.zeros((len(rows), kept.shape[1]))
+    step = max(1, PORTION // kept.shape[1])
+    for begin in range(0, len(kept), step):
+        found += rows[:, begin : begin + step] @ kept[begin : begin + step].astype(np.float64)
+    return found
 
 
 def _filled(tokens: Ints) -> Ints:
