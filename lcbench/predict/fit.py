@@ -335,5 +335,6 @@ def _written(
     return Fitted(
         machine=found.machine.name, kernels=tuple(found.kernel(*key, sources=said) for key, said in sources.items()),
         factors=factors, links=found.links(), error=_error(cells, left_out), residuals=tuple(residuals),
+        cells=tuple(cell.time.cell.id for cell in cells),
         sources=tuple(dict.fromkeys(each.source for each in seen)),
     )  # fmt: skip

@@ -160,6 +160,7 @@ class Fitted(Frozen):
         links: what the machine's links and host were found to do.
         error: by phase, relative half-width of the 95 % interval of predictions, from cross-validation.
         residuals: by group of observations.
+        cells: ids of the cells that it was fitted on.
         sources: what it was fitted on, in words.
     """
 
@@ -170,6 +171,7 @@ class Fitted(Frozen):
     links: MachineFit = MachineFit()
     error: dict[str, float] = {}
     residuals: tuple[Residual, ...] = ()
+    cells: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
 
     def kernel(self, name: str, dtype: str) -> KernelFit | None:

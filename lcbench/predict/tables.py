@@ -29,7 +29,8 @@ from lcbench.predict.unknowns import PHASES
 from lcbench.problem import Heads
 from lcbench.schedule.machine import Machine, Tiles
 
-NAMES = Path(__file__).parent / "data" / "names.yaml"
+DATA = Path(__file__).parent / "data"
+NAMES = DATA / "names.yaml"
 CALLS = {
     "gpu",
     "framework",
@@ -159,9 +160,10 @@ def _kernel(path: Path, line: int, row: dict[str, str]) -> KernelTime:
     causal = names()["calls"][row["op"]] == "causal"
     pairs = tokens * (tokens + 1) // 2 if causal else tokens * tokens
     blocks = float(covered(np.array([[0, tokens, 0, tokens, 1 - tokens, 0 if causal else tokens - 1]]))[0])
-    one = {"pairs": float(batch * pairs), "covered": batch * blocks, "rows": batch * tokens, "keys": batch * tokens, "pieces": batch,
-           "q_heads": q, "kv_heads": kv}  # fmt: skip
-    tiles = Tiles(**{name: np.array([value]) for name, value in one.items()})
+    tiles = Tiles(
+        pairs=np.array([float(batch * pairs)]), covered=np.array([batch * blocks]), rows=np.array([batch * tokens]),
+        keys=np.array([batch * tokens]), pieces=np.array([batch]), q_heads=np.array([q]), kv_heads=np.array([kv]),
+    )  # fmt: skip
     return KernelTime(
         names()["kernels"].get(row["kernel"], row["kernel"]), "bfloat16", Heads(q, kv, dim), tiles, False,
         _number(path, line, row, "latency") * SECONDS[row["unit"]],
@@ -173,7 +175,8 @@ def _kernel(path: Path, line: int, row: dict[str, str]) -> KernelTime:
 
 
 def _published(path: Path, lines: Sequence[dict[str, str]], machine: Machine, ranks: int | None, kernel: str | None) -> Read:
-    found, phases = Read(), defaultdict(dict)
+    found = Read()
+    phases: dict[Cell, dict[str, float]] = defaultdict(dict)
     named: dict[Cell, str] = {}
     for number, bare in enumerate(lines, 2):
         row = names()["unsaid"] | bare
