@@ -133,6 +133,8 @@ def _tell(fitted: Fitted, found: Read) -> None:
     print("Predictions may be off by, 95 %: " + ", ".join(f"{phase} {error:.0%}" for phase, error in fitted.error.items())
           + ", by leaving groups of cells out.")  # fmt: skip
     for name, factor in fitted.factors.items():
+        if (factor.compute, factor.operand_s) == (1.0, 0.0):
+            continue  # our own engine ran its schedule
         strategy, phase = name.split("/")
         print(
             f"cp={strategy} {phase}: {factor.compute:.2f} x the kernel, and {factor.operand_s * 1e12:.2f} ps per byte of operands"

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lcbench.grid.cell import Cell
+from lcbench.grid.command_line import look
+from lcbench.measure.environment import describe
 from lcbench.predict.cells import cell_times
 from lcbench.predict.fitted import Fitted
 from lcbench.predict.machines import machine_of
 from lcbench.predict.observations import CellTime
 from lcbench.predict.predictor import Predictor
-from lcbench.runs.store import Attempt, Sweep
+from lcbench.runs.store import Sweep
 
 DATA = Path(__file__).parent / "data"
 MEDIAN, MOST, SHARE = 0.15, 0.35, 0.9  # the median error, and an error that so many cells stay within
@@ -55,12 +58,14 @@ class Judged:
         return sum(self.predicted.values()) / sum(self.measured.values()) - 1
 
 
-def judged(fitted: Fitted, others: Iterable[CellTime]) -> list[Judged]:
-    """Every cell predicted with a fit of machine=this."""
-    predictor = Predictor(fitted.links.of(machine_of("this")), fitted)
+def judged(fitted: Fitted, others: Iterable[CellTime], *, one_thread: bool = False) -> list[Judged]:
+    """Every cell predicted with a fit of machine=this; ``one_thread``: each rank had one, whatever the machine has."""
     found = []
     for time in others:
-        prediction = predictor.predict(time.cell, memory=False)
+        ranks = time.cell.scale.world_size
+        kernels = tuple(k.model_copy(update={"cores": ranks if one_thread else k.cores}) for k in fitted.kernels)
+        own = fitted.model_copy(update={"kernels": kernels})
+        prediction = Predictor(own.links.of(machine_of("this")), own).predict(time.cell, memory=False)
         found.append(Judged(time.cell, time.phases, {name: prediction.phases[name].seconds for name in time.phases}))
     return found
 
@@ -79,7 +84,7 @@ def holds(rows: Sequence[Judged]) -> bool:
 
 def table(rows: Sequence[Judged]) -> str:
     """Row by row, milliseconds and errors."""
-    lines = [f"{'cell':<66} {'measured':>10} {'predicted':>10} {'error':>7}   {'forward':>7} {'backward':>8}"]
+    lines = [f"{'cell':<66} {'measured':>10} {'predicted':>10} {'error':>7}   by phase"]
     for row in rows:
         of_phases = [f"{row.predicted[name] / seconds - 1:+.0%}" for name, seconds in row.measured.items()]
         measured, predicted = (1e3 * sum(each.values()) for each in (row.measured, row.predicted))
@@ -90,7 +95,8 @@ def table(rows: Sequence[Judged]) -> str:
     median, share = verdict(rows)
     most = float(np.quantile(np.abs([row.error for row in rows]), 0.9))
     lines.append(
-        f"{len(rows)} cells: median error {median:.1%} (at most {MEDIAN:.0%}), {share:.0%} within {MOST:.0%} (at least {SHARE:.0%}), 90 % "
+        f"{len(rows)} cells: median error {median:.1%} (at most {MEDIAN:.0%}), "
+        f"{share:.0%} within {MOST:.0%} (at least {SHARE:.0%}), 90 % "
         f" within {most:.1%}"
     )
     return "\n".join(lines)
@@ -105,12 +111,16 @@ def of_sweep(sweep: Sweep) -> list[CellTime]:
     return cell_times([(record.entry.cell, record.attempts) for record in records], machine_of("this"), sweep.name)
 
 
-def provenance(sweep: Sweep) -> dict[str, Any]:
-    """Where a sweep was measured, of its first good result."""
-    attempts: list[Attempt] = [a for record in sweep.look().records.values() for a in record.attempts if a.status == "ok"]
-    first = attempts[0]
-    kept = {key: first.provenance[key] for key in ("device", "cpus", "platform")} | {"torch": first.provenance["versions"]["torch"]}
-    return kept | {"commit": first.provenance["git"]["commit"], "attempts_per_cell": len(attempts) / len(sweep.entries())}
+def cells(*grids: Sequence[str]) -> list[Cell]:
+    """The cells of grids."""
+    return [planned.cell for grid in grids for planned in look(list(grid)).cells]
+
+
+def provenance(**more: Any) -> dict[str, Any]:
+    """What is measured here, and now."""
+    found = describe(torch.device("cpu"))
+    kept = {key: found[key] for key in ("device", "cpus", "platform")}
+    return {**kept, "torch": found["versions"]["torch"], "commit": found["git"]["commit"], **more}
 
 
 def write(path: Path, sets: dict[str, Sequence[CellTime]], said: dict[str, Any]) -> None:

@@ -25,11 +25,15 @@ from lcbench.masks.sliding_window import sliding_window
 from lcbench.predict.cells import cell_times
 from lcbench.predict.counted import counted
 from lcbench.predict.draws import draws_of
+from lcbench.predict.fit import fit
 from lcbench.predict.fitted import Coefficients, KernelFit
 from lcbench.predict.machines import machine_of
+from lcbench.predict.observations import CellTime
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.runs.store import Attempt, Failure
-from lcbench.schedule.simulate import play, prepare
+from lcbench.schedule.machine import Link
+from lcbench.schedule.simulate import Prepared, play, prepare
+from tests.predict import held_out
 
 THIS = replace(machine_of("this"), cores=2)
 CPU = Platform("cpu")
@@ -186,3 +190,48 @@ def test_ranks_share_the_cores_of_their_node() -> None:
     assert seconds[2] / seconds[1] == pytest.approx(2)
     assert seconds[3] / seconds[1] == pytest.approx(4)
     assert seconds[16] / seconds[1] == pytest.approx(16)
+
+
+# -- how well cells are predicted ----------------------------------------------------------------------------------------
+
+
+def test_known_coefficients_are_found_again() -> None:
+    truth = KernelFit(
+        kernel="sdpa_flash", dtype="float32", cores=2,
+        forward=Coefficients(call_s=4e-5, flop_s=3e-11, waste_s=6e-11, gather_s=8e-9), backward=Coefficients(),
+    )  # fmt: skip
+    real = replace(THIS, inside=Link(3e-4, 0.6e9))
+
+    def timed(cell: Cell) -> CellTime:
+        seen = {}
+        for name, change in (("whole", None), ("compute", Prepared.without_messages), ("communication", Prepared.without_kernels)):
+            draws = [change(prepared) if change else prepared for prepared, _ in draws_of(cell, real)]
+            seen[name] = {"forward": float(np.mean([play(d, real, truth, memory=False).phases["forward"].seconds for d in draws]))}
+        return CellTime(cell, seen["whole"], cell.label, "made up", True, seen["compute"], seen["communication"])
+
+    shape = ("direction=forward", "lengths=fixed", "lengths.length=192")
+    seen = cells("cp=ring,ulysses", "mask=causal,document,causal_document", "seqlen=1536", "heads=4x2x32", *shape)
+    others = cells("cp=groupcast,allgather", "mask=share_question,sliding_window", "seqlen=3k", "heads=8x2x32", *shape)
+    alone = cells("cp=none", "mask=document", "seqlen=3k", "heads=8x2x32", "scale=1x1", *shape)
+    fitted = fit([timed(cell) for cell in seen], THIS, folds=1)
+    assert fitted.links.inside is not None
+    assert fitted.links.inside.bytes_per_s == pytest.approx(0.6e9, rel=0.2)
+    rows = held_out.judged(fitted, [timed(cell) for cell in (*others, *alone)])
+    assert max(abs(row.error) for row in rows) < 0.12, held_out.table(rows)
+
+
+def test_sixty_measured_cells_are_predicted_from_twelve() -> None:
+    times = held_out.read(held_out.DATA / "cpu_seconds.json")
+    rows = held_out.judged(fit(times["fit"], THIS, folds=1), times["others"], one_thread=True)
+    assert (len(times["fit"]), len(rows)) == (12, 60)
+    assert {t.cell.scale.world_size for t in times["fit"]} == {2}
+    assert {row.cell.scale.world_size for row in rows} == {1, 2}
+    assert held_out.holds(rows), held_out.table(rows)
+    slow = [replace(row, predicted={name: 2 * seconds for name, seconds in row.predicted.items()}) for row in rows]
+    assert not held_out.holds(slow)
+
+
+def test_the_recorded_cells_are_those_that_are_measured() -> None:
+    times = held_out.read(held_out.DATA / "cpu_seconds.json")
+    for name, grids in (("fit", (held_out.FIT,)), ("others", held_out.OTHERS)):
+        assert [t.cell.id for t in times[name]] == [cell.id for cell in held_out.cells(*grids)]
