@@ -153,7 +153,7 @@ def choice_of(cell: Cell) -> Choice:
         raise Cannot(f"cp={name} is no exchange of heads, no ring and no gather of keys and values, and it has no other strategy")
     if (shape := shape_of(build_mask(config["mask"], problem.seqlen, problem.heads, config["seed"]))) is None:
         raise Cannot(
-            f"mask={config['mask']['name']} is neither full nor causal, whole or per document, nor a window, and it has no other mask"
+            f"mask={config['mask']['name']} is neither full nor causal, whole or per document, nor a window; it has no other"
         )
     if "workload" in config:
         raise Cannot(f"workload={config['workload']['name']} is not attention alone, which is all that is exported")
@@ -235,7 +235,7 @@ def check_layout(choice: Choice, *known: str) -> None:
 def ranks_note(choice: Choice) -> str:
     """Where these ranks are."""
     scale = choice.problem.scale
-    return f"measured on {choice.ranks} ranks, {scale.nodes} nodes x {scale.gpus_per_node}; more GPUs than these are data parallel"
+    return f"measured on {choice.ranks} ranks, scale={scale}; more GPUs than these are data parallel"
 
 
 # -- how settings are typed ----------------------------------------------------------------------------------------------

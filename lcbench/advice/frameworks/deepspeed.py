@@ -33,9 +33,7 @@ DTYPES = {"bfloat16": {"bf16": {"enabled": True}}, "float16": {"fp16": {"enabled
 def export(choice: Choice) -> Export:
     pattern = choice.pattern
     if pattern.ring > 1 or pattern.gathered > 1:
-        raise Cannot(
-            "its sequence parallelism is Ulysses, an exchange of heads among all ranks; keys and values neither ring nor gather"
-        )
+        raise Cannot("its sequence parallelism is Ulysses, an exchange of heads among all ranks; it has no ring and no gather")
     if choice.problem.dtype not in DTYPES:
         raise Cannot(f"it trains in {', '.join(DTYPES)}, not in {choice.problem.dtype}")
     check_causal(choice, "its sequence parallelism")
@@ -43,7 +41,7 @@ def export(choice: Choice) -> Export:
     if choice.problem.seqlen % choice.ranks:
         raise Cannot(f"{choice.ranks} ranks cannot share {choice.problem.seqlen} tokens evenly")
     attention = attention_of(choice)
-    config: dict[str, Any] = {"sequence_parallel_size": choice.ranks, "data_parallel_size": 1, **DTYPES[choice.problem.dtype]}
+    config: dict[str, Any] = {"sequence_parallel_size": choice.ranks, **DTYPES[choice.problem.dtype]}
     call: dict[str, Any] = {
         "core_attn_implementation": attention, "sequence_parallel_size": choice.ranks, "micro_batch_size": 1,
         "seq_length": choice.problem.seqlen, "seq_length_is_variable": False,
@@ -101,7 +99,7 @@ def _notes(choice: Choice, attention: str) -> tuple[str, ...]:
     if choice.kernel is None:
         found.append("the kernel was the library's own; flash_attention_2 is written here")
     if choice.ranks > 1:
-        found.append("every batch has position_ids, which UlyssesSPDataLoaderAdapter shards; data_parallel_size is what remains")
+        found.append("every batch has position_ids, which UlyssesSPDataLoaderAdapter shards")
     if choice.shape.documents:
         found.append("position_ids begin at 0 in each document")
     if choice.shape.windowed:

@@ -1,8 +1,8 @@
 """Torchtitan: flags of its trainer. Its context parallelism gathers keys and values.
 
 Read in the wheel torchtitan 0.3.0 (``config/configs.py``, ``distributed/context_parallel/api.py``, ``distributed/full_dtensor.py``,
-``models/llama3``, ``models/common/attention.py``) and in the repository at b5bcd76, where CP with scaled dot-product attention is
-gone altogether. Up to 0.2.2 there was ``context_parallel_rotate_method`` with ``alltoall``, a ring.
+``models/llama3``, ``models/common/config_utils.py``) and in the repository at b5bcd76. Up to 0.2.2 its language models had scaled
+dot-product attention, and ``context_parallel_rotate_method`` with ``alltoall``, a ring.
 """
 
 from __future__ import annotations
@@ -10,16 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from lcbench.advice.frameworks.base import Cannot, Choice, Export, check_causal, check_chunks, check_layout, flags, ranks_note
-from lcbench.cp.peers.torch_cp import TorchCP
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.flex import Flex
-from lcbench.kernels.sdpa_cudnn import SDPACudnn
-from lcbench.kernels.sdpa_flash import SDPAFlash
-from lcbench.kernels.sdpa_math import SDPAMath
 
 CHECKED = "torchtitan 0.3.0"
-# attn_backend of a model; torch takes the first of its backends that can run where it is sdpa.
-BACKENDS: dict[type[Kernel], str] = {Flex: "flex", SDPAFlash: "sdpa", SDPACudnn: "sdpa", SDPAMath: "sdpa"}
+# attn_backend of a language model that context parallelism takes.
+BACKENDS: dict[type[Kernel], str] = {Flex: "flex"}
 ORDERS = {"zigzag": "headtail", "contiguous": "None"}
 DTYPES = ("bfloat16", "float32")
 
@@ -34,8 +30,6 @@ def export(choice: Choice) -> Export:
     if shape.windowed:
         raise Cannot("no setting makes its models' attention a window")
     backend = choice.of_kernel(BACKENDS, "flex")
-    if shape.documents and backend != "flex":
-        raise Cannot("documents take its attn_backend flex; that of this kernel is causal over the whole sequence")
     check_layout(choice, *ORDERS)
     check_chunks(choice)
     settings: dict[str, Any] = {
@@ -44,8 +38,6 @@ def export(choice: Choice) -> Export:
     }  # fmt: skip
     if choice.ranks > 1:
         settings["parallelism.context_parallel_load_balancer"] = _balancer(choice)
-        if backend == "sdpa":
-            settings["parallelism.spmd_backend"] = "partial_dtensor"  # the others refuse it with context parallelism
     return Export(settings, flags(settings), left_out=_left_out(choice), notes=(*_notes(choice, backend), ranks_note(choice)))
 
 
@@ -64,12 +56,9 @@ def _left_out(choice: Choice) -> tuple[str, ...]:
 
 
 def _notes(choice: Choice, backend: str) -> tuple[str, ...]:
-    found = [f"attn_backend of the model, in the function of its config_registry that --config names: {backend}"]
-    if backend == "flex" and not choice.shape.documents:
-        found.append("its flex attention is causal per document, so this is a sequence of one document")
-    if backend == "sdpa":
-        found.append("of torch's backends it tries cuDNN first, then flash, then math")
-    if choice.ranks > 1 and not (isinstance(choice.strategy, TorchCP) and backend == "sdpa"):
-        which = "; cp=torch_cp measures it" if backend == "sdpa" else ""
-        found.append(f"this is {'torch' if backend == 'sdpa' else 'torchtitan'}'s code, not that which was measured{which}")
+    found = [f"attn_backend of the model is {backend}, in the function of its config_registry that --config names"]
+    if not choice.shape.documents:
+        found.append("its attention is causal per document, so this is a sequence of one document")
+    if choice.ranks > 1:
+        found.append("this is torchtitan's code, not that which was measured")
     return tuple(found)

@@ -54,7 +54,7 @@ def _megatron(choice: Choice) -> tuple[dict[str, Any], list[str]]:
     if degrees:
         raise Cannot("its Megatron engine makes no hierarchical groups, which a2a+p2p needs")
     if choice.shape.windowed:
-        raise Cannot("its Megatron engine is tested with no window")
+        raise Cannot("the configuration of its Megatron engine has no window")
     version = te.backend(choice, comm)
     there = f"{ACTOR}.megatron"
     settings = {
