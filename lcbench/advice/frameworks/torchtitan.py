@@ -17,6 +17,7 @@ CHECKED = "torchtitan 0.3.0"
 # attn_backend of a language model that context parallelism takes.
 BACKENDS: dict[type[Kernel], str] = {Flex: "flex"}
 ORDERS = {"zigzag": "headtail", "contiguous": "None"}
+BLOCK = 128  # of a block mask, queries
 DTYPES = ("bfloat16", "float32")
 
 
@@ -32,6 +33,8 @@ def export(choice: Choice) -> Export:
     backend = choice.of_kernel(BACKENDS, "flex")
     check_layout(choice, *ORDERS)
     check_chunks(choice)
+    if choice.ranks > 1 and choice.problem.seqlen % (choice.ranks * BLOCK):
+        raise Cannot(f"its block masks need a length that {choice.ranks} x {BLOCK} tokens divide, not {choice.problem.seqlen}")
     settings: dict[str, Any] = {
         "training.seq_len": choice.problem.seqlen, "training.mixed_precision_param": choice.problem.dtype,
         "parallelism.context_parallel_degree": choice.ranks,
