@@ -22,6 +22,7 @@ from lcbench.cp.base import Scheduled
 from lcbench.grid.build import build_strategy, check_options, with_option
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
+from lcbench.grid.paths import REPOSITORY
 from lcbench.grid.values import parse_tokens
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.testing.dense import dense_heads
@@ -95,6 +96,17 @@ def test_every_framework_can_or_cannot_every_strategy(name: str, cp: str) -> Non
     if isinstance(found, str):
         assert found.startswith(f"{name} cannot run cp={cp} ")
         assert "\n" not in found
+
+
+def test_the_docs_say_which_strategy_is_where() -> None:
+    page = (REPOSITORY / "docs" / "export.md").read_text()
+    rows = [[field.strip(" `") for field in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    head = next(number for number, row in enumerate(rows) if row[0] == "cp")
+    said = {row[0]: row[1:] for row in rows[head + 2 :]}
+    assert set(said) == set(values("cp"))
+    for column, name in enumerate(rows[head][1:]):
+        assert {cp for cp, row in said.items() if row[column] == "yes"} == CAN[name]
+    assert all(f"| `{name}` |" in page and framework(name).CHECKED in page for name in names())
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
