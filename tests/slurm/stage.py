@@ -234,23 +234,21 @@ class Stage:
         """A node dies with all that runs on it; a health check says so (Slurm by itself takes minutes), and it is back later."""
         nodes = self._before_the_end(self.nodes_in_use)
         node = self.random.choice(nodes)
-        state = Path(self.environment["SLURM_CONF"]).parent
-        pids = {*processes("slurmd", "-N", node), *processes(f"slurmstepd: [{self.job_on(node)}.")}
+        pids = {self._daemon(node), *processes(f"slurmstepd: [{self.job_on(node)}.")}
         kill(*(d for pid in pids for d in descendants(pid)))
         update = ["scontrol", "update", f"NodeName={node}"]
         subprocess.run([*update, "State=DOWN", "Reason=dead"], env=self.environment, check=True)
         time.sleep(2)
-        (state / "run" / f"{node}.pid").unlink(missing_ok=True)
         self.restart_daemons()
         subprocess.run([*update, "State=RESUME"], env=self.environment, capture_output=True)  # it may have come back by itself
 
     def kill_slurmctld(self) -> None:
-        kill(*processes("slurmctld -D"))
+        kill(self._daemon("slurmctld"))
         time.sleep(3)
         self.restart_daemons()
 
     def kill_slurmdbd(self) -> None:
-        kill(*processes("slurmdbd -D"))
+        kill(self._daemon("slurmdbd"))
         time.sleep(3)
         self.restart_daemons()
 
@@ -289,8 +287,17 @@ class Stage:
         command = ["sbatch", "-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
         subprocess.run(command, env=self.environment, check=True, capture_output=True)
 
+    @property
+    def cluster(self) -> Path:
+        """The folder of the cluster."""
+        return Path(self.environment["SLURM_CONF"]).parent
+
+    def _daemon(self, name: str) -> int:
+        """Pid of slurmctld, of slurmdbd, or of a node's slurmd; of this cluster, not of another beside it."""
+        return int((self.cluster / "run" / f"{name}.pid").read_text())
+
     def restart_daemons(self) -> None:
-        environment = {**self.environment, "LCBENCH_DEVCLUSTER_DIR": str(Path(self.environment["SLURM_CONF"]).parent)}
+        environment = {**self.environment, "LCBENCH_DEVCLUSTER_DIR": str(self.cluster)}
         subprocess.run([SCRIPT, "start"], env=environment, check=True, capture_output=True)
 
 
