@@ -302,6 +302,7 @@ def _about(frame: pd.DataFrame, environment: Environment) -> list[str]:
     if not len(frame):
         return ["0 cells"]
     ranks, devices = sorted(set(frame["world_size"])), sorted(environment.get("device", ()))
+    devices += [f"{machine} (predicted)" for machine in sorted(environment.get("machine", ()))]
     on = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
     first = [f"{len(frame)} cells on {on} x {' or '.join(devices) or 'devices of which nothing is known yet'}"]
     for column, shown in (("what_kernel", "{}"), ("what_mask", "{}"), ("dtype", "{}"), ("heads", "heads {}")):

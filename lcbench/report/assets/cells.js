@@ -67,7 +67,7 @@ const idOf = cell =>
 function drawCells(table, cells) {
   const columns = cellColumns(cells);
   const rows = cells.map(cell => {
-    const instead = isGood(cell) ? null : {from: columns.findIndex(column => column.name === "time"), text: whyNot(cell)};
+    const instead = isDrawn(cell) ? null : {from: columns.findIndex(column => column.name === "time"), text: whyNot(cell)};
     const row = rowOf(
       columns.map(column => column.of(cell)),
       {id: `c-${cell.id}`, class: "row"},
