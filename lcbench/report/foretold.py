@@ -74,7 +74,7 @@ def said(rows: Sequence[Held]) -> str:
     inside = sum(row.within for row in rows)
     return (
         f"{len(rows)} predictions of {rows[0].phase} held against what was measured: median error {percent(median(errors))}, "
-        f"{MOST_OF:.0%} within {percent(most)}; {inside} of {len(rows)} times lie within their band"
+        f"{100 * MOST_OF:.0f} % within {percent(most)}; {inside} of {len(rows)} times lie within their band"
     )
 
 
