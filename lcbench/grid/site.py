@@ -145,6 +145,13 @@ def _device(value: Any) -> str:
     return str(value)
 
 
+def _file(value: Any) -> str:
+    path = Path(_text(value)).expanduser().absolute()
+    if not path.is_file():
+        raise ValueError("is no file; python -m lcbench.fit writes one")
+    return str(path)
+
+
 def _scale(value: Any) -> str:
     try:
         return str(values.parse_scale(value))
@@ -255,6 +262,7 @@ class LocalSite(_Keys):
     launcher: str  # one that there is: ``checked`` looks
     name: Annotated[str | None, _maybe(_text)] = None
     device: Annotated[str | None, _maybe(_device)] = None
+    fit: Annotated[str | None, _maybe(_file)] = None
     scale: Annotated[str | None, _maybe(_scale)] = None
     budget: Budget | None = None
     max_minutes: Annotated[int | None, _maybe(_whole(LEAST_MINUTES, ": a shorter job is warned of its end at its start"))] = None
