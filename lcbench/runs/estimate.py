@@ -169,7 +169,7 @@ class Estimator:
         like = self.known.get(_values(cell, PACE))
         if like:
             work = flops(cell)
-            return self._like(cell, work, min(like, key=lambda k: abs(k.flops - work)))
+            return self._like(cell, work, min(like, key=lambda k: abs(math.log((k.flops + 1.0) / (work + 1.0)))))
         expected = self.passes.of(cell)
         seconds, error, basis = expected.seconds * self._turns(cell), expected.error, expected.basis
         if ratio := self._ratio(_values(cell, KERNEL)):
@@ -185,9 +185,10 @@ class Estimator:
             ratio = expected.seconds / before.seconds
         else:
             ratio = max(work / nearest.flops if nearest.flops else 1.0, LEAST_SHARE)
-        seconds, longer = ratio * nearest.pass_s, max(cell.problem.seqlen / nearest.cell.problem.seqlen, 1.0)
-        once_s = seconds + nearest.first_s + longer * nearest.check_s
-        return _Pass(seconds, LIKE_ERROR, longer * nearest.prepare_s, once_s, "results of like cells")
+        seconds, longer = ratio * nearest.pass_s, cell.problem.seqlen / nearest.cell.problem.seqlen
+        check_s = max(longer * nearest.check_s, min(nearest.check_s, CELL_S[self._kind]))
+        once_s = seconds + nearest.first_s + check_s
+        return _Pass(seconds, LIKE_ERROR, max(longer, 1.0) * nearest.prepare_s, once_s, "results of like cells")
 
     def _ratio(self, kernel: tuple[Any, ...]) -> float | None:
         """How many times as long as simulated the newest results of a kernel took, the median; None without any."""

@@ -10,7 +10,6 @@ keys and values from the others, and their gradients back, over one rank's link.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,14 +77,14 @@ class Passes:
     predictor: Predictor
     slower: float = 1.0
     allowance: float = ALLOWANCE
-    _simulated: dict[str, dict[int, Expected]] = field(default_factory=lambda: defaultdict(dict))
+    _simulated: dict[str, dict[int, Expected]] = field(default_factory=dict)
     _refused: dict[tuple[str, int], str] = field(default_factory=dict)
     _paces: dict[str, float] = field(default_factory=dict)
 
     def of(self, cell: Cell) -> Expected:
         """What an iteration of a cell would take; each cell's answer depends on what was asked before it, and on nothing else."""
         tokens, shape, work = cell.problem.seqlen, _shape(cell), flops(cell)
-        known = self._simulated[shape]
+        known = self._simulated.setdefault(shape, {})
         reason = self._refused.get((shape, tokens)) or (None if tokens in known else self._simulate(cell, shape, work))
         if tokens in known:
             return _scaled(known[tokens], work, 1.0)
