@@ -86,12 +86,11 @@ class _Pass:
 @dataclass
 class Estimator:
     """Seconds and bytes of cells on a site; ``device`` is the site's ``conf/device`` entry, None for CPU ranks. ``cores``: of all
-    nodes that are one machine, and of a node; what is not known is enough. ``fit``: a file of ``lcbench.fit`` for the device.
+    nodes that are one machine, and of a node; what is not known is enough.
     """
 
     device: dict[str, Any] | None = None
     cores: tuple[float, float] = (math.inf, math.inf)
-    fit: Path | None = None
     known: dict[tuple[Any, ...], list[_Known]] = field(default_factory=lambda: defaultdict(list))
     of_kernel: dict[tuple[Any, ...], list[_Known]] = field(default_factory=lambda: defaultdict(list))
     too_large: dict[tuple[Any, ...], int] = field(default_factory=dict)  # tokens of the shortest that did not fit
@@ -105,7 +104,7 @@ class Estimator:
             device = next((entry_of(devices, gpu["name"]) for gpu in gpus_here() or ()), None)
         node_cores = float(site.get("cpus_per_task") or math.inf)
         cores = (float(os.cpu_count() or math.inf), math.inf) if here else (math.inf, node_cores)
-        made = cls(device, cores, Path(site["fit"]) if site.get("fit") else None)
+        made = cls(device, cores)
         for attempt in itertools.islice(newest_attempts(root), HISTORY):
             with suppress(*BROKEN):  # another version's, or no cell at all
                 if made.is_of_this_device(attempt, devices):
@@ -115,9 +114,9 @@ class Estimator:
     @cached_property
     def passes(self) -> Passes:
         """Raises:
-        ValueError: the fit cannot be read.
+        ValueError: the fit that lcbench has of the machine is none.
         """
-        return passes_on(self.device, self.fit)
+        return passes_on(self.device)
 
     def is_of_this_device(self, attempt: Attempt, devices: list[dict[str, Any]]) -> bool:
         """Whether a result was measured on such a device, or does not say on what."""

@@ -183,7 +183,7 @@ def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: 
     """Packs for these cells; ``queue``: the class that will know their jobs.
 
     Raises:
-        ValueError: a cell names code that neither lcbench nor this user knows, or ``site.fit`` no fit.
+        ValueError: a cell names code that neither lcbench nor this user knows, or the fit of its machine is none.
     """
     if not cells:
         return []

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcbench.grid import own
@@ -44,7 +43,7 @@ ALONE = {
 }
 NOT_OF_SHAPE = ("seqlen", "seed", "measure")
 
-_made: dict[str, Passes] = {}  # by device and fit
+_made: dict[str, Passes] = {}  # by device
 
 
 @dataclass(frozen=True)
@@ -131,22 +130,23 @@ class Passes:
         return self._paces[shape]
 
 
-def passes_on(device: dict[str, Any] | None, fit: Path | None = None) -> Passes:
-    """Iterations on a device, an entry of conf/device or a slice of one (``measure.peak.entry_of``), or on CPU ranks (None).
+def passes_on(device: dict[str, Any] | None) -> Passes:
+    """Iterations on a device, an entry of conf/device or a slice of one (``measure.peak.entry_of``), or on CPU ranks (None), by the
+    fit that lcbench has of the machine.
 
     A device without a machine in conf/machine has the links of the one whose memory is as fast, and its own memory and peak. A
     slice computes as much slower as its peak is lower. What a process has simulated it knows, and it may simulate as much again.
 
     Raises:
-        ValueError: ``fit`` is no fit, or cannot be read.
+        ValueError: the file of that fit is none, or cannot be read.
     """
-    key = json.dumps([device, str(fit)])
-    made = _made[key] if key in _made else _made.setdefault(key, _passes_on(device, fit))
+    key = json.dumps(device)
+    made = _made[key] if key in _made else _made.setdefault(key, _passes_on(device))
     made.allowance = ALLOWANCE
     return made
 
 
-def _passes_on(device: dict[str, Any] | None, fit: Path | None) -> Passes:
+def _passes_on(device: dict[str, Any] | None) -> Passes:
     from lcbench.predict import machines  # with scipy, which commands that plan nothing do without
     from lcbench.predict.predictor import Predictor
 
@@ -162,10 +162,11 @@ def _passes_on(device: dict[str, Any] | None, fit: Path | None) -> Passes:
         near = min(gpus, key=lambda m: (m.device != whole["name"], abs(entries[m.device]["memory_gbytes_per_s"] - speed)))
         own_parts = {"device": whole["name"], "memory_bytes": int(device["memory_bytes"])}
         slower = max(whole["peak_tflops"][dtype] / peak for dtype, peak in device["peak_tflops"].items())
+    fit = machines.fit_of(near.name)
     try:
         predictor = Predictor.of(near.name, fit)
     except (OSError, ValueError) as error:
-        raise ValueError(f"site.fit={fit}: {_why(error)}") from error
+        raise ValueError(f"{fit}: {_why(error)}") from error
     return Passes(replace(predictor, machine=replace(predictor.machine, **own_parts)), slower)
 
 

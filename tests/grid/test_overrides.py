@@ -152,7 +152,7 @@ def test_a_length_is_said_in_one_way() -> None:
         (["hydra.run.dir=x"], ["results=<folder>"]),
         (["hydra.launcher.timeout_min=30"], ["site.max_minutes"]),
         (["+hydra.launcher.partition=x"], ["site.partition"]),
-        (["hydra/launcher=submitit_slurm"], ["hydra/launcher=submitit_slurm", "dry, local, slurm"]),
+        (["hydra/launcher=submitit_slurm"], ["hydra/launcher=submitit_slurm", "dry, local, simulate, slurm"]),
         (["hydra/sweeper=basic"], ["sweeper of its own"]),
         (["hydra.job.name=x"], ["sweep=<name>"]),
         (["~measure.timeline"], ["~measure.timeline", "measure.timeline=<value>"]),

@@ -18,6 +18,7 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.paths import CONF
 from lcbench.measure.peak import entry_of
+from lcbench.predict import machines
 from lcbench.predict.predictor import Prediction, Predictor
 from lcbench.problem import Scale
 from lcbench.runs import passes as passes_module
@@ -227,13 +228,14 @@ def test_a_slice_is_slower_and_a_device_without_links_of_its_own_has_its_neighbo
     assert passes_on(DEVICES["a100_pcie"]).predictor.machine.name == "a100"
 
 
-def test_a_fit_that_is_none_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "some.json"
-    file.write_text("{}")
-    site = {"device": "h100", "fit": str(file)}
-    for name in (str(file), str(tmp_path / "none.json")):
-        with pytest.raises(ValueError, match=f"site.fit={name}: ") as refused:
-            Estimator.of(tmp_path, {**site, "fit": name}, known_devices()).seconds(cell())
+def test_a_fit_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes_module, "_made", {})
+    file = tmp_path / "h100.fit.json"
+    monkeypatch.setattr(machines, "fit_of", lambda name: file)
+    for content in ("{}", "no JSON"):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=f"{file}: ") as refused:
+            Estimator(DEVICES["h100"]).seconds(cell())
         assert "\n" not in str(refused.value)
 
 

@@ -137,8 +137,11 @@ class PackLauncher(Launcher):
     def _say_cost(self, packs: list[Pack]) -> None:
         self.say(str(Cost.of(packs, here=self.here)))
 
-    def finish(self, sweep: Sweep, report: list[str], tracking_uri: str | None) -> int:
-        """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1."""
+    def finish(self, sweep: Sweep, report: list[str], tracking_uri: str | None, *, predicted: bool = False) -> int:
+        """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1.
+
+        ``predicted``: the table is of predictions, whatever was measured.
+        """
         from lcbench.report.causes import again, by_node
         from lcbench.report.inert import printable
         from lcbench.report.publishing import publish_sweep
@@ -147,28 +150,30 @@ class PackLauncher(Launcher):
         from lcbench.runs.tracking import dashboard_hint, failures_url, publish_or_say
 
         standing = settled(Watch(sweep), as_mine=True)
+        seen = standing.seen.foretold() if predicted else standing.seen
         publish_or_say(sweep, tracking_uri, publish_sweep)
         if self.output == "table":
-            self.console.print(cells_table(standing.seen, sweep.name, report))
-            if (said := summary(sweep, standing.seen, report)) is not None:
+            self.console.print(cells_table(seen, sweep.name, report, predicted=predicted))
+            if (said := summary(sweep, seen, report, predicted=predicted)) is not None:
                 self.console.print()
                 self.console.print(said)
         for damaged in standing.seen.damaged:
             print(printable(str(damaged)), file=sys.stderr)
-        failed = [c.id for c in standing.cells if c.id in set(report) and c.state not in ("ok", "skipped", "running", "pending")]
+        fine = ("ok", "skipped", "running", "pending")
+        failed = [] if predicted else [c.id for c in standing.cells if c.id in set(report) and c.state not in fine]
         self.say(f"status:     {sweep.command('status')}")
         if failed:
             suspects = by_node(unwell_of(standing.cells), sweep)
             for suspect in suspects:
                 self.say(suspect.says)
             self.say(f"run the {len(failed)} failed again:  {again(sweep, [suspect.node for suspect in suspects])}")
-        self.say(f"report:     {sweep.command('report')}")
+        self.say(f"report:     {sweep.command('report', *(['--predicted'] if predicted else []))}")
         if tracking_uri:
             ours = tracking_uri == default_tracking_uri() and not INSTALLED  # a wheel has no Makefile
             self.say(f"dashboard:  {dashboard_hint(sweep, tracking_uri, ours=ours)}")
             if failures := failures_url(sweep, tracking_uri):
                 self.say(f"failures:   {failures}")
-        self._answer(sweep, cells=to_rows(standing.seen, report))
+        self._answer(sweep, cells=to_rows(seen, report))
         for line in standing.held_words():
             print(line, file=sys.stderr)
         return SOME_FAILED if failed or standing.held else OK
