@@ -10,10 +10,11 @@ import numpy as np
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
-from lcbench.schedule.layout import Layout, contiguous, striped, zigzag
+from lcbench.schedule.layout import Layout, contiguous, documents, striped, zigzag, zigzag_documents
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows
 
-Order = Literal["auto", "zigzag", "striped", "contiguous"]
+Order = Literal["auto", "zigzag", "striped", "contiguous", "documents"]
+DOCUMENTS = "documents"  # zigzag, of every document by itself
 ORDERS = {"zigzag": zigzag, "striped": striped, "contiguous": contiguous}
 
 # -- options and refusals ------------------------------------------------------------------------------------------------
@@ -27,7 +28,7 @@ def check_choice(option: str, value: object, accepted: Collection[str]) -> None:
 
 def check_order(order: str) -> None:
     """Raises ValueError unless ``deal`` knows the order."""
-    check_choice("layout", order, ("auto", *ORDERS))
+    check_choice("layout", order, ("auto", *ORDERS, DOCUMENTS))
 
 
 def check_count(option: str, value: object) -> None:
@@ -70,6 +71,8 @@ def refused_grid(problem: Problem, degree: int) -> str | None:
 
 def deal(mask: Mask, seqlen: int, shards: int, order: Order) -> Layout:
     """The layout that ``order`` names; ``auto``: zigzag or contiguous, whichever balances the mask better by exact area."""
+    if order == DOCUMENTS:
+        return zigzag_documents(documents(mask)[0], shards)
     if order != "auto":
         return ORDERS[order](seqlen, shards)
     plain, balanced = contiguous(seqlen, shards), zigzag(seqlen, shards)

@@ -8,7 +8,7 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from lcbench.masks.band import BandMask, Ints, TokenSpan
+from lcbench.masks.band import BandMask, Ints, TokenSpan, spread
 from lcbench.masks.convert import block_areas
 from lcbench.masks.mask import Mask
 
@@ -84,6 +84,46 @@ def zigzag(seqlen: int, shards: int) -> Layout:
 def striped(seqlen: int, shards: int) -> Layout:
     """Shard i owns every n-th token from i on (Striped Attention, arXiv 2311.09431)."""
     return Layout(tuple((TokenSpan(i, max(0, -((i - seqlen) // shards)), shards),) for i in range(shards)))
+
+
+def zigzag_documents(bounds: Ints, shards: int) -> Layout:
+    """Every document ``bounds[i]:bounds[i+1]`` in 2n chunks, of which shard i owns chunks i and 2n-1-i: so every shard has the same
+    share of every document, causal or not.
+
+    The tokens that are left over where 2n does not divide a document go to one shard after the other, so shards are of one size
+    wherever n divides the sequence.
+    """
+    count = 2 * shards
+    lengths = np.diff(bounds)
+    left = lengths % count
+    first = np.cumsum(left) - left  # of the shards' turns to take one
+    turn, number = spread(np.zeros_like(left), left)[::-1]
+    shard, again = (first[number] + turn) % shards, turn >= shards
+    sizes = np.repeat((lengths // count)[:, None], count, axis=1)
+    np.add.at(sizes, (number, np.where(again, count - 1 - shard, shard)), 1)
+    starts = bounds[:-1, None] + np.cumsum(sizes, axis=1) - sizes
+    return Layout(tuple(
+        tuple(TokenSpan(start, size) for start, size in zip(starts[:, [i, count - 1 - i]].ravel().tolist(),
+                                                            sizes[:, [i, count - 1 - i]].ravel().tolist(), strict=True) if size)
+        or (TokenSpan(0, 0),)
+        for i in range(shards)
+    ))  # fmt: skip
+
+
+def documents(mask: Mask) -> tuple[Ints, Ints]:
+    """Bounds of the stretches of tokens that no pair connects, (documents + 1,), and the pairs in each."""
+    if not isinstance(mask, BandMask):
+        return np.array([0, mask.num_q]), np.array([0])  # one document, whose blocks need not be drawn to know it
+    q0, q1, k0, k1, _, _ = mask.bands.T
+    begin, end = np.minimum(q0, k0), np.maximum(q1, k1)
+    order = np.argsort(begin)
+    begin, reach = begin[order], np.maximum.accumulate(np.concatenate([[0], end[order]]))
+    starts = begin[begin >= reach[:-1]]  # nothing before reaches this far
+    ends = np.append(reach[:-1][begin >= reach[:-1]][1:], reach[-1])
+    bounds = np.unique(np.concatenate([[0, mask.num_q], starts, ends]))
+    work = np.zeros(len(bounds) - 1, dtype=np.int64)
+    np.add.at(work, np.searchsorted(bounds, np.minimum(q0, k0), side="right") - 1, mask.areas)
+    return bounds, work
 
 
 def _cuts(length: int, parts: int) -> list[int]:

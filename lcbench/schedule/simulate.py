@@ -18,7 +18,6 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import Traffic, Transfer, traffic
 from lcbench.schedule.lowering import Collective, Operation, collectives
-from lcbench.schedule.machine import Collective as CollectiveCost
 from lcbench.schedule.machine import Floats, KernelModel, Link, Machine
 from lcbench.schedule.payload import element_bytes
 from lcbench.schedule.program import Program
@@ -90,6 +89,52 @@ class Modelled:
     copied_bytes: float = 0.0
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What does not depend on the machine: worked out once, played as often as a fit wants.
+
+    Attributes:
+        found: the collective of each transfer of ``moves``, or None.
+        operations: what goes by collectives.
+    """
+
+    modelled: Modelled
+    moves: Traffic
+    found: list[Collective | None]
+    tiling: Tiling
+    operations: tuple[Operation, ...]
+
+    def without_messages(self) -> Prepared:
+        """The same with nothing that is sent, as it is timed to see what of the communication is hidden."""
+        return replace(self, moves=replace(self.moves, transfers=()), found=[])
+
+    def without_kernels(self) -> Prepared:
+        """The same with messages alone."""
+        tiles = self.tiling.tiles
+        return replace(self, tiling=replace(self.tiling, tiles=replace(tiles, pairs=np.zeros(len(tiles)))))
+
+
+def prepare(modelled: Modelled, operations: tuple[Operation, ...] = ()) -> Prepared:
+    schedule, problem = modelled.schedule, modelled.problem
+    moves = traffic(schedule, backward=problem.backward)
+    found = collectives(schedule, moves, problem, operations)
+    return Prepared(modelled, moves, found, tiling(schedule, modelled.mask), operations)
+
+
+def play(prepared: Prepared, machine: Machine, model: KernelModel, *, memory: bool = True) -> Simulated:
+    """Play one iteration of what was prepared; ``memory``: whether buffers are worked out, which takes longer than the play."""
+    modelled, moves = prepared.modelled, prepared.moves
+    clocks = _Play(modelled, machine, moves, _work(prepared, machine, model))
+    by_begin: dict[int, list[tuple[Transfer, Collective | None]]] = defaultdict(list)
+    for transfer, collective in zip(moves.transfers, prepared.found, strict=True):
+        by_begin[transfer.begin].append((transfer, collective))
+    for time in range(2 * moves.steps + 1 if modelled.problem.backward else moves.steps):
+        clocks.step(time, by_begin.get(time, []))
+    times = clocks.times()
+    buffers, peak = _memory(modelled, moves, clocks.work, prepared.operations) if memory else (0, 0)
+    return Simulated(clocks.phases(times), times, buffers, peak)
+
+
 def simulate(
     modelled: Modelled, machine: Machine, model: KernelModel, *, operations: tuple[Operation, ...] = (), memory: bool = True
 ) -> Simulated:
@@ -99,18 +144,7 @@ def simulate(
         operations: what goes by collectives.
         memory: whether buffers are worked out, which takes longer than the play.
     """
-    schedule, problem = modelled.schedule, modelled.problem
-    moves = traffic(schedule, backward=problem.backward)
-    found = collectives(schedule, moves, problem, operations)
-    play = _Play(modelled, machine, moves, _work(modelled, machine, model, moves))
-    by_begin: dict[int, list[tuple[Transfer, Collective | None]]] = defaultdict(list)
-    for transfer, collective in zip(moves.transfers, found, strict=True):
-        by_begin[transfer.begin].append((transfer, collective))
-    for time in range(2 * moves.steps + 1 if problem.backward else moves.steps):
-        play.step(time, by_begin.get(time, []))
-    times = play.times()
-    buffers, peak = _memory(modelled, moves, play.work, operations) if memory else (0, 0)
-    return Simulated(play.phases(times), times, buffers, peak)
+    return play(prepare(modelled, operations), machine, model, memory=memory)
 
 
 @dataclass(frozen=True)
@@ -123,8 +157,9 @@ class _Work:
     tiling: Tiling
 
 
-def _work(modelled: Modelled, machine: Machine, model: KernelModel, moves: Traffic) -> _Work:
-    problem, made = modelled.problem, tiling(modelled.schedule, modelled.mask)
+def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
+    modelled, moves, made = prepared.modelled, prepared.moves, prepared.tiling
+    problem = modelled.problem
     times = 2 * moves.steps + 1 if problem.backward else moves.steps
     shape = (times, modelled.schedule.world_size)
     compute, besides, launches = (np.zeros(shape) for _ in range(3))
@@ -219,28 +254,15 @@ class _Play:
     def _collective(self, transfer: Transfer, collective: Collective, ready: Floats) -> None:
         per_node = self._modelled.problem.scale.gpus_per_node
         stream = self._streams[transfer.channel]
-        how = self._machine.collectives.get(collective.operation, CollectiveCost())
         for members in collective.sets:
             ranks = np.array(members)
             begin = float(np.maximum(ready[ranks], stream[ranks]).max())
             nodes = np.unique(ranks // per_node, return_counts=True)[1]
-            end = begin + self._collective_s(collective, len(ranks), int(nodes.max()), how)
+            end = begin + self._machine.collective_s(collective.operation, collective.block, len(ranks), int(nodes.max()))
             np.maximum.at(self._arrivals[transfer.end], ranks, end)
             np.maximum.at(stream, ranks, end)
         to = transfer.rows[:, MoveColumn.TARGET]
         self._note_unpacked(transfer, to, transfer.bytes(self._modelled.schedule, self._modelled.problem).astype(np.float64))
-
-    def _collective_s(self, collective: Collective, ranks: int, together: int, how: CollectiveCost) -> float:
-        """Seconds of a collective of a set, ``together`` of whose ranks are in one node at most."""
-        inside, across, block = self._machine.inside, self._machine.across, float(collective.block)
-        outside = ranks - together
-        if collective.operation == "all_to_all":
-            bound = max(block * (together - 1) / inside.bytes_per_s, block * outside / across.bytes_per_s)
-        else:  # a ring through all nodes: each node's bytes come once, over the network links of all its ranks
-            within = inside.bytes_per_s if together > 1 else np.inf
-            bound = block * (ranks - 1) / min(within, together * across.bytes_per_s if outside else np.inf)
-        latency = how.latency_s * ranks + (across if outside else inside).latency_s
-        return latency + float(bound) / how.efficiency
 
     def _note_unpacked(self, transfer: Transfer, to: Ints, size: Floats) -> None:
         """What is merged or added where it arrives reads it, and reads and writes what it is added to."""
