@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -173,11 +174,11 @@ def answers(outcomes: Sequence[Outcome], candidates: Sequence[Candidate], good: 
 def _answer(outcome: Outcome, group: Sequence[Candidate], measured: Mapping[str, Split]) -> Answer:
     names = Names.of(c.cell for c in group)
     why = _why(outcome, group, measured)
-    return Answer(outcome, names, _race_table(outcome, group, names), list(_sentences(outcome, group, names, why)), why)
+    return Answer(outcome, names, _race_table(outcome, group, names), _sentences(outcome, names, why), why)
 
 
 def _race_table(outcome: Outcome, group: Sequence[Candidate], names: Names) -> Fitted:
-    """Who raced, the fastest first: measured times, and beside them what was predicted."""
+    """Who was measured, or failed, the fastest first: measured times, and beside them what was predicted."""
     predicted = {c.cell.id: c.prediction for c in group}
     table = Fitted(names.title("measured"), [
         Column("choice", folds=True, wanted=28), Column("ms,\nmeasured", right=True), Column("vs best", right=True),
@@ -185,37 +186,40 @@ def _race_table(outcome: Outcome, group: Sequence[Candidate], names: Names) -> F
     ])  # fmt: skip
     timed = {r.name: timing.value for r in outcome.runners if (timing := r.timing)}
     best = timed.get(outcome.winner, 0.0)
-    last = {"running": "" if outcome.end == "decided" else "not told apart from the fastest"}
-    for r in sorted(outcome.runners, key=lambda r: (r.name != outcome.winner, timed.get(r.name, float("inf")))):
+    entered = [r for r in outcome.runners if r.laps or r.state == "failed"]
+    for r in sorted(entered, key=lambda r: (r.name != outcome.winner, timed.get(r.name, math.inf))):
         found, seconds = predicted[r.name], timed.get(r.name)
-        state = "fastest" if r.name == outcome.winner else last.get(r.state, f"{r.state}: {_named(r.why, names)}")
+        state = f"{r.state}: {_named(r.why, names)}" if r.why else "may be as fast"
         table.add(
             names.what[r.name], digits(1e3 * seconds) if seconds else "-",
             "-" if not seconds or not best else times(1.0) if r.name == outcome.winner else more(seconds / best),
-            str(len(blocks_of(r))), digits(1e3 * found.seconds) if found else "-", state,
+            str(len(blocks_of(r))), digits(1e3 * found.seconds) if found else "-",
+            "fastest" if r.name == outcome.winner else state,
         )  # fmt: skip
     return table
 
 
-def _sentences(outcome: Outcome, group: Sequence[Candidate], names: Names, why: str) -> list[str]:
+def _sentences(outcome: Outcome, names: Names, why: str) -> list[str]:
     if outcome.seconds is None:
         return [f"no choice ran for {names.same}; the table says why"]
-    winner = f"fastest for {names.same}: {names.what[outcome.winner]}, {_interval(outcome.seconds)}"
+    rivals = [names.what[r.name] for r in outcome.open]
+    so_far = " so far" if rivals and outcome.end != "equal" else ""
+    winner = f"fastest{so_far} for {names.same}: {names.what[outcome.winner]}, {_interval(outcome.seconds)}"
     if outcome.margin is None:
-        return [f"{winner}; nothing else was measured"]
-    lines = [f"{winner}; {names.what[outcome.next]} is slower by {_margin(outcome.margin)}: {_verdict(outcome, names)}"]
-    open_ = [r for r in outcome.runners if r.name != outcome.winner and r.state == "running"]
-    behind = [r for r in outcome.runners if r.state == "left behind"]
-    rivals = _listed([names.what[r.name] for r in [*open_, *behind]])
-    if outcome.end == "budget" or behind:
-        lines.append(f"not decided: the budget ended before the fastest was told apart from {rivals}; a larger budget= goes on")
-    elif outcome.end == "equal":
-        lines.append(
-            f"decided as far as it matters: {rivals} differ from it by less than {CLOSE:.0%} for sure; take the simpler one"
-        )
-    elif outcome.end == "rounds":
-        lines.append(f"not decided after {max(len(r.laps) for r in outcome.runners)} rounds: {rivals} may be as fast")
-    return [*lines, f"what decided: {why}"]
+        return [f"{winner}; nothing else was measured", *_undecided(outcome, rivals)]
+    margin = f"{names.what[outcome.next]} is slower by {_margin(outcome.margin)}: {_verdict(outcome, names)}"
+    return [f"{winner}; {margin}", *_undecided(outcome, rivals), f"what decided: {why}"]
+
+
+def _undecided(outcome: Outcome, rivals: Sequence[str]) -> list[str]:
+    """That it is not decided, and why, in a line; nothing where it is."""
+    if not rivals:
+        return []
+    if outcome.end == "equal":
+        return [f"decided as far as it matters: less than {CLOSE:.0%} to {_listed(rivals)}; take the simplest of them"]
+    if any(r.state == "left behind" for r in outcome.open) or outcome.end == "budget":
+        return [f"not decided: the budget ended before it was told apart from {_listed(rivals)}; a larger budget= goes on"]
+    return [f"not decided after {max(len(r.laps) for r in outcome.runners)} rounds: {_listed(rivals)} may be as fast"]
 
 
 def _why(outcome: Outcome, group: Sequence[Candidate], measured: Mapping[str, Split]) -> str:

@@ -128,8 +128,13 @@ class Outcome:
     p: float = 1.0
 
     @property
+    def open(self) -> list[Runner]:
+        """Who may yet be as fast: neither dropped nor failed."""
+        return [r for r in self.runners if r.name != self.winner and r.state in ("running", "left behind")]
+
+    @property
     def clear(self) -> bool:
-        """As a report would call it: more than the noise, and more than days differ by."""
+        """Of what was measured, as a report would call it: ahead by more than the noise, and more than days differ by."""
         return self.margin is not None and self.p <= LEVEL and self.margin.value >= 1 + CLOSE
 
 
@@ -185,8 +190,8 @@ class Race:
         return [runner for runner in self.runners[key] if runner.state == "running"] if key not in self.ends else []
 
     def _first(self) -> list[Runner]:
-        """Of those that wait, as many as half of the budget measures once, the likeliest of every problem first; at the start two of
-        each at least.
+        """Of those that wait, as many as half of the budget measures once, the likeliest of every problem first; at the start two
+        of each at least.
         """
         places = max(len(runners) for runners in self.runners.values())
         every = [runners[place] for place in range(places) for runners in self.runners.values() if place < len(runners)]

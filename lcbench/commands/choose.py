@@ -9,30 +9,38 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from rich.console import Console
+
 from lcbench.advice.answers import answers, predicted_table, reasons, to_rows
+from lcbench.advice.front import pareto_figure
 from lcbench.advice.measuring import NothingMeasured, Rounds
 from lcbench.advice.racing import Budget, Outcome, Race
 from lcbench.advice.ranking import MAY_WIN, Candidate, by_problem, rank
+from lcbench.advice.sizing import GIB, Limits, break_even_table, break_evens, ladder, predicted_s, scales_table, smallest
 from lcbench.commands.arguments import add_plan_arguments, command_parser
 from lcbench.commands.launchers import launcher_named
 from lcbench.commands.sweep import with_site
 from lcbench.grid import build
+from lcbench.grid.axes import PROBLEM
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import loader_of
 from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Plan, expand
 from lcbench.grid.overrides import key_of
 from lcbench.grid.site import runs_here
+from lcbench.grid.values import parse_number
 from lcbench.measure.gpus import gpus_here
 from lcbench.measure.peak import entry_of
 from lcbench.predict.machines import known
 from lcbench.predict.predictor import Predictor
 from lcbench.redact import redacted, secrets_of
+from lcbench.report.amounts import duration
 from lcbench.report.ending import INTERRUPTED, OK, REFUSED, SOME_FAILED, bad_input
 from lcbench.report.fitted import console
 from lcbench.runs.budget import Cost
@@ -52,25 +60,76 @@ EXPERIMENT = "race"
 def main(arguments: list[str]) -> int:
     parser = command_parser("choose", __doc__, EXAMPLES)
     add_plan_arguments(parser, "scale=... heads=... mask=... seqlen=..., and machine=..., budget=...")
-    parser.add_argument(
-        "--fit", type=Path, metavar="FILE", help="what python -m lcbench.fit wrote; without it predictions are guesses"
-    )
+    parser.add_argument("--fit", type=Path, metavar="FILE", help="of python -m lcbench.fit; without it predictions are guesses")
     parser.add_argument("--predict-only", action="store_true", help="stop after the prediction; nothing is measured")
+    parser.add_argument(
+        "--max-ms", metavar="MS", help="find the smallest scale where an iteration takes no longer, in 95 %% of cases"
+    )
+    parser.add_argument("--max-gib", metavar="GIB", help="find the smallest scale where a GPU needs no more memory")
+    parser.add_argument("--break-even", action="store_true", help="from which length on each strategy beats none, and the next")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw time, memory and GPUs of all scales, as PNG and PDF")
     options = parser.parse_args(arguments)
     with bad_input():
+        limits = _limits(options)
         asked = _asked(options)
         refuse = _missing_here if asked.measures and runs_here(asked.plan.launcher) else lambda cell: None
-        candidates = rank(asked.plan.cells, asked.predictor, refuse)
-    terminal = console(stderr=asked.output == "json", quiet=asked.output == "quiet")
-    for group in by_problem(candidates).values():
-        terminal.print(predicted_table(group, asked.predictor))
-        for line in reasons(group):
-            terminal.print(line, markup=False, soft_wrap=True, style="dim")
-    if not asked.measures:
-        if asked.output == "json":
-            print(json.dumps({"candidates": to_rows(candidates)}, indent=1))
-        return OK if any(c.fate in MAY_WIN for c in candidates) else SOME_FAILED
-    return _Choosing(asked, candidates).run()
+        sizes = _scales(asked, limits, refuse) if str(limits) or options.figures else []
+        chosen = smallest(sizes, limits) if str(limits) else None
+        if str(limits):
+            candidates = [c for c in sizes if chosen is not None and c.cell.scale == chosen.cell.scale]
+        else:
+            candidates = rank(asked.plan.cells, asked.predictor, refuse)
+    asked.show(candidates)
+    if sizes:
+        asked.terminal.print(scales_table(sizes, limits))
+    if options.figures:
+        drawn = pareto_figure(sizes, asked.predictor).save(options.figures)
+        asked.say(f"figure: {', '.join(map(str, drawn))}")
+    if options.break_even:
+        found = list(break_evens(candidates, asked.none, asked.predictor))
+        asked.terminal.print(break_even_table(found))
+    if str(limits):
+        asked.say(_size_said(chosen, limits))
+    if asked.measures and candidates:
+        return _Choosing(asked, candidates).run()
+    if asked.output == "json":
+        said = {"scale": str(chosen.cell.scale) if chosen else None} if str(limits) else {}
+        print(json.dumps({**said, "candidates": to_rows(sizes or candidates)}, indent=1))
+    return OK if any(c.fate in MAY_WIN for c in candidates) else SOME_FAILED
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    """Raises:
+    ValueError: a limit that is no number above 0.
+    """
+    ms, gib = (None if text is None else parse_number(text, name) for text, name in (
+        (options.max_ms, "--max-ms"), (options.max_gib, "--max-gib"),
+    ))  # fmt: skip
+    return Limits(None if ms is None else ms / 1e3, None if gib is None else gib * GIB)
+
+
+def _scales(asked: Asked, limits: Limits, refuse: Callable[[Cell], str | None]) -> list[Candidate]:
+    """Candidates at the scales that were asked for, or, of one scale, from one GPU on until one holds the limits."""
+    given = list(dict.fromkeys(p.cell.scale for p in asked.plan.cells))
+    if len({json.dumps([p.cell.config[a] for a in PROBLEM if a in p.cell.config and a != "scale"]) for p in asked.plan.cells}) > 1:
+        raise ValueError("limits and figures are of one problem: write one mask, one length and one value of every other axis")
+    found: list[Candidate] = []
+    for scale in sorted(given, key=lambda s: s.world_size) if len(given) > 1 else ladder(given[0].gpus_per_node):
+        lines = [*(line for line in asked.plan.overrides if key_of(line) != "scale"), f"scale={scale}"]
+        found += rank(expand(lines, asked.loader).cells, asked.predictor, refuse)
+        if len(given) == 1 and (scale.world_size >= given[0].world_size if not str(limits) else smallest(found, limits)):
+            break
+    return found
+
+
+def _size_said(chosen: Candidate | None, limits: Limits) -> str:
+    if chosen is None or chosen.prediction is None:
+        return f"no scale that was looked at holds {limits} with 95 % confidence, by prediction"
+    (low, high), words = chosen.prediction.interval, chosen.cell.words
+    return (
+        f"smallest scale that holds {limits} with 95 % confidence, by prediction: {words['scale']}, with {words['cp']} "
+        f"{words['kernel']} ({duration(predicted_s(chosen))} predicted, 95 %: {duration(low)} to {duration(high)})"
+    )
 
 
 @dataclass(frozen=True)
@@ -89,6 +148,30 @@ class Asked:
     @property
     def output(self) -> str:
         return str(self.plan.options["output"])
+
+    @property
+    def loader(self) -> ConfigLoaderImpl:
+        return loader_of(str(self.folders[0]) if self.folders else None)
+
+    @property
+    def none(self) -> dict[str, Any]:
+        """The config of cp=none."""
+        config: dict[str, Any] = expand(["cp=none", "scale=1x1"], self.loader).cells[0].cell.config["cp"]
+        return config
+
+    @property
+    def terminal(self) -> Console:
+        return console(stderr=self.output == "json", quiet=self.output == "quiet")
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.terminal.print(text, markup=False, soft_wrap=True, style=style)
+
+    def show(self, candidates: Sequence[Candidate]) -> None:
+        """What is predicted of them, problem by problem."""
+        for group in by_problem(candidates).values():
+            self.terminal.print(predicted_table(group, self.predictor))
+            for line in reasons(group):
+                self.say(line, "dim")
 
 
 def _asked(options: argparse.Namespace) -> Asked:
@@ -169,7 +252,6 @@ class _Choosing:
             launcher.output = self.asked.output
             sweep, settings = sweep_of(self.asked.plan), settings_of(self.asked.plan)
             self._check_cost(sweep, launcher, settings)
-        self.terminal = console(stderr=launcher.output == "json", quiet=launcher.output == "quiet")
         if not launcher.measures:
             return launcher.launch_cells(
                 sweep, lambda: Todo(list(self.cells.values())), settings=settings, wait=True, report=list(self.cells)
@@ -190,9 +272,9 @@ class _Choosing:
 
     def _race(self, sweep: Sweep, launcher: Launches, settings: Settings) -> int:
         source = Rounds(sweep, launcher, settings, self.budget, self.cells)
-        self._say(f"sweep {sweep.name}: {len(self.cells)} choices may win, budget {self.budget.said(self.budget.seconds)}")
+        self.asked.say(f"sweep {sweep.name}: {len(self.cells)} choices may win, budget {self.budget.said(self.budget.seconds)}")
         if source.reused:
-            self._say(f"{source.reused} of their results were measured before, and count")
+            self.asked.say(f"{source.reused} of their results were measured before, and count")
         sweep.check_writable(list(self.cells))
         secret = secrets_of(settings.site.get("env")).values()
         command = ["choose", *(redacted(o, secret) for o in self.asked.plan.overrides), f"budget={self.budget.text}"]
@@ -226,7 +308,7 @@ class _Choosing:
             raise ValueError(f"budget={self.budget.text}: {error}") from error
 
     def _tell(self, number: int, names: Sequence[str], expected: float, spent: float) -> None:
-        self._say(
+        self.asked.say(
             f"round {number}: {len(names)} choices, estimated {self.budget.said(expected)}; spent {self.budget.said(spent)} of "
             f"{self.budget.said(self.budget.seconds)}"
         )
@@ -239,18 +321,15 @@ class _Choosing:
         publish_or_say(sweep, settings.tracking_uri, publish_sweep)
         found = answers(outcomes, self.candidates, good_rows(reported(sweep)))
         for answer in found:
-            self.terminal.print(answer.table)
+            self.asked.terminal.print(answer.table)
             for line in answer.lines:
-                self._say(line)
-        self._say(f"spent {self.budget.said(race.spent)} of {self.budget.said(self.budget.seconds)}")
-        self._say(f"status:     {sweep.command('status')}")
-        self._say(f"report:     {sweep.command('report')}")
+                self.asked.say(line)
+        self.asked.say(f"spent {self.budget.said(race.spent)} of {self.budget.said(self.budget.seconds)}")
+        self.asked.say(f"status:     {sweep.command('status')}")
+        self.asked.say(f"report:     {sweep.command('report')}")
         if self.asked.output == "quiet":
             print(sweep.name)
         if self.asked.output == "json":
             more: dict[str, Any] = {"sweep": sweep.name, "results": str(sweep.root), "spent": race.spent}
             print(json.dumps({**more, "answers": [a.as_dict() for a in found], "candidates": to_rows(self.candidates)}, indent=1))
         return OK if all(outcome.winner for outcome in outcomes) else SOME_FAILED
-
-    def _say(self, text: str) -> None:
-        self.terminal.print(text, markup=False, soft_wrap=True)
