@@ -56,7 +56,9 @@ def _marks(axis: Axes, candidates: Sequence[Candidate], of: Callable[[Candidate]
             [c.cell.scale.world_size for c in own], [of(c) for c in own],
             linestyle="none", marker=MARKERS[look.marker], markerfacecolor="none", markeredgecolor=look.color,
         )[0]  # fmt: skip
+    scales = sorted({c.cell.scale.world_size for c in candidates})
     axis.set_xscale("log", base=2)
+    axis.set_xticks(scales, list(map(str, scales)), fontsize=8)
     axis.set_yscale("log")
     axis.set_xlabel("GPUs", fontsize=8)
     axis.set_ylabel(label, fontsize=8)

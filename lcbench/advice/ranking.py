@@ -21,6 +21,7 @@ from lcbench.kernels.base import Platform
 from lcbench.predict.predictor import CannotPredict, Prediction, Predictor
 from lcbench.problem import Problem
 from lcbench.report.amounts import size, times
+from lcbench.runs.budget import alone
 
 Fate = Literal["may win", "cannot win", "does not fit", "cannot run", "no prediction"]
 MAY_WIN: tuple[Fate, ...] = ("may win", "no prediction")
@@ -75,7 +76,7 @@ def rank(
     strategies = {json.dumps(p.cell.config["cp"]): build.build_strategy(p.cell.config["cp"]) for p in cells}
     found = [_candidate(p, predictor, platform, refuse) for p in cells]
     ranked: list[Candidate] = []
-    for group in by_problem(found).values():
+    for group in by_problem(map(_parallel, found)).values():
         ranked += sorted(_pruned(_kernels_once(group, strategies), predictor.machine.memory_bytes), key=_place)
     return ranked
 
@@ -90,6 +91,14 @@ def _candidate(planned: Planned, predictor: Predictor, platform: Platform, refus
         return Candidate(cell, predictor.predict(cell), "may win")
     except CannotPredict as error:
         return Candidate(cell, None, "no prediction", str(error))
+
+
+def _parallel(candidate: Candidate) -> Candidate:
+    """Not a strategy on one rank, where it is no other than none at all."""
+    if candidate.fate not in MAY_WIN or not alone(candidate.cell):
+        return candidate
+    name = candidate.cell.config["cp"]["name"]
+    return replace(candidate, fate="cannot run", why=f"cp {name}: has nothing to do on one rank; cp=none is the same there")
 
 
 def _kernels_once(group: Sequence[Candidate], strategies: Mapping[str, Strategy]) -> list[Candidate]:

@@ -33,7 +33,7 @@ def predicted_split(prediction: Prediction) -> Split:
     phases = prediction.phases.values()
     found = {
         "computing": sum(p.compute_s for p in phases),
-        "imbalance": sum(p.imbalance_s for p in phases),
+        "imbalance": sum(max(0.0, p.imbalance_s) for p in phases),  # rounding may leave less
         "exposed communication": sum(p.exposed_s for p in phases),
     }
     # A rank that waits for the busiest one counts its waiting as exposed: what is counted twice is not communication.
