@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lcbench.cp.base import Place, RankRun, Strategy
 from lcbench.cp.ring import Ring
@@ -87,6 +87,8 @@ def grid(groups: Groups, ranks: int, degree: int) -> list[dist.ProcessGroup]:
 
 class LibraryStrategy(Strategy):
     """A strategy of another library, run by that library and checked like ours: for comparison."""
+
+    own_kernel: ClassVar[bool] = True
 
     @abstractmethod
     def layout(self, problem: Problem) -> Layout:
