@@ -122,8 +122,10 @@ class Side:
         if (stride > 1).any():
             every = np.unique(np.stack([start, size, stride], axis=1), axis=0)
             code = {row: i for i, row in enumerate(map(tuple, every.tolist()))}
-            first = np.array([code[row] for row in zip(start.tolist(), size.tolist(), stride.tolist(), strict=True)], dtype=np.int64)
-            return cls(place, *every.T, first, first + 1, runs, True, np.ones(len(every), dtype=bool))
+            first = np.array(
+                [code[row] for row in zip(start.tolist(), size.tolist(), stride.tolist(), strict=True)], dtype=np.int64
+            )
+            return cls(place, every[:, 0], every[:, 1], every[:, 2], first, first + 1, runs, True, np.ones(len(every), dtype=bool))
         edges = np.unique(np.concatenate([start, start + size]))
         first, last = np.searchsorted(edges, start), np.searchsorted(edges, start + size)
         joined = np.zeros(len(edges) + 1, dtype=np.int64)
