@@ -1,8 +1,8 @@
 """Fit a machine to measured times: ``python -m lcbench.fit shipped --machine h100 --gpus 8 --out h100.fit.json``.
 
 Takes files (tables of calls, tables of published rows, what ``make gpu-check`` writes; docs/predicting.md), sweeps by their names,
-and ``shipped``: the tables that come with lcbench. Prints how far the fit is from what it was fitted on, and how far predictions may
-be off. ``--table`` holds it against every published row of the files, those that it has not seen among them.
+and ``shipped``: the tables that come with lcbench. Prints how far the fit is from what it was fitted on, and how far
+predictions may be off. ``--table`` holds it against every published row of the files, those that it has not seen among them.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
 
 
 def looked_at(pairs: Floats) -> list[int]:
-    """Of more than ``DRAWS`` draws as many that stand for all: sorted by their pairs and cut into parts, the one of each part that is
-    nearest to the mean of the part.
+    """Of more than ``DRAWS`` draws as many that stand for all: sorted by their pairs and cut into parts, of each part the one that
+    is nearest to its mean.
     """
     parts = np.array_split(np.argsort(pairs, kind="stable"), min(DRAWS, len(pairs)))
     return [int(part[np.abs(pairs[part] - pairs[part].mean()).argmin()]) for part in parts]

@@ -97,7 +97,7 @@ def _begin(machine: Machine, kernels: Sequence[KernelTime], cells: Sequence[_Pla
     for strategy in dict.fromkeys(c.strategy for c in cells if not c.time.own):
         for phase in PHASES:
             of[("factor", strategy, phase, "compute")] = Unknown(1.0, IMPLEMENTED)
-            of[("factor", strategy, phase, "operand_s")] = Unknown(0.3 / machine.memory_bytes_per_s, GUESSED)
+            of[("factor", strategy, phase, "operand_s")] = Unknown(2.0 / machine.memory_bytes_per_s, GUESSED)
     return Unknowns(machine, of)
 
 
@@ -252,7 +252,8 @@ def _of_cells(unknowns: Unknowns, cells: Sequence[_Played], begin: Unknowns | No
 
 def _left_out(unknowns: Unknowns, found: Unknowns, cells: Sequence[_Played], folds: int) -> list[Floats]:
     """Predicted over observed, in logarithms, of each cell's phases, by a fit that has not seen the cell's group."""
-    groups = list(dict.fromkeys(cell.time.group for cell in cells))
+    # In an order that neither strategies nor masks have: a part must not be all there is of one.
+    groups = np.random.default_rng(0).permutation(list(dict.fromkeys(cell.time.group for cell in cells))).tolist()
     folds = min(folds, len(groups))
     errors = [np.log(cell.seconds(found) / cell.observed) for cell in cells]
     if folds < 2:
