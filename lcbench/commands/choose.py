@@ -266,7 +266,8 @@ class _Choosing:
         allowed = self.asked.plan.options["budget"].get(option)
         if allowed is not None and self.budget.seconds > 3600 * allowed:
             raise ValueError(f"budget={self.budget.text} is more than budget.{option}={allowed:g} allows")
-        cost = Cost.of(make_packs(sweep, list(self.cells.values()), launcher=launcher.name, settings=settings))
+        packs = make_packs(sweep, list(self.cells.values()), launcher=launcher.name, settings=settings)
+        cost = Cost.of(packs, here=runs_here(launcher.name))
         if refusal := cost.refusal({}, settings.hang["max_s"]):
             raise ValueError(refusal)
 
