@@ -254,7 +254,9 @@ class _Bands(_Sheet):
         bundle = inside.indices[entry]
         order = np.argsort(bundle, kind="stable")
         self._parts, self._bundle = parts[place[order]], bundle[order]
-        self._tall, self._last_of_band = _stacked(self._parts, self._bundle, number[place[order]], parted=bool(keys.hard.all()))
+        self._tall, self._last_of_band = _stacked(
+            self._parts, self._bundle, number[place[order]], parted=bool((np.diff(keys.runs) > 1).any())
+        )
         self._first, self._last = _span_of(keys, self._parts)
         self._count = inside.shape[0]
         edges = keys.edges
@@ -313,11 +315,11 @@ class _Bands(_Sheet):
 def _stacked(parts: Ints, bundle: Ints, band: Ints, *, parted: bool) -> tuple[Floats, Floats]:
     """Rows that a kernel computes of each part of a band, and whether it is the last of those that are one piece.
 
-    Parts of one band that lie behind one another in an operand are one piece, where the later one sees all that the earlier one sees.
-    Blocks are filled up once: what comes before the last part counts what it adds.
+    Parts of one band that lie behind one another in an operand are one piece, where the later one sees all that the earlier one
+    sees. Blocks are filled up once: what comes before the last part counts what it adds.
 
     Args:
-        parted: whether no operand of keys goes on from a unit to the next. Else parts that see different keys are pieces of their own.
+        parted: whether operands of keys are in several runs. Else parts that see different keys are pieces of their own.
     """
     high = parts[:, 1] - parts[:, 0]
     goes_on = (bundle[1:] == bundle[:-1]) & (band[1:] == band[:-1])
