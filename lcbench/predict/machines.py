@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -34,6 +35,7 @@ def machine_of(name: str) -> Machine:
         memory_bytes_per_s=memory * float(entry["memory_share"]) * 1e9,
         launch_s=entry["launch_s"], message_s=entry["message_s"],
         collectives={name: Collective(**how) for name, how in entry["collectives"].items()},
+        cores=0 if device else os.cpu_count() or 1,
     )  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import Traffic, Transfer, traffic
 from lcbench.schedule.lowering import Collective, Operation, collectives
-from lcbench.schedule.machine import Collective as CollectiveCost
 from lcbench.schedule.machine import Floats, KernelModel, Machine
 from lcbench.schedule.payload import element_bytes
 from lcbench.schedule.program import ROUND, Program, rounds_of
@@ -94,6 +93,53 @@ class Modelled:
     copied_bytes: float = 0.0
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What does not depend on the machine: worked out once, played as often as a fit wants.
+
+    Attributes:
+        found: the collective of each transfer of ``moves``, or None.
+        operations: what goes by collectives.
+    """
+
+    modelled: Modelled
+    moves: Traffic
+    found: list[Collective | None]
+    tiling: Tiling
+    operations: tuple[Operation, ...]
+
+    def without_messages(self) -> Prepared:
+        """The same with nothing that is sent, as it is timed to see what of the communication is hidden."""
+        return replace(self, moves=replace(self.moves, transfers=()), found=[])
+
+    def without_kernels(self) -> Prepared:
+        """The same with messages alone."""
+        tiles = self.tiling.tiles
+        return replace(self, tiling=replace(self.tiling, tiles=replace(tiles, pairs=np.zeros(len(tiles)))))
+
+
+def prepare(modelled: Modelled, operations: tuple[Operation, ...] = ()) -> Prepared:
+    schedule, problem = modelled.schedule, modelled.problem
+    moves = traffic(schedule, backward=problem.backward)
+    found = collectives(schedule, moves, problem, operations)
+    return Prepared(modelled, moves, found, tiling(schedule, modelled.mask), operations)
+
+
+def play(prepared: Prepared, machine: Machine, model: KernelModel, *, memory: bool = True) -> Simulated:
+    """Play one iteration of what was prepared; ``memory``: whether buffers are worked out, which takes longer than the play."""
+    modelled, moves = prepared.modelled, prepared.moves
+    work = _work(prepared, machine, model)
+    clocks = _Play(modelled, machine, moves, work)
+    by_begin: dict[int, list[tuple[Transfer, Collective | None]]] = defaultdict(list)
+    for transfer, collective in zip(moves.transfers, prepared.found, strict=True):
+        by_begin[transfer.begin].append((transfer, collective))
+    for time in range(len(work.compute)):
+        clocks.step(time, by_begin.get(time, []))
+    times = clocks.times()
+    buffers, peak = _memory(modelled, moves, work.tiling, prepared.operations) if memory else (0, 0)
+    return Simulated(clocks.phases(times), times, buffers, peak)
+
+
 def simulate(
     modelled: Modelled, machine: Machine, model: KernelModel, *, operations: tuple[Operation, ...] = (), memory: bool = True
 ) -> Simulated:
@@ -103,19 +149,7 @@ def simulate(
         operations: what goes by collectives.
         memory: whether buffers are worked out, which takes longer than the play.
     """
-    schedule, problem = modelled.schedule, modelled.problem
-    moves = traffic(schedule, backward=problem.backward)
-    found = collectives(schedule, moves, problem, operations)
-    work = _work(modelled, machine, model, moves)
-    play = _Play(modelled, machine, moves, work)
-    by_begin: dict[int, list[tuple[Transfer, Collective | None]]] = defaultdict(list)
-    for transfer, collective in zip(moves.transfers, found, strict=True):
-        by_begin[transfer.begin].append((transfer, collective))
-    for time in range(len(work.compute)):
-        play.step(time, by_begin.get(time, []))
-    times = play.times()
-    buffers, peak = _memory(modelled, moves, work.tiling, operations) if memory else (0, 0)
-    return Simulated(play.phases(times), times, buffers, peak)
+    return play(prepare(modelled, operations), machine, model, memory=memory)
 
 
 # -- what ranks do by themselves -----------------------------------------------------------------------------------------
@@ -131,9 +165,9 @@ class _Work:
     tiling: Tiling
 
 
-def _work(modelled: Modelled, machine: Machine, model: KernelModel, moves: Traffic) -> _Work:
+def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
+    modelled, moves, made = prepared.modelled, prepared.moves, prepared.tiling
     schedule, problem = modelled.schedule, modelled.problem
-    made = tiling(schedule, modelled.mask)
     times = 2 * moves.steps + 1 if problem.backward else moves.steps
     shape = (times, schedule.world_size)
     compute, launches = np.zeros(shape), np.zeros(shape)
@@ -336,7 +370,6 @@ class _Play:
         """A collective of each set, of this share of its bytes. It begins when all ranks of the set are ready."""
         per_node = self._problem.scale.gpus_per_node
         stream = self._streams[transfer.channel]
-        how = self._machine.collectives.get(collective.operation, CollectiveCost())
         free = np.maximum(ready, stream)
         for members in collective.sets:
             ranks = np.array(members)
@@ -344,23 +377,11 @@ class _Play:
             used = [name for name, some in (("inside", nodes.max() > 1), ("across", len(nodes) > 1)) if some]
             ways = [self._links[name, direction] for name in used for direction in (0, 1)]
             begin = float(max(free[ranks].max(), *(way[ranks].max() for way in ways)))
-            end = begin + self._collective_s(collective, share * collective.block, nodes, how)
+            end = begin + self._machine.collective_s(
+                collective.operation, share * collective.block, len(ranks), int(nodes.max()), int(nodes.min())
+            )
             for each in (self._arrivals[transfer.end], stream, *ways):
                 each[ranks] = np.maximum(each[ranks], end)
-
-    def _collective_s(self, collective: Collective, block: float, nodes: Ints, how: CollectiveCost) -> float:
-        """Seconds of a collective of a set that has ``nodes`` ranks in each node, ``block`` bytes from each to each."""
-        inside, across, ranks = self._machine.inside, self._machine.across, int(nodes.sum())
-        together, fewest = int(nodes.max()), int(nodes.min())
-        if collective.operation == "all_to_all":  # inside the node and out of it at once
-            bound = max(
-                block * (together - 1) / inside.bytes_per_s, block * (ranks - fewest) * (len(nodes) > 1) / across.bytes_per_s
-            )
-        else:  # rings through all nodes: what leaves a node leaves it by the network links of all its ranks at once
-            within = inside.bytes_per_s if together > 1 else np.inf
-            bound = block * (ranks - 1) / min(within, fewest * across.bytes_per_s if len(nodes) > 1 else np.inf)
-        latency = how.latency_s * ranks + (across if len(nodes) > 1 else inside).latency_s
-        return latency + float(bound) / how.efficiency
 
     def times(self) -> Floats:
         return np.stack(self._rows, axis=1)
