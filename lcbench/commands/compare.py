@@ -37,7 +37,7 @@ python -m lcbench.compare before after --fail-on-regression 5%
 python -m lcbench.compare results/before ../colleague/results/after --phase backward --json
 python -m lcbench.compare flash2 flash3 --across kernel
 python -m lcbench.compare before after --html
-python -m lcbench.compare measured simulated --predicted
+python -m lcbench.compare before after --predicted
 """
 DEFAULT = ""  # of --html: in the folder of B
 MANY = 40

@@ -1,8 +1,8 @@
 """Fit a machine to measured times: ``python -m lcbench.fit shipped --machine h100 --gpus 8 --out h100.fit.json``.
 
 Takes files (tables of calls, tables of published rows, what ``make gpu-check`` writes; docs/predicting.md), sweeps by their names,
-and ``shipped``: the tables that come with lcbench. Prints how far the fit is from what it was fitted on, and how far its predictions
-may be off. ``--table`` holds it against every published row of the files, those that it has not seen among them.
+and ``shipped``: the tables that come with lcbench. Prints how far the fit is from what it was fitted on, and how far
+predictions may be off. ``--table`` holds it against every published row of the files, those that it has not seen among them.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--fit", type=Path, help="a fit that is there already, for --table; nothing is fitted")
     parser.add_argument("--gpus", type=int, help="published rows of more GPUs are not fitted on (default: all are)")
     parser.add_argument("--kernel", help="what published rows were computed with (default: what is known of their GPU)")
-    parser.add_argument(
-        "--folds", type=int, default=FOLDS, help=f"parts that are left out in turn, for the error (default: {FOLDS})"
-    )
+    parser.add_argument("--folds", type=int, default=FOLDS, help=f"parts left out in turn, for the error (default: {FOLDS})")
     parser.add_argument("--table", action="store_true", help="print every published row with its prediction")
     parser.add_argument("--json", action="store_true", help="print the fit as JSON")
     add_results_argument(parser)
@@ -135,9 +133,11 @@ def _tell(fitted: Fitted, found: Read) -> None:
     print("Predictions may be off by, 95 %: " + ", ".join(f"{phase} {error:.0%}" for phase, error in fitted.error.items())
           + ", by leaving groups of cells out.")  # fmt: skip
     for name, factor in fitted.factors.items():
+        if (factor.compute, factor.operand_s) == (1.0, 0.0):
+            continue  # our own engine ran its schedule
         strategy, phase = name.split("/")
         print(
-            f"cp={strategy} {phase}: {factor.compute:.2f} x the kernel, {factor.operand_s * 1e12:.2f} ps per byte of operands besides"
+            f"cp={strategy} {phase}: {factor.compute:.2f} x the kernel, and {factor.operand_s * 1e12:.2f} ps per byte of operands"
         )
     if found.left_out:
         print(f"Left out: {_left_out(found)}.")

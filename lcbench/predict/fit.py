@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -68,8 +69,8 @@ def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = F
     unknowns = _of_collectives(unknowns, collectives)
     found = _of_cells(unknowns, cells)
     left_out = _left_out(unknowns, found, cells, folds)
-    left_out = [out for cell, out in zip(cells, left_out, strict=True) if cell.whole]
-    cells = [cell for cell in cells if cell.whole]
+    left_out = [out for cell, out in zip(cells, left_out, strict=True) if cell.part == "whole"]
+    cells = [cell for cell in cells if cell.part == "whole"]
     residuals = (*_kernel_residuals(unknowns, kernels), *_collective_residuals(unknowns, collectives),
                  *_cell_residuals(found, cells, left_out))  # fmt: skip
     return _written(found, seen, cells, left_out, residuals)
@@ -97,7 +98,7 @@ def _begin(machine: Machine, kernels: Sequence[KernelTime], cells: Sequence[_Pla
     for strategy in dict.fromkeys(c.strategy for c in cells if not c.time.own):
         for phase in PHASES:
             of[("factor", strategy, phase, "compute")] = Unknown(1.0, IMPLEMENTED)
-            of[("factor", strategy, phase, "operand_s")] = Unknown(0.3 / machine.memory_bytes_per_s, GUESSED)
+            of[("factor", strategy, phase, "operand_s")] = Unknown(2.0 / machine.memory_bytes_per_s, GUESSED)
     return Unknowns(machine, of)
 
 
@@ -181,13 +182,13 @@ class _Played:
 
     Attributes:
         seen: seconds by phase, of those with a time.
-        whole: whether it is the cell itself; False: its kernels or its messages alone.
+        part: ``whole``: the cell itself; or its kernels alone, or its messages alone.
     """
 
     time: CellTime
     draws: tuple[Prepared, ...]
     seen: dict[str, float]
-    whole: bool = True
+    part: Literal["whole", "compute", "communication"] = "whole"
 
     @classmethod
     def all_of(cls, time: CellTime, machine: Machine) -> Iterator[_Played]:
@@ -195,9 +196,9 @@ class _Played:
         draws = tuple(prepared for prepared, _ in draws_of(time.cell, machine))
         yield cls(time, draws, time.phases)
         if time.compute:
-            yield cls(time, tuple(draw.without_messages() for draw in draws), time.compute, whole=False)
+            yield cls(time, tuple(draw.without_messages() for draw in draws), time.compute, "compute")
         if time.communication:
-            yield cls(time, tuple(draw.without_kernels() for draw in draws), time.communication, whole=False)
+            yield cls(time, tuple(draw.without_kernels() for draw in draws), time.communication, "communication")
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -225,6 +226,10 @@ class _Played:
         """Whether an unknown can change its times."""
         scale = self.time.cell.scale
         match path:
+            case ("kernel", *_) if self.part == "communication":
+                return False
+            case ("link" | "collective", *_) | ("machine", "message_s") if self.part == "compute":
+                return False
             case ("kernel", name, dtype, phase, _):
                 return (name, dtype) == self.kernel and phase in self.phases
             case ("factor", strategy, phase, _):
@@ -252,7 +257,8 @@ def _of_cells(unknowns: Unknowns, cells: Sequence[_Played], begin: Unknowns | No
 
 def _left_out(unknowns: Unknowns, found: Unknowns, cells: Sequence[_Played], folds: int) -> list[Floats]:
     """Predicted over observed, in logarithms, of each cell's phases, by a fit that has not seen the cell's group."""
-    groups = list(dict.fromkeys(cell.time.group for cell in cells))
+    # In an order that neither strategies nor masks have: a part must not be all there is of one.
+    groups = np.random.default_rng(0).permutation(list(dict.fromkeys(cell.time.group for cell in cells))).tolist()
     folds = min(folds, len(groups))
     errors = [np.log(cell.seconds(found) / cell.observed) for cell in cells]
     if folds < 2:

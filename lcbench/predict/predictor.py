@@ -21,6 +21,8 @@ __all__ = ["CannotPredict", "Prediction", "Predictor"]
 
 # How far a prediction may be off whose kernel was not fitted: with another one of the device in its place, and with a mere guess.
 NEIGHBOUR_ERROR, UNFITTED_ERROR = 0.5, 1.0
+# And one of a strategy that no observed cell had, where implementations of others took something besides.
+STRATEGY_ERROR = 0.5
 NO_FIT = f"no fit: {UNFITTED_SHARE:.0%} of the peak is guessed"
 
 
@@ -132,6 +134,7 @@ class Predictor:
             error = UNFITTED_ERROR
         if not factors[0].sources:
             said = (*said, f"cp={strategy} was not fitted: its schedule with the kernel alone")
+            error = max(error, STRATEGY_ERROR if self.fitted.factors else 0.0)
         return found.model_copy(update={"factors": factors}), "; ".join([*said, *found.sources]), error
 
 

@@ -57,12 +57,13 @@ class Launches(Protocol):
     """A launcher, as the code below the launchers knows it: it brings packs to processes.
 
     ``name``: that of its file in conf/hydra/launcher. ``queue``: what knows its jobs, which run on without the command; None: its
-    packs end with the command. ``output``: what the command prints: table, quiet or json.
+    packs end with the command. ``output``: what the command prints: table, quiet or json. ``measures``: whether results come of it.
     """
 
     name: str
     queue: Queue | None
     output: str
+    measures: bool
 
     def submit(self, sweep: Sweep, packs: list[Pack]) -> None:
         """Write packs down and hand them over, under the sweep's lock.
@@ -70,6 +71,9 @@ class Launches(Protocol):
         Raises:
             NotSubmitted: packs were refused; the message says which and why.
         """
+
+    def follow(self, sweep: Sweep, packs: list[Pack]) -> None:
+        """Stay with packs that were handed over until they have ended."""
 
     def launch_plan(self, plan: Plan) -> int:
         """Run what the plan asks for and is missing; the exit code of the command."""

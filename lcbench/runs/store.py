@@ -322,7 +322,7 @@ class Sweep:
             manifest["cells"].update({k: {"config": config, "skip": None} for k, config in pack["configs"].items()})
             manifest["launch"] = {key: pack[key] for key in ("launcher", "settings")}
         for name in sorted(_names(self.folder)):
-            foretold = self.prediction(name)
+            foretold = self.prediction(name) if self.predicted_ns(name) else None
             if foretold is not None and foretold.config:
                 manifest["cells"].setdefault(foretold.cell_id, {"config": foretold.config, "skip": None, "predicted": True})
             for attempt in self.attempts(name):

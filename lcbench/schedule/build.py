@@ -7,14 +7,14 @@ from typing import Literal
 
 import numpy as np
 
-from lcbench.masks.band import Ints
+from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
-from lcbench.schedule.layout import Layout, contiguous, documents, striped, zigzag, zigzag_documents
+from lcbench.schedule.layout import Layout, by_document, contiguous, documents, striped, zigzag
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows
 
 Order = Literal["auto", "zigzag", "striped", "contiguous", "documents"]
-DOCUMENTS = "documents"  # zigzag, of every document by itself
+DOCUMENTS = "documents"  # each by itself shared evenly, in zigzag if it is causal
 ORDERS = {"zigzag": zigzag, "striped": striped, "contiguous": contiguous}
 
 # -- options and refusals ------------------------------------------------------------------------------------------------
@@ -72,7 +72,9 @@ def refused_grid(problem: Problem, degree: int) -> str | None:
 def deal(mask: Mask, seqlen: int, shards: int, order: Order) -> Layout:
     """The layout that ``order`` names; ``auto``: zigzag or contiguous, whichever balances the mask better by exact area."""
     if order == DOCUMENTS:
-        return zigzag_documents(documents(mask)[0], shards)
+        # A document that is seen whole needs no zigzag: one stretch per shard is as even, and in fewer pieces.
+        whole = isinstance(mask, BandMask) and not any(band.cuts_above or band.cuts_below for band in mask)
+        return by_document(documents(mask)[0], shards, folded=not whole)
     if order != "auto":
         return ORDERS[order](seqlen, shards)
     plain, balanced = contiguous(seqlen, shards), zigzag(seqlen, shards)

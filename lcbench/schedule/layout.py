@@ -86,28 +86,28 @@ def striped(seqlen: int, shards: int) -> Layout:
     return Layout(tuple((TokenSpan(i, max(0, -((i - seqlen) // shards)), shards),) for i in range(shards)))
 
 
-def zigzag_documents(bounds: Ints, shards: int) -> Layout:
-    """Every document ``bounds[i]:bounds[i+1]`` in 2n chunks, of which shard i owns chunks i and 2n-1-i: so every shard has the same
-    share of every document, causal or not.
+def by_document(bounds: Ints, shards: int, *, folded: bool) -> Layout:
+    """Of every document ``bounds[i]:bounds[i+1]`` each shard owns the same share.
 
-    The tokens that are left over where 2n does not divide a document go to one shard after the other, so shards are of one size
-    wherever n divides the sequence.
+    The tokens that are left over where a document cannot be divided go to one shard after the other, so shards are of one size
+    wherever their number divides the sequence.
+
+    Args:
+        folded: a document is cut into 2n chunks, of which shard i owns chunks i and 2n-1-i, so that a causal one is shared evenly
+            too; False: into n, of which each is one stretch.
     """
-    count = 2 * shards
+    count = 2 * shards if folded else shards
     lengths = np.diff(bounds)
     left = lengths % count
     first = np.cumsum(left) - left  # of the shards' turns to take one
-    turn, number = spread(np.zeros_like(left), left)[::-1]
+    number, turn = spread(np.zeros_like(left), left)
     shard, again = (first[number] + turn) % shards, turn >= shards
     sizes = np.repeat((lengths // count)[:, None], count, axis=1)
     np.add.at(sizes, (number, np.where(again, count - 1 - shard, shard)), 1)
     starts = bounds[:-1, None] + np.cumsum(sizes, axis=1) - sizes
-    return Layout(tuple(
-        tuple(TokenSpan(start, size) for start, size in zip(starts[:, [i, count - 1 - i]].ravel().tolist(),
-                                                            sizes[:, [i, count - 1 - i]].ravel().tolist(), strict=True) if size)
-        or (TokenSpan(0, 0),)
-        for i in range(shards)
-    ))  # fmt: skip
+    owned = [[i, count - 1 - i] if folded else [i] for i in range(shards)]
+    spans = [map(TokenSpan, starts[:, own].ravel().tolist(), sizes[:, own].ravel().tolist()) for own in owned]
+    return Layout(tuple(tuple(span for span in each if span.size) or (TokenSpan(0, 0),) for each in spans))
 
 
 def documents(mask: Mask) -> tuple[Ints, Ints]:

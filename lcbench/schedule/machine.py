@@ -69,21 +69,24 @@ class Machine:
     collectives: dict[str, Collective] = field(default_factory=dict)
     cores: int = 0
 
-    def collective_s(self, operation: str, block: float, ranks: int, together: int) -> float:
+    def collective_s(self, operation: str, block: float, ranks: int, together: int, fewest: int | None = None) -> float:
         """Seconds of a collective.
 
         Args:
             block: bytes from each rank of the set to each other.
             ranks: of the set.
-            together: those of them that are in one node at most.
+            together, fewest: those of them that are in one node, at most and at least; None: as many in each.
         """
-        how, outside = self.collectives.get(operation, Collective()), ranks - together
-        if operation == "all_to_all":
-            bound = max(block * (together - 1) / self.inside.bytes_per_s, block * outside / self.across.bytes_per_s)
-        else:  # a ring through all nodes: each node's bytes come once, over the network links of all its ranks
+        how, several = self.collectives.get(operation, Collective()), together < ranks
+        fewest = together if fewest is None else fewest
+        if operation == "all_to_all":  # inside the node and out of it at once
+            bound = max(
+                block * (together - 1) / self.inside.bytes_per_s, block * (ranks - fewest) * several / self.across.bytes_per_s
+            )
+        else:  # rings through all nodes: what leaves a node leaves it by the network links of all its ranks at once
             within = self.inside.bytes_per_s if together > 1 else np.inf
-            bound = block * (ranks - 1) / min(within, together * self.across.bytes_per_s if outside else np.inf)
-        latency = how.latency_s * ranks + (self.across if outside else self.inside).latency_s
+            bound = block * (ranks - 1) / min(within, fewest * self.across.bytes_per_s if several else np.inf)
+        latency = how.latency_s * ranks + (self.across if several else self.inside).latency_s
         return float(latency + bound * (1 + how.fewer / ranks) / how.efficiency)
 
 

@@ -29,11 +29,17 @@ VALUES = 4
 
 @dataclass(frozen=True)
 class Tiling:
-    """All tiles of a schedule: ``tiles``, and for each the step and the rank that computes it, (n,)."""
+    """All tiles of a schedule.
+
+    Attributes:
+        step, rank: when and by whom each is computed, (n,).
+        again: whether the rank has computed others of these queries, so that the result is merged, (n,).
+    """
 
     tiles: Tiles
     step: Ints
     rank: Ints
+    again: Keep
 
 
 def tiling(schedule: Schedule, mask: Mask) -> Tiling:
@@ -54,7 +60,11 @@ def tiling(schedule: Schedule, mask: Mask) -> Tiling:
         pairs=found[PAIRS], covered=found[COVERED], rows=sizes[q], keys=sizes[k], pieces=pieces.astype(np.int64),
         q_heads=heads[group, 0], kv_heads=heads[group, 1],
     )  # fmt: skip
-    return Tiling(tiles, np.repeat(np.arange(len(schedule.steps)), counts), rank)
+    some = np.nonzero(tiles.pairs > 0)[0]
+    again = tiles.pairs > 0
+    results = (rank[some] * len(heads) + group[some]) * len(schedule.bundles) + q[some]
+    again[some[np.unique(results, return_index=True)[1]]] = False
+    return Tiling(tiles, np.repeat(np.arange(len(schedule.steps)), counts), rank, again)
 
 
 def _found(schedule: Schedule, mask: Mask, every: Ints) -> Floats:
@@ -122,8 +132,10 @@ class Side:
         if (stride > 1).any():
             every = np.unique(np.stack([start, size, stride], axis=1), axis=0)
             code = {row: i for i, row in enumerate(map(tuple, every.tolist()))}
-            first = np.array([code[row] for row in zip(start.tolist(), size.tolist(), stride.tolist(), strict=True)], dtype=np.int64)
-            return cls(place, *every.T, first, first + 1, runs, True, np.ones(len(every), dtype=bool))
+            first = np.array(
+                [code[row] for row in zip(start.tolist(), size.tolist(), stride.tolist(), strict=True)], dtype=np.int64
+            )
+            return cls(place, every[:, 0], every[:, 1], every[:, 2], first, first + 1, runs, True, np.ones(len(every), dtype=bool))
         edges = np.unique(np.concatenate([start, start + size]))
         first, last = np.searchsorted(edges, start), np.searchsorted(edges, start + size)
         joined = np.zeros(len(edges) + 1, dtype=np.int64)
@@ -246,17 +258,24 @@ class _Bands(_Sheet):
         inner = (row >= 0) & (row < len(queries))
         number, row = number[inner], row[inner]
         parts, kept = cropped(mask.bands[number], edges[row], edges[row + 1], None, None)
-        row = row[kept]
+        number, row = number[kept], row[kept]
         inside = queries.inside().tocsc()
         place, entry = spread(inside.indptr[row].astype(np.int64), inside.indptr[row + 1].astype(np.int64))
         bundle = inside.indices[entry]
         order = np.argsort(bundle, kind="stable")
         self._parts, self._bundle = parts[place[order]], bundle[order]
+        self._tall, self._last_of_band = _stacked(
+            self._parts, self._bundle, number[place[order]], parted=bool((np.diff(keys.runs) > 1).any())
+        )
         self._first, self._last = _span_of(keys, self._parts)
         self._count = inside.shape[0]
         edges = keys.edges
         self._hard_before = np.maximum.accumulate(np.where(np.concatenate([[True], keys.hard[:-1]]), edges[:-1], edges[0]))
         self._pad = np.where(keys.hard, -(edges[1:] - self._hard_before) % BLOCK, 0)
+        follows = _follows(keys, mask)
+        self._begins = (follows < 0).astype(np.float64)  # units of keys that do not go on with what an operand has of a document
+        filled = -(-(keys.size + keys.size[follows]) // BLOCK) * BLOCK - -(-keys.size[follows] // BLOCK) * BLOCK
+        self._pad = np.where(follows >= 0, filled - keys.size, self._pad)
 
     def portions(self) -> Iterator[tuple[int, int]]:
         return _cut_evenly(np.full(self._count, len(self._keys) + 1))
@@ -266,12 +285,12 @@ class _Bands(_Sheet):
         parts, row, begin, end = self._parts[here], self._bundle[here] - first, self._first[here], self._last[here]
         whole = self._whole(parts, begin, end)
         high = (parts[:, 1] - parts[:, 0]).astype(np.float64)
-        ones, rows = np.ones(len(parts)), last - first
+        ones, rows = self._last_of_band[here], last - first
         keys = self._keys
         values = np.stack([
             _risen(row, *whole, high, rows, len(keys)) * keys.size,
-            _risen(row, *whole, np.ceil(high / BLOCK) * BLOCK, rows, len(keys)) * (keys.size + self._pad),
-            _risen(row, begin, end, ones, rows, len(keys)),
+            _risen(row, *whole, self._tall[here], rows, len(keys)) * (keys.size + self._pad),
+            _risen(row, begin, end, ones, rows, len(keys)) * self._begins,
             _risen(row, begin, np.maximum(end - 1, begin), ones, rows, len(keys)),
         ])  # fmt: skip
         for cut in ((begin, whole[0]), (whole[1], end)):
@@ -301,6 +320,47 @@ class _Bands(_Sheet):
         flat, shape = row[number] * len(keys) + unit, values.shape[1:]
         for column, value in ((PAIRS, areas(found).astype(np.float64)), (COVERED, covered(found, pad))):
             values[column] += np.bincount(flat, weights=value, minlength=values[column].size).reshape(shape)
+
+
+def _stacked(parts: Ints, bundle: Ints, band: Ints, *, parted: bool) -> tuple[Floats, Floats]:
+    """Rows that a kernel computes of each part of a band, and whether it is the last of those that are one piece.
+
+    Parts of one band that lie behind one another in an operand are one piece, where the later one sees all that the earlier one
+    sees. Blocks are filled up once: what comes before the last part counts what it adds.
+
+    Args:
+        parted: whether operands of keys are in several runs. Else parts that see different keys are pieces of their own.
+    """
+    high = parts[:, 1] - parts[:, 0]
+    goes_on = (bundle[1:] == bundle[:-1]) & (band[1:] == band[:-1])
+    goes_on &= (parts[1:, 2] <= parts[:-1, 2]) & (parts[1:, 3] >= parts[:-1, 3])
+    goes_on &= parted | (parts[1:, 2:4] == parts[:-1, 2:4]).all(axis=1)
+    ends = np.append(np.nonzero(~goes_on)[0], len(parts) - 1) if len(parts) else np.empty(0, dtype=np.int64)
+    total = np.cumsum(high)
+    last = ends[np.searchsorted(ends, np.arange(len(parts)))] if len(parts) else ends
+    below = total[last] - total if len(parts) else total  # rows of the parts that follow
+    tall = -(-(high + below) // BLOCK) * BLOCK - -(-below // BLOCK) * BLOCK
+    return tall.astype(np.float64), (np.arange(len(parts)) == last).astype(np.float64)
+
+
+def _follows(keys: Side, mask: BandMask) -> Ints:
+    """The unit that each unit of keys follows in the one operand that has it, if both are of one band, else -1, (units,).
+
+    Such are the two stretches of a document on a rank of a zigzag: a kernel gets them as one.
+    """
+    found = np.full(len(keys), -1, dtype=np.int64)
+    single = (keys.last - keys.first == 1) & (np.bincount(keys.first, minlength=len(keys))[keys.first] == 1)
+    order = np.argsort(mask.bands[:, 2], kind="stable")
+    starts = mask.bands[order, 2]
+    band = order[np.maximum(np.searchsorted(starts, keys.start, side="right") - 1, 0)] if len(order) else found
+    bundle = np.repeat(np.arange(len(keys.runs) - 1), np.diff(keys.runs))
+    one, other = keys.first[:-1], keys.first[1:]
+    pair = single[:-1] & single[1:] & (bundle[:-1] == bundle[1:]) & (band[one] == band[other])
+    # A document is a band that begins where its keys do, and sees them all.
+    whole = mask.bands[band, 3] >= keys.edges[1:] if len(order) else np.zeros(len(keys), dtype=bool)
+    pair &= whole[one] & whole[other]
+    found[other[pair]] = one[pair]
+    return np.where(found[np.maximum(found, 0)] >= 0, -1, found) if (found >= 0).any() else found  # pairs, no chains
 
 
 def _risen(row: Ints, begin: Ints, end: Ints, height: Floats, rows: int, width: int) -> Floats:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,9 @@ from lcbench.report.publishing import summary_of
 from lcbench.report.regret import regrets
 from lcbench.report.table import cells_table, to_rows
 from lcbench.report.winners import winners
-from lcbench.runs.store import Attempt, Entry, Sweep
+from lcbench.runs.store import Attempt, Sweep
 from tests.browser import browser, needs_browser
-from tests.report.made import made_sweep
+from tests.report.made import foretell, made_sweep
 
 GRID = [
     "-m",
@@ -38,25 +37,6 @@ GRID = [
     "scale=1x8,3x8",
     "heads=48x24x64",
 ]
-SLOWER = {"sliding_window": 1.4}  # how much longer what is predicted takes than what was measured, by label
-
-
-def foretell(sweep: Sweep, source: Sweep, *, of: Callable[[str], bool] = lambda label: True, band: float = 0.25) -> Sweep:
-    """Predict cells of ``source`` in ``sweep``: 5 % less than was measured, but for ``SLOWER``."""
-    for cell_id, record in source.look().records.items():
-        cell = record.entry.cell
-        if record.last is None or not of(cell.label):
-            continue
-        factor = next((f for word, f in SLOWER.items() if word in cell.label), 0.95)
-        metrics = {
-            k: v * factor if k.startswith("time/") else v / factor
-            for k, v in record.last.metrics.items() if k.endswith(("median_s", "tflops_per_gpu"))
-        }  # fmt: skip
-        made = {"machine": "h200", "fit": None, "digest": "1", "error": band, "basis": "a test", "lcbench": "0"}
-        sweep.add([Entry(cell, predicted=True)], command=["hydra/launcher=simulate"])
-        known = {"prediction": made, "device": "h200"}
-        sweep.predict(Attempt(cell_id, sweep.name, 0, "predicted", metrics=metrics, provenance=known, config=cell.config))
-    return sweep
 
 
 @pytest.fixture(scope="module")

@@ -41,9 +41,11 @@ class PackLauncher(Launcher):
         name: that of its file in conf/hydra/launcher.
         queue: what knows its jobs, which run on without the command; None: packs end with the command.
         here: whether packs are processes on this machine, as its file says.
+        measures: whether results come of it, so that a command can wait for them and go on.
     """
 
     name = ""
+    measures = True
     queue: Queue | None = None
     output = "table"  # what the command prints: table, quiet or json
 

@@ -27,6 +27,7 @@ MANY = 40  # packs of an array that are listed one by one
 
 class DryLauncher(PackLauncher):
     name = "dry"
+    measures = False
 
     def launch_plan(self, plan: Plan) -> int:
         sweep, settings = sweep_of(plan), settings_of(plan)
