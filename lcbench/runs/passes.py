@@ -26,9 +26,9 @@ from lcbench.runs.store import BROKEN
 if TYPE_CHECKING:
     from lcbench.predict.predictor import Predictor
 
-# What simulating costs, in units of about 10 us on a core of 2026: of any cell, per band of its mask, per 128 x 128 block of a drawn
-# map and head, and per pair of ranks, which on CPU has each of its tiles counted by itself. A plan has ALLOWANCE (5 s), a cell at
-# most MOST of it: 256 GPUs, or 50 CPU ranks.
+# What simulating costs, in units of about 10 us on a core of 2026: of any cell, per band of its mask, per 128 x 128 block of a
+# drawn map and head, and per pair of ranks, which on CPU has each of its tiles counted by itself. A plan has ALLOWANCE (5 s), a
+# cell at most MOST of it: 256 GPUs, or 50 CPU ranks.
 ANY, BAND, BLOCK, BLOCK_SIDE = 700, 10, 1 / 150, 128
 PAIR, PAIR_ON_CPU = 1, 30
 ALLOWANCE, MOST = 500_000, 80_000
