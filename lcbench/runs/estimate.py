@@ -37,7 +37,8 @@ KERNEL = ("kernel", "dtype", "direction", "workload")
 # By results of like cells an iteration takes up to this much more; a time limit holds that and what a prediction's error adds.
 LIKE_ERROR = 0.5
 # Besides its passes and its check: building, drawing, and what ranks need to agree, each with each: 2, 4, 8, 16 CPU ranks on two
-# busy cores took 1.6, 1.7, 1.8 and 3.3 s, and 96 of them 105 to 170 s. Of very many each has a core. One H200 took 0.1 to 0.4 s.
+# busy cores took 1.6, 1.7, 1.8 and 3.3 s, and 96 of them 105 to 170 s. Of very many each has a core. One H200 took 0.1 to 0.4 s;
+# what many GPUs take was not measured.
 CELL_S = {"cpu": 1.5, "cuda": 0.5}
 PAIR_S, RANK_S = {"cpu": 0.0165, "cuda": 2e-4}, {"cpu": 1.6, "cuda": 0.02}
 # The check takes rows and columns, so it grows with the elements of q, which all ranks share: 3.1 to 5.4 s of 64k x 32 x 128 on an
