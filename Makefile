@@ -62,6 +62,7 @@ wheel: setup ## dist/lcbench-<version>-py3-none-any.whl, with conf/ inside
 bench: setup cluster-up ## how long planning, masks, strategies and large sweeps take; which faults the check finds; 2,000 sound cells
 	$(BIN)/python -m tests.bench_sweeps
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.advice.recorded
 	$(BIN)/python -m tests.measure.faults --processes $$(nproc)
 	$(BIN)/python -m tests.measure.sound --processes $$(nproc)
 
