@@ -342,11 +342,20 @@ def skip_reason(cell: Cell) -> str | None:
 
 def pairs(cell: Cell) -> float:
     """Unmasked pairs over all query heads: exact for bands; of a block map, which is not drawn for this, what was asked for."""
-    config, problem = cell.config, cell.problem
-    mask = _mask(json.dumps(config["mask"]), problem, config["seed"])
+    mask, problem = mask_of(cell), cell.problem
     if isinstance(mask, BandMask):
         return float(mask.pairs(problem.heads.q))
-    return float(config["mask"].get("density", 1.0)) * problem.seqlen**2 * problem.heads.q
+    return float(cell.config["mask"].get("density", 1.0)) * problem.seqlen**2 * problem.heads.q
+
+
+def mask_of(cell: Cell) -> Mask:
+    """The first draw of a cell's mask, made once.
+
+    Raises:
+        DoesNotFit: the mask cannot exist at this length or with these heads.
+        ValueError: a file that is not what it was when the cell was planned, or code that is not known here.
+    """
+    return _mask(json.dumps(cell.config["mask"]), cell.problem, cell.config["seed"])
 
 
 # -- the product -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 from lcbench.grid.cell import Cell
 from lcbench.grid.paths import CONF
 from lcbench.predict.fitted import Fitted
-from lcbench.predict.machines import known
+from lcbench.predict.machines import fit_of, known
 from lcbench.predict.predictor import Predictor
 from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure
 
@@ -42,8 +42,8 @@ class Source:
         """
         device = str(site.get("device"))
         name = machine or (device if device in known() else HERE)
-        path = Path(fit) if fit else CONF / "machine" / f"{name}.fit.json"
-        if not fit and not path.exists():
+        path = Path(fit) if fit else fit_of(name)
+        if path is None:
             return cls(Predictor.of(name), None, _digest(name, b""))
         try:
             content, fitted = path.read_bytes(), Fitted.read(path)

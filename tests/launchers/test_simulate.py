@@ -260,5 +260,6 @@ def test_a_fit_that_lcbench_ships_is_found(tmp_path: Path, monkeypatch: pytest.M
     (conf / "machine").mkdir(parents=True)
     (conf / "machine" / "h200.yaml").write_bytes((CONF / "machine" / "h200.yaml").read_bytes())
     Fitted(machine="h200").write(conf / "machine" / "h200.fit.json")
-    monkeypatch.setattr("lcbench.runs.predictions.CONF", conf)
+    for module in ("predict.machines", "runs.predictions"):
+        monkeypatch.setattr(f"lcbench.{module}.CONF", conf)
     assert Source.of("h200", None, {}).fit == conf / "machine" / "h200.fit.json"

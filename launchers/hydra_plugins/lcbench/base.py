@@ -41,9 +41,11 @@ class PackLauncher(Launcher):
         name: that of its file in conf/hydra/launcher.
         queue: what knows its jobs, which run on without the command; None: packs end with the command.
         here: whether packs are processes on this machine, as its file says.
+        measures: whether results come of it, so that a command can wait for them and go on.
     """
 
     name = ""
+    measures = True
     queue: Queue | None = None
     output = "table"  # what the command prints: table, quiet or json
 
@@ -80,7 +82,8 @@ class PackLauncher(Launcher):
         self.output = plan.options["output"]
         sweep, settings = sweep_of(plan), settings_of(plan)
         runnable = [p.cell for p in plan.cells if not p.skip]
-        cost = Cost.of(make_packs(sweep, todo_of(plan, sweep).cells, launcher=self.name, settings=settings))
+        packs = make_packs(sweep, todo_of(plan, sweep).cells, launcher=self.name, settings=settings)
+        cost = Cost.of(packs, here=self.here)
         if refusal := cost.refusal(plan.options["budget"], settings.hang["max_s"]):
             print(f"error: {refusal}", file=sys.stderr)
             return BAD_INPUT
@@ -100,7 +103,6 @@ class PackLauncher(Launcher):
                 f"sweep {sweep.name}: {len(plan.cells)} cells, {len(plan.cells) - len(runnable)} cannot run, "
                 f"{len(todo.done)} done before, {len(todo.under_way)} under way, {given}{len(todo.cells)} to run"
             )
-            self.say(str(cost))
             if lonely := cost.on_one_rank():
                 self.say(
                     f"note: {len(lonely)} cells have a strategy on one rank, where it has nothing to do: scale=1x2, or cp=none"
@@ -115,7 +117,7 @@ class PackLauncher(Launcher):
 
     def launch_cells(self, sweep: Sweep, choose: Callable[[], Todo], *, settings: Settings, wait: bool, report: list[str]) -> int:
         """Run the cells that ``choose`` names, under the sweep's lock, then report on the cells ``report``."""
-        todo, packs, refusal = hand_over(self, sweep, choose, settings)
+        todo, packs, refusal = hand_over(self, sweep, choose, settings, self._say_cost)
         if refusal is not None:
             print(f"error: {refusal}", file=sys.stderr)
             if not wait or not refusal.waiting:
@@ -133,6 +135,9 @@ class PackLauncher(Launcher):
             print(f"\n{ends if self.queue is None else goes_on}", file=sys.stderr)
             return INTERRUPTED
         return self.finish(sweep, report, settings.tracking_uri)
+
+    def _say_cost(self, packs: list[Pack]) -> None:
+        self.say(str(Cost.of(packs, here=self.here)))
 
     def finish(self, sweep: Sweep, report: list[str], tracking_uri: str | None, *, predicted: bool = False) -> int:
         """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1.
