@@ -116,7 +116,7 @@ def test_every_framework_can_or_cannot_every_kernel(name: str, kernel: str) -> N
     torch = {"sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math"}
     can = {
         "te": flash | cudnn | {"sdpa_flash"}, "megatron": flash | cudnn | {"sdpa_flash"}, "deepspeed": flash | torch | {"flex"},
-        "torchtitan": {"flex"}, "verl": {"flash_attn2", "flash_attn3"}, "vllm": flash | {"flashinfer", "flex"},
+        "torchtitan": {"flex"}, "verl": flash | cudnn | {"sdpa_flash"}, "vllm": flash | {"flashinfer", "flex"},
     }  # fmt: skip
     sparse = {"mask": "block_random"} if kernel.endswith("_sparse") or kernel == "vsa" else {}
     one = suited(name, cp="none" if name in ("vllm", "torchtitan") else "ulysses", kernel=kernel, **sparse)
@@ -258,10 +258,28 @@ def test_a_refusal_says_why(axes: dict[str, str], name: str, why: str) -> None:
         exported(made(**{**COMMON, **axes}), name)
 
 
+def test_a_refusal_says_what_would_be_taken() -> None:
+    with pytest.raises(Cannot, match=r"with the rest as it is it can run cp=allgather, ring, ulysses, usp$"):
+        exported(made(**COMMON, cp="tokenring"), "megatron")
+    with pytest.raises(Cannot, match=r"it can run cp=ulysses$"):
+        exported(made(**COMMON, cp="ring"), "deepspeed")
+    with pytest.raises(Cannot, match=r"has flash_attn2, flash_attn3, flash_attn4, flex, [a-z_, ]* only$"):
+        exported(made(**{**COMMON, "kernel": "xformers"}, cp="ulysses"), "deepspeed")
+
+
 def test_ulysses_repeats_key_heads_where_the_framework_does() -> None:
     few = {"cp": "ulysses", "heads": "64x4x128", "scale": "1x8", "kernel": "flash_attn2"}
     assert exported(made(**{**COMMON, **few}), "deepspeed").settings["config"]["sequence_parallel_size"] == 8
     assert isinstance(exported(made(**{**COMMON, **few}), "verl"), Export)
+
+
+def test_verl_takes_the_engine_that_has_the_kernel() -> None:
+    axes = {**COMMON, "scale": "2x4", "cp": "ulysses"}
+    for kernel, engine in (("flash_attn2", "dp"), ("te_fused", "megatron"), ("flash_attn4", "megatron")):
+        assert exported(made(**{**axes, "kernel": kernel}), "verl").settings["model_engine"] == engine
+    settings = exported(made(**{**axes, "cp": "te_a2a"}), "verl").settings
+    assert settings["+actor_rollout_ref.actor.megatron.override_transformer_config.cp_comm_type"] == "a2a"
+    assert settings["actor_rollout_ref.actor.megatron.override_transformer_config.attention_backend"] == "auto"
 
 
 def test_what_has_no_name_there_is_said() -> None:
