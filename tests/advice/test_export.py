@@ -19,6 +19,7 @@ from lcbench.advice.frameworks.base import Cannot, Export, argv, exported, frame
 from lcbench.advice.patterns import Shape, pattern_of, shape_of
 from lcbench.commands.export import main
 from lcbench.cp.base import Scheduled
+from lcbench.cp.ring import Ring
 from lcbench.grid.build import build_strategy, check_options, with_option
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
@@ -176,6 +177,15 @@ def test_a_pattern_has_all_ranks_and_moves_what_the_schedule_moves(cp: str) -> N
         assert ("q" in kinds) == (pattern.heads > 1)
         assert any(len(step.returns) for step in schedule.steps) == (pattern.heads > 1)
         assert len(schedule.heads) == pattern.heads
+
+
+def test_a_strategy_made_from_another_has_no_pattern() -> None:
+    class Mine(Ring):
+        pass
+
+    problem = Problem(512, Heads(16, 8, 64), Scale(1, 4), "bfloat16", "forward")
+    assert pattern_of(Ring(), problem) is not None
+    assert pattern_of(Mine(), problem) is None
 
 
 @pytest.mark.parametrize("mask", values())
