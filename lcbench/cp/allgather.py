@@ -18,7 +18,7 @@ from lcbench.schedule.build import check_choice, check_count, deal, too_short
 from lcbench.schedule.layout import Layout
 from lcbench.schedule.schedule import NO_ROWS, HeadGroup, Move, Schedule, Step, rows
 
-ORDERS = ("auto", "zigzag", "contiguous")
+ORDERS = ("auto", "zigzag", "contiguous", "documents")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class AllGather(Scheduled):
     """``heads_per_step``: key/value heads gathered at a time, or ``all``; ``layout``: how tokens are dealt out."""
 
     heads_per_step: int | Literal["all"] = "all"
-    layout: Literal["auto", "zigzag", "contiguous"] = "auto"
+    layout: Literal["auto", "zigzag", "contiguous", "documents"] = "auto"
 
     def __post_init__(self) -> None:
         if self.heads_per_step != "all":

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from lcbench.cp.base import Scheduled
-from lcbench.masks.band import BandMask, Ints, TokenSpan
+from lcbench.masks.band import Ints, TokenSpan
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import rings, too_short
-from lcbench.schedule.layout import Layout, zigzag
+from lcbench.schedule.layout import Layout, documents, zigzag
 from lcbench.schedule.schedule import Schedule, head_groups, singles
 
 
@@ -77,22 +77,6 @@ class Hybrid(Scheduled):
                 owner = runs[first[group] + (place + number) % size]
                 owner += [TokenSpan(begin + run.start, run.size) for run in pieces if run.size]
         return Layout(tuple(tuple(own) or (TokenSpan(0, 0),) for own in runs))
-
-
-def documents(mask: Mask) -> tuple[Ints, Ints]:
-    """Bounds of the stretches of tokens that no pair connects, (documents + 1,), and the pairs in each."""
-    if not isinstance(mask, BandMask):
-        return np.array([0, mask.num_q]), np.array([0])  # one document, whose blocks need not be drawn to know it
-    q0, q1, k0, k1, _, _ = mask.bands.T
-    begin, end = np.minimum(q0, k0), np.maximum(q1, k1)
-    order = np.argsort(begin)
-    begin, reach = begin[order], np.maximum.accumulate(np.concatenate([[0], end[order]]))
-    starts = begin[begin >= reach[:-1]]  # nothing before reaches this far
-    ends = np.append(reach[:-1][begin >= reach[:-1]][1:], reach[-1])
-    bounds = np.unique(np.concatenate([[0, mask.num_q], starts, ends]))
-    work = np.zeros(len(bounds) - 1, dtype=np.int64)
-    np.add.at(work, np.searchsorted(bounds, np.minimum(q0, k0), side="right") - 1, mask.areas)
-    return bounds, work
 
 
 def _least_loaded(work: Ints, groups: Sequence[int]) -> Ints:

@@ -54,6 +54,23 @@ class Platform:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a kernel does for a mask, of each head, where it says more than the mask itself.
+
+    Attributes:
+        calls: native calls.
+        pairs: that it computes, those that are masked in blocks that it does not leave out among them.
+        gathered_rows, gathered_keys: that are copied for its calls and merged or added up after them; a call that takes q, k and
+            v as they are copies none.
+    """
+
+    calls: int
+    pairs: int
+    gathered_rows: int = 0
+    gathered_keys: int = 0
+
+
+@dataclass(frozen=True)
 class Rounding:
     """Where a kernel rounds to the inputs' type, besides its weights and results. The bounds of the check follow from it.
 
@@ -134,6 +151,10 @@ class Kernel(Protocol):
     def calls(self, mask: BandMask, platform: Platform) -> int:
         """Native calls that compute a band mask; results of more than one are merged by LSE."""
         return 1
+
+    def work(self, mask: BandMask, platform: Platform) -> Work | None:
+        """What it does for a band mask; None: nothing says more than the mask's pairs and pieces."""
+        return None
 
     def rounding(self, platform: Platform) -> Rounding:
         """Where it rounds more than others do."""

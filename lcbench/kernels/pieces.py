@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Gradients, Kernel, OutLse, Platform, Prepared, Saved, accumulation_dtype, zero_gradients
+from lcbench.kernels.base import Gradients, Kernel, OutLse, Platform, Prepared, Saved, Work, accumulation_dtype, zero_gradients
 from lcbench.masks.band import BandMask
 from lcbench.masks.convert import Piece, pieces
 from lcbench.masks.mask import Mask
@@ -36,6 +36,18 @@ class PiecesKernel(Kernel):
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return len(_batches(mask))
+
+    def computed(self, rows: int, keys: int, causal: bool, platform: Platform) -> int:
+        """Pairs that a call computes of a piece, those among them that a causal mask takes away."""
+        return rows * keys
+
+    def work(self, mask: BandMask, platform: Platform) -> Work | None:
+        batches = _batches(mask)
+        each = [(p.kind != "full", p.q1 - p.q0, p.k1 - p.k0) for batch in batches for p in batch]
+        pairs = sum(self.computed(rows, keys, causal, platform) for causal, rows, keys in each)
+        if [(rows, keys) for _, rows, keys in each] == [(mask.num_q, mask.num_k)] and batches[0][0].kind != "inverse":
+            return Work(1, pairs)
+        return Work(len(batches), pairs, sum(rows for _, rows, _ in each), sum(keys for _, _, keys in each))
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)

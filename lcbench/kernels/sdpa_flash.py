@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Gradients, OutLse, Platform, Prepared, Rounding, Saved, half_on_cuda
+import numpy as np
+
+from lcbench.kernels.base import Gradients, OutLse, Platform, Prepared, Rounding, Saved, Work, half_on_cuda
 from lcbench.kernels.pieces import PiecesKernel
 from lcbench.kernels.varlen import VarlenCall, count_varlen, prepare_varlen
 from lcbench.masks.band import BandMask
@@ -18,6 +20,10 @@ from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
     import torch
+
+# Blocks of torch's CPU kernel: (from so many rows on, rows of a block), and keys of a block.
+ROWS_AT_ONCE = ((768, 256), (192, 64), (0, 32))
+KEYS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,18 @@ class SDPAFlash(PiecesKernel):
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return count_varlen(mask) if platform.type == "cuda" else super().calls(mask, platform)
+
+    def work(self, mask: BandMask, platform: Platform) -> Work | None:
+        return None if platform.type == "cuda" else super().work(mask, platform)
+
+    def computed(self, rows: int, keys: int, causal: bool, platform: Platform) -> int:
+        """torch's CPU kernel computes whole blocks of keys up to the last key that a block of rows sees."""
+        if not causal:
+            return rows * keys
+        height = next(height for least, height in ROWS_AT_ONCE if rows >= least)
+        ends = np.minimum(np.arange(0, rows, height) + height, rows)
+        seen = -(-np.minimum(ends, keys) // KEYS_AT_ONCE) * KEYS_AT_ONCE
+        return int((np.minimum(seen, keys) * np.diff(ends, prepend=0)).sum())
 
     def rounding(self, platform: Platform) -> Rounding:
         # torch's CPU kernel adds each block of 32 to 256 rows to gradients of the inputs' type; its exponential of 0 is 1 + 5e-5.

@@ -246,20 +246,42 @@ def _reindex(bands: Ints, q: TokenSpan, k: TokenSpan) -> Ints:
     stride = k.stride if q.size == 1 else q.stride
     if k.size > 1 and k.stride != stride:
         raise ValueError(f"runs of different strides ({q.stride} and {k.stride}) do not keep a band a band")
+    return _normal(_local(bands, q, k, stride))
+
+
+def reindexed(bands: Ints, q: Ints, k: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+    """Bands over the positions inside two runs each, in normal form; and which of them are left.
+
+    Args:
+        q, k: (3, n): start, size and stride of the run of queries, and of that of keys.
+
+    Raises:
+        ValueError: two runs with different strides.
+    """
+    stride = np.where(q[1] == 1, k[2], q[2])
+    if ((k[1] > 1) & (k[2] != stride)).any():
+        raise ValueError("runs of different strides do not keep a band a band")
+    found = _clipped(_local(bands, q, k, stride))
+    kept = _not_empty(found)
+    return found[kept], kept
+
+
+def _local(bands: Ints, q: TokenSpan | Ints, k: TokenSpan | Ints, stride: int | Ints) -> Ints:
+    """Bands over positions inside runs, not clipped."""
+    (q_start, q_size, _), (k_start, k_size, _) = q, k
     q0, q1, k0, k1, lo, hi = bands.T
-    offset = k.start - q.start
-    local = np.stack(
+    offset = k_start - q_start
+    return np.stack(
         [
-            _ceil_div(q0 - q.start, stride).clip(0, q.size),
-            _ceil_div(q1 - q.start, stride).clip(0, q.size),
-            _ceil_div(k0 - k.start, stride).clip(0, k.size),
-            _ceil_div(k1 - k.start, stride).clip(0, k.size),
+            np.clip(_ceil_div(q0 - q_start, stride), 0, q_size),
+            np.clip(_ceil_div(q1 - q_start, stride), 0, q_size),
+            np.clip(_ceil_div(k0 - k_start, stride), 0, k_size),
+            np.clip(_ceil_div(k1 - k_start, stride), 0, k_size),
             _ceil_div(lo - offset, stride),
             (hi - offset) // stride,
         ],
         axis=1,
     )
-    return _normal(local)
 
 
 def _gathered(bands: Ints, runs: Sequence[TokenSpan], column: int) -> Ints:
@@ -322,7 +344,7 @@ def spread(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
     return number, np.arange(len(number)) - np.repeat(np.cumsum(count) - count, count) + begin[number]
 
 
-def _ceil_div(a: Ints, b: int) -> Ints:
+def _ceil_div(a: Ints, b: int | Ints) -> Ints:
     return -((-a) // b)
 
 

@@ -117,6 +117,48 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A stream of documents cut into packs, as a data loader lays them: ``seqlen`` tokens from anywhere in it.
+
+    Documents are of ``lengths``, each as often as its weight among ``documents``. One longer than a pack's ``parts``-th part is cut
+    into such parts and a rest, all are shuffled, and a pack begins where the one before it ended, maybe inside of a document.
+    """
+
+    lengths: list[int]
+    documents: list[float]
+    parts: int = 4
+
+    def __post_init__(self) -> None:
+        if len(self.lengths) != len(self.documents) or not self.lengths:
+            raise ValueError(
+                f"lengths.documents must be as many as the {len(self.lengths)} lengths.lengths, not {len(self.documents)}"
+            )
+        if min(self.lengths) < 1:
+            raise ValueError(f"lengths.lengths={self.lengths} must be at least 1")
+        if min(self.documents) < 0 or not sum(self.documents) > 0:
+            raise ValueError(f"lengths.documents={self.documents} must not be negative and not all 0")
+
+    def sample(self, seqlen: int, random: np.random.Generator) -> Ints:
+        longest = seqlen // self.parts
+        if not longest:
+            raise DoesNotFit(f"seqlen={seqlen} has no {self.parts} parts (lengths.parts)")
+        lengths = np.array(self.lengths, dtype=np.int64)
+        weights: NDArray[np.float64] = np.array(self.documents, dtype=float)
+        weights /= weights.sum()
+
+        def some(count: int) -> Ints:
+            drawn = lengths[random.choice(len(lengths), count, p=weights)]
+            parts = np.concatenate([np.full(int((drawn // longest).sum()), longest), drawn[drawn % longest > 0] % longest])
+            random.shuffle(parts)
+            return parts
+
+        pieces = _until(seqlen + longest, float(weights @ lengths), some)
+        ends = np.cumsum(pieces)
+        begin = int(random.integers(0, longest))
+        return np.diff(np.concatenate([[begin], ends[ends > begin]]))
+
+
+@dataclass(frozen=True)
 class Explicit:
     """The lengths themselves, in this order; they must add up to the sequence."""
 

@@ -1,17 +1,20 @@
-"""What a fit found: coefficients of kernels, links, factors of implementations, and how far predictions were off. One JSON file."""
+"""What a fit found: kernels, links, what implementations take besides, and how far predictions were off. One JSON file."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
-from lcbench.schedule.machine import Floats, Tiles
+from lcbench.schedule.machine import Collective, Floats, Link, Machine, Tiles
 
-SCHEMA = 1
+SCHEMA = 2
+BLOCK = 128  # rows that one block of a kernel computes
 FLOPS = {False: 4.0, True: 10.0}  # per pair and element of a head, forward and backward
 
 
@@ -25,41 +28,126 @@ class Coefficients(Frozen):
     Attributes:
         call_s: of a native call.
         flop_s: per FLOP of unmasked pairs.
+        pair_s: per unmasked pair of a query head, whatever the head dim: exponentials.
         waste_s: per FLOP of pairs that are masked, in blocks that are computed all the same.
+        tail_s: per FLOP of one block of rows of one head on the keys that a row sees on average: what the last blocks of a call
+            take while most of the device has nothing left to do.
         row_s: per element of q; key_s: per element of k and v.
         piece_s: per piece of the mask and query head.
+        gather_s: per element of q, k and v that is copied for a call and merged or added up after it.
     """
 
     call_s: float = 0.0
     flop_s: float = 0.0
+    pair_s: float = 0.0
     waste_s: float = 0.0
+    tail_s: float = 0.0
     row_s: float = 0.0
     key_s: float = 0.0
     piece_s: float = 0.0
+    gather_s: float = 0.0
+
+
+class Factor(Frozen):
+    """What an implementation of a strategy takes, against its schedule with the kernel alone.
+
+    Attributes:
+        compute: its kernels' seconds per those of the kernel.
+        operand_s: seconds besides, per byte of the operands of a tile (q, out, k and v): gathering, padding, scattering.
+        sources: what it was fitted on, in words.
+    """
+
+    compute: float = 1.0
+    operand_s: float = 0.0
+    sources: tuple[str, ...] = ()
 
 
 class KernelFit(Frozen):
-    """A kernel on a device for a type of inputs; ``sources``: what it was fitted on, in words."""
+    """A kernel on a device for a type of inputs; ``sources``: what it was fitted on, in words.
+
+    ``factors``: of the implementation that calls it, forward and backward. ``cores``: of the node that it was fitted on, which
+    CPU ranks share; 0: every rank has a device.
+    """
 
     kernel: str
     dtype: str
     forward: Coefficients
     backward: Coefficients
     sources: tuple[str, ...] = ()
+    factors: tuple[Factor, Factor] = (Factor(), Factor())
+    cores: int = 0
 
     def seconds(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
         """Seconds of each tile, (n,)."""
-        c, dim = self.backward if backward else self.forward, problem.heads.dim
-        per_pair = FLOPS[backward] * tiles.q_heads * dim
+        c, dim, factor = self.backward if backward else self.forward, problem.heads.dim, self.factors[backward]
+        queries, keys = tiles.rows * tiles.q_heads * dim, tiles.keys * tiles.kv_heads * dim
+        pairs = FLOPS[backward] * dim * (c.flop_s * tiles.pairs + c.waste_s * (tiles.covered - tiles.pairs))
+        gathered = (tiles.gathered_rows * tiles.q_heads + 2 * tiles.gathered_keys * tiles.kv_heads) * dim
+        tail = c.tail_s * FLOPS[backward] * dim * np.minimum(tiles.rows, BLOCK) * tiles.pairs / np.maximum(tiles.rows, 1)
         found: Floats = (
-            c.call_s * self.calls(tiles) + per_pair * (c.flop_s * tiles.pairs + c.waste_s * (tiles.covered - tiles.pairs))
-            + c.row_s * tiles.rows * tiles.q_heads * dim + c.key_s * tiles.keys * tiles.kv_heads * dim
-            + c.piece_s * tiles.pieces * tiles.q_heads
+            factor.compute * (c.call_s * self.calls(tiles) + (
+                tiles.q_heads * (pairs + c.pair_s * tiles.pairs) + tail + c.row_s * queries + c.key_s * keys
+                + c.piece_s * tiles.pieces * tiles.q_heads + c.gather_s * gathered) / self.cores_of(problem))
+            + factor.operand_s * 2 * problem.itemsize * (queries + keys)
         )  # fmt: skip
         return found
 
     def calls(self, tiles: Tiles) -> Ints:
-        return np.ones(len(tiles), dtype=np.int64)
+        return tiles.calls
+
+    def cores_of(self, problem: Problem) -> float:
+        """Cores that a rank has: whole ones, one thread each, unless there are more ranks than cores."""
+        ranks = problem.scale.gpus_per_node
+        return float(self.cores // ranks or self.cores / ranks) if self.cores else 1.0
+
+
+class LinkFit(Frozen):
+    """As ``schedule.machine.Link``."""
+
+    latency_s: float
+    bytes_per_s: float
+
+
+class CollectiveFit(Frozen):
+    """As ``schedule.machine.Collective``."""
+
+    latency_s: float
+    efficiency: float
+    fewer: float = 0.0
+
+
+class MachineFit(Frozen):
+    """Numbers of conf/machine in whose place fitted ones are; None: those of conf/machine stay."""
+
+    inside: LinkFit | None = None
+    across: LinkFit | None = None
+    memory_bytes_per_s: float | None = None
+    launch_s: float | None = None
+    message_s: float | None = None
+    collectives: dict[str, CollectiveFit] = {}
+
+    def of(self, machine: Machine) -> Machine:
+        """The machine with what was fitted."""
+        said: dict[str, Any] = {name: value for name, value in self if isinstance(value, float)}
+        said |= {name: Link(**value.model_dump()) for name, value in self if isinstance(value, LinkFit)}
+        fitted = {name: Collective(**value.model_dump()) for name, value in self.collectives.items()}
+        return replace(machine, **said, collectives=machine.collectives | fitted)
+
+
+class Residual(Frozen):
+    """How far the fit is from what it was fitted on, of a group of observations.
+
+    Attributes:
+        count: observed times.
+        median, p90: of the absolute relative errors.
+        left_out: the median when the group was left out of the fit; None: it never was.
+    """
+
+    group: str
+    count: int
+    median: float
+    p90: float
+    left_out: float | None = None
 
 
 class Fitted(Frozen):
@@ -68,20 +156,34 @@ class Fitted(Frozen):
     Attributes:
         machine: name of the machine that it is for.
         kernels: by kernel and type of inputs.
-        factors: by strategy and phase (``te_p2p/forward``): how much slower its implementation is than its schedule says.
+        factors: by strategy and phase (``ring/forward``): what its implementation takes besides.
+        links: what the machine's links and host were found to do.
         error: by phase, relative half-width of the 95 % interval of predictions, from cross-validation.
+        residuals: by group of observations.
+        cells: ids of the cells that it was fitted on.
         sources: what it was fitted on, in words.
     """
 
     schema_: int = SCHEMA
     machine: str
     kernels: tuple[KernelFit, ...] = ()
-    factors: dict[str, float] = {}
+    factors: dict[str, Factor] = {}
+    links: MachineFit = MachineFit()
     error: dict[str, float] = {}
+    residuals: tuple[Residual, ...] = ()
+    cells: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
 
     def kernel(self, name: str, dtype: str) -> KernelFit | None:
+        """What was fitted for it; None: nothing was."""
         return next((k for k in self.kernels if (k.kernel, k.dtype) == (name, dtype)), None)
+
+    def neighbour(self, dtype: str) -> KernelFit | None:
+        """The kernel that stands in for one that was not fitted: of the same inputs, fitted on most kinds of observations."""
+        return max((k for k in self.kernels if k.dtype == dtype), key=lambda k: len(k.sources), default=None)
+
+    def factor(self, strategy: str, phase: str) -> Factor:
+        return self.factors.get(f"{strategy}/{phase}", Factor())
 
     def write(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=1) + "\n")
@@ -92,4 +194,12 @@ class Fitted(Frozen):
         ValueError: it is no fit, or one of another version.
         OSError: it cannot be read.
         """
-        return cls.model_validate_json(path.read_text())
+        try:
+            found = cls.model_validate_json(path.read_text())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise ValueError(f"{path} is no fit of lcbench.fit: {where}: {first['msg']}") from error
+        if found.schema_ != SCHEMA:
+            raise ValueError(f"{path} is a fit of version {found.schema_}, this lcbench reads {SCHEMA}; fit again")
+        return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -34,7 +36,14 @@ def machine_of(name: str) -> Machine:
         memory_bytes_per_s=memory * float(entry["memory_share"]) * 1e9,
         launch_s=entry["launch_s"], message_s=entry["message_s"],
         collectives={name: Collective(**how) for name, how in entry["collectives"].items()},
+        cores=0 if device else os.cpu_count() or 1,
     )  # fmt: skip
+
+
+def fit_of(name: str) -> Path | None:
+    """The file of the fit that lcbench has of a machine; None where nobody made one."""
+    path = CONF / "machine" / f"{name}.fit.json"
+    return path if path.exists() else None
 
 
 def peak_flops(machine: Machine, dtype: str) -> float | None:

@@ -8,23 +8,22 @@ from pathlib import Path
 
 import numpy as np
 
-from lcbench.grid import build
 from lcbench.grid.cell import Cell
-from lcbench.masks.band import DoesNotFit
 from lcbench.measure.flops import backward_flops, forward_flops
-from lcbench.predict.fitted import Coefficients, Fitted, KernelFit
+from lcbench.predict.draws import CannotPredict, draws_of
+from lcbench.predict.fit import UNFITTED_SHARE, guess
+from lcbench.predict.fitted import Fitted, KernelFit
 from lcbench.predict.machines import machine_of, peak_flops
-from lcbench.schedule.lowering import OPERATIONS, Operation
 from lcbench.schedule.machine import Machine
-from lcbench.schedule.simulate import Phase, Simulated, simulate
+from lcbench.schedule.simulate import Phase, Simulated, play
 
-# Where nothing was fitted: a share of the peak, FLOP/s of a CPU rank, and how far such a prediction may be off.
-UNFITTED_SHARE, UNFITTED_CPU, UNFITTED_ERROR = 0.5, 5e9, 1.0
-DRAWS = 4  # of a mask that are simulated at most
+__all__ = ["CannotPredict", "Prediction", "Predictor"]
 
-
-class CannotPredict(ValueError):
-    """Why there is no prediction of a cell, in one line."""
+# How far a prediction may be off whose kernel was not fitted: with another one of the device in its place, and with a mere guess.
+NEIGHBOUR_ERROR, UNFITTED_ERROR = 0.5, 1.0
+# And one of a strategy that no observed cell had, where implementations of others took something besides.
+STRATEGY_ERROR = 0.5
+NO_FIT = f"no fit: {UNFITTED_SHARE:.0%} of the peak is guessed"
 
 
 @dataclass(frozen=True)
@@ -91,65 +90,54 @@ class Predictor:
     @classmethod
     def of(cls, machine: str, fit: Path | None = None) -> Predictor:
         """Raises:
-        ValueError: there is no such machine, or the file is no fit.
+        ValueError: there is no such machine, or the file is no fit of it.
+        OSError: the file cannot be read.
         """
-        return cls(machine_of(machine), Fitted.read(fit) if fit is not None else None)
-
-    @property
-    def operations(self) -> tuple[Operation, ...]:
-        """The collectives of the machine's backend."""
-        return OPERATIONS["gloo" if self.machine.device == "cpu" else "nccl"]
+        fitted = Fitted.read(fit) if fit is not None else None
+        if fitted is not None and fitted.machine != machine:
+            raise ValueError(f"{fit} is a fit of machine={fitted.machine}, not of machine={machine}")
+        found = machine_of(machine)
+        return cls(found if fitted is None else fitted.links.of(found), fitted)
 
     def predict(self, cell: Cell, *, memory: bool = True) -> Prediction:
         """Raises:
         CannotPredict: nothing is known of how the strategy or the workload works.
         """
-        kernel = self._kernel(cell)
+        kernel, basis, error = self._kernel(cell)
         draws, pairs = [], []
-        for number in range(min(build.draws(cell.config["mask"]), DRAWS)):
-            simulated, found = self._draw(cell, kernel, number, memory=memory)
-            draws.append(simulated)
+        for prepared, found in draws_of(cell, self.machine):
+            draws.append(play(prepared, self.machine, kernel, memory=memory))
             pairs.append(found)
-        phases = {name: _mean([draw.phases[name] for draw in draws], self._factor(cell, name)) for name in draws[0].phases}
+        phases = {name: _mean([draw.phases[name] for draw in draws]) for name in draws[0].phases}
+        fitted = self.fitted.error if self.fitted is not None else {}
         return Prediction(
             cell, self.machine, phases, float(np.mean(pairs)),
             max(d.buffer_bytes for d in draws), max(d.peak_bytes for d in draws),
-            max((self.fitted.error.get(name, UNFITTED_ERROR) for name in phases), default=UNFITTED_ERROR)
-            if self.fitted is not None and kernel.sources else UNFITTED_ERROR,
-            "; ".join(kernel.sources) or f"no fit: {UNFITTED_SHARE:.0%} of the peak is guessed", tuple(draws),
+            max(error, *(fitted.get(name, UNFITTED_ERROR) for name in phases)), basis, tuple(draws),
         )  # fmt: skip
 
-    def _draw(self, cell: Cell, kernel: KernelFit, number: int, *, memory: bool) -> tuple[Simulated, float]:
-        config, problem = cell.config, cell.problem
-        strategy = build.build_strategy(config["cp"])
-        try:
-            mask = build.build_mask(config["mask"], problem.seqlen, problem.heads, config["seed"], number)
-        except DoesNotFit as error:
-            raise CannotPredict(str(error)) from error
-        if reason := strategy.unsupported(problem, mask):
-            raise CannotPredict(reason)
-        modelled = strategy.modelled(problem, mask)
-        if modelled is None:
-            raise CannotPredict(f"cp={config['cp']['name']} is a library's, and nothing says how it works")
-        lowering = getattr(strategy, "lowering", "auto")
-        operations = self.operations if lowering == "auto" else ()
-        return simulate(modelled, self.machine, kernel, operations=operations, memory=memory), mask.pairs(problem.heads.q)
-
-    def _kernel(self, cell: Cell) -> KernelFit:
-        name, dtype = cell.config["kernel"]["name"], cell.problem.dtype
-        found = self.fitted.kernel(name, dtype) if self.fitted is not None else None
-        if found is not None:
-            return found
-        peak = peak_flops(self.machine, dtype)
-        rate = UNFITTED_SHARE * peak if peak else UNFITTED_CPU
-        guess = Coefficients(flop_s=1 / rate, waste_s=1 / rate, call_s=self.machine.launch_s)
-        return KernelFit(kernel=name, dtype=dtype, forward=guess, backward=guess)
-
-    def _factor(self, cell: Cell, phase: str) -> float:
-        return self.fitted.factors.get(f"{cell.config['cp']['name']}/{phase}", 1.0) if self.fitted is not None else 1.0
+    def _kernel(self, cell: Cell) -> tuple[KernelFit, str, float]:
+        """The kernel as the cell's strategy calls it, what that rests on, and the least error of it."""
+        name, dtype, strategy = cell.config["kernel"]["name"], cell.problem.dtype, cell.config["cp"]["name"]
+        if self.fitted is None:
+            mere = guess(self.machine, dtype)
+            return KernelFit(kernel=name, dtype=dtype, forward=mere, backward=mere), NO_FIT, UNFITTED_ERROR
+        factors = (self.fitted.factor(strategy, "forward"), self.fitted.factor(strategy, "backward"))
+        error = 0.0
+        said: tuple[str, ...] = ()
+        found = self.fitted.kernel(name, dtype)
+        if found is None and (found := self.fitted.neighbour(dtype)) is not None:
+            error, said = NEIGHBOUR_ERROR, (f"kernel {name} was not fitted, {found.kernel} stands in for it",)
+        if found is None:
+            mere = guess(self.machine, dtype)
+            found = KernelFit(kernel=name, dtype=dtype, forward=mere, backward=mere, sources=(NO_FIT,))
+            error = UNFITTED_ERROR
+        if not factors[0].sources:
+            said = (*said, f"cp={strategy} was not fitted: its schedule with the kernel alone")
+            error = max(error, STRATEGY_ERROR if self.fitted.factors else 0.0)
+        return found.model_copy(update={"factors": factors}), "; ".join([*said, *found.sources]), error
 
 
-def _mean(phases: Sequence[Phase], factor: float) -> Phase:
-    """The mean of draws, times what an implementation takes more."""
-    means = {name: factor * float(np.mean([getattr(phase, name) for phase in phases])) for name in Phase.__dataclass_fields__}
-    return Phase(**means)
+def _mean(phases: Sequence[Phase]) -> Phase:
+    """The mean of draws."""
+    return Phase(**{name: float(np.mean([getattr(phase, name) for phase in phases])) for name in Phase.__dataclass_fields__})

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcbench.grid.cell import flat_config, format_tokens
+from lcbench.runs.shown import BAND, PREDICTIONS_OF
 from lcbench.runs.store import Entry
 
 VIEW = "mlflow.sharedViewState."
@@ -39,6 +40,11 @@ CELL_COLUMNS = {
 FAILURE_COLUMNS = {
     "tags.`lcbench.failure`": MEDIUM, "tags.`lcbench.cause`": WIDE, "tags.`lcbench.nodes`": MEDIUM,
     "tags.`lcbench.slurm_job_id`": MEDIUM, "tags.`lcbench.attempt`": MEDIUM, "tags.`lcbench.cell_id`": MEDIUM,
+}  # fmt: skip
+PREDICTION_COLUMNS = {
+    "params.`cp`": NARROW, "params.`kernel`": NARROW, "params.`mask`": MEDIUM, "params.`length`": NARROW, "params.`scale`": NARROW,
+    "metrics.`tflops`": NARROW, "metrics.`total_ms`": NARROW, f"metrics.`{BAND}`": MEDIUM, "metrics.`peak_gib`": NARROW,
+    "tags.`lcbench.status`": MEDIUM, "tags.`lcbench.machine`": NARROW, "tags.`lcbench.fit`": MEDIUM, "tags.`lcbench.basis`": WIDE,
 }  # fmt: skip
 SWEEP_COLUMNS = {
     "metrics.`cells/ok`": NARROW, "metrics.`cells/failed`": NARROW, "metrics.`cells/skipped`": MEDIUM,
@@ -112,6 +118,14 @@ def failures_view(sweep: str, sweep_id: str, created_at: float, failed: int) -> 
     short = f"{failed} failed" + (f", {PAGE} at a time" if failed > PAGE else "")
     name, state = f"{sweep}: {short}", _state(where, FAILURE_COLUMNS, order="tags.`lcbench.failure`")
     return View(f"{sweep_id}.failed", name, _tag(name, created_at, state), TABLE, failed, short)
+
+
+def predictions_view(sweep: str, sweep_id: str, created_at: float, predicted: int) -> View:
+    """The predictions of a sweep, which no other view of it has. ``predicted``: how many there are."""
+    short = f"{predicted} predicted, not measured" + (f", {PAGE} at a time" if predicted > PAGE else "")
+    state = _state(f"tags.`{PREDICTIONS_OF}` = '{sweep_id}'", PREDICTION_COLUMNS, order="metrics.`total_ms`")
+    name = f"{sweep}: {short}"
+    return View(f"{sweep_id}.predicted", name, _tag(name, created_at, state), TABLE, predicted, short)
 
 
 def cell_views(sweep: str, sweep_id: str, created_at: float, entries: Mapping[str, Entry]) -> list[View]:

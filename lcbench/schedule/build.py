@@ -7,13 +7,14 @@ from typing import Literal
 
 import numpy as np
 
-from lcbench.masks.band import Ints
+from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
-from lcbench.schedule.layout import Layout, contiguous, striped, zigzag
+from lcbench.schedule.layout import Layout, by_document, contiguous, documents, striped, zigzag
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows
 
-Order = Literal["auto", "zigzag", "striped", "contiguous"]
+Order = Literal["auto", "zigzag", "striped", "contiguous", "documents"]
+DOCUMENTS = "documents"  # each by itself shared evenly, in zigzag if it is causal
 ORDERS = {"zigzag": zigzag, "striped": striped, "contiguous": contiguous}
 
 # -- options and refusals ------------------------------------------------------------------------------------------------
@@ -27,7 +28,7 @@ def check_choice(option: str, value: object, accepted: Collection[str]) -> None:
 
 def check_order(order: str) -> None:
     """Raises ValueError unless ``deal`` knows the order."""
-    check_choice("layout", order, ("auto", *ORDERS))
+    check_choice("layout", order, ("auto", *ORDERS, DOCUMENTS))
 
 
 def check_count(option: str, value: object) -> None:
@@ -70,6 +71,10 @@ def refused_grid(problem: Problem, degree: int) -> str | None:
 
 def deal(mask: Mask, seqlen: int, shards: int, order: Order) -> Layout:
     """The layout that ``order`` names; ``auto``: zigzag or contiguous, whichever balances the mask better by exact area."""
+    if order == DOCUMENTS:
+        # A document that is seen whole needs no zigzag: one stretch per shard is as even, and in fewer pieces.
+        whole = isinstance(mask, BandMask) and not any(band.cuts_above or band.cuts_below for band in mask)
+        return by_document(documents(mask)[0], shards, folded=not whole)
     if order != "auto":
         return ORDERS[order](seqlen, shards)
     plain, balanced = contiguous(seqlen, shards), zigzag(seqlen, shards)

@@ -8,7 +8,7 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from lcbench.masks.band import BandMask, Ints, TokenSpan
+from lcbench.masks.band import BandMask, Ints, TokenSpan, spread
 from lcbench.masks.convert import block_areas
 from lcbench.masks.mask import Mask
 
@@ -84,6 +84,46 @@ def zigzag(seqlen: int, shards: int) -> Layout:
 def striped(seqlen: int, shards: int) -> Layout:
     """Shard i owns every n-th token from i on (Striped Attention, arXiv 2311.09431)."""
     return Layout(tuple((TokenSpan(i, max(0, -((i - seqlen) // shards)), shards),) for i in range(shards)))
+
+
+def by_document(bounds: Ints, shards: int, *, folded: bool) -> Layout:
+    """Of every document ``bounds[i]:bounds[i+1]`` each shard owns the same share.
+
+    The tokens that are left over where a document cannot be divided go to one shard after the other, so shards are of one size
+    wherever their number divides the sequence.
+
+    Args:
+        folded: a document is cut into 2n chunks, of which shard i owns chunks i and 2n-1-i, so that a causal one is shared evenly
+            too; False: into n, of which each is one stretch.
+    """
+    count = 2 * shards if folded else shards
+    lengths = np.diff(bounds)
+    left = lengths % count
+    first = np.cumsum(left) - left  # of the shards' turns to take one
+    number, turn = spread(np.zeros_like(left), left)
+    shard, again = (first[number] + turn) % shards, turn >= shards
+    sizes = np.repeat((lengths // count)[:, None], count, axis=1)
+    np.add.at(sizes, (number, np.where(again, count - 1 - shard, shard)), 1)
+    starts = bounds[:-1, None] + np.cumsum(sizes, axis=1) - sizes
+    owned = [[i, count - 1 - i] if folded else [i] for i in range(shards)]
+    spans = [map(TokenSpan, starts[:, own].ravel().tolist(), sizes[:, own].ravel().tolist()) for own in owned]
+    return Layout(tuple(tuple(span for span in each if span.size) or (TokenSpan(0, 0),) for each in spans))
+
+
+def documents(mask: Mask) -> tuple[Ints, Ints]:
+    """Bounds of the stretches of tokens that no pair connects, (documents + 1,), and the pairs in each."""
+    if not isinstance(mask, BandMask):
+        return np.array([0, mask.num_q]), np.array([0])  # one document, whose blocks need not be drawn to know it
+    q0, q1, k0, k1, _, _ = mask.bands.T
+    begin, end = np.minimum(q0, k0), np.maximum(q1, k1)
+    order = np.argsort(begin)
+    begin, reach = begin[order], np.maximum.accumulate(np.concatenate([[0], end[order]]))
+    starts = begin[begin >= reach[:-1]]  # nothing before reaches this far
+    ends = np.append(reach[:-1][begin >= reach[:-1]][1:], reach[-1])
+    bounds = np.unique(np.concatenate([[0, mask.num_q], starts, ends]))
+    work = np.zeros(len(bounds) - 1, dtype=np.int64)
+    np.add.at(work, np.searchsorted(bounds, np.minimum(q0, k0), side="right") - 1, mask.areas)
+    return bounds, work
 
 
 def _cuts(length: int, parts: int) -> list[int]:

@@ -32,10 +32,13 @@ class Link:
 
 @dataclass(frozen=True)
 class Collective:
-    """How a collective does on the links: seconds = ``latency_s`` x ranks of the set + bytes / (``efficiency`` x bandwidth)."""
+    """How a collective does on the links: ``latency_s`` x ranks of the set + bytes x (1 + ``fewer`` / ranks) / (``efficiency`` x
+    bandwidth) seconds. Sets of few ranks use less of the links.
+    """
 
     latency_s: float = 0.0
     efficiency: float = 1.0
+    fewer: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Machine:
         across: the link of a rank to other nodes: its share of the node's network.
         memory_bytes: of a device; 0: not known.
         memory_bytes_per_s: of a rank, for copies, merges and sums.
+        cores: of a node, which its ranks share; 0: every rank has a device of its own.
         launch_s: the host's time to start a kernel or a copy.
         message_s: the host's time to start a batch of messages.
         collectives: by operation (``all_to_all``, ``all_gather``, ``reduce_scatter``); those that are not named are as the links.
@@ -63,6 +67,24 @@ class Machine:
     launch_s: float
     message_s: float
     collectives: dict[str, Collective] = field(default_factory=dict)
+    cores: int = 0
+
+    def collective_s(self, operation: str, block: float, ranks: int, together: int) -> float:
+        """Seconds of a collective.
+
+        Args:
+            block: bytes from each rank of the set to each other.
+            ranks: of the set.
+            together: those of them that are in one node at most.
+        """
+        how, outside = self.collectives.get(operation, Collective()), ranks - together
+        if operation == "all_to_all":
+            bound = max(block * (together - 1) / self.inside.bytes_per_s, block * outside / self.across.bytes_per_s)
+        else:  # a ring through all nodes: each node's bytes come once, over the network links of all its ranks
+            within = self.inside.bytes_per_s if together > 1 else np.inf
+            bound = block * (ranks - 1) / min(within, together * self.across.bytes_per_s if outside else np.inf)
+        latency = how.latency_s * ranks + (self.across if outside else self.inside).latency_s
+        return float(latency + bound * (1 + how.fewer / ranks) / how.efficiency)
 
 
 @dataclass(frozen=True)
@@ -75,6 +97,8 @@ class Tiles:
         rows, keys: of the operands.
         pieces: bands of the tile's mask: documents, windows, triangles.
         q_heads, kv_heads: of the head group.
+        calls: native calls.
+        gathered_rows, gathered_keys: that are copied for these calls, and merged or added up after them, of each head.
     """
 
     pairs: Floats
@@ -84,6 +108,15 @@ class Tiles:
     pieces: Ints
     q_heads: Ints
     kv_heads: Ints
+    calls: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    gathered_rows: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    gathered_keys: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    def __post_init__(self) -> None:
+        """Where nobody says more a tile is one call, which takes its operands as they are."""
+        for name, each in (("calls", 1), ("gathered_rows", 0), ("gathered_keys", 0)):
+            if len(getattr(self, name)) != len(self):
+                object.__setattr__(self, name, np.full(len(self), each, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.pairs)

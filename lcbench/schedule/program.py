@@ -365,13 +365,11 @@ class Program:
         if not len(rows):
             return
         rows = rows[np.lexsort((rows[:, MoveColumn.SHARD], rows[:, MoveColumn.GROUP], rows[:, peer]))]
+        turns = dict(zip(rows[:, peer].tolist(), rounds_of(transfer, self._schedule, rows).tolist(), strict=True))
         for message in self._messages(transfer, rows, peer):
             step = self.steps[message.begin]
-            if message.begin == message.end and message.payload.combine == "add":
-                distance = message.peer - self._rank if outgoing else self._rank - message.peer
-                ranks, heads = self._schedule.world_size, len(self._schedule.heads)
-                message.round = (distance % ranks - 1) // (ROUND * heads)
-                step.rounds = max(step.rounds, message.round + 1)
+            message.round = turns[message.peer]
+            step.rounds = max(step.rounds, message.round + 1)
             self._live_with(message, outgoing)
             (step.sends if outgoing else step.receives).append(message)
             if not outgoing:
@@ -656,6 +654,20 @@ class Program:
     def all_final(self) -> bool:
         """Whether every query of this rank is computed by one rank alone, so that nothing is ever merged here."""
         return bool(self._traffic.final[self.own].all())
+
+
+def rounds_of(transfer: Transfer, schedule: Schedule, rows: Ints) -> Ints:
+    """The round of each of some rows of a transfer, (n,), the same at both ends.
+
+    Sums go by how far their ranks are apart, the distances that there are numbered one after the other: a ring has one and needs
+    no second round, which would wait for the tiles.
+    """
+    if transfer.begin != transfer.end or transfer.payload.combine != "add":
+        return np.zeros(len(rows), dtype=np.int64)
+    ranks = schedule.world_size
+    every, own = ((each[:, MoveColumn.TARGET] - each[:, MoveColumn.SOURCE]) % ranks for each in (transfer.rows, rows))
+    found: Ints = np.searchsorted(np.unique(every), own) // (ROUND * len(schedule.heads))
+    return found
 
 
 def _part(message: Message, first: int, last: int, turn: int) -> Message:

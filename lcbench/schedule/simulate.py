@@ -1,9 +1,11 @@
 """Play a schedule on a machine: when each rank computes, sends and waits, without running anything.
 
-The rules are those of ``execute``. At each time a rank begins its messages, computes its tiles, waits for what must have arrived by
-the end of that time, and merges it. A rank has one stream that computes, and one stream per channel that communicates. A link is
-shared by all that is on it at once. What is computed for all ranks at once is one numpy expression, so a schedule of a thousand
-ranks and steps takes seconds.
+The rules are those of ``execute``. At each time a rank copies what it must, begins its messages, computes its tiles, waits for what
+must have arrived by the end of that time, and takes it. A rank has one stream that computes, one stream per channel that
+communicates, and a host that starts kernels and messages: on a device it goes ahead of the streams, on a CPU it is the rank itself.
+A message begins when both ends are ready. What is on a link at once shares it: messages of one time one after the other, and a
+message that may take several times has half of the link while others are on it. What is computed for all ranks at once is one
+numpy expression, so a schedule of a thousand ranks and steps takes seconds.
 """
 
 from __future__ import annotations
@@ -18,27 +20,27 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import Traffic, Transfer, traffic
 from lcbench.schedule.lowering import Collective, Operation, collectives
-from lcbench.schedule.machine import Collective as CollectiveCost
-from lcbench.schedule.machine import Floats, KernelModel, Link, Machine
+from lcbench.schedule.machine import Floats, KernelModel, Machine
 from lcbench.schedule.payload import element_bytes
-from lcbench.schedule.program import Program
+from lcbench.schedule.program import ROUND, Program, rounds_of
 from lcbench.schedule.schedule import MoveColumn, Schedule
 from lcbench.schedule.tiling import Tiling, tiling
 
-SAMPLED = 4  # ranks whose buffers are worked out: those with most tiles, the first and the last
-BYTES_MERGED = 3  # a merge reads two results and writes one
+COPIED = 2  # a copy reads and writes
+MERGED = 3  # a merge or a sum reads two and writes one
+AT_ONCE = 2  # rounds that are under way before tiles are computed
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What a phase takes, in seconds of the rank that ends last.
+    """What a phase takes, in seconds. ``compute_s``, ``imbalance_s``, ``exposed_s`` and ``overhead_s`` add up to ``seconds``.
 
     Attributes:
         seconds: from its begin until the last rank has ended.
         compute_s: kernels of the average rank.
         busiest_s: kernels of the rank with most.
-        exposed_s: waiting for messages, of the rank that ends last.
-        overhead_s: merges, copies and launches of that rank.
+        exposed_s: what messages add: ``seconds`` less what the slowest rank takes without any, as ``overlap/<phase>/exposed_s``.
+        overhead_s: merges, sums, copies and launches: what the slowest rank takes without messages, less ``busiest_s``.
     """
 
     seconds: float
@@ -60,8 +62,9 @@ class Simulated:
     Attributes:
         phases: ``forward`` and, with backward, ``backward``.
         times: seconds (ranks, times, 4): begin, messages sent, tiles computed, messages there, as of ``Executor.timeline``.
-        buffer_bytes: of the rank with most, among those that were looked at.
-        peak_bytes: of that rank, in one iteration, without inputs: results, gradients and buffers.
+        buffer_bytes: of the rank with most, among those with most tiles, the first and the last; 0 where nobody asked.
+        peak_bytes: of that rank, as ``memory/peak_bytes``: in one iteration, without inputs, with buffers. What a kernel needs
+            inside is not in it. 0 where nobody asked.
     """
 
     phases: dict[str, Phase]
@@ -81,13 +84,60 @@ class Modelled:
     Attributes:
         schedule: of the tokens that it computes, padding included.
         mask, problem: of these tokens.
-        copied_bytes: that every rank copies besides at each time.
+        copied_bytes: that every rank reads and writes besides at each time.
     """
 
     schedule: Schedule
     mask: Mask
     problem: Problem
     copied_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What does not depend on the machine: worked out once, played as often as a fit wants.
+
+    Attributes:
+        found: the collective of each transfer of ``moves``, or None.
+        operations: what goes by collectives.
+    """
+
+    modelled: Modelled
+    moves: Traffic
+    found: list[Collective | None]
+    tiling: Tiling
+    operations: tuple[Operation, ...]
+
+    def without_messages(self) -> Prepared:
+        """The same with nothing that is sent, as it is timed to see what of the communication is hidden."""
+        return replace(self, moves=replace(self.moves, transfers=()), found=[])
+
+    def without_kernels(self) -> Prepared:
+        """The same with messages alone."""
+        tiles = self.tiling.tiles
+        return replace(self, tiling=replace(self.tiling, tiles=replace(tiles, pairs=np.zeros(len(tiles)))))
+
+
+def prepare(modelled: Modelled, operations: tuple[Operation, ...] = ()) -> Prepared:
+    schedule, problem = modelled.schedule, modelled.problem
+    moves = traffic(schedule, backward=problem.backward)
+    found = collectives(schedule, moves, problem, operations)
+    return Prepared(modelled, moves, found, tiling(schedule, modelled.mask), operations)
+
+
+def play(prepared: Prepared, machine: Machine, model: KernelModel, *, memory: bool = True) -> Simulated:
+    """Play one iteration of what was prepared; ``memory``: whether buffers are worked out, which takes longer than the play."""
+    modelled, moves = prepared.modelled, prepared.moves
+    work = _work(prepared, machine, model)
+    clocks = _Play(modelled, machine, moves, work)
+    by_begin: dict[int, list[tuple[Transfer, Collective | None]]] = defaultdict(list)
+    for transfer, collective in zip(moves.transfers, prepared.found, strict=True):
+        by_begin[transfer.begin].append((transfer, collective))
+    for time in range(len(work.compute)):
+        clocks.step(time, by_begin.get(time, []))
+    times = clocks.times()
+    buffers, peak = _memory(modelled, moves, work.tiling, prepared.operations) if memory else (0, 0)
+    return Simulated(clocks.phases(times), times, buffers, peak)
 
 
 def simulate(
@@ -99,23 +149,15 @@ def simulate(
         operations: what goes by collectives.
         memory: whether buffers are worked out, which takes longer than the play.
     """
-    schedule, problem = modelled.schedule, modelled.problem
-    moves = traffic(schedule, backward=problem.backward)
-    found = collectives(schedule, moves, problem, operations)
-    play = _Play(modelled, machine, moves, _work(modelled, machine, model, moves))
-    by_begin: dict[int, list[tuple[Transfer, Collective | None]]] = defaultdict(list)
-    for transfer, collective in zip(moves.transfers, found, strict=True):
-        by_begin[transfer.begin].append((transfer, collective))
-    for time in range(2 * moves.steps + 1 if problem.backward else moves.steps):
-        play.step(time, by_begin.get(time, []))
-    times = play.times()
-    buffers, peak = _memory(modelled, moves, play.work, operations) if memory else (0, 0)
-    return Simulated(play.phases(times), times, buffers, peak)
+    return play(prepare(modelled, operations), machine, model, memory=memory)
+
+
+# -- what ranks do by themselves -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Seconds of kernels, and of merging and adding up their results, and launches, each (times, ranks)."""
+    """Seconds of kernels; of merging, adding up and copying without any message; and launches: each (times, ranks)."""
 
     compute: Floats
     besides: Floats
@@ -123,166 +165,307 @@ class _Work:
     tiling: Tiling
 
 
-def _work(modelled: Modelled, machine: Machine, model: KernelModel, moves: Traffic) -> _Work:
-    problem, made = modelled.problem, tiling(modelled.schedule, modelled.mask)
+def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
+    modelled, moves, made = prepared.modelled, prepared.moves, prepared.tiling
+    schedule, problem = modelled.schedule, modelled.problem
     times = 2 * moves.steps + 1 if problem.backward else moves.steps
-    shape = (times, modelled.schedule.world_size)
-    compute, besides, launches = (np.zeros(shape) for _ in range(3))
+    shape = (times, schedule.world_size)
+    compute, launches = np.zeros(shape), np.zeros(shape)
+    besides = _own_copies(modelled, moves, shape)
     tiles, some = made.tiles, made.tiles.pairs > 0
-    sums, inputs = element_bytes("sum", problem), problem.itemsize
-    # A tile's result is merged into what there is; a rank's first one and the only one are not.
-    first = np.zeros(len(tiles), dtype=bool)
-    alone = np.bincount(made.rank, minlength=shape[1])[made.rank] == 1
-    first[np.unique(made.rank, return_index=True)[1]] = True
-    merged = np.where(first | alone, 0.0, BYTES_MERGED * sums * tiles.rows * tiles.q_heads * problem.heads.dim)
+    merged = _merged_bytes(modelled, made)
     calls = model.calls(tiles)
+    sums, inputs, dim = element_bytes("sum", problem), problem.itemsize, problem.heads.dim
+    added = np.where(some, (sums * COPIED + inputs) * (tiles.rows * tiles.q_heads + 2 * tiles.keys * tiles.kv_heads) * dim, 0.0)
     for backward in (False, True)[: 2 if problem.backward else 1]:
-        when = 2 * moves.steps - made.step if backward else made.step
-        added = (sums * 2 + inputs) * (tiles.rows * tiles.q_heads + 2 * tiles.keys * tiles.kv_heads) * problem.heads.dim
+        place = (2 * moves.steps - made.step if backward else made.step) * shape[1] + made.rank
+        once = (schedule.world_size > 1) * (3.0 if backward else 1.0 * (merged > 0))
         for target, value in (
             (compute, model.seconds(tiles, problem, backward=backward)),
-            (besides, (added if backward else merged) / machine.memory_bytes_per_s),
-            (launches, calls + (3.0 if backward else (merged > 0))),
+            (besides, (added if backward else merged) * (schedule.world_size > 1)),
+            (launches, calls + once),
         ):
-            np.add.at(target, (when, made.rank), np.where(some, value, 0.0))
-    return _Work(compute, besides, launches, made)
+            target += np.bincount(place, weights=np.where(some, value, 0.0), minlength=times * shape[1]).reshape(shape)
+    return _Work(compute, besides / machine.memory_bytes_per_s, launches, made)
+
+
+def _merged_bytes(modelled: Modelled, made: Tiling) -> Floats:
+    """Bytes read and written where the result of a tile is merged into others, (tiles,); a rank's first one is taken as it is."""
+    problem, tiles = modelled.problem, made.tiles
+    with_pairs = np.nonzero(tiles.pairs > 0)[0]
+    first = np.zeros(len(tiles), dtype=bool)
+    first[with_pairs[np.unique(made.rank[with_pairs], return_index=True)[1]]] = True
+    size = element_bytes("sum", problem) * tiles.rows * tiles.q_heads * problem.heads.dim
+    return np.where(first | (tiles.pairs == 0), 0.0, float(MERGED) * size)
+
+
+def _own_copies(modelled: Modelled, moves: Traffic, shape: tuple[int, int]) -> Floats:
+    """Bytes read and written at each time whatever is computed: own tensors packed, cleared and converted, a library's copies."""
+    schedule, problem = modelled.schedule, modelled.problem
+    found = np.full(shape, float(modelled.copied_bytes))
+    if shape[1] == 1:
+        return found
+    tokens = np.bincount(schedule.owner, weights=schedule.sizes, minlength=shape[1])
+    q, kv = (tokens * heads * problem.heads.dim for heads in (problem.heads.q, 2 * problem.heads.kv))
+    sums, inputs = element_bytes("sum", problem), problem.itemsize
+    found[0] += COPIED * inputs * kv  # keys and values behind one another
+    if not moves.final.all():
+        found[moves.steps - 1] += (sums + inputs) * q
+    if problem.backward:
+        found[moves.steps] += sums * (q + kv)
+        found[-1] += (sums + inputs) * (q + kv)
+    return found
+
+
+# -- what goes between them ----------------------------------------------------------------------------------------------
 
 
 class _Play:
     """The clocks of all ranks."""
 
     def __init__(self, modelled: Modelled, machine: Machine, moves: Traffic, work: _Work) -> None:
-        self._modelled, self._machine, self._moves, self.work = modelled, machine, moves, work
-        ranks = modelled.schedule.world_size
-        self._ranks = ranks
-        self._now = np.zeros(ranks)
+        self._modelled, self._machine, self._moves, self._work = modelled, machine, moves, work
+        self._schedule, self._problem = modelled.schedule, modelled.problem
+        ranks = self._ranks = self._schedule.world_size
+        self._now, self._host = np.zeros(ranks), np.zeros(ranks)
+        self._alone, self._alone_host = np.zeros(ranks), np.zeros(ranks)  # the same without any message
+        self._at_half: list[Floats] = []  # what phases take so
         self._streams: dict[str, Floats] = defaultdict(lambda: np.zeros(ranks))  # until when a channel is busy
-        self._links: dict[str, Floats] = defaultdict(lambda: np.zeros(ranks))  # and each direction of a link
+        self._links: dict[tuple[str, int], Floats] = defaultdict(lambda: np.zeros(ranks))  # and a link, by direction
+        self._long: dict[tuple[str, int], Floats] = defaultdict(lambda: np.zeros(ranks))  # with what may take several times
+        self._awaited: dict[int, list[_Awaited]] = defaultdict(list)
         self._arrivals: dict[int, Floats] = defaultdict(lambda: np.zeros(ranks))
-        self._unpacked: dict[int, Floats] = defaultdict(lambda: np.zeros(ranks))  # bytes, by the time at which they are taken
+        self._taken: dict[int, Floats] = defaultdict(lambda: np.zeros(ranks))  # bytes, by the time at which they are taken
         self._rows: list[Floats] = []
 
     def step(self, time: int, transfers: list[tuple[Transfer, Collective | None]]) -> None:
-        machine, work = self._machine, self.work
-        begin = self._now
+        machine, work = self._machine, self._work
         if time == self._moves.steps:  # phases are timed apart: all ranks begin backward together
-            begin = np.full(self._ranks, begin.max())
-        sent = begin + self._copies(time)
+            self._end_phase()
+        begin = self._now
+        if machine.device == "cpu":  # the host is the rank
+            self._host, self._alone_host = np.maximum(self._host, begin), np.maximum(self._alone_host, self._alone)
+        packed, batches = np.zeros(self._ranks), np.zeros(self._ranks)
         for transfer, collective in transfers:
-            if collective is None:
-                self._messages(transfer, sent)
-            else:
-                self._collective(transfer, collective, sent)
-        taking = np.zeros(self._ranks, dtype=bool)
-        for transfer, _ in transfers:
-            taking[transfer.rows[:, : MoveColumn.SHARD].ravel()] = True
-        sent = sent + machine.message_s * taking
-        launching = work.launches[time] * machine.launch_s
-        computed = sent + np.maximum(work.compute[time] + work.besides[time], launching)
-        there = np.maximum(computed, self._arrivals.pop(time, computed))
-        there = there + self._unpacked.pop(time, np.zeros(self._ranks)) / machine.memory_bytes_per_s
+            packed += self._packed(transfer, collective)
+        for channel, end in {(t.channel, t.end) for t, _ in transfers}:
+            of = [t.rows[:, : MoveColumn.SHARD].ravel() for t, _ in transfers if (t.channel, t.end) == (channel, end)]
+            batches += np.bincount(np.concatenate(of), minlength=self._ranks) > 0
+        self._host = self._host + batches * machine.message_s
+        sent = np.maximum(begin + packed / machine.memory_bytes_per_s, self._host)
+        computing, launching = work.compute[time] + work.besides[time], work.launches[time] * machine.launch_s
+        self._host = self._host + launching
+        computed = np.maximum(sent + computing, self._host)
+        self._alone_host = self._alone_host + launching
+        self._alone = np.maximum(self._alone + computing, self._alone_host)
+        # Those that may take several times first: the others share the links with them.
+        for transfer, collective in sorted(transfers, key=lambda each: each[0].begin - each[0].end):
+            self._post(transfer, collective, sent, computed)
+        there = self._arrived(time, computed)
         self._rows.append(np.stack([begin, sent, computed, there], axis=1))
         self._now = there
 
-    def _copies(self, time: int) -> Floats:
-        return np.full(self._ranks, self._modelled.copied_bytes / self._machine.memory_bytes_per_s)
+    def _end_phase(self) -> None:
+        self._at_half.append(self._alone)
+        for name in ("_now", "_host"):
+            setattr(self, name, np.full(self._ranks, self._now.max()))
+        for name in ("_alone", "_alone_host"):
+            setattr(self, name, np.zeros(self._ranks))
 
-    def _messages(self, transfer: Transfer, ready: Floats) -> None:
-        """Messages from point to point: each begins when both ends are ready, and all that are on a link share it."""
+    def _arrived(self, time: int, computed: Floats) -> Floats:
+        """When all that must be there by the end of a time is there and taken."""
+        for awaited in self._awaited.pop(time, []):
+            ends = np.maximum(self._long[awaited.link, 0][awaited.source], self._long[awaited.link, 1][awaited.to])
+            self._come(awaited.channel, time, awaited.source, awaited.to, ends + awaited.latency_s)
+        there = np.maximum(computed, self._arrivals.pop(time, computed))
+        return there + self._taken.pop(time, np.zeros(self._ranks)) / self._machine.memory_bytes_per_s
+
+    def _packed(self, transfer: Transfer, collective: Collective | None) -> Floats:
+        """Bytes that are read and written to pack messages, of each rank; notes what is taken where they arrive."""
+        payload, size = transfer.payload, self._bytes(transfer)
+        source, to, _, group = transfer.rows.T
+        held = {"replace": 0, "merge": COPIED if transfer.kind == "final" else MERGED, "add": MERGED}[payload.combine]
+        np.add.at(self._taken[transfer.end], to, held * size)
+        if payload.combine == "add":
+            copied = element_bytes(payload.precision, self._problem) != element_bytes(payload.held, self._problem)
+            staged = np.full(len(size), copied)
+        elif payload.combine == "merge":
+            staged = np.ones(len(size), dtype=bool)
+        else:  # some heads of own tensors are no stretch of memory
+            lengths = np.array([len(g) for g in self._schedule.heads])
+            staged = (lengths[group] < self._problem.heads.q) & (self._schedule.owner[transfer.rows[:, MoveColumn.SHARD]] == source)
+        if collective is not None and collective.operation == "all_gather":  # what goes to all is packed once
+            size = size / (len(collective.sets[0]) - 1)
+        found: Floats = np.bincount(source, weights=COPIED * size * staged, minlength=self._ranks).astype(np.float64)
+        return found
+
+    def _bytes(self, transfer: Transfer) -> Floats:
+        return transfer.bytes(self._schedule, self._problem).astype(np.float64)
+
+    def _post(self, transfer: Transfer, collective: Collective | None, sent: Floats, computed: Floats) -> None:
+        """Begin a transfer. Of sums that come from many ranks only the first rounds leave before tiles are computed."""
+        if collective is not None:
+            in_rounds = collective.operation == "reduce_scatter" and transfer.begin == transfer.end
+            rounds = -(-len(collective.sets[0]) // ROUND) if in_rounds and not self._direct(transfer) else 1
+            early = min(1.0, AT_ONCE / rounds)
+            self._collective(transfer, collective, sent, early)
+            if early < 1:
+                self._collective(transfer, collective, computed, 1 - early)
+            return
         source, to = transfer.rows[:, MoveColumn.SOURCE], transfer.rows[:, MoveColumn.TARGET]
-        size = transfer.bytes(self._modelled.schedule, self._modelled.problem).astype(np.float64)
-        per_node = self._modelled.problem.scale.gpus_per_node
+        size = self._bytes(transfer)
+        late = rounds_of(transfer, self._schedule, transfer.rows) >= AT_ONCE
+        for which, ready in ((~late, sent), (late, computed)):
+            if which.any():
+                self._messages(transfer, source[which], to[which], size[which], ready)
+
+    def _direct(self, transfer: Transfer) -> bool:
+        """Whether sums leave from the buffer as it is: that is, in the order of their ranks, in the type in which they are held."""
+        payload = transfer.payload
+        if element_bytes(payload.precision, self._problem) != element_bytes(payload.held, self._problem):
+            return False
+        owners = self._schedule.owner[np.unique(transfer.rows[:, MoveColumn.SHARD])]
+        return bool((np.diff(owners) >= 0).all())
+
+    def _messages(self, transfer: Transfer, source: Ints, to: Ints, size: Floats, ready: Floats) -> None:
+        """Messages from point to point: each begins when both ends are ready."""
+        per_node = self._problem.scale.gpus_per_node
         outside = source // per_node != to // per_node
-        stream = self._streams[transfer.channel]
-        begins = np.maximum(np.maximum(ready, stream)[source], np.maximum(ready, stream)[to])
+        free = np.maximum(ready, self._streams[transfer.channel])
+        begins = np.maximum(free[source], free[to])
         for name, link, which in (("inside", self._machine.inside, ~outside), ("across", self._machine.across, outside)):
             if which.any():
-                self._on_link(name, link, source[which], to[which], size[which], begins[which], transfer)
-        self._note_unpacked(transfer, to, size)
+                one, other, seconds = source[which], to[which], size[which] / link.bytes_per_s
+                if transfer.end > transfer.begin:
+                    self._on_link_long(name, one, other, seconds, begins[which])
+                    self._awaited[transfer.end].append(_Awaited(name, transfer.channel, one, other, link.latency_s))
+                else:
+                    ends = self._on_link(name, one, other, seconds, begins[which])
+                    self._come(transfer.channel, transfer.end, one, other, ends + link.latency_s)
 
-    def _on_link(self, name: str, link: Link, source: Ints, to: Ints, size: Floats, begins: Floats, transfer: Transfer) -> None:
-        ends = np.zeros(len(source))
-        for direction, ranks in (("out", source), ("in", to)):
-            free = self._links[f"{name} {direction}"]
-            first = np.full(self._ranks, np.inf)
-            np.minimum.at(first, ranks, begins)
-            busy = np.maximum(np.where(np.isinf(first), free, first), free)
-            busy = busy + np.bincount(ranks, weights=size, minlength=self._ranks) / link.bytes_per_s
-            used = np.unique(ranks)
-            free[used] = busy[used]
-            ends = np.maximum(ends, busy[ranks])
-        ends = np.maximum(ends, begins + size / link.bytes_per_s) + link.latency_s
+    def _on_link(self, name: str, source: Ints, to: Ints, seconds: Floats, begins: Floats) -> Floats:
+        """When messages that each take ``seconds`` by themselves have gone over a link, (n,)."""
+        ends = begins + seconds
+        for direction, ranks in enumerate((source, to)):
+            free, long = self._links[name, direction], self._long[name, direction]
+            first, busy = self._sums(ranks, seconds, begins)
+            start = np.maximum(first, free)
+            shared = np.minimum(busy, np.maximum(long - start, 0))
+            used = busy > 0
+            long[used & (shared > 0)] += busy[used & (shared > 0)]
+            free[used] = (start + busy + shared)[used]
+            ends = np.maximum(ends, np.where(used[ranks], free[ranks], ends))
+        return ends
+
+    def _on_link_long(self, name: str, source: Ints, to: Ints, seconds: Floats, begins: Floats) -> None:
+        """Messages that others go past: they end later for each of these."""
+        for direction, ranks in enumerate((source, to)):
+            long = self._long[name, direction]
+            first, busy = self._sums(ranks, seconds, begins)
+            used = np.isfinite(first)
+            long[used] = (np.maximum(first, long) + busy)[used]
+
+    def _sums(self, ranks: Ints, seconds: Floats, begins: Floats) -> tuple[Floats, Floats]:
+        """When the first message of each rank begins (inf: it has none), and how long all take, both (ranks,)."""
+        first = np.full(self._ranks, np.inf)
+        np.minimum.at(first, ranks, begins)
+        return first, np.bincount(ranks, weights=seconds, minlength=self._ranks).astype(np.float64)
+
+    def _come(self, channel: str, end: int, source: Ints, to: Ints, ends: Floats) -> None:
         for ranks in (source, to):
-            np.maximum.at(self._arrivals[transfer.end], ranks, ends)
-            np.maximum.at(self._streams[transfer.channel], ranks, ends)
+            np.maximum.at(self._arrivals[end], ranks, ends)
+            np.maximum.at(self._streams[channel], ranks, ends)
 
-    def _collective(self, transfer: Transfer, collective: Collective, ready: Floats) -> None:
-        per_node = self._modelled.problem.scale.gpus_per_node
+    def _collective(self, transfer: Transfer, collective: Collective, ready: Floats, share: float) -> None:
+        """A collective of each set, of this share of its bytes. It begins when all ranks of the set are ready."""
+        per_node = self._problem.scale.gpus_per_node
         stream = self._streams[transfer.channel]
-        how = self._machine.collectives.get(collective.operation, CollectiveCost())
+        free = np.maximum(ready, stream)
         for members in collective.sets:
             ranks = np.array(members)
-            begin = float(np.maximum(ready[ranks], stream[ranks]).max())
             nodes = np.unique(ranks // per_node, return_counts=True)[1]
-            end = begin + self._collective_s(collective, len(ranks), int(nodes.max()), how)
-            np.maximum.at(self._arrivals[transfer.end], ranks, end)
-            np.maximum.at(stream, ranks, end)
-        to = transfer.rows[:, MoveColumn.TARGET]
-        self._note_unpacked(transfer, to, transfer.bytes(self._modelled.schedule, self._modelled.problem).astype(np.float64))
-
-    def _collective_s(self, collective: Collective, ranks: int, together: int, how: CollectiveCost) -> float:
-        """Seconds of a collective of a set, ``together`` of whose ranks are in one node at most."""
-        inside, across, block = self._machine.inside, self._machine.across, float(collective.block)
-        outside = ranks - together
-        if collective.operation == "all_to_all":
-            bound = max(block * (together - 1) / inside.bytes_per_s, block * outside / across.bytes_per_s)
-        else:  # a ring through all nodes: each node's bytes come once, over the network links of all its ranks
-            within = inside.bytes_per_s if together > 1 else np.inf
-            bound = block * (ranks - 1) / min(within, together * across.bytes_per_s if outside else np.inf)
-        latency = how.latency_s * ranks + (across if outside else inside).latency_s
-        return latency + float(bound) / how.efficiency
-
-    def _note_unpacked(self, transfer: Transfer, to: Ints, size: Floats) -> None:
-        """What is merged or added where it arrives reads it, and reads and writes what it is added to."""
-        if transfer.payload.combine != "replace" and transfer.kind != "final":
-            np.add.at(self._unpacked[transfer.end], to, BYTES_MERGED * size)
+            used = [name for name, some in (("inside", nodes.max() > 1), ("across", len(nodes) > 1)) if some]
+            ways = [self._links[name, direction] for name in used for direction in (0, 1)]
+            begin = float(max(free[ranks].max(), *(way[ranks].max() for way in ways)))
+            end = begin + self._machine.collective_s(
+                collective.operation, share * collective.block, len(ranks), int(nodes.max()), int(nodes.min())
+            )
+            for each in (self._arrivals[transfer.end], stream, *ways):
+                each[ranks] = np.maximum(each[ranks], end)
 
     def times(self) -> Floats:
         return np.stack(self._rows, axis=1)
 
     def phases(self, times: Floats) -> dict[str, Phase]:
         steps = self._moves.steps
-        parts = {"forward": slice(0, steps)}
-        if self._modelled.problem.backward:
-            parts["backward"] = slice(steps, None)
-        return {name: self._phase(times[:, part], self.work.compute[part]) for name, part in parts.items()}
-
-    def _phase(self, times: Floats, compute: Floats) -> Phase:
-        last = int(times[:, -1, 3].argmax())
-        begin, _, computed, there = times[last].T
-        seconds = float(there[-1] - begin[0])
-        own = compute.sum(axis=0)
-        exposed = float((there - computed).sum())
-        return Phase(seconds, float(own.mean()), float(own.max()), exposed, max(0.0, seconds - exposed - float(own[last])))
+        names = ("forward", "backward") if self._problem.backward else ("forward",)
+        parts = (slice(0, steps), slice(steps, None))
+        alone = (*self._at_half, self._alone)
+        return {
+            name: _phase(times[:, part], self._work.compute[part], own)
+            for name, part, own in zip(names, parts, alone, strict=False)
+        }
 
 
-def _memory(modelled: Modelled, moves: Traffic, work: _Work, operations: tuple[Operation, ...]) -> tuple[int, int]:
+@dataclass(frozen=True)
+class _Awaited:
+    """Messages that may take several times: whether they are there is asked at the last of them."""
+
+    link: str
+    channel: str
+    source: Ints
+    to: Ints
+    latency_s: float
+
+
+def _phase(times: Floats, compute: Floats, alone: Floats) -> Phase:
+    """A phase from what ranks did in it, and from what each takes without messages."""
+    seconds = float(times[:, -1, 3].max() - times[:, 0, 0].min())
+    own = compute.sum(axis=0)
+    busiest, slowest = float(own.max()), float(alone.max())
+    return Phase(seconds, float(own.mean()), busiest, max(0.0, seconds - slowest), max(0.0, min(slowest, seconds) - busiest))
+
+
+# -- memory --------------------------------------------------------------------------------------------------------------
+
+
+def _memory(modelled: Modelled, moves: Traffic, made: Tiling, operations: tuple[Operation, ...]) -> tuple[int, int]:
     """(buffers, peak without inputs) of the rank with most, in bytes."""
-    schedule, problem = modelled.schedule, modelled.problem
-    tiles = np.bincount(work.tiling.rank, minlength=schedule.world_size)
-    looked_at = dict.fromkeys([int(tiles.argmax()), 0, schedule.world_size - 1][:SAMPLED])
-    sums = element_bytes("sum", problem)
+    schedule = modelled.schedule
+    tiles = np.bincount(made.rank, minlength=schedule.world_size)
     buffers = peak = 0
-    for rank in looked_at:
-        program = Program(schedule, moves, problem, rank, operations)
-        q, kv = (program.tokens * heads * problem.heads.dim for heads in (problem.heads.q, problem.heads.kv))
-        held = q * problem.itemsize + program.tokens * problem.heads.q * sums + program.buffer_bytes
-        if schedule.world_size > 1:
-            held += 2 * kv * problem.itemsize + q * sums
-        if problem.backward:
-            held += (q + 2 * kv) * (sums + problem.itemsize)
+    for rank in dict.fromkeys([int(tiles.argmax()), 0, schedule.world_size - 1]):
+        program = Program(schedule, moves, modelled.problem, rank, operations)
+        held = _held(modelled, program, made, rank)
         buffers, peak = max(buffers, program.buffer_bytes), max(peak, held)
     return buffers, peak
+
+
+def _held(modelled: Modelled, program: Program, made: Tiling, rank: int) -> int:
+    """The most that a rank holds at once beside its inputs, bytes: what ``execute`` allocates, not what kernels need inside."""
+    problem, tiles = modelled.problem, made.tiles
+    heads, tokens, inputs, sums = problem.heads, program.tokens, problem.itemsize, element_bytes("sum", problem)
+    own = (made.rank == rank) & (tiles.pairs > 0)
+    rows, keys = (tiles.rows * tiles.q_heads)[own], (tiles.keys * tiles.kv_heads)[own]
+    q, kv, lse = tokens * heads.q * heads.dim, 2 * tokens * heads.kv * heads.dim, tokens * heads.q * sums
+    result = int(rows.max(initial=0)) * (heads.dim * inputs + sums)  # of a kernel
+    gradients = int((rows + 2 * keys).max(initial=0)) * heads.dim * inputs
+    out = q * inputs + lse
+    if modelled.schedule.world_size == 1:
+        return out + (gradients if problem.backward else 0)
+    finals = sum(
+        sum(modelled.schedule.sizes[list(bundle)].tolist()) * len(modelled.schedule.heads[group]) * (heads.dim * inputs + sums)
+        for group, bundle in program.finals
+    )
+    total = q * (inputs if program.all_final else sums) + lse
+    packed = kv * inputs
+    forward = max(total + result + finals, total + (0 if program.all_final else q * inputs) + finals)
+    if not problem.backward:
+        return program.buffer_bytes + packed + forward
+    stats = (2 * lse, 2 * q * sums) if program.sends_stats else (0, 0)  # and what it takes to work them out
+    whole = (q + kv) * sums
+    backward = out + finals + whole + stats[0] + max(stats[1], gradients, (q + kv) * inputs)
+    return program.buffer_bytes + packed + max(forward, backward)
 
 
 def without_backward(modelled: Modelled) -> Modelled:

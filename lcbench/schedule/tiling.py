@@ -1,18 +1,30 @@
-"""What every tile of a schedule is made of, worked out for all tiles at once: pairs, blocks that hold some, pieces, sizes."""
+"""What every tile of a schedule is made of, worked out for all tiles at once: pairs, blocks that hold some, pieces, sizes.
+
+The tokens of all operands of one side are cut into *units*, so that every operand is some runs of neighbouring units. What a
+bundle of queries has with every unit of keys is a row of a matrix; a tile is a sum over a few stretches of that row, so the row is
+summed up once and a tile is the difference of two of its entries per stretch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
 
-from lcbench.masks.band import BandMask, Ints, areas, cropped, spread
+from lcbench.masks.band import BandMask, Ints, areas, cropped, reindexed, spread
+from lcbench.masks.block import BlockMap, Keep
 from lcbench.masks.mask import Mask
 from lcbench.schedule.machine import Floats, Tiles
-from lcbench.schedule.schedule import Schedule
+from lcbench.schedule.schedule import Schedule, TileColumn
 
 BLOCK = 128  # rows and keys of the blocks that kernels compute or skip
+BYTE = 255  # as many rows of blocks as a byte can count
+PORTION = 1 << 22  # entries of rows that are worked out together
+# Of a bundle of queries with each unit of keys: pairs, covered pairs, pieces, and pieces that go on in the next unit.
+PAIRS, COVERED, PIECES, GO_ON = range(4)
+VALUES = 4
 
 
 @dataclass(frozen=True)
@@ -25,64 +37,287 @@ class Tiling:
 
 
 def tiling(schedule: Schedule, mask: Mask) -> Tiling:
-    """The tiles of a schedule in the order of its steps."""
+    """The tiles of a schedule in the order of its steps.
+
+    Pieces are counted as a kernel gets them: what goes on from one shard to the next in memory is one. Those of a block map are
+    the stretches of kept blocks in a row of blocks.
+    """
     counts = [len(step.tiles) for step in schedule.steps]
     every = np.concatenate([np.empty((0, 4), dtype=np.int64), *(step.tiles for step in schedule.steps)])
-    rank, group, q, k = every.T
     heads = np.array([[len(g), len(g.kv)] for g in schedule.heads], dtype=np.int64)
-    inside = sparse.csr_array(
-        (np.ones(sum(map(len, schedule.bundles))), *_incidence(schedule)), shape=(len(schedule.bundles), len(schedule.shards))
-    )
-    maps = [mask] if isinstance(mask, BandMask) else [mask.bands(i) for i in range(mask.maps)]
-    found = np.zeros((len(every), 3))
-    for each in maps:
-        # Of heads with different maps a tile has the mean: heads of one group are computed by one call.
-        found += _of_bundles(inside, _of_shards(schedule, each), q, k) / len(maps)
-    sizes = inside @ schedule.sizes.astype(np.float64)
+    rank, group, q, k = every.T
+    found = _found(schedule, mask, every)
+    pieces = np.where(found[PAIRS] > 0, np.maximum(np.ceil(found[PIECES]), 1), 0)
+    bundle, shard = schedule.spread(np.arange(len(schedule.bundles)))
+    sizes = np.bincount(bundle, weights=schedule.sizes[shard], minlength=len(schedule.bundles)).astype(np.int64)
     tiles = Tiles(
-        pairs=found[:, 0], covered=found[:, 1], rows=sizes[q].astype(np.int64), keys=sizes[k].astype(np.int64),
-        pieces=np.ceil(found[:, 2]).astype(np.int64), q_heads=heads[group, 0], kv_heads=heads[group, 1],
+        pairs=found[PAIRS], covered=found[COVERED], rows=sizes[q], keys=sizes[k], pieces=pieces.astype(np.int64),
+        q_heads=heads[group, 0], kv_heads=heads[group, 1],
     )  # fmt: skip
     return Tiling(tiles, np.repeat(np.arange(len(schedule.steps)), counts), rank)
 
 
-def _incidence(schedule: Schedule) -> tuple[Ints, Ints]:
-    """Columns and row starts of the matrix that says which shards a bundle has."""
-    columns = np.array([shard for bundle in schedule.bundles for shard in bundle], dtype=np.int64)
-    return columns, np.cumsum([0, *map(len, schedule.bundles)])
+def _found(schedule: Schedule, mask: Mask, every: Ints) -> Floats:
+    """Pairs, covered pairs and pieces of each tile, (3, tiles). Of heads with maps of their own a tile has the mean."""
+    total = np.zeros((3, len(every)))
+    if not len(every):
+        return total
+    queries, keys = (Side.of(schedule, every[:, column]) for column in (TileColumn.Q, TileColumn.K))
+    if isinstance(mask, BandMask):
+        sheet: _Sheet = _Stripes(queries, keys, mask) if queries.striped or keys.striped else _Bands(queries, keys, mask)
+        return _looked_up(queries, keys, sheet, every)
+    shares = _shares(schedule, mask.maps)
+    for number in range(mask.maps):
+        share = shares[every[:, TileColumn.GROUP], number]
+        reads = share > 0
+        if reads.any():
+            blocks = _Blocks(queries, keys, mask, mask.keep(number))
+            total[:, reads] += share[reads] * _looked_up(queries, keys, blocks, every[reads])
+    return total
 
 
-def _of_shards(schedule: Schedule, mask: BandMask) -> list[sparse.csr_array]:
-    """Pairs, covered pairs and pieces of every two shards, each a sparse matrix (queries, keys)."""
-    count = len(schedule.shards)
-    rows, columns, values = [], [], []
-    for q, k, parts in _cut(schedule, mask):
-        rows.append(q)
-        columns.append(k)
-        values.append(np.stack([areas(parts).astype(np.float64), covered(parts), np.ones(len(parts))]))
-    row, column = (np.concatenate([np.empty(0, dtype=np.int64), *each]) for each in (rows, columns))
-    value = np.concatenate([np.empty((3, 0)), *values], axis=1)
-    return [sparse.coo_array((v, (row, column)), shape=(count, count)).tocsr() for v in value]
+def _shares(schedule: Schedule, maps: int) -> Floats:
+    """Which share of the heads of each group reads each map, (groups, maps)."""
+    each = max(group.end for group in schedule.heads) // maps
+    shares = np.zeros((len(schedule.heads), maps))
+    for number, group in enumerate(schedule.heads):
+        np.add.at(shares[number], np.arange(group.begin, group.end) // each, 1 / len(group))
+    return shares
 
 
-def _cut(schedule: Schedule, mask: BandMask) -> list[tuple[Ints, Ints, Ints]]:
-    """(q shard, k shard, band) of what is left of each band in each pair of stretches of shards."""
-    shards = schedule.shards.shards
-    if any(run.stride > 1 and run.size > 1 for runs in shards for run in runs):
-        return [
-            (np.full(len(tile), q), np.full(len(tile), k), tile.bands)
-            for q in range(len(shards)) for k in range(len(shards))
-            if len(tile := mask.tile(shards[q], shards[k]))
-        ]  # fmt: skip
-    runs = sorted((run.start, run.start + run.size, shard) for shard, spans in enumerate(shards) for run in spans if run.size)
-    begin, end, shard = np.array(runs, dtype=np.int64).reshape(-1, 3).T
-    edges = np.append(begin, end[-1:])
-    number, row = spread(np.searchsorted(edges, mask.bands[:, 0], side="right") - 1, _last(edges, mask.bands[:, 1]))
-    parts, kept = cropped(mask.bands[number], edges[row], edges[row + 1], None, None)
-    row = row[kept]
-    number, column = spread(np.searchsorted(edges, parts[:, 2], side="right") - 1, _last(edges, parts[:, 3]))
-    blocks, kept = cropped(parts[number], None, None, edges[column], edges[column + 1])
-    return [(shard[row[number][kept]], shard[column[kept]], blocks)]
+# -- operands as runs of units -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """The operands of one side.
+
+    Attributes:
+        place: the number of each bundle of the schedule among those of this side, -1 for others.
+        start, size, stride: of each unit; units of neighbouring tokens lie behind one another without a gap.
+        first, last: of each run of units, ``last`` not included.
+        runs: where the runs of each bundle begin, (bundles of this side + 1,).
+        striped: whether units are stripes, which are never joined.
+        hard: whether no operand goes on from a unit to the next.
+    """
+
+    place: Ints
+    start: Ints
+    size: Ints
+    stride: Ints
+    first: Ints
+    last: Ints
+    runs: Ints
+    striped: bool
+    hard: Keep
+
+    @classmethod
+    def of(cls, schedule: Schedule, bundles: Ints) -> Side:
+        """The side of the tiles whose operands are ``bundles``."""
+        used = np.unique(bundles)
+        place = np.full(len(schedule.bundles), -1, dtype=np.int64)
+        place[used] = np.arange(len(used))
+        number, start, size, stride = (np.concatenate(each) for each in zip(*_spans(schedule, used), strict=True))
+        runs = np.searchsorted(number, np.arange(len(used) + 1))
+        if (stride > 1).any():
+            every = np.unique(np.stack([start, size, stride], axis=1), axis=0)
+            code = {row: i for i, row in enumerate(map(tuple, every.tolist()))}
+            first = np.array(
+                [code[row] for row in zip(start.tolist(), size.tolist(), stride.tolist(), strict=True)], dtype=np.int64
+            )
+            return cls(place, every[:, 0], every[:, 1], every[:, 2], first, first + 1, runs, True, np.ones(len(every), dtype=bool))
+        edges = np.unique(np.concatenate([start, start + size]))
+        first, last = np.searchsorted(edges, start), np.searchsorted(edges, start + size)
+        joined = np.zeros(len(edges) + 1, dtype=np.int64)
+        np.add.at(joined, first + 1, 1)
+        np.add.at(joined, last, -1)
+        hard = np.cumsum(joined)[1:-1] == 0  # of the end of each unit
+        return cls(place, edges[:-1], np.diff(edges), np.ones(len(edges) - 1, dtype=np.int64), first, last, runs, False, hard)
+
+    def __len__(self) -> int:
+        """Units."""
+        return len(self.start)
+
+    @property
+    def edges(self) -> Ints:
+        """Where units begin, and where the last one ends; of units that are no stripes."""
+        return np.append(self.start, self.start[-1:] + self.size[-1:])
+
+    def inside(self) -> sparse.csr_array:
+        """How often each bundle has each unit, (bundles, units)."""
+        number, unit = spread(self.first, self.last)
+        bundle = np.repeat(np.arange(len(self.runs) - 1), np.diff(self.runs))[number]
+        return sparse.coo_array((np.ones(len(unit)), (bundle, unit)), shape=(len(self.runs) - 1, len(self))).tocsr()
+
+    def tokens_in(self, edges: Ints) -> Ints:
+        """How many tokens of each unit lie between neighbouring edges, (units, edges - 1)."""
+        before = -((self.start[:, None] - edges) // self.stride[:, None])
+        return np.diff(np.clip(before, 0, self.size[:, None]), axis=1)
+
+
+def _spans(schedule: Schedule, bundles: Ints) -> Iterator[tuple[Ints, Ints, Ints, Ints]]:
+    """(place in ``bundles``, start, size, stride) of their spans, in portions; spans that continue one another are one."""
+    spans = [run for shard in schedule.shards.shards for run in shard]
+    start, size, stride = np.array(spans, dtype=np.int64).reshape(-1, 3).T
+    begins = np.cumsum([0, *map(len, schedule.shards.shards)])
+    lengths = np.cumsum([len(schedule.bundles[bundle]) for bundle in bundles.tolist()])
+    cuts = np.nonzero(np.diff(lengths // PORTION))[0] + 1
+    for first, part in zip([0, *cuts.tolist()], np.split(bundles, cuts), strict=True):
+        number, shard = schedule.spread(part)
+        place, span = spread(begins[shard], begins[shard + 1])
+        kept = size[span] > 0
+        number, span = number[place[kept]], span[kept]
+        end = start[span] + size[span]
+        goes_on = (np.diff(number) == 0) & (start[span[1:]] == end[:-1]) & (stride[span[1:]] == 1) & (stride[span[:-1]] == 1)
+        begin = np.nonzero(np.concatenate([np.ones(min(len(span), 1), dtype=bool), ~goes_on]))[0]
+        until = np.append(begin[1:], len(span)) - 1
+        whole = begin == until  # the tokens of a stripe lie apart
+        taken = np.where(whole, size[span[begin]], end[until] - start[span[begin]]) if len(span) else size[:0]
+        yield first + number[begin], start[span[begin]], taken, stride[span[begin]]
+
+
+# -- what bundles of queries have with units of keys ---------------------------------------------------------------------
+
+
+class _Sheet:
+    """Values of bundles of queries with units of keys."""
+
+    def portions(self) -> Iterator[tuple[int, int]]:
+        """(first, last) bundles of queries that are worked out together, the last not included."""
+        raise NotImplementedError
+
+    def of(self, first: int, last: int) -> Floats:
+        """(4, bundles first to last, units of keys)."""
+        raise NotImplementedError
+
+
+def _looked_up(queries: Side, keys: Side, sheet: _Sheet, tiles: Ints) -> Floats:
+    """Pairs, covered pairs and pieces of tiles, (3, tiles)."""
+    found = np.zeros((3, len(tiles)))
+    q, k = queries.place[tiles[:, TileColumn.Q]], keys.place[tiles[:, TileColumn.K]]
+    order = np.argsort(q, kind="stable")
+    for first, last in sheet.portions():
+        here = order[slice(*np.searchsorted(q[order], [first, last]))]
+        if not len(here):
+            continue
+        sums = np.zeros((VALUES, last - first, len(keys) + 1))
+        np.cumsum(sheet.of(first, last), axis=2, out=sums[:, :, 1:])
+        row, bundle = q[here] - first, k[here]
+        lookups = int((keys.runs[bundle + 1] - keys.runs[bundle]).sum())
+        look = _one_by_one if lookups < (last - first) * len(keys.first) else _all_at_once
+        found[:, here] = look(keys, sums, row, bundle)
+    return found
+
+
+def _one_by_one(keys: Side, sums: Floats, row: Ints, bundle: Ints) -> Floats:
+    """What rows of sums have in the runs of bundles of keys, (3, n), looked up for each."""
+    number, run = spread(keys.runs[bundle], keys.runs[bundle + 1])
+    at, begin, end = row[number], keys.first[run], keys.last[run]
+    values = [sums[column, at, end] - sums[column, at, begin] for column in (PAIRS, COVERED, PIECES)]
+    values[PIECES] -= sums[GO_ON, at, end - 1] - sums[GO_ON, at, begin]  # within a run a piece that goes on is the same
+    return np.stack([np.bincount(number, weights=value, minlength=len(row)) for value in values])
+
+
+def _all_at_once(keys: Side, sums: Floats, row: Ints, bundle: Ints) -> Floats:
+    """The same by a product, for every row with every bundle: for bundles of many runs, each of which many tiles have."""
+    count, width = len(keys.runs) - 1, sums.shape[2]
+    of_run = np.repeat(np.arange(count), np.diff(keys.runs))
+    ones = np.ones(len(of_run))
+    within, going = (
+        sparse.coo_array((np.append(ones, -ones), (np.tile(of_run, 2), np.append(end, keys.first))), shape=(count, width)).tocsr()
+        for end in (keys.last, keys.last - 1)
+    )
+    found = [within @ sums[column].T for column in (PAIRS, COVERED, PIECES)]
+    found[PIECES] -= going @ sums[GO_ON].T
+    return np.stack([value[bundle, row] for value in found])
+
+
+def _cut_evenly(weights: Ints) -> Iterator[tuple[int, int]]:
+    """(first, last) of stretches of about ``PORTION`` each, or of one entry."""
+    cuts = np.nonzero(np.diff(np.cumsum(weights) // PORTION))[0] + 1
+    yield from zip([0, *cuts.tolist()], [*cuts.tolist(), len(weights)], strict=True)
+
+
+class _Bands(_Sheet):
+    """Bands cut by neighbouring units."""
+
+    def __init__(self, queries: Side, keys: Side, mask: BandMask) -> None:
+        self._keys = keys
+        edges = queries.edges
+        number, row = spread(np.searchsorted(edges, mask.bands[:, 0], side="right") - 1, _last(edges, mask.bands[:, 1]))
+        inner = (row >= 0) & (row < len(queries))
+        number, row = number[inner], row[inner]
+        parts, kept = cropped(mask.bands[number], edges[row], edges[row + 1], None, None)
+        row = row[kept]
+        inside = queries.inside().tocsc()
+        place, entry = spread(inside.indptr[row].astype(np.int64), inside.indptr[row + 1].astype(np.int64))
+        bundle = inside.indices[entry]
+        order = np.argsort(bundle, kind="stable")
+        self._parts, self._bundle = parts[place[order]], bundle[order]
+        self._first, self._last = _span_of(keys, self._parts)
+        self._count = inside.shape[0]
+        edges = keys.edges
+        self._hard_before = np.maximum.accumulate(np.where(np.concatenate([[True], keys.hard[:-1]]), edges[:-1], edges[0]))
+        self._pad = np.where(keys.hard, -(edges[1:] - self._hard_before) % BLOCK, 0)
+
+    def portions(self) -> Iterator[tuple[int, int]]:
+        return _cut_evenly(np.full(self._count, len(self._keys) + 1))
+
+    def of(self, first: int, last: int) -> Floats:
+        here = slice(*np.searchsorted(self._bundle, [first, last]))
+        parts, row, begin, end = self._parts[here], self._bundle[here] - first, self._first[here], self._last[here]
+        whole = self._whole(parts, begin, end)
+        high = (parts[:, 1] - parts[:, 0]).astype(np.float64)
+        ones, rows = np.ones(len(parts)), last - first
+        keys = self._keys
+        values = np.stack([
+            _risen(row, *whole, high, rows, len(keys)) * keys.size,
+            _risen(row, *whole, np.ceil(high / BLOCK) * BLOCK, rows, len(keys)) * (keys.size + self._pad),
+            _risen(row, begin, end, ones, rows, len(keys)),
+            _risen(row, begin, np.maximum(end - 1, begin), ones, rows, len(keys)),
+        ])  # fmt: skip
+        for cut in ((begin, whole[0]), (whole[1], end)):
+            self._add_cut(values, parts, row, *cut)
+        return values
+
+    def _whole(self, parts: Ints, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+        """(first, last) units of keys of which every query of a part sees every key: they need not be looked at one by one."""
+        edges = self._keys.edges
+        q0, q1, k0, k1, lo, hi = parts.T
+        first = np.searchsorted(edges, np.maximum(k0, q1 - 1 + lo))
+        last = np.searchsorted(edges, np.minimum(k1, q0 + hi + 1), side="right") - 1
+        last = np.minimum(last, np.where(self._keys.hard[end - 1], end, end - 1))  # where it ends it is filled up
+        first = np.clip(first, begin, end)
+        return first, np.maximum(last, first)
+
+    def _add_cut(self, values: Floats, parts: Ints, row: Ints, begin: Ints, end: Ints) -> None:
+        """Add pairs and covered pairs of parts in units of keys that are looked at one by one."""
+        keys = self._keys
+        number, unit = spread(begin, end)
+        edges = keys.edges
+        found, kept = cropped(parts[number], None, None, edges[unit], edges[unit + 1])
+        number, unit = number[kept], unit[kept]
+        begins = np.maximum(parts[number, 2], self._hard_before[unit])
+        ends = keys.hard[unit] | (parts[number, 3] <= edges[unit + 1])
+        pad = np.where(ends, -(found[:, 3] - begins) % BLOCK, 0)
+        flat, shape = row[number] * len(keys) + unit, values.shape[1:]
+        for column, value in ((PAIRS, areas(found).astype(np.float64)), (COVERED, covered(found, pad))):
+            values[column] += np.bincount(flat, weights=value, minlength=values[column].size).reshape(shape)
+
+
+def _risen(row: Ints, begin: Ints, end: Ints, height: Floats, rows: int, width: int) -> Floats:
+    """A sum of steps, each ``height`` from ``begin`` to ``end`` (not included) in its row, (rows, width)."""
+    flat = np.concatenate([row * (width + 1) + begin, row * (width + 1) + end])
+    changes = np.bincount(flat, weights=np.concatenate([height, -height]), minlength=rows * (width + 1))
+    risen: Floats = np.cumsum(changes.reshape(rows, width + 1)[:, :-1], axis=1)
+    return risen
+
+
+def _span_of(keys: Side, bands: Ints) -> tuple[Ints, Ints]:
+    """The first unit of keys that each band has a part in, and the one after the last."""
+    edges = keys.edges
+    first = np.searchsorted(edges, bands[:, 2], side="right") - 1
+    return np.maximum(first, 0), np.minimum(_last(edges, bands[:, 3]), len(keys))
 
 
 def _last(edges: Ints, end: Ints) -> Ints:
@@ -90,11 +325,16 @@ def _last(edges: Ints, end: Ints) -> Ints:
     return np.searchsorted(edges, end - 1, side="right")
 
 
-def covered(bands: Ints) -> Floats:
-    """Pairs of the blocks of 128 x 128 that hold a pair of each band, (n,), where the blocks begin at the band's corner."""
+def covered(bands: Ints, pad: Ints | None = None) -> Floats:
+    """Pairs of the blocks of 128 x 128 that hold a pair of each band, (n,), where the blocks begin at the band's corner.
+
+    Args:
+        pad: keys that a band is filled up with; None: up to whole blocks.
+    """
     q0, q1, k0, k1, lo, hi = bands.T
     height, width = (q1 - q0).astype(np.float64), (k1 - k0).astype(np.float64)
-    tall, wide = np.ceil(height / BLOCK) * BLOCK, np.ceil(width / BLOCK) * BLOCK
+    tall = np.ceil(height / BLOCK) * BLOCK
+    wide = width + (-(k1 - k0) % BLOCK if pad is None else pad)
     # Along a diagonal that cuts the band each row of blocks computes half a block more.
     cuts = (lo > k0 - (q1 - 1)).astype(np.float64) + (hi < (k1 - 1) - q0)
     found: Floats = np.minimum(tall * wide, areas(bands) * (tall / np.maximum(height, 1)) * (wide / np.maximum(width, 1))
@@ -102,10 +342,78 @@ def covered(bands: Ints) -> Floats:
     return found
 
 
-def _of_bundles(inside: sparse.csr_array, of_shards: list[sparse.csr_array], q: Ints, k: Ints) -> Floats:
-    """The three numbers of each tile, bundle ``q`` on bundle ``k``, (n, 3)."""
-    found = np.zeros((len(q), 3))
-    for column, matrix in enumerate(of_shards):
-        whole = (inside @ matrix @ inside.T).tocsr()
-        found[:, column] = np.asarray(whole[q, k]).ravel()
+class _Stripes(_Sheet):
+    """Bands met by stripes of tokens: each stripe of queries with each of keys is a mask of its own."""
+
+    def __init__(self, queries: Side, keys: Side, mask: BandMask) -> None:
+        self._queries, self._keys, self._mask, self._inside = queries, keys, mask, queries.inside()
+
+    def portions(self) -> Iterator[tuple[int, int]]:
+        return _cut_evenly(np.full(self._inside.shape[0], len(self._keys)))
+
+    def of(self, first: int, last: int) -> Floats:
+        inside = self._inside[first:last]
+        used = np.unique(inside.indices)
+        values = np.zeros((VALUES, len(used), len(self._keys)))
+        q, k = (np.stack([side.start, side.size, side.stride]) for side in (self._queries, self._keys))
+        rows, columns = self._queries.tokens_in, self._keys.tokens_in
+        for band in self._mask.bands:
+            some = np.nonzero(rows(band[:2])[used, 0])[0]
+            others = np.nonzero(columns(band[2:4])[:, 0])[0]
+            at, to = np.repeat(some, len(others)), np.tile(others, len(some))
+            parts, kept = reindexed(np.broadcast_to(band, (len(at), 6)), q[:, used[at]], k[:, to])
+            at, to = at[kept], to[kept]
+            values[PAIRS, at, to] += areas(parts)
+            values[COVERED, at, to] += covered(parts)
+            values[PIECES, at, to] += 1
+        return np.stack([inside[:, used] @ value for value in values])
+
+
+class _Blocks(_Sheet):
+    """A block map: what is kept, times the tokens of each unit in each row and column of blocks."""
+
+    def __init__(self, queries: Side, keys: Side, mask: BlockMap, keep: Keep) -> None:
+        self._keep, self._inside = keep, queries.inside()
+        self._begins = keep & ~np.concatenate([np.zeros((len(keep), 1), dtype=bool), keep[:, :-1]], axis=1)
+        self._rows, self._columns = queries.tokens_in(mask.q_edges), keys.tokens_in(mask.k_edges)
+
+    def portions(self) -> Iterator[tuple[int, int]]:
+        return _cut_evenly(np.full(self._inside.shape[0], self._columns.shape[1] + len(self._columns)))
+
+    def of(self, first: int, last: int) -> Floats:
+        inside = self._inside[first:last]
+        rows, columns = self._rows, self._columns
+        filled, filled_too = _filled(rows), _filled(columns)
+        pairs = self._product(inside @ rows.astype(np.float64), self._keep, columns)
+        if (rows == filled).all() and (columns == filled_too).all():
+            blocks = pairs
+        else:
+            blocks = self._product(inside @ filled.astype(np.float64), self._keep, filled_too)
+        pieces = self._product(inside @ (rows > 0).astype(np.float64), self._begins, columns > 0)
+        return np.stack([pairs, blocks, pieces, np.zeros_like(pairs)])
+
+    def _product(self, rows: Floats, kept: Keep, columns: Ints | Keep) -> Floats:
+        """``rows`` x what is kept x ``columns``. Rows of blocks that all operands have alike are added up first, as bytes."""
+        cuts = np.nonzero((rows[:, 1:] != rows[:, :-1]).any(axis=0))[0] + 1
+        starts = np.unique(np.concatenate([[0], cuts, np.arange(0, len(kept), BYTE)]))
+        if len(starts) < len(kept) // 2:
+            added = np.add.reduceat(kept.view(np.uint8), starts, axis=0, dtype=np.uint8)
+            found = sparse.csr_array(rows[:, starts]) @ added.astype(np.float64)
+        else:
+            found = _dense_product(rows, kept)
+        product: Floats = found @ sparse.csr_array(columns.T.astype(np.float64))
+        return product
+
+
+def _dense_product(rows: Floats, kept: Keep) -> Floats:
+    """``rows`` x ``kept`` a portion at a time: as a conversion of all that is kept would not fit."""
+    found = np.zeros((len(rows), kept.shape[1]))
+    step = max(1, PORTION // kept.shape[1])
+    for begin in range(0, len(kept), step):
+        found += rows[:, begin : begin + step] @ kept[begin : begin + step].astype(np.float64)
     return found
+
+
+def _filled(tokens: Ints) -> Ints:
+    """Up to whole blocks."""
+    return -(-tokens // BLOCK) * BLOCK

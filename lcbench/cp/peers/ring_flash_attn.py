@@ -10,8 +10,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lcbench.cp.base import Place
+from lcbench.cp.allgather import AllGather
+from lcbench.cp.base import Place, Scheduled
 from lcbench.cp.peers.library import AutogradRun, LibraryStrategy, Segments, missing, refused_length, refused_mask, segments
+from lcbench.cp.ring import Ring
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
 from lcbench.masks.mask import Mask
@@ -22,9 +24,14 @@ from lcbench.schedule.layout import Layout, contiguous, striped, zigzag
 if TYPE_CHECKING:
     import torch
 
+    from lcbench.schedule.simulate import Modelled
+
 VARIANTS: dict[str, Callable[[int, int], Layout]] = {"zigzag": zigzag, "stripe": striped, "llama3": contiguous}
 
-
+# Our own strategy that does the same: llama3 gathers ``heads_k_stride=1`` key/value head after the other, as ``start`` asks.
+OWN: dict[str, Scheduled] = {
+    "zigzag": Ring(layout="zigzag"), "stripe": Ring(layout="striped"), "llama3": AllGather(1, layout="contiguous"),
+}  # fmt: skip
 _OPTIONS = ("softmax_scale", "causal", "group")
 CALLS = (
     *(
@@ -80,6 +87,10 @@ class RingFlashAttention(LibraryStrategy):
 
     def layout(self, problem: Problem) -> Layout:
         return VARIANTS[self.variant](problem.seqlen, problem.scale.world_size)
+
+    def modelled(self, problem: Problem, mask: Mask) -> Modelled | None:
+        """The same schedule of ours; gradients travel in float32, as in ours (its ring's backward)."""
+        return OWN[self.variant].modelled(problem, mask)
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> AutogradRun:
         found = segments(mask)

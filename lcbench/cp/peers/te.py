@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lcbench.cp.base import Place
-from lcbench.cp.peers.library import CHANNEL, AutogradRun, LibraryStrategy, grid, missing, refused_length, refused_mask, segments
+from lcbench.cp.allgather import AllGather
+from lcbench.cp.base import Place, Scheduled
+from lcbench.cp.peers.library import (
+    CHANNEL, AutogradRun, LibraryStrategy, grid, missing, padded_ring, refused_length, refused_mask, segments,
+)  # fmt: skip
+from lcbench.cp.ring import Ring
+from lcbench.cp.ulysses import Ulysses
+from lcbench.cp.usp import USP
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
 from lcbench.kernels.te_fused import LIBRARIES
@@ -18,6 +24,8 @@ from lcbench.schedule.layout import Layout, zigzag
 if TYPE_CHECKING:
     import torch
 
+    from lcbench.schedule.simulate import Modelled
+
 CALLS = (
     LibraryCall(
         "transformer_engine.pytorch", "DotProductAttention", 2,
@@ -25,7 +33,10 @@ CALLS = (
     ),
     LibraryCall("transformer_engine.pytorch", "DotProductAttention.set_context_parallel_group", 5, ()),
 )  # fmt: skip
-COMMUNICATIONS = ("p2p", "all_gather", "a2a", "a2a+p2p")
+# Our own strategy that does the same as each way to communicate.
+COMMUNICATIONS: dict[str, Scheduled] = {
+    "p2p": Ring(layout="zigzag"), "all_gather": AllGather(layout="zigzag"), "a2a": Ulysses(), "a2a+p2p": USP(layout="zigzag"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,17 @@ class TransformerEngine(LibraryStrategy):
 
     def layout(self, problem: Problem) -> Layout:
         return zigzag(problem.seqlen, problem.scale.world_size)
+
+    def modelled(self, problem: Problem, mask: Mask) -> Modelled | None:
+        """The same schedule of ours. Of documents it is known for its ring, which its packed format runs though ``start`` does not."""
+        found = segments(mask)
+        if found is None:
+            return None
+        if self.comm == "p2p":  # its ring sums gradients of keys and values in their own type (its context_parallel.py)
+            problem = replace(problem, reduce_dtype="input")
+            if len(found.bounds) > 2:
+                return padded_ring(problem, found)
+        return COMMUNICATIONS[self.comm].modelled(problem, mask)
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> AutogradRun:
         import torch

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lcbench.cp.base import Place, RankRun
+from lcbench.cp.allgather import AllGather
+from lcbench.cp.base import Place, RankRun, Scheduled
 from lcbench.cp.peers.library import LibraryStrategy, refused_length, refused_mask, segments
+from lcbench.cp.ring import Ring
 from lcbench.kernels.base import Kernel, Prepared, Saved, heads_first
 from lcbench.masks.band import Band, BandMask, Ints
 from lcbench.masks.mask import Mask
@@ -24,7 +26,10 @@ from lcbench.schedule.layout import Layout, zigzag
 if TYPE_CHECKING:
     import torch
 
-ROTATIONS = ("allgather", "alltoall")
+    from lcbench.schedule.simulate import Modelled
+
+# Our own strategy that moves the same in each way to rotate.
+ROTATIONS: dict[str, Scheduled] = {"allgather": AllGather(layout="zigzag"), "alltoall": Ring(layout="zigzag")}
 MODULE = "torch.distributed.tensor.experimental._context_parallel._attention"
 
 
@@ -32,6 +37,7 @@ MODULE = "torch.distributed.tensor.experimental._context_parallel._attention"
 class TorchCP(LibraryStrategy):
     """``rotate``: how torch moves keys and values, all gathered at once (its default) or hop by hop."""
 
+    own_kernel: ClassVar[bool] = False
     rotate: Literal["allgather", "alltoall"] = "allgather"
 
     def __post_init__(self) -> None:
@@ -51,6 +57,10 @@ class TorchCP(LibraryStrategy):
     def layout(self, problem: Problem) -> Layout:
         # Causal or not, zigzag is a layout like any other; torch asks for it only where it is causal.
         return zigzag(problem.seqlen, problem.scale.world_size)
+
+    def modelled(self, problem: Problem, mask: Mask) -> Modelled | None:
+        """The same messages of ours. All gathered, torch still computes tile by tile, which ours does in one call."""
+        return ROTATIONS[self.rotate].modelled(problem, mask)
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> TorchRing:
         found = segments(mask)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lcbench.cp.base import HeadGrid, Place
 from lcbench.cp.peers.library import AutogradRun, LibraryStrategy, grid, missing, refused_length, refused_mask, segments
+from lcbench.cp.usp import USP
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.library import LibraryCall
 from lcbench.masks.mask import Mask
@@ -18,6 +19,7 @@ from lcbench.schedule.layout import Layout, zigzag
 if TYPE_CHECKING:
     import torch
 
+    from lcbench.schedule.simulate import Modelled
 
 CALLS = (
     LibraryCall("yunchang", "LongContextAttention", 0, ("ring_impl_type", "attn_type")),
@@ -48,6 +50,10 @@ class YunchangUSP(HeadGrid, LibraryStrategy):
     def layout(self, problem: Problem) -> Layout:
         degree = self.degree(problem)
         return zigzag(problem.seqlen, problem.scale.world_size // degree).split(degree)
+
+    def modelled(self, problem: Problem, mask: Mask) -> Modelled | None:
+        """The same schedule of ours."""
+        return USP(self.ulysses_degree, layout="zigzag").modelled(problem, mask)
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> AutogradRun:
         from yunchang import LongContextAttention

@@ -1,0 +1,86 @@
+"""Measured cells as results hold them, to fit on.
+
+A cell has been timed in blocks, perhaps in several attempts. What counts is the fastest block of each phase: whatever else runs on
+a machine takes time and gives none. So a sweep may be measured again (``force=true``) where others work on the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from lcbench.grid.cell import Cell
+from lcbench.grid.devices import known_devices
+from lcbench.predict.observations import CellTime
+from lcbench.schedule.machine import Machine
+
+
+class Result(Protocol):
+    """What is read of an attempt at a cell (``runs.store.Attempt``)."""
+
+    @property
+    def status(self) -> str: ...
+
+    @property
+    def no_speed(self) -> str: ...
+
+    @property
+    def metrics(self) -> dict[str, float]: ...
+
+    @property
+    def samples(self) -> dict[str, list[float]]: ...
+
+    @property
+    def provenance(self) -> dict[str, Any]: ...
+
+
+def cell_times(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[CellTime]:
+    """A ``CellTime`` of each cell with a good result; those whose ranks shared a GPU say nothing of its speed, and are left out.
+
+    Args:
+        results: cells with their attempts.
+        source: where they are from, in words.
+
+    Raises:
+        ValueError: there is none, or one is of another device than the machine's.
+    """
+    good = [(cell, [a for a in attempts if a.status == "ok" and not a.no_speed]) for cell, attempts in results]
+    good = [(cell, attempts) for cell, attempts in good if attempts]
+    if not good:
+        raise ValueError(f"{source}: no cell has a good result with a time")
+    for _, attempts in good:
+        for attempt in attempts:
+            _check_device(attempt.provenance, machine, source)
+    return [_cell_time(cell, attempts, source) for cell, attempts in good]
+
+
+def _check_device(provenance: dict[str, Any], machine: Machine, source: str) -> None:
+    name, gpu = str(provenance.get("device")), bool(provenance.get("cuda"))
+    of = next((d["name"] for d in known_devices() if gpu and name in d["names"]), name if gpu else "cpu")
+    if of != machine.device:
+        raise ValueError(f"{source} was measured on {name}, which is no device of machine={machine.name} ({machine.device})")
+    if machine.cores and provenance.get("cpus") != machine.cores:
+        raise ValueError(
+            f"{source} was measured on {provenance.get('cpus')} cores, and this machine has {machine.cores}; fit it there"
+        )
+
+
+def _cell_time(cell: Cell, attempts: Sequence[Result], source: str) -> CellTime:
+    phases = [key.removeprefix("time/").removesuffix("/median_s") for key in attempts[0].metrics if key.endswith("/median_s")]
+    phases = [phase for phase in phases if phase != "total"]
+
+    def alone(part: str) -> dict[str, float]:
+        keys = {phase: f"overlap/{phase}/{part}_s" for phase in phases}
+        every = {phase: [a.metrics[key] for a in attempts if key in a.metrics] for phase, key in keys.items()}
+        return {phase: min(seconds) for phase, seconds in every.items() if seconds}
+
+    return CellTime(
+        cell, {phase: min(_of_blocks(attempt, phase) for attempt in attempts) for phase in phases},
+        group=cell.config["mask"]["name"], source=source, own=True,
+        compute=alone("compute"), communication=alone("communication"),
+    )  # fmt: skip
+
+
+def _of_blocks(attempt: Result, phase: str) -> float:
+    """The fastest block of a phase, in seconds; the only one of a result that is from before there were blocks."""
+    return min(attempt.samples.get(f"block_{phase}_s") or [attempt.metrics[f"time/{phase}/median_s"]])

@@ -1,0 +1,64 @@
+"""The draws of a cell's mask, each made ready to be played on any machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from lcbench.grid import build
+from lcbench.grid.cell import Cell
+from lcbench.masks.band import DoesNotFit
+from lcbench.predict.counted import counted
+from lcbench.schedule.lowering import OPERATIONS, Operation
+from lcbench.schedule.machine import Floats, Machine
+from lcbench.schedule.simulate import Prepared, prepare
+
+DRAWS = 4  # of a mask that are looked at, at most
+
+
+class CannotPredict(ValueError):
+    """Why there is no prediction of a cell, in one line."""
+
+
+def operations_on(machine: Machine) -> tuple[Operation, ...]:
+    """The collectives of the machine's backend."""
+    return OPERATIONS["gloo" if machine.device == "cpu" else "nccl"]
+
+
+def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
+    """The draws of a cell that are looked at, and the unmasked pairs of each over all query heads.
+
+    Raises:
+        CannotPredict: nothing is known of how the strategy works, or it cannot run the cell.
+    """
+    config, problem = cell.config, cell.problem
+    strategy = build.build_strategy(config["cp"])
+    try:
+        masks = [
+            build.build_mask(config["mask"], problem.seqlen, problem.heads, config["seed"], number)
+            for number in range(build.draws(config["mask"]))
+        ]
+    except DoesNotFit as error:
+        raise CannotPredict(str(error)) from error
+    pairs = np.array([float(mask.pairs(problem.heads.q)) for mask in masks])
+    for number in looked_at(pairs):
+        if reason := strategy.unsupported(problem, masks[number]):
+            raise CannotPredict(reason)
+        modelled = strategy.modelled(problem, masks[number])
+        if modelled is None:
+            raise CannotPredict(f"cp={config['cp']['name']} is a library's, and nothing says how it works")
+        lowering = getattr(strategy, "lowering", "auto")
+        prepared = prepare(modelled, operations_on(machine) if lowering == "auto" else ())
+        if machine.device == "cpu":
+            prepared = replace(prepared, tiling=counted(prepared.tiling, modelled, build.build_kernel(config["kernel"])))
+        yield prepared, float(pairs[number])
+
+
+def looked_at(pairs: Floats) -> list[int]:
+    """Of more than ``DRAWS`` draws as many that stand for all: sorted by their pairs and cut into parts, of each part the one that
+    is nearest to its mean.
+    """
+    parts = np.array_split(np.argsort(pairs, kind="stable"), min(DRAWS, len(pairs)))
+    return [int(part[np.abs(pairs[part] - pairs[part].mean()).argmin()]) for part in parts]
