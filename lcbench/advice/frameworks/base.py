@@ -253,7 +253,8 @@ def check_layout(choice: Choice, *known: str) -> None:
 def ranks_note(choice: Choice) -> str:
     """Where these ranks are."""
     scale = choice.problem.scale
-    return f"measured on {choice.ranks} ranks, scale={scale}; more GPUs than these are data parallel"
+    measured = f"{choice.ranks} ranks, scale={scale}" if choice.ranks > 1 else "one GPU"
+    return f"measured on {measured}; more GPUs than that are data parallel"
 
 
 # -- how settings are typed ----------------------------------------------------------------------------------------------
