@@ -65,7 +65,7 @@ def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = F
     kernels = [each for each in seen if isinstance(each, KernelTime)]
     collectives = [each for each in seen if isinstance(each, CollectiveTime)]
     cells = [played for each in seen if isinstance(each, CellTime) for played in _Played.all_of(each, machine)]
-    unknowns = _of_kernels(_begin(machine, kernels, cells), kernels)
+    unknowns = _of_kernels(_begin(machine, kernels, cells, {each.operation for each in collectives}), kernels)
     unknowns = _of_collectives(unknowns, collectives)
     found = _of_cells(unknowns, cells)
     left_out = _left_out(unknowns, found, cells, folds)
@@ -79,8 +79,8 @@ def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = F
 # -- what is looked for ------------------------------------------------------------------------------------------------------
 
 
-def _begin(machine: Machine, kernels: Sequence[KernelTime], cells: Sequence[_Played]) -> Unknowns:
-    """Every unknown that an observation may say something of, at what is believed of it."""
+def _begin(machine: Machine, kernels: Sequence[KernelTime], cells: Sequence[_Played], alone: set[str]) -> Unknowns:
+    """Every unknown that an observation may say something of, at what is believed of it; ``alone``: collectives called alone."""
     of: dict[Key, Unknown] = {}
     for name, dtype in dict.fromkeys([(k.kernel, k.dtype) for k in kernels] + [c.kernel for c in cells]):
         widths = {"piece_s": PIECES} if peak_flops(machine, dtype) else {}
@@ -92,7 +92,8 @@ def _begin(machine: Machine, kernels: Sequence[KernelTime], cells: Sequence[_Pla
     for operation, how in machine.collectives.items():
         of[("collective", operation, "latency_s")] = Unknown(how.latency_s, 2 * SHEET)
         of[("collective", operation, "efficiency")] = Unknown(how.efficiency, SHEET)
-        of[("collective", operation, "fewer")] = Unknown(max(how.fewer, 0.1), GUESSED)
+        if operation in alone:  # of sets of several sizes
+            of[("collective", operation, "fewer")] = Unknown(max(how.fewer, 0.1), GUESSED)
     for number in ("memory_bytes_per_s", "launch_s", "message_s"):
         of[("machine", number)] = Unknown(getattr(machine, number), 2 * SHEET)
     for strategy in dict.fromkeys(c.strategy for c in cells if not c.time.own):

@@ -21,7 +21,8 @@ CALLS = "gpu,framework,kernel,op,batch,tokens,q_heads,kv_heads,head_dim,bytes,un
 
 def test_calls_of_kernels_and_collectives(tmp_path: Path) -> None:
     path = tmp_path / "whatever.txt"
-    path.write_text(f"{CALLS}\nH100 SXM,mine,fa3,prefill causal,3,1000,16,2,64,,us,250,1\nH100 SXM,NCCL,NCCL,alltoall,,,,,,4e6,ms,0.5,4\n"
+    path.write_text(f"{CALLS}\nH100 SXM,mine,fa3,prefill causal,3,1000,16,2,64,,us,250,1\n"
+                    "H100 SXM,NCCL,NCCL,alltoall,,,,,,4e6,ms,0.5,4\n"
                     "H100 SXM,x,fa3,decode,1,1000,16,2,64,,ms,1,1\nB200,x,fa3,prefill causal,1,1000,16,2,64,,ms,1,1\n")  # fmt: skip
     found = tables.read(path, H100)
     kernel, collective = found.observations
