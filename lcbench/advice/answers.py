@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lcbench.advice.racing import Outcome, Runner
+from lcbench.advice.racing import EQUAL, Outcome, Runner
 from lcbench.advice.ranking import MAY_WIN, Candidate, by_problem
 from lcbench.advice.why import PARTS, Split, decided, measured_splits, predicted_split
 from lcbench.predict.predictor import Predictor
@@ -216,7 +216,7 @@ def _undecided(outcome: Outcome, rivals: Sequence[str]) -> list[str]:
     if not rivals:
         return []
     if outcome.end == "equal":
-        return [f"decided as far as it matters: less than {CLOSE:.0%} to {_listed(rivals)}; take the simplest of them"]
+        return [f"decided as far as it matters: less than {EQUAL:.1%} to {_listed(rivals)}; take the simplest of them"]
     if any(r.state == "left behind" for r in outcome.open) or outcome.end == "budget":
         return [f"not decided: the budget ended before it was told apart from {_listed(rivals)}; a larger budget= goes on"]
     return [f"not decided after {max(len(r.laps) for r in outcome.runners)} rounds: {_listed(rivals)} may be as fast"]

@@ -56,39 +56,46 @@ class Pattern:
         return self.heads * self.ring * self.gathered
 
 
-@singledispatch
 def pattern_of(strategy: Strategy, problem: Problem) -> Pattern | None:
-    """The pattern of a strategy at this problem, or None where it is none that frameworks know."""
-    return None
+    """The pattern of a strategy at this problem, or None where it is none that frameworks know.
+
+    A class of a user's that is made from one of these may do anything else, and has none.
+    """
+    return _pattern(strategy, problem) if type(strategy) in _pattern.registry else None
 
 
-@pattern_of.register
+@singledispatch
+def _pattern(strategy: Strategy, problem: Problem) -> Pattern:
+    raise NotImplementedError(type(strategy))
+
+
+@_pattern.register
 def _(strategy: Local, problem: Problem) -> Pattern:
     return Pattern()
 
 
-@pattern_of.register
+@_pattern.register
 def _(strategy: Ring, problem: Problem) -> Pattern:
     return Pattern(ring=problem.scale.world_size, layout=strategy.layout, says=("layout",))
 
 
-@pattern_of.register
+@_pattern.register
 def _(strategy: AllGather, problem: Problem) -> Pattern:
     return Pattern(gathered=problem.scale.world_size, layout=strategy.layout, says=("layout",))
 
 
-@pattern_of.register
+@_pattern.register
 def _(strategy: Ulysses, problem: Problem) -> Pattern:
     return Pattern(heads=problem.scale.world_size)
 
 
-@pattern_of.register
+@_pattern.register
 def _(strategy: USP, problem: Problem) -> Pattern:
     said = ("ulysses_degree", "layout", "ulysses")
     return _grid(problem, strategy.degree(problem), layout=strategy.layout, apart=strategy.ulysses == "outside", says=said)
 
 
-@pattern_of.register
+@_pattern.register
 def _(strategy: LoongTrain, problem: Problem) -> Pattern:
     return _grid(
         problem, strategy.degree(problem), windows=strategy.windows(problem), layout=strategy.layout,
@@ -96,7 +103,7 @@ def _(strategy: LoongTrain, problem: Problem) -> Pattern:
     )  # fmt: skip
 
 
-@pattern_of.register
+@_pattern.register
 def _(strategy: TransformerEngine, problem: Problem) -> Pattern:
     ranks, said = problem.scale.world_size, ("comm",)
     return {
@@ -107,7 +114,7 @@ def _(strategy: TransformerEngine, problem: Problem) -> Pattern:
     }[strategy.comm]
 
 
-@pattern_of.register
+@_pattern.register
 def _(strategy: TorchCP, problem: Problem) -> Pattern:
     ranks, said = problem.scale.world_size, ("rotate",)
     if strategy.rotate == "allgather":
@@ -115,7 +122,7 @@ def _(strategy: TorchCP, problem: Problem) -> Pattern:
     return Pattern(ring=ranks, layout="zigzag", says=said)
 
 
-@pattern_of.register
+@_pattern.register
 def _(strategy: RingFlashAttention, problem: Problem) -> Pattern:
     ranks, said = problem.scale.world_size, ("variant",)
     return {
@@ -125,7 +132,7 @@ def _(strategy: RingFlashAttention, problem: Problem) -> Pattern:
     }[strategy.variant]
 
 
-@pattern_of.register
+@_pattern.register
 def _(strategy: YunchangUSP, problem: Problem) -> Pattern:
     return _grid(problem, strategy.degree(problem), layout="zigzag", says=("ulysses_degree",))
 

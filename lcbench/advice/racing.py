@@ -16,15 +16,16 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from lcbench.grid.values import shown
+from lcbench.grid.values import parse_scale, shown
 from lcbench.report.intervals import LEVEL, Median, Ratio, Timing, medians
 from lcbench.report.winners import CLOSE
 from lcbench.runs.store import Attempt
 
 ROUNDS = 6  # at most
-FIRST_SHARE = 0.5  # of a budget: what the first round may take, so that there is a second
+SHARE = 0.5  # of what is left of a budget: what a round may take, so that the next ones have the other half
 # How improbable a difference from the leader has to be to drop a choice. It is looked at after each round, so each has its share.
 DROPPED = LEVEL / ROUNDS
+EQUAL = CLOSE / 4  # what differs by less for sure is not told apart any further
 UNITS = {"gpuh": (3600.0, True), "gpumin": (60.0, True), "h": (3600.0, False), "min": (60.0, False), "s": (1.0, False)}
 
 State = Literal["waiting", "running", "dropped", "left behind", "failed"]
@@ -164,27 +165,30 @@ class Race:
         ValueError: the budget is less than a first round of two choices for each problem.
         """
         # What a first round costs is known once some were measured: then more may have a place in it.
-        while entrants := self._first():
-            self._measure(entrants, 1)
+        while (entrants := self._first()) and self._measure(entrants, 1):
+            pass
         for runner in (r for runners in self.runners.values() for r in runners if r.state == "waiting"):
             runner.state, runner.why = "left behind", "the budget does not reach it"
         self._judge()
         for number in range(2, self.rounds + 1):
             if not (entrants := self._affordable(number)):
                 break
-            self._measure(entrants, number)
+            if not self._measure(entrants, number):
+                break
             self._judge()
         for key in self.runners:
             self.ends.setdefault(key, "rounds")
         return [self._outcome(key) for key in self.runners]
 
-    def _measure(self, entrants: Sequence[Runner], number: int) -> None:
+    def _measure(self, entrants: Sequence[Runner], number: int) -> bool:
+        """Have a round measured; False if the source has nothing more."""
         names = [runner.name for runner in entrants]
         self.told(number, names, self.source.expected(names, number), self.spent)
         laps = self.source.measure(names, number)
-        for runner in entrants:
+        for runner in entrants if laps else ():
             runner.state = "running"
             self._note(runner, laps.get(runner.name))
+        return bool(laps)
 
     def _running(self, key: str) -> list[Runner]:
         return [runner for runner in self.runners[key] if runner.state == "running"] if key not in self.ends else []
@@ -202,18 +206,24 @@ class Race:
                 f"a first round of the {least} likeliest choices is expected to take {needed / self.budget:.2g} times it"
             )
         count = least
-        while count < len(order) and self.spent + self._cost(order[: count + 1], 1) <= FIRST_SHARE * self.budget:
+        while count < len(order) and self.spent + self._cost(order[: count + 1], 1) <= SHARE * self.budget:
             count += 1
         return order[:count]
 
     def _affordable(self, number: int) -> list[Runner]:
-        """Who still runs, as far as the rest of the budget goes; the slowest are left behind first, and two of a problem stay."""
+        """Who still runs, as far as this round's share of the budget goes: the slowest are left behind first. The last two of each
+        problem run for as long as there is a budget at all.
+        """
         fields = {key: sorted(self._running(key), key=_seconds) for key in self.runners if key not in self.ends}
-        while (entrants := [r for f in fields.values() for r in f]) and self.spent + self._cost(entrants, number) > self.budget:
+        left = self.budget - self.spent
+        while entrants := [r for f in fields.values() for r in f]:
+            cost, finals = self._cost(entrants, number), all(len(f) <= 2 for f in fields.values())
+            if cost <= (left if finals or number == self.rounds else SHARE * left):
+                break
             key = max(fields, key=lambda k: _seconds(fields[k][-1]) / _seconds(fields[k][0]) if len(fields[k]) > 2 else 0.0)
             if len(fields[key]) > 2:
                 runner = fields[key].pop()
-                runner.state, runner.why = "left behind", f"the budget ended before round {number}"
+                runner.state, runner.why = "left behind", f"the budget does not reach it in round {number}"
             else:  # the last problem is given up first
                 key = list(fields)[-1]
                 del fields[key]
@@ -249,7 +259,7 @@ class Race:
             left = [r for r in others if r.state == "running"]
             if not left:
                 self.ends[key] = "decided"
-            elif all(over[r.name].known and over[r.name].high <= 1 + CLOSE for r in left):
+            elif all(over[r.name].known and over[r.name].high <= 1 + EQUAL for r in left):
                 self.ends[key] = "equal"
 
     def _medians(self) -> dict[str, Median]:
@@ -306,7 +316,7 @@ class Recorded:
         random = np.random.default_rng(seed)
         blocks, block_cost, lap_cost = {}, {}, {}
         for attempt in attempts:
-            ranks = len(attempt.samples["rank_total_median_s"]) if "rank_total_median_s" in attempt.samples else 1
+            ranks = parse_scale(attempt.config["scale"]).world_size
             again, metrics = attempt.again, attempt.metrics
             blocks[attempt.cell_id] = random.permutation(attempt.samples["block_total_s"]).tolist()
             block_cost[attempt.cell_id] = ranks * fmean(b["finished_at"] - b["started_at"] for b in again)

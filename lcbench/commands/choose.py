@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max-gib", metavar="GIB", help="find the smallest scale where a GPU needs no more memory")
     parser.add_argument("--break-even", action="store_true", help="from which length on each strategy beats none, and the next")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw time, memory and GPUs of all scales, as PNG and PDF")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     with bad_input():
         limits = _limits(options)
         asked = _asked(options)
@@ -201,7 +201,7 @@ def _asked(options: argparse.Namespace) -> Asked:
         )
     if "budget" not in own:
         raise ValueError(
-            "budget= is not set: what measuring may take, such as budget=2gpuh or budget=10min; or write --predict-only"
+            "budget is not set: what measuring may take, such as budget=2gpuh or budget=10min; or write --predict-only"
         )
     return Asked(plan, predictor, Budget.parse(own["budget"]), options.config_dir)
 

@@ -2,7 +2,7 @@
 
 Takes the overrides of a sweep; every strategy, mask, length and scale that they name is proven and counted once. ``--out`` draws
 one of them, ``--grid`` prints its steps, ``--cell`` takes a cell that has run, with the timeline that ``measure.timeline=true``
-kept.
+kept. ``--machine`` draws what is predicted too.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from lcbench.grid import build, own
 from lcbench.grid.build import build_mask, build_strategy
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
+from lcbench.predict.predictor import Predictor
 from lcbench.report.amounts import digits
 from lcbench.report.ending import BAD_INPUT, bad_input, say_error
 from lcbench.report.fitted import Column, Fitted, console
 from lcbench.report.inert import plain
 from lcbench.report.table import Names
 from lcbench.schedule.lowering import operations_of
-from lcbench.schedule.plot import Timeline, save
+from lcbench.schedule.plot import Predicted, Timeline, save
 from lcbench.schedule.schedule import Schedule
 from lcbench.schedule.verify import ScheduleCost, ScheduleError
 
@@ -37,6 +38,7 @@ EXAMPLES = """
 python -m lcbench.cp cp=ring,usp,groupcast mask=causal seqlen=1m scale=12x8
 python -m lcbench.cp cp=ring mask=causal seqlen=8 scale=1x4 --grid
 python -m lcbench.cp cp=ring mask=causal_document seqlen=64k scale=1x8 --out ring.png
+python -m lcbench.cp cp=ring seqlen=64k scale=1x8 --machine h100 --out ring.png
 python -m lcbench.cp cp=hybrid seqlen=1m scale=2x8 --json
 """
 
@@ -50,6 +52,8 @@ def main(arguments: list[str]) -> int:
     add_results_argument(parser)
     parser.add_argument("--grid", action="store_true", help="print steps and ranks of a single one")
     parser.add_argument("--out", type=Path, help="draw a single one (png, pdf, svg)")
+    parser.add_argument("--machine", help="with --out: draw a predicted iteration on it too (a name of conf/machine)")
+    parser.add_argument("--fit", type=Path, help="with --machine: what lcbench.fit has written")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     with bad_input(), _fault():
@@ -61,6 +65,7 @@ def main(arguments: list[str]) -> int:
             reports.append(report)
         if (options.grid or options.out) and (len(reports) != 1 or reports[0] is None):
             raise ValueError(f"--grid and --out show one strategy that can run, these are {len(cells)} cells: {_reasons(rows)}")
+        predicted = _predicted(options, cells[0])
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
@@ -71,7 +76,7 @@ def main(arguments: list[str]) -> int:
     elif report is not None and len(reports) == 1 and not options.json:
         console().print(f"\n{_first_ranks(report.schedule)}", markup=False, no_wrap=True, overflow="ellipsis", crop=True)
     if report is not None and options.out:
-        save(report, cells[0].label, options.out, timeline)
+        save(report, cells[0].label, options.out, timeline, predicted)
         print(f"written to {options.out}", file=sys.stderr)
     return 0
 
@@ -101,9 +106,20 @@ def _asked(options: argparse.Namespace) -> tuple[list[Cell], Timeline | None]:
     sweep, cell_id = chosen_cell(options.results.absolute(), options.cell)
     build.allow(sweep.allowed().union(*map(build.targets_in, options.config_dir)))
     timelines = [a.provenance["timeline"] for a in sweep.attempts(cell_id) if "timeline" in a.provenance]
-    if options.out and not timelines:
+    if options.out and not timelines and options.machine is None:
         raise ValueError(f"cell {options.cell} kept no timeline; run it again with measure.timeline=true")
     return [sweep.entries()[cell_id].cell], timelines[-1] if timelines else None
+
+
+def _predicted(options: argparse.Namespace, cell: Cell) -> Predicted | None:
+    """What is predicted of a cell that is drawn, None where nobody asked."""
+    if options.machine is None or options.out is None:
+        for option, needs, given in (("--machine", "--out", options.machine), ("--fit", "--machine", options.fit)):
+            if given is not None:
+                raise ValueError(f"{option} {given} says nothing without {needs}")
+        return None
+    found = Predictor.of(options.machine, options.fit).predict(cell, memory=False)
+    return Predicted(found.draws[0].timeline(), f"{options.machine}; {found.basis}")
 
 
 def _look(cell: Cell) -> tuple[dict[str, Any], ScheduleCost | None]:

@@ -58,6 +58,7 @@ cell: a kernel x context-parallel strategy x mask x length x scale, checked agai
 - `overlap/`, `comm/`, `balance/`: what communication costs; `check/`: errors and their bounds; `samples/`: every iteration
 - short names for tables: `tflops`, `mfu_percent`, `total_ms`, `fwd_ms`, `bwd_ms`, `peak_gib`, `noise_percent`
 - tags `lcbench.status`, `lcbench.failure`, `lcbench.cause`: what did not run, and why
+- a prediction is a run of its own, grey, with the tag `lcbench.predicted`; no view of a sweep's cells has it
 """
 
 

@@ -37,9 +37,10 @@ KERNEL = ("kernel", "dtype", "direction", "workload")
 # By results of like cells an iteration takes up to this much more; a time limit holds that and what a prediction's error adds.
 LIKE_ERROR = 0.5
 # Besides its passes and its check: building, drawing, and what ranks need to agree, each with each: 2, 4, 8, 16 CPU ranks on two
-# busy cores took 1.6, 1.7, 1.8 and 3.3 s, and 96 of them 105 to 170 s. Very many have a core each. One H200 took 0.1 to 0.4 s.
+# busy cores took 1.6, 1.7, 1.8 and 3.3 s, and 96 of them 105 to 170 s. Of very many each has a core. One H200 took 0.1 to 0.4 s;
+# what many GPUs take was not measured.
 CELL_S = {"cpu": 1.5, "cuda": 0.5}
-PAIR_S, RANK_S = {"cpu": 0.015, "cuda": 2e-4}, {"cpu": 1.5, "cuda": 0.02}
+PAIR_S, RANK_S = {"cpu": 0.0165, "cuda": 2e-4}, {"cpu": 1.6, "cuda": 0.02}
 # The check takes rows and columns, so it grows with the elements of q, which all ranks share: 3.1 to 5.4 s of 64k x 32 x 128 on an
 # H200 (results/h200/long), 1.4 and 8.8 s of 1k and 8k x 4 x 64 on two busy cores.
 CHECK_S = {"cpu": 3e-6, "cuda": 1.5e-8}
@@ -200,9 +201,12 @@ class Estimator:
         return self._ratios[kernel]
 
     def _turns(self, cell: Cell) -> float:
-        """How many CPU ranks share a core, and take turns at it."""
+        """How many times as long as simulated CPU ranks take because they share cores, and take turns at them."""
+        if self.device:
+            return 1.0
         scale = cell.problem.scale
-        return 1.0 if self.device else max(1.0, scale.world_size / self.cores[0], scale.gpus_per_node / self.cores[1])
+        turns = max(1.0, scale.world_size / self.cores[0], scale.gpus_per_node / self.cores[1])
+        return max(1.0, turns / self.passes.turns_of(scale))
 
 
 def _every_s(cell: Cell, one: _Pass, pass_s: float) -> float:

@@ -20,15 +20,17 @@ from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import mask_of, pairs
 from lcbench.masks.band import BandMask
 from lcbench.measure.flops import backward_flops, forward_flops
-from lcbench.problem import Problem
+from lcbench.problem import Problem, Scale
 from lcbench.runs.store import BROKEN
 
 if TYPE_CHECKING:
     from lcbench.predict.predictor import Predictor
 
-# What simulating costs, in units of about 10 us on a core of 2026: of any cell, per band of its mask, and per 128 x 128 block of a
-# drawn map and head, besides the square of the ranks. A plan has ALLOWANCE (5 s), a cell at most MOST of it: 256 ranks.
+# What simulating costs, in units of about 10 us on a core of 2026: of any cell, per band of its mask, per 128 x 128 block of a
+# drawn map and head, and per pair of ranks, which on CPU has each of its tiles counted by itself. A plan has ALLOWANCE (5 s), a
+# cell at most MOST of it: 256 GPUs, or 50 CPU ranks.
 ANY, BAND, BLOCK, BLOCK_SIDE = 700, 10, 1 / 150, 128
+PAIR, PAIR_ON_CPU = 1, 30
 ALLOWANCE, MOST = 500_000, 80_000
 # A longer or shorter one of the same has at least this share of the other's time: what takes as long whatever the length.
 LEAST_SHARE = 0.05
@@ -51,7 +53,7 @@ class Expected:
     """An iteration of a cell.
 
     Attributes:
-        seconds: forward and, with backward, backward; of a rank with a device, or a core, of its own.
+        seconds: forward and, with backward, backward; of a rank with a device, or a core, of its own (but see ``turns_of``).
         error: relative half-width of the 95 % interval of ``seconds``.
         flops: of all ranks.
         peak_bytes: of the rank with most, inputs included; where it was not simulated, what a rank holds at least.
@@ -93,10 +95,15 @@ class Passes:
             return replace(found, error=max(found.error, ROUGH), basis="simulation of another length", simulated=False)
         return self._bound(cell, work, reason or "")
 
+    def turns_of(self, scale: Scale) -> float:
+        """How many ranks share a core by what was fitted, which was fitted on nodes whose ranks share their cores."""
+        cores = self.predictor.machine.cores if self.predictor.fitted is not None else 0
+        return max(1.0, scale.gpus_per_node / cores) if cores else 1.0
+
     def _simulate(self, cell: Cell, shape: str, work: float) -> str | None:
         """Simulate a cell, if it can be and the allowance holds it; else why not."""
         try:
-            cost = _cost(cell)
+            cost = _cost(cell, PAIR_ON_CPU if self.predictor.machine.device == "cpu" else PAIR)
             if cost > MOST:
                 raise ValueError("simulating it takes longer than a plan may")
             if cost > self.allowance:
@@ -197,8 +204,8 @@ def exchanged_bytes(problem: Problem) -> float:
     return problem.seqlen * (ranks - 1) / ranks * 2 * heads.kv * heads.dim * per_element
 
 
-def _cost(cell: Cell) -> float:
-    """What simulating a cell costs.
+def _cost(cell: Cell, pair: float) -> float:
+    """What simulating a cell costs, if a pair of ranks costs ``pair``.
 
     Raises:
         ValueError: its mask cannot be built.
@@ -206,7 +213,7 @@ def _cost(cell: Cell) -> float:
     mask, ranks = mask_of(cell), cell.problem.scale.world_size
     blocks = cell.problem.seqlen / BLOCK_SIDE
     drawn = BAND * len(mask) if isinstance(mask, BandMask) else BLOCK * mask.maps * blocks**2
-    return float(ANY + ranks**2 + drawn)
+    return float(ANY + pair * ranks**2 + drawn)
 
 
 def _why(error: Exception) -> str:

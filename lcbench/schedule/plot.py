@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,23 +17,44 @@ if TYPE_CHECKING:
 Timeline = Sequence[Sequence[Sequence[float]]]  # per rank, per rank step: its number, begin, sent, computed, there; seconds
 
 COMPUTE, SEND, WAIT = "#4878cf", "#e1812c", "#d65f5f"
+PREDICTED = "#fbf7e6"  # behind what nobody measured
 ROW_HEIGHT = 0.32
 FEWEST_ROWS, MOST_ROWS = 6, 64
 
 
-def save(report: ScheduleCost, title: str, path: Path, timeline: Timeline | None = None) -> None:
-    """Draw the schedule of forward by work and bytes, and below it, if given, a measured iteration. The suffix names the format."""
+@dataclass(frozen=True)
+class Predicted:
+    """A simulated iteration: ``timeline`` as of a measured one, and ``basis``, the machine and what its times rest on, in words."""
+
+    timeline: Timeline
+    basis: str
+
+
+def save(
+    report: ScheduleCost, title: str, path: Path, timeline: Timeline | None = None, predicted: Predicted | None = None
+) -> None:  # fmt: skip
+    """Draw the schedule of forward by work and bytes, and below it, if given, a predicted and a measured iteration.
+
+    Both have one time axis. The suffix names the format.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = min(max(report.schedule.world_size, FEWEST_ROWS), MOST_ROWS)
-    panels = 2 if timeline else 1
+    panels = 1 + bool(timeline) + bool(predicted)
     figure = Figure(figsize=(11, panels * (1.2 + ROW_HEIGHT * rows)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
     _planned(report, title, axes[0])
+    shown = [each for each in (predicted and predicted.timeline, timeline) if each]
+    end = max((there for each in shown for rank_steps in each for *_, there in rank_steps), default=0.0)
+    if predicted:
+        _bars(predicted.timeline, report.traffic.steps, end, axes[1], "//")
+        axes[1].set_title(f"PREDICTED, not measured ({predicted.basis}): the same colours, hatched", fontsize=9)
+        axes[1].set_facecolor(PREDICTED)
     if timeline:
-        _measured(timeline, report.traffic.steps, axes[1])
+        _bars(timeline, report.traffic.steps, end, axes[-1], "")
+        axes[-1].set_title("measured: blue computes, orange begins messages, red waits for them and merges", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -74,16 +96,15 @@ def _label(report: ScheduleCost, step: int, left: float, axes: Axes) -> None:
             axes.text(left, rank, f" {text}", va="center", fontsize=6, color="white")
 
 
-def _measured(timeline: Timeline, steps: int, axes: Axes) -> None:
-    """What each rank did when, from its own start; backward begins at the dashed line."""
+def _bars(timeline: Timeline, steps: int, end: float, axes: Axes, hatch: str) -> None:
+    """What each rank did when, from its own start, to ``end`` seconds; backward begins at the dashed line."""
     for rank, rank_steps in enumerate(timeline):
         for number, begin, sent, computed, there in rank_steps:
             for left, right, color in ((begin, sent, SEND), (sent, computed, COMPUTE), (computed, there, WAIT)):
-                axes.barh(rank, 1e3 * (right - left), left=1e3 * left, height=0.6, color=color)
+                style = {"color": "white", "edgecolor": color, "linewidth": 0.5} if hatch else {"color": color}
+                axes.barh(rank, 1e3 * (right - left), left=1e3 * left, height=0.6, hatch=hatch * 2, **style)
             if number == steps:
                 axes.plot([1e3 * begin] * 2, [rank - 0.5, rank + 0.5], color="black", linestyle="--", linewidth=0.8)
-    end = max(there for rank_steps in timeline for *_, there in rank_steps)
-    axes.set_title("measured: blue computes, orange begins messages, red waits for them and merges", fontsize=9)
     axes.set_xlabel("ms", fontsize=8)
     _ranks(axes, len(timeline), 1e3 * end)
 

@@ -171,11 +171,11 @@ def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
     times = 2 * moves.steps + 1 if problem.backward else moves.steps
     shape = (times, schedule.world_size)
     compute, launches = np.zeros(shape), np.zeros(shape)
-    besides = _own_copies(modelled, moves, shape)
+    besides = _own_copies(modelled, moves, made, shape)
     tiles, some = made.tiles, made.tiles.pairs > 0
-    merged = _merged_bytes(modelled, made)
     calls = model.calls(tiles)
     sums, inputs, dim = element_bytes("sum", problem), problem.itemsize, problem.heads.dim
+    merged = np.where(made.again, float(MERGED * sums * dim) * tiles.rows * tiles.q_heads, 0.0)
     added = np.where(some, (sums * COPIED + inputs) * (tiles.rows * tiles.q_heads + 2 * tiles.keys * tiles.kv_heads) * dim, 0.0)
     for backward in (False, True)[: 2 if problem.backward else 1]:
         place = (2 * moves.steps - made.step if backward else made.step) * shape[1] + made.rank
@@ -189,17 +189,7 @@ def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
     return _Work(compute, besides / machine.memory_bytes_per_s, launches, made)
 
 
-def _merged_bytes(modelled: Modelled, made: Tiling) -> Floats:
-    """Bytes read and written where the result of a tile is merged into others, (tiles,); a rank's first one is taken as it is."""
-    problem, tiles = modelled.problem, made.tiles
-    with_pairs = np.nonzero(tiles.pairs > 0)[0]
-    first = np.zeros(len(tiles), dtype=bool)
-    first[with_pairs[np.unique(made.rank[with_pairs], return_index=True)[1]]] = True
-    size = element_bytes("sum", problem) * tiles.rows * tiles.q_heads * problem.heads.dim
-    return np.where(first | (tiles.pairs == 0), 0.0, float(MERGED) * size)
-
-
-def _own_copies(modelled: Modelled, moves: Traffic, shape: tuple[int, int]) -> Floats:
+def _own_copies(modelled: Modelled, moves: Traffic, made: Tiling, shape: tuple[int, int]) -> Floats:
     """Bytes read and written at each time whatever is computed: own tensors packed, cleared and converted, a library's copies."""
     schedule, problem = modelled.schedule, modelled.problem
     found = np.full(shape, float(modelled.copied_bytes))
@@ -209,8 +199,8 @@ def _own_copies(modelled: Modelled, moves: Traffic, shape: tuple[int, int]) -> F
     q, kv = (tokens * heads * problem.heads.dim for heads in (problem.heads.q, 2 * problem.heads.kv))
     sums, inputs = element_bytes("sum", problem), problem.itemsize
     found[0] += COPIED * inputs * kv  # keys and values behind one another
-    if not moves.final.all():
-        found[moves.steps - 1] += (sums + inputs) * q
+    merges = np.bincount(made.rank, weights=made.again, minlength=shape[1]) > 0
+    found[moves.steps - 1] += np.where(merges | (not moves.final.all()), (sums + inputs) * q, 0.0)
     if problem.backward:
         found[moves.steps] += sums * (q + kv)
         found[-1] += (sums + inputs) * (q + kv)
@@ -457,9 +447,9 @@ def _held(modelled: Modelled, program: Program, made: Tiling, rank: int) -> int:
         sum(modelled.schedule.sizes[list(bundle)].tolist()) * len(modelled.schedule.heads[group]) * (heads.dim * inputs + sums)
         for group, bundle in program.finals
     )
-    total = q * (inputs if program.all_final else sums) + lse
-    packed = kv * inputs
-    forward = max(total + result + finals, total + (0 if program.all_final else q * inputs) + finals)
+    wide = bool(made.again[own].any()) or not program.all_final  # merged, so summed up in the type of sums
+    total, packed = q * (sums if wide else inputs) + lse, kv * inputs
+    forward = total + finals + max(result, q * inputs if wide else 0)
     if not problem.backward:
         return program.buffer_bytes + packed + forward
     stats = (2 * lse, 2 * q * sums) if program.sends_stats else (0, 0)  # and what it takes to work them out

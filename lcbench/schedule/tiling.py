@@ -29,11 +29,17 @@ VALUES = 4
 
 @dataclass(frozen=True)
 class Tiling:
-    """All tiles of a schedule: ``tiles``, and for each the step and the rank that computes it, (n,)."""
+    """All tiles of a schedule.
+
+    Attributes:
+        step, rank: when and by whom each is computed, (n,).
+        again: whether the rank has computed others of these queries, so that the result is merged, (n,).
+    """
 
     tiles: Tiles
     step: Ints
     rank: Ints
+    again: Keep
 
 
 def tiling(schedule: Schedule, mask: Mask) -> Tiling:
@@ -51,10 +57,14 @@ def tiling(schedule: Schedule, mask: Mask) -> Tiling:
     bundle, shard = schedule.spread(np.arange(len(schedule.bundles)))
     sizes = np.bincount(bundle, weights=schedule.sizes[shard], minlength=len(schedule.bundles)).astype(np.int64)
     tiles = Tiles(
-        pairs=found[PAIRS], covered=found[COVERED], rows=sizes[q], keys=sizes[k], pieces=pieces.astype(np.int64),
+        pairs=found[PAIRS], covered=np.maximum(found[COVERED], found[PAIRS]), rows=sizes[q], keys=sizes[k], pieces=pieces.astype(np.int64),
         q_heads=heads[group, 0], kv_heads=heads[group, 1],
     )  # fmt: skip
-    return Tiling(tiles, np.repeat(np.arange(len(schedule.steps)), counts), rank)
+    some = np.nonzero(tiles.pairs > 0)[0]
+    again = tiles.pairs > 0
+    results = (rank[some] * len(heads) + group[some]) * len(schedule.bundles) + q[some]
+    again[some[np.unique(results, return_index=True)[1]]] = False
+    return Tiling(tiles, np.repeat(np.arange(len(schedule.steps)), counts), rank, again)
 
 
 def _found(schedule: Schedule, mask: Mask, every: Ints) -> Floats:

@@ -19,6 +19,7 @@ from lcbench.advice.frameworks.base import Cannot, Export, argv, exported, frame
 from lcbench.advice.patterns import Shape, pattern_of, shape_of
 from lcbench.commands.export import main
 from lcbench.cp.base import Scheduled
+from lcbench.cp.ring import Ring
 from lcbench.grid.build import build_strategy, check_options, with_option
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
@@ -116,7 +117,7 @@ def test_every_framework_can_or_cannot_every_kernel(name: str, kernel: str) -> N
     torch = {"sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math"}
     can = {
         "te": flash | cudnn | {"sdpa_flash"}, "megatron": flash | cudnn | {"sdpa_flash"}, "deepspeed": flash | torch | {"flex"},
-        "torchtitan": {"flex"}, "verl": {"flash_attn2", "flash_attn3"}, "vllm": flash | {"flashinfer", "flex"},
+        "torchtitan": {"flex"}, "verl": flash | cudnn | {"sdpa_flash"}, "vllm": flash | {"flashinfer", "flex"},
     }  # fmt: skip
     sparse = {"mask": "block_random"} if kernel.endswith("_sparse") or kernel == "vsa" else {}
     one = suited(name, cp="none" if name in ("vllm", "torchtitan") else "ulysses", kernel=kernel, **sparse)
@@ -176,6 +177,15 @@ def test_a_pattern_has_all_ranks_and_moves_what_the_schedule_moves(cp: str) -> N
         assert ("q" in kinds) == (pattern.heads > 1)
         assert any(len(step.returns) for step in schedule.steps) == (pattern.heads > 1)
         assert len(schedule.heads) == pattern.heads
+
+
+def test_a_strategy_made_from_another_has_no_pattern() -> None:
+    class Mine(Ring):
+        pass
+
+    problem = Problem(512, Heads(16, 8, 64), Scale(1, 4), "bfloat16", "forward")
+    assert pattern_of(Ring(), problem) is not None
+    assert pattern_of(Mine(), problem) is None
 
 
 @pytest.mark.parametrize("mask", values())
@@ -258,10 +268,28 @@ def test_a_refusal_says_why(axes: dict[str, str], name: str, why: str) -> None:
         exported(made(**{**COMMON, **axes}), name)
 
 
+def test_a_refusal_says_what_would_be_taken() -> None:
+    with pytest.raises(Cannot, match=r"with the rest as it is it can run cp=allgather, ring, ulysses, usp$"):
+        exported(made(**COMMON, cp="tokenring"), "megatron")
+    with pytest.raises(Cannot, match=r"it can run cp=ulysses$"):
+        exported(made(**COMMON, cp="ring"), "deepspeed")
+    with pytest.raises(Cannot, match=r"has flash_attn2, flash_attn3, flash_attn4, flex, [a-z_, ]* only$"):
+        exported(made(**{**COMMON, "kernel": "xformers"}, cp="ulysses"), "deepspeed")
+
+
 def test_ulysses_repeats_key_heads_where_the_framework_does() -> None:
     few = {"cp": "ulysses", "heads": "64x4x128", "scale": "1x8", "kernel": "flash_attn2"}
     assert exported(made(**{**COMMON, **few}), "deepspeed").settings["config"]["sequence_parallel_size"] == 8
     assert isinstance(exported(made(**{**COMMON, **few}), "verl"), Export)
+
+
+def test_verl_takes_the_engine_that_has_the_kernel() -> None:
+    axes = {**COMMON, "scale": "2x4", "cp": "ulysses"}
+    for kernel, engine in (("flash_attn2", "dp"), ("te_fused", "megatron"), ("flash_attn4", "megatron")):
+        assert exported(made(**{**axes, "kernel": kernel}), "verl").settings["model_engine"] == engine
+    settings = exported(made(**{**axes, "cp": "te_a2a"}), "verl").settings
+    assert settings["+actor_rollout_ref.actor.megatron.override_transformer_config.cp_comm_type"] == "a2a"
+    assert settings["actor_rollout_ref.actor.megatron.override_transformer_config.attention_backend"] == "auto"
 
 
 def test_what_has_no_name_there_is_said() -> None:

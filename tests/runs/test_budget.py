@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from lcbench.grid.command_line import look
 from lcbench.runs.budget import Cost
+from lcbench.runs.launch import Todo, hand_over, settings_of, sweep_of
 from lcbench.runs.pack import Pack, Settings
+from lcbench.runs.store import Entry, Sweep
 from tests.runs.test_pack import cell
 
 SETTINGS = Settings({}, [], None, {"max_cells": None, "max_minutes": None, "max_jobs": None},
@@ -61,3 +65,27 @@ def test_a_refusal_goes_by_the_estimate_and_says_what_it_would_be_at_most() -> N
     assert said.endswith("write budget.gpu_hours=16")
     assert "\n" not in said
     assert "hang.max_s=1800" in str(cost.refusal({}, 1800.0))
+
+
+def test_what_is_handed_over_is_told_before_it_is_submitted(tmp_path: Path) -> None:
+    """By ``rerun`` as by a sweep, and nothing is told where nothing is submitted."""
+    said: list[str] = []
+
+    class Submits:
+        name, queue, output = "local", None, "quiet"
+
+        def submit(self, sweep: Sweep, packs: list[Pack]) -> None:
+            said.append(f"submitted {len(packs)}")
+
+    plan = look(["cp=ring,ulysses", "mask=causal", "seqlen=2k", "scale=1x2", f"results={tmp_path}", "sweep=s"])
+    sweep, cells = sweep_of(plan), [planned.cell for planned in plan.cells]
+    sweep.add([Entry(c) for c in cells], command=[])
+
+    def tell(packs: list[Pack]) -> None:
+        said.append(str(Cost.of(packs, here=True)))
+
+    for chosen in (cells, []):
+        hand_over(Submits(), sweep, lambda todo=chosen: Todo(todo), settings_of(plan), tell)  # type: ignore[arg-type, misc]
+    assert len(said) == 2
+    assert said[0].startswith("estimated: about ")
+    assert said[1] == "submitted 1"

@@ -16,7 +16,7 @@ from lcbench.cp.allgather import AllGather
 from lcbench.cp.base import Scheduled
 from lcbench.cp.groupcast import GroupCast
 from lcbench.cp.loongtrain import LoongTrain
-from lcbench.cp.none import NoCP
+from lcbench.cp.none import Local
 from lcbench.cp.peers.te import TransformerEngine
 from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
@@ -129,8 +129,8 @@ def test_a_message_that_may_take_long_shares_its_link_with_the_others() -> None:
 def test_a_host_goes_ahead_of_its_device_and_a_cpu_is_its_own_host() -> None:
     of = problem(8, Scale(1, 1))
     launches = replace(NOTHING, launch_s=1.0)
-    assert played(NoCP(), of, full(8), launches, 0.001).phases["forward"].seconds == pytest.approx(1.0)
-    assert played(NoCP(), of, full(8), launches, 0.1).phases["forward"].seconds == pytest.approx(64 * 4 * 0.1)
+    assert played(Local(), of, full(8), launches, 0.001).phases["forward"].seconds == pytest.approx(1.0)
+    assert played(Local(), of, full(8), launches, 0.1).phases["forward"].seconds == pytest.approx(64 * 4 * 0.1)
     ring = problem(8, Scale(1, 2))
     slow = replace(NOTHING, message_s=1.0)  # one message: on a device it leaves while the host has nothing else to do
     assert played(Ring(), ring, full(8), replace(slow, device="cpu"), 0.1).phases["forward"].exposed_s == pytest.approx(1.0)

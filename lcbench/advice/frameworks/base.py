@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
+from omegaconf import OmegaConf
+
 from lcbench.advice.patterns import Pattern, Shape, left_out, pattern_of, shape_of
-from lcbench.cp.base import Strategy
+from lcbench.cp.base import Scheduled, Strategy
 from lcbench.grid.axes import AXES, CELL_AXES, value_of
-from lcbench.grid.build import build_kernel, build_mask, build_strategy
+from lcbench.grid.build import build_kernel, build_mask, build_strategy, check_options
 from lcbench.grid.cell import Cell
 from lcbench.grid.expand import skip_reason
+from lcbench.grid.paths import CONF
+from lcbench.grid.values import axis_values
 from lcbench.kernels.base import HALVES, Kernel
 from lcbench.problem import Problem
 
@@ -136,8 +141,21 @@ def exported(cell: Cell, name: str) -> Export:
         choice = choice_of(cell)
         found = there.export(choice)
     except Cannot as error:
-        raise Cannot(f"{name} cannot run {' '.join(words)}: {error}") from None
+        others = ", ".join(_strategies(cell, there))
+        hint = f"; with the rest as it is it can run cp={others}" if others else ""
+        raise Cannot(f"{name} cannot run {' '.join(words)}: {error}{hint}") from None
     return Export(found.settings, found.text, found.environment, (*_left_out(choice), *found.left_out), found.notes)
+
+
+def _strategies(cell: Cell, there: Framework) -> Iterator[str]:
+    """Strategies of conf/ and ours with which the framework can run the rest of a cell."""
+    for name in axis_values(CONF, "cp"):
+        value = OmegaConf.to_container(OmegaConf.load(CONF / "cp" / f"{name}.yaml"))
+        other = Cell.from_config({**cell.config, "cp": check_options("cp", cast(dict[str, Any], value))})
+        if isinstance(build_strategy(other.config["cp"]), Scheduled) and not skip_reason(other):
+            with suppress(Cannot):
+                there.export(choice_of(other))
+                yield name
 
 
 def choice_of(cell: Cell) -> Choice:
@@ -235,7 +253,8 @@ def check_layout(choice: Choice, *known: str) -> None:
 def ranks_note(choice: Choice) -> str:
     """Where these ranks are."""
     scale = choice.problem.scale
-    return f"measured on {choice.ranks} ranks, scale={scale}; more GPUs than these are data parallel"
+    measured = f"{choice.ranks} ranks, scale={scale}" if choice.ranks > 1 else "one GPU"
+    return f"measured on {measured}; more GPUs than that are data parallel"
 
 
 # -- how settings are typed ----------------------------------------------------------------------------------------------

@@ -25,8 +25,9 @@ def export(choice: Choice) -> Export:
     check_halves(choice, "verl")
     check_causal(choice, "its training")
     pattern = choice.pattern
-    alone = pattern.ring == 1 and pattern.gathered == 1
-    settings, notes = _fsdp(choice) if alone else _megatron(choice)
+    exchange = pattern.ring == 1 and pattern.gathered == 1
+    # With the kernels that FSDP's engine does not take, an exchange of heads is Megatron's.
+    settings, notes = _fsdp(choice) if exchange and type(choice.kernel) in FLASH else _megatron(choice)
     scale = choice.problem.scale
     settings |= {"trainer.nnodes": scale.nodes, "trainer.n_gpus_per_node": scale.gpus_per_node}
     lines = ["python -m verl.trainer.main_ppo", *(f"'{word}'" for word in overrides(settings))]
@@ -36,11 +37,10 @@ def export(choice: Choice) -> Export:
 def _fsdp(choice: Choice) -> tuple[dict[str, Any], list[str]]:
     """Ulysses."""
     check_heads(choice, replicated=True)
-    attention = choice.of_kernel(FLASH, FLASH[FlashAttn2])
     settings = {
         "model_engine": "dp", f"{MODEL}.use_remove_padding": True,
         f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size": choice.ranks, f"{ACTOR}.fsdp_config.dtype": choice.problem.dtype,
-        f"+{MODEL}.override_config.attn_implementation": attention,
+        f"+{MODEL}.override_config.attn_implementation": choice.of_kernel(FLASH, FLASH[FlashAttn2]),
     }  # fmt: skip
     notes = ["this is verl's code, not that which was measured"] if choice.ranks > 1 else []
     if choice.shape.windowed:
@@ -59,10 +59,12 @@ def _megatron(choice: Choice) -> tuple[dict[str, Any], list[str]]:
     there = f"{ACTOR}.megatron"
     settings = {
         "model_engine": "megatron", f"{there}.context_parallel_size": choice.ranks, f"{there}.use_remove_padding": True,
-        f"{there}.dtype": choice.problem.dtype, f"+{there}.override_transformer_config.cp_comm_type": comm,
+        f"{there}.dtype": choice.problem.dtype,
     }  # fmt: skip
-    if version is not None:
-        settings[f"{there}.override_transformer_config.attention_backend"] = "flash" if version else "fused"
+    if comm is not None:
+        settings[f"+{there}.override_transformer_config.cp_comm_type"] = comm
+    chosen = "auto" if version is None else "flash" if version else "fused"  # unsaid it is flash
+    settings[f"{there}.override_transformer_config.attention_backend"] = chosen
     if version:
         settings[f"+{there}.override_transformer_config.flash_attention_version"] = version
     return settings, te.notes(choice, comm)

@@ -19,8 +19,11 @@ from lcbench.kernels.flashinfer import FlashInfer
 from lcbench.kernels.flex import Flex
 
 CHECKED = "vllm 0.33.0"
-FLASH: dict[type[Kernel], int] = {FlashAttn2: 2, FlashAttn3: 3, FlashAttn4: 4}
-BACKENDS: dict[type[Kernel], str] = {**dict.fromkeys(FLASH, "FLASH_ATTN"), FlashInfer: "FLASHINFER", Flex: "FLEX_ATTENTION"}
+# The backend, and of flash-attention the version.
+BACKENDS: dict[type[Kernel], tuple[str, int]] = {
+    FlashAttn2: ("FLASH_ATTN", 2), FlashAttn3: ("FLASH_ATTN", 3), FlashAttn4: ("FLASH_ATTN", 4), FlashInfer: ("FLASHINFER", 0),
+    Flex: ("FLEX_ATTENTION", 0),
+}  # fmt: skip
 MLA: dict[type[Kernel], str] = {FlashAttn3: "FLASH_ATTN", FlashAttn4: "FLASH_ATTN", FlashInfer: "FLASHINFER"}
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -46,8 +49,9 @@ def export(choice: Choice) -> Export:
 
 def _one(choice: Choice) -> dict[str, Any]:
     """Attention on one GPU."""
-    settings: dict[str, Any] = {"attention-backend": choice.of_kernel(BACKENDS, "FLASH_ATTN")}
-    if version := FLASH.get(type(choice.kernel)):  # type: ignore[arg-type]
+    backend, version = choice.of_kernel(BACKENDS, ("FLASH_ATTN", 0))
+    settings: dict[str, Any] = {"attention-backend": backend}
+    if version:
         settings["attention-config.flash_attn_version"] = version
     return settings
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -89,7 +90,7 @@ def grid(groups: Groups, ranks: int, degree: int) -> list[dist.ProcessGroup]:
 
 
 def padded_ring(problem: Problem, found: Segments) -> Modelled:
-    """A zigzag ring of documents that are each padded to a multiple of 2P, as Transformer Engine's ring and those after it want them.
+    """A zigzag ring of documents that are each padded to a multiple of 2P, as Transformer Engine's ring wants them.
 
     Every rank has two chunks of each document. Before each step it gathers the rows that are no padding, and scatters its results
     back after it (the conditions of MagiAttention's published ring, which is Transformer Engine's).
@@ -101,7 +102,7 @@ def padded_ring(problem: Problem, found: Segments) -> Modelled:
     bounds = np.cumsum([0, *(2 * ranks * chunk)]).tolist()
     seqlen = bounds[-1]
     high = 0 if found.causal else OPEN
-    mask = BandMask.of(seqlen, seqlen, [(a, b, a, b, -OPEN, high) for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    mask = BandMask.of(seqlen, seqlen, [(a, b, a, b, -OPEN, high) for a, b in pairwise(bounds)])
     shards = tuple(
         tuple(
             TokenSpan(begin + place * size, size)

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lcbench.cp.allgather import AllGather
 from lcbench.cp.base import Place, Scheduled
 from lcbench.cp.peers.library import (
-    CHANNEL, AutogradRun, LibraryStrategy, grid, missing, padded_ring, refused_length, refused_mask, segments,
+    CHANNEL,
+    AutogradRun,
+    LibraryStrategy,
+    grid,
+    missing,
+    padded_ring,
+    refused_length,
+    refused_mask,
+    segments,
 )  # fmt: skip
 from lcbench.cp.ring import Ring
 from lcbench.cp.ulysses import Ulysses
@@ -68,7 +76,7 @@ class TransformerEngine(LibraryStrategy):
         return zigzag(problem.seqlen, problem.scale.world_size)
 
     def modelled(self, problem: Problem, mask: Mask) -> Modelled | None:
-        """The same schedule of ours. Of documents it is known for its ring, which its packed format runs though ``start`` does not."""
+        """The same schedule of ours. Its ring knows documents in its packed format, which ``start`` does not ask for."""
         found = segments(mask)
         if found is None:
             return None
