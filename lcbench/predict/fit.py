@@ -25,7 +25,7 @@ from lcbench.schedule.simulate import Prepared, play
 
 FOLDS = 5
 # Where nothing was fitted: a share of the peak, and FLOP/s of a CPU rank.
-UNFITTED_SHARE, UNFITTED_CPU = 0.5, 5e9
+UNFITTED_SHARE, UNFITTED_CPU = 0.5, 1e10
 # How far unknowns may well be from where a fit begins, in logarithms: what nobody has measured, what was measured alone, links of
 # data sheets, and by how much the kernels of an implementation differ from the kernel alone.
 GUESSED, ALONE, SHEET, IMPLEMENTED = 2.0, 0.1, 0.3, 0.1
