@@ -63,6 +63,7 @@ bench: setup cluster-up ## how long planning, masks, strategies and large sweeps
 	$(BIN)/python -m tests.bench_sweeps
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench_predict
+	$(BIN)/python -m tests.advice.recorded
 	$(BIN)/python -m tests.measure.faults --processes $$(nproc)
 	$(BIN)/python -m tests.measure.sound --processes $$(nproc)
 

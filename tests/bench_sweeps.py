@@ -27,6 +27,11 @@ GRID = [
     "mask=full,causal",
     "scale=1x8,2x8",
 ]
+# Of drawn masks on many GPUs: what a plan simulates, and what follows that.
+DRAWN = [
+    "seed=range(200)", "seqlen=64k,128k,256k,512k,1m", "cp=ring,ulysses,usp,groupcast,allgather", "mask=causal_document",
+    "scale=4x8,12x8", "heads=96x8x128", "budget.gpu_hours=null",
+]  # fmt: skip
 TINY = [
     "dtype=float64", "heads=2x2x8", "seqlen=64", "scale=1x2", "measure.warmup=0", "measure.min_iterations=2",
     "measure.max_iterations=3", "measure.budget_s=0.2", "measure.precision=0.5",
@@ -82,6 +87,8 @@ def main() -> None:
     python = sys.executable
     seconds, memory, text = run(python, "-m", "lcbench.sweep", "-m", *GRID, "site=devcluster", "hydra/launcher=dry")
     say("plan of 10,080 cells, command line to printed plan", seconds, f"{memory:.0f} MB, {text.count('to run')} cells to run")
+    seconds, memory, text = run(python, "-m", "lcbench.sweep", "-m", *DRAWN, "site=plain", "hydra/launcher=dry")
+    say("the same of 10,000 of drawn masks on 32 and 96 GPUs", seconds, f"{memory:.0f} MB, {text.splitlines()[2]}")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         made_results(root, "large", GRID)

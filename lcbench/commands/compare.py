@@ -20,10 +20,11 @@ from rich.text import Text
 from lcbench.commands.arguments import add_results_argument, command_parser, find_sweep
 from lcbench.report.amounts import digits, percent, times
 from lcbench.report.causes import Unwell, grouped
-from lcbench.report.comparison import Compared, Comparison, Share, compare, side_of
+from lcbench.report.comparison import Compared, Comparison, Share, Side, compare, predictions_of, side_of
 from lcbench.report.comparison_page import write_comparison
 from lcbench.report.ending import BAD_INPUT, REFUSED, bad_input, say_error
 from lcbench.report.fitted import Column, Fitted, console
+from lcbench.report.foretold import said, signed
 from lcbench.report.frame import PHASES
 from lcbench.report.inert import plain, printable
 from lcbench.report.intervals import ENOUGH
@@ -36,6 +37,7 @@ python -m lcbench.compare before after --fail-on-regression 5%
 python -m lcbench.compare results/before ../colleague/results/after --phase backward --json
 python -m lcbench.compare flash2 flash3 --across kernel
 python -m lcbench.compare before after --html
+python -m lcbench.compare before after --predicted
 """
 DEFAULT = ""  # of --html: in the folder of B
 MANY = 40
@@ -57,6 +59,9 @@ def main(arguments: list[str]) -> int:
         metavar="5%",
         help="exit code 1 if a cell is slower beyond the noise, corrected for the number of cells (Holm), and by more than this",
     )
+    parser.add_argument(
+        "--predicted", action="store_true", help="hold what was predicted in one against what was measured in the other, row by row"
+    )
     parser.add_argument("--json", action="store_true", help="for scripts")
     parser.add_argument("--all", action="store_true", help="list the cells that did not change too")
     parser.add_argument(
@@ -66,9 +71,14 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     with bad_input():
         a, b = (_sweep(options.results.absolute(), name) for name in (options.a, options.b))
-        found = compare(side_of(a, options.across), side_of(b, options.across), options.phase)
+        sides = side_of(a, options.across), side_of(b, options.across)
+        if options.predicted:
+            return _held(sides, options)
+        found = compare(*sides, options.phase)
     if not found.cells:
-        print(f"error: {options.a} and {options.b} have no cell with a good result in both", file=sys.stderr)
+        only = [name for name, side in zip((options.a, options.b), sides, strict=True) if side.foretold and not side.good]
+        why = f": in {' and '.join(only)} nothing was measured, only predicted (--predicted)" if only else ""
+        print(f"error: {options.a} and {options.b} have no cell with a good result in both{why}", file=sys.stderr)
     if options.json:
         print(json.dumps(_plain(found), indent=1))
     else:
@@ -83,6 +93,43 @@ def main(arguments: list[str]) -> int:
         if not found.known:
             print(UNKNOWN, file=sys.stderr)
         return 1
+    return 0
+
+
+def _held(sides: tuple[Side, Side], options: argparse.Namespace) -> int:
+    """Show predictions beside what was measured, the worst first.
+
+    Raises:
+        ValueError: there is no cell that has both, or an option has no meaning for them.
+    """
+    if options.html is not None or options.fail_on_regression is not None:
+        raise ValueError("--predicted compares predictions with measurements, and takes neither --html nor --fail-on-regression")
+    rows = sorted(predictions_of(*sides, options.phase), key=lambda row: -abs(math.log1p(row.error)))
+    if not rows:
+        raise ValueError(f"no cell is predicted in one of {options.a} and {options.b} and measured in the other")
+    if options.json:
+        found = [
+            {"cell": r.cell.id, "label": r.cell.label, "phase": r.phase, "predicted_s": r.predicted_s, "measured_s": r.measured_s,
+             "error": r.error, "band": r.band, "within": r.within}
+            for r in rows
+        ]  # fmt: skip
+        print(json.dumps({"phase": options.phase, "said": said(rows), "cells": found}, indent=1))
+        return 0
+    names = Names.of(r.cell for r in rows)
+    table = Fitted(names.title(f"time of {options.phase}, predicted and measured, the furthest off first"), [
+        Column("cell"), Column("what", folds=True, wanted=WHAT), Column("predicted\nms", right=True),
+        Column("measured\nms", right=True), Column("error", right=True), Column("95 % band", 1, right=True), Column("in it", 2),
+    ])  # fmt: skip
+    shown = rows if options.all else rows[:MANY]
+    for row in shown:
+        inside = plain("yes", "green") if row.within else plain("no", "red")
+        table.add(
+            row.cell.id, names.what[row.cell.id], digits(row.predicted_s * 1e3), digits(row.measured_s * 1e3), signed(row.error),
+            f"within {times(1 + row.band)}", inside,
+        )  # fmt: skip
+    table.caption = f"and {len(rows) - len(shown)} more (--all)" if len(shown) < len(rows) else ""
+    terminal = console()
+    terminal.print(plain(said(rows), "bold"), table, sep="\n")
     return 0
 
 

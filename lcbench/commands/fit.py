@@ -42,7 +42,8 @@ python -m lcbench.fit results/h200/gpu-check.json --machine h200 --out h200.fit.
 """
 
 
-def main(arguments: list[str]) -> int:
+def asked(arguments: list[str]) -> argparse.Namespace:
+    """What a command line asks for; raises SystemExit(2) for what does not go together."""
     parser = command_parser("fit", __doc__, EXAMPLES)
     parser.add_argument("what", nargs="+", metavar="FILE_OR_SWEEP", help="files, names of sweeps, or 'shipped'")
     parser.add_argument("--machine", required=True, help=f"what to fit: {', '.join(known())}")
@@ -57,6 +58,12 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     with bad_input():
         _check(options)
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    options = asked(arguments)
+    with bad_input():
         machine = machine_of(options.machine)
         found = _read(options, machine)
         fitted = Fitted.read(options.fit) if options.fit else fit(found.observations, machine, folds=options.folds)
@@ -79,6 +86,8 @@ def _check(options: argparse.Namespace) -> None:
     """Raises ValueError for options that do not go together."""
     if options.fit and options.out:
         raise ValueError("--fit takes a fit that is there, --out writes a new one; write one of them")
+    if options.json and options.table:
+        raise ValueError("--json prints the fit, --table published rows; write one of them")
     if options.fit and not options.table:
         raise ValueError("--fit goes with --table, which holds it against published rows")
     for name, least in (("gpus", 1), ("folds", 1)):

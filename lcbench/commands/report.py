@@ -21,6 +21,7 @@ from lcbench.runs.tracking import attach_or_say, tracked_at
 EXAMPLES = """
 python -m lcbench.report last
 python -m lcbench.report last --figures
+python -m lcbench.report last --predicted
 python -m lcbench.report first --out /tmp/report --no-publish
 """
 
@@ -28,7 +29,12 @@ python -m lcbench.report first --out /tmp/report --no-publish
 def main(arguments: list[str]) -> int:
     parser = command_parser("report", __doc__, EXAMPLES)
     add_sweep_arguments(parser)
-    parser.add_argument("--out", type=Path, help="folder to write to (default: report in the sweep's own)")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: report, or report-predicted, in the sweep's own)")
+    parser.add_argument(
+        "--predicted",
+        action="store_true",
+        help="report predictions (hydra/launcher=simulate), marked as such, whatever was measured",
+    )
     parser.add_argument("--figures", action="store_true", help="draw figures as PNG and PDF too, for slides and papers")
     parser.add_argument(
         "--publish",
@@ -38,9 +44,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     with bad_input():
         sweep = chosen_sweep(options)
-    folder: Path = options.out or sweep.folder / "report"
+        if options.predicted and not any(r.prediction for r in sweep.look().records.values()):
+            raise ValueError(f"sweep {sweep.name} has no predictions: hydra/launcher=simulate makes them")
+    folder: Path = options.out or sweep.folder / ("report-predicted" if options.predicted else "report")
     try:
-        report = write_report(sweep, folder, known_devices(), figures=options.figures)
+        report = write_report(sweep, folder, known_devices(), figures=options.figures, predicted=options.predicted)
     except PermissionError as error:
         say_error(error)
         print(f"write it elsewhere:  {sweep.command('report', '--out', f'report-{sweep.name}')}", file=sys.stderr)

@@ -89,7 +89,9 @@ def main(arguments: list[str]) -> int:
 def _wanted(standing: SweepStatus, cell_id: str | None) -> dict[str, Record]:
     if cell_id is not None:
         return {cell_id: standing.seen.records[cell_id]}
-    return {i: r for i, r in standing.seen.records.items() if r.status in ("failed", "missing")}
+    return {
+        i: r for i, r in standing.seen.records.items() if r.status == "failed" or (r.status == "missing" and not r.entry.predicted)
+    }
 
 
 def _still_wanted(sweep: Sweep, chosen: dict[str, Record], *, as_mine: bool = False) -> Todo:

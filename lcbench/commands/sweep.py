@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
         return 0
     with bad_input():
         flags = read_flags(arguments)
-        lines = _with_site(flags.overrides)
+        lines = with_site(flags.overrides)
         dirs = [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
         if flags.help or flags.hydra_help or flags.version:
             _explain(
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _with_site(overrides: list[str]) -> list[str]:
+def with_site(overrides: list[str]) -> list[str]:
     """The overrides, and the site of the environment where they name none."""
     site = os.environ.get("LCBENCH_SITE")
     return [*overrides, f"site={site}"] if site and not any(key_of(line) == "site" for line in overrides) else overrides

@@ -70,6 +70,7 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     for names in (("--package", "-p"), ("--config-name", "-cn"), ("--config-path", "-cp"), ("--experimental-rerun",)):
         parser.add_argument(*names)
     parser.add_argument("--config-dir", "-cd", action="append", default=[])
+    parser.add_argument("--fit", action="append", default=[])
     parser.add_argument("overrides", nargs="*")
     flags, rest = parser.parse_known_intermixed_args(list(arguments))
     if rest:
@@ -84,6 +85,9 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     if len(flags.config_dir) > 1:
         raise ValueError(f"--config-dir is given {len(flags.config_dir)} times; put the files into one folder")
     flags.config_dir = flags.config_dir[0] if flags.config_dir else None
+    if len(flags.fit) + sum(word.startswith("fit=") for word in flags.overrides) > 1:
+        raise ValueError("several fits are named, by --fit or fit=; a fit is one file")
+    flags.overrides += [f"fit={file}" for file in flags.fit]
     for word in flags.overrides:
         if "=" not in word and not word.startswith("~"):
             raise ValueError(f"{word!r} is no override; write <axis>=<value>[,<value>...], the axes {', '.join(AXES)} and so on")

@@ -49,6 +49,8 @@ OUTPUTS = ("table", "quiet", "json")
 OPTION_GROUPS: dict[str, Callable[[Any, str], Any]] = {
     "pack": values.parse_limit, "hang": values.parse_number, "retry": values.parse_int, "budget": values.parse_limit_number,
 }  # fmt: skip
+# Run options that are texts, and of what.
+TEXTS = {"results": "folder", "tracking_uri": "address", "fit": "file"}
 NAME_BYTES = 200  # of a sweep's name: a file's name holds 255, and some are made of it and a cell's
 NOT_IN_NAMES = "/\\%|,"
 WORDS_OF_COMMANDS = ("last", "all")
@@ -94,7 +96,7 @@ class Plan:
     """What a command asks for: its cells in order, each once, and everything that is not part of a cell."""
 
     cells: tuple[Planned, ...]
-    options: dict[str, Any]  # sweep, wait, output, force, pack, hang, retry, results, tracking_uri
+    options: dict[str, Any]  # sweep, wait, output, force, pack, hang, retry, results, tracking_uri, machine, fit
     site: dict[str, Any]
     overrides: tuple[str, ...]
     launcher: str  # its name in conf/hydra/launcher
@@ -145,14 +147,27 @@ def _plan(parsed: list[Override], lines: tuple[str, ...], loader: ConfigLoaderIm
     made = (Cell.from_config(cell_config(config, both="seqlen" in swept, by_site=by_site)) for config in configs)
     cells = {cell.id: cell for cell in made}
     folder = Path(str(options["results"])).absolute() / str(options["sweep"] or "")
-    sites.check_fit(site, (cell.scale for cell in cells.values()), options["pack"]["max_minutes"], folder)
+    launcher = str(chosen[-1].value()) if chosen else str(site.get("launcher"))
+    if not sites.predicts(launcher):  # what is predicted is of another machine, and of any number of its GPUs
+        _refuse_to_predict(options, launcher)
+        sites.check_fit(site, (cell.scale for cell in cells.values()), options["pack"]["max_minutes"], folder)
     return Plan(
         cells=tuple(Planned(cell, skip_reason(cell)) for cell in cells.values()),
         options=options,
         site=site,
         overrides=lines,
-        launcher=str(chosen[-1].value()) if chosen else str(site.get("launcher")),
+        launcher=launcher,
     )
+
+
+def _refuse_to_predict(options: dict[str, Any], launcher: str) -> None:
+    """Raises:
+    ValueError: a machine or a fit is named, and the launcher predicts nothing.
+    """
+    for name in ("machine", "fit"):
+        if options[name] is not None:
+            said = f"{name}={options[name]} is for predictions, and hydra/launcher={launcher} makes none"
+            raise ValueError(f"{said}: write hydra/launcher=simulate")
 
 
 def _is_fixed(override: Override) -> bool:
@@ -178,7 +193,8 @@ def _axes(typed: list[Override], base: dict[str, Any], loader: ConfigLoaderImpl)
 
 def _run_options(base: dict[str, Any]) -> dict[str, Any]:
     """Everything but axes, site and experiment, checked."""
-    options = {k: base[k] for k in RUN_OPTIONS if k not in ("site", "experiment")}
+    options = {k: base[k] for k in RUN_OPTIONS if k not in ("site", "experiment", "machine")}
+    options["machine"] = base["hydra"]["choices"].get("machine")
     _check_run_options(options)
     if unknown := [k for k in base if k not in (*AXES, *RUN_OPTIONS, "hydra")]:
         raise ValueError(overrides.unknown_key(unknown[0]))
@@ -326,11 +342,20 @@ def skip_reason(cell: Cell) -> str | None:
 
 def pairs(cell: Cell) -> float:
     """Unmasked pairs over all query heads: exact for bands; of a block map, which is not drawn for this, what was asked for."""
-    config, problem = cell.config, cell.problem
-    mask = _mask(json.dumps(config["mask"]), problem, config["seed"])
+    mask, problem = mask_of(cell), cell.problem
     if isinstance(mask, BandMask):
         return float(mask.pairs(problem.heads.q))
-    return float(config["mask"].get("density", 1.0)) * problem.seqlen**2 * problem.heads.q
+    return float(cell.config["mask"].get("density", 1.0)) * problem.seqlen**2 * problem.heads.q
+
+
+def mask_of(cell: Cell) -> Mask:
+    """The first draw of a cell's mask, made once.
+
+    Raises:
+        DoesNotFit: the mask cannot exist at this length or with these heads.
+        ValueError: a file that is not what it was when the cell was planned, or code that is not known here.
+    """
+    return _mask(json.dumps(cell.config["mask"]), cell.problem, cell.config["seed"])
 
 
 # -- the product -----------------------------------------------------------------------------------------------------
@@ -443,14 +468,15 @@ def _check_run_options(options: dict[str, Any]) -> None:
         options[group] = {key: parse(value, f"{group}.{key}") for key, value in options[group].items()}
     if options["hang"]["min_s"] > options["hang"]["max_s"]:
         raise ValueError(f"hang.min_s={options['hang']['min_s']} is more than hang.max_s={options['hang']['max_s']}")
-    for name in ("results", "tracking_uri"):
+    for name, kind in TEXTS.items():
         value = options[name]
         if isinstance(value, dict | list) or (value is None and name == "results") or not str(value).strip():
-            raise ValueError(f"{name}={values.shown(value)} is no {'folder' if name == 'results' else 'address'}; write a text")
+            raise ValueError(f"{name}={values.shown(value)} is no {kind}; write a text")
         if value is not None and not str(value).isprintable():
             raise ValueError(f"{name}={str(value)!r} holds characters that cannot be shown")
         options[name] = None if value is None else str(value)
     options["results"] = os.path.expanduser(options["results"])
+    options["fit"] = options["fit"] and os.path.expanduser(options["fit"])
     options["sweep"] = check_name(options["sweep"])
 
 

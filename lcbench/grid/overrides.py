@@ -27,11 +27,11 @@ from lcbench.grid.values import listed
 
 RUN_OPTIONS = (
     "sweep", "site", "wait", "output", "force", "pack", "hang", "retry", "budget", "results", "tracking_uri", "mlflow_experiment",
-    "experiment",
+    "experiment", "machine", "fit",
 )  # fmt: skip
 # Options whose value is text, and those that name a file of conf/.
-TEXT = ("sweep", "results", "tracking_uri", "mlflow_experiment", "output")
-FILES = (*GROUPS, "site", "experiment", "hydra/launcher", "hydra/sweeper")
+TEXT = ("sweep", "results", "tracking_uri", "mlflow_experiment", "output", "fit")
+FILES = (*GROUPS, "site", "experiment", "machine", "hydra/launcher", "hydra/sweeper")
 LAUNCHER = "hydra/launcher"
 # Of Hydra's own options: where what they are for is said here. The longest beginning counts.
 PLACES = {
@@ -190,6 +190,8 @@ def check(overrides: list[Override], loader: ConfigLoaderImpl, launchers: Sequen
                 f"{line}: what a value of {root} is, its file says; write one of your own, <folder>/{root}/<name>.yaml, "
                 f"and {root}=<name> --config-dir <folder>"
             )
+        if root == "machine" and key != root:
+            raise ValueError(f"{line}: what a machine is, its file in conf/machine says; write machine=<name>")
         if isinstance(values, RangeSweep):
             _check_range(override)
         if not override.is_delete() and key in FILES:

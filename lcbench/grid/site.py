@@ -285,15 +285,20 @@ class ClusterSite(LocalSite):
 
 
 @cache
-def _launchers() -> dict[str, bool]:
-    """The launchers of conf/ by name, and whether each runs packs on this machine."""
+def _launchers() -> dict[str, dict[str, Any]]:
+    """The launchers of conf/ by name, with what their files say."""
     files = sorted((CONF / "hydra" / "launcher").glob("*.yaml"))
-    return {path.stem: bool(OmegaConf.to_container(OmegaConf.load(path)).get("here")) for path in files}  # type: ignore[union-attr]
+    return {path.stem: dict(OmegaConf.to_container(OmegaConf.load(path))) for path in files}  # type: ignore[arg-type]
 
 
 def runs_here(launcher: str) -> bool:
     """Whether a launcher's packs are processes on this machine; one that is not in conf/ is of a scheduler."""
-    return _launchers().get(launcher, False)
+    return bool(_launchers().get(launcher, {}).get("here"))
+
+
+def predicts(launcher: str) -> bool:
+    """Whether a launcher measures nothing, but predicts on a machine of conf/machine; one that is not in conf/ measures."""
+    return bool(_launchers().get(launcher, {}).get("predicts"))
 
 
 def checked(site: Any, launchers: Collection[str] = ()) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -64,12 +65,12 @@ def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = F
     kernels = [each for each in seen if isinstance(each, KernelTime)]
     collectives = [each for each in seen if isinstance(each, CollectiveTime)]
     cells = [played for each in seen if isinstance(each, CellTime) for played in _Played.all_of(each, machine)]
-    unknowns = _of_kernels(_begin(machine, kernels, cells), kernels)
+    unknowns = _of_kernels(_begin(machine, kernels, cells, {each.operation for each in collectives}), kernels)
     unknowns = _of_collectives(unknowns, collectives)
     found = _of_cells(unknowns, cells)
     left_out = _left_out(unknowns, found, cells, folds)
-    left_out = [out for cell, out in zip(cells, left_out, strict=True) if cell.whole]
-    cells = [cell for cell in cells if cell.whole]
+    left_out = [out for cell, out in zip(cells, left_out, strict=True) if cell.part == "whole"]
+    cells = [cell for cell in cells if cell.part == "whole"]
     residuals = (*_kernel_residuals(unknowns, kernels), *_collective_residuals(unknowns, collectives),
                  *_cell_residuals(found, cells, left_out))  # fmt: skip
     return _written(found, seen, cells, left_out, residuals)
@@ -78,8 +79,8 @@ def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = F
 # -- what is looked for ------------------------------------------------------------------------------------------------------
 
 
-def _begin(machine: Machine, kernels: Sequence[KernelTime], cells: Sequence[_Played]) -> Unknowns:
-    """Every unknown that an observation may say something of, at what is believed of it."""
+def _begin(machine: Machine, kernels: Sequence[KernelTime], cells: Sequence[_Played], alone: set[str]) -> Unknowns:
+    """Every unknown that an observation may say something of, at what is believed of it; ``alone``: collectives called alone."""
     of: dict[Key, Unknown] = {}
     for name, dtype in dict.fromkeys([(k.kernel, k.dtype) for k in kernels] + [c.kernel for c in cells]):
         widths = {"piece_s": PIECES} if peak_flops(machine, dtype) else {}
@@ -91,7 +92,8 @@ def _begin(machine: Machine, kernels: Sequence[KernelTime], cells: Sequence[_Pla
     for operation, how in machine.collectives.items():
         of[("collective", operation, "latency_s")] = Unknown(how.latency_s, 2 * SHEET)
         of[("collective", operation, "efficiency")] = Unknown(how.efficiency, SHEET)
-        of[("collective", operation, "fewer")] = Unknown(max(how.fewer, 0.1), GUESSED)
+        if operation in alone:  # of sets of several sizes
+            of[("collective", operation, "fewer")] = Unknown(max(how.fewer, 0.1), GUESSED)
     for number in ("memory_bytes_per_s", "launch_s", "message_s"):
         of[("machine", number)] = Unknown(getattr(machine, number), 2 * SHEET)
     for strategy in dict.fromkeys(c.strategy for c in cells if not c.time.own):
@@ -181,13 +183,13 @@ class _Played:
 
     Attributes:
         seen: seconds by phase, of those with a time.
-        whole: whether it is the cell itself; False: its kernels or its messages alone.
+        part: ``whole``: the cell itself; or its kernels alone, or its messages alone.
     """
 
     time: CellTime
     draws: tuple[Prepared, ...]
     seen: dict[str, float]
-    whole: bool = True
+    part: Literal["whole", "compute", "communication"] = "whole"
 
     @classmethod
     def all_of(cls, time: CellTime, machine: Machine) -> Iterator[_Played]:
@@ -195,9 +197,9 @@ class _Played:
         draws = tuple(prepared for prepared, _ in draws_of(time.cell, machine))
         yield cls(time, draws, time.phases)
         if time.compute:
-            yield cls(time, tuple(draw.without_messages() for draw in draws), time.compute, whole=False)
+            yield cls(time, tuple(draw.without_messages() for draw in draws), time.compute, "compute")
         if time.communication:
-            yield cls(time, tuple(draw.without_kernels() for draw in draws), time.communication, whole=False)
+            yield cls(time, tuple(draw.without_kernels() for draw in draws), time.communication, "communication")
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -225,6 +227,10 @@ class _Played:
         """Whether an unknown can change its times."""
         scale = self.time.cell.scale
         match path:
+            case ("kernel", *_) if self.part == "communication":
+                return False
+            case ("link" | "collective", *_) | ("machine", "message_s") if self.part == "compute":
+                return False
             case ("kernel", name, dtype, phase, _):
                 return (name, dtype) == self.kernel and phase in self.phases
             case ("factor", strategy, phase, _):

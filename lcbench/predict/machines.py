@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -37,6 +38,12 @@ def machine_of(name: str) -> Machine:
         collectives={name: Collective(**how) for name, how in entry["collectives"].items()},
         cores=0 if device else os.cpu_count() or 1,
     )  # fmt: skip
+
+
+def fit_of(name: str) -> Path | None:
+    """The file of the fit that lcbench has of a machine; None where nobody made one."""
+    path = CONF / "machine" / f"{name}.fit.json"
+    return path if path.exists() else None
 
 
 def peak_flops(machine: Machine, dtype: str) -> float | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lcbench.predict.fitted import Coefficients, Factor, KernelFit, MachineFit
-from lcbench.schedule.machine import Machine
+from lcbench.schedule.machine import Collective, Machine
 
 Key = tuple[str, ...]
 PHASES = ("forward", "backward")
@@ -67,7 +67,10 @@ class Unknowns:
                 link = getattr(self.machine, name)
                 said[name] = {"latency_s": link.latency_s, "bytes_per_s": link.bytes_per_s} | found
         operations = {p[1] for p in self.of if p[0] == "collective"}
-        said["collectives"] = {name: self.below("collective", name) for name in sorted(operations)}
+        said["collectives"] = {
+            name: asdict(self.machine.collectives.get(name, Collective())) | self.below("collective", name)
+            for name in sorted(operations)
+        }
         return MachineFit(**said)
 
     def fitted(self) -> Machine:

@@ -70,7 +70,10 @@ def _rank(axis: Axes, rows: pd.DataFrame, failed: pd.DataFrame, styles: dict[str
     values, best = seconds / unit.size, seconds[0] / unit.size
     lows, highs = (np.array([getattr(time, end) for time in rows["timed/total"]]) / unit.size for end in ("low", "high"))
     places = range(len(rows))
-    axis.barh(places, values, color=[styles[c].color for c in rows["choice"]], height=0.7)
+    bars = axis.barh(places, values, color=[styles[c].color for c in rows["choice"]], height=0.7)
+    for bar, choice in zip(bars, rows["choice"], strict=True):
+        if styles[choice].hollow:
+            bar.set(facecolor="none", edgecolor=styles[choice].color, hatch="////")
     axis.errorbar(values, places, xerr=[values - lows, highs - values], fmt="none", ecolor="0.2", elinewidth=1.0, capsize=2)
     for place, (value, high) in enumerate(zip(values, highs, strict=True)):
         text = unit.of(seconds[0]) if place == 0 else f"{unit.of(seconds[place])}  {more(value / best)}"

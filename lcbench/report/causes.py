@@ -127,10 +127,10 @@ def suspects(frame: pd.DataFrame, sweep: Sweep | None = None) -> list[Suspect]:
 
 
 def unwell(frame: pd.DataFrame) -> list[Unwell]:
-    """The cells of a frame without a good result."""
+    """The cells of a frame without a good result, and without a prediction."""
     if frame.empty:
         return []
-    bad = frame[frame["status"] != "ok"]
+    bad = frame[~frame["status"].isin(["ok", "predicted"])]
     return [Unwell(*row) for row in bad[["cell", "status", "failure", "cause"]].itertuples(index=False)]
 
 

@@ -10,6 +10,7 @@ from statistics import geometric_mean, median
 from lcbench.grid.axes import CHOICE, LABEL, PROBLEM, renamed
 from lcbench.grid.cell import Cell
 from lcbench.report.environment import Environment, environment_of
+from lcbench.report.foretold import Held, against
 from lcbench.report.frame import PHASES
 from lcbench.report.intervals import LEVEL, Ratio, Timing, holm, ratios
 from lcbench.runs.store import Attempt, Sweep
@@ -17,11 +18,12 @@ from lcbench.runs.store import Attempt, Sweep
 
 @dataclass(frozen=True)
 class Side:
-    """The newest good attempts of a sweep by what they measured, and why other cells have none."""
+    """The newest good attempts of a sweep by what they measured, why other cells have none, and predictions."""
 
     good: dict[str, tuple[Cell, Attempt]]
     others: dict[str, tuple[Cell, str]]
     environment: Environment
+    foretold: dict[str, tuple[Cell, Attempt]]  # predictions, whatever was measured
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,14 @@ def side_of(sweep: Sweep, across: Sequence[str] = ()) -> Side:
     alike = {*CHOICE, *PROBLEM} - {*across}
     good: dict[str, tuple[Cell, Attempt]] = {}
     others: dict[str, tuple[Cell, str]] = {}
+    foretold: dict[str, tuple[Cell, Attempt]] = {}
     for record in sweep.look().records.values():
         cell, last = record.entry.cell, record.last
         key = json.dumps({k: v for k, v in cell.config.items() if k in alike}, sort_keys=True)
         if key in good and across:
             raise ValueError(f"sweep {sweep.name} has several cells that differ in {', '.join(across)} only, such as {cell.label}")
+        if record.prediction is not None and record.prediction.status == "predicted":
+            foretold[key] = (cell, record.prediction)
         if last is not None and last.status == "ok" and not last.no_speed:
             good[key] = (cell, last)
         elif last is not None and last.status == "ok":
@@ -144,7 +149,17 @@ def side_of(sweep: Sweep, across: Sequence[str] = ()) -> Side:
         else:
             failure = record.failure
             others[key] = (cell, f"{failure.kind}: {failure.cause}" if failure else record.status)
-    return Side(good, others, environment_of(attempt for _, attempt in good.values()))
+    return Side(good, others, environment_of(attempt for _, attempt in good.values()), foretold)
+
+
+def predictions_of(a: Side, b: Side, phase: str) -> list[Held]:
+    """What was predicted in one sweep held against what was measured in the other, both ways; of a cell that has both ways one."""
+    found: dict[tuple[str, str], Held] = {}
+    for measured, predicted in ((a, b), (b, a)):
+        for key in measured.good.keys() & predicted.foretold.keys():
+            rows = against(predicted.foretold[key][0], predicted.foretold[key][1], measured.good[key][1], [phase])
+            found |= {(measured.good[key][0].id, row.phase): row for row in rows}
+    return list(found.values())
 
 
 def compare(a: Side, b: Side, phase: str = "total") -> Comparison:

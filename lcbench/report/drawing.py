@@ -86,7 +86,7 @@ def used(axes: Any, count: int) -> list[Axes]:
 def draw_line(axis: Axes, x: pd.Series, y: pd.Series, style: Style, **more: Any) -> Any:
     """A line with markers, whose thin dark edges show pale colours too."""
     look = {"markersize": 4.5, "linewidth": 1.3, "markeredgecolor": "0.25", "markeredgewidth": 0.4}
-    return axis.plot(x.to_numpy(), y.to_numpy(), **{**style.matplotlib, **look, **more})[0]
+    return axis.plot(x.to_numpy(), y.to_numpy(), **{**look, **style.matplotlib, **more})[0]
 
 
 def with_gaps(line: pd.DataFrame, x: str, places: Sequence[Any]) -> pd.DataFrame:

@@ -33,6 +33,10 @@ def links_of(attempts: Iterable[Attempt]) -> dict[str, float]:
 
 def _facts(attempt: Attempt) -> Iterator[tuple[str, str]]:
     provenance = attempt.provenance
+    if made := attempt.prediction:
+        for name in ("machine", "fit", "basis", "lcbench"):
+            yield name if name != "lcbench" else "lcbench that predicted", str(made.get(name) or "none")
+        return
     git = provenance.get("git") or {}
     commit, sources = git.get("commit"), f"sources {str(git.get('sources_sha256') or 'unknown')[:12]}"
     changes = f" with changes ({sources})" if git.get("sources_sha256") else " with changes"

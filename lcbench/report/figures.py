@@ -26,7 +26,7 @@ def all_figures(frame: pd.DataFrame, devices: Sequence[dict[str, Any]], links: d
         devices: the ``conf/device`` entries.
         links: GB/s of a link class, as the check of the nodes measured it.
     """
-    if frame.empty or not (frame["status"] == "ok").any():
+    if frame.empty or not frame["good"].any():
         return
     of = shown(frame, devices)
     if of.good.empty:

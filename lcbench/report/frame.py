@@ -12,13 +12,14 @@ import numpy as np
 
 from lcbench.grid.axes import CELL_GROUPS, CHOICE, LABEL, PROBLEM
 from lcbench.grid.cell import flat_config
-from lcbench.report.intervals import Median, Timing, medians
+from lcbench.report.intervals import KNOWN, NORMAL_95, Median, Timing, medians
 from lcbench.runs.store import Attempt, Look, Record, Sweep, Unreadable
 
 if TYPE_CHECKING:
     import pandas as pd
 
 PHASES = ("forward", "backward", "total")
+PREDICTED = " (predicted)"  # at the end of a choice that was not measured
 
 
 def frame_of(sweeps: Iterable[Sweep], *, attempts: Literal["newest", "all"] = "newest", samples: bool = False) -> pd.DataFrame:
@@ -40,7 +41,8 @@ def frame_of(sweeps: Iterable[Sweep], *, attempts: Literal["newest", "all"] = "n
 
 def _rows(sweep: str, seen: Look, attempts: Literal["newest", "all"], samples: bool) -> Iterator[dict[str, Any]]:
     for cell_id, record in seen.records.items():
-        tries: tuple[Attempt | None, ...] = record.attempts if attempts == "all" else (record.last,)
+        every = (*filter(None, [record.prediction]), *record.attempts)
+        tries: tuple[Attempt | None, ...] = every if attempts == "all" else (record.known,)
         yield from (_row(sweep, cell_id, record, attempt, samples) for attempt in tries or (None,))
 
 
@@ -51,6 +53,7 @@ def _row(sweep: str, cell_id: str, record: Record, attempt: Attempt | None, samp
         "status": attempt.status if attempt else record.status,
         "failure": failure.kind if failure else "", "cause": failure.cause if failure else "",
         "attempt": attempt.number if attempt else 0, "no_speed": attempt.no_speed if attempt else "",
+        "band": attempt.band if attempt else None,
         "started_at": attempt.started_at if attempt else None, "finished_at": attempt.finished_at if attempt else None,
         **flat_config(record.entry.cell),
     }  # fmt: skip
@@ -64,22 +67,29 @@ def _row(sweep: str, cell_id: str, record: Record, attempt: Attempt | None, samp
     return row | ({f"samples/{key}": values for key, values in attempt.samples.items()} if samples else {})
 
 
-def reported(sweep: Sweep, seen: Look | None = None) -> pd.DataFrame:
+def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False) -> pd.DataFrame:
     """Every cell of a sweep (``seen``: as a look at it showed them), with samples and with columns for reports:
 
     ``what_kernel``, ``what_cp``, ``what_mask``: the axis value with those of its options that differ between rows; ``choice``:
     kernel, strategy and reduce_dtype in one word; ``problem``: all that a choice is an answer to, as one key; ``setting``: what of
     the problem is neither mask, length, scale nor seed; ``where``: that with the seed, if there are several; ``tokens_per_rank``;
     ``<phase>_by_mean``: TFLOP/s per GPU with the mean over ranks for a time, as others count, where ours is the slowest rank's;
-    ``timed/<phase>``: its time as a ``Median``, with the noise that all good cells of the sweep tell together.
+    ``timed/<phase>``: its time as a ``Median``, with the noise that all good cells of the sweep tell together; of a prediction with
+    its band; ``good``: whether it is one of the results that answers rest on.
 
-    Where ranks shared a GPU (``no_speed``) there is neither a time nor a rate.
+    Where ranks shared a GPU (``no_speed``) there is neither a time nor a rate. A cell that was only predicted has the status
+    ``predicted``, and says so in its ``choice``; it is not good, and so wins nothing.
+
+    Args:
+        predicted: report predictions, whatever was measured: these are the good results then.
     """
     import pandas as pd
 
-    frame = pd.DataFrame(_rows(sweep.name, seen or sweep.look(), "newest", samples=True))
+    seen = seen or sweep.look()
+    frame = pd.DataFrame(_rows(sweep.name, seen.foretold() if predicted else seen, "newest", samples=True))
     if frame.empty:
         return frame
+    frame["good"] = frame["status"] == ("predicted" if predicted else "ok")
     speeds = [c for c in frame.columns if c.startswith(("time/", "compute/", "overlap/", "draws/"))]
     frame.loc[frame["no_speed"] != "", speeds] = np.nan
     for group in CELL_GROUPS:
@@ -87,6 +97,7 @@ def reported(sweep: Sweep, seen: Look | None = None) -> pd.DataFrame:
     differing = [axis for axis in CHOICE if axis == "cp" or frame[axis].nunique() > 1]
     shown = [f"what_{axis}" if axis in CELL_GROUPS else axis for axis in sorted(differing, key=lambda axis: axis != "cp")]
     frame["choice"] = [" + ".join(map(str, values)) for values in frame[shown].to_numpy()]
+    frame.loc[frame["status"] == "predicted", "choice"] += PREDICTED
     options = sorted(
         c for c in frame.columns if c.partition(".")[0] in PROBLEM and "." in c and c != "mask.file"
     )  # its digest is there
@@ -107,14 +118,14 @@ def good_rows(frame: pd.DataFrame) -> pd.DataFrame:
     if frame.empty:
         return frame
     rate = frame.reindex(columns=[rate_column("total")])[rate_column("total")]
-    return frame[(frame["status"] == "ok") & frame["timed/total"].notna() & rate.notna()]
+    return frame[frame["good"] & frame["timed/total"].notna() & rate.notna()]
 
 
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     """Of cells that differ in nothing but their seed one: the median of those with a good result, else the first."""
     keys = ["choice", "what_mask", "seqlen", "scale", "setting"]
     number = frame.groupby(keys, sort=False).ngroup()
-    good = frame["status"] == "ok"
+    good = frame["good"]
     # Good ones before the rest, the fastest first.
     by = ["group", "bad", *(c for c in ("time/total/median_s",) if c in frame)]
     order = frame.assign(group=number, bad=~good).sort_values(by, kind="stable")
@@ -157,7 +168,15 @@ def _timed(rows: list[dict[str, Any]], phase: str) -> list[Median | None]:
         samples = {key: row.get(f"samples/{key}") for key in (f"{phase}_s", f"block_{phase}_s")}
         timings.append(Timing.of(row, samples, phase) if row["status"] == "ok" and not row["no_speed"] else None)
     found = iter(medians([t for t in timings if t is not None]))
-    return [None if t is None else next(found) for t in timings]
+    return [_foretold(row, phase) if t is None else next(found) for row, t in zip(rows, timings, strict=True)]
+
+
+def _foretold(row: dict[str, Any], phase: str) -> Median | None:
+    """The time of a phase of a row that was predicted, with its band; None of any other row."""
+    seconds = row.get(f"time/{phase}/median_s")
+    if row["status"] != "predicted" or seconds is None or np.isnan(seconds):
+        return None
+    return Median(float(seconds), float(np.log1p(row["band"])) / NORMAL_95, KNOWN, KNOWN, True)
 
 
 def rate_of(row: Any, phase: str = "total") -> Median:

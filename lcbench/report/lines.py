@@ -104,24 +104,40 @@ def _rates(of: Shown, group: Group, x: str, name: str, title: str) -> Drawn:
     bands = 2 if len(choices) > 1 else 1  # absolute, and relative to the best
     figure, axes = grid(bands * math.ceil(len(masks) / across), across, title, of.source)
     drawn: dict[str, Any] = {}
+    foretold = group.foretold[group.foretold["what_mask"].isin(masks)]
+    beside, ticks = _lines(foretold, x), sorted({*rows[x], *foretold[x]})
     for band in range(bands):
         mine = used(axes[band::bands], len(masks))
         for axis, mask in zip(mine, masks, strict=True):
             y, interval = (RATE, "total") if band == 0 else ("relative", "")
             drawn |= _draw(axis, of, lines, mask, choices, x, y, interval)
             label = ("TFLOP/s per GPU", "% of the best")[band] if axis in axes[band::bands, 0] else ""
-            tune(axis, x, sorted(rows[x].unique()), mask if band == 0 else "", AXIS[x] if band == bands - 1 else "", label)
+            tune(axis, x, ticks, mask if band == 0 else "", AXIS[x] if band == bands - 1 else "", label)
             if band == 0:
+                drawn |= _beside(axis, of, beside, mask, x)
                 mark_failures(axis, group.failed[group.failed["what_mask"] == mask], x, of.styles)
         for row in axes[band::bands]:
             shared = [axis for axis in row if axis in mine]
             share_y(shared, floor=0.0) if band == 0 else relative_axis(shared)
-    legend(figure, {choice: drawn[choice] for choice in choices if choice in drawn})
+    legend(figure, {choice: drawn[choice] for choice in (*choices, *dict.fromkeys(foretold["choice"])) if choice in drawn})
     said = _said_of_bars(rows, ["total"]) + (
         " Below: as a share of the fastest choice's, on a logarithmic axis." if bands > 1 else ""
     )
     caption = said + said_of(left_out) + said_of_failures(group.failed)
+    caption += " Dotted and hollow: predicted, not measured." if len(foretold) else ""
     return Drawn(name, title, caption, _leaders(rows, x), figure)
+
+
+def _beside(axis: Axes, of: Shown, lines: Lines, mask: str, x: str) -> dict[str, Any]:
+    """Predictions beside what was measured, each with its band."""
+    drawn = {}
+    for (of_mask, choice), line in lines.items():
+        if of_mask == mask and line[RATE].notna().any():
+            style = of.styles[choice]
+            drawn[choice] = draw_line(axis, line[x], line[RATE], style, label=choice)
+            factor = 1 + line["band"]
+            axis.vlines(line[x], line[RATE] / factor, line[RATE] * factor, color=style.color, linewidth=0.8, linestyle=":")
+    return drawn
 
 
 def _draw(axis: Axes, of: Shown, lines: Lines, mask: str, choices: Sequence[str], x: str, y: str, interval: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from lcbench.grid.cell import format_tokens
 from lcbench.redact import redacted
@@ -21,20 +21,22 @@ from lcbench.report import amounts, page_data, published
 from lcbench.report.causes import causes, suspects
 from lcbench.report.environment import Environment, environment_of, links_of
 from lcbench.report.figures import all_figures
-from lcbench.report.frame import good_rows, rate_column, reported
+from lcbench.report.foretold import Held, held, said
+from lcbench.report.frame import PHASES, good_rows, rate_column, reported
 from lcbench.report.palette import Style, styles
 from lcbench.report.regret import FEWEST_CHOICES, FEWEST_PROBLEMS, NEARLY_ALL, Regret, problem_labels, regrets, verdict
 from lcbench.report.table import why_not
 from lcbench.report.tables import rate_tables, rows_table
 from lcbench.report.winners import CLOSE, UNMEASURED, Winner, winners
-from lcbench.runs.store import Sweep
+from lcbench.runs.store import Status, Sweep
 
 if TYPE_CHECKING:
     import pandas as pd
 
+STATUSES = get_args(Status)
 SECTIONS = (
-    ("fastest", "Fastest"), ("figures", "Figures"), ("failures", "What did not run"), ("cells", "Cells"),
-    ("environment", "Where it ran"),
+    ("fastest", "Fastest"), ("figures", "Figures"), ("foretold", "Predicted and measured"), ("failures", "What did not run"),
+    ("cells", "Cells"), ("environment", "Where it ran"),
 )  # fmt: skip
 PAGE = "report.html"
 HERE = Path(__file__).parent
@@ -57,23 +59,29 @@ class Report:
     figures: int
 
 
-def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]], *, figures: bool = False) -> Report:
+def write_report(
+    sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]], *, figures: bool = False, predicted: bool = False
+) -> Report:
     """Write the report of a sweep into a folder.
 
     Args:
         devices: the ``conf/device`` entries, for rooflines.
         figures: also as PNG and PDF, which takes longer than all the rest.
+        predicted: of its predictions, which are marked as such, whatever was measured; else of what was measured, with predictions
+            of other cells beside it, which win nothing.
     """
     seen = sweep.look()
-    frame = reported(sweep, seen)
+    frame = reported(sweep, seen, predicted=predicted)
     good = good_rows(frame)
-    attempts = [record.last for record in seen.records.values() if record.last is not None and record.last.status == "ok"]
+    known = [r.prediction if predicted else r.known for r in seen.records.values()]
+    attempts = [attempt for attempt in known if attempt is not None and attempt.status in ("ok", "predicted")]
+    compared = held(seen.records.values())
     fastest, choices = winners(good), regrets(good)
     folder.mkdir(parents=True, exist_ok=True)
-    files = _write_tables(sweep, frame, fastest, choices, folder / "tables")
+    files = _write_tables(sweep, frame, fastest, choices, compared, folder / "tables")
     links = links_of(attempts)
     drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
-    data = _block(sweep, frame, good, devices, links) | {"details": page_data.details_of(seen.records)}
+    data = _block(sweep, frame, good, devices, links, predicted=predicted) | {"details": page_data.details_of(seen.records)}
     environment = environment_of(attempts)
     page = folder / PAGE
     page.write_text(
@@ -81,8 +89,12 @@ def write_report(sweep: Sweep, folder: Path, devices: Sequence[dict[str, Any]], 
             "report.html",
             REPORT,
             data,
-            title=sweep.name,
-            sections=SECTIONS,
+            title=f"{sweep.name}: predictions" if predicted else sweep.name,
+            sections=[section for section in SECTIONS if compared or section[0] != "foretold"],
+            predicted=predicted,
+            foretold=_foretold(sweep, frame, predicted=predicted),
+            compared=[said([h for h in compared if h.phase == p]) for p in PHASES if any(h.phase == p for h in compared)],
+            rows=[h.row() for h in compared],
             **_first_screen(frame, good, environment, fastest, choices),
             **_rest(sweep, frame, environment),
             published=published.LABEL if data["published"]["rows"] else None,
@@ -115,33 +127,54 @@ def render(template: str, scripts: Sequence[str], data: dict[str, Any], **contex
 def drawn_style(style: Style) -> dict[str, Any]:
     """A style for a page: black is the text's color, which is white on black."""
     color = "currentColor" if style.color == "#000000" else style.color
-    return {"color": color, "symbol": style.marker, "dash": style.strokes or None}
+    return {"color": color, "symbol": style.marker, "dash": style.strokes or None, "hollow": style.hollow}
 
 
-def _write_tables(sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: list[Regret], folder: Path) -> list[Path]:
+def _foretold(sweep: Sweep, frame: pd.DataFrame, *, predicted: bool) -> str:
+    """What is predicted and not measured on a page, and how far off it may be; empty where nothing is."""
+    rows = frame[frame["status"] == "predicted"] if len(frame) else frame
+    if not len(rows):
+        return ""
+    factors = sorted({amounts.times(1 + band) for band in (rows["band"].min(), rows["band"].max())})
+    off = f"times within a factor of {' to '.join(f.removesuffix('x') for f in factors)} (95 %)"
+    if predicted:
+        return f"Every number on this page is a prediction, and none was measured: {off}."
+    return (
+        f"{len(rows)} cells were not measured but predicted ({off}). They are marked as predicted, are dotted and hollow in "
+        f"figures, and win nothing. A report of the predictions: {sweep.command('report', '--predicted')}"
+    )
+
+
+def _write_tables(
+    sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: list[Regret], compared: list[Held], folder: Path
+) -> list[Path]:
     tables = [
         rows_table("winners", "Fastest choice of every problem", [w.row() for w in fastest]),
         rows_table("regret", "If it has to be one choice for everything", [r.row() for r in choices]),
         *(rate_tables(frame) if fastest else ()),
         rows_table("failures", "What did not run, and why", _failures(frame, sweep)),
         rows_table("cells", "All cells", _cells(frame)),
+        rows_table("predicted-measured", "Predictions held against what was measured", [h.row() for h in compared]),
     ]
     return [path for table in tables if len(table.rows) for path in table.write(folder)]
 
 
 def _block(
-    sweep: Sweep, frame: pd.DataFrame, good: pd.DataFrame, devices: Sequence[dict[str, Any]], links: dict[str, float]
-) -> dict[str, Any]:
-    unit = _rate_unit(good)
+    sweep: Sweep, frame: pd.DataFrame, good: pd.DataFrame, devices: Sequence[dict[str, Any]], links: dict[str, float], *,
+    predicted: bool,
+) -> dict[str, Any]:  # fmt: skip
+    drawn = frame[frame["good"] | (frame["status"] == "predicted")] if len(frame) else frame
+    unit = _rate_unit(good if len(good) else drawn)
     cells = page_data.cells_of(frame, unit)
     cells["place"] = list(problem_labels(frame)) if len(frame) else []
-    phases = [p for p in ("total", "forward", "backward") if rate_column(p) in good and good[rate_column(p)].notna().any()]
+    phases = [p for p in ("total", "forward", "backward") if rate_column(p) in drawn and drawn[rate_column(p)].notna().any()]
     return {
         "name": sweep.name, "cells": page_data.packed(cells, page_data.REPEATED), "repeated": sorted(page_data.REPEATED),
         "rate": {"name": unit.name, "flops": unit.size * 1e12},
         "part": page_data.PART, "nearlyAll": NEARLY_ALL, "fewestProblems": FEWEST_PROBLEMS,
         "fewestChoices": FEWEST_CHOICES, "close": CLOSE, "unmeasured": UNMEASURED,
-        "styles": _styles(frame), "phases": phases, "settings": bool(len(frame) and frame["where"].nunique() > 1),
+        "good": "predicted" if predicted else "ok", "styles": _styles(frame), "phases": phases,
+        "settings": bool(len(frame) and frame["where"].nunique() > 1),
         "matrixBy": _matrix_by(good), "known": bool(len(good)) and all(t.known for t in good["timed/total"]),
         "published": {"label": published.LABEL, "share": published.TOKENS_PER_GPU, "rows": page_data.published_for(good)},
         "devices": page_data.devices_of(frame, devices), "links": {k: page_data.short(v) for k, v in links.items()},
@@ -171,8 +204,8 @@ def _first_screen(
     counts = frame["status"].value_counts().to_dict() if len(frame) else {}
     return {
         "about": _about(frame, environment),
-        "counts": {status: counts.get(status, 0) for status in ("ok", "failed", "skipped")}
-        | {"missing": sum(n for status, n in counts.items() if status not in ("ok", "failed", "skipped"))},
+        "counts": {status: counts.get(status, 0) for status in STATUSES}
+        | {"missing": sum(n for status, n in counts.items() if status not in STATUSES)},
         "verdict": _bold(verdict(choices), choices) or _alone(fastest),
         "regrets": [
             {
@@ -269,6 +302,7 @@ def _about(frame: pd.DataFrame, environment: Environment) -> list[str]:
     if not len(frame):
         return ["0 cells"]
     ranks, devices = sorted(set(frame["world_size"])), sorted(environment.get("device", ()))
+    devices += [f"{machine} (predicted)" for machine in sorted(environment.get("machine", ()))]
     on = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
     first = [f"{len(frame)} cells on {on} x {' or '.join(devices) or 'devices of which nothing is known yet'}"]
     for column, shown in (("what_kernel", "{}"), ("what_mask", "{}"), ("dtype", "{}"), ("heads", "heads {}")):
@@ -293,6 +327,10 @@ def _warnings(environment: Environment) -> list[str]:
     ]
 
 
+def _band(band: Any) -> str:
+    return f"within {amounts.times(1 + band)}" if band is not None and band == band else ""
+
+
 def _failures(frame: pd.DataFrame, sweep: Sweep) -> list[dict[str, str]]:
     """Cells without a good result by cause, the most frequent first."""
     return [
@@ -311,7 +349,7 @@ def _cells(frame: pd.DataFrame) -> list[dict[str, str]]:
         ("total", "time/total/median_s", amounts.duration), ("noise", "time/noise", amounts.percent),
         ("TFLOP/s per GPU", "compute/tflops_per_gpu", amounts.digits), ("by mean over ranks", "total_by_mean", amounts.digits),
         ("MFU", "compute/mfu", amounts.percent), ("peak memory", "memory/peak_bytes", amounts.size),
-        ("sent", "comm/bytes", amounts.size),
+        ("sent", "comm/bytes", amounts.size), ("95 % band of a prediction", "band", _band),
     ]  # fmt: skip
     return [
         {

@@ -34,7 +34,7 @@ WORDS = {
 }  # fmt: skip
 COUNTS = {"seqlen": "seqlen", "ranks": "world_size", "share": "tokens_per_rank", "attempt": "attempt"}
 NUMBERS = {
-    "noise": "time/noise", "mfu": "compute/mfu", "peak": "memory/peak_bytes", "sent": "comm/bytes",
+    "noise": "time/noise", "band": "band", "mfu": "compute/mfu", "peak": "memory/peak_bytes", "sent": "comm/bytes",
     "blocks": "time/blocks",
 }  # fmt: skip
 REPEATED = (frozenset(WORDS) | {"place"}) - {"id", "label", "problem"}  # few words, many times
@@ -181,6 +181,7 @@ def commands_of(sweep: Sweep) -> dict[str, str]:
     return {
         "logs": about("logs", "--", cell),
         "rerun": about("rerun", "--", cell),
+        "measure": about("rerun", "--launcher", "local", "--", cell),
         "explain": about("cp", f"--cell={cell}", "--grid"),
     }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from lcbench.report.frame import PREDICTED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,22 +19,25 @@ MARKERS = {
 # Lengths of strokes and gaps; none: a whole line. One more choice of it for every eight; five and eight have no common divisor, so
 # 320 choices differ.
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2), (3, 1))
+FORETOLD = (2.0, 2.0)  # of predictions
 
 
 @dataclass(frozen=True)
 class Style:
     """``color``: as #rrggbb; ``marker``: a symbol's name (a key of ``MARKERS``); ``dash``: strokes and gaps in turn, in multiples
-    of the line's width, empty for a whole line.
+    of the line's width, empty for a whole line; ``hollow``: markers are open and bars hatched: a prediction.
     """
 
     color: str
     marker: str
     dash: tuple[float, ...]
+    hollow: bool = False
 
     @property
     def matplotlib(self) -> dict[str, Any]:
         """As arguments of ``Axes.plot``."""
-        return {"color": self.color, "marker": MARKERS[self.marker], "linestyle": (0, self.dash) if self.dash else "-"}
+        open_ = {"markerfacecolor": "none", "markeredgecolor": self.color, "markeredgewidth": 1.0} if self.hollow else {}
+        return {"color": self.color, "marker": MARKERS[self.marker], "linestyle": (0, self.dash) if self.dash else "-", **open_}
 
     @property
     def strokes(self) -> str:
@@ -44,10 +49,12 @@ def styles(frame: pd.DataFrame) -> dict[str, Style]:
     """The style of every choice of ``frame.reported``, in the order of the plan.
 
     Give it the whole frame, with failed and skipped cells: a style must not depend on what ran. Of more than eight choices colours
-    repeat, with another marker and dash.
+    repeat, with another marker and dash. What was predicted of a choice looks as what was measured of it, but dotted and hollow.
     """
     choices = list(dict.fromkeys(frame["choice"])) if len(frame) else []
-    return {choice: style(number) for number, choice in enumerate(choices)}
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(c.removesuffix(PREDICTED) for c in choices))}
+    made = {choice: style(numbers[choice.removesuffix(PREDICTED)]) for choice in choices}
+    return {c: replace(s, dash=FORETOLD, hollow=True) if c.endswith(PREDICTED) else s for c, s in made.items()}
 
 
 def style(number: int) -> Style:

@@ -47,12 +47,15 @@ class Shown:
 
 @dataclass(frozen=True)
 class Group:
-    """The cells of one figure: ``rows`` that are good, ``failed`` ones, ``where`` in words, and ``slug`` for a file's name."""
+    """The cells of one figure: ``rows`` that are good, ``failed`` ones, ``where`` in words, ``slug`` for a file's name, and those
+    that were only ``foretold``, where others were measured.
+    """
 
     rows: pd.DataFrame
     failed: pd.DataFrame
     where: str
     slug: str
+    foretold: pd.DataFrame
 
 
 def shown(frame: pd.DataFrame, devices: Sequence[dict[str, Any]]) -> Shown:
@@ -96,7 +99,8 @@ def groups(of: Shown, columns: list[str]) -> Iterator[Group]:
         named = dict(zip(columns, key, strict=True))
         words = [str(value) for value in named.values() if str(value)]
         slugs = [slug(str(v)) for name, v in named.items() if str(v) and (name != "setting" or of.several)]
-        found.append(Group(rows, cells[cells["status"] == "failed"], ", ".join(words), "_".join(slugs)))
+        foretold = cells[(cells["status"] == "predicted") & ~cells["good"]]
+        found.append(Group(rows, cells[cells["status"] == "failed"], ", ".join(words), "_".join(slugs), foretold))
     yield from sorted(found, key=lambda g: g.rows["world_size"].min() if "scale" in columns else 0)
 
 
@@ -116,7 +120,7 @@ def scalings(of: Shown) -> Iterator[tuple[str, Group]]:
             tokens = format_tokens(int(group.rows[column].iloc[0]))
             rest = group.where.partition(", ")[2]
             name = "_".join([f"{kind}-{tokens}", *([slug(rest)] if of.several else [])])
-            yield f"{kind} scaling ({tokens} {words})", Group(group.rows, group.failed, rest, name)
+            yield f"{kind} scaling ({tokens} {words})", Group(group.rows, group.failed, rest, name, group.foretold)
 
 
 def in_order(rows: pd.DataFrame, column: str) -> list[str]:
@@ -178,7 +182,8 @@ def split(frame: pd.DataFrame) -> pd.DataFrame | None:
     exposed = sum(rows[f"overlap/{p}/exposed_s"].fillna(0.0) for p in phases)
     # A schedule without its messages may by chance be slower than the whole.
     compute = np.minimum(compute, rows[TIME])
-    even = compute / rows["balance/area_max_over_mean"].fillna(1.0).clip(lower=1.0)
+    uneven = rows.reindex(columns=["balance/area_max_over_mean"])["balance/area_max_over_mean"]
+    even = compute / uneven.fillna(1.0).clip(lower=1.0)
     rest = (rows[TIME] - compute - exposed).clip(lower=0.0)
     return pd.DataFrame({"computing": even, "imbalance": compute - even, "exposed communication": exposed, "rest": rest})
 

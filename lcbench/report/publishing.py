@@ -50,17 +50,25 @@ def publish_sweep(sweep: Sweep, uri: str, experiment: str | None = None, *, thor
     seen = sweep.look()
     with tempfile.TemporaryDirectory() as folder:
         wanted = counts.ended and not counts.files and 0 < len(seen.records) <= MOST_CELLS
-        page = write_report(sweep, Path(folder), known_devices()).page if wanted else None
+        page = write_report(sweep, Path(folder), known_devices(), predicted=only_predicted(seen)).page if wanted else None
         return replace(counts, told=True, files=tell(sweep, uri, experiment, summary_of(sweep, seen), page))
 
 
+def only_predicted(seen: Look) -> bool:
+    """Whether a sweep has predictions and nothing that was tried."""
+    records = seen.records.values()
+    return any(r.prediction for r in records) and not any(r.attempts for r in records)
+
+
 def summary_of(sweep: Sweep, seen: Look) -> Summary:
-    """What a sweep comes to, as a look at it showed it."""
-    frame = reported(sweep, seen)
+    """What a sweep comes to, as a look at it showed it: by what was measured, or, where nothing was, by predictions as such."""
+    predicted = only_predicted(seen)
+    frame = reported(sweep, seen, predicted=predicted)
     good = good_rows(frame)
     found = regrets(good)
     use = verdict(found)
     said = use or "  \n".join(_fastest(good)) or "No cell has a good result with a time."
+    said = f"Predicted, nothing measured: {said}" if predicted else said
     counts = Counter(record.status for record in seen.records.values())
     attempts = [attempt for record in seen.records.values() for attempt in record.attempts]
     colors = styles(frame)

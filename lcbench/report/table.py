@@ -18,7 +18,7 @@ from lcbench.report.fitted import Column, Fitted
 from lcbench.report.inert import plain
 from lcbench.runs.store import Look, Record, Sweep
 
-COLORS = {"ok": "green", "failed": "red", "lost": "red", "skipped": "yellow", "missing": "dim"}
+COLORS = {"ok": "green", "failed": "red", "lost": "red", "skipped": "yellow", "missing": "dim", "predicted": "magenta"}
 CHECKED = ("out", "dq", "dk", "dv")
 NOISY = 0.05  # a share of the time: from here on its noise stands beside a time at any width
 WHAT = 40  # columns of what a cell is, if that leaves out no more than what matters less
@@ -26,7 +26,9 @@ FEW = 5  # lines of a summary
 
 
 def to_rows(seen: Look, ids: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """One dictionary per cell, SI units. Metrics are those of the newest attempt."""
+    """One dictionary per cell, SI units. Metrics are those of the newest attempt; of a cell that was only predicted, as ``status``
+    says, those of its prediction, whose times lie within a factor of 1 + ``band`` (95 %).
+    """
     wanted = seen.records.keys() if ids is None else set(ids)
     shown = {cell_id: record for cell_id, record in seen.records.items() if cell_id in wanted}
     named = labels(record.entry.cell for record in shown.values())
@@ -87,7 +89,7 @@ def _heads(cells: Sequence[Cell]) -> str:
 
 
 def _row(cell_id: str, record: Record, label: str) -> dict[str, Any]:
-    attempt, failure = record.last, record.failure
+    attempt, failure = record.known, record.failure
     metrics = attempt.metrics if attempt else {}
     errors = [metrics[f"check/{name}_error"] for name in CHECKED if f"check/{name}_error" in metrics]
     return {
@@ -101,6 +103,7 @@ def _row(cell_id: str, record: Record, label: str) -> dict[str, Any]:
         "mfu": metrics.get("compute/mfu"),
         "peak_bytes": metrics.get("memory/peak_bytes"),
         "noise": metrics.get("time/noise"),
+        "band": attempt.band if attempt else None,
         "error": max(errors) if errors else None,
         "no_speed": attempt.no_speed if attempt else "",
         "failure": failure.kind if failure else None,
@@ -118,12 +121,14 @@ def why_not(row: Mapping[str, Any]) -> str:
 # -- the table of a sweep ------------------------------------------------------------------------------------------------
 
 
-def cells_table(seen: Look, name: str, ids: Iterable[str] | None = None) -> Fitted:
-    """Cells problem by problem, the fastest first, with how much longer than it the others take."""
+def cells_table(seen: Look, name: str, ids: Iterable[str] | None = None, *, predicted: bool = False) -> Fitted:
+    """Cells problem by problem, the fastest first, with how much longer than it the others take; of predictions (``Look.foretold``)
+    with ``predicted``, else only what was measured has a rank.
+    """
     rows = {row["cell"]: row for row in to_rows(seen, ids)}
     cells = {cell_id: seen.records[cell_id].entry.cell for cell_id in rows}
     names = Names.of(cells.values())
-    problems = list(by_problem({cell_id: seen.records[cell_id] for cell_id in rows}))
+    problems = list(by_problem({cell_id: seen.records[cell_id] for cell_id in rows}, predicted=predicted))
     ranked = any(sum(math.isfinite(ratio) for ratio in problem.values()) > 1 for problem in problems)
     form = _Form.of(list(rows.values()), ranked=ranked)
     table = Fitted(names.title(f"sweep {name}"), form.columns)
@@ -142,7 +147,7 @@ def cells_table(seen: Look, name: str, ids: Iterable[str] | None = None) -> Fitt
     return table
 
 
-def by_problem(records: Mapping[str, Record]) -> Iterator[dict[str, float]]:
+def by_problem(records: Mapping[str, Record], *, predicted: bool = False) -> Iterator[dict[str, float]]:
     """Of every problem, in the order of the plan, its cells by id, the fastest first, with their time over that of the fastest;
     then those without a time, for which it is infinite.
     """
@@ -150,17 +155,17 @@ def by_problem(records: Mapping[str, Record]) -> Iterator[dict[str, float]]:
     for cell_id, record in records.items():
         config = record.entry.cell.config
         key = json.dumps({axis: config[axis] for axis in PROBLEM if axis in config}, sort_keys=True)
-        problems.setdefault(key, {})[cell_id] = _seconds(record)
+        problems.setdefault(key, {})[cell_id] = _seconds(record, "predicted" if predicted else "ok")
     for seconds in problems.values():
         best = min(seconds.values())
         # Two that have no time are left as the plan has them.
         yield {c: s / best if math.isfinite(s) else math.inf for c, s in sorted(seconds.items(), key=lambda item: item[1])}
 
 
-def _seconds(record: Record) -> float:
-    """The time that ranks a cell, in seconds: both phases, or the one that it has; infinite where none counts."""
-    last = record.last
-    if last is None or record.status != "ok" or last.no_speed:
+def _seconds(record: Record, good: str) -> float:
+    """The time that ranks a cell of this status, in seconds: both phases, or the one that it has; infinite where none counts."""
+    last = record.known
+    if last is None or record.status != good or last.no_speed:
         return math.inf
     found = (last.metrics.get(f"time/{phase}/median_s") for phase in ("total", "forward"))
     return next((seconds for seconds in found if seconds), math.inf)
@@ -179,6 +184,7 @@ class _Form:
     rate: Unit
     size: Unit
     ranked: bool
+    foretold: bool
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], *, ranked: bool) -> _Form:
@@ -193,8 +199,10 @@ class _Form:
             Column(f"peak\n{size.name}", 2, right=True), Column("max\nerror", 5, right=True),
         ]  # fmt: skip
         versus = [Column("vs best", right=True)] if ranked else []
-        columns = [Column("status"), Column("cell"), Column("what", folds=True, wanted=WHAT), *versus, *numbers]
-        return cls(columns, rate, size, ranked)
+        foretold = any(row["band"] is not None for row in rows)
+        band = [Column("95 % band", right=True)] if foretold else []
+        columns = [Column("status"), Column("cell"), Column("what", folds=True, wanted=WHAT), *versus, *band, *numbers]
+        return cls(columns, rate, size, ranked, foretold)
 
     def numbers(self, row: Mapping[str, Any], versus: str) -> list[str]:
         """What of a row stands behind what the cell is."""
@@ -204,20 +212,21 @@ class _Form:
             self.rate.of(row["tflops_per_gpu"], named=False), percent(row["mfu"]), self.size.of(row["peak_bytes"], named=False),
             errors,
         ]  # fmt: skip
-        return [value or "-" for value in ([versus] if self.ranked else []) + shown]
+        band = "" if row["band"] is None else f"within {times(1 + row['band'])}"
+        return [value or "-" for value in [*([versus] if self.ranked else []), *([band] if self.foretold else []), *shown]]
 
 
 # -- what comes of it ----------------------------------------------------------------------------------------------------
 
 
-def summary(sweep: Sweep, seen: Look, ids: Iterable[str]) -> RenderableType | None:
+def summary(sweep: Sweep, seen: Look, ids: Iterable[str], *, predicted: bool = False) -> RenderableType | None:
     """In a few lines what to use: how each choice does over all problems; of fewer than three problems the fastest of each. None
-    where there was no choice.
+    where there was no choice. With ``predicted`` by predictions (``Look.foretold``), else by what was measured.
     """
     from lcbench.report.frame import good_rows, reported
     from lcbench.report.regret import regrets, verdict
 
-    frame = good_rows(reported(sweep, seen))
+    frame = good_rows(reported(sweep, seen, predicted=predicted))
     chosen = frame[frame["cell"].isin(set(ids))] if len(frame) else frame
     found = regrets(chosen)
     said = verdict(found)

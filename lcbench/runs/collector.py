@@ -61,7 +61,11 @@ class Collector:
 
         def wanted(now: SweepStatus) -> Todo:
             records = {i: r for i, r in now.seen.records.items() if i not in now.under_way and not r.entry.skip}
-            due = [r.entry.cell for r in records.values() if not r.attempts or tries_again(r.attempts, settings.retry)]
+            due = [
+                r.entry.cell
+                for r in records.values()
+                if (tries_again(r.attempts, settings.retry) if r.attempts else not r.entry.predicted)
+            ]
             return Todo([cell for cell in due if self._can_be_built(cell)])
 
         if wanted(standing).cells and time.monotonic() >= self._next:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcbench.grid.cell import flat_config, format_tokens
+from lcbench.runs.shown import BAND, PREDICTIONS_OF
 from lcbench.runs.store import Entry
 
 VIEW = "mlflow.sharedViewState."
@@ -40,6 +41,11 @@ FAILURE_COLUMNS = {
     "tags.`lcbench.failure`": MEDIUM, "tags.`lcbench.cause`": WIDE, "tags.`lcbench.nodes`": MEDIUM,
     "tags.`lcbench.slurm_job_id`": MEDIUM, "tags.`lcbench.attempt`": MEDIUM, "tags.`lcbench.cell_id`": MEDIUM,
 }  # fmt: skip
+PREDICTION_COLUMNS = {
+    "params.`cp`": NARROW, "params.`kernel`": NARROW, "params.`mask`": MEDIUM, "params.`length`": NARROW, "params.`scale`": NARROW,
+    "metrics.`tflops`": NARROW, "metrics.`total_ms`": NARROW, f"metrics.`{BAND}`": MEDIUM, "metrics.`peak_gib`": NARROW,
+    "tags.`lcbench.status`": MEDIUM, "tags.`lcbench.machine`": NARROW, "tags.`lcbench.fit`": MEDIUM, "tags.`lcbench.basis`": WIDE,
+}  # fmt: skip
 SWEEP_COLUMNS = {
     "metrics.`cells/ok`": NARROW, "metrics.`cells/failed`": NARROW, "metrics.`cells/skipped`": MEDIUM,
     "metrics.`gpu_hours`": NARROW, "tags.`lcbench.device`": MEDIUM, "tags.`lcbench.verdict`": WIDE, "attributes.`User`": NARROW,
@@ -52,6 +58,7 @@ cell: a kernel x context-parallel strategy x mask x length x scale, checked agai
 - `overlap/`, `comm/`, `balance/`: what communication costs; `check/`: errors and their bounds; `samples/`: every iteration
 - short names for tables: `tflops`, `mfu_percent`, `total_ms`, `fwd_ms`, `bwd_ms`, `peak_gib`, `noise_percent`
 - tags `lcbench.status`, `lcbench.failure`, `lcbench.cause`: what did not run, and why
+- a prediction is a run of its own, grey, with the tag `lcbench.predicted`; no view of a sweep's cells has it
 """
 
 
@@ -112,6 +119,14 @@ def failures_view(sweep: str, sweep_id: str, created_at: float, failed: int) -> 
     short = f"{failed} failed" + (f", {PAGE} at a time" if failed > PAGE else "")
     name, state = f"{sweep}: {short}", _state(where, FAILURE_COLUMNS, order="tags.`lcbench.failure`")
     return View(f"{sweep_id}.failed", name, _tag(name, created_at, state), TABLE, failed, short)
+
+
+def predictions_view(sweep: str, sweep_id: str, created_at: float, predicted: int) -> View:
+    """The predictions of a sweep, which no other view of it has. ``predicted``: how many there are."""
+    short = f"{predicted} predicted, not measured" + (f", {PAGE} at a time" if predicted > PAGE else "")
+    state = _state(f"tags.`{PREDICTIONS_OF}` = '{sweep_id}'", PREDICTION_COLUMNS, order="metrics.`total_ms`")
+    name = f"{sweep}: {short}"
+    return View(f"{sweep_id}.predicted", name, _tag(name, created_at, state), TABLE, predicted, short)
 
 
 def cell_views(sweep: str, sweep_id: str, created_at: float, entries: Mapping[str, Entry]) -> list[View]:

@@ -57,12 +57,13 @@ class Launches(Protocol):
     """A launcher, as the code below the launchers knows it: it brings packs to processes.
 
     ``name``: that of its file in conf/hydra/launcher. ``queue``: what knows its jobs, which run on without the command; None: its
-    packs end with the command. ``output``: what the command prints: table, quiet or json.
+    packs end with the command. ``output``: what the command prints: table, quiet or json. ``measures``: whether results come of it.
     """
 
     name: str
     queue: Queue | None
     output: str
+    measures: bool
 
     def submit(self, sweep: Sweep, packs: list[Pack]) -> None:
         """Write packs down and hand them over, under the sweep's lock.
@@ -70,6 +71,9 @@ class Launches(Protocol):
         Raises:
             NotSubmitted: packs were refused; the message says which and why.
         """
+
+    def follow(self, sweep: Sweep, packs: list[Pack]) -> None:
+        """Stay with packs that were handed over until they have ended."""
 
     def launch_plan(self, plan: Plan) -> int:
         """Run what the plan asks for and is missing; the exit code of the command."""
@@ -79,9 +83,11 @@ class Launches(Protocol):
 
 
 def hand_over(
-    launcher: Launches, sweep: Sweep, choose: Callable[[], Todo], settings: Settings
-) -> tuple[Todo, list[Pack], NotSubmitted | None]:
-    """Make packs of what ``choose`` names and submit them, under the sweep's lock; what was refused is kept as such.
+    launcher: Launches, sweep: Sweep, choose: Callable[[], Todo], settings: Settings,
+    tell: Callable[[list[Pack]], None] = lambda packs: None,
+) -> tuple[Todo, list[Pack], NotSubmitted | None]:  # fmt: skip
+    """Make packs of what ``choose`` names and submit them, under the sweep's lock; what was refused is kept as such. ``tell`` hears
+    of them before.
 
     Returns: what was chosen, the packs, and why some were refused, or None.
     """
@@ -95,6 +101,7 @@ def hand_over(
         sweep.check_writable([cell.id for cell in todo.cells])
         try:
             if packs:
+                tell(packs)
                 named = set().union(*(build.check_targets(cell.config) for cell in todo.cells))
                 sweep.allow(named | ({packs[0].queue} - {"", SLURM}))
                 with _inherited(settings):
@@ -180,7 +187,7 @@ def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: 
     """Packs for these cells; ``queue``: the class that will know their jobs.
 
     Raises:
-        ValueError: a cell names code that neither lcbench nor this user knows.
+        ValueError: a cell names code that neither lcbench nor this user knows, or the fit of its machine is none.
     """
     if not cells:
         return []
@@ -203,6 +210,7 @@ def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: 
                 cells=tuple(c.id for c in made.cells),
                 configs={c.id: c.config for c in made.cells},
                 seconds=made.seconds,
+                basis=made.basis,
                 timeout_min=made.minutes,
                 settings=settings,
             )

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # restart, and a grace at the end; on an oversubscribed machine ranks start one after the other.
 STARTUP_S = 180.0
 STARTUP_PER_RANK_S = 3.0
-# A cell may overrun its estimate by this factor before the job's time limit ends it.
+# A cell may overrun its estimate by this factor before the job's time limit ends it, or take what its iterations may take at most.
 SLACK = 1.5
 # These end the gang of their cell, and with it cost the others a restart.
 GANG_KILLERS = ("crash", "hang", "nccl", "oom")
@@ -95,6 +95,7 @@ class Pack:
     job_name: str = ""  # of the scheduler's array it is an element of; unique, so that its job is found whoever died when
     index: int = 0  # in the array
     queue: str = ""  # the class that knows its job (``runs/queues.py``); empty: processes of the launching machine run it
+    basis: dict[str, str] = field(default_factory=dict)  # cell id -> what its estimate rests on; packs of before do not say
 
     @property
     def folder(self) -> Path:
@@ -170,6 +171,7 @@ class Group:
     cells: tuple[Cell, ...]
     minutes: int
     seconds: dict[str, float]  # cell id -> estimate
+    basis: dict[str, str]  # cell id -> what that rests on
 
 
 def group(cells: Sequence[Cell], estimator: Estimator, *, max_cells: int | None, max_minutes: int | None) -> list[Group]:
@@ -179,35 +181,39 @@ def group(cells: Sequence[Cell], estimator: Estimator, *, max_cells: int | None,
     ``max_minutes`` caps the time limit of a group and splits what would exceed it; a single cell that alone exceeds it keeps a
     group of its own at the cap.
     """
-    seconds = {cell.id: estimator.seconds(cell) for cell in cells}
+    estimates = {cell.id: estimator.estimate(cell) for cell in cells}
     fails = {cell.id: estimator.will_fail(cell) for cell in cells}
     by_scale: dict[Scale, list[Cell]] = {}
-    for cell in sorted(cells, key=lambda c: (fails[c.id], seconds[c.id])):
+    for cell in sorted(cells, key=lambda c: (fails[c.id], estimates[c.id].seconds)):
         by_scale.setdefault(cell.scale, []).append(cell)
     groups: list[Group] = []
 
     def close(scale: Scale, members: list[Cell], total_s: float) -> None:
         minutes = _limit_min(scale, total_s)
         minutes = minutes if max_minutes is None else min(minutes, max_minutes)
-        groups.append(Group(scale, tuple(members), minutes, {c.id: seconds[c.id] for c in members}))
+        found = {c.id: estimates[c.id] for c in members}
+        seconds, basis = ({i: getattr(estimate, what) for i, estimate in found.items()} for what in ("seconds", "basis"))
+        groups.append(Group(scale, tuple(members), minutes, seconds, basis))
 
     for scale, members in by_scale.items():
         current: list[Cell] = []
         total_s = 0.0
         for cell in members:
+            cell_s = max(SLACK * estimates[cell.id].seconds, estimates[cell.id].most_s)
             full = max_cells is not None and len(current) >= max_cells
-            late = max_minutes is not None and _limit_min(scale, total_s + seconds[cell.id]) > max_minutes
+            late = max_minutes is not None and _limit_min(scale, total_s + cell_s) > max_minutes
             if current and (full or late):
                 close(scale, current, total_s)
                 current, total_s = [], 0.0
             current.append(cell)
-            total_s += seconds[cell.id]
+            total_s += cell_s
         close(scale, current, total_s)
     return groups
 
 
 def _limit_min(scale: Scale, total_s: float) -> int:
-    return math.ceil((STARTUP_S + STARTUP_PER_RANK_S * scale.world_size + SLACK * total_s) / 60)
+    """The time limit of a group whose cells take ``total_s`` at most."""
+    return math.ceil((STARTUP_S + STARTUP_PER_RANK_S * scale.world_size + total_s) / 60)
 
 
 def given_up(attempts: Sequence[Attempt]) -> bool:

@@ -26,6 +26,10 @@ PERCENT = 100.0
 SAMPLE_STRIDE = 100_000
 ITERATIONS = ("forward_s", "backward_s", "total_s")
 CAUSE = "lcbench.cause"
+# A prediction's run: no tag that a measured one is found by names its sweep, so that no view of these, of whatever version, has it.
+PREDICTED, PREDICTIONS_OF = "lcbench.predicted", "lcbench.predictions_of"
+FORETOLD_COLOR = "#9e9e9e"
+BAND = "band_percent"  # times lie within a factor of 1 + it
 
 
 def params(cell: Cell) -> dict[str, str]:
@@ -110,6 +114,29 @@ def tags(attempts: list[Attempt]) -> dict[str, str]:
         "mlflow.note.content": note(newest),
     }
     return {key: str(value or "") for key, value in found.items()}
+
+
+def prediction_tags(prediction: Attempt) -> dict[str, str]:
+    """Tags of the run of a cell's prediction."""
+    made = prediction.prediction
+    rerun = shlex.join(["python", "-m", "lcbench.rerun", f"{prediction.sweep}/{prediction.cell_id}"])
+    rate, factor = prediction.metrics.get(HEADLINE, 0.0), 1 + (prediction.band or 0.0)
+    said = f"{rate:.4g} TFLOP/s per GPU on {made.get('machine')}, times within a factor of {factor:.3g}; {made.get('basis')}"
+    return {
+        PREDICTED: "true",
+        "lcbench.status": prediction.status,
+        "lcbench.machine": str(made.get("machine")),
+        "lcbench.fit": str(made.get("fit") or "none"),
+        "lcbench.basis": str(made.get("basis")),
+        "lcbench.version.lcbench": str(made.get("lcbench")),
+        "mlflow.runColor": FORETOLD_COLOR,
+        "mlflow.note.content": f"**predicted, not measured**: {said}\n\nTo measure it:\n\n    {rerun} --launcher local\n",
+    }
+
+
+def prediction_values(prediction: Attempt) -> list[tuple[str, float]]:
+    """(name, value) of a prediction's metrics, as of a measured cell, and its band."""
+    return [*values(prediction), (BAND, PERCENT * (prediction.band or 0.0))]
 
 
 def note(newest: Attempt) -> str:

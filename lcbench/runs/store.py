@@ -4,6 +4,7 @@
     <root>/<sweep>/<cell id>/attempt-N.running.json   attempt N is in flight (removed when it ends)
     <root>/<sweep>/<cell id>/attempt-N.json           its result
     <root>/<sweep>/<cell id>/attempt-N.log            what its workers printed
+    <root>/<sweep>/<cell id>/prediction.json          what was predicted of the cell; never an attempt
     <root>/<sweep>/packs/<pack id>/pack.json          the cells of one job, and everything its workers need
     <root>/<sweep>/packs/<pack id>/job.json           how it was started: launcher, Slurm job id, pid
     <root>/<sweep>/packs/<pack id>/check.json         what the check of its nodes found
@@ -12,8 +13,9 @@
     <root>/<sweep>/packs/<pack id>/failures/*.json    how workers of the pack died (written by them or by their agent)
 
 A file appears whole or not at all: temporary name, fsync, rename. An attempt number is claimed by creating the running
-marker exclusively, so a second attempt never overwrites the first. A good result is written anew, under its name, with each later
-block of timings of its cell. A file that cannot be read all the same (a full disk, a
+marker exclusively, so a second attempt never overwrites the first. What was predicted of a cell is a file of its own, which a
+later prediction takes the place of: no reader of attempts, nor an earlier lcbench, can take it for a measurement. A good result is
+written anew, under its name, with each later block of timings of its cell. A file that cannot be read all the same (a full disk, a
 broken file system, an editor) is renamed to ``<name>.corrupt``, and whoever looks at the sweep is told. One that may not be read,
 or that a later lcbench wrote, stays as it is and is left out, by name. docs/results.md describes the files.
 
@@ -51,7 +53,7 @@ from lcbench.measure.blocks import blocks_of
 from lcbench.redact import redacted
 
 SCHEMA = 1
-Status = Literal["ok", "failed", "skipped"]
+Status = Literal["ok", "failed", "skipped", "predicted"]
 FAILURE_CLASSES = (
     "oom", "timeout", "hang", "nccl", "numerics", "implausible", "unsupported", "node-fail", "preempted", "crash", "cancelled",
     "no-start",
@@ -59,6 +61,7 @@ FAILURE_CLASSES = (
 CAUSE_LENGTH = 300
 CORRUPT = ".corrupt"
 MEMORY = "mlflow.json"
+PREDICTION = "prediction.json"
 AGAIN = "again"
 T = TypeVar("T")
 Numbers = (int, float)
@@ -81,15 +84,16 @@ class Failure:
 
 @dataclass(frozen=True)
 class Attempt:
-    """The record of one try at one cell.
+    """The record of one try at one cell, or, in ``prediction.json``, of its prediction.
 
     ``metrics`` are flat floats keyed as MLflow keys (``time/forward/median_s``, ``compute/mfu``, ``check/dq_error``;
     docs/metrics.md lists them with units); ``samples`` are per-iteration lists (``forward_s``: slowest rank of each
     iteration), lists per block of timings (``block_forward_s``) and per rank (``rank_forward_median_s``); ``checks`` holds
     the errors, their bounds and how the reference was taken; ``provenance`` says where, with what and from which commit, and
-    of later blocks when they were measured (``again``) and which were lost and why (``lost_blocks``). ``config`` is the cell's,
-    so that a file can be read by itself. A value that is not finite is left out of ``metrics`` and is null elsewhere, because
-    JSON cannot write it.
+    of later blocks when they were measured (``again``) and which were lost and why (``lost_blocks``). A prediction has the status
+    ``predicted`` (or ``skipped``, where there can be none), the number 0, metrics by the same keys and no samples; its provenance
+    holds ``prediction``: machine, fit, error band, what it rests on. ``config`` is the cell's, so that a file can be read by
+    itself. A value that is not finite is left out of ``metrics`` and is null elsewhere, because JSON cannot write it.
     """
 
     cell_id: str
@@ -121,6 +125,8 @@ class Attempt:
         numbers = (made.number, made.started_at, made.finished_at, *made.metrics.values())
         if made.status not in get_args(Status) or not all(isinstance(t, str) for t in (made.sweep, *texts)):
             raise ValueError(f"no status and cause of an attempt: {made.status!r}, {texts}")
+        if made.status == "predicted" and made.number:
+            raise ValueError(f"attempt {made.number} is a prediction, and attempts are measured")
         if not all(isinstance(n, Numbers) for n in numbers) or not all(isinstance(v, list) for v in made.samples.values()):
             raise TypeError("a metric that is no number, or samples that are no list")
         if not all(isinstance(d, dict) for d in (made.checks, made.provenance, made.config)):
@@ -131,6 +137,18 @@ class Attempt:
     def blocks(self) -> int:
         """How many blocks of timings it has; 0 where it was not timed, or before there were blocks."""
         return int(self.metrics.get("time/blocks", 0))
+
+    @property
+    def prediction(self) -> dict[str, Any]:
+        """Of a prediction: machine, fit, relative half-width of its 95 % interval (``error``), basis; empty of a measurement."""
+        found = self.provenance.get("prediction")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def band(self) -> float | None:
+        """Relative half-width of the 95 % interval of a prediction's times: they lie within a factor of 1 + it; else None."""
+        error = self.prediction.get("error")
+        return float(error) if self.status == "predicted" and isinstance(error, Numbers) and error >= 0 else None
 
     @property
     def no_speed(self) -> str:
@@ -170,19 +188,23 @@ class Running:
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of a sweep as the manifest has it; ``skip`` says why it cannot run, if so."""
+    """A cell of a sweep as the manifest has it; ``skip`` says why it cannot run, if so. ``predicted``: it was asked for to be
+    predicted only, so nobody measures it unasked.
+    """
 
     cell: Cell
     skip: str | None = None
+    predicted: bool = False
 
 
 @dataclass(frozen=True)
 class Record:
-    """A cell of a sweep and all that was tried: attempts that ended, oldest first, and those in flight."""
+    """A cell of a sweep and all that was tried: attempts that ended, oldest first, and those in flight; and its prediction."""
 
     entry: Entry
     attempts: tuple[Attempt, ...]
     running: tuple[Running, ...]
+    prediction: Attempt | None = None
 
     def has_attempt_of(self, pack: str) -> bool:
         """Whether a pack has an ended attempt at this cell."""
@@ -193,18 +215,23 @@ class Record:
         return self.attempts[-1] if self.attempts else None
 
     @property
+    def known(self) -> Attempt | None:
+        """The newest attempt; of a cell that was never tried its prediction."""
+        return self.last or self.prediction
+
+    @property
     def status(self) -> str:
-        """Of the newest attempt, or ``missing``; a cell that cannot run at all is ``skipped``."""
+        """Of what is known of it, else ``missing``; a cell that cannot run at all is ``skipped``."""
         if self.entry.skip:
             return "skipped"
-        return self.last.status if self.last else "missing"
+        return self.known.status if self.known else "missing"
 
     @property
     def failure(self) -> Failure | None:
-        """Why it has no good result."""
+        """Why it has no good result, and no prediction."""
         if self.entry.skip:
             return Failure("unsupported", self.entry.skip)
-        return self.last.failure if self.last else None
+        return self.known.failure if self.known else None
 
 
 @dataclass(frozen=True)
@@ -225,6 +252,10 @@ class Look:
     records: dict[str, Record]
     damaged: tuple[Damaged, ...]
     launch: dict[str, Any] | None  # as the manifest has it
+
+    def foretold(self) -> Look:
+        """Predictions alone: every cell as if it had never been tried."""
+        return replace(self, records={cell_id: replace(r, attempts=(), running=()) for cell_id, r in self.records.items()})
 
 
 @dataclass(frozen=True)
@@ -269,14 +300,18 @@ class Sweep:
         return entries_of(self.manifest())
 
     def add(self, entries: list[Entry], *, command: list[str], launch: dict[str, Any] | None = None) -> None:
-        """Write the manifest, or add cells to the one that is there (a sweep may grow; nothing is taken out).
+        """Write the manifest, or add cells to the one that is there (a sweep may grow; nothing is taken out, and a cell that is
+        to be measured stays so when it is predicted).
 
         ``launch``: how its cells are run, for those who go on with the sweep later.
         """
         known: dict[str, Any] = self.manifest() if self.exists() else _new_manifest(self.name)
         known["commands"] = [[redacted(word) for word in words] for words in (*known["commands"], command)]
         known["launch"] = launch
-        known["cells"].update({e.cell.id: {"config": e.cell.config, "skip": e.skip} for e in entries})
+        for e in entries:
+            if not (e.predicted and e.cell.id in known["cells"]):
+                only = {"predicted": True} if e.predicted else {}
+                known["cells"][e.cell.id] = {"config": e.cell.config, "skip": e.skip, **only}
         write_json(self.manifest_path, known)
 
     def _rebuilt(self) -> dict[str, Any]:
@@ -287,6 +322,9 @@ class Sweep:
             manifest["cells"].update({k: {"config": config, "skip": None} for k, config in pack["configs"].items()})
             manifest["launch"] = {key: pack[key] for key in ("launcher", "settings")}
         for name in sorted(_names(self.folder)):
+            foretold = self.prediction(name) if self.predicted_ns(name) else None
+            if foretold is not None and foretold.config:
+                manifest["cells"].setdefault(foretold.cell_id, {"config": foretold.config, "skip": None, "predicted": True})
             for attempt in self.attempts(name):
                 if attempt.config:
                     manifest["cells"][attempt.cell_id] = {"config": attempt.config, "skip": None}
@@ -301,8 +339,9 @@ class Sweep:
         for cell_id, entry in entries_of(manifest).items():
             folder = self.folder / cell_id
             names = listed[folder] = _names(folder)
-            records[cell_id] = Record(entry, tuple(self._attempts(cell_id, names)), tuple(self._running(cell_id, names)))
-            if len(names) != 1:  # reading may have set some aside
+            foretold = self.prediction(cell_id) if PREDICTION in names else None
+            records[cell_id] = Record(entry, tuple(self._attempts(cell_id, names)), tuple(self._running(cell_id, names)), foretold)
+            if len(names) != 1 or foretold is None:  # reading may have set some aside
                 listed[folder] = _names(folder)
         packs = [self.folder / "packs" / name for name in _names(self.folder / "packs")]
         below = [p / name for p in packs for name in ("failures", AGAIN)]
@@ -313,6 +352,7 @@ class Sweep:
             have = {a.number for a in record.attempts}
             names = listed[self.folder / cell_id]
             aside += [self.attempt_path(cell_id, n) for n in sorted(_numbers(names)) if n not in have]
+            aside += [self.folder / cell_id / PREDICTION] * (PREDICTION in names and record.prediction is None)
         aside += [p / "pack.json" for p in packs if "pack.json" in listed[p] and not os.access(p / "pack.json", os.R_OK)]
         damaged = [Damaged(path, _unreadable(path)) for path in aside]
         damaged += [Damaged(self.manifest_path, f"cell {i}: {why}") for i, why in _strange_cells(manifest).items()]
@@ -347,6 +387,23 @@ class Sweep:
         alive = (r for r in found if r is not None and not self.attempt_path(cell_id, r.number).exists())
         return sorted(alive, key=lambda r: r.number)
 
+    def prediction(self, cell_id: str) -> Attempt | None:
+        """What was predicted of a cell; None if nothing was."""
+        return read_or_set_aside(self.folder / cell_id / PREDICTION, _checked_prediction)
+
+    def predict(self, prediction: Attempt) -> None:
+        """Keep the prediction of a cell, in place of an earlier one. What was measured of the cell stays as it is."""
+        assert prediction.status in ("predicted", "skipped")
+        assert prediction.number == 0
+        self._write(self.folder / prediction.cell_id / PREDICTION, prediction)
+
+    def predicted_ns(self, cell_id: str) -> int:
+        """When a cell's prediction was written (``st_mtime_ns``), without reading it; 0 if there is none."""
+        try:
+            return (self.folder / cell_id / PREDICTION).stat().st_mtime_ns
+        except OSError:
+            return 0
+
     def begin(self, cell_id: str, pack: str) -> Running:
         """Claim the next attempt number of a cell."""
         folder = self.folder / cell_id
@@ -362,10 +419,14 @@ class Sweep:
 
     def finish(self, attempt: Attempt) -> None:
         """Write the result, then drop the running marker; a crash between the two leaves both, and the result counts."""
-        metrics = {k: v for k, v in attempt.metrics.items() if math.isfinite(v)}
-        data = _finite(asdict(replace(attempt, sweep=self.name, metrics=metrics)))
-        write_json(self.attempt_path(attempt.cell_id, attempt.number), data)
+        assert attempt.number
+        assert attempt.status != "predicted"
+        self._write(self.attempt_path(attempt.cell_id, attempt.number), attempt)
         self.attempt_path(attempt.cell_id, attempt.number, "running.json").unlink(missing_ok=True)
+
+    def _write(self, path: Path, record: Attempt) -> None:
+        metrics = {k: v for k, v in record.metrics.items() if math.isfinite(v)}
+        write_json(path, _finite(asdict(replace(record, sweep=self.name, metrics=metrics))))
 
     def begin_again(self, attempt: Attempt, block: int) -> Running:
         """Mark that a later block of timings of a good result begins."""
@@ -518,6 +579,13 @@ def _checked_manifest(data: dict[str, Any]) -> dict[str, Any]:
     return {key: data[key] for key in ("schema", "sweep", "id", "created_at", "commands", "launch", "cells")}
 
 
+def _checked_prediction(data: dict[str, Any]) -> Attempt:
+    made = Attempt.from_json(data)
+    if made.number or made.status not in ("predicted", "skipped") or (made.status == "predicted" and made.band is None):
+        raise ValueError("no prediction with its error")
+    return made
+
+
 def _check_schema(data: dict[str, Any]) -> None:
     if isinstance(number := data.get("schema"), int) and number > SCHEMA:
         raise Unreadable(f"a later lcbench wrote it (schema {number}; this one reads {SCHEMA})")
@@ -534,7 +602,10 @@ def entries_of(manifest: dict[str, Any]) -> dict[str, Entry]:
     """The cells of a manifest by id, in the order in which they were asked for; those that mean nothing here are left out."""
     strange = _strange_cells(manifest)
     cells = manifest["cells"].items()
-    return {cell_id: Entry(Cell.from_config(e["config"]), e.get("skip")) for cell_id, e in cells if cell_id not in strange}
+    return {
+        cell_id: Entry(Cell.from_config(e["config"]), e.get("skip"), e.get("predicted") is True)
+        for cell_id, e in cells if cell_id not in strange
+    }  # fmt: skip
 
 
 def _strange_cells(manifest: dict[str, Any]) -> dict[str, str]:

@@ -38,7 +38,18 @@ from lcbench.grid.site import runs_here
 from lcbench.redact import redacted, redacted_uri, with_password
 from lcbench.runs import shown
 from lcbench.runs.address import EXPERIMENT, credentials, reason, server_command, sqlite_file
-from lcbench.runs.dashboard import PLACE, VIEW, View, cell_views, failures_view, note, place_tag, run_path, sweeps_view
+from lcbench.runs.dashboard import (
+    PLACE,
+    VIEW,
+    View,
+    cell_views,
+    failures_view,
+    note,
+    place_tag,
+    predictions_view,
+    run_path,
+    sweeps_view,
+)
 from lcbench.runs.store import MEMORY, Attempt, Entry, Sweep, entries_of, user_name, write_json
 
 if TYPE_CHECKING:
@@ -366,12 +377,64 @@ class _Publisher:
             known, files = self._fill(place, entry, attempts, known)
             cells[cell_id] = _known(known.run_id, attempts[-1], written_ns, files)
             published += 1
+        foretold, all_told = self._publish_predictions(entries, end if complete else 0.0)
+        published, complete = published + foretold, complete and all_told
         if published or not unchanged or self._mine["open"]:
             self._finish_parent(entries, complete)
         if published or looked or self._known.get(self._uri) != self._mine:
             self._save(open_=False)
         told = self._mine.get("told") == self._digest()
         return Counts(published, unchanged, complete, self._about_files(), told, self._statuses(entries)["missing"] == 0)
+
+    def _publish_predictions(self, entries: dict[str, Entry], end: float | None) -> tuple[int, bool]:
+        """Give every prediction that is new a run of its own; how many, and whether there was time for all."""
+        there, published = self._predictions, 0
+        for place, (cell_id, entry) in enumerate(entries.items()):
+            written_ns = self._sweep.predicted_ns(cell_id)
+            run_id, known_ns = there.get(cell_id, ("", 0))
+            if written_ns == known_ns:
+                continue
+            if end is not None and time.monotonic() > end:
+                return published, False
+            prediction = self._sweep.prediction(cell_id)
+            made = prediction is not None and prediction.status == "predicted"
+            if not (made or run_id):
+                continue
+            if not published:
+                self._save(open_=True)
+            if prediction is not None and made:
+                there[cell_id] = [self._fill_prediction(place, entry, prediction, run_id), written_ns]
+            else:  # with this machine and fit there can be none any more
+                self._client.delete_run(run_id)
+                del there[cell_id]
+            published += 1
+        return published, True
+
+    def _fill_prediction(self, place: int, entry: Entry, prediction: Attempt, run_id: str) -> str:
+        """Bring the run of a prediction up to date, which is made if it is not there; its id."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        mine = {**self._tags_of_all(), shown.PREDICTIONS_OF: self._manifest["id"]}
+        del mine["lcbench.sweep_id"]  # by which measured cells are found
+        at = shown.written_ms(prediction)
+        if not self._exists(run_id):
+            tags = {**mine, "mlflow.parentRunId": self._mine["parent"], "lcbench.cell_id": entry.cell.id, shown.PREDICTED: "true"}
+            name = f"{entry.cell.label} (predicted)"
+            run_id = str(self._client.create_run(self._experiment, start_time=at, run_name=name, tags=tags).info.run_id)
+        self._client.log_batch(
+            run_id, params=[Param(key, value) for key, value in shown.params(entry.cell).items()],
+            metrics=[Metric(key, value, at, 0) for key, value in shown.prediction_values(prediction)],
+        )  # fmt: skip
+        self._client.set_terminated(run_id, "FINISHED", end_time=at)
+        tags = {**mine, **shown.prediction_tags(prediction), PLACE: place_tag(place)}
+        self._client.log_batch(run_id, tags=[RunTag(k, redacted(v)[:TAG_LENGTH]) for k, v in tags.items()])
+        return run_id
+
+    @property
+    def _predictions(self) -> dict[str, Any]:
+        """What the server has of predictions: by cell their run, and when the file that is there was written."""
+        found: dict[str, Any] = self._mine.setdefault("predictions", {})
+        return found
 
     def _about_files(self) -> str:
         if not self._no_files:
@@ -395,7 +458,8 @@ class _Publisher:
     def _digest(self) -> str:
         """What is there of the cells, as one word."""
         there = {cell_id: Known(*known)[1:5] for cell_id, known in self._mine["cells"].items()}
-        return hashlib.sha256(json.dumps([len(self._manifest["cells"]), there], sort_keys=True).encode()).hexdigest()
+        more = [self._predictions] if self._predictions else []
+        return hashlib.sha256(json.dumps([len(self._manifest["cells"]), there, *more], sort_keys=True).encode()).hexdigest()
 
     def attach(self, folder: Path) -> None:
         if self._no_files:
@@ -502,7 +566,9 @@ class _Publisher:
         manifest = self._manifest
         failed = statuses["failed"]
         failures = [failures_view(self._sweep.name, manifest["id"], manifest["created_at"], failed)] if failed else []
-        return [*failures, *_cell_views(self._sweep.name, manifest)]
+        count = len(self._predictions)
+        foretold = [predictions_view(self._sweep.name, manifest["id"], manifest["created_at"], count)] if count else []
+        return [*failures, *_cell_views(self._sweep.name, manifest), *foretold]
 
     def _set_views(self, statuses: Mapping[str, int]) -> None:
         """Bring the sweep's views up to date; those that hold no more, such as one of all cells of a sweep that grew, go."""
@@ -561,7 +627,21 @@ class _Publisher:
             self._client.set_tag(run_id, "mlflow.parentRunId", parent)
         return {
             "sweep_id": self._manifest["id"], "experiment": self._experiment, "parent": parent, "cells": cells, "open": True,
+            "predictions": self._recall_predictions(parent),
         }  # fmt: skip
+
+    def _recall_predictions(self, parent: str) -> dict[str, Any]:
+        """The runs of predictions, found by tag; what is in them is not known."""
+        where, found, token = f"tags.`{shown.PREDICTIONS_OF}` = '{self._manifest['id']}'", dict[str, Any](), None
+        while True:
+            page = self._client.search_runs([self._experiment], where, max_results=1000, page_token=token)
+            for run in page:
+                found[run.data.tags["lcbench.cell_id"]] = [run.info.run_id, 0]
+                if run.data.tags.get("mlflow.parentRunId") != parent:
+                    self._client.set_tag(run.info.run_id, "mlflow.parentRunId", parent)
+            token = page.token
+            if not token:
+                return found
 
     def _tags_of_all(self) -> dict[str, str]:
         # Its id, since two people may both have a sweep called "first".
@@ -667,9 +747,11 @@ class _Publisher:
         return found + [Metric(key, value, at, step) for key, value, step in shown.samples(attempt, there.blocks)]
 
     def _statuses(self, entries: dict[str, Entry]) -> Counter[str]:
-        """How many cells are ok, failed, skipped or missing, as far as they are published."""
-        cells = self._mine["cells"]
-        return Counter("skipped" if e.skip else cells[i][2] if i in cells else "missing" for i, e in entries.items())
+        """How many cells are ok, failed, skipped, predicted only or missing, as far as they are published."""
+        cells, otherwise = self._mine["cells"], dict.fromkeys(self._predictions, "predicted")
+        return Counter(
+            "skipped" if e.skip else cells[i][2] if i in cells else otherwise.get(i, "missing") for i, e in entries.items()
+        )
 
     def _finish_parent(self, entries: dict[str, Entry], complete: bool) -> None:
         """Views, counts by status, and cells that cannot run, which have no run of their own."""
@@ -677,7 +759,8 @@ class _Publisher:
 
         cells, parent, statuses = self._mine["cells"], self._mine["parent"], self._statuses(entries)
         self._set_views(statuses)
-        counts = {f"cells/{status}": statuses[status] for status in ("ok", "failed", "skipped", "missing")}
+        said = ("ok", "failed", "skipped", "missing", *(["predicted"] if statuses["predicted"] else []))
+        counts = {f"cells/{status}": statuses[status] for status in said}
         tags = {**self._tags_of_all(), "lcbench.cells": str(len(entries)), "lcbench.published": "all" if complete else "in part"}
         tags |= {f"lcbench.{key.replace('/', '.')}": str(count) for key, count in counts.items()}
         now = int(time.time() * 1000)
@@ -689,8 +772,9 @@ class _Publisher:
         if skipped:
             self._try_files(lambda: self._client.log_text(parent, json.dumps(skipped, indent=1), "skipped.json"))
         if complete and not statuses["missing"]:
-            ended = max((Known(*known).written_ns for known in cells.values()), default=0) // 10**6
-            self._client.set_terminated(parent, "FINISHED" if statuses["ok"] else "FAILED", end_time=ended or now)
+            written = [*(Known(*known).written_ns for known in cells.values()), *(at for _, at in self._predictions.values())]
+            fine = statuses["ok"] or statuses["predicted"]
+            self._client.set_terminated(parent, "FINISHED" if fine else "FAILED", end_time=max(written, default=0) // 10**6 or now)
         else:
             self._client.update_run(parent, "RUNNING")
 

@@ -10,13 +10,15 @@ from zipfile import ZipFile
 PATIENCE_S = 240.0
 
 
-def install(folder: Path, *requirements: str) -> str | None:
+def install(folder: Path, *requirements: str, python: str | None = None) -> str | None:
     """Unpack these wheels and no others into a folder, for ``site.addsitedir``; None, or why that did not work.
 
-    pip's own ``--target`` loses files of distributions that share a package.
+    pip's own ``--target`` loses files of distributions that share a package. ``python``: take the wheels of this version, 3.12,
+    whose Python files are read; what is compiled in them does not load in another.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
     command += ["--only-binary=:all:", "--retries=0", "--dest", str(folder), *requirements]
+    command += ["--python-version", python] if python else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     except subprocess.TimeoutExpired:

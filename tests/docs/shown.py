@@ -33,9 +33,7 @@ ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(<!-- prints: (.+?) \| head (\d+), tail (\d+) -->\n\n?```text\n)(.*?)(?=```)", re.S)
 COLUMNS = 118
 LEFT_OUT = "..."
-PASSING = re.compile(
-    r"starting ━|^not published|^dashboard:|^estimated:"
-)  # a bar that is drawn over; what asks a server or a clock
+PASSING = re.compile(r"starting ━|^not published|^dashboard:|^estimated")  # a bar that is drawn over; what asks a server or a clock
 CHOOSE = ["+experiment=choose", "scale=4x8", "heads=32x8x128", "mask=causal_document", "seqlen=256k", "site=plain"]
 SCALING = ["+experiment=scaling", "cp=ring,usp", "mask=causal", "scale=1x8,2x8,4x8,8x8", "site=plain"]
 CHANGED = ["cp=ring,ulysses,usp", "mask=causal", "seqlen=64k,256k", "scale=2x8", "kernel=flash_attn3", "site=plain"]

@@ -63,7 +63,7 @@ SLURM: dict[str, Any] = {"launcher": "slurm", "gpus": "gpu:{gpus_per_node}", "cp
         ({"max_array": 0}, ["site.max_array=0"]),
         ({"cpus_per_task": 1.5}, ["site.cpus_per_task=1.5"]),
         ({"tracking_uri": 5000}, ["site.tracking_uri=5000"]),
-        ({"launcher": "sge"}, ["site.launcher=sge is not one of dry, local, slurm"]),
+        ({"launcher": "sge"}, ["site.launcher=sge is not one of dry, local, simulate, slurm"]),
         ({"launcher": "local"}, ["means nothing with launcher: local"]),
         # sbatch
         ({"sbatch": {"job-name": "x"}}, ["holds job-name", "comment"]),

@@ -186,7 +186,7 @@ def test_a_launcher_that_is_not_there_is_one_line_with_those_that_are(folder: Pa
         assert done.returncode == 2
         assert "pbs" in done.stderr
         assert len(done.stderr.splitlines()) == 1
-    with pytest.raises(ValueError, match=r"no launcher 'basic': there are dry, local, slurm, and"):
+    with pytest.raises(ValueError, match=r"no launcher 'basic': there are dry, local, simulate, slurm, and"):
         launcher_named("basic")  # Hydra's own
 
 

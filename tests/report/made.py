@@ -16,6 +16,7 @@ from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.stopping import Stopping, summary
 from lcbench.runs.store import Attempt, Entry, Failure, Sweep
 
+SLOWER = {"sliding_window": 1.4}  # how much longer what is predicted takes than what was measured, by label
 PROVENANCE: dict[str, Any] = {
     "git": {"commit": "0123456789abcdef", "dirty": False}, "versions": {"torch": "2.13.0", "nccl": "2.27"},
     "device": "NVIDIA H100 80GB HBM3", "cuda": {"capability": "9.0"}, "nodes": "n[01-12]",
@@ -158,3 +159,23 @@ def _as_clusters_do(cell: Cell) -> float:
         sent *= min(1.0, dense + 0.1)
         compute *= 1.2 if ranks == 8 and "lengths" in cell.config["mask"] else 1.0
     return (max(compute, sent / link) + 0.25 * min(compute, sent / link)) / nominal
+
+
+def foretell(sweep: Sweep, source: Sweep, *, of: Callable[[str], bool] = lambda label: True, band: float = 0.25) -> Sweep:
+    """Predict cells of ``source`` in ``sweep``: 5 % less than was measured, but for ``SLOWER``."""
+    known = sweep.entries() if sweep.exists() else {}
+    for cell_id, record in source.look().records.items():
+        cell = record.entry.cell
+        if record.last is None or not of(cell.label):
+            continue
+        factor = next((f for word, f in SLOWER.items() if word in cell.label), 0.95)
+        metrics = {
+            k: v * factor if k.startswith("time/") else v / factor
+            for k, v in record.last.metrics.items() if k.endswith(("median_s", "tflops_per_gpu"))
+        }  # fmt: skip
+        made = {"machine": "h200", "fit": None, "digest": "1", "error": band, "basis": "a test", "lcbench": "0"}
+        if cell_id not in known:
+            sweep.add([Entry(cell, predicted=True)], command=["hydra/launcher=simulate"])
+        provenance = {"prediction": made, "device": "h200"}
+        sweep.predict(Attempt(cell_id, sweep.name, 0, "predicted", metrics=metrics, provenance=provenance, config=cell.config))
+    return sweep

@@ -527,14 +527,14 @@ def test_the_verdict_has_its_colour(
     assert first.startswith(f"\x1b[1;{colour}m" if colour else "\x1b[1m")
 
 
-def test_a_dry_plan_expects_before_it_limits_and_counts_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_plan_estimates_before_it_limits_and_counts_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from lcbench.commands.launchers import launcher_named
 
     plan = look(["-m", "cp=ring,ulysses,usp", "seqlen=64k,256k,1m", "site=plain", f"results={tmp_path}/r"])
     assert launcher_named("dry").launch_plan(plan) == 0
     out = capsys.readouterr().out
     first = out.splitlines()[0]
-    found = re.search(r"9 cells, 9 to run; expected about ([\d.,]+) GPU-hours \(time limits add up to ([\d.,]+)\)", first)
+    found = re.search(r"9 cells, 9 to run; estimated about ([\d.,]+) GPU-hours, at most ([\d.,]+) \(time limits\)", first)
     assert found
     expected, limits = (float(text.replace(",", "")) for text in found.groups())
     assert 0 < expected < limits

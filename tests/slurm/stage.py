@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -184,7 +185,21 @@ class Stage:
             said = done.stdout[-3000:] + done.stderr[-3000:]
             if done.returncode == 0 and self.standing().ended and len(self.measured()) == len(self.sweep.entries()):
                 return number
+            self.do_as_told(done.stderr)
         raise AssertionError(f"not at its end after {tries} times the same command:\n{said}")
+
+    def do_as_told(self, said: str) -> None:
+        """Release jobs that the command names as held, and take drained nodes back.
+
+        A controller that was killed before it had saved that a job runs starts it a second time; then Slurm drains the node for a
+        duplicate job and holds the job, until a person helps.
+        """
+        for job in re.findall(r"scontrol release (\S+)", said):
+            drained = subprocess.run(
+                ["sinfo", "-h", "-t", "drain", "-o", "%N"], env=self.environment, capture_output=True, text=True
+            )
+            for command in (f"scontrol update NodeName={drained.stdout.strip()} State=RESUME", f"scontrol release {job}"):
+                subprocess.run(command.split(), env=self.environment, capture_output=True)
 
     def check(self, before: dict[str, float], allowed: set[str]) -> None:
         """Each cell has one current result, nothing that was measured is lost or measured again, MLflow agrees, and what failed on
@@ -234,23 +249,21 @@ class Stage:
         """A node dies with all that runs on it; a health check says so (Slurm by itself takes minutes), and it is back later."""
         nodes = self._before_the_end(self.nodes_in_use)
         node = self.random.choice(nodes)
-        state = Path(self.environment["SLURM_CONF"]).parent
-        pids = {*processes("slurmd", "-N", node), *processes(f"slurmstepd: [{self.job_on(node)}.")}
+        pids = {self._daemon(node), *processes(f"slurmstepd: [{self.job_on(node)}.")}
         kill(*(d for pid in pids for d in descendants(pid)))
         update = ["scontrol", "update", f"NodeName={node}"]
         subprocess.run([*update, "State=DOWN", "Reason=dead"], env=self.environment, check=True)
         time.sleep(2)
-        (state / "run" / f"{node}.pid").unlink(missing_ok=True)
         self.restart_daemons()
         subprocess.run([*update, "State=RESUME"], env=self.environment, capture_output=True)  # it may have come back by itself
 
     def kill_slurmctld(self) -> None:
-        kill(*processes("slurmctld -D"))
+        kill(self._daemon("slurmctld"))
         time.sleep(3)
         self.restart_daemons()
 
     def kill_slurmdbd(self) -> None:
-        kill(*processes("slurmdbd -D"))
+        kill(self._daemon("slurmdbd"))
         time.sleep(3)
         self.restart_daemons()
 
@@ -289,13 +302,23 @@ class Stage:
         command = ["sbatch", "-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
         subprocess.run(command, env=self.environment, check=True, capture_output=True)
 
+    @property
+    def cluster(self) -> Path:
+        """The folder of the cluster."""
+        return Path(self.environment["SLURM_CONF"]).parent
+
+    def _daemon(self, name: str) -> int:
+        """Pid of slurmctld, of slurmdbd, or of a node's slurmd; of this cluster, not of another beside it."""
+        return int((self.cluster / "run" / f"{name}.pid").read_text())
+
     def restart_daemons(self) -> None:
-        environment = {**self.environment, "LCBENCH_DEVCLUSTER_DIR": str(Path(self.environment["SLURM_CONF"]).parent)}
+        environment = {**self.environment, "LCBENCH_DEVCLUSTER_DIR": str(self.cluster)}
         subprocess.run([SCRIPT, "start"], env=environment, check=True, capture_output=True)
 
 
 # What may go wrong, and how the attempts in flight may be classed then.
 FAULTS: dict[str, set[str]] = {
-    "kill_a_worker": {"crash"}, "kill_an_agent": {"crash"}, "kill_slurmd": {"node-fail"}, "kill_slurmctld": set(),
+    "kill_a_worker": {"crash"}, "kill_an_agent": {"crash"}, "kill_slurmd": {"node-fail"},
+    "kill_slurmctld": {"preempted"},  # of a job that Slurm, which forgot that it runs, starts again
     "kill_slurmdbd": set(), "kill_the_server": set(), "requeue": {"preempted"}, "preempt": {"preempted"}, "scancel": {"cancelled"},
 }  # fmt: skip

@@ -96,7 +96,7 @@ def test_a_launcher_that_there_is_not_is_one_line(tmp_path: Path, capsys: pytest
         rerun.main([next(iter(folder.entries())), "--results", str(tmp_path)])
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
-        "error: there is no launcher 'pbs': there are dry, local, slurm, and in a folder of yours with --config-dir\n"
+        "error: there is no launcher 'pbs': there are dry, local, simulate, slurm, and in a folder of yours with --config-dir\n"
     )
 
 

@@ -41,9 +41,11 @@ class PackLauncher(Launcher):
         name: that of its file in conf/hydra/launcher.
         queue: what knows its jobs, which run on without the command; None: packs end with the command.
         here: whether packs are processes on this machine, as its file says.
+        measures: whether results come of it, so that a command can wait for them and go on.
     """
 
     name = ""
+    measures = True
     queue: Queue | None = None
     output = "table"  # what the command prints: table, quiet or json
 
@@ -80,7 +82,8 @@ class PackLauncher(Launcher):
         self.output = plan.options["output"]
         sweep, settings = sweep_of(plan), settings_of(plan)
         runnable = [p.cell for p in plan.cells if not p.skip]
-        cost = Cost.of(make_packs(sweep, todo_of(plan, sweep).cells, launcher=self.name, settings=settings))
+        packs = make_packs(sweep, todo_of(plan, sweep).cells, launcher=self.name, settings=settings)
+        cost = Cost.of(packs, here=self.here)
         if refusal := cost.refusal(plan.options["budget"], settings.hang["max_s"]):
             print(f"error: {refusal}", file=sys.stderr)
             return BAD_INPUT
@@ -100,7 +103,6 @@ class PackLauncher(Launcher):
                 f"sweep {sweep.name}: {len(plan.cells)} cells, {len(plan.cells) - len(runnable)} cannot run, "
                 f"{len(todo.done)} done before, {len(todo.under_way)} under way, {given}{len(todo.cells)} to run"
             )
-            self.say(str(cost))
             if lonely := cost.on_one_rank():
                 self.say(
                     f"note: {len(lonely)} cells have a strategy on one rank, where it has nothing to do: scale=1x2, or cp=none"
@@ -115,7 +117,7 @@ class PackLauncher(Launcher):
 
     def launch_cells(self, sweep: Sweep, choose: Callable[[], Todo], *, settings: Settings, wait: bool, report: list[str]) -> int:
         """Run the cells that ``choose`` names, under the sweep's lock, then report on the cells ``report``."""
-        todo, packs, refusal = hand_over(self, sweep, choose, settings)
+        todo, packs, refusal = hand_over(self, sweep, choose, settings, self._say_cost)
         if refusal is not None:
             print(f"error: {refusal}", file=sys.stderr)
             if not wait or not refusal.waiting:
@@ -134,8 +136,14 @@ class PackLauncher(Launcher):
             return INTERRUPTED
         return self.finish(sweep, report, settings.tracking_uri)
 
-    def finish(self, sweep: Sweep, report: list[str], tracking_uri: str | None) -> int:
-        """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1."""
+    def _say_cost(self, packs: list[Pack]) -> None:
+        self.say(str(Cost.of(packs, here=self.here)))
+
+    def finish(self, sweep: Sweep, report: list[str], tracking_uri: str | None, *, predicted: bool = False) -> int:
+        """Settle, print the table and what to type next; 0 if every cell has a good result or an honest skip, else 1.
+
+        ``predicted``: the table is of predictions, whatever was measured.
+        """
         from lcbench.report.causes import again, by_node
         from lcbench.report.inert import printable
         from lcbench.report.publishing import publish_sweep
@@ -144,28 +152,30 @@ class PackLauncher(Launcher):
         from lcbench.runs.tracking import dashboard_hint, failures_url, publish_or_say
 
         standing = settled(Watch(sweep), as_mine=True)
+        seen = standing.seen.foretold() if predicted else standing.seen
         publish_or_say(sweep, tracking_uri, publish_sweep)
         if self.output == "table":
-            self.console.print(cells_table(standing.seen, sweep.name, report))
-            if (said := summary(sweep, standing.seen, report)) is not None:
+            self.console.print(cells_table(seen, sweep.name, report, predicted=predicted))
+            if (said := summary(sweep, seen, report, predicted=predicted)) is not None:
                 self.console.print()
                 self.console.print(said)
         for damaged in standing.seen.damaged:
             print(printable(str(damaged)), file=sys.stderr)
-        failed = [c.id for c in standing.cells if c.id in set(report) and c.state not in ("ok", "skipped", "running", "pending")]
+        fine = ("ok", "skipped", "running", "pending")
+        failed = [] if predicted else [c.id for c in standing.cells if c.id in set(report) and c.state not in fine]
         self.say(f"status:     {sweep.command('status')}")
         if failed:
             suspects = by_node(unwell_of(standing.cells), sweep)
             for suspect in suspects:
                 self.say(suspect.says)
             self.say(f"run the {len(failed)} failed again:  {again(sweep, [suspect.node for suspect in suspects])}")
-        self.say(f"report:     {sweep.command('report')}")
+        self.say(f"report:     {sweep.command('report', *(['--predicted'] if predicted else []))}")
         if tracking_uri:
             ours = tracking_uri == default_tracking_uri() and not INSTALLED  # a wheel has no Makefile
             self.say(f"dashboard:  {dashboard_hint(sweep, tracking_uri, ours=ours)}")
             if failures := failures_url(sweep, tracking_uri):
                 self.say(f"failures:   {failures}")
-        self._answer(sweep, cells=to_rows(standing.seen, report))
+        self._answer(sweep, cells=to_rows(seen, report))
         for line in standing.held_words():
             print(line, file=sys.stderr)
         return SOME_FAILED if failed or standing.held else OK

@@ -13,9 +13,10 @@ from hydra_plugins.lcbench.base import PackLauncher
 from hydra_plugins.lcbench.slurm import arrays, sbatch_text
 
 from lcbench.grid.expand import Plan
+from lcbench.grid.site import runs_here
 from lcbench.grid.values import parse_scale
 from lcbench.report.ending import BAD_INPUT, OK
-from lcbench.runs.budget import Cost, alone, hours_of
+from lcbench.runs.budget import Cost, alone
 from lcbench.runs.budget import said as duration
 from lcbench.runs.launch import Todo, make_packs, settings_of, sweep_of, todo_of
 from lcbench.runs.pack import Pack, Settings
@@ -26,13 +27,14 @@ MANY = 40  # packs of an array that are listed one by one
 
 class DryLauncher(PackLauncher):
     name = "dry"
+    measures = False
 
     def launch_plan(self, plan: Plan) -> int:
         sweep, settings = sweep_of(plan), settings_of(plan)
         todo = todo_of(plan, sweep)
         packs = make_packs(sweep, todo.cells, launcher=plan.site["launcher"], settings=settings)
-        cost = Cost.of(packs)
-        print(f"sweep {sweep.name}: {len(plan.cells)} cells, {len(todo.cells)} to run; {_expected(cost, packs)}")
+        cost = Cost.of(packs, here=runs_here(plan.site["launcher"]))
+        print(f"sweep {sweep.name}: {len(plan.cells)} cells, {len(todo.cells)} to run; estimated {cost.gpu_hours}")
         print(cost)
         said = {"done before": todo.done, "under way": todo.under_way, "given up: killed its gang twice": todo.given_up}
         fates = {cell.id: fate for fate, cells in said.items() for cell in cells}
@@ -50,17 +52,9 @@ class DryLauncher(PackLauncher):
 
     def launch_cells(self, sweep: Sweep, choose: Callable[[], Todo], *, settings: Settings, **_: Any) -> int:
         packs = make_packs(sweep, choose().cells, launcher=settings.site["launcher"], settings=settings)
-        cost = Cost.of(packs)
-        print(f"sweep {sweep.name}: {len(cost.seconds)} cells to run; {_expected(cost, packs)}")
+        cost = Cost.of(packs, here=runs_here(settings.site["launcher"]))
+        print(f"sweep {sweep.name}: {len(cost.seconds)} cells to run; estimated {cost.gpu_hours}")
         return _show(packs)
-
-
-def _expected(cost: Cost, packs: Sequence[Pack]) -> str:
-    """What packs are expected to take, and what their time limits would let them."""
-    limits = 0.0
-    for array in arrays(packs) if packs else ():
-        limits += parse_scale(array[0].scale).world_size * max(p.timeout_min for p in array) * len(array) / 60
-    return f"expected about {hours_of(cost.rank_hours)} GPU-hours (time limits add up to {hours_of(limits)})"
 
 
 def _show(packs: Sequence[Pack]) -> int:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -119,6 +119,8 @@ def padded_ring(problem: Problem, found: Segments) -> Modelled:
 
 class LibraryStrategy(Strategy):
     """A strategy of another library, run by that library and checked like ours: for comparison."""
+
+    own_kernel: ClassVar[bool] = True
 
     @abstractmethod
     def layout(self, problem: Problem) -> Layout:

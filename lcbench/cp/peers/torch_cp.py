@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lcbench.cp.allgather import AllGather
 from lcbench.cp.base import Place, RankRun, Scheduled
@@ -37,6 +37,7 @@ MODULE = "torch.distributed.tensor.experimental._context_parallel._attention"
 class TorchCP(LibraryStrategy):
     """``rotate``: how torch moves keys and values, all gathered at once (its default) or hop by hop."""
 
+    own_kernel: ClassVar[bool] = False
     rotate: Literal["allgather", "alltoall"] = "allgather"
 
     def __post_init__(self) -> None:

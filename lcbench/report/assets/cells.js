@@ -3,6 +3,7 @@
 
 const ABOUT = {
   "vs best": "its time over that of the fastest choice for the same problem",
+  band: "of a prediction: the time lies within this factor of it with 95 %",
   noise: "half-width of the 95 % interval of the median of the total",
   peak: "memory of the worst rank in an iteration, above what was in use before",
   sent: "by the rank that sends most, in an iteration",
@@ -16,11 +17,11 @@ const ABOUT = {
 function cellColumns(cells) {
   const varies = key => unique(cells.map(cell => cell[key])).length > 1;
   const best = d3.rollup(
-    cells.filter(cell => cell.total),
+    cells.filter(isGood),
     found => d3.min(found, cell => cell.total),
     cell => cell.problem,
   );
-  for (const cell of cells) cell.behind = cell.total ? cell.total / best.get(cell.problem) : null;
+  for (const cell of cells) cell.behind = isGood(cell) ? cell.total / best.get(cell.problem) : null;
   return [
     {name: "cell", of: cell => entry(idOf(cell), cell.id, "id")},
     {name: "status", of: cell => entry(cell.status, cell.status, cell.status)},
@@ -39,6 +40,11 @@ function cellColumns(cells) {
     {name: BLOCK.rate.name, kind: "number", of: cell => number(cell.total_rate, digits(cell.total_rate))},
     {name: "MFU", kind: "number", of: cell => number(cell.mfu, percent(cell.mfu))},
     {name: "noise", kind: "number", of: cell => number(cell.noise, percent(cell.noise))},
+    cells.some(cell => cell.band !== null) && {
+      name: "band",
+      kind: "number",
+      of: cell => number(cell.band, cell.band === null ? "" : `within ${times(1 + cell.band)}`),
+    },
     {name: "peak", kind: "number", of: cell => number(cell.peak, bytes(cell.peak))},
     {name: "sent", kind: "number", of: cell => number(cell.sent, bytes(cell.sent))},
   ]
@@ -61,7 +67,7 @@ const idOf = cell =>
 function drawCells(table, cells) {
   const columns = cellColumns(cells);
   const rows = cells.map(cell => {
-    const instead = isGood(cell) ? null : {from: columns.findIndex(column => column.name === "time"), text: whyNot(cell)};
+    const instead = isDrawn(cell) ? null : {from: columns.findIndex(column => column.name === "time"), text: whyNot(cell)};
     const row = rowOf(
       columns.map(column => column.of(cell)),
       {id: `c-${cell.id}`, class: "row"},

@@ -196,7 +196,7 @@ function attemptsOf(known) {
 }
 
 function commandsOf(cell) {
-  const names = cell.status === "skipped" ? ["explain"] : ["logs", "rerun", "explain"];
+  const names = {skipped: ["explain"], predicted: ["measure", "explain"]}[cell.status] ?? ["logs", "rerun", "explain"];
   return h(
     "div",
     {},

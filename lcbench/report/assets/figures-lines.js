@@ -2,7 +2,9 @@
 // Figures of lines: rate and memory by length, rate and efficiency by GPUs.
 
 const PHASES = ["total", "forward", "backward"];
-const isGood = cell => cell.status === "ok" && cell.total !== null;
+const isGood = cell => cell.status === BLOCK.good && cell.total !== null;
+/** What lines show: good results, and predictions beside them, hollow and dotted, which win nothing. */
+const isDrawn = cell => isGood(cell) || (cell.status === "predicted" && cell.total !== null);
 const lengthAxis = (values, label = "sequence length") => ({
   type: "log",
   base: 2,
@@ -17,7 +19,7 @@ const tipOf = cell =>
     cell.choice,
     `${cell.mask} ${tokens(cell.seqlen)} ${cell.scale}`,
     `${seconds(cell.total)} · ${digits(cell.total_rate)} ${BLOCK.rate.name} per GPU`,
-    `±${percent(cell.total_reach)} (95 %) · ${cell.id}`,
+    cell.status === "predicted" ? `predicted, ${band(cell)} · ${cell.id}` : `±${percent(cell.total_reach)} (95 %) · ${cell.id}`,
   ].join("\n");
 const inOrderOfScale = cells =>
   d3.sort(unique(cells.map(cell => cell.scale)), scale => cells.find(cell => cell.scale === scale).order);
@@ -34,13 +36,14 @@ function overSeeds(cells) {
 
 /** A value of each good cell: its rate, or, if `relative`, that in percent of the best of its problem. */
 function linePoints(cells, x, phase, relative) {
-  const good = cells.filter(cell => isGood(cell) && cell[`${phase}_rate`] !== null);
+  const drawn = cells.filter(cell => isDrawn(cell) && cell[`${phase}_rate`] !== null);
   const best = d3.rollup(
-    good,
+    drawn.filter(isGood),
     found => d3.max(found, cell => cell[`${phase}_rate`]),
     cell => cell.problem,
   );
-  return good.map(cell => {
+  const shown = drawn.filter(cell => !relative || best.has(cell.problem));
+  return shown.map(cell => {
     const value = cell[`${phase}_rate`],
       reach = cell[`${phase}_reach`] ?? 0,
       unit = relative ? 100 / best.get(cell.problem) : 1;
@@ -61,6 +64,8 @@ const failedPoints = (cells, x) =>
   cells
     .filter(cell => cell.status === "failed")
     .map(cell => ({panel: cell.mask, x: cell[x], choice: cell.choice, kind: cell.kind}));
+
+const band = cell => `within ${times(1 + cell.band)} (95 %)`;
 
 function phaseAndView() {
   const [phase, phaseField] = choose(
@@ -84,7 +89,7 @@ function rateLines(cells, x, axis, published) {
   const dotted = beside.length
     ? points.filter(p => p.cell[`${phase}_bymean`]).map(p => ({...p, y: p.cell[`${phase}_bymean`]}))
     : [];
-  const finding = leadersSaid(points);
+  const finding = leadersSaid(points.filter(p => isGood(p.cell)));
   return {
     fields,
     finding,
@@ -113,7 +118,8 @@ function rateLines(cells, x, axis, published) {
 const byLength = {
   id: "length",
   name: "by length",
-  asks: cells => d3.some(d3.group(cells.filter(isGood), c => c.scale).values(), mine => lengthsOf(mine).length > 1),
+  foretold: true,
+  asks: cells => d3.some(d3.group(cells.filter(isDrawn), c => c.scale).values(), mine => lengthsOf(mine).length > 1),
   draw(cells) {
     const scales = inOrderOfScale(cells).filter(scale => lengthsOf(cells.filter(cell => cell.scale === scale)).length > 1);
     const [scale, scaleField] = choose("scale", "scale", scales);
@@ -139,7 +145,7 @@ function scalings(cells) {
         d3.groups(cells, cell => cell[key]),
         ([count]) => count,
       )
-      .filter(([, mine]) => unique(mine.filter(isGood).map(cell => cell.ranks)).length > 1)
+      .filter(([, mine]) => unique(mine.filter(isDrawn).map(cell => cell.ranks)).length > 1)
       .map(([count, mine]) => ({
         name: `${tokens(count)} tokens ${said}`,
         key,
@@ -166,6 +172,7 @@ function chooseScaling(cells) {
 const byGpus = {
   id: "gpus",
   name: "by GPUs",
+  foretold: true,
   asks: cells => scalings(cells).length > 0,
   draw(cells) {
     const [way, field] = chooseScaling(cells);

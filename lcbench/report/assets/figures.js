@@ -8,7 +8,9 @@ function drawFigures(place, cells) {
   const settings = unique(cells.map(cell => cell.setting));
   const [setting, settingField] = choose("setting", "setting", settings);
   const mine = overSeeds(cells.filter(cell => cell.setting === setting));
-  const figures = FIGURES.filter(figure => figure.asks(mine));
+  const answers = mine.filter(cell => cell.status !== "predicted" || isGood(cell)),
+    cellsOf = figure => (figure.foretold ? mine : answers);
+  const figures = FIGURES.filter(figure => figure.asks(cellsOf(figure)));
   if (!figures.length) return place.replaceChildren(h("p", {class: "dim"}, "Nothing of this view has a good result to draw."));
   const first =
     unique(mine.map(cell => cell.problem)).length === 1 ? (figures.find(f => f === ranking) ?? figures[0]) : figures[0];
@@ -17,7 +19,8 @@ function drawFigures(place, cells) {
       figures.map(f => f.id),
       first.id,
     ),
-    drawn = figures.find(f => f.id === now).draw(mine);
+    chosen = figures.find(f => f.id === now),
+    drawn = chosen.draw(cellsOf(chosen));
   const tabs = h(
     "div",
     {class: "tabs", role: "tablist", "aria-label": "figures", onkeydown: moveTab},

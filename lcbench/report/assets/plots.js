@@ -101,7 +101,7 @@ function choiceMarks(points, choice, place, dodged) {
       y: "y",
       symbol: style.symbol,
       r: 3.2,
-      fill: p => (p.hollow ? "var(--back)" : style.color),
+      fill: p => (p.hollow || style.hollow ? "var(--back)" : style.color),
       stroke: style.color,
     }),
   ];
@@ -260,7 +260,7 @@ function legend(choices) {
             ],
             {stroke: style.color, strokeWidth: 1.5, strokeDasharray: style.dash},
           ),
-          Plot.dot([[1, 1]], {symbol: style.symbol, fill: style.color, stroke: style.color, r: 3.2}),
+          Plot.dot([[1, 1]], {symbol: style.symbol, fill: style.hollow ? "var(--back)" : style.color, stroke: style.color, r: 3.2}),
         ],
       });
       swatch.setAttribute("aria-hidden", "true");

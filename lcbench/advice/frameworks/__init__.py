@@ -1,0 +1,1 @@
+"""What a choice is in other frameworks: one file per framework, found by its file."""

@@ -1,0 +1,234 @@
+"""What one iteration of a cell would take on a site's devices: simulated, or within limits of FLOPs and bytes, which it says.
+
+A plan of ten thousand cells is to take seconds, so a plan may simulate only so much, and no cell of which one simulation takes too
+long. Seeds of one mask are simulated once, and follow their FLOPs. Beyond its allowance a length follows the nearest simulated one
+of the same cell by its FLOPs; what has none, more ranks than are simulated, and what cannot be simulated (a library of which
+nobody says how it works, a mask whose file is gone) has a bound: its FLOPs at the pace of its kernel on one rank, and then all
+keys and values from the others, and their gradients back, over one rank's link.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from lcbench.grid import own
+from lcbench.grid.build import SAMPLES
+from lcbench.grid.cell import Cell
+from lcbench.grid.devices import known_devices
+from lcbench.grid.expand import mask_of, pairs
+from lcbench.masks.band import BandMask
+from lcbench.measure.flops import backward_flops, forward_flops
+from lcbench.problem import Problem, Scale
+from lcbench.runs.store import BROKEN
+
+if TYPE_CHECKING:
+    from lcbench.predict.predictor import Predictor
+
+# What simulating costs, in units of about 10 us on a core of 2026: of any cell, per band of its mask, per 128 x 128 block of a
+# drawn map and head, and per pair of ranks, which on CPU has each of its tiles counted by itself. A plan has ALLOWANCE (5 s), a
+# cell at most MOST of it: 256 GPUs, or 50 CPU ranks.
+ANY, BAND, BLOCK, BLOCK_SIDE = 700, 10, 1 / 150, 128
+PAIR, PAIR_ON_CPU = 1, 30
+ALLOWANCE, MOST = 500_000, 80_000
+# A longer or shorter one of the same has at least this share of the other's time: what takes as long whatever the length.
+LEAST_SHARE = 0.05
+# A bound, and what is scaled from another length, may be off by so much: its time by a factor of two.
+ROUGH = 1.0
+# The cell whose pace is that of a kernel: full attention on one rank.
+PACE_TOKENS = 16384
+ALONE = {
+    "cp": {"name": "none", "_target_": "lcbench.cp.none.Local"},
+    "mask": {"name": "full", "_target_": "lcbench.masks.full.full"},
+    "scale": "1x1",
+}
+NOT_OF_SHAPE = ("seqlen", "seed", "measure")
+
+_made: dict[str, Passes] = {}  # by device
+
+
+@dataclass(frozen=True)
+class Expected:
+    """An iteration of a cell.
+
+    Attributes:
+        seconds: forward and, with backward, backward; of a rank with a device, or a core, of its own (but see ``turns_of``).
+        error: relative half-width of the 95 % interval of ``seconds``.
+        flops: of all ranks.
+        peak_bytes: of the rank with most, inputs included; where it was not simulated, what a rank holds at least.
+        basis: what it rests on: ``simulation``, or ``FLOPs and bytes`` and why.
+        simulated: whether its own schedule and mask were.
+    """
+
+    seconds: float
+    error: float
+    flops: float
+    peak_bytes: float
+    basis: str
+    simulated: bool
+
+
+@dataclass
+class Passes:
+    """Iterations of cells on one kind of device. ``slower``: how many times as long as the predictor's its kernels take.
+    ``allowance``: how much may still be simulated.
+    """
+
+    predictor: Predictor
+    slower: float = 1.0
+    allowance: float = ALLOWANCE
+    _simulated: dict[str, dict[int, Expected]] = field(default_factory=dict)
+    _refused: dict[tuple[str, int], str] = field(default_factory=dict)
+    _paces: dict[str, float] = field(default_factory=dict)
+
+    def of(self, cell: Cell) -> Expected:
+        """What an iteration of a cell would take; each cell's answer depends on what was asked before it, and on nothing else."""
+        tokens, shape, work = cell.problem.seqlen, _shape(cell), flops(cell)
+        known = self._simulated.setdefault(shape, {})
+        reason = self._refused.get((shape, tokens)) or (None if tokens in known else self._simulate(cell, shape, work))
+        if tokens in known:
+            return _scaled(known[tokens], work, 1.0)
+        if known:
+            nearest = min(known, key=lambda other: abs(other - tokens))
+            found = _scaled(known[nearest], work, tokens / nearest)
+            return replace(found, error=max(found.error, ROUGH), basis="simulation of another length", simulated=False)
+        return self._bound(cell, work, reason or "")
+
+    def turns_of(self, scale: Scale) -> float:
+        """How many ranks share a core by what was fitted, which was fitted on nodes whose ranks share their cores."""
+        cores = self.predictor.machine.cores if self.predictor.fitted is not None else 0
+        return max(1.0, scale.gpus_per_node / cores) if cores else 1.0
+
+    def _simulate(self, cell: Cell, shape: str, work: float) -> str | None:
+        """Simulate a cell, if it can be and the allowance holds it; else why not."""
+        try:
+            cost = _cost(cell, PAIR_ON_CPU if self.predictor.machine.device == "cpu" else PAIR)
+            if cost > MOST:
+                raise ValueError("simulating it takes longer than a plan may")
+            if cost > self.allowance:
+                return "the plan has simulated as much as it may"
+            self.allowance -= cost
+            one = Cell.from_config({**cell.config, "mask": {k: v for k, v in cell.config["mask"].items() if k != SAMPLES}})
+            found = self.predictor.predict(one, memory=self.predictor.machine.memory_bytes > 0)
+        except Exception as error:
+            if not isinstance(error, (*BROKEN, OSError)) and not own.named_in(cell.config["cp"]):
+                raise
+            return self._refused.setdefault((shape, cell.problem.seqlen), _why(error))  # code of the user's may raise anything
+        held = found.peak_bytes + inputs_bytes(cell.problem)
+        self._simulated[shape][cell.problem.seqlen] = Expected(
+            self.slower * found.seconds, found.error, work, held, "simulation", True
+        )
+        return None
+
+    def _bound(self, cell: Cell, work: float, reason: str) -> Expected:
+        problem, machine = cell.problem, self.predictor.machine
+        link = machine.across if problem.scale.nodes > 1 else machine.inside
+        seconds = self.slower * work / problem.scale.world_size / self._pace(cell) + exchanged_bytes(problem) / link.bytes_per_s
+        return Expected(seconds, ROUGH, work, inputs_bytes(problem), f"FLOPs and bytes: {reason}", False)
+
+    def _pace(self, cell: Cell) -> float:
+        """FLOP/s of a cell's kernel on one rank."""
+        config = {key: value for key, value in cell.config.items() if key != "workload"}
+        alone = Cell.from_config({**config, **ALONE, "seqlen": PACE_TOKENS})
+        shape = _shape(alone)
+        if shape not in self._paces:
+            self._paces[shape] = flops(alone) / self.predictor.predict(alone, memory=False).seconds
+        return self._paces[shape]
+
+
+def passes_on(device: dict[str, Any] | None) -> Passes:
+    """Iterations on a device, an entry of conf/device or a slice of one (``measure.peak.entry_of``), or on CPU ranks (None), by the
+    fit that lcbench has of the machine.
+
+    A device without a machine in conf/machine has the links of the one whose memory is as fast, and its own memory and peak. A
+    slice computes as much slower as its peak is lower. What a process has simulated it knows, and it may simulate as much again.
+
+    Raises:
+        ValueError: the file of that fit is none, or cannot be read.
+    """
+    key = json.dumps(device)
+    made = _made[key] if key in _made else _made.setdefault(key, _passes_on(device))
+    made.allowance = ALLOWANCE
+    return made
+
+
+def _passes_on(device: dict[str, Any] | None) -> Passes:
+    from lcbench.predict import machines  # with scipy, which commands that plan nothing do without
+    from lcbench.predict.predictor import Predictor
+
+    found = [machines.machine_of(name) for name in machines.known()]
+    entries = {entry["name"]: entry for entry in known_devices()}
+    slower = 1.0
+    if device is None:
+        near, own_parts = next(m for m in found if m.device == "cpu"), {}
+    else:
+        whole = next((entry for entry in entries.values() if entry["names"] == device["names"]), device)
+        speed = whole["memory_gbytes_per_s"]
+        gpus = [m for m in found if m.device in entries]
+        near = min(gpus, key=lambda m: (m.device != whole["name"], abs(entries[m.device]["memory_gbytes_per_s"] - speed)))
+        own_parts = {"device": whole["name"], "memory_bytes": int(device["memory_bytes"])}
+        slower = max(whole["peak_tflops"][dtype] / peak for dtype, peak in device["peak_tflops"].items())
+    fit = machines.fit_of(near.name)
+    try:
+        predictor = Predictor.of(near.name, fit)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{fit}: {_why(error)}") from error
+    return Passes(replace(predictor, machine=replace(predictor.machine, **own_parts)), slower)
+
+
+def flops(cell: Cell) -> float:
+    """FLOPs of one iteration of a cell over all ranks. Where its mask cannot be built here (its file has changed, say), a full mask
+    counts; the attempt reports the reason.
+    """
+    heads = cell.problem.heads
+    try:
+        work = pairs(cell)
+    except (*BROKEN, OSError):
+        work = float(cell.problem.seqlen) ** 2 * heads.q
+    return forward_flops(work, heads) + (backward_flops(work, heads) if cell.problem.backward else 0.0)
+
+
+def inputs_bytes(problem: Problem) -> float:
+    """Bytes of a rank's q, k, v and, with backward, dout."""
+    heads = problem.heads
+    per_token = heads.dim * problem.itemsize * (heads.q * (2 if problem.backward else 1) + 2 * heads.kv)
+    return problem.seqlen / problem.scale.world_size * per_token
+
+
+def exchanged_bytes(problem: Problem) -> float:
+    """Bytes that a rank gets at most: the keys and values of all others, with backward once more, and their gradients as sums."""
+    heads, ranks = problem.heads, problem.scale.world_size
+    sums = problem.itemsize if problem.reduce_dtype == "input" else max(problem.itemsize, 4)
+    per_element = 2 * problem.itemsize + sums if problem.backward else problem.itemsize
+    return problem.seqlen * (ranks - 1) / ranks * 2 * heads.kv * heads.dim * per_element
+
+
+def _cost(cell: Cell, pair: float) -> float:
+    """What simulating a cell costs, if a pair of ranks costs ``pair``.
+
+    Raises:
+        ValueError: its mask cannot be built.
+    """
+    mask, ranks = mask_of(cell), cell.problem.scale.world_size
+    blocks = cell.problem.seqlen / BLOCK_SIDE
+    drawn = BAND * len(mask) if isinstance(mask, BandMask) else BLOCK * mask.maps * blocks**2
+    return float(ANY + pair * ranks**2 + drawn)
+
+
+def _why(error: Exception) -> str:
+    """An exception in one line."""
+    return " ".join(str(error).split()) if isinstance(error, ValueError) else own.in_words(error)
+
+
+def _scaled(found: Expected, work: float, longer: float) -> Expected:
+    """What takes as long per FLOP, for another seed or length."""
+    share = max(work / found.flops, LEAST_SHARE) if found.flops else 1.0
+    return replace(found, seconds=share * found.seconds, flops=work, peak_bytes=longer * found.peak_bytes)
+
+
+def _shape(cell: Cell) -> str:
+    """What of a cell decides how its time depends on its length."""
+    config: dict[str, Any] = {key: value for key, value in cell.config.items() if key not in NOT_OF_SHAPE}
+    config["mask"] = {key: value for key, value in config["mask"].items() if key != SAMPLES}
+    return json.dumps(config)

@@ -1,0 +1,128 @@
+"""The command: what it refuses, what it prints without measuring, and a race with real ranks that an interruption does not lose."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lcbench.commands.choose import main
+from lcbench.runs.store import Sweep
+from tests.slurm.stage import ROOT
+
+PLAN = ["scale=2x4", "heads=16x8x64", "mask=causal", "seqlen=48k", "site=plain", "kernel=flash_attn3,sdpa_flash"]
+PREDICT = [*PLAN, "machine=h100", "--predict-only"]
+TINY = [
+    "cp=ring,ulysses", "kernel=sdpa_math", "mask=causal", "seqlen=64", "scale=1x2", "heads=2x2x8", "dtype=float64",
+    "measure.warmup=0", "measure.min_iterations=4", "measure.max_iterations=6", "measure.budget_s=0.2", "sweep=tiny",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (PLAN, "budget is not set"),
+        ([*PLAN, "budget=2gpuhours"], "budget=2gpuhours is no amount"),
+        ([*PLAN, "budget=5000gpuh"], "budget=5000gpuh is more than budget.gpu_hours=2000 allows"),
+        ([*PLAN, "machine=h101", "--predict-only"], "machine=h101 is none of a100, b200, h100, h200"),
+        ([*PLAN, "machine=b200", "budget=1gpuh"], "machine=b200 is not what site=plain measures on (h100)"),
+        ([*PREDICT, "cp=rign"], "cp=rign"),
+        ([*PREDICT, "ring"], "'ring' is no override"),
+        ([*PREDICT, "--max-ms", "fast"], "--max-ms=fast is no number above 0"),
+        ([*PREDICT, "--max-gib", "0"], "--max-gib=0 is no number above 0"),
+        ([*PREDICT, "seqlen=48k,64k", "--max-ms", "3"], "limits and figures are of one problem"),
+        ([*PREDICT, "--fit", "nowhere.json"], "--fit nowhere.json is no file"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    line = capsys.readouterr().err
+    assert said in line
+    assert line.count("\n") == 1
+
+
+def test_a_fit_that_is_none_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "fit.json").write_text('{"machine": 3}')
+    with pytest.raises(SystemExit) as ended:
+        main([*PREDICT, "--fit", str(tmp_path / "fit.json")])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+def test_a_prediction_says_what_it_is_and_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PREDICT, "cp=ring,usp,ulysses", f"results={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert "predicted for machine h100, not measured" in printed
+    assert "within a factor 2 in 95 % of cases; no fit" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_marks_what_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PREDICT, "cp=ring,none", "output=json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["candidates"]
+    assert {row["fate"] for row in rows} == {"may win", "cannot run"}
+    assert all({"low_s", "seconds", "high_s", "basis"} <= row["predicted"].keys() for row in rows if row["fate"] == "may win")
+
+
+def test_the_smallest_scale_is_named_with_its_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*PREDICT, "cp=ring,ulysses", "kernel=flash_attn3", "--max-gib", "0.5", "--break-even", "output=json"]
+    assert main([w for w in words if w != "scale=2x4"] + ["scale=1x4,2x4,4x4"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["scale"] == "1x4"
+    assert "smallest scale that holds 0.500 GiB a GPU with 95 % confidence, by prediction: 1x4" in captured.err
+    assert "lengths from which on a choice is faster, predicted, not measured" in captured.err
+    assert main([*PREDICT, "cp=ring", "scale=1x2,1x4", "--max-ms", "0.0001"]) == 1
+    assert "no scale that was looked at holds 0.000100 ms" in capsys.readouterr().out.replace("1.00e-04", "0.000100")
+
+
+def test_the_plan_of_the_first_round_is_shown_by_the_dry_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*PLAN, "cp=ring,usp", "budget=2gpuh", "hydra/launcher=dry", f"results={tmp_path}", "sweep=planned"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "nothing was submitted" in printed
+    assert not (tmp_path / "planned" / "manifest.json").exists()
+
+
+def test_a_prediction_loads_neither_torch_nor_mlflow() -> None:
+    program = (
+        "import sys; from lcbench.commands.choose import main; main(sys.argv[1:]);"
+        "print([m for m in ('torch', 'mlflow', 'matplotlib') if m in sys.modules])"
+    )
+    words = [*PREDICT, "cp=usp", "kernel=flash_attn3"]
+    done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+def test_a_race_with_real_ranks_answers_and_the_same_command_measures_nothing_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lcbench.choose", *TINY, f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db"]
+    environment = {**os.environ, "LCBENCH_SHARE_MACHINE": "1"}
+
+    def answer(*words: str) -> tuple[dict[str, object], str]:
+        done = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr
+
+    found, said = answer("budget=20gpumin", "output=json")
+    sweep = Sweep(tmp_path, "tiny")
+    attempts = {cell: len(sweep.attempts(cell)) for cell in sweep.entries()}
+    (only,) = found["answers"]  # type: ignore[misc]
+    assert only["cell"] in attempts
+    assert {c["state"] for c in only["choices"]} <= {"running", "dropped"}
+    assert "round 1: 2 choices, estimated" in said
+    assert "what decided:" in said
+    for choice in only["choices"]:
+        assert len(choice["blocks_s"]) == 2 * attempts[choice["cell"]]
+    again, said = answer("budget=20gpumin", "output=json")
+    assert again["answers"] == found["answers"]
+    assert f"{sum(attempts.values())} of their results were measured before, and count" in said
+    assert attempts == {cell: len(sweep.attempts(cell)) for cell in sweep.entries()}
