@@ -57,8 +57,8 @@ def tiling(schedule: Schedule, mask: Mask) -> Tiling:
     bundle, shard = schedule.spread(np.arange(len(schedule.bundles)))
     sizes = np.bincount(bundle, weights=schedule.sizes[shard], minlength=len(schedule.bundles)).astype(np.int64)
     tiles = Tiles(
-        pairs=found[PAIRS], covered=np.maximum(found[COVERED], found[PAIRS]), rows=sizes[q], keys=sizes[k], pieces=pieces.astype(np.int64),
-        q_heads=heads[group, 0], kv_heads=heads[group, 1],
+        pairs=found[PAIRS], covered=np.maximum(found[COVERED], found[PAIRS]), rows=sizes[q], keys=sizes[k],
+        pieces=pieces.astype(np.int64), q_heads=heads[group, 0], kv_heads=heads[group, 1],
     )  # fmt: skip
     some = np.nonzero(tiles.pairs > 0)[0]
     again = tiles.pairs > 0
