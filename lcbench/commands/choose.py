@@ -49,9 +49,9 @@ from lcbench.runs.pack import Settings
 from lcbench.runs.store import Entry, Sweep, user_name
 
 EXAMPLES = """
-python -m lcbench.choose scale=4x8 heads=32x8x128 mask=causal_document seqlen=256k budget=2gpuh
-python -m lcbench.choose scale=4x8 heads=32x8x128 mask=causal seqlen=64k,256k machine=h200 --predict-only
-python -m lcbench.choose scale=1x2 heads=8x4x64 dtype=float32 mask=causal seqlen=2k,4k budget=5min
+python -m lcbench.choose scale=4x8 heads=32x8x128 mask=causal_document seqlen=256k kernel=flash_attn3 site=plain budget=2gpuh
+python -m lcbench.choose scale=4x8 heads=32x8x128 mask=causal seqlen=64k kernel=flash_attn3 machine=h200 --predict-only --break-even
+python -m lcbench.choose scale=1x2 heads=8x4x64 dtype=float32 mask=causal seqlen=2k,4k kernel=sdpa_flash budget=5min
 """
 OWN = ("machine", "budget")  # words of this command, which no sweep has
 EXPERIMENT = "race"

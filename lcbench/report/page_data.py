@@ -181,7 +181,7 @@ def commands_of(sweep: Sweep) -> dict[str, str]:
     return {
         "logs": about("logs", "--", cell),
         "rerun": about("rerun", "--", cell),
-        "measure": about("rerun", "--launcher", "local", "--", cell),
+        "measure": about("rerun", "--launcher", "NAME", "--", cell),
         "explain": about("cp", f"--cell={cell}", "--grid"),
     }
 

@@ -130,7 +130,7 @@ def prediction_tags(prediction: Attempt) -> dict[str, str]:
         "lcbench.basis": str(made.get("basis")),
         "lcbench.version.lcbench": str(made.get("lcbench")),
         "mlflow.runColor": FORETOLD_COLOR,
-        "mlflow.note.content": f"**predicted, not measured**: {said}\n\nTo measure it:\n\n    {rerun} --launcher local\n",
+        "mlflow.note.content": f"**predicted, not measured**: {said}\n\nTo measure it:\n\n    {rerun} --launcher NAME\n",
     }
 
 

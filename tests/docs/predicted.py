@@ -9,6 +9,7 @@ import argparse
 import gc
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,27 +37,24 @@ def cell(cp: str, ranks: int) -> Cell:
     return planned.cell
 
 
-def predicted(predictor: Predictor, points: tuple[int, ...]) -> dict[str, dict[int, Prediction]]:
-    """Of every strategy of ours that shares one sequence among ranks, by number of GPUs; says what cannot run."""
-    found: dict[str, dict[int, Prediction]] = {}
+def add(found: dict[str, dict[int, Prediction]], predictor: Predictor, ranks: int) -> None:
+    """Predict every strategy of ours that shares one sequence among ranks; says what cannot run, or is too much."""
     for cp in names("cp"):
         strategy = build_strategy(load("cp", cp))
         if not isinstance(strategy, Scheduled) or strategy.one_rank:
             continue
-        for ranks in points:
+        begun = time.process_time()
+        try:
             if ranks > MOST.get(cp, ranks):
-                print(f"{cp} at {ranks}: too many pieces to simulate", flush=True)
-                continue
-            begun = time.process_time()
-            try:
-                found.setdefault(cp, {})[ranks] = predictor.predict(cell(cp, ranks), memory=False)
-            except CannotPredict as error:
-                print(f"{cp} at {ranks}: {error}", flush=True)
-                continue
-            took, made = time.process_time() - begun, found[cp][ranks]
-            print(f"{cp} at {ranks}: {1e3 * made.seconds:.2f} ms predicted in {took:.0f} s", flush=True)
-            gc.collect()
-    return found
+                raise CannotPredict("too many pieces to simulate")
+            made = predictor.predict(cell(cp, ranks), memory=False)
+        except (CannotPredict, MemoryError) as error:
+            print(f"{cp} at {ranks}: {error or 'more memory than there is'}", flush=True)
+            continue
+        found.setdefault(cp, {})[ranks] = replace(made, draws=())
+        print(f"{cp} at {ranks}: {1e3 * made.seconds:.2f} ms predicted in {time.process_time() - begun:.0f} s", flush=True)
+        del made
+        gc.collect()
 
 
 def draw(found: dict[str, dict[int, Prediction]], fit: Path | None) -> Figure:
@@ -89,9 +87,12 @@ def main() -> int:
     parser.add_argument("--points", default=",".join(map(str, POINTS)), help="numbers of GPUs")
     parser.add_argument("--out", type=Path, default=DOCS / "predicted-4096.png")
     options = parser.parse_args()
-    found = predicted(Predictor.of(MACHINE, options.fit), tuple(map(int, options.points.split(","))))
-    draw(found, options.fit).savefig(options.out, metadata={"Software": None})
-    print(f"written to {options.out}")
+    predictor = Predictor.of(MACHINE, options.fit)
+    found: dict[str, dict[int, Prediction]] = {}
+    for ranks in map(int, options.points.split(",")):
+        add(found, predictor, ranks)
+        draw(found, options.fit).savefig(options.out, metadata={"Software": None})
+        print(f"written to {options.out}", flush=True)
     return 0
 
 

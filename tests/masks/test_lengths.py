@@ -81,6 +81,9 @@ def probabilities(config: dict[str, Any]) -> dict[int, float]:
         normal = NormalDist(math.log(config["median"]), config["sigma"])
         below = [0.0, *(normal.cdf(math.log(n + 0.5)) for n in range(1, config["high"])), 1.0]  # rounded to n or less
         return {n + 1: b - a for n, (a, b) in enumerate(pairwise(below))}
+    if name == "Packed":  # of the documents of its stream, before a pack cuts them
+        every = sum(config["documents"])
+        return {length: count / every for length, count in zip(config["lengths"], config["documents"], strict=True)}
     found: dict[int, float] = {}
     for (low, high), weight in zip(pairwise(config["edges"]), config["weights"], strict=True):
         # A share of the documents, or of the tokens, of which a longer document has more.

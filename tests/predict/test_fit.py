@@ -90,6 +90,7 @@ def test_a_collective_alone_is_found_again() -> None:
     assert found.collectives["all_to_all"] == H100.collectives["all_to_all"]
 
 
+@pytest.mark.slow
 def test_whole_cells_alone_tell_of_cells_that_were_not_seen() -> None:
     """Other lengths and masks, with an implementation that takes something besides; nearly all are within their bands."""
     noise = np.random.default_rng(5)

@@ -14,7 +14,7 @@ import pytest
 from lcbench.cp.allgather import AllGather
 from lcbench.cp.base import Scheduled
 from lcbench.cp.groupcast import GroupCast, dispatch
-from lcbench.cp.hybrid import Hybrid, documents
+from lcbench.cp.hybrid import Hybrid
 from lcbench.cp.lightseq import LightSeq
 from lcbench.cp.loongtrain import LoongTrain
 from lcbench.cp.ring import Ring
@@ -30,7 +30,7 @@ from lcbench.masks.lengths import Explicit
 from lcbench.masks.mask import Mask
 from lcbench.masks.sliding_window import sliding_window
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.layout import contiguous
+from lcbench.schedule.layout import contiguous, documents
 from lcbench.schedule.schedule import HeadGroup, Move, Schedule, Step, rows
 from lcbench.schedule.verify import ScheduleCost, ScheduleError, verify
 from lcbench.testing.dense import dense_heads
