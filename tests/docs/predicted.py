@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POINTS, PER_NODE = (64, 256, 1024, 4096), 8
-# Over all ranks hybrid cuts each of thousands of documents into 2P chunks.
-MOST = {"hybrid": 64}
+# GPUs up to which a strategy is looked at. Over all ranks hybrid cuts each of thousands of documents into 2P chunks; what sends
+# from every rank to every other has 33 million messages at 4,096 (all-gather took more than 8 GB and 2 minutes and was not done).
+MOST = {"hybrid": 64, "allgather": 1024, "ring": 1024, "tokenring": 1024}
 MACHINE, MASK, TOKENS, HEADS = "h100", "causal_document", "8m", "64x8x128"
 
 
@@ -46,7 +47,7 @@ def add(found: dict[str, dict[int, Prediction]], predictor: Predictor, ranks: in
         begun = time.process_time()
         try:
             if ranks > MOST.get(cp, ranks):
-                raise CannotPredict("too many pieces to simulate")
+                raise CannotPredict("too many pieces or messages to simulate")
             made = predictor.predict(cell(cp, ranks), memory=False)
         except (CannotPredict, MemoryError) as error:
             print(f"{cp} at {ranks}: {error or 'more memory than there is'}", flush=True)
@@ -77,7 +78,7 @@ def draw(found: dict[str, dict[int, Prediction]], fit: Path | None) -> Figure:
         f"PREDICTION, nothing here is measured: 8 Mi tokens, causal documents, {HEADS}, bfloat16\n"
         f"machine {MACHINE}; fit: {fit.name if fit else 'none'}; {basis[:90]}", fontsize=9,
     )  # fmt: skip
-    axes.legend(title="strategy", fontsize=8)
+    axes.legend(title="strategy", fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
     return made
 
 
@@ -85,7 +86,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fit", type=Path, help="what lcbench.fit has written for h100")
     parser.add_argument("--points", default=",".join(map(str, POINTS)), help="numbers of GPUs")
-    parser.add_argument("--out", type=Path, default=DOCS / "predicted-4096.png")
+    parser.add_argument("--out", type=Path, default=DOCS / "predicted-scaling.png")
     options = parser.parse_args()
     predictor = Predictor.of(MACHINE, options.fit)
     found: dict[str, dict[int, Prediction]] = {}
