@@ -190,8 +190,6 @@ def _asked(options: argparse.Namespace) -> Asked:
     plan = expand(lines, loader_of(str(options.config_dir[0]) if options.config_dir else None))
     site = _machine_of_site(plan)
     machine = own.get("machine") or site
-    if options.fit is not None and not options.fit.is_file():
-        raise ValueError(f"--fit {options.fit} is no file; python -m lcbench.fit writes one")
     predictor = Predictor.of(machine, options.fit)
     if options.predict_only:
         return Asked(plan, predictor, None, options.config_dir)

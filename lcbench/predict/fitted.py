@@ -191,11 +191,12 @@ class Fitted(Frozen):
     @classmethod
     def read(cls, path: Path) -> Fitted:
         """Raises:
-        ValueError: it is no fit, or one of another version.
-        OSError: it cannot be read.
+        ValueError: it cannot be read, is no fit, or one of another version; one line.
         """
         try:
-            found = cls.model_validate_json(path.read_text())
+            found = cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise ValueError(f"fit {path} cannot be read: {error.strerror}; python -m lcbench.fit writes one") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"

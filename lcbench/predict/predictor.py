@@ -91,7 +91,6 @@ class Predictor:
     def of(cls, machine: str, fit: Path | None = None) -> Predictor:
         """Raises:
         ValueError: there is no such machine, or the file is no fit of it.
-        OSError: the file cannot be read.
         """
         fitted = Fitted.read(fit) if fit is not None else None
         if fitted is not None and fitted.machine != machine:

@@ -12,7 +12,6 @@ from typing import Any
 
 from lcbench.grid.cell import Cell
 from lcbench.grid.paths import CONF
-from lcbench.predict.fitted import Fitted
 from lcbench.predict.machines import fit_of, known
 from lcbench.predict.predictor import Predictor
 from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure
@@ -45,15 +44,7 @@ class Source:
         path = Path(fit) if fit else fit_of(name)
         if path is None:
             return cls(Predictor.of(name), None, _digest(name, b""))
-        try:
-            content, fitted = path.read_bytes(), Fitted.read(path)
-        except OSError as error:
-            raise ValueError(f"fit={path}: {error.strerror}") from error
-        except ValueError as error:
-            raise ValueError(f"fit={path} is no fit of this lcbench: {' '.join(str(error).split())}") from error
-        if fitted.machine != name:
-            raise ValueError(f"fit={path} is of machine={fitted.machine}, not of machine={name}")
-        return cls(Predictor.of(name, path), path, _digest(name, content))
+        return cls(Predictor.of(name, path), path, _digest(name, path.read_bytes()))
 
     @property
     def machine(self) -> str:

@@ -16,6 +16,8 @@ import torch
 
 from lcbench.commands.fit import asked
 from lcbench.grid.command_line import look
+from lcbench.predict.fitted import Fitted
+from lcbench.predict.machines import known
 from lcbench.runs.store import Failure, Sweep
 from tests.docs.commands import COMMANDS, blocks, told
 from tests.docs.shown import launch, make_files
@@ -40,6 +42,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         foretell(made, made)
     shutil.copytree(folder / "results", folder / "colleague" / "results")
     make_files(folder)
+    for machine in known():
+        Fitted(machine=machine).write(folder / f"{machine}.fit.json")
     return folder
 
 

@@ -114,8 +114,8 @@ def test_the_same_command_predicts_nothing_again_and_another_fit_everything(
     ("words", "said"),
     [
         (["machine=h300"], "machine=h300 is not one of a100, b200"),
-        (["--fit", "/no/such.json"], "fit=/no/such.json: No such file"),
-        (["fit=README.md"], "fit=README.md is no fit"),
+        (["--fit", "/no/such.json"], "fit /no/such.json cannot be read: No such file"),
+        (["fit=README.md"], "README.md is no fit"),
         (["fit=a.json", "--fit", "b.json"], "several fits"),
         (["machine.launch_s=1"], "its file in conf/machine says"),
         (["hydra/launcher=local", "machine=h200"], "hydra/launcher=local makes none"),
