@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,7 +108,7 @@ def test_a_race_with_real_ranks_answers_and_the_same_command_measures_nothing_ag
     command = [sys.executable, "-m", "lcbench.choose", *TINY, f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db"]
     environment = {**os.environ, "LCBENCH_SHARE_MACHINE": "1"}
 
-    def answer(*words: str) -> tuple[dict[str, object], str]:
+    def answer(*words: str) -> tuple[dict[str, Any], str]:
         done = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout), done.stderr
@@ -115,7 +116,7 @@ def test_a_race_with_real_ranks_answers_and_the_same_command_measures_nothing_ag
     found, said = answer("budget=20gpumin", "output=json")
     sweep = Sweep(tmp_path, "tiny")
     attempts = {cell: len(sweep.attempts(cell)) for cell in sweep.entries()}
-    (only,) = found["answers"]  # type: ignore[misc]
+    (only,) = found["answers"]
     assert only["cell"] in attempts
     assert {c["state"] for c in only["choices"]} <= {"running", "dropped"}
     assert "round 1: 2 choices, estimated" in said
