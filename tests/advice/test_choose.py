@@ -108,7 +108,7 @@ def test_a_race_with_real_ranks_answers_and_the_same_command_measures_nothing_ag
     command = [sys.executable, "-m", "lcbench.choose", *TINY, f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db"]
     environment = {**os.environ, "LCBENCH_SHARE_MACHINE": "1"}
 
-    def answer(*words: str) -> tuple[Any, str]:
+    def answer(*words: str) -> tuple[dict[str, Any], str]:
         done = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout), done.stderr

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 class SimulateLauncher(PackLauncher):
     name = "simulate"
+    measures = False
 
     def __init__(self, here: bool = True, predicts: bool = True) -> None:
         super().__init__(here)
