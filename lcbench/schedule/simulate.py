@@ -456,8 +456,3 @@ def _held(modelled: Modelled, program: Program, made: Tiling, rank: int) -> int:
     whole = (q + kv) * sums
     backward = out + finals + whole + stats[0] + max(stats[1], gradients, (q + kv) * inputs)
     return program.buffer_bytes + packed + max(forward, backward)
-
-
-def without_backward(modelled: Modelled) -> Modelled:
-    """The same, of forward alone."""
-    return replace(modelled, problem=replace(modelled.problem, direction="forward"))
