@@ -14,12 +14,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal, Protocol
 
-import numpy as np
-
-from lcbench.grid.values import parse_scale, shown
+from lcbench.grid.values import shown
 from lcbench.report.intervals import LEVEL, Median, Ratio, Timing, medians
 from lcbench.report.winners import CLOSE
-from lcbench.runs.store import Attempt
 
 ROUNDS = 6  # at most
 SHARE = 0.5  # of what is left of a budget: what a round may take, so that the next ones have the other half
@@ -290,57 +287,3 @@ class Race:
 def _seconds(runner: Runner) -> float:
     timing = runner.timing
     return timing.value if timing is not None else math.inf
-
-
-class Recorded:
-    """A source of what was measured before. Its costs are those of then.
-
-    Args:
-        blocks: seconds of the blocks of each choice, in the order in which a race gets them.
-        block_cost: of a block, by choice; ``lap_cost``: of a round besides its blocks.
-        per_lap: blocks of a round.
-    """
-
-    def __init__(
-        self,
-        blocks: Mapping[str, Sequence[float]],
-        block_cost: Mapping[str, float],
-        lap_cost: Mapping[str, float],
-        per_lap: int = 2,
-    ) -> None:
-        self.blocks, self.block_cost, self.lap_cost, self.per_lap = blocks, block_cost, lap_cost, per_lap
-
-    @classmethod
-    def of(cls, attempts: Sequence[Attempt], *, seed: int, per_lap: int = 2) -> Recorded:
-        """From good attempts with several blocks each, which a seed puts into an order; costs in seconds times ranks."""
-        random = np.random.default_rng(seed)
-        blocks, block_cost, lap_cost = {}, {}, {}
-        for attempt in attempts:
-            ranks = parse_scale(attempt.config["scale"]).world_size
-            again, metrics = attempt.again, attempt.metrics
-            blocks[attempt.cell_id] = random.permutation(attempt.samples["block_total_s"]).tolist()
-            block_cost[attempt.cell_id] = ranks * fmean(b["finished_at"] - b["started_at"] for b in again)
-            besides = sum(metrics.get(f"time/{part}_s", 0.0) for part in ("prepare", "first_pass", "check"))
-            lap_cost[attempt.cell_id] = ranks * besides
-        return cls(blocks, block_cost, lap_cost, per_lap)
-
-    @property
-    def exhaustive_cost(self) -> float:
-        """Of measuring all that was recorded, round by round."""
-        return sum(self._cost(name, math.ceil(len(blocks) / self.per_lap)) for name, blocks in self.blocks.items())
-
-    @property
-    def exhaustive_winner(self) -> str:
-        """Who is the fastest over all that was recorded."""
-        return min(self.blocks, key=lambda name: fmean(map(math.log, self.blocks[name])))
-
-    def _cost(self, name: str, laps: int) -> float:
-        return laps * (self.lap_cost[name] + self.per_lap * self.block_cost[name])
-
-    def expected(self, names: Sequence[str], number: int) -> float:
-        return sum(self._cost(name, 1) for name in names)
-
-    def measure(self, names: Sequence[str], number: int) -> Mapping[str, Lap]:
-        first = (number - 1) * self.per_lap
-        found = {name: tuple(self.blocks[name][first : first + self.per_lap]) for name in names}
-        return {name: Lap(blocks, self._cost(name, 1)) for name, blocks in found.items() if blocks}
