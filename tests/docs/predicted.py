@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
+import resource
 import sys
 import time
 from dataclasses import replace
@@ -25,9 +27,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POINTS, PER_NODE = (64, 256, 1024, 4096), 8
-# GPUs up to which a strategy is looked at. Over all ranks hybrid cuts each of thousands of documents into 2P chunks; what sends
-# from every rank to every other has 33 million messages at 4,096 (all-gather took more than 8 GB and 2 minutes and was not done).
-MOST = {"hybrid": 64, "allgather": 1024, "ring": 1024, "tokenring": 1024}
+# Where a strategy would take longer it is left out, by what its points before took: work grows at most with the square of ranks.
+LONGEST_S = 900.0
+MEMORY_SHARE = 0.8  # of this machine's, which is more than a point may take
 MACHINE, MASK, TOKENS, HEADS = "h100", "causal_document", "8m", "64x8x128"
 
 
@@ -38,22 +40,27 @@ def cell(cp: str, ranks: int) -> Cell:
     return planned.cell
 
 
-def add(found: dict[str, dict[int, Prediction]], predictor: Predictor, ranks: int) -> None:
-    """Predict every strategy of ours that shares one sequence among ranks; says what cannot run, or is too much."""
+def add(found: dict[str, dict[int, Prediction]], took: dict[str, tuple[int, float]], predictor: Predictor, ranks: int) -> None:
+    """Predict every strategy of ours that shares one sequence among ranks; says what cannot run, or is too much.
+
+    ``took``: ranks and seconds of the last point of each strategy.
+    """
     for cp in names("cp"):
         strategy = build_strategy(load("cp", cp))
         if not isinstance(strategy, Scheduled) or strategy.one_rank:
             continue
+        before, seconds = took.get(cp, (ranks, 0.0))
         begun = time.process_time()
         try:
-            if ranks > MOST.get(cp, ranks):
-                raise CannotPredict("too many pieces or messages to simulate")
+            if (expected := seconds * (ranks / before) ** 2) > LONGEST_S:
+                raise CannotPredict(f"it would take up to {expected:,.0f} s to simulate")
             made = predictor.predict(cell(cp, ranks), memory=False)
         except (CannotPredict, MemoryError) as error:
             print(f"{cp} at {ranks}: {error or 'more memory than there is'}", flush=True)
             continue
+        took[cp] = ranks, time.process_time() - begun
         found.setdefault(cp, {})[ranks] = replace(made, draws=())
-        print(f"{cp} at {ranks}: {1e3 * made.seconds:.2f} ms predicted in {time.process_time() - begun:.0f} s", flush=True)
+        print(f"{cp} at {ranks}: {1e3 * made.seconds:.2f} ms predicted in {took[cp][1]:.0f} s", flush=True)
         del made
         gc.collect()
 
@@ -67,7 +74,6 @@ def draw(found: dict[str, dict[int, Prediction]], fit: Path | None) -> Figure:
             times, marker = [1e3 * p.seconds for p in by_ranks.values()], "osD^vPX<>*"[number % 10]
             axes.plot(list(by_ranks), times, "--", marker=marker, label=cp, markerfacecolor="white")
     ranks = sorted({r for by_ranks in found.values() for r in by_ranks})
-    basis = next(p.basis for by_ranks in found.values() for p in by_ranks.values())
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(ranks, [f"{r:,}" for r in ranks])
@@ -76,7 +82,7 @@ def draw(found: dict[str, dict[int, Prediction]], fit: Path | None) -> Figure:
     axes.set_facecolor("#fbf7e6")
     axes.set_title(
         f"PREDICTION, nothing here is measured: 8 Mi tokens, causal documents, {HEADS}, bfloat16\n"
-        f"machine {MACHINE}; fit: {fit.name if fit else 'none'}; {basis[:90]}", fontsize=9,
+        f"machine {MACHINE}, fit: {fit.name if fit else 'none, half of the peak is guessed'}", fontsize=9,
     )  # fmt: skip
     axes.legend(title="strategy", fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
     return made
@@ -89,9 +95,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=DOCS / "predicted-scaling.png")
     options = parser.parse_args()
     predictor = Predictor.of(MACHINE, options.fit)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    resource.setrlimit(resource.RLIMIT_AS, (int(MEMORY_SHARE * memory), -1))  # numpy says so, where Linux would kill
     found: dict[str, dict[int, Prediction]] = {}
+    took: dict[str, tuple[int, float]] = {}
     for ranks in map(int, options.points.split(",")):
-        add(found, predictor, ranks)
+        add(found, took, predictor, ranks)
         draw(found, options.fit).savefig(options.out, metadata={"Software": None})
         print(f"written to {options.out}", flush=True)
     return 0
