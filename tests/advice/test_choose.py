@@ -36,7 +36,7 @@ TINY = [
         ([*PREDICT, "--max-ms", "fast"], "--max-ms=fast is no number above 0"),
         ([*PREDICT, "--max-gib", "0"], "--max-gib=0 is no number above 0"),
         ([*PREDICT, "seqlen=48k,64k", "--max-ms", "3"], "limits and figures are of one problem"),
-        ([*PREDICT, "--fit", "nowhere.json"], "--fit nowhere.json is no file"),
+        ([*PREDICT, "--fit", "nowhere.json"], "fit nowhere.json cannot be read"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,7 +139,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 def test_a_fit_of_another_machine_is_refused(tmp_path: Path) -> None:
     fit = tmp_path / "mine.json"
     Fitted(machine="a100").write(fit)
-    with pytest.raises(ValueError, match=r"is of machine=a100, not of machine=b200"):
+    with pytest.raises(ValueError, match=r"is a fit of machine=a100, not of machine=b200"):
         Source.of("b200", str(fit), {})
 
 

@@ -46,7 +46,7 @@ def side(logs: Array) -> Side:
         metrics = {"time/total/median_s": math.fsum(blocks) / len(blocks)}
         samples = {"total_s": blocks, "block_total_s": blocks}
         good[str(number)] = (a_cell(), Attempt(str(number), "s", 1, "ok", None, metrics, samples))
-    return Side(good, {}, {})
+    return Side(good, {}, {}, {})
 
 
 def compared(
