@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MEASURES = ["world_size", TIME, PEAK]
 GIB = 2**30
 FAINT = 0.25  # opacity of what is beaten
+WIDE = 5.0  # times over the shortest, from which on ticks are 1, 2, 5, 10, ...
 MOST_SAID = 4  # choices of the front that are named for a mask
 
 
@@ -104,6 +105,7 @@ def _figure(of: Shown, rows: pd.DataFrame, beside: pd.DataFrame, title: str) -> 
             axis.set_xscale("log")
             axis.set_yscale("log", base=2)
             axis.tick_params(labelsize=8)
+            _time_ticks(axis, mine["time"])
             axis.grid(alpha=0.25)
         _steps(gpus, mine)
         _name_gpus(memory, mine[mine["front"]])
@@ -121,6 +123,15 @@ def _figure(of: Shown, rows: pd.DataFrame, beside: pd.DataFrame, title: str) -> 
     share_y(axes[:, 1])
     legend(figure, {choice: drawn[choice] for choice in of.styles if choice in drawn})
     return figure, rows["choice"].nunique() - len(choices)
+
+
+def _time_ticks(axis: Axes, times: pd.Series) -> None:
+    """Ticks that are read easily along a logarithmic axis of times, which may be of several decades or of a part of one."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if times.max() > WIDE * times.min() else MaxNLocator(5))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
 
 
 def _points(axis: Axes, cells: pd.DataFrame, y: str, of: Shown) -> dict[str, Any]:
