@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MEASURES = ["world_size", TIME, PEAK]
 GIB = 2**30
 FAINT = 0.25  # opacity of what is beaten
-WIDE = 5.0  # times over the shortest, from which on ticks are 1, 2, 5, 10, ...
+WIDE = 10.0  # times over the shortest, from which on ticks are 1, 2, 5, 10, ...
 MOST_SAID = 4  # choices of the front that are named for a mask
 
 

@@ -117,7 +117,7 @@ function memoryByTime(mask, points, beside) {
     points,
     beside,
     GiB,
-    {type: "log", base: 2, label: "GiB a GPU", ticks, tickFormat: digits, domain: [2 ** from, 2 ** until]},
+    {type: "log", base: 2, label: "GiB a GPU", ticks, tickFormat: String, domain: [2 ** from, 2 ** until]},
     x => [
       Plot.text(
         points.filter(p => p.front),
