@@ -33,7 +33,8 @@ def unbeaten(measures: Sequence[Sequence[float]]) -> list[bool]:
     rows = np.asarray(measures, dtype=float)
     other, mine = rows[:, None], rows[None]
     beats = (other <= mine).all(axis=2) & (other < mine).any(axis=2)
-    return [not beaten for beaten in beats.any(axis=0)]
+    beaten: list[bool] = np.any(beats, axis=0).tolist()
+    return [not its for its in beaten]
 
 
 def pareto(of: Shown) -> Iterator[Drawn]:
@@ -138,8 +139,8 @@ def _points(axis: Axes, cells: pd.DataFrame, y: str, of: Shown) -> dict[str, Any
     """A mark per cell in the style of its choice, faint where it is beaten; what a legend shows of each choice."""
     drawn: dict[str, Any] = {}
     for choice, mine in cells.groupby("choice", sort=False):
-        look = {"markersize": 5, "markeredgecolor": "0.25", "markeredgewidth": 0.4} | of.styles[str(choice)].matplotlib
-        look["linestyle"] = "none"
+        look: dict[str, Any] = {"markersize": 5, "markeredgecolor": "0.25", "markeredgewidth": 0.4}
+        look |= of.styles[str(choice)].matplotlib | {"linestyle": "none"}
         front = mine["front"].to_numpy(dtype=bool) if "front" in mine else np.ones(len(mine), dtype=bool)
         axis.plot(mine["time"][~front], mine[y][~front], label=f"_beaten {choice}", **look, alpha=FAINT)
         axis.plot(mine["time"][front], mine[y][front], label=str(choice), **look, zorder=3)
