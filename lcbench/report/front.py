@@ -57,7 +57,7 @@ def front_of(rows: pd.DataFrame) -> pd.DataFrame:
     """Of rows of one length and setting those that have a time and a peak of memory, of masks with several numbers of GPUs; with
     ``front``, whether no other of its mask beats it in time, memory and GPUs at once.
     """
-    rows = rows[rows[PEAK].notna() & rows[TIME].notna()] if PEAK in rows else rows.iloc[:0]
+    rows = rows[(rows[PEAK] > 0) & rows[TIME].notna()] if PEAK in rows else rows.iloc[:0]
     rows = rows[rows.groupby("what_mask")["world_size"].transform("nunique") > 1] if len(rows) else rows
     front = np.zeros(len(rows), dtype=bool)
     for places in rows.groupby("what_mask", sort=False).indices.values():
@@ -86,7 +86,7 @@ def front_said(rows: pd.DataFrame) -> str:
 def _beside(group: Group, rows: pd.DataFrame) -> pd.DataFrame:
     """Predictions of the masks that are drawn, where time and memory were predicted."""
     beside = group.foretold[group.foretold["what_mask"].isin(rows["what_mask"])]
-    return beside[beside[PEAK].notna() & beside[TIME].notna()]
+    return beside[(beside[PEAK] > 0) & beside[TIME].notna()]
 
 
 def _figure(of: Shown, rows: pd.DataFrame, beside: pd.DataFrame, title: str) -> tuple[Any, int]:

@@ -92,6 +92,7 @@ def test_a_mask_is_compared_with_itself_and_only_where_it_ran_on_several_numbers
     assert set(front_of(once)["what_mask"]) == {"full"}
     without = rows.assign(**{"memory/peak_bytes": rows["memory/peak_bytes"].where(rows["choice"] != "ring")})
     assert "ring" not in set(front_of(without)["choice"])
+    assert front_of(rows.assign(**{"memory/peak_bytes": 0.0})).empty, "an allocator that saw nothing has no place on the axis"
     assert front_of(rows.drop(columns="memory/peak_bytes")).empty
 
 

@@ -13,7 +13,7 @@ function unbeaten(rows) {
 function frontOf(cells) {
   return d3
     .groups(
-      cells.filter(cell => isGood(cell) && cell.peak !== null),
+      cells.filter(cell => isGood(cell) && cell.peak > 0),
       cell => cell.mask,
     )
     .filter(([, mine]) => unique(mine.map(cell => cell.ranks)).length > 1)
@@ -53,7 +53,7 @@ const front = {
       masks = unique(points.map(p => p.cell.mask));
     const drawn = ofLength.filter(cell => masks.includes(cell.mask));
     const foretold = drawn
-      .filter(cell => cell.status === "predicted" && !isGood(cell) && cell.total !== null && cell.peak !== null)
+      .filter(cell => cell.status === "predicted" && !isGood(cell) && cell.total !== null && cell.peak > 0)
       .map(cell => ({cell, choice: cell.choice, front: true}));
     const plots = masks.flatMap(mask => {
       const mine = points.filter(p => p.cell.mask === mask),
