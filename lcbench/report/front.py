@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MEASURES = ["world_size", TIME, PEAK]
 GIB = 2**30
 FAINT = 0.25  # opacity of what is beaten
-WIDE = 10.0  # times over the shortest, from which on ticks are 1, 2, 5, 10, ...
+WIDE = 6.0  # times over the shortest, from which on ticks are 1, 2, 5, 10, ...
 MOST_SAID = 4  # choices of the front that are named for a mask
 
 
@@ -106,7 +106,8 @@ def _figure(of: Shown, rows: pd.DataFrame, beside: pd.DataFrame, title: str) -> 
             axis.set_xscale("log")
             axis.set_yscale("log", base=2)
             axis.tick_params(labelsize=8)
-            _time_ticks(axis, mine["time"])
+            _time_ticks(axis, [*mine["time"], *foretold["time"]])
+            axis.margins(y=0.1)
             axis.grid(alpha=0.25)
         _steps(gpus, mine)
         _name_gpus(memory, mine[mine["front"]])
@@ -126,11 +127,11 @@ def _figure(of: Shown, rows: pd.DataFrame, beside: pd.DataFrame, title: str) -> 
     return figure, rows["choice"].nunique() - len(choices)
 
 
-def _time_ticks(axis: Axes, times: pd.Series) -> None:
+def _time_ticks(axis: Axes, times: Sequence[float]) -> None:
     """Ticks that are read easily along a logarithmic axis of times, which may be of several decades or of a part of one."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if times.max() > WIDE * times.min() else MaxNLocator(5))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if max(times) > WIDE * min(times) else MaxNLocator(5))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
 
@@ -180,7 +181,7 @@ def _caption(group: Group, rows: pd.DataFrame, left_out: int) -> str:
     return (
         "Further left and further down is better. Full marks, with the 95 % interval of their time: no other choice is at least as "
         "good in time, memory and GPUs and better in one; faint ones are beaten, some of them within the noise. Line: the fastest "
-        "with at most so many GPUs. Right: the peak of the worst rank, and the number of GPUs of what is not beaten."
+        "with at most so many GPUs. GiB a GPU: the peak of the worst rank; a number there: how many GPUs it takes."
         + (f" Left out: {failed} failed cell{'s' * (failed > 1)}." if failed else "")
         + (f" Left out: {without} without a peak of memory." if without else "")
         + (" Hollow: predicted, not measured." if foretold or (rows["status"] == "predicted").any() else "")

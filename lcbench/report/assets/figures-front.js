@@ -78,7 +78,7 @@ function frontCaption(drawn, points, foretold) {
   return (
     "Further left and further down is better. Full marks, with the 95 % interval of their time: no other choice is at least as " +
     "good in time, memory and GPUs and better in one; faint ones are beaten, some of them within the noise. Line: the fastest " +
-    "with at most so many GPUs. Right: the peak of the worst rank, and the number of GPUs of what is not beaten." +
+    "with at most so many GPUs. GiB a GPU: the peak of the worst rank; a number there: how many GPUs it takes." +
     (failed ? ` Left out: ${failed} failed cell${failed > 1 ? "s" : ""}.` : "") +
     (without ? ` Left out: ${without} without a peak of memory.` : "") +
     (hollow ? " Hollow: predicted, not measured." : "") +
