@@ -9,6 +9,7 @@ from lcbench.advice.ranking import Candidate
 from lcbench.advice.sizing import GIB, predicted_s, sizable
 from lcbench.predict.predictor import Predictor
 from lcbench.report.drawing import GREY, Drawn, legend, panels
+from lcbench.report.front import unbeaten
 from lcbench.report.palette import MARKERS, style
 from lcbench.report.table import Names
 
@@ -19,11 +20,8 @@ if TYPE_CHECKING:
 def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that no other beats in time, memory and GPUs at once, by GPUs and time."""
     timed = sizable(candidates)
-    measures = [(c.cell.scale.world_size, predicted_s(c), c.needs_bytes or 0) for c in timed]
-    front = [
-        c for c, mine in zip(timed, measures, strict=True)
-        if not any(its != mine and all(a <= b for a, b in zip(its, mine, strict=True)) for its in measures)
-    ]  # fmt: skip
+    best = unbeaten([(c.cell.scale.world_size, predicted_s(c), c.needs_bytes or 0) for c in timed])
+    front = [c for c, its in zip(timed, best, strict=True) if its]
     return sorted(front, key=lambda c: (c.cell.scale.world_size, predicted_s(c)))
 
 

@@ -36,6 +36,7 @@ def made_sweep(
     slower: dict[str, float] | None = None,
     failed: dict[str, Failure] | None = None,
     factor_of: Callable[[Cell], float] = lambda cell: 1.0,
+    peak_of: Callable[[Cell], float] = lambda cell: 1e9 + 1e3 * cell.problem.seqlen,
     provenance: dict[str, Any] | None = None,
     launch: dict[str, Any] | None = None,
 ) -> Sweep:
@@ -48,6 +49,7 @@ def made_sweep(
         slower: factor on the time of cells whose label holds a word.
         failed: how cells whose label holds these whole words failed.
         factor_of: factor on the time of a cell.
+        peak_of: its peak of memory, in bytes.
     """
     sweep = Sweep(root, name)
     planned = look(grid).cells
@@ -80,7 +82,7 @@ def made_sweep(
             metrics[f"{at}/tflops_per_gpu"] = count / metrics[f"time/{phase}/median_s"] / ranks / 1e12
             metrics[f"{at}/mfu"] = metrics[f"{at}/tflops_per_gpu"] / 989
         metrics |= {
-            "compute/peak_tflops": 989.0, "memory/peak_bytes": 1e9 + 1e3 * problem.seqlen,
+            "compute/peak_tflops": 989.0, "memory/peak_bytes": peak_of(cell),
             "time/noise": Stopping.noise(samples["total_s"]), **({"time/blocks": float(blocks)} if blocks > 1 else {}),
             "balance/area_max_over_mean": 1.1, "comm/bytes": 0.0 if ranks == 1 else 4e3 * problem.seqlen,
         }  # fmt: skip

@@ -330,7 +330,7 @@ def test_whatever_results_say_is_text(tmp_path: Path) -> None:
 @needs_browser
 def test_every_question_has_its_figure_and_each_says_what_it_shows(shown: Browser) -> None:
     tabs = shown.page.evaluate("[...document.querySelectorAll('[role=tab]')].map(t => t.id)")
-    kinds = {"length", "gpus", "efficiency", "ranking", "heat", "memory", "time", "roofline", "table"}
+    kinds = {"length", "gpus", "efficiency", "ranking", "heat", "memory", "pareto", "time", "roofline", "table"}
     assert {tab.removeprefix("tab-") for tab in tabs} == kinds
     for tab in tabs:
         shown.page.click(f"#{tab}")

@@ -1,7 +1,7 @@
 "use strict";
 // The figures, one per question in a tab; each is there only if the cells can answer it.
 
-const FIGURES = [byLength, byGpus, efficiency, ranking, heatMap, memory, timeSplit, roofline, pivot];
+const FIGURES = [byLength, byGpus, efficiency, ranking, heatMap, memory, front, timeSplit, roofline, pivot];
 
 /** The tabs of figures that these cells call for, and the one that is looked at. */
 function drawFigures(place, cells) {
