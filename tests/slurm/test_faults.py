@@ -42,17 +42,6 @@ def test_after(faults: str, devcluster: dict[str, str], server: Server, tmp_path
     stage.check(before, set().union(*(FAULTS[fault] for fault in faults.split())))
 
 
-def test_after_slurmctld_died_before_it_saved_that_a_job_runs(devcluster: dict[str, str], server: Server, tmp_path: Path) -> None:
-    """Slurm starts the job again, finds it on its node, drains that and holds the job: the command says what helps."""
-    stage = Stage(tmp_path, server, devcluster, 4)
-    assert stage.run().returncode == 0
-    wait_until(stage.jobs, every=0.02)
-    stage.kill_slurmctld()
-    before = stage.measured()
-    stage.bring_to_its_end()
-    stage.check(before, FAULTS["kill_slurmctld"])
-
-
 def test_after_the_submitting_process_died(devcluster: dict[str, str], server: Server, tmp_path: Path) -> None:
     stage = Stage(tmp_path, server, devcluster, 1)
     command = stage.begin("wait=true")
