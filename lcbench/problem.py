@@ -76,5 +76,12 @@ class Problem:
         return self.direction == "forward_backward"
 
     @property
+    def input_bytes(self) -> float:
+        """Bytes of q, k, v and, with backward, dout of a rank that has its even share of the tokens."""
+        heads = self.heads
+        per_token = heads.dim * self.itemsize * (heads.q * (2 if self.backward else 1) + 2 * heads.kv)
+        return self.seqlen / self.scale.world_size * per_token
+
+    @property
     def softmax_scale(self) -> float:
         return float(self.heads.dim**-0.5)

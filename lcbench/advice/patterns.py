@@ -6,7 +6,7 @@ that is none of these, or no product of them, has no pattern, and no framework h
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import singledispatch
 from typing import Any
 
@@ -15,9 +15,9 @@ from lcbench.cp.base import Strategy
 from lcbench.cp.loongtrain import LoongTrain
 from lcbench.cp.none import Local
 from lcbench.cp.peers.library import segments
-from lcbench.cp.peers.ring_flash_attn import RingFlashAttention
-from lcbench.cp.peers.te import TransformerEngine
-from lcbench.cp.peers.torch_cp import TorchCP
+from lcbench.cp.peers.ring_flash_attn import OWN, RingFlashAttention
+from lcbench.cp.peers.te import COMMUNICATIONS, TransformerEngine
+from lcbench.cp.peers.torch_cp import ROTATIONS, TorchCP
 from lcbench.cp.peers.yunchang import YunchangUSP
 from lcbench.cp.ring import Ring
 from lcbench.cp.ulysses import Ulysses
@@ -25,7 +25,6 @@ from lcbench.cp.usp import USP
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import largest_degree
 
 
 @dataclass(frozen=True)
@@ -105,31 +104,17 @@ def _(strategy: LoongTrain, problem: Problem) -> Pattern:
 
 @_pattern.register
 def _(strategy: TransformerEngine, problem: Problem) -> Pattern:
-    ranks, said = problem.scale.world_size, ("comm",)
-    return {
-        "p2p": Pattern(ring=ranks, layout="zigzag", says=said),
-        "all_gather": Pattern(gathered=ranks, layout="zigzag", says=said),
-        "a2a": Pattern(heads=ranks, says=said),
-        "a2a+p2p": _grid(problem, largest_degree(problem), layout="zigzag", says=said),
-    }[strategy.comm]
+    return replace(_pattern(COMMUNICATIONS[strategy.comm], problem), says=("comm",))
 
 
 @_pattern.register
 def _(strategy: TorchCP, problem: Problem) -> Pattern:
-    ranks, said = problem.scale.world_size, ("rotate",)
-    if strategy.rotate == "allgather":
-        return Pattern(gathered=ranks, layout="zigzag", says=said)
-    return Pattern(ring=ranks, layout="zigzag", says=said)
+    return replace(_pattern(ROTATIONS[strategy.rotate], problem), says=("rotate",))
 
 
 @_pattern.register
 def _(strategy: RingFlashAttention, problem: Problem) -> Pattern:
-    ranks, said = problem.scale.world_size, ("variant",)
-    return {
-        "zigzag": Pattern(ring=ranks, layout="zigzag", says=said),
-        "stripe": Pattern(ring=ranks, layout="striped", says=said),
-        "llama3": Pattern(gathered=ranks, layout="contiguous", says=said),
-    }[strategy.variant]
+    return replace(_pattern(OWN[strategy.variant], problem), says=("variant",))
 
 
 @_pattern.register

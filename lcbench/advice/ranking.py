@@ -19,7 +19,6 @@ from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Planned
 from lcbench.kernels.base import Platform
 from lcbench.predict.predictor import CannotPredict, Prediction, Predictor
-from lcbench.problem import Problem
 from lcbench.report.amounts import size, times
 from lcbench.runs.budget import alone
 
@@ -37,9 +36,9 @@ class Candidate:
     why: str = ""
 
     @property
-    def needs_bytes(self) -> int | None:
+    def needs_bytes(self) -> float | None:
         """Of a rank, predicted: inputs, results, gradients and buffers; None without a prediction."""
-        return None if self.prediction is None else self.prediction.peak_bytes + input_bytes(self.cell.problem)
+        return None if self.prediction is None else self.prediction.peak_bytes + self.cell.problem.input_bytes
 
 
 def problem_of(cell: Cell) -> str:
@@ -137,10 +136,3 @@ def _winning(candidate: Candidate, least_s: float) -> Candidate:
 def _place(candidate: Candidate) -> tuple[bool, bool, float]:
     out = candidate.fate not in MAY_WIN
     return out, candidate.prediction is None, candidate.prediction.seconds if candidate.prediction is not None else 0.0
-
-
-def input_bytes(problem: Problem) -> int:
-    """Of a rank: q, k and v, and with backward dout."""
-    heads = problem.heads
-    rows = heads.q * (2 if problem.backward else 1) + 2 * heads.kv
-    return problem.seqlen // problem.scale.world_size * rows * heads.dim * problem.itemsize

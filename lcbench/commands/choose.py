@@ -39,14 +39,13 @@ from lcbench.measure.gpus import gpus_here
 from lcbench.measure.peak import entry_of
 from lcbench.predict.machines import known
 from lcbench.predict.predictor import Predictor
-from lcbench.redact import redacted, secrets_of
 from lcbench.report.amounts import duration
 from lcbench.report.ending import INTERRUPTED, OK, REFUSED, SOME_FAILED, bad_input
 from lcbench.report.fitted import console
 from lcbench.runs.budget import Cost
-from lcbench.runs.launch import Launches, Todo, make_packs, settings_of, sweep_of
+from lcbench.runs.launch import Launches, Todo, make_packs, settings_of, sweep_of, write_cells
 from lcbench.runs.pack import Settings
-from lcbench.runs.store import Entry, Sweep, user_name
+from lcbench.runs.store import Entry, Sweep
 
 EXAMPLES = """
 python -m lcbench.choose scale=4x8 heads=32x8x128 mask=causal_document seqlen=256k kernel=flash_attn3 site=plain budget=2gpuh
@@ -275,12 +274,8 @@ class _Choosing:
         if source.reused:
             self.asked.say(f"{source.reused} of their results were measured before, and count")
         sweep.check_writable(list(self.cells))
-        secret = secrets_of(settings.site.get("env")).values()
-        command = ["choose", *(redacted(o, secret) for o in self.asked.plan.overrides), f"budget={self.budget.text}"]
-        with sweep.lock():
-            sweep.add([Entry(cell) for cell in self.cells.values()], command=command, launch={
-                "launcher": launcher.name, "settings": settings.public(), "by": user_name(),
-            })  # fmt: skip
+        words = ["choose", *self.asked.plan.overrides, f"budget={self.budget.text}"]
+        write_cells(sweep, [Entry(cell) for cell in self.cells.values()], words, launcher.name, settings)
         race = Race({key: [c.cell.id for c in group] for key, group in self.runners.items() if group}, source, self.budget.seconds)
         race.told = self._tell
         try:

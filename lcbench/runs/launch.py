@@ -19,7 +19,7 @@ from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Plan
 from lcbench.grid.paths import REPOSITORY
 from lcbench.grid.site import runs_here
-from lcbench.redact import redacted_uri
+from lcbench.redact import redacted, redacted_uri, secrets_of
 from lcbench.runs.address import planned_address, planned_experiment, variables
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.jobs import Watch
@@ -27,7 +27,7 @@ from lcbench.runs.notes import END, job_here, write_job
 from lcbench.runs.pack import Pack, Settings, given_up, group
 from lcbench.runs.queues import SLURM, Queue, target_of
 from lcbench.runs.settle import record, settled
-from lcbench.runs.store import Failure, Sweep
+from lcbench.runs.store import Entry, Failure, Sweep, user_name
 
 
 class NotSubmitted(Exception):
@@ -127,6 +127,20 @@ def sweep_of(plan: Plan) -> Sweep:
     root = Path(plan.options["results"]).absolute()
     name = plan.options["sweep"]
     return Sweep(root, str(name)) if name is not None else Sweep(root, default_name(plan))
+
+
+def write_cells(sweep: Sweep, entries: list[Entry], words: Sequence[str], launcher: str, settings: Settings) -> None:
+    """Write cells into a sweep's manifest, with who asked for them, by which words, and how they are launched.
+
+    Cells that are only predicted leave the launch of a sweep as it was: it goes on as it is measured.
+    """
+    secret = secrets_of(settings.site.get("env")).values()
+    with sweep.lock():
+        kept = sweep.exists() and all(entry.predicted for entry in entries)
+        launch = sweep.manifest()["launch"] if kept else None
+        sweep.add(entries, command=[redacted(word, secret) for word in words], launch=launch or {
+            "launcher": launcher, "settings": settings.public(), "by": user_name(),
+        })  # fmt: skip
 
 
 def settings_of(plan: Plan) -> Settings:

@@ -115,7 +115,7 @@ class Passes:
             if not isinstance(error, (*BROKEN, OSError)) and not own.named_in(cell.config["cp"]):
                 raise
             return self._refused.setdefault((shape, cell.problem.seqlen), _why(error))  # code of the user's may raise anything
-        held = found.peak_bytes + inputs_bytes(cell.problem)
+        held = found.peak_bytes + cell.problem.input_bytes
         self._simulated[shape][cell.problem.seqlen] = Expected(
             self.slower * found.seconds, found.error, work, held, "simulation", True
         )
@@ -125,7 +125,7 @@ class Passes:
         problem, machine = cell.problem, self.predictor.machine
         link = machine.across if problem.scale.nodes > 1 else machine.inside
         seconds = self.slower * work / problem.scale.world_size / self._pace(cell) + exchanged_bytes(problem) / link.bytes_per_s
-        return Expected(seconds, ROUGH, work, inputs_bytes(problem), f"FLOPs and bytes: {reason}", False)
+        return Expected(seconds, ROUGH, work, problem.input_bytes, f"FLOPs and bytes: {reason}", False)
 
     def _pace(self, cell: Cell) -> float:
         """FLOP/s of a cell's kernel on one rank."""
@@ -187,13 +187,6 @@ def flops(cell: Cell) -> float:
     except (*BROKEN, OSError):
         work = float(cell.problem.seqlen) ** 2 * heads.q
     return forward_flops(work, heads) + (backward_flops(work, heads) if cell.problem.backward else 0.0)
-
-
-def inputs_bytes(problem: Problem) -> float:
-    """Bytes of a rank's q, k, v and, with backward, dout."""
-    heads = problem.heads
-    per_token = heads.dim * problem.itemsize * (heads.q * (2 if problem.backward else 1) + 2 * heads.kv)
-    return problem.seqlen / problem.scale.world_size * per_token
 
 
 def exchanged_bytes(problem: Problem) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lcbench.advice.answers import predicted_table, reasons
-from lcbench.advice.ranking import MAY_WIN, Candidate, input_bytes, rank
+from lcbench.advice.ranking import MAY_WIN, Candidate, rank
 from lcbench.advice.why import PARTS, decided, predicted_split
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
@@ -99,7 +99,7 @@ def test_on_one_rank_there_is_no_strategy() -> None:
 @pytest.mark.parametrize(("direction", "rows"), [("forward", 48 + 32), ("forward_backward", 96 + 32)])
 def test_bytes_of_inputs(direction: str, rows: int) -> None:
     problem = Problem(1 << 16, Heads(48, 16, 64), Scale(2, 8), "bfloat16", direction)
-    assert input_bytes(problem) == (1 << 12) * rows * 64 * 2
+    assert problem.input_bytes == (1 << 12) * rows * 64 * 2
 
 
 def test_a_split_adds_up_to_the_time() -> None:

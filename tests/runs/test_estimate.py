@@ -25,7 +25,7 @@ from lcbench.problem import Scale
 from lcbench.runs import passes as passes_module
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.pack import group
-from lcbench.runs.passes import ALONE, Passes, exchanged_bytes, flops, inputs_bytes, passes_on
+from lcbench.runs.passes import ALONE, Passes, exchanged_bytes, flops, passes_on
 from lcbench.runs.store import Attempt, Failure, Sweep
 from lcbench.testing.masks import load, names
 from tests.runs.test_pack import BASE, H100, cell
@@ -161,7 +161,7 @@ def test_what_cannot_be_simulated_has_a_bound_and_says_why(tmp_path: Path) -> No
         assert why in found.basis
         kernels = flops(asked) / asked.scale.world_size / (flops(pace.cell) / pace.seconds)
         assert found.seconds == pytest.approx(kernels + exchanged_bytes(asked.problem) / link, rel=0.01)
-        assert found.peak_bytes == inputs_bytes(asked.problem)
+        assert found.peak_bytes == asked.problem.input_bytes
     assert not simulated.of(large).simulated
     gone = cell(mask={"name": "band_file", "_target_": "lcbench.masks.band_file.band_file", "file": str(tmp_path / "gone.csv")})
     assert simulated.of(gone).basis.startswith("FLOPs and bytes: ")

@@ -13,11 +13,20 @@ from omegaconf import DictConfig
 
 from lcbench.grid.expand import Plan
 from lcbench.grid.paths import INSTALLED, REPOSITORY
-from lcbench.redact import redacted, secrets_of
 from lcbench.report.ending import BAD_INPUT, INTERRUPTED, OK, REFUSED, SOME_FAILED
 from lcbench.runs.budget import Cost
 from lcbench.runs.jobs import Watch
-from lcbench.runs.launch import Todo, default_tracking_uri, hand_over, make_packs, missing, settings_of, sweep_of, todo_of
+from lcbench.runs.launch import (
+    Todo,
+    default_tracking_uri,
+    hand_over,
+    make_packs,
+    missing,
+    settings_of,
+    sweep_of,
+    todo_of,
+    write_cells,
+)
 from lcbench.runs.pack import Pack, Settings
 from lcbench.runs.queues import Queue
 from lcbench.runs.settle import settled
@@ -90,11 +99,7 @@ class PackLauncher(Launcher):
         if settings.tracking_uri is None:
             self.say(NOT_PUBLISHED)
         sweep.check_writable([p.cell.id for p in plan.cells])
-        secret = secrets_of(settings.site.get("env")).values()
-        with sweep.lock():
-            sweep.add([Entry(p.cell, p.skip) for p in plan.cells], command=[redacted(o, secret) for o in plan.overrides], launch={
-                "launcher": self.name, "settings": settings.public(), "by": user_name(),
-            })  # fmt: skip
+        write_cells(sweep, [Entry(p.cell, p.skip) for p in plan.cells], plan.overrides, self.name, settings)
 
         def choose() -> Todo:
             todo = missing(sweep, runnable, force=plan.options["force"])

@@ -14,11 +14,10 @@ from hydra_plugins.lcbench.base import NOT_PUBLISHED, PackLauncher
 
 from lcbench.grid.cell import Cell
 from lcbench.grid.expand import Plan
-from lcbench.redact import redacted, secrets_of
 from lcbench.report.ending import BAD_INPUT, INTERRUPTED, bad_input
-from lcbench.runs.launch import Todo, settings_of, sweep_of
+from lcbench.runs.launch import Todo, settings_of, sweep_of, write_cells
 from lcbench.runs.pack import Pack, Settings
-from lcbench.runs.store import Entry, Sweep, user_name
+from lcbench.runs.store import Entry, Sweep
 
 if TYPE_CHECKING:
     from lcbench.runs.predictions import Source
@@ -42,7 +41,8 @@ class SimulateLauncher(PackLauncher):
         if settings.tracking_uri is None:
             self.say(NOT_PUBLISHED)
         sweep.check_writable([p.cell.id for p in plan.cells])
-        self._add(sweep, plan, settings)
+        entries = [Entry(p.cell, p.skip, predicted=True) for p in plan.cells]
+        write_cells(sweep, entries, plan.overrides, self.name, settings)
         records = sweep.look().records
         runnable = [p.cell for p in plan.cells if not p.skip]
         todo = [c for c in runnable if plan.options["force"] or not source.has_made(records[c.id].prediction)]
@@ -58,15 +58,6 @@ class SimulateLauncher(PackLauncher):
             print("\ninterrupted; what was predicted is kept, and the same command goes on", file=sys.stderr)
             return INTERRUPTED
         return self.finish(sweep, [p.cell.id for p in plan.cells], settings.tracking_uri, predicted=True)
-
-    def _add(self, sweep: Sweep, plan: Plan, settings: Settings) -> None:
-        """Write the cells down as such that are only predicted. A sweep that is measured too goes on as it was launched."""
-        secret = secrets_of(settings.site.get("env")).values()
-        with sweep.lock():
-            before = sweep.manifest()["launch"] if sweep.exists() else None
-            launch = before or {"launcher": self.name, "settings": settings.public(), "by": user_name()}
-            entries = [Entry(p.cell, p.skip, predicted=True) for p in plan.cells]
-            sweep.add(entries, command=[redacted(o, secret) for o in plan.overrides], launch=launch)
 
     def _predict(self, sweep: Sweep, cells: Sequence[Cell], source: Source) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
