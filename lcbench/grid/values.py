@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -133,6 +134,16 @@ def parse_limit(value: object, name: str) -> int | None:
     return None if value is None else parse_int(value, name, least=1)
 
 
+def parse_all_or(value: object, name: str) -> int | None:
+    """A number of at least 1; or ``all``, which is None."""
+    if value == "all":
+        return None
+    try:
+        return parse_int(value, name, least=1)
+    except ValueError as error:
+        raise ValueError(f"{error}, or all") from error
+
+
 def parse_number(value: object, name: str) -> float:
     """A finite number above 0, also as text."""
     number = _read(value)
@@ -157,6 +168,28 @@ def parse_measure(value: object) -> dict[str, Any]:
         raise ValueError(f"measure.{missing[0]} is not set")
     found = {option: parse(value[option], f"measure.{option}") for option, parse in MEASURE.items() if option in value}
     return {option: one for option, one in found.items() if option != "blocks" or one != BLOCKS}
+
+
+def parse_mesh(value: object) -> dict[str, Any]:
+    """Groups of context-parallel ranks, as a cell's config holds them: how many by ``tp`` and ``dp``, and the order of ranks.
+
+    What has one rank has no place in the order: it stands where it stands by default, so that the same groups are the same cell.
+
+    Raises:
+        ValueError: no whole numbers of at least 1, or no order of the three.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"mesh={shown(value)} means nothing; it has options, and each is set by itself: mesh.tp=2 mesh.dp=2")
+    if unknown := sorted(set(value) - set(MESH)):
+        raise ValueError(f"mesh has no option {unknown[0]!r}; it has {', '.join(MESH)}")
+    sizes = {dimension: parse_int(value.get(dimension), f"mesh.{dimension}", least=1) for dimension in ("tp", "dp")}
+    usual = MESH["order"].split("-")
+    said = str(value.get("order")).split("-")
+    if sorted(said) != sorted(usual):
+        raise ValueError(f"mesh.order={shown(value.get('order'))} is not one of {', '.join(map('-'.join, permutations(usual)))}")
+    moving = [dimension for dimension in said if sizes.get(dimension) != 1]
+    order = next(order for order in permutations(usual) if [each for each in order if each in moving] == moving)
+    return {**sizes, "order": "-".join(order)}
 
 
 def parse_option(value: object, name: str, kind: Any) -> Any:
@@ -235,6 +268,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONG else f"{text[:LONG]}..."
 
 
+# A mesh with nothing but the context-parallel group.
+MESH: dict[str, Any] = {"tp": 1, "dp": 1, "order": "tp-cp-dp"}
 # measure.blocks at its default is no part of a cell: cells of before there were blocks keep their ids.
 BLOCKS = 3
 # Options of measure, and how each is read.
