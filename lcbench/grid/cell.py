@@ -10,7 +10,7 @@ from typing import Any
 
 from lcbench.grid.axes import ALWAYS_TOLD, AXES, GROUPS, LABEL, value_of, with_first_names, with_present_names
 from lcbench.grid.values import parse_heads, parse_scale
-from lcbench.problem import Heads, Problem, Scale
+from lcbench.problem import Heads, Mesh, Problem, Scale
 
 ID_LENGTH = 12
 # Digest of the content of an option ``file``. Beside it the path is no part of the cell: the same file elsewhere is the same cell.
@@ -63,8 +63,19 @@ class Cell:
 
     @cached_property
     def problem(self) -> Problem:
+        """That of one context-parallel group.
+
+        Raises:
+            ValueError: the mesh does not fit the heads or the scale.
+        """
         config = self.config
-        return Problem(config["seqlen"], self.heads, self.scale, config["dtype"], config["direction"], config["reduce_dtype"])
+        heads, scale = self.mesh.heads(self.heads), self.mesh.group_scale(self.scale)
+        return Problem(config["seqlen"], heads, scale, config["dtype"], config["direction"], config["reduce_dtype"])
+
+    @property
+    def mesh(self) -> Mesh:
+        """The context-parallel groups that are at work at once."""
+        return Mesh(**self.config.get("mesh", {}))
 
     @property
     def scale(self) -> Scale:
