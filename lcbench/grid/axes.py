@@ -128,8 +128,8 @@ PACE = tuple(axis.name for axis in CELL_AXES.values() if axis.paces)
 
 
 def value_of(config: dict[str, Any], axis: str) -> Any:
-    """What a cell's config says of an axis, or would say of its default. Of a group the value's name; of a plain key's options, as a
-    text, those that are not at their default, or all.
+    """What a cell's config says of an axis, or would say of its default. Of a group the value's name; of options a text of those
+    that are not at their default, or of all.
     """
     usual = AXES[axis].unsaid
     value = config.get(axis, usual)

@@ -356,9 +356,7 @@ def _refuse_unused(parsed: list[Override], cells: list[dict[str, Any]]) -> None:
         owners = [config.get(group, AXES[group].unsaid) for config in cells]
         if not any(build.takes_axis(owner, axis) for owner in owners):
             names = ", ".join(dict.fromkeys(owner["name"] for owner in owners))
-            raise ValueError(
-                f"{text_of(override)} means nothing: no cell has a {axis.name}, since none of {group}={names} takes one"
-            )
+            raise ValueError(f"{text_of(override)} means nothing here: {group}={names} has no {axis.name}")
 
 
 def _scale(said: Any, strategy: dict[str, Any], by_site: bool) -> Scale:

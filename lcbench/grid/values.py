@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from lcbench.problem import DIRECTIONS, DTYPES, REDUCE_DTYPES, Heads, Scale
+from lcbench.problem import ALONE, DIRECTIONS, DTYPES, REDUCE_DTYPES, Heads, Mesh, Scale
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 # Far beyond what anybody runs, and small enough that a slip of the finger is no plan that never ends.
@@ -182,13 +183,10 @@ def parse_mesh(value: object) -> dict[str, Any]:
         raise ValueError(f"mesh={shown(value)} means nothing; it has options, and each is set by itself: mesh.tp=2 mesh.dp=2")
     if unknown := sorted(set(value) - set(MESH)):
         raise ValueError(f"mesh has no option {unknown[0]!r}; it has {', '.join(MESH)}")
-    sizes = {dimension: parse_int(value.get(dimension), f"mesh.{dimension}", least=1) for dimension in ("tp", "dp")}
-    usual = MESH["order"].split("-")
-    said = str(value.get("order")).split("-")
-    if sorted(said) != sorted(usual):
-        raise ValueError(f"mesh.order={shown(value.get('order'))} is not one of {', '.join(map('-'.join, permutations(usual)))}")
-    moving = [dimension for dimension in said if sizes.get(dimension) != 1]
-    order = next(order for order in permutations(usual) if [each for each in order if each in moving] == moving)
+    sizes = {name: parse_int(value.get(name), f"mesh.{name}", least=1) for name in ("tp", "dp")}
+    said = Mesh(**sizes, order=shown(value.get("order"))).order.split("-")
+    moving = [name for name in said if sizes.get(name) != 1]
+    order = next(order for order in permutations(Mesh.DIMENSIONS) if [name for name in order if name in moving] == moving)
     return {**sizes, "order": "-".join(order)}
 
 
@@ -268,8 +266,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONG else f"{text[:LONG]}..."
 
 
-# A mesh with nothing but the context-parallel group.
-MESH: dict[str, Any] = {"tp": 1, "dp": 1, "order": "tp-cp-dp"}
+# Options of mesh, at their defaults: nothing but the context-parallel group.
+MESH: dict[str, Any] = asdict(ALONE)
 # measure.blocks at its default is no part of a cell: cells of before there were blocks keep their ids.
 BLOCKS = 3
 # Options of measure, and how each is read.
