@@ -355,7 +355,7 @@ def _refuse_unused(parsed: list[Override], cells: list[dict[str, Any]]) -> None:
             continue  # what every cell says
         owners = [config.get(group, AXES[group].unsaid) for config in cells]
         if not any(build.takes_axis(owner, axis) for owner in owners):
-            names = ", ".join(dict.fromkeys(owner["name"] for owner in owners))
+            names = ",".join(dict.fromkeys(owner["name"] for owner in owners))
             raise ValueError(f"{text_of(override)} means nothing here: {group}={names} has no {axis.name}")
 
 
