@@ -42,6 +42,7 @@ class Work:
     seed: int
     draws: int = 1
     attempt: int = 1
+    recompute: Any = None
 
     def unavailable(self, gang: Gang) -> str | None:
         return refusal(self.kernel, self.problem, gang.device) or self.strategy.unavailable(self.problem, gang.device)
