@@ -20,13 +20,13 @@ from lcbench.measure.ranks import all_gather_object, first_refusal
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.schedule.execute import Counters
-from lcbench.workloads.base import Work
+from lcbench.workloads.base import Work, Workload
 
 INPUTS = ("q", "k", "v", "dout")
 
 
 @dataclass(frozen=True)
-class Attention:
+class Attention(Workload):
     """Attention alone; it has no options. Phases are ``forward`` and, unless direction=forward, ``backward``."""
 
     def start(self, work: Work, draw: int, gang: Gang) -> AttentionSession:

@@ -6,21 +6,19 @@ sums of the weights' gradients over ranks. A model's step is ``head`` and, as of
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import Unsupported
-from lcbench.measure.ranks import all_gather_object, first_refusal
-from lcbench.measure.session import Gang, Phases
-from lcbench.workloads.base import Work
+from lcbench.workloads.base import Work, Workload
 from lcbench.workloads.models import Model
-from lcbench.workloads.training import Training
-from lcbench.workloads.transformer import Attention
+
+if TYPE_CHECKING:
+    from lcbench.measure.session import Gang
+    from lcbench.workloads.step import BlockSession
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(Workload):
     """Layers of a model, and its head.
 
     Attributes:
@@ -36,29 +34,6 @@ class Block:
     loss_chunk: int = 1024
 
     def start(self, work: Work, draw: int, gang: Gang) -> BlockSession:
+        from lcbench.workloads.step import BlockSession  # with torch, which planning does without
+
         return BlockSession(self, work, draw, gang)
-
-
-class BlockSession:
-    """One draw of a block cell on this rank."""
-
-    wrong: str | None = None
-
-    def __init__(self, block: Block, work: Work, number: int, gang: Gang) -> None:
-        self._work, self._gang = work, gang
-        begun = time.perf_counter()
-        self.mask = work.make_mask(number)
-        reason = None
-        try:
-            run = work.strategy.start(work.problem, self.mask, work.kernel, gang.place)
-            reason = work.recompute.refuses(run)
-        except Unsupported as refused:
-            reason = str(refused)
-        self.refused = first_refusal(all_gather_object(reason))
-        if self.refused:
-            return
-        self.training = Training(block, work, Attention(run), work.recompute, gang.device)
-        self.prepare_s = time.perf_counter() - begun
-
-    def phases(self) -> Phases:
-        return self.training.phases()

@@ -8,12 +8,15 @@ forward less per layer than ``full``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from lcbench.cp.base import RankRun
 from lcbench.workloads.recompute.base import Again, needs_results, recomputed
-from lcbench.workloads.transformer import Kept, Layer, Rope, Stack
+
+if TYPE_CHECKING:
+    import torch
+
+    from lcbench.workloads.transformer import Kept, Layer, Rope, Stack
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class AttentionOut:
     """It has no options."""
 
     def forward(self, stack: Stack, x: torch.Tensor) -> torch.Tensor:
+        from lcbench.workloads.transformer import Kept  # with torch, which planning does without
+
         first, *others = stack.layers
         out = recomputed(_attend, first, x, stack.rope, Kept())
         before = first

@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch.utils.checkpoint import checkpoint
-
 from lcbench.cp.base import RankRun
-from lcbench.workloads.transformer import Stack
 
 if TYPE_CHECKING:
     import torch
+
+    from lcbench.workloads.transformer import Stack
 
 
 @dataclass(frozen=True)
@@ -55,5 +54,7 @@ def needs_results(run: RankRun) -> str | None:
 
 def recomputed(function: Any, *args: Any) -> Any:
     """What a function of tensors gives, of which autograd keeps the arguments only, and calls it again in backward."""
+    from torch.utils.checkpoint import checkpoint  # with torch, which planning does without
+
     # Nothing in a layer draws at random, so there is no state of a generator to keep.
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

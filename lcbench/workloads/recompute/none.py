@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from lcbench.cp.base import RankRun
 from lcbench.workloads.recompute.base import Again
-from lcbench.workloads.transformer import Stack
+
+if TYPE_CHECKING:
+    import torch
+
+    from lcbench.workloads.transformer import Stack
 
 
 @dataclass(frozen=True)

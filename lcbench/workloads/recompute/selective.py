@@ -4,12 +4,15 @@ backward computes all of the layer again but the attention."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from lcbench.cp.base import RankRun
 from lcbench.workloads.recompute.base import Again, needs_results, recomputed
-from lcbench.workloads.transformer import Kept, Layer, Rope, Stack
+
+if TYPE_CHECKING:
+    import torch
+
+    from lcbench.workloads.transformer import Kept, Layer, Rope, Stack
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,8 @@ class Selective:
     """It has no options."""
 
     def forward(self, stack: Stack, x: torch.Tensor) -> torch.Tensor:
+        from lcbench.workloads.transformer import Kept  # with torch, which planning does without
+
         for layer in stack.layers:
             x = recomputed(_layer, layer, x, stack.rope, Kept())
         return x
