@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import subprocess
 import sys
@@ -9,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from lcbench.grid import build
+from lcbench.grid import build, values
+from lcbench.grid.axes import AXES, GROUPS
 from lcbench.grid.cell import Cell, flat_config
 from lcbench.grid.command_line import look
 from lcbench.grid.expand import Planned
+from lcbench.grid.paths import CONF
 from lcbench.grid.values import MESH, parse_mesh
 from lcbench.problem import Mesh
 from lcbench.report.frame import reported
+from lcbench.report.table import Names
 from tests.report.made import made_sweep
 
 # A workload of one's own with all that a block has, so that planning it costs no torch.
@@ -247,6 +252,36 @@ def test_experiments_together_use_what_one_of_them_does(own: list[str]) -> None:
     assert "means nothing here" in refused(own, "+experiment=smoke,strategies", "model=tiny")
 
 
+# -- lcbench's own ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_block_takes_every_recompute_there_is() -> None:
+    names = values.axis_values(CONF, "recompute")
+    found = [
+        p.cell for p in look(["workload=block", "model=glob(*)", f"recompute={','.join(names)}", "site=plain", "scale=1x2"]).cells
+    ]
+    models = values.axis_values(CONF, "model")
+    assert [(c.config["workload"]["model"]["name"], c.word("recompute")) for c in found] == [*itertools.product(models, names)]
+    assert [c for c in found if "recompute" not in c.config] == [c for c in found if c.word("recompute") == "none"]
+    for cell in found:
+        made: Any = build.build_recompute(cell.config)
+        assert AXES["recompute"].missing(type(made)) is None
+        assert build.build_workload(cell.config["workload"]).model.heads() == cell.heads  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "path", [path for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))],
+    ids=lambda path: f"{path.parent.name}={path.stem}",
+)  # fmt: skip
+def test_a_file_has_every_option_of_its_value(path: Path) -> None:
+    """So that an override may set it, and ``--cfg job`` shows it."""
+    config: Any = OmegaConf.to_container(OmegaConf.load(path))
+    group = path.parent.name
+    folded = [axis.name for axis in AXES.values() if axis.folds_into == group and axis.home]
+    takes = inspect.signature(build.get_object(config["_target_"], group)).parameters
+    assert {name for name in takes if name not in (*AXES[group].given, *folded)} <= config.keys()
+
+
 # -- the mesh ---------------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +325,19 @@ def test_a_choice_tells_the_recompute_and_a_setting_the_rest_of_the_workload(own
         f"workload steps({model}), mesh {mesh}, heads {heads}" for model, heads in models.items() for mesh in meshes.values()
     }
     assert set(frame["setting"]) == settings
+
+
+def test_rows_of_a_table_say_what_differs_and_its_title_the_rest(own: list[str]) -> None:
+    found = cells(own, "workload=steps,attention", "recompute=all,some", "model=tiny", "seqlen=1k", "scale=1x8")
+    assert set(Names.of(found).what.values()) == {
+        "workload=steps(tiny, layers=2) recompute=all", "workload=steps(tiny, layers=2) recompute=some",
+        "workload=attention recompute=none",
+    }  # fmt: skip
+    steps = Names.of([c for c in found if "workload" in c.config])
+    assert set(steps.what.values()) == {"recompute=all", "recompute=some"}
+    assert steps.same == (
+        "cp ring, kernel sdpa_flash, mask causal, seqlen 1k, scale 1x8, workload steps(tiny, layers=2), heads 4x2x16"
+    )
 
 
 def test_a_choice_tells_the_options_that_its_choices_differ_in(own: list[str], tmp_path: Path) -> None:
