@@ -179,6 +179,8 @@ def test_a_model_has_heads_and_no_other_are_taken_beside_it(own: list[str]) -> N
     assert said == "heads=8x2x64 contradicts model=tiny, which has 4x2x16; leave heads out, or write another model"
     assert "contradicts model=tiny" in refused(own, "workload=attention,steps", *STEPS[1:], "heads=8x2x64,4x2x16")
     assert "contradicts model=tiny_mha" in refused(own, *STEPS, "model=tiny_mha,tiny", "heads=4x2x16")
+    # Those of an experiment give way.
+    assert {str(c.heads) for c in cells(own, "+experiment=smoke", "workload=steps,attention", *STEPS[1:])} == {"4x2x16", "8x4x32"}
     assert {str(c.heads) for c in cells(own, *STEPS, "model=tiny_mha,tiny")} == {"4x4x16", "4x2x16"}
     assert {str(c.heads) for c in cells(own, *STEPS, "model.heads_q=8", "model.head_dim=32")} == {"8x2x32"}
 
