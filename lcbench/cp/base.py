@@ -6,10 +6,11 @@ Our own strategies are ``Scheduled``: they give a schedule, and the engine runs 
 # No postponed annotations: subclasses in other modules are asked for the types of their options, ``lowering`` among them.
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from lcbench.kernels.base import Kernel
+from lcbench.kernels.base import Kernel, Unsupported
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -66,15 +67,42 @@ class RankRun(Passes, Protocol):
             says so.
         sums_are_wide: whether gradients are added up in float32 or wider on their way between ranks. The check allows the
             roundings of as many additions as there are ranks where that is not known.
+        resumes: whether it is known what forward saves: ``apart`` gives the tensors, and ``resume`` does without computing.
     """
 
     tokens: Ints
     own_lse: bool = True
     sums_are_wide: bool = False
+    resumes: bool = False
 
     def lse(self, saved: Any) -> "torch.Tensor":
         """(T, Hq), natural logarithm. Collective."""
         ...
+
+    def hold(self, saved: Any) -> Any:
+        """What ``forward`` has just saved, as it has to be kept while other forward passes run before its backward."""
+        return saved
+
+    def apart(self, saved: Any) -> "tuple[list[torch.Tensor], Callable[[Sequence[torch.Tensor]], Any]]":
+        """The tensors that backward needs of what was saved, and how to put tensors of the same values together again; no tensors
+        where only the library knows them."""
+        return [], lambda _: saved
+
+    def results(self, saved: Any) -> "list[torch.Tensor]":
+        """What ``resume`` needs of a pass besides its inputs, out (T, Hq, D) first.
+
+        Raises:
+            Unsupported: not where ``resumes``.
+        """
+        raise Unsupported(f"what {type(self).__name__} keeps for backward is known to its library alone")
+
+    def resume(self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", results: "Sequence[torch.Tensor]") -> Any:
+        """What ``forward`` saves for these inputs, without computing the ``results`` again. Collective.
+
+        Raises:
+            Unsupported: not where ``resumes``.
+        """
+        raise Unsupported(f"what {type(self).__name__} keeps for backward is known to its library alone")
 
     def counters(self) -> "Counters | None":
         """What this rank computes, holds and has sent in the last pass; None where nobody counts."""

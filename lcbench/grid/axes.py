@@ -32,11 +32,13 @@ class Axis:
         needs: methods of a class that is such a value; none: it is a function of ``seqlen``.
         given: arguments that a value gets besides its options.
         token_counts: whether whole numbers among its options are token counts, such as ``1k``.
-        folds_into: the axis that takes this one in: a group as an option, where the value has one of this name; a plain key as
-            another way to say it.
+        folds_into: the axis that takes this one in. A group: as an option, where the value has one of this name. A plain key: as
+            another way to say it, or to say a group's option of this name; null is not said.
+        of: the axis whose value has to take this one (``takes`` of its class names it); a cell whose does not says nothing of it.
+        gives: the axis that a value of this group says itself, by its method of that name, where a cell has it: a model's heads.
         has_options: whether a plain key has options of its own (``measure.warmup``).
         unsaid: the value at which a config says nothing of the axis; None: it always does.
-        label: its place in a cell's label; 0: it is not there.
+        label: its place in a cell's label, where the config says something of it; 0: it is not there.
         paces: whether cells of one pace, in FLOP/s, are the same in it.
     """
 
@@ -48,6 +50,8 @@ class Axis:
     given: tuple[str, ...] = ()
     token_counts: bool = False
     folds_into: str = ""
+    of: str = ""
+    gives: str = ""
     has_options: bool = False
     unsaid: Any = None
     label: int = 0
@@ -76,12 +80,22 @@ _DECLARED = (
     Axis("mask", "problem", home="lcbench.masks.", given=("seqlen", "heads", "seed"), token_counts=True, label=3, paces=True),
     Axis("lengths", "problem", home="lcbench.masks.", needs=("sample",), token_counts=True, folds_into="mask"),
     Axis(
-        "workload", "problem", home="lcbench.workloads.", needs=("start",), paces=True,
+        "workload", "problem", home="lcbench.workloads.", needs=("unsupported", "start"), label=6, paces=True,
         unsaid={"name": "attention", "_target_": "lcbench.workloads.attention.Attention"},
+    ),
+    Axis(
+        "model", "problem", home="lcbench.workloads.", needs=("heads", "layer_parameters", "head_parameters"),
+        folds_into="workload", gives="heads",
+    ),
+    Axis("layers", "problem", partial(values.parse_all_or, name="layers"), folds_into="workload"),
+    Axis(
+        "recompute", "choice", home="lcbench.workloads.", needs=("forward",), of="workload", label=7, paces=True,
+        unsaid={"name": "none", "_target_": "lcbench.workloads.recompute.none.NoRecompute"},
     ),
     Axis("seqlen", "problem", values.parse_tokens, label=4),
     Axis("seqlen_per_rank", "problem", folds_into="seqlen"),
     Axis("scale", "problem", lambda value: str(values.parse_scale(value)), label=5, paces=True),
+    Axis("mesh", "problem", values.parse_mesh, has_options=True, unsaid=values.MESH, label=8, paces=True),
     Axis("heads", "problem", lambda value: str(values.parse_heads(value)), paces=True),
     Axis("dtype", "problem", values.parse_dtype, paces=True),
     Axis("direction", "problem", values.parse_direction, paces=True),
@@ -95,6 +109,11 @@ AXES: dict[str, Axis] = {axis.name: axis for axis in _DECLARED}
 GROUPS = tuple(axis.name for axis in _DECLARED if axis.home)
 WITH_OPTIONS = tuple(axis.name for axis in _DECLARED if axis.home or axis.has_options)
 HOMES = tuple(dict.fromkeys(axis.home for axis in _DECLARED if axis.home))
+# Plain keys that say another way what a plain key, or a group's option of their name, says.
+OTHER_WAYS = {
+    axis.name: f"{axis.folds_into}.{axis.name}" if axis.folds_into in GROUPS else axis.folds_into
+    for axis in _DECLARED if axis.folds_into and not axis.home
+}  # fmt: skip
 # Keys of a cell's config.
 CELL_AXES = {axis.name: axis for axis in _DECLARED if not axis.folds_into}
 CELL_GROUPS = tuple(axis.name for axis in CELL_AXES.values() if axis.home)
@@ -103,13 +122,24 @@ CHOICE = tuple(axis.name for axis in CELL_AXES.values() if axis.role == "choice"
 # ... to a problem, which is the rest of its config but how long it was measured.
 PROBLEM = tuple(axis.name for axis in CELL_AXES.values() if axis.role == "problem")
 LABEL = tuple(axis.name for axis in sorted(_DECLARED, key=lambda axis: axis.label) if axis.label)
+# Those that every label tells; of the others a label tells the name too.
+ALWAYS_TOLD = tuple(name for name in LABEL if AXES[name].unsaid is None)
 PACE = tuple(axis.name for axis in CELL_AXES.values() if axis.paces)
 
 
 def value_of(config: dict[str, Any], axis: str) -> Any:
-    """What a cell's config says of an axis, or would say of its default; of a group the value's name."""
-    value = config.get(axis, AXES[axis].unsaid)
-    return value["name"] if axis in GROUPS else value
+    """What a cell's config says of an axis, or would say of its default. Of a group the value's name; of options a text of those
+    that are not at their default, or of all.
+    """
+    usual = AXES[axis].unsaid
+    value = config.get(axis, usual)
+    if axis in GROUPS:
+        return value["name"]
+    if not isinstance(value, dict):
+        return value
+    options = {option: value[option] for option in usual or value}
+    differing = {option: one for option, one in options.items() if usual and one != usual[option]}
+    return ", ".join(f"{option}={one}" for option, one in (differing or options).items())
 
 
 def plain_axes() -> str:

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from lcbench.cp.base import Strategy
 from lcbench.grid import own
-from lcbench.grid.axes import AXES, GROUPS, HOMES, RESERVED, renamed
+from lcbench.grid.axes import AXES, GROUPS, HOMES, RESERVED, Axis, renamed
 from lcbench.grid.cell import CONTENT, CONTENT_BEFORE
 from lcbench.grid.paths import CONF
 from lcbench.grid.values import check_finite, listed, parse_int, parse_option, parse_tokens
@@ -152,6 +152,12 @@ def build_workload(config: dict[str, Any] | None) -> Workload:
     return cast("Workload", build(config or AXES["workload"].unsaid))
 
 
+def build_recompute(config: dict[str, Any]) -> Any:
+    """What backward computes again, by a whole cell's config; None where the workload does not take it."""
+    axis = AXES["recompute"]
+    return build(config.get(axis.name, axis.unsaid)) if takes_axis(config.get(axis.of, AXES[axis.of].unsaid), axis) else None
+
+
 def on_one_rank(config: dict[str, Any]) -> bool:
     """Whether a strategy, by its config, has no use for a second rank."""
     return bool(getattr(get_object(config["_target_"]), "one_rank", False))
@@ -180,11 +186,38 @@ def draws(config: dict[str, Any]) -> int:
     return int(config.get(SAMPLES, 1))
 
 
-def with_option(owner: dict[str, Any], name: str, value: dict[str, Any]) -> dict[str, Any]:
-    """An axis value's config with another value in it, if it has an option of this name (document lengths of a mask); the other
-    owners are the same cell whatever the value.
+def takes_axis(owner: dict[str, Any], axis: Axis) -> bool:
+    """Whether a cell with this value of one axis has another, which folds into it as an option or is ``of`` it.
+
+    The default of an axis that cells say nothing of takes none, and a plan need not load it.
     """
-    return {**owner, name: value} if name in _parameters(owner["_target_"]) else owner
+    group = axis.of or axis.folds_into
+    if group not in GROUPS or owner == AXES[group].unsaid:
+        return False
+    target = owner["_target_"]
+    return axis.name in (getattr(get_object(target), "takes", ()) if axis.of else _parameters(target))
+
+
+def with_option(owner: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """An axis value's config with this value of an option that it has."""
+    rest = {option: said for option, said in owner.items() if option != name}
+    return rest if _parameters(owner["_target_"])[name].left_out(value) else {**rest, name: value}
+
+
+def said_by(group: str, config: dict[str, Any]) -> Any:
+    """What a value of a group says itself of the axis that it ``gives``."""
+    with own.blamed(group, config):
+        return getattr(build(config), AXES[group].gives)()
+
+
+def try_whole(group: str, config: dict[str, Any]) -> None:
+    """Have a value that has taken values of other axes in check itself; ``check_options`` could not, without these.
+
+    Raises:
+        ValueError: refused by its owner.
+    """
+    if not AXES[group].given:
+        _try(group, config)
 
 
 def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +245,7 @@ def check_options(group: str, config: dict[str, Any]) -> dict[str, Any]:
         _check_samples(checked, "seed" in takes)
     if "file" in takes and checked.get("file") is not None:
         _pin_file(group, checked)
-    if not given:
+    if not any(name in takes for name in given):
         _try(group, checked)
     return {option: value for option, value in checked.items() if option not in takes or not takes[option].left_out(value)}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lcbench.grid.axes import AXES, GROUPS, LABEL, value_of, with_first_names, with_present_names
+from lcbench.grid.axes import ALWAYS_TOLD, AXES, GROUPS, LABEL, value_of, with_first_names, with_present_names
 from lcbench.grid.values import parse_heads, parse_scale
 from lcbench.problem import Heads, Mesh, Problem, Scale
 
@@ -31,7 +31,9 @@ class Cell:
                     "lengths": {"name": "web_text", ...}},  # lengths, samples: where the mask has documents, draws something
          "seqlen": 65536, "scale": "2x8", "heads": "32x8x128", "dtype": "bfloat16",
          "direction": "forward_backward", "reduce_dtype": "float32", "seed": 0,
-         "workload": {...},  # where it is not attention: an axis with an ``unsaid`` value is left out at it (``grid/axes.py``)
+         # An axis with an ``unsaid`` value (``grid/axes.py``) is left out at it:
+         "workload": {"name": "block", ...options, "layers": 2, "model": {"name": "llama3_8b", ...}},  # model's heads are heads
+         "recompute": {"name": "full", ...}, "mesh": {"tp": 2, "dp": 2, "order": "tp-cp-dp"},
          "measure": {"warmup": 3, "min_iterations": 5, "max_iterations": 100, "budget_s": 20.0, "precision": 0.02,
                      "timeline": false}}
 
@@ -85,22 +87,30 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """For people: ``ring sdpa_flash causal_document(web_text) 64k 2x8``; not unique."""
-        return " ".join(self.words.values())
+        """For people: ``ring sdpa_flash causal_document(web_text) 64k 2x8``, and ``workload=block(llama3_8b, layers=2)
+        recompute=full mesh(tp=2)`` behind it where that is so; not unique.
+        """
+        return " ".join(map(self.told, self.words))
 
     @property
     def words(self) -> dict[str, str]:
         """The words of the label by axis."""
-        return {axis: self._word(axis) for axis in LABEL if axis in self.config}
+        return {axis: self.word(axis) for axis in LABEL if axis in self.config}
 
-    def _word(self, axis: str) -> str:
-        """The value of an axis, with the value of an axis that is folded into it in brackets."""
+    def told(self, axis: str) -> str:
+        """The word of an axis as a label tells it: with the axis's name where labels do not always tell it."""
+        word = self.word(axis)
+        return word if axis in ALWAYS_TOLD else f"{axis}({word})" if AXES[axis].has_options else f"{axis}={word}"
+
+    def word(self, axis: str) -> str:
+        """The value of an axis, with the values of axes that are folded into it in brackets; its default where nothing is said."""
         value = value_of(self.config, axis)
         if isinstance(value, int):
             return format_tokens(value)
-        options = self.config[axis] if axis in GROUPS else {}
-        folded = [options[other.name]["name"] for other in AXES.values() if other.folds_into == axis and other.name in options]
-        return f"{value}({', '.join(folded)})" if folded else str(value)
+        options = self.config.get(axis, {}) if axis in GROUPS else {}
+        folded = {other.name: options[other.name] for other in AXES.values() if other.folds_into == axis and other.name in options}
+        shown = [one["name"] if isinstance(one, dict) else f"{name}={one}" for name, one in folded.items() if one is not None]
+        return f"{value}({', '.join(shown)})" if shown else str(value)
 
 
 def _canonical(config: dict[str, Any]) -> str:

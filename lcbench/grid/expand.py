@@ -15,8 +15,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lcbench.cp.base import Scheduled
+from lcbench.cp.base import Scheduled, Strategy
 from lcbench.grid import build, overrides, own, values
 from lcbench.grid import site as sites
-from lcbench.grid.axes import AXES, CELL_AXES, GROUPS, RESERVED, WITH_OPTIONS, plain_axes, renamed
+from lcbench.grid.axes import AXES, CELL_AXES, GROUPS, OTHER_WAYS, RESERVED, WITH_OPTIONS, Axis, plain_axes, renamed
 from lcbench.grid.cell import Cell
 from lcbench.grid.overrides import LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
 from lcbench.grid.paths import CONF, REPOSITORY
+from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
@@ -123,13 +125,13 @@ def expand(lines: Sequence[str], loader: ConfigLoaderImpl) -> Plan:
     parsed = overrides.read(lines, loader)
     swept = next((o for o in parsed if root_of(o) == "experiment" and o.is_sweep_override()), None)
     overrides.check(parsed, loader, launchers_of(loader))
-    if swept is None:
-        return _plan(parsed, tuple(lines), loader)
     # An experiment may set anything, so each is a plan of its own.
     others = [text_of(o) for o in parsed if o is not swept]
-    plans = [expand([line, *others], loader) for line in lines_of(swept)]
+    each = [parsed] if swept is None else [overrides.read([line, *others], loader) for line in lines_of(swept)]
+    plans = [_plan(one, tuple(lines), loader) for one in each]
     joined = {p.cell.id: p for plan in plans for p in plan.cells}
-    return replace(plans[0], cells=tuple(joined.values()), overrides=tuple(lines))
+    _refuse_unused(parsed, [p.cell.config for p in joined.values()])
+    return replace(plans[0], cells=tuple(joined.values()))
 
 
 def _plan(parsed: list[Override], lines: tuple[str, ...], loader: ConfigLoaderImpl) -> Plan:
@@ -144,7 +146,7 @@ def _plan(parsed: list[Override], lines: tuple[str, ...], loader: ConfigLoaderIm
     site = _site(base["site"], launchers_of(loader))
     by_site = "scale" not in swept and base["scale"] == site.get("scale")
     configs = _product(base, [text_of(o) for o in fixed if root_of(o) in ("site", "experiment")], axes, loader)
-    made = (Cell.from_config(cell_config(config, both="seqlen" in swept, by_site=by_site)) for config in configs)
+    made = (Cell.from_config(cell_config(config, said=swept, by_site=by_site)) for config in configs)
     cells = {cell.id: cell for cell in made}
     folder = Path(str(options["results"])).absolute() / str(options["sweep"] or "")
     launcher = str(chosen[-1].value()) if chosen else str(site.get("launcher"))
@@ -185,7 +187,7 @@ def _axes(typed: list[Override], base: dict[str, Any], loader: ConfigLoaderImpl)
     """Overrides of axes, those of an experiment's own sweep first, and their keys. What was typed of a key counts."""
     said = {overrides.key_of(text_of(o)): o for o in typed}
     params = {k: v for k, v in base["hydra"]["params"].items() if k not in said}
-    _one_length(said, base, params)
+    _one_way(said, base, params)
     every = [*overrides.read([f"{k}={v}" for k, v in params.items()], loader), *typed]
     overrides.check(every, loader, launchers_of(loader))
     return [o for o in every if not _is_fixed(o)], {*said, *params}
@@ -276,31 +278,85 @@ def _unresolved(error: BaseException, key: str, lines: list[str]) -> str:
     return f"{where}: {re.sub(r'^[A-Za-z]*Error raised while resolving interpolation: ', '', said)}"
 
 
-def _one_length(said: dict[str, Override], base: dict[str, Any], params: dict[str, Any]) -> None:
-    """A length on the command line, in either way of saying it, takes the place of an experiment's in the other."""
-    for way, other in (("seqlen", "seqlen_per_rank"), ("seqlen_per_rank", "seqlen")):
-        if way in said and other not in said and said[way].value() is not None:
-            base[other] = None
-            params.pop(other, None)
+def _one_way(said: dict[str, Override], base: dict[str, Any], params: dict[str, Any]) -> None:
+    """What is on the command line, in either way of saying it, takes the place of an experiment's in the other."""
+    for one, two in OTHER_WAYS.items():
+        for way, other in ((one, two), (two, one)):
+            if way in said and other not in said and said[way].value() is not None:
+                base.update({other: None} if other in base else {})
+                params.pop(other, None)
 
 
-def cell_config(config: dict[str, Any], *, both: bool = False, by_site: bool = False) -> dict[str, Any]:
+def cell_config(config: dict[str, Any], *, said: Collection[str] = (), by_site: bool = False) -> dict[str, Any]:
     """The canonical config of a cell from a composed one: every value checked, every token count an integer.
 
     Args:
-        both: seqlen was asked for, so that seqlen_per_rank beside it is a contradiction.
+        said: keys that were asked for: what another one says differently beside one of them is a contradiction.
         by_site: nobody asked for the scale, which is the site's; what runs on one rank only then gets one.
     """
     found: dict[str, Any] = {group: build.check_options(group, config[group]) for group in GROUPS}
     scale = _scale(config["scale"], found["cp"], by_site)
-    found |= {"seqlen": _seqlen(config["seqlen"], config["seqlen_per_rank"], scale, both), "scale": str(scale)}
+    seqlen = _seqlen(config["seqlen"], config["seqlen_per_rank"], scale, "seqlen" in said)
+    found |= {"seqlen": seqlen, "scale": str(scale)}
+    found |= {name: axis.parse(config[name]) for name, axis in CELL_AXES.items() if axis.parse is not None and name not in found}
     for axis in AXES.values():
-        if axis.folds_into in found and axis.home:
-            owner = found[axis.folds_into]
-            found[axis.folds_into] = build.with_option(owner, axis.name, found[axis.name])
-        elif axis.parse is not None and axis.name not in found:
-            found[axis.name] = axis.parse(config[axis.name])
+        if axis.of and not build.takes_axis(found[axis.of], axis):
+            found[axis.name] = axis.unsaid
+        elif axis.folds_into in GROUPS and build.takes_axis(found[axis.folds_into], axis):
+            _fold(axis, found, config, said)
+    for group in {axis.folds_into for axis in AXES.values()} & set(GROUPS):
+        if any(build.takes_axis(found[group], axis) for axis in AXES.values() if axis.folds_into == group):
+            _check_whole(group, json.dumps(found[group]))
     return {name: found[name] for name, axis in CELL_AXES.items() if axis.unsaid is None or found[name] != axis.unsaid}
+
+
+def _fold(axis: Axis, found: dict[str, Any], config: dict[str, Any], said: Collection[str]) -> None:
+    """Put the value of an axis into that of the one that it folds into, and where it ``gives`` another axis its value, that too."""
+    group = axis.folds_into
+    if axis.home:
+        found[group] = build.with_option(found[group], axis.name, found[axis.name])
+    elif config[axis.name] is not None:
+        if (way := OTHER_WAYS[axis.name]) in said:
+            both = f"{axis.name}={values.shown(config[axis.name])} and {way}={values.shown(found[group][axis.name])}"
+            raise ValueError(f"{both} are two ways to say one thing; write one of them")
+        assert axis.parse is not None
+        found[group] = build.with_option(found[group], axis.name, axis.parse(config[axis.name]))
+    if axis.gives:
+        own = _given_by(axis.name, json.dumps(found[axis.name]))
+        if axis.gives in said and found[axis.gives] != own:
+            raise ValueError(
+                f"{axis.gives}={found[axis.gives]} contradicts {axis.name}={found[axis.name]['name']}, which has {own}; leave "
+                f"{axis.gives} out, or write another {axis.name}"
+            )
+        found[axis.gives] = own
+
+
+@cache
+def _given_by(group: str, config: str) -> str:
+    return str(build.said_by(group, json.loads(config)))
+
+
+@cache
+def _check_whole(group: str, config: str) -> None:
+    build.try_whole(group, json.loads(config))
+
+
+def _refuse_unused(parsed: list[Override], cells: list[dict[str, Any]]) -> None:
+    """Raises:
+    ValueError: a value of an axis that only some values of another axis take was typed, and no cell has one of these.
+    """
+    for override in parsed:
+        axis = AXES.get(root_of(override))
+        group = axis and (axis.of or axis.folds_into)
+        if axis is None or group not in GROUPS:
+            continue
+        idle = axis.unsaid["name"] if axis.unsaid else "null"
+        if override.key_or_group == axis.name and {line.partition("=")[2] for line in lines_of(override)} == {idle}:
+            continue  # what every cell says
+        owners = [config.get(group, AXES[group].unsaid) for config in cells]
+        if not any(build.takes_axis(owner, axis) for owner in owners):
+            names = ",".join(dict.fromkeys(owner["name"] for owner in owners))
+            raise ValueError(f"{text_of(override)} means nothing here: {group}={names} has no {axis.name}")
 
 
 def _scale(said: Any, strategy: dict[str, Any], by_site: bool) -> Scale:
@@ -331,13 +387,28 @@ def skip_reason(cell: Cell) -> str | None:
         mask = _mask(json.dumps(config["mask"]), problem, config["seed"])
     except DoesNotFit as error:
         return f"mask {config['mask']['name']}: {error}"
+    made = {}
     for group, builder in (("kernel", build.build_kernel), ("cp", build.build_strategy)):
-        value = _object(group, json.dumps(config[group]), builder)
-        if reason := own.reason_not(group, config[group], value, problem, mask):
+        made[group] = _object(group, json.dumps(config[group]), builder)
+        if reason := own.reason_not(group, config[group], made[group], problem, mask):
             return f"{group} {config[group]['name']}: {reason}"
+    if reason := _refused_by_workload(config, problem, mask, made["kernel"], made["cp"]):
+        return reason
     if own.named_in(config["cp"]):
         _prove(json.dumps(config["cp"]), json.dumps(config["mask"]), problem, config["seed"])
     return None
+
+
+def _refused_by_workload(config: dict[str, Any], problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy) -> str | None:
+    """What the workload says to a problem; the axis's default takes what kernel and strategy take, and a plan need not load it."""
+    said = config.get("workload")
+    if said is None:
+        return None
+    workload = _object("workload", json.dumps(said), build.build_workload)
+    taken = {name: config[name] for name in ("workload", "recompute") if name in config}
+    recompute = _object("recompute", json.dumps(taken), build.build_recompute)
+    reason = own.reason_not("workload", said, workload, problem, mask, kernel, strategy, recompute)
+    return reason and f"workload {said['name']}: {reason}"
 
 
 def pairs(cell: Cell) -> float:

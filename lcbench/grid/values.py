@@ -10,14 +10,16 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from lcbench.problem import DIRECTIONS, DTYPES, REDUCE_DTYPES, Heads, Scale
+from lcbench.problem import ALONE, DIRECTIONS, DTYPES, REDUCE_DTYPES, Heads, Mesh, Scale
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 # Far beyond what anybody runs, and small enough that a slip of the finger is no plan that never ends.
@@ -133,6 +135,16 @@ def parse_limit(value: object, name: str) -> int | None:
     return None if value is None else parse_int(value, name, least=1)
 
 
+def parse_all_or(value: object, name: str) -> int | None:
+    """A number of at least 1; or ``all``, which is None."""
+    if value == "all":
+        return None
+    try:
+        return parse_int(value, name, least=1)
+    except ValueError as error:
+        raise ValueError(f"{error}, or all") from error
+
+
 def parse_number(value: object, name: str) -> float:
     """A finite number above 0, also as text."""
     number = _read(value)
@@ -157,6 +169,25 @@ def parse_measure(value: object) -> dict[str, Any]:
         raise ValueError(f"measure.{missing[0]} is not set")
     found = {option: parse(value[option], f"measure.{option}") for option, parse in MEASURE.items() if option in value}
     return {option: one for option, one in found.items() if option != "blocks" or one != BLOCKS}
+
+
+def parse_mesh(value: object) -> dict[str, Any]:
+    """Groups of context-parallel ranks, as a cell's config holds them: how many by ``tp`` and ``dp``, and the order of ranks.
+
+    What has one rank has no place in the order: it stands where it stands by default, so that the same groups are the same cell.
+
+    Raises:
+        ValueError: no whole numbers of at least 1, or no order of the three.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"mesh={shown(value)} means nothing; it has options, and each is set by itself: mesh.tp=2 mesh.dp=2")
+    if unknown := sorted(set(value) - set(MESH)):
+        raise ValueError(f"mesh has no option {unknown[0]!r}; it has {', '.join(MESH)}")
+    sizes = {name: parse_int(value.get(name), f"mesh.{name}", least=1) for name in ("tp", "dp")}
+    said = Mesh(**sizes, order=shown(value.get("order"))).order.split("-")
+    moving = [name for name in said if sizes.get(name) != 1]
+    order = next(order for order in permutations(Mesh.DIMENSIONS) if [name for name in order if name in moving] == moving)
+    return {**sizes, "order": "-".join(order)}
 
 
 def parse_option(value: object, name: str, kind: Any) -> Any:
@@ -235,6 +266,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONG else f"{text[:LONG]}..."
 
 
+# Options of mesh, at their defaults: nothing but the context-parallel group.
+MESH: dict[str, Any] = asdict(ALONE)
 # measure.blocks at its default is no part of a cell: cells of before there were blocks keep their ids.
 BLOCKS = 3
 # Options of measure, and how each is read.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -26,16 +27,28 @@ def draw(
         group: (dp, tp) index of the context-parallel group: others have other data, or other heads of the same.
     """
     heads = problem.heads.q if name in ("q", "dout") else problem.heads.kv
-    dtype = getattr(torch, problem.dtype)
+    return draw_rows(name, tokens, (heads, problem.heads.dim), getattr(torch, problem.dtype), seed, device, group)
+
+
+def draw_rows(
+    name: str,
+    tokens: Ints,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device,
+    group: tuple[int, int] = (0, 0),
+) -> torch.Tensor:
+    """The same of any global tensor: (T, ...), of rows of a shape."""
     drawn_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    result = torch.empty((len(tokens), heads, problem.heads.dim), dtype=dtype, device=device)
+    result = torch.empty((len(tokens), *shape), dtype=dtype, device=device)
     generator = torch.Generator(device)
     blocks, inverse = np.unique(tokens // BLOCK, return_inverse=True)
     rows, ends = np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse, minlength=len(blocks)))
-    together = max(1, ELEMENTS // (BLOCK * heads * problem.heads.dim))
+    together = max(1, ELEMENTS // (BLOCK * math.prod(shape)))
     for first in range(0, len(blocks), together):
         some = blocks[first : first + together].tolist()
-        values = torch.empty((len(some), BLOCK, heads, problem.heads.dim), dtype=drawn_dtype, device=device)
+        values = torch.empty((len(some), BLOCK, *shape), dtype=drawn_dtype, device=device)
         for block, into in zip(some, values, strict=True):
             text = f"{seed}/{name}/{block}" + ("/{}/{}".format(*group) if any(group) else "")  # the first is as where there is one
             generator.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1)

@@ -95,7 +95,7 @@ class Comparison:
         for axis in LABEL:
             groups: dict[str, list[Compared]] = {}
             for c in self.cells:
-                groups.setdefault(c.cell.words.get(axis, ""), []).append(c)
+                groups.setdefault(c.cell.word(axis), []).append(c)
             if len(groups) > 1:
                 found += [Share.of(axis, value, cells) for value, cells in groups.items()]
         return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lcbench.grid.axes import CELL_GROUPS, CHOICE, LABEL, PROBLEM
+from lcbench.grid.axes import ALWAYS_TOLD, AXES, CELL_GROUPS, CHOICE, PROBLEM, WITH_OPTIONS, value_of
 from lcbench.grid.cell import flat_config
 from lcbench.report.intervals import KNOWN, NORMAL_95, Median, Timing, medians
 from lcbench.runs.store import Attempt, Look, Record, Sweep, Unreadable
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PHASES = ("forward", "backward", "total")
+# Columns of groups that fold into a group: what such a value is called is told by them always, and without the option's name.
+FOLDED = frozenset(f"{axis.folds_into}.{axis.name}" for axis in AXES.values() if axis.home and axis.folds_into)
 PREDICTED = " (predicted)"  # at the end of a choice that was not measured
 
 
@@ -70,12 +72,12 @@ def _row(sweep: str, cell_id: str, record: Record, attempt: Attempt | None, samp
 def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False) -> pd.DataFrame:
     """Every cell of a sweep (``seen``: as a look at it showed them), with samples and with columns for reports:
 
-    ``what_kernel``, ``what_cp``, ``what_mask``: the axis value with those of its options that differ between rows; ``choice``:
-    kernel, strategy and reduce_dtype in one word; ``problem``: all that a choice is an answer to, as one key; ``setting``: what of
-    the problem is neither mask, length, scale nor seed; ``where``: that with the seed, if there are several; ``tokens_per_rank``;
-    ``<phase>_by_mean``: TFLOP/s per GPU with the mean over ranks for a time, as others count, where ours is the slowest rank's;
-    ``timed/<phase>``: its time as a ``Median``, with the noise that all good cells of the sweep tell together; of a prediction with
-    its band; ``good``: whether it is one of the results that answers rest on.
+    ``what_kernel``, ``what_cp``, ``what_mask`` and so on: the axis value with those of its options that differ between rows;
+    ``choice``: strategy, kernel, reduce_dtype and recompute in one word; ``problem``: all that a choice is an answer to, as one
+    key; ``setting``: what of the problem is neither mask, length, scale nor seed; ``where``: that with the seed, if there are
+    several; ``tokens_per_rank``; ``<phase>_by_mean``: TFLOP/s per GPU with the mean over ranks for a time, as others count,
+    where ours is the slowest rank's; ``timed/<phase>``: its time as a ``Median``, with the noise that all good cells of the
+    sweep tell together; of a prediction with its band; ``good``: whether it is one of the results that answers rest on.
 
     Where ranks shared a GPU (``no_speed``) there is neither a time nor a rate. A cell that was only predicted has the status
     ``predicted``, and says so in its ``choice``; it is not good, and so wins nothing.
@@ -94,17 +96,20 @@ def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False)
     frame.loc[frame["no_speed"] != "", speeds] = np.nan
     for group in CELL_GROUPS:
         frame[f"what_{group}"] = named(frame, group)
-    differing = [axis for axis in CHOICE if axis == "cp" or frame[axis].nunique() > 1]
-    shown = [f"what_{axis}" if axis in CELL_GROUPS else axis for axis in sorted(differing, key=lambda axis: axis != "cp")]
-    frame["choice"] = [" + ".join(map(str, values)) for values in frame[shown].to_numpy()]
+    for axis in WITH_OPTIONS:
+        if axis in PROBLEM and axis not in CELL_GROUPS:
+            frame[axis] = _options(frame, axis)
+    differing = [axis for axis in CHOICE if axis == "cp" or _several(frame, axis)]
+    told = [_told(frame, axis) for axis in sorted(differing, key=lambda axis: axis != "cp")]
+    frame["choice"] = [" + ".join(words) for words in zip(*told, strict=True)]
     frame.loc[frame["status"] == "predicted", "choice"] += PREDICTED
     options = sorted(
         c for c in frame.columns if c.partition(".")[0] in PROBLEM and "." in c and c != "mask.file"
     )  # its digest is there
     rows = frame.to_dict("records")
     frame["problem"] = [json.dumps([_plain(row[c]) for c in (*PROBLEM, *options)]) for row in rows]
-    rest = [axis for axis in PROBLEM if axis not in (*LABEL, "seed") and (axis == "heads" or frame[axis].nunique() > 1)]
-    frame["setting"] = [", ".join(f"{a} {row[a]}" for a in rest) for row in rows]
+    rest = [axis for axis in PROBLEM if axis not in (*ALWAYS_TOLD, "seed") and (axis == "heads" or _several(frame, axis))]
+    frame["setting"] = [", ".join(f"{axis} {row[_column(axis)]}" for axis in rest) for row in rows]
     frame["where"] = frame["setting"] + (", seed " + frame["seed"].astype(str) if frame["seed"].nunique() > 1 else "")
     frame["tokens_per_rank"] = frame["seqlen"] // frame["world_size"]
     for phase in PHASES:
@@ -138,9 +143,9 @@ def named(frame: pd.DataFrame, group: str) -> list[str]:
     columns = [c for c in frame.columns if c.startswith(f"{group}.") and c.count(".") == 1]
     differ: dict[str, list[str]] = {}
     for name, rows in frame.groupby(group, sort=False):
-        differ[str(name)] = [c for c in columns if rows[c].map(lambda v: json.dumps(_plain(v))).nunique() > 1]
-        if group == "mask" and "mask.lengths" in columns and rows["mask.lengths"].notna().any():
-            differ[str(name)] = ["mask.lengths", *(c for c in differ[str(name)] if c != "mask.lengths")]
+        folded = [c for c in columns if c in FOLDED and rows[c].notna().any()]
+        differ[str(name)] = [c for c in columns if c not in folded and rows[c].map(lambda v: json.dumps(_plain(v))).nunique() > 1]
+        differ[str(name)][:0] = folded
     names = []
     for row in frame.to_dict("records"):
         said = [_option(c, row[c]) for c in differ[str(row[group])] if _plain(row[c]) is not None]
@@ -149,7 +154,29 @@ def named(frame: pd.DataFrame, group: str) -> list[str]:
 
 
 def _option(column: str, value: Any) -> str:
-    return str(value) if column == "mask.lengths" else f"{column.partition('.')[2]}={_plain(value)}"
+    return str(value) if column in FOLDED else f"{column.partition('.')[2]}={_plain(value)}"
+
+
+def _column(axis: str) -> str:
+    """Where a frame of ``reported`` has an axis in words."""
+    return f"what_{axis}" if axis in CELL_GROUPS else axis
+
+
+def _several(frame: pd.DataFrame, axis: str) -> bool:
+    return bool(frame[_column(axis)].nunique() > 1)
+
+
+def _told(frame: pd.DataFrame, axis: str) -> list[str]:
+    """An axis in the words of a choice: with its name where labels do not always tell it."""
+    name = "" if AXES[axis].unsaid is None else f"{axis}="
+    return [f"{name}{value}" for value in frame[_column(axis)]]
+
+
+def _options(frame: pd.DataFrame, axis: str) -> list[str]:
+    """What a plain axis with options is, in one text a row."""
+    columns = {c: c.partition(".")[2] for c in frame.columns if c.startswith(f"{axis}.")}
+    rows = frame[[*columns]].to_dict("records")
+    return [value_of({axis: {option: _plain(row[c]) for c, option in columns.items()}}, axis) for row in rows]
 
 
 def _plain(value: Any) -> Any:

@@ -36,7 +36,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lcbench.grid.build import allow, build_kernel, build_mask, build_strategy, build_workload, check_targets, draws
+from lcbench.grid.build import (
+    allow,
+    build_kernel,
+    build_mask,
+    build_recompute,
+    build_strategy,
+    build_workload,
+    check_targets,
+    draws,
+)
 from lcbench.grid.cell import Cell
 from lcbench.measure import progress
 from lcbench.measure.blocks import blocks_of, shared, with_block, without_times
@@ -386,6 +395,7 @@ def work_of(cell: Cell, running: Running | None = None) -> Work:
         draws=draws(config["mask"]),
         # Each block has its check look elsewhere.
         attempt=number + BLOCK_STRIDE * (block - 1),
+        recompute=build_recompute(config),
     )
 
 

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -175,6 +175,7 @@ class SavedPass:
 
     ``out`` (T, Hq, D) and ``lse`` (T, Hq) are of this rank's own tokens (LSE is NaN where another rank alone computed them);
     ``finals`` of the operands whose every key this rank computed. ``kv`` are keys and values together; apart where nothing moves.
+    ``slots`` hold the kept buffers, by slot, where ``Executor.hold`` took them out of the next pass's way.
     """
 
     q: torch.Tensor
@@ -182,6 +183,7 @@ class SavedPass:
     out: torch.Tensor
     lse: torch.Tensor
     finals: dict[tuple[int, tuple[int, ...]], Part]
+    slots: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,7 @@ class Executor:
     Attributes:
         tokens: global indices of this rank's tokens, in the order of its tensors.
         own_lse: True: ``lse`` gives what ``forward`` found.
+        resumes: True, see ``RankRun``.
         sums_are_wide: whether gradients are added up in the type of sums on their way between ranks.
         bytes_sent, bytes_between_nodes, buffer_bytes, calls, pairs, collectives: see ``Counters``; bytes since a pass last began.
     """
@@ -229,12 +232,13 @@ class Executor:
     ) -> None:
         self.schedule, self.problem, self.rank, self.device = schedule, problem, rank, device
         self.tokens = schedule.layout.tokens(rank)
-        self.own_lse, self.sums_are_wide = True, problem.reduce_dtype != "input"
+        self.own_lse = self.resumes = True
+        self.sums_are_wide = problem.reduce_dtype != "input"
         self.bytes_sent = self.bytes_between_nodes = 0
         self._marks: list[tuple[int, list[Mark]]] | None = None
         self._apart: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._views: dict[tuple[int, int], torch.Tensor] = {}
-        self._compute = self._communicate = True
+        self._views: dict[int, dict[tuple[int, int], torch.Tensor]] = {}  # by slot
+        self._compute = self._communicate = self._returns = True
         moves = traffic(schedule, backward=problem.backward)
         self._forward_steps = moves.steps
         operations = operations_of(lowering, dist.get_backend()) if moves.transfers else ()
@@ -243,6 +247,7 @@ class Executor:
         self._join(groups, moves)
         self.buffer_bytes = self._program.buffer_bytes
         self.collectives = sorted({each.operation for each in self._program.lowered if each is not None})
+        self._kept_slots = sorted(self._program.kept_slots) if problem.backward else []
         self._slots = [torch.zeros(size, dtype=torch.uint8, device=device) for size in self._program.slots]
         self._kv_heads = [self._index(group.kv_heads) for group in schedule.heads]
         input_dtype: torch.dtype = getattr(torch, problem.dtype)
@@ -428,6 +433,56 @@ class Executor:
                     lse[piece.begin : piece.end, self._heads("q", message.group)] = part
         return lse
 
+    # -- several passes under way --------------------------------------------------------------------------------
+
+    def hold(self, saved: SavedPass) -> SavedPass:
+        """What ``forward`` has just saved, with all that backward needs of it: the next forward overwrites nothing of it."""
+        taken = {slot: self._slots[slot] for slot in self._kept_slots}
+        for slot, memory in taken.items():
+            self._put(slot, torch.zeros_like(memory))
+        return replace(saved, slots=taken)
+
+    def _put(self, slot: int, memory: torch.Tensor) -> None:
+        self._slots[slot] = memory
+        self._views.pop(slot, None)
+
+    def resume(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, results: Sequence[torch.Tensor]) -> SavedPass:
+        """What ``forward`` saves for these inputs, from the results of a pass before: no tile is computed, and only what backward
+        needs in kept buffers is moved again. Collective."""
+        out, lse, *finals = results
+        keys = sorted(self._program.finals)
+        known = dict(zip(keys, zip(finals[::2], finals[1::2], strict=True), strict=True))
+        if self._alone is not None:
+            return SavedPass(q, (k, v), out, lse, {})
+        self._begin(compute=False, communicate=True, returns=False)
+        self._own = {"q": q, "kv": self._packed(k, v)}
+        saved = SavedPass(q, self._own["kv"], out, lse, known)
+        if self._kept_slots:
+            self._parts, self._total = {}, None
+            for number in range(self._forward_steps):
+                self._run_step(number, self._forward_tile)
+        self._own, self._parts, self._total, self._apart = {}, {}, None, {}
+        return saved
+
+    def results(self, saved: SavedPass) -> list[torch.Tensor]:
+        """What ``resume`` takes: out (T, Hq, D), LSE (T, Hq), and those of other ranks' queries that this rank alone computed."""
+        return [saved.out, saved.lse, *(x for key in sorted(saved.finals) for x in saved.finals[key])]
+
+    def apart(self, saved: SavedPass) -> tuple[list[torch.Tensor], Callable[[Sequence[torch.Tensor]], SavedPass]]:
+        """All tensors that backward needs: q, keys and values, ``results``, kept buffers; and how to put such together again."""
+        kv = list(saved.kv) if isinstance(saved.kv, tuple) else [saved.kv]
+        results, slots, keys = self.results(saved), sorted(saved.slots), sorted(saved.finals)
+        counts = (1, len(kv), 2, 2 * len(keys), len(slots))
+
+        def together(tensors: Sequence[torch.Tensor]) -> SavedPass:
+            every = iter(tensors)
+            (q,), kv, (out, lse), finals, held = ([next(every) for _ in range(count)] for count in counts)
+            pairs = zip(finals[::2], finals[1::2], strict=True)
+            whole = kv[0] if len(kv) == 1 else (kv[0], kv[1])
+            return SavedPass(q, whole, out, lse, dict(zip(keys, pairs, strict=True)), dict(zip(slots, held, strict=True)))
+
+        return [saved.q, *kv, *results, *(saved.slots[slot] for slot in slots)], together
+
     # -- backward --------------------------------------------------------------------------------------------------
 
     def backward(
@@ -441,6 +496,8 @@ class Executor:
             grads = self._alone.backward(dout, whole, softmax_scale=self.problem.softmax_scale)
             dq, dk, dv = (grad.to(dout.dtype) for grad in grads)
             return dq, dk, dv
+        for slot, memory in saved.slots.items():
+            self._put(slot, memory)
         self._own, self._saved = self._backward_own(dout, saved.kv, saved), saved
         for number in range(self._forward_steps, 2 * self._forward_steps + 1):
             self._run_step(number, self._backward_tile)
@@ -497,9 +554,9 @@ class Executor:
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
-    def _begin(self, compute: bool, communicate: bool) -> None:
+    def _begin(self, compute: bool, communicate: bool, returns: bool = True) -> None:
         self.bytes_sent = self.bytes_between_nodes = 0
-        self._compute, self._communicate = compute, communicate
+        self._compute, self._communicate, self._returns = compute, communicate, returns
         self._works: dict[tuple[int, int], list[Waits]] = {}  # by when they end, and round
         self._apart = {}
         self._waiting: dict[tuple[int, int, tuple[int, int]], torch.Tensor] = {}
@@ -535,11 +592,15 @@ class Executor:
         for operand in step.zeroed:
             self._buffer(operand, number).zero_()
 
+    def _goes(self, moved: Message | Exchange) -> bool:
+        """Whether it moves in this pass: results do not where they are known already."""
+        return self._returns or moved.payload.combine != "merge"
+
     def _receive(self, step: RankStep, number: int, turn: int) -> None:
         """Wait for a round and take what it brought; the next but one is posted then, while the next one arrives."""
         _wait(self._works.pop((number, turn), []))
         for message in step.arrivals:
-            if message.round == turn:
+            if message.round == turn and self._goes(message):
                 self._unpack(message)
         if turn + 2 < step.rounds:
             self._post(step, turn + 2)
@@ -572,10 +633,10 @@ class Executor:
 
         A batch has both directions, so no rank waits for its turn.
         """
-        for exchange in [e for e in step.exchanges if e.round == turn]:
+        for exchange in [e for e in step.exchanges if e.round == turn and self._goes(e)]:
             self._works.setdefault((exchange.end, turn), []).extend(self._post_exchange(exchange))
-        sends = [m for m in step.sends if m.round == turn]
-        receives = [m for m in step.receives if m.round == turn]
+        sends = [m for m in step.sends if m.round == turn and self._goes(m)]
+        receives = [m for m in step.receives if m.round == turn and self._goes(m)]
         for channel, end in sorted({(m.channel, m.end) for m in (*sends, *receives)}):
             group = self._groups[channel]
             outgoing = [(m, self._pack(m)) for m in sends if (m.channel, m.end) == (channel, end)]
@@ -758,7 +819,8 @@ class Executor:
         self, memory: Buffer, kind: str, group: HeadGroup, tokens: int, precision: Precision, offset: int = 0
     ) -> torch.Tensor:
         """(tokens, heads of the group, ...) in a slot, ``offset`` bytes after its begin; made once."""
-        found = self._views.get((id(memory), offset))
+        views = self._views.setdefault(memory.slot, {})
+        found = views.get((id(memory), offset))
         if found is None:
             payload, dim = PAYLOADS[kind], self.problem.heads.dim
             heads = len(group) if payload.side == "q" else len(group.kv)
@@ -766,7 +828,7 @@ class Executor:
             flat = self._slots[memory.slot][offset : offset + size].view(self._dtypes[precision])
             apart = kind == "kv" and self._planes
             found = flat.view(2, tokens, heads, dim).permute(1, 2, 0, 3) if apart else flat.view(payload.shape(tokens, heads, dim))
-            self._views[id(memory), offset] = found
+            views[id(memory), offset] = found
         return found
 
 

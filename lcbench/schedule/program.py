@@ -206,6 +206,7 @@ class Program:
     Attributes:
         steps: a ``RankStep`` for each time.
         slots: bytes of each piece of memory that buffers share.
+        kept_slots: those in which something that came in forward is held for backward.
         finals: operands (group, bundle) of queries that are not this rank's own but whose every key it computes.
         sends_stats: whether LSE and delta of this rank's own queries are needed elsewhere or in a buffer.
         lowered: the collective of each transfer; None for one from point to point.
@@ -257,6 +258,7 @@ class Program:
         self._place_own_parts()
         self.slots: list[int] = []
         self._give_slots()
+        self.kept_slots = {self._lives[operand][0].slot for operand in self._kept() if self._lives[operand]}
         self.sends_stats = any("stats" in step.kinds_needed() for step in self.steps)
 
     # -- operands --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from lcbench.measure.ranks import EVERY, first_refusal
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.schedule.execute import Counters
-from lcbench.workloads.base import Work
+from lcbench.workloads.base import Work, Workload
 
 INPUTS = ("q", "k", "v", "dout")
 
@@ -38,7 +38,7 @@ class Sent(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Attention:
+class Attention(Workload):
     """Attention alone; it has no options. Phases are ``forward`` and, unless direction=forward, ``backward``."""
 
     def start(self, work: Work, draw: int, gang: Gang) -> AttentionSession:

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lcbench.cp.base import Strategy
 from lcbench.kernels.base import Kernel, refusal
 from lcbench.masks.mask import Mask
-from lcbench.measure.session import Gang, Session
 from lcbench.problem import ALONE, Mesh, Problem, Scale
+
+if TYPE_CHECKING:
+    from lcbench.measure.session import Gang, Session  # with torch, which planning does without
 
 
 class Workload(Protocol):
-    """A frozen dataclass of options, found by conf/workload/<name>.yaml."""
+    """A frozen dataclass of options, found by conf/workload/<name>.yaml. Methods with a body are defaults.
 
+    An option ``model`` or ``layers`` is said by the axis of that name. A plan asks for ``takes`` and ``unsupported`` on a login
+    node, so modules import torch lazily.
+
+    Attributes:
+        takes: the axes that cells of it have besides those that all cells have: ``recompute``.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ()
+
+    def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
+        """None if it can run this problem with this mask, kernel and strategy, all of which take the problem; else the reason,
+        stored word for word in the skipped result.
+
+        Args:
+            recompute: as in ``Work``.
+        """
+        return None
+
+    @abstractmethod
     def start(self, work: Work, draw: int, gang: Gang) -> Session:
         """One draw of a cell, ready to run on this rank. Collective."""
         ...
@@ -34,6 +56,7 @@ class Work:
         problem: of one context-parallel group.
         mesh: which groups are at work at once.
         scale: of all ranks; None: that of the problem, of which there is one group.
+        recompute: what backward computes again (``lcbench.workloads.recompute``); None: the workload does not take it.
     """
 
     workload: Workload
@@ -45,6 +68,7 @@ class Work:
     seed: int
     draws: int = 1
     attempt: int = 1
+    recompute: Any = None
     mesh: Mesh = ALONE
     scale: Scale | None = None
 

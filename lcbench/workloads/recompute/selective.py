@@ -1,0 +1,37 @@
+"""LoongTrain's Selective Checkpoint++ (arXiv 2406.18485, section 5.2): a layer keeps its input and the results of its attention, so
+backward computes all of the layer again but the attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lcbench.cp.base import RankRun
+from lcbench.workloads.recompute.base import Again, needs_results, recomputed
+
+if TYPE_CHECKING:
+    import torch
+
+    from lcbench.workloads.transformer import Kept, Layer, Rope, Stack
+
+
+@dataclass(frozen=True)
+class Selective:
+    """It has no options."""
+
+    def forward(self, stack: Stack, x: torch.Tensor) -> torch.Tensor:
+        from lcbench.workloads.transformer import Kept  # with torch, which planning does without
+
+        for layer in stack.layers:
+            x = recomputed(_layer, layer, x, stack.rope, Kept())
+        return x
+
+    def refuses(self, run: RankRun) -> str | None:
+        return needs_results(run)
+
+    def again(self) -> Again:
+        return Again(token_wise=1.0)
+
+
+def _layer(layer: Layer, x: torch.Tensor, rope: Rope, kept: Kept) -> torch.Tensor:
+    return layer.after(x, layer.attend(x, rope, kept))
