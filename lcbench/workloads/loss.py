@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from lcbench.masks.band import Ints
 from lcbench.measure.inputs import draw_rows
-from lcbench.measure.ranks import reduce
+from lcbench.measure.ranks import EVERY
 from lcbench.workloads.transformer import Head
 
 UNLABELLED = -100  # torch's own word for a token without a label
@@ -31,7 +31,7 @@ class ChunkedLoss:
 
     def __init__(self, head: Head, labels: torch.Tensor, chunk: int) -> None:
         self.head, self.labels, self.chunk = head, labels, chunk
-        self.labelled = int(reduce((labels != UNLABELLED).sum()))
+        self.labelled = int(EVERY.reduce((labels != UNLABELLED).sum()))
 
     def __call__(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """dy (T, hidden), and this rank's part of the loss; the head's weights have their gradients then, which are summed over

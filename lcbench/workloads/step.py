@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from lcbench.kernels.base import Unsupported
-from lcbench.measure.ranks import all_gather_object, first_refusal
+from lcbench.measure.ranks import EVERY, first_refusal
 from lcbench.measure.session import Gang, Phases
 from lcbench.workloads.base import Work
 from lcbench.workloads.block import Block
@@ -28,7 +28,7 @@ class BlockSession:
             reason = work.recompute.refuses(run)
         except Unsupported as refused:
             reason = str(refused)
-        self.refused = first_refusal(all_gather_object(reason))
+        self.refused = first_refusal(EVERY.all_gather_object(reason))
         if self.refused:
             return
         self.training = Training(block, work, Attention(run), work.recompute, gang.device)
