@@ -15,9 +15,7 @@ from lcbench.cp.base import Strategy
 from lcbench.grid import build
 from lcbench.grid.axes import PROBLEM
 from lcbench.grid.cell import Cell
-from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Planned
-from lcbench.kernels.base import Platform
 from lcbench.predict.predictor import CannotPredict, Prediction, Predictor
 from lcbench.report.amounts import size, times
 from lcbench.runs.budget import alone
@@ -53,15 +51,6 @@ def by_problem(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
     return found
 
 
-def platform_of(predictor: Predictor) -> Platform:
-    """What kernels are asked about: the device of a machine."""
-    device = next((entry for entry in known_devices() if entry["name"] == predictor.machine.device), None)
-    if device is None:
-        return Platform("cpu")
-    major, minor = device["capability"]
-    return Platform("cuda", (major, minor), device["memory_bytes"])
-
-
 def rank(
     cells: Sequence[Planned], predictor: Predictor, refuse: Callable[[Cell], str | None] = lambda cell: None
 ) -> list[Candidate]:
@@ -71,20 +60,17 @@ def rank(
         refuse: why a cell cannot run that a plan lets run, such as a library that is not here; begins as the reasons of a plan
             do, ``kernel flex: ...`` or ``cp te_p2p: ...``.
     """
-    platform = platform_of(predictor)
     strategies = {json.dumps(p.cell.config["cp"]): build.build_strategy(p.cell.config["cp"]) for p in cells}
-    found = [_candidate(p, predictor, platform, refuse) for p in cells]
+    found = [_candidate(p, predictor, refuse) for p in cells]
     ranked: list[Candidate] = []
     for group in by_problem(map(_parallel, found)).values():
         ranked += sorted(_pruned(_kernels_once(group, strategies), predictor.machine.memory_bytes), key=_place)
     return ranked
 
 
-def _candidate(planned: Planned, predictor: Predictor, platform: Platform, refuse: Callable[[Cell], str | None]) -> Candidate:
+def _candidate(planned: Planned, predictor: Predictor, refuse: Callable[[Cell], str | None]) -> Candidate:
     cell = planned.cell
-    kernel = build.build_kernel(cell.config["kernel"])
-    unavailable = kernel.unavailable(cell.problem, platform)
-    if reason := planned.skip or (f"kernel {cell.config['kernel']['name']}: {unavailable}" if unavailable else refuse(cell)):
+    if reason := planned.skip or predictor.refusal(cell) or refuse(cell):
         return Candidate(cell, None, "cannot run", reason)
     try:
         return Candidate(cell, predictor.predict(cell), "may win")

@@ -174,9 +174,17 @@ class Kernel(Protocol):
         ...
 
 
-def refusal(kernel: Kernel, problem: Problem, device: torch.device) -> str | None:
-    """Why a kernel does not run a problem in this process on this device, or None."""
-    return kernel.unavailable(problem, Platform.of(device)) or kernel.missing()
+class Refusing(Protocol):
+    """What may not run on a machine, or in a process: kernels, and strategies too (``cp.base.Strategy``)."""
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None: ...
+
+    def missing(self) -> str | None: ...
+
+
+def refusal(choice: Refusing, problem: Problem, device: torch.device) -> str | None:
+    """Why a kernel or a strategy does not run a problem in this process on this device, or None."""
+    return choice.unavailable(problem, Platform.of(device)) or choice.missing()
 
 
 def importable(*modules: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from lcbench.predict.draws import draws_of
-from lcbench.predict.fitted import Coefficients, Fitted, KernelFit, Residual
+from lcbench.predict.fitted import Coefficients, Fit, KernelFit, Residual
 from lcbench.predict.machines import peak_flops
 from lcbench.predict.observations import CellTime, CollectiveTime, KernelTime, Observation
 from lcbench.predict.search import search
@@ -48,7 +48,7 @@ def guess(machine: Machine, dtype: str) -> Coefficients:
     )  # fmt: skip
 
 
-def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = FOLDS) -> Fitted:
+def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = FOLDS) -> Fit:
     """What explains the observations best on a machine.
 
     Args:
@@ -326,7 +326,7 @@ def _written(
     cells: Sequence[_Played],
     left_out: Sequence[Floats],
     residuals: Sequence[Residual],
-) -> Fitted:
+) -> Fit:
     sources: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     by_strategy: dict[str, dict[str, None]] = defaultdict(dict)
     for each in seen:
@@ -339,7 +339,7 @@ def _written(
         f"{strategy}/{phase}": found.factor(strategy, phase).model_copy(update={"sources": tuple(by_strategy[strategy])})
         for strategy in by_strategy for phase in PHASES
     }  # fmt: skip
-    return Fitted(
+    return Fit(
         machine=found.machine.name, kernels=tuple(found.kernel(*key, sources=said) for key, said in sources.items()),
         factors=factors, links=found.links(), error=_error(cells, left_out), residuals=tuple(residuals),
         cells=tuple(cell.time.cell.id for cell in cells),

@@ -101,37 +101,20 @@ class KernelFit(Frozen):
         return float(self.cores // ranks or self.cores / ranks) if self.cores else 1.0
 
 
-class LinkFit(Frozen):
-    """As ``schedule.machine.Link``."""
-
-    latency_s: float
-    bytes_per_s: float
-
-
-class CollectiveFit(Frozen):
-    """As ``schedule.machine.Collective``."""
-
-    latency_s: float
-    efficiency: float
-    fewer: float = 0.0
-
-
 class MachineFit(Frozen):
     """Numbers of conf/machine in whose place fitted ones are; None: those of conf/machine stay."""
 
-    inside: LinkFit | None = None
-    across: LinkFit | None = None
+    inside: Link | None = None
+    across: Link | None = None
     memory_bytes_per_s: float | None = None
     launch_s: float | None = None
     message_s: float | None = None
-    collectives: dict[str, CollectiveFit] = {}
+    collectives: dict[str, Collective] = {}
 
     def of(self, machine: Machine) -> Machine:
         """The machine with what was fitted."""
-        said: dict[str, Any] = {name: value for name, value in self if isinstance(value, float)}
-        said |= {name: Link(**value.model_dump()) for name, value in self if isinstance(value, LinkFit)}
-        fitted = {name: Collective(**value.model_dump()) for name, value in self.collectives.items()}
-        return replace(machine, **said, collectives=machine.collectives | fitted)
+        said: dict[str, Any] = {name: value for name, value in self if name != "collectives" and value is not None}
+        return replace(machine, **said, collectives=machine.collectives | self.collectives)
 
 
 class Residual(Frozen):
@@ -150,8 +133,8 @@ class Residual(Frozen):
     left_out: float | None = None
 
 
-class Fitted(Frozen):
-    """A fit.
+class Fit(Frozen):
+    """What one run of ``lcbench.fit`` found.
 
     Attributes:
         machine: name of the machine that it is for.
@@ -189,7 +172,7 @@ class Fitted(Frozen):
         path.write_text(self.model_dump_json(indent=1) + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> Fitted:
+    def read(cls, path: Path) -> Fit:
         """Raises:
         ValueError: it cannot be read, is no fit, or one of another version; one line.
         """

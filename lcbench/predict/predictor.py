@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from lcbench.grid.build import build_kernel, build_strategy
 from lcbench.grid.cell import Cell
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.predict.draws import CannotPredict, draws_of
 from lcbench.predict.fit import UNFITTED_SHARE, guess
-from lcbench.predict.fitted import Fitted, KernelFit
-from lcbench.predict.machines import machine_of, peak_flops
+from lcbench.predict.fitted import Fit, KernelFit
+from lcbench.predict.machines import fit_of, machine_of, peak_flops, platform_of
 from lcbench.schedule.machine import Machine
 from lcbench.schedule.simulate import Phase, Simulated, play
 
@@ -82,21 +83,42 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Predicts cells on a machine; ``fitted``: None where nothing was fitted, and a share of the peak is guessed."""
+    """Predicts cells on a machine.
+
+    Attributes:
+        fitted: None where nothing was fitted, and a share of the peak is guessed.
+        fit: the file that it is from; None: from none.
+    """
 
     machine: Machine
-    fitted: Fitted | None = None
+    fitted: Fit | None = None
+    fit: Path | None = None
 
     @classmethod
     def of(cls, machine: str, fit: Path | None = None) -> Predictor:
-        """Raises:
-        ValueError: there is no such machine, or the file is no fit of it.
+        """``fit``: a file of lcbench.fit; None: the one that lcbench has of the machine, if somebody made one.
+
+        Raises:
+            ValueError: there is no such machine, or the file is no fit of it.
         """
-        fitted = Fitted.read(fit) if fit is not None else None
-        if fitted is not None and fitted.machine != machine:
-            raise ValueError(f"{fit} is a fit of machine={fitted.machine}, not of machine={machine}")
-        found = machine_of(machine)
-        return cls(found if fitted is None else fitted.links.of(found), fitted)
+        found, path = machine_of(machine), fit or fit_of(machine)
+        if path is None:
+            return cls(found)
+        fitted = Fit.read(path)
+        if fitted.machine != machine:
+            raise ValueError(f"{path} is a fit of machine={fitted.machine}, not of machine={machine}")
+        return cls(fitted.links.of(found), fitted, path)
+
+    def refusal(self, cell: Cell) -> str | None:
+        """Why a cell runs on no machine like this one, whatever is installed here, as ``cp te_p2p: ...``; None: it does.
+
+        ``predict`` does not ask: what a plan takes is estimated also where nobody knows yet on what.
+        """
+        platform = platform_of(self.machine)
+        for axis, choice in (("kernel", build_kernel(cell.config["kernel"])), ("cp", build_strategy(cell.config["cp"]))):
+            if reason := choice.unavailable(cell.problem, platform):
+                return f"{axis} {cell.config[axis]['name']}: {reason}"
+        return None
 
     def predict(self, cell: Cell, *, memory: bool = True) -> Prediction:
         """Raises:

@@ -79,18 +79,15 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Modelled:
-    """What is simulated for a strategy: its own schedule, or, for a library's, one that does the same and what it does besides.
+    """What is simulated for a strategy: its own schedule, or, for a library's, one that does the same.
 
     Attributes:
-        schedule: of the tokens that it computes, padding included.
-        mask, problem: of these tokens.
-        copied_bytes: that every rank reads and writes besides at each time.
+        problem: as the schedule is of it; what a library does otherwise than ours, the type of its sums, say, is in it.
     """
 
     schedule: Schedule
     mask: Mask
     problem: Problem
-    copied_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -190,9 +187,9 @@ def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
 
 
 def _own_copies(modelled: Modelled, moves: Traffic, made: Tiling, shape: tuple[int, int]) -> Floats:
-    """Bytes read and written at each time whatever is computed: own tensors packed, cleared and converted, a library's copies."""
+    """Bytes read and written at each time whatever is computed: own tensors packed, cleared and converted."""
     schedule, problem = modelled.schedule, modelled.problem
-    found = np.full(shape, float(modelled.copied_bytes))
+    found = np.zeros(shape)
     if shape[1] == 1:
         return found
     tokens = np.bincount(schedule.owner, weights=schedule.sizes, minlength=shape[1])

@@ -44,7 +44,7 @@ class Work:
     attempt: int = 1
 
     def unavailable(self, gang: Gang) -> str | None:
-        return refusal(self.kernel, self.problem, gang.device) or self.strategy.unavailable(self.problem, gang.device)
+        return refusal(self.kernel, self.problem, gang.device) or refusal(self.strategy, self.problem, gang.device)
 
     def start(self, draw: int, gang: Gang) -> Session:
         return self.workload.start(self, draw, gang)
