@@ -35,8 +35,8 @@ class Candidate:
 
     @property
     def needs_bytes(self) -> float | None:
-        """Of a rank, predicted: inputs, results, gradients and buffers; None without a prediction."""
-        return None if self.prediction is None else self.prediction.peak_bytes + self.cell.problem.input_bytes
+        """Of a rank, predicted; None without a prediction."""
+        return None if self.prediction is None else self.prediction.needs_bytes
 
 
 def problem_of(cell: Cell) -> str:
@@ -97,19 +97,28 @@ def _kernels_once(group: Sequence[Candidate], strategies: Mapping[str, Strategy]
 
 
 def _pruned(group: Sequence[Candidate], memory_bytes: int) -> list[Candidate]:
-    """Without what does not fit into ``memory_bytes`` (0: not known), and what is slower than another even where both predictions
-    are as far off as they may be.
+    """Without what does not fit into ``memory_bytes`` (0: not known), and what is slower than another that surely fits, even where
+    predictions are as far off as they may be.
     """
     fit = [_fitting(c, memory_bytes) for c in group]
-    bounds = [c.prediction.interval[1] for c in fit if c.prediction is not None and c.fate == "may win"]
+    bounds = [
+        c.prediction.interval[1] for c in fit if c.prediction is not None and c.fate == "may win" and _surely(c, memory_bytes)
+    ]
     return [_winning(c, min(bounds)) if bounds else c for c in fit]
 
 
 def _fitting(candidate: Candidate, memory_bytes: int) -> Candidate:
-    needs = candidate.needs_bytes
-    if needs is None or not memory_bytes or needs <= memory_bytes:
+    """The same, with its fate where not even the lower end of what it needs fits."""
+    if candidate.prediction is None or not memory_bytes or candidate.prediction.needs_interval[0] <= memory_bytes:
         return candidate
-    return replace(candidate, fate="does not fit", why=f"needs {size(needs)} of {size(memory_bytes)}, predicted")
+    (low, _), needs = candidate.prediction.needs_interval, candidate.prediction.needs_bytes
+    why = f"needs {size(needs)} of {size(memory_bytes)}, at best {size(low)}, predicted"
+    return replace(candidate, fate="does not fit", why=why)
+
+
+def _surely(candidate: Candidate, memory_bytes: int) -> bool:
+    """Whether a choice fits also where its memory is predicted as much too low as it may be."""
+    return not memory_bytes or (candidate.prediction is not None and candidate.prediction.needs_interval[1] <= memory_bytes)
 
 
 def _winning(candidate: Candidate, least_s: float) -> Candidate:

@@ -36,7 +36,7 @@ from lcbench.grid.site import runs_here
 from lcbench.grid.values import parse_number
 from lcbench.predict.machines import machine_of_site
 from lcbench.predict.predictor import Predictor
-from lcbench.report.amounts import duration
+from lcbench.report.amounts import duration, size
 from lcbench.report.ending import INTERRUPTED, OK, REFUSED, SOME_FAILED, bad_input
 from lcbench.report.fitted import console
 from lcbench.runs.budget import Cost
@@ -121,10 +121,11 @@ def _scales(asked: Asked, limits: Limits, refuse: Callable[[Cell], str | None]) 
 def _size_said(chosen: Candidate | None, limits: Limits) -> str:
     if chosen is None or chosen.prediction is None:
         return f"no scale that was looked at holds {limits} with 95 % confidence, by prediction"
-    (low, high), words = chosen.prediction.interval, chosen.cell.words
+    (low, high), (least, most), words = chosen.prediction.interval, chosen.prediction.needs_interval, chosen.cell.words
     return (
         f"smallest scale that holds {limits} with 95 % confidence, by prediction: {words['scale']}, with {words['cp']} "
-        f"{words['kernel']} ({duration(predicted_s(chosen))} predicted, 95 %: {duration(low)} to {duration(high)})"
+        f"{words['kernel']} ({duration(predicted_s(chosen))} predicted, 95 %: {duration(low)} to {duration(high)}; "
+        f"{size(chosen.prediction.needs_bytes)} a rank, 95 %: {size(least)} to {size(most)})"
     )
 
 

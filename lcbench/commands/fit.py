@@ -19,7 +19,7 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.paths import CONF
 from lcbench.grid.values import axis_values
 from lcbench.predict import tables
-from lcbench.predict.cells import cell_times
+from lcbench.predict.cells import cell_peaks, cell_times
 from lcbench.predict.fit import FOLDS, fit
 from lcbench.predict.fitted import Fit
 from lcbench.predict.machines import known, machine_of
@@ -106,8 +106,9 @@ def _read(options: argparse.Namespace, machine: Machine) -> Read:
     found, root = Read(), options.results.absolute()
     for what in options.what:
         if what in sweeps(root):
-            records = find_sweep(root, what).look().records.values()
-            found.observations += cell_times([(r.entry.cell, r.attempts) for r in records], machine, f"sweep {what}")
+            results = [(r.entry.cell, r.attempts) for r in find_sweep(root, what).look().records.values()]
+            found.observations += cell_times(results, machine, f"sweep {what}")
+            found.observations += cell_peaks(results, machine, f"sweep {what}")
             continue
         for path in TABLES if what == SHIPPED else [Path(what)]:
             if not path.is_file():
@@ -140,6 +141,9 @@ def _tell(fitted: Fit, found: Read) -> None:
     console().print(table)
     print("Predictions may be off by, 95 %: " + ", ".join(f"{phase} {error:.0%}" for phase, error in fitted.error.items())
           + ", by leaving groups of cells out.")  # fmt: skip
+    for each in fitted.memory:
+        passes = "forward and backward" if each.backward else "forward"
+        print(f"Memory of {each.kernel} ({each.dtype}, {passes}): of {each.cells} cells; peaks may be off by {each.error:.0%}.")
     for name, factor in fitted.factors.items():
         if (factor.compute, factor.operand_s) == (1.0, 0.0):
             continue  # our own engine ran its schedule

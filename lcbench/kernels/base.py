@@ -62,12 +62,15 @@ class Work:
         pairs: that it computes, those that are masked in blocks that it does not leave out among them.
         gathered_rows, gathered_keys: that are copied for its calls and merged or added up after them; a call that takes q, k and
             v as they are copies none.
+        most_rows, most_keys: of the largest of these calls, each as often as a copy of it is held at once.
     """
 
     calls: int
     pairs: int
     gathered_rows: int = 0
     gathered_keys: int = 0
+    most_rows: int = 0
+    most_keys: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,10 @@ class Kernel(Protocol):
     def work(self, mask: BandMask, platform: Platform) -> Work | None:
         """What it does for a band mask; None: nothing says more than the mask's pairs and pieces."""
         return None
+
+    def holds_scores(self, platform: Platform) -> bool:
+        """Whether every score of a call is in memory at once, so that its memory grows with rows times keys."""
+        return False
 
     def rounding(self, platform: Platform) -> Rounding:
         """Where it rounds more than others do."""

@@ -7,12 +7,15 @@ a machine takes time and gives none. So a sweep may be measured again (``force=t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import Any, Protocol
 
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
-from lcbench.predict.observations import CellTime
+from lcbench.predict.observations import CellMemory, CellTime
 from lcbench.schedule.machine import Machine
+
+PEAK = "memory/peak_bytes"
 
 
 class Result(Protocol):
@@ -44,6 +47,26 @@ def cell_times(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machin
     Raises:
         ValueError: there is none, or one is of another device than the machine's.
     """
+    return [_cell_time(cell, attempts, source) for cell, attempts in _good(results, machine, source)]
+
+
+def cell_peaks(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[CellMemory]:
+    """A ``CellMemory`` of each cell with a good result that has a peak: the median of its attempts. Ranks that shared a GPU sent by
+    another backend, with other buffers, and are left out.
+
+    Raises:
+        ValueError: as ``cell_times``.
+    """
+    found = []
+    for cell, attempts in _good(results, machine, source):
+        if peaks := [a.metrics[PEAK] for a in attempts if a.metrics.get(PEAK, 0) > 0]:
+            words = f"{cell.config['cp']['name']} {cell.config['mask']['name']}"
+            found.append(CellMemory(cell, float(median(peaks)), words, source))
+    return found
+
+
+def _good(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[tuple[Cell, list[Result]]]:
+    """Cells with their good attempts."""
     good = [(cell, [a for a in attempts if a.status == "ok" and not a.no_speed]) for cell, attempts in results]
     good = [(cell, attempts) for cell, attempts in good if attempts]
     if not good:
@@ -51,7 +74,7 @@ def cell_times(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machin
     for _, attempts in good:
         for attempt in attempts:
             _check_device(attempt.provenance, machine, source)
-    return [_cell_time(cell, attempts, source) for cell, attempts in good]
+    return good
 
 
 def _check_device(provenance: dict[str, Any], machine: Machine, source: str) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 from lcbench.predict.draws import draws_of
 from lcbench.predict.fitted import Coefficients, Fit, KernelFit, Residual
 from lcbench.predict.machines import peak_flops
-from lcbench.predict.observations import CellTime, CollectiveTime, KernelTime, Observation
+from lcbench.predict.memory import memory_fits
+from lcbench.predict.observations import CellMemory, CellTime, CollectiveTime, KernelTime, Observation
 from lcbench.predict.search import search
-from lcbench.predict.unknowns import PHASES, Key, Unknown, Unknowns, kernel_unknowns
+from lcbench.predict.unknowns import GUESSED, PHASES, Key, Unknown, Unknowns, kernel_unknowns
 from lcbench.problem import Problem, Scale, itemsize
 from lcbench.schedule.machine import Floats, Machine, Tiles
 from lcbench.schedule.simulate import Prepared, play
@@ -26,9 +27,9 @@ from lcbench.schedule.simulate import Prepared, play
 FOLDS = 5
 # Where nothing was fitted: a share of the peak, and FLOP/s of a CPU rank.
 UNFITTED_SHARE, UNFITTED_CPU = 0.5, 1e10
-# How far unknowns may well be from where a fit begins, in logarithms: what nobody has measured, what was measured alone, links of
-# data sheets, and by how much the kernels of an implementation differ from the kernel alone.
-GUESSED, ALONE, SHEET, IMPLEMENTED = 2.0, 0.1, 0.3, 0.1
+# How far unknowns may well be from where a fit begins, in logarithms: what was measured alone, links of data sheets, and by how
+# much the kernels of an implementation differ from the kernel alone.
+ALONE, SHEET, IMPLEMENTED = 0.1, 0.3, 0.1
 # On a device a piece costs what a block of threads costs to begin, and tables of whole batches say nothing better of it.
 PIECES = 0.05
 NO_CELLS = 0.5  # error where no whole cell was seen
@@ -73,7 +74,8 @@ def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = F
     cells = [cell for cell in cells if cell.part == "whole"]
     residuals = (*_kernel_residuals(unknowns, kernels), *_collective_residuals(unknowns, collectives),
                  *_cell_residuals(found, cells, left_out))  # fmt: skip
-    return _written(found, seen, cells, left_out, residuals)
+    memory = memory_fits([each for each in seen if isinstance(each, CellMemory)], machine)
+    return _written(found, seen, cells, left_out, residuals).model_copy(update={"memory": memory})
 
 
 # -- what is looked for ------------------------------------------------------------------------------------------------------

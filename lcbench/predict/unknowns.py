@@ -10,6 +10,7 @@ from lcbench.predict.fitted import Coefficients, Factor, KernelFit, MachineFit
 from lcbench.schedule.machine import Collective, Machine
 
 Key = tuple[str, ...]
+GUESSED = 2.0  # how far from a guess, in logarithms, an unknown may well be of which nobody has measured anything
 PHASES = ("forward", "backward")
 
 

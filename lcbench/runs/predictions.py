@@ -71,7 +71,7 @@ class Source:
         except ValueError as error:  # CannotPredict, and what code of the user's says
             failure = Failure("unsupported", f"cannot be predicted: {' '.join(str(error).split())}"[:CAUSE_LENGTH])
             return self._record(cell, sweep, "skipped", {"prediction": made}, begun, failure=failure)
-        made |= {"error": found.error, "basis": found.basis}
+        made |= {"error": found.error, "basis": found.basis, "peak_interval": list(found.peak_interval)}
         provenance = {"prediction": made, "device": found.machine.device, "versions": {"lcbench": made["lcbench"]}}
         return self._record(cell, sweep, "predicted", provenance, begun, metrics=found.metrics())
 

@@ -75,6 +75,8 @@ def test_the_same_cells_are_predicted_and_marked(predicted: Predicted) -> None:
         assert not record.attempts
         assert known.prediction["machine"] == "h200"
         assert known.band is not None
+        low, high = known.prediction["peak_interval"]
+        assert 0 < low < known.metrics["memory/peak_bytes"] < high
         assert known.metrics["time/total/median_s"] > 0
         assert not known.samples
 
