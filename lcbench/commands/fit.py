@@ -141,9 +141,11 @@ def _tell(fitted: Fit, found: Read) -> None:
     console().print(table)
     print("Predictions may be off by, 95 %: " + ", ".join(f"{phase} {error:.0%}" for phase, error in fitted.error.items())
           + ", by leaving groups of cells out.")  # fmt: skip
-    for each in fitted.memory:
-        passes = "forward and backward" if each.backward else "forward"
-        print(f"Memory of {each.kernel} ({each.dtype}, {passes}): of {each.cells} cells; peaks may be off by {each.error:.0%}.")
+    for held in fitted.memory:
+        passes = "forward and backward" if held.backward else "forward"
+        print(
+            f"Memory of {held.kernel} ({held.dtype}, {passes}): of {held.cells} cells; peaks may be off by {held.error:.0%}, 95 %."
+        )
     for name, factor in fitted.factors.items():
         if (factor.compute, factor.operand_s) == (1.0, 0.0):
             continue  # our own engine ran its schedule

@@ -7,6 +7,7 @@ few, the kernel is asked.
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def counted(tiling: Tiling, modelled: Modelled, kernel: Kernel) -> Tiling:
         if (work := known[key]) is None:
             return tiling
         works.append(work)
-    of = {name: np.array([getattr(work, name) for work in works], dtype=np.int64) for name in TOLD}
+    of: dict[str, Any] = {name: np.array([getattr(work, name) for work in works], dtype=np.int64) for name in TOLD}
     return replace(tiling, tiles=replace(tiling.tiles, covered=of.pop("pairs").astype(np.float64), **of))
 
 

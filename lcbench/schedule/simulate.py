@@ -478,7 +478,9 @@ def _holding(modelled: Modelled, program: Program, made: Tiling, rank: int) -> H
     own = np.flatnonzero((made.rank == rank) & (tiles.pairs > 0))
     rows, keys = (tiles.rows * tiles.q_heads)[own], (tiles.keys * tiles.kv_heads)[own]
     q, kv, lse = tokens * heads.q * heads.dim, 2 * tokens * heads.kv * heads.dim, tokens * heads.q * sums
-    results = (rows * float(heads.dim * inputs + sums), (rows + 2 * keys) * float(heads.dim * inputs))
+    results: tuple[Floats, Floats] = (
+        (rows * (heads.dim * inputs + sums)).astype(np.float64), ((rows + 2 * keys) * heads.dim * inputs).astype(np.float64),
+    )  # fmt: skip
     out = q * inputs + lse
     if modelled.schedule.world_size == 1:
         return Holding(own, 0, (0, out if problem.backward else None), (out, 0), results)

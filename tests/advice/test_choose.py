@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,11 +103,12 @@ def test_json_marks_what_is_predicted(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_smallest_scale_is_named_with_its_interval(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*PREDICT, "cp=ring,ulysses", "kernel=flash_attn3", "--max-gib", "0.5", "--break-even", "output=json"]
+    words = [*PREDICT, "cp=ring,ulysses", "kernel=flash_attn3", "--max-gib", "2", "--break-even", "output=json"]
     assert main([w for w in words if w != "scale=2x4"] + ["scale=1x4,2x4,4x4"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["scale"] == "1x4"
-    assert "smallest scale that holds 0.500 GiB a GPU with 95 % confidence, by prediction: 1x4" in captured.err
+    assert "smallest scale that holds 2.00 GiB a GPU with 95 % confidence, by prediction: 1x4" in captured.err
+    assert re.search(r"MiB a rank, 95 %: \d+ MiB to 1\.\d+ GiB\)", captured.err)
     assert "lengths from which on a choice is faster, predicted, not measured" in captured.err
     assert main([*PREDICT, "cp=ring", "scale=1x2,1x4", "--max-ms", "0.0001"]) == 1
     assert "no scale that was looked at holds 0.000100 ms" in capsys.readouterr().out.replace("1.00e-04", "0.000100")
