@@ -58,7 +58,7 @@ def _alike(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     found: dict[str, list[Candidate]] = {}
     for c in candidates:
         config = c.cell.config
-        predicted = c.why if c.prediction is None else [c.prediction.seconds, c.prediction.error]
+        predicted = c.why if c.prediction is None else [c.prediction.seconds, c.prediction.error, *c.prediction.needs_interval]
         found.setdefault(json.dumps([config["cp"], config["reduce_dtype"], predicted]), []).append(c)
     return list(found.values())
 
