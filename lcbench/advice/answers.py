@@ -36,7 +36,7 @@ def predicted_table(group: Sequence[Candidate], predictor: Predictor) -> Fitted:
     table = Fitted(names.title(f"predicted for machine {predictor.machine.name}, not measured"), [
         Column("choice", folds=True, wanted=28), Column("ms,\npredicted", right=True), Column("95 %", 1, right=True),
         Column("vs best", right=True), *(Column(part.replace(" ", "\n"), 3, right=True) for part in PARTS),
-        Column("GiB a\nrank", 2, right=True),
+        Column("GiB a\nrank", 2, right=True), Column("95 %", 4, right=True),
     ])  # fmt: skip
     inside = [c for c in group if c.fate in MAY_WIN]
     best = min((c.prediction.seconds for c in inside if c.prediction), default=0.0)
@@ -58,7 +58,7 @@ def _alike(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     found: dict[str, list[Candidate]] = {}
     for c in candidates:
         config = c.cell.config
-        predicted = c.why if c.prediction is None else [c.prediction.seconds, c.prediction.error]
+        predicted = c.why if c.prediction is None else [c.prediction.seconds, c.prediction.error, *c.prediction.needs_interval]
         found.setdefault(json.dumps([config["cp"], config["reduce_dtype"], predicted]), []).append(c)
     return list(found.values())
 
@@ -66,13 +66,14 @@ def _alike(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
 def _predicted(candidate: Candidate, best_s: float) -> list[str]:
     found = candidate.prediction
     if found is None:
-        return ["-"] * (4 + len(PARTS))
+        return ["-"] * (5 + len(PARTS))
     parts = predicted_split(found).seconds
     low, high = found.interval
     return [
         digits(1e3 * found.seconds), f"{digits(1e3 * low)} to {digits(1e3 * high)}",
         times(1.0) if found.seconds == best_s else more(found.seconds / best_s),
-        *(digits(1e3 * parts[part]) for part in PARTS), digits((candidate.needs_bytes or 0) / (1 << 30)),
+        *(digits(1e3 * parts[part]) for part in PARTS), digits(found.needs_bytes / (1 << 30)),
+        " to ".join(digits(end / (1 << 30)) for end in found.needs_interval),
     ]  # fmt: skip
 
 
@@ -118,9 +119,10 @@ def _row(candidate: Candidate) -> dict[str, Any]:
     cell, found = candidate.cell, candidate.prediction
     row: dict[str, Any] = {"cell": cell.id, "label": cell.label, "fate": candidate.fate, "why": candidate.why}
     if found is not None:
-        low, high = found.interval
+        (low, high), (least, most) = found.interval, found.needs_interval
         row["predicted"] = {
-            "seconds": found.seconds, "low_s": low, "high_s": high, "needs_bytes": candidate.needs_bytes, "basis": found.basis,
+            "seconds": found.seconds, "low_s": low, "high_s": high, "needs_bytes": found.needs_bytes, "low_bytes": least,
+            "high_bytes": most, "basis": found.basis,
             "machine": found.machine.name, "split_s": dict(predicted_split(found).seconds),
         }  # fmt: skip
     return row

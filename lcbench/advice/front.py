@@ -37,8 +37,8 @@ def pareto_figure(candidates: Sequence[Candidate], predictor: Predictor) -> Draw
     _marks(memory, timed, lambda c: (c.needs_bytes or 0) / GIB, "GiB a GPU, predicted")
     for c in front:
         if c.prediction is not None:
-            low, high = c.prediction.interval
-            time.plot(2 * [c.cell.scale.world_size], [1e3 * low, 1e3 * high], color=GREY, linewidth=0.8)
+            for axis, ends, unit in ((time, c.prediction.interval, 1e3), (memory, c.prediction.needs_interval, 1 / GIB)):
+                axis.plot(2 * [c.cell.scale.world_size], [unit * end for end in ends], color=GREY, linewidth=0.8)
     legend(figure, drawn)
     caption = "Predicted. A line is the 95 % interval of a choice that no other beats in time, memory and GPUs at once."
     alt = f"not beaten: {'; '.join(names.what[c.cell.id] for c in front)}"

@@ -15,9 +15,7 @@ from lcbench.cp.base import Strategy
 from lcbench.grid import build
 from lcbench.grid.axes import PROBLEM
 from lcbench.grid.cell import Cell
-from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Planned
-from lcbench.kernels.base import Platform
 from lcbench.predict.predictor import CannotPredict, Prediction, Predictor
 from lcbench.report.amounts import size, times
 from lcbench.runs.budget import alone
@@ -37,8 +35,8 @@ class Candidate:
 
     @property
     def needs_bytes(self) -> float | None:
-        """Of a rank, predicted: inputs, results, gradients and buffers; None without a prediction."""
-        return None if self.prediction is None else self.prediction.peak_bytes + self.cell.problem.input_bytes
+        """Of a rank, predicted; None without a prediction."""
+        return None if self.prediction is None else self.prediction.needs_bytes
 
 
 def problem_of(cell: Cell) -> str:
@@ -53,15 +51,6 @@ def by_problem(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
     return found
 
 
-def platform_of(predictor: Predictor) -> Platform:
-    """What kernels are asked about: the device of a machine."""
-    device = next((entry for entry in known_devices() if entry["name"] == predictor.machine.device), None)
-    if device is None:
-        return Platform("cpu")
-    major, minor = device["capability"]
-    return Platform("cuda", (major, minor), device["memory_bytes"])
-
-
 def rank(
     cells: Sequence[Planned], predictor: Predictor, refuse: Callable[[Cell], str | None] = lambda cell: None
 ) -> list[Candidate]:
@@ -71,20 +60,17 @@ def rank(
         refuse: why a cell cannot run that a plan lets run, such as a library that is not here; begins as the reasons of a plan
             do, ``kernel flex: ...`` or ``cp te_p2p: ...``.
     """
-    platform = platform_of(predictor)
     strategies = {json.dumps(p.cell.config["cp"]): build.build_strategy(p.cell.config["cp"]) for p in cells}
-    found = [_candidate(p, predictor, platform, refuse) for p in cells]
+    found = [_candidate(p, predictor, refuse) for p in cells]
     ranked: list[Candidate] = []
     for group in by_problem(map(_parallel, found)).values():
         ranked += sorted(_pruned(_kernels_once(group, strategies), predictor.machine.memory_bytes), key=_place)
     return ranked
 
 
-def _candidate(planned: Planned, predictor: Predictor, platform: Platform, refuse: Callable[[Cell], str | None]) -> Candidate:
+def _candidate(planned: Planned, predictor: Predictor, refuse: Callable[[Cell], str | None]) -> Candidate:
     cell = planned.cell
-    kernel = build.build_kernel(cell.config["kernel"])
-    unavailable = kernel.unavailable(cell.problem, platform)
-    if reason := planned.skip or (f"kernel {cell.config['kernel']['name']}: {unavailable}" if unavailable else refuse(cell)):
+    if reason := planned.skip or predictor.refusal(cell) or refuse(cell):
         return Candidate(cell, None, "cannot run", reason)
     try:
         return Candidate(cell, predictor.predict(cell), "may win")
@@ -111,19 +97,28 @@ def _kernels_once(group: Sequence[Candidate], strategies: Mapping[str, Strategy]
 
 
 def _pruned(group: Sequence[Candidate], memory_bytes: int) -> list[Candidate]:
-    """Without what does not fit into ``memory_bytes`` (0: not known), and what is slower than another even where both predictions
-    are as far off as they may be.
+    """Without what does not fit into ``memory_bytes`` (0: not known), and what is slower than another that surely fits, even where
+    predictions are as far off as they may be.
     """
     fit = [_fitting(c, memory_bytes) for c in group]
-    bounds = [c.prediction.interval[1] for c in fit if c.prediction is not None and c.fate == "may win"]
+    bounds = [
+        c.prediction.interval[1] for c in fit if c.prediction is not None and c.fate == "may win" and _surely(c, memory_bytes)
+    ]
     return [_winning(c, min(bounds)) if bounds else c for c in fit]
 
 
 def _fitting(candidate: Candidate, memory_bytes: int) -> Candidate:
-    needs = candidate.needs_bytes
-    if needs is None or not memory_bytes or needs <= memory_bytes:
+    """The same, with its fate where not even the lower end of what it needs fits."""
+    if candidate.prediction is None or not memory_bytes or candidate.prediction.needs_interval[0] <= memory_bytes:
         return candidate
-    return replace(candidate, fate="does not fit", why=f"needs {size(needs)} of {size(memory_bytes)}, predicted")
+    (low, _), needs = candidate.prediction.needs_interval, candidate.prediction.needs_bytes
+    why = f"needs {size(needs)} of {size(memory_bytes)}, at best {size(low)}, predicted"
+    return replace(candidate, fate="does not fit", why=why)
+
+
+def _surely(candidate: Candidate, memory_bytes: int) -> bool:
+    """Whether a choice fits also where its memory is predicted as much too low as it may be."""
+    return not memory_bytes or (candidate.prediction is not None and candidate.prediction.needs_interval[1] <= memory_bytes)
 
 
 def _winning(candidate: Candidate, least_s: float) -> Candidate:

@@ -32,11 +32,12 @@ class Limits:
     bytes: float | None = None
 
     def holds(self, candidate: Candidate) -> bool:
-        """Whether a choice keeps both, with 95 % confidence of its time."""
-        if candidate.prediction is None or candidate.fate in ("cannot run", "does not fit"):
+        """Whether a choice keeps both, with 95 % confidence of each."""
+        found = candidate.prediction
+        if found is None or candidate.fate in ("cannot run", "does not fit"):
             return False
-        slow = self.seconds is not None and candidate.prediction.interval[1] > self.seconds
-        return not slow and (self.bytes is None or (candidate.needs_bytes or 0) <= self.bytes)
+        slow = self.seconds is not None and found.interval[1] > self.seconds
+        return not slow and (self.bytes is None or found.needs_interval[1] <= self.bytes)
 
     def __str__(self) -> str:
         said = [f"{digits(1e3 * self.seconds)} ms"] if self.seconds is not None else []
@@ -64,21 +65,22 @@ def scales_table(candidates: Sequence[Candidate], limits: Limits) -> Fitted:
     """For each scale, the smallest first, the choice that holds the limits, else the fastest."""
     table = Fitted("the fastest of each scale, predicted, not measured", [
         Column("scale"), Column("GPUs", right=True), Column("choice", folds=True, wanted=24), Column("ms,\npredicted", right=True),
-        Column("95 %", right=True), Column("GiB a\nGPU", right=True), Column(f"holds {limits}" if str(limits) else ""),
+        Column("95 %", right=True), Column("GiB a\nGPU", right=True), Column("95 %", 1, right=True),
+        Column(f"holds {limits}" if str(limits) else ""),
     ])  # fmt: skip
     for scale, group in _by_scale(candidates).items():
         timed = sizable(group)
         if not timed:
-            table.add(scale, str(group[0].cell.scale.world_size), "-", "-", "-", "-", "no: nothing runs there or fits")
+            table.add(scale, str(group[0].cell.scale.world_size), "-", "-", "-", "-", "-", "no: nothing runs there or fits")
             continue
         best = min(timed, key=lambda c: (not limits.holds(c), predicted_s(c)))
         assert best.prediction is not None
-        low, high = best.prediction.interval
+        (low, high), (least, most) = best.prediction.interval, best.prediction.needs_interval
         words = best.cell.words
         table.add(
             scale, str(best.cell.scale.world_size), f"{words['cp']} {words['kernel']}", digits(1e3 * predicted_s(best)),
-            f"{digits(1e3 * low)} to {digits(1e3 * high)}", digits((best.needs_bytes or 0) / GIB),
-            "yes" if limits.holds(best) else "no",
+            f"{digits(1e3 * low)} to {digits(1e3 * high)}", digits(best.prediction.needs_bytes / GIB),
+            f"{digits(least / GIB)} to {digits(most / GIB)}", "yes" if limits.holds(best) else "no",
         )  # fmt: skip
     return table
 

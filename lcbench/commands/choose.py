@@ -30,16 +30,13 @@ from lcbench.grid import build
 from lcbench.grid.axes import PROBLEM
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import loader_of
-from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Plan, expand
 from lcbench.grid.overrides import key_of
 from lcbench.grid.site import runs_here
 from lcbench.grid.values import parse_number
-from lcbench.measure.gpus import gpus_here
-from lcbench.measure.peak import entry_of
-from lcbench.predict.machines import known
+from lcbench.predict.machines import machine_of_site
 from lcbench.predict.predictor import Predictor
-from lcbench.report.amounts import duration
+from lcbench.report.amounts import duration, size
 from lcbench.report.ending import INTERRUPTED, OK, REFUSED, SOME_FAILED, bad_input
 from lcbench.report.fitted import console
 from lcbench.runs.budget import Cost
@@ -124,10 +121,11 @@ def _scales(asked: Asked, limits: Limits, refuse: Callable[[Cell], str | None]) 
 def _size_said(chosen: Candidate | None, limits: Limits) -> str:
     if chosen is None or chosen.prediction is None:
         return f"no scale that was looked at holds {limits} with 95 % confidence, by prediction"
-    (low, high), words = chosen.prediction.interval, chosen.cell.words
+    (low, high), (least, most), words = chosen.prediction.interval, chosen.prediction.needs_interval, chosen.cell.words
     return (
         f"smallest scale that holds {limits} with 95 % confidence, by prediction: {words['scale']}, with {words['cp']} "
-        f"{words['kernel']} ({duration(predicted_s(chosen))} predicted, 95 %: {duration(low)} to {duration(high)})"
+        f"{words['kernel']} ({duration(predicted_s(chosen))} predicted, 95 %: {duration(low)} to {duration(high)}; "
+        f"{size(chosen.prediction.needs_bytes)} a rank, 95 %: {size(least)} to {size(most)})"
     )
 
 
@@ -187,12 +185,11 @@ def _asked(options: argparse.Namespace) -> Asked:
     if len(options.config_dir) > 1:
         raise ValueError(f"--config-dir is given {len(options.config_dir)} times; put the files into one folder")
     plan = expand(lines, loader_of(str(options.config_dir[0]) if options.config_dir else None))
-    site = _machine_of_site(plan)
-    machine = own.get("machine") or site
+    machine = own.get("machine") or machine_of_site(plan.site)
     predictor = Predictor.of(machine, options.fit)
     if options.predict_only:
         return Asked(plan, predictor, None, options.config_dir)
-    if machine != site:
+    if machine != (site := machine_of_site(plan.site)):
         raise ValueError(
             f"machine={machine} is not what site={plan.site['name']} measures on ({site}); write --predict-only, or the site of one"
         )
@@ -203,29 +200,10 @@ def _asked(options: argparse.Namespace) -> Asked:
     return Asked(plan, predictor, Budget.parse(own["budget"]), options.config_dir)
 
 
-def _machine_of_site(plan: Plan) -> str:
-    """The machine that a site measures on, by its device, or by the GPUs that are here.
-
-    Raises:
-        ValueError: conf/machine has none with that device.
-    """
-    device = plan.site.get("device")
-    if device is None and (gpus := gpus_here()):
-        entry = entry_of(known_devices(), gpus[0]["name"])
-        device = entry["name"] if entry else gpus[0]["name"]
-    name = "this" if device in (None, "cpu") else str(device)
-    if name not in known():
-        raise ValueError(f"conf/machine has no {name}, which site={plan.site['name']} measures on; there are {', '.join(known())}")
-    return name
-
-
 def _missing_here(cell: Cell) -> str | None:
-    """Why a cell does not run in a process like this one: a library that is not installed, say."""
-    import torch
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Why a cell does not run in a process like this one: which library is not installed."""
     kernel, strategy = build.build_kernel(cell.config["kernel"]), build.build_strategy(cell.config["cp"])
-    for axis, reason in (("cp", strategy.unavailable(cell.problem, device)), ("kernel", kernel.missing())):
+    for axis, reason in (("cp", strategy.missing()), ("kernel", kernel.missing())):
         if reason:
             return f"{axis} {cell.config[axis]['name']}: {reason}"
     return None

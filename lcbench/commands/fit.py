@@ -19,16 +19,15 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.paths import CONF
 from lcbench.grid.values import axis_values
 from lcbench.predict import tables
-from lcbench.predict.cells import cell_times
+from lcbench.predict.cells import cell_peaks, cell_times
 from lcbench.predict.fit import FOLDS, fit
-from lcbench.predict.fitted import Fitted
+from lcbench.predict.fitted import Fit
 from lcbench.predict.machines import known, machine_of
 from lcbench.predict.predictor import Prediction, Predictor
 from lcbench.predict.tables import Read, Row
 from lcbench.report import published
 from lcbench.report.ending import bad_input
-from lcbench.report.fitted import Column, console
-from lcbench.report.fitted import Fitted as Table
+from lcbench.report.fitted import Column, Fitted, console
 from lcbench.runs.store import sweeps
 from lcbench.schedule.machine import Machine
 
@@ -66,7 +65,7 @@ def main(arguments: list[str]) -> int:
     with bad_input():
         machine = machine_of(options.machine)
         found = _read(options, machine)
-        fitted = Fitted.read(options.fit) if options.fit else fit(found.observations, machine, folds=options.folds)
+        fitted = Fit.read(options.fit) if options.fit else fit(found.observations, machine, folds=options.folds)
         if options.out:
             fitted.write(options.out)
         predictor = Predictor.of(options.machine, options.fit) if options.fit else Predictor(fitted.links.of(machine), fitted)
@@ -107,8 +106,9 @@ def _read(options: argparse.Namespace, machine: Machine) -> Read:
     found, root = Read(), options.results.absolute()
     for what in options.what:
         if what in sweeps(root):
-            records = find_sweep(root, what).look().records.values()
-            found.observations += cell_times([(r.entry.cell, r.attempts) for r in records], machine, f"sweep {what}")
+            results = [(r.entry.cell, r.attempts) for r in find_sweep(root, what).look().records.values()]
+            found.observations += cell_times(results, machine, f"sweep {what}")
+            found.observations += cell_peaks(results, machine, f"sweep {what}")
             continue
         for path in TABLES if what == SHIPPED else [Path(what)]:
             if not path.is_file():
@@ -130,9 +130,9 @@ def _percent(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{value:{sign}.1%}"
 
 
-def _tell(fitted: Fitted, found: Read) -> None:
+def _tell(fitted: Fit, found: Read) -> None:
     """How far the fit is from what it was fitted on, and what it found."""
-    table = Table("How far the fit is from what it was fitted on", [
+    table = Fitted("How far the fit is from what it was fitted on", [
         Column("group"), Column("times", right=True), Column("median error", right=True), Column("90 % within", right=True),
         Column("left out: median", right=True),
     ])  # fmt: skip
@@ -141,6 +141,11 @@ def _tell(fitted: Fitted, found: Read) -> None:
     console().print(table)
     print("Predictions may be off by, 95 %: " + ", ".join(f"{phase} {error:.0%}" for phase, error in fitted.error.items())
           + ", by leaving groups of cells out.")  # fmt: skip
+    for held in fitted.memory:
+        passes = "forward and backward" if held.backward else "forward"
+        print(
+            f"Memory of {held.kernel} ({held.dtype}, {passes}): of {held.cells} cells; peaks may be off by {held.error:.0%}, 95 %."
+        )
     for name, factor in fitted.factors.items():
         if (factor.compute, factor.operand_s) == (1.0, 0.0):
             continue  # our own engine ran its schedule
@@ -155,7 +160,7 @@ def _tell(fitted: Fitted, found: Read) -> None:
 def _table(predictor: Predictor, rows: Sequence[Row], seen: set[str]) -> None:
     """Every published row with its prediction; which of them the fit has seen; what it comes to."""
     predicted: dict[Cell, Prediction] = {}
-    table = Table(f"Published rows and predictions, machine={predictor.machine.name}", [
+    table = Fitted(f"Published rows and predictions, machine={predictor.machine.name}", [
         Column("strategy"), Column("mask"), Column("GPUs", right=True), Column("phase"), Column("published TFLOP/s", right=True),
         Column("predicted TFLOP/s", right=True), Column("error", right=True), Column("band", right=True), Column("fitted on"),
     ])  # fmt: skip

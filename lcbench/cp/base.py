@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from lcbench.kernels.base import Kernel, Unsupported
+from lcbench.kernels.base import Kernel, Platform, Unsupported
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -137,8 +137,12 @@ class Strategy(ABC):
         A library must refuse a mask that it would not respect.
         """
 
-    def unavailable(self, problem: Problem, device: "torch.device") -> str | None:
-        """None if what it needs is installed and runs on this device, else the reason. Asked by every rank."""
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        """Why it does not run on such a machine, whatever is installed; None: it does."""
+        return None
+
+    def missing(self) -> str | None:
+        """Why it does not run in this process: which library is not installed, or is of another release. Asked by every rank."""
         return None
 
     def modelled(self, problem: Problem, mask: Mask) -> "Modelled | None":

@@ -62,12 +62,15 @@ class Work:
         pairs: that it computes, those that are masked in blocks that it does not leave out among them.
         gathered_rows, gathered_keys: that are copied for its calls and merged or added up after them; a call that takes q, k and
             v as they are copies none.
+        most_rows, most_keys: of the largest of these calls, each as often as a copy of it is held at once.
     """
 
     calls: int
     pairs: int
     gathered_rows: int = 0
     gathered_keys: int = 0
+    most_rows: int = 0
+    most_keys: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,10 @@ class Kernel(Protocol):
         """What it does for a band mask; None: nothing says more than the mask's pairs and pieces."""
         return None
 
+    def holds_scores(self, platform: Platform) -> bool:
+        """Whether every score of a call is in memory at once, so that its memory grows with rows times keys."""
+        return False
+
     def rounding(self, platform: Platform) -> Rounding:
         """Where it rounds more than others do."""
         return Rounding()
@@ -174,9 +181,17 @@ class Kernel(Protocol):
         ...
 
 
-def refusal(kernel: Kernel, problem: Problem, device: torch.device) -> str | None:
-    """Why a kernel does not run a problem in this process on this device, or None."""
-    return kernel.unavailable(problem, Platform.of(device)) or kernel.missing()
+class Refusing(Protocol):
+    """What may not run on a machine, or in a process: kernels, and strategies too (``cp.base.Strategy``)."""
+
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None: ...
+
+    def missing(self) -> str | None: ...
+
+
+def refusal(choice: Refusing, problem: Problem, device: torch.device) -> str | None:
+    """Why a kernel or a strategy does not run a problem in this process on this device, or None."""
+    return choice.unavailable(problem, Platform.of(device)) or choice.missing()
 
 
 def importable(*modules: str) -> str | None:

@@ -37,6 +37,9 @@ class Flex(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return flex_limits(problem, platform)
 
+    def holds_scores(self, platform: Platform) -> bool:
+        return platform.type == "cpu"  # where it is not compiled
+
     def rounding(self, platform: Platform) -> Rounding:
         return Rounding(scores=platform.type == "cpu")  # where it is not compiled
 

@@ -24,6 +24,9 @@ class Naive(Kernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return too_many_scores(problem, platform)
 
+    def holds_scores(self, platform: Platform) -> bool:
+        return True
+
     def rounding(self, platform: Platform) -> Rounding:
         return Rounding(scores=True)
 

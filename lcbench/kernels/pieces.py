@@ -6,6 +6,7 @@ Equal pieces go into one batched call, and partial results are merged by LSE.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lcbench.kernels.base import Gradients, Kernel, OutLse, Platform, Prepared, Saved, Work, accumulation_dtype, zero_gradients
@@ -47,11 +48,21 @@ class PiecesKernel(Kernel):
         pairs = sum(self.computed(rows, keys, causal, platform) for causal, rows, keys in each)
         if [(rows, keys) for _, rows, keys in each] == [(mask.num_q, mask.num_k)] and batches[0][0].kind != "inverse":
             return Work(1, pairs)
-        return Work(len(batches), pairs, sum(rows for _, rows, _ in each), sum(keys for _, _, keys in each))
+        most = max(map(_copies, batches), key=sum, default=(0, 0))
+        return Work(len(batches), pairs, sum(rows for _, rows, _ in each), sum(keys for _, _, keys in each), *most)
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
         return PreparedPieces(self, mask, device)
+
+
+def _copies(batch: Sequence[Piece]) -> tuple[int, int]:
+    """Rows and keys of a batch, each as often as ``_Batch.backward`` holds a copy of them: operands where they are gathered,
+    gradients, and one of these in the order that it is added in.
+    """
+    first, gathered = batch[0], len(batch) > 1 or batch[0].kind == "inverse"
+    rows, keys = len(batch) * (first.q1 - first.q0), len(batch) * (first.k1 - first.k0)
+    return (5 * rows, 3 * keys) if gathered else (2 * rows, 2 * keys)
 
 
 def _batches(mask: BandMask) -> list[list[Piece]]:

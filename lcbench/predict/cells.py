@@ -1,18 +1,22 @@
 """Measured cells as results hold them, to fit on.
 
 A cell has been timed in blocks, perhaps in several attempts. What counts is the fastest block of each phase: whatever else runs on
-a machine takes time and gives none. So a sweep may be measured again (``force=true``) where others work on the machine.
+a machine takes time and gives none. Its kernels and its messages alone, which are timed once, count as in that block. So a sweep
+may be measured again (``force=true``) where others work on the machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import Any, Protocol
 
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
-from lcbench.predict.observations import CellTime
+from lcbench.predict.observations import CellMemory, CellTime
 from lcbench.schedule.machine import Machine
+
+PEAK = "memory/peak_bytes"
 
 
 class Result(Protocol):
@@ -44,6 +48,26 @@ def cell_times(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machin
     Raises:
         ValueError: there is none, or one is of another device than the machine's.
     """
+    return [_cell_time(cell, attempts, source) for cell, attempts in _good(results, machine, source)]
+
+
+def cell_peaks(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[CellMemory]:
+    """A ``CellMemory`` of each cell with a good result that has a peak: the median of its attempts. Ranks that shared a GPU sent by
+    another backend, with other buffers, and are left out.
+
+    Raises:
+        ValueError: as ``cell_times``.
+    """
+    found = []
+    for cell, attempts in _good(results, machine, source):
+        if peaks := [a.metrics[PEAK] for a in attempts if a.metrics.get(PEAK, 0) > 0]:
+            words = f"{cell.config['cp']['name']} {cell.config['mask']['name']}"
+            found.append(CellMemory(cell, float(median(peaks)), words, source))
+    return found
+
+
+def _good(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[tuple[Cell, list[Result]]]:
+    """Cells with their good attempts."""
     good = [(cell, [a for a in attempts if a.status == "ok" and not a.no_speed]) for cell, attempts in results]
     good = [(cell, attempts) for cell, attempts in good if attempts]
     if not good:
@@ -51,7 +75,7 @@ def cell_times(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machin
     for _, attempts in good:
         for attempt in attempts:
             _check_device(attempt.provenance, machine, source)
-    return [_cell_time(cell, attempts, source) for cell, attempts in good]
+    return good
 
 
 def _check_device(provenance: dict[str, Any], machine: Machine, source: str) -> None:
@@ -71,7 +95,10 @@ def _cell_time(cell: Cell, attempts: Sequence[Result], source: str) -> CellTime:
 
     def alone(part: str) -> dict[str, float]:
         keys = {phase: f"overlap/{phase}/{part}_s" for phase in phases}
-        every = {phase: [a.metrics[key] for a in attempts if key in a.metrics] for phase, key in keys.items()}
+        every = {
+            phase: [a.metrics[key] * _fastest_of_first(a, phase) for a in attempts if key in a.metrics]
+            for phase, key in keys.items()
+        }
         return {phase: min(seconds) for phase, seconds in every.items() if seconds}
 
     return CellTime(
@@ -79,6 +106,14 @@ def _cell_time(cell: Cell, attempts: Sequence[Result], source: str) -> CellTime:
         group=cell.config["mask"]["name"], source=source, own=True,
         compute=alone("compute"), communication=alone("communication"),
     )  # fmt: skip
+
+
+def _fastest_of_first(attempt: Result, phase: str) -> float:
+    """The fastest block of a phase over the first one. Kernels and messages are timed alone in the first block only, whatever else
+    runs then: were they taken as they are beside the fastest block of the whole, a fit would take a busy moment for the kernel's.
+    """
+    blocks = attempt.samples.get(f"block_{phase}_s")
+    return min(blocks) / blocks[0] if blocks else 1.0
 
 
 def _of_blocks(attempt: Result, phase: str) -> float:

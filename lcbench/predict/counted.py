@@ -6,7 +6,8 @@ few, the kernel is asked.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from lcbench.schedule.simulate import Modelled
 from lcbench.schedule.tiling import Tiling
 
 CPU = Platform("cpu")
+TOLD = tuple(field.name for field in fields(Work))
 
 
 def counted(tiling: Tiling, modelled: Modelled, kernel: Kernel) -> Tiling:
@@ -33,9 +35,8 @@ def counted(tiling: Tiling, modelled: Modelled, kernel: Kernel) -> Tiling:
         if (work := known[key]) is None:
             return tiling
         works.append(work)
-    calls, pairs, rows, keys = np.array([(w.calls, w.pairs, w.gathered_rows, w.gathered_keys) for w in works]).reshape(-1, 4).T
-    tiles = replace(tiling.tiles, covered=pairs.astype(np.float64), calls=calls, gathered_rows=rows, gathered_keys=keys)
-    return replace(tiling, tiles=tiles)
+    of: dict[str, Any] = {name: np.array([getattr(work, name) for work in works], dtype=np.int64) for name in TOLD}
+    return replace(tiling, tiles=replace(tiling.tiles, covered=of.pop("pairs").astype(np.float64), **of))
 
 
 def _work(kernel: Kernel, tile: Mask) -> Work | None:
@@ -49,4 +50,6 @@ def _work(kernel: Kernel, tile: Mask) -> Work | None:
     if len(works) < len(found):
         return None
     mean = [round(sum(getattr(w, name) for w in works) / len(works)) for name in ("pairs", "gathered_rows", "gathered_keys")]
-    return Work(sum(w.calls for w in works), *mean)
+    # Maps are run one after the other, each for the heads that read it.
+    most = [round(max(getattr(w, name) for w in works) / len(works)) for name in ("most_rows", "most_keys")]
+    return Work(sum(w.calls for w in works), *mean, *most)

@@ -14,11 +14,12 @@ from typing import Literal
 import numpy as np
 
 from lcbench.predict.draws import draws_of
-from lcbench.predict.fitted import Coefficients, Fitted, KernelFit, Residual
+from lcbench.predict.fitted import Coefficients, Fit, KernelFit, Residual
 from lcbench.predict.machines import peak_flops
-from lcbench.predict.observations import CellTime, CollectiveTime, KernelTime, Observation
+from lcbench.predict.memory import memory_fits
+from lcbench.predict.observations import CellMemory, CellTime, CollectiveTime, KernelTime, Observation
 from lcbench.predict.search import search
-from lcbench.predict.unknowns import PHASES, Key, Unknown, Unknowns, kernel_unknowns
+from lcbench.predict.unknowns import GUESSED, PHASES, Key, Unknown, Unknowns, kernel_unknowns
 from lcbench.problem import Problem, Scale, itemsize
 from lcbench.schedule.machine import Floats, Machine, Tiles
 from lcbench.schedule.simulate import Prepared, play
@@ -26,9 +27,9 @@ from lcbench.schedule.simulate import Prepared, play
 FOLDS = 5
 # Where nothing was fitted: a share of the peak, and FLOP/s of a CPU rank.
 UNFITTED_SHARE, UNFITTED_CPU = 0.5, 1e10
-# How far unknowns may well be from where a fit begins, in logarithms: what nobody has measured, what was measured alone, links of
-# data sheets, and by how much the kernels of an implementation differ from the kernel alone.
-GUESSED, ALONE, SHEET, IMPLEMENTED = 2.0, 0.1, 0.3, 0.1
+# How far unknowns may well be from where a fit begins, in logarithms: what was measured alone, links of data sheets, and by how
+# much the kernels of an implementation differ from the kernel alone.
+ALONE, SHEET, IMPLEMENTED = 0.1, 0.3, 0.1
 # On a device a piece costs what a block of threads costs to begin, and tables of whole batches say nothing better of it.
 PIECES = 0.05
 NO_CELLS = 0.5  # error where no whole cell was seen
@@ -48,7 +49,7 @@ def guess(machine: Machine, dtype: str) -> Coefficients:
     )  # fmt: skip
 
 
-def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = FOLDS) -> Fitted:
+def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = FOLDS) -> Fit:
     """What explains the observations best on a machine.
 
     Args:
@@ -73,7 +74,8 @@ def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = F
     cells = [cell for cell in cells if cell.part == "whole"]
     residuals = (*_kernel_residuals(unknowns, kernels), *_collective_residuals(unknowns, collectives),
                  *_cell_residuals(found, cells, left_out))  # fmt: skip
-    return _written(found, seen, cells, left_out, residuals)
+    memory = memory_fits([each for each in seen if isinstance(each, CellMemory)], machine)
+    return _written(found, seen, cells, left_out, residuals).model_copy(update={"memory": memory})
 
 
 # -- what is looked for ------------------------------------------------------------------------------------------------------
@@ -326,7 +328,7 @@ def _written(
     cells: Sequence[_Played],
     left_out: Sequence[Floats],
     residuals: Sequence[Residual],
-) -> Fitted:
+) -> Fit:
     sources: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     by_strategy: dict[str, dict[str, None]] = defaultdict(dict)
     for each in seen:
@@ -339,7 +341,7 @@ def _written(
         f"{strategy}/{phase}": found.factor(strategy, phase).model_copy(update={"sources": tuple(by_strategy[strategy])})
         for strategy in by_strategy for phase in PHASES
     }  # fmt: skip
-    return Fitted(
+    return Fit(
         machine=found.machine.name, kernels=tuple(found.kernel(*key, sources=said) for key, said in sources.items()),
         factors=factors, links=found.links(), error=_error(cells, left_out), residuals=tuple(residuals),
         cells=tuple(cell.time.cell.id for cell in cells),

@@ -62,11 +62,58 @@ class Factor(Frozen):
     sources: tuple[str, ...] = ()
 
 
+class Workspace(Frozen):
+    """Bytes that a call holds beside its operands and results, a sum of terms that are all at least 0.
+
+    Attributes:
+        call: whatever it computes.
+        row: per element of q; key: per element of k and v.
+        spread: per element of k and v, had they as many heads as q: what kernels hold that add up each query head by itself.
+        gathered: per element of q, k and v that is held as a copy for the largest native call.
+        score: per pair of a row and a key, masked or not, and query head: of kernels that hold all scores.
+    """
+
+    call: float = 0.0
+    row: float = 0.0
+    key: float = 0.0
+    spread: float = 0.0
+    gathered: float = 0.0
+    score: float = 0.0
+
+    def bytes(self, tiles: Tiles, dim: int) -> Floats:
+        """Of each tile, (n,); ``dim``: elements of a head."""
+        found: Floats = (
+            self.call + dim * (self.row * tiles.rows * tiles.q_heads + 2 * self.key * tiles.keys * tiles.kv_heads
+                               + 2 * self.spread * tiles.keys * tiles.q_heads
+                               + self.gathered * (tiles.most_rows * tiles.q_heads + 2 * tiles.most_keys * tiles.kv_heads))
+            + self.score * tiles.rows.astype(np.float64) * tiles.keys * tiles.q_heads
+        )  # fmt: skip
+        return found
+
+
+class MemoryFit(Frozen):
+    """What the passes of a kernel need inside, for a type of inputs.
+
+    Attributes:
+        backward: whether it is of iterations with backward, which mostly need more, or of forward alone.
+        error: relative half-width of the 95 % interval of a rank's peak, by leaving groups of cells out.
+        cells: that it was fitted on; sources: where they are from, in words.
+    """
+
+    kernel: str
+    dtype: str
+    backward: bool
+    workspace: Workspace
+    error: float
+    cells: int
+    sources: tuple[str, ...] = ()
+
+
 class KernelFit(Frozen):
     """A kernel on a device for a type of inputs; ``sources``: what it was fitted on, in words.
 
-    ``factors``: of the implementation that calls it, forward and backward. ``cores``: of the node that it was fitted on, which
-    CPU ranks share; 0: every rank has a device.
+    ``factors``: of the implementation that calls it, forward and backward. ``workspace``: of its memory. ``cores``: of the node
+    that it was fitted on, which CPU ranks share; 0: every rank has a device.
     """
 
     kernel: str
@@ -75,6 +122,7 @@ class KernelFit(Frozen):
     backward: Coefficients
     sources: tuple[str, ...] = ()
     factors: tuple[Factor, Factor] = (Factor(), Factor())
+    workspace: Workspace = Workspace()
     cores: int = 0
 
     def seconds(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
@@ -95,43 +143,30 @@ class KernelFit(Frozen):
     def calls(self, tiles: Tiles) -> Ints:
         return tiles.calls
 
+    def workspace_bytes(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
+        """What a call holds inside, of each tile, (n,): in the last phase of an iteration, the one that it was fitted on."""
+        return self.workspace.bytes(tiles, problem.heads.dim) if backward == problem.backward else np.zeros(len(tiles))
+
     def cores_of(self, problem: Problem) -> float:
         """Cores that a rank has: whole ones, one thread each, unless there are more ranks than cores."""
         ranks = problem.scale.gpus_per_node
         return float(self.cores // ranks or self.cores / ranks) if self.cores else 1.0
 
 
-class LinkFit(Frozen):
-    """As ``schedule.machine.Link``."""
-
-    latency_s: float
-    bytes_per_s: float
-
-
-class CollectiveFit(Frozen):
-    """As ``schedule.machine.Collective``."""
-
-    latency_s: float
-    efficiency: float
-    fewer: float = 0.0
-
-
 class MachineFit(Frozen):
     """Numbers of conf/machine in whose place fitted ones are; None: those of conf/machine stay."""
 
-    inside: LinkFit | None = None
-    across: LinkFit | None = None
+    inside: Link | None = None
+    across: Link | None = None
     memory_bytes_per_s: float | None = None
     launch_s: float | None = None
     message_s: float | None = None
-    collectives: dict[str, CollectiveFit] = {}
+    collectives: dict[str, Collective] = {}
 
     def of(self, machine: Machine) -> Machine:
         """The machine with what was fitted."""
-        said: dict[str, Any] = {name: value for name, value in self if isinstance(value, float)}
-        said |= {name: Link(**value.model_dump()) for name, value in self if isinstance(value, LinkFit)}
-        fitted = {name: Collective(**value.model_dump()) for name, value in self.collectives.items()}
-        return replace(machine, **said, collectives=machine.collectives | fitted)
+        said: dict[str, Any] = {name: value for name, value in self if name != "collectives" and value is not None}
+        return replace(machine, **said, collectives=machine.collectives | self.collectives)
 
 
 class Residual(Frozen):
@@ -150,14 +185,15 @@ class Residual(Frozen):
     left_out: float | None = None
 
 
-class Fitted(Frozen):
-    """A fit.
+class Fit(Frozen):
+    """What one run of ``lcbench.fit`` found.
 
     Attributes:
         machine: name of the machine that it is for.
         kernels: by kernel and type of inputs.
         factors: by strategy and phase (``ring/forward``): what its implementation takes besides.
         links: what the machine's links and host were found to do.
+        memory: what kernels allocate inside.
         error: by phase, relative half-width of the 95 % interval of predictions, from cross-validation.
         residuals: by group of observations.
         cells: ids of the cells that it was fitted on.
@@ -169,6 +205,7 @@ class Fitted(Frozen):
     kernels: tuple[KernelFit, ...] = ()
     factors: dict[str, Factor] = {}
     links: MachineFit = MachineFit()
+    memory: tuple[MemoryFit, ...] = ()
     error: dict[str, float] = {}
     residuals: tuple[Residual, ...] = ()
     cells: tuple[str, ...] = ()
@@ -182,6 +219,11 @@ class Fitted(Frozen):
         """The kernel that stands in for one that was not fitted: of the same inputs, fitted on most kinds of observations."""
         return max((k for k in self.kernels if k.dtype == dtype), key=lambda k: len(k.sources), default=None)
 
+    def memory_of(self, kernel: str, problem: Problem) -> MemoryFit | None:
+        """What was fitted for it; None: nothing was."""
+        wanted = (kernel, problem.dtype, problem.backward)
+        return next((m for m in self.memory if (m.kernel, m.dtype, m.backward) == wanted), None)
+
     def factor(self, strategy: str, phase: str) -> Factor:
         return self.factors.get(f"{strategy}/{phase}", Factor())
 
@@ -189,7 +231,7 @@ class Fitted(Frozen):
         path.write_text(self.model_dump_json(indent=1) + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> Fitted:
+    def read(cls, path: Path) -> Fit:
         """Raises:
         ValueError: it cannot be read, is no fit, or one of another version; one line.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,12 @@ from omegaconf import OmegaConf
 
 from lcbench.grid.devices import known_devices
 from lcbench.grid.paths import CONF
+from lcbench.kernels.base import Platform
+from lcbench.measure.gpus import gpus_here
+from lcbench.measure.peak import entry_of
 from lcbench.schedule.machine import Collective, Link, Machine
+
+HERE = "this"  # the machine of CPU ranks here
 
 
 def known() -> list[str]:
@@ -44,6 +50,31 @@ def fit_of(name: str) -> Path | None:
     """The file of the fit that lcbench has of a machine; None where nobody made one."""
     path = CONF / "machine" / f"{name}.fit.json"
     return path if path.exists() else None
+
+
+def machine_of_site(site: Mapping[str, Any]) -> str:
+    """Name of the machine that a site measures on: by its device, or, where it names none, by the GPUs that are here.
+
+    Raises:
+        ValueError: conf/machine has none with that device.
+    """
+    device = site.get("device")
+    if device is None and (gpus := gpus_here()):
+        entry = entry_of(known_devices(), gpus[0]["name"])
+        device = entry["name"] if entry else gpus[0]["name"]
+    name = HERE if device in (None, "cpu") else str(device)
+    if name not in known():
+        raise ValueError(f"conf/machine has no {name}, which site={site.get('name')} measures on; there are {', '.join(known())}")
+    return name
+
+
+def platform_of(machine: Machine) -> Platform:
+    """What kernels and strategies are asked about: a device of the machine."""
+    device = next((d for d in known_devices() if d["name"] == machine.device), None)
+    if device is None:
+        return Platform("cpu")
+    major, minor = device["capability"]
+    return Platform("cuda", (major, minor), device["memory_bytes"])
 
 
 def peak_flops(machine: Machine, dtype: str) -> float | None:

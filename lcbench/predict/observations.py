@@ -70,4 +70,14 @@ class CellTime:
     communication: dict[str, float] = field(default_factory=dict)
 
 
-Observation = KernelTime | CollectiveTime | CellTime
+@dataclass(frozen=True)
+class CellMemory:
+    """The peak of a cell: bytes of the rank with most, as ``memory/peak_bytes``."""
+
+    cell: Cell
+    peak_bytes: float
+    group: str
+    source: str
+
+
+Observation = CellMemory | KernelTime | CollectiveTime | CellTime

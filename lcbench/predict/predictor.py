@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from lcbench.cp.base import Scheduled
+from lcbench.grid.build import build_kernel, build_strategy
 from lcbench.grid.cell import Cell
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.predict.draws import CannotPredict, draws_of
 from lcbench.predict.fit import UNFITTED_SHARE, guess
-from lcbench.predict.fitted import Fitted, KernelFit
-from lcbench.predict.machines import machine_of, peak_flops
+from lcbench.predict.fitted import Fit, KernelFit, MemoryFit, Workspace
+from lcbench.predict.machines import fit_of, machine_of, peak_flops, platform_of
+from lcbench.predict.memory import SCORE
 from lcbench.schedule.machine import Machine
 from lcbench.schedule.simulate import Phase, Simulated, play
 
@@ -21,6 +24,9 @@ __all__ = ["CannotPredict", "Prediction", "Predictor"]
 
 # How far a prediction may be off whose kernel was not fitted: with another one of the device in its place, and with a mere guess.
 NEIGHBOUR_ERROR, UNFITTED_ERROR = 0.5, 1.0
+# How far a peak may be off whose kernel was not fitted for memory: from what the schedule holds, down, and from the guess, up. On
+# an H200 peaks of eight kernels were 0.87 to 3.8 times what the schedule holds, but for one mask of one of them (results/h200).
+OWN_ERROR, UNFITTED_MEMORY = 0.2, 3.0
 # And one of a strategy that no observed cell had, where implementations of others took something besides.
 STRATEGY_ERROR = 0.5
 NO_FIT = f"no fit: {UNFITTED_SHARE:.0%} of the peak is guessed"
@@ -34,6 +40,7 @@ class Prediction:
         phases: by name.
         pairs: unmasked, over all query heads.
         buffer_bytes, peak_bytes: of the rank with most, see ``Simulated``.
+        peak_interval: bytes, 95 %.
         error: relative half-width of the 95 % interval of every time.
         basis: what it rests on, in words.
         draws: the simulated draws.
@@ -45,6 +52,7 @@ class Prediction:
     pairs: float
     buffer_bytes: int
     peak_bytes: int
+    peak_interval: tuple[float, float]
     error: float
     basis: str
     draws: tuple[Simulated, ...]
@@ -58,6 +66,17 @@ class Prediction:
     def interval(self) -> tuple[float, float]:
         """Of ``seconds``, 95 %."""
         return self.seconds / (1 + self.error), self.seconds * (1 + self.error)
+
+    @property
+    def needs_bytes(self) -> float:
+        """Of a rank: inputs, results, gradients, buffers and what its kernel needs inside."""
+        return self.peak_bytes + self.cell.problem.input_bytes
+
+    @property
+    def needs_interval(self) -> tuple[float, float]:
+        """Of ``needs_bytes``, 95 %."""
+        low, high = self.peak_interval
+        return low + self.cell.problem.input_bytes, high + self.cell.problem.input_bytes
 
     def metrics(self) -> dict[str, float]:
         """By the keys of ``measure.metrics``."""
@@ -82,38 +101,75 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Predicts cells on a machine; ``fitted``: None where nothing was fitted, and a share of the peak is guessed."""
+    """Predicts cells on a machine.
+
+    Attributes:
+        fitted: None where nothing was fitted, and a share of the peak is guessed.
+        fit: the file that it is from; None: from none.
+    """
 
     machine: Machine
-    fitted: Fitted | None = None
+    fitted: Fit | None = None
+    fit: Path | None = None
 
     @classmethod
     def of(cls, machine: str, fit: Path | None = None) -> Predictor:
-        """Raises:
-        ValueError: there is no such machine, or the file is no fit of it.
+        """``fit``: a file of lcbench.fit; None: the one that lcbench has of the machine, if somebody made one.
+
+        Raises:
+            ValueError: there is no such machine, or the file is no fit of it.
         """
-        fitted = Fitted.read(fit) if fit is not None else None
-        if fitted is not None and fitted.machine != machine:
-            raise ValueError(f"{fit} is a fit of machine={fitted.machine}, not of machine={machine}")
-        found = machine_of(machine)
-        return cls(found if fitted is None else fitted.links.of(found), fitted)
+        found, path = machine_of(machine), fit or fit_of(machine)
+        if path is None:
+            return cls(found)
+        fitted = Fit.read(path)
+        if fitted.machine != machine:
+            raise ValueError(f"{path} is a fit of machine={fitted.machine}, not of machine={machine}")
+        return cls(fitted.links.of(found), fitted, path)
+
+    def refusal(self, cell: Cell) -> str | None:
+        """Why a cell runs on no machine like this one, whatever is installed here, as ``cp te_p2p: ...``; None: it does.
+
+        ``predict`` does not ask: what a plan takes is estimated also where nobody knows yet on what.
+        """
+        platform = platform_of(self.machine)
+        for axis, choice in (("kernel", build_kernel(cell.config["kernel"])), ("cp", build_strategy(cell.config["cp"]))):
+            if reason := choice.unavailable(cell.problem, platform):
+                return f"{axis} {cell.config[axis]['name']}: {reason}"
+        return None
 
     def predict(self, cell: Cell, *, memory: bool = True) -> Prediction:
         """Raises:
         CannotPredict: nothing is known of how the strategy or the workload works.
         """
         kernel, basis, error = self._kernel(cell)
+        inside = self._memory(cell)
+        if inside is not None:
+            kernel = kernel.model_copy(update={"workspace": inside.workspace})
+        elif build_kernel(cell.config["kernel"]).holds_scores(platform_of(self.machine)):
+            kernel = kernel.model_copy(update={"workspace": Workspace(score=SCORE)})
         draws, pairs = [], []
         for prepared, found in draws_of(cell, self.machine):
             draws.append(play(prepared, self.machine, kernel, memory=memory))
             pairs.append(found)
+        peak, own = (max(getattr(draw, name) for draw in draws) for name in ("peak_bytes", "own_bytes"))
+        if inside is not None:
+            bounds = peak / (1 + inside.error), peak * (1 + inside.error)
+        else:  # what the schedule itself holds is known, and what the kernel adds is not
+            bounds = own / (1 + OWN_ERROR), peak * (1 + UNFITTED_MEMORY)
         phases = {name: _mean([draw.phases[name] for draw in draws]) for name in draws[0].phases}
         fitted = self.fitted.error if self.fitted is not None else {}
         return Prediction(
             cell, self.machine, phases, float(np.mean(pairs)),
-            max(d.buffer_bytes for d in draws), max(d.peak_bytes for d in draws),
+            max(d.buffer_bytes for d in draws), peak, bounds,
             max(error, *(fitted.get(name, UNFITTED_ERROR) for name in phases)), basis, tuple(draws),
         )  # fmt: skip
+
+    def _memory(self, cell: Cell) -> MemoryFit | None:
+        """What was fitted of the memory of the cell's kernel; None where nothing was, or a library holds what it likes."""
+        if self.fitted is None or not isinstance(build_strategy(cell.config["cp"]), Scheduled):
+            return None
+        return self.fitted.memory_of(cell.config["kernel"]["name"], cell.problem)
 
     def _kernel(self, cell: Cell) -> tuple[KernelFit, str, float]:
         """The kernel as the cell's strategy calls it, what that rests on, and the least error of it."""

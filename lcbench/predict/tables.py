@@ -23,8 +23,9 @@ from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
 from lcbench.grid.values import parse_heads
 from lcbench.measure.flops import backward_flops, forward_flops
+from lcbench.predict.cells import PEAK
 from lcbench.predict.draws import draws_of
-from lcbench.predict.observations import CellTime, CollectiveTime, KernelTime, Observation
+from lcbench.predict.observations import CellMemory, CellTime, CollectiveTime, KernelTime, Observation
 from lcbench.predict.unknowns import PHASES
 from lcbench.problem import Heads
 from lcbench.schedule.machine import Machine, Tiles
@@ -250,14 +251,17 @@ def _gpu_check(path: Path, text: str, machine: Machine) -> Read:
     return found
 
 
-def _of_check(row: dict[str, Any], device: str, machine: Machine) -> Iterator[KernelTime]:
+def _of_check(row: dict[str, Any], device: str, machine: Machine) -> Iterator[KernelTime | CellMemory]:
     words = [f"{axis}={row[axis]}" for axis in ("kernel", "mask", "seqlen", "heads", "dtype")]
     (planned,) = look([*words, "cp=none", "scale=1x1", "site=local"]).cells
     (prepared, _), *_ = draws_of(planned.cell, machine)
+    source = f"gpu-check of {row['kernel']} on {device}"
     for phase in PHASES:
         seconds = row["metrics"].get(f"time/{phase}/median_s")
         if seconds is not None:
             yield KernelTime(
                 row["kernel"], row["dtype"], parse_heads(row["heads"]), prepared.tiling.tiles, phase == "backward", float(seconds),
-                f"{row['kernel']} {phase}", f"gpu-check of {row['kernel']} on {device}",
+                f"{row['kernel']} {phase}", source,
             )  # fmt: skip
+    if peak := row["metrics"].get(PEAK):
+        yield CellMemory(planned.cell, float(peak), row["mask"], source)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lcbench.predict.fitted import Coefficients, Factor, KernelFit, MachineFit
 from lcbench.schedule.machine import Collective, Machine
 
 Key = tuple[str, ...]
+GUESSED = 2.0  # how far from a guess, in logarithms, an unknown may well be of which nobody has measured anything
 PHASES = ("forward", "backward")
 
 
@@ -64,11 +65,10 @@ class Unknowns:
         said: dict[str, Any] = dict(self.below("machine"))
         for name in ("inside", "across"):
             if found := self.below("link", name):
-                link = getattr(self.machine, name)
-                said[name] = {"latency_s": link.latency_s, "bytes_per_s": link.bytes_per_s} | found
+                said[name] = replace(getattr(self.machine, name), **found)
         operations = {p[1] for p in self.of if p[0] == "collective"}
         said["collectives"] = {
-            name: asdict(self.machine.collectives.get(name, Collective())) | self.below("collective", name)
+            name: replace(self.machine.collectives.get(name, Collective()), **self.below("collective", name))
             for name in sorted(operations)
         }
         return MachineFit(**said)

@@ -169,11 +169,7 @@ def _passes_on(device: dict[str, Any] | None) -> Passes:
         near = min(gpus, key=lambda m: (m.device != whole["name"], abs(entries[m.device]["memory_gbytes_per_s"] - speed)))
         own_parts = {"device": whole["name"], "memory_bytes": int(device["memory_bytes"])}
         slower = max(whole["peak_tflops"][dtype] / peak for dtype, peak in device["peak_tflops"].items())
-    fit = machines.fit_of(near.name)
-    try:
-        predictor = Predictor.of(near.name, fit)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{fit}: {_why(error)}") from error
+    predictor = Predictor.of(near.name)
     return Passes(replace(predictor, machine=replace(predictor.machine, **own_parts)), slower)
 
 

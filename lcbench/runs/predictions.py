@@ -12,11 +12,9 @@ from typing import Any
 
 from lcbench.grid.cell import Cell
 from lcbench.grid.paths import CONF
-from lcbench.predict.machines import fit_of, known
+from lcbench.predict.machines import machine_of_site
 from lcbench.predict.predictor import Predictor
 from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure
-
-HERE = "this"  # the machine of CPU ranks here
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,10 @@ class Source:
     """A machine and what was fitted for it.
 
     Attributes:
-        fit: the file; None where nothing was fitted.
         digest: of the machine, the fit and the version of lcbench: what was predicted with the same need not be again.
     """
 
     predictor: Predictor
-    fit: Path | None
     digest: str
 
     @classmethod
@@ -37,14 +33,16 @@ class Source:
         """From what was typed; by default the site's device and the fit that lcbench has of it.
 
         Raises:
-            ValueError: no such machine, a file that is no fit, or a fit of another machine; one line.
+            ValueError: no such machine, none of the site, a file that is no fit, or one of another machine; one line.
         """
-        device = str(site.get("device"))
-        name = machine or (device if device in known() else HERE)
-        path = Path(fit) if fit else fit_of(name)
-        if path is None:
-            return cls(Predictor.of(name), None, _digest(name, b""))
-        return cls(Predictor.of(name, path), path, _digest(name, path.read_bytes()))
+        name = machine or machine_of_site(site)
+        predictor = Predictor.of(name, Path(fit) if fit else None)
+        return cls(predictor, _digest(name, predictor.fit.read_bytes() if predictor.fit else b""))
+
+    @property
+    def fit(self) -> Path | None:
+        """Its file; None where nothing was fitted."""
+        return self.predictor.fit
 
     @property
     def machine(self) -> str:
@@ -67,11 +65,13 @@ class Source:
             "lcbench": version("lcbench"),
         }  # fmt: skip
         try:
+            if reason := self.predictor.refusal(cell):
+                return self._record(cell, sweep, "skipped", {"prediction": made}, begun, failure=Failure("unsupported", reason))
             found = self.predictor.predict(cell)
         except ValueError as error:  # CannotPredict, and what code of the user's says
             failure = Failure("unsupported", f"cannot be predicted: {' '.join(str(error).split())}"[:CAUSE_LENGTH])
             return self._record(cell, sweep, "skipped", {"prediction": made}, begun, failure=failure)
-        made |= {"error": found.error, "basis": found.basis}
+        made |= {"error": found.error, "basis": found.basis, "peak_interval": list(found.peak_interval)}
         provenance = {"prediction": made, "device": found.machine.device, "versions": {"lcbench": made["lcbench"]}}
         return self._record(cell, sweep, "predicted", provenance, begun, metrics=found.metrics())
 

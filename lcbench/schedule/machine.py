@@ -102,6 +102,7 @@ class Tiles:
         q_heads, kv_heads: of the head group.
         calls: native calls.
         gathered_rows, gathered_keys: that are copied for these calls, and merged or added up after them, of each head.
+        most_rows, most_keys: of these, of the largest call, each as often as a copy of it is held at once.
     """
 
     pairs: Floats
@@ -114,10 +115,12 @@ class Tiles:
     calls: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     gathered_rows: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     gathered_keys: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    most_rows: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    most_keys: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         """Where nobody says more a tile is one call, which takes its operands as they are."""
-        for name, each in (("calls", 1), ("gathered_rows", 0), ("gathered_keys", 0)):
+        for name, each in (("calls", 1), *((name, 0) for name in ("gathered_rows", "gathered_keys", "most_rows", "most_keys"))):
             if len(getattr(self, name)) != len(self):
                 object.__setattr__(self, name, np.full(len(self), each, dtype=np.int64))
 
@@ -126,7 +129,7 @@ class Tiles:
 
 
 class KernelModel(Protocol):
-    """How long a kernel takes on a device."""
+    """How long a kernel takes on a device, and what it allocates there."""
 
     def seconds(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
         """Seconds of each tile, (n,): of its forward, or of its backward."""
@@ -134,4 +137,8 @@ class KernelModel(Protocol):
 
     def calls(self, tiles: Tiles) -> Ints:
         """Native calls of each tile, (n,)."""
+        ...
+
+    def workspace_bytes(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
+        """Bytes that a call holds beside its operands and results, of each tile, (n,)."""
         ...

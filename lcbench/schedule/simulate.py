@@ -11,6 +11,7 @@ numpy expression, so a schedule of a thousand ranks and steps takes seconds.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -63,14 +64,16 @@ class Simulated:
         phases: ``forward`` and, with backward, ``backward``.
         times: seconds (ranks, times, 4): begin, messages sent, tiles computed, messages there, as of ``Executor.timeline``.
         buffer_bytes: of the rank with most, among those with most tiles, the first and the last; 0 where nobody asked.
-        peak_bytes: of that rank, as ``memory/peak_bytes``: in one iteration, without inputs, with buffers. What a kernel needs
-            inside is not in it. 0 where nobody asked.
+        peak_bytes: of that rank, as ``memory/peak_bytes``: in one iteration, without inputs, with buffers and with what the kernel
+            is said to need inside. 0 where nobody asked.
+        own_bytes: the same without what the kernel needs inside.
     """
 
     phases: dict[str, Phase]
     times: Floats
     buffer_bytes: int
     peak_bytes: int
+    own_bytes: int
 
     def timeline(self) -> list[list[list[float]]]:
         """As a measured one: per rank, per time, its number and four moments."""
@@ -79,18 +82,15 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Modelled:
-    """What is simulated for a strategy: its own schedule, or, for a library's, one that does the same and what it does besides.
+    """What is simulated for a strategy: its own schedule, or, for a library's, one that does the same.
 
     Attributes:
-        schedule: of the tokens that it computes, padding included.
-        mask, problem: of these tokens.
-        copied_bytes: that every rank reads and writes besides at each time.
+        problem: as the schedule is of it; what a library does otherwise than ours, the type of its sums, say, is in it.
     """
 
     schedule: Schedule
     mask: Mask
     problem: Problem
-    copied_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def play(prepared: Prepared, machine: Machine, model: KernelModel, *, memory: bo
     for time in range(len(work.compute)):
         clocks.step(time, by_begin.get(time, []))
     times = clocks.times()
-    buffers, peak = _memory(modelled, moves, work.tiling, prepared.operations) if memory else (0, 0)
-    return Simulated(clocks.phases(times), times, buffers, peak)
+    buffers, peak, own = _memory(prepared, model) if memory else (0, 0, 0)
+    return Simulated(clocks.phases(times), times, buffers, peak, own)
 
 
 def simulate(
@@ -190,9 +190,9 @@ def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
 
 
 def _own_copies(modelled: Modelled, moves: Traffic, made: Tiling, shape: tuple[int, int]) -> Floats:
-    """Bytes read and written at each time whatever is computed: own tensors packed, cleared and converted, a library's copies."""
+    """Bytes read and written at each time whatever is computed: own tensors packed, cleared and converted."""
     schedule, problem = modelled.schedule, modelled.problem
-    found = np.full(shape, float(modelled.copied_bytes))
+    found = np.zeros(shape)
     if shape[1] == 1:
         return found
     tokens = np.bincount(schedule.owner, weights=schedule.sizes, minlength=shape[1])
@@ -419,40 +419,80 @@ def _phase(times: Floats, compute: Floats, alone: Floats) -> Phase:
 # -- memory --------------------------------------------------------------------------------------------------------------
 
 
-def _memory(modelled: Modelled, moves: Traffic, made: Tiling, operations: tuple[Operation, ...]) -> tuple[int, int]:
-    """(buffers, peak without inputs) of the rank with most, in bytes."""
+@dataclass(frozen=True)
+class Holding:
+    """What a rank holds beside its inputs, without what its kernel needs inside.
+
+    Attributes:
+        tiles: those that it computes, as numbers of all tiles.
+        buffer_bytes: of buffers, which live as long as the run.
+        fixed: bytes that are held while tiles are computed, forward and backward; backward: None where there is none.
+        besides: bytes that are held at other times instead of what tiles need, in each.
+        results: bytes of each tile's results, in each, (n,).
+    """
+
+    tiles: Ints
+    buffer_bytes: int
+    fixed: tuple[int, int | None]
+    besides: tuple[int, int]
+    results: tuple[Floats, Floats]
+
+    def peak_bytes(self, workspaces: Sequence[Floats]) -> int:
+        """The most that is held at once; ``workspaces``: bytes that each of all tiles needs inside, forward and backward."""
+        return max(
+            fixed + max(besides, int((results + inside[self.tiles]).max(initial=0)))
+            for fixed, besides, results, inside in zip(self.fixed, self.besides, self.results, workspaces, strict=True)
+            if fixed is not None
+        )
+
+
+def _memory(prepared: Prepared, model: KernelModel) -> tuple[int, int, int]:
+    """Bytes of the rank with most: buffers, peak without inputs, and that without what kernels need inside."""
+    tiles, problem, held = prepared.tiling.tiles, prepared.modelled.problem, holdings(prepared)
+    inside = [model.workspace_bytes(tiles, problem, backward=backward) for backward in (False, True)]
+    own = peak_bytes(held, [np.zeros(len(tiles)), np.zeros(len(tiles))])
+    return max(each.buffer_bytes for each in held), peak_bytes(held, inside), own
+
+
+def holdings(prepared: Prepared) -> tuple[Holding, ...]:
+    """What the rank with most tiles, the first and the last hold."""
+    modelled, made = prepared.modelled, prepared.tiling
     schedule = modelled.schedule
     tiles = np.bincount(made.rank, minlength=schedule.world_size)
-    buffers = peak = 0
-    for rank in dict.fromkeys([int(tiles.argmax()), 0, schedule.world_size - 1]):
-        program = Program(schedule, moves, modelled.problem, rank, operations)
-        held = _held(modelled, program, made, rank)
-        buffers, peak = max(buffers, program.buffer_bytes), max(peak, held)
-    return buffers, peak
+    ranks = dict.fromkeys([int(tiles.argmax()), 0, schedule.world_size - 1])
+    return tuple(
+        _holding(modelled, Program(schedule, prepared.moves, modelled.problem, rank, prepared.operations), made, rank)
+        for rank in ranks
+    )
 
 
-def _held(modelled: Modelled, program: Program, made: Tiling, rank: int) -> int:
-    """The most that a rank holds at once beside its inputs, bytes: what ``execute`` allocates, not what kernels need inside."""
+def peak_bytes(held: Sequence[Holding], workspaces: Sequence[Floats]) -> int:
+    """Of the rank with most."""
+    return max(each.peak_bytes(workspaces) for each in held)
+
+
+def _holding(modelled: Modelled, program: Program, made: Tiling, rank: int) -> Holding:
+    """What ``execute`` allocates."""
     problem, tiles = modelled.problem, made.tiles
     heads, tokens, inputs, sums = problem.heads, program.tokens, problem.itemsize, element_bytes("sum", problem)
-    own = (made.rank == rank) & (tiles.pairs > 0)
+    own = np.flatnonzero((made.rank == rank) & (tiles.pairs > 0))
     rows, keys = (tiles.rows * tiles.q_heads)[own], (tiles.keys * tiles.kv_heads)[own]
     q, kv, lse = tokens * heads.q * heads.dim, 2 * tokens * heads.kv * heads.dim, tokens * heads.q * sums
-    result = int(rows.max(initial=0)) * (heads.dim * inputs + sums)  # of a kernel
-    gradients = int((rows + 2 * keys).max(initial=0)) * heads.dim * inputs
+    results: tuple[Floats, Floats] = (
+        (rows * (heads.dim * inputs + sums)).astype(np.float64), ((rows + 2 * keys) * heads.dim * inputs).astype(np.float64),
+    )  # fmt: skip
     out = q * inputs + lse
     if modelled.schedule.world_size == 1:
-        return out + (gradients if problem.backward else 0)
+        return Holding(own, 0, (0, out if problem.backward else None), (out, 0), results)
     finals = sum(
         sum(modelled.schedule.sizes[list(bundle)].tolist()) * len(modelled.schedule.heads[group]) * (heads.dim * inputs + sums)
         for group, bundle in program.finals
     )
     wide = bool(made.again[own].any()) or not program.all_final  # merged, so summed up in the type of sums
-    total, packed = q * (sums if wide else inputs) + lse, kv * inputs
-    forward = total + finals + max(result, q * inputs if wide else 0)
-    if not problem.backward:
-        return program.buffer_bytes + packed + forward
+    total, held = q * (sums if wide else inputs) + lse, program.buffer_bytes + kv * inputs + finals
+    forward, backward = held + total, None
     stats = (2 * lse, 2 * q * sums) if program.sends_stats else (0, 0)  # and what it takes to work them out
-    whole = (q + kv) * sums
-    backward = out + finals + whole + stats[0] + max(stats[1], gradients, (q + kv) * inputs)
-    return program.buffer_bytes + packed + max(forward, backward)
+    if problem.backward:
+        backward = held + out + (q + kv) * sums + stats[0]
+    besides = (q * inputs if wide else 0, max(stats[1], (q + kv) * inputs))
+    return Holding(own, program.buffer_bytes, (forward, backward), besides, results)

@@ -76,7 +76,7 @@ class Work:
         return gang.arranged(self.mesh, self.scale or self.problem.scale)
 
     def unavailable(self, gang: Gang) -> str | None:
-        return refusal(self.kernel, self.problem, gang.device) or self.strategy.unavailable(self.problem, gang.device)
+        return refusal(self.kernel, self.problem, gang.device) or refusal(self.strategy, self.problem, gang.device)
 
     def start(self, draw: int, gang: Gang) -> Session:
         return self.workload.start(self, draw, gang)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from lcbench.commands import cp as cp_command
 from lcbench.commands.choose import main
+from lcbench.predict.fitted import Coefficients, Fit, KernelFit
 from lcbench.runs.store import Sweep
 from tests.slurm.stage import ROOT
 
@@ -66,6 +69,32 @@ def test_a_prediction_says_what_it_is_and_measures_nothing(tmp_path: Path, capsy
     assert not list(tmp_path.iterdir())
 
 
+def test_a_fit_that_lcbench_has_of_the_machine_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "h100.fit.json"
+    mine = KernelFit(
+        kernel="flash_attn3", dtype="bfloat16", forward=Coefficients(flop_s=1e-14), backward=Coefficients(), sources=("mine",)
+    )
+    Fit(machine="h100", kernels=(mine,), error={"forward": 0.1, "backward": 0.2}).write(file)
+    monkeypatch.setattr("lcbench.predict.predictor.fit_of", lambda name: file)
+    assert main([*PREDICT, "cp=ring", "kernel=flash_attn3"]) == 0
+    assert "predicted times are within 20 % in 95 % of cases; cp=ring was not fitted" in capsys.readouterr().out
+    words = ["cp=ring", "mask=causal", "seqlen=4k", "scale=1x4", "kernel=flash_attn3", "--machine", "h100"]
+    seen: list[str] = []
+    monkeypatch.setattr("lcbench.commands.cp.save", lambda *args: seen.append(args[4].basis))
+    assert cp_command.main([*words, "--out", str(tmp_path / "a.svg")]) == 0
+    assert "mine" in seen[0]
+
+
+def test_the_machine_of_a_site_is_one_that_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [w for w in PREDICT if not w.startswith("machine=")]
+    with pytest.raises(SystemExit):
+        main([*words, "cp=ring", "site.device=gb200"])
+    assert "conf/machine has no gb200, which site=plain measures on; there are a100, b200" in capsys.readouterr().err
+    assert main([*words, "cp=ring", "site.device=gb200", "machine=b200", "kernel=sdpa_flash"]) == 0
+
+
 def test_json_marks_what_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PREDICT, "cp=ring,none", "output=json"]) == 0
     rows = json.loads(capsys.readouterr().out)["candidates"]
@@ -74,11 +103,12 @@ def test_json_marks_what_is_predicted(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_smallest_scale_is_named_with_its_interval(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*PREDICT, "cp=ring,ulysses", "kernel=flash_attn3", "--max-gib", "0.5", "--break-even", "output=json"]
+    words = [*PREDICT, "cp=ring,ulysses", "kernel=flash_attn3", "--max-gib", "2", "--break-even", "output=json"]
     assert main([w for w in words if w != "scale=2x4"] + ["scale=1x4,2x4,4x4"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["scale"] == "1x4"
-    assert "smallest scale that holds 0.500 GiB a GPU with 95 % confidence, by prediction: 1x4" in captured.err
+    assert "smallest scale that holds 2.00 GiB a GPU with 95 % confidence, by prediction: 1x4" in captured.err
+    assert re.search(r"MiB a rank, 95 %: \d+ MiB to 1\.\d+ GiB\)", captured.err)
     assert "lengths from which on a choice is faster, predicted, not measured" in captured.err
     assert main([*PREDICT, "cp=ring", "scale=1x2,1x4", "--max-ms", "0.0001"]) == 1
     assert "no scale that was looked at holds 0.000100 ms" in capsys.readouterr().out.replace("1.00e-04", "0.000100")

@@ -29,6 +29,7 @@ class Told(Predictor):
     ms: dict[str, float] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     error: float = 0.1
+    memory_error: float = 0.0
 
     def predict(self, cell: Cell, *, memory: bool = True) -> Prediction:
         name = cell.config["cp"]["name"]
@@ -36,7 +37,9 @@ class Told(Predictor):
             raise CannotPredict("nobody knows")
         time = self.ms[name] * MS
         phase = Phase(time, 0.5 * time, 0.6 * time, 0.3 * time, 0.1 * time)
-        return Prediction(cell, self.machine, {"forward": phase}, 1.0, 0, self.bytes.get(name, 1), self.error, "made up", ())
+        peak = self.bytes.get(name, 1)
+        interval = peak / (1 + self.memory_error), peak * (1 + self.memory_error)
+        return Prediction(cell, self.machine, {"forward": phase}, 1.0, 0, peak, interval, self.error, "made up", ())
 
 
 def found(predictor: Predictor, *words: str) -> dict[str, Candidate]:
@@ -65,8 +68,19 @@ def test_what_does_not_fit_is_no_bound_for_the_others() -> None:
     predictor = replace(told(ring=10, usp=100), bytes={"ring": 100 * GIB})
     ranked = found(predictor, "cp=ring,usp")
     assert ranked["ring"].fate == "does not fit"
-    assert ranked["ring"].why == "needs 100 GiB of 74.5 GiB, predicted"
+    assert ranked["ring"].why.startswith("needs 100 GiB of 74.5 GiB, at best 100 GiB, predicted")
     assert ranked["usp"].fate == "may win"
+
+
+def test_what_may_fit_is_kept_and_is_no_bound_for_what_surely_fits() -> None:
+    predictor = replace(told(ring=10, usp=100, ulysses=1000), bytes={"ring": 80 * GIB, "usp": 40 * GIB}, memory_error=0.3)
+    ranked = found(predictor, "cp=ring,usp,ulysses")
+    assert {n: c.fate for n, c in ranked.items()} == {"ring": "may win", "usp": "may win", "ulysses": "cannot win"}
+    surely = found(replace(predictor, memory_error=0.0), "cp=ring,usp,ulysses")
+    assert surely["ring"].fate == "does not fit"
+    may = found(replace(predictor, bytes={"ring": 60 * GIB}), "cp=ring,usp,ulysses")
+    assert {n for n, c in may.items() if c.fate == "may win"} == {"ring", "usp"}
+    assert {n for n, c in found(replace(predictor, bytes={}), "cp=ring,usp").items() if c.fate == "may win"} == {"ring"}
 
 
 def test_no_prediction_is_no_reason_against() -> None:

@@ -43,7 +43,8 @@ class Straight(Predictor):
         start, each = self.lines[name]
         time = start + each * problem.seqlen / problem.scale.world_size
         phases = {"forward": Phase(time, time, time, 0.0, 0.0)}
-        return Prediction(cell, self.machine, phases, 1.0, 0, GIB * 16 // problem.scale.world_size, 0.25, "straight lines", ())
+        peak = GIB * 16 // problem.scale.world_size
+        return Prediction(cell, self.machine, phases, 1.0, 0, peak, (peak / 1.5, peak * 1.5), 0.25, "straight lines", ())
 
 
 def straight(**lines: tuple[float, float]) -> Straight:
@@ -72,11 +73,11 @@ def test_a_limit_holds_by_the_upper_end_of_the_interval() -> None:
     assert tighter is not None
     assert tighter.cell.config["scale"] == "2x8"
     assert smallest(every, Limits(seconds=times[3])) is None
-    needs = every[1].needs_bytes
-    assert needs is not None
-    by_memory = smallest(every, Limits(bytes=needs))
-    assert by_memory is not None
-    assert by_memory.cell.config["scale"] == "1x4"
+    needs = [c.prediction.needs_interval[1] for c in every if c.prediction]
+    for bytes_, scale in ((needs[1], "1x4"), (needs[1] - 1, "1x8")):
+        by_memory = smallest(every, Limits(bytes=bytes_))
+        assert by_memory is not None
+        assert by_memory.cell.config["scale"] == scale
 
 
 def test_what_does_not_fit_holds_nothing() -> None:

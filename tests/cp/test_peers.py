@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -14,6 +15,9 @@ import torch.distributed as dist
 from lcbench.cp.base import Place
 from lcbench.cp.peers.library import LibraryStrategy, Segments, segments
 from lcbench.grid.build import build_strategy
+from lcbench.grid.command_line import look
+from lcbench.grid.expand import Planned
+from lcbench.kernels.base import Platform, refusal
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.attention_sink import attention_sink
 from lcbench.masks.band import Band, BandMask
@@ -23,6 +27,8 @@ from lcbench.masks.document import document
 from lcbench.masks.full import full
 from lcbench.masks.lengths import Explicit
 from lcbench.masks.sliding_window import sliding_window
+from lcbench.predict.machines import machine_of
+from lcbench.predict.predictor import CannotPredict, Predictor
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Groups
 from lcbench.testing.fake_libraries import flash_attn2
@@ -30,6 +36,7 @@ from lcbench.testing.masks import load, names
 from lcbench.testing.spawn import run_ranks
 
 PEERS = [n for n in names("cp") if isinstance(build_strategy(load("cp", n)), LibraryStrategy)]
+CUDA = Platform("cuda", (9, 0), 80 << 30)
 LENGTHS = Explicit([30, 1, 33])
 
 
@@ -71,9 +78,34 @@ def test_peers_refuse_masks_that_they_would_drop(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in PEERS if name != "torch_cp"])
 def test_peers_that_cannot_run_here_say_why(name: str) -> None:
     peer = peer_of(name)
-    assert "runs on CUDA devices only" in str(peer.unavailable(problem_of(64), torch.device("cpu")))
-    assert "takes bfloat16 and float16, not float32" in str(peer.unavailable(problem_of(64, "float32"), torch.device("cuda")))
-    assert "cannot be imported" in str(peer.unavailable(problem_of(64), torch.device("cuda")))
+    assert "runs on CUDA devices only" in str(refusal(peer, problem_of(64), torch.device("cpu")))
+    assert "runs on CUDA devices only" in str(peer.unavailable(problem_of(64), Platform("cpu")))
+    assert "takes bfloat16 and float16, not float32" in str(peer.unavailable(problem_of(64, "float32"), CUDA))
+    # What is installed here is another question than what a machine can do.
+    assert peer.unavailable(problem_of(64), CUDA) is None
+    assert "cannot be imported" in str(peer.missing())
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_prediction_does_not_ask_what_is_installed_and_respects_what_a_library_refuses(name: str) -> None:
+    words = [f"cp={name}", "mask=causal", "scale=2x4", "heads=16x8x64", "kernel=flash_attn3", "seqlen=48k"]
+
+    def cell(*more: str) -> Planned:
+        (found,) = look([*words, *more]).cells
+        return found
+
+    h100 = Predictor.of("h100")
+    assert cell().skip is None
+    assert h100.refusal(cell().cell) is None
+    assert h100.predict(cell().cell, memory=False).seconds > 0
+    if peer_of(name).own_kernel:
+        assert "cp" in str(replace(h100, machine=machine_of("this")).refusal(cell("kernel=sdpa_math").cell))
+        refused = h100.refusal(cell("kernel=sdpa_math", "dtype=float32").cell)
+        assert refused == f"cp {name}: {peer_of(name).unavailable(problem_of(64, 'float32'), CUDA)}"
+    window = cell("mask=sliding_window")
+    assert window.skip is not None
+    with pytest.raises(CannotPredict, match="only"):
+        h100.predict(window.cell)
 
 
 class DotProductAttention(torch.nn.Module):
@@ -106,7 +138,8 @@ def check_groups_of_transformer_engine(rank: int, ranks: int) -> None:
         problem = Problem(64, Heads(8, 4, 64), Scale(nodes, ranks // nodes), "bfloat16", "forward_backward")
         peer = peer_of(name)
         assert peer.unsupported(problem, causal(64)) is None
-        assert peer.unavailable(problem, torch.device("cuda")) is None
+        assert peer.unavailable(problem, CUDA) is None
+        assert peer.missing() is None
         peer.start(problem, causal(64), SDPAFlash(), Place(rank, torch.device("cpu"), groups))
         given = DotProductAttention.given.pop()
         members = [dist.get_process_group_ranks(group) for group in (given if isinstance(given, list) else [given])]
@@ -149,11 +182,11 @@ def test_ring_flash_attention_is_imported_without_its_adapter_for_hugging_face(
         monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.delitem(sys.modules, name)
     for name in (name for name in PEERS if name.startswith("ring_flash_attn")):
-        assert peer_of(name).unavailable(problem_of(64), torch.device("cuda")) is None
+        assert peer_of(name).missing() is None
     # Another release, whose function takes other arguments.
     library = sys.modules["ring_flash_attn"]
     monkeypatch.setattr(library, "stripe_flash_attn_func", lambda q, k, v, dropout_p=0.0, causal=False: None)
-    assert "softmax_scale" in str(peer_of("ring_flash_attn_stripe").unavailable(problem_of(64), torch.device("cuda")))
+    assert "softmax_scale" in str(peer_of("ring_flash_attn_stripe").missing())
 
 
 def test_options_of_peers_name_themselves() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from lcbench.commands.fit import asked
 from lcbench.grid.command_line import look
-from lcbench.predict.fitted import Fitted
+from lcbench.predict.fitted import Fit
 from lcbench.predict.machines import known
 from lcbench.runs.store import Failure, Sweep
 from tests.docs.commands import COMMANDS, blocks, told
@@ -43,7 +43,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "results", folder / "colleague" / "results")
     make_files(folder)
     for machine in known():
-        Fitted(machine=machine).write(folder / f"{machine}.fit.json")
+        Fit(machine=machine).write(folder / f"{machine}.fit.json")
     return folder
 
 

@@ -18,12 +18,14 @@ from lcbench.commands import rerun as rerun_command
 from lcbench.commands.launchers import launcher_named
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look, read_flags
+from lcbench.grid.devices import known_devices
 from lcbench.grid.paths import CONF
-from lcbench.predict.fitted import Fitted
+from lcbench.predict.fitted import Fit
 from lcbench.predict.predictor import CannotPredict, Predictor
 from lcbench.report.ending import bad_input
 from lcbench.report.frame import good_rows, reported
 from lcbench.runs.launch import todo_of
+from lcbench.runs.passes import passes_on
 from lcbench.runs.predictions import Source
 from lcbench.runs.store import Attempt, Failure, Sweep
 
@@ -73,6 +75,8 @@ def test_the_same_cells_are_predicted_and_marked(predicted: Predicted) -> None:
         assert not record.attempts
         assert known.prediction["machine"] == "h200"
         assert known.band is not None
+        low, high = known.prediction["peak_interval"]
+        assert 0 < low < known.metrics["memory/peak_bytes"] < high
         assert known.metrics["time/total/median_s"] > 0
         assert not known.samples
 
@@ -103,7 +107,7 @@ def test_the_same_command_predicts_nothing_again_and_another_fit_everything(
     assert "4 predicted before, 0 to predict" in capsys.readouterr().out
     assert {cell: found.predicted_ns(cell) for cell in found.entries()} == before
     fit = tmp_path / "h200.json"
-    Fitted(machine="h200", sources=("a test",)).write(fit)
+    Fit(machine="h200", sources=("a test",)).write(fit)
     assert here(folder, *SIMULATE, "--fit", str(fit)) == 0
     assert "0 predicted before, 4 to predict on h200, fitted by" in capsys.readouterr().out
     assert all(found.predicted_ns(cell) > at for cell, at in before.items())
@@ -138,7 +142,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 def test_a_fit_of_another_machine_is_refused(tmp_path: Path) -> None:
     fit = tmp_path / "mine.json"
-    Fitted(machine="a100").write(fit)
+    Fit(machine="a100").write(fit)
     with pytest.raises(ValueError, match=r"is a fit of machine=a100, not of machine=b200"):
         Source.of("b200", str(fit), {})
 
@@ -146,6 +150,30 @@ def test_a_fit_of_another_machine_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("device", "machine"), [("h100", "h100"), ("cpu", "this"), (None, "this")])
 def test_the_machine_is_that_of_the_site_unless_it_is_named(device: str | None, machine: str) -> None:
     assert Source.of(None, None, {"device": device}).machine == machine
+
+
+def test_a_site_of_a_machine_that_nobody_wrote_down_is_refused_and_gpus_that_are_here_are_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ValueError, match=r"^conf/machine has no gb200, which site=far measures on; there are a100, b200"):
+        Source.of(None, None, {"name": "far", "device": "gb200"})
+    monkeypatch.setattr("lcbench.predict.machines.gpus_here", lambda: [{"name": "NVIDIA H200"}])
+    assert Source.of(None, None, {"device": None}).machine == "h200"
+    assert Source.of(None, None, {"device": "cpu"}).machine == "this"
+
+
+@pytest.mark.usefixtures("unpublished")
+def test_what_a_machine_cannot_run_is_not_predicted(tmp_path: Path) -> None:
+    here(tmp_path, "hydra/launcher=simulate", "machine=a100", "cp=ring", "kernel=flash_attn3,flash_attn2", "scale=1x8")
+    records = Sweep(tmp_path / "results", "foretold").look().records.values()
+    told = {r.entry.cell.config["kernel"]["name"]: r.prediction for r in records}
+    assert told["flash_attn2"] is not None
+    assert told["flash_attn2"].status == "predicted"
+    refused = told["flash_attn3"]
+    assert refused is not None
+    assert refused.status == "skipped"
+    assert refused.failure is not None
+    assert refused.failure.cause.startswith("kernel flash_attn3: ")
 
 
 def test_a_measured_result_stays_beside_a_prediction_and_counts(predicted: Predicted, made: Callable[..., Any]) -> None:
@@ -259,7 +287,9 @@ def test_a_fit_that_lcbench_ships_is_found(tmp_path: Path, monkeypatch: pytest.M
     conf = tmp_path / "conf"
     (conf / "machine").mkdir(parents=True)
     (conf / "machine" / "h200.yaml").write_bytes((CONF / "machine" / "h200.yaml").read_bytes())
-    Fitted(machine="h200").write(conf / "machine" / "h200.fit.json")
+    Fit(machine="h200").write(conf / "machine" / "h200.fit.json")
     for module in ("predict.machines", "runs.predictions"):
         monkeypatch.setattr(f"lcbench.{module}.CONF", conf)
     assert Source.of("h200", None, {}).fit == conf / "machine" / "h200.fit.json"
+    monkeypatch.setattr("lcbench.runs.passes._made", {})
+    assert passes_on(next(d for d in known_devices() if d["name"] == "h200")).predictor.fitted == Fit(machine="h200")

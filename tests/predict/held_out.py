@@ -15,7 +15,7 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.measure.environment import describe
 from lcbench.predict.cells import cell_times
-from lcbench.predict.fitted import Fitted
+from lcbench.predict.fitted import Fit
 from lcbench.predict.machines import machine_of
 from lcbench.predict.observations import CellTime
 from lcbench.predict.predictor import Predictor
@@ -58,7 +58,7 @@ class Judged:
         return sum(self.predicted.values()) / sum(self.measured.values()) - 1
 
 
-def judged(fitted: Fitted, others: Iterable[CellTime], *, one_thread: bool = False) -> list[Judged]:
+def judged(fitted: Fit, others: Iterable[CellTime], *, one_thread: bool = False) -> list[Judged]:
     """Every cell predicted with a fit of machine=this; ``one_thread``: each rank had one, whatever the machine has."""
     found = []
     for time in others:

@@ -14,7 +14,7 @@ from lcbench.grid.command_line import look
 from lcbench.predict import tables
 from lcbench.predict.draws import DRAWS, looked_at
 from lcbench.predict.fit import fit
-from lcbench.predict.fitted import Coefficients, Factor, Fitted, KernelFit
+from lcbench.predict.fitted import Coefficients, Factor, Fit, KernelFit
 from lcbench.predict.machines import machine_of
 from lcbench.predict.observations import CellTime, CollectiveTime, KernelTime
 from lcbench.predict.predictor import NEIGHBOUR_ERROR, STRATEGY_ERROR, UNFITTED_ERROR, Predictor
@@ -39,7 +39,7 @@ def cell_of(*words: str) -> Cell:
 
 def made(cell: Cell, group: str, noise: np.random.Generator | None = None) -> CellTime:
     """A cell as the true numbers have it."""
-    truth = Predictor(H100, Fitted(machine="h100", kernels=(TRUTH,), factors=FACTORS))
+    truth = Predictor(H100, Fit(machine="h100", kernels=(TRUTH,), factors=FACTORS))
     seconds = {name: phase.seconds for name, phase in truth.predict(cell, memory=False).phases.items()}
     return CellTime(
         cell, {n: s * (float(np.exp(noise.normal(0, 0.02))) if noise else 1.0) for n, s in seconds.items()}, group, "made"
@@ -116,7 +116,7 @@ def test_whole_cells_alone_tell_of_cells_that_were_not_seen() -> None:
 
 
 def test_what_was_not_fitted_is_said_and_has_a_wide_band() -> None:
-    fitted = Fitted(
+    fitted = Fit(
         machine="h100", kernels=(TRUTH.model_copy(update={"sources": ("made",)}),), factors=FACTORS,
         error={"forward": 0.1, "backward": 0.12},
     )  # fmt: skip
@@ -139,12 +139,12 @@ def test_a_fit_is_written_and_read_and_refused_in_one_line(tmp_path: Path) -> No
     fitted = fit(list(calls(12, backward=False)), H100)
     path = tmp_path / "a.fit.json"
     fitted.write(path)
-    assert Fitted.read(path) == fitted
+    assert Fit.read(path) == fitted
     with pytest.raises(ValueError, match="is a fit of machine=h100, not of machine=b200"):
         Predictor.of("b200", path)
     path.write_text('{"machine": "h100", "kernels": 3}')
     with pytest.raises(ValueError, match=r"a\.fit\.json is no fit of lcbench\.fit: kernels: "):
-        Fitted.read(path)
+        Fit.read(path)
     with pytest.raises(ValueError, match="nothing to fit on"):
         fit([], H100)
 
@@ -158,8 +158,8 @@ def test_few_draws_stand_for_many() -> None:
 
 
 @pytest.fixture(scope="module")
-def eight() -> Fitted:
-    """Fitted on what is shipped, published rows at 8 GPUs alone."""
+def eight() -> Fit:
+    """Fit on what is shipped, published rows at 8 GPUs alone."""
     paths = [tables.DATA / "calls.csv", tables.DATA / "published_cp.csv", Path(published.__file__).parent / "h100_cp.csv"]
     found = tables.Read()
     for path in paths:
@@ -168,7 +168,7 @@ def eight() -> Fitted:
 
 
 @pytest.mark.slow
-def test_published_rows_at_more_gpus_follow_from_those_at_8(eight: Fitted) -> None:
+def test_published_rows_at_more_gpus_follow_from_those_at_8(eight: Fit) -> None:
     """A median error of at most 12 % is asked for at 16, 32, 64 H100, full and causal, forward and backward, five strategies."""
     assert {r.group.split()[0] for r in eight.residuals} >= {"fa3", "all_gather", "Ulysses", "Ring", "USP", "LoongTrain"}
     predictor = Predictor(eight.links.of(H100), eight)

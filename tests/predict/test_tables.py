@@ -12,7 +12,7 @@ from lcbench.commands.fit import main
 from lcbench.masks.band import BandMask
 from lcbench.predict import tables
 from lcbench.predict.machines import machine_of
-from lcbench.predict.observations import CellTime, CollectiveTime, KernelTime
+from lcbench.predict.observations import CellMemory, CellTime, CollectiveTime, KernelTime
 from tests.slurm.stage import ROOT
 
 H100, H200 = machine_of("h100"), machine_of("h200")
@@ -60,9 +60,9 @@ def test_what_gpu_check_writes(tmp_path: Path) -> None:
     rows = [row for row in known["timings"][:8] if row["status"] == "ok"]
     found = tables.read(path, H200)
     times = {(o.kernel, o.backward, o.seconds) for o in found.observations if isinstance(o, KernelTime)}
-    assert len(found.observations) == sum(
-        f"time/{phase}/median_s" in row["metrics"] for row in rows for phase in ("forward", "backward")
-    )
+    assert len(times) == sum(f"time/{phase}/median_s" in row["metrics"] for row in rows for phase in ("forward", "backward"))
+    peaks = [(o.cell.words["kernel"], o.peak_bytes) for o in found.observations if isinstance(o, CellMemory)]
+    assert peaks == [(row["kernel"], row["metrics"]["memory/peak_bytes"]) for row in rows]
     assert (rows[0]["kernel"], False, rows[0]["metrics"]["time/forward/median_s"]) in times
     assert not tables.read(path, H100).observations
 

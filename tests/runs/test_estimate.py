@@ -19,7 +19,7 @@ from lcbench.grid.devices import known_devices
 from lcbench.grid.paths import CONF
 from lcbench.measure.peak import entry_of
 from lcbench.predict import machines
-from lcbench.predict.fitted import Fitted, KernelFit
+from lcbench.predict.fitted import Fit, KernelFit
 from lcbench.predict.predictor import Prediction, Predictor
 from lcbench.problem import Scale
 from lcbench.runs import passes as passes_module
@@ -233,10 +233,10 @@ def test_a_slice_is_slower_and_a_device_without_links_of_its_own_has_its_neighbo
 def test_a_fit_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes_module, "_made", {})
     file = tmp_path / "h100.fit.json"
-    monkeypatch.setattr(machines, "fit_of", lambda name: file)
+    monkeypatch.setattr("lcbench.predict.predictor.fit_of", lambda name: file)
     for content in ("{}", "no JSON"):
         file.write_text(content)
-        with pytest.raises(ValueError, match=f"{file}: ") as refused:
+        with pytest.raises(ValueError, match=f"{file} is no fit of lcbench.fit: ") as refused:
             Estimator(DEVICES["h100"]).seconds(cell())
         assert "\n" not in str(refused.value)
 
@@ -278,7 +278,7 @@ def test_turns_that_a_fit_has_counted_are_not_counted_again(monkeypatch: pytest.
     of = {"call_s": 1e-5, "flop_s": 1e-10}
     kernel = KernelFit(kernel="sdpa_flash", dtype="bfloat16", forward=of, backward=of, cores=2)  # type: ignore[arg-type]
     machine = replace(machines.machine_of("this"), cores=2)
-    fitted, unfitted = Passes(Predictor(machine, Fitted(machine="this", kernels=(kernel,)))), Passes(Predictor(machine))
+    fitted, unfitted = Passes(Predictor(machine, Fit(machine="this", kernels=(kernel,)))), Passes(Predictor(machine))
     for scale, by_fit, besides in (("1x1", 1.0, 1.0), ("1x2", 1.0, 1.0), ("1x8", 4.0, 1.0), ("3x4", 2.0, 3.0)):
         asked = cell(scale=scale, seqlen=1 << 14)
         assert (fitted.turns_of(asked.scale), unfitted.turns_of(asked.scale)) == (by_fit, 1.0)

@@ -47,9 +47,10 @@ NCCL = OPERATIONS["nccl"]
 
 @dataclass(frozen=True)
 class PerPair:
-    """A kernel that takes a time per pair and head, twice that backward."""
+    """A kernel that takes a time per pair and head, twice that backward, and holds ``inside`` bytes, as often."""
 
     pair_s: float
+    inside: float = 0.0
 
     def seconds(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
         found: Floats = tiles.pairs * tiles.q_heads * self.pair_s * (1 + backward)
@@ -57,6 +58,9 @@ class PerPair:
 
     def calls(self, tiles: Tiles) -> Ints:
         return np.ones(len(tiles), dtype=np.int64)
+
+    def workspace_bytes(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
+        return np.where(tiles.pairs > 0, self.inside * (1 + backward), 0.0)
 
 
 def problem(seqlen: int, scale: Scale, heads: Heads = HEADS, *, backward: bool = False) -> Problem:
@@ -242,20 +246,23 @@ def test_buffers_are_those_of_the_rank_with_most() -> None:
     assert found.peak_bytes > found.buffer_bytes
 
 
-def test_a_peer_pads_documents_copies_them_at_each_step_and_sums_in_the_inputs_type(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_what_a_kernel_holds_inside_comes_on_top_where_most_is_held(strategy: Scheduled) -> None:
+    of = problem(96, Scale(2, 2), Heads(4, 4, 4), backward=True)
+    modelled = Modelled(strategy.schedule(of, causal(96)), causal(96), of)
+    found = {inside: simulate(modelled, NOTHING, PerPair(0.0, inside), operations=NCCL) for inside in (0.0, 1.0, 1e6, 2e6)}
+    assert {each.own_bytes for each in found.values()} == {found[0.0].peak_bytes}
+    assert found[0.0].peak_bytes <= found[1.0].peak_bytes <= found[0.0].peak_bytes + 2
+    assert found[2e6].peak_bytes - found[1e6].peak_bytes == 2_000_000, "backward holds most, and twice as much of it"
+    assert found[1e6].buffer_bytes == found[0.0].buffer_bytes
+
+
+def test_a_peer_that_sums_in_the_inputs_type_is_modelled_so() -> None:
     of = replace(problem(120, Scale(1, 4), Heads(4, 4, 4), backward=True), dtype="bfloat16")
-    mask = small("causal_document", of.seqlen, of.heads, tmp_path)
-    found = TransformerEngine(comm="p2p").modelled(of, mask)
-    assert found is not None
-    assert found.problem.seqlen % 8 == 0
-    assert found.problem.seqlen >= of.seqlen
-    assert found.mask.pairs(4) >= mask.pairs(4)
-    assert found.copied_bytes > 0
-    assert found.problem.reduce_dtype == "input"
-    verify(found.schedule, found.mask, found.problem)
-    plain = TransformerEngine(comm="p2p").modelled(of, causal(of.seqlen))
-    assert plain is not None
-    assert (plain.problem.seqlen, plain.copied_bytes) == (of.seqlen, 0)
+    for comm in ("p2p", "a2a"):
+        found = TransformerEngine(comm=comm).modelled(of, causal(of.seqlen))
+        assert found is not None
+        assert found.problem.reduce_dtype == ("input" if comm == "p2p" else of.reduce_dtype)
 
 
 @pytest.mark.parametrize("name", [each for each in names("cp") if not isinstance(build_strategy(load("cp", each)), Scheduled)])

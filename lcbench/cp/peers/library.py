@@ -5,16 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
-
-import numpy as np
 
 from lcbench.cp.base import Place, RankRun, Strategy
 from lcbench.cp.ring import Ring
-from lcbench.kernels.base import HALVES, Kernel
-from lcbench.kernels.library import LibraryCall, unfit
-from lcbench.masks.band import OPEN, BandMask, TokenSpan
+from lcbench.kernels.base import HALVES, Kernel, Platform
+from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.layout import Layout
@@ -24,7 +20,6 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from lcbench.schedule.execute import Groups
-    from lcbench.schedule.simulate import Modelled
 
 
 # Libraries' messages go by communicators of their own, whatever the order in which they post them.
@@ -69,14 +64,13 @@ def refused_length(problem: Problem, parts: int) -> str | None:
     return None if problem.seqlen % parts == 0 else f"needs a length that {parts} chunks divide, not {problem.seqlen}"
 
 
-def missing(problem: Problem, device: torch.device, *calls: LibraryCall) -> str | None:
-    """Why a CUDA library, that of the first call, cannot run here, or None."""
-    name = calls[0].module
-    if device.type != "cuda":
-        return f"{name} runs on CUDA devices only"
+def refused_platform(problem: Problem, platform: Platform, library: str) -> str | None:
+    """Why a library for half types on CUDA does not run on a platform, or None."""
+    if platform.type != "cuda":
+        return f"{library} runs on CUDA devices only"
     if problem.dtype not in HALVES:
-        return f"{name} takes bfloat16 and float16, not {problem.dtype}"
-    return unfit(*calls)
+        return f"{library} takes {' and '.join(HALVES)}, not {problem.dtype}"
+    return None
 
 
 def grid(groups: Groups, ranks: int, degree: int) -> list[dist.ProcessGroup]:
@@ -87,34 +81,6 @@ def grid(groups: Groups, ranks: int, degree: int) -> list[dist.ProcessGroup]:
     every = tuple(range(ranks))
     sets = [every[i : i + degree] for i in range(0, ranks, degree)] + [every[i::degree] for i in range(degree)]
     return [group for group in [groups.among(members, CHANNEL) for members in sets] if group is not None]
-
-
-def padded_ring(problem: Problem, found: Segments) -> Modelled:
-    """A zigzag ring of documents that are each padded to a multiple of 2P, as Transformer Engine's ring wants them.
-
-    Every rank has two chunks of each document. Before each step it gathers the rows that are no padding, and scatters its results
-    back after it (the conditions of MagiAttention's published ring, which is Transformer Engine's).
-    """
-    from lcbench.schedule.simulate import COPIED, Modelled  # with scipy, which planning does without
-
-    ranks, heads = problem.scale.world_size, problem.heads
-    chunk = -(-np.diff(found.bounds) // (2 * ranks))
-    bounds = np.cumsum([0, *(2 * ranks * chunk)]).tolist()
-    seqlen = bounds[-1]
-    high = 0 if found.causal else OPEN
-    mask = BandMask.of(seqlen, seqlen, [(a, b, a, b, -OPEN, high) for a, b in pairwise(bounds)])
-    shards = tuple(
-        tuple(
-            TokenSpan(begin + place * size, size)
-            for begin, size in zip(bounds[:-1], chunk.tolist(), strict=True)
-            for place in (rank, 2 * ranks - 1 - rank)
-        )
-        for rank in range(ranks)
-    )
-    padded = replace(problem, seqlen=seqlen)
-    schedule = replace(Ring(layout="zigzag").schedule(padded, mask), shards=Layout(shards))
-    elements = seqlen / ranks * (2 * heads.q + 2 * heads.kv) * heads.dim  # q, k and v are gathered, out is scattered
-    return Modelled(schedule, mask, padded, COPIED * elements * problem.itemsize)
 
 
 class LibraryStrategy(Strategy):

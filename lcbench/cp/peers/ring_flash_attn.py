@@ -12,18 +12,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lcbench.cp.allgather import AllGather
 from lcbench.cp.base import Place, Scheduled
-from lcbench.cp.peers.library import AutogradRun, LibraryStrategy, Segments, missing, refused_length, refused_mask, segments
+from lcbench.cp.peers.library import (
+    AutogradRun,
+    LibraryStrategy,
+    Segments,
+    refused_length,
+    refused_mask,
+    refused_platform,
+    segments,
+)
 from lcbench.cp.ring import Ring
-from lcbench.kernels.base import Kernel
-from lcbench.kernels.library import LibraryCall
+from lcbench.kernels.base import Kernel, Platform
+from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import check_choice
 from lcbench.schedule.layout import Layout, contiguous, striped, zigzag
 
 if TYPE_CHECKING:
-    import torch
-
     from lcbench.schedule.simulate import Modelled
 
 VARIANTS: dict[str, Callable[[int, int], Layout]] = {"zigzag": zigzag, "stripe": striped, "llama3": contiguous}
@@ -81,9 +87,12 @@ class RingFlashAttention(LibraryStrategy):
             refused = refused_mask(mask, known="full and causal")
         return refused or refused_length(problem, 2 * problem.scale.world_size)
 
-    def unavailable(self, problem: Problem, device: torch.device) -> str | None:
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return refused_platform(problem, platform, CALLS[0].module)
+
+    def missing(self) -> str | None:
         _without_hugging_face()
-        return missing(problem, device, *CALLS)
+        return unfit(*CALLS)
 
     def layout(self, problem: Problem) -> Layout:
         return VARIANTS[self.variant](problem.seqlen, problem.scale.world_size)

@@ -12,17 +12,16 @@ from lcbench.cp.peers.library import (
     AutogradRun,
     LibraryStrategy,
     grid,
-    missing,
-    padded_ring,
     refused_length,
     refused_mask,
+    refused_platform,
     segments,
 )  # fmt: skip
 from lcbench.cp.ring import Ring
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
-from lcbench.kernels.base import Kernel
-from lcbench.kernels.library import LibraryCall
+from lcbench.kernels.base import Kernel, Platform
+from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.kernels.te_fused import LIBRARIES
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -30,8 +29,6 @@ from lcbench.schedule.build import check_choice, largest_degree
 from lcbench.schedule.layout import Layout, zigzag
 
 if TYPE_CHECKING:
-    import torch
-
     from lcbench.schedule.simulate import Modelled
 
 CALLS = (
@@ -69,21 +66,19 @@ class TransformerEngine(LibraryStrategy):
             return f"needs ranks for both: the {ranks} of scale={problem.scale} are no {degree} x ring"
         return None
 
-    def unavailable(self, problem: Problem, device: torch.device) -> str | None:
-        return missing(problem, device, *CALLS)
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return refused_platform(problem, platform, CALLS[0].module)
+
+    def missing(self) -> str | None:
+        return unfit(*CALLS)
 
     def layout(self, problem: Problem) -> Layout:
         return zigzag(problem.seqlen, problem.scale.world_size)
 
     def modelled(self, problem: Problem, mask: Mask) -> Modelled | None:
-        """The same schedule of ours. Its ring knows documents in its packed format, which ``start`` does not ask for."""
-        found = segments(mask)
-        if found is None:
-            return None
+        """The same schedule of ours."""
         if self.comm == "p2p":  # its ring sums gradients of keys and values in their own type (its context_parallel.py)
             problem = replace(problem, reduce_dtype="input")
-            if len(found.bounds) > 2:
-                return padded_ring(problem, found)
         return COMMUNICATIONS[self.comm].modelled(problem, mask)
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> AutogradRun:

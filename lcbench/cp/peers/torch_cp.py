@@ -47,7 +47,7 @@ class TorchCP(LibraryStrategy):
         refused = refused_mask(mask, known="full and causal")
         return refused or refused_length(problem, 2 * problem.scale.world_size)
 
-    def unavailable(self, problem: Problem, device: torch.device) -> str | None:
+    def missing(self) -> str | None:
         try:
             _ring()
         except ImportError as error:

@@ -7,18 +7,16 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from lcbench.cp.base import HeadGrid, Place
-from lcbench.cp.peers.library import AutogradRun, LibraryStrategy, grid, missing, refused_length, refused_mask, segments
+from lcbench.cp.peers.library import AutogradRun, LibraryStrategy, grid, refused_length, refused_mask, refused_platform, segments
 from lcbench.cp.usp import USP
-from lcbench.kernels.base import Kernel
-from lcbench.kernels.library import LibraryCall
+from lcbench.kernels.base import Kernel, Platform
+from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import refused_grid
 from lcbench.schedule.layout import Layout, zigzag
 
 if TYPE_CHECKING:
-    import torch
-
     from lcbench.schedule.simulate import Modelled
 
 CALLS = (
@@ -44,8 +42,11 @@ class YunchangUSP(HeadGrid, LibraryStrategy):
             refused = f"cannot split {problem.heads.kv} key/value heads over {degree} ranks"
         return refused or refused_length(problem, 2 * problem.scale.world_size)
 
-    def unavailable(self, problem: Problem, device: torch.device) -> str | None:
-        return missing(problem, device, *CALLS)
+    def unavailable(self, problem: Problem, platform: Platform) -> str | None:
+        return refused_platform(problem, platform, CALLS[0].module)
+
+    def missing(self) -> str | None:
+        return unfit(*CALLS)
 
     def layout(self, problem: Problem) -> Layout:
         degree = self.degree(problem)
