@@ -16,7 +16,7 @@ from lcbench.schedule.machine import Machine
 
 
 class Result(Protocol):
-    """What is read of an attempt at a cell (``runs.store.Attempt``)."""
+    """What is read of an attempt at a cell (``runs.attempt.Attempt``)."""
 
     @property
     def status(self) -> str: ...

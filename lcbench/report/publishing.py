@@ -22,8 +22,9 @@ from lcbench.report.page import write_report
 from lcbench.report.palette import styles
 from lcbench.report.regret import Regret, regrets, verdict
 from lcbench.report.winners import winners
+from lcbench.runs.records import Look
 from lcbench.runs.shown import gpu_hours, written_ms
-from lcbench.runs.store import Look, Sweep
+from lcbench.runs.store import Sweep
 from lcbench.runs.tracking import Counts, Summary, publish, tell
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcbench.grid.cell import flat_config, format_tokens
+from lcbench.runs.manifest import Entry
 from lcbench.runs.shown import BAND, PREDICTIONS_OF
-from lcbench.runs.store import Entry
 
 VIEW = "mlflow.sharedViewState."
 SWEEPS = "lcbench"

@@ -19,8 +19,9 @@ from lcbench.runs.notes import END, Job, read_ending, read_job
 from lcbench.runs.ownership import others, trusted_site
 from lcbench.runs.pack import later_blocks, tries_again
 from lcbench.runs.queues import SLURM, Patient, Queue, queue_of
+from lcbench.runs.records import Look, Record
 from lcbench.runs.squeue import Answer, has_ended, word_of
-from lcbench.runs.store import Look, Record, Sweep
+from lcbench.runs.store import Sweep
 
 # Nobody is still handing over a pack after this long.
 SUBMITTING_S = 900.0

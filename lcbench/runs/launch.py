@@ -21,13 +21,16 @@ from lcbench.grid.paths import REPOSITORY
 from lcbench.grid.site import runs_here
 from lcbench.redact import redacted, redacted_uri, secrets_of
 from lcbench.runs.address import planned_address, planned_experiment, variables
+from lcbench.runs.attempt import Failure
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.jobs import Watch
+from lcbench.runs.manifest import Entry
 from lcbench.runs.notes import END, job_here, write_job
 from lcbench.runs.pack import Pack, Settings, given_up, group
 from lcbench.runs.queues import SLURM, Queue, target_of
 from lcbench.runs.settle import record, settled
-from lcbench.runs.store import Entry, Failure, Sweep, user_name
+from lcbench.runs.store import Sweep
+from lcbench.runs.users import user_name
 
 
 class NotSubmitted(Exception):

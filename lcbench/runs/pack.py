@@ -15,8 +15,10 @@ from lcbench.grid.cell import Cell
 from lcbench.measure.blocks import blocks_of
 from lcbench.problem import Scale
 from lcbench.redact import redacted_uri, redacted_values, secrets_of, with_environment, with_password, without_secret
+from lcbench.runs.attempt import CAUSE_LENGTH, Attempt, Failure
+from lcbench.runs.files import read_json, write_json
 from lcbench.runs.notes import END, Ending, write_ending
-from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Sweep, read_json, write_json
+from lcbench.runs.store import Sweep
 
 if TYPE_CHECKING:
     from lcbench.runs.estimate import Estimator

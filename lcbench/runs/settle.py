@@ -12,12 +12,15 @@ from typing import Any
 from filelock import Timeout
 
 from lcbench.grid.cell import Cell
+from lcbench.runs.attempt import Attempt, Failure, Running
 from lcbench.runs.failure import first_failure, from_slurm_state, job_words, stacks, stem_of, tells_of_a_kill
+from lcbench.runs.files import CORRUPT
 from lcbench.runs.jobs import NEVER_SUBMITTED, PackState, SweepStatus, Watch, status_of
 from lcbench.runs.notes import END, STOP, read_ending, read_job
 from lcbench.runs.ownership import others
 from lcbench.runs.pack import RESERVE, Pack, forget_secrets, later_blocks
-from lcbench.runs.store import CORRUPT, Attempt, Failure, Look, Record, Running, Sweep
+from lcbench.runs.records import Look, Record
+from lcbench.runs.store import Sweep
 
 LOCK_S = 30.0
 # A result that was damaged is measured again so often by itself.

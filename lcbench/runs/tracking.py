@@ -38,6 +38,7 @@ from lcbench.grid.site import runs_here
 from lcbench.redact import redacted, redacted_uri, with_password
 from lcbench.runs import shown
 from lcbench.runs.address import EXPERIMENT, credentials, reason, server_command, sqlite_file
+from lcbench.runs.attempt import FORETOLD, Attempt
 from lcbench.runs.dashboard import (
     PLACE,
     VIEW,
@@ -50,7 +51,10 @@ from lcbench.runs.dashboard import (
     run_path,
     sweeps_view,
 )
-from lcbench.runs.store import MEMORY, Attempt, Entry, Sweep, entries_of, user_name, write_json
+from lcbench.runs.files import write_json
+from lcbench.runs.manifest import Entry, entries_of
+from lcbench.runs.store import MEMORY, Sweep
+from lcbench.runs.users import user_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -350,7 +354,8 @@ class _Publisher:
         saved = 0.0
         complete, looked = True, False
         for place, (cell_id, entry) in enumerate(entries.items()):
-            newest, written_ns = self._sweep.newest(cell_id)
+            newest = self._sweep.newest(cell_id)
+            written_ns = self._sweep.written_ns(cell_id, newest) if newest else 0
             known = Known(*cells.get(cell_id, ("",)))
             same = (newest, written_ns) == (known.attempt, known.written_ns) and known.form == (FORM if newest else 0)
             if same and (known.files or self._no_files):
@@ -390,7 +395,7 @@ class _Publisher:
         """Give every prediction that is new a run of its own; how many, and whether there was time for all."""
         there, published = self._predictions, 0
         for place, (cell_id, entry) in enumerate(entries.items()):
-            written_ns = self._sweep.predicted_ns(cell_id)
+            written_ns = self._sweep.written_ns(cell_id, FORETOLD)
             run_id, known_ns = there.get(cell_id, ("", 0))
             if written_ns == known_ns:
                 continue

@@ -46,14 +46,16 @@ from lcbench.measure.measured import Measured
 from lcbench.measure.nodes import check_gang
 from lcbench.measure.ranks import broadcast_object
 from lcbench.measure.session import Gang
+from lcbench.runs.attempt import CAUSE_LENGTH, Attempt, Failure, Running
 from lcbench.runs.failure import classify_exception, stem_of
+from lcbench.runs.files import write_json
 from lcbench.runs.hang import REST_S, STACKS_SIGNAL
 from lcbench.runs.logs import cell_mark
 from lcbench.runs.machine import beside
 from lcbench.runs.notes import CHECK, END, is_cancelled, told_to_stop
 from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
 from lcbench.runs.settle import close_all, record, with_lost_block
-from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Running, Sweep, write_json
+from lcbench.runs.store import Sweep
 from lcbench.schedule.execute import Groups, group_options
 from lcbench.workloads.base import Work
 

@@ -14,7 +14,9 @@ from lcbench.grid.command_line import look
 from lcbench.grid.expand import pairs
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.stopping import Stopping, summary
-from lcbench.runs.store import Attempt, Entry, Failure, Sweep
+from lcbench.runs.attempt import FORETOLD, Attempt, Failure
+from lcbench.runs.manifest import Entry
+from lcbench.runs.store import Sweep
 
 SLOWER = {"sliding_window": 1.4}  # how much longer what is predicted takes than what was measured, by label
 PROVENANCE: dict[str, Any] = {
@@ -179,5 +181,7 @@ def foretell(sweep: Sweep, source: Sweep, *, of: Callable[[str], bool] = lambda 
         if cell_id not in known:
             sweep.add([Entry(cell, predicted=True)], command=["hydra/launcher=simulate"])
         provenance = {"prediction": made, "device": "h200"}
-        sweep.predict(Attempt(cell_id, sweep.name, 0, "predicted", metrics=metrics, provenance=provenance, config=cell.config))
+        sweep.finish(
+            Attempt(cell_id, sweep.name, FORETOLD, "predicted", metrics=metrics, provenance=provenance, config=cell.config)
+        )
     return sweep

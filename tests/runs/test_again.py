@@ -26,13 +26,16 @@ from lcbench.measure.cell import measure_again
 from lcbench.measure.measured import Measured
 from lcbench.measure.session import Gang
 from lcbench.runs import agent, worker
+from lcbench.runs.attempt import Attempt, Failure
+from lcbench.runs.files import write_json
 from lcbench.runs.gang import begun_of
 from lcbench.runs.jobs import Watch
 from lcbench.runs.logs import cell_mark, said_by_ranks
+from lcbench.runs.manifest import Entry
 from lcbench.runs.pack import KILLS, Pack, later_blocks, tries_again
 from lcbench.runs.settle import close_all, in_flight, settled
 from lcbench.runs.squeue import Job
-from lcbench.runs.store import Attempt, Entry, Failure, Sweep, write_json
+from lcbench.runs.store import Sweep
 from lcbench.schedule.execute import Groups
 from lcbench.workloads.base import Work
 from tests.runs.queues import Watching, says

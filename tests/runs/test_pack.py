@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcbench.grid.cell import Cell
+from lcbench.runs.attempt import Attempt, Failure
 from lcbench.runs.estimate import Estimate, Estimator
 from lcbench.runs.pack import given_up, group, tries_again
-from lcbench.runs.store import Attempt, Failure
 
 H100 = {"name": "h100", "names": ["NVIDIA H100 80GB HBM3"], "peak_tflops": {"bfloat16": 989}, "memory_bytes": 80_000_000_000}
 BASE = {

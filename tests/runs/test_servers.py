@@ -16,7 +16,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from lcbench.runs.store import Entry, Sweep
+from lcbench.runs.manifest import Entry
+from lcbench.runs.store import Sweep
 from lcbench.runs.tracking import TrackingUnavailable, publish
 from tests.runs.test_store import made_cell
 from tests.runs.test_tracking import attempt

@@ -27,10 +27,12 @@ from lcbench.runs.launch import (
     todo_of,
     write_cells,
 )
+from lcbench.runs.manifest import Entry
 from lcbench.runs.pack import Pack, Settings
 from lcbench.runs.queues import Queue
 from lcbench.runs.settle import settled
-from lcbench.runs.store import Entry, Sweep, user_name
+from lcbench.runs.store import Sweep
+from lcbench.runs.users import user_name
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -17,6 +17,7 @@ from hydra_plugins.lcbench.base import PackLauncher
 
 from lcbench.grid.values import parse_scale
 from lcbench.measure.blocks import blocks_of
+from lcbench.runs.attempt import CAUSE_LENGTH, Failure
 from lcbench.runs.failure import last_error
 from lcbench.runs.jobs import Watch
 from lcbench.runs.launch import write_down
@@ -25,7 +26,7 @@ from lcbench.runs.notes import END, ended, job_here, write_job
 from lcbench.runs.pack import Pack, later_blocks
 from lcbench.runs.settle import in_flight, settled
 from lcbench.runs.squeue import site_variables
-from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep
+from lcbench.runs.store import Sweep
 
 POLL_S = 0.3
 LOOK_EVERY_S = 5.0
