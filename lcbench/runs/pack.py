@@ -98,6 +98,7 @@ class Pack:
     index: int = 0  # in the array
     queue: str = ""  # the class that knows its job (``runs/queues.py``); empty: processes of the launching machine run it
     basis: dict[str, str] = field(default_factory=dict)  # cell id -> what its estimate rests on; packs of before do not say
+    good: dict[str, int] = field(default_factory=dict)  # cell id -> ``newest_good`` when it was made; packs of before do not say
 
     @property
     def folder(self) -> Path:
@@ -232,6 +233,27 @@ def later_blocks(attempts: Sequence[Attempt], pack_id: str) -> range:
     if last is None or last.status != "ok" or last.pack != pack_id or not last.blocks or len(last.lost_blocks) >= KILLS:
         return range(0)
     return range(last.blocks + len(last.lost_blocks) + 1, blocks_of(last.config.get("measure", {})) + 1)
+
+
+def newest_good(attempts: Sequence[Attempt]) -> int:
+    """Number of a cell's newest attempt that is well; 0 if there is none."""
+    return max((a.number for a in attempts if a.status == "ok"), default=0)
+
+
+def newer_result(attempts: Sequence[Attempt], pack_id: str, good: int | None) -> Attempt | None:
+    """The good result that a cell has got from another pack since this one was made, so that this one leaves the cell out; None if
+    there is none, or if it is not the cell's newest attempt.
+
+    ``good``: ``newest_good`` of the cell when the pack was made; None of a pack that does not say.
+    """
+    last = attempts[-1] if attempts else None
+    newer = last is not None and good is not None and last.status == "ok" and last.pack != pack_id and last.number > good
+    return last if newer else None
+
+
+def owes(attempts: Sequence[Attempt], pack_id: str, good: int | None) -> bool:
+    """Whether a cell is still without a first attempt of a pack that is to try it, and not to leave it out (``newer_result``)."""
+    return not any(a.pack == pack_id for a in attempts) and newer_result(attempts, pack_id, good) is None
 
 
 def tries_again(attempts: Sequence[Attempt], retry: dict[str, int]) -> bool:

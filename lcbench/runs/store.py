@@ -179,10 +179,6 @@ class Sweep:
         """All ended attempts at a cell, oldest first."""
         return self._attempts(cell_id, names_in(self.folder / cell_id))
 
-    def has_attempt_of(self, cell_id: str, pack: str) -> bool:
-        """Whether a pack has an ended attempt at this cell."""
-        return any(a.pack == pack for a in self.attempts(cell_id))
-
     def running(self, cell_id: str) -> list[Running]:
         """Attempts that have begun and not ended. Their job may be dead."""
         return self._running(cell_id, names_in(self.folder / cell_id))

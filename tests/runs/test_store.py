@@ -53,8 +53,9 @@ def test_attempts_round_trip_and_a_second_never_overwrites_the_first(tmp_path: P
         (1, "failed", Failure("oom", "too big", 3)),
         (2, "ok", None),
     ]
-    assert sweep.has_attempt_of(cell.id, "p1")
-    assert not sweep.has_attempt_of(cell.id, "p3")
+    record = sweep.look().records[cell.id]
+    assert record.has_attempt_of("p1")
+    assert not record.has_attempt_of("p3")
     assert [e.skip for e in sweep.entries().values()] == [None, "because"]
     assert sweeps(tmp_path) == ["s"]
     assert [entry.cell for _, entry in find_cell(tmp_path, cell.id[:6])] == [cell]
