@@ -17,7 +17,7 @@ from lcbench.grid.devices import known_devices
 from lcbench.report.page import write_report
 from lcbench.report.publishing import publish_sweep
 from lcbench.runs.store import Sweep
-from lcbench.runs.tracking import view_url
+from lcbench.runs.tracking.links import view_url
 from tests.browser import CHROMIUM, Browser, browser
 from tests.report.made import big_sweep
 from tests.slurm.stage import ROOT, Server

@@ -311,7 +311,7 @@ class _Choosing:
     def _answer(self, sweep: Sweep, settings: Settings, race: Race, outcomes: list[Outcome]) -> int:
         from lcbench.report.frame import good_rows, reported
         from lcbench.report.publishing import publish_sweep
-        from lcbench.runs.tracking import publish_or_say
+        from lcbench.runs.tracking.publish import publish_or_say
 
         publish_or_say(sweep, settings.tracking_uri, publish_sweep)
         found = answers(outcomes, self.candidates, good_rows(reported(sweep)))

@@ -24,7 +24,7 @@ from lcbench.runs.rendezvous import NoRendezvous, innermost, meeting_of, use
 from lcbench.runs.settle import close_all, in_flight
 from lcbench.runs.squeue import environment, last_incarnation, site_variables
 from lcbench.runs.store import Sweep
-from lcbench.runs.tracking import publish_or_say
+from lcbench.runs.tracking.publish import publish_or_say
 from lcbench.runs.users import user_name
 
 # Seconds ahead of the job's time limit at which Slurm warns (it may be a minute earlier), less for short jobs, and the share of

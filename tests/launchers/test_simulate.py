@@ -58,7 +58,7 @@ def predicted(tmp_path_factory: pytest.TempPathFactory) -> Predicted:
 
 @pytest.fixture
 def unpublished(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcbench.runs.tracking.publish_or_say", lambda *_, **__: None)
+    monkeypatch.setattr("lcbench.runs.tracking.publish.publish_or_say", lambda *_, **__: None)
 
 
 def test_the_same_cells_are_predicted_and_marked(predicted: Predicted) -> None:

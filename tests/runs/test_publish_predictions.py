@@ -9,7 +9,7 @@ import mlflow
 
 from lcbench.runs.manifest import Entry
 from lcbench.runs.store import Sweep
-from lcbench.runs.tracking import publish
+from lcbench.runs.tracking.publish import publish
 from tests.report.made import foretell, made_sweep
 
 GRID = ["-m", "cp=ring,ulysses", "kernel=flash_attn3", "mask=causal", "seqlen=48k,96k", "scale=1x8", "heads=16x16x64"]

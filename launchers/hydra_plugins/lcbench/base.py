@@ -156,7 +156,8 @@ class PackLauncher(Launcher):
         from lcbench.report.publishing import publish_sweep
         from lcbench.report.standing import unwell_of
         from lcbench.report.table import cells_table, summary, to_rows
-        from lcbench.runs.tracking import dashboard_hint, failures_url, publish_or_say
+        from lcbench.runs.tracking.links import dashboard_hint, failures_url
+        from lcbench.runs.tracking.publish import publish_or_say
 
         standing = settled(Watch(sweep), as_mine=True)
         seen = standing.seen.foretold() if predicted else standing.seen
