@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from lcbench.grid.command_line import look
-from lcbench.runs.store import Attempt, Entry, Sweep
+from lcbench.runs.attempt import Attempt
+from lcbench.runs.manifest import Entry
+from lcbench.runs.store import Sweep
 from tests.slurm.stage import ROOT, Server, lcbench
 
 GRID = [

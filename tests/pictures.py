@@ -9,6 +9,7 @@ import io
 import json
 import sys
 import tempfile
+import time
 from contextlib import chdir
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lcbench.grid.devices import known_devices
 from lcbench.report.page import write_report
 from lcbench.report.publishing import publish_sweep
 from lcbench.runs.store import Sweep
-from lcbench.runs.tracking import view_url
+from lcbench.runs.tracking.links import view_url
 from tests.browser import CHROMIUM, Browser, browser
 from tests.report.made import big_sweep
 from tests.slurm.stage import ROOT, Server
@@ -28,6 +29,8 @@ DRAWN_MS = 3000
 COMPARED = 4
 WIDTH = 1440
 CELLS_PX = 200  # of the table of cells
+# When the synthetic sweep was begun, local time: a picture that is made again differs only where the page does.
+BEGUN = time.mktime((2026, 11, 27, 13, 26, 0, 0, 0, -1))
 # What the annotated picture numbers, in the order of the list in docs/reports.md.
 MARKED = ("p.about", "#verdict", "#regret", "#matrix", "#facets", "#tab-length", "#figure-length", "#causes", "#rows")
 BANNER = """() => {
@@ -66,7 +69,7 @@ def main(arguments: list[str]) -> int:
 def report_pictures(docs: Path = DOCS) -> None:
     """The first screen of a report, and the same page with numbers at its parts; a line in both says that it is synthetic."""
     with tempfile.TemporaryDirectory() as folder, chdir(folder):  # so that commands on the page name no folder
-        page = write_report(big_sweep(Path("results"), "big"), Path("report"), known_devices()).page
+        page = write_report(big_sweep(Path("results"), "big", begun=BEGUN), Path("report"), known_devices()).page
         with browser(WIDTH, 900) as b:
             b.page.goto(page.resolve().as_uri())
             b.page.wait_for_timeout(DRAWN_MS)

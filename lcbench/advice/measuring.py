@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 from lcbench.advice.racing import Budget, Lap
 from lcbench.grid.cell import Cell
+from lcbench.runs.attempt import Attempt
 from lcbench.runs.jobs import Watch
 from lcbench.runs.launch import Launches, Todo, hand_over, make_packs
 from lcbench.runs.pack import Settings
 from lcbench.runs.settle import settled
-from lcbench.runs.store import Attempt, Sweep
+from lcbench.runs.store import Sweep
 
 
 class NothingMeasured(Exception):

@@ -10,8 +10,11 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from lcbench.report.inert import printable
+from lcbench.runs.files import Unreadable
+from lcbench.runs.manifest import Entry
 from lcbench.runs.ownership import others, what_it_runs, whose
-from lcbench.runs.store import Entry, Sweep, Unreadable, owner_of, sweeps, user_name
+from lcbench.runs.store import Sweep, sweeps
+from lcbench.runs.users import owner_of, user_name
 
 LAST = "last"  # the newest sweep
 MANY = 12  # sweeps that an error names

@@ -14,12 +14,14 @@ from typing import Any
 from lcbench.commands.arguments import add_as_mine_argument, add_results_argument, agree_to_act, chosen_either, command_parser
 from lcbench.report.ending import bad_input
 from lcbench.runs import notes
+from lcbench.runs.attempt import Failure
+from lcbench.runs.files import write_json
 from lcbench.runs.jobs import PackState, Watch
 from lcbench.runs.ownership import others, trusted_site
 from lcbench.runs.pack import later_blocks
 from lcbench.runs.queues import SLURM, Queue
 from lcbench.runs.settle import settled
-from lcbench.runs.store import Failure, Sweep, write_json
+from lcbench.runs.store import Sweep
 
 OURS = "lcbench-"  # what the names of our jobs begin with
 UNKNOWN_TO_SLURM = "Invalid job id"

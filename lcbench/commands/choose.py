@@ -41,8 +41,9 @@ from lcbench.report.ending import INTERRUPTED, OK, REFUSED, SOME_FAILED, bad_inp
 from lcbench.report.fitted import console
 from lcbench.runs.budget import Cost
 from lcbench.runs.launch import Launches, Todo, make_packs, settings_of, sweep_of, write_cells
+from lcbench.runs.manifest import Entry
 from lcbench.runs.pack import Settings
-from lcbench.runs.store import Entry, Sweep
+from lcbench.runs.store import Sweep
 
 EXAMPLES = """
 python -m lcbench.choose scale=4x8 heads=32x8x128 mask=causal_document seqlen=256k kernel=flash_attn3 site=plain budget=2gpuh
@@ -288,7 +289,7 @@ class _Choosing:
     def _answer(self, sweep: Sweep, settings: Settings, race: Race, outcomes: list[Outcome]) -> int:
         from lcbench.report.frame import good_rows, reported
         from lcbench.report.publishing import publish_sweep
-        from lcbench.runs.tracking import publish_or_say
+        from lcbench.runs.tracking.publish import publish_or_say
 
         publish_or_say(sweep, settings.tracking_uri, publish_sweep)
         found = answers(outcomes, self.candidates, good_rows(reported(sweep)))

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from lcbench.commands.arguments import add_results_argument, chosen_cell, command_parser
 from lcbench.grid.values import parse_scale
 from lcbench.report.ending import bad_input, left_with
+from lcbench.runs.attempt import Attempt, Running
 from lcbench.runs.jobs import CellState, Watch
 from lcbench.runs.logs import said_by_ranks
 from lcbench.runs.settle import settled
-from lcbench.runs.store import Attempt, Running, Sweep
+from lcbench.runs.store import Sweep
 
 INTERVAL_S = 1.0
 EXAMPLES = """

@@ -16,7 +16,8 @@ from lcbench.report.ending import REFUSED, bad_input, say_error
 from lcbench.report.inert import printable
 from lcbench.report.page import write_report
 from lcbench.runs.ownership import others, whose
-from lcbench.runs.tracking import attach_or_say, tracked_at
+from lcbench.runs.tracking.links import tracked_at
+from lcbench.runs.tracking.publish import attach_or_say
 
 EXAMPLES = """
 python -m lcbench.report last

@@ -23,8 +23,9 @@ from lcbench.runs.jobs import SweepStatus, Watch
 from lcbench.runs.launch import Todo
 from lcbench.runs.ownership import here_instead
 from lcbench.runs.pack import Settings
+from lcbench.runs.records import Record
 from lcbench.runs.settle import settled
-from lcbench.runs.store import Record, Sweep
+from lcbench.runs.store import Sweep
 
 EXAMPLES = """
 python -m lcbench.rerun 1a2b3c4d5e6f

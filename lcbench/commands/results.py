@@ -12,7 +12,8 @@ from lcbench.commands.arguments import add_results_argument, command_parser, fin
 from lcbench.report.ending import bad_input
 from lcbench.report.frame import frame_of
 from lcbench.report.inert import csv_cell, printable
-from lcbench.runs.store import Attempt, Sweep, sweeps
+from lcbench.runs.attempt import Attempt
+from lcbench.runs.store import Sweep, sweeps
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -28,7 +28,8 @@ from lcbench.runs.jobs import SweepStatus, Watch
 from lcbench.runs.ownership import others
 from lcbench.runs.settle import settled
 from lcbench.runs.store import Sweep, sweeps
-from lcbench.runs.tracking import publish_or_say, tracked_at
+from lcbench.runs.tracking.links import tracked_at
+from lcbench.runs.tracking.publish import publish_or_say
 
 EXAMPLES = """
 python -m lcbench.status

@@ -16,7 +16,8 @@ from lcbench.report.publishing import publish_sweep
 from lcbench.runs.address import checked_address
 from lcbench.runs.jobs import Watch
 from lcbench.runs.settle import settled
-from lcbench.runs.tracking import TrackingUnavailable, sweep_url, tracked_at
+from lcbench.runs.tracking.links import sweep_url, tracked_at
+from lcbench.runs.tracking.server import TrackingUnavailable
 
 EXAMPLES = """
 python -m lcbench.sync last

@@ -20,7 +20,7 @@ PEAK = "memory/peak_bytes"
 
 
 class Result(Protocol):
-    """What is read of an attempt at a cell (``runs.store.Attempt``)."""
+    """What is read of an attempt at a cell (``runs.attempt.Attempt``)."""
 
     @property
     def status(self) -> str: ...

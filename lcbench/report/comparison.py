@@ -13,7 +13,8 @@ from lcbench.report.environment import Environment, environment_of
 from lcbench.report.foretold import Held, against
 from lcbench.report.frame import PHASES
 from lcbench.report.intervals import LEVEL, Ratio, Timing, holm, ratios
-from lcbench.runs.store import Attempt, Sweep
+from lcbench.runs.attempt import Attempt
+from lcbench.runs.store import Sweep
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import NoReturn
 
 from lcbench.redact import redacted
 from lcbench.report.inert import printable
-from lcbench.runs.store import Unreadable, owner_of, user_name
+from lcbench.runs.files import Unreadable
+from lcbench.runs.users import owner_of, user_name
 
 OK, SOME_FAILED, INTERRUPTED = 0, 1, 130
 BAD_INPUT = 2  # argparse's exit code too

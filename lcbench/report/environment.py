@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from statistics import median
 
-from lcbench.runs.store import Attempt
+from lcbench.runs.attempt import Attempt
 
 Environment = dict[str, set[str]]  # name -> values that occur
 

@@ -12,7 +12,8 @@ import numpy as np
 from lcbench.grid.cell import Cell, format_tokens
 from lcbench.report.amounts import duration, percent, times
 from lcbench.report.frame import PHASES
-from lcbench.runs.store import Attempt, Record
+from lcbench.runs.attempt import Attempt
+from lcbench.runs.records import Record
 
 MOST_OF = 0.9  # of the errors, which a summary names
 

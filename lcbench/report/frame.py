@@ -13,7 +13,10 @@ import numpy as np
 from lcbench.grid.axes import ALWAYS_TOLD, AXES, CELL_GROUPS, CHOICE, PROBLEM, WITH_OPTIONS, value_of
 from lcbench.grid.cell import flat_config
 from lcbench.report.intervals import KNOWN, NORMAL_95, Median, Timing, medians
-from lcbench.runs.store import Attempt, Look, Record, Sweep, Unreadable
+from lcbench.runs.attempt import Attempt
+from lcbench.runs.files import Unreadable
+from lcbench.runs.records import Look, Record
+from lcbench.runs.store import Sweep
 
 if TYPE_CHECKING:
     import pandas as pd

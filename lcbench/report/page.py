@@ -28,7 +28,8 @@ from lcbench.report.regret import FEWEST_CHOICES, FEWEST_PROBLEMS, NEARLY_ALL, R
 from lcbench.report.table import why_not
 from lcbench.report.tables import rate_tables, rows_table
 from lcbench.report.winners import CLOSE, UNMEASURED, Winner, winners
-from lcbench.runs.store import Status, Sweep
+from lcbench.runs.attempt import Status
+from lcbench.runs.store import Sweep
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,7 +16,9 @@ from lcbench.report.amounts import Unit
 from lcbench.report.frame import PHASES, rate_column
 from lcbench.report.intervals import Median
 from lcbench.report.parts import least_bytes, split
-from lcbench.runs.store import Attempt, Record, Sweep
+from lcbench.runs.attempt import Attempt
+from lcbench.runs.records import Record
+from lcbench.runs.store import Sweep
 
 if TYPE_CHECKING:
     import pandas as pd

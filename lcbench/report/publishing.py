@@ -22,9 +22,11 @@ from lcbench.report.page import write_report
 from lcbench.report.palette import styles
 from lcbench.report.regret import Regret, regrets, verdict
 from lcbench.report.winners import winners
-from lcbench.runs.shown import gpu_hours, written_ms
-from lcbench.runs.store import Look, Sweep
-from lcbench.runs.tracking import Counts, Summary, publish, tell
+from lcbench.runs.records import Look
+from lcbench.runs.store import Sweep
+from lcbench.runs.tracking.parent import Summary
+from lcbench.runs.tracking.publish import Counts, publish, tell
+from lcbench.runs.tracking.shown import gpu_hours, written_ms
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +41,7 @@ def publish_sweep(sweep: Sweep, uri: str, experiment: str | None = None, *, thor
 
     The report is written and put there once every cell that can run has a result, of at most ``MOST_CELLS`` cells.
 
-    Args: as for ``tracking.publish``.
+    Args: as for ``tracking.publish.publish``.
 
     Raises:
         TrackingUnavailable: within seconds, whatever is wrong with the server.

@@ -19,9 +19,10 @@ from lcbench.report.causes import Unwell, again, by_node, grouped
 from lcbench.report.fitted import LEAST, Column, Fitted
 from lcbench.report.inert import plain, printable
 from lcbench.report.table import COLORS, Names
+from lcbench.runs.files import Unreadable
 from lcbench.runs.jobs import CellState, PackState, SweepStatus, Watch
 from lcbench.runs.squeue import word_of
-from lcbench.runs.store import Sweep, Unreadable, sweeps
+from lcbench.runs.store import Sweep, sweeps
 
 BAR, LEAST_BAR = 24, 8
 DONE = ("ok", "failed", "skipped")

@@ -16,7 +16,8 @@ from lcbench.grid.cell import Cell, flat_config
 from lcbench.report.amounts import BYTES, TFLOPS, Unit, digits, more, percent, times, unit_for
 from lcbench.report.fitted import Column, Fitted
 from lcbench.report.inert import plain
-from lcbench.runs.store import Look, Record, Sweep
+from lcbench.runs.records import Look, Record
+from lcbench.runs.store import Sweep
 
 COLORS = {"ok": "green", "failed": "red", "lost": "red", "skipped": "yellow", "missing": "dim", "predicted": "magenta"}
 CHECKED = ("out", "dq", "dk", "dv")

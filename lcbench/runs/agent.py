@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lcbench.grid.values import parse_scale
+from lcbench.runs.attempt import CAUSE_LENGTH, Failure
 from lcbench.runs.failure import SLURM_STATES, last_error
+from lcbench.runs.files import write_json
 from lcbench.runs.forkserver import ForkServer, ServerDied, forking
 from lcbench.runs.machine import shown, signal_when_parent_dies
 from lcbench.runs.notes import END, STOP, ended, forget, read_ending
@@ -21,8 +23,9 @@ from lcbench.runs.pack import RESERVE, Pack, forget_secrets
 from lcbench.runs.rendezvous import NoRendezvous, innermost, meeting_of, use
 from lcbench.runs.settle import close_all, in_flight
 from lcbench.runs.squeue import environment, last_incarnation, site_variables
-from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep, user_name, write_json
-from lcbench.runs.tracking import publish_or_say
+from lcbench.runs.store import Sweep
+from lcbench.runs.tracking.publish import publish_or_say
+from lcbench.runs.users import user_name
 
 # Seconds ahead of the job's time limit at which Slurm warns (it may be a minute earlier), less for short jobs, and the share of
 # it in which the cell in flight may still finish.

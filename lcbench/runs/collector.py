@@ -20,7 +20,8 @@ from lcbench.runs.ownership import here_instead, only_shown, others
 from lcbench.runs.pack import Settings, tries_again
 from lcbench.runs.settle import settled
 from lcbench.runs.store import Sweep
-from lcbench.runs.tracking import Counts, publish_or_say, tracked_at
+from lcbench.runs.tracking.links import tracked_at
+from lcbench.runs.tracking.publish import Counts, publish_or_say
 
 REFUSED_PAUSE_S = 10.0
 LOOKING_SHARE = 5.0  # a collector sleeps so many times as long as it looks

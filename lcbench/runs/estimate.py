@@ -27,8 +27,10 @@ from lcbench.grid.cell import Cell
 from lcbench.measure.blocks import blocks_of, shared
 from lcbench.measure.gpus import gpus_here
 from lcbench.measure.peak import entry_of
+from lcbench.runs.attempt import Attempt
+from lcbench.runs.files import BROKEN
 from lcbench.runs.passes import LEAST_SHARE, Passes, flops, passes_on
-from lcbench.runs.store import BROKEN, Attempt, newest_attempts
+from lcbench.runs.store import newest_attempts
 
 # Newest results that are looked at for like cells, and how many of these say what others of a kernel take.
 HISTORY, COMPARED = 3000, 8

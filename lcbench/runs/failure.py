@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcbench.runs.attempt import CAUSE_LENGTH, Failure, Running
+from lcbench.runs.files import read_or_set_aside
 from lcbench.runs.squeue import NOISE as NOISE_OF_SLURM
 from lcbench.runs.squeue import word_of
-from lcbench.runs.store import CAUSE_LENGTH, Failure, Running, read_or_set_aside
 
 # Slurm's final states (man sacct) and our classes.
 SLURM_STATES = {

@@ -21,6 +21,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvou
 
 from lcbench.grid.values import parse_scale
 from lcbench.runs.failure import stem_of
+from lcbench.runs.files import write_json
 from lcbench.runs.forkserver import RANK_NAME, ForkServer, ServerDied, Start
 from lcbench.runs.hang import STACKS_SIGNAL, Watcher
 from lcbench.runs.logs import last_words
@@ -28,7 +29,7 @@ from lcbench.runs.notes import cancelled_cells, ended
 from lcbench.runs.pack import KILLS, Pack
 from lcbench.runs.rendezvous import BACKEND
 from lcbench.runs.settle import in_flight
-from lcbench.runs.store import Sweep, write_json
+from lcbench.runs.store import Sweep
 
 # A gang may fail this often, one after the other, without having begun a cell or a later block of timings.
 FRUITLESS = 2

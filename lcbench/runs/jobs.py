@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lcbench.measure.blocks import blocks_of, share
+from lcbench.runs.attempt import Attempt
 from lcbench.runs.notes import END, Job, read_ending, read_job
 from lcbench.runs.ownership import others, trusted_site
-from lcbench.runs.pack import later_blocks, tries_again
+from lcbench.runs.pack import later_blocks, owes, tries_again
 from lcbench.runs.queues import SLURM, Patient, Queue, queue_of
+from lcbench.runs.records import Look, Record
 from lcbench.runs.squeue import Answer, has_ended, word_of
-from lcbench.runs.store import Look, Record, Sweep
+from lcbench.runs.store import Sweep
 
 # Nobody is still handing over a pack after this long.
 SUBMITTING_S = 900.0
@@ -47,6 +49,7 @@ class PackState:
     pids: tuple[int, ...] = ()
     retry: dict[str, int] = field(default_factory=dict)  # how often what failed how is tried again in it
     seconds: dict[str, float] = field(default_factory=dict)  # how long each cell is expected to take
+    good: dict[str, int] = field(default_factory=dict)  # newest good attempt at each cell when it was made
     remedy: str = ""  # the command that helps a job which does not go on by itself: one that Slurm holds, say
     queue: str = ""  # the class that knows its job; empty: processes run it
 
@@ -54,6 +57,10 @@ class PackState:
     def ended(self) -> bool:
         """Whether nothing of it runs or will run."""
         return self.state == NEVER_SUBMITTED or has_ended(self.state)
+
+    def owes(self, cell_id: str, attempts: Sequence[Attempt]) -> bool:
+        """Whether it has still to try a cell that was tried so for the first time, and does not leave it out."""
+        return owes(attempts, self.id, self.good.get(cell_id))
 
     @property
     def queued(self) -> bool:
@@ -310,8 +317,8 @@ def _cells(seen: Look, packs: list[PackState]) -> list[CellState]:
 
 
 def _will_come_to(pack: PackState, record: Record) -> bool:
-    """Whether a live pack will still run a cell: it has not tried the cell, or will try it again."""
-    return not record.has_attempt_of(pack.id) or tries_again(record.attempts, pack.retry)
+    """Whether a live pack will still run a cell, for the first time or again."""
+    return pack.owes(record.entry.cell.id, record.attempts) or tries_again(record.attempts, pack.retry)
 
 
 def _with_progress(seen: Look, pack: PackState) -> PackState:
@@ -319,8 +326,12 @@ def _with_progress(seen: Look, pack: PackState) -> PackState:
     records = [seen.records[c] for c in pack.cells if c in seen.records]
     done = sum(r.has_attempt_of(pack.id) for r in records)
     again = sum(len(later_blocks(r.attempts, pack.id)) for r in records)
-    reason = f"{again} more blocks of timings" if pack.state == "RUNNING" and done == len(records) and again else pack.reason
-    return replace(pack, done=done, reason=reason)
+    left = sum(not (pack.owes(r.entry.cell.id, r.attempts) or r.has_attempt_of(pack.id)) for r in records)
+    at_the_end = pack.state == "RUNNING" and done + left == len(records) and again
+    reasons = [f"{again} more blocks of timings" if at_the_end else pack.reason]
+    if left and (pack.ended or pack.state == "RUNNING"):
+        reasons.append(f"{left} left out, with a newer result of another pack")
+    return replace(pack, done=done, reason="; ".join(filter(None, reasons)))
 
 
 def _as_handed_over(pack_id: str, pack: dict[str, Any], job: Job | None) -> PackState:
@@ -334,7 +345,8 @@ def _as_handed_over(pack_id: str, pack: dict[str, Any], job: Job | None) -> Pack
     return PackState(
         pack_id, str(pack["launcher"]), job.job_id or str(job.pid or ""), "UNKNOWN", "",
         tuple(map(str, pack["cells"])), 0, str(pack["job_name"]), job.host,
-        job.pids or (), dict(settings["retry"]), dict(pack["seconds"]), queue=_queue_named(pack),
+        job.pids or (), dict(settings["retry"]), dict(pack["seconds"]), {c: int(n) for c, n in pack.get("good", {}).items()},
+        queue=_queue_named(pack),
     )  # fmt: skip
 
 

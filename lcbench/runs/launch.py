@@ -21,13 +21,16 @@ from lcbench.grid.paths import REPOSITORY
 from lcbench.grid.site import runs_here
 from lcbench.redact import redacted, redacted_uri, secrets_of
 from lcbench.runs.address import planned_address, planned_experiment, variables
+from lcbench.runs.attempt import Failure
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.jobs import Watch
+from lcbench.runs.manifest import Entry
 from lcbench.runs.notes import END, job_here, write_job
-from lcbench.runs.pack import Pack, Settings, given_up, group
+from lcbench.runs.pack import Pack, Settings, given_up, group, newest_good
 from lcbench.runs.queues import SLURM, Queue, target_of
 from lcbench.runs.settle import record, settled
-from lcbench.runs.store import Entry, Failure, Sweep, user_name
+from lcbench.runs.store import Sweep
+from lcbench.runs.users import user_name
 
 
 class NotSubmitted(Exception):
@@ -208,6 +211,7 @@ def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: 
     build.allow(sweep.allowed())
     for cell in cells:
         build.check_targets(cell.config)
+    good = {cell.id: newest_good(sweep.attempts(cell.id)) for cell in cells}
     estimator = Estimator.of(sweep.root, settings.site, settings.devices, here=runs_here(launcher))
     groups = group(cells, estimator, max_cells=settings.pack["max_cells"], max_minutes=settings.max_minutes)
     packs: list[Pack] = []
@@ -225,6 +229,7 @@ def make_packs(sweep: Sweep, cells: Sequence[Cell], *, launcher: str, settings: 
                 configs={c.id: c.config for c in made.cells},
                 seconds=made.seconds,
                 basis=made.basis,
+                good={c.id: good[c.id] for c in made.cells},
                 timeout_min=made.minutes,
                 settings=settings,
             )

@@ -21,7 +21,7 @@ from pathlib import Path
 from lcbench.grid.values import parse_scale
 from lcbench.measure.gpus import gpus_here
 from lcbench.runs.pack import Pack
-from lcbench.runs.store import user_name
+from lcbench.runs.users import user_name
 
 SHARE = "LCBENCH_SHARE_MACHINE"
 DEVICES = "LCBENCH_DEVICES"

@@ -18,7 +18,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from lcbench.runs.store import Failure, read_or_set_aside, write_json
+from lcbench.runs.attempt import Failure
+from lcbench.runs.files import read_or_set_aside, write_json
 
 JOB, CHECK, STOP, END = "job.json", "check.json", "stop.json", "end.json"
 CANCEL = "cancel"

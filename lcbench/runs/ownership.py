@@ -16,7 +16,8 @@ from typing import Any
 
 from lcbench.redact import redacted, redacted_uri, secrets_of
 from lcbench.runs.squeue import LOCATING, site_variables
-from lcbench.runs.store import Sweep, user_name
+from lcbench.runs.store import Sweep
+from lcbench.runs.users import user_name
 
 
 def others(sweep: Sweep) -> list[str]:

@@ -15,8 +15,10 @@ from lcbench.grid.cell import Cell
 from lcbench.measure.blocks import blocks_of
 from lcbench.problem import Scale
 from lcbench.redact import redacted_uri, redacted_values, secrets_of, with_environment, with_password, without_secret
+from lcbench.runs.attempt import CAUSE_LENGTH, Attempt, Failure
+from lcbench.runs.files import read_json, write_json
 from lcbench.runs.notes import END, Ending, write_ending
-from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Sweep, read_json, write_json
+from lcbench.runs.store import Sweep
 
 if TYPE_CHECKING:
     from lcbench.runs.estimate import Estimator
@@ -96,6 +98,7 @@ class Pack:
     index: int = 0  # in the array
     queue: str = ""  # the class that knows its job (``runs/queues.py``); empty: processes of the launching machine run it
     basis: dict[str, str] = field(default_factory=dict)  # cell id -> what its estimate rests on; packs of before do not say
+    good: dict[str, int] = field(default_factory=dict)  # cell id -> ``newest_good`` when it was made; packs of before do not say
 
     @property
     def folder(self) -> Path:
@@ -230,6 +233,27 @@ def later_blocks(attempts: Sequence[Attempt], pack_id: str) -> range:
     if last is None or last.status != "ok" or last.pack != pack_id or not last.blocks or len(last.lost_blocks) >= KILLS:
         return range(0)
     return range(last.blocks + len(last.lost_blocks) + 1, blocks_of(last.config.get("measure", {})) + 1)
+
+
+def newest_good(attempts: Sequence[Attempt]) -> int:
+    """Number of a cell's newest attempt that is well; 0 if there is none."""
+    return max((a.number for a in attempts if a.status == "ok"), default=0)
+
+
+def newer_result(attempts: Sequence[Attempt], pack_id: str, good: int | None) -> Attempt | None:
+    """The good result that a cell has got from another pack since this one was made, so that this one leaves the cell out; None if
+    there is none, or if it is not the cell's newest attempt.
+
+    ``good``: ``newest_good`` of the cell when the pack was made; None of a pack that does not say.
+    """
+    last = attempts[-1] if attempts else None
+    newer = last is not None and good is not None and last.status == "ok" and last.pack != pack_id and last.number > good
+    return last if newer else None
+
+
+def owes(attempts: Sequence[Attempt], pack_id: str, good: int | None) -> bool:
+    """Whether a cell is still without a first attempt of a pack that is to try it, and not to leave it out (``newer_result``)."""
+    return not any(a.pack == pack_id for a in attempts) and newer_result(attempts, pack_id, good) is None
 
 
 def tries_again(attempts: Sequence[Attempt], retry: dict[str, int]) -> bool:

@@ -21,7 +21,7 @@ from lcbench.grid.expand import mask_of, pairs
 from lcbench.masks.band import BandMask
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.problem import Problem, Scale
-from lcbench.runs.store import BROKEN
+from lcbench.runs.files import BROKEN
 
 if TYPE_CHECKING:
     from lcbench.predict.predictor import Predictor

@@ -14,7 +14,7 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.paths import CONF
 from lcbench.predict.machines import machine_of_site
 from lcbench.predict.predictor import Predictor
-from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure
+from lcbench.runs.attempt import CAUSE_LENGTH, FORETOLD, Attempt, Failure
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Source:
     @staticmethod
     def _record(cell: Cell, sweep: str, status: Any, provenance: dict[str, Any], begun: float, **more: Any) -> Attempt:
         return Attempt(
-            cell.id, sweep, 0, status, provenance=provenance, config=cell.config, started_at=begun, finished_at=time.time(), **more
+            cell.id, sweep, FORETOLD, status, provenance=provenance, config=cell.config,
+            started_at=begun, finished_at=time.time(), **more,
         )  # fmt: skip
 
 

@@ -12,12 +12,15 @@ from typing import Any
 from filelock import Timeout
 
 from lcbench.grid.cell import Cell
+from lcbench.runs.attempt import Attempt, Failure, Running
 from lcbench.runs.failure import first_failure, from_slurm_state, job_words, stacks, stem_of, tells_of_a_kill
+from lcbench.runs.files import CORRUPT
 from lcbench.runs.jobs import NEVER_SUBMITTED, PackState, SweepStatus, Watch, status_of
 from lcbench.runs.notes import END, STOP, read_ending, read_job
 from lcbench.runs.ownership import others
 from lcbench.runs.pack import RESERVE, Pack, forget_secrets, later_blocks
-from lcbench.runs.store import CORRUPT, Attempt, Failure, Look, Record, Running, Sweep
+from lcbench.runs.records import Look, Record
+from lcbench.runs.store import Sweep
 
 LOCK_S = 30.0
 # A result that was damaged is measured again so often by itself.
@@ -68,7 +71,7 @@ class OpenEnds:
         known = {p.id for p in packs}
         records = seen.records
         return cls(
-            [(p, records[c].entry.cell) for p in dead for c in p.cells if c in records and _is_open(records[c], p.id)],
+            [(p, records[c].entry.cell) for p in dead for c in p.cells if c in records and _is_open(records[c], p)],
             [(p, running) for p in dead for running in sweep.again(p.id)],
             [(r, record.entry.cell) for record in records.values() for r in record.running if r.pack not in known],
         )
@@ -95,7 +98,7 @@ def _close_cell(sweep: Sweep, pack: PackState, cell: Cell, why: Failure) -> Iter
     begun = [r for r in sweep.running(cell.id) if r.pack == pack.id]
     for running in begun:
         yield close(sweep, running, cell.config, why)
-    if not begun and not sweep.has_attempt_of(cell.id, pack.id) and (found := _damage(sweep, pack, cell.id, why)):
+    if not begun and pack.owes(cell.id, sweep.attempts(cell.id)) and (found := _damage(sweep, pack, cell.id, why)):
         yield record(sweep, sweep.begin(cell.id, pack.id), cell.config, found)
 
 
@@ -191,8 +194,8 @@ def in_flight(sweep: Sweep, pack: Pack, cells: Sequence[str] | None = None) -> l
     return first + [r for r in sweep.again(pack.id) if r.cell_id in chosen]
 
 
-def _is_open(record: Record, pack_id: str) -> bool:
-    return any(r.pack == pack_id for r in record.running) or not record.has_attempt_of(pack_id)
+def _is_open(record: Record, pack: PackState) -> bool:
+    return any(r.pack == pack.id for r in record.running) or pack.owes(record.entry.cell.id, record.attempts)
 
 
 def _job_failure(sweep: Sweep, pack: PackState) -> Failure:

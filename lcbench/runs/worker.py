@@ -10,25 +10,24 @@ A cell is timed in blocks: the first gives its result, and when every cell was t
 after block, each time in another order, so that drift and what a process does are in the samples. A later block is written into
 the result that is there; one that fails costs a block, and only one that is wrong costs the result.
 
-Between cells rank 0 looks whether the pack is to stop or the next cell was cancelled, and whether there is room for results: a
-cell is begun only while a reserve on the disk can be held for its result.
+Between cells rank 0 looks whether the pack is to stop or the next cell was cancelled, whether the cell has got a good result from
+another pack meanwhile, and whether there is room for results: a cell is begun only while a reserve on the disk can be held for its
+result. The others do as rank 0 says.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import gc
-import json
 import os
 import random
 import signal
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -50,29 +49,28 @@ from lcbench.grid.cell import Cell
 from lcbench.measure import progress
 from lcbench.measure.blocks import blocks_of, shared, with_block, without_times
 from lcbench.measure.cell import measure_again, measure_cell
-from lcbench.measure.environment import describe, node_name
+from lcbench.measure.environment import describe
 from lcbench.measure.measured import Measured
 from lcbench.measure.nodes import check_gang
 from lcbench.measure.ranks import EVERY
 from lcbench.measure.session import Gang
+from lcbench.runs.attempt import CAUSE_LENGTH, Attempt, Failure, Running
 from lcbench.runs.failure import classify_exception, stem_of
+from lcbench.runs.files import write_json
 from lcbench.runs.hang import REST_S, STACKS_SIGNAL
 from lcbench.runs.logs import cell_mark
 from lcbench.runs.machine import beside
-from lcbench.runs.notes import CHECK, END, is_cancelled, told_to_stop
-from lcbench.runs.pack import RESERVE, Pack, later_blocks, tries_again
-from lcbench.runs.settle import close_all, record, with_lost_block
-from lcbench.runs.store import CAUSE_LENGTH, Attempt, Failure, Running, Sweep, write_json
+from lcbench.runs.notes import CHECK
+from lcbench.runs.pack import Pack, later_blocks, tries_again
+from lcbench.runs.results import STOP, Results, append_line
+from lcbench.runs.settle import close_all, with_lost_block
+from lcbench.runs.store import Sweep
 from lcbench.schedule.execute import Groups, group_options
 from lcbench.workloads.base import Work
 
 FAILED_EXIT = 70
-RESERVE_BYTES = 4 << 20
-# How long a result waits for a full disk before it goes to the node's own.
-PATIENCE_S = 900.0
 # A rank ends itself this long after ``hang.max_s``, if its agent has not.
 OVERDUE_S = 30.0
-STOP = "stop"
 BLOCK_STRIDE = 1000
 STDERR = 2
 
@@ -146,7 +144,7 @@ class Crew:
             begun = EVERY.broadcast_object(self.store.begin(cell_id) if leads else None)
             if begun == STOP:
                 return False
-            if begun is None:  # it was cancelled
+            if begun is None:  # it was cancelled, or has a result meanwhile
                 continue
             cell = Cell.from_config(self.pack.configs[cell_id])
             seen = beside(self.pack) if leads else []
@@ -160,87 +158,18 @@ class Crew:
         """Measure the later blocks of every cell that is well."""
         leads = self.gang.rank == 0
         for block in range(2, max(blocks_of(config["measure"]) for config in self.pack.configs.values()) + 1):
-            due = due_again(self.sweep, self.pack, block) if leads else {}
-            for cell_id in EVERY.broadcast_object(list(due)):
-                begun = EVERY.broadcast_object(self.store.begin_again(due[cell_id], block) if leads else None)
+            for cell_id in EVERY.broadcast_object(due_again(self.sweep, self.pack, block) if leads else None):
+                begun = EVERY.broadcast_object(self.store.begin_again(cell_id, block) if leads else None)
                 if begun == STOP:
                     return
                 if begun is None:
                     continue
-                seen = beside(self.pack) if leads else []
+                seen, timed = (beside(self.pack), self.store.timed) if leads else ([], None)
                 measured = _guarded(Cell.from_config(self.pack.configs[cell_id]), self.gang, self.sweep, self.pack, begun)
-                if leads:
-                    self.store.finish(_with_others(amended(due[cell_id], begun, measured), seen + beside(self.pack)))
+                if timed is not None:
+                    self.store.finish(_with_others(amended(timed, begun, measured), seen + beside(self.pack)))
                     self.sweep.end_again(begun)
                 dist.barrier()
-
-
-class Results:
-    """Rank 0's way to the store, for which a full disk is no reason to lose what was measured."""
-
-    def __init__(self, sweep: Sweep, pack: Pack) -> None:
-        self._sweep, self._pack = sweep, pack
-        self._reserve = pack.folder / RESERVE
-
-    def begin(self, cell_id: str) -> Running | str | None:
-        """The attempt that may begin; ``STOP`` if the pack is to end here, None if the cell was cancelled."""
-
-        def claim() -> Running | None:
-            running = self._sweep.begin(cell_id, self._pack.id)
-            if not is_cancelled(self._pack.folder, cell_id):
-                return running
-            record(self._sweep, running, self._pack.configs[cell_id], Failure("cancelled", "python -m lcbench.cancel"))
-            return None
-
-        return self._begin(claim)
-
-    def begin_again(self, attempt: Attempt, block: int) -> Running | str | None:
-        """The same for a later block of timings: a cell that was cancelled meanwhile keeps its result, which says what it lost."""
-        if not is_cancelled(self._pack.folder, attempt.cell_id):
-            return self._begin(lambda: self._sweep.begin_again(attempt, block))
-        with suppress(OSError):  # on a full disk the block is lost without a word
-            self._sweep.finish(with_lost_block(attempt, block, Failure("cancelled", "python -m lcbench.cancel")))
-        return None
-
-    def _begin(self, claim: Callable[[], Running | None]) -> Running | str | None:
-        if told_to_stop(self._pack.folder):
-            return STOP
-        try:
-            if not self._reserve.exists():
-                self._reserve.write_bytes(os.urandom(RESERVE_BYTES))  # noise, so that no file system compresses it
-            return claim()
-        except OSError as error:
-            self.release()
-            failure = Failure("no-start", f"there is no room for results: {error}")
-            with suppress(OSError):
-                self._pack.write_note(END, failure)
-            print(failure.cause, file=sys.stderr, flush=True)
-            return STOP
-
-    def finish(self, attempt: Attempt) -> None:
-        """Write a result: into the reserve if the disk is full, after waiting if that is gone too, at last to another place."""
-        end = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return self._sweep.finish(attempt)
-            except OSError as error:
-                print(f"{attempt.cell_id}: {error}; the result waits", file=sys.stderr, flush=True)
-                if self._reserve.exists():
-                    self.release()
-                elif time.monotonic() > end:
-                    break
-                else:
-                    time.sleep(2)
-        # A folder of its own, which nobody else can have made before.
-        spilled = Path(tempfile.mkdtemp(prefix="lcbench-")) / f"attempt-{attempt.number}.json"
-        spilled.write_text(json.dumps(asdict(attempt)))
-        place = self._sweep.attempt_path(attempt.cell_id, attempt.number)
-        why = f"the results folder took nothing for {PATIENCE_S:.0f} s"
-        raise RuntimeError(f"{why}; the result is in {spilled} on {node_name()}, to be copied to {place}")
-
-    def release(self) -> None:
-        with suppress(OSError):
-            self._reserve.unlink(missing_ok=True)
 
 
 def attempt_of(measured: Measured, running: Running, cell: Cell, sweep: Sweep, provenance: dict[str, Any]) -> Attempt:
@@ -320,12 +249,11 @@ def remaining(sweep: Sweep, pack: Pack) -> list[str]:
     return fresh + again
 
 
-def due_again(sweep: Sweep, pack: Pack, block: int) -> dict[str, Attempt]:
-    """Results that this block of timings is due for, by cell, in an order that the pack and the block decide."""
+def due_again(sweep: Sweep, pack: Pack, block: int) -> list[str]:
+    """Cells that this block of timings is due for, in an order that the pack and the block decide."""
     order = list(pack.cells)
     random.Random(f"{pack.id} {block}").shuffle(order)
-    attempts = {cell_id: sweep.attempts(cell_id) for cell_id in order}
-    return {cell_id: tried[-1] for cell_id, tried in attempts.items() if block in later_blocks(tried, pack.id)[:1]}
+    return [cell_id for cell_id in order if block in later_blocks(sweep.attempts(cell_id), pack.id)[:1]]
 
 
 def _nodes_are_well(pack: Pack, device: torch.device, node_rank: int) -> bool:
@@ -353,7 +281,7 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
 
     def say(line: str) -> None:
         if gang.rank == 0:
-            _append(log, f"{time.strftime('%H:%M:%S')} {line}")
+            append_line(log, f"{time.strftime('%H:%M:%S')} {line}")
 
     first = running.block == 1
     say(f"{cell.label} (attempt {running.number}, {gang.world_size} ranks)" if first else f"block {running.block} of timings")
@@ -371,7 +299,7 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
             word = {"kind": failure.kind, "cause": failure.cause, "rank": gang.rank, "time": time.time()}
             with suppress(OSError):
                 write_json(failures / f"{stem}.json", word)
-            _append(log, f"rank {gang.rank}: {traceback.format_exc()}")
+            append_line(log, f"rank {gang.rank}: {traceback.format_exc()}")
             sys.stdout.flush()
             sys.stderr.flush()
             # No clean-up: destroying a group would wait for ranks that may be stuck.
@@ -420,11 +348,6 @@ def _stacks(dump: Path, timeout_s: float) -> Iterator[None]:
             faulthandler.cancel_dump_traceback_later()
             faulthandler.register(STACKS_SIGNAL, file=STDERR)
     dump.unlink(missing_ok=True)
-
-
-def _append(log: Path, line: str) -> None:
-    with suppress(OSError), open(log, "a") as file:  # a full disk costs the log, not the measurement
-        file.write(line.rstrip() + "\n")
 
 
 def _device(promised: str | None, *, share: bool) -> torch.device:

@@ -14,7 +14,7 @@ import numpy as np
 
 from lcbench.advice.racing import Lap, Race
 from lcbench.grid.values import parse_scale
-from lcbench.runs.store import Attempt
+from lcbench.runs.attempt import Attempt
 
 DATA = Path(__file__).parent / "data" / "recorded.json"
 SEEDS, SHARE = 20, 0.4

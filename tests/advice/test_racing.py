@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lcbench.advice.racing import SHARE, Budget, Lap, Outcome, Race
-from lcbench.runs.store import Attempt
+from lcbench.runs.attempt import Attempt
 from tests.advice.recorded import SHARE as SHARE_OF_ALL
 from tests.advice.recorded import Recorded, attempts_by_mask, races
 from tests.report.made import made_sweep

@@ -25,8 +25,8 @@ import numpy as np
 from lcbench.commands.lengths import main as write_profile
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
+from lcbench.runs.attempt import Failure
 from lcbench.runs.launch import settings_of
-from lcbench.runs.store import Failure
 from tests.report.made import NODE_FAILURE, SOCKET_FAILURE, made_sweep
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,8 @@ from lcbench.commands.fit import asked
 from lcbench.grid.command_line import look
 from lcbench.predict.fitted import Fit
 from lcbench.predict.machines import known
-from lcbench.runs.store import Failure, Sweep
+from lcbench.runs.attempt import Failure
+from lcbench.runs.store import Sweep
 from tests.docs.commands import COMMANDS, blocks, told
 from tests.docs.shown import launch, make_files
 from tests.report.made import foretell, made_sweep

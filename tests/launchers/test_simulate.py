@@ -24,10 +24,11 @@ from lcbench.predict.fitted import Fit
 from lcbench.predict.predictor import CannotPredict, Predictor
 from lcbench.report.ending import bad_input
 from lcbench.report.frame import good_rows, reported
+from lcbench.runs.attempt import FORETOLD, Attempt, Failure
 from lcbench.runs.launch import todo_of
 from lcbench.runs.passes import passes_on
 from lcbench.runs.predictions import Source
-from lcbench.runs.store import Attempt, Failure, Sweep
+from lcbench.runs.store import Sweep
 
 GRID = ["cp=ring,ulysses", "kernel=flash_attn3", "mask=causal,full", "seqlen=96k", "scale=3x8", "heads=48x24x64"]
 SIMULATE = ["hydra/launcher=simulate", "machine=h200", *GRID]
@@ -59,7 +60,7 @@ def predicted(tmp_path_factory: pytest.TempPathFactory) -> Predicted:
 
 @pytest.fixture
 def unpublished(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcbench.runs.tracking.publish_or_say", lambda *_, **__: None)
+    monkeypatch.setattr("lcbench.runs.tracking.publish.publish_or_say", lambda *_, **__: None)
 
 
 def test_the_same_cells_are_predicted_and_marked(predicted: Predicted) -> None:
@@ -102,15 +103,15 @@ def test_the_same_command_predicts_nothing_again_and_another_fit_everything(
 ) -> None:
     found = predicted[0]
     folder = found.root.parent
-    before = {cell: found.predicted_ns(cell) for cell in found.entries()}
+    before = {cell: found.written_ns(cell, FORETOLD) for cell in found.entries()}
     assert here(folder, *SIMULATE) == 0
     assert "4 predicted before, 0 to predict" in capsys.readouterr().out
-    assert {cell: found.predicted_ns(cell) for cell in found.entries()} == before
+    assert {cell: found.written_ns(cell, FORETOLD) for cell in found.entries()} == before
     fit = tmp_path / "h200.json"
     Fit(machine="h200", sources=("a test",)).write(fit)
     assert here(folder, *SIMULATE, "--fit", str(fit)) == 0
     assert "0 predicted before, 4 to predict on h200, fitted by" in capsys.readouterr().out
-    assert all(found.predicted_ns(cell) > at for cell, at in before.items())
+    assert all(found.written_ns(cell, FORETOLD) > at for cell, at in before.items())
     assert {r.prediction.prediction["fit"] for r in found.look().records.values() if r.prediction} == {"h200.json"}
 
 

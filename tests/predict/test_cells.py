@@ -30,7 +30,7 @@ from lcbench.predict.fitted import Coefficients, KernelFit
 from lcbench.predict.machines import machine_of
 from lcbench.predict.observations import CellTime
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.runs.store import Attempt, Failure
+from lcbench.runs.attempt import Attempt, Failure
 from lcbench.schedule.machine import Link
 from lcbench.schedule.simulate import Prepared, play, prepare
 from tests.predict import held_out

@@ -14,7 +14,10 @@ from lcbench.grid.command_line import look
 from lcbench.grid.expand import pairs
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.stopping import Stopping, summary
-from lcbench.runs.store import Attempt, Entry, Failure, Sweep
+from lcbench.runs.attempt import FORETOLD, Attempt, Failure
+from lcbench.runs.files import write_json
+from lcbench.runs.manifest import Entry
+from lcbench.runs.store import Sweep
 
 SLOWER = {"sliding_window": 1.4}  # how much longer what is predicted takes than what was measured, by label
 PROVENANCE: dict[str, Any] = {
@@ -39,6 +42,7 @@ def made_sweep(
     peak_of: Callable[[Cell], float] = lambda cell: 1e9 + 1e3 * cell.problem.seqlen,
     provenance: dict[str, Any] | None = None,
     launch: dict[str, Any] | None = None,
+    begun: float | None = None,
 ) -> Sweep:
     """A sweep of ``grid`` with a good result per cell that can run.
 
@@ -50,10 +54,13 @@ def made_sweep(
         failed: how cells whose label holds these whole words failed.
         factor_of: factor on the time of a cell.
         peak_of: its peak of memory, in bytes.
+        begun: when it was begun and each cell was, in seconds since the epoch; by default as it is made.
     """
     sweep = Sweep(root, name)
     planned = look(grid).cells
     sweep.add([Entry(p.cell, p.skip) for p in planned], command=grid, launch=launch)
+    if begun is not None:
+        write_json(sweep.manifest_path, {**sweep.manifest(), "created_at": begun})
     for p in planned:
         if p.skip:
             continue
@@ -95,7 +102,7 @@ def made_sweep(
                 cell.id, name, running.number, "failed" if failure else "ok", failure,
                 {} if failure else metrics, {} if failure else samples,
                 provenance=PROVENANCE | {"timeline": timeline} | (provenance or {}), config=config, pack="p",
-                started_at=running.started_at, finished_at=running.started_at + 1,
+                started_at=begun or running.started_at, finished_at=(begun or running.started_at) + 1,
             )
         )  # fmt: skip
     return sweep
@@ -135,14 +142,17 @@ _SENT = {
 _RATE = {"ulysses": 1.0, "usp": 0.99, "loongtrain": 0.985, "groupcast": 0.975, "allgather": 0.95, "ring": 0.93, "lightseq": 0.94}
 
 
-def big_sweep(root: Path, name: str = "big", *, seed: int = 0, faster: dict[str, float] | None = None) -> Sweep:
+def big_sweep(
+    root: Path, name: str = "big", *, seed: int = 0, faster: dict[str, float] | None = None, begun: float | None = None
+) -> Sweep:
     """512 cells as 8 to 64 GPUs might give them: 483 good, 13 failed, 16 that cannot run.
 
     Args:
         faster: factor on the time of a strategy.
+        begun: of ``made_sweep``.
     """
     return made_sweep(
-        root, name, list(BIG), seed=seed, run_to_run=0.006, failed=FAILED,
+        root, name, list(BIG), seed=seed, run_to_run=0.006, failed=FAILED, begun=begun,
         factor_of=lambda cell: _as_clusters_do(cell) * (faster or {}).get(cell.config["cp"]["name"], 1.0),
     )  # fmt: skip
 
@@ -179,5 +189,7 @@ def foretell(sweep: Sweep, source: Sweep, *, of: Callable[[str], bool] = lambda 
         if cell_id not in known:
             sweep.add([Entry(cell, predicted=True)], command=["hydra/launcher=simulate"])
         provenance = {"prediction": made, "device": "h200"}
-        sweep.predict(Attempt(cell_id, sweep.name, 0, "predicted", metrics=metrics, provenance=provenance, config=cell.config))
+        sweep.finish(
+            Attempt(cell_id, sweep.name, FORETOLD, "predicted", metrics=metrics, provenance=provenance, config=cell.config)
+        )
     return sweep

@@ -11,7 +11,8 @@ import pytest
 from lcbench.commands import results
 from lcbench.report.causes import HELP, Unwell, by_node, causes, grouped, nodes_of, suspects
 from lcbench.report.frame import reported
-from lcbench.runs.store import FAILURE_CLASSES, Failure, Sweep
+from lcbench.runs.attempt import FAILURE_CLASSES, Failure
+from lcbench.runs.store import Sweep
 from tests.report.made import made_sweep
 
 SWEEP = Sweep(Path("results").absolute(), "s")

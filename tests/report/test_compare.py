@@ -12,7 +12,7 @@ import pytest
 
 from lcbench.commands.compare import main
 from lcbench.report.comparison import compare, side_of
-from lcbench.runs.store import Failure
+from lcbench.runs.attempt import Failure
 from tests.report.made import made_sweep
 from tests.slurm.stage import ROOT
 

@@ -10,7 +10,7 @@ import pytest
 from lcbench.commands import compare
 from lcbench.grid.devices import known_devices
 from lcbench.report.page import write_report
-from lcbench.runs.store import Failure
+from lcbench.runs.attempt import Failure
 from tests.browser import browser, needs_browser
 from tests.report.made import made_sweep
 

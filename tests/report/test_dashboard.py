@@ -22,9 +22,12 @@ from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
 from lcbench.report.page import write_report
 from lcbench.report.publishing import publish_sweep, summary_of
-from lcbench.runs.dashboard import PAGE, PLACE, SWEEPS, TABLE, VIEW, cell_views, place_tag, view_path
-from lcbench.runs.store import Attempt, Entry, Failure, Sweep
-from lcbench.runs.tracking import attach, failures_url, publish, sweep_url, view_url
+from lcbench.runs.attempt import Attempt, Failure
+from lcbench.runs.manifest import Entry
+from lcbench.runs.store import Sweep
+from lcbench.runs.tracking.dashboard import PAGE, PLACE, SWEEPS, TABLE, VIEW, cell_views, place_tag, view_path
+from lcbench.runs.tracking.links import failures_url, sweep_url, view_url
+from lcbench.runs.tracking.publish import attach, publish
 from tests.browser import browser, needs_browser
 from tests.report.made import MEMORY_FAILURE, NODE_FAILURE, SOCKET_FAILURE, made_sweep
 

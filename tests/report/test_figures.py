@@ -19,7 +19,7 @@ from lcbench.report.palette import styles
 from lcbench.report.parts import alike, efficiency_of, source_of
 from lcbench.report.tables import rate_tables
 from lcbench.report.winners import winners
-from lcbench.runs.store import Failure
+from lcbench.runs.attempt import Failure
 from tests.report.made import MEMORY_FAILURE, NODE_FAILURE, made_sweep
 
 LINKS = {"between nodes": 45.0}

@@ -24,7 +24,8 @@ from lcbench.report.publishing import summary_of
 from lcbench.report.regret import regrets
 from lcbench.report.table import cells_table, to_rows
 from lcbench.report.winners import winners
-from lcbench.runs.store import Attempt, Sweep
+from lcbench.runs.attempt import Attempt
+from lcbench.runs.store import Sweep
 from tests.browser import browser, needs_browser
 from tests.report.made import foretell, made_sweep
 

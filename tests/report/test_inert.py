@@ -14,7 +14,7 @@ from lcbench.commands import results
 from lcbench.report.inert import csv_cell, latex, markdown, plain
 from lcbench.report.table import cells_table
 from lcbench.report.tables import Table
-from lcbench.runs.store import Failure
+from lcbench.runs.attempt import Failure
 from tests.report.made import made_sweep
 
 WORDS = (

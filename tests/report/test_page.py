@@ -17,7 +17,9 @@ from lcbench.report import amounts
 from lcbench.report.frame import good_rows, reported
 from lcbench.report.page import write_report
 from lcbench.report.regret import regrets
-from lcbench.runs.store import Entry, Failure, Sweep
+from lcbench.runs.attempt import Failure
+from lcbench.runs.manifest import Entry
+from lcbench.runs.store import Sweep
 from tests.browser import Browser, browser, needs_browser
 from tests.report.made import made_sweep
 

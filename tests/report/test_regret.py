@@ -11,7 +11,7 @@ import pytest
 
 from lcbench.report.frame import good_rows, reported
 from lcbench.report.regret import problem_labels, regrets, verdict
-from lcbench.runs.store import Failure
+from lcbench.runs.attempt import Failure
 from tests.report.made import made_sweep
 
 

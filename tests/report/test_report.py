@@ -25,7 +25,9 @@ from lcbench.report.parts import least_bytes, split
 from lcbench.report.table import labels
 from lcbench.report.tables import rate_tables
 from lcbench.report.winners import winners
-from lcbench.runs.store import Entry, Failure, Sweep
+from lcbench.runs.attempt import Failure
+from lcbench.runs.manifest import Entry
+from lcbench.runs.store import Sweep
 from tests.report.made import made_sweep
 
 CP = [

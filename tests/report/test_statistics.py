@@ -20,7 +20,7 @@ from lcbench.grid.command_line import look
 from lcbench.report.comparison import Comparison, Side, compare
 from lcbench.report.intervals import LEVEL, Timing, holm, medians, within_block
 from lcbench.report.winners import lead
-from lcbench.runs.store import Attempt
+from lcbench.runs.attempt import Attempt
 
 Array = NDArray[np.float64]
 DRAWS = 500

@@ -28,8 +28,12 @@ from lcbench.report.ending import INTERRUPTED
 from lcbench.report.fitted import LEAST, Column, Fitted
 from lcbench.report.standing import Standing, sweeps_table, time_left
 from lcbench.report.table import by_problem, cells_table, summary
+from lcbench.runs.attempt import Attempt, Failure, Running
+from lcbench.runs.files import write_json
 from lcbench.runs.jobs import CellState, PackState, SweepStatus, Watch
-from lcbench.runs.store import Attempt, Entry, Failure, Look, Record, Running, Sweep, write_json
+from lcbench.runs.manifest import Entry
+from lcbench.runs.records import Look, Record
+from lcbench.runs.store import Sweep
 from tests.report.made import NODE_FAILURE, SOCKET_FAILURE, big_sweep, made_sweep
 from tests.slurm.stage import ROOT
 

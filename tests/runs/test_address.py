@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from lcbench.runs.address import checked_address, planned_address, planned_experiment, server_command
-from lcbench.runs.store import Entry, Sweep
-from lcbench.runs.tracking import TrackingUnavailable, dashboard_hint, publish
+from lcbench.runs.manifest import Entry
+from lcbench.runs.store import Sweep
+from lcbench.runs.tracking.links import dashboard_hint
+from lcbench.runs.tracking.publish import publish
+from lcbench.runs.tracking.server import TrackingUnavailable
 from tests.runs.test_store import made_cell
 from tests.runs.test_tracking import attempt
 

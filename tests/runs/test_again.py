@@ -26,13 +26,17 @@ from lcbench.measure.cell import measure_again
 from lcbench.measure.measured import Measured
 from lcbench.measure.session import Gang
 from lcbench.runs import agent, worker
+from lcbench.runs.attempt import Attempt, Failure
+from lcbench.runs.files import write_json
 from lcbench.runs.gang import begun_of
 from lcbench.runs.jobs import Watch
 from lcbench.runs.logs import cell_mark, said_by_ranks
+from lcbench.runs.manifest import Entry
 from lcbench.runs.pack import KILLS, Pack, later_blocks, tries_again
+from lcbench.runs.results import Results
 from lcbench.runs.settle import close_all, in_flight, settled
 from lcbench.runs.squeue import Job
-from lcbench.runs.store import Attempt, Entry, Failure, Sweep, write_json
+from lcbench.runs.store import Sweep
 from lcbench.schedule.execute import Groups
 from lcbench.workloads.base import Work
 from tests.runs.queues import Watching, says
@@ -103,7 +107,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 def gang(sweep: Sweep, pack: Pack) -> None:
     """What a gang does of a pack whose cells have a result each."""
     close_all(sweep, pack)
-    crew = worker.Crew(Gang(0, 1, torch.device("cpu"), Groups(), []), sweep, pack, worker.Results(sweep, pack))
+    crew = worker.Crew(Gang(0, 1, torch.device("cpu"), Groups(), []), sweep, pack, Results(sweep, pack))
     if crew.measure_first({}):
         crew.measure_again()
 
@@ -154,9 +158,9 @@ def test_every_cell_is_measured_again_in_a_seeded_order(tmp_path: Path, alone: N
     assert len(order) == 16
     # The order is that of the pack and the block, whatever is due.
     fresh, same = made_sweep(tmp_path / "other", cells=8)
-    assert list(worker.due_again(fresh, same, 2)) == second
+    assert worker.due_again(fresh, same, 2) == second
     fresh.attempt_path(second[0], 1).unlink()
-    assert list(worker.due_again(fresh, same, 2)) == second[1:]
+    assert worker.due_again(fresh, same, 2) == second[1:]
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 5])
@@ -203,6 +207,31 @@ def test_a_block_that_is_wrong_makes_the_result_none(tmp_path: Path, alone: None
     assert failed.metrics["memory/peak_bytes"] == 7.0
     assert not failed.samples
     assert [later["block"] for later in failed.again] == [2]
+    assert not in_flight(sweep, pack)
+
+
+def test_a_block_is_for_the_attempt_of_its_own_pack(
+    tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another pack, at the same cells while this one was taken for ended, has a newer result before the block begins."""
+    sweep, pack = made_sweep(tmp_path)
+    first, second, _ = worker.due_again(sweep, pack, 2)
+
+    def measure(work: Work, gang: Gang, say: Callable[[str], None]) -> Measured:
+        if work.seed == pack.configs[first]["seed"] and not sweep.attempts(second)[1:]:
+            sweep.finish(replace(sweep.attempts(second)[0], number=sweep.begin(second, "q").number, pack="q"))
+        return three_seconds(work, gang, say)
+
+    monkeypatch.setattr(worker, "measure_again", measure)
+    gang(sweep, pack)
+    for cell_id in set(pack.cells) - {second}:
+        check_whole(sweep.attempts(cell_id)[-1])
+    own, newer = sweep.attempts(second)
+    assert (own.pack, newer.pack) == ("p", "q")
+    assert [(a.status, a.blocks, a.lost_blocks) for a in (own, newer)] == [("ok", 1, [])] * 2
+    line = "pack p leaves out block 2 of timings: attempt 2 of pack q is newer"
+    assert line in sweep.attempt_path(second, 2, "log").read_text()
+    assert capfd.readouterr().out.count(line) == 1
     assert not in_flight(sweep, pack)
 
 

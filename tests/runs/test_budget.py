@@ -10,8 +10,9 @@ import pytest
 from lcbench.grid.command_line import look
 from lcbench.runs.budget import Cost
 from lcbench.runs.launch import Todo, hand_over, settings_of, sweep_of
+from lcbench.runs.manifest import Entry
 from lcbench.runs.pack import Pack, Settings
-from lcbench.runs.store import Entry, Sweep
+from lcbench.runs.store import Sweep
 from tests.runs.test_pack import cell
 
 SETTINGS = Settings({}, [], None, {"max_cells": None, "max_minutes": None, "max_jobs": None},

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from lcbench.results import load
+from lcbench.runs.attempt import Attempt, Failure
 from lcbench.runs.failure import first_failure
+from lcbench.runs.files import CORRUPT, write_json
 from lcbench.runs.jobs import Watch
+from lcbench.runs.manifest import Entry
 from lcbench.runs.pack import Pack, Settings
 from lcbench.runs.settle import settled
-from lcbench.runs.store import CORRUPT, Attempt, Entry, Failure, Sweep, write_json
+from lcbench.runs.store import Sweep
 from tests.runs.test_store import made_cell
 
 SETTINGS = Settings(

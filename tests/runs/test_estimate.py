@@ -23,10 +23,11 @@ from lcbench.predict.fitted import Fit, KernelFit
 from lcbench.predict.predictor import Prediction, Predictor
 from lcbench.problem import Scale
 from lcbench.runs import passes as passes_module
+from lcbench.runs.attempt import Attempt, Failure
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.pack import group
 from lcbench.runs.passes import ALONE, Passes, exchanged_bytes, flops, passes_on
-from lcbench.runs.store import Attempt, Failure, Sweep
+from lcbench.runs.store import Sweep
 from lcbench.testing.masks import load, names
 from tests.runs.test_pack import BASE, H100, cell
 from tests.runs.test_store import made_cell

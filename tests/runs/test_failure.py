@@ -10,8 +10,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from lcbench.runs.attempt import FAILURE_CLASSES
 from lcbench.runs.failure import classify_exception, error_in, first_failure, from_slurm_state, job_words
-from lcbench.runs.store import FAILURE_CLASSES, write_json
+from lcbench.runs.files import write_json
 from lcbench.schedule.execute import _wait
 
 

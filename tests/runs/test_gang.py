@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lcbench.runs.store import Attempt, Sweep
+from lcbench.runs.attempt import Attempt
+from lcbench.runs.store import Sweep
 from tests.slurm.stage import ROOT, processes, ranks, wait_until
 
 pytestmark = [pytest.mark.gloo, pytest.mark.slow]

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from lcbench.runs import jobs
+from lcbench.runs.attempt import Attempt
+from lcbench.runs.files import write_json
 from lcbench.runs.jobs import GHOST_S
+from lcbench.runs.manifest import Entry
 from lcbench.runs.settle import settled
 from lcbench.runs.squeue import NOT_LISTED, Job
-from lcbench.runs.store import Attempt, Entry, Sweep, write_json
+from lcbench.runs.store import Sweep
 from tests.runs.queues import Watching, says
 from tests.runs.test_store import made_cell
 

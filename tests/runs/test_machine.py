@@ -15,7 +15,7 @@ import pytest
 from lcbench.runs import machine
 from lcbench.runs.machine import Claim, beside, others, shown
 from lcbench.runs.pack import Pack
-from lcbench.runs.store import user_name
+from lcbench.runs.users import user_name
 from tests.runs.test_corrupt import SETTINGS
 
 

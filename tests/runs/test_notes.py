@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lcbench.runs import notes
-from lcbench.runs.store import CORRUPT, Failure
+from lcbench.runs.attempt import Failure
+from lcbench.runs.files import CORRUPT
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

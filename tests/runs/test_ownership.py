@@ -14,11 +14,13 @@ import pytest
 
 from lcbench.commands import cancel, collect, logs, rerun, status, sync
 from lcbench.runs.agent import RunPack
+from lcbench.runs.files import write_json
 from lcbench.runs.jobs import Watch
+from lcbench.runs.manifest import Entry
 from lcbench.runs.ownership import mine, others
 from lcbench.runs.pack import Pack, Settings
 from lcbench.runs.settle import settled
-from lcbench.runs.store import Entry, Sweep, write_json
+from lcbench.runs.store import Sweep
 from tests.runs.test_pack import cell
 from tests.runs.test_squeue import command
 

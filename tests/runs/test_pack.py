@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcbench.grid.cell import Cell
+from lcbench.runs.attempt import Attempt, Failure
 from lcbench.runs.estimate import Estimate, Estimator
-from lcbench.runs.pack import given_up, group, tries_again
-from lcbench.runs.store import Attempt, Failure
+from lcbench.runs.pack import given_up, group, newer_result, newest_good, owes, tries_again
 
 H100 = {"name": "h100", "names": ["NVIDIA H100 80GB HBM3"], "peak_tflops": {"bfloat16": 989}, "memory_bytes": 80_000_000_000}
 BASE = {
@@ -92,3 +92,26 @@ def test_what_kills_its_gang_twice_is_not_tried_a_third_time() -> None:
     assert given_up(attempts("", "crash", "hang"))
     assert not given_up(attempts("crash", "numerics"))
     assert not given_up(attempts("crash", "crash", ""))
+
+
+def test_which_result_of_another_pack_has_a_cell_left_out() -> None:
+    def tried(*attempts: str) -> list[Attempt]:
+        """Attempts as ``pack status``."""
+        words = [attempt.split() for attempt in attempts]
+        return [Attempt("c", "s", n, status, pack=pack) for n, (pack, status) in enumerate(words, 1)]  # type: ignore[arg-type]
+
+    assert newest_good([]) == newest_good(tried("p failed")) == 0
+    assert newest_good(tried("p ok", "q ok", "r failed")) == 2
+    for attempts, good, left_out in (
+        (tried(), 0, False),
+        (tried("p failed"), 0, False),
+        (tried("p ok"), 0, True),  # also in the place of a failure that was there when the pack was made
+        (tried("p ok"), 1, False),  # asked for although it was there
+        (tried("p ok", "q ok"), 1, True),
+        (tried("p ok", "q failed"), 0, False),  # the cell's state is that of its newest attempt
+        (tried("p failed", "mine ok"), 0, False),
+        (tried("p skipped"), 0, False),
+        (tried("p ok"), None, False),  # of a pack that does not say what was there
+    ):
+        assert newer_result(attempts, "mine", good) == (attempts[-1] if left_out else None)
+        assert owes(attempts, "mine", good) == (not left_out and all(a.pack != "mine" for a in attempts))

@@ -7,8 +7,9 @@ from typing import Any
 
 import mlflow
 
-from lcbench.runs.store import Entry, Sweep
-from lcbench.runs.tracking import publish
+from lcbench.runs.manifest import Entry
+from lcbench.runs.store import Sweep
+from lcbench.runs.tracking.publish import publish
 from tests.report.made import foretell, made_sweep
 
 GRID = ["-m", "cp=ring,ulysses", "kernel=flash_attn3", "mask=causal", "seqlen=48k,96k", "scale=1x8", "heads=16x16x64"]
@@ -68,7 +69,7 @@ def test_a_prediction_that_cannot_be_made_any_more_leaves_the_server(tmp_path: P
     assert record.prediction is not None
     from dataclasses import replace
 
-    sweep.predict(replace(record.prediction, status="skipped", metrics={}))
+    sweep.finish(replace(record.prediction, status="skipped", metrics={}))
     publish(sweep, uri)
     assert len(runs_of(uri, "tags.`lcbench.predicted` = 'true'")) == 3
     assert publish(sweep, uri).published == 0

@@ -17,8 +17,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from lcbench.runs import rendezvous
+from lcbench.runs.files import write_json
 from lcbench.runs.rendezvous import ANY, Meeting, NoRendezvous, _handler, _ports, listen, meeting_of, own_address
-from lcbench.runs.store import write_json
 
 PARAMETERS: Any = SimpleNamespace(run_id="7.0.word", min_nodes=1, max_nodes=1, get_as_int=lambda *_: None)
 

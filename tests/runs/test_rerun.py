@@ -12,10 +12,12 @@ import pytest
 
 from lcbench.commands import rerun
 from lcbench.grid.command_line import look
+from lcbench.runs.attempt import Attempt, Failure
 from lcbench.runs.jobs import Watch
 from lcbench.runs.launch import make_packs, missing, settings_of, write_down
+from lcbench.runs.manifest import Entry
 from lcbench.runs.settle import settled
-from lcbench.runs.store import Attempt, Entry, Failure, Sweep
+from lcbench.runs.store import Sweep
 from tests.slurm.stage import ROOT
 
 GRID = [

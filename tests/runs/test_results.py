@@ -12,7 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from lcbench.commands.results import load, main, schema
 from lcbench.grid.command_line import look
-from lcbench.runs.store import Attempt, Entry, Failure, Sweep
+from lcbench.runs.attempt import Attempt, Failure
+from lcbench.runs.manifest import Entry
+from lcbench.runs.store import Sweep
 from tests.runs.test_store import made_cell
 
 ROOT = Path(__file__).parents[2]

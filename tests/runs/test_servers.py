@@ -16,8 +16,10 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from lcbench.runs.store import Entry, Sweep
-from lcbench.runs.tracking import TrackingUnavailable, publish
+from lcbench.runs.manifest import Entry
+from lcbench.runs.store import Sweep
+from lcbench.runs.tracking.publish import publish
+from lcbench.runs.tracking.server import TrackingUnavailable
 from tests.runs.test_store import made_cell
 from tests.runs.test_tracking import attempt
 from tests.slurm.stage import ROOT, Server, processes, wait_until
@@ -144,7 +146,7 @@ def test_who_finds_somebody_publishing_leaves_it_to_them(server: Server, tmp_pat
     with FileLock(sweep.folder / ".publish.lock"):
         done = subprocess.run(
             [sys.executable, "-c", "import sys\nfrom pathlib import Path\nfrom lcbench.runs.store import Sweep\n"
-             "from lcbench.runs.tracking import publish\n"
+             "from lcbench.runs.tracking.publish import publish\n"
              "print(publish(Sweep(Path(sys.argv[1]), 's'), sys.argv[2], budget_s=30).complete)", str(tmp_path), server.uri],
             capture_output=True, text=True,
         )  # fmt: skip

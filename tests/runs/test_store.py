@@ -14,7 +14,10 @@ import pytest
 
 from lcbench.commands.arguments import find_cell
 from lcbench.grid.cell import Cell
-from lcbench.runs.store import Attempt, Entry, Failure, Sweep, read_json, sweeps, write_json
+from lcbench.runs.attempt import Attempt, Failure
+from lcbench.runs.files import read_json, write_json
+from lcbench.runs.manifest import Entry
+from lcbench.runs.store import Sweep, sweeps
 
 
 def made_cell(seed: int = 0) -> Cell:
@@ -50,8 +53,9 @@ def test_attempts_round_trip_and_a_second_never_overwrites_the_first(tmp_path: P
         (1, "failed", Failure("oom", "too big", 3)),
         (2, "ok", None),
     ]
-    assert sweep.has_attempt_of(cell.id, "p1")
-    assert not sweep.has_attempt_of(cell.id, "p3")
+    record = sweep.look().records[cell.id]
+    assert record.has_attempt_of("p1")
+    assert not record.has_attempt_of("p3")
     assert [e.skip for e in sweep.entries().values()] == [None, "because"]
     assert sweeps(tmp_path) == ["s"]
     assert [entry.cell for _, entry in find_cell(tmp_path, cell.id[:6])] == [cell]
@@ -68,7 +72,7 @@ def test_result_counts_when_death_came_before_the_marker_was_dropped(tmp_path: P
 def test_kill_in_the_middle_of_writing_leaves_whole_files(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     code = (
-        "from lcbench.runs.store import write_json\nfrom pathlib import Path\ni=0\n"
+        "from lcbench.runs.files import write_json\nfrom pathlib import Path\ni=0\n"
         f"while True:\n i+=1\n write_json(Path({str(path)!r}), [i]*20000)"
     )
     for pause in (0.6, 0.75, 0.9):

@@ -14,10 +14,16 @@ import mlflow
 import pytest
 
 from lcbench.measure.measured import Measured
+from lcbench.runs.attempt import Attempt, Failure
+from lcbench.runs.files import read_json, write_json
+from lcbench.runs.manifest import Entry
 from lcbench.runs.pack import PRIVATE, Pack, Settings, forget_secrets
-from lcbench.runs.shown import SAMPLE_STRIDE, SHORT, in_units, values
-from lcbench.runs.store import Attempt, Entry, Failure, Sweep, read_json, write_json
-from lcbench.runs.tracking import FORM, Summary, TrackingUnavailable, attach, publish, tell
+from lcbench.runs.store import Sweep
+from lcbench.runs.tracking.memory import FORM
+from lcbench.runs.tracking.parent import Summary
+from lcbench.runs.tracking.publish import attach, publish, tell
+from lcbench.runs.tracking.server import TrackingUnavailable
+from lcbench.runs.tracking.shown import SAMPLE_STRIDE, SHORT, in_units, values
 from lcbench.runs.worker import amended
 from tests.runs.test_again import WRONG
 from tests.runs.test_store import made_cell

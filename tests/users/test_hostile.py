@@ -17,7 +17,8 @@ from lcbench.commands import cancel, collect, compare, cp, logs, masks, report, 
 from lcbench.grid import build
 from lcbench.grid.command_line import look
 from lcbench.report.inert import printable
-from lcbench.runs.store import Sweep, Unreadable, newest_attempts, read_json, sweeps, write_json
+from lcbench.runs.files import Unreadable, read_json, write_json
+from lcbench.runs.store import Sweep, newest_attempts, sweeps
 from tests.report.made import made_sweep
 from tests.users import hostile
 

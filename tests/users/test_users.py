@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lcbench.grid.command_line import look
-from lcbench.runs.store import Sweep, read_json
+from lcbench.runs.files import read_json
+from lcbench.runs.store import Sweep
 from tests.report.made import made_sweep
 from tests.users import hostile
 from tests.users.people import ALICE, BOB, NOBODY, needs_users, run

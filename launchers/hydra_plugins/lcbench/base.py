@@ -27,10 +27,12 @@ from lcbench.runs.launch import (
     todo_of,
     write_cells,
 )
+from lcbench.runs.manifest import Entry
 from lcbench.runs.pack import Pack, Settings
 from lcbench.runs.queues import Queue
 from lcbench.runs.settle import settled
-from lcbench.runs.store import Entry, Sweep, user_name
+from lcbench.runs.store import Sweep
+from lcbench.runs.users import user_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -154,7 +156,8 @@ class PackLauncher(Launcher):
         from lcbench.report.publishing import publish_sweep
         from lcbench.report.standing import unwell_of
         from lcbench.report.table import cells_table, summary, to_rows
-        from lcbench.runs.tracking import dashboard_hint, failures_url, publish_or_say
+        from lcbench.runs.tracking.links import dashboard_hint, failures_url
+        from lcbench.runs.tracking.publish import publish_or_say
 
         standing = settled(Watch(sweep), as_mine=True)
         seen = standing.seen.foretold() if predicted else standing.seen

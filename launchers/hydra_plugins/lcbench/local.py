@@ -17,15 +17,16 @@ from hydra_plugins.lcbench.base import PackLauncher
 
 from lcbench.grid.values import parse_scale
 from lcbench.measure.blocks import blocks_of
+from lcbench.runs.attempt import CAUSE_LENGTH, Failure
 from lcbench.runs.failure import last_error
 from lcbench.runs.jobs import Watch
 from lcbench.runs.launch import write_down
 from lcbench.runs.machine import PAUSE_S, SHARE, Claim, shares
 from lcbench.runs.notes import END, ended, job_here, write_job
-from lcbench.runs.pack import Pack, later_blocks
+from lcbench.runs.pack import Pack, later_blocks, owes
 from lcbench.runs.settle import in_flight, settled
 from lcbench.runs.squeue import site_variables
-from lcbench.runs.store import CAUSE_LENGTH, Failure, Sweep
+from lcbench.runs.store import Sweep
 
 POLL_S = 0.3
 LOOK_EVERY_S = 5.0
@@ -142,15 +143,15 @@ def _say_why(sweep: Sweep, pack: Pack, node: int, code: int) -> None:
         return
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     said = last_error(logs / f"agent-{node}.log") if code > 0 else ""
-    began = any(sweep.running(cell) or sweep.has_attempt_of(cell, pack.id) for cell in pack.cells)
+    began = any(sweep.running(cell) or any(a.pack == pack.id for a in sweep.attempts(cell)) for cell in pack.cells)
     cause = f"the agent of node {node} {how}{f': {said}' if said else ''}"[:CAUSE_LENGTH]
     pack.write_note(END, Failure("crash" if began else "no-start", cause))
 
 
 def _progress(sweep: Sweep, pack: Pack) -> tuple[int, str]:
-    """How many cells of a pack it has tried, and what it does."""
+    """How many cells of a pack it has tried or leaves out, and what it does."""
     tried = {cell_id: sweep.attempts(cell_id) for cell_id in pack.cells}
-    done = sum(any(a.pack == pack.id for a in attempts) for attempts in tried.values())
+    done = sum(not owes(attempts, pack.id, pack.good.get(cell_id)) for cell_id, attempts in tried.items())
     current = next(iter(in_flight(sweep, pack)), None)
     if current is not None:
         config = pack.configs[current.cell_id]

@@ -16,8 +16,9 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.expand import Plan
 from lcbench.report.ending import BAD_INPUT, INTERRUPTED, bad_input
 from lcbench.runs.launch import Todo, settings_of, sweep_of, write_cells
+from lcbench.runs.manifest import Entry
 from lcbench.runs.pack import Pack, Settings
-from lcbench.runs.store import Entry, Sweep
+from lcbench.runs.store import Sweep
 
 if TYPE_CHECKING:
     from lcbench.runs.predictions import Source
@@ -69,7 +70,7 @@ class SimulateLauncher(PackLauncher):
             task = progress.add_task("predicting", total=len(cells))
             for cell in cells:
                 progress.update(task, description=f"predicting {cell.label}")
-                sweep.predict(source.predict(cell, sweep.name))
+                sweep.finish(source.predict(cell, sweep.name))
                 progress.advance(task)
 
     def submit(self, sweep: Sweep, packs: list[Pack]) -> None:

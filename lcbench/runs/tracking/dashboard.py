@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcbench.grid.cell import flat_config, format_tokens
-from lcbench.runs.shown import BAND, PREDICTIONS_OF
-from lcbench.runs.store import Entry
+from lcbench.runs.manifest import Entry, entries_of
+from lcbench.runs.tracking.shown import BAND, PREDICTIONS_OF
 
 VIEW = "mlflow.sharedViewState."
 SWEEPS = "lcbench"
@@ -152,6 +152,11 @@ def cell_views(sweep: str, sweep_id: str, created_at: float, entries: Mapping[st
         # Menus list the newest first.
         made.append(View(key, name, _tag(name, created_at - number - 1, _charts(name, where, cells)), CHARTS, len(cells), short))
     return made
+
+
+def views_of(sweep: str, manifest: dict[str, Any]) -> list[View]:
+    """``cell_views`` of a sweep by its manifest."""
+    return cell_views(sweep, manifest["id"], manifest["created_at"], entries_of(manifest))
 
 
 def _cut(cells: list[Flat], keys: Sequence[str], values: Flat) -> list[tuple[Flat, list[Flat]]]:

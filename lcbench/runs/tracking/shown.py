@@ -13,7 +13,7 @@ import shlex
 
 from lcbench.grid.cell import Cell, flat_config, format_tokens
 from lcbench.measure.metrics import METRICS, Metric, metric_of
-from lcbench.runs.store import Attempt
+from lcbench.runs.attempt import Attempt
 
 HEADLINE = "compute/tflops_per_gpu"
 SHORT = {
