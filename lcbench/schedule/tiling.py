@@ -8,20 +8,19 @@ summed up once and a tile is the difference of two of its entries per stretch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
 
 from lcbench.masks.band import BandMask, Ints, areas, cropped, reindexed, spread
-from lcbench.masks.block import BlockMap, Keep
+from lcbench.masks.block import Keep
 from lcbench.masks.mask import Mask
+from lcbench.schedule.block_sums import PORTION, BlockSums, cut_evenly
 from lcbench.schedule.machine import Floats, Tiles
 from lcbench.schedule.schedule import Schedule, TileColumn
 
 BLOCK = 128  # rows and keys of the blocks that kernels compute or skip
-BYTE = 255  # as many rows of blocks as a byte can count
-PORTION = 1 << 22  # entries of rows that are worked out together
 # Of a bundle of queries with each unit of keys: pairs, covered pairs, pieces, and pieces that go on in the next unit.
 PAIRS, COVERED, PIECES, GO_ON = range(4)
 VALUES = 4
@@ -77,12 +76,12 @@ def _found(schedule: Schedule, mask: Mask, every: Ints) -> Floats:
         sheet: _Sheet = _Stripes(queries, keys, mask) if queries.striped or keys.striped else _Bands(queries, keys, mask)
         return _looked_up(queries, keys, sheet, every)
     shares = _shares(schedule, mask.maps)
+    blocks = BlockSums(queries.inside(), queries.tokens_in(mask.q_edges), keys.tokens_in(mask.k_edges), BLOCK)
     for number in range(mask.maps):
         share = shares[every[:, TileColumn.GROUP], number]
         reads = share > 0
         if reads.any():
-            blocks = _Blocks(queries, keys, mask, mask.keep(number))
-            total[:, reads] += share[reads] * _looked_up(queries, keys, blocks, every[reads])
+            total[:, reads] += share[reads] * _looked_up(queries, keys, _Blocks(blocks, mask.keep(number)), every[reads])
     return total
 
 
@@ -159,10 +158,22 @@ class Side:
         bundle = np.repeat(np.arange(len(self.runs) - 1), np.diff(self.runs))[number]
         return sparse.coo_array((np.ones(len(unit)), (bundle, unit)), shape=(len(self.runs) - 1, len(self))).tocsr()
 
-    def tokens_in(self, edges: Ints) -> Ints:
-        """How many tokens of each unit lie between neighbouring edges, (units, edges - 1)."""
-        before = -((self.start[:, None] - edges) // self.stride[:, None])
-        return np.diff(np.clip(before, 0, self.size[:, None]), axis=1)
+    def before(self, edges: Ints) -> Ints:
+        """How many tokens of each unit lie before each edge, (units, edges)."""
+        return np.clip(-((self.start[:, None] - edges) // self.stride[:, None]), 0, self.size[:, None])
+
+    def tokens_in(self, edges: Ints) -> sparse.csr_array:
+        """How many tokens of each unit lie between neighbouring edges, which all units are between, (units, edges - 1)."""
+        if not self.striped:
+            until = self.start + self.size
+            unit, block = spread(np.searchsorted(edges, self.start, side="right") - 1, np.searchsorted(edges, until))
+            tokens = np.minimum(edges[block + 1], until[unit]) - np.maximum(edges[block], self.start[unit])
+            return sparse.coo_array((tokens.astype(np.float64), (unit, block)), shape=(len(self), len(edges) - 1)).tocsr()
+        parts = []
+        for first, last in cut_evenly(np.full(len(self), len(edges))):
+            part = replace(self, start=self.start[first:last], size=self.size[first:last], stride=self.stride[first:last])
+            parts.append(sparse.csr_array(np.diff(part.before(edges), axis=1).astype(np.float64)))
+        return sparse.vstack(parts, format="csr")
 
 
 def _spans(schedule: Schedule, bundles: Ints) -> Iterator[tuple[Ints, Ints, Ints, Ints]]:
@@ -242,12 +253,6 @@ def _all_at_once(keys: Side, sums: Floats, row: Ints, bundle: Ints) -> Floats:
     return np.stack([value[bundle, row] for value in found])
 
 
-def _cut_evenly(weights: Ints) -> Iterator[tuple[int, int]]:
-    """(first, last) of stretches of about ``PORTION`` each, or of one entry."""
-    cuts = np.nonzero(np.diff(np.cumsum(weights) // PORTION))[0] + 1
-    yield from zip([0, *cuts.tolist()], [*cuts.tolist(), len(weights)], strict=True)
-
-
 class _Bands(_Sheet):
     """Bands cut by neighbouring units."""
 
@@ -278,7 +283,7 @@ class _Bands(_Sheet):
         self._pad = np.where(follows >= 0, filled - keys.size, self._pad)
 
     def portions(self) -> Iterator[tuple[int, int]]:
-        return _cut_evenly(np.full(self._count, len(self._keys) + 1))
+        return cut_evenly(np.full(self._count, len(self._keys) + 1))
 
     def of(self, first: int, last: int) -> Floats:
         here = slice(*np.searchsorted(self._bundle, [first, last]))
@@ -407,17 +412,16 @@ class _Stripes(_Sheet):
         self._queries, self._keys, self._mask, self._inside = queries, keys, mask, queries.inside()
 
     def portions(self) -> Iterator[tuple[int, int]]:
-        return _cut_evenly(np.full(self._inside.shape[0], len(self._keys)))
+        return cut_evenly(np.full(self._inside.shape[0], len(self._keys)))
 
     def of(self, first: int, last: int) -> Floats:
         inside = self._inside[first:last]
         used = np.unique(inside.indices)
         values = np.zeros((VALUES, len(used), len(self._keys)))
         q, k = (np.stack([side.start, side.size, side.stride]) for side in (self._queries, self._keys))
-        rows, columns = self._queries.tokens_in, self._keys.tokens_in
         for band in self._mask.bands:
-            some = np.nonzero(rows(band[:2])[used, 0])[0]
-            others = np.nonzero(columns(band[2:4])[:, 0])[0]
+            some = np.nonzero(np.diff(self._queries.before(band[:2]))[used, 0])[0]
+            others = np.nonzero(np.diff(self._keys.before(band[2:4]))[:, 0])[0]
             at, to = np.repeat(some, len(others)), np.tile(others, len(some))
             parts, kept = reindexed(np.broadcast_to(band, (len(at), 6)), q[:, used[at]], k[:, to])
             at, to = at[kept], to[kept]
@@ -428,50 +432,15 @@ class _Stripes(_Sheet):
 
 
 class _Blocks(_Sheet):
-    """A block map: what is kept, times the tokens of each unit in each row and column of blocks."""
+    """A map of block maps, met by units."""
 
-    def __init__(self, queries: Side, keys: Side, mask: BlockMap, keep: Keep) -> None:
-        self._keep, self._inside = keep, queries.inside()
-        self._begins = keep & ~np.concatenate([np.zeros((len(keep), 1), dtype=bool), keep[:, :-1]], axis=1)
-        self._rows, self._columns = queries.tokens_in(mask.q_edges), keys.tokens_in(mask.k_edges)
+    def __init__(self, blocks: BlockSums, keep: Keep) -> None:
+        self._blocks, self._keep = blocks, keep
 
     def portions(self) -> Iterator[tuple[int, int]]:
-        return _cut_evenly(np.full(self._inside.shape[0], self._columns.shape[1] + len(self._columns)))
+        bundles, units = self._blocks.shape
+        return cut_evenly(np.full(bundles, units + 1))
 
     def of(self, first: int, last: int) -> Floats:
-        inside = self._inside[first:last]
-        rows, columns = self._rows, self._columns
-        filled, filled_too = _filled(rows), _filled(columns)
-        pairs = self._product(inside @ rows.astype(np.float64), self._keep, columns)
-        if (rows == filled).all() and (columns == filled_too).all():
-            blocks = pairs
-        else:
-            blocks = self._product(inside @ filled.astype(np.float64), self._keep, filled_too)
-        pieces = self._product(inside @ (rows > 0).astype(np.float64), self._begins, columns > 0)
-        return np.stack([pairs, blocks, pieces, np.zeros_like(pairs)])
-
-    def _product(self, rows: Floats, kept: Keep, columns: Ints | Keep) -> Floats:
-        """``rows`` x what is kept x ``columns``. Rows of blocks that all operands have alike are added up first, as bytes."""
-        cuts = np.nonzero((rows[:, 1:] != rows[:, :-1]).any(axis=0))[0] + 1
-        starts = np.unique(np.concatenate([[0], cuts, np.arange(0, len(kept), BYTE)]))
-        if len(starts) < len(kept) // 2:
-            added = np.add.reduceat(kept.view(np.uint8), starts, axis=0, dtype=np.uint8)
-            found = sparse.csr_array(rows[:, starts]) @ added.astype(np.float64)
-        else:
-            found = _dense_product(rows, kept)
-        product: Floats = found @ sparse.csr_array(columns.T.astype(np.float64))
-        return product
-
-
-def _dense_product(rows: Floats, kept: Keep) -> Floats:
-    """``rows`` x ``kept`` a portion at a time: as a conversion of all that is kept would not fit."""
-    found = np.zeros((len(rows), kept.shape[1]))
-    step = max(1, PORTION // kept.shape[1])
-    for begin in range(0, len(kept), step):
-        found += rows[:, begin : begin + step] @ kept[begin : begin + step].astype(np.float64)
-    return found
-
-
-def _filled(tokens: Ints) -> Ints:
-    """Up to whole blocks."""
-    return -(-tokens // BLOCK) * BLOCK
+        values = self._blocks.of(first, last, self._keep)
+        return np.concatenate([values, np.zeros_like(values[:1])])
