@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from scipy import sparse
 
-from lcbench.masks.band import Ints, spread
+from lcbench.masks.band import Ints, distinct, spread
 from lcbench.masks.block import Keep
 from lcbench.schedule.machine import Floats
 
@@ -132,7 +132,7 @@ class BlockSums:
         for each in columns:
             each.sort_indices()
         ends = columns[0].indptr[1:]
-        used = np.unique(self._rows[0][first:last].indices)
+        used = distinct(self._rows[0][first:last].indices)
         order = used[np.argsort(columns[0].indices[ends[used] - 1], kind="stable")]
         together = STEP if (last - first) * self._blocks > PORTION else max(1, len(order))
         most = max((float(np.abs(each.data).max(initial=0)) for each in columns), default=0.0)
@@ -140,7 +140,7 @@ class BlockSums:
         groups = []
         for begin in range(0, len(order), together):
             group = order[begin : begin + together]
-            rows = tuple(np.unique(each.indices[spread(each.indptr[group], each.indptr[group + 1])[1]]) for each in columns)
+            rows = tuple(distinct(each.indices[spread(each.indptr[group], each.indptr[group + 1])[1]]) for each in columns)
             reads = []
             for blocks in (group[i : i + STEP] for i in range(0, len(group), STEP)):
                 sums = tuple(_alike(each, among, blocks, dtype) for each, among in zip(columns, rows, strict=True))

@@ -8,7 +8,7 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from lcbench.masks.band import BandMask, Ints, TokenSpan, spread
+from lcbench.masks.band import BandMask, Ints, TokenSpan, distinct, spread
 from lcbench.masks.convert import block_areas
 from lcbench.masks.mask import Mask
 
@@ -120,7 +120,7 @@ def documents(mask: Mask) -> tuple[Ints, Ints]:
     begin, reach = begin[order], np.maximum.accumulate(np.concatenate([[0], end[order]]))
     starts = begin[begin >= reach[:-1]]  # nothing before reaches this far
     ends = np.append(reach[:-1][begin >= reach[:-1]][1:], reach[-1])
-    bounds = np.unique(np.concatenate([[0, mask.num_q], starts, ends]))
+    bounds = distinct(np.concatenate([[0, mask.num_q], starts, ends]))
     work = np.zeros(len(bounds) - 1, dtype=np.int64)
     np.add.at(work, np.searchsorted(bounds, np.minimum(q0, k0), side="right") - 1, mask.areas)
     return bounds, work

@@ -181,6 +181,11 @@ class Schedule:
         number, place = spread(offsets[bundles], offsets[bundles + 1])
         return number, members[place]
 
+    def members(self, bundle: int) -> Ints:
+        """The shards of a bundle, in order."""
+        members, offsets = self._members
+        return members[offsets[bundle] : offsets[bundle + 1]]
+
     def shard_tiles(self, step: Step) -> Iterator[Ints]:
         """The tiles of a step by shards, in portions: rows (rank, head group, q shard, k shard)."""
         _, offsets = self._members

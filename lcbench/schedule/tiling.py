@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import sparse
 
-from lcbench.masks.band import BandMask, Ints, areas, cropped, reindexed, spread
+from lcbench.masks.band import BandMask, Ints, areas, cropped, distinct, reindexed, spread
 from lcbench.masks.block import Keep
 from lcbench.masks.mask import Mask
 from lcbench.schedule.block_sums import PORTION, BlockSums, cut_evenly
@@ -123,7 +123,7 @@ class Side:
     @classmethod
     def of(cls, schedule: Schedule, bundles: Ints) -> Side:
         """The side of the tiles whose operands are ``bundles``."""
-        used = np.unique(bundles)
+        used = distinct(bundles)
         place = np.full(len(schedule.bundles), -1, dtype=np.int64)
         place[used] = np.arange(len(used))
         number, start, size, stride = (np.concatenate(each) for each in zip(*_spans(schedule, used), strict=True))
@@ -135,7 +135,7 @@ class Side:
                 [code[row] for row in zip(start.tolist(), size.tolist(), stride.tolist(), strict=True)], dtype=np.int64
             )
             return cls(place, every[:, 0], every[:, 1], every[:, 2], first, first + 1, runs, True, np.ones(len(every), dtype=bool))
-        edges = np.unique(np.concatenate([start, start + size]))
+        edges = distinct(np.concatenate([start, start + size]))
         first, last = np.searchsorted(edges, start), np.searchsorted(edges, start + size)
         joined = np.zeros(len(edges) + 1, dtype=np.int64)
         np.add.at(joined, first + 1, 1)
@@ -416,7 +416,7 @@ class _Stripes(_Sheet):
 
     def of(self, first: int, last: int) -> Floats:
         inside = self._inside[first:last]
-        used = np.unique(inside.indices)
+        used = distinct(inside.indices)
         values = np.zeros((VALUES, len(used), len(self._keys)))
         q, k = (np.stack([side.start, side.size, side.stride]) for side in (self._queries, self._keys))
         for band in self._mask.bands:
