@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from functools import cached_property
+from itertools import chain, pairwise, product
 
 import numpy as np
 
@@ -21,6 +22,11 @@ class Layout:
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    @cached_property
+    def spans(self) -> Ints:
+        """(start, size, stride) of all runs, shard after shard, (runs, 3)."""
+        return np.fromiter(chain.from_iterable(chain.from_iterable(self.shards)), dtype=np.int64).reshape(-1, 3)
 
     def size(self, shard: int) -> int:
         """Tokens of a shard."""
