@@ -296,8 +296,8 @@ def cell_config(config: dict[str, Any], *, said: Collection[str] = (), by_site: 
     """
     found: dict[str, Any] = {group: build.check_options(group, config[group]) for group in GROUPS}
     scale = _scale(config["scale"], found["cp"], by_site)
-    groups = Mesh(**values.parse_mesh(config["mesh"])).groups(scale)
-    seqlen = _seqlen(config["seqlen"], config["seqlen_per_rank"], groups.shape[-1], "seqlen" in said)
+    ranks = max(1, scale.world_size // Mesh(**values.parse_mesh(config["mesh"])).count)
+    seqlen = _seqlen(config["seqlen"], config["seqlen_per_rank"], ranks, "seqlen" in said)
     found |= {"seqlen": seqlen, "scale": str(scale)}
     found |= {name: axis.parse(config[name]) for name, axis in CELL_AXES.items() if axis.parse is not None and name not in found}
     folded = set()
