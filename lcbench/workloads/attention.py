@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +9,15 @@ from typing import Any
 import torch
 
 from lcbench.cp.base import Passes, RankRun
-from lcbench.kernels.base import Platform, Unsupported
 from lcbench.measure.bounds import Bounds, Check
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.inputs import draw
 from lcbench.measure.least import least_traffic
-from lcbench.measure.numerics import Examination, Result, misowned, one_pass
-from lcbench.measure.ranks import all_gather_object, first_refusal
+from lcbench.measure.numerics import Examination, Result, one_pass
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
-from lcbench.schedule.execute import Counters
 from lcbench.workloads.base import Work, Workload
+from lcbench.workloads.started import count, started
 
 INPUTS = ("q", "k", "v", "dout")
 
@@ -50,31 +47,19 @@ class AttentionSession(Session):
         self._work, self._gang = work, gang
         self._first: Result | None = None
         self._sent: dict[str, int] = {}
-        begun = time.perf_counter()
-        self.mask = work.make_mask(number)
-        reason, calls = None, 1
-        try:
-            self.run = work.strategy.start(work.problem, self.mask, work.kernel, gang.place)
-            calls = counters.calls if (counters := self.run.counters()) else 1
-        except Unsupported as refused:
-            reason = str(refused)
-        # One rank's tile may be what its kernel cannot run while the others' are well.
-        reasons, every_calls = zip(*all_gather_object((reason, calls)), strict=True)
-        self.refused = first_refusal(reasons)
-        if self.refused:
+        begun = started(work, number, gang)
+        self.refused = begun if isinstance(begun, str) else None
+        if isinstance(begun, str):
             return
-        self.prepare_s = time.perf_counter() - begun
-        self._give_inputs(number, max(every_calls))
+        self.mask, self.run, self.prepare_s, self.wrong = begun.mask, begun.run, begun.prepare_s, begun.wrong
+        self._give_inputs(number, begun.bounds(work, gang))
 
-    def _give_inputs(self, number: int, calls: int) -> None:
-        """Draw this rank's inputs, and make the check ready; ``calls``: kernel calls of the rank with most."""
-        work, gang, problem, tokens = self._work, self._gang, self._work.problem, self.run.tokens
+    def _give_inputs(self, number: int, bounds: Bounds) -> None:
+        """Draw this rank's inputs, and make the check ready."""
+        work, problem, tokens = self._work, self._work.problem, self.run.tokens
         self.pairs = self.mask.pairs(problem.heads.q)
-        self.wrong = misowned(tokens, problem.seqlen, gang.device)
         self.shard = Shard(tokens, *(self._drawn(name) for name in INPUTS[: 4 if problem.backward else 3]))
         self.negated = False
-        hops = 0 if self.run.sums_are_wide else gang.world_size
-        bounds = Bounds(problem, work.kernel.rounding(Platform.of(gang.device)), calls * gang.world_size, hops)
         seed = [work.seed, work.attempt, number]
         self.examination = Examination(self.run, self.mask, problem, tokens, bounds, seed, own_lse=self.run.own_lse)
 
@@ -191,26 +176,5 @@ class AttentionSession(Session):
 
     def counted(self) -> Counted:
         counted = Counted({"mask/area": self.pairs / self._work.problem.heads.q, "mask/density": self.mask.density})
-        counters = self.run.counters()
-        if counters is not None:
-            self._count(counted, counters)
+        count(counted, self._work, self._gang, self.run, self.pairs, self._sent, ("forward", "backward"))
         return counted
-
-    def _count(self, counted: Counted, counters: Counters) -> None:
-        """What the run is made of. Collective."""
-        work, pairs, metrics, notes = self._work, self.pairs, counted.metrics, counted.notes
-        ranks: list[tuple[Counters, dict[str, int]]] = all_gather_object((counters, self._sent))
-        rank_pairs = [own.pairs for own, _ in ranks]
-        if sum(rank_pairs) != pairs:
-            raise AssertionError(f"the ranks compute {sum(rank_pairs)} pairs over all query heads, the mask has {pairs}")
-        metrics["balance/area_max_over_mean"] = max(rank_pairs) * len(rank_pairs) / pairs if pairs else 1.0
-        for phase in ("forward", "backward"):
-            metrics[f"comm/{phase}/bytes"] = float(max(sent.get(phase, 0) for _, sent in ranks))
-        counted.bytes_sent.update((phase, metrics[f"comm/{phase}/bytes"]) for phase in self._sent)
-        metrics["comm/bytes"] = float(max(sum(sent.values()) for _, sent in ranks))
-        metrics["memory/buffer_bytes"] = float(max(own.buffer_bytes for own, _ in ranks))
-        notes["kernel_calls"] = [own.calls for own, _ in ranks]
-        notes["collectives"] = list(counters.collectives)
-        metrics["kernel/calls"] = float(max(notes["kernel_calls"]))
-        if launch := work.kernel.launch(work.problem.heads, work.problem.dtype, Platform.of(self._gang.device)):
-            notes["kernel_launch"] = launch

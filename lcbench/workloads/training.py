@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from lcbench.measure.inputs import draw_rows
 from lcbench.measure.session import Phases
@@ -23,6 +24,7 @@ class Training:
 
     Attributes:
         x: (T, hidden), what the first layer gets.
+        labels: (T,), what the head is to say.
     """
 
     def __init__(self, block: Block, work: Work, attention: Attention, recompute: Recompute, device: torch.device) -> None:
@@ -36,7 +38,8 @@ class Training:
         self.stack = Stack(layers, rotations(tokens, model, dtype, device))
         self._recompute = recompute
         self.x = draw_rows("x", tokens, (model.hidden,), dtype, work.seed, device)
-        self._loss = ChunkedLoss(self.head, labels_of(tokens, model.vocab, work.seed, device), block.loss_chunk)
+        self.labels = labels_of(tokens, model.vocab, work.seed, device)
+        self._loss = ChunkedLoss(self.head, self.labels, block.loss_chunk)
 
     def weights(self) -> dict[str, torch.nn.Parameter]:
         """All weights by name."""
@@ -51,6 +54,7 @@ class Training:
             "forward": lambda _: self.forward(),
             "head": lambda passed: (*passed, *self._loss(passed[1])),
             "backward": self._backward,
+            "reduce": self._reduce,
         }
         return phases
 
@@ -64,3 +68,10 @@ class Training:
         x, y, dy, loss = passed
         y.backward(dy)
         return x.grad, loss
+
+    def _reduce(self, passed: Any) -> Any:
+        """Sum the weights' gradients over all ranks."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for weight in self.weights().values():
+                dist.all_reduce(weight.grad)
+        return passed
