@@ -1,6 +1,7 @@
 """Metrics that follow from others: they are worked out anew whenever a later block of timings, or another draw, changes a time.
 
-Of a training step: tokens per second, what recomputation adds to the rate, a layer's time, and what a whole model's step would take.
+Of a training step: tokens per second, what recomputation adds to the rate, a layer's time, and what a whole model's step would
+take.
 """
 
 from __future__ import annotations

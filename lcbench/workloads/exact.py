@@ -21,7 +21,7 @@ Weights = Mapping[str, torch.Tensor]
 Tensors = dict[str, torch.Tensor]
 Rounded = Callable[[torch.Tensor], torch.Tensor]
 
-STEP = 2.0**-20  # of a rounding that is tried out: small enough for results to follow in proportion, and far above float64's own
+STEP = 2.0**-30  # of a rounding that is tried out: small enough for results to follow in proportion, and far above float64's own
 TRIES = 2  # each tells of all elements of a token
 ELEMENTS = 1 << 24  # of a weight in float64 at a time
 
@@ -74,6 +74,8 @@ def head(model: Model, weights: Weights, y: torch.Tensor, labels: torch.Tensor, 
 
 def _before(model: Model, weights: Weights, tokens: Ints, x: torch.Tensor, rounded: Rounded) -> Tensors:
     normed = rounded(_normed(x, weights["before.norm.weight"], model.norm_eps))
+    # Angles are float64's whatever the type, so they tell in float64 alone.
+    wide = weights["before.norm.weight"].dtype == torch.float64
     found = {}
     for name in ("q", "k", "v"):
         projected = rounded(_product(normed, weights[f"before.{name}.weight"]))
@@ -81,7 +83,7 @@ def _before(model: Model, weights: Weights, tokens: Ints, x: torch.Tensor, round
         if name != "v":
             if model.qk_norm:
                 heads = rounded(_normed(heads, weights[f"before.{name}_norm.weight"], model.norm_eps))
-            heads = rounded(_turned(heads, tokens, model.rope_theta))
+            heads = rounded(_turned(heads, tokens, model.rope_theta, rounded if wide else _exact))
         found[name] = heads
     return found
 
@@ -98,11 +100,12 @@ def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
-def _turned(x: torch.Tensor, tokens: Ints, theta: float) -> torch.Tensor:
+def _turned(x: torch.Tensor, tokens: Ints, theta: float, angle_rounded: Rounded) -> torch.Tensor:
     """Element i of the first half of a head and of the second are a complex number, turned by position / theta^(2i/D)."""
     half = x.shape[-1] // 2
     places = torch.arange(half, dtype=torch.float64, device=x.device)
     angles = torch.from_numpy(tokens).to(x.device, torch.float64)[:, None] / theta ** (places / half)
+    angles = angle_rounded(angles)
     turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
     return torch.cat([turned.real, turned.imag], -1)
 
@@ -139,7 +142,7 @@ def _few(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _with_spread(run: Callable[[Rounded], Tensors], device: torch.device, seed: int) -> dict[str, Known]:
     generator = torch.Generator(device)
     generator.manual_seed(seed)
-    exact = run(lambda x: x)
+    exact = run(_exact)
     squares = {name: torch.zeros_like(one) for name, one in exact.items()}
     for _ in range(TRIES):
         for name, one in run(lambda x: _rounded(x, generator)).items():
@@ -149,6 +152,10 @@ def _with_spread(run: Callable[[Rounded], Tensors], device: torch.device, seed: 
         name: Known(one, (squares[name].flatten(1).mean(1).view(-1, *[1] * (one.ndim - 1)) + one.square()).sqrt())
         for name, one in exact.items()
     }
+
+
+def _exact(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def _rounded(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
