@@ -16,9 +16,13 @@ from lcbench.workloads.transformer import Head
 UNLABELLED = -100  # torch's own word for a token without a label
 
 
-def labels_of(tokens: Ints, vocab: int, seed: int, device: torch.device) -> torch.Tensor:
-    """(T,): what the head is to say of each token, the same at every number of ranks; ``UNLABELLED`` where there is nothing."""
-    uniform = 0.5 + 0.5 * torch.erf(draw_rows("labels", tokens, (), torch.float64, seed, device) / math.sqrt(2))
+def labels_of(tokens: Ints, vocab: int, seed: int, device: torch.device, sequence: tuple[int, int] = (0, 0)) -> torch.Tensor:
+    """(T,): what the head is to say of each token, the same at every number of ranks; ``UNLABELLED`` where there is nothing.
+
+    Args:
+        sequence: whose tokens they are, as ``group`` of ``draw_rows``.
+    """
+    uniform = 0.5 + 0.5 * torch.erf(draw_rows("labels", tokens, (), torch.float64, seed, device, sequence) / math.sqrt(2))
     return (uniform * vocab).long().clamp_(0, vocab - 1)
 
 

@@ -1,7 +1,7 @@
 """Which rank has which weights: tensor parallelism, FSDP2, and the sums of gradients over the ranks that have the same weights.
 
-Tensor parallelism is torch's ``parallelize_module`` in Megatron-LM's division (arXiv 1909.08053): the first projections of attention
-and of the MLP by columns, the last by rows, so that each sums its output once in forward and its input's gradient once in backward.
+Tensor parallelism is torch's ``parallelize_module`` in Megatron-LM's division (arXiv 1909.08053): in attention and in the MLP the
+first projections by columns, the last by rows, so that each sums its output once in forward, its input's gradient once in backward.
 Sharding is FSDP2's ``fully_shard`` (arXiv 2304.11277 describes its first version). Gradients are added up in float32, float64 for
 float64 weights, either way, and then have the weights' type.
 """
@@ -30,19 +30,14 @@ BUCKET = 1 << 24  # elements of gradients that are summed in one message: 64 MiB
 
 @dataclass(frozen=True)
 class Sharing:
-    """The ranks that have a model, and how its weights are shared among them.
+    """How a model's weights are shared among ranks.
 
     Attributes:
-        mesh: all ranks as (those that have the same weights: ``dp_cp``, those that have parts of each: ``tp``); None: there is one
-            rank. Its communicators are no strategy's, so that what goes over them may overlap with attention, and is counted apart.
-        replicas: sequences of a step.
-        replica: which of them is this rank's.
+        mesh: see ``Gang.device_mesh``. Its communicators are no strategy's, so what goes over them is counted apart.
         sharded: whether weights are sharded over the ranks that have the same ones.
     """
 
     mesh: DeviceMesh | None = None
-    replicas: int = 1
-    replica: int = 0
     sharded: bool = False
 
     @cached_property
@@ -56,7 +51,7 @@ class Sharing:
         return self._along("dp_cp")
 
     def _along(self, dimension: str) -> DeviceMesh | None:
-        return self.mesh[dimension] if self.mesh is not None and self.mesh[dimension].size() > 1 else None
+        return self.mesh[dimension] if self.mesh is not None and dimension in (self.mesh.mesh_dim_names or ()) else None
 
     @property
     def reduces(self) -> bool:

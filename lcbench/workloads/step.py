@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 
 from lcbench.kernels.base import Unsupported
-from lcbench.measure.ranks import all_gather_object, first_refusal
+from lcbench.measure.ranks import EVERY, first_refusal
 from lcbench.measure.session import Gang, Phases
 from lcbench.workloads.base import Work
 from lcbench.workloads.block import Block
-from lcbench.workloads.sharing import Sharing
 from lcbench.workloads.training import Training
 from lcbench.workloads.transformer import Attention
 
@@ -22,32 +21,18 @@ class BlockSession:
     def __init__(self, block: Block, work: Work, number: int, gang: Gang) -> None:
         self._work, self._gang = work, gang
         begun = time.perf_counter()
-        self.mask = work.make_mask(number)
+        self.mask = gang.own_heads(work.make_mask(number), work.problem.heads.q)
         reason = None
         try:
             run = work.strategy.start(work.problem, self.mask, work.kernel, gang.place)
             reason = work.recompute.refuses(run)
         except Unsupported as refused:
             reason = str(refused)
-        self.refused = first_refusal(all_gather_object(reason))
+        self.refused = first_refusal(EVERY.all_gather_object(reason))
         if self.refused:
             return
-        self.training = Training(block, work, Attention(run), work.recompute, gang.device, _sharing(block, gang))
+        self.training = Training(block, work, Attention(run), work.recompute, gang)
         self.prepare_s = time.perf_counter() - begun
 
     def phases(self) -> Phases:
         return self.training.phases()
-
-
-def _sharing(block: Block, gang: Gang) -> Sharing:
-    """All ranks have one sequence, and share a model."""
-    if gang.world_size == 1:
-        return Sharing()
-    from torch.distributed.device_mesh import DeviceMesh
-
-    every = gang.groups.among(tuple(range(gang.world_size)), "mesh")
-    alone = [gang.groups.among((rank,), "mesh") for rank in range(gang.world_size)][gang.rank]
-    mesh = DeviceMesh.from_group(
-        [every, alone], gang.device.type, [[r] for r in range(gang.world_size)], mesh_dim_names=("dp_cp", "tp")
-    )
-    return Sharing(mesh, sharded=block.fsdp)

@@ -27,9 +27,9 @@ class Traffic(TorchDispatchMode):
     """
 
     def __init__(self, groups: Mapping[str, dist.ProcessGroup]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sent = dict.fromkeys(groups, 0)
-        self._kinds = {group.group_name: (kind, group.size()) for kind, group in groups.items()}
+        self._kinds = {str(group.group_name): (kind, group.size()) for kind, group in groups.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from torch.distributed.tensor import DTensor

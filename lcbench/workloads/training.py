@@ -12,8 +12,7 @@ from torch import nn
 
 from lcbench.measure.inputs import draw_rows
 from lcbench.measure.memory import in_use
-from lcbench.measure.ranks import all_gather_object
-from lcbench.measure.session import Phases
+from lcbench.measure.session import Gang, Phases
 from lcbench.workloads.loss import UNLABELLED, ChunkedLoss, labels_of
 from lcbench.workloads.recompute.base import Recompute
 from lcbench.workloads.sharing import Sharing, memory_of
@@ -48,11 +47,10 @@ class Training:
         optimizer: None where no step is taken.
     """
 
-    def __init__(
-        self, block: Block, work: Work, attention: Attention, recompute: Recompute, device: torch.device, sharing: Sharing
-    ) -> None:
-        model, problem, tokens = block.model, work.problem, attention.run.tokens
-        self.sharing, self._device = sharing, device
+    def __init__(self, block: Block, work: Work, attention: Attention, recompute: Recompute, gang: Gang) -> None:
+        model, problem, tokens, device = block.model, work.problem, attention.run.tokens, gang.device
+        self.sharing = sharing = Sharing(gang.device_mesh, block.fsdp)
+        self._device = device
         dtype: torch.dtype = getattr(torch, problem.dtype)
         layers = []
         # A half after the other is made whole and divided, so that no rank ever has more than one of them whole.
@@ -68,22 +66,17 @@ class Training:
         self._whole = Whole(self.stack, self.head, recompute)
         sharing.unite(self._whole)
         self.optimizer = self._optimizer() if block.optimizer != "none" else None
-        of_replica = f"/{sharing.replica}" if sharing.replica else ""
-        self.x = draw_rows(f"x{of_replica}", tokens, (model.hidden,), dtype, work.seed, device)
-        labels = labels_of(tokens, model.vocab, work.seed, device)
-        self._loss = ChunkedLoss(self.head, labels, block.loss_chunk, self._share(labels), sharing)
+        sequence = gang.dp_index, 0  # every rank of tensor parallelism has all of the same tokens
+        self.x = draw_rows("x", tokens, (model.hidden,), dtype, work.seed, device, sequence)
+        labels = labels_of(tokens, model.vocab, work.seed, device, sequence)
+        labelled = int(gang.ranks.reduce((labels != UNLABELLED).sum()))
+        share = 1 / max(1, labelled) / gang.mesh.dp
+        self._loss = ChunkedLoss(self.head, labels, block.loss_chunk, share, sharing)
 
     def _make(self, half: Half, name: str, seed: int, reshard: bool = True) -> None:
         half.to_empty(device=self._device)
         give_weights(half, name, seed)
         self.sharing.divide(half, reshard=reshard)
-
-    def _share(self, labels: torch.Tensor) -> float:
-        """Of the loss that one labelled token has. Collective."""
-        tp, replica = self.sharing.tp, self.sharing.replica
-        mine = replica, tp.get_local_rank() if tp is not None else 0
-        counts = all_gather_object((mine, int((labels != UNLABELLED).sum())))
-        return 1 / max(1, sum(count for group, count in counts if group == mine)) / self.sharing.replicas
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """AdamW with a learning rate of 0: it reads and writes all that it ever does, and the weights stay.
@@ -157,8 +150,8 @@ class Training:
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds, by class; runs a step for it. Collective.
 
-        ``weights``, ``gradients``, ``optimizer``: of this rank's parts, at the end of the step. ``activations``: what is allocated at
-        the end of ``forward`` and was not at its begin, which is all that backward needs of it, and the output. Weights that are
+        ``weights``, ``gradients``, ``optimizer``: of this rank's parts, at the end of the step. ``activations``: what is allocated
+        at the end of ``forward`` and was not at its begin, which is all that backward needs of it, and the output. Weights that are
         gathered for a while are in none of them.
         """
         self._forget()

@@ -179,6 +179,8 @@ def test_a_model_has_heads_and_no_other_are_taken_beside_it(own: list[str]) -> N
     assert said == "heads=8x2x64 contradicts model=tiny, which has 4x2x16; leave heads out, or write another model"
     assert "contradicts model=tiny" in refused(own, "workload=attention,steps", *STEPS[1:], "heads=8x2x64,4x2x16")
     assert "contradicts model=tiny_mha" in refused(own, *STEPS, "model=tiny_mha,tiny", "heads=4x2x16")
+    # Those of an experiment give way.
+    assert {str(c.heads) for c in cells(own, "+experiment=smoke", "workload=steps,attention", *STEPS[1:])} == {"4x2x16", "8x4x32"}
     assert {str(c.heads) for c in cells(own, *STEPS, "model=tiny_mha,tiny")} == {"4x4x16", "4x2x16"}
     assert {str(c.heads) for c in cells(own, *STEPS, "model.heads_q=8", "model.head_dim=32")} == {"8x2x32"}
 
@@ -325,6 +327,17 @@ def test_a_choice_tells_the_recompute_and_a_setting_the_rest_of_the_workload(own
         f"workload steps({model}), mesh {mesh}, heads {heads}" for model, heads in models.items() for mesh in meshes.values()
     }
     assert set(frame["setting"]) == settings
+
+
+def test_options_of_what_is_folded_in_tell_problems_apart(own: list[str], tmp_path: Path) -> None:
+    grid = [*STEPS[:1], "model=tiny,tiny_mha", "model.ffn=80,160", "recompute=all", "seqlen=1k", "scale=1x8", *own]
+    frame = reported(made_sweep(tmp_path / "r", "s", grid))
+    told = {f"steps({model}, model.ffn={ffn})" for model in ("tiny", "tiny_mha") for ffn in (80, 160)}
+    assert set(frame["what_workload"]) == told
+    assert frame["setting"].nunique() == frame["problem"].nunique() == 4
+    grid = ["mask=document", "lengths=uniform", "lengths.high=256,512", "seqlen=1k", "scale=1x8"]
+    frame = reported(made_sweep(tmp_path / "r", "t", grid))
+    assert set(frame["what_mask"]) == {f"document(uniform, lengths.high={high})" for high in (256, 512)}
 
 
 def test_rows_of_a_table_say_what_differs_and_its_title_the_rest(own: list[str]) -> None:
