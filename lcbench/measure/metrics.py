@@ -140,7 +140,23 @@ METRICS = (
         "(`compute_s` + `communication_s` - the whole) / the smaller of both: how much of what could be hidden is", "higher",
     ),
     Metric("comm/<phase>/bytes", "byte", "sent by the rank that sends most, counted where it is sent", "lower"),
+    Metric(
+        "comm/<phase>/within_node_bytes", "byte",
+        "those of them that stay in the node, of the rank that sends most of these; a collective counts as messages from each of "
+        "its ranks straight to each other, whatever way its library takes. Where nobody counts, this and the next are absent",
+        "lower",
+    ),
+    Metric(
+        "comm/<phase>/between_nodes_bytes", "byte", "those that leave the node, of the rank that sends most of these", "lower",
+    ),
     Metric("comm/bytes", "byte", "of all phases", "lower"),
+    Metric(
+        "mesh/<phase>/alone_s", "s",
+        "median of the same phase with all context-parallel groups of a mesh idle but one, the slowest of them, and of the total",
+        "lower",
+    ),
+    Metric("mesh/<phase>/slowdown", "1", "the median with all groups at work over that", "lower"),
+    Metric("mesh/slowdown", "1", "the same of the total: what groups that share links and memory cost one another", "lower"),
     Metric("balance/area_max_over_mean", "1", "unmasked pairs of the busiest rank over the mean", "lower"),
     Metric(
         "mask/area", "pairs", "exact; mean over the heads where they have different block maps", sample="draw_area",

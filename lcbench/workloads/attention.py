@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from lcbench.cp.base import Passes, RankRun
-from lcbench.measure.bounds import Bounds, Check
+from lcbench.measure.bounds import Check
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.inputs import draw
 from lcbench.measure.least import least_traffic
-from lcbench.measure.numerics import Examination, Result, one_pass
+from lcbench.measure.numerics import Result, one_pass
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.workloads.base import Work, Workload
-from lcbench.workloads.started import count, started
+from lcbench.workloads.started import Sent, started
 
 INPUTS = ("q", "k", "v", "dout")
 
@@ -34,7 +34,7 @@ class AttentionSession(Session):
     """One draw of an attention cell on this rank.
 
     Attributes:
-        mask: of this draw; ``pairs``: its unmasked pairs over all query heads.
+        mask: of this draw, for this rank's heads; ``pairs``: its unmasked pairs over all of these.
         run: the strategy at work.
         shard: this rank's tokens and inputs, (T, Hq, D) and (T, Hk, D).
         examination: the check.
@@ -46,25 +46,21 @@ class AttentionSession(Session):
     def __init__(self, work: Work, number: int, gang: Gang) -> None:
         self._work, self._gang = work, gang
         self._first: Result | None = None
-        self._sent: dict[str, int] = {}
+        self._sent: dict[str, Sent] = {}
         begun = started(work, number, gang)
         self.refused = begun if isinstance(begun, str) else None
         if isinstance(begun, str):
             return
-        self.mask, self.run, self.prepare_s, self.wrong = begun.mask, begun.run, begun.prepare_s, begun.wrong
-        self._give_inputs(number, begun.bounds(work, gang))
-
-    def _give_inputs(self, number: int, bounds: Bounds) -> None:
-        """Draw this rank's inputs, and make the check ready."""
-        work, problem, tokens = self._work, self._work.problem, self.run.tokens
-        self.pairs = self.mask.pairs(problem.heads.q)
-        self.shard = Shard(tokens, *(self._drawn(name) for name in INPUTS[: 4 if problem.backward else 3]))
+        self.mask, self.pairs, self.run, self.wrong = begun.mask, begun.pairs, begun.run, begun.wrong
+        self.prepare_s, self.examination = begun.prepare_s, begun.examination()
+        self._started = begun
+        tokens = self.run.tokens
+        self.shard = Shard(tokens, *(self._drawn(name) for name in INPUTS[: 4 if work.problem.backward else 3]))
         self.negated = False
-        seed = [work.seed, work.attempt, number]
-        self.examination = Examination(self.run, self.mask, problem, tokens, bounds, seed, own_lse=self.run.own_lse)
 
     def _drawn(self, name: str) -> torch.Tensor:
-        return draw(name, self.run.tokens, self._work.problem, self._work.seed, self._gang.device)
+        gang, work = self._gang, self._work
+        return draw(name, self.run.tokens, work.problem, work.seed, gang.device, (gang.dp_index, gang.tp_index))
 
     def _inputs(self) -> dict[str, torch.Tensor]:
         return {name: x for name in INPUTS if (x := getattr(self.shard, name)) is not None}
@@ -106,7 +102,7 @@ class AttentionSession(Session):
         for phase, run in self.phases().items():
             passed = run(passed)
             if counters := self.run.counters():
-                self._sent[phase] = counters.bytes_sent
+                self._sent[phase] = Sent(counters.bytes_sent, counters.bytes_between_nodes)
             if lse is None:  # of forward, before backward takes its buffers
                 lse = self.run.lse(passed[1])
         self._first = self._result(passed, lse)
@@ -134,6 +130,9 @@ class AttentionSession(Session):
             dout = shard.dout
             phases["backward"] = lambda _: passes.backward(dout, saved)
         return phases
+
+    def alone(self) -> Phases:
+        return self.phases()
 
     def timeline(self) -> list[list[float]] | None:
         return self.run.timeline(self.shard.q, self.shard.k, self.shard.v, self.shard.dout)
@@ -168,13 +167,12 @@ class AttentionSession(Session):
     # -- what it is made of ----------------------------------------------------------------------------------------
 
     def costs(self) -> dict[str, Cost]:
-        """Cost by phase: FLOPs of the mask's pairs; traffic that the mask needs from who owns what."""
+        """Cost by phase: FLOPs of the mask's pairs in all groups; traffic that the mask needs from who owns what."""
         problem = self._work.problem
-        least = least_traffic(self.mask, problem, self.run.tokens, self._gang.device)
-        flops = {"forward": forward_flops(self.pairs, problem.heads), "backward": backward_flops(self.pairs, problem.heads)}
+        least = least_traffic(self.mask, problem, self.run.tokens, self._gang.device, self._gang.ranks)
+        pairs = sum(self._gang.of_groups(self.pairs))
+        flops = {"forward": forward_flops(pairs, problem.heads), "backward": backward_flops(pairs, problem.heads)}
         return {phase: Cost(flops[phase], least.sent, least.memory[phase]) for phase in self.phases()}
 
     def counted(self) -> Counted:
-        counted = Counted({"mask/area": self.pairs / self._work.problem.heads.q, "mask/density": self.mask.density})
-        count(counted, self._work, self._gang, self.run, self.pairs, self._sent, ("forward", "backward"))
-        return counted
+        return self._started.counted(self._sent, ("forward", "backward"))

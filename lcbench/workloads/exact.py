@@ -53,9 +53,9 @@ def layer(model: Model, weights: Weights, tokens: Ints, given: Tensors, seed: in
     return _with_spread(run, given["x"].device, seed)
 
 
-def head(model: Model, weights: Weights, y: torch.Tensor, labels: torch.Tensor, labelled: int, seed: int) -> dict[str, Known]:
-    """dy of some tokens: the gradient of the mean cross-entropy over ``labelled`` tokens; ``labels`` (n,) are negative where there
-    are none."""
+def head(model: Model, weights: Weights, y: torch.Tensor, labels: torch.Tensor, share: float, seed: int) -> dict[str, Known]:
+    """dy of some tokens: the gradient of their cross-entropies, of each a ``share``; ``labels`` (n,) are negative where there are
+    none."""
 
     def run(rounded: Rounded) -> Tensors:
         leaf = y.double().requires_grad_()
@@ -63,7 +63,7 @@ def head(model: Model, weights: Weights, y: torch.Tensor, labels: torch.Tensor, 
         mine = torch.nonzero(labels >= 0).flatten()
         chosen = logits[mine, labels[mine]]
         losses = rounded(logits)[mine].logsumexp(-1) - chosen
-        (dy,) = torch.autograd.grad(losses.sum() / labelled, leaf)
+        (dy,) = torch.autograd.grad(losses.sum() * share, leaf)
         return {"dy": dy}
 
     return _with_spread(run, y.device, seed)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lcbench.measure.ranks import Ranks
+from lcbench.workloads.sharing import local, whole
 from lcbench.workloads.training import Training
 
 ELEMENTS = 1 << 22  # in float64 at a time
@@ -57,18 +59,19 @@ class Recorder:
 
     Args:
         sample: local positions of the tokens whose rows are kept, ascending.
-        whole: the layer whose attention's tensors are kept, and the inputs of whose norms.
+        layer: whose attention's tensors are kept, and the inputs of whose norms.
+        divided: ranks that have the other heads and classes of the same tokens.
     """
 
-    def __init__(self, training: Training, sample: torch.Tensor, whole: int, seed: int) -> None:
-        self._training, self._sample, self.whole = training, sample, whole
+    def __init__(self, training: Training, sample: torch.Tensor, layer: int, seed: int, divided: Ranks) -> None:
+        self._training, self._sample, self.layer, self._divided = training, sample, layer, divided
         self._seed = seed
         self._signs: dict[int, torch.Tensor] = {}
         self._on = False
         self._caught: dict[str, Caught] = {}
         self._begin: dict[str, int] = {}  # tokens that a module has had so far
         self.sums: dict[str, Sums] = {}
-        self.logit_sums: list[torch.Tensor] = []  # log of the sum of exponentials of each row's logits, and the label's logit
+        self.losses: list[torch.Tensor] = []  # of labelled tokens, added up
         self.passed: dict[str, Any] = {}
 
     def run(self, after: Callable[[str], None] = lambda phase: None) -> None:
@@ -123,7 +126,7 @@ class Recorder:
                 layer.after.register_forward_hook(self._half(name, (AGAIN, "out"), ("y",))),
             ]
             modules = layer.named_modules(prefix=f"layers.{number}")
-            handles += self._weighted(modules, norms=number == self.whole)
+            handles += self._weighted(modules, norms=number == self.layer)
         handles += self._weighted(self._training.head.named_modules(prefix="head"), norms=True)
         handles.append(self._training.head.logits.register_forward_hook(self._logits))
         try:
@@ -167,7 +170,7 @@ class Recorder:
         caught.rows[begin] = x[inside]
         if digested:
             caught.digest[begin] = self.digested(x)
-        elif layer == f"layer {self.whole}":
+        elif layer == f"layer {self.layer}":
             caught.whole[begin] = x
 
     def _weighted(self, modules: Iterator[tuple[str, nn.Module]], *, norms: bool) -> list[Any]:
@@ -183,14 +186,14 @@ class Recorder:
         def hook(module: nn.Linear, args: tuple[torch.Tensor], result: torch.Tensor) -> None:
             if not self._on or not result.requires_grad:
                 return
-            x = args[0].detach().flatten(0, -2)
+            x = local(args[0].detach()).flatten(0, -2)
             signs = self.signs(x.shape[1])
             products = [(some.double() @ signs, some.double().square().sum(1, keepdim=True)) for some in _few(x)]
             shared, squares = (torch.cat(parts) for parts in zip(*products, strict=True))
 
             def back(grad: torch.Tensor) -> None:
-                sums = self._sums(name, (grad.shape[-1], SIGNS))
-                flat, at = grad.detach().flatten(0, -2), 0
+                flat, at = _settled(grad).flatten(0, -2), 0
+                sums = self._sums(name, (flat.shape[1], SIGNS))
                 for some in _few(flat):
                     wide, until = some.double(), at + len(some)
                     sums.value += wide.T @ shared[at:until]
@@ -205,12 +208,13 @@ class Recorder:
         def hook(module: nn.RMSNorm, args: tuple[torch.Tensor], result: torch.Tensor) -> None:
             if not self._on or not result.requires_grad:
                 return
-            x, eps = args[0].detach().flatten(0, -2), module.eps
+            x, eps = local(args[0].detach()).flatten(0, -2), module.eps
             assert eps is not None
 
             def back(grad: torch.Tensor) -> None:
-                sums = self._sums(name, (grad.shape[-1],))
-                for one, other in zip(_few(grad.detach().flatten(0, -2)), _few(x), strict=True):
+                flat = _settled(grad).flatten(0, -2)
+                sums = self._sums(name, (flat.shape[1],))
+                for one, other in zip(_few(flat), _few(x), strict=True):
                     wide = other.double()
                     terms = one.double() * wide / (wide.square().mean(1, keepdim=True) + eps).sqrt()
                     sums.value += terms.sum(0)
@@ -229,14 +233,40 @@ class Recorder:
     def _logits(self, module: nn.Linear, args: tuple[torch.Tensor], result: torch.Tensor) -> None:
         if not self._on:
             return
-        begin = self._placed("head", len(result))
-        labels = self._training.labels[begin : begin + len(result)]
-        for logits, own in zip(_few(result.detach()), _few(labels[:, None], result.shape[1]), strict=True):
-            wide, mine = logits.double(), own[:, 0] >= 0
-            losses = wide.logsumexp(1) - wide.gather(1, own.clamp_min(0))[:, 0]
-            self.logit_sums.append((losses * mine).sum())
+        own = local(result.detach())
+        begin = self._placed("head", len(own))
+        labels = self._training.labels[begin : begin + len(own)]
+        for logits, some in zip(_few(own), labels.split(_count(own.shape[1])), strict=True):
+            self.losses.append(self._loss(logits.double(), some))
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The sum of the cross-entropies of rows (n, classes) of this rank's classes; collective where these are divided."""
+        at = labels - self._first_class
+        mine = (at >= 0) & (at < logits.shape[1]) & (labels >= 0)
+        chosen = torch.where(mine, logits.gather(1, at.clamp(0, logits.shape[1] - 1)[:, None])[:, 0], 0.0)
+        top = self._divided.reduce(logits.amax(1), "max")
+        total, chosen = self._divided.reduce_together((logits - top[:, None]).exp().sum(1), chosen)
+        return ((top + total.log() - chosen) * (labels >= 0)).sum()
+
+    @property
+    def _first_class(self) -> int:
+        """The first of this rank's classes: the vocabulary is divided as torch's ``chunk`` does."""
+        tp = self._training.sharing.tp
+        if tp is None:
+            return 0
+        return -(-self._training.head.logits.out_features // tp.size()) * tp.get_local_rank()
 
 
-def _few(x: torch.Tensor, width: int | None = None) -> tuple[torch.Tensor, ...]:
-    """Some rows at a time, whose ``width`` elements are few enough to be had in float64."""
-    return x.split(max(1, ELEMENTS // max(1, width or x.shape[1])))
+def _settled(grad: torch.Tensor) -> torch.Tensor:
+    """A gradient as this rank has it, summed where ranks have parts of a sum."""
+    placements = getattr(grad, "placements", ())
+    return (whole if any(each.is_partial() for each in placements) else local)(grad.detach())
+
+
+def _count(width: int) -> int:
+    """Rows of so many elements that are few enough to be had in float64."""
+    return max(1, ELEMENTS // max(1, width))
+
+
+def _few(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return x.split(_count(x.shape[1]))

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import time
+from functools import reduce
 from typing import Any
 
 import torch
 
 from lcbench.cp.base import RankRun
-from lcbench.measure.bounds import Check
+from lcbench.measure.bounds import Check, of_groups
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.least import least_traffic
-from lcbench.measure.numerics import Examination, Result
-from lcbench.measure.ranks import all_gather_object
+from lcbench.measure.numerics import Result
+from lcbench.measure.ranks import EVERY
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.workloads.base import Work
 from lcbench.workloads.block import Block
 from lcbench.workloads.recorder import Recorder
-from lcbench.workloads.started import Started, count, started
-from lcbench.workloads.step_check import StepCheck, joined
+from lcbench.workloads.started import Sent, started
+from lcbench.workloads.step_check import StepCheck
 from lcbench.workloads.training import Training
 from lcbench.workloads.transformer import Attention
 
-LAYERS, HEAD, REDUCE, STEP = ("forward", "backward"), "head", "reduce", "step"
+LAYERS, STEP = ("forward", "backward"), "step"
 
 
 class BlockSession(Session):
@@ -40,30 +41,18 @@ class BlockSession(Session):
 
     def __init__(self, block: Block, work: Work, number: int, gang: Gang) -> None:
         self._block, self._work, self._gang = block, work, gang
-        self._sent: dict[str, int] = {}
         begun = started(work, number, gang, work.recompute.refuses)
         self.refused = begun if isinstance(begun, str) else None
         if isinstance(begun, str):
             return
-        before = time.perf_counter()
-        self.mask, self.wrong = begun.mask, begun.wrong
-        self.pairs = self.mask.pairs(work.problem.heads.q)
+        self._started, before = begun, time.perf_counter()
+        self.mask, self.pairs, self.wrong = begun.mask, begun.pairs, begun.wrong
         self.run = CountedRun(begun.run)
-        self.training = Training(block, work, Attention(self.run), work.recompute, gang.device)
+        self.training = Training(block, work, Attention(self.run), work.recompute, gang)
         self.prepare_s = begun.prepare_s + time.perf_counter() - before
         self.negated = False
-        self._give_checks(begun, [work.seed, work.attempt, number])
-
-    def _give_checks(self, begun: Started, seed: list[int]) -> None:
-        work, gang = self._work, self._gang
-        bounds = begun.bounds(work, gang)
-        self.checks = StepCheck(self.training, self._block.model, bounds, seed, gang)
-        self.examinations = {
-            negated: Examination(
-                begun.run, self.mask, work.problem, begun.run.tokens, bounds, [*seed, negated], own_lse=begun.run.own_lse
-            )
-            for negated in (False, True)
-        }
+        self.checks = StepCheck(self.training, block.model, begun.bounds, begun.seed, gang)
+        self.examinations = {negated: begun.examination(negated) for negated in (False, True)}
 
     @property
     def input_bytes(self) -> int:
@@ -94,16 +83,9 @@ class BlockSession(Session):
         self._recorded = self._record()
 
     def _record(self) -> Recorder:
-        """A pass that is caught, and counted. Collective."""
+        """A pass that is caught. Collective."""
         recorder = self.checks.recorder(self.negated)
-        self.run.sent = 0
-
-        def ended(phase: str) -> None:
-            # What a sum over ranks sends nobody counts: it is taken for the least.
-            self._sent[phase] = round(self._reduced) if phase == REDUCE else self.run.sent
-            self.run.sent = 0
-
-        recorder.run(ended)
+        recorder.run()
         return recorder
 
     # -- checks ----------------------------------------------------------------------------------------------------
@@ -132,7 +114,7 @@ class BlockSession(Session):
         """Check a pass that was caught; gives the tensors of its attention."""
         self.checks.first(recorder, self.negated)
         names = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
-        caught = {name: recorder.all_of(f"layer {recorder.whole} {name}").contiguous() for name in names}
+        caught = {name: recorder.all_of(f"layer {recorder.layer} {name}").contiguous() for name in names}
         q, k, v, dout = (caught[name] for name in ("q", "k", "v", "dout"))
         shard = Shard(self.run.tokens, q, k, v, dout)
         # A pass of its own has the LSE, which a step keeps to itself; where it is wrong there, so are the gradients.
@@ -149,7 +131,9 @@ class BlockSession(Session):
         self.checks.last("last pass", self._step(), self.negated)
 
     def check(self) -> Check:
-        return joined([self.checks.found(), *(each.check() for each in self.examinations.values())])
+        names = {False: "attention", True: "attention of negated inputs"}
+        parts = {"step": self.checks.found()} | {names[negated]: each.check() for negated, each in self.examinations.items()}
+        return of_groups(parts)
 
     # -- what it is made of ----------------------------------------------------------------------------------------
 
@@ -157,26 +141,22 @@ class BlockSession(Session):
         """Cost by phase: 2 FLOPs per weight and token forward and 4 backward, attention by the mask's pairs; what is computed again
         is apart. Traffic is what every layer's attention needs, memory what weights take that are read, and their gradients."""
         problem, model, again = self._work.problem, self._block.model, self._work.recompute.again()
-        layers, size = len(self.training.stack.layers), problem.itemsize
-        least = least_traffic(self.mask, problem, self.run.tokens, self._gang.device)
-        forward, backward = (layers * flops(self.pairs, problem.heads) for flops in (forward_flops, backward_flops))
+        gang, layers, size = self._gang, len(self.training.stack.layers), problem.itemsize
+        least = least_traffic(self.mask, problem, self.run.tokens, gang.device, gang.ranks)
+        pairs, tokens = sum(gang.of_groups(self.pairs)), float(problem.seqlen * gang.mesh.dp)
+        labelled = sum(gang.of_groups(self.training.labelled)) / gang.mesh.tp
+        forward, backward = (layers * flops(pairs, problem.heads) for flops in (forward_flops, backward_flops))
         weights, head = layers * model.layer_parameters(), model.head_parameters()
-        dense, moved = 2.0 * weights * problem.seqlen, layers * least.sent
+        dense, moved = 2.0 * weights * tokens, layers * least.sent
+        # A rank reads its part of each weight, and writes as much of gradients.
+        read, head_read = (size * each / gang.mesh.tp for each in (weights, head))
         recomputed = again.token_wise * dense + again.attention * forward
         found = {
-            "forward": Cost(dense + forward, moved, weights * size),
-            HEAD: Cost(6.0 * head * self.checks.labelled, 0.0, 2.0 * head * size),
-            "backward": Cost(2 * dense + backward, moved, 2.0 * weights * size, recomputed),
-            REDUCE: Cost(0.0, float(round(self._reduced)), 2.0 * self._reduced),
+            "forward": Cost(dense + forward, moved, read),
+            "head": Cost(6.0 * head * labelled, 0.0, 2 * head_read),
+            "backward": Cost(2 * dense + backward, moved, 2 * read, recomputed),
         }
-        return {phase: found[phase] for phase in self.phases()}
-
-    @property
-    def _reduced(self) -> float:
-        """Bytes that a rank sends at the least where gradients are summed over all: each gradient to where it is summed and from
-        there, but for a rank's own share."""
-        size, ranks = self._work.problem.itemsize, self._gang.world_size
-        return 2.0 * size * sum(weight.numel() for weight in self.training.weights().values()) * (ranks - 1) / ranks
+        return {phase: found.get(phase, Cost(0.0, 0.0, 0.0)) for phase in self.phases()}
 
     def _repeats(self) -> dict[str, float]:
         """How often the whole model has what each phase was measured with."""
@@ -184,20 +164,39 @@ class BlockSession(Session):
         weights = layers * model.layer_parameters(), model.layers * model.layer_parameters()
         measured, whole = (own + model.head_parameters() for own in weights)
         by_weight, by_layer = whole / measured, model.layers / layers
-        return {phase: {HEAD: 1.0, REDUCE: by_weight}.get(phase, by_layer) for phase in self.phases()}
+        repeats = {"forward": by_layer, "head": 1.0, "backward": by_layer}
+        return {phase: repeats.get(phase, by_weight) for phase in self.phases()}
 
     def counted(self) -> Counted:
-        layers = len(self.training.stack.layers)
-        counted = Counted({"mask/area": self.pairs / self._work.problem.heads.q, "mask/density": self.mask.density})
-        recomputed = sum(cost.recomputed for cost in self.costs().values())
+        sent, world = self._sent(), self._gang.world_size
+        counted = self._started.counted(sent, list(sent))
+        costs = self.costs()
         counted.metrics.update({
-            "step/layers": float(layers), "step/labelled_tokens": float(self.checks.labelled),
-            "step/tokens_per_gpu": self._work.problem.seqlen / self._gang.world_size,
-            "step/recomputed_flops_per_gpu": recomputed / self._gang.world_size,
+            "step/layers": float(len(self.training.stack.layers)), "step/labelled_tokens": float(self.training.labelled),
+            "step/tokens_per_gpu": self._work.problem.seqlen * self._gang.mesh.dp / world,
+            "step/recomputed_flops_per_gpu": sum(cost.recomputed for cost in costs.values()) / world,
         })  # fmt: skip
         counted.metrics.update((f"model/{phase}/repeats", repeats) for phase, repeats in self._repeats().items())
-        count(counted, self._work, self._gang, self.run, self.pairs, self._sent, list(self._sent))
         return counted
+
+    def _sent(self) -> dict[str, Sent]:
+        """What this rank sends in a step, by phase: of attention and of weights. Runs one. Collective."""
+        sharing, passed, found = self.training.sharing, None, {}
+        meshes = {"tp": sharing.tp, "weights": sharing.same}
+        outside = {kind: self._outside(mesh.mesh.flatten().tolist()) for kind, mesh in meshes.items() if mesh is not None}
+        self.run.take()
+        for phase, run in self.phases().items():
+            with self.training.counting() as traffic:
+                passed = run(passed)
+            of_weights = (Sent(sent, round(sent * outside[kind])) for kind, sent in traffic.sent.items())
+            found[phase] = reduce(Sent.plus, of_weights, self.run.take())
+        return found
+
+    def _outside(self, ranks: list[int]) -> float:
+        """The share of the other ranks of a set that are on other nodes."""
+        per_node = (self._gang.scale or self._work.problem.scale).gpus_per_node
+        others = [rank for rank in ranks if rank != self._gang.rank]
+        return sum(rank // per_node != self._gang.rank // per_node for rank in others) / max(1, len(others))
 
     def variants(self) -> dict[str, Phases]:
         return {}
@@ -207,31 +206,36 @@ class BlockSession(Session):
 
     def shares(self) -> dict[str, float]:
         """What of a step is attention, by passes that are timed for it. Collective."""
-        all_gather_object(None)  # ranks begin together
+        EVERY.all_gather_object(None)  # ranks begin together
         with self.training.stack.attention.watched() as watch:
             begun = watch.now()
             self._step()
             watch.spans.append((STEP, begun, watch.now()))
         if watch.cuda:
             torch.cuda.synchronize(self._gang.device)
-        every = all_gather_object(watch.seconds())
+        every = EVERY.all_gather_object(watch.seconds())
         shares = [sum(own.get(phase, 0.0) for phase in LAYERS) / own[STEP] for own in every]
         return {"attention/share": sum(shares) / len(shares)}
 
 
 class CountedRun:
-    """A strategy's run as it is; what its passes send adds up in ``sent``."""
+    """A strategy's run as it is; what its passes send adds up until it is taken."""
 
     def __init__(self, run: RankRun) -> None:
         self._run = run
-        self.sent = 0
+        self._sent = Sent(0, 0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._run, name)
 
+    def take(self) -> Sent:
+        """What was sent since this was last asked."""
+        sent, self._sent = self._sent, Sent(0, 0)
+        return sent
+
     def _counted(self, result: Any) -> Any:
         if counters := self._run.counters():
-            self.sent += counters.bytes_sent
+            self._sent = self._sent.plus(Sent(counters.bytes_sent, counters.bytes_between_nodes))
         return result
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:

@@ -17,17 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
-from lcbench.measure.bounds import STEPS, Bounds, Check, Judge, Worst, verdict
+from lcbench.measure.bounds import Bounds, Check, Judge, verdict
 from lcbench.measure.numerics import REFERENCE
-from lcbench.measure.ranks import all_gather_object, reduce
+from lcbench.measure.ranks import ALONE, EVERY, Ranks
 from lcbench.measure.session import Gang
 from lcbench.workloads import exact
 from lcbench.workloads.models import Model
 from lcbench.workloads.recorder import AGAIN, Recorder
+from lcbench.workloads.sharing import whole
 from lcbench.workloads.training import Training
+from lcbench.workloads.transformer import Division
 
 LEAST, WORK = 64, {"cpu": 1 << 30, "cuda": 1 << 36}  # tokens of a sample; products of a token and a weight that a sample may have
+HIDDEN = ("x", "y", "dx", "dy")  # what has no heads
 ROWS = 4096  # in float64 at a time
 CHAIN, WEIGHTS, LOSS = "between layers", "weights", "loss"
 # A later pass may sum in another order: in units of rounding, and beside it what rounds terms of which little is left.
@@ -66,11 +70,14 @@ class StepCheck:
         self._training, self._model, self._bounds, self._gang = training, model, bounds, gang
         self._tokens = training.stack.attention.run.tokens
         self._judge = Judge()
-        self._random = np.random.default_rng([*seed, gang.rank])
+        # Ranks that have the other heads of the same tokens look at the same ones.
+        self._random = np.random.default_rng([*seed, gang.dp_index, gang.cp_rank])
         self._number = int(np.random.default_rng(seed).integers(0, 1 << 31))
         self._sample = self._sampled(len(self._tokens))
         self._firsts: dict[bool, Digest] = {}
-        self.labelled = int(reduce((training.labels >= 0).sum()))
+        self._divided = _ranks(training.sharing.tp)
+        self._same = _ranks(training.sharing.same)
+        self.labelled = training.labelled
 
     def _sampled(self, count: int) -> torch.Tensor:
         """Local positions: all if that is little work, else the first, the last, and a draw."""
@@ -88,7 +95,7 @@ class StepCheck:
     def recorder(self, negated: bool) -> Recorder:
         """What catches a pass; with negated inputs the attention of the layer behind."""
         layers = len(self._training.stack.layers)
-        return Recorder(self._training, self._sample, (self._number + negated) % layers, self._number)
+        return Recorder(self._training, self._sample, (self._number + negated) % layers, self._number, self._divided)
 
     def first(self, recorder: Recorder, negated: bool) -> None:
         """Check a pass, and keep what later ones with the same sign are compared with."""
@@ -109,7 +116,7 @@ class StepCheck:
         layers = len(self._training.stack.layers)
         unit = (AGAIN_HALF if bounds.half else AGAIN_SINGLE) * bounds.unit * (1 + layers)
         norm = _norms(passed[0])
-        usual = (reduce(norm.square().sum()) / bounds.problem.seqlen).sqrt()
+        usual = (self._gang.ranks.reduce(norm.square().sum()) / bounds.problem.seqlen).sqrt()
         allowed = unit * (norm + USUAL * usual * (2.0**-10 if bounds.half else 1.0))
         self._judge.elements(part, "dx", now.dx, first.dx, allowed, self._tokens)
         for name, got in now.weights.items():
@@ -118,32 +125,48 @@ class StepCheck:
 
     def found(self) -> Check:
         """What all ranks have found so far."""
-        judges: list[dict[tuple[str, str], Worst]] = all_gather_object(self._judge.found)
-        return verdict(judges, REFERENCE, 0, 0, False, {})
+        own = self._judge.found, len(self._sample) if self._gang.tp_index == 0 else 0, len(self._sample) == len(self._tokens)
+        judges, counts, wholes = zip(*EVERY.all_gather_object(own), strict=True)
+        return verdict(judges, REFERENCE, sum(counts), sum(counts), all(wholes), {})
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
     def _layer(self, recorder: Recorder, number: int, tokens: Any) -> None:
         """The token-wise halves of a layer."""
         names = ("x", "out", "dy", "dq", "dk", "dv")
-        given = {name: recorder.rows(f"layer {number} {name}") for name in names}
+        given = {name: self._every_head(name, recorder.rows(f"layer {number} {name}")) for name in names}
         weights = _whole(self._training.stack.layers[number].named_parameters())
         known = exact.layer(self._model, weights, tokens, given, self._number + number)
         for name, one in known.items():
-            self._compare("layers", f"{name} of layer {number}", recorder.rows(f"layer {number} {name}"), one, tokens)
+            got = self._every_head(name, recorder.rows(f"layer {number} {name}"))
+            self._compare("layers", f"{name} of layer {number}", got, one, tokens)
+
+    def _every_head(self, name: str, own: torch.Tensor) -> torch.Tensor:
+        """Rows (n, heads, D) of this rank's heads as those of all; of what has no heads as they are. Collective."""
+        ranks = self._gang.mesh.tp
+        if ranks == 1 or name in HIDDEN:
+            return own
+        found = own.new_zeros((len(own), ranks, *own.shape[1:]))
+        found[:, self._gang.tp_index] = own
+        return self._divided.reduce(found).flatten(1, 2)
 
     def _head(self, recorder: Recorder, tokens: Any) -> None:
         """dy of the head, and the loss."""
         _, y, dy, loss = recorder.passed["head"]
         labels = self._training.labels[self._sample]
         weights = _whole(self._training.head.named_parameters())
-        known = exact.head(self._model, weights, y.detach()[self._sample], labels, self.labelled, self._number)
+        known = exact.head(self._model, weights, y.detach()[self._sample], labels, self._share, self._number)
         self._compare("head", "dy", dy[self._sample], known["dy"], tokens)
-        want = float(torch.stack(recorder.logit_sums).sum()) / self.labelled
+        want = float(torch.stack(recorder.losses).sum()) * self._share
         wide = torch.finfo(torch.float64 if self._bounds.dtype == torch.float64 else torch.float32).eps
         # Logits are had in the type of sums, and losses are added one by one.
         allowed = wide * max(64.0, len(self._tokens) ** 0.5) * 16 * abs(want)
         self._judge.number("head", LOSS, abs(float(loss) - want), allowed, "all tokens")
+
+    @property
+    def _share(self) -> float:
+        """Of the loss that a labelled token has: it is the mean of all sequences' means."""
+        return 1 / max(1, self.labelled) / self._gang.mesh.dp
 
     def _between(self, recorder: Recorder) -> None:
         """Whether halves and layers go on with what those before gave, and gradients likewise."""
@@ -172,10 +195,10 @@ class StepCheck:
             sums = recorder.sums[name]
             # What a rank has summed is rounded to the inputs' type, however little is left of it over all ranks.
             own = sums.value.square() if sums.value.ndim == 1 else sums.value.square().mean(1)
-            squares = reduce(sums.squares + own)
-            steps = 1 + (self._gang.world_size - 1) / STEPS
-            spreads[name] = spread = (squares * steps).sqrt()
-            want = reduce(sums.value.clone())
+            want, squares = self._same.reduce_together(sums.value, sums.squares + own)
+            if _by_head(self._training, name):
+                want, squares = self._divided.reduce_together(want, squares)
+            spreads[name] = spread = squares.sqrt()
             self._rows(WEIGHTS, name, got, want, self._bounds.factor * self._bounds.unit * spread)
         return spreads
 
@@ -183,13 +206,22 @@ class StepCheck:
         """Of every weight's gradient its rows times signs, (out, SIGNS), or its elements, in float64."""
         found = {}
         for name, weight in self._training.weights().items():
-            grad = _full(weight.grad)
+            assert weight.grad is not None
+            grad = self._own_part(name, whole(weight.grad))
             if grad.ndim == 1:
                 found[name] = grad.double()
             else:
                 signs = recorder.signs(grad.shape[1])
                 found[name] = torch.cat([some.double() @ signs for some in grad.split(ROWS)])
         return found
+
+    def _own_part(self, name: str, grad: torch.Tensor) -> torch.Tensor:
+        """Of a whole gradient what this rank of tensor parallelism has."""
+        division, module = _divided_by(self._training, name)
+        ranks, own = self._gang.mesh.tp, self._gang.tp_index
+        if ranks == 1 or module not in (*division.columns, *division.classes, *division.rows):
+            return grad
+        return grad.chunk(ranks, 1 if module in division.rows else 0)[own]
 
     def _digest(self, recorder: Recorder, spread: dict[str, torch.Tensor]) -> Digest:
         dx, loss = list(recorder.passed.values())[-1]
@@ -209,39 +241,28 @@ class StepCheck:
         self._judge.number(part, name, float(error[row]), float(bound[row]), f"row {row}")
 
 
-def joined(checks: list[Check]) -> Check:
-    """Checks of different parts as one; where parts agree in their names, the worse counts."""
-    ratios: dict[str, dict[str, float]] = {}
-    for check in checks:
-        for part, found in check.ratios.items():
-            own = ratios.setdefault(part, {})
-            own.update((tensor, max(ratio, own.get(tensor, 0.0))) for tensor, ratio in found.items())
-    worst: dict[str, Check] = {}
-    for check in checks:
-        for tensor, error in check.errors.items():
-            if tensor not in worst or error > worst[tensor].errors[tensor]:
-                worst[tensor] = check
-    seen = [check for check in checks if check.rows]
-    return Check(
-        {tensor: check.errors[tensor] for tensor, check in worst.items()},
-        {tensor: check.bounds[tensor] for tensor, check in worst.items()},
-        min(check.rows for check in seen), min(check.columns for check in seen), all(check.whole for check in seen),
-        ratios, [failure for check in checks for failure in check.failures],
-        {tensor: why for check in checks for tensor, why in check.unchecked.items()},
-    )  # fmt: skip
-
-
 def _norms(x: torch.Tensor) -> torch.Tensor:
     """(T,) of (T, hidden)."""
     return torch.cat([some.double().square().sum(1).sqrt() for some in x.split(ROWS)])
 
 
 def _whole(named: Any) -> dict[str, torch.Tensor]:
-    return {name: _full(weight.detach()) for name, weight in named}
+    return {name: whole(weight.detach()) for name, weight in named}
 
 
-def _full(x: torch.Tensor | None) -> torch.Tensor:
-    """A tensor as it is, or, of one that is shared among ranks, the whole of it. Collective then."""
-    assert x is not None
-    whole = getattr(x, "full_tensor", None)
-    return x if whole is None else whole()
+def _ranks(mesh: DeviceMesh | None) -> Ranks:
+    """Those along a dimension of a mesh; this one alone where there is none."""
+    return Ranks(mesh.get_group()) if mesh is not None else ALONE
+
+
+def _divided_by(training: Training, name: str) -> tuple[Division, str]:
+    """How the half that has a weight is divided, and the name of the weight's module in it."""
+    *path, module, _ = name.split(".")
+    half = training.head if path == ["head"] else getattr(training.stack.layers[int(path[1])], path[2])
+    return half.division, module
+
+
+def _by_head(training: Training, name: str) -> bool:
+    """Whether a weight sees some of the heads on each rank of tensor parallelism."""
+    division, module = _divided_by(training, name)
+    return module in division.by_head

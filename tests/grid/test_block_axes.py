@@ -329,6 +329,17 @@ def test_a_choice_tells_the_recompute_and_a_setting_the_rest_of_the_workload(own
     assert set(frame["setting"]) == settings
 
 
+def test_options_of_what_is_folded_in_tell_problems_apart(own: list[str], tmp_path: Path) -> None:
+    grid = [*STEPS[:1], "model=tiny,tiny_mha", "model.ffn=80,160", "recompute=all", "seqlen=1k", "scale=1x8", *own]
+    frame = reported(made_sweep(tmp_path / "r", "s", grid))
+    told = {f"steps({model}, model.ffn={ffn})" for model in ("tiny", "tiny_mha") for ffn in (80, 160)}
+    assert set(frame["what_workload"]) == told
+    assert frame["setting"].nunique() == frame["problem"].nunique() == 4
+    grid = ["mask=document", "lengths=uniform", "lengths.high=256,512", "seqlen=1k", "scale=1x8"]
+    frame = reported(made_sweep(tmp_path / "r", "t", grid))
+    assert set(frame["what_mask"]) == {f"document(uniform, lengths.high={high})" for high in (256, 512)}
+
+
 def test_rows_of_a_table_say_what_differs_and_its_title_the_rest(own: list[str]) -> None:
     found = cells(own, "workload=steps,attention", "recompute=all,some", "model=tiny", "seqlen=1k", "scale=1x8")
     assert set(Names.of(found).what.values()) == {

@@ -1,5 +1,5 @@
-"""A model's layers and head as plain float64 on one rank, for tests: the whole sequence, dense attention, autograd. It shares no code
-with lcbench but the draws of weights and inputs, which are no part of what is computed."""
+"""A model's layers and head as plain float64 on one rank, for tests: the whole sequence, dense attention, autograd. It shares no
+code with lcbench but the draws of weights and inputs, which are no part of what is computed."""
 
 from __future__ import annotations
 

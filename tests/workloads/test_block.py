@@ -112,6 +112,8 @@ def check_all(rank: int, ranks: int, folder: Path) -> None:
     assert ran.total() >= (100 if ranks > 1 else 20)
 
 
+@pytest.mark.gloo
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_step_is_that_of_an_unsharded_model(ranks: int, tmp_path: Path) -> None:
     unsharded(tmp_path)
