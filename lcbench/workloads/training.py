@@ -27,15 +27,15 @@ META = torch.device("meta")
 
 
 class Whole(nn.Module):
-    """All layers and the head as one module, which is what FSDP2 takes the order of its units from. It runs the layers."""
+    """All layers and the head as one module, which is what FSDP2 takes the order of its units from."""
 
-    def __init__(self, stack: Stack, head: Head, recompute: Recompute) -> None:
+    def __init__(self, stack: Stack, head: Head) -> None:
         super().__init__()
         self.layers, self.head = nn.ModuleList(stack.layers), head
-        self._run = partial(recompute.forward, stack)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._run(x)
+    def forward(self, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Run the layers, as ``run`` does, on x (T, hidden)."""
+        return run(x)
 
 
 class Training:
@@ -63,11 +63,13 @@ class Training:
         self.head = Head(model, dtype, META)
         make(self.head, "head", reshard=False)
         self.stack = Stack(layers, rotations(tokens, model, dtype, device))
-        self._whole = Whole(self.stack, self.head, recompute)
+        self._whole = Whole(self.stack, self.head)
         sharing.unite(self._whole)
         self.optimizer = self._optimizer() if block.optimizer != "none" else None
         sequence = gang.dp_index, 0  # every rank of tensor parallelism has all of the same tokens
         self.x = draw_rows("x", tokens, (model.hidden,), dtype, work.seed, device, sequence)
+        self._whole(lambda x: x, self.x)  # units know that they are parts of it, before a layer runs by itself
+        self._recompute = recompute
         labels = labels_of(tokens, model.vocab, work.seed, device, sequence)
         labelled = int(gang.ranks.reduce((labels != UNLABELLED).sum()))
         share = 1 / max(1, labelled) / gang.mesh.dp
@@ -117,7 +119,7 @@ class Training:
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         self._forget()
         x = self.x.detach().requires_grad_()
-        return x, self._whole(x)
+        return x, self._whole(partial(self._recompute.forward, self.stack), x)
 
     def _forget(self) -> None:
         for weight in self.weights().values():
