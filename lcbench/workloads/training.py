@@ -23,6 +23,10 @@ class Training:
 
     Attributes:
         x: (T, hidden), what the first layer gets.
+        recompute: what the layers' forward keeps, ready to run.
+
+    Raises:
+        Unsupported: on all ranks, where activations do not fit the memory of some host.
     """
 
     def __init__(self, block: Block, work: Work, attention: Attention, recompute: Recompute, device: torch.device) -> None:
@@ -34,8 +38,8 @@ class Training:
             give_weights(layer, f"layers.{number}", work.seed)
         give_weights(self.head, "head", work.seed)
         self.stack = Stack(layers, rotations(tokens, model, dtype, device))
-        self._recompute = recompute
         self.x = draw_rows("x", tokens, (model.hidden,), dtype, work.seed, device)
+        self.recompute = recompute.start(self.stack, self.x, model.layers)
         self._loss = ChunkedLoss(self.head, labels_of(tokens, model.vocab, work.seed, device), block.loss_chunk)
 
     def weights(self) -> dict[str, torch.nn.Parameter]:
@@ -58,7 +62,7 @@ class Training:
         for weight in self.weights().values():
             weight.grad = None
         x = self.x.detach().requires_grad_()
-        return x, self._recompute.forward(self.stack, x)
+        return x, self.recompute.forward(x)
 
     def _backward(self, passed: Any) -> tuple[torch.Tensor, torch.Tensor]:
         x, y, dy, loss = passed
