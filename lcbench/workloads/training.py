@@ -43,8 +43,12 @@ class Training:
 
     Attributes:
         x: (T, hidden), what the first layer gets; the same on all ranks of tensor parallelism.
+        recompute: what the layers' forward keeps, ready to run.
         sharing: which ranks have which weights. Those that are divided or sharded are torch's DTensors, and so are their gradients.
         optimizer: None where no step is taken.
+
+    Raises:
+        Unsupported: on all ranks, where activations do not fit the memory of some host.
     """
 
     def __init__(self, block: Block, work: Work, attention: Attention, recompute: Recompute, gang: Gang) -> None:
@@ -69,7 +73,7 @@ class Training:
         sequence = gang.dp_index, 0  # every rank of tensor parallelism has all of the same tokens
         self.x = draw_rows("x", tokens, (model.hidden,), dtype, work.seed, device, sequence)
         self._whole(lambda x: x, self.x)  # units know that they are parts of it, before a layer runs by itself
-        self._recompute = recompute
+        self.recompute = recompute.start(self.stack, self.x, model.layers)
         labels = labels_of(tokens, model.vocab, work.seed, device, sequence)
         labelled = int(gang.ranks.reduce((labels != UNLABELLED).sum()))
         share = 1 / max(1, labelled) / gang.mesh.dp
@@ -119,7 +123,7 @@ class Training:
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         self._forget()
         x = self.x.detach().requires_grad_()
-        return x, self._whole(partial(self._recompute.forward, self.stack), x)
+        return x, self._whole(self.recompute.forward, x)
 
     def _forget(self) -> None:
         for weight in self.weights().values():
