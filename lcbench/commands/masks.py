@@ -150,12 +150,11 @@ def _title(cell: Cell, number: int) -> str:
 def _gallery(overrides: list[str], path: Path) -> int:
     length = [] if any(o.startswith("seqlen") for o in overrides) else ["seqlen=16k"]
     pictures = []
-    for name in axis_values(CONF, "mask"):
-        (cell,) = _cells([f"mask={name}", *length, *overrides])
+    for cell in _cells([f"mask={','.join(axis_values(CONF, 'mask'))}", *length, *overrides]):
         try:
             pictures.append((_mask(cell, 0), _title(cell, 0)))
         except DoesNotFit as error:
-            print(f"{name} left out: {error}", file=sys.stderr)
+            print(f"{cell.config['mask']['name']} left out: {error}", file=sys.stderr)
     save(pictures, path)
     print(f"{len(pictures)} masks drawn to {path}")
     return 0

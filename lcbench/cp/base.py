@@ -20,6 +20,7 @@ from lcbench.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
     from lcbench.schedule.execute import Counters, Executor, Groups
     from lcbench.schedule.simulate import Modelled
@@ -30,14 +31,19 @@ class Place:
     """Where a rank runs.
 
     Attributes:
-        rank: its number among the ranks of the cell.
+        rank: its number among the ranks of its context-parallel group, 0 ... P-1.
         device: its device.
-        groups: communicators, which outlive the cell.
+        groups: communicators among them, which outlive the cell.
     """
 
     rank: int
     device: "torch.device"
     groups: "Groups"
+
+    @property
+    def group(self) -> "dist.ProcessGroup":
+        """The communicator of the context-parallel group. Collective on first use."""
+        return self.groups.of("main")
 
 
 class Passes(Protocol):

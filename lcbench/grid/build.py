@@ -199,9 +199,14 @@ def takes_axis(owner: dict[str, Any], axis: Axis) -> bool:
 
 
 def with_option(owner: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
-    """An axis value's config with this value of an option that it has."""
+    """An axis value's config with this value of an option, if it has one of this name (document lengths of a mask); the other
+    owners are the same cell whatever the value.
+    """
+    parameter = _parameters(owner["_target_"]).get(name)
+    if parameter is None:
+        return owner
     rest = {option: said for option, said in owner.items() if option != name}
-    return rest if _parameters(owner["_target_"])[name].left_out(value) else {**rest, name: value}
+    return rest if parameter.left_out(value) else {**rest, name: value}
 
 
 def said_by(group: str, config: dict[str, Any]) -> Any:

@@ -90,15 +90,17 @@ class Cell:
         """For people: ``ring sdpa_flash causal_document(web_text) 64k 2x8``, and ``workload=block(llama3_8b, layers=2)
         recompute=full mesh(tp=2)`` behind it where that is so; not unique.
         """
-        return " ".join(
-            word if axis in ALWAYS_TOLD else f"{axis}({word})" if AXES[axis].has_options else f"{axis}={word}"
-            for axis, word in self.words.items()
-        )
+        return " ".join(map(self.told, self.words))
 
     @property
     def words(self) -> dict[str, str]:
         """The words of the label by axis."""
         return {axis: self.word(axis) for axis in LABEL if axis in self.config}
+
+    def told(self, axis: str) -> str:
+        """The word of an axis as a label tells it: with the axis's name where labels do not always tell it."""
+        word = self.word(axis)
+        return word if axis in ALWAYS_TOLD else f"{axis}({word})" if AXES[axis].has_options else f"{axis}={word}"
 
     def word(self, axis: str) -> str:
         """The value of an axis, with the values of axes that are folded into it in brackets; its default where nothing is said."""

@@ -299,14 +299,15 @@ def cell_config(config: dict[str, Any], *, said: Collection[str] = (), by_site: 
     seqlen = _seqlen(config["seqlen"], config["seqlen_per_rank"], scale, "seqlen" in said)
     found |= {"seqlen": seqlen, "scale": str(scale)}
     found |= {name: axis.parse(config[name]) for name, axis in CELL_AXES.items() if axis.parse is not None and name not in found}
+    folded = set()
     for axis in AXES.values():
         if axis.of and not build.takes_axis(found[axis.of], axis):
             found[axis.name] = axis.unsaid
         elif axis.folds_into in GROUPS and build.takes_axis(found[axis.folds_into], axis):
             _fold(axis, found, config, said)
-    for group in {axis.folds_into for axis in AXES.values()} & set(GROUPS):
-        if any(build.takes_axis(found[group], axis) for axis in AXES.values() if axis.folds_into == group):
-            _check_whole(group, json.dumps(found[group]))
+            folded.add(axis.folds_into)
+    for group in folded:
+        _check_whole(group, json.dumps(found[group]))
     return {name: found[name] for name, axis in CELL_AXES.items() if axis.unsaid is None or found[name] != axis.unsaid}
 
 
@@ -355,7 +356,7 @@ def _refuse_unused(parsed: list[Override], cells: list[dict[str, Any]]) -> None:
             continue  # what every cell says
         owners = [config.get(group, AXES[group].unsaid) for config in cells]
         if not any(build.takes_axis(owner, axis) for owner in owners):
-            names = ", ".join(dict.fromkeys(owner["name"] for owner in owners))
+            names = ",".join(dict.fromkeys(owner["name"] for owner in owners))
             raise ValueError(f"{text_of(override)} means nothing here: {group}={names} has no {axis.name}")
 
 

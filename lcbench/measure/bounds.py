@@ -267,3 +267,26 @@ def verdict(
         if not worst.ratio <= 1.0:
             failures.append(f"{tensor}: error {worst.error:.3g} above its bound {worst.bound:.3g} ({part}, {worst.where})")
     return Check(errors, bounds, rows, columns, whole, ratios, failures, unchecked)
+
+
+def of_groups(checks: dict[str, Check]) -> Check:
+    """What was found in several context-parallel groups, by their names: a failure says in which, other numbers are the worst."""
+    every = list(checks.values())
+    parts = dict.fromkeys((part, tensor) for check in every for part, found in check.ratios.items() for tensor in found)
+    ratios: dict[str, dict[str, float]] = {}
+    for part, tensor in parts:
+        ratios.setdefault(part, {})[tensor] = max(check.ratios.get(part, {}).get(tensor, 0.0) for check in every)
+    worst = {
+        tensor: max((check for check in every if tensor in check.errors), key=lambda check: check.errors[tensor])
+        for tensor in dict.fromkeys(tensor for check in every for tensor in check.errors)
+    }
+    return Check(
+        {tensor: check.errors[tensor] for tensor, check in worst.items()},
+        {tensor: check.bounds[tensor] for tensor, check in worst.items()},
+        min(check.rows for check in every),
+        min(check.columns for check in every),
+        all(check.whole for check in every),
+        ratios,
+        [f"{name}: {failure}" for name, check in checks.items() for failure in check.failures],
+        {tensor: why for check in every for tensor, why in check.unchecked.items()},
+    )

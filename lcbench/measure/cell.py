@@ -18,7 +18,7 @@ from lcbench.measure.bounds import Check
 from lcbench.measure.limits import cannot_be, peak_tflops
 from lcbench.measure.measured import Measured, over_draws, rate_key
 from lcbench.measure.memory import in_use, peak_bytes
-from lcbench.measure.ranks import all_gather_object, first_refusal
+from lcbench.measure.ranks import EVERY, first_refusal
 from lcbench.measure.session import Cost, Gang, Measurable, Phases, Say
 from lcbench.measure.stopping import Stopping, summary
 from lcbench.measure.timing import Samples, measure
@@ -40,7 +40,8 @@ def measure_again(work: Measurable, gang: Gang, say: Say) -> Measured:
 
 
 def _every_draw(work: Measurable, gang: Gang, say: Say, one: Callable[[Measurable, int, Gang, Say], Measured]) -> Measured:
-    unavailable = first_refusal(all_gather_object(work.unavailable(gang)))
+    gang = work.arranged(gang)
+    unavailable = first_refusal(EVERY.all_gather_object(work.unavailable(gang)))
     if unavailable:
         return Measured(unavailable=unavailable)
     measured: list[Measured] = []
@@ -72,6 +73,7 @@ def _measure_draw(work: Measurable, number: int, gang: Gang, say: Say) -> Measur
     draw.memory()
     draw.rates(timed)
     draw.overlap()
+    draw.slowdown()
     draw.timeline()
     draw.measured.metrics["time/measure_s"] = time.perf_counter() - begun
     say("checking the last pass")
@@ -122,14 +124,14 @@ class _Draw:
 
     def first_pass(self) -> None:
         metrics, device = self.measured.metrics, self._gang.device
-        metrics["time/prepare_s"] = max(all_gather_object(self._session.prepare_s))
+        metrics["time/prepare_s"] = max(EVERY.all_gather_object(self._session.prepare_s))
         self._say("the first pass")
         begun = time.perf_counter()
         self._session.first_pass()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         # What a kernel compiles at first use is in here, and no cost of the check.
-        metrics["time/first_pass_s"] = max(all_gather_object(time.perf_counter() - begun))
+        metrics["time/first_pass_s"] = max(EVERY.all_gather_object(time.perf_counter() - begun))
 
     def check_first(self) -> None:
         with self._checking():
@@ -156,7 +158,7 @@ class _Draw:
             metrics[f"check/{name}_error"] = error
             metrics[f"check/{name}_bound"] = check.bounds[name]
         metrics["check/of_bound"] = check.of_bound
-        metrics["time/check_s"] = max(all_gather_object(self._check_s))
+        metrics["time/check_s"] = max(EVERY.all_gather_object(self._check_s))
         return not check.failures
 
     def time(self) -> Samples:
@@ -177,7 +179,7 @@ class _Draw:
         kept = in_use(device) - self._before - session.input_bytes - session.held_bytes
         peak = peak_bytes(lambda: _once(session.phases()), device)
         # What was made ready and is kept was there before the pass, and is needed all the same.
-        peaks = all_gather_object(-1 if peak is None else peak + max(kept, 0))
+        peaks = EVERY.all_gather_object(-1 if peak is None else peak + max(kept, 0))
         if min(peaks) >= 0:
             self.measured.metrics["memory/peak_bytes"] = float(max(peaks))
             self.measured.samples["rank_peak_bytes"] = [float(p) for p in peaks]
@@ -203,7 +205,7 @@ class _Draw:
             rate = flops[phase] / median / self._gang.world_size / 1e12
             metrics[rate_key(phase, "tflops_per_gpu")], metrics[rate_key(phase, "mfu")] = rate, rate / peak
             self.add_times(phase, seconds, median)
-        every = all_gather_object({phase: float(np.median(own)) for phase, own in timed.own.items()})
+        every = EVERY.all_gather_object({phase: float(np.median(own)) for phase, own in timed.own.items()})
         for phase in timed.own:
             self.measured.samples[f"rank_{phase}_median_s"] = [medians[phase] for medians in every]
 
@@ -229,14 +231,31 @@ class _Draw:
             found = _overlap(whole, compute, alone["communication"][phase])
             self.measured.metrics.update((f"overlap/{phase}/{name}", value) for name, value in found.items())
 
+    def slowdown(self) -> None:
+        """The slowest context-parallel group alone, the others idle: what it loses to them."""
+        gang, phases = self._gang, self._session.alone()
+        if gang.mesh.count == 1 or not phases:
+            return
+        self._say("timing the slowest group alone")
+        medians = [self.measured.samples[f"rank_{phase}_median_s"] for phase in phases]
+        of_group = np.sum(medians, axis=0)[gang.grid].max(-1)
+        if gang.dp_index * gang.mesh.tp + gang.tp_index != int(of_group.argmax()):
+            phases = {phase: lambda _: None for phase in phases}
+        settings = self._work.settings
+        timed, _ = measure(phases, Stopping.from_config(settings | {"budget_s": settings["budget_s"] / 4}), 1, gang.device)
+        metrics = self.measured.metrics
+        for phase, seconds in _with_total(timed.slowest).items():
+            metrics[f"mesh/{phase}/alone_s"] = alone = float(np.median(seconds))
+            metrics["mesh/slowdown" if phase == "total" else f"mesh/{phase}/slowdown"] = metrics[f"time/{phase}/median_s"] / alone
+
     def timeline(self) -> None:
         """When each step of one iteration began and ended, by rank."""
         if not self._work.settings["timeline"]:
             return
-        all_gather_object(None)  # ranks begin together
+        EVERY.all_gather_object(None)  # ranks begin together
         own = self._session.timeline()
         if own is not None:
-            self.measured.notes["timeline"] = all_gather_object(own)
+            self.measured.notes["timeline"] = EVERY.all_gather_object(own)
 
 
 def _overlap(whole: float, compute: float, communication: float) -> dict[str, float]:

@@ -15,17 +15,30 @@ BLOCK = 256  # tokens drawn together; part of what the numbers are, so it never 
 ELEMENTS = 1 << 22  # of blocks that are drawn before they are put in place
 
 
-def draw(name: str, tokens: Ints, problem: Problem, seed: int, device: torch.device) -> torch.Tensor:
+def draw(
+    name: str, tokens: Ints, problem: Problem, seed: int, device: torch.device, group: tuple[int, int] = (0, 0)
+) -> torch.Tensor:
     """Rows ``tokens`` (global indices, any order) of the global tensor ``name``: q and dout (T, Hq, D), k and v (T, Hk, D).
 
-    Standard normal, drawn per block of tokens from a seed that depends on (seed, name, block) only. The values are those of
+    Standard normal, drawn per block of tokens from a seed that depends on (seed, name, block, group) only. The values are those of
     the device's own generator: they agree between ranks of one kind of device, not between CPU and CUDA.
+
+    Args:
+        group: (dp, tp) index of the context-parallel group: others have other data, or other heads of the same.
     """
     heads = problem.heads.q if name in ("q", "dout") else problem.heads.kv
-    return draw_rows(name, tokens, (heads, problem.heads.dim), getattr(torch, problem.dtype), seed, device)
+    return draw_rows(name, tokens, (heads, problem.heads.dim), getattr(torch, problem.dtype), seed, device, group)
 
 
-def draw_rows(name: str, tokens: Ints, shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: torch.device) -> torch.Tensor:
+def draw_rows(
+    name: str,
+    tokens: Ints,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device,
+    group: tuple[int, int] = (0, 0),
+) -> torch.Tensor:
     """The same of any global tensor: (T, ...), of rows of a shape."""
     drawn_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     result = torch.empty((len(tokens), *shape), dtype=dtype, device=device)
@@ -37,8 +50,8 @@ def draw_rows(name: str, tokens: Ints, shape: tuple[int, ...], dtype: torch.dtyp
         some = blocks[first : first + together].tolist()
         values = torch.empty((len(some), BLOCK, *shape), dtype=drawn_dtype, device=device)
         for block, into in zip(some, values, strict=True):
-            text = f"{seed}/{name}/{block}".encode()
-            generator.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1)
+            text = f"{seed}/{name}/{block}" + ("/{}/{}".format(*group) if any(group) else "")  # the first is as where there is one
+            generator.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1)
             into.normal_(generator=generator)
         mine = rows[ends[first - 1] if first else 0 : ends[first + len(some) - 1]]
         places = (inverse[mine] - first) * BLOCK + tokens[mine] % BLOCK

@@ -11,7 +11,7 @@ from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.masks.sums import Visible
 from lcbench.measure.plausible import lower_bound_bytes, lower_bound_memory, lower_bound_sent
-from lcbench.measure.ranks import all_gather_object
+from lcbench.measure.ranks import EVERY, Ranks
 from lcbench.problem import Problem
 
 
@@ -23,11 +23,12 @@ class Least:
     memory: dict[str, float]
 
 
-def least_traffic(mask: Mask, problem: Problem, tokens: Ints, device: torch.device) -> Least:
-    """The least traffic of all ranks. Collective.
+def least_traffic(mask: Mask, problem: Problem, tokens: Ints, device: torch.device, ranks: Ranks) -> Least:
+    """The least traffic of the rank with most, of all ranks. Collective.
 
     Args:
         tokens: those of this rank.
+        ranks: those that share the sequence.
     """
     own = np.zeros(problem.seqlen)
     own[tokens] = 1.0
@@ -44,5 +45,6 @@ def least_traffic(mask: Mask, problem: Problem, tokens: Ints, device: torch.devi
         phase: lower_bound_memory(rows, keys, problem.heads, problem.itemsize, backward=phase == "backward")
         for phase in ("forward", "backward")
     }
-    bounds, memories = zip(*all_gather_object((bound, memory)), strict=True)
-    return Least(lower_bound_sent(list(bounds)), {phase: float(max(m[phase] for m in memories)) for phase in memory})
+    sent = lower_bound_sent(ranks.all_gather_object(bound))
+    every, memories = zip(*EVERY.all_gather_object((sent, memory)), strict=True)
+    return Least(max(every), {phase: float(max(m[phase] for m in memories)) for phase in memory})

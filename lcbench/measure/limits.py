@@ -7,7 +7,7 @@ import torch
 from lcbench.measure.environment import device_name
 from lcbench.measure.peak import configured_limit, configured_peak, entry_of, measured_limit
 from lcbench.measure.plausible import implausible
-from lcbench.measure.ranks import all_gather_object
+from lcbench.measure.ranks import EVERY
 from lcbench.measure.session import Cost, Gang
 from lcbench.problem import Problem
 
@@ -77,5 +77,6 @@ def _above(
 
 def _measured(problem: Problem, gang: Gang, *, again: bool = False) -> float:
     """Collective. Ranks of a node share its cores, so on a CPU one of each node measures."""
-    measures = gang.device.type == "cuda" or gang.rank % problem.scale.gpus_per_node == 0
-    return max(all_gather_object(measured_limit(getattr(torch, problem.dtype), gang.device, again=again) if measures else 0.0))
+    measures = gang.device.type == "cuda" or gang.first_of_node
+    dtype = getattr(torch, problem.dtype)
+    return max(EVERY.all_gather_object(measured_limit(dtype, gang.device, again=again) if measures else 0.0))

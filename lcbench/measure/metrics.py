@@ -90,9 +90,21 @@ METRICS = (
     Metric(
         "memory/peak_bytes", "byte",
         "worst rank's peak of one iteration above what was in use before the kernel was made ready, without the inputs (CUDA "
-        "allocator; on Linux resident peak of the process and the C library's count of what is kept)", "lower", "max",
+        "allocator; on Linux resident peak of the process and the C library's count of what is kept). Of a training step that is "
+        "all of the classes below and what is there for a while: gathered weights, logits, what is computed again", "lower", "max",
     ),
     Metric("memory/buffer_bytes", "byte", "of these, what the engine holds for buffers between ranks, worst rank", "lower", "max"),
+    Metric(
+        "memory/weights_bytes", "byte", "of a training step: the weights that the worst rank has for itself, its shards with FSDP",
+        "lower", "max",
+    ),
+    Metric("memory/gradients_bytes", "byte", "their gradients, as the step leaves them, worst rank", "lower", "max"),
+    Metric("memory/optimizer_bytes", "byte", "the optimizer's states, worst rank", "lower", "max"),
+    Metric(
+        "memory/activations_bytes", "byte",
+        "what the layers' forward leaves allocated, worst rank: what backward needs of it, kept buffers between ranks, the output",
+        "lower", "max",
+    ),
     Metric(
         "kernel/calls", "1",
         "native calls of a forward pass of the rank that has most: 1 per tile is native, more is grouped and merged by LSE",
@@ -109,7 +121,23 @@ METRICS = (
         "(`compute_s` + `communication_s` - the whole) / the smaller of both: how much of what could be hidden is", "higher",
     ),
     Metric("comm/<phase>/bytes", "byte", "sent by the rank that sends most, counted where it is sent", "lower"),
+    Metric(
+        "comm/<phase>/within_node_bytes", "byte",
+        "those of them that stay in the node, of the rank that sends most of these; a collective counts as messages from each of "
+        "its ranks straight to each other, whatever way its library takes. Where nobody counts, this and the next are absent",
+        "lower",
+    ),
+    Metric(
+        "comm/<phase>/between_nodes_bytes", "byte", "those that leave the node, of the rank that sends most of these", "lower",
+    ),
     Metric("comm/bytes", "byte", "of all phases", "lower"),
+    Metric(
+        "mesh/<phase>/alone_s", "s",
+        "median of the same phase with all context-parallel groups of a mesh idle but one, the slowest of them, and of the total",
+        "lower",
+    ),
+    Metric("mesh/<phase>/slowdown", "1", "the median with all groups at work over that", "lower"),
+    Metric("mesh/slowdown", "1", "the same of the total: what groups that share links and memory cost one another", "lower"),
     Metric("balance/area_max_over_mean", "1", "unmasked pairs of the busiest rank over the mean", "lower"),
     Metric(
         "mask/area", "pairs", "exact; mean over the heads where they have different block maps", sample="draw_area",

@@ -19,9 +19,9 @@ import torch
 from lcbench.cp.base import RankRun
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
-from lcbench.measure.bounds import TOGETHER, Bounds, Check, Judge, verdict
+from lcbench.measure.bounds import TOGETHER, Bounds, Check, Judge, of_groups, verdict
 from lcbench.measure.probe import Probe, Terms
-from lcbench.measure.ranks import all_gather_object, reduce, reduce_together
+from lcbench.measure.ranks import EVERY, Ranks, first_refusal
 from lcbench.measure.reference import Exact, Shard, columns, owned, rows, sample
 from lcbench.problem import Problem
 
@@ -53,11 +53,22 @@ def one_pass(run: RankRun, shard: Shard) -> Result:
     return Result(out, lse, *(run.backward(shard.dout, saved) if shard.dout is not None else ()))
 
 
-def misowned(tokens: Ints, seqlen: int, device: torch.device) -> str | None:
-    """What is wrong with who owns which token; None if all ranks together own each once. Collective."""
+def misowned(tokens: Ints, seqlen: int, device: torch.device, ranks: Ranks) -> str | None:
+    """What is wrong with who owns which token of a sequence; None if the ranks that share it own each once together. Of several
+    sequences the first that something is wrong with. Collective over all ranks.
+    """
+    own = _misowned(tokens, seqlen, device, ranks)
+    return first_refusal(EVERY.all_gather_object(own and _named(ranks.name, own)))
+
+
+def _named(name: str, line: str) -> str:
+    return f"{name}: {line}" if name else line
+
+
+def _misowned(tokens: Ints, seqlen: int, device: torch.device, ranks: Ranks) -> str | None:
     inside = tokens[(tokens >= 0) & (tokens < seqlen)]
     # The last place counts what is no token of the sequence.
-    found = reduce(torch.from_numpy(np.append(np.bincount(inside, minlength=seqlen), len(tokens) - len(inside))).to(device))
+    found = ranks.reduce(torch.from_numpy(np.append(np.bincount(inside, minlength=seqlen), len(tokens) - len(inside))).to(device))
     counts, outside = found[:-1], int(found[-1])
     wrong = torch.nonzero(counts != 1).flatten()
     if outside:
@@ -69,17 +80,28 @@ def misowned(tokens: Ints, seqlen: int, device: torch.device) -> str | None:
 
 
 class Examination:
-    """The check of one draw of a cell, on one rank; its methods are collective and called in this order.
+    """The check of one draw of a cell, on one rank; its methods are collective among ``ranks``, and called in this order.
 
     Args:
+        ranks: those that share the sequence.
         own_lse: whether the LSE that ``run.lse`` gives is the run's own; another is compared with nothing.
         seed: of the sample and of the probes: the cell's seed and the attempt, so that repeats look elsewhere.
     """
 
     def __init__(
-        self, run: RankRun, mask: Mask, problem: Problem, tokens: Ints, bounds: Bounds, seed: list[int], *, own_lse: bool
+        self,
+        run: RankRun,
+        mask: Mask,
+        problem: Problem,
+        tokens: Ints,
+        bounds: Bounds,
+        seed: list[int],
+        ranks: Ranks,
+        *,
+        own_lse: bool,
     ) -> None:
         self._run, self._mask, self._problem, self._tokens, self._bounds, self._seed = run, mask, problem, tokens, bounds, seed
+        self._ranks = ranks
         self._judge = Judge()
         self._keys = mask.density * mask.num_k  # of a row, in the mean
         self._rows = sample(mask, "q", seed, problem.heads.q)
@@ -111,11 +133,11 @@ class Examination:
     def probe(self, name: str, shard: Shard) -> None:
         """A probe pass. It takes the place of the inputs in memory: ``shard`` has to be drawn anew after it."""
         zero = name == "zero"
-        probe = Probe(self._mask, self._problem, self._tokens, _number(self._seed), shard.q.device, reduce, zero=zero)
+        probe = Probe(self._mask, self._problem, self._tokens, _number(self._seed), shard.q.device, self._ranks.reduce, zero=zero)
         probe.fill(shard.q, shard.k, shard.v, shard.dout)
         result = one_pass(self._run, shard)
         score, bounds = abs(probe.largest_score), self._bounds
-        factors = _Factors(self._judge)
+        factors = _Factors(self._judge, self._ranks)
         for head in range(self._problem.heads.q):
             want = probe.rows(head)
             if "lse" not in self._unchecked:
@@ -148,7 +170,7 @@ class Examination:
         half, digest = self._bounds.half, self._digested(result)
         unit = (16 if half else 4) * self._bounds.unit
         norms = {name: _by_head(x, lambda one: one.square().sum(-1).sqrt()) for name, x in result.named().items() if name != "lse"}
-        squares = reduce(torch.stack([x.square().sum() for x in norms.values()]))
+        squares = self._ranks.reduce(torch.stack([x.square().sum() for x in norms.values()]))
         for (name, norm), square in zip(norms.items(), squares, strict=True):
             # Sums in another order end up elsewhere by what rounds their terms, which are as large where little is left.
             usual = (square / (norm.shape[1] * self._problem.seqlen)).sqrt()
@@ -159,9 +181,12 @@ class Examination:
             self._judge.elements(part, "lse", digest["lse"], self._digest["lse"], (1e-5 if half else unit) * size, self._tokens)
 
     def check(self) -> Check:
-        """What all ranks have found so far. Collective."""
+        """What all ranks have found so far, of every sequence. Collective over all ranks."""
         whole = len(self._rows) == self._mask.num_q and len(self._columns) == self._mask.num_k
-        return verdict(all_gather_object(self._judge.found), REFERENCE, len(self._rows), len(self._columns), whole, self._unchecked)
+        judges = self._ranks.all_gather_object(self._judge.found)
+        own = verdict(judges, REFERENCE, len(self._rows), len(self._columns), whole, self._unchecked)
+        checks: dict[str, Check] = dict(EVERY.all_gather_object((self._ranks.name, own)))
+        return of_groups(checks) if len(checks) > 1 else own
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -178,8 +203,8 @@ class Examination:
         return found
 
     def _against_reference(self, shard: Shard, result: Result) -> None:
-        scores, factors = self._bounds.rounding.scores, _Factors(self._judge)
-        exact = rows(self._mask, self._problem, shard, self._rows, scores=scores)
+        scores, factors = self._bounds.rounding.scores, _Factors(self._judge, self._ranks)
+        exact = rows(self._mask, self._problem, shard, self._rows, self._ranks, scores=scores)
         for name in [str(n) for n in ("out", "dq", "lse") if n in exact and n not in self._unchecked]:
             self._compare(name, result.named()[name], exact[name], self._rows, factors)
         if shard.dout is None:
@@ -189,7 +214,7 @@ class Examination:
         if len(self._rows) == self._mask.num_q:
             own = torch.from_numpy(shard.tokens).to(out.device)
             lse, out = exact["lse"].value[own], exact["out"].value[own]
-        exact = columns(self._mask, self._problem, shard, self._columns, lse, out, scores=scores)
+        exact = columns(self._mask, self._problem, shard, self._columns, self._ranks, lse, out, scores=scores)
         for name in ("dk", "dv"):
             self._compare(name, result.named()[name], exact[name], self._columns, factors)
         factors.settle()
@@ -236,7 +261,7 @@ class Examination:
                 queries = queries.flatten(0, 1)
                 squares = keys.square().sum(dims) + queries.square().sum(dims)
                 sums.append(torch.stack([keys.sum(dims), queries.sum(dims), squares]).reshape(3, -1))
-        for number, (left, right, squares) in enumerate(reduce_together(*sums)):
+        for number, (left, right, squares) in enumerate(self._ranks.reduce_together(*sums)):
             errors, bounds = (left - right).abs(), self._bounds.factor * self._bounds.unit * squares.sqrt()
             for one, allowed in zip(errors.tolist(), bounds.tolist(), strict=True):
                 self._judge.number(SUMS, CONSERVED[number % 3], one, allowed, f"key/value head {number // 3}")
@@ -245,8 +270,8 @@ class Examination:
 class _Factors:
     """Factors by which what heads gave follows what is exact, on all ranks together, and how far from 1 each may be."""
 
-    def __init__(self, judge: Judge) -> None:
-        self._judge = judge
+    def __init__(self, judge: Judge, ranks: Ranks) -> None:
+        self._judge, self._ranks = judge, ranks
         self._of: list[tuple[str, str, int, float]] = []
         self._products: list[torch.Tensor] = []
 
@@ -262,7 +287,7 @@ class _Factors:
         """Judge all of them after one message. Collective."""
         if not self._of:
             return
-        products = reduce(torch.stack(self._products)).tolist()
+        products = self._ranks.reduce(torch.stack(self._products)).tolist()
         for (part, tensor, head, allowed), (product, squares, terms) in zip(self._of, products, strict=True):
             # Terms may cancel in all elements; what rounding in float64 leaves of them has no factor.
             if squares > CANCELLED**2 * terms:

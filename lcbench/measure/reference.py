@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
-from lcbench.measure.ranks import reduce, reduce_together
+from lcbench.measure.ranks import Ranks
 from lcbench.problem import Problem
 
 ELEMENTS = 1 << 22  # rows times keys times heads that are looked at at the least
@@ -63,13 +63,14 @@ def sample(mask: Mask, side: str, seed: list[int], heads: int) -> Ints:
     return np.unique(np.concatenate([corners, random.integers(0, number, wanted)])).astype(np.int64)
 
 
-def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, *, scores: bool) -> dict[str, Exact]:
+def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, ranks: Ranks, *, scores: bool) -> dict[str, Exact]:
     """out, lse and dq of global rows, the same on every rank; collective.
 
     Args:
+        ranks: those that share the sequence.
         scores: spreads are those of a kernel that rounds its scores.
     """
-    q_some, *douts = collected([x for x in (shard.q, shard.dout) if x is not None], shard.tokens, wanted)
+    q_some, *douts = collected([x for x in (shard.q, shard.dout) if x is not None], shard.tokens, wanted, ranks)
     heads: dict[str, list[Exact]] = {}
     visible = _Seen(mask, wanted, shard.tokens, problem, q_some.device)
     for part in _parts(problem, len(wanted), q_some.device):
@@ -81,10 +82,10 @@ def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, *, scores: bo
             q, allowed, k, v = q_some[chunk, part.q], allowed[..., seen], keys[seen], values[seen]
             s = torch.einsum("qhd,khd->hqk", q, k) * problem.softmax_scale
             s = s.masked_fill(~allowed, -torch.inf)
-            top = reduce(s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:2], -torch.inf), "max")
+            top = ranks.reduce(s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:2], -torch.inf), "max")
             shift = torch.where(top == -torch.inf, 0.0, top)
             weights = torch.exp(s - shift[..., None])
-            total, count = reduce(torch.stack([weights.sum(-1), (weights > 0).double().sum(-1)]))
+            total, count = ranks.reduce(torch.stack([weights.sum(-1), (weights > 0).double().sum(-1)]))
             p = weights / torch.where(total == 0, 1.0, total)[..., None]
             size = torch.where(p > 0, s, 0.0)
             squares = p.square() * (1 + size.square() if scores else 1.0)
@@ -92,7 +93,7 @@ def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, *, scores: bo
             sums.append((p.square() * size.square()).sum(-1))
             if douts:
                 sums.append(torch.einsum("hqk,khd->qhd", p, k))
-            out, spread, rough, *means = reduce_together(*sums)
+            out, spread, rough, *means = ranks.reduce_together(*sums)
             floor = (1 + count.sqrt()).T[..., None]
             found.setdefault("out", []).append((out, spread.sqrt(), out.abs(), floor.expand_as(out), count.T[..., None]))
             lse = (torch.log(total) + shift).T
@@ -103,7 +104,7 @@ def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, *, scores: bo
             product = dout * out
             delta = product.sum(-1).T[..., None]
             dp = torch.einsum("qhd,khd->hqk", dout, v)
-            dq, spread = reduce_together(
+            dq, spread = ranks.reduce_together(
                 torch.einsum("hqk,khd->qhd", p * (dp - delta), k) * problem.softmax_scale,
                 torch.einsum("hqk,khd->qhd", squares * (dp.abs() + delta.abs()).square(), k.square()),
             )
@@ -116,11 +117,11 @@ def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, *, scores: bo
 
 
 def columns(
-    mask: Mask, problem: Problem, shard: Shard, wanted: Ints, lse: torch.Tensor, out: torch.Tensor, *, scores: bool
+    mask: Mask, problem: Problem, shard: Shard, wanted: Ints, ranks: Ranks, lse: torch.Tensor, out: torch.Tensor, *, scores: bool
 ) -> dict[str, Exact]:
-    """dk and dv of global columns, from LSE and out of this rank's rows; the same on every rank; collective."""
+    """dk and dv of global columns, from LSE and out of this rank's rows; the same on every rank of ``ranks``; collective."""
     assert shard.dout is not None
-    keys, values = (_per_query_head(x, problem) for x in collected([shard.k, shard.v], shard.tokens, wanted))
+    keys, values = (_per_query_head(x, problem) for x in collected([shard.k, shard.v], shard.tokens, wanted, ranks))
     heads: dict[str, list[Exact]] = {}
     visible = _Seen(mask.transpose(), wanted, shard.tokens, problem, keys.device)
     for part in _parts(problem, len(wanted), keys.device):
@@ -146,7 +147,7 @@ def columns(
                 torch.einsum("hqk,qhd->khd", squares * (dp.abs() + delta.abs()).square() + shifted, q.square()),
                 (p > 0).double().sum(1).T[..., None],
             ]
-            dv, dv_square, dk, dk_square, count = reduce_together(*(_per_kv_head(x, problem) for x in sums))
+            dv, dv_square, dk, dk_square, count = ranks.reduce_together(*(_per_kv_head(x, problem) for x in sums))
             for name, value, square, scale in (("dk", dk, dk_square, problem.softmax_scale), ("dv", dv, dv_square, 1.0)):
                 value = value * scale
                 terms = (value, scale * square.sqrt(), value.abs(), (1 + count.sqrt()).expand_as(value), count)
@@ -162,13 +163,13 @@ def owned(tokens: Ints, wanted: Ints) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(hit), torch.from_numpy(at[hit])
 
 
-def collected(tensors: Sequence[torch.Tensor], tokens: Ints, wanted: Ints) -> list[torch.Tensor]:
+def collected(tensors: Sequence[torch.Tensor], tokens: Ints, wanted: Ints, ranks: Ranks) -> list[torch.Tensor]:
     """Global rows ``wanted`` of tensors of which every rank owns some rows, in float64, on every rank."""
     mine, positions = owned(tokens, wanted)
     found = [torch.zeros((len(wanted), *x.shape[1:]), dtype=torch.float64, device=x.device) for x in tensors]
     for into, x in zip(found, tensors, strict=True):
         into[positions] = x[mine].double()
-    return reduce_together(*found)
+    return ranks.reduce_together(*found)
 
 
 def _some(seen: torch.Tensor) -> slice | torch.Tensor:

@@ -139,13 +139,18 @@ def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def named(frame: pd.DataFrame, group: str) -> list[str]:
-    """Values of a group, with those options in brackets that differ between rows of the same value."""
+    """Values of a group, with those options in brackets that differ between rows of the same value, and what is folded into it with
+    its own.
+    """
     columns = [c for c in frame.columns if c.startswith(f"{group}.") and c.count(".") == 1]
     differ: dict[str, list[str]] = {}
     for name, rows in frame.groupby(group, sort=False):
         folded = [c for c in columns if c in FOLDED and rows[c].notna().any()]
-        differ[str(name)] = [c for c in columns if c not in folded and rows[c].map(lambda v: json.dumps(_plain(v))).nunique() > 1]
-        differ[str(name)][:0] = folded
+        own = [c for c in columns if c not in folded and _differs(rows[c])]
+        for inside in folded:
+            parts = [alike for _, alike in rows.groupby(inside, sort=False)]
+            own += [c for c in frame.columns if c.startswith(f"{inside}.") and any(_differs(alike[c]) for alike in parts)]
+        differ[str(name)] = [*folded, *own]
     names = []
     for row in frame.to_dict("records"):
         said = [_option(c, row[c]) for c in differ[str(row[group])] if _plain(row[c]) is not None]
@@ -155,6 +160,10 @@ def named(frame: pd.DataFrame, group: str) -> list[str]:
 
 def _option(column: str, value: Any) -> str:
     return str(value) if column in FOLDED else f"{column.partition('.')[2]}={_plain(value)}"
+
+
+def _differs(values: pd.Series[Any]) -> bool:
+    return bool(values.map(lambda value: json.dumps(_plain(value))).nunique() > 1)
 
 
 def _column(axis: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lcbench.grid.axes import PROBLEM
+from lcbench.grid.axes import LABEL, PROBLEM
 from lcbench.grid.cell import Cell, flat_config
 from lcbench.report.amounts import BYTES, TFLOPS, Unit, digits, more, percent, times, unit_for
 from lcbench.report.fitted import Column, Fitted
@@ -68,14 +68,15 @@ class Names:
     @classmethod
     def of(cls, cells: Iterable[Cell]) -> Names:
         several = list(cells)
-        words = [cell.words for cell in several]
-        shared = {a: w for a, w in words[0].items() if all(other.get(a) == w for other in words)} if words else {}
-        if len(several) < 2 or len(shared) == len(words[0]):  # a label in a row says more than an empty one
+        said = {axis for cell in several for axis in cell.words}
+        words = {axis: {cell.word(axis) for cell in several} for axis in LABEL if axis in said}
+        shared = {axis: next(iter(found)) for axis, found in words.items() if len(found) == 1}
+        if len(several) < 2 or len(shared) == len(words):  # a label in a row says more than an empty one
             return cls(labels(several), _heads(several))
-        told = _told_apart(several)
+        apart = _told_apart(several)
         what = {
-            cell.id: " ".join(filter(None, [*(word for axis, word in own.items() if axis not in shared), told[cell.id]]))
-            for cell, own in zip(several, words, strict=True)
+            cell.id: " ".join(filter(None, [*(cell.told(axis) for axis in words if axis not in shared), apart[cell.id]]))
+            for cell in several
         }
         return cls(what, ", ".join([*(f"{axis} {word}" for axis, word in shared.items()), *filter(None, [_heads(several)])]))
 

@@ -53,7 +53,7 @@ from lcbench.measure.cell import measure_again, measure_cell
 from lcbench.measure.environment import describe, node_name
 from lcbench.measure.measured import Measured
 from lcbench.measure.nodes import check_gang
-from lcbench.measure.ranks import broadcast_object
+from lcbench.measure.ranks import EVERY
 from lcbench.measure.session import Gang
 from lcbench.runs.failure import classify_exception, stem_of
 from lcbench.runs.hang import REST_S, STACKS_SIGNAL
@@ -142,8 +142,8 @@ class Crew:
     def measure_first(self, provenance: dict[str, Any]) -> bool:
         """Measure every cell that has no result yet; whether to go on after that."""
         leads = self.gang.rank == 0
-        for cell_id in broadcast_object(remaining(self.sweep, self.pack) if leads else None):
-            begun = broadcast_object(self.store.begin(cell_id) if leads else None)
+        for cell_id in EVERY.broadcast_object(remaining(self.sweep, self.pack) if leads else None):
+            begun = EVERY.broadcast_object(self.store.begin(cell_id) if leads else None)
             if begun == STOP:
                 return False
             if begun is None:  # it was cancelled
@@ -161,8 +161,8 @@ class Crew:
         leads = self.gang.rank == 0
         for block in range(2, max(blocks_of(config["measure"]) for config in self.pack.configs.values()) + 1):
             due = due_again(self.sweep, self.pack, block) if leads else {}
-            for cell_id in broadcast_object(list(due)):
-                begun = broadcast_object(self.store.begin_again(due[cell_id], block) if leads else None)
+            for cell_id in EVERY.broadcast_object(list(due)):
+                begun = EVERY.broadcast_object(self.store.begin_again(due[cell_id], block) if leads else None)
                 if begun == STOP:
                     return
                 if begun is None:
@@ -331,7 +331,7 @@ def due_again(sweep: Sweep, pack: Pack, block: int) -> dict[str, Attempt]:
 def _nodes_are_well(pack: Pack, device: torch.device, node_rank: int) -> bool:
     """The check of all nodes together, by a job's first gang; later ones have its word. Collective."""
     path = pack.folder / CHECK
-    if broadcast_object(path.exists() if dist.get_rank() == 0 else None):
+    if EVERY.broadcast_object(path.exists() if dist.get_rank() == 0 else None):
         return True
     own = Sweep(Path(pack.root), pack.sweep).pack_file(pack.id, f"check/node-{node_rank}.json")
     check = check_gang(device, int(os.environ["LOCAL_WORLD_SIZE"]), own)
@@ -385,10 +385,12 @@ def work_of(cell: Cell, running: Running | None = None) -> Work:
     return Work(
         workload=build_workload(config.get("workload")),
         problem=problem,
-        make_mask=lambda draw: build_mask(config["mask"], problem.seqlen, problem.heads, config["seed"], draw),
+        make_mask=lambda draw: build_mask(config["mask"], problem.seqlen, cell.heads, config["seed"], draw),
         kernel=build_kernel(config["kernel"]),
         strategy=build_strategy(config["cp"]),
         settings=shared(config["measure"], first=block == 1),
+        mesh=cell.mesh,
+        scale=cell.scale,
         seed=config["seed"],
         draws=draws(config["mask"]),
         # Each block has its check look elsewhere.

@@ -12,14 +12,19 @@ and gradients are summed in float32 (float64 for float64 inputs).
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.distributed.device_mesh import DeviceMesh
 
 from lcbench.kernels.base import Kernel, Prepared, Saved, accumulation_dtype, prepare
 from lcbench.kernels.merge import merge_into
@@ -31,6 +36,8 @@ from lcbench.schedule.payload import PAYLOADS, Precision, token_bytes
 from lcbench.schedule.program import Buffer, End, Exchange, Message, Operand, OwnPart, Piece, Program, RankStep, TileCall
 from lcbench.schedule.schedule import HeadGroup, Kind, Schedule
 
+MAIN = "main"  # the channel on which the communicator of all ranks is the default one
+MESH = "mesh"  # that of communicators across context-parallel groups
 HeadIndex = slice | torch.Tensor
 Part = tuple[torch.Tensor, torch.Tensor]  # out, lse
 Mark = float | torch.cuda.Event
@@ -40,8 +47,12 @@ TileRun = Callable[[TileCall, Prepared, int], None]
 class Groups:
     """Process groups by channel and set of ranks, made once and kept until the process group of all ranks is destroyed.
 
-    Making one is slow, takes device memory, and is collective: all ranks ask for the same groups in the same order, also those that
-    are not in them.
+    Who asks for them knows the ranks of its own context-parallel group only, as 0 ... P-1; there may be several (``within``).
+    Making a process group is slow, takes device memory, and is collective: all ranks make the same ones in the same order, also
+    those that are not in them. So what one context-parallel group asks for is made for each of the others too.
+
+    Attributes:
+        ranks: global ranks of this rank's context-parallel group, ascending.
     """
 
     def __init__(self, *, timeout: timedelta | None = None, through_host: bool | None = None) -> None:
@@ -51,28 +62,88 @@ class Groups:
             through_host: see ``goes_through_host``; None: as the backend needs it.
         """
         self._timeout, self._through_host = timeout, through_host
-        self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
+        self._made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
+        self._meshes: dict[tuple[Any, ...], DeviceMesh] = {}
+        self._every: list[tuple[int, ...]] | None = None  # ranks of each context-parallel group; None: one of all ranks
+
+    def within(self, groups: Sequence[Sequence[int]]) -> Groups:
+        """The same communicators as several context-parallel groups see them; ``groups``: global ranks of each, ascending."""
+        found = copy(self)
+        found._every = [tuple(ranks) for ranks in groups]
+        return found
+
+    @property
+    def _sets(self) -> list[tuple[int, ...]]:
+        return [tuple(range(dist.get_world_size()))] if self._every is None else self._every
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return next(ranks for ranks in self._sets if dist.get_rank() in ranks)
 
     def of(self, channel: str) -> dist.ProcessGroup:
-        """The communicator of a channel, over all ranks. Collective on first use."""
-        group = self.among(tuple(range(dist.get_world_size())), channel)
+        """The communicator of a channel, over this context-parallel group. Collective over all ranks on first use."""
+        group = self.among(tuple(range(len(self._sets[0]))), channel)
         assert group is not None
         return group
 
-    def among(self, ranks: tuple[int, ...], channel: str = "main") -> dist.ProcessGroup | None:
-        """The communicator of some ranks on a channel, None on the others. Collective over all ranks on first use.
+    def among(self, ranks: tuple[int, ...], channel: str = MAIN) -> dist.ProcessGroup | None:
+        """The communicator of some ranks of this context-parallel group on a channel, None on its others. Collective over all ranks
+        on first use.
 
         The ranks are in ascending order within the group, however they are given. On ``main`` that of all ranks is the default one.
         """
-        members = tuple(sorted(set(ranks)))
+        members = sorted(set(ranks))
+        return self.one_of([tuple(group[rank] for rank in members) for group in self._sets], channel)
+
+    def one_of(self, sets: Iterable[tuple[int, ...]], channel: str) -> dist.ProcessGroup | None:
+        """The communicator of the set of global ranks, ascending, that this rank is in, None where it is in none. Collective over
+        all ranks on first use; a rank is in one set at most.
+        """
+        found = [self._of_ranks(channel, members) for members in sets]
+        return next((group for group in found if group is not None), None)
+
+    def device_mesh(self, grid: NDArray[np.int64], names: tuple[str, ...], device: torch.device) -> DeviceMesh:
+        """torch's mesh of a grid of all global ranks, made once; ``names``: of the grid's dimensions. Collective over all ranks.
+
+        Its communicators are on a channel of their own, so that what goes over them waits for no message of attention.
+        """
+        key = names, grid.shape, tuple(grid.ravel().tolist())
+        if key not in self._meshes:
+            own = [self.along(grid, (axis,), MESH) for axis in range(grid.ndim)]
+            whole = torch.from_numpy(np.ascontiguousarray(grid))
+            self._meshes[key] = DeviceMesh.from_group(own, device.type, whole, mesh_dim_names=names)
+        return self._meshes[key]
+
+    def along(self, grid: NDArray[np.int64], axes: tuple[int, ...], channel: str) -> dist.ProcessGroup:
+        """The communicator of the ranks of a grid of all global ranks that differ from this one along ``axes`` only, ascending.
+        Collective over all ranks on first use.
+        """
+        lines = np.moveaxis(grid, axes, range(-len(axes), 0)).reshape(-1, math.prod(grid.shape[axis] for axis in axes))
+        group = self.one_of((tuple(sorted(line)) for line in lines.tolist()), channel)
+        assert group is not None
+        return group
+
+    def _of_ranks(self, channel: str, members: tuple[int, ...]) -> dist.ProcessGroup | None:
         key = channel, members
-        if key not in self._groups:
-            if key == ("main", tuple(range(dist.get_world_size()))):
-                self._groups[key] = dist.group.WORLD
+        if key not in self._made:
+            if key == (MAIN, tuple(range(dist.get_world_size()))):
+                self._made[key] = dist.group.WORLD
             else:
                 made = dist.new_group(list(members), self._timeout, pg_options=group_options(dist.get_backend()))
-                self._groups[key] = made if dist.get_rank() in members else None
-        return self._groups[key]
+                self._made[key] = made if dist.get_rank() in members else None
+        return self._made[key]
+
+    def prepare(self, wanted: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+        """Make what this context-parallel group will ask ``among`` for: (channel, ranks). Collective over all ranks.
+
+        Its ranks give the same list. Another group, of which a mask asks for other messages, may give another one.
+        """
+        every: list[Any] = [wanted]
+        if self._every is not None and len(self._every) > 1:
+            every = [None] * dist.get_world_size()
+            dist.all_gather_object(every, wanted)
+        for channel, ranks in dict.fromkeys(each for own in every for each in own):
+            self.among(ranks, channel)
 
     def goes_through_host(self, device: torch.device) -> bool:
         """Whether messages of this device's tensors are copied to the host's memory and back.
@@ -120,7 +191,8 @@ class Counters:
     """What one rank's run of a schedule is made of.
 
     Attributes:
-        bytes_sent: in the last pass, counted where it is sent.
+        bytes_sent: in the last pass, counted where it is sent. A collective counts as a message to each other rank of its set.
+        bytes_between_nodes: those of them that go to ranks on other nodes.
         buffer_bytes: memory that is held for buffers as long as the run lives.
         calls: native kernel calls of a forward pass.
         pairs: unmasked pairs that the rank computes, over the query heads that it computes them for.
@@ -128,6 +200,7 @@ class Counters:
     """
 
     bytes_sent: int
+    bytes_between_nodes: int
     buffer_bytes: int
     calls: int
     pairs: int
@@ -142,7 +215,7 @@ class Executor:
         own_lse: True: ``lse`` gives what ``forward`` found.
         resumes: True, see ``RankRun``.
         sums_are_wide: whether gradients are added up in the type of sums on their way between ranks.
-        bytes_sent, buffer_bytes, calls, pairs, collectives: see ``Counters``; bytes since a pass last began.
+        bytes_sent, bytes_between_nodes, buffer_bytes, calls, pairs, collectives: see ``Counters``; bytes since a pass last began.
     """
 
     def __init__(
@@ -161,7 +234,7 @@ class Executor:
         self.tokens = schedule.layout.tokens(rank)
         self.own_lse = self.resumes = True
         self.sums_are_wide = problem.reduce_dtype != "input"
-        self.bytes_sent = 0
+        self.bytes_sent = self.bytes_between_nodes = 0
         self._marks: list[tuple[int, list[Mark]]] | None = None
         self._apart: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
         self._views: dict[int, dict[tuple[int, int], torch.Tensor]] = {}  # by slot
@@ -187,9 +260,12 @@ class Executor:
     def _join(self, groups: Groups, moves: Traffic) -> None:
         """The communicators that this rank needs. Every rank makes every group, in the same order."""
         self._through_host = bool(moves.transfers) and groups.goes_through_host(self.device)
-        self._groups = {channel: groups.of(channel) for channel in sorted({t.channel for t in moves.transfers})}
+        every, sets = tuple(range(self.schedule.world_size)), sets_of(moves, self._program.lowered)
+        channels = sorted({MAIN, *(t.channel for t in moves.transfers)} if moves.transfers else set())
+        groups.prepare([*((channel, every) for channel in channels), *sets])
+        self._groups = {channel: groups.of(channel) for channel in channels}
         self._sets: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
-        for channel, members in sets_of(moves, self._program.lowered):
+        for channel, members in sets:
             if (made := groups.among(members, channel)) is not None:
                 self._sets[channel, members] = made
 
@@ -220,7 +296,7 @@ class Executor:
         return found, pairs, calls
 
     def counters(self) -> Counters:
-        return Counters(self.bytes_sent, self.buffer_bytes, self.calls, self.pairs, self.collectives)
+        return Counters(self.bytes_sent, self.bytes_between_nodes, self.buffer_bytes, self.calls, self.pairs, self.collectives)
 
     def replay(self, *, compute: bool, communicate: bool) -> Replay | None:
         """The same passes without kernels or without messages; None on a single rank, which sends nothing."""
@@ -349,7 +425,9 @@ class Executor:
             arrived = [
                 torch.empty((m.tokens, len(self.schedule.heads[m.group])), dtype=lse.dtype, device=self.device) for m in receives
             ]
-            _wait(self._messages(outgoing, [(x, m.peer) for m, x in zip(receives, arrived, strict=True)], None))
+            if outgoing or arrived:
+                incoming = [(x, m.peer) for m, x in zip(receives, arrived, strict=True)]
+                _wait(self._messages(outgoing, incoming, self._groups[MAIN]))
             for message, x in zip(receives, arrived, strict=True):
                 for piece, part in _cut(message.pieces, x):
                     lse[piece.begin : piece.end, self._heads("q", message.group)] = part
@@ -481,7 +559,7 @@ class Executor:
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def _begin(self, compute: bool, communicate: bool, returns: bool = True) -> None:
-        self.bytes_sent = 0
+        self.bytes_sent = self.bytes_between_nodes = 0
         self._compute, self._communicate, self._returns = compute, communicate, returns
         self._works: dict[tuple[int, int], list[Waits]] = {}  # by when they end, and round
         self._apart = {}
@@ -566,18 +644,25 @@ class Executor:
         for channel, end in sorted({(m.channel, m.end) for m in (*sends, *receives)}):
             group = self._groups[channel]
             outgoing = [(m, self._pack(m)) for m in sends if (m.channel, m.end) == (channel, end)]
-            self.bytes_sent += sum(x.numel() * x.element_size() for _, x in outgoing)
+            for message, x in outgoing:
+                self._count(x.numel() * x.element_size(), message.peer)
             incoming = [(_stretch(self._landing(m)), m.peer) for m in receives if (m.channel, m.end) == (channel, end)]
             works = self._messages([(_stretch(x), m.peer) for m, x in outgoing], incoming, group)
             self._works.setdefault((end, turn), []).extend(works)
 
+    def _count(self, size: int, peer: int) -> None:
+        """Bytes that go to another rank. Ranks of a node are adjacent in the group, since ranks are counted node after node."""
+        per_node = self.problem.scale.gpus_per_node
+        self.bytes_sent += size
+        self.bytes_between_nodes += size if peer // per_node != self.rank // per_node else 0
+
     def _messages(
-        self, outgoing: list[tuple[torch.Tensor, int]], incoming: list[tuple[torch.Tensor, int]], group: dist.ProcessGroup | None
+        self, outgoing: list[tuple[torch.Tensor, int]], incoming: list[tuple[torch.Tensor, int]], group: dist.ProcessGroup
     ) -> list[Waits]:
-        """Send to peers and receive from peers, in one batch."""
+        """Send to peers and receive from peers, in one batch; peers by their numbers within the group."""
         sent, landing, copies = self._ends([x for x, _ in outgoing], [x for x, _ in incoming])
-        ops = [dist.P2POp(dist.isend, x, peer, group) for x, (_, peer) in zip(sent, outgoing, strict=True)]
-        ops += [dist.P2POp(dist.irecv, x, peer, group) for x, (_, peer) in zip(landing, incoming, strict=True)]
+        ops = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for x, (_, peer) in zip(sent, outgoing, strict=True)]
+        ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for x, (_, peer) in zip(landing, incoming, strict=True)]
         return [*dist.batch_isend_irecv(ops), *copies] if ops else []
 
     def _ends(
@@ -609,7 +694,9 @@ class Executor:
         group = self._sets[exchange.channel, exchange.ranks]
         (source,), (target,), copies = self._ends([source], [target])
         gathers = exchange.operation == "all_gather"
-        self.bytes_sent += size * others if gathers else size // (others + exchange.own) * others
+        for rank in exchange.ranks:
+            if rank != self.rank:
+                self._count(size if gathers else size // (others + exchange.own), rank)
         if gathers:
             return [_all_gather(target, source, group), *copies]
         if exchange.operation == "reduce_scatter":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,13 +17,24 @@ from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.inputs import draw
 from lcbench.measure.least import least_traffic
 from lcbench.measure.numerics import Examination, Result, misowned, one_pass
-from lcbench.measure.ranks import all_gather_object, first_refusal
+from lcbench.measure.ranks import EVERY, first_refusal
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.schedule.execute import Counters
 from lcbench.workloads.base import Work, Workload
 
 INPUTS = ("q", "k", "v", "dout")
+
+
+class Sent(NamedTuple):
+    """Bytes that a rank sends in a phase, all and those to other nodes."""
+
+    bytes: int
+    between_nodes: int
+
+    @property
+    def within_node(self) -> int:
+        return self.bytes - self.between_nodes
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class AttentionSession(Session):
     """One draw of an attention cell on this rank.
 
     Attributes:
-        mask: of this draw; ``pairs``: its unmasked pairs over all query heads.
+        mask: of this draw, for this rank's heads; ``pairs``: its unmasked pairs over all of these.
         run: the strategy at work.
         shard: this rank's tokens and inputs, (T, Hq, D) and (T, Hk, D).
         examination: the check.
@@ -49,9 +61,9 @@ class AttentionSession(Session):
     def __init__(self, work: Work, number: int, gang: Gang) -> None:
         self._work, self._gang = work, gang
         self._first: Result | None = None
-        self._sent: dict[str, int] = {}
+        self._sent: dict[str, Sent] = {}
         begun = time.perf_counter()
-        self.mask = work.make_mask(number)
+        self.mask = gang.own_heads(work.make_mask(number), work.problem.heads.q)
         reason, calls = None, 1
         try:
             self.run = work.strategy.start(work.problem, self.mask, work.kernel, gang.place)
@@ -59,7 +71,7 @@ class AttentionSession(Session):
         except Unsupported as refused:
             reason = str(refused)
         # One rank's tile may be what its kernel cannot run while the others' are well.
-        reasons, every_calls = zip(*all_gather_object((reason, calls)), strict=True)
+        reasons, every_calls = zip(*EVERY.all_gather_object((reason, calls)), strict=True)
         self.refused = first_refusal(reasons)
         if self.refused:
             return
@@ -70,16 +82,18 @@ class AttentionSession(Session):
         """Draw this rank's inputs, and make the check ready; ``calls``: kernel calls of the rank with most."""
         work, gang, problem, tokens = self._work, self._gang, self._work.problem, self.run.tokens
         self.pairs = self.mask.pairs(problem.heads.q)
-        self.wrong = misowned(tokens, problem.seqlen, gang.device)
+        self.wrong = misowned(tokens, problem.seqlen, gang.device, gang.ranks)
         self.shard = Shard(tokens, *(self._drawn(name) for name in INPUTS[: 4 if problem.backward else 3]))
         self.negated = False
-        hops = 0 if self.run.sums_are_wide else gang.world_size
-        bounds = Bounds(problem, work.kernel.rounding(Platform.of(gang.device)), calls * gang.world_size, hops)
-        seed = [work.seed, work.attempt, number]
-        self.examination = Examination(self.run, self.mask, problem, tokens, bounds, seed, own_lse=self.run.own_lse)
+        ranks = problem.scale.world_size
+        hops = 0 if self.run.sums_are_wide else ranks
+        bounds = Bounds(problem, work.kernel.rounding(Platform.of(gang.device)), calls * ranks, hops)
+        seed = [work.seed, work.attempt, number, *([gang.dp_index, gang.tp_index] if gang.mesh.count > 1 else [])]
+        self.examination = Examination(self.run, self.mask, problem, tokens, bounds, seed, gang.ranks, own_lse=self.run.own_lse)
 
     def _drawn(self, name: str) -> torch.Tensor:
-        return draw(name, self.run.tokens, self._work.problem, self._work.seed, self._gang.device)
+        gang, work = self._gang, self._work
+        return draw(name, self.run.tokens, work.problem, work.seed, gang.device, (gang.dp_index, gang.tp_index))
 
     def _inputs(self) -> dict[str, torch.Tensor]:
         return {name: x for name in INPUTS if (x := getattr(self.shard, name)) is not None}
@@ -121,7 +135,7 @@ class AttentionSession(Session):
         for phase, run in self.phases().items():
             passed = run(passed)
             if counters := self.run.counters():
-                self._sent[phase] = counters.bytes_sent
+                self._sent[phase] = Sent(counters.bytes_sent, counters.bytes_between_nodes)
             if lse is None:  # of forward, before backward takes its buffers
                 lse = self.run.lse(passed[1])
         self._first = self._result(passed, lse)
@@ -149,6 +163,9 @@ class AttentionSession(Session):
             dout = shard.dout
             phases["backward"] = lambda _: passes.backward(dout, saved)
         return phases
+
+    def alone(self) -> Phases:
+        return self.phases()
 
     def timeline(self) -> list[list[float]] | None:
         return self.run.timeline(self.shard.q, self.shard.k, self.shard.v, self.shard.dout)
@@ -183,34 +200,41 @@ class AttentionSession(Session):
     # -- what it is made of ----------------------------------------------------------------------------------------
 
     def costs(self) -> dict[str, Cost]:
-        """Cost by phase: FLOPs of the mask's pairs; traffic that the mask needs from who owns what."""
+        """Cost by phase: FLOPs of the mask's pairs in all groups; traffic that the mask needs from who owns what."""
         problem = self._work.problem
-        least = least_traffic(self.mask, problem, self.run.tokens, self._gang.device)
-        flops = {"forward": forward_flops(self.pairs, problem.heads), "backward": backward_flops(self.pairs, problem.heads)}
+        least = least_traffic(self.mask, problem, self.run.tokens, self._gang.device, self._gang.ranks)
+        pairs = sum(self._gang.of_groups(self.pairs))
+        flops = {"forward": forward_flops(pairs, problem.heads), "backward": backward_flops(pairs, problem.heads)}
         return {phase: Cost(flops[phase], least.sent, least.memory[phase]) for phase in self.phases()}
 
     def counted(self) -> Counted:
-        counted = Counted({"mask/area": self.pairs / self._work.problem.heads.q, "mask/density": self.mask.density})
+        areas, densities = zip(*self._gang.of_groups((self.pairs / self._work.problem.heads.q, self.mask.density)), strict=True)
+        counted = Counted({"mask/area": fmean(areas), "mask/density": fmean(densities)})
         counters = self.run.counters()
         if counters is not None:
             self._count(counted, counters)
         return counted
 
     def _count(self, counted: Counted, counters: Counters) -> None:
-        """What the run is made of. Collective."""
-        work, pairs, metrics, notes = self._work, self.pairs, counted.metrics, counted.notes
-        ranks: list[tuple[Counters, dict[str, int]]] = all_gather_object((counters, self._sent))
-        rank_pairs = [own.pairs for own, _ in ranks]
-        if sum(rank_pairs) != pairs:
-            raise AssertionError(f"the ranks compute {sum(rank_pairs)} pairs over all query heads, the mask has {pairs}")
+        """What the runs of all ranks are made of. Collective."""
+        work, gang, metrics, notes = self._work, self._gang, counted.metrics, counted.notes
+        own = sum(gang.ranks.all_gather_object(counters.pairs))
+        if own != self.pairs:
+            raise AssertionError(f"the ranks compute {own} pairs over all query heads, the mask has {self.pairs}")
+        ranks: list[tuple[Counters, dict[str, Sent]]] = EVERY.all_gather_object((counters, self._sent))
+        rank_pairs = [each.pairs for each, _ in ranks]
+        pairs = sum(rank_pairs)
         metrics["balance/area_max_over_mean"] = max(rank_pairs) * len(rank_pairs) / pairs if pairs else 1.0
         for phase in ("forward", "backward"):
-            metrics[f"comm/{phase}/bytes"] = float(max(sent.get(phase, 0) for _, sent in ranks))
+            every = [sent.get(phase, Sent(0, 0)) for _, sent in ranks]
+            metrics[f"comm/{phase}/bytes"] = float(max(sent.bytes for sent in every))
+            metrics[f"comm/{phase}/within_node_bytes"] = float(max(sent.within_node for sent in every))
+            metrics[f"comm/{phase}/between_nodes_bytes"] = float(max(sent.between_nodes for sent in every))
         counted.bytes_sent.update((phase, metrics[f"comm/{phase}/bytes"]) for phase in self._sent)
-        metrics["comm/bytes"] = float(max(sum(sent.values()) for _, sent in ranks))
-        metrics["memory/buffer_bytes"] = float(max(own.buffer_bytes for own, _ in ranks))
-        notes["kernel_calls"] = [own.calls for own, _ in ranks]
-        notes["collectives"] = list(counters.collectives)
+        metrics["comm/bytes"] = float(max(sum(each.bytes for each in sent.values()) for _, sent in ranks))
+        metrics["memory/buffer_bytes"] = float(max(each.buffer_bytes for each, _ in ranks))
+        notes["kernel_calls"] = [each.calls for each, _ in ranks]
+        notes["collectives"] = sorted({operation for each, _ in ranks for operation in each.collectives})
         metrics["kernel/calls"] = float(max(notes["kernel_calls"]))
-        if launch := work.kernel.launch(work.problem.heads, work.problem.dtype, Platform.of(self._gang.device)):
+        if launch := work.kernel.launch(work.problem.heads, work.problem.dtype, Platform.of(gang.device)):
             notes["kernel_launch"] = launch

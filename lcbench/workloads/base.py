@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from lcbench.cp.base import Strategy
 from lcbench.kernels.base import Kernel, refusal
 from lcbench.masks.mask import Mask
-from lcbench.problem import Problem
+from lcbench.problem import ALONE, Mesh, Problem, Scale
 
 if TYPE_CHECKING:
     from lcbench.measure.session import Gang, Session  # with torch, which planning does without
@@ -48,11 +48,14 @@ class Work:
     """A cell as objects, for ``measure_cell``.
 
     Attributes:
-        make_mask: gives draw 0, 1, ... ``draws - 1`` of the mask.
+        make_mask: gives draw 0, 1, ... ``draws - 1`` of the mask, of the heads of all tensor-parallel ranks.
         settings: how long to measure it (``measure`` of one block).
         seed: of the inputs.
         draws: how many masks are drawn.
         attempt: chooses where the check looks.
+        problem: of one context-parallel group.
+        mesh: which groups are at work at once.
+        scale: of all ranks; None: that of the problem, of which there is one group.
         recompute: what backward computes again (``lcbench.workloads.recompute``); None: the workload does not take it.
     """
 
@@ -66,6 +69,11 @@ class Work:
     draws: int = 1
     attempt: int = 1
     recompute: Any = None
+    mesh: Mesh = ALONE
+    scale: Scale | None = None
+
+    def arranged(self, gang: Gang) -> Gang:
+        return gang.arranged(self.mesh, self.scale or self.problem.scale)
 
     def unavailable(self, gang: Gang) -> str | None:
         return refusal(self.kernel, self.problem, gang.device) or self.strategy.unavailable(self.problem, gang.device)

@@ -268,6 +268,19 @@ def test_a_refusal_says_why(axes: dict[str, str], name: str, why: str) -> None:
         exported(made(**{**COMMON, **axes}), name)
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["workload=block"], "workload=block is not attention alone"),
+        (["mesh.dp=2"], r"mesh\(dp=2\) is more than one context-parallel group"),
+    ],
+)
+def test_only_attention_of_one_group_is_exported(words: list[str], why: str) -> None:
+    (planned,) = look(["cp=ulysses", "scale=1x4", "kernel=flash_attn3", *words]).cells
+    with pytest.raises(Cannot, match=why):
+        exported(planned.cell, "te")
+
+
 def test_a_refusal_says_what_would_be_taken() -> None:
     with pytest.raises(Cannot, match=r"with the rest as it is it can run cp=allgather, ring, ulysses, usp$"):
         exported(made(**COMMON, cp="tokenring"), "megatron")

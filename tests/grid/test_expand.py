@@ -217,6 +217,7 @@ def test_a_grid_with_options_needs_no_multirun_flag(tmp_path: Path) -> None:
 def test_planning_loads_neither_torch_nor_mlflow_nor_submitit() -> None:
     code = (
         "import sys; from lcbench.grid.command_line import look; look(['cp=ring,usp', 'mask=glob(*,exclude=*_file)', 'scale=2x8']);"
+        "look(['+experiment=model_step', 'scale=2x8', 'site=plain']);"
         "print([m for m in ('torch', 'mlflow', 'submitit') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -235,6 +236,8 @@ def run_sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("longca_cp", 100, 4),
         ("scaling", 90, 2),
         ("choose scale=1x1", 100, 0),
+        ("model_step model=llama3_8b scale=4x8 site=plain", 27, 0),
+        ("model_step model=tiny_mha,tiny scale=1x8 site=plain", 54, 18),
         ("smoke", 18, 0),
     ],
 )

@@ -17,6 +17,7 @@ from lcbench.measure.bounds import Check
 from lcbench.measure.cell import measure_cell
 from lcbench.measure.measured import Measured, over_draws
 from lcbench.measure.numerics import misowned
+from lcbench.measure.ranks import EVERY
 from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Groups
@@ -157,10 +158,10 @@ def test_a_peer_must_own_every_token_once() -> None:
     for tokens, says in (
         (np.arange(50), "not owned"), (np.concatenate([np.arange(99), [0]]), "not owned"), (np.arange(1, 101), "not among"),
     ):  # fmt: skip
-        why = misowned(tokens, 100, torch.device("cpu"))
+        why = misowned(tokens, 100, torch.device("cpu"), EVERY)
         assert why is not None
         assert says in why
-    assert misowned(np.random.default_rng(0).permutation(100), 100, torch.device("cpu")) is None
+    assert misowned(np.random.default_rng(0).permutation(100), 100, torch.device("cpu"), EVERY) is None
 
 
 def test_a_number_that_cannot_be_true_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from lcbench.masks.block_random import block_random
 from lcbench.masks.mask import Mask
 from lcbench.measure import reference
 from lcbench.measure.inputs import draw
+from lcbench.measure.ranks import EVERY
 from lcbench.measure.reference import Exact, Shard, columns, rows
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.testing.dense import dense_attention, dense_heads
@@ -30,8 +31,8 @@ def exact(mask: Mask) -> dict[str, Exact]:
     leaves = [x.clone().requires_grad_() for x in (shard.q, shard.k, shard.v)]
     out, lse = dense_attention(*leaves, dense, problem.softmax_scale)
     grads = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, shard.dout), strict=True))
-    found = rows(mask, problem, shard, wanted, scores=True)
-    found |= columns(mask, problem, shard, wanted, lse.detach(), out.detach(), scores=True)
+    found = rows(mask, problem, shard, wanted, EVERY, scores=True)
+    found |= columns(mask, problem, shard, wanted, EVERY, lse.detach(), out.detach(), scores=True)
     for name, want in {"out": out.detach(), "lse": lse.detach(), **grads}.items():
         assert torch.allclose(found[name].value, want[wanted], rtol=0, atol=1e-12), name
     return found

@@ -162,7 +162,7 @@ def choice_of(cell: Cell) -> Choice:
     """A cell as frameworks are told of it.
 
     Raises:
-        Cannot: its strategy, mask or workload is none that any framework knows.
+        Cannot: its strategy, mask, workload or mesh is none that is exported.
     """
     config, problem = cell.config, cell.problem
     strategy = build_strategy(config["cp"])
@@ -175,6 +175,8 @@ def choice_of(cell: Cell) -> Choice:
         )
     if "workload" in config:
         raise Cannot(f"workload={config['workload']['name']} is not attention alone, which is all that is exported")
+    if "mesh" in config:
+        raise Cannot(f"{cell.told('mesh')} is more than one context-parallel group, which is all that is exported")
     own = getattr(strategy, "libraries", ())  # those of a library that calls its kernel itself
     return Choice(cell, problem, strategy, pattern, shape, None if own else build_kernel(config["kernel"]))
 

@@ -95,31 +95,28 @@ class RingFlashAttention(LibraryStrategy):
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> AutogradRun:
         found = segments(mask)
         assert found is not None
-        attend = self._llama3(problem, found, place) if self.variant == "llama3" else self._ring(problem, found)
+        attend = self._llama3(problem, found, place) if self.variant == "llama3" else self._ring(problem, found, place)
         return AutogradRun(attend, problem, mask, self.layout(problem), kernel, place)
 
-    def _ring(self, problem: Problem, found: Segments) -> Callable[[Any, Any, Any], Any]:
-        import torch.distributed as dist
-
+    def _ring(self, problem: Problem, found: Segments, place: Place) -> Callable[[Any, Any, Any], Any]:
         library = _library()
         causal = {"zigzag": library.zigzag_ring_flash_attn_func, "stripe": library.stripe_flash_attn_func}
         # Without a causal mask the order of tokens means nothing to its plain ring.
         function = causal[self.variant] if found.causal else library.ring_flash_attn_func
-        return partial(function, softmax_scale=problem.softmax_scale, causal=found.causal, group=dist.group.WORLD)
+        return partial(function, softmax_scale=problem.softmax_scale, causal=found.causal, group=place.group)
 
     def _llama3(self, problem: Problem, found: Segments, place: Place) -> Callable[[Any, Any, Any], Any]:
         import torch
-        import torch.distributed as dist
 
         library = _library()
         bounds = torch.tensor(found.bounds, dtype=torch.int32, device=place.device)
-        ranks = problem.scale.world_size
+        ranks, group = problem.scale.world_size, place.group
         cu_q, cu_k, max_q, max_k, local = library.llama3_flash_attn_prepare_cu_seqlens(bounds, found.causal, place.rank, ranks)
 
         def attend(q: Any, k: Any, v: Any) -> Any:
             return library.llama3_flash_attn_varlen_func(
                 q[0], k[0], v[0], cu_q, cu_k, max_q, max_k, heads_k_stride=1, local_k_slice=local,
-                softmax_scale=problem.softmax_scale, causal=found.causal, group=dist.group.WORLD,
+                softmax_scale=problem.softmax_scale, causal=found.causal, group=group,
             )[None]  # fmt: skip
 
         return attend

@@ -92,7 +92,7 @@ class TransformerEngine(LibraryStrategy):
 
         found = segments(mask)
         assert found is not None
-        heads, ranks = problem.heads, list(range(problem.scale.world_size))
+        heads = problem.heads
         attention = DotProductAttention(
             heads.q,
             heads.dim,
@@ -103,6 +103,8 @@ class TransformerEngine(LibraryStrategy):
             softmax_scale=problem.softmax_scale,
         ).to(place.device)
         both = self.comm == "a2a+p2p"
-        made: Any = grid(place.groups, len(ranks), largest_degree(problem)) if both else place.groups.among(tuple(ranks), CHANNEL)
-        attention.set_context_parallel_group(made, ranks, torch.cuda.Stream(), self.comm)
+        ranks = problem.scale.world_size
+        made: Any = grid(place.groups, ranks, largest_degree(problem)) if both else place.groups.of(CHANNEL)
+        # It wants ranks as the whole job counts them.
+        attention.set_context_parallel_group(made, list(place.groups.ranks), torch.cuda.Stream(), self.comm)
         return AutogradRun(attention, problem, mask, self.layout(problem), kernel, place)

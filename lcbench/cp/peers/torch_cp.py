@@ -65,7 +65,7 @@ class TorchCP(LibraryStrategy):
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> TorchRing:
         found = segments(mask)
         assert found is not None
-        return TorchRing(problem, found.causal, kernel, self.rotate, self.layout(problem).tokens(place.rank), place.device)
+        return TorchRing(problem, found.causal, kernel, self.rotate, self.layout(problem).tokens(place.rank), place)
 
 
 def _ring() -> Any:
@@ -81,19 +81,18 @@ def _ring() -> Any:
 class TorchRing(RankRun):
     """A run of torch's ring: (1, H, T, D) inside, packed outside."""
 
-    def __init__(self, problem: Problem, causal: bool, kernel: Kernel, rotate: str, tokens: Ints, device: torch.device) -> None:
+    def __init__(self, problem: Problem, causal: bool, kernel: Kernel, rotate: str, tokens: Ints, place: Place) -> None:
         import torch
-        import torch.distributed as dist
 
         self.tokens = tokens
         self._problem, self._causal, self._rotate = problem, causal, rotate
-        self._ring, self._group = _ring(), dist.group.WORLD
+        self._ring, self._group = _ring(), place.group
         size = problem.seqlen // problem.scale.world_size
         shapes = {(size, size, False), (size, size, True), (size, size // 2, False), (size // 2, size, False)}
         self._kernels: dict[tuple[int, int, bool], Prepared] = {}
         for q, k, bounded in shapes:
             tile = BandMask.of(q, k, [Band(0, q, 0, k, hi=0) if bounded else Band(0, q, 0, k)])
-            self._kernels[q, k, bounded] = kernel.prepare(tile, problem.heads, getattr(torch, problem.dtype), device)
+            self._kernels[q, k, bounded] = kernel.prepare(tile, problem.heads, getattr(torch, problem.dtype), place.device)
 
     @contextmanager
     def _options(self, dtype: torch.dtype) -> Iterator[None]:
