@@ -184,6 +184,7 @@ class BlockSession(Session):
             "step/recomputed_flops_per_gpu": sum(cost.recomputed for cost in costs.values()) / world,
         })  # fmt: skip
         counted.metrics.update((f"model/{phase}/repeats", repeats) for phase, repeats in self._repeats().items())
+        counted.metrics.update(of_worst({f"memory/{name}_bytes": float(size) for name, size in self.training.memory().items()}))
         counted.metrics.update(of_worst(self.training.recompute.metrics()))
         counted.notes.update(self.training.recompute.notes)
         if not self._block.fsdp:  # which gathers and frees weights as it sees fit
