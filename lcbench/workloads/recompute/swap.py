@@ -345,9 +345,9 @@ def _wrapping(x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """Makes a tensor like ``x`` of what this rank has of it."""
     if not isinstance(x, DTensor):
         return lambda own: own
-    _, context = x.__tensor_flatten__()
-    shape, stride = x.shape, x.stride()
-    return lambda own: DTensor.__tensor_unflatten__({"_local_tensor": own}, context, shape, stride)
+    names, context = x.__tensor_flatten__()
+    rest, shape, stride = {name: getattr(x, name) for name in names if name != "_local_tensor"}, x.shape, x.stride()
+    return lambda own: DTensor.__tensor_unflatten__({"_local_tensor": own, **rest}, context, shape, stride)
 
 
 def stretches(x: torch.Tensor) -> list[torch.Tensor]:
