@@ -345,9 +345,8 @@ def _wrapping(x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """Makes a tensor like ``x`` of what this rank has of it."""
     if not isinstance(x, DTensor):
         return lambda own: own
-    names, context = x.__tensor_flatten__()
-    rest, shape, stride = {name: getattr(x, name) for name in names if name != "_local_tensor"}, x.shape, x.stride()
-    return lambda own: DTensor.__tensor_unflatten__({"_local_tensor": own, **rest}, context, shape, stride)
+    mesh, placements, shape, stride = x.device_mesh, x.placements, x.shape, x.stride()
+    return lambda own: DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def stretches(x: torch.Tensor) -> list[torch.Tensor]:
