@@ -305,6 +305,30 @@ def test_all_ranks_refuse_what_does_not_fit_one_host() -> None:
     run_ranks(2, check_refusals, 2)
 
 
+def test_room_is_what_the_groups_of_a_job_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the node has 8 GiB, the job 3 GiB of which 1 GiB is in use, a quarter of that as a cache that can go."""
+    memory, own, gib = tmp_path / "meminfo", tmp_path / "cgroup", 1 << 30
+    memory.write_text(f"MemTotal: {16 << 20} kB\nMemAvailable: {8 << 20} kB\n")
+    for name, path in (("MEMORY", memory), ("OWN_GROUPS", own), ("GROUPS", tmp_path / "groups")):
+        monkeypatch.setattr(host, name, path)
+    assert host.free_bytes() == 8 * gib  # without control groups
+
+    def limits(folder: Path, files: tuple[str, str, str], allowed: str, used: int, cache: int) -> None:
+        folder.mkdir(parents=True)
+        for name, text in zip(files, (allowed, str(used), f"anon 5\n{files[2]} {cache}\n"), strict=True):
+            (folder / ("memory.stat" if name == files[2] else name)).write_text(text)
+
+    second = "memory.max", "memory.current", "inactive_file"
+    own.write_text("0::/slurm/job_7/step_0\n")
+    limits(tmp_path / "groups/slurm/job_7", second, str(3 * gib), gib, gib // 4)
+    limits(tmp_path / "groups/slurm/job_7/step_0", second, "max", gib, 0)
+    assert host.free_bytes() == 2 * gib + gib // 4
+    own.write_text("12:cpuset:/slurm\n11:memory:/slurm/job_7\n")
+    first = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    limits(tmp_path / "groups/memory/slurm/job_7", first, str(2 * gib), gib, 0)
+    assert host.free_bytes() == gib
+
+
 class Library:
     """A run whose saved tensors are known to its library alone."""
 
