@@ -1,4 +1,4 @@
-"""The largest fraction of tokens whose activations can go to the host: MEMO's linear program (arXiv 2407.12117, section 4.1)."""
+"""The largest fraction of tokens whose activations can go to the host: MEMO's linear program (arXiv 2407.12117)."""
 
 from __future__ import annotations
 
