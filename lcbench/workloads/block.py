@@ -52,6 +52,12 @@ class Block(Workload):
             raise ValueError(f"workload.optimizer={self.optimizer} is none of {', '.join(OPTIMIZERS)}")
 
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
+        if not problem.backward:
+            return (
+                "direction=forward: a training step has a backward pass, so that workload=block has direction=forward_backward only"
+            )
+        if problem.dtype == "float16":
+            return "dtype=float16: gradients of a mean loss are below what float16 holds, and there is no loss scaling here"
         tp = self.model.heads_q // problem.heads.q  # the problem has one tensor-parallel rank's heads
         for name in ("ffn", "vocab"):
             if (size := getattr(self.model, name)) % tp:
