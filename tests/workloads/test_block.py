@@ -82,7 +82,7 @@ def unsharded(folder: Path) -> None:
 
 
 def recomputes() -> dict[str, Any]:
-    return {name: build(load("recompute", name)) for name in names("recompute") if name not in ("offload", "token_wise")}
+    return {name: build(load("recompute", name)) for name in names("recompute")}
 
 
 def check_all(rank: int, ranks: int, folder: Path) -> None:

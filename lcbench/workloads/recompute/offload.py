@@ -42,9 +42,9 @@ class Offload(Swapping):
 
     def __post_init__(self) -> None:
         if self.what not in get_args(What):
-            raise ValueError(f"what={self.what} is none of {', '.join(get_args(What))}")
+            raise ValueError(f"recompute.what={self.what} is none of {', '.join(get_args(What))}")
         if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio={self.ratio} is not from 0 to 1")
+            raise ValueError(f"recompute.ratio={self.ratio} is not from 0 to 1")
 
     def layer(self, under_way: Pass, layer: Layer, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         shelf = under_way.layer()

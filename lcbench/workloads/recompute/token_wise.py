@@ -42,7 +42,7 @@ class TokenWise(Swapping):
 
     def __post_init__(self) -> None:
         if self.fraction is not None and not 0 <= self.fraction <= 1:
-            raise ValueError(f"fraction={self.fraction} is not from 0 to 1")
+            raise ValueError(f"recompute.fraction={self.fraction} is not from 0 to 1")
 
     def layer(self, under_way: Pass, layer: Layer, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         assert self.fraction is not None  # as of ``settled``
