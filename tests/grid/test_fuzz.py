@@ -29,7 +29,9 @@ OPTIONS = [
     "cp.ulysses_degree", "cp.stages",
     "cp.groups", "cp.documents", "cp.name", "cp._target_", "cp.heads_per_step", "cp.uneven_heads", "kernel.block_q", "kernel.name",
     "kernel._target_", "measure.warmup", "measure.blocks", "measure.budget_s", "measure.max_iterations", "measure.precision",
-    "measure.timeline", "measure.nope", "pack.max_cells", "pack.nope", "hang.min_s", "hang.max_s", "hang.factor",
+    "measure.timeline", "measure.nope", "mesh.tp", "mesh.dp", "mesh.order", "mesh.nope", "model.ffn", "model.head_dim",
+    "model.qk_norm", "model.name", "workload.layers", "workload.model", "workload.loss_chunk", "recompute.fraction",
+    "recompute._target_", "pack.max_cells", "pack.nope", "hang.min_s", "hang.max_s", "hang.factor",
     "retry.oom", "retry.nope", "budget.hours", "budget.gpu_hours", "budget.nope",
     "hydra.mode", "hydra.run.dir", "hydra.sweep.dir", "hydra.job.name", "hydra.launcher.timeout_min", "hydra/launcher",
     "hydra/sweeper", "hydra.sweeper.params.cp", "hydra.verbose", "hydra/job_logging", "hydra.callbacks.x",
@@ -43,7 +45,8 @@ GOOD = {
     "direction": ["forward", "forward,forward_backward"], "reduce_dtype": ["float32", "input"], "seed": ["0", "1,2", "range(3)"],
     "sweep": ["a", "1.10", "2024_01", "Prüf", "null", "exp_${now:%Y}", "'quoted'"], "wait": ["true", "false"],
     "output": ["quiet", "json", "table"], "force": ["true"], "results": ["${oc.env:PWD}/nowhere", "nowhere/x=y [z]"],
-    "tracking_uri": ["null", "sqlite:///x.db", "1.10"],
+    "tracking_uri": ["null", "sqlite:///x.db", "1.10"], "layers": ["1", "all", "null", "1,2"],
+    "mesh.tp": ["1", "2"], "mesh.dp": ["1,2"],
 }  # fmt: skip
 STRANGE = [
     "", "null", "true", "-1", "0", "1e400", "-inf", "nan", "inf", "99999999999999999999999999", "1e18", "-0.5", "1.5", "0x1f",
@@ -85,8 +88,8 @@ def drawn(random: random.Random) -> list[str]:
         options = [str(key) for key in keys if key not in RESERVED] or ["nope"]
         marks = random.choice(("", "", "+", "++", "~"))
         told = f"{random.choice(options)}={random.choice((*STRANGE, *USUAL))}"
-        documents = ["mask=document"] if group == "lengths" else []
-        return [*documents, f"{group}={value}", f"{marks}{group}.{told}", *(_good(random) for _ in range(random.choice((0, 0, 1))))]
+        owner = {"lengths": ["mask=document"], "model": ["workload=block"], "recompute": ["workload=block"]}.get(group, [])
+        return [*owner, f"{group}={value}", f"{marks}{group}.{told}", *(_good(random) for _ in range(random.choice((0, 0, 1))))]
     if fate < 0.8:
         return [_good(random) for _ in range(random.choice((1, 2, 3)))]
     return [random.choice((_good, _strange, _strange, _word))(random) for _ in range(random.choice((1, 2, 3, 5)))]
