@@ -43,18 +43,17 @@ function stepsSaid(good, failed) {
   const rates = [
     step.tokens === null ? "" : `${digits(step.tokens)} tokens/s per GPU`,
     best.mfu === null ? "" : `MFU ${percent(best.mfu)}`,
-    best.peak === null ? "" : bytes(best.peak),
+    best.peak === null ? "" : `peak ${bytes(best.peak)}`,
   ];
   const least = d3.least(good.filter(cell => cell.peak), cell => cell.peak);
   const other =
     least && least !== best
-      ? ` Least memory: ${least.choice}, ${bytes(least.peak)}, in ${more(least.total / best.total)} of the time.`.replace(
-          /in \+(\S+ %) of the time/,
-          "$1 slower",
-        )
+      ? ` Least memory: ${least.choice}, ${bytes(least.peak)}, time ${more(least.total / best.total)}.`
       : "";
+  const whole =
+    step.layers < step.of && step.wholeTime !== null ? ` The whole model: ${seconds(step.wholeTime)} a step, ${BLOCK.scaled}.` : "";
   const alone = good.length > 1 ? "takes least time" : "ran alone";
-  return `${best.choice} ${alone}: ${[seconds(best.total), ...rates].filter(Boolean).join(", ")}.${other}${bad}`;
+  return `${best.choice} ${alone}: ${[seconds(best.total), ...rates].filter(Boolean).join(", ")}.${whole}${other}${bad}`;
 }
 
 /** A figure with what it shows, and how to read it; null of nothing. */
@@ -62,7 +61,7 @@ function stepFigure(id, title, made) {
   if (!made) return null;
   return h(
     "figure",
-    {id},
+    {id, style: `width: ${stepWidth()}px`},
     h("h4", {}, title, made.note ? h("span", {class: "scaled"}, made.note) : null),
     made.key,
     made.node,
@@ -116,11 +115,11 @@ function stepBars(cells, failed, spec, finding) {
   const look = {insetTop: 3, insetBottom: 3};
   return plotted(
     {
-      width: Math.min(widthOf(), 590),
+      width: stepWidth(),
       height: 52 + 26 * names.length,
       marginLeft: 36 + 6.4 * d3.max(names, name => name.length),
       marginRight: 120,
-      x: {label: `${spec.label}, ${spec.unit.name}`, grid: true, ticks: 5, domain: spec.domain, tickFormat: "~g"},
+      x: {label: `${spec.label}, ${spec.unit.name}`, grid: true, ticks: 5, domain: spec.domain, tickFormat: String},
       y: {domain: names, label: null},
       color: {domain: spec.colors.map(c => c[0]), range: spec.colors.map(c => c[1])},
       marks: [
@@ -169,6 +168,8 @@ function stepBars(cells, failed, spec, finding) {
   );
 }
 
+/** Two figures beside one another where there is room. */
+const stepWidth = () => (widthOf() < 900 ? Math.min(widthOf(), 640) : Math.floor((widthOf() - 30) / 2));
 const unitOf = (value, units) => units.findLast(([, size]) => value / size >= 1) ?? units[0];
 
 function timeOfSteps(cells, failed, whole) {
@@ -285,14 +286,16 @@ function memoryOfSteps(cells, failed) {
       finding,
     ),
     caption:
-      "Classes when each is largest, which is not at one time: together they may be more than the peak (mark), and a peak beyond " +
-      `them is what is there for a while, such as logits and what is computed again. Buffers that backward needs count twice.${of}`,
+      "Of the layers that were run. Each class when it is largest, which is not at one time: together they may be more than the peak (mark). Transient: what the " +
+      `peak has beyond them, such as gathered weights, logits, what is computed again. Buffers kept for backward count twice.${of}`,
   };
 }
 
 /** Step time against peak memory: what a policy of recompute costs, and saves. A line joins what differs in it only. */
 function tradeOff(cells) {
-  const points = cells.filter(cell => cell.peak).map(cell => ({cell, choice: cell.choice, step: stepOf(cell)}));
+  const measured = cells.filter(cell => cell.peak),
+    best = unbeaten(measured.map(cell => [cell.total, cell.peak]));
+  const points = measured.map((cell, i) => ({cell, choice: cell.choice, step: stepOf(cell), front: best[i]}));
   const [timeName, time] = unitOf(d3.max(points, p => p.cell.total), [
     ["µs", 1e-6],
     ["ms", 1e-3],
@@ -307,19 +310,18 @@ function tradeOff(cells) {
     y = p => p.cell.peak / memory,
     policies = unique(points.map(p => p.cell.recompute)).length > 1;
   const ordered = d3.sort(points, y);
-  const best = unbeaten(points.map(p => [p.cell.total, p.cell.peak])),
-    kept = points.filter((p, i) => best[i] && isGood(p.cell)).map(p => p.choice);
+  const kept = points.filter(p => p.front).map(p => p.choice);
   const finding = `Nothing is both faster and smaller than ${unique(kept).join(", ")}.`;
   return {
     key: points.length ? legend(unique(points.map(p => p.choice))) : null,
     node: plotted(
       {
-        width: Math.min(widthOf(), 520),
+        width: stepWidth(),
         height: 300,
         marginLeft: 58,
         marginRight: 90,
-        x: {label: `time of a step, ${timeName}`, labelAnchor: "center", grid: true, nice: true, ticks: 6, zero: true},
-        y: {label: `peak, ${memoryName} a GPU`, grid: true, nice: true, ticks: 6, zero: true},
+        x: {label: `time of a step, ${timeName}`, labelAnchor: "center", grid: true, nice: true, ticks: 6},
+        y: {label: `peak, ${memoryName} a GPU`, grid: true, nice: true, ticks: 6},
         marks: [
           Plot.line(ordered, {x, y, z: p => p.step.rest, stroke: "currentColor", strokeOpacity: 0.35}),
           ...points.map(p => {
@@ -331,9 +333,10 @@ function tradeOff(cells) {
               r: 4,
               fill: style.hollow ? "var(--back)" : style.color,
               stroke: style.color,
+              opacity: p.front ? 1 : 0.35,
             });
           }),
-          Plot.text(points, {
+          Plot.text(points.filter(p => p.front), {
             x,
             y,
             text: p => (policies ? p.cell.recompute : p.choice),
@@ -347,7 +350,9 @@ function tradeOff(cells) {
       },
       finding,
     ),
-    caption: `Further left and further down is better. ${finding}${policies ? " A line joins what differs in recompute only." : ""}`,
+    caption:
+      `Further left and further down is better. ${finding} What is beaten in both is faint, some of it within the noise.` +
+      (policies ? " A line joins what differs in recompute only." : ""),
   };
 }
 
