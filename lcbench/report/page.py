@@ -99,9 +99,7 @@ def write_report(
             REPORT,
             data,
             title=f"{sweep.name}: predictions" if predicted else sweep.name,
-            sections=[
-                section for section in SECTIONS if {"foretold": bool(compared), "step": bool(steps)}.get(section[0], True)
-            ],
+            sections=[section for section in SECTIONS if {"foretold": bool(compared), "step": bool(steps)}.get(section[0], True)],
             steps=bool(steps),
             predicted=predicted,
             foretold=_foretold(sweep, frame, predicted=predicted),
