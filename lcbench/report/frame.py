@@ -97,7 +97,7 @@ def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False)
     if frame.empty:
         return frame
     frame["good"] = frame["status"] == ("predicted" if predicted else "ok")
-    speeds = [c for c in frame.columns if c.startswith(("time/", "compute/", "overlap/", "draws/"))]
+    speeds = [c for c in frame.columns if c.startswith(("time/", "compute/", "overlap/", "draws/", "mesh/"))]
     frame.loc[frame["no_speed"] != "", speeds] = np.nan
     for group in CELL_GROUPS:
         frame[f"what_{group}"] = named(frame, group)
@@ -116,7 +116,7 @@ def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False)
     rest = [axis for axis in PROBLEM if axis not in (*ALWAYS_TOLD, "seed") and (axis == "heads" or _several(frame, axis))]
     frame["setting"] = [", ".join(f"{axis} {row[_column(axis)]}" for axis in rest) for row in rows]
     frame["where"] = frame["setting"] + (", seed " + frame["seed"].astype(str) if frame["seed"].nunique() > 1 else "")
-    frame["tokens_per_rank"] = frame["seqlen"] // frame["world_size"]
+    frame["tokens_per_rank"] = frame["seqlen"] * frame["mesh.tp"] * frame["mesh.dp"] // frame["world_size"]
     for phase in PHASES:
         frame[f"{phase}_by_mean"] = [_by_mean(row, phase) for row in rows]
         frame[f"timed/{phase}"] = _timed(rows, phase)

@@ -121,10 +121,8 @@ class Recorder:
         handles = []
         for number, layer in enumerate(self._training.stack.layers):
             name = f"layer {number}"
-            handles += [
-                layer.before.register_forward_hook(self._half(name, ("x", ""), ("q", "k", "v"))),
-                layer.after.register_forward_hook(self._half(name, (AGAIN, "out"), ("y",))),
-            ]
+            handles += self._half(layer.before, name, ("x", ""), ("q", "k", "v"))
+            handles += self._half(layer.after, name, (AGAIN, "out"), ("y",))
             modules = layer.named_modules(prefix=f"layers.{number}")
             handles += self._weighted(modules, norms=number == self.layer)
         handles += self._weighted(self._training.head.named_modules(prefix="head"), norms=True)
@@ -135,19 +133,27 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
-    def _half(self, layer: str, given: tuple[str, ...], gives: tuple[str, ...]) -> Callable[..., None]:
+    def _half(self, half: nn.Module, layer: str, given: tuple[str, ...], gives: tuple[str, ...]) -> list[Any]:
         """Of half a layer: what it gets and gives, and the gradients of that."""
+        begin = 0
 
-        def hook(module: nn.Module, args: tuple[Any, ...], results: Any) -> None:
-            if not self._on:
-                return
-            results = results if isinstance(results, tuple) else (results,)
-            begin = self._placed(f"{layer} {gives[0]}", len(args[0]))
-            for name, x in zip((*given, *gives), (*args, *results), strict=True):
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal begin
+            if self._on:
+                begin = self._placed(f"{layer} {gives[0]}", len(args[0]))
+                catch(given, args)
+
+        def after(module: nn.Module, args: tuple[Any, ...], results: Any) -> None:
+            if self._on:
+                catch(gives, results if isinstance(results, tuple) else (results,))
+
+        def catch(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
+            for name, x in zip(names, tensors, strict=True):
                 if name:
                     self._catch(layer, name, x, begin, digested=name in DIGESTED)
 
-        return hook
+        # Ahead of FSDP2's hook, which hands the half a tensor of its own: what comes back to that is this half's part alone.
+        return [half.register_forward_pre_hook(before, prepend=True), half.register_forward_hook(after)]
 
     def _placed(self, key: str, count: int) -> int:
         """Where the tokens begin that a module is called with."""

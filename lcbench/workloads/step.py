@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lcbench.cp.base import RankRun
+from lcbench.kernels.base import Unsupported
 from lcbench.measure.bounds import Check, of_groups
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.least import least_traffic
@@ -48,7 +49,11 @@ class BlockSession(Session):
         self._started, before = begun, time.perf_counter()
         self.mask, self.pairs, self.wrong = begun.mask, begun.pairs, begun.wrong
         self.run = CountedRun(begun.run)
-        self.training = Training(block, work, Attention(self.run), work.recompute, gang)
+        try:
+            self.training = Training(block, work, Attention(self.run), work.recompute, gang)
+        except Unsupported as refused:  # by all ranks
+            self.refused = str(refused)
+            return
         self.prepare_s = begun.prepare_s + time.perf_counter() - before
         self.negated = False
         self.checks = StepCheck(self.training, block.model, begun.bounds, begun.seed, gang)
@@ -61,7 +66,9 @@ class BlockSession(Session):
 
     @property
     def held_bytes(self) -> int:
-        return self.checks.held_bytes + sum(each.held_bytes for each in self.examinations.values())
+        """Of the check, and what is in the host's memory where that is the device's too."""
+        host = self.training.recompute.host_bytes if self._gang.device.type == "cpu" else 0
+        return host + self.checks.held_bytes + sum(each.held_bytes for each in self.examinations.values())
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
@@ -140,7 +147,7 @@ class BlockSession(Session):
     def costs(self) -> dict[str, Cost]:
         """Cost by phase: 2 FLOPs per weight and token forward and 4 backward, attention by the mask's pairs; what is computed again
         is apart. Traffic is what every layer's attention needs, memory what weights take that are read, and their gradients."""
-        problem, model, again = self._work.problem, self._block.model, self._work.recompute.again()
+        problem, model, again = self._work.problem, self._block.model, self.training.recompute.policy.again()
         gang, layers, size = self._gang, len(self.training.stack.layers), problem.itemsize
         least = least_traffic(self.mask, problem, self.run.tokens, gang.device, gang.ranks)
         pairs, tokens = sum(gang.of_groups(self.pairs)), float(problem.seqlen * gang.mesh.dp)
@@ -177,7 +184,19 @@ class BlockSession(Session):
             "step/recomputed_flops_per_gpu": sum(cost.recomputed for cost in costs.values()) / world,
         })  # fmt: skip
         counted.metrics.update((f"model/{phase}/repeats", repeats) for phase, repeats in self._repeats().items())
+        counted.metrics.update(of_worst({f"memory/{name}_bytes": float(size) for name, size in self.training.memory().items()}))
+        counted.metrics.update(of_worst(self.training.recompute.metrics()))
+        counted.notes.update(self.training.recompute.notes)
+        if not self._block.fsdp:  # which gathers and frees weights as it sees fit
+            plan = self.training.planned()
+            counted.metrics.update(of_worst({"memory/planned_peak_bytes": float(self._held_between_steps() + plan.peak)}))
+            counted.notes["memory_plan"] = plan.notes()
         return counted
+
+    def _held_between_steps(self) -> int:
+        """This rank's weights, states of the optimizer and buffers between ranks."""
+        counters = self.run.counters()
+        return self.training.held_between_steps() + (counters.buffer_bytes if counters else 0)
 
     def _sent(self) -> dict[str, Sent]:
         """What this rank sends in a step, by phase: of attention and of weights. Runs one. Collective."""
@@ -216,6 +235,12 @@ class BlockSession(Session):
         every = EVERY.all_gather_object(watch.seconds())
         shares = [sum(own.get(phase, 0.0) for phase in LAYERS) / own[STEP] for own in every]
         return {"attention/share": sum(shares) / len(shares)}
+
+
+def of_worst(own: dict[str, float]) -> dict[str, float]:
+    """The largest of all ranks' values, by name. Collective."""
+    every = EVERY.all_gather_object(own)
+    return {name: max(each[name] for each in every) for name in own}
 
 
 class CountedRun:

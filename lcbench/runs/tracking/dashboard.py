@@ -65,7 +65,7 @@ NOTE = """A sweep has a run of its own, which says what to use, what failed and 
 cell: a kernel x context-parallel strategy x mask x length x scale, checked against a float64 reference, then timed.
 
 - `compute/`: TFLOP/s per GPU and MFU, by unmasked pairs; `time/`: medians in ms, of the slowest rank; `memory/`: worst rank's peak
-- `overlap/`, `comm/`, `balance/`: what communication costs; `check/`: errors and their bounds; `samples/`: every iteration
+- `overlap/`, `comm/`, `balance/`, `mesh/`: what communication costs; `check/`: errors and their bounds; `samples/`: every iteration
 - short names for tables: `tflops`, `mfu_percent`, `total_ms`, `fwd_ms`, `bwd_ms`, `peak_gib`, `noise_percent`
 - of a training step besides: `step/`, `attention/`, `memory/` by class, `tokens_per_s` (per GPU), `hfu_percent`; `model/` and
   `model_step_ms_scaled` are of the whole model, scaled from the layers that were run, not measured
