@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from lcbench.problem import Problem
 from lcbench.workloads.base import Work, Workload
 from lcbench.workloads.models import Model
 
 if TYPE_CHECKING:
     from lcbench.measure.session import Gang
     from lcbench.workloads.step import BlockSession
+
+LABEL_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class Block(Workload):
     model: Model
     layers: int | None = None
     loss_chunk: int = 1024
+
+    def input_bytes(self, problem: Problem) -> float:
+        """Of what the first layer gets, and of the labels. Weights are no inputs."""
+        return problem.seqlen / problem.scale.world_size * (self.model.hidden * problem.itemsize + LABEL_BYTES)
 
     def start(self, work: Work, draw: int, gang: Gang) -> BlockSession:
         from lcbench.workloads.step import BlockSession  # with torch, which planning does without
