@@ -1,5 +1,5 @@
-"""Training steps in a report: what time and memory of a step are made of, what a step of the whole model comes to, and the longest
-length that each choice ran.
+"""Training steps in a report: what time and memory of a step are made of, what a step of the whole model comes to, and how long a
+sequence each choice ran.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def table(frame: pd.DataFrame) -> list[dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class Longest:
-    """How far a choice came with one model, mask and scale.
+class Reached:
+    """How far a choice came with one problem, but for its length, in a sweep that is no search of it (``report/longest.py``).
 
     Attributes:
         length: the longest that it ran, in tokens; None where none was.
@@ -172,7 +172,7 @@ class Longest:
         }  # fmt: skip
 
 
-def longest(frame: pd.DataFrame) -> list[Longest]:
+def reached(frame: pd.DataFrame) -> list[Reached]:
     """Of every choice of the training steps of ``frame.reported`` that were tried at several lengths, in the order of the plan."""
     rows = step_rows(frame)
     rows = rows[rows["status"].isin(["ok", "failed"])] if len(rows) else rows
@@ -188,7 +188,7 @@ def longest(frame: pd.DataFrame) -> list[Longest]:
             not_ran = mine[(mine["status"] == "failed") & (mine["seqlen"] > (length or 0))].sort_values("seqlen")
             first = not_ran.iloc[0].to_dict() if len(not_ran) else {}
             found.append(
-                Longest(
+                Reached(
                     str(choice), str(mask), str(scale), str(where), length, str((best or first)["cell"]),
                     _known(best, "memory/peak_bytes"), int(first["seqlen"]) if first else None,
                     str(first.get("failure") or ""), str(first.get("cell") or ""),

@@ -223,7 +223,8 @@ class _Form:
         step = row["recompute"] is not None
         whole = [digits(1e3 * row["total_s"] if step and row["total_s"] else None), digits(row["tokens_per_s_per_gpu"])]
         shown = [
-            *(whole if self.steps else ()), *(digits(s if s is None else 1e3 * s) for s in (row["forward_s"], row["backward_s"])), percent(row["noise"]),
+            *(whole if self.steps else ()),
+            *(digits(s if s is None else 1e3 * s) for s in (row["forward_s"], row["backward_s"])), percent(row["noise"]),
             self.rate.of(row["tflops_per_gpu"], named=False), percent(row["mfu"]), self.size.of(row["peak_bytes"], named=False),
             errors,
         ]  # fmt: skip

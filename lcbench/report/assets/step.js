@@ -26,7 +26,6 @@ function drawSteps(place, cells) {
     h("p", {id: "step-finding"}, h("b", {}, finding)),
     h("div", {class: "side-by-side"}, parts.filter(Boolean)),
     stepTable(drawn, failed, partial),
-    longestTable(mine) ?? "",
   );
 }
 
@@ -417,8 +416,8 @@ function stepTable(drawn, failed, partial) {
   );
 }
 
-/** As `longest` of report/step.py: of each choice of a model, mask and scale with several lengths, the longest that ran. */
-function longestOf(cells) {
+/** As `reached` of report/step.py: of each choice of a model, mask and scale with several lengths, the longest that ran. */
+function reachedBy(cells) {
   const tried = cells.filter(cell => cell.status === "ok" || cell.status === "failed");
   return d3
     .groups(tried, cell => `${cell.mask}|${cell.scale}|${cell.where}`)
@@ -440,64 +439,74 @@ function longestOf(cells) {
     );
 }
 
-/** The longest length that each choice ran; null where lengths were not varied. */
-function longestTable(cells) {
-  const found = longestOf(cells);
-  if (!found.length) return null;
-  const most = d3.max(found, f => f.best?.seqlen ?? 0);
-  const varies = key => unique(found.map(f => f.of[key])).length > 1;
+/** The section of the longest lengths: a search's answers for choices of which a cell is in view, or what training steps reached. */
+function drawLongest(place, cells) {
+  const inView = new Map(cells.map(cell => [cell.id, cell]));
+  const rows = BLOCK.searched
+    ? BLOCK.searched.rows
+        .map(row => ({...row, of: row.cells.map(id => inView.get(id)).find(Boolean)}))
+        .filter(row => row.of)
+        .map(row => ({...row, choice: row.of.choice}))
+    : reachedBy(cells.filter(stepOf)).map(reachedRow);
+  if (!rows.length) return place.replaceChildren(h("p", {class: "dim"}, "Nothing of this view was tried at several lengths."));
+  const most = d3.max(rows, row => row.tokens ?? 0);
   const keys = [
     ["mask", "mask"],
     ["scale", "scale"],
     ["where", "setting"],
-  ].filter(([key]) => varies(key));
-  const bar = f => h("td", {class: "bar"}, h("i", {style: `width: ${((100 * (f.best?.seqlen ?? 0)) / most).toFixed(0)}%`}));
-  return h(
-    "div",
+  ].filter(([key]) => unique(rows.map(row => row.of[key])).length > 1);
+  const head = h(
+    "tr",
     {},
-    h("h3", {}, "Longest length"),
+    h("th", {}, "choice"),
+    keys.map(([, name]) => h("th", {}, name)),
+    h("th", {class: "number"}, BLOCK.searched ? "longest that fits" : "longest that ran"),
+    h("th", {}),
+    h("th", {class: "number"}, BLOCK.searched ? "needs" : "peak there"),
+    h("th", {}, BLOCK.searched ? "does not fit" : "next that did not run"),
+  );
+  const said = row => (row.tokens === null ? "none" : `${row.open ? "at least " : ""}${tokens(row.tokens)}`);
+  const body = rows.map(row =>
+    h(
+      "tr",
+      {style: `--c: ${styleOf(row.choice).color}`},
+      h("th", {scope: "row", class: "mine"}, row.choice),
+      keys.map(([key]) => h("td", {}, row.of[key])),
+      h("td", {class: row.predicted ? "number predicted" : "number"}, row.cell ? cellLink(row.cell, said(row)) : said(row)),
+      h("td", {class: "bar"}, h("i", {style: `width: ${((100 * (row.tokens ?? 0)) / Math.max(most, 1)).toFixed(0)}%`})),
+      h("td", {class: "number"}, bytes(row.needs)),
+      h(
+        "td",
+        {class: row.beyond || row.why ? "words failed" : "dim"},
+        [row.beyond ? tokens(row.beyond) : "", row.why].filter(Boolean).join(": ") || "none was tried",
+      ),
+    ),
+  );
+  place.replaceChildren(
     h(
       "div",
       {class: "scroll", tabindex: "0", role: "region", "aria-label": "the longest length of every choice"},
-      h(
-        "table",
-        {id: "longest"},
-        h(
-          "thead",
-          {},
-          h(
-            "tr",
-            {},
-            h("th", {}, "choice"),
-            keys.map(([, name]) => h("th", {}, name)),
-            h("th", {class: "number"}, "longest that ran"),
-            h("th", {}),
-            h("th", {class: "number"}, "peak there"),
-            h("th", {}, "next that did not"),
-          ),
-        ),
-        h(
-          "tbody",
-          {},
-          found.map(f =>
-            h(
-              "tr",
-              {style: `--c: ${styleOf(f.choice).color}`},
-              h("th", {scope: "row", class: "mine"}, f.choice),
-              keys.map(([key]) => h("td", {}, f.of[key])),
-              h("td", {class: "number"}, f.best ? cellLink(f.best, tokens(f.best.seqlen)) : "none"),
-              bar(f),
-              h("td", {class: "number"}, f.best ? bytes(f.best.peak) : ""),
-              h(
-                "td",
-                {class: f.beyond ? "failed" : "dim"},
-                f.beyond ? cellLink(f.beyond, `${tokens(f.beyond.seqlen)}: ${f.beyond.kind}`) : "none was tried",
-              ),
-            ),
-          ),
-        ),
-      ),
+      h("table", {id: "longest-table"}, h("thead", {}, head), h("tbody", {}, body)),
     ),
-    h("p", {class: "dim"}, "Of the lengths of this sweep. Where nothing longer was tried, a choice may go further than it says here."),
+    h(
+      "p",
+      {class: "dim"},
+      BLOCK.searched
+        ? `A search for the longest length that fits ${bytes(BLOCK.searched.cap)} a rank. Needs: the peak of an iteration and its inputs, ` +
+            "of the rank that needs most." +
+            (rows.some(row => row.predicted) ? " Predicted, not measured." : "")
+        : "Of the lengths of this sweep. Where nothing longer was tried, a choice may go further than it says here; " +
+            "search=max_seqlen finds how far.",
+    ),
   );
 }
+
+const reachedRow = f => ({
+  choice: f.choice,
+  of: f.of,
+  cell: f.best,
+  tokens: f.best?.seqlen ?? null,
+  needs: f.best?.peak ?? null,
+  beyond: f.beyond?.seqlen ?? null,
+  why: f.beyond?.kind ?? "",
+});

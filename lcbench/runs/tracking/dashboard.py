@@ -46,6 +46,7 @@ STEP_COLUMNS = {
     "metrics.`model_step_ms_scaled`": MEDIUM,
 }  # fmt: skip
 CALL_BARS = ("tflops", "mfu_percent", "fwd_ms", "bwd_ms", "peak_gib", "overlap/forward/exposed_ms")
+STEP_SCATTERS = (("length", "tokens_per_s"), ("recompute", "total_ms"), ("recompute", "peak_gib"))
 STEP_BARS = ("total_ms", "tokens_per_s", "mfu_percent", "hfu_percent", "attention_percent", "peak_gib")
 FAILURE_COLUMNS = {
     "tags.`lcbench.failure`": MEDIUM, "tags.`lcbench.cause`": WIDE, "tags.`lcbench.nodes`": MEDIUM,
@@ -218,7 +219,7 @@ def _charts(name: str, where: str, cells: list[Flat]) -> dict[str, Any]:
         _scatter("length", "tflops"),
         _scatter("scale", "tflops"),
         _scatter("length", "peak_gib"),
-        *([_scatter("length", "tokens_per_s"), _scatter("recompute", "total_ms"), _scatter("recompute", "peak_gib")] if steps else []),
+        *(_scatter(x, y) for x, y in (STEP_SCATTERS if steps else ())),
         {"type": "PARALLEL", "metricSectionId": "overview", "selectedParams": lines, "selectedMetrics": ["tflops"],
          "showAllRuns": False},
         *(
