@@ -118,7 +118,7 @@ function stepBars(cells, failed, spec, finding) {
       height: 52 + 26 * names.length,
       marginLeft: 36 + 6.4 * d3.max(names, name => name.length),
       marginRight: 120,
-      x: {label: `${spec.label}, ${spec.unit.name}`, grid: true, ticks: 5, domain: spec.domain, tickFormat: String},
+      x: {label: `${spec.label}, ${spec.unit.name}`, grid: true, ticks: 4, domain: spec.domain, tickFormat: String},
       y: {domain: names, label: null},
       color: {domain: spec.colors.map(c => c[0]), range: spec.colors.map(c => c[1])},
       marks: [
@@ -168,7 +168,7 @@ function stepBars(cells, failed, spec, finding) {
 }
 
 /** Two figures beside one another where there is room. */
-const stepWidth = () => (widthOf() < 900 ? Math.min(widthOf(), 640) : Math.floor((widthOf() - 30) / 2));
+const stepWidth = () => (widthOf() < 1080 ? Math.min(widthOf(), 720) : Math.floor((widthOf() - 30) / 2));
 const unitOf = (value, units) => units.findLast(([, size]) => value / size >= 1) ?? units[0];
 
 function timeOfSteps(cells, failed, whole) {
