@@ -137,7 +137,7 @@ class _Watch(TorchDispatchMode):
     """Notes from when to when the memory of each tensor lives that an operation made."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._now = 0
         self._live: dict[int, tuple[StorageWeakRef, int, int]] = {}
         self._saved: set[int] = set()

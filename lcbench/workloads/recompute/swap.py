@@ -121,7 +121,7 @@ class Shelf:
     again: dict[str, Callable[[Shelf], None]] = field(default_factory=dict)
     _known: dict[tuple[int, int, torch.dtype], int] = field(default_factory=dict)
     _read: list[torch.Tensor] = field(default_factory=list)
-    _out: list[Mark] = field(default_factory=list)
+    _out: Mark = None
 
     def find(self, x: torch.Tensor) -> int | None:
         """The index of a tensor that was put before, in this shape or another one."""
@@ -135,14 +135,12 @@ class Shelf:
         return self.items[-1]
 
     def read_by(self, mark: Mark) -> None:
-        """A copy reads tensors that were added."""
-        self._out.append(mark)
+        """A copy reads tensors that were added; those before it have ended when it has."""
+        self._out = mark
 
     def leave(self, lane: Lane) -> None:
         """Let go of the tensors, once their copies have ended."""
-        for mark in self._out:
-            lane.wait(mark)
-        self._out.clear()
+        lane.wait(self._out)
         self._known.clear()
         self._read.clear()
 
