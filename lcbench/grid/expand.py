@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from lcbench.grid.axes import AXES, CELL_AXES, GROUPS, OTHER_WAYS, RESERVED, WIT
 from lcbench.grid.cell import Cell
 from lcbench.grid.overrides import LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
 from lcbench.grid.paths import CONF, REPOSITORY
+from lcbench.grid.search import Bracket, Search, at
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.block import BlockMap
@@ -53,8 +54,12 @@ OPTION_GROUPS: dict[str, Callable[[Any, str], Any]] = {
 }  # fmt: skip
 # Run options that are texts, and of what.
 TEXTS = {"results": "folder", "tracking_uri": "address", "fit": "file"}
+# Run options that are a file of conf/, if anything: what is composed of them is no run option of a plan as it is.
+CHOSEN = ("site", "experiment", "machine", "search")
 NAME_BYTES = 200  # of a sweep's name: a file's name holds 255, and some are made of it and a cell's
 NOT_IN_NAMES = "/\\%|,"
+# Axes that say the length.
+LENGTHS = {"seqlen", *(name for name, way in OTHER_WAYS.items() if way == "seqlen")}
 WORDS_OF_COMMANDS = ("last", "all")
 
 _STARTED = time.localtime()
@@ -102,6 +107,7 @@ class Plan:
     site: dict[str, Any]
     overrides: tuple[str, ...]
     launcher: str  # its name in conf/hydra/launcher
+    search: Search | None = None  # of lengths; then there is one cell of each choice, at the length to begin with
 
 
 _remembered: list[Plan] = []
@@ -143,11 +149,15 @@ def _plan(parsed: list[Override], lines: tuple[str, ...], loader: ConfigLoaderIm
     base = _compose_base(fixed, loader)
     axes, swept = _axes(typed, base, loader)
     options = _run_options(base)
+    search = _search(base, typed)
+    if search is not None:  # lengths of an experiment give way
+        axes, swept = [o for o in axes if root_of(o) not in LENGTHS], swept - LENGTHS
+        base |= {"seqlen": search.shortest, "seqlen_per_rank": None}
     site = _site(base["site"], launchers_of(loader))
     by_site = "scale" not in swept and base["scale"] == site.get("scale")
     configs = _product(base, [text_of(o) for o in fixed if root_of(o) in ("site", "experiment")], axes, loader)
     made = (Cell.from_config(cell_config(config, said=swept, by_site=by_site)) for config in configs)
-    cells = {cell.id: cell for cell in made}
+    cells = {cell.id: cell for cell in (made if search is None else map(partial(_first_of, search), made))}
     folder = Path(str(options["results"])).absolute() / str(options["sweep"] or "")
     launcher = str(chosen[-1].value()) if chosen else str(site.get("launcher"))
     if not sites.predicts(launcher):  # what is predicted is of another machine, and of any number of its GPUs
@@ -159,7 +169,29 @@ def _plan(parsed: list[Override], lines: tuple[str, ...], loader: ConfigLoaderIm
         site=site,
         overrides=lines,
         launcher=launcher,
+        search=search,
     )
+
+
+def _search(base: dict[str, Any], typed: list[Override]) -> Search | None:
+    """Raises:
+    ValueError: it is no search, or a length is typed beside it.
+    """
+    config = base.get("search")
+    if config is None:
+        return None
+    if not isinstance(config, dict):
+        raise ValueError(f"search={values.shown(config)} means nothing; write search=max_seqlen")
+    if length := next((o for o in typed if o.key_or_group in LENGTHS), None):
+        found = f"search={config.get('name')} looks for one from search.from={config.get('from')} to search.to={config.get('to')}"
+        raise ValueError(f"{text_of(length)} says a length, and {found}; leave it out")
+    return Search.parse(config)
+
+
+def _first_of(search: Search, cell: Cell) -> Cell:
+    """A cell of a choice at the length that a search for its longest begins with."""
+    lengths = search.lengths(cell.problem.scale.world_size)
+    return at(cell, Bracket.between(lengths, None, None).next())
 
 
 def _refuse_to_predict(options: dict[str, Any], launcher: str) -> None:
@@ -195,7 +227,7 @@ def _axes(typed: list[Override], base: dict[str, Any], loader: ConfigLoaderImpl)
 
 def _run_options(base: dict[str, Any]) -> dict[str, Any]:
     """Everything but axes, site and experiment, checked."""
-    options = {k: base[k] for k in RUN_OPTIONS if k not in ("site", "experiment", "machine")}
+    options = {k: base[k] for k in RUN_OPTIONS if k not in CHOSEN}
     options["machine"] = base["hydra"]["choices"].get("machine")
     _check_run_options(options)
     if unknown := [k for k in base if k not in (*AXES, *RUN_OPTIONS, "hydra")]:
@@ -489,7 +521,7 @@ def _compose_base(fixed: list[Override], loader: ConfigLoaderImpl) -> dict[str, 
             key = override.key_or_group.split(".")
             if key[0] == "site" and len(key) == 2 and not override.is_add() and key[1] not in sites.ClusterSite.model_fields:
                 raise ValueError(sites.unknown_key(key[1])) from error
-        for group in OPTION_GROUPS:
+        for group in (*OPTION_GROUPS, "search"):
             own = [text_of(o) for o in fixed if root_of(o) == group]
             if own and (word := _option_error(group, own, [], loader)):
                 raise ValueError(word) from error
@@ -510,10 +542,12 @@ def _compose_key(root: str, lines: list[str], base_lines: list[str], loader: Con
 
 def _option_error(root: str, lines: list[str], base_lines: list[str], loader: ConfigLoaderImpl) -> str | None:
     """A clear word on an option that an axis value does not have."""
-    if root not in (*WITH_OPTIONS, *OPTION_GROUPS):
+    if root not in (*WITH_OPTIONS, *OPTION_GROUPS, "search"):
         return None
     chosen = [line for line in lines if line.partition("=")[0] == root]
-    config = compose(base_lines + chosen, loader)[root]
+    config = compose(base_lines + chosen, loader).get(root)
+    if config is None:
+        return f"{lines[0]} says nothing without a search; write search=max_seqlen"
     if not isinstance(config, dict):
         return None
     options = [k for k in config if k not in RESERVED]

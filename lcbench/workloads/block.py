@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lcbench.workloads.step import BlockSession
 
 OPTIMIZERS = ("none", "adamw")
+LABEL_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Block(Workload):
             if (size := getattr(self.model, name)) % tp:
                 return f"mesh.tp={tp} does not divide model.{name}={size}, of which each tensor-parallel rank has an equal part"
         return None
+
+    def input_bytes(self, problem: Problem) -> float:
+        """Of what the first layer gets, and of the labels. Weights are no inputs."""
+        return problem.seqlen / problem.scale.world_size * (self.model.hidden * problem.itemsize + LABEL_BYTES)
 
     def start(self, work: Work, draw: int, gang: Gang) -> BlockSession:
         from lcbench.workloads.step import BlockSession  # with torch, which planning does without
