@@ -41,7 +41,7 @@ from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
-from lcbench.problem import Heads, Problem, Scale
+from lcbench.problem import Heads, Mesh, Problem, Scale
 from lcbench.redact import refuse_readable
 
 CONFIG = "config"
@@ -328,7 +328,8 @@ def cell_config(config: dict[str, Any], *, said: Collection[str] = (), by_site: 
     """
     found: dict[str, Any] = {group: build.check_options(group, config[group]) for group in GROUPS}
     scale = _scale(config["scale"], found["cp"], by_site)
-    seqlen = _seqlen(config["seqlen"], config["seqlen_per_rank"], scale, "seqlen" in said)
+    ranks = max(1, scale.world_size // Mesh(**values.parse_mesh(config["mesh"])).count)
+    seqlen = _seqlen(config["seqlen"], config["seqlen_per_rank"], ranks, "seqlen" in said)
     found |= {"seqlen": seqlen, "scale": str(scale)}
     found |= {name: axis.parse(config[name]) for name, axis in CELL_AXES.items() if axis.parse is not None and name not in found}
     folded = set()
@@ -398,15 +399,15 @@ def _scale(said: Any, strategy: dict[str, Any], by_site: bool) -> Scale:
     return Scale(1, 1) if by_site and build.on_one_rank(strategy) else values.parse_scale(said)
 
 
-def _seqlen(seqlen: Any, per_rank: Any, scale: Scale, both: bool) -> int:
-    """Total tokens, which are said in one of two ways."""
+def _seqlen(seqlen: Any, per_rank: Any, ranks: int, both: bool) -> int:
+    """Total tokens, which are said in one of two ways; ``ranks``: of a context-parallel group."""
     if per_rank is None:
         return values.parse_tokens(seqlen)
     if both and seqlen is not None:
         raise ValueError(
             f"seqlen={values.shown(seqlen)} and seqlen_per_rank={values.shown(per_rank)} are two ways to say one length"
         )
-    return values.parse_tokens(values.parse_tokens(per_rank, "seqlen_per_rank") * scale.world_size)
+    return values.parse_tokens(values.parse_tokens(per_rank, "seqlen_per_rank") * ranks)
 
 
 def skip_reason(cell: Cell) -> str | None:
@@ -417,7 +418,7 @@ def skip_reason(cell: Cell) -> str | None:
     """
     config, problem = cell.config, cell.problem
     try:
-        mask = _mask(json.dumps(config["mask"]), problem, config["seed"])
+        mask = _mask(cell)
     except DoesNotFit as error:
         return f"mask {config['mask']['name']}: {error}"
     made = {}
@@ -428,7 +429,7 @@ def skip_reason(cell: Cell) -> str | None:
     if reason := _refused_by_workload(config, problem, mask, made["kernel"], made["cp"]):
         return reason
     if own.named_in(config["cp"]):
-        _prove(json.dumps(config["cp"]), json.dumps(config["mask"]), problem, config["seed"])
+        _prove(cell)
     return None
 
 
@@ -453,13 +454,13 @@ def pairs(cell: Cell) -> float:
 
 
 def mask_of(cell: Cell) -> Mask:
-    """The first draw of a cell's mask, made once.
+    """The first draw of a cell's mask, of one context-parallel group, made once.
 
     Raises:
         DoesNotFit: the mask cannot exist at this length or with these heads.
         ValueError: a file that is not what it was when the cell was planned, or code that is not known here.
     """
-    return _mask(json.dumps(cell.config["mask"]), cell.problem, cell.config["seed"])
+    return _mask(cell)
 
 
 # -- the product -----------------------------------------------------------------------------------------------------
@@ -627,17 +628,18 @@ def _one_line(error: BaseException) -> str:
 
 # -- objects, each made once -----------------------------------------------------------------------------------------
 
-_masks: dict[tuple[str, int, Heads, int], Mask | DoesNotFit] = {}
+_masks: dict[tuple[str, int, Heads, int, int], Mask | DoesNotFit] = {}
 _objects: dict[tuple[str, str], Any] = {}
-_proven: set[tuple[str, str, Problem, int]] = set()
+_proven: set[tuple[str, str, Heads, Problem, int]] = set()
 
 
-def _mask(config: str, problem: Problem, seed: int) -> Mask:
-    key = (config, problem.seqlen, problem.heads, seed)
+def _mask(cell: Cell) -> Mask:
+    config = cell.config["mask"]
+    key = (json.dumps(config), cell.config["seqlen"], cell.heads, cell.mesh.tp, cell.config["seed"])
     if key not in _masks:
         try:
-            made = build.build_mask(json.loads(config), problem.seqlen, problem.heads, seed)
-            if isinstance(made, BlockMap) and own.named_in(json.loads(config)):
+            made = build.group_mask(cell)
+            if isinstance(made, BlockMap) and own.named_in(config):
                 made.draw(0)  # code of the user's, which is to fail here and not in a job
             _masks[key] = made
         except DoesNotFit as error:
@@ -654,13 +656,15 @@ def _object(group: str, config: str, builder: Any) -> Any:
     return _objects[group, config]
 
 
-def _prove(config: str, mask: str, problem: Problem, seed: int) -> None:
+def _prove(cell: Cell) -> None:
     """Prove the schedule of a strategy of the user's, once for all types that are computed in: milliseconds up to 64 ranks, some
     ten seconds of 512.
     """
-    key = (config, mask, replace(problem, dtype="float32", reduce_dtype="float32"), seed)
+    problem, said, seed = cell.problem, cell.config["cp"], cell.config["seed"]
+    config, mask = json.dumps(said), json.dumps(cell.config["mask"])
+    key = (config, mask, cell.heads, replace(problem, dtype="float32", reduce_dtype="float32"), seed)
     strategy = _object("cp", config, build.build_strategy)
     if key not in _proven and isinstance(strategy, Scheduled):
-        said, drawn = json.loads(config), _mask(mask, problem, seed)
+        drawn = _mask(cell)
         own.proven(said, strategy, own.scheduled(said, strategy, problem, drawn), problem, drawn)
     _proven.add(key)

@@ -39,7 +39,8 @@ class Result(Protocol):
 
 
 def cell_times(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[CellTime]:
-    """A ``CellTime`` of each cell with a good result; those whose ranks shared a GPU say nothing of its speed, and are left out.
+    """A ``CellTime`` of each cell with a good result. Left out are those whose ranks shared a GPU, which say nothing of its speed,
+    and those of several context-parallel groups, which cost one another what a simulation of one does not have.
 
     Args:
         results: cells with their attempts.
@@ -69,7 +70,7 @@ def cell_peaks(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machin
 def _good(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[tuple[Cell, list[Result]]]:
     """Cells with their good attempts."""
     good = [(cell, [a for a in attempts if a.status == "ok" and not a.no_speed]) for cell, attempts in results]
-    good = [(cell, attempts) for cell, attempts in good if attempts]
+    good = [(cell, attempts) for cell, attempts in good if attempts and cell.mesh.count == 1]
     if not good:
         raise ValueError(f"{source}: no cell has a good result with a time")
     for _, attempts in good:

@@ -36,10 +36,7 @@ def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
     config, problem = cell.config, cell.problem
     strategy = build.build_strategy(config["cp"])
     try:
-        masks = [
-            build.build_mask(config["mask"], problem.seqlen, problem.heads, config["seed"], number)
-            for number in range(build.draws(config["mask"]))
-        ]
+        masks = [build.group_mask(cell, number) for number in range(build.draws(config["mask"]))]
     except DoesNotFit as error:
         raise CannotPredict(str(error)) from error
     pairs = np.array([float(mask.pairs(problem.heads.q)) for mask in masks])

@@ -226,16 +226,24 @@ def summary(sweep: Sweep, seen: Look, ids: Iterable[str], *, predicted: bool = F
     where there was no choice. With ``predicted`` by predictions (``Look.foretold``), else by what was measured.
     """
     from lcbench.report.frame import good_rows, reported
-    from lcbench.report.regret import regrets, verdict
+    from lcbench.report.regret import contests
 
     frame = good_rows(reported(sweep, seen, predicted=predicted))
     chosen = frame[frame["cell"].isin(set(ids))] if len(frame) else frame
+    of = contests(chosen)
+    parts = [part for name, rows in of.items() for part in _contest(rows, f"{name}: " if len(of) > 1 else "")]
+    return Group(*parts) if parts else None
+
+
+def _contest(chosen: Any, name: str) -> list[RenderableType]:
+    """What good rows of one workload come to; ``name`` stands before it."""
+    from lcbench.report.regret import regrets, verdict
+
     found = regrets(chosen)
     said = verdict(found)
     if said is None:
-        lines = list(_fastest(chosen))
-        return Group(*lines) if lines else None
-    table = Fitted("if it has to be one, over all problems", [
+        return list(_fastest(chosen))
+    table = Fitted(f"{name}if it has to be one, over all problems", [
         Column("choice", folds=True), Column("mean vs best", right=True), Column("worst", right=True),
         Column("where", 1, folds=True), Column("fastest in", right=True), Column("ran in", right=True),
     ])  # fmt: skip
@@ -246,7 +254,7 @@ def summary(sweep: Sweep, seen: Look, ids: Iterable[str], *, predicted: bool = F
         )  # fmt: skip
     if len(found) > FEW:
         table.caption = f"and {len(found) - FEW} more choices"
-    return Group(plain(said, "bold"), Text(), table)
+    return [plain(f"{name}{said}", "bold"), Text(), table]
 
 
 def _fastest(good: Any) -> Iterator[Text]:

@@ -206,17 +206,18 @@ class Estimator:
         """How many times as long as simulated CPU ranks take because they share cores, and take turns at them."""
         if self.device:
             return 1.0
-        scale = cell.problem.scale
+        scale = cell.scale
         turns = max(1.0, scale.world_size / self.cores[0], scale.gpus_per_node / self.cores[1])
-        return max(1.0, turns / self.passes.turns_of(scale))
+        return max(1.0, turns / self.passes.turns_of(cell.problem.scale))
 
 
 def _every_s(cell: Cell, one: _Pass, pass_s: float) -> float:
     """A draw of a cell, all blocks, if an iteration takes ``pass_s``."""
     measure = cell.config["measure"]
     first, later = shared(measure), shared(measure, first=False)
-    # What computes and what is sent are timed apart, where there is something to send.
-    apart = 2 * (pass_s + _timed_s(first, pass_s, first["budget_s"] / 4)) if cell.problem.scale.world_size > 1 else 0.0
+    # What computes and what is sent are timed apart, where there is something to send, and a group alone where there are several.
+    extra = 2 * (cell.problem.scale.world_size > 1) + (cell.mesh.count > 1)
+    apart = extra * (pass_s + _timed_s(first, pass_s, first["budget_s"] / 4))
     once = one.prepare_s + one.once_s + (first["warmup"] + 1) * pass_s + _timed_s(first, pass_s, first["budget_s"]) + apart
     again = one.prepare_s + (later["warmup"] + AGAIN_PASSES) * pass_s + _timed_s(later, pass_s, later["budget_s"])
     return float(once + (blocks_of(measure) - 1) * again)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lcbench.masks.band import Ints
+from lcbench.masks.band import Ints, distinct
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import Traffic, Transfer, traffic
@@ -226,7 +226,7 @@ class _Play:
         self._awaited: dict[int, list[_Awaited]] = defaultdict(list)
         self._arrivals: dict[int, Floats] = defaultdict(lambda: np.zeros(ranks))
         self._taken: dict[int, Floats] = defaultdict(lambda: np.zeros(ranks))  # bytes, by the time at which they are taken
-        self._rows: list[Floats] = []
+        self._times = np.empty((len(work.compute), ranks, 4))
 
     def step(self, time: int, transfers: list[tuple[Transfer, Collective | None]]) -> None:
         machine, work = self._machine, self._work
@@ -252,7 +252,7 @@ class _Play:
         for transfer, collective in sorted(transfers, key=lambda each: each[0].begin - each[0].end):
             self._post(transfer, collective, sent, computed)
         there = self._arrived(time, computed)
-        self._rows.append(np.stack([begin, sent, computed, there], axis=1))
+        np.stack([begin, sent, computed, there], axis=1, out=self._times[time])
         self._now = there
 
     def _end_phase(self) -> None:
@@ -314,7 +314,7 @@ class _Play:
         payload = transfer.payload
         if element_bytes(payload.precision, self._problem) != element_bytes(payload.held, self._problem):
             return False
-        owners = self._schedule.owner[np.unique(transfer.rows[:, MoveColumn.SHARD])]
+        owners = self._schedule.owner[distinct(transfer.rows[:, MoveColumn.SHARD])]
         return bool((np.diff(owners) >= 0).all())
 
     def _messages(self, transfer: Transfer, source: Ints, to: Ints, size: Floats, ready: Floats) -> None:
@@ -384,7 +384,7 @@ class _Play:
                 each[ranks] = np.maximum(each[ranks], end)
 
     def times(self) -> Floats:
-        return np.stack(self._rows, axis=1)
+        return self._times.swapaxes(0, 1)
 
     def phases(self, times: Floats) -> dict[str, Phase]:
         steps = self._moves.steps

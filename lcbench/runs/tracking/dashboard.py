@@ -55,7 +55,7 @@ NOTE = """A sweep has a run of its own, which says what to use, what failed and 
 cell: a kernel x context-parallel strategy x mask x length x scale, checked against a float64 reference, then timed.
 
 - `compute/`: TFLOP/s per GPU and MFU, by unmasked pairs; `time/`: medians in ms, of the slowest rank; `memory/`: worst rank's peak
-- `overlap/`, `comm/`, `balance/`: what communication costs; `check/`: errors and their bounds; `samples/`: every iteration
+- `overlap/`, `comm/`, `balance/`, `mesh/`: what communication costs; `check/`: errors and their bounds; `samples/`: every iteration
 - short names for tables: `tflops`, `mfu_percent`, `total_ms`, `fwd_ms`, `bwd_ms`, `peak_gib`, `noise_percent`
 - tags `lcbench.status`, `lcbench.failure`, `lcbench.cause`: what did not run, and why
 - a prediction is a run of its own, grey, with the tag `lcbench.predicted`; no view of a sweep's cells has it
