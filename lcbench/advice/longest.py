@@ -85,13 +85,10 @@ def _check_here(plan: Plan, cap_bytes: float) -> None:
     ranks = max((p.cell.scale.world_size for p in plan.cells), default=1)
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if ranks * cap_bytes > SHARE * has:
-        together, most = (
-            f"search.gib={cap_bytes / GIB:g} for each of {ranks} ranks is {size(ranks * cap_bytes)}",
-            SHARE * has / ranks,
-        )
+        most = math.floor(100 * SHARE * has / ranks / GIB) / 100
         raise ValueError(
-            f"{together}, more than half of the {size(has)} that this machine has, and what does not fit needs more still; write at most "
-            f"search.gib={math.floor(100 * most / GIB) / 100:g}"
+            f"search.gib={cap_bytes / GIB:g} for each of {ranks} ranks is {size(ranks * cap_bytes)}, more than half of the "
+            f"{size(has)} that this machine has, and what does not fit needs more still; write at most search.gib={most:g}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -122,15 +123,30 @@ class Choice:
         return sum(probe.verdict != "no answer" for probe in self.probes.values())
 
     def expected(self, cap_bytes: float) -> tuple[int, int] | None:
-        """The outcome that a straight line through the two ends of the bracket gives, where both have been measured."""
-        shorter, longer = self.inside, self.beyond
-        if shorter is None or longer is None or longer not in self.probes:
+        """The outcome that what was measured leads to, as the first and the last that are likely; None: not enough was measured.
+
+        Between two lengths memory is taken to grow along a straight line, from nothing at no tokens. Beyond the two longest that
+        fit it is taken to go on as from one to the other, at least as the length does: what is looked at next needs little more
+        than the cap then.
+        """
+        fitting, beyond = self._fitting(), self.beyond
+        shorter, low = fitting[-1] if fitting else (0, 0.0)
+        high = self.probes[beyond].needs_bytes if beyond in self.probes else None
+        if beyond is not None and high is not None:
+            tokens = shorter + (cap_bytes - low) / (high - low) * (beyond - shorter)
+        elif len(fitting) > 1:
+            (before, least), (after, most) = fitting[-2:]
+            power = max(1.0, math.log(most / least) / math.log(after / before)) if most > least > 0 else 1.0
+            tokens = after * (cap_bytes / most) ** (1 / power)
+        else:
             return None
-        low, high = self.probes[shorter].needs_bytes, self.probes[longer].needs_bytes
-        if low is None or high is None:
-            return None
-        outcome = bisect_right(self.lengths, shorter + (cap_bytes - low) / (high - low) * (longer - shorter))
+        outcome = bisect_right(self.lengths, tokens)
         return outcome, outcome
+
+    def _fitting(self) -> list[tuple[int, float]]:
+        """Lengths that fit, the shortest first, with what they need."""
+        inside = self.inside or 0
+        return sorted((t, p.needs_bytes) for t, p in self.probes.items() if t <= inside and p.verdict == "fits" and p.needs_bytes)
 
 
 @dataclass(frozen=True)
