@@ -78,6 +78,7 @@ class StepCheck:
         self._divided = _ranks(training.sharing.tp)
         self._same = _ranks(training.sharing.same)
         self.labelled = training.labelled
+        self._unchecked = {"gradients of norms": "with mesh.tp they are parts of sums"} if training.sharing.tp is not None else {}
 
     def _sampled(self, count: int) -> torch.Tensor:
         """Local positions: all if that is little work, else the first, the last, and a draw."""
@@ -127,7 +128,7 @@ class StepCheck:
         """What all ranks have found so far."""
         own = self._judge.found, len(self._sample) if self._gang.tp_index == 0 else 0, len(self._sample) == len(self._tokens)
         judges, counts, wholes = zip(*EVERY.all_gather_object(own), strict=True)
-        return verdict(judges, REFERENCE, sum(counts), sum(counts), all(wholes), {})
+        return verdict(judges, REFERENCE, sum(counts), sum(counts), all(wholes), self._unchecked)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -176,7 +177,7 @@ class StepCheck:
         return 1 / max(1, self.labelled) / self._gang.mesh.dp
 
     def _between(self, recorder: Recorder) -> None:
-        """Whether halves and layers go on with what those before gave. Gradients do, as ``_layer`` takes them from one for the next."""
+        """Whether halves and layers go on with what those before gave; ``_layer`` does so for gradients."""
         _, y, dy, _ = recorder.passed["head"]
         at, end = recorder.digest, len(self._training.stack.layers) - 1
         links = [
@@ -201,8 +202,6 @@ class StepCheck:
             # What a rank has summed is rounded to the inputs' type, however little is left of it over all ranks.
             own = sums.value.square() if sums.value.ndim == 1 else sums.value.square().mean(1)
             want, squares = self._same.reduce_together(sums.value, sums.squares + own)
-            if _by_head(self._training, name):
-                want, squares = self._divided.reduce_together(want, squares)
             spreads[name] = spread = squares.sqrt()
             self._rows(WEIGHTS, name, got, want, self._bounds.factor * self._bounds.unit * spread)
         return spreads
@@ -265,9 +264,3 @@ def _divided_by(training: Training, name: str) -> tuple[Division, str]:
     *path, module, _ = name.split(".")
     half = training.head if path == ["head"] else getattr(training.stack.layers[int(path[1])], path[2])
     return half.division, module
-
-
-def _by_head(training: Training, name: str) -> bool:
-    """Whether a weight sees some of the heads on each rank of tensor parallelism."""
-    division, module = _divided_by(training, name)
-    return module in division.by_head
