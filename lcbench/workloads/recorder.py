@@ -176,13 +176,11 @@ class Recorder:
             caught.whole[begin] = x
 
     def _weighted(self, modules: Iterator[tuple[str, nn.Module]], *, norms: bool) -> list[Any]:
-        """Hooks of what has weights; with tensor parallelism of projections alone: what comes back to a norm is a part of a sum, and
-        whoever reads it in a hook changes what backward makes of it (torch 2.13)."""
         handles = []
         for name, module in modules:
             if isinstance(module, nn.Linear):
                 handles.append(module.register_forward_hook(self._linear(f"{name}.weight")))
-            elif isinstance(module, nn.RMSNorm) and norms and self._training.sharing.tp is None:
+            elif isinstance(module, nn.RMSNorm) and norms:
                 handles.append(module.register_forward_hook(self._norm(f"{name}.weight")))
         return handles
 
@@ -196,7 +194,7 @@ class Recorder:
             shared, squares = (torch.cat(parts) for parts in zip(*products, strict=True))
 
             def back(grad: torch.Tensor) -> None:
-                flat, at = local(grad.detach()).flatten(0, -2), 0
+                flat, at = self._settled(grad).flatten(0, -2), 0
                 sums = self._sums(name, (flat.shape[1], SIGNS))
                 for some in _few(flat):
                     wide, until = some.double(), at + len(some)
@@ -216,7 +214,7 @@ class Recorder:
             assert eps is not None
 
             def back(grad: torch.Tensor) -> None:
-                flat = local(grad.detach()).flatten(0, -2)
+                flat = self._settled(grad).flatten(0, -2)
                 sums = self._sums(name, (flat.shape[1],))
                 for one, other in zip(_few(flat), _few(x), strict=True):
                     wide = other.double()
@@ -227,6 +225,12 @@ class Recorder:
             result.register_hook(back)
 
         return hook
+
+    def _settled(self, grad: torch.Tensor) -> torch.Tensor:
+        """A gradient as this rank has it, summed where ranks have parts of a sum; then collective among these."""
+        own = local(grad.detach())
+        parts = any(each.is_partial() for each in getattr(grad, "placements", ()))
+        return self._divided.reduce(own.clone()) if parts else own
 
     def _sums(self, name: str, shape: tuple[int, ...]) -> Sums:
         if name not in self.sums:

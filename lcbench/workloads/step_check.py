@@ -72,13 +72,13 @@ class StepCheck:
         self._judge = Judge()
         # Ranks that have the other heads of the same tokens look at the same ones.
         self._random = np.random.default_rng([*seed, gang.dp_index, gang.cp_rank])
-        self._number = int(np.random.default_rng(seed).integers(0, 1 << 31))
+        # Signs and the layer that is looked at are the same on all ranks, of all groups of a mesh.
+        self._number = int(np.random.default_rng(seed[:3]).integers(0, 1 << 31))
         self._sample = self._sampled(len(self._tokens))
         self._firsts: dict[bool, Digest] = {}
         self._divided = _ranks(training.sharing.tp)
         self._same = _ranks(training.sharing.same)
         self.labelled = training.labelled
-        self._unchecked = {"gradients of norms": "with mesh.tp they are parts of sums"} if training.sharing.tp is not None else {}
 
     def _sampled(self, count: int) -> torch.Tensor:
         """Local positions: all if that is little work, else the first, the last, and a draw."""
@@ -128,7 +128,7 @@ class StepCheck:
         """What all ranks have found so far."""
         own = self._judge.found, len(self._sample) if self._gang.tp_index == 0 else 0, len(self._sample) == len(self._tokens)
         judges, counts, wholes = zip(*EVERY.all_gather_object(own), strict=True)
-        return verdict(judges, REFERENCE, sum(counts), sum(counts), all(wholes), self._unchecked)
+        return verdict(judges, REFERENCE, sum(counts), sum(counts), all(wholes), {})
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -202,6 +202,8 @@ class StepCheck:
             # What a rank has summed is rounded to the inputs' type, however little is left of it over all ranks.
             own = sums.value.square() if sums.value.ndim == 1 else sums.value.square().mean(1)
             want, squares = self._same.reduce_together(sums.value, sums.squares + own)
+            if _by_head(self._training, name):
+                want, squares = self._divided.reduce_together(want, squares)
             spreads[name] = spread = squares.sqrt()
             self._rows(WEIGHTS, name, got, want, self._bounds.factor * self._bounds.unit * spread)
         return spreads
@@ -264,3 +266,9 @@ def _divided_by(training: Training, name: str) -> tuple[Division, str]:
     *path, module, _ = name.split(".")
     half = training.head if path == ["head"] else getattr(training.stack.layers[int(path[1])], path[2])
     return half.division, module
+
+
+def _by_head(training: Training, name: str) -> bool:
+    """Whether a weight sees some of the heads on each rank of tensor parallelism."""
+    division, module = _divided_by(training, name)
+    return module in division.by_head
