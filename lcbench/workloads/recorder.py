@@ -233,10 +233,7 @@ class Recorder:
         return hook
 
     def _settled(self, grad: torch.Tensor) -> torch.Tensor:
-        """A gradient as this rank has it, summed where ranks have parts of a sum.
-
-        No operation of torch's on what ranks share: one on a gradient of parts has backward take it for whole (torch 2.11).
-        """
+        """A gradient as this rank has it, summed where ranks have parts of a sum; then collective among these."""
         own = local(grad.detach())
         parts = any(each.is_partial() for each in getattr(grad, "placements", ()))
         return self._divided.reduce(own.clone()) if parts else own

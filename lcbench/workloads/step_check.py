@@ -72,7 +72,8 @@ class StepCheck:
         self._judge = Judge()
         # Ranks that have the other heads of the same tokens look at the same ones.
         self._random = np.random.default_rng([*seed, gang.dp_index, gang.cp_rank])
-        self._number = int(np.random.default_rng(seed).integers(0, 1 << 31))
+        # Signs and the layer that is looked at are the same on all ranks, of all groups of a mesh.
+        self._number = int(np.random.default_rng(seed[:3]).integers(0, 1 << 31))
         self._sample = self._sampled(len(self._tokens))
         self._firsts: dict[bool, Digest] = {}
         self._divided = _ranks(training.sharing.tp)
@@ -176,7 +177,7 @@ class StepCheck:
         return 1 / max(1, self.labelled) / self._gang.mesh.dp
 
     def _between(self, recorder: Recorder) -> None:
-        """Whether halves and layers go on with what those before gave. Gradients do, as ``_layer`` takes them from one for the next."""
+        """Whether halves and layers go on with what those before gave; ``_layer`` does so for gradients."""
         _, y, dy, _ = recorder.passed["head"]
         at, end = recorder.digest, len(self._training.stack.layers) - 1
         links = [
