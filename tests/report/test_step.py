@@ -15,13 +15,15 @@ from lcbench.grid.axes import value_of
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
+from lcbench.report.figures import all_figures
 from lcbench.report.frame import good_rows, reported
 from lcbench.report.page import write_report
-from lcbench.report.parts import only_attention, shown
+from lcbench.report.parts import TIME, only_attention, shown
 from lcbench.report.publishing import summary_of
 from lcbench.report.regret import contests, regrets
 from lcbench.report.roofline import roofline
 from lcbench.report.step import MEMORY, SCALED, Step, colors_of, reached, steps_of, table
+from lcbench.report.step_figures import step_parts
 from lcbench.report.table import cells_table, summary, to_rows
 from lcbench.runs.manifest import Entry
 from lcbench.runs.store import Sweep
@@ -159,6 +161,34 @@ def test_a_choice_that_ran_nowhere_says_so(frame: pd.DataFrame) -> None:
     (none,) = [r for r in reached(frame[frame["seqlen"] > 32 * 1024]) if r.choice == "ring + recompute=full"]
     assert (none.length, none.beyond, none.peak) == (None, 64 * 1024, None)
     assert none.row()["longest that ran"] == "none"
+
+
+# -- figures as files --------------------------------------------------------------------------------------------------
+
+
+def test_a_figure_per_problem_has_a_bar_per_choice_and_says_what_failed(frame: pd.DataFrame, tmp_path: Path) -> None:
+    figures = {figure.name: figure for figure in step_parts(shown(frame, known_devices()))}
+    assert len(figures) == 3
+    (name,) = [name for name in figures if "64k" in name]
+    figure = figures[name]
+    time, memory = figure.figure.axes
+    rows = frame[(frame["seqlen"] == 64 * 1024) & (frame["status"] == "ok") & ~only_attention(frame)].sort_values(TIME)
+    names = [*rows["choice"], "ring + recompute=full"]
+    assert sorted(names) == ["ring", "ring + recompute=full", "ulysses", "ulysses + recompute=full"]
+    assert [tick.get_text() for tick in time.get_yticklabels()] == names
+    assert [tick.get_text() for tick in memory.get_yticklabels()] == names
+    for axis in (time, memory):
+        assert [text.get_text() for text in axis.texts if "✕" in text.get_text()] == ["✕ oom"]
+    drawn = {container.get_label(): [bar.get_width() for bar in container] for container in time.containers}
+    steps = [Step.of_row(row) for row in rows.to_dict("records")]
+    unit = steps[0].phases["forward"] / drawn["forward"][0]
+    for phase in steps[0].phases:
+        assert [width * unit for width in drawn[phase]] == pytest.approx([step.phases[phase] for step in steps])
+    assert SCALED in figure.caption
+    assert figure.alt.startswith("ulysses takes least time")
+    assert all(path.stat().st_size > 5000 for path in figure.save(tmp_path))
+    assert name in {one.name for one in all_figures(frame, known_devices(), {})}
+    assert list(step_parts(shown(frame[only_attention(frame)], known_devices()))) == []
 
 
 # -- terminal ----------------------------------------------------------------------------------------------------------
