@@ -15,9 +15,11 @@ from lcbench.grid.axes import value_of
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
+from lcbench.grid.search import Search
 from lcbench.report.figures import all_figures
 from lcbench.report.frame import good_rows, reported
 from lcbench.report.page import write_report
+from lcbench.report.page_data import searched_of
 from lcbench.report.parts import TIME, only_attention, shown
 from lcbench.report.publishing import summary_of
 from lcbench.report.regret import contests, regrets
@@ -359,3 +361,25 @@ def test_a_narrow_page_has_one_figure_below_the_other(mixed: Sweep, tmp_path: Pa
             assert (abs(time["y"] - memory["y"]) < 5) == beside
             assert b.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
             assert b.complaints == []
+
+
+def test_a_search_has_its_answers_in_the_page_of_attention_too(tmp_path: Path) -> None:
+    """Of 32k to 128k at 60 GiB: a ring, which needs 40 at 128k, and ulysses, which runs out of memory there."""
+    failed = {"ulysses flash_attn3 causal 128k 2x8": MEMORY_FAILURE}
+    sweep = made_sweep(tmp_path, "s", CALLS, peak_of=peak, failed=failed)
+    sweep.add([], command=["search=max_seqlen"], search=Search("max_seqlen", 32 * 1024, 128 * 1024, 60 * GIB))
+    seen = sweep.look()
+    found = searched_of(seen, predicted=False)
+    assert found is not None
+    assert found["cap"] == 60 * GIB
+    cells = {cell: r.entry.cell for cell, r in seen.records.items()}
+    rows = {cells[row["cells"][0]].config["cp"]["name"]: row for row in found["rows"]}
+    assert rows["ring"]["tokens"] == 128 * 1024
+    assert (rows["ulysses"]["tokens"], rows["ulysses"]["beyond"]) == (64 * 1024, 128 * 1024)
+    assert rows["ulysses"]["why"].startswith("oom: ")
+    assert all(len(row["cells"]) == 3 for row in found["rows"])
+    report = write_report(sweep, tmp_path / "report", known_devices())
+    assert '<section id="longest">' in report.page.read_text(encoding="utf-8")
+    lines = (tmp_path / "report" / "tables" / "longest.md").read_text(encoding="utf-8").splitlines()
+    assert [line.count("128k") for line in lines if "ulysses" in line or "ring" in line] == [1, 1]
+    assert searched_of(made_sweep(tmp_path, "t", CALLS).look(), predicted=False) is None
