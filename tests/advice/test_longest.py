@@ -41,9 +41,10 @@ class Ranks:
         self.sweep, self.needs, self.last_round = sweep, needs, last_round
         self.taken: list[list[Cell]] = []
 
-    def check(self, cells: list[Cell], number: int) -> None:
+    def check(self, cells: list[Cell], number: int) -> str:
         if number > self.last_round:
             raise Refused("no more", 2)
+        return ""
 
     def take(self, cells: list[Cell]) -> None:
         self.taken.append(cells)
@@ -66,7 +67,7 @@ def go(searching: Searching, ranks: Ranks) -> list[Longest]:
     def write(due: list[Planned], number: int) -> None:
         searching.sweep.add([Entry(p.cell, p.skip) for p in due], command=["words"] * (number == 1), search=searching.search)
 
-    searching.rounds(ranks, write, lambda number, cells: None)
+    searching.rounds(ranks, write, lambda number, cells, cost: None)
     return searching.answers()
 
 
