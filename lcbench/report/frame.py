@@ -78,9 +78,10 @@ def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False)
     """Every cell of a sweep (``seen``: as a look at it showed them), with samples and with columns for reports:
 
     ``what_kernel``, ``what_cp``, ``what_mask`` and so on: the axis value with those of its options that differ between rows;
-    ``choice``: strategy, kernel, reduce_dtype and recompute in one word, without what labels leave out (``Axis.unsaid``); ``problem``: all that a choice is an answer to, as one
-    key; ``setting``: what of the problem is neither mask, length, scale nor seed; ``where``: that with the seed, if there are
-    several; ``tokens_per_rank``; ``<phase>_by_mean``: TFLOP/s per GPU with the mean over ranks for a time, as others count,
+    ``choice``: strategy, kernel, reduce_dtype and recompute in one word, without what labels leave out (``Axis.unsaid``);
+    ``problem``: all that a choice is an answer to, as one key; ``setting``: what of the problem is neither mask, length, scale nor
+    seed; ``where``: that with the seed, if there are several; ``tokens_per_rank``; ``<phase>_by_mean``: TFLOP/s per GPU with the
+    mean over ranks for a time, as others count,
     where ours is the slowest rank's; ``timed/<phase>``: its time as a ``Median``, with the noise that all good cells of the
     sweep tell together; of a prediction with its band; ``good``: whether it is one of the results that answers rest on.
 

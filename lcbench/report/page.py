@@ -26,7 +26,7 @@ from lcbench.report.foretold import Held, held, said
 from lcbench.report.frame import PHASES, good_rows, rate_column, reported
 from lcbench.report.palette import Style, styles
 from lcbench.report.regret import FEWEST_CHOICES, FEWEST_PROBLEMS, NEARLY_ALL, Regret, contests, problem_labels, regrets, verdict
-from lcbench.report.step import MEMORY, SCALED, Step, colors_of, longest, steps_of
+from lcbench.report.step import MEMORY, SCALED, Step, colors_of, reached, steps_of
 from lcbench.report.step import table as step_table
 from lcbench.report.table import why_not
 from lcbench.report.tables import rate_tables, rows_table
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 STATUSES = get_args(Status)
 SECTIONS = (
-    ("fastest", "Fastest"), ("step", "Training step"), ("figures", "Figures"), ("foretold", "Predicted and measured"), ("failures", "What did not run"),
-    ("cells", "Cells"), ("environment", "Where it ran"),
+    ("fastest", "Fastest"), ("step", "Training step"), ("longest", "Longest length"), ("figures", "Figures"),
+    ("foretold", "Predicted and measured"), ("failures", "What did not run"), ("cells", "Cells"), ("environment", "Where it ran"),
 )  # fmt: skip
 PAGE = "report.html"
 HERE = Path(__file__).parent
@@ -85,12 +85,15 @@ def write_report(
     compared = held(seen.records.values())
     fastest, choices = winners(good), {workload: regrets(rows) for workload, rows in contests(good).items()}
     steps = steps_of(frame) if len(frame) else {}
+    searched = page_data.searched_of(seen, predicted=predicted)
+    lengths = _lengths(searched, frame)
     folder.mkdir(parents=True, exist_ok=True)
-    files = _write_tables(sweep, frame, fastest, choices, compared, folder / "tables")
+    files = _write_tables(sweep, frame, fastest, choices, compared, lengths, folder / "tables")
     links = links_of(attempts)
     drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links, predicted=predicted) | {"details": page_data.details_of(seen.records)}
-    data |= _steps(steps, list(choices))
+    data |= _steps(steps, list(choices)) | {"searched": searched}
+    there = {"foretold": bool(compared), "step": bool(steps), "longest": bool(lengths)}
     environment = environment_of(attempts)
     page = folder / PAGE
     page.write_text(
@@ -99,10 +102,9 @@ def write_report(
             REPORT,
             data,
             title=f"{sweep.name}: predictions" if predicted else sweep.name,
-            sections=[
-                section for section in SECTIONS if {"foretold": bool(compared), "step": bool(steps)}.get(section[0], True)
-            ],
-            steps=bool(steps),
+            sections=[section for section in SECTIONS if there.get(section[0], True)],
+            steps=there["step"],
+            lengths=there["longest"],
             predicted=predicted,
             foretold=_foretold(sweep, frame, predicted=predicted),
             compared=[said([h for h in compared if h.phase == p]) for p in PHASES if any(h.phase == p for h in compared)],
@@ -158,15 +160,16 @@ def _foretold(sweep: Sweep, frame: pd.DataFrame, *, predicted: bool) -> str:
 
 
 def _write_tables(
-    sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: dict[str, list[Regret]], compared: list[Held], folder: Path
-) -> list[Path]:
+    sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: dict[str, list[Regret]], compared: list[Held],
+    lengths: list[dict[str, str]], folder: Path,
+) -> list[Path]:  # fmt: skip
     several = len(choices) > 1
     ranked = [({"workload": name} if several else {}) | r.row() for name, found in choices.items() for r in found]
     tables = [
         rows_table("winners", "Fastest choice of every problem", [w.row() for w in fastest]),
         rows_table("regret", "If it has to be one choice for everything", ranked),
         rows_table("steps", "Training steps", step_table(frame)),
-        rows_table("longest", "The longest length of every choice", [found.row() for found in longest(frame)]),
+        rows_table("longest", "The longest length of every choice", lengths),
         *(rate_tables(frame) if fastest else ()),
         rows_table("failures", "What did not run, and why", _failures(frame, sweep)),
         rows_table("cells", "All cells", _cells(frame)),
@@ -196,6 +199,22 @@ def _block(
         "devices": page_data.devices_of(frame, devices), "links": {k: page_data.short(v) for k, v in links.items()},
         "commands": page_data.commands_of(sweep),
     }  # fmt: skip
+
+
+def _lengths(searched: dict[str, Any] | None, frame: pd.DataFrame) -> list[dict[str, str]]:
+    """The longest length of every choice as text: a search's answers, else what training steps reached."""
+    if searched is None:
+        return [found.row() for found in reached(frame)] if len(frame) else []
+    known = {str(row["cell"]): row for row in frame.to_dict("records")}
+    found = []
+    for row in searched["rows"]:
+        cell = known[row["cells"][0]]
+        found.append({
+            "mask": cell["what_mask"], "scale": cell["scale"], "setting": cell["where"], "choice": cell["choice"],
+            "longest that fits": format_tokens(row["tokens"]) if row["tokens"] else "none", "needs": amounts.size(row["needs"]),
+            "does not fit": format_tokens(row["beyond"]) if row["beyond"] else "", "why": row["why"], "search": row["end"],
+        })  # fmt: skip
+    return found
 
 
 def _steps(steps: dict[str, Step], workloads: list[str]) -> dict[str, Any]:

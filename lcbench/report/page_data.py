@@ -15,10 +15,11 @@ from lcbench.report import published
 from lcbench.report.amounts import Unit
 from lcbench.report.frame import PHASES, rate_column
 from lcbench.report.intervals import Median
+from lcbench.report.longest import ANSWERS, by_choice, longest_of
 from lcbench.report.parts import least_bytes, only_attention, split
 from lcbench.report.step import Step
 from lcbench.runs.attempt import Attempt
-from lcbench.runs.records import Record
+from lcbench.runs.records import Look, Record
 from lcbench.runs.store import Sweep
 
 if TYPE_CHECKING:
@@ -86,6 +87,21 @@ def steps_data(steps: dict[str, Step]) -> dict[str, dict[str, Any]]:
         }
         for cell, s in steps.items()
     }  # fmt: skip
+
+
+def searched_of(seen: Look, *, predicted: bool) -> dict[str, Any] | None:
+    """The answers of a search for the longest length, with the ids of each choice's cells; None: the sweep is none."""
+    if seen.search is None or seen.search.cap_bytes is None:
+        return None
+    choices = by_choice(seen.records.values()).values()
+    rows = [
+        {
+            "cells": [record.entry.cell.id for record in records], "tokens": one.tokens, "needs": short(one.needs_bytes),
+            "beyond": one.beyond, "why": one.why, "end": one.end, "open": one.end not in ANSWERS, "predicted": one.predicted,
+        }
+        for records, one in zip(choices, longest_of(seen, predicted=predicted), strict=True)
+    ]  # fmt: skip
+    return {"cap": seen.search.cap_bytes, "rows": rows}
 
 
 def packed(columns: dict[str, list[Any]], repeated: Collection[str]) -> dict[str, Any]:

@@ -195,7 +195,9 @@ def only_attention(frame: pd.DataFrame) -> pd.Series[bool]:
 
 
 def least_bytes(row: Any) -> float:
-    """Bytes that a rank has to read or write at least in a call of attention: its q, k, v, out, in backward those again with dout, dq, dk, dv."""
+    """Bytes that a rank has to read or write at least in a call of attention: its q, k, v, out; in backward those again, and dout,
+    dq, dk, dv.
+    """
     q, kv = (row["tokens_per_rank"] * row[f"num_heads_{of}"] * row["head_dim"] for of in ("q", "kv"))
     forward = 2 * q + 2 * kv
     return float(itemsize(row["dtype"]) * (forward + (forward + 2 * q + 2 * kv if row["direction"] != "forward" else 0)))

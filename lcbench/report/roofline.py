@@ -35,7 +35,8 @@ class Panel(NamedTuple):
 
 
 def roofline(of: Shown, links: dict[str, float]) -> Iterator[Drawn]:
-    """Every call of attention under what its device and its links allow: TFLOP/s per GPU against FLOPs per byte of memory, and per byte sent.
+    """Every call of attention under what its device and its links allow: TFLOP/s per GPU against FLOPs per byte of
+    memory, and per byte sent.
 
     Args:
         links: GB/s of a link class, as the check of the nodes measured it.

@@ -1,5 +1,5 @@
-"""Training steps in a report: what time and memory of a step are made of, what a step of the whole model comes to, and the longest
-length that each choice ran.
+"""Training steps in a report: what time and memory of a step are made of, what a step of the whole model comes to, and how long a
+sequence each choice ran.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ PHASES = {
 OTHER = ("#009e73", "#d55e00", "#f0e442")
 MEMORY = {
     "weights": "#0072b2", "gradients": "#56b4e9", "optimizer": "#999999", "activations": "#d55e00", "buffers": "#e69f00",
+    "transient": "#c8c8c8",
 }  # fmt: skip
 KEYS = {"buffers": "memory/buffer_bytes"}  # of a class of memory; of the others ``memory/<class>_bytes``
 TIME = re.compile(r"time/(\w+)/median_s")
@@ -42,7 +43,7 @@ class Step:
         rest: the choice without it.
         phases: seconds of each phase, in their order.
         attention: share of the step's time.
-        memory: bytes of the worst rank by class, each when it has most.
+        memory: bytes of the worst rank by class, each when it has most; ``transient``: what the peak has beyond all of them.
         tokens: a second and GPU, with the layers that were run.
         mfu, hfu: the latter counts what is computed again.
         whole: seconds of each phase for the whole model, scaled from the layers that were run.
@@ -73,10 +74,13 @@ class Step:
         rest = " + ".join(word for word in str(row["choice"]).removesuffix(PREDICTED).split(" + ") if word != policy)
         found = [match[1] for key in row if (match := TIME.fullmatch(key)) and match[1] != "total"]
         phases = [*(p for p in PHASES if p in found), *(p for p in found if p not in PHASES)]
-        memory = {kind: _known(row, KEYS.get(kind, f"memory/{kind}_bytes")) for kind in MEMORY}
+        memory = _of_all({kind: _known(row, KEYS.get(kind, f"memory/{kind}_bytes")) for kind in MEMORY})
+        peak = _known(row, "memory/peak_bytes")
+        if memory and peak is not None:
+            memory["transient"] = max(0.0, peak - sum(memory.values()))
         return cls(
             str(row[MODEL]), of if layers is None else int(layers), of, str(row["what_recompute"]), rest,
-            _of_all({p: _known(row, f"time/{p}/median_s") for p in phases}), _known(row, "attention/share"), _of_all(memory),
+            _of_all({p: _known(row, f"time/{p}/median_s") for p in phases}), _known(row, "attention/share"), memory,
             _known(row, "step/tokens_per_s_per_gpu"), _known(row, "compute/mfu"), _known(row, "compute/hfu"),
             _of_all({p: _known(row, f"model/{p}/step_s") for p in phases}), _known(row, "model/tokens_per_s_per_gpu"),
             _known(row, "model/mfu"),
@@ -136,8 +140,8 @@ def table(frame: pd.DataFrame) -> list[dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class Longest:
-    """How far a choice came with one model, mask and scale.
+class Reached:
+    """How far a choice came with one problem, but for its length, in a sweep that is no search of it (``report/longest.py``).
 
     Attributes:
         length: the longest that it ran, in tokens; None where none was.
@@ -168,7 +172,7 @@ class Longest:
         }  # fmt: skip
 
 
-def longest(frame: pd.DataFrame) -> list[Longest]:
+def reached(frame: pd.DataFrame) -> list[Reached]:
     """Of every choice of the training steps of ``frame.reported`` that were tried at several lengths, in the order of the plan."""
     rows = step_rows(frame)
     rows = rows[rows["status"].isin(["ok", "failed"])] if len(rows) else rows
@@ -184,7 +188,7 @@ def longest(frame: pd.DataFrame) -> list[Longest]:
             not_ran = mine[(mine["status"] == "failed") & (mine["seqlen"] > (length or 0))].sort_values("seqlen")
             first = not_ran.iloc[0].to_dict() if len(not_ran) else {}
             found.append(
-                Longest(
+                Reached(
                     str(choice), str(mask), str(scale), str(where), length, str((best or first)["cell"]),
                     _known(best, "memory/peak_bytes"), int(first["seqlen"]) if first else None,
                     str(first.get("failure") or ""), str(first.get("cell") or ""),

@@ -15,44 +15,28 @@ from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.workloads.base import Work, Workload
-from lcbench.workloads.models import Model
+from lcbench.workloads.trained import Trained
 
 if TYPE_CHECKING:
     from lcbench.measure.session import Gang
     from lcbench.workloads.step import BlockSession
 
 LABEL_BYTES = 8
-OPTIMIZERS = ("none", "adamw")
 
 
 @dataclass(frozen=True)
-class Block(Workload):
-    """Layers of a model, and its head.
-
-    Attributes:
-        model: sizes.
-        layers: how many layers are run; None: all of the model's.
-        loss_chunk: tokens whose logits exist at once.
-        fsdp: whether weights, gradients and the optimizer's states are sharded over all ranks that have the same weights (FSDP2).
-        optimizer: ``none``, or what takes a step after each backward: ``adamw``, with a learning rate of 0, so that weights stay.
-
-    Raises:
-        ValueError: an optimizer that there is not.
-    """
+class Block(Trained, Workload):
+    """Layers of a model, and its head, trained as ``Trained`` says."""
 
     takes: ClassVar[tuple[str, ...]] = ("recompute",)
 
-    model: Model
-    layers: int | None = None
-    loss_chunk: int = 1024
-    fsdp: bool = False
-    optimizer: str = "none"
-
-    def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"workload.optimizer={self.optimizer} is none of {', '.join(OPTIMIZERS)}")
-
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
+        if not problem.backward:
+            return (
+                "direction=forward: a training step has a backward pass, so that workload=block has direction=forward_backward only"
+            )
+        if problem.dtype == "float16":
+            return "dtype=float16: gradients of a mean loss are below what float16 holds, and there is no loss scaling here"
         tp = self.model.heads_q // problem.heads.q  # the problem has one tensor-parallel rank's heads
         for name in ("ffn", "vocab"):
             if (size := getattr(self.model, name)) % tp:

@@ -17,13 +17,15 @@ import torch
 from torch import nn
 
 from lcbench.measure.ranks import Ranks
-from lcbench.workloads.sharing import local, whole
+from lcbench.workloads.sharing import local
 from lcbench.workloads.training import Training
 
 ELEMENTS = 1 << 22  # in float64 at a time
 SIGNS = 2  # vectors of signs that the rows of a weight's gradient are multiplied by
 AGAIN = "x of after"  # a layer's x, as its second half gets it
 DIGESTED = ("x", AGAIN, "y")  # what goes on between halves and layers
+# Whose gradients are caught. That of x is dy of the layer before: what a half gets may be another tensor with a part of it (FSDP2).
+BACK = ("q", "k", "v", "out", "y")
 RECORDED = ("forward", "head")  # phases in which modules are caught; what comes after computes again, or goes back
 
 
@@ -163,7 +165,7 @@ class Recorder:
 
     def _catch(self, layer: str, name: str, x: torch.Tensor, begin: int, *, digested: bool) -> None:
         self._keep(layer, name, x.detach(), begin, digested=digested)
-        if x.requires_grad and name != AGAIN:
+        if x.requires_grad and name in BACK:
 
             def back(grad: torch.Tensor) -> None:
                 self._keep(layer, f"d{name}", grad.detach(), begin, digested=digested)
@@ -198,7 +200,7 @@ class Recorder:
             shared, squares = (torch.cat(parts) for parts in zip(*products, strict=True))
 
             def back(grad: torch.Tensor) -> None:
-                flat, at = _settled(grad).flatten(0, -2), 0
+                flat, at = self._settled(grad).flatten(0, -2), 0
                 sums = self._sums(name, (flat.shape[1], SIGNS))
                 for some in _few(flat):
                     wide, until = some.double(), at + len(some)
@@ -218,7 +220,7 @@ class Recorder:
             assert eps is not None
 
             def back(grad: torch.Tensor) -> None:
-                flat = _settled(grad).flatten(0, -2)
+                flat = self._settled(grad).flatten(0, -2)
                 sums = self._sums(name, (flat.shape[1],))
                 for one, other in zip(_few(flat), _few(x), strict=True):
                     wide = other.double()
@@ -229,6 +231,15 @@ class Recorder:
             result.register_hook(back)
 
         return hook
+
+    def _settled(self, grad: torch.Tensor) -> torch.Tensor:
+        """A gradient as this rank has it, summed where ranks have parts of a sum.
+
+        No operation of torch's on what ranks share: one on a gradient of parts has backward take it for whole (torch 2.11).
+        """
+        own = local(grad.detach())
+        parts = any(each.is_partial() for each in getattr(grad, "placements", ()))
+        return self._divided.reduce(own.clone()) if parts else own
 
     def _sums(self, name: str, shape: tuple[int, ...]) -> Sums:
         if name not in self.sums:
@@ -261,12 +272,6 @@ class Recorder:
         if tp is None:
             return 0
         return -(-self._training.head.logits.out_features // tp.size()) * tp.get_local_rank()
-
-
-def _settled(grad: torch.Tensor) -> torch.Tensor:
-    """A gradient as this rank has it, summed where ranks have parts of a sum."""
-    placements = getattr(grad, "placements", ())
-    return (whole if any(each.is_partial() for each in placements) else local)(grad.detach())
 
 
 def _count(width: int) -> int:

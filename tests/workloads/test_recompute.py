@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,9 @@ def session_of(
     mesh, scale = mesh or Mesh(), Scale(1, ranks)
     problem = Problem(seqlen, mesh.heads(model.heads()), mesh.group_scale(scale), dtype, "forward_backward")
     work = Work(
-        Block(model, layers, loss_chunk=CHUNK, **options), problem, lambda _: mask, kernel or build_kernel(load("kernel", "reference")),
-        build_strategy(load("cp", strategy)), {}, SEED, recompute=policy, mesh=mesh, scale=scale,
+        Block(model, layers, loss_chunk=CHUNK, **options), problem, lambda _: mask,
+        kernel or build_kernel(load("kernel", "reference")), build_strategy(load("cp", strategy)), {}, SEED,
+        recompute=policy, mesh=mesh, scale=scale,
     )  # fmt: skip
     return BlockSession(work.workload, work, 0, work.arranged(Gang(rank, ranks, CPU, groups or Groups(), [])))
 
@@ -154,27 +156,34 @@ def test_what_moves_is_the_same_under_weights_that_ranks_share() -> None:
 
 
 class Made(TorchDispatchMode):
-    """Knows all memory of tensors that operations make; what they get from elsewhere was there before."""
+    """Knows the memory of all tensors that operations make.
 
-    def __init__(self) -> None:
+    Args:
+        before: tensors that are there already, and may go.
+    """
+
+    def __init__(self, before: Iterable[torch.Tensor]) -> None:
         super().__init__()
-        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def _know(self, tensors: Any, *, made: bool) -> None:
-        for x in tree_leaves(tensors):
-            if isinstance(x, torch.Tensor) and (ref := StorageWeakRef(x.untyped_storage())).cdata not in self._known:
-                self._known[ref.cdata] = ref, x.untyped_storage().nbytes() if made else 0
+        self._before = dict(map(memory_of, before))
+        self._made: dict[StorageWeakRef, int] = {}
+        self._other: set[StorageWeakRef] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._know((args, kwargs), made=False)
+        self._other |= {memory_of(x)[0] for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)} - self._made.keys()
         found = func(*args, **kwargs or {})
-        self._know(found, made=True)
+        made = (memory_of(x) for x in tree_leaves(found) if isinstance(x, torch.Tensor))
+        self._made |= {ref: size for ref, size in made if ref not in self._other}
         return found
 
-    def alive(self) -> int:
-        """Bytes that are still there."""
+    def more(self) -> int:
+        """Bytes that are there now, above those that were there before."""
         gc.collect()
-        return sum(size for ref, size in self._known.values() if not ref.expired())
+        made = sum(size for ref, size in self._made.items() if not ref.expired())
+        return made - sum(size for ref, size in self._before.items() if ref.expired())
+
+
+def memory_of(x: torch.Tensor) -> tuple[StorageWeakRef, int]:
+    return StorageWeakRef(x.untyped_storage()), x.untyped_storage().nbytes()
 
 
 def layer_of(training: Training) -> LayerBytes:
@@ -187,11 +196,11 @@ def check_kept(training: Training, where: str) -> None:
     """What a forward leaves in memory, on the device and on the host, is as the formula says to the byte."""
     layer, started, layers = layer_of(training), training.recompute, len(training.stack.layers)
     held = started.policy.kept(layer)
-    made = Made()
+    made = Made(getattr(training.stack.attention.run, "_slots", ()))
     with made:
         passed = training.forward()
     want = layers * held.device - held.inputs + held.passing + layer.x.bytes
-    assert made.alive() == want, f"{where}: {made.alive()} bytes are kept, {want} by the formula"
+    assert made.more() == want, f"{where}: {made.more()} bytes are kept, {want} by the formula"
     assert started.host_bytes == layers * held.host, f"{where}: {started.host_bytes} bytes on the host"
     assert started.metrics().get("offload/forward/bytes", 0) == layers * held.host, where
     del passed
@@ -294,6 +303,30 @@ def check_refusals(rank: int, ranks: int) -> None:
 @pytest.mark.gloo
 def test_all_ranks_refuse_what_does_not_fit_one_host() -> None:
     run_ranks(2, check_refusals, 2)
+
+
+def test_room_is_what_the_groups_of_a_job_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the node has 8 GiB, the job 3 GiB of which 1 GiB is in use, a quarter of that as a cache that can go."""
+    memory, own, gib = tmp_path / "meminfo", tmp_path / "cgroup", 1 << 30
+    memory.write_text(f"MemTotal: {16 << 20} kB\nMemAvailable: {8 << 20} kB\n")
+    for name, path in (("MEMORY", memory), ("OWN_GROUPS", own), ("GROUPS", tmp_path / "groups")):
+        monkeypatch.setattr(host, name, path)
+    assert host.free_bytes() == 8 * gib  # without control groups
+
+    def limits(folder: Path, files: tuple[str, str, str], allowed: str, used: int, cache: int) -> None:
+        folder.mkdir(parents=True)
+        for name, text in zip(files, (allowed, str(used), f"anon 5\n{files[2]} {cache}\n"), strict=True):
+            (folder / ("memory.stat" if name == files[2] else name)).write_text(text)
+
+    second = "memory.max", "memory.current", "inactive_file"
+    own.write_text("0::/slurm/job_7/step_0\n")
+    limits(tmp_path / "groups/slurm/job_7", second, str(3 * gib), gib, gib // 4)
+    limits(tmp_path / "groups/slurm/job_7/step_0", second, "max", gib, 0)
+    assert host.free_bytes() == 2 * gib + gib // 4
+    own.write_text("12:cpuset:/slurm\n11:memory:/slurm/job_7\n")
+    first = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    limits(tmp_path / "groups/memory/slurm/job_7", first, str(2 * gib), gib, 0)
+    assert host.free_bytes() == gib
 
 
 class Library:

@@ -58,10 +58,17 @@ def strategy_of(name: str) -> Strategy:
 
 
 def session_of(
-    gang: Gang, mesh: Mesh, scale: Scale, strategy: str, recompute: str, seqlen: int = SEQLEN, **options: Any
+    gang: Gang,
+    mesh: Mesh,
+    scale: Scale,
+    strategy: str,
+    recompute: str,
+    seqlen: int = SEQLEN,
+    dtype: str = "float64",
+    **options: Any,
 ) -> BlockSession:
     block = Block(**{"model": MODEL, "layers": None, "loss_chunk": CHUNK, **options})
-    problem = Problem(seqlen, mesh.heads(block.model.heads()), mesh.group_scale(scale), "float64", "forward_backward")
+    problem = Problem(seqlen, mesh.heads(block.model.heads()), mesh.group_scale(scale), dtype, "forward_backward")
     work = Work(
         block, problem, lambda _: causal(seqlen), build_kernel(load("kernel", "naive")), strategy_of(strategy), {}, SEED,
         recompute=build(load("recompute", recompute) | OPTIONS.get(recompute, {})), mesh=mesh, scale=scale,
@@ -125,6 +132,25 @@ def shared(rank: int, folder: Path) -> None:
         assert all(torch.equal(whole(weight.grad), got[name]) for name, weight in training.weights().items()), case
         check_bytes(sent, mesh, recompute, fsdp, case)
         check_memory(training, mesh, fsdp, case)
+    check_16_bit(gang, scale)
+
+
+def check_16_bit(gang: Gang, scale: Scale) -> None:
+    """Gradients in bfloat16 are summed in float32, with FSDP and without."""
+    gradients = []
+    for fsdp in (False, True):
+        training = session_of(gang, ALONE, scale, "ring", "none", dtype="bfloat16", fsdp=fsdp).training
+        step(training)
+        _, _, sent = step(training)
+        gradients.append({name: whole(weight.grad).double() for name, weight in training.weights().items()})
+        layers, head = (sum(sum(parts(unit, ALONE, fsdp)) for unit in units) for units in (UNITS[:-1], UNITS[-1:]))
+        total, others = sum(phase["weights"] for phase in sent.values()), RANKS - 1
+        if fsdp:
+            assert total == others * (2 * (2 * layers + head) + 4 * (layers + head))
+        else:
+            assert total == sent["reduce"]["weights"] == 2 * others * 4 * (layers + head) // RANKS
+    for name, one in gradients[0].items():
+        assert float((one - gradients[1][name]).abs().max()) <= 2**-6 * float(one.abs().max()), name
 
 
 def parts(unit: str, mesh: Mesh, fsdp: bool) -> list[int]:
@@ -179,7 +205,7 @@ def test_activations_are_what_backward_needs() -> None:
     model = replace(MODEL, hidden=256, heads_q=4, heads_kv=2, head_dim=64, ffn=320, layers=3)
     gang, seqlen = Gang(0, 1, CPU, Groups(), []), 256
     for recompute in ("none", "full"):
-        training = session_of(gang, ALONE, Scale(1, 1), "none", recompute, seqlen=seqlen, model=model).training
+        training = session_of(gang, ALONE, Scale(1, 1), "none", recompute, seqlen=seqlen, model=model, loss_chunk=seqlen).training
         training.memory()  # what is made at first use is none of it
         saved: dict[int, int] = {}
 

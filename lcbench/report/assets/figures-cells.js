@@ -2,9 +2,9 @@
 // Figures of bars, squares and dots, and the table of rates: a problem at a time, or cells of all.
 
 /** One problem of those that have so many choices. A section of its own has its own switches, whose names begin with `of`, and begins
- * with most GPUs and the longest sequence. */
+ * with most GPUs, and with the longest of the lengths that most choices ran. */
 function chooseProblem(cells, least = 2, of = "") {
-  const first = values => (of ? values.at(-1) : values[0]);
+  const most = (values, ran) => (of ? d3.greatest(values, value => ran(value) + values.indexOf(value) / 1e3) : values[0]);
   const counts = d3.rollup(
       cells,
       mine => mine.length,
@@ -14,10 +14,16 @@ function chooseProblem(cells, least = 2, of = "") {
   const [mask, maskField] = choose(`${of}mask`, "mask", unique(fit.map(cell => cell.mask)));
   const ofMask = fit.filter(cell => cell.mask === mask);
   const scales = inOrderOfScale(ofMask),
-    [scale, scaleField] = choose(`${of}scale`, "scale", scales, String, first(scales));
+    [scale, scaleField] = choose(`${of}scale`, "scale", scales, String, most(scales, () => 0));
   const ofScale = ofMask.filter(cell => cell.scale === scale);
   const lengths = lengthsOf(ofScale),
-    [length, lengthField] = choose(`${of}seqlen`, "length", lengths, tokens, first(lengths));
+    [length, lengthField] = choose(
+      `${of}seqlen`,
+      "length",
+      lengths,
+      tokens,
+      most(lengths, length => ofScale.filter(cell => cell.seqlen === length && isDrawn(cell)).length),
+    );
   const ofLength = ofScale.filter(cell => cell.seqlen === length);
   const [where, whereField] = choose(`${of}where`, "setting", unique(ofLength.map(cell => cell.where)));
   return {

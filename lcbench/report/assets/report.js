@@ -26,6 +26,8 @@ function draw() {
   drawFigures(document.getElementById("figure"), left);
   const steps = document.getElementById("steps");
   if (steps) drawSteps(steps, left);
+  const longest = document.getElementById("lengths");
+  if (longest) drawLongest(longest, left);
   showCells(ROWS, left);
   document.getElementById("text").value = view.words;
   const said = document.getElementById("narrowed");

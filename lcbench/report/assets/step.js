@@ -26,7 +26,6 @@ function drawSteps(place, cells) {
     h("p", {id: "step-finding"}, h("b", {}, finding)),
     h("div", {class: "side-by-side"}, parts.filter(Boolean)),
     stepTable(drawn, failed, partial),
-    longestTable(mine) ?? "",
   );
 }
 
@@ -43,18 +42,17 @@ function stepsSaid(good, failed) {
   const rates = [
     step.tokens === null ? "" : `${digits(step.tokens)} tokens/s per GPU`,
     best.mfu === null ? "" : `MFU ${percent(best.mfu)}`,
-    best.peak === null ? "" : bytes(best.peak),
+    best.peak === null ? "" : `peak ${bytes(best.peak)}`,
   ];
   const least = d3.least(good.filter(cell => cell.peak), cell => cell.peak);
   const other =
     least && least !== best
-      ? ` Least memory: ${least.choice}, ${bytes(least.peak)}, in ${more(least.total / best.total)} of the time.`.replace(
-          /in \+(\S+ %) of the time/,
-          "$1 slower",
-        )
+      ? ` Least memory: ${least.choice}, ${bytes(least.peak)}, time ${more(least.total / best.total)}.`
       : "";
+  const whole =
+    step.layers < step.of && step.wholeTime !== null ? ` The whole model: ${seconds(step.wholeTime)} a step, ${BLOCK.scaled}.` : "";
   const alone = good.length > 1 ? "takes least time" : "ran alone";
-  return `${best.choice} ${alone}: ${[seconds(best.total), ...rates].filter(Boolean).join(", ")}.${other}${bad}`;
+  return `${best.choice} ${alone}: ${[seconds(best.total), ...rates].filter(Boolean).join(", ")}.${whole}${other}${bad}`;
 }
 
 /** A figure with what it shows, and how to read it; null of nothing. */
@@ -62,7 +60,7 @@ function stepFigure(id, title, made) {
   if (!made) return null;
   return h(
     "figure",
-    {id},
+    {id, style: `width: ${stepWidth()}px`},
     h("h4", {}, title, made.note ? h("span", {class: "scaled"}, made.note) : null),
     made.key,
     made.node,
@@ -116,11 +114,11 @@ function stepBars(cells, failed, spec, finding) {
   const look = {insetTop: 3, insetBottom: 3};
   return plotted(
     {
-      width: Math.min(widthOf(), 590),
+      width: stepWidth(),
       height: 52 + 26 * names.length,
       marginLeft: 36 + 6.4 * d3.max(names, name => name.length),
       marginRight: 120,
-      x: {label: `${spec.label}, ${spec.unit.name}`, grid: true, ticks: 5, domain: spec.domain, tickFormat: "~g"},
+      x: {label: `${spec.label}, ${spec.unit.name}`, grid: true, ticks: 4, domain: spec.domain, tickFormat: String},
       y: {domain: names, label: null},
       color: {domain: spec.colors.map(c => c[0]), range: spec.colors.map(c => c[1])},
       marks: [
@@ -169,6 +167,8 @@ function stepBars(cells, failed, spec, finding) {
   );
 }
 
+/** Two figures beside one another where there is room. */
+const stepWidth = () => (widthOf() < 1080 ? Math.min(widthOf(), 720) : Math.floor((widthOf() - 30) / 2));
 const unitOf = (value, units) => units.findLast(([, size]) => value / size >= 1) ?? units[0];
 
 function timeOfSteps(cells, failed, whole) {
@@ -285,14 +285,16 @@ function memoryOfSteps(cells, failed) {
       finding,
     ),
     caption:
-      "Classes when each is largest, which is not at one time: together they may be more than the peak (mark), and a peak beyond " +
-      `them is what is there for a while, such as logits and what is computed again. Buffers that backward needs count twice.${of}`,
+      "Of the layers that were run. Each class when it is largest, which is not at one time: together they may be more than the peak (mark). Transient: what the " +
+      `peak has beyond them, such as gathered weights, logits, what is computed again. Buffers kept for backward count twice.${of}`,
   };
 }
 
 /** Step time against peak memory: what a policy of recompute costs, and saves. A line joins what differs in it only. */
 function tradeOff(cells) {
-  const points = cells.filter(cell => cell.peak).map(cell => ({cell, choice: cell.choice, step: stepOf(cell)}));
+  const measured = cells.filter(cell => cell.peak),
+    best = unbeaten(measured.map(cell => [cell.total, cell.peak]));
+  const points = measured.map((cell, i) => ({cell, choice: cell.choice, step: stepOf(cell), front: best[i]}));
   const [timeName, time] = unitOf(d3.max(points, p => p.cell.total), [
     ["µs", 1e-6],
     ["ms", 1e-3],
@@ -307,19 +309,18 @@ function tradeOff(cells) {
     y = p => p.cell.peak / memory,
     policies = unique(points.map(p => p.cell.recompute)).length > 1;
   const ordered = d3.sort(points, y);
-  const best = unbeaten(points.map(p => [p.cell.total, p.cell.peak])),
-    kept = points.filter((p, i) => best[i] && isGood(p.cell)).map(p => p.choice);
+  const kept = points.filter(p => p.front).map(p => p.choice);
   const finding = `Nothing is both faster and smaller than ${unique(kept).join(", ")}.`;
   return {
     key: points.length ? legend(unique(points.map(p => p.choice))) : null,
     node: plotted(
       {
-        width: Math.min(widthOf(), 520),
+        width: stepWidth(),
         height: 300,
         marginLeft: 58,
         marginRight: 90,
-        x: {label: `time of a step, ${timeName}`, labelAnchor: "center", grid: true, nice: true, ticks: 6, zero: true},
-        y: {label: `peak, ${memoryName} a GPU`, grid: true, nice: true, ticks: 6, zero: true},
+        x: {label: `time of a step, ${timeName}`, labelAnchor: "center", grid: true, nice: true, ticks: 6},
+        y: {label: `peak, ${memoryName} a GPU`, grid: true, nice: true, ticks: 6},
         marks: [
           Plot.line(ordered, {x, y, z: p => p.step.rest, stroke: "currentColor", strokeOpacity: 0.35}),
           ...points.map(p => {
@@ -331,9 +332,10 @@ function tradeOff(cells) {
               r: 4,
               fill: style.hollow ? "var(--back)" : style.color,
               stroke: style.color,
+              opacity: p.front ? 1 : 0.35,
             });
           }),
-          Plot.text(points, {
+          Plot.text(points.filter(p => p.front), {
             x,
             y,
             text: p => (policies ? p.cell.recompute : p.choice),
@@ -347,7 +349,9 @@ function tradeOff(cells) {
       },
       finding,
     ),
-    caption: `Further left and further down is better. ${finding}${policies ? " A line joins what differs in recompute only." : ""}`,
+    caption:
+      `Further left and further down is better. ${finding} What is beaten in both is faint, some of it within the noise.` +
+      (policies ? " A line joins what differs in recompute only." : ""),
   };
 }
 
@@ -412,8 +416,8 @@ function stepTable(drawn, failed, partial) {
   );
 }
 
-/** As `longest` of report/step.py: of each choice of a model, mask and scale with several lengths, the longest that ran. */
-function longestOf(cells) {
+/** As `reached` of report/step.py: of each choice of a model, mask and scale with several lengths, the longest that ran. */
+function reachedBy(cells) {
   const tried = cells.filter(cell => cell.status === "ok" || cell.status === "failed");
   return d3
     .groups(tried, cell => `${cell.mask}|${cell.scale}|${cell.where}`)
@@ -435,64 +439,74 @@ function longestOf(cells) {
     );
 }
 
-/** The longest length that each choice ran; null where lengths were not varied. */
-function longestTable(cells) {
-  const found = longestOf(cells);
-  if (!found.length) return null;
-  const most = d3.max(found, f => f.best?.seqlen ?? 0);
-  const varies = key => unique(found.map(f => f.of[key])).length > 1;
+/** The section of the longest lengths: a search's answers for choices of which a cell is in view, or what training steps reached. */
+function drawLongest(place, cells) {
+  const inView = new Map(cells.map(cell => [cell.id, cell]));
+  const rows = BLOCK.searched
+    ? BLOCK.searched.rows
+        .map(row => ({...row, of: row.cells.map(id => inView.get(id)).find(Boolean)}))
+        .filter(row => row.of)
+        .map(row => ({...row, choice: row.of.choice}))
+    : reachedBy(cells.filter(stepOf)).map(reachedRow);
+  if (!rows.length) return place.replaceChildren(h("p", {class: "dim"}, "Nothing of this view was tried at several lengths."));
+  const most = d3.max(rows, row => row.tokens ?? 0);
   const keys = [
     ["mask", "mask"],
     ["scale", "scale"],
     ["where", "setting"],
-  ].filter(([key]) => varies(key));
-  const bar = f => h("td", {class: "bar"}, h("i", {style: `width: ${((100 * (f.best?.seqlen ?? 0)) / most).toFixed(0)}%`}));
-  return h(
-    "div",
+  ].filter(([key]) => unique(rows.map(row => row.of[key])).length > 1);
+  const head = h(
+    "tr",
     {},
-    h("h3", {}, "Longest length"),
+    h("th", {}, "choice"),
+    keys.map(([, name]) => h("th", {}, name)),
+    h("th", {class: "number"}, BLOCK.searched ? "longest that fits" : "longest that ran"),
+    h("th", {}),
+    h("th", {class: "number"}, BLOCK.searched ? "needs" : "peak there"),
+    h("th", {}, BLOCK.searched ? "does not fit" : "next that did not run"),
+  );
+  const said = row => (row.tokens === null ? "none" : `${row.open ? "at least " : ""}${tokens(row.tokens)}`);
+  const body = rows.map(row =>
+    h(
+      "tr",
+      {style: `--c: ${styleOf(row.choice).color}`},
+      h("th", {scope: "row", class: "mine"}, row.choice),
+      keys.map(([key]) => h("td", {}, row.of[key])),
+      h("td", {class: row.predicted ? "number predicted" : "number"}, row.cell ? cellLink(row.cell, said(row)) : said(row)),
+      h("td", {class: "bar"}, h("i", {style: `width: ${((100 * (row.tokens ?? 0)) / Math.max(most, 1)).toFixed(0)}%`})),
+      h("td", {class: "number"}, bytes(row.needs)),
+      h(
+        "td",
+        {class: row.beyond || row.why ? "words failed" : "dim"},
+        [row.beyond ? tokens(row.beyond) : "", row.why].filter(Boolean).join(": ") || "none was tried",
+      ),
+    ),
+  );
+  place.replaceChildren(
     h(
       "div",
       {class: "scroll", tabindex: "0", role: "region", "aria-label": "the longest length of every choice"},
-      h(
-        "table",
-        {id: "longest"},
-        h(
-          "thead",
-          {},
-          h(
-            "tr",
-            {},
-            h("th", {}, "choice"),
-            keys.map(([, name]) => h("th", {}, name)),
-            h("th", {class: "number"}, "longest that ran"),
-            h("th", {}),
-            h("th", {class: "number"}, "peak there"),
-            h("th", {}, "next that did not"),
-          ),
-        ),
-        h(
-          "tbody",
-          {},
-          found.map(f =>
-            h(
-              "tr",
-              {style: `--c: ${styleOf(f.choice).color}`},
-              h("th", {scope: "row", class: "mine"}, f.choice),
-              keys.map(([key]) => h("td", {}, f.of[key])),
-              h("td", {class: "number"}, f.best ? cellLink(f.best, tokens(f.best.seqlen)) : "none"),
-              bar(f),
-              h("td", {class: "number"}, f.best ? bytes(f.best.peak) : ""),
-              h(
-                "td",
-                {class: f.beyond ? "failed" : "dim"},
-                f.beyond ? cellLink(f.beyond, `${tokens(f.beyond.seqlen)}: ${f.beyond.kind}`) : "none was tried",
-              ),
-            ),
-          ),
-        ),
-      ),
+      h("table", {id: "longest-table"}, h("thead", {}, head), h("tbody", {}, body)),
     ),
-    h("p", {class: "dim"}, "Of the lengths of this sweep. Where nothing longer was tried, a choice may go further than it says here."),
+    h(
+      "p",
+      {class: "dim"},
+      BLOCK.searched
+        ? `A search for the longest length that fits ${bytes(BLOCK.searched.cap)} a rank. Needs: the peak of an iteration and its inputs, ` +
+            "of the rank that needs most." +
+            (rows.some(row => row.predicted) ? " Predicted, not measured." : "")
+        : "Of the lengths of this sweep. Where nothing longer was tried, a choice may go further than it says here; " +
+            "search=max_seqlen finds how far.",
+    ),
   );
 }
+
+const reachedRow = f => ({
+  choice: f.choice,
+  of: f.of,
+  cell: f.best,
+  tokens: f.best?.seqlen ?? null,
+  needs: f.best?.peak ?? null,
+  beyond: f.beyond?.seqlen ?? null,
+  why: f.beyond?.kind ?? "",
+});

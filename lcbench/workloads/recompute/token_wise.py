@@ -1,4 +1,4 @@
-"""MEMO's token-wise recomputation and swapping (arXiv 2407.12117, section 4.1).
+"""MEMO's token-wise recomputation and swapping (arXiv 2407.12117).
 
 Of each layer its input and the results of its attention go to the host's memory. Of every other tensor that it saves the first
 tokens do too, as many as ``fraction`` says; backward computes those of the other tokens again, by the halves of the layer that
