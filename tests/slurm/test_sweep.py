@@ -59,3 +59,23 @@ def test_groups_of_a_mesh_on_two_nodes(devcluster: dict[str, str], tmp_path: Pat
         # Neighbours in a group are on one node, or half of its links cross.
         crosses = entry.config["mesh"]["order"] == "tp-dp-cp"
         assert (attempt.metrics["comm/forward/between_nodes_bytes"] > 0) == crosses, entry.config
+
+
+@pytest.mark.timeout(1800)
+def test_a_search_brings_its_rounds_to_the_cluster_and_the_same_command_goes_on(devcluster: dict[str, str], tmp_path: Path) -> None:
+    words = [
+        "cp=ring,none", "kernel=sdpa_math", "mask=causal", "scale=2x1,1x1", "heads=2x2x8", "dtype=float32", "search=max_seqlen",
+        "search.from=512", "search.to=2k", "search.gib=0.03", "measure.warmup=0", "measure.min_iterations=1",
+        "measure.max_iterations=1", "measure.blocks=1", "sweep=longest", "site=devcluster", "output=json", f"results={tmp_path}",
+        f"tracking_uri=sqlite:///{tmp_path}/mlflow.db",
+    ]  # fmt: skip
+    done = lcbench("sweep", *words, environment=devcluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    answers = json.loads(done.stdout)["answers"]
+    assert {answer["end"] for answer in answers} <= {"found", "none fits", "all fit", "cannot run"}
+    assert all(answer["cells"] <= 8 for answer in answers)
+    sweep = Sweep(tmp_path, "longest")
+    attempts = {cell: len(sweep.attempts(cell)) for cell in sweep.entries()}
+    again = lcbench("sweep", *words, environment=devcluster)
+    assert json.loads(again.stdout)["answers"] == answers
+    assert attempts == {cell: len(sweep.attempts(cell)) for cell in sweep.entries()}
