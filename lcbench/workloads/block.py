@@ -7,7 +7,7 @@ any. A model's step is ``head`` and, as often as it has layers, a layer's share 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lcbench.cp.base import Strategy
@@ -34,9 +34,11 @@ class Block(Workload):
         loss_chunk: tokens whose logits exist at once.
         fsdp: whether weights, gradients and the optimizer's states are sharded over all ranks that have the same weights (FSDP2).
         optimizer: ``none``, or what takes a step after each backward: ``adamw``, with a learning rate of 0, so that weights stay.
+        labelled: the share of a sequence's tokens that have a label, in contiguous answers (``lcbench.workloads.spans``).
+        masked_logits: whether the head is computed only where a label is.
 
     Raises:
-        ValueError: an optimizer that there is not.
+        ValueError: an optimizer that there is not, or a share that is none.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("recompute",)
@@ -46,8 +48,13 @@ class Block(Workload):
     loss_chunk: int = 1024
     fsdp: bool = False
     optimizer: str = "none"
+    # At their defaults they are no part of a cell, whose id is from before there was a choice.
+    labelled: float = field(default=1.0, metadata={"left_out": True})
+    masked_logits: bool = field(default=False, metadata={"left_out": True})
 
     def __post_init__(self) -> None:
+        if isinstance(self.labelled, bool) or not isinstance(self.labelled, int | float) or not 0 < self.labelled <= 1:
+            raise ValueError(f"workload.labelled={self.labelled} is no share of the tokens above 0 and up to 1, such as 0.25")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"workload.optimizer={self.optimizer} is none of {', '.join(OPTIMIZERS)}")
 
@@ -56,6 +63,8 @@ class Block(Workload):
         for name in ("ffn", "vocab"):
             if (size := getattr(self.model, name)) % tp:
                 return f"mesh.tp={tp} does not divide model.{name}={size}, of which each tensor-parallel rank has an equal part"
+        if self.masked_logits and self.labelled == 1:
+            return "workload.masked_logits=true leaves nothing out where every token has a label (workload.labelled=1.0)"
         return None
 
     def start(self, work: Work, draw: int, gang: Gang) -> BlockSession:
