@@ -276,5 +276,8 @@ class CountedRun:
     def resume(self, *args: Any) -> Any:
         return self._counted(self._run.resume(*args))
 
+    def begin_backward(self, dout: torch.Tensor, saved: Any) -> None:
+        self._counted(self._run.begin_backward(dout, saved))
+
     def backward(self, dout: torch.Tensor, saved: Any) -> Any:
         return self._counted(self._run.backward(dout, saved))
