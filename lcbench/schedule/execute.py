@@ -532,18 +532,16 @@ class Executor:
     # -- inputs and gradients one by one -----------------------------------------------------------------------------
 
     def give(self, kind: str, x: torch.Tensor) -> None:
-        """Begin the messages of an input, ``q``, ``k`` or ``v`` in this order, of the next ``forward`` or ``resume``. Collective."""
+        """Begin the messages of an input of the next ``forward`` or ``resume``: ``q``, then ``k``, then ``v``. Collective."""
         assert kind == "qkv"[len(self._given)], f"{kind} is given after {self._given}"
         if not self._given:
             self._begin(compute=True, communicate=True)
             self._own = {"q": x}
         elif kind == "k":
             tokens, heads, dim = x.shape
-            room = (
-                x.new_empty((2, tokens, heads, dim)).permute(1, 2, 0, 3) if self._planes else x.new_empty((tokens, heads, 2, dim))
-            )
-            self._own["kv"] = room
-            room[:, :, 0].copy_(x)
+            apart, together = (2, tokens, heads, dim), (tokens, heads, 2, dim)
+            self._own["kv"] = x.new_empty(apart).permute(1, 2, 0, 3) if self._planes else x.new_empty(together)
+            self._own["kv"][:, :, 0].copy_(x)
         else:
             self._own["kv"][:, :, 1].copy_(x)
         self._given.append(kind)
@@ -570,8 +568,8 @@ class Executor:
         for number in range(self._forward_steps, last):
             self._run_step(number, self._backward_tile)
         step = self._program.steps[last]
-        assert not (step.tiles or step.flushes or step.filled)
         assert step.rounds == 1
+        assert not [*step.tiles, *step.flushes, *step.filled], "something is computed after gradients have left"
         self._home: dict[str, list[Waits]] = {}
         for kind in "vkq":
             self._post(step, 0, gradients_of(kind))

@@ -28,6 +28,7 @@ SEQLEN, SEED, RANKS = 48, 5, 4
 MODELS = {
     "gqa": Model(layers=2, hidden=24, heads_q=4, heads_kv=2, head_dim=6, ffn=20, vocab=30, rope_theta=1e4, qk_norm=True),
     "mha": Model(layers=2, hidden=24, heads_q=4, heads_kv=4, head_dim=6, ffn=20, vocab=30, rope_theta=1e4),
+    "six": Model(layers=2, hidden=24, heads_q=6, heads_kv=3, head_dim=6, ffn=20, vocab=30, rope_theta=1e4),  # not even over four
 }
 PROJECTIONS = ("q", "k", "v")
 
@@ -65,7 +66,7 @@ def check_same(rank: int) -> None:
     gang, ran = Gang(rank, RANKS, CPU, Groups(), []), 0
     cases: list[tuple[str, str, dict[str, Any]]] = [("gqa", recompute, {}) for recompute in names("recompute")]
     cases += [("mha", "none", {"dtype": "bfloat16"}), ("gqa", "none", {"dtype": "float32"}), ("mha", "full", {"fsdp": True})]
-    cases += [("gqa", "none", {"lowering": "p2p"}), ("gqa", "selective", {"mesh": Mesh(tp=2)}), ("mha", "none", {"uneven": True})]
+    cases += [("gqa", "none", {"lowering": "p2p"}), ("gqa", "selective", {"mesh": Mesh(tp=2)}), ("six", "none", {"uneven": True})]
     for model, recompute, options in cases:
         lowering, uneven = options.pop("lowering", "auto"), options.pop("uneven", False)
         found = []
@@ -106,13 +107,15 @@ def check_order(rank: int) -> None:
         module.register_forward_hook(hook)
     executor = session.run._run
     post, give, gradient = executor._post, executor.give, executor.gradient
-    executor._post = lambda step, turn, *kinds: (
-        events.append(f"post {sorted(*kinds)}" if kinds else "post"),
-        post(step, turn, *kinds),
-    )[1]
+
+    def noted(step: Any, turn: int, kinds: Any = None) -> None:
+        events.append("post" if kinds is None else f"post {sorted(kinds)}")
+        post(step, turn, *([] if kinds is None else [kinds]))
+
+    executor._post = noted
     executor.give = lambda kind, x: (events.append(f"give {kind}"), give(kind, x))[1]
     executor.gradient = lambda kind: (gradient(kind), events.append(f"gradient {kind}"))[0]
-    x, y = session.training.forward()
+    _, y = session.training.forward()
     forward = [event for event in events if event != "post"]
     own = forward[:9]
     assert own == [
