@@ -123,15 +123,17 @@ class Gang:
 
         return self.groups.along(self.grid, tuple(("dp", "tp", "cp").index(dim) for dim in dims), MESH)
 
-    @property
-    def device_mesh(self) -> DeviceMesh:
-        """All ranks as torch's mesh with the dimensions dp, cp, tp, for ``parallelize_module`` and ``fully_shard``.
+    @cached_property
+    def device_mesh(self) -> DeviceMesh | None:
+        """All ranks as torch's mesh: those that have the same weights, ``dp_cp``, and those that have parts of each, ``tp``.
 
-        It is kept as long as its communicators, which are those of ``communicator``. Collective over all ranks on first use.
-        ``device_mesh["tp"]`` is for tensor parallelism. With ``device_mesh["dp", "cp"]._flatten("dp_cp")`` weights are sharded over
-        all ranks that have the same ones, with ``device_mesh["dp", "cp"]`` over a context-parallel group, and replicated over dp.
+        It has no dimension of one rank; None: there is one rank. Collective over all ranks on first use. It
+        is kept as long as its communicators, which are those of ``communicator``.
         """
-        return self.groups.device_mesh(self.grid.transpose(0, 2, 1), ("dp", "cp", "tp"), self.device)
+        # Ascending along each dimension, as the ranks of a communicator are.
+        grid = np.sort(self.grid.transpose(0, 2, 1).reshape(-1, self.mesh.tp), axis=0)
+        names = tuple(name for name, size in zip(("dp_cp", "tp"), grid.shape, strict=True) if size > 1)
+        return self.groups.device_mesh(grid.squeeze(), names, self.device) if names else None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A training step of a few transformer layers under context parallelism, with any strategy, kernel and mask of attention cells.
 
 Phases: ``forward`` of the layers; ``head``: loss and its gradient, by chunks of tokens; ``backward`` of the layers; ``reduce``:
-sums of the weights' gradients over ranks. A model's step is ``head`` and, as often as it has layers, a layer's share of the rest.
+sums of the weights' gradients over the ranks that have the same weights, where these are not sharded; ``optimizer``: its step, if
+any. A model's step is ``head`` and, as often as it has layers, a layer's share of the rest.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from lcbench.measure.session import Gang
     from lcbench.workloads.step import BlockSession
 
+OPTIMIZERS = ("none", "adamw")
+
 
 @dataclass(frozen=True)
 class Block(Workload):
@@ -25,6 +28,11 @@ class Block(Workload):
         model: sizes.
         layers: how many layers are run; None: all of the model's.
         loss_chunk: tokens whose logits exist at once.
+        fsdp: whether weights, gradients and the optimizer's states are sharded over all ranks that have the same weights (FSDP2).
+        optimizer: ``none``, or what takes a step after each backward: ``adamw``, with a learning rate of 0, so that weights stay.
+
+    Raises:
+        ValueError: an optimizer that there is not.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("recompute",)
@@ -32,6 +40,12 @@ class Block(Workload):
     model: Model
     layers: int | None = None
     loss_chunk: int = 1024
+    fsdp: bool = False
+    optimizer: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"workload.optimizer={self.optimizer} is none of {', '.join(OPTIMIZERS)}")
 
     def start(self, work: Work, draw: int, gang: Gang) -> BlockSession:
         from lcbench.workloads.step import BlockSession  # with torch, which planning does without

@@ -21,7 +21,7 @@ class BlockSession:
     def __init__(self, block: Block, work: Work, number: int, gang: Gang) -> None:
         self._work, self._gang = work, gang
         begun = time.perf_counter()
-        self.mask = work.make_mask(number)
+        self.mask = gang.own_heads(work.make_mask(number), work.problem.heads.q)
         reason = None
         try:
             run = work.strategy.start(work.problem, self.mask, work.kernel, gang.place)
@@ -31,7 +31,7 @@ class BlockSession:
         self.refused = first_refusal(EVERY.all_gather_object(reason))
         if self.refused:
             return
-        self.training = Training(block, work, Attention(run), work.recompute, gang.device)
+        self.training = Training(block, work, Attention(run), work.recompute, gang)
         self.prepare_s = time.perf_counter() - begun
 
     def phases(self) -> Phases:

@@ -2,41 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lcbench.measure.inputs import draw_rows
-from lcbench.measure.session import Phases
-from lcbench.workloads.loss import ChunkedLoss, labels_of
+from lcbench.measure.memory import in_use
+from lcbench.measure.session import Gang, Phases
+from lcbench.workloads.loss import UNLABELLED, ChunkedLoss, labels_of
 from lcbench.workloads.recompute.base import Recompute
-from lcbench.workloads.transformer import Attention, Head, Layer, Stack, give_weights, rotations
+from lcbench.workloads.sharing import Sharing, memory_of
+from lcbench.workloads.traffic import Traffic
+from lcbench.workloads.transformer import Attention, Half, Head, Layer, Stack, give_weights, rotations
 
 if TYPE_CHECKING:
     from lcbench.workloads.base import Work
     from lcbench.workloads.block import Block
+
+META = torch.device("meta")
+
+
+class Whole(nn.Module):
+    """All layers and the head as one module, which is what FSDP2 takes the order of its units from. It runs the layers."""
+
+    def __init__(self, stack: Stack, head: Head, recompute: Recompute) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(stack.layers), head
+        self._run = partial(recompute.forward, stack)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._run(x)
 
 
 class Training:
     """The layers and the head on this rank, and its share of a sequence.
 
     Attributes:
-        x: (T, hidden), what the first layer gets.
+        x: (T, hidden), what the first layer gets; the same on all ranks of tensor parallelism.
+        sharing: which ranks have which weights. Those that are divided or sharded are torch's DTensors, and so are their gradients.
+        optimizer: None where no step is taken.
     """
 
-    def __init__(self, block: Block, work: Work, attention: Attention, recompute: Recompute, device: torch.device) -> None:
-        model, problem, tokens = block.model, work.problem, attention.run.tokens
+    def __init__(self, block: Block, work: Work, attention: Attention, recompute: Recompute, gang: Gang) -> None:
+        model, problem, tokens, device = block.model, work.problem, attention.run.tokens, gang.device
+        self.sharing = sharing = Sharing(gang.device_mesh, block.fsdp)
+        self._device = device
         dtype: torch.dtype = getattr(torch, problem.dtype)
-        layers = [Layer(model, attention, dtype, device) for _ in range(block.layers or model.layers)]
-        self.head = Head(model, dtype, device)
-        for number, layer in enumerate(layers):
-            give_weights(layer, f"layers.{number}", work.seed)
-        give_weights(self.head, "head", work.seed)
+        layers = []
+        # A half after the other is made whole and divided, so that no rank ever has more than one of them whole.
+        make = partial(self._make, seed=work.seed)
+        for number in range(block.layers or model.layers):
+            layer = Layer(model, attention, dtype, META)
+            make(layer.before, f"layers.{number}.before")
+            make(layer.after, f"layers.{number}.after")
+            layers.append(layer)
+        self.head = Head(model, dtype, META)
+        make(self.head, "head", reshard=False)
         self.stack = Stack(layers, rotations(tokens, model, dtype, device))
-        self._recompute = recompute
-        self.x = draw_rows("x", tokens, (model.hidden,), dtype, work.seed, device)
-        self._loss = ChunkedLoss(self.head, labels_of(tokens, model.vocab, work.seed, device), block.loss_chunk)
+        self._whole = Whole(self.stack, self.head, recompute)
+        sharing.unite(self._whole)
+        self.optimizer = self._optimizer() if block.optimizer != "none" else None
+        sequence = gang.dp_index, 0  # every rank of tensor parallelism has all of the same tokens
+        self.x = draw_rows("x", tokens, (model.hidden,), dtype, work.seed, device, sequence)
+        labels = labels_of(tokens, model.vocab, work.seed, device, sequence)
+        labelled = int(gang.ranks.reduce((labels != UNLABELLED).sum()))
+        share = 1 / max(1, labelled) / gang.mesh.dp
+        self._loss = ChunkedLoss(self.head, labels, block.loss_chunk, share, sharing)
+
+    def _make(self, half: Half, name: str, seed: int, reshard: bool = True) -> None:
+        half.to_empty(device=self._device)
+        give_weights(half, name, seed)
+        self.sharing.divide(half, reshard=reshard)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """AdamW with a learning rate of 0: it reads and writes all that it ever does, and the weights stay.
+
+        Its two moments have the weights' type. Weights of one mesh are stepped together, since one operation takes no others.
+        """
+        groups: dict[object, list[torch.Tensor]] = {}
+        for weight in self.weights().values():
+            groups.setdefault(getattr(weight, "device_mesh", None), []).append(weight)
+        fused = self._device.type == "cuda"
+        return torch.optim.AdamW([{"params": weights} for weights in groups.values()], lr=0.0, fused=fused)
 
     def weights(self) -> dict[str, torch.nn.Parameter]:
         """All weights by name."""
@@ -46,21 +97,75 @@ class Training:
         return named | {f"head.{name}": weight for name, weight in self.head.named_parameters()}
 
     def phases(self) -> Phases:
-        """Forward gives (x, y); head (x, y, dy, loss); backward and reduce (dx, loss), and the weights have their gradients."""
+        """Forward gives (x, y); head (x, y, dy, loss); backward and what comes after it (dx, loss), and then the weights have their
+        gradients, summed over all ranks of context and data parallelism.
+
+        ``loss`` is this rank's part: those of all ranks of context and data parallelism sum to the mean over sequences of the mean
+        over a sequence's labelled tokens. ``dx`` and the gradients are this sum's derivatives.
+        """
         phases: dict[str, Callable[[Any], Any]] = {
             "forward": lambda _: self.forward(),
             "head": lambda passed: (*passed, *self._loss(passed[1])),
             "backward": self._backward,
         }
+        if self.sharing.reduces:
+            phases["reduce"] = self._reduce
+        if self.optimizer is not None:
+            phases["optimizer"] = self._step
         return phases
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self._forget()
+        x = self.x.detach().requires_grad_()
+        return x, self._whole(x)
+
+    def _forget(self) -> None:
         for weight in self.weights().values():
             weight.grad = None
-        x = self.x.detach().requires_grad_()
-        return x, self._recompute.forward(self.stack, x)
 
     def _backward(self, passed: Any) -> tuple[torch.Tensor, torch.Tensor]:
         x, y, dy, loss = passed
         y.backward(dy)
+        self.sharing.settle(self.weights().values())
         return x.grad, loss
+
+    def _reduce(self, passed: Any) -> Any:
+        self.sharing.sum_gradients(self.weights().values())
+        return passed
+
+    def _step(self, passed: Any) -> Any:
+        assert self.optimizer is not None
+        self.optimizer.step()
+        return passed
+
+    # -- what it is made of ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def counting(self) -> Iterator[Traffic]:
+        """Count what this rank sends of weights, their gradients and sums of tensor parallelism within. Not for timings."""
+        groups = {"tp": self.sharing.tp, "weights": self.sharing.same}
+        with Traffic({kind: mesh.get_group() for kind, mesh in groups.items() if mesh is not None}) as traffic:
+            yield traffic
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds, by class; runs a step for it. Collective.
+
+        ``weights``, ``gradients``, ``optimizer``: of this rank's parts, at the end of the step. ``activations``: what is allocated
+        at the end of ``forward`` and was not at its begin, which is all that backward needs of it, and the output. Weights that are
+        gathered for a while are in none of them.
+        """
+        self._forget()
+        phases = self.phases()
+        before = in_use(self._device)
+        passed = phases.pop("forward")(None)
+        activations = in_use(self._device) - before
+        for phase in phases.values():
+            passed = phase(passed)
+        weights = list(self.weights().values())
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        return {
+            "weights": memory_of(weights),
+            "gradients": memory_of(weight.grad for weight in weights if weight.grad is not None),
+            "optimizer": memory_of(x for state in states for x in state.values()),
+            "activations": max(0, activations),
+        }

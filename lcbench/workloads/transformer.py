@@ -47,7 +47,36 @@ def rotated(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-class Before(nn.Module):
+@dataclass(frozen=True)
+class Division:
+    """The modules of a half that tensor parallelism divides, or has to know of, by name.
+
+    Attributes:
+        whole: every rank has them, and what they give goes to ``columns`` or ``classes``.
+        columns: projections of which a rank has some outputs: its heads, or its part of the MLP's width.
+        rows: projections of which a rank has some inputs, and whose outputs are summed over the ranks.
+        by_head: every rank has them, and they see its heads (T, H, D) alone.
+        classes: projections of which a rank has some outputs, which stay one tensor that ranks share.
+    """
+
+    whole: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    by_head: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+
+
+class Half(nn.Module):
+    """What weights are gathered for at a time: a part of a layer, or the head.
+
+    Attributes:
+        division: of its modules.
+    """
+
+    division: Division
+
+
+class Before(Half):
     """Of x (T, hidden): q (T, Hq, D), k and v (T, Hk, D), with positions in q and k. With tensor parallelism: a rank's heads."""
 
     def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
@@ -61,6 +90,7 @@ class Before(nn.Module):
             nn.RMSNorm(heads.dim, model.norm_eps, dtype=dtype, device=device) if model.qk_norm else nn.Identity() for _ in "qk"
         )
         self.q_norm, self.k_norm = norms
+        self.division = Division(("norm",), ("q", "k", "v"), by_head=("q_norm", "k_norm") if model.qk_norm else ())
         self._dim = heads.dim
 
     def forward(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,8 +99,10 @@ class Before(nn.Module):
         return rotated(self.q_norm(q), rope), rotated(self.k_norm(k), rope), v
 
 
-class After(nn.Module):
+class After(Half):
     """The layer's x (T, hidden) and out (T, Hq, D) of its attention to what it gives, (T, hidden)."""
+
+    division = Division(("norm",), ("gate", "up"), ("o", "down"))
 
     def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -109,8 +141,10 @@ class Layer(nn.Module):
         return self.attention(q, k, v, keep)
 
 
-class Head(nn.Module):
+class Head(Half):
     """Logits (T, vocab) of what the last layer gives, (T, hidden)."""
+
+    division = Division(("norm",), classes=("logits",))
 
     def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
