@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from lcbench.cp.base import Scheduled
-from lcbench.masks.band import Ints, TokenSpan
+from lcbench.masks.band import Ints, TokenSpan, distinct
 from lcbench.masks.convert import needed_keys
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -58,7 +58,7 @@ class GroupCast(Scheduled):
         owner_of_chunk = dispatch(np.array(chunks.areas(mask)), ranks, swap=self.solver == "swap")
         edges = np.array([runs[0].start for runs in chunks.shards] + [seqlen])
         chunk, begin, end = needed_keys(mask, edges)
-        cuts = np.unique(np.concatenate([edges, begin, end]))
+        cuts = distinct(np.concatenate([edges, begin, end]))
         if len(cuts) > MOST_CUTS:
             cuts = edges
         # needed[r, i]: whether a query of rank r sees a key of stretch i

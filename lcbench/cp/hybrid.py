@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from lcbench.masks.band import Ints, TokenSpan
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import rings, too_short
-from lcbench.schedule.layout import Layout, documents, zigzag
+from lcbench.schedule.layout import Layout, documents
 from lcbench.schedule.schedule import Schedule, head_groups, singles
 
 
@@ -57,8 +58,9 @@ class Hybrid(Scheduled):
             return f"documents names {len(self.documents)} documents, the mask has {len(bounds) - 1}"
         if too_short(problem, ranks):
             return too_short(problem, ranks)
-        empty = [rank for rank, runs in enumerate(self._layout(groups, bounds, work).shards) if not sum(run.size for run in runs)]
-        return f"rank {empty[0]} gets no token of the {len(bounds) - 1} documents in groups={list(groups)}" if empty else None
+        held = np.bincount(self._dealt(groups, bounds, work)[0], minlength=ranks)
+        empty = np.nonzero(held == 0)[0]
+        return f"rank {empty[0]} gets no token of the {len(bounds) - 1} documents in groups={list(groups)}" if len(empty) else None
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         groups = self.groups or (problem.scale.world_size,)
@@ -67,16 +69,26 @@ class Hybrid(Scheduled):
         return Schedule(ranks, layout, np.arange(ranks), head_groups(problem.heads, 1), singles(ranks), rings(groups))
 
     def _layout(self, groups: Sequence[int], bounds: Ints, work: Ints) -> Layout:
+        rank, start, size = self._dealt(groups, bounds, work)
+        spans = list(map(TokenSpan, start.tolist(), size.tolist()))
+        cuts = np.searchsorted(rank, np.arange(sum(groups) + 1)).tolist()
+        return Layout(tuple(tuple(spans[begin:end]) or (TokenSpan(0, 0),) for begin, end in pairwise(cuts)))
+
+    def _dealt(self, groups: Sequence[int], bounds: Ints, work: Ints) -> tuple[Ints, Ints, Ints]:
+        """(rank, start, size) of every stretch of tokens, in the order of ranks and of each rank's tokens."""
         chosen = _least_loaded(work, groups) if self.documents is None else np.array(self.documents)
-        runs: list[list[TokenSpan]] = [[] for _ in range(sum(groups))]
-        first = np.cumsum([0, *groups])
-        for number, group in enumerate(chosen.tolist()):
-            begin, size = int(bounds[number]), groups[group]
-            for place, pieces in enumerate(zigzag(int(bounds[number + 1]) - begin, size).shards):
-                # Short documents leave the first places empty, so they begin at another rank each time.
-                owner = runs[first[group] + (place + number) % size]
-                owner += [TokenSpan(begin + run.start, run.size) for run in pieces if run.size]
-        return Layout(tuple(tuple(own) or (TokenSpan(0, 0),) for own in runs))
+        parts = []
+        for first, size, group in zip(np.cumsum([0, *groups]).tolist(), groups, range(len(groups)), strict=False):
+            number = np.nonzero(chosen == group)[0]
+            chunk = np.arange(2 * size)
+            cuts = bounds[number, None] + np.diff(bounds)[number, None] * np.arange(2 * size + 1) // (2 * size)
+            # In zigzag. Short documents leave the first places empty, so they begin at another rank each time.
+            rank = first + (np.minimum(chunk, 2 * size - 1 - chunk) + number[:, None]) % size
+            found = np.stack([rank, cuts[:, :-1], np.diff(cuts, axis=1)]).reshape(3, -1)
+            parts.append(found[:, found[2] > 0])
+        every = np.concatenate(parts, axis=1)
+        rank, start, size = every[:, np.argsort(every[0], kind="stable")]
+        return rank, start, size
 
 
 def _least_loaded(work: Ints, groups: Sequence[int]) -> Ints:

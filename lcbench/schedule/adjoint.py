@@ -35,13 +35,14 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from lcbench.masks.band import Ints
+from lcbench.masks.band import Ints, distinct
 from lcbench.problem import Problem
 from lcbench.schedule.payload import PAYLOADS, Payload, token_bytes
 from lcbench.schedule.schedule import HeadGroup, Kind, Move, MoveColumn, Schedule, TileColumn
 
 SIDES: tuple[Kind, ...] = ("q", "kv")
 Bools = NDArray[np.bool_]
+SPARSE = 4  # a table that has one of so many keys, or more, is looked up by place
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,30 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Table:
-    """Items at ranks: sorted ``keys`` with values in the same order."""
+    """Items at ranks: sorted ``keys``, all below ``space``, with values in the same order."""
 
     keys: Ints
     values: Ints
+    space: int
 
     def find(self, keys: Ints) -> tuple[Ints, Bools]:
         """Position of each key (any where it is missing), and whether it is there."""
         if not len(self.keys):
             return np.zeros(len(keys), dtype=np.int64), np.zeros(len(keys), dtype=bool)
+        if self._places is not None:
+            place = self._places[keys]
+            return np.maximum(place, 0), place >= 0
         place = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
         return place, self.keys[place] == keys
+
+    @cached_property
+    def _places(self) -> Ints | None:
+        """The position of every number below ``space``, -1 where it is no key; None where few are, and a search takes less."""
+        if self.space > SPARSE * len(self.keys):
+            return None
+        places = np.full(self.space, -1, dtype=np.int64)
+        places[self.keys] = np.arange(len(self.keys))
+        return places
 
 
 class Uses:
@@ -107,7 +121,7 @@ class Uses:
         _, to, shard, group = self.rows.T
         self.keys = self.key(to, shard, group)
         order = np.argsort(self.keys, kind="stable")
-        self.arrivals = Table(self.keys[order], order)
+        self.arrivals = Table(self.keys[order], order, self.space)
 
     def _used(self, column: int) -> Table:
         """(first step, last step) of use of every item of the bundles in a column of the tiles."""
@@ -115,7 +129,7 @@ class Uses:
         for number, step in enumerate(self._schedule.steps):
             places, shards = self._schedule.spread(step.tiles[:, column])
             tiles = step.tiles[places]
-            found = np.unique(self.key(tiles[:, TileColumn.RANK], shards, tiles[:, TileColumn.GROUP]))
+            found = distinct(self.key(tiles[:, TileColumn.RANK], shards, tiles[:, TileColumn.GROUP]))
             keys.append(found)
             steps.append(np.full(len(found), number))
         every, when = np.concatenate(keys), np.concatenate(steps)
@@ -123,7 +137,12 @@ class Uses:
         every, when = every[order], when[order]
         starts = np.nonzero(np.diff(every, prepend=-1))[0]
         ends = np.append(starts[1:], len(every)) - 1
-        return Table(every[starts], np.column_stack([when[starts], when[ends]]))
+        return Table(every[starts], np.column_stack([when[starts], when[ends]]), self.space)
+
+    @property
+    def space(self) -> int:
+        """Above every key."""
+        return self._schedule.world_size * len(self._schedule.shards) * len(self._schedule.heads)
 
     def key(self, rank: Ints, shard: Ints, group: Ints) -> Ints:
         """One number per (rank, shard, head group)."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from functools import cached_property
+from itertools import chain, pairwise, product
 
 import numpy as np
 
-from lcbench.masks.band import BandMask, Ints, TokenSpan, spread
+from lcbench.masks.band import BandMask, Ints, TokenSpan, distinct, spread
 from lcbench.masks.convert import block_areas
 from lcbench.masks.mask import Mask
 
@@ -21,6 +22,11 @@ class Layout:
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    @cached_property
+    def spans(self) -> Ints:
+        """(start, size, stride) of all runs, shard after shard, (runs, 3)."""
+        return np.fromiter(chain.from_iterable(chain.from_iterable(self.shards)), dtype=np.int64).reshape(-1, 3)
 
     def size(self, shard: int) -> int:
         """Tokens of a shard."""
@@ -120,7 +126,7 @@ def documents(mask: Mask) -> tuple[Ints, Ints]:
     begin, reach = begin[order], np.maximum.accumulate(np.concatenate([[0], end[order]]))
     starts = begin[begin >= reach[:-1]]  # nothing before reaches this far
     ends = np.append(reach[:-1][begin >= reach[:-1]][1:], reach[-1])
-    bounds = np.unique(np.concatenate([[0, mask.num_q], starts, ends]))
+    bounds = distinct(np.concatenate([[0, mask.num_q], starts, ends]))
     work = np.zeros(len(bounds) - 1, dtype=np.int64)
     np.add.at(work, np.searchsorted(bounds, np.minimum(q0, k0), side="right") - 1, mask.areas)
     return bounds, work

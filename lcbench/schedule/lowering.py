@@ -16,11 +16,12 @@ from typing import Literal
 
 import numpy as np
 
-from lcbench.masks.band import Ints
+from lcbench.masks.band import Ints, distinct
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, Transfer
 from lcbench.schedule.payload import element_bytes
 from lcbench.schedule.schedule import Kind, MoveColumn, Schedule, TileColumn
+from lcbench.schedule.schedule import rows as table
 
 Lowering = Literal["auto", "p2p"]
 Operation = Literal["all_to_all", "all_gather", "reduce_scatter"]
@@ -59,7 +60,7 @@ def collectives(schedule: Schedule, moves: Traffic, problem: Problem, operations
     return [each if each is not None and each.operation in operations else None for each in found]
 
 
-Bundles = dict[tuple[Kind, int, int], list[tuple[int, ...]]]
+Bundles = dict[tuple[Kind, int, int], list[Ints]]
 
 
 def _bundles(schedule: Schedule) -> Bundles:
@@ -71,7 +72,7 @@ def _bundles(schedule: Schedule) -> Bundles:
             tiles = step.tiles[several[step.tiles[:, column]]]
             for rank, group, bundle in np.unique(tiles[:, [TileColumn.RANK, TileColumn.GROUP, column]], axis=0).tolist():
                 found.setdefault((side, rank, group), {})[bundle] = None
-    return {key: [schedule.bundles[i] for i in numbers] for key, numbers in found.items()}
+    return {key: [schedule.members(i) for i in numbers] for key, numbers in found.items()}
 
 
 def _collective(schedule: Schedule, transfer: Transfer, problem: Problem, bundles: Bundles) -> Collective | None:
@@ -91,7 +92,7 @@ def _collective(schedule: Schedule, transfer: Transfer, problem: Problem, bundle
     held = _held(schedule, transfer, problem, bundles, holder, sets, block) if sets else None
     if held is None:
         return None
-    same = len(np.unique(group)) == 1 and all(len(each) == 1 for each in held.values())
+    same = bool((group == group[0]).all()) and all(len(each) == 1 for each in held.values())
     operation: Operation = "all_to_all"
     if same and gathers:
         operation = "all_gather"
@@ -122,9 +123,9 @@ def _held(
     holder: Ints,
     sets: dict[int, tuple[int, ...]],
     block: int,
-) -> dict[tuple[int, ...], set[frozenset[int]]] | None:
-    """The bundles that the ranks of each set hold; None if a rank has no bundle for what comes to it or leaves it."""
-    held: dict[tuple[int, ...], set[frozenset[int]]] = {}
+) -> dict[tuple[int, ...], set[bytes]] | None:
+    """The bundles that the ranks of each set hold, as ``_whole`` names them; None if a rank has none for what comes or leaves."""
+    held: dict[tuple[int, ...], set[bytes]] = {}
     order = np.argsort(holder, kind="stable")
     cuts = np.nonzero(np.diff(holder[order]))[0] + 1
     for places in np.split(order, cuts):
@@ -138,19 +139,20 @@ def _held(
 
 def _whole(
     schedule: Schedule, transfer: Transfer, problem: Problem, bundles: Bundles, rank: int, rows: Ints, block: int
-) -> frozenset[int] | None:
-    """The one bundle of a rank that holds what comes to it, or leaves it, and as much of its own; None if there is none."""
-    shards, groups = rows[:, MoveColumn.SHARD].tolist(), set(rows[:, MoveColumn.GROUP].tolist())
-    if len(groups) > 1 or len(set(shards)) < len(shards):
+) -> bytes | None:
+    """The one bundle of a rank that holds what comes to it, or leaves it, and as much of its own, named by its sorted shards; None
+    if there is none.
+    """
+    shards, groups = distinct(rows[:, MoveColumn.SHARD]), distinct(rows[:, MoveColumn.GROUP])
+    if len(groups) > 1 or len(shards) < len(rows):
         return None
-    (group,) = groups
-    others = set(shards)
+    group = int(groups[0])
     for bundle in bundles.get((transfer.payload.side, rank, group), ()):
-        members = frozenset(bundle)
-        own = [shard for shard in members if schedule.owner[shard] == rank]
-        if members == others.union(own):
-            mine = replace(transfer, rows=np.array([[rank, rank, shard, group] for shard in own], dtype=np.int64).reshape(-1, 4))
-            return members if int(mine.bytes(schedule, problem).sum()) == block else None
+        members = distinct(bundle)
+        own = members[schedule.owner[members] == rank]
+        if np.array_equal(members, distinct(np.concatenate([shards, own]))):
+            mine = replace(transfer, rows=table(rank, rank, own, group))
+            return members.tobytes() if int(mine.bytes(schedule, problem).sum()) == block else None
     return None
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lcbench.masks.band import Ints
+from lcbench.masks.band import Ints, distinct
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, Transfer
 from lcbench.schedule.lowering import Collective, Operation, collectives
@@ -668,7 +668,7 @@ def rounds_of(transfer: Transfer, schedule: Schedule, rows: Ints) -> Ints:
         return np.zeros(len(rows), dtype=np.int64)
     ranks = schedule.world_size
     every, own = ((each[:, MoveColumn.TARGET] - each[:, MoveColumn.SOURCE]) % ranks for each in (transfer.rows, rows))
-    found: Ints = np.searchsorted(np.unique(every), own) // (ROUND * len(schedule.heads))
+    found: Ints = np.searchsorted(distinct(every), own) // (ROUND * len(schedule.heads))
     return found
 
 

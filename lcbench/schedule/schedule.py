@@ -147,7 +147,10 @@ class Schedule:
     @cached_property
     def sizes(self) -> Ints:
         """Tokens of each shard, (shards,)."""
-        return np.array([self.shards.size(i) for i in range(len(self.shards))], dtype=np.int64)
+        number = np.repeat(np.arange(len(self.shards)), [len(runs) for runs in self.shards.shards])
+        sizes = np.zeros(len(self.shards), dtype=np.int64)
+        np.add.at(sizes, number, self.shards.spans[:, 1])
+        return sizes
 
     def own(self, rank: int) -> list[int]:
         """The shards of a rank, in the order in which its tensors hold them."""
@@ -180,6 +183,11 @@ class Schedule:
         members, offsets = self._members
         number, place = spread(offsets[bundles], offsets[bundles + 1])
         return number, members[place]
+
+    def members(self, bundle: int) -> Ints:
+        """The shards of a bundle, in order."""
+        members, offsets = self._members
+        return members[offsets[bundle] : offsets[bundle + 1]]
 
     def shard_tiles(self, step: Step) -> Iterator[Ints]:
         """The tiles of a step by shards, in portions: rows (rank, head group, q shard, k shard)."""

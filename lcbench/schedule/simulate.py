@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lcbench.masks.band import Ints
+from lcbench.masks.band import Ints, distinct
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import Traffic, Transfer, traffic
@@ -314,7 +314,7 @@ class _Play:
         payload = transfer.payload
         if element_bytes(payload.precision, self._problem) != element_bytes(payload.held, self._problem):
             return False
-        owners = self._schedule.owner[np.unique(transfer.rows[:, MoveColumn.SHARD])]
+        owners = self._schedule.owner[distinct(transfer.rows[:, MoveColumn.SHARD])]
         return bool((np.diff(owners) >= 0).all())
 
     def _messages(self, transfer: Transfer, source: Ints, to: Ints, size: Floats, ready: Floats) -> None:

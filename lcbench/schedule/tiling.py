@@ -8,20 +8,21 @@ summed up once and a tile is the difference of two of its entries per stretch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from scipy import sparse
 
-from lcbench.masks.band import BandMask, Ints, areas, cropped, reindexed, spread
-from lcbench.masks.block import BlockMap, Keep
+from lcbench.masks.band import BandMask, Ints, areas, cropped, distinct, reindexed, spread
+from lcbench.masks.block import Keep
 from lcbench.masks.mask import Mask
+from lcbench.schedule.block_sums import PORTION, BlockSums, cut_evenly
 from lcbench.schedule.machine import Floats, Tiles
 from lcbench.schedule.schedule import Schedule, TileColumn
 
+CACHED = 1 << 17  # values that are worked out together, so that they fit into a cache
 BLOCK = 128  # rows and keys of the blocks that kernels compute or skip
-BYTE = 255  # as many rows of blocks as a byte can count
-PORTION = 1 << 22  # entries of rows that are worked out together
 # Of a bundle of queries with each unit of keys: pairs, covered pairs, pieces, and pieces that go on in the next unit.
 PAIRS, COVERED, PIECES, GO_ON = range(4)
 VALUES = 4
@@ -77,12 +78,12 @@ def _found(schedule: Schedule, mask: Mask, every: Ints) -> Floats:
         sheet: _Sheet = _Stripes(queries, keys, mask) if queries.striped or keys.striped else _Bands(queries, keys, mask)
         return _looked_up(queries, keys, sheet, every)
     shares = _shares(schedule, mask.maps)
+    blocks = BlockSums(queries.inside(), queries.tokens_in(mask.q_edges), keys.tokens_in(mask.k_edges), BLOCK)
     for number in range(mask.maps):
         share = shares[every[:, TileColumn.GROUP], number]
         reads = share > 0
         if reads.any():
-            blocks = _Blocks(queries, keys, mask, mask.keep(number))
-            total[:, reads] += share[reads] * _looked_up(queries, keys, blocks, every[reads])
+            total[:, reads] += share[reads] * _looked_up(queries, keys, _Blocks(blocks, mask.keep(number)), every[reads])
     return total
 
 
@@ -124,7 +125,7 @@ class Side:
     @classmethod
     def of(cls, schedule: Schedule, bundles: Ints) -> Side:
         """The side of the tiles whose operands are ``bundles``."""
-        used = np.unique(bundles)
+        used = distinct(bundles)
         place = np.full(len(schedule.bundles), -1, dtype=np.int64)
         place[used] = np.arange(len(used))
         number, start, size, stride = (np.concatenate(each) for each in zip(*_spans(schedule, used), strict=True))
@@ -136,7 +137,7 @@ class Side:
                 [code[row] for row in zip(start.tolist(), size.tolist(), stride.tolist(), strict=True)], dtype=np.int64
             )
             return cls(place, every[:, 0], every[:, 1], every[:, 2], first, first + 1, runs, True, np.ones(len(every), dtype=bool))
-        edges = np.unique(np.concatenate([start, start + size]))
+        edges = distinct(np.concatenate([start, start + size]))
         first, last = np.searchsorted(edges, start), np.searchsorted(edges, start + size)
         joined = np.zeros(len(edges) + 1, dtype=np.int64)
         np.add.at(joined, first + 1, 1)
@@ -148,27 +149,38 @@ class Side:
         """Units."""
         return len(self.start)
 
-    @property
+    @cached_property
     def edges(self) -> Ints:
         """Where units begin, and where the last one ends; of units that are no stripes."""
         return np.append(self.start, self.start[-1:] + self.size[-1:])
 
-    def inside(self) -> sparse.csr_array:
-        """How often each bundle has each unit, (bundles, units)."""
-        number, unit = spread(self.first, self.last)
+    def inside(self, *, going_on: bool = False) -> sparse.csr_array:
+        """How often each bundle has each unit, (bundles, units); ``going_on``: and the unit behind it in the same run."""
+        number, unit = spread(self.first, self.last - going_on)
         bundle = np.repeat(np.arange(len(self.runs) - 1), np.diff(self.runs))[number]
         return sparse.coo_array((np.ones(len(unit)), (bundle, unit)), shape=(len(self.runs) - 1, len(self))).tocsr()
 
-    def tokens_in(self, edges: Ints) -> Ints:
-        """How many tokens of each unit lie between neighbouring edges, (units, edges - 1)."""
-        before = -((self.start[:, None] - edges) // self.stride[:, None])
-        return np.diff(np.clip(before, 0, self.size[:, None]), axis=1)
+    def before(self, edges: Ints) -> Ints:
+        """How many tokens of each unit lie before each edge, (units, edges)."""
+        return np.clip(-((self.start[:, None] - edges) // self.stride[:, None]), 0, self.size[:, None])
+
+    def tokens_in(self, edges: Ints) -> sparse.csr_array:
+        """How many tokens of each unit lie between neighbouring edges, which all units are between, (units, edges - 1)."""
+        if not self.striped:
+            until = self.start + self.size
+            unit, block = spread(np.searchsorted(edges, self.start, side="right") - 1, np.searchsorted(edges, until))
+            tokens = np.minimum(edges[block + 1], until[unit]) - np.maximum(edges[block], self.start[unit])
+            return sparse.coo_array((tokens.astype(np.float64), (unit, block)), shape=(len(self), len(edges) - 1)).tocsr()
+        parts = []
+        for first, last in cut_evenly(np.full(len(self), len(edges))):
+            part = replace(self, start=self.start[first:last], size=self.size[first:last], stride=self.stride[first:last])
+            parts.append(sparse.csr_array(np.diff(part.before(edges), axis=1).astype(np.float64)))
+        return sparse.vstack(parts, format="csr")
 
 
 def _spans(schedule: Schedule, bundles: Ints) -> Iterator[tuple[Ints, Ints, Ints, Ints]]:
     """(place in ``bundles``, start, size, stride) of their spans, in portions; spans that continue one another are one."""
-    spans = [run for shard in schedule.shards.shards for run in shard]
-    start, size, stride = np.array(spans, dtype=np.int64).reshape(-1, 3).T
+    start, size, stride = schedule.shards.spans.T
     begins = np.cumsum([0, *map(len, schedule.shards.shards)])
     lengths = np.cumsum([len(schedule.bundles[bundle]) for bundle in bundles.tolist()])
     cuts = np.nonzero(np.diff(lengths // PORTION))[0] + 1
@@ -192,35 +204,37 @@ def _spans(schedule: Schedule, bundles: Ints) -> Iterator[tuple[Ints, Ints, Ints
 class _Sheet:
     """Values of bundles of queries with units of keys."""
 
-    def portions(self) -> Iterator[tuple[int, int]]:
-        """(first, last) bundles of queries that are worked out together, the last not included."""
-        raise NotImplementedError
-
     def of(self, first: int, last: int) -> Floats:
         """(4, bundles first to last, units of keys)."""
         raise NotImplementedError
 
+    def stretches(self, first: int, last: int) -> Iterator[tuple[int, Floats]]:
+        """The same in stretches of units: the first unit of each, and its values."""
+        yield 0, self.of(first, last)
+
 
 def _looked_up(queries: Side, keys: Side, sheet: _Sheet, tiles: Ints) -> Floats:
     """Pairs, covered pairs and pieces of tiles, (3, tiles)."""
-    found = np.zeros((3, len(tiles)))
     q, k = queries.place[tiles[:, TileColumn.Q]], keys.place[tiles[:, TileColumn.K]]
+    bundles, every = len(queries.runs) - 1, len(keys.runs) - 1
+    lookups, runs = int((keys.runs[k + 1] - keys.runs[k]).sum()), len(keys.first)
+    if lookups < bundles * runs:
+        look, width = _one_by_one, len(keys) + 1
+    else:
+        look, width = _AllAtOnce(keys), every
+    found = np.zeros((3, len(tiles)))
     order = np.argsort(q, kind="stable")
-    for first, last in sheet.portions():
+    for first, last in cut_evenly(np.full(bundles, width)):
         here = order[slice(*np.searchsorted(q[order], [first, last]))]
-        if not len(here):
-            continue
-        sums = np.zeros((VALUES, last - first, len(keys) + 1))
-        np.cumsum(sheet.of(first, last), axis=2, out=sums[:, :, 1:])
-        row, bundle = q[here] - first, k[here]
-        lookups = int((keys.runs[bundle + 1] - keys.runs[bundle]).sum())
-        look = _one_by_one if lookups < (last - first) * len(keys.first) else _all_at_once
-        found[:, here] = look(keys, sums, row, bundle)
+        if len(here):
+            found[:, here] = look(keys, sheet, first, last, q[here] - first, k[here])
     return found
 
 
-def _one_by_one(keys: Side, sums: Floats, row: Ints, bundle: Ints) -> Floats:
-    """What rows of sums have in the runs of bundles of keys, (3, n), looked up for each."""
+def _one_by_one(keys: Side, sheet: _Sheet, first: int, last: int, row: Ints, bundle: Ints) -> Floats:
+    """What bundles of queries first to last, a row each, have with bundles of keys, (3, n), looked up run by run in their sums."""
+    sums = np.zeros((VALUES, last - first, len(keys) + 1))
+    np.cumsum(sheet.of(first, last), axis=2, out=sums[:, :, 1:])
     number, run = spread(keys.runs[bundle], keys.runs[bundle + 1])
     at, begin, end = row[number], keys.first[run], keys.last[run]
     values = [sums[column, at, end] - sums[column, at, begin] for column in (PAIRS, COVERED, PIECES)]
@@ -228,24 +242,21 @@ def _one_by_one(keys: Side, sums: Floats, row: Ints, bundle: Ints) -> Floats:
     return np.stack([np.bincount(number, weights=value, minlength=len(row)) for value in values])
 
 
-def _all_at_once(keys: Side, sums: Floats, row: Ints, bundle: Ints) -> Floats:
-    """The same by a product, for every row with every bundle: for bundles of many runs, each of which many tiles have."""
-    count, width = len(keys.runs) - 1, sums.shape[2]
-    of_run = np.repeat(np.arange(count), np.diff(keys.runs))
-    ones = np.ones(len(of_run))
-    within, going = (
-        sparse.coo_array((np.append(ones, -ones), (np.tile(of_run, 2), np.append(end, keys.first))), shape=(count, width)).tocsr()
-        for end in (keys.last, keys.last - 1)
-    )
-    found = [within @ sums[column].T for column in (PAIRS, COVERED, PIECES)]
-    found[PIECES] -= going @ sums[GO_ON].T
-    return np.stack([value[bundle, row] for value in found])
+class _AllAtOnce:
+    """The same by products, for every row with every bundle: where most of them are tiles."""
 
+    def __init__(self, keys: Side) -> None:
+        self._inside = keys.inside().T.tocsr()
+        self._going = keys.inside(going_on=True).T.tocsr()
 
-def _cut_evenly(weights: Ints) -> Iterator[tuple[int, int]]:
-    """(first, last) of stretches of about ``PORTION`` each, or of one entry."""
-    cuts = np.nonzero(np.diff(np.cumsum(weights) // PORTION))[0] + 1
-    yield from zip([0, *cuts.tolist()], [*cuts.tolist(), len(weights)], strict=True)
+    def __call__(self, keys: Side, sheet: _Sheet, first: int, last: int, row: Ints, bundle: Ints) -> Floats:
+        found = np.zeros((3, last - first, self._inside.shape[1]))
+        for begin, values in sheet.stretches(first, last):
+            some = slice(begin, begin + values.shape[2])
+            found += (values[:GO_ON].reshape(-1, values.shape[2]) @ self._inside[some]).reshape(found.shape)
+            if self._going.nnz:
+                found[PIECES] -= values[GO_ON] @ self._going[some]
+        return found[:, row, bundle]
 
 
 class _Bands(_Sheet):
@@ -268,36 +279,53 @@ class _Bands(_Sheet):
             self._parts, self._bundle, number[place[order]], parted=bool((np.diff(keys.runs) > 1).any())
         )
         self._first, self._last = _span_of(keys, self._parts)
-        self._count = inside.shape[0]
         edges = keys.edges
         self._hard_before = np.maximum.accumulate(np.where(np.concatenate([[True], keys.hard[:-1]]), edges[:-1], edges[0]))
-        self._pad = np.where(keys.hard, -(edges[1:] - self._hard_before) % BLOCK, 0)
+        pad = np.where(keys.hard, -(edges[1:] - self._hard_before) % BLOCK, 0)
         follows = _follows(keys, mask)
         self._begins = (follows < 0).astype(np.float64)  # units of keys that do not go on with what an operand has of a document
         filled = -(-(keys.size + keys.size[follows]) // BLOCK) * BLOCK - -(-keys.size[follows] // BLOCK) * BLOCK
-        self._pad = np.where(follows >= 0, filled - keys.size, self._pad)
-
-    def portions(self) -> Iterator[tuple[int, int]]:
-        return _cut_evenly(np.full(self._count, len(self._keys) + 1))
+        self._filled = np.where(follows >= 0, filled, keys.size + pad)
+        self._high = (self._parts[:, 1] - self._parts[:, 0]).astype(np.float64)
+        self._whole = self._whole_units(self._parts, self._first, self._last)
 
     def of(self, first: int, last: int) -> Floats:
-        here = slice(*np.searchsorted(self._bundle, [first, last]))
-        parts, row, begin, end = self._parts[here], self._bundle[here] - first, self._first[here], self._last[here]
-        whole = self._whole(parts, begin, end)
-        high = (parts[:, 1] - parts[:, 0]).astype(np.float64)
-        ones, rows = self._last_of_band[here], last - first
-        keys = self._keys
+        here = np.arange(*np.searchsorted(self._bundle, [first, last]))
+        return self._values(here, first, last, 0, len(self._keys))
+
+    def stretches(self, first: int, last: int) -> Iterator[tuple[int, Floats]]:
+        here = np.arange(*np.searchsorted(self._bundle, [first, last]))
+        width = max(1, CACHED // (last - first))
+        if width < len(self._keys):  # parts by where they begin, so that those of a stretch are near one another
+            here = here[np.argsort(self._first[here], kind="stable")]
+        begins, ends = self._first[here], self._last[here]
+        longest = int((ends - begins).max(initial=0))
+        for begin in range(0, len(self._keys), width):
+            end = min(begin + width, len(self._keys))
+            near = slice(*np.searchsorted(begins, [begin - longest, end])) if width < len(self._keys) else slice(None)
+            some = here[near][ends[near] > begin]
+            if len(some):
+                yield begin, self._values(some, first, last, begin, end)
+
+    def _values(self, here: Ints, first: int, last: int, begin: int, end: int) -> Floats:
+        """(4, bundles first to last, units begin to end) of these parts."""
+        row, rows, keys = self._bundle[here] - first, last - first, self._keys
+        from_, to, first_whole, last_whole = (
+            np.clip(each[here], begin, end) - begin for each in (self._first, self._last, *self._whole)
+        )
+        before_last = np.clip(np.maximum(self._last[here] - 1, self._first[here]), begin, end) - begin
+        high, ones, units = self._high[here], self._last_of_band[here], slice(begin, end)
         values = np.stack([
-            _risen(row, *whole, high, rows, len(keys)) * keys.size,
-            _risen(row, *whole, self._tall[here], rows, len(keys)) * (keys.size + self._pad),
-            _risen(row, begin, end, ones, rows, len(keys)) * self._begins,
-            _risen(row, begin, np.maximum(end - 1, begin), ones, rows, len(keys)),
+            _risen(row, first_whole, last_whole, high, rows, end - begin) * keys.size[units],
+            _risen(row, first_whole, last_whole, self._tall[here], rows, end - begin) * self._filled[units],
+            _risen(row, from_, to, ones, rows, end - begin) * self._begins[units],
+            _risen(row, from_, before_last, ones, rows, end - begin),
         ])  # fmt: skip
-        for cut in ((begin, whole[0]), (whole[1], end)):
-            self._add_cut(values, parts, row, *cut)
+        for cut in ((from_, first_whole), (last_whole, to)):
+            self._add_cut(values, here, row, begin, *cut)
         return values
 
-    def _whole(self, parts: Ints, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+    def _whole_units(self, parts: Ints, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
         """(first, last) units of keys of which every query of a part sees every key: they need not be looked at one by one."""
         edges = self._keys.edges
         q0, q1, k0, k1, lo, hi = parts.T
@@ -307,17 +335,18 @@ class _Bands(_Sheet):
         first = np.clip(first, begin, end)
         return first, np.maximum(last, first)
 
-    def _add_cut(self, values: Floats, parts: Ints, row: Ints, begin: Ints, end: Ints) -> None:
-        """Add pairs and covered pairs of parts in units of keys that are looked at one by one."""
+    def _add_cut(self, values: Floats, here: Ints, row: Ints, offset: int, begin: Ints, end: Ints) -> None:
+        """Add pairs and covered pairs of parts in units of keys, counted from ``offset``, that are looked at one by one."""
         keys = self._keys
-        number, unit = spread(begin, end)
+        number, place = spread(begin, end)
+        unit, parts = place + offset, self._parts[here[number]]
         edges = keys.edges
-        found, kept = cropped(parts[number], None, None, edges[unit], edges[unit + 1])
-        number, unit = number[kept], unit[kept]
-        begins = np.maximum(parts[number, 2], self._hard_before[unit])
-        ends = keys.hard[unit] | (parts[number, 3] <= edges[unit + 1])
+        found, kept = cropped(parts, None, None, edges[unit], edges[unit + 1])
+        number, unit, place, parts = number[kept], unit[kept], place[kept], parts[kept]
+        begins = np.maximum(parts[:, 2], self._hard_before[unit])
+        ends = keys.hard[unit] | (parts[:, 3] <= edges[unit + 1])
         pad = np.where(ends, -(found[:, 3] - begins) % BLOCK, 0)
-        flat, shape = row[number] * len(keys) + unit, values.shape[1:]
+        flat, shape = row[number] * values.shape[2] + place, values.shape[1:]
         for column, value in ((PAIRS, areas(found).astype(np.float64)), (COVERED, covered(found, pad))):
             values[column] += np.bincount(flat, weights=value, minlength=values[column].size).reshape(shape)
 
@@ -406,18 +435,14 @@ class _Stripes(_Sheet):
     def __init__(self, queries: Side, keys: Side, mask: BandMask) -> None:
         self._queries, self._keys, self._mask, self._inside = queries, keys, mask, queries.inside()
 
-    def portions(self) -> Iterator[tuple[int, int]]:
-        return _cut_evenly(np.full(self._inside.shape[0], len(self._keys)))
-
     def of(self, first: int, last: int) -> Floats:
         inside = self._inside[first:last]
-        used = np.unique(inside.indices)
+        used = distinct(inside.indices)
         values = np.zeros((VALUES, len(used), len(self._keys)))
         q, k = (np.stack([side.start, side.size, side.stride]) for side in (self._queries, self._keys))
-        rows, columns = self._queries.tokens_in, self._keys.tokens_in
         for band in self._mask.bands:
-            some = np.nonzero(rows(band[:2])[used, 0])[0]
-            others = np.nonzero(columns(band[2:4])[:, 0])[0]
+            some = np.nonzero(np.diff(self._queries.before(band[:2]))[used, 0])[0]
+            others = np.nonzero(np.diff(self._keys.before(band[2:4]))[:, 0])[0]
             at, to = np.repeat(some, len(others)), np.tile(others, len(some))
             parts, kept = reindexed(np.broadcast_to(band, (len(at), 6)), q[:, used[at]], k[:, to])
             at, to = at[kept], to[kept]
@@ -428,50 +453,11 @@ class _Stripes(_Sheet):
 
 
 class _Blocks(_Sheet):
-    """A block map: what is kept, times the tokens of each unit in each row and column of blocks."""
+    """A map of block maps, met by units."""
 
-    def __init__(self, queries: Side, keys: Side, mask: BlockMap, keep: Keep) -> None:
-        self._keep, self._inside = keep, queries.inside()
-        self._begins = keep & ~np.concatenate([np.zeros((len(keep), 1), dtype=bool), keep[:, :-1]], axis=1)
-        self._rows, self._columns = queries.tokens_in(mask.q_edges), keys.tokens_in(mask.k_edges)
-
-    def portions(self) -> Iterator[tuple[int, int]]:
-        return _cut_evenly(np.full(self._inside.shape[0], self._columns.shape[1] + len(self._columns)))
+    def __init__(self, blocks: BlockSums, keep: Keep) -> None:
+        self._blocks, self._keep = blocks, keep
 
     def of(self, first: int, last: int) -> Floats:
-        inside = self._inside[first:last]
-        rows, columns = self._rows, self._columns
-        filled, filled_too = _filled(rows), _filled(columns)
-        pairs = self._product(inside @ rows.astype(np.float64), self._keep, columns)
-        if (rows == filled).all() and (columns == filled_too).all():
-            blocks = pairs
-        else:
-            blocks = self._product(inside @ filled.astype(np.float64), self._keep, filled_too)
-        pieces = self._product(inside @ (rows > 0).astype(np.float64), self._begins, columns > 0)
-        return np.stack([pairs, blocks, pieces, np.zeros_like(pairs)])
-
-    def _product(self, rows: Floats, kept: Keep, columns: Ints | Keep) -> Floats:
-        """``rows`` x what is kept x ``columns``. Rows of blocks that all operands have alike are added up first, as bytes."""
-        cuts = np.nonzero((rows[:, 1:] != rows[:, :-1]).any(axis=0))[0] + 1
-        starts = np.unique(np.concatenate([[0], cuts, np.arange(0, len(kept), BYTE)]))
-        if len(starts) < len(kept) // 2:
-            added = np.add.reduceat(kept.view(np.uint8), starts, axis=0, dtype=np.uint8)
-            found = sparse.csr_array(rows[:, starts]) @ added.astype(np.float64)
-        else:
-            found = _dense_product(rows, kept)
-        product: Floats = found @ sparse.csr_array(columns.T.astype(np.float64))
-        return product
-
-
-def _dense_product(rows: Floats, kept: Keep) -> Floats:
-    """``rows`` x ``kept`` a portion at a time: as a conversion of all that is kept would not fit."""
-    found = np.zeros((len(rows), kept.shape[1]))
-    step = max(1, PORTION // kept.shape[1])
-    for begin in range(0, len(kept), step):
-        found += rows[:, begin : begin + step] @ kept[begin : begin + step].astype(np.float64)
-    return found
-
-
-def _filled(tokens: Ints) -> Ints:
-    """Up to whole blocks."""
-    return -(-tokens // BLOCK) * BLOCK
+        values = self._blocks.of(first, last, self._keep)
+        return np.concatenate([values, np.zeros_like(values[:1])])
