@@ -88,6 +88,14 @@ class RankRun(Passes, Protocol):
         where only the library knows them."""
         return [], lambda _: saved
 
+    def inputs(self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor") -> "list[torch.Tensor]":
+        """The tensors with which ``apart`` begins where these are the inputs, and rows of them where these are rows of the inputs.
+
+        Raises:
+            Unsupported: not where ``resumes``.
+        """
+        raise Unsupported(f"what {type(self).__name__} keeps for backward is known to its library alone")
+
     def results(self, saved: Any) -> "list[torch.Tensor]":
         """What ``resume`` needs of a pass besides its inputs, out (T, Hq, D) first.
 

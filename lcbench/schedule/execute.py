@@ -468,6 +468,10 @@ class Executor:
         """What ``resume`` takes: out (T, Hq, D), LSE (T, Hq), and those of other ranks' queries that this rank alone computed."""
         return [saved.out, saved.lse, *(x for key in sorted(saved.finals) for x in saved.finals[key])]
 
+    def inputs(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        """How ``apart`` begins where these are the inputs, or the same rows of all of it where they are rows of the inputs."""
+        return [q, self._packed(k, v)] if self._alone is None else [q, k, v]
+
     def apart(self, saved: SavedPass) -> tuple[list[torch.Tensor], Callable[[Sequence[torch.Tensor]], SavedPass]]:
         """All tensors that backward needs: q, keys and values, ``results``, kept buffers; and how to put such together again."""
         kv = list(saved.kv) if isinstance(saved.kv, tuple) else [saved.kv]

@@ -31,7 +31,11 @@ class BlockSession:
         self.refused = first_refusal(EVERY.all_gather_object(reason))
         if self.refused:
             return
-        self.training = Training(block, work, Attention(run), work.recompute, gang)
+        try:
+            self.training = Training(block, work, Attention(run), work.recompute, gang)
+        except Unsupported as refused:  # by all ranks
+            self.refused = str(refused)
+            return
         self.prepare_s = time.perf_counter() - begun
 
     def phases(self) -> Phases:

@@ -29,10 +29,10 @@ META = torch.device("meta")
 class Whole(nn.Module):
     """All layers and the head as one module, which is what FSDP2 takes the order of its units from. It runs the layers."""
 
-    def __init__(self, stack: Stack, head: Head, recompute: Recompute) -> None:
+    def __init__(self, stack: Stack, head: Head, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.layers, self.head = nn.ModuleList(stack.layers), head
-        self._run = partial(recompute.forward, stack)
+        self._run = forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._run(x)
@@ -45,6 +45,10 @@ class Training:
         x: (T, hidden), what the first layer gets; the same on all ranks of tensor parallelism.
         sharing: which ranks have which weights. Those that are divided or sharded are torch's DTensors, and so are their gradients.
         optimizer: None where no step is taken.
+        recompute: what the layers' forward keeps, ready to run.
+
+    Raises:
+        Unsupported: on all ranks, where activations do not fit the memory of some host.
     """
 
     def __init__(self, block: Block, work: Work, attention: Attention, recompute: Recompute, gang: Gang) -> None:
@@ -63,11 +67,12 @@ class Training:
         self.head = Head(model, dtype, META)
         make(self.head, "head", reshard=False)
         self.stack = Stack(layers, rotations(tokens, model, dtype, device))
-        self._whole = Whole(self.stack, self.head, recompute)
+        self._whole = Whole(self.stack, self.head, lambda x: self.recompute.forward(x))
         sharing.unite(self._whole)
         self.optimizer = self._optimizer() if block.optimizer != "none" else None
         sequence = gang.dp_index, 0  # every rank of tensor parallelism has all of the same tokens
         self.x = draw_rows("x", tokens, (model.hidden,), dtype, work.seed, device, sequence)
+        self.recompute = recompute.start(self.stack, self.x, model.layers)
         labels = labels_of(tokens, model.vocab, work.seed, device, sequence)
         labelled = int(gang.ranks.reduce((labels != UNLABELLED).sum()))
         share = 1 / max(1, labelled) / gang.mesh.dp

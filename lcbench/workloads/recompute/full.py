@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.cp.base import RankRun
-from lcbench.workloads.recompute.base import Again, recomputed
+from lcbench.workloads.recompute.base import Again, OnDevice, recomputed
+from lcbench.workloads.recompute.sizes import Held, LayerBytes
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(OnDevice):
     """It has no options."""
 
     def forward(self, stack: Stack, x: torch.Tensor) -> torch.Tensor:
@@ -24,8 +24,8 @@ class Full:
             x = recomputed(layer, x, stack.rope)
         return x
 
-    def refuses(self, run: RankRun) -> str | None:
-        return None
-
     def again(self) -> Again:
         return Again(token_wise=1.0, attention=1.0)
+
+    def kept(self, layer: LayerBytes) -> Held:
+        return Held(layer.x.bytes, working=layer.all - layer.saves_x * layer.x.bytes, inputs=layer.x.bytes)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.cp.base import RankRun
-from lcbench.workloads.recompute.base import Again
+from lcbench.workloads.recompute.base import Again, OnDevice
+from lcbench.workloads.recompute.sizes import Held, LayerBytes
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class NoRecompute:
+class NoRecompute(OnDevice):
     """It has no options."""
 
     def forward(self, stack: Stack, x: torch.Tensor) -> torch.Tensor:
@@ -23,8 +23,8 @@ class NoRecompute:
             x = layer(x, stack.rope)
         return x
 
-    def refuses(self, run: RankRun) -> str | None:
-        return None
-
     def again(self) -> Again:
         return Again()
+
+    def kept(self, layer: LayerBytes) -> Held:
+        return Held(layer.all, inputs=layer.saves_x * layer.x.bytes)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lcbench.cp.base import RankRun
-from lcbench.workloads.recompute.base import Again, needs_results, recomputed
+from lcbench.workloads.recompute.base import Again, OnDevice, held_with_results, needs_results, recomputed
+from lcbench.workloads.recompute.sizes import Held, LayerBytes
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Selective:
+class Selective(OnDevice):
     """It has no options."""
 
     def forward(self, stack: Stack, x: torch.Tensor) -> torch.Tensor:
@@ -31,6 +32,9 @@ class Selective:
 
     def again(self) -> Again:
         return Again(token_wise=1.0)
+
+    def kept(self, layer: LayerBytes) -> Held:
+        return held_with_results(layer)
 
 
 def _layer(layer: Layer, x: torch.Tensor, rope: Rope, kept: Kept) -> torch.Tensor:
