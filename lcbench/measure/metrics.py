@@ -78,7 +78,9 @@ METRICS = (
     ),
     Metric(
         "compute/<phase>/tflops_per_gpu", "TFLOP/s",
-        "FLOPs / (median time x ranks); forward 4 x pairs (area x query heads) x dim, backward 2.5 times that", "higher", "rate",
+        "FLOPs / (median time x ranks); of attention forward 4 x pairs (area x query heads) x dim, backward 2.5 times that; of a "
+        "training step besides, per weight and token, 2 forward and 4 backward, of the head 6 per labelled token, and nothing for "
+        "what is computed again. A phase without FLOPs has no rate", "higher", "rate",
     ),
     Metric("compute/<phase>/mfu", "0..1", "the same over `compute/peak_tflops`", "higher", "rate"),
     Metric("compute/tflops_per_gpu", "TFLOP/s", "of the total", "higher", "rate"),
@@ -87,6 +89,35 @@ METRICS = (
         "compute/peak_tflops", "TFLOP/s",
         "of one device: `conf/device` for a known one, else measured by a matrix product; `lcbench.peak_source` says which",
     ),
+    Metric(
+        "compute/hfu", "0..1",
+        "of a training step: as `compute/mfu`, with what `recompute` has done once more counted too", "higher",
+    ),
+    Metric("step/layers", "1", "layers that a training step was measured with"),
+    Metric("step/labelled_tokens", "token", "tokens that its loss is the mean of"),
+    Metric("step/tokens_per_gpu", "token", "tokens of a step over all ranks"),
+    Metric(
+        "step/recomputed_flops_per_gpu", "FLOP", "of the layers' forward that backward has done once more, no part of MFU", "lower",
+    ),
+    Metric(
+        "step/tokens_per_s_per_gpu", "token/s", "tokens of a step / (its median time x ranks), of the layers that were measured",
+        "higher",
+    ),
+    Metric(
+        "attention/share", "0..1",
+        "of a training step's time, its attention and the messages of it, backward and what is computed again included; mean over "
+        "the ranks, from a pass of its own",
+    ),
+    Metric("layer/<phase>/median_s", "s", "`forward` or `backward` of a training step over its layers", "lower"),
+    Metric("model/<phase>/repeats", "1", "how often a step of the whole model has what was measured of this phase"),
+    Metric(
+        "model/<phase>/step_s", "s",
+        "scaled, not measured: the median of the phase times `repeats`: forward and backward by layers, the head once, sums over "
+        "ranks by weights", "lower",
+    ),
+    Metric("model/step_s", "s", "scaled, not measured: what a step of the whole model would take, without its embedding", "lower"),
+    Metric("model/tokens_per_s_per_gpu", "token/s", "scaled, not measured: tokens of a step / (`model/step_s` x ranks)", "higher"),
+    Metric("model/mfu", "0..1", "scaled, not measured: FLOPs of the whole model's step over its time and peak", "higher"),
     Metric(
         "memory/peak_bytes", "byte",
         "worst rank's peak of one iteration above what was in use before the kernel was made ready, without the inputs (CUDA "
@@ -143,7 +174,9 @@ METRICS = (
         "and what was not checked", "lower", "max",
     ),
     Metric(
-        "check/<x>_error", "as x", "largest absolute error of out, lse, dq, dk, dv against the reference", "lower", "max",
+        "check/<x>_error", "as x",
+        "largest absolute error of out, lse, dq, dk, dv against the reference; of a training step those of one layer's attention",
+        "lower", "max",
     ),
     Metric("check/<x>_bound", "as x", "what is allowed of that element", None, "max"),
 )  # fmt: skip

@@ -1,0 +1,34 @@
+"""Metrics that follow from others: they are worked out anew whenever a later block of timings, or another draw, changes a time.
+
+Of a training step: tokens per second, what recomputation adds to the rate, a layer's time, and what a whole model's step would
+take.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+LAYERS = ("forward", "backward")  # phases that are a layer's, as often as there are layers
+REPEATS = re.compile(r"model/(\w+)/repeats")
+
+
+def derived(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What follows from an attempt's metrics; nothing for a cell that is no training step."""
+    found: dict[str, float] = {}
+    if "step/tokens_per_gpu" not in metrics:
+        return found
+    tokens, total, peak = metrics["step/tokens_per_gpu"], metrics["time/total/median_s"], metrics["compute/peak_tflops"]
+    found["step/tokens_per_s_per_gpu"] = tokens / total
+    found["compute/hfu"] = metrics["compute/mfu"] + metrics["step/recomputed_flops_per_gpu"] / total / peak / 1e12
+    for phase in LAYERS:
+        found[f"layer/{phase}/median_s"] = metrics[f"time/{phase}/median_s"] / metrics["step/layers"]
+    step, tflop = 0.0, 0.0
+    for key in metrics:
+        if of := REPEATS.fullmatch(key):
+            found[f"model/{of[1]}/step_s"] = seconds = metrics[key] * metrics[f"time/{of[1]}/median_s"]
+            step += seconds
+            tflop += seconds * metrics.get(f"compute/{of[1]}/tflops_per_gpu", 0.0)
+    found["model/step_s"], found["model/tokens_per_s_per_gpu"] = step, tokens / step
+    found["model/mfu"] = tflop / step / peak
+    return found
