@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lcbench.workloads.base import Work, Workload
+from lcbench.workloads.block_parts import made_of
 from lcbench.workloads.models import Model
+from lcbench.workloads.parts import Made, Share
+from lcbench.workloads.recompute.base import Recompute
 
 if TYPE_CHECKING:
     from lcbench.measure.session import Gang
@@ -46,6 +49,9 @@ class Block(Workload):
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"workload.optimizer={self.optimizer} is none of {', '.join(OPTIMIZERS)}")
+
+    def made(self, share: Share, recompute: Recompute) -> Made:
+        return made_of(self, share, recompute)
 
     def start(self, work: Work, draw: int, gang: Gang) -> BlockSession:
         from lcbench.workloads.step import BlockSession  # with torch, which planning does without

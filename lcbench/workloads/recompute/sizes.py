@@ -132,12 +132,17 @@ def step_peak(
     layers: int,
     dtype: str,
     loss_chunk: int,
+    shards: int = 1,
 ) -> int:
     """Peak of a step's memory on the device above what is there between steps: weights, the first layer's input and buffers.
     Without an optimizer, and without the attention's own room, which is its kernel's and its strategy's.
 
     It is reached in the MLP of the last layer's backward, in that of the first one's (when the weights of all others have their
     gradients), or in the head.
+
+    Args:
+        shards: ranks that weights and gradients are sharded over. The head is whole on each from its forward on, and so is what is
+        at work of the layers: two halves, and the gradients of one, which are summed in float32 or wider.
     """
     held, size = kept(layer), itemsize(dtype)
     wide, tokens, y = max(size, 4), layer.x.rows, layer.x.bytes
@@ -149,5 +154,6 @@ def step_peak(
     gradients = tokens * size * (model.hidden + (3 if held.buffered else 2) * model.ffn)
     weights, down = model.layer_parameters() * size, model.ffn * model.hidden * size
     last = every + held.working + gradients + down
-    first = last - (layers - 1) * (held.device - weights)
-    return max(in_head, max(first, last) + head * size)
+    first = last - (layers - 1) * (held.device - weights // shards)
+    whole = 0 if shards == 1 else weights + weights // size * wide // 2
+    return max(in_head + (shards > 1) * head * size, max(first, last) + head * size // shards + whole)
