@@ -79,17 +79,17 @@ class Table:
         if not len(self.keys):
             return np.zeros(len(keys), dtype=np.int64), np.zeros(len(keys), dtype=bool)
         if self._places is not None:
-            place = self._places[keys]
+            place = self._places[keys].astype(np.int64)
             return np.maximum(place, 0), place >= 0
         place = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
         return place, self.keys[place] == keys
 
     @cached_property
-    def _places(self) -> Ints | None:
+    def _places(self) -> NDArray[np.int32] | None:
         """The position of every number below ``space``, -1 where it is no key; None where few are, and a search takes less."""
         if self.space > SPARSE * len(self.keys):
             return None
-        places = np.full(self.space, -1, dtype=np.int64)
+        places = np.full(self.space, -1, dtype=np.int32)
         places[self.keys] = np.arange(len(self.keys))
         return places
 
@@ -101,8 +101,6 @@ class Uses:
         table: values (first step, last step) of each (rank, shard, head group) that is used.
         moves: (step, move) of every move that has rows; the arrays below have an entry for each of their rows.
         rows: those of all moves, int64 (n, 4), as in ``Move``.
-        leaves: the step in which a row begins to travel.
-        arrives: the first step in which what it brings may be used.
         kept: whether the receiver holds it for backward.
         keys: of the receiver, see ``key``.
         arrivals: positions in ``rows`` by the receiver's key.
@@ -114,10 +112,7 @@ class Uses:
         moved = [(number, move) for number, step in enumerate(schedule.steps) for move in step.moves if move.kind == kind]
         self.moves: list[tuple[int, Move]] = [(n, m) for n, m in moved if len(m.rows)]
         self.rows = np.concatenate([np.empty((0, 4), dtype=np.int64), *(m.rows for _, m in self.moves)])
-        lengths = [len(m.rows) for _, m in self.moves]
-        self.leaves = np.repeat([n for n, _ in self.moves], lengths).astype(np.int64)
-        self.arrives = np.repeat([n + m.steps for n, m in self.moves], lengths).astype(np.int64)
-        self.kept = np.repeat([m.kept for _, m in self.moves], lengths).astype(bool)
+        self.kept = self._of_rows([m.kept for _, m in self.moves]).astype(bool)
         _, to, shard, group = self.rows.T
         self.keys = self.key(to, shard, group)
         order = np.argsort(self.keys, kind="stable")
@@ -137,7 +132,22 @@ class Uses:
         every, when = every[order], when[order]
         starts = np.nonzero(np.diff(every, prepend=-1))[0]
         ends = np.append(starts[1:], len(every)) - 1
-        return Table(every[starts], np.column_stack([when[starts], when[ends]]), self.space)
+        values = np.column_stack([when[starts], when[ends]])
+        return Table(every[starts], values, self.space)
+
+    @cached_property
+    def leaves(self) -> Ints:
+        """The step in which each row begins to travel."""
+        return self._of_rows([n for n, _ in self.moves])
+
+    @cached_property
+    def arrives(self) -> Ints:
+        """The first step in which what each row brings may be used."""
+        return self._of_rows([n + m.steps for n, m in self.moves])
+
+    def _of_rows(self, of_moves: list[int]) -> Ints:
+        """What each row has of its move."""
+        return np.repeat(np.array(of_moves, dtype=np.int64), [len(m.rows) for _, m in self.moves])
 
     @property
     def space(self) -> int:
@@ -234,9 +244,10 @@ def _forward(schedule: Schedule, final: Bools) -> Iterator[Transfer]:
         for move in step.moves:
             yield Transfer(move.kind, move.rows, number, number + move.steps - 1, move.channel)
         alone = final[step.returns[:, MoveColumn.SHARD], step.returns[:, MoveColumn.GROUP]]
-        yield Transfer("final", step.returns[alone], number, number)
-        yield Transfer("out", step.returns[~alone], number, number)
-        yield Transfer("lse", step.returns[~alone], number, number)
+        partial = _picked(step.returns, ~alone)
+        yield Transfer("final", _picked(step.returns, alone), number, number)
+        yield Transfer("out", partial, number, number)
+        yield Transfer("lse", partial, number, number)
 
 
 def _backward(schedule: Schedule, queries: Uses, keys: Uses, final: Bools) -> Iterator[Transfer]:
@@ -267,10 +278,11 @@ class _Values:
             return
         now = slice(self._begins[step - 1], self._begins[step])
         rows = self._rows[now]
-        yield Transfer(self._kind, rows[~self._kept[now]], time, time)
+        yield Transfer(self._kind, _picked(rows, ~self._kept[now]), time, time)
         if self._kind == "q":
             yield Transfer("dout", rows, time, time)
-            yield Transfer("stats", rows[~final[rows[:, MoveColumn.SHARD], rows[:, MoveColumn.GROUP]]], time, time)
+            partial = ~final[rows[:, MoveColumn.SHARD], rows[:, MoveColumn.GROUP]]
+            yield Transfer("stats", _picked(rows, partial), time, time)
 
 
 def _gradients(schedule: Schedule, queries: Uses, keys: Uses) -> Iterator[Transfer]:
@@ -284,8 +296,13 @@ def _gradients(schedule: Schedule, queries: Uses, keys: Uses) -> Iterator[Transf
         for (number, move), part in zip(uses.moves, np.split(alone, ends[:-1]), strict=False):
             back = move.rows[:, [MoveColumn.TARGET, MoveColumn.SOURCE, MoveColumn.SHARD, MoveColumn.GROUP]]
             begin, end = 2 * count - (number + move.steps - 1), 2 * count - number
-            yield Transfer(PAYLOADS[gradient].final, back[part], begin, end, move.channel)
-            yield Transfer(gradient, back[~part], begin, end, move.channel)
+            yield Transfer(PAYLOADS[gradient].final, _picked(back, part), begin, end, move.channel)
+            yield Transfer(gradient, _picked(back, ~part), begin, end, move.channel)
+
+
+def _picked(rows: Ints, which: Bools) -> Ints:
+    """Some of the rows; where they are all, the rows themselves: of thousands of ranks a copy is a gigabyte."""
+    return rows if which.all() else rows[which]
 
 
 def _shared_heads(groups: tuple[HeadGroup, ...]) -> Bools:

@@ -133,7 +133,7 @@ class Tiles:
         """Where nobody says more a tile is one call, which takes its operands as they are."""
         for name, each in (("calls", 1), *((name, 0) for name in ("gathered_rows", "gathered_keys", "most_rows", "most_keys"))):
             if len(getattr(self, name)) != len(self):
-                object.__setattr__(self, name, np.full(len(self), each, dtype=np.int64))
+                object.__setattr__(self, name, np.broadcast_to(np.int64(each), len(self)))  # which takes no memory
 
     def __len__(self) -> int:
         return len(self.pairs)

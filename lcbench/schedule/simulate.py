@@ -277,7 +277,7 @@ class _Play:
         self._awaited: dict[int, list[_Awaited]] = defaultdict(list)
         self._arrivals: dict[int, Floats] = defaultdict(lambda: np.zeros(ranks))
         self._taken: dict[int, Floats] = defaultdict(lambda: np.zeros(ranks))  # bytes, by the time at which they are taken
-        self._rows: list[Floats] = []
+        self._times = np.empty((len(work.compute), ranks, 4))
 
     def step(self, time: int, transfers: list[tuple[Transfer, Collective | None]]) -> None:
         machine, work = self._machine, self._work
@@ -303,7 +303,7 @@ class _Play:
         for transfer, collective in sorted(transfers, key=lambda each: each[0].begin - each[0].end):
             self._post(transfer, collective, sent, computed)
         there = self._arrived(time, computed)
-        self._rows.append(np.stack([begin, sent, computed, there], axis=1))
+        np.stack([begin, sent, computed, there], axis=1, out=self._times[time])
         self._now = there
 
     def _end_phase(self) -> None:
@@ -436,7 +436,7 @@ class _Play:
                 each[way] = np.maximum(each[way], end)
 
     def times(self) -> Floats:
-        return np.stack(self._rows, axis=1)
+        return self._times.swapaxes(0, 1)
 
     def phases(self, times: Floats) -> dict[str, Phase]:
         steps = self._moves.steps

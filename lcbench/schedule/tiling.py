@@ -65,7 +65,7 @@ def tiling(schedule: Schedule, mask: Mask) -> Tiling:
     again = tiles.pairs > 0
     results = (rank[some] * len(heads) + group[some]) * len(schedule.bundles) + q[some]
     again[some[np.unique(results, return_index=True)[1]]] = False
-    return Tiling(tiles, np.repeat(np.arange(len(schedule.steps)), counts), rank, again)
+    return Tiling(tiles, np.repeat(np.arange(len(schedule.steps)), counts), rank.copy(), again)  # a view would keep all columns
 
 
 def _found(schedule: Schedule, mask: Mask, every: Ints) -> Floats:

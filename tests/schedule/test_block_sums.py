@@ -1,0 +1,135 @@
+"""Sums over block maps, and sums in stretches, against the dense product and against themselves in one piece."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lcbench.cp.hybrid import Hybrid
+from lcbench.cp.ring import Ring
+from lcbench.masks.band import Ints, TokenSpan
+from lcbench.masks.block import BlockMap
+from lcbench.masks.causal_document import causal_document
+from lcbench.masks.lengths import Uniform
+from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule import block_sums, tiling
+from lcbench.schedule.adjoint import SPARSE, Table
+from lcbench.schedule.block_sums import BlockSums
+from lcbench.schedule.layout import contiguous, striped, zigzag
+from lcbench.schedule.schedule import Schedule, Step, head_groups, rows
+
+HEADS = Heads(2, 2, 4)
+LAYOUTS = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
+
+
+def drawn(random: np.random.Generator, seqlen: int, *, even: bool) -> BlockMap:
+    edges = [np.unique([0, *random.integers(1, seqlen, 9), seqlen]) for _ in range(2)]
+    if even:
+        edges = [np.minimum(np.arange(-(-seqlen // 8) + 1) * 8, seqlen)] * 2
+    shape = (2, len(edges[0]) - 1, len(edges[1]) - 1)
+    keep = random.random(shape) < 0.5
+    return BlockMap(edges[0], edges[1], 2, lambda number: keep[number])
+
+
+def dense(mask: BlockMap, number: int) -> Ints:
+    return np.repeat(np.repeat(mask.keep(number), np.diff(mask.q_edges), 0), np.diff(mask.k_edges), 1).astype(np.int64)
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["at once", "in parts"])
+@settings(deadline=None, max_examples=60)
+@given(
+    layout=st.sampled_from(sorted(LAYOUTS)), shards=st.integers(1, 7), seqlen=st.integers(30, 200), even=st.booleans(),
+    seed=st.integers(0, 1 << 20),
+)  # fmt: skip
+def test_sums_over_a_block_map_are_those_of_its_points(
+    small: bool, layout: str, shards: int, seqlen: int, even: bool, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    mask, dealt = drawn(random, seqlen, even=even), LAYOUTS[layout](seqlen, shards)
+    bundles = tuple(tuple(sorted(random.choice(shards, random.integers(1, shards + 1), replace=False))) for _ in range(4))
+    q, k = (each.ravel() for each in np.meshgrid(range(4), range(4)))
+    schedule = Schedule(1, dealt, np.zeros(shards, dtype=np.int64), head_groups(HEADS, 1), bundles, (Step(rows(0, 0, q, k)),))
+    sides = [tiling.Side.of(schedule, each) for each in (q, k)]
+    with pytest.MonkeyPatch.context() as patch:
+        if small:
+            patch.setattr(block_sums, "STEP", 3)
+            patch.setattr(block_sums, "PORTION", 16)
+        counts = (side.tokens_in(edges) for side, edges in zip(sides, (mask.q_edges, mask.k_edges), strict=True))
+        sums = BlockSums(sides[0].inside(), *counts, 8)
+        found = [sums.of(1, sums.shape[0], mask.keep(number)) for number in range(2)]
+    for number in range(2):
+        points = dense(mask, number)
+        for bundle in range(1, len(found[number][0]) + 1):
+            members = [unit for unit, times in enumerate(sides[0].inside().toarray()[bundle]) for _ in range(int(times))]
+            for unit in range(sums.shape[1]):
+                rows_of, columns = ([_tokens(side, u) for u in of] for side, of in zip(sides, (members, [unit]), strict=True))
+                want = sum(int(points[np.ix_(own, columns[0])].sum()) for own in rows_of)
+                assert found[number][0, bundle - 1, unit] == want
+                assert found[number][1, bundle - 1, unit] == sum(_filled(mask, number, own, columns[0]) for own in rows_of)
+                assert found[number][2, bundle - 1, unit] == sum(_pieces(mask, number, own, columns[0]) for own in rows_of)
+
+
+def _tokens(side: tiling.Side, unit: int) -> Ints:
+    return side.start[unit] + side.stride[unit] * np.arange(side.size[unit])
+
+
+def _counts(edges: Ints, tokens: Ints) -> Ints:
+    return np.bincount(np.searchsorted(edges, tokens, side="right") - 1, minlength=len(edges) - 1)
+
+
+def _filled(mask: BlockMap, number: int, own: Ints, columns: Ints) -> int:
+    """Pairs where each block is filled up to whole ones of 8 x 8."""
+    tall, wide = (-(-_counts(edges, of) // 8) * 8 for edges, of in ((mask.q_edges, own), (mask.k_edges, columns)))
+    return int(tall @ mask.keep(number).astype(np.int64) @ wide)
+
+
+def _pieces(mask: BlockMap, number: int, own: Ints, columns: Ints) -> int:
+    """Stretches of kept blocks that begin in a block of these."""
+    keep = mask.keep(number)
+    begins = keep & ~np.pad(keep, ((0, 0), (1, 0)))[:, :-1]
+    return int(begins[np.ix_(_counts(mask.q_edges, own) > 0, _counts(mask.k_edges, columns) > 0)].sum())
+
+
+@pytest.mark.parametrize("strategy", [Hybrid(), Hybrid(groups=[1, 3]), Ring(layout="documents"), Ring(layout="zigzag")], ids=str)
+def test_tiles_of_many_units_are_the_same_in_stretches(strategy: Hybrid | Ring, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = Problem(2000, HEADS, Scale(1, 4), "float32", "forward")
+    mask = causal_document(of.seqlen, seed=(0, 0), lengths=Uniform(1, 300))
+    schedule = strategy.schedule(of, mask)
+    whole = tiling.tiling(schedule, mask).tiles
+    monkeypatch.setattr(tiling, "CACHED", 4 * 7)
+    monkeypatch.setattr(block_sums, "PORTION", 16)
+    parts = tiling.tiling(schedule, mask).tiles
+    assert parts.pairs.tolist() == whole.pairs.tolist()
+    assert parts.pieces.tolist() == whole.pieces.tolist()
+    assert parts.covered == pytest.approx(whole.covered, rel=1e-12)
+
+
+@given(seed=st.integers(0, 1 << 20), count=st.integers(0, 40), times=st.sampled_from([1, SPARSE, 4 * SPARSE]))
+def test_a_table_finds_its_keys_by_place_as_by_search(seed: int, count: int, times: int) -> None:
+    space = max(1, count * times)
+    keys = np.sort(np.random.default_rng(seed).choice(space, count, replace=False))
+    place, known = Table(keys, keys, space).find(np.arange(space))
+    assert known.tolist() == np.isin(np.arange(space), keys).tolist()
+    assert keys[place[known]].tolist() == np.nonzero(known)[0].tolist()
+
+
+@pytest.mark.parametrize("groups", [(4,), (1, 3), (3, 2, 1)], ids=str)
+def test_a_hybrid_deals_each_document_out_in_zigzag_and_begins_at_another_rank_each_time(groups: tuple[int, ...]) -> None:
+    of = Problem(400, HEADS, Scale(1, sum(groups)), "float32", "forward")
+    lengths = [5, 1, 120, 77, 2, 3, 100, 92]
+    bounds = np.cumsum([0, *lengths])
+    bands = np.array([[a, b, a, b, -(1 << 61), 0] for a, b in pairwise(bounds)])
+    mask = causal_document(of.seqlen, seed=(0, 0), lengths=Uniform(1, 300)).of(400, 400, bands)
+    chosen = [number % len(groups) for number in range(len(lengths))]
+    strategy = Hybrid(groups=groups, documents=chosen)
+    want: list[list[TokenSpan]] = [[] for _ in range(sum(groups))]
+    for number, group in enumerate(chosen):
+        for place, pieces in enumerate(zigzag(lengths[number], groups[group]).shards):
+            own = want[sum(groups[:group]) + (place + number) % groups[group]]
+            own += [TokenSpan(int(bounds[number]) + run.start, run.size) for run in pieces if run.size]
+    assert strategy.unsupported(of, mask) is None
+    assert strategy.schedule(of, mask).shards.shards == tuple(map(tuple, want))
