@@ -121,9 +121,21 @@ METRICS = (
     Metric(
         "memory/peak_bytes", "byte",
         "worst rank's peak of one iteration above what was in use before the kernel was made ready, without the inputs (CUDA "
-        "allocator; on Linux resident peak of the process and the C library's count of what is kept)", "lower", "max",
+        "allocator; on Linux resident peak of the process and the C library's count of what is kept). Of a training step that is "
+        "all of the classes below and what is there for a while: gathered weights, logits, what is computed again", "lower", "max",
     ),
     Metric("memory/buffer_bytes", "byte", "of these, what the engine holds for buffers between ranks, worst rank", "lower", "max"),
+    Metric(
+        "memory/weights_bytes", "byte", "of a training step: the weights that the worst rank has for itself, its shards with FSDP",
+        "lower", "max",
+    ),
+    Metric("memory/gradients_bytes", "byte", "their gradients, as the step leaves them, worst rank", "lower", "max"),
+    Metric("memory/optimizer_bytes", "byte", "the optimizer's states, worst rank", "lower", "max"),
+    Metric(
+        "memory/activations_bytes", "byte",
+        "what the layers' forward leaves allocated, worst rank: what backward needs of it, kept buffers between ranks, the output",
+        "lower", "max",
+    ),
     Metric(
         "kernel/calls", "1",
         "native calls of a forward pass of the rank that has most: 1 per tile is native, more is grouped and merged by LSE",

@@ -8,8 +8,12 @@ any. A model's step is ``head`` and, as often as it has layers, a layer's share 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from lcbench.cp.base import Strategy
+from lcbench.kernels.base import Kernel
+from lcbench.masks.mask import Mask
+from lcbench.problem import Problem
 from lcbench.workloads.base import Work, Workload
 from lcbench.workloads.block_parts import made_of
 from lcbench.workloads.models import Model
@@ -52,6 +56,13 @@ class Block(Workload):
 
     def made(self, share: Share, recompute: Recompute) -> Made:
         return made_of(self, share, recompute)
+
+    def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
+        tp = self.model.heads_q // problem.heads.q  # the problem has one tensor-parallel rank's heads
+        for name in ("ffn", "vocab"):
+            if (size := getattr(self.model, name)) % tp:
+                return f"mesh.tp={tp} does not divide model.{name}={size}, of which each tensor-parallel rank has an equal part"
+        return None
 
     def start(self, work: Work, draw: int, gang: Gang) -> BlockSession:
         from lcbench.workloads.step import BlockSession  # with torch, which planning does without

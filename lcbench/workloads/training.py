@@ -27,15 +27,15 @@ META = torch.device("meta")
 
 
 class Whole(nn.Module):
-    """All layers and the head as one module, which is what FSDP2 takes the order of its units from. It runs the layers."""
+    """All layers and the head as one module, which is what FSDP2 takes the order of its units from."""
 
-    def __init__(self, stack: Stack, head: Head, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, stack: Stack, head: Head) -> None:
         super().__init__()
         self.layers, self.head = nn.ModuleList(stack.layers), head
-        self._run = forward
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._run(x)
+    def forward(self, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Run the layers, as ``run`` does, on x (T, hidden)."""
+        return run(x)
 
 
 class Training:
@@ -43,9 +43,9 @@ class Training:
 
     Attributes:
         x: (T, hidden), what the first layer gets; the same on all ranks of tensor parallelism.
+        recompute: what the layers' forward keeps, ready to run.
         sharing: which ranks have which weights. Those that are divided or sharded are torch's DTensors, and so are their gradients.
         optimizer: None where no step is taken.
-        recompute: what the layers' forward keeps, ready to run.
 
     Raises:
         Unsupported: on all ranks, where activations do not fit the memory of some host.
@@ -67,11 +67,12 @@ class Training:
         self.head = Head(model, dtype, META)
         make(self.head, "head", reshard=False)
         self.stack = Stack(layers, rotations(tokens, model, dtype, device))
-        self._whole = Whole(self.stack, self.head, lambda x: self.recompute.forward(x))
+        self._whole = Whole(self.stack, self.head)
         sharing.unite(self._whole)
         self.optimizer = self._optimizer() if block.optimizer != "none" else None
         sequence = gang.dp_index, 0  # every rank of tensor parallelism has all of the same tokens
         self.x = draw_rows("x", tokens, (model.hidden,), dtype, work.seed, device, sequence)
+        self._whole(lambda x: x, self.x)  # units know that they are parts of it, before a layer runs by itself
         self.recompute = recompute.start(self.stack, self.x, model.layers)
         labels = labels_of(tokens, model.vocab, work.seed, device, sequence)
         labelled = int(gang.ranks.reduce((labels != UNLABELLED).sum()))
@@ -122,7 +123,7 @@ class Training:
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         self._forget()
         x = self.x.detach().requires_grad_()
-        return x, self._whole(x)
+        return x, self._whole(self.recompute.forward, x)
 
     def _forget(self) -> None:
         for weight in self.weights().values():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lcbench.cp.base import RankRun
-from lcbench.workloads.recompute.base import Again, OnDevice, held_with_results, needs_results, recomputed
+from lcbench.workloads.recompute.base import Again, OnDevice, needs_results, recomputed
 from lcbench.workloads.recompute.sizes import Held, LayerBytes
 
 if TYPE_CHECKING:
@@ -42,7 +42,10 @@ class AttentionOut(OnDevice):
         return Again(token_wise=1.0)
 
     def kept(self, layer: LayerBytes) -> Held:
-        return held_with_results(layer)
+        # What backward computes again at a time begins with an attention's backward. In that of the MLP before it, what the half
+        # with the attention had saved is gone.
+        again = layer.before.bytes + layer.after.bytes + sum(layer.buffers)
+        return Held(layer.x.bytes + layer.results, working=layer.after.bytes, attending=again, inputs=layer.x.bytes)
 
 
 def _attend(layer: Layer, x: torch.Tensor, rope: Rope, kept: Kept) -> torch.Tensor:

@@ -121,12 +121,6 @@ def needs_results(run: RankRun) -> str | None:
     return "what the strategy keeps of an attention for backward is known to its library alone"
 
 
-def held_with_results(layer: LayerBytes) -> Held:
-    """What is kept where that is a layer's input and the results of its attention."""
-    kept = layer.x.bytes + layer.results
-    return Held(kept, working=layer.all - layer.saves_x * layer.x.bytes - layer.results, inputs=layer.x.bytes)
-
-
 def recomputed(function: Any, *args: Any) -> Any:
     """What a function of tensors gives, of which autograd keeps the arguments only, and calls it again in backward."""
     from torch.utils.checkpoint import checkpoint  # with torch, which planning does without

@@ -1,9 +1,9 @@
 """Activations in the host's memory between forward and backward.
 
 Of ``activations`` each tensor that a layer saves goes there, or the share ``ratio`` of its tokens, and nothing is computed again
-(ByteScale, arXiv 2502.21231, which leaves those of a model's first and last layer on the device; here all layers are alike, since the
-few that are measured stand for all). Of ``checkpoints`` the layers' inputs go there, and backward runs the layers again (DeepSpeed's
-activation checkpointing with ``cpu_checkpointing``).
+(ByteScale, arXiv 2502.21231, which leaves those of a model's first and last layer on the device; here all layers are alike, since
+the few that are measured stand for all). Of ``checkpoints`` the layers' inputs go there, and backward runs the layers again
+(DeepSpeed's activation checkpointing with ``cpu_checkpointing``).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lcbench.cp.base import RankRun
-from lcbench.workloads.recompute.base import Again, OnDevice, held_with_results, needs_results, recomputed
+from lcbench.workloads.recompute.base import Again, OnDevice, needs_results, recomputed
 from lcbench.workloads.recompute.sizes import Held, LayerBytes
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class Selective(OnDevice):
         return Again(token_wise=1.0)
 
     def kept(self, layer: LayerBytes) -> Held:
-        return held_with_results(layer)
+        kept = layer.x.bytes + layer.results
+        return Held(kept, working=layer.all - layer.saves_x * layer.x.bytes - layer.results, inputs=layer.x.bytes)
 
 
 def _layer(layer: Layer, x: torch.Tensor, rope: Rope, kept: Kept) -> torch.Tensor:

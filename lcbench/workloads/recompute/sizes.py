@@ -42,7 +42,8 @@ class LayerBytes:
 
     x: Rows
     saves_x: bool
-    token_wise: Rows
+    before: Rows
+    after: Rows
     attention: tuple[Rows, ...]
     buffers: tuple[int, ...] = ()
 
@@ -53,16 +54,15 @@ class LayerBytes:
     @property
     def all(self) -> int:
         """Everything."""
-        return self.saves_x * self.x.bytes + self.token_wise.bytes + self.results + sum(self.buffers)
+        return self.saves_x * self.x.bytes + self.before.bytes + self.after.bytes + self.results + sum(self.buffers)
 
     def share(self, share: float) -> int:
         """As many bytes as the first rows of each tensor have."""
         return sum(rows_of(share, each.rows) * each.row_bytes for each in self.tensors())
 
     def tensors(self) -> list[Rows]:
-        """All that is saved; what has as many rows and the same fate is one."""
-        own = [self.x, self.token_wise] if self.saves_x else [self.token_wise]
-        return [*own, *self.attention, *(Rows(size, 1) for size in self.buffers)]
+        """All that is saved; what else a half saves is one."""
+        return [*[self.x] * self.saves_x, self.before, self.after, *self.attention, *(Rows(size, 1) for size in self.buffers)]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Held:
     Attributes:
         device: on the device between forward and backward.
         host: in the host's memory between forward and backward.
-        working: on the device besides, while the layer is in backward.
+        working: on the device besides, while the layer's MLP is in backward.
+        attending: on the device besides, while its attention is, where that is more.
         passing: on the device besides, when the last layer's forward ends.
         inputs: of ``device``, what is the layer's input itself.
         buffered: whether ``working`` is there to the end of the layer's backward, not only until each tensor has been used.
@@ -81,6 +82,7 @@ class Held:
     device: int
     host: int = 0
     working: int = 0
+    attending: int = 0
     passing: int = 0
     inputs: int = 0
     buffered: bool = False
@@ -119,7 +121,7 @@ def layer_bytes(
     after = direct * hidden * size + norm(hidden, 1) + hidden * size + 4 * model.ffn * size
     results = [(tokens, heads.q), *finals]
     return LayerBytes(
-        Rows(tokens, hidden * size), direct, Rows(tokens, before + (q + 2 * kv) * size + after),
+        Rows(tokens, hidden * size), direct, Rows(tokens, before + (q + 2 * kv) * size), Rows(tokens, after),
         tuple(Rows(rows, own * each) for rows, own in results for each in (heads.dim * size, wide)), tuple(buffers),
     )  # fmt: skip
 
@@ -138,22 +140,32 @@ def step_peak(
     Without an optimizer, and without the attention's own room, which is its kernel's and its strategy's.
 
     It is reached in the MLP of the last layer's backward, in that of the first one's (when the weights of all others have their
-    gradients), or in the head.
+    gradients), in the last attention's backward, or in the head.
 
     Args:
         shards: ranks that weights and gradients are sharded over. The head is whole on each from its forward on, and so is what is
         at work of the layers: two halves, and the gradients of one, which are summed in float32 or wider.
     """
     held, size = kept(layer), itemsize(dtype)
-    wide, tokens, y = max(size, 4), layer.x.rows, layer.x.bytes
+    tokens, y = layer.x.rows, layer.x.bytes
     head = model.head_parameters()
-    logits = min(tokens, loss_chunk) * model.vocab
     every = layers * held.device - held.inputs + 2 * y  # with y and its gradient, which last to the end of backward
-    in_head = every + held.passing + head * (wide + size) + logits * (4 * wide + (wide > size) * size)
+    in_head = every + held.passing + head_bytes(model, tokens, dtype, loss_chunk) + head * size
     # Gradients of down's output and input, gate and up; down's input is not needed any more then.
     gradients = tokens * size * (model.hidden + (3 if held.buffered else 2) * model.ffn)
     weights, down = model.layer_parameters() * size, model.ffn * model.hidden * size
     last = every + held.working + gradients + down
     first = last - (layers - 1) * (held.device - weights // shards)
-    whole = 0 if shards == 1 else weights + weights // size * wide // 2
-    return max(in_head + (shards > 1) * head * size, max(first, last) + head * size // shards + whole)
+    heads = model.heads()
+    in_attention = every + held.attending + tokens * size * (model.hidden + 2 * (heads.q + heads.kv) * heads.dim)
+    whole = 0 if shards == 1 else weights + weights // size * max(size, 4) // 2
+    in_backward = max(first, last, in_attention * bool(held.attending)) + head * size // shards + whole
+    return max(in_head + (shards > 1) * head * size, in_backward)
+
+
+def head_bytes(model: Model, tokens: int, dtype: str, loss_chunk: int) -> int:
+    """What the head takes while it runs, besides the gradients that it leaves: their sums in float32 or wider, and of one chunk of
+    tokens its logits, those and their logarithms in the wider type with a gradient of each, and the logits' own."""
+    size = itemsize(dtype)
+    wide = max(size, 4)
+    return model.head_parameters() * wide + min(tokens, loss_chunk) * model.vocab * (4 * wide + (wide > size) * size)

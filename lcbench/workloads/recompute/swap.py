@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 
 from lcbench.workloads.transformer import Layer, Rope
 
@@ -254,15 +255,13 @@ class Pass:
         indices = shelf.parts.setdefault(part, [])
 
         def pack(x: torch.Tensor) -> torch.Tensor | _View:
-            x = x if _is_dense(x) else x.contiguous()
-            known, cut = shelf.find(x), rows(x, len(indices))
-            if known is None and cut is None:
-                indices.append(None)
-                return x
-            indices.append(known if known is not None else self.put(shelf, x, cut or 0, source))
-            index = indices[-1]
-            assert index is not None
-            return _View(self, shelf.number, index, x.shape, x.stride())
+            own = _own(x)
+            own = own if _is_dense(own) else own.contiguous()
+            index, cut = shelf.find(own), rows(own, len(indices))
+            if index is None and cut is not None:
+                index = self.put(shelf, own, cut, source)
+            indices.append(index)
+            return x if index is None else _View(self, shelf.number, index, own.shape, own.stride(), _wrapping(x))
 
         return saved_tensors_hooks(pack, _unpack)
 
@@ -317,19 +316,38 @@ class Pass:
 
 @dataclass(frozen=True)
 class _View:
-    """What autograd holds instead of a tensor."""
+    """What autograd holds instead of a tensor.
+
+    Attributes:
+        wrap: makes the tensor that was saved of what this rank has of it.
+    """
 
     of: Pass
     number: int
     index: int
     shape: torch.Size
     stride: tuple[int, ...]
+    wrap: Callable[[torch.Tensor], torch.Tensor]
 
 
 def _unpack(saved: torch.Tensor | _View) -> torch.Tensor:
     if isinstance(saved, torch.Tensor):
         return saved
-    return saved.of.item(saved.number, saved.index).as_strided(saved.shape, saved.stride)
+    return saved.wrap(saved.of.item(saved.number, saved.index).as_strided(saved.shape, saved.stride))
+
+
+def _own(x: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a tensor, where tensor parallelism has made it one of all ranks."""
+    return x._local_tensor if isinstance(x, DTensor) else x
+
+
+def _wrapping(x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Makes a tensor like ``x`` of what this rank has of it."""
+    if not isinstance(x, DTensor):
+        return lambda own: own
+    _, context = x.__tensor_flatten__()
+    shape, stride = x.shape, x.stride()
+    return lambda own: DTensor.__tensor_unflatten__({"_local_tensor": own}, context, shape, stride)
 
 
 def stretches(x: torch.Tensor) -> list[torch.Tensor]:
@@ -350,7 +368,7 @@ def _but(rows: Rows, module: nn.Module, rope: Rope) -> Rows:
 
     def found(x: torch.Tensor, number: int) -> int | None:
         # Asked for each time, since a module whose weights are sharded has others while it runs.
-        known = {y.untyped_storage().data_ptr() for y in (*module.parameters(), *rope)}
+        known = {_own(y).untyped_storage().data_ptr() for y in (*module.parameters(), *rope)}
         return None if x.untyped_storage().data_ptr() in known else rows(x, number)
 
     return found
@@ -371,7 +389,7 @@ def fill_by(shelf: Shelf, part: str, function: Callable[..., Any], *args: torch.
         nonlocal count
         if count == len(indices):
             raise RuntimeError(f"{part} has saved {count} tensors, and now one more")
-        shelf.fill(indices[count], x)
+        shelf.fill(indices[count], _own(x))
         count += 1
         if count == len(indices) and not whole:
             raise _Enough

@@ -85,8 +85,9 @@ class TokenWise(Swapping):
         assert self.fraction is not None  # as of ``settled``
         cut = rows_of(self.fraction, layer.x.rows)
         again = cut < layer.x.rows
-        stored = layer.all + (again and not layer.saves_x) * layer.x.bytes
-        host = layer.results + sum(layer.buffers) + cut * layer.token_wise.row_bytes + (again or layer.saves_x) * layer.x.bytes
+        x = layer.x.bytes if again or layer.saves_x else 0
+        stored = x + layer.before.bytes + layer.after.bytes + layer.results + sum(layer.buffers)
+        host = x + layer.results + sum(layer.buffers) + cut * (layer.before.row_bytes + layer.after.row_bytes)
         return Held(0, host, working=2 * stored, passing=2 * stored, buffered=True)
 
 
