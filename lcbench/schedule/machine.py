@@ -96,7 +96,7 @@ class Machine:
             )
         else:  # rings through all nodes: what leaves a node leaves it by the network links of all its ranks at once
             within = self.inside.bytes_per_s if together > 1 else np.inf
-            bound = block * (ranks - 1) / min(within, max(1, fewest // shared) * self.across.bytes_per_s if several else np.inf)
+            bound = block * (ranks - 1) / min(within, fewest / shared * self.across.bytes_per_s if several else np.inf)
         latency = how.latency_s * ranks + (self.across if several else self.inside).latency_s
         return float(latency + bound * (1 + how.fewer / ranks) / how.efficiency)
 

@@ -481,6 +481,9 @@ class Holding:
         fixed: bytes that are held while tiles are computed, forward and backward; backward: None where there is none.
         besides: bytes that are held at other times instead of what tiles need, in each.
         results: bytes of each tile's results, in each, (n,).
+        tokens: that it has.
+        finals: (tokens, heads) of results of others' queries that it alone computes, and keeps for backward.
+        kept: bytes of each buffer that is kept from forward to backward.
     """
 
     tiles: Ints
@@ -488,6 +491,9 @@ class Holding:
     fixed: tuple[int, int | None]
     besides: tuple[int, int]
     results: tuple[Floats, Floats]
+    tokens: int = 0
+    finals: tuple[tuple[int, int], ...] = ()
+    kept: tuple[int, ...] = ()
 
     def peak_bytes(self, workspaces: Sequence[Floats]) -> int:
         """The most that is held at once; ``workspaces``: bytes that each of all tiles needs inside, forward and backward."""
@@ -535,11 +541,11 @@ def _holding(modelled: Modelled, program: Program, made: Tiling, rank: int) -> H
     )  # fmt: skip
     out = q * inputs + lse
     if modelled.schedule.world_size == 1:
-        return Holding(own, 0, (0, out if problem.backward else None), (out, 0), results)
-    finals = sum(
-        sum(modelled.schedule.sizes[list(bundle)].tolist()) * len(modelled.schedule.heads[group]) * (heads.dim * inputs + sums)
-        for group, bundle in program.finals
+        return Holding(own, 0, (0, out if problem.backward else None), (out, 0), results, tokens)
+    others = tuple(
+        (sum(modelled.schedule.sizes[list(bundle)].tolist()), len(modelled.schedule.heads[group])) for group, bundle in program.finals
     )
+    finals = sum(rows * held * (heads.dim * inputs + sums) for rows, held in others)
     wide = bool(made.again[own].any()) or not program.all_final  # merged, so summed up in the type of sums
     total, held = q * (sums if wide else inputs) + lse, program.buffer_bytes + kv * inputs + finals
     forward, backward = held + total, None
@@ -547,4 +553,5 @@ def _holding(modelled: Modelled, program: Program, made: Tiling, rank: int) -> H
     if problem.backward:
         backward = held + out + (q + kv) * sums + stats[0]
     besides = (q * inputs if wide else 0, max(stats[1], (q + kv) * inputs))
-    return Holding(own, program.buffer_bytes, (forward, backward), besides, results)
+    kept = tuple(program.slots[slot] for slot in sorted(program.kept_slots))
+    return Holding(own, program.buffer_bytes, (forward, backward), besides, results, tokens, others, kept)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lcbench.problem import itemsize
 from lcbench.workloads.models import Model
 from lcbench.workloads.parts import GATHERED, REDUCED, Attend, Compute, Exchange, Made, Part, Room, Share, ToHost
 from lcbench.workloads.recompute.base import Recompute
@@ -180,9 +179,9 @@ class _Step:
             own, saved, policy.kept, layers=layers, dtype=self.share.problem.dtype, loss_chunk=block.loss_chunk, shards=shards
         )
         kept = layers * held.device - held.inputs + saved.x.bytes
-        freed = 0 if held.buffered else saved.after.bytes
+        working = held.attending or held.working - (0 if held.buffered else saved.after.bytes)
         of_one = own.layer_parameters() * self._size
-        attending = kept + saved.x.bytes + held.working - freed + of_one + own.head_parameters() * self._size / shards
+        attending = kept + saved.x.bytes + working + of_one + own.head_parameters() * self._size / shards
         classes = {
             "weights": weights, "gradients": weights, "optimizer": MOMENTS[block.optimizer] * weights, "activations": float(kept),
         }  # fmt: skip
