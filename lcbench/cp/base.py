@@ -88,6 +88,11 @@ class RankRun(Passes, Protocol):
         where only the library knows them."""
         return [], lambda _: saved
 
+    def keeps(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """Besides inputs and results of own tokens: bytes of each buffer that lives from forward to backward, and tokens and heads
+        of each result for other ranks that this one alone computes and backward needs."""
+        return [], []
+
     def inputs(self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor") -> "list[torch.Tensor]":
         """The tensors with which ``apart`` begins where these are the inputs, and rows of them where these are rows of the inputs.
 

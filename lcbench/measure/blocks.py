@@ -10,10 +10,12 @@ import re
 from statistics import fmean
 from typing import Any, Protocol
 
+from lcbench.measure.derived import derived
+
 BLOCKS = 3
 LEAST_ITERATIONS = 2  # of a block, where there are several
 # What is not known of a run that gives wrong results, or times that cannot be; and what is all the same.
-TIMES = ("time/", "compute/", "overlap/", "draws/")
+TIMES = ("time/", "compute/", "overlap/", "draws/", "layer/", "model/", "attention/share", "step/tokens_per_s_per_gpu")
 KEPT = ("time/prepare_s", "time/first_pass_s", "time/check_s")
 BLOCK = re.compile(r"block_(\w+)_s")  # samples of a phase, a value per block
 
@@ -68,10 +70,11 @@ def with_block(
         metrics[f"{time}/median_s"] = after
         for name in ("p20", "p80"):
             metrics[f"{time}/{name}_s"] = metrics[f"{time}/{name}_s"] * after / before if draws > 1 else spread[name]
-        for name in ("tflops_per_gpu", "mfu"):
-            metrics[f"{rates}/{name}"] *= before / after
+        for key in [f"{rates}/{name}" for name in ("tflops_per_gpu", "mfu") if f"{rates}/{name}" in metrics]:
+            metrics[key] *= before / after
     metrics["time/iterations"] = len(samples["total_s"]) / draws
     metrics["time/blocks"] += 1.0
+    metrics.update(derived(metrics))
     return metrics, samples
 
 

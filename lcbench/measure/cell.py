@@ -15,6 +15,7 @@ import torch
 
 from lcbench.measure import progress
 from lcbench.measure.bounds import Check
+from lcbench.measure.derived import derived
 from lcbench.measure.limits import cannot_be, peak_tflops
 from lcbench.measure.measured import Measured, over_draws, rate_key
 from lcbench.measure.memory import in_use, peak_bytes
@@ -72,6 +73,7 @@ def _measure_draw(work: Measurable, number: int, gang: Gang, say: Say) -> Measur
     timed = draw.time()
     draw.memory()
     draw.rates(timed)
+    draw.shares()
     draw.overlap()
     draw.slowdown()
     draw.timeline()
@@ -202,9 +204,11 @@ class _Draw:
         for phase, seconds in slowest.items():
             metrics.update((f"time/{phase}/{name}_s", value) for name, value in summary(seconds).items())
             median = metrics[f"time/{phase}/median_s"]
-            rate = flops[phase] / median / self._gang.world_size / 1e12
-            metrics[rate_key(phase, "tflops_per_gpu")], metrics[rate_key(phase, "mfu")] = rate, rate / peak
+            if flops[phase]:
+                rate = flops[phase] / median / self._gang.world_size / 1e12
+                metrics[rate_key(phase, "tflops_per_gpu")], metrics[rate_key(phase, "mfu")] = rate, rate / peak
             self.add_times(phase, seconds, median)
+        metrics.update(derived(metrics))
         every = EVERY.all_gather_object({phase: float(np.median(own)) for phase, own in timed.own.items()})
         for phase in timed.own:
             self.measured.samples[f"rank_{phase}_median_s"] = [medians[phase] for medians in every]
@@ -213,6 +217,10 @@ class _Draw:
         """The samples of a phase in this block."""
         self.measured.samples[f"{phase}_s"] = seconds
         self.measured.samples[f"block_{phase}_s"] = [median]
+
+    def shares(self) -> None:
+        """What the whole is made of."""
+        self.measured.metrics.update(self._session.shares())
 
     def overlap(self) -> None:
         """The same phases without messages, and without kernels: what of the communication is hidden."""
@@ -226,9 +234,9 @@ class _Draw:
         for name, phases in variants.items():
             timed, _ = measure(phases, stopping, 1, self._gang.device)
             alone[name] = {phase: float(np.median(seconds)) for phase, seconds in timed.slowest.items()}
-        for phase, compute in alone["compute"].items():
+        for phase, communication in alone["communication"].items():
             whole = self.measured.metrics[f"time/{phase}/median_s"]
-            found = _overlap(whole, compute, alone["communication"][phase])
+            found = _overlap(whole, alone["compute"][phase], communication)
             self.measured.metrics.update((f"overlap/{phase}/{name}", value) for name, value in found.items())
 
     def slowdown(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lcbench.measure.bounds import Check
+from lcbench.measure.derived import derived
 from lcbench.measure.metrics import metric_of
 
 
@@ -54,6 +55,7 @@ def over_draws(draws: list[Measured]) -> Measured:
         joined.metrics["draws/count"] = float(len(draws))
     for phase in phases:
         _between(joined, phase, every)
+    joined.metrics.update(derived(joined.metrics))
     return joined
 
 
@@ -65,10 +67,11 @@ def _between(joined: Measured, phase: str, every: list[dict[str, float]]) -> Non
     """Rates of all the work of a phase, and how far its draws are apart."""
     metrics = joined.metrics
     times = np.array([m[f"time/{phase}/median_s"] for m in every])
-    rates = np.array([m[rate_key(phase, "tflops_per_gpu")] for m in every])
-    # Rate times time is the work of a draw, up to a factor that they share.
-    metrics[rate_key(phase, "tflops_per_gpu")] = rate = float((rates @ times) / times.sum())
-    metrics[rate_key(phase, "mfu")] = rate / metrics["compute/peak_tflops"]
+    if rate_key(phase, "mfu") in metrics:
+        rates = np.array([m[rate_key(phase, "tflops_per_gpu")] for m in every])
+        # Rate times time is the work of a draw, up to a factor that they share.
+        metrics[rate_key(phase, "tflops_per_gpu")] = rate = float((rates @ times) / times.sum())
+        metrics[rate_key(phase, "mfu")] = rate / metrics["compute/peak_tflops"]
     metrics[f"draws/{phase}/min_s"], metrics[f"draws/{phase}/max_s"] = float(times.min()), float(times.max())
     metrics[f"draws/{phase}/spread"] = float((times.max() - times.min()) / np.median(times))
 

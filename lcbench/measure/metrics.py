@@ -137,6 +137,20 @@ METRICS = (
         "lower", "max",
     ),
     Metric(
+        "memory/host_bytes", "byte",
+        "the host's memory that the worst rank holds for activations between forward and backward, no part of `memory/peak_bytes`",
+        "lower", "max",
+    ),
+    Metric(
+        "memory/planned_peak_bytes", "byte",
+        "what `memory/peak_bytes` of a training step would be with every tensor placed before it runs (recompute.md), without the "
+        "room of the attention's kernel; without FSDP, worst rank", "lower", "max",
+    ),
+    Metric(
+        "offload/<phase>/bytes", "byte",
+        "of a training step: what the worst rank copies to the host in `forward`, and from it in `backward`", "lower", "max",
+    ),
+    Metric(
         "kernel/calls", "1",
         "native calls of a forward pass of the rank that has most: 1 per tile is native, more is grouped and merged by LSE",
         "lower",

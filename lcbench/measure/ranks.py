@@ -19,14 +19,16 @@ class Ranks:
     Attributes:
         group: their communicator; None: all ranks, or this process alone where there are no others.
         name: what these are called among several such sets of ranks; empty where there is one.
+        alone: whether this rank is the only one.
     """
 
     group: dist.ProcessGroup | None = None
     name: str = ""
+    alone: bool = False
 
     @property
     def _several(self) -> bool:
-        return dist.is_initialized() and dist.get_world_size(self.group) > 1
+        return not self.alone and dist.is_initialized() and dist.get_world_size(self.group) > 1
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
@@ -57,7 +59,7 @@ class Ranks:
         return [x.view(part.shape) for x, part in zip(whole.split([part.numel() for part in parts]), parts, strict=True)]
 
 
-EVERY = Ranks()
+EVERY, ALONE = Ranks(), Ranks(alone=True)
 
 
 def first_refusal(reasons: Iterable[str | None]) -> str | None:

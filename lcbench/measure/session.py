@@ -144,11 +144,13 @@ class Cost:
         flops: over all ranks, of all context-parallel groups.
         least_bytes_sent: by the rank that sends most, at the least.
         least_memory_bytes: read and written, at the least, by the rank with most of them.
+        recomputed: FLOPs over all ranks that are done once more, by choice: no part of ``flops``.
     """
 
     flops: float
     least_bytes_sent: float
     least_memory_bytes: float
+    recomputed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,10 @@ class Session(Protocol):
     def variants(self) -> dict[str, Phases]:
         """The phases with ``compute`` alone and with ``communication`` alone; empty where they cannot be told apart."""
         ...
+
+    def shares(self) -> dict[str, float]:
+        """Metrics of what the whole is made of, by passes of their own."""
+        return {}
 
     def alone(self) -> Phases:
         """What is timed while all other context-parallel groups are idle, by the names of ``phases``: it needs no rank of theirs.

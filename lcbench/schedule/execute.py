@@ -472,6 +472,13 @@ class Executor:
         """How ``apart`` begins where these are the inputs, or the same rows of all of it where they are rows of the inputs."""
         return [q, self._packed(k, v)] if self._alone is None else [q, k, v]
 
+    def keeps(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """See ``RankRun``."""
+        finals = [
+            (group, self._program.operand_tokens(Operand("q", group, bundle))) for group, bundle in sorted(self._program.finals)
+        ]
+        return [len(self._slots[slot]) for slot in self._kept_slots], [(n, len(self.schedule.heads[group])) for group, n in finals]
+
     def apart(self, saved: SavedPass) -> tuple[list[torch.Tensor], Callable[[Sequence[torch.Tensor]], SavedPass]]:
         """All tensors that backward needs: q, keys and values, ``results``, kept buffers; and how to put such together again."""
         kv = list(saved.kv) if isinstance(saved.kv, tuple) else [saved.kv]

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from lcbench.cp.base import Passes, RankRun
-from lcbench.kernels.base import Platform, Unsupported
-from lcbench.measure.bounds import Bounds, Check
+from lcbench.measure.bounds import Check
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.inputs import draw
 from lcbench.measure.least import least_traffic
-from lcbench.measure.numerics import Examination, Result, misowned, one_pass
-from lcbench.measure.ranks import EVERY, first_refusal
+from lcbench.measure.numerics import Result, one_pass
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
-from lcbench.schedule.execute import Counters
 from lcbench.workloads.base import Work, Workload
+from lcbench.workloads.started import Sent, started
 
 INPUTS = ("q", "k", "v", "dout")
-
-
-class Sent(NamedTuple):
-    """Bytes that a rank sends in a phase, all and those to other nodes."""
-
-    bytes: int
-    between_nodes: int
-
-    @property
-    def within_node(self) -> int:
-        return self.bytes - self.between_nodes
 
 
 @dataclass(frozen=True)
@@ -62,34 +47,16 @@ class AttentionSession(Session):
         self._work, self._gang = work, gang
         self._first: Result | None = None
         self._sent: dict[str, Sent] = {}
-        begun = time.perf_counter()
-        self.mask = gang.own_heads(work.make_mask(number), work.problem.heads.q)
-        reason, calls = None, 1
-        try:
-            self.run = work.strategy.start(work.problem, self.mask, work.kernel, gang.place)
-            calls = counters.calls if (counters := self.run.counters()) else 1
-        except Unsupported as refused:
-            reason = str(refused)
-        # One rank's tile may be what its kernel cannot run while the others' are well.
-        reasons, every_calls = zip(*EVERY.all_gather_object((reason, calls)), strict=True)
-        self.refused = first_refusal(reasons)
-        if self.refused:
+        begun = started(work, number, gang)
+        self.refused = begun if isinstance(begun, str) else None
+        if isinstance(begun, str):
             return
-        self.prepare_s = time.perf_counter() - begun
-        self._give_inputs(number, max(every_calls))
-
-    def _give_inputs(self, number: int, calls: int) -> None:
-        """Draw this rank's inputs, and make the check ready; ``calls``: kernel calls of the rank with most."""
-        work, gang, problem, tokens = self._work, self._gang, self._work.problem, self.run.tokens
-        self.pairs = self.mask.pairs(problem.heads.q)
-        self.wrong = misowned(tokens, problem.seqlen, gang.device, gang.ranks)
-        self.shard = Shard(tokens, *(self._drawn(name) for name in INPUTS[: 4 if problem.backward else 3]))
+        self.mask, self.pairs, self.run, self.wrong = begun.mask, begun.pairs, begun.run, begun.wrong
+        self.prepare_s, self.examination = begun.prepare_s, begun.examination()
+        self._started = begun
+        tokens = self.run.tokens
+        self.shard = Shard(tokens, *(self._drawn(name) for name in INPUTS[: 4 if work.problem.backward else 3]))
         self.negated = False
-        ranks = problem.scale.world_size
-        hops = 0 if self.run.sums_are_wide else ranks
-        bounds = Bounds(problem, work.kernel.rounding(Platform.of(gang.device)), calls * ranks, hops)
-        seed = [work.seed, work.attempt, number, *([gang.dp_index, gang.tp_index] if gang.mesh.count > 1 else [])]
-        self.examination = Examination(self.run, self.mask, problem, tokens, bounds, seed, gang.ranks, own_lse=self.run.own_lse)
 
     def _drawn(self, name: str) -> torch.Tensor:
         gang, work = self._gang, self._work
@@ -208,33 +175,4 @@ class AttentionSession(Session):
         return {phase: Cost(flops[phase], least.sent, least.memory[phase]) for phase in self.phases()}
 
     def counted(self) -> Counted:
-        areas, densities = zip(*self._gang.of_groups((self.pairs / self._work.problem.heads.q, self.mask.density)), strict=True)
-        counted = Counted({"mask/area": fmean(areas), "mask/density": fmean(densities)})
-        counters = self.run.counters()
-        if counters is not None:
-            self._count(counted, counters)
-        return counted
-
-    def _count(self, counted: Counted, counters: Counters) -> None:
-        """What the runs of all ranks are made of. Collective."""
-        work, gang, metrics, notes = self._work, self._gang, counted.metrics, counted.notes
-        own = sum(gang.ranks.all_gather_object(counters.pairs))
-        if own != self.pairs:
-            raise AssertionError(f"the ranks compute {own} pairs over all query heads, the mask has {self.pairs}")
-        ranks: list[tuple[Counters, dict[str, Sent]]] = EVERY.all_gather_object((counters, self._sent))
-        rank_pairs = [each.pairs for each, _ in ranks]
-        pairs = sum(rank_pairs)
-        metrics["balance/area_max_over_mean"] = max(rank_pairs) * len(rank_pairs) / pairs if pairs else 1.0
-        for phase in ("forward", "backward"):
-            every = [sent.get(phase, Sent(0, 0)) for _, sent in ranks]
-            metrics[f"comm/{phase}/bytes"] = float(max(sent.bytes for sent in every))
-            metrics[f"comm/{phase}/within_node_bytes"] = float(max(sent.within_node for sent in every))
-            metrics[f"comm/{phase}/between_nodes_bytes"] = float(max(sent.between_nodes for sent in every))
-        counted.bytes_sent.update((phase, metrics[f"comm/{phase}/bytes"]) for phase in self._sent)
-        metrics["comm/bytes"] = float(max(sum(each.bytes for each in sent.values()) for _, sent in ranks))
-        metrics["memory/buffer_bytes"] = float(max(each.buffer_bytes for each, _ in ranks))
-        notes["kernel_calls"] = [each.calls for each, _ in ranks]
-        notes["collectives"] = sorted({operation for each, _ in ranks for operation in each.collectives})
-        metrics["kernel/calls"] = float(max(notes["kernel_calls"]))
-        if launch := work.kernel.launch(work.problem.heads, work.problem.dtype, Platform.of(gang.device)):
-            notes["kernel_launch"] = launch
+        return self._started.counted(self._sent, ("forward", "backward"))

@@ -3,40 +3,270 @@
 from __future__ import annotations
 
 import time
+from functools import reduce
+from typing import Any
 
+import torch
+
+from lcbench.cp.base import RankRun
 from lcbench.kernels.base import Unsupported
-from lcbench.measure.ranks import EVERY, first_refusal
-from lcbench.measure.session import Gang, Phases
+from lcbench.measure.bounds import Check, of_groups
+from lcbench.measure.flops import backward_flops, forward_flops
+from lcbench.measure.least import least_traffic
+from lcbench.measure.numerics import Result
+from lcbench.measure.ranks import EVERY
+from lcbench.measure.reference import Shard
+from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.workloads.base import Work
 from lcbench.workloads.block import Block
+from lcbench.workloads.recorder import Recorder
+from lcbench.workloads.started import Sent, started
+from lcbench.workloads.step_check import StepCheck
 from lcbench.workloads.training import Training
 from lcbench.workloads.transformer import Attention
 
+LAYERS, STEP = ("forward", "backward"), "step"
 
-class BlockSession:
-    """One draw of a block cell on this rank."""
+
+class BlockSession(Session):
+    """One draw of a block cell on this rank.
+
+    Attributes:
+        mask: of this draw; ``pairs``: its unmasked pairs over all query heads.
+        training: layers, head and inputs.
+        checks: of the parts around attention, and of later passes.
+        examinations: of the attention of one layer each, with inputs of either sign.
+    """
 
     wrong: str | None = None
 
     def __init__(self, block: Block, work: Work, number: int, gang: Gang) -> None:
-        self._work, self._gang = work, gang
-        begun = time.perf_counter()
-        self.mask = gang.own_heads(work.make_mask(number), work.problem.heads.q)
-        reason = None
-        try:
-            run = work.strategy.start(work.problem, self.mask, work.kernel, gang.place)
-            reason = work.recompute.refuses(run)
-        except Unsupported as refused:
-            reason = str(refused)
-        self.refused = first_refusal(EVERY.all_gather_object(reason))
-        if self.refused:
+        self._block, self._work, self._gang = block, work, gang
+        begun = started(work, number, gang, work.recompute.refuses)
+        self.refused = begun if isinstance(begun, str) else None
+        if isinstance(begun, str):
             return
+        self._started, before = begun, time.perf_counter()
+        self.mask, self.pairs, self.wrong = begun.mask, begun.pairs, begun.wrong
+        self.run = CountedRun(begun.run)
         try:
-            self.training = Training(block, work, Attention(run), work.recompute, gang)
+            self.training = Training(block, work, Attention(self.run), work.recompute, gang)
         except Unsupported as refused:  # by all ranks
             self.refused = str(refused)
             return
-        self.prepare_s = time.perf_counter() - begun
+        self.prepare_s = begun.prepare_s + time.perf_counter() - before
+        self.negated = False
+        self.checks = StepCheck(self.training, block.model, begun.bounds, begun.seed, gang)
+        self.examinations = {negated: begun.examination(negated) for negated in (False, True)}
+
+    @property
+    def input_bytes(self) -> int:
+        """Of what the layers and the head get of the sequence; weights are no inputs."""
+        return sum(x.numel() * x.element_size() for x in (self.training.x, self.training.labels))
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the check, and what is in the host's memory where that is the device's too."""
+        host = self.training.recompute.host_bytes if self._gang.device.type == "cpu" else 0
+        return host + self.checks.held_bytes + sum(each.held_bytes for each in self.examinations.values())
+
+    # -- passes ----------------------------------------------------------------------------------------------------
 
     def phases(self) -> Phases:
         return self.training.phases()
+
+    def _step(self) -> Any:
+        passed: Any = None
+        for phase in self.phases().values():
+            passed = phase(passed)
+        return passed
+
+    def vary(self) -> None:
+        """Negate x in place: queries and keys of the first layer are negative then, and all else is something else."""
+        self.training.x.neg_()
+        self.negated = not self.negated
+
+    def first_pass(self) -> None:
+        self._recorded = self._record()
+
+    def _record(self) -> Recorder:
+        """A pass that is caught. Collective."""
+        recorder = self.checks.recorder(self.negated)
+        recorder.run()
+        return recorder
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def check_first(self, say: Say) -> None:
+        say("checking the first pass against the float64 reference")
+        shard = self._check_recorded(self._recorded)
+        say("checking another pass on negated inputs")
+        self.vary()
+        self._check_recorded(self._record())
+        self.vary()
+        say("checking every row and column of the attention by probes")
+        examination = self.examinations[False]
+        for probe in examination.probes:
+            examination.probe(probe, shard)
+        del self._recorded
+
+    def check_again(self) -> None:
+        shard = self._check_recorded(self._record())
+        self.vary()
+        self._check_recorded(self._record())
+        self.vary()
+        self.examinations[False].probe("level", shard)
+
+    def _check_recorded(self, recorder: Recorder) -> Shard:
+        """Check a pass that was caught; gives the tensors of its attention."""
+        self.checks.first(recorder, self.negated)
+        names = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+        caught = {name: recorder.all_of(f"layer {recorder.layer} {name}").contiguous() for name in names}
+        q, k, v, dout = (caught[name] for name in ("q", "k", "v", "dout"))
+        shard = Shard(self.run.tokens, q, k, v, dout)
+        # A pass of its own has the LSE, which a step keeps to itself; where it is wrong there, so are the gradients.
+        _, saved = self.run.forward(q, k, v)
+        lse = self.run.lse(saved)
+        self.examinations[self.negated].first(shard, Result(caught["out"], lse, caught["dq"], caught["dk"], caught["dv"]))
+        return shard
+
+    def check_timed(self, passed: Any) -> None:
+        self.checks.last("last timed pass", passed, self.negated)
+
+    def check_last(self) -> None:
+        self.vary()
+        self.checks.last("last pass", self._step(), self.negated)
+
+    def check(self) -> Check:
+        names = {False: "attention", True: "attention of negated inputs"}
+        parts = {"step": self.checks.found()} | {names[negated]: each.check() for negated, each in self.examinations.items()}
+        return of_groups(parts)
+
+    # -- what it is made of ----------------------------------------------------------------------------------------
+
+    def costs(self) -> dict[str, Cost]:
+        """Cost by phase: 2 FLOPs per weight and token forward and 4 backward, attention by the mask's pairs; what is computed again
+        is apart. Traffic is what every layer's attention needs, memory what weights take that are read, and their gradients."""
+        problem, model, again = self._work.problem, self._block.model, self.training.recompute.policy.again()
+        gang, layers, size = self._gang, len(self.training.stack.layers), problem.itemsize
+        least = least_traffic(self.mask, problem, self.run.tokens, gang.device, gang.ranks)
+        pairs, tokens = sum(gang.of_groups(self.pairs)), float(problem.seqlen * gang.mesh.dp)
+        labelled = sum(gang.of_groups(self.training.labelled)) / gang.mesh.tp
+        forward, backward = (layers * flops(pairs, problem.heads) for flops in (forward_flops, backward_flops))
+        weights, head = layers * model.layer_parameters(), model.head_parameters()
+        dense, moved = 2.0 * weights * tokens, layers * least.sent
+        # A rank reads its part of each weight, and writes as much of gradients.
+        read, head_read = (size * each / gang.mesh.tp for each in (weights, head))
+        recomputed = again.token_wise * dense + again.attention * forward
+        found = {
+            "forward": Cost(dense + forward, moved, read),
+            "head": Cost(6.0 * head * labelled, 0.0, 2 * head_read),
+            "backward": Cost(2 * dense + backward, moved, 2 * read, recomputed),
+        }
+        return {phase: found.get(phase, Cost(0.0, 0.0, 0.0)) for phase in self.phases()}
+
+    def _repeats(self) -> dict[str, float]:
+        """How often the whole model has what each phase was measured with."""
+        model, layers = self._block.model, len(self.training.stack.layers)
+        weights = layers * model.layer_parameters(), model.layers * model.layer_parameters()
+        measured, whole = (own + model.head_parameters() for own in weights)
+        by_weight, by_layer = whole / measured, model.layers / layers
+        repeats = {"forward": by_layer, "head": 1.0, "backward": by_layer}
+        return {phase: repeats.get(phase, by_weight) for phase in self.phases()}
+
+    def counted(self) -> Counted:
+        sent, world = self._sent(), self._gang.world_size
+        counted = self._started.counted(sent, list(sent))
+        costs = self.costs()
+        counted.metrics.update({
+            "step/layers": float(len(self.training.stack.layers)), "step/labelled_tokens": float(self.training.labelled),
+            "step/tokens_per_gpu": self._work.problem.seqlen * self._gang.mesh.dp / world,
+            "step/recomputed_flops_per_gpu": sum(cost.recomputed for cost in costs.values()) / world,
+        })  # fmt: skip
+        counted.metrics.update((f"model/{phase}/repeats", repeats) for phase, repeats in self._repeats().items())
+        counted.metrics.update(of_worst(self.training.recompute.metrics()))
+        counted.notes.update(self.training.recompute.notes)
+        if not self._block.fsdp:  # which gathers and frees weights as it sees fit
+            plan = self.training.planned()
+            counted.metrics.update(of_worst({"memory/planned_peak_bytes": float(self._held_between_steps() + plan.peak)}))
+            counted.notes["memory_plan"] = plan.notes()
+        return counted
+
+    def _held_between_steps(self) -> int:
+        """This rank's weights, states of the optimizer and buffers between ranks."""
+        counters = self.run.counters()
+        return self.training.held_between_steps() + (counters.buffer_bytes if counters else 0)
+
+    def _sent(self) -> dict[str, Sent]:
+        """What this rank sends in a step, by phase: of attention and of weights. Runs one. Collective."""
+        sharing, passed, found = self.training.sharing, None, {}
+        meshes = {"tp": sharing.tp, "weights": sharing.same}
+        outside = {kind: self._outside(mesh.mesh.flatten().tolist()) for kind, mesh in meshes.items() if mesh is not None}
+        self.run.take()
+        for phase, run in self.phases().items():
+            with self.training.counting() as traffic:
+                passed = run(passed)
+            of_weights = (Sent(sent, round(sent * outside[kind])) for kind, sent in traffic.sent.items())
+            found[phase] = reduce(Sent.plus, of_weights, self.run.take())
+        return found
+
+    def _outside(self, ranks: list[int]) -> float:
+        """The share of the other ranks of a set that are on other nodes."""
+        per_node = (self._gang.scale or self._work.problem.scale).gpus_per_node
+        others = [rank for rank in ranks if rank != self._gang.rank]
+        return sum(rank // per_node != self._gang.rank // per_node for rank in others) / max(1, len(others))
+
+    def variants(self) -> dict[str, Phases]:
+        return {}
+
+    def timeline(self) -> list[list[float]] | None:
+        return None
+
+    def shares(self) -> dict[str, float]:
+        """What of a step is attention, by passes that are timed for it. Collective."""
+        EVERY.all_gather_object(None)  # ranks begin together
+        with self.training.stack.attention.watched() as watch:
+            begun = watch.now()
+            self._step()
+            watch.spans.append((STEP, begun, watch.now()))
+        if watch.cuda:
+            torch.cuda.synchronize(self._gang.device)
+        every = EVERY.all_gather_object(watch.seconds())
+        shares = [sum(own.get(phase, 0.0) for phase in LAYERS) / own[STEP] for own in every]
+        return {"attention/share": sum(shares) / len(shares)}
+
+
+def of_worst(own: dict[str, float]) -> dict[str, float]:
+    """The largest of all ranks' values, by name. Collective."""
+    every = EVERY.all_gather_object(own)
+    return {name: max(each[name] for each in every) for name in own}
+
+
+class CountedRun:
+    """A strategy's run as it is; what its passes send adds up until it is taken."""
+
+    def __init__(self, run: RankRun) -> None:
+        self._run = run
+        self._sent = Sent(0, 0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run, name)
+
+    def take(self) -> Sent:
+        """What was sent since this was last asked."""
+        sent, self._sent = self._sent, Sent(0, 0)
+        return sent
+
+    def _counted(self, result: Any) -> Any:
+        if counters := self._run.counters():
+            self._sent = self._sent.plus(Sent(counters.bytes_sent, counters.bytes_between_nodes))
+        return result
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return self._counted(self._run.forward(q, k, v))
+
+    def resume(self, *args: Any) -> Any:
+        return self._counted(self._run.resume(*args))
+
+    def backward(self, dout: torch.Tensor, saved: Any) -> Any:
+        return self._counted(self._run.backward(dout, saved))

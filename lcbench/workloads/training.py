@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from lcbench.measure.memory import in_use
 from lcbench.measure.session import Gang, Phases
 from lcbench.workloads.loss import UNLABELLED, ChunkedLoss, labels_of
 from lcbench.workloads.recompute.base import Recompute
+from lcbench.workloads.recompute.plan import Plan, planned
+from lcbench.workloads.recompute.sizes import layer_bytes
 from lcbench.workloads.sharing import Sharing, memory_of
 from lcbench.workloads.traffic import Traffic
 from lcbench.workloads.transformer import Attention, Half, Head, Layer, Stack, give_weights, rotations
@@ -44,6 +47,7 @@ class Training:
     Attributes:
         x: (T, hidden), what the first layer gets; the same on all ranks of tensor parallelism.
         recompute: what the layers' forward keeps, ready to run.
+        labels: (T,), what the head is to say of each token; ``labelled``: how many of the whole sequence have one.
         sharing: which ranks have which weights. Those that are divided or sharded are torch's DTensors, and so are their gradients.
         optimizer: None where no step is taken.
 
@@ -54,7 +58,7 @@ class Training:
     def __init__(self, block: Block, work: Work, attention: Attention, recompute: Recompute, gang: Gang) -> None:
         model, problem, tokens, device = block.model, work.problem, attention.run.tokens, gang.device
         self.sharing = sharing = Sharing(gang.device_mesh, block.fsdp)
-        self._device = device
+        self._block, self._device = block, device
         dtype: torch.dtype = getattr(torch, problem.dtype)
         layers = []
         # A half after the other is made whole and divided, so that no rank ever has more than one of them whole.
@@ -74,10 +78,10 @@ class Training:
         self.x = draw_rows("x", tokens, (model.hidden,), dtype, work.seed, device, sequence)
         self._whole(lambda x: x, self.x)  # units know that they are parts of it, before a layer runs by itself
         self.recompute = recompute.start(self.stack, self.x, model.layers)
-        labels = labels_of(tokens, model.vocab, work.seed, device, sequence)
-        labelled = int(gang.ranks.reduce((labels != UNLABELLED).sum()))
-        share = 1 / max(1, labelled) / gang.mesh.dp
-        self._loss = ChunkedLoss(self.head, labels, block.loss_chunk, share, sharing)
+        self.labels = labels_of(tokens, model.vocab, work.seed, device, sequence)
+        self.labelled = int(gang.ranks.reduce((self.labels != UNLABELLED).sum()))
+        share = 1 / max(1, self.labelled) / gang.mesh.dp
+        self._loss = ChunkedLoss(self.head, self.labels, block.loss_chunk, share, sharing)
 
     def _make(self, half: Half, name: str, seed: int, reshard: bool = True) -> None:
         half.to_empty(device=self._device)
@@ -153,6 +157,31 @@ class Training:
         with Traffic({kind: mesh.get_group() for kind, mesh in groups.items() if mesh is not None}) as traffic:
             yield traffic
 
+    def held_between_steps(self) -> int:
+        """Bytes of this rank's weights and of the optimizer's states."""
+        return memory_of(self.weights().values()) + self._of_optimizer()
+
+    def _of_optimizer(self) -> int:
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        return memory_of(x for state in states for x in state.values())
+
+    def planned(self) -> Plan:
+        """The plan of this rank's memory in a step, whose weights are not sharded."""
+        tp, block, run = self.sharing.tp, self._block, self.stack.attention.run
+        parts = 1 if tp is None else tp.size()
+        model = replace(
+            block.model, heads_q=block.model.heads_q // parts, heads_kv=max(1, block.model.heads_kv // parts),
+            ffn=block.model.ffn // parts, vocab=block.model.vocab // parts,
+        )  # fmt: skip
+        buffers, finals = run.keeps()
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        layer = layer_bytes(
+            model, len(self.x), dtype, fused_norms=self._device.type == "cuda", finals=finals, buffers=buffers
+        )  # fmt: skip
+        return planned(
+            model, layer, self.recompute.policy, layers=len(self.stack.layers), dtype=dtype, loss_chunk=block.loss_chunk
+        )  # fmt: skip
+
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds, by class; runs a step for it. Collective.
 
@@ -168,10 +197,9 @@ class Training:
         for phase in phases.values():
             passed = phase(passed)
         weights = list(self.weights().values())
-        states = self.optimizer.state.values() if self.optimizer is not None else ()
         return {
             "weights": memory_of(weights),
             "gradients": memory_of(weight.grad for weight in weights if weight.grad is not None),
-            "optimizer": memory_of(x for state in states for x in state.values()),
+            "optimizer": self._of_optimizer(),
             "activations": max(0, activations),
         }

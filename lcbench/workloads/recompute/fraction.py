@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import linprog
 
 from lcbench.kernels.base import Unsupported
-from lcbench.measure.ranks import all_gather_object
+from lcbench.measure.ranks import EVERY
 from lcbench.workloads.recompute.host import room
 from lcbench.workloads.transformer import Stack
 
@@ -56,7 +56,7 @@ def measured(stack: Stack, x: torch.Tensor, layers: int, always: int, whole: int
     """
     with torch.no_grad():
         forward = _seconds(lambda: stack.layers[0](x, stack.rope), x.device)
-    ranks = all_gather_object((always, whole, forward, _bandwidth(x.device)))
+    ranks = EVERY.all_gather_object((always, whole, forward, _bandwidth(x.device)))
     always, whole = max(one[0] for one in ranks), max(one[1] for one in ranks)
     forward, bandwidth = min(one[2] for one in ranks), min(one[3] for one in ranks)
     free, refused = room(layers * always)

@@ -42,9 +42,9 @@ def room(need: int) -> tuple[int, str | None]:
     """Bytes that every rank may take, and why its ``need`` of them is too much for the memory of some node; None if it is not.
     Collective, the same on all ranks."""
     from lcbench.measure.environment import node_name  # with torch, which planning does without
-    from lcbench.measure.ranks import all_gather_object
+    from lcbench.measure.ranks import EVERY
 
-    ranks: list[tuple[str, int, int]] = all_gather_object((node_name(), need, free_bytes()))
+    ranks: list[tuple[str, int, int]] = EVERY.all_gather_object((node_name(), need, free_bytes()))
     shares, refused = [], None
     for node in sorted({node for node, _, _ in ranks}):
         needs = [need for name, need, _ in ranks if name == node]

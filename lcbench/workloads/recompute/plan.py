@@ -129,6 +129,10 @@ class _Attended(torch.autograd.Function):
         return dq.to(q.dtype), dkv[:, :, 0], dkv[:, :, 1]
 
 
+def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+
 class _Watch(TorchDispatchMode):
     """Notes from when to when the memory of each tensor lives that an operation made."""
 
@@ -145,7 +149,7 @@ class _Watch(TorchDispatchMode):
         made = func(*args, **kwargs or {})
         for x in tree_leaves(made):
             if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self._live:
-                self._live[key] = StorageWeakRef(x.untyped_storage()), x.untyped_storage().nbytes(), self._now
+                self._live[key] = _weak(x.untyped_storage()), x.untyped_storage().nbytes(), self._now
         return made
 
     def _see(self) -> None:
