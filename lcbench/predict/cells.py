@@ -7,6 +7,7 @@ may be measured again (``force=true``) where others work on the machine.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from lcbench.predict.observations import CellMemory, CellTime
 from lcbench.schedule.machine import Machine
 
 PEAK = "memory/peak_bytes"
+TIME = re.compile(r"time/\w+/median_s")
 
 
 class Result(Protocol):
@@ -90,7 +92,7 @@ def _check_device(provenance: dict[str, Any], machine: Machine, source: str) -> 
 
 
 def _cell_time(cell: Cell, attempts: Sequence[Result], source: str) -> CellTime:
-    phases = [key.removeprefix("time/").removesuffix("/median_s") for key in attempts[0].metrics if key.endswith("/median_s")]
+    phases = [key.removeprefix("time/").removesuffix("/median_s") for key in attempts[0].metrics if TIME.fullmatch(key)]
     phases = [phase for phase in phases if phase != "total"]
 
     def alone(part: str) -> dict[str, float]:

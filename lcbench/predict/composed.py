@@ -1,8 +1,8 @@
 """A cell as what it is made of: passes of its attention, which are played, and parts beside these, which are looked up.
 
-What is assumed of a rank's streams: messages of weights and copies to the host go beside everything that the phase computes, and show
-only where they take longer; those of tensor parallelism and sums of gradients after backward are waited for. CPU ranks do one
-thing after the other.
+What is assumed of a rank's streams: messages of weights and copies to the host go beside everything that the phase computes, and
+show only where they take longer; those of tensor parallelism and sums of gradients after backward are waited for. CPU ranks do
+one thing after the other.
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ class Composed:
         """
         draws, pairs = zip(*draws_of(cell, machine), strict=True)
         return cls(cell, draws, pairs, machine.device != "cpu", memory)
+
+    @cached_property
+    def more(self) -> bool:
+        """Whether there is anything beside its attention."""
+        return self.made().room is not None
 
     def varied(self, change: Callable[[Prepared], Prepared]) -> Composed:
         """With other draws."""
@@ -176,7 +181,7 @@ class _Times:
 
 
 def _sets(over: tuple[str, ...], mesh: Mesh, scale: Scale) -> Iterator[tuple[int, int, int]]:
-    """Of each set of ranks that differ in some dimensions: how many they are, and how many of them a node has at most and at least."""
+    """Of each set of ranks that differ in some dimensions: how many there are, and of them in one node, at most and at least."""
     dimensions = ("dp", "tp", "cp")
     groups = mesh.groups(scale)
     others = [i for i, name in enumerate(dimensions) if name not in over]

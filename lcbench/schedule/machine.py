@@ -92,7 +92,8 @@ class Machine:
         fewest = together if fewest is None else fewest
         if operation == "all_to_all":  # inside the node and out of it at once
             bound = max(
-                block * (together - 1) / self.inside.bytes_per_s, block * (ranks - fewest) * several * shared / self.across.bytes_per_s
+                block * (together - 1) / self.inside.bytes_per_s,
+                block * (ranks - fewest) * several * shared / self.across.bytes_per_s,
             )
         else:  # rings through all nodes: what leaves a node leaves it by the network links of all its ranks at once
             within = self.inside.bytes_per_s if together > 1 else np.inf

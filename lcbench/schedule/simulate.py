@@ -62,7 +62,8 @@ class Simulated:
 
     Attributes:
         phases: ``forward`` and, with backward, ``backward``.
-        times: seconds (ranks of the first group, times, 4): begin, messages sent, tiles computed, messages there, as of ``Executor.timeline``.
+        times: seconds (ranks of the first group, times, 4): begin, messages sent, tiles computed, messages there, as of
+            ``Executor.timeline``.
         buffer_bytes: of the rank with most, among those with most tiles, the first and the last; 0 where nobody asked.
         peak_bytes: of that rank, as ``memory/peak_bytes``: in one iteration, without inputs, with buffers and with what the kernel
             is said to need inside. 0 where nobody asked.
@@ -265,7 +266,7 @@ class _Play:
         self._of_group = groups.ranks.shape[1]
         self._node, place = np.divmod(groups.ranks.ravel(), groups.per_node)
         nics = machine.nics_of(groups.per_node)
-        # The link that a rank sends by, as a number below that of ranks: its own inside the node, and its NIC, which others may use.
+        # The link that a rank sends by, as a number below that of ranks: its own inside the node, and a NIC that others may share.
         own_nic = self._node * nics + place * nics // groups.per_node
         self._way = {"inside": np.arange(ranks), "across": np.unique(own_nic, return_inverse=True)[1]}
         self._now, self._host = np.zeros(ranks), np.zeros(ranks)
@@ -543,7 +544,8 @@ def _holding(modelled: Modelled, program: Program, made: Tiling, rank: int) -> H
     if modelled.schedule.world_size == 1:
         return Holding(own, 0, (0, out if problem.backward else None), (out, 0), results, tokens)
     others = tuple(
-        (sum(modelled.schedule.sizes[list(bundle)].tolist()), len(modelled.schedule.heads[group])) for group, bundle in program.finals
+        (sum(modelled.schedule.sizes[list(bundle)].tolist()), len(modelled.schedule.heads[group]))
+        for group, bundle in program.finals
     )
     finals = sum(rows * held * (heads.dim * inputs + sums) for rows, held in others)
     wide = bool(made.again[own].any()) or not program.all_final  # merged, so summed up in the type of sums

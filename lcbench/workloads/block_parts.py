@@ -40,9 +40,7 @@ def _of_rank(block: Block, share: Share) -> tuple[Model, int, LayerBytes]:
         model, heads_q=model.heads_q // tp, heads_kv=model.heads_kv // tp, ffn=math.ceil(model.ffn / tp),
         vocab=math.ceil(model.vocab / tp),
     )  # fmt: skip
-    saved = layer_bytes(
-        own, share.tokens, share.problem.dtype, fused_norms=share.fused, finals=share.finals, buffers=share.buffers
-    )
+    saved = layer_bytes(own, share.tokens, share.problem.dtype, fused_norms=share.fused, finals=share.finals, buffers=share.buffers)
     return own, block.layers or model.layers, saved
 
 
