@@ -136,7 +136,7 @@ class Estimator:
         timed = {"time/total/median_s", "compute/tflops_per_gpu"} <= metrics.keys() and not attempt.no_speed
         if attempt.status == "ok" and timed:
             pass_s = metrics["time/total/median_s"]
-            work = metrics["compute/tflops_per_gpu"] * 1e12 * pass_s * cell.problem.scale.world_size
+            work = metrics["compute/tflops_per_gpu"] * 1e12 * pass_s * cell.scale.world_size
             prepare_s, first_pass_s, check_s = (metrics.get(f"time/{what}_s", 0.0) for what in ("prepare", "first_pass", "check"))
             known = _Known(cell, work, pass_s, prepare_s, max(0.0, first_pass_s - pass_s), check_s)
             if all(0.0 <= value < math.inf for value in (work, pass_s, prepare_s, known.first_s, check_s)):
@@ -146,7 +146,7 @@ class Estimator:
     def estimate(self, cell: Cell) -> Estimate:
         """Wall time of the cell, all draws of its mask and all blocks of its timings."""
         one = self._pass(cell)
-        ranks = cell.problem.scale.world_size
+        ranks = cell.scale.world_size
         besides = CELL_S[self._kind] + min(PAIR_S[self._kind] * ranks**2, RANK_S[self._kind] * ranks)
         every, most = (_every_s(cell, one, one.seconds * factor) for factor in (1.0, 1.0 + one.error))
         count = draws(cell.config["mask"])
@@ -177,7 +177,7 @@ class Estimator:
         if ratio := self._ratio(_values(cell, KERNEL)):
             seconds, basis = seconds * ratio, f"{basis}, by results of its kernel"
         heads = cell.problem.heads
-        check_s = CHECK_S[self._kind] * cell.problem.seqlen * heads.q * heads.dim
+        check_s = CHECK_S[self._kind] * cell.problem.seqlen * heads.q * heads.dim * cell.mesh.count
         return _Pass(seconds, max(error, LIKE_ERROR), 0.0, seconds + check_s, basis)
 
     def _like(self, cell: Cell, work: float, nearest: _Known) -> _Pass:
@@ -206,7 +206,7 @@ class Estimator:
         """How many times as long as simulated CPU ranks take because they share cores, and take turns at them."""
         if self.device:
             return 1.0
-        scale = cell.problem.scale
+        scale = cell.scale
         turns = max(1.0, scale.world_size / self.cores[0], scale.gpus_per_node / self.cores[1])
         return max(1.0, turns / self.passes.turns_of(scale))
 
@@ -215,8 +215,9 @@ def _every_s(cell: Cell, one: _Pass, pass_s: float) -> float:
     """A draw of a cell, all blocks, if an iteration takes ``pass_s``."""
     measure = cell.config["measure"]
     first, later = shared(measure), shared(measure, first=False)
-    # What computes and what is sent are timed apart, where there is something to send.
-    apart = 2 * (pass_s + _timed_s(first, pass_s, first["budget_s"] / 4)) if cell.problem.scale.world_size > 1 else 0.0
+    # What computes and what is sent are timed apart, where there is something to send; and a group alone, where there are others.
+    variants = 2 * (cell.problem.scale.world_size > 1) + (cell.mesh.count > 1)
+    apart = variants * (pass_s + _timed_s(first, pass_s, first["budget_s"] / 4))
     once = one.prepare_s + one.once_s + (first["warmup"] + 1) * pass_s + _timed_s(first, pass_s, first["budget_s"]) + apart
     again = one.prepare_s + (later["warmup"] + AGAIN_PASSES) * pass_s + _timed_s(later, pass_s, later["budget_s"])
     return float(once + (blocks_of(measure) - 1) * again)
