@@ -112,7 +112,7 @@ class Composed:
         """What the phases take; ``alone``: of one context-parallel group while the others are idle."""
         cell, scale = self.cell, self.cell.scale
         at_work = cell.problem.scale.gpus_per_node if alone else scale.gpus_per_node
-        cores = rank_cores(machine.cores, scale.gpus_per_node, at_work)
+        cores = rank_cores(kernel.cores, scale.gpus_per_node, at_work)
         kernel, groups = kernel.model_copy(update={"rank_cores": cores}), None
         if not alone and cell.mesh.count > 1:
             ranks = cell.mesh.groups(scale)

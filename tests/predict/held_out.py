@@ -90,7 +90,7 @@ def table(rows: Sequence[Judged]) -> str:
         measured, predicted = (1e3 * sum(each.values()) for each in (row.measured, row.predicted))
         name = f"{row.cell.label} {row.cell.heads}"
         lines.append(
-            f"{name:<66} {measured:>7.1f} ms {predicted:>7.1f} ms {row.error:>+7.0%}   {of_phases[0]:>7} {of_phases[1]:>8}"
+            f"{name:<66} {measured:>7.1f} ms {predicted:>7.1f} ms {row.error:>+7.0%}   {' '.join(f'{each:>7}' for each in of_phases)}"
         )
     median, share = verdict(rows)
     most = float(np.quantile(np.abs([row.error for row in rows]), 0.9))
