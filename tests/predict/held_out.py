@@ -88,10 +88,8 @@ def table(rows: Sequence[Judged]) -> str:
     for row in rows:
         of_phases = [f"{row.predicted[name] / seconds - 1:+.0%}" for name, seconds in row.measured.items()]
         measured, predicted = (1e3 * sum(each.values()) for each in (row.measured, row.predicted))
-        name = f"{row.cell.label} {row.cell.heads}"
-        lines.append(
-            f"{name:<66} {measured:>7.1f} ms {predicted:>7.1f} ms {row.error:>+7.0%}   {' '.join(f'{each:>7}' for each in of_phases)}"
-        )
+        name, phases = f"{row.cell.label} {row.cell.heads}", " ".join(f"{each:>7}" for each in of_phases)
+        lines.append(f"{name:<66} {measured:>7.1f} ms {predicted:>7.1f} ms {row.error:>+7.0%}   {phases}")
     median, share = verdict(rows)
     most = float(np.quantile(np.abs([row.error for row in rows]), 0.9))
     lines.append(

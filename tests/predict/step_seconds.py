@@ -1,4 +1,4 @@
-"""CPU seconds of training steps on gloo ranks with a thread each: some to fit on, and others. As ``cpu_seconds``, for workload=block.
+"""CPU seconds of training steps on gloo ranks with a thread each, as of ``cpu_seconds``: some to fit on, and others.
 
 python -m tests.predict.step_seconds FILE    # measures all, writes FILE, and prints each with its prediction
 """
@@ -26,21 +26,22 @@ from lcbench.schedule.execute import Groups
 from lcbench.testing.spawn import run_ranks
 from tests.predict import held_out
 
-ITERATIONS = 4
+ITERATIONS = 3
 MODEL = ("workload=block", "model=tiny", "model.heads_q=8", "model.heads_kv=4", "model.head_dim=64", "dtype=float32",
          "site.device=cpu", "mask=causal")  # fmt: skip
-SMALL = ("model.hidden=256", "model.ffn=704", "model.vocab=2048")
-LARGE = ("model.hidden=512", "model.ffn=1408", "model.vocab=4096")
+SMALL = ("model.hidden=256", "model.ffn=704", "model.vocab=1024")
+LARGE = ("model.hidden=384", "model.ffn=1056", "model.vocab=2048")
 ONE, TWO = ("scale=1x1", "cp=none"), ("scale=1x2",)
 # On two ranks all, so that each has the one thread that a fit of two cores takes it to have.
 FIT = (
-    (*MODEL, *SMALL, *TWO, "cp=ring,ulysses", "recompute=none,full", "seqlen=1k,4k"),
+    (*MODEL, *SMALL, *TWO, "cp=ring,ulysses", "recompute=none,full", "seqlen=512,2k"),
     (*MODEL, *LARGE, *TWO, "cp=ring,ulysses", "recompute=none", "seqlen=1k"),
 )
 OTHERS = (
-    (*MODEL, *LARGE, *TWO, "cp=ring,ulysses,allgather", "recompute=none,full,selective", "seqlen=2k", "layers=3"),
+    (*MODEL, *LARGE, *TWO, "cp=allgather", "recompute=none,full,selective", "seqlen=1k", "layers=3"),
+    (*MODEL, *LARGE, *TWO, "cp=ring,ulysses", "recompute=full", "seqlen=2k"),
     (*MODEL, *SMALL, *TWO, "cp=ring", "recompute=attention_out", "seqlen=2k", "workload.fsdp=true", "workload.optimizer=adamw"),
-    (*MODEL, *LARGE, *ONE, "recompute=full,selective,attention_out", "seqlen=2k", "workload.loss_chunk=256"),
+    (*MODEL, *LARGE, *ONE, "recompute=full,selective", "seqlen=1k", "workload.loss_chunk=256"),
 )
 
 
