@@ -68,6 +68,13 @@ def cell_peaks(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machin
     return found
 
 
+def group_of(cell: Cell) -> str:
+    """What a cell's time is left out of a fit with: cells of its mask; of another workload than the default, of its strategy and
+    recomputation too, since a step's mask says little of it."""
+    words = cell.words
+    return " ".join(words[axis] for axis in ("cp", "mask", "recompute") if axis in words) if "workload" in words else words["mask"]
+
+
 def _good(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[tuple[Cell, list[Result]]]:
     """Cells with their good attempts."""
     good = [(cell, [a for a in attempts if a.status == "ok" and not a.no_speed]) for cell, attempts in results]
@@ -105,7 +112,7 @@ def _cell_time(cell: Cell, attempts: Sequence[Result], source: str) -> CellTime:
 
     return CellTime(
         cell, {phase: min(_of_blocks(attempt, phase) for attempt in attempts) for phase in phases},
-        group=cell.config["mask"]["name"], source=source, own=True,
+        group=group_of(cell), source=source, own=True,
         compute=alone("compute"), communication=alone("communication"),
     )  # fmt: skip
 

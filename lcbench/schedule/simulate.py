@@ -195,8 +195,8 @@ class _Work:
         """The same of several groups, one behind the other."""
         if groups == 1:
             return self
-        every = (np.tile(each, (1, groups)) for each in (self.compute, self.besides, self.launches))
-        return _Work(*every, self.tiling)
+        compute, besides, launches = (np.tile(each, (1, groups)) for each in (self.compute, self.besides, self.launches))
+        return _Work(compute, besides, launches, self.tiling)
 
 
 def _of_all(transfer: Transfer, collective: Collective | None, groups: int, ranks: int) -> tuple[Transfer, Collective | None]:

@@ -15,7 +15,7 @@ from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.workloads.base import Work, Workload
-from lcbench.workloads.block_parts import made_of
+from lcbench.workloads.block_parts import Options, made_of
 from lcbench.workloads.models import Model
 from lcbench.workloads.parts import Made, Share
 from lcbench.workloads.recompute.base import Recompute
@@ -55,7 +55,8 @@ class Block(Workload):
             raise ValueError(f"workload.optimizer={self.optimizer} is none of {', '.join(OPTIMIZERS)}")
 
     def made(self, share: Share, recompute: Recompute) -> Made:
-        return made_of(self, share, recompute)
+        layers = self.layers or self.model.layers
+        return made_of(Options(self.model, layers, self.loss_chunk, self.fsdp, self.optimizer), share, recompute)
 
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
         tp = self.model.heads_q // problem.heads.q  # the problem has one tensor-parallel rank's heads

@@ -8,15 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from lcbench.workloads.models import Model
 from lcbench.workloads.parts import GATHERED, REDUCED, Attend, Compute, Exchange, Made, Part, Room, Share, ToHost
 from lcbench.workloads.recompute.base import Recompute
 from lcbench.workloads.recompute.sizes import Held, LayerBytes, layer_bytes, step_peak
-
-if TYPE_CHECKING:
-    from lcbench.workloads.block import Block
 
 SAME = ("dp", "cp")  # ranks that have the same weights differ in these
 # Elements that are read and written per element, in the weights' type and in float32, by torch's operations one by one.
@@ -28,32 +24,46 @@ LAYER_KERNELS, LAYER_KERNELS_BACK, CHUNK_KERNELS = 40, 70, 25
 MOMENTS = {"none": 0, "adamw": 2}
 
 
-def made_of(block: Block, share: Share, recompute: Recompute) -> Made:
+@dataclass(frozen=True)
+class Options:
+    """Those of ``lcbench.workloads.block.Block``."""
+
+    model: Model
+    layers: int
+    loss_chunk: int
+    fsdp: bool
+    optimizer: str
+
+
+def made_of(options: Options, share: Share, recompute: Recompute) -> Made:
     """A step of some layers and the head on one rank."""
-    return _Step(block, share, recompute, *_of_rank(block, share)).made()
+    return _Step(options, share, recompute, *_of_rank(options.model, share)).made()
 
 
-def _of_rank(block: Block, share: Share) -> tuple[Model, int, LayerBytes]:
-    """The model as a rank has it, its layers, and what one of these saves."""
-    tp, model = share.mesh.tp, block.model
+def _of_rank(model: Model, share: Share) -> tuple[Model, LayerBytes]:
+    """The model as a rank has it, and what one of its layers saves."""
+    tp = share.mesh.tp
     own = replace(
         model, heads_q=model.heads_q // tp, heads_kv=model.heads_kv // tp, ffn=math.ceil(model.ffn / tp),
         vocab=math.ceil(model.vocab / tp),
     )  # fmt: skip
     saved = layer_bytes(own, share.tokens, share.problem.dtype, fused_norms=share.fused, finals=share.finals, buffers=share.buffers)
-    return own, block.layers or model.layers, saved
+    return own, saved
 
 
 @dataclass(frozen=True)
 class _Step:
     """A step under way to its parts. ``own``: the model as a rank has it."""
 
-    block: Block
+    options: Options
     share: Share
     recompute: Recompute
     own: Model
-    layers: int
     saved: LayerBytes
+
+    @property
+    def layers(self) -> int:
+        return self.options.layers
 
     @property
     def _size(self) -> int:
@@ -70,11 +80,11 @@ class _Step:
 
     @property
     def _sharded(self) -> bool:
-        return self.block.fsdp and self._same > 1
+        return self.options.fsdp and self._same > 1
 
     @property
     def _summed(self) -> bool:
-        return not self.block.fsdp and self._same > 1
+        return not self.options.fsdp and self._same > 1
 
     def made(self) -> Made:
         policy = self.recompute.foreseen(self.saved, self.share.hides(self._layer_forward()))
@@ -93,7 +103,7 @@ class _Step:
         phases: dict[str, tuple[Part, ...]] = {"forward": forward, "head": self._head(), "backward": backward}
         if self._summed:
             phases["reduce"] = self._reduce()
-        if steps := STEP[self.block.optimizer]:
+        if steps := STEP[self.options.optimizer]:
             local = self._weights / (self._same if self._sharded else 1)
             phases["optimizer"] = (Compute(moved_bytes=steps * local * self._size, launches=4.0 * self.layers),)
         inputs = self.share.tokens * (self.own.hidden * self._size + 8)  # and a label of each token
@@ -126,7 +136,7 @@ class _Step:
 
     def _head(self) -> tuple[Part, ...]:
         own, tokens = self.own, self.share.tokens
-        weights, chunks = own.head_parameters(), math.ceil(tokens / self.block.loss_chunk)
+        weights, chunks = own.head_parameters(), math.ceil(tokens / self.options.loss_chunk)
         of_logits = tokens * own.vocab * (LOSS * self._size + LOSS_WIDE * self._wide)
         of_hidden = tokens * (NORM + NORM_BACK) * own.hidden * self._size
         of_sums = chunks * weights * ((self._size + 2 * self._wide) if self._wide > self._size else 3 * self._size)
@@ -169,19 +179,19 @@ class _Step:
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def _room(self, policy: Recompute, held: Held) -> Room:
-        own, layers, saved, block = self.own, self.layers, self.saved, self.block
+        own, layers, saved, options = self.own, self.layers, self.saved, self.options
         shards = self._same if self._sharded else 1
         weights = self._weights * self._size / shards
-        steady = weights * (1 + MOMENTS[block.optimizer])
+        steady = weights * (1 + MOMENTS[options.optimizer])
         peak = step_peak(
-            own, saved, policy.kept, layers=layers, dtype=self.share.problem.dtype, loss_chunk=block.loss_chunk, shards=shards
+            own, saved, policy.kept, layers=layers, dtype=self.share.problem.dtype, loss_chunk=options.loss_chunk, shards=shards
         )
         kept = layers * held.device - held.inputs + saved.x.bytes
         working = held.attending or held.working - (0 if held.buffered else saved.after.bytes)
         of_one = own.layer_parameters() * self._size
         attending = kept + saved.x.bytes + working + of_one + own.head_parameters() * self._size / shards
         classes = {
-            "weights": weights, "gradients": weights, "optimizer": MOMENTS[block.optimizer] * weights, "activations": float(kept),
+            "weights": weights, "gradients": weights, "optimizer": MOMENTS[options.optimizer] * weights, "activations": float(kept),
         }  # fmt: skip
         return Room(classes, steady + peak, steady + attending)
 
@@ -189,7 +199,7 @@ class _Step:
 
     def _metrics(self, phases: tuple[str, ...], token_wise: float, attention: float) -> dict[str, float]:
         """By keys of ``measure.metrics``; what depends on the mask is the predictor's."""
-        model, seqlen, mesh = self.block.model, self.share.problem.seqlen, self.share.mesh
+        model, seqlen, mesh = self.options.model, self.share.problem.seqlen, self.share.mesh
         ranks = self.share.problem.scale.world_size * mesh.count
         whole, measured = ((n * model.layer_parameters() + model.head_parameters()) for n in (model.layers, self.layers))
         repeats = {"head": 1.0, "reduce": whole / measured, "optimizer": whole / measured}

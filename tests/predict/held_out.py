@@ -14,7 +14,7 @@ import torch
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.measure.environment import describe
-from lcbench.predict.cells import cell_times
+from lcbench.predict.cells import cell_times, group_of
 from lcbench.predict.fitted import Fit
 from lcbench.predict.machines import machine_of
 from lcbench.predict.observations import CellTime
@@ -135,7 +135,7 @@ def read(path: Path) -> dict[str, list[CellTime]]:
     known = json.loads(path.read_text())
     return {
         name: [
-            CellTime(Cell.from_config(c["config"]), c["phases"], c["config"]["mask"]["name"], path.stem, own=True,
+            CellTime(Cell.from_config(c["config"]), c["phases"], group_of(Cell.from_config(c["config"])), path.stem, own=True,
                      compute=c["compute"], communication=c["communication"])
             for c in cells
         ]

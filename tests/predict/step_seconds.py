@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from lcbench.grid.cell import Cell
 from lcbench.measure.session import Gang
+from lcbench.predict.cells import group_of
 from lcbench.predict.fit import fit
 from lcbench.predict.machines import machine_of
 from lcbench.predict.observations import CellTime
@@ -54,7 +55,7 @@ def measured(cells: Sequence[Cell], iterations: int) -> list[CellTime]:
             path = Path(folder) / "seconds.json"
             run_ranks(ranks, _rank, configs, iterations, str(path))
             found |= json.loads(path.read_text())
-    return [CellTime(cell, found[cell.id], f"{cell.config['cp']['name']} {cell.scale}", "CPU seconds", own=True) for cell in cells]
+    return [CellTime(cell, found[cell.id], group_of(cell), "CPU seconds", own=True) for cell in cells]
 
 
 def _rank(rank: int, configs: list[dict[str, Any]], iterations: int, path: str) -> None:

@@ -207,9 +207,7 @@ def test_measured_steps_are_predicted_from_others() -> None:
     times = held_out.read(STEPS)
     cores = json.loads(STEPS.read_text())["provenance"]["cpus"]
     rows = held_out.judged(fit(times["fit"], replace(machine_of("this"), cores=cores), folds=1), times["others"], one_thread=True)
-    median, share = held_out.verdict(rows)
-    assert median <= 0.25, held_out.table(rows)
-    assert share >= 0.75, held_out.table(rows)
+    assert held_out.holds(rows), held_out.table(rows)
 
 
 def test_links_of_sets_are_those_of_their_ranks() -> None:
