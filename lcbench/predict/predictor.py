@@ -207,8 +207,7 @@ class Predictor:
         """Of a phase of cells like this one, by cross-validation."""
         return self.fitted.error.get(error_key(cell, phase), UNFITTED_ERROR) if self.fitted is not None else UNFITTED_ERROR
 
-    @staticmethod
-    def _peak(found: Together, inside: MemoryFit | None) -> tuple[int, tuple[float, float]]:
+    def _peak(self, found: Together, inside: MemoryFit | None) -> tuple[int, tuple[float, float]]:
         """The peak of the rank with most, and its 95 % interval."""
         peak, own = (max(getattr(draw, name) for draw in found.draws) for name in ("peak_bytes", "own_bytes"))
         if found.made.room is None:
@@ -219,8 +218,10 @@ class Predictor:
         room, buffers = found.made.room, max(draw.buffer_bytes for draw in found.draws)
         whole, least = (int(max(room.peak + buffers, room.attending + each)) for each in (peak, own))
         more = inside.error if inside is not None else UNFITTED_MEMORY
-        most = max(room.peak + buffers, room.attending + peak + more * (peak - own))
-        return whole, (least / (1 + OWN_ERROR), (1 + OWN_ERROR) * most)
+        most = (1 + OWN_ERROR) * max(room.peak + buffers, room.attending + (1 + more) * peak)
+        if not self.machine.memory_bytes:  # a peak of the process, in which the C library keeps what was freed
+            most = max(most, (1 + UNFITTED_MEMORY) * whole)
+        return whole, (least / (1 + OWN_ERROR), most)
 
     def _memory(self, cell: Cell) -> MemoryFit | None:
         """What was fitted of the memory of the cell's kernel; None where nothing was, or a library holds what it likes."""
