@@ -5,7 +5,7 @@ So an interrupted race goes on where it was, and its results are what any sweep'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lcbench.advice.racing import Budget, Lap
@@ -82,7 +82,7 @@ class Rounds:
         return found
 
     def _launch(self, wanted: Sequence[str]) -> None:
-        """Have these measured, and wait until they are, or cannot be."""
+        """Raises: as ``have_measured``."""
 
         def choose() -> Todo:
             under_way = settled(Watch(self.sweep), as_mine=True).under_way
@@ -90,11 +90,23 @@ class Rounds:
                 [self.cells[c] for c in wanted if c not in under_way], under_way=[self.cells[c] for c in wanted if c in under_way]
             )
 
-        _, packs, refusal = hand_over(self.launcher, self.sweep, choose, self.settings)
-        if refusal is not None:
-            raise NothingMeasured(str(refusal))
-        self.launcher.follow(self.sweep, packs)
-        settled(Watch(self.sweep), as_mine=True)
+        have_measured(self.launcher, self.sweep, choose, self.settings)
+
+
+def have_measured(launcher: Launches, sweep: Sweep, choose: Callable[[], Todo], settings: Settings) -> Todo:
+    """Hand over the cells that ``choose`` names, and wait until they are measured, or cannot be.
+
+    Returns: what was chosen.
+
+    Raises:
+        NothingMeasured: the launcher refused.
+    """
+    todo, packs, refusal = hand_over(launcher, sweep, choose, settings)
+    if refusal is not None:
+        raise NothingMeasured(str(refusal))
+    launcher.follow(sweep, packs)
+    settled(Watch(sweep), as_mine=True)
+    return todo
 
 
 def seconds_of(attempt: Attempt) -> float:

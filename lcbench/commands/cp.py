@@ -19,7 +19,7 @@ from typing import Any
 from lcbench.commands.arguments import add_plan_arguments, add_results_argument, chosen_cell, command_parser, plan_words
 from lcbench.cp.base import Scheduled
 from lcbench.grid import build, own
-from lcbench.grid.build import build_mask, build_strategy
+from lcbench.grid.build import build_strategy, group_mask
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.predict.predictor import Predictor
@@ -105,10 +105,14 @@ def _asked(options: argparse.Namespace) -> tuple[list[Cell], Timeline | None]:
         raise ValueError(f"--cell {options.cell} is a cell, so {options.overrides[0]} says nothing")
     sweep, cell_id = chosen_cell(options.results.absolute(), options.cell)
     build.allow(sweep.allowed().union(*map(build.targets_in, options.config_dir)))
-    timelines = [a.provenance["timeline"] for a in sweep.attempts(cell_id) if "timeline" in a.provenance]
+    cell = sweep.entries()[cell_id].cell
+    # A schedule is that of one context-parallel group, and all ranks have a timeline.
+    first = cell.mesh.groups(cell.scale)[0, 0].tolist()
+    every = [a.provenance["timeline"] for a in sweep.attempts(cell_id) if "timeline" in a.provenance]
+    timelines = [[timeline[rank] for rank in first] for timeline in every]
     if options.out and not timelines and options.machine is None:
         raise ValueError(f"cell {options.cell} kept no timeline; run it again with measure.timeline=true")
-    return [sweep.entries()[cell_id].cell], timelines[-1] if timelines else None
+    return [cell], timelines[-1] if timelines else None
 
 
 def _predicted(options: argparse.Namespace, cell: Cell) -> Predicted | None:
@@ -125,7 +129,7 @@ def _predicted(options: argparse.Namespace, cell: Cell) -> Predicted | None:
 def _look(cell: Cell) -> tuple[dict[str, Any], ScheduleCost | None]:
     config, problem = cell.config, cell.problem
     try:
-        mask = build_mask(config["mask"], config["seqlen"], cell.heads, config["seed"])
+        mask = group_mask(cell)
         strategy = build_strategy(config["cp"])
     except TypeError as error:  # options that this version does not have
         raise ValueError(f"cell {cell.id} cannot be built here: {error}") from error

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from lcbench.cp.base import Strategy
 from lcbench.grid import own
 from lcbench.grid.axes import AXES, GROUPS, HOMES, RESERVED, Axis, renamed
-from lcbench.grid.cell import CONTENT, CONTENT_BEFORE
+from lcbench.grid.cell import CONTENT, CONTENT_BEFORE, Cell
 from lcbench.grid.paths import CONF
 from lcbench.grid.values import check_finite, listed, parse_int, parse_option, parse_tokens
 from lcbench.kernels.base import Kernel
@@ -165,6 +165,12 @@ def made_of(config: dict[str, Any], share: Share) -> Made:
     return attention_alone(share) if said is None else build_workload(said).made(share, build_recompute(config))
 
 
+def input_bytes(cell: Cell) -> float:
+    """Of what a rank of a cell with its even share of the tokens is given."""
+    said = cell.config.get("workload")
+    return cell.problem.input_bytes if said is None else build_workload(said).input_bytes(cell.problem)
+
+
 def on_one_rank(config: dict[str, Any]) -> bool:
     """Whether a strategy, by its config, has no use for a second rank."""
     return bool(getattr(get_object(config["_target_"]), "one_rank", False))
@@ -186,6 +192,15 @@ def build_mask(config: dict[str, Any], seqlen: int, heads: Heads, seed: int, dra
     with own.blamed("mask", config):
         made = build(options, seqlen, **{key: value for key, value in given.items() if key in takes})
     return own.checked_mask(config, made, seqlen)
+
+
+def group_mask(cell: Cell, draw: int = 0) -> Mask:
+    """The mask of a cell as its first context-parallel group sees it: for that one's share of the heads where tensor-parallel ranks
+    have others. Raises as ``build_mask`` does.
+    """
+    config = cell.config
+    whole = build_mask(config["mask"], config["seqlen"], cell.heads, config["seed"], draw)
+    return whole if cell.mesh.tp == 1 else whole.of_heads(0, cell.problem.heads.q, cell.heads.q)
 
 
 def draws(config: dict[str, Any]) -> int:

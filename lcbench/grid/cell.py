@@ -124,14 +124,14 @@ def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat_config(cell: Cell) -> dict[str, Any]:
-    """Every axis as one value: a group's value under the group's name, its options below it."""
-    problem = cell.problem
+    """Every axis as one value: a group's value under the group's name, its options below it. Beside them numbers: of all ranks, and
+    of the heads that a rank's context-parallel group has."""
+    scale, heads = cell.scale, cell.problem.heads
     unsaid = {name: axis.unsaid for name, axis in AXES.items() if axis.unsaid is not None and name not in cell.config}
     params = _flat("", {**cell.config, **unsaid})
     return params | {
-        "nodes": problem.scale.nodes, "gpus_per_node": problem.scale.gpus_per_node,
-        "world_size": problem.scale.world_size, "num_heads_q": problem.heads.q, "num_heads_kv": problem.heads.kv,
-        "head_dim": problem.heads.dim,
+        "nodes": scale.nodes, "gpus_per_node": scale.gpus_per_node, "world_size": scale.world_size,
+        "num_heads_q": heads.q, "num_heads_kv": heads.kv, "head_dim": heads.dim,
     }  # fmt: skip
 
 

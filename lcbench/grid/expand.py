@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,12 @@ from lcbench.grid.axes import AXES, CELL_AXES, GROUPS, OTHER_WAYS, RESERVED, WIT
 from lcbench.grid.cell import Cell
 from lcbench.grid.overrides import LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
 from lcbench.grid.paths import CONF, REPOSITORY
+from lcbench.grid.search import Bracket, Search, at
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
-from lcbench.problem import Heads, Problem, Scale
+from lcbench.problem import Heads, Mesh, Problem, Scale
 from lcbench.redact import refuse_readable
 
 CONFIG = "config"
@@ -53,8 +54,12 @@ OPTION_GROUPS: dict[str, Callable[[Any, str], Any]] = {
 }  # fmt: skip
 # Run options that are texts, and of what.
 TEXTS = {"results": "folder", "tracking_uri": "address", "fit": "file"}
+# Run options that are a file of conf/, if anything: what is composed of them is no run option of a plan as it is.
+CHOSEN = ("site", "experiment", "machine", "search")
 NAME_BYTES = 200  # of a sweep's name: a file's name holds 255, and some are made of it and a cell's
 NOT_IN_NAMES = "/\\%|,"
+# Axes that say the length.
+LENGTHS = {"seqlen", *(name for name, way in OTHER_WAYS.items() if way == "seqlen")}
 WORDS_OF_COMMANDS = ("last", "all")
 
 _STARTED = time.localtime()
@@ -102,6 +107,7 @@ class Plan:
     site: dict[str, Any]
     overrides: tuple[str, ...]
     launcher: str  # its name in conf/hydra/launcher
+    search: Search | None = None  # of lengths; then there is one cell of each choice, at the length to begin with
 
 
 _remembered: list[Plan] = []
@@ -143,11 +149,15 @@ def _plan(parsed: list[Override], lines: tuple[str, ...], loader: ConfigLoaderIm
     base = _compose_base(fixed, loader)
     axes, swept = _axes(typed, base, loader)
     options = _run_options(base)
+    search = _search(base, typed)
+    if search is not None:  # lengths of an experiment give way
+        axes, swept = [o for o in axes if root_of(o) not in LENGTHS], swept - LENGTHS
+        base |= {"seqlen": search.shortest, "seqlen_per_rank": None}
     site = _site(base["site"], launchers_of(loader))
     by_site = "scale" not in swept and base["scale"] == site.get("scale")
     configs = _product(base, [text_of(o) for o in fixed if root_of(o) in ("site", "experiment")], axes, loader)
     made = (Cell.from_config(cell_config(config, said=swept, by_site=by_site)) for config in configs)
-    cells = {cell.id: cell for cell in made}
+    cells = {cell.id: cell for cell in (made if search is None else map(partial(_first_of, search), made))}
     folder = Path(str(options["results"])).absolute() / str(options["sweep"] or "")
     launcher = str(chosen[-1].value()) if chosen else str(site.get("launcher"))
     if not sites.predicts(launcher):  # what is predicted is of another machine, and of any number of its GPUs
@@ -159,7 +169,29 @@ def _plan(parsed: list[Override], lines: tuple[str, ...], loader: ConfigLoaderIm
         site=site,
         overrides=lines,
         launcher=launcher,
+        search=search,
     )
+
+
+def _search(base: dict[str, Any], typed: list[Override]) -> Search | None:
+    """Raises:
+    ValueError: it is no search, or a length is typed beside it.
+    """
+    config = base.get("search")
+    if config is None:
+        return None
+    if not isinstance(config, dict):
+        raise ValueError(f"search={values.shown(config)} means nothing; write search=max_seqlen")
+    if length := next((o for o in typed if o.key_or_group in LENGTHS), None):
+        found = f"search={config.get('name')} looks for one from search.from={config.get('from')} to search.to={config.get('to')}"
+        raise ValueError(f"{text_of(length)} says a length, and {found}; leave it out")
+    return Search.parse(config)
+
+
+def _first_of(search: Search, cell: Cell) -> Cell:
+    """A cell of a choice at the length that a search for its longest begins with."""
+    lengths = search.lengths(cell.problem.scale.world_size)
+    return at(cell, Bracket.between(lengths, None, None).next())
 
 
 def _refuse_to_predict(options: dict[str, Any], launcher: str) -> None:
@@ -195,7 +227,7 @@ def _axes(typed: list[Override], base: dict[str, Any], loader: ConfigLoaderImpl)
 
 def _run_options(base: dict[str, Any]) -> dict[str, Any]:
     """Everything but axes, site and experiment, checked."""
-    options = {k: base[k] for k in RUN_OPTIONS if k not in ("site", "experiment", "machine")}
+    options = {k: base[k] for k in RUN_OPTIONS if k not in CHOSEN}
     options["machine"] = base["hydra"]["choices"].get("machine")
     _check_run_options(options)
     if unknown := [k for k in base if k not in (*AXES, *RUN_OPTIONS, "hydra")]:
@@ -296,7 +328,8 @@ def cell_config(config: dict[str, Any], *, said: Collection[str] = (), by_site: 
     """
     found: dict[str, Any] = {group: build.check_options(group, config[group]) for group in GROUPS}
     scale = _scale(config["scale"], found["cp"], by_site)
-    seqlen = _seqlen(config["seqlen"], config["seqlen_per_rank"], scale, "seqlen" in said)
+    ranks = max(1, scale.world_size // Mesh(**values.parse_mesh(config["mesh"])).count)
+    seqlen = _seqlen(config["seqlen"], config["seqlen_per_rank"], ranks, "seqlen" in said)
     found |= {"seqlen": seqlen, "scale": str(scale)}
     found |= {name: axis.parse(config[name]) for name, axis in CELL_AXES.items() if axis.parse is not None and name not in found}
     folded = set()
@@ -366,15 +399,15 @@ def _scale(said: Any, strategy: dict[str, Any], by_site: bool) -> Scale:
     return Scale(1, 1) if by_site and build.on_one_rank(strategy) else values.parse_scale(said)
 
 
-def _seqlen(seqlen: Any, per_rank: Any, scale: Scale, both: bool) -> int:
-    """Total tokens, which are said in one of two ways."""
+def _seqlen(seqlen: Any, per_rank: Any, ranks: int, both: bool) -> int:
+    """Total tokens, which are said in one of two ways; ``ranks``: of a context-parallel group."""
     if per_rank is None:
         return values.parse_tokens(seqlen)
     if both and seqlen is not None:
         raise ValueError(
             f"seqlen={values.shown(seqlen)} and seqlen_per_rank={values.shown(per_rank)} are two ways to say one length"
         )
-    return values.parse_tokens(values.parse_tokens(per_rank, "seqlen_per_rank") * scale.world_size)
+    return values.parse_tokens(values.parse_tokens(per_rank, "seqlen_per_rank") * ranks)
 
 
 def skip_reason(cell: Cell) -> str | None:
@@ -385,7 +418,7 @@ def skip_reason(cell: Cell) -> str | None:
     """
     config, problem = cell.config, cell.problem
     try:
-        mask = _mask(json.dumps(config["mask"]), problem, config["seed"])
+        mask = _mask(cell)
     except DoesNotFit as error:
         return f"mask {config['mask']['name']}: {error}"
     made = {}
@@ -396,7 +429,7 @@ def skip_reason(cell: Cell) -> str | None:
     if reason := _refused_by_workload(config, problem, mask, made["kernel"], made["cp"]):
         return reason
     if own.named_in(config["cp"]):
-        _prove(json.dumps(config["cp"]), json.dumps(config["mask"]), problem, config["seed"])
+        _prove(cell)
     return None
 
 
@@ -421,13 +454,13 @@ def pairs(cell: Cell) -> float:
 
 
 def mask_of(cell: Cell) -> Mask:
-    """The first draw of a cell's mask, made once.
+    """The first draw of a cell's mask, of one context-parallel group, made once.
 
     Raises:
         DoesNotFit: the mask cannot exist at this length or with these heads.
         ValueError: a file that is not what it was when the cell was planned, or code that is not known here.
     """
-    return _mask(json.dumps(cell.config["mask"]), cell.problem, cell.config["seed"])
+    return _mask(cell)
 
 
 # -- the product -----------------------------------------------------------------------------------------------------
@@ -488,7 +521,7 @@ def _compose_base(fixed: list[Override], loader: ConfigLoaderImpl) -> dict[str, 
             key = override.key_or_group.split(".")
             if key[0] == "site" and len(key) == 2 and not override.is_add() and key[1] not in sites.ClusterSite.model_fields:
                 raise ValueError(sites.unknown_key(key[1])) from error
-        for group in OPTION_GROUPS:
+        for group in (*OPTION_GROUPS, "search"):
             own = [text_of(o) for o in fixed if root_of(o) == group]
             if own and (word := _option_error(group, own, [], loader)):
                 raise ValueError(word) from error
@@ -509,10 +542,12 @@ def _compose_key(root: str, lines: list[str], base_lines: list[str], loader: Con
 
 def _option_error(root: str, lines: list[str], base_lines: list[str], loader: ConfigLoaderImpl) -> str | None:
     """A clear word on an option that an axis value does not have."""
-    if root not in (*WITH_OPTIONS, *OPTION_GROUPS):
+    if root not in (*WITH_OPTIONS, *OPTION_GROUPS, "search"):
         return None
     chosen = [line for line in lines if line.partition("=")[0] == root]
-    config = compose(base_lines + chosen, loader)[root]
+    config = compose(base_lines + chosen, loader).get(root)
+    if config is None:
+        return f"{lines[0]} says nothing without a search; write search=max_seqlen"
     if not isinstance(config, dict):
         return None
     options = [k for k in config if k not in RESERVED]
@@ -593,17 +628,18 @@ def _one_line(error: BaseException) -> str:
 
 # -- objects, each made once -----------------------------------------------------------------------------------------
 
-_masks: dict[tuple[str, int, Heads, int], Mask | DoesNotFit] = {}
+_masks: dict[tuple[str, int, Heads, int, int], Mask | DoesNotFit] = {}
 _objects: dict[tuple[str, str], Any] = {}
-_proven: set[tuple[str, str, Problem, int]] = set()
+_proven: set[tuple[str, str, Heads, Problem, int]] = set()
 
 
-def _mask(config: str, problem: Problem, seed: int) -> Mask:
-    key = (config, problem.seqlen, problem.heads, seed)
+def _mask(cell: Cell) -> Mask:
+    config = cell.config["mask"]
+    key = (json.dumps(config), cell.config["seqlen"], cell.heads, cell.mesh.tp, cell.config["seed"])
     if key not in _masks:
         try:
-            made = build.build_mask(json.loads(config), problem.seqlen, problem.heads, seed)
-            if isinstance(made, BlockMap) and own.named_in(json.loads(config)):
+            made = build.group_mask(cell)
+            if isinstance(made, BlockMap) and own.named_in(config):
                 made.draw(0)  # code of the user's, which is to fail here and not in a job
             _masks[key] = made
         except DoesNotFit as error:
@@ -620,13 +656,15 @@ def _object(group: str, config: str, builder: Any) -> Any:
     return _objects[group, config]
 
 
-def _prove(config: str, mask: str, problem: Problem, seed: int) -> None:
+def _prove(cell: Cell) -> None:
     """Prove the schedule of a strategy of the user's, once for all types that are computed in: milliseconds up to 64 ranks, some
     ten seconds of 512.
     """
-    key = (config, mask, replace(problem, dtype="float32", reduce_dtype="float32"), seed)
+    problem, said, seed = cell.problem, cell.config["cp"], cell.config["seed"]
+    config, mask = json.dumps(said), json.dumps(cell.config["mask"])
+    key = (config, mask, cell.heads, replace(problem, dtype="float32", reduce_dtype="float32"), seed)
     strategy = _object("cp", config, build.build_strategy)
     if key not in _proven and isinstance(strategy, Scheduled):
-        said, drawn = json.loads(config), _mask(mask, problem, seed)
+        drawn = _mask(cell)
         own.proven(said, strategy, own.scheduled(said, strategy, problem, drawn), problem, drawn)
     _proven.add(key)

@@ -27,11 +27,11 @@ from lcbench.grid.values import listed
 
 RUN_OPTIONS = (
     "sweep", "site", "wait", "output", "force", "pack", "hang", "retry", "budget", "results", "tracking_uri", "mlflow_experiment",
-    "experiment", "machine", "fit",
+    "experiment", "machine", "fit", "search",
 )  # fmt: skip
 # Options whose value is text, and those that name a file of conf/.
 TEXT = ("sweep", "results", "tracking_uri", "mlflow_experiment", "output", "fit")
-FILES = (*GROUPS, "site", "experiment", "machine", "hydra/launcher", "hydra/sweeper")
+FILES = (*GROUPS, "site", "experiment", "machine", "search", "hydra/launcher", "hydra/sweeper")
 LAUNCHER = "hydra/launcher"
 # Of Hydra's own options: where what they are for is said here. The longest beginning counts.
 PLACES = {

@@ -15,7 +15,7 @@ from lcbench.measure.derived import derived
 BLOCKS = 3
 LEAST_ITERATIONS = 2  # of a block, where there are several
 # What is not known of a run that gives wrong results, or times that cannot be; and what is all the same.
-TIMES = ("time/", "compute/", "overlap/", "draws/", "layer/", "model/", "attention/share", "step/tokens_per_s_per_gpu")
+TIMES = ("time/", "compute/", "overlap/", "draws/", "mesh/", "layer/", "model/", "attention/share", "step/tokens_per_s_per_gpu")
 KEPT = ("time/prepare_s", "time/first_pass_s", "time/check_s")
 BLOCK = re.compile(r"block_(\w+)_s")  # samples of a phase, a value per block
 

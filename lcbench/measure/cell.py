@@ -241,8 +241,8 @@ class _Draw:
 
     def slowdown(self) -> None:
         """The slowest context-parallel group alone, the others idle: what it loses to them."""
-        gang, phases = self._gang, self._session.alone()
-        if gang.mesh.count == 1 or not phases:
+        gang = self._gang
+        if gang.mesh.count == 1 or not (phases := self._session.alone()):
             return
         self._say("timing the slowest group alone")
         medians = [self.measured.samples[f"rank_{phase}_median_s"] for phase in phases]

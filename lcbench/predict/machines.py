@@ -53,17 +53,23 @@ def fit_of(name: str) -> Path | None:
     return path if path.exists() else None
 
 
+def device_of_site(site: Mapping[str, Any]) -> str | None:
+    """Name of the GPUs that a site measures on: what it says, or else of those that are here; None: CPUs."""
+    device = site.get("device")
+    if device is None and (gpus := gpus_here()):
+        entry = entry_of(known_devices(), gpus[0]["name"])
+        device = entry["name"] if entry else gpus[0]["name"]
+    return None if device in (None, "cpu") else str(device)
+
+
 def machine_of_site(site: Mapping[str, Any]) -> str:
     """Name of the machine that a site measures on: by its device, or, where it names none, by the GPUs that are here.
 
     Raises:
         ValueError: conf/machine has none with that device.
     """
-    device = site.get("device")
-    if device is None and (gpus := gpus_here()):
-        entry = entry_of(known_devices(), gpus[0]["name"])
-        device = entry["name"] if entry else gpus[0]["name"]
-    name = HERE if device in (None, "cpu") else str(device)
+    device = device_of_site(site)
+    name = HERE if device is None else device
     if name not in known():
         raise ValueError(f"conf/machine has no {name}, which site={site.get('name')} measures on; there are {', '.join(known())}")
     return name

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcbench.cp.base import Scheduled
-from lcbench.grid.build import build_kernel, build_strategy
+from lcbench.grid.build import build_kernel, build_strategy, input_bytes
 from lcbench.grid.cell import Cell
 from lcbench.measure.derived import derived
 from lcbench.predict.composed import Composed, Together
@@ -79,13 +79,13 @@ class Prediction:
     @property
     def needs_bytes(self) -> float:
         """Of a rank: inputs, results, gradients, weights, buffers and what its kernel needs inside."""
-        return self.peak_bytes + self.made.input_bytes
+        return self.peak_bytes + input_bytes(self.cell)
 
     @property
     def needs_interval(self) -> tuple[float, float]:
         """Of ``needs_bytes``, 95 %."""
         low, high = self.peak_interval
-        return low + self.made.input_bytes, high + self.made.input_bytes
+        return low + input_bytes(self.cell), high + input_bytes(self.cell)
 
     def metrics(self) -> dict[str, float]:
         """By the keys of ``measure.metrics``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PHASES = ("forward", "backward", "total")
+RANKS = re.compile(r"samples/rank_(\w+)_median_s")  # a value per rank of a phase that has no other in it
 # Columns of groups that fold into a group: what such a value is called is told by them always, and without the option's name.
 FOLDED = frozenset(f"{axis.folds_into}.{axis.name}" for axis in AXES.values() if axis.home and axis.folds_into)
 PREDICTED = " (predicted)"  # at the end of a choice that was not measured
@@ -76,9 +78,10 @@ def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False)
     """Every cell of a sweep (``seen``: as a look at it showed them), with samples and with columns for reports:
 
     ``what_kernel``, ``what_cp``, ``what_mask`` and so on: the axis value with those of its options that differ between rows;
-    ``choice``: strategy, kernel, reduce_dtype and recompute in one word; ``problem``: all that a choice is an answer to, as one
-    key; ``setting``: what of the problem is neither mask, length, scale nor seed; ``where``: that with the seed, if there are
-    several; ``tokens_per_rank``; ``<phase>_by_mean``: TFLOP/s per GPU with the mean over ranks for a time, as others count,
+    ``choice``: strategy, kernel, reduce_dtype and recompute in one word, without what labels leave out (``Axis.unsaid``);
+    ``problem``: all that a choice is an answer to, as one key; ``setting``: what of the problem is neither mask, length, scale nor
+    seed; ``where``: that with the seed, if there are several; ``tokens_per_rank``; ``<phase>_by_mean``: TFLOP/s per GPU with the
+    mean over ranks for a time, as others count,
     where ours is the slowest rank's; ``timed/<phase>``: its time as a ``Median``, with the noise that all good cells of the
     sweep tell together; of a prediction with its band; ``good``: whether it is one of the results that answers rest on.
 
@@ -95,7 +98,7 @@ def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False)
     if frame.empty:
         return frame
     frame["good"] = frame["status"] == ("predicted" if predicted else "ok")
-    speeds = [c for c in frame.columns if c.startswith(("time/", "compute/", "overlap/", "draws/"))]
+    speeds = [c for c in frame.columns if c.startswith(("time/", "compute/", "overlap/", "draws/", "mesh/"))]
     frame.loc[frame["no_speed"] != "", speeds] = np.nan
     for group in CELL_GROUPS:
         frame[f"what_{group}"] = named(frame, group)
@@ -104,7 +107,7 @@ def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False)
             frame[axis] = _options(frame, axis)
     differing = [axis for axis in CHOICE if axis == "cp" or _several(frame, axis)]
     told = [_told(frame, axis) for axis in sorted(differing, key=lambda axis: axis != "cp")]
-    frame["choice"] = [" + ".join(words) for words in zip(*told, strict=True)]
+    frame["choice"] = [" + ".join(filter(None, words)) for words in zip(*told, strict=True)]
     frame.loc[frame["status"] == "predicted", "choice"] += PREDICTED
     options = sorted(
         c for c in frame.columns if c.partition(".")[0] in PROBLEM and "." in c and c != "mask.file"
@@ -114,7 +117,7 @@ def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False)
     rest = [axis for axis in PROBLEM if axis not in (*ALWAYS_TOLD, "seed") and (axis == "heads" or _several(frame, axis))]
     frame["setting"] = [", ".join(f"{axis} {row[_column(axis)]}" for axis in rest) for row in rows]
     frame["where"] = frame["setting"] + (", seed " + frame["seed"].astype(str) if frame["seed"].nunique() > 1 else "")
-    frame["tokens_per_rank"] = frame["seqlen"] // frame["world_size"]
+    frame["tokens_per_rank"] = frame["seqlen"] * frame["mesh.tp"] * frame["mesh.dp"] // frame["world_size"]
     for phase in PHASES:
         frame[f"{phase}_by_mean"] = [_by_mean(row, phase) for row in rows]
         frame[f"timed/{phase}"] = _timed(rows, phase)
@@ -179,9 +182,11 @@ def _several(frame: pd.DataFrame, axis: str) -> bool:
 
 
 def _told(frame: pd.DataFrame, axis: str) -> list[str]:
-    """An axis in the words of a choice: with its name where labels do not always tell it."""
-    name = "" if AXES[axis].unsaid is None else f"{axis}="
-    return [f"{name}{value}" for value in frame[_column(axis)]]
+    """An axis in the words of a choice: with its name where labels do not always tell it, and empty at what they leave out."""
+    if AXES[axis].unsaid is None:
+        return [str(value) for value in frame[_column(axis)]]
+    unsaid = value_of({}, axis)
+    return ["" if value == unsaid else f"{axis}={value}" for value in frame[_column(axis)]]
 
 
 def _options(frame: pd.DataFrame, axis: str) -> list[str]:
@@ -229,7 +234,7 @@ def rate_column(phase: str) -> str:
 
 
 def _by_mean(row: Any, phase: str) -> float:
-    phases = ("forward", "backward") if phase == "total" else (phase,)
+    phases = [found[1] for key in row if (found := RANKS.fullmatch(key))] if phase == "total" else [phase]
     ranks = [row.get(f"samples/rank_{p}_median_s") for p in phases]
     ranks = [r for r in ranks if isinstance(r, list)]
     if not ranks or np.isnan(row.get(rate_column(phase), np.nan)):

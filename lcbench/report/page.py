@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from lcbench.grid.axes import AXES, CELL_GROUPS, value_of
 from lcbench.grid.cell import format_tokens
 from lcbench.redact import redacted
 from lcbench.report import amounts, page_data, published
@@ -24,7 +25,9 @@ from lcbench.report.figures import all_figures
 from lcbench.report.foretold import Held, held, said
 from lcbench.report.frame import PHASES, good_rows, rate_column, reported
 from lcbench.report.palette import Style, styles
-from lcbench.report.regret import FEWEST_CHOICES, FEWEST_PROBLEMS, NEARLY_ALL, Regret, problem_labels, regrets, verdict
+from lcbench.report.regret import FEWEST_CHOICES, FEWEST_PROBLEMS, NEARLY_ALL, Regret, contests, problem_labels, regrets, verdict
+from lcbench.report.step import MEMORY, SCALED, Step, colors_of, reached, steps_of
+from lcbench.report.step import table as step_table
 from lcbench.report.table import why_not
 from lcbench.report.tables import rate_tables, rows_table
 from lcbench.report.winners import CLOSE, UNMEASURED, Winner, winners
@@ -36,15 +39,16 @@ if TYPE_CHECKING:
 
 STATUSES = get_args(Status)
 SECTIONS = (
-    ("fastest", "Fastest"), ("figures", "Figures"), ("foretold", "Predicted and measured"), ("failures", "What did not run"),
-    ("cells", "Cells"), ("environment", "Where it ran"),
+    ("fastest", "Fastest"), ("step", "Training step"), ("longest", "Longest length"), ("figures", "Figures"),
+    ("foretold", "Predicted and measured"), ("failures", "What did not run"), ("cells", "Cells"), ("environment", "Where it ran"),
 )  # fmt: skip
 PAGE = "report.html"
 HERE = Path(__file__).parent
 LIBRARIES = ("d3.min.js", "plot.umd.min.js")
 SCRIPTS = ("basics.js", "view.js", "tables.js", "plots.js")  # of every page
 REPORT = (
-    "answers.js", "detail.js", "cells.js", "figures-lines.js", "figures-cells.js", "figures-front.js", "figures.js", "report.js",
+    "answers.js", "detail.js", "cells.js", "figures-lines.js", "figures-cells.js", "figures-front.js", "figures.js", "step.js",
+    "report.js",
 )  # fmt: skip
 # Of one sweep these should be one; a page says so where they are not.
 ONE = ("lcbench", "device", "torch", "driver", "nccl", "cuda")
@@ -79,12 +83,17 @@ def write_report(
     known = [r.prediction if predicted else r.known for r in seen.records.values()]
     attempts = [attempt for attempt in known if attempt is not None and attempt.status in ("ok", "predicted")]
     compared = held(seen.records.values())
-    fastest, choices = winners(good), regrets(good)
+    fastest, choices = winners(good), {workload: regrets(rows) for workload, rows in contests(good).items()}
+    steps = steps_of(frame) if len(frame) else {}
+    searched = page_data.searched_of(seen, predicted=predicted)
+    lengths = _lengths(searched, frame)
     folder.mkdir(parents=True, exist_ok=True)
-    files = _write_tables(sweep, frame, fastest, choices, compared, folder / "tables")
+    files = _write_tables(sweep, frame, fastest, choices, compared, lengths, folder / "tables")
     links = links_of(attempts)
     drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links, predicted=predicted) | {"details": page_data.details_of(seen.records)}
+    data |= _steps(steps, list(choices)) | {"searched": searched}
+    there = {"foretold": bool(compared), "step": bool(steps), "longest": bool(lengths)}
     environment = environment_of(attempts)
     page = folder / PAGE
     page.write_text(
@@ -93,7 +102,9 @@ def write_report(
             REPORT,
             data,
             title=f"{sweep.name}: predictions" if predicted else sweep.name,
-            sections=[section for section in SECTIONS if compared or section[0] != "foretold"],
+            sections=[section for section in SECTIONS if there.get(section[0], True)],
+            steps=there["step"],
+            lengths=there["longest"],
             predicted=predicted,
             foretold=_foretold(sweep, frame, predicted=predicted),
             compared=[said([h for h in compared if h.phase == p]) for p in PHASES if any(h.phase == p for h in compared)],
@@ -149,11 +160,16 @@ def _foretold(sweep: Sweep, frame: pd.DataFrame, *, predicted: bool) -> str:
 
 
 def _write_tables(
-    sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: list[Regret], compared: list[Held], folder: Path
-) -> list[Path]:
+    sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: dict[str, list[Regret]], compared: list[Held],
+    lengths: list[dict[str, str]], folder: Path,
+) -> list[Path]:  # fmt: skip
+    several = len(choices) > 1
+    ranked = [({"workload": name} if several else {}) | r.row() for name, found in choices.items() for r in found]
     tables = [
         rows_table("winners", "Fastest choice of every problem", [w.row() for w in fastest]),
-        rows_table("regret", "If it has to be one choice for everything", [r.row() for r in choices]),
+        rows_table("regret", "If it has to be one choice for everything", ranked),
+        rows_table("steps", "Training steps", step_table(frame)),
+        rows_table("longest", "The longest length of every choice", lengths),
         *(rate_tables(frame) if fastest else ()),
         rows_table("failures", "What did not run, and why", _failures(frame, sweep)),
         rows_table("cells", "All cells", _cells(frame)),
@@ -185,6 +201,31 @@ def _block(
     }  # fmt: skip
 
 
+def _lengths(searched: dict[str, Any] | None, frame: pd.DataFrame) -> list[dict[str, str]]:
+    """The longest length of every choice as text: a search's answers, else what training steps reached."""
+    if searched is None:
+        return [found.row() for found in reached(frame)] if len(frame) else []
+    known = {str(row["cell"]): row for row in frame.to_dict("records")}
+    found = []
+    for row in searched["rows"]:
+        cell = known[row["cells"][0]]
+        found.append({
+            "mask": cell["what_mask"], "scale": cell["scale"], "setting": cell["where"], "choice": cell["choice"],
+            "longest that fits": format_tokens(row["tokens"]) if row["tokens"] else "none", "needs": amounts.size(row["needs"]),
+            "does not fit": format_tokens(row["beyond"]) if row["beyond"] else "", "why": row["why"], "search": row["end"],
+        })  # fmt: skip
+    return found
+
+
+def _steps(steps: dict[str, Step], workloads: list[str]) -> dict[str, Any]:
+    """What a page draws of training steps, and of which workloads it has a verdict, in their order."""
+    colors = colors_of(phase for step in steps.values() for phase in step.phases)
+    return {
+        "steps": page_data.steps_data(steps), "stepPhases": list(colors.items()), "stepMemory": list(MEMORY.items()),
+        "scaled": SCALED, "workloads": workloads,
+    }  # fmt: skip
+
+
 def _styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return {choice: drawn_style(style) for choice, style in styles(frame).items()}
 
@@ -200,29 +241,40 @@ def _matrix_by(good: pd.DataFrame) -> str:
 
 
 def _first_screen(
-    frame: pd.DataFrame, good: pd.DataFrame, environment: Environment, fastest: list[Winner], choices: list[Regret]
+    frame: pd.DataFrame, good: pd.DataFrame, environment: Environment, fastest: list[Winner], choices: dict[str, list[Regret]]
 ) -> dict[str, Any]:
     drawn, unit = _styles(frame), _rate_unit(good)
-    widest = max((r.mean for r in choices), default=1.0) - 1.0
     counts = frame["status"].value_counts().to_dict() if len(frame) else {}
     return {
         "about": _about(frame, environment),
         "counts": {status: counts.get(status, 0) for status in STATUSES}
         | {"missing": sum(n for status, n in counts.items() if status not in STATUSES)},
-        "verdict": _bold(verdict(choices), choices) or _alone(fastest),
-        "regrets": [
+        "contests": [
             {
-                "choice": r.choice, "mean": amounts.times(r.mean), "worst": amounts.times(r.worst), "where": r.where, "ran": r.ran,
-                "worst_cell": r.worst_cell, "fastest": r.fastest, "compared": r.compared, "problems": r.problems,
-                "bar": round(max(2.0, 100 * (r.mean - 1) / widest)) if widest > 0 else 2, "color": drawn[r.choice]["color"],
+                # An id says the workload where there are several.
+                "workload": name if len(choices) > 1 else "", "id": f"-{name}" if place else "",
+                "verdict": _bold(verdict(found), found) or _alone([w for w in fastest if w.workload == name]),
+                "regrets": _regret_rows(found, drawn),
             }
-            for r in choices
+            for place, (name, found) in enumerate(choices.items())
         ],
         "matrix": _matrix(good, fastest, drawn, unit),
         "rate": unit.name,
         "known": all(w.known for w in fastest if w.margin is not None),
         "seeds": bool(len(frame)) and frame["seed"].nunique() > 1,
     }  # fmt: skip
+
+
+def _regret_rows(choices: list[Regret], drawn: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    widest = max((r.mean for r in choices), default=1.0) - 1.0
+    return [
+        {
+            "choice": r.choice, "mean": amounts.times(r.mean), "worst": amounts.times(r.worst), "where": r.where, "ran": r.ran,
+            "worst_cell": r.worst_cell, "fastest": r.fastest, "compared": r.compared, "problems": r.problems,
+            "bar": round(max(2.0, 100 * (r.mean - 1) / widest)) if widest > 0 else 2, "color": drawn[r.choice]["color"],
+        }
+        for r in choices
+    ]  # fmt: skip
 
 
 def _bold(text: str | None, choices: list[Regret]) -> list[tuple[bool, str]]:
@@ -311,6 +363,10 @@ def _about(frame: pd.DataFrame, environment: Environment) -> list[str]:
     for column, shown in (("what_kernel", "{}"), ("what_mask", "{}"), ("dtype", "{}"), ("heads", "heads {}")):
         values = set(frame[column])
         first += [shown.format(*values)] if len(values) == 1 else []
+    for axis in CELL_GROUPS:
+        values = set(frame[f"what_{axis}"])
+        said = AXES[axis].unsaid is not None and len(values) == 1 and values != {value_of({}, axis)}
+        first += [f"{axis} {values.pop()}"] if said else []
     versions = [f"{name} {' or '.join(sorted(environment[name]))}" for name in VERSIONS if environment.get(name)]
     commit = [f"lcbench {' or '.join(sorted(environment['lcbench']))}"] if environment.get("lcbench") else []
     return [", ".join(first), *([", ".join(versions)] if versions else []), *commit]

@@ -15,9 +15,11 @@ from lcbench.report import published
 from lcbench.report.amounts import Unit
 from lcbench.report.frame import PHASES, rate_column
 from lcbench.report.intervals import Median
-from lcbench.report.parts import least_bytes, split
+from lcbench.report.longest import ANSWERS, by_choice, longest_of
+from lcbench.report.parts import least_bytes, only_attention, split
+from lcbench.report.step import Step
 from lcbench.runs.attempt import Attempt
-from lcbench.runs.records import Record
+from lcbench.runs.records import Look, Record
 from lcbench.runs.store import Sweep
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ WORDS = {
     "id": "cell", "label": "label", "status": "status", "kind": "failure", "cause": "cause", "choice": "choice",
     "mask": "what_mask", "scale": "scale",
     "strategy": "what_cp", "kernel": "what_kernel", "where": "where", "setting": "setting", "problem": "problem",
-    "device": "device", "dtype": "dtype", "slow": "no_speed",
+    "device": "device", "dtype": "dtype", "slow": "no_speed", "recompute": "what_recompute", "workload": "workload",
 }  # fmt: skip
 COUNTS = {"seqlen": "seqlen", "ranks": "world_size", "share": "tokens_per_rank", "attempt": "attempt"}
 NUMBERS = {
@@ -67,8 +69,39 @@ def cells_of(frame: pd.DataFrame, rate: Unit) -> dict[str, list[Any]]:
     parts = split(frame)
     for name, column in PARTS.items():
         found[name] = [None] * len(frame) if parts is None else [short(v) for v in parts[column].reindex(frame.index)]
-    found["least"] = [short(least_bytes(row)) for row in frame[LEAST].to_dict("records")]
+    found["least"] = [
+        short(least_bytes(row)) if calls else None
+        for row, calls in zip(frame[LEAST].to_dict("records"), only_attention(frame), strict=True)
+    ]
     return found
+
+
+def steps_data(steps: dict[str, Step]) -> dict[str, dict[str, Any]]:
+    """By cell what a page draws of its training step: numbers of four digits, in the order of ``Step``."""
+    return {
+        cell: {
+            "model": s.model, "layers": s.layers, "of": s.of, "rest": s.rest, "phases": _short(s.phases),
+            "attention": short(s.attention), "memory": _short(s.memory), "tokens": short(s.tokens), "hfu": short(s.hfu),
+            "whole": _short(s.whole), "wholeTime": short(s.whole_s), "wholeTokens": short(s.whole_tokens),
+            "wholeMfu": short(s.whole_mfu),
+        }
+        for cell, s in steps.items()
+    }  # fmt: skip
+
+
+def searched_of(seen: Look, *, predicted: bool) -> dict[str, Any] | None:
+    """The answers of a search for the longest length, with the ids of each choice's cells; None: the sweep is none."""
+    if seen.search is None or seen.search.cap_bytes is None:
+        return None
+    choices = by_choice(seen.records.values()).values()
+    rows = [
+        {
+            "cells": [record.entry.cell.id for record in records], "tokens": one.tokens, "needs": short(one.needs_bytes),
+            "beyond": one.beyond, "why": one.why, "end": one.end, "open": one.end not in ANSWERS, "predicted": one.predicted,
+        }
+        for records, one in zip(choices, longest_of(seen, predicted=predicted), strict=True)
+    ]  # fmt: skip
+    return {"cap": seen.search.cap_bytes, "rows": rows}
 
 
 def packed(columns: dict[str, list[Any]], repeated: Collection[str]) -> dict[str, Any]:
@@ -149,6 +182,7 @@ def _timeline(attempt: Attempt) -> list[list[list[int]]] | None:
 def published_for(good: pd.DataFrame) -> list[dict[str, Any]]:
     """Published figures of the same problem, to be drawn beside: name, mask, phase, ``seqlen`` (one GPU) or ``ranks``, rate."""
     rows: list[dict[str, Any]] = []
+    good = good[only_attention(good)] if len(good) else good
     if good.empty or not published.comparable(good):
         return rows
     for table, name, x, key in (
@@ -200,6 +234,10 @@ def short(value: Any) -> float | int | None:
         return None
     rounded = float(f"{value:.{DIGITS}g}")
     return int(rounded) if rounded.is_integer() else rounded
+
+
+def _short(values: dict[str, float]) -> dict[str, float | int | None]:
+    return {name: short(value) for name, value in values.items()}
 
 
 def _words(frame: pd.DataFrame, column: str) -> list[str]:

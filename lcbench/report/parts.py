@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lcbench.grid.axes import value_of
 from lcbench.grid.cell import format_tokens
 from lcbench.problem import itemsize
 from lcbench.report.frame import PHASES, good_rows, over_seeds, rate_column, rate_of
@@ -188,8 +189,15 @@ def split(frame: pd.DataFrame) -> pd.DataFrame | None:
     return pd.DataFrame({"computing": even, "imbalance": compute - even, "exposed communication": exposed, "rest": rest})
 
 
+def only_attention(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows of ``frame.reported`` are calls of attention and nothing else."""
+    return frame["workload"] == value_of({}, "workload")
+
+
 def least_bytes(row: Any) -> float:
-    """Bytes that a rank has to read or write at least: its q, k, v, out, in backward those again with dout, dq, dk, dv."""
+    """Bytes that a rank has to read or write at least in a call of attention: its q, k, v, out; in backward those again, and dout,
+    dq, dk, dv.
+    """
     q, kv = (row["tokens_per_rank"] * row[f"num_heads_{of}"] * row["head_dim"] for of in ("q", "kv"))
     forward = 2 * q + 2 * kv
     return float(itemsize(row["dtype"]) * (forward + (forward + 2 * q + 2 * kv if row["direction"] != "forward" else 0)))

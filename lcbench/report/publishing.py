@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from lcbench.report.causes import FAILED, causes, suspects
 from lcbench.report.frame import good_rows, reported
 from lcbench.report.page import write_report
 from lcbench.report.palette import styles
-from lcbench.report.regret import Regret, regrets, verdict
+from lcbench.report.regret import Regret, contests, regrets, verdict
 from lcbench.report.winners import winners
 from lcbench.runs.records import Look
 from lcbench.runs.store import Sweep
@@ -67,8 +67,9 @@ def summary_of(sweep: Sweep, seen: Look) -> Summary:
     predicted = only_predicted(seen)
     frame = reported(sweep, seen, predicted=predicted)
     good = good_rows(frame)
-    found = regrets(good)
-    use = verdict(found)
+    found = {workload: regrets(rows) for workload, rows in contests(good).items()}
+    uses = {workload: use for workload, ranked in found.items() if (use := verdict(ranked))}
+    use = "  \n".join(f"{workload}: {said}" if len(found) > 1 else said for workload, said in uses.items())
     said = use or "  \n".join(_fastest(good)) or "No cell has a good result with a time."
     said = f"Predicted, nothing measured: {said}" if predicted else said
     counts = Counter(record.status for record in seen.records.values())
@@ -78,9 +79,9 @@ def summary_of(sweep: Sweep, seen: Look) -> Summary:
     hours = gpu_hours(attempts)
     words = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     return Summary(
-        verdict=f"**{said}**" if use else said,
+        verdict="  \n".join(f"**{line}**" for line in said.split("  \n")) if use else said,
         body="\n".join([f"{len(seen.records)} cells: {words}" + (f"; {digits(hours)} GPU-hours" if hours else "") + ".",
-                        *_regret_table(found), *_causes(frame, sweep)]),
+                        *_regret_tables(found), *_causes(frame, sweep)]),
         metrics={"gpu_hours": round(hours, 3)} if hours else {},
         tags={"lcbench.verdict": said, "lcbench.device": ", ".join(dict.fromkeys(filter(None, devices)))},
         colors={row["cell"]: colors[row["choice"]].color for _, row in frame.iterrows()} if len(frame) else {},
@@ -96,12 +97,15 @@ def _fastest(good: pd.DataFrame) -> Iterator[str]:
         yield f"{where}: {winner.choice} is fastest, {duration(winner.seconds)}{behind}. Verdict: {winner.verdict}."
 
 
-def _regret_table(found: Sequence[Regret]) -> list[str]:
-    if not found:
-        return []
-    columns, rows = ("choice", "mean", "worst", "where", "fastest in", "ran in"), [list(r.row().values()) for r in found]
-    return ["", "### If it has to be one", "", *_table(columns, rows),
-            "", "Time over that of the best of each problem; mean: geometric."]  # fmt: skip
+def _regret_tables(found: Mapping[str, Sequence[Regret]]) -> list[str]:
+    """A table for each workload that has choices."""
+    columns, lines = ("choice", "mean", "worst", "where", "fastest in", "ran in"), list[str]()
+    for workload, ranked in found.items():
+        of = f": {workload}" if len(found) > 1 else ""
+        rows = [list(r.row().values()) for r in ranked]
+        lines += ["", f"### If it has to be one{of}", "", *_table(columns, rows),
+                  "", "Time over that of the best of each problem; mean: geometric."] if rows else []  # fmt: skip
+    return lines
 
 
 def _causes(frame: pd.DataFrame, sweep: Sweep) -> list[str]:

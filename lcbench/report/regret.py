@@ -96,6 +96,13 @@ def regrets(good: pd.DataFrame, problems: Collection[str] | None = None) -> list
     return sorted(found, key=lambda r: (not r.everywhere, r.mean))
 
 
+def contests(good: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The good rows of ``frame.reported`` by workload. A call of attention and a training step are no answers to one question: a
+    choice has a verdict for each.
+    """
+    return {str(name): rows for name, rows in good.groupby("workload", sort=False)} if len(good) else {}
+
+
 def _one_each(good: pd.DataFrame) -> pd.DataFrame:
     """One row of each choice and problem: cells that differ only in how they were measured are one answer, the median one."""
     ordered = good.sort_values("time/total/median_s", kind="stable")

@@ -11,7 +11,7 @@ from lcbench.measure.peak import entry_of
 from lcbench.report.amounts import percent
 from lcbench.report.drawing import Drawn, legend, panels, said_of
 from lcbench.report.palette import MARKERS
-from lcbench.report.parts import RATE, TIME, Shown, fastest_choices, groups, least_bytes
+from lcbench.report.parts import RATE, TIME, Shown, fastest_choices, groups, least_bytes, only_attention
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,13 +35,17 @@ class Panel(NamedTuple):
 
 
 def roofline(of: Shown, links: dict[str, float]) -> Iterator[Drawn]:
-    """Every cell under what its device and its links allow: TFLOP/s per GPU against FLOPs per byte of memory, and per byte sent.
+    """Every call of attention under what its device and its links allow: TFLOP/s per GPU against FLOPs per byte of
+    memory, and per byte sent.
 
     Args:
         links: GB/s of a link class, as the check of the nodes measured it.
     """
     for group in groups(of, ["device", "dtype"]):
-        rows = group.rows.assign(work=group.rows[RATE] * 1e12 * group.rows[TIME])
+        rows = group.rows[only_attention(group.rows)]  # of a training step nobody knows the least bytes
+        if rows.empty:
+            continue
+        rows = rows.assign(work=rows[RATE] * 1e12 * rows[TIME])
         peak = float(rows["compute/peak_tflops"].median())
         shown = _panels(rows, entry_of(of.devices, str(rows["device"].iloc[0])), links)
         title = f"Roofline, {group.where}"

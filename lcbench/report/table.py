@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lcbench.grid.axes import LABEL, PROBLEM
+from lcbench.grid.axes import LABEL, PROBLEM, value_of
 from lcbench.grid.cell import Cell, flat_config
 from lcbench.report.amounts import BYTES, TFLOPS, Unit, digits, more, percent, times, unit_for
 from lcbench.report.fitted import Column, Fitted
@@ -92,17 +92,22 @@ def _heads(cells: Sequence[Cell]) -> str:
 
 def _row(cell_id: str, record: Record, label: str) -> dict[str, Any]:
     attempt, failure = record.known, record.failure
-    metrics = attempt.metrics if attempt else {}
+    metrics, config = attempt.metrics if attempt else {}, record.entry.cell.config
     errors = [metrics[f"check/{name}_error"] for name in CHECKED if f"check/{name}_error" in metrics]
     return {
         "cell": cell_id,
         "label": label,
         "status": record.status,
         "attempt": attempt.number if attempt else 0,
+        "total_s": metrics.get("time/total/median_s"),
         "forward_s": metrics.get("time/forward/median_s"),
         "backward_s": metrics.get("time/backward/median_s"),
         "tflops_per_gpu": metrics.get("compute/tflops_per_gpu"),
         "mfu": metrics.get("compute/mfu"),
+        "tokens_per_s_per_gpu": metrics.get("step/tokens_per_s_per_gpu"),
+        "hfu": metrics.get("compute/hfu"),
+        "model_step_s": metrics.get("model/step_s"),
+        "recompute": value_of(config, "recompute") if "model" in config.get("workload", {}) else None,
         "peak_bytes": metrics.get("memory/peak_bytes"),
         "noise": metrics.get("time/noise"),
         "band": attempt.band if attempt else None,
@@ -180,13 +185,16 @@ def _versus(ratio: float) -> str:
 
 @dataclass(frozen=True)
 class _Form:
-    """The columns of a table of cells, each number in one unit, that of its largest value."""
+    """The columns of a table of cells, each number in one unit, that of its largest value. ``steps``: whether there are training
+    steps, whose whole time and tokens tell most.
+    """
 
     columns: list[Column]
     rate: Unit
     size: Unit
     ranked: bool
     foretold: bool
+    steps: bool
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], *, ranked: bool) -> _Form:
@@ -195,21 +203,27 @@ class _Form:
 
         rate, size = unit_for(most("tflops_per_gpu"), TFLOPS), unit_for(most("peak_bytes"), BYTES)
         noise = 0 if most("noise") > NOISY else 3
+        steps = any(row["recompute"] is not None for row in rows)
+        whole = [Column("step ms", right=True), Column("tokens/s\nper GPU", right=True)] if steps else []
+        phase, mfu, peak = (5, 0, 0) if steps else (0, 4, 2)
         numbers = [
-            Column("fwd ms", right=True), Column("bwd ms", right=True), Column("noise", noise, right=True),
-            Column(f"{rate.name}\nper GPU", 1, right=True), Column("MFU", 4, right=True),
-            Column(f"peak\n{size.name}", 2, right=True), Column("max\nerror", 5, right=True),
+            *whole, Column("fwd ms", phase, right=True), Column("bwd ms", phase, right=True), Column("noise", noise, right=True),
+            Column(f"{rate.name}\nper GPU", 4 if steps else 1, right=True), Column("MFU", mfu, right=True),
+            Column(f"peak\n{size.name}", peak, right=True), Column("max\nerror", 5, right=True),
         ]  # fmt: skip
         versus = [Column("vs best", right=True)] if ranked else []
         foretold = any(row["band"] is not None for row in rows)
         band = [Column("95 % band", right=True)] if foretold else []
         columns = [Column("status"), Column("cell"), Column("what", folds=True, wanted=WHAT), *versus, *band, *numbers]
-        return cls(columns, rate, size, ranked, foretold)
+        return cls(columns, rate, size, ranked, foretold, steps)
 
     def numbers(self, row: Mapping[str, Any], versus: str) -> list[str]:
         """What of a row stands behind what the cell is."""
         errors = "" if row["error"] is None else f"{row['error']:.1e}"
+        step = row["recompute"] is not None
+        whole = [digits(1e3 * row["total_s"] if step and row["total_s"] else None), digits(row["tokens_per_s_per_gpu"])]
         shown = [
+            *(whole if self.steps else ()),
             *(digits(s if s is None else 1e3 * s) for s in (row["forward_s"], row["backward_s"])), percent(row["noise"]),
             self.rate.of(row["tflops_per_gpu"], named=False), percent(row["mfu"]), self.size.of(row["peak_bytes"], named=False),
             errors,
@@ -226,16 +240,24 @@ def summary(sweep: Sweep, seen: Look, ids: Iterable[str], *, predicted: bool = F
     where there was no choice. With ``predicted`` by predictions (``Look.foretold``), else by what was measured.
     """
     from lcbench.report.frame import good_rows, reported
-    from lcbench.report.regret import regrets, verdict
+    from lcbench.report.regret import contests
 
     frame = good_rows(reported(sweep, seen, predicted=predicted))
     chosen = frame[frame["cell"].isin(set(ids))] if len(frame) else frame
+    of = contests(chosen)
+    parts = [part for name, rows in of.items() for part in _contest(rows, f"{name}: " if len(of) > 1 else "")]
+    return Group(*parts) if parts else None
+
+
+def _contest(chosen: Any, name: str) -> list[RenderableType]:
+    """What good rows of one workload come to; ``name`` stands before it."""
+    from lcbench.report.regret import regrets, verdict
+
     found = regrets(chosen)
     said = verdict(found)
     if said is None:
-        lines = list(_fastest(chosen))
-        return Group(*lines) if lines else None
-    table = Fitted("if it has to be one, over all problems", [
+        return list(_fastest(chosen))
+    table = Fitted(f"{name}if it has to be one, over all problems", [
         Column("choice", folds=True), Column("mean vs best", right=True), Column("worst", right=True),
         Column("where", 1, folds=True), Column("fastest in", right=True), Column("ran in", right=True),
     ])  # fmt: skip
@@ -246,7 +268,7 @@ def summary(sweep: Sweep, seen: Look, ids: Iterable[str], *, predicted: bool = F
         )  # fmt: skip
     if len(found) > FEW:
         table.caption = f"and {len(found) - FEW} more choices"
-    return Group(plain(said, "bold"), Text(), table)
+    return [plain(f"{name}{said}", "bold"), Text(), table]
 
 
 def _fastest(good: Any) -> Iterator[Text]:

@@ -43,6 +43,7 @@ class Winner:
     seqlen: int
     scale: str
     setting: str
+    workload: str
     choice: str
     cell: str
     tflops_per_gpu: float
@@ -101,7 +102,7 @@ def winners(frame: pd.DataFrame) -> list[Winner]:
         best = ranked.iloc[0]
         peak = best.get("memory/peak_bytes", float("nan"))
         made = Winner(
-            best["what_mask"], int(best["seqlen"]), best["scale"], best["where"], best["choice"], best["cell"],
+            best["what_mask"], int(best["seqlen"]), best["scale"], best["where"], best["workload"], best["choice"], best["cell"],
             float(best["compute/tflops_per_gpu"]), float(best["time/total/median_s"]), None if peak != peak else float(peak),
         )  # fmt: skip
         if len(ranked) > 1:

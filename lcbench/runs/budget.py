@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lcbench.grid.build import on_one_rank
 from lcbench.grid.cell import Cell
@@ -79,16 +79,24 @@ class Cost:
         others = sum(self.bases.values()) - sum(itertools.islice(self.bases.values(), NAMED))
         return ", ".join(named) + (f", and others ({others:,} cells)" if others else "")
 
-    def refusal(self, budget: Mapping[str, float | None], max_s: float) -> str | None:
+    def after(self, earlier: Cost) -> Cost:
+        """The same, on top of what the same command started before."""
+        return replace(
+            self, hours=self.hours + earlier.hours, rank_hours=self.rank_hours + earlier.rank_hours,
+            most_rank_hours=self.most_rank_hours + earlier.most_rank_hours, seconds={**earlier.seconds, **self.seconds},
+        )  # fmt: skip
+
+    def refusal(self, budget: Mapping[str, float | None], max_s: float, started: str = "nothing was started") -> str | None:
         """Why these packs are not started, in one line: by their estimates they need more than ``budget`` (``hours``,
-        ``gpu_hours``) allows, or a cell would be ended as hung after ``max_s`` seconds; None if they may.
+        ``gpu_hours``) allows, or a cell would be ended as hung after ``max_s`` seconds; None if they may. ``started``: what was, in
+        words.
         """
         for option, wanted, unit in (("hours", self.hours, "hours"), ("gpu_hours", self.rank_hours, "GPU-hours")):
             allowed = budget.get(option)
             if allowed is not None and wanted > allowed:
                 return (
                     f"these {len(self.seconds)} cells are expected to take {wanted:,.1f} {unit}, {wanted - allowed:,.1f} more than "
-                    f"budget.{option}={allowed:g} allows ({self.gpu_hours}); nothing was started. Ask for less, or write "
+                    f"budget.{option}={allowed:g} allows ({self.gpu_hours}); {started}. Ask for less, or write "
                     f"budget.{option}={math.ceil(wanted)}"
                 )
         long = {cell: s for cell, s in self.seconds.items() if s > max_s}
@@ -96,7 +104,7 @@ class Cost:
             cell, longest_s = max(long.items(), key=lambda item: item[1])
             return (
                 f"{len(long)} of {len(self.seconds)} cells are expected to take longer than hang.max_s={max_s:g}, after which they "
-                f"would be ended as hung: {cell.label} about {longest_s:,.0f} s; nothing was started. Leave them out, time less "
+                f"would be ended as hung: {cell.label} about {longest_s:,.0f} s; {started}. Leave them out, time less "
                 f"(measure.min_iterations, measure.blocks), or write hang.max_s={math.ceil(longest_s)}"
             )
         return None

@@ -216,9 +216,9 @@ def _every_s(cell: Cell, one: _Pass, pass_s: float) -> float:
     """A draw of a cell, all blocks, if an iteration takes ``pass_s``."""
     measure = cell.config["measure"]
     first, later = shared(measure), shared(measure, first=False)
-    # What computes and what is sent are timed apart, where there is something to send; and a group alone, where there are others.
-    variants = 2 * (cell.problem.scale.world_size > 1) + (cell.mesh.count > 1)
-    apart = variants * (pass_s + _timed_s(first, pass_s, first["budget_s"] / 4))
+    # What computes and what is sent are timed apart, where there is something to send, and a group alone where there are several.
+    extra = 2 * (cell.problem.scale.world_size > 1) + (cell.mesh.count > 1)
+    apart = extra * (pass_s + _timed_s(first, pass_s, first["budget_s"] / 4))
     once = one.prepare_s + one.once_s + (first["warmup"] + 1) * pass_s + _timed_s(first, pass_s, first["budget_s"]) + apart
     again = one.prepare_s + (later["warmup"] + AGAIN_PASSES) * pass_s + _timed_s(later, pass_s, later["budget_s"])
     return float(once + (blocks_of(measure) - 1) * again)

@@ -18,6 +18,7 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Plan
 from lcbench.grid.paths import REPOSITORY
+from lcbench.grid.search import Search
 from lcbench.grid.site import runs_here
 from lcbench.redact import redacted, redacted_uri, secrets_of
 from lcbench.runs.address import planned_address, planned_experiment, variables
@@ -132,18 +133,21 @@ def sweep_of(plan: Plan) -> Sweep:
     return Sweep(root, str(name)) if name is not None else Sweep(root, default_name(plan))
 
 
-def write_cells(sweep: Sweep, entries: list[Entry], words: Sequence[str], launcher: str, settings: Settings) -> None:
-    """Write cells into a sweep's manifest, with who asked for them, by which words, and how they are launched.
+def write_cells(
+    sweep: Sweep, entries: list[Entry], words: Sequence[str], launcher: str, settings: Settings, search: Search | None = None
+) -> None:
+    """Write cells into a sweep's manifest, with who asked for them, by which words, how they are launched, and which search they
+    are steps of.
 
-    Cells that are only predicted leave the launch of a sweep as it was: it goes on as it is measured.
+    Cells that are only predicted leave the launch of a sweep as it was: it goes on as it is measured. So does its search.
     """
     secret = secrets_of(settings.site.get("env")).values()
     with sweep.lock():
         kept = sweep.exists() and all(entry.predicted for entry in entries)
-        launch = sweep.manifest()["launch"] if kept else None
-        sweep.add(entries, command=[redacted(word, secret) for word in words], launch=launch or {
+        known = sweep.manifest() if kept else {}
+        sweep.add(entries, command=[redacted(word, secret) for word in words], launch=known.get("launch") or {
             "launcher": launcher, "settings": settings.public(), "by": user_name(),
-        })  # fmt: skip
+        }, search=search if known.get("search") is None else None)  # fmt: skip
 
 
 def settings_of(plan: Plan) -> Settings:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lcbench.grid.axes import CELL_GROUPS, value_of
 from lcbench.grid.cell import Cell
+from lcbench.grid.search import Search
 from lcbench.grid.values import parse_direction, parse_dtype, parse_reduce_dtype
 from lcbench.measure.blocks import blocks_of
 from lcbench.runs.attempt import Numbers
@@ -34,6 +35,11 @@ def new_manifest(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def search_of(manifest: dict[str, Any]) -> Search | None:
+    """The search for the longest length that a sweep was begun or gone on with, its cap that which it had; None: it was none."""
+    return Search.from_note(manifest["search"]) if manifest.get("search") else None
+
+
 def checked_manifest(data: dict[str, Any]) -> dict[str, Any]:
     check_schema(data)
     if not all(isinstance(entry["config"], dict) for entry in data["cells"].values()):
@@ -43,7 +49,10 @@ def checked_manifest(data: dict[str, Any]) -> dict[str, Any]:
     launch = data["launch"]
     if launch is not None and not (isinstance(launch["launcher"], str) and isinstance(launch["settings"]["site"], dict)):
         raise TypeError("a launch without its site")
-    return {key: data[key] for key in ("schema", "sweep", "id", "created_at", "commands", "launch", "cells")}
+    if data.get("search") is not None:
+        Search.from_note(data["search"])
+    keys = ("schema", "sweep", "id", "created_at", "commands", "launch", "cells")
+    return {key: data[key] for key in keys} | ({"search": data["search"]} if data.get("search") is not None else {})
 
 
 def entries_of(manifest: dict[str, Any]) -> dict[str, Entry]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lcbench.grid import own
-from lcbench.grid.build import SAMPLES, made_of
+from lcbench.grid.build import SAMPLES, input_bytes, made_of
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import mask_of, pairs
@@ -130,7 +130,7 @@ class Passes:
         made = _parts(cell)
         sent = exchanged_bytes(problem) * made.attends() / (2 if problem.backward else 1)
         seconds = self.slower * work / cell.scale.world_size / self._pace(cell) + sent / link.bytes_per_s
-        held = made.input_bytes + (sum(made.room.classes.values()) if made.room else 0.0)
+        held = input_bytes(cell) + (sum(made.room.classes.values()) if made.room else 0.0)
         return Expected(seconds, ROUGH, work, held, f"FLOPs and bytes: {reason}", False)
 
     def _pace(self, cell: Cell) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lcbench.grid.search import Search
 from lcbench.runs.attempt import Attempt, Failure, Running
 from lcbench.runs.files import Damaged
 from lcbench.runs.manifest import Entry
@@ -54,6 +55,7 @@ class Look:
     records: dict[str, Record]
     damaged: tuple[Damaged, ...]
     launch: dict[str, Any] | None  # as the manifest has it
+    search: Search | None = None  # where its cells are steps of one
 
     def foretold(self) -> Look:
         """Predictions alone: every cell as if it had never been tried."""

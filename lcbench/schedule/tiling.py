@@ -208,9 +208,9 @@ class _Sheet:
         """(4, bundles first to last, units of keys)."""
         raise NotImplementedError
 
-    def stretches(self, first: int, last: int) -> Iterator[tuple[int, Floats]]:
-        """The same in stretches of units: the first unit of each, and its values."""
-        yield 0, self.of(first, last)
+    def stretches(self, first: int, last: int) -> Iterator[tuple[Ints, int, Floats]]:
+        """The same in stretches of units: which of these bundles have something there, its first unit, and their values."""
+        yield np.arange(last - first), 0, self.of(first, last)
 
 
 def _looked_up(queries: Side, keys: Side, sheet: _Sheet, tiles: Ints) -> Floats:
@@ -251,12 +251,23 @@ class _AllAtOnce:
 
     def __call__(self, keys: Side, sheet: _Sheet, first: int, last: int, row: Ints, bundle: Ints) -> Floats:
         found = np.zeros((3, last - first, self._inside.shape[1]))
-        for begin, values in sheet.stretches(first, last):
-            some = slice(begin, begin + values.shape[2])
-            found += (values[:GO_ON].reshape(-1, values.shape[2]) @ self._inside[some]).reshape(found.shape)
-            if self._going.nnz:
-                found[PIECES] -= values[GO_ON] @ self._going[some]
+        for rows, begin, values in sheet.stretches(first, last):
+            inside, going = (each[begin : begin + values.shape[2]] for each in (self._inside, self._going))
+            some = distinct(inside.indices)
+            here = np.ix_(np.arange(GO_ON), rows, some)
+            found[here] += _product(values[:GO_ON], inside, some)
+            if going.nnz:
+                found[PIECES][here[1:]] -= _product(values[GO_ON:], going, some)[0]
         return found[:, row, bundle]
+
+
+def _product(values: Floats, units: sparse.csr_array, columns: Ints) -> Floats:
+    """Values (n, rows, units) times ``units`` in the columns in which it has something, (n, rows, columns)."""
+    packed = sparse.csr_array(
+        (units.data, np.searchsorted(columns, units.indices), units.indptr), shape=(units.shape[0], len(columns))
+    )
+    found: Floats = values.reshape(-1, values.shape[2]) @ packed
+    return found.reshape(*values.shape[:2], len(columns))
 
 
 class _Bands(_Sheet):
@@ -291,9 +302,9 @@ class _Bands(_Sheet):
 
     def of(self, first: int, last: int) -> Floats:
         here = np.arange(*np.searchsorted(self._bundle, [first, last]))
-        return self._values(here, first, last, 0, len(self._keys))
+        return self._values(here, np.arange(first, last), 0, len(self._keys))
 
-    def stretches(self, first: int, last: int) -> Iterator[tuple[int, Floats]]:
+    def stretches(self, first: int, last: int) -> Iterator[tuple[Ints, int, Floats]]:
         here = np.arange(*np.searchsorted(self._bundle, [first, last]))
         width = max(1, CACHED // (last - first))
         if width < len(self._keys):  # parts by where they begin, so that those of a stretch are near one another
@@ -305,11 +316,12 @@ class _Bands(_Sheet):
             near = slice(*np.searchsorted(begins, [begin - longest, end])) if width < len(self._keys) else slice(None)
             some = here[near][ends[near] > begin]
             if len(some):
-                yield begin, self._values(some, first, last, begin, end)
+                bundles = distinct(self._bundle[some])
+                yield bundles - first, begin, self._values(some, bundles, begin, end)
 
-    def _values(self, here: Ints, first: int, last: int, begin: int, end: int) -> Floats:
-        """(4, bundles first to last, units begin to end) of these parts."""
-        row, rows, keys = self._bundle[here] - first, last - first, self._keys
+    def _values(self, here: Ints, bundles: Ints, begin: int, end: int) -> Floats:
+        """(4, bundles, units begin to end) of these parts."""
+        row, rows, keys = np.searchsorted(bundles, self._bundle[here]), len(bundles), self._keys
         from_, to, first_whole, last_whole = (
             np.clip(each[here], begin, end) - begin for each in (self._first, self._last, *self._whole)
         )

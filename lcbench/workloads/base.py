@@ -46,6 +46,12 @@ class Workload(Protocol):
         """
         return attention_alone(share)
 
+    def input_bytes(self, problem: Problem) -> float:
+        """Bytes of what a rank with its even share of the tokens is given, which ``memory/peak_bytes`` leaves out: here q, k, v
+        and, with backward, dout.
+        """
+        return problem.input_bytes
+
     @abstractmethod
     def start(self, work: Work, draw: int, gang: Gang) -> Session:
         """One draw of a cell, ready to run on this rank. Collective."""

@@ -15,55 +15,43 @@ from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.workloads.base import Work, Workload
-from lcbench.workloads.block_parts import Options, made_of
-from lcbench.workloads.models import Model
+from lcbench.workloads.block_parts import made_of
 from lcbench.workloads.parts import Made, Share
 from lcbench.workloads.recompute.base import Recompute
+from lcbench.workloads.trained import Trained
 
 if TYPE_CHECKING:
     from lcbench.measure.session import Gang
     from lcbench.workloads.step import BlockSession
 
-OPTIMIZERS = ("none", "adamw")
+LABEL_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Block(Workload):
-    """Layers of a model, and its head.
-
-    Attributes:
-        model: sizes.
-        layers: how many layers are run; None: all of the model's.
-        loss_chunk: tokens whose logits exist at once.
-        fsdp: whether weights, gradients and the optimizer's states are sharded over all ranks that have the same weights (FSDP2).
-        optimizer: ``none``, or what takes a step after each backward: ``adamw``, with a learning rate of 0, so that weights stay.
-
-    Raises:
-        ValueError: an optimizer that there is not.
-    """
+class Block(Trained, Workload):
+    """Layers of a model, and its head, trained as ``Trained`` says."""
 
     takes: ClassVar[tuple[str, ...]] = ("recompute",)
 
-    model: Model
-    layers: int | None = None
-    loss_chunk: int = 1024
-    fsdp: bool = False
-    optimizer: str = "none"
-
-    def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"workload.optimizer={self.optimizer} is none of {', '.join(OPTIMIZERS)}")
-
     def made(self, share: Share, recompute: Recompute) -> Made:
-        layers = self.layers or self.model.layers
-        return made_of(Options(self.model, layers, self.loss_chunk, self.fsdp, self.optimizer), share, recompute)
+        return made_of(self, share, recompute)
 
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
+        if not problem.backward:
+            return (
+                "direction=forward: a training step has a backward pass, so that workload=block has direction=forward_backward only"
+            )
+        if problem.dtype == "float16":
+            return "dtype=float16: gradients of a mean loss are below what float16 holds, and there is no loss scaling here"
         tp = self.model.heads_q // problem.heads.q  # the problem has one tensor-parallel rank's heads
         for name in ("ffn", "vocab"):
             if (size := getattr(self.model, name)) % tp:
                 return f"mesh.tp={tp} does not divide model.{name}={size}, of which each tensor-parallel rank has an equal part"
         return None
+
+    def input_bytes(self, problem: Problem) -> float:
+        """Of what the first layer gets, and of the labels. Weights are no inputs."""
+        return problem.seqlen / problem.scale.world_size * (self.model.hidden * problem.itemsize + LABEL_BYTES)
 
     def start(self, work: Work, draw: int, gang: Gang) -> BlockSession:
         from lcbench.workloads.step import BlockSession  # with torch, which planning does without

@@ -13,6 +13,7 @@ from lcbench.workloads.models import Model
 from lcbench.workloads.parts import GATHERED, REDUCED, Attend, Compute, Exchange, Made, Part, Room, Share, ToHost
 from lcbench.workloads.recompute.base import Recompute
 from lcbench.workloads.recompute.sizes import Held, LayerBytes, layer_bytes, step_peak
+from lcbench.workloads.trained import Trained
 
 SAME = ("dp", "cp")  # ranks that have the same weights differ in these
 # Elements that are read and written per element, in the weights' type and in float32, by torch's operations one by one.
@@ -24,18 +25,7 @@ LAYER_KERNELS, LAYER_KERNELS_BACK, CHUNK_KERNELS = 40, 70, 25
 MOMENTS = {"none": 0, "adamw": 2}
 
 
-@dataclass(frozen=True)
-class Options:
-    """Those of ``lcbench.workloads.block.Block``."""
-
-    model: Model
-    layers: int
-    loss_chunk: int
-    fsdp: bool
-    optimizer: str
-
-
-def made_of(options: Options, share: Share, recompute: Recompute) -> Made:
+def made_of(options: Trained, share: Share, recompute: Recompute) -> Made:
     """A step of some layers and the head on one rank."""
     return _Step(options, share, recompute, *_of_rank(options.model, share)).made()
 
@@ -55,7 +45,7 @@ def _of_rank(model: Model, share: Share) -> tuple[Model, LayerBytes]:
 class _Step:
     """A step under way to its parts. ``own``: the model as a rank has it."""
 
-    options: Options
+    options: Trained
     share: Share
     recompute: Recompute
     own: Model
@@ -63,7 +53,7 @@ class _Step:
 
     @property
     def layers(self) -> int:
-        return self.options.layers
+        return self.options.layers or self.options.model.layers
 
     @property
     def _size(self) -> int:
@@ -106,8 +96,7 @@ class _Step:
         if steps := STEP[self.options.optimizer]:
             local = self._weights / (self._same if self._sharded else 1)
             phases["optimizer"] = (Compute(moved_bytes=steps * local * self._size, launches=4.0 * self.layers),)
-        inputs = self.share.tokens * (self.own.hidden * self._size + 8)  # and a label of each token
-        return Made(phases, inputs, self._room(policy, held), self._metrics(tuple(phases), again.token_wise, again.attention))
+        return Made(phases, self._room(policy, held), self._metrics(tuple(phases), again.token_wise, again.attention))
 
     # -- times -----------------------------------------------------------------------------------------------------
 

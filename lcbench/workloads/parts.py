@@ -125,13 +125,11 @@ class Made:
 
     Attributes:
         phases: in their order, by name.
-        input_bytes: of a rank, as ``Session.input_bytes``.
         room: beside the attention; None: there is nothing else.
         metrics: by keys of ``measure.metrics``, as sessions count them.
     """
 
     phases: dict[str, tuple[Part, ...]]
-    input_bytes: float
     room: Room | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -146,4 +144,4 @@ class Made:
 def attention_alone(share: Share) -> Made:
     """A workload that is its attention and nothing else."""
     names: tuple[Literal["forward", "backward"], ...] = ("forward", "backward") if share.problem.backward else ("forward",)
-    return Made({name: (Attend(name),) for name in names}, share.problem.input_bytes)
+    return Made({name: (Attend(name),) for name in names})

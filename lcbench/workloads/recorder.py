@@ -17,13 +17,15 @@ import torch
 from torch import nn
 
 from lcbench.measure.ranks import Ranks
-from lcbench.workloads.sharing import local, whole
+from lcbench.workloads.sharing import local
 from lcbench.workloads.training import Training
 
 ELEMENTS = 1 << 22  # in float64 at a time
 SIGNS = 2  # vectors of signs that the rows of a weight's gradient are multiplied by
 AGAIN = "x of after"  # a layer's x, as its second half gets it
 DIGESTED = ("x", AGAIN, "y")  # what goes on between halves and layers
+# Whose gradients are caught. That of x is dy of the layer before: what a half gets may be another tensor with a part of it (FSDP2).
+BACK = ("q", "k", "v", "out", "y")
 RECORDED = ("forward", "head")  # phases in which modules are caught; what comes after computes again, or goes back
 
 
@@ -121,10 +123,8 @@ class Recorder:
         handles = []
         for number, layer in enumerate(self._training.stack.layers):
             name = f"layer {number}"
-            handles += [
-                layer.before.register_forward_hook(self._half(name, ("x", ""), ("q", "k", "v"))),
-                layer.after.register_forward_hook(self._half(name, (AGAIN, "out"), ("y",))),
-            ]
+            handles += self._half(layer.before, name, ("x", ""), ("q", "k", "v"))
+            handles += self._half(layer.after, name, (AGAIN, "out"), ("y",))
             modules = layer.named_modules(prefix=f"layers.{number}")
             handles += self._weighted(modules, norms=number == self.layer)
         handles += self._weighted(self._training.head.named_modules(prefix="head"), norms=True)
@@ -135,19 +135,27 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
-    def _half(self, layer: str, given: tuple[str, ...], gives: tuple[str, ...]) -> Callable[..., None]:
+    def _half(self, half: nn.Module, layer: str, given: tuple[str, ...], gives: tuple[str, ...]) -> list[Any]:
         """Of half a layer: what it gets and gives, and the gradients of that."""
+        begin = 0
 
-        def hook(module: nn.Module, args: tuple[Any, ...], results: Any) -> None:
-            if not self._on:
-                return
-            results = results if isinstance(results, tuple) else (results,)
-            begin = self._placed(f"{layer} {gives[0]}", len(args[0]))
-            for name, x in zip((*given, *gives), (*args, *results), strict=True):
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal begin
+            if self._on:
+                begin = self._placed(f"{layer} {gives[0]}", len(args[0]))
+                catch(given, args)
+
+        def after(module: nn.Module, args: tuple[Any, ...], results: Any) -> None:
+            if self._on:
+                catch(gives, results if isinstance(results, tuple) else (results,))
+
+        def catch(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
+            for name, x in zip(names, tensors, strict=True):
                 if name:
                     self._catch(layer, name, x, begin, digested=name in DIGESTED)
 
-        return hook
+        # Ahead of FSDP2's hook, which hands the half a tensor of its own: what comes back to that is this half's part alone.
+        return [half.register_forward_pre_hook(before, prepend=True), half.register_forward_hook(after)]
 
     def _placed(self, key: str, count: int) -> int:
         """Where the tokens begin that a module is called with."""
@@ -157,7 +165,7 @@ class Recorder:
 
     def _catch(self, layer: str, name: str, x: torch.Tensor, begin: int, *, digested: bool) -> None:
         self._keep(layer, name, x.detach(), begin, digested=digested)
-        if x.requires_grad and name != AGAIN:
+        if x.requires_grad and name in BACK:
 
             def back(grad: torch.Tensor) -> None:
                 self._keep(layer, f"d{name}", grad.detach(), begin, digested=digested)
@@ -192,7 +200,7 @@ class Recorder:
             shared, squares = (torch.cat(parts) for parts in zip(*products, strict=True))
 
             def back(grad: torch.Tensor) -> None:
-                flat, at = _settled(grad).flatten(0, -2), 0
+                flat, at = self._settled(grad).flatten(0, -2), 0
                 sums = self._sums(name, (flat.shape[1], SIGNS))
                 for some in _few(flat):
                     wide, until = some.double(), at + len(some)
@@ -212,7 +220,7 @@ class Recorder:
             assert eps is not None
 
             def back(grad: torch.Tensor) -> None:
-                flat = _settled(grad).flatten(0, -2)
+                flat = self._settled(grad).flatten(0, -2)
                 sums = self._sums(name, (flat.shape[1],))
                 for one, other in zip(_few(flat), _few(x), strict=True):
                     wide = other.double()
@@ -223,6 +231,12 @@ class Recorder:
             result.register_hook(back)
 
         return hook
+
+    def _settled(self, grad: torch.Tensor) -> torch.Tensor:
+        """A gradient as this rank has it, summed where ranks have parts of a sum; then collective among these."""
+        own = local(grad.detach())
+        parts = any(each.is_partial() for each in getattr(grad, "placements", ()))
+        return self._divided.reduce(own.clone()) if parts else own
 
     def _sums(self, name: str, shape: tuple[int, ...]) -> Sums:
         if name not in self.sums:
@@ -255,12 +269,6 @@ class Recorder:
         if tp is None:
             return 0
         return -(-self._training.head.logits.out_features // tp.size()) * tp.get_local_rank()
-
-
-def _settled(grad: torch.Tensor) -> torch.Tensor:
-    """A gradient as this rank has it, summed where ranks have parts of a sum."""
-    placements = getattr(grad, "placements", ())
-    return (whole if any(each.is_partial() for each in placements) else local)(grad.detach())
 
 
 def _count(width: int) -> int:

@@ -9,7 +9,7 @@ float64 weights, either way, and then have the weights' type.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -152,6 +152,14 @@ class Accumulation:
 def local(x: torch.Tensor) -> torch.Tensor:
     """What this rank has of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def like(x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Makes a tensor that is shared among ranks as ``x`` is, of what this rank has of it."""
+    if not isinstance(x, DTensor):
+        return lambda own: own
+    mesh, placements, shape, stride = x.device_mesh, x.placements, x.shape, x.stride()
+    return lambda own: DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:

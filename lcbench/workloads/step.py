@@ -18,10 +18,10 @@ from lcbench.measure.ranks import EVERY
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.workloads.base import Work
-from lcbench.workloads.block import Block
 from lcbench.workloads.recorder import Recorder
 from lcbench.workloads.started import Sent, started
 from lcbench.workloads.step_check import StepCheck
+from lcbench.workloads.trained import Trained
 from lcbench.workloads.training import Training
 from lcbench.workloads.transformer import Attention
 
@@ -40,7 +40,7 @@ class BlockSession(Session):
 
     wrong: str | None = None
 
-    def __init__(self, block: Block, work: Work, number: int, gang: Gang) -> None:
+    def __init__(self, block: Trained, work: Work, number: int, gang: Gang) -> None:
         self._block, self._work, self._gang = block, work, gang
         begun = started(work, number, gang, work.recompute.refuses)
         self.refused = begun if isinstance(begun, str) else None
@@ -184,6 +184,7 @@ class BlockSession(Session):
             "step/recomputed_flops_per_gpu": sum(cost.recomputed for cost in costs.values()) / world,
         })  # fmt: skip
         counted.metrics.update((f"model/{phase}/repeats", repeats) for phase, repeats in self._repeats().items())
+        counted.metrics.update(of_worst({f"memory/{name}_bytes": float(size) for name, size in self.training.memory().items()}))
         counted.metrics.update(of_worst(self.training.recompute.metrics()))
         counted.notes.update(self.training.recompute.notes)
         if not self._block.fsdp:  # which gathers and frees weights as it sees fit

@@ -72,7 +72,8 @@ class StepCheck:
         self._judge = Judge()
         # Ranks that have the other heads of the same tokens look at the same ones.
         self._random = np.random.default_rng([*seed, gang.dp_index, gang.cp_rank])
-        self._number = int(np.random.default_rng(seed).integers(0, 1 << 31))
+        # Signs and the layer that is looked at are the same on all ranks, of all groups of a mesh.
+        self._number = int(np.random.default_rng(seed[:3]).integers(0, 1 << 31))
         self._sample = self._sampled(len(self._tokens))
         self._firsts: dict[bool, Digest] = {}
         self._divided = _ranks(training.sharing.tp)
@@ -138,8 +139,15 @@ class StepCheck:
         weights = _whole(self._training.stack.layers[number].named_parameters())
         known = exact.layer(self._model, weights, tokens, given, self._number + number)
         for name, one in known.items():
-            got = self._every_head(name, recorder.rows(f"layer {number} {name}"))
+            got = self._dx(recorder, number) if name == "dx" else self._every_head(name, recorder.rows(f"layer {number} {name}"))
             self._compare("layers", f"{name} of layer {number}", got, one, tokens)
+
+    def _dx(self, recorder: Recorder, number: int) -> torch.Tensor:
+        """Rows of what a layer gives back: what the layer before gets, or the step."""
+        if number:
+            return recorder.rows(f"layer {number - 1} dy")
+        dx, _ = recorder.passed["backward"]
+        return dx[self._sample]
 
     def _every_head(self, name: str, own: torch.Tensor) -> torch.Tensor:
         """Rows (n, heads, D) of this rank's heads as those of all; of what has no heads as they are. Collective."""
@@ -169,20 +177,18 @@ class StepCheck:
         return 1 / max(1, self.labelled) / self._gang.mesh.dp
 
     def _between(self, recorder: Recorder) -> None:
-        """Whether halves and layers go on with what those before gave, and gradients likewise."""
-        (_, y, dy, _), (dx, _) = recorder.passed["head"], recorder.passed["backward"]
+        """Whether halves and layers go on with what those before gave; ``_layer`` does so for gradients."""
+        _, y, dy, _ = recorder.passed["head"]
         at, end = recorder.digest, len(self._training.stack.layers) - 1
         links = [
             ("the step", recorder.digested(self._training.x), "x of layer 0", at("layer 0 x")),
             (f"layer {end}", at(f"layer {end} y"), "y of the head", recorder.digested(y)),
             ("the head", recorder.digested(dy), f"dy of layer {end}", at(f"layer {end} dy")),
-            ("layer 0", at("layer 0 dx"), "dx of the step", recorder.digested(dx)),
         ]
         for i in range(end + 1):
             links.append((f"layer {i}", at(f"layer {i} x"), "its second half", at(f"layer {i} {AGAIN}")))
         for i in range(end):
             links.append((f"layer {i}", at(f"layer {i} y"), f"x of layer {i + 1}", at(f"layer {i + 1} x")))
-            links.append((f"layer {i + 1}", at(f"layer {i + 1} dx"), f"dy of layer {i}", at(f"layer {i} dy")))
         for one, gave, other, got in links:
             self._judge.elements(CHAIN, f"{one} to {other}", got, gave, torch.zeros_like(gave), self._tokens)
 

@@ -24,7 +24,7 @@ from lcbench.workloads.transformer import Attention, Half, Head, Layer, Stack, g
 
 if TYPE_CHECKING:
     from lcbench.workloads.base import Work
-    from lcbench.workloads.block import Block
+    from lcbench.workloads.trained import Trained
 
 META = torch.device("meta")
 
@@ -55,7 +55,7 @@ class Training:
         Unsupported: on all ranks, where activations do not fit the memory of some host.
     """
 
-    def __init__(self, block: Block, work: Work, attention: Attention, recompute: Recompute, gang: Gang) -> None:
+    def __init__(self, block: Trained, work: Work, attention: Attention, recompute: Recompute, gang: Gang) -> None:
         model, problem, tokens, device = block.model, work.problem, attention.run.tokens, gang.device
         self.sharing = sharing = Sharing(gang.device_mesh, block.fsdp)
         self._block, self._device = block, device

@@ -123,7 +123,7 @@ class DotProductAttention(torch.nn.Module):
     def set_context_parallel_group(
         self, cp_group: Any, cp_global_ranks: list[int] | None, cp_stream: Any, cp_comm_type: str = "p2p"
     ) -> None:
-        self.given.append(cp_group)
+        self.given.append((cp_group, cp_global_ranks))
 
 
 def check_groups_of_transformer_engine(rank: int, ranks: int) -> None:
@@ -141,7 +141,8 @@ def check_groups_of_transformer_engine(rank: int, ranks: int) -> None:
         assert peer.unavailable(problem, CUDA) is None
         assert peer.missing() is None
         peer.start(problem, causal(64), SDPAFlash(), Place(rank, torch.device("cpu"), groups))
-        given = DotProductAttention.given.pop()
+        given, numbers = DotProductAttention.given.pop()
+        assert numbers == [0, 1, 2, 3]
         members = [dist.get_process_group_ranks(group) for group in (given if isinstance(given, list) else [given])]
         # The exchange of heads is first, among neighbours.
         assert members == (
@@ -152,6 +153,12 @@ def check_groups_of_transformer_engine(rank: int, ranks: int) -> None:
         found[name] = given
     # The default group, one of all ranks, two pairs of neighbours and two rings.
     assert len(dist.distributed_c10d._world.pg_names) <= 6
+    # One of two context-parallel groups gets its own, and its ranks as all are counted.
+    problem = Problem(64, Heads(8, 4, 64), Scale(1, 2), "bfloat16", "forward_backward")
+    place = Place(rank // 2, torch.device("cpu"), groups.within([(0, 2), (1, 3)]))
+    peer_of("te_p2p").start(problem, causal(64), SDPAFlash(), place)
+    given, numbers = DotProductAttention.given.pop()
+    assert dist.get_process_group_ranks(given) == numbers == [rank % 2, rank % 2 + 2]
 
 
 @pytest.mark.gloo

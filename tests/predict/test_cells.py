@@ -82,6 +82,9 @@ def test_a_sweep_of_another_device_or_without_results_is_refused() -> None:
     blocks = {"forward": [1.0], "backward": [1.0]}
     with pytest.raises(ValueError, match=r"^a sweep: no cell has a good result with a time$"):
         cell_times([(cell, [])], THIS, "a sweep")
+    (several,) = cells("cp=ulysses", "mask=full", "seqlen=640", "mesh.dp=2")
+    with pytest.raises(ValueError, match=r"^a sweep: no cell has a good result with a time$"):
+        cell_times([(several, [attempt(several, 1, blocks)])], THIS, "a sweep")
     gpu = attempt(cell, 1, blocks, provenance={"device": "NVIDIA H200", "cuda": {"capability": "9.0"}})
     assert len(cell_times([(cell, [gpu])], machine_of("h200"), "a sweep")) == 1
     for machine in ("this", "h100"):

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from lcbench.grid.axes import value_of
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.expand import pairs
+from lcbench.measure.derived import derived
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.stopping import Stopping, summary
 from lcbench.runs.attempt import FORETOLD, Attempt, Failure
 from lcbench.runs.files import write_json
 from lcbench.runs.manifest import Entry
 from lcbench.runs.store import Sweep
+from lcbench.workloads.models import Model
 
 SLOWER = {"sliding_window": 1.4}  # how much longer what is predicted takes than what was measured, by label
 PROVENANCE: dict[str, Any] = {
@@ -70,15 +74,21 @@ def made_sweep(
         config, problem = cell.config, cell.problem
         ranks, work = problem.scale.world_size, pairs(cell)
         flops = {"forward": forward_flops(work, problem.heads), "backward": backward_flops(work, problem.heads)}
+        step = _Step.of(cell, flops)
+        flops = step.flops if step else flops
         rate = 400 + zlib.crc32(f"{config['cp']['name']} {config['kernel']['name']}".encode()) % 200  # TFLOP/s per GPU
         factor = factor_of(cell) * np.prod([f for word, f in (slower or {}).items() if word in cell.label])
         metrics: dict[str, float] = {}
         samples: dict[str, list[float]] = {}
         runs = random.lognormal(0, run_to_run, (blocks, 1))
-        times = {p: factor * f / ranks / rate / 1e12 * runs * random.lognormal(0, noise, (blocks, 24)) for p, f in flops.items()}
+        longer = step.longer if step else {}
+        times = {
+            p: longer.get(p, 1.0) * factor * (f or 0.02 * flops["forward"]) / ranks / rate / 1e12 * runs
+            * random.lognormal(0, noise, (blocks, 24)) for p, f in flops.items()
+        }  # fmt: skip
         for phase in flops:
             samples[f"rank_{phase}_median_s"] = [0.97 * float(np.median(times[phase]))] * ranks
-        times["total"] = times["forward"] + times["backward"]
+        times["total"] = np.sum([*times.values()], axis=0)
         for phase, count in {**flops, "total": sum(flops.values())}.items():
             samples[f"{phase}_s"] = times[phase].ravel().tolist()
             if blocks > 1:
@@ -86,6 +96,8 @@ def made_sweep(
             metrics |= {f"time/{phase}/{k}_s": v for k, v in summary(samples[f"{phase}_s"]).items()}
             metrics[f"time/{phase}/median_s"] = float(np.median(times[phase], axis=1).mean())
             at = "compute" if phase == "total" else f"compute/{phase}"
+            if not count:
+                continue
             metrics[f"{at}/tflops_per_gpu"] = count / metrics[f"time/{phase}/median_s"] / ranks / 1e12
             metrics[f"{at}/mfu"] = metrics[f"{at}/tflops_per_gpu"] / 989
         metrics |= {
@@ -93,7 +105,10 @@ def made_sweep(
             "time/noise": Stopping.noise(samples["total_s"]), **({"time/blocks": float(blocks)} if blocks > 1 else {}),
             "balance/area_max_over_mean": 1.1, "comm/bytes": 0.0 if ranks == 1 else 4e3 * problem.seqlen,
         }  # fmt: skip
-        for phase in flops if ranks > 1 else ():
+        if step:
+            metrics |= step.metrics(peak_of(cell))
+            metrics |= derived(metrics)
+        for phase in flops if ranks > 1 and not step else ():
             metrics[f"overlap/{phase}/compute_s"] = 0.8 * metrics[f"time/{phase}/median_s"]
             metrics[f"overlap/{phase}/exposed_s"] = 0.2 * metrics[f"time/{phase}/median_s"]
         timeline = [[[m, m, m + 0.1, m + 0.7, m + 0.9] for m in range(ranks)] for _ in range(ranks)]
@@ -106,6 +121,57 @@ def made_sweep(
             )
         )  # fmt: skip
     return sweep
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A training step that nobody measured.
+
+    Attributes:
+        flops: by phase, without what is computed again; none of sums over ranks and of the optimizer.
+        longer: factor on the time of a phase.
+        again: FLOPs of what is computed again, of a GPU.
+        tokens: of a GPU.
+    """
+
+    flops: dict[str, float]
+    longer: dict[str, float]
+    again: float
+    model: Model
+    layers: int
+    tokens: float
+
+    AGAIN: ClassVar[dict[str, float]] = {"none": 0.0, "attention_out": 0.7, "selective": 0.8, "full": 1.0}
+
+    @classmethod
+    def of(cls, cell: Cell, attention: dict[str, float]) -> _Step | None:
+        workload = cell.config.get("workload", {})
+        if "model" not in workload:
+            return None
+        model = Model(**{k: v for k, v in workload["model"].items() if k not in ("name", "_target_")})
+        layers, tokens = workload["layers"] or model.layers, cell.problem.seqlen
+        dense = 2.0 * layers * model.layer_parameters() * tokens
+        forward, backward = dense + layers * attention["forward"], 2 * dense + layers * attention["backward"]
+        again = cls.AGAIN[value_of(cell.config, "recompute")]
+        flops = {"forward": forward, "head": 6.0 * model.head_parameters() * tokens, "backward": backward, "reduce": 0.0}
+        made = cls(
+            flops, {"backward": 1 + again * forward / backward}, again * forward / cell.problem.scale.world_size, model,
+            layers, tokens / cell.problem.scale.world_size,
+        )  # fmt: skip
+        return made if workload["optimizer"] == "none" else replace(made, flops={**flops, "optimizer": 0.0})
+
+    def metrics(self, peak: float) -> dict[str, float]:
+        """What a session counts, and memory by class, of which each policy keeps another part of the activations."""
+        held = 2.0 * (self.layers * self.model.layer_parameters() + self.model.head_parameters())
+        repeats = {"head": 1.0, "reduce": 1.5, "optimizer": 1.5}
+        return {
+            "step/layers": float(self.layers), "step/labelled_tokens": self.tokens, "step/tokens_per_gpu": self.tokens,
+            "step/recomputed_flops_per_gpu": self.again, "attention/share": 0.4,
+            **{f"model/{phase}/repeats": repeats.get(phase, self.model.layers / self.layers) for phase in self.flops},
+            "memory/weights_bytes": held, "memory/gradients_bytes": held,
+            "memory/optimizer_bytes": 2 * held if "optimizer" in self.flops else 0.0,
+            "memory/activations_bytes": peak / 2, "memory/buffer_bytes": peak / 20,
+        }  # fmt: skip
 
 
 STRATEGIES = ("ring", "allgather", "ulysses", "usp", "loongtrain", "groupcast", "lightseq", "tokenring")

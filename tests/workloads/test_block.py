@@ -82,7 +82,7 @@ def unsharded(folder: Path) -> None:
 
 
 def recomputes() -> dict[str, Any]:
-    return {name: build(load("recompute", name)) for name in names("recompute") if name not in ("offload", "token_wise")}
+    return {name: build(load("recompute", name)) for name in names("recompute")}
 
 
 def check_all(rank: int, ranks: int, folder: Path) -> None:
@@ -108,7 +108,8 @@ def check_all(rank: int, ranks: int, folder: Path) -> None:
                     different = [key for key in want if not torch.equal(got[key], again[key])]
                     assert not different, f"{where}: another pass gives another {different}"
                     ran[name] += 1
-    assert ran.keys() == set(strategies) if ranks > 1 else ran
+    missing = sorted(strategies.keys() - ran.keys())
+    assert ranks == 1 or missing == ["none"], f"{ranks} ranks never ran {missing}"
     assert ran.total() >= (100 if ranks > 1 else 20)
 
 

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from lcbench.advice.patterns import Pattern, Shape, left_out, pattern_of, shape_of
 from lcbench.cp.base import Scheduled, Strategy
 from lcbench.grid.axes import AXES, CELL_AXES, value_of
-from lcbench.grid.build import build_kernel, build_mask, build_strategy, check_options
+from lcbench.grid.build import build_kernel, build_strategy, check_options, group_mask
 from lcbench.grid.cell import Cell
 from lcbench.grid.expand import skip_reason
 from lcbench.grid.paths import CONF
@@ -169,7 +169,7 @@ def choice_of(cell: Cell) -> Choice:
     name = config["cp"]["name"]
     if (pattern := pattern_of(strategy, problem)) is None:
         raise Cannot(f"cp={name} is no exchange of heads, no ring and no gather of keys and values, and it has no other strategy")
-    if (shape := shape_of(build_mask(config["mask"], problem.seqlen, problem.heads, config["seed"]))) is None:
+    if (shape := shape_of(group_mask(cell))) is None:
         raise Cannot(
             f"mask={config['mask']['name']} is neither full nor causal, whole or per document, nor a window; it has no other"
         )

@@ -151,23 +151,28 @@ function verdictOf(regrets) {
   return [h("b", {}, `Use ${best.choice}.`), ` ${over}, at worst ${times(best.worst)} (${best.worstCell.place}).`];
 }
 
-/** Verdict, regret and winners of what the filter leaves; unfiltered they are as Python wrote them. */
+/** Verdict, regret and winners of what the filter leaves; unfiltered they are as Python wrote them. A verdict for each workload. */
 const written = new Map();
 function drawAnswers(good) {
-  const regret = document.getElementById("regret"),
-    matrix = document.getElementById("matrix"),
-    verdict = document.getElementById("verdict");
-  for (const part of [regret?.tBodies[0], matrix, verdict])
-    if (part && !written.has(part.id || "regret")) written.set(part.id || "regret", [...part.childNodes]);
-  const now = narrowed("status"),
-    found = now ? regretsOf(good) : [];
-  if (verdict) {
-    verdict.replaceChildren(...(now ? verdictOf(found) : written.get("verdict")));
-    verdict.hidden = !verdict.hasChildNodes();
+  const now = narrowed("status");
+  for (const [place, workload] of BLOCK.workloads.entries()) {
+    const end = place ? `-${workload}` : "",
+      found = now ? regretsOf(good.filter(cell => cell.workload === workload)) : [],
+      said = verdictOf(found),
+      widest = d3.max(found, r => r.mean) ?? 1;
+    const name = said.length && BLOCK.workloads.length > 1 ? [`${workload}: `] : [];
+    const verdict = document.getElementById(`verdict${end}`),
+      regret = document.getElementById(`regret${end}`)?.tBodies[0];
+    if (verdict) rewrite(`verdict${end}`, verdict, now ? [...name, ...said] : null);
+    if (verdict) verdict.hidden = !verdict.hasChildNodes();
+    if (regret) rewrite(`regret${end}`, regret, now ? found.map(r => regretRow(r, widest)) : null);
   }
-  if (regret) {
-    const widest = d3.max(found, r => r.mean) ?? 1;
-    regret.tBodies[0].replaceChildren(...(now ? found.map(r => regretRow(r, widest)) : written.get("regret")));
-  }
-  if (matrix) matrix.replaceChildren(...(now ? matrixOf(winnersOf(good)) : written.get("matrix")));
+  const matrix = document.getElementById("matrix");
+  if (matrix) rewrite("matrix", matrix, now ? matrixOf(winnersOf(good)) : null);
+}
+
+/** Put these into an element, or, of null, what Python wrote there. */
+function rewrite(name, element, children) {
+  if (!written.has(name)) written.set(name, [...element.childNodes]);
+  element.replaceChildren(...(children ?? written.get(name)));
 }

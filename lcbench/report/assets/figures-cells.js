@@ -1,21 +1,31 @@
 "use strict";
 // Figures of bars, squares and dots, and the table of rates: a problem at a time, or cells of all.
 
-/** One problem of those that have several choices. */
-function chooseProblem(cells, least = 2) {
+/** One problem of those that have so many choices. A section of its own has its own switches, whose names begin with `of`, and begins
+ * with most GPUs, and with the longest of the lengths that most choices ran. */
+function chooseProblem(cells, least = 2, of = "") {
+  const most = (values, ran) => (of ? d3.greatest(values, value => ran(value) + values.indexOf(value) / 1e3) : values[0]);
   const counts = d3.rollup(
       cells,
       mine => mine.length,
       cell => cell.problem,
     ),
     fit = cells.filter(cell => counts.get(cell.problem) >= least);
-  const [mask, maskField] = choose("mask", "mask", unique(fit.map(cell => cell.mask)));
+  const [mask, maskField] = choose(`${of}mask`, "mask", unique(fit.map(cell => cell.mask)));
   const ofMask = fit.filter(cell => cell.mask === mask);
-  const [scale, scaleField] = choose("scale", "scale", inOrderOfScale(ofMask));
+  const scales = inOrderOfScale(ofMask),
+    [scale, scaleField] = choose(`${of}scale`, "scale", scales, String, most(scales, () => 0));
   const ofScale = ofMask.filter(cell => cell.scale === scale);
-  const [length, lengthField] = choose("seqlen", "length", lengthsOf(ofScale), tokens);
+  const lengths = lengthsOf(ofScale),
+    [length, lengthField] = choose(
+      `${of}seqlen`,
+      "length",
+      lengths,
+      tokens,
+      most(lengths, length => ofScale.filter(cell => cell.seqlen === length && isDrawn(cell)).length),
+    );
   const ofLength = ofScale.filter(cell => cell.seqlen === length);
-  const [where, whereField] = choose("where", "setting", unique(ofLength.map(cell => cell.where)));
+  const [where, whereField] = choose(`${of}where`, "setting", unique(ofLength.map(cell => cell.where)));
   return {
     cells: ofLength.filter(cell => cell.where === where),
     said: `${mask} ${tokens(length)} ${scale}`,
@@ -118,7 +128,7 @@ function rankingBars(good, bad, finding) {
   );
 }
 
-const AXES = {mask: "mask", kernel: "kernel", strategy: "strategy"};
+const AXES = {mask: "mask", kernel: "kernel", strategy: "strategy", recompute: "recompute"};
 const severalOf = cells => Object.keys(AXES).filter(axis => unique(cells.map(cell => cell[axis])).length > 1);
 
 const heatMap = {

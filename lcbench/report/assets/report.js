@@ -12,6 +12,8 @@ const FACETS = facetsOf(CELLS, [
   {name: "length", of: cell => tokens(cell.seqlen)},
   {name: "strategy", of: cell => cell.strategy},
   {name: "kernel", of: cell => cell.kernel},
+  {name: "workload", of: cell => cell.workload},
+  {name: "recompute", of: cell => cell.recompute},
   {name: "setting", of: cell => cell.where},
   {name: "status", of: cell => cell.status},
 ]);
@@ -22,6 +24,10 @@ function draw() {
   drawFacets(document.getElementById("facets"), CELLS, FACETS);
   drawAnswers(left.filter(isGood));
   drawFigures(document.getElementById("figure"), left);
+  const steps = document.getElementById("steps");
+  if (steps) drawSteps(steps, left);
+  const longest = document.getElementById("lengths");
+  if (longest) drawLongest(longest, left);
   showCells(ROWS, left);
   document.getElementById("text").value = view.words;
   const said = document.getElementById("narrowed");

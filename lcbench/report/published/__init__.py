@@ -11,6 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lcbench.grid.axes import value_of
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -30,7 +32,8 @@ def strategies() -> pd.DataFrame:
 
 def comparable(rows: pd.DataFrame) -> bool:
     """Whether rows of ``frame.reported`` are of the same problem; the device is another question, and ``LABEL`` names theirs."""
-    return bool(rows["gpu"].all()) and set(rows["heads"]) == {HEADS} and set(rows["dtype"]) == {DTYPE}
+    same = set(rows["workload"]) == {value_of({}, "workload")} and set(rows["heads"]) == {HEADS} and set(rows["dtype"]) == {DTYPE}
+    return bool(rows["gpu"].all()) and same
 
 
 def _read(name: str) -> pd.DataFrame:

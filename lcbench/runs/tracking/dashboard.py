@@ -25,11 +25,13 @@ from lcbench.runs.tracking.shown import BAND, PREDICTIONS_OF
 VIEW = "mlflow.sharedViewState."
 SWEEPS = "lcbench"
 PAGE = 100  # runs that MLflow's page loads at once
-# What cells are told apart by where there are too many for one view, in this order; then by their place in the plan.
-CUTS = ("mask", "mask.lengths", "scale", "seqlen", "kernel", "heads", "dtype")
+# What is never in one view of a part; and what else cells are told apart by where there are too many for one view, in this order,
+# then by their place in the plan.
+APART = ("workload", "mask", "mask.lengths")
+CUTS = (*APART, "workload.model", "recompute", "scale", "seqlen", "kernel", "heads", "dtype")
 PLACE = "lcbench.place"
 CHARTS, TABLE = "CHART", "TABLE"
-LINES = ("cp", "kernel", "length", "scale")  # axes of the parallel coordinates, where they differ
+LINES = ("cp", "kernel", "recompute", "length", "scale")  # axes of the parallel coordinates, where they differ
 NARROW, MEDIUM, WIDE = 90, 150, 420  # px of a column
 CELL_COLUMNS = {
     "params.`cp`": NARROW, "params.`kernel`": NARROW, "params.`mask`": MEDIUM, "params.`length`": NARROW, "params.`scale`": NARROW,
@@ -37,6 +39,15 @@ CELL_COLUMNS = {
     "metrics.`bwd_ms`": NARROW, "metrics.`peak_gib`": NARROW, "metrics.`noise_percent`": MEDIUM, "tags.`lcbench.status`": MEDIUM,
     "tags.`lcbench.failure`": MEDIUM, "tags.`lcbench.cause`": WIDE,
 }  # fmt: skip
+# Of training steps, behind what a cell is.
+STEP_COLUMNS = {
+    "params.`workload.model`": MEDIUM, "params.`workload.layers`": NARROW, "params.`recompute`": NARROW,
+    "metrics.`tokens_per_s`": MEDIUM, "metrics.`hfu_percent`": MEDIUM, "metrics.`attention_percent`": MEDIUM,
+    "metrics.`model_step_ms_scaled`": MEDIUM,
+}  # fmt: skip
+CALL_BARS = ("tflops", "mfu_percent", "fwd_ms", "bwd_ms", "peak_gib", "overlap/forward/exposed_ms")
+STEP_SCATTERS = (("length", "tokens_per_s"), ("recompute", "total_ms"), ("recompute", "peak_gib"))
+STEP_BARS = ("total_ms", "tokens_per_s", "mfu_percent", "hfu_percent", "attention_percent", "peak_gib")
 FAILURE_COLUMNS = {
     "tags.`lcbench.failure`": MEDIUM, "tags.`lcbench.cause`": WIDE, "tags.`lcbench.nodes`": MEDIUM,
     "tags.`lcbench.slurm_job_id`": MEDIUM, "tags.`lcbench.attempt`": MEDIUM, "tags.`lcbench.cell_id`": MEDIUM,
@@ -55,8 +66,10 @@ NOTE = """A sweep has a run of its own, which says what to use, what failed and 
 cell: a kernel x context-parallel strategy x mask x length x scale, checked against a float64 reference, then timed.
 
 - `compute/`: TFLOP/s per GPU and MFU, by unmasked pairs; `time/`: medians in ms, of the slowest rank; `memory/`: worst rank's peak
-- `overlap/`, `comm/`, `balance/`: what communication costs; `check/`: errors and their bounds; `samples/`: every iteration
+- `overlap/`, `comm/`, `balance/`, `mesh/`: what communication costs; `check/`: errors and their bounds; `samples/`: every iteration
 - short names for tables: `tflops`, `mfu_percent`, `total_ms`, `fwd_ms`, `bwd_ms`, `peak_gib`, `noise_percent`
+- of a training step besides: `step/`, `attention/`, `memory/` by class, `tokens_per_s` (per GPU), `hfu_percent`; `model/` and
+  `model_step_ms_scaled` are of the whole model, scaled from the layers that were run, not measured
 - tags `lcbench.status`, `lcbench.failure`, `lcbench.cause`: what did not run, and why
 - a prediction is a run of its own, grey, with the tag `lcbench.predicted`; no view of a sweep's cells has it
 """
@@ -135,7 +148,7 @@ def cell_views(sweep: str, sweep_id: str, created_at: float, entries: Mapping[st
     """
     flat = [{**flat_config(e.cell), PLACE: place // PAGE} for place, e in enumerate(entries.values()) if not e.skip]
     whole: list[tuple[Flat, list[Flat]]] = [] if len(flat) > PAGE else [({}, flat)]
-    masks = [key for key in CUTS[:2] if _differs(key, flat)]
+    masks = [key for key in APART if _differs(key, flat)]
     parts = [part for group in _cut(flat, masks, {}) for part in _small_enough(*group)] if masks or not whole else []
     skipped = len(entries) - len(flat)
     made: list[View] = []
@@ -200,22 +213,25 @@ def _is(key: str, value: Any) -> str:
 
 def _charts(name: str, where: str, cells: list[Flat]) -> dict[str, Any]:
     """The state of a view of charts, runs grouped by strategy, in the colours of their choices (``mlflow.runColor``)."""
+    steps = any("workload.model" in cell for cell in cells)
     lines = [axis for axis in LINES if _differs({"length": "seqlen"}.get(axis, axis), cells)] or ["cp"]
     charts = [
         _scatter("length", "tflops"),
         _scatter("scale", "tflops"),
         _scatter("length", "peak_gib"),
+        *(_scatter(x, y) for x, y in (STEP_SCATTERS if steps else ())),
         {"type": "PARALLEL", "metricSectionId": "overview", "selectedParams": lines, "selectedMetrics": ["tflops"],
          "showAllRuns": False},
         *(
             {"type": "BAR", "metricSectionId": "cells", "metricKey": key}
-            for key in ("tflops", "mfu_percent", "fwd_ms", "bwd_ms", "peak_gib", "overlap/forward/exposed_ms")
+            for key in (STEP_BARS if steps else CALL_BARS)
         ),
     ]  # fmt: skip
+    colored = ["cp", *(["recompute"] if _differs("recompute", cells) else [])]
     return {
         # The page lays out categories by where they come first, from the last run: so lengths and scales are in the plan's order.
-        **_state(where, CELL_COLUMNS, order=f"tags.`{PLACE}`", descending=True),
-        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "cp"}]},
+        **_state(where, _with_steps() if steps else CELL_COLUMNS, order=f"tags.`{PLACE}`", descending=True),
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": key} for key in colored]},
         "useGroupedValuesInCharts": False,
         "compareRunSections": [
             {"uuid": uuid, "name": words, "display": True, "isReordered": True}
@@ -226,6 +242,13 @@ def _charts(name: str, where: str, cells: list[Flat]) -> dict[str, Any]:
             for number, chart in enumerate(charts)
         ],
     }  # fmt: skip
+
+
+def _with_steps() -> dict[str, int]:
+    """The columns of cells with those of training steps behind what a cell is."""
+    columns = list(CELL_COLUMNS.items())
+    first = next(place for place, (name, _) in enumerate(columns) if name.startswith("metrics."))
+    return dict([*columns[:first], *STEP_COLUMNS.items(), *columns[first:]])
 
 
 def _scatter(x: str, y: str) -> dict[str, Any]:

@@ -19,6 +19,9 @@ HEADLINE = "compute/tflops_per_gpu"
 SHORT = {
     "tflops": HEADLINE, "mfu_percent": "compute/mfu", "total_ms": "time/total/median_s", "fwd_ms": "time/forward/median_s",
     "bwd_ms": "time/backward/median_s", "peak_gib": "memory/peak_bytes", "noise_percent": "time/noise",
+    # of a training step only
+    "tokens_per_s": "step/tokens_per_s_per_gpu", "hfu_percent": "compute/hfu", "attention_percent": "attention/share",
+    "model_step_ms_scaled": "model/step_s",
 }  # fmt: skip
 # (unit of the store at the end of a key, unit that is shown, factor); shares are known by their metric's unit.
 UNITS = ((re.compile(r"_s$"), "_ms", 1e3), (re.compile(r"(?<=[_/])bytes$"), "gib", 2.0**-30))
@@ -146,6 +149,8 @@ def note(newest: Attempt) -> str:
         said = f"**{newest.status}: {failure.kind}**: {failure.cause}"
     else:
         said = f"no speed: {newest.no_speed}; " if newest.no_speed else ""
+        if (tokens := metrics.get(SHORT["tokens_per_s"])) is not None:
+            said += f"a training step in {1e3 * metrics.get('time/total/median_s', 0.0):.4g} ms, {tokens:.4g} tokens/s per GPU, "
         said += f"{metrics.get(HEADLINE, 0.0):.4g} TFLOP/s per GPU, noise {metrics.get('time/noise', 0.0):.1%}"
     return f"{said}\n\n    {shlex.join(['python', '-m', 'lcbench.rerun', f'{newest.sweep}/{newest.cell_id}'])}\n"
 

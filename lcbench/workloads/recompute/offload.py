@@ -1,9 +1,9 @@
 """Activations in the host's memory between forward and backward.
 
 Of ``activations`` each tensor that a layer saves goes there, or the share ``ratio`` of its tokens, and nothing is computed again
-(ByteScale, arXiv 2502.21231, which leaves those of a model's first and last layer on the device; here all layers are alike, since
-the few that are measured stand for all). Of ``checkpoints`` the layers' inputs go there, and backward runs the layers again
-(DeepSpeed's activation checkpointing with ``cpu_checkpointing``).
+(ByteScale, arXiv 2502.21231; where it counts on two layers' tensors staying on the device, all layers are alike here, since the few
+that are measured stand for all). Of ``checkpoints`` the layers' inputs go there, and backward runs the layers again (DeepSpeed's
+activation checkpointing with ``cpu_checkpointing``).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Offload(Swapping):
 
     def __post_init__(self) -> None:
         if self.what not in get_args(What):
-            raise ValueError(f"what={self.what} is none of {', '.join(get_args(What))}")
+            raise ValueError(f"recompute.what={self.what} is none of {', '.join(get_args(What))}")
         if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio={self.ratio} is not from 0 to 1")
+            raise ValueError(f"recompute.ratio={self.ratio} is not from 0 to 1")
 
     def layer(self, under_way: Pass, layer: Layer, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         shelf = under_way.layer()

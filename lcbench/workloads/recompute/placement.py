@@ -1,5 +1,5 @@
 """Where in one stretch of memory tensors lie whose lifetimes are known, so that its end is as low as can be: MEMO's placement of
-transient tensors (arXiv 2407.12117, section 4.2), in two levels: within a layer, then layers as blocks.
+transient tensors (arXiv 2407.12117), in two levels: within a layer, then layers as blocks.
 
 Two tensors that live at once must not share memory. The problem is dynamic storage allocation, which is NP-hard; small cases are
 solved exactly as a mixed-integer program, larger ones by best fit. No torch.

@@ -1,4 +1,4 @@
-"""A step's memory, placed before it runs: MEMO's two levels (arXiv 2407.12117, section 4.2).
+"""A step's memory, placed before it runs: MEMO's two levels (arXiv 2407.12117).
 
 First the transient tensors of one layer, which are neither saved for backward nor anybody's gradient for good, in its forward and
 in its backward. Their lifetimes are recorded on torch's meta device, where nothing is computed. Then layers as blocks of what that
@@ -137,7 +137,7 @@ class _Watch(TorchDispatchMode):
     """Notes from when to when the memory of each tensor lives that an operation made."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._now = 0
         self._live: dict[int, tuple[StorageWeakRef, int, int]] = {}
         self._saved: set[int] = set()

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.tensor import DTensor
 
+from lcbench.workloads.sharing import like, local
 from lcbench.workloads.transformer import Layer, Rope
 
 Halves = tuple[torch.Tensor, torch.Tensor]  # what a layer gives, (T, hidden), and what its attention did, (T, Hq, D)
@@ -121,7 +121,7 @@ class Shelf:
     again: dict[str, Callable[[Shelf], None]] = field(default_factory=dict)
     _known: dict[tuple[int, int, torch.dtype], int] = field(default_factory=dict)
     _read: list[torch.Tensor] = field(default_factory=list)
-    _out: list[Mark] = field(default_factory=list)
+    _out: Mark = None
 
     def find(self, x: torch.Tensor) -> int | None:
         """The index of a tensor that was put before, in this shape or another one."""
@@ -135,14 +135,12 @@ class Shelf:
         return self.items[-1]
 
     def read_by(self, mark: Mark) -> None:
-        """A copy reads tensors that were added."""
-        self._out.append(mark)
+        """A copy reads tensors that were added; those before it have ended when it has."""
+        self._out = mark
 
     def leave(self, lane: Lane) -> None:
         """Let go of the tensors, once their copies have ended."""
-        for mark in self._out:
-            lane.wait(mark)
-        self._out.clear()
+        lane.wait(self._out)
         self._known.clear()
         self._read.clear()
 
@@ -254,14 +252,15 @@ class Pass:
         """Hooks under which a part of a layer runs: what it saves goes to the shelf."""
         indices = shelf.parts.setdefault(part, [])
 
+        @torch.no_grad()
         def pack(x: torch.Tensor) -> torch.Tensor | _View:
-            own = _own(x)
+            own = local(x)
             own = own if _is_dense(own) else own.contiguous()
             index, cut = shelf.find(own), rows(own, len(indices))
             if index is None and cut is not None:
                 index = self.put(shelf, own, cut, source)
             indices.append(index)
-            return x if index is None else _View(self, shelf.number, index, own.shape, own.stride(), _wrapping(x))
+            return x if index is None else _View(self, shelf.number, index, own.shape, own.stride(), like(x))
 
         return saved_tensors_hooks(pack, _unpack)
 
@@ -336,20 +335,6 @@ def _unpack(saved: torch.Tensor | _View) -> torch.Tensor:
     return saved.wrap(saved.of.item(saved.number, saved.index).as_strided(saved.shape, saved.stride))
 
 
-def _own(x: torch.Tensor) -> torch.Tensor:
-    """What this rank has of a tensor, where tensor parallelism has made it one of all ranks."""
-    return x._local_tensor if isinstance(x, DTensor) else x
-
-
-def _wrapping(x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Makes a tensor like ``x`` of what this rank has of it."""
-    if not isinstance(x, DTensor):
-        return lambda own: own
-    _, context = x.__tensor_flatten__()
-    shape, stride = x.shape, x.stride()
-    return lambda own: DTensor.__tensor_unflatten__({"_local_tensor": own}, context, shape, stride)
-
-
 def stretches(x: torch.Tensor) -> list[torch.Tensor]:
     """A tensor as the stretches of memory that it is made of."""
     if x.is_contiguous():
@@ -368,7 +353,7 @@ def _but(rows: Rows, module: nn.Module, rope: Rope) -> Rows:
 
     def found(x: torch.Tensor, number: int) -> int | None:
         # Asked for each time, since a module whose weights are sharded has others while it runs.
-        known = {_own(y).untyped_storage().data_ptr() for y in (*module.parameters(), *rope)}
+        known = {local(y).untyped_storage().data_ptr() for y in (*module.parameters(), *rope)}
         return None if x.untyped_storage().data_ptr() in known else rows(x, number)
 
     return found
@@ -389,7 +374,7 @@ def fill_by(shelf: Shelf, part: str, function: Callable[..., Any], *args: torch.
         nonlocal count
         if count == len(indices):
             raise RuntimeError(f"{part} has saved {count} tensors, and now one more")
-        shelf.fill(indices[count], _own(x))
+        shelf.fill(indices[count], local(x.detach()))
         count += 1
         if count == len(indices) and not whole:
             raise _Enough

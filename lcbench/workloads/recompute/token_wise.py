@@ -1,4 +1,4 @@
-"""MEMO's token-wise recomputation and swapping (arXiv 2407.12117, section 4.1).
+"""MEMO's token-wise recomputation and swapping (arXiv 2407.12117).
 
 Of each layer its input and the results of its attention go to the host's memory. Of every other tensor that it saves the first
 tokens do too, as many as ``fraction`` says; backward computes those of the other tokens again, by the halves of the layer that
@@ -42,7 +42,7 @@ class TokenWise(Swapping):
 
     def __post_init__(self) -> None:
         if self.fraction is not None and not 0 <= self.fraction <= 1:
-            raise ValueError(f"fraction={self.fraction} is not from 0 to 1")
+            raise ValueError(f"recompute.fraction={self.fraction} is not from 0 to 1")
 
     def layer(self, under_way: Pass, layer: Layer, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         assert self.fraction is not None  # as of ``settled``
