@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +23,8 @@ from lcbench.predict.machines import machine_of
 from lcbench.predict.observations import CellTime
 from lcbench.runs.worker import work_of
 from lcbench.schedule.execute import Groups
-from lcbench.testing.spawn import run_ranks
 from tests.predict import held_out
+from tests.predict.cpu_seconds import by_ranks
 
 ITERATIONS = 3
 MODEL = ("workload=block", "model=tiny", "model.heads_q=8", "model.heads_kv=4", "model.head_dim=64", "dtype=float32",
@@ -48,13 +47,7 @@ OTHERS = (
 
 def measured(cells: Sequence[Cell], iterations: int) -> list[CellTime]:
     """Every step's CPU seconds by phase, the fastest of the iterations."""
-    found: dict[str, dict[str, float]] = {}
-    for ranks in sorted({cell.scale.world_size for cell in cells}):
-        configs = [cell.config for cell in cells if cell.scale.world_size == ranks]
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "seconds.json"
-            run_ranks(ranks, _rank, configs, iterations, str(path))
-            found |= json.loads(path.read_text())
+    found = by_ranks(cells, iterations, _rank)
     return [CellTime(cell, found[cell.id], group_of(cell), "CPU seconds", own=True) for cell in cells]
 
 
