@@ -30,7 +30,7 @@ from lcbench.predict.predictor import Predictor
 from lcbench.report.amounts import size
 from lcbench.report.ending import BAD_INPUT, INTERRUPTED, OK, REFUSED, SOME_FAILED, bad_input
 from lcbench.report.fitted import console
-from lcbench.report.longest import ANSWERS, Choice, Longest, Probe, by_choice, choice_key, input_bytes, longest_table, probe_of
+from lcbench.report.longest import ANSWERS, Choice, Longest, Probe, by_choice, choice_key, longest_table, probe_of
 from lcbench.runs.budget import Cost
 from lcbench.runs.launch import Launches, make_packs, missing, settings_of, sweep_of, write_cells
 from lcbench.runs.manifest import Entry
@@ -195,9 +195,7 @@ class Guesses:
     def _predicted(self, predictor: Predictor, choice: Choice) -> tuple[int, int] | None:
         @cache
         def needs(tokens: int) -> tuple[float, float]:
-            cell = at(choice.cell, tokens)
-            low, high = predictor.predict(cell).peak_interval
-            return low + input_bytes(cell), high + input_bytes(cell)
+            return predictor.predict(at(choice.cell, tokens)).needs_interval
 
         try:
             sure = bisect_right(choice.lengths, self.cap_bytes, key=lambda tokens: needs(tokens)[1])

@@ -25,6 +25,7 @@ from lcbench.grid.values import check_finite, listed, parse_int, parse_option, p
 from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
+from lcbench.workloads.parts import Made, Share, attention_alone
 
 if TYPE_CHECKING:
     from lcbench.workloads.base import Workload
@@ -156,6 +157,18 @@ def build_recompute(config: dict[str, Any]) -> Any:
     """What backward computes again, by a whole cell's config; None where the workload does not take it."""
     axis = AXES["recompute"]
     return build(config.get(axis.name, axis.unsaid)) if takes_axis(config.get(axis.of, AXES[axis.of].unsaid), axis) else None
+
+
+def made_of(config: dict[str, Any], share: Share) -> Made:
+    """What a cell is made of on a rank with a share of it, by the whole cell's config; the default workload need not be loaded."""
+    said = config.get("workload")
+    return attention_alone(share) if said is None else build_workload(said).made(share, build_recompute(config))
+
+
+def input_bytes(cell: Cell) -> float:
+    """Of what a rank of a cell with its even share of the tokens is given."""
+    said = cell.config.get("workload")
+    return cell.problem.input_bytes if said is None else build_workload(said).input_bytes(cell.problem)
 
 
 def on_one_rank(config: dict[str, Any]) -> bool:

@@ -14,13 +14,15 @@ REPEATS = re.compile(r"model/(\w+)/repeats")
 
 
 def derived(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What follows from an attempt's metrics; nothing for a cell that is no training step."""
+    """What follows from an attempt's metrics; nothing for a cell that is no training step, and no share of a peak that is not
+    known, as that of a CPU whose step was predicted."""
     found: dict[str, float] = {}
     if "step/tokens_per_gpu" not in metrics:
         return found
-    tokens, total, peak = metrics["step/tokens_per_gpu"], metrics["time/total/median_s"], metrics["compute/peak_tflops"]
+    tokens, total, peak = metrics["step/tokens_per_gpu"], metrics["time/total/median_s"], metrics.get("compute/peak_tflops")
     found["step/tokens_per_s_per_gpu"] = tokens / total
-    found["compute/hfu"] = metrics["compute/mfu"] + metrics["step/recomputed_flops_per_gpu"] / total / peak / 1e12
+    if peak:
+        found["compute/hfu"] = metrics["compute/mfu"] + metrics["step/recomputed_flops_per_gpu"] / total / peak / 1e12
     for phase in LAYERS:
         found[f"layer/{phase}/median_s"] = metrics[f"time/{phase}/median_s"] / metrics["step/layers"]
     step, tflop = 0.0, 0.0
@@ -30,5 +32,6 @@ def derived(metrics: Mapping[str, float]) -> dict[str, float]:
             step += seconds
             tflop += seconds * metrics.get(f"compute/{of[1]}/tflops_per_gpu", 0.0)
     found["model/step_s"], found["model/tokens_per_s_per_gpu"] = step, tokens / step
-    found["model/mfu"] = tflop / step / peak
+    if peak:
+        found["model/mfu"] = tflop / step / peak
     return found

@@ -7,6 +7,7 @@ may be measured again (``force=true``) where others work on the machine.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from lcbench.predict.observations import CellMemory, CellTime
 from lcbench.schedule.machine import Machine
 
 PEAK = "memory/peak_bytes"
+TIME = re.compile(r"time/\w+/median_s")
 
 
 class Result(Protocol):
@@ -40,7 +42,7 @@ class Result(Protocol):
 
 def cell_times(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[CellTime]:
     """A ``CellTime`` of each cell with a good result. Left out are those whose ranks shared a GPU, which say nothing of its speed,
-    and those of several context-parallel groups, which cost one another what a simulation of one does not have.
+    and those of several context-parallel groups, which meet on links that no cell of one group tells of.
 
     Args:
         results: cells with their attempts.
@@ -67,6 +69,13 @@ def cell_peaks(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machin
     return found
 
 
+def group_of(cell: Cell) -> str:
+    """What a cell's time is left out of a fit with: cells of its mask; of another workload than the default, of its strategy and
+    recomputation too, since a step's mask says little of it."""
+    words = cell.words
+    return " ".join(words[axis] for axis in ("cp", "mask", "recompute") if axis in words) if "workload" in words else words["mask"]
+
+
 def _good(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[tuple[Cell, list[Result]]]:
     """Cells with their good attempts."""
     good = [(cell, [a for a in attempts if a.status == "ok" and not a.no_speed]) for cell, attempts in results]
@@ -91,7 +100,7 @@ def _check_device(provenance: dict[str, Any], machine: Machine, source: str) -> 
 
 
 def _cell_time(cell: Cell, attempts: Sequence[Result], source: str) -> CellTime:
-    phases = [key.removeprefix("time/").removesuffix("/median_s") for key in attempts[0].metrics if key.endswith("/median_s")]
+    phases = [key.removeprefix("time/").removesuffix("/median_s") for key in attempts[0].metrics if TIME.fullmatch(key)]
     phases = [phase for phase in phases if phase != "total"]
 
     def alone(part: str) -> dict[str, float]:
@@ -104,7 +113,7 @@ def _cell_time(cell: Cell, attempts: Sequence[Result], source: str) -> CellTime:
 
     return CellTime(
         cell, {phase: min(_of_blocks(attempt, phase) for attempt in attempts) for phase in phases},
-        group=cell.config["mask"]["name"], source=source, own=True,
+        group=group_of(cell), source=source, own=True,
         compute=alone("compute"), communication=alone("communication"),
     )  # fmt: skip
 

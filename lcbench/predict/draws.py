@@ -10,6 +10,7 @@ import numpy as np
 from lcbench.grid import build
 from lcbench.grid.cell import Cell
 from lcbench.masks.band import DoesNotFit
+from lcbench.masks.mask import Mask
 from lcbench.predict.counted import counted
 from lcbench.schedule.lowering import OPERATIONS, Operation
 from lcbench.schedule.machine import Floats, Machine
@@ -28,7 +29,8 @@ def operations_on(machine: Machine) -> tuple[Operation, ...]:
 
 
 def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
-    """The draws of a cell that are looked at, and the unmasked pairs of each over all query heads.
+    """The draws of a cell that are looked at, each by the context-parallel group with most to compute, and the unmasked pairs of
+    each over all query heads of all groups.
 
     Raises:
         CannotPredict: nothing is known of how the strategy works, or it cannot run the cell.
@@ -36,11 +38,15 @@ def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
     config, problem = cell.config, cell.problem
     strategy = build.build_strategy(config["cp"])
     try:
-        masks = [build.group_mask(cell, number) for number in range(build.draws(config["mask"]))]
+        masks = [
+            build.build_mask(config["mask"], problem.seqlen, cell.heads, config["seed"], number)
+            for number in range(build.draws(config["mask"]))
+        ]
     except DoesNotFit as error:
         raise CannotPredict(str(error)) from error
-    pairs = np.array([float(mask.pairs(problem.heads.q)) for mask in masks])
+    pairs = cell.mesh.dp * np.array([float(mask.pairs(cell.heads.q)) for mask in masks])
     for number in looked_at(pairs):
+        masks[number] = _busiest(masks[number], cell)
         if reason := strategy.unsupported(problem, masks[number]):
             raise CannotPredict(reason)
         modelled = strategy.modelled(problem, masks[number])
@@ -51,6 +57,15 @@ def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
         if machine.device == "cpu":
             prepared = replace(prepared, tiling=counted(prepared.tiling, modelled, build.build_kernel(config["kernel"])))
         yield prepared, float(pairs[number])
+
+
+def _busiest(mask: Mask, cell: Cell) -> Mask:
+    """What the heads of the tensor-parallel rank see that see most."""
+    own = cell.problem.heads.q
+    if own == cell.heads.q:
+        return mask
+    parts = [mask.of_heads(first, own, cell.heads.q) for first in range(0, cell.heads.q, own)]
+    return max(parts, key=lambda part: part.pairs(own))
 
 
 def looked_at(pairs: Floats) -> list[int]:

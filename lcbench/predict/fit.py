@@ -13,8 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from lcbench.predict.draws import draws_of
-from lcbench.predict.fitted import Coefficients, Fit, KernelFit, Residual
+from lcbench.grid.cell import Cell
+from lcbench.predict.composed import Composed
+from lcbench.predict.fitted import Coefficients, DenseFit, Fit, KernelFit, Residual
 from lcbench.predict.machines import peak_flops
 from lcbench.predict.memory import memory_fits
 from lcbench.predict.observations import CellMemory, CellTime, CollectiveTime, KernelTime, Observation
@@ -22,7 +23,7 @@ from lcbench.predict.search import search
 from lcbench.predict.unknowns import GUESSED, PHASES, Key, Unknown, Unknowns, kernel_unknowns
 from lcbench.problem import Problem, Scale, itemsize
 from lcbench.schedule.machine import Floats, Machine, Tiles
-from lcbench.schedule.simulate import Prepared, play
+from lcbench.schedule.simulate import Prepared
 
 FOLDS = 5
 # Where nothing was fitted: a share of the peak, and FLOP/s of a CPU rank.
@@ -47,6 +48,20 @@ def guess(machine: Machine, dtype: str) -> Coefficients:
         call_s=machine.launch_s, flop_s=flop_s, pair_s=20 * flop_s, waste_s=flop_s, tail_s=0.3 * at_once * flop_s,
         row_s=element_s, key_s=element_s, piece_s=1e-6 / at_once, gather_s=4 * element_s,
     )  # fmt: skip
+
+
+def guess_dense(machine: Machine, dtype: str) -> DenseFit:
+    """What may be of products and of what goes element by element, of which nothing is known."""
+    peak = peak_flops(machine, dtype)
+    return DenseFit(
+        dtype=dtype, flop_s=1 / (UNFITTED_SHARE * peak if peak else UNFITTED_CPU), byte_s=1 / machine.memory_bytes_per_s
+    )
+
+
+def error_key(cell: Cell, phase: str) -> str:
+    """Under which name a fit holds the error of a phase: as it is, and of what runs another workload with the workload's name."""
+    said = cell.config.get("workload")
+    return phase if said is None else f"{said['name']}/{phase}"
 
 
 def fit(observations: Iterable[Observation], machine: Machine, *, folds: int = FOLDS) -> Fit:
@@ -87,6 +102,9 @@ def _begin(machine: Machine, kernels: Sequence[KernelTime], cells: Sequence[_Pla
     for name, dtype in dict.fromkeys([(k.kernel, k.dtype) for k in kernels] + [c.kernel for c in cells]):
         widths = {"piece_s": PIECES} if peak_flops(machine, dtype) else {}
         of |= kernel_unknowns(name, dtype, dict.fromkeys(PHASES, guess(machine, dtype)), GUESSED, widths)
+    for dtype in dict.fromkeys(c.kernel[1] for c in cells if c.composed.more):
+        dense = guess_dense(machine, dtype)
+        of |= {("dense", dtype, number): Unknown(getattr(dense, number), GUESSED) for number in ("flop_s", "byte_s")}
     for name in ("inside", "across"):
         link = getattr(machine, name)
         of[("link", name, "latency_s")] = Unknown(link.latency_s, 2 * SHEET)
@@ -189,19 +207,19 @@ class _Played:
     """
 
     time: CellTime
-    draws: tuple[Prepared, ...]
+    composed: Composed
     seen: dict[str, float]
     part: Literal["whole", "compute", "communication"] = "whole"
 
     @classmethod
     def all_of(cls, time: CellTime, machine: Machine) -> Iterator[_Played]:
         """The cell, and its kernels and its messages alone where these were timed."""
-        draws = tuple(prepared for prepared, _ in draws_of(time.cell, machine))
-        yield cls(time, draws, time.phases)
+        whole = Composed.of(time.cell, machine, memory=False)
+        yield cls(time, whole, time.phases)
         if time.compute:
-            yield cls(time, tuple(draw.without_messages() for draw in draws), time.compute, "compute")
+            yield cls(time, whole.varied(Prepared.without_messages), time.compute, "compute")
         if time.communication:
-            yield cls(time, tuple(draw.without_kernels() for draw in draws), time.communication, "communication")
+            yield cls(time, whole.varied(Prepared.without_kernels), time.communication, "communication")
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -221,9 +239,8 @@ class _Played:
 
     def seconds(self, at: Unknowns) -> Floats:
         """Of each phase, the mean of the draws."""
-        machine, kernel = at.fitted(), at.kernel(*self.kernel, self.strategy)
-        played = [play(draw, machine, kernel, memory=False).phases for draw in self.draws]
-        return np.array([np.mean([each[phase].seconds for each in played]) for phase in self.phases])
+        found = self.composed.play(at.fitted(), at.kernel(*self.kernel, self.strategy), at.dense(self.kernel[1]))
+        return np.array([found.phases[phase].seconds for phase in self.phases])
 
     def depends_on(self, path: Key) -> bool:
         """Whether an unknown can change its times."""
@@ -233,6 +250,8 @@ class _Played:
                 return False
             case ("link" | "collective", *_) | ("machine", "message_s") if self.part == "compute":
                 return False
+            case ("dense", dtype, _):
+                return self.composed.more and dtype == self.kernel[1]
             case ("kernel", name, dtype, phase, _):
                 return (name, dtype) == self.kernel and phase in self.phases
             case ("factor", strategy, phase, _):
@@ -313,12 +332,13 @@ def _cell_residuals(found: Unknowns, cells: Sequence[_Played], left_out: Sequenc
 
 def _error(cells: Sequence[_Played], left_out: Sequence[Floats]) -> dict[str, float]:
     """By phase, what 95 % of the cells that a fit has not seen were off by at most."""
-    by: dict[str, list[float]] = defaultdict(list)
+    by: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for cell, errors in zip(cells, left_out, strict=True):
         for phase, error in zip(cell.phases, errors.tolist(), strict=True):
-            by[phase].append(abs(error))
+            by.setdefault(error_key(cell.time.cell, phase), []).append(abs(error))
     return {
-        phase: float(np.expm1(np.quantile(by[phase], PERCENTILE, method="higher"))) if by[phase] else NO_CELLS for phase in PHASES
+        phase: float(np.expm1(np.quantile(errors, PERCENTILE, method="higher"))) if errors else NO_CELLS
+        for phase, errors in by.items()
     }
 
 
@@ -334,8 +354,11 @@ def _written(
     for each in seen:
         if isinstance(each, KernelTime):
             sources[each.kernel, each.dtype][each.source] = None
+    of_dense: dict[str, dict[str, None]] = defaultdict(dict)
     for cell in cells:
         sources[cell.kernel][cell.time.source] = None
+        if cell.composed.more:
+            of_dense[cell.kernel[1]][cell.time.source] = None
         by_strategy[cell.strategy][cell.time.source] = None
     factors = {
         f"{strategy}/{phase}": found.factor(strategy, phase).model_copy(update={"sources": tuple(by_strategy[strategy])})
@@ -343,6 +366,7 @@ def _written(
     }  # fmt: skip
     return Fit(
         machine=found.machine.name, kernels=tuple(found.kernel(*key, sources=said) for key, said in sources.items()),
+        dense=tuple(found.dense(dtype, said) for dtype, said in of_dense.items()),
         factors=factors, links=found.links(), error=_error(cells, left_out), residuals=tuple(residuals),
         cells=tuple(cell.time.cell.id for cell in cells),
         sources=tuple(dict.fromkeys(each.source for each in seen)),

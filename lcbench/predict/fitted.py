@@ -113,7 +113,8 @@ class KernelFit(Frozen):
     """A kernel on a device for a type of inputs; ``sources``: what it was fitted on, in words.
 
     ``factors``: of the implementation that calls it, forward and backward. ``workspace``: of its memory. ``cores``: of the node
-    that it was fitted on, which CPU ranks share; 0: every rank has a device.
+    that it was fitted on, which CPU ranks share; 0: every rank has a device. ``rank_cores``: of a rank, where that is known; 0: the
+    ranks of its group have the node for themselves.
     """
 
     kernel: str
@@ -124,6 +125,7 @@ class KernelFit(Frozen):
     factors: tuple[Factor, Factor] = (Factor(), Factor())
     workspace: Workspace = Workspace()
     cores: int = 0
+    rank_cores: float = 0.0
 
     def seconds(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
         """Seconds of each tile, (n,)."""
@@ -149,8 +151,24 @@ class KernelFit(Frozen):
 
     def cores_of(self, problem: Problem) -> float:
         """Cores that a rank has: whole ones, one thread each, unless there are more ranks than cores."""
+        if self.rank_cores:
+            return self.rank_cores
         ranks = problem.scale.gpus_per_node
         return float(self.cores // ranks or self.cores / ranks) if self.cores else 1.0
+
+
+class DenseFit(Frozen):
+    """What treats every token alone: products with weights, and all that goes element by element. Of a rank's device or core.
+
+    Attributes:
+        flop_s: seconds per FLOP of products; byte_s: per byte that is read or written by all else.
+        sources: what it was fitted on, in words.
+    """
+
+    dtype: str
+    flop_s: float
+    byte_s: float
+    sources: tuple[str, ...] = ()
 
 
 class MachineFit(Frozen):
@@ -191,10 +209,12 @@ class Fit(Frozen):
     Attributes:
         machine: name of the machine that it is for.
         kernels: by kernel and type of inputs.
+        dense: what treats every token alone, by type of inputs.
         factors: by strategy and phase (``ring/forward``): what its implementation takes besides.
         links: what the machine's links and host were found to do.
         memory: what kernels allocate inside.
-        error: by phase, relative half-width of the 95 % interval of predictions, from cross-validation.
+        error: by phase, relative half-width of the 95 % interval of predictions, from cross-validation; of workloads but the
+            default under ``<workload>/<phase>``.
         residuals: by group of observations.
         cells: ids of the cells that it was fitted on.
         sources: what it was fitted on, in words.
@@ -203,6 +223,7 @@ class Fit(Frozen):
     schema_: int = SCHEMA
     machine: str
     kernels: tuple[KernelFit, ...] = ()
+    dense: tuple[DenseFit, ...] = ()
     factors: dict[str, Factor] = {}
     links: MachineFit = MachineFit()
     memory: tuple[MemoryFit, ...] = ()
@@ -214,6 +235,10 @@ class Fit(Frozen):
     def kernel(self, name: str, dtype: str) -> KernelFit | None:
         """What was fitted for it; None: nothing was."""
         return next((k for k in self.kernels if (k.kernel, k.dtype) == (name, dtype)), None)
+
+    def dense_of(self, dtype: str) -> DenseFit | None:
+        """What was fitted for it; None: nothing was."""
+        return next((d for d in self.dense if d.dtype == dtype), None)
 
     def neighbour(self, dtype: str) -> KernelFit | None:
         """The kernel that stands in for one that was not fitted: of the same inputs, fitted on most kinds of observations."""

@@ -51,8 +51,8 @@ def memory_fits(seen: Iterable[CellMemory], machine: Machine, folds: int = FOLDS
     by: dict[tuple[str, str, bool], list[_Held]] = defaultdict(list)
     for each in seen:
         config, problem = each.cell.config, each.cell.problem
-        if not isinstance(build_strategy(config["cp"]), Scheduled):
-            continue  # a library holds what it likes, and that would be taken for the kernel's
+        if not isinstance(build_strategy(config["cp"]), Scheduled) or "workload" in config:
+            continue  # a library holds what it likes, a step its weights and more, and that would be taken for the kernel's
         by[config["kernel"]["name"], problem.dtype, problem.backward].append(_Held.of(each, machine))
     return tuple(_fitted(*key, cells, machine, folds) for key, cells in by.items())
 

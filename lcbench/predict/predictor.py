@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from lcbench.cp.base import Scheduled
-from lcbench.grid.build import build_kernel, build_strategy
+from lcbench.grid.build import build_kernel, build_strategy, input_bytes
 from lcbench.grid.cell import Cell
-from lcbench.measure.flops import backward_flops, forward_flops
-from lcbench.predict.draws import CannotPredict, draws_of
-from lcbench.predict.fit import UNFITTED_SHARE, guess
+from lcbench.measure.derived import derived
+from lcbench.predict.composed import Composed, Together
+from lcbench.predict.draws import CannotPredict
+from lcbench.predict.fit import UNFITTED_SHARE, error_key, guess, guess_dense
 from lcbench.predict.fitted import Fit, KernelFit, MemoryFit, Workspace
 from lcbench.predict.machines import fit_of, machine_of, peak_flops, platform_of
 from lcbench.predict.memory import SCORE
 from lcbench.schedule.machine import Machine
-from lcbench.schedule.simulate import Phase, Simulated, play
+from lcbench.schedule.simulate import Phase, Simulated
+from lcbench.workloads.parts import Attend, Made
 
 __all__ = ["CannotPredict", "Prediction", "Predictor"]
 
@@ -29,6 +28,8 @@ NEIGHBOUR_ERROR, UNFITTED_ERROR = 0.5, 1.0
 OWN_ERROR, UNFITTED_MEMORY = 0.2, 3.0
 # And one of a strategy that no observed cell had, where implementations of others took something besides.
 STRATEGY_ERROR = 0.5
+RATE = "tflops_per_gpu"
+NO_DENSE = f"what is beside the attention was not fitted: {UNFITTED_SHARE:.0%} of the peak is guessed"
 NO_FIT = f"no fit: {UNFITTED_SHARE:.0%} of the peak is guessed"
 
 
@@ -38,8 +39,12 @@ class Prediction:
 
     Attributes:
         phases: by name.
-        pairs: unmasked, over all query heads.
-        buffer_bytes, peak_bytes: of the rank with most, see ``Simulated``.
+        attention: passes of the attention, by direction.
+        made: what the cell is made of.
+        flops: by phase, over all ranks; again: of what the phase does that has been done before.
+        alone_s: by phase, of the slowest context-parallel group while the others are idle; empty where there are no others, or
+            none of them can do without them.
+        buffer_bytes, peak_bytes: of the rank with most, see ``Simulated``; 0 where nobody asked.
         peak_interval: bytes, 95 %.
         error: relative half-width of the 95 % interval of every time.
         basis: what it rests on, in words.
@@ -49,7 +54,11 @@ class Prediction:
     cell: Cell
     machine: Machine
     phases: dict[str, Phase]
-    pairs: float
+    attention: dict[str, Phase]
+    made: Made
+    flops: dict[str, float]
+    again: dict[str, float]
+    alone_s: dict[str, float]
     buffer_bytes: int
     peak_bytes: int
     peak_interval: tuple[float, float]
@@ -69,34 +78,60 @@ class Prediction:
 
     @property
     def needs_bytes(self) -> float:
-        """Of a rank: inputs, results, gradients, buffers and what its kernel needs inside."""
-        return self.peak_bytes + self.cell.problem.input_bytes
+        """Of a rank: inputs, results, gradients, weights, buffers and what its kernel needs inside."""
+        return self.peak_bytes + input_bytes(self.cell)
 
     @property
     def needs_interval(self) -> tuple[float, float]:
         """Of ``needs_bytes``, 95 %."""
         low, high = self.peak_interval
-        return low + self.cell.problem.input_bytes, high + self.cell.problem.input_bytes
+        return low + input_bytes(self.cell), high + input_bytes(self.cell)
 
     def metrics(self) -> dict[str, float]:
         """By the keys of ``measure.metrics``."""
-        heads, ranks = self.cell.problem.heads, self.cell.problem.scale.world_size
-        flops = {"forward": forward_flops(self.pairs, heads), "backward": backward_flops(self.pairs, heads)}
+        ranks = self.cell.scale.world_size
         found: dict[str, float] = {}
         for name, phase in self.phases.items():
             found[f"time/{name}/median_s"] = phase.seconds
-            found[f"compute/{name}/tflops_per_gpu"] = flops[name] / phase.seconds / ranks / 1e12
-            if ranks > 1:
+            if self.flops[name]:
+                found[f"compute/{name}/tflops_per_gpu"] = self.flops[name] / phase.seconds / ranks / 1e12
+            if ranks > 1 and self.made.room is None:  # of a step nobody measures it
                 found[f"overlap/{name}/compute_s"] = phase.seconds - phase.exposed_s
                 found[f"overlap/{name}/exposed_s"] = phase.exposed_s
         found["time/total/median_s"] = self.seconds
-        found["compute/tflops_per_gpu"] = sum(flops[name] for name in self.phases) / self.seconds / ranks / 1e12
+        found["compute/tflops_per_gpu"] = sum(self.flops.values()) / self.seconds / ranks / 1e12
         if peak := peak_flops(self.machine, self.cell.problem.dtype):
             found["compute/peak_tflops"] = peak / 1e12
-            found["compute/mfu"] = found["compute/tflops_per_gpu"] * 1e12 / peak
-            found |= {f"compute/{n}/mfu": found[f"compute/{n}/tflops_per_gpu"] * 1e12 / peak for n in self.phases}
-        found["memory/peak_bytes"], found["memory/buffer_bytes"] = float(self.peak_bytes), float(self.buffer_bytes)
-        return found
+            found |= {key.replace("tflops_per_gpu", "mfu"): rate * 1e12 / peak for key, rate in found.items() if key.endswith(RATE)}
+        if self.peak_bytes:
+            found["memory/peak_bytes"], found["memory/buffer_bytes"] = float(self.peak_bytes), float(self.buffer_bytes)
+        return found | self._of_mesh() | self._of_step(found)
+
+    def _of_mesh(self) -> dict[str, float]:
+        """What groups cost one another."""
+        if not self.alone_s:
+            return {}
+        alone = {**self.alone_s, "total": sum(self.alone_s.values())}
+        whole = {**{name: phase.seconds for name, phase in self.phases.items()}, "total": self.seconds}
+        found = {f"mesh/{name}/alone_s": seconds for name, seconds in alone.items()}
+        slowdowns = {name: whole[name] / seconds for name, seconds in alone.items()}
+        return found | {"mesh/slowdown" if name == "total" else f"mesh/{name}/slowdown": each for name, each in slowdowns.items()}
+
+    def _of_step(self, found: dict[str, float]) -> dict[str, float]:
+        """What a step is made of, and what follows from it."""
+        made = self.made
+        if made.room is None:
+            return {}
+        attending = sum(
+            part.times * self.attention[part.direction].seconds
+            for parts in made.phases.values() for part in parts if isinstance(part, Attend)
+        )  # fmt: skip
+        classes = made.room.classes if self.peak_bytes else {}
+        own = made.metrics | {f"memory/{name}_bytes": size for name, size in classes.items()} | {
+            "attention/share": attending / self.seconds,
+            "step/recomputed_flops_per_gpu": sum(self.again.values()) / self.cell.scale.world_size,
+        }  # fmt: skip
+        return own | derived(found | own)
 
 
 @dataclass(frozen=True)
@@ -139,31 +174,54 @@ class Predictor:
         return None
 
     def predict(self, cell: Cell, *, memory: bool = True) -> Prediction:
-        """Raises:
-        CannotPredict: nothing is known of how the strategy or the workload works.
+        """What a cell would take; ``memory``: whether its peak is worked out too, which takes longer than its time.
+
+        Raises:
+            CannotPredict: nothing is known of how the strategy works.
         """
         kernel, basis, error = self._kernel(cell)
+        dense = self.fitted.dense_of(cell.problem.dtype) if self.fitted is not None else None
         inside = self._memory(cell)
         if inside is not None:
             kernel = kernel.model_copy(update={"workspace": inside.workspace})
         elif build_kernel(cell.config["kernel"]).holds_scores(platform_of(self.machine)):
             kernel = kernel.model_copy(update={"workspace": Workspace(score=SCORE)})
-        draws, pairs = [], []
-        for prepared, found in draws_of(cell, self.machine):
-            draws.append(play(prepared, self.machine, kernel, memory=memory))
-            pairs.append(found)
-        peak, own = (max(getattr(draw, name) for draw in draws) for name in ("peak_bytes", "own_bytes"))
-        if inside is not None:
-            bounds = peak / (1 + inside.error), peak * (1 + inside.error)
-        else:  # what the schedule itself holds is known, and what the kernel adds is not
-            bounds = own / (1 + OWN_ERROR), peak * (1 + UNFITTED_MEMORY)
-        phases = {name: _mean([draw.phases[name] for draw in draws]) for name in draws[0].phases}
-        fitted = self.fitted.error if self.fitted is not None else {}
+        composed, model = Composed.of(cell, self.machine, memory=memory), dense or guess_dense(self.machine, cell.problem.dtype)
+        found = composed.play(self.machine, kernel, model)
+        made, alone = found.made, {}
+        if cell.mesh.count > 1 and made.room is None:
+            alone = {name: phase.seconds for name, phase in composed.play(self.machine, kernel, model, alone=True).phases.items()}
+        if made.room is not None:
+            basis = f"{basis}; {'; '.join(dense.sources) if dense else NO_DENSE}"
+            error = error if dense else UNFITTED_ERROR
+        peak, bounds = self._peak(found, inside) if memory else (0, (0.0, 0.0))
         return Prediction(
-            cell, self.machine, phases, float(np.mean(pairs)),
-            max(d.buffer_bytes for d in draws), peak, bounds,
-            max(error, *(fitted.get(name, UNFITTED_ERROR) for name in phases)), basis, tuple(draws),
+            cell, self.machine, found.phases, found.attention, made,
+            {name: composed.flops(made, name) for name in made.phases},
+            {name: composed.flops(made, name, again=True) for name in made.phases}, alone,
+            max(d.buffer_bytes for d in found.draws), peak, bounds,
+            max(error, *(self._error(cell, name) for name in found.phases)), basis, found.draws,
         )  # fmt: skip
+
+    def _error(self, cell: Cell, phase: str) -> float:
+        """Of a phase of cells like this one, by cross-validation."""
+        return self.fitted.error.get(error_key(cell, phase), UNFITTED_ERROR) if self.fitted is not None else UNFITTED_ERROR
+
+    def _peak(self, found: Together, inside: MemoryFit | None) -> tuple[int, tuple[float, float]]:
+        """The peak of the rank with most, and its 95 % interval."""
+        peak, own = (max(getattr(draw, name) for draw in found.draws) for name in ("peak_bytes", "own_bytes"))
+        if found.made.room is None:
+            if inside is not None:
+                return peak, (peak / (1 + inside.error), peak * (1 + inside.error))
+            # What the schedule itself holds is known, and what the kernel adds is not.
+            return peak, (own / (1 + OWN_ERROR), peak * (1 + UNFITTED_MEMORY))
+        room, buffers = found.made.room, max(draw.buffer_bytes for draw in found.draws)
+        whole, least = (int(max(room.peak + buffers, room.attending + each)) for each in (peak, own))
+        more = inside.error if inside is not None else UNFITTED_MEMORY
+        most = (1 + OWN_ERROR) * max(room.peak + buffers, room.attending + (1 + more) * peak)
+        if not self.machine.memory_bytes:  # a peak of the process, in which the C library keeps what was freed
+            most = max(most, (1 + UNFITTED_MEMORY) * whole)
+        return whole, (least / (1 + OWN_ERROR), most)
 
     def _memory(self, cell: Cell) -> MemoryFit | None:
         """What was fitted of the memory of the cell's kernel; None where nothing was, or a library holds what it likes."""
@@ -191,8 +249,3 @@ class Predictor:
             said = (*said, f"cp={strategy} was not fitted: its schedule with the kernel alone")
             error = max(error, STRATEGY_ERROR if self.fitted.factors else 0.0)
         return found.model_copy(update={"factors": factors}), "; ".join([*said, *found.sources]), error
-
-
-def _mean(phases: Sequence[Phase]) -> Phase:
-    """The mean of draws."""
-    return Phase(**{name: float(np.mean([getattr(phase, name) for phase in phases])) for name in Phase.__dataclass_fields__})

@@ -210,7 +210,7 @@ def _cell(strategy: tuple[str, ...], mask: str, ranks: int, heads: str, tokens: 
     """The cell of a published row: nodes of 8 GPUs."""
     per_node = min(8, ranks)
     words = [*strategy, *names()["masks"][mask], f"scale={ranks // per_node}x{per_node}", f"heads={heads}", f"kernel={kernel}",
-             f"seqlen={tokens * ranks}", f"dtype={dtype}", "site=local", "lengths=packed_quarters"]  # fmt: skip
+             f"seqlen={tokens * ranks}", f"dtype={dtype}", "site=local"]  # fmt: skip
     (planned,) = look(words).cells
     if planned.skip is not None:
         raise ValueError(f"a published row is no cell: {' '.join(words)}: {planned.skip}")

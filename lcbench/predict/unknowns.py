@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lcbench.predict.fitted import Coefficients, Factor, KernelFit, MachineFit
+from lcbench.predict.fitted import Coefficients, DenseFit, Factor, KernelFit, MachineFit
 from lcbench.schedule.machine import Collective, Machine
 
 Key = tuple[str, ...]
@@ -33,7 +33,8 @@ class Unknowns:
 
     Attributes:
         of: by path: ``kernel <name> <dtype> <phase> <coefficient>``, ``link <inside|across> <number>``,
-            ``collective <operation> <number>``, ``machine <number>``, ``factor <strategy> <phase> <number>``.
+            ``collective <operation> <number>``, ``machine <number>``,
+            ``dense <dtype> <number>``, ``factor <strategy> <phase> <number>``.
     """
 
     machine: Machine
@@ -56,6 +57,10 @@ class Unknowns:
             kernel=name, dtype=dtype, forward=forward, backward=backward, factors=factors, sources=tuple(sources),
             cores=self.machine.cores,
         )  # fmt: skip
+
+    def dense(self, dtype: str, sources: Iterable[str] = ()) -> DenseFit:
+        """What treats every token alone; of a type that no cell has: nothing takes any time."""
+        return DenseFit(dtype=dtype, **({"flop_s": 0.0, "byte_s": 0.0} | self.below("dense", dtype)), sources=tuple(sources))
 
     def factor(self, strategy: str, phase: str) -> Factor:
         return Factor.model_validate(self.below("factor", strategy, phase))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lcbench.grid import build
+from lcbench.grid.build import input_bytes
 from lcbench.grid.cell import Cell, format_tokens
 from lcbench.grid.search import Bracket, Search, at, resolution
 from lcbench.report.amounts import size
@@ -64,12 +64,6 @@ def _sized(cell: Cell, attempt: Attempt, cap_bytes: float) -> Probe:
     if needs <= cap_bytes:
         return Probe(cell, "fits", needs)
     return Probe(cell, "does not fit", needs, f"needs {size(needs)}")
-
-
-def input_bytes(cell: Cell) -> float:
-    """Of a rank: what its peak leaves out."""
-    said = cell.config.get("workload")  # an attention cell says nothing, and is told without torch
-    return cell.problem.input_bytes if said is None else build.build_workload(said).input_bytes(cell.problem)
 
 
 @dataclass(frozen=True)

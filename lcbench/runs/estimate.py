@@ -136,7 +136,7 @@ class Estimator:
         timed = {"time/total/median_s", "compute/tflops_per_gpu"} <= metrics.keys() and not attempt.no_speed
         if attempt.status == "ok" and timed:
             pass_s = metrics["time/total/median_s"]
-            work = metrics["compute/tflops_per_gpu"] * 1e12 * pass_s * cell.problem.scale.world_size
+            work = metrics["compute/tflops_per_gpu"] * 1e12 * pass_s * cell.scale.world_size
             prepare_s, first_pass_s, check_s = (metrics.get(f"time/{what}_s", 0.0) for what in ("prepare", "first_pass", "check"))
             known = _Known(cell, work, pass_s, prepare_s, max(0.0, first_pass_s - pass_s), check_s)
             if all(0.0 <= value < math.inf for value in (work, pass_s, prepare_s, known.first_s, check_s)):
@@ -146,7 +146,7 @@ class Estimator:
     def estimate(self, cell: Cell) -> Estimate:
         """Wall time of the cell, all draws of its mask and all blocks of its timings."""
         one = self._pass(cell)
-        ranks = cell.problem.scale.world_size
+        ranks = cell.scale.world_size
         besides = CELL_S[self._kind] + min(PAIR_S[self._kind] * ranks**2, RANK_S[self._kind] * ranks)
         every, most = (_every_s(cell, one, one.seconds * factor) for factor in (1.0, 1.0 + one.error))
         count = draws(cell.config["mask"])
@@ -177,7 +177,8 @@ class Estimator:
         if ratio := self._ratio(_values(cell, KERNEL)):
             seconds, basis = seconds * ratio, f"{basis}, by results of its kernel"
         heads = cell.problem.heads
-        check_s = CHECK_S[self._kind] * cell.problem.seqlen * heads.q * heads.dim
+        groups = 1 if self.device else cell.mesh.count  # which check at once, and on CPU share the cores
+        check_s = CHECK_S[self._kind] * cell.problem.seqlen * heads.q * heads.dim * groups
         return _Pass(seconds, max(error, LIKE_ERROR), 0.0, seconds + check_s, basis)
 
     def _like(self, cell: Cell, work: float, nearest: _Known) -> _Pass:
@@ -208,7 +209,7 @@ class Estimator:
             return 1.0
         scale = cell.scale
         turns = max(1.0, scale.world_size / self.cores[0], scale.gpus_per_node / self.cores[1])
-        return max(1.0, turns / self.passes.turns_of(cell.problem.scale))
+        return max(1.0, turns / self.passes.turns_of(scale))
 
 
 def _every_s(cell: Cell, one: _Pass, pass_s: float) -> float:

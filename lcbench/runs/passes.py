@@ -4,17 +4,19 @@ A plan of ten thousand cells is to take seconds, so a plan may simulate only so 
 long. Seeds of one mask are simulated once, and follow their FLOPs. Beyond its allowance a length follows the nearest simulated one
 of the same cell by its FLOPs; what has none, more ranks than are simulated, and what cannot be simulated (a library of which
 nobody says how it works, a mask whose file is gone) has a bound: its FLOPs at the pace of its kernel on one rank, and then all
-keys and values from the others, and their gradients back, over one rank's link.
+keys and values from the others, and their gradients back, over one rank's link. What a workload computes beside its attention
+has the pace of the kernel there.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lcbench.grid import own
-from lcbench.grid.build import SAMPLES
+from lcbench.grid.build import SAMPLES, input_bytes, made_of
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import mask_of, pairs
@@ -22,6 +24,7 @@ from lcbench.masks.band import BandMask
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.problem import Problem, Scale
 from lcbench.runs.files import BROKEN
+from lcbench.workloads.parts import Compute, Made, Share
 
 if TYPE_CHECKING:
     from lcbench.predict.predictor import Predictor
@@ -43,6 +46,7 @@ ALONE = {
     "mask": {"name": "full", "_target_": "lcbench.masks.full.full"},
     "scale": "1x1",
 }
+OF_WORKLOADS = ("workload", "recompute", "mesh")  # which attention alone on one rank has not
 NOT_OF_SHAPE = ("seqlen", "seed", "measure")
 
 _made: dict[str, Passes] = {}  # by device
@@ -115,21 +119,23 @@ class Passes:
             if not isinstance(error, (*BROKEN, OSError)) and not own.named_in(cell.config["cp"]):
                 raise
             return self._refused.setdefault((shape, cell.problem.seqlen), _why(error))  # code of the user's may raise anything
-        held = found.peak_bytes + cell.problem.input_bytes
         self._simulated[shape][cell.problem.seqlen] = Expected(
-            self.slower * found.seconds, found.error, work, held, "simulation", True
+            self.slower * found.seconds, found.error, work, found.needs_bytes, "simulation", True
         )
         return None
 
     def _bound(self, cell: Cell, work: float, reason: str) -> Expected:
         problem, machine = cell.problem, self.predictor.machine
         link = machine.across if problem.scale.nodes > 1 else machine.inside
-        seconds = self.slower * work / problem.scale.world_size / self._pace(cell) + exchanged_bytes(problem) / link.bytes_per_s
-        return Expected(seconds, ROUGH, work, problem.input_bytes, f"FLOPs and bytes: {reason}", False)
+        made = _parts(cell)
+        sent = exchanged_bytes(problem) * made.attends() / (2 if problem.backward else 1)
+        seconds = self.slower * work / cell.scale.world_size / self._pace(cell) + sent / link.bytes_per_s
+        held = input_bytes(cell) + (sum(made.room.classes.values()) if made.room else 0.0)
+        return Expected(seconds, ROUGH, work, held, f"FLOPs and bytes: {reason}", False)
 
     def _pace(self, cell: Cell) -> float:
         """FLOP/s of a cell's kernel on one rank."""
-        config = {key: value for key, value in cell.config.items() if key != "workload"}
+        config = {key: value for key, value in cell.config.items() if key not in OF_WORKLOADS}
         alone = Cell.from_config({**config, **ALONE, "seqlen": PACE_TOKENS})
         shape = _shape(alone)
         if shape not in self._paces:
@@ -174,15 +180,25 @@ def _passes_on(device: dict[str, Any] | None) -> Passes:
 
 
 def flops(cell: Cell) -> float:
-    """FLOPs of one iteration of a cell over all ranks. Where its mask cannot be built here (its file has changed, say), a full mask
-    counts; the attempt reports the reason.
+    """FLOPs of one iteration of a cell over all ranks, what is computed again not counted. Where its mask cannot be built here (its
+    file has changed, say), a full mask counts; the attempt reports the reason.
     """
-    heads = cell.problem.heads
+    heads, made = cell.problem.heads, _parts(cell)
     try:
         work = pairs(cell)
     except (*BROKEN, OSError):
         work = float(cell.problem.seqlen) ** 2 * heads.q
-    return forward_flops(work, heads) + (backward_flops(work, heads) if cell.problem.backward else 0.0)
+    counts = (("forward", forward_flops), ("backward", backward_flops))
+    attended = sum(made.attends(direction, again=False) * count(work, heads) for direction, count in counts)
+    every = (part for parts in made.phases.values() for part in parts)
+    computed = sum(part.flops for part in every if isinstance(part, Compute) and not part.again)
+    return cell.mesh.count * (attended + computed * cell.problem.scale.world_size)
+
+
+def _parts(cell: Cell) -> Made:
+    """What a cell is made of on a rank with its even share of the tokens."""
+    problem = cell.problem
+    return made_of(cell.config, Share(problem, math.ceil(problem.seqlen / problem.scale.world_size), cell.mesh))
 
 
 def exchanged_bytes(problem: Problem) -> float:
@@ -200,9 +216,10 @@ def _cost(cell: Cell, pair: float) -> float:
         ValueError: its mask cannot be built.
     """
     mask, ranks = mask_of(cell), cell.problem.scale.world_size
+    each = pair * cell.mesh.count  # all groups are played
     blocks = cell.problem.seqlen / BLOCK_SIDE
     drawn = BAND * len(mask) if isinstance(mask, BandMask) else BLOCK * mask.maps * blocks**2
-    return float(ANY + pair * ranks**2 + drawn)
+    return float(ANY + each * ranks**2 + drawn)
 
 
 def _why(error: Exception) -> str:

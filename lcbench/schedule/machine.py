@@ -49,12 +49,14 @@ class Machine:
         name: of its file in conf/machine.
         device: name of its entry in conf/device; ``cpu`` for ranks that are CPU processes.
         inside: the link between ranks of a node.
-        across: the link of a rank to other nodes: its share of the node's network.
+        across: the link of a NIC to other nodes.
+        nics: of a node, each shared by as many ranks; 0: every rank has its own.
         memory_bytes: of a device; 0: not known.
         memory_bytes_per_s: of a rank, for copies, merges and sums.
         cores: of a node, which its ranks share; 0: every rank has a device of its own.
         launch_s: the host's time to start a kernel or a copy.
         message_s: the host's time to start a batch of messages.
+        host_bytes_per_s: of a rank, one way, to pinned memory of the host; 0: the host's memory is its own.
         collectives: by operation (``all_to_all``, ``all_gather``, ``reduce_scatter``); those that are not named are as the links.
     """
 
@@ -68,24 +70,34 @@ class Machine:
     message_s: float
     collectives: dict[str, Collective] = field(default_factory=dict)
     cores: int = 0
+    nics: int = 0
+    host_bytes_per_s: float = 0.0
 
-    def collective_s(self, operation: str, block: float, ranks: int, together: int, fewest: int | None = None) -> float:
+    def nics_of(self, ranks: int) -> int:
+        """NICs of a node with so many ranks; no rank has more than one."""
+        return min(self.nics or ranks, ranks)
+
+    def collective_s(
+        self, operation: str, block: float, ranks: int, together: int, fewest: int | None = None, shared: int = 1
+    ) -> float:
         """Seconds of a collective.
 
         Args:
             block: bytes from each rank of the set to each other.
             ranks: of the set.
             together, fewest: those of them that are in one node, at most and at least; None: as many in each.
+            shared: ranks of the set that leave their node by the same NIC, at most.
         """
         how, several = self.collectives.get(operation, Collective()), together < ranks
         fewest = together if fewest is None else fewest
         if operation == "all_to_all":  # inside the node and out of it at once
             bound = max(
-                block * (together - 1) / self.inside.bytes_per_s, block * (ranks - fewest) * several / self.across.bytes_per_s
+                block * (together - 1) / self.inside.bytes_per_s,
+                block * (ranks - fewest) * several * shared / self.across.bytes_per_s,
             )
         else:  # rings through all nodes: what leaves a node leaves it by the network links of all its ranks at once
             within = self.inside.bytes_per_s if together > 1 else np.inf
-            bound = block * (ranks - 1) / min(within, fewest * self.across.bytes_per_s if several else np.inf)
+            bound = block * (ranks - 1) / min(within, fewest / shared * self.across.bytes_per_s if several else np.inf)
         latency = how.latency_s * ranks + (self.across if several else self.inside).latency_s
         return float(latency + bound * (1 + how.fewer / ranks) / how.efficiency)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from lcbench.masks.band import Ints, distinct
 from lcbench.masks.mask import Mask
-from lcbench.problem import Problem
+from lcbench.problem import Problem, Scale
 from lcbench.schedule.adjoint import Traffic, Transfer, traffic
 from lcbench.schedule.lowering import Collective, Operation, collectives
 from lcbench.schedule.machine import Floats, KernelModel, Machine
@@ -62,7 +62,8 @@ class Simulated:
 
     Attributes:
         phases: ``forward`` and, with backward, ``backward``.
-        times: seconds (ranks, times, 4): begin, messages sent, tiles computed, messages there, as of ``Executor.timeline``.
+        times: seconds (ranks of the first group, times, 4): begin, messages sent, tiles computed, messages there, as of
+            ``Executor.timeline``.
         buffer_bytes: of the rank with most, among those with most tiles, the first and the last; 0 where nobody asked.
         peak_bytes: of that rank, as ``memory/peak_bytes``: in one iteration, without inputs, with buffers and with what the kernel
             is said to need inside. 0 where nobody asked.
@@ -125,19 +126,45 @@ def prepare(modelled: Modelled, operations: tuple[Operation, ...] = ()) -> Prepa
     return Prepared(modelled, moves, found, tiling(schedule, modelled.mask), operations)
 
 
-def play(prepared: Prepared, machine: Machine, model: KernelModel, *, memory: bool = True) -> Simulated:
-    """Play one iteration of what was prepared; ``memory``: whether buffers are worked out, which takes longer than the play."""
+@dataclass(frozen=True)
+class Groups:
+    """Context-parallel groups that do the same at once.
+
+    Attributes:
+        ranks: (groups, P), the global ranks of each.
+        per_node: ranks of a node, of all groups.
+    """
+
+    ranks: Ints
+    per_node: int
+
+    @classmethod
+    def alone(cls, scale: Scale) -> Groups:
+        """One group that has all ranks of its nodes."""
+        return cls(np.arange(scale.world_size, dtype=np.int64)[None], scale.gpus_per_node)
+
+
+def play(
+    prepared: Prepared, machine: Machine, model: KernelModel, *, memory: bool = True, groups: Groups | None = None
+) -> Simulated:
+    """Play one iteration of what was prepared.
+
+    Args:
+        memory: whether buffers are worked out, which takes longer than the play.
+        groups: who does it at once, on links that they share; None: one group alone.
+    """
     modelled, moves = prepared.modelled, prepared.moves
-    work = _work(prepared, machine, model)
-    clocks = _Play(modelled, machine, moves, work)
+    groups = groups or Groups.alone(modelled.problem.scale)
+    work = _work(prepared, machine, model).times(len(groups.ranks))
+    clocks = _Play(modelled, machine, moves, work, groups)
     by_begin: dict[int, list[tuple[Transfer, Collective | None]]] = defaultdict(list)
     for transfer, collective in zip(moves.transfers, prepared.found, strict=True):
-        by_begin[transfer.begin].append((transfer, collective))
+        by_begin[transfer.begin].append(_of_all(transfer, collective, *groups.ranks.shape))
     for time in range(len(work.compute)):
         clocks.step(time, by_begin.get(time, []))
     times = clocks.times()
     buffers, peak, own = _memory(prepared, model) if memory else (0, 0, 0)
-    return Simulated(clocks.phases(times), times, buffers, peak, own)
+    return Simulated(clocks.phases(times), times[: groups.ranks.shape[1]], buffers, peak, own)
 
 
 def simulate(
@@ -163,6 +190,25 @@ class _Work:
     besides: Floats
     launches: Floats
     tiling: Tiling
+
+    def times(self, groups: int) -> _Work:
+        """The same of several groups, one behind the other."""
+        if groups == 1:
+            return self
+        compute, besides, launches = (np.tile(each, (1, groups)) for each in (self.compute, self.besides, self.launches))
+        return _Work(compute, besides, launches, self.tiling)
+
+
+def _of_all(transfer: Transfer, collective: Collective | None, groups: int, ranks: int) -> tuple[Transfer, Collective | None]:
+    """A transfer as all groups make it: rank r of group g is number g * ``ranks`` + r."""
+    if groups == 1:
+        return transfer, collective
+    rows = np.tile(transfer.rows, (groups, 1))
+    rows[:, : MoveColumn.SHARD] += np.repeat(np.arange(groups) * ranks, len(transfer.rows))[:, None]
+    if collective is not None:
+        sets = tuple(tuple(g * ranks + r for r in members) for g in range(groups) for members in collective.sets)
+        collective = replace(collective, sets=sets)
+    return replace(transfer, rows=rows), collective
 
 
 def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
@@ -211,12 +257,18 @@ def _own_copies(modelled: Modelled, moves: Traffic, made: Tiling, shape: tuple[i
 
 
 class _Play:
-    """The clocks of all ranks."""
+    """The clocks of all ranks of all groups."""
 
-    def __init__(self, modelled: Modelled, machine: Machine, moves: Traffic, work: _Work) -> None:
+    def __init__(self, modelled: Modelled, machine: Machine, moves: Traffic, work: _Work, groups: Groups) -> None:
         self._modelled, self._machine, self._moves, self._work = modelled, machine, moves, work
         self._schedule, self._problem = modelled.schedule, modelled.problem
-        ranks = self._ranks = self._schedule.world_size
+        ranks = self._ranks = groups.ranks.size
+        self._of_group = groups.ranks.shape[1]
+        self._node, place = np.divmod(groups.ranks.ravel(), groups.per_node)
+        nics = machine.nics_of(groups.per_node)
+        # The link that a rank sends by, as a number below that of ranks: its own inside the node, and a NIC that others may share.
+        own_nic = self._node * nics + place * nics // groups.per_node
+        self._way = {"inside": np.arange(ranks), "across": np.unique(own_nic, return_inverse=True)[1]}
         self._now, self._host = np.zeros(ranks), np.zeros(ranks)
         self._alone, self._alone_host = np.zeros(ranks), np.zeros(ranks)  # the same without any message
         self._at_half: list[Floats] = []  # what phases take so
@@ -265,7 +317,8 @@ class _Play:
     def _arrived(self, time: int, computed: Floats) -> Floats:
         """When all that must be there by the end of a time is there and taken."""
         for awaited in self._awaited.pop(time, []):
-            ends = np.maximum(self._long[awaited.link, 0][awaited.source], self._long[awaited.link, 1][awaited.to])
+            way = self._way[awaited.link]
+            ends = np.maximum(self._long[awaited.link, 0][way[awaited.source]], self._long[awaited.link, 1][way[awaited.to]])
             self._come(awaited.channel, time, awaited.source, awaited.to, ends + awaited.latency_s)
         there = np.maximum(computed, self._arrivals.pop(time, computed))
         return there + self._taken.pop(time, np.zeros(self._ranks)) / self._machine.memory_bytes_per_s
@@ -283,7 +336,8 @@ class _Play:
             staged = np.ones(len(size), dtype=bool)
         else:  # some heads of own tensors are no stretch of memory
             lengths = np.array([len(g) for g in self._schedule.heads])
-            staged = (lengths[group] < self._problem.heads.q) & (self._schedule.owner[transfer.rows[:, MoveColumn.SHARD]] == source)
+            own = self._schedule.owner[transfer.rows[:, MoveColumn.SHARD]] == source % self._of_group
+            staged = (lengths[group] < self._problem.heads.q) & own
         if collective is not None and collective.operation == "all_gather":  # what goes to all is packed once
             size = size / (len(collective.sets[0]) - 1)
         found: Floats = np.bincount(source, weights=COPIED * size * staged, minlength=self._ranks).astype(np.float64)
@@ -319,8 +373,7 @@ class _Play:
 
     def _messages(self, transfer: Transfer, source: Ints, to: Ints, size: Floats, ready: Floats) -> None:
         """Messages from point to point: each begins when both ends are ready."""
-        per_node = self._problem.scale.gpus_per_node
-        outside = source // per_node != to // per_node
+        outside = self._node[source] != self._node[to]
         free = np.maximum(ready, self._streams[transfer.channel])
         begins = np.maximum(free[source], free[to])
         for name, link, which in (("inside", self._machine.inside, ~outside), ("across", self._machine.across, outside)):
@@ -336,7 +389,7 @@ class _Play:
     def _on_link(self, name: str, source: Ints, to: Ints, seconds: Floats, begins: Floats) -> Floats:
         """When messages that each take ``seconds`` by themselves have gone over a link, (n,)."""
         ends = begins + seconds
-        for direction, ranks in enumerate((source, to)):
+        for direction, ranks in enumerate((self._way[name][source], self._way[name][to])):
             free, long = self._links[name, direction], self._long[name, direction]
             first, busy = self._sums(ranks, seconds, begins)
             start = np.maximum(first, free)
@@ -349,14 +402,14 @@ class _Play:
 
     def _on_link_long(self, name: str, source: Ints, to: Ints, seconds: Floats, begins: Floats) -> None:
         """Messages that others go past: they end later for each of these."""
-        for direction, ranks in enumerate((source, to)):
+        for direction, ranks in enumerate((self._way[name][source], self._way[name][to])):
             long = self._long[name, direction]
             first, busy = self._sums(ranks, seconds, begins)
             used = np.isfinite(first)
             long[used] = (np.maximum(first, long) + busy)[used]
 
     def _sums(self, ranks: Ints, seconds: Floats, begins: Floats) -> tuple[Floats, Floats]:
-        """When the first message of each rank begins (inf: it has none), and how long all take, both (ranks,)."""
+        """When the first message of each link begins (inf: it has none), and how long all take, both (ranks,)."""
         first = np.full(self._ranks, np.inf)
         np.minimum.at(first, ranks, begins)
         return first, np.bincount(ranks, weights=seconds, minlength=self._ranks).astype(np.float64)
@@ -368,20 +421,20 @@ class _Play:
 
     def _collective(self, transfer: Transfer, collective: Collective, ready: Floats, share: float) -> None:
         """A collective of each set, of this share of its bytes. It begins when all ranks of the set are ready."""
-        per_node = self._problem.scale.gpus_per_node
         stream = self._streams[transfer.channel]
         free = np.maximum(ready, stream)
         for members in collective.sets:
             ranks = np.array(members)
-            nodes = np.unique(ranks // per_node, return_counts=True)[1]
+            nodes = np.unique(self._node[ranks], return_counts=True)[1]
+            shared = int(np.unique(self._way["across"][ranks], return_counts=True)[1].max())
             used = [name for name, some in (("inside", nodes.max() > 1), ("across", len(nodes) > 1)) if some]
-            ways = [self._links[name, direction] for name in used for direction in (0, 1)]
-            begin = float(max(free[ranks].max(), *(way[ranks].max() for way in ways)))
+            ways = [(self._links[name, direction], self._way[name][ranks]) for name in used for direction in (0, 1)]
+            begin = float(max(free[ranks].max(), *(busy[way].max() for busy, way in ways)))
             end = begin + self._machine.collective_s(
-                collective.operation, share * collective.block, len(ranks), int(nodes.max()), int(nodes.min())
+                collective.operation, share * collective.block, len(ranks), int(nodes.max()), int(nodes.min()), shared
             )
-            for each in (self._arrivals[transfer.end], stream, *ways):
-                each[ranks] = np.maximum(each[ranks], end)
+            for each, way in ((self._arrivals[transfer.end], ranks), (stream, ranks), *ways):
+                each[way] = np.maximum(each[way], end)
 
     def times(self) -> Floats:
         return self._times.swapaxes(0, 1)
@@ -429,6 +482,9 @@ class Holding:
         fixed: bytes that are held while tiles are computed, forward and backward; backward: None where there is none.
         besides: bytes that are held at other times instead of what tiles need, in each.
         results: bytes of each tile's results, in each, (n,).
+        tokens: that it has.
+        finals: (tokens, heads) of results of others' queries that it alone computes, and keeps for backward.
+        kept: bytes of each buffer that is kept from forward to backward.
     """
 
     tiles: Ints
@@ -436,6 +492,9 @@ class Holding:
     fixed: tuple[int, int | None]
     besides: tuple[int, int]
     results: tuple[Floats, Floats]
+    tokens: int = 0
+    finals: tuple[tuple[int, int], ...] = ()
+    kept: tuple[int, ...] = ()
 
     def peak_bytes(self, workspaces: Sequence[Floats]) -> int:
         """The most that is held at once; ``workspaces``: bytes that each of all tiles needs inside, forward and backward."""
@@ -483,11 +542,12 @@ def _holding(modelled: Modelled, program: Program, made: Tiling, rank: int) -> H
     )  # fmt: skip
     out = q * inputs + lse
     if modelled.schedule.world_size == 1:
-        return Holding(own, 0, (0, out if problem.backward else None), (out, 0), results)
-    finals = sum(
-        sum(modelled.schedule.sizes[list(bundle)].tolist()) * len(modelled.schedule.heads[group]) * (heads.dim * inputs + sums)
+        return Holding(own, 0, (0, out if problem.backward else None), (out, 0), results, tokens)
+    others = tuple(
+        (sum(modelled.schedule.sizes[list(bundle)].tolist()), len(modelled.schedule.heads[group]))
         for group, bundle in program.finals
     )
+    finals = sum(rows * held * (heads.dim * inputs + sums) for rows, held in others)
     wide = bool(made.again[own].any()) or not program.all_final  # merged, so summed up in the type of sums
     total, held = q * (sums if wide else inputs) + lse, program.buffer_bytes + kv * inputs + finals
     forward, backward = held + total, None
@@ -495,4 +555,5 @@ def _holding(modelled: Modelled, program: Program, made: Tiling, rank: int) -> H
     if problem.backward:
         backward = held + out + (q + kv) * sums + stats[0]
     besides = (q * inputs if wide else 0, max(stats[1], (q + kv) * inputs))
-    return Holding(own, program.buffer_bytes, (forward, backward), besides, results)
+    kept = tuple(program.slots[slot] for slot in sorted(program.kept_slots))
+    return Holding(own, program.buffer_bytes, (forward, backward), besides, results, tokens, others, kept)

@@ -11,6 +11,7 @@ from lcbench.cp.base import Strategy
 from lcbench.kernels.base import Kernel, refusal
 from lcbench.masks.mask import Mask
 from lcbench.problem import ALONE, Mesh, Problem, Scale
+from lcbench.workloads.parts import Made, Share, attention_alone
 
 if TYPE_CHECKING:
     from lcbench.measure.session import Gang, Session  # with torch, which planning does without
@@ -36,6 +37,14 @@ class Workload(Protocol):
             recompute: as in ``Work``.
         """
         return None
+
+    def made(self, share: Share, recompute: Any) -> Made:
+        """What it is made of on a rank with a share of a cell, for predictions (``lcbench.predict``).
+
+        Args:
+            recompute: as in ``Work``.
+        """
+        return attention_alone(share)
 
     def input_bytes(self, problem: Problem) -> float:
         """Bytes of what a rank with its even share of the tokens is given, which ``memory/peak_bytes`` leaves out: here q, k, v

@@ -15,6 +15,9 @@ from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.workloads.base import Work, Workload
+from lcbench.workloads.block_parts import made_of
+from lcbench.workloads.parts import Made, Share
+from lcbench.workloads.recompute.base import Recompute
 from lcbench.workloads.trained import Trained
 
 if TYPE_CHECKING:
@@ -29,6 +32,9 @@ class Block(Trained, Workload):
     """Layers of a model, and its head, trained as ``Trained`` says."""
 
     takes: ClassVar[tuple[str, ...]] = ("recompute",)
+
+    def made(self, share: Share, recompute: Recompute) -> Made:
+        return made_of(self, share, recompute)
 
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
         if not problem.backward:

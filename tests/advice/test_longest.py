@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from lcbench.advice.longest import Guesses, Refused, Searching, capped
+from lcbench.grid.build import input_bytes
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import loader_of
 from lcbench.grid.expand import Plan, Planned, expand
 from lcbench.grid.search import CELLS, GIB, Search
 from lcbench.predict.fitted import Coefficients, Fit, KernelFit
 from lcbench.predict.predictor import Predictor
-from lcbench.report.longest import Choice, Longest, input_bytes, longest_of
+from lcbench.report.longest import Choice, Longest, longest_of
 from lcbench.runs.attempt import Attempt, Failure
 from lcbench.runs.manifest import Entry
 from lcbench.runs.store import Sweep

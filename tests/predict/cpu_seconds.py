@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,24 @@ PHASES = ("forward", "backward")
 
 def measured(cells: Sequence[Cell], iterations: int) -> list[CellTime]:
     """Every cell's CPU seconds, the fastest of the iterations, those of one number of ranks together."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for ranks in sorted({cell.scale.world_size for cell in cells}):
-        configs = [cell.config for cell in cells if cell.scale.world_size == ranks]
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "seconds.json"
-            run_ranks(ranks, _rank, configs, iterations, str(path))
-            found |= json.loads(path.read_text())
+    found = by_ranks(cells, iterations, _rank)
     return [
         CellTime(cell, found[cell.id]["whole"], cell.config["mask"]["name"], "CPU seconds", own=True,
                  compute=found[cell.id].get("compute", {}), communication=found[cell.id].get("communication", {}))
         for cell in cells
     ]  # fmt: skip
+
+
+def by_ranks(cells: Sequence[Cell], iterations: int, rank: Callable[..., None]) -> dict[str, Any]:
+    """What ``rank(rank, configs, iterations, path)`` writes to the path of all cells of a number of ranks, by the cells' ids."""
+    found: dict[str, Any] = {}
+    for ranks in sorted({cell.scale.world_size for cell in cells}):
+        configs = [cell.config for cell in cells if cell.scale.world_size == ranks]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "seconds.json"
+            run_ranks(ranks, rank, configs, iterations, str(path))
+            found |= json.loads(path.read_text())
+    return found
 
 
 def _rank(rank: int, configs: list[dict[str, Any]], iterations: int, path: str) -> None:

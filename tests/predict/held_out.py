@@ -14,7 +14,7 @@ import torch
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.measure.environment import describe
-from lcbench.predict.cells import cell_times
+from lcbench.predict.cells import cell_times, group_of
 from lcbench.predict.fitted import Fit
 from lcbench.predict.machines import machine_of
 from lcbench.predict.observations import CellTime
@@ -88,10 +88,8 @@ def table(rows: Sequence[Judged]) -> str:
     for row in rows:
         of_phases = [f"{row.predicted[name] / seconds - 1:+.0%}" for name, seconds in row.measured.items()]
         measured, predicted = (1e3 * sum(each.values()) for each in (row.measured, row.predicted))
-        name = f"{row.cell.label} {row.cell.heads}"
-        lines.append(
-            f"{name:<66} {measured:>7.1f} ms {predicted:>7.1f} ms {row.error:>+7.0%}   {of_phases[0]:>7} {of_phases[1]:>8}"
-        )
+        name, phases = f"{row.cell.label} {row.cell.heads}", " ".join(f"{each:>7}" for each in of_phases)
+        lines.append(f"{name:<66} {measured:>7.1f} ms {predicted:>7.1f} ms {row.error:>+7.0%}   {phases}")
     median, share = verdict(rows)
     most = float(np.quantile(np.abs([row.error for row in rows]), 0.9))
     lines.append(
@@ -137,7 +135,7 @@ def read(path: Path) -> dict[str, list[CellTime]]:
     known = json.loads(path.read_text())
     return {
         name: [
-            CellTime(Cell.from_config(c["config"]), c["phases"], c["config"]["mask"]["name"], path.stem, own=True,
+            CellTime(Cell.from_config(c["config"]), c["phases"], group_of(Cell.from_config(c["config"])), path.stem, own=True,
                      compute=c["compute"], communication=c["communication"])
             for c in cells
         ]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lcbench.grid.build import build
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.paths import CONF
@@ -148,6 +149,49 @@ def test_longer_cells_take_longer_and_more_ranks_less_each() -> None:
     assert lengths[-1] > 1000 * lengths[0]
     scales = [simulated.of(cell(seqlen=1 << 21, scale=scale)).seconds for scale in ("1x1", "1x2", "1x8", "4x8", "16x8")]
     assert scales == sorted(scales, reverse=True)
+
+
+def step(layers: int = 2, recompute: str = "none", **more: Any) -> Cell:
+    workload = {**load("workload", "block"), "layers": layers, "model": load("model", "llama3_8b")}
+    axes = {} if recompute == "none" else {"recompute": load("recompute", recompute)}
+    return cell(seqlen=1 << 16, workload=workload, **axes, **more)
+
+
+def test_a_step_takes_what_its_layers_and_its_head_take_and_what_is_done_again() -> None:
+    model = build(load("model", "llama3_8b"))
+    attention = flops(cell(seqlen=1 << 16))
+    parameters = 2 * model.layer_parameters() + model.head_parameters()
+    assert flops(step()) == pytest.approx(2 * attention + 6 * 2**16 * parameters, rel=1e-9)
+    assert flops(step(recompute="full")) == flops(step())
+    simulated = fresh()
+    two, four, full = (simulated.of(each) for each in (step(), step(4), step(recompute="full")))
+    assert two.simulated
+    assert two.seconds > 2 * simulated.of(cell(seqlen=1 << 16)).seconds
+    assert two.seconds < four.seconds < 2 * two.seconds
+    assert full.seconds > two.seconds
+    assert full.peak_bytes < two.peak_bytes
+    assert two.peak_bytes > 2 * 2 * parameters, "weights and gradients"
+    estimator = Estimator(DEVICES["h100"])
+    assert not estimator.will_fail(step())
+    assert estimator.will_fail(step(32, scale="1x4"))
+
+
+def test_meshes_are_estimated_by_all_their_ranks() -> None:
+    simulated = fresh()
+    mesh = {"tp": 2, "dp": 2, "order": "tp-cp-dp"}
+    whole, groups = cell(seqlen=1 << 17, scale="1x8"), cell(seqlen=1 << 17, scale="2x16", mesh=mesh)
+    assert groups.problem.scale == Scale(1, 8)
+    assert flops(groups) == pytest.approx(2 * flops(whole)), "two sequences, half of the heads each"
+    found = simulated.of(groups)
+    assert found.simulated
+    assert found.seconds == pytest.approx(simulated.of(whole).seconds / 2, rel=0.15)
+    bound = Passes(simulated.predictor, allowance=0.0).of(groups)
+    assert not bound.simulated
+    assert bound.seconds == pytest.approx(found.seconds, rel=0.5)
+    estimator = Estimator(DEVICES["h100"])
+    assert estimator.seconds(groups) < estimator.seconds(whole) + 1
+    many = Estimator(cores=(2.0, math.inf))
+    assert many.seconds(cell(scale="1x16", mesh=mesh)) > 1.5 * many.seconds(cell(scale="1x4"))  # two sequences on two cores
 
 
 def test_what_cannot_be_simulated_has_a_bound_and_says_why(tmp_path: Path) -> None:
@@ -304,7 +348,8 @@ def test_estimating_loads_neither_torch_nor_mlflow() -> None:
     code = (
         "import sys; from lcbench.grid.command_line import look; from lcbench.runs.estimate import Estimator;"
         "plan = look(['cp=glob(*)', 'mask=causal,causal_document,block_random', 'scale=1x2', 'seqlen=1k']);"
-        "found = [Estimator().seconds(p.cell) for p in plan.cells]; assert len(found) > 30;"
+        "step = look(['workload=block', 'model=tiny', 'recompute=glob(*)', 'scale=1x4', 'mesh.tp=2', 'seqlen=1k']);"
+        "found = [Estimator().seconds(p.cell) for p in [*plan.cells, *step.cells]]; assert len(found) > 35;"
         "print([m for m in ('torch', 'mlflow', 'pandas', 'submitit') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -27,14 +27,14 @@ from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.causal import causal
 from lcbench.masks.full import full
 from lcbench.masks.mask import Mask
-from lcbench.problem import Heads, Problem, Scale
+from lcbench.problem import Heads, Mesh, Problem, Scale
 from lcbench.schedule.adjoint import traffic
 from lcbench.schedule.layout import contiguous
 from lcbench.schedule.lowering import OPERATIONS
 from lcbench.schedule.machine import Floats, Link, Machine, Tiles
 from lcbench.schedule.program import Program
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows, singles
-from lcbench.schedule.simulate import Modelled, Simulated, simulate
+from lcbench.schedule.simulate import Groups, Modelled, Simulated, play, prepare, simulate
 from lcbench.schedule.tiling import tiling
 from lcbench.schedule.verify import verify
 from lcbench.testing.masks import load, names, small
@@ -116,6 +116,23 @@ def test_an_all_gather_is_a_ring_over_all_network_links_of_a_node() -> None:
     of = problem(8, Scale(2, 2), Heads(1, 1, 4))
     found = played(AllGather(layout="contiguous"), of, full(8), machine, 0.0).phases["forward"]
     assert found.seconds == pytest.approx(3 * 64 / 64)
+
+
+@pytest.mark.parametrize(("nics", "order", "seconds"), [(0, "tp-cp-dp", 4.0), (1, "tp-cp-dp", 8.0), (1, "cp-tp-dp", 1.0)])
+def test_groups_on_one_network_link_wait_for_one_another(nics: int, order: str, seconds: float) -> None:
+    # Two groups of two ranks on two nodes. A shard of 64 bytes: 4 s across, 1 s inside. Strided, both groups leave their nodes, by
+    # one NIC in turn or by one each; blocked, neither does.
+    machine = replace(NOTHING, inside=Link(0.0, 64.0), across=Link(0.0, 16.0), nics=nics)
+    mesh, scale = Mesh(tp=2, order=order), Scale(2, 2)
+    of = problem(4, mesh.group_scale(scale), Heads(1, 1, 4))
+    ranks = mesh.groups(scale).reshape(2, 2)
+    for strategy, operations in ((Ring(layout="contiguous"), ()), (AllGather(layout="contiguous"), NCCL)):
+        prepared = prepare(Modelled(strategy.schedule(of, full(4)), full(4), of), operations)
+        found = play(prepared, machine, PerPair(0.0), memory=False, groups=Groups(ranks, 2))
+        assert found.phases["forward"].seconds == pytest.approx(seconds)
+        assert found.times.shape[0] == 2, "of the first group"
+        alone = play(prepared, machine, PerPair(0.0), memory=False)
+        assert alone.phases["forward"].seconds == pytest.approx(1.0 if order == "cp-tp-dp" else 4.0)
 
 
 def test_a_message_that_may_take_long_shares_its_link_with_the_others() -> None:

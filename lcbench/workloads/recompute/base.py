@@ -57,6 +57,14 @@ class Recompute(ABC):
     def again(self) -> Again:
         """What its backward computes again."""
 
+    def foreseen(self, layer: LayerBytes, hides: float) -> Recompute:
+        """The policy with what its options leave to measurements, as these are foreseen.
+
+        Args:
+            hides: bytes that a rank can copy to the host while a layer is in forward.
+        """
+        return self
+
     @abstractmethod
     def kept(self, layer: LayerBytes) -> Held:
         """What of a layer it keeps between forward and backward, and has there in backward."""

@@ -134,12 +134,17 @@ def step_peak(
     layers: int,
     dtype: str,
     loss_chunk: int,
+    shards: int = 1,
 ) -> int:
     """Peak of a step's memory on the device above what is there between steps: weights, the first layer's input and buffers.
     Without an optimizer, and without the attention's own room, which is its kernel's and its strategy's.
 
     It is reached in the MLP of the last layer's backward, in that of the first one's (when the weights of all others have their
     gradients), in the last attention's backward, or in the head.
+
+    Args:
+        shards: ranks that weights and gradients are sharded over. The head is whole on each from its forward on, and so is what is
+        at work of the layers: two halves, and the gradients of one, which are summed in float32 or wider.
     """
     held, size = kept(layer), itemsize(dtype)
     tokens, y = layer.x.rows, layer.x.bytes
@@ -150,10 +155,12 @@ def step_peak(
     gradients = tokens * size * (model.hidden + (3 if held.buffered else 2) * model.ffn)
     weights, down = model.layer_parameters() * size, model.ffn * model.hidden * size
     last = every + held.working + gradients + down
-    first = last - (layers - 1) * (held.device - weights)
+    first = last - (layers - 1) * (held.device - weights // shards)
     heads = model.heads()
     in_attention = every + held.attending + tokens * size * (model.hidden + 2 * (heads.q + heads.kv) * heads.dim)
-    return max(in_head, max(first, last, in_attention * bool(held.attending)) + head * size)
+    whole = 0 if shards == 1 else weights + weights // size * max(size, 4) // 2
+    in_backward = max(first, last, in_attention * bool(held.attending)) + head * size // shards + whole
+    return max(in_head + (shards > 1) * head * size, in_backward)
 
 
 def head_bytes(model: Model, dtype: str, loss_rows: int) -> int:

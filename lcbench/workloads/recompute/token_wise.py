@@ -71,6 +71,13 @@ class TokenWise(Swapping):
         found = measured(stack, x, layers, always, whole)
         return replace(self, fraction=found.fraction), {"token_wise_fraction": found.fraction, "token_wise": asdict(found)}
 
+    def foreseen(self, layer: LayerBytes, hides: float) -> TokenWise:
+        """The fraction of the linear program, in closed form, if the host has room for it."""
+        if self.fraction is not None:
+            return self
+        always, whole = (replace(self, fraction=share).kept(layer).host for share in (0.0, 1.0))
+        return replace(self, fraction=min(1.0, max(0.0, (hides - always) / max(1, whole - always))))
+
     def again(self) -> Again:
         return Again(token_wise=1 - (self.fraction or 0.0))
 

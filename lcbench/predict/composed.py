@@ -1,0 +1,205 @@
+"""A cell as what it is made of: passes of its attention, which are played, and parts beside these, which are looked up.
+
+What is assumed of a rank's streams: messages of weights and copies to the host go beside everything that the phase computes, and
+show only where they take longer; those of tensor parallelism and sums of gradients after backward are waited for. CPU ranks do
+one thing after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from lcbench.grid import build
+from lcbench.grid.cell import Cell
+from lcbench.measure.flops import backward_flops, forward_flops
+from lcbench.predict.draws import draws_of
+from lcbench.predict.fitted import DenseFit, KernelFit
+from lcbench.problem import Mesh, Scale
+from lcbench.schedule.machine import Machine
+from lcbench.schedule.simulate import COPIED, Groups, Holding, Phase, Prepared, Simulated, holdings, play
+from lcbench.workloads.parts import Attend, Compute, Exchange, Made, Part, Share, ToHost
+
+FLOPS = {"forward": forward_flops, "backward": backward_flops}
+NOTHING = Phase(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Together:
+    """A cell as a machine plays it.
+
+    Attributes:
+        phases: by name, of all groups at once.
+        attention: passes of the attention, by direction.
+        made: what the cell is made of.
+        draws: the simulated draws.
+    """
+
+    phases: dict[str, Phase]
+    attention: dict[str, Phase]
+    made: Made
+    draws: tuple[Simulated, ...]
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A cell with its draws, ready to be played.
+
+    Attributes:
+        pairs: of each draw, over all query heads of all groups.
+        memory: whether what is kept between ranks is worked out, which takes longer than the play.
+    """
+
+    cell: Cell
+    draws: tuple[Prepared, ...]
+    pairs: tuple[float, ...]
+    device: bool
+    memory: bool = True
+
+    @classmethod
+    def of(cls, cell: Cell, machine: Machine, *, memory: bool = True) -> Composed:
+        """Raises:
+        CannotPredict: nothing is known of how the strategy works, or it cannot run the cell.
+        """
+        draws, pairs = zip(*draws_of(cell, machine), strict=True)
+        return cls(cell, draws, pairs, machine.device != "cpu", memory)
+
+    @cached_property
+    def more(self) -> bool:
+        """Whether there is anything beside its attention."""
+        return self.made().room is not None
+
+    def varied(self, change: Callable[[Prepared], Prepared]) -> Composed:
+        """With other draws."""
+        return replace(self, draws=tuple(map(change, self.draws)))
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of the rank with most."""
+        schedule = self.draws[0].modelled.schedule
+        return int(np.bincount(schedule.owner, weights=schedule.sizes).max())
+
+    @cached_property
+    def _held(self) -> Holding | None:
+        """What the rank that keeps most of an attention holds of it."""
+        if not self.memory or "workload" not in self.cell.config:
+            return None
+        return max(holdings(self.draws[0]), key=lambda held: sum(held.kept) + sum(rows * heads for rows, heads in held.finals))
+
+    def made(self, hides: Callable[[Sequence[Part]], float] = lambda _: 0.0) -> Made:
+        """What the cell is made of on the rank with most; ``hides`` as of ``Share``."""
+        problem, held = self.cell.problem, self._held
+        share = Share(
+            problem, self.tokens, self.cell.mesh, held.finals if held else (), held.kept if held else (), self.device, hides
+        )
+        return build.made_of(self.cell.config, share)
+
+    def flops(self, made: Made, phase: str, *, again: bool = False) -> float:
+        """Of a phase, over all ranks of all groups; ``again``: of what has been done before, else of what has not."""
+        ranks = self.cell.problem.seqlen / self.tokens * self.cell.mesh.count  # as many as have the tokens of the rank with most
+        found = 0.0
+        for part in made.phases[phase]:
+            if isinstance(part, Attend) and part.again == again:
+                found += part.times * FLOPS[part.direction](float(np.mean(self.pairs)), self.cell.problem.heads)
+            elif isinstance(part, Compute) and part.again == again:
+                found += ranks * part.flops
+        return found
+
+    def play(self, machine: Machine, kernel: KernelFit, dense: DenseFit, *, alone: bool = False) -> Together:
+        """What the phases take; ``alone``: of one context-parallel group while the others are idle."""
+        cell, scale = self.cell, self.cell.scale
+        at_work = cell.problem.scale.gpus_per_node if alone else scale.gpus_per_node
+        cores = rank_cores(kernel.cores, scale.gpus_per_node, at_work)
+        kernel, groups = kernel.model_copy(update={"rank_cores": cores}), None
+        if not alone and cell.mesh.count > 1:
+            ranks = cell.mesh.groups(scale)
+            groups = Groups(ranks.reshape(-1, ranks.shape[-1]), scale.gpus_per_node)
+        draws = tuple(play(draw, machine, kernel, memory=self.memory, groups=groups) for draw in self.draws)
+        attention = {name: _mean([draw.phases[name] for draw in draws]) for name in draws[0].phases}
+        times = _Times(machine, dense, cores or 1.0, attention, cell.mesh, scale)
+        made = self.made(times.hides)
+        return Together({name: times.phase(parts) for name, parts in made.phases.items()}, attention, made, draws)
+
+
+def rank_cores(cores: int, per_node: int, at_work: int) -> float:
+    """Cores that a rank has: whole ones, one thread each, unless more ranks are at work than there are. 0: it has a device."""
+    return min(float(max(1, cores // per_node)), cores / at_work) if cores else 0.0
+
+
+@dataclass(frozen=True)
+class _Times:
+    """How long parts take on a rank. ``attention``: a pass of it, by direction."""
+
+    machine: Machine
+    dense: DenseFit
+    cores: float
+    attention: dict[str, Phase]
+    mesh: Mesh
+    scale: Scale
+
+    def phase(self, parts: Sequence[Part]) -> Phase:
+        passes = [_scaled(self.attention[part.direction], part.times) for part in parts if isinstance(part, Attend)]
+        attended = _sum([NOTHING, *passes])
+        computed = sum(self._compute_s(part) for part in parts if isinstance(part, Compute))
+        exchanges = [part for part in parts if isinstance(part, Exchange)]
+        waited = sum(self._exchange_s(part) for part in exchanges if not part.beside)
+        beside = sum(self._exchange_s(part) for part in exchanges if part.beside)
+        copied = sum(part.bytes for part in parts if isinstance(part, ToHost)) / self._host_bytes_per_s
+        if self.machine.cores:
+            waited += beside + copied
+        else:
+            waited += max(0.0, max(beside, copied) - attended.seconds - computed)
+        own = Phase(computed + waited, computed, computed, waited, 0.0)
+        return _sum([attended, own])
+
+    def hides(self, parts: Sequence[Part]) -> float:
+        return self.phase(parts).seconds * self._host_bytes_per_s
+
+    @property
+    def _host_bytes_per_s(self) -> float:
+        return self.machine.host_bytes_per_s or self.machine.memory_bytes_per_s / COPIED
+
+    def _compute_s(self, part: Compute) -> float:
+        d, launches = self.dense, part.launches * self.machine.launch_s
+        own = (max(part.flops * d.flop_s, part.operand_bytes * d.byte_s) + part.moved_bytes * d.byte_s) / self.cores
+        # A host starts kernels while those before them are at work, and a CPU rank is its own host.
+        return own + launches if self.machine.cores else max(own, launches)
+
+    def _exchange_s(self, part: Exchange) -> float:
+        """Of the slowest set of ranks, while all sets do the same."""
+        per_node = self.scale.gpus_per_node
+        shared = per_node // self.machine.nics_of(per_node)
+        found = 0.0
+        for ranks, most, fewest in set(_sets(part.over, self.mesh, self.scale)):
+            block = part.bytes / ranks
+            one = sum(self.machine.collective_s(each, block, ranks, most, fewest, shared) for each in part.operations)
+            found = max(found, one * (ranks > 1))
+        return part.times * found
+
+
+def _sets(over: tuple[str, ...], mesh: Mesh, scale: Scale) -> Iterator[tuple[int, int, int]]:
+    """Of each set of ranks that differ in some dimensions: how many there are, and of them in one node, at most and at least."""
+    dimensions = ("dp", "tp", "cp")
+    groups = mesh.groups(scale)
+    others = [i for i, name in enumerate(dimensions) if name not in over]
+    inner = [i for i, name in enumerate(dimensions) if name in over]
+    sets = groups.transpose([*others, *inner]).reshape(-1, int(np.prod([groups.shape[i] for i in inner])))
+    for ranks in sets:
+        counts = np.unique(ranks // scale.gpus_per_node, return_counts=True)[1]
+        yield len(ranks), int(counts.max()), int(counts.min())
+
+
+def _mean(phases: Sequence[Phase]) -> Phase:
+    """The mean of draws."""
+    return _scaled(_sum(phases), 1 / len(phases))
+
+
+def _sum(phases: Sequence[Phase]) -> Phase:
+    return Phase(**{name: float(sum(getattr(phase, name) for phase in phases)) for name in Phase.__dataclass_fields__})
+
+
+def _scaled(phase: Phase, by: float) -> Phase:
+    return Phase(**{name: by * getattr(phase, name) for name in Phase.__dataclass_fields__})
