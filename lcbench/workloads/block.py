@@ -2,7 +2,8 @@
 
 Phases: ``forward`` of the layers; ``head``: loss and its gradient, by chunks of tokens; ``backward`` of the layers; ``reduce``:
 sums of the weights' gradients over the ranks that have the same weights, where these are not sharded; ``optimizer``: its step, if
-any. A model's step is ``head`` and, as often as it has layers, a layer's share of the rest.
+any. With images ``reshard`` comes first and ``reshard_backward`` behind ``backward``. A model's step is these once, ``head``
+and, as often as it has layers, a layer's share of the rest.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Block(Workload):
         optimizer: ``none``, or what takes a step after each backward: ``adamw``, with a learning rate of 0, so that weights stay.
         labelled: the share of a sequence's tokens that have a label, in contiguous answers (``lcbench.workloads.spans``).
         masked_logits: whether the head is computed only where a label is.
+        vision: the share of a sequence's tokens that are of images, which begin on other ranks (``lcbench.workloads.reshard``).
 
     Raises:
         ValueError: an optimizer that there is not, or a share that is none.
@@ -51,9 +53,12 @@ class Block(Workload):
     # At their defaults they are no part of a cell, whose id is from before there was a choice.
     labelled: float = field(default=1.0, metadata={"left_out": True})
     masked_logits: bool = field(default=False, metadata={"left_out": True})
+    vision: float = field(default=0.0, metadata={"left_out": True})
 
     def __post_init__(self) -> None:
-        if isinstance(self.labelled, bool) or not isinstance(self.labelled, int | float) or not 0 < self.labelled <= 1:
+        if not _is_number(self.vision) or not 0 <= self.vision <= 1:
+            raise ValueError(f"workload.vision={self.vision} is no share of the tokens from 0 to 1, such as 0.5")
+        if not _is_number(self.labelled) or not 0 < self.labelled <= 1:
             raise ValueError(f"workload.labelled={self.labelled} is no share of the tokens above 0 and up to 1, such as 0.25")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"workload.optimizer={self.optimizer} is none of {', '.join(OPTIMIZERS)}")
@@ -71,3 +76,7 @@ class Block(Workload):
         from lcbench.workloads.step import BlockSession  # with torch, which planning does without
 
         return BlockSession(self, work, draw, gang)
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
