@@ -100,6 +100,11 @@ METRICS = (
         "labelled tokens of the rank that has most of them over the mean: with `workload.masked_logits=true`, how much of the head "
         "the busiest rank has", "lower",
     ),
+    Metric(
+        "step/images_max_over_mean", "1",
+        "with `workload.vision`: tokens of images of the rank that has most of them, before they are re-sharded, over the mean",
+        "lower",
+    ),
     Metric("step/tokens_per_gpu", "token", "tokens of a step over all ranks"),
     Metric(
         "step/recomputed_flops_per_gpu", "FLOP", "of the layers' forward that backward has done once more, no part of MFU", "lower",

@@ -2,7 +2,8 @@
 
 Phases: ``forward`` of the layers; ``head``: loss and its gradient, by chunks of tokens; ``backward`` of the layers; ``reduce``:
 sums of the weights' gradients over the ranks that have the same weights, where these are not sharded; ``optimizer``: its step, if
-any. A model's step is ``head`` and, as often as it has layers, a layer's share of the rest.
+any. With images ``reshard`` comes first and ``reshard_backward`` behind ``backward``. A model's step is these once, ``head``
+and, as often as it has layers, a layer's share of the rest.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcbench.masks.band import Ints
-from lcbench.masks.lengths import LogNormal, document_bounds
+from lcbench.masks.lengths import Fixed, LogNormal, document_bounds
 
 ANSWERS = LogNormal(median=256, sigma=1.0, high=4096)
+IMAGES = Fixed(256)
 
 
 def answers(seqlen: int, share: float, seed: Sequence[int]) -> Ints:
@@ -20,6 +21,12 @@ def answers(seqlen: int, share: float, seed: Sequence[int]) -> Ints:
     """
     bounds = document_bounds(max(1, round(share * seqlen)), ANSWERS, [*seed, 0])
     return scattered(np.diff(bounds), seqlen, [*seed, 1])
+
+
+def images(seqlen: int, share: float, seed: Sequence[int]) -> Ints:
+    """(n, 2): begin and end of the images, or frames of a video, which together have a ``share`` of the tokens: 256 tokens each,
+    the last one as many as are left."""
+    return scattered(np.diff(document_bounds(max(1, round(share * seqlen)), IMAGES, seed)), seqlen, seed)
 
 
 def scattered(lengths: Ints, seqlen: int, seed: Sequence[int]) -> Ints:

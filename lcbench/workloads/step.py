@@ -20,6 +20,7 @@ from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.workloads.base import Work
 from lcbench.workloads.loss import UNLABELLED
 from lcbench.workloads.recorder import Recorder
+from lcbench.workloads.reshard import BACK, PHASE
 from lcbench.workloads.started import Sent, started
 from lcbench.workloads.step_check import StepCheck
 from lcbench.workloads.trained import Trained
@@ -63,7 +64,8 @@ class BlockSession(Session):
     @property
     def input_bytes(self) -> int:
         """Of what the layers and the head get of the sequence; weights are no inputs."""
-        return sum(x.numel() * x.element_size() for x in (self.training.x, self.training.labels))
+        images = [] if self.training.reshard is None else [self.training.images]
+        return sum(x.numel() * x.element_size() for x in (self.training.x, self.training.labels, *images))
 
     @property
     def held_bytes(self) -> int:
@@ -84,7 +86,7 @@ class BlockSession(Session):
 
     def vary(self) -> None:
         """Negate x in place: queries and keys of the first layer are negative then, and all else is something else."""
-        self.training.x.neg_()
+        self.training.negate()
         self.negated = not self.negated
 
     def first_pass(self) -> None:
@@ -172,7 +174,7 @@ class BlockSession(Session):
         weights = layers * model.layer_parameters(), model.layers * model.layer_parameters()
         measured, whole = (own + model.head_parameters() for own in weights)
         by_weight, by_layer = whole / measured, model.layers / layers
-        repeats = {"forward": by_layer, "head": 1.0, "backward": by_layer}
+        repeats = {"forward": by_layer, "head": 1.0, "backward": by_layer, PHASE: 1.0, BACK: 1.0}
         return {phase: repeats.get(phase, by_weight) for phase in self.phases()}
 
     def counted(self) -> Counted:
@@ -185,6 +187,8 @@ class BlockSession(Session):
             "step/recomputed_flops_per_gpu": sum(cost.recomputed for cost in costs.values()) / world,
         })  # fmt: skip
         counted.metrics["step/labelled_max_over_mean"] = self._labelled_max_over_mean()
+        if self.training.reshard is not None:
+            counted.metrics.update(of_worst({"step/images_max_over_mean": self.training.reshard.max_over_mean}))
         counted.metrics.update((f"model/{phase}/repeats", repeats) for phase, repeats in self._repeats().items())
         counted.metrics.update(of_worst({f"memory/{name}_bytes": float(size) for name, size in self.training.memory().items()}))
         counted.metrics.update(of_worst(self.training.recompute.metrics()))
@@ -216,7 +220,16 @@ class BlockSession(Session):
                 passed = run(passed)
             of_weights = (Sent(sent, round(sent * outside[kind])) for kind, sent in traffic.sent.items())
             found[phase] = reduce(Sent.plus, of_weights, self.run.take())
+        if (reshard := self.training.reshard) is not None:
+            found[PHASE], found[BACK] = self._of_rows(reshard.sent), self._of_rows(reshard.received)
         return found
+
+    def _of_rows(self, counts: list[int]) -> Sent:
+        """Rows of x to each rank of the context-parallel group, as bytes."""
+        own, per_node = self._gang.cp_rank, self._work.problem.scale.gpus_per_node
+        size = self.training.x.shape[1] * self.training.x.element_size()
+        others = {rank: count * size for rank, count in enumerate(counts) if rank != own}
+        return Sent(sum(others.values()), sum(sent for rank, sent in others.items() if rank // per_node != own // per_node))
 
     def _outside(self, ranks: list[int]) -> float:
         """The share of the other ranks of a set that are on other nodes."""

@@ -189,8 +189,21 @@ class StepCheck:
             links.append((f"layer {i}", at(f"layer {i} x"), "its second half", at(f"layer {i} {AGAIN}")))
         for i in range(end):
             links.append((f"layer {i}", at(f"layer {i} y"), f"x of layer {i + 1}", at(f"layer {i + 1} x")))
+        dx, _ = recorder.passed["backward"]
+        self._images(recorder, dx)
         for one, gave, other, got in links:
             self._judge.elements(CHAIN, f"{one} to {other}", got, gave, torch.zeros_like(gave), self._tokens)
+
+    def _images(self, recorder: Recorder, dx: torch.Tensor) -> None:
+        """Whether the gradients of images' tokens have come to where the images are. That their values arrived shows in ``x``."""
+        if (reshard := self._training.reshard) is None:
+            return
+        every = torch.zeros(self._bounds.problem.seqlen, dtype=torch.float64, device=dx.device)
+        every[torch.from_numpy(self._tokens).to(dx.device)] = recorder.digested(dx)
+        gave = self._gang.ranks.reduce(every)[torch.from_numpy(reshard.tokens).to(dx.device)]
+        got = recorder.digested(reshard.returned)
+        if len(got):
+            self._judge.elements(CHAIN, "dx of the step to images", got, gave, torch.zeros_like(gave), reshard.tokens)
 
     def _weights(self, recorder: Recorder) -> dict[str, torch.Tensor]:
         """Weights' gradients against their sums over all tokens of all ranks; the spread of each."""

@@ -21,6 +21,7 @@ class Trained:
         optimizer: ``none``, or what takes a step after each backward: ``adamw``, with a learning rate of 0, so that weights stay.
         labelled: the share of a sequence's tokens that have a label, in contiguous answers (``lcbench.workloads.spans``).
         masked_logits: whether the head is computed only where a label is.
+        vision: the share of a sequence's tokens that are of images, which begin on other ranks (``lcbench.workloads.reshard``).
 
     Raises:
         ValueError: an optimizer that there is not, or a share that is none.
@@ -34,9 +35,16 @@ class Trained:
     # At their defaults they are no part of a cell, whose id is from before there was a choice.
     labelled: float = field(default=1.0, metadata={"left_out": True})
     masked_logits: bool = field(default=False, metadata={"left_out": True})
+    vision: float = field(default=0.0, metadata={"left_out": True})
 
     def __post_init__(self) -> None:
-        if isinstance(self.labelled, bool) or not isinstance(self.labelled, int | float) or not 0 < self.labelled <= 1:
+        if not _is_number(self.vision) or not 0 <= self.vision <= 1:
+            raise ValueError(f"workload.vision={self.vision} is no share of the tokens from 0 to 1, such as 0.5")
+        if not _is_number(self.labelled) or not 0 < self.labelled <= 1:
             raise ValueError(f"workload.labelled={self.labelled} is no share of the tokens above 0 and up to 1, such as 0.25")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"workload.optimizer={self.optimizer} is none of {', '.join(OPTIMIZERS)}")
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)

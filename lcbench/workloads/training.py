@@ -18,8 +18,9 @@ from lcbench.workloads.loss import UNLABELLED, ChunkedLoss, labels_of
 from lcbench.workloads.recompute.base import Recompute
 from lcbench.workloads.recompute.plan import Plan, planned
 from lcbench.workloads.recompute.sizes import layer_bytes
+from lcbench.workloads.reshard import BACK, PHASE, Reshard
 from lcbench.workloads.sharing import Sharing, memory_of
-from lcbench.workloads.spans import answers
+from lcbench.workloads.spans import answers, images
 from lcbench.workloads.traffic import Traffic
 from lcbench.workloads.transformer import Attention, Half, Head, Layer, Stack, give_weights, rotations
 
@@ -49,6 +50,7 @@ class Training:
         x: (T, hidden), what the first layer gets; the same on all ranks of tensor parallelism.
         recompute: what the layers' forward keeps, ready to run.
         labels: (T,), what the head is to say of each token; ``labelled``: how many of the whole sequence have one.
+        reshard: between the ranks of images and those of tokens; None: there are no images.
         loss: the head, by chunks of the tokens that it is computed for.
         sharing: which ranks have which weights. Those that are divided or sharded are torch's DTensors, and so are their gradients.
         optimizer: None where no step is taken.
@@ -78,6 +80,11 @@ class Training:
         self.optimizer = self._optimizer() if block.optimizer != "none" else None
         sequence = gang.dp_index, 0  # every rank of tensor parallelism has all of the same tokens
         self.x = draw_rows("x", tokens, (model.hidden,), dtype, work.seed, device, sequence)
+        self.reshard: Reshard | None = None
+        if block.vision:
+            shown = images(problem.seqlen, block.vision, [work.seed, *sequence, 2])
+            self.reshard = Reshard(shown, tokens, problem.scale.world_size, gang)
+            self.images = draw_rows("x", self.reshard.tokens, (model.hidden,), dtype, work.seed, device, sequence)
         self._whole(lambda x: x, self.x)  # units know that they are parts of it, before a layer runs by itself
         self.recompute = recompute.start(self.stack, self.x, model.layers)
         spoken = answers(problem.seqlen, block.labelled, [work.seed, *sequence]) if block.labelled < 1 else None
@@ -116,20 +123,33 @@ class Training:
         ``loss`` is this rank's part: those of all ranks of context and data parallelism sum to the mean over sequences of the mean
         over a sequence's labelled tokens. ``dx`` and the gradients are this sum's derivatives.
         """
-        phases: dict[str, Callable[[Any], Any]] = {
-            "forward": lambda _: self.forward(),
+        phases: dict[str, Callable[[Any], Any]] = {}
+        if self.reshard is not None:
+            reshard = self.reshard
+            phases[PHASE] = lambda _: reshard.forward(self.images, self.x)
+        phases |= {
+            "forward": self.forward,
             "head": lambda passed: (*passed, *self.loss(passed[1])),
             "backward": self._backward,
         }
+        if self.reshard is not None:
+            phases[BACK] = self._reshard_backward
         if self.sharing.reduces:
             phases["reduce"] = self._reduce
         if self.optimizer is not None:
             phases["optimizer"] = self._step
         return phases
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def negate(self) -> None:
+        """Negate the inputs in place."""
+        self.x.neg_()
+        if self.reshard is not None:
+            self.images.neg_()
+
+    def forward(self, x: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x``: what the first layer gets where that has come from elsewhere."""
         self._forget()
-        x = self.x.detach().requires_grad_()
+        x = (self.x if x is None else x).detach().requires_grad_()
         return x, self._whole(self.recompute.forward, x)
 
     def _forget(self) -> None:
@@ -141,6 +161,11 @@ class Training:
         y.backward(dy)
         self.sharing.settle(self.weights().values())
         return x.grad, loss
+
+    def _reshard_backward(self, passed: Any) -> Any:
+        assert self.reshard is not None
+        self.reshard.backward(passed[0])
+        return passed
 
     def _reduce(self, passed: Any) -> Any:
         self.sharing.sum_gradients(self.weights().values())
@@ -194,12 +219,12 @@ class Training:
         gathered for a while are in none of them.
         """
         self._forget()
-        phases = self.phases()
-        before = in_use(self._device)
-        passed = phases.pop("forward")(None)
-        activations = in_use(self._device) - before
-        for phase in phases.values():
+        passed, activations = None, 0
+        for name, phase in self.phases().items():
+            before = in_use(self._device)
             passed = phase(passed)
+            if name == "forward":
+                activations = in_use(self._device) - before
         weights = list(self.weights().values())
         return {
             "weights": memory_of(weights),
