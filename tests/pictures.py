@@ -20,7 +20,7 @@ from lcbench.report.publishing import publish_sweep
 from lcbench.runs.store import Sweep
 from lcbench.runs.tracking.links import view_url
 from tests.browser import CHROMIUM, Browser, browser
-from tests.report.made import big_sweep
+from tests.report.made import big_sweep, steps_sweep
 from tests.slurm.stage import ROOT, Server
 
 DOCS = ROOT / "docs"
@@ -33,11 +33,11 @@ CELLS_PX = 200  # of the table of cells
 BEGUN = time.mktime((2026, 11, 27, 13, 26, 0, 0, 0, -1))
 # What the annotated picture numbers, in the order of the list in docs/reports.md.
 MARKED = ("p.about", "#verdict", "#regret", "#matrix", "#facets", "#tab-length", "#figure-length", "#causes", "#rows")
-BANNER = """() => {
+BANNER = """([before, count]) => {
   const banner = document.createElement("div");
-  banner.textContent = "Synthetic numbers: a program made these 512 cells, nobody measured them.";
+  banner.textContent = `Synthetic numbers: a program made these ${count} cells, nobody measured them.`;
   banner.style = "background: #f0e442; color: #000; padding: 4px 12px; font-weight: bold";
-  document.querySelector("#verdict").before(banner);
+  document.querySelector(before).before(banner);
 }"""
 MARK = """(number, selector) => {
   const at = document.querySelector(selector).getBoundingClientRect();
@@ -67,13 +67,15 @@ def main(arguments: list[str]) -> int:
 
 
 def report_pictures(docs: Path = DOCS) -> None:
-    """The first screen of a report, and the same page with numbers at its parts; a line in both says that it is synthetic."""
+    """The first screen of a report, the same page with numbers at its parts, and a section of training steps; a line in each says
+    that it is synthetic.
+    """
     with tempfile.TemporaryDirectory() as folder, chdir(folder):  # so that commands on the page name no folder
         page = write_report(big_sweep(Path("results"), "big", begun=BEGUN), Path("report"), known_devices()).page
         with browser(WIDTH, 900) as b:
             b.page.goto(page.resolve().as_uri())
             b.page.wait_for_timeout(DRAWN_MS)
-            b.page.evaluate(BANNER)
+            b.page.evaluate(BANNER, ["#verdict", 512])
             _keep(b.page.screenshot(), docs / "decision.png")
             for number, selector in enumerate(MARKED, 1):
                 b.page.evaluate(f"() => ({MARK})({number}, {json.dumps(selector)})")
@@ -82,7 +84,14 @@ def report_pictures(docs: Path = DOCS) -> None:
             whole = {"x": 0, "y": 0, "width": WIDTH, "height": end["y"] + CELLS_PX}
             _keep(b.page.screenshot(full_page=True, clip=whole), docs / "report.png")
             _no_complaints(b)
-    print(f"decision.png and report.png in {docs}")
+        page = write_report(steps_sweep(Path("results"), "steps", begun=BEGUN), Path("steps"), known_devices()).page
+        with browser(WIDTH, 900) as b:
+            b.page.goto(page.resolve().as_uri())
+            b.page.wait_for_timeout(DRAWN_MS)
+            b.page.evaluate(BANNER, ["#steps", b.page.evaluate("CELLS.length")])
+            _keep(b.page.locator("#step").screenshot(), docs / "training.png")
+            _no_complaints(b)
+    print(f"decision.png, report.png and training.png in {docs}")
 
 
 def _keep(png: bytes, path: Path) -> None:

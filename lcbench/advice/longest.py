@@ -103,9 +103,11 @@ class Refused(Exception):
 class Source(Protocol):
     """How a round's cells come to be known."""
 
-    def check(self, cells: list[Cell], number: int) -> None:
-        """Raises:
-        Refused: this round is not to be started.
+    def check(self, cells: list[Cell], number: int) -> str:
+        """What a round will cost, in words.
+
+        Raises:
+            Refused: it is not to be started.
         """
 
     def take(self, cells: list[Cell]) -> None:
@@ -126,14 +128,16 @@ class Measured:
     launcher: Launches
     _spent: Cost = field(default_factory=lambda: Cost.of([], here=True))
 
-    def check(self, cells: list[Cell], number: int) -> None:
+    def check(self, cells: list[Cell], number: int) -> str:
         packs = make_packs(self.sweep, cells, launcher=self.launcher.name, settings=self.settings)
-        cost = Cost.of(packs, here=runs_here(self.launcher.name)).after(self._spent)
+        round_ = Cost.of(packs, here=runs_here(self.launcher.name))
+        cost = round_.after(self._spent)
         started = "nothing was started" if number == 1 else f"round {number} was not started, and what was measured is kept"
         if refusal := cost.refusal(self.plan.options["budget"], self.settings.hang["max_s"], started):
             raise Refused(refusal, BAD_INPUT)
         self.sweep.check_writable([cell.id for cell in cells])
         self._spent = cost
+        return f", estimated: {round_.gpu_hours}"
 
     def take(self, cells: list[Cell]) -> None:
         try:
@@ -152,8 +156,9 @@ class Foretold:
     sweep: Sweep
     source: Predictions
 
-    def check(self, cells: list[Cell], number: int) -> None:
+    def check(self, cells: list[Cell], number: int) -> str:
         self.sweep.check_writable([cell.id for cell in cells])
+        return ""
 
     def take(self, cells: list[Cell]) -> None:
         for cell in cells:
@@ -243,12 +248,12 @@ class Searching:
         """The cells of the next round."""
         return [Planned(cell, skip_reason(cell)) for standing in self.look() if (cell := standing.next) is not None]
 
-    def rounds(self, source: Source, write: Callable[[list[Planned], int], None], tell: Callable[[int, int], None]) -> None:
+    def rounds(self, source: Source, write: Callable[[list[Planned], int], None], tell: Callable[[int, int, str], None]) -> None:
         """Round after round, until every choice is at its end.
 
         Args:
             write: puts the cells of a round into the sweep.
-            tell: hears of a round before it begins: its number, and its cells.
+            tell: hears of a round before it begins: its number, its cells, and what they cost.
 
         Raises:
             Refused: a round was not started.
@@ -258,11 +263,11 @@ class Searching:
             cells = [planned.cell for planned in due if not planned.skip]
             if not due:
                 break
-            source.check(cells, number)
+            cost = source.check(cells, number)
             write(due, number)
             self.tried |= {planned.cell.id for planned in due}
             if cells:
-                tell(number, len(cells))
+                tell(number, len(cells), cost)
                 source.take(cells)
 
     def answers(self) -> list[Longest]:
@@ -308,8 +313,8 @@ def run(plan: Plan, launcher: Launches) -> int:
         entries = [Entry(p.cell, p.skip, predicted=foretells) for p in due]
         write_cells(sweep, entries, plan.overrides if number == 1 else [], launcher.name, settings, search)
 
-    def tell(number: int, cells: int) -> None:
-        say(f"round {number}: {cells} of {len(plan.cells)} choices are looked at")
+    def tell(number: int, cells: int, cost: str) -> None:
+        say(f"round {number}: {cells} of {len(plan.cells)} choices are looked at{cost}")
 
     begins = f"{format_tokens(search.shortest)} to {format_tokens(search.longest)}, {size(search.cap_bytes)} a rank"
     say(f"sweep {sweep.name}: the longest length of {len(plan.cells)} choices, {begins}, at most {CELLS} cells of each")

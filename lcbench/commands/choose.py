@@ -185,7 +185,7 @@ def _asked(options: argparse.Namespace) -> Asked:
         lines = [f"+experiment={EXPERIMENT}", *lines]
     if len(options.config_dir) > 1:
         raise ValueError(f"--config-dir is given {len(options.config_dir)} times; put the files into one folder")
-    plan = expand(lines, loader_of(str(options.config_dir[0]) if options.config_dir else None))
+    plan = expand(lines, loader_of(str(options.config_dir[0]) if options.config_dir else None)).with_lengths()
     machine = own.get("machine") or machine_of_site(plan.site)
     predictor = Predictor.of(machine, options.fit)
     if options.predict_only:

@@ -68,12 +68,14 @@ class RankRun(Passes, Protocol):
         sums_are_wide: whether gradients are added up in float32 or wider on their way between ranks. The check allows the
             roundings of as many additions as there are ranks where that is not known.
         resumes: whether it is known what forward saves: ``apart`` gives the tensors, and ``resume`` does without computing.
+        gives: whether inputs are to come one by one before ``forward`` or ``resume``, and gradients to be waited for one by one.
     """
 
     tokens: Ints
     own_lse: bool = True
     sums_are_wide: bool = False
     resumes: bool = False
+    gives: bool = False
 
     def lse(self, saved: Any) -> "torch.Tensor":
         """(T, Hq), natural logarithm. Collective."""
@@ -117,6 +119,30 @@ class RankRun(Passes, Protocol):
         """
         raise Unsupported(f"what {type(self).__name__} keeps for backward is known to its library alone")
 
+    def give(self, kind: str, x: "torch.Tensor") -> None:
+        """Begin the messages of an input, ``q``, ``k`` or ``v`` in this order, of the next ``forward`` or ``resume``. Collective.
+
+        Raises:
+            Unsupported: not where ``gives``.
+        """
+        raise Unsupported(f"{type(self).__name__} takes its inputs together")
+
+    def begin_backward(self, dout: "torch.Tensor", saved: Any) -> None:
+        """``backward`` up to where its gradients are on their way home. Collective.
+
+        Raises:
+            Unsupported: not where ``gives``.
+        """
+        raise Unsupported(f"{type(self).__name__} gives its gradients together")
+
+    def gradient(self, kind: str) -> "torch.Tensor":
+        """After ``begin_backward``, the gradient of ``v``, ``k`` or ``q`` once it is there, each once. Collective.
+
+        Raises:
+            Unsupported: not where ``gives``.
+        """
+        raise Unsupported(f"{type(self).__name__} gives its gradients together")
+
     def counters(self) -> "Counters | None":
         """What this rank computes, holds and has sent in the last pass; None where nobody counts."""
         return None
@@ -154,6 +180,10 @@ class Strategy(ABC):
         """Why it does not run on such a machine, whatever is installed; None: it does."""
         return None
 
+    def only_in_a_step(self) -> str | None:
+        """What of its options means something in a training step only; None: nothing."""
+        return None
+
     def missing(self) -> str | None:
         """Why it does not run in this process: which library is not installed, or is of another release. Asked by every rank."""
         return None
@@ -182,6 +212,11 @@ class Scheduled(Strategy):
     # At its default it is no part of a cell, whose id is from before there was a choice.
     lowering: Lowering = field(default="auto", kw_only=True, metadata={"left_out": True})
 
+    @property
+    def apart(self) -> bool:
+        """Whether q, k and v are exchanged one by one, as a layer projects them."""
+        return False
+
     @abstractmethod
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         """Who owns which tokens, and what each rank computes and sends in each step."""
@@ -196,7 +231,7 @@ class Scheduled(Strategy):
 
         return execute.Executor(
             self.schedule(problem, mask), mask, kernel, problem,
-            rank=place.rank, device=place.device, groups=place.groups, lowering=self.lowering,
+            rank=place.rank, device=place.device, groups=place.groups, lowering=self.lowering, apart=self.apart,
         )  # fmt: skip
 
 

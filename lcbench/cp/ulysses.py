@@ -2,11 +2,14 @@
 
 KV heads are replicated where there are fewer of them than ranks; their gradients are summed over the replicas. With several
 stages the heads of a rank come in as many parts, and the exchange of one part runs while another is computed.
+
+With ``async_projections`` a training step exchanges q while it projects k, and k while it projects v; in backward those of v and
+k compute while the gradients after theirs arrive (asynchronous Ulysses of VeOmni, arXiv 2508.02317).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,16 +23,28 @@ from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups
 
 @dataclass(frozen=True)
 class Ulysses(Scheduled):
-    """``uneven_heads``: let ranks have different numbers of query heads; ``stages``: parts of a rank's heads."""
+    """``uneven_heads``: let ranks have different numbers of query heads; ``stages``: parts of a rank's heads;
+    ``async_projections``: exchange q, k and v one by one, as they are projected."""
 
     uneven_heads: bool = False
     stages: int = 1
+    # At its default it is no part of a cell, whose id is from before there was a choice.
+    async_projections: bool = field(default=False, metadata={"left_out": True})
+
+    @property
+    def apart(self) -> bool:
+        return self.async_projections
+
+    def only_in_a_step(self) -> str | None:
+        return "cp.async_projections=true needs the projections of a layer: workload=block" if self.async_projections else None
 
     def __post_init__(self) -> None:
         check_count("stages", self.stages)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         ranks = problem.scale.world_size
+        if self.async_projections and self.stages > 1:
+            return f"cp.async_projections=true exchanges all heads at once: cp.stages={self.stages} is not 1"
         refused = None if self.uneven_heads else indivisible_heads(problem.heads, ranks)
         return refused or too_few_heads(problem.heads, ranks * self.stages) or too_short(problem, ranks)
 

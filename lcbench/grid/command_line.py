@@ -42,13 +42,13 @@ OmegaConf.register_new_resolver("scale_here", scale_here, replace=True)  # for s
 
 
 def look(arguments: Sequence[str]) -> Plan:
-    """The plan of a command line, composed outside of the Hydra application.
+    """The plan of a command line that shows cells and runs none, composed outside of the Hydra application.
 
     Raises:
-        ValueError: bad input, in one line.
+        ValueError: bad input, in one line; a search for lengths too.
     """
     flags = read_flags(arguments)
-    return expand(flags.overrides, loader_of(flags.config_dir))
+    return expand(flags.overrides, loader_of(flags.config_dir)).with_lengths()
 
 
 class _Flags(argparse.ArgumentParser):

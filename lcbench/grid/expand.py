@@ -109,6 +109,16 @@ class Plan:
     launcher: str  # its name in conf/hydra/launcher
     search: Search | None = None  # of lengths; then there is one cell of each choice, at the length to begin with
 
+    def with_lengths(self) -> Plan:
+        """The plan, for commands that do not look for lengths.
+
+        Raises:
+            ValueError: it is a search for them.
+        """
+        if self.search is not None:
+            raise ValueError(f"search={self.search.name} is for python -m lcbench.sweep; write a length here, such as seqlen=64k")
+        return self
+
 
 _remembered: list[Plan] = []
 

@@ -95,6 +95,11 @@ METRICS = (
     ),
     Metric("step/layers", "1", "layers that a training step was measured with"),
     Metric("step/labelled_tokens", "token", "tokens that its loss is the mean of"),
+    Metric(
+        "step/labelled_max_over_mean", "1",
+        "labelled tokens of the rank that has most of them over the mean: with `workload.masked_logits=true`, how much of the head "
+        "the busiest rank has", "lower",
+    ),
     Metric("step/tokens_per_gpu", "token", "tokens of a step over all ranks"),
     Metric(
         "step/recomputed_flops_per_gpu", "FLOP", "of the layers' forward that backward has done once more, no part of MFU", "lower",

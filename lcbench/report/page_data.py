@@ -81,7 +81,8 @@ def steps_data(steps: dict[str, Step]) -> dict[str, dict[str, Any]]:
     return {
         cell: {
             "model": s.model, "layers": s.layers, "of": s.of, "rest": s.rest, "phases": _short(s.phases),
-            "attention": short(s.attention), "memory": _short(s.memory), "tokens": short(s.tokens), "hfu": short(s.hfu),
+            "attention": short(s.attention), "memory": _short(s.memory), "host": short(s.host),
+            "planned": short(s.planned), "tokens": short(s.tokens), "hfu": short(s.hfu),
             "whole": _short(s.whole), "wholeTime": short(s.whole_s), "wholeTokens": short(s.whole_tokens),
             "wholeMfu": short(s.whole_mfu),
         }

@@ -44,6 +44,8 @@ class Step:
         phases: seconds of each phase, in their order.
         attention: share of the step's time.
         memory: bytes of the worst rank by class, each when it has most; ``transient``: what the peak has beyond all of them.
+        host: bytes of the host's memory that a rank takes.
+        planned: bytes of the peak that a plan of all tensors' places would have.
         tokens: a second and GPU, with the layers that were run.
         mfu, hfu: the latter counts what is computed again.
         whole: seconds of each phase for the whole model, scaled from the layers that were run.
@@ -58,6 +60,8 @@ class Step:
     phases: dict[str, float]
     attention: float | None
     memory: dict[str, float]
+    host: float | None
+    planned: float | None
     tokens: float | None
     mfu: float | None
     hfu: float | None
@@ -81,6 +85,7 @@ class Step:
         return cls(
             str(row[MODEL]), of if layers is None else int(layers), of, str(row["what_recompute"]), rest,
             _of_all({p: _known(row, f"time/{p}/median_s") for p in phases}), _known(row, "attention/share"), memory,
+            _known(row, "memory/host_bytes"), _known(row, "memory/planned_peak_bytes"),
             _known(row, "step/tokens_per_s_per_gpu"), _known(row, "compute/mfu"), _known(row, "compute/hfu"),
             _of_all({p: _known(row, f"model/{p}/step_s") for p in phases}), _known(row, "model/tokens_per_s_per_gpu"),
             _known(row, "model/mfu"),
@@ -130,6 +135,7 @@ def table(frame: pd.DataFrame) -> list[dict[str, str]]:
             "attention": percent(step.attention, 0), "tokens/s per GPU": digits(step.tokens), "MFU": percent(step.mfu),
             "HFU": percent(step.hfu), "peak memory": size(_known(row, "memory/peak_bytes")),
             **{kind: size(step.memory.get(kind)) for kind in MEMORY},
+            "planned peak": size(step.planned), "on the host": size(step.host),
             f"whole model, {SCALED}: step": duration(step.whole_s), "its tokens/s per GPU": digits(step.whole_tokens),
             "its MFU": percent(step.whole_mfu),
         })  # fmt: skip

@@ -29,7 +29,7 @@ first is fetched.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from lcbench.masks.band import Ints, distinct
 from lcbench.problem import Problem
-from lcbench.schedule.payload import PAYLOADS, Payload, token_bytes
+from lcbench.schedule.payload import APART, PAYLOADS, Payload, token_bytes
 from lcbench.schedule.schedule import HeadGroup, Kind, Move, MoveColumn, Schedule, TileColumn
 
 SIDES: tuple[Kind, ...] = ("q", "kv")
@@ -227,6 +227,12 @@ class Traffic:
     def backward_time(self, step: int) -> int:
         """The time at which backward of a step is computed."""
         return 2 * self.steps - step
+
+    def apart(self) -> Traffic:
+        """The same with keys and values, and their gradients, in messages of their own."""
+        return replace(
+            self, transfers=tuple(replace(t, kind=kind) for t in self.transfers for kind in APART.get(t.kind, (t.kind,)))
+        )
 
 
 def traffic(schedule: Schedule, *, backward: bool) -> Traffic:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -32,7 +32,7 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, traffic
 from lcbench.schedule.lowering import Lowering, operations_of, sets_of
-from lcbench.schedule.payload import PAYLOADS, Precision, token_bytes
+from lcbench.schedule.payload import PAYLOADS, Precision, gradients_of, token_bytes
 from lcbench.schedule.program import Buffer, End, Exchange, Message, Operand, OwnPart, Piece, Program, RankStep, TileCall
 from lcbench.schedule.schedule import HeadGroup, Kind, Schedule
 
@@ -214,6 +214,7 @@ class Executor:
         tokens: global indices of this rank's tokens, in the order of its tensors.
         own_lse: True: ``lse`` gives what ``forward`` found.
         resumes: True, see ``RankRun``.
+        gives: whether inputs may come one by one, and gradients be waited for one by one, see ``RankRun``.
         sums_are_wide: whether gradients are added up in the type of sums on their way between ranks.
         bytes_sent, bytes_between_nodes, buffer_bytes, calls, pairs, collectives: see ``Counters``; bytes since a pass last began.
     """
@@ -229,7 +230,12 @@ class Executor:
         device: torch.device,
         groups: Groups,
         lowering: Lowering = "auto",
+        apart: bool = False,
     ) -> None:
+        """
+        Args:
+            apart: whether keys and values travel in messages of their own, as they come.
+        """
         self.schedule, self.problem, self.rank, self.device = schedule, problem, rank, device
         self.tokens = schedule.layout.tokens(rank)
         self.own_lse = self.resumes = True
@@ -240,6 +246,10 @@ class Executor:
         self._views: dict[int, dict[tuple[int, int], torch.Tensor]] = {}  # by slot
         self._compute = self._communicate = self._returns = True
         moves = traffic(schedule, backward=problem.backward)
+        self.gives = apart and schedule.world_size > 1
+        self._given: list[str] = []
+        if self.gives:
+            moves = moves.apart()
         self._forward_steps = moves.steps
         operations = operations_of(lowering, dist.get_backend()) if moves.transfers else ()
         self._planes = kernel.contiguous_kv
@@ -311,16 +321,17 @@ class Executor:
 
         Without ``compute`` or without ``communicate`` everything else is done as usual, and the results mean nothing.
         """
-        self._begin(compute, communicate)
+        begun = self._taken_over(compute, communicate)
         if compute and self._alone is not None and self._marks is None:
             out, lse = self._typed(self._alone.forward(q, k, v, softmax_scale=self.problem.softmax_scale))
             saved = SavedPass(q, (k, v), out.to(q.dtype), lse, {})
             return saved.out, saved
-        self._own: dict[str, torch.Tensor] = {"q": q, "kv": self._packed(k, v)}
+        if not begun:
+            self._own: dict[str, torch.Tensor] = {"q": q, "kv": self._packed(k, v)}
         self._parts: dict[tuple[int, tuple[int, ...]], Part] = {}
         self._total: Part | None = None
         for number in range(self._forward_steps):
-            self._run_step(number, self._forward_tile)
+            self._run_step(number, self._forward_tile, posted=begun and number == 0)
         out, lse = self._total or self._empty()
         finals = {key: (part[0].to(q.dtype), part[1]) for key, part in self._parts.items() if key in self._program.finals}
         saved = SavedPass(q, self._own["kv"], out.to(q.dtype), lse, finals)
@@ -454,13 +465,14 @@ class Executor:
         known = dict(zip(keys, zip(finals[::2], finals[1::2], strict=True), strict=True))
         if self._alone is not None:
             return SavedPass(q, (k, v), out, lse, {})
-        self._begin(compute=False, communicate=True, returns=False)
-        self._own = {"q": q, "kv": self._packed(k, v)}
+        begun = self._taken_over(compute=False, communicate=True, returns=False)
+        if not begun:
+            self._own = {"q": q, "kv": self._packed(k, v)}
         saved = SavedPass(q, self._own["kv"], out, lse, known)
         if self._kept_slots:
             self._parts, self._total = {}, None
             for number in range(self._forward_steps):
-                self._run_step(number, self._forward_tile)
+                self._run_step(number, self._forward_tile, posted=begun and number == 0)
         self._own, self._parts, self._total, self._apart = {}, {}, None, {}
         return saved
 
@@ -517,6 +529,65 @@ class Executor:
         del self._saved
         return dq, dkv[:, :, 0], dkv[:, :, 1]
 
+    # -- inputs and gradients one by one -----------------------------------------------------------------------------
+
+    def give(self, kind: str, x: torch.Tensor) -> None:
+        """Begin the messages of an input of the next ``forward`` or ``resume``: ``q``, then ``k``, then ``v``. Collective."""
+        assert kind == "qkv"[len(self._given)], f"{kind} is given after {self._given}"
+        if not self._given:
+            self._begin(compute=True, communicate=True)
+            self._own = {"q": x}
+        elif kind == "k":
+            tokens, heads, dim = x.shape
+            apart, together = (2, tokens, heads, dim), (tokens, heads, 2, dim)
+            self._own["kv"] = x.new_empty(apart).permute(1, 2, 0, 3) if self._planes else x.new_empty(together)
+            self._own["kv"][:, :, 0].copy_(x)
+        else:
+            self._own["kv"][:, :, 1].copy_(x)
+        self._given.append(kind)
+        self._post(self._program.steps[0], 0, (kind,))
+
+    def _taken_over(self, compute: bool, communicate: bool, returns: bool = True) -> bool:
+        """Whether the inputs of the pass that begins were given; without, nothing is under way yet."""
+        if not self._given:
+            self._begin(compute, communicate, returns)
+            return False
+        assert self._given == ["q", "k", "v"]
+        self._given = []
+        self._compute, self._communicate, self._returns = compute, communicate, returns
+        return True
+
+    def begin_backward(self, dout: torch.Tensor, saved: SavedPass) -> None:
+        """``backward`` up to where its gradients are on their way home: first those of v, then of k, then of q. Collective."""
+        self._begin(compute=True, communicate=True)
+        for slot, memory in saved.slots.items():
+            self._put(slot, memory)
+        assert not isinstance(saved.kv, tuple)
+        self._own, self._saved = self._backward_own(dout, saved.kv, saved), saved
+        last = 2 * self._forward_steps
+        for number in range(self._forward_steps, last):
+            self._run_step(number, self._backward_tile)
+        step = self._program.steps[last]
+        assert step.rounds == 1
+        assert not [*step.tiles, *step.flushes, *step.filled], "something is computed after gradients have left"
+        self._home: dict[str, list[Waits]] = {}
+        for kind in "vkq":
+            self._post(step, 0, gradients_of(kind))
+            self._home[kind] = self._works.pop((last, 0), [])
+        del self._saved
+
+    def gradient(self, kind: str) -> torch.Tensor:
+        """The gradient of ``v``, ``k`` or ``q`` of this rank's tokens, in the inputs' type, once it is there. Collective."""
+        _wait(self._home.pop(kind))
+        for message in self._program.steps[2 * self._forward_steps].arrivals:
+            if message.kind in gradients_of(kind):
+                self._unpack(message)
+        own = self._own["dq"] if kind == "q" else self._own["dkv"][:, :, "kv".index(kind)]
+        found = own.to(self._dtypes["input"])
+        if not self._home:
+            self._own, self._apart = {}, {}
+        return found
+
     def _backward_own(self, dout: torch.Tensor, kv: torch.Tensor, saved: SavedPass) -> dict[str, torch.Tensor]:
         """This rank's own tensors in backward, by kind of operand; gradients are zeros at first."""
         sums = self._dtypes["sum"]
@@ -555,9 +626,10 @@ class Executor:
         for own, grad in zip(total.unbind(2) if kind == "dkv" else [total], grads, strict=True):
             own += grad
 
-    def _add_own(self, kind: str, group: int, rows: tuple[int, int], grad: torch.Tensor) -> None:
-        """Add a gradient to rows of this rank's own."""
+    def _add_own(self, kind: str, group: int, rows: tuple[int, int], grad: torch.Tensor, plane: int | None = None) -> None:
+        """Add a gradient to rows of this rank's own; ``plane``: of keys alone, or of values."""
         own, heads = self._own[kind][slice(*rows)], self._heads(PAYLOADS[kind].side, group)
+        own = own if plane is None else own[:, :, plane]
         if isinstance(heads, slice):
             own[:, heads] += grad
         else:  # a head that is held several times gets all of its gradients
@@ -572,13 +644,13 @@ class Executor:
         self._apart = {}
         self._waiting: dict[tuple[int, int, tuple[int, int]], torch.Tensor] = {}
 
-    def _run_step(self, number: int, run_tile: TileRun) -> None:
-        """Everything of one time: begin messages, compute tiles, wait for messages, take them."""
+    def _run_step(self, number: int, run_tile: TileRun, *, posted: bool = False) -> None:
+        """Everything of one time: begin messages, unless they are ``posted``, compute tiles, wait for messages, take them."""
         step = self._program.steps[number]
         marks = [self._mark()]
         self._fill(step, number)
         rounds = step.rounds if self._communicate else 0
-        for turn in range(min(rounds, 2)):
+        for turn in range(0 if posted else min(rounds, 2)):
             self._post(step, turn)
         marks.append(self._mark())
         for call in step.tiles if self._compute else ():
@@ -639,15 +711,15 @@ class Executor:
         first = rows[0][1][0]
         return [[float(number), *(_seconds(first, mark) for mark in marks)] for number, marks in rows]
 
-    def _post(self, step: RankStep, turn: int) -> None:
-        """Begin all messages of a round: its collectives, and the others in one batch per channel and end.
+    def _post(self, step: RankStep, turn: int, kinds: Collection[str] = PAYLOADS) -> None:
+        """Begin all messages of a round, or those of some kinds: its collectives, and the others in one batch per channel and end.
 
         A batch has both directions, so no rank waits for its turn.
         """
-        for exchange in [e for e in step.exchanges if e.round == turn and self._goes(e)]:
+        for exchange in [e for e in step.exchanges if e.round == turn and e.kind in kinds and self._goes(e)]:
             self._works.setdefault((exchange.end, turn), []).extend(self._post_exchange(exchange))
-        sends = [m for m in step.sends if m.round == turn and self._goes(m)]
-        receives = [m for m in step.receives if m.round == turn and self._goes(m)]
+        sends = [m for m in step.sends if m.round == turn and m.kind in kinds and self._goes(m)]
+        receives = [m for m in step.receives if m.round == turn and m.kind in kinds and self._goes(m)]
         for channel, end in sorted({(m.channel, m.end) for m in (*sends, *receives)}):
             group = self._groups[channel]
             outgoing = [(m, self._pack(m)) for m in sends if (m.channel, m.end) == (channel, end)]
@@ -737,7 +809,7 @@ class Executor:
                 out, lse = self._part(piece)
                 part.copy_((lse[:, :, None] if message.kind == "lse" else out)[piece.begin : piece.end])
             else:
-                part.copy_(self._piece(message.payload.operand, piece, message.begin))
+                part.copy_(self._rows_of(message, piece, message.begin))
         return staged
 
     def _landing(self, message: Message) -> torch.Tensor:
@@ -756,14 +828,14 @@ class Executor:
             take(message, piece, part)
 
     def _take_values(self, message: Message, piece: Piece, part: torch.Tensor) -> None:
-        self._piece(message.kind, piece, message.end).copy_(part)
+        self._rows_of(message, piece, message.end).copy_(part)
 
     def _take_gradient(self, message: Message, piece: Piece, part: torch.Tensor) -> None:
         kind = message.payload.operand
         if piece.buffer is None:
-            self._add_own(kind, message.group, (piece.begin, piece.end), part)
+            self._add_own(kind, message.group, (piece.begin, piece.end), part, message.payload.plane)
         else:
-            self._piece(kind, piece, message.end).add_(part)
+            self._rows_of(message, piece, message.end).add_(part)
 
     def _take_result(self, message: Message, piece: Piece, part: torch.Tensor) -> None:
         """A final out goes to its rows. A partial one waits for its LSE, which comes after it, and is merged."""
@@ -815,6 +887,11 @@ class Executor:
         if piece.buffer is None:
             return self._own_rows(kind, piece.group, piece.begin, piece.end)
         return self._buffer(piece.buffer, number)[piece.begin : piece.end]
+
+    def _rows_of(self, message: Message, piece: Piece, number: int) -> torch.Tensor:
+        """Rows of the operand that a message is about, of keys or values alone where it has only these."""
+        rows = self._piece(message.payload.operand, piece, number)
+        return rows if message.payload.plane is None else rows[:, :, message.payload.plane]
 
     def _buffer(self, operand: Operand, number: int) -> torch.Tensor:
         memory = self._program.buffer(operand, number)

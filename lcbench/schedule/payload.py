@@ -25,6 +25,7 @@ class Payload:
             ``add``: it adds gradients up.
         gradient: the kind of message that takes its gradient back; empty for what has none.
         final: the kind as which it travels once nothing is merged with it or added to it any more; empty where it is that already.
+        plane: 0 or 1: keys, or values, of an operand that has both; None: all of it.
     """
 
     operand: str
@@ -35,6 +36,7 @@ class Payload:
     combine: Literal["replace", "merge", "add"]
     gradient: str = ""
     final: str = ""
+    plane: int | None = None
 
     @property
     def held(self) -> Precision:
@@ -63,7 +65,21 @@ PAYLOADS = {
     "dkv": Payload("dkv", "kv", 2, 0, "reduce", "add", final="final_dkv"),
     "final_dq": Payload("dq", "q", 1, 0, "input", "add"),
     "final_dkv": Payload("dkv", "kv", 2, 0, "input", "add"),
+    # Keys and values apart, where each travels as soon as it is there.
+    "k": Payload("kv", "kv", 1, 0, "input", "replace", gradient="dk", plane=0),
+    "v": Payload("kv", "kv", 1, 0, "input", "replace", gradient="dv", plane=1),
+    "dk": Payload("dkv", "kv", 1, 0, "reduce", "add", final="final_dk", plane=0),
+    "dv": Payload("dkv", "kv", 1, 0, "reduce", "add", final="final_dv", plane=1),
+    "final_dk": Payload("dkv", "kv", 1, 0, "input", "add", plane=0),
+    "final_dv": Payload("dkv", "kv", 1, 0, "input", "add", plane=1),
 }
+APART = {"kv": ("k", "v"), "dkv": ("dv", "dk"), "final_dkv": ("final_dv", "final_dk")}  # in the order in which they are there
+
+
+def gradients_of(kind: str) -> tuple[str, str]:
+    """The kinds of message that take the gradient of a kind back: as a part of a sum, and as all of it."""
+    gradient = PAYLOADS[kind].gradient
+    return gradient, PAYLOADS[gradient].final
 
 
 def element_bytes(precision: Precision, problem: Problem) -> int:

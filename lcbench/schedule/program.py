@@ -391,8 +391,10 @@ class Program:
         for rank in ranks:
             self._live_pieces(sends[rank], outgoing=True)
             self._live_pieces(receives[rank], outgoing=False)
-        direct = self._by_rank(held.bundle, ranks) and self._lies_as_sent(transfer)
-        included = direct or together.operation != "all_to_all"
+        fits = self._by_rank(held.bundle, ranks) and self._lies_as_sent(transfer)
+        direct = fits and transfer.payload.plane is None
+        # A rank's own gradients are added in their turn, whether keys and values travel together or apart.
+        included = direct or (fits and not values) or together.operation != "all_to_all"
         # Sums of many ranks that are copied before they leave go in rounds, part by part of every block.
         scatter, tokens = together.operation == "reduce_scatter", sends[self._rank].tokens
         rounds = min(tokens, -(-len(ranks) // ROUND)) if scatter and not direct and transfer.begin == transfer.end else 1
@@ -401,7 +403,7 @@ class Program:
         for turn, (first, last) in enumerate(pairwise(cuts)):
             out, into = ({rank: _part(m, first, last, turn) for rank, m in each.items()} for each in (sends, receives))
             block = together.block * (last - first) // tokens
-            self._place_round(transfer, together.operation, ranks, out, into, held if direct else None, block, turn)
+            self._place_round(transfer, together.operation, ranks, out, into, held if direct else None, included, block, turn)
         if direct and values:
             self._brought[held].append(transfer.begin)
         elif included and not values:
@@ -415,12 +417,13 @@ class Program:
         out: dict[int, Message],
         into: dict[int, Message],
         direct: Operand | None,
+        included: bool,
         block: int,
         turn: int,
     ) -> None:
-        """One round of a collective, of blocks of ``block`` bytes. ``direct``: the operand whose buffer is its end as it is."""
+        """One round of a collective, of blocks of ``block`` bytes. ``direct``: the operand whose buffer is its end as it is;
+        ``included``: whether this rank's own block is in it."""
         values, gather, scatter = transfer.payload.combine == "replace", operation == "all_gather", operation == "reduce_scatter"
-        included = direct is not None or operation != "all_to_all"
         members = [rank for rank in ranks if included or rank != self._rank]
         packed = [out[self._rank]] if gather else [out[rank] for rank in members]
         source: End
@@ -559,7 +562,7 @@ class Program:
     def _in_one_piece(self, message: Message) -> bool:
         """Whether the rows of a message are one stretch of memory."""
         (piece, *others) = message.pieces
-        if others:
+        if others or message.payload.plane is not None:
             return False
         if self._planes and message.kind == "kv":  # keys and values lie apart, so only all of them are one stretch
             tokens = self.tokens if piece.buffer is None else self.operand_tokens(piece.buffer)

@@ -47,6 +47,8 @@ class Block(Trained, Workload):
         for name in ("ffn", "vocab"):
             if (size := getattr(self.model, name)) % tp:
                 return f"mesh.tp={tp} does not divide model.{name}={size}, of which each tensor-parallel rank has an equal part"
+        if self.masked_logits and self.labelled == 1:
+            return "workload.masked_logits=true leaves nothing out where every token has a label (workload.labelled=1.0)"
         return None
 
     def input_bytes(self, problem: Problem) -> float:

@@ -249,7 +249,7 @@ class Recorder:
             return
         own = local(result.detach())
         begin = self._placed("head", len(own))
-        labels = self._training.labels[begin : begin + len(own)]
+        labels = self._training.loss.labels[begin : begin + len(own)]
         for logits, some in zip(_few(own), labels.split(_count(own.shape[1])), strict=True):
             self.losses.append(self._loss(logits.double(), some))
 

@@ -18,6 +18,7 @@ from lcbench.measure.ranks import EVERY
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.workloads.base import Work
+from lcbench.workloads.loss import UNLABELLED
 from lcbench.workloads.recorder import Recorder
 from lcbench.workloads.started import Sent, started
 from lcbench.workloads.step_check import StepCheck
@@ -183,6 +184,7 @@ class BlockSession(Session):
             "step/tokens_per_gpu": self._work.problem.seqlen * self._gang.mesh.dp / world,
             "step/recomputed_flops_per_gpu": sum(cost.recomputed for cost in costs.values()) / world,
         })  # fmt: skip
+        counted.metrics["step/labelled_max_over_mean"] = self._labelled_max_over_mean()
         counted.metrics.update((f"model/{phase}/repeats", repeats) for phase, repeats in self._repeats().items())
         counted.metrics.update(of_worst({f"memory/{name}_bytes": float(size) for name, size in self.training.memory().items()}))
         counted.metrics.update(of_worst(self.training.recompute.metrics()))
@@ -192,6 +194,11 @@ class BlockSession(Session):
             counted.metrics.update(of_worst({"memory/planned_peak_bytes": float(self._held_between_steps() + plan.peak)}))
             counted.notes["memory_plan"] = plan.notes()
         return counted
+
+    def _labelled_max_over_mean(self) -> float:
+        """The most labelled tokens that a rank has, over the mean. Collective."""
+        every = EVERY.all_gather_object(int((self.training.labels != UNLABELLED).sum()))
+        return max(every) * len(every) / max(1, sum(every))
 
     def _held_between_steps(self) -> int:
         """This rank's weights, states of the optimizer and buffers between ranks."""
@@ -268,6 +275,9 @@ class CountedRun:
 
     def resume(self, *args: Any) -> Any:
         return self._counted(self._run.resume(*args))
+
+    def begin_backward(self, dout: torch.Tensor, saved: Any) -> None:
+        self._counted(self._run.begin_backward(dout, saved))
 
     def backward(self, dout: torch.Tensor, saved: Any) -> Any:
         return self._counted(self._run.backward(dout, saved))

@@ -1,8 +1,8 @@
-"""What a training step is a step of, and how it is trained: the options of ``workload=block``. No torch, so that plans read them."""
+"""What a training step is a step of, and how it is trained: the options of ``workload=block``. Plans read them without torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lcbench.workloads.models import Model
 
@@ -19,9 +19,11 @@ class Trained:
         loss_chunk: tokens whose logits exist at once.
         fsdp: whether weights, gradients and the optimizer's states are sharded over all ranks that have the same weights (FSDP2).
         optimizer: ``none``, or what takes a step after each backward: ``adamw``, with a learning rate of 0, so that weights stay.
+        labelled: the share of a sequence's tokens that have a label, in contiguous answers (``lcbench.workloads.spans``).
+        masked_logits: whether the head is computed only where a label is.
 
     Raises:
-        ValueError: an optimizer that there is not.
+        ValueError: an optimizer that there is not, or a share that is none.
     """
 
     model: Model
@@ -29,7 +31,12 @@ class Trained:
     loss_chunk: int = 1024
     fsdp: bool = False
     optimizer: str = "none"
+    # At their defaults they are no part of a cell, whose id is from before there was a choice.
+    labelled: float = field(default=1.0, metadata={"left_out": True})
+    masked_logits: bool = field(default=False, metadata={"left_out": True})
 
     def __post_init__(self) -> None:
+        if isinstance(self.labelled, bool) or not isinstance(self.labelled, int | float) or not 0 < self.labelled <= 1:
+            raise ValueError(f"workload.labelled={self.labelled} is no share of the tokens above 0 and up to 1, such as 0.25")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"workload.optimizer={self.optimizer} is none of {', '.join(OPTIMIZERS)}")

@@ -19,6 +19,7 @@ from lcbench.workloads.recompute.base import Recompute
 from lcbench.workloads.recompute.plan import Plan, planned
 from lcbench.workloads.recompute.sizes import layer_bytes
 from lcbench.workloads.sharing import Sharing, memory_of
+from lcbench.workloads.spans import answers
 from lcbench.workloads.traffic import Traffic
 from lcbench.workloads.transformer import Attention, Half, Head, Layer, Stack, give_weights, rotations
 
@@ -48,6 +49,7 @@ class Training:
         x: (T, hidden), what the first layer gets; the same on all ranks of tensor parallelism.
         recompute: what the layers' forward keeps, ready to run.
         labels: (T,), what the head is to say of each token; ``labelled``: how many of the whole sequence have one.
+        loss: the head, by chunks of the tokens that it is computed for.
         sharing: which ranks have which weights. Those that are divided or sharded are torch's DTensors, and so are their gradients.
         optimizer: None where no step is taken.
 
@@ -78,10 +80,11 @@ class Training:
         self.x = draw_rows("x", tokens, (model.hidden,), dtype, work.seed, device, sequence)
         self._whole(lambda x: x, self.x)  # units know that they are parts of it, before a layer runs by itself
         self.recompute = recompute.start(self.stack, self.x, model.layers)
-        self.labels = labels_of(tokens, model.vocab, work.seed, device, sequence)
+        spoken = answers(problem.seqlen, block.labelled, [work.seed, *sequence]) if block.labelled < 1 else None
+        self.labels = labels_of(tokens, model.vocab, work.seed, device, sequence, spoken)
         self.labelled = int(gang.ranks.reduce((self.labels != UNLABELLED).sum()))
         share = 1 / max(1, self.labelled) / gang.mesh.dp
-        self._loss = ChunkedLoss(self.head, self.labels, block.loss_chunk, share, sharing)
+        self.loss = ChunkedLoss(self.head, self.labels, block.loss_chunk, share, sharing, masked=block.masked_logits)
 
     def _make(self, half: Half, name: str, seed: int, reshard: bool = True) -> None:
         half.to_empty(device=self._device)
@@ -115,7 +118,7 @@ class Training:
         """
         phases: dict[str, Callable[[Any], Any]] = {
             "forward": lambda _: self.forward(),
-            "head": lambda passed: (*passed, *self._loss(passed[1])),
+            "head": lambda passed: (*passed, *self.loss(passed[1])),
             "backward": self._backward,
         }
         if self.sharing.reduces:
@@ -179,7 +182,8 @@ class Training:
             model, len(self.x), dtype, fused_norms=self._device.type == "cuda", finals=finals, buffers=buffers
         )  # fmt: skip
         return planned(
-            model, layer, self.recompute.policy, layers=len(self.stack.layers), dtype=dtype, loss_chunk=block.loss_chunk
+            model, layer, self.recompute.policy, layers=len(self.stack.layers), dtype=dtype,
+            loss_rows=min(block.loss_chunk, len(self.loss.labels)),
         )  # fmt: skip
 
     def memory(self) -> dict[str, int]:

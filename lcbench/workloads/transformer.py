@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,7 @@ from lcbench.masks.band import Ints
 from lcbench.workloads.models import Model
 
 Rope = tuple[torch.Tensor, torch.Tensor]
+Give = Callable[[str, torch.Tensor], None]
 INITIAL_STD = 0.02  # of projections, GPT-2's and Llama's
 
 
@@ -93,10 +94,16 @@ class Before(Half):
         self.division = Division(("norm",), ("q", "k", "v"), by_head=("q_norm", "k_norm") if model.qk_norm else ())
         self._dim = heads.dim
 
-    def forward(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        normed = self.norm(x)
-        q, k, v = (project(normed).unflatten(-1, (-1, self._dim)) for project in (self.q, self.k, self.v))
-        return rotated(self.q_norm(q), rope), rotated(self.k_norm(k), rope), v
+    def forward(self, x: torch.Tensor, rope: Rope, give: Give | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``give``: called with each of q, k and v as soon as it is there."""
+        normed, found = self.norm(x), []
+        for name, project, norm in (("q", self.q, self.q_norm), ("k", self.k, self.k_norm), ("v", self.v, None)):
+            one = project(normed).unflatten(-1, (-1, self._dim))
+            found.append(one if norm is None else rotated(norm(one), rope))
+            if give is not None:
+                give(name, found[-1])
+        q, k, v = found
+        return q, k, v
 
 
 class After(Half):
@@ -137,8 +144,14 @@ class Layer(nn.Module):
 
     def attend(self, x: torch.Tensor, rope: Rope, keep: Kept | None = None) -> torch.Tensor:
         """The layer up to and with its attention: out (T, Hq, D)."""
-        q, k, v = self.before(x, rope)
-        return self.attention(q, k, v, keep)
+        q, k, v, given = self.inputs(x, rope)
+        return self.attention(q, k, v, keep, given)
+
+    def inputs(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Given | None]:
+        """q, k and v of its attention, and what is under way of them where they are exchanged as they come."""
+        given = Given(self.attention) if self.attention.run.gives else None
+        # A hook of the half sees what it is called with by position.
+        return *(self.before(x, rope) if given is None else self.before(x, rope, give=given)), given
 
 
 class Head(Half):
@@ -198,9 +211,16 @@ class Attention:
         self.run = run
         self.watch: Watch | None = None
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: Kept | None = None) -> torch.Tensor:
-        """``keep``: where the results of a first call are kept for a second with the same inputs, which then computes none."""
-        out: torch.Tensor = _Attend.apply(q, k, v, self, keep)  # type: ignore[no-untyped-call]
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: Kept | None = None, given: Given | None = None
+    ) -> torch.Tensor:
+        """
+        Args:
+            keep: where the results of a first call are kept for a second with the same inputs, which then computes none.
+            given: what was begun with these inputs; their gradients go the way back that they came.
+        """
+        inputs = (q, k, v) if given is None else tuple(x.detach() for x in (q, k, v))
+        out: torch.Tensor = _Attend.apply(*inputs, self, keep, *(given.signs if given else ()))  # type: ignore[no-untyped-call]
         return out
 
     @contextmanager
@@ -252,12 +272,45 @@ class Watch:
         return found
 
 
+class Given:
+    """Inputs of one attention call that are exchanged as they come: that of q while k is projected, that of k while v is, as in
+    VeOmni (arXiv 2508.02317). In backward the exchanges of dv, dk and dq begin together, in this order, and the projection of each
+    waits for its own: autograd goes back through v's first, since it was the last to come.
+
+    Attributes:
+        signs: a number for each input, by which autograd knows that the attention depends on it.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        self.signs: list[torch.Tensor] = []
+        self._attention = attention
+
+    def __call__(self, name: str, x: torch.Tensor) -> None:
+        self.signs.append(_Give.apply(x, name, self._attention))  # type: ignore[no-untyped-call]
+
+
+class _Give(torch.autograd.Function):
+    """Begin to exchange an input; in backward wait for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, name: str, attention: Attention) -> torch.Tensor:  # type: ignore[override]
+        ctx.name, ctx.attention = name, attention
+        with attention.noted("forward"):
+            attention.run.give(name, x.detach().contiguous())
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, sign: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        with ctx.attention.noted("backward"):
+            return ctx.attention.run.gradient(ctx.name), None, None
+
+
 class _Attend(torch.autograd.Function):
     """A pass of a ``RankRun``. Its tensors are saved as autograd's, so that hooks see them where they are known."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention, keep: Kept | None
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention, keep: Kept | None, *signs: torch.Tensor
     ) -> torch.Tensor:
         run = attention.run
         q, k, v = (x.contiguous() for x in (q, k, v))
@@ -270,7 +323,7 @@ class _Attend(torch.autograd.Function):
                 if keep is not None:
                     keep.results = [x.detach() for x in run.results(saved)]
             tensors, ctx.together = run.apart(run.hold(saved))
-        ctx.attention = attention
+        ctx.attention, ctx.signs = attention, len(signs)
         ctx.save_for_backward(*tensors)
         return out
 
@@ -278,5 +331,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         run, saved = ctx.attention.run, ctx.together(ctx.saved_tensors)
         with ctx.attention.noted("backward"):
+            if ctx.signs:
+                run.begin_backward(dout.contiguous(), saved)
+                return *[None] * 5, *(dout.new_zeros(()) for _ in range(ctx.signs))
             dq, dk, dv = run.backward(dout.contiguous(), saved)
         return dq, dk, dv, None, None

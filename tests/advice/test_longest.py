@@ -16,8 +16,8 @@ import pytest
 from lcbench.advice.longest import Guesses, Refused, Searching, capped
 from lcbench.grid.build import input_bytes
 from lcbench.grid.cell import Cell
-from lcbench.grid.command_line import look
-from lcbench.grid.expand import Plan, Planned
+from lcbench.grid.command_line import loader_of
+from lcbench.grid.expand import Plan, Planned, expand
 from lcbench.grid.search import CELLS, GIB, Search
 from lcbench.predict.fitted import Coefficients, Fit, KernelFit
 from lcbench.predict.predictor import Predictor
@@ -42,9 +42,10 @@ class Ranks:
         self.sweep, self.needs, self.last_round = sweep, needs, last_round
         self.taken: list[list[Cell]] = []
 
-    def check(self, cells: list[Cell], number: int) -> None:
+    def check(self, cells: list[Cell], number: int) -> str:
         if number > self.last_round:
             raise Refused("no more", 2)
+        return ""
 
     def take(self, cells: list[Cell]) -> None:
         self.taken.append(cells)
@@ -59,7 +60,7 @@ class Ranks:
 
 
 def begun(root: Path, *words: str) -> Searching:
-    plan = look([*WORDS, *RANGE, f"results={root}", "sweep=made", *words])
+    plan = expand([*WORDS, *RANGE, f"results={root}", "sweep=made", *words], loader_of(None))
     return Searching(plan, capped(plan), Sweep(root, "made"))
 
 
@@ -67,7 +68,7 @@ def go(searching: Searching, ranks: Ranks) -> list[Longest]:
     def write(due: list[Planned], number: int) -> None:
         searching.sweep.add([Entry(p.cell, p.skip) for p in due], command=["words"] * (number == 1), search=searching.search)
 
-    searching.rounds(ranks, write, lambda number, cells: None)
+    searching.rounds(ranks, write, lambda number, cells, cost: None)
     return searching.answers()
 
 
@@ -207,7 +208,7 @@ def test_another_cap_takes_what_is_known(tmp_path: Path) -> None:
 
 def test_a_sweep_that_was_no_search_has_no_answers(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, "plain")
-    sweep.add([Entry(p.cell, p.skip) for p in look(["cp=ring", "seqlen=1k"]).cells], command=["words"])
+    sweep.add([Entry(p.cell, p.skip) for p in expand(["cp=ring", "seqlen=1k"], loader_of(None)).cells], command=["words"])
     assert longest_of(sweep.look()) == []
 
 
@@ -254,7 +255,7 @@ def test_a_fit_of_the_machine_says_where_to_begin_and_no_more(tmp_path: Path, mo
 
 
 def plan_of(*words: str) -> Plan:
-    return look([*WORDS, *words])
+    return expand([*WORDS, *words], loader_of(None))
 
 
 def test_the_cap_is_the_memory_of_the_device_or_of_the_machine_that_is_predicted() -> None:
@@ -403,8 +404,9 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_a_search_loads_neither_torch_nor_mlflow_before_it_begins() -> None:
     program = (
-        "import sys; from lcbench.grid.command_line import look; from lcbench.advice.longest import Searching, capped;"
-        "from lcbench.runs.store import Sweep; from pathlib import Path; plan = look(sys.argv[1:]);"
+        "import sys; from lcbench.grid.command_line import loader_of; from lcbench.grid.expand import expand;"
+        "from lcbench.advice.longest import Searching, capped;"
+        "from lcbench.runs.store import Sweep; from pathlib import Path; plan = expand(sys.argv[1:], loader_of(None));"
         "print(len(Searching(plan, capped(plan), Sweep(Path('nowhere'), 'none')).due()));"
         "print([m for m in ('torch', 'mlflow', 'matplotlib') if m in sys.modules])"
     )

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcbench.grid.command_line import look
+from lcbench.grid.command_line import loader_of, look
+from lcbench.grid.expand import Plan, expand
 from lcbench.grid.search import CELLS, MOST_LENGTHS, Bracket, Search, resolution
 from lcbench.grid.values import MOST_TOKENS
 
@@ -125,17 +126,21 @@ def test_a_note_that_is_none(note: dict[str, Any]) -> None:
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 
+def planned(words: list[str]) -> Plan:
+    return expand(words, loader_of(None))
+
+
 def test_a_plan_has_one_cell_of_each_choice_at_a_length_that_suits_its_ranks() -> None:
-    plan = look([*SEARCH, "cp=ring,ulysses,none", "scale=1x3,1x1", "search.from=1k", "search.to=64k", "heads=6x6x16"])
+    plan = planned([*SEARCH, "cp=ring,ulysses,none", "scale=1x3,1x1", "search.from=1k", "search.to=64k", "heads=6x6x16"])
     assert plan.search == Search("max_seqlen", 1 << 10, 1 << 16, None)
     assert len(plan.cells) == 6
-    for planned in plan.cells:
-        ranks = planned.cell.problem.scale.world_size
-        assert planned.cell.problem.seqlen in plan.search.lengths(ranks)
+    for each in plan.cells:
+        ranks = each.cell.problem.scale.world_size
+        assert each.cell.problem.seqlen in plan.search.lengths(ranks)
 
 
 def test_lengths_of_an_experiment_give_way() -> None:
-    plan = look(["+experiment=model_step", "search=max_seqlen"])
+    plan = planned(["+experiment=model_step", "search=max_seqlen"])
     assert len(look(["+experiment=model_step"]).cells) > len(plan.cells) > 0
     assert len({json_of(p.cell.config) for p in plan.cells}) == len(plan.cells)
 
@@ -159,11 +164,17 @@ def test_without_a_search_a_plan_has_none() -> None:
         ([*SEARCH, "seqlen=1k"], "seqlen=1k says a length, and search=max_seqlen looks for one from search.from=1k"),
         ([*SEARCH, "seqlen_per_rank=1k,2k"], "seqlen_per_rank=1k,2k says a length"),
         ([*SEARCH, "search.from=1", "search.to=3"], "no multiple of 4 tokens lies between"),
+        ([*SEARCH, "search.gib=2", "seqlen=2k,4k"], "seqlen=2k,4k says a length"),
         ([*SEARCH, "search.from=2k", "search.to=1k"], "search.from=2k is more than search.to=1k"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=r"search|seqlen") as refused:
-        look(words)
+        planned(words)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_commands_that_look_for_no_length_say_so() -> None:
+    with pytest.raises(ValueError, match=r"^search=max_seqlen is for python -m lcbench.sweep; write a length here"):
+        look(SEARCH)

@@ -42,6 +42,7 @@ def made_sweep(
     blocks: int = 3,
     slower: dict[str, float] | None = None,
     failed: dict[str, Failure] | None = None,
+    failure_of: Callable[[Cell], Failure | None] = lambda cell: None,
     factor_of: Callable[[Cell], float] = lambda cell: 1.0,
     peak_of: Callable[[Cell], float] = lambda cell: 1e9 + 1e3 * cell.problem.seqlen,
     provenance: dict[str, Any] | None = None,
@@ -56,6 +57,7 @@ def made_sweep(
         blocks: of each cell; with one, results are as they were before there were blocks.
         slower: factor on the time of cells whose label holds a word.
         failed: how cells whose label holds these whole words failed.
+        failure_of: how a cell failed, besides.
         factor_of: factor on the time of a cell.
         peak_of: its peak of memory, in bytes.
         begun: when it was begun and each cell was, in seconds since the epoch; by default as it is made.
@@ -69,14 +71,16 @@ def made_sweep(
         if p.skip:
             continue
         cell, random = p.cell, np.random.default_rng([seed, int(p.cell.id, 16)])
-        failure = next((f for words, f in (failed or {}).items() if not words or f" {words} " in f" {cell.label} "), None)
+        failure = next(
+            (f for words, f in (failed or {}).items() if not words or f" {words} " in f" {cell.label} "), failure_of(cell)
+        )
         running = sweep.begin(cell.id, "p")
         config, problem = cell.config, cell.problem
         ranks, work = problem.scale.world_size, pairs(cell)
         flops = {"forward": forward_flops(work, problem.heads), "backward": backward_flops(work, problem.heads)}
         step = _Step.of(cell, flops)
         flops = step.flops if step else flops
-        rate = 400 + zlib.crc32(f"{config['cp']['name']} {config['kernel']['name']}".encode()) % 200  # TFLOP/s per GPU
+        rate = _rate(cell)
         factor = factor_of(cell) * np.prod([f for word, f in (slower or {}).items() if word in cell.label])
         metrics: dict[str, float] = {}
         samples: dict[str, list[float]] = {}
@@ -121,6 +125,11 @@ def made_sweep(
             )
         )  # fmt: skip
     return sweep
+
+
+def _rate(cell: Cell) -> float:
+    """TFLOP/s per GPU."""
+    return 400 + zlib.crc32(f"{cell.config['cp']['name']} {cell.config['kernel']['name']}".encode()) % 200
 
 
 @dataclass(frozen=True)
@@ -174,6 +183,29 @@ class _Step:
         }  # fmt: skip
 
 
+STEPS = (
+    "workload=block", "model=llama3_8b", "workload.optimizer=adamw", "cp=ring,ulysses,usp", "kernel=flash_attn3", "mask=causal",
+    "seqlen=64k,128k,256k", "scale=2x8", "recompute=none,selective,full", "site=plain",
+)  # fmt: skip
+_KEPT = {"none": 1.0, "selective": 0.3, "full": 0.12}  # share of the activations that a policy keeps
+_FULL = 74.5 * 2.0**30  # bytes that are more than the device has
+
+
+def steps_sweep(root: Path, name: str = "steps", *, begun: float | None = None) -> Sweep:
+    """Training steps as 16 GPUs might give them; what needs more memory than there is failed."""
+
+    def peak(cell: Cell) -> float:
+        kept = _KEPT[value_of(cell.config, "recompute")] * (1.2 if cell.config["cp"]["name"] == "ulysses" else 1.0)
+        return 2.0**30 * (10 + kept * 50 * cell.problem.seqlen / 131072)
+
+    slower = {"ring": 1.1, "usp": 1.0, "ulysses": 1.03}
+    return made_sweep(
+        root, name, [*STEPS], run_to_run=0.004, begun=begun, peak_of=peak,
+        failure_of=lambda cell: MEMORY_FAILURE if peak(cell) > _FULL else None,
+        factor_of=lambda cell: _rate(cell) / 550 * slower[cell.config["cp"]["name"]],
+    )  # fmt: skip
+
+
 STRATEGIES = ("ring", "allgather", "ulysses", "usp", "loongtrain", "groupcast", "lightseq", "tokenring")
 BIG = (
     f"cp={','.join(STRATEGIES)}", "mask=full,causal,sliding_window,causal_document", "lengths=long_text_64k",
@@ -225,10 +257,10 @@ def big_sweep(
 
 def _as_clusters_do(cell: Cell) -> float:
     """The time of a cell over that of ``made_sweep``: computing as fast as the strategy lets the kernel, then sending."""
-    cp, kernel = cell.config["cp"]["name"], cell.config["kernel"]["name"]
+    cp = cell.config["cp"]["name"]
     ranks, seqlen, work = cell.problem.scale.world_size, cell.problem.seqlen, pairs(cell)
     flops = forward_flops(work, cell.problem.heads)
-    nominal = flops / ranks / (400 + zlib.crc32(f"{cp} {kernel}".encode()) % 200) / 1e12
+    nominal = flops / ranks / _rate(cell) / 1e12
     compute = flops / ranks / 600e12 / _RATE.get(cp, 0.9) + 4e-5
     link = 350e9 if ranks == 8 else 45e9
     sent = 4.0 * seqlen * cell.problem.heads.kv * cell.problem.heads.dim * _SENT[cp] * (2 if ranks > 8 else 1)

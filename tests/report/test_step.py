@@ -15,13 +15,17 @@ from lcbench.grid.axes import value_of
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
+from lcbench.grid.search import Search
+from lcbench.report.figures import all_figures
 from lcbench.report.frame import good_rows, reported
 from lcbench.report.page import write_report
-from lcbench.report.parts import only_attention, shown
+from lcbench.report.page_data import searched_of
+from lcbench.report.parts import TIME, only_attention, shown
 from lcbench.report.publishing import summary_of
 from lcbench.report.regret import contests, regrets
 from lcbench.report.roofline import roofline
 from lcbench.report.step import MEMORY, SCALED, Step, colors_of, reached, steps_of, table
+from lcbench.report.step_figures import step_parts
 from lcbench.report.table import cells_table, summary, to_rows
 from lcbench.runs.manifest import Entry
 from lcbench.runs.store import Sweep
@@ -159,6 +163,34 @@ def test_a_choice_that_ran_nowhere_says_so(frame: pd.DataFrame) -> None:
     (none,) = [r for r in reached(frame[frame["seqlen"] > 32 * 1024]) if r.choice == "ring + recompute=full"]
     assert (none.length, none.beyond, none.peak) == (None, 64 * 1024, None)
     assert none.row()["longest that ran"] == "none"
+
+
+# -- figures as files --------------------------------------------------------------------------------------------------
+
+
+def test_a_figure_per_problem_has_a_bar_per_choice_and_says_what_failed(frame: pd.DataFrame, tmp_path: Path) -> None:
+    figures = {figure.name: figure for figure in step_parts(shown(frame, known_devices()))}
+    assert len(figures) == 3
+    (name,) = [name for name in figures if "64k" in name]
+    figure = figures[name]
+    time, memory = figure.figure.axes
+    rows = frame[(frame["seqlen"] == 64 * 1024) & (frame["status"] == "ok") & ~only_attention(frame)].sort_values(TIME)
+    names = [*rows["choice"], "ring + recompute=full"]
+    assert sorted(names) == ["ring", "ring + recompute=full", "ulysses", "ulysses + recompute=full"]
+    assert [tick.get_text() for tick in time.get_yticklabels()] == names
+    assert [tick.get_text() for tick in memory.get_yticklabels()] == names
+    for axis in (time, memory):
+        assert [text.get_text() for text in axis.texts if "✕" in text.get_text()] == ["✕ oom"]
+    drawn = {container.get_label(): [bar.get_width() for bar in container] for container in time.containers}
+    steps = [Step.of_row(row) for row in rows.to_dict("records")]
+    unit = steps[0].phases["forward"] / drawn["forward"][0]
+    for phase in steps[0].phases:
+        assert [width * unit for width in drawn[phase]] == pytest.approx([step.phases[phase] for step in steps])
+    assert SCALED in figure.caption
+    assert figure.alt.startswith("ulysses takes least time")
+    assert all(path.stat().st_size > 5000 for path in figure.save(tmp_path))
+    assert name in {one.name for one in all_figures(frame, known_devices(), {})}
+    assert list(step_parts(shown(frame[only_attention(frame)], known_devices()))) == []
 
 
 # -- terminal ----------------------------------------------------------------------------------------------------------
@@ -329,3 +361,25 @@ def test_a_narrow_page_has_one_figure_below_the_other(mixed: Sweep, tmp_path: Pa
             assert (abs(time["y"] - memory["y"]) < 5) == beside
             assert b.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
             assert b.complaints == []
+
+
+def test_a_search_has_its_answers_in_the_page_of_attention_too(tmp_path: Path) -> None:
+    """Of 32k to 128k at 60 GiB: a ring, which needs 40 at 128k, and ulysses, which runs out of memory there."""
+    failed = {"ulysses flash_attn3 causal 128k 2x8": MEMORY_FAILURE}
+    sweep = made_sweep(tmp_path, "s", CALLS, peak_of=peak, failed=failed)
+    sweep.add([], command=["search=max_seqlen"], search=Search("max_seqlen", 32 * 1024, 128 * 1024, 60 * GIB))
+    seen = sweep.look()
+    found = searched_of(seen, predicted=False)
+    assert found is not None
+    assert found["cap"] == 60 * GIB
+    cells = {cell: r.entry.cell for cell, r in seen.records.items()}
+    rows = {cells[row["cells"][0]].config["cp"]["name"]: row for row in found["rows"]}
+    assert rows["ring"]["tokens"] == 128 * 1024
+    assert (rows["ulysses"]["tokens"], rows["ulysses"]["beyond"]) == (64 * 1024, 128 * 1024)
+    assert rows["ulysses"]["why"].startswith("oom: ")
+    assert all(len(row["cells"]) == 3 for row in found["rows"])
+    report = write_report(sweep, tmp_path / "report", known_devices())
+    assert '<section id="longest">' in report.page.read_text(encoding="utf-8")
+    lines = (tmp_path / "report" / "tables" / "longest.md").read_text(encoding="utf-8").splitlines()
+    assert [line.count("128k") for line in lines if "ulysses" in line or "ring" in line] == [1, 1]
+    assert searched_of(made_sweep(tmp_path, "t", CALLS).look(), predicted=False) is None

@@ -36,3 +36,46 @@ def test_ninety_six_ranks_on_twelve_nodes(devcluster: dict[str, str], tmp_path: 
     assert checked["fallen"] == {}
     assert len(checked["nodes"]) == 12
     assert all(checked[f"{link} GB/s"]["worst"] > 0 for link in ("allreduce", "within a node", "between nodes"))
+
+
+@pytest.mark.timeout(900)
+def test_groups_of_a_mesh_on_two_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
+    """Attention and training steps in four context-parallel groups of four ranks, which lie on both nodes or on one each."""
+    done = lcbench(
+        "sweep", "-m", "workload=attention,block", "model=tiny", "layers=2", "recompute=none,selective",
+        "mesh.tp=2", "mesh.dp=2", "mesh.order=tp-cp-dp,tp-dp-cp", "scale=2x8", "cp=ring", "mask=causal_document", "seqlen=512",
+        "dtype=float64", "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=1", "measure.blocks=1",
+        "sweep=mesh", "site=devcluster", "wait=true", "output=json", f"results={tmp_path}",
+        f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", environment=devcluster,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["status"] for row in json.loads(done.stdout)["cells"]] == ["ok"] * 6
+    sweep = Sweep(tmp_path, "mesh")
+    for cell_id, entry in sweep.entries().items():
+        (attempt,) = sweep.attempts(cell_id)
+        assert attempt.metrics["check/of_bound"] <= 1
+        assert len(attempt.samples["rank_forward_median_s"]) == 16
+        assert attempt.provenance["slurm_job_id"]
+        # Neighbours in a group are on one node, or half of its links cross.
+        crosses = entry.config["mesh"]["order"] == "tp-dp-cp"
+        assert (attempt.metrics["comm/forward/between_nodes_bytes"] > 0) == crosses, entry.config
+
+
+@pytest.mark.timeout(1800)
+def test_a_search_brings_its_rounds_to_the_cluster_and_the_same_command_goes_on(devcluster: dict[str, str], tmp_path: Path) -> None:
+    words = [
+        "cp=ring,none", "kernel=sdpa_math", "mask=causal", "scale=2x1,1x1", "heads=2x2x8", "dtype=float32", "search=max_seqlen",
+        "search.from=512", "search.to=2k", "search.gib=0.03", "measure.warmup=0", "measure.min_iterations=1",
+        "measure.max_iterations=1", "measure.blocks=1", "sweep=longest", "site=devcluster", "output=json", f"results={tmp_path}",
+        f"tracking_uri=sqlite:///{tmp_path}/mlflow.db",
+    ]  # fmt: skip
+    done = lcbench("sweep", *words, environment=devcluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    answers = json.loads(done.stdout)["answers"]
+    assert {answer["end"] for answer in answers} <= {"found", "none fits", "all fit", "cannot run"}
+    assert all(answer["cells"] <= 8 for answer in answers)
+    sweep = Sweep(tmp_path, "longest")
+    attempts = {cell: len(sweep.attempts(cell)) for cell in sweep.entries()}
+    again = lcbench("sweep", *words, environment=devcluster)
+    assert json.loads(again.stdout)["answers"] == answers
+    assert attempts == {cell: len(sweep.attempts(cell)) for cell in sweep.entries()}

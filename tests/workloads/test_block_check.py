@@ -304,7 +304,7 @@ FAULTS: dict[str, tuple[Any, Cell, str]] = {
     "a key without gradient": (one_key_gradient, Cell(), "reference"),
     "values of the first pass": (first_values, Cell(), "layers"),
     "wrong while timed": (wrong_in_time, Cell(), "last timed pass"),
-    "attention off by a fiftieth": (unmasked_scale, Cell(), "reference"),
+    "attention off by a fiftieth": (unmasked_scale, Cell(), "factor"),
     "stale inputs computed again": (nothing, Cell(recompute=Stale()), "weights"),
 }
 

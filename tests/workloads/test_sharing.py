@@ -92,7 +92,7 @@ def alone(sequence: int, **options: Any) -> dict[str, torch.Tensor]:
     session = session_of(Gang(0, 1, CPU, Groups(), []), ALONE, Scale(1, 1), "none", "none", **options)
     training, tokens = session.training, session.training.stack.attention.run.tokens
     training.x = draw_rows("x", tokens, (MODEL.hidden,), torch.float64, SEED, CPU, (sequence, 0))
-    training._loss.labels = labels_of(tokens, MODEL.vocab, SEED, CPU, (sequence, 0))
+    training.loss.labels = labels_of(tokens, MODEL.vocab, SEED, CPU, (sequence, 0))
     dx, loss, sent = step(training)
     assert not any(sent[phase] for phase in sent)
     return {"loss": loss, "dx": dx} | {name: weight.grad for name, weight in training.weights().items()}

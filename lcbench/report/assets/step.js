@@ -357,7 +357,9 @@ function tradeOff(cells) {
 
 /** Numbers of each choice, the fastest first; those of the whole model apart, and marked. */
 function stepTable(drawn, failed, partial) {
-  const best = drawn.find(isGood);
+  const best = drawn.find(isGood),
+    planned = drawn.some(cell => stepOf(cell).planned),
+    host = drawn.some(cell => stepOf(cell).host);
   const heads = [
     ["step", "median of a step, of the slowest rank"],
     ["tokens/s per GPU", "tokens of a step over its time and all GPUs, of the layers that were run"],
@@ -365,11 +367,15 @@ function stepTable(drawn, failed, partial) {
     ["HFU", "the same with what is computed again"],
     ["attention", "share of the step's time"],
     ["peak", "memory of the worst rank"],
-  ];
+    planned && ["planned", "the peak of a plan that gives each tensor its place (MEMO); the allocator's stands before it"],
+    host && ["host", "memory of the host that a rank takes for saved tensors"],
+  ].filter(Boolean);
   const scaled = partial ? ["step", "tokens/s per GPU", "MFU"] : [];
   const row = cell => {
     const s = stepOf(cell),
-      own = [seconds(cell.total), digits(s.tokens), percent(cell.mfu), percent(s.hfu), percent(s.attention), bytes(cell.peak)],
+      own = [seconds(cell.total), digits(s.tokens), percent(cell.mfu), percent(s.hfu), percent(s.attention), bytes(cell.peak)]
+        .concat(planned ? [bytes(s.planned)] : [])
+        .concat(host ? [bytes(s.host)] : []),
       whole = [s.wholeTime === null ? "" : `≈ ${seconds(s.wholeTime)}`, digits(s.wholeTokens), percent(s.wholeMfu)];
     return h(
       "tr",

@@ -54,12 +54,13 @@ class Plan:
         return {**levels, "seconds": self.seconds}
 
 
-def planned(model: Model, layer: LayerBytes, policy: Recompute, *, layers: int, dtype: str, loss_chunk: int) -> Plan:
+def planned(model: Model, layer: LayerBytes, policy: Recompute, *, layers: int, dtype: str, loss_rows: int) -> Plan:
     """The plan of a step on one rank, without an optimizer.
 
     Args:
         model: heads and ``ffn`` as this rank has them.
         layers: how many are run.
+        loss_rows: tokens whose logits exist at once.
     """
     begun = time.perf_counter()
     levels = {name: place(lifetimes) for name, lifetimes in transients(model, layer.x.rows, dtype).items()}
@@ -69,7 +70,7 @@ def planned(model: Model, layer: LayerBytes, policy: Recompute, *, layers: int, 
     backward = max(levels["backward"].peak, levels["forward"].peak if again.token_wise else 0)
     size = getattr(torch, dtype).itemsize
     head, end = layers, 2 * layers + 1  # moments: a layer's forward each, the head, a layer's backward each
-    found = [Lifetime(head_bytes(model, layer.x.rows, dtype, loss_chunk), head, head + 1)]
+    found = [Lifetime(head_bytes(model, dtype, loss_rows), head, head + 1)]
     found += [Lifetime(model.head_parameters() * size, head, end)] + [Lifetime(layer.x.bytes, at, end) for at in (head - 1, head)]
     if held.buffered:
         found.append(Lifetime(held.working, head + 1, end))

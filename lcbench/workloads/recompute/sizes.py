@@ -150,7 +150,7 @@ def step_peak(
     tokens, y = layer.x.rows, layer.x.bytes
     head = model.head_parameters()
     every = layers * held.device - held.inputs + 2 * y  # with y and its gradient, which last to the end of backward
-    in_head = every + held.passing + head_bytes(model, tokens, dtype, loss_chunk) + head * size
+    in_head = every + held.passing + head_bytes(model, dtype, min(tokens, loss_chunk)) + head * size
     # Gradients of down's output and input, gate and up; down's input is not needed any more then.
     gradients = tokens * size * (model.hidden + (3 if held.buffered else 2) * model.ffn)
     weights, down = model.layer_parameters() * size, model.ffn * model.hidden * size
@@ -163,9 +163,9 @@ def step_peak(
     return max(in_head + (shards > 1) * head * size, in_backward)
 
 
-def head_bytes(model: Model, tokens: int, dtype: str, loss_chunk: int) -> int:
-    """What the head takes while it runs, besides the gradients that it leaves: their sums in float32 or wider, and of one chunk of
-    tokens its logits, those and their logarithms in the wider type with a gradient of each, and the logits' own."""
+def head_bytes(model: Model, dtype: str, loss_rows: int) -> int:
+    """What the head takes while it runs, besides the gradients that it leaves: their sums in float32 or wider, and of ``loss_rows``
+    tokens at once their logits, those and their logarithms in the wider type with a gradient of each, and the logits' own."""
     size = itemsize(dtype)
     wide = max(size, 4)
-    return model.head_parameters() * wide + min(tokens, loss_chunk) * model.vocab * (4 * wide + (wide > size) * size)
+    return model.head_parameters() * wide + loss_rows * model.vocab * (4 * wide + (wide > size) * size)

@@ -242,9 +242,9 @@ class Pass:
         """
         before, after = ("before", "after") if again else (None, None)
         with self.saving(shelf, "before", _but(token_wise, layer.before, rope), before):
-            q, k, v = layer.before(x, rope)
+            q, k, v, given = layer.inputs(x, rope)
         with self.saving(shelf, "attention", attention, before):
-            out = layer.attention(q, k, v)
+            out = layer.attention(q, k, v, given=given)
         with self.saving(shelf, "after", _but(token_wise, layer.after, rope), after):
             return layer.after(x, out), out
 
