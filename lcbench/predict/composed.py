@@ -105,7 +105,7 @@ class Composed:
             if isinstance(part, Attend) and part.again == again:
                 found += part.times * FLOPS[part.direction](float(np.mean(self.pairs)), self.cell.problem.heads)
             elif isinstance(part, Compute) and part.again == again:
-                found += ranks * part.flops
+                found += ranks * part.flops * part.useful
         return found
 
     def play(self, machine: Machine, kernel: KernelFit, dense: DenseFit, *, alone: bool = False) -> Together:

@@ -191,7 +191,7 @@ def flops(cell: Cell) -> float:
     counts = (("forward", forward_flops), ("backward", backward_flops))
     attended = sum(made.attends(direction, again=False) * count(work, heads) for direction, count in counts)
     every = (part for parts in made.phases.values() for part in parts)
-    computed = sum(part.flops for part in every if isinstance(part, Compute) and not part.again)
+    computed = sum(part.flops * part.useful for part in every if isinstance(part, Compute) and not part.again)
     return cell.mesh.count * (attended + computed * cell.problem.scale.world_size)
 
 

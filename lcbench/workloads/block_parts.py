@@ -124,15 +124,16 @@ class _Step:
         return replace(self._products(2, own.layer_parameters()), moved_bytes=moved, launches=float(LAYER_KERNELS_BACK))
 
     def _head(self) -> tuple[Part, ...]:
-        own, tokens = self.own, self.share.tokens
+        own, options = self.own, self.options
+        tokens = math.ceil(self.share.tokens * (options.labelled if options.masked_logits else 1.0))
         weights, chunks = own.head_parameters(), math.ceil(tokens / self.options.loss_chunk)
         of_logits = tokens * own.vocab * (LOSS * self._size + LOSS_WIDE * self._wide)
         of_hidden = tokens * (NORM + NORM_BACK) * own.hidden * self._size
         of_sums = chunks * weights * ((self._size + 2 * self._wide) if self._wide > self._size else 3 * self._size)
-        products = self._products(3, weights)
+        products = Compute(6.0 * weights * tokens, 3.0 * self._size * weights)
         compute = replace(
             products, operand_bytes=chunks * products.operand_bytes, moved_bytes=of_logits + of_hidden + of_sums,
-            launches=float(CHUNK_KERNELS * chunks),
+            launches=float(CHUNK_KERNELS * chunks), useful=1.0 if options.masked_logits else options.labelled,
         )  # fmt: skip
         sums: tuple[Part, ...] = ()
         if self.share.mesh.tp > 1:  # gradients of what the head gets; three numbers of each token
@@ -193,7 +194,7 @@ class _Step:
         whole, measured = ((n * model.layer_parameters() + model.head_parameters()) for n in (model.layers, self.layers))
         repeats = {"head": 1.0, "reduce": whole / measured, "optimizer": whole / measured}
         return {
-            "step/layers": float(self.layers), "step/labelled_tokens": float(seqlen * mesh.dp),
+            "step/layers": float(self.layers), "step/labelled_tokens": float(round(seqlen * self.options.labelled) * mesh.dp),
             "step/tokens_per_gpu": seqlen * mesh.dp / ranks,
             **{f"model/{phase}/repeats": repeats.get(phase, model.layers / self.layers) for phase in phases},
         }  # fmt: skip

@@ -6,7 +6,7 @@ Counts are of one rank. What a part takes is ``lcbench.predict``'s business: a w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lcbench.problem import ALONE, Mesh, Problem
@@ -37,6 +37,7 @@ class Compute:
         moved_bytes: read and written by all that goes element by element: norms, rotations, gates, losses, sums, steps of weights.
         launches: kernels.
         again: as of ``Attend``.
+        useful: the share of ``flops`` that counts: the rest is of tokens that nothing is asked of.
     """
 
     flops: float = 0.0
@@ -44,11 +45,13 @@ class Compute:
     moved_bytes: float = 0.0
     launches: float = 0.0
     again: bool = False
+    useful: float = 1.0
 
     def times(self, count: float, *, again: bool = False) -> Compute:
-        return Compute(
-            count * self.flops, count * self.operand_bytes, count * self.moved_bytes, count * self.launches, again or self.again
-        )
+        return replace(
+            self, flops=count * self.flops, operand_bytes=count * self.operand_bytes, moved_bytes=count * self.moved_bytes,
+            launches=count * self.launches, again=again or self.again,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

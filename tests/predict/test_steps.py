@@ -81,6 +81,16 @@ def test_a_prediction_has_the_metrics_of_a_measured_step() -> None:
     assert 0 < metrics["attention/share"] < 1
 
 
+def test_a_head_on_labelled_tokens_alone_takes_less_and_counts_as_much() -> None:
+    every, few, masked = (
+        predicted(*words) for words in ((), ("workload.labelled=0.25",), ("workload.labelled=0.25", "workload.masked_logits=true"))
+    )
+    assert few.phases["head"] == every.phases["head"]
+    assert masked.phases["head"].seconds < 0.4 * every.phases["head"].seconds
+    assert few.flops["head"] == pytest.approx(0.25 * every.flops["head"]) == pytest.approx(masked.flops["head"])
+    assert masked.metrics()["step/labelled_tokens"] == 2**16
+
+
 def test_a_step_is_its_layers_and_a_head() -> None:
     two, four = (predicted(f"layers={layers}") for layers in (2, 4))
     for phase in ("forward", "backward"):
