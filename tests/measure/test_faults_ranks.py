@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Executor, Groups, SavedPass
 from lcbench.schedule.layout import Layout, contiguous, zigzag
+from lcbench.schedule.payload import PAYLOADS
 from lcbench.schedule.program import Exchange, Message, Piece, TileCall
 from lcbench.testing.dense import dense_heads
 from lcbench.testing.spawn import run_ranks
@@ -269,9 +270,9 @@ class Forgets(Faulty):
         self._kind, self._times = kind, times
         super().__init__(*args, **kwargs)
 
-    def _add_own(self, kind: str, group: int, rows: tuple[int, int], grad: torch.Tensor) -> None:
+    def _add_own(self, kind: str, group: int, rows: tuple[int, int], grad: torch.Tensor, plane: int | None = None) -> None:
         for _ in range(self._times if self.wrong and kind == self._kind else 1):
-            super()._add_own(kind, group, rows, grad)
+            super()._add_own(kind, group, rows, grad, plane)
 
 
 class ForgetsRemote(Faulty):
@@ -398,9 +399,9 @@ class Lazy(Faulty):
 class Uncounted(Faulty):
     """A third of its bytes are counted; in a run that is right, so that only the bound can tell."""
 
-    def _post(self, moment: Any, turn: int) -> None:
+    def _post(self, step: RankStep, turn: int, kinds: Collection[str] = PAYLOADS) -> None:
         before = self.bytes_sent
-        super()._post(moment, turn)
+        super()._post(step, turn, kinds)
         self.bytes_sent = before + (self.bytes_sent - before) // 3
 
 
