@@ -50,7 +50,7 @@ from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Executor, Groups, SavedPass
 from lcbench.schedule.layout import Layout, contiguous, zigzag
 from lcbench.schedule.payload import PAYLOADS
-from lcbench.schedule.program import Exchange, Message, Piece, TileCall
+from lcbench.schedule.program import Exchange, Message, Piece, RankStep, TileCall
 from lcbench.testing.dense import dense_heads
 from lcbench.testing.spawn import run_ranks
 from lcbench.workloads.attention import Attention
