@@ -447,7 +447,8 @@ def _refused_by_workload(config: dict[str, Any], problem: Problem, mask: Mask, k
     """What the workload says to a problem; the axis's default takes what kernel and strategy take, and a plan need not load it."""
     said = config.get("workload")
     if said is None:
-        return None
+        reason = strategy.only_in_a_step()
+        return reason and f"cp {config['cp']['name']}: {reason}"
     workload = _object("workload", json.dumps(said), build.build_workload)
     taken = {name: config[name] for name in ("workload", "recompute") if name in config}
     recompute = _object("recompute", json.dumps(taken), build.build_recompute)

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from lcbench.cp.base import Passes, RankRun, Strategy
-from lcbench.kernels.base import Kernel
-from lcbench.masks.mask import Mask
+from lcbench.cp.base import Passes, RankRun
 from lcbench.measure.bounds import Check
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.inputs import draw
@@ -18,7 +16,6 @@ from lcbench.measure.least import least_traffic
 from lcbench.measure.numerics import Result, one_pass
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
-from lcbench.problem import Problem
 from lcbench.workloads.base import Work, Workload
 from lcbench.workloads.started import Sent, started
 
@@ -28,9 +25,6 @@ INPUTS = ("q", "k", "v", "dout")
 @dataclass(frozen=True)
 class Attention(Workload):
     """Attention alone; it has no options. Phases are ``forward`` and, unless direction=forward, ``backward``."""
-
-    def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
-        return strategy.only_in_a_step()
 
     def start(self, work: Work, draw: int, gang: Gang) -> AttentionSession:
         return AttentionSession(work, draw, gang)

@@ -290,7 +290,8 @@ class CountedRun:
         return self._counted(self._run.resume(*args))
 
     def begin_backward(self, dout: torch.Tensor, saved: Any) -> None:
-        self._counted(self._run.begin_backward(dout, saved))
+        self._run.begin_backward(dout, saved)
+        self._counted(None)
 
     def backward(self, dout: torch.Tensor, saved: Any) -> Any:
         return self._counted(self._run.backward(dout, saved))

@@ -128,7 +128,7 @@ class Training:
             reshard = self.reshard
             phases[PHASE] = lambda _: reshard.forward(self.images, self.x)
         phases |= {
-            "forward": self.forward,
+            "forward": lambda x: self.forward(x),
             "head": lambda passed: (*passed, *self.loss(passed[1])),
             "backward": self._backward,
         }

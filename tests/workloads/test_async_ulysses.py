@@ -10,13 +10,13 @@ import torch
 from lcbench.cp.base import Strategy
 from lcbench.cp.ulysses import Ulysses
 from lcbench.grid.build import build, build_kernel
+from lcbench.grid.command_line import look
 from lcbench.masks.causal import causal
 from lcbench.measure.session import Gang
 from lcbench.problem import ALONE, Heads, Mesh, Problem, Scale
 from lcbench.schedule.execute import Groups
 from lcbench.testing.masks import load, names
 from lcbench.testing.spawn import run_ranks
-from lcbench.workloads.attention import Attention
 from lcbench.workloads.base import Work
 from lcbench.workloads.block import Block
 from lcbench.workloads.models import Model
@@ -105,7 +105,7 @@ def check_order(rank: int) -> None:
             result.register_hook(lambda grad: events.append(f"back through {name}"))
 
         module.register_forward_hook(hook)
-    executor = session.run._run
+    executor: Any = session.run._run
     post, give, gradient = executor._post, executor.give, executor.gradient
 
     def noted(step: Any, turn: int, kinds: Any = None) -> None:
@@ -152,7 +152,14 @@ def test_refusals() -> None:
     mask = causal(64)
     staged = Ulysses(stages=2, async_projections=True)
     assert staged.unsupported(problem, mask) == "cp.async_projections=true exchanges all heads at once: cp.stages=2 is not 1"
-    asked = (problem, mask, build_kernel(load("kernel", "naive")))
-    refused = Attention().unsupported(*asked, Ulysses(async_projections=True), None)
-    assert refused == "cp.async_projections=true needs the projections of a layer: workload=block"
-    assert Attention().unsupported(*asked, Ulysses(), None) is None
+    words = [
+        "cp=ulysses",
+        "kernel=naive",
+        "mask=causal",
+        "seqlen=64",
+        "scale=1x2",
+        "heads=4x4x8",
+        "cp.async_projections=true,false",
+    ]
+    reasons = {p.cell.config["cp"].get("async_projections", False): p.skip for p in look([*words, "site=plain"]).cells}
+    assert reasons == {True: "cp ulysses: cp.async_projections=true needs the projections of a layer: workload=block", False: None}
