@@ -161,5 +161,7 @@ def test_refusals() -> None:
         "heads=4x4x8",
         "cp.async_projections=true,false",
     ]
-    reasons = {p.cell.config["cp"].get("async_projections", False): p.skip for p in look([*words, "site=plain"]).cells}
+    reasons = {
+        p.cell.config["cp"].get("async_projections", False): p.skip for p in look([*words, "cp.async_projections=true,false"]).cells
+    }
     assert reasons == {True: "cp ulysses: cp.async_projections=true needs the projections of a layer: workload=block", False: None}
