@@ -161,5 +161,6 @@ def test_refusals() -> None:
         "heads=4x4x8",
         "cp.async_projections=true,false",
     ]
-    reasons = {p.cell.config["cp"].get("async_projections", False): p.skip for p in look([*words, "site=plain"]).cells}
+    cells = look([*words, "cp.async_projections=true,false"]).cells
+    reasons = {each.cell.config["cp"].get("async_projections", False): each.skip for each in cells}
     assert reasons == {True: "cp ulysses: cp.async_projections=true needs the projections of a layer: workload=block", False: None}
