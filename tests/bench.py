@@ -26,6 +26,7 @@ from lcbench.masks.convert import varlen
 from lcbench.masks.lengths import Uniform
 from lcbench.masks.mask import Mask
 from lcbench.measure.inputs import draw
+from lcbench.measure.session import Gang
 from lcbench.measure.stopping import Stopping
 from lcbench.measure.timing import measure
 from lcbench.predict.draws import operations_on
@@ -44,6 +45,11 @@ from lcbench.schedule.verify import verify
 from lcbench.testing.masks import load, names
 from lcbench.testing.precision import relative_errors
 from lcbench.testing.spawn import run_ranks
+from lcbench.workloads.base import Work
+from lcbench.workloads.block import Block
+from lcbench.workloads.models import Model
+from lcbench.workloads.recompute.none import NoRecompute
+from lcbench.workloads.step import BlockSession
 
 
 def timed(name: str, run: Callable[[], Any]) -> Any:
@@ -91,6 +97,8 @@ def main() -> None:
         run_ranks(ranks, precision, ranks)
     for ranks in (2, 4):
         run_ranks(ranks, against_torch, ranks)
+    for ranks in (1, 2):
+        run_ranks(ranks, inside_steps, ranks)
 
 
 def plans() -> None:
@@ -181,6 +189,49 @@ def against_torch(rank: int, ranks: int) -> None:
             print(
                 f"{name:<14} {ranks} ranks, causal, {seqlen} tokens: {1e3 * own:8.1f} ms, {own / alone:5.2f} of its kernels alone, "
                 f"{own / peer_s:5.2f} of torch's ring ({1e3 * peer_s:.1f} ms)",
+                flush=True,
+            )
+
+
+def inside_steps(rank: int, ranks: int) -> None:
+    """Attention inside of a training step over the same attention by itself, of one iteration each: it is to be 1."""
+    seqlen, device, layers = 4096, torch.device("cpu"), 2
+    model = Model(layers, hidden=512, heads_q=8, heads_kv=4, head_dim=64, ffn=1024, vocab=1000, rope_theta=5e5)
+    problem = Problem(seqlen, model.heads(), Scale(1, ranks), "float32", "forward_backward")
+    gang = Gang(rank, ranks, device, Groups(), [])
+    for name in names("cp"):
+        strategy = build_strategy(load("cp", name))
+        if (
+            not isinstance(strategy, Scheduled)
+            or strategy.unsupported(problem, causal(seqlen))
+            or strategy.one_rank != (ranks == 1)
+        ):
+            continue
+        work = Work(
+            Block(model, layers), problem, lambda _: causal(seqlen), SDPAFlash(), strategy, {}, 0, recompute=NoRecompute()
+        )  # fmt: skip
+        session = work.start(0, gang)
+        assert isinstance(session, BlockSession)
+        alone = strategy.start(problem, causal(seqlen), SDPAFlash(), gang.place)
+        tensors = [draw(x, alone.tokens, problem, 0, device) for x in ("q", "k", "v", "dout")]
+        inside: list[float] = []
+
+        def step(_: Any, session: BlockSession = session, inside: list[float] = inside) -> None:
+            passed: Any = None
+            with session.training.stack.attention.watched() as watch:
+                for phase in session.phases().values():
+                    passed = phase(passed)
+            inside.append(sum(watch.seconds().values()) / layers)
+
+        phases: dict[str, Callable[[Any], Any]] = {"alone": partial(both, alone, tensors, None), "step": step}
+        samples, _ = measure(phases, Stopping(11, 11, 600.0, 0.0), 1, device)
+        if rank == 0:
+            own = np.median(samples.own["alone"])
+            ratio = np.array(inside[1:]) / own  # without the warm-up
+            low, high = np.percentile(np.array(samples.own["alone"]) / own, [20, 80])
+            print(
+                f"{name:<12} {ranks} ranks, causal, {seqlen} tokens: attention of a layer {1e3 * own * np.median(ratio):8.1f} ms, "
+                f"{np.median(ratio):5.2f} of the same alone ({1e3 * own:.1f} ms, 20 to 80 %: {low:.2f} to {high:.2f})",
                 flush=True,
             )
 
