@@ -246,7 +246,7 @@ class BlockSession(Session):
     def shares(self) -> dict[str, float]:
         """What of a step is attention, by passes that are timed for it. Collective."""
         EVERY.all_gather_object(None)  # ranks begin together
-        with self.training.stack.attention.watched() as watch:
+        with self.training.stack.attention.watched(self._gang.device) as watch:
             begun = watch.now()
             self._step()
             watch.spans.append((STEP, begun, watch.now()))
