@@ -24,7 +24,7 @@ class Trained:
         vision: the share of a sequence's tokens that are of images, which begin on other ranks (``lcbench.workloads.reshard``).
 
     Raises:
-        ValueError: an optimizer that there is not, or a share that is none.
+        ValueError: layers that the model has not, an optimizer that there is not, or a share that is none.
     """
 
     model: Model
@@ -38,6 +38,10 @@ class Trained:
     vision: float = field(default=0.0, metadata={"left_out": True})
 
     def __post_init__(self) -> None:
+        if self.layers is not None and not 1 <= self.layers <= self.model.layers:
+            raise ValueError(
+                f"workload.layers={self.layers} is none of the model's 1 to {self.model.layers} layers; all of them: layers=all"
+            )
         if not _is_number(self.vision) or not 0 <= self.vision <= 1:
             raise ValueError(f"workload.vision={self.vision} is no share of the tokens from 0 to 1, such as 0.5")
         if not _is_number(self.labelled) or not 0 < self.labelled <= 1:

@@ -155,7 +155,7 @@ class _Step:
     @classmethod
     def of(cls, cell: Cell, attention: dict[str, float]) -> _Step | None:
         workload = cell.config.get("workload", {})
-        if "model" not in workload:
+        if workload.get("name") != "block":
             return None
         model = Model(**{k: v for k, v in workload["model"].items() if k not in ("name", "_target_")})
         layers, tokens = workload["layers"] or model.layers, cell.problem.seqlen
