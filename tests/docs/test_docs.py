@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from lcbench.commands.fit import asked
-from lcbench.grid.command_line import look
+from lcbench.grid.command_line import loader_of, read_flags
+from lcbench.grid.expand import expand
 from lcbench.predict.fitted import Fit
 from lcbench.predict.machines import known
 from lcbench.runs.attempt import Failure
@@ -104,7 +105,8 @@ def _sweep(arguments: list[str]) -> None:
         done = subprocess.run([sys.executable, "-m", "lcbench.sweep", *arguments], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return
-    plan = look(arguments)
+    flags = read_flags(arguments)
+    plan = expand(flags.overrides, loader_of(flags.config_dir))
     assert any(p.skip is None for p in plan.cells)
 
 
