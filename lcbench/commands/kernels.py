@@ -30,7 +30,7 @@ from lcbench.report.ending import bad_input
 from lcbench.report.fitted import Column, Fitted, console
 from lcbench.report.inert import plain
 
-DEFAULTS = {"seqlen": "4k", "heads": "64x8x128", "lengths": "uniform", "cp": "none", "scale": "1x1"}
+DEFAULTS, LENGTHS = {"seqlen": "4k", "heads": "64x8x128", "cp": "none", "scale": "1x1"}, "lengths=uniform"
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 CUDA = "on CUDA devices"  # what every reason for a GPU says
 EXAMPLES = """
@@ -110,7 +110,10 @@ def _cells(overrides: list[str]) -> list[Cell]:
     for axis in ("kernel", "mask"):
         if axis not in given:
             whole.append(f"{axis}={','.join(axis_values(CONF, axis))}")
-    return [planned.cell for planned in look([*whole, *overrides]).cells]
+    cells = look([*whole, *overrides]).cells
+    if "lengths" not in given and any("lengths" in planned.cell.config["mask"] for planned in cells):
+        cells = look([*whole, LENGTHS, *overrides]).cells
+    return [planned.cell for planned in cells]
 
 
 def _by_kernel(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

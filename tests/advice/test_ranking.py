@@ -17,6 +17,7 @@ from lcbench.predict.predictor import CannotPredict, Prediction, Predictor
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.report.fitted import console
 from lcbench.schedule.simulate import Phase
+from lcbench.workloads.parts import Attend, Made
 
 MS = 1e-3
 GIB = 1 << 30
@@ -39,7 +40,25 @@ class Told(Predictor):
         phase = Phase(time, 0.5 * time, 0.6 * time, 0.3 * time, 0.1 * time)
         peak = self.bytes.get(name, 1)
         interval = peak / (1 + self.memory_error), peak * (1 + self.memory_error)
-        return Prediction(cell, self.machine, {"forward": phase}, 1.0, 0, peak, interval, self.error, "made up", ())
+        return Prediction(
+            cell,
+            self.machine,
+            {"forward": phase},
+            {"forward": phase},
+            FORWARD,
+            {},
+            {},
+            {},
+            0,
+            peak,
+            interval,
+            self.error,
+            "made up",
+            (),
+        )
+
+
+FORWARD = Made({"forward": (Attend("forward"),)})
 
 
 def found(predictor: Predictor, *words: str) -> dict[str, Candidate]:

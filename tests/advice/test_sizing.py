@@ -27,6 +27,7 @@ from lcbench.predict.machines import machine_of
 from lcbench.predict.predictor import CannotPredict, Prediction, Predictor
 from lcbench.report.fitted import console
 from lcbench.schedule.simulate import Phase
+from lcbench.workloads.parts import Attend, Made
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Straight(Predictor):
         time = start + each * problem.seqlen / problem.scale.world_size
         phases = {"forward": Phase(time, time, time, 0.0, 0.0)}
         peak = GIB * 16 // problem.scale.world_size
-        return Prediction(cell, self.machine, phases, 1.0, 0, peak, (peak / 1.5, peak * 1.5), 0.25, "straight lines", ())
+        made, interval = Made({"forward": (Attend("forward"),)}), (peak / 1.5, peak * 1.5)
+        return Prediction(cell, self.machine, phases, phases, made, {}, {}, {}, 0, peak, interval, 0.25, "straight lines", ())
 
 
 def straight(**lines: tuple[float, float]) -> Straight:

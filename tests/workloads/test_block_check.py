@@ -198,8 +198,8 @@ def local_mean(rank: int) -> Iterator[None]:
     """The loss is divided by the tokens of a rank."""
     right = ChunkedLoss.__init__
 
-    def wrong(self: ChunkedLoss, head: Any, labels: Any, chunk: int, share: float, sharing: Any) -> None:
-        right(self, head, labels, chunk, 1 / len(labels), sharing)
+    def wrong(self: ChunkedLoss, head: Any, labels: Any, chunk: int, share: float, sharing: Any, **options: Any) -> None:
+        right(self, head, labels, chunk, 1 / len(labels), sharing, **options)
 
     with patch.object(ChunkedLoss, "__init__", wrong):
         yield

@@ -149,7 +149,7 @@ def test_the_plan_is_near_the_formula(layers: int) -> None:
     model = Model(layers=32, hidden=1024, heads_q=8, heads_kv=2, head_dim=128, ffn=3584, vocab=1000, rope_theta=1e4)
     layer = layer_bytes(model, 8192, "bfloat16", fused_norms=False)
     for name, policy in policies.items():
-        plan = planned(model, layer, policy, layers=layers, dtype="bfloat16", loss_chunk=256)
+        plan = planned(model, layer, policy, layers=layers, dtype="bfloat16", loss_rows=256)
         formula = step_peak(model, layer, policy.kept, layers=layers, dtype="bfloat16", loss_chunk=256)
         step = plan.levels["step"]
         assert step.peak >= step.bound

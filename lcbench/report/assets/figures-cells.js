@@ -1,8 +1,8 @@
 "use strict";
 // Figures of bars, squares and dots, and the table of rates: a problem at a time, or cells of all.
 
-/** One problem of those that have so many choices. A section of its own has its own switches, whose names begin with `of`, and begins
- * with most GPUs, and with the longest of the lengths that most choices ran. */
+/** One problem of those that have so many choices. A section of its own has its own switches, whose names begin with `of`, and
+ * begins with most GPUs, and with the longest of the lengths that most choices ran. */
 function chooseProblem(cells, least = 2, of = "") {
   const most = (values, ran) => (of ? d3.greatest(values, value => ran(value) + values.indexOf(value) / 1e3) : values[0]);
   const counts = d3.rollup(

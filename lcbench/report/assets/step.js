@@ -1,5 +1,6 @@
 "use strict";
-// Training steps: what time and memory of a step are made of, one against the other, what a whole model comes to, the longest length.
+// Training steps: what time and memory of a step are made of, one against the other, what a whole model comes to, the longest
+// length.
 
 const stepOf = cell => BLOCK.steps[cell.id];
 const MIDST = ["layers that were run", `whole model (${BLOCK.scaled})`];
@@ -228,9 +229,11 @@ function timeOfSteps(cells, failed, whole) {
       finding,
     ),
     caption: whole
-      ? `${firstUpper(BLOCK.scaled)}: forward and backward by layers, the head once, sums over ranks and the optimizer by weights; ` +
+      ? `${firstUpper(BLOCK.scaled)}: forward and backward by layers, the head once, sums over ranks and the optimizer ` +
+        "by weights; " +
         "without the embedding. Attention's share is that of the layers that were run."
-      : "Medians of the phases, of the slowest rank. Hatched: how much of the whole step attention and its messages take, forward, " +
+      : "Medians of the phases, of the slowest rank. Hatched: how much of the whole step attention and its messages take, " +
+        "forward, " +
         "backward and computed again (from a pass of its own; it says how much, not where).",
   };
 }
@@ -259,7 +262,8 @@ function memoryOfSteps(cells, failed) {
   ]);
   const least = known[0],
     finding = `Least memory: ${least.choice}, ${bytes(least.peak)}; most: ${known.at(-1).choice}, ${bytes(known.at(-1).peak)}.`;
-  const of = device ? ` The device has ${bytes(device)}${near ? " (dashed)" : `, of which these take at most ${percent(most / device)}`}.` : "";
+  const share = near ? " (dashed)" : `, of which these take at most ${percent(most / device)}`;
+  const of = device ? ` The device has ${bytes(device)}${share}.` : "";
   const key = keyOf(BLOCK.stepMemory, new Set(parts.map(part => part.name)));
   key.append(h("span", {}, h("i", {class: "peak"}), "peak"));
   return {
@@ -278,14 +282,22 @@ function memoryOfSteps(cells, failed) {
         text: cell => `${bytes(cell.peak)}${device ? ` · ${percent(cell.peak / device)}` : ""}`,
         domain: near ? [0, Math.max(device, most) / size] : undefined,
         marks: [
-          Plot.tickX(known, {x: cell => cell.peak / size, y: "choice", stroke: "currentColor", strokeWidth: 3, insetTop: 1, insetBottom: 1}),
+          Plot.tickX(known, {
+            x: cell => cell.peak / size,
+            y: "choice",
+            stroke: "currentColor",
+            strokeWidth: 3,
+            insetTop: 1,
+            insetBottom: 1,
+          }),
           near ? Plot.ruleX([device / size], {stroke: "var(--bad)", strokeDasharray: "6,3"}) : null,
         ],
       },
       finding,
     ),
     caption:
-      "Of the layers that were run. Each class when it is largest, which is not at one time: together they may be more than the peak (mark). Transient: what the " +
+      "Of the layers that were run. Each class when it is largest, which is not at one time: together they may be more " +
+      "than the peak (mark). Transient: what the " +
       `peak has beyond them, such as gathered weights, logits, what is computed again. Buffers kept for backward count twice.${of}`,
   };
 }
@@ -445,7 +457,8 @@ function reachedBy(cells) {
     );
 }
 
-/** The section of the longest lengths: a search's answers for choices of which a cell is in view, or what training steps reached. */
+/** The section of the longest lengths: a search's answers for choices of which a cell is in view, or what training steps
+ * reached. */
 function drawLongest(place, cells) {
   const inView = new Map(cells.map(cell => [cell.id, cell]));
   const rows = BLOCK.searched
@@ -498,8 +511,8 @@ function drawLongest(place, cells) {
       "p",
       {class: "dim"},
       BLOCK.searched
-        ? `A search for the longest length that fits ${bytes(BLOCK.searched.cap)} a rank. Needs: the peak of an iteration and its inputs, ` +
-            "of the rank that needs most." +
+        ? `A search for the longest length that fits ${bytes(BLOCK.searched.cap)} a rank. Needs: the peak of an iteration ` +
+            "and its inputs, of the rank that needs most." +
             (rows.some(row => row.predicted) ? " Predicted, not measured." : "")
         : "Of the lengths of this sweep. Where nothing longer was tried, a choice may go further than it says here; " +
             "search=max_seqlen finds how far.",
