@@ -254,9 +254,9 @@ def wrong_in_time(rank: int) -> Iterator[None]:
     """What the layers give is that of other tokens, from the last timed pass on."""
     right, passes = Training.forward, [0]
 
-    def wrong(self: Training) -> Any:
+    def wrong(self: Training, *given: Any) -> Any:
         passes[0] += 1
-        x, y = right(self)
+        x, y = right(self, *given)
         return x, y.roll(1, 0) if passes[0] > 5 else y
 
     with patch.object(Training, "forward", wrong):
