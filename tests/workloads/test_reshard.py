@@ -91,6 +91,7 @@ def _own(x: torch.Tensor) -> torch.Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_rows_arrive_and_gradients_return() -> None:
     run_ranks(RANKS, check)

@@ -98,6 +98,7 @@ def alone(sequence: int, **options: Any) -> dict[str, torch.Tensor]:
     return {"loss": loss, "dx": dx} | {name: weight.grad for name, weight in training.weights().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_shared_weights_change_no_result(tmp_path: Path) -> None:
     torch.save([alone(0), alone(1)], tmp_path / "alone.pt")
