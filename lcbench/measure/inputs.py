@@ -30,6 +30,11 @@ def draw(
     return draw_rows(name, tokens, (heads, problem.heads.dim), getattr(torch, problem.dtype), seed, device, group)
 
 
+def seed_of(text: str) -> int:
+    """A generator's seed for what has this name, 63 bits."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
 def draw_rows(
     name: str,
     tokens: Ints,
@@ -51,7 +56,7 @@ def draw_rows(
         values = torch.empty((len(some), BLOCK, *shape), dtype=drawn_dtype, device=device)
         for block, into in zip(some, values, strict=True):
             text = f"{seed}/{name}/{block}" + ("/{}/{}".format(*group) if any(group) else "")  # the first is as where there is one
-            generator.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1)
+            generator.manual_seed(seed_of(text))
             into.normal_(generator=generator)
         mine = rows[ends[first - 1] if first else 0 : ends[first + len(some) - 1]]
         places = (inverse[mine] - first) * BLOCK + tokens[mine] % BLOCK

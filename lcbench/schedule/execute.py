@@ -519,9 +519,7 @@ class Executor:
             grads = self._alone.backward(dout, whole, softmax_scale=self.problem.softmax_scale)
             dq, dk, dv = (grad.to(dout.dtype) for grad in grads)
             return dq, dk, dv
-        for slot, memory in saved.slots.items():
-            self._put(slot, memory)
-        self._own, self._saved = self._backward_own(dout, saved.kv, saved), saved
+        self._go_back(dout, saved, saved.kv)
         for number in range(self._forward_steps, 2 * self._forward_steps + 1):
             self._run_step(number, self._backward_tile)
         dq, dkv = self._own["dq"].to(dout.dtype), self._own["dkv"].to(dout.dtype)
@@ -560,10 +558,8 @@ class Executor:
     def begin_backward(self, dout: torch.Tensor, saved: SavedPass) -> None:
         """``backward`` up to where its gradients are on their way home: first those of v, then of k, then of q. Collective."""
         self._begin(compute=True, communicate=True)
-        for slot, memory in saved.slots.items():
-            self._put(slot, memory)
         assert not isinstance(saved.kv, tuple)
-        self._own, self._saved = self._backward_own(dout, saved.kv, saved), saved
+        self._go_back(dout, saved, saved.kv)
         last = 2 * self._forward_steps
         for number in range(self._forward_steps, last):
             self._run_step(number, self._backward_tile)
@@ -587,6 +583,12 @@ class Executor:
         if not self._home:
             self._own, self._apart = {}, {}
         return found
+
+    def _go_back(self, dout: torch.Tensor, saved: SavedPass, kv: torch.Tensor) -> None:
+        """Have what a pass has saved where backward looks for it."""
+        for slot, memory in saved.slots.items():
+            self._put(slot, memory)
+        self._own, self._saved = self._backward_own(dout, kv, saved), saved
 
     def _backward_own(self, dout: torch.Tensor, kv: torch.Tensor, saved: SavedPass) -> dict[str, torch.Tensor]:
         """This rank's own tensors in backward, by kind of operand; gradients are zeros at first."""

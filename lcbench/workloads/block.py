@@ -53,8 +53,9 @@ class Block(Trained, Workload):
         return None
 
     def input_bytes(self, problem: Problem) -> float:
-        """Of what the first layer gets, and of the labels. Weights are no inputs."""
-        return problem.seqlen / problem.scale.world_size * (self.model.hidden * problem.itemsize + LABEL_BYTES)
+        """Of what the first layer gets, of the images that it gets from elsewhere, and of the labels. Weights are no inputs."""
+        hidden = (1 + self.vision) * self.model.hidden
+        return problem.seqlen / problem.scale.world_size * (hidden * problem.itemsize + LABEL_BYTES)
 
     def start(self, work: Work, draw: int, gang: Gang) -> BlockSession:
         from lcbench.workloads.step import BlockSession  # with torch, which planning does without

@@ -32,11 +32,7 @@ def made_of(options: Trained, share: Share, recompute: Recompute) -> Made:
 
 def _of_rank(model: Model, share: Share) -> tuple[Model, LayerBytes]:
     """The model as a rank has it, and what one of its layers saves."""
-    tp = share.mesh.tp
-    own = replace(
-        model, heads_q=model.heads_q // tp, heads_kv=model.heads_kv // tp, ffn=math.ceil(model.ffn / tp),
-        vocab=math.ceil(model.vocab / tp),
-    )  # fmt: skip
+    own = model.divided(share.mesh.tp)
     saved = layer_bytes(own, share.tokens, share.problem.dtype, fused_norms=share.fused, finals=share.finals, buffers=share.buffers)
     return own, saved
 
@@ -53,7 +49,7 @@ class _Step:
 
     @property
     def layers(self) -> int:
-        return self.options.layers or self.options.model.layers
+        return self.options.depth
 
     @property
     def _size(self) -> int:
@@ -189,14 +185,12 @@ class _Step:
 
     def _metrics(self, phases: tuple[str, ...], token_wise: float, attention: float) -> dict[str, float]:
         """By keys of ``measure.metrics``; what depends on the mask is the predictor's."""
-        model, seqlen, mesh = self.options.model, self.share.problem.seqlen, self.share.mesh
+        seqlen, mesh = self.share.problem.seqlen, self.share.mesh
         ranks = self.share.problem.scale.world_size * mesh.count
-        whole, measured = ((n * model.layer_parameters() + model.head_parameters()) for n in (model.layers, self.layers))
-        repeats = {"head": 1.0, "reduce": whole / measured, "optimizer": whole / measured}
         return {
             "step/layers": float(self.layers), "step/labelled_tokens": float(round(seqlen * self.options.labelled) * mesh.dp),
             "step/tokens_per_gpu": seqlen * mesh.dp / ranks,
-            **{f"model/{phase}/repeats": repeats.get(phase, model.layers / self.layers) for phase in phases},
+            **{f"model/{phase}/repeats": repeats for phase, repeats in self.options.repeats(phases).items()},
         }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from lcbench.problem import Heads
 
@@ -54,6 +54,11 @@ class Model:
 
     def heads(self) -> Heads:
         return Heads(self.heads_q, self.heads_kv, self.head_dim)
+
+    def divided(self, parts: int) -> Model:
+        """The model as each of so many ranks of tensor parallelism has it, where they divide its sizes."""
+        divided = ("heads_q", "heads_kv", "ffn", "vocab")
+        return replace(self, **{name: getattr(self, name) // parts for name in divided})
 
     def layer_parameters(self) -> int:
         """Weights of a layer: the projections of q, k, v and o, the gate, up and down of the MLP, and its norms."""

@@ -76,14 +76,13 @@ class Recorder:
         self.losses: list[torch.Tensor] = []  # of labelled tokens, added up
         self.passed: dict[str, Any] = {}
 
-    def run(self, after: Callable[[str], None] = lambda phase: None) -> None:
-        """One pass. Collective. ``after``: called with each phase that has ended."""
+    def run(self) -> None:
+        """One pass. Collective."""
         passed: Any = None
         with self._hooks():
             for phase, run in self._training.phases().items():
                 self._on = phase in RECORDED
                 self.passed[phase] = passed = run(passed)
-                after(phase)
 
     # -- what was caught -------------------------------------------------------------------------------------------
 

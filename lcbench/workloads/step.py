@@ -168,15 +168,6 @@ class BlockSession(Session):
         }
         return {phase: found.get(phase, Cost(0.0, 0.0, 0.0)) for phase in self.phases()}
 
-    def _repeats(self) -> dict[str, float]:
-        """How often the whole model has what each phase was measured with."""
-        model, layers = self._block.model, len(self.training.stack.layers)
-        weights = layers * model.layer_parameters(), model.layers * model.layer_parameters()
-        measured, whole = (own + model.head_parameters() for own in weights)
-        by_weight, by_layer = whole / measured, model.layers / layers
-        repeats = {"forward": by_layer, "head": 1.0, "backward": by_layer, PHASE: 1.0, BACK: 1.0}
-        return {phase: repeats.get(phase, by_weight) for phase in self.phases()}
-
     def counted(self) -> Counted:
         sent, world = self._sent(), self._gang.world_size
         counted = self._started.counted(sent, list(sent))
@@ -189,7 +180,7 @@ class BlockSession(Session):
         counted.metrics["step/labelled_max_over_mean"] = self._labelled_max_over_mean()
         if self.training.reshard is not None:
             counted.metrics.update(of_worst({"step/images_max_over_mean": self.training.reshard.max_over_mean}))
-        counted.metrics.update((f"model/{phase}/repeats", repeats) for phase, repeats in self._repeats().items())
+        counted.metrics.update((f"model/{phase}/repeats", repeats) for phase, repeats in self._block.repeats(self.phases()).items())
         counted.metrics.update(of_worst({f"memory/{name}_bytes": float(size) for name, size in self.training.memory().items()}))
         counted.metrics.update(of_worst(self.training.recompute.metrics()))
         counted.notes.update(self.training.recompute.notes)

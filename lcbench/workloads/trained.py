@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lcbench.workloads.models import Model
@@ -48,6 +49,20 @@ class Trained:
             raise ValueError(f"workload.labelled={self.labelled} is no share of the tokens above 0 and up to 1, such as 0.25")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"workload.optimizer={self.optimizer} is none of {', '.join(OPTIMIZERS)}")
+
+    @property
+    def depth(self) -> int:
+        """Layers that are run."""
+        return self.layers or self.model.layers
+
+    def repeats(self, phases: Iterable[str]) -> dict[str, float]:
+        """How often the whole model has what each phase is of: passes of layers by layers, what goes by weights by these, all else
+        once."""
+        weights = self.depth * self.model.layer_parameters(), self.model.layers * self.model.layer_parameters()
+        measured, whole = (own + self.model.head_parameters() for own in weights)
+        by_weight, by_layer = whole / measured, self.model.layers / self.depth
+        found = {"forward": by_layer, "backward": by_layer, "reduce": by_weight, "optimizer": by_weight}
+        return {phase: found.get(phase, 1.0) for phase in phases}
 
 
 def _is_number(x: object) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +66,7 @@ class Training:
         layers = []
         # A half after the other is made whole and divided, so that no rank ever has more than one of them whole.
         make = partial(self._make, seed=work.seed)
-        for number in range(block.layers or model.layers):
+        for number in range(block.depth):
             layer = Layer(model, attention, dtype, META)
             make(layer.before, f"layers.{number}.before")
             make(layer.after, f"layers.{number}.after")
@@ -196,11 +195,7 @@ class Training:
     def planned(self) -> Plan:
         """The plan of this rank's memory in a step, whose weights are not sharded."""
         tp, block, run = self.sharing.tp, self._block, self.stack.attention.run
-        parts = 1 if tp is None else tp.size()
-        model = replace(
-            block.model, heads_q=block.model.heads_q // parts, heads_kv=max(1, block.model.heads_kv // parts),
-            ffn=block.model.ffn // parts, vocab=block.model.vocab // parts,
-        )  # fmt: skip
+        model = block.model.divided(1 if tp is None else tp.size())
         buffers, finals = run.keeps()
         dtype = str(self.x.dtype).removeprefix("torch.")
         layer = layer_bytes(

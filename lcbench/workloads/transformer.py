@@ -8,7 +8,6 @@ Llama's layer: RMSNorm (arXiv 1910.07467), rotary positions by the two halves of
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch.nn import functional
 
 from lcbench.cp.base import RankRun
 from lcbench.masks.band import Ints
+from lcbench.measure.inputs import seed_of
 from lcbench.workloads.models import Model
 
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -188,9 +188,8 @@ def give_weights(module: nn.Module, name: str, seed: int) -> None:
     """
     generator: torch.Generator | None = None
     for key, weight in module.named_parameters():
-        text = f"{seed}/{name}.{key}".encode()
         generator = generator or torch.Generator(weight.device)
-        generator.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1)
+        generator.manual_seed(seed_of(f"{seed}/{name}.{key}"))
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         drawn = torch.empty(weight.shape, dtype=wide, device=weight.device).normal_(generator=generator)
         weight.copy_(drawn * INITIAL_STD if weight.ndim > 1 else 1 + 0.1 * drawn)
