@@ -6,7 +6,7 @@ ten thousand cells on a login node costs no torch import.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -24,14 +24,150 @@ def itemsize(dtype: str) -> int:
 
 @dataclass(frozen=True)
 class Heads:
-    """Head counts: ``q`` query heads, ``kv`` key/value heads (GQA when fewer than ``q``), ``dim`` per head."""
+    """Head counts and dimensions.
+
+    Attributes:
+        q: query heads.
+        kv: key/value heads (GQA when fewer than ``q``).
+        dim: of a query and a key.
+        dim_v: of a value and a result; None: as ``dim``.
+        latent: whether values are the first numbers of keys, neither stored nor sent by themselves: multi-head latent attention in
+            its absorbed form (DeepSeek-V2, arXiv 2405.04434, section 2.1). ``heads=128x1x576:512`` is read so.
+    """
 
     q: int
     kv: int
     dim: int
+    dim_v: int | None = None
+    latent: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dim_v == self.dim:
+            object.__setattr__(self, "dim_v", None)  # one way to say it, so that equal heads are equal
+
+    @property
+    def v(self) -> int:
+        """The dimension of a value and of a result."""
+        return self.dim if self.dim_v is None else self.dim_v
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers that a token's key and value have together, of each key/value head."""
+        return self.dim if self.latent else self.dim + self.v
+
+    def of(self, q: int, kv: int) -> Heads:
+        """The same dimensions with other counts."""
+        return replace(self, q=q, kv=kv)
 
     def __str__(self) -> str:
-        return f"{self.q}x{self.kv}x{self.dim}"
+        return f"{self.q}x{self.kv}x{self.dim}" + ("" if self.dim_v is None else f":{self.dim_v}")
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """How scores become weights.
+
+    Attributes:
+        sink: each query head has a learned number that takes part in its softmax as a score without a value (gpt-oss; "Efficient
+            Streaming Language Models with Attention Sinks", arXiv 2309.17453): weights then sum to less than 1, and LSE has it in it.
+        softcap: scores are ``softcap * tanh(score / softcap)`` (Gemma 2, arXiv 2408.00118); 0: they are as they are.
+        scale: what products of queries and keys are multiplied with; None: ``dim ** -0.5``.
+
+    Raises:
+        ValueError: a softcap below 0, or a scale that is not above 0.
+    """
+
+    sink: bool = False
+    softcap: float = 0.0
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.softcap < float("inf"):
+            raise ValueError(f"softcap={self.softcap} is no number above 0")
+        if self.scale is not None and not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale={self.scale} is no number above 0")
+
+    def __str__(self) -> str:
+        words = ["sink"] if self.sink else []
+        words += [f"softcap{self.softcap:g}"] if self.softcap else []
+        words += [f"scale{self.scale!r}"] if self.scale is not None else []
+        return "_".join(words) or "plain"
+
+
+PLAIN = Softmax()
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Equal requests.
+
+    Attributes:
+        count: how many.
+        new: tokens of each whose queries are computed: all of a prompt, a chunk of it, or one that is decoded.
+        total: its tokens whose keys and values there are, the new ones among them as the last.
+
+    Raises:
+        ValueError: no request, a request without a new token, or with fewer tokens in all than new ones.
+    """
+
+    count: int
+    new: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.new < 1:
+            raise ValueError(f"{self.count} requests of {self.new} new tokens are none")
+        if self.total < self.new:
+            raise ValueError(f"a request of {self.total} tokens in all cannot have {self.new} new ones")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests that are computed together: their new tokens are packed back to back, and so are all their tokens."""
+
+    groups: tuple[Requests, ...]
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            raise ValueError("a batch needs a request")
+
+    def __len__(self) -> int:
+        return sum(group.count for group in self.groups)
+
+    @property
+    def new(self) -> NDArray[np.int64]:
+        """New tokens of each request, (requests,)."""
+        return np.repeat([g.new for g in self.groups], [g.count for g in self.groups]).astype(np.int64)
+
+    @property
+    def total(self) -> NDArray[np.int64]:
+        """All tokens of each request, (requests,)."""
+        return np.repeat([g.total for g in self.groups], [g.count for g in self.groups]).astype(np.int64)
+
+    @property
+    def q_bounds(self) -> NDArray[np.int64]:
+        """Where each request's new tokens begin among all new ones, and the end, (requests + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.new)]).astype(np.int64)
+
+    @property
+    def k_bounds(self) -> NDArray[np.int64]:
+        """Where each request's tokens begin among all tokens, and the end, (requests + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.total)]).astype(np.int64)
+
+    @property
+    def queries(self) -> int:
+        """New tokens of all requests."""
+        return sum(group.count * group.new for group in self.groups)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all requests."""
+        return sum(group.count * group.total for group in self.groups)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every request has one new token and others before it."""
+        return all(group.new == 1 and group.total > 1 for group in self.groups)
 
 
 @dataclass(frozen=True)
@@ -93,7 +229,7 @@ class Mesh:
         for name, count in (("query", heads.q), ("key/value", heads.kv)):
             if count % self.tp:
                 raise ValueError(f"mesh.tp={self.tp} does not divide the {count} {name} heads of heads={heads}")
-        return Heads(heads.q // self.tp, heads.kv // self.tp, heads.dim)
+        return heads.of(heads.q // self.tp, heads.kv // self.tp)
 
     def groups(self, scale: Scale) -> NDArray[np.int64]:
         """(dp, tp, cp): the global ranks of a scale; ``[i, j]`` are those of the context-parallel group (i, j), ascending.
@@ -140,13 +276,15 @@ class Problem:
     """Everything a kernel or a strategy may ask about before it says whether it can run: of one context-parallel group.
 
     Attributes:
-        seqlen: total tokens over the context-parallel group.
-        heads: head counts and head dimension.
+        seqlen: tokens over the context-parallel group whose keys and values there are.
+        heads: head counts and dimensions.
         scale: nodes that the group spans x its GPUs on each.
         dtype: one of ``DTYPES``.
         direction: ``forward`` or ``forward_backward``.
         reduce_dtype: type of partial results and gradients under way between ranks: ``float32`` (float64 for float64 inputs), or
             ``input``, the inputs' type, which is fewer bytes and less exact.
+        batch: requests, of which the new tokens have queries; None: one sequence, all of whose tokens have.
+        softmax: how scores become weights.
     """
 
     seqlen: int
@@ -155,6 +293,18 @@ class Problem:
     dtype: str
     direction: str
     reduce_dtype: str = "float32"
+    batch: Batch | None = None
+    softmax: Softmax = PLAIN
+
+    @property
+    def queries(self) -> int:
+        """Tokens over the context-parallel group that have queries."""
+        return self.seqlen if self.batch is None else self.batch.queries
+
+    @property
+    def rectangular(self) -> bool:
+        """Whether there are keys without queries: a cache."""
+        return self.queries != self.seqlen
 
     @property
     def itemsize(self) -> int:
@@ -169,9 +319,10 @@ class Problem:
     def input_bytes(self) -> float:
         """Bytes of q, k, v and, with backward, dout of a rank that has its even share of the tokens."""
         heads = self.heads
-        per_token = heads.dim * self.itemsize * (heads.q * (2 if self.backward else 1) + 2 * heads.kv)
-        return self.seqlen / self.scale.world_size * per_token
+        per_query = heads.q * (heads.dim + (heads.v if self.backward else 0))
+        return (self.queries * per_query + self.seqlen * heads.kv * heads.kv_width) * self.itemsize / self.scale.world_size
 
     @property
     def softmax_scale(self) -> float:
-        return float(self.heads.dim**-0.5)
+        """What products of queries and keys are multiplied with."""
+        return float(self.heads.dim**-0.5) if self.softmax.scale is None else self.softmax.scale

@@ -46,15 +46,50 @@ class Place:
         return self.groups.of("main")
 
 
-class Passes(Protocol):
-    """Forward and backward on one rank. Tensors are packed and hold this rank's T tokens. Both methods are collective."""
+@dataclass(frozen=True)
+class Part:
+    """Rows and heads of a tensor that a rank holds.
 
-    def forward(self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor") -> "tuple[torch.Tensor, Any]":
-        """out (T, Hq, D) from q (T, Hq, D) and k, v (T, Hk, D), and what backward needs."""
+    Attributes:
+        tokens: their indices among all queries, or among all keys, in the order of the rank's tensor.
+        heads: their numbers, adjacent; None: all heads.
+    """
+
+    tokens: Ints
+    heads: range | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank is given, and what it gives.
+
+    Attributes:
+        q: queries that it is given; others may be given the same, where a model computes them on several ranks.
+        kv: keys and values that it is given; others may be given the same.
+        out: results that it gives, of which each is given by exactly one rank.
+    """
+
+    q: Part
+    kv: Part
+    out: Part
+
+
+class Passes(Protocol):
+    """Forward and backward on one rank. Tensors are packed and hold what the rank holds (``Held``). Both methods are collective."""
+
+    def forward(
+        self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", sink: "torch.Tensor | None" = None
+    ) -> "tuple[torch.Tensor, Any]":
+        """out (Tq, Hq, Dv) from q (Tq, Hq, D), k (Tk, Hk, D) and v (Tk, Hk, Dv), and what backward needs.
+
+        Args:
+            sink: (Hq,) of all query heads, in the type of sums; only where the problem's softmax has one.
+        """
         ...
 
-    def backward(self, dout: "torch.Tensor", saved: Any) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
-        """dq (T, Hq, D) and dk, dv (T, Hk, D) from dout (T, Hq, D)."""
+    def backward(self, dout: "torch.Tensor", saved: Any) -> "tuple[torch.Tensor, ...]":
+        """dq (Tq, Hq, D), dk (Tk, Hk, D) and dv (Tk, Hk, Dv) from dout (Tq, Hq, Dv); where values are numbers of keys, dk has
+        their gradient in it and dv is left out; where there is a sink, last its gradient (Hq,): this rank's part of the sum."""
         ...
 
 
@@ -62,7 +97,8 @@ class RankRun(Passes, Protocol):
     """A strategy at work on one rank. A subclass takes the defaults below; ``schedule.execute.Executor`` has all members itself.
 
     Attributes:
-        tokens: global indices of this rank's tokens, in the order of its tensors.
+        tokens: global indices of this rank's queries, in the order of its tensors; where there is nothing more to say of it, also
+            of its keys.
         own_lse: whether ``lse`` belongs to ``forward``. False: other code computes it, so the check compares it with nothing and
             says so.
         sums_are_wide: whether gradients are added up in float32 or wider on their way between ranks. The check allows the
@@ -77,8 +113,14 @@ class RankRun(Passes, Protocol):
     resumes: bool = False
     gives: bool = False
 
+    @property
+    def held(self) -> Held:
+        """What this rank is given and gives."""
+        own = Part(self.tokens)
+        return Held(own, own, own)
+
     def lse(self, saved: Any) -> "torch.Tensor":
-        """(T, Hq), natural logarithm. Collective."""
+        """(Tq, Hq) of what this rank gives, natural logarithm, with the sink in it where there is one. Collective."""
         ...
 
     def hold(self, saved: Any) -> Any:
@@ -174,7 +216,15 @@ class Strategy(ABC):
         """None if it can run this problem, else the reason, stored word for word in the skipped result.
 
         A library must refuse a mask that it would not respect.
+
+        Args:
+            mask: the cell's own, (queries, keys).
         """
+
+    def computes(self, problem: Problem, mask: Mask) -> Mask:
+        """The mask that it computes where a cell asks for ``mask``: the same, unless it approximates. ``start`` gets this one, its
+        results are checked against this one, and how far they are from the cell's own mask is a metric."""
+        return mask
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         """Why it does not run on such a machine, whatever is installed; None: it does."""

@@ -3,10 +3,11 @@
 Strategies write schedules; ``adjoint`` derives the traffic of backward from the moves of forward, ``verify`` proves a schedule,
 ``program`` works out what one rank does, ``execute`` runs it, ``plot`` draws it. A strategy knows none of them.
 
-A *shard* is a set of tokens that always move together. Its owner holds their q, k and v for all heads at the begin, and their out
-at the end. A *head group* is a range of query heads that are computed together, with the key/value heads that they read. An *item*
-is the q, or the k and v, of one shard for one head group. A *bundle* is a sequence of shards that one kernel call takes as one
-operand. A *tile* is the computation of one bundle of queries on one bundle of keys for one head group by one rank.
+A *side* is queries, or keys with values; in self-attention both are dealt out alike. A *shard* is a set of tokens of a side that
+always move together. Its owner holds their q, or k and v, for all heads at the begin, and the out of queries at the end. A *head
+group* is a range of query heads that are computed together, with the key/value heads that they read. An *item* is the q, or the k
+and v, of one shard for one head group. A *bundle* is a sequence of shards that one kernel call takes as one operand. A *tile* is
+the computation of one bundle of queries on one bundle of keys for one head group by one rank.
 """
 
 from __future__ import annotations
@@ -125,24 +126,21 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """A whole strategy for one problem.
+class Side:
+    """Queries, or keys with values: how they are dealt out.
 
     Attributes:
-        world_size: P, ranks.
         shards: the tokens of each shard.
         owner: the rank that owns each shard, int64 (shards,).
-        heads: the head groups.
         bundles: the shards of each bundle, in the order in which they lie in memory.
-        steps: what happens, one after the other.
     """
 
-    world_size: int
     shards: Layout
     owner: Ints
-    heads: tuple[HeadGroup, ...]
     bundles: tuple[tuple[int, ...], ...]
-    steps: tuple[Step, ...]
+
+    def __len__(self) -> int:
+        return len(self.shards)
 
     @cached_property
     def sizes(self) -> Ints:
@@ -157,10 +155,9 @@ class Schedule:
         found: list[int] = np.nonzero(self.owner == rank)[0].tolist()
         return found
 
-    @cached_property
-    def layout(self) -> Layout:
-        """What each rank owns."""
-        return Layout(tuple(self.runs(self.own(rank)) for rank in range(self.world_size)))
+    def tokens(self, rank: int) -> Ints:
+        """Indices of the tokens that a rank owns, in the order of its tensors."""
+        return Layout((self.runs(self.own(rank)),)).tokens(0)
 
     def runs(self, shards: Iterable[int]) -> tuple[TokenSpan, ...]:
         """The token spans of shards that lie behind one another; spans that continue one another are one."""
@@ -178,6 +175,11 @@ class Schedule:
         offsets = np.cumsum([0, *map(len, self.bundles)])
         return np.array([shard for bundle in self.bundles for shard in bundle], dtype=np.int64), offsets
 
+    @property
+    def lengths(self) -> Ints:
+        """Shards of each bundle, (bundles,)."""
+        return np.diff(self._members[1])
+
     def spread(self, bundles: Ints) -> tuple[Ints, Ints]:
         """(position in ``bundles``, shard) of every shard of every bundle."""
         members, offsets = self._members
@@ -189,14 +191,55 @@ class Schedule:
         members, offsets = self._members
         return members[offsets[bundle] : offsets[bundle + 1]]
 
+
+@dataclass(frozen=True)
+class Schedule:
+    """A whole strategy for one problem.
+
+    Attributes:
+        world_size: P, ranks.
+        q: how queries are dealt out.
+        k: how keys and values are; in self-attention the same object.
+        heads: the head groups.
+        steps: what happens, one after the other.
+    """
+
+    world_size: int
+    q: Side
+    k: Side
+    heads: tuple[HeadGroup, ...]
+    steps: tuple[Step, ...]
+
+    @classmethod
+    def of(
+        cls,
+        world_size: int,
+        shards: Layout,
+        owner: Ints,
+        heads: tuple[HeadGroup, ...],
+        bundles: tuple[tuple[int, ...], ...],
+        steps: tuple[Step, ...],
+    ) -> Schedule:
+        """A schedule of self-attention, whose keys are dealt out as its queries."""
+        side = Side(shards, owner, bundles)
+        return cls(world_size, side, side, heads, steps)
+
+    def side(self, kind: Kind) -> Side:
+        """Queries, ``q``, or keys with values, ``kv``."""
+        return self.q if kind == "q" else self.k
+
+    @property
+    def sides(self) -> dict[Kind, Side]:
+        """Both, by kind."""
+        return {"q": self.q, "kv": self.k}
+
     def shard_tiles(self, step: Step) -> Iterator[Ints]:
         """The tiles of a step by shards, in portions: rows (rank, head group, q shard, k shard)."""
-        _, offsets = self._members
-        counts = np.diff(offsets)
-        portion = np.cumsum(counts[step.tiles[:, TileColumn.Q]] * counts[step.tiles[:, TileColumn.K]]) // EXPANDED
+        shards = self.q.lengths[step.tiles[:, TileColumn.Q]] * self.k.lengths[step.tiles[:, TileColumn.K]]
+        portion = np.cumsum(shards) // EXPANDED
         for part in np.split(step.tiles, np.nonzero(np.diff(portion))[0] + 1):
-            number, q = self.spread(part[:, TileColumn.Q])
-            again, k = self.spread(part[number, TileColumn.K])
+            number, q = self.q.spread(part[:, TileColumn.Q])
+            again, k = self.k.spread(part[number, TileColumn.K])
             yield np.column_stack([part[number[again], : TileColumn.Q], q[again], k])
 
     def __str__(self) -> str:
@@ -210,13 +253,13 @@ class Schedule:
     def grid(self, ranks: Sequence[int] | None = None, steps: int | None = None) -> str:
         """The text of ``str``, of these ranks and the first steps only; None: of all."""
         shown = range(self.world_size) if ranks is None else ranks
-        names = [_ranges(bundle) for bundle in self.bundles]
+        q_names, k_names = ([_ranges(bundle) for bundle in side.bundles] for side in (self.q, self.k))
         grid = [["step", *(f"rank {r}" for r in shown), "moves"]]
         for number, step in enumerate(self.steps[:steps]):
             cells: list[list[str]] = [[] for _ in range(self.world_size)]
             for rank, group, q, k in step.tiles.tolist():
                 heads = f" h{group}" if len(self.heads) > 1 else ""
-                cells[rank].append(f"q{names[q]}k{names[k]}{heads}")
+                cells[rank].append(f"q{q_names[q]}k{k_names[k]}{heads}")
             moves = []
             for kind, sent, steps in [*((m.kind, m.rows, m.steps) for m in step.moves), ("out", step.returns, 1)]:
                 for rank, text in _sends(kind, sent):
