@@ -79,7 +79,9 @@ def sequences_of(mask: Mask) -> Sequences:
     if (lo > k0 - q1 + 1).any():
         raise Unsupported("it computes requests: rows that see all keys of theirs, or causally; this mask has bounds on the left")
     if (q1[:-1] > q0[1:]).any():
-        raise Unsupported("it computes requests: rows that see all keys of theirs, or causally; rows of this mask see keys with gaps")
+        raise Unsupported(
+            "it computes requests: rows that see all keys of theirs, or causally; rows of this mask see keys with gaps"
+        )
     return Sequences(bands[:, 0:2], bands[:, 2:4], q0 + hi - k0 + 1)
 
 
@@ -202,9 +204,7 @@ class PreparedRequests(Prepared):
         self._of: tuple[CacheKind, torch.Tensor | None] | None = None
         self._runs: list[RequestRun] = []
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0
-    ) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
         k, v = heads_whole(k), heads_whole(v)
         return self.forward_cache(q, Cache.of(k, v, (len(k),)), softmax_scale=softmax_scale, softcap=softcap)
 

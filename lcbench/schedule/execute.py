@@ -21,7 +21,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.distributed.device_mesh import DeviceMesh
 
-from lcbench.kernels.base import Kernel, Prepared, Saved, accumulation_dtype, prepare
+from lcbench.kernels.base import Kernel, Platform, Prepared, Saved, accumulation_dtype, prepare
+from lcbench.kernels.cache import Cache, CacheKind, PreparedForCache, ReadsCache
 from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sink import sink_gradient, with_sink
 from lcbench.masks.mask import Mask
@@ -255,6 +256,7 @@ class Executor:
         self._apart: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
         self._views: dict[int, dict[tuple[int, int], torch.Tensor]] = {}  # by slot
         self._compute = self._communicate = self._returns = True
+        self._kernel, self._cache = kernel, cast("Cache | None", None)
         self._sink: torch.Tensor | None = None
         self._sunk: set[tuple[int, tuple[int, ...]]] = set()  # results of queries in buffers that have had to do with the sink
         moves = traffic(schedule, backward=problem.backward)
@@ -263,6 +265,7 @@ class Executor:
         if self.gives:
             moves = moves.apart()
         self._forward_steps = moves.steps
+        self._keys_move = any(transfer.payload.side == "kv" for transfer in moves.transfers)
         operations = operations_of(lowering, dist.get_backend()) if moves.transfers else ()
         self._contiguous = kernel.contiguous_kv
         self._packing = Packing.of(problem.heads, contiguous=kernel.contiguous_kv)
@@ -346,12 +349,12 @@ class Executor:
         """
         begun = self._taken_over(compute, communicate)
         if compute and self._alone is not None and self._marks is None:
-            part = self._typed(self._alone.forward(q, k, v, **self._softmax))
+            part = self._typed(self._of_cache(self._alone, q) or self._alone.forward(q, k, v, **self._softmax))
             out, lse = part if sink is None else with_sink(*part, sink)
             saved = SavedPass(q, (k, v), out.to(q.dtype), lse, {}, sink=sink)
             return saved.out, saved
         if not begun:
-            self._own: dict[str, torch.Tensor] = {"q": q, "kv": self._packing.together(k, v)}
+            self._own: dict[str, torch.Tensor] = {"q": q, "kv": k if self._cache else self._packing.together(k, v)}
         self._parts: dict[tuple[int, tuple[int, ...]], Partial] = {}
         self._total: Partial | None = None
         self._sink = sink
@@ -381,6 +384,30 @@ class Executor:
                 for piece in message.pieces if message.kind == "final" else ():
                     here[piece.begin : piece.end, self._heads("q", message.group)] = False
         return here
+
+    def reads(self, kind: CacheKind) -> str | None:
+        """Why this rank's tiles do not read such a cache where it lies; None: they do."""
+        if not isinstance(self._kernel, ReadsCache):
+            return f"{type(self._kernel).__name__} reads no cache"
+        if self._keys_move:
+            return "keys and values move between ranks"
+        own = 0, self._program.tokens["kv"]
+        for call in self._tiles:
+            every = self.schedule.heads[call.group].kv_heads == slice(0, self.problem.heads.kv)
+            if self._program.local(call.operand("kv")) != own or not every:
+                return "a kernel call takes a part of this rank's keys and values"
+        return self._kernel.reads(kind, self.problem, Platform.of(self.device))
+
+    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, SavedPass]:
+        """``forward`` over what a cache holds, in the order of this rank's keys: read where it lies if ``reads`` says so. What it
+        saves is for ``lse`` only."""
+        if self.reads(cache.kind) is not None:
+            return self.forward(q, *cache.read(), sink)
+        self._cache = cache
+        try:
+            return self.forward(q, cache.k, cache.v, sink)
+        finally:
+            self._cache = None
 
     def _only_kernel(self) -> Prepared | None:
         """The kernel of the only tile, if that is all tokens and heads of a single rank, else None.
@@ -419,14 +446,21 @@ class Executor:
         return out if out.dtype in (self._dtypes["input"], sums) else out.to(sums), lse.to(sums)
 
     def _forward_tile(self, call: TileCall, kernel: Prepared, number: int) -> None:
-        q, (k, v) = self._value("q", call, number), self._keys_and_values(call, number)
-        part = self._typed(kernel.forward(q, k, v, **self._softmax))
+        q = self._value("q", call, number)
+        found = self._of_cache(kernel, q)
+        part = self._typed(found or kernel.forward(q, *self._keys_and_values(call, number), **self._softmax))
         rows = self._program.local(call.operand("q"))
         if rows is not None:
             self._absorb(rows, call.group, part)
             return
         key = (call.group, call.q)
         self._parts[key] = _merged(self._parts[key], part) if key in self._parts else part
+
+    def _of_cache(self, kernel: Prepared, q: torch.Tensor) -> Partial | None:
+        """A kernel's result over the cache that it reads where it lies; None where there is none."""
+        if self._cache is None:
+            return None
+        return cast(PreparedForCache, kernel).forward_cache(q, self._cache, **self._softmax)
 
     def _absorb(self, rows: tuple[int, int], group: int, part: Partial) -> None:
         """Merge a partial result into this rank's own rows."""
