@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from lcbench.kernels.cache import Cache, CacheKind
-    from lcbench.schedule.execute import Counters, Executor, Groups
+    from lcbench.schedule.execute import Counters, Executor
+    from lcbench.schedule.groups import Groups
     from lcbench.schedule.simulate import Modelled
 
 

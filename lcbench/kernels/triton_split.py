@@ -11,7 +11,7 @@ The code is compiled for CUDA. Under ``TRITON_INTERPRET=1`` it runs on a CPU, sl
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
