@@ -15,6 +15,7 @@ from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import Order, check_count, check_order, largest_degree, too_short
+from lcbench.schedule.held import Held, Part
 from lcbench.schedule.lowering import Lowering
 from lcbench.schedule.schedule import Schedule
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
+    from lcbench.kernels.cache import Cache, CacheKind
     from lcbench.schedule.execute import Counters, Executor, Groups
     from lcbench.schedule.simulate import Modelled
 
@@ -44,34 +46,6 @@ class Place:
     def group(self) -> "dist.ProcessGroup":
         """The communicator of the context-parallel group. Collective on first use."""
         return self.groups.of("main")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows and heads of a tensor that a rank holds.
-
-    Attributes:
-        tokens: their indices among all queries, or among all keys, in the order of the rank's tensor.
-        heads: their numbers, adjacent; None: all heads.
-    """
-
-    tokens: Ints
-    heads: range | None = None
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a rank is given, and what it gives.
-
-    Attributes:
-        q: queries that it is given; others may be given the same, where a model computes them on several ranks.
-        kv: keys and values that it is given; others may be given the same.
-        out: results that it gives, of which each is given by exactly one rank.
-    """
-
-    q: Part
-    kv: Part
-    out: Part
 
 
 class Passes(Protocol):
@@ -122,6 +96,14 @@ class RankRun(Passes, Protocol):
     def lse(self, saved: Any) -> "torch.Tensor":
         """(Tq, Hq) of what this rank gives, natural logarithm, with the sink in it where there is one. Collective."""
         ...
+
+    def reads(self, kind: "CacheKind") -> str | None:
+        """Why it does not read such a cache of this rank's keys and values where it lies, but a copy of it; None: it does."""
+        return f"{type(self).__name__} takes keys and values as they are"
+
+    def forward_cache(self, q: "torch.Tensor", cache: "Cache", sink: "torch.Tensor | None" = None) -> "tuple[torch.Tensor, Any]":
+        """``forward`` over what a cache holds, in the order of this rank's keys. Collective."""
+        return self.forward(q, *cache.read(), sink)
 
     def hold(self, saved: Any) -> Any:
         """What ``forward`` has just saved, as it has to be kept while other forward passes run before its backward."""
