@@ -159,20 +159,17 @@ class BandMask:
         """The mask of one tile: tokens of ``q_runs`` as queries x tokens of ``k_runs`` as keys, in local positions.
 
         Raises:
-            ValueError: two runs with different strides (a band would not stay one band).
+            ValueError: a band meets two runs with different strides (it would not stay one band).
         """
         num_q, num_k = (sum(run.size for run in runs) for runs in (q_runs, k_runs))
         if all(run.stride == 1 or run.size == 1 for run in (*q_runs, *k_runs)):
             return BandMask(num_q, num_k, _gathered(_gathered(self.bands, q_runs, 0), k_runs, 2))
-        parts = [np.empty((0, 6), dtype=np.int64)]
-        q_offset = 0
-        for q in q_runs:
-            k_offset = 0
-            for k in k_runs:
-                parts.append(_shift(_reindex(self.bands, q, k), q_offset, k_offset))
-                k_offset += k.size
-            q_offset += q.size
-        return BandMask(num_q, num_k, np.concatenate(parts))
+        if len(q_runs) == len(k_runs) == 1:
+            return BandMask(num_q, num_k, _reindex(self.bands, q_runs[0], k_runs[0]))
+        bands, q, k, at = _met(self.bands, q_runs, k_runs)
+        parts, kept = reindexed(bands, q, k)
+        dq, dk = at[:, kept]
+        return BandMask(num_q, num_k, parts + np.stack([dq, dq, dk, dk, dk - dq, dk - dq], axis=1))
 
     def merged(self) -> BandMask:
         """Fewer bands for the same pairs, by joining two wherever their union is one band.
@@ -282,6 +279,21 @@ def _local(bands: Ints, q: TokenSpan | Ints, k: TokenSpan | Ints, stride: int | 
         ],
         axis=1,
     )
+
+
+def _met(bands: Ints, q_runs: Sequence[TokenSpan], k_runs: Sequence[TokenSpan]) -> tuple[Ints, Ints, Ints, Ints]:
+    """Each band with each run of queries and each run of keys that it meets: the bands (n, 6), both runs (3, n), and where these
+    begin in the tile (2, n)."""
+    q, k = (np.array(runs, dtype=np.int64).reshape(-1, 3) for runs in (q_runs, k_runs))
+    q_end, k_end = (run[:, 0] + run[:, 2] * (run[:, 1] - 1) + 1 for run in (q, k))
+    q_at, k_at = (np.cumsum(run[:, 1]) - run[:, 1] for run in (q, k))
+    found = [np.empty((3, 0), dtype=np.int64)]
+    for number, (start, size, _) in enumerate(q.tolist()):
+        rows = np.nonzero((bands[:, 0] < q_end[number]) & (start < bands[:, 1]) & (size > 0))[0]
+        run, band = np.nonzero((bands[rows, 2] < k_end[:, None]) & (k[:, :1] < bands[rows, 3]))
+        found.append(np.stack([rows[band], np.full(len(run), number), run]))
+    band, of_q, of_k = np.concatenate(found, axis=1)
+    return bands[band], q[of_q].T, k[of_k].T, np.stack([q_at[of_q], k_at[of_k]])
 
 
 def _gathered(bands: Ints, runs: Sequence[TokenSpan], column: int) -> Ints:
