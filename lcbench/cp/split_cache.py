@@ -12,10 +12,10 @@ from typing import Literal
 
 import numpy as np
 
-from lcbench.cp.base import Held, Part
 from lcbench.masks.band import Ints, TokenSpan
 from lcbench.problem import Heads, Problem
 from lcbench.schedule.build import indivisible_heads
+from lcbench.schedule.held import Held, Part
 from lcbench.schedule.layout import Layout, by_document
 
 Merge = Literal["reduce_scatter", "all_to_all"]

@@ -15,13 +15,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lcbench.cp.base import Held, Passes, Place, RankRun
+from lcbench.cp.base import Passes, Place, RankRun
 from lcbench.cp.split_cache import Merge, Split
 from lcbench.kernels.base import Kernel, OutLse, Unsupported, accumulation_dtype, prepare
 from lcbench.kernels.merge import merge_into
+from lcbench.kernels.sink import with_sink
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.execute import MAIN, Counters, FromHost, Groups, Waits, _all_gather, _reduce_scatter, _wait
+from lcbench.schedule.held import Held
 from lcbench.schedule.layout import Layout
 
 
@@ -289,11 +291,6 @@ class SplitRun(RankRun):
     def replay(self, *, compute: bool, communicate: bool) -> Passes | None:
         """The same passes without kernels or without messages; None for a rank alone, which sends nothing."""
         return Alone(self, compute, communicate) if self._row.size > 1 else None
-
-
-def with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> OutLse:
-    """out (T, H, D) and LSE (T, H) over all keys with the score of a sink (H,) in the softmax of each head."""
-    return out * torch.sigmoid(lse - sink)[:, :, None], torch.logaddexp(lse, sink.expand_as(lse))
 
 
 @dataclass(frozen=True)

@@ -156,20 +156,13 @@ class BandMask:
         return BandMask(self.num_k, self.num_q, np.stack([k0, k1, q0, q1, -hi, -lo], axis=1))
 
     def tile(self, q_runs: Sequence[TokenSpan], k_runs: Sequence[TokenSpan]) -> BandMask:
-        """The mask of one tile: tokens of ``q_runs`` as queries x tokens of ``k_runs`` as keys, in local positions.
-
-        Raises:
-            ValueError: a band meets two runs with different strides (it would not stay one band).
-        """
+        """The mask of one tile: tokens of ``q_runs`` as queries x tokens of ``k_runs`` as keys, in local positions."""
         num_q, num_k = (sum(run.size for run in runs) for runs in (q_runs, k_runs))
-        if all(run.stride == 1 or run.size == 1 for run in (*q_runs, *k_runs)):
+        if all(run.stride == 1 or run.size <= 1 for run in (*q_runs, *k_runs)):
             return BandMask(num_q, num_k, _gathered(_gathered(self.bands, q_runs, 0), k_runs, 2))
         if len(q_runs) == len(k_runs) == 1:
             return BandMask(num_q, num_k, _reindex(self.bands, q_runs[0], k_runs[0]))
-        bands, q, k, at = _met(self.bands, q_runs, k_runs)
-        parts, kept = reindexed(bands, q, k)
-        dq, dk = at[:, kept]
-        return BandMask(num_q, num_k, parts + np.stack([dq, dq, dk, dk, dk - dq, dk - dq], axis=1))
+        return BandMask(num_q, num_k, _gathered_apart(self.bands, q_runs, k_runs))
 
     def merged(self) -> BandMask:
         """Fewer bands for the same pairs, by joining two wherever their union is one band.
@@ -240,10 +233,29 @@ def _clipped(bands: Ints) -> Ints:
 
 def _reindex(bands: Ints, q: TokenSpan, k: TokenSpan) -> Ints:
     """Bands over the positions inside two runs: ``k.start + s*j - q.start - s*i`` between lo and hi bounds ``j - i``."""
-    stride = k.stride if q.size == 1 else q.stride
+    stride = k.stride if q.size <= 1 else q.stride
     if k.size > 1 and k.stride != stride:
-        raise ValueError(f"runs of different strides ({q.stride} and {k.stride}) do not keep a band a band")
+        return _stairs(bands, q, k)
     return _normal(_local(bands, q, k, stride))
+
+
+def _stairs(bands: Ints, q: TokenSpan, k: TokenSpan) -> Ints:
+    """Bands over the positions inside two runs of different strides: a diagonal becomes stairs, each step a rectangle."""
+    q0, q1, k0, k1, lo, hi = bands.T
+    first, last = (np.clip(_ceil_div(edge - q.start, q.stride), 0, q.size) for edge in (q0, q1))
+    number, row = spread(first, last)
+    token = q.start + q.stride * row
+    begin = np.maximum(k0[number], token + lo[number])
+    end = np.minimum(k1[number], token + hi[number] + 1)
+    begin, end = (np.clip(_ceil_div(edge - k.start, k.stride), 0, k.size) for edge in (begin, end))
+    kept = begin < end
+    number, row, begin, end = (each[kept] for each in (number, row, begin, end))
+    new = np.ones(len(row), dtype=bool)
+    new[1:] = (np.diff(number) != 0) | (np.diff(row) != 1) | (np.diff(begin) != 0) | (np.diff(end) != 0)
+    top = np.nonzero(new)[0]
+    bottom = np.append(top[1:], len(row))[: len(top)] - 1
+    span = np.full(len(top), OPEN)
+    return _normal(np.stack([row[top], row[bottom] + 1, begin[top], end[top], -span, span], axis=1))
 
 
 def reindexed(bands: Ints, q: Ints, k: Ints) -> tuple[Ints, NDArray[np.bool_]]:
@@ -281,19 +293,30 @@ def _local(bands: Ints, q: TokenSpan | Ints, k: TokenSpan | Ints, stride: int | 
     )
 
 
-def _met(bands: Ints, q_runs: Sequence[TokenSpan], k_runs: Sequence[TokenSpan]) -> tuple[Ints, Ints, Ints, Ints]:
-    """Each band with each run of queries and each run of keys that it meets: the bands (n, 6), both runs (3, n), and where these
-    begin in the tile (2, n)."""
+def _gathered_apart(bands: Ints, q_runs: Sequence[TokenSpan], k_runs: Sequence[TokenSpan]) -> Ints:
+    """What is left of bands where runs of any stride are put behind one another: run by run of queries, then of keys."""
     q, k = (np.array(runs, dtype=np.int64).reshape(-1, 3) for runs in (q_runs, k_runs))
-    q_end, k_end = (run[:, 0] + run[:, 2] * (run[:, 1] - 1) + 1 for run in (q, k))
-    q_at, k_at = (np.cumsum(run[:, 1]) - run[:, 1] for run in (q, k))
+    begins, ends = zip(*((run[:, 0], run[:, 0] + run[:, 2] * (run[:, 1] - 1) + 1) for run in (q, k)), strict=True)
     found = [np.empty((3, 0), dtype=np.int64)]
-    for number, (start, size, _) in enumerate(q.tolist()):
-        rows = np.nonzero((bands[:, 0] < q_end[number]) & (start < bands[:, 1]) & (size > 0))[0]
-        run, band = np.nonzero((bands[rows, 2] < k_end[:, None]) & (k[:, :1] < bands[rows, 3]))
+    for number in np.nonzero(q[:, 1])[0].tolist():
+        rows = np.nonzero((bands[:, 0] < ends[0][number]) & (begins[0][number] < bands[:, 1]))[0]
+        run, band = np.nonzero((bands[rows, 2] < ends[1][:, None]) & (begins[1][:, None] < bands[rows, 3]))
         found.append(np.stack([rows[band], np.full(len(run), number), run]))
     band, of_q, of_k = np.concatenate(found, axis=1)
-    return bands[band], q[of_q].T, k[of_k].T, np.stack([q_at[of_q], k_at[of_k]])
+    even = (q[of_q, 2] == k[of_k, 2]) | (q[of_q, 1] <= 1) | (k[of_k, 1] <= 1)
+    parts, kept = reindexed(bands[band[even]], q[of_q[even]].T, k[of_k[even]].T)
+    dq, dk = (np.cumsum(run[:, 1]) - run[:, 1] for run in (q, k))
+    dq, dk = dq[of_q], dk[of_k]
+    moved = [parts + _moved(dq[even][kept], dk[even][kept])]
+    for i in np.nonzero(~even)[0].tolist():
+        stairs = _stairs(bands[band[i : i + 1]], q_runs[of_q[i]], k_runs[of_k[i]])
+        moved.append(stairs + _moved(dq[i : i + 1], dk[i : i + 1]))
+    return np.concatenate(moved)
+
+
+def _moved(dq: Ints, dk: Ints) -> Ints:
+    """What is added to bands that move by so many rows and keys, (n, 6)."""
+    return np.stack([dq, dq, dk, dk, dk - dq, dk - dq], axis=1)
 
 
 def _gathered(bands: Ints, runs: Sequence[TokenSpan], column: int) -> Ints:
