@@ -8,6 +8,7 @@ one part in D of the row's query heads, so with one in P of all.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from lcbench.schedule.layout import Layout, by_document
 
 Merge = Literal["reduce_scatter", "all_to_all"]
 MERGES: tuple[Merge, ...] = ("reduce_scatter", "all_to_all")
+NO_TOKENS = (TokenSpan(0, 0),)
 
 
 def bounds(problem: Problem) -> tuple[Ints, Ints]:
@@ -39,31 +41,31 @@ def dealt(k_bounds: Ints, parts: int, interleave: int | None) -> Layout:
     """
     if interleave is None:
         return by_document(k_bounds, parts, folded=False)
-    return Layout(tuple(_interleaved(k_bounds, parts, part, interleave) for part in range(parts)))
+    requests = list(pairwise(k_bounds.tolist()))
+    spans = [[span for ends in requests for span in share(*ends, parts, part, interleave)] for part in range(parts)]
+    return Layout(tuple(tuple(each) or NO_TOKENS for each in spans))
 
 
-def _interleaved(k_bounds: Ints, parts: int, part: int, interleave: int) -> tuple[TokenSpan, ...]:
-    spans = []
-    for begin, end in zip(k_bounds[:-1].tolist(), k_bounds[1:].tolist(), strict=True):
-        starts = range(begin + part * interleave, end, parts * interleave)
-        if interleave == 1:
-            spans += [TokenSpan(starts.start, len(starts), parts)] if starts else []
-        else:
-            spans += [TokenSpan(start, min(interleave, end - start)) for start in starts]
-    return tuple(spans) or (TokenSpan(0, 0),)
+def share(begin: int, end: int, parts: int, part: int, interleave: int | None) -> list[TokenSpan]:
+    """The tokens of a request that one of several ranks has; None: a stretch, and those left over one each to the first ranks."""
+    if interleave is None:
+        size, left = divmod(end - begin, parts)
+        first = begin + part * size + min(part, left)
+        return [TokenSpan(first, size + (part < left))] if size + (part < left) else []
+    starts = range(begin + part * interleave, end, parts * interleave)
+    if interleave == 1:
+        return [TokenSpan(starts.start, len(starts), parts)] if starts else []
+    return [TokenSpan(start, min(interleave, end - start)) for start in starts]
 
 
-def query_runs(q_bounds: Ints, parts: int, interleave: int | None) -> tuple[TokenSpan, ...]:
-    """All queries in an order in which a tile of them with the keys that ``dealt`` gives has few bands.
+def query_runs(begin: int, end: int, parts: int, interleave: int | None) -> list[TokenSpan]:
+    """Queries of a request in an order in which a tile of them with keys of ``share`` has few bands.
 
     Every ``parts``-th query is a run of its own where every ``parts``-th key is: a diagonal stays one only between runs of the
-    same stride. A single query of a request has any stride.
+    same stride. A single query has any stride.
     """
-    spans = []
-    for begin, end in zip(q_bounds[:-1].tolist(), q_bounds[1:].tolist(), strict=True):
-        strides = parts if interleave == 1 and end - begin > 1 else 1
-        spans += [TokenSpan(start, len(range(start, end, strides)), strides) for start in range(begin, min(begin + strides, end))]
-    return tuple(spans)
+    stride = parts if interleave == 1 and end - begin > 1 else 1
+    return [TokenSpan(start, len(range(start, end, stride)), stride) for start in range(begin, min(begin + stride, end))]
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,9 @@ def split(problem: Problem, grid: Ints, rank: int, interleave: int | None, *, ga
         out=own,
     )
     rows = tuple(map(tuple, grid.tolist()))
+    queries = tuple(run for ends in pairwise(q_bounds.tolist()) for run in query_runs(*ends, degree, interleave))
     of_row = heads.of(each, kv_each)
-    return Split(
-        rows, rows[row], column, query_runs(q_bounds, degree, interleave), keys.shards[column], of_row, first, gathers, held
-    )
+    return Split(rows, rows[row], column, queries, keys.shards[column], of_row, first, gathers, held)
 
 
 def fewest(problem: Problem) -> int:

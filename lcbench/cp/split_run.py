@@ -22,7 +22,7 @@ from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sink import with_sink
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.execute import MAIN, Counters, FromHost, Groups, Waits, _all_gather, _reduce_scatter, _wait
+from lcbench.schedule.execute import MAIN, Counters, FromHost, Groups, Waits, all_gather, reduce_scatter, wait_all
 from lcbench.schedule.held import Held
 from lcbench.schedule.layout import Layout
 
@@ -50,11 +50,11 @@ class Row:
 
     def all_gather(self, target: torch.Tensor, source: torch.Tensor) -> list[Waits]:
         """``target`` (D, ...) gets the ``source`` (...) of every rank."""
-        return self._run(_all_gather, target, source, source.numel())
+        return self._run(all_gather, target, source, source.numel())
 
     def reduce_scatter(self, target: torch.Tensor, source: torch.Tensor) -> list[Waits]:
         """``target`` (...) gets the sum of all ranks' part for this one of ``source`` (D, ...)."""
-        return self._run(_reduce_scatter, target, source, target.numel())
+        return self._run(reduce_scatter, target, source, target.numel())
 
     def all_to_all(self, target: torch.Tensor, source: torch.Tensor) -> list[Waits]:
         """``target`` (D, ...) gets every rank's part for this one of its ``source`` (D, ...)."""
@@ -138,7 +138,7 @@ class Exchanged(Merging):
         if compute:
             self._parts.copy_(self._by_rank(out))
             self._lse.copy_(self._by_rank(lse))
-        _wait([*self._row.all_to_all(self._arrived, self._parts), *self._row.all_to_all(self._lses, self._lse)])
+        wait_all([*self._row.all_to_all(self._arrived, self._parts), *self._row.all_to_all(self._lses, self._lse)])
         total = self._arrived[0].to(self._sums, copy=True), self._lses[0].clone()
         for part in zip(self._arrived[1:], self._lses[1:], strict=True) if compute else ():
             merge_into(*total, *part)
@@ -156,12 +156,12 @@ class Summed(Merging):
         self._total = torch.zeros_like(self._parts[0])
 
     def merged(self, out: torch.Tensor, lse: torch.Tensor, compute: bool) -> OutLse:
-        _wait(self._row.all_gather(self._lses, lse))
+        wait_all(self._row.all_gather(self._lses, lse))
         whole = self._lses.logsumexp(0)
         if compute:
             share = torch.exp(lse - whole).nan_to_num_(nan=0.0)  # a row that sees no key at all has no share
             self._parts.copy_(self._by_rank(out * share[:, :, None]))
-        _wait(self._row.reduce_scatter(self._total, self._parts))
+        wait_all(self._row.reduce_scatter(self._total, self._parts))
         first = self._row.column * self._heads
         return self._total.to(self._sums, copy=True), whole[:, first : first + self._heads].contiguous()
 
@@ -185,7 +185,7 @@ class Gathering:
 
     def gathered(self, q: torch.Tensor) -> torch.Tensor:
         """(T, H, D) from (T, H/D, D) of each rank."""
-        _wait(self._row.all_gather(self._arrived, q.contiguous()))
+        wait_all(self._row.all_gather(self._arrived, q.contiguous()))
         self._queries.unflatten(1, (self._row.size, -1)).copy_(self._arrived.transpose(0, 1))
         return self._queries
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -295,14 +296,11 @@ def _local(bands: Ints, q: TokenSpan | Ints, k: TokenSpan | Ints, stride: int | 
 
 def _gathered_apart(bands: Ints, q_runs: Sequence[TokenSpan], k_runs: Sequence[TokenSpan]) -> Ints:
     """What is left of bands where runs of any stride are put behind one another: run by run of queries, then of keys."""
-    q, k = (np.array(runs, dtype=np.int64).reshape(-1, 3) for runs in (q_runs, k_runs))
-    begins, ends = zip(*((run[:, 0], run[:, 0] + run[:, 2] * (run[:, 1] - 1) + 1) for run in (q, k)), strict=True)
-    found = [np.empty((3, 0), dtype=np.int64)]
-    for number in np.nonzero(q[:, 1])[0].tolist():
-        rows = np.nonzero((bands[:, 0] < ends[0][number]) & (begins[0][number] < bands[:, 1]))[0]
-        run, band = np.nonzero((bands[rows, 2] < ends[1][:, None]) & (begins[1][:, None] < bands[rows, 3]))
-        found.append(np.stack([rows[band], np.full(len(run), number), run]))
-    band, of_q, of_k = np.concatenate(found, axis=1)
+    q, k = (np.fromiter(chain.from_iterable(runs), dtype=np.int64).reshape(-1, 3) for runs in (q_runs, k_runs))
+    band, of_q = _meetings(bands[:, 0], bands[:, 1], q)
+    number, of_k = _meetings(bands[band, 2], bands[band, 3], k)
+    order = np.lexsort((band[number], of_k, of_q[number]))
+    band, of_q, of_k = band[number[order]], of_q[number[order]], of_k[order]
     even = (q[of_q, 2] == k[of_k, 2]) | (q[of_q, 1] <= 1) | (k[of_k, 1] <= 1)
     parts, kept = reindexed(bands[band[even]], q[of_q[even]].T, k[of_k[even]].T)
     dq, dk = (np.cumsum(run[:, 1]) - run[:, 1] for run in (q, k))
@@ -312,6 +310,17 @@ def _gathered_apart(bands: Ints, q_runs: Sequence[TokenSpan], k_runs: Sequence[T
         stairs = _stairs(bands[band[i : i + 1]], q_runs[of_q[i]], k_runs[of_k[i]])
         moved.append(stairs + _moved(dq[i : i + 1], dk[i : i + 1]))
     return np.concatenate(moved)
+
+
+def _meetings(begin: Ints, end: Ints, runs: Ints) -> tuple[Ints, Ints]:
+    """(interval, run) of all pairs of an interval ``begin ... end - 1`` and a run of (start, size, stride) that it meets."""
+    starts, ends = runs[:, 0], runs[:, 0] + runs[:, 2] * (runs[:, 1] - 1) + 1
+    order = np.argsort(starts, kind="stable")
+    reach = np.maximum.accumulate(ends[order])
+    number, place = spread(np.searchsorted(reach, begin, side="right"), np.searchsorted(starts[order], end))
+    run = order[place]
+    meets = (ends[run] > begin[number]) & (runs[run, 1] > 0)
+    return number[meets], run[meets]
 
 
 def _moved(dq: Ints, dk: Ints) -> Ints:
