@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from lcbench.schedule.execute import Counters, Executor, Groups
+    from lcbench.kernels.cache import Cache, CacheKind
+    from lcbench.schedule.execute import Counters, Executor
+    from lcbench.schedule.groups import Groups
     from lcbench.schedule.simulate import Modelled
 
 
@@ -96,6 +98,14 @@ class RankRun(Passes, Protocol):
     def lse(self, saved: Any) -> "torch.Tensor":
         """(Tq, Hq) of what this rank gives, natural logarithm, with the sink in it where there is one. Collective."""
         ...
+
+    def reads(self, kind: "CacheKind") -> str | None:
+        """Why it does not read such a cache of this rank's keys and values where it lies, but a copy of it; None: it does."""
+        return f"{type(self).__name__} takes keys and values as they are"
+
+    def forward_cache(self, q: "torch.Tensor", cache: "Cache", sink: "torch.Tensor | None" = None) -> "tuple[torch.Tensor, Any]":
+        """``forward`` over what a cache holds, in the order of this rank's keys. Collective."""
+        return self.forward(q, *cache.read(), sink)
 
     def hold(self, saved: Any) -> Any:
         """What ``forward`` has just saved, as it has to be kept while other forward passes run before its backward."""
