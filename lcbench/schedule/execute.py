@@ -95,7 +95,7 @@ class Executor:
     Attributes:
         tokens: indices of this rank's queries among all, in the order of its tensors.
         held: its queries and its keys, see ``RankRun``.
-        own_lse: True: ``lse`` gives what ``forward`` found.
+        own_lse, negates: True, see ``RankRun``: ``lse`` gives what ``forward`` found.
         resumes: True, see ``RankRun``.
         gives: whether inputs may come one by one, and gradients be waited for one by one, see ``RankRun``.
         sums_are_wide: whether gradients are added up in the type of sums on their way between ranks.
@@ -123,7 +123,7 @@ class Executor:
         self.tokens = schedule.q.tokens(rank)
         queries = Part(self.tokens)
         self.held = Held(queries, queries if schedule.k is schedule.q else Part(schedule.k.tokens(rank)), queries)
-        self.own_lse = self.resumes = True
+        self.own_lse = self.resumes = self.negates = True
         self.sums_are_wide = problem.reduce_dtype != "input"
         self.bytes_sent = self.bytes_between_nodes = 0
         self._marks: list[tuple[int, list[Mark]]] | None = None
@@ -673,6 +673,9 @@ class Executor:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+    def chosen(self, saved: SavedPass) -> None:
+        """See ``RankRun``: a schedule computes the mask that it is given."""
 
     def timeline(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor | None, sink: torch.Tensor | None = None
