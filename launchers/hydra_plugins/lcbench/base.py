@@ -101,7 +101,8 @@ class PackLauncher(Launcher):
         if settings.tracking_uri is None:
             self.say(NOT_PUBLISHED)
         sweep.check_writable([p.cell.id for p in plan.cells])
-        write_cells(sweep, [Entry(p.cell, p.skip) for p in plan.cells], plan.overrides, self.name, settings)
+        write_cells(sweep, [Entry(p.cell, p.skip) for p in plan.cells], plan.overrides, self.name, settings, trace=plan.trace)
+        self.say_trace(plan)
 
         def choose() -> Todo:
             todo = missing(sweep, runnable, force=plan.options["force"])
@@ -121,6 +122,10 @@ class PackLauncher(Launcher):
         return self.launch_cells(
             sweep, choose, settings=settings, wait=bool(plan.options["wait"]), report=[p.cell.id for p in plan.cells]
         )
+
+    def say_trace(self, plan: Plan) -> None:
+        if plan.trace is not None:
+            self.say(str(plan.trace))
 
     def launch_cells(self, sweep: Sweep, choose: Callable[[], Todo], *, settings: Settings, wait: bool, report: list[str]) -> int:
         """Run the cells that ``choose`` names, under the sweep's lock, then report on the cells ``report``."""
