@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lcbench.cp.base import Scheduled, Strategy
 from lcbench.grid import build, overrides, own, values
 from lcbench.grid import site as sites
-from lcbench.grid.axes import AXES, CELL_AXES, GROUPS, OTHER_WAYS, RESERVED, WITH_OPTIONS, Axis, plain_axes, renamed
+from lcbench.grid.axes import AXES, CELL_AXES, GROUPS, OTHER_WAYS, RESERVED, WAYS, WITH_OPTIONS, Axis, plain_axes, renamed
 from lcbench.grid.cell import Cell
 from lcbench.grid.overrides import LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
 from lcbench.grid.paths import CONF, REPOSITORY
@@ -42,7 +42,7 @@ from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
-from lcbench.problem import Heads, Mesh, Problem, Scale
+from lcbench.problem import Batch, Heads, Mesh, Problem, Scale
 from lcbench.redact import refuse_readable
 
 CONFIG = "config"
@@ -59,7 +59,7 @@ TEXTS = {"results": "folder", "tracking_uri": "address", "fit": "file"}
 CHOSEN = ("site", "experiment", "machine", "search", "trace")
 NAME_BYTES = 200  # of a sweep's name: a file's name holds 255, and some are made of it and a cell's
 NOT_IN_NAMES = "/\\%|,"
-# Axes that say the length.
+# Axes that say the length of one sequence.
 LENGTHS = {"seqlen", *(name for name, way in OTHER_WAYS.items() if way == "seqlen")}
 WORDS_OF_COMMANDS = ("last", "all")
 
@@ -219,7 +219,13 @@ def _trace(base: dict[str, Any], typed: list[Override]) -> Trace | None:
 
 
 def _first_of(search: Search, cell: Cell) -> Cell:
-    """A cell of a choice at the length that a search for its longest begins with."""
+    """A cell of a choice at the length that a search for its longest begins with.
+
+    Raises:
+        ValueError: its lengths are those of a batch.
+    """
+    if cell.batch is not None:
+        raise ValueError(f"search={search.name} looks for the longest sequence, and batch={cell.batch} has its own; leave one out")
     lengths = search.lengths(cell.problem.scale.world_size)
     return at(cell, Bracket.between(lengths, None, None).next())
 
@@ -341,10 +347,10 @@ def _unresolved(error: BaseException, key: str, lines: list[str]) -> str:
 
 
 def _one_way(said: dict[str, Override], base: dict[str, Any], params: dict[str, Any]) -> None:
-    """What is on the command line, in either way of saying it, takes the place of an experiment's in the other."""
-    for one, two in OTHER_WAYS.items():
-        for way, other in ((one, two), (two, one)):
-            if way in said and other not in said and said[way].value() is not None:
+    """What is on the command line, in any way of saying it, takes the place of an experiment's in the others."""
+    for ways in WAYS.values():
+        if any(way in said and said[way].value() is not None for way in ways):
+            for other in set(ways) - set(said):
                 base.update({other: None} if other in base else {})
                 params.pop(other, None)
 
@@ -359,7 +365,7 @@ def cell_config(config: dict[str, Any], *, said: Collection[str] = (), by_site: 
     found: dict[str, Any] = {group: build.check_options(group, config[group]) for group in GROUPS}
     scale = _scale(config["scale"], found["cp"], by_site)
     ranks = max(1, scale.world_size // Mesh(**values.parse_mesh(config["mesh"])).count)
-    seqlen = _seqlen(config["seqlen"], config["seqlen_per_rank"], ranks, "seqlen" in said)
+    seqlen = _seqlen(config, ranks, said)
     found |= {"seqlen": seqlen, "scale": str(scale)}
     found |= {name: axis.parse(config[name]) for name, axis in CELL_AXES.items() if axis.parse is not None and name not in found}
     folded = set()
@@ -429,15 +435,17 @@ def _scale(said: Any, strategy: dict[str, Any], by_site: bool) -> Scale:
     return Scale(1, 1) if by_site and build.on_one_rank(strategy) else values.parse_scale(said)
 
 
-def _seqlen(seqlen: Any, per_rank: Any, ranks: int, both: bool) -> int:
-    """Total tokens, which are said in one of two ways; ``ranks``: of a context-parallel group."""
-    if per_rank is None:
-        return values.parse_tokens(seqlen)
-    if both and seqlen is not None:
-        raise ValueError(
-            f"seqlen={values.shown(seqlen)} and seqlen_per_rank={values.shown(per_rank)} are two ways to say one length"
-        )
-    return values.parse_tokens(values.parse_tokens(per_rank, "seqlen_per_rank") * ranks)
+def _seqlen(config: dict[str, Any], ranks: int, said: Collection[str]) -> int:
+    """Total tokens, which are said in one way; ``ranks``: of a context-parallel group."""
+    ways = [way for way in WAYS["seqlen"] if config[way] is not None and (way in said or way != "seqlen")]
+    if len(ways) > 1:
+        both = " and ".join(f"{way}={values.shown(config[way])}" for way in ways[:2])
+        raise ValueError(f"{both} are two ways to say one length; write one of them")
+    if (batch := values.parse_batch(config["batch"])) is not None:
+        return batch.tokens
+    if config["seqlen_per_rank"] is None:
+        return values.parse_tokens(config["seqlen"])
+    return values.parse_tokens(values.parse_tokens(config["seqlen_per_rank"], "seqlen_per_rank") * ranks)
 
 
 def skip_reason(cell: Cell) -> str | None:
@@ -481,7 +489,7 @@ def pairs(cell: Cell) -> float:
     mask, problem = mask_of(cell), cell.problem
     if isinstance(mask, BandMask):
         return float(mask.pairs(problem.heads.q))
-    return float(cell.config["mask"].get("density", 1.0)) * problem.seqlen**2 * problem.heads.q
+    return float(cell.config["mask"].get("density", 1.0)) * problem.plane * problem.heads.q
 
 
 def mask_of(cell: Cell) -> Mask:
@@ -659,14 +667,14 @@ def _one_line(error: BaseException) -> str:
 
 # -- objects, each made once -----------------------------------------------------------------------------------------
 
-_masks: dict[tuple[str, int, Heads, int, int], Mask | DoesNotFit] = {}
+_masks: dict[tuple[str, int, Batch | None, Heads, int, int], Mask | DoesNotFit] = {}
 _objects: dict[tuple[str, str], Any] = {}
 _proven: set[tuple[str, str, Heads, Problem, int]] = set()
 
 
 def _mask(cell: Cell) -> Mask:
     config = cell.config["mask"]
-    key = (json.dumps(config), cell.config["seqlen"], cell.heads, cell.mesh.tp, cell.config["seed"])
+    key = (json.dumps(config), cell.config["seqlen"], cell.batch, cell.heads, cell.mesh.tp, cell.config["seed"])
     if key not in _masks:
         try:
             made = build.group_mask(cell)

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from lcbench.grid.axes import AXES, CELL_GROUPS, value_of
-from lcbench.grid.cell import format_tokens
+from lcbench.grid.axes import AXES, CELL_AXES, value_of
+from lcbench.problem import format_tokens
 from lcbench.redact import redacted
 from lcbench.report import amounts, page_data, published
 from lcbench.report.causes import causes, suspects
 from lcbench.report.environment import Environment, environment_of, links_of
 from lcbench.report.figures import all_figures
 from lcbench.report.foretold import Held, held, said
-from lcbench.report.frame import PHASES, good_rows, rate_column, reported
+from lcbench.report.frame import PHASES, column_of, good_rows, rate_column, reported
 from lcbench.report.palette import Style, styles
 from lcbench.report.regret import FEWEST_CHOICES, FEWEST_PROBLEMS, NEARLY_ALL, Regret, contests, problem_labels, regrets, verdict
 from lcbench.report.step import MEMORY, SCALED, Step, colors_of, reached, steps_of
@@ -369,8 +369,8 @@ def _about(frame: pd.DataFrame, environment: Environment) -> list[str]:
     for column, shown in (("what_kernel", "{}"), ("what_mask", "{}"), ("dtype", "{}"), ("heads", "heads {}")):
         values = set(frame[column])
         first += [shown.format(*values)] if len(values) == 1 else []
-    for axis in CELL_GROUPS:
-        values = set(frame[f"what_{axis}"])
+    for axis in CELL_AXES:
+        values = set(frame[column_of(axis)])
         said = AXES[axis].unsaid is not None and len(values) == 1 and values != {value_of({}, axis)}
         first += [f"{axis} {values.pop()}"] if said else []
     versions = [f"{name} {' or '.join(sorted(environment[name]))}" for name in VERSIONS if environment.get(name)]

@@ -38,10 +38,10 @@ import torch.distributed as dist
 from lcbench.grid.build import (
     allow,
     build_kernel,
-    build_mask,
     build_recompute,
     build_strategy,
     build_workload,
+    cell_mask,
     check_targets,
     draws,
 )
@@ -313,7 +313,7 @@ def work_of(cell: Cell, running: Running | None = None) -> Work:
     return Work(
         workload=build_workload(config.get("workload")),
         problem=problem,
-        make_mask=lambda draw: build_mask(config["mask"], problem.seqlen, cell.heads, config["seed"], draw),
+        make_mask=lambda draw: cell_mask(cell, draw),
         kernel=build_kernel(config["kernel"]),
         strategy=build_strategy(config["cp"]),
         settings=shared(config["measure"], first=block == 1),
