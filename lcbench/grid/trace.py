@@ -25,9 +25,6 @@ Floats = NDArray[np.float64]
 # What a trace comes to. A pass is a line; pairs are those of causal attention.
 TOTALS = ("passes", "requests", "new tokens", "prefix tokens", "pairs")
 TOLERANCE = 0.01  # how far a total may be off, as a share of it
-# Binary digits that lengths and counts of a batch keep, tried in this order: few make round numbers, which ranks divide; all of them
-# are kept where round numbers do not give the totals.
-DIGITS = (6, 10, 31)
 # How much more an error of a total counts than a weight that is not its cluster's number of lines, by relative size.
 EXACT = 1e4
 MOONCAKE = ("input_length", "hash_ids")
@@ -220,24 +217,26 @@ class Weighted:
         return Batch((Requests(self.requests, self.new, self.prefix + self.new),))
 
 
-def reduced(rows: Ints, most: int) -> tuple[Weighted, ...]:
+def reduced(lines: Ints, most: int) -> tuple[Weighted, ...]:
     """At most ``most`` batches with weights whose ``TOTALS`` are those of the lines within ``TOLERANCE``, as many as may be.
 
     Lines are parted into clusters, and a cluster becomes one batch of the mean requests, new tokens and prefix of its lines. Weights are
     at first the numbers of lines; then they are moved as little as gives the totals.
 
     Args:
-        rows: (lines, 3), as ``read`` gives them.
+        lines: (lines, 3), as ``read`` gives them.
 
     Raises:
         ValueError: so few cannot have these totals; names the least number that can.
     """
-    kinds, counts = np.unique(rows, axis=0, return_counts=True)
+    kinds, counts = np.unique(lines, axis=0, return_counts=True)
     sums = added(kinds) * counts[:, None]
     aim, best = sums.sum(axis=0), None
     for labels in _clusters(kinds, sums / np.where(aim > 0, aim, 1.0)):
         clusters = int(labels.max()) + 1
-        found = _of_clusters(np.stack([np.bincount(labels, column) for column in sums.T], axis=1), aim)
+        clustered = np.stack([np.bincount(labels, column) for column in sums.T], axis=1)
+        rows, place = np.unique([_mean(*cluster[:4]) for cluster in clustered], axis=0, return_inverse=True)
+        found = _with_weights(rows, np.bincount(place.ravel(), clustered[:, 0]), aim)
         if clusters > most and best is not None:
             break
         if errors(found, aim).max() > TOLERANCE:
@@ -294,31 +293,10 @@ def _cut(points: Floats, weight: Floats, members: NDArray[np.intp]) -> tuple[flo
     return best
 
 
-def _of_clusters(sums: Floats, aim: Floats) -> tuple[Weighted, ...]:
-    """A batch of each cluster, of the roundest numbers that give the totals, else of those that come nearest to its means.
-
-    Args:
-        sums: what the lines of each cluster add to each of ``TOTALS``, (clusters, 5).
-    """
-    for digits in DIGITS:
-        rows, place = np.unique([_mean(*cluster, digits) for cluster in sums[:, :4]], axis=0, return_inverse=True)
-        found = _with_weights(rows, np.bincount(place.ravel(), sums[:, 0]), aim)
-        if errors(found, aim).max() <= TOLERANCE:
-            break
-    return found
-
-
-def _mean(passes: float, requests: float, new: float, prefix: float, digits: int) -> tuple[int, int, int]:
+def _mean(passes: float, requests: float, new: float, prefix: float) -> tuple[int, int, int]:
     """Prefix, new tokens and requests of the mean line of a cluster, of the same kind as its lines are."""
-    fresh = _round(new / requests, digits)
-    total = max(_round((new + prefix) / requests, digits), fresh + 1) if prefix else fresh
-    return total - fresh, fresh, min(_round(requests / passes, digits), MOST_TOKENS // total)
-
-
-def _round(value: float, digits: int) -> int:
-    """To a whole number of at most so many binary digits, and zeros behind them."""
-    step = 2 ** max(0, math.floor(math.log2(value)) + 1 - digits)
-    return round(value / step) * step
+    fresh, cached = round(new / requests), max(1, round(prefix / requests)) if prefix else 0
+    return cached, fresh, min(round(requests / passes), MOST_TOKENS // (cached + fresh))
 
 
 def _with_weights(rows: Ints, lines: Floats, aim: Floats) -> tuple[Weighted, ...]:
