@@ -63,6 +63,8 @@ class Trace:
         if config["file"] is None:
             return None
         name = str(config["file"])
+        if not name.strip():
+            raise ValueError("trace= names no file; write trace=<file>")
         try:
             content = Path(name).expanduser().read_bytes()
         except OSError as error:
@@ -98,7 +100,7 @@ class Trace:
 
     def __str__(self) -> str:
         """What it is and how well its batches stand for it, for people."""
-        off = ", ".join(f"{name} {100 * error:.2g} %" for name, error in self.errors.items())
+        off = ", ".join(f"{name} {100 * error:.2f} %" for name, error in self.errors.items())
         return f"trace {self.file}: {self.totals['passes']:.0f} lines as {len(self.weights)} batches with weights; totals off by: {off}"
 
 
