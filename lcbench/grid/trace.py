@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lcbench.grid.values import MOST_REQUESTS, MOST_TOKENS, parse_int, shown
+from lcbench.grid.values import MOST_REQUESTS, MOST_TOKENS, parse_batch, parse_int, shown
 from lcbench.problem import Batch, Requests
 
 Ints = NDArray[np.int64]
@@ -29,7 +29,6 @@ TOLERANCE = 0.01  # how far a total may be off, as a share of it
 EXACT = 1e4
 MOONCAKE = ("input_length", "hash_ids")
 BLOCK = 512  # tokens of a block of Mooncake's traces
-
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,8 @@ class Trace:
         numbers = {key: {str(name): float(value) for name, value in note[key].items()} for key in ("totals", "errors", "weights")}
         made = cls(str(note["file"]), str(note["content_sha256"]), **numbers)
         known = all(set(named) == set(TOTALS) for named in (made.totals, made.errors))
-        if not known or not made.weights or not all(0 < weight < math.inf for weight in made.weights.values()):
+        weighted = made.weights and all(parse_batch(batch) and 0 < weight < math.inf for batch, weight in made.weights.items())
+        if not (known and weighted and 0 < made.totals["new tokens"] < math.inf):
             raise ValueError(f"no trace: {dict(note)}")
         return made
 
@@ -101,7 +101,8 @@ class Trace:
     def __str__(self) -> str:
         """What it is and how well its batches stand for it, for people."""
         off = ", ".join(f"{name} {100 * error:.2f} %" for name, error in self.errors.items())
-        return f"trace {self.file}: {self.totals['passes']:.0f} lines as {len(self.weights)} batches with weights; totals off by: {off}"
+        stand = f"{self.totals['passes']:.0f} lines as {len(self.weights)} batches with weights"
+        return f"trace {self.file}: {stand}; totals off by: {off}"
 
 
 def _by_total(values: Floats) -> dict[str, float]:
@@ -114,10 +115,11 @@ def _by_total(values: Floats) -> dict[str, float]:
 def read(content: bytes, name: str) -> Ints:
     """The lines of a trace, (lines, 3): prefix tokens, new tokens and requests of each.
 
-    A line is a JSON object with ``prefix``, ``new`` and ``concurrency``; what else it holds is not looked at. Or all lines are those of a
-    Mooncake trace (github.com/kvcache-ai/Mooncake, FAST25-release), with ``input_length`` and ``hash_ids``, of which the prefill is
-    taken: the prefix is what an unlimited cache has of the line, its leading blocks of 512 tokens that earlier lines had too, without the
-    last token of the input, whose result is wanted. Each request is a pass of its own, since the trace does not say which ran together.
+    A line is a JSON object with ``prefix``, ``new`` and ``concurrency``; what else it holds is not looked at. Or the first line has
+    ``input_length`` and ``hash_ids``, and all are of a Mooncake trace (github.com/kvcache-ai/Mooncake, FAST25-release). Of it the
+    prefill is taken: the prefix is what an unlimited cache has of a request, its leading blocks of 512 tokens that earlier lines
+    had too, without the last token of the input, whose result is wanted. Each request is a pass of its own: the trace does not say
+    which ran together.
 
     Args:
         name: what to call the file.
@@ -222,8 +224,8 @@ class Weighted:
 def reduced(lines: Ints, most: int) -> tuple[Weighted, ...]:
     """At most ``most`` batches with weights whose ``TOTALS`` are those of the lines within ``TOLERANCE``, as many as may be.
 
-    Lines are parted into clusters, and a cluster becomes one batch of the mean requests, new tokens and prefix of its lines. Weights are
-    at first the numbers of lines; then they are moved as little as gives the totals.
+    Lines are parted into clusters, and a cluster becomes one batch of the mean requests, new tokens and prefix of its lines.
+    Weights are the numbers of lines, moved as little as gives the totals.
 
     Args:
         lines: (lines, 3), as ``read`` gives them.
@@ -238,14 +240,14 @@ def reduced(lines: Ints, most: int) -> tuple[Weighted, ...]:
         clusters = int(labels.max()) + 1
         clustered = np.stack([np.bincount(labels, column) for column in sums.T], axis=1)
         rows, place = np.unique([_mean(*cluster[:4]) for cluster in clustered], axis=0, return_inverse=True)
-        found = _with_weights(rows, np.bincount(place.ravel(), clustered[:, 0]), aim)
+        found = _with_weights(rows, np.bincount(place.ravel(), clustered[:, 0]).astype(np.float64), aim)
         if clusters > most and best is not None:
             break
         if errors(found, aim).max() > TOLERANCE:
             continue
         best = found
         if clusters > most:
-            raise ValueError(f"{most} batches do not have the totals of all lines within {TOLERANCE:.0%}; {clusters} do")
+            raise ValueError(f"too few batches for the totals of all lines within {TOLERANCE:.0%}; the least is {clusters}")
     assert best is not None, "where each line has a batch, all totals are right"
     return best
 
@@ -308,4 +310,5 @@ def _with_weights(rows: Ints, lines: Floats, aim: Floats) -> tuple[Weighted, ...
     scale = np.where(aim > 0, aim, 1.0)
     system = np.vstack([EXACT * (added(rows) * lines[:, None] / scale).T, np.eye(len(rows))])
     factors, _ = nnls(system, np.concatenate([EXACT * aim / scale, np.ones(len(rows))]))
-    return tuple(Weighted(*row, weight) for row, weight in zip(rows.tolist(), (factors * lines).tolist(), strict=True) if weight > 0)
+    found = zip(rows.tolist(), (factors * lines).tolist(), strict=True)
+    return tuple(Weighted(prefix, new, requests, weight) for (prefix, new, requests), weight in found if weight > 0)

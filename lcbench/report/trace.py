@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 BATCH = ("batch", "seqlen")  # what the cells of a trace differ in
 HOW = (
-    "Time: forward of one attention call, of all lines. Its interval comes from those of the batches, and holds nothing of what the "
-    "batches leave out of the lines"
+    "Time: forward of one attention call, of all lines, shared by data-parallel replicas. Its interval comes from those of the "
+    "batches, and holds nothing of what the batches leave out of the lines"
 )
 
 
@@ -37,7 +37,7 @@ class Served:
 
     Attributes:
         cell: of the choice, with the first batch of the trace, so that cells of choices differ in nothing but the choice.
-        time: seconds of all its lines, forward; None where a batch has no time.
+        time: seconds of all its lines, forward, which data-parallel replicas share; None where a batch has no time.
         why: the first such batch and why, and how many more there are.
         fastest: the time of the fastest choice for the same problem; None: no choice has a time.
         predicted: nothing of it was measured.
@@ -69,8 +69,9 @@ class Served:
 
     def row(self, what: str) -> dict[str, str]:
         """For a table."""
+        seconds = None if self.time is None else self.time.value
         return {
-            "trace": self.trace.file, "what": what, "time": duration(self.time and self.time.value), "95 % interval": self.interval,
+            "trace": self.trace.file, "what": what, "time": duration(seconds), "95 % interval": self.interval,
             "per new token": duration(self.token_s), "than the fastest": self.slower, "why there is none": self.why,
         }  # fmt: skip
 
@@ -129,7 +130,8 @@ def _served(trace: Trace, cells: dict[str, Cell], rows: dict[str, dict[str, Any]
         others = f"; and {len(missing) - 1} more of {len(trace.weights)} batches" if len(missing) > 1 else ""
         return Served(trace, cell, None, f"{batch}: {why}{others}", predicted=predicted)
     times = [known[batch]["timed/forward"] for batch in trace.weights]
-    return Served(trace, cell, weighted_sum(times, [*trace.weights.values()], together=predicted), predicted=predicted)
+    passes = [lines / cell.mesh.dp for lines in trace.weights.values()]  # replicas have a batch each
+    return Served(trace, cell, weighted_sum(times, passes, together=predicted), predicted=predicted)
 
 
 def _why(row: dict[str, Any] | None) -> str:
@@ -156,8 +158,9 @@ def _ranked(answers: Sequence[Served]) -> list[Served]:
 def weighted_sum(times: Sequence[Median], weights: Sequence[float], *, together: bool = False) -> Median:
     """The sum of times, each as often as its weight says.
 
-    Its variance is the sum of those of the weighted times: blocks of different cells are independent. Its degrees of freedom are those of
-    Welch and Satterthwaite (1946), at most those that all cells' noise was learnt from. The interval is of its logarithm, as theirs are.
+    Its variance is the sum of those of the weighted times: blocks of different cells are independent. Its degrees of freedom are
+    those of Welch and Satterthwaite (1946), at most those that all cells' noise was learnt from. The interval is of its logarithm,
+    as theirs are.
 
     Args:
         together: times that are off together, as predictions by one fit are: then their standard deviations add up.

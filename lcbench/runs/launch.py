@@ -19,8 +19,8 @@ from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Plan
 from lcbench.grid.paths import REPOSITORY
 from lcbench.grid.search import Search
-from lcbench.grid.trace import Trace
 from lcbench.grid.site import runs_here
+from lcbench.grid.trace import Trace
 from lcbench.redact import redacted, redacted_uri, secrets_of
 from lcbench.runs.address import planned_address, planned_experiment, variables
 from lcbench.runs.attempt import Failure

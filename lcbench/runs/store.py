@@ -111,8 +111,8 @@ class Sweep:
         to be measured stays so when it is predicted).
 
         ``command``: the words that asked for them; none of cells that a command comes to later. ``launch``: how its cells are run,
-        for those who go on with the sweep later. ``search``: what these cells are steps of; without it what was noted stays. ``trace``: whose
-        batches they have; it is noted beside others.
+        for those who go on with the sweep later. ``search``: what these cells are steps of; without it what was noted stays.
+        ``trace``: whose batches they have; it is noted beside others.
         """
         known: dict[str, Any] = self.manifest() if self.exists() else new_manifest(self.name)
         known["commands"] = [[redacted(word) for word in words] for words in (*known["commands"], command) if words]

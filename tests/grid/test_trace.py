@@ -43,7 +43,9 @@ def off_by(cells: Sequence[Weighted], rows: Sequence[Row]) -> float:
 
 # Lengths over all sizes, not the large ones mostly; few values, so that lines are often equal and often at an edge.
 LENGTHS = st.integers(0, 9).flatmap(lambda bits: st.integers(0, 1 << bits))
-ROWS = st.lists(st.tuples(LENGTHS, LENGTHS.map(lambda n: n + 1), st.sampled_from([1, 1, 2, 3, 8, 32, 256])), min_size=1, max_size=60)
+ROWS = st.lists(
+    st.tuples(LENGTHS, LENGTHS.map(lambda n: n + 1), st.sampled_from([1, 1, 2, 3, 8, 32, 256])), min_size=1, max_size=60
+)
 
 
 @given(ROWS, st.integers(1, 24))
@@ -52,11 +54,11 @@ def test_totals_are_those_of_all_lines_or_the_least_number_of_batches_is_named(r
     try:
         cells = reduced(lines, most)
     except ValueError as refused:
-        said = re.fullmatch(rf"{most} batches do not have the totals of all lines within 1%; (\d+) do", str(refused))
+        said = re.fullmatch(r"too few batches for the totals of all lines within 1%; the least is (\d+)", str(refused))
         assert said
         cells = reduced(lines, int(said[1]))
         assert int(said[1]) > most
-        with pytest.raises(ValueError, match=f"; {said[1]} do$"):
+        with pytest.raises(ValueError, match=f"the least is {said[1]}$"):
             reduced(lines, int(said[1]) - 1)
         most = int(said[1])
     assert 1 <= len(cells) <= most
@@ -100,7 +102,7 @@ def served_s(prefix: float, new: float, requests: float) -> float:
 
 
 def test_sixteen_batches_tell_the_time_of_a_day() -> None:
-    """Of decoding at many lengths, chunks and whole prompts: a time that is no sum of the totals comes out within 2 %."""
+    """Of decoding at many lengths, chunks and whole prompts: a time that is no sum of the totals comes out within 0.1 %."""
     random = np.random.default_rng(0)
     context = random.lognormal(9, 1.2, 6000).astype(int) + 16
     decodes = [(int(p), 1, int(c)) for p, c in zip(context[:4000], random.integers(1, 64, 4000), strict=True)]
@@ -109,7 +111,7 @@ def test_sixteen_batches_tell_the_time_of_a_day() -> None:
     rows = decodes + chunks + prompts
     cells = reduced(np.array(rows), 16)
     exact = sum(served_s(*row) for row in rows)
-    assert sum(c.weight * served_s(c.prefix, c.new, c.requests) for c in cells) == pytest.approx(exact, rel=0.02)
+    assert sum(c.weight * served_s(c.prefix, c.new, c.requests) for c in cells) == pytest.approx(exact, rel=0.001)
     few = reduced(np.array(rows), 6)
     assert len(few) <= 6 < len(cells) <= 16
 
@@ -136,7 +138,10 @@ def test_what_else_a_line_holds_and_empty_lines_are_not_looked_at() -> None:
         ('{"prefix": true, "new": 1, "concurrency": 1}', "prefix=True is no whole number"),
         ('{"prefix": "8k", "new": 1, "concurrency": 1}', "prefix=8k is no whole number"),
         ('{"prefix": null, "new": 1, "concurrency": 1}', "prefix=null is no whole number"),
-        ('{"prefix": 1, "new": 1}', 'concurrency is not there; write an object such as {"prefix": 8192, "new": 1, "concurrency": 32}'),
+        (
+            '{"prefix": 1, "new": 1}',
+            'concurrency is not there; write an object such as {"prefix": 8192, "new": 1, "concurrency": 32}',
+        ),
         ('{"prefix": 1, "new": 1, "concurrency": 99999999999999999999}', "concurrency=a huge number is no whole number"),
         ('{"prefix": 1048576, "new": 1, "concurrency": 1024}', "1024 x 1048577 tokens are more than 1024m"),
         ('{"prefix": 1, ', "is no JSON"),
@@ -221,7 +226,16 @@ def test_a_note_gives_the_trace_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"weights": {}}, {"weights": {"q1": -1.0}}, {"weights": {"q1": float("nan")}}, {"totals": {}}, {"errors": [1]}, {"file": ...}]
+    "change",
+    [
+        {"weights": {}},
+        {"weights": {"q1": -1.0}},
+        {"weights": {"q1": float("nan")}},
+        {"weights": {"none": 1.0}},
+        {"totals": {}},
+        {"errors": [1]},
+        {"file": ...},
+    ],
 )
 def test_a_note_that_is_none(tmp_path: Path, change: dict[str, Any]) -> None:
     note = {**trace_of(tmp_path, ROWS_OF_A_DAY).note(), **change}
