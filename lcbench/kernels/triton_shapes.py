@@ -104,7 +104,8 @@ def fitting(
     height, width = rows or 64, columns or 64
     while rows is None and height > 16 and height * sums > SUMS:
         height //= 2
-    while columns is None and width > 16 and not fits(height, width, 1):
+    # A tile that is not read ahead passes through registers, which sums of long heads leave no room in.
+    while columns is None and width > 16 and not fits(height, width, 2):
         width //= 2
     while rows is None and height > 16 and not fits(height, width, 1):
         height //= 2

@@ -303,7 +303,7 @@ def _products(a, a_rest, b, b_rest, REST: tl.constexpr, SUM: tl.constexpr):
 def _bent(products, scale_in):
     """tanh of scaled products, by an exponential that does not overflow."""
     x = products * scale_in
-    e = tl.exp2(-2.0 * IN_LOG2 * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (IN_LOG2 * -2.0))
     return tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
 
 
@@ -386,8 +386,8 @@ def forward_kernel(
 def _weights(
     products, lse_log2, scale_log2, scale_in, scale_out, allowed, MASKED: tl.constexpr, CAPPED: tl.constexpr
 ):  # fmt: skip
-    """Weights of a tile, whose rows are of ``lse_log2`` as it broadcasts, and with a softcap the slopes of its scores."""
-    slopes = None
+    """Weights of a tile, and the slopes of its softcapped scores; without a softcap products, of which nothing is used."""
+    slopes = products
     if CAPPED:
         bent = _bent(products, scale_in)
         products = bent * scale_out
