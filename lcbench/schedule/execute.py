@@ -23,7 +23,7 @@ from typing import Any, Protocol, cast
 import torch
 import torch.distributed as dist
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, Saved, accumulation_dtype, prepare
+from lcbench.kernels.base import Kernel, Platform, Prepared, Saved, accumulation_dtype, prepare, softmax_arguments
 from lcbench.kernels.cache import Cache, CacheKind, PreparedForCache, ReadsCache
 from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sink import sink_gradient, with_sink
@@ -143,9 +143,7 @@ class Executor:
         operations = operations_of(lowering, dist.get_backend()) if moves.transfers else ()
         self._contiguous = kernel.contiguous_kv
         self._packing = Packing.of(problem.heads, contiguous=kernel.contiguous_kv)
-        self._softmax = {"softmax_scale": problem.softmax_scale}
-        if problem.softmax.softcap:
-            self._softmax["softcap"] = problem.softmax.softcap
+        self._softmax = softmax_arguments(problem)
         self._program = Program(schedule, moves, problem, rank, operations, planes=self._packing.planes)
         self._join(groups, moves)
         self.buffer_bytes = self._program.buffer_bytes
