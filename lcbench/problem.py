@@ -68,8 +68,8 @@ class Softmax:
     """How scores become weights.
 
     Attributes:
-        sink: each query head has a learned number that takes part in its softmax as a score without a value (gpt-oss; "Efficient
-            Streaming Language Models with Attention Sinks", arXiv 2309.17453): weights then sum to less than 1, and LSE has it in it.
+        sink: each query head has a learned number that takes part in its softmax as a score without a value (gpt-oss; arXiv
+            2309.17453): weights then sum to less than 1, and LSE has it in it.
         softcap: scores are ``softcap * tanh(score / softcap)`` (Gemma 2, arXiv 2408.00118); 0: they are as they are.
         scale: what products of queries and keys are multiplied with; None: ``dim ** -0.5``.
 

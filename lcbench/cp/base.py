@@ -15,6 +15,7 @@ from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import Order, check_count, check_order, largest_degree, too_short
+from lcbench.schedule.held import Held, Part
 from lcbench.schedule.lowering import Lowering
 from lcbench.schedule.schedule import Schedule
 
@@ -44,34 +45,6 @@ class Place:
     def group(self) -> "dist.ProcessGroup":
         """The communicator of the context-parallel group. Collective on first use."""
         return self.groups.of("main")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows and heads of a tensor that a rank holds.
-
-    Attributes:
-        tokens: their indices among all queries, or among all keys, in the order of the rank's tensor.
-        heads: their numbers, adjacent; None: all heads.
-    """
-
-    tokens: Ints
-    heads: range | None = None
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a rank is given, and what it gives.
-
-    Attributes:
-        q: queries that it is given; others may be given the same, where a model computes them on several ranks.
-        kv: keys and values that it is given; others may be given the same.
-        out: results that it gives, of which each is given by exactly one rank.
-    """
-
-    q: Part
-    kv: Part
-    out: Part
 
 
 class Passes(Protocol):

@@ -39,7 +39,7 @@ class PreparedReference:
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
         import torch
 
-        out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+        out = torch.zeros((*q.shape[:2], v.shape[-1]), dtype=torch.float64, device=q.device)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64, device=q.device)
         values = _per_query_head(v, q)
         for rows, scores in self._scores(q, k, softmax_scale):
@@ -65,8 +65,8 @@ class PreparedReference:
             dscores = weights * (torch.einsum("qhd,khd->hqk", dout64[rows], values) - delta[rows].T[..., None])
             dq[rows] = torch.einsum("hqk,khd->qhd", dscores, keys) * softmax_scale
             dk += torch.einsum("hqk,qhd->khd", dscores, queries[rows]) * softmax_scale
-        shape = (k.shape[0], k.shape[1], -1, k.shape[2])
-        return dq, dk.view(shape).sum(2), dv.view(shape).sum(2)
+        groups = (k.shape[1], -1)
+        return dq, dk.unflatten(1, groups).sum(2), dv.unflatten(1, groups).sum(2)
 
     def _scores(self, q: torch.Tensor, k: torch.Tensor, softmax_scale: float) -> Iterator[tuple[slice, torch.Tensor]]:
         """Blocks of rows and their scores (Hq, rows, Tk), -inf for pairs outside of the mask."""

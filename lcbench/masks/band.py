@@ -156,13 +156,9 @@ class BandMask:
         return BandMask(self.num_k, self.num_q, np.stack([k0, k1, q0, q1, -hi, -lo], axis=1))
 
     def tile(self, q_runs: Sequence[TokenSpan], k_runs: Sequence[TokenSpan]) -> BandMask:
-        """The mask of one tile: tokens of ``q_runs`` as queries x tokens of ``k_runs`` as keys, in local positions.
-
-        Raises:
-            ValueError: two runs with different strides (a band would not stay one band).
-        """
+        """The mask of one tile: tokens of ``q_runs`` as queries x tokens of ``k_runs`` as keys, in local positions."""
         num_q, num_k = (sum(run.size for run in runs) for runs in (q_runs, k_runs))
-        if all(run.stride == 1 or run.size == 1 for run in (*q_runs, *k_runs)):
+        if all(run.stride == 1 or run.size <= 1 for run in (*q_runs, *k_runs)):
             return BandMask(num_q, num_k, _gathered(_gathered(self.bands, q_runs, 0), k_runs, 2))
         parts = [np.empty((0, 6), dtype=np.int64)]
         q_offset = 0
@@ -243,10 +239,29 @@ def _clipped(bands: Ints) -> Ints:
 
 def _reindex(bands: Ints, q: TokenSpan, k: TokenSpan) -> Ints:
     """Bands over the positions inside two runs: ``k.start + s*j - q.start - s*i`` between lo and hi bounds ``j - i``."""
-    stride = k.stride if q.size == 1 else q.stride
+    stride = k.stride if q.size <= 1 else q.stride
     if k.size > 1 and k.stride != stride:
-        raise ValueError(f"runs of different strides ({q.stride} and {k.stride}) do not keep a band a band")
+        return _stairs(bands, q, k)
     return _normal(_local(bands, q, k, stride))
+
+
+def _stairs(bands: Ints, q: TokenSpan, k: TokenSpan) -> Ints:
+    """Bands over the positions inside two runs of different strides: a diagonal becomes stairs, each step a rectangle."""
+    q0, q1, k0, k1, lo, hi = bands.T
+    first, last = (np.clip(_ceil_div(edge - q.start, q.stride), 0, q.size) for edge in (q0, q1))
+    number, row = spread(first, last)
+    token = q.start + q.stride * row
+    begin = np.maximum(k0[number], token + lo[number])
+    end = np.minimum(k1[number], token + hi[number] + 1)
+    begin, end = (np.clip(_ceil_div(edge - k.start, k.stride), 0, k.size) for edge in (begin, end))
+    kept = begin < end
+    number, row, begin, end = (each[kept] for each in (number, row, begin, end))
+    new = np.ones(len(row), dtype=bool)
+    new[1:] = (np.diff(number) != 0) | (np.diff(row) != 1) | (np.diff(begin) != 0) | (np.diff(end) != 0)
+    top = np.nonzero(new)[0]
+    bottom = np.append(top[1:], len(row))[: len(top)] - 1
+    span = np.full(len(top), OPEN)
+    return _normal(np.stack([row[top], row[bottom] + 1, begin[top], end[top], -span, span], axis=1))
 
 
 def reindexed(bands: Ints, q: Ints, k: Ints) -> tuple[Ints, NDArray[np.bool_]]:

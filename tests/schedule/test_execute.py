@@ -102,7 +102,7 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
                 continue
             case = f"{strategy} {kernel} {mask_name} P={world_size}"
             schedule = strategy.schedule(problem, mask)
-            own = schedule.layout.tokens(rank)
+            own = schedule.q.tokens(rank)
             executor = Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups)
             shards = [x[own] for x in (q, k, v)]
             got_out, saved = executor.forward(*shards)

@@ -176,7 +176,7 @@ def ways(rank: int, ranks: int) -> None:
             if strategy.unsupported(problem, mask):
                 continue
             schedule = strategy.schedule(problem, mask)
-            report, own = verify(schedule, mask, problem), schedule.layout.tokens(rank)
+            report, own = verify(schedule, mask, problem), schedule.q.tokens(rank)
             for way, (kernel, groups, lowered) in everything.items():
                 case = f"{strategy} {way} {heads}"
                 run = Executor(

@@ -122,10 +122,14 @@ class AutogradRun(RankRun):
 
         self._attend, self._problem, self.tokens = attend, problem, layout.tokens(place.rank)
         forward = replace(problem, direction="forward")
-        schedule = replace(Ring().schedule(forward, mask), shards=layout)
+        ring = Ring().schedule(forward, mask)
+        side = replace(ring.q, shards=layout)
+        schedule = replace(ring, q=side, k=side)
         self._lse = Executor(schedule, mask, kernel, forward, rank=place.rank, device=place.device, groups=place.groups)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any]:
         import torch
 
         leaves = [x.detach()[None].requires_grad_(self._problem.backward) for x in (q, k, v)]
