@@ -24,8 +24,8 @@ def draw(
     group: tuple[int, int] = (0, 0),
     heads: range | None = None,
 ) -> torch.Tensor:
-    """Rows ``tokens`` (global indices, any order) of the global tensor ``name``: q (T, Hq, D) and dout (T, Hq, Dv) by the indices of
-    queries, k (T, Hk, D) and v (T, Hk, Dv) by those of keys. Of latent heads v is a view of k's numbers.
+    """Rows ``tokens`` (global indices, any order) of the global tensor ``name``: q (T, Hq, D) and dout (T, Hq, Dv) by the indices
+    of queries, k (T, Hk, D) and v (T, Hk, Dv) by those of keys. Of latent heads v is a view of k's numbers.
 
     Standard normal, drawn per block of tokens from a seed that depends on (seed, name, block, group) only. The values are those of
     the device's own generator: they agree between ranks of one kind of device, not between CPU and CUDA.
@@ -42,8 +42,8 @@ def draw(
 
 
 def draw_sink(problem: Problem, keys: float, seed: int, device: torch.device, group: tuple[int, int] = (0, 0)) -> torch.Tensor:
-    """The sinks of all query heads, (Hq,), in the type of sums: normal around the logarithm of ``keys``, the keys that a row sees in
-    the mean, so that a sink has a share of the weights that results show."""
+    """The sinks of all query heads, (Hq,), in the type of sums: normal around the logarithm of ``keys``, the keys that a row sees
+    in the mean, so that a sink has a share of the weights that results show."""
     dtype = torch.float64 if problem.dtype == "float64" else torch.float32
     return draw_rows("sink", np.arange(problem.heads.q), (), dtype, seed, device, group) + math.log(max(1.0, keys))
 
@@ -61,11 +61,11 @@ def draw_rows(
     seed: int,
     device: torch.device,
     group: tuple[int, int] = (0, 0),
-    some: range | None = None,
+    wanted: range | None = None,
 ) -> torch.Tensor:
-    """The same of any global tensor: (T, ...), of rows of a shape; ``some``: those along its first dimension that are wanted."""
+    """The same of any global tensor: (T, ...), of rows of a shape; ``wanted``: those along its first dimension; None: all."""
     drawn_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    result = torch.empty((len(tokens), *(shape if some is None else (len(some), *shape[1:]))), dtype=dtype, device=device)
+    result = torch.empty((len(tokens), *(shape if wanted is None else (len(wanted), *shape[1:]))), dtype=dtype, device=device)
     generator = torch.Generator(device)
     blocks, inverse = np.unique(tokens // BLOCK, return_inverse=True)
     rows, ends = np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse, minlength=len(blocks)))
@@ -80,7 +80,7 @@ def draw_rows(
         mine = rows[ends[first - 1] if first else 0 : ends[first + len(some) - 1]]
         places = (inverse[mine] - first) * BLOCK + tokens[mine] % BLOCK
         drawn = values.flatten(0, 1)
-        if some is not None:
-            drawn = drawn[:, some.start : some.stop]
+        if wanted is not None:
+            drawn = drawn[:, wanted.start : wanted.stop]
         result[torch.from_numpy(mine).to(device)] = drawn[torch.from_numpy(places).to(device)].to(dtype)
     return result

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcbench.cp.base import Part
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.masks.sums import Visible
@@ -16,6 +15,7 @@ from lcbench.measure.owners import Owners
 from lcbench.measure.plausible import lower_bound_bytes, lower_bound_memory, lower_bound_sent
 from lcbench.measure.ranks import EVERY, Ranks
 from lcbench.problem import Problem
+from lcbench.schedule.held import Part
 
 
 @dataclass(frozen=True)

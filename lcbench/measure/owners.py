@@ -9,12 +9,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from lcbench.cp.base import Held, Part
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.masks.sums import Visible
 from lcbench.measure.ranks import EVERY, Ranks, first_refusal
 from lcbench.problem import Problem
+from lcbench.schedule.held import Held, Part
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def owners(held: Held, mask: Mask, problem: Problem, device: torch.device, ranks
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Heads that each rank has all of or none of. ``counts``: how many ranks hold each token, (tokens,). ``outside``: how often ranks
-    name a token that there is not."""
+    """Heads that each rank has all of or none of. ``counts``: how many ranks hold each token, (tokens,). ``outside``: how often
+    ranks name a token that there is not."""
 
     heads: range
     counts: torch.Tensor

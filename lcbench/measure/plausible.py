@@ -24,10 +24,10 @@ def lower_bound_bytes(
 
     * At this rank: then that key and value came in, for the key/value head that the query head reads: D + Dv elements, of latent
       heads D. They serve at most g * ``rank_rows`` of the pairs: each row, for each of the g = Hq / Hk query heads that read them.
-    * Elsewhere, at the key's owner or at a third rank: then a row of out came back, for that query head, of Dv elements, and that row
-      of q went out, of D elements, unless other ranks were given it too. However many ranks computed parts of the row, their results
-      can be merged before they come back, and q can be passed on, so the boundary is crossed once each way. They serve at most
-      ``remote_keys`` of the pairs.
+    * Elsewhere, at the key's owner or at a third rank: then a row of out came back, for that query head, of Dv elements, and that
+      row of q went out, of D elements, unless other ranks were given it too. However many ranks computed parts of the row, their
+      results can be merged before they come back, and q can be passed on, so the boundary is crossed once each way. They serve at
+      most ``remote_keys`` of the pairs.
 
     So the bytes per pair are at least the smaller of both. In backward the same holds, also if everything of forward was kept: for
     pairs that are computed here the sum of their dk and dv goes out, once per key and key/value head; for those that are computed
@@ -65,9 +65,9 @@ def lower_bound_memory(queries: float, results: float, keys: float, heads: Heads
     keys.
 
     Args:
-        queries: rows of q that see a key, over the query heads, which no other rank was given: of other rows nothing has to be read.
+        queries: rows of q that see a key, over the query heads, and that no other rank was given: others may be read there.
         results: rows of out that the rank gives and that see a key, over the query heads.
-        keys: keys that a query row of any rank sees, over the key/value heads, which no other rank was given.
+        keys: keys that a query row of any rank sees, over the key/value heads, and that no other rank was given.
     """
     q, out, kv = queries * heads.dim, results * heads.v, keys * heads.kv_width
     return itemsize * (2 * q + out + 2 * kv if backward else q + out + kv)

@@ -37,9 +37,9 @@ from lcbench.problem import Problem
 if TYPE_CHECKING:
     import torch
 
-    from lcbench.cp.base import Part
     from lcbench.measure.owners import Owners
     from lcbench.measure.reference import Shard
+    from lcbench.schedule.held import Part
 
     Collect = Callable[[torch.Tensor], torch.Tensor]
 
@@ -114,8 +114,8 @@ class Terms:
 
 @dataclass(frozen=True)
 class Rows:
-    """Results of one query head for some rows, float64. ``key``: what the lighter kind of key makes of the sum of weights. ``count``:
-    keys of a row. ``gradient``: the scored numbers of dq, of a problem with backward."""
+    """Results of one query head for some rows, float64. ``key``: what the lighter kind of key makes of the sum of weights.
+    ``count``: keys of a row. ``gradient``: the scored numbers of dq, of a problem with backward."""
 
     lse: torch.Tensor  # (T,)
     out: torch.Tensor  # (T, Dv)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,9 +19,7 @@ from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.measure.ranks import Ranks
 from lcbench.problem import Problem
-
-if TYPE_CHECKING:
-    from lcbench.cp.base import Held
+from lcbench.schedule.held import Held
 
 ELEMENTS = 1 << 22  # rows times keys times heads that are looked at at the least
 SAMPLE = 64  # rows, and columns, beyond the corners, however long the sequence is
@@ -139,8 +136,8 @@ def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, ranks: Ranks,
 def columns(
     mask: Mask, problem: Problem, shard: Shard, wanted: Ints, ranks: Ranks, lse: torch.Tensor, out: torch.Tensor, *, scores: bool
 ) -> dict[str, Exact]:
-    """dk and dv of global columns, from LSE and out of this rank's rows; of latent heads dk alone, with dv in its first numbers. The
-    same on every rank of ``ranks``; collective."""
+    """dk and dv of global columns, from LSE and out of this rank's rows; of latent heads dk alone, with dv in its first numbers.
+    The same on every rank of ``ranks``; collective."""
     assert shard.dout is not None
     every_key, every_value = collected([shard.k, shard.v], shard.held.kv.tokens, wanted, ranks)
     lse = torch.where(lse == -torch.inf, 0.0, lse)
@@ -151,7 +148,7 @@ def columns(
         found: dict[str, list[tuple[torch.Tensor, ...]]] = {}
         sums: list[tuple[torch.Tensor, ...]] = []
         for some in part.split:
-            of_chunks = []
+            of_chunks: list[tuple[torch.Tensor, ...]] = []
             q_some, dout_some, out_some = (x[:, some].double() for x in (shard.q, shard.dout, out))
             lse_some = lse[:, some].double()
             each = q_some.shape[1] // (part.kv.stop - part.kv.start)
@@ -306,7 +303,7 @@ def _over_queries(p: torch.Tensor, x: torch.Tensor, group: int) -> torch.Tensor:
 @dataclass(frozen=True)
 class _Part:
     """Some key/value heads with their query heads, and which rows or columns are looked at together: so that what is in float64 at
-    a time is small beside what a cell needs anyway. ``split``: the query heads in stretches, several where one group is too much."""
+    a time is small beside what a cell needs anyway. ``split``: the query heads in stretches, of which one is in float64."""
 
     kv: slice
     q: slice
