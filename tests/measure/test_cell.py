@@ -21,7 +21,7 @@ from lcbench.measure.owners import owners
 from lcbench.measure.ranks import EVERY
 from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.schedule.held import Held, Part
 from lcbench.testing.masks import names, small_config
 from lcbench.workloads.attention import Attention

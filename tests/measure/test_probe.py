@@ -19,7 +19,7 @@ from lcbench.measure.probe import Columns, Probe, magnitudes
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.schedule.held import Held, Part
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import names, small
