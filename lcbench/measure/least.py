@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lcbench.masks.band import BandMask
-from lcbench.masks.mask import Mask
+from lcbench.masks.mask import Computed, maps_of
 from lcbench.masks.sums import Visible
 from lcbench.measure.owners import Owners
 from lcbench.measure.plausible import lower_bound_bytes, lower_bound_memory, lower_bound_sent
@@ -26,7 +25,7 @@ class Least:
     memory: dict[str, float]
 
 
-def least_traffic(mask: Mask, problem: Problem, owners: Owners, device: torch.device, ranks: Ranks) -> Least:
+def least_traffic(mask: Computed, problem: Problem, owners: Owners, device: torch.device, ranks: Ranks) -> Least:
     """The least traffic of the rank with most, of all ranks. Collective.
 
     Args:
@@ -38,7 +37,7 @@ def least_traffic(mask: Mask, problem: Problem, owners: Owners, device: torch.de
     here[held.kv.tokens] = 1.0
     keys = torch.from_numpy(np.stack([here, np.ones(problem.seqlen)])).to(device)
     queries = torch.ones((1, problem.queries), device=device)
-    group, maps = heads.q // heads.kv, 1 if isinstance(mask, BandMask) else mask.maps
+    group, maps = heads.q // heads.kv, maps_of(mask)
     has_keys = np.repeat(_held(held.kv, heads.kv), group)
     remote, rows, seen_rows, seen_keys = 0.0, 0, 0, np.zeros(heads.kv)
     for number in range(maps):

@@ -20,7 +20,7 @@ import torch
 
 from lcbench.cp.base import Passes, RankRun
 from lcbench.masks.band import Ints
-from lcbench.masks.mask import Mask
+from lcbench.masks.mask import Computed
 from lcbench.measure.bounds import TOGETHER, Bounds, Check, Judge, of_groups, verdict
 from lcbench.measure.owners import Owners
 from lcbench.measure.probe import Probe, Terms, held_heads, impossible
@@ -36,7 +36,7 @@ CANCELLED = 1e-6  # of the size of terms: what is left of them when they cancel
 @dataclass(frozen=True)
 class Result:
     """What a pass gave of what a rank holds; None: gradients of a forward-only cell, dv where dk has it in it, and dsink (Hq,),
-    this rank's part of a sum over all, where there is no sink."""
+    this rank's part of a sum over all, where there is no sink; ``chosen``: the mask of the pass, where inputs choose it."""
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -44,16 +44,20 @@ class Result:
     dk: torch.Tensor | None = None
     dv: torch.Tensor | None = None
     dsink: torch.Tensor | None = None
+    chosen: Computed | None = None
 
     @classmethod
-    def of(cls, problem: Problem, out: torch.Tensor, lse: torch.Tensor, gradients: Sequence[torch.Tensor] = ()) -> Result:
-        """From what ``RankRun.backward`` gave.
+    def of(cls, problem: Problem, run: RankRun, passed: Sequence[Any], lse: torch.Tensor | None = None) -> Result:
+        """From a pass: (out, saved) of forward, and what backward gave if it ran; ``lse``: as ``RankRun.lse`` gave it before
+        backward. Collective.
 
         Raises:
             ValueError: another number of gradients than the problem has.
         """
+        out, saved, *gradients = passed
         names = ["dq", "dk", *(() if problem.heads.latent else ("dv",)), *(("dsink",) if problem.softmax.sink else ())]
-        return cls(out, lse, **dict(zip(names if gradients else (), gradients, strict=True)))
+        found = dict(zip(names, gradients[0], strict=True)) if gradients else {}
+        return cls(out, run.lse(saved) if lse is None else lse, **found, chosen=run.chosen(saved))
 
     def named(self) -> dict[str, torch.Tensor]:
         """The tensors of tokens by name, LSE last."""
@@ -68,16 +72,16 @@ def forward(run: Passes, shard: Shard) -> tuple[torch.Tensor, Any]:
 
 def one_pass(run: RankRun, shard: Shard, problem: Problem) -> Result:
     """Forward, LSE and backward of this rank. Collective."""
-    out, saved = forward(run, shard)
-    lse = run.lse(saved)
-    return Result.of(problem, out, lse, run.backward(shard.dout, saved) if shard.dout is not None else ())
+    passed = forward(run, shard)
+    lse = run.lse(passed[1])
+    return Result.of(problem, run, passed if shard.dout is None else (*passed, run.backward(shard.dout, passed[1])), lse)
 
 
 class Examination:
     """The check of one draw of a cell, on one rank; its methods are collective among ``ranks``, and called in this order.
 
     Args:
-        mask: what ``run`` computes.
+        mask: what ``run`` computes, unless its inputs choose that.
         asked: what the cell asks for, where that is another.
         owners: what this rank holds.
         ranks: those that share the sequence.
@@ -95,7 +99,7 @@ class Examination:
     def __init__(
         self,
         run: RankRun,
-        mask: Mask,
+        mask: Computed,
         problem: Problem,
         owners: Owners,
         bounds: Bounds,
@@ -104,7 +108,7 @@ class Examination:
         *,
         own_lse: bool,
         rank: int = 0,
-        asked: Mask | None = None,
+        asked: Computed | None = None,
     ) -> None:
         self._run, self._mask, self._problem, self._owners, self._bounds, self._seed = run, mask, problem, owners, bounds, seed
         self._ranks, self._rank, self._asked = ranks, rank, asked
@@ -142,8 +146,9 @@ class Examination:
         by_tokens = shard if self._owners.by_tokens else drawn
         assert by_tokens is not None
         self._against_reference(by_tokens, result)
-        if self._asked is not None:
-            self._measure_distance(self._asked, by_tokens, result)
+        asked = self._mask if self._asked is None and result.chosen is not None else self._asked
+        if asked is not None:
+            self._measure_distance(asked, by_tokens, result)
         if self._bounds.half or shard.dout is None:
             return
         if self._owners.by_tokens:
@@ -161,11 +166,12 @@ class Examination:
     def probe(self, name: str, shard: Shard) -> None:
         """A probe pass. It takes the place of the inputs in memory: ``shard`` has to be drawn anew after it."""
         zero, problem, bounds, device = name == "zero", self._problem, self._bounds, shard.q.device
-        probe = Probe(
-            self._mask, problem, self._owners, _number(self._seed), device, self._ranks.reduce, zero=zero, rank=self._rank
-        )
+        inputs = self._owners, _number(self._seed), device, self._ranks.reduce
+        probe = Probe(self._mask, problem, *inputs, zero=zero, keys=self._keys, rank=self._rank)
         probe.fill(shard)
         result = one_pass(self._run, shard, problem)
+        if result.chosen is not None:
+            probe = Probe(result.chosen, problem, *inputs, zero=zero, keys=self._keys, rank=self._rank)
         score = abs(probe.largest_score)
         factors = _Factors(self._judge, self._ranks, result.out.device)
         for place, head in enumerate(self._heads("out")):
@@ -281,8 +287,9 @@ class Examination:
         return found
 
     def _against_reference(self, shard: Shard, result: Result) -> None:
+        mask = self._mask if result.chosen is None else result.chosen
         scores, factors = self._bounds.rounding.scores, _Factors(self._judge, self._ranks, result.out.device)
-        exact = rows(self._mask, self._problem, shard, self._rows, self._ranks, scores=scores)
+        exact = rows(mask, self._problem, shard, self._rows, self._ranks, scores=scores)
         for name in [str(n) for n in ("out", "dq", "lse") if n in exact and n not in self._unchecked]:
             self._compare(name, result.named()[name], exact[name], self._rows, factors)
         if shard.dout is None:
@@ -298,7 +305,7 @@ class Examination:
         if result.dsink is not None:
             known = sinks(self._problem, shard, self._ranks, lse, out)
             self._of_sinks(REFERENCE, result.dsink, known.value, known.spread, known.common)
-        exact = columns(self._mask, self._problem, shard, self._columns, self._ranks, lse, out, scores=scores)
+        exact = columns(mask, self._problem, shard, self._columns, self._ranks, lse, out, scores=scores)
         for name in exact:
             self._compare(name, result.named()[name], exact[name], self._columns, factors)
         factors.settle()
@@ -315,7 +322,7 @@ class Examination:
             found = whole if rank == self._rank else found
         return found
 
-    def _measure_distance(self, asked: Mask, shard: Shard, result: Result) -> None:
+    def _measure_distance(self, asked: Computed, shard: Shard, result: Result) -> None:
         """How far out is from what another mask gives. Collective."""
         exact = rows(asked, self._problem, replace(shard, dout=None), self._rows, self._ranks, scores=False)["out"].value
         mine, at = owned(self._part("out").tokens, self._rows)

@@ -9,8 +9,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from lcbench.masks.band import BandMask
-from lcbench.masks.mask import Mask
+from lcbench.masks.mask import Mask, maps_of
 from lcbench.masks.sums import Visible
 from lcbench.measure.ranks import EVERY, Ranks, first_refusal
 from lcbench.problem import Problem
@@ -124,7 +123,7 @@ def _inputs(what: str, found: list[_Stretch], mask: Mask, problem: Problem, devi
 
 def _used(mask: Mask, heads: range, problem: Problem, device: torch.device) -> torch.Tensor:
     """bool (rows,): which rows see something, for one of these query heads."""
-    each = problem.heads.q if isinstance(mask, BandMask) else problem.heads.q // mask.maps
+    each = problem.heads.q // maps_of(mask)
     every, ones = np.arange(mask.num_q), torch.ones((1, mask.num_k), device=device)
     numbers = sorted({head // each for head in heads})
     return torch.stack([Visible(mask, every, device, number).sums(ones, whole=True)[0] > 0 for number in numbers]).any(0)

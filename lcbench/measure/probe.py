@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lcbench.masks.band import BandMask, Ints
-from lcbench.masks.mask import Mask
+from lcbench.masks.band import Ints
+from lcbench.masks.mask import Computed, maps_of
 from lcbench.masks.sums import Visible
 from lcbench.problem import Problem
 
@@ -144,12 +144,13 @@ class Probe:
         seed: signs, levels and where digits begin.
         zero: queries of zeros.
         collect: sums a tensor over all ranks.
+        keys: about how many a row sees, which sinks are as much as.
         rank: this one's number among them.
     """
 
     def __init__(
         self,
-        mask: Mask,
+        mask: Computed,
         problem: Problem,
         owners: Owners,
         seed: int,
@@ -157,6 +158,7 @@ class Probe:
         collect: Collect,
         *,
         zero: bool,
+        keys: float = 1.0,
         rank: int = 0,
     ) -> None:
         self.zero, self._mask, self._problem, self._held, self._device, self._collect = (
@@ -196,7 +198,7 @@ class Probe:
         # Half the distance of the two scores, of factor 1 and before a softcap.
         self._half = problem.softmax_scale * len(scored) * self.alpha * self.beta
         # As much as the keys that a row sees in the mean, more or less, in the numbers of the type that sinks have.
-        around = math.log(max(1.0, mask.density * mask.num_k))
+        around = math.log(max(1.0, keys))
         self._sinks = [float(np.float32(around + more)) for more in SINKS] if problem.softmax.sink else [-math.inf]
         self._columns: dict[Kind, _Shared] = {}
         self._seen: dict[int, Visible] = {}  # by columns, of a map
@@ -226,7 +228,7 @@ class Probe:
 
     def kind(self, head: int) -> Kind:
         heads = self._problem.heads
-        number = 0 if isinstance(self._mask, BandMask) else head // (heads.q // self._mask.maps)
+        number = head // (heads.q // maps_of(self._mask))
         turn = self._kv(head) * heads.v % len(self._order) if self._turns else 0
         return Kind(number, *VARIANTS[head % (heads.q // heads.kv) % len(VARIANTS)], turn, self._sinks[head % len(self._sinks)])
 
@@ -367,10 +369,7 @@ class Probe:
 
         every = self._every(self._problem.seqlen)
         levels, even = self._key_level(every), self._even_level(every)
-        visible = [
-            Visible(self._mask, tokens, self._device, number)
-            for number in range(1 if isinstance(self._mask, BandMask) else self._mask.maps)
-        ]
+        visible = [Visible(self._mask, tokens, self._device, number) for number in range(maps_of(self._mask))]
         shape = (2, self._patterns, len(tokens))
         found = {number: torch.zeros(shape, dtype=torch.float64, device=self._device) for number in range(len(visible))}
         for pattern in self._used:

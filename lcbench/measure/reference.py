@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from lcbench.masks.band import BandMask, Ints
-from lcbench.masks.mask import Mask
+from lcbench.masks.by_head import BandsByHead
+from lcbench.masks.mask import Computed
 from lcbench.measure.ranks import Ranks
 from lcbench.problem import Problem
 from lcbench.schedule.held import Held
@@ -61,7 +62,7 @@ class Exact:
     count: torch.Tensor
 
 
-def sample(mask: Mask, side: str, seed: list[int], heads: int) -> Ints:
+def sample(mask: Computed, side: str, seed: list[int], heads: int) -> Ints:
     """Rows (``side="q"``) or columns to check: all of them where that is cheap, else the first and last of bands (the corners of
     the mask), and a seeded draw."""
     number = mask.num_q if side == "q" else mask.num_k
@@ -75,7 +76,7 @@ def sample(mask: Mask, side: str, seed: list[int], heads: int) -> Ints:
     return np.unique(np.concatenate([corners, random.integers(0, number, wanted)])).astype(np.int64)
 
 
-def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, ranks: Ranks, *, scores: bool) -> dict[str, Exact]:
+def rows(mask: Computed, problem: Problem, shard: Shard, wanted: Ints, ranks: Ranks, *, scores: bool) -> dict[str, Exact]:
     """out, lse and dq of global rows, the same on every rank; collective.
 
     Args:
@@ -134,7 +135,15 @@ def rows(mask: Mask, problem: Problem, shard: Shard, wanted: Ints, ranks: Ranks,
 
 
 def columns(
-    mask: Mask, problem: Problem, shard: Shard, wanted: Ints, ranks: Ranks, lse: torch.Tensor, out: torch.Tensor, *, scores: bool
+    mask: Computed,
+    problem: Problem,
+    shard: Shard,
+    wanted: Ints,
+    ranks: Ranks,
+    lse: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scores: bool,
 ) -> dict[str, Exact]:
     """dk and dv of global columns, from LSE and out of this rank's rows; of latent heads dk alone, with dv in its first numbers.
     The same on every rank of ``ranks``; collective."""
@@ -242,11 +251,13 @@ def _some(seen: torch.Tensor) -> slice | torch.Tensor:
 class _Seen:
     """Which of a rank's tokens the wanted rows see."""
 
-    def __init__(self, mask: Mask, wanted: Ints, tokens: Ints, problem: Problem, device: torch.device) -> None:
+    def __init__(self, mask: Computed, wanted: Ints, tokens: Ints, problem: Problem, device: torch.device) -> None:
         self._mask, self._wanted, self._tokens, self._device = mask, wanted, tokens, device
         if isinstance(mask, BandMask):
             return
         self._map = torch.arange(problem.heads.q, device=device) // (problem.heads.q // mask.maps)  # of each head
+        if isinstance(mask, BandsByHead):
+            return
         sides = (mask.q_edges, wanted), (mask.k_edges, tokens)
         row, column = (np.searchsorted(edges, at, side="right") - 1 for edges, at in sides)
         self._kept = torch.from_numpy(np.stack([mask.keep(i)[row] for i in range(mask.maps)])).to(device)
@@ -256,6 +267,11 @@ class _Seen:
         """bool (heads, rows, tokens) of some of the rows, on the device; (1, rows, tokens) where heads do not differ."""
         if isinstance(self._mask, BandMask):
             return torch.from_numpy(_allowed_by_bands(self._mask, self._wanted[some], self._tokens))[None].to(self._device)
+        if isinstance(self._mask, BandsByHead):
+            numbers = self._map[heads].tolist()
+            of_maps = [_allowed_by_bands(self._mask.bands(n), self._wanted[some], self._tokens) for n in dict.fromkeys(numbers)]
+            place = torch.tensor([number - numbers[0] for number in numbers], device=self._device)
+            return torch.from_numpy(np.stack(of_maps)).to(self._device)[place]
         return self._kept[:, some][self._map[heads]][..., self._column]
 
 

@@ -93,7 +93,10 @@ class AttentionSession(Session):
         self.negated = False
 
     def vary(self) -> None:
-        """Negate all inputs in place but sinks: the next pass gives the negative out, dq, dk and dv, and the same LSE and dsink."""
+        """Negate all inputs in place but sinks: the next pass gives the negative out, dq, dk and dv, and the same LSE and dsink.
+        Where inputs choose what is computed, so that their negative chooses something else, they stay."""
+        if not self.run.negates:
+            return
         for name, x in self._inputs().items():
             if name != "sink":
                 x.neg_()
@@ -128,10 +131,12 @@ class AttentionSession(Session):
             if lse is None:  # of forward, before backward takes its buffers
                 lse = self.run.lse(passed[1])
         self._first = self._result(passed, lse)
+        if self._first.chosen is not None:
+            self._started = self._started.choosing(self._first.chosen)
+            self.mask, self.pairs = self._started.mask, self._started.pairs
 
     def _result(self, passed: Any, lse: torch.Tensor | None = None) -> Result:
-        out, saved, *grads = passed
-        return Result.of(self._work.problem, out, self.run.lse(saved) if lse is None else lse, grads[0] if grads else ())
+        return Result.of(self._work.problem, self.run, passed, lse)
 
     def variants(self) -> dict[str, Phases]:
         alone = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple
 
 from lcbench.cp.base import RankRun
 from lcbench.kernels.base import Platform, Unsupported
-from lcbench.masks.mask import Mask
+from lcbench.masks.mask import Computed, Mask
 from lcbench.measure.bounds import Bounds
 from lcbench.measure.numerics import Examination
 from lcbench.measure.owners import Owners, owners
@@ -49,7 +49,7 @@ class Started:
 
     work: Work
     gang: Gang
-    mask: Mask
+    mask: Computed
     asked: Mask | None
     pairs: int
     run: RankRun
@@ -73,6 +73,10 @@ class Started:
             run, self.mask, self.work.problem, self.owners, self.bounds, [*self.seed, *more], gang.ranks,
             own_lse=run.own_lse, rank=gang.cp_rank, asked=self.asked,
         )  # fmt: skip
+
+    def choosing(self, mask: Computed) -> Started:
+        """The same of a mask that a pass has chosen."""
+        return replace(self, mask=mask, pairs=mask.pairs(self.work.problem.heads.q))
 
     def counted(self, sent: Mapping[str, Sent], phases: Sequence[str]) -> Counted:
         """What all ranks' runs are made of. Collective.
