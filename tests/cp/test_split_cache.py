@@ -25,7 +25,7 @@ from lcbench.masks.full import full
 from lcbench.masks.sliding_window import sliding_window
 from lcbench.problem import Batch, Heads, Problem, Requests, Scale, Softmax
 from lcbench.schedule.build import ranks_of
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.dense import dense_heads
 from lcbench.testing.masks import load
 from lcbench.testing.spawn import run_ranks
