@@ -128,6 +128,8 @@ METRICS = (
     Metric("model/step_s", "s", "scaled, not measured: what a step of the whole model would take, without its embedding", "lower"),
     Metric("model/tokens_per_s_per_gpu", "token/s", "scaled, not measured: tokens of a step / (`model/step_s` x ranks)", "higher"),
     Metric("model/mfu", "0..1", "scaled, not measured: FLOPs of the whole model's step over its time and peak", "higher"),
+    Metric("denoise/<phase>/steps", "1", "steps of denoising that the phase has"),
+    Metric("denoise/<phase>/step_s", "s", "its median over these: what a step takes, all its layers", "lower"),
     Metric(
         "memory/peak_bytes", "byte",
         "worst rank's peak of one iteration above what was in use before the kernel was made ready, without the inputs (CUDA "
@@ -215,6 +217,11 @@ METRICS = (
         "lower", "max",
     ),
     Metric("check/<x>_bound", "as x", "what is allowed of that element", None, "max"),
+    Metric(
+        "check/distance", "1",
+        "of a strategy that approximates: how far `out` is from what the cell's own mask makes of the keys of now, relative, by "
+        "sums of squares over the rows of the reference's sample; of denoising in the steps of its last phase", "lower", "max",
+    ),
 )  # fmt: skip
 
 
