@@ -149,7 +149,7 @@ class BandMask:
 
     def crop(self, q0: int, q1: int, k0: int, k1: int) -> BandMask:
         """The part inside a rectangle, in coordinates that start at its corner."""
-        return BandMask(q1 - q0, k1 - k0, _shift(_crop(self.bands, q0, q1, k0, k1), -q0, -k0))
+        return BandMask(q1 - q0, k1 - k0, shifted(_crop(self.bands, q0, q1, k0, k1), -q0, -k0))
 
     def transpose(self) -> BandMask:
         """Queries and keys change places."""
@@ -208,8 +208,10 @@ def _crop(bands: Ints, q0: int, q1: int, k0: int, k1: int) -> Ints:
     return cropped(bands, q0, q1, k0, k1)[0]
 
 
-def _shift(bands: Ints, dq: int, dk: int) -> Ints:
-    return bands + np.array([dq, dq, dk, dk, dk - dq, dk - dq], dtype=np.int64)
+def shifted(bands: Ints, dq: int | Ints, dk: int | Ints) -> Ints:
+    """Bands at another place: all moved alike, or each by as many rows and columns of its own, (n,)."""
+    moved: Ints = bands + np.stack(np.broadcast_arrays(dq, dq, dk, dk, np.subtract(dk, dq), np.subtract(dk, dq)), axis=-1)
+    return moved
 
 
 def _normal(bands: Ints) -> Ints:
