@@ -100,7 +100,7 @@ class KVP(Scheduled):
         return layouts[0], np.array([rank for rank, _ in found], dtype=np.int64), layouts[1], reaches
 
     def _group(self, held: Ints, tokens: int) -> list[int]:
-        """The ranks for a request, each with some of its tokens: neighbours that hold the fewest together, and of several such groups
+        """The ranks for a request, each with some of its tokens: neighbours that hold the fewest together; of several such groups,
         that whose first rank holds the fewest."""
         ranks = len(held)
         count = min(ranks, -(-tokens // (self.interleave or 1)))
