@@ -98,7 +98,9 @@ class APBRun(BlockRun):
         held = np.arange(lengths.sum()) + np.cumsum(self._before)[number]
         starts, count = ends - lengths - self._before, self._passed
         arrives = [
-            start + rank * n + np.arange(n) for rank in range(self.rank) for start, n in zip(starts.tolist(), count.tolist(), strict=True)
+            start + rank * n + np.arange(n)
+            for rank in range(self.rank)
+            for start, n in zip(starts.tolist(), count.tolist(), strict=True)
         ]
         places = held, np.concatenate([np.empty(0, dtype=np.int64), *arrives])
         self._held_at, self._arrives_at = (torch.from_numpy(x).to(self.device) for x in places)
@@ -113,7 +115,9 @@ class APBRun(BlockRun):
         given = np.argsort(self.held.q.tokens, kind="stable")
         self._blocks = []
         for request, last in zip(np.nonzero(self._passed)[0].tolist(), asked, strict=True):
-            q, k = (slice(int(at[request, OWN]), int(at[request, OWN] + n[request, OWN])) for at, n in zip(starts, sizes, strict=True))
+            q, k = (
+                slice(int(at[request, OWN]), int(at[request, OWN] + n[request, OWN])) for at, n in zip(starts, sizes, strict=True)
+            )
             at = given[np.searchsorted(self.held.q.tokens, last, sorter=given)]
             sees = mask.tile([TokenSpan(int(last[0]), len(last))] if len(last) else [], spans(self.keys[request, OWN]))
             where = torch.from_numpy(at).to(self.device), torch.from_numpy(_dense(sees)).to(self.device)
@@ -135,7 +139,14 @@ class APBRun(BlockRun):
         shift = np.cumsum(self._before)[np.searchsorted(k_ends, tile.bands[:, 2], side="right")]
         moved = tile.bands + shift[:, None] * np.array([0, 0, 1, 1, 1, 1])
         begin = k_ends - sizes[1].sum(1) + np.cumsum(self._before) - self._before
-        rows = [q_ends - sizes[0][:, OWN], q_ends, begin, begin + self._before, np.full_like(begin, -OPEN), np.full_like(begin, OPEN)]
+        rows = [
+            q_ends - sizes[0][:, OWN],
+            q_ends,
+            begin,
+            begin + self._before,
+            np.full_like(begin, -OPEN),
+            np.full_like(begin, OPEN),
+        ]
         arrived = np.stack(rows, axis=1)[self._before > 0]
         return BandMask.of(tile.num_q, tile.num_k + int(self._before.sum()), np.concatenate([moved, arrived]))
 
@@ -182,7 +193,9 @@ class APBRun(BlockRun):
         """(keys, Hk, W): key and value of each row and head; of latent heads the key, which has its value in it."""
         import torch
 
-        parts = [torch.gather(x, 0, rows[..., None].expand(-1, -1, x.shape[-1])) for x in ([k] if self.problem.heads.latent else [k, v])]
+        parts = [
+            torch.gather(x, 0, rows[..., None].expand(-1, -1, x.shape[-1])) for x in ([k] if self.problem.heads.latent else [k, v])
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def _laid_out(self, held: torch.Tensor, arrived: torch.Tensor) -> torch.Tensor:

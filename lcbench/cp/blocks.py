@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lcbench.cp.base import Held, Part, Passes, Place, RankRun
+from lcbench.cp.base import Passes, Place, RankRun
 from lcbench.kernels.base import Kernel, OutLse, Prepared, Unsupported, accumulation_dtype, prepare
 from lcbench.masks.band import BandMask, Ints, TokenSpan, areas, cropped, spread
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.held import Held, Part
 
 if TYPE_CHECKING:
     import torch

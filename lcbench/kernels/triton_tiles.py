@@ -70,9 +70,7 @@ class PreparedTiles:
         # The most tokens that a tile may reach beyond the last query.
         self._beyond = max(x for shape in (shapes.dq, shapes.dkv) for x in (shape.rows, shape.columns, DELTA_ROWS))
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0
-    ) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
         """(out, lse), out in the inputs' type.
 
         Raises:

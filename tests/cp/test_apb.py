@@ -27,7 +27,7 @@ from lcbench.masks.band import Band, BandMask
 from lcbench.masks.causal import causal
 from lcbench.masks.full import full
 from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softmax
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.dense import dense_mask
 from lcbench.testing.spawn import run_ranks
 from tests.cp.test_star import BATCHES, BOUND, CPU, SHAPES, Capped, batch_mask, check_given, cuts, dense, is_prompt, summed, tensors
@@ -231,7 +231,9 @@ def trained(rank: int, ranks: int, groups: Groups, folder: Path) -> None:
     batch = (LONGER if ranks == 8 else PROMPTS)["mixed"]
     problem = Problem(batch.tokens, heads, Scale(1, ranks), "float64", "forward", batch=batch)
     generator = torch.Generator().manual_seed(3)
-    layers = [[torch.randn(shape, generator=generator, dtype=torch.float64) / 4 for shape in ((32, width), (2, 32))] for _ in range(2)]
+    layers = [
+        [torch.randn(shape, generator=generator, dtype=torch.float64) / 4 for shape in ((32, width), (2, 32))] for _ in range(2)
+    ]
     named = {f"model.layers.{i}.self_attn.fc{j + 1}.weight": w for i, each in enumerate(layers) for j, w in enumerate(each)}
     path = folder / f"heads{rank}.safetensors"
     torch_file.save_file(named, path)

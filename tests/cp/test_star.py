@@ -22,7 +22,7 @@ from lcbench.masks.block_random import block_random
 from lcbench.masks.causal import causal
 from lcbench.masks.full import full
 from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softmax
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.dense import dense_mask
 from lcbench.testing.spawn import run_ranks
 

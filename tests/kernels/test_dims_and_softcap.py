@@ -58,7 +58,14 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: fl
 
 
 def check(
-    kernel: Kernel, mask: Mask, heads: Heads, softcap: float = 0.0, *, strided: bool = False, backward: bool = True, scale: float = 0.4
+    kernel: Kernel,
+    mask: Mask,
+    heads: Heads,
+    softcap: float = 0.0,
+    *,
+    strided: bool = False,
+    backward: bool = True,
+    scale: float = 0.4,
 ) -> None:
     generator = torch.Generator().manual_seed(3)
     sizes = (mask.num_q, heads.q, heads.dim), (mask.num_k, heads.kv, heads.dim), (mask.num_k, heads.kv, heads.v)
@@ -208,7 +215,10 @@ def test_refusals_name_head_dims_by_role() -> None:
     assert refused(192, 128) is None
     assert refused(192, 132) == "it takes head dims up to 256 in steps of 8, not 192:132"
     assert refused(576, 512) == "it takes head dims up to 256 in steps of 8, not 576:512"
-    assert refused(576, 520, head_dim=576, dim_v=512) == "it takes head dims up to 576 for keys and 512 for values in steps of 8, not 576:520"
+    assert (
+        refused(576, 520, head_dim=576, dim_v=512)
+        == "it takes head dims up to 576 for keys and 512 for values in steps of 8, not 576:520"
+    )
     assert dims(Heads(2, 2, 64, 64)) == "64"
     deepseek, blackwell = problem(Heads(8, 8, 192, 128)), Platform("cuda", (10, 0))
     assert "up to 128 in steps of 8, not 192:128" in str(kernel_of("ffa").unavailable(deepseek, H200))
@@ -273,7 +283,9 @@ def test_keys_are_read_in_the_fewest_numbers() -> None:
 
 
 def test_launch_shapes_of_long_heads_fit_the_device() -> None:
-    for name, heads in product(("triton_band", "triton_block_sparse"), (Heads(8, 8, 192, 128), Heads(16, 1, 576, 512, latent=True))):
+    for name, heads in product(
+        ("triton_band", "triton_block_sparse"), (Heads(8, 8, 192, 128), Heads(16, 1, 576, 512, latent=True))
+    ):
         key, value = key_width(heads.dim).whole, value_width(heads.v)
         for capability, size in product(SHARED, (2, 4)):
             shapes = kernel_of_tiles(name).shapes(heads, size, capability)

@@ -209,7 +209,9 @@ def test_a_tile_of_runs_of_different_strides_is_what_it_is_point_by_point(data: 
 
 
 @given(bands(), st.data())
-def test_a_tile_of_many_runs_of_any_stride_is_what_it_is_point_by_point(case: tuple[int, int, list[Band]], data: st.DataObject) -> None:
+def test_a_tile_of_many_runs_of_any_stride_is_what_it_is_point_by_point(
+    case: tuple[int, int, list[Band]], data: st.DataObject
+) -> None:
     num_q, num_k, found = case
     q_runs, k_runs = (
         [run for _ in range(data.draw(st.integers(1, 3))) for run in data.draw(runs(count, data.draw(st.integers(1, 4))))]

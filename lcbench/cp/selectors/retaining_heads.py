@@ -45,7 +45,9 @@ class RetainingHeads(Selector):
         first, second = (self._weight(name).to(device, dtype) for name in ("fc1.weight", "fc2.weight"))
         width = heads.q * heads.dim + heads.kv * (heads.dim + heads.v)
         if first.ndim != 2 or first.shape[1] != width:
-            raise Unsupported(f"fc1.weight of selector.file is {_shape(first)}, and heads={heads} have {width} numbers of q, k and v")
+            raise Unsupported(
+                f"fc1.weight of selector.file is {_shape(first)}, and heads={heads} have {width} numbers of q, k and v"
+            )
         if second.ndim != 2 or second.shape[1] != first.shape[0] or heads.kv % second.shape[0]:
             raise Unsupported(f"fc2.weight of selector.file is {_shape(second)}, and not {heads.kv}x{first.shape[0]}")
         return Retaining(first, second)
