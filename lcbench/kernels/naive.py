@@ -66,9 +66,7 @@ class PreparedNaive:
             scores = torch.tanh(scores.div_(softcap)).mul_(softcap)
         return scores.masked_fill_(~self.allowed, -torch.inf)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0
-    ) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
         import torch
 
         scores = self._scores(q, k, softmax_scale, softcap)

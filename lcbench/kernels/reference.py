@@ -38,9 +38,7 @@ class PreparedReference:
     mask: BandMask
     calls: int = 1
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0
-    ) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
         import torch
 
         out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=torch.float64, device=q.device)

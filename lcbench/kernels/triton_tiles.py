@@ -70,9 +70,7 @@ class PreparedTiles:
         # The most tokens that a tile may reach beyond the last query.
         self._beyond = max(x for shape in (shapes.dq, shapes.dkv) for x in (shape.rows, shape.columns, DELTA_ROWS))
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0
-    ) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
         """(out, lse), out in the inputs' type.
 
         Raises:
@@ -160,7 +158,7 @@ def _constants(
 
 
 def _scales(scale: float, softcap: float) -> tuple[float, float, float]:
-    """What a score is multiplied with in an exponent of two; and, of a softcap, what a product is before tanh, and tanh after it."""
+    """What a score is multiplied with in an exponent of two; with a softcap, what a product is before tanh, and tanh after it."""
     return (LOG2_E, scale / softcap, softcap) if softcap else (scale * LOG2_E, 0.0, 0.0)
 
 

@@ -8,7 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, Saved, Unsupported, dims, half_on_cuda, heads_first, only_blocks
+from lcbench.kernels.base import (
+    LOG2_E,
+    Kernel,
+    Platform,
+    Prepared,
+    Saved,
+    Unsupported,
+    dims,
+    half_on_cuda,
+    heads_first,
+    only_blocks,
+)
 from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.block import BlockMap, kept_first, uniform_blocks
 from lcbench.masks.mask import Mask
