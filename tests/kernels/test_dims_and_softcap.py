@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from test_adapters import DENSE, H200, STANDINS, among_heads, install
+from test_adapters import DENSE, H200, STANDINS, among_heads, every_mask, install
 from test_kernels import CPU, HERE, kernel_of
 
 from lcbench.kernels.base import Kernel, Platform, Saved, Unsupported, dims, half_on_cuda, prepare, softmax_arguments
@@ -23,7 +23,7 @@ from lcbench.masks.block_random import block_random
 from lcbench.masks.mask import Mask
 from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softmax
 from lcbench.testing.dense import dense_heads
-from lcbench.testing.fake_libraries import flash_attn2, flash_attn3, flash_attn4, flashinfer, flashmask, torch_operators
+from lcbench.testing.fake_libraries import cudnn, flash_attn2, flash_attn3, flash_attn4, flashinfer, flashmask, torch_operators
 from lcbench.testing.masks import names
 
 Tensor = torch.Tensor
@@ -144,6 +144,15 @@ def test_backends_of_torch_on_cuda(name: str, monkeypatch: pytest.MonkeyPatch) -
     for operator, fake in torch_operators.operators().items():
         monkeypatch.setattr(torch.ops.aten, operator, fake)
     everywhere(kernel_of(name))
+
+
+def test_cudnn_by_its_frontend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, cudnn.modules())
+    monkeypatch.setattr("lcbench.kernels.cudnn._handles", [])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    everywhere(kernel_of("cudnn"))
+    for mask in every_mask(tmp_path).values():
+        check(kernel_of("cudnn"), mask, SHORTER)
 
 
 def test_flashmask_and_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
