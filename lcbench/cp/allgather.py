@@ -14,9 +14,9 @@ import numpy as np
 from lcbench.cp.base import Scheduled
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import check_choice, check_count, deal, too_short
+from lcbench.schedule.build import check_choice, check_count, sides, too_short
 from lcbench.schedule.layout import Layout
-from lcbench.schedule.schedule import NO_ROWS, HeadGroup, Move, Schedule, Step, rows
+from lcbench.schedule.schedule import NO_ROWS, HeadGroup, Move, Schedule, Side, Step, rows
 
 ORDERS = ("auto", "zigzag", "contiguous", "documents")
 
@@ -41,23 +41,28 @@ class AllGather(Scheduled):
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks, heads = problem.scale.world_size, problem.heads
         # Stretches of tokens are shards, so that all of them behind one another are the sequence as it was.
-        dealt = deal(mask, problem.seqlen, ranks, self.layout)
-        pieces = sorted((run, rank) for rank, runs in enumerate(dealt.shards) for run in runs)
-        owner = np.array([rank for _, rank in pieces])
-        shards = Layout(tuple((run,) for run, _ in pieces))
-        own = [tuple(np.nonzero(owner == rank)[0].tolist()) for rank in range(ranks)]
+        queries, keys = sides(problem, mask, ranks, self.layout)
+        q, k = _stretches(queries, ranks), _stretches(keys, ranks)
         part = heads.kv if self.heads_per_step == "all" else self.heads_per_step
         each = heads.q // heads.kv * part
         groups = tuple(HeadGroup.of(heads, begin, begin + each) for begin in range(0, heads.q, each))
 
-        every, everything = np.arange(ranks), ranks
+        every, everything, owner = np.arange(ranks), ranks, k.owner
         steps = []
         for time in range(len(groups) + 1):
             moves: tuple[Move, ...] = ()
             if time < len(groups):
-                to, shard = np.meshgrid(every, np.arange(len(pieces)), indexing="ij")
+                to, shard = np.meshgrid(every, np.arange(len(k)), indexing="ij")
                 remote = owner[shard] != to
                 moves = (Move("kv", rows(owner[shard[remote]], to[remote], shard[remote], time)),)
             tiles = rows(every, time - 1, every, everything) if time else NO_ROWS
             steps.append(Step(tiles, moves))
-        return Schedule(ranks, shards, owner, groups, (*own, tuple(range(len(pieces)))), tuple(steps))
+        return Schedule(ranks, k if keys is queries else q, k, groups, tuple(steps))
+
+
+def _stretches(layout: Layout, ranks: int) -> Side:
+    """Each stretch of tokens as a shard, in the order of the sequence. Bundle r is what rank r owns, the last one is everything."""
+    pieces = sorted((run, rank) for rank, runs in enumerate(layout.shards) for run in runs)
+    owner = np.array([rank for _, rank in pieces])
+    own = [tuple(np.nonzero(owner == rank)[0].tolist()) for rank in range(ranks)]
+    return Side(Layout(tuple((run,) for run, _ in pieces)), owner, (*own, tuple(range(len(pieces)))))

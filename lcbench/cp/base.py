@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from lcbench.kernels.base import Kernel, Platform, Unsupported
 from lcbench.masks.band import Ints
+from lcbench.masks.by_head import BandsByHead
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import Order, check_count, check_order, largest_degree, too_short
+from lcbench.schedule.held import Held, Part
 from lcbench.schedule.lowering import Lowering
 from lcbench.schedule.schedule import Schedule
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from lcbench.schedule.execute import Counters, Executor, Groups
+    from lcbench.kernels.cache import Cache, CacheKind
+    from lcbench.schedule.execute import Counters, Executor
+    from lcbench.schedule.groups import Groups
     from lcbench.schedule.simulate import Modelled
 
 
@@ -44,34 +48,6 @@ class Place:
     def group(self) -> "dist.ProcessGroup":
         """The communicator of the context-parallel group. Collective on first use."""
         return self.groups.of("main")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows and heads of a tensor that a rank holds.
-
-    Attributes:
-        tokens: their indices among all queries, or among all keys, in the order of the rank's tensor.
-        heads: their numbers, adjacent; None: all heads.
-    """
-
-    tokens: Ints
-    heads: range | None = None
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a rank is given, and what it gives.
-
-    Attributes:
-        q: queries that it is given; others may be given the same, where a model computes them on several ranks.
-        kv: keys and values that it is given; others may be given the same.
-        out: results that it gives, of which each is given by exactly one rank.
-    """
-
-    q: Part
-    kv: Part
-    out: Part
 
 
 class Passes(Protocol):
@@ -122,6 +98,14 @@ class RankRun(Passes, Protocol):
     def lse(self, saved: Any) -> "torch.Tensor":
         """(Tq, Hq) of what this rank gives, natural logarithm, with the sink in it where there is one. Collective."""
         ...
+
+    def reads(self, kind: "CacheKind") -> str | None:
+        """Why it does not read such a cache of this rank's keys and values where it lies, but a copy of it; None: it does."""
+        return f"{type(self).__name__} takes keys and values as they are"
+
+    def forward_cache(self, q: "torch.Tensor", cache: "Cache", sink: "torch.Tensor | None" = None) -> "tuple[torch.Tensor, Any]":
+        """``forward`` over what a cache holds, in the order of this rank's keys. Collective."""
+        return self.forward(q, *cache.read(), sink)
 
     def hold(self, saved: Any) -> Any:
         """What ``forward`` has just saved, as it has to be kept while other forward passes run before its backward."""
@@ -197,6 +181,14 @@ class RankRun(Passes, Protocol):
         self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", dout: "torch.Tensor | None"
     ) -> list[list[float]] | None:
         """Seconds of each step of one iteration, as of ``Executor.timeline``; None where steps are not known. Collective."""
+        return None
+
+    # Whether inputs that are all negated give the negative results. Not so where what is chosen by the inputs is chosen anew.
+    negates: bool = True
+
+    def chosen(self, saved: Any) -> BandsByHead | None:
+        """Of a run that chooses by its inputs which pairs it computes: the mask of this pass, over all queries and keys. None:
+        it computes the mask that it was started with. Collective."""
         return None
 
 

@@ -20,7 +20,7 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import check_choice, check_count
 from lcbench.schedule.layout import Layout, contiguous
-from lcbench.schedule.schedule import Move, Schedule, Step, head_groups, rows
+from lcbench.schedule.schedule import Move, Schedule, Side, Step, head_groups, rows
 
 SOLVERS = ("greedy", "swap")
 MAX_SWAPS = 1000
@@ -48,16 +48,20 @@ class GroupCast(Scheduled):
         check_choice("solver", self.solver, SOLVERS)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        if problem.seqlen < problem.scale.world_size:
-            return f"needs at least a token per rank: seqlen={problem.seqlen} over {problem.scale.world_size} ranks"
+        if problem.queries < problem.scale.world_size:
+            return f"needs at least a query per rank: {problem.queries} over {problem.scale.world_size} ranks"
         return None
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
-        ranks, seqlen = problem.scale.world_size, problem.seqlen
-        chunks = contiguous(seqlen, ranks * min(self.chunks_per_rank, seqlen // ranks))
+        ranks = problem.scale.world_size
+        chunks = contiguous(problem.queries, ranks * min(self.chunks_per_rank, problem.queries // ranks))
         owner_of_chunk = dispatch(np.array(chunks.areas(mask)), ranks, swap=self.solver == "swap")
-        edges = np.array([runs[0].start for runs in chunks.shards] + [seqlen])
-        chunk, begin, end = needed_keys(mask, edges)
+        q_edges = _edges(chunks)
+        chunk, begin, end = needed_keys(mask, q_edges)
+        # Keys live where their queries do; those of a cache in equal stretches.
+        edges, owner_of_stretch = q_edges, owner_of_chunk
+        if problem.rectangular:
+            edges, owner_of_stretch = _edges(contiguous(problem.seqlen, ranks)), np.arange(ranks)
         cuts = distinct(np.concatenate([edges, begin, end]))
         if len(cuts) > MOST_CUTS:
             cuts = edges
@@ -66,7 +70,7 @@ class GroupCast(Scheduled):
         np.add.at(marks, (owner_of_chunk[chunk], np.searchsorted(cuts, begin, side="right") - 1), 1)
         np.add.at(marks, (owner_of_chunk[chunk], np.searchsorted(cuts, end)), -1)
         needed = np.cumsum(marks, axis=1)[:, :-1] > 0
-        owner = owner_of_chunk[np.searchsorted(edges, cuts[:-1], side="right") - 1]
+        owner = owner_of_stretch[np.searchsorted(edges, cuts[:-1], side="right") - 1]
         shards = Layout(tuple((TokenSpan(a, b - a),) for a, b in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)))
 
         every = np.arange(ranks)
@@ -87,7 +91,17 @@ class GroupCast(Scheduled):
             moves.append((Move("kv", rows(owner[shard], rank, shard, 0)),))
             tiles.append(rows(users, 0, users, first + np.arange(len(users))))
         steps = tuple(Step(*step) for step in zip(tiles, [*moves, ()], strict=True))
-        return Schedule(ranks, shards, owner, head_groups(problem.heads, 1), tuple(bundles), steps)
+        k = q = Side(shards, owner, tuple(bundles))
+        if problem.rectangular:
+            queries = [tuple(np.nonzero(owner_of_chunk == rank)[0].tolist()) for rank in range(ranks)]
+            q = Side(chunks, owner_of_chunk, tuple(queries))
+        return Schedule(ranks, q, k, head_groups(problem.heads, 1), steps)
+
+
+def _edges(layout: Layout) -> Ints:
+    """Where each of the stretches of a contiguous layout begins, and where the last one ends."""
+    first = [runs[0].start for runs in layout.shards]
+    return np.array([*first, layout.shards[-1][0].start + layout.size(len(layout) - 1)])
 
 
 def dispatch(areas: Ints, ranks: int, *, swap: bool) -> Ints:

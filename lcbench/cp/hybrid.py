@@ -18,7 +18,7 @@ from lcbench.cp.base import Scheduled
 from lcbench.masks.band import Ints, TokenSpan
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import rings, too_short
+from lcbench.schedule.build import only_self_attention, rings, too_short
 from lcbench.schedule.layout import Layout, documents
 from lcbench.schedule.schedule import Schedule, head_groups, singles
 
@@ -49,6 +49,8 @@ class Hybrid(Scheduled):
             raise ValueError(f"cp.documents={list(self.documents)} names a sub-group that cp.groups={self.groups} does not have")
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        if refused := only_self_attention(problem):
+            return refused
         ranks = problem.scale.world_size
         groups = self.groups or (ranks,)
         if sum(groups) != ranks:
@@ -66,7 +68,7 @@ class Hybrid(Scheduled):
         groups = self.groups or (problem.scale.world_size,)
         ranks = sum(groups)
         layout = self._layout(groups, *documents(mask))
-        return Schedule(ranks, layout, np.arange(ranks), head_groups(problem.heads, 1), singles(ranks), rings(groups))
+        return Schedule.of(ranks, layout, np.arange(ranks), head_groups(problem.heads, 1), singles(ranks), rings(groups))
 
     def _layout(self, groups: Sequence[int], bounds: Ints, work: Ints) -> Layout:
         rank, start, size = self._dealt(groups, bounds, work)

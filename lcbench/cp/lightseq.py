@@ -16,8 +16,8 @@ from lcbench.cp.base import Scheduled
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import too_short
-from lcbench.schedule.layout import contiguous
+from lcbench.schedule.build import only_self_attention, too_short
+from lcbench.schedule.layout import contiguous, tile_areas
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows, singles
 
 
@@ -26,13 +26,13 @@ class LightSeq(Scheduled):
     """Workers and helpers; there is nothing to choose but ``lowering``."""
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return too_short(problem, problem.scale.world_size)
+        return only_self_attention(problem) or too_short(problem, problem.scale.world_size)
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size
         every = np.arange(ranks)
         shards = contiguous(problem.seqlen, ranks)
-        pairs = shards.tile_areas(mask) if isinstance(mask, BandMask) else np.ones((ranks, ranks), dtype=np.int64)
+        pairs = tile_areas(mask, shards, shards) if isinstance(mask, BandMask) else np.ones((ranks, ranks), dtype=np.int64)
         rounds = [(every, every, every), *_rounds(pairs, 1), *_rounds(pairs, -1)]
         steps = []
         for time in range(len(rounds) + 1):
@@ -55,7 +55,7 @@ class LightSeq(Scheduled):
             steps.append(Step(tiles, tuple(m for m in moves if len(m.rows)), returns))
         if not len(steps[-1].returns):
             steps.pop()
-        return Schedule(ranks, shards, every, head_groups(problem.heads, 1), singles(ranks), tuple(steps))
+        return Schedule.of(ranks, shards, every, head_groups(problem.heads, 1), singles(ranks), tuple(steps))
 
 
 def _rounds(pairs: Ints, sign: int) -> list[tuple[Ints, Ints, Ints]]:

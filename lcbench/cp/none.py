@@ -10,8 +10,7 @@ import numpy as np
 from lcbench.cp.base import Scheduled
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import rings
-from lcbench.schedule.layout import contiguous
+from lcbench.schedule.build import dealt, rings, sides
 from lcbench.schedule.lowering import Lowering
 from lcbench.schedule.schedule import Schedule, head_groups, singles
 
@@ -29,5 +28,5 @@ class Local(Scheduled):
         return None
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
-        shards = contiguous(problem.seqlen, 1)
-        return Schedule(1, shards, np.arange(1), head_groups(problem.heads, 1), singles(1), rings([1]))
+        q, k = dealt(*sides(problem, mask, 1, "contiguous"), np.arange(1), singles(1))
+        return Schedule(1, q, k, head_groups(problem.heads, 1), rings([1]))

@@ -12,7 +12,7 @@ import numpy as np
 from lcbench.cp.base import Dealt
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import deal, rings
+from lcbench.schedule.build import dealt, rings, sides
 from lcbench.schedule.schedule import Schedule, head_groups, singles
 
 
@@ -22,5 +22,5 @@ class Ring(Dealt):
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size
-        shards = deal(mask, problem.seqlen, ranks, self.layout)
-        return Schedule(ranks, shards, np.arange(ranks), head_groups(problem.heads, 1), singles(ranks), rings([ranks]))
+        q, k = dealt(*sides(problem, mask, ranks, self.layout), np.arange(ranks), singles(ranks))
+        return Schedule(ranks, q, k, head_groups(problem.heads, 1), rings([ranks]))

@@ -9,7 +9,7 @@ import numpy as np
 from lcbench.cp.base import Dealt
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import deal
+from lcbench.schedule.build import dealt, sides
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows, singles
 
 
@@ -30,5 +30,5 @@ class TokenRing(Dealt):
                     returns=rows(every, before, before, 0) if hop >= 2 else NO_ROWS,
                 )
             )
-        shards = deal(mask, problem.seqlen, ranks, self.layout)
-        return Schedule(ranks, shards, every, head_groups(problem.heads, 1), singles(ranks), tuple(steps))
+        q, k = dealt(*sides(problem, mask, ranks, self.layout), every, singles(ranks))
+        return Schedule(ranks, q, k, head_groups(problem.heads, 1), tuple(steps))

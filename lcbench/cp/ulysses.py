@@ -16,8 +16,7 @@ import numpy as np
 from lcbench.cp.base import Scheduled
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import check_count, gathered, indivisible_heads, returned, too_few_heads, too_short
-from lcbench.schedule.layout import contiguous
+from lcbench.schedule.build import check_count, dealt, gathered, indivisible_heads, returned, sides, too_few_heads, too_short
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows
 
 
@@ -63,5 +62,5 @@ class Ulysses(Scheduled):
             if time >= 2:
                 returns = returned(every[None], every * self.stages + time - 2)
             steps.append(Step(tiles, moves, returns))
-        whole = (tuple(range(ranks)),)
-        return Schedule(ranks, contiguous(problem.seqlen, ranks), every, groups, whole, tuple(steps))
+        q, k = dealt(*sides(problem, mask, ranks, "contiguous"), every, [tuple(range(ranks))])
+        return Schedule(ranks, q, k, groups, tuple(steps))

@@ -21,6 +21,24 @@ if TYPE_CHECKING:
 MOST_DIM, MOST_DIM_V = 576, 512
 
 
+def check_tiles(*sizes: int | None) -> None:
+    """Raises ValueError for a tile that Triton cannot have; None is none that is asked for."""
+    for size in sizes:
+        if size is not None and (not isinstance(size, int) or size < 16 or size & (size - 1)):
+            raise ValueError(f"a tile of {size} tokens is no power of two from 16 on, such as 64")
+
+
+def where_triton_runs(problem: Problem, platform: Platform) -> str | None:
+    """Why a Triton kernel of ours does not run a problem on a platform, or None."""
+    if platform.type == "cuda":
+        return half_on_cuda(problem, platform, "Triton", head_dim=MOST_DIM, dim_v=MOST_DIM_V, dtypes=(*HALVES, "float32"))
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton runs on CUDA devices; on a CPU under TRITON_INTERPRET=1 only, which is for checks and not for speed"
+    if problem.dtype == "bfloat16":
+        return "Triton's interpreter on a CPU multiplies no bfloat16"
+    return None
+
+
 @dataclass(frozen=True)
 class Tiled(Kernel):
     """A Triton kernel of ours: a subclass says which tables of tiles a mask has.
@@ -42,9 +60,7 @@ class Tiled(Kernel):
 
     def __post_init__(self) -> None:
         """Raises ValueError for a tile that Triton cannot have."""
-        for size in (self.block_q, self.block_k, self.block_dk, self.block_dq):
-            if size is not None and (not isinstance(size, int) or size < 16 or size & (size - 1)):
-                raise ValueError(f"a tile of {size} tokens is no power of two from 16 on, such as 64")
+        check_tiles(self.block_q, self.block_k, self.block_dk, self.block_dq)
 
     def shapes(self, heads: Heads, itemsize: int, capability: tuple[int, int]) -> Shapes:
         """The launch shapes for head dims, bytes of a number and a compute capability."""
@@ -74,13 +90,7 @@ class Tiled(Kernel):
         ...
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        if platform.type == "cuda":
-            return half_on_cuda(problem, platform, "Triton", head_dim=MOST_DIM, dim_v=MOST_DIM_V, dtypes=(*HALVES, "float32"))
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            return "Triton runs on CUDA devices; on a CPU under TRITON_INTERPRET=1 only, which is for checks and not for speed"
-        if problem.dtype == "bfloat16":
-            return "Triton's interpreter on a CPU multiplies no bfloat16"
-        return None
+        return where_triton_runs(problem, platform)
 
     def missing(self) -> str | None:
         return importable("triton")

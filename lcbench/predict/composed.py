@@ -79,8 +79,8 @@ class Composed:
     @cached_property
     def tokens(self) -> int:
         """Of the rank with most."""
-        schedule = self.draws[0].modelled.schedule
-        return int(np.bincount(schedule.owner, weights=schedule.sizes).max())
+        queries = self.draws[0].modelled.schedule.q
+        return int(np.bincount(queries.owner, weights=queries.sizes).max())
 
     @cached_property
     def _held(self) -> Holding | None:
@@ -99,7 +99,7 @@ class Composed:
 
     def flops(self, made: Made, phase: str, *, again: bool = False) -> float:
         """Of a phase, over all ranks of all groups; ``again``: of what has been done before, else of what has not."""
-        ranks = self.cell.problem.seqlen / self.tokens * self.cell.mesh.count  # as many as have the tokens of the rank with most
+        ranks = self.cell.problem.queries / self.tokens * self.cell.mesh.count  # as many as have the tokens of the rank with most
         found = 0.0
         for part in made.phases[phase]:
             if isinstance(part, Attend) and part.again == again:

@@ -30,7 +30,8 @@ def counted(tiling: Tiling, modelled: Modelled, kernel: Kernel) -> Tiling:
     for _, group, q, k in every.tolist():
         key = (id(masks[group]), q, k)
         if key not in known:
-            tile = masks[group].tile(schedule.runs(schedule.bundles[q]), schedule.runs(schedule.bundles[k])).merged()
+            runs = (side.runs(side.bundles[bundle]) for side, bundle in ((schedule.q, q), (schedule.k, k)))
+            tile = masks[group].tile(*runs).merged()
             known[key] = _work(kernel, tile)
         if (work := known[key]) is None:
             return tiling

@@ -63,7 +63,7 @@ class Transfer:
     def bytes(self, schedule: Schedule, problem: Problem) -> Ints:
         """Bytes of each row, (n,)."""
         per_token = np.array([token_bytes(self.kind, group, problem) for group in schedule.heads])
-        return schedule.sizes[self.rows[:, MoveColumn.SHARD]] * per_token[self.rows[:, MoveColumn.GROUP]]
+        return schedule.side(self.payload.side).sizes[self.rows[:, MoveColumn.SHARD]] * per_token[self.rows[:, MoveColumn.GROUP]]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Uses:
     """Which rank uses which item of one kind, when first and when last, and by which moves it came there.
 
     Attributes:
+        side: the queries, or the keys, that it is about.
         table: values (first step, last step) of each (rank, shard, head group) that is used.
         moves: (step, move) of every move that has rows; the arrays below have an entry for each of their rows.
         rows: those of all moves, int64 (n, 4), as in ``Move``.
@@ -107,7 +108,7 @@ class Uses:
     """
 
     def __init__(self, schedule: Schedule, kind: Kind) -> None:
-        self._schedule = schedule
+        self._schedule, self.side = schedule, schedule.side(kind)
         self.table = self._used(TileColumn.Q if kind == "q" else TileColumn.K)
         moved = [(number, move) for number, step in enumerate(schedule.steps) for move in step.moves if move.kind == kind]
         self.moves: list[tuple[int, Move]] = [(n, m) for n, m in moved if len(m.rows)]
@@ -122,7 +123,7 @@ class Uses:
         """(first step, last step) of use of every item of the bundles in a column of the tiles."""
         keys, steps = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
         for number, step in enumerate(self._schedule.steps):
-            places, shards = self._schedule.spread(step.tiles[:, column])
+            places, shards = self.side.spread(step.tiles[:, column])
             tiles = step.tiles[places]
             found = distinct(self.key(tiles[:, TileColumn.RANK], shards, tiles[:, TileColumn.GROUP]))
             keys.append(found)
@@ -152,22 +153,22 @@ class Uses:
     @property
     def space(self) -> int:
         """Above every key."""
-        return self._schedule.world_size * len(self._schedule.shards) * len(self._schedule.heads)
+        return self._schedule.world_size * len(self.side) * len(self._schedule.heads)
 
     def key(self, rank: Ints, shard: Ints, group: Ints) -> Ints:
         """One number per (rank, shard, head group)."""
-        return (rank * len(self._schedule.shards) + shard) * len(self._schedule.heads) + group
+        return (rank * len(self.side) + shard) * len(self._schedule.heads) + group
 
     def unkey(self, keys: Ints) -> tuple[Ints, Ints, Ints]:
         """(rank, shard, head group) of keys."""
-        groups, shards = len(self._schedule.heads), len(self._schedule.shards)
+        groups, shards = len(self._schedule.heads), len(self.side)
         return keys // groups // shards, keys // groups % shards, keys % groups
 
     @cached_property
     def users(self) -> Ints:
         """How many ranks use each item, (shards, head groups)."""
         _, shard, group = self.unkey(self.table.keys)
-        count = np.zeros((len(self._schedule.shards), len(self._schedule.heads)), dtype=np.int64)
+        count = np.zeros((len(self.side), len(self._schedule.heads)), dtype=np.int64)
         np.add.at(count, (shard, group), 1)
         return count
 
@@ -195,7 +196,7 @@ class Uses:
         steps = self.table.values
         last = np.where(used, steps[place, 1], -1) if len(steps) else np.full(len(place), -1)
         first = np.where(used, steps[place, 0], -1) if len(steps) else last
-        source = self._schedule.owner[self.rows[:, MoveColumn.SHARD]]
+        source = self.side.owner[self.rows[:, MoveColumn.SHARD]]
         # The receiver of a move can give back to the sender what it uses later than the sender does. Of several receivers it is the
         # one that needs it longest in backward, since that one has it anyway.
         parent = self.parent

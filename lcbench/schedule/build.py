@@ -11,7 +11,7 @@ from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 from lcbench.schedule.layout import Layout, by_document, contiguous, documents, striped, zigzag
-from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups, rows
+from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Side, Step, head_groups, rows
 
 Order = Literal["auto", "zigzag", "striped", "contiguous", "documents"]
 DOCUMENTS = "documents"  # each by itself shared evenly, in zigzag if it is causal
@@ -58,6 +58,13 @@ def too_few_heads(heads: Heads, parts: int) -> str | None:
     return f"cannot split {heads.q} query heads into {parts} parts" if heads.q < parts else None
 
 
+def only_self_attention(problem: Problem) -> str | None:
+    """Why a strategy that deals out queries and keys together does not run a problem whose keys are others, or None."""
+    if problem.rectangular:
+        return f"needs a query for every key: a batch has {problem.queries} new tokens of {problem.seqlen}"
+    return None
+
+
 def refused_grid(problem: Problem, degree: int) -> str | None:
     """Why ranks cannot form head exchanges of ``degree`` ranks with rings across them, or None."""
     ranks = problem.scale.world_size
@@ -80,6 +87,34 @@ def deal(mask: Mask, seqlen: int, shards: int, order: Order) -> Layout:
     plain, balanced = contiguous(seqlen, shards), zigzag(seqlen, shards)
     # A gain below one percent is not worth a layout whose tiles fall into more pieces.
     return balanced if balanced.imbalance(mask) < 0.99 * plain.imbalance(mask) else plain
+
+
+def sides(problem: Problem, mask: Mask, shards: int, order: Order) -> tuple[Layout, Layout]:
+    """The layouts of queries and of keys; one and the same where there are no others.
+
+    Where there is a cache both are dealt out by the same order, so that a rank's queries meet shares of all of it alike: ``auto``
+    takes that of ``contiguous``, ``zigzag`` and ``documents``, each request by itself, which balances the mask best.
+    """
+    if not problem.rectangular:
+        both = deal(mask, problem.seqlen, shards, order)
+        return both, both
+    assert problem.batch is not None
+    if order == DOCUMENTS:
+        bounds = problem.batch.q_bounds, problem.batch.k_bounds
+        return by_document(bounds[0], shards, folded=True), by_document(bounds[1], shards, folded=True)
+    if order != "auto":
+        return ORDERS[order](problem.queries, shards), ORDERS[order](problem.seqlen, shards)
+    orders: tuple[Order, ...] = ("contiguous", "zigzag", "documents")
+    found = [sides(problem, mask, shards, each) for each in orders]
+    # The earlier ones are in fewer pieces, which a gain below one percent does not make up for.
+    balance = [queries.imbalance(mask) for queries, _ in found]
+    return next(each for each, ratio in zip(found, balance, strict=True) if ratio <= 1.01 * min(balance))
+
+
+def dealt(queries: Layout, keys: Layout, owner: Ints, bundles: Sequence[tuple[int, ...]]) -> tuple[Side, Side]:
+    """Both sides, of the same owners and bundles; one and the same where the layouts are."""
+    q = Side(queries, owner, tuple(bundles))
+    return q, q if keys is queries else Side(keys, owner, q.bundles)
 
 
 def rings(sizes: Sequence[int]) -> tuple[Step, ...]:
@@ -145,15 +180,22 @@ def largest_degree(problem: Problem) -> int:
 def grid_schedule(problem: Problem, mask: Mask, grid: Ints, windows: int, order: Order) -> Schedule:
     """Heads exchanged along the rows of a (ring, degree) grid of ranks, a double ring of ``windows`` windows along its columns."""
     ring, degree = grid.shape
-    shards = deal(mask, problem.seqlen, ring, order).split(degree)  # of ring position i: i * degree and what follows
+    queries, keys = sides(problem, mask, ring, order)
     where = np.argsort(grid, axis=None)  # of each rank; shards are numbered by rank, as the head exchange takes them
     steps = list(_double_ring(grid, where, windows))
     if degree > 1:
         lanes = np.arange(degree)
         steps = [Step(NO_ROWS, gathered(grid, lanes)), *steps, Step(NO_ROWS, (), returned(grid, lanes))]
-    layout = Layout(tuple(shards.shards[i] for i in where))
-    bundles = tuple(map(tuple, grid.tolist()))
-    return Schedule(grid.size, layout, np.arange(grid.size), head_groups(problem.heads, degree), bundles, tuple(steps))
+    by_rank = _by_rank(queries, degree, where)
+    other = by_rank if keys is queries else _by_rank(keys, degree, where)
+    q, k = dealt(by_rank, other, np.arange(grid.size), [tuple(row) for row in grid.tolist()])
+    return Schedule(grid.size, q, k, head_groups(problem.heads, degree), tuple(steps))
+
+
+def _by_rank(layout: Layout, degree: int, where: Ints) -> Layout:
+    """The shards of ring positions, each cut into ``degree``, in the order of the ranks that own them."""
+    pieces = layout.split(degree)  # of ring position i: i * degree and what follows
+    return Layout(tuple(pieces.shards[i] for i in where))
 
 
 def _double_ring(grid: Ints, where: Ints, windows: int) -> list[Step]:

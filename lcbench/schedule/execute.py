@@ -5,154 +5,43 @@ channel, tiles are computed while these are under way, then what has arrived is 
 times share memory, which is taken once. On CUDA the host waits for nothing in here: messages wait on the device for what was
 computed before them, and what is computed next waits there for messages.
 
-Tensors are packed: q and out (T, Hq, D), keys and values together (T, Hk, 2, D), so any stretch of tokens is one stretch of memory.
-For a kernel that wants each contiguous, keys and values lie in memory as (2, T, Hk, D) and are looked at as (T, Hk, 2, D). Out, LSE
-and gradients are summed in float32 (float64 for float64 inputs).
+Tensors are packed: q (Tq, Hq, D), out (Tq, Hq, Dv), keys and values together (Tk, Hk, W) as ``packing`` has them, so any stretch of
+tokens is one stretch of memory. Out, LSE and gradients are summed in float32 (float64 for float64 inputs).
+
+A learned sink takes part in a row's softmax once, when all of its keys are merged: where the row is owned, or where one rank alone
+has computed it.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from copy import copy
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
-from torch.distributed.device_mesh import DeviceMesh
 
-from lcbench.kernels.base import Kernel, Prepared, Saved, accumulation_dtype, prepare
+from lcbench.kernels.base import Kernel, Platform, Prepared, Saved, accumulation_dtype, prepare, softmax_arguments
+from lcbench.kernels.cache import Cache, CacheKind, PreparedForCache, ReadsCache
 from lcbench.kernels.merge import merge_into
+from lcbench.kernels.sink import sink_gradient, with_sink
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, traffic
+from lcbench.schedule.groups import MAIN, Groups
+from lcbench.schedule.held import Held, Part
 from lcbench.schedule.lowering import Lowering, operations_of, sets_of
+from lcbench.schedule.packing import Packing, Plane
 from lcbench.schedule.payload import PAYLOADS, Precision, gradients_of, token_bytes
 from lcbench.schedule.program import Buffer, End, Exchange, Message, Operand, OwnPart, Piece, Program, RankStep, TileCall
 from lcbench.schedule.schedule import HeadGroup, Kind, Schedule
 
-MAIN = "main"  # the channel on which the communicator of all ranks is the default one
-MESH = "mesh"  # that of communicators across context-parallel groups
 HeadIndex = slice | torch.Tensor
-Part = tuple[torch.Tensor, torch.Tensor]  # out, lse
+Partial = tuple[torch.Tensor, torch.Tensor]  # out, lse
 Mark = float | torch.cuda.Event
 TileRun = Callable[[TileCall, Prepared, int], None]
-
-
-class Groups:
-    """Process groups by channel and set of ranks, made once and kept until the process group of all ranks is destroyed.
-
-    Who asks for them knows the ranks of its own context-parallel group only, as 0 ... P-1; there may be several (``within``).
-    Making a process group is slow, takes device memory, and is collective: all ranks make the same ones in the same order, also
-    those that are not in them. So what one context-parallel group asks for is made for each of the others too.
-
-    Attributes:
-        ranks: global ranks of this rank's context-parallel group, ascending.
-    """
-
-    def __init__(self, *, timeout: timedelta | None = None, through_host: bool | None = None) -> None:
-        """
-        Args:
-            timeout: of operations; None: the backend's own.
-            through_host: see ``goes_through_host``; None: as the backend needs it.
-        """
-        self._timeout, self._through_host = timeout, through_host
-        self._made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
-        self._meshes: dict[tuple[Any, ...], DeviceMesh] = {}
-        self._every: list[tuple[int, ...]] | None = None  # ranks of each context-parallel group; None: one of all ranks
-
-    def within(self, groups: Sequence[Sequence[int]]) -> Groups:
-        """The same communicators as several context-parallel groups see them; ``groups``: global ranks of each, ascending."""
-        found = copy(self)
-        found._every = [tuple(ranks) for ranks in groups]
-        return found
-
-    @property
-    def _sets(self) -> list[tuple[int, ...]]:
-        return [tuple(range(dist.get_world_size()))] if self._every is None else self._every
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return next(ranks for ranks in self._sets if dist.get_rank() in ranks)
-
-    def of(self, channel: str) -> dist.ProcessGroup:
-        """The communicator of a channel, over this context-parallel group. Collective over all ranks on first use."""
-        group = self.among(tuple(range(len(self._sets[0]))), channel)
-        assert group is not None
-        return group
-
-    def among(self, ranks: tuple[int, ...], channel: str = MAIN) -> dist.ProcessGroup | None:
-        """The communicator of some ranks of this context-parallel group on a channel, None on its others. Collective over all ranks
-        on first use.
-
-        The ranks are in ascending order within the group, however they are given. On ``main`` that of all ranks is the default one.
-        """
-        members = sorted(set(ranks))
-        return self.one_of([tuple(group[rank] for rank in members) for group in self._sets], channel)
-
-    def one_of(self, sets: Iterable[tuple[int, ...]], channel: str) -> dist.ProcessGroup | None:
-        """The communicator of the set of global ranks, ascending, that this rank is in, None where it is in none. Collective over
-        all ranks on first use; a rank is in one set at most.
-        """
-        found = [self._of_ranks(channel, members) for members in sets]
-        return next((group for group in found if group is not None), None)
-
-    def device_mesh(self, grid: NDArray[np.int64], names: tuple[str, ...], device: torch.device) -> DeviceMesh:
-        """torch's mesh of a grid of all global ranks, made once; ``names``: of the grid's dimensions. Collective over all ranks.
-
-        Its communicators are on a channel of their own, so that what goes over them waits for no message of attention.
-        """
-        key = names, grid.shape, tuple(grid.ravel().tolist())
-        if key not in self._meshes:
-            own = [self.along(grid, (axis,), MESH) for axis in range(grid.ndim)]
-            whole = torch.from_numpy(np.ascontiguousarray(grid))
-            self._meshes[key] = DeviceMesh.from_group(own, device.type, whole, mesh_dim_names=names)
-        return self._meshes[key]
-
-    def along(self, grid: NDArray[np.int64], axes: tuple[int, ...], channel: str) -> dist.ProcessGroup:
-        """The communicator of the ranks of a grid of all global ranks that differ from this one along ``axes`` only, ascending.
-        Collective over all ranks on first use.
-        """
-        lines = np.moveaxis(grid, axes, range(-len(axes), 0)).reshape(-1, math.prod(grid.shape[axis] for axis in axes))
-        group = self.one_of((tuple(sorted(line)) for line in lines.tolist()), channel)
-        assert group is not None
-        return group
-
-    def _of_ranks(self, channel: str, members: tuple[int, ...]) -> dist.ProcessGroup | None:
-        key = channel, members
-        if key not in self._made:
-            if key == (MAIN, tuple(range(dist.get_world_size()))):
-                self._made[key] = dist.group.WORLD
-            else:
-                made = dist.new_group(list(members), self._timeout, pg_options=group_options(dist.get_backend()))
-                self._made[key] = made if dist.get_rank() in members else None
-        return self._made[key]
-
-    def prepare(self, wanted: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-        """Make what this context-parallel group will ask ``among`` for: (channel, ranks). Collective over all ranks.
-
-        Its ranks give the same list. Another group, of which a mask asks for other messages, may give another one.
-        """
-        every: list[Any] = [wanted]
-        if self._every is not None and len(self._every) > 1:
-            every = [None] * dist.get_world_size()
-            dist.all_gather_object(every, wanted)
-        for channel, ranks in dict.fromkeys(each for own in every for each in own):
-            self.among(ranks, channel)
-
-    def goes_through_host(self, device: torch.device) -> bool:
-        """Whether messages of this device's tensors are copied to the host's memory and back.
-
-        gloo needs that for a GPU's: some of its collectives copy by themselves, its point-to-point messages do not.
-        """
-        if self._through_host is not None:
-            return self._through_host
-        return device.type == "cuda" and dist.get_backend() == "gloo"
 
 
 class Waits(Protocol):
@@ -161,29 +50,22 @@ class Waits(Protocol):
     def wait(self) -> Any: ...
 
 
-def group_options(backend: str) -> Any:
-    """How a process group is made: NCCL's copies go ahead of kernels that wait for a multiprocessor.
-
-    An attention kernel that fills the device would hold them back until its thread blocks end. Other backends: None.
-    """
-    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if backend == "nccl" else None
-
-
 @dataclass(frozen=True)
 class SavedPass:
     """What backward needs of forward besides kept buffers, which the next forward overwrites.
 
-    ``out`` (T, Hq, D) and ``lse`` (T, Hq) are of this rank's own tokens (LSE is NaN where another rank alone computed them);
+    ``out`` (Tq, Hq, Dv) and ``lse`` (Tq, Hq) are of this rank's own tokens (LSE is NaN where another rank alone computed them);
     ``finals`` of the operands whose every key this rank computed. ``kv`` are keys and values together; apart where nothing moves.
-    ``slots`` hold the kept buffers, by slot, where ``Executor.hold`` took them out of the next pass's way.
+    ``slots`` hold the kept buffers, by slot, where ``Executor.hold`` took them out of the next pass's way. ``sink``: (Hq,) or None.
     """
 
     q: torch.Tensor
     kv: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
     out: torch.Tensor
     lse: torch.Tensor
-    finals: dict[tuple[int, tuple[int, ...]], Part]
+    finals: dict[tuple[int, tuple[int, ...]], Partial]
     slots: dict[int, torch.Tensor] = field(default_factory=dict)
+    sink: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -211,8 +93,9 @@ class Executor:
     """One rank's run of a schedule. What depends on the mask alone is prepared here, outside of any timing.
 
     Attributes:
-        tokens: global indices of this rank's tokens, in the order of its tensors.
-        own_lse: True: ``lse`` gives what ``forward`` found.
+        tokens: indices of this rank's queries among all, in the order of its tensors.
+        held: its queries and its keys, see ``RankRun``.
+        own_lse, negates: True, see ``RankRun``: ``lse`` gives what ``forward`` found.
         resumes: True, see ``RankRun``.
         gives: whether inputs may come one by one, and gradients be waited for one by one, see ``RankRun``.
         sums_are_wide: whether gradients are added up in the type of sums on their way between ranks.
@@ -237,23 +120,31 @@ class Executor:
             apart: whether keys and values travel in messages of their own, as they come.
         """
         self.schedule, self.problem, self.rank, self.device = schedule, problem, rank, device
-        self.tokens = schedule.layout.tokens(rank)
-        self.own_lse = self.resumes = True
+        self.tokens = schedule.q.tokens(rank)
+        queries = Part(self.tokens)
+        self.held = Held(queries, queries if schedule.k is schedule.q else Part(schedule.k.tokens(rank)), queries)
+        self.own_lse = self.resumes = self.negates = True
         self.sums_are_wide = problem.reduce_dtype != "input"
         self.bytes_sent = self.bytes_between_nodes = 0
         self._marks: list[tuple[int, list[Mark]]] | None = None
         self._apart: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
         self._views: dict[int, dict[tuple[int, int], torch.Tensor]] = {}  # by slot
         self._compute = self._communicate = self._returns = True
+        self._kernel, self._cache = kernel, cast("Cache | None", None)
+        self._sink: torch.Tensor | None = None
+        self._sunk: set[tuple[int, tuple[int, ...]]] = set()  # results of queries in buffers that have had to do with the sink
         moves = traffic(schedule, backward=problem.backward)
         self.gives = apart and schedule.world_size > 1
         self._given: list[str] = []
         if self.gives:
             moves = moves.apart()
         self._forward_steps = moves.steps
+        self._keys_move = any(transfer.payload.side == "kv" for transfer in moves.transfers)
         operations = operations_of(lowering, dist.get_backend()) if moves.transfers else ()
-        self._planes = kernel.contiguous_kv
-        self._program = Program(schedule, moves, problem, rank, operations, planes=self._planes)
+        self._contiguous = kernel.contiguous_kv
+        self._packing = Packing.of(problem.heads, contiguous=kernel.contiguous_kv)
+        self._softmax = softmax_arguments(problem)
+        self._program = Program(schedule, moves, problem, rank, operations, planes=self._packing.planes)
         self._join(groups, moves)
         self.buffer_bytes = self._program.buffer_bytes
         self.collectives = sorted({each.operation for each in self._program.lowered if each is not None})
@@ -293,10 +184,10 @@ class Executor:
         for step in self._program.steps[: self._forward_steps]:
             for call in step.tiles:
                 group = self.schedule.heads[call.group]
-                heads = Heads(len(group), len(group.kv), self.problem.heads.dim)
+                heads = self.problem.heads.of(len(group), len(group.kv))
                 key = (id(masks[call.group]), heads, call.q, call.k)
                 if key not in made:
-                    runs = self.schedule.runs(call.q), self.schedule.runs(call.k)
+                    runs = self.schedule.q.runs(call.q), self.schedule.k.runs(call.k)
                     tile = masks[call.group].tile(*runs).merged()
                     made[key] = tile, prepare(kernel, tile, heads, dtype, self.device) if len(tile) else None
                 tile, found[call] = made[key]
@@ -315,28 +206,80 @@ class Executor:
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compute: bool = True, communicate: bool = True
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sink: torch.Tensor | None = None,
+        *,
+        compute: bool = True,
+        communicate: bool = True,
     ) -> tuple[torch.Tensor, SavedPass]:
-        """out (T, Hq, D) of this rank's tokens from its q (T, Hq, D) and k, v (T, Hk, D), and what backward needs.
+        """out (Tq, Hq, Dv) of this rank's queries from its q (Tq, Hq, D), k (Tk, Hk, D) and v (Tk, Hk, Dv), and what is kept.
 
         Without ``compute`` or without ``communicate`` everything else is done as usual, and the results mean nothing.
         """
         begun = self._taken_over(compute, communicate)
         if compute and self._alone is not None and self._marks is None:
-            out, lse = self._typed(self._alone.forward(q, k, v, softmax_scale=self.problem.softmax_scale))
-            saved = SavedPass(q, (k, v), out.to(q.dtype), lse, {})
+            part = self._typed(self._of_cache(self._alone, q) or self._alone.forward(q, k, v, **self._softmax))
+            out, lse = part if sink is None else with_sink(*part, sink)
+            saved = SavedPass(q, (k, v), out.to(q.dtype), lse, {}, sink=sink)
             return saved.out, saved
         if not begun:
-            self._own: dict[str, torch.Tensor] = {"q": q, "kv": self._packed(k, v)}
-        self._parts: dict[tuple[int, tuple[int, ...]], Part] = {}
-        self._total: Part | None = None
+            self._own: dict[str, torch.Tensor] = {"q": q, "kv": k if self._cache else self._packing.together(k, v)}
+        self._parts: dict[tuple[int, tuple[int, ...]], Partial] = {}
+        self._total: Partial | None = None
+        self._sink = sink
+        self._sunk = set()
         for number in range(self._forward_steps):
             self._run_step(number, self._forward_tile, posted=begun and number == 0)
         out, lse = self._total or self._empty()
+        if sink is not None:
+            here, sunk = self._sunk_here, with_sink(out, lse, sink)
+            out, lse = torch.where(here[..., None], sunk[0], out), torch.where(here, sunk[1], lse)
         finals = {key: (part[0].to(q.dtype), part[1]) for key, part in self._parts.items() if key in self._program.finals}
-        saved = SavedPass(q, self._own["kv"], out.to(q.dtype), lse, finals)
+        saved = SavedPass(q, self._own["kv"], out.to(q.dtype), lse, finals, sink=sink)
         self._own, self._parts, self._total, self._apart = {}, {}, None, {}
         return saved.out, saved
+
+    @cached_property
+    def _sunk_here(self) -> torch.Tensor:
+        """(Tq, Hq): which of this rank's own results get the sink when all of them are there: not those that some rank alone
+        computed in a buffer, which put it in there."""
+        here = torch.ones((self._program.tokens["q"], self.problem.heads.q), dtype=torch.bool, device=self.device)
+        for step in self._program.steps[: self._forward_steps]:
+            for operand, parts in step.flushes:
+                if (operand.group, operand.bundle) in self._program.finals:
+                    for part in parts:
+                        here[part.begin : part.end, self._heads("q", operand.group)] = False
+            for message in step.arrivals:
+                for piece in message.pieces if message.kind == "final" else ():
+                    here[piece.begin : piece.end, self._heads("q", message.group)] = False
+        return here
+
+    def reads(self, kind: CacheKind) -> str | None:
+        """Why this rank's tiles do not read such a cache where it lies; None: they do."""
+        if not isinstance(self._kernel, ReadsCache):
+            return f"{type(self._kernel).__name__} reads no cache"
+        if self._keys_move:
+            return "keys and values move between ranks"
+        own = 0, self._program.tokens["kv"]
+        for call in self._tiles:
+            every = self.schedule.heads[call.group].kv_heads == slice(0, self.problem.heads.kv)
+            if self._program.local(call.operand("kv")) != own or not every:
+                return "a kernel call takes a part of this rank's keys and values"
+        return self._kernel.reads(kind, self.problem, Platform.of(self.device))
+
+    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, SavedPass]:
+        """``forward`` over what a cache holds, in the order of this rank's keys: read where it lies if ``reads`` says so. What it
+        saves is for ``lse`` only."""
+        if self.reads(cache.kind) is not None:
+            return self.forward(q, *cache.read(), sink)
+        self._cache = cache
+        try:
+            return self.forward(q, cache.k, cache.v, sink)
+        finally:
+            self._cache = None
 
     def _only_kernel(self) -> Prepared | None:
         """The kernel of the only tile, if that is all tokens and heads of a single rank, else None.
@@ -346,27 +289,26 @@ class Executor:
         if self.schedule.world_size > 1 or len(self._tiles) != 1:
             return None
         ((call, kernel),) = self._tiles.items()
-        tokens = (0, self._program.tokens)
-        whole = all(self._program.local(call.operand(kind)) == tokens for kind in ("q", "kv"))
+        sides: tuple[Kind, ...] = ("q", "kv")
+        whole = all(self._program.local(call.operand(kind)) == (0, self._program.tokens[kind]) for kind in sides)
         group, heads = self.schedule.heads[call.group], self.problem.heads
         every = (len(group), group.kv_heads) == (heads.q, slice(0, heads.kv))
         return kernel if whole and every else None
 
-    def _packed(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Keys and values together, as (T, Hk, 2, D)."""
-        return torch.stack([k, v]).permute(1, 2, 0, 3) if self._planes else torch.stack([k, v], dim=2)
-
     def _keys_and_values(self, call: TileCall, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """k, v (T, Hk, D) of a tile as its kernel wants them. Some heads of this rank's own are copied, once in a pass."""
-        k, v = self._value("kv", call, number).unbind(2)
-        if not self._planes or (k.is_contiguous() and v.is_contiguous()):
+        """k (T, Hk, D) and v (T, Hk, Dv) of a tile as its kernel wants them. This rank's own are copied once in a pass at most."""
+        both = self._value("kv", call, number)
+        k, v = self._packing.keys(both), self._packing.values(both)
+        if not self._contiguous or (k.is_contiguous() and v.is_contiguous()):
             return k, v
         key = (call.group, call.k)
+        if self._program.local(call.operand("kv")) is None:
+            return k.contiguous(), v.contiguous()
         if key not in self._apart:
             self._apart[key] = k.contiguous(), v.contiguous()
         return self._apart[key]
 
-    def _typed(self, part: Part) -> Part:
+    def _typed(self, part: Partial) -> Partial:
         """A kernel's result in the engine's types: LSE in the type of sums, out in that or in the inputs' type.
 
         Both ends of a message take its size from these types.
@@ -376,8 +318,12 @@ class Executor:
         return out if out.dtype in (self._dtypes["input"], sums) else out.to(sums), lse.to(sums)
 
     def _forward_tile(self, call: TileCall, kernel: Prepared, number: int) -> None:
-        q, (k, v) = self._value("q", call, number), self._keys_and_values(call, number)
-        part = self._typed(kernel.forward(q, k, v, softmax_scale=self.problem.softmax_scale))
+        q = self._value("q", call, number)
+        found = self._of_cache(kernel, q)
+        if found is None:
+            k, v = self._keys_and_values(call, number)
+            found = kernel.forward(q, k, v, **self._softmax)
+        part = self._typed(found)
         rows = self._program.local(call.operand("q"))
         if rows is not None:
             self._absorb(rows, call.group, part)
@@ -385,11 +331,17 @@ class Executor:
         key = (call.group, call.q)
         self._parts[key] = _merged(self._parts[key], part) if key in self._parts else part
 
-    def _absorb(self, rows: tuple[int, int], group: int, part: Part) -> None:
+    def _of_cache(self, kernel: Prepared, q: torch.Tensor) -> Partial | None:
+        """A kernel's result over the cache that it reads where it lies; None where there is none."""
+        if self._cache is None:
+            return None
+        return cast(PreparedForCache, kernel).forward_cache(q, self._cache, **self._softmax)
+
+    def _absorb(self, rows: tuple[int, int], group: int, part: Partial) -> None:
         """Merge a partial result into this rank's own rows."""
         heads = self._heads("q", group)
         begin, end = rows
-        whole = (begin, end) == (0, self._program.tokens) and heads == slice(0, self.problem.heads.q)
+        whole = (begin, end) == (0, self._program.tokens["q"]) and heads == slice(0, self.problem.heads.q)
         if whole:
             self._total = part if self._total is None else _merged(self._total, part)
             return
@@ -399,7 +351,7 @@ class Executor:
         else:
             merge_into(out[begin:end, heads], lse[begin:end, heads], *part)
 
-    def _own_total(self) -> Part:
+    def _own_total(self) -> Partial:
         """This rank's own result to write into, in the type that merging needs."""
         out, lse = self._total or self._empty()
         if not self._program.all_final and out.dtype != self._dtypes["sum"]:
@@ -407,22 +359,25 @@ class Executor:
         self._total = out, lse
         return self._total
 
-    def _empty(self) -> Part:
+    def _empty(self) -> Partial:
         """The result over no keys: zeros and -inf."""
-        shape = (self._program.tokens, self.problem.heads.q, self.problem.heads.dim)
+        shape = (self._program.tokens["q"], self.problem.heads.q, self.problem.heads.v)
         dtype = self._dtypes["input" if self._program.all_final else "sum"]
         out = torch.zeros(shape, dtype=dtype, device=self.device)
         return out, torch.full(shape[:2], -torch.inf, dtype=self._dtypes["sum"], device=self.device)
 
-    def _part(self, piece: Piece) -> Part:
-        """This rank's partial result of queries in a buffer; zeros and -inf where their tiles hold no pair."""
+    def _part(self, piece: Piece) -> Partial:
+        """This rank's result of queries in a buffer, which is about to leave it; zeros and -inf where their tiles hold no pair."""
         assert piece.buffer is not None
         key = (piece.buffer.group, piece.buffer.bundle)
         if key not in self._parts:
             heads = len(self.schedule.heads[piece.group])
             tokens = self._program.operand_tokens(piece.buffer)
-            out = torch.zeros((tokens, heads, self.problem.heads.dim), dtype=self._dtypes["sum"], device=self.device)
+            out = torch.zeros((tokens, heads, self.problem.heads.v), dtype=self._dtypes["sum"], device=self.device)
             self._parts[key] = out, torch.full(out.shape[:2], -torch.inf, dtype=self._dtypes["sum"], device=self.device)
+        if self._sink is not None and key in self._program.finals and key not in self._sunk:
+            self._parts[key] = with_sink(*self._parts[key], self._sink[self._heads("q", piece.group)])
+            self._sunk.add(key)
         return self._parts[key]
 
     def lse(self, saved: SavedPass) -> torch.Tensor:
@@ -438,7 +393,7 @@ class Executor:
             ]
             if outgoing or arrived:
                 incoming = [(x, m.peer) for m, x in zip(receives, arrived, strict=True)]
-                _wait(self._messages(outgoing, incoming, self._groups[MAIN]))
+                wait_all(self._messages(outgoing, incoming, self._groups[MAIN]))
             for message, x in zip(receives, arrived, strict=True):
                 for piece, part in _cut(message.pieces, x):
                     lse[piece.begin : piece.end, self._heads("q", message.group)] = part
@@ -458,8 +413,8 @@ class Executor:
         self._views.pop(slot, None)
 
     def resume(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, results: Sequence[torch.Tensor]) -> SavedPass:
-        """What ``forward`` saves for these inputs, from the results of a pass before: no tile is computed, and only what backward
-        needs in kept buffers is moved again. Collective."""
+        """What ``forward`` saves for these inputs, without a sink, from the results of a pass before: no tile is computed, and only
+        what backward needs in kept buffers is moved again. Collective."""
         out, lse, *finals = results
         keys = sorted(self._program.finals)
         known = dict(zip(keys, zip(finals[::2], finals[1::2], strict=True), strict=True))
@@ -467,10 +422,10 @@ class Executor:
             return SavedPass(q, (k, v), out, lse, {})
         begun = self._taken_over(compute=False, communicate=True, returns=False)
         if not begun:
-            self._own = {"q": q, "kv": self._packed(k, v)}
+            self._own = {"q": q, "kv": self._packing.together(k, v)}
         saved = SavedPass(q, self._own["kv"], out, lse, known)
         if self._kept_slots:
-            self._parts, self._total = {}, None
+            self._parts, self._total, self._sink = {}, None, None
             for number in range(self._forward_steps):
                 self._run_step(number, self._forward_tile, posted=begun and number == 0)
         self._own, self._parts, self._total, self._apart = {}, {}, None, {}
@@ -482,7 +437,7 @@ class Executor:
 
     def inputs(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
         """How ``apart`` begins where these are the inputs, or the same rows of all of it where they are rows of the inputs."""
-        return [q, self._packed(k, v)] if self._alone is None else [q, k, v]
+        return [q, self._packing.together(k, v)] if self._alone is None else [q, k, v]
 
     def keeps(self) -> tuple[list[int], list[tuple[int, int]]]:
         """See ``RankRun``."""
@@ -510,22 +465,33 @@ class Executor:
 
     def backward(
         self, dout: torch.Tensor, saved: SavedPass, *, compute: bool = True, communicate: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(dq, dk, dv) of this rank's tokens from its dout (T, Hq, D), in the inputs' type."""
+    ) -> tuple[torch.Tensor, ...]:
+        """(dq, dk, dv) of this rank's tokens from its dout (Tq, Hq, Dv), in the inputs' type, and a sink's gradient, as ``Passes``
+        has them."""
         self._begin(compute, communicate)
         if isinstance(saved.kv, tuple):
             assert self._alone is not None
             whole = Saved(saved.q, *saved.kv, saved.out, saved.lse)
-            grads = self._alone.backward(dout, whole, softmax_scale=self.problem.softmax_scale)
-            dq, dk, dv = (grad.to(dout.dtype) for grad in grads)
-            return dq, dk, dv
+            dq, dk, dv = self._alone.backward(dout, whole, **self._softmax)
+            if self.problem.heads.latent:
+                dk = dk.to(self._dtypes["sum"])
+                self._packing.values(dk).add_(dv)
+            of_keys = (dk,) if self.problem.heads.latent else (dk, dv)
+            return *(grad.to(dout.dtype) for grad in (dq, *of_keys)), *self._sink_gradient(dout, saved)
         self._go_back(dout, saved, saved.kv)
         for number in range(self._forward_steps, 2 * self._forward_steps + 1):
             self._run_step(number, self._backward_tile)
         dq, dkv = self._own["dq"].to(dout.dtype), self._own["dkv"].to(dout.dtype)
+        of_sink = () if saved.sink is None else (self._dsink,)
         self._own, self._apart = {}, {}
         del self._saved
-        return dq, dkv[:, :, 0], dkv[:, :, 1]
+        return dq, *self._packing.gradients(dkv), *of_sink
+
+    def _sink_gradient(self, dout: torch.Tensor, saved: SavedPass) -> tuple[torch.Tensor, ...]:
+        """That of this rank's own rows, (Hq,); none where there is no sink."""
+        if saved.sink is None:
+            return ()
+        return (sink_gradient(dout, saved.out, saved.lse, saved.sink),)
 
     # -- inputs and gradients one by one -----------------------------------------------------------------------------
 
@@ -536,12 +502,10 @@ class Executor:
             self._begin(compute=True, communicate=True)
             self._own = {"q": x}
         elif kind == "k":
-            tokens, heads, dim = x.shape
-            apart, together = (2, tokens, heads, dim), (tokens, heads, 2, dim)
-            self._own["kv"] = x.new_empty(apart).permute(1, 2, 0, 3) if self._planes else x.new_empty(together)
-            self._own["kv"][:, :, 0].copy_(x)
+            self._own["kv"] = self._packing.empty(x)
+            self._packing.keys(self._own["kv"]).copy_(x)
         else:
-            self._own["kv"][:, :, 1].copy_(x)
+            self._packing.values(self._own["kv"]).copy_(x)
         self._given.append(kind)
         self._post(self._program.steps[0], 0, (kind,))
 
@@ -574,11 +538,11 @@ class Executor:
 
     def gradient(self, kind: str) -> torch.Tensor:
         """The gradient of ``v``, ``k`` or ``q`` of this rank's tokens, in the inputs' type, once it is there. Collective."""
-        _wait(self._home.pop(kind))
+        wait_all(self._home.pop(kind))
         for message in self._program.steps[2 * self._forward_steps].arrivals:
             if message.kind in gradients_of(kind):
                 self._unpack(message)
-        own = self._own["dq"] if kind == "q" else self._own["dkv"][:, :, "kv".index(kind)]
+        own = self._own["dq"] if kind == "q" else self._packing.plane(self._own["dkv"], 0 if kind == "k" else 1)
         found = own.to(self._dtypes["input"])
         if not self._home:
             self._own, self._apart = {}, {}
@@ -589,6 +553,9 @@ class Executor:
         for slot, memory in saved.slots.items():
             self._put(slot, memory)
         self._own, self._saved = self._backward_own(dout, kv, saved), saved
+        if saved.sink is not None:
+            self._dsink = sink_gradient(dout, saved.out, saved.lse, saved.sink, self._sunk_here)
+            self._sunk = set()
 
     def _backward_own(self, dout: torch.Tensor, kv: torch.Tensor, saved: SavedPass) -> dict[str, torch.Tensor]:
         """This rank's own tensors in backward, by kind of operand; gradients are zeros at first."""
@@ -605,18 +572,24 @@ class Executor:
         k, v = self._keys_and_values(call, number)
         out, lse = self._whole_rows(call, dout, number)
         tile = Saved(q, k, v, out, lse.contiguous())
-        dq, dk, dv = kernel.backward(dout, tile, softmax_scale=self.problem.softmax_scale)
+        dq, dk, dv = kernel.backward(dout, tile, **self._softmax)
         self._add("dq", call, number, [dq])
         self._add("dkv", call, number, [dk, dv])
 
-    def _whole_rows(self, call: TileCall, dout: torch.Tensor, number: int) -> Part:
+    def _whole_rows(self, call: TileCall, dout: torch.Tensor, number: int) -> Partial:
         """out and LSE over all keys of a tile's queries: this rank's own, its final ones, or an out that stands for delta."""
         rows = self._program.local(call.operand("q"))
         if rows is not None:
             own = slice(*rows), self._heads("q", call.group)
             return self._saved.out[own], self._saved.lse[own]
-        if (call.group, call.q) in self._program.finals:
-            return self._saved.finals[call.group, call.q]
+        key = call.group, call.q
+        if key in self._program.finals:
+            out, lse = self._saved.finals[key]
+            if self._saved.sink is not None and key not in self._sunk:
+                heads = self._heads("q", call.group)
+                self._dsink[heads] += sink_gradient(dout, out, lse, self._saved.sink[heads])
+                self._sunk.add(key)
+            return out, lse
         lse, delta = self._value("stats", call, number).unbind(-1)
         return _out_with(delta, dout), lse
 
@@ -625,13 +598,14 @@ class Executor:
         operand = call.operand(kind)
         rows = self._program.local(operand)
         total = self._buffer(operand, number) if rows is None else self._own_rows(kind, call.group, *rows)
-        for own, grad in zip(total.unbind(2) if kind == "dkv" else [total], grads, strict=True):
+        places = [total] if kind == "dq" else [self._packing.keys(total), self._packing.values(total)]
+        for own, grad in zip(places, grads, strict=True):
             own += grad
 
-    def _add_own(self, kind: str, group: int, rows: tuple[int, int], grad: torch.Tensor, plane: int | None = None) -> None:
+    def _add_own(self, kind: str, group: int, rows: tuple[int, int], grad: torch.Tensor, plane: Plane | None = None) -> None:
         """Add a gradient to rows of this rank's own; ``plane``: of keys alone, or of values."""
         own, heads = self._own[kind][slice(*rows)], self._heads(PAYLOADS[kind].side, group)
-        own = own if plane is None else own[:, :, plane]
+        own = own if plane is None else self._packing.plane(own, plane)
         if isinstance(heads, slice):
             own[:, heads] += grad
         else:  # a head that is held several times gets all of its gradients
@@ -683,7 +657,7 @@ class Executor:
 
     def _receive(self, step: RankStep, number: int, turn: int) -> None:
         """Wait for a round and take what it brought; the next but one is posted then, while the next one arrives."""
-        _wait(self._works.pop((number, turn), []))
+        wait_all(self._works.pop((number, turn), []))
         for message in step.arrivals:
             if message.round == turn and self._goes(message):
                 self._unpack(message)
@@ -698,13 +672,18 @@ class Executor:
         event.record()
         return event
 
-    def timeline(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor | None) -> list[list[float]]:
+    def chosen(self, saved: SavedPass) -> None:
+        """See ``RankRun``: a schedule computes the mask that it is given."""
+
+    def timeline(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor | None, sink: torch.Tensor | None = None
+    ) -> list[list[float]]:
         """One iteration: (number of the rank step, begin, messages sent, tiles computed, messages there) of each, in seconds.
 
         On CUDA these are times of the stream that computes: "sent" is when messages were allowed to leave.
         """
         self._marks = []
-        _, saved = self.forward(q, k, v)
+        _, saved = self.forward(q, k, v, sink)
         if dout is not None:
             self.backward(dout, saved)
         rows, self._marks = self._marks, None
@@ -779,9 +758,9 @@ class Executor:
             if rank != self.rank:
                 self._count(size if gathers else size // (others + exchange.own), rank)
         if gathers:
-            return [_all_gather(target, source, group), *copies]
+            return [all_gather(target, source, group), *copies]
         if exchange.operation == "reduce_scatter":
-            return [_reduce_scatter(target, source, group), *copies]
+            return [reduce_scatter(target, source, group), *copies]
         block = source.numel() // (others + exchange.own)
         splits = None if exchange.own else [0 if rank == self.rank else block for rank in exchange.ranks]
         return [dist.all_to_all_single(target, source, splits, splits, group=group, async_op=True), *copies]
@@ -893,7 +872,7 @@ class Executor:
     def _rows_of(self, message: Message, piece: Piece, number: int) -> torch.Tensor:
         """Rows of the operand that a message is about, of keys or values alone where it has only these."""
         rows = self._piece(message.payload.operand, piece, number)
-        return rows if message.payload.plane is None else rows[:, :, message.payload.plane]
+        return rows if message.payload.plane is None else self._packing.plane(rows, message.payload.plane)
 
     def _buffer(self, operand: Operand, number: int) -> torch.Tensor:
         memory = self._program.buffer(operand, number)
@@ -912,12 +891,14 @@ class Executor:
         views = self._views.setdefault(memory.slot, {})
         found = views.get((id(memory), offset))
         if found is None:
-            payload, dim = PAYLOADS[kind], self.problem.heads.dim
+            payload = PAYLOADS[kind]
             heads = len(group) if payload.side == "q" else len(group.kv)
             size = tokens * token_bytes(kind, group, self.problem, precision)
             flat = self._slots[memory.slot][offset : offset + size].view(self._dtypes[precision])
-            apart = kind == "kv" and self._planes
-            found = flat.view(2, tokens, heads, dim).permute(1, 2, 0, 3) if apart else flat.view(payload.shape(tokens, heads, dim))
+            if payload.width == "key and value":
+                found = self._packing.view(flat, tokens, heads, gradients=payload.combine == "add")
+            else:
+                found = flat.view(tokens, heads, payload.elements(self.problem.heads))
             views[id(memory), offset] = found
         return found
 
@@ -944,26 +925,28 @@ class Replay:
     compute: bool
     communicate: bool
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, SavedPass]:
-        return self.executor.forward(q, k, v, compute=self.compute, communicate=self.communicate)
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, SavedPass]:
+        return self.executor.forward(q, k, v, sink, compute=self.compute, communicate=self.communicate)
 
-    def backward(self, dout: torch.Tensor, saved: SavedPass) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: SavedPass) -> tuple[torch.Tensor, ...]:
         return self.executor.backward(dout, saved, compute=self.compute, communicate=self.communicate)
 
 
-def _wait(works: list[Waits]) -> None:
+def wait_all(works: list[Waits]) -> None:
     """Wait for all of them. ``runs/failure.py`` knows a rank that waits for others by the name of this function."""
     for work in works:
         work.wait()
 
 
-def _all_gather(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+def all_gather(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Under its name of torch 2.13 or of before."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return gather(target, source, group=group, async_op=True)
 
 
-def _reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+def reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(target, source, group=group, async_op=True)
 
@@ -981,7 +964,7 @@ def _seconds(first: Mark, mark: Mark) -> float:
     return float(first.elapsed_time(mark)) / 1e3
 
 
-def _merged(one: Part, other: Part) -> Part:
+def _merged(one: Partial, other: Partial) -> Partial:
     """Both merged, in the memory of the first if that has the type of sums."""
     out, lse = one[0].to(other[1].dtype), one[1]
     merge_into(out, lse, *other)

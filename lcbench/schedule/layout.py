@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise, product
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -50,20 +50,17 @@ class Layout:
         """Unmasked pairs of the queries of each shard (of a block map: over all its maps)."""
         return [mask.row_area(runs) for runs in self.shards]
 
-    def tile_areas(self, mask: BandMask) -> Ints:
-        """Unmasked pairs of every tile of two shards, shape (queries, keys)."""
-        count = len(self)
+    @property
+    def striped(self) -> bool:
+        """Whether tokens of a run lie apart."""
+        return any(run.stride > 1 and run.size > 1 for runs in self.shards for run in runs)
+
+    @property
+    def stretches(self) -> tuple[Ints, Ints]:
+        """Where runs that are not striped begin, and where the last one ends, (runs + 1,); and the shard of each."""
         runs = [(run.start, run.start + run.size, shard) for shard, runs in enumerate(self.shards) for run in runs if run.size]
-        areas = np.zeros((count, count), dtype=np.int64)
-        if any(run.stride > 1 and run.size > 1 for runs in self.shards for run in runs):
-            for q, k in product(range(count), repeat=2):
-                areas[q, k] = mask.tile(self.shards[q], self.shards[k]).area
-            return areas
         begin, end, shard = np.array(sorted(runs), dtype=np.int64).reshape(-1, 3).T
-        edges = np.append(begin, end[-1:])
-        row, column, area = block_areas(mask, edges, edges)
-        np.add.at(areas, (shard[row], shard[column]), area)
-        return areas
+        return np.append(begin, end[-1:]), shard
 
     def split(self, parts: int) -> Layout:
         """Each shard cut into ``parts`` pieces of its local order: shard i becomes shards i*parts ... i*parts+parts-1."""
@@ -72,6 +69,22 @@ class Layout:
             cuts = _cuts(self.size(shard), parts)
             pieces += [_slice(runs, a, b) for a, b in pairwise(cuts)]
         return Layout(tuple(pieces))
+
+
+def tile_areas(mask: BandMask, queries: Layout, keys: Layout) -> Ints:
+    """Unmasked pairs of every tile of a shard of queries and one of keys, (shards, shards); all tokens are in some shard."""
+    areas = np.zeros((len(queries), len(keys)), dtype=np.int64)
+    if queries.striped or keys.striped:
+        every = list(chain.from_iterable(keys.shards))
+        begins = np.cumsum([0, *map(keys.size, range(len(keys) - 1))])
+        for q, runs in enumerate(queries.shards):
+            tile = mask.tile(runs, every)  # each of its bands is of one run of keys
+            np.add.at(areas[q], np.searchsorted(begins, tile.bands[:, 2], side="right") - 1, tile.areas)
+        return areas
+    (q_edges, q_shard), (k_edges, k_shard) = queries.stretches, keys.stretches
+    row, column, area = block_areas(mask, q_edges, k_edges)
+    np.add.at(areas, (q_shard[row], k_shard[column]), area)
+    return areas
 
 
 def contiguous(seqlen: int, shards: int) -> Layout:

@@ -66,13 +66,13 @@ Bundles = dict[tuple[Kind, int, int], list[Ints]]
 def _bundles(schedule: Schedule) -> Bundles:
     """The bundles of several shards that ranks use, by side, rank and head group."""
     found: dict[tuple[Kind, int, int], dict[int, None]] = {}
-    several = np.array([len(bundle) > 1 for bundle in schedule.bundles], dtype=bool)
     for side, column in zip(SIDES, (TileColumn.Q, TileColumn.K), strict=True):
+        several = schedule.side(side).lengths > 1
         for step in schedule.steps:
             tiles = step.tiles[several[step.tiles[:, column]]]
             for rank, group, bundle in np.unique(tiles[:, [TileColumn.RANK, TileColumn.GROUP, column]], axis=0).tolist():
                 found.setdefault((side, rank, group), {})[bundle] = None
-    return {key: [schedule.members(i) for i in numbers] for key, numbers in found.items()}
+    return {key: [schedule.side(key[0]).members(i) for i in numbers] for key, numbers in found.items()}
 
 
 def _collective(schedule: Schedule, transfer: Transfer, problem: Problem, bundles: Bundles) -> Collective | None:
@@ -80,7 +80,7 @@ def _collective(schedule: Schedule, transfer: Transfer, problem: Problem, bundle
     source, to, shard, group = transfer.rows.T
     gathers = transfer.payload.combine == "replace"
     holder, owner = (to, source) if gathers else (source, to)
-    if (schedule.owner[shard] != owner).any():
+    if (schedule.side(transfer.payload.side).owner[shard] != owner).any():
         return None
     pairs, place = np.unique(holder * schedule.world_size + owner, return_inverse=True)
     sizes = np.zeros(len(pairs), dtype=np.int64)
@@ -149,7 +149,7 @@ def _whole(
     group = int(groups[0])
     for bundle in bundles.get((transfer.payload.side, rank, group), ()):
         members = distinct(bundle)
-        own = members[schedule.owner[members] == rank]
+        own = members[schedule.side(transfer.payload.side).owner[members] == rank]
         if np.array_equal(members, distinct(np.concatenate([shards, own]))):
             mine = replace(transfer, rows=table(rank, rank, own, group))
             return members.tobytes() if int(mine.bytes(schedule, problem).sum()) == block else None

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lcbench.problem import Problem
+from lcbench.problem import Heads, Problem
 from lcbench.schedule.schedule import HeadGroup, Kind
 
 Precision = Literal["input", "sum", "reduce"]
+Width = Literal["key", "value", "key and value", ""]
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Payload:
     Attributes:
         operand: the operand whose rows it is about: results lie with their queries, a final gradient with the sum that it was.
         side: whose heads and tokens it has: those of queries, or of keys and values.
-        dims: elements, in head dimensions.
+        width: which head dimensions it has per token and head.
         extra: elements besides.
         precision: ``input``: the inputs' type; ``sum``: the accumulation type; ``reduce``: as ``Problem.reduce_dtype`` says.
         combine: what the receiver does: ``replace``: it uses them as they are; ``merge``: it merges partial results by their LSE;
@@ -30,13 +31,13 @@ class Payload:
 
     operand: str
     side: Kind
-    dims: int
+    width: Width
     extra: int
     precision: Precision
     combine: Literal["replace", "merge", "add"]
     gradient: str = ""
     final: str = ""
-    plane: int | None = None
+    plane: Literal[0, 1] | None = None
 
     @property
     def held(self) -> Precision:
@@ -48,30 +49,30 @@ class Payload:
         """Whether it is a gradient that others are added to."""
         return self.combine == "add" and bool(self.final)
 
-    def shape(self, tokens: int, heads: int, dim: int) -> tuple[int, ...]:
-        """The shape of a tensor of it: (T, H, D), (T, H, 2, D) for keys with values, (T, H, extra) for numbers per row."""
-        return {0: (tokens, heads, self.extra), 1: (tokens, heads, dim), 2: (tokens, heads, 2, dim)}[self.dims]
+    def elements(self, heads: Heads) -> int:
+        """Elements per token and head."""
+        return {"": 0, "key": heads.dim, "value": heads.v, "key and value": heads.kv_width}[self.width] + self.extra
 
 
 PAYLOADS = {
-    "q": Payload("q", "q", 1, 0, "input", "replace", gradient="dq"),
-    "kv": Payload("kv", "kv", 2, 0, "input", "replace", gradient="dkv"),
-    "out": Payload("q", "q", 1, 0, "reduce", "merge", final="final"),  # over some of the keys
-    "lse": Payload("q", "q", 0, 1, "sum", "merge"),  # of that out
-    "final": Payload("q", "q", 1, 0, "input", "merge"),  # out over all keys of its rows
-    "dout": Payload("dout", "q", 1, 0, "input", "replace"),
-    "stats": Payload("stats", "q", 0, 2, "sum", "replace"),  # lse and delta
-    "dq": Payload("dq", "q", 1, 0, "reduce", "add", final="final_dq"),
-    "dkv": Payload("dkv", "kv", 2, 0, "reduce", "add", final="final_dkv"),
-    "final_dq": Payload("dq", "q", 1, 0, "input", "add"),
-    "final_dkv": Payload("dkv", "kv", 2, 0, "input", "add"),
+    "q": Payload("q", "q", "key", 0, "input", "replace", gradient="dq"),
+    "kv": Payload("kv", "kv", "key and value", 0, "input", "replace", gradient="dkv"),
+    "out": Payload("q", "q", "value", 0, "reduce", "merge", final="final"),  # over some of the keys
+    "lse": Payload("q", "q", "", 1, "sum", "merge"),  # of that out
+    "final": Payload("q", "q", "value", 0, "input", "merge"),  # out over all keys of its rows
+    "dout": Payload("dout", "q", "value", 0, "input", "replace"),
+    "stats": Payload("stats", "q", "", 2, "sum", "replace"),  # lse and delta
+    "dq": Payload("dq", "q", "key", 0, "reduce", "add", final="final_dq"),
+    "dkv": Payload("dkv", "kv", "key and value", 0, "reduce", "add", final="final_dkv"),
+    "final_dq": Payload("dq", "q", "key", 0, "input", "add"),
+    "final_dkv": Payload("dkv", "kv", "key and value", 0, "input", "add"),
     # Keys and values apart, where each travels as soon as it is there.
-    "k": Payload("kv", "kv", 1, 0, "input", "replace", gradient="dk", plane=0),
-    "v": Payload("kv", "kv", 1, 0, "input", "replace", gradient="dv", plane=1),
-    "dk": Payload("dkv", "kv", 1, 0, "reduce", "add", final="final_dk", plane=0),
-    "dv": Payload("dkv", "kv", 1, 0, "reduce", "add", final="final_dv", plane=1),
-    "final_dk": Payload("dkv", "kv", 1, 0, "input", "add", plane=0),
-    "final_dv": Payload("dkv", "kv", 1, 0, "input", "add", plane=1),
+    "k": Payload("kv", "kv", "key", 0, "input", "replace", gradient="dk", plane=0),
+    "v": Payload("kv", "kv", "value", 0, "input", "replace", gradient="dv", plane=1),
+    "dk": Payload("dkv", "kv", "key", 0, "reduce", "add", final="final_dk", plane=0),
+    "dv": Payload("dkv", "kv", "value", 0, "reduce", "add", final="final_dv", plane=1),
+    "final_dk": Payload("dkv", "kv", "key", 0, "input", "add", plane=0),
+    "final_dv": Payload("dkv", "kv", "value", 0, "input", "add", plane=1),
 }
 APART = {"kv": ("k", "v"), "dkv": ("dv", "dk"), "final_dkv": ("final_dv", "final_dk")}  # in the order in which they are there
 
@@ -92,4 +93,4 @@ def token_bytes(kind: str, group: HeadGroup, problem: Problem, precision: Precis
     """Bytes per token of a message of a kind for a head group; with ``precision``, of what it holds in that one."""
     payload = PAYLOADS[kind]
     heads = len(group) if payload.side == "q" else len(group.kv)
-    return heads * (payload.dims * problem.heads.dim + payload.extra) * element_bytes(precision or payload.precision, problem)
+    return heads * payload.elements(problem.heads) * element_bytes(precision or payload.precision, problem)

@@ -90,7 +90,7 @@ def _planned(report: ScheduleCost, title: str, axes: Axes) -> None:
 
 def _label(report: ScheduleCost, step: int, left: float, axes: Axes) -> None:
     for rank, _, q, k in report.schedule.steps[step].tiles.tolist():
-        names = [",".join(map(str, report.schedule.bundles[b])) for b in (q, k)]
+        names = [",".join(map(str, side.bundles[b])) for side, b in ((report.schedule.q, q), (report.schedule.k, k))]
         text = f"q{names[0]} k{names[1]}"
         if len(text) <= 12 and report.step_pairs[step, rank]:
             axes.text(left, rank, f" {text}", va="center", fontsize=6, color="white")

@@ -210,9 +210,8 @@ class Program:
         finals: operands (group, bundle) of queries that are not this rank's own but whose every key it computes.
         sends_stats: whether LSE and delta of this rank's own queries are needed elsewhere or in a buffer.
         lowered: the collective of each transfer; None for one from point to point.
-        own: this rank's shards, in order.
-        begin: the first row of each of them in this rank's own tensors.
-        tokens: rows of these tensors.
+        begin: by side, this rank's shards in order, and the first row of each in this rank's own tensors.
+        tokens: by side, rows of these tensors.
 
     Args:
         operations: what may go by a collective.
@@ -238,11 +237,14 @@ class Program:
         # Operands whose own part a collective brings, with when, and gradients whose own part it takes home.
         self._brought: dict[Operand, list[int]] = defaultdict(list)
         self._taken: set[Operand] = set()
-        self.own = schedule.own(rank)
-        begins = np.cumsum([0, *(schedule.sizes[s] for s in self.own)])
-        self.begin = {shard: int(a) for shard, a in zip(self.own, begins, strict=False)}
-        self.tokens = int(begins[-1])
-        self._sizes: list[int] = schedule.sizes.tolist()
+        self.begin: dict[Kind, dict[int, int]] = {}
+        self.tokens: dict[Kind, int] = {}
+        self._sizes: dict[Kind, list[int]] = {}
+        for kind, side in schedule.sides.items():
+            own = side.own(rank)
+            begins = np.cumsum([0, *side.sizes[own]]).tolist()
+            self.begin[kind], self.tokens[kind] = dict(zip(own, begins, strict=False)), begins[-1]
+            self._sizes[kind] = side.sizes.tolist()
         self.steps = [RankStep() for _ in range(2 * moves.steps + 1 if problem.backward else moves.steps)]
         # (side, shard, head group): the bundle that this rank uses it in, and its first row there.
         self._home: dict[tuple[Kind, int, int], tuple[tuple[int, ...], int]] = {}
@@ -265,14 +267,15 @@ class Program:
 
     def local(self, operand: Operand) -> tuple[int, int] | None:
         """The rows (begin, end) of this rank's own tensor that are the operand as it is, or None where it needs a buffer."""
-        in_order = operand.payload.side == "q" or isinstance(self._schedule.heads[operand.group].kv_heads, slice)
-        if not in_order or any(shard not in self.begin for shard in operand.bundle):
+        side = operand.payload.side
+        in_order = side == "q" or isinstance(self._schedule.heads[operand.group].kv_heads, slice)
+        if not in_order or any(shard not in self.begin[side] for shard in operand.bundle):
             return None
-        begin = end = self.begin[operand.bundle[0]]
+        begin = end = self.begin[side][operand.bundle[0]]
         for shard in operand.bundle:
-            if self.begin[shard] != end:
+            if self.begin[side][shard] != end:
                 return None
-            end += self._sizes[shard]
+            end += self._sizes[side][shard]
         return begin, end
 
     def buffer(self, operand: Operand, time: int) -> Buffer:
@@ -281,14 +284,15 @@ class Program:
 
     def operand_tokens(self, operand: Operand) -> int:
         """Rows of an operand."""
-        return sum(self._sizes[shard] for shard in operand.bundle)
+        sizes = self._sizes[operand.payload.side]
+        return sum(sizes[shard] for shard in operand.bundle)
 
     def _place_tiles(self) -> None:
         """The tiles of each time: backward computes those of a step in reverse order."""
-        bundles = self._schedule.bundles
+        q_bundles, k_bundles = self._schedule.q.bundles, self._schedule.k.bundles
         for number, step in enumerate(self._schedule.steps):
             for _, group, q, k in step.tiles[step.tiles[:, TileColumn.RANK] == self._rank].tolist():
-                call = TileCall(group, bundles[q], bundles[k])
+                call = TileCall(group, q_bundles[q], k_bundles[k])
                 self.steps[number].tiles.append(call)
                 if self._problem.backward:
                     self.steps[self._traffic.backward_time(number)].tiles.insert(0, call)
@@ -303,7 +307,7 @@ class Program:
                 known = self._home.setdefault((side, shard, group), (bundle, offset))
                 if known != (bundle, offset):
                     raise ValueError(f"rank {self._rank} uses shard {shard} in two bundles, {known[0]} and {bundle}")
-                offset += self._sizes[shard]
+                offset += self._sizes[side][shard]
 
     def _place_operands(self) -> None:
         """Buffers of operands that are not this rank's own tensor as it is."""
@@ -391,7 +395,7 @@ class Program:
         for rank in ranks:
             self._live_pieces(sends[rank], outgoing=True)
             self._live_pieces(receives[rank], outgoing=False)
-        fits = self._by_rank(held.bundle, ranks) and self._lies_as_sent(transfer)
+        fits = self._by_rank(held, ranks) and self._lies_as_sent(transfer)
         direct = fits and transfer.payload.plane is None
         # A rank's own gradients are added in their turn, whether keys and values travel together or apart.
         included = direct or (fits and not values) or together.operation != "all_to_all"
@@ -452,8 +456,9 @@ class Program:
         self, transfer: Transfer, held: Operand, sends: dict[int, Message], receives: dict[int, Message]
     ) -> None:  # fmt: skip
         """This rank's own part as a message from itself to itself: between its own tensor and the buffer of the operand."""
-        own = [s for s in held.bundle if s in self.begin and self._sizes[s]]
-        tokens = sum(self._sizes[s] for s in own)
+        sizes = self._sizes[transfer.payload.side]
+        own = [s for s in held.bundle if s in self.begin[transfer.payload.side] and sizes[s]]
+        tokens = sum(sizes[s] for s in own)
         ends = [self._pieces(transfer.kind, held.group, own), self._held_pieces(held, own)]
         if transfer.payload.combine != "replace":
             ends.reverse()
@@ -471,14 +476,15 @@ class Program:
     def _blocks(self, transfer: Transfer, outgoing: bool) -> Iterable[Message]:
         """One message for each other rank of a set, or from it, of all its shards in order."""
         rows, peer = self._own_rows(transfer, outgoing=outgoing)
-        rows = rows[np.lexsort((rows[:, MoveColumn.SHARD], rows[:, peer]))]
+        rows, sizes = rows[np.lexsort((rows[:, MoveColumn.SHARD], rows[:, peer]))], self._sizes[transfer.payload.side]
         for part in np.split(rows, np.nonzero(np.diff(rows[:, peer]))[0] + 1):
-            shards = [s for s in part[:, MoveColumn.SHARD].tolist() if self._sizes[s]]
+            shards = [s for s in part[:, MoveColumn.SHARD].tolist() if sizes[s]]
             yield self._message(transfer, int(part[0, peer]), int(part[0, MoveColumn.GROUP]), shards)
 
     def _message(self, transfer: Transfer, peer: int, group: int, shards: list[int]) -> Message:
         """A message of some shards to a rank, or from it."""
-        tokens, pieces = sum(self._sizes[s] for s in shards), self._pieces(transfer.kind, group, shards)
+        sizes = self._sizes[transfer.payload.side]
+        tokens, pieces = sum(sizes[s] for s in shards), self._pieces(transfer.kind, group, shards)
         return Message(transfer.kind, peer, group, transfer.begin, transfer.end, transfer.channel, pieces, tokens)
 
     def _held_operand(self, transfer: Transfer, ranks: tuple[int, ...], group: int) -> Operand:
@@ -490,24 +496,26 @@ class Program:
 
     def _held_pieces(self, held: Operand, shards: list[int]) -> list[Piece]:
         """Where shards lie in the buffer of an operand that holds them, this rank's own too."""
-        pieces, offset = [], 0
+        pieces, offset, sizes = [], 0, self._sizes[held.payload.side]
         for shard in held.bundle:
             if shard in shards:
-                pieces.append(Piece(held, held.group, offset, offset + self._sizes[shard]))
-            offset += self._sizes[shard]
+                pieces.append(Piece(held, held.group, offset, offset + sizes[shard]))
+            offset += sizes[shard]
         return pieces
 
-    def _by_rank(self, bundle: tuple[int, ...], ranks: tuple[int, ...]) -> bool:
-        """Whether a bundle is every rank's shards in order, rank behind rank."""
-        shards = [s for s in bundle if self._sizes[s]]
-        owners = [int(self._schedule.owner[s]) for s in shards]
+    def _by_rank(self, held: Operand, ranks: tuple[int, ...]) -> bool:
+        """Whether the bundle of an operand is every rank's shards in order, rank behind rank."""
+        side = self._schedule.side(held.payload.side)
+        shards = [s for s in held.bundle if side.sizes[s]]
+        owners = [int(side.owner[s]) for s in shards]
         return shards == [s for _, s in sorted(zip(owners, shards, strict=True))] and set(owners) <= set(ranks)
 
     def _messages(self, transfer: Transfer, rows: Ints, peer: int) -> Iterable[Message]:
         """Messages of sorted rows: per rank in column ``peer`` and head group, one for each stretch of shards."""
+        sizes = self._sizes[transfer.payload.side]
         breaks_at = np.diff(rows[:, peer]) | np.diff(rows[:, MoveColumn.GROUP])
         for part in np.split(rows, np.nonzero(breaks_at)[0] + 1):
-            shards = [s for s in part[:, MoveColumn.SHARD].tolist() if self._sizes[s]]
+            shards = [s for s in part[:, MoveColumn.SHARD].tolist() if sizes[s]]
             # Shards of consecutive numbers mostly lie behind one another on both sides, so a message of them needs no copy.
             breaks = [i for i in range(1, len(shards)) if shards[i] != shards[i - 1] + 1]
             if len(breaks) >= MOST_STRETCHES:
@@ -524,12 +532,14 @@ class Program:
     def _pieces(self, kind: str, group: int, shards: list[int]) -> list[Piece]:
         """Where the rows of a message lie; stretches that continue one another are one piece."""
         found: list[Piece] = []
+        side = PAYLOADS[kind].side
+        begins = self.begin[side]
         for shard in shards:
-            size = self._sizes[shard]
-            if shard in self.begin:
-                piece = Piece(None, group, self.begin[shard], self.begin[shard] + size)
+            size = self._sizes[side][shard]
+            if shard in begins:
+                piece = Piece(None, group, begins[shard], begins[shard] + size)
             else:
-                _, offset = self._home.get((PAYLOADS[kind].side, shard, group), ((shard,), 0))
+                _, offset = self._home.get((side, shard, group), ((shard,), 0))
                 piece = Piece(self._operand(kind, shard, group), group, offset, offset + size)
             if found and found[-1].buffer == piece.buffer and found[-1].end == piece.begin:
                 piece = Piece(piece.buffer, group, found.pop().begin, piece.end)
@@ -565,7 +575,7 @@ class Program:
         if others or message.payload.plane is not None:
             return False
         if self._planes and message.kind == "kv":  # keys and values lie apart, so only all of them are one stretch
-            tokens = self.tokens if piece.buffer is None else self.operand_tokens(piece.buffer)
+            tokens = self.tokens["kv"] if piece.buffer is None else self.operand_tokens(piece.buffer)
             if (piece.begin, piece.end) != (0, tokens):
                 return False
         if piece.buffer is not None:
@@ -614,11 +624,12 @@ class Program:
 
     def _own_parts(self, operand: Operand) -> list[OwnPart]:
         """The parts of an operand that are this rank's own."""
-        parts, offset = [], 0
+        parts, offset, side = [], 0, operand.payload.side
+        begins = self.begin[side]
         for shard in operand.bundle:
-            size = self._sizes[shard]
-            if shard in self.begin and size:
-                parts.append(OwnPart(self.begin[shard], self.begin[shard] + size, offset, offset + size))
+            size = self._sizes[side][shard]
+            if shard in begins and size:
+                parts.append(OwnPart(begins[shard], begins[shard] + size, offset, offset + size))
             offset += size
         return parts
 
@@ -658,7 +669,7 @@ class Program:
     @property
     def all_final(self) -> bool:
         """Whether every query of this rank is computed by one rank alone, so that nothing is ever merged here."""
-        return bool(self._traffic.final[self.own].all())
+        return bool(self._traffic.final[list(self.begin["q"])].all())
 
 
 def rounds_of(transfer: Transfer, schedule: Schedule, rows: Ints) -> Ints:

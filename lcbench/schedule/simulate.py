@@ -220,9 +220,10 @@ def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
     besides = _own_copies(modelled, moves, made, shape)
     tiles, some = made.tiles, made.tiles.pairs > 0
     calls = model.calls(tiles)
-    sums, inputs, dim = element_bytes("sum", problem), problem.itemsize, problem.heads.dim
-    merged = np.where(made.again, float(MERGED * sums * dim) * tiles.rows * tiles.q_heads, 0.0)
-    added = np.where(some, (sums * COPIED + inputs) * (tiles.rows * tiles.q_heads + 2 * tiles.keys * tiles.kv_heads) * dim, 0.0)
+    sums, inputs, heads = element_bytes("sum", problem), problem.itemsize, problem.heads
+    merged = np.where(made.again, float(MERGED * sums * heads.v) * tiles.rows * tiles.q_heads, 0.0)
+    numbers = tiles.rows * tiles.q_heads * heads.dim + tiles.keys * tiles.kv_heads * heads.kv_width
+    added = np.where(some, (sums * COPIED + inputs) * numbers, 0.0)
     for backward in (False, True)[: 2 if problem.backward else 1]:
         place = (2 * moves.steps - made.step if backward else made.step) * shape[1] + made.rank
         once = (schedule.world_size > 1) * (3.0 if backward else 1.0 * (merged > 0))
@@ -241,12 +242,13 @@ def _own_copies(modelled: Modelled, moves: Traffic, made: Tiling, shape: tuple[i
     found = np.zeros(shape)
     if shape[1] == 1:
         return found
-    tokens = np.bincount(schedule.owner, weights=schedule.sizes, minlength=shape[1])
-    q, kv = (tokens * heads * problem.heads.dim for heads in (problem.heads.q, 2 * problem.heads.kv))
+    queries, keys = (np.bincount(side.owner, weights=side.sizes, minlength=shape[1]) for side in (schedule.q, schedule.k))
+    q, kv = queries * problem.heads.q * problem.heads.dim, keys * problem.heads.kv * problem.heads.kv_width
     sums, inputs = element_bytes("sum", problem), problem.itemsize
     found[0] += COPIED * inputs * kv  # keys and values behind one another
     merges = np.bincount(made.rank, weights=made.again, minlength=shape[1]) > 0
-    found[moves.steps - 1] += np.where(merges | (not moves.final.all()), (sums + inputs) * q, 0.0)
+    out = queries * problem.heads.q * problem.heads.v
+    found[moves.steps - 1] += np.where(merges | (not moves.final.all()), (sums + inputs) * out, 0.0)
     if problem.backward:
         found[moves.steps] += sums * (q + kv)
         found[-1] += (sums + inputs) * (q + kv)
@@ -336,7 +338,7 @@ class _Play:
             staged = np.ones(len(size), dtype=bool)
         else:  # some heads of own tensors are no stretch of memory
             lengths = np.array([len(g) for g in self._schedule.heads])
-            own = self._schedule.owner[transfer.rows[:, MoveColumn.SHARD]] == source % self._of_group
+            own = self._schedule.side(payload.side).owner[transfer.rows[:, MoveColumn.SHARD]] == source % self._of_group
             staged = (lengths[group] < self._problem.heads.q) & own
         if collective is not None and collective.operation == "all_gather":  # what goes to all is packed once
             size = size / (len(collective.sets[0]) - 1)
@@ -368,7 +370,7 @@ class _Play:
         payload = transfer.payload
         if element_bytes(payload.precision, self._problem) != element_bytes(payload.held, self._problem):
             return False
-        owners = self._schedule.owner[distinct(transfer.rows[:, MoveColumn.SHARD])]
+        owners = self._schedule.side(payload.side).owner[distinct(transfer.rows[:, MoveColumn.SHARD])]
         return bool((np.diff(owners) >= 0).all())
 
     def _messages(self, transfer: Transfer, source: Ints, to: Ints, size: Floats, ready: Floats) -> None:
@@ -533,27 +535,30 @@ def peak_bytes(held: Sequence[Holding], workspaces: Sequence[Floats]) -> int:
 def _holding(modelled: Modelled, program: Program, made: Tiling, rank: int) -> Holding:
     """What ``execute`` allocates."""
     problem, tiles = modelled.problem, made.tiles
-    heads, tokens, inputs, sums = problem.heads, program.tokens, problem.itemsize, element_bytes("sum", problem)
+    heads, inputs, sums = problem.heads, problem.itemsize, element_bytes("sum", problem)
+    queries, tokens = program.tokens["q"], program.tokens["kv"]
     own = np.flatnonzero((made.rank == rank) & (tiles.pairs > 0))
     rows, keys = (tiles.rows * tiles.q_heads)[own], (tiles.keys * tiles.kv_heads)[own]
-    q, kv, lse = tokens * heads.q * heads.dim, 2 * tokens * heads.kv * heads.dim, tokens * heads.q * sums
+    q, kv, lse = queries * heads.q * heads.dim, tokens * heads.kv * heads.kv_width, queries * heads.q * sums
+    result = queries * heads.q * heads.v
     results: tuple[Floats, Floats] = (
-        (rows * (heads.dim * inputs + sums)).astype(np.float64), ((rows + 2 * keys) * heads.dim * inputs).astype(np.float64),
-    )  # fmt: skip
-    out = q * inputs + lse
+        (rows * (heads.v * inputs + sums)).astype(np.float64),
+        ((rows * heads.dim + keys * (heads.dim + heads.v)) * inputs).astype(np.float64),
+    )
+    out = result * inputs + lse
     if modelled.schedule.world_size == 1:
-        return Holding(own, 0, (0, out if problem.backward else None), (out, 0), results, tokens)
+        return Holding(own, 0, (0, out if problem.backward else None), (out, 0), results, queries)
     others = tuple(
-        (sum(modelled.schedule.sizes[list(bundle)].tolist()), len(modelled.schedule.heads[group]))
+        (sum(modelled.schedule.q.sizes[list(bundle)].tolist()), len(modelled.schedule.heads[group]))
         for group, bundle in program.finals
     )
-    finals = sum(rows * held * (heads.dim * inputs + sums) for rows, held in others)
+    finals = sum(rows * held * (heads.v * inputs + sums) for rows, held in others)
     wide = bool(made.again[own].any()) or not program.all_final  # merged, so summed up in the type of sums
-    total, held = q * (sums if wide else inputs) + lse, program.buffer_bytes + kv * inputs + finals
+    total, held = result * (sums if wide else inputs) + lse, program.buffer_bytes + kv * inputs + finals
     forward, backward = held + total, None
-    stats = (2 * lse, 2 * q * sums) if program.sends_stats else (0, 0)  # and what it takes to work them out
+    stats = (2 * lse, 2 * result * sums) if program.sends_stats else (0, 0)  # and what it takes to work them out
     if problem.backward:
         backward = held + out + (q + kv) * sums + stats[0]
-    besides = (q * inputs if wide else 0, max(stats[1], (q + kv) * inputs))
+    besides = (result * inputs if wide else 0, max(stats[1], (q + kv) * inputs))
     kept = tuple(program.slots[slot] for slot in sorted(program.kept_slots))
-    return Holding(own, program.buffer_bytes, (forward, backward), besides, results, tokens, others, kept)
+    return Holding(own, program.buffer_bytes, (forward, backward), besides, results, queries, others, kept)

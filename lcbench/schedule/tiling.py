@@ -19,7 +19,7 @@ from lcbench.masks.block import Keep
 from lcbench.masks.mask import Mask
 from lcbench.schedule.block_sums import PORTION, BlockSums, cut_evenly
 from lcbench.schedule.machine import Floats, Tiles
-from lcbench.schedule.schedule import Schedule, TileColumn
+from lcbench.schedule.schedule import Schedule, Side, TileColumn
 
 CACHED = 1 << 17  # values that are worked out together, so that they fit into a cache
 BLOCK = 128  # rows and keys of the blocks that kernels compute or skip
@@ -55,17 +55,22 @@ def tiling(schedule: Schedule, mask: Mask) -> Tiling:
     rank, group, q, k = every.T
     found = _found(schedule, mask, every)
     pieces = np.where(found[PAIRS] > 0, np.maximum(np.ceil(found[PIECES]), 1), 0)
-    bundle, shard = schedule.spread(np.arange(len(schedule.bundles)))
-    sizes = np.bincount(bundle, weights=schedule.sizes[shard], minlength=len(schedule.bundles)).astype(np.int64)
     tiles = Tiles(
-        pairs=found[PAIRS], covered=np.maximum(found[COVERED], found[PAIRS]), rows=sizes[q], keys=sizes[k],
+        pairs=found[PAIRS], covered=np.maximum(found[COVERED], found[PAIRS]),
+        rows=_sizes(schedule.q)[q], keys=_sizes(schedule.k)[k],
         pieces=pieces.astype(np.int64), q_heads=heads[group, 0], kv_heads=heads[group, 1],
     )  # fmt: skip
     some = np.nonzero(tiles.pairs > 0)[0]
     again = tiles.pairs > 0
-    results = (rank[some] * len(heads) + group[some]) * len(schedule.bundles) + q[some]
+    results = (rank[some] * len(heads) + group[some]) * len(schedule.q.bundles) + q[some]
     again[some[np.unique(results, return_index=True)[1]]] = False
     return Tiling(tiles, np.repeat(np.arange(len(schedule.steps)), counts), rank.copy(), again)  # a view would keep all columns
+
+
+def _sizes(side: Side) -> Ints:
+    """Tokens of each bundle, (bundles,)."""
+    bundle, shard = side.spread(np.arange(len(side.bundles)))
+    return np.bincount(bundle, weights=side.sizes[shard], minlength=len(side.bundles)).astype(np.int64)
 
 
 def _found(schedule: Schedule, mask: Mask, every: Ints) -> Floats:
@@ -73,7 +78,7 @@ def _found(schedule: Schedule, mask: Mask, every: Ints) -> Floats:
     total = np.zeros((3, len(every)))
     if not len(every):
         return total
-    queries, keys = (Side.of(schedule, every[:, column]) for column in (TileColumn.Q, TileColumn.K))
+    queries, keys = Operands.of(schedule.q, every[:, TileColumn.Q]), Operands.of(schedule.k, every[:, TileColumn.K])
     if isinstance(mask, BandMask):
         sheet: _Sheet = _Stripes(queries, keys, mask) if queries.striped or keys.striped else _Bands(queries, keys, mask)
         return _looked_up(queries, keys, sheet, every)
@@ -100,7 +105,7 @@ def _shares(schedule: Schedule, maps: int) -> Floats:
 
 
 @dataclass(frozen=True)
-class Side:
+class Operands:
     """The operands of one side.
 
     Attributes:
@@ -123,12 +128,12 @@ class Side:
     hard: Keep
 
     @classmethod
-    def of(cls, schedule: Schedule, bundles: Ints) -> Side:
-        """The side of the tiles whose operands are ``bundles``."""
+    def of(cls, side: Side, bundles: Ints) -> Operands:
+        """Those of the tiles whose bundles of a side are ``bundles``."""
         used = distinct(bundles)
-        place = np.full(len(schedule.bundles), -1, dtype=np.int64)
+        place = np.full(len(side.bundles), -1, dtype=np.int64)
         place[used] = np.arange(len(used))
-        number, start, size, stride = (np.concatenate(each) for each in zip(*_spans(schedule, used), strict=True))
+        number, start, size, stride = (np.concatenate(each) for each in zip(*_spans(side, used), strict=True))
         runs = np.searchsorted(number, np.arange(len(used) + 1))
         if (stride > 1).any():
             every = np.unique(np.stack([start, size, stride], axis=1), axis=0)
@@ -178,14 +183,14 @@ class Side:
         return sparse.vstack(parts, format="csr")
 
 
-def _spans(schedule: Schedule, bundles: Ints) -> Iterator[tuple[Ints, Ints, Ints, Ints]]:
+def _spans(side: Side, bundles: Ints) -> Iterator[tuple[Ints, Ints, Ints, Ints]]:
     """(place in ``bundles``, start, size, stride) of their spans, in portions; spans that continue one another are one."""
-    start, size, stride = schedule.shards.spans.T
-    begins = np.cumsum([0, *map(len, schedule.shards.shards)])
-    lengths = np.cumsum([len(schedule.bundles[bundle]) for bundle in bundles.tolist()])
+    start, size, stride = side.shards.spans.T
+    begins = np.cumsum([0, *map(len, side.shards.shards)])
+    lengths = np.cumsum(side.lengths[bundles])
     cuts = np.nonzero(np.diff(lengths // PORTION))[0] + 1
     for first, part in zip([0, *cuts.tolist()], np.split(bundles, cuts), strict=True):
-        number, shard = schedule.spread(part)
+        number, shard = side.spread(part)
         place, span = spread(begins[shard], begins[shard + 1])
         kept = size[span] > 0
         number, span = number[place[kept]], span[kept]
@@ -213,7 +218,7 @@ class _Sheet:
         yield np.arange(last - first), 0, self.of(first, last)
 
 
-def _looked_up(queries: Side, keys: Side, sheet: _Sheet, tiles: Ints) -> Floats:
+def _looked_up(queries: Operands, keys: Operands, sheet: _Sheet, tiles: Ints) -> Floats:
     """Pairs, covered pairs and pieces of tiles, (3, tiles)."""
     q, k = queries.place[tiles[:, TileColumn.Q]], keys.place[tiles[:, TileColumn.K]]
     bundles, every = len(queries.runs) - 1, len(keys.runs) - 1
@@ -231,7 +236,7 @@ def _looked_up(queries: Side, keys: Side, sheet: _Sheet, tiles: Ints) -> Floats:
     return found
 
 
-def _one_by_one(keys: Side, sheet: _Sheet, first: int, last: int, row: Ints, bundle: Ints) -> Floats:
+def _one_by_one(keys: Operands, sheet: _Sheet, first: int, last: int, row: Ints, bundle: Ints) -> Floats:
     """What bundles of queries first to last, a row each, have with bundles of keys, (3, n), looked up run by run in their sums."""
     sums = np.zeros((VALUES, last - first, len(keys) + 1))
     np.cumsum(sheet.of(first, last), axis=2, out=sums[:, :, 1:])
@@ -245,11 +250,11 @@ def _one_by_one(keys: Side, sheet: _Sheet, first: int, last: int, row: Ints, bun
 class _AllAtOnce:
     """The same by products, for every row with every bundle: where most of them are tiles."""
 
-    def __init__(self, keys: Side) -> None:
+    def __init__(self, keys: Operands) -> None:
         self._inside = keys.inside().T.tocsr()
         self._going = keys.inside(going_on=True).T.tocsr()
 
-    def __call__(self, keys: Side, sheet: _Sheet, first: int, last: int, row: Ints, bundle: Ints) -> Floats:
+    def __call__(self, keys: Operands, sheet: _Sheet, first: int, last: int, row: Ints, bundle: Ints) -> Floats:
         found = np.zeros((3, last - first, self._inside.shape[1]))
         for rows, begin, values in sheet.stretches(first, last):
             inside, going = (each[begin : begin + values.shape[2]] for each in (self._inside, self._going))
@@ -273,7 +278,7 @@ def _product(values: Floats, units: sparse.csr_array, columns: Ints) -> Floats:
 class _Bands(_Sheet):
     """Bands cut by neighbouring units."""
 
-    def __init__(self, queries: Side, keys: Side, mask: BandMask) -> None:
+    def __init__(self, queries: Operands, keys: Operands, mask: BandMask) -> None:
         self._keys = keys
         edges = queries.edges
         number, row = spread(np.searchsorted(edges, mask.bands[:, 0], side="right") - 1, _last(edges, mask.bands[:, 1]))
@@ -384,7 +389,7 @@ def _stacked(parts: Ints, bundle: Ints, band: Ints, *, parted: bool) -> tuple[Fl
     return tall.astype(np.float64), (np.arange(len(parts)) == last).astype(np.float64)
 
 
-def _follows(keys: Side, mask: BandMask) -> Ints:
+def _follows(keys: Operands, mask: BandMask) -> Ints:
     """The unit that each unit of keys follows in the one operand that has it, if both are of one band, else -1, (units,).
 
     Such are the two stretches of a document on a rank of a zigzag: a kernel gets them as one.
@@ -412,7 +417,7 @@ def _risen(row: Ints, begin: Ints, end: Ints, height: Floats, rows: int, width: 
     return risen
 
 
-def _span_of(keys: Side, bands: Ints) -> tuple[Ints, Ints]:
+def _span_of(keys: Operands, bands: Ints) -> tuple[Ints, Ints]:
     """The first unit of keys that each band has a part in, and the one after the last."""
     edges = keys.edges
     first = np.searchsorted(edges, bands[:, 2], side="right") - 1
@@ -444,7 +449,7 @@ def covered(bands: Ints, pad: Ints | None = None) -> Floats:
 class _Stripes(_Sheet):
     """Bands met by stripes of tokens: each stripe of queries with each of keys is a mask of its own."""
 
-    def __init__(self, queries: Side, keys: Side, mask: BandMask) -> None:
+    def __init__(self, queries: Operands, keys: Operands, mask: BandMask) -> None:
         self._queries, self._keys, self._mask, self._inside = queries, keys, mask, queries.inside()
 
     def of(self, first: int, last: int) -> Floats:

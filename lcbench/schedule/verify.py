@@ -15,9 +15,10 @@ from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, Transfer, Uses, traffic
+from lcbench.schedule.layout import tile_areas
 from lcbench.schedule.lowering import Operation
 from lcbench.schedule.program import Program
-from lcbench.schedule.schedule import Schedule
+from lcbench.schedule.schedule import Schedule, Side
 
 
 class ScheduleError(ValueError):
@@ -76,7 +77,8 @@ def verify(schedule: Schedule, mask: Mask, problem: Problem) -> ScheduleCost:
     Raises:
         ScheduleError: it names the step and shows the grid.
     """
-    _check_shards(schedule, mask.num_q)
+    for side, tokens in ((schedule.q, mask.num_q), (schedule.k, mask.num_k)):
+        _check_shards(schedule, side, tokens)
     _check_rows(schedule)
     moves = traffic(schedule, backward=problem.backward)
     for uses, kind in ((moves.queries, "queries"), (moves.keys, "keys")):
@@ -88,11 +90,11 @@ def verify(schedule: Schedule, mask: Mask, problem: Problem) -> ScheduleCost:
     return ScheduleCost(schedule, problem, moves, step_pairs, forward[0], backward[0], forward[1], backward[1])
 
 
-def _check_shards(schedule: Schedule, seqlen: int) -> None:
-    tokens = np.sort(np.concatenate([schedule.shards.tokens(i) for i in range(len(schedule.shards))]))
-    if not np.array_equal(tokens, np.arange(seqlen)):
-        raise ScheduleError(f"the shards do not hold each of {seqlen} tokens exactly once")
-    if len(schedule.owner) != len(schedule.shards) or not ((schedule.owner >= 0) & (schedule.owner < schedule.world_size)).all():
+def _check_shards(schedule: Schedule, side: Side, count: int) -> None:
+    tokens = np.sort(np.concatenate([side.shards.tokens(i) for i in range(len(side))]))
+    if not np.array_equal(tokens, np.arange(count)):
+        raise ScheduleError(f"the shards do not hold each of {count} tokens exactly once")
+    if len(side.owner) != len(side) or not ((side.owner >= 0) & (side.owner < schedule.world_size)).all():
         raise ScheduleError(f"shards need an owner each, among {schedule.world_size} ranks")
     heads = [head for group in schedule.heads for head in range(group.begin, group.end)]
     if sorted(heads) != list(range(len(heads))):
@@ -101,19 +103,20 @@ def _check_shards(schedule: Schedule, seqlen: int) -> None:
 
 def _check_rows(schedule: Schedule) -> None:
     """Every tile, move and return names ranks, head groups, bundles and shards that there are."""
-    ranks, groups, shards, bundles = schedule.world_size, len(schedule.heads), len(schedule.shards), len(schedule.bundles)
-    for bundle in schedule.bundles:
-        if not bundle or not all(0 <= shard < shards for shard in bundle):
-            raise ScheduleError(f"bundle {bundle} does not consist of some of the shards 0 to {shards - 1}")
+    ranks, groups, queries = schedule.world_size, len(schedule.heads), len(schedule.q)
+    for side in (schedule.q, schedule.k):
+        for bundle in side.bundles:
+            if not bundle or not all(0 <= shard < len(side) for shard in bundle):
+                raise ScheduleError(f"bundle {bundle} does not consist of some of the shards 0 to {len(side) - 1}")
+    bundles = len(schedule.q.bundles), len(schedule.k.bundles)
     for number, step in enumerate(schedule.steps):
-        _check_range(
-            number, "tile (rank, head group, bundle of queries, bundle of keys)", step.tiles, (ranks, groups, bundles, bundles)
-        )
+        _check_range(number, "tile (rank, head group, bundle of queries, bundle of keys)", step.tiles, (ranks, groups, *bundles))
         for move in step.moves:
             if move.kind not in SIDES or move.steps < 1:
                 raise ScheduleError(f"step {number}: a move of {move.kind} in {move.steps} steps; kinds are {', '.join(SIDES)}")
+            shards = len(schedule.side(move.kind))
             _check_range(number, "move (from rank, to rank, shard, head group)", move.rows, (ranks, ranks, shards, groups))
-        _check_range(number, "return (from rank, to rank, shard, head group)", step.returns, (ranks, ranks, shards, groups))
+        _check_range(number, "return (from rank, to rank, shard, head group)", step.returns, (ranks, ranks, queries, groups))
 
 
 def _check_range(step: int, what: str, found: Ints, ends: tuple[int, ...]) -> None:
@@ -130,12 +133,12 @@ def _check_moves(schedule: Schedule, uses: Uses, kind: str) -> None:
     """Each item comes to a rank once, from one that has it, before it is used there; nothing is sent for nothing."""
     source, to, shard, group = uses.rows.T
     keys = uses.keys
-    _none(schedule, uses, uses.leaves, to == schedule.owner[shard], kind, "come to their owner")
+    _none(schedule, uses, uses.leaves, to == uses.side.owner[shard], kind, "come to their owner")
     _, repeated = np.unique(keys, return_index=True)
     again = np.ones(len(keys), dtype=bool)
     again[repeated] = False
     _none(schedule, uses, uses.leaves, again, kind, "come a second time")
-    lacking = (source != schedule.owner[shard]) & ((uses.parent < 0) | (uses.arrives[uses.parent] > uses.leaves))
+    lacking = (source != uses.side.owner[shard]) & ((uses.parent < 0) | (uses.arrives[uses.parent] > uses.leaves))
     _none(schedule, uses, uses.leaves, lacking, kind, "are sent by a rank that does not hold them yet")
     _, used = uses.table.find(keys)
     sends_on = np.isin(keys, uses.key(source, shard, group))
@@ -145,7 +148,7 @@ def _check_moves(schedule: Schedule, uses: Uses, kind: str) -> None:
     place, arrived = uses.arrivals.find(uses.table.keys)
     first = uses.table.values[:, 0]
     when = uses.arrives[uses.arrivals.values[place]] if len(uses.rows) else first
-    early = np.nonzero((rank != schedule.owner[shard]) & (~arrived | (when > first)))[0]
+    early = np.nonzero((rank != uses.side.owner[shard]) & (~arrived | (when > first)))[0]
     if len(early):
         i = early[np.argmin(first[early])]
         raise _error(
@@ -164,12 +167,12 @@ def _none(schedule: Schedule, uses: Uses, steps: Ints, wrong: NDArray[np.bool_],
 def _check_returns(schedule: Schedule, uses: Uses) -> None:
     """Every rank that computes others' queries returns each result once, when it is complete."""
     rank, shard, group = uses.unkey(uses.table.keys)
-    owed = rank != schedule.owner[shard]
+    owed = rank != schedule.q.owner[shard]
     for number, step in enumerate(schedule.steps):
         source, to, of, heads = step.returns.T
         place, known = uses.table.find(uses.key(source, of, heads))
         for wrong, what in (
-            (to != schedule.owner[of], "to a rank that does not own it"),
+            (to != schedule.q.owner[of], "to a rank that does not own it"),
             (~known | ~owed[place] if len(owed) else ~known, "which it does not owe"),
             (uses.table.values[place, 1] >= number if len(owed) else ~known, "before it is computed"),
         ):
@@ -185,7 +188,7 @@ def _check_returns(schedule: Schedule, uses: Uses) -> None:
 def _check_tiles(schedule: Schedule, mask: Mask, problem: Problem) -> Ints:
     """Each tile with pairs is computed once for each head group, none twice; and the pairs of each step and rank."""
     pairs, times = _tile_pairs(schedule, mask, problem)
-    computed = np.zeros((len(schedule.heads), len(schedule.shards), len(schedule.shards)), dtype=bool)
+    computed = np.zeros((len(schedule.heads), len(schedule.q), len(schedule.k)), dtype=bool)
     step_pairs = np.zeros((len(schedule.steps), schedule.world_size), dtype=np.int64)
     for number, step in enumerate(schedule.steps):
         for part in schedule.shard_tiles(step):
@@ -211,10 +214,10 @@ def _tile_pairs(schedule: Schedule, mask: Mask, problem: Problem) -> tuple[Ints,
     total = problem.heads.q
     lengths = np.array([len(group) for group in schedule.heads], dtype=np.int64)
     if isinstance(mask, BandMask):
-        pairs = schedule.shards.tile_areas(mask)[None]
+        pairs = tile_areas(mask, schedule.q.shards, schedule.k.shards)[None]
         found = int(pairs.sum() * lengths.sum())
     else:
-        maps = [schedule.shards.tile_areas(mask.bands(i)) for i in range(mask.maps)]
+        maps = [tile_areas(mask.bands(i), schedule.q.shards, schedule.k.shards) for i in range(mask.maps)]
         each = total // mask.maps
         pairs = np.array([np.sum([maps[h // each] for h in range(g.begin, g.end)], axis=0) for g in schedule.heads])
         lengths[:] = 1

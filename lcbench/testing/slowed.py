@@ -36,12 +36,14 @@ class _Slow(RankRun):
     def __init__(self, run: RankRun, seconds: float) -> None:
         self._run, self._seconds, self.tokens = run, seconds, run.tokens
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any]:
         time.sleep(self._seconds)
-        return self._run.forward(q, k, v)
+        return self._run.forward(q, k, v, sink)
 
     def lse(self, saved: Any) -> torch.Tensor:
         return self._run.lse(saved)
 
-    def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, ...]:
         return self._run.backward(dout, saved)

@@ -274,8 +274,8 @@ class CountedRun:
             self._sent = self._sent.plus(Sent(counters.bytes_sent, counters.bytes_between_nodes))
         return result
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-        return self._counted(self._run.forward(q, k, v))
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None) -> Any:
+        return self._counted(self._run.forward(q, k, v, sink))
 
     def resume(self, *args: Any) -> Any:
         return self._counted(self._run.resume(*args))

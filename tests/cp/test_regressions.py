@@ -36,7 +36,8 @@ from lcbench.masks.sliding_window import sliding_window
 from lcbench.measure.inputs import draw
 from lcbench.measure.memory import peak_bytes
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.execute import Executor
+from lcbench.schedule.groups import Groups
 from lcbench.schedule.verify import verify
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import load, names
@@ -73,7 +74,7 @@ def dense(problem: Problem, mask: Mask, inputs: list[torch.Tensor]) -> list[torc
 
 def executor_of(strategy: Scheduled, problem: Problem, mask: Mask, rank: int, groups: Groups) -> tuple[Executor, Any]:
     schedule = strategy.schedule(problem, mask)
-    return Executor(schedule, mask, SDPAFlash(), problem, rank=rank, device=CPU, groups=groups), schedule.layout.tokens(rank)
+    return Executor(schedule, mask, SDPAFlash(), problem, rank=rank, device=CPU, groups=groups), schedule.q.tokens(rank)
 
 
 def results(run: Any, tokens: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -300,7 +301,7 @@ def results_of_any_type(rank: int, ranks: int) -> None:
             if not isinstance(strategy, Scheduled) or strategy.unsupported(problem, mask):
                 continue
             schedule = strategy.schedule(problem, mask)
-            report, tokens = verify(schedule, mask, problem), schedule.layout.tokens(rank)
+            report, tokens = verify(schedule, mask, problem), schedule.q.tokens(rank)
             for kernel in kernels:
                 run = Executor(schedule, mask, kernel, problem, rank=rank, device=CPU, groups=groups)
                 case = f"{strategy} {kernel} {dtype}"

@@ -256,7 +256,7 @@ def tree_traffic() -> Traffic:
     steps = [Step(rows([0], 0, [0], keys), (Move("kv", rows([0, 0], [1, 2], keys, 0)),))]
     steps.append(Step(rows(users[0], 0, users[0], keys), (Move("kv", rows([2], [3], keys, 0)),)))
     steps.append(Step(rows([3], 0, [3], keys)))
-    return traffic(Schedule(RANKS, contiguous(64, RANKS), np.arange(RANKS), heads, singles(RANKS), tuple(steps)), backward=True)
+    return traffic(Schedule.of(RANKS, contiguous(64, RANKS), np.arange(RANKS), heads, singles(RANKS), tuple(steps)), backward=True)
 
 
 def adjoint() -> Figure:

@@ -187,3 +187,36 @@ def test_ten_million_tokens_have_an_exact_area() -> None:
     lengths = np.diff(document_bounds(seqlen, Uniform(1, 200), (0, 0)))
     assert mask.area == int((lengths * (lengths + 1) // 2).sum())
     assert mask.overlap() is None
+
+
+@given(st.data())
+def test_a_tile_of_runs_of_different_strides_is_what_it_is_point_by_point(data: st.DataObject) -> None:
+    num_q, num_k = data.draw(st.integers(1, 24)), data.draw(st.integers(1, 24))
+    cut = data.draw(st.integers(0, num_q))
+    lo = data.draw(st.integers(-24, 24))
+    mask = BandMask.of(
+        num_q, num_k, [Band(0, cut, 0, num_k, lo, lo + data.draw(st.integers(0, 24))), Band(cut, num_q, 0, num_k, hi=lo)]
+    )
+    runs = []
+    for count in (num_q, num_k):
+        stride, start = data.draw(st.integers(1, 5)), data.draw(st.integers(0, count - 1))
+        runs.append(TokenSpan(start, data.draw(st.integers(0, 1 + (count - 1 - start) // stride)), stride))
+    q, k = (run.start + run.stride * np.arange(run.size) for run in runs)
+    tile = mask.tile([runs[0]], [runs[1]])
+    want = dense_mask(num_q, num_k, mask)[np.ix_(q, k)]
+    assert np.array_equal(dense_mask(tile.num_q, tile.num_k, tile.merged()), want)
+    assert tile.area == want.sum()
+
+
+@given(bands(), st.data())
+def test_a_tile_of_many_runs_of_any_stride_is_what_it_is_point_by_point(
+    case: tuple[int, int, list[Band]], data: st.DataObject
+) -> None:
+    num_q, num_k, found = case
+    q_runs, k_runs = (
+        [run for _ in range(data.draw(st.integers(1, 3))) for run in data.draw(runs(count, data.draw(st.integers(1, 4))))]
+        for count in (num_q, num_k)
+    )
+    tile = BandMask.of(num_q, num_k, found).tile(q_runs, k_runs)
+    want = dense_mask(num_q, num_k, found)[np.ix_(tokens_of(q_runs), tokens_of(k_runs))]
+    assert (dense_mask(tile.num_q, tile.num_k, tile) == want).all()

@@ -20,7 +20,7 @@ from lcbench.measure.numerics import misowned
 from lcbench.measure.ranks import EVERY
 from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.masks import names, small_config
 from lcbench.workloads.attention import Attention
 from lcbench.workloads.base import Work

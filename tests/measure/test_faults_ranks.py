@@ -47,7 +47,8 @@ from lcbench.measure.cell import measure_cell
 from lcbench.measure.measured import Measured
 from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Executor, Groups, SavedPass
+from lcbench.schedule.execute import Executor, SavedPass
+from lcbench.schedule.groups import Groups
 from lcbench.schedule.layout import Layout, contiguous, zigzag
 from lcbench.schedule.payload import PAYLOADS
 from lcbench.schedule.program import Exchange, Message, Piece, RankStep, TileCall
@@ -246,7 +247,7 @@ class Square(Faulty):
             call = [call for call, ready in tiles.items() if ready is not None][-1]
             group = self.schedule.heads[call.group]
             of_group = mask.of_heads(group.begin, len(group), self.problem.heads.q)
-            tile = of_group.tile(self.schedule.runs(call.q), self.schedule.runs(call.k)).merged()
+            tile = of_group.tile(self.schedule.q.runs(call.q), self.schedule.k.runs(call.k)).merged()
             assert isinstance(tile, BandMask)
             last = max(band.q1 for band in tile)
             first = min(band.k0 for band in tile if band.q1 == last)
@@ -300,7 +301,7 @@ class FirstLSE(Faulty):
         if number == 0 and self._total is not None:
             self._first_lse = self._total[1].clone()
 
-    def backward(self, dout: torch.Tensor, saved: SavedPass, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: SavedPass, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         return super().backward(dout, replace(saved, lse=self._first_lse), **kwargs)
 
 
@@ -346,13 +347,15 @@ class Memo(Faulty):
         self._kept: dict[Any, Any] = {}
         super().__init__(*args, **kwargs)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, SavedPass]:
-        found = super().forward(q, k, v, **kwargs)
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, SavedPass]:
+        found = super().forward(q, k, v, sink, **kwargs)
         if not self.faulty or self._of == "backward":
             return found
         return self._kept.setdefault(("forward", self._address and v.data_ptr()), found)
 
-    def backward(self, dout: torch.Tensor, saved: SavedPass, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: SavedPass, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         found = super().backward(dout, saved, **kwargs)
         if not self.faulty or self._of == "forward":
             return found
@@ -366,9 +369,11 @@ class KeepsKeys(Faulty):
         self._kept: dict[Any, torch.Tensor] = {}
         super().__init__(*args, **kwargs)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, SavedPass]:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, SavedPass]:
         self._key = k.data_ptr()
-        return super().forward(q, k, v, **kwargs)
+        return super().forward(q, k, v, sink, **kwargs)
 
     def _value(self, kind: str, call: TileCall, number: int) -> torch.Tensor:
         value = super()._value(kind, call, number)
@@ -390,7 +395,7 @@ class Lazy(Faulty):
     def _next(self) -> bool:
         return self.faulty and self._since <= self.passes + 1 < self._until
 
-    def backward(self, dout: torch.Tensor, saved: SavedPass, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: SavedPass, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         found = super().backward(dout, saved, **kwargs | ({"compute": False} if self.wrong else {}))
         self._last_backward = self._last_backward if self.wrong else found
         return self._last_backward
@@ -512,13 +517,15 @@ class OtherBase(RankRun):
     def __init__(self, run: RankRun) -> None:
         self._run, self.tokens = run, run.tokens
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        return self._run.forward(q, k, v)
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any]:
+        return self._run.forward(q, k, v, sink)
 
     def lse(self, saved: Any) -> torch.Tensor:
         return self._run.lse(saved) / math.log(2)
 
-    def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, ...]:
         return self._run.backward(dout, saved)
 
 

@@ -46,7 +46,7 @@ def bounds(schedule: Schedule, mask: Mask, problem: Problem) -> list[float]:
     seen = dense_heads(mask, problem.heads.q)
     found = []
     for rank in range(schedule.world_size):
-        own = schedule.layout.tokens(rank)
+        own = schedule.q.tokens(rank)
         remote = seen[:, own].copy()
         remote[:, :, own] = False
         found.append(

@@ -17,7 +17,7 @@ from lcbench.measure.numerics import one_pass
 from lcbench.measure.probe import Columns, Probe, magnitudes
 from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import names, small
 from lcbench.workloads.attention import Attention, AttentionSession

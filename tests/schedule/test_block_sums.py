@@ -52,8 +52,8 @@ def test_sums_over_a_block_map_are_those_of_its_points(
     mask, dealt = drawn(random, seqlen, even=even), LAYOUTS[layout](seqlen, shards)
     bundles = tuple(tuple(sorted(random.choice(shards, random.integers(1, shards + 1), replace=False))) for _ in range(4))
     q, k = (each.ravel() for each in np.meshgrid(range(4), range(4)))
-    schedule = Schedule(1, dealt, np.zeros(shards, dtype=np.int64), head_groups(HEADS, 1), bundles, (Step(rows(0, 0, q, k)),))
-    sides = [tiling.Side.of(schedule, each) for each in (q, k)]
+    schedule = Schedule.of(1, dealt, np.zeros(shards, dtype=np.int64), head_groups(HEADS, 1), bundles, (Step(rows(0, 0, q, k)),))
+    sides = [tiling.Operands.of(schedule.q, each) for each in (q, k)]
     with pytest.MonkeyPatch.context() as patch:
         if small:
             patch.setattr(block_sums, "STEP", 3)
@@ -73,7 +73,7 @@ def test_sums_over_a_block_map_are_those_of_its_points(
                 assert found[number][2, bundle - 1, unit] == sum(_pieces(mask, number, own, columns[0]) for own in rows_of)
 
 
-def _tokens(side: tiling.Side, unit: int) -> Ints:
+def _tokens(side: tiling.Operands, unit: int) -> Ints:
     return side.start[unit] + side.stride[unit] * np.arange(side.size[unit])
 
 
@@ -132,4 +132,4 @@ def test_a_hybrid_deals_each_document_out_in_zigzag_and_begins_at_another_rank_e
             own = want[sum(groups[:group]) + (place + number) % groups[group]]
             own += [TokenSpan(int(bounds[number]) + run.start, run.size) for run in pieces if run.size]
     assert strategy.unsupported(of, mask) is None
-    assert strategy.schedule(of, mask).shards.shards == tuple(map(tuple, want))
+    assert strategy.schedule(of, mask).q.shards.shards == tuple(map(tuple, want))

@@ -30,7 +30,8 @@ from lcbench.masks.mask import Mask
 from lcbench.measure.inputs import draw
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule import program
-from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.execute import Executor
+from lcbench.schedule.groups import Groups
 from lcbench.schedule.lowering import OPERATIONS
 from lcbench.schedule.verify import verify
 from lcbench.testing.dense import dense_attention, dense_heads
@@ -102,7 +103,7 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
                 continue
             case = f"{strategy} {kernel} {mask_name} P={world_size}"
             schedule = strategy.schedule(problem, mask)
-            own = schedule.layout.tokens(rank)
+            own = schedule.q.tokens(rank)
             executor = Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups)
             shards = [x[own] for x in (q, k, v)]
             got_out, saved = executor.forward(*shards)

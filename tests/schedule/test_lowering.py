@@ -36,7 +36,8 @@ from lcbench.measure.inputs import draw
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule import lowering, program
 from lcbench.schedule.adjoint import traffic
-from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.execute import Executor
+from lcbench.schedule.groups import Groups
 from lcbench.schedule.lowering import OPERATIONS, collectives, sets_of
 from lcbench.schedule.program import Program
 from lcbench.schedule.verify import verify
@@ -176,7 +177,7 @@ def ways(rank: int, ranks: int) -> None:
             if strategy.unsupported(problem, mask):
                 continue
             schedule = strategy.schedule(problem, mask)
-            report, own = verify(schedule, mask, problem), schedule.layout.tokens(rank)
+            report, own = verify(schedule, mask, problem), schedule.q.tokens(rank)
             for way, (kernel, groups, lowered) in everything.items():
                 case = f"{strategy} {way} {heads}"
                 run = Executor(

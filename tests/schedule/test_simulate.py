@@ -139,7 +139,7 @@ def test_a_message_that_may_take_long_shares_its_link_with_the_others() -> None:
     # Both messages take 1 s alone. The short one is there after 2 s, as it has half of the link; the long one then too.
     moves = (Move("kv", rows(0, 1, 0, 0)), Move("kv", rows(0, 1, 1, 0), steps=2, channel="outer"))
     steps = (Step(NO_ROWS, moves), Step(rows(1, 0, 2, 0)), Step(rows(1, 0, 2, 1)), Step(rows([0, 0], 0, [0, 1], [0, 1])))
-    schedule = Schedule(2, contiguous(6, 3), np.array([0, 0, 1]), head_groups(Heads(1, 1, 4), 1), singles(3), steps)
+    schedule = Schedule.of(2, contiguous(6, 3), np.array([0, 0, 1]), head_groups(Heads(1, 1, 4), 1), singles(3), steps)
     of, machine = problem(6, Scale(2, 1), Heads(1, 1, 4)), replace(NOTHING, across=Link(0.0, 64.0))
     found = simulate(Modelled(schedule, full(6), of), machine, PerPair(0.0), memory=False)
     assert found.times[1, :, 3].tolist() == pytest.approx([2.0, 2.0, 2.0, 2.0])
@@ -247,7 +247,8 @@ def test_pieces_are_those_of_the_tile_that_a_kernel_gets(strategy: Scheduled, tm
     assert isinstance(mask, BandMask)
     schedule = strategy.schedule(of, mask)
     every = np.concatenate([step.tiles for step in schedule.steps])
-    want = [len(mask.tile(schedule.runs(schedule.bundles[q]), schedule.runs(schedule.bundles[k]))) for _, _, q, k in every.tolist()]
+    both = ((schedule.q, 2), (schedule.k, 3))
+    want = [len(mask.tile(*(side.runs(side.bundles[tile[c]]) for side, c in both))) for tile in every.tolist()]
     assert tiling(schedule, mask).tiles.pieces.tolist() == want
 
 

@@ -236,7 +236,7 @@ def test_groupcast_sends_what_is_needed_and_no_more(name: str, options: dict[str
     seen = dense_heads(mask, heads.q).any(0)
     distinct = 0
     for rank in range(ranks):
-        own = report.schedule.layout.tokens(rank)
+        own = report.schedule.q.tokens(rank)
         needed = seen[own].any(axis=0)
         needed[own] = False
         distinct += int(needed.sum())
@@ -277,9 +277,9 @@ def test_hybrid_gives_every_document_to_its_sub_group() -> None:
     assert documents(mask)[0].tolist() == [0, 40, 48, 78, 100]
     strategy = Hybrid(groups=[3, 1, 2], documents=[0, 1, 2, 1])
     report = report_of(strategy, mask, problem_of(6, 100))
-    layout = report.schedule.layout
-    assert sorted(t for r in (0, 1, 2) for t in layout.tokens(r).tolist()) == list(range(40))
-    assert sorted(layout.tokens(3).tolist()) == [*range(40, 48), *range(78, 100)]
+    side = report.schedule.q
+    assert sorted(t for r in (0, 1, 2) for t in side.tokens(r).tolist()) == list(range(40))
+    assert sorted(side.tokens(3).tolist()) == [*range(40, 48), *range(78, 100)]
     assert report.forward_bytes[3] == 0
     assert "rank 4" in str(Hybrid(groups=[4, 2]).unsupported(problem_of(6, 100), full(100)))
     assert strategy.unsupported(problem_of(8, 100), mask) == "groups=[3, 1, 2] are 6 ranks, scale=1x8 has 8"
@@ -350,7 +350,7 @@ def test_a_wrong_schedule_is_caught_and_shown() -> None:
         with pytest.raises(ScheduleError, match=message):
             verify(dataclasses.replace(schedule, steps=steps), mask, problem)
     with pytest.raises(ScheduleError, match="do not hold each of 64 tokens"):
-        verify(dataclasses.replace(schedule, shards=contiguous(60, 4)), mask, problem)
+        verify(dataclasses.replace(schedule, q=dataclasses.replace(schedule.q, shards=contiguous(60, 4))), mask, problem)
 
 
 def test_a_result_that_is_not_returned_or_too_early_is_caught() -> None:
@@ -372,10 +372,10 @@ def test_backward_of_a_ring_fetches_one_block_and_walks_back() -> None:
     values = [t for t in backward if t.kind == "kv"]
     assert [t.begin for t in values] == list(range(ranks, 2 * ranks - 1))
     assert all((t.rows[:, 0] == (t.rows[:, 1] + 1) % ranks).all() for t in values[1:])
-    assert (values[0].rows[:, 0] == report.schedule.owner[values[0].rows[:, 2]]).all()
+    assert (values[0].rows[:, 0] == report.schedule.k.owner[values[0].rows[:, 2]]).all()
     gradients = [t for t in backward if t.kind == "dkv"]
     assert len(gradients) == ranks - 1
-    assert (gradients[-1].rows[:, 1] == report.schedule.owner[gradients[-1].rows[:, 2]]).all()
+    assert (gradients[-1].rows[:, 1] == report.schedule.k.owner[gradients[-1].rows[:, 2]]).all()
 
 
 def test_windows_leave_out_what_no_rank_needs() -> None:

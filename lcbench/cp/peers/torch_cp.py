@@ -43,7 +43,7 @@ class TorchCP(LibraryStrategy):
     def __post_init__(self) -> None:
         check_choice("rotate", self.rotate, ROTATIONS)
 
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+    def refused(self, problem: Problem, mask: Mask) -> str | None:
         refused = refused_mask(mask, known="full and causal")
         return refused or refused_length(problem, 2 * problem.scale.world_size)
 
@@ -110,7 +110,9 @@ class TorchRing(RankRun):
         finally:
             options.convert_to_f32, options.enable_load_balance, options.rotate_method = before
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any]:
         query, key, value = (heads_first(x) for x in (q, k, v))
         with self._options(q.dtype):
             out, lse, *_ = self._ring._templated_ring_attention(

@@ -11,8 +11,9 @@ import json
 import re
 import shlex
 
-from lcbench.grid.cell import Cell, flat_config, format_tokens
+from lcbench.grid.cell import Cell, flat_config
 from lcbench.measure.metrics import METRICS, Metric, metric_of
+from lcbench.problem import format_tokens
 from lcbench.runs.attempt import Attempt
 
 HEADLINE = "compute/tflops_per_gpu"

@@ -89,7 +89,7 @@ class pygraph:  # noqa: N801
         return self.outputs[0], self.outputs[1]
 
     def sdpa_backward(
-        self, *, q: Node, k: Node, v: Node, o: Node, dO: Node, stats: Node, name: str, max_total_seq_len_q: int,
+        self, *, q: Node, k: Node, v: Node, o: Node, dO: Node, stats: Node, name: str, max_total_seq_len_q: int,  # noqa: N803
         max_total_seq_len_kv: int, **options: Any,
     ) -> tuple[Node, Node, Node]:  # fmt: skip
         self._options(**options)

@@ -1,0 +1,167 @@
+"""Queries against a cache, values of another dimension than keys, latent heads, sinks: every schedule on real gloo ranks against
+dense float64, and its bytes against what the proof counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from lcbench.cp.base import Scheduled
+from lcbench.cp.ring import Ring
+from lcbench.cp.ulysses import Ulysses
+from lcbench.grid.build import build_strategy
+from lcbench.kernels.reference import Reference
+from lcbench.kernels.sdpa_flash import SDPAFlash
+from lcbench.masks.band import BandMask
+from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softmax
+from lcbench.schedule.execute import Executor
+from lcbench.schedule.groups import Groups
+from lcbench.schedule.lowering import OPERATIONS
+from lcbench.schedule.tiling import tiling
+from lcbench.schedule.verify import verify
+from lcbench.testing.dense import dense_mask
+from lcbench.testing.masks import load, names
+from lcbench.testing.spawn import run_ranks
+
+BOUND = 1e-12
+BATCHES = {
+    "decode": Batch((Requests(3, 1, 13), Requests(1, 1, 1), Requests(2, 1, 7))),
+    "chunk": Batch((Requests(1, 11, 47),)),
+    "mixed": Batch((Requests(2, 6, 6), Requests(3, 1, 9), Requests(1, 5, 20))),
+    "prompts": Batch((Requests(1, 17, 17), Requests(2, 8, 8))),
+}
+SHAPES = {
+    "MHA": (Heads(8, 8, 6), PLAIN),
+    "GQA, sink": (Heads(8, 2, 6), Softmax(sink=True)),
+    "MLA": (Heads(8, 8, 9, 6), PLAIN),
+    "MLA, sink, own scale": (Heads(8, 4, 9, 6), Softmax(sink=True, scale=0.3)),
+    "latent": (Heads(8, 1, 9, 6, latent=True), Softmax(sink=True)),
+}
+
+
+def causal(batch: Batch) -> BandMask:
+    """Each new token sees its request up to itself."""
+    q, k, new, total = batch.q_bounds, batch.k_bounds, batch.new, batch.total
+    last = k[:-1] + total - new - q[:-1]  # the key of a request's first new token, less its row
+    rows = [q[:-1], q[1:], k[:-1], k[1:], np.full(len(batch), -(1 << 40)), last]
+    return BandMask.of(batch.queries, batch.tokens, np.stack(rows, 1))
+
+
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, allowed: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and LSE by a whole matrix of scores, the sink as one more column of it."""
+    each = q.shape[1] // k.shape[1]
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(each, 1)) * scale
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if sink is not None:
+        scores = torch.cat([scores, sink[:, None, None].expand(-1, len(q), 1)], -1)
+    weights = torch.softmax(scores, -1)[..., : len(k)]
+    return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(each, 1)), torch.logsumexp(scores, -1).T
+
+
+def strategies(ranks: int) -> list[Scheduled]:
+    """Every strategy of conf/cp that is a schedule, and layouts of a batch."""
+    named = [s for name in names("cp") if isinstance(s := build_strategy(load("cp", name)), Scheduled)]
+    return [*named, Ring("documents"), Ring("zigzag"), Ring("striped"), *([Ulysses(stages=2)] if ranks < 8 else [])]
+
+
+def check(rank: int, ranks: int) -> None:
+    groups, device, random = Groups(), torch.device("cpu"), torch.Generator().manual_seed(5)
+    ran = set()
+    for number, (name, batch) in enumerate(BATCHES.items()):
+        mask = causal(batch)
+        allowed = torch.from_numpy(dense_mask(mask.num_q, mask.num_k, mask))
+        for place, (shape, (heads, softmax)) in enumerate(SHAPES.items()):
+            if ranks > 4 and (number + place) % 2:
+                continue
+            of = Problem(batch.tokens, heads, Scale(1, ranks), "float64", "forward_backward", batch=batch, softmax=softmax)
+            q = torch.randn(batch.queries, heads.q, heads.dim, dtype=torch.float64, generator=random)
+            k = torch.randn(batch.tokens, heads.kv, heads.dim, dtype=torch.float64, generator=random)
+            v = torch.randn(batch.tokens, heads.kv, heads.v, dtype=torch.float64, generator=random)
+            sink = torch.randn(heads.q, dtype=torch.float64, generator=random) if softmax.sink else None
+            dout = torch.randn(batch.queries, heads.q, heads.v, dtype=torch.float64, generator=random)
+            leaves = [
+                x.clone().requires_grad_() for x in (q, k, *(() if heads.latent else (v,)), *(() if sink is None else (sink,)))
+            ]
+            values = leaves[1][..., : heads.v] if heads.latent else leaves[2]
+            out, lse = dense(leaves[0], leaves[1], values, None if sink is None else leaves[-1], allowed, of.softmax_scale)
+            want = torch.autograd.grad(out, leaves, dout)
+            for strategy in strategies(ranks):
+                if strategy.unsupported(of, mask):
+                    continue
+                case = f"{strategy} {name} {shape} P={ranks}"
+                schedule = strategy.schedule(of, mask)
+                kernel = SDPAFlash() if heads.dim == heads.v and place % 2 == 0 else Reference()
+                run = Executor(schedule, mask, kernel, of, rank=rank, device=device, groups=groups)
+                queries, keys = run.held.q.tokens, run.held.kv.tokens
+                own_k = k[keys]
+                own_v = own_k[..., : heads.v] if heads.latent else v[keys]
+                got, saved = run.forward(q[queries], own_k, own_v, sink)
+                forward_bytes = run.bytes_sent
+                grads = run.backward(dout[queries], saved)
+                if (number + place) % ranks == rank:
+                    report = verify(schedule, mask, of)
+                    assert run.pairs == report.rank_pairs[rank], case
+                    assert forward_bytes == report.forward_bytes[rank], case
+                    assert run.bytes_sent == report.backward_bytes[rank], case
+                    assert run.buffer_bytes == report.buffer_bytes(rank, OPERATIONS["gloo"]), case
+                near(case, "out", got, out.detach()[queries])
+                near(case, "lse", run.lse(saved), lse.detach()[queries])
+                near(case, "dq", grads[0], want[0][queries])
+                for what, one, whole in zip(("dk", "dv"), grads[1:], want[1 : 2 if heads.latent else 3], strict=False):
+                    near(case, what, one, whole[keys])
+                assert len(grads) == len(leaves), case
+                if sink is not None:
+                    total = grads[-1].clone()
+                    dist.all_reduce(total)
+                    near(case, "dsink", total, want[-1])
+                ran.add((name, shape, type(strategy).__name__))
+    for name in BATCHES:
+        for needed in ("Ring", "AllGather", "TokenRing"):
+            assert any(case[0] == name and case[2] == needed for case in ran), (name, needed)
+    dist.barrier()
+
+
+def near(case: str, what: str, got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.shape == want.shape, f"{case}: {what} {tuple(got.shape)} for {tuple(want.shape)}"
+    if got.numel():
+        error = torch.where(got == want, 0.0, got - want).abs().max()
+        assert error <= BOUND, f"{case}: {what} is off by {error}"
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_every_schedule_on_two_sides_is_dense_attention(ranks: int) -> None:
+    run_ranks(ranks, check, ranks)
+
+
+def test_a_strategy_that_shares_queries_and_keys_together_says_that_it_cannot_take_a_cache() -> None:
+    batch = BATCHES["chunk"]
+    of = Problem(batch.tokens, Heads(4, 4, 4), Scale(1, 2), "float64", "forward", batch=batch)
+    for name in ("lightseq", "hybrid"):
+        refused = build_strategy(load("cp", name)).unsupported(of, causal(batch))
+        assert refused == "needs a query for every key: a batch has 11 new tokens of 47", name
+    whole = replace(of, seqlen=11, batch=Batch((Requests(1, 11, 11),)))
+    assert build_strategy(load("cp", "lightseq")).unsupported(whole, causal(Batch((Requests(1, 11, 11),)))) is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_tiles_of_two_sides_have_the_pairs_that_the_proof_counts(ranks: int) -> None:
+    for name, batch in BATCHES.items():
+        mask = causal(batch)
+        of = Problem(batch.tokens, Heads(8, 2, 6), Scale(1, ranks), "float32", "forward_backward", batch=batch)
+        for strategy in strategies(ranks):
+            if strategy.unsupported(of, mask):
+                continue
+            schedule = strategy.schedule(of, mask)
+            made, want = tiling(schedule, mask), verify(schedule, mask, of).step_pairs
+            found = np.zeros(want.shape)
+            np.add.at(found, (made.step, made.rank), made.tiles.pairs * made.tiles.q_heads)
+            assert found == pytest.approx(want), f"{strategy} {name}"
