@@ -131,9 +131,9 @@ def test_dense_libraries(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def everywhere(kernel: Kernel) -> None:
-    """Each mask with some head dims, capped in turn, and one mask with all of them; forward alone where a kernel has no backward."""
-    caps, every, names_of = (0.0, 1.5) if kernel.softcaps else (0.0,), (SHORTER, LONGER, LATENT), tuple(CACHES)
-    plan = [(mask, every[i % 3], caps[i % len(caps)], False) for i, mask in enumerate(names_of)]
+    """Each mask with some head dims, capped in turn, and one mask with all of them. Forward alone where there is no backward."""
+    caps, every = (0.0, 1.5) if kernel.softcaps else (0.0,), (SHORTER, LONGER, LATENT)
+    plan = [(mask, every[i % 3], caps[i % len(caps)], False) for i, mask in enumerate(CACHES)]
     plan += [("mixed", heads, caps[(i + 1) % len(caps)], True) for i, heads in enumerate(every)]
     run = 0
     for mask, heads, softcap, strided in plan:
