@@ -57,14 +57,15 @@ class KVP(Scheduled):
         shard, rank = np.nonzero(reaches)
         away = owner[shard] != rank
         sent = rows(owner[shard[away]], rank[away], shard[away], 0)
-        # The queries of a rank's one tile are a bundle; behind those are what ranks own.
-        computes = np.nonzero(reaches.any(axis=0))[0]
-        bundles = [tuple(np.nonzero(reaches[:, one])[0].tolist()) for one in computes.tolist()]
-        tiles = rows(computes, 0, np.arange(len(computes)), computes)
-        steps = [Step(tiles)]
+        # Of a rank's own queries that no other computes, of others' such, and of those that several compute, each a bundle.
+        kinds = np.where(reaches.sum(axis=1)[shard] > 1, 2, away)
+        tiles = np.unique(np.stack([rank, kinds], axis=1), axis=0)
+        bundles = [tuple(shard[(rank == one) & (kinds == kind)].tolist()) for one, kind in tiles.tolist()]
+        now, later = (rows(tiles[some, 0], 0, np.nonzero(some)[0], tiles[some, 0]) for some in (tiles[:, 1] == 0, tiles[:, 1] > 0))
+        steps = [Step(now)]
         if len(sent):
             returned = sent[:, [1, 0, 2, 3]]
-            steps = [Step(NO_ROWS, (Move("q", sent, kept=True),)), *steps, Step(NO_ROWS, (), returned)]
+            steps = [Step(now, (Move("q", sent, kept=True),)), Step(later), Step(NO_ROWS, (), returned)]
         return Schedule(
             ranks, Side(q, owner, tuple(bundles) or singles(len(q))), Side(keys, every, singles(ranks)),
             head_groups(problem.heads, 1), tuple(steps),
@@ -99,10 +100,12 @@ class KVP(Scheduled):
         return layouts[0], np.array([rank for rank, _ in found], dtype=np.int64), layouts[1], reaches
 
     def _group(self, held: Ints, tokens: int) -> list[int]:
-        """The ranks for a request: neighbours that hold the fewest tokens together, the emptiest of all first where there are
-        several."""
+        """The ranks for a request, each with some of its tokens: neighbours that hold the fewest together; of several such groups,
+        that whose first rank holds the fewest."""
         ranks = len(held)
-        count = ranks if self.tokens_per_rank is None else min(ranks, -(-tokens // self.tokens_per_rank))
+        count = min(ranks, -(-tokens // (self.interleave or 1)))
+        if self.tokens_per_rank is not None:
+            count = min(count, -(-tokens // self.tokens_per_rank))
         sums = np.cumsum([0, *held, *held])
         together = sums[count : count + ranks] - sums[:ranks]
         start = int(np.lexsort((np.arange(ranks), held, together))[0])

@@ -8,81 +8,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from lcbench.cp.base import Passes, Place, RankRun
+from lcbench.cp.exchange import Exchange
 from lcbench.cp.split_cache import Merge, Split
-from lcbench.kernels.base import Kernel, OutLse, Unsupported, accumulation_dtype, prepare
+from lcbench.kernels.base import Kernel, OutLse, Platform, Prepared, Unsupported, accumulation_dtype, prepare, softmax_arguments
+from lcbench.kernels.cache import Cache, CacheKind, PreparedForCache, unread
 from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sink import with_sink
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.execute import MAIN, Counters, FromHost, Groups, Waits, all_gather, reduce_scatter, wait_all
+from lcbench.schedule.execute import Counters, wait_all
 from lcbench.schedule.held import Held
 from lcbench.schedule.layout import Layout
-
-
-class Row:
-    """Collectives among the ranks of a row, and what this rank has sent by them.
-
-    Attributes:
-        size, column: ranks of the row, and this one's place among them.
-        bytes_sent, bytes_between_nodes: see ``Counters``; since ``begin``.
-    """
-
-    def __init__(self, split: Split, problem: Problem, place: Place) -> None:
-        self.size, self.column = len(split.members), split.column
-        self._others = [rank for rank in split.members if rank != place.rank]
-        per_node = problem.scale.gpus_per_node
-        self._away = sum(rank // per_node != place.rank // per_node for rank in self._others)
-        self._group, self._through_host = _communicator(split, place.groups, place.device)
-        self.begin()
-
-    def begin(self, communicate: bool = True) -> None:
-        """Begin a pass; without ``communicate`` nothing moves in it."""
-        self.bytes_sent = self.bytes_between_nodes = 0
-        self._communicate = communicate
-
-    def all_gather(self, target: torch.Tensor, source: torch.Tensor) -> list[Waits]:
-        """``target`` (D, ...) gets the ``source`` (...) of every rank."""
-        return self._run(all_gather, target, source, source.numel())
-
-    def reduce_scatter(self, target: torch.Tensor, source: torch.Tensor) -> list[Waits]:
-        """``target`` (...) gets the sum of all ranks' part for this one of ``source`` (D, ...)."""
-        return self._run(reduce_scatter, target, source, target.numel())
-
-    def all_to_all(self, target: torch.Tensor, source: torch.Tensor) -> list[Waits]:
-        """``target`` (D, ...) gets every rank's part for this one of its ``source`` (D, ...)."""
-        return self._run(_all_to_all, target, source, source.numel() // self.size)
-
-    def _run(self, operation: Callable[..., dist.Work], target: torch.Tensor, source: torch.Tensor, elements: int) -> list[Waits]:
-        """Begin an operation that sends so many elements to each other rank."""
-        if not self._communicate:
-            return []
-        size = elements * source.element_size()
-        self.bytes_sent += size * len(self._others)
-        self.bytes_between_nodes += size * self._away
-        if not self._through_host:
-            return [operation(target.view(-1), source.view(-1), self._group)]
-        landing = torch.empty(target.shape, dtype=target.dtype, pin_memory=True)
-        return [operation(landing.view(-1), source.cpu().view(-1), self._group), FromHost([(landing, target)])]
-
-
-def _communicator(split: Split, groups: Groups, device: torch.device) -> tuple[dist.ProcessGroup | None, bool]:
-    """That of this rank's row, and whether its messages go through the host's memory. Collective; every rank makes every row's."""
-    if len(split.members) == 1:
-        return None, False
-    groups.prepare([(MAIN, row) for row in split.rows])
-    return groups.among(split.members), groups.goes_through_host(device)
-
-
-def _all_to_all(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
-    return dist.all_to_all_single(target, source, group=group, async_op=True)
 
 
 class Merging(ABC):
@@ -102,7 +45,7 @@ class Merging(ABC):
     collectives: ClassVar[tuple[str, ...]]
 
     def __init__(
-        self, row: Row, tokens: int, heads: int, value_dim: int, reduced: torch.dtype, sums: torch.dtype, device: torch.device
+        self, row: Exchange, tokens: int, heads: int, value_dim: int, reduced: torch.dtype, sums: torch.dtype, device: torch.device
     ) -> None:
         self._row, self._heads, self._sums, self._device = row, heads, sums, device
         self._parts = self._buffer((row.size, tokens, heads, value_dim), reduced)
@@ -129,7 +72,7 @@ class Exchanged(Merging):
 
     collectives = ("all_to_all",)
 
-    def __init__(self, row: Row, tokens: int, *rest: Any) -> None:
+    def __init__(self, row: Exchange, tokens: int, *rest: Any) -> None:
         super().__init__(row, tokens, *rest)
         self._arrived = torch.zeros_like(self._parts)
         self._lse, self._lses = (self._buffer((row.size, tokens, self._heads), self._sums) for _ in range(2))
@@ -138,7 +81,7 @@ class Exchanged(Merging):
         if compute:
             self._parts.copy_(self._by_rank(out))
             self._lse.copy_(self._by_rank(lse))
-        wait_all([*self._row.all_to_all(self._arrived, self._parts), *self._row.all_to_all(self._lses, self._lse)])
+        wait_all([*self._row.to_all(self._arrived, self._parts), *self._row.to_all(self._lses, self._lse)])
         total = self._arrived[0].to(self._sums, copy=True), self._lses[0].clone()
         for part in zip(self._arrived[1:], self._lses[1:], strict=True) if compute else ():
             merge_into(*total, *part)
@@ -150,19 +93,19 @@ class Summed(Merging):
 
     collectives = ("all_gather", "reduce_scatter")
 
-    def __init__(self, row: Row, tokens: int, *rest: Any) -> None:
+    def __init__(self, row: Exchange, tokens: int, *rest: Any) -> None:
         super().__init__(row, tokens, *rest)
         self._lses = self._buffer((row.size, tokens, row.size * self._heads), self._sums)
         self._total = torch.zeros_like(self._parts[0])
 
     def merged(self, out: torch.Tensor, lse: torch.Tensor, compute: bool) -> OutLse:
-        wait_all(self._row.all_gather(self._lses, lse))
+        wait_all(self._row.gather(self._lses, lse))
         whole = self._lses.logsumexp(0)
         if compute:
             share = torch.exp(lse - whole).nan_to_num_(nan=0.0)  # a row that sees no key at all has no share
             self._parts.copy_(self._by_rank(out * share[:, :, None]))
-        wait_all(self._row.reduce_scatter(self._total, self._parts))
-        first = self._row.column * self._heads
+        wait_all(self._row.sum_scattered(self._total, self._parts))
+        first = self._row.place * self._heads
         return self._total.to(self._sums, copy=True), whole[:, first : first + self._heads].contiguous()
 
 
@@ -174,7 +117,7 @@ class Gathering:
 
     collectives = ("all_gather",)
 
-    def __init__(self, row: Row, tokens: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, row: Exchange, tokens: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self._row = row
         self._arrived = torch.zeros((row.size, tokens, heads, dim), dtype=dtype, device=device)
         self._queries = torch.zeros((tokens, row.size * heads, dim), dtype=dtype, device=device)
@@ -185,7 +128,7 @@ class Gathering:
 
     def gathered(self, q: torch.Tensor) -> torch.Tensor:
         """(T, H, D) from (T, H/D, D) of each rank."""
-        wait_all(self._row.all_gather(self._arrived, q.contiguous()))
+        wait_all(self._row.gather(self._arrived, q.contiguous()))
         self._queries.unflatten(1, (self._row.size, -1)).copy_(self._arrived.transpose(0, 1))
         return self._queries
 
@@ -201,8 +144,8 @@ class SplitRun(RankRun):
         self.tokens = split.held.out.tokens
         self._split, self._problem, self._device = split, problem, place.device
         self._input: torch.dtype = getattr(torch, problem.dtype)
-        self._sums = accumulation_dtype(self._input)
-        self._row = Row(split, problem, place)
+        self._sums, self._softmax = accumulation_dtype(self._input), softmax_arguments(problem)
+        self._row = Exchange(problem, place, split.rows)
         self._gathering = self._merging = None
         if self._row.size > 1:
             own, tokens = split.heads.q // self._row.size, problem.queries
@@ -221,7 +164,7 @@ class SplitRun(RankRun):
         split = self._split
         tile = mask.of_heads(split.first, split.heads.q, self._problem.heads.q).tile(split.q_runs, split.k_runs).merged()
         self._kernel = prepare(kernel, tile, split.heads, self._input, self._device) if len(tile) else None
-        self._contiguous = kernel.contiguous_kv
+        self._asked, self._contiguous = kernel, kernel.contiguous_kv
         self._pairs = tile.pairs(split.heads.q)
         taken = Layout((split.q_runs,)).tokens(0)
         self._order = self._place = None
@@ -244,9 +187,32 @@ class SplitRun(RankRun):
 
         Without ``compute`` or without ``communicate`` everything else is done as usual, and the results mean nothing.
         """
-        self._row.begin(communicate)
+        if self._contiguous:
+            k, v = k.contiguous(), v.contiguous()
+        return self._pass(q, lambda kernel, queries: kernel.forward(queries, k, v, **self._softmax), sink, compute, communicate)
+
+    def reads(self, kind: CacheKind) -> str | None:
+        of_row = replace(self._problem, heads=self._split.heads)
+        return unread(self._asked, kind, of_row, Platform.of(self._device))
+
+    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.reads(cache.kind) is not None:
+            return self.forward(q, *cache.read(), sink)
+        attend = lambda kernel, queries: cast(PreparedForCache, kernel).forward_cache(queries, cache, **self._softmax)  # noqa: E731
+        return self._pass(q, attend, sink)
+
+    def _pass(
+        self,
+        q: torch.Tensor,
+        attend: Callable[[Prepared, torch.Tensor], OutLse],
+        sink: torch.Tensor | None,
+        compute: bool = True,
+        communicate: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Results of this rank's heads; ``attend``: partial ones of the row's, over this rank's own keys."""
+        self._row.begin(communicate=communicate)
         queries = self._gathering.gathered(q) if self._gathering else q
-        out, lse = self._attend(queries, k, v) if compute and self._kernel else self._nothing()
+        out, lse = self._partial(queries, attend) if compute and self._kernel else self._nothing()
         if self._merging:
             out, lse = self._merging.merged(out, lse, compute)
         if sink is not None:
@@ -255,16 +221,10 @@ class SplitRun(RankRun):
             out, lse = with_sink(out, lse, sink[own.start : own.stop])
         return out.to(self._input), lse
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> OutLse:
-        """Partial results over this rank's own keys."""
+    def _partial(self, q: torch.Tensor, attend: Callable[[Prepared, torch.Tensor], OutLse]) -> OutLse:
+        """Results over this rank's own keys, of queries in the order in which they come."""
         assert self._kernel is not None
-        if self._contiguous:
-            k, v = k.contiguous(), v.contiguous()
-        if self._order is not None:
-            q = q.index_select(0, self._order)
-        softmax = self._problem.softmax
-        more = {"softcap": softmax.softcap} if softmax.softcap else {}
-        out, lse = self._kernel.forward(q, k, v, softmax_scale=self._problem.softmax_scale, **more)
+        out, lse = attend(self._kernel, q if self._order is None else q.index_select(0, self._order))
         if self._place is not None:
             out, lse = out.index_select(0, self._place), lse.index_select(0, self._place)
         return out, lse.to(self._sums).contiguous()

@@ -129,6 +129,8 @@ METRICS = (
     Metric("model/step_s", "s", "scaled, not measured: what a step of the whole model would take, without its embedding", "lower"),
     Metric("model/tokens_per_s_per_gpu", "token/s", "scaled, not measured: tokens of a step / (`model/step_s` x ranks)", "higher"),
     Metric("model/mfu", "0..1", "scaled, not measured: FLOPs of the whole model's step over its time and peak", "higher"),
+    Metric("denoise/<phase>/steps", "1", "steps of denoising that the phase has"),
+    Metric("denoise/<phase>/step_s", "s", "its median over these: what a step takes, all its layers", "lower"),
     Metric(
         "memory/peak_bytes", "byte",
         "worst rank's peak of one iteration above what was in use before the kernel was made ready, without the inputs (CUDA "
@@ -219,25 +221,24 @@ METRICS = (
     Metric("check/<x>_bound", "as x", "what is allowed of that element", None, "max"),
     Metric(
         "check/distance", "1",
-        "of a strategy that approximates: how far out is from what the cell's own mask gives, by the rows of the reference: the "
-        "root of the sum of the squares of what is between them, over that of what is exact. Its other checks are against the mask "
-        "that it computes", "lower", "max",
+        "of a strategy that approximates: how far out is from what the cell's own mask gives of the keys of now, by the rows of the "
+        "reference: the root of the sum of the squares of what is between them, over that of what is exact; of denoising in the "
+        "steps of its last phase. Its other checks are against what it computes", "lower", "max",
     ),
-    Metric(
-        "serving/us_per_token", "us",
-        "of a batch of requests: the median of `forward` over its new tokens", "lower",
-    ),
+    Metric("serving/new_tokens", "token", "new tokens of a pass, of all context-parallel groups"),
+    Metric("serving/tokens_per_gpu", "token", "the same over the ranks"),
+    Metric("serving/us_per_token", "us", "the median of `forward` over its new tokens", "lower"),
     Metric("serving/tokens_per_s", "token/s", "new tokens over the median of `forward`", "higher"),
-    Metric("serving/tokens_per_s_per_gpu", "token/s", "the same over the ranks", "higher"),
+    Metric("serving/tokens_per_s_per_gpu", "token/s", "`serving/tokens_per_gpu` over the median of `forward`", "higher"),
     Metric(
-        "serving/cache_bytes_per_token", "byte",
-        "what all ranks together store of the keys and values of a token of a request, scales of a quantised cache included",
-        "lower",
+        "serving/cache_bytes", "byte", "bytes of the cache that `forward` has to read at the least, scales of a quantised one "
+        "included, of the rank with most",
     ),
+    Metric("serving/cache_bytes_per_token", "byte", "the same of all ranks, over the new tokens", "lower"),
     Metric(
         "serving/cache_gb_per_s", "GB/s",
-        "bytes of the cache that `forward` has to read at the least, of the rank with most, over its median: near the rate of its "
-        "memory, a decode step is as fast as its cache allows", "higher",
+        "`serving/cache_bytes` over the median of `forward`: near the rate of its memory, a decode step is as fast as its cache "
+        "allows", "higher",
     ),
     Metric(
         "serving/bytes_sent_per_token", "byte", "what the rank that sends most sends in `forward`, over the new tokens", "lower",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,87 +16,17 @@ from lcbench.cp.helix import Helix
 from lcbench.cp.split_cache import split
 from lcbench.grid.build import build_strategy
 from lcbench.kernels.base import Kernel, OutLse, Platform, Prepared
-from lcbench.kernels.naive import Naive
+from lcbench.kernels.cache import Cache, CacheKind
 from lcbench.masks.band import Band, BandMask
 from lcbench.masks.block_random import block_random
 from lcbench.masks.causal import causal
-from lcbench.masks.full import full
-from lcbench.masks.sliding_window import sliding_window
 from lcbench.problem import Batch, Heads, Problem, Requests, Scale, Softmax
 from lcbench.schedule.build import ranks_of
 from lcbench.schedule.groups import Groups
 from lcbench.testing.dense import dense_heads
 from lcbench.testing.masks import load
 from lcbench.testing.spawn import run_ranks
-
-CPU = torch.device("cpu")
-BOUND = 1e-12
-NAIVE = Naive()
-BATCHES = {
-    "decode": Batch((Requests(3, 1, 17), Requests(1, 1, 1), Requests(1, 1, 40))),
-    "chunked prefill": Batch((Requests(1, 5, 23), Requests(2, 3, 3), Requests(1, 9, 31))),
-    "mixed": Batch((Requests(1, 7, 12), Requests(4, 1, 9), Requests(1, 2, 2))),
-}
-HEADS = {
-    "MHA": Heads(24, 24, 8), "GQA": Heads(24, 4, 8), "MLA": Heads(24, 24, 12, 8), "latent": Heads(24, 1, 12, 8, latent=True),
-}  # fmt: skip
-# A mask, and whether position q of a request sees its position k.
-SEES: dict[str, tuple[Callable[[int], BandMask], Callable[[Any, Any], Any]]] = {
-    "causal": (causal, lambda q, k: k <= q),
-    "full": (full, lambda q, k: k >= 0),
-    "window": (lambda n: sliding_window(n, left=4, right=0), lambda q, k: (k <= q) & (k >= q - 4)),
-}
-
-
-def mask_of(batch: Batch, family: Callable[[int], BandMask]) -> BandMask:
-    """The last rows of the family's mask for every request."""
-    parts = [np.empty((0, 6), dtype=np.int64)]
-    for new, total, q, k in zip(batch.new, batch.total, batch.q_bounds, batch.k_bounds, strict=False):
-        bands = family(int(total)).crop(int(total - new), int(total), 0, int(total)).bands
-        parts.append(bands + np.array([q, q, k, k, k - q, k - q]))
-    return BandMask(batch.queries, batch.tokens, np.concatenate(parts))
-
-
-def seen(batch: Batch, sees: Callable[[Any, Any], Any]) -> torch.Tensor:
-    """(queries, keys), request by request from where its tokens stand in it."""
-    found = torch.zeros(batch.queries, batch.tokens, dtype=torch.bool)
-    for new, total, q, k in zip(
-        *(x.tolist() for x in (batch.new, batch.total, batch.q_bounds[:-1], batch.k_bounds[:-1])), strict=True
-    ):
-        found[q : q + new, k : k + total] = sees(torch.arange(total - new, total)[:, None], torch.arange(total)[None])
-    return found
-
-
-def dense(problem: Problem, allowed: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and LSE head by head, with a sink as one more score whose value is zero; ``allowed``: (Tq, Tk), or (Hq, Tq, Tk)."""
-    outs, lses = [], []
-    for head in range(problem.heads.q):
-        of = head * problem.heads.kv // problem.heads.q
-        scores = inputs["q"][:, head] @ inputs["k"][:, of].T * problem.softmax_scale
-        if problem.softmax.softcap:
-            scores = problem.softmax.softcap * torch.tanh(scores / problem.softmax.softcap)
-        scores[~(allowed[head] if allowed.ndim == 3 else allowed)] = -torch.inf
-        values = inputs["v"][:, of]
-        if problem.softmax.sink:
-            scores = torch.cat([scores, inputs["sink"][head].expand(len(scores), 1)], 1)
-            values = torch.cat([values, torch.zeros_like(values[:1])])
-        lse = scores.logsumexp(1)
-        outs.append(torch.exp(scores - lse.nan_to_num(neginf=0.0)[:, None]) @ values)
-        lses.append(lse)
-    return torch.stack(outs, 1), torch.stack(lses, 1)
-
-
-def drawn(problem: Problem) -> dict[str, torch.Tensor]:
-    heads = problem.heads
-    shapes = {
-        "q": (problem.queries, heads.q, heads.dim), "k": (problem.seqlen, heads.kv, heads.dim),
-        "v": (problem.seqlen, heads.kv, heads.v), "sink": (heads.q,),
-    }  # fmt: skip
-    generator = torch.Generator().manual_seed(5)
-    found = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
-    if heads.latent:
-        found["v"] = found["k"][..., : heads.v]
-    return found
+from tests.cp.batches import BATCHES, BOUND, CPU, HEADS, NAIVE, SEES, dense, drawn, mask_of, near, seen
 
 
 def given(run: Any, problem: Problem, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -169,10 +98,7 @@ def check(
     own = run.held.out
     assert own.heads is not None
     for got, whole in zip((out, run.lse(saved)), want, strict=True):
-        exact = whole[own.tokens][:, own.heads.start : own.heads.stop]
-        assert got.shape == exact.shape, case
-        error = torch.where(torch.isinf(got) & torch.isinf(exact), 0.0, got - exact).abs().max()
-        assert error <= bound, f"{case}: {error}"
+        near(case, got, whole[own.tokens][:, own.heads.start : own.heads.stop], bound)
     counters = run.counters()
     assert counters.bytes_sent == formula(strategy, problem), case
     pairs = torch.tensor(counters.pairs)
@@ -192,7 +118,7 @@ def check(
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, 2, 3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (4, 8))])
 def test_results_are_those_of_dense_attention_and_bytes_those_of_the_formula(ranks: int) -> None:
     run_ranks(ranks, check_all, ranks)
 
@@ -264,15 +190,54 @@ def check_softcap(rank: int, ranks: int) -> None:
         check(strategy, problem, mask_of(batch, causal), inputs, want, Place(rank, CPU, groups), str(strategy), Capped())
 
 
+@dataclass(frozen=True)
+class Reader(Capped):
+    """A kernel that reads contiguous caches alone."""
+
+    def reads(self, kind: CacheKind, problem: Problem, platform: Platform) -> str | None:
+        assert (problem.heads.q, problem.heads.kv) == (8, 2)  # of the row: one of all ranks
+        return None if kind.page is None else "reads no pages"
+
+    def prepare(self, mask: Any, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        return PreparedReader(torch.from_numpy(np.array(dense_heads(mask, heads.q))), heads)
+
+
+class PreparedReader(PreparedCapped):
+    def forward_cache(self, q: torch.Tensor, cache: Cache, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
+        assert cache.kind.page is None
+        return self.forward(q, *cache.read(), softmax_scale=softmax_scale, softcap=softcap)
+
+
+def check_caches(rank: int, ranks: int) -> None:
+    """A cache is read where it lies by a kernel that can, and as a copy otherwise, with the same results."""
+    groups, batch = Groups(), BATCHES["mixed"]
+    softmax = Softmax(sink=True, softcap=2.0)
+    problem = Problem(batch.tokens, Heads(8, 2, 8), Scale(1, ranks), "float64", "forward", batch=batch, softmax=softmax)
+    inputs = drawn(problem)
+    for strategy in (DCP(ranks, interleave=4), DCP(ranks, merge="all_to_all"), Helix(ranks)):
+        for kernel in (Reader(), Capped()):
+            run = strategy.start(problem, mask_of(batch, causal), kernel, Place(rank, CPU, groups))
+            q, k, v, sink = given(run, problem, inputs)
+            want, saved = run.forward(q, k, v, sink)
+            edges = np.searchsorted(run.held.kv.tokens, batch.k_bounds)
+            for page in (None, 4):
+                cache = Cache.of(k, v, tuple(np.diff(edges).tolist()), CacheKind(page))
+                assert (run.reads(cache.kind) is None) == (page is None and isinstance(kernel, Reader))
+                got, again = run.forward_cache(q, cache, sink)
+                near(f"{strategy} {kernel} {page}", got, want)
+                near(f"{strategy} {kernel} {page}", run.lse(again), run.lse(saved))
+
+
 def check_the_rest(rank: int, ranks: int) -> None:
     check_whole_sequences(rank, ranks)
     check_types(rank, ranks)
     check_softcap(rank, ranks)
+    check_caches(rank, ranks)
     check_bytes(rank, ranks)
 
 
 @pytest.mark.gloo
-def test_whole_sequences_half_types_softcaps_and_long_contexts() -> None:
+def test_whole_sequences_half_types_softcaps_caches_and_long_contexts() -> None:
     run_ranks(4, check_the_rest, 4)
 
 
@@ -285,7 +250,7 @@ def check_bytes(rank: int, ranks: int) -> None:
         for total in (4 << 10, 1 << 20):
             batch = Batch((Requests(1, 1, total),))
             problem = Problem(batch.tokens, heads, Scale(2, ranks // 2), "float32", "forward", batch=batch)
-            run = strategy.start(problem, mask_of(batch, causal), Naive(), Place(rank, CPU, groups))
+            run = strategy.start(problem, mask_of(batch, causal), NAIVE, Place(rank, CPU, groups))
             assert len(run.held.kv.tokens) == total // ranks
             run.forward(
                 *(torch.zeros(n, h, 8) for n, h in ((1, 1 if isinstance(strategy, DCP) else 4), *[(total // ranks, 1)] * 2))
