@@ -116,7 +116,7 @@ def sound(rank: int) -> None:
 def wrong(rank: int) -> None:
     cases: list[tuple[type[Strategy], type[Around], str, str]] = [
         (DCP, OtherHeads, "decode", "GQA, sink"),
-        (Helix, OtherHeads, "mixed", "softcap"),
+        (Helix, OtherHeads, "mixed", "GQA, sink"),
         (Helix, NotItsOwn, "decode", "GQA, sink"),
         (DCP, SinkOnEveryRank, "decode", "GQA, sink"),
         (Ring, SinkOnEveryRank, "mixed", "GQA, sink"),
