@@ -1,28 +1,28 @@
-"""APB (arXiv 2502.12085; thunlp/APB, ``ring_flash_attn/lring_flash_attn.py``): Star Attention with a small anchor, and with keys that
-ranks pass on.
+"""APB: Star Attention with a small anchor, and with keys that blocks pass on (arXiv 2502.12085; thunlp/APB).
 
-Of each block of a prompt a selector chooses, for each key/value head by itself, ``passing`` keys that are not in the anchor. They are
-all-gathered with their values, 2 of ``passing`` x Hk heads to each other rank: (P-1) passing Hk (D + Dv) b bytes of a prompt, of latent
-heads (P-1) passing Hk D b. Rank r puts those of the ranks before it in front of what it is given, so that its queries see passing
-keys, anchor and their own block, causally; the anchor's own queries see the anchor alone. After the attention what was passed is
-dropped. Requests with a cache are those of Star Attention, exact.
+Of each block of a prompt a selector chooses ``passing`` keys that are not in the anchor, for each key/value head by itself. They
+are all-gathered with their values: (P-1) passing Hk (D + Dv) b bytes of a prompt, of latent heads (P-1) passing Hk D b. Rank r puts
+those of the ranks before it in front of what it is given: its queries see passing keys, anchor and their own block, causally, and
+the anchor's own queries see the anchor alone (``ring_flash_attn/lring_flash_attn.py`` there). What was passed on is dropped after
+the attention. Requests with a cache are those of Star Attention, exact.
 
-Which keys a pass has seen is in its data: ``APBRun.chosen`` tells.
+Which keys a pass saw depends on its data: ``APBRun.chosen`` tells.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lcbench.cp.base import Place, Strategy
-from lcbench.cp.blocks import OWN, BlockRun, Blocks, refusal, spans
+from lcbench.cp.blocks import OWN, Answer, BlockRun, Blocks, lengths, refusal, spans
 from lcbench.cp.selectors.base import Block, Selector
 from lcbench.cp.selectors.oracle import Oracle
 from lcbench.kernels.base import Kernel
-from lcbench.masks.band import OPEN, BandMask, Ints, TokenSpan
+from lcbench.masks.band import OPEN, BandMask, Ints, TokenSpan, spread
 from lcbench.masks.by_head import BandsByHead
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class APB(Strategy):
-    """``anchor``: tokens of the anchor; ``passing``: keys of each block and key/value head that are passed on; ``selector``: how they
-    are chosen."""
+    """``anchor``: its tokens; ``passing``: keys of each block and key/value head that are passed on; ``selector``: which ones."""
 
     anchor: int = 4096
     passing: int = 2048
@@ -53,7 +52,9 @@ class APB(Strategy):
         blocks = Blocks.of(problem, self.anchor)
         if blocks.hides(mask):
             return "needs a mask by which a prompt's queries see all keys before their block, such as causal"
-        if self.passing > (most := int(_choices(blocks)[blocks.prompts].min(initial=self.passing))):
+        beside = blocks.sizes[blocks.prompts]
+        beside[:, 0] -= self.anchor
+        if self.passing > (most := int(beside.min(initial=self.passing))):
             return f"passing={self.passing} is more than the {most} keys of a prompt's block beside its anchor"
         return None
 
@@ -65,11 +66,15 @@ class APB(Strategy):
         return APBRun(problem, mask, kernel, place, Blocks.of(problem, self.anchor), self)
 
 
-def _choices(blocks: Blocks) -> Ints:
-    """Keys that each block has beside the anchor, (requests, P)."""
-    found = blocks.sizes.copy()
-    found[:, 0] -= blocks.anchors
-    return found
+class Prompt(NamedTuple):
+    """Of a prompt: rows of this rank's block among the queries and keys that it is given, rows of the last queries, and which keys
+    of the block these see, bool (last, keys)."""
+
+    number: int
+    q: slice
+    k: slice
+    last: torch.Tensor
+    sees: torch.Tensor
 
 
 class APBRun(BlockRun):
@@ -77,159 +82,130 @@ class APBRun(BlockRun):
 
     def __init__(self, problem: Problem, mask: BandMask, kernel: Kernel, place: Place, blocks: Blocks, options: APB) -> None:
         selector = options.selector
-        self._passed = np.where(blocks.prompts & (blocks.ranks > 1), options.passing, 0)  # keys of a block, (requests,)
-        self._before = place.rank * self._passed  # that arrive from the ranks before, (requests,)
+        # By request: keys that a block passes on, and keys that arrive here from the blocks before.
+        self._passing = np.where(blocks.prompts & (blocks.ranks > 1), options.passing, 0)
+        self._arriving = place.rank * self._passing
         begin, end = blocks.q_bounds[:-1], blocks.q_bounds[1:]
-        last = np.stack([np.maximum(begin, end - selector.asks), end], axis=1)[self._passed > 0]
-        asked = [np.arange(*each) for each in last.tolist()]
-        super().__init__(problem, mask, kernel, place, blocks, np.concatenate([np.empty(0, dtype=np.int64), *asked]))
+        last = np.stack([np.maximum(begin, end - selector.asks), end], axis=1)[self._passing > 0]
+        super().__init__(problem, mask, kernel, place, blocks, spread(*last.T)[1])
         self.negates = selector.odd
         self._scores = selector.start(problem, place.device, self.exchange)
         self._lay_out()
-        self._look_at_blocks(mask, asked)
+        self._prompts = self._look(mask, last)
 
     def _lay_out(self) -> None:
-        """Where in the operand what this rank is given lies, and what arrives: request after request, what arrives first."""
+        """Where in the kernel's operand lies what this rank is given, and what arrives: request by request, what arrives first."""
+        given = lengths(self.keys).sum(1)
+        ends = np.cumsum(given + self._arriving)
+        number, row = spread(np.zeros_like(given), given)
+        held = row + (ends - given)[number]
+        # What arrives is in order of ranks, and of each in order of requests.
+        number, row = spread(np.zeros_like(given), self._passing)
+        starts, rank = (ends - given - self._arriving)[number], np.arange(self.rank)[:, None]
+        arriving = starts + rank * self._passing[number] + row
+        self._held_at, self._arriving_at, self._length = self._index(held), self._index(arriving.ravel()), int(ends[-1])
+
+    def _index(self, values: NDArray[Any]) -> torch.Tensor:
         import torch
 
-        lengths = np.diff(self.keys, axis=-1)[..., 0].sum(1)
-        ends = np.cumsum(lengths + self._before)
-        number = np.repeat(np.arange(len(lengths)), lengths)
-        held = np.arange(lengths.sum()) + np.cumsum(self._before)[number]
-        starts, count = ends - lengths - self._before, self._passed
-        arrives = [
-            start + rank * n + np.arange(n)
-            for rank in range(self.rank)
-            for start, n in zip(starts.tolist(), count.tolist(), strict=True)
-        ]
-        places = held, np.concatenate([np.empty(0, dtype=np.int64), *arrives])
-        self._held_at, self._arrives_at = (torch.from_numpy(x).to(self.device) for x in places)
-        self._length = int(ends[-1])
+        return torch.from_numpy(values).to(self.device)
 
-    def _look_at_blocks(self, mask: BandMask, asked: list[Ints]) -> None:
-        """Of each prompt: its rows among the queries and the keys that this rank is given, where the last queries lie, what they see."""
-        import torch
-
-        sizes = [np.diff(side, axis=-1)[..., 0] for side in (self.queries, self.keys)]
-        starts = [np.cumsum(size.ravel()).reshape(size.shape) - size for size in sizes]
-        given = np.argsort(self.held.q.tokens, kind="stable")
-        self._blocks = []
-        for request, last in zip(np.nonzero(self._passed)[0].tolist(), asked, strict=True):
-            q, k = (
-                slice(int(at[request, OWN]), int(at[request, OWN] + n[request, OWN])) for at, n in zip(starts, sizes, strict=True)
-            )
-            at = given[np.searchsorted(self.held.q.tokens, last, sorter=given)]
-            sees = mask.tile([TokenSpan(int(last[0]), len(last))] if len(last) else [], spans(self.keys[request, OWN]))
-            where = torch.from_numpy(at).to(self.device), torch.from_numpy(_dense(sees)).to(self.device)
-            self._blocks.append((request, q, k, *where))
+    def _look(self, mask: BandMask, last: Ints) -> list[Prompt]:
+        """The prompts; ``last``: the stretch of last queries of each."""
+        sides = self.queries, self.keys
+        q_end, k_end = (np.cumsum(lengths(side).sum(1)) for side in sides)
+        q_size, k_size = (lengths(side)[:, OWN] for side in sides)
+        order, found = np.argsort(self.held.q.tokens, kind="stable"), []
+        for number, (begin, end) in zip(np.nonzero(self._passing)[0].tolist(), last.tolist(), strict=True):
+            q, k = (slice(int(stop[number] - size[number]), int(stop[number])) for stop, size in ((q_end, q_size), (k_end, k_size)))
+            at = order[np.searchsorted(self.held.q.tokens, np.arange(begin, end), sorter=order)]
+            sees = mask.tile([TokenSpan(begin, end - begin)], spans(self.keys[number, OWN]))
+            found.append(Prompt(number, q, k, self._index(at), self._index(_dense(sees))))
+        return found
 
     @property
     def communicates(self) -> bool:
-        return super().communicates or bool(self._passed.any())
+        return super().communicates or bool(self._prompts)
 
-    # -- the operand -----------------------------------------------------------------------------------------------
+    @property
+    def as_given(self) -> bool:
+        return not self._prompts
+
+    # -- the kernel's call -----------------------------------------------------------------------------------------
 
     def tile(self, tile: BandMask) -> BandMask:
-        """Keys of each request move behind those that arrive for it, which its own queries see."""
-        if not self._before.any():
-            return tile
-        sizes = [np.diff(side, axis=-1)[..., 0] for side in (self.queries, self.keys)]
-        q_ends, k_ends = (np.cumsum(size.sum(1)) for size in sizes)
-        # A band of a tile lies within one stretch of keys.
-        shift = np.cumsum(self._before)[np.searchsorted(k_ends, tile.bands[:, 2], side="right")]
+        """Keys of each request move behind those that arrive for it, which the queries of its own block see."""
+        q_end, k_end = (np.cumsum(lengths(side).sum(1)) for side in (self.queries, self.keys))
+        behind = np.cumsum(self._arriving)
+        shift = behind[np.searchsorted(k_end, tile.bands[:, 2], side="right")]  # a band lies within one request
         moved = tile.bands + shift[:, None] * np.array([0, 0, 1, 1, 1, 1])
-        begin = k_ends - sizes[1].sum(1) + np.cumsum(self._before) - self._before
-        rows = [
-            q_ends - sizes[0][:, OWN],
-            q_ends,
-            begin,
-            begin + self._before,
-            np.full_like(begin, -OPEN),
-            np.full_like(begin, OPEN),
-        ]
-        arrived = np.stack(rows, axis=1)[self._before > 0]
-        return BandMask.of(tile.num_q, tile.num_k + int(self._before.sum()), np.concatenate([moved, arrived]))
+        begin = k_end - lengths(self.keys).sum(1) + behind - self._arriving
+        arriving = _rectangles(q_end - lengths(self.queries)[:, OWN], q_end, begin, begin + self._arriving)
+        return BandMask.of(tile.num_q, tile.num_k + int(behind[-1]), np.concatenate([moved, arriving]))
 
     def more_pairs(self) -> int:
-        return int(np.diff(self.queries[:, OWN], axis=-1)[:, 0] @ self._before)
+        return int(lengths(self.queries)[:, OWN] @ self._arriving)
 
     def operand(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compute: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Keys and values of the kernel's call, and the tokens that this rank passed on, (keys, Hk). Collective."""
-        if not self._blocks:
+        """Keys and values of the kernel's call, and the rows of k that this rank passes on, (keys, Hk). Collective."""
+        if not self._prompts:
             return k, v, None
-        rows = self._choose(q, k, v, compute=compute)
-        arrived = self.exchange.all_gather(self._gathered(rows, k, v))
+        import torch
+
+        heads = self.problem.heads
+        rows = self._chosen_rows(q, k, v, compute=compute)
+        parts = [torch.gather(x, 0, rows[..., None].expand(-1, -1, x.shape[-1])) for x in ((k,) if heads.latent else (k, v))]
+        arrived = self.exchange.all_gather(torch.cat(parts, -1))[: self.rank].flatten(0, 1)
         if not self.rank:
             return k, v, rows
-        arrived = arrived[: self.rank].flatten(0, 1)
-        heads = self.problem.heads
         keys = self._laid_out(k, arrived[..., : heads.dim])
-        values = keys[..., : heads.v] if heads.latent else self._laid_out(v, arrived[..., heads.dim :])
-        return keys, values, rows
+        return keys, keys[..., : heads.v] if heads.latent else self._laid_out(v, arrived[..., heads.dim :]), rows
 
-    def _choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compute: bool) -> torch.Tensor:
-        """Rows of k that are passed on, block after block, (keys, Hk): those of the highest scores; without ``compute`` the first."""
+    def _chosen_rows(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compute: bool) -> torch.Tensor:
+        """Rows of k, prompt after prompt, (keys, Hk): those of the highest scores; without ``compute`` the first of each block."""
         import torch
 
-        blocks = [
-            Block(q[own_q], k[own_k], v[own_k], q[last], sees, (request, self.rank))
-            for request, own_q, own_k, last, sees in self._blocks
-        ]  # fmt: skip
+        blocks = [Block(q[x.q], k[x.k], v[x.k], q[x.last], x.sees, (x.number, self.rank)) for x in self._prompts]
+        scores = self._scores(blocks) if compute else [-torch.arange(len(x.k), device=k.device)[:, None] for x in blocks]
         found = []
-        scores = self._scores(blocks) if compute else [None] * len(blocks)
-        for (request, _, own_k, _, _), score in zip(self._blocks, scores, strict=True):
-            begin = own_k.start + (0 if self.rank else int(self.blocks.anchors[request]))
-            count = int(self._passed[request])
-            if score is None:
-                rows = torch.arange(count, device=k.device)[:, None].expand(-1, k.shape[1])
-            else:
-                rows = torch.topk(score[begin - own_k.start :], count, dim=0).indices
-            found.append(rows + begin)
+        for prompt, score in zip(self._prompts, scores, strict=True):
+            anchor = 0 if self.rank else int(self.blocks.anchors[prompt.number])
+            best = torch.topk(score[anchor:], int(self._passing[prompt.number]), dim=0).indices
+            found.append((best + (prompt.k.start + anchor)).expand(-1, k.shape[1]))
         return torch.cat(found)
-
-    def _gathered(self, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """(keys, Hk, W): key and value of each row and head; of latent heads the key, which has its value in it."""
-        import torch
-
-        parts = [
-            torch.gather(x, 0, rows[..., None].expand(-1, -1, x.shape[-1])) for x in ([k] if self.problem.heads.latent else [k, v])
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def _laid_out(self, held: torch.Tensor, arrived: torch.Tensor) -> torch.Tensor:
         """What this rank is given and what arrived, as the kernel's call has them."""
         found = held.new_empty((self._length, *held.shape[1:]))
-        found.index_copy_(0, self._held_at, held)
-        return found.index_copy_(0, self._arrives_at, arrived.contiguous())
+        return found.index_copy_(0, self._held_at, held).index_copy_(0, self._arriving_at, arrived.contiguous())
 
-    # -- what it was -----------------------------------------------------------------------------------------------
+    # -- what a pass was -------------------------------------------------------------------------------------------
 
-    def chosen(self, saved: Any) -> BandsByHead | None:
-        """The mask of a pass, of each key/value head. Collective."""
-        import torch
-
+    def chosen(self, saved: Answer) -> BandsByHead:
+        """The mask of a pass, of each key/value head, or of all where nothing is passed on. Collective."""
         if saved.passed is None:
-            return BandsByHead((self._mask,))
-        tokens = torch.from_numpy(self.held.kv.tokens).to(self.device)[saved.passed]
-        every = self.exchange.told(tokens).cpu().numpy()  # (P, keys, Hk)
-        requests = np.repeat(np.arange(len(self._passed)), self._passed)
-        shift = (self.blocks.q_bounds - self.blocks.k_bounds)[:-1]
+            return BandsByHead((self.computed,))
+        every = self.exchange.told(self._index(self.held.kv.tokens)[saved.passed]).cpu().numpy()  # (P, keys, Hk)
+        number = np.repeat(np.arange(len(self._passing)), self._passing)
+        # Queries of the blocks after a key's own see it.
+        first = self.blocks.edges[:, 1:-1] + (self.blocks.q_bounds - self.blocks.k_bounds)[:-1, None]
+        begin, end = first.T[:, number].ravel(), np.tile(self.blocks.q_bounds[1:][number], len(every) - 1)
         masks = []
-        for head in range(every.shape[-1]):
-            parts = [self._mask.bands]
-            for rank in range(len(every) - 1):
-                # Queries from the next block on see what this one passed on.
-                key, first = every[rank, :, head], self.blocks.edges[:, rank + 1] + shift
-                bands = [first[requests], self.blocks.q_bounds[1:][requests], key, key + 1]
-                parts.append(np.stack([*bands, np.full_like(key, -OPEN), np.full_like(key, OPEN)], axis=1))
-            masks.append(BandMask.of(self._mask.num_q, self._mask.num_k, np.concatenate(parts)).merged())
+        for keys in np.moveaxis(every[:-1], -1, 0).reshape(every.shape[-1], -1):
+            bands = np.concatenate([self.computed.bands, _rectangles(begin, end, keys, keys + 1)])
+            masks.append(BandMask.of(self.computed.num_q, self.computed.num_k, bands).merged())
         return BandsByHead(tuple(masks))
 
 
-def _dense(mask: BandMask) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """bool (queries, keys), of a tile that is small."""
+def _rectangles(q0: Ints, q1: Ints, k0: Ints, k1: Ints) -> Ints:
+    """Bands that are whole rectangles."""
+    return np.stack([q0, q1, k0, k1, np.full_like(q0, -OPEN), np.full_like(q0, OPEN)], axis=1)
+
+
+def _dense(mask: BandMask) -> NDArray[np.bool_]:
+    """bool (queries, keys) of a small tile."""
     at, begin, end = mask.intervals(np.arange(mask.num_q))
     steps = np.zeros((mask.num_q, mask.num_k + 1), dtype=np.int64)
     np.add.at(steps, (at, begin), 1)

@@ -1,32 +1,36 @@
 """Requests whose context is cut into a block per rank: what Star Attention and APB share.
 
-A *prompt* is a request all of whose tokens are new, at least one for each rank. Each rank computes its block of it, and before that
-the *anchor*, the prompt's first tokens, which every rank but the first is given besides. Of any other request, each rank has a block of
-the cache and is given all new queries; every rank merges what all of them found, so the result is exact. New tokens' own keys lie on
-the last rank.
+A *prompt* is a request all of whose tokens are new, at least one for each rank. Each rank computes its block of it, and before
+that the *anchor*, the prompt's first tokens, which every rank but the first is given besides. Of any other request, each rank has a
+block of the cache and is given all new queries; every rank merges what all of them found, so the result is exact. Keys of new
+tokens lie on the last rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lcbench.cp.base import Passes, Place, RankRun
-from lcbench.kernels.base import Kernel, OutLse, Prepared, Unsupported, accumulation_dtype, prepare
+from lcbench.kernels.base import Kernel, OutLse, Platform, Prepared, Unsupported, accumulation_dtype, prepare
+from lcbench.kernels.cache import Cache, CacheKind, PreparedForCache, unread
 from lcbench.masks.band import BandMask, Ints, TokenSpan, areas, cropped, spread
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.held import Held, Part
+from lcbench.schedule.layout import Layout
+from lcbench.schedule.schedule import Schedule, Step, head_groups, rows, singles
 
 if TYPE_CHECKING:
     import torch
 
     from lcbench.cp.exchange import Exchange
     from lcbench.schedule.execute import Counters
+    from lcbench.schedule.simulate import Modelled
 
 ANCHOR, OWN = 0, 1  # the two stretches of a request that a rank is given, in this order
 
@@ -88,18 +92,18 @@ class Blocks:
         prompts, own = self.prompts[:, None], (self.edges[:, :-1], self.edges[:, 1:])
         shift = begin - self.k_bounds[:-1, None]
         # Of a request that is no prompt all queries see all keys: its first rectangle; its others are empty.
-        queries = np.where(prompts, own[0] + shift, np.where(first, begin, end)), np.where(prompts, own[1] + shift, end)
+        q0, q1 = np.where(prompts, own[0] + shift, np.where(first, begin, end)), np.where(prompts, own[1] + shift, end)
         start, stop = self.k_bounds[:-1, None], self.k_bounds[1:, None]
-        keys = np.where(prompts, own[0], start), np.where(prompts, own[1], stop)
-        anchor = np.broadcast_to(start, keys[0].shape), start + np.where(first, 0, self.anchors[:, None])
-        queries, keys, anchor = (np.stack([x.ravel() for x in pair]) for pair in (queries, keys, anchor))
-        return queries, keys, anchor
+        k0, k1 = np.where(prompts, own[0], start), np.where(prompts, own[1], stop)
+        a0, a1 = np.broadcast_to(start, k0.shape), start + np.where(first, 0, self.anchors[:, None])
+        return np.stack([q0.ravel(), q1.ravel()]), np.stack([k0.ravel(), k1.ravel()]), np.stack([a0.ravel(), a1.ravel()])
 
     def within(self, mask: BandMask) -> BandMask:
         """Of a mask, the pairs of a query with its own block and its anchor, and all of requests that are no prompts."""
         queries, keys, anchor = self._rectangles()
         band, at = _touching(mask.bands, queries)
-        parts = [cropped(mask.bands[band], *queries[:, at], *some[:, at])[0] for some in (keys, anchor)]
+        (q0, q1), bands = queries[:, at], mask.bands[band]
+        parts = [cropped(bands, q0, q1, k0, k1)[0] for k0, k1 in (keys[:, at], anchor[:, at])]
         return BandMask(mask.num_q, mask.num_k, np.concatenate(parts)).merged()
 
     def hides(self, mask: BandMask) -> bool:
@@ -108,7 +112,7 @@ class Blocks:
         start = np.repeat(self.k_bounds[:-1], self.ranks)
         wanted = np.where(np.repeat(self.prompts, self.ranks), (queries[1] - queries[0]) * (keys[0] - start), 0)
         band, at = _touching(mask.bands, queries)
-        before, kept = cropped(mask.bands[band], *queries[:, at], start[at], keys[0][at])
+        before, kept = cropped(mask.bands[band], queries[0, at], queries[1, at], start[at], keys[0, at])
         seen = np.zeros(len(wanted), dtype=np.int64)
         np.add.at(seen, at[kept], areas(before))
         return bool((seen < wanted).any())
@@ -130,6 +134,26 @@ def refusal(problem: Problem, mask: Mask, anchor: int | None) -> str | None:
     if anchor is not None and blocks.ranks > 1 and anchor > (least := int(first.min(initial=anchor))):
         return f"anchor={anchor} is longer than the first block of a prompt, which has {least} tokens"
     return None
+
+
+def without_messages(problem: Problem, mask: BandMask, blocks: Blocks) -> Modelled:
+    """What ranks do with prompts of which nothing is sent: as if each rank's anchors and blocks were a sequence of its own."""
+    from lcbench.schedule.simulate import Modelled  # with scipy, which planning does without
+
+    tiles = [blocks.within(mask).tile(*map(spans, blocks.stretches(rank))) for rank in range(blocks.ranks)]
+    ends = np.cumsum([tile.num_q for tile in tiles]).tolist()
+    bands = [tile.bands + (end - tile.num_q) * np.array([1, 1, 1, 1, 0, 0]) for end, tile in zip(ends, tiles, strict=True)]
+    apart = BandMask(ends[-1], ends[-1], np.concatenate(bands)).merged()
+    shards = Layout(tuple((TokenSpan(end - tile.num_q, tile.num_q),) for end, tile in zip(ends, tiles, strict=True)))
+    every = np.arange(blocks.ranks)
+    steps = (Step(rows(every, 0, every, every)),)
+    schedule = Schedule.of(blocks.ranks, shards, every, head_groups(problem.heads, 1), singles(blocks.ranks), steps)
+    return Modelled(schedule, apart, replace(problem, seqlen=apart.num_q, batch=None))
+
+
+def lengths(stretches: Ints) -> Ints:
+    """Tokens of stretches (..., 2), begin and end."""
+    return np.asarray(stretches[..., 1] - stretches[..., 0])
 
 
 def spans(stretches: Ints) -> list[TokenSpan]:
@@ -156,7 +180,13 @@ class BlockRun(RankRun):
     Results that are given: those of this rank's blocks of prompts, and an even share of all others, which every rank has.
 
     Args:
-        asked: queries besides, by index, that it is to be given after its own; sorted.
+        asked: queries, by index, that it is to be given too, after its own.
+
+    Attributes:
+        computed: the mask, without what an operand adds.
+        queries, keys: stretches that it is given, as ``Blocks.stretches`` has them.
+        exchange: its messages.
+        sums: the type of sums.
     """
 
     def __init__(
@@ -168,7 +198,8 @@ class BlockRun(RankRun):
 
         self.problem, self.blocks, self.rank, self.device = problem, blocks, place.rank, place.device
         self.exchange: Exchange = Exchange(problem, place)
-        self._kernel, self._mask = kernel, blocks.within(mask)
+        self._cache: Cache | None = None
+        self._kernel, self.computed = kernel, blocks.within(mask)
         self._input: torch.dtype = getattr(torch, problem.dtype)
         self.sums = accumulation_dtype(self._input)
         self._reduced = self._input if problem.reduce_dtype == "input" else self.sums
@@ -186,9 +217,9 @@ class BlockRun(RankRun):
         self._scale: dict[str, float] = {"softmax_scale": problem.softmax_scale}
         if problem.softmax.softcap:
             self._scale["softcap"] = problem.softmax.softcap
-        tile = self.tile(self._mask.tile(spans(queries), spans(keys))).merged()
+        tile = self.tile(self.computed.tile(spans(queries), spans(keys))).merged()
         self._prepared: Prepared | None = prepare(kernel, tile, problem.heads, self._input, place.device) if len(tile) else None
-        results = self._mask.tile(spans(queries[:, OWN]), spans(keys))
+        results = self.computed.tile(spans(queries[:, OWN]), spans(keys))
         self._pairs = (results.area + self.more_pairs()) * problem.heads.q
 
     @property
@@ -199,6 +230,11 @@ class BlockRun(RankRun):
     def communicates(self) -> bool:
         """Whether a pass has messages."""
         return self.blocks.ranks > 1 and len(self._others) > 0
+
+    @property
+    def as_given(self) -> bool:
+        """Whether the kernel's call takes keys as this rank is given them."""
+        return True
 
     # -- what a subclass adds --------------------------------------------------------------------------------------
 
@@ -249,6 +285,22 @@ class BlockRun(RankRun):
             out, lse = (torch.cat(x) for x in zip(*parts, strict=True)) if parts else (out[:0], lse[:0])
         return out.to(q.dtype), Answer(lse, passed)
 
+    def reads(self, kind: CacheKind) -> str | None:
+        """See ``RankRun``: its one call takes all keys that it has as they are, unless others' are put between them."""
+        if not self.as_given:
+            return "keys that arrive from other ranks lie between this rank's own"
+        return unread(self._kernel, kind, self.problem, Platform.of(self.device))
+
+    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, Answer]:
+        """``forward`` over what a cache holds, in the order of this rank's keys: read where it lies if ``reads`` says so."""
+        if self.reads(cache.kind) is not None:
+            return self.forward(q, *cache.read(), sink)
+        self._cache = cache
+        try:
+            return self.forward(q, cache.k, cache.v, sink)
+        finally:
+            self._cache = None
+
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compute: bool) -> OutLse:
         """This rank's results over the keys that it has, LSE in the type of sums."""
         import torch
@@ -257,6 +309,9 @@ class BlockRun(RankRun):
             shape = (len(q), self.problem.heads.q, self.problem.heads.v)
             out = torch.zeros(shape, dtype=self._reduced, device=self.device)
             return out, torch.full(shape[:2], -torch.inf, dtype=self.sums, device=self.device)
+        if self._cache is not None:
+            out, lse = cast(PreparedForCache, self._prepared).forward_cache(q, self._cache, **self._scale)
+            return out, lse.to(self.sums)
         if self._kernel.contiguous_kv:
             k, v = k.contiguous(), v.contiguous()
         out, lse = self._prepared.forward(q, k, v, **self._scale)

@@ -1,4 +1,4 @@
-"""Collectives of strategies that are no schedules, among ranks of a context-parallel group; bytes are counted as they are sent."""
+"""Collectives of strategies that are no schedules, among the ranks of a context-parallel group; what is sent is counted."""
 
 from __future__ import annotations
 

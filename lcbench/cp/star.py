@@ -10,14 +10,18 @@ and b those of ``reduce_dtype``, whatever the context.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lcbench.cp.base import Place, Strategy
-from lcbench.cp.blocks import BlockRun, Blocks, refusal
+from lcbench.cp.blocks import BlockRun, Blocks, refusal, without_messages
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import check_count
+
+if TYPE_CHECKING:
+    from lcbench.schedule.simulate import Modelled
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,12 @@ class Star(Strategy):
     def computes(self, problem: Problem, mask: Mask) -> Mask:
         assert isinstance(mask, BandMask)
         return Blocks.of(problem, self.anchor).within(mask)
+
+    def modelled(self, problem: Problem, mask: Mask) -> Modelled | None:
+        """Of prompts, of which nothing is sent; of no batch with a cache."""
+        assert isinstance(mask, BandMask)
+        blocks = Blocks.of(problem, self.anchor)
+        return without_messages(problem, mask, blocks) if blocks.prompts.all() else None
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> BlockRun:
         assert isinstance(mask, BandMask)

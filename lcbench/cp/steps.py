@@ -230,6 +230,7 @@ class Plain(LayerByLayer):
     def __init__(self, run: RankRun, count: int, layers: int, passes: Passes | None = None) -> None:
         super().__init__(run.tokens, count, layers)
         self._run, self._passes = run, passes or run
+        self._sent = self._between_nodes = 0
         self.own_lse = run.own_lse
 
     @property

@@ -79,7 +79,8 @@ class Wire:
             if peer != self._rank:
                 self._count(own, peer)
         source, (target, landed) = self._leaving(own), self._landing(into)
-        return UnderWay(dist.all_gather_into_tensor(target, source, group=self._group, async_op=True), (source, target), landed)
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # of torch 2.13, or before
+        return UnderWay(all_gather(target, source, group=self._group, async_op=True), (source, target), landed)
 
     def send(self, x: torch.Tensor, peer: int) -> UnderWay:
         """Begin to send x, contiguous, to a rank of the group, which is to ``receive`` it."""

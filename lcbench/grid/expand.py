@@ -441,6 +441,8 @@ def _seqlen(config: dict[str, Any], ranks: int, said: Collection[str]) -> int:
     if len(ways) > 1:
         both = " and ".join(f"{way}={values.shown(config[way])}" for way in ways[:2])
         raise ValueError(f"{both} are two ways to say one length; write one of them")
+    if all(config[way] is None for way in WAYS["seqlen"]):
+        raise ValueError(f"no length is said: {', '.join(WAYS['seqlen'])} are null; write one of them, such as seqlen=64k")
     if (batch := values.parse_batch(config["batch"])) is not None:
         return batch.tokens
     if config["seqlen_per_rank"] is None:

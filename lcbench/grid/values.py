@@ -126,9 +126,7 @@ def parse_batch(value: object) -> Batch | None:
     if len(batch) > MOST_REQUESTS:
         raise ValueError(f"batch={shown(value)} has {len(batch)} requests, and a batch has at most {MOST_REQUESTS}")
     if batch.tokens > MOST_TOKENS:
-        raise ValueError(
-            f"batch={shown(value)} has {batch.tokens} tokens, more than {MOST_TOKENS >> 20}m, the most that there may be"
-        )
+        raise ValueError(f"batch={shown(value)} has {batch.tokens} tokens, and a batch has at most {MOST_TOKENS >> 20}m")
     return batch
 
 

@@ -4,8 +4,8 @@ Shapes, packed ("THD"): q, dq (Tq, Hq, D); k, dk (Tk, Hk, D); v, dv (Tk, Hk, Dv)
 logarithm, float32 (float64 for float64 inputs), -inf for a row without keys. Query head h reads key/value head ``h // (Hq // Hk)``.
 Every docstring of this folder uses these names.
 
-Where heads are latent, v is the view ``k[..., :Dv]``. A kernel still gives dv by itself: who called it adds dv to the first Dv numbers
-of dk. A sink is no kernel's business: it is applied to out and LSE of all keys.
+Where heads are latent, v is the view ``k[..., :Dv]``. A kernel still gives dv by itself: its caller adds dv to the first Dv numbers
+of dk. A sink is not for kernels: their callers apply it to out and LSE of all keys.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class Saved(NamedTuple):
 class Prepared(Protocol):
     """A kernel made ready for one mask on one device. ``calls``: its native calls; more than one, and the mask was split.
 
-    Where ``Kernel.softcaps``, both methods take ``softcap`` besides, 0 for none: scores are then ``softcap * tanh(score / softcap)``
-    of the scaled score. Callers name it only where it is not 0 (``softmax_arguments``).
+    Where ``Kernel.softcaps``, both methods take ``softcap`` too, 0 for none: a scaled score is then ``softcap * tanh(score /
+    softcap)``. Callers name it only where it is not 0 (``softmax_arguments``).
     """
 
     calls: int
@@ -172,7 +172,7 @@ class Kernel(Protocol):
         return None
 
     def pads(self, heads: Heads, platform: Platform) -> bool:
-        """Whether its calls take one head dim only, for heads whose values have another than their keys: it then runs ``Padded``."""
+        """Whether it runs heads, whose values have another dimension than their keys, with zeros added (``Padded``)."""
         return False
 
     def holds_scores(self, platform: Platform) -> bool:
@@ -267,7 +267,8 @@ def dims(heads: Heads) -> str:
 
 
 def softmax_arguments(problem: Problem) -> dict[str, float]:
-    """How scores become weights, as arguments of ``Prepared``: a softcap only where there is one, since not every kernel knows it."""
+    """How scores become weights, as arguments of ``Prepared``. A softcap is among them only where there is one: not every kernel
+    knows it."""
     found = {"softmax_scale": problem.softmax_scale}
     return found | {"softcap": problem.softmax.softcap} if problem.softmax.softcap else found
 
@@ -319,7 +320,10 @@ class PreparedMaps:
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **softmax: float) -> OutLse:
         import torch
 
-        parts = [part.forward(q[:, own], *self._of_heads(k, v, kv), **softmax) for part, own, kv in self._parts]
+        parts = []
+        for part, own, kv in self._parts:
+            own_k, own_v = self._of_heads(k, v, kv)
+            parts.append(part.forward(q[:, own], own_k, own_v, **softmax))
         return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
 
     def backward(self, dout: torch.Tensor, saved: Saved, **softmax: float) -> Gradients:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, Unsupported, half_on_cuda, importable
+from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, Unsupported, accumulation_dtype, half_on_cuda, importable
 from lcbench.kernels.varlen import CAUSAL, Style, VarlenCall, VarlenKernel, VarlenRun
 from lcbench.problem import Heads, Problem
 
@@ -42,10 +42,9 @@ class _Run:
     _graphs: dict[tuple[str, float], _Graph] = field(default_factory=dict)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
-        import torch
 
         q, k, v = (x.contiguous() for x in (q, k, v))
-        out, lse = q.new_empty(*q.shape[:2], v.shape[2]), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
         self._graph("forward", q, k, v, scale).run(q=q, k=k, v=v, o=out, stats=lse)
         return out, lse.T
 

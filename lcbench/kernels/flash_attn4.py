@@ -80,7 +80,8 @@ def _limits(problem: Problem, platform: Platform) -> str | None:
 
 
 def no_softcap_backward(problem: Problem, platform: Platform) -> str | None:
-    """Why it computes no softcapped scores on a platform: a softcap is a function of scores to it, which backward has not everywhere."""
+    """Why it computes no softcapped scores on a platform. A softcap is a function of scores to it, which its backward does not have
+    everywhere."""
     if problem.softmax.softcap and problem.backward and platform.capability[0] == 12:
         return "flash-attn-4 has no backward of softcapped scores on this device; direction=forward runs"
     return None

@@ -96,7 +96,8 @@ class _Part:
 
         out, lse = torch.ops.flashmask.fwd(
             q=q[None].contiguous(), k=k[None].contiguous(), v=v[None].contiguous(), startend_row_indices=self._rows,
-            block_mask=None, softmax_scale=softmax_scale, is_causal=False, window_size_left=-1, window_size_right=-1, softcap=softcap,
+            block_mask=None, softmax_scale=softmax_scale, is_causal=False, window_size_left=-1, window_size_right=-1,
+            softcap=softcap,
         )  # fmt: skip
         return out[0], lse[0].T.contiguous()
 

@@ -58,7 +58,7 @@ def flex_limits(problem: Problem, platform: Platform) -> str | None:
 
 @dataclass
 class PreparedFlex:
-    """A mask as a BlockMask. Each direction is traced, and on CUDA compiled, at its first pass with a softmax scale and a softcap."""
+    """A mask as a BlockMask. Each direction is traced, and on CUDA compiled, at its first pass with a scale and a softcap."""
 
     mask: Mask
     heads: Heads

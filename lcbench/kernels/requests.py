@@ -256,6 +256,26 @@ class PreparedRequests(Prepared):
         return self._kernel.ready(call, self._heads, self._dtype)
 
 
+def keys_of(call: RequestCall) -> dict[str, torch.Tensor]:
+    """Where flash-attn 3 and 4 find the keys of a call: by a table of pages, or by where each sequence begins, and the end."""
+    if call.table is not None:
+        return {"page_table": call.table}
+    import torch
+
+    return {"cu_seqlens_k": torch.cat([call.begins, call.begins[-1:] + call.lengths[-1:]])}
+
+
+def of_equal_dims(called: str, heads: Heads) -> str | None:
+    """Why a kernel whose values have the dimension of its keys does not run such heads, or None."""
+    return None if heads.dim == heads.v else f"{called} takes values of the dimension of keys, not {heads.v} with {heads.dim}"
+
+
+def of_input_type(called: str, kind: CacheKind, problem: Problem) -> str | None:
+    """Why a kernel whose keys have the type of its queries does not read a cache, or None."""
+    stored = kind.stored_as(problem.dtype)
+    return None if stored == problem.dtype else f"{called} reads caches of the queries' type, {problem.dtype}, not {stored}"
+
+
 def _rows(q: Ints, device: torch.device) -> slice | torch.Tensor:
     """Rows of sequences: a slice where they are one stretch."""
     import torch

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SDPACudnn(PiecesKernel):
-    """torch's cuDNN backend on CUDA, half types, head dims up to 128, of values another than of keys, and 192:128 (``cudnn_dims``)."""
+    """torch's cuDNN backend on CUDA, half types, head dims up to 128 and 192:128 (``cudnn_dims``)."""
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "torch's cuDNN kernel", head_dim=128, besides=cudnn_dims(platform))

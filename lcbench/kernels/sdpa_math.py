@@ -39,8 +39,10 @@ class PreparedMath(PreparedNaive):
         # Below the dispatcher a mask is added to the scores, also a boolean one.
         self._bias = torch.zeros(self.allowed.shape, dtype=dtype, device=device).masked_fill_(~self.allowed, -torch.inf)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
         import torch
+
+        assert not softcap, "torch's math forward knows no softcap"
 
         # The backend itself computes half types in float32; it is given them so because the weights are to stay float32 too.
         heads = [heads_first(x).to(self._bias.dtype) for x in (q, k, v)]

@@ -50,7 +50,8 @@ class TritonDecode(RequestKernel):
         def fits(width: int, stages: int) -> bool:
             return (height * (dims.first + dims.rest) + stages * width * numbers) * itemsize <= room
 
-        width, stages = self.block_k or 64, 3
+        # Pointers to a tile of 64 keys of 512 numbers would spill registers.
+        width, stages = self.block_k or (64 if dims.first <= 256 else 32), 3
         while self.block_k is None and width > 16 and not fits(width, 2):
             width //= 2
         while stages > 1 and not fits(width, stages):

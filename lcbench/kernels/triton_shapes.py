@@ -35,7 +35,8 @@ class Shapes(NamedTuple):
     dkv: Shape
 
 
-# By compute capability and head dim (of keys and of values), for half types: the fastest of ``lcbench.testing.gpu_tune`` on an H200 that spill no register.
+# By compute capability and head dim, of keys and of values, for half types:
+# the fastest of ``lcbench.testing.gpu_tune`` on an H200 that spill no register.
 TUNED = {
     (9, 0): {
         64: Shapes(Shape(64, 64, 64, 4, 3), Shape(64, 64, 32, 4, 2), Shape(64, 64, 32, 4, 2)),
@@ -92,8 +93,9 @@ def fitting(
 ) -> Shape:  # fmt: skip
     """The tile asked for, or one of 64 x 64, with as many tiles in flight as fit; a side that was left open shrinks until one does.
 
-    A block's queries (``backward``: and gradients of results, or keys and values) lie in shared memory throughout, and a key and a
-    value of every tile in flight, or a query and a gradient; ``room`` in KiB. ``sums`` numbers of each row are added up in registers.
+    A block's queries lie in shared memory throughout, and of every tile in flight its keys and values; ``room`` in KiB. In
+    ``backward``, gradients of results lie there too, or the block has keys and values and tiles have queries and gradients.
+    ``sums`` numbers of each row are added up in registers.
     """
     key, value = key_width(heads.dim).whole, value_width(heads.v)
 

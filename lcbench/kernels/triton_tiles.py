@@ -158,7 +158,7 @@ def _constants(
 
 
 def _scales(scale: float, softcap: float) -> tuple[float, float, float]:
-    """What a score is multiplied with in an exponent of two; and, of a softcap, what a product is before tanh, and tanh after it."""
+    """What a score is multiplied with in an exponent of two; with a softcap, what a product is before tanh, and tanh after it."""
     return (LOG2_E, scale / softcap, softcap) if softcap else (scale * LOG2_E, 0.0, 0.0)
 
 

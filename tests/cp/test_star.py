@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lcbench.cp.base import Place
 from lcbench.cp.star import Star
-from lcbench.kernels.base import Kernel, OutLse, Platform, Prepared
+from lcbench.kernels.base import Gradients, Kernel, OutLse, Platform, Prepared, Saved
 from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import OPEN, Band, BandMask
@@ -23,6 +23,7 @@ from lcbench.masks.causal import causal
 from lcbench.masks.full import full
 from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softmax
 from lcbench.schedule.groups import Groups
+from lcbench.schedule.verify import verify
 from lcbench.testing.dense import dense_mask
 from lcbench.testing.spawn import run_ranks
 
@@ -65,6 +66,9 @@ class CappedCall(Prepared):
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
         return dense(q, k, v, self.allowed, Softmax(scale=softmax_scale, softcap=softcap), None)
 
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+        raise NotImplementedError
+
 
 def batch_mask(batch: Batch) -> BandMask:
     """Each new token sees its request up to itself."""
@@ -102,7 +106,7 @@ def star_mask(problem: Problem, allowed: NDArray[np.bool_], anchor: int | None) 
 def dense(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: NDArray[np.bool_], softmax: Softmax, sink: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and LSE by a whole matrix of scores, the sink as one more column of it; ``allowed``: (queries, keys), or by query head."""
+    """out and LSE by a whole matrix of scores, a sink as one more column of it; ``allowed``: (queries, keys), or by query head."""
     each, scale = q.shape[1] // k.shape[1], softmax.scale or q.shape[-1] ** -0.5
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(each, 1)) * scale
     if softmax.softcap:
@@ -257,3 +261,26 @@ def test_the_work_of_a_prompt_is_a_share_of_full_attention() -> None:
         block = problem.seqlen // ranks
         assert computed.area == (ranks - 1) * block**2 + ranks * block * (block + 1) // 2
         assert len(computed) <= 2 * ranks
+
+
+@pytest.mark.parametrize("anchor", [None, 3])
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_prompts_are_modelled_by_a_schedule_that_is_proven(anchor: int | None, ranks: int) -> None:
+    """It has the pairs of the blocks, and those of the anchor's own queries on every rank but the first."""
+    for batch in (None, BATCHES["prompts"]):
+        seqlen = 61 if batch is None else batch.tokens
+        mask = causal(61) if batch is None else batch_mask(batch)
+        problem = Problem(seqlen, Heads(4, 2, 8), Scale(1, ranks), "bfloat16", "forward", batch=batch)
+        star = Star(anchor and min(anchor, 9 // ranks))
+        found = star.modelled(problem, mask)
+        assert found is not None
+        cost = verify(found.schedule, found.mask, found.problem)
+        blocks = [total // ranks for total in (batch.total.tolist() if batch else [61])]
+        anchors = [block if star.anchor is None else star.anchor for block in blocks]
+        again = (ranks - 1) * sum(anchor * (anchor + 1) // 2 for anchor in anchors)
+        computed = star.computes(problem, mask)
+        assert isinstance(computed, BandMask)
+        assert cost.rank_pairs.sum() == 4 * (computed.area + again)
+        assert not cost.forward_bytes.any()
+    batch = BATCHES["decode"]
+    assert Star().modelled(replace(problem, seqlen=batch.tokens, batch=batch), batch_mask(batch)) is None

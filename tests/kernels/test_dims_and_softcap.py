@@ -6,21 +6,24 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from test_adapters import DENSE, H200, STANDINS, among_heads, install
+from test_adapters import DENSE, H200, STANDINS, among_heads, every_mask, install
 from test_kernels import CPU, HERE, kernel_of
 
 from lcbench.kernels.base import Kernel, Platform, Saved, Unsupported, dims, half_on_cuda, prepare, softmax_arguments
+from lcbench.kernels.triton_band import TritonBand
+from lcbench.kernels.triton_block_sparse import TritonBlockSparse
 from lcbench.kernels.triton_shapes import SHARED, SUMS, key_width, value_width
 from lcbench.masks.band import Band, BandMask
+from lcbench.masks.block import BlockMap
 from lcbench.masks.block_random import block_random
 from lcbench.masks.mask import Mask
 from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softmax
 from lcbench.testing.dense import dense_heads
-from lcbench.testing.fake_libraries import flash_attn2, flash_attn3, flash_attn4, flashinfer, flashmask, torch_operators
+from lcbench.testing.fake_libraries import cudnn, flash_attn2, flash_attn3, flash_attn4, flashinfer, flashmask, torch_operators
 from lcbench.testing.masks import names
 
 Tensor = torch.Tensor
@@ -58,15 +61,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: fl
 
 
 def check(
-    kernel: Kernel,
-    mask: Mask,
-    heads: Heads,
-    softcap: float = 0.0,
-    *,
-    strided: bool = False,
-    backward: bool = True,
+    kernel: Kernel, mask: Mask, heads: Heads, softcap: float = 0.0, *, strided: bool = False, backward: bool = True,
     scale: float = 0.4,
-) -> None:
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(3)
     sizes = (mask.num_q, heads.q, heads.dim), (mask.num_k, heads.kv, heads.dim), (mask.num_k, heads.kv, heads.v)
     q, k, v = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
@@ -149,6 +146,15 @@ def test_backends_of_torch_on_cuda(name: str, monkeypatch: pytest.MonkeyPatch) -
     everywhere(kernel_of(name))
 
 
+def test_cudnn_by_its_frontend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, cudnn.modules())
+    monkeypatch.setattr("lcbench.kernels.cudnn._handles", [])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    everywhere(kernel_of("cudnn"))
+    for mask in every_mask(tmp_path).values():
+        check(kernel_of("cudnn"), mask, SHORTER)
+
+
 def test_flashmask_and_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "flashmask", flashmask.operators(8, 16), raising=False)
     everywhere(kernel_of("flashmask"))
@@ -160,13 +166,9 @@ def test_flashmask_and_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_flash_attn4_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, flash_attn4.modules())
-    mask = block_random(256, heads=SHORTER, seed=(1, 0), density=0.5, block_size=128, sizes="uniform", per="kv_head")
     for heads, softcap in product((SHORTER, LONGER), (0.0, 1.5)):
-        check(kernel_of("flash_attn4_sparse"), mask if heads == SHORTER else replace_maps(heads), heads, softcap)
-
-
-def replace_maps(heads: Heads) -> Mask:
-    return block_random(256, heads=heads, seed=(1, 0), density=0.5, block_size=128, sizes="uniform", per="all_heads")
+        mask = block_random(256, heads=heads, seed=(1, 0), density=0.5, block_size=128, sizes="uniform", per="kv_head")
+        check(kernel_of("flash_attn4_sparse"), mask, heads, softcap)
 
 
 def test_head_dims_that_a_library_takes_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,16 +211,14 @@ def test_a_softcap_is_computed_or_refused(name: str) -> None:
 
 
 def test_refusals_name_head_dims_by_role() -> None:
-    def refused(dim: int, v: int, **limits: int) -> str | None:
-        return half_on_cuda(problem(Heads(2, 2, dim, v)), H200, "it", **limits)
+    def refused(dim: int, v: int, head_dim: int = 256, dim_v: int = 0) -> str | None:
+        return half_on_cuda(problem(Heads(2, 2, dim, v)), H200, "it", head_dim=head_dim, dim_v=dim_v)
 
     assert refused(192, 128) is None
     assert refused(192, 132) == "it takes head dims up to 256 in steps of 8, not 192:132"
     assert refused(576, 512) == "it takes head dims up to 256 in steps of 8, not 576:512"
-    assert (
-        refused(576, 520, head_dim=576, dim_v=512)
-        == "it takes head dims up to 576 for keys and 512 for values in steps of 8, not 576:520"
-    )
+    longer = "it takes head dims up to 576 for keys and 512 for values in steps of 8, not 576:520"
+    assert refused(576, 520, head_dim=576, dim_v=512) == longer
     assert dims(Heads(2, 2, 64, 64)) == "64"
     deepseek, blackwell = problem(Heads(8, 8, 192, 128)), Platform("cuda", (10, 0))
     assert "up to 128 in steps of 8, not 192:128" in str(kernel_of("ffa").unavailable(deepseek, H200))
@@ -260,7 +260,8 @@ def test_vsa_runs_shorter_values_and_rectangles(monkeypatch: pytest.MonkeyPatch)
     heads = Heads(2, 2, 16, 8)
     mask = block_random(192, heads=heads, seed=(1, 0), density=0.6, block_size=64, sizes="uniform", per="q_head")
     check(kernel_of("vsa"), mask, heads, scale=0.25)
-    check(kernel_of("vsa"), mask.rows(0, 64) if hasattr(mask, "rows") else mask, heads, scale=0.25)
+    first = BlockMap(mask.q_edges[:2], mask.k_edges, mask.maps, lambda number: mask.keep(number)[:1])
+    check(kernel_of("vsa"), first, heads, scale=0.25)
 
 
 def test_kernels_of_all_scores_count_queries_and_keys() -> None:
@@ -283,26 +284,17 @@ def test_keys_are_read_in_the_fewest_numbers() -> None:
 
 
 def test_launch_shapes_of_long_heads_fit_the_device() -> None:
-    for name, heads in product(
-        ("triton_band", "triton_block_sparse"), (Heads(8, 8, 192, 128), Heads(16, 1, 576, 512, latent=True))
-    ):
+    for kernel, heads in product((TritonBand(), TritonBlockSparse()), (Heads(8, 8, 192, 128), Heads(16, 1, 576, 512, latent=True))):
         key, value = key_width(heads.dim).whole, value_width(heads.v)
         for capability, size in product(SHARED, (2, 4)):
-            shapes = kernel_of_tiles(name).shapes(heads, size, capability)
+            shapes = kernel.shapes(heads, size, capability)
             sums = {"forward": value, "dq": key, "dkv": key + value}
             for step, shape in shapes._asdict().items():
                 kept = key if step == "forward" else key + value
                 needed = (shape.rows * kept + shape.stages * shape.columns * (key + value)) * size
-                assert needed <= SHARED[capability] << 10, (name, heads, step, shape)
+                assert needed <= SHARED[capability] << 10, (heads, step, shape)
                 assert shape.rows * sums[step] <= SUMS or shape.rows == 16
                 assert min(shape.rows, shape.columns, shape.tested) >= 16
-
-
-def kernel_of_tiles(name: str):  # type: ignore[no-untyped-def]  # noqa: ANN201
-    from lcbench.grid.build import build_kernel
-    from lcbench.testing.masks import load
-
-    return build_kernel(load("kernel", name))
 
 
 def shown(name: str) -> str:

@@ -1,9 +1,9 @@
 """Keys with most softmax weight from the prompt's last queries: what a good choice for the answer would be.
 
-The last tokens of a prompt are the question; APB puts its text into the anchor, so that every rank has it (arXiv 2502.12085, section
-3.2). Here every rank is given the queries of the last ``sample`` tokens. A key's score is the sum of its exact softmax weights over
-these queries, and over the query heads that read its key/value head. The weights are those of the cell's own mask over the whole
-prompt: ranks tell each other the LSE over their blocks, (P-1) sample Hq s bytes of a prompt, s being those of an LSE.
+The last tokens of a prompt are the question; APB puts its text into the anchor, so that every rank has it (arXiv 2502.12085). Here
+every rank is given the queries of the last ``sample`` tokens. A key's score is the sum of its exact softmax weights over these
+queries, and over the query heads that read its key/value head. The weights are those of the cell's own mask over the whole prompt:
+ranks tell each other the LSE over their blocks, (P-1) sample Hq s bytes of a prompt, s being those of an LSE.
 """
 
 from __future__ import annotations

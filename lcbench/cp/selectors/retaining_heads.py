@@ -1,8 +1,8 @@
 """APB's own: an MLP per layer, trained with the model, scores a token for each key/value head from its q, k and v.
 
-Retaining heads (Locret, arXiv 2410.01805; APB, arXiv 2502.12085, section 3.3; ``cis`` in thunlp/APB
-``apb/models/modeling_llama.py``): ``fc2(silu(fc1(q, k, v)))`` without biases, then a max-pool over 5 neighbouring tokens. There q and
-k are those before rotary embeddings. Nothing here is trained: without weights there is no such selector.
+Retaining heads (Locret, arXiv 2410.01805; APB, arXiv 2502.12085; ``cis`` in thunlp/APB ``apb/models/modeling_llama.py``) are
+``fc2(silu(fc1(q, k, v)))`` without biases, then a max-pool over 5 neighbouring tokens. There q and k are those before rotary
+embeddings. Nothing here is trained: without weights there is no such selector.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ class RetainingHeads(Selector):
         first, second = (self._weight(name).to(device, dtype) for name in ("fc1.weight", "fc2.weight"))
         width = heads.q * heads.dim + heads.kv * (heads.dim + heads.v)
         if first.ndim != 2 or first.shape[1] != width:
-            raise Unsupported(
-                f"fc1.weight of selector.file is {_shape(first)}, and heads={heads} have {width} numbers of q, k and v"
-            )
+            raise Unsupported(f"fc1.weight of selector.file is {_shape(first)}; heads={heads} have {width} numbers in q, k and v")
         if second.ndim != 2 or second.shape[1] != first.shape[0] or heads.kv % second.shape[0]:
             raise Unsupported(f"fc2.weight of selector.file is {_shape(second)}, and not {heads.kv}x{first.shape[0]}")
         return Retaining(first, second)

@@ -47,7 +47,8 @@ def dense_backward(
     kind, group = q.dtype, q.shape[1] // k.shape[1]
     dout, q, k, v, out = (x.to(sums(kind)) for x in (dout, q, k, v, out))
     keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores, slopes = torch.einsum("qhd,khd->hqk", q, keys) * scale, 1.0
+    scores = torch.einsum("qhd,khd->hqk", q, keys) * scale
+    slopes = torch.ones_like(scores)
     if softcap:
         bent = torch.tanh(scores / softcap)
         scores, slopes = softcap * bent, 1 - bent**2
