@@ -28,13 +28,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lcbench.cp.base import Held, Part, Place
+from lcbench.cp.base import Place
 from lcbench.cp.steps import STEADY, Inputs, Keep, Kept, OverSteps, StepRun, View
 from lcbench.kernels.base import Kernel, Prepared, prepare
 from lcbench.masks.band import TokenSpan
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import check_count
+from lcbench.schedule.held import Held, Part
 from lcbench.schedule.layout import contiguous
 
 if TYPE_CHECKING:

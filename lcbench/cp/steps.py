@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lcbench.cp.base import Held, Passes, Place, RankRun, Strategy
+from lcbench.cp.base import Passes, Place, RankRun, Strategy
 from lcbench.kernels.base import Kernel, Unsupported
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.held import Held
 
 if TYPE_CHECKING:
     import torch

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from lcbench.cp.base import Place
 from lcbench.problem import Problem
-
-
-class Work(Protocol):
-    """What torch gives for a message that is under way."""
-
-    def wait(self) -> object: ...
+from lcbench.schedule.execute import Waits
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,7 @@ class UnderWay:
         landed: copies what arrived on the host to where it belongs; None: it is there.
     """
 
-    work: Work
+    work: Waits
     tensors: tuple[torch.Tensor, ...]
     landed: Callable[[], object] | None = None
 

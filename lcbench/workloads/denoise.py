@@ -71,4 +71,4 @@ class Denoise(Workload):
     def start(self, work: Work, draw: int, gang: Gang) -> DenoisingSession:
         from lcbench.workloads.denoising import DenoisingSession  # with torch, which planning does without
 
-        return DenoisingSession(self, work, draw, gang)
+        return DenoisingSession(work, draw, gang, steps=self.steps, layers=self.layers, drift=self.drift)
