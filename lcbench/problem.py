@@ -7,6 +7,7 @@ ten thousand cells on a login node costs no torch import.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +21,20 @@ REDUCE_DTYPES = ("float32", "input")
 def itemsize(dtype: str) -> int:
     """Bytes per element."""
     return {"float64": 8, "float32": 4}.get(dtype, 2)
+
+
+def format_tokens(tokens: int) -> str:
+    """``65536 -> 64k``; a count that is no whole number of k stays as it is."""
+    for suffix, unit in (("m", 1 << 20), ("k", 1 << 10)):
+        if tokens and tokens % unit == 0:
+            return f"{tokens // unit}{suffix}"
+    return str(tokens)
+
+
+def _shortest(number: float) -> str:
+    """A number above 0 in as few characters as say exactly it."""
+    short = f"{number:g}"
+    return (short if float(short) == number else repr(number)).replace("e+", "e")
 
 
 @dataclass(frozen=True)
@@ -89,8 +104,8 @@ class Softmax:
 
     def __str__(self) -> str:
         words = ["sink"] if self.sink else []
-        words += [f"softcap{self.softcap:g}"] if self.softcap else []
-        words += [f"scale{self.scale!r}"] if self.scale is not None else []
+        words += [f"softcap{_shortest(self.softcap)}"] if self.softcap else []
+        words += [f"scale{_shortest(self.scale)}"] if self.scale is not None else []
         return "_".join(words) or "plain"
 
 
@@ -120,19 +135,34 @@ class Requests:
         if self.total < self.new:
             raise ValueError(f"a request of {self.total} tokens in all cannot have {self.new} new ones")
 
+    def __str__(self) -> str:
+        """As ``batch=`` has it: ``32q1s128k``; a count of 1 is left out, and so is a total of new tokens only."""
+        count, total = "" if self.count == 1 else self.count, "" if self.total == self.new else f"s{format_tokens(self.total)}"
+        return f"{count}q{format_tokens(self.new)}{total}"
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests that are computed together: their new tokens are packed back to back, and so are all their tokens."""
+    """Requests that are computed together: their new tokens are packed back to back, and so are all their tokens.
+
+    Attributes:
+        groups: the requests in their order; adjacent groups of equal requests become one, so that equal batches are equal.
+    """
 
     groups: tuple[Requests, ...]
 
     def __post_init__(self) -> None:
         if not self.groups:
             raise ValueError("a batch needs a request")
+        alike = groupby(self.groups, key=lambda group: (group.new, group.total))
+        joined = tuple(Requests(sum(group.count for group in groups), *size) for size, groups in alike)
+        object.__setattr__(self, "groups", joined)
 
     def __len__(self) -> int:
         return sum(group.count for group in self.groups)
+
+    def __str__(self) -> str:
+        return "_".join(map(str, self.groups))
 
     @property
     def new(self) -> NDArray[np.int64]:
@@ -165,6 +195,11 @@ class Batch:
         return sum(group.count * group.total for group in self.groups)
 
     @property
+    def plane(self) -> int:
+        """Pairs of a new token and a token of the same request: what all masks of a batch are a part of."""
+        return sum(group.count * group.new * group.total for group in self.groups)
+
+    @property
     def decodes(self) -> bool:
         """Whether every request has one new token and others before it."""
         return all(group.new == 1 and group.total > 1 for group in self.groups)
@@ -193,8 +228,9 @@ class Mesh:
     ranks that agree in the other two.
 
     Attributes:
-        tp: tensor-parallel ranks: each has q / tp query heads and kv / tp key/value heads of the whole sequence.
-        dp: data-parallel replicas: each has a sequence of its own.
+        tp: tensor-parallel ranks: each has q / tp query heads and kv / tp key/value heads of the whole sequence. The one latent
+            key of a token is read by all query heads, so each rank has it, as in vLLM and SGLang.
+        dp: data-parallel replicas: each has a sequence, or a batch of requests, of its own.
         order: the three dimensions from the innermost, whose neighbours are adjacent ranks, outwards: Megatron-LM's order string
             (``tp-cp-ep-dp-pp`` there, ``megatron/core/parallel_state.py``).
 
@@ -226,10 +262,11 @@ class Mesh:
         Raises:
             ValueError: tp does not divide the query heads or the key/value heads.
         """
-        for name, count in (("query", heads.q), ("key/value", heads.kv)):
+        shared = [("query", heads.q)] if heads.latent else [("query", heads.q), ("key/value", heads.kv)]
+        for name, count in shared:
             if count % self.tp:
                 raise ValueError(f"mesh.tp={self.tp} does not divide the {count} {name} heads of heads={heads}")
-        return heads.of(heads.q // self.tp, heads.kv // self.tp)
+        return heads.of(heads.q // self.tp, heads.kv if heads.latent else heads.kv // self.tp)
 
     def groups(self, scale: Scale) -> NDArray[np.int64]:
         """(dp, tp, cp): the global ranks of a scale; ``[i, j]`` are those of the context-parallel group (i, j), ascending.
@@ -305,6 +342,11 @@ class Problem:
     def rectangular(self) -> bool:
         """Whether there are keys without queries: a cache."""
         return self.queries != self.seqlen
+
+    @property
+    def plane(self) -> int:
+        """(query, key) pairs of one sequence, or of the same request: what every mask is a part of."""
+        return self.seqlen**2 if self.batch is None else self.batch.plane
 
     @property
     def itemsize(self) -> int:

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Protocol
 from rich.console import Console
 
 from lcbench.advice.measuring import NothingMeasured, have_measured
-from lcbench.grid.cell import Cell, format_tokens
+from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import Plan, Planned, skip_reason
 from lcbench.grid.search import CELLS, GIB, Search, at
 from lcbench.grid.site import predicts, runs_here
 from lcbench.predict.machines import device_of_site, fit_of, machine_of, machine_of_site
 from lcbench.predict.predictor import Predictor
+from lcbench.problem import format_tokens
 from lcbench.report.amounts import size
 from lcbench.report.ending import BAD_INPUT, INTERRUPTED, OK, REFUSED, SOME_FAILED, bad_input
 from lcbench.report.fitted import console

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcbench.advice.ranking import Candidate
-from lcbench.grid.cell import Cell, format_tokens
+from lcbench.grid.cell import Cell
+from lcbench.grid.search import at
 from lcbench.predict.predictor import CannotPredict, Prediction, Predictor
-from lcbench.problem import Scale
+from lcbench.problem import Scale, format_tokens
 from lcbench.report.amounts import digits
 from lcbench.report.fitted import Column, Fitted
 from lcbench.report.table import Names
@@ -157,7 +158,7 @@ def _faster(cell: Cell, other: Cell, tokens: int, predictor: Predictor) -> bool:
 
 def _at(cell: Cell, tokens: int, predictor: Predictor) -> Prediction | None:
     try:
-        return predictor.predict(Cell.from_config({**cell.config, "seqlen": tokens}), memory=False)
+        return predictor.predict(at(cell, tokens), memory=False)
     except CannotPredict:
         return None
 

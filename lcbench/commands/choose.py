@@ -69,6 +69,8 @@ def main(arguments: list[str]) -> int:
     with bad_input():
         limits = _limits(options)
         asked = _asked(options)
+        if options.break_even and (batch := next((p.cell.batch for p in asked.plan.cells if p.cell.batch is not None), None)):
+            raise ValueError(f"--break-even is of lengths of one sequence, and batch={batch} has its own; leave one of them out")
         refuse = _missing_here if asked.measures and runs_here(asked.plan.launcher) else lambda cell: None
         sizes = _scales(asked, limits, refuse) if str(limits) or options.figures else []
         chosen = smallest(sizes, limits) if str(limits) else None

@@ -16,16 +16,16 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from lcbench.commands.arguments import add_plan_arguments, command_parser, plan_words
-from lcbench.grid.build import build_kernel, build_mask
-from lcbench.grid.cell import Cell, format_tokens
+from lcbench.grid.build import build_kernel
+from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
+from lcbench.grid.expand import mask_of
 from lcbench.grid.paths import CONF
 from lcbench.grid.values import axis_values
 from lcbench.kernels.base import Platform, native_calls
 from lcbench.masks.block import BlockMap
-from lcbench.masks.mask import Mask
-from lcbench.problem import DIRECTIONS, DTYPES
+from lcbench.problem import DIRECTIONS, DTYPES, format_tokens
 from lcbench.report.ending import bad_input
 from lcbench.report.fitted import Column, Fitted, console
 from lcbench.report.inert import plain
@@ -68,13 +68,10 @@ def main(arguments: list[str]) -> int:
 
 def matrix(cells: list[Cell], platform: Platform, *, installed: bool) -> Iterator[dict[str, Any]]:
     """An entry per kernel and mask of the cells, type and direction; ``installed``: as if every library were."""
-    masks: dict[str, Mask] = {}
     for cell in cells:
         config = cell.config
         name = config["mask"]["name"]
-        if name not in masks:
-            masks[name] = build_mask(config["mask"], config["seqlen"], cell.heads, config["seed"])
-        kernel, mask = build_kernel(config["kernel"]), masks[name]
+        kernel, mask = build_kernel(config["kernel"]), mask_of(cell)
         missing = None if installed else kernel.missing()
         calls: int | None = None
         for dtype, direction in product(DTYPES, DIRECTIONS):

@@ -1,6 +1,6 @@
 """Look at a mask: ``python -m lcbench.masks mask=causal_document seqlen=64k [--ranks 8] [--out mask.png] [--json]``.
 
-Takes the overrides of a sweep; each mask, length and seed that they name is shown once. ``--gallery`` draws every mask there is.
+Takes the overrides of a sweep; each mask, length or batch, and seed that they name is shown once. ``--gallery`` draws every mask.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lcbench.commands.arguments import add_plan_arguments, command_parser, plan_words
-from lcbench.grid.build import build_mask, draws
-from lcbench.grid.cell import Cell, format_tokens
+from lcbench.grid.axes import WAYS
+from lcbench.grid.build import cell_mask, draws
+from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.paths import CONF
 from lcbench.grid.values import axis_values
@@ -25,6 +26,7 @@ from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.convert import varlen
 from lcbench.masks.mask import Mask
 from lcbench.masks.picture import drawn, save
+from lcbench.problem import format_tokens
 from lcbench.report.ending import bad_input
 from lcbench.report.fitted import Column, Fitted, console
 from lcbench.report.inert import plain
@@ -36,12 +38,13 @@ EXAMPLES = """
 python -m lcbench.masks mask=causal_document seqlen=64k
 python -m lcbench.masks mask=sliding_window mask.left=4k seqlen=64k --ranks 16 --out window.png
 python -m lcbench.masks mask=full,causal seqlen=1m --json
+python -m lcbench.masks mask=causal batch=2q1k_4q1s4k
 """
 
 
 def main(arguments: list[str]) -> int:
     parser = command_parser("masks", __doc__, EXAMPLES)
-    add_plan_arguments(parser, "mask=... seqlen=... lengths=... heads=... seed=...")
+    add_plan_arguments(parser, "mask=... seqlen=... batch=... lengths=... heads=... seed=...")
     parser.add_argument("--ranks", type=int, default=8, help="ranks to balance over (default: 8)")
     parser.add_argument("--out", type=Path, help="write a picture (png, pdf, svg)")
     parser.add_argument("--gallery", type=Path, help="write a picture of every mask of conf/mask; seqlen=16k unless said")
@@ -53,7 +56,8 @@ def main(arguments: list[str]) -> int:
         overrides = plan_words(options)
         if options.gallery:
             return _gallery(overrides, options.gallery)
-        shown = [(cell, number, _mask(cell, number)) for cell in _cells(overrides) for number in range(draws(cell.config["mask"]))]
+        every = [(cell, number) for cell in _cells(overrides) for number in range(draws(cell.config["mask"]))]
+        shown = [(cell, number, cell_mask(cell, number)) for cell, number in every]
         rows = [_row(cell, number, mask, options.ranks) for cell, number, mask in shown]
     if options.json:
         print(json.dumps(rows, indent=1))
@@ -71,18 +75,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _cells(overrides: list[str]) -> list[Cell]:
-    """One cell per mask, length, heads and seed, in order."""
+    """One cell per mask, length or batch, heads and seed, in order."""
     found: dict[str, Cell] = {}
     for planned in look(overrides).cells:
         config = planned.cell.config
-        key = json.dumps([config["mask"], config["seqlen"], config["seed"], config["heads"]])
+        key = json.dumps([config["mask"], config["seqlen"], config.get("batch"), config["seed"], config["heads"]])
         found.setdefault(key, planned.cell)
     return list(found.values())
-
-
-def _mask(cell: Cell, number: int) -> Mask:
-    config = cell.config
-    return build_mask(config["mask"], config["seqlen"], cell.heads, config["seed"], number)
 
 
 def _row(cell: Cell, number: int, mask: Mask, ranks: int) -> dict[str, Any]:
@@ -92,6 +91,7 @@ def _row(cell: Cell, number: int, mask: Mask, ranks: int) -> dict[str, Any]:
         "mask": cell.config["mask"]["name"],
         "lengths": cell.config["mask"].get("lengths", {}).get("name"),
         "seqlen": cell.config["seqlen"],
+        "batch": None if cell.batch is None else str(cell.batch),
         "seed": cell.config["seed"],
         "draw": number,
         "area": mask.pairs(q_heads) / q_heads,
@@ -116,7 +116,7 @@ def _table(rows: list[dict[str, Any]], ranks: int) -> Fitted:
         name = f"{row['mask']}({row['lengths']})" if row["lengths"] else row["mask"]
         parts = f"{row['bands']} bands" if "bands" in row else f"{row['blocks']} in {row['maps']} maps"
         balance = [f"{x:.2f}" if x is not None else "-" for x in row["imbalance"].values()]
-        which, size = [f"{row['seed']}.{row['draw']}"] if varies else [], format_tokens(row["seqlen"])
+        which, size = [f"{row['seed']}.{row['draw']}"] if varies else [], row["batch"] or format_tokens(row["seqlen"])
         calls = str(row.get("varlen_calls") or "-")
         table.add(name, size, *which, f"{row['density']:.2%}", f"{row['area']:.0f}", parts, calls, *balance)
     return table
@@ -148,11 +148,11 @@ def _title(cell: Cell, number: int) -> str:
 
 
 def _gallery(overrides: list[str], path: Path) -> int:
-    length = [] if any(o.startswith("seqlen") for o in overrides) else ["seqlen=16k"]
+    length = [] if any(o.partition("=")[0] in WAYS["seqlen"] for o in overrides) else ["seqlen=16k"]
     pictures = []
     for cell in _cells([f"mask={','.join(axis_values(CONF, 'mask'))}", *length, *overrides]):
         try:
-            pictures.append((_mask(cell, 0), _title(cell, 0)))
+            pictures.append((cell_mask(cell), _title(cell, 0)))
         except DoesNotFit as error:
             print(f"{cell.config['mask']['name']} left out: {error}", file=sys.stderr)
     save(pictures, path)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from lcbench.kernels.base import Kernel, Platform, Unsupported
 from lcbench.masks.band import Ints
+from lcbench.masks.by_head import BandsByHead
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import Order, check_count, check_order, largest_degree, too_short
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from lcbench.schedule.execute import Counters, Executor, Groups
+    from lcbench.kernels.cache import Cache, CacheKind
+    from lcbench.schedule.execute import Counters, Executor
+    from lcbench.schedule.groups import Groups
     from lcbench.schedule.simulate import Modelled
 
 
@@ -95,6 +98,14 @@ class RankRun(Passes, Protocol):
     def lse(self, saved: Any) -> "torch.Tensor":
         """(Tq, Hq) of what this rank gives, natural logarithm, with the sink in it where there is one. Collective."""
         ...
+
+    def reads(self, kind: "CacheKind") -> str | None:
+        """Why it does not read such a cache of this rank's keys and values where it lies, but a copy of it; None: it does."""
+        return f"{type(self).__name__} takes keys and values as they are"
+
+    def forward_cache(self, q: "torch.Tensor", cache: "Cache", sink: "torch.Tensor | None" = None) -> "tuple[torch.Tensor, Any]":
+        """``forward`` over what a cache holds, in the order of this rank's keys. Collective."""
+        return self.forward(q, *cache.read(), sink)
 
     def hold(self, saved: Any) -> Any:
         """What ``forward`` has just saved, as it has to be kept while other forward passes run before its backward."""
@@ -170,6 +181,14 @@ class RankRun(Passes, Protocol):
         self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", dout: "torch.Tensor | None"
     ) -> list[list[float]] | None:
         """Seconds of each step of one iteration, as of ``Executor.timeline``; None where steps are not known. Collective."""
+        return None
+
+    # Whether inputs that are all negated give the negative results. Not so where what is chosen by the inputs is chosen anew.
+    negates: bool = True
+
+    def chosen(self, saved: Any) -> BandsByHead | None:
+        """Of a run that chooses by its inputs which pairs it computes: the mask of this pass, over all queries and keys. None:
+        it computes the mask that it was started with. Collective."""
         return None
 
 

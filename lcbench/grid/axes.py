@@ -35,7 +35,8 @@ class Axis:
         folds_into: the axis that takes this one in. A group: as an option, where the value has one of this name. A plain key: as
             another way to say it, or to say a group's option of this name; null is not said.
         of: the axis whose value has to take this one (``takes`` of its class names it); a cell whose does not says nothing of it.
-        gives: the axis that a value of this group says itself, by its method of that name, where a cell has it: a model's heads.
+        gives: the axis that a value of this one says itself, where a cell has it: of a group by its method of that name, as a
+            model's heads; of a plain key ``grid.expand`` knows how, and it is another way to say that axis: a batch's length.
         has_options: whether a plain key has options of its own (``measure.warmup``).
         unsaid: the value at which a config says nothing of the axis; None: it always does.
         label: its place in a cell's label, where the config says something of it; 0: it is not there.
@@ -77,6 +78,7 @@ def _has(found: type, method: str) -> bool:
 _DECLARED = (
     Axis("kernel", "choice", home="lcbench.kernels.", needs=("unavailable", "prepare"), label=2, paces=True),
     Axis("cp", "choice", home="lcbench.cp.", needs=("unsupported", "unavailable", "start"), label=1, paces=True),
+    Axis("selector", "choice", home="lcbench.cp.selectors.", needs=("start", "missing"), folds_into="cp"),
     Axis("mask", "problem", home="lcbench.masks.", given=("seqlen", "heads", "seed"), token_counts=True, label=3, paces=True),
     Axis("lengths", "problem", home="lcbench.masks.", needs=("sample",), token_counts=True, folds_into="mask"),
     Axis(
@@ -94,9 +96,14 @@ _DECLARED = (
     ),
     Axis("seqlen", "problem", values.parse_tokens, label=4),
     Axis("seqlen_per_rank", "problem", folds_into="seqlen"),
+    Axis(
+        "batch", "problem", lambda value: str(values.parse_batch(value) or "null"), gives="seqlen", unsaid="null", label=9,
+        paces=True,
+    ),
     Axis("scale", "problem", lambda value: str(values.parse_scale(value)), label=5, paces=True),
     Axis("mesh", "problem", values.parse_mesh, has_options=True, unsaid=values.MESH, label=8, paces=True),
     Axis("heads", "problem", lambda value: str(values.parse_heads(value)), paces=True),
+    Axis("softmax", "problem", lambda value: str(values.parse_softmax(value)), unsaid="plain", label=10, paces=True),
     Axis("dtype", "problem", values.parse_dtype, paces=True),
     Axis("direction", "problem", values.parse_direction, paces=True),
     Axis("reduce_dtype", "choice", values.parse_reduce_dtype),
@@ -113,6 +120,11 @@ HOMES = tuple(dict.fromkeys(axis.home for axis in _DECLARED if axis.home))
 OTHER_WAYS = {
     axis.name: f"{axis.folds_into}.{axis.name}" if axis.folds_into in GROUPS else axis.folds_into
     for axis in _DECLARED if axis.folds_into and not axis.home
+}  # fmt: skip
+# Keys that say one thing, of which a command line says one: by the first of them.
+WAYS = {
+    way: (way, *(a.name for a in _DECLARED if OTHER_WAYS.get(a.name) == way or (a.gives == way and not a.home)))
+    for way in dict.fromkeys(OTHER_WAYS.values())
 }  # fmt: skip
 # Keys of a cell's config.
 CELL_AXES = {axis.name: axis for axis in _DECLARED if not axis.folds_into}

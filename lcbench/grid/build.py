@@ -24,6 +24,7 @@ from lcbench.grid.paths import CONF
 from lcbench.grid.values import check_finite, listed, parse_int, parse_option, parse_tokens
 from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
+from lcbench.masks.requests import of_requests
 from lcbench.problem import Heads
 from lcbench.workloads.parts import Made, Share, attention_alone
 
@@ -176,8 +177,8 @@ def on_one_rank(config: dict[str, Any]) -> bool:
     return bool(getattr(get_object(config["_target_"]), "one_rank", False))
 
 
-def build_mask(config: dict[str, Any], seqlen: int, heads: Heads, seed: int, draw: int = 0) -> Mask:
-    """The mask at a length; ``seed`` and ``draw`` reach the masks that draw something.
+def build_mask(config: dict[str, Any], seqlen: int, heads: Heads, seed: int, draw: int = 0, request: int | None = None) -> Mask:
+    """The mask at a length; ``seed``, ``draw`` and ``request``, its number in a batch, reach the masks that draw something.
 
     Raises:
         DoesNotFit: the mask cannot exist at this length or with these heads.
@@ -186,7 +187,7 @@ def build_mask(config: dict[str, Any], seqlen: int, heads: Heads, seed: int, dra
     known = next((config[key] for key in DIGESTS if key in config), None)
     if known is not None and _digest(config["file"]) != known:
         raise ValueError(f"mask.file={config['file']} has changed since this cell was planned; plan it anew")
-    given = {"heads": heads, "seed": (seed, draw)}
+    given = {"heads": heads, "seed": (seed, draw) if request is None else (seed, draw, request)}
     takes = _parameters(config["_target_"])
     options = {key: value for key, value in config.items() if key != SAMPLES}
     with own.blamed("mask", config):
@@ -194,12 +195,23 @@ def build_mask(config: dict[str, Any], seqlen: int, heads: Heads, seed: int, dra
     return own.checked_mask(config, made, seqlen)
 
 
+def cell_mask(cell: Cell, draw: int = 0) -> Mask:
+    """The mask of a cell for the heads of all tensor-parallel ranks, (queries, keys). Raises as ``build_mask`` does."""
+    config, batch = cell.config["mask"], cell.batch
+    if batch is None:
+        return build_mask(config, cell.config["seqlen"], cell.heads, cell.config["seed"], draw)
+    return of_requests(
+        batch,
+        lambda total, request: build_mask(config, total, cell.heads, cell.config["seed"], draw, request),
+        alike="seed" not in _parameters(config["_target_"]),
+    )
+
+
 def group_mask(cell: Cell, draw: int = 0) -> Mask:
     """The mask of a cell as its first context-parallel group sees it: for that one's share of the heads where tensor-parallel ranks
     have others. Raises as ``build_mask`` does.
     """
-    config = cell.config
-    whole = build_mask(config["mask"], config["seqlen"], cell.heads, config["seed"], draw)
+    whole = cell_mask(cell, draw)
     return whole if cell.mesh.tp == 1 else whole.of_heads(0, cell.problem.heads.q, cell.heads.q)
 
 

@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from lcbench.grid.axes import ALWAYS_TOLD, AXES, GROUPS, LABEL, value_of, with_first_names, with_present_names
-from lcbench.grid.values import parse_heads, parse_scale
-from lcbench.problem import Heads, Mesh, Problem, Scale
+from lcbench.grid.values import parse_batch, parse_heads, parse_scale, parse_softmax
+from lcbench.problem import PLAIN, Batch, Heads, Mesh, Problem, Scale, Softmax, format_tokens
 
 ID_LENGTH = 12
 # Digest of the content of an option ``file``. Beside it the path is no part of the cell: the same file elsewhere is the same cell.
@@ -34,6 +34,7 @@ class Cell:
          # An axis with an ``unsaid`` value (``grid/axes.py``) is left out at it:
          "workload": {"name": "block", ...options, "layers": 2, "model": {"name": "llama3_8b", ...}},  # model's heads are heads
          "recompute": {"name": "full", ...}, "mesh": {"tp": 2, "dp": 2, "order": "tp-cp-dp"},
+         "batch": "2q2k_32q1s8k", "softmax": "sink_scale0.1",  # seqlen is then the tokens of the batch
          "measure": {"warmup": 3, "min_iterations": 5, "max_iterations": 100, "budget_s": 20.0, "precision": 0.02,
                      "timeline": false}}
 
@@ -70,7 +71,9 @@ class Cell:
         """
         config = self.config
         heads, scale = self.mesh.heads(self.heads), self.mesh.group_scale(self.scale)
-        return Problem(config["seqlen"], heads, scale, config["dtype"], config["direction"], config["reduce_dtype"])
+        return Problem(
+            config["seqlen"], heads, scale, config["dtype"], config["direction"], config["reduce_dtype"], self.batch, self.softmax
+        )
 
     @property
     def mesh(self) -> Mesh:
@@ -84,6 +87,15 @@ class Cell:
     @property
     def heads(self) -> Heads:
         return parse_heads(self.config["heads"])
+
+    @property
+    def batch(self) -> Batch | None:
+        """Requests of each replica; None: one sequence."""
+        return parse_batch(self.config.get("batch"))
+
+    @property
+    def softmax(self) -> Softmax:
+        return parse_softmax(self.config["softmax"]) if "softmax" in self.config else PLAIN
 
     @property
     def label(self) -> str:
@@ -124,14 +136,16 @@ def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat_config(cell: Cell) -> dict[str, Any]:
-    """Every axis as one value: a group's value under the group's name, its options below it. Beside them numbers: of all ranks, and
-    of the heads that a rank's context-parallel group has."""
-    scale, heads = cell.scale, cell.problem.heads
+    """Every axis as one value: a group's value under the group's name, its options below it. Beside them numbers: of all ranks, of
+    the heads that a rank's context-parallel group has, and of what its batch is made of, a sequence being one request."""
+    scale, problem = cell.scale, cell.problem
+    heads = problem.heads
     unsaid = {name: axis.unsaid for name, axis in AXES.items() if axis.unsaid is not None and name not in cell.config}
     params = _flat("", {**cell.config, **unsaid})
     return params | {
         "nodes": scale.nodes, "gpus_per_node": scale.gpus_per_node, "world_size": scale.world_size,
-        "num_heads_q": heads.q, "num_heads_kv": heads.kv, "head_dim": heads.dim,
+        "num_heads_q": heads.q, "num_heads_kv": heads.kv, "head_dim": heads.dim, "head_dim_v": heads.v,
+        "requests": 1 if problem.batch is None else len(problem.batch), "queries": problem.queries,
     }  # fmt: skip
 
 
@@ -146,11 +160,3 @@ def _flat(prefix: str, config: dict[str, Any]) -> dict[str, Any]:
         else:
             params[name] = value
     return params
-
-
-def format_tokens(tokens: int) -> str:
-    """``65536 -> 64k``; a count that is no whole number of k stays as it is."""
-    for suffix, unit in (("m", 1 << 20), ("k", 1 << 10)):
-        if tokens and tokens % unit == 0:
-            return f"{tokens // unit}{suffix}"
-    return str(tokens)

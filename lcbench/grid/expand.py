@@ -32,16 +32,17 @@ from omegaconf.errors import OmegaConfBaseException
 from lcbench.cp.base import Scheduled, Strategy
 from lcbench.grid import build, overrides, own, values
 from lcbench.grid import site as sites
-from lcbench.grid.axes import AXES, CELL_AXES, GROUPS, OTHER_WAYS, RESERVED, WITH_OPTIONS, Axis, plain_axes, renamed
+from lcbench.grid.axes import AXES, CELL_AXES, GROUPS, OTHER_WAYS, RESERVED, WAYS, WITH_OPTIONS, Axis, plain_axes, renamed
 from lcbench.grid.cell import Cell
 from lcbench.grid.overrides import LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
 from lcbench.grid.paths import CONF, REPOSITORY
 from lcbench.grid.search import Bracket, Search, at
+from lcbench.grid.trace import Trace
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
-from lcbench.problem import Heads, Mesh, Problem, Scale
+from lcbench.problem import Batch, Heads, Mesh, Problem, Scale
 from lcbench.redact import refuse_readable
 
 CONFIG = "config"
@@ -55,10 +56,10 @@ OPTION_GROUPS: dict[str, Callable[[Any, str], Any]] = {
 # Run options that are texts, and of what.
 TEXTS = {"results": "folder", "tracking_uri": "address", "fit": "file"}
 # Run options that are a file of conf/, if anything: what is composed of them is no run option of a plan as it is.
-CHOSEN = ("site", "experiment", "machine", "search")
+CHOSEN = ("site", "experiment", "machine", "search", "trace")
 NAME_BYTES = 200  # of a sweep's name: a file's name holds 255, and some are made of it and a cell's
 NOT_IN_NAMES = "/\\%|,"
-# Axes that say the length.
+# Axes that say the length of one sequence.
 LENGTHS = {"seqlen", *(name for name, way in OTHER_WAYS.items() if way == "seqlen")}
 WORDS_OF_COMMANDS = ("last", "all")
 
@@ -108,6 +109,7 @@ class Plan:
     overrides: tuple[str, ...]
     launcher: str  # its name in conf/hydra/launcher
     search: Search | None = None  # of lengths; then there is one cell of each choice, at the length to begin with
+    trace: Trace | None = None  # of a server; then there is a cell of each choice for each of its batches
 
     def with_lengths(self) -> Plan:
         """The plan, for commands that do not look for lengths.
@@ -157,9 +159,11 @@ def _plan(parsed: list[Override], lines: tuple[str, ...], loader: ConfigLoaderIm
     fixed = [o for o in typed if _is_fixed(o)]
     _refuse_sweeps([*fixed, *chosen])
     base = _compose_base(fixed, loader)
+    search, trace = _search(base, typed), _trace(base, typed)
+    if trace is not None:
+        typed = [*typed, *overrides.read([f"batch={','.join(trace.weights)}"], loader)]
     axes, swept = _axes(typed, base, loader)
     options = _run_options(base)
-    search = _search(base, typed)
     if search is not None:  # lengths of an experiment give way
         axes, swept = [o for o in axes if root_of(o) not in LENGTHS], swept - LENGTHS
         base |= {"seqlen": search.shortest, "seqlen_per_rank": None}
@@ -180,6 +184,7 @@ def _plan(parsed: list[Override], lines: tuple[str, ...], loader: ConfigLoaderIm
         overrides=lines,
         launcher=launcher,
         search=search,
+        trace=trace,
     )
 
 
@@ -198,8 +203,29 @@ def _search(base: dict[str, Any], typed: list[Override]) -> Search | None:
     return Search.parse(config)
 
 
+def _trace(base: dict[str, Any], typed: list[Override]) -> Trace | None:
+    """Raises:
+    ValueError: it is no trace, has no file, or a length is typed or looked for beside it.
+    """
+    trace = Trace.parse(base["trace"])
+    said = {o.key_or_group: text_of(o) for o in typed}
+    if trace is None:
+        if cells := said.get("trace.cells"):
+            raise ValueError(f"{cells} says nothing without a trace; write trace=<file>")
+        return None
+    if length := next((said[way] for way in (*WAYS["seqlen"], "search") if way in said), None):
+        raise ValueError(f"{length} says a length, and the batches of trace={values.shown(trace.file)} have theirs; leave it out")
+    return trace
+
+
 def _first_of(search: Search, cell: Cell) -> Cell:
-    """A cell of a choice at the length that a search for its longest begins with."""
+    """A cell of a choice at the length that a search for its longest begins with.
+
+    Raises:
+        ValueError: its lengths are those of a batch.
+    """
+    if cell.batch is not None:
+        raise ValueError(f"search={search.name} looks for the longest sequence, and batch={cell.batch} has its own; leave one out")
     lengths = search.lengths(cell.problem.scale.world_size)
     return at(cell, Bracket.between(lengths, None, None).next())
 
@@ -321,10 +347,10 @@ def _unresolved(error: BaseException, key: str, lines: list[str]) -> str:
 
 
 def _one_way(said: dict[str, Override], base: dict[str, Any], params: dict[str, Any]) -> None:
-    """What is on the command line, in either way of saying it, takes the place of an experiment's in the other."""
-    for one, two in OTHER_WAYS.items():
-        for way, other in ((one, two), (two, one)):
-            if way in said and other not in said and said[way].value() is not None:
+    """What is on the command line, in any way of saying it, takes the place of an experiment's in the others."""
+    for ways in WAYS.values():
+        if any(way in said and said[way].value() is not None for way in ways):
+            for other in set(ways) - set(said):
                 base.update({other: None} if other in base else {})
                 params.pop(other, None)
 
@@ -339,7 +365,7 @@ def cell_config(config: dict[str, Any], *, said: Collection[str] = (), by_site: 
     found: dict[str, Any] = {group: build.check_options(group, config[group]) for group in GROUPS}
     scale = _scale(config["scale"], found["cp"], by_site)
     ranks = max(1, scale.world_size // Mesh(**values.parse_mesh(config["mesh"])).count)
-    seqlen = _seqlen(config["seqlen"], config["seqlen_per_rank"], ranks, "seqlen" in said)
+    seqlen = _seqlen(config, ranks, said)
     found |= {"seqlen": seqlen, "scale": str(scale)}
     found |= {name: axis.parse(config[name]) for name, axis in CELL_AXES.items() if axis.parse is not None and name not in found}
     folded = set()
@@ -409,15 +435,19 @@ def _scale(said: Any, strategy: dict[str, Any], by_site: bool) -> Scale:
     return Scale(1, 1) if by_site and build.on_one_rank(strategy) else values.parse_scale(said)
 
 
-def _seqlen(seqlen: Any, per_rank: Any, ranks: int, both: bool) -> int:
-    """Total tokens, which are said in one of two ways; ``ranks``: of a context-parallel group."""
-    if per_rank is None:
-        return values.parse_tokens(seqlen)
-    if both and seqlen is not None:
-        raise ValueError(
-            f"seqlen={values.shown(seqlen)} and seqlen_per_rank={values.shown(per_rank)} are two ways to say one length"
-        )
-    return values.parse_tokens(values.parse_tokens(per_rank, "seqlen_per_rank") * ranks)
+def _seqlen(config: dict[str, Any], ranks: int, said: Collection[str]) -> int:
+    """Total tokens, which are said in one way; ``ranks``: of a context-parallel group."""
+    ways = [way for way in WAYS["seqlen"] if config[way] is not None and (way in said or way != "seqlen")]
+    if len(ways) > 1:
+        both = " and ".join(f"{way}={values.shown(config[way])}" for way in ways[:2])
+        raise ValueError(f"{both} are two ways to say one length; write one of them")
+    if all(config[way] is None for way in WAYS["seqlen"]):
+        raise ValueError(f"no length is said: {', '.join(WAYS['seqlen'])} are null; write one of them, such as seqlen=64k")
+    if (batch := values.parse_batch(config["batch"])) is not None:
+        return batch.tokens
+    if config["seqlen_per_rank"] is None:
+        return values.parse_tokens(config["seqlen"])
+    return values.parse_tokens(values.parse_tokens(config["seqlen_per_rank"], "seqlen_per_rank") * ranks)
 
 
 def skip_reason(cell: Cell) -> str | None:
@@ -461,7 +491,7 @@ def pairs(cell: Cell) -> float:
     mask, problem = mask_of(cell), cell.problem
     if isinstance(mask, BandMask):
         return float(mask.pairs(problem.heads.q))
-    return float(cell.config["mask"].get("density", 1.0)) * problem.seqlen**2 * problem.heads.q
+    return float(cell.config["mask"].get("density", 1.0)) * problem.plane * problem.heads.q
 
 
 def mask_of(cell: Cell) -> Mask:
@@ -532,7 +562,7 @@ def _compose_base(fixed: list[Override], loader: ConfigLoaderImpl) -> dict[str, 
             key = override.key_or_group.split(".")
             if key[0] == "site" and len(key) == 2 and not override.is_add() and key[1] not in sites.ClusterSite.model_fields:
                 raise ValueError(sites.unknown_key(key[1])) from error
-        for group in (*OPTION_GROUPS, "search"):
+        for group in (*OPTION_GROUPS, "search", "trace"):
             own = [text_of(o) for o in fixed if root_of(o) == group]
             if own and (word := _option_error(group, own, [], loader)):
                 raise ValueError(word) from error
@@ -553,7 +583,7 @@ def _compose_key(root: str, lines: list[str], base_lines: list[str], loader: Con
 
 def _option_error(root: str, lines: list[str], base_lines: list[str], loader: ConfigLoaderImpl) -> str | None:
     """A clear word on an option that an axis value does not have."""
-    if root not in (*WITH_OPTIONS, *OPTION_GROUPS, "search"):
+    if root not in (*WITH_OPTIONS, *OPTION_GROUPS, "search", "trace"):
         return None
     chosen = [line for line in lines if line.partition("=")[0] == root]
     config = compose(base_lines + chosen, loader).get(root)
@@ -639,14 +669,14 @@ def _one_line(error: BaseException) -> str:
 
 # -- objects, each made once -----------------------------------------------------------------------------------------
 
-_masks: dict[tuple[str, int, Heads, int, int], Mask | DoesNotFit] = {}
+_masks: dict[tuple[str, int, Batch | None, Heads, int, int], Mask | DoesNotFit] = {}
 _objects: dict[tuple[str, str], Any] = {}
 _proven: set[tuple[str, str, Heads, Problem, int]] = set()
 
 
 def _mask(cell: Cell) -> Mask:
     config = cell.config["mask"]
-    key = (json.dumps(config), cell.config["seqlen"], cell.heads, cell.mesh.tp, cell.config["seed"])
+    key = (json.dumps(config), cell.config["seqlen"], cell.batch, cell.heads, cell.mesh.tp, cell.config["seed"])
     if key not in _masks:
         try:
             made = build.group_mask(cell)

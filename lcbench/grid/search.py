@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from lcbench.grid.cell import Cell, format_tokens
+from lcbench.grid.cell import Cell
 from lcbench.grid.values import parse_limit_number, parse_tokens, shown
+from lcbench.problem import format_tokens
 
 CELLS = 8  # of a choice, at most
 # With so many lengths there are 2^CELLS outcomes: none fits, or the shortest, or the two shortest, and so on.
@@ -94,7 +95,13 @@ class Search:
 
 
 def at(cell: Cell, tokens: int) -> Cell:
-    """The same cell at another length."""
+    """The same cell at another length.
+
+    Raises:
+        ValueError: its lengths are those of a batch.
+    """
+    if cell.batch is not None:
+        raise ValueError(f"batch={cell.batch} has its lengths: its cells have no other length")
     return Cell.from_config({**cell.config, "seqlen": tokens})
 
 

@@ -19,13 +19,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from lcbench.problem import ALONE, DIRECTIONS, DTYPES, REDUCE_DTYPES, Heads, Mesh, Scale
+from lcbench.problem import ALONE, DIRECTIONS, DTYPES, PLAIN, REDUCE_DTYPES, Batch, Heads, Mesh, Requests, Scale, Softmax
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 # Far beyond what anybody runs, and small enough that a slip of the finger is no plan that never ends.
 MOST_TOKENS = 1 << 30
 MOST_RANKS = 1 << 16
 MOST_HEADS = 1 << 16
+MOST_REQUESTS = 1 << 16
 MOST_INT = (1 << 63) - 1
 MOST_NUMBER = 1e15
 LONG = 200  # characters of a value that a message shows
@@ -81,16 +82,76 @@ def parse_scale(value: object) -> Scale:
 
 
 def parse_heads(value: object) -> Heads:
-    """``32x8x128`` -> 32 query heads, 8 key/value heads, dimension 128."""
-    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)x([1-9][0-9]*)", str(value).strip().lower())
+    """``32x8x128`` -> 32 query heads, 8 key/value heads, dimension 128; ``16x16x192:128``: keys have 192, values 128 numbers.
+
+    One key/value head with values narrower than its keys is latent: ``128x1x576:512``.
+    """
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)x([1-9][0-9]*)(?::([1-9][0-9]*))?", str(value).strip().lower())
     if not match:
-        raise ValueError(f"heads={shown(value)} is not <query>x<key/value>x<dim>, each at least 1, such as 32x8x128")
-    heads = Heads(*map(_read, match.groups()))
-    if max(heads.q, heads.kv, heads.dim) > MOST_HEADS:
-        raise ValueError(f"heads={shown(value)}: heads and their dimension are at most {MOST_HEADS} each")
-    if heads.q % heads.kv:
-        raise ValueError(f"heads={value}: {heads.q} query heads are no multiple of {heads.kv} key/value heads, as in 32x8x128")
-    return heads
+        raise ValueError(
+            f"heads={shown(value)} is not <query>x<key/value>x<dim> or <query>x<key/value>x<key dim>:<value dim>, each at least 1, "
+            "such as 32x8x128, 128x128x192:128 or, latent, 128x1x576:512"
+        )
+    numbers = [_read(number) for number in match.groups() if number is not None]
+    if max(numbers) > MOST_HEADS:
+        raise ValueError(f"heads={shown(value)}: heads and their dimensions are at most {MOST_HEADS} each")
+    q, kv, dim, *of_values = numbers
+    if q % kv:
+        raise ValueError(f"heads={value}: {q} query heads are no multiple of {kv} key/value heads, as in 32x8x128")
+    dim_v = of_values[0] if of_values else dim
+    return Heads(q, kv, dim, dim_v, latent=kv == 1 and dim_v < dim)
+
+
+def parse_batch(value: object) -> Batch | None:
+    """``2q2k_32q1s8k`` -> two requests of 2048 new tokens, and 32 with one new token of 8192; null -> no batch, one sequence.
+
+    Raises:
+        ValueError: anything else, a request that cannot be, more than ``MOST_REQUESTS`` requests or ``MOST_TOKENS`` tokens.
+    """
+    if value is None or value == "null":
+        return None
+    wanted = "write [count]q<new>[s<total>], several joined by _, such as 32q1s128k or 2q2k_32q1s8k"
+    groups = []
+    for part in str(value).strip().lower().split("_"):
+        match = re.fullmatch(r"([0-9]{0,9})q([0-9]{1,9})([km]?)(?:s([0-9]{1,9})([km]?))?", part)
+        if not match or isinstance(value, bool):
+            raise ValueError(f"batch={shown(value)} is no batch of requests; {wanted}")
+        count, new = int(match[1] or 1), int(match[2]) * UNITS[match[3]]
+        total = new if match[4] is None else int(match[4]) * UNITS[match[5]]
+        try:
+            groups.append(Requests(count, new, total))
+        except ValueError as error:
+            raise ValueError(f"batch={shown(value)}: {error}; {wanted}, with counts of at least 1 and total >= new") from error
+    batch = Batch(tuple(groups))
+    if len(batch) > MOST_REQUESTS:
+        raise ValueError(f"batch={shown(value)} has {len(batch)} requests, and a batch has at most {MOST_REQUESTS}")
+    if batch.tokens > MOST_TOKENS:
+        raise ValueError(f"batch={shown(value)} has {batch.tokens} tokens, and a batch has at most {MOST_TOKENS >> 20}m")
+    return batch
+
+
+def parse_softmax(value: object) -> Softmax:
+    """``sink_softcap30`` -> a sink, and scores capped at 30; ``scale0.1``: products are multiplied with 0.1; ``plain``: none of it.
+
+    Raises:
+        ValueError: anything else.
+    """
+    text = str(value).strip().lower()
+    if text == str(PLAIN):
+        return PLAIN
+    found: dict[str, Any] = {}
+    for part in text.split("_"):
+        match = re.fullmatch(r"(sink)|(softcap|scale)([0-9].*)", part)
+        number = _read(match[3]) if match and match[3] else None
+        if not match or (match[3] and not (isinstance(number, int | float) and 0 < number <= MOST_NUMBER)):
+            raise ValueError(
+                f"softmax={shown(value)} is neither plain nor some of sink, softcap<number> and scale<number> joined by _, such as "
+                f"sink_scale0.1; numbers are above 0 and up to {MOST_NUMBER:g}"
+            )
+        if (name := match[1] or match[2]) in found:
+            raise ValueError(f"softmax={shown(value)} says {name} twice; write it once, as in sink_scale0.1")
+        found[name] = True if number is None else float(number)
+    return Softmax(**found)
 
 
 def parse_dtype(value: object) -> str:

@@ -28,8 +28,16 @@ class Lengths(Protocol):
 
 
 def document_bounds(seqlen: int, lengths: Lengths, seed: Sequence[int]) -> Ints:
-    """Offsets 0 = b0 < b1 < ... = seqlen of documents in tokens; the last one drawn is cut where the sequence ends."""
-    ends = np.cumsum(lengths.sample(seqlen, np.random.default_rng(seed)))
+    """Offsets 0 = b0 < b1 < ... = seqlen of documents in tokens; the last one drawn is cut where the sequence ends.
+
+    Raises:
+        DoesNotFit: lengths that cannot make up this ``seqlen``.
+        ValueError: a document without a token.
+    """
+    sizes = np.asarray(lengths.sample(seqlen, np.random.default_rng(seed)))
+    if len(sizes) and sizes.min() < 1:
+        raise ValueError(f"a document of {sizes.min()} tokens; each has at least 1")
+    ends = np.cumsum(sizes)
     return np.concatenate([[0], ends[ends < seqlen], [seqlen]]).astype(np.int64)
 
 

@@ -36,12 +36,11 @@ def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
         CannotPredict: nothing is known of how the strategy works, or it cannot run the cell.
     """
     config, problem = cell.config, cell.problem
+    if problem.rectangular:
+        raise CannotPredict(f"batch={cell.batch} has keys without queries: a cache is not simulated yet")
     strategy = build.build_strategy(config["cp"])
     try:
-        masks = [
-            build.build_mask(config["mask"], problem.seqlen, cell.heads, config["seed"], number)
-            for number in range(build.draws(config["mask"]))
-        ]
+        masks = [build.cell_mask(cell, number) for number in range(build.draws(config["mask"]))]
     except DoesNotFit as error:
         raise CannotPredict(str(error)) from error
     pairs = cell.mesh.dp * np.array([float(mask.pairs(cell.heads.q)) for mask in masks])
@@ -51,7 +50,11 @@ def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
             raise CannotPredict(reason)
         modelled = strategy.modelled(problem, masks[number])
         if modelled is None:
+<<<<<<< HEAD
             raise CannotPredict(f"nothing says how cp={config['cp']['name']} works")
+=======
+            raise CannotPredict(f"nothing says how cp={config['cp']['name']} works: no schedule does what it does")
+>>>>>>> h-int
         lowering = getattr(strategy, "lowering", "auto")
         prepared = prepare(modelled, operations_on(machine) if lowering == "auto" else ())
         if machine.device == "cpu":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lcbench.grid.cell import format_tokens
+from lcbench.problem import format_tokens
 from lcbench.report.amounts import SECONDS, duration, more, percent, times, unit_for
 from lcbench.report.drawing import CROSS, GREY, Drawn, legend, panels
 from lcbench.report.palette import Style

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lcbench.grid.cell import format_tokens
+from lcbench.problem import format_tokens
 from lcbench.report.palette import Style
 from lcbench.report.parts import MOST_LINES
 

@@ -9,7 +9,8 @@ from statistics import median
 
 import numpy as np
 
-from lcbench.grid.cell import Cell, format_tokens
+from lcbench.grid.cell import Cell
+from lcbench.problem import format_tokens
 from lcbench.report.amounts import duration, percent, times
 from lcbench.report.frame import PHASES
 from lcbench.runs.attempt import Attempt

@@ -115,7 +115,7 @@ def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False)
     rows = frame.to_dict("records")
     frame["problem"] = [json.dumps([_plain(row[c]) for c in (*PROBLEM, *options)]) for row in rows]
     rest = [axis for axis in PROBLEM if axis not in (*ALWAYS_TOLD, "seed") and (axis == "heads" or _several(frame, axis))]
-    frame["setting"] = [", ".join(f"{axis} {row[_column(axis)]}" for axis in rest) for row in rows]
+    frame["setting"] = [", ".join(f"{axis} {row[column_of(axis)]}" for axis in rest) for row in rows]
     frame["where"] = frame["setting"] + (", seed " + frame["seed"].astype(str) if frame["seed"].nunique() > 1 else "")
     frame["tokens_per_rank"] = frame["seqlen"] * frame["mesh.tp"] * frame["mesh.dp"] // frame["world_size"]
     for phase in PHASES:
@@ -172,21 +172,21 @@ def _differs(values: pd.Series[Any]) -> bool:
     return bool(values.map(lambda value: json.dumps(_plain(value))).nunique() > 1)
 
 
-def _column(axis: str) -> str:
+def column_of(axis: str) -> str:
     """Where a frame of ``reported`` has an axis in words."""
     return f"what_{axis}" if axis in CELL_GROUPS else axis
 
 
 def _several(frame: pd.DataFrame, axis: str) -> bool:
-    return bool(frame[_column(axis)].nunique() > 1)
+    return bool(frame[column_of(axis)].nunique() > 1)
 
 
 def _told(frame: pd.DataFrame, axis: str) -> list[str]:
     """An axis in the words of a choice: with its name where labels do not always tell it, and empty at what they leave out."""
     if AXES[axis].unsaid is None:
-        return [str(value) for value in frame[_column(axis)]]
+        return [str(value) for value in frame[column_of(axis)]]
     unsaid = value_of({}, axis)
-    return ["" if value == unsaid else f"{axis}={value}" for value in frame[_column(axis)]]
+    return ["" if value == unsaid else f"{axis}={value}" for value in frame[column_of(axis)]]
 
 
 def _options(frame: pd.DataFrame, axis: str) -> list[str]:

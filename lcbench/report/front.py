@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lcbench.grid.cell import format_tokens
+from lcbench.problem import format_tokens
 from lcbench.report.amounts import SECONDS, duration, size, unit_for
 from lcbench.report.drawing import GREY, Drawn, grid, legend, share_y
 from lcbench.report.parts import PEAK, TIME, Group, Shown, fastest_choices, groups, in_order, slug

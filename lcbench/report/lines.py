@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lcbench.grid.cell import format_tokens
 from lcbench.measure.peak import entry_of
+from lcbench.problem import format_tokens
 from lcbench.report import published
 from lcbench.report.amounts import percent, size, times
 from lcbench.report.drawing import (

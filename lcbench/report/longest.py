@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lcbench.grid.build import input_bytes
-from lcbench.grid.cell import Cell, format_tokens
+from lcbench.grid.cell import Cell
 from lcbench.grid.search import Bracket, Search, at, resolution
+from lcbench.problem import format_tokens
 from lcbench.report.amounts import size
 from lcbench.report.fitted import Column, Fitted
 from lcbench.report.table import Names

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lcbench.grid.cell import format_tokens
+from lcbench.problem import format_tokens
 from lcbench.report.drawing import Drawn, panels
 from lcbench.report.parts import RATE, Group, Shown, groups, in_order
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lcbench.grid.axes import value_of
-from lcbench.grid.cell import format_tokens
-from lcbench.problem import itemsize
+from lcbench.problem import format_tokens, itemsize
 from lcbench.report.frame import PHASES, good_rows, over_seeds, rate_column, rate_of
 from lcbench.report.palette import Style, styles
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcbench.grid.cell import format_tokens
 from lcbench.grid.devices import known_devices
+from lcbench.problem import format_tokens
 from lcbench.report.amounts import digits, duration
 from lcbench.report.causes import FAILED, causes, suspects
 from lcbench.report.frame import good_rows, reported

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lcbench.grid.cell import format_tokens
+from lcbench.problem import format_tokens
 from lcbench.report.amounts import times
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lcbench.grid.cell import format_tokens
 from lcbench.measure.peak import entry_of
+from lcbench.problem import format_tokens
 from lcbench.report.amounts import BYTES, SECONDS, Unit, duration, more, percent, size, unit_for
 from lcbench.report.drawing import GREY, Drawn, grid
 from lcbench.report.palette import MARKERS

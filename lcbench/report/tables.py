@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcbench.grid.cell import format_tokens
+from lcbench.problem import format_tokens
 from lcbench.report.amounts import digits
 from lcbench.report.frame import over_seeds, rate_column
 from lcbench.report.inert import csv_cell, latex, markdown, printable

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from lcbench.grid.cell import format_tokens
+from lcbench.problem import format_tokens
 from lcbench.report.amounts import digits, duration, size, times
 from lcbench.report.intervals import LEVEL, Median, Ratio, holm
 

@@ -178,7 +178,7 @@ class Estimator:
             seconds, basis = seconds * ratio, f"{basis}, by results of its kernel"
         heads = cell.problem.heads
         groups = 1 if self.device else cell.mesh.count  # which check at once, and on CPU share the cores
-        check_s = CHECK_S[self._kind] * cell.problem.seqlen * heads.q * heads.dim * groups
+        check_s = CHECK_S[self._kind] * cell.problem.queries * heads.q * heads.dim * groups
         return _Pass(seconds, max(error, LIKE_ERROR), 0.0, seconds + check_s, basis)
 
     def _like(self, cell: Cell, work: float, nearest: _Known) -> _Pass:

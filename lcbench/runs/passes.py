@@ -46,7 +46,7 @@ ALONE = {
     "mask": {"name": "full", "_target_": "lcbench.masks.full.full"},
     "scale": "1x1",
 }
-OF_WORKLOADS = ("workload", "recompute", "mesh")  # which attention alone on one rank has not
+NOT_ALONE = ("workload", "recompute", "mesh", "batch")  # which attention of one sequence on one rank has not
 NOT_OF_SHAPE = ("seqlen", "seed", "measure")
 
 _made: dict[str, Passes] = {}  # by device
@@ -135,7 +135,7 @@ class Passes:
 
     def _pace(self, cell: Cell) -> float:
         """FLOP/s of a cell's kernel on one rank."""
-        config = {key: value for key, value in cell.config.items() if key not in OF_WORKLOADS}
+        config = {key: value for key, value in cell.config.items() if key not in NOT_ALONE}
         alone = Cell.from_config({**config, **ALONE, "seqlen": PACE_TOKENS})
         shape = _shape(alone)
         if shape not in self._paces:
@@ -187,7 +187,7 @@ def flops(cell: Cell) -> float:
     try:
         work = pairs(cell)
     except (*BROKEN, OSError):
-        work = float(cell.problem.seqlen) ** 2 * heads.q
+        work = float(cell.problem.plane) * heads.q
     counts = (("forward", forward_flops), ("backward", backward_flops))
     attended = sum(made.attends(direction, again=False) * count(work, heads) for direction, count in counts)
     every = (part for parts in made.phases.values() for part in parts)
@@ -206,7 +206,7 @@ def exchanged_bytes(problem: Problem) -> float:
     heads, ranks = problem.heads, problem.scale.world_size
     sums = problem.itemsize if problem.reduce_dtype == "input" else max(problem.itemsize, 4)
     per_element = 2 * problem.itemsize + sums if problem.backward else problem.itemsize
-    return problem.seqlen * (ranks - 1) / ranks * 2 * heads.kv * heads.dim * per_element
+    return problem.seqlen * (ranks - 1) / ranks * heads.kv * heads.kv_width * per_element
 
 
 def _cost(cell: Cell, pair: float) -> float:
@@ -217,8 +217,8 @@ def _cost(cell: Cell, pair: float) -> float:
     """
     mask, ranks = mask_of(cell), cell.problem.scale.world_size
     each = pair * cell.mesh.count  # all groups are played
-    blocks = cell.problem.seqlen / BLOCK_SIDE
-    drawn = BAND * len(mask) if isinstance(mask, BandMask) else BLOCK * mask.maps * blocks**2
+    blocks = cell.problem.plane / BLOCK_SIDE**2
+    drawn = BAND * len(mask) if isinstance(mask, BandMask) else BLOCK * mask.maps * blocks
     return float(ANY + each * ranks**2 + drawn)
 
 

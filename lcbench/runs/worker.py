@@ -38,10 +38,10 @@ import torch.distributed as dist
 from lcbench.grid.build import (
     allow,
     build_kernel,
-    build_mask,
     build_recompute,
     build_strategy,
     build_workload,
+    cell_mask,
     check_targets,
     draws,
 )
@@ -65,7 +65,7 @@ from lcbench.runs.pack import Pack, later_blocks, tries_again
 from lcbench.runs.results import STOP, Results, append_line
 from lcbench.runs.settle import close_all, with_lost_block
 from lcbench.runs.store import Sweep
-from lcbench.schedule.execute import Groups, group_options
+from lcbench.schedule.groups import Groups, group_options
 from lcbench.workloads.base import Work
 
 FAILED_EXIT = 70
@@ -313,7 +313,7 @@ def work_of(cell: Cell, running: Running | None = None) -> Work:
     return Work(
         workload=build_workload(config.get("workload")),
         problem=problem,
-        make_mask=lambda draw: build_mask(config["mask"], problem.seqlen, cell.heads, config["seed"], draw),
+        make_mask=lambda draw: cell_mask(cell, draw),
         kernel=build_kernel(config["kernel"]),
         strategy=build_strategy(config["cp"]),
         settings=shared(config["measure"], first=block == 1),

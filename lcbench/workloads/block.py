@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lcbench.cp.base import Strategy
 from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
-from lcbench.problem import Problem
+from lcbench.problem import PLAIN, Problem
 from lcbench.workloads.base import Work, Workload
 from lcbench.workloads.block_parts import made_of
 from lcbench.workloads.parts import Made, Share
@@ -42,6 +42,10 @@ class Block(Trained, Workload):
             return (
                 "direction=forward: a training step has a backward pass, so that workload=block has direction=forward_backward only"
             )
+        if problem.batch is not None:
+            return f"batch={problem.batch}: a training step is of one sequence, all of whose tokens are computed"
+        if problem.softmax != PLAIN:
+            return f"softmax={problem.softmax}: layers of its models have a plain softmax"
         if problem.dtype == "float16":
             return "dtype=float16: gradients of a mean loss are below what float16 holds, and there is no loss scaling here"
         tp = self.model.heads_q // problem.heads.q  # the problem has one tensor-parallel rank's heads

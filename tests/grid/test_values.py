@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from lcbench.grid.cell import Cell, format_tokens
+from lcbench.grid.cell import Cell
 from lcbench.grid.values import parse_dtype, parse_heads, parse_scale, parse_tokens
-from lcbench.problem import Heads, Scale
+from lcbench.problem import Heads, Scale, format_tokens
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,10 @@ from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import BandMask
 from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softmax
-from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.execute import Executor
+from lcbench.schedule.groups import Groups
 from lcbench.schedule.lowering import OPERATIONS
+from lcbench.schedule.tiling import tiling
 from lcbench.schedule.verify import verify
 from lcbench.testing.dense import dense_mask
 from lcbench.testing.masks import load, names
@@ -148,3 +150,18 @@ def test_a_strategy_that_shares_queries_and_keys_together_says_that_it_cannot_ta
         assert refused == "needs a query for every key: a batch has 11 new tokens of 47", name
     whole = replace(of, seqlen=11, batch=Batch((Requests(1, 11, 11),)))
     assert build_strategy(load("cp", "lightseq")).unsupported(whole, causal(Batch((Requests(1, 11, 11),)))) is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_tiles_of_two_sides_have_the_pairs_that_the_proof_counts(ranks: int) -> None:
+    for name, batch in BATCHES.items():
+        mask = causal(batch)
+        of = Problem(batch.tokens, Heads(8, 2, 6), Scale(1, ranks), "float32", "forward_backward", batch=batch)
+        for strategy in strategies(ranks):
+            if strategy.unsupported(of, mask):
+                continue
+            schedule = strategy.schedule(of, mask)
+            made, want = tiling(schedule, mask), verify(schedule, mask, of).step_pairs
+            found = np.zeros(want.shape)
+            np.add.at(found, (made.step, made.rank), made.tiles.pairs * made.tiles.q_heads)
+            assert found == pytest.approx(want), f"{strategy} {name}"

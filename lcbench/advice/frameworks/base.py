@@ -162,11 +162,16 @@ def choice_of(cell: Cell) -> Choice:
     """A cell as frameworks are told of it.
 
     Raises:
-        Cannot: its strategy, mask, workload or mesh is none that is exported.
+        Cannot: its strategy, mask, batch, heads, softmax, workload or mesh is none that is exported.
     """
     config, problem = cell.config, cell.problem
     strategy = build_strategy(config["cp"])
     name = config["cp"]["name"]
+    for axis, what in (("batch", "requests"), ("softmax", "more than a plain softmax")):
+        if axis in config:
+            raise Cannot(f"{axis}={config[axis]} is {what}, and what is exported is plain attention of whole sequences")
+    if problem.heads.dim != problem.heads.v:
+        raise Cannot(f"heads={cell.heads} has values of another dimension than its keys, which is not exported")
     if (pattern := pattern_of(strategy, problem)) is None:
         raise Cannot(f"cp={name} is no exchange of heads, no ring and no gather of keys and values, and it has no other strategy")
     if (shape := shape_of(group_mask(cell))) is None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from lcbench.schedule.execute import Groups
+    from lcbench.schedule.groups import Groups
 
 
 # Libraries' messages go by communicators of their own, whatever the order in which they post them.
@@ -64,6 +64,24 @@ def refused_length(problem: Problem, parts: int) -> str | None:
     return None if problem.seqlen % parts == 0 else f"needs a length that {parts} chunks divide, not {problem.seqlen}"
 
 
+def refused_problem(problem: Problem, *, value_dims: bool) -> str | None:
+    """Why a library for self-attention with a plain softmax does not take a problem, or None.
+
+    Args:
+        value_dims: whether it takes values of another dimension than keys.
+    """
+    heads, softmax = problem.heads, problem.softmax
+    if problem.rectangular:
+        return f"computes all tokens that it is given, and batch={problem.batch} has keys without queries"
+    if heads.latent:
+        return f"takes keys and values apart, and those of heads={heads} are numbers of one latent"
+    if heads.dim != heads.v and not value_dims:
+        return f"takes values of the keys' dimension only, and heads={heads} has {heads.dim} and {heads.v}"
+    if softmax.sink or softmax.softcap:
+        return f"knows neither a sink nor a softcap: softmax={softmax}"
+    return None
+
+
 def refused_platform(problem: Problem, platform: Platform, library: str) -> str | None:
     """Why a library for half types on CUDA does not run on a platform, or None."""
     if platform.type != "cuda":
@@ -88,6 +106,18 @@ class LibraryStrategy(Strategy):
 
     own_kernel: ClassVar[bool] = True
 
+    @property
+    def value_dims(self) -> bool:
+        """Whether the library takes values of another dimension than keys."""
+        return False
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return refused_problem(problem, value_dims=self.value_dims) or self.refused(problem, mask)
+
+    @abstractmethod
+    def refused(self, problem: Problem, mask: Mask) -> str | None:
+        """Why the library does not run a problem that ``refused_problem`` lets pass, or None."""
+
     @abstractmethod
     def layout(self, problem: Problem) -> Layout:
         """How the library deals tokens out to ranks."""
@@ -97,7 +127,7 @@ class AutogradRun(RankRun):
     """A run of a library's differentiable attention.
 
     Args:
-        attend: q (1, T, Hq, D), k, v (1, T, Hk, D) of this rank to out, (1, T, Hq, D) or (1, T, Hq * D).
+        attend: q (1, T, Hq, D), k (1, T, Hk, D), v (1, T, Hk, Dv) of this rank to out, (1, T, Hq, Dv) or (1, T, Hq * Dv).
         layout: tokens of every rank.
         kernel: computes the LSE, by a ring of our own: libraries do not all return it, and the check needs it.
         place: this rank, its device, and the communicators of that ring.
@@ -135,7 +165,7 @@ class AutogradRun(RankRun):
         leaves = [x.detach()[None].requires_grad_(self._problem.backward) for x in (q, k, v)]
         with torch.set_grad_enabled(self._problem.backward):
             out = self._attend(*leaves)
-        return out.detach().view(q.shape), (out, leaves)
+        return out.detach().view(*q.shape[:2], v.shape[2]), (out, leaves)
 
     def lse(self, saved: Any) -> torch.Tensor:
         _, leaves = saved

@@ -77,7 +77,7 @@ class RingFlashAttention(LibraryStrategy):
     def __post_init__(self) -> None:
         check_choice("variant", self.variant, VARIANTS)
 
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+    def refused(self, problem: Problem, mask: Mask) -> str | None:
         found = segments(mask)
         if self.variant == "llama3":
             refused = None if found else "knows the masks full and causal, of the whole or of each document, only"

@@ -54,7 +54,11 @@ class TransformerEngine(LibraryStrategy):
     def __post_init__(self) -> None:
         check_choice("comm", self.comm, COMMUNICATIONS)
 
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+    @property
+    def value_dims(self) -> bool:
+        return self.comm == "p2p"  # its context_parallel.py: multi-head latent attention is for p2p alone
+
+    def refused(self, problem: Problem, mask: Mask) -> str | None:
         ranks = problem.scale.world_size
         found = refused_mask(mask, known="full and causal") or refused_length(problem, 2 * ranks)
         if found:
@@ -90,7 +94,7 @@ class TransformerEngine(LibraryStrategy):
         heads = problem.heads
         attention = DotProductAttention(
             heads.q,
-            heads.dim,
+            heads.dim if heads.dim == heads.v else (heads.dim, heads.v),
             num_gqa_groups=heads.kv,
             attention_dropout=0.0,
             qkv_format="bshd",

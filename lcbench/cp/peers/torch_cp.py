@@ -43,7 +43,7 @@ class TorchCP(LibraryStrategy):
     def __post_init__(self) -> None:
         check_choice("rotate", self.rotate, ROTATIONS)
 
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+    def refused(self, problem: Problem, mask: Mask) -> str | None:
         refused = refused_mask(mask, known="full and causal")
         return refused or refused_length(problem, 2 * problem.scale.world_size)
 

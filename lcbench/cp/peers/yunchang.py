@@ -35,7 +35,7 @@ class YunchangUSP(HeadGrid, LibraryStrategy):
 
     libraries: ClassVar[tuple[str, ...]] = ("yunchang", "flash-attn")
 
-    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+    def refused(self, problem: Problem, mask: Mask) -> str | None:
         degree = self.degree(problem)
         refused = refused_mask(mask, known="full and causal") or refused_grid(problem, degree)
         if refused is None and problem.heads.kv % degree:

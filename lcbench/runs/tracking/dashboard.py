@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcbench.grid.cell import flat_config, format_tokens
+from lcbench.grid.cell import flat_config
+from lcbench.problem import format_tokens
 from lcbench.runs.manifest import Entry, entries_of
 from lcbench.runs.tracking.shown import BAND, PREDICTIONS_OF
 
