@@ -50,11 +50,7 @@ def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
             raise CannotPredict(reason)
         modelled = strategy.modelled(problem, masks[number])
         if modelled is None:
-<<<<<<< HEAD
-            raise CannotPredict(f"nothing says how cp={config['cp']['name']} works")
-=======
             raise CannotPredict(f"nothing says how cp={config['cp']['name']} works: no schedule does what it does")
->>>>>>> h-int
         lowering = getattr(strategy, "lowering", "auto")
         prepared = prepare(modelled, operations_on(machine) if lowering == "auto" else ())
         if machine.device == "cpu":

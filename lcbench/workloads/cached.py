@@ -57,9 +57,7 @@ class CachedRun:
         if self._order is not None:
             k, v = k[self._order.to(k.device)], v[self._order.to(v.device)]
             v = k[..., : v.shape[-1]] if self._problem.heads.latent else v
-        self._cache = Cache.of(
-            k, v, self._lengths, self._kind, latent=self._problem.heads.latent, seed=self._seed, scales=scales
-        )
+        self._cache = Cache.of(k, v, self._lengths, self._kind, latent=self._problem.heads.latent, seed=self._seed, scales=scales)
 
     def _scales(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Of this rank's key/value heads, over all ranks' tokens: every rank stores a head by one scale."""
@@ -182,7 +180,10 @@ class ServingSession(AttentionSession):
         """Stored in fewer bytes, a key takes less memory traffic than in the inputs' type."""
         stored, width = self.run.cache.k.element_size(), self._work.problem.itemsize
         found = super().costs()
-        return {phase: replace(cost, least_memory_bytes=cost.least_memory_bytes * min(1.0, stored / width)) for phase, cost in found.items()}
+        return {
+            phase: replace(cost, least_memory_bytes=cost.least_memory_bytes * min(1.0, stored / width))
+            for phase, cost in found.items()
+        }
 
     def counted(self) -> Counted:
         counted, problem = super().counted(), self._work.problem

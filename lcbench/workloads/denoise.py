@@ -59,6 +59,8 @@ class Denoise(Workload):
             return f"softmax={problem.softmax}: no diffusion model has a sink or a softcap"
         if isinstance(strategy, OverSteps):
             return strategy.too_few(self.steps, self.layers, problem)
+        if strategy.computes(problem, mask) is not mask:
+            return "the strategy computes another mask than the cell's: denoising compares with what is exact"
         return strategy.only_in_a_step()
 
     def made(self, share: Share, recompute: Any) -> Made:

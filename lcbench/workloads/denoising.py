@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lcbench.cp.base import RankRun
-from lcbench.cp.steps import InSteps, Kept, Layer, OverSteps, Plain, StepRun, View
+from lcbench.cp.steps import InSteps, Kept, Layer, OverSteps, StepRun, View
 from lcbench.masks.band import Ints
 from lcbench.measure.bounds import Check, Judge, of_groups, verdict
 from lcbench.measure.flops import forward_flops
@@ -33,6 +32,7 @@ from lcbench.measure.ranks import ALONE, EVERY, Ranks
 from lcbench.measure.reference import Shard, owned, rows, sample
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.problem import Scale
+from lcbench.schedule.held import Held, Part
 from lcbench.workloads.base import Work
 from lcbench.workloads.started import Sent, started
 
@@ -40,15 +40,7 @@ BETWEEN = "between layers"
 SENT = 1e-12  # of the sum of sizes: how far sums of the same numbers on two ranks may be apart
 
 
-def refuses(run: RankRun) -> str | None:
-    """Why the steps of a run cannot be chained, or None."""
-    assert isinstance(run, StepRun)
-    held = run.held
-    if isinstance(run, Plain) and not all(
-        part.heads is None and np.array_equal(part.tokens, run.tokens) for part in (held.q, held.kv, held.out)
-    ):
-        return "its ranks do not give the results of the tokens that they are given, which the next layer begins with"
-    return None
+NOT_BY_TOKENS = "its ranks do not give the results of the tokens that they are given, which the next layer begins with"
 
 
 class DenoisingSession(Session):
@@ -75,12 +67,15 @@ class DenoisingSession(Session):
         self._sent: dict[str, Sent] = {}
         self._apart = torch.zeros(2, dtype=torch.float64, device=gang.device)  # squares: of what stale keys change, and of all
         in_steps = replace(work, strategy=InSteps(work.strategy, steps, layers))
-        begun = started(in_steps, number, gang, refuses)
+        begun = started(in_steps, number, gang)
         self.refused = begun if isinstance(begun, str) else None
         if isinstance(begun, str):
             return
         assert isinstance(begun.run, StepRun)
-        self._started, self.run, self.wrong, self.prepare_s = begun, begun.run, begun.wrong, begun.prepare_s
+        self._started, self.run, self.wrong, self.prepare_s = begun, begun.run, begun.owners.wrong, begun.prepare_s
+        if self.run.together and self.wrong is None and not begun.owners.by_tokens:
+            self.refused = NOT_BY_TOKENS
+            return
         self._probes = begun.examination() if self.run.together else None
         heads = work.problem.heads.q
         self._rows = sample(begun.mask, "q", begun.seed, heads)
@@ -176,7 +171,7 @@ class DenoisingSession(Session):
         if self._probes is not None:
             say("checking every row of a layer by a probe")
             layer = self.inputs[0][0]
-            self._probes.probe("level", Shard(self.run.given, *layer))
+            self._probes.probe("level", Shard(self.run.held, *layer))
             self.draw()
 
     def check_again(self) -> None:
@@ -228,9 +223,8 @@ class DenoisingSession(Session):
             wanted = np.union1d(np.intersect1d(wanted, view.rows), view.rows[[0, -1]])
         at = _places(self.run.given, view.keys).to(q.device)
         k, v = (self._aged(kept.step, place, which, at, view) for which in (1, 2))
-        queries = q.new_zeros((len(view.keys), *q.shape[1:]))
-        queries[_places(view.keys, kept.rows).to(q.device)] = q
-        shard = Shard(view.keys, queries, k, v)
+        held = Part(kept.rows)
+        shard = Shard(Held(held, Part(view.keys), held), q, k, v)
         return rows(self._started.mask, problem, shard, wanted, ranks, scores=self._started.bounds.rounding.scores)["out"], wanted
 
     def _aged(self, step: int, place: int, which: int, at: torch.Tensor, view: View) -> torch.Tensor:
@@ -309,7 +303,7 @@ class DenoisingSession(Session):
         layers, heads = self._layers, problem.heads
         sent = memory = 0.0
         if run.together:
-            least = least_traffic(mask, problem, run.tokens, self._gang.device, self._gang.ranks)
+            least = least_traffic(mask, problem, self._started.owners, self._gang.device, self._gang.ranks)
             sent, memory = least.sent, least.memory["forward"]
         costs = {}
         for name, steps in run.phases().items():

@@ -284,11 +284,7 @@ def test_a_peer_that_sums_in_the_inputs_type_is_modelled_so() -> None:
         assert found.problem.reduce_dtype == ("input" if comm == "p2p" else of.reduce_dtype)
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("name", [each for each in names("cp") if isinstance(build_strategy(load("cp", each)), LibraryStrategy)])
-=======
 @pytest.mark.parametrize("name", [n for n in names("cp") if isinstance(build_strategy(load("cp", n)), LibraryStrategy)])
->>>>>>> h-int
 def test_every_peer_is_modelled_by_a_schedule_that_is_proven(name: str) -> None:
     of = replace(problem(64, Scale(2, 2), Heads(8, 4, 16), backward=True), dtype="bfloat16")
     mask = causal(64)

@@ -31,7 +31,7 @@ from lcbench.measure.measured import Measured
 from lcbench.measure.metrics import metric_of
 from lcbench.measure.session import Gang
 from lcbench.problem import Batch, Heads, Mesh, Problem, Requests, Scale, Softmax
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import load, small
 from lcbench.testing.spawn import run_ranks
@@ -457,7 +457,7 @@ def check_all(rank: int, ranks: int) -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_runs_match_a_dense_simulation_and_cells_pass_their_check(ranks: int) -> None:
     run_ranks(ranks, check_all, ranks)
 
