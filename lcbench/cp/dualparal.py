@@ -32,7 +32,7 @@ from lcbench.cp.base import Place
 from lcbench.cp.steps import STEADY, Inputs, Keep, Kept, OverSteps, StepRun, View
 from lcbench.kernels.base import Kernel, Prepared, prepare
 from lcbench.masks.band import TokenSpan
-from lcbench.masks.mask import Computed, Mask
+from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import check_count
 from lcbench.schedule.held import Held, Part
@@ -157,7 +157,7 @@ class DualParalRun(StepRun):
     def phases(self) -> dict[str, range]:
         return {STEADY: range(self.queue.steps)}
 
-    def pairs(self, mask: Computed, q_heads: int, step: int) -> int:
+    def pairs(self, mask: Mask, q_heads: int, step: int) -> int:
         found = 0
         for block in range(self.queue.blocks):
             rows, after = self.queue.rows(block), self.queue.after(step, block)

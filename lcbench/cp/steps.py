@@ -22,7 +22,7 @@ import numpy as np
 from lcbench.cp.base import Passes, Place, RankRun, Strategy
 from lcbench.kernels.base import Kernel, Unsupported
 from lcbench.masks.band import Ints
-from lcbench.masks.mask import Computed, Mask
+from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.held import Held
 
@@ -124,7 +124,7 @@ class StepRun(RankRun):
     def gave(self, results: Sequence[torch.Tensor], step: int, part: int) -> torch.Tensor:
         """What of these results ``Kept.after`` of a rank with the last layer must be."""
 
-    def pairs(self, mask: Computed, q_heads: int, step: int) -> int:
+    def pairs(self, mask: Mask, q_heads: int, step: int) -> int:
         """Pairs over all query heads that a layer has at a step, on all ranks, each once."""
         return mask.pairs(q_heads)
 

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from lcbench.cp.steps import InSteps, Kept, Layer, OverSteps, StepRun, View
-from lcbench.masks.band import Ints
+from lcbench.masks.band import BandMask, Ints
+from lcbench.masks.block import BlockMap
 from lcbench.measure.bounds import Check, Judge, of_groups, verdict
 from lcbench.measure.flops import forward_flops
 from lcbench.measure.inputs import draw_rows
@@ -76,9 +77,11 @@ class DenoisingSession(Session):
         if self.run.together and self.wrong is None and not begun.owners.by_tokens:
             self.refused = NOT_BY_TOKENS
             return
+        assert isinstance(begun.mask, BandMask | BlockMap)  # no pass chooses another
+        self._mask = begun.mask
         self._probes = begun.examination() if self.run.together else None
         heads = work.problem.heads.q
-        self._rows = sample(begun.mask, "q", begun.seed, heads)
+        self._rows = sample(self._mask, "q", begun.seed, heads)
         drawn = [list(self._drawn(layer)) for layer in self.run.layers]
         self.inputs = [[layer[step] for layer in drawn] for step in range(steps)]
         self.negated = False
@@ -225,7 +228,7 @@ class DenoisingSession(Session):
         k, v = (self._aged(kept.step, place, which, at, view) for which in (1, 2))
         held = Part(kept.rows)
         shard = Shard(Held(held, Part(view.keys), held), q, k, v)
-        return rows(self._started.mask, problem, shard, wanted, ranks, scores=self._started.bounds.rounding.scores)["out"], wanted
+        return rows(self._mask, problem, shard, wanted, ranks, scores=self._started.bounds.rounding.scores)["out"], wanted
 
     def _aged(self, step: int, place: int, which: int, at: torch.Tensor, view: View) -> torch.Tensor:
         """Keys, or values, of a view, each of the step that it says."""
@@ -285,7 +288,7 @@ class DenoisingSession(Session):
             self.judge.elements(part, "latent", _digest(x), sign * first, bound, self.run.tokens)
 
     def check(self) -> Check:
-        whole = len(self._rows) == self._started.mask.num_q
+        whole = len(self._rows) == self._mask.num_q
         found: list[Any] = self._gang.ranks.all_gather_object(self.judge.found)
         own = verdict(found, REFERENCE, len(self._rows), 0, whole, {})
         if self._probes is not None:
@@ -299,7 +302,7 @@ class DenoisingSession(Session):
     def costs(self) -> dict[str, Cost]:
         """FLOPs of the pairs that the strategy's layers have. What it must send and read is known where every step is one of its
         own: keys of an earlier step were sent before."""
-        problem, run, mask = self._work.problem, self.run, self._started.mask
+        problem, run, mask = self._work.problem, self.run, self._mask
         layers, heads = self._layers, problem.heads
         sent = memory = 0.0
         if run.together:
@@ -320,7 +323,7 @@ class DenoisingSession(Session):
         whole = self._started
         if not run.together:
             heads = self._work.problem.heads.q
-            pairs = sum(run.pairs(whole.mask, heads, step) for step in range(self._steps))
+            pairs = sum(run.pairs(self._mask, heads, step) for step in range(self._steps))
             whole = replace(whole, pairs=pairs * self._layers)
         counted = whole.counted(self._sent, tuple(run.phases()))
         counted.metrics["mask/area"] /= times
