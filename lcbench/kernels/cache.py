@@ -92,6 +92,7 @@ class Cache:
         *,
         latent: bool = False,
         seed: int = 0,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Cache:
         """A cache of dense keys (Tk, Hk, D) and values (Tk, Hk, Dv), requests back to back.
 
@@ -110,8 +111,9 @@ class Cache:
             raise ValueError(f"requests of {sum(lengths)} tokens together cannot be those of {len(k)} keys and {len(v)} values")
         if latent and not (v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and v.shape[:2] == k.shape[:2]):
             raise ValueError("latent values are the view k[..., :Dv] of their keys")
-        stored_k, k_scale = _stored(k, kind)
-        stored_v, v_scale = (stored_k[..., : v.shape[2]], k_scale) if latent else _stored(v, kind)
+        k_scale, v_scale = scales or (None, None)
+        stored_k, k_scale = _stored(k, kind, k_scale)
+        stored_v, v_scale = (stored_k[..., : v.shape[2]], k_scale) if latent else _stored(v, kind, v_scale)
         if kind.page is None:
             return cls(kind, lengths, k.dtype, stored_k, stored_v, latent, None, None, k_scale, v_scale)
         table, places, pages = _paged(lengths, kind.page, seed)
@@ -153,6 +155,22 @@ class Cache:
             x = flat[self.places] if scale is None else flat.view(torch.uint8)[self.places].view(x.dtype)
         return x.to(dtype) if scale is None else x.to(dtype) * scale.to(dtype)[:, None]
 
+    def negate(self) -> None:
+        """Negate all that is stored, in place."""
+        import torch
+
+        for x in (self.k,) if self.latent else (self.k, self.v):
+            if x.dtype == torch.float8_e4m3fn:  # few operations know it: its highest bit is the sign
+                x.view(torch.uint8).bitwise_xor_(0x80)
+            else:
+                x.neg_()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its tensors, rest of pages included."""
+        every = (self.k, None if self.latent else self.v, self.table, self.places, self.k_scale, self.v_scale)
+        return sum(x.numel() * x.element_size() for x in every if x is not None)
+
     @property
     def tokens(self) -> int:
         """Tokens of all requests, Tk."""
@@ -167,15 +185,15 @@ class Cache:
         return self.tokens * self.k.shape[-2] * width * self.k.element_size() + scales + 4 * entries
 
 
-def _stored(x: torch.Tensor, kind: CacheKind) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Numbers in the type that they are stored in, and their scales."""
+def _stored(x: torch.Tensor, kind: CacheKind, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Numbers in the type that they are stored in, and their scales, which are given or those of the numbers."""
     import torch
 
     if kind.storage == "input":
         return x, None
     if kind.storage == "bfloat16":
         return x.to(torch.bfloat16), None
-    scale = head_scales(x)
+    scale = head_scales(x) if scale is None else scale
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (x.to(wide) / scale.to(wide)[:, None]).to(torch.float8_e4m3fn), scale
 

@@ -86,6 +86,7 @@ class Examination:
         owners: what this rank holds.
         ranks: those that share the sequence.
         rank: this one's number among them.
+        no_probe: why its inputs cannot be a probe's; None: the problem decides.
         own_lse: whether the LSE that ``run.lse`` gives is the run's own; another is compared with nothing.
         seed: of the sample and of the probes: the cell's seed and the attempt, so that repeats look elsewhere.
 
@@ -117,7 +118,7 @@ class Examination:
         self._rows = sample(mask, "q", seed, problem.heads.q)
         self._columns = sample(mask, "k", seed, problem.heads.q)
         self._unchecked = {} if own_lse else {"lse": "the library gives none of its own"}
-        self._no_probe = impossible(problem)
+        self._no_probe = no_probe or impossible(problem)
         if self._no_probe:
             self._unchecked["every row and column"] = self._no_probe
         elif problem.backward and problem.heads.latent:
