@@ -110,6 +110,7 @@ class Examination:
         own_lse: bool,
         rank: int = 0,
         asked: Computed | None = None,
+        no_probe: str | None = None,
     ) -> None:
         self._run, self._mask, self._problem, self._owners, self._bounds, self._seed = run, mask, problem, owners, bounds, seed
         self._ranks, self._rank, self._asked = ranks, rank, asked
