@@ -170,7 +170,9 @@ class DisplacedRun(LayerByLayer):
             sent.bytes_sent, sent.bytes_between_nodes, held, self._kernel.calls, self._pairs, ["all_gather"] if several else []
         )
 
-    def bare(self, *, compute: bool, communicate: bool) -> StepRun:
+    def bare(self, *, compute: bool, communicate: bool) -> StepRun | None:
+        if self._exchange.size == 1:
+            return None
         run = copy(self)
         run._compute, run._communicate = compute, communicate
         run._read, run._arriving, run._under_way = list(self._read), list(self._arriving), [[] for _ in self.layers]
