@@ -113,8 +113,8 @@ def test_commands_are_in_their_room_and_their_entries_short() -> None:
 
 # Besides peers: the engine, what makes its communicators known, and what a model's weights are shared by.
 TALKERS = {
-    "lcbench.schedule.execute", "lcbench.schedule.groups", "lcbench.cp.base", "lcbench.workloads.sharing",
-    "lcbench.workloads.traffic", "lcbench.workloads.reshard", "lcbench.workloads.step_check",
+    "lcbench.schedule.execute", "lcbench.schedule.groups", "lcbench.cp.base", "lcbench.cp.split_run",
+    "lcbench.workloads.sharing", "lcbench.workloads.traffic", "lcbench.workloads.reshard", "lcbench.workloads.step_check",
 }  # fmt: skip
 
 

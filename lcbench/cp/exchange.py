@@ -6,7 +6,7 @@ import torch
 
 from lcbench.cp.base import Place
 from lcbench.problem import Problem
-from lcbench.schedule.execute import FromHost, _all_gather, _wait
+from lcbench.schedule.execute import FromHost, all_gather, wait_all
 
 
 class Exchange:
@@ -49,7 +49,7 @@ class Exchange:
             return found
         if self._through_host:
             landing = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-            _wait([_all_gather(landing.view(-1), x.cpu().view(-1), self._group), FromHost([(landing, found)])])
+            wait_all([all_gather(landing.view(-1), x.cpu().view(-1), self._group), FromHost([(landing, found)])])
         else:
-            _wait([_all_gather(found.view(-1), x.view(-1), self._group)])
+            wait_all([all_gather(found.view(-1), x.view(-1), self._group)])
         return found

@@ -6,7 +6,7 @@ Its backward is written out here, since torch's own knows the weights of its own
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lcbench.kernels.base import OutLse, Prepared, accumulation_dtype, heads_first
 from lcbench.kernels.naive import Naive, PreparedNaive
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SDPAMath(Naive):
     """torch's math forward, and the backward of ``naive``."""
+
+    softcaps: ClassVar[bool] = False
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)

@@ -61,7 +61,7 @@ class TritonDecode(RequestKernel):
         return {"one_row": self.shape(heads, 1, itemsize(dtype), platform.capability)._asdict()}
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        return where_triton_runs(problem, platform, head_dim=576)
+        return where_triton_runs(problem, platform)
 
     def missing(self) -> str | None:
         return importable("triton")

@@ -78,8 +78,9 @@ METRICS = (
     ),
     Metric(
         "compute/<phase>/tflops_per_gpu", "TFLOP/s",
-        "FLOPs / (median time x ranks); of attention forward 4 x pairs (area x query heads) x dim, backward 2.5 times that; of a "
-        "training step besides, per weight and token, 2 forward and 4 backward, of the head 6 per labelled token, and nothing for "
+        "FLOPs / (median time x ranks); of attention forward 2 x pairs (area x query heads) x (dim of keys + dim of values), "
+        "backward 2 x pairs x (3 x dim of keys + 2 x dim of values), which is 2.5 times that where they are equal; of a training "
+        "step besides, per weight and token, 2 forward and 4 backward, of the head 6 per labelled token, and nothing for "
         "what is computed again. A phase without FLOPs has no rate", "higher", "rate",
     ),
     Metric("compute/<phase>/mfu", "0..1", "the same over `compute/peak_tflops`", "higher", "rate"),
@@ -211,10 +212,36 @@ METRICS = (
     ),
     Metric(
         "check/<x>_error", "as x",
-        "largest absolute error of out, lse, dq, dk, dv against the reference; of a training step those of one layer's attention",
+        "largest absolute error of out, lse, dq, dk, dv, dsink against the reference; of a training step those of one layer's "
+        "attention",
         "lower", "max",
     ),
     Metric("check/<x>_bound", "as x", "what is allowed of that element", None, "max"),
+    Metric(
+        "check/distance", "1",
+        "of a strategy that approximates: how far out is from what the cell's own mask gives, by the rows of the reference: the "
+        "root of the sum of the squares of what is between them, over that of what is exact. Its other checks are against the mask "
+        "that it computes", "lower", "max",
+    ),
+    Metric(
+        "serving/us_per_token", "us",
+        "of a batch of requests: the median of `forward` over its new tokens", "lower",
+    ),
+    Metric("serving/tokens_per_s", "token/s", "new tokens over the median of `forward`", "higher"),
+    Metric("serving/tokens_per_s_per_gpu", "token/s", "the same over the ranks", "higher"),
+    Metric(
+        "serving/cache_bytes_per_token", "byte",
+        "what all ranks together store of the keys and values of a token of a request, scales of a quantised cache included",
+        "lower",
+    ),
+    Metric(
+        "serving/cache_gb_per_s", "GB/s",
+        "bytes of the cache that `forward` has to read at the least, of the rank with most, over its median: near the rate of its "
+        "memory, a decode step is as fast as its cache allows", "higher",
+    ),
+    Metric(
+        "serving/bytes_sent_per_token", "byte", "what the rank that sends most sends in `forward`, over the new tokens", "lower",
+    ),
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from typing import Any, Protocol, cast
 import torch
 import torch.distributed as dist
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, Saved, accumulation_dtype, prepare
+from lcbench.kernels.base import Kernel, Platform, Prepared, Saved, accumulation_dtype, prepare, softmax_arguments
 from lcbench.kernels.cache import Cache, CacheKind, PreparedForCache, ReadsCache
 from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sink import sink_gradient, with_sink
@@ -143,9 +143,7 @@ class Executor:
         operations = operations_of(lowering, dist.get_backend()) if moves.transfers else ()
         self._contiguous = kernel.contiguous_kv
         self._packing = Packing.of(problem.heads, contiguous=kernel.contiguous_kv)
-        self._softmax = {"softmax_scale": problem.softmax_scale}
-        if problem.softmax.softcap:
-            self._softmax["softcap"] = problem.softmax.softcap
+        self._softmax = softmax_arguments(problem)
         self._program = Program(schedule, moves, problem, rank, operations, planes=self._packing.planes)
         self._join(groups, moves)
         self.buffer_bytes = self._program.buffer_bytes
@@ -395,7 +393,7 @@ class Executor:
             ]
             if outgoing or arrived:
                 incoming = [(x, m.peer) for m, x in zip(receives, arrived, strict=True)]
-                _wait(self._messages(outgoing, incoming, self._groups[MAIN]))
+                wait_all(self._messages(outgoing, incoming, self._groups[MAIN]))
             for message, x in zip(receives, arrived, strict=True):
                 for piece, part in _cut(message.pieces, x):
                     lse[piece.begin : piece.end, self._heads("q", message.group)] = part
@@ -540,7 +538,7 @@ class Executor:
 
     def gradient(self, kind: str) -> torch.Tensor:
         """The gradient of ``v``, ``k`` or ``q`` of this rank's tokens, in the inputs' type, once it is there. Collective."""
-        _wait(self._home.pop(kind))
+        wait_all(self._home.pop(kind))
         for message in self._program.steps[2 * self._forward_steps].arrivals:
             if message.kind in gradients_of(kind):
                 self._unpack(message)
@@ -659,7 +657,7 @@ class Executor:
 
     def _receive(self, step: RankStep, number: int, turn: int) -> None:
         """Wait for a round and take what it brought; the next but one is posted then, while the next one arrives."""
-        _wait(self._works.pop((number, turn), []))
+        wait_all(self._works.pop((number, turn), []))
         for message in step.arrivals:
             if message.round == turn and self._goes(message):
                 self._unpack(message)
@@ -760,9 +758,9 @@ class Executor:
             if rank != self.rank:
                 self._count(size if gathers else size // (others + exchange.own), rank)
         if gathers:
-            return [_all_gather(target, source, group), *copies]
+            return [all_gather(target, source, group), *copies]
         if exchange.operation == "reduce_scatter":
-            return [_reduce_scatter(target, source, group), *copies]
+            return [reduce_scatter(target, source, group), *copies]
         block = source.numel() // (others + exchange.own)
         splits = None if exchange.own else [0 if rank == self.rank else block for rank in exchange.ranks]
         return [dist.all_to_all_single(target, source, splits, splits, group=group, async_op=True), *copies]
@@ -936,19 +934,19 @@ class Replay:
         return self.executor.backward(dout, saved, compute=self.compute, communicate=self.communicate)
 
 
-def _wait(works: list[Waits]) -> None:
+def wait_all(works: list[Waits]) -> None:
     """Wait for all of them. ``runs/failure.py`` knows a rank that waits for others by the name of this function."""
     for work in works:
         work.wait()
 
 
-def _all_gather(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+def all_gather(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Under its name of torch 2.13 or of before."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return gather(target, source, group=group, async_op=True)
 
 
-def _reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+def reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(target, source, group=group, async_op=True)
 

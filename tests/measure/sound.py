@@ -97,7 +97,7 @@ def examined(cell: Cell, folder: Path, kernel: Kernel | None = None, device: tor
         return None
     assert started.wrong is None
     examination = started.examination
-    examination.first(started.shard, one_pass(started.run, started.shard))
+    examination.first(started.shard, one_pass(started.run, started.shard, problem))
     for probe in examination.probes:
         examination.probe(probe, started.shard)
     started.draw()

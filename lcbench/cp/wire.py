@@ -1,0 +1,98 @@
+"""Messages of runs that are no schedules: counted where they are sent, and through the host's memory where the backend needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from lcbench.cp.base import Place
+from lcbench.problem import Problem
+
+
+class Work(Protocol):
+    """What torch gives for a message that is under way."""
+
+    def wait(self) -> object: ...
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A message that is under way: after ``wait`` what was to arrive is there, and what was sent may be overwritten.
+
+    Attributes:
+        work: the backend's handle.
+        tensors: what the backend reads or writes, held until then.
+        landed: copies what arrived on the host to where it belongs; None: it is there.
+    """
+
+    work: Work
+    tensors: tuple[torch.Tensor, ...]
+    landed: Callable[[], object] | None = None
+
+    def wait(self) -> None:
+        self.work.wait()
+        if self.landed is not None:
+            self.landed()
+
+
+class Wire:
+    """Messages of one rank of a context-parallel group on one channel. Making it is collective over all ranks.
+
+    Attributes:
+        bytes_sent: since ``begin``; a collective counts as a message to each other rank.
+        bytes_between_nodes: those of them that go to ranks on other nodes.
+    """
+
+    def __init__(self, problem: Problem, place: Place, channel: str) -> None:
+        self._rank, self._scale = place.rank, problem.scale
+        self._through_host = problem.scale.world_size > 1 and place.groups.goes_through_host(place.device)
+        self._group = place.groups.of(channel) if problem.scale.world_size > 1 else None
+        self.bytes_sent = self.bytes_between_nodes = 0
+
+    def begin(self) -> None:
+        """Count from here on."""
+        self.bytes_sent = self.bytes_between_nodes = 0
+
+    def _count(self, x: torch.Tensor, peer: int) -> None:
+        # Ranks of a node are adjacent in the group, since ranks are counted node after node.
+        size, per_node = x.numel() * x.element_size(), self._scale.gpus_per_node
+        self.bytes_sent += size
+        self.bytes_between_nodes += size if peer // per_node != self._rank // per_node else 0
+
+    def _leaving(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cpu() if self._through_host else x
+
+    def _landing(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object] | None]:
+        """Where the backend is to write what arrives, and what brings it to ``x`` from there."""
+        if not self._through_host:
+            return x, None
+        host = torch.empty(x.shape, dtype=x.dtype)
+        return host, lambda: x.copy_(host)
+
+    def gather(self, into: torch.Tensor, own: torch.Tensor) -> UnderWay:
+        """Begin to put ``own`` (T, ...) of every rank into ``into`` (P * T, ...), by rank; both contiguous. Collective."""
+        for peer in range(self._scale.world_size):
+            if peer != self._rank:
+                self._count(own, peer)
+        source, (target, landed) = self._leaving(own), self._landing(into)
+        return UnderWay(dist.all_gather_into_tensor(target, source, group=self._group, async_op=True), (source, target), landed)
+
+    def send(self, x: torch.Tensor, peer: int) -> UnderWay:
+        """Begin to send x, contiguous, to a rank of the group, which is to ``receive`` it."""
+        self._count(x, peer)
+        source = self._leaving(x)
+        return UnderWay(_started(dist.isend(source, group=self._group, group_dst=peer)), (source,))
+
+    def receive(self, into: torch.Tensor, peer: int) -> UnderWay:
+        """Begin to receive from a rank of the group, contiguous, what it is to ``send`` next on this channel."""
+        target, landed = self._landing(into)
+        return UnderWay(_started(dist.irecv(target, group=self._group, group_src=peer)), (target,), landed)
+
+
+def _started(work: dist.Work | None) -> dist.Work:
+    assert work is not None  # torch gives none to ranks outside of the group
+    return work
