@@ -35,7 +35,7 @@ SHAPES = {
     "latent": Heads(8, 1, 9, 6, latent=True),
 }
 # Strategies of ours that take a batch against a cache; each has to run with every kind of batch on some number of ranks.
-SERVES = {"dcp", "helix", "kvp", "pcp", "ring", "allgather", "ulysses", "usp", "loongtrain", "tokenring", "groupcast", "star"}
+SERVES = {"dcp", "helix", "kvp", "pcp", "ring", "allgather", "ulysses", "usp", "loongtrain", "tokenring", "groupcast"}
 
 
 def ours() -> dict[str, Strategy]:
@@ -67,8 +67,7 @@ def check(rank: int, ranks: int) -> None:
             sink = torch.randn(heads.q, dtype=torch.float64, generator=random) if softmax.sink else None
             want = dense(q, k, v, sink, allowed, of.softmax_scale)
             for strategy_name, strategy in ours().items():
-                computes = strategy.unsupported(of, mask) is None and strategy.computes(of, mask) is mask
-                if not computes:
+                if strategy.unsupported(of, mask) or strategy.only_in_a_step() or strategy.computes(of, mask) is not mask:
                     continue
                 run = strategy.start(of, mask, Reference(), place)
                 held = run.held
@@ -108,7 +107,8 @@ def cell(rank: int, serving: Serving, name: str, heads: Heads, dtype: str, ranks
     batch = replace(BATCHES["mixed"], groups=(Requests(3, 1, 40), Requests(1, 8, 24)))
     mask, of = causal(batch), Problem(batch.tokens, heads, Scale(1, ranks), dtype, "forward", batch=batch)
     settings = {
-        "warmup": 1, "min_iterations": 3, "max_iterations": 3, "budget_s": 0.1, "max_noise": 0.5, "overlap": True, "timeline": False, "blocks": 1,
+        "warmup": 1, "min_iterations": 3, "max_iterations": 3, "budget_s": 0.1, "max_noise": 0.5, "overlap": True,
+        "timeline": False, "blocks": 1,
     }  # fmt: skip
     work = Work(serving, of, lambda _: mask, Reference(), build_strategy(load("cp", name)), settings, 3)
     measured = measure_cell(work, Gang(rank, ranks, CPU, Groups()))
@@ -126,7 +126,7 @@ def cell(rank: int, serving: Serving, name: str, heads: Heads, dtype: str, ranks
     assert metrics["serving/us_per_token"] == pytest.approx(1e6 * seconds / batch.queries)
     assert metrics["serving/tokens_per_s_per_gpu"] == pytest.approx(batch.queries / seconds / ranks)
     assert metrics["serving/cache_gb_per_s"] == pytest.approx(metrics["serving/cache_bytes"] / seconds / 1e9)
-    assert ("serving/bytes_sent_per_token" in metrics) and (metrics["serving/bytes_sent_per_token"] > 0) == (ranks > 1), case
+    assert metrics["serving/bytes_sent_per_token"] > 0, case
     assert "copied out" in measured.notes["cache"], case
     told = "every row and column" in measured.check.unchecked
     assert told == (stored != size), case
