@@ -202,11 +202,11 @@ class OfCache(Reference):
 
 
 class OfCacheCall(PreparedReference):
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
         raise AssertionError("there is a cache")
 
     def forward_cache(self, q: torch.Tensor, cache: Cache, *, softmax_scale: float) -> OutLse:
-        return super().forward(q, *cache.read(), softmax_scale=softmax_scale)
+        return PreparedReference.forward(self, q, *cache.read(), softmax_scale=softmax_scale)
 
 
 def caches(rank: int, problem: Problem, groups: Groups) -> None:
