@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from lcbench.grid.axes import AXES, CELL_AXES, value_of
+from lcbench.grid.axes import CELL_AXES, value_of
 from lcbench.problem import format_tokens
 from lcbench.redact import redacted
 from lcbench.report import amounts, page_data, published
@@ -363,9 +363,9 @@ def _about(frame: pd.DataFrame, environment: Environment) -> list[str]:
     for column, shown in (("what_kernel", "{}"), ("what_mask", "{}"), ("dtype", "{}"), ("heads", "heads {}")):
         values = set(frame[column])
         first += [shown.format(*values)] if len(values) == 1 else []
-    for axis in CELL_AXES:
+    for axis in (name for name, one in CELL_AXES.items() if one.unsaid is not None):
         values = set(frame[column_of(axis)])
-        said = AXES[axis].unsaid is not None and len(values) == 1 and values != {value_of({}, axis)}
+        said = len(values) == 1 and values != {value_of({}, axis)}
         first += [f"{axis} {values.pop()}"] if said else []
     versions = [f"{name} {' or '.join(sorted(environment[name]))}" for name in VERSIONS if environment.get(name)]
     commit = [f"lcbench {' or '.join(sorted(environment['lcbench']))}"] if environment.get("lcbench") else []
