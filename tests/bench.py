@@ -35,7 +35,7 @@ from lcbench.predict.fitted import KernelFit
 from lcbench.predict.machines import machine_of
 from lcbench.problem import REDUCE_DTYPES, Heads, Problem, Scale
 from lcbench.schedule.adjoint import traffic
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.schedule.layout import contiguous
 from lcbench.schedule.machine import Machine
 from lcbench.schedule.program import Program

@@ -14,7 +14,7 @@ from lcbench.grid.cell import Cell
 from lcbench.measure.cell import measure_cell
 from lcbench.measure.session import Gang
 from lcbench.runs.worker import work_of
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 
 
 def measured(config: str) -> None:

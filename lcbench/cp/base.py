@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from lcbench.kernels.base import Kernel, Platform, Unsupported
 from lcbench.masks.band import Ints
+from lcbench.masks.by_head import BandsByHead
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import Order, check_count, check_order, largest_degree, too_short
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from lcbench.kernels.cache import Cache, CacheKind
-    from lcbench.schedule.execute import Counters, Executor, Groups
+    from lcbench.schedule.execute import Counters, Executor
+    from lcbench.schedule.groups import Groups
     from lcbench.schedule.simulate import Modelled
 
 
@@ -179,6 +181,14 @@ class RankRun(Passes, Protocol):
         self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", dout: "torch.Tensor | None"
     ) -> list[list[float]] | None:
         """Seconds of each step of one iteration, as of ``Executor.timeline``; None where steps are not known. Collective."""
+        return None
+
+    # Whether inputs that are all negated give the negative results. Not so where what is chosen by the inputs is chosen anew.
+    negates: bool = True
+
+    def chosen(self, saved: Any) -> BandsByHead | None:
+        """Of a run that chooses by its inputs which pairs it computes: the mask of this pass, over all queries and keys. None:
+        it computes the mask that it was started with. Collective."""
         return None
 
 

@@ -78,6 +78,7 @@ def _has(found: type, method: str) -> bool:
 _DECLARED = (
     Axis("kernel", "choice", home="lcbench.kernels.", needs=("unavailable", "prepare"), label=2, paces=True),
     Axis("cp", "choice", home="lcbench.cp.", needs=("unsupported", "unavailable", "start"), label=1, paces=True),
+    Axis("selector", "choice", home="lcbench.cp.selectors.", needs=("start", "missing"), folds_into="cp"),
     Axis("mask", "problem", home="lcbench.masks.", given=("seqlen", "heads", "seed"), token_counts=True, label=3, paces=True),
     Axis("lengths", "problem", home="lcbench.masks.", needs=("sample",), token_counts=True, folds_into="mask"),
     Axis(

@@ -37,6 +37,7 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.overrides import LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
 from lcbench.grid.paths import CONF, REPOSITORY
 from lcbench.grid.search import Bracket, Search, at
+from lcbench.grid.trace import Trace
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.block import BlockMap
@@ -55,7 +56,7 @@ OPTION_GROUPS: dict[str, Callable[[Any, str], Any]] = {
 # Run options that are texts, and of what.
 TEXTS = {"results": "folder", "tracking_uri": "address", "fit": "file"}
 # Run options that are a file of conf/, if anything: what is composed of them is no run option of a plan as it is.
-CHOSEN = ("site", "experiment", "machine", "search")
+CHOSEN = ("site", "experiment", "machine", "search", "trace")
 NAME_BYTES = 200  # of a sweep's name: a file's name holds 255, and some are made of it and a cell's
 NOT_IN_NAMES = "/\\%|,"
 # Axes that say the length of one sequence.
@@ -108,6 +109,7 @@ class Plan:
     overrides: tuple[str, ...]
     launcher: str  # its name in conf/hydra/launcher
     search: Search | None = None  # of lengths; then there is one cell of each choice, at the length to begin with
+    trace: Trace | None = None  # of a server; then there is a cell of each choice for each of its batches
 
     def with_lengths(self) -> Plan:
         """The plan, for commands that do not look for lengths.
@@ -157,9 +159,11 @@ def _plan(parsed: list[Override], lines: tuple[str, ...], loader: ConfigLoaderIm
     fixed = [o for o in typed if _is_fixed(o)]
     _refuse_sweeps([*fixed, *chosen])
     base = _compose_base(fixed, loader)
+    search, trace = _search(base, typed), _trace(base, typed)
+    if trace is not None:
+        typed = [*typed, *overrides.read([f"batch={','.join(trace.weights)}"], loader)]
     axes, swept = _axes(typed, base, loader)
     options = _run_options(base)
-    search = _search(base, typed)
     if search is not None:  # lengths of an experiment give way
         axes, swept = [o for o in axes if root_of(o) not in LENGTHS], swept - LENGTHS
         base |= {"seqlen": search.shortest, "seqlen_per_rank": None}
@@ -180,6 +184,7 @@ def _plan(parsed: list[Override], lines: tuple[str, ...], loader: ConfigLoaderIm
         overrides=lines,
         launcher=launcher,
         search=search,
+        trace=trace,
     )
 
 
@@ -196,6 +201,21 @@ def _search(base: dict[str, Any], typed: list[Override]) -> Search | None:
         found = f"search={config.get('name')} looks for one from search.from={config.get('from')} to search.to={config.get('to')}"
         raise ValueError(f"{text_of(length)} says a length, and {found}; leave it out")
     return Search.parse(config)
+
+
+def _trace(base: dict[str, Any], typed: list[Override]) -> Trace | None:
+    """Raises:
+    ValueError: it is no trace, has no file, or a length is typed or looked for beside it.
+    """
+    trace = Trace.parse(base["trace"])
+    said = {o.key_or_group: text_of(o) for o in typed}
+    if trace is None:
+        if cells := said.get("trace.cells"):
+            raise ValueError(f"{cells} says nothing without a trace; write trace=<file>")
+        return None
+    if length := next((said[way] for way in (*WAYS["seqlen"], "search") if way in said), None):
+        raise ValueError(f"{length} says a length, and the batches of trace={values.shown(trace.file)} have theirs; leave it out")
+    return trace
 
 
 def _first_of(search: Search, cell: Cell) -> Cell:
@@ -542,7 +562,7 @@ def _compose_base(fixed: list[Override], loader: ConfigLoaderImpl) -> dict[str, 
             key = override.key_or_group.split(".")
             if key[0] == "site" and len(key) == 2 and not override.is_add() and key[1] not in sites.ClusterSite.model_fields:
                 raise ValueError(sites.unknown_key(key[1])) from error
-        for group in (*OPTION_GROUPS, "search"):
+        for group in (*OPTION_GROUPS, "search", "trace"):
             own = [text_of(o) for o in fixed if root_of(o) == group]
             if own and (word := _option_error(group, own, [], loader)):
                 raise ValueError(word) from error
@@ -563,7 +583,7 @@ def _compose_key(root: str, lines: list[str], base_lines: list[str], loader: Con
 
 def _option_error(root: str, lines: list[str], base_lines: list[str], loader: ConfigLoaderImpl) -> str | None:
     """A clear word on an option that an axis value does not have."""
-    if root not in (*WITH_OPTIONS, *OPTION_GROUPS, "search"):
+    if root not in (*WITH_OPTIONS, *OPTION_GROUPS, "search", "trace"):
         return None
     chosen = [line for line in lines if line.partition("=")[0] == root]
     config = compose(base_lines + chosen, loader).get(root)

@@ -27,12 +27,14 @@ from lcbench.grid.values import listed
 
 RUN_OPTIONS = (
     "sweep", "site", "wait", "output", "force", "pack", "hang", "retry", "budget", "results", "tracking_uri", "mlflow_experiment",
-    "experiment", "machine", "fit", "search",
+    "experiment", "machine", "fit", "search", "trace",
 )  # fmt: skip
 # Options whose value is text, and those that name a file of conf/.
 TEXT = ("sweep", "results", "tracking_uri", "mlflow_experiment", "output", "fit")
 FILES = (*GROUPS, "site", "experiment", "machine", "search", "hydra/launcher", "hydra/sweeper")
 LAUNCHER = "hydra/launcher"
+# Keys that have options of their own and are typed as one of these.
+SHORT = {"trace": "trace.file"}
 # Of Hydra's own options: where what they are for is said here. The longest beginning counts.
 PLACES = {
     "hydra.launcher": "jobs are what site.<option> says (site.max_minutes, site.partition, site.sbatch.<option>), pack.<option>",
@@ -63,7 +65,7 @@ def read(lines: Iterable[str], loader: ConfigLoaderImpl) -> list[Override]:
 
 
 def _read(parser: OverridesParser, line: str) -> Override:
-    taken = _as_typed(line)
+    taken = _as_typed(_in_full(line))
     try:
         (override,) = parser.parse_overrides([taken])
     except (HydraException, ValueError, RecursionError) as error:
@@ -74,6 +76,12 @@ def _read(parser: OverridesParser, line: str) -> Override:
 def key_of(line: str) -> str:
     """The key of an override's text, without what Hydra writes before it."""
     return line.partition("=")[0].lstrip("+~").strip()
+
+
+def _in_full(line: str) -> str:
+    """The override with the option that its key stands for."""
+    key = key_of(line)
+    return line.replace(key, SHORT[key], 1) if key in SHORT else line
 
 
 def _as_typed(line: str) -> str:

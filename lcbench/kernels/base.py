@@ -1,8 +1,11 @@
 """The protocol of kernels, and what several of them share.
 
-Shapes, packed ("THD"): q, out, dout, dq (Tq, Hq, D); k, v, dk, dv (Tk, Hk, D); lse (Tq, Hq), natural logarithm, float32
-(float64 for float64 inputs), -inf for a row without keys. Query head h reads key/value head ``h // (Hq // Hk)``. Every docstring of
-this folder uses these names.
+Shapes, packed ("THD"): q, dq (Tq, Hq, D); k, dk (Tk, Hk, D); v, dv (Tk, Hk, Dv); out, dout (Tq, Hq, Dv); lse (Tq, Hq), natural
+logarithm, float32 (float64 for float64 inputs), -inf for a row without keys. Query head h reads key/value head ``h // (Hq // Hk)``.
+Every docstring of this folder uses these names.
+
+Where heads are latent, v is the view ``k[..., :Dv]``. A kernel still gives dv by itself: its caller adds dv to the first Dv numbers
+of dk. A sink is not for kernels: their callers apply it to out and LSE of all keys.
 """
 
 from __future__ import annotations
@@ -97,8 +100,9 @@ class Saved(NamedTuple):
 
     Attributes:
         q: (Tq, Hq, D).
-        k, v: (Tk, Hk, D).
-        out: (Tq, Hq, D), in the inputs' type or the accumulation type.
+        k: (Tk, Hk, D).
+        v: (Tk, Hk, Dv).
+        out: (Tq, Hq, Dv), in the inputs' type or the accumulation type.
         lse: (Tq, Hq), natural logarithm, -inf for a row without keys.
     """
 
@@ -110,7 +114,11 @@ class Saved(NamedTuple):
 
 
 class Prepared(Protocol):
-    """A kernel made ready for one mask on one device. ``calls``: its native calls; more than one, and the mask was split."""
+    """A kernel made ready for one mask on one device. ``calls``: its native calls; more than one, and the mask was split.
+
+    Where ``Kernel.softcaps``, both methods take ``softcap`` too, 0 for none: a scaled score is then ``softcap * tanh(score /
+    softcap)``. Callers name it only where it is not 0 (``softmax_arguments``).
+    """
 
     calls: int
 
@@ -132,14 +140,18 @@ class Kernel(Protocol):
     Attributes:
         takes: what ``prepare`` is given: ``bands``, or ``blocks``, a block map in one piece.
         contiguous_kv: k and v must each be contiguous, because the kernel ignores their strides or would copy them in every
-            call; else both are views of one tensor (T, Hk, 2, D).
+            call; else both may be views of one tensor.
+        softcaps: whether it computes softcapped scores (``Prepared``).
     """
 
     takes: ClassVar[str] = "bands"
     contiguous_kv: ClassVar[bool] = False
+    softcaps: ClassVar[bool] = False
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        """Why it runs this problem on no machine."""
+        """Why it runs this problem on no machine. A subclass that has other reasons asks this one first."""
+        if problem.softmax.softcap and not self.softcaps:
+            return f"computes no softcapped scores (softmax={problem.softmax})"
         return None
 
     @abstractmethod
@@ -158,6 +170,10 @@ class Kernel(Protocol):
     def work(self, mask: BandMask, platform: Platform) -> Work | None:
         """What it does for a band mask; None: nothing says more than the mask's pairs and pieces."""
         return None
+
+    def pads(self, heads: Heads, platform: Platform) -> bool:
+        """Whether it runs heads, whose values have another dimension than their keys, with zeros added (``Padded``)."""
+        return False
 
     def holds_scores(self, platform: Platform) -> bool:
         """Whether every score of a call is in memory at once, so that its memory grows with rows times keys."""
@@ -214,16 +230,20 @@ def half_on_cuda(
     least: tuple[int, int] = (8, 0),
     most: tuple[int, int] = (99, 0),
     head_dim: int = 256,
+    dim_v: int = 0,
+    besides: tuple[tuple[int, int], ...] = (),
     dtypes: tuple[str, ...] = HALVES,
 ) -> str | None:
     """Why a CUDA kernel does not run a problem on a platform, by the limits that such kernels share, or None.
 
     Args:
-        problem: its dtype and head dim are looked at.
+        problem: its dtype and head dims are looked at.
         platform: its type and compute capability are looked at.
         name: what the reason calls the kernel.
         least, most: the first and last compute capability that it runs on.
-        head_dim: the largest head dim; all are multiples of 8.
+        head_dim: the largest head dim, of keys and of values; all are multiples of 8.
+        dim_v: the largest of values, where it is another.
+        besides: pairs of head dims, of keys and of values, that it takes beyond these limits.
         dtypes: the types of inputs that it takes.
     """
     if platform.type != "cuda":
@@ -233,9 +253,24 @@ def half_on_cuda(
         return f"{name} needs compute capability {wanted}, this device has {_dotted(platform.capability)}"
     if problem.dtype not in dtypes:
         return f"{name} takes {' and '.join(dtypes)}, not {problem.dtype}"
-    if problem.heads.dim % 8 or problem.heads.dim > head_dim:
-        return f"{name} takes head dims up to {head_dim} in steps of 8, not {problem.heads.dim}"
-    return None
+    heads, most_v = problem.heads, dim_v or head_dim
+    if (heads.dim, heads.v) in besides or not (heads.dim % 8 or heads.v % 8 or heads.dim > head_dim or heads.v > most_v):
+        return None
+    limits = str(head_dim) if most_v == head_dim else f"{head_dim} for keys and {most_v} for values"
+    more = "".join(f" and {dim}:{v}" for dim, v in besides)
+    return f"{name} takes head dims up to {limits} in steps of 8{more}, not {dims(heads)}"
+
+
+def dims(heads: Heads) -> str:
+    """The head dims as the axis ``heads`` writes them: ``128``, or ``192:128``, of keys and of values."""
+    return str(heads.dim) if heads.v == heads.dim else f"{heads.dim}:{heads.v}"
+
+
+def softmax_arguments(problem: Problem) -> dict[str, float]:
+    """How scores become weights, as arguments of ``Prepared``. A softcap is among them only where there is one: not every kernel
+    knows it."""
+    found = {"softmax_scale": problem.softmax_scale}
+    return found | {"softcap": problem.softmax.softcap} if problem.softmax.softcap else found
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -255,11 +290,15 @@ def native_calls(kernel: Kernel, mask: Mask, platform: Platform) -> int:
 
 
 def prepare(kernel: Kernel, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
-    """A kernel made ready for any mask; a kernel that takes bands runs a block map as bands, map by map.
+    """A kernel made ready for any mask and any heads.
+
+    A kernel that takes bands runs a block map as bands, map by map. One that knows one head dim runs with zeros added (``Padded``).
 
     Raises:
         Unsupported: the kernel cannot run this tile.
     """
+    if heads.v != heads.dim and kernel.pads(heads, Platform.of(device)):
+        return Padded(prepare(kernel, mask, one_dim(heads), dtype, device), heads)
     if isinstance(mask, BlockMap) and kernel.takes == "bands":
         return PreparedMaps(kernel, mask, heads, dtype, device)
     return kernel.prepare(mask, heads, dtype, device)
@@ -274,22 +313,25 @@ class PreparedMaps:
         self._contiguous_kv = kernel.contiguous_kv
         for i in range(mask.maps):
             own, kv = slice(i * each, (i + 1) * each), slice(i * each // group, -(-(i + 1) * each // group))
-            part = kernel.prepare(mask.bands(i), Heads(each, kv.stop - kv.start, heads.dim), dtype, device)
+            part = kernel.prepare(mask.bands(i), heads.of(each, kv.stop - kv.start), dtype, device)
             self._parts.append((part, own, kv))
         self.calls = sum(part.calls for part, _, _ in self._parts)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **softmax: float) -> OutLse:
         import torch
 
-        parts = [part.forward(q[:, own], *self._of_heads(k, v, kv), softmax_scale=softmax_scale) for part, own, kv in self._parts]
+        parts = []
+        for part, own, kv in self._parts:
+            own_k, own_v = self._of_heads(k, v, kv)
+            parts.append(part.forward(q[:, own], own_k, own_v, **softmax))
         return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
 
-    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: Saved, **softmax: float) -> Gradients:
         q, k, v, out, lse = saved
         dq, dk, dv = zero_gradients(q, k, v)
         for part, own, kv in self._parts:
             of_heads = Saved(q[:, own], *self._of_heads(k, v, kv), out[:, own], lse[:, own])
-            grads = part.backward(dout[:, own], of_heads, softmax_scale=softmax_scale)
+            grads = part.backward(dout[:, own], of_heads, **softmax)
             # Several maps may share a key/value head, so gradients add up.
             for total, heads, grad in zip((dq, dk, dv), (own, kv, kv), grads, strict=True):
                 total[:, heads] += grad
@@ -300,6 +342,43 @@ class PreparedMaps:
         return (k.contiguous(), v.contiguous()) if self._contiguous_kv else (k, v)
 
 
+class Padded:
+    """Heads whose values have another dimension than their keys, on a kernel that knows one: the smaller ones get zeros.
+
+    Zeros in q and k change no score, and those in v give columns of out that are dropped, as in Transformer Engine's
+    ``_pad_qkv_head_dim`` before flash-attn 2. Where heads are latent, k itself stands for the longer values, which copies nothing.
+    """
+
+    def __init__(self, prepared: Prepared, heads: Heads) -> None:
+        """``prepared`` is for ``one_dim(heads)``."""
+        self._prepared, self._heads, self._dim = prepared, heads, max(heads.dim, heads.v)
+        self.calls = prepared.calls
+
+    def _longer(self, x: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return x if x.shape[2] == self._dim else torch.nn.functional.pad(x, (0, self._dim - x.shape[2]))
+
+    def _values(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return k if self._heads.latent else self._longer(v)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **softmax: float) -> OutLse:
+        out, lse = self._prepared.forward(self._longer(q), self._longer(k), self._values(k, v), **softmax)
+        return out[..., : self._heads.v], lse
+
+    def backward(self, dout: torch.Tensor, saved: Saved, **softmax: float) -> Gradients:
+        q, k, v, out, lse = saved
+        # The columns that are added have no dout, so they give dv nothing and dq and dk neither, whatever stands there in v.
+        longer = Saved(self._longer(q), self._longer(k), self._values(k, v), self._longer(out), lse)
+        dq, dk, dv = self._prepared.backward(self._longer(dout), longer, **softmax)
+        return dq[..., : self._heads.dim], dk[..., : self._heads.dim], dv[..., : self._heads.v]
+
+
+def one_dim(heads: Heads) -> Heads:
+    """The heads that ``Padded`` gives a kernel: keys and values of the larger dimension."""
+    return Heads(heads.q, heads.kv, max(heads.dim, heads.v))
+
+
 class Merged:
     """Several native calls over disjoint pairs of one mask, merged by LSE. Without calls it is an empty mask."""
 
@@ -307,14 +386,14 @@ class Merged:
         self._parts = parts
         self.calls = sum(part.calls for part in parts)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **softmax: float) -> OutLse:
         import torch
 
         from lcbench.kernels.merge import merge_into
 
         total: OutLse | None = None
         for part in self._parts:
-            out, lse = part.forward(q, k, v, softmax_scale=softmax_scale)
+            out, lse = part.forward(q, k, v, **softmax)
             if len(self._parts) == 1:
                 return out, lse
             if total is None:
@@ -322,15 +401,15 @@ class Merged:
             else:
                 merge_into(*total, out, lse)
         if total is None:
-            return torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, dtype=accumulation_dtype(q.dtype), device=q.device)
+            return q.new_zeros(*q.shape[:2], v.shape[2]), q.new_full(q.shape[:2], -torch.inf, dtype=accumulation_dtype(q.dtype))
         return total
 
-    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: Saved, **softmax: float) -> Gradients:
         import torch
 
         totals: list[torch.Tensor] = []
         for part in self._parts:
-            grads = part.backward(dout, saved, softmax_scale=softmax_scale)
+            grads = part.backward(dout, saved, **softmax)
             if len(self._parts) == 1:
                 return grads
             dtype = accumulation_dtype(saved.q.dtype)

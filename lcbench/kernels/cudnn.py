@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, half_on_cuda, importable
+from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, Unsupported, accumulation_dtype, half_on_cuda, importable
 from lcbench.kernels.varlen import CAUSAL, Style, VarlenCall, VarlenKernel, VarlenRun
-from lcbench.problem import Problem
+from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -42,11 +42,10 @@ class _Run:
     _graphs: dict[tuple[str, float], _Graph] = field(default_factory=dict)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
-        import torch
 
         q, k, v = (x.contiguous() for x in (q, k, v))
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        self._graph("forward", q, k, scale).run(q=q, k=k, v=v, o=out, stats=lse)
+        out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
+        self._graph("forward", q, k, v, scale).run(q=q, k=k, v=v, o=out, stats=lse)
         return out, lse.T
 
     def backward(self, dout: torch.Tensor, saved: Saved, scale: float) -> Gradients:
@@ -55,19 +54,19 @@ class _Run:
         q, k, v, out, lse = saved
         dout, q, k, v, out = (x.contiguous() for x in (dout, q, k, v, out))
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        graph = self._graph("backward", q, k, scale)
+        graph = self._graph("backward", q, k, v, scale)
         graph.run(q=q, k=k, v=v, o=out, dO=dout, stats=lse.T.contiguous(), dQ=dq, dK=dk, dV=dv)
         return dq, dk, dv
 
-    def _graph(self, direction: str, q: torch.Tensor, k: torch.Tensor, scale: float) -> _Graph:
+    def _graph(self, direction: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> _Graph:
         if (direction, scale) not in self._graphs:
-            self._graphs[direction, scale] = _build(direction, self.call, q, k, scale)
+            self._graphs[direction, scale] = _build(direction, self.call, q, k, v, scale)
         return self._graphs[direction, scale]
 
 
 @dataclass(frozen=True)
 class Cudnn(VarlenKernel):
-    """cuDNN's ragged attention, from compute capability 9.0 on, half types, head dims up to 128."""
+    """cuDNN's ragged attention, from compute capability 9.0 on, half types, head dims up to 128 and 192:128 (``cudnn_dims``)."""
 
     style: ClassVar[Style] = CAUSAL
     contiguous_kv: ClassVar[bool] = True
@@ -75,10 +74,38 @@ class Cudnn(VarlenKernel):
     run: ClassVar[Callable[[VarlenCall], VarlenRun]] = _Run
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        return half_on_cuda(problem, platform, "cuDNN's ragged attention", least=(9, 0), head_dim=128)
+        named = "cuDNN's ragged attention"
+        return half_on_cuda(problem, platform, named, least=(9, 0), head_dim=128, besides=cudnn_dims(platform))
 
     def missing(self) -> str | None:
         return importable("cudnn") or refused_cudnn()
+
+    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
+        too_old_for_dims(heads, call.cu_q.device)
+        return super().ready(call, heads, dtype)
+
+
+DEEPSEEK = (192, 128)  # head dims of keys and of values: DeepSeek's prefill
+
+
+def cudnn_dims(platform: Platform) -> tuple[tuple[int, int], ...]:
+    """Head dims beyond 128 that cuDNN is called with, of those that its frontend takes for backward from 9.0 on
+    (``SDPA_backward_attributes.validate_sdpa_support_surface``)."""
+    return (DEEPSEEK,) if platform.capability >= (9, 0) else ()
+
+
+def too_old_for_dims(heads: Heads, device: torch.device) -> None:
+    """On Blackwell, cuDNN knows 192:128 since 9.11, as Transformer Engine states (``nvte_get_fused_attn_backend``).
+
+    Raises:
+        Unsupported: the cuDNN that torch has loaded is older.
+    """
+    import torch
+
+    version = torch.backends.cudnn.version()
+    blackwell = device.type == "cuda" and Platform.of(device).capability >= (10, 0)
+    if blackwell and (heads.dim, heads.v) == DEEPSEEK and version is not None and version < 91100:
+        raise Unsupported(f"cuDNN {cudnn_name(version)} takes no head dims 192:128 on this device; 9.11 and later do")
 
 
 def refused_cudnn() -> str | None:
@@ -116,11 +143,11 @@ def _bounds(window: tuple[int, int]) -> dict[str, Any]:
     return options
 
 
-def _build(direction: str, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, scale: float) -> _Graph:
+def _build(direction: str, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> _Graph:
     import cudnn
     import torch
 
-    number, dim = len(call.lengths), q.shape[2]
+    number = len(call.lengths)
     kind = cudnn.data_type.BFLOAT16 if q.dtype == torch.bfloat16 else cudnn.data_type.HALF
     single = cudnn.data_type.FLOAT
     graph = cudnn.pygraph(io_data_type=kind, intermediate_data_type=single, compute_data_type=single, handle=_handle())
@@ -134,14 +161,16 @@ def _build(direction: str, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, s
 
     cu_q, cu_k = call.cu_q.long(), call.cu_k.long()
     lengths = {"seq_len_q": constant(cu_q.diff().int()), "seq_len_kv": constant(cu_k.diff().int())}
-    # Offsets count elements: a token has heads * dim of them in a tensor, heads in the LSE.
-    offsets = {
-        "q": constant(cu_q * q.shape[1] * dim), "kv": constant(cu_k * k.shape[1] * dim), "stats": constant(cu_q * q.shape[1])
+    # (heads, longest sequence, width of a head) of each kind of tensor; the LSE has one number per head.
+    sizes = {
+        "q": (q.shape[1], call.max_q, q.shape[2]), "o": (q.shape[1], call.max_q, v.shape[2]), "stats": (q.shape[1], call.max_q, 1),
+        "k": (k.shape[1], call.max_k, k.shape[2]), "v": (k.shape[1], call.max_k, v.shape[2]),
     }  # fmt: skip
+    # Offsets count elements.
+    offsets = {side: constant((cu_k if side in ("k", "v") else cu_q) * sizes[side][0] * sizes[side][2]) for side in sizes}
 
     def layout(side: str) -> tuple[list[int], list[int]]:
-        heads, tokens, width = (k.shape[1], call.max_k, dim) if side == "kv" else (q.shape[1], call.max_q, dim)
-        width = 1 if side == "stats" else width
+        heads, tokens, width = sizes[side]
         return [number, heads, tokens, width], [tokens * heads * width, width, heads * width, 1]
 
     def given(name: str, side: str) -> Any:
@@ -157,15 +186,15 @@ def _build(direction: str, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, s
         return tensor
 
     options: dict[str, Any] = {"attn_scale": scale, "use_padding_mask": True, **lengths, **_bounds(call.window)}
-    handles = {"q": given("q", "q"), "k": given("k", "kv"), "v": given("v", "kv")}
+    handles = {name: given(name, name) for name in "qkv"}
     if direction == "forward":
         out, stats = graph.sdpa(**handles, generate_stats=True, name="forward", **options)
-        handles |= {"o": wanted(out, "q"), "stats": wanted(stats, "stats")}
+        handles |= {"o": wanted(out, "o"), "stats": wanted(stats, "stats")}
     else:
-        handles |= {"o": given("o", "q"), "dO": given("dO", "q"), "stats": given("stats", "stats")}
+        handles |= {"o": given("o", "o"), "dO": given("dO", "o"), "stats": given("stats", "stats")}
         totals = {"max_total_seq_len_q": q.shape[0], "max_total_seq_len_kv": k.shape[0]}
         dq, dk, dv = graph.sdpa_backward(**handles, name="backward", **totals, **options)
-        handles |= {"dQ": wanted(dq, "q"), "dK": wanted(dk, "kv"), "dV": wanted(dv, "kv")}
+        handles |= {"dQ": wanted(dq, "q"), "dK": wanted(dk, "k"), "dV": wanted(dv, "v")}
     graph.validate()
     graph.build_operation_graph()
     graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])

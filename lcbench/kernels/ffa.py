@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 
-_SLICES = ("q_ranges", "k_ranges", "attn_type_map", "softmax_scale")
+_SLICES = ("q_ranges", "k_ranges", "attn_type_map", "softmax_scale", "softcap")
 CALLS = (
     LibraryCall("magi_attention.functional", "flex_flash_attn_func", 3, _SLICES),
     LibraryCall(
         "magi_attention.functional.flex_flash_attn", "_flex_flash_attn_backward", 0,
         (
-            *_SLICES, "dout", "q", "k", "v", "sink", "sink_layout", "out", "lse", "dq", "dk", "dv", "dsink", "softcap", "dq_type",
+            *_SLICES, "dout", "q", "k", "v", "sink", "sink_layout", "out", "lse", "dq", "dk", "dv", "dsink", "dq_type",
             "dk_type", "dv_type", "disable_bwd_dkv_atomic_reduction", "deterministic", "sm_margin",
         ),
     ),
@@ -34,13 +34,17 @@ KINDS = {"full": 0, "causal": 1, "inverse": 2, "both": 3}
 
 @dataclass(frozen=True)
 class FFA(Kernel):
-    """flex-flash-attention on Hopper, half types, head dims up to 128; an empty mask is no call."""
+    """flex-flash-attention on Hopper, half types, head dims up to 128, softcaps; an empty mask is no call."""
 
+    softcaps: ClassVar[bool] = True
     contiguous_kv: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("magi-attention",)
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "flex-flash-attention", least=(9, 0), most=(9, 0), head_dim=128)
+
+    def pads(self, heads: Heads, platform: Platform) -> bool:
+        return True
 
     def missing(self) -> str | None:
         reason = unfit(*CALLS)
@@ -72,14 +76,14 @@ class PreparedFFA:
             "attn_type_map": table([KINDS[s.kind] for s in found]),
         }  # fmt: skip
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
         from magi_attention.functional import flex_flash_attn_func
 
         q, k, v = (x.contiguous() for x in (q, k, v))
-        out, meta = flex_flash_attn_func(q, k, v, **self._slices, softmax_scale=softmax_scale)
+        out, meta = flex_flash_attn_func(q, k, v, **self._slices, softmax_scale=softmax_scale, softcap=softcap)
         return out, meta.lse
 
-    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float, softcap: float = 0.0) -> Gradients:
         import torch
         from magi_attention.functional.flex_flash_attn import _flex_flash_attn_backward
 
@@ -88,7 +92,7 @@ class PreparedFFA:
         dq, dk, dv, _ = _flex_flash_attn_backward(
             dout=dout, q=q, k=k, v=v, sink=None, sink_layout="sh", out=out, lse=lse.contiguous(),
             dq=None, dk=None, dv=None, dsink=None,
-            **self._slices, softmax_scale=softmax_scale, softcap=0.0, dq_type=torch.float32, dk_type=torch.float32,
+            **self._slices, softmax_scale=softmax_scale, softcap=softcap, dq_type=torch.float32, dk_type=torch.float32,
             dv_type=torch.float32, disable_bwd_dkv_atomic_reduction=False, deterministic=False, sm_margin=0,
         )  # fmt: skip
         return dq, dk, dv

@@ -22,7 +22,7 @@ MODULE = "flash_attn.cute.interface"
 LIBRARIES = ("flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
 _OPTIONS = (
     "softmax_scale", "causal", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "window_size_left",
-    "window_size_right",
+    "window_size_right", "softcap",
 )  # fmt: skip
 CALLS = (
     LibraryCall(MODULE, "_flash_attn_fwd", 3, (*_OPTIONS, "return_lse")),
@@ -31,40 +31,60 @@ CALLS = (
 
 
 class _Run(OneCall):
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float = 0.0) -> OutLse:
         from flash_attn.cute.interface import _flash_attn_fwd
 
         call = self.call
         out, lse, *_ = _flash_attn_fwd(
             q, k, v, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k, max_seqlen_q=call.max_q, max_seqlen_k=call.max_k,
-            softmax_scale=scale, causal=call.causal, return_lse=True, **_window(call),
+            softmax_scale=scale, causal=call.causal, return_lse=True, softcap=softcap, **_window(call),
         )  # fmt: skip
         return out, lse
 
-    def backward(self, dout: torch.Tensor, saved: Saved, scale: float) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: Saved, scale: float, softcap: float = 0.0) -> Gradients:
         from flash_attn.cute.interface import _flash_attn_bwd
 
         q, k, v, out, lse = saved
         call = self.call
         dq, dk, dv, *_ = _flash_attn_bwd(
             q, k, v, out, dout, lse, softmax_scale=scale, causal=call.causal, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k,
-            max_seqlen_q=call.max_q, max_seqlen_k=call.max_k, **_window(call),
+            max_seqlen_q=call.max_q, max_seqlen_k=call.max_k, softcap=softcap,
+            **_window(call),
         )  # fmt: skip
         return dq, dk, dv
 
 
 @dataclass(frozen=True)
 class FlashAttn4(VarlenKernel):
-    """flash-attn-4 from compute capability 9.0 on, half types, head dims up to 256 on Hopper and 128 elsewhere."""
+    """flash-attn-4 from compute capability 9.0 on, half types, head dims up to 256 on Hopper, 128 and 192:128 elsewhere, softcaps.
 
+    The limits of head dims are those of its ``_validate_head_dims``.
+    """
+
+    softcaps: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = LIBRARIES
     run: ClassVar[Callable[[VarlenCall], VarlenRun]] = _Run
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        return half_on_cuda(problem, platform, "flash-attn-4", least=(9, 0), head_dim=256 if platform.capability[0] == 9 else 128)
+        return _limits(problem, platform) or no_softcap_backward(problem, platform)
 
     def missing(self) -> str | None:
         return overwritten(unfit(*CALLS))
+
+
+def _limits(problem: Problem, platform: Platform) -> str | None:
+    if platform.capability[0] == 9:
+        return half_on_cuda(problem, platform, "flash-attn-4", least=(9, 0))
+    besides = ((192, 128),) if platform.capability[0] in (10, 11) else ()
+    return half_on_cuda(problem, platform, "flash-attn-4", least=(9, 0), head_dim=128, besides=besides)
+
+
+def no_softcap_backward(problem: Problem, platform: Platform) -> str | None:
+    """Why it computes no softcapped scores on a platform. A softcap is a function of scores to it, which its backward does not have
+    everywhere."""
+    if problem.softmax.softcap and problem.backward and platform.capability[0] == 12:
+        return "flash-attn-4 has no backward of softcapped scores on this device; direction=forward runs"
+    return None
 
 
 def overwritten(reason: str | None) -> str | None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 BLOCK = 128
-_OPTIONS = ("softmax_scale", "causal", "block_sparse_tensors")
+_OPTIONS = ("softmax_scale", "causal", "softcap", "block_sparse_tensors")
 CALLS = (
     LibraryCall(MODULE, "_flash_attn_fwd", 3, (*_OPTIONS, "return_lse")),
     LibraryCall(MODULE, "_flash_attn_bwd", 6, _OPTIONS),
@@ -30,14 +30,15 @@ CALLS = (
 
 @dataclass(frozen=True)
 class FlashAttn4Sparse(Kernel):
-    """flash-attn-4 on block maps, on Hopper, half types, head dims up to 128."""
+    """flash-attn-4 on block maps, on Hopper, half types, head dims up to 128, softcaps."""
 
+    softcaps: ClassVar[bool] = True
     takes: ClassVar[str] = "blocks"
     contiguous_kv: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = LIBRARIES
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return only_blocks(mask) or _other_blocks(mask)
+        return super().unsupported(problem, mask) or only_blocks(mask) or _other_blocks(mask)
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "flash-attn-4 with blocks of 128", least=(9, 0), most=(9, 0), head_dim=128)
@@ -80,22 +81,22 @@ class PreparedBlocks:
         keep = mask.keeps()
         self._forward, self._backward = lists(keep), lists(keep.swapaxes(1, 2))
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
         from flash_attn.cute.interface import _flash_attn_fwd
 
         out, lse, *_ = _flash_attn_fwd(
-            *(x[None].contiguous() for x in (q, k, v)), softmax_scale=softmax_scale, causal=False, return_lse=True,
+            *(x[None].contiguous() for x in (q, k, v)), softmax_scale=softmax_scale, causal=False, softcap=softcap, return_lse=True,
             block_sparse_tensors=self._forward,
         )  # fmt: skip
         return out[0], lse[0].T.contiguous()
 
-    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float, softcap: float = 0.0) -> Gradients:
         from flash_attn.cute.interface import _flash_attn_bwd
 
         q, k, v, out, lse = saved
         q, k, v, out, dout = (x[None].contiguous() for x in (q, k, v, out.to(q.dtype), dout))
         dq, dk, dv, *_ = _flash_attn_bwd(
-            q, k, v, out, dout, lse.T[None].contiguous(), softmax_scale=softmax_scale, causal=False,
+            q, k, v, out, dout, lse.T[None].contiguous(), softmax_scale=softmax_scale, causal=False, softcap=softcap,
             block_sparse_tensors=self._backward,
         )  # fmt: skip
         return dq[0], dk[0], dv[0]

@@ -18,23 +18,28 @@ if TYPE_CHECKING:
 
 WORKSPACE_BYTES = 512 << 20
 LIBRARIES = ("flashinfer-python", "flashinfer-cubin", "flashinfer-jit-cache")
+_OPTIONS = ("head_dim_vo", "causal", "window_left", "logits_soft_cap", "sm_scale", "q_data_type", "kv_data_type")
 _WRAPPER = "BatchPrefillWithRaggedKVCacheWrapper"
 CALLS = (
     LibraryCall("flashinfer", _WRAPPER, 1, ("kv_layout", "backend")),
-    LibraryCall("flashinfer", f"{_WRAPPER}.plan", 6, ("causal", "window_left", "sm_scale", "q_data_type", "kv_data_type")),
+    LibraryCall("flashinfer", f"{_WRAPPER}.plan", 6, _OPTIONS),
     LibraryCall("flashinfer", f"{_WRAPPER}.run", 4, ("return_lse",)),
 )
 
 
 @dataclass(frozen=True)
 class FlashInfer(VarlenKernel):
-    """flashinfer's ragged prefill, half types, head dims up to 256, forward only."""
+    """flashinfer's ragged prefill, half types, head dims up to 256, softcaps, forward only."""
 
+    softcaps: ClassVar[bool] = True
     style: ClassVar[Style] = CAUSAL
     libraries: ClassVar[tuple[str, ...]] = LIBRARIES
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return forward_only(problem, "flashinfer")
+        return super().unsupported(problem, mask) or forward_only(problem, "flashinfer")
+
+    def pads(self, heads: Heads, platform: Platform) -> bool:
+        return (heads.dim, heads.v) != (192, 128)  # the only two that its tests of this wrapper have
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "flashinfer")
@@ -60,7 +65,7 @@ def workspace(heads: Heads, device: torch.device) -> torch.Tensor:
     needed = 0
     if device.type == "cuda":
         tiles = 2 * torch.cuda.get_device_properties(device).multi_processor_count // heads.kv
-        needed = heads.q * tiles * 128 * (heads.dim + 1) * 4
+        needed = heads.q * tiles * 128 * (heads.v + 1) * 4
     size = max(WORKSPACE_BYTES, needed + (16 << 20))
     found = _workspaces.get((device, size))
     if found is None:
@@ -79,24 +84,25 @@ class _Run:
     dtype: torch.dtype
     workspace: torch.Tensor
     call: VarlenCall
-    _planned: dict[float, Any] = field(default_factory=dict)
+    _planned: dict[tuple[float, float], Any] = field(default_factory=dict)
 
-    def _plan(self, scale: float) -> Any:
+    def _plan(self, scale: float, softcap: float) -> Any:
         """The plan of the call, made when its scale is first known."""
         from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
 
-        if scale not in self._planned:
+        if (scale, softcap) not in self._planned:
             wrapper = BatchPrefillWithRaggedKVCacheWrapper(self.workspace, kv_layout="NHD", backend="fa2")
             wrapper.plan(
-                self.call.cu_q, self.call.cu_k, self.heads.q, self.heads.kv, self.heads.dim, causal=self.call.window != (-1, -1),
-                window_left=self.call.window[0], sm_scale=scale, q_data_type=self.dtype, kv_data_type=self.dtype,
+                self.call.cu_q, self.call.cu_k, self.heads.q, self.heads.kv, self.heads.dim, head_dim_vo=self.heads.v,
+                causal=self.call.window != (-1, -1), window_left=self.call.window[0], logits_soft_cap=softcap, sm_scale=scale,
+                q_data_type=self.dtype, kv_data_type=self.dtype,
             )  # fmt: skip
-            self._planned[scale] = wrapper
-        return self._planned[scale]
+            self._planned[scale, softcap] = wrapper
+        return self._planned[scale, softcap]
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
-        out, lse = self._plan(scale).run(q, k, v, return_lse=True)
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float = 0.0) -> OutLse:
+        out, lse = self._plan(scale, softcap).run(q, k, v, return_lse=True)
         return out, lse.T / LOG2_E
 
-    def backward(self, dout: torch.Tensor, saved: Saved, scale: float) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: Saved, scale: float, softcap: float = 0.0) -> Gradients:
         raise AssertionError("flashinfer has no backward")

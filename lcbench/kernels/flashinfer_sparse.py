@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _WRAPPER = "VariableBlockSparseAttentionWrapper"
 CALLS = (
     LibraryCall("flashinfer", _WRAPPER, 1, ("backend",)),
-    LibraryCall("flashinfer", f"{_WRAPPER}.plan", 7, ("sm_scale", "q_data_type", "kv_data_type")),
+    LibraryCall("flashinfer", f"{_WRAPPER}.plan", 7, ("logits_soft_cap", "sm_scale", "q_data_type", "kv_data_type")),
     LibraryCall("flashinfer", f"{_WRAPPER}.run", 4, ("return_lse",)),
 )
 COPIES = 4  # of its token indices that its plan has in memory at a time, by reading it
@@ -29,13 +29,18 @@ COPIES = 4  # of its token indices that its plan has in memory at a time, by rea
 
 @dataclass(frozen=True)
 class FlashInferSparse(Kernel):
-    """flashinfer on block maps, half types, head dims up to 256, forward only."""
+    """flashinfer on block maps, half types, head dims up to 256, softcaps, forward only."""
 
+    softcaps: ClassVar[bool] = True
     takes: ClassVar[str] = "blocks"
     libraries: ClassVar[tuple[str, ...]] = (*LIBRARIES, "einops")
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return only_blocks(mask) or forward_only(problem, "flashinfer") or _refused(mask, problem.heads)
+        blocks = only_blocks(mask) or forward_only(problem, "flashinfer") or _refused(mask, problem.heads)
+        return super().unsupported(problem, mask) or blocks
+
+    def pads(self, heads: Heads, platform: Platform) -> bool:
+        return True
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "flashinfer")
@@ -92,24 +97,24 @@ class PreparedFlashInfer:
         self._plan_arguments = [torch.from_numpy(x).to(device) for x in (keep, *sizes)]
         self._workspace = workspace(heads, device)
         self._heads, self._dtype = heads, dtype
-        self._planned: dict[float, Any] = {}
+        self._planned: dict[tuple[float, float], Any] = {}
 
-    def _plan(self, scale: float) -> Any:
+    def _plan(self, scale: float, softcap: float) -> Any:
         from flashinfer import VariableBlockSparseAttentionWrapper
 
-        if scale not in self._planned:
+        if (scale, softcap) not in self._planned:
             wrapper = VariableBlockSparseAttentionWrapper(self._workspace, backend="fa2")
             wrapper.plan(
-                *self._plan_arguments, self._heads.q, self._heads.kv, self._heads.dim, sm_scale=scale,
-                q_data_type=self._dtype, kv_data_type=self._dtype,
+                *self._plan_arguments, self._heads.q, self._heads.kv, self._heads.dim, logits_soft_cap=softcap,
+                sm_scale=scale, q_data_type=self._dtype, kv_data_type=self._dtype,
             )  # fmt: skip
-            self._planned[scale] = wrapper
-        return self._planned[scale]
+            self._planned[scale, softcap] = wrapper
+        return self._planned[scale, softcap]
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
         heads_first = [x.transpose(0, 1).contiguous() for x in (q, k, v)]
-        out, lse = self._plan(softmax_scale).run(*heads_first, return_lse=True)
+        out, lse = self._plan(softmax_scale, softcap).run(*heads_first, return_lse=True)
         return out.transpose(0, 1), (lse.T / LOG2_E).contiguous()
 
-    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float, softcap: float = 0.0) -> Gradients:
         raise AssertionError("flashinfer has no backward")

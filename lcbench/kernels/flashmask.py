@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlashMask(Kernel):
-    """FlashMask on Hopper, half types, head dims up to 256."""
+    """FlashMask on Hopper, half types, head dims up to 256, softcaps."""
 
+    softcaps: ClassVar[bool] = True
     contiguous_kv: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("flashmask",)
 
@@ -31,6 +32,9 @@ class FlashMask(Kernel):
 
     def missing(self) -> str | None:
         return importable("flashmask._C")
+
+    def pads(self, heads: Heads, platform: Platform) -> bool:
+        return True  # forward takes some others, backward none
 
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return 1 if len(mask) and hidden_rows(mask) is not None else len(mask)
@@ -87,16 +91,17 @@ class _Part:
 
         self._rows = torch.from_numpy(hidden.astype(np.int32)).to(device)[None, None].contiguous()  # (1, 1, Tk, 4)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
         import torch
 
         out, lse = torch.ops.flashmask.fwd(
             q=q[None].contiguous(), k=k[None].contiguous(), v=v[None].contiguous(), startend_row_indices=self._rows,
-            block_mask=None, softmax_scale=softmax_scale, is_causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0,
+            block_mask=None, softmax_scale=softmax_scale, is_causal=False, window_size_left=-1, window_size_right=-1,
+            softcap=softcap,
         )  # fmt: skip
         return out[0], lse[0].T.contiguous()
 
-    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float, softcap: float = 0.0) -> Gradients:
         import torch
 
         q, k, v, out, lse = saved
@@ -105,7 +110,7 @@ class _Part:
             dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse.T[None].contiguous(), dq=None, dk=None, dv=None, cu_seqlens_q=None,
             cu_seqlens_k=None, seqused_q=None, seqused_k=None, startend_row_indices=self._rows, block_mask=None, max_seqlen_q=None,
             max_seqlen_k=None,
-            softmax_scale=softmax_scale, is_causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0,
+            softmax_scale=softmax_scale, is_causal=False, window_size_left=-1, window_size_right=-1, softcap=softcap,
             deterministic=False, sm_margin=0,
         )  # fmt: skip
         return dq[0], dk[0], dv[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lcbench.kernels.base import HALVES, LOG2_E, Kernel, Platform, Prepared, Rounding, Saved, half_on_cuda, heads_first
@@ -30,8 +31,9 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Flex(Kernel):
-    """FlexAttention on static masks: half types and float32 on CUDA, any type on CPU."""
+    """FlexAttention on static masks: half types and float32 on CUDA, any type on CPU; softcaps."""
 
+    softcaps: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("triton",)  # what Inductor compiles it with
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
@@ -56,13 +58,13 @@ def flex_limits(problem: Problem, platform: Platform) -> str | None:
 
 @dataclass
 class PreparedFlex:
-    """A mask as a BlockMask. Each direction is traced, and on CUDA compiled, at its first pass with a softmax scale."""
+    """A mask as a BlockMask. Each direction is traced, and on CUDA compiled, at its first pass with a scale and a softcap."""
 
     mask: Mask
     heads: Heads
     device: torch.device
     calls: int = 1
-    _compiled: dict[tuple[str, float], Any] = field(default_factory=dict)
+    _compiled: dict[tuple[str, float, float], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         import torch
@@ -73,34 +75,36 @@ class PreparedFlex:
         self._blocks = whole[:-1]
         self._block_tensors = [x for x in self._blocks if isinstance(x, torch.Tensor)]
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
-        out, lse = self._run("forward", softmax_scale, *(heads_first(x) for x in (q, k, v)))
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
+        out, lse = self._run("forward", softmax_scale, softcap, *(heads_first(x) for x in (q, k, v)))
         return out[0].transpose(0, 1), (lse[0].T / LOG2_E).contiguous()
 
-    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float, softcap: float = 0.0) -> Gradients:
         q, k, v, out, lse = saved
         log2 = (lse.T * LOG2_E)[None].contiguous()
-        grads = self._run("backward", softmax_scale, *(heads_first(x) for x in (q, k, v, out.to(q.dtype))), log2, heads_first(dout))
+        given = [heads_first(x) for x in (q, k, v, out.to(q.dtype))]
+        grads = self._run("backward", softmax_scale, softcap, *given, log2, heads_first(dout))
         dq, dk, dv = (grad[0].transpose(0, 1) for grad in grads)
         return dq, dk, dv
 
-    def _run(self, direction: str, scale: float, *inputs: torch.Tensor) -> Any:
+    def _run(self, direction: str, scale: float, softcap: float, *inputs: torch.Tensor) -> Any:
         arguments = [*inputs, *self._block_tensors, *self._tables]
-        key = direction, scale
+        key = direction, scale, softcap
         if key not in self._compiled:
-            self._compiled[key] = self._trace(direction, scale, arguments)
+            self._compiled[key] = self._trace(direction, scale, softcap, arguments)
         return self._compiled[key](*arguments)
 
-    def _trace(self, direction: str, scale: float, arguments: list[torch.Tensor]) -> Callable[..., Any]:
+    def _trace(self, direction: str, scale: float, softcap: float, arguments: list[torch.Tensor]) -> Callable[..., Any]:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         count = {"forward": 3, "backward": 6}[direction]
         run = _forward if direction == "forward" else _backward
+        score = partial(_capped, softcap) if softcap else _same
 
         def flat(*tensors: torch.Tensor) -> Any:
             inputs, rest = tensors[:count], iter(tensors[count:])
             blocks = tuple(next(rest) if x is not None and not isinstance(x, int) else x for x in self._blocks)
-            return run(inputs, (*blocks, self._lookup), tuple(rest), scale)
+            return run(inputs, (*blocks, self._lookup), tuple(rest), score, scale)
 
         graph: Callable[..., Any] = make_fx(flat, tracing_mode="fake")(*arguments)
         if self.device.type != "cuda":
@@ -111,27 +115,39 @@ class PreparedFlex:
         return compiled
 
 
-def _forward(inputs: tuple[torch.Tensor, ...], blocks: tuple[Any, ...], tables: tuple[torch.Tensor, ...], scale: float) -> Any:
+def _forward(
+    inputs: tuple[torch.Tensor, ...], blocks: tuple[Any, ...], tables: tuple[torch.Tensor, ...], score: Callable[..., Any],
+    scale: float,
+) -> Any:  # fmt: skip
     """(out, LSE in powers of two)."""
     from torch._higher_order_ops.flex_attention import flex_attention
 
     q, k, v = inputs
-    out, lse, *_ = flex_attention(q, k, v, _same, blocks, scale, OPTIONS, (), tables)
+    out, lse, *_ = flex_attention(q, k, v, score, blocks, scale, OPTIONS, (), tables)
     return out, lse
 
 
-def _backward(inputs: tuple[torch.Tensor, ...], blocks: tuple[Any, ...], tables: tuple[torch.Tensor, ...], scale: float) -> Any:
+def _backward(
+    inputs: tuple[torch.Tensor, ...], blocks: tuple[Any, ...], tables: tuple[torch.Tensor, ...], score: Callable[..., Any],
+    scale: float,
+) -> Any:  # fmt: skip
     import torch
     from torch._higher_order_ops.flex_attention import create_fw_bw_graph, flex_attention_backward
     from torch.fx import GraphModule
 
     q, k, v, out, lse, dout = inputs
     at = q.new_zeros((), dtype=torch.int)
-    forward, joint = create_fw_bw_graph(_same, (q.new_zeros((), requires_grad=True), at, at, at, at), ())
+    forward, joint = create_fw_bw_graph(score, (q.new_zeros((), requires_grad=True), at, at, at, at), ())
     dq, dk, dv, _ = flex_attention_backward(
         q, k, v, out, lse, dout, torch.zeros_like(lse), forward, cast(GraphModule, joint), blocks, scale, OPTIONS, (), tables
     )
     return dq, dk, dv
+
+
+def _capped(softcap: float, score: Any, batch: Any, head: Any, q: Any, k: Any) -> Any:
+    import torch
+
+    return softcap * torch.tanh(score / softcap)
 
 
 def _same(score: Any, batch: Any, head: Any, q: Any, k: Any) -> Any:

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlexSparse(Kernel):
-    """FlexAttention on block maps; types as for ``flex``."""
+    """FlexAttention on block maps; types and softcaps as for ``flex``."""
 
+    softcaps: ClassVar[bool] = True
     takes: ClassVar[str] = "blocks"
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return only_blocks(mask)
+        return super().unsupported(problem, mask) or only_blocks(mask)
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return flex_limits(problem, platform)

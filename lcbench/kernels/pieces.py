@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class PiecesKernel(Kernel):
     """A kernel that runs batches of pieces, each full or causal from its top left corner.
 
-    Tensors of a batch are (B, H, l, D), LSE (B, Hq, l): B pieces of l tokens. k and v have the key/value heads.
+    Tensors of a batch are (B, H, l, D or Dv), LSE (B, Hq, l): B pieces of l tokens. k and v have the key/value heads.
     """
 
     @abstractmethod
@@ -94,7 +94,7 @@ class PreparedPieces:
         if len(self._batches) == 1 and self._batches[0].covers(q, k):
             out, lse = self._batches[0].forward(q, k, v, softmax_scale)
             return out.flatten(0, 1), lse.flatten(0, 1)
-        out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+        out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=dtype, device=q.device)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
         for batch in self._batches:
             part, part_lse = batch.forward(q, k, v, softmax_scale)
@@ -146,13 +146,13 @@ class _Batch:
         return [x[index].transpose(1, 2) for x in tensors]
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
-        """out (B, lq, H, D) and lse (B, lq, H)."""
+        """out (B, lq, H, Dv) and lse (B, lq, H)."""
         (q,), (k, v) = self._take(q), self._take(k, v, keys=True)
         out, lse = self._kernel.attend(q, k, v, self.causal, scale)
         return out.transpose(1, 2), lse.transpose(1, 2)
 
     def backward(self, dout: torch.Tensor, saved: Saved, scale: float) -> list[torch.Tensor]:
-        """dq (B, lq, H, D), dk and dv (B, lk, Hk, D)."""
+        """dq (B, lq, H, D), dk (B, lk, Hk, D) and dv (B, lk, Hk, Dv)."""
         dout, q, out, lse = self._take(dout, saved.q, saved.out, saved.lse)
         k, v = self._take(saved.k, saved.v, keys=True)
         grads = self._kernel.adjoint(dout, Saved(q, k, v, out, lse), self.causal, scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lcbench.kernels.base import Gradients, Kernel, OutLse, Platform, Prepared, Saved
 from lcbench.masks.band import BandMask
@@ -21,6 +21,8 @@ BLOCK_ELEMENTS = 1 << 22  # scores of one block of rows, over all heads
 class Reference(Kernel):
     """Float64 attention in operations of torch, on any device; inputs of any type, results in float64."""
 
+    softcaps: ClassVar[bool] = True
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return None
 
@@ -36,13 +38,13 @@ class PreparedReference:
     mask: BandMask
     calls: int = 1
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
         import torch
 
-        out = torch.zeros((*q.shape[:2], v.shape[-1]), dtype=torch.float64, device=q.device)
+        out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=torch.float64, device=q.device)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64, device=q.device)
         values = _per_query_head(v, q)
-        for rows, scores in self._scores(q, k, softmax_scale):
+        for rows, scores, _ in self._scores(q, k, softmax_scale, softcap):
             top = scores.amax(-1)
             row_lse = scores.logsumexp(-1)
             weights = torch.exp(scores - torch.where(top == -torch.inf, 0.0, row_lse)[..., None])
@@ -50,7 +52,7 @@ class PreparedReference:
             lse[rows] = row_lse.T
         return out, lse
 
-    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float, softcap: float = 0.0) -> Gradients:
         import torch
 
         q, k, v, out, lse = saved
@@ -59,17 +61,21 @@ class PreparedReference:
         delta = (dout64 * out.double()).sum(-1)
         dq, dk, dv = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         finite = torch.where(lse == -torch.inf, 0.0, lse).double()
-        for rows, scores in self._scores(q, k, softmax_scale):
+        for rows, scores, slopes in self._scores(q, k, softmax_scale, softcap):
             weights = torch.exp(scores - finite[rows].T[..., None])
             dv += torch.einsum("hqk,qhd->khd", weights, dout64[rows])
             dscores = weights * (torch.einsum("qhd,khd->hqk", dout64[rows], values) - delta[rows].T[..., None])
+            if slopes is not None:
+                dscores *= slopes
             dq[rows] = torch.einsum("hqk,khd->qhd", dscores, keys) * softmax_scale
             dk += torch.einsum("hqk,qhd->khd", dscores, queries[rows]) * softmax_scale
         groups = (k.shape[1], -1)
         return dq, dk.unflatten(1, groups).sum(2), dv.unflatten(1, groups).sum(2)
 
-    def _scores(self, q: torch.Tensor, k: torch.Tensor, softmax_scale: float) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Blocks of rows and their scores (Hq, rows, Tk), -inf for pairs outside of the mask."""
+    def _scores(
+        self, q: torch.Tensor, k: torch.Tensor, softmax_scale: float, softcap: float
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+        """Blocks of rows, their scores (Hq, rows, Tk), -inf for pairs outside of the mask, and the derivatives of capped scores."""
         import torch
 
         keys = _per_query_head(k, q)
@@ -84,7 +90,11 @@ class PreparedReference:
                     inside = (q0 <= q_index) & (q_index < q1) & (k0 <= k_index) & (k_index < k1)
                     allowed |= inside & (lo <= k_index - q_index) & (k_index - q_index <= hi)
             scores = torch.einsum("qhd,khd->hqk", q[rows].double(), keys) * softmax_scale
-            yield rows, scores.masked_fill(~allowed, -torch.inf)
+            slopes = None
+            if softcap:
+                bent = torch.tanh(scores / softcap)
+                scores, slopes = softcap * bent, 1 - bent**2
+            yield rows, scores.masked_fill(~allowed, -torch.inf), slopes
 
 
 def _per_query_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

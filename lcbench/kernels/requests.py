@@ -74,7 +74,7 @@ def sequences_of(mask: Mask) -> Sequences:
         raise Unsupported("it computes requests: rows that see all keys of theirs, or causally; not a dynamic block mask")
     bands = mask.merged().bands
     bands = bands[np.argsort(bands[:, 0], kind="stable")]
-    q0, q1, k0, k1, lo, hi = bands.T
+    q0, q1, k0, _, lo, hi = bands.T
     # Bands are tight, so a left bound that binds nowhere is the one of the corner.
     if (lo > k0 - q1 + 1).any():
         raise Unsupported("it computes requests: rows that see all keys of theirs, or causally; this mask has bounds on the left")
@@ -254,6 +254,26 @@ class PreparedRequests(Prepared):
             own, causal, on_device(np.concatenate([[0], ends])), on_device(own.keys), on_device(own.k[:, 0]), table, cache.kind
         )
         return self._kernel.ready(call, self._heads, self._dtype)
+
+
+def keys_of(call: RequestCall) -> dict[str, torch.Tensor]:
+    """Where flash-attn 3 and 4 find the keys of a call: by a table of pages, or by where each sequence begins, and the end."""
+    if call.table is not None:
+        return {"page_table": call.table}
+    import torch
+
+    return {"cu_seqlens_k": torch.cat([call.begins, call.begins[-1:] + call.lengths[-1:]])}
+
+
+def of_equal_dims(called: str, heads: Heads) -> str | None:
+    """Why a kernel whose values have the dimension of its keys does not run such heads, or None."""
+    return None if heads.dim == heads.v else f"{called} takes values of the dimension of keys, not {heads.v} with {heads.dim}"
+
+
+def of_input_type(called: str, kind: CacheKind, problem: Problem) -> str | None:
+    """Why a kernel whose keys have the type of its queries does not read a cache, or None."""
+    stored = kind.stored_as(problem.dtype)
+    return None if stored == problem.dtype else f"{called} reads caches of the queries' type, {problem.dtype}, not {stored}"
 
 
 def _rows(q: Ints, device: torch.device) -> slice | torch.Tensor:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, half_on_cuda, per_kv_head, per_query_head
+from lcbench.kernels.base import Gradients, OutLse, Platform, Prepared, Saved, half_on_cuda, per_kv_head, per_query_head
+from lcbench.kernels.cudnn import cudnn_dims, too_old_for_dims
 from lcbench.kernels.pieces import PiecesKernel
-from lcbench.problem import Problem
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -16,10 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SDPACudnn(PiecesKernel):
-    """torch's cuDNN backend on CUDA, half types, head dims up to 128."""
+    """torch's cuDNN backend on CUDA, half types, head dims up to 128 and 192:128 (``cudnn_dims``)."""
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        return half_on_cuda(problem, platform, "torch's cuDNN kernel", head_dim=128)
+        return half_on_cuda(problem, platform, "torch's cuDNN kernel", head_dim=128, besides=cudnn_dims(platform))
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        too_old_for_dims(heads, device)
+        return super().prepare(mask, heads, dtype, device)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> OutLse:
         if q.shape[2] == k.shape[2] == 1:  # cuDNN refuses it; 9.19 does

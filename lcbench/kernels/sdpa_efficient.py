@@ -18,7 +18,7 @@ ALIGNED = 32  # rows that the kernel's LSE is padded to
 
 @dataclass(frozen=True)
 class SDPAEfficient(PiecesKernel):
-    """torch's memory-efficient backend on CUDA, half types and float32, head dims up to 1024."""
+    """torch's memory-efficient backend on CUDA, half types and float32, head dims up to 1024, of values another than of keys."""
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         dtypes = ("bfloat16", "float16", "float32")

@@ -33,6 +33,9 @@ class SDPAFlash(PiecesKernel):
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "torch's CUDA flash kernel") if platform.type == "cuda" else None
 
+    def pads(self, heads: Heads, platform: Platform) -> bool:
+        return True
+
     def calls(self, mask: BandMask, platform: Platform) -> int:
         return count_varlen(mask) if platform.type == "cuda" else super().calls(mask, platform)
 

@@ -6,7 +6,7 @@ Its backward is written out here, since torch's own knows the weights of its own
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lcbench.kernels.base import OutLse, Prepared, accumulation_dtype, heads_first
 from lcbench.kernels.naive import Naive, PreparedNaive
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SDPAMath(Naive):
     """torch's math forward, and the backward of ``naive``."""
+
+    softcaps: ClassVar[bool] = False
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BandMask)
@@ -37,8 +39,10 @@ class PreparedMath(PreparedNaive):
         # Below the dispatcher a mask is added to the scores, also a boolean one.
         self._bias = torch.zeros(self.allowed.shape, dtype=dtype, device=device).masked_fill_(~self.allowed, -torch.inf)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
         import torch
+
+        assert not softcap, "torch's math forward knows no softcap"
 
         # The backend itself computes half types in float32; it is given them so because the weights are to stay float32 too.
         heads = [heads_first(x).to(self._bias.dtype) for x in (q, k, v)]

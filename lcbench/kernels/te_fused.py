@@ -11,10 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, Unsupported, half_on_cuda, importable
-from lcbench.kernels.cudnn import refused_cudnn
+from lcbench.kernels.cudnn import cudnn_dims, refused_cudnn, too_old_for_dims
 from lcbench.kernels.library import LibraryCall, signature_of, unfit
 from lcbench.kernels.varlen import CAUSAL, Style, VarlenCall, VarlenKernel, VarlenRun
-from lcbench.problem import Problem
+from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class TEFused(VarlenKernel):
-    """Transformer Engine's fused attention, from compute capability 9.0 on, half types, head dims up to 128."""
+    """Transformer Engine's fused attention, from compute capability 9.0 on, half types, head dims as of ``cudnn``."""
 
     style: ClassVar[Style] = CAUSAL
     contiguous_kv: ClassVar[bool] = True
@@ -83,10 +83,15 @@ class TEFused(VarlenKernel):
     run: ClassVar[Callable[[VarlenCall], VarlenRun]] = _Run
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        return half_on_cuda(problem, platform, "Transformer Engine's fused attention", least=(9, 0), head_dim=128)
+        named = "Transformer Engine's fused attention"
+        return half_on_cuda(problem, platform, named, least=(9, 0), head_dim=128, besides=cudnn_dims(platform))
 
     def missing(self) -> str | None:
         return importable("transformer_engine.pytorch") or unfit(*_calls()) or refused_cudnn()
+
+    def ready(self, call: VarlenCall, heads: Heads, dtype: torch.dtype) -> VarlenRun:
+        too_old_for_dims(heads, call.cu_q.device)
+        return super().ready(call, heads, dtype)
 
 
 MODULE = "transformer_engine.pytorch.cpp_extensions"

@@ -27,7 +27,7 @@ class TritonBlockSparse(Tiled):
     largest: ClassVar[int] = 64  # blocks may be of 64 tokens, and tiles end where blocks do
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return only_blocks(mask)
+        return super().unsupported(problem, mask) or only_blocks(mask)
 
     def tables(self, mask: Mask) -> MakeTables:
         from lcbench.kernels.tile_tables import of_blocks

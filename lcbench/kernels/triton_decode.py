@@ -39,18 +39,20 @@ class TritonDecode(RequestKernel):
             raise ValueError(f"a split of {self.split} keys is less than a tile of {self.block_k or 64}")
 
     def shape(self, heads: Heads, rows: int, itemsize: int, capability: tuple[int, int]) -> Shape:
-        """The launch shape for sequences of up to ``rows`` rows: a block holds the query heads of a key/value head, 16 to 64 rows."""
+        """The launch shape for sequences of up to ``rows`` rows; a block of 16 to 64 has all query heads of a key/value head."""
         from lcbench.kernels.triton_split import Dims, padded
 
         dims = Dims.of(heads)
         room = (SHARED.get(capability, 99) - REST) << 10
-        height = min(64, padded(rows * (heads.q // heads.kv)))
+        # Values of more numbers would take the registers that sums of 64 rows need.
+        height = min(64 if dims.value <= 256 else 32, padded(rows * (heads.q // heads.kv)))
         numbers = dims.first + dims.rest + (0 if heads.latent and dims.first == heads.v else dims.value)
 
         def fits(width: int, stages: int) -> bool:
             return (height * (dims.first + dims.rest) + stages * width * numbers) * itemsize <= room
 
-        width, stages = self.block_k or 64, 3
+        # Pointers to a tile of 64 keys of 512 numbers would spill registers.
+        width, stages = self.block_k or (64 if dims.first <= 256 else 32), 3
         while self.block_k is None and width > 16 and not fits(width, 2):
             width //= 2
         while stages > 1 and not fits(width, stages):
@@ -61,7 +63,7 @@ class TritonDecode(RequestKernel):
         return {"one_row": self.shape(heads, 1, itemsize(dtype), platform.capability)._asdict()}
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
-        return where_triton_runs(problem, platform, head_dim=576)
+        return where_triton_runs(problem, platform)
 
     def missing(self) -> str | None:
         return importable("triton")

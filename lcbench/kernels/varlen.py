@@ -73,7 +73,10 @@ class OneCall:
 
 
 class VarlenRun(Protocol):
-    """A library's varlen functions made ready for one call. Here LSE is (Hq, Tq); in rows without keys it is infinite."""
+    """A library's varlen functions made ready for one call. Here LSE is (Hq, Tq); in rows without keys it is infinite.
+
+    Where ``Kernel.softcaps``, both methods take ``softcap`` besides, as those of ``Prepared`` do.
+    """
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
         """(out, lse); the infinity of rows without keys has the sign that the library gives it."""
@@ -185,20 +188,20 @@ class _Part:
         rows = self._rows[side]
         return [heads_whole(x) if rows is None else x[rows] for x in tensors]
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> OutLse:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, **softcap: float) -> OutLse:
         import torch
 
         (own_q,), (own_k, own_v) = self._take(q, side=0), self._take(k, v, side=1)
-        out, lse = self._run.forward(own_q, own_k, own_v, softmax_scale)
+        out, lse = self._run.forward(own_q, own_k, own_v, softmax_scale, **softcap)
         # Libraries give +inf or -inf for a row without keys; here it is -inf.
         lse = torch.where(lse == torch.inf, -torch.inf, lse).T.contiguous()
         if self._rows[0] is None:
             return out, lse
-        whole_out, whole_lse = torch.zeros_like(q, dtype=out.dtype), lse.new_full(q.shape[:2], -torch.inf)
+        whole_out, whole_lse = out.new_zeros(*q.shape[:2], v.shape[2]), lse.new_full(q.shape[:2], -torch.inf)
         whole_out[self._rows[0]], whole_lse[self._rows[0]] = out, lse
         return whole_out, whole_lse
 
-    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float, **softcap: float) -> Gradients:
         import torch
 
         q, k, v, out, lse = saved
@@ -207,7 +210,7 @@ class _Part:
         own_dout, own_q, own_out, own_lse = self._take(dout, q, out.to(q.dtype), kernel_lse, side=0)
         own_k, own_v = self._take(k, v, side=1)
         own = Saved(own_q, own_k, own_v, own_out, own_lse.T.contiguous())
-        grads = self._run.backward(own_dout, own, softmax_scale)
+        grads = self._run.backward(own_dout, own, softmax_scale, **softcap)
         found = []
         for grad, like, rows in zip(grads, (q, k, v), (self._rows[0], self._rows[1], self._rows[1]), strict=True):
             if rows is None:

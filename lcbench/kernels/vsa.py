@@ -8,7 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, Saved, Unsupported, half_on_cuda, heads_first, only_blocks
+from lcbench.kernels.base import (
+    LOG2_E,
+    Kernel,
+    Platform,
+    Prepared,
+    Saved,
+    Unsupported,
+    dims,
+    half_on_cuda,
+    heads_first,
+    only_blocks,
+)
 from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.block import BlockMap, kept_first, uniform_blocks
 from lcbench.masks.mask import Mask
@@ -36,7 +47,10 @@ class VSA(Kernel):
     libraries: ClassVar[tuple[str, ...]] = ("fastvideo-kernel",)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return only_blocks(mask) or _refused(mask, problem.heads)
+        return super().unsupported(problem, mask) or only_blocks(mask) or _other(problem) or _refused(mask, problem.heads)
+
+    def pads(self, heads: Heads, platform: Platform) -> bool:
+        return True
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "VSA", head_dim=128, dtypes=("bfloat16",))
@@ -49,6 +63,15 @@ class VSA(Kernel):
         if reason := _refused(mask, heads):
             raise Unsupported(reason)
         return PreparedVSA(mask, heads, device)
+
+
+def _other(problem: Problem) -> str | None:
+    """Why its own softmax scale is not the problem's."""
+    if abs(problem.softmax_scale * problem.heads.dim**0.5 - 1) > 1e-6:
+        return f"VSA's softmax scale is 1 / sqrt(D), which softmax={problem.softmax} is not"
+    if problem.heads.v > problem.heads.dim:
+        return f"VSA takes its softmax scale from one head dim, and values are longer than keys: {dims(problem.heads)}"
+    return None
 
 
 def _refused(mask: Mask, heads: Heads) -> str | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lcbench.kernels.base import Gradients, OutLse, Platform, Saved, half_on_cuda, importable, per_kv_head, per_query_head
 from lcbench.kernels.library import LibraryCall, flash_attention_2_is_here, release_of, unfit
 from lcbench.kernels.varlen import CAUSAL, Style, VarlenCall, VarlenKernel, VarlenRun
-from lcbench.problem import Problem
+from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,9 @@ class XFormers(VarlenKernel):
     style: ClassVar[Style] = CAUSAL
     libraries: ClassVar[tuple[str, ...]] = ("xformers",)
     run: ClassVar[Callable[[VarlenCall], VarlenRun]] = _Run
+
+    def pads(self, heads: Heads, platform: Platform) -> bool:
+        return True
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "xformers' flash operator", most=(9, 0))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -160,15 +161,9 @@ class BandMask:
         num_q, num_k = (sum(run.size for run in runs) for runs in (q_runs, k_runs))
         if all(run.stride == 1 or run.size <= 1 for run in (*q_runs, *k_runs)):
             return BandMask(num_q, num_k, _gathered(_gathered(self.bands, q_runs, 0), k_runs, 2))
-        parts = [np.empty((0, 6), dtype=np.int64)]
-        q_offset = 0
-        for q in q_runs:
-            k_offset = 0
-            for k in k_runs:
-                parts.append(shifted(_reindex(self.bands, q, k), q_offset, k_offset))
-                k_offset += k.size
-            q_offset += q.size
-        return BandMask(num_q, num_k, np.concatenate(parts))
+        if len(q_runs) == len(k_runs) == 1:
+            return BandMask(num_q, num_k, _reindex(self.bands, q_runs[0], k_runs[0]))
+        return BandMask(num_q, num_k, _gathered_apart(self.bands, q_runs, k_runs))
 
     def merged(self) -> BandMask:
         """Fewer bands for the same pairs, by joining two wherever their union is one band.
@@ -299,6 +294,40 @@ def _local(bands: Ints, q: TokenSpan | Ints, k: TokenSpan | Ints, stride: int | 
         ],
         axis=1,
     )
+
+
+def _gathered_apart(bands: Ints, q_runs: Sequence[TokenSpan], k_runs: Sequence[TokenSpan]) -> Ints:
+    """What is left of bands where runs of any stride are put behind one another: run by run of queries, then of keys."""
+    q, k = (np.fromiter(chain.from_iterable(runs), dtype=np.int64).reshape(-1, 3) for runs in (q_runs, k_runs))
+    band, of_q = _meetings(bands[:, 0], bands[:, 1], q)
+    number, of_k = _meetings(bands[band, 2], bands[band, 3], k)
+    order = np.lexsort((band[number], of_k, of_q[number]))
+    band, of_q, of_k = band[number[order]], of_q[number[order]], of_k[order]
+    even = (q[of_q, 2] == k[of_k, 2]) | (q[of_q, 1] <= 1) | (k[of_k, 1] <= 1)
+    parts, kept = reindexed(bands[band[even]], q[of_q[even]].T, k[of_k[even]].T)
+    dq, dk = (np.cumsum(run[:, 1]) - run[:, 1] for run in (q, k))
+    dq, dk = dq[of_q], dk[of_k]
+    moved = [parts + _moved(dq[even][kept], dk[even][kept])]
+    for i in np.nonzero(~even)[0].tolist():
+        stairs = _stairs(bands[band[i : i + 1]], q_runs[of_q[i]], k_runs[of_k[i]])
+        moved.append(stairs + _moved(dq[i : i + 1], dk[i : i + 1]))
+    return np.concatenate(moved)
+
+
+def _meetings(begin: Ints, end: Ints, runs: Ints) -> tuple[Ints, Ints]:
+    """(interval, run) of all pairs of an interval ``begin ... end - 1`` and a run of (start, size, stride) that it meets."""
+    starts, ends = runs[:, 0], runs[:, 0] + runs[:, 2] * (runs[:, 1] - 1) + 1
+    order = np.argsort(starts, kind="stable")
+    reach = np.maximum.accumulate(ends[order])
+    number, place = spread(np.searchsorted(reach, begin, side="right"), np.searchsorted(starts[order], end))
+    run = order[place]
+    meets = (ends[run] > begin[number]) & (runs[run, 1] > 0)
+    return number[meets], run[meets]
+
+
+def _moved(dq: Ints, dk: Ints) -> Ints:
+    """What is added to bands that move by so many rows and keys, (n, 6)."""
+    return np.stack([dq, dq, dk, dk, dk - dq, dk - dq], axis=1)
 
 
 def _gathered(bands: Ints, runs: Sequence[TokenSpan], column: int) -> Ints:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcbench.masks.band import BandMask, Ints
-from lcbench.masks.mask import Mask
+from lcbench.masks.by_head import BandsByHead
+from lcbench.masks.mask import Computed
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +27,12 @@ class Visible:
     """What ``rows`` (any order, global indices) of a mask see, ready for sums.
 
     Args:
-        number: which map of a block map; bands hold for all heads.
+        number: which map, of a mask that has several; bands hold for all heads.
     """
 
-    def __init__(self, mask: Mask, rows: Ints, device: torch.device, number: int = 0) -> None:
+    def __init__(self, mask: Computed, rows: Ints, device: torch.device, number: int = 0) -> None:
+        if isinstance(mask, BandsByHead):
+            mask = mask.bands(number)
         self._device, self._count, self._keys = device, len(rows), mask.num_k
         self._order = np.argsort(rows, kind="stable")
         self._sorted = bool((np.diff(rows) >= 0).all())

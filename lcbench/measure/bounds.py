@@ -225,8 +225,10 @@ class Judge:
         bound: torch.Tensor,
         tokens: Ints,
         head: int | None = None,
+        first: int = 0,
     ) -> None:
-        """Compare elements, (T, ...) each, of these tokens; equal infinities agree, all else that is no number is out."""
+        """Compare elements, (T, ...) each, of these tokens, of one ``head`` or of those from ``first`` on; equal infinities agree,
+        all else that is no number is out."""
         worst = self.found.setdefault((part, tensor), Worst())
         if not exact.numel():
             return
@@ -240,7 +242,7 @@ class Judge:
         highest, place = ratio.flatten().max(0)
         if float(highest) > worst.ratio or not worst.where:
             at = [int(i) for i in np.unravel_index(int(place), exact.shape)]  # torch's imports sympy at first use
-            heads = [head] if head is not None else at[1:2] if exact.ndim > 1 else []
+            heads = [head] if head is not None else [first + at[1]] if exact.ndim > 1 else []
             worst.where = ", ".join([f"token {int(tokens[at[0]])}", *(f"head {h}" for h in heads)])
             worst.ratio, worst.error, worst.bound = float(highest), float(error[tuple(at)]), float(bound[tuple(at)])
 
@@ -248,8 +250,10 @@ class Judge:
         """Compare one number."""
         worst = self.found.setdefault((part, tensor), Worst())
         ratio = 0.0 if error == 0 else error / bound if bound and math.isfinite(error) else math.inf
+        if not error <= worst.largest:
+            worst.largest, worst.allowed = error, bound
         if ratio > worst.ratio or not worst.where:
-            self.found[part, tensor] = Worst(ratio, error, bound, where)
+            worst.ratio, worst.error, worst.bound, worst.where = ratio, error, bound, where
 
 
 def verdict(

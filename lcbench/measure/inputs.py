@@ -16,18 +16,36 @@ ELEMENTS = 1 << 22  # of blocks that are drawn before they are put in place
 
 
 def draw(
-    name: str, tokens: Ints, problem: Problem, seed: int, device: torch.device, group: tuple[int, int] = (0, 0)
+    name: str,
+    tokens: Ints,
+    problem: Problem,
+    seed: int,
+    device: torch.device,
+    group: tuple[int, int] = (0, 0),
+    heads: range | None = None,
 ) -> torch.Tensor:
-    """Rows ``tokens`` (global indices, any order) of the global tensor ``name``: q and dout (T, Hq, D), k and v (T, Hk, D).
+    """Rows ``tokens`` (global indices, any order) of the global tensor ``name``: q (T, Hq, D) and dout (T, Hq, Dv) by the indices
+    of queries, k (T, Hk, D) and v (T, Hk, Dv) by those of keys. Of latent heads v is a view of k's numbers.
 
     Standard normal, drawn per block of tokens from a seed that depends on (seed, name, block, group) only. The values are those of
     the device's own generator: they agree between ranks of one kind of device, not between CPU and CUDA.
 
     Args:
         group: (dp, tp) index of the context-parallel group: others have other data, or other heads of the same.
+        heads: those of the tensor that are wanted, adjacent; None: all.
     """
-    heads = problem.heads.q if name in ("q", "dout") else problem.heads.kv
-    return draw_rows(name, tokens, (heads, problem.heads.dim), getattr(torch, problem.dtype), seed, device, group)
+    own = problem.heads
+    if name == "v" and own.latent:
+        return draw("k", tokens, problem, seed, device, group, heads)[..., : own.v]
+    shape = own.q if name in ("q", "dout") else own.kv, own.v if name in ("v", "dout") else own.dim
+    return draw_rows(name, tokens, shape, getattr(torch, problem.dtype), seed, device, group, heads)
+
+
+def draw_sink(problem: Problem, keys: float, seed: int, device: torch.device, group: tuple[int, int] = (0, 0)) -> torch.Tensor:
+    """The sinks of all query heads, (Hq,), in the type of sums: normal around the logarithm of ``keys``, the keys that a row sees
+    in the mean, so that a sink has a share of the weights that results show."""
+    dtype = torch.float64 if problem.dtype == "float64" else torch.float32
+    return draw_rows("sink", np.arange(problem.heads.q), (), dtype, seed, device, group) + math.log(max(1.0, keys))
 
 
 def seed_of(text: str) -> int:
@@ -43,10 +61,11 @@ def draw_rows(
     seed: int,
     device: torch.device,
     group: tuple[int, int] = (0, 0),
+    wanted: range | None = None,
 ) -> torch.Tensor:
-    """The same of any global tensor: (T, ...), of rows of a shape."""
+    """The same of any global tensor: (T, ...), of rows of a shape; ``wanted``: those along its first dimension; None: all."""
     drawn_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    result = torch.empty((len(tokens), *shape), dtype=dtype, device=device)
+    result = torch.empty((len(tokens), *(shape if wanted is None else (len(wanted), *shape[1:]))), dtype=dtype, device=device)
     generator = torch.Generator(device)
     blocks, inverse = np.unique(tokens // BLOCK, return_inverse=True)
     rows, ends = np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse, minlength=len(blocks)))
@@ -60,5 +79,8 @@ def draw_rows(
             into.normal_(generator=generator)
         mine = rows[ends[first - 1] if first else 0 : ends[first + len(some) - 1]]
         places = (inverse[mine] - first) * BLOCK + tokens[mine] % BLOCK
-        result[torch.from_numpy(mine).to(device)] = values.flatten(0, 1)[torch.from_numpy(places).to(device)].to(dtype)
+        drawn = values.flatten(0, 1)
+        if wanted is not None:
+            drawn = drawn[:, wanted.start : wanted.stop]
+        result[torch.from_numpy(mine).to(device)] = drawn[torch.from_numpy(places).to(device)].to(dtype)
     return result

@@ -78,8 +78,9 @@ METRICS = (
     ),
     Metric(
         "compute/<phase>/tflops_per_gpu", "TFLOP/s",
-        "FLOPs / (median time x ranks); of attention forward 4 x pairs (area x query heads) x dim, backward 2.5 times that; of a "
-        "training step besides, per weight and token, 2 forward and 4 backward, of the head 6 per labelled token, and nothing for "
+        "FLOPs / (median time x ranks); of attention forward 2 x pairs (area x query heads) x (dim of keys + dim of values), "
+        "backward 2 x pairs x (3 x dim of keys + 2 x dim of values), which is 2.5 times that where they are equal; of a training "
+        "step besides, per weight and token, 2 forward and 4 backward, of the head 6 per labelled token, and nothing for "
         "what is computed again. A phase without FLOPs has no rate", "higher", "rate",
     ),
     Metric("compute/<phase>/mfu", "0..1", "the same over `compute/peak_tflops`", "higher", "rate"),
@@ -128,6 +129,8 @@ METRICS = (
     Metric("model/step_s", "s", "scaled, not measured: what a step of the whole model would take, without its embedding", "lower"),
     Metric("model/tokens_per_s_per_gpu", "token/s", "scaled, not measured: tokens of a step / (`model/step_s` x ranks)", "higher"),
     Metric("model/mfu", "0..1", "scaled, not measured: FLOPs of the whole model's step over its time and peak", "higher"),
+    Metric("denoise/<phase>/steps", "1", "steps of denoising that the phase has"),
+    Metric("denoise/<phase>/step_s", "s", "its median over these: what a step takes, all its layers", "lower"),
     Metric(
         "memory/peak_bytes", "byte",
         "worst rank's peak of one iteration above what was in use before the kernel was made ready, without the inputs (CUDA "
@@ -211,10 +214,35 @@ METRICS = (
     ),
     Metric(
         "check/<x>_error", "as x",
-        "largest absolute error of out, lse, dq, dk, dv against the reference; of a training step those of one layer's attention",
+        "largest absolute error of out, lse, dq, dk, dv, dsink against the reference; of a training step those of one layer's "
+        "attention",
         "lower", "max",
     ),
     Metric("check/<x>_bound", "as x", "what is allowed of that element", None, "max"),
+    Metric(
+        "check/distance", "1",
+        "of a strategy that approximates: how far out is from what the cell's own mask gives of the keys of now, by the rows of "
+        "the reference: the root of the sum of the squares of what is between them, over that of what is exact; of denoising in the "
+        "steps of its last phase. Its other checks are against what it computes", "lower", "max",
+    ),
+    Metric("serving/new_tokens", "token", "new tokens of a pass, of all context-parallel groups"),
+    Metric("serving/tokens_per_gpu", "token", "the same over the ranks"),
+    Metric("serving/us_per_token", "us", "the median of `forward` over its new tokens", "lower"),
+    Metric("serving/tokens_per_s", "token/s", "new tokens over the median of `forward`", "higher"),
+    Metric("serving/tokens_per_s_per_gpu", "token/s", "`serving/tokens_per_gpu` over the median of `forward`", "higher"),
+    Metric(
+        "serving/cache_bytes", "byte", "bytes of the cache that `forward` has to read at the least, scales of a quantised one "
+        "included, of the rank with most",
+    ),
+    Metric("serving/cache_bytes_per_token", "byte", "the same of all ranks, over the new tokens", "lower"),
+    Metric(
+        "serving/cache_gb_per_s", "GB/s",
+        "`serving/cache_bytes` over the median of `forward`: near the rate of its memory, a decode step is as fast as its cache "
+        "allows", "higher",
+    ),
+    Metric(
+        "serving/bytes_sent_per_token", "byte", "what the rank that sends most sends in `forward`, over the new tokens", "lower",
+    ),
 )  # fmt: skip
 
 

@@ -14,36 +14,40 @@ from lcbench.problem import Heads
 MARGIN = 1.02
 
 
-def lower_bound_bytes(rank_rows: int, remote_pairs: float, remote_keys: int, heads: Heads, itemsize: int) -> float:
+def lower_bound_bytes(
+    rank_rows: int, remote_pairs: float, remote_keys: int, heads: Heads, itemsize: int, *, queries_elsewhere: bool = False
+) -> float:
     """Bytes that cross a rank's boundary in one pass at least, in and out together; forward and backward each.
 
-    Proof. Take the pairs (own query row, other rank's key) that the mask allows, over all query heads: Hq * ``remote_pairs``. Each
-    is computed at some rank. In forward:
+    Proof. Take the pairs (query row whose result the rank gives, key that it does not hold) that the mask allows, over the query
+    heads of these results: ``remote_pairs``. Each is computed at some rank. In forward:
 
-    * At this rank: then that key and value came in, for the key/value head that the query head reads: 2 D elements. They serve at
-      most g * ``rank_rows`` of the pairs: each own row, for each of the g = Hq / Hk query heads that read them.
-    * Elsewhere, at the key's owner or at a third rank: then that row of q went out and a row of out came back, for that query head:
-      2 D elements. However many ranks computed parts of the row, their results can be merged before they come back, and q can be
-      passed on, so the boundary is crossed once each way. They serve at most ``remote_keys`` of the pairs.
+    * At this rank: then that key and value came in, for the key/value head that the query head reads: D + Dv elements, of latent
+      heads D. They serve at most g * ``rank_rows`` of the pairs: each row, for each of the g = Hq / Hk query heads that read them.
+    * Elsewhere, at the key's owner or at a third rank: then a row of out came back, for that query head, of Dv elements, and that
+      row of q went out, of D elements, unless other ranks were given it too. However many ranks computed parts of the row, their
+      results can be merged before they come back, and q can be passed on, so the boundary is crossed once each way. They serve at
+      most ``remote_keys`` of the pairs.
 
-    So n transfers of 2 D elements serve at most n * max(g * ``rank_rows``, ``remote_keys``) pairs, and must serve all. In backward
-    the same holds, also if everything of forward was kept: for pairs that are computed here the sum of their dk and dv goes out,
-    once per key and key/value head; for those that are computed elsewhere a row of dout goes out and a row of dq comes back.
+    So the bytes per pair are at least the smaller of both. In backward the same holds, also if everything of forward was kept: for
+    pairs that are computed here the sum of their dk and dv goes out, once per key and key/value head; for those that are computed
+    elsewhere a row of dout goes out and a row of dq comes back.
 
     No element is smaller than the inputs': partial results and gradients travel in the inputs' type or a wider one. LSE, and what
     ranks move that is not needed, come on top.
 
     Args:
-        rank_rows: query rows that the rank owns.
-        remote_pairs: pairs of an own row and a key of another rank that the mask allows, per query head; the mean over query heads
-            where they differ.
-        remote_keys: keys that other ranks own; fewer are fine if no row sees the rest.
+        rank_rows: query rows whose results the rank gives.
+        remote_pairs: pairs of such a row and a key that the rank does not hold, which the mask allows, over the query heads.
+        remote_keys: keys that the rank does not hold; fewer are fine if no row sees the rest.
         itemsize: bytes of an element of the inputs.
+        queries_elsewhere: whether other ranks are given the same queries.
     """
     if not remote_pairs:
         return 0.0
-    group = heads.q // heads.kv
-    return 2 * heads.dim * itemsize * heads.q * remote_pairs / max(rank_rows * group, remote_keys)
+    here = heads.kv_width / (rank_rows * (heads.q // heads.kv))
+    elsewhere = (heads.v if queries_elsewhere else heads.dim + heads.v) / remote_keys
+    return itemsize * remote_pairs * min(here, elsewhere)
 
 
 def lower_bound_sent(bounds: Sequence[float]) -> float:
@@ -54,17 +58,19 @@ def lower_bound_sent(bounds: Sequence[float]) -> float:
     return sum(bounds) / 2 / len(bounds)
 
 
-def lower_bound_memory(rows: int, keys: int, heads: Heads, itemsize: int, *, backward: bool) -> int:
+def lower_bound_memory(queries: float, results: float, keys: float, heads: Heads, itemsize: int, *, backward: bool) -> float:
     """Bytes of memory that a rank reads or writes at least in one forward pass, or in one backward pass.
 
-    Forward reads q, k, v and writes out; backward reads q, k, v, dout and writes dq, dk, dv.
+    Forward reads q, k, v and writes out; backward reads q, k, v, dout and writes dq, dk, dv. Values of latent heads are in their
+    keys.
 
     Args:
-        rows: own query rows that see a key: of the others nothing has to be read.
-        keys: own keys that a query row of any rank sees.
+        queries: rows of q that see a key, over the query heads, and that no other rank was given: others may be read there.
+        results: rows of out that the rank gives and that see a key, over the query heads.
+        keys: keys that a query row of any rank sees, over the key/value heads, and that no other rank was given.
     """
-    q, kv = rows * heads.q * heads.dim, 2 * keys * heads.kv * heads.dim
-    return itemsize * (3 * q + 2 * kv if backward else 2 * q + kv)
+    q, out, kv = queries * heads.dim, results * heads.v, keys * heads.kv_width
+    return itemsize * (2 * q + out + 2 * kv if backward else q + out + kv)
 
 
 def implausible(

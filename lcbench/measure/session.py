@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
-    from lcbench.schedule.execute import Groups
+    from lcbench.schedule.groups import Groups
 
 # A phase gets what the one before returned, and the first None.
 Phases = dict[str, Callable[[Any], Any]]
@@ -119,7 +119,7 @@ class Gang:
         same part of other sequences. ``dp`` and ``cp``: all that have the same weights, over which their gradients are summed.
         It is no communicator of a strategy, so what goes over it may overlap with attention.
         """
-        from lcbench.schedule.execute import MESH
+        from lcbench.schedule.groups import MESH
 
         return self.groups.along(self.grid, tuple(("dp", "tp", "cp").index(dim) for dim in dims), MESH)
 

@@ -50,7 +50,7 @@ def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
             raise CannotPredict(reason)
         modelled = strategy.modelled(problem, masks[number])
         if modelled is None:
-            raise CannotPredict(f"cp={config['cp']['name']} is a library's, and nothing says how it works")
+            raise CannotPredict(f"nothing says how cp={config['cp']['name']} works: no schedule does what it does")
         lowering = getattr(strategy, "lowering", "auto")
         prepared = prepare(modelled, operations_on(machine) if lowering == "auto" else ())
         if machine.device == "cpu":

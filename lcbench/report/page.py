@@ -30,6 +30,7 @@ from lcbench.report.step import MEMORY, SCALED, Step, colors_of, reached, steps_
 from lcbench.report.step import table as step_table
 from lcbench.report.table import why_not
 from lcbench.report.tables import rate_tables, rows_table
+from lcbench.report.trace import HOW, rows_of, served
 from lcbench.report.winners import CLOSE, UNMEASURED, Winner, winners
 from lcbench.runs.attempt import Status
 from lcbench.runs.store import Sweep
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 
 STATUSES = get_args(Status)
 SECTIONS = (
-    ("fastest", "Fastest"), ("step", "Training step"), ("longest", "Longest length"), ("figures", "Figures"),
+    ("fastest", "Fastest"), ("step", "Training step"), ("longest", "Longest length"), ("trace", "Trace"),
+    ("figures", "Figures"),
     ("foretold", "Predicted and measured"), ("failures", "What did not run"), ("cells", "Cells"), ("environment", "Where it ran"),
 )  # fmt: skip
 PAGE = "report.html"
@@ -87,13 +89,14 @@ def write_report(
     steps = steps_of(frame) if len(frame) else {}
     searched = page_data.searched_of(seen, predicted=predicted)
     lengths = _lengths(searched, frame)
+    traces = rows_of(served(sweep, seen, frame, predicted=predicted))
     folder.mkdir(parents=True, exist_ok=True)
-    files = _write_tables(sweep, frame, fastest, choices, compared, lengths, folder / "tables")
+    files = _write_tables(sweep, frame, fastest, choices, compared, lengths, traces, folder / "tables")
     links = links_of(attempts)
     drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links, predicted=predicted) | {"details": page_data.details_of(seen.records)}
     data |= _steps(steps, list(choices)) | {"searched": searched}
-    there = {"foretold": bool(compared), "step": bool(steps), "longest": bool(lengths)}
+    there = {"foretold": bool(compared), "step": bool(steps), "longest": bool(lengths), "trace": bool(traces)}
     environment = environment_of(attempts)
     page = folder / PAGE
     page.write_text(
@@ -105,6 +108,8 @@ def write_report(
             sections=[section for section in SECTIONS if there.get(section[0], True)],
             steps=there["step"],
             lengths=there["longest"],
+            traces=traces,
+            about_traces=[*(f"{trace}. Its batches: {trace.batches}" for trace in seen.traces), HOW],
             predicted=predicted,
             foretold=_foretold(sweep, frame, predicted=predicted),
             compared=[said([h for h in compared if h.phase == p]) for p in PHASES if any(h.phase == p for h in compared)],
@@ -161,7 +166,7 @@ def _foretold(sweep: Sweep, frame: pd.DataFrame, *, predicted: bool) -> str:
 
 def _write_tables(
     sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: dict[str, list[Regret]], compared: list[Held],
-    lengths: list[dict[str, str]], folder: Path,
+    lengths: list[dict[str, str]], traces: list[dict[str, str]], folder: Path,
 ) -> list[Path]:  # fmt: skip
     several = len(choices) > 1
     ranked = [({"workload": name} if several else {}) | r.row() for name, found in choices.items() for r in found]
@@ -170,6 +175,7 @@ def _write_tables(
         rows_table("regret", "If it has to be one choice for everything", ranked),
         rows_table("steps", "Training steps", step_table(frame)),
         rows_table("longest", "The longest length of every choice", lengths),
+        rows_table("trace", "The time of a trace with every choice", traces),
         *(rate_tables(frame) if fastest else ()),
         rows_table("failures", "What did not run, and why", _failures(frame, sweep)),
         rows_table("cells", "All cells", _cells(frame)),
@@ -363,7 +369,7 @@ def _about(frame: pd.DataFrame, environment: Environment) -> list[str]:
     for column, shown in (("what_kernel", "{}"), ("what_mask", "{}"), ("dtype", "{}"), ("heads", "heads {}")):
         values = set(frame[column])
         first += [shown.format(*values)] if len(values) == 1 else []
-    for axis in (name for name, one in CELL_AXES.items() if one.unsaid is not None):
+    for axis in (name for name, axis in CELL_AXES.items() if axis.unsaid is not None):
         values = set(frame[column_of(axis)])
         said = len(values) == 1 and values != {value_of({}, axis)}
         first += [f"{axis} {values.pop()}"] if said else []

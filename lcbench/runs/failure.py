@@ -318,7 +318,7 @@ def _stuck(dump: str) -> tuple[str, bool]:
     frames = [line.strip() for line in last.splitlines() if line.strip().startswith("File ")]
     own = next((f for f in frames if "lcbench" in f), frames[0] if frames else "an unknown place")
     # Either inside torch.distributed, or in the function in which the engine waits for messages, whose frames are not Python's.
-    waits = own.endswith(" in _wait") or any(
+    waits = own.endswith(" in wait_all") or any(
         "distributed" in f and "lcbench" not in f for f in frames[: frames.index(own)] if own in frames
     )
     path, _, rest = own.removeprefix('File "').partition('", ')

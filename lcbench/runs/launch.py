@@ -20,6 +20,7 @@ from lcbench.grid.expand import Plan
 from lcbench.grid.paths import REPOSITORY
 from lcbench.grid.search import Search
 from lcbench.grid.site import runs_here
+from lcbench.grid.trace import Trace
 from lcbench.redact import redacted, redacted_uri, secrets_of
 from lcbench.runs.address import planned_address, planned_experiment, variables
 from lcbench.runs.attempt import Failure
@@ -134,10 +135,11 @@ def sweep_of(plan: Plan) -> Sweep:
 
 
 def write_cells(
-    sweep: Sweep, entries: list[Entry], words: Sequence[str], launcher: str, settings: Settings, search: Search | None = None
-) -> None:
+    sweep: Sweep, entries: list[Entry], words: Sequence[str], launcher: str, settings: Settings, search: Search | None = None,
+    trace: Trace | None = None,
+) -> None:  # fmt: skip
     """Write cells into a sweep's manifest, with who asked for them, by which words, how they are launched, and which search they
-    are steps of.
+    are steps of or which trace's batches they have.
 
     Cells that are only predicted leave the launch of a sweep as it was: it goes on as it is measured. So does its search.
     """
@@ -147,7 +149,7 @@ def write_cells(
         known = sweep.manifest() if kept else {}
         sweep.add(entries, command=[redacted(word, secret) for word in words], launch=known.get("launch") or {
             "launcher": launcher, "settings": settings.public(), "by": user_name(),
-        }, search=search if known.get("search") is None else None)  # fmt: skip
+        }, search=search if known.get("search") is None else None, trace=trace)  # fmt: skip
 
 
 def settings_of(plan: Plan) -> Settings:

@@ -11,6 +11,7 @@ from typing import Any
 from lcbench.grid.axes import CELL_GROUPS, value_of
 from lcbench.grid.cell import Cell
 from lcbench.grid.search import Search
+from lcbench.grid.trace import Trace
 from lcbench.grid.values import parse_direction, parse_dtype, parse_reduce_dtype
 from lcbench.measure.blocks import blocks_of
 from lcbench.runs.attempt import Numbers
@@ -40,6 +41,11 @@ def search_of(manifest: dict[str, Any]) -> Search | None:
     return Search.from_note(manifest["search"]) if manifest.get("search") else None
 
 
+def traces_of(manifest: dict[str, Any]) -> tuple[Trace, ...]:
+    """The traces of a server whose batches are cells of a sweep, in the order in which they were asked for."""
+    return tuple(Trace.from_note(note) for note in manifest.get("traces", ()))
+
+
 def checked_manifest(data: dict[str, Any]) -> dict[str, Any]:
     check_schema(data)
     if not all(isinstance(entry["config"], dict) for entry in data["cells"].values()):
@@ -51,8 +57,9 @@ def checked_manifest(data: dict[str, Any]) -> dict[str, Any]:
         raise TypeError("a launch without its site")
     if data.get("search") is not None:
         Search.from_note(data["search"])
+    traces_of(data)
     keys = ("schema", "sweep", "id", "created_at", "commands", "launch", "cells")
-    return {key: data[key] for key in keys} | ({"search": data["search"]} if data.get("search") is not None else {})
+    return {key: data[key] for key in keys} | {key: data[key] for key in ("search", "traces") if data.get(key)}
 
 
 def entries_of(manifest: dict[str, Any]) -> dict[str, Entry]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lcbench.grid.search import Search
+from lcbench.grid.trace import Trace
 from lcbench.runs.attempt import Attempt, Failure, Running
 from lcbench.runs.files import Damaged
 from lcbench.runs.manifest import Entry
@@ -56,6 +57,7 @@ class Look:
     damaged: tuple[Damaged, ...]
     launch: dict[str, Any] | None  # as the manifest has it
     search: Search | None = None  # where its cells are steps of one
+    traces: tuple[Trace, ...] = ()  # of a server, whose batches are cells
 
     def foretold(self) -> Look:
         """Predictions alone: every cell as if it had never been tried."""

@@ -39,6 +39,7 @@ from typing import Any
 from filelock import FileLock
 
 from lcbench.grid.search import Search
+from lcbench.grid.trace import Trace
 from lcbench.redact import redacted
 from lcbench.runs.attempt import FORETOLD, Attempt, Running
 from lcbench.runs.files import (
@@ -52,7 +53,7 @@ from lcbench.runs.files import (
     why_unreadable,
     write_json,
 )
-from lcbench.runs.manifest import Entry, checked_manifest, entries_of, new_manifest, search_of, strange_cells
+from lcbench.runs.manifest import Entry, checked_manifest, entries_of, new_manifest, search_of, strange_cells, traces_of
 from lcbench.runs.records import Look, Record
 from lcbench.runs.users import owner_of, user_name
 
@@ -103,19 +104,23 @@ class Sweep:
         return entries_of(self.manifest())
 
     def add(
-        self, entries: list[Entry], *, command: list[str], launch: dict[str, Any] | None = None, search: Search | None = None
-    ) -> None:
+        self, entries: list[Entry], *, command: list[str], launch: dict[str, Any] | None = None, search: Search | None = None,
+        trace: Trace | None = None,
+    ) -> None:  # fmt: skip
         """Write the manifest, or add cells to the one that is there (a sweep may grow; nothing is taken out, and a cell that is
         to be measured stays so when it is predicted).
 
         ``command``: the words that asked for them; none of cells that a command comes to later. ``launch``: how its cells are run,
         for those who go on with the sweep later. ``search``: what these cells are steps of; without it what was noted stays.
+        ``trace``: whose batches they have; it is noted beside others.
         """
         known: dict[str, Any] = self.manifest() if self.exists() else new_manifest(self.name)
         known["commands"] = [[redacted(word) for word in words] for words in (*known["commands"], command) if words]
         known["launch"] = launch
         if search is not None:
             known["search"] = search.note()
+        if trace is not None and (note := trace.note()) not in known.get("traces", ()):
+            known["traces"] = [*known.get("traces", ()), note]
         for e in entries:
             if not (e.predicted and e.cell.id in known["cells"]):
                 only = {"predicted": True} if e.predicted else {}
@@ -164,7 +169,7 @@ class Sweep:
         aside += [p / "pack.json" for p in packs if "pack.json" in listed[p] and not os.access(p / "pack.json", os.R_OK)]
         damaged = [Damaged(path, why_unreadable(path)) for path in aside]
         damaged += [Damaged(self.manifest_path, f"cell {i}: {why}") for i, why in strange_cells(manifest).items()]
-        return Look(records, tuple(damaged), manifest["launch"], search_of(manifest))
+        return Look(records, tuple(damaged), manifest["launch"], search_of(manifest), traces_of(manifest))
 
     # -- attempts ------------------------------------------------------------------------------------------------
 

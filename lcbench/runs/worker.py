@@ -65,7 +65,7 @@ from lcbench.runs.pack import Pack, later_blocks, tries_again
 from lcbench.runs.results import STOP, Results, append_line
 from lcbench.runs.settle import close_all, with_lost_block
 from lcbench.runs.store import Sweep
-from lcbench.schedule.execute import Groups, group_options
+from lcbench.schedule.groups import Groups, group_options
 from lcbench.workloads.base import Work
 
 FAILED_EXIT = 70

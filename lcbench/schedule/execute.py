@@ -14,28 +14,23 @@ has computed it.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from copy import copy
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import cached_property
 from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
-from torch.distributed.device_mesh import DeviceMesh
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, Saved, accumulation_dtype, prepare
+from lcbench.kernels.base import Kernel, Platform, Prepared, Saved, accumulation_dtype, prepare, softmax_arguments
 from lcbench.kernels.cache import Cache, CacheKind, PreparedForCache, ReadsCache
 from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sink import sink_gradient, with_sink
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, traffic
+from lcbench.schedule.groups import MAIN, Groups
 from lcbench.schedule.held import Held, Part
 from lcbench.schedule.lowering import Lowering, operations_of, sets_of
 from lcbench.schedule.packing import Packing, Plane
@@ -43,137 +38,16 @@ from lcbench.schedule.payload import PAYLOADS, Precision, gradients_of, token_by
 from lcbench.schedule.program import Buffer, End, Exchange, Message, Operand, OwnPart, Piece, Program, RankStep, TileCall
 from lcbench.schedule.schedule import HeadGroup, Kind, Schedule
 
-MAIN = "main"  # the channel on which the communicator of all ranks is the default one
-MESH = "mesh"  # that of communicators across context-parallel groups
 HeadIndex = slice | torch.Tensor
 Partial = tuple[torch.Tensor, torch.Tensor]  # out, lse
 Mark = float | torch.cuda.Event
 TileRun = Callable[[TileCall, Prepared, int], None]
 
 
-class Groups:
-    """Process groups by channel and set of ranks, made once and kept until the process group of all ranks is destroyed.
-
-    Who asks for them knows the ranks of its own context-parallel group only, as 0 ... P-1; there may be several (``within``).
-    Making a process group is slow, takes device memory, and is collective: all ranks make the same ones in the same order, also
-    those that are not in them. So what one context-parallel group asks for is made for each of the others too.
-
-    Attributes:
-        ranks: global ranks of this rank's context-parallel group, ascending.
-    """
-
-    def __init__(self, *, timeout: timedelta | None = None, through_host: bool | None = None) -> None:
-        """
-        Args:
-            timeout: of operations; None: the backend's own.
-            through_host: see ``goes_through_host``; None: as the backend needs it.
-        """
-        self._timeout, self._through_host = timeout, through_host
-        self._made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
-        self._meshes: dict[tuple[Any, ...], DeviceMesh] = {}
-        self._every: list[tuple[int, ...]] | None = None  # ranks of each context-parallel group; None: one of all ranks
-
-    def within(self, groups: Sequence[Sequence[int]]) -> Groups:
-        """The same communicators as several context-parallel groups see them; ``groups``: global ranks of each, ascending."""
-        found = copy(self)
-        found._every = [tuple(ranks) for ranks in groups]
-        return found
-
-    @property
-    def _sets(self) -> list[tuple[int, ...]]:
-        return [tuple(range(dist.get_world_size()))] if self._every is None else self._every
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return next(ranks for ranks in self._sets if dist.get_rank() in ranks)
-
-    def of(self, channel: str) -> dist.ProcessGroup:
-        """The communicator of a channel, over this context-parallel group. Collective over all ranks on first use."""
-        group = self.among(tuple(range(len(self._sets[0]))), channel)
-        assert group is not None
-        return group
-
-    def among(self, ranks: tuple[int, ...], channel: str = MAIN) -> dist.ProcessGroup | None:
-        """The communicator of some ranks of this context-parallel group on a channel, None on its others. Collective over all ranks
-        on first use.
-
-        The ranks are in ascending order within the group, however they are given. On ``main`` that of all ranks is the default one.
-        """
-        members = sorted(set(ranks))
-        return self.one_of([tuple(group[rank] for rank in members) for group in self._sets], channel)
-
-    def one_of(self, sets: Iterable[tuple[int, ...]], channel: str) -> dist.ProcessGroup | None:
-        """The communicator of the set of global ranks, ascending, that this rank is in, None where it is in none. Collective over
-        all ranks on first use; a rank is in one set at most.
-        """
-        found = [self._of_ranks(channel, members) for members in sets]
-        return next((group for group in found if group is not None), None)
-
-    def device_mesh(self, grid: NDArray[np.int64], names: tuple[str, ...], device: torch.device) -> DeviceMesh:
-        """torch's mesh of a grid of all global ranks, made once; ``names``: of the grid's dimensions. Collective over all ranks.
-
-        Its communicators are on a channel of their own, so that what goes over them waits for no message of attention.
-        """
-        key = names, grid.shape, tuple(grid.ravel().tolist())
-        if key not in self._meshes:
-            own = [self.along(grid, (axis,), MESH) for axis in range(grid.ndim)]
-            whole = torch.from_numpy(np.ascontiguousarray(grid))
-            self._meshes[key] = DeviceMesh.from_group(own, device.type, whole, mesh_dim_names=names)
-        return self._meshes[key]
-
-    def along(self, grid: NDArray[np.int64], axes: tuple[int, ...], channel: str) -> dist.ProcessGroup:
-        """The communicator of the ranks of a grid of all global ranks that differ from this one along ``axes`` only, ascending.
-        Collective over all ranks on first use.
-        """
-        lines = np.moveaxis(grid, axes, range(-len(axes), 0)).reshape(-1, math.prod(grid.shape[axis] for axis in axes))
-        group = self.one_of((tuple(sorted(line)) for line in lines.tolist()), channel)
-        assert group is not None
-        return group
-
-    def _of_ranks(self, channel: str, members: tuple[int, ...]) -> dist.ProcessGroup | None:
-        key = channel, members
-        if key not in self._made:
-            if key == (MAIN, tuple(range(dist.get_world_size()))):
-                self._made[key] = dist.group.WORLD
-            else:
-                made = dist.new_group(list(members), self._timeout, pg_options=group_options(dist.get_backend()))
-                self._made[key] = made if dist.get_rank() in members else None
-        return self._made[key]
-
-    def prepare(self, wanted: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-        """Make what this context-parallel group will ask ``among`` for: (channel, ranks). Collective over all ranks.
-
-        Its ranks give the same list. Another group, of which a mask asks for other messages, may give another one.
-        """
-        every: list[Any] = [wanted]
-        if self._every is not None and len(self._every) > 1:
-            every = [None] * dist.get_world_size()
-            dist.all_gather_object(every, wanted)
-        for channel, ranks in dict.fromkeys(each for own in every for each in own):
-            self.among(ranks, channel)
-
-    def goes_through_host(self, device: torch.device) -> bool:
-        """Whether messages of this device's tensors are copied to the host's memory and back.
-
-        gloo needs that for a GPU's: some of its collectives copy by themselves, its point-to-point messages do not.
-        """
-        if self._through_host is not None:
-            return self._through_host
-        return device.type == "cuda" and dist.get_backend() == "gloo"
-
-
 class Waits(Protocol):
     """Something that is under way."""
 
     def wait(self) -> Any: ...
-
-
-def group_options(backend: str) -> Any:
-    """How a process group is made: NCCL's copies go ahead of kernels that wait for a multiprocessor.
-
-    An attention kernel that fills the device would hold them back until its thread blocks end. Other backends: None.
-    """
-    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if backend == "nccl" else None
 
 
 @dataclass(frozen=True)
@@ -221,7 +95,7 @@ class Executor:
     Attributes:
         tokens: indices of this rank's queries among all, in the order of its tensors.
         held: its queries and its keys, see ``RankRun``.
-        own_lse: True: ``lse`` gives what ``forward`` found.
+        own_lse, negates: True, see ``RankRun``: ``lse`` gives what ``forward`` found.
         resumes: True, see ``RankRun``.
         gives: whether inputs may come one by one, and gradients be waited for one by one, see ``RankRun``.
         sums_are_wide: whether gradients are added up in the type of sums on their way between ranks.
@@ -249,7 +123,7 @@ class Executor:
         self.tokens = schedule.q.tokens(rank)
         queries = Part(self.tokens)
         self.held = Held(queries, queries if schedule.k is schedule.q else Part(schedule.k.tokens(rank)), queries)
-        self.own_lse = self.resumes = True
+        self.own_lse = self.resumes = self.negates = True
         self.sums_are_wide = problem.reduce_dtype != "input"
         self.bytes_sent = self.bytes_between_nodes = 0
         self._marks: list[tuple[int, list[Mark]]] | None = None
@@ -269,9 +143,7 @@ class Executor:
         operations = operations_of(lowering, dist.get_backend()) if moves.transfers else ()
         self._contiguous = kernel.contiguous_kv
         self._packing = Packing.of(problem.heads, contiguous=kernel.contiguous_kv)
-        self._softmax = {"softmax_scale": problem.softmax_scale}
-        if problem.softmax.softcap:
-            self._softmax["softcap"] = problem.softmax.softcap
+        self._softmax = softmax_arguments(problem)
         self._program = Program(schedule, moves, problem, rank, operations, planes=self._packing.planes)
         self._join(groups, moves)
         self.buffer_bytes = self._program.buffer_bytes
@@ -448,7 +320,10 @@ class Executor:
     def _forward_tile(self, call: TileCall, kernel: Prepared, number: int) -> None:
         q = self._value("q", call, number)
         found = self._of_cache(kernel, q)
-        part = self._typed(found or kernel.forward(q, *self._keys_and_values(call, number), **self._softmax))
+        if found is None:
+            k, v = self._keys_and_values(call, number)
+            found = kernel.forward(q, k, v, **self._softmax)
+        part = self._typed(found)
         rows = self._program.local(call.operand("q"))
         if rows is not None:
             self._absorb(rows, call.group, part)
@@ -518,7 +393,7 @@ class Executor:
             ]
             if outgoing or arrived:
                 incoming = [(x, m.peer) for m, x in zip(receives, arrived, strict=True)]
-                _wait(self._messages(outgoing, incoming, self._groups[MAIN]))
+                wait_all(self._messages(outgoing, incoming, self._groups[MAIN]))
             for message, x in zip(receives, arrived, strict=True):
                 for piece, part in _cut(message.pieces, x):
                     lse[piece.begin : piece.end, self._heads("q", message.group)] = part
@@ -663,7 +538,7 @@ class Executor:
 
     def gradient(self, kind: str) -> torch.Tensor:
         """The gradient of ``v``, ``k`` or ``q`` of this rank's tokens, in the inputs' type, once it is there. Collective."""
-        _wait(self._home.pop(kind))
+        wait_all(self._home.pop(kind))
         for message in self._program.steps[2 * self._forward_steps].arrivals:
             if message.kind in gradients_of(kind):
                 self._unpack(message)
@@ -782,7 +657,7 @@ class Executor:
 
     def _receive(self, step: RankStep, number: int, turn: int) -> None:
         """Wait for a round and take what it brought; the next but one is posted then, while the next one arrives."""
-        _wait(self._works.pop((number, turn), []))
+        wait_all(self._works.pop((number, turn), []))
         for message in step.arrivals:
             if message.round == turn and self._goes(message):
                 self._unpack(message)
@@ -796,6 +671,9 @@ class Executor:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+    def chosen(self, saved: SavedPass) -> None:
+        """See ``RankRun``: a schedule computes the mask that it is given."""
 
     def timeline(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor | None, sink: torch.Tensor | None = None
@@ -880,9 +758,9 @@ class Executor:
             if rank != self.rank:
                 self._count(size if gathers else size // (others + exchange.own), rank)
         if gathers:
-            return [_all_gather(target, source, group), *copies]
+            return [all_gather(target, source, group), *copies]
         if exchange.operation == "reduce_scatter":
-            return [_reduce_scatter(target, source, group), *copies]
+            return [reduce_scatter(target, source, group), *copies]
         block = source.numel() // (others + exchange.own)
         splits = None if exchange.own else [0 if rank == self.rank else block for rank in exchange.ranks]
         return [dist.all_to_all_single(target, source, splits, splits, group=group, async_op=True), *copies]
@@ -1056,19 +934,19 @@ class Replay:
         return self.executor.backward(dout, saved, compute=self.compute, communicate=self.communicate)
 
 
-def _wait(works: list[Waits]) -> None:
+def wait_all(works: list[Waits]) -> None:
     """Wait for all of them. ``runs/failure.py`` knows a rank that waits for others by the name of this function."""
     for work in works:
         work.wait()
 
 
-def _all_gather(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+def all_gather(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Under its name of torch 2.13 or of before."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return gather(target, source, group=group, async_op=True)
 
 
-def _reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+def reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(target, source, group=group, async_op=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise, product
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -75,8 +75,11 @@ def tile_areas(mask: BandMask, queries: Layout, keys: Layout) -> Ints:
     """Unmasked pairs of every tile of a shard of queries and one of keys, (shards, shards); all tokens are in some shard."""
     areas = np.zeros((len(queries), len(keys)), dtype=np.int64)
     if queries.striped or keys.striped:
-        for q, k in product(range(len(queries)), range(len(keys))):
-            areas[q, k] = mask.tile(queries.shards[q], keys.shards[k]).area
+        every = list(chain.from_iterable(keys.shards))
+        begins = np.cumsum([0, *map(keys.size, range(len(keys) - 1))])
+        for q, runs in enumerate(queries.shards):
+            tile = mask.tile(runs, every)  # each of its bands is of one run of keys
+            np.add.at(areas[q], np.searchsorted(begins, tile.bands[:, 2], side="right") - 1, tile.areas)
         return areas
     (q_edges, q_shard), (k_edges, k_shard) = queries.stretches, keys.stretches
     row, column, area = block_areas(mask, q_edges, k_edges)

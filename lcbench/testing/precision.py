@@ -11,7 +11,7 @@ from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.full import full
 from lcbench.measure.inputs import draw
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.dense import dense_attention, dense_heads
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple
 
 from lcbench.cp.base import RankRun
 from lcbench.kernels.base import Platform, Unsupported
-from lcbench.masks.mask import Mask
+from lcbench.masks.mask import Computed, Mask
 from lcbench.measure.bounds import Bounds
-from lcbench.measure.numerics import Examination, misowned
+from lcbench.measure.numerics import Examination
+from lcbench.measure.owners import Owners, owners
 from lcbench.measure.ranks import EVERY, first_refusal
 from lcbench.measure.session import Counted, Gang
 from lcbench.schedule.execute import Counters
@@ -38,21 +39,23 @@ class Started:
     """A strategy at work on this rank.
 
     Attributes:
-        mask: of this draw, for this rank's heads; ``pairs``: its unmasked pairs over all of these.
+        mask: that it computes, of this draw, for this rank's heads; ``pairs``: its unmasked pairs over all of these.
+        asked: the cell's own mask, where the strategy computes another.
+        owners: who holds what.
         calls: kernel calls of the rank with most.
         prepare_s: seconds that it took this rank.
-        wrong: what is wrong with who owns which tokens; None if nothing is.
         seed: of what the check draws.
     """
 
     work: Work
     gang: Gang
-    mask: Mask
+    mask: Computed
+    asked: Mask | None
     pairs: int
     run: RankRun
+    owners: Owners
     calls: int
     prepare_s: float
-    wrong: str | None
     seed: list[int]
 
     @property
@@ -63,12 +66,17 @@ class Started:
         rounding = self.work.kernel.rounding(Platform.of(self.gang.device))
         return Bounds(self.work.problem, rounding, self.calls * ranks, hops)
 
-    def examination(self, *more: int) -> Examination:
-        """The check of its passes; ``more``: numbers that choose where else it looks."""
-        run, work = self.run, self.work
+    def examination(self, *more: int, no_probe: str | None = None) -> Examination:
+        """The check of its passes; ``more``: numbers that choose where else it looks; ``no_probe``: see ``Examination``."""
+        run, gang = self.run, self.gang
         return Examination(
-            run, self.mask, work.problem, run.tokens, self.bounds, [*self.seed, *more], self.gang.ranks, own_lse=run.own_lse
-        )
+            run, self.mask, self.work.problem, self.owners, self.bounds, [*self.seed, *more], gang.ranks,
+            own_lse=run.own_lse, rank=gang.cp_rank, asked=self.asked, no_probe=no_probe,
+        )  # fmt: skip
+
+    def choosing(self, mask: Computed) -> Started:
+        """The same of a mask that a pass has chosen."""
+        return replace(self, mask=mask, pairs=mask.pairs(self.work.problem.heads.q))
 
     def counted(self, sent: Mapping[str, Sent], phases: Sequence[str]) -> Counted:
         """What all ranks' runs are made of. Collective.
@@ -107,6 +115,12 @@ class Started:
         return counted
 
 
+def distance(examination: Examination, gang: Gang) -> dict[str, float]:
+    """The metric of how far a strategy that computes another mask is from what its cell asks for; empty for others. Collective."""
+    own = examination.distance
+    return {} if own is None else {"check/distance": max(gang.of_groups(own))}
+
+
 def started(work: Work, number: int, gang: Gang, refuses: Callable[[RankRun], str | None] = lambda run: None) -> Started | str:
     """Draw ``number`` of a cell, ready to run, or why the ranks cannot run it. Collective.
 
@@ -114,7 +128,8 @@ def started(work: Work, number: int, gang: Gang, refuses: Callable[[RankRun], st
         refuses: why a run will not do, or None.
     """
     begun, problem = time.perf_counter(), work.problem
-    mask = gang.own_heads(work.make_mask(number), problem.heads.q)
+    asked = gang.own_heads(work.make_mask(number), problem.heads.q)
+    mask = work.strategy.computes(problem, asked)
     reason, calls, run = None, 1, None
     try:
         run = work.strategy.start(problem, mask, work.kernel, gang.place)
@@ -128,6 +143,7 @@ def started(work: Work, number: int, gang: Gang, refuses: Callable[[RankRun], st
         return refusal
     assert run is not None
     prepare_s = time.perf_counter() - begun
-    wrong = misowned(run.tokens, problem.seqlen, gang.device, gang.ranks)
+    found = owners(run.held, mask, problem, gang.device, gang.ranks)
     seed = [work.seed, work.attempt, number, *([gang.dp_index, gang.tp_index] if gang.mesh.count > 1 else [])]
-    return Started(work, gang, mask, mask.pairs(problem.heads.q), run, max(every_calls), prepare_s, wrong, seed)
+    pairs = mask.pairs(problem.heads.q)
+    return Started(work, gang, mask, None if asked is mask else asked, pairs, run, found, max(every_calls), prepare_s, seed)

@@ -21,7 +21,7 @@ from lcbench.workloads.base import Work
 from lcbench.workloads.loss import UNLABELLED
 from lcbench.workloads.recorder import Recorder
 from lcbench.workloads.reshard import BACK, PHASE
-from lcbench.workloads.started import Sent, started
+from lcbench.workloads.started import Sent, distance, started
 from lcbench.workloads.step_check import StepCheck
 from lcbench.workloads.trained import Trained
 from lcbench.workloads.training import Training
@@ -49,7 +49,7 @@ class BlockSession(Session):
         if isinstance(begun, str):
             return
         self._started, before = begun, time.perf_counter()
-        self.mask, self.pairs, self.wrong = begun.mask, begun.pairs, begun.wrong
+        self.mask, self.pairs, self.wrong = begun.mask, begun.pairs, begun.owners.wrong
         self.run = CountedRun(begun.run)
         try:
             self.training = Training(block, work, Attention(self.run), work.recompute, gang)
@@ -126,7 +126,7 @@ class BlockSession(Session):
         names = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
         caught = {name: recorder.all_of(f"layer {recorder.layer} {name}").contiguous() for name in names}
         q, k, v, dout = (caught[name] for name in ("q", "k", "v", "dout"))
-        shard = Shard(self.run.tokens, q, k, v, dout)
+        shard = Shard(self._started.owners.held, q, k, v, dout)
         # A pass of its own has the LSE, which a step keeps to itself; where it is wrong there, so are the gradients.
         _, saved = self.run.forward(q, k, v)
         lse = self.run.lse(saved)
@@ -152,7 +152,7 @@ class BlockSession(Session):
         is apart. Traffic is what every layer's attention needs, memory what weights take that are read, and their gradients."""
         problem, model, again = self._work.problem, self._block.model, self.training.recompute.policy.again()
         gang, layers, size = self._gang, len(self.training.stack.layers), problem.itemsize
-        least = least_traffic(self.mask, problem, self.run.tokens, gang.device, gang.ranks)
+        least = least_traffic(self.mask, problem, self._started.owners, gang.device, gang.ranks)
         pairs, tokens = sum(gang.of_groups(self.pairs)), float(problem.seqlen * gang.mesh.dp)
         labelled = sum(gang.of_groups(self.training.labelled)) / gang.mesh.tp
         forward, backward = (layers * flops(pairs, problem.heads) for flops in (forward_flops, backward_flops))
@@ -172,6 +172,7 @@ class BlockSession(Session):
         sent, world = self._sent(), self._gang.world_size
         counted = self._started.counted(sent, list(sent))
         costs = self.costs()
+        counted.metrics.update(distance(self.examinations[False], self._gang))
         counted.metrics.update({
             "step/layers": float(len(self.training.stack.layers)), "step/labelled_tokens": float(self.training.labelled),
             "step/tokens_per_gpu": self._work.problem.seqlen * self._gang.mesh.dp / world,

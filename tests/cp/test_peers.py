@@ -30,7 +30,7 @@ from lcbench.masks.sliding_window import sliding_window
 from lcbench.predict.machines import machine_of
 from lcbench.predict.predictor import CannotPredict, Predictor
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.fake_libraries import flash_attn2
 from lcbench.testing.masks import load, names
 from lcbench.testing.spawn import run_ranks

@@ -18,7 +18,7 @@ from lcbench.masks.causal_document import causal_document
 from lcbench.masks.full import full
 from lcbench.masks.lengths import Explicit
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing import wheels
 from lcbench.testing.fake_libraries import flash_attn2
 from lcbench.testing.masks import load, names

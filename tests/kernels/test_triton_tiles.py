@@ -14,7 +14,7 @@ from lcbench.kernels.base import Platform, Saved
 from lcbench.kernels.tile_tables import TileTables, of_bands, of_blocks
 from lcbench.kernels.triton_band import TritonBand
 from lcbench.kernels.triton_block_sparse import TritonBlockSparse
-from lcbench.kernels.triton_shapes import SHARED, TUNED, Shape, Shapes
+from lcbench.kernels.triton_shapes import SHARED, TUNED, Shape, Shapes, key_width, value_width
 from lcbench.masks.band import Band, BandMask
 from lcbench.masks.block import BlockMap
 from lcbench.masks.block_random import block_random
@@ -137,27 +137,33 @@ def test_out_may_be_wider_than_the_inputs() -> None:
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(narrow, wide, strict=True))
 
 
+def heads_of(dim: int) -> Heads:
+    return Heads(8, 2, dim)
+
+
 def bytes_of(shape: Shape, kept: int, dim: int, itemsize: int) -> int:
-    return (kept * shape.rows + 2 * shape.stages * shape.columns) * dim * itemsize
+    """Shared memory of a block that keeps queries, or two kinds of tensors."""
+    key, value = key_width(dim).whole, value_width(dim)
+    return (shape.rows * (key if kept == 1 else key + value) + shape.stages * shape.columns * (key + value)) * itemsize
 
 
 def test_launch_shapes_are_the_tuned_ones_or_fit_the_device_and_results_say_which() -> None:
     hopper = Platform("cuda", (9, 0))
     for kernel in (TritonBand(), TritonBlockSparse()):
         for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
-            for dim, padded in ((64, 64), (80, 128), (128, 128), (256, 256)):
+            for dim in (64, 80, 128, 256):
                 for itemsize in (2, 4):
-                    for shape, kept in zip(kernel.shapes(dim, itemsize, capability), (1, 2, 2), strict=True):
+                    for shape, kept in zip(kernel.shapes(heads_of(dim), itemsize, capability), (1, 2, 2), strict=True):
                         assert shape.columns % shape.tested == 0
                         assert shape.stages >= 1
-                        assert bytes_of(shape, kept, padded, itemsize) <= SHARED.get(capability, 99) << 10
+                        assert bytes_of(shape, kept, dim, itemsize) <= SHARED.get(capability, 99) << 10
         told = kernel.launch(Heads(8, 2, 128), "bfloat16", hopper)
-        assert told == {k: v._asdict() for k, v in kernel.shapes(128, 2, (9, 0))._asdict().items()}
-    assert TritonBand().shapes(128, 2, (9, 0)) == TUNED[9, 0][128]
+        assert told == {k: v._asdict() for k, v in kernel.shapes(heads_of(128), 2, (9, 0))._asdict().items()}
+    assert TritonBand().shapes(heads_of(128), 2, (9, 0)) == TUNED[9, 0][128]
     assert TritonBand().launch(Heads(8, 2, 128), "float32", hopper)["forward"]["rows"] == 64
     # Blocks may be of 64 tokens: a larger tile would be half empty.
-    assert all(max(shape[:2]) <= 64 for dim in (64, 128) for shape in TritonBlockSparse().shapes(dim, 2, (9, 0)))
+    assert all(max(shape[:2]) <= 64 for dim in (64, 128) for shape in TritonBlockSparse().shapes(heads_of(dim), 2, (9, 0)))
     # What is said is kept; what is left open is not changed by it.
-    said = replace(TritonBand(), block_q=128, block_k=32).shapes(128, 2, (9, 0))
+    said = replace(TritonBand(), block_q=128, block_k=32).shapes(heads_of(128), 2, (9, 0))
     assert [shape[:2] for shape in said[:2]] == [(128, 32)] * 2
     assert said.dkv == TUNED[9, 0][128].dkv

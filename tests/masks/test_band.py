@@ -206,3 +206,17 @@ def test_a_tile_of_runs_of_different_strides_is_what_it_is_point_by_point(data: 
     want = dense_mask(num_q, num_k, mask)[np.ix_(q, k)]
     assert np.array_equal(dense_mask(tile.num_q, tile.num_k, tile.merged()), want)
     assert tile.area == want.sum()
+
+
+@given(bands(), st.data())
+def test_a_tile_of_many_runs_of_any_stride_is_what_it_is_point_by_point(
+    case: tuple[int, int, list[Band]], data: st.DataObject
+) -> None:
+    num_q, num_k, found = case
+    q_runs, k_runs = (
+        [run for _ in range(data.draw(st.integers(1, 3))) for run in data.draw(runs(count, data.draw(st.integers(1, 4))))]
+        for count in (num_q, num_k)
+    )
+    tile = BandMask.of(num_q, num_k, found).tile(q_runs, k_runs)
+    want = dense_mask(num_q, num_k, found)[np.ix_(tokens_of(q_runs), tokens_of(k_runs))]
+    assert (dense_mask(tile.num_q, tile.num_k, tile) == want).all()

@@ -30,7 +30,7 @@ from lcbench.measure.bounds import Check
 from lcbench.measure.numerics import one_pass
 from lcbench.measure.session import Gang
 from lcbench.problem import DTYPES, Heads, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.masks import load, names, small
 from lcbench.workloads.attention import Attention, AttentionSession
 from lcbench.workloads.base import Work
@@ -97,7 +97,7 @@ def examined(cell: Cell, folder: Path, kernel: Kernel | None = None, device: tor
         return None
     assert started.wrong is None
     examination = started.examination
-    examination.first(started.shard, one_pass(started.run, started.shard))
+    examination.first(started.shard, one_pass(started.run, started.shard, problem))
     for probe in examination.probes:
         examination.probe(probe, started.shard)
     started.draw()

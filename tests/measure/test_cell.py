@@ -12,15 +12,17 @@ import torch
 from lcbench.cp.none import Local
 from lcbench.grid.build import build_mask
 from lcbench.kernels.sdpa_flash import SDPAFlash
+from lcbench.masks.full import full
 from lcbench.masks.mask import Mask
 from lcbench.measure.bounds import Check
 from lcbench.measure.cell import measure_cell
 from lcbench.measure.measured import Measured, over_draws
-from lcbench.measure.numerics import misowned
+from lcbench.measure.owners import owners
 from lcbench.measure.ranks import EVERY
 from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
+from lcbench.schedule.held import Held, Part
 from lcbench.testing.masks import names, small_config
 from lcbench.workloads.attention import Attention
 from lcbench.workloads.base import Work
@@ -155,13 +157,19 @@ def test_memory_has_what_a_kernel_keeps(ready: int, first: int, tmp_path: Path) 
 
 
 def test_a_peer_must_own_every_token_once() -> None:
+    problem = Problem(100, HEADS, Scale(1, 1), "float32", "forward")
+
+    def found(tokens: np.ndarray) -> str | None:
+        own = Part(tokens)
+        return owners(Held(own, own, own), full(100), problem, torch.device("cpu"), EVERY).wrong
+
     for tokens, says in (
         (np.arange(50), "not owned"), (np.concatenate([np.arange(99), [0]]), "not owned"), (np.arange(1, 101), "not among"),
     ):  # fmt: skip
-        why = misowned(tokens, 100, torch.device("cpu"), EVERY)
+        why = found(tokens)
         assert why is not None
         assert says in why
-    assert misowned(np.random.default_rng(0).permutation(100), 100, torch.device("cpu"), EVERY) is None
+    assert found(np.random.default_rng(0).permutation(100)) is None
 
 
 def test_a_number_that_cannot_be_true_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

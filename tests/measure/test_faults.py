@@ -18,7 +18,7 @@ from lcbench.measure.cell import measure_cell
 from lcbench.measure.measured import Measured
 from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.workloads.attention import Attention
 from lcbench.workloads.base import Work
 from tests.measure import sound

@@ -47,7 +47,8 @@ from lcbench.measure.cell import measure_cell
 from lcbench.measure.measured import Measured
 from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Executor, Groups, SavedPass
+from lcbench.schedule.execute import Executor, SavedPass
+from lcbench.schedule.groups import Groups
 from lcbench.schedule.layout import Layout, contiguous, zigzag
 from lcbench.schedule.payload import PAYLOADS
 from lcbench.schedule.program import Exchange, Message, Piece, RankStep, TileCall

@@ -30,7 +30,8 @@ from lcbench.measure.inputs import draw
 from lcbench.measure.measured import Measured
 from lcbench.measure.session import Gang
 from lcbench.problem import ALONE, Heads, Mesh, Problem, Scale
-from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.execute import Executor
+from lcbench.schedule.groups import Groups
 from lcbench.schedule.lowering import OPERATIONS
 from lcbench.schedule.schedule import Schedule
 from lcbench.schedule.verify import verify

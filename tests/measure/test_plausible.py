@@ -46,12 +46,10 @@ def bounds(schedule: Schedule, mask: Mask, problem: Problem) -> list[float]:
     seen = dense_heads(mask, problem.heads.q)
     found = []
     for rank in range(schedule.world_size):
-        own = schedule.q.tokens(rank)
+        own, keys = schedule.q.tokens(rank), schedule.k.tokens(rank)
         remote = seen[:, own].copy()
-        remote[:, :, own] = False
-        found.append(
-            lower_bound_bytes(len(own), remote.sum() / problem.heads.q, mask.num_k - len(own), problem.heads, problem.itemsize)
-        )
+        remote[:, :, keys] = False
+        found.append(lower_bound_bytes(len(own), remote.sum(), mask.num_k - len(keys), problem.heads, problem.itemsize))
     return found
 
 
@@ -95,17 +93,25 @@ def test_no_remote_pair_needs_no_byte() -> None:
     heads = Heads(4, 2, 8)
     assert lower_bound_bytes(10, 0, 0, heads, 2) == lower_bound_bytes(0, 0.0, 5, heads, 2) == 0
     # One row sees three keys of others: four heads of q and of out are fewer vectors than three keys' two heads of k and of v.
-    assert lower_bound_bytes(1, 3, 3, heads, 2) == 2 * 8 * 2 * 4
-    assert lower_bound_bytes(1, 1.5, 3, heads, 2) == 8 * 2 * 4  # half of the heads see them
+    assert lower_bound_bytes(1, 4 * 3, 3, heads, 2) == 2 * 8 * 2 * 4
+    assert lower_bound_bytes(1, 2 * 3, 3, heads, 2) == 8 * 2 * 4  # half of the heads see them
+    # Where other ranks have the queries too, results alone come back.
+    assert lower_bound_bytes(1, 4 * 3, 3, heads, 2, queries_elsewhere=True) == 8 * 2 * 4
+    # One row of 16 heads of 24 numbers, and as many of out of 16, or latent keys of 24 numbers in all.
+    latent = Heads(16, 1, 24, 16, latent=True)
+    assert lower_bound_bytes(1, 16 * 3, 3, latent, 2) == 3 * 24 * 2
+    assert lower_bound_bytes(1, 16 * 100, 100, latent, 2) == 16 * (24 + 16) * 2
     assert lower_bound_sent([100, 300]) == 100
 
 
 def test_memory_is_each_tensor_once() -> None:
     heads = Heads(8, 2, 16)
     q, k = 100 * 8 * 16 * 2, 50 * 2 * 16 * 2
-    assert lower_bound_memory(100, 50, heads, 2, backward=False) == 2 * q + 2 * k  # q, out; k, v
-    assert lower_bound_memory(100, 50, heads, 2, backward=True) == 3 * q + 4 * k  # q, dout, dq; k, v, dk, dv
-    assert lower_bound_memory(0, 0, heads, 2, backward=True) == 0
+    assert lower_bound_memory(100 * 8, 100 * 8, 50 * 2, heads, 2, backward=False) == 2 * q + 2 * k  # q, out; k, v
+    assert lower_bound_memory(100 * 8, 100 * 8, 50 * 2, heads, 2, backward=True) == 3 * q + 4 * k  # q, dout, dq; k, v, dk, dv
+    assert lower_bound_memory(0, 0, 0, heads, 2, backward=True) == 0
+    absorbed = Heads(8, 1, 24, 16, latent=True)  # values are in keys
+    assert lower_bound_memory(8, 8, 50, absorbed, 2, backward=False) == 2 * (8 * 24 + 8 * 16 + 50 * 24)
 
 
 def test_what_computes_nothing_is_named() -> None:

@@ -14,10 +14,13 @@ from lcbench.cp.none import Local
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.causal import causal
 from lcbench.measure.numerics import one_pass
+from lcbench.measure.owners import Owners
 from lcbench.measure.probe import Columns, Probe, magnitudes
+from lcbench.measure.reference import Shard
 from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
+from lcbench.schedule.held import Held, Part
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import names, small
 from lcbench.workloads.attention import Attention, AttentionSession
@@ -25,6 +28,12 @@ from lcbench.workloads.base import Work
 
 CPU = torch.device("cpu")
 SEQLEN = 97
+
+
+def owned(tokens: np.ndarray) -> Owners:
+    """One rank's tokens of self-attention, as if others had the rest."""
+    own = Part(tokens)
+    return Owners(Held(own, own, own), None, True, True, True)
 
 
 @pytest.mark.parametrize("zero", [True, False])
@@ -35,10 +44,10 @@ def test_what_is_expected_is_what_dense_attention_gives(heads: Heads, zero: bool
     back = np.argsort(tokens)
     for name in names():
         mask = small(name, SEQLEN, heads, tmp_path, seed=3)
-        probe = Probe(mask, problem, tokens, 5, CPU, lambda x: x, zero=zero)
+        probe = Probe(mask, problem, owned(tokens), 5, CPU, lambda x: x, zero=zero)
         q, dout = (torch.zeros(SEQLEN, heads.q, heads.dim, dtype=torch.float64) for _ in range(2))
         k, v = (torch.zeros(SEQLEN, heads.kv, heads.dim, dtype=torch.float64) for _ in range(2))
-        probe.fill(q, k, v, dout)
+        probe.fill(Shard(owned(tokens).held, q, k, v, dout))
         leaves = [x[back].clone().requires_grad_() for x in (q, k, v)]
         out, lse = dense_attention(*leaves, dense_heads(mask, heads.q), problem.softmax_scale)
         dq, dk, dv = (x[tokens] for x in torch.autograd.grad(out, leaves, dout[back]))
@@ -62,7 +71,7 @@ def near(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
 
 @pytest.mark.parametrize("dim", [1, 8, 64, 80, 128, 192, 256])
 def test_weights_are_powers_of_two_and_inputs_are_exact_in_every_type(dim: int) -> None:
-    alpha, beta = magnitudes(dim)
+    alpha, beta = magnitudes(dim, dim**-0.5)
     assert 2 * math.sqrt(dim) * alpha * beta == pytest.approx(math.log(2), rel=1e-4)
     for dtype in (torch.bfloat16, torch.float16):
         assert [float(torch.tensor(x, dtype=torch.float64).to(dtype)) for x in (alpha, beta, 2 * beta)] == [alpha, beta, 2 * beta]
@@ -75,9 +84,9 @@ def test_a_long_sequence_stays_in_the_range_of_half_types(dtype: str) -> None:
     seqlen = 1 << 20
     problem = Problem(seqlen, Heads(1, 1, 16), Scale(1, 1), dtype, "forward_backward")
     tokens = np.unique(np.concatenate([np.arange(64), np.arange(seqlen - 64, seqlen)]))
-    probe = Probe(causal(seqlen), problem, tokens, 5, CPU, lambda x: x, zero=False)
+    probe = Probe(causal(seqlen), problem, owned(tokens), 5, CPU, lambda x: x, zero=False)
     inputs = [torch.zeros(len(tokens), 1, 16, dtype=getattr(torch, dtype)) for _ in range(4)]
-    probe.fill(*inputs)
+    probe.fill(Shard(owned(tokens).held, *inputs))
     for x in inputs:
         assert torch.isfinite(x).all()
         assert (x != 0).all()
@@ -104,7 +113,7 @@ def test_terms_that_cancel_have_no_factor(monkeypatch: pytest.MonkeyPatch) -> No
             0,
         )
         started = AttentionSession(work, 0, Gang(0, 1, torch.device("cpu"), Groups(), []))
-        started.examination.first(started.shard, one_pass(started.run, started.shard))
+        started.examination.first(started.shard, one_pass(started.run, started.shard, work.problem))
         for probe in started.examination.probes:
             started.examination.probe(probe, started.shard)
         check = started.examination.check()

@@ -16,6 +16,7 @@ from lcbench.measure.inputs import draw
 from lcbench.measure.ranks import EVERY
 from lcbench.measure.reference import Exact, Shard, columns, rows
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.held import Held, Part
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import small
 
@@ -25,7 +26,10 @@ HEADS, SEQLEN = Heads(6, 3, 8), 90
 def exact(mask: Mask) -> dict[str, Exact]:
     problem = Problem(SEQLEN, HEADS, Scale(1, 1), "float64", "forward_backward")
     everything = np.arange(SEQLEN)
-    shard = Shard(everything, *(draw(name, everything, problem, 3, torch.device("cpu")) for name in ("q", "k", "v", "dout")))
+    own = Part(everything)
+    shard = Shard(
+        Held(own, own, own), *(draw(name, everything, problem, 3, torch.device("cpu")) for name in ("q", "k", "v", "dout"))
+    )
     wanted = np.array([0, 1, 7, 44, 45, 88, 89])
     dense = dense_heads(mask, HEADS.q)
     leaves = [x.clone().requires_grad_() for x in (shard.q, shard.k, shard.v)]
@@ -60,9 +64,13 @@ def test_parts_give_what_the_whole_gives(
 def test_no_more_than_a_part_is_in_float64_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """1m tokens of 32 heads on one GPU would be 34 GB a tensor."""
     problem = Problem(1 << 20, Heads(32, 8, 128), Scale(1, 1), "bfloat16", "forward_backward")
-    parts = reference._parts(problem, 200, torch.device("cpu"))
+    parts = reference._parts(problem, 200, problem.seqlen, 4, torch.device("cpu"))
     assert [p.kv for p in parts] == [slice(n, n + 1) for n in range(8)]
     assert [p.q for p in parts] == [slice(4 * n, 4 * n + 4) for n in range(8)]
     assert all(np.concatenate([np.arange(200)[c] for c in p.chunks]).tolist() == list(range(200)) for p in parts)
     short = replace(problem, seqlen=4096)
-    assert len(reference._parts(short, 200, torch.device("cpu"))) == 1
+    assert len(reference._parts(short, 200, short.seqlen, 4, torch.device("cpu"))) == 1
+    # Absorbed heads share one key/value head, which a key's queries are more than fit beside it.
+    absorbed = replace(problem, seqlen=1 << 17, heads=Heads(128, 1, 576, 512, latent=True))
+    (part,) = reference._parts(absorbed, 200, absorbed.seqlen, 128, torch.device("cpu"))
+    assert part.split == [slice(head, head + 1) for head in range(128)]

@@ -21,7 +21,7 @@ from lcbench.grid import build
 from lcbench.grid.cell import Cell
 from lcbench.measure.inputs import draw
 from lcbench.predict.observations import CellTime
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.spawn import run_ranks
 
 PHASES = ("forward", "backward")

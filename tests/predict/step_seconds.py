@@ -22,7 +22,7 @@ from lcbench.predict.fit import fit
 from lcbench.predict.machines import machine_of
 from lcbench.predict.observations import CellTime
 from lcbench.runs.worker import work_of
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from tests.predict import held_out
 from tests.predict.cpu_seconds import by_ranks
 

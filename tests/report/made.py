@@ -63,8 +63,9 @@ def made_sweep(
         begun: when it was begun and each cell was, in seconds since the epoch; by default as it is made.
     """
     sweep = Sweep(root, name)
-    planned = look(grid).cells
-    sweep.add([Entry(p.cell, p.skip) for p in planned], command=grid, launch=launch)
+    plan = look(grid)
+    planned = plan.cells
+    sweep.add([Entry(p.cell, p.skip) for p in planned], command=grid, launch=launch, trace=plan.trace)
     if begun is not None:
         write_json(sweep.manifest_path, {**sweep.manifest(), "created_at": begun})
     for p in planned:

@@ -37,7 +37,7 @@ from lcbench.runs.results import Results
 from lcbench.runs.settle import close_all, in_flight, settled
 from lcbench.runs.squeue import Job
 from lcbench.runs.store import Sweep
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.workloads.base import Work
 from tests.runs.queues import Watching, says
 from tests.runs.test_corrupt import SETTINGS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lcbench.runs.worker import _backend, _device
-from lcbench.schedule.execute import Groups, group_options
+from lcbench.schedule.groups import Groups, group_options
 
 
 def a_node(monkeypatch: pytest.MonkeyPatch, *, gpus: int, ranks: int, rank: int) -> list[torch.device]:

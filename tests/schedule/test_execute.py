@@ -30,7 +30,8 @@ from lcbench.masks.mask import Mask
 from lcbench.measure.inputs import draw
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule import program
-from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.execute import Executor
+from lcbench.schedule.groups import Groups
 from lcbench.schedule.lowering import OPERATIONS
 from lcbench.schedule.verify import verify
 from lcbench.testing.dense import dense_attention, dense_heads

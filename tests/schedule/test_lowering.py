@@ -36,7 +36,8 @@ from lcbench.measure.inputs import draw
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule import lowering, program
 from lcbench.schedule.adjoint import traffic
-from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.execute import Executor
+from lcbench.schedule.groups import Groups
 from lcbench.schedule.lowering import OPERATIONS, collectives, sets_of
 from lcbench.schedule.program import Program
 from lcbench.schedule.verify import verify

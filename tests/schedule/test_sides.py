@@ -19,7 +19,8 @@ from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import BandMask
 from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softmax
-from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.execute import Executor
+from lcbench.schedule.groups import Groups
 from lcbench.schedule.lowering import OPERATIONS
 from lcbench.schedule.tiling import tiling
 from lcbench.schedule.verify import verify

@@ -14,7 +14,7 @@ from lcbench.grid.command_line import look
 from lcbench.masks.causal import causal
 from lcbench.measure.session import Gang
 from lcbench.problem import ALONE, Heads, Mesh, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.masks import load, names
 from lcbench.testing.spawn import run_ranks
 from lcbench.workloads.base import Work

@@ -25,7 +25,8 @@ from lcbench.measure.measured import Measured
 from lcbench.measure.metrics import metric_of
 from lcbench.measure.session import Gang
 from lcbench.problem import Mesh, Problem, Scale
-from lcbench.schedule.execute import Executor, Groups
+from lcbench.schedule.execute import Executor
+from lcbench.schedule.groups import Groups
 from lcbench.testing.masks import load, names
 from lcbench.testing.spawn import run_ranks
 from lcbench.workloads.base import Work

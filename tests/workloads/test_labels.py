@@ -16,7 +16,7 @@ from lcbench.kernels.naive import Naive
 from lcbench.masks.causal import causal
 from lcbench.measure.session import Gang
 from lcbench.problem import ALONE, Mesh, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.dense import dense_heads
 from lcbench.testing.masks import load
 from lcbench.testing.spawn import run_ranks

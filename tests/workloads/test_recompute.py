@@ -26,7 +26,7 @@ from lcbench.masks.mask import Mask
 from lcbench.measure.memory import peak_bytes
 from lcbench.measure.session import Gang
 from lcbench.problem import Mesh, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.dense import dense_heads
 from lcbench.testing.masks import load, names
 from lcbench.testing.spawn import run_ranks

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lcbench.measure.inputs import draw_rows
 from lcbench.measure.session import Gang
 from lcbench.problem import ALONE, Mesh, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.spawn import run_ranks
 from lcbench.workloads import spans
 from lcbench.workloads.block import Block

@@ -19,7 +19,7 @@ from lcbench.masks.causal import causal
 from lcbench.measure.inputs import draw_rows
 from lcbench.measure.session import Gang
 from lcbench.problem import ALONE, Mesh, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.schedule.groups import Groups
 from lcbench.testing.masks import load
 from lcbench.testing.spawn import run_ranks
 from lcbench.workloads import sharing

@@ -101,7 +101,8 @@ class PackLauncher(Launcher):
         if settings.tracking_uri is None:
             self.say(NOT_PUBLISHED)
         sweep.check_writable([p.cell.id for p in plan.cells])
-        write_cells(sweep, [Entry(p.cell, p.skip) for p in plan.cells], plan.overrides, self.name, settings)
+        write_cells(sweep, [Entry(p.cell, p.skip) for p in plan.cells], plan.overrides, self.name, settings, trace=plan.trace)
+        self.say_trace(plan)
 
         def choose() -> Todo:
             todo = missing(sweep, runnable, force=plan.options["force"])
@@ -121,6 +122,11 @@ class PackLauncher(Launcher):
         return self.launch_cells(
             sweep, choose, settings=settings, wait=bool(plan.options["wait"]), report=[p.cell.id for p in plan.cells]
         )
+
+    def say_trace(self, plan: Plan) -> None:
+        if plan.trace is not None:
+            self.say(str(plan.trace))
+            self.say(f"its batches: {plan.trace.batches}")
 
     def launch_cells(self, sweep: Sweep, choose: Callable[[], Todo], *, settings: Settings, wait: bool, report: list[str]) -> int:
         """Run the cells that ``choose`` names, under the sweep's lock, then report on the cells ``report``."""
@@ -156,17 +162,22 @@ class PackLauncher(Launcher):
         from lcbench.report.publishing import publish_sweep
         from lcbench.report.standing import unwell_of
         from lcbench.report.table import cells_table, summary, to_rows
+        from lcbench.report.trace import served, tables
         from lcbench.runs.tracking.links import dashboard_hint, failures_url
         from lcbench.runs.tracking.publish import publish_or_say
 
         standing = settled(Watch(sweep), as_mine=True)
         seen = standing.seen.foretold() if predicted else standing.seen
         publish_or_say(sweep, tracking_uri, publish_sweep)
+        traces = served(sweep, seen, predicted=predicted)
         if self.output == "table":
             self.console.print(cells_table(seen, sweep.name, report, predicted=predicted))
             if (said := summary(sweep, seen, report, predicted=predicted)) is not None:
                 self.console.print()
                 self.console.print(said)
+            for table in tables(traces, sweep.name):
+                self.console.print()
+                self.console.print(table)
         for damaged in standing.seen.damaged:
             print(printable(str(damaged)), file=sys.stderr)
         fine = ("ok", "skipped", "running", "pending")
@@ -183,7 +194,7 @@ class PackLauncher(Launcher):
             self.say(f"dashboard:  {dashboard_hint(sweep, tracking_uri, ours=ours)}")
             if failures := failures_url(sweep, tracking_uri):
                 self.say(f"failures:   {failures}")
-        self._answer(sweep, cells=to_rows(seen, report))
+        self._answer(sweep, cells=to_rows(seen, report), **({"traces": [one.as_dict() for one in traces]} if traces else {}))
         for line in standing.held_words():
             print(line, file=sys.stderr)
         return SOME_FAILED if failed or standing.held else OK

@@ -36,6 +36,7 @@ class DryLauncher(PackLauncher):
         cost = Cost.of(packs, here=runs_here(plan.site["launcher"]))
         print(f"sweep {sweep.name}: {len(plan.cells)} cells, {len(todo.cells)} to run; estimated {cost.gpu_hours}")
         print(cost)
+        self.say_trace(plan)
         said = {"done before": todo.done, "under way": todo.under_way, "given up: killed its gang twice": todo.given_up}
         fates = {cell.id: fate for fate, cells in said.items() for cell in cells}
         for planned in plan.cells:

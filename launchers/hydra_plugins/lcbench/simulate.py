@@ -43,7 +43,8 @@ class SimulateLauncher(PackLauncher):
             self.say(NOT_PUBLISHED)
         sweep.check_writable([p.cell.id for p in plan.cells])
         entries = [Entry(p.cell, p.skip, predicted=True) for p in plan.cells]
-        write_cells(sweep, entries, plan.overrides, self.name, settings)
+        write_cells(sweep, entries, plan.overrides, self.name, settings, trace=plan.trace)
+        self.say_trace(plan)
         records = sweep.look().records
         runnable = [p.cell for p in plan.cells if not p.skip]
         todo = [c for c in runnable if plan.options["force"] or not source.has_made(records[c.id].prediction)]

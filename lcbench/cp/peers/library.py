@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from lcbench.schedule.execute import Groups
+    from lcbench.schedule.groups import Groups
 
 
 # Libraries' messages go by communicators of their own, whatever the order in which they post them.

@@ -25,7 +25,7 @@ SHORT = {
     "model_step_ms_scaled": "model/step_s",
 }  # fmt: skip
 # (unit of the store at the end of a key, unit that is shown, factor); shares are known by their metric's unit.
-UNITS = ((re.compile(r"_s$"), "_ms", 1e3), (re.compile(r"(?<=[_/])bytes$"), "gib", 2.0**-30))
+UNITS = ((re.compile(r"(?<!per)_s$"), "_ms", 1e3), (re.compile(r"(?<=[_/])bytes$"), "gib", 2.0**-30))
 PERCENT = 100.0
 SAMPLE_STRIDE = 100_000
 ITERATIONS = ("forward_s", "backward_s", "total_s")

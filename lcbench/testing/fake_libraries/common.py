@@ -29,26 +29,33 @@ def sums(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """out (T, H, D) in the type of q and LSE (H, T), natural, -inf for empty rows; ``allowed`` (T, Tk) or (H, T, Tk)."""
+def dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
+    """out (T, H, Dv) in the type of q and LSE (H, T), natural, -inf for empty rows; ``allowed`` (T, Tk) or (H, T, Tk)."""
     keys, values = (x.to(sums(q.dtype)).repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = (torch.einsum("qhd,khd->hqk", q.to(keys.dtype), keys) * scale).masked_fill(~allowed, -torch.inf)
+    if softcap:
+        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~allowed, -torch.inf)
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype), lse
 
 
 def dense_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, allowed: Tensor, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, allowed: Tensor, scale: float, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from any out and LSE (H, T), in the type of q; infinite LSE makes a row's weights 0, as in the libraries."""
     kind, group = q.dtype, q.shape[1] // k.shape[1]
     dout, q, k, v, out = (x.to(sums(kind)) for x in (dout, q, k, v, out))
     keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores = (torch.einsum("qhd,khd->hqk", q, keys) * scale).masked_fill(~allowed, -torch.inf)
+    scores = torch.einsum("qhd,khd->hqk", q, keys) * scale
+    slopes = torch.ones_like(scores)
+    if softcap:
+        bent = torch.tanh(scores / softcap)
+        scores, slopes = softcap * bent, 1 - bent**2
+    scores = scores.masked_fill(~allowed, -torch.inf)
     weights = torch.exp(scores - torch.where(lse.isinf(), torch.inf, lse)[..., None])
     delta = (dout * out).sum(-1).T[..., None]
-    ds = weights * (torch.einsum("qhd,khd->hqk", dout, values) - delta) * scale
+    ds = weights * (torch.einsum("qhd,khd->hqk", dout, values) - delta) * slopes * scale
     dk, dv = torch.einsum("hqk,qhd->khd", ds, q), torch.einsum("hqk,qhd->khd", weights, dout)
     dk, dv = (x.unflatten(1, (k.shape[1], group)).sum(2) for x in (dk, dv))
     return torch.einsum("hqk,khd->qhd", ds, keys).to(kind), dk.to(kind), dv.to(kind)
@@ -107,6 +114,11 @@ def table(*tensors: Tensor, like: Tensor | None = None) -> None:
         assert x.dtype == torch.int32, "int32"
         assert x.is_contiguous(), "contiguous"
         assert x.device == (tensors[0] if like is None else like).device, "one device"
+
+
+def one_dim(*tensors: Tensor) -> None:
+    """The library knows one head dim, of keys and of values."""
+    assert len({x.shape[-1] for x in tensors}) == 1, "one head dim for all"
 
 
 def gradients(dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, found: tuple[Tensor, ...]) -> None:

@@ -37,7 +37,7 @@ def block_sparse_attn_triton(
     q: Tensor, k: Tensor, v: Tensor, q2k_idx: Tensor, q2k_num: Tensor, variable_block_sizes: Tensor
 ) -> tuple[Tensor, Tensor]:
     packed(q, k, v)
-    assert q.shape == k.shape == v.shape
+    assert (k.shape, *q.shape[:2], q.shape[3]) == (v.shape, *k.shape[:2], k.shape[3])
     allowed = expand(q2k_idx, q2k_num, variable_block_sizes)
     out, lse = dense(*(x[0].transpose(0, 1) for x in (q, k, v)), allowed, q.shape[-1] ** -0.5)
     return out.transpose(0, 1)[None], (lse / LN2)[None]
@@ -48,6 +48,8 @@ def block_sparse_attn_backward_triton(
     variable_block_sizes: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     packed(grad_output, q, k, v, o)
+    assert grad_output.shape == q.shape == o.shape
+    assert k.shape == v.shape
     statistics(lse, q, *q.shape[:3])
     allowed = expand(q2k_idx, q2k_num, variable_block_sizes)
     members = [x[0].transpose(0, 1) for x in (grad_output, q, k, v, o)]

@@ -17,6 +17,7 @@ from lcbench.testing.fake_libraries.common import (
     gradients,
     longest,
     modules_of,
+    one_dim,
     sequences,
     statistics,
     whole,
@@ -42,13 +43,15 @@ def _flash_attn_varlen_forward(
     leftpad_k: Any = None, seqused_k: Any = None, zero_tensors: bool = False,
 ) -> tuple[Tensor, Tensor, None, Tensor]:  # fmt: skip
     whole(q, k, v)
+    one_dim(q, k, v)
+    assert q.shape[-1] <= 256
     assert dropout_p == 0.0
     assert type(max_seqlen_q) is type(max_seqlen_k) is int
     assert max_seqlen_q > 1, "one query a sequence runs another layout"
     assert max_seqlen_q >= longest(cu_seqlens_q)
     assert max_seqlen_k >= longest(cu_seqlens_k)
     window = _flash_window(max_seqlen_k, causal, window_size_left, window_size_right)
-    out, lse = dense(q, k, v, sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), *window), softmax_scale)
+    out, lse = dense(q, k, v, sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), *window), softmax_scale, softcap)
     return out, torch.where(lse == -torch.inf, torch.inf, lse), None, torch.zeros(2)
 
 
@@ -59,6 +62,7 @@ def _flash_attn_varlen_backward(
     deterministic: bool, rng_state: Tensor | None = None, zero_tensors: bool = False,
 ) -> Tensor:  # fmt: skip
     whole(dout, q, k, v, out)
+    one_dim(dout, q, k, v, out)
     assert dropout_p == 0.0
     assert type(max_seqlen_q) is type(max_seqlen_k) is int
     assert max_seqlen_q >= longest(cu_seqlens_q)
@@ -66,7 +70,7 @@ def _flash_attn_varlen_backward(
     statistics(softmax_lse, q, q.shape[1], q.shape[0])
     window = _flash_window(max_seqlen_k, causal, window_size_left, window_size_right)
     allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), *window)
-    gradients(dq, dk, dv, q, k, v, dense_backward(dout, q, k, v, out, softmax_lse, allowed, softmax_scale))
+    gradients(dq, dk, dv, q, k, v, dense_backward(dout, q, k, v, out, softmax_lse, allowed, softmax_scale, softcap))
     return torch.zeros(())
 
 
@@ -81,6 +85,8 @@ def _flash_attn_forward(
     window_size_right: int, softcap: float, alibi_slopes: Tensor | None, return_softmax: bool,
 ) -> tuple[Tensor, Tensor, None, Tensor]:  # fmt: skip
     whole(q, k, v)
+    one_dim(q, k, v)
+    assert q.shape[-1] <= 256
     assert (dropout_p, softcap, alibi_slopes) == (0.0, 0.0, None)
     allowed = batches(q, k, causal, window_size_left, window_size_right)
     found = [dense(*member, allowed, softmax_scale) for member in zip(q, k, v, strict=True)]
@@ -94,6 +100,7 @@ def _flash_attn_backward(
     alibi_slopes: Tensor | None, deterministic: bool, rng_state: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     whole(dout, q, k, v, out)
+    one_dim(dout, q, k, v, out)
     assert (dropout_p, softcap, alibi_slopes) == (0.0, 0.0, None)
     statistics(softmax_lse, q, q.shape[0], q.shape[2], q.shape[1])
     allowed = batches(q, k, causal, window_size_left, window_size_right)

@@ -33,12 +33,21 @@ def _flash_attn_forward(
     attention_chunk: int = 0, softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, None, None]:  # fmt: skip
     whole(q, k, v)
+    dim, dim_v = q.shape[2], v.shape[2]
+    assert dim <= 256
+    assert dim == dim_v or (128 < dim <= 192 and 96 < dim_v <= 128) or (dim <= 64 and dim_v <= 512)
+    if qv is not None:
+        whole(q, qv)
+        assert dim <= 64
+        assert dim_v >= 256
+        assert qv.shape == (*q.shape[:2], dim_v)
+        q, k = torch.cat([q, qv], 2), torch.cat([k, v], 2)
     assert type(max_seqlen_q) is type(max_seqlen_k) is int
     assert max_seqlen_q >= longest(cu_seqlens_q)
     assert max_seqlen_k >= longest(cu_seqlens_k)
     left, right = (OPEN if bound < 0 else bound for bound in (window_size_left, 0 if causal else window_size_right))
     allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), left, right)
-    return *dense(q, k, v, allowed, softmax_scale), None, None
+    return *dense(q, k, v, allowed, softmax_scale, softcap), None, None
 
 
 def _flash_attn_backward(
@@ -49,11 +58,12 @@ def _flash_attn_backward(
     sm_margin: int = 0,
 ) -> Tensor:  # fmt: skip
     whole(dout, q, k, v, out)
+    assert max(q.shape[2], v.shape[2]) <= 256
     assert type(max_seqlen_q) is type(max_seqlen_k) is int
     statistics(softmax_lse, q, q.shape[1], q.shape[0])
     left, right = (OPEN if bound < 0 else bound for bound in (window_size_left, 0 if is_causal else window_size_right))
     allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), left, right)
-    gradients(dq, dk, dv, q, k, v, dense_backward(dout, q, k, v, out, softmax_lse, allowed, softmax_scale))
+    gradients(dq, dk, dv, q, k, v, dense_backward(dout, q, k, v, out, softmax_lse, allowed, softmax_scale, softcap))
     return torch.zeros(())
 
 

@@ -67,13 +67,15 @@ def _flash_attn_fwd(
     return_lse: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
     whole(q, k, v)
+    assert max(q.shape[-1], v.shape[-1]) <= 256, "on Hopper"
+    softcap = softcap or 0.0
     if block_sparse_tensors is not None:
         assert cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None, "batches, not packed sequences"
         allowed = block_sparse_tensors.allowed(q.shape[2], q.shape[1], k.shape[1])
-        out, lse = dense(q[0], k[0], v[0], allowed, softmax_scale)
+        out, lse = dense(q[0], k[0], v[0], allowed, softmax_scale, softcap)
         return out[None], lse[None], None, None, None
     allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), *window(causal, window_size_left, window_size_right))
-    out, lse = dense(q, k, v, allowed, softmax_scale)
+    out, lse = dense(q, k, v, allowed, softmax_scale, softcap)
     return out, lse if return_lse else None, None, None, None
 
 
@@ -87,9 +89,9 @@ def _flash_attn_bwd(
     statistics(lse, q, *((q.shape[0], q.shape[2], q.shape[1]) if block_sparse_tensors else (q.shape[1], q.shape[0])))
     if block_sparse_tensors is not None:  # lists of query blocks for each block of keys
         allowed = block_sparse_tensors.allowed(q.shape[2], k.shape[1], q.shape[1]).transpose(1, 2)
-        return tuple(x[None] for x in dense_backward(dout[0], q[0], k[0], v[0], out[0], lse[0], allowed, softmax_scale))
+        return tuple(x[None] for x in dense_backward(dout[0], q[0], k[0], v[0], out[0], lse[0], allowed, softmax_scale, softcap))
     allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), *window(causal, window_size_left, window_size_right))
-    return dense_backward(dout, q, k, v, out, lse, allowed, softmax_scale)
+    return dense_backward(dout, q, k, v, out, lse, allowed, softmax_scale, softcap)
 
 
 def modules() -> dict[str, ModuleType]:

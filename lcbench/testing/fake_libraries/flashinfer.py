@@ -24,25 +24,27 @@ class BatchPrefillWithRaggedKVCacheWrapper:
         self.workspace = float_workspace_buffer
 
     def plan(
-        self, qo_indptr: Tensor, kv_indptr: Tensor, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int, *,
-        causal: bool = False, window_left: int = -1, sm_scale: float | None = None, q_data_type: Any = "float16",
-        kv_data_type: Any = None,
+        self, qo_indptr: Tensor, kv_indptr: Tensor, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int,
+        head_dim_vo: int | None = None, *, causal: bool = False, window_left: int = -1, logits_soft_cap: float | None = None,
+        sm_scale: float | None = None, q_data_type: Any = "float16", kv_data_type: Any = None,
     ) -> None:  # fmt: skip
         assert sm_scale is not None
         assert q_data_type == kv_data_type
         assert isinstance(q_data_type, torch.dtype)
         table(qo_indptr, kv_indptr, like=self.workspace)
-        split_kv(self.workspace, num_qo_heads, num_kv_heads, head_dim_qk)
-        self.heads, self.dtype = (num_qo_heads, num_kv_heads, head_dim_qk), q_data_type
-        self.cu, self.scale = (qo_indptr, kv_indptr), sm_scale
+        dim_v = head_dim_qk if head_dim_vo is None else head_dim_vo
+        assert head_dim_qk == dim_v or (head_dim_qk, dim_v) == (192, 128)
+        split_kv(self.workspace, num_qo_heads, num_kv_heads, dim_v)
+        self.heads, self.dtype = (num_qo_heads, num_kv_heads, head_dim_qk, dim_v), q_data_type
+        self.cu, self.scale, self.softcap = (qo_indptr, kv_indptr), sm_scale, logits_soft_cap or 0.0
         self.window = OPEN if window_left < 0 else window_left, 0 if causal else OPEN
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> tuple[Tensor, Tensor]:
         whole(q, k, v)
         assert return_lse
         assert q.dtype == self.dtype, "the type that was planned"
-        assert self.heads == (q.shape[1], k.shape[1], q.shape[2])
-        out, lse = dense(q, k, v, sequences(*self.cu, (len(q), len(k)), *self.window), self.scale)
+        assert self.heads == (q.shape[1], k.shape[1], q.shape[2], v.shape[2])
+        out, lse = dense(q, k, v, sequences(*self.cu, (len(q), len(k)), *self.window), self.scale, self.softcap)
         return out, lse.T / LN2
 
 
@@ -54,7 +56,8 @@ class VariableBlockSparseAttentionWrapper:
 
     def plan(
         self, block_mask_map: Tensor, block_row_sz: Tensor, block_col_sz: Tensor, num_qo_heads: int, num_kv_heads: int,
-        head_dim: int, *, sm_scale: float | None = None, q_data_type: Any = "float16", kv_data_type: Any = None,
+        head_dim: int, *, logits_soft_cap: float | None = None, sm_scale: float | None = None, q_data_type: Any = "float16",
+        kv_data_type: Any = None,
     ) -> None:  # fmt: skip
         assert block_mask_map.dtype == torch.bool
         assert block_mask_map.any()
@@ -68,6 +71,7 @@ class VariableBlockSparseAttentionWrapper:
         split_kv(self.workspace, num_qo_heads // num_kv_heads, 1, head_dim)
         self.heads, self.dtype = (num_qo_heads, num_kv_heads, head_dim), q_data_type
         each = num_qo_heads // num_kv_heads
+        self.softcap = logits_soft_cap or 0.0
         self.scale, self.allowed = sm_scale or 0.0, torch.stack([
             keep.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
             for keep, rows, columns in zip(block_mask_map, block_row_sz, block_col_sz, strict=True)
@@ -78,7 +82,8 @@ class VariableBlockSparseAttentionWrapper:
         assert return_lse
         assert q.dtype == self.dtype, "the type that was planned"
         assert self.heads == (q.shape[0], k.shape[0], q.shape[2])
-        out, lse = dense(*(x.transpose(0, 1) for x in (q, k, v)), self.allowed, self.scale)
+        assert k.shape == v.shape
+        out, lse = dense(*(x.transpose(0, 1) for x in (q, k, v)), self.allowed, self.scale, self.softcap)
         return out.transpose(0, 1), lse / LN2
 
 

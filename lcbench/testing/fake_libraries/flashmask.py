@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lcbench.testing.fake_libraries.common import Tensor, dense, dense_backward, statistics, table, whole
+from lcbench.testing.fake_libraries.common import Tensor, dense, dense_backward, one_dim, statistics, table, whole
 
 
 def bounds(rows: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
@@ -79,11 +79,13 @@ def fwd(
     scheduler_metadata: Any = None, num_splits: int = 1, pack_gqa: bool | None = False, sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     whole(q, k, v)
+    dim, dim_v = q.shape[3], v.shape[3]
+    assert dim == dim_v or (128 < dim <= 192 and 96 < dim_v <= 128) or (dim <= 64 and dim_v <= 512)
     assert not is_causal
-    assert (window_size_left, window_size_right, softcap) == (-1, -1, 0.0)
+    assert (window_size_left, window_size_right) == (-1, -1)
     assert block_mask is None
     assert startend_row_indices is not None
-    found, lse = dense(*one(q, k, v), visible(startend_row_indices, q, k), softmax_scale)
+    found, lse = dense(*one(q, k, v), visible(startend_row_indices, q, k), softmax_scale, softcap)
     return found[None], lse[None]
 
 
@@ -96,13 +98,14 @@ def bwd(
     window_size_right: int = -1, softcap: float = 0.0, deterministic: bool = False, sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     whole(dout, q, k, v, out)
+    one_dim(dout, q, k, v, out)
     assert not is_causal
-    assert (window_size_left, window_size_right, softcap) == (-1, -1, 0.0)
+    assert (window_size_left, window_size_right) == (-1, -1)
     assert block_mask is dq is dk is dv is None
     assert startend_row_indices is not None
     statistics(softmax_lse, q, 1, q.shape[2], q.shape[1])
     allowed = walked(startend_row_indices, q, k, *blocks)
-    dq, dk, dv = dense_backward(*one(dout, q, k, v, out), softmax_lse[0], allowed, softmax_scale)
+    dq, dk, dv = dense_backward(*one(dout, q, k, v, out), softmax_lse[0], allowed, softmax_scale, softcap)
     return dq[None], dk[None], dv[None]
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lcbench.testing.fake_libraries.common import Tensor, dense, dense_backward, modules_of, packed, statistics, table
+from lcbench.testing.fake_libraries.common import Tensor, dense, dense_backward, modules_of, one_dim, packed, statistics, table
 
 
 def cut(tokens: tuple[int, int], q_ranges: Tensor, k_ranges: Tensor, kinds: Tensor) -> Tensor:
@@ -26,10 +26,11 @@ def cut(tokens: tuple[int, int], q_ranges: Tensor, k_ranges: Tensor, kinds: Tens
 
 def flex_flash_attn_func(
     q: Tensor, k: Tensor, v: Tensor, q_ranges: Any = None, k_ranges: Any = None, attn_type_map: Any = None, *,
-    softmax_scale: Any = None,
+    softmax_scale: Any = None, softcap: float = 0.0,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     packed(q, k, v)
-    out, lse = dense(q, k, v, cut((len(q), len(k)), q_ranges, k_ranges, attn_type_map), softmax_scale)
+    one_dim(q, k, v)
+    out, lse = dense(q, k, v, cut((len(q), len(k)), q_ranges, k_ranges, attn_type_map), softmax_scale, softcap)
     return out, AttnForwardMeta(lse.T.contiguous())
 
 
@@ -39,12 +40,13 @@ def _flex_flash_attn_backward(
     dq_type: Any, dk_type: Any, dv_type: Any, disable_bwd_dkv_atomic_reduction: bool, deterministic: bool, sm_margin: int,
 ) -> tuple[Any, ...]:  # fmt: skip
     packed(dout, q, k, v, out)
+    one_dim(dout, q, k, v, out)
     assert sink is dq is dk is dv is dsink is None
     assert sink_layout in ("sh", "ssh", "shd")
     assert dq_type == dk_type == dv_type == torch.float32
     statistics(lse, q, *q.shape[:2])
     allowed = cut((len(q), len(k)), q_ranges, k_ranges, attn_type_map)
-    return *dense_backward(dout, q, k, v, out, lse.T, allowed, softmax_scale), None
+    return *dense_backward(dout, q, k, v, out, lse.T, allowed, softmax_scale, softcap), None
 
 
 class AttnForwardMeta(NamedTuple):

@@ -14,6 +14,7 @@ from lcbench.testing.fake_libraries.common import (
     dense,
     dense_backward,
     modules_of,
+    one_dim,
     sequences,
     statistics,
     whole,
@@ -52,6 +53,7 @@ def memory_efficient_attention_forward_requires_grad(
     query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, p: float = 0.0, scale: Any = None, *, op: Any = None
 ) -> tuple[Tensor, Tensor]:
     whole(query, key, value)
+    one_dim(query, key, value)
     assert (op, p) == (flash.FwOp, 0.0)
     assert query.shape[0] == key.shape[0] == value.shape[0] == 1, "sequences are packed into a batch of one"
     assert query.shape[2] == key.shape[2], "no groups"
@@ -64,6 +66,7 @@ def memory_efficient_attention_backward(
     p: float = 0.0, scale: Any = None, *, op: Any = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     whole(query, grad, output, key, value)
+    one_dim(query, grad, output, key, value)
     assert (op, p) == (flash.BwOp, 0.0)
     assert query.shape[2] == key.shape[2], "no groups"
     statistics(lse, query, 1, query.shape[2], query.shape[1])

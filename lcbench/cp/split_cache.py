@@ -1,0 +1,137 @@
+"""Keys and values of requests split among ranks: what strategies share whose ranks compute the same queries on parts of the keys.
+
+Ranks are a grid of G rows and D columns. The ranks of a row have the same heads, and of every request each has some of the tokens.
+All ranks of a row compute the same queries on their own keys; the partial results are merged by their LSE, and each rank ends with
+one part in D of the row's query heads, so with one in P of all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from lcbench.masks.band import Ints, TokenSpan
+from lcbench.problem import Heads, Problem
+from lcbench.schedule.build import indivisible_heads
+from lcbench.schedule.held import Held, Part
+from lcbench.schedule.layout import Layout, by_document
+
+Merge = Literal["reduce_scatter", "all_to_all"]
+MERGES: tuple[Merge, ...] = ("reduce_scatter", "all_to_all")
+NO_TOKENS = (TokenSpan(0, 0),)
+
+
+def bounds(problem: Problem) -> tuple[Ints, Ints]:
+    """Where each request's queries begin, and where its keys do, each with the end, (requests + 1,); a sequence is one request."""
+    if problem.batch is None:
+        whole = np.array([0, problem.seqlen], dtype=np.int64)
+        return whole, whole
+    return problem.batch.q_bounds, problem.batch.k_bounds
+
+
+def dealt(k_bounds: Ints, parts: int, interleave: int | None) -> Layout:
+    """The tokens of each of ``parts`` ranks.
+
+    Args:
+        interleave: tokens of a request that go to one rank before the next ones go to the next; None: of every request each rank
+            has one stretch.
+    """
+    if interleave is None:
+        return by_document(k_bounds, parts, folded=False)
+    requests = list(pairwise(k_bounds.tolist()))
+    spans = [[span for ends in requests for span in share(*ends, parts, part, interleave)] for part in range(parts)]
+    return Layout(tuple(tuple(each) or NO_TOKENS for each in spans))
+
+
+def share(begin: int, end: int, parts: int, part: int, interleave: int | None) -> list[TokenSpan]:
+    """The tokens of a request that one of several ranks has; None: a stretch, and those left over one each to the first ranks."""
+    if interleave is None:
+        size, left = divmod(end - begin, parts)
+        first = begin + part * size + min(part, left)
+        return [TokenSpan(first, size + (part < left))] if size + (part < left) else []
+    starts = range(begin + part * interleave, end, parts * interleave)
+    if interleave == 1:
+        return [TokenSpan(starts.start, len(starts), parts)] if starts else []
+    return [TokenSpan(start, min(interleave, end - start)) for start in starts]
+
+
+def query_runs(begin: int, end: int, parts: int, interleave: int | None) -> list[TokenSpan]:
+    """Queries of a request in an order in which a tile of them with keys of ``share`` has few bands.
+
+    Every ``parts``-th query is a run of its own where every ``parts``-th key is: a diagonal stays one only between runs of the
+    same stride. A single query has any stride.
+    """
+    stride = parts if interleave == 1 and end - begin > 1 else 1
+    return [TokenSpan(start, len(range(start, end, stride)), stride) for start in range(begin, min(begin + stride, end))]
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one rank has to do.
+
+    Attributes:
+        rows: the ranks of every row of the grid, ascending.
+        members: those of this rank's row; ``column``: its place among them.
+        q_runs: all queries, in the order in which its kernel takes them.
+        k_runs: its keys, in the order of its tensors.
+        heads: of its kernel's call, those of the row; ``first``: the first of its query heads.
+        gathers: whether it is given the queries of its own heads alone, and gathers those of the row.
+        held: see ``RankRun``.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    members: tuple[int, ...]
+    column: int
+    q_runs: tuple[TokenSpan, ...]
+    k_runs: tuple[TokenSpan, ...]
+    heads: Heads
+    first: int
+    gathers: bool
+    held: Held
+
+
+def split(problem: Problem, grid: Ints, rank: int, interleave: int | None, *, gathers: bool) -> Split:
+    """What a rank of a (G, D) grid has to do; every row of it is ascending.
+
+    Args:
+        interleave: see ``dealt``.
+        gathers: see ``Split``.
+    """
+    (count, degree), heads = grid.shape, problem.heads
+    row, column = (int(place[0]) for place in np.nonzero(grid == rank))
+    q_bounds, k_bounds = bounds(problem)
+    keys = dealt(k_bounds, degree, interleave)
+    each, kv_each, part = heads.q // count, max(1, heads.kv // count), heads.q // grid.size
+    first, kv_first = row * each, row * heads.kv // count
+    every = np.arange(problem.queries, dtype=np.int64)
+    own = Part(every, range(first + column * part, first + (column + 1) * part))
+    held = Held(
+        q=own if gathers else Part(every, range(first, first + each)),
+        kv=Part(keys.tokens(column), range(kv_first, kv_first + kv_each)),
+        out=own,
+    )
+    rows = tuple(map(tuple, grid.tolist()))
+    queries = tuple(run for ends in pairwise(q_bounds.tolist()) for run in query_runs(*ends, degree, interleave))
+    of_row = heads.of(each, kv_each)
+    return Split(rows, rows[row], column, queries, keys.shards[column], of_row, first, gathers, held)
+
+
+def fewest(problem: Problem) -> int:
+    """The fewest ranks of a row with which no key/value head is held by two rows."""
+    ranks, heads = problem.scale.world_size, problem.heads
+    return next(d for d in range(1, ranks + 1) if ranks % d == 0 and heads.kv % (ranks // d) == 0)
+
+
+def refused(problem: Problem, option: str, degree: int) -> str | None:
+    """Why ranks cannot be a grid of rows of ``degree`` ranks with these heads, or not for this problem; or None."""
+    ranks, heads = problem.scale.world_size, problem.heads
+    if problem.backward:
+        return "computes no gradients, since it serves: direction=forward_backward"
+    if ranks % degree:
+        return f"{option}={degree} does not divide the {ranks} ranks of scale={problem.scale}"
+    if heads.q % ranks:
+        return f"cannot split {heads.q} query heads evenly over {ranks} ranks"
+    return indivisible_heads(heads, ranks // degree)

@@ -1,0 +1,53 @@
+"""Star Attention (arXiv 2411.17116; NVIDIA/Star-Attention, ``star_attention/star_flash_attn``): an approximation.
+
+Phase 1, prompts: rank r computes its block causally over itself and the anchor, the first block, which every rank is given; nothing
+is sent. Each rank computes the anchor's own queries as well, and drops them, as the model needs them in its next layer. Phase 2,
+requests with a cache: each rank has a block of it and is given the query; partial results are all-gathered with their LSE and
+merged on every rank, which is exact over the cache. It sends (P-1) Hq (Dv b + s) bytes per new token, s bytes being those of LSE
+and b those of ``reduce_dtype``, whatever the context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lcbench.cp.base import Place, Strategy
+from lcbench.cp.blocks import BlockRun, Blocks, refusal, without_messages
+from lcbench.kernels.base import Kernel
+from lcbench.masks.band import BandMask
+from lcbench.masks.mask import Mask
+from lcbench.problem import Problem
+from lcbench.schedule.build import check_count
+
+if TYPE_CHECKING:
+    from lcbench.schedule.simulate import Modelled
+
+
+@dataclass(frozen=True)
+class Star(Strategy):
+    """``anchor``: tokens of the anchor; None: all of the first block."""
+
+    anchor: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.anchor is not None:
+            check_count("anchor", self.anchor)
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return refusal(problem, mask, self.anchor)
+
+    def computes(self, problem: Problem, mask: Mask) -> Mask:
+        assert isinstance(mask, BandMask)
+        blocks = Blocks.of(problem, self.anchor)
+        return blocks.within(mask) if blocks.prompts.any() else mask
+
+    def modelled(self, problem: Problem, mask: Mask) -> Modelled | None:
+        """Of prompts, of which nothing is sent; of no batch with a cache."""
+        assert isinstance(mask, BandMask)
+        blocks = Blocks.of(problem, self.anchor)
+        return without_messages(problem, mask, blocks) if blocks.prompts.all() else None
+
+    def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> BlockRun:
+        assert isinstance(mask, BandMask)
+        return BlockRun(problem, mask, kernel, place, Blocks.of(problem, self.anchor))
