@@ -56,6 +56,9 @@ class CacheKind:
         return ("contiguous" if self.page is None else f"in pages of {self.page}") + f", stored as {self.storage}"
 
 
+CONTIGUOUS = CacheKind()
+
+
 @dataclass(frozen=True, eq=False)
 class Cache:
     """Keys and values of one rank as they are stored.
@@ -88,18 +91,20 @@ class Cache:
         k: torch.Tensor,
         v: torch.Tensor,
         lengths: tuple[int, ...],
-        kind: CacheKind = CacheKind(),  # noqa: B008: it is frozen
+        kind: CacheKind = CONTIGUOUS,
         *,
         latent: bool = False,
         seed: int = 0,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Cache:
         """A cache of dense keys (Tk, Hk, D) and values (Tk, Hk, Dv), requests back to back.
 
-        A contiguous cache in the inputs' type holds the tensors given. Pages are handed out in an order that ``seed`` decides, since
-        those of a real allocator are scattered; a request's last page may be partly filled, and zero in the rest, as engines
-        allocate it. A scale of ``float8`` is taken from the data of its head: the smallest power of two that brings the head's
-        largest number within 448. Engines take the largest number / 448 itself (vLLM) or this power of two (the UE8M0 scales of
-        DeepSeek-V3.1); with a power of two, stored numbers are numbers of the inputs' type too, so all kernels read the same.
+        A contiguous cache in the inputs' type holds the tensors given. Pages are handed out in an order that ``seed`` decides,
+        since those of a real allocator are scattered; a request's last page may be partly filled, and zero in the rest, as
+        engines allocate it. A scale of ``float8`` is taken from the data of its head: the smallest power of two that brings the
+        head's largest number within 448. Engines take the largest number / 448 itself (vLLM) or this power of two (the UE8M0
+        scales of DeepSeek-V3.1); with a power of two, stored numbers are numbers of the inputs' type too, so all kernels read
+        the same.
 
         Raises:
             ValueError: the lengths do not sum to the tokens; latent values are not the first numbers of the keys.
@@ -110,8 +115,9 @@ class Cache:
             raise ValueError(f"requests of {sum(lengths)} tokens together cannot be those of {len(k)} keys and {len(v)} values")
         if latent and not (v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and v.shape[:2] == k.shape[:2]):
             raise ValueError("latent values are the view k[..., :Dv] of their keys")
-        stored_k, k_scale = _stored(k, kind)
-        stored_v, v_scale = (stored_k[..., : v.shape[2]], k_scale) if latent else _stored(v, kind)
+        k_scale, v_scale = scales or (None, None)
+        stored_k, k_scale = _stored(k, kind, k_scale)
+        stored_v, v_scale = (stored_k[..., : v.shape[2]], k_scale) if latent else _stored(v, kind, v_scale)
         if kind.page is None:
             return cls(kind, lengths, k.dtype, stored_k, stored_v, latent, None, None, k_scale, v_scale)
         table, places, pages = _paged(lengths, kind.page, seed)
@@ -153,6 +159,22 @@ class Cache:
             x = flat[self.places] if scale is None else flat.view(torch.uint8)[self.places].view(x.dtype)
         return x.to(dtype) if scale is None else x.to(dtype) * scale.to(dtype)[:, None]
 
+    def negate(self) -> None:
+        """Negate all that is stored, in place."""
+        import torch
+
+        for x in (self.k,) if self.latent else (self.k, self.v):
+            if x.dtype == torch.float8_e4m3fn:  # few operations know it: its highest bit is the sign
+                x.view(torch.uint8).bitwise_xor_(0x80)
+            else:
+                x.neg_()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its tensors, rest of pages included."""
+        every = (self.k, None if self.latent else self.v, self.table, self.places, self.k_scale, self.v_scale)
+        return sum(x.numel() * x.element_size() for x in every if x is not None)
+
     @property
     def tokens(self) -> int:
         """Tokens of all requests, Tk."""
@@ -167,15 +189,15 @@ class Cache:
         return self.tokens * self.k.shape[-2] * width * self.k.element_size() + scales + 4 * entries
 
 
-def _stored(x: torch.Tensor, kind: CacheKind) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Numbers in the type that they are stored in, and their scales."""
+def _stored(x: torch.Tensor, kind: CacheKind, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Numbers in the type that they are stored in, and their scales, which are given or those of the numbers."""
     import torch
 
     if kind.storage == "input":
         return x, None
     if kind.storage == "bfloat16":
         return x.to(torch.bfloat16), None
-    scale = head_scales(x)
+    scale = head_scales(x) if scale is None else scale
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (x.to(wide) / scale.to(wide)[:, None]).to(torch.float8_e4m3fn), scale
 

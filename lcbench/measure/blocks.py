@@ -15,7 +15,7 @@ from lcbench.measure.derived import derived
 BLOCKS = 3
 LEAST_ITERATIONS = 2  # of a block, where there are several
 # What is not known of a run that gives wrong results, or times that cannot be; and what is all the same.
-TIMES = ("time/", "compute/", "overlap/", "draws/", "mesh/", "layer/", "model/", "attention/share", "step/tokens_per_s_per_gpu")
+TIMES = ("time/", "compute/", "overlap/", "draws/", "mesh/", "layer/", "model/", "attention/share")
 KEPT = ("time/prepare_s", "time/first_pass_s", "time/check_s")
 BLOCK = re.compile(r"block_(\w+)_s")  # samples of a phase, a value per block
 
@@ -80,7 +80,8 @@ def with_block(
 
 def without_times(metrics: dict[str, float], samples: dict[str, list[float]]) -> tuple[dict[str, float], dict[str, list[float]]]:
     """What is left of a cell that turned out to be wrong: it has no speed."""
+    follows = derived(metrics) if "time/total/median_s" in metrics else {}
     return (
-        {k: v for k, v in metrics.items() if k in KEPT or not k.startswith(TIMES)},
+        {k: v for k, v in metrics.items() if k in KEPT or not (k.startswith(TIMES) or k in follows)},
         {k: v for k, v in samples.items() if not k.endswith("_s")},
     )

@@ -1,7 +1,7 @@
 """Metrics that follow from others: they are worked out anew whenever a later block of timings, or another draw, changes a time.
 
 Of a training step: tokens per second, what recomputation adds to the rate, a layer's time, and what a whole model's step would
-take. Of denoising: what a step takes.
+take. Of denoising: what a step takes. Of serving: what a token takes, and how fast the cache is read.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ def derived(metrics: Mapping[str, float]) -> dict[str, float]:
         for key in metrics
         if (of := STEPS.fullmatch(key))
     }
+    if "serving/new_tokens" in metrics:
+        found |= _of_serving(metrics)
     if "step/tokens_per_gpu" not in metrics:
         return found
     tokens, total, peak = metrics["step/tokens_per_gpu"], metrics["time/total/median_s"], metrics.get("compute/peak_tflops")
@@ -40,3 +42,13 @@ def derived(metrics: Mapping[str, float]) -> dict[str, float]:
     if peak:
         found["model/mfu"] = tflop / step / peak
     return found
+
+
+def _of_serving(metrics: Mapping[str, float]) -> dict[str, float]:
+    tokens, seconds = metrics["serving/new_tokens"], metrics["time/forward/median_s"]
+    return {
+        "serving/us_per_token": 1e6 * seconds / tokens,
+        "serving/tokens_per_s": tokens / seconds,
+        "serving/tokens_per_s_per_gpu": metrics["serving/tokens_per_gpu"] / seconds,
+        "serving/cache_gb_per_s": metrics["serving/cache_bytes"] / seconds / 1e9,
+    }

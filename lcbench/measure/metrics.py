@@ -221,14 +221,15 @@ METRICS = (
     Metric("check/<x>_bound", "as x", "what is allowed of that element", None, "max"),
     Metric(
         "check/distance", "1",
-        "of a strategy that approximates: how far out is from what the cell's own mask gives of the keys of now, by the rows of the "
-        "reference: the root of the sum of the squares of what is between them, over that of what is exact; of denoising in the "
+        "of a strategy that approximates: how far out is from what the cell's own mask gives of the keys of now, by the rows of "
+        "the reference: the root of the sum of the squares of what is between them, over that of what is exact; of denoising in the "
         "steps of its last phase. Its other checks are against what it computes", "lower", "max",
     ),
-    Metric("serving/new_tokens", "token", "new tokens of a pass over all ranks"),
+    Metric("serving/new_tokens", "token", "new tokens of a pass, of all context-parallel groups"),
+    Metric("serving/tokens_per_gpu", "token", "the same over the ranks"),
     Metric("serving/us_per_token", "us", "the median of `forward` over its new tokens", "lower"),
     Metric("serving/tokens_per_s", "token/s", "new tokens over the median of `forward`", "higher"),
-    Metric("serving/tokens_per_s_per_gpu", "token/s", "the same over the ranks", "higher"),
+    Metric("serving/tokens_per_s_per_gpu", "token/s", "`serving/tokens_per_gpu` over the median of `forward`", "higher"),
     Metric(
         "serving/cache_bytes", "byte", "bytes of the cache that `forward` has to read at the least, scales of a quantised one "
         "included, of the rank with most",

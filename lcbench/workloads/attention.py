@@ -20,7 +20,7 @@ from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.problem import Problem
 from lcbench.schedule.held import Held, Part
 from lcbench.workloads.base import Work, Workload
-from lcbench.workloads.started import Sent, distance, started
+from lcbench.workloads.started import Sent, Started, distance, started
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,27 @@ class AttentionSession(Session):
 
     run: RankRun
     wrong: str | None = None
+    _no_probe: str | None = None  # why inputs cannot be a probe's
 
     def __init__(self, work: Work, number: int, gang: Gang) -> None:
         self._work, self._gang = work, gang
         self._first: Result | None = None
         self._sent: dict[str, Sent] = {}
-        begun = started(work, number, gang)
+        begun = self._begun(work, number, gang)
         self.refused = begun if isinstance(begun, str) else None
         if isinstance(begun, str):
             return
         self.mask, self.pairs, self.run, self.wrong = begun.mask, begun.pairs, begun.run, begun.owners.wrong
-        self.prepare_s, self.examination = begun.prepare_s, begun.examination()
+        self.prepare_s, self.examination = begun.prepare_s, begun.examination(no_probe=self._no_probe)
         self._started = begun
         held = begun.owners.held
         drawn = {name: self._drawn(name, held) for name in self._names()}
         self.shard = _shard(held, drawn, work.problem)
         self.negated = False
+
+    def _begun(self, work: Work, number: int, gang: Gang) -> Started | str:
+        """A draw ready to run on this rank, or why the ranks cannot run it. Collective."""
+        return started(work, number, gang)
 
     def _names(self) -> list[str]:
         """The inputs that are tensors of their own."""

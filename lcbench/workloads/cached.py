@@ -63,13 +63,25 @@ class CachedRun:
         """Of this rank's key/value heads, over all ranks' tokens: every rank stores a head by one scale."""
         if self._kind.storage != "float8":
             return None
-        heads, own = self._problem.heads.kv, self._run.held.kv.heads or range(self._problem.heads.kv)
-        found = []
-        for x in (k, v):
-            every = torch.zeros(heads, dtype=torch.float32, device=x.device)
-            every[own.start : own.stop] = head_scales(x)
-            found.append(self._ranks.reduce(every, "max")[own.start : own.stop])
-        return found[0], found[1]
+        own = self._run.held.kv.heads or range(self._problem.heads.kv)
+        of_k, of_v = (self._every_head(head_scales(x), own)[own.start : own.stop] for x in (k, v))
+        return of_k, of_v
+
+    def as_stored(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (T, Hk, D) and values (T, Hk, Dv) of all heads and any tokens as the cache would give them. Collective."""
+        heads, scales = self._problem.heads, None
+        if self._kind.storage == "float8":
+            own = self._run.held.kv.heads or range(heads.kv)
+            scales = self._every_head(self.cache.k_scale, own), self._every_head(self.cache.v_scale, own)
+        kind = replace(self._kind, page=None)
+        return Cache.of(k, v, (len(k),), kind, latent=heads.latent, scales=scales).read()
+
+    def _every_head(self, own: torch.Tensor | None, heads: range) -> torch.Tensor:
+        """(Hk,): a number for each key/value head, from the ranks that hold it, which agree. Collective."""
+        assert own is not None
+        every = torch.zeros(self._problem.heads.kv, dtype=torch.float32, device=own.device)
+        every[heads.start : heads.stop] = own
+        return self._ranks.reduce(every, "max")
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values that are stored, exactly, in the inputs' type and in the order of this rank's tokens."""
@@ -123,6 +135,8 @@ class ServingSession(AttentionSession):
 
     def __init__(self, serving: Serving, work: Work, number: int, gang: Gang) -> None:
         self._serving = serving
+        if serving.kind.stored_as(work.problem.dtype) != work.problem.dtype:
+            self._no_probe = f"stored as {serving.storage}, the numbers of a probe would not be what they are"
         super().__init__(work, number, gang)
         if self.refused is None:
             self._store()
@@ -148,7 +162,8 @@ class ServingSession(AttentionSession):
         shard, run = super()._by_tokens(), self.run
         if self._serving.storage == "input":
             return shard
-        return replace(shard, **dict(zip("kv", run.as_stored(shard.k, shard.v), strict=True)))
+        k, v = run.as_stored(shard.k, shard.v)
+        return replace(shard, k=k, v=v)
 
     def draw(self) -> None:
         super().draw()
@@ -180,16 +195,14 @@ class ServingSession(AttentionSession):
         """Stored in fewer bytes, a key takes less memory traffic than in the inputs' type."""
         stored, width = self.run.cache.k.element_size(), self._work.problem.itemsize
         found = super().costs()
-        return {
-            phase: replace(cost, least_memory_bytes=cost.least_memory_bytes * min(1.0, stored / width))
-            for phase, cost in found.items()
-        }
+        share = min(1.0, stored / width)
+        return {phase: replace(cost, least_memory_bytes=cost.least_memory_bytes * share) for phase, cost in found.items()}
 
     def counted(self) -> Counted:
         counted, problem = super().counted(), self._work.problem
         tokens = float(problem.queries * self._gang.mesh.dp)
         bytes_read = EVERY.all_gather_object(self.run.cache.bytes)
-        counted.metrics["serving/new_tokens"] = tokens
+        counted.metrics.update({"serving/new_tokens": tokens, "serving/tokens_per_gpu": tokens / self._gang.world_size})
         counted.metrics["serving/cache_bytes"] = float(max(bytes_read))
         counted.metrics["serving/cache_bytes_per_token"] = sum(bytes_read) / tokens
         if "forward" in counted.bytes_sent:

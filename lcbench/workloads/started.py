@@ -66,12 +66,12 @@ class Started:
         rounding = self.work.kernel.rounding(Platform.of(self.gang.device))
         return Bounds(self.work.problem, rounding, self.calls * ranks, hops)
 
-    def examination(self, *more: int) -> Examination:
-        """The check of its passes; ``more``: numbers that choose where else it looks."""
+    def examination(self, *more: int, no_probe: str | None = None) -> Examination:
+        """The check of its passes; ``more``: numbers that choose where else it looks; ``no_probe``: see ``Examination``."""
         run, gang = self.run, self.gang
         return Examination(
             run, self.mask, self.work.problem, self.owners, self.bounds, [*self.seed, *more], gang.ranks,
-            own_lse=run.own_lse, rank=gang.cp_rank, asked=self.asked,
+            own_lse=run.own_lse, rank=gang.cp_rank, asked=self.asked, no_probe=no_probe,
         )  # fmt: skip
 
     def choosing(self, mask: Computed) -> Started:

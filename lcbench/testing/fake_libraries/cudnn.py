@@ -15,7 +15,8 @@ class Node:
     """A tensor of a graph: described, and given or wanted when it is executed."""
 
     def __init__(self, dim: list[int] | None = None, stride: list[int] | None = None, data_type: str = "") -> None:
-        self.dim, self.stride, self.data_type, self.offset, self.output = dim, stride, data_type, None, False
+        self.dim, self.stride, self.data_type, self.output = dim, stride, data_type, False
+        self.offset: Node | None = None
 
     def set_ragged_offset(self, offset: Node) -> Node:
         self.offset = offset
@@ -137,10 +138,10 @@ class pygraph:  # noqa: N801
             allowed = (at >= (-OPEN if left is None else 1 - left)) & (at <= (OPEN if right is None else right))
             if len(rest) == 2:
                 out, lse = dense(q, k, v, allowed, self.scale)
-                found = (out, lse.T[..., None])
+                found = [out, lse.T[..., None]]
             else:
                 out, dout, stats = rest[:3]
-                found = dense_backward(dout, q, k, v, out, stats[..., 0].T, allowed, self.scale)
+                found = [*dense_backward(dout, q, k, v, out, stats[..., 0].T, allowed, self.scale)]
             for into, value in zip(rest[-len(found) :], found, strict=True):
                 into.copy_(value)
 
