@@ -68,7 +68,7 @@ class CachedRun:
         return of_k, of_v
 
     def as_stored(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (T, Hk, D) and values (T, Hk, Dv) of all heads and any tokens as the cache would give them, by its scales. Collective."""
+        """Keys (T, Hk, D) and values (T, Hk, Dv) of all heads and any tokens as the cache would give them. Collective."""
         heads, scales = self._problem.heads, None
         if self._kind.storage == "float8":
             own = self._run.held.kv.heads or range(heads.kv)

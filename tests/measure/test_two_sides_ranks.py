@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-import lcbench.schedule.execute
 from lcbench.cp.apb import APB
 from lcbench.cp.base import Place, RankRun, Strategy
 from lcbench.cp.dcp import DCP
@@ -128,12 +126,9 @@ def wrong(rank: int) -> None:
     for strategy, kind, batch, shape in cases:
         found = measured(rank, around(strategy, kind)(), BATCHES[batch], shape, "float32", "forward")
         assert refused(found), (strategy, kind)
-    patched: Callable[..., None] = lcbench.schedule.execute.merge_into
-    lcbench.schedule.execute.merge_into = averaged
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lcbench.schedule.execute.merge_into", averaged)
         assert refused(measured(rank, Ring("zigzag"), BATCHES["chunk"], "latent", "float32", "forward_backward"))
-    finally:
-        lcbench.schedule.execute.merge_into = patched
 
 
 @pytest.mark.gloo
