@@ -51,7 +51,7 @@ class Place:
 
 
 class Passes(Protocol):
-    """Forward and backward on one rank. Tensors are packed and hold what the rank holds (``Held``). Both methods are collective."""
+    """Forward and backward on one rank. Tensors are packed and hold what the rank holds (``Held``). All methods are collective."""
 
     def forward(
         self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", sink: "torch.Tensor | None" = None
@@ -62,6 +62,10 @@ class Passes(Protocol):
             sink: (Hq,) of all query heads, in the type of sums; only where the problem's softmax has one.
         """
         ...
+
+    def forward_cache(self, q: "torch.Tensor", cache: "Cache", sink: "torch.Tensor | None" = None) -> "tuple[torch.Tensor, Any]":
+        """``forward`` over what a cache holds, in the order of this rank's keys."""
+        return self.forward(q, *cache.read(), sink)
 
     def backward(self, dout: "torch.Tensor", saved: Any) -> "tuple[torch.Tensor, ...]":
         """dq (Tq, Hq, D), dk (Tk, Hk, D) and dv (Tk, Hk, Dv) from dout (Tq, Hq, Dv); where values are numbers of keys, dk has
@@ -102,10 +106,6 @@ class RankRun(Passes, Protocol):
     def reads(self, kind: "CacheKind") -> str | None:
         """Why it does not read such a cache of this rank's keys and values where it lies, but a copy of it; None: it does."""
         return f"{type(self).__name__} takes keys and values as they are"
-
-    def forward_cache(self, q: "torch.Tensor", cache: "Cache", sink: "torch.Tensor | None" = None) -> "tuple[torch.Tensor, Any]":
-        """``forward`` over what a cache holds, in the order of this rank's keys. Collective."""
-        return self.forward(q, *cache.read(), sink)
 
     def hold(self, saved: Any) -> Any:
         """What ``forward`` has just saved, as it has to be kept while other forward passes run before its backward."""
@@ -178,7 +178,12 @@ class RankRun(Passes, Protocol):
         return None
 
     def timeline(
-        self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", dout: "torch.Tensor | None"
+        self,
+        q: "torch.Tensor",
+        k: "torch.Tensor",
+        v: "torch.Tensor",
+        dout: "torch.Tensor | None",
+        sink: "torch.Tensor | None" = None,
     ) -> list[list[float]] | None:
         """Seconds of each step of one iteration, as of ``Executor.timeline``; None where steps are not known. Collective."""
         return None

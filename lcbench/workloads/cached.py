@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from lcbench.cp.base import Passes, RankRun
+from lcbench.kernels.base import Unsupported
 from lcbench.kernels.cache import Cache, CacheKind, head_scales
 from lcbench.measure.ranks import EVERY, Ranks
 from lcbench.measure.reference import Shard
@@ -89,11 +89,12 @@ class CachedRun:
         k = k[back]
         return k, k[..., : v.shape[-1]] if self._problem.heads.latent else v[back]
 
-    def read(self, q: torch.Tensor, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, Any]:
-        """``forward`` over what is stored. Collective."""
+    def read(self, q: torch.Tensor, sink: torch.Tensor | None = None, passes: Passes | None = None) -> tuple[torch.Tensor, Any]:
+        """``forward`` over what is stored; ``passes``: of what, None: of the run itself. Collective."""
+        passes = passes or self._run
         if self.copies is None:
-            return self._run.forward_cache(q, self.cache, sink)
-        return self._run.forward(q, *self.stored(), *(() if sink is None else (sink,)))
+            return passes.forward_cache(q, self.cache, sink)
+        return passes.forward(q, *self.stored(), sink)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
@@ -101,28 +102,8 @@ class CachedRun:
         self.store(k, v)
         return self.read(q, sink)
 
-    def replay(self, *, compute: bool, communicate: bool) -> Passes | None:
-        """The run's own, over what is stored."""
-        bare = self._run.replay(compute=compute, communicate=communicate)
-        return None if bare is None else _Replayed(bare, self)
-
-
-@dataclass(frozen=True)
-class _Replayed:
-    """Bare passes over what a cache holds."""
-
-    passes: Any
-    run: CachedRun
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, Any]:
-        if self.run.copies is None:
-            return self.passes.forward_cache(q, self.run.cache, sink)  # type: ignore[no-any-return]
-        return self.passes.forward(q, *self.run.stored(), *(() if sink is None else (sink,)))  # type: ignore[no-any-return]
-
     def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, ...]:
-        raise NotImplementedError("a cache has no backward")
+        raise Unsupported("a cache has no backward")
 
 
 class ServingSession(AttentionSession):
@@ -180,9 +161,14 @@ class ServingSession(AttentionSession):
 
     def phases(self) -> Phases:
         """Forward gives (out, saved)."""
+        return self._reading(None)
+
+    def _alone(self, passes: Passes, saved: Any) -> Phases:
+        return self._reading(passes)
+
+    def _reading(self, passes: Passes | None) -> Phases:
         run, shard = self.run, self.shard
-        phases: dict[str, Callable[[Any], Any]] = {"forward": lambda _: run.read(shard.q, shard.sink)}
-        return phases
+        return {"forward": lambda _: run.read(shard.q, shard.sink, passes)}
 
     def timeline(self) -> list[list[float]] | None:
         """None where kernels read the cache, of which a run's own timeline knows nothing."""
