@@ -84,6 +84,7 @@ class RankRun(Passes, Protocol):
         sums_are_wide: whether gradients are added up in float32 or wider on their way between ranks. The check allows the
             roundings of as many additions as there are ranks where that is not known.
         resumes: whether it is known what forward saves: ``apart`` gives the tensors, and ``resume`` does without computing.
+        negates: whether inputs that are all negated give the negative results. Not so where inputs choose anew what is computed.
         gives: whether inputs are to come one by one before ``forward`` or ``resume``, and gradients to be waited for one by one.
     """
 
@@ -92,6 +93,7 @@ class RankRun(Passes, Protocol):
     sums_are_wide: bool = False
     resumes: bool = False
     gives: bool = False
+    negates: bool = True
 
     @property
     def held(self) -> Held:
@@ -187,9 +189,6 @@ class RankRun(Passes, Protocol):
     ) -> list[list[float]] | None:
         """Seconds of each step of one iteration, as of ``Executor.timeline``; None where steps are not known. Collective."""
         return None
-
-    # Whether inputs that are all negated give the negative results. Not so where what is chosen by the inputs is chosen anew.
-    negates: bool = True
 
     def chosen(self, saved: Any) -> BandsByHead | None:
         """Of a run that chooses by its inputs which pairs it computes: the mask of this pass, over all queries and keys. None:

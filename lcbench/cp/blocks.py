@@ -9,7 +9,7 @@ tokens lie on the last rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,14 +22,12 @@ from lcbench.kernels.cache import Cache, CacheKind
 from lcbench.masks.band import BandMask, Ints, TokenSpan, areas, cropped, spread
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.build import only_forward
 from lcbench.schedule.held import Held, Part
-from lcbench.schedule.layout import Layout
-from lcbench.schedule.schedule import Schedule, Step, head_groups, rows, singles
 
 if TYPE_CHECKING:
     import torch
 
-    from lcbench.schedule.simulate import Modelled
 
 ANCHOR, OWN = 0, 1  # the two stretches of a request that a rank is given, in this order
 
@@ -54,9 +52,7 @@ class Blocks:
     @classmethod
     def of(cls, problem: Problem, anchor: int | None) -> Blocks:
         """The blocks of a problem; ``anchor``: tokens of each anchor, None: all of the first block."""
-        ranks, batch = problem.scale.world_size, problem.batch
-        whole = np.array([0, problem.seqlen], dtype=np.int64)
-        q_bounds, k_bounds = (whole, whole) if batch is None else (batch.q_bounds, batch.k_bounds)
+        ranks, (q_bounds, k_bounds) = problem.scale.world_size, (problem.requests.q_bounds, problem.requests.k_bounds)
         new, total = np.diff(q_bounds), np.diff(k_bounds)
         prompts = (new == total) & (total >= ranks)
         context = np.where(prompts, total, total - new)
@@ -124,8 +120,8 @@ def _touching(bands: Ints, queries: Ints) -> tuple[Ints, Ints]:
 
 def refusal(problem: Problem, mask: Mask, anchor: int | None) -> str | None:
     """Why a problem cannot be cut into blocks with such anchors for inference, or None."""
-    if problem.backward:
-        return "is for inference and has no backward; direction=forward runs it"
+    if reason := only_forward(problem):
+        return reason
     if not isinstance(mask, BandMask):
         return "leaves out pairs of a static mask; a dynamic block mask has its own choice of them"
     blocks = Blocks.of(problem, anchor)
@@ -133,21 +129,6 @@ def refusal(problem: Problem, mask: Mask, anchor: int | None) -> str | None:
     if anchor is not None and blocks.ranks > 1 and anchor > (least := int(first.min(initial=anchor))):
         return f"anchor={anchor} is longer than the first block of a prompt, which has {least} tokens"
     return None
-
-
-def without_messages(problem: Problem, mask: BandMask, blocks: Blocks) -> Modelled:
-    """What ranks do with prompts of which nothing is sent: as if each rank's anchors and blocks were a sequence of its own."""
-    from lcbench.schedule.simulate import Modelled  # with scipy, which planning does without
-
-    tiles = [blocks.within(mask).tile(*map(spans, blocks.stretches(rank))) for rank in range(blocks.ranks)]
-    ends = np.cumsum([tile.num_q for tile in tiles]).tolist()
-    bands = [tile.bands + (end - tile.num_q) * np.array([1, 1, 1, 1, 0, 0]) for end, tile in zip(ends, tiles, strict=True)]
-    apart = BandMask(ends[-1], ends[-1], np.concatenate(bands)).merged()
-    shards = Layout(tuple((TokenSpan(end - tile.num_q, tile.num_q),) for end, tile in zip(ends, tiles, strict=True)))
-    every = np.arange(blocks.ranks)
-    steps = (Step(rows(every, 0, every, every)),)
-    schedule = Schedule.of(blocks.ranks, shards, every, head_groups(problem.heads, 1), singles(blocks.ranks), steps)
-    return Modelled(schedule, apart, replace(problem, seqlen=apart.num_q, batch=None))
 
 
 def lengths(stretches: Ints) -> Ints:
@@ -200,6 +181,7 @@ class BlockRun(OneCall):
         number, given = tokens(queries)
         prompt, own = blocks.prompts[number // 2], number % 2 == OWN
         self._own, self._others = np.nonzero(prompt & own)[0], np.nonzero(~prompt & own)[0]
+        self._own_at, self._others_at = _index(self._own, place.device), _index(self._others, place.device)
         count = len(self._others)
         self._share = slice(count * place.rank // blocks.ranks, count * (place.rank + 1) // blocks.ranks)
         self._rows = len(given)
@@ -247,9 +229,9 @@ class BlockRun(OneCall):
         out, lse = self.attend(q[: self._rows], k, v, cache, compute=compute)
         parts: list[OutLse] = []
         if len(self._own):
-            parts.append(_with_sink((_taken(out, self._own), _taken(lse, self._own)), sink))
+            parts.append(_with_sink((out[self._own_at], lse[self._own_at]), sink))
         if len(self._others):
-            whole = _with_sink(self._everybodys(_taken(out, self._others), _taken(lse, self._others)), sink)
+            whole = _with_sink(self._everybodys(out[self._others_at], lse[self._others_at]), sink)
             parts.append((whole[0][self._share], whole[1][self._share]))
         if len(parts) == 1:
             ((out, lse),) = parts
@@ -284,10 +266,10 @@ def _with_sink(part: OutLse, sink: torch.Tensor | None) -> OutLse:
     return part if sink is None else with_sink(*part, sink)
 
 
-def _taken(x: torch.Tensor, rows: Ints) -> torch.Tensor:
-    """Rows of x by number, rising; one stretch of them is a view."""
+def _index(rows: Ints, device: torch.device) -> slice | torch.Tensor:
+    """Rows by number, rising, as an index: a slice where they are one stretch, so that taking them copies nothing."""
     import torch
 
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
-        return x[int(rows[0]) : int(rows[-1]) + 1]
-    return x[torch.from_numpy(rows).to(x.device)]
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows).to(device)

@@ -11,33 +11,34 @@ import torch
 from lcbench.cp.base import Passes, RankRun
 from lcbench.kernels.base import Unsupported
 from lcbench.kernels.cache import Cache, CacheKind, head_scales
-from lcbench.measure.ranks import EVERY, Ranks
+from lcbench.measure.ranks import EVERY, Ranks, first_refusal
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases
-from lcbench.problem import Batch, Problem, Requests
+from lcbench.problem import Problem
 from lcbench.workloads.attention import AttentionSession
 from lcbench.workloads.base import Work
 from lcbench.workloads.started import Started, started
 
 
 class CachedRun:
-    """A strategy's run whose keys and values are in a cache.
+    """A strategy's run whose keys and values are in a cache. Making it is collective.
 
     ``forward`` stores what it is given and computes over it; ``read`` computes over what is stored. All else is the run's own.
 
     Attributes:
-        copies: why the cache is copied out before it is computed on; None: kernels read it where it lies.
+        copies: why ranks copy the cache out before they compute on it; None: their kernels read it where it lies.
     """
 
     def __init__(self, run: RankRun, problem: Problem, kind: CacheKind, seed: int, ranks: Ranks) -> None:
         self._run, self._problem, self._kind, self._seed, self._ranks = run, problem, kind, seed, ranks
-        batch = problem.batch or Batch((Requests(1, problem.seqlen, problem.seqlen),))
+        batch = problem.requests
         request = np.searchsorted(batch.k_bounds, run.held.kv.tokens, side="right") - 1
         self._lengths = tuple(np.bincount(request, minlength=len(batch)).tolist())
         # A cache has requests back to back; a layout of tokens may have them otherwise.
         order = np.argsort(request, kind="stable")
         self._order = None if (np.diff(order) == 1).all() else torch.from_numpy(order)
-        self.copies = run.reads(kind) if self._order is None else "a rank's tokens are not in the order of requests"
+        own = run.reads(kind) if self._order is None else "a rank's tokens are not in the order of requests"
+        self.copies = first_refusal(ranks.all_gather_object(own))  # a pass is timed as one, so that all ranks do the same
         self._cache: Cache | None = None
 
     def __getattr__(self, name: str) -> Any:
