@@ -114,7 +114,7 @@ def write_report(
             lengths=there["longest"],
             serving=_serving(frame, batches, devices) if there["serving"] else None,
             traces=traces,
-            about_traces=[*map(str, seen.traces), HOW],
+            about_traces=[*(f"{trace}. Its batches: {trace.batches}" for trace in seen.traces), HOW],
             predicted=predicted,
             foretold=_foretold(sweep, frame, predicted=predicted),
             compared=[said([h for h in compared if h.phase == p]) for p in PHASES if any(h.phase == p for h in compared)],

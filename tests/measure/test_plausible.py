@@ -26,7 +26,7 @@ from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.adjoint import traffic
 from lcbench.schedule.schedule import Schedule
 from lcbench.testing.dense import dense_heads
-from lcbench.testing.masks import load, names, small
+from lcbench.testing.masks import load, names, small, trained_by
 
 HEADS = [Heads(8, 8, 16), Heads(8, 2, 16), Heads(24, 1, 8), Heads(70, 35, 8)]
 
@@ -53,7 +53,7 @@ def bounds(schedule: Schedule, mask: Mask, problem: Problem) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("name", [n for n in names("cp") if isinstance(build_strategy(load("cp", n)), Scheduled)])
+@pytest.mark.parametrize("name", trained_by())
 def test_every_strategy_moves_what_a_mask_needs_at_least(name: str, tmp_path: Path) -> None:
     strategy, seqlen = build_strategy(load("cp", name)), 83
     assert isinstance(strategy, Scheduled)
