@@ -241,9 +241,14 @@ def _steps(steps: dict[str, Step], workloads: list[str]) -> dict[str, Any]:
 
 def _serving(frame: pd.DataFrame, batches: pd.DataFrame, devices: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The section of batches of requests, all of which stands in the page without scripts."""
+    rows = serving_table(batches)
+    # What is empty in all rows, and what of the problem is the same in all, is no column of the page.
+    told = {name: {row[name] for row in rows} for name in (rows[0] if rows else ())}
+    kept = [name for name, values in told.items() if values != {""} and (len(values) > 1 or name not in ("mask", "setting"))]
     return {
         "answers": answers(batches), "panels": list(page_panels(shown(frame, devices))),
-        "pays": [{"cells": p.cells, "row": p.row()} for p in pays(batches)], "rows": serving_table(batches),
+        "pays": [{"cells": p.cells, "row": p.row()} for p in pays(batches)],
+        "rows": [{name: row[name] for name in kept} for row in rows],
     }  # fmt: skip
 
 

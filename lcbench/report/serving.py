@@ -53,8 +53,8 @@ def series_of(batch: Batch) -> str:
 
 
 def _without_length(group: Requests) -> str:
-    new = "..." if group.new == group.total else format_tokens(group.new)
-    return f"{group.count if group.count > 1 else ''}q{new}{'' if group.new == group.total else 's...'}"
+    new = "…" if group.new == group.total else format_tokens(group.new)
+    return f"{group.count if group.count > 1 else ''}q{new}{'' if group.new == group.total else 's…'}"
 
 
 def served_rows(frame: pd.DataFrame, devices: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -158,7 +158,7 @@ class Pays:
         found = self.crossing
         if found is None:
             return f"not up to {longest}"
-        return f"at {shortest} already" if found <= min(self.ratios) else f"about {_near(found)}"
+        return f"at {shortest} already" if found <= min(self.ratios) else f"from about {_near(found)} on"
 
     @property
     def said_interval(self) -> str:
@@ -176,7 +176,7 @@ class Pays:
         last = self.ratios[max(self.ratios)]
         at = f"{format_tokens(max(self.ratios))}: {more(last.value)} ({more(last.low)} to {more(last.high)})"
         return {
-            "problem": self.where, "choice": self.choice, "scale": self.scale, "against": self.base, "faster from": self.said,
+            "problem": self.where, "choice": self.choice, "scale": self.scale, "against": self.base, "faster": self.said,
             "95 % interval": self.said_interval, "time at the longest": at,
         }  # fmt: skip
 
@@ -280,26 +280,30 @@ def _at_the_end(ranked: list[dict[str, Any]]) -> str:
     if best["kind"] == "decode" and not math.isnan(best["gb_s"]):
         of = "" if math.isnan(best["peak_gb_s"]) else f", {percent(best['gb_s'] / best['peak_gb_s'], 0)} of what its memory can"
         said.append(f"a GPU reads {digits(best['gb_s'])} GB/s of cache{of}")
-    sending = [row for row in ranked if row["sent"] > 0]
-    if sending:
-        least = min(sending, key=lambda row: row["sent"])
-        said.append(f"{on(least)} sends least of those that send, {size(least['sent'])} a new token")
+    several = [row for row in ranked if row["world_size"] > 1 and not math.isnan(row["sent"])]
+    if len(several) > 1:
+        least = min(row["sent"] for row in several)
+        names = " and ".join(on(row) for row in several if row["sent"] == least)
+        said.append(f"least is sent by {names}, {size(least)} a new token" if least else f"nothing is sent by {names}")
     return "; ".join(said)
 
 
 def _worth(where: str, found: list[Pays]) -> Answer:
-    ever = [one for one in found if one.crossing is not None]
+    ever = sorted((one for one in found if one.crossing is not None), key=lambda one: one.crossing or 0.0)
     cells = tuple(dict.fromkeys(cell for one in found for cell in one.cells))
-    if not ever:
+    alike: dict[str, list[str]] = {}
+    for one in ever:
+        alike.setdefault(f"{one.said} (95 %: {one.said_interval})", []).append(f"{one.choice} on {one.scale}")
+    never = [f"{one.choice} on {one.scale}" for one in found if one.crossing is None]
+    if never:
         longest = format_tokens(max(max(one.ratios) for one in found))
-        return Answer([(False, f"{where}: context parallelism is not faster than {found[0].base} up to {longest}.")], cells)
-    first = min(ever, key=lambda one: one.crossing or 0.0)
-    rest = [f"{one.choice} on {one.scale}" for one in found if one.crossing is None]
-    never = f" Not at the longest: {', '.join(rest)}." if rest else ""
-    words = f" is faster than {first.base} from {first.said.removeprefix('at ')} (95 %: {first.said_interval}).{never}"
-    if first.said.startswith("at "):
-        words = f" is faster than {first.base} {first.said} (95 %: {first.said_interval}).{never}"
-    return Answer([(False, f"{where}: "), (True, f"{first.choice} on {first.scale}"), (False, words)], cells)
+        alike[f"at no length up to {longest}"] = never
+    parts: list[tuple[bool, str]] = [(False, f"{where}, against {found[0].base}: ")]
+    for place, (when, names) in enumerate(alike.items()):
+        verb = f"{' is' if len(names) == 1 else ' are'} faster" if not place else ""
+        parts += [(names is not never, ", ".join(names)), (False, f"{verb} {when}"), (False, "; ")]
+    parts[-1] = (False, ".")
+    return Answer(parts, cells)
 
 
 # -- tables --------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ class Panel:
     def plots(self) -> list[tuple[str, Callable[[Axes, Shown], dict[str, Any]]]]:
         """What is drawn of it, with its title."""
         found = [("Time of a new token", self._time)]
-        found += [("Cache read by a GPU", self._rate)] if self.rows["gb_s"].notna().any() else []
+        reads = self.rows["kind"].iloc[0] != "prefill" and self.rows["gb_s"].notna().any()
+        found += [("Cache read by a GPU", self._rate)] if reads else []
         return found + ([("Sent for a new token", self._sent)] if (self.rows["sent"] > 0).any() else [])
 
     @property
@@ -77,8 +78,10 @@ class Panel:
             drawn[name] = axis.plot(
                 [row["context"] for row in self.base], [row["token"].value / unit.size for row in self.base], label=name, **look
             )[0]
-        axis.set_yscale("log")
-        self._tuned(axis, of, unit.name)
+        values = [time.value / unit.size for time in times]
+        _ticks_apart(axis, min(values), max(values))
+        self._tuned(axis, unit.name)
+        mark_failures(axis, self.failed, "context", of.styles)
         return drawn
 
     def _rate(self, axis: Axes, of: Shown) -> dict[str, Any]:
@@ -89,27 +92,36 @@ class Panel:
             axis.annotate("memory's rate", (0.02, peak), xycoords=axis.get_yaxis_transform(), xytext=(0, -9),
                           textcoords="offset points", fontsize=7, color="#b3261e")  # fmt: skip
         axis.set_ylim(bottom=0)
-        self._tuned(axis, of, "GB/s")
+        self._tuned(axis, "GB/s")
         return drawn
 
     def _sent(self, axis: Axes, of: Shown) -> dict[str, Any]:
         unit = unit_for(float(self.rows["sent"].max()), BYTES)
-        drawn = self._drawn(axis, of, "sent", unit.size)
-        axis.set_yscale("symlog" if (self.rows["sent"] == 0).any() else "log")
-        self._tuned(axis, of, unit.name)
+        drawn = self._drawn(axis, of, "sent", unit.size, above=0.0)
+        sent = self.rows["sent"][self.rows["sent"] > 0] / unit.size
+        _ticks_apart(axis, sent.min(), sent.max())
+        self._tuned(axis, unit.name)
         return drawn
 
-    def _drawn(self, axis: Axes, of: Shown, column: str, unit: float) -> dict[str, Any]:
-        known = self.rows[self.rows[column].notna()]
+    def _drawn(self, axis: Axes, of: Shown, column: str, unit: float, above: float = -math.inf) -> dict[str, Any]:
+        known = self.rows[self.rows[column] > above]
         return {
             choice: draw_line(axis, line["context"], line[column] / unit, of.styles[choice], label=choice)
             for choice, line in lines(known)
         }
 
-    def _tuned(self, axis: Axes, of: Shown, unit: str) -> None:
+    def _tuned(self, axis: Axes, unit: str) -> None:
         tune(axis, "seqlen", self.contexts, "", "context, tokens of a request", unit)
-        if len(self.failed):
-            mark_failures(axis, self.failed, "context", of.styles)
+
+
+def _ticks_apart(axis: Axes, low: float, high: float) -> None:
+    """A logarithmic axis that holds these values, whatever their intervals, with ticks that are read easily."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_yscale("log")
+    axis.set_ylim(low / 1.6, high * 1.6)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,), numticks=7))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e6 else f"{value:.0e}"))
 
 
 def panels_of(of: Shown) -> Iterator[Panel]:
@@ -149,7 +161,7 @@ def caption_of(panel: Panel) -> str:
     failed = " A cross at the bottom is a failed cell, with the class of its failure." if len(panel.failed) else ""
     return (
         "Forward of one attention call over its new tokens, with its 95 % interval. Cache: bytes that the busiest rank has to read, over that "
-        f"time. Sent: by the rank that sends most.{base}{foretold}{failed}"
+        f"time. Sent: by the rank that sends most; who sends nothing has no line.{base}{foretold}{failed}"
     )
 
 
@@ -195,6 +207,6 @@ def _svg(draw: Callable[[Axes, Shown], dict[str, Any]], of: Shown, salt: str, al
     text = made.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' id="[a-zA-Z0-9]+_[0-9]+"', "", text)  # nothing refers to these, and all figures have them
-    text = re.sub(r"(font: [^']*?)'DejaVu Sans'[^;\"]*", r"\1system-ui, sans-serif", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
     text = text.replace(INK, "currentColor").replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
     return re.sub(r">\s+<", "><", text), drawn
