@@ -183,7 +183,8 @@ class Pays:
 
 def _near(tokens: float) -> str:
     """A length that was not measured, to two digits."""
-    return format_tokens(round(float(f"{tokens / 1024:.2g}")) * 1024) if tokens >= 10240 else digits(tokens)
+    unit, name = (1 << 20, "m") if tokens >= 1 << 20 else (1 << 10, "k") if tokens >= 1 << 10 else (1, "")
+    return f"{float(f'{tokens / unit:.2g}'):g}{name}"
 
 
 def _crossing(logs: dict[int, float]) -> float | None:
