@@ -270,14 +270,22 @@ class Executor:
                 return "a kernel call takes a part of this rank's keys and values"
         return self._kernel.reads(kind, self.problem, Platform.of(self.device))
 
-    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, SavedPass]:
+    def forward_cache(
+        self,
+        q: torch.Tensor,
+        cache: Cache,
+        sink: torch.Tensor | None = None,
+        *,
+        compute: bool = True,
+        communicate: bool = True,
+    ) -> tuple[torch.Tensor, SavedPass]:
         """``forward`` over what a cache holds, in the order of this rank's keys: read where it lies if ``reads`` says so. What it
         saves is for ``lse`` only."""
         if self.reads(cache.kind) is not None:
-            return self.forward(q, *cache.read(), sink)
+            return self.forward(q, *cache.read(), sink, compute=compute, communicate=communicate)
         self._cache = cache
         try:
-            return self.forward(q, cache.k, cache.v, sink)
+            return self.forward(q, cache.k, cache.v, sink, compute=compute, communicate=communicate)
         finally:
             self._cache = None
 
@@ -929,6 +937,9 @@ class Replay:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, SavedPass]:
         return self.executor.forward(q, k, v, sink, compute=self.compute, communicate=self.communicate)
+
+    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, SavedPass]:
+        return self.executor.forward_cache(q, cache, sink, compute=self.compute, communicate=self.communicate)
 
     def backward(self, dout: torch.Tensor, saved: SavedPass) -> tuple[torch.Tensor, ...]:
         return self.executor.backward(dout, saved, compute=self.compute, communicate=self.communicate)
