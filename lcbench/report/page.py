@@ -25,7 +25,7 @@ from lcbench.report.figures import all_figures
 from lcbench.report.foretold import Held, held, said
 from lcbench.report.frame import PHASES, column_of, good_rows, rate_column, reported
 from lcbench.report.palette import Style, styles
-from lcbench.report.parts import shown
+from lcbench.report.parts import shown as drawn_from
 from lcbench.report.regret import FEWEST_CHOICES, FEWEST_PROBLEMS, NEARLY_ALL, Regret, contests, problem_labels, regrets, verdict
 from lcbench.report.serving import answers, pays, served_rows
 from lcbench.report.serving import table as serving_table
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 
 STATUSES = get_args(Status)
 SECTIONS = (
-    ("fastest", "Fastest"), ("step", "Training step"), ("longest", "Longest length"), ("serving", "Serving"),
-    ("trace", "Trace"), ("figures", "Figures"), ("foretold", "Predicted and measured"), ("failures", "What did not run"), ("cells", "Cells"), ("environment", "Where it ran"),
+    ("fastest", "Fastest"), ("step", "Training step"), ("longest", "Longest length"), ("serving", "Serving"), ("trace", "Trace"),
+    ("figures", "Figures"), ("foretold", "Predicted and measured"), ("failures", "What did not run"), ("cells", "Cells"),
+    ("environment", "Where it ran"),
 )  # fmt: skip
 PAGE = "report.html"
 HERE = Path(__file__).parent
@@ -100,7 +101,8 @@ def write_report(
     drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links, predicted=predicted) | {"details": page_data.details_of(seen.records)}
     data |= _steps(steps, list(choices)) | {"searched": searched}
-    there = {"foretold": bool(compared), "step": bool(steps), "longest": bool(lengths), "serving": bool(len(batches)), "trace": bool(traces)}
+    found = {"foretold": compared, "step": steps, "longest": lengths, "serving": batches.index, "trace": traces}
+    there = {section: len(its) > 0 for section, its in found.items()}
     environment = environment_of(attempts)
     page = folder / PAGE
     page.write_text(
@@ -246,7 +248,7 @@ def _serving(frame: pd.DataFrame, batches: pd.DataFrame, devices: Sequence[dict[
     told = {name: {row[name] for row in rows} for name in (rows[0] if rows else ())}
     kept = [name for name, values in told.items() if values != {""} and (len(values) > 1 or name not in ("mask", "setting"))]
     return {
-        "answers": answers(batches), "panels": list(page_panels(shown(frame, devices))),
+        "answers": answers(batches), "panels": list(page_panels(drawn_from(frame, devices))),
         "pays": [{"cells": p.cells, "row": p.row()} for p in pays(batches)],
         "rows": [{name: row[name] for name in kept} for row in rows],
     }  # fmt: skip

@@ -188,7 +188,9 @@ def _near(tokens: float) -> str:
 
 
 def _crossing(logs: dict[int, float]) -> float | None:
-    """Where a line through points of (length, logarithm of a ratio) goes below 0 for good, straight in the logarithm of the length."""
+    """The length where a line through logarithms of ratios by length goes below 0 for good, straight in the logarithm of the length;
+    None: it does not.
+    """
     points = sorted(logs.items())
     above = [place for place, (_, log) in enumerate(points) if log >= 0]
     if not above:

@@ -160,8 +160,8 @@ def caption_of(panel: Panel) -> str:
     foretold = " Dotted and hollow: predicted, not measured." if (panel.rows["status"] == "predicted").any() else ""
     failed = " A cross at the bottom is a failed cell, with the class of its failure." if len(panel.failed) else ""
     return (
-        "Forward of one attention call over its new tokens, with its 95 % interval. Cache: bytes that the busiest rank has to read, over that "
-        f"time. Sent: by the rank that sends most; who sends nothing has no line.{base}{foretold}{failed}"
+        "Forward of one attention call over its new tokens, with its 95 % interval. Cache: bytes that the busiest rank has to read, over "
+        f"that time. Sent: by the rank that sends most; who sends nothing has no line.{base}{foretold}{failed}"
     )
 
 
@@ -169,7 +169,9 @@ def caption_of(panel: Panel) -> str:
 
 
 def page_panels(of: Shown) -> Iterator[dict[str, Any]]:
-    """For a page, of each panel: ``where``, ``cells`` (ids), ``key`` (name, glyph, colour), ``caption`` and ``figures`` (title, SVG)."""
+    """For a page, of each panel: ``where``, ``cells`` (ids), ``key`` (name, glyph, color, look), ``caption`` and ``figures`` (title,
+    svg).
+    """
     styles = {choice: replace(style, color=_ink(style.color)) for choice, style in of.styles.items()}
     inked = replace(of, styles=styles)
     for panel in panels_of(of):

@@ -6,6 +6,7 @@ import csv
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -20,7 +21,7 @@ from lcbench.report.frame import reported
 from lcbench.report.intervals import KNOWN, Ratio
 from lcbench.report.page import write_report
 from lcbench.report.parts import shown
-from lcbench.report.serving import Pays, answers, base_of, context_of, kind_of, pays, served_rows, series_of, table, timed
+from lcbench.report.serving import Pays, answers, base_of, context_of, kind_of, pays, series_of, served_rows, table, timed
 from lcbench.report.serving_figures import page_panels, panels_of
 from lcbench.runs.store import Sweep
 from tests.browser import browser, needs_browser
@@ -212,14 +213,15 @@ def test_a_panel_has_a_line_per_choice_and_the_one_without_context_parallelism(f
     decode = next(panel for where, panel in panels.items() if where.startswith("decode"))
     figure = names[decode.name]
     time, rate, sent = figure.figure.axes
-    lines = {line.get_label(): line for line in time.get_lines() if not str(line.get_label()).startswith("_")}
+    lines: dict[Any, Any] = {line.get_label(): line for line in time.get_lines() if not str(line.get_label()).startswith("_")}
     assert set(lines) == {"ring", "kvp", "dcp", "pcp", "none on 1x1"}
     good = timed(rows).set_index(["batch", "choice"])["token"]
     drawn = lines["kvp"].get_ydata()
     wanted = [good[f"32q1s{n}k", "kvp"].value for n in (8, 32, 128)]
     assert list(drawn / drawn[0]) == pytest.approx([value / wanted[0] for value in wanted])
     assert [text.get_text() for text in time.texts] == ["oom"], "the ring's longest context"
-    assert max(rate.get_lines()[-1].get_ydata()) == 3350
+    peak: Any = rate.get_lines()[-1].get_ydata()
+    assert max(peak) == 3350
     assert "none" not in {line.get_label() for line in sent.get_lines()}, "it sends nothing"
 
 
@@ -258,8 +260,8 @@ def test_the_section_in_a_browser(sweep: Sweep, tmp_path: Path, width: int) -> N
         assert section.locator("p.answer:visible").count() == 4
         assert section.locator("svg[role=img]:visible").count() == 8
         assert b.page.evaluate("document.documentElement.scrollWidth") <= width
-        widest = b.page.evaluate("Math.max(...[...document.querySelectorAll('#serving svg')].map(s => s.getBoundingClientRect().right))")
-        assert widest <= width
+        ends = b.page.evaluate("[...document.querySelectorAll('#serving svg')].map(s => s.getBoundingClientRect().right)")
+        assert max(ends) <= width
         # A filter leaves what is about its cells.
         b.page.evaluate("view.facets.set('setting', new Set([CELLS.find(c => c.where.includes('batch q8k')).where])); draw()")
         assert section.locator("tbody tr:visible", has_text="decode").count() == 0
