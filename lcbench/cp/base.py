@@ -107,6 +107,14 @@ class RankRun(Passes, Protocol):
         """``forward`` over what a cache holds, in the order of this rank's keys. Collective."""
         return self.forward(q, *cache.read(), sink)
 
+    def share(self, other: "RankRun") -> None:
+        """Put buffers where those of another run are, as far as these are large enough: of such runs one is at work at a time."""
+        return
+
+    def for_lse(self, saved: Any) -> Any:
+        """What ``lse`` needs of what ``forward`` has saved, while other passes run; backward needs more."""
+        return saved
+
     def hold(self, saved: Any) -> Any:
         """What ``forward`` has just saved, as it has to be kept while other forward passes run before its backward."""
         return saved

@@ -99,7 +99,7 @@ class DisplacedRun(LayerByLayer):
         tile = mask.tile(layout.shards[place.rank], (TokenSpan(0, problem.seqlen),))
         self._kernel = prepare(kernel, tile, problem.heads, getattr(torch, problem.dtype), place.device)
         self._pairs = tile.pairs(problem.heads.q)
-        self._wire = Wire(problem, place, CHANNEL)
+        self._wire = Wire.of(problem, place, CHANNEL)
         self._read, self._arriving = ([Stored(problem, kernel, place.device) for _ in range(layers)] for _ in range(2))
         self._under_way: list[list[UnderWay]] = [[] for _ in range(layers)]
 

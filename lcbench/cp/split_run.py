@@ -235,6 +235,10 @@ class SplitRun(RankRun):
         out = torch.zeros((tokens, heads.q, heads.v), dtype=self._sums, device=self._device)
         return out, torch.full(out.shape[:2], -torch.inf, dtype=self._sums, device=self._device)
 
+    def share(self, other: RankRun) -> None:
+        if isinstance(other, SplitRun) and other._problem.queries == self._problem.queries:
+            self._gathering, self._merging = other._gathering, other._merging
+
     def lse(self, saved: torch.Tensor) -> torch.Tensor:
         return saved
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,28 +40,43 @@ class UnderWay:
 
 
 class Wire:
-    """Messages of one rank of a context-parallel group on one channel. Making it is collective over all ranks.
+    """Messages of one rank to others.
 
     Attributes:
         bytes_sent: since ``begin``; a collective counts as a message to each other rank.
         bytes_between_nodes: those of them that go to ranks on other nodes.
     """
 
-    def __init__(self, problem: Problem, place: Place, channel: str) -> None:
-        self._rank, self._scale = place.rank, problem.scale
-        self._through_host = problem.scale.world_size > 1 and place.groups.goes_through_host(place.device)
-        self._group = place.groups.of(channel) if problem.scale.world_size > 1 else None
+    def __init__(self, rank: int, nodes: Sequence[int], group: dist.ProcessGroup | None, *, through_host: bool) -> None:
+        """
+        Args:
+            rank: this one's number among the ranks.
+            nodes: on which each rank is.
+            group: their communicator; None: there is one rank.
+            through_host: see ``Groups.goes_through_host``.
+        """
+        self._rank, self._nodes, self._group, self._through_host = rank, nodes, group, through_host
         self.bytes_sent = self.bytes_between_nodes = 0
+
+    @classmethod
+    def of(cls, problem: Problem, place: Place, channel: str) -> Wire:
+        """That of a rank of a context-parallel group on one channel. Collective over all ranks."""
+        ranks, per_node = problem.scale.world_size, problem.scale.gpus_per_node
+        several = ranks > 1
+        # Ranks of a node are adjacent in the group, since ranks are counted node after node.
+        return cls(
+            place.rank, [rank // per_node for rank in range(ranks)], place.groups.of(channel) if several else None,
+            through_host=several and place.groups.goes_through_host(place.device),
+        )  # fmt: skip
 
     def begin(self) -> None:
         """Count from here on."""
         self.bytes_sent = self.bytes_between_nodes = 0
 
     def _count(self, x: torch.Tensor, peer: int) -> None:
-        # Ranks of a node are adjacent in the group, since ranks are counted node after node.
-        size, per_node = x.numel() * x.element_size(), self._scale.gpus_per_node
+        size = x.numel() * x.element_size()
         self.bytes_sent += size
-        self.bytes_between_nodes += size if peer // per_node != self._rank // per_node else 0
+        self.bytes_between_nodes += size if self._nodes[peer] != self._nodes[self._rank] else 0
 
     def _leaving(self, x: torch.Tensor) -> torch.Tensor:
         return x.cpu() if self._through_host else x
@@ -75,7 +90,7 @@ class Wire:
 
     def gather(self, into: torch.Tensor, own: torch.Tensor) -> UnderWay:
         """Begin to put ``own`` (T, ...) of every rank into ``into`` (P * T, ...), by rank; both contiguous. Collective."""
-        for peer in range(self._scale.world_size):
+        for peer in range(len(self._nodes)):
             if peer != self._rank:
                 self._count(own, peer)
         source, (target, landed) = self._leaving(own), self._landing(into)

@@ -38,6 +38,8 @@ def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
     config, problem = cell.config, cell.problem
     if problem.rectangular:
         raise CannotPredict(f"batch={cell.batch} has keys without queries: a cache is not simulated yet")
+    if "workload" in config and (reason := build.build_workload(config["workload"]).unpredicted()):
+        raise CannotPredict(reason)
     strategy = build.build_strategy(config["cp"])
     try:
         masks = [build.cell_mask(cell, number) for number in range(build.draws(config["mask"]))]
