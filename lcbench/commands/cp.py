@@ -136,7 +136,7 @@ def _look(cell: Cell) -> tuple[dict[str, Any], ScheduleCost | None]:
     refused = own.reason_not("cp", config["cp"], strategy, problem, mask)
     row: dict[str, Any] = {"cp": config["cp"], "label": cell.label, "reason": refused}
     if not isinstance(strategy, Scheduled):
-        row["reason"] = row["reason"] or "a library's own, with no schedule to look at"
+        row["reason"] = row["reason"] or "has no schedule to look at"
         return row, None
     if row["reason"]:
         return row, None

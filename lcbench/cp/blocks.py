@@ -198,7 +198,6 @@ class BlockRun(RankRun):
 
         self.problem, self.blocks, self.rank, self.device = problem, blocks, place.rank, place.device
         self.exchange: Exchange = Exchange(problem, place)
-        self._cache: Cache | None = None
         self._kernel, self.computed = kernel, blocks.within(mask)
         self._input: torch.dtype = getattr(torch, problem.dtype)
         self.sums = accumulation_dtype(self._input)
@@ -231,11 +230,6 @@ class BlockRun(RankRun):
         """Whether a pass has messages."""
         return self.blocks.ranks > 1 and len(self._others) > 0
 
-    @property
-    def as_given(self) -> bool:
-        """Whether the kernel's call takes keys as this rank is given them."""
-        return True
-
     # -- what a subclass adds --------------------------------------------------------------------------------------
 
     def tile(self, tile: BandMask) -> BandMask:
@@ -263,16 +257,20 @@ class BlockRun(RankRun):
         *,
         compute: bool = True,
         communicate: bool = True,
+        cache: Cache | None = None,
     ) -> tuple[torch.Tensor, Answer]:
         """out (T, Hq, Dv) of the results that this rank gives, from what it is given (``held``), and their LSE.
 
         Without ``compute`` or without ``communicate`` everything else is done as usual, and the results mean nothing.
+
+        Args:
+            cache: that the kernel reads in place of k and v.
         """
         import torch
 
         self.exchange.begin(communicate=communicate)
         k, v, passed = self.operand(q, k, v, compute=compute)
-        out, lse = self._attend(q[: self._rows], k, v, compute=compute)
+        out, lse = self._attend(q[: self._rows], k, v, cache, compute=compute)
         parts: list[OutLse] = []
         if len(self._own):
             parts.append(_with_sink((_taken(out, self._own), _taken(lse, self._own)), sink))
@@ -286,22 +284,18 @@ class BlockRun(RankRun):
         return out.to(q.dtype), Answer(lse, passed)
 
     def reads(self, kind: CacheKind) -> str | None:
-        """See ``RankRun``: its one call takes all keys that it has as they are, unless others' are put between them."""
-        if not self.as_given:
-            return "keys that arrive from other ranks lie between this rank's own"
+        """See ``RankRun``: its one call takes all of this rank's keys, which of prompts are no cache."""
+        if self.blocks.prompts.any():
+            return "the keys of a prompt are in no cache"
         return unread(self._kernel, kind, self.problem, Platform.of(self.device))
 
     def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, Answer]:
         """``forward`` over what a cache holds, in the order of this rank's keys: read where it lies if ``reads`` says so."""
-        if self.reads(cache.kind) is not None:
-            return self.forward(q, *cache.read(), sink)
-        self._cache = cache
-        try:
-            return self.forward(q, cache.k, cache.v, sink)
-        finally:
-            self._cache = None
+        if self.reads(cache.kind) is None:
+            return self.forward(q, cache.k, cache.v, sink, cache=cache)
+        return self.forward(q, *cache.read(), sink)
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compute: bool) -> OutLse:
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache | None, *, compute: bool) -> OutLse:
         """This rank's results over the keys that it has, LSE in the type of sums."""
         import torch
 
@@ -309,8 +303,8 @@ class BlockRun(RankRun):
             shape = (len(q), self.problem.heads.q, self.problem.heads.v)
             out = torch.zeros(shape, dtype=self._reduced, device=self.device)
             return out, torch.full(shape[:2], -torch.inf, dtype=self.sums, device=self.device)
-        if self._cache is not None:
-            out, lse = cast(PreparedForCache, self._prepared).forward_cache(q, self._cache, **self._scale)
+        if cache is not None:
+            out, lse = cast(PreparedForCache, self._prepared).forward_cache(q, cache, **self._scale)
             return out, lse.to(self.sums)
         if self._kernel.contiguous_kv:
             k, v = k.contiguous(), v.contiguous()

@@ -31,10 +31,7 @@ from lcbench.schedule.layout import contiguous
 if TYPE_CHECKING:
     import torch
 
-    from lcbench.cp.wire import UnderWay
-    from lcbench.schedule.execute import Counters
-
-CHANNEL = "displaced"
+    from lcbench.schedule.execute import Counters, Waits
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class DisplacedRun(LayerByLayer):
     def __init__(self, warmup: int, problem: Problem, mask: Mask, kernel: Kernel, place: Place, count: int, layers: int) -> None:
         import torch
 
-        from lcbench.cp.wire import Wire
+        from lcbench.cp.exchange import Exchange
 
         layout = contiguous(problem.seqlen, problem.scale.world_size)
         super().__init__(layout.tokens(place.rank), count, layers)
@@ -99,15 +96,15 @@ class DisplacedRun(LayerByLayer):
         tile = mask.tile(layout.shards[place.rank], (TokenSpan(0, problem.seqlen),))
         self._kernel = prepare(kernel, tile, problem.heads, getattr(torch, problem.dtype), place.device)
         self._pairs = tile.pairs(problem.heads.q)
-        self._wire = Wire.of(problem, place, CHANNEL)
+        self._exchange = Exchange(problem, place)
         self._read, self._arriving = ([Stored(problem, kernel, place.device) for _ in range(layers)] for _ in range(2))
-        self._under_way: list[list[UnderWay]] = [[] for _ in range(layers)]
+        self._under_way: list[list[Waits]] = [[] for _ in range(layers)]
 
     def phases(self) -> dict[str, range]:
         return {WARMUP: range(self._warmup), STEADY: range(self._warmup, self.count)}
 
     def begin(self) -> None:
-        self._wire.begin()
+        self._exchange.begin(communicate=self._communicate)
 
     def attend(self, step: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if step < self._warmup:
@@ -122,15 +119,17 @@ class DisplacedRun(LayerByLayer):
 
     def _fill(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Have all keys and values of this step."""
+        from lcbench.schedule.execute import wait_all
+
         self._put(layer, k, v)
-        for work in self._sent(layer, self._read[layer]):
-            work.wait()
+        wait_all(self._sent(layer, self._read[layer]))
 
     def _renew(self, layer: int, k: torch.Tensor, v: torch.Tensor, *, more: bool) -> None:
         """Have the keys and values of this rank of this step and the others' of the step before, and begin to send this step's."""
+        from lcbench.schedule.execute import wait_all
+
         if self._under_way[layer]:
-            for work in self._under_way[layer]:
-                work.wait()
+            wait_all(self._under_way[layer])
             self._read[layer], self._arriving[layer] = self._arriving[layer], self._read[layer]
         self._put(layer, k, v)
         self._under_way[layer] = self._sent(layer, self._arriving[layer]) if more else []
@@ -139,13 +138,12 @@ class DisplacedRun(LayerByLayer):
         stored = self._read[layer]
         stored.k[self._own], stored.v[self._own] = k, v
 
-    def _sent(self, layer: int, into: Stored) -> list[UnderWay]:
+    def _sent(self, layer: int, into: Stored) -> list[Waits]:
         """Begin to gather what this rank has put."""
-        if not self._communicate or self._problem.scale.world_size == 1:
+        if self._exchange.size == 1:
             return []
         planes = zip(into.planes, self._read[layer].planes, strict=True)
-        # In place where it is waited for: then the own part is what is there.
-        return [self._wire.gather(target, source[self._own]) for target, source in planes]
+        return [work for target, source in planes for work in self._exchange.gather(target, source[self._own])]
 
     def views(self, step: int, part: int) -> Iterator[View]:
         for owner in range(self._problem.scale.world_size):
@@ -166,13 +164,15 @@ class DisplacedRun(LayerByLayer):
     def counters(self) -> Counters:
         from lcbench.schedule.execute import Counters
 
-        wire, several = self._wire, self._problem.scale.world_size > 1
+        sent, several = self._exchange, self._exchange.size > 1
         held = sum(stored.bytes for stored in (*self._read, *self._arriving))
         return Counters(
-            wire.bytes_sent, wire.bytes_between_nodes, held, self._kernel.calls, self._pairs, ["all_gather"] if several else []
+            sent.bytes_sent, sent.bytes_between_nodes, held, self._kernel.calls, self._pairs, ["all_gather"] if several else []
         )
 
-    def bare(self, *, compute: bool, communicate: bool) -> StepRun:
+    def bare(self, *, compute: bool, communicate: bool) -> StepRun | None:
+        if self._exchange.size == 1:
+            return None
         run = copy(self)
         run._compute, run._communicate = compute, communicate
         run._read, run._arriving, run._under_way = list(self._read), list(self._arriving), [[] for _ in self.layers]

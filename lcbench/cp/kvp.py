@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 
 from lcbench.cp.base import Scheduled
-from lcbench.cp.split_cache import NO_TOKENS, bounds, query_runs, share
+from lcbench.cp.split_cache import NO_TOKENS, bounds, only_forward, query_runs, share
 from lcbench.masks.band import BandMask, Ints, TokenSpan
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -29,7 +29,7 @@ from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Side, Step, head_
 
 @dataclass(frozen=True)
 class KVP(Scheduled):
-    """KV parallelism.
+    """KV parallelism, forward only.
 
     Attributes:
         tokens_per_rank: tokens of a request that a rank holds before another one joins; None: every request has all ranks.
@@ -46,7 +46,7 @@ class KVP(Scheduled):
                 check_count(option, value)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
+        return only_forward(problem)
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from lcbench.cp.base import Scheduled
-from lcbench.cp.split_cache import bounds, dealt, query_runs
+from lcbench.cp.split_cache import bounds, dealt, only_forward, query_runs
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import check_choice, check_count, rings
@@ -29,7 +29,7 @@ Exchange = Literal["allgather", "ring"]
 
 @dataclass(frozen=True)
 class PCP(Scheduled):
-    """Prefill context parallelism.
+    """Prefill context parallelism, forward only.
 
     Attributes:
         exchange: how keys and values come to all ranks.
@@ -46,7 +46,7 @@ class PCP(Scheduled):
             check_count("interleave", self.interleave)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
+        return only_forward(problem)
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size

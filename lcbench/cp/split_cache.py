@@ -125,11 +125,16 @@ def fewest(problem: Problem) -> int:
     return next(d for d in range(1, ranks + 1) if ranks % d == 0 and heads.kv % (ranks // d) == 0)
 
 
+def only_forward(problem: Problem) -> str | None:
+    """Why a strategy that serves does not run a problem with gradients, or None."""
+    return "computes no gradients, since it serves: direction=forward_backward" if problem.backward else None
+
+
 def refused(problem: Problem, option: str, degree: int) -> str | None:
     """Why ranks cannot be a grid of rows of ``degree`` ranks with these heads, or not for this problem; or None."""
     ranks, heads = problem.scale.world_size, problem.heads
-    if problem.backward:
-        return "computes no gradients, since it serves: direction=forward_backward"
+    if reason := only_forward(problem):
+        return reason
     if ranks % degree:
         return f"{option}={degree} does not divide the {ranks} ranks of scale={problem.scale}"
     if heads.q % ranks:

@@ -39,7 +39,8 @@ class Star(Strategy):
 
     def computes(self, problem: Problem, mask: Mask) -> Mask:
         assert isinstance(mask, BandMask)
-        return Blocks.of(problem, self.anchor).within(mask)
+        blocks = Blocks.of(problem, self.anchor)
+        return blocks.within(mask) if blocks.prompts.any() else mask
 
     def modelled(self, problem: Problem, mask: Mask) -> Modelled | None:
         """Of prompts, of which nothing is sent; of no batch with a cache."""

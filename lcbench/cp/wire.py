@@ -1,22 +1,16 @@
-"""Messages of runs that are no schedules: counted where they are sent, and through the host's memory where the backend needs it."""
+"""Messages from rank to rank of runs that are no schedules; what is sent is counted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from lcbench.cp.base import Place
 from lcbench.problem import Problem
-
-
-class Work(Protocol):
-    """What torch gives for a message that is under way."""
-
-    def wait(self) -> object: ...
+from lcbench.schedule.execute import Waits
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,7 @@ class UnderWay:
         landed: copies what arrived on the host to where it belongs; None: it is there.
     """
 
-    work: Work
+    work: Waits
     tensors: tuple[torch.Tensor, ...]
     landed: Callable[[], object] | None = None
 
@@ -43,7 +37,7 @@ class Wire:
     """Messages of one rank to others.
 
     Attributes:
-        bytes_sent: since ``begin``; a collective counts as a message to each other rank.
+        bytes_sent: since ``begin``.
         bytes_between_nodes: those of them that go to ranks on other nodes.
     """
 
@@ -78,34 +72,16 @@ class Wire:
         self.bytes_sent += size
         self.bytes_between_nodes += size if self._nodes[peer] != self._nodes[self._rank] else 0
 
-    def _leaving(self, x: torch.Tensor) -> torch.Tensor:
-        return x.cpu() if self._through_host else x
-
-    def _landing(self, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object] | None]:
-        """Where the backend is to write what arrives, and what brings it to ``x`` from there."""
-        if not self._through_host:
-            return x, None
-        host = torch.empty(x.shape, dtype=x.dtype)
-        return host, lambda: x.copy_(host)
-
-    def gather(self, into: torch.Tensor, own: torch.Tensor) -> UnderWay:
-        """Begin to put ``own`` (T, ...) of every rank into ``into`` (P * T, ...), by rank; both contiguous. Collective."""
-        for peer in range(len(self._nodes)):
-            if peer != self._rank:
-                self._count(own, peer)
-        source, (target, landed) = self._leaving(own), self._landing(into)
-        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # of torch 2.13, or before
-        return UnderWay(all_gather(target, source, group=self._group, async_op=True), (source, target), landed)
-
     def send(self, x: torch.Tensor, peer: int) -> UnderWay:
         """Begin to send x, contiguous, to a rank of the group, which is to ``receive`` it."""
         self._count(x, peer)
-        source = self._leaving(x)
+        source = x.cpu() if self._through_host else x
         return UnderWay(_started(dist.isend(source, group=self._group, group_dst=peer)), (source,))
 
     def receive(self, into: torch.Tensor, peer: int) -> UnderWay:
         """Begin to receive from a rank of the group, contiguous, what it is to ``send`` next on this channel."""
-        target, landed = self._landing(into)
+        target = torch.empty(into.shape, dtype=into.dtype, pin_memory=into.is_cuda) if self._through_host else into
+        landed = (lambda: into.copy_(target)) if self._through_host else None
         return UnderWay(_started(dist.irecv(target, group=self._group, group_src=peer)), (target,), landed)
 
 

@@ -104,6 +104,11 @@ class Trace:
         stand = f"{self.totals['passes']:.0f} lines as {len(self.weights)} batches with weights"
         return f"trace {self.file}: {stand}; totals off by: {off}"
 
+    @property
+    def batches(self) -> str:
+        """The batches with their weights, for people."""
+        return ", ".join(f"{batch} x {weight:.4g}" for batch, weight in self.weights.items())
+
 
 def _by_total(values: Floats) -> dict[str, float]:
     return dict(zip(TOTALS, values.tolist(), strict=True))

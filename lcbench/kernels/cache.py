@@ -56,6 +56,9 @@ class CacheKind:
         return ("contiguous" if self.page is None else f"in pages of {self.page}") + f", stored as {self.storage}"
 
 
+CONTIGUOUS = CacheKind()
+
+
 @dataclass(frozen=True, eq=False)
 class Cache:
     """Keys and values of one rank as they are stored.
@@ -88,7 +91,7 @@ class Cache:
         k: torch.Tensor,
         v: torch.Tensor,
         lengths: tuple[int, ...],
-        kind: CacheKind = CacheKind(),  # noqa: B008: it is frozen
+        kind: CacheKind = CONTIGUOUS,
         *,
         latent: bool = False,
         seed: int = 0,
@@ -96,11 +99,12 @@ class Cache:
     ) -> Cache:
         """A cache of dense keys (Tk, Hk, D) and values (Tk, Hk, Dv), requests back to back.
 
-        A contiguous cache in the inputs' type holds the tensors given. Pages are handed out in an order that ``seed`` decides, since
-        those of a real allocator are scattered; a request's last page may be partly filled, and zero in the rest, as engines
-        allocate it. A scale of ``float8`` is taken from the data of its head: the smallest power of two that brings the head's
-        largest number within 448. Engines take the largest number / 448 itself (vLLM) or this power of two (the UE8M0 scales of
-        DeepSeek-V3.1); with a power of two, stored numbers are numbers of the inputs' type too, so all kernels read the same.
+        A contiguous cache in the inputs' type holds the tensors given. Pages are handed out in an order that ``seed`` decides,
+        since those of a real allocator are scattered; a request's last page may be partly filled, and zero in the rest, as
+        engines allocate it. A scale of ``float8`` is taken from the data of its head: the smallest power of two that brings the
+        head's largest number within 448. Engines take the largest number / 448 itself (vLLM) or this power of two (the UE8M0
+        scales of DeepSeek-V3.1); with a power of two, stored numbers are numbers of the inputs' type too, so all kernels read
+        the same.
 
         Raises:
             ValueError: the lengths do not sum to the tokens; latent values are not the first numbers of the keys.

@@ -62,7 +62,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class FlashAttn2Cache(RequestKernel):
-    """flash-attn 2's kernel for caches, from compute capability 8.0 on, half types, head dims up to 256, values as keys, forward only.
+    """flash-attn 2's kernel for caches, from compute capability 8.0 on, half types, equal head dims up to 256, forward only.
 
     A call takes requests of equally many rows. Requests of a contiguous cache that are not equally far apart are copied to a tensor
     where they are, in every call.

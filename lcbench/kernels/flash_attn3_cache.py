@@ -1,4 +1,4 @@
-"""FlashAttention-3 against a cache: the Hopper build of flash-attention, whose forward splits keys over programs where that helps."""
+"""FlashAttention-3 against a cache: the Hopper build of flash-attention, which splits keys over programs where that helps."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class _Run:
 class FlashAttn3Cache(RequestKernel):
     """flash-attn 3 on Hopper, half types, pages of any size, forward only.
 
-    Head dims are equal and up to 256, or of keys above 128 up to 192 with values above 96 up to 128, or latent with values from 256 to
-    512 and at most 64 numbers more.
+    Head dims are equal and up to 256, or of keys above 128 up to 192 with values above 96 up to 128, or latent with values from
+    256 to 512 and at most 64 numbers more.
     """
 
     called: ClassVar[str] = "flash-attn 3's kernel for caches"
@@ -62,8 +62,8 @@ class FlashAttn3Cache(RequestKernel):
         if fits and heads.dim % 8 == heads.v % 8 == 0:
             return None
         return (
-            f"{self.called} takes equal head dims up to 256, keys above 128 up to 192 with values above 96 up to 128, and latent values"
-            f" from 256 to 512 with at most {ROTARY} numbers more, in steps of 8, not {heads.dim} with {heads.v}"
+            f"{self.called} takes equal head dims up to 256, keys above 128 up to 192 with values above 96 up to 128, and latent"
+            f" values from 256 to 512 with at most {ROTARY} numbers more, in steps of 8, not {heads.dim} with {heads.v}"
         )
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:

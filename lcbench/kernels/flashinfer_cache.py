@@ -44,10 +44,8 @@ class _Pages:
         own, page = call.sequences, call.kind.page or 1
         counts = -(-own.keys // page)
         sequence, column = spread(np.zeros_like(counts), counts)
-        if call.table is None:
-            indices = own.k[sequence, 0] + column
-        else:
-            indices = call.table.cpu().numpy()[sequence, column]
+        table = None if call.table is None else call.table.cpu().numpy()
+        indices = own.k[sequence, 0] + column if table is None else table[sequence, column]
         found = np.concatenate([[0], np.cumsum(counts)]), indices, own.keys - (counts - 1) * page
         device = call.cu_q.device
         self.indptr, self.indices, self.last = (torch.from_numpy(x.astype(np.int32)).to(device) for x in found)

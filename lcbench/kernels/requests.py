@@ -74,7 +74,7 @@ def sequences_of(mask: Mask) -> Sequences:
         raise Unsupported("it computes requests: rows that see all keys of theirs, or causally; not a dynamic block mask")
     bands = mask.merged().bands
     bands = bands[np.argsort(bands[:, 0], kind="stable")]
-    q0, q1, k0, k1, lo, hi = bands.T
+    q0, q1, k0, _, lo, hi = bands.T
     # Bands are tight, so a left bound that binds nowhere is the one of the corner.
     if (lo > k0 - q1 + 1).any():
         raise Unsupported("it computes requests: rows that see all keys of theirs, or causally; this mask has bounds on the left")

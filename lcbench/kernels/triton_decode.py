@@ -39,12 +39,13 @@ class TritonDecode(RequestKernel):
             raise ValueError(f"a split of {self.split} keys is less than a tile of {self.block_k or 64}")
 
     def shape(self, heads: Heads, rows: int, itemsize: int, capability: tuple[int, int]) -> Shape:
-        """The launch shape for sequences of up to ``rows`` rows: a block holds the query heads of a key/value head, 16 to 64 rows."""
+        """The launch shape for sequences of up to ``rows`` rows; a block of 16 to 64 has all query heads of a key/value head."""
         from lcbench.kernels.triton_split import Dims, padded
 
         dims = Dims.of(heads)
         room = (SHARED.get(capability, 99) - REST) << 10
-        height = min(64, padded(rows * (heads.q // heads.kv)))
+        # Values of more numbers would take the registers that sums of 64 rows need.
+        height = min(64 if dims.value <= 256 else 32, padded(rows * (heads.q // heads.kv)))
         numbers = dims.first + dims.rest + (0 if heads.latent and dims.first == heads.v else dims.value)
 
         def fits(width: int, stages: int) -> bool:

@@ -1,8 +1,8 @@
-"""Attention of few rows against many keys in Triton: the keys of each sequence are split over programs, partial results merged by LSE.
+"""Attention of few rows against many keys in Triton: keys of each sequence are split over programs, partial results merged by LSE.
 
 It is flash decoding (Dao et al., "Flash-Decoding for long-context inference", 2023): with one row a request, blocks of rows
-alone would leave most of a GPU idle. All programs get about equally many keys, whatever the lengths of the sequences. The query heads
-of a key/value head are rows of one block, so keys are read once for them. Keys are read where a cache has them, contiguous
+alone would leave most of a GPU idle. All programs get about equally many keys, whatever the lengths of the sequences. The query
+heads of a key/value head are rows of one block, so keys are read once for them. Keys are read where a cache has them, contiguous
 or in pages; numbers of float8 become the inputs' type in registers, and scales of heads are applied to scores and to results.
 Latent values are the keys' first numbers: where these are a power of two, a tile is read once for both.
 
@@ -131,10 +131,30 @@ def _rows_of(x, places, inside, d, begin, END: tl.constexpr):
 
 @triton.jit
 def _like(x, q, SCALED: tl.constexpr):
-    """Stored numbers in the type of q. Those of float8 go by float16, which has them all and which the hardware converts them to."""
+    """Stored numbers in the type of q. Those of float8 go by float16, which has them all and which hardware converts them to."""
     if SCALED:
         x = x.to(tl.float16)
     return x.to(q.dtype.element_ty)
+
+
+@triton.jit
+def _place(pages, begin, column, inside, PAGE: tl.constexpr):
+    """(page, token within it) of keys of a sequence; a contiguous cache is one page, where the sequence begins at ``begin``."""
+    if PAGE > 0:
+        return tl.load(pages + column // PAGE, mask=inside, other=0).to(tl.int64), (column % PAGE).to(tl.int64)
+    else:
+        return (column * 0).to(tl.int64), (begin + column).to(tl.int64)
+
+
+@triton.jit
+def _add(scores, values, total, weight, top, SUM: tl.constexpr):
+    """One step of the online softmax (arXiv 2307.08691); scores are in powers of two, -inf where nothing is seen."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(top - shift)
+    total = tl.dot(p.to(values.dtype), values, total * decay[:, None], input_precision="ieee", out_dtype=SUM)
+    return total, weight * decay + tl.sum(p, 1), new_top
 
 
 @triton.jit
@@ -146,9 +166,8 @@ def split_kernel(
     CAPPED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Program (item, key/value head): one part of the keys of a sequence for one block of its rows with all their heads."""
-    item = items + 3 * tl.program_id(0)
+    item, kv_head = items + 3 * tl.program_id(0), tl.program_id(1).to(tl.int64)
     number, top_row, part = tl.load(item), tl.load(item + 1), tl.load(item + 2)
-    kv_head = tl.program_id(1).to(tl.int64)
     of = sequences + 7 * number
     begin, rows, key_begin, keys = tl.load(of), tl.load(of + 1), tl.load(of + 2), tl.load(of + 3)
     seen_first, slot, count = tl.load(of + 4), tl.load(of + 5), tl.load(of + 6)
@@ -163,21 +182,14 @@ def split_kernel(
     q_rest = _rows_of(q, q_at, there, rest_d, FIRST, D) if REST > 0 else q_first
 
     sees = tl.minimum(keys, seen_first + row)
-    last = tl.minimum(keys, seen_first + (top_row + HEIGHT - 1) // GROUP)
-    at, stop = part * split, tl.minimum((part + 1) * split, last)
-    total = tl.zeros([HEIGHT, VALUE], SUM)
-    weight = tl.zeros([HEIGHT], SUM)
+    at, stop = part * split, tl.minimum(tl.minimum(keys, (part + 1) * split), seen_first + (top_row + HEIGHT - 1) // GROUP)
+    total, weight = tl.zeros([HEIGHT, VALUE], SUM), tl.zeros([HEIGHT], SUM)
     top = tl.full([HEIGHT], float("-inf"), SUM)
     for tile in range(at, stop, WIDTH):
         column = tile + tl.arange(0, WIDTH)
         inside = column < stop
-        if PAGE > 0:
-            page = tl.load(table + number.to(tl.int64) * table_t + column // PAGE, mask=inside, other=0).to(tl.int64)
-            token = (column % PAGE).to(tl.int64)
-            k_at, v_at = page * k_p + token * k_t + kv_head * k_h, page * v_p + token * v_t + kv_head * v_h
-        else:
-            token = (key_begin + column).to(tl.int64)
-            k_at, v_at = token * k_t + kv_head * k_h, token * v_t + kv_head * v_h
+        page, token = _place(table + number.to(tl.int64) * table_t, key_begin, column, inside, PAGE)
+        k_at, v_at = page * k_p + token * k_t + kv_head * k_h, page * v_p + token * v_t + kv_head * v_h
         k_first = _like(_rows_of(k, k_at, inside, first_d, 0, D), q, SCALED)
         scores = tl.dot(q_first, tl.trans(k_first), input_precision="ieee", out_dtype=SUM)
         if REST > 0:
@@ -189,13 +201,8 @@ def split_kernel(
         if CAPPED:
             scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * IN_LOG2 / softcap)) + 1.0))
         scores = tl.where(inside[None, :] & (column[None, :] < sees[:, None]), scores * IN_LOG2, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(top - shift)
         values = k_first if SHARED else _like(_rows_of(v, v_at, inside, value_d, 0, DV), q, SCALED)
-        total = tl.dot(p.to(values.dtype), values, total * decay[:, None], input_precision="ieee", out_dtype=SUM)
-        weight, top = weight * decay + tl.sum(p, 1), new_top
+        total, weight, top = _add(scores, values, total, weight, top, SUM)
 
     some = weight > 0
     result = total / tl.where(some, weight, 1.0)[:, None]

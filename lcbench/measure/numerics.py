@@ -201,7 +201,7 @@ class Examination:
 
     def _of_sinks(self, part: str, got: torch.Tensor, exact: torch.Tensor, spread: torch.Tensor, common: torch.Tensor) -> None:
         """dsink of all query heads, which ranks have parts of. Collective."""
-        every = self._ranks.reduce(got.double())
+        every = self._ranks.reduce(got.to(torch.float64, copy=True))  # a sum over ranks is in place
         errors, allowed = (every - exact).abs().tolist(), self._bounds.element(spread, common).tolist()
         for head, (error, bound) in enumerate(zip(errors, allowed, strict=True)):
             self._judge.number(part, "dsink", error, bound, f"head {head}")
@@ -281,7 +281,7 @@ class Examination:
         """A number per token and head of each tensor: elements with signs of their own, added up."""
         found = {"lse": result.lse.double()}
         if result.dsink is not None:
-            found["dsink"] = result.dsink.double()
+            found["dsink"] = result.dsink.to(torch.float64, copy=True)
         for name, x in result.named().items():
             if name != "lse":
                 signs = torch.from_numpy(np.random.default_rng(len(name)).choice([-1.0, 1.0], x.shape[-1])).to(x.device)

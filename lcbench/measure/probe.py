@@ -199,7 +199,9 @@ class Probe:
         self._half = problem.softmax_scale * len(scored) * self.alpha * self.beta
         # As much as the keys that a row sees in the mean, more or less, in the numbers of the type that sinks have.
         around = math.log(max(1.0, keys))
-        self._sinks = [float(np.float32(around + more)) for more in SINKS] if problem.softmax.sink else [-math.inf]
+        # With queries of zeros they are equal: what cancels over heads that share a key is to cancel whole.
+        offsets = (0.0,) if zero else SINKS
+        self._sinks = [float(np.float32(around + more)) for more in offsets] if problem.softmax.sink else [-math.inf]
         self._columns: dict[Kind, _Shared] = {}
         self._seen: dict[int, Visible] = {}  # by columns, of a map
         self._results = _RowsOf(self, self._held.out.tokens)

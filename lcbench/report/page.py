@@ -109,7 +109,7 @@ def write_report(
             steps=there["step"],
             lengths=there["longest"],
             traces=traces,
-            about_traces=[*map(str, seen.traces), HOW],
+            about_traces=[*(f"{trace}. Its batches: {trace.batches}" for trace in seen.traces), HOW],
             predicted=predicted,
             foretold=_foretold(sweep, frame, predicted=predicted),
             compared=[said([h for h in compared if h.phase == p]) for p in PHASES if any(h.phase == p for h in compared)],

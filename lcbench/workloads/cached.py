@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from lcbench.problem import Batch, Problem, Requests
 from lcbench.workloads.attention import AttentionSession
 from lcbench.workloads.base import Work
 from lcbench.workloads.started import Started, started
-
-if TYPE_CHECKING:
-    from lcbench.workloads.serving import Serving
 
 
 class CachedRun:
@@ -68,7 +65,7 @@ class CachedRun:
         return of_k, of_v
 
     def as_stored(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (T, Hk, D) and values (T, Hk, Dv) of all heads and any tokens as the cache would give them, by its scales. Collective."""
+        """Keys (T, Hk, D) and values (T, Hk, Dv) of all heads and any tokens as the cache would give them. Collective."""
         heads, scales = self._problem.heads, None
         if self._kind.storage == "float8":
             own = self._run.held.kv.heads or range(heads.kv)
@@ -133,10 +130,10 @@ class ServingSession(AttentionSession):
 
     run: CachedRun  # type: ignore[assignment]
 
-    def __init__(self, serving: Serving, work: Work, number: int, gang: Gang) -> None:
-        self._serving = serving
-        if serving.kind.stored_as(work.problem.dtype) != work.problem.dtype:
-            self._no_probe = f"stored as {serving.storage}, the numbers of a probe would not be what they are"
+    def __init__(self, kind: CacheKind, work: Work, number: int, gang: Gang) -> None:
+        self._kind = kind
+        if kind.stored_as(work.problem.dtype) != work.problem.dtype:
+            self._no_probe = f"stored as {kind.storage}, the numbers of a probe would not be what they are"
         super().__init__(work, number, gang)
         if self.refused is None:
             self._store()
@@ -145,14 +142,14 @@ class ServingSession(AttentionSession):
         begun = started(work, number, gang)
         if isinstance(begun, str):
             return begun
-        run = CachedRun(begun.run, work.problem, self._serving.kind, work.seed, gang.ranks)
+        run = CachedRun(begun.run, work.problem, self._kind, work.seed, gang.ranks)
         return replace(begun, run=run)  # type: ignore[arg-type]
 
     def _store(self) -> None:
         """Put the inputs into the cache, and what is stored back into the inputs."""
         shard = self.shard
         self.run.store(shard.k, shard.v)
-        if self._serving.storage != "input":
+        if self._kind.storage != "input":
             k, v = self.run.stored()
             shard.k.copy_(k)
             if not self._work.problem.heads.latent:
@@ -160,7 +157,7 @@ class ServingSession(AttentionSession):
 
     def _by_tokens(self) -> Shard:
         shard, run = super()._by_tokens(), self.run
-        if self._serving.storage == "input":
+        if self._kind.storage == "input":
             return shard
         k, v = run.as_stored(shard.k, shard.v)
         return replace(shard, k=k, v=v)
@@ -207,7 +204,7 @@ class ServingSession(AttentionSession):
         counted.metrics["serving/cache_bytes_per_token"] = sum(bytes_read) / tokens
         if "forward" in counted.bytes_sent:
             counted.metrics["serving/bytes_sent_per_token"] = counted.bytes_sent["forward"] / tokens
-        counted.notes["cache"] = f"{self._serving.kind}: " + (
+        counted.notes["cache"] = f"{self._kind}: " + (
             "read where it lies" if self.run.copies is None else f"copied out in each pass: {self.run.copies}"
         )
         return counted

@@ -59,6 +59,8 @@ class Denoise(Workload):
             return f"softmax={problem.softmax}: no diffusion model has a sink or a softcap"
         if isinstance(strategy, OverSteps):
             return strategy.too_few(self.steps, self.layers, problem)
+        if strategy.computes(problem, mask) is not mask:
+            return "the strategy computes another mask than the cell's: denoising compares with what is exact"
         return strategy.only_in_a_step()
 
     def made(self, share: Share, recompute: Any) -> Made:
@@ -71,4 +73,4 @@ class Denoise(Workload):
     def start(self, work: Work, draw: int, gang: Gang) -> DenoisingSession:
         from lcbench.workloads.denoising import DenoisingSession  # with torch, which planning does without
 
-        return DenoisingSession(self, work, draw, gang)
+        return DenoisingSession(work, draw, gang, steps=self.steps, layers=self.layers, drift=self.drift)

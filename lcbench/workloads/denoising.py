@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lcbench.cp.base import RankRun
-from lcbench.cp.steps import InSteps, Kept, Layer, OverSteps, Plain, StepRun, View
-from lcbench.masks.band import Ints
+from lcbench.cp.steps import InSteps, Kept, Layer, OverSteps, StepRun, View
+from lcbench.masks.band import BandMask, Ints
+from lcbench.masks.block import BlockMap
 from lcbench.measure.bounds import Check, Judge, of_groups, verdict
 from lcbench.measure.digests import SENT, digest, told
 from lcbench.measure.flops import forward_flops
@@ -34,26 +34,21 @@ from lcbench.measure.ranks import ALONE, EVERY, Ranks
 from lcbench.measure.reference import Shard, owned, rows, sample
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.problem import Scale
+from lcbench.schedule.held import Held, Part
 from lcbench.workloads.base import Work
-from lcbench.workloads.denoise import Denoise
 from lcbench.workloads.started import Sent, started
 
 BETWEEN = "between layers"
 
 
-def refuses(run: RankRun) -> str | None:
-    """Why the steps of a run cannot be chained, or None."""
-    assert isinstance(run, StepRun)
-    held = run.held
-    if isinstance(run, Plain) and not all(
-        part.heads is None and np.array_equal(part.tokens, run.tokens) for part in (held.q, held.kv, held.out)
-    ):
-        return "its ranks do not give the results of the tokens that they are given, which the next layer begins with"
-    return None
+NOT_BY_TOKENS = "its ranks do not give the results of the tokens that they are given, which the next layer begins with"
 
 
 class DenoisingSession(Session):
     """One draw of a denoising cell on this rank.
+
+    Args:
+        steps, layers, drift: as of ``workload=denoise``.
 
     Attributes:
         run: the strategy at work.
@@ -64,25 +59,31 @@ class DenoisingSession(Session):
     run: StepRun
     wrong: str | None = None
 
-    def __init__(self, options: Denoise, work: Work, number: int, gang: Gang) -> None:
-        self._options, self._work, self._gang, self.judge = options, work, gang, Judge()
+    def __init__(self, work: Work, number: int, gang: Gang, *, steps: int, layers: int, drift: float) -> None:
+        self._work, self._gang, self.judge = work, gang, Judge()
+        self._steps, self._layers, self._drift = steps, layers, drift
         self._kept: list[Kept] = []
         self._first: list[torch.Tensor] = []
         self._digest: list[torch.Tensor] = []
         self._sent: dict[str, Sent] = {}
         self._apart = torch.zeros(2, dtype=torch.float64, device=gang.device)  # squares: of what stale keys change, and of all
-        steps = replace(work, strategy=InSteps(work.strategy, options.steps, options.layers))
-        begun = started(steps, number, gang, refuses)
+        in_steps = replace(work, strategy=InSteps(work.strategy, steps, layers))
+        begun = started(in_steps, number, gang)
         self.refused = begun if isinstance(begun, str) else None
         if isinstance(begun, str):
             return
         assert isinstance(begun.run, StepRun)
-        self._started, self.run, self.wrong, self.prepare_s = begun, begun.run, begun.wrong, begun.prepare_s
+        self._started, self.run, self.wrong, self.prepare_s = begun, begun.run, begun.owners.wrong, begun.prepare_s
+        if self.run.together and self.wrong is None and not begun.owners.by_tokens:
+            self.refused = NOT_BY_TOKENS
+            return
+        assert isinstance(begun.mask, BandMask | BlockMap)  # no pass chooses another
+        self._mask = begun.mask
         self._probes = begun.examination() if self.run.together else None
         heads = work.problem.heads.q
-        self._rows = sample(begun.mask, "q", begun.seed, heads)
-        layers = [list(self._drawn(layer)) for layer in self.run.layers]
-        self.inputs = [[layer[step] for layer in layers] for step in range(options.steps)]
+        self._rows = sample(self._mask, "q", begun.seed, heads)
+        drawn = [list(self._drawn(layer)) for layer in self.run.layers]
+        self.inputs = [[layer[step] for layer in drawn] for step in range(steps)]
         self.negated = False
 
     def _drawn(self, layer: int) -> Iterator[Layer]:
@@ -91,9 +92,9 @@ class DenoisingSession(Session):
         dtype = torch.float64 if problem.dtype == "float64" else torch.float32
         shapes = [(heads, problem.heads.dim) for heads in (problem.heads.q, problem.heads.kv, problem.heads.kv)]
         series: list[torch.Tensor] = []
-        for step in range(self._options.steps):
+        for step in range(self._steps):
             new = [self._noise(f"{name}/{layer}/{step}", shape, dtype) for name, shape in zip("qkv", shapes, strict=True)]
-            share = self._options.drift
+            share = self._drift
             series = [math.sqrt(1 - share) * x + math.sqrt(share) * n for x, n in zip(series, new, strict=True)] if series else new
             yield Layer(*(x.to(getattr(torch, problem.dtype)) for x in series))
 
@@ -169,16 +170,16 @@ class DenoisingSession(Session):
 
     def check_first(self, say: Say) -> None:
         say("checking every layer of the first pass against the float64 reference")
-        self._check_pass(range(self._options.steps))
+        self._check_pass(range(self._steps))
         if self._probes is not None:
             say("checking every row of a layer by a probe")
             layer = self.inputs[0][0]
-            self._probes.probe("level", Shard(self.run.given, *layer))
+            self._probes.probe("level", Shard(self.run.held, *layer))
             self.draw()
 
     def check_again(self) -> None:
         self.first_pass()
-        self._check_pass(range(self._options.steps - 1, self._options.steps))
+        self._check_pass(range(self._steps - 1, self._steps))
 
     def _check_pass(self, steps: range) -> None:
         """Check the first pass, which is forgotten then but for a digest; ``steps``: those that are compared with the reference."""
@@ -225,10 +226,9 @@ class DenoisingSession(Session):
             wanted = np.union1d(np.intersect1d(wanted, view.rows), view.rows[[0, -1]])
         at = _places(self.run.given, view.keys).to(q.device)
         k, v = (self._aged(kept.step, place, which, at, view) for which in (1, 2))
-        queries = q.new_zeros((len(view.keys), *q.shape[1:]))
-        queries[_places(view.keys, kept.rows).to(q.device)] = q
-        shard = Shard(view.keys, queries, k, v)
-        return rows(self._started.mask, problem, shard, wanted, ranks, scores=self._started.bounds.rounding.scores)["out"], wanted
+        held = Part(kept.rows)
+        shard = Shard(Held(held, Part(view.keys), held), q, k, v)
+        return rows(self._mask, problem, shard, wanted, ranks, scores=self._started.bounds.rounding.scores)["out"], wanted
 
     def _aged(self, step: int, place: int, which: int, at: torch.Tensor, view: View) -> torch.Tensor:
         """Keys, or values, of a view, each of the step that it says."""
@@ -267,7 +267,7 @@ class DenoisingSession(Session):
             else:
                 self._as_sent(kept, "what it begins with", begun, ends[run.layers.start][key])
             if len(run.tokens):
-                self._as_sent(kept, "what a step gives", run.gave(results, *key), ends[self._options.layers][key])
+                self._as_sent(kept, "what a step gives", run.gave(results, *key), ends[self._layers][key])
 
     def check_timed(self, passed: Any) -> None:
         self._compare_last("last timed pass", passed)
@@ -283,12 +283,12 @@ class DenoisingSession(Session):
             norm = x.double().square().sum(-1).sqrt()
             square, count = self._gang.ranks.reduce(torch.stack([norm.square().sum(), norm.new_tensor(float(norm.numel()))]))
             # Sums in another order end up elsewhere, and every layer's queries come from those of the layers before.
-            unit = (16 if half else 4) * self._started.bounds.unit * (step + 1) * self._options.layers
+            unit = (16 if half else 4) * self._started.bounds.unit * (step + 1) * self._layers
             bound = unit * (norm + 16 * (square / count).sqrt() * (2.0**-10 if half else 1.0))
             self.judge.elements(part, "latent", digest(x), sign * first, bound, self.run.tokens)
 
     def check(self) -> Check:
-        whole = len(self._rows) == self._started.mask.num_q
+        whole = len(self._rows) == self._mask.num_q
         found: list[Any] = self._gang.ranks.all_gather_object(self.judge.found)
         own = verdict(found, REFERENCE, len(self._rows), 0, whole, {})
         if self._probes is not None:
@@ -302,11 +302,11 @@ class DenoisingSession(Session):
     def costs(self) -> dict[str, Cost]:
         """FLOPs of the pairs that the strategy's layers have. What it must send and read is known where every step is one of its
         own: keys of an earlier step were sent before."""
-        problem, run, mask = self._work.problem, self.run, self._started.mask
-        layers, heads = self._options.layers, problem.heads
+        problem, run, mask = self._work.problem, self.run, self._mask
+        layers, heads = self._layers, problem.heads
         sent = memory = 0.0
         if run.together:
-            least = least_traffic(mask, problem, run.tokens, self._gang.device, self._gang.ranks)
+            least = least_traffic(mask, problem, self._started.owners, self._gang.device, self._gang.ranks)
             sent, memory = least.sent, least.memory["forward"]
         costs = {}
         for name, steps in run.phases().items():
@@ -318,13 +318,13 @@ class DenoisingSession(Session):
 
     def counted(self) -> Counted:
         """Metrics of bytes, and how far rows are from those of a synchronous step."""
-        run, options = self.run, self._options
-        times = 1 if run.together else options.steps * options.layers
+        run = self.run
+        times = 1 if run.together else self._steps * self._layers
         whole = self._started
         if not run.together:
             heads = self._work.problem.heads.q
-            pairs = sum(run.pairs(whole.mask, heads, step) for step in range(options.steps))
-            whole = replace(whole, pairs=pairs * options.layers)
+            pairs = sum(run.pairs(self._mask, heads, step) for step in range(self._steps))
+            whole = replace(whole, pairs=pairs * self._layers)
         counted = whole.counted(self._sent, tuple(run.phases()))
         counted.metrics["mask/area"] /= times
         counted.metrics.update({f"denoise/{name}/steps": float(len(steps)) for name, steps in run.phases().items()})

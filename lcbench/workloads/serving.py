@@ -49,9 +49,9 @@ class Serving(Workload):
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
         if problem.backward:
             return "workload=serving has no backward: write direction=forward"
-        return None
+        return strategy.only_in_a_step()
 
     def start(self, work: Work, draw: int, gang: Gang) -> Session:
         from lcbench.workloads.cached import ServingSession  # with torch, which planning does without
 
-        return ServingSession(self, work, draw, gang)
+        return ServingSession(self.kind, work, draw, gang)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from lcbench.advice.frameworks.base import Cannot, exported
 from lcbench.advice.sizing import break_even
 from lcbench.cp.peers.library import LibraryStrategy, refused_problem
+from lcbench.grid.axes import CELL_GROUPS, value_of
 from lcbench.grid.build import build_strategy, cell_mask
 from lcbench.grid.cell import Cell, flat_config
 from lcbench.grid.command_line import look
@@ -23,6 +25,7 @@ from lcbench.grid.values import MOST_NUMBER, parse_batch, parse_heads, parse_sof
 from lcbench.masks.band import BandMask
 from lcbench.predict.predictor import CannotPredict, Predictor
 from lcbench.problem import PLAIN, Batch, Heads, Mesh, Problem, Requests, Scale, Softmax
+from lcbench.report.page import _about
 from lcbench.runs.passes import exchanged_bytes, flops, passes_on
 from lcbench.testing.masks import load, names
 
@@ -336,3 +339,21 @@ def test_bounds_of_a_batch_add_up() -> None:
     assert np.diff(batch.q_bounds).tolist() == [2048, 2048] + [1] * 32
     assert (batch.q_bounds[-1], batch.k_bounds[-1]) == (batch.queries, batch.tokens)
     assert batch.plane == int((batch.new * batch.total).sum())
+
+
+def test_a_page_tells_the_batch_that_all_cells_have() -> None:
+    def about(*words: str) -> str:
+        rows = [
+            {
+                **flat_config(cell),
+                "mesh": value_of(cell.config, "mesh"),
+                **{f"what_{g}": value_of(cell.config, g) for g in CELL_GROUPS},
+            }
+            for cell in cells(*words)
+        ]
+        return _about(pd.DataFrame(rows), {})[0]
+
+    served = about("batch=4q1s64", "cp=ring,ulysses", "softmax=sink", "mesh.dp=2")
+    assert served.endswith("heads 8x4x64, batch 4q1s64, mesh dp=2, softmax sink")
+    assert "batch" not in about("batch=4q1s64,8q1s64")
+    assert about("seqlen=4k").endswith("heads 8x4x64")

@@ -1,4 +1,4 @@
-"""What a cache holds is what was put in, to the last bit or within the rounding of its type; pages are scattered and each has one owner."""
+"""What a cache holds is what was put in, to the last bit or within the rounding of its type; every page has one owner."""
 
 from __future__ import annotations
 

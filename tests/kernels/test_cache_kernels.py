@@ -1,4 +1,4 @@
-"""Kernels that read caches, ours under Triton's interpreter and adapters against stand-ins, against dense attention of what is stored."""
+"""Kernels that read caches against dense attention of what is stored: ours under Triton's interpreter, adapters on stand-ins."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def check(
     kernel: RequestKernel, mask: BandMask, lengths: tuple[int, ...], heads: Heads, kind: CacheKind,
     dtype: torch.dtype = torch.float64, bound: float = 1e-12, softcap: float = 0.0, stale: float = 0.0,
 ) -> None:  # fmt: skip
-    """A cache against dense attention of exactly what it holds; ``stale`` is what lies in the rest of pages that are partly filled."""
+    """A cache against dense attention of exactly what it holds; ``stale`` lies in the rest of pages that are partly filled."""
     k, v = random_kv(mask.num_k, heads, dtype, 1)
     q = (2 * torch.randn(mask.num_q, heads.q, heads.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2))).to(dtype)
     cache = Cache.of(k, v, lengths, kind, latent=heads.latent, seed=3)

@@ -1,4 +1,4 @@
-"""Our decode kernel compiles for GPUs that are not here, at the shapes that it chooses, and takes no more of them than they have."""
+"""Our decode kernel compiles for GPUs that are not here, at the shapes that it chooses, within what they have."""
 
 from __future__ import annotations
 

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from lcbench.cp.displaced import Displaced
 from lcbench.cp.none import Local
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.causal import causal
 from lcbench.measure.blocks import with_block
 from lcbench.measure.cell import measure_cell
 from lcbench.measure.metrics import METRICS, metric_of, table
-from lcbench.problem import Problem, Scale
+from lcbench.problem import Heads, Problem, Scale
 from lcbench.workloads.base import Work
 from lcbench.workloads.block import Block
+from lcbench.workloads.denoise import Denoise
 from lcbench.workloads.models import Model
 from lcbench.workloads.recompute.token_wise import TokenWise
 from tests.measure.test_cell import GANG, SETTINGS, measured
@@ -33,9 +35,18 @@ def of_a_step() -> set[str]:
     return {metric_of(key).key for key in found.metrics}
 
 
+def of_denoising() -> set[str]:
+    """Keys of steps of denoising that begin with a synchronous one."""
+    problem = Problem(64, Heads(4, 2, 8), Scale(1, 1), "float32", "forward")
+    work = Work(Denoise(steps=2, layers=1), problem, lambda _: causal(64), SDPAFlash(), Displaced(warmup=1), SETTINGS, 5)
+    found = measure_cell(work, GANG, lambda _: None)
+    assert found.stands, found.check
+    return {metric_of(key).key for key in found.metrics}
+
+
 @pytest.mark.slow
 def test_every_key_of_a_cell_is_in_the_table_and_every_key_of_that_in_some_cell(tmp_path: Path) -> None:
-    of_steps = of_a_step()
+    of_steps = of_a_step() | of_denoising()
     for draws in (1, 2):
         first = measured("causal_document", 150, "float32", tmp_path, draws=draws)
         metrics, _ = with_block(first.metrics, first.samples, first)

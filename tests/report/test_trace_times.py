@@ -248,6 +248,7 @@ def test_a_report_has_a_section_and_a_table(tmp_path: Path) -> None:
     assert table[0] == "trace,what,time,95 % interval,per new token,than the fastest,why there is none"
     assert [line.split(",")[1] for line in table[1:]] == [one.cell.config["cp"]["name"] for one in answers(sweep)]
     assert f"trace {tmp_path}/day.jsonl: 127 lines as 3 batches with weights; totals off by: passes 0.00 %" in page
+    assert "Its batches: q3k x 7, 16q1s4k x 30, 32q1s8k x 90." in page
     plain = made_sweep(tmp_path, "plain", [*GRID, "seqlen=1k"])
     assert 'id="trace"' not in write_report(plain, tmp_path / "plain-out", known_devices()).page.read_text()
 
@@ -277,6 +278,7 @@ def test_a_command_predicts_a_trace_and_answers_scripts(
     assert launcher_named("simulate").launch_plan(look([*GRID, *words])) == 0
     said = capsys.readouterr()
     assert "8 lines as 2 batches with weights; totals off by: passes 0.00 %" in " ".join(said.err.split())
+    assert "its batches: 4q4k x 5, q8k x 3\n" in said.err
     found = json.loads(said.out)["traces"]
     assert {one["choice"]["cp"] for one in found} == {"ring", "ulysses"}
     for one in found:

@@ -3,8 +3,9 @@ their own check on real gloo ranks, and faults that this check must find."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,11 +13,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from lcbench.cp.base import Strategy
+from lcbench.cp.base import Place, Strategy
 from lcbench.cp.displaced import Displaced, DisplacedRun, Stored
 from lcbench.cp.dualparal import DualParal, Flow
+from lcbench.cp.ring import Ring
 from lcbench.cp.steps import STEADY, WARMUP, Layer, OverSteps
 from lcbench.grid.build import build_strategy
+from lcbench.grid.command_line import look
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
@@ -27,13 +30,14 @@ from lcbench.measure.cell import measure_again, measure_cell
 from lcbench.measure.measured import Measured
 from lcbench.measure.metrics import metric_of
 from lcbench.measure.session import Gang
-from lcbench.problem import Heads, Mesh, Problem, Scale
-from lcbench.schedule.execute import Groups
+from lcbench.problem import Batch, Heads, Mesh, Problem, Requests, Scale, Softmax
+from lcbench.schedule.groups import Groups
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import load, small
 from lcbench.testing.spawn import run_ranks
 from lcbench.workloads.base import Work
 from lcbench.workloads.denoise import Denoise
+from lcbench.workloads.denoising import DenoisingSession
 
 CPU = torch.device("cpu")
 HEADS = Heads(4, 2, 8)
@@ -122,11 +126,11 @@ def pipelined_densely(
 
 
 def check_runs(rank: int, ranks: int) -> None:
-    from lcbench.cp.base import Place
-
-    groups, drawn = Groups(), inputs()
-    place, problem, kept = Place(rank, CPU, groups), problem_of(ranks), []
+    drawn, problem = inputs(), problem_of(ranks)
+    kept: list[Any] = []
     for name, mask in masks().items():
+        # As where a backend takes no tensors of the device.
+        place = Place(rank, CPU, Groups(through_host=name == "causal"))
         for warmup in (1, 2):
             want, every = displaced_densely(drawn, mask, ranks, warmup)
             kernel: Kernel = Reference() if warmup == 1 else SDPAFlash()
@@ -172,8 +176,6 @@ def near(got: list[torch.Tensor], want: list[torch.Tensor], case: str) -> None:
 
 def check_lag(rank: int, ranks: int) -> None:
     """Values count steps, and all scores are equal: a row's result tells of which steps its keys were."""
-    from lcbench.cp.base import Place
-
     place, size = Place(rank, CPU, Groups()), SEQLEN // ranks
     run = Displaced(2).start_steps(problem_of(ranks), full(SEQLEN), SDPAFlash(), place, STEPS, LAYERS)
     assert isinstance(run, DisplacedRun)
@@ -190,8 +192,6 @@ def check_lag(rank: int, ranks: int) -> None:
 
 def check_static(rank: int, ranks: int) -> None:
     """Inputs that do not change: stale keys are those of now, to the bit."""
-    from lcbench.cp.base import Place
-
     place = Place(rank, CPU, Groups())
     drawn = [inputs()[0]] * STEPS
     found = []
@@ -361,6 +361,91 @@ def check_faults(rank: int, ranks: int) -> None:
             assert any(part in failure for failure in found.check.failures), f"{name} {dtype}: {found.check.failures}"
 
 
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def refusal(*words: str, workload: str = "denoise", direction: str = "forward") -> str | None:
+    """Why the cell of these words cannot run."""
+    sizes = "model=tiny" if workload == "block" else "heads=4x4x8"
+    base = ["kernel=naive", "mask=full", "seqlen=64", "scale=1x2", sizes, "dtype=float32"]
+    (cell,) = look([*base, f"workload={workload}", f"direction={direction}", *words]).cells
+    return cell.skip
+
+
+STALE = "takes keys and values of the step before"
+BOTH = {"direction": "forward_backward"}
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "reason"),
+    [
+        (["cp=ring"], {}, None),
+        (["cp=displaced"], {}, None),
+        (["cp=dualparal"], {}, None),
+        (["cp=displaced"], {"workload": "attention"}, f"cp displaced: {STALE}, and attention alone has one step: workload=denoise"),
+        (["cp=dualparal"], {"workload": "attention"}, f"cp dualparal: {STALE}, and attention alone has one step: workload=denoise"),
+        (["cp=displaced"], BOTH, f"cp displaced: {STALE}, so it has no backward pass"),
+        (
+            ["cp=displaced"],
+            {"workload": "block", "direction": "forward_backward"},
+            f"cp displaced: {STALE}, so it has no backward pass",
+        ),
+        (["cp=ring"], BOTH, "workload denoise: direction=forward_backward: denoising has no backward"),
+        (["cp=displaced", "workload.steps=4"], {}, "workload denoise: workload.steps=4 leaves no step behind the 4 of cp.warmup=4"),
+        (["cp=displaced", "seqlen=65"], {}, "cp displaced: has equal patches, and 2 ranks do not divide seqlen=65"),
+        (["cp=dualparal", "seqlen=68"], {}, "cp dualparal: has equal blocks, and cp.blocks=8 does not divide seqlen=68"),
+        (["cp=dualparal", "layers=1"], {}, "workload denoise: is a pipeline of 2 ranks, and layers=1 leaves one without a layer"),
+        (["cp=ulysses", "cp.async_projections=true"], {}, "workload denoise: cp.async_projections=true needs the projections"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_its_reason(
+    words: list[str], options: dict[str, str], reason: str | None
+) -> None:
+    found = refusal(*words, **options)
+    assert found == reason if reason is None else str(found).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda: Denoise(steps=0), "workload.steps=0 is no number of at least 1"),
+        (lambda: Denoise(layers=None), "workload.layers=all is no number of at least 1"),
+        (lambda: Denoise(drift=1.5), "workload.drift=1.5 is no share, 0 to 1"),
+        (lambda: Displaced(0), "cp.warmup=0 is no number of at least 1"),
+        (lambda: DualParal(0), "cp.blocks=0 is no number of at least 1"),
+        (lambda: DualParal(2, -0.5), "cp.context=-0.5 is no share of a block, 0 to 1"),
+    ],
+)
+def test_bad_options_are_refused(make: Callable[[], Any], line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        make()
+
+
+def test_problems_that_no_diffusion_model_has_are_refused() -> None:
+    problem, mask = problem_of(2), full(SEQLEN)
+
+    def reason(**changes: Any) -> str:
+        return str(Denoise().unsupported(replace(problem, **changes), mask, Reference(), Ring(), None))
+
+    assert reason(heads=Heads(4, 2, 8, 4)).startswith("heads=4x2x8:4: a layer's result is added to what its queries come from")
+    assert reason(softmax=Softmax(sink=True)) == "softmax=sink: no diffusion model has a sink or a softcap"
+    assert reason(softmax=Softmax(scale=0.1)) == "None"
+    assert reason(batch=Batch((Requests(1, 16, SEQLEN),))).startswith("denoising is of one sequence")
+    queries = replace(problem, batch=Batch((Requests(1, 16, SEQLEN),)))
+    assert str(Displaced().unsupported(queries, mask)) == f"every token has a query in a step, and here 16 of {SEQLEN} have one"
+
+
+def test_neighbouring_steps_have_the_correlation_that_drift_says() -> None:
+    work = Work(Denoise(3, 1, 0.19), problem_of(1), lambda _: full(SEQLEN), SDPAFlash(), Displaced(1), SETTINGS, 5)
+    session = work.start(0, Gang(0, 1, CPU, Groups(), []))
+    assert isinstance(session, DenoisingSession)
+    (first,), (second,), (third,) = session.inputs
+    for one, other, share in ((first, second, 0.9), (second, third, 0.9), (first, third, 0.81)):
+        both = torch.stack([one.q.flatten(), other.q.flatten()])
+        assert torch.corrcoef(both)[0, 1] == pytest.approx(share, abs=0.03)
+        assert both.square().mean(1).tolist() == pytest.approx([1.0, 1.0], abs=0.15)
+
+
 # -- what runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +457,7 @@ def check_all(rank: int, ranks: int) -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_runs_match_a_dense_simulation_and_cells_pass_their_check(ranks: int) -> None:
     run_ranks(ranks, check_all, ranks)
 

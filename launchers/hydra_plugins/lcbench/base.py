@@ -126,6 +126,7 @@ class PackLauncher(Launcher):
     def say_trace(self, plan: Plan) -> None:
         if plan.trace is not None:
             self.say(str(plan.trace))
+            self.say(f"its batches: {plan.trace.batches}")
 
     def launch_cells(self, sweep: Sweep, choose: Callable[[], Todo], *, settings: Settings, wait: bool, report: list[str]) -> int:
         """Run the cells that ``choose`` names, under the sweep's lock, then report on the cells ``report``."""

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="call-arg, arg-type"
+# mypy: disable-error-code="call-arg, arg-type, misc"
 """A stand-in for flash-attn 2.8.3's ``flash_attn_with_kvcache`` (flash_attn_interface.py; mha_fwd_kvcache in csrc/flash_attn)."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="call-arg, arg-type"
-"""A stand-in for the forward of flash-attention's Hopper build, of its branch main, against a cache (mha_fwd in hopper/flash_api.cpp)."""
+"""A stand-in for the forward of flash-attention's Hopper build against a cache, of its branch main (hopper/flash_api.cpp)."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -33,7 +34,7 @@ class _Planned:
 
     def requests(self, *caches: Tensor) -> list[tuple[Tensor, ...]]:
         ends = self.kv_indptr.tolist()
-        rows = [self.kv_indices[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+        rows = [self.kv_indices[begin:end] for begin, end in pairwise(ends)]
         assert all(x.shape[1] == self.page for x in caches), "the page size that was planned"
         return [tuple(in_pages(x, row, n) for x in caches) for row, n in zip(rows, self.lengths, strict=True)]
 
