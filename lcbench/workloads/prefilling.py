@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 CACHE, STAGES = "cache", "between stages"
 WATCHED = 3  # passes by which chunks are timed
+TOLD = 8  # failures that are told one by one: what is wrong in one chunk is wrong in all that come after it
 PASS = "pass"
 Given = list[list[tuple[torch.Tensor, Any]]]  # out and what its LSE needs, by chunk and layer
 
@@ -295,7 +296,9 @@ class PrefillSession(Session):
             group = gang.dp_index, gang.tp_index
             sink = draw_sink(work.problem, self.mask.density * self.mask.num_k, work.seed, gang.device, group)
         (k, cached_k), (v, cached_v) = keys["k"], [None, None] if latent else keys["v"]
-        return Layer(self._drawn("q", queries, layer, held.q.heads), k, v, cached_k, cached_v, sink)
+        found = Layer(self._drawn("q", queries, layer, held.q.heads), k, v, cached_k, cached_v, sink)
+        self._spoil(found)
+        return found
 
     def draw(self) -> None:
         """Draw the inputs anew, into the memory that they are in."""
@@ -305,10 +308,10 @@ class PrefillSession(Session):
                 into.copy_(x)
             if layer.sink is not None and drawn.sink is not None:
                 layer.sink.copy_(drawn.sink)
-            self._spoil(layer)
         self.negated = False
 
     def _spoil(self, layer: Layer) -> None:
+        """Have the cache as a pass is to find it."""
         for cache, _ in layer.caches:
             self._cached.spoil(cache)
 
@@ -455,20 +458,24 @@ class PrefillSession(Session):
         """The first pass, which is forgotten then."""
         self._check_places()
         for chunk, layer, examination, kept in self._checked():
-            shard = self._shard(chunk, layer, kept.queries[layer])
-            drawn = None if self._begun[chunk].owners.by_tokens else self._by_tokens(chunk, layer)
-            examination.first(shard, kept.results[layer], drawn)
+            by_tokens = self._begun[chunk].owners.by_tokens
+            exact = self._exact(chunk, layer, kept.queries[layer]) if by_tokens else self._by_tokens(chunk, layer)
+            examination.first(exact, kept.results[layer], exact)
         self._kept = []
 
     def _probe(self) -> None:
+        first = self.layers[0]
         for chunk, of_chunk in enumerate(self._examinations):
             for probe in of_chunk[0].probes:
-                of_chunk[0].probe(probe, self._shard(chunk, 0, self._queries(self.layers[0], chunk)))
+                shard = Shard(self._owns[chunk].held, self._queries(first, chunk), *self._keys(first, chunk), sink=first.sink)
+                of_chunk[0].probe(probe, shard)
         self.draw()
 
-    def _shard(self, chunk: int, layer: int, queries: torch.Tensor) -> Shard:
-        own = self.layers[layer]
-        return Shard(self._owns[chunk].held, queries, *self._keys(own, chunk), sink=own.sink)
+    def _exact(self, chunk: int, layer: int, queries: torch.Tensor) -> Shard:
+        """What a chunk is to be computed from: keys and values drawn anew, whatever the cache has."""
+        own = self._owns[chunk]
+        k, v = (self._drawn(name, own.keys, layer, own.held.kv.heads) for name in ("k", "v"))
+        return Shard(own.held, queries, k, v, sink=self.layers[layer].sink)
 
     def _by_tokens(self, chunk: int, layer: int) -> Shard:
         """The inputs of a chunk of as many adjacent queries, and keys, as each rank's, all heads of them."""
@@ -478,8 +485,6 @@ class PrefillSession(Session):
             self._drawn(name, every[part], layer, None)
             for name, every, part in (("q", of.queries, queries), ("k", of.keys, keys), ("v", of.keys, keys))
         )
-        if self._work.problem.heads.latent:
-            v = k[..., : self._work.problem.heads.v]
         return Shard(Held(Part(queries), Part(keys), Part(queries)), q, k, v, sink=self.layers[layer].sink)
 
     def _check_places(self) -> None:
@@ -524,9 +529,12 @@ class PrefillSession(Session):
         whole = of_groups(checks)
         own = verdict(self._gang.ranks.all_gather_object(self.judge.found), REFERENCE, 0, 0, True, {})
         places = of_groups(dict(EVERY.all_gather_object((self._gang.ranks.name, own))))
+        failures = [*places.failures, *whole.failures]
+        if len(failures) > TOLD:
+            failures = [*failures[:TOLD], f"and {len(failures) - TOLD} more parts of chunks"]
         return replace(
             whole, rows=sum(check.rows for check in checks.values()), columns=0, ratios=whole.ratios | places.ratios,
-            failures=[*whole.failures, *places.failures],
+            failures=failures,
         )  # fmt: skip
 
     # -- what it is made of ----------------------------------------------------------------------------------------
