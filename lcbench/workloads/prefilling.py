@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ WATCHED = 3  # passes by which chunks are timed
 TOLD = 8  # failures that are told one by one: what is wrong in one chunk is wrong in all that come after it
 PASS = "pass"
 Given = list[list[tuple[torch.Tensor, Any]]]  # out and what its LSE needs, by chunk and layer
+Keep = Callable[[int, list[torch.Tensor], torch.Tensor | None], None]  # takes a chunk, its queries by layer, what it began with
 
 
 @dataclass(frozen=True)
@@ -221,9 +223,14 @@ class _Counting:
         return self.whole
 
 
-def refuses(run: RankRun) -> str | None:
+def refuses(run: RankRun, stages: int) -> str | None:
     """Why a run cannot compute a chunk of a prompt, or None."""
-    return None if run.negates else "which keys it computes is chosen by the inputs, so that its chunks are not parts of one mask"
+    if not run.negates:
+        return "which keys it computes is chosen by the inputs, so that its chunks are not parts of one mask"
+    q, out = run.held.q, run.held.out
+    if stages > 1 and (q.heads != out.heads or not np.array_equal(q.tokens, out.tokens)):
+        return "its ranks do not give the results of the queries that they are given, which the next stage begins with"
+    return None
 
 
 class PrefillSession(Session):
@@ -264,7 +271,8 @@ class PrefillSession(Session):
         self._cached = Cached(self._owns, gang.device)
         self._ends = np.cumsum([0, *(len(own.queries) for own in self._owns)]).tolist()
         problem, dtype = work.problem, getattr(torch, work.problem.dtype)
-        shapes = [(len(own.queries), problem.heads.q, problem.heads.v) for own in self._owns]
+        parts = [own.held.out for own in self._owns]
+        shapes = [(len(part.tokens), len(part.heads or range(problem.heads.q)), problem.heads.v) for part in parts]
         self.link = Link(gang, self._stages, shapes, dtype)
         self.layers = [self._made(layer) for layer in range(options.layers // self._stages)]
         self._examinations = [[one.examination(layer) for layer in range(len(self.layers))] for one in self._begun]
@@ -272,10 +280,7 @@ class PrefillSession(Session):
     def _begin(self, chunk: Chunk, whole: Any, number: int) -> Started | str:
         """A chunk ready to run, or why the ranks cannot run it. Collective."""
         own = replace(self._work, problem=chunk.problem(self._work.problem), make_mask=lambda _: chunk.mask(whole))
-        one = started(own, number, self._gang, refuses)
-        if not isinstance(one, str) and self._stages > 1 and not one.owners.by_tokens:
-            return "its ranks do not give the results of the queries that they are given, which the next stage begins with"
-        return one
+        return started(own, number, self._gang, partial(refuses, stages=self._stages))
 
     def _each(self) -> Iterator[tuple[Chunk, Started]]:
         return zip(self.chunks, self._begun, strict=True)
@@ -345,7 +350,7 @@ class PrefillSession(Session):
         """Forward gives out and what its LSE needs, of each layer of each chunk."""
         return {"forward": lambda _: self._pass([one.run for one in self._begun])}
 
-    def _pass(self, runs: Sequence[Passes], keep: Callable[[int, Kept], None] | None = None, watch: Watch | None = None) -> Given:
+    def _pass(self, runs: Sequence[Passes], keep: Keep | None = None, watch: Watch | None = None) -> Given:
         """All chunks, one after the other."""
         given: Given = []
         self.link.begin()
@@ -366,7 +371,7 @@ class PrefillSession(Session):
             if watch:
                 watch.spans.append((str(chunk), since, watch.now()))
             if keep:
-                keep(chunk, Kept(queries, begun, self._results(chunk, given[-1])))
+                keep(chunk, queries, begun)
         self.link.finish()
         return given
 
@@ -374,8 +379,9 @@ class PrefillSession(Session):
         """Of each layer of a chunk. Collective."""
         return [Result(out, self._begun[chunk].run.lse(saved)) for out, saved in given]
 
-    def _count(self, chunk: int, kept: Kept) -> None:
-        self._kept.append(kept)
+    def _count(self, chunk: int, queries: list[torch.Tensor], begun: torch.Tensor | None) -> None:
+        """Keep what goes into a chunk of the first pass, and count what it has sent."""
+        self._kept.append(Kept(queries, begun, []))
         if counters := self._begun[chunk].run.counters():
             # Every layer of a chunk sends as much.
             sent = Sent(len(self.layers) * counters.bytes_sent, len(self.layers) * counters.bytes_between_nodes)
@@ -383,7 +389,8 @@ class PrefillSession(Session):
 
     def first_pass(self) -> None:
         self._kept, self._sent = [], Sent(0, 0)
-        self._pass([one.run for one in self._begun], self._count)
+        given = self._pass([one.run for one in self._begun], self._count)
+        self._kept = [replace(kept, results=self._results(chunk, given[chunk])) for chunk, kept in enumerate(self._kept)]
         if (wire := self.link.wire) is not None:
             self._sent = self._sent.plus(Sent(wire.bytes_sent, wire.bytes_between_nodes))
 
@@ -459,7 +466,8 @@ class PrefillSession(Session):
         self._check_places()
         for chunk, layer, examination, kept in self._checked():
             by_tokens = self._begun[chunk].owners.by_tokens
-            exact = self._exact(chunk, layer, kept.queries[layer]) if by_tokens else self._by_tokens(chunk, layer)
+            queries = kept.queries[layer]
+            exact = self._exact(chunk, layer, queries) if by_tokens else self._by_tokens(chunk, layer, queries)
             examination.first(exact, kept.results[layer], exact)
         self._kept = []
 
@@ -477,15 +485,24 @@ class PrefillSession(Session):
         k, v = (self._drawn(name, own.keys, layer, own.held.kv.heads) for name in ("k", "v"))
         return Shard(own.held, queries, k, v, sink=self.layers[layer].sink)
 
-    def _by_tokens(self, chunk: int, layer: int) -> Shard:
-        """The inputs of a chunk of as many adjacent queries, and keys, as each rank's, all heads of them."""
+    def _by_tokens(self, chunk: int, layer: int, given: torch.Tensor) -> Shard:
+        """The inputs of a chunk of as many adjacent queries, and keys, as each rank's, all heads of them; ``given``: this rank's
+        queries. Collective."""
         own, ranks, of = self._gang.cp_rank, self._work.problem.scale.world_size, self.chunks[chunk]
         queries, keys = (np.arange(n * own // ranks, n * (own + 1) // ranks) for n in (len(of.queries), len(of.keys)))
-        q, k, v = (
-            self._drawn(name, every[part], layer, None)
-            for name, every, part in (("q", of.queries, queries), ("k", of.keys, keys), ("v", of.keys, keys))
-        )
+        k, v = (self._drawn(name, of.keys[keys], layer, None) for name in ("k", "v"))
+        if self._stages > 1 and layer == 0:  # what came from the stage before is in them
+            q = self._every_head(self._owns[chunk].held.q, given, len(of.queries))[torch.from_numpy(queries).to(given.device)]
+        else:
+            q = self._drawn("q", of.queries[queries], layer, None)
         return Shard(Held(Part(queries), Part(keys), Part(queries)), q, k, v, sink=self.layers[layer].sink)
+
+    def _every_head(self, part: Part, given: torch.Tensor, count: int) -> torch.Tensor:
+        """All ``count`` queries (T, Hq, D), of which each rank is ``given`` a part, each once. Collective."""
+        heads = part.heads or range(self._work.problem.heads.q)
+        every = given.new_zeros((count, self._work.problem.heads.q, given.shape[-1]))
+        every[torch.from_numpy(part.tokens).to(given.device), heads.start : heads.stop] = given
+        return self._gang.ranks.reduce(every)
 
     def _check_places(self) -> None:
         """What the pass has left in the cache, and what stages have passed on. Collective among the stages."""

@@ -1,5 +1,5 @@
-"""Prompts in chunks: plans against dense masks, results of all chunks together against dense float64 attention of the whole prompt on
-real gloo ranks, whole cells with their own check, pipelines of stages, and faults that the check must find."""
+"""Prompts in chunks: plans against dense masks, results of all chunks together against dense float64 attention of the whole
+prompt on real gloo ranks, whole cells with their own check, pipelines of stages, and faults that the check must find."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.causal import causal
 from lcbench.masks.full import full
 from lcbench.masks.mask import Mask
-from lcbench.masks.requests import of_requests
-from lcbench.masks.sliding_window import sliding_window
 from lcbench.measure.cell import measure_again, measure_cell
 from lcbench.measure.inputs import draw, draw_sink
 from lcbench.measure.measured import Measured
@@ -127,7 +125,9 @@ def test_what_cannot_be_chunked_says_why() -> None:
     ulysses = build_strategy(load("cp", "ulysses"))
     assert reason(of=replace(problem, heads=Heads(3, 3, 8)), cp=ulysses).startswith("the chunk of tokens 16 to 31: ")
     assert reason(cp=build_strategy(load("cp", "lightseq")))
-    assert ChunkedPrefill(pipeline=True).misfit(Mesh()) == "workload.pipeline=true: mesh.dp=1 is one stage, and a pipeline has several"
+    assert (
+        ChunkedPrefill(pipeline=True).misfit(Mesh()) == "workload.pipeline=true: mesh.dp=1 is one stage, and a pipeline has several"
+    )
     assert "workload.layers=3 cannot be dealt out evenly to the mesh.dp=2 stages" in (
         ChunkedPrefill(layers=3, pipeline=True).misfit(Mesh(dp=2)) or ""
     )
@@ -193,9 +193,7 @@ def densely(cell: Cell, problem: Problem, layers: int, stages: int, tp: int) -> 
         found = []
         for layer in range(layers):
             some = np.arange(problem.queries), np.arange(problem.seqlen)
-            q, k, v = (
-                draw(name, some[name != "q"], problem, SEED, CPU, (stage, tp), None, layer) for name in ("q", "k", "v")
-            )
+            q, k, v = (draw(name, some[name != "q"], problem, SEED, CPU, (stage, tp), None, layer) for name in ("q", "k", "v"))
             if before is not None and layer == 0:
                 width = min(q.shape[-1], before.shape[-1])
                 q[..., :width] += before[..., :width]
@@ -269,6 +267,7 @@ def pipelines(ranks: int) -> Iterator[Cell]:
         yield Cell("ring", options=ChunkedPrefill(12, layers=2, pipeline=True), mesh=dp)
         yield Cell("ulysses", TWO, "MHA", ChunkedPrefill(20, True, 4, layers=4, pipeline=True), mesh=dp, softmax=Softmax(sink=True))
         yield Cell("allgather", heads="MLA", options=ChunkedPrefill(8, layers=2, pipeline=True), mesh=dp)
+        yield Cell("dcp", heads="MLA", options=ChunkedPrefill(12, layers=2, pipeline=True), mesh=dp)
     if ranks == 4:
         yield Cell("none", options=ChunkedPrefill(8, layers=4, pipeline=True), mesh=Mesh(dp=4))
         yield Cell("none", options=ChunkedPrefill(8, layers=2, pipeline=True), mesh=Mesh(dp=2, tp=2, order="cp-dp-tp"))
@@ -304,6 +303,7 @@ def sound(ranks: int) -> list[Cell]:
         cells += [
             Cell("ring", options=ChunkedPrefill(12, layers=4, pipeline=True), mesh=dp),
             Cell("ulysses", options=ChunkedPrefill(12, layers=2, pipeline=True), mesh=dp, dtype="bfloat16"),
+            Cell("dcp", options=ChunkedPrefill(16, layers=2, pipeline=True), mesh=dp),
             Cell("allgather", TWO, mesh=dp), Cell("ring", heads="latent", mesh=Mesh(tp=2)),
         ]  # fmt: skip
     return cells
@@ -323,7 +323,9 @@ def check_metrics(cell: Cell, found: Measured, ranks: int) -> None:
     assert metrics["serving/new_tokens"] == tokens
     assert metrics["serving/tokens_per_s"] == pytest.approx(tokens / metrics["time/forward/median_s"])
     width = problem.heads.kv * problem.heads.kv_width * problem.itemsize * options.layers
-    copies = cell.mesh.tp * (1 if stages > 1 else cell.mesh.dp)  # of what follows, which heads of a rank divide or requests multiply
+    copies = cell.mesh.tp * (
+        1 if stages > 1 else cell.mesh.dp
+    )  # of what follows, which heads of a rank divide or requests multiply
     if cell.cp != "helix":
         read = sum(len(one.keys) for one in chunks) * width * copies
         assert metrics["serving/cache_bytes_per_token"] == pytest.approx(read / tokens)
@@ -333,7 +335,7 @@ def check_metrics(cell: Cell, found: Measured, ranks: int) -> None:
         assert 0 < metrics["chunk/bubble"] < 1
         # Between stages each rank sends what it gives, once.
         passed_on = problem.queries // problem.scale.world_size * problem.heads.q * problem.heads.v * problem.itemsize
-        if cell.cp == "none":
+        if cell.cp in ("none", "dcp"):  # a rank by itself, and heads of whole sequences
             assert metrics["comm/forward/bytes"] == passed_on
         else:
             assert metrics["comm/forward/bytes"] > passed_on
