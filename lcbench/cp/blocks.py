@@ -197,7 +197,7 @@ class BlockRun(RankRun):
         from lcbench.cp.exchange import Exchange  # with torch, which planning does without
 
         self.problem, self.blocks, self.rank, self.device = problem, blocks, place.rank, place.device
-        self.exchange: Exchange = Exchange(problem, place)
+        self.exchange: Exchange = Exchange.of(problem, place)
         self._kernel, self.computed = kernel, blocks.within(mask)
         self._input: torch.dtype = getattr(torch, problem.dtype)
         self.sums = accumulation_dtype(self._input)
@@ -289,11 +289,19 @@ class BlockRun(RankRun):
             return "the keys of a prompt are in no cache"
         return unread(self._kernel, kind, self.problem, Platform.of(self.device))
 
-    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, Answer]:
+    def forward_cache(
+        self,
+        q: torch.Tensor,
+        cache: Cache,
+        sink: torch.Tensor | None = None,
+        *,
+        compute: bool = True,
+        communicate: bool = True,
+    ) -> tuple[torch.Tensor, Answer]:
         """``forward`` over what a cache holds, in the order of this rank's keys: read where it lies if ``reads`` says so."""
         if self.reads(cache.kind) is None:
-            return self.forward(q, cache.k, cache.v, sink, cache=cache)
-        return self.forward(q, *cache.read(), sink)
+            return self.forward(q, cache.k, cache.v, sink, cache=cache, compute=compute, communicate=communicate)
+        return self.forward(q, *cache.read(), sink, compute=compute, communicate=communicate)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache | None, *, compute: bool) -> OutLse:
         """This rank's results over the keys that it has, LSE in the type of sums."""
@@ -354,6 +362,9 @@ class Replay:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Answer]:
         return self.run.forward(q, k, v, sink, compute=self.compute, communicate=self.communicate)
+
+    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, Answer]:
+        return self.run.forward_cache(q, cache, sink, compute=self.compute, communicate=self.communicate)
 
     def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, ...]:
         return self.run.backward(dout, saved)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 
-from lcbench.cp.base import Passes, Place, RankRun
+from lcbench.cp.base import Place, RankRun
 from lcbench.cp.exchange import Exchange
 from lcbench.cp.split_cache import Merge, Split
 from lcbench.kernels.base import Kernel, OutLse, Platform, Prepared, Unsupported, accumulation_dtype, prepare, softmax_arguments
@@ -23,9 +23,10 @@ from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sink import with_sink
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.execute import Counters, wait_all
+from lcbench.schedule.execute import Counters
 from lcbench.schedule.held import Held
 from lcbench.schedule.layout import Layout
+from lcbench.schedule.messages import wait_all
 
 
 class Merging(ABC):
@@ -145,7 +146,7 @@ class SplitRun(RankRun):
         self._split, self._problem, self._device = split, problem, place.device
         self._input: torch.dtype = getattr(torch, problem.dtype)
         self._sums, self._softmax = accumulation_dtype(self._input), softmax_arguments(problem)
-        self._row = Exchange(problem, place, split.rows)
+        self._row = Exchange.of(problem, place, split.rows)
         self._gathering = self._merging = None
         if self._row.size > 1:
             own, tokens = split.heads.q // self._row.size, problem.queries
@@ -195,19 +196,30 @@ class SplitRun(RankRun):
         of_row = replace(self._problem, heads=self._split.heads)
         return unread(self._asked, kind, of_row, Platform.of(self._device))
 
-    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_cache(
+        self,
+        q: torch.Tensor,
+        cache: Cache,
+        sink: torch.Tensor | None = None,
+        *,
+        compute: bool = True,
+        communicate: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.reads(cache.kind) is not None:
-            return self.forward(q, *cache.read(), sink)
-        attend = lambda kernel, queries: cast(PreparedForCache, kernel).forward_cache(queries, cache, **self._softmax)  # noqa: E731
-        return self._pass(q, attend, sink)
+            return self.forward(q, *cache.read(), sink, compute=compute, communicate=communicate)
+
+        def attend(kernel: Prepared, queries: torch.Tensor) -> OutLse:
+            return cast(PreparedForCache, kernel).forward_cache(queries, cache, **self._softmax)
+
+        return self._pass(q, attend, sink, compute, communicate)
 
     def _pass(
         self,
         q: torch.Tensor,
         attend: Callable[[Prepared, torch.Tensor], OutLse],
         sink: torch.Tensor | None,
-        compute: bool = True,
-        communicate: bool = True,
+        compute: bool,
+        communicate: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Results of this rank's heads; ``attend``: partial ones of the row's, over this rank's own keys."""
         self._row.begin(communicate=communicate)
@@ -252,7 +264,7 @@ class SplitRun(RankRun):
         calls = self._kernel.calls if self._kernel else 0
         return Counters(self._row.bytes_sent, self._row.bytes_between_nodes, held, calls, self._pairs, collectives)
 
-    def replay(self, *, compute: bool, communicate: bool) -> Passes | None:
+    def replay(self, *, compute: bool, communicate: bool) -> Alone | None:
         """The same passes without kernels or without messages; None for a rank alone, which sends nothing."""
         return Alone(self, compute, communicate) if self._row.size > 1 else None
 
@@ -269,6 +281,9 @@ class Alone:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.run.forward(q, k, v, sink, compute=self.compute, communicate=self.communicate)
+
+    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.run.forward_cache(q, cache, sink, compute=self.compute, communicate=self.communicate)
 
     def backward(self, dout: torch.Tensor, saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.run.backward(dout, saved)

@@ -36,8 +36,6 @@ def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
         CannotPredict: nothing is known of how the strategy works, or it cannot run the cell.
     """
     config, problem = cell.config, cell.problem
-    if problem.rectangular:
-        raise CannotPredict(f"batch={cell.batch} has keys without queries: a cache is not simulated yet")
     if "workload" in config and (reason := build.build_workload(config["workload"]).unpredicted()):
         raise CannotPredict(reason)
     strategy = build.build_strategy(config["cp"])

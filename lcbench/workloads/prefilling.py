@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from lcbench.cp.base import Passes, RankRun
-from lcbench.cp.wire import UnderWay, Wire
+from lcbench.cp.exchange import Exchange
 from lcbench.masks.band import Ints
 from lcbench.measure.bounds import Check, Judge, of_groups, verdict
 from lcbench.measure.digests import SENT, told
@@ -38,6 +38,7 @@ from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.schedule.execute import Counters
 from lcbench.schedule.held import Held, Part
+from lcbench.schedule.messages import Sending, Waits, wait_all
 from lcbench.workloads.base import Work
 from lcbench.workloads.started import Sent, Started, started
 from lcbench.workloads.watch import Watch
@@ -150,51 +151,51 @@ class Link:
     """Activations on their way from a stage to the next one, between ranks of the same number.
 
     Attributes:
-        wire: their messages; None: there is one stage.
+        messages: theirs; None: there is one stage.
     """
 
     def __init__(self, gang: Gang, stages: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
         self._stage, self._last = (gang.dp_index, stages - 1) if stages > 1 else (0, 0)
         self._shapes, self._dtype, self._device = shapes, dtype, gang.device
-        self._coming: deque[tuple[torch.Tensor, UnderWay]] = deque()
-        self._sent: list[UnderWay] = []
-        self.wire: Wire | None = None
+        self._coming: deque[tuple[torch.Tensor, list[Waits]]] = deque()
+        self._sent: list[Waits] = []
+        self.messages: Exchange | None = None
         if stages > 1:
             assert gang.scale is not None
-            nodes = gang.grid[:, gang.tp_index, gang.cp_rank] // gang.scale.gpus_per_node
             through_host = gang.groups.goes_through_host(gang.device)
-            self.wire = Wire(self._stage, nodes.tolist(), gang.communicator("dp"), through_host=through_host)
+            sending = Sending(gang.rank, gang.scale.gpus_per_node, gang.device, through_host=through_host)
+            members = gang.grid[:, gang.tp_index, gang.cp_rank].tolist()
+            self.messages = Exchange(members, self._stage, gang.communicator("dp"), sending)
 
     def begin(self) -> None:
         """A pass begins."""
-        if self.wire is not None:
-            self.wire.begin()
+        if self.messages is not None:
+            self.messages.begin()
         self._expect(0)
 
     def _expect(self, chunk: int) -> None:
         """Begin to receive what a chunk begins with."""
-        if self.wire is not None and self._stage > 0 and chunk < len(self._shapes):
+        if self.messages is not None and self._stage > 0 and chunk < len(self._shapes):
             into = torch.empty(self._shapes[chunk], dtype=self._dtype, device=self._device)
-            self._coming.append((into, self.wire.receive(into, self._stage - 1)))
+            self._coming.append((into, self.messages.receive(into, self._stage - 1)))
 
     def take(self, chunk: int) -> torch.Tensor | None:
         """What a chunk begins with, once it is there; None at the first stage. That of the next chunk may come meanwhile."""
         if not self._coming:
             return None
-        into, work = self._coming.popleft()
+        into, works = self._coming.popleft()
         self._expect(chunk + 1)
-        work.wait()
+        wait_all(works)
         return into
 
     def leave(self, out: torch.Tensor) -> None:
         """Send what a chunk gives to the next stage."""
-        if self.wire is not None and self._stage < self._last:
-            self._sent.append(self.wire.send(out.contiguous(), self._stage + 1))
+        if self.messages is not None and self._stage < self._last:
+            self._sent += self.messages.send(out.contiguous(), self._stage + 1)
 
     def finish(self) -> None:
         """Wait until all has been sent."""
-        for work in self._sent:
-            work.wait()
+        wait_all(self._sent)
         self._sent = []
 
 
@@ -391,8 +392,8 @@ class PrefillSession(Session):
         self._kept, self._sent = [], Sent(0, 0)
         given = self._pass([one.run for one in self._begun], self._count)
         self._kept = [replace(kept, results=self._results(chunk, given[chunk])) for chunk, kept in enumerate(self._kept)]
-        if (wire := self.link.wire) is not None:
-            self._sent = self._sent.plus(Sent(wire.bytes_sent, wire.bytes_between_nodes))
+        if (passed_on := self.link.messages) is not None:
+            self._sent = self._sent.plus(Sent(passed_on.bytes_sent, passed_on.bytes_between_nodes))
 
     def variants(self) -> dict[str, Phases]:
         """None of a pipeline, whose stages wait for one another whatever is left out."""
