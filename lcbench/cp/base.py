@@ -109,6 +109,14 @@ class RankRun(Passes, Protocol):
         """Why it does not read such a cache of this rank's keys and values where it lies, but a copy of it; None: it does."""
         return f"{type(self).__name__} takes keys and values as they are"
 
+    def share(self, other: "RankRun") -> None:
+        """Put buffers where those of another run are, as far as these are large enough: of such runs one is at work at a time."""
+        return
+
+    def for_lse(self, saved: Any) -> Any:
+        """What ``lse`` needs of what ``forward`` has saved, while other passes run; backward needs more."""
+        return saved
+
     def hold(self, saved: Any) -> Any:
         """What ``forward`` has just saved, as it has to be kept while other forward passes run before its backward."""
         return saved

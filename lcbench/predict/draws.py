@@ -36,6 +36,8 @@ def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
         CannotPredict: nothing is known of how the strategy works, or it cannot run the cell.
     """
     config, problem = cell.config, cell.problem
+    if "workload" in config and (reason := build.build_workload(config["workload"]).unpredicted()):
+        raise CannotPredict(reason)
     strategy = build.build_strategy(config["cp"])
     try:
         masks = [build.cell_mask(cell, number) for number in range(build.draws(config["mask"]))]
