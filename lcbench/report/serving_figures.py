@@ -160,8 +160,8 @@ def caption_of(panel: Panel) -> str:
     foretold = " Dotted and hollow: predicted, not measured." if (panel.rows["status"] == "predicted").any() else ""
     failed = " A cross at the bottom is a failed cell, with the class of its failure." if len(panel.failed) else ""
     return (
-        "Forward of one attention call over its new tokens, with its 95 % interval. Cache: bytes that the busiest rank has to read, "
-        f"over that time. Sent: by the rank that sends most; who sends nothing has no line.{base}{foretold}{failed}"
+        "Forward of one attention call over its new tokens, with its 95 % interval. Cache: bytes that the busiest rank has to "
+        f"read, over that time. Sent: by the rank that sends most; who sends nothing has no line.{base}{foretold}{failed}"
     )
 
 
