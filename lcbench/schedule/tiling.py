@@ -23,8 +23,8 @@ from lcbench.schedule.schedule import Schedule, Side, TileColumn
 
 CACHED = 1 << 17  # values that are worked out together, so that they fit into a cache
 BLOCK = 128  # rows and keys of the blocks that kernels compute or skip
-# Of a bundle of queries with each unit of keys: pairs, covered pairs, pieces, keys that a row sees, and pieces that go on in the next
-# unit.
+# Of a bundle of queries with each unit of keys: pairs, covered pairs, pieces, keys that some row sees, and pieces that go on in the
+# next unit.
 PAIRS, COVERED, PIECES, READ, GO_ON = range(5)
 VALUES = 5
 
@@ -77,7 +77,7 @@ def _sizes(side: Side) -> Ints:
 
 
 def _found(schedule: Schedule, mask: Mask, every: Ints) -> Floats:
-    """Pairs, covered pairs, pieces and keys that are read of each tile, (4, tiles). Of heads with maps of their own a tile has the mean."""
+    """Pairs, covered pairs, pieces and read keys of each tile, (4, tiles). Of heads with maps of their own a tile has the mean."""
     total = np.zeros((GO_ON, len(every)))
     if not len(every):
         return total
