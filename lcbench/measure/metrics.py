@@ -222,8 +222,8 @@ METRICS = (
     Metric(
         "check/distance", "1",
         "of a strategy that approximates: how far out is from what the cell's own mask gives of the keys of now, by the rows of "
-        "the reference: the root of the sum of the squares of what is between them, over that of what is exact; of denoising in the "
-        "steps of its last phase. Its other checks are against what it computes", "lower", "max",
+        "the reference: the root of the sum of the squares of what is between them, over that of what is exact; of denoising in "
+        "the steps of its last phase. Its other checks are against what it computes", "lower", "max",
     ),
     Metric("serving/new_tokens", "token", "new tokens of a pass, of all context-parallel groups"),
     Metric("serving/tokens_per_gpu", "token", "the same over the ranks"),
