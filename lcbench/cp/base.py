@@ -230,6 +230,10 @@ class Strategy(ABC):
         results are checked against this one, and how far they are from the cell's own mask is a metric."""
         return mask
 
+    def approximates(self, problem: Problem, mask: Mask) -> bool:
+        """Whether its results are not those of the cell's mask. ``unsupported`` has nothing against the problem."""
+        return self.computes(problem, mask) is not mask
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         """Why it does not run on such a machine, whatever is installed; None: it does."""
         return None

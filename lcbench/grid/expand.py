@@ -473,6 +473,15 @@ def skip_reason(cell: Cell) -> str | None:
     return None
 
 
+def approximates(cell: Cell) -> bool:
+    """Whether the results of a cell that can run are not those of its mask (``Strategy.approximates``).
+
+    Raises: as ``mask_of`` does.
+    """
+    strategy = _object("cp", json.dumps(cell.config["cp"]), build.build_strategy)
+    return bool(strategy.approximates(cell.problem, _mask(cell)))
+
+
 def _refused_by_workload(cell: Cell, mask: Mask, kernel: Kernel, strategy: Strategy) -> str | None:
     """What the workload says to a cell; the axis's default takes what kernel and strategy take, and a plan need not load it."""
     config = cell.config
