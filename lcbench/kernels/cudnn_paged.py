@@ -144,8 +144,8 @@ class CudnnPaged(RequestKernel):
         blackwell = device.type == "cuda" and Platform.of(device).capability >= (10, 0)
         if blackwell and first <= version < fixed and any(group.rows.max() == 1 for group, _ in self._groups(mask)):
             raise Unsupported(
-                f"cuDNN {cudnn_name(version)} computes single rows wrongly on this device, as all from {cudnn_name(first)} to before"
-                f" {cudnn_name(fixed)}"
+                f"cuDNN {cudnn_name(version)} computes single rows wrongly on this device, as all from {cudnn_name(first)} on do"
+                f" before {cudnn_name(fixed)}"
             )
         return super().prepare(mask, heads, dtype, device)
 

@@ -46,6 +46,10 @@ class Workload(Protocol):
         """
         return attention_alone(share)
 
+    def unforeseen(self) -> str | None:
+        """Why ``made`` leaves out something that takes time, so that cells of it are not predicted; None: it does not."""
+        return None
+
     def input_bytes(self, problem: Problem) -> float:
         """Bytes of what a rank with its even share of the tokens is given, which ``memory/peak_bytes`` leaves out: here q, k, v
         and, with backward, dout.
