@@ -31,7 +31,8 @@ from lcbench.schedule.layout import contiguous
 if TYPE_CHECKING:
     import torch
 
-    from lcbench.schedule.execute import Counters, Waits
+    from lcbench.schedule.execute import Counters
+    from lcbench.schedule.messages import Waits
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,14 @@ class DisplacedRun(LayerByLayer):
 
     def _fill(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Have all keys and values of this step."""
-        from lcbench.schedule.execute import wait_all
+        from lcbench.schedule.messages import wait_all
 
         self._put(layer, k, v)
         wait_all(self._sent(layer, self._read[layer]))
 
     def _renew(self, layer: int, k: torch.Tensor, v: torch.Tensor, *, more: bool) -> None:
         """Have the keys and values of this rank of this step and the others' of the step before, and begin to send this step's."""
-        from lcbench.schedule.execute import wait_all
+        from lcbench.schedule.messages import wait_all
 
         if self._under_way[layer]:
             wait_all(self._under_way[layer])

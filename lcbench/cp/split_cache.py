@@ -7,17 +7,24 @@ one part in D of the row's query heads, so with one in P of all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lcbench.masks.band import Ints, TokenSpan
-from lcbench.problem import Heads, Problem
+from lcbench.masks.band import BandMask, Ints, TokenSpan
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.build import indivisible_heads
 from lcbench.schedule.held import Held, Part
 from lcbench.schedule.layout import Layout, by_document
+from lcbench.schedule.lowering import Operation
+from lcbench.schedule.payload import element_bytes
+from lcbench.schedule.schedule import Schedule, Side, Step, head_groups, rows, singles
+
+if TYPE_CHECKING:
+    from lcbench.schedule.simulate import Around, Modelled
 
 Merge = Literal["reduce_scatter", "all_to_all"]
 MERGES: tuple[Merge, ...] = ("reduce_scatter", "all_to_all")
@@ -128,6 +135,54 @@ def fewest(problem: Problem) -> int:
 def only_forward(problem: Problem) -> str | None:
     """Why a strategy that serves does not run a problem with gradients, or None."""
     return "computes no gradients, since it serves: direction=forward_backward" if problem.backward else None
+
+
+def modelled(problem: Problem, mask: Mask, grid: Ints, interleave: int | None, merge: Merge, *, gathers: bool) -> Modelled:
+    """What is simulated: the tile of the rank with most pairs, and the collectives of its row; arguments as of ``split``."""
+    from lcbench.schedule.simulate import Modelled  # with scipy, which planning does without
+
+    tiles = []
+    for rank in (grid[:1] if isinstance(mask, BandMask) else grid).ravel().tolist():
+        of_rank = split(problem, grid, rank, interleave, gathers=gathers)
+        tile = mask.of_heads(of_rank.first, of_rank.heads.q, problem.heads.q).tile(of_rank.q_runs, of_rank.k_runs).merged()
+        tiles.append((tile.pairs(of_rank.heads.q), of_rank, tile))
+    _, of_rank, tile = max(tiles, key=lambda each: each[0])
+    queries, keys = (
+        Side(Layout(((TokenSpan(0, tokens),),)), np.zeros(1, dtype=np.int64), singles(1)) for tokens in (tile.num_q, tile.num_k)
+    )
+    schedule = Schedule(1, queries, keys, head_groups(of_rank.heads, 1), (Step(rows(0, 0, 0, 0)),))
+    alone = replace(problem, heads=of_rank.heads, scale=Scale(1, 1), seqlen=tile.num_k, batch=None)
+    held = len(grid) * of_rank.heads.kv // problem.heads.kv
+    return Modelled(schedule, tile, alone, _around(problem, of_rank, merge) if len(of_rank.members) > 1 else (), held)
+
+
+def _around(problem: Problem, of_rank: Split, merge: Merge) -> tuple[Around, ...]:
+    """The collectives of a row, as ``SplitRun`` makes them."""
+    from lcbench.schedule.simulate import COPIED, MERGED, Around
+
+    ranks, heads = len(of_rank.members), of_rank.heads
+    each = problem.queries * heads.q // ranks  # rows of the heads of one rank
+    inputs, reduced, sums = (element_bytes(precision, problem) for precision in ("input", "reduce", "sum"))
+
+    def around(operation: Operation, block: int, moved: int, launches: int, buffers: int) -> Around:
+        return Around(operation, block, of_rank.rows, problem.scale.gpus_per_node, moved, launches, buffers)
+
+    q, result, lse = each * heads.dim * inputs, each * heads.v, each * sums
+    gathered = [around("all_gather", q, COPIED * ranks * q, 1, 2 * ranks * q)] if of_rank.gathers else []
+    part = result * reduced
+    if merge == "all_to_all":
+        packed, merged = (sums + reduced) * ranks * result, MERGED * sums * (ranks - 1) * result
+        merging = [
+            around("all_to_all", part, packed + merged, ranks, 2 * ranks * part),
+            around("all_to_all", lse, COPIED * ranks * lse, 1, 2 * ranks * lse),
+        ]
+    else:
+        scaled = (COPIED * sums + sums + reduced) * ranks * result
+        merging = [
+            around("all_gather", ranks * lse, COPIED * ranks * lse, 2, ranks**2 * lse),
+            around("reduce_scatter", part, scaled, 3, (ranks + 1) * part),
+        ]
+    return (*gathered, *merging)
 
 
 def refused(problem: Problem, option: str, degree: int) -> str | None:

@@ -23,9 +23,10 @@ from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sink import with_sink
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.execute import Counters, wait_all
+from lcbench.schedule.execute import Counters
 from lcbench.schedule.held import Held
 from lcbench.schedule.layout import Layout
+from lcbench.schedule.messages import wait_all
 
 
 class Merging(ABC):

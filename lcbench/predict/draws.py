@@ -31,8 +31,6 @@ def operations_on(machine: Machine) -> tuple[Operation, ...]:
 
 def unforeseen(cell: Cell) -> str | None:
     """Why a cell does something that no prediction knows of, so that it is neither predicted nor fitted on; None: it does not."""
-    if cell.problem.rectangular:
-        return f"batch={cell.batch} has keys without queries: a cache is not simulated yet"
     strategy, workload = build.build_strategy(cell.config["cp"]), cell.config.get("workload")
     if isinstance(strategy, Scheduled) and strategy.apart:
         option = f"cp={cell.words['cp']}"

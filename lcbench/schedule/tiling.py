@@ -23,9 +23,10 @@ from lcbench.schedule.schedule import Schedule, Side, TileColumn
 
 CACHED = 1 << 17  # values that are worked out together, so that they fit into a cache
 BLOCK = 128  # rows and keys of the blocks that kernels compute or skip
-# Of a bundle of queries with each unit of keys: pairs, covered pairs, pieces, and pieces that go on in the next unit.
-PAIRS, COVERED, PIECES, GO_ON = range(4)
-VALUES = 4
+# Of a bundle of queries with each unit of keys: pairs, covered pairs, pieces, keys that a row sees, and pieces that go on in the next
+# unit.
+PAIRS, COVERED, PIECES, READ, GO_ON = range(5)
+VALUES = 5
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,11 @@ def tiling(schedule: Schedule, mask: Mask) -> Tiling:
     rank, group, q, k = every.T
     found = _found(schedule, mask, every)
     pieces = np.where(found[PAIRS] > 0, np.maximum(np.ceil(found[PIECES]), 1), 0)
+    rows, keys = _sizes(schedule.q)[q], _sizes(schedule.k)[k]
+    # No key has more pairs than there are rows; of a block map nothing else is known.
+    read = np.minimum(np.ceil(np.maximum(found[READ], found[PAIRS] / np.maximum(rows, 1))), keys).astype(np.int64)
     tiles = Tiles(
-        pairs=found[PAIRS], covered=np.maximum(found[COVERED], found[PAIRS]),
-        rows=_sizes(schedule.q)[q], keys=_sizes(schedule.k)[k],
+        pairs=found[PAIRS], covered=np.maximum(found[COVERED], found[PAIRS]), rows=rows, keys=keys, read=read,
         pieces=pieces.astype(np.int64), q_heads=heads[group, 0], kv_heads=heads[group, 1],
     )  # fmt: skip
     some = np.nonzero(tiles.pairs > 0)[0]
@@ -74,8 +77,8 @@ def _sizes(side: Side) -> Ints:
 
 
 def _found(schedule: Schedule, mask: Mask, every: Ints) -> Floats:
-    """Pairs, covered pairs and pieces of each tile, (3, tiles). Of heads with maps of their own a tile has the mean."""
-    total = np.zeros((3, len(every)))
+    """Pairs, covered pairs, pieces and keys that are read of each tile, (4, tiles). Of heads with maps of their own a tile has the mean."""
+    total = np.zeros((GO_ON, len(every)))
     if not len(every):
         return total
     queries, keys = Operands.of(schedule.q, every[:, TileColumn.Q]), Operands.of(schedule.k, every[:, TileColumn.K])
@@ -210,7 +213,7 @@ class _Sheet:
     """Values of bundles of queries with units of keys."""
 
     def of(self, first: int, last: int) -> Floats:
-        """(4, bundles first to last, units of keys)."""
+        """(5, bundles first to last, units of keys)."""
         raise NotImplementedError
 
     def stretches(self, first: int, last: int) -> Iterator[tuple[Ints, int, Floats]]:
@@ -219,7 +222,7 @@ class _Sheet:
 
 
 def _looked_up(queries: Operands, keys: Operands, sheet: _Sheet, tiles: Ints) -> Floats:
-    """Pairs, covered pairs and pieces of tiles, (3, tiles)."""
+    """Pairs, covered pairs, pieces and keys that are read of tiles, (4, tiles)."""
     q, k = queries.place[tiles[:, TileColumn.Q]], keys.place[tiles[:, TileColumn.K]]
     bundles, every = len(queries.runs) - 1, len(keys.runs) - 1
     lookups, runs = int((keys.runs[k + 1] - keys.runs[k]).sum()), len(keys.first)
@@ -227,7 +230,7 @@ def _looked_up(queries: Operands, keys: Operands, sheet: _Sheet, tiles: Ints) ->
         look, width = _one_by_one, len(keys) + 1
     else:
         look, width = _AllAtOnce(keys), every
-    found = np.zeros((3, len(tiles)))
+    found = np.zeros((GO_ON, len(tiles)))
     order = np.argsort(q, kind="stable")
     for first, last in cut_evenly(np.full(bundles, width)):
         here = order[slice(*np.searchsorted(q[order], [first, last]))]
@@ -237,12 +240,12 @@ def _looked_up(queries: Operands, keys: Operands, sheet: _Sheet, tiles: Ints) ->
 
 
 def _one_by_one(keys: Operands, sheet: _Sheet, first: int, last: int, row: Ints, bundle: Ints) -> Floats:
-    """What bundles of queries first to last, a row each, have with bundles of keys, (3, n), looked up run by run in their sums."""
+    """What bundles of queries first to last, a row each, have with bundles of keys, (4, n), looked up run by run in their sums."""
     sums = np.zeros((VALUES, last - first, len(keys) + 1))
     np.cumsum(sheet.of(first, last), axis=2, out=sums[:, :, 1:])
     number, run = spread(keys.runs[bundle], keys.runs[bundle + 1])
     at, begin, end = row[number], keys.first[run], keys.last[run]
-    values = [sums[column, at, end] - sums[column, at, begin] for column in (PAIRS, COVERED, PIECES)]
+    values = [sums[column, at, end] - sums[column, at, begin] for column in range(GO_ON)]
     values[PIECES] -= sums[GO_ON, at, end - 1] - sums[GO_ON, at, begin]  # within a run a piece that goes on is the same
     return np.stack([np.bincount(number, weights=value, minlength=len(row)) for value in values])
 
@@ -255,7 +258,7 @@ class _AllAtOnce:
         self._going = keys.inside(going_on=True).T.tocsr()
 
     def __call__(self, keys: Operands, sheet: _Sheet, first: int, last: int, row: Ints, bundle: Ints) -> Floats:
-        found = np.zeros((3, last - first, self._inside.shape[1]))
+        found = np.zeros((GO_ON, last - first, self._inside.shape[1]))
         for rows, begin, values in sheet.stretches(first, last):
             inside, going = (each[begin : begin + values.shape[2]] for each in (self._inside, self._going))
             some = distinct(inside.indices)
@@ -325,7 +328,7 @@ class _Bands(_Sheet):
                 yield bundles - first, begin, self._values(some, bundles, begin, end)
 
     def _values(self, here: Ints, bundles: Ints, begin: int, end: int) -> Floats:
-        """(4, bundles, units begin to end) of these parts."""
+        """(5, bundles, units begin to end) of these parts."""
         row, rows, keys = np.searchsorted(bundles, self._bundle[here]), len(bundles), self._keys
         from_, to, first_whole, last_whole = (
             np.clip(each[here], begin, end) - begin for each in (self._first, self._last, *self._whole)
@@ -336,11 +339,21 @@ class _Bands(_Sheet):
             _risen(row, first_whole, last_whole, high, rows, end - begin) * keys.size[units],
             _risen(row, first_whole, last_whole, self._tall[here], rows, end - begin) * self._filled[units],
             _risen(row, from_, to, ones, rows, end - begin) * self._begins[units],
+            _risen(row, from_, to, ones, rows, end - begin) * keys.size[units],
             _risen(row, from_, before_last, ones, rows, end - begin),
         ])  # fmt: skip
         for cut in ((from_, first_whole), (last_whole, to)):
             self._add_cut(values, here, row, begin, *cut)
+        self._take_unseen(values[READ], here, row, begin)
         return values
+
+    def _take_unseen(self, read: Floats, here: Ints, row: Ints, offset: int) -> None:
+        """Take from keys that are read, (bundles, units from ``offset`` on), those of units that parts begin or end in."""
+        parts, edges, ones = self._parts[here], self._keys.edges, self._last_of_band[here]
+        first, last = self._first[here], self._last[here] - 1
+        for unit, unseen in ((first, parts[:, 2] - edges[first]), (last, edges[last + 1] - parts[:, 3])):
+            inside = (unit >= offset) & (unit < offset + read.shape[1]) & (first <= last)
+            np.subtract.at(read, (row[inside], unit[inside] - offset), (ones * np.maximum(unseen, 0))[inside])
 
     def _whole_units(self, parts: Ints, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
         """(first, last) units of keys of which every query of a part sees every key: they need not be looked at one by one."""
@@ -466,6 +479,7 @@ class _Stripes(_Sheet):
             values[PAIRS, at, to] += areas(parts)
             values[COVERED, at, to] += covered(parts)
             values[PIECES, at, to] += 1
+            values[READ, at, to] += parts[:, 3] - parts[:, 2]
         return np.stack([inside[:, used] @ value for value in values])
 
 
@@ -477,4 +491,4 @@ class _Blocks(_Sheet):
 
     def of(self, first: int, last: int) -> Floats:
         values = self._blocks.of(first, last, self._keep)
-        return np.concatenate([values, np.zeros_like(values[:1])])
+        return np.concatenate([values, np.zeros_like(values[:2])])

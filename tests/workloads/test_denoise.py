@@ -15,7 +15,8 @@ import torch
 
 from lcbench.cp.base import Place, Strategy
 from lcbench.cp.displaced import Displaced, DisplacedRun, Stored
-from lcbench.cp.dualparal import DualParal, Flow
+from lcbench.cp.dualparal import DualParal
+from lcbench.cp.dualparal_run import Flow
 from lcbench.cp.ring import Ring
 from lcbench.cp.steps import STEADY, WARMUP, Layer, OverSteps
 from lcbench.grid.build import build_strategy
