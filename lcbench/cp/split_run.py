@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from lcbench.cp.base import Place
+from lcbench.cp.base import Place, RankRun
 from lcbench.cp.exchange import Exchange
 from lcbench.cp.one_call import OneCall
 from lcbench.cp.split_cache import Merge, Split

@@ -164,7 +164,7 @@ class ChunkedPrefill(Workload):
             return f"workload.layers={self.layers} cannot be dealt out evenly to the mesh.dp={mesh.dp} stages of a pipeline"
         return None
 
-    def unpredicted(self) -> str | None:
+    def unforeseen(self) -> str | None:
         return "chunks over a growing cache are not simulated: workload=chunked_prefill is measured only"
 
     def made(self, share: Share, recompute: Any) -> Made:
