@@ -88,13 +88,16 @@ class Hybrid(Scheduled):
             rank = first + (np.minimum(chunk, chunks - 1 - chunk) + number) % size
             parts.append(np.stack([rank, bounds[number] + start, end - start]))
         every = np.concatenate(parts, axis=1)
-        rank, start, size = every[:, np.argsort(every[0], kind="stable")]
+        few = every[0].astype(np.min_scalar_type(sum(groups)))  # small numbers are sorted in one pass
+        rank, start, size = every[:, np.argsort(few, kind="stable")]
         return rank, start, size
 
 
 def _least_loaded(work: Ints, groups: Sequence[int]) -> Ints:
     """The sub-group of each document: most work first, to the one that then has the least per rank."""
     chosen = np.zeros(len(work), dtype=np.int64)
+    if len(groups) == 1:
+        return chosen
     load = [0] * len(groups)
     for document in np.argsort(-work, kind="stable").tolist():
         extra = int(work[document])

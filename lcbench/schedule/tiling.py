@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from scipy import sparse
 
-from lcbench.masks.band import BandMask, Ints, areas, cropped, distinct, reindexed, spread
+from lcbench.masks.band import LOWER, BandMask, Ints, areas, cropped, distinct, reindexed, spread
 from lcbench.masks.block import Keep
 from lcbench.masks.mask import Mask
 from lcbench.schedule.block_sums import PORTION, BlockSums, cut_evenly
@@ -26,6 +26,7 @@ BLOCK = 128  # rows and keys of the blocks that kernels compute or skip
 # Of a bundle of queries with each unit of keys: pairs, covered pairs, pieces, and pieces that go on in the next unit.
 PAIRS, COVERED, PIECES, GO_ON = range(4)
 VALUES = 4
+DENSE = 16  # numbers of which at least one in so many is taken go into a table
 SCATTERED = 2  # what a look at one part with one unit takes, in looks at one of a whole row of units
 
 
@@ -143,11 +144,9 @@ class Operands:
                 [code[row] for row in zip(start.tolist(), size.tolist(), stride.tolist(), strict=True)], dtype=np.int64
             )
             return cls(place, every[:, 0], every[:, 1], every[:, 2], first, first + 1, runs, True, np.ones(len(every), dtype=bool))
-        edges = distinct(np.concatenate([start, start + size]))
-        first, last = np.searchsorted(edges, start), np.searchsorted(edges, start + size)
-        joined = np.zeros(len(edges) + 1, dtype=np.int64)
-        np.add.at(joined, first + 1, 1)
-        np.add.at(joined, last, -1)
+        edges, places = _ranked(np.concatenate([start, start + size]))
+        first, last = places[: len(start)], places[len(start) :]
+        joined = np.bincount(first + 1, minlength=len(edges) + 1) - np.bincount(last, minlength=len(edges) + 1)
         hard = np.cumsum(joined)[1:-1] == 0  # of the end of each unit
         return cls(place, edges[:-1], np.diff(edges), np.ones(len(edges) - 1, dtype=np.int64), first, last, runs, False, hard)
 
@@ -184,6 +183,18 @@ class Operands:
         return sparse.vstack(parts, format="csr")
 
 
+def _ranked(values: Ints) -> tuple[Ints, Ints]:
+    """Every value once, sorted, and which of these each value is. None is below 0."""
+    top = int(values.max(initial=-1)) + 1
+    if top > DENSE * len(values):
+        found = distinct(values)
+        return found, np.searchsorted(found, values)
+    there = np.zeros(top, dtype=bool)  # a look at a table takes a tenth of a search
+    there[values] = True
+    places = np.cumsum(there, dtype=np.int32)
+    return np.flatnonzero(there), places[values].astype(np.int64) - 1
+
+
 def _spans(side: Side, bundles: Ints) -> Iterator[tuple[Ints, Ints, Ints, Ints]]:
     """(place in ``bundles``, start, size, stride) of their spans, in portions; spans that continue one another are one."""
     start, size, stride = side.shards.spans.T
@@ -207,7 +218,7 @@ def _spans(side: Side, bundles: Ints) -> Iterator[tuple[Ints, Ints, Ints, Ints]]
 # -- what bundles of queries have with units of keys ---------------------------------------------------------------------
 
 
-_Cut = Callable[[Ints, int, int], tuple[Ints, Ints, Floats, Floats]]
+_Cut = Callable[[Ints, int, int], Iterator[tuple[Ints, Ints, Floats, Floats]]]
 
 
 class _Sheet:
@@ -321,7 +332,7 @@ class _Scattered:
         for each in ranges:
             # Of what goes on in the next unit of a run there is one piece less.
             less = [column == GO_ON for column, _, _ in each.products]
-            entries = going if all(less) else self._inside
+            entries = (going if all(less) else self._inside).of_units(np.any([units for _, _, units in each.products], axis=0))
             self._met += entries.begins[each.last] - entries.begins[each.first]
             products = [
                 (min(column, PIECES), height, entries.spread(-units if one_less else units))
@@ -344,15 +355,21 @@ class _Scattered:
         """What parts have whose rows begin at ``row`` of ``size`` places, (3, size)."""
         found = np.zeros((GO_ON, size))
         for each, entries, products in self._sums:
-            number, entry = spread(entries.begins[each.first[here]], entries.begins[each.last[here]])
-            place = row[number] + entries.bundle[entry]
+            first = entries.begins[each.first[here]]
+            count = np.where(products[0][1][here] > 0, entries.begins[each.last[here]] - first, 0)
+            entry = np.repeat(first - np.cumsum(count) + count, count)
+            entry += np.arange(len(entry))
+            place = np.repeat(row, count)
+            place += entries.bundle[entry]
             for column, height, units in products:
-                found[column] += np.bincount(place, weights=height[here][number] * units[entry], minlength=size)
-        part, unit, *cut = self._cut(here, 0, self._units)
-        number, entry = spread(self._inside.begins[unit], self._inside.begins[unit + 1])
-        place = row[part[number]] + self._inside.bundle[entry]
-        for column, value in zip((PAIRS, COVERED), cut, strict=True):
-            found[column] += np.bincount(place, weights=value[number] * self._inside.times[entry], minlength=size)
+                weights = np.repeat(height[here], count)
+                weights *= units[entry]
+                found[column] += np.bincount(place, weights=weights, minlength=size)
+        for part, unit, *cut in self._cut(here, 0, self._units):
+            number, entry = spread(self._inside.begins[unit], self._inside.begins[unit + 1])
+            place = row[part[number]] + self._inside.bundle[entry]
+            for column, value in zip((PAIRS, COVERED), cut, strict=True):
+                found[column] += np.bincount(place, weights=value[number] * self._inside.times[entry], minlength=size)
         return found
 
 
@@ -378,6 +395,15 @@ class _Entries:
         columns = inside.tocsc()
         return cls(columns.indptr.astype(np.int64), columns.indices.astype(np.int64), columns.data, columns.shape[0])
 
+    def of_units(self, some: Keep) -> _Entries:
+        """Without the entries of the other units."""
+        if some.all():
+            return self
+        unit = np.repeat(np.arange(len(some)), np.diff(self.begins))
+        kept = some[unit]
+        begins = np.concatenate([[0], np.cumsum(np.bincount(unit[kept], minlength=len(some)))])
+        return _Entries(begins, self.bundle[kept], self.times[kept], self.bundles)
+
     def spread(self, units: Floats) -> Floats:
         """What each entry has of what units have."""
         spread_out: Floats = np.repeat(units, np.diff(self.begins)) * self.times
@@ -393,7 +419,7 @@ class _Bands(_Sheet):
         number, row = spread(np.searchsorted(edges, mask.bands[:, 0], side="right") - 1, _last(edges, mask.bands[:, 1]))
         inner = (row >= 0) & (row < len(queries))
         number, row = number[inner], row[inner]
-        parts, kept = cropped(mask.bands[number], edges[row], edges[row + 1], None, None)
+        parts, kept = _cropped_rows(mask.bands, number, edges[row], edges[row + 1])
         number, row = number[kept], row[kept]
         inside = queries.inside().tocsc()
         place, entry = spread(inside.indptr[row].astype(np.int64), inside.indptr[row + 1].astype(np.int64))
@@ -447,10 +473,10 @@ class _Bands(_Sheet):
             first, last = (np.clip(bound[here], begin, end) - begin for bound in (each.first, each.last))
             for column, height, units in each.products:
                 np.multiply(_risen(row, first, last, height[here], *shape), units[begin:end], out=values[column])
-        number, unit, *cut = self._cut(here, begin, end)
-        flat = row[number] * shape[1] + unit - begin
-        for column, value in zip((PAIRS, COVERED), cut, strict=True):
-            values[column] += np.bincount(flat, weights=value, minlength=values[column].size).reshape(shape)
+        for number, unit, *cut in self._cut(here, begin, end):
+            flat = row[number] * shape[1] + unit - begin
+            for column, value in zip((PAIRS, COVERED), cut, strict=True):
+                values[column] += np.bincount(flat, weights=value, minlength=values[column].size).reshape(shape)
         return values
 
     def scattered(self) -> _Scattered | None:
@@ -470,22 +496,31 @@ class _Bands(_Sheet):
         first = np.clip(first, begin, end)
         return first, np.maximum(last, first)
 
-    def _cut(self, here: Ints, begin: int, end: int) -> tuple[Ints, Ints, Floats, Floats]:
-        """What parts have with units of keys, of begin to end, of which a query does not see every key, (n,) each.
+    def _cut(self, here: Ints, begin: int, end: int) -> Iterator[tuple[Ints, Ints, Floats, Floats]]:
+        """What parts have with units of keys, of begin to end, of which some query does not see every key, (n,) each.
 
-        Returns:
-            (number among ``here``, unit, pairs, covered pairs).
+        Yields:
+            (number among ``here``, unit, pairs, covered pairs): of those before the units that are seen whole, then of those behind.
         """
         keys, edges = self._keys, self._keys.edges
-        of_cuts = [spread(*(np.clip(each[here], begin, end) for each in cut)) for cut in self._cuts]
-        number, unit = (np.concatenate(each) for each in zip(*of_cuts, strict=True))
-        found, kept = cropped(self._parts[here[number]], None, None, edges[unit], edges[unit + 1])
-        number, unit = number[kept], unit[kept]
-        parts = self._parts[here[number]]
-        begins = np.maximum(parts[:, 2], self._hard_before[unit])
-        ends = keys.hard[unit] | (parts[:, 3] <= edges[unit + 1])
-        pad = np.where(ends, -(found[:, 3] - begins) % BLOCK, 0)
-        return number, unit, areas(found).astype(np.float64), covered(found, pad)
+        for cut in self._cuts:
+            number, unit = spread(*(np.clip(each[here], begin, end) for each in cut))
+            found, kept = cropped(self._parts[here[number]], None, None, edges[unit], edges[unit + 1])
+            number, unit = number[kept], unit[kept]
+            begins = np.maximum(self._parts[here[number], 2], self._hard_before[unit])
+            ends = keys.hard[unit] | (self._parts[here[number], 3] <= edges[unit + 1])
+            pad = np.where(ends, -(found[:, 3] - begins) % BLOCK, 0)
+            yield number, unit, areas(found).astype(np.float64), covered(found, pad)
+
+
+def _cropped_rows(bands: Ints, number: Ints, begin: Ints, end: Ints) -> tuple[Ints, Keep]:
+    """Bands, by number, each in rows of its own: as ``cropped``, in portions that fit into a cache."""
+    found = [
+        cropped(bands[number[first:last]], begin[first:last], end[first:last], None, None)
+        for first, last in cut_evenly(np.full(len(number), len(LOWER)), CACHED)
+    ]
+    parts, kept = zip(*found, strict=True)
+    return np.concatenate(parts), np.concatenate(kept)
 
 
 def _stacked(parts: Ints, bundle: Ints, band: Ints, *, parted: bool) -> tuple[Floats, Floats]:
