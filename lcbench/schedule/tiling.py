@@ -445,11 +445,11 @@ class _Bands(_Sheet):
         filled = -(-(keys.size + keys.size[follows]) // BLOCK) * BLOCK - -(-keys.size[follows] // BLOCK) * BLOCK
         filled = np.where(follows >= 0, filled, keys.size + pad)
         high = (self._parts[:, 1] - self._parts[:, 0]).astype(np.float64)
-        self._first, self._last, self._ones = *met, last_of_band
+        self._first, self._last, self._ones = met[0], met[1], last_of_band
         self._cuts = (met[0], whole[0]), (whole[1], met[1])
         self._ranges = (
-            _Range(*whole, ((PAIRS, high, keys.size.astype(np.float64)), (COVERED, tall, filled.astype(np.float64)))),
-            _Range(*met, ((PIECES, last_of_band, begins), (READ, last_of_band, keys.size.astype(np.float64)))),
+            _Range(whole[0], whole[1], ((PAIRS, high, keys.size.astype(np.float64)), (COVERED, tall, filled.astype(np.float64)))),
+            _Range(met[0], met[1], ((PIECES, last_of_band, begins), (READ, last_of_band, keys.size.astype(np.float64)))),
             _Range(met[0], np.maximum(met[1] - 1, met[0]), ((GO_ON, last_of_band, np.ones(len(keys))),)),
         )
 
@@ -506,8 +506,8 @@ class _Bands(_Sheet):
     def _cut(self, here: Ints, begin: int, end: int) -> Iterator[_Besides]:
         """What parts have with units of keys, of begin to end, besides what each has with a range of them.
 
-        That is pairs and covered pairs of units of which some query does not see every key, first of those before the units that are
-        seen whole, then of those behind; and, to be taken away, keys that are not read of the units that parts begin and end in.
+        That is pairs and covered pairs of units of which some query does not see every key, first of those before the units that
+        are seen whole, then of those behind; and, to be taken away, keys that are not read of the units that parts begin and end in.
         """
         keys, edges = self._keys, self._keys.edges
         for cut in self._cuts:
