@@ -507,7 +507,7 @@ class _Bands(_Sheet):
         """What parts have with units of keys, of begin to end, besides what each has with a range of them.
 
         That is pairs and covered pairs of units of which some query does not see every key, first of those before the units that
-        are seen whole, then of those behind; and, to be taken away, keys that are not read of the units that parts begin and end in.
+        are seen whole, then of those behind; and, to be taken away, keys that are not read where parts begin and end.
         """
         keys, edges = self._keys, self._keys.edges
         for cut in self._cuts:
@@ -627,12 +627,15 @@ class _Stripes(_Sheet):
             some = np.nonzero(np.diff(self._queries.before(band[:2]))[used, 0])[0]
             others = np.nonzero(np.diff(self._keys.before(band[2:4]))[:, 0])[0]
             at, to = np.repeat(some, len(others)), np.tile(others, len(some))
-            parts, kept = reindexed(np.broadcast_to(band, (len(at), 6)), q[:, used[at]], k[:, to])
-            at, to = at[kept], to[kept]
-            values[PAIRS, at, to] += areas(parts)
-            values[COVERED, at, to] += covered(parts)
-            values[PIECES, at, to] += 1
-            values[READ, at, to] += parts[:, 3] - parts[:, 2]
+            (start, size, stride), of_k = q[:, used[at]], k[:, to]
+            # Between stripes of different strides a band is none: queries one by one, which have any stride.
+            single = (size > 1) & (of_k[1] > 1) & (stride != of_k[2])
+            number, row = spread(np.zeros_like(size), np.where(single, size, 1))
+            of_q = np.stack([start[number] + stride[number] * row, np.where(single, 1, size)[number], stride[number]])
+            parts, kept = reindexed(np.broadcast_to(band, (len(number), 6)), of_q, of_k[:, number])
+            number = number[kept]
+            for column, value in ((PAIRS, areas(parts)), (COVERED, covered(parts)), (PIECES, 1), (READ, parts[:, 3] - parts[:, 2])):
+                np.add.at(values[column], (at[number], to[number]), value)
         return np.stack([inside[:, used] @ value for value in values])
 
 

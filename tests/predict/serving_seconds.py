@@ -20,7 +20,7 @@ ONE, TWO = ("scale=1x1", "cp=none"), ("scale=1x2",)
 # No copy of keys has the 32 MiB from which on the C library gives memory back, and the next pass waits for all its pages again.
 FIT = (
     (*SERVING, *ONE, "batch=16q1s1k,2q1s8k,q512s4k,2q1k"),
-    (*SERVING, *TWO, "cp=kvp,allgather", "batch=8q1s1k,2q1s8k,2q512s2k"),
+    (*SERVING, *TWO, "cp=kvp,helix,allgather", "batch=8q1s1k,2q1s8k,2q512s2k"),
 )
 OTHERS = (
     (*SERVING, *ONE, "batch=4q1s4k,q1s16k,32q1s512,2q256_8q1s1k,q1ks8k"),

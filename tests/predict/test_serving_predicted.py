@@ -27,7 +27,7 @@ from lcbench.predict.fit import error_key, fit
 from lcbench.predict.fitted import Coefficients, Fit, KernelFit, regime
 from lcbench.predict.machines import machine_of
 from lcbench.predict.observations import CellTime
-from lcbench.predict.predictor import UNSEEN_ERROR, Predictor
+from lcbench.predict.predictor import UNSEEN_ERROR, CannotPredict, Predictor
 from lcbench.problem import Batch, Heads, Problem, Requests, Scale
 from lcbench.runs.passes import cached_bytes, passes_on
 from lcbench.schedule.machine import Tiles
@@ -192,6 +192,11 @@ def test_what_is_sent_around_tiles_is_what_the_strategies_say(merge: Merge) -> N
     assert modelled.replicas == 1
     helix = Helix(kvp=d).modelled(problem, mask)
     assert sum(each.block * (d - 1) for each in helix.around) == 4 * (d - 1) * h * (128 * r + s)
+
+
+def test_a_strategy_whose_decode_nobody_knows_says_so() -> None:
+    with pytest.raises(CannotPredict, match="nothing says how cp=star works"):
+        seconds("batch=4q1s64k", "cp=star", "scale=1x4")
 
 
 def test_rows_that_hold_the_same_heads_hold_them_twice() -> None:
