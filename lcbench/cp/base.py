@@ -109,6 +109,14 @@ class RankRun(Passes, Protocol):
         """Why it does not read such a cache of this rank's keys and values where it lies, but a copy of it; None: it does."""
         return f"{type(self).__name__} takes keys and values as they are"
 
+    def share(self, other: "RankRun") -> None:
+        """Put buffers where those of another run are, as far as these are large enough: of such runs one is at work at a time."""
+        return
+
+    def for_lse(self, saved: Any) -> Any:
+        """What ``lse`` needs of what ``forward`` has saved, while other passes run; backward needs more."""
+        return saved
+
     def hold(self, saved: Any) -> Any:
         """What ``forward`` has just saved, as it has to be kept while other forward passes run before its backward."""
         return saved
@@ -221,6 +229,10 @@ class Strategy(ABC):
         """The mask that it computes where a cell asks for ``mask``: the same, unless it approximates. ``start`` gets this one, its
         results are checked against this one, and how far they are from the cell's own mask is a metric."""
         return mask
+
+    def approximates(self, problem: Problem, mask: Mask) -> bool:
+        """Whether its results are not those of the cell's mask. ``unsupported`` has nothing against the problem."""
+        return self.computes(problem, mask) is not mask
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         """Why it does not run on such a machine, whatever is installed; None: it does."""

@@ -174,7 +174,7 @@ class BlockRun(OneCall):
     ) -> None:
         from lcbench.cp.exchange import Exchange  # with torch, which planning does without
 
-        super().__init__(problem, place, Exchange(problem, place), problem.heads)
+        super().__init__(problem, place, Exchange.of(problem, place), problem.heads)
         self.blocks, self.computed = blocks, blocks.within(mask)
         queries, keys = blocks.stretches(place.rank)
         self.queries, self.keys = queries, keys

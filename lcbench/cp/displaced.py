@@ -97,7 +97,7 @@ class DisplacedRun(LayerByLayer):
         tile = mask.tile(layout.shards[place.rank], (TokenSpan(0, problem.seqlen),))
         self._kernel = prepare(kernel, tile, problem.heads, getattr(torch, problem.dtype), place.device)
         self._pairs = tile.pairs(problem.heads.q)
-        self._exchange = Exchange(problem, place)
+        self._exchange = Exchange.of(problem, place)
         self._read, self._arriving = ([Stored(problem, kernel, place.device) for _ in range(layers)] for _ in range(2))
         self._under_way: list[list[Waits]] = [[] for _ in range(layers)]
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from lcbench.cp.base import Place
+from lcbench.cp.base import Place, RankRun
 from lcbench.cp.exchange import Exchange
 from lcbench.cp.one_call import OneCall
 from lcbench.cp.split_cache import Merge, Split
@@ -131,7 +131,7 @@ class SplitRun(OneCall):
     """A rank at work. What depends on the mask alone is prepared here, outside of any timing."""
 
     def __init__(self, split: Split, problem: Problem, mask: Mask, kernel: Kernel, place: Place, merge: Merge) -> None:
-        super().__init__(problem, place, Exchange(problem, place, split.rows), split.heads)
+        super().__init__(problem, place, Exchange.of(problem, place, split.rows), split.heads)
         self.tokens, self._split = split.held.out.tokens, split
         self._gathering = self._merging = None
         row = self.exchange
@@ -178,6 +178,10 @@ class SplitRun(OneCall):
         if self._back is not None:
             out, lse = out.index_select(0, self._back), lse.index_select(0, self._back)
         return out, lse.contiguous()
+
+    def share(self, other: RankRun) -> None:
+        if isinstance(other, SplitRun) and other.problem.queries == self.problem.queries:
+            self._gathering, self._merging = other._gathering, other._merging
 
     def lse(self, saved: torch.Tensor) -> torch.Tensor:
         return saved

@@ -162,6 +162,8 @@ class RequestKernel(Kernel):
         ...
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        if reason := super().unsupported(problem, mask):
+            return reason
         try:
             self._groups(mask)
         except Unsupported as error:

@@ -148,7 +148,10 @@ class Examination:
         by_tokens = shard if self._owners.by_tokens else drawn
         assert by_tokens is not None
         self._against_reference(by_tokens, result)
-        asked = self._mask if self._asked is None and result.chosen is not None else self._asked
+        asked, heads = self._asked, self._problem.heads.q
+        # A choice of all pairs is none: its results are exact.
+        if asked is None and result.chosen is not None and result.chosen.pairs(heads) < self._mask.pairs(heads):
+            asked = self._mask
         if asked is not None:
             self._measure_distance(asked, by_tokens, result)
         if self._bounds.half or shard.dout is None:

@@ -407,6 +407,17 @@ class Executor:
 
     # -- several passes under way --------------------------------------------------------------------------------
 
+    def share(self, other: object) -> None:
+        """Put buffers where those of another executor are, as far as these are large enough, see ``RankRun``."""
+        assert isinstance(other, Executor)
+        for slot, (own, memory) in enumerate(zip(self._slots, other._slots, strict=False)):
+            if len(own) <= len(memory):
+                self._put(slot, memory[: len(own)])
+
+    def for_lse(self, saved: SavedPass) -> SavedPass:
+        """Without the inputs, see ``RankRun``."""
+        return replace(saved, q=saved.q[:0], kv=saved.q[:0], slots={})
+
     def hold(self, saved: SavedPass) -> SavedPass:
         """What ``forward`` has just saved, with all that backward needs of it: the next forward overwrites nothing of it."""
         taken = {slot: self._slots[slot] for slot in self._kept_slots}
