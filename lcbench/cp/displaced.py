@@ -155,6 +155,7 @@ class DisplacedRun(LayerByLayer):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Any]:
         """A layer of a step that waits for its keys and values."""
+        self.begin()
         self._fill(0, k, v)
         return self._attended(0, q)
 

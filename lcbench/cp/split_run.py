@@ -47,14 +47,12 @@ class Merging(ABC):
         self, row: Exchange, tokens: int, heads: int, value_dim: int, reduced: torch.dtype, sums: torch.dtype, device: torch.device
     ) -> None:
         self._row, self._heads, self._sums, self._device = row, heads, sums, device
+        self.memory: list[torch.Tensor] = []
         self._parts = self._buffer((row.size, tokens, heads, value_dim), reduced)
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=self._device)
-
-    @property
-    def memory(self) -> list[torch.Tensor]:
-        return [x for x in vars(self).values() if isinstance(x, torch.Tensor)]
+        self.memory.append(torch.zeros(shape, dtype=dtype, device=self._device))
+        return self.memory[-1]
 
     def _by_rank(self, x: torch.Tensor) -> torch.Tensor:
         """(T, H, ...) of the row's heads as (D, T, H/D, ...)."""
@@ -73,7 +71,7 @@ class Exchanged(Merging):
 
     def __init__(self, row: Exchange, tokens: int, *rest: Any) -> None:
         super().__init__(row, tokens, *rest)
-        self._arrived = torch.zeros_like(self._parts)
+        self._arrived = self._buffer(self._parts.shape, self._parts.dtype)
         self._lse, self._lses = (self._buffer((row.size, tokens, self._heads), self._sums) for _ in range(2))
 
     def merged(self, out: torch.Tensor, lse: torch.Tensor, compute: bool) -> OutLse:
@@ -95,7 +93,7 @@ class Summed(Merging):
     def __init__(self, row: Exchange, tokens: int, *rest: Any) -> None:
         super().__init__(row, tokens, *rest)
         self._lses = self._buffer((row.size, tokens, row.size * self._heads), self._sums)
-        self._total = torch.zeros_like(self._parts[0])
+        self._total = self._buffer(self._parts.shape[1:], self._parts.dtype)
 
     def merged(self, out: torch.Tensor, lse: torch.Tensor, compute: bool) -> OutLse:
         wait_all(self._row.gather(self._lses, lse))
@@ -120,10 +118,7 @@ class Gathering:
         self._row = row
         self._arrived = torch.zeros((row.size, tokens, heads, dim), dtype=dtype, device=device)
         self._queries = torch.zeros((tokens, row.size * heads, dim), dtype=dtype, device=device)
-
-    @property
-    def memory(self) -> list[torch.Tensor]:
-        return [self._arrived, self._queries]
+        self.memory = [self._arrived, self._queries]
 
     def gathered(self, q: torch.Tensor) -> torch.Tensor:
         """(T, H, D) from (T, H/D, D) of each rank."""

@@ -37,6 +37,7 @@ class CachedRun:
         # A cache has requests back to back; a layout of tokens may have them otherwise.
         order = np.argsort(request, kind="stable")
         self._order = None if (np.diff(order) == 1).all() else torch.from_numpy(order)
+        self._back = torch.from_numpy(np.argsort(order))
         own = run.reads(kind) if self._order is None else "a rank's tokens are not in the order of requests"
         self.copies = first_refusal(ranks.all_gather_object(own))  # a pass is timed as one, so that all ranks do the same
         self._cache: Cache | None = None
@@ -53,7 +54,8 @@ class CachedRun:
         """Put keys (Tk, Hk, D) and values (Tk, Hk, Dv) of this rank's tokens into the cache. Collective."""
         scales = self._scales(k, v)
         if self._order is not None:
-            k, v = k[self._order.to(k.device)], v[self._order.to(v.device)]
+            self._order, self._back = self._order.to(k.device), self._back.to(k.device)
+            k, v = k[self._order], v[self._order]
             v = k[..., : v.shape[-1]] if self._problem.heads.latent else v
         self._cache = Cache.of(k, v, self._lengths, self._kind, latent=self._problem.heads.latent, seed=self._seed, scales=scales)
 
@@ -86,9 +88,8 @@ class CachedRun:
         k, v = self.cache.read()
         if self._order is None:
             return k, v
-        back = torch.argsort(self._order).to(k.device)
-        k = k[back]
-        return k, k[..., : v.shape[-1]] if self._problem.heads.latent else v[back]
+        k = k[self._back]
+        return k, k[..., : v.shape[-1]] if self._problem.heads.latent else v[self._back]
 
     def read(self, q: torch.Tensor, sink: torch.Tensor | None = None, passes: Passes | None = None) -> tuple[torch.Tensor, Any]:
         """``forward`` over what is stored; ``passes``: of what, None: of the run itself. Collective."""
