@@ -70,10 +70,13 @@ class Hybrid(Scheduled):
         return Schedule.of(ranks, layout, np.arange(ranks), head_groups(problem.heads, 1), singles(ranks), rings(groups))
 
     def _layout(self, groups: Sequence[int], bounds: Ints, work: Ints) -> Layout:
-        return Layout.of_stretches(*self._dealt(groups, bounds, work), shards=sum(groups))
+        dealt = self._dealt(groups, bounds, work)
+        order = np.argsort(dealt[0].astype(np.min_scalar_type(sum(groups))), kind="stable")  # small numbers are sorted in one pass
+        rank, start, size = (each[order] for each in dealt)
+        return Layout.of_stretches(rank, start, size, sum(groups))
 
     def _dealt(self, groups: Sequence[int], bounds: Ints, work: Ints) -> tuple[Ints, Ints, Ints]:
-        """(rank, start, size) of every stretch of tokens, in the order of ranks and of each rank's tokens."""
+        """(rank, start, size) of every stretch of tokens, of each rank in the order of its tokens."""
         chosen = _least_loaded(work, groups) if self.documents is None else np.array(self.documents)
         parts = []
         for first, size, group in zip(np.cumsum([0, *groups]).tolist(), groups, range(len(groups)), strict=False):
@@ -87,10 +90,8 @@ class Hybrid(Scheduled):
             # In zigzag. Short documents leave the first places empty, so they begin at another rank each time.
             rank = first + (np.minimum(chunk, chunks - 1 - chunk) + number) % size
             parts.append(np.stack([rank, bounds[number] + start, end - start]))
-        every = np.concatenate(parts, axis=1)
-        few = every[0].astype(np.min_scalar_type(sum(groups)))  # small numbers are sorted in one pass
-        rank, start, size = every[:, np.argsort(few, kind="stable")]
-        return rank, start, size
+        rank, start, length = np.concatenate(parts, axis=1)
+        return rank, start, length
 
 
 def _least_loaded(work: Ints, groups: Sequence[int]) -> Ints:

@@ -367,10 +367,10 @@ class _Scattered:
             entry = np.repeat(first - np.cumsum(count) + count, count)
             entry += np.arange(len(entry))
             place = np.repeat(row, count)
-            place += entries.bundle[entry]
+            place += entries.bundle.take(entry)
             for column, height, units in products:
                 weights = np.repeat(height[here], count)
-                weights *= units[entry]
+                weights *= units.take(entry)
                 found[column] += np.bincount(place, weights=weights, minlength=size)
         for part, unit, besides in self._cut(here, 0, self._units):
             number, entry = spread(self._inside.begins[unit], self._inside.begins[unit + 1])
@@ -433,7 +433,7 @@ class _Bands(_Sheet):
         bundle = inside.indices[entry]
         order = np.argsort(bundle, kind="stable")
         place = place[order]
-        self._parts, self._bundle = parts[place], bundle[order]
+        self._parts, self._bundle = parts.take(place, axis=0), bundle[order]
         tall, last_of_band = _stacked(self._parts, self._bundle, number[place], parted=bool((np.diff(keys.runs) > 1).any()))
         begin, end = _span_of(keys, parts)  # of parts in the order of bands, in which neighbours are looked up near one another
         whole, met = [each[place] for each in self._whole_units(parts, begin, end)], [each[place] for each in (begin, end)]
@@ -512,10 +512,11 @@ class _Bands(_Sheet):
         keys, edges = self._keys, self._keys.edges
         for cut in self._cuts:
             number, unit = spread(*(np.clip(each[here], begin, end) for each in cut))
-            found, kept = cropped(self._parts[here[number]], None, None, edges[unit], edges[unit + 1])
+            parts = self._parts.take(here[number], axis=0)
+            found, kept = cropped(parts, None, None, edges[unit], edges[unit + 1])
             number, unit = number[kept], unit[kept]
-            begins = np.maximum(self._parts[here[number], 2], self._hard_before[unit])
-            ends = keys.hard[unit] | (self._parts[here[number], 3] <= edges[unit + 1])
+            begins = np.maximum(parts[kept, 2], self._hard_before[unit])
+            ends = keys.hard[unit] | (parts[kept, 3] <= edges[unit + 1])
             pad = np.where(ends, -(found[:, 3] - begins) % BLOCK, 0)
             yield number, unit, ((PAIRS, areas(found).astype(np.float64)), (COVERED, covered(found, pad)))
         parts, first, last = self._parts[here], self._first[here], self._last[here] - 1
@@ -527,7 +528,7 @@ class _Bands(_Sheet):
 def _cropped_rows(bands: Ints, number: Ints, begin: Ints, end: Ints) -> tuple[Ints, Keep]:
     """Bands, by number, each in rows of its own: as ``cropped``, in portions that fit into a cache."""
     found = [
-        cropped(bands[number[first:last]], begin[first:last], end[first:last], None, None)
+        cropped(bands.take(number[first:last], axis=0), begin[first:last], end[first:last], None, None)
         for first, last in cut_evenly(np.full(len(number), len(LOWER)), CACHED)
     ]
     parts, kept = zip(*found, strict=True)

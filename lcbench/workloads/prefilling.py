@@ -44,7 +44,7 @@ from lcbench.workloads.started import Sent, Started, started
 from lcbench.workloads.watch import Watch
 
 if TYPE_CHECKING:
-    from lcbench.workloads.chunked_prefill import Chunk, ChunkedPrefill
+    from lcbench.workloads.chunks import Chunk, Chunks
 
 CACHE, STAGES = "cache", "between stages"
 WATCHED = 3  # passes by which chunks are timed
@@ -246,7 +246,7 @@ class PrefillSession(Session):
     refused: str | None = None
     wrong: str | None = None
 
-    def __init__(self, options: ChunkedPrefill, work: Work, number: int, gang: Gang) -> None:
+    def __init__(self, options: Chunks, work: Work, number: int, gang: Gang) -> None:
         self._options, self._work, self._gang, self.judge = options, work, gang, Judge()
         self._stages = options.stages(gang.mesh)
         self._kept: list[Kept] = []

@@ -34,7 +34,8 @@ from lcbench.testing.dense import dense_mask
 from lcbench.testing.masks import load, names
 from lcbench.testing.spawn import run_ranks
 from lcbench.workloads.base import Work
-from lcbench.workloads.chunked_prefill import Chunk, ChunkedPrefill
+from lcbench.workloads.chunked_prefill import ChunkedPrefill
+from lcbench.workloads.chunks import Chunk
 from lcbench.workloads.prefilling import Cached, Link, PrefillSession
 from tests.cp.batches import BOUND, CPU, HEADS, SEES, dense, mask_of, near, seen
 
