@@ -67,8 +67,8 @@ def main(arguments: list[str]) -> int:
 
 
 def report_pictures(docs: Path = DOCS) -> None:
-    """The first screen of a report, the same page with numbers at its parts, and sections of training steps and of serving; a line in
-    each says that it is synthetic.
+    """The first screen of a report, the same page with numbers at its parts, and sections of training steps and of serving; a line
+    in each says that it is synthetic.
     """
     with tempfile.TemporaryDirectory() as folder, chdir(folder):  # so that commands on the page name no folder
         page = write_report(big_sweep(Path("results"), "big", begun=BEGUN), Path("report"), known_devices()).page

@@ -97,7 +97,7 @@ class DisplacedRun(LayerByLayer):
         tile = mask.tile(layout.shards[place.rank], (TokenSpan(0, problem.seqlen),))
         self._kernel = prepare(kernel, tile, problem.heads, getattr(torch, problem.dtype), place.device)
         self._pairs = tile.pairs(problem.heads.q)
-        self._exchange = Exchange(problem, place)
+        self._exchange = Exchange.of(problem, place)
         self._read, self._arriving = ([Stored(problem, kernel, place.device) for _ in range(layers)] for _ in range(2))
         self._under_way: list[list[Waits]] = [[] for _ in range(layers)]
 
@@ -155,6 +155,7 @@ class DisplacedRun(LayerByLayer):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Any]:
         """A layer of a step that waits for its keys and values."""
+        self.begin()
         self._fill(0, k, v)
         return self._attended(0, q)
 

@@ -81,7 +81,7 @@ class DualParalRun(StepRun):
         share = contiguous(layers, ranks).tokens(place.rank)
         self.layers = range(int(share[0]), int(share[-1]) + 1)
         self.queue, self.problem, self.rank, self.ranks, self.device = queue, problem, place.rank, ranks, place.device
-        self.to_next, self.to_first = (Exchange(problem, place, channel=channel) for channel in (LATENTS, RESULTS))
+        self.to_next, self.to_first = (Exchange.of(problem, place, channel=channel) for channel in (LATENTS, RESULTS))
         self.kernels: dict[tuple[int, int], Prepared] = {}
         for block in range(queue.blocks):
             for step in (0, 1):

@@ -1,4 +1,4 @@
-"""Messages of runs that are no schedules, among the ranks of a context-parallel group; what is sent is counted."""
+"""Messages of runs that are no schedules, among ranks that share a communicator; what is sent is counted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Operation = Callable[[torch.Tensor, torch.Tensor, dist.ProcessGroup], Waits]
 
 
 class Exchange:
-    """One rank's end of the messages of a run. Making it is collective over all ranks.
+    """One rank's end of the messages of a run.
 
     Ends of messages are contiguous, and stay as they are until what a method gives is waited for (``wait_all``). Without
     ``communicate`` nothing is sent, and what would have arrived means nothing.
@@ -25,23 +25,34 @@ class Exchange:
         size, place: ranks that exchange with one another, and this one's place among them.
     """
 
-    def __init__(self, problem: Problem, place: Place, sets: Sequence[tuple[int, ...]] = (), channel: str = MAIN) -> None:
+    def __init__(self, members: Sequence[int], place: int, group: dist.ProcessGroup | None, sending: Sending) -> None:
         """
+        Args:
+            members: the ranks that exchange with one another, ascending, as ``sending`` numbers them.
+            group: their communicator; None: there is one.
+        """
+        self.size, self.place = len(members), place
+        self._members, self._group, self._sending = members, group, sending
+        self._communicate = True
+
+    @classmethod
+    def of(cls, problem: Problem, place: Place, sets: Sequence[tuple[int, ...]] = (), channel: str = MAIN) -> Exchange:
+        """That of a rank of a context-parallel group. Collective over all ranks.
+
         Args:
             sets: ranks that exchange among themselves, ascending; each rank is in one. Without any all ranks do.
             channel: messages wait for others of their channel only.
         """
         sets = sets or [tuple(range(problem.scale.world_size))]
-        self._members = next(each for each in sets if place.rank in each)
-        self.size, self.place = len(self._members), self._members.index(place.rank)
-        through_host = False
-        if self.size > 1:
+        members = next(each for each in sets if place.rank in each)
+        group, through_host = None, False
+        if len(members) > 1:
             place.groups.prepare([(channel, each) for each in sets])
-            group = place.groups.among(self._members, channel)
+            group = place.groups.among(members, channel)
             assert group is not None
-            self._group, through_host = group, place.groups.goes_through_host(place.device)
-        self._sending = Sending(place.rank, problem.scale.gpus_per_node, place.device, through_host=through_host)
-        self._communicate = True
+            through_host = place.groups.goes_through_host(place.device)
+        sending = Sending(place.rank, problem.scale.gpus_per_node, place.device, through_host=through_host)
+        return cls(members, members.index(place.rank), group, sending)
 
     def begin(self, *, communicate: bool = True) -> None:
         """A pass begins: count its bytes from 0."""
@@ -99,6 +110,7 @@ class Exchange:
             return []
         if not source.numel():
             return []
+        assert self._group is not None
         (source,), (target,), copies = self._sending.ends([source], [target])
         return [operation(target.view(-1), source.view(-1), self._group), *copies]
 

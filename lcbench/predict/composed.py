@@ -101,14 +101,16 @@ class Composed:
     def _kernel(self) -> Kernel:
         return build.build_kernel(self.cell.config["kernel"])
 
-    def _copies(self, kind: CacheKind) -> bool:
+    @cached_property
+    def _copies(self) -> Callable[[CacheKind], bool]:
         """Whether a cache is copied out: kernels do not read it, or are not called on what a rank has."""
         modelled, moves = self.draws[0].modelled, self.draws[0].moves
         schedule, problem = modelled.schedule, modelled.problem
         moved = any(transfer.payload.side == "kv" for transfer in moves.transfers)
         parted = any(len(group.kv) < problem.heads.kv for group in schedule.heads)
-        lies = all(_in_order(schedule.k.tokens(rank), self.cell) for rank in range(schedule.world_size))
-        return moved or parted or not lies or unread(self._kernel, kind, problem, self.platform) is not None
+        if moved or parted or not all(_in_order(schedule.k.tokens(rank), self.cell) for rank in range(schedule.world_size)):
+            return lambda _: True
+        return cache(lambda kind: unread(self._kernel, kind, problem, self.platform) is not None)
 
     @cached_property
     def _held(self) -> Holding | None:
@@ -122,7 +124,7 @@ class Composed:
         problem, held, modelled = self.cell.problem, self._held, self.draws[0].modelled
         share = Share(
             problem, self.tokens, self.cell.mesh, held.finals if held else (), held.kept if held else (),
-            self.platform.type == "cuda", hides, self.keys, modelled.problem.heads.kv, modelled.replicas, cache(self._copies),
+            self.platform.type == "cuda", hides, self.keys, modelled.problem.heads.kv, modelled.replicas, self._copies,
         )  # fmt: skip
         return build.made_of(self.cell.config, share)
 
@@ -151,8 +153,8 @@ class Composed:
             ranks = cell.mesh.groups(scale)
             simulated = self.draws[0].modelled.schedule.world_size
             groups = Groups(ranks.reshape(-1, ranks.shape[-1])[:, :simulated], scale.gpus_per_node)
-        in_place = self.key_bytes > 0
-        draws = tuple(play(replace(draw, in_place=in_place), machine, kernel, memory=self.memory, groups=groups) for draw in self.draws)
+        ready = [replace(draw, in_place=self.key_bytes > 0) for draw in self.draws]
+        draws = tuple(play(draw, machine, kernel, memory=self.memory, groups=groups) for draw in ready)
         attention = {name: _mean([draw.phases[name] for draw in draws]) for name in draws[0].phases}
         times = _Times(machine, dense, cores or 1.0, attention, cell.mesh, scale)
         made = self.made(times.hides)

@@ -59,8 +59,8 @@ def guess_dense(machine: Machine, dtype: str) -> DenseFit:
 
 
 def error_key(cell: Cell, phase: str) -> str:
-    """Under which name a fit holds the error of a phase: as it is, of what has a cache with its regime's name before it, and of what runs
-    another workload with the workload's."""
+    """Under which name a fit holds the error of a phase: as it is, of what has a cache with its regime's name before it, and of
+    what runs another workload with the workload's."""
     if cell.problem.rectangular:
         return f"{regime(cell.problem)}/{phase}"
     said = cell.config.get("workload")
@@ -371,8 +371,9 @@ def _written(
         for strategy in by_strategy for phase in PHASES
     }  # fmt: skip
     kernels = tuple(
-        found.kernel(*key, sources=said).model_copy(update={"regimes": tuple(sorted(regimes[key]))}) for key, said in sources.items()
-    )
+        found.kernel(*key, sources=said).model_copy(update={"regimes": tuple(sorted(regimes[key]))})
+        for key, said in sources.items()
+    )  # fmt: skip
     return Fit(
         machine=found.machine.name, kernels=kernels,
         dense=tuple(found.dense(dtype, said) for dtype, said in of_dense.items()),

@@ -111,8 +111,8 @@ class MemoryFit(Frozen):
 
 
 def regime(problem: Problem) -> str:
-    """What decides how a kernel spends its time: ``whole``: every token has a query; ``decode``: each request has one new token, so that
-    its keys and values are read for a row; ``cache``: anything else with keys that have no query."""
+    """What decides how a kernel spends its time: ``whole``: every token has a query; ``decode``: each request has one new token, so
+    that its keys and values are read for a row; ``cache``: anything else with keys that have no query."""
     if not problem.rectangular:
         return "whole"
     return "decode" if problem.batch is not None and problem.batch.decodes else "cache"

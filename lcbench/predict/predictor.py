@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lcbench.cp.base import Scheduled
@@ -12,7 +12,7 @@ from lcbench.measure.derived import derived
 from lcbench.predict.composed import Composed, Together
 from lcbench.predict.draws import CannotPredict
 from lcbench.predict.fit import UNFITTED_SHARE, error_key, guess, guess_dense
-from lcbench.predict.fitted import Fit, KernelFit, MemoryFit, Workspace, regime
+from lcbench.predict.fitted import Coefficients, DenseFit, Factor, Fit, KernelFit, MemoryFit, Workspace, regime
 from lcbench.predict.machines import fit_of, machine_of, peak_flops, platform_of
 from lcbench.predict.memory import SCORE
 from lcbench.schedule.machine import Machine
@@ -53,6 +53,7 @@ class Prediction:
         error: relative half-width of the 95 % interval of every time.
         basis: what it rests on, in words.
         draws: the simulated draws.
+        least_s: with a cache: what the rank with most needs to read its keys and values at the speed of its memory.
     """
 
     cell: Cell
@@ -69,6 +70,7 @@ class Prediction:
     error: float
     basis: str
     draws: tuple[Simulated, ...]
+    least_s: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -78,7 +80,7 @@ class Prediction:
     @property
     def interval(self) -> tuple[float, float]:
         """Of ``seconds``, 95 %."""
-        return self.seconds / (1 + self.error), self.seconds * (1 + self.error)
+        return max(self.seconds / (1 + self.error), self.least_s), self.seconds * (1 + self.error)
 
     @property
     def needs_bytes(self) -> float:
@@ -210,7 +212,14 @@ class Predictor:
             {name: composed.flops(made, name, again=True) for name in made.phases}, alone,
             max(d.buffer_bytes for d in found.draws), peak, bounds,
             max(error, *(self._error(cell, name) for name in found.phases)), basis, found.draws,
+            self._least_s(composed, kernel, model) if cell.problem.rectangular else 0.0,
         )  # fmt: skip
+
+    def _least_s(self, composed: Composed, kernel: KernelFit, dense: DenseFit) -> float:
+        """Of the busiest rank, were its kernels to do nothing but read."""
+        nothing = kernel.model_copy(update={"forward": Coefficients(), "backward": Coefficients(), "factors": (Factor(), Factor())})
+        found = replace(composed, memory=False).play(self.machine, nothing, dense)
+        return sum(found.made.attends(direction) * phase.busiest_s for direction, phase in found.attention.items())
 
     def _error(self, cell: Cell, phase: str) -> float:
         """Of a phase of cells like this one, by cross-validation."""
@@ -218,7 +227,8 @@ class Predictor:
 
     def _peak(self, found: Together, inside: MemoryFit | None) -> tuple[int, tuple[float, float]]:
         """The peak of the rank with most, and its 95 % interval."""
-        peak, own = (max(getattr(draw, name) for draw in found.draws) + int(found.made.held) for name in ("peak_bytes", "own_bytes"))
+        names, held = ("peak_bytes", "own_bytes"), int(found.made.held)
+        peak, own = (held + max(getattr(draw, name) for draw in found.draws) for name in names)
         if found.made.room is None:
             if inside is not None:
                 return peak, (peak / (1 + inside.error), peak * (1 + inside.error))

@@ -36,6 +36,7 @@ from lcbench.report.table import why_not
 from lcbench.report.tables import rate_tables, rows_table
 from lcbench.report.trace import HOW, rows_of, served
 from lcbench.report.winners import CLOSE, UNMEASURED, Winner, winners
+from lcbench.report.winners import rows_of as winner_rows
 from lcbench.runs.attempt import Status
 from lcbench.runs.store import Sweep
 
@@ -178,7 +179,7 @@ def _write_tables(
     several = len(choices) > 1
     ranked = [({"workload": name} if several else {}) | r.row() for name, found in choices.items() for r in found]
     tables = [
-        rows_table("winners", "Fastest choice of every problem", [w.row() for w in fastest]),
+        rows_table("winners", "Fastest choice of every problem", winner_rows(fastest)),
         rows_table("regret", "If it has to be one choice for everything", ranked),
         rows_table("steps", "Training steps", step_table(frame)),
         rows_table("longest", "The longest length of every choice", lengths),
@@ -297,7 +298,7 @@ def _regret_rows(choices: list[Regret], drawn: dict[str, dict[str, Any]]) -> lis
     widest = max((r.mean for r in choices), default=1.0) - 1.0
     return [
         {
-            "choice": r.choice, "mean": amounts.times(r.mean), "worst": amounts.times(r.worst), "where": r.where, "ran": r.ran,
+            "named": r.named, "mean": amounts.times(r.mean), "worst": amounts.times(r.worst), "where": r.where, "ran": r.ran,
             "worst_cell": r.worst_cell, "fastest": r.fastest, "compared": r.compared, "problems": r.problems,
             "bar": round(max(2.0, 100 * (r.mean - 1) / widest)) if widest > 0 else 2, "color": drawn[r.choice]["color"],
         }

@@ -188,8 +188,8 @@ def _near(tokens: float) -> str:
 
 
 def _crossing(logs: dict[int, float]) -> float | None:
-    """The length where a line through logarithms of ratios by length goes below 0 for good, straight in the logarithm of the length;
-    None: it does not.
+    """The length where a line through logarithms of ratios goes below 0 for good, straight in the logarithm of the length; None: it
+    does not.
     """
     points = sorted(logs.items())
     above = [place for place, (_, log) in enumerate(points) if log >= 0]

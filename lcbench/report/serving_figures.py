@@ -70,8 +70,8 @@ class Panel:
         for choice, line in lines(self.rows):
             values = line.assign(y=[time.value / unit.size for time in line["token"]])
             drawn[choice] = draw_line(axis, values["context"], values["y"], of.styles[choice], label=choice)
-            reach = [[time.low / unit.size for time in line["token"]], [time.high / unit.size for time in line["token"]]]
-            axis.vlines(line["context"], *reach, color=of.styles[choice].color, linewidth=1.0)
+            low, high = ([end / unit.size for end in ends] for ends in zip(*((t.low, t.high) for t in line["token"]), strict=True))
+            axis.vlines(line["context"], low, high, color=of.styles[choice].color, linewidth=1.0)
         if self.base:
             name = " or ".join(dict.fromkeys(on(row) for row in self.base))
             look = {**BASE.matplotlib, "markersize": 4.0, "linewidth": 1.1}
@@ -160,8 +160,8 @@ def caption_of(panel: Panel) -> str:
     foretold = " Dotted and hollow: predicted, not measured." if (panel.rows["status"] == "predicted").any() else ""
     failed = " A cross at the bottom is a failed cell, with the class of its failure." if len(panel.failed) else ""
     return (
-        "Forward of one attention call over its new tokens, with its 95 % interval. Cache: bytes that the busiest rank has to read, over "
-        f"that time. Sent: by the rank that sends most; who sends nothing has no line.{base}{foretold}{failed}"
+        "Forward of one attention call over its new tokens, with its 95 % interval. Cache: bytes that the busiest rank has to "
+        f"read, over that time. Sent: by the rank that sends most; who sends nothing has no line.{base}{foretold}{failed}"
     )
 
 
@@ -169,8 +169,8 @@ def caption_of(panel: Panel) -> str:
 
 
 def page_panels(of: Shown) -> Iterator[dict[str, Any]]:
-    """For a page, of each panel: ``where``, ``cells`` (ids), ``key`` (name, glyph, color, look), ``caption`` and ``figures`` (title,
-    svg).
+    """For a page, of each panel: ``where``, ``cells`` (ids), ``key`` (name, glyph, color, look), ``caption`` and ``figures``
+    (title, svg).
     """
     styles = {choice: replace(style, color=_ink(style.color)) for choice, style in of.styles.items()}
     inked = replace(of, styles=styles)
@@ -200,7 +200,7 @@ def _svg(draw: Callable[[Axes, Shown], dict[str, Any]], of: Shown, salt: str, al
     from markupsafe import escape
     from matplotlib.figure import Figure
 
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    ink: Any = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, **ink}):
         figure = Figure(figsize=PANEL, layout="constrained")
         drawn = draw(figure.subplots(), of)

@@ -204,7 +204,7 @@ def _parts(cell: Cell) -> Made:
 
 def exchanged_bytes(problem: Problem) -> float:
     """Bytes that a rank gets at most: the keys and values of all others, with backward once more, and their gradients as sums."""
-    heads, ranks = problem.heads, problem.scale.world_size
+    ranks = problem.scale.world_size
     sums = problem.itemsize if problem.reduce_dtype == "input" else max(problem.itemsize, 4)
     per_element = 2 * problem.itemsize + sums if problem.backward else problem.itemsize
     return cached_bytes(problem) / problem.itemsize * (ranks - 1) / ranks * per_element

@@ -18,13 +18,13 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 
 from lcbench.kernels.base import Kernel, Platform, Prepared, Saved, accumulation_dtype, prepare, softmax_arguments
-from lcbench.kernels.cache import Cache, CacheKind, PreparedForCache, ReadsCache
+from lcbench.kernels.cache import Cache, CacheKind, PreparedForCache, unread
 from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sink import sink_gradient, with_sink
 from lcbench.masks.mask import Mask
@@ -259,8 +259,6 @@ class Executor:
 
     def reads(self, kind: CacheKind) -> str | None:
         """Why this rank's tiles do not read such a cache where it lies; None: they do."""
-        if not isinstance(self._kernel, ReadsCache):
-            return f"{type(self._kernel).__name__} reads no cache"
         if self._keys_move:
             return "keys and values move between ranks"
         own = 0, self._program.tokens["kv"]
@@ -268,7 +266,7 @@ class Executor:
             every = self.schedule.heads[call.group].kv_heads == slice(0, self.problem.heads.kv)
             if self._program.local(call.operand("kv")) != own or not every:
                 return "a kernel call takes a part of this rank's keys and values"
-        return self._kernel.reads(kind, self.problem, Platform.of(self.device))
+        return unread(self._kernel, kind, self.problem, Platform.of(self.device))
 
     def forward_cache(
         self,
@@ -408,6 +406,17 @@ class Executor:
         return lse
 
     # -- several passes under way --------------------------------------------------------------------------------
+
+    def share(self, other: object) -> None:
+        """Put buffers where those of another executor are, as far as these are large enough, see ``RankRun``."""
+        assert isinstance(other, Executor)
+        for slot, (own, memory) in enumerate(zip(self._slots, other._slots, strict=False)):
+            if len(own) <= len(memory):
+                self._put(slot, memory[: len(own)])
+
+    def for_lse(self, saved: SavedPass) -> SavedPass:
+        """Without the inputs, see ``RankRun``."""
+        return replace(saved, q=saved.q[:0], kv=saved.q[:0], slots={})
 
     def hold(self, saved: SavedPass) -> SavedPass:
         """What ``forward`` has just saved, with all that backward needs of it: the next forward overwrites nothing of it."""
@@ -885,27 +894,41 @@ class Executor:
         return found
 
 
+class Bare(Protocol):
+    """A run whose passes do without kernels or without messages where they are told to."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, *, compute: bool, communicate: bool
+    ) -> tuple[torch.Tensor, Any]: ...
+
+    def forward_cache(
+        self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None, *, compute: bool, communicate: bool
+    ) -> tuple[torch.Tensor, Any]: ...
+
+    def backward(self, dout: torch.Tensor, saved: Any, *, compute: bool, communicate: bool) -> tuple[torch.Tensor, ...]: ...
+
+
 @dataclass(frozen=True)
 class Replay:
-    """The passes of an executor without kernels or without messages. Results mean nothing.
+    """The passes of a run without kernels or without messages. Results mean nothing.
 
     Backward takes what a whole forward pass saved.
     """
 
-    executor: Executor
+    run: Bare
     compute: bool
     communicate: bool
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, SavedPass]:
-        return self.executor.forward(q, k, v, sink, compute=self.compute, communicate=self.communicate)
+    ) -> tuple[torch.Tensor, Any]:
+        return self.run.forward(q, k, v, sink, compute=self.compute, communicate=self.communicate)
 
-    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, SavedPass]:
-        return self.executor.forward_cache(q, cache, sink, compute=self.compute, communicate=self.communicate)
+    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, Any]:
+        return self.run.forward_cache(q, cache, sink, compute=self.compute, communicate=self.communicate)
 
-    def backward(self, dout: torch.Tensor, saved: SavedPass) -> tuple[torch.Tensor, ...]:
-        return self.executor.backward(dout, saved, compute=self.compute, communicate=self.communicate)
+    def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, ...]:
+        return self.run.backward(dout, saved, compute=self.compute, communicate=self.communicate)
 
 
 def _stretch(x: torch.Tensor) -> torch.Tensor:

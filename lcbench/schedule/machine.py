@@ -53,8 +53,8 @@ class Machine:
         nics: of a node, each shared by as many ranks; 0: every rank has its own.
         memory_bytes: of a device; 0: not known.
         memory_bytes_per_s: of a rank, for copies, merges and sums.
-        read_bytes_per_s: of a device's memory by its data sheet, which no kernel reads keys and values faster than; 0: not known, as of
-            CPU ranks, whose caches hold what was read before.
+        read_bytes_per_s: of a device's memory by its data sheet, which no kernel reads keys and values faster than; 0: not known,
+            as of CPU ranks, whose caches hold what was read before.
         cores: of a node, which its ranks share; 0: every rank has a device of its own.
         launch_s: the host's time to start a kernel or a copy.
         message_s: the host's time to start a batch of messages.

@@ -121,8 +121,8 @@ class Around:
 
 @dataclass(frozen=True)
 class Modelled:
-    """What is simulated for a strategy: its own schedule, or, for a library's, one that does the same; of one that is no schedule, the
-    tiles of the rank with most as a schedule of one rank, and what is around them.
+    """What is simulated for a strategy: its own schedule, or, for a library's, one that does the same; of one that is no schedule,
+    the tiles of the rank with most as a schedule of one rank, and what is around them.
 
     Attributes:
         problem: as the schedule is of it; what a library does otherwise than ours, the type of its sums, say, is in it.
@@ -582,8 +582,7 @@ def holdings(prepared: Prepared) -> tuple[Holding, ...]:
     tiles = np.bincount(made.rank, minlength=schedule.world_size)
     ranks = dict.fromkeys([int(tiles.argmax()), 0, schedule.world_size - 1])
     return tuple(
-        _holding(prepared, Program(schedule, prepared.moves, modelled.problem, rank, prepared.operations), rank)
-        for rank in ranks
+        _holding(prepared, Program(schedule, prepared.moves, modelled.problem, rank, prepared.operations), rank) for rank in ranks
     )
 
 

@@ -38,6 +38,10 @@ class Workload(Protocol):
         """
         return None
 
+    def misfit(self, mesh: Mesh) -> str | None:
+        """Why it does not run with such groups of ranks; None: it does. Asked where ``unsupported`` is."""
+        return None
+
     def made(self, share: Share, recompute: Any) -> Made:
         """What it is made of on a rank with a share of a cell, for predictions (``lcbench.predict``).
 

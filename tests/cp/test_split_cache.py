@@ -306,7 +306,7 @@ EIGHT = Problem(64, Heads(8, 2, 8), Scale(1, 4), "float64", "forward")
         (
             Helix(),
             replace(EIGHT, direction="forward_backward"),
-            "computes no gradients, since it serves: direction=forward_backward",
+            "is for inference and has no backward; direction=forward runs it",
         ),
     ],
 )

@@ -45,6 +45,7 @@ def made_sweep(
     failure_of: Callable[[Cell], Failure | None] = lambda cell: None,
     factor_of: Callable[[Cell], float] = lambda cell: 1.0,
     peak_of: Callable[[Cell], float] = lambda cell: 1e9 + 1e3 * cell.problem.seqlen,
+    distance_of: Callable[[Cell], float | None] = lambda cell: None,
     provenance: dict[str, Any] | None = None,
     launch: dict[str, Any] | None = None,
     begun: float | None = None,
@@ -60,6 +61,7 @@ def made_sweep(
         failure_of: how a cell failed, besides.
         factor_of: factor on the time of a cell.
         peak_of: its peak of memory, in bytes.
+        distance_of: how far its results are from exact ones, of a strategy that approximates.
         begun: when it was begun and each cell was, in seconds since the epoch; by default as it is made.
     """
     sweep = Sweep(root, name)
@@ -112,6 +114,8 @@ def made_sweep(
             "time/noise": Stopping.noise(samples["total_s"]), **({"time/blocks": float(blocks)} if blocks > 1 else {}),
             "balance/area_max_over_mean": 1.1, "comm/bytes": 0.0 if ranks == 1 else 4e3 * problem.seqlen,
         }  # fmt: skip
+        if (distance := distance_of(cell)) is not None:
+            metrics["check/distance"] = distance
         if step:
             metrics |= step.metrics(peak_of(cell))
             metrics |= derived(metrics)

@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 from lcbench.grid.devices import known_devices
 from lcbench.grid.values import parse_batch
 from lcbench.problem import Batch
-from lcbench.report.figures import all_figures
 from lcbench.report.frame import reported
 from lcbench.report.intervals import KNOWN, Ratio
 from lcbench.report.page import write_report
 from lcbench.report.parts import shown
 from lcbench.report.serving import Pays, answers, base_of, context_of, kind_of, pays, series_of, served_rows, table, timed
-from lcbench.report.serving_figures import page_panels, panels_of
+from lcbench.report.serving_figures import page_panels, panels_of, serving_lines
 from lcbench.runs.store import Sweep
 from tests.browser import browser, needs_browser
 from tests.report.made import made_sweep, serving_sweep
@@ -208,7 +207,7 @@ def test_a_panel_has_a_line_per_choice_and_the_one_without_context_parallelism(f
     of = shown(frame, known_devices())
     panels = {panel.where: panel for panel in panels_of(of)}
     assert set(panels) == {f"{what}, causal, heads 64x8x128, 2x8" for what in rows["series"].unique()}
-    names = {figure.name: figure for figure in all_figures(frame, known_devices(), {}) if figure.kind == "serving"}
+    names = {figure.name: figure for figure in serving_lines(of)}
     assert len(names) == 3
     decode = next(panel for where, panel in panels.items() if where.startswith("decode"))
     figure = names[decode.name]

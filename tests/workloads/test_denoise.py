@@ -148,6 +148,9 @@ def check_runs(rank: int, ranks: int) -> None:
             once = (ranks - 1) * SEQLEN // ranks * 2 * HEADS.kv * HEADS.dim * 8 * LAYERS
             # The last step sends nothing: no step reads it.
             assert sent == {WARMUP: warmup * once, STEADY: (STEPS - warmup - 1) * once}
+            if (silent := run.bare(compute=True, communicate=False)) is not None:
+                silent.advance(range(STEPS), own, [], None)
+            near([run.forward(*own[0][0])[0]], [every[0][0][run.tokens]], f"a layer behind passes without messages {name}")
         for blocks, context in ((6, 0.5), (3, 1.0), (4, 0.0), (1, 0.5))[: 4 if name == "dual_scope" else 1]:
             case = f"dualparal {name} {blocks} {context}"
             want, outs = pipelined_densely(drawn, mask, blocks, context)

@@ -163,6 +163,32 @@ def cells(rank: int, ranks: int) -> None:
         cell(rank, Serving(page=8), name, gqa, "float64", ranks, Reads())
 
 
+@dataclass(frozen=True)
+class ReadsOnOne(Reads):
+    """A kernel that reads caches on the first rank alone."""
+
+    def reads(self, kind: CacheKind, problem: Problem, platform: Platform) -> str | None:
+        return f"rank {dist.get_rank()} has none" if dist.get_rank() else None
+
+
+def differing(rank: int, ranks: int) -> None:
+    """Ranks of which one cannot read its cache all copy theirs, and measure a timeline together."""
+    batch = BATCHES["mixed"]
+    mask, of = causal(batch), Problem(batch.tokens, Heads(4, 1, 16), Scale(1, ranks), "float64", "forward", batch=batch)
+    settings = SETTINGS | {"timeline": True}
+    work = Work(Serving(page=8), of, lambda _: mask, ReadsOnOne(), build_strategy(load("cp", "kvp")), settings, 3)
+    measured = measure_cell(work, Gang(rank, ranks, CPU, Groups(), []), lambda _: None)
+    assert measured.check is not None
+    assert not measured.check.failures, measured.check.failures
+    assert measured.notes["cache"].endswith("copied out in each pass: rank 1 has none")
+    assert len(measured.notes["timeline"]) == ranks
+
+
+@pytest.mark.gloo
+def test_ranks_that_differ_in_what_they_read_do_the_same() -> None:
+    run_ranks(2, differing, 2)
+
+
 @pytest.mark.gloo
 def test_a_serving_cell_is_checked_on_what_is_stored_and_says_what_it_read() -> None:
     run_ranks(2, cells, 2)
