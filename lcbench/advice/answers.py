@@ -91,7 +91,14 @@ def reasons(group: Sequence[Candidate]) -> list[str]:
         choices = [f"{a[0].cell.words['cp']} ({len(a)} kernels)" if len(a) > 1 else names.what[a[0].cell.id] for a in _alike(slow)]
         lines.append(f"cannot win, however far off predictions are: {_listed(choices)}; predicted {duration(least)} and more")
     lines += [f"does not fit: {names.what[c.cell.id]} {c.why}" for c in group if c.fate == "does not fit"]
+    lines += [f"no rival, as it approximates: {names.what[c.cell.id]}, {_of(c)}" for c in group if c.fate == "approximates"]
     return [*lines, *_cannot_run(c for c in group if c.fate == "cannot run")]
+
+
+def _of(candidate: Candidate) -> str:
+    """What is predicted of a choice, in words."""
+    found = candidate.prediction
+    return f"predicted {duration(found.seconds)}" if found is not None else f"no prediction: {candidate.why}"
 
 
 def _cannot_run(candidates: Iterable[Candidate]) -> Iterator[str]:

@@ -15,18 +15,19 @@ from lcbench.cp.base import Strategy
 from lcbench.grid import build
 from lcbench.grid.axes import PROBLEM
 from lcbench.grid.cell import Cell
-from lcbench.grid.expand import Planned
+from lcbench.grid.expand import Planned, approximates
 from lcbench.predict.predictor import CannotPredict, Prediction, Predictor
 from lcbench.report.amounts import size, times
 from lcbench.runs.budget import alone
 
-Fate = Literal["may win", "cannot win", "does not fit", "cannot run", "no prediction"]
+Fate = Literal["may win", "approximates", "cannot win", "does not fit", "cannot run", "no prediction"]
 MAY_WIN: tuple[Fate, ...] = ("may win", "no prediction")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A choice for a problem. ``fate``: what becomes of it, ``why`` in words; ``no prediction`` says nothing against it."""
+    """A choice for a problem. ``fate``: what becomes of it, ``why`` in words; ``no prediction`` says nothing against it.
+    ``approximates``: its results are not those of the mask, so that it is no rival of exact ones, whatever it takes."""
 
     cell: Cell
     prediction: Prediction | None
@@ -72,15 +73,16 @@ def _candidate(planned: Planned, predictor: Predictor, refuse: Callable[[Cell], 
     cell = planned.cell
     if reason := planned.skip or predictor.refusal(cell) or refuse(cell):
         return Candidate(cell, None, "cannot run", reason)
+    fate: Fate = "approximates" if approximates(cell) else "may win"
     try:
-        return Candidate(cell, predictor.predict(cell), "may win")
+        return Candidate(cell, predictor.predict(cell), fate)
     except CannotPredict as error:
-        return Candidate(cell, None, "no prediction", str(error))
+        return Candidate(cell, None, "no prediction" if fate == "may win" else fate, str(error))
 
 
 def _parallel(candidate: Candidate) -> Candidate:
     """Not a strategy on one rank, where it is no other than none at all."""
-    if candidate.fate not in MAY_WIN or not alone(candidate.cell):
+    if candidate.fate == "cannot run" or not alone(candidate.cell):
         return candidate
     name = candidate.cell.config["cp"]["name"]
     return replace(candidate, fate="cannot run", why=f"cp {name}: has nothing to do on one rank; cp=none is the same there")

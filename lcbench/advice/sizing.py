@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcbench.advice.ranking import Candidate
+from lcbench.advice.ranking import Candidate, Fate
 from lcbench.grid.cell import Cell
 from lcbench.grid.search import at
 from lcbench.predict.predictor import CannotPredict, Prediction, Predictor
@@ -22,6 +22,7 @@ GIB = 1 << 30
 MOST_GPUS = 1024
 SHORTEST = 1 << 10  # tokens, where break-even is looked for
 BEYOND = 4  # times the length that was asked for: the longest
+NO_ANSWER: tuple[Fate, ...] = ("cannot run", "does not fit", "approximates")
 STEPS = 16  # of the last doubling, that a break-even is told in
 
 
@@ -35,7 +36,7 @@ class Limits:
     def holds(self, candidate: Candidate) -> bool:
         """Whether a choice keeps both, with 95 % confidence of each."""
         found = candidate.prediction
-        if found is None or candidate.fate in ("cannot run", "does not fit"):
+        if found is None or candidate.fate in NO_ANSWER:
             return False
         slow = self.seconds is not None and found.interval[1] > self.seconds
         return not slow and (self.bytes is None or found.needs_interval[1] <= self.bytes)
@@ -94,8 +95,8 @@ def _by_scale(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
 
 
 def sizable(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that have a prediction, run and fit; among them what cannot win at its scale."""
-    return [c for c in candidates if c.prediction is not None and c.fate not in ("cannot run", "does not fit")]
+    """Those that have a prediction, are exact, run and fit; among them what cannot win at its scale."""
+    return [c for c in candidates if c.prediction is not None and c.fate not in NO_ANSWER]
 
 
 def predicted_s(candidate: Candidate) -> float:

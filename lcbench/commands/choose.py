@@ -223,7 +223,7 @@ class _Choosing:
 
     def run(self) -> int:
         if not self.cells:
-            print("error: no choice can run: the reasons are above", file=sys.stderr)
+            print("error: no choice may win: the reasons are above", file=sys.stderr)
             return SOME_FAILED
         with bad_input():
             launcher = launcher_named(self.asked.plan.launcher, self.asked.folders)

@@ -58,6 +58,10 @@ class APB(Strategy):
             return f"passing={self.passing} is more than the {most} keys of a prompt's block beside its anchor"
         return None
 
+    def approximates(self, problem: Problem, mask: Mask) -> bool:
+        blocks = Blocks.of(problem, self.anchor)
+        return blocks.ranks > 1 and bool(blocks.prompts.any())
+
     def missing(self) -> str | None:
         return self.selector.missing()
 

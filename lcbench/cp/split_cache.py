@@ -16,7 +16,7 @@ import numpy as np
 from lcbench.masks.band import BandMask, Ints, TokenSpan
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem, Scale
-from lcbench.schedule.build import indivisible_heads
+from lcbench.schedule.build import indivisible_heads, only_forward
 from lcbench.schedule.held import Held, Part
 from lcbench.schedule.layout import Layout, by_document
 from lcbench.schedule.lowering import Operation
@@ -31,16 +31,8 @@ MERGES: tuple[Merge, ...] = ("reduce_scatter", "all_to_all")
 NO_TOKENS = (TokenSpan(0, 0),)
 
 
-def bounds(problem: Problem) -> tuple[Ints, Ints]:
-    """Where each request's queries begin, and where its keys do, each with the end, (requests + 1,); a sequence is one request."""
-    if problem.batch is None:
-        whole = np.array([0, problem.seqlen], dtype=np.int64)
-        return whole, whole
-    return problem.batch.q_bounds, problem.batch.k_bounds
-
-
-def dealt(k_bounds: Ints, parts: int, interleave: int | None) -> Layout:
-    """The tokens of each of ``parts`` ranks.
+def shares(k_bounds: Ints, parts: int, interleave: int | None) -> Layout:
+    """The tokens of each of ``parts`` ranks, of requests that begin at ``k_bounds`` (requests + 1,), the end with them.
 
     Args:
         interleave: tokens of a request that go to one rank before the next ones go to the next; None: of every request each rank
@@ -54,7 +46,8 @@ def dealt(k_bounds: Ints, parts: int, interleave: int | None) -> Layout:
 
 
 def share(begin: int, end: int, parts: int, part: int, interleave: int | None) -> list[TokenSpan]:
-    """The tokens of a request that one of several ranks has; None: a stretch, and those left over one each to the first ranks."""
+    """The tokens of a request that one of several ranks has, as ``shares`` deals them out; of stretches the first ranks have those
+    left over."""
     if interleave is None:
         size, left = divmod(end - begin, parts)
         first = begin + part * size + min(part, left)
@@ -104,13 +97,12 @@ def split(problem: Problem, grid: Ints, rank: int, interleave: int | None, *, ga
     """What a rank of a (G, D) grid has to do; every row of it is ascending.
 
     Args:
-        interleave: see ``dealt``.
+        interleave: see ``shares``.
         gathers: see ``Split``.
     """
     (count, degree), heads = grid.shape, problem.heads
     row, column = (int(place[0]) for place in np.nonzero(grid == rank))
-    q_bounds, k_bounds = bounds(problem)
-    keys = dealt(k_bounds, degree, interleave)
+    keys = shares(problem.requests.k_bounds, degree, interleave)
     each, kv_each, part = heads.q // count, max(1, heads.kv // count), heads.q // grid.size
     first, kv_first = row * each, row * heads.kv // count
     every = np.arange(problem.queries, dtype=np.int64)
@@ -121,7 +113,7 @@ def split(problem: Problem, grid: Ints, rank: int, interleave: int | None, *, ga
         out=own,
     )
     rows = tuple(map(tuple, grid.tolist()))
-    queries = tuple(run for ends in pairwise(q_bounds.tolist()) for run in query_runs(*ends, degree, interleave))
+    queries = tuple(run for ends in pairwise(problem.requests.q_bounds.tolist()) for run in query_runs(*ends, degree, interleave))
     of_row = heads.of(each, kv_each)
     return Split(rows, rows[row], column, queries, keys.shards[column], of_row, first, gathers, held)
 
@@ -130,11 +122,6 @@ def fewest(problem: Problem) -> int:
     """The fewest ranks of a row with which no key/value head is held by two rows."""
     ranks, heads = problem.scale.world_size, problem.heads
     return next(d for d in range(1, ranks + 1) if ranks % d == 0 and heads.kv % (ranks // d) == 0)
-
-
-def only_forward(problem: Problem) -> str | None:
-    """Why a strategy that serves does not run a problem with gradients, or None."""
-    return "computes no gradients, since it serves: direction=forward_backward" if problem.backward else None
 
 
 def modelled(problem: Problem, mask: Mask, grid: Ints, interleave: int | None, merge: Merge, *, gathers: bool) -> Modelled:

@@ -158,6 +158,9 @@ class OverSteps(Strategy):
             return f"every token has a query in a step, and here {problem.queries} of {problem.seqlen} have one"
         return None
 
+    def approximates(self, problem: Problem, mask: Mask) -> bool:
+        return True
+
     def too_few(self, steps: int, layers: int, problem: Problem) -> str | None:
         """Why it cannot run so many steps of so many layers, or None."""
         return None
@@ -280,6 +283,9 @@ class InSteps(Strategy):
 
     def computes(self, problem: Problem, mask: Mask) -> Mask:
         return self.strategy.computes(problem, mask)
+
+    def approximates(self, problem: Problem, mask: Mask) -> bool:
+        return self.strategy.approximates(problem, mask)
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> StepRun:
         if isinstance(self.strategy, OverSteps):

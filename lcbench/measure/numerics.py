@@ -67,7 +67,7 @@ class Result:
 
 def forward(run: Passes, shard: Shard) -> tuple[torch.Tensor, Any]:
     """out and what backward needs. Collective."""
-    return run.forward(shard.q, shard.k, shard.v, *(() if shard.sink is None else (shard.sink,)))
+    return run.forward(shard.q, shard.k, shard.v, shard.sink)
 
 
 def one_pass(run: RankRun, shard: Shard, problem: Problem) -> Result:
@@ -148,7 +148,10 @@ class Examination:
         by_tokens = shard if self._owners.by_tokens else drawn
         assert by_tokens is not None
         self._against_reference(by_tokens, result)
-        asked = self._mask if self._asked is None and result.chosen is not None else self._asked
+        asked, heads = self._asked, self._problem.heads.q
+        # A choice of all pairs is none: its results are exact.
+        if asked is None and result.chosen is not None and result.chosen.pairs(heads) < self._mask.pairs(heads):
+            asked = self._mask
         if asked is not None:
             self._measure_distance(asked, by_tokens, result)
         if self._bounds.half or shard.dout is None:

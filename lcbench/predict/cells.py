@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
+from lcbench.predict.draws import unforeseen
 from lcbench.predict.observations import CellMemory, CellTime
 from lcbench.schedule.machine import Machine
 
@@ -42,7 +43,8 @@ class Result(Protocol):
 
 def cell_times(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[CellTime]:
     """A ``CellTime`` of each cell with a good result. Left out are those whose ranks shared a GPU, which say nothing of its speed,
-    and those of several context-parallel groups, which meet on links that no cell of one group tells of.
+    those of several context-parallel groups, which meet on links that no cell of one group tells of, and those that do what no
+    prediction knows of (``unforeseen``).
 
     Args:
         results: cells with their attempts.
@@ -81,7 +83,7 @@ def group_of(cell: Cell) -> str:
 def _good(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[tuple[Cell, list[Result]]]:
     """Cells with their good attempts."""
     good = [(cell, [a for a in attempts if a.status == "ok" and not a.no_speed]) for cell, attempts in results]
-    good = [(cell, attempts) for cell, attempts in good if attempts and cell.mesh.count == 1]
+    good = [(cell, attempts) for cell, attempts in good if attempts and cell.mesh.count == 1 and unforeseen(cell) is None]
     if not good:
         raise ValueError(f"{source}: no cell has a good result with a time")
     for _, attempts in good:

@@ -10,6 +10,7 @@ import numpy as np
 from lcbench.problem import format_tokens
 from lcbench.report.amounts import SECONDS, duration, more, percent, times, unit_for
 from lcbench.report.drawing import CROSS, GREY, Drawn, legend, panels
+from lcbench.report.frame import best_of, exact_rows
 from lcbench.report.palette import Style
 from lcbench.report.parts import RATE, TIME, Group, Shown, groups, in_order, split
 
@@ -67,7 +68,8 @@ def _rank(axis: Axes, rows: pd.DataFrame, failed: pd.DataFrame, styles: dict[str
     rows = rows.head(MOST_BARS)
     unit = unit_for(float(rows[TIME].iloc[0]), SECONDS)
     seconds = rows[TIME].to_numpy(dtype=float)
-    values, best = seconds / unit.size, seconds[0] / unit.size
+    values, first = seconds / unit.size, int(np.argmax((rows["approximate"] == "").to_numpy()))
+    best = values[first]
     lows, highs = (np.array([getattr(time, end) for time in rows["timed/total"]]) / unit.size for end in ("low", "high"))
     places = range(len(rows))
     bars = axis.barh(places, values, color=[styles[c].color for c in rows["choice"]], height=0.7)
@@ -76,7 +78,7 @@ def _rank(axis: Axes, rows: pd.DataFrame, failed: pd.DataFrame, styles: dict[str
             bar.set(facecolor="none", edgecolor=styles[choice].color, hatch="////")
     axis.errorbar(values, places, xerr=[values - lows, highs - values], fmt="none", ecolor="0.2", elinewidth=1.0, capsize=2)
     for place, (value, high) in enumerate(zip(values, highs, strict=True)):
-        text = unit.of(seconds[0]) if place == 0 else f"{unit.of(seconds[place])}  {more(value / best)}"
+        text = unit.of(seconds[place]) if place == first else f"{unit.of(seconds[place])}  {more(value / best)}"
         axis.annotate(text, (high, place), xytext=(6, 0), textcoords="offset points", fontsize=7, va="center")
     for place, (choice, kind) in enumerate(zip(failed["choice"], failed["failure"], strict=True), start=len(rows)):
         axis.plot([0], [place], color=styles[choice].color, clip_on=False, label=f"_failed {choice}", **CROSS)
@@ -91,11 +93,13 @@ def _rank(axis: Axes, rows: pd.DataFrame, failed: pd.DataFrame, styles: dict[str
 
 
 def _ranked(problem: str, rows: pd.DataFrame, failed: pd.DataFrame) -> str:
-    names, seconds = rows["choice"].tolist(), rows[TIME].tolist()
-    said = (
-        f"{problem}: {names[0]} is fastest with {duration(seconds[0])}, {names[1]} follows with {more(seconds[1] / seconds[0])}, "
-    )
-    said += f"{names[-1]} is last with {times(seconds[-1] / seconds[0])}"
+    exact = exact_rows(rows)
+    names, seconds = exact["choice"].tolist(), exact[TIME].tolist()
+    if len(names) > 1:
+        said = f"{problem}: {names[0]} is fastest with {duration(seconds[0])}, {names[1]} follows with "
+        said += f"{more(seconds[1] / seconds[0])}, {names[-1]} is last with {times(seconds[-1] / seconds[0])}"
+    else:
+        said = f"{problem}: {names[0] if names else 'nothing'} alone is exact"
     kinds = ", ".join(f"{count} {kind}" for kind, count in failed["failure"].value_counts().items())
     return f"{said}; failed: {kinds}." if kinds else f"{said}."
 
@@ -107,7 +111,7 @@ def time_split(of: Shown) -> Iterator[Drawn]:
     parts = split(of.good)
     if parts is None:
         return
-    best = of.good.groupby("problem")[TIME].transform("min")
+    best = best_of(of.good, ["problem"], TIME, "min")
     ratios = parts.div(best.loc[parts.index], axis=0)
     for group in groups(of, ["scale", "setting"]):
         rows = group.rows.loc[group.rows.index.intersection(parts.index)].sort_values(["seqlen", TIME])

@@ -173,7 +173,7 @@ def compare(a: Side, b: Side, phase: str = "total") -> Comparison:
         raise ValueError(f"phase {phase!r} is not one of {', '.join(PHASES)}")
     pairs = []
     for key in a.good:
-        if key in b.good:
+        if key in b.good and not _unlike(a.good[key][1], b.good[key][1]):
             (cell, left), (_, right) = a.good[key], b.good[key]
             timings = [Timing.of(attempt.metrics, attempt.samples, phase) for attempt in (left, right)]
             if timings[0] is not None and timings[1] is not None:
@@ -187,13 +187,24 @@ def compare(a: Side, b: Side, phase: str = "total") -> Comparison:
 
 
 def _only(mine: Side, other: Side) -> dict[str, str]:
-    """Good cells of one side that the other has not, and why."""
+    """Good cells of one side that the other has not, or has of a strategy that is no equal, and why."""
     missing = [
         (cell, other.others[key][1] if key in other.others else "not in that sweep")
         for key, (cell, _) in mine.good.items()
         if key not in other.good
     ]
+    missing += [
+        (cell, _unlike(attempt, other.good[key][1])) for key, (cell, attempt) in mine.good.items() if key in other.good
+        and _unlike(attempt, other.good[key][1])
+    ]  # fmt: skip
     return {f"{cell.label} {cell.id}": why for cell, why in missing}
+
+
+def _unlike(mine: Attempt, other: Attempt) -> str:
+    """Why the times of two results are of no equal work, where one alone approximates; else empty."""
+    if bool(mine.approximate) == bool(other.approximate):
+        return ""
+    return f"there {other.approximate}, here exact" if other.approximate else f"there exact, here {mine.approximate}"
 
 
 def _differences(a: Environment, b: Environment) -> dict[str, tuple[str, str]]:

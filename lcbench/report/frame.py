@@ -26,6 +26,7 @@ PHASES = ("forward", "backward", "total")
 RANKS = re.compile(r"samples/rank_(\w+)_median_s")  # a value per rank of a phase that has no other in it
 # Columns of groups that fold into a group: what such a value is called is told by them always, and without the option's name.
 FOLDED = frozenset(f"{axis.folds_into}.{axis.name}" for axis in AXES.values() if axis.home and axis.folds_into)
+APPROXIMATE = " (approximate)"  # behind a strategy whose results are not those of the mask
 PREDICTED = " (predicted)"  # at the end of a choice that was not measured
 
 
@@ -60,7 +61,7 @@ def _row(sweep: str, cell_id: str, record: Record, attempt: Attempt | None, samp
         "status": attempt.status if attempt else record.status,
         "failure": failure.kind if failure else "", "cause": failure.cause if failure else "",
         "attempt": attempt.number if attempt else 0, "no_speed": attempt.no_speed if attempt else "",
-        "band": attempt.band if attempt else None,
+        "band": attempt.band if attempt else None, "approximate": attempt.approximate if attempt else "",
         "started_at": attempt.started_at if attempt else None, "finished_at": attempt.finished_at if attempt else None,
         **flat_config(record.entry.cell),
     }  # fmt: skip
@@ -81,9 +82,10 @@ def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False)
     ``choice``: strategy, kernel, reduce_dtype and recompute in one word, without what labels leave out (``Axis.unsaid``);
     ``problem``: all that a choice is an answer to, as one key; ``setting``: what of the problem is neither mask, length, scale nor
     seed; ``where``: that with the seed, if there are several; ``tokens_per_rank``; ``<phase>_by_mean``: TFLOP/s per GPU with the
-    mean over ranks for a time, as others count,
-    where ours is the slowest rank's; ``timed/<phase>``: its time as a ``Median``, with the noise that all good cells of the
-    sweep tell together; of a prediction with its band; ``good``: whether it is one of the results that answers rest on.
+    mean over ranks for a time, as others count, where ours is the slowest rank's; ``timed/<phase>``: its time as a ``Median``, with
+    the noise that all good cells of the sweep tell together; of a prediction with its band; ``approximate``: of a result that is
+    not exact, that, in words (``Attempt.approximate``), which its ``what_cp`` and ``choice`` say too: it is drawn and listed, and
+    wins nothing; ``good``: whether it is one of the results that answers rest on.
 
     Where ranks shared a GPU (``no_speed``) there is neither a time nor a rate. A cell that was only predicted has the status
     ``predicted``, and says so in its ``choice``; it is not good, and so wins nothing.
@@ -102,6 +104,7 @@ def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False)
     frame.loc[frame["no_speed"] != "", speeds] = np.nan
     for group in CELL_GROUPS:
         frame[f"what_{group}"] = named(frame, group)
+    frame.loc[frame["approximate"] != "", "what_cp"] += APPROXIMATE
     for axis in WITH_OPTIONS:
         if axis in PROBLEM and axis not in CELL_GROUPS:
             frame[axis] = _options(frame, axis)
@@ -130,6 +133,18 @@ def good_rows(frame: pd.DataFrame) -> pd.DataFrame:
         return frame
     rate = frame.reindex(columns=[rate_column("total")])[rate_column("total")]
     return frame[frame["good"] & frame["timed/total"].notna() & rate.notna()]
+
+
+def exact_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of rows of ``reported`` those that may win: what a strategy that approximates gives is no equal answer."""
+    return rows[rows["approximate"] == ""] if len(rows) else rows
+
+
+def best_of(rows: pd.DataFrame, keys: list[str], column: str, how: Literal["min", "max"]) -> pd.Series[float]:
+    """For each row the best value among the exact ones that share its keys; of all where none of them is exact."""
+    groups, values = [rows[key] for key in keys], rows[column]
+    best = values.where(rows["approximate"] == "").groupby(groups).transform(how)
+    return best.fillna(values.groupby(groups).transform(how))
 
 
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:

@@ -55,12 +55,14 @@ def pareto(of: Shown) -> Iterator[Drawn]:
 
 def front_of(rows: pd.DataFrame) -> pd.DataFrame:
     """Of rows of one length and setting those that have a time and a peak of memory, of masks with several numbers of GPUs; with
-    ``front``, whether no other of its mask beats it in time, memory and GPUs at once.
+    ``front``, whether no other of its mask beats it in time, memory and GPUs at once: of the exact ones alone.
     """
     rows = rows[(rows[PEAK] > 0) & rows[TIME].notna()] if PEAK in rows else rows.iloc[:0]
     rows = rows[rows.groupby("what_mask")["world_size"].transform("nunique") > 1] if len(rows) else rows
     front = np.zeros(len(rows), dtype=bool)
-    for places in rows.groupby("what_mask", sort=False).indices.values():
+    exact = (rows["approximate"] == "").to_numpy()
+    for of_mask in rows.groupby("what_mask", sort=False).indices.values():
+        places = of_mask[exact[of_mask]]
         front[places] = unbeaten(rows[MEASURES].to_numpy(dtype=float)[places])
     return rows.assign(front=front)
 

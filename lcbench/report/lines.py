@@ -31,7 +31,7 @@ from lcbench.report.drawing import (
     used,
     with_gaps,
 )
-from lcbench.report.frame import PHASES, rate_column
+from lcbench.report.frame import PHASES, best_of, exact_rows, rate_column
 from lcbench.report.palette import MARKERS
 from lcbench.report.parts import (
     PEAK,
@@ -97,7 +97,7 @@ def _lines(rows: pd.DataFrame, x: str) -> Lines:
 
 def _rates(of: Shown, group: Group, x: str, name: str, title: str) -> Drawn:
     rows, masks = group.rows, in_order(group.rows, "what_mask")
-    best = rows.groupby(["what_mask", x])[RATE].transform("max")
+    best = best_of(rows, ["what_mask", x], RATE, "max")
     lines = _lines(rows.assign(relative=100 * rows[RATE] / best), x)
     choices, left_out = fastest_choices(rows)
     across = min(len(masks), ACROSS)
@@ -193,7 +193,9 @@ def _leaders(rows: pd.DataFrame, x: str) -> str:
     said = []
     for mask, mine in rows.groupby("what_mask", sort=False):
         last = mine[x].max()
-        there = mine[mine[x] == last].sort_values(TIME)
+        there = exact_rows(mine[mine[x] == last]).sort_values(TIME)
+        if there.empty:
+            continue
         at = format_tokens(int(last)) if x == "seqlen" else f"{int(last)} GPUs"
         names, ratios = there["choice"].tolist(), (there[TIME] / there[TIME].iloc[0]).tolist()
         if len(names) == 1:

@@ -32,6 +32,7 @@ TIMELINE_RANKS = 16  # `python -m lcbench.cp --cell` draws those of more
 TIMELINE_BYTES = 200_000  # of all timelines of a page
 WORDS = {
     "id": "cell", "label": "label", "status": "status", "kind": "failure", "cause": "cause", "choice": "choice",
+    "approximate": "approximate",
     "mask": "what_mask", "scale": "scale",
     "strategy": "what_cp", "kernel": "what_kernel", "where": "where", "setting": "setting", "problem": "problem",
     "device": "device", "dtype": "dtype", "slow": "no_speed", "recompute": "what_recompute", "workload": "workload",
@@ -39,7 +40,7 @@ WORDS = {
 COUNTS = {"seqlen": "seqlen", "ranks": "world_size", "share": "tokens_per_rank", "attempt": "attempt"}
 NUMBERS = {
     "noise": "time/noise", "band": "band", "mfu": "compute/mfu", "peak": "memory/peak_bytes", "sent": "comm/bytes",
-    "blocks": "time/blocks",
+    "blocks": "time/blocks", "distance": "check/distance",
 }  # fmt: skip
 REPEATED = (frozenset(WORDS) | {"place"}) - {"id", "label", "problem"}  # few words, many times
 LEAST = ["tokens_per_rank", "num_heads_q", "num_heads_kv", "head_dim", "dtype", "direction"]

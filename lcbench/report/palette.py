@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lcbench.report.frame import PREDICTED
+from lcbench.report.frame import APPROXIMATE, PREDICTED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,9 +51,9 @@ def styles(frame: pd.DataFrame) -> dict[str, Style]:
     Give it the whole frame, with failed and skipped cells: a style must not depend on what ran. Of more than eight choices colours
     repeat, with another marker and dash. What was predicted of a choice looks as what was measured of it, but dotted and hollow.
     """
-    choices = list(dict.fromkeys(frame["choice"])) if len(frame) else []
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(c.removesuffix(PREDICTED) for c in choices))}
-    made = {choice: style(numbers[choice.removesuffix(PREDICTED)]) for choice in choices}
+    plain = {c: c.removesuffix(PREDICTED).replace(APPROXIMATE, "") for c in frame["choice"]} if len(frame) else {}
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(plain.values()))}
+    made = {choice: style(numbers[name]) for choice, name in plain.items()}
     return {c: replace(s, dash=FORETOLD, hollow=True) if c.endswith(PREDICTED) else s for c, s in made.items()}
 
 

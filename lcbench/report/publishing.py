@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcbench.grid.devices import known_devices
-from lcbench.problem import format_tokens
 from lcbench.report.amounts import digits, duration
 from lcbench.report.causes import FAILED, causes, suspects
 from lcbench.report.frame import good_rows, reported
 from lcbench.report.page import write_report
 from lcbench.report.palette import styles
-from lcbench.report.regret import Regret, contests, regrets, verdict
+from lcbench.report.regret import Regret, contests, problem_labels, regrets, verdict
 from lcbench.report.winners import winners
 from lcbench.runs.records import Look
 from lcbench.runs.store import Sweep
@@ -70,7 +69,7 @@ def summary_of(sweep: Sweep, seen: Look) -> Summary:
     found = {workload: regrets(rows) for workload, rows in contests(good).items()}
     uses = {workload: use for workload, ranked in found.items() if (use := verdict(ranked))}
     use = "  \n".join(f"{workload}: {said}" if len(found) > 1 else said for workload, said in uses.items())
-    said = use or "  \n".join(_fastest(good)) or "No cell has a good result with a time."
+    said = use or "  \n".join(_fastest(good)) or ("Nothing exact ran." if len(good) else "No cell has a good result with a time.")
     said = f"Predicted, nothing measured: {said}" if predicted else said
     counts = Counter(record.status for record in seen.records.values())
     attempts = [attempt for record in seen.records.values() for attempt in record.attempts]
@@ -91,10 +90,12 @@ def summary_of(sweep: Sweep, seen: Look) -> Summary:
 
 def _fastest(good: pd.DataFrame) -> Iterator[str]:
     """The winners of a few problems, where there are too few for a verdict over all."""
+    names = dict(zip(good["cell"], problem_labels(good), strict=True)) if len(good) else {}
     for winner in winners(good)[:3]:
-        where = f"{winner.mask} {format_tokens(winner.seqlen)} {winner.scale}"
+        where = names[winner.cell]
         behind = f"; {winner.next_choice} is next, slower by {winner.slower}" if winner.margin else ""
-        yield f"{where}: {winner.choice} is fastest, {duration(winner.seconds)}{behind}. Verdict: {winner.verdict}."
+        beside = f" No rival: {winner.approximate}." if winner.approximate else ""
+        yield f"{where}: {winner.choice} is fastest, {duration(winner.seconds)}{behind}. Verdict: {winner.verdict}.{beside}"
 
 
 def _regret_tables(found: Mapping[str, Sequence[Regret]]) -> list[str]:

@@ -42,6 +42,8 @@ class Regret:
         problems: in how many any choice has one.
         compared: in how many it and another have one.
         everywhere: whether it ran in nearly all problems, so that its mean can be set beside that of others.
+        approximate: whether it approximates, and so wins over nothing: the best are exact.
+        distance: the largest of its results from exact ones; None where it is not known, or is exact.
     """
 
     choice: str
@@ -54,11 +56,18 @@ class Regret:
     problems: int
     compared: int
     everywhere: bool
+    approximate: bool = False
+    distance: float | None = None
+
+    @property
+    def named(self) -> str:
+        """The choice, with how far off it is where it approximates."""
+        return self.choice if self.distance is None else f"{self.choice}, distance up to {self.distance:.2g}"
 
     def row(self) -> dict[str, str]:
         """For a table."""
         return {
-            "choice": self.choice, "mean vs best": times(self.mean), "worst": times(self.worst), "where": self.where,
+            "choice": self.named, "mean vs best": times(self.mean), "worst": times(self.worst), "where": self.where,
             "fastest in": f"{self.fastest} of {self.compared}", "ran in": f"{self.ran} of {self.problems}",
         }  # fmt: skip
 
@@ -67,8 +76,9 @@ def regrets(good: pd.DataFrame, problems: Collection[str] | None = None) -> list
     """Every choice of the good rows of ``frame.reported``, the best first.
 
     Those that ran in nearly all problems (at least ``NEARLY_ALL`` of the most that any choice ran) come first, by their mean; then
-    the others, by theirs. What ran alone in a problem has nothing to be compared with there: such problems count in ``ran`` and
-    ``problems`` only, and a choice that has no other has no place in the list.
+    the others, by theirs; then those that approximate, over the best of the exact ones. What ran alone in a problem has nothing to
+    be compared with there: such problems count in ``ran`` and ``problems`` only, and a choice that has no other has no place in the
+    list.
 
     Args:
         problems: keys (the frame's ``problem``) of those to look at; None: all.
@@ -79,21 +89,26 @@ def regrets(good: pd.DataFrame, problems: Collection[str] | None = None) -> list
         return []
     rows = _one_each(good)
     rows = rows.assign(label=problem_labels(rows))
-    by_problem = rows.groupby("problem", sort=False)["time/total/median_s"]
-    rows = rows.assign(ratio=rows["time/total/median_s"] / by_problem.transform("min"), rivals=by_problem.transform("size"))
+    exact = rows["approximate"] == ""
+    by_problem = rows["time/total/median_s"].where(exact).groupby(rows["problem"], sort=False)
+    ratio, rivals = rows["time/total/median_s"] / by_problem.transform("min"), by_problem.transform("count") - exact
+    rows = rows.assign(ratio=ratio, rivals=rivals, exact=exact)[ratio.notna()]  # where nothing exact ran there is no best
     count = rows["problem"].nunique()
     ran = rows.groupby("choice", sort=False).size()
+    most = rows[rows["exact"]].groupby("choice").size().max()
     found = []
-    for choice, mine in rows[rows["rivals"] > 1].groupby("choice", sort=False):
-        ratios = mine["ratio"].to_numpy(dtype=float)
+    for choice, mine in rows[rows["rivals"] > 0].groupby("choice", sort=False):
+        ratios, approximate = mine["ratio"].to_numpy(dtype=float), not mine["exact"].all()
         worst = mine.iloc[int(ratios.argmax())]
+        distance = float(mine["check/distance"].max()) if approximate and "check/distance" in mine else np.nan
         found.append(
             Regret(
                 str(choice), float(np.exp(np.log(ratios).mean())), float(ratios.max()), worst["label"], worst["cell"],
-                int((ratios == 1.0).sum()), int(ran[choice]), count, len(ratios), bool(ran[choice] >= NEARLY_ALL * ran.max()),
+                0 if approximate else int((ratios == 1.0).sum()), int(ran[choice]), count, len(ratios),
+                bool(ran[choice] >= NEARLY_ALL * most), approximate, None if np.isnan(distance) else distance,
             )
         )  # fmt: skip
-    return sorted(found, key=lambda r: (not r.everywhere, r.mean))
+    return sorted(found, key=lambda r: (r.approximate, not r.everywhere, r.mean))
 
 
 def contests(good: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -123,11 +138,13 @@ def problem_labels(frame: pd.DataFrame) -> pd.Series:
 
 
 def verdict(found: Sequence[Regret]) -> str | None:
-    """What to use, by how much, and over how many problems, in sentences; None of fewer than three problems or two choices.
+    """What to use, by how much, and over how many problems, in sentences; None of fewer than three problems or two choices
+    that are exact.
 
     Args:
         found: what ``regrets`` gave.
     """
+    beside, found = [r for r in found if r.approximate], [r for r in found if not r.approximate]
     if len(found) < FEWEST_CHOICES or found[0].compared < FEWEST_PROBLEMS:
         return None
     best, *others = found
@@ -147,4 +164,6 @@ def verdict(found: Sequence[Regret]) -> str | None:
     if near:
         close = ", ".join(f"{r.choice} ({times(r.mean)}, at worst {times(r.worst)})" for r in near)
         said.append(f"Close to it on average: {close}.")
+    if beside:
+        said.append(f"No rivals, as they approximate: {', '.join(f'{r.named} ({times(r.mean)})' for r in beside)}.")
     return " ".join(said)

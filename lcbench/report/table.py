@@ -111,6 +111,7 @@ def _row(cell_id: str, record: Record, label: str) -> dict[str, Any]:
         "peak_bytes": metrics.get("memory/peak_bytes"),
         "noise": metrics.get("time/noise"),
         "band": attempt.band if attempt else None,
+        "approximate": attempt.approximate if attempt else "",
         "error": max(errors) if errors else None,
         "no_speed": attempt.no_speed if attempt else "",
         "failure": failure.kind if failure else None,
@@ -145,26 +146,27 @@ def cells_table(seen: Look, name: str, ids: Iterable[str] | None = None, *, pred
         compared = sum(map(math.isfinite, problem.values())) > 1
         for cell_id, ratio in problem.items():
             row = rows[cell_id]
-            style = "bold" if compared and ratio == 1 else ""
+            style = "bold" if compared and ratio == 1 and not row["approximate"] else ""
             values = [names.what[cell_id], *form.numbers(row, _versus(ratio) if compared else "")]
             table.add(
                 plain(row["status"], COLORS[row["status"]]), plain(cell_id, style), *(plain(v, style) for v in values),
-                below=why_not(row),
+                below=why_not(row) or row["approximate"],
             )  # fmt: skip
     return table
 
 
 def by_problem(records: Mapping[str, Record], *, predicted: bool = False) -> Iterator[dict[str, float]]:
-    """Of every problem, in the order of the plan, its cells by id, the fastest first, with their time over that of the fastest;
-    then those without a time, for which it is infinite.
+    """Of every problem, in the order of the plan, its cells by id, the fastest first, with their time over that of the fastest
+    that is exact (of all, where none is); then those without a time, for which it is infinite.
     """
     problems: dict[str, dict[str, float]] = {}
     for cell_id, record in records.items():
         config = record.entry.cell.config
         key = json.dumps({axis: config[axis] for axis in PROBLEM if axis in config}, sort_keys=True)
         problems.setdefault(key, {})[cell_id] = _seconds(record, "predicted" if predicted else "ok")
+    exact = {cell_id for cell_id, record in records.items() if record.known is not None and not record.known.approximate}
     for seconds in problems.values():
-        best = min(seconds.values())
+        best = min((s for c, s in seconds.items() if c in exact and math.isfinite(s)), default=min(seconds.values()))
         # Two that have no time are left as the plan has them.
         yield {c: s / best if math.isfinite(s) else math.inf for c, s in sorted(seconds.items(), key=lambda item: item[1])}
 
@@ -256,14 +258,14 @@ def _contest(chosen: Any, name: str) -> list[RenderableType]:
     found = regrets(chosen)
     said = verdict(found)
     if said is None:
-        return list(_fastest(chosen))
+        return list(_fastest(chosen, name))
     table = Fitted(f"{name}if it has to be one, over all problems", [
         Column("choice", folds=True), Column("mean vs best", right=True), Column("worst", right=True),
         Column("where", 1, folds=True), Column("fastest in", right=True), Column("ran in", right=True),
     ])  # fmt: skip
     for regret in found[:FEW]:
         table.add(
-            regret.choice, times(regret.mean), times(regret.worst), regret.where, str(regret.fastest),
+            regret.named, times(regret.mean), times(regret.worst), regret.where, str(regret.fastest),
             f"{regret.ran} of {regret.problems}",
         )  # fmt: skip
     if len(found) > FEW:
@@ -271,8 +273,8 @@ def _contest(chosen: Any, name: str) -> list[RenderableType]:
     return [plain(f"{name}{said}", "bold"), Text(), table]
 
 
-def _fastest(good: Any) -> Iterator[Text]:
-    """A line for each problem of good rows that had a choice."""
+def _fastest(good: Any, name: str) -> Iterator[Text]:
+    """A line for each problem of good rows that had a choice; ``name`` stands before it."""
     from lcbench.report.regret import problem_labels
     from lcbench.report.winners import winners
 
@@ -280,4 +282,7 @@ def _fastest(good: Any) -> Iterator[Text]:
     for winner in winners(good):
         if winner.margin is not None:
             margin = f"{winner.next_choice} {more(winner.margin.value)}, {winner.verdict}"
-            yield plain(f"fastest for {names[winner.cell]}: {winner.choice} ({margin})")
+            yield plain(f"{name}fastest for {names[winner.cell]}: {winner.choice} ({margin})")
+        if winner.approximate:
+            alone = "" if winner.margin is not None else f" of {winner.choice}, which alone is exact"
+            yield plain(f"{name}no rival for {names[winner.cell]}{alone}: {winner.approximate}")

@@ -39,8 +39,9 @@ class Served:
         cell: of the choice, with the first batch of the trace, so that cells of choices differ in nothing but the choice.
         time: seconds of all its lines, forward, which data-parallel replicas share; None where a batch has no time.
         why: the first such batch and why, and how many more there are.
-        fastest: the time of the fastest choice for the same problem; None: no choice has a time.
+        fastest: the time of the fastest choice for the same problem that is exact; None: no such choice has a time.
         predicted: nothing of it was measured.
+        approximate: of one that approximates a batch at least, that, and the largest distance.
     """
 
     trace: Trace
@@ -49,6 +50,7 @@ class Served:
     why: str = ""
     fastest: Median | None = None
     predicted: bool = False
+    approximate: str = ""
 
     @property
     def token_s(self) -> float | None:
@@ -71,8 +73,9 @@ class Served:
         """For a table."""
         seconds = None if self.time is None else self.time.value
         return {
-            "trace": self.trace.file, "what": what, "time": duration(seconds), "95 % interval": self.interval,
-            "per new token": duration(self.token_s), "than the fastest": self.slower, "why there is none": self.why,
+            "trace": self.trace.file, "what": ", ".join(filter(None, [what, self.approximate])), "time": duration(seconds),
+            "95 % interval": self.interval, "per new token": duration(self.token_s), "than the fastest": self.slower,
+            "why there is none": self.why,
         }  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,6 +85,7 @@ class Served:
             "trace": self.trace.file, "choice": {axis: word for axis, word in self.cell.words.items() if axis not in BATCH},
             "time_s": time and time.value, "low_s": time and time.low, "high_s": time and time.high,
             "s_per_new_token": self.token_s, "why": self.why or None, "predicted": self.predicted,
+            "approximate": self.approximate or None,
         }  # fmt: skip
 
 
@@ -131,7 +135,10 @@ def _served(trace: Trace, cells: dict[str, Cell], rows: dict[str, dict[str, Any]
         return Served(trace, cell, None, f"{batch}: {why}{others}", predicted=predicted)
     times = [known[batch]["timed/forward"] for batch in trace.weights]
     passes = [lines / cell.mesh.dp for lines in trace.weights.values()]  # replicas have a batch each
-    return Served(trace, cell, weighted_sum(times, passes, together=predicted), predicted=predicted)
+    approximate = [known[batch] for batch in trace.weights if known[batch]["approximate"]]
+    furthest = max(approximate, key=lambda row: float(row.get("check/distance") or 0.0), default={"approximate": ""})
+    time = weighted_sum(times, passes, together=predicted)
+    return Served(trace, cell, time, predicted=predicted, approximate=furthest["approximate"])
 
 
 def _why(row: dict[str, Any] | None) -> str:
@@ -152,7 +159,8 @@ def _at(cell: Cell, batch: str) -> Cell:
 
 def _ranked(answers: Sequence[Served]) -> list[Served]:
     ranked = sorted(answers, key=lambda one: math.inf if one.time is None else one.time.value)
-    return [replace(one, fastest=ranked[0].time) for one in ranked]
+    fastest = next((one.time for one in ranked if not one.approximate), None)
+    return [replace(one, fastest=fastest) for one in ranked]
 
 
 def weighted_sum(times: Sequence[Median], weights: Sequence[float], *, together: bool = False) -> Median:
@@ -192,7 +200,7 @@ def tables(found: Iterable[Served], name: str) -> Iterator[Fitted]:
         ], caption=f"{trace}. {HOW}")  # fmt: skip
         for one in mine:
             _, _, *numbers, why = one.row("").values()
-            table.add(names[one.cell.id], *(number or "-" for number in numbers), below=why)
+            table.add(names[one.cell.id], *(number or "-" for number in numbers), below=why or one.approximate)
         yield table
 
 

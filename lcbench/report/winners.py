@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lcbench.problem import format_tokens
 from lcbench.report.amounts import digits, duration, size, times
+from lcbench.report.frame import exact_rows
 from lcbench.report.intervals import LEVEL, Median, Ratio, holm
 
 if TYPE_CHECKING:
@@ -24,11 +25,12 @@ Verdict = Literal["clear", "close", "only one ran"]
 CLOSE = 0.02
 # The same where run-to-run noise was not measured. Clusters have 1 to 3 %; this is 2.4 standard deviations of a difference at 3 %.
 UNMEASURED = 0.1
+BESIDE = "no rival"  # the column of what approximates, beside the winner
 
 
 @dataclass(frozen=True)
 class Winner:
-    """The fastest choice for a problem.
+    """The fastest choice for a problem, of those that are exact.
 
     Attributes:
         cell: id of its cell.
@@ -37,6 +39,7 @@ class Winner:
         p: how probable it is to be as far ahead of all others where one of them is as fast, adjusted for the problems of the table.
         least_sure: that one, if it is not the next.
         known: whether run-to-run noise was measured.
+        approximate: the fastest choice that approximates, which is no rival, in words; empty where there is none.
     """
 
     mask: str
@@ -54,6 +57,7 @@ class Winner:
     p: float = 1.0
     least_sure: str = ""
     known: bool = True
+    approximate: str = ""
 
     @property
     def verdict(self) -> Verdict:
@@ -90,20 +94,29 @@ class Winner:
             "mask": self.mask, "length": format_tokens(self.seqlen), "scale": self.scale, "setting": self.setting,
             "fastest": self.choice, "TFLOP/s per GPU": digits(self.tflops_per_gpu), "time": duration(self.seconds),
             "peak memory": size(self.peak_bytes) or "-", "next": self.next_choice or "-", "next is slower by": self.slower or "-",
-            "verdict": f"{self.verdict}: {self.why}" if self.why else self.verdict,
+            "verdict": f"{self.verdict}: {self.why}" if self.why else self.verdict, BESIDE: self.approximate or "-",
         }  # fmt: skip
 
 
+def rows_of(found: Sequence[Winner]) -> list[dict[str, str]]:
+    """For a table, without the column of what approximates where nothing does."""
+    rows = [winner.row() for winner in found]
+    return rows if any(w.approximate for w in found) else [{k: v for k, v in row.items() if k != BESIDE} for row in rows]
+
+
 def winners(frame: pd.DataFrame) -> list[Winner]:
-    """The winner of every problem of the good rows of ``frame.reported``, in the order of the plan."""
+    """The winner of every problem of the good rows of ``frame.reported`` that has an exact one, in the order of the plan."""
     found = []
     for _, rows in frame.groupby("problem", sort=False) if not frame.empty else ():
-        ranked = rows.sort_values("time/total/median_s")
+        ranked = exact_rows(rows).sort_values("time/total/median_s")
+        if ranked.empty:
+            continue
         best = ranked.iloc[0]
         peak = best.get("memory/peak_bytes", float("nan"))
         made = Winner(
             best["what_mask"], int(best["seqlen"]), best["scale"], best["where"], best["workload"], best["choice"], best["cell"],
             float(best["compute/tflops_per_gpu"]), float(best["time/total/median_s"]), None if peak != peak else float(peak),
+            approximate=_beside(rows, best),
         )  # fmt: skip
         if len(ranked) > 1:
             margin, p, place, known = lead(ranked["timed/total"].tolist())
@@ -114,6 +127,18 @@ def winners(frame: pd.DataFrame) -> list[Winner]:
         found.append(made)
     adjusted = iter(holm([w.p for w in found if w.margin is not None]))
     return [w if w.margin is None else replace(w, p=next(adjusted)) for w in found]
+
+
+def _beside(rows: pd.DataFrame, best: pd.Series[Any]) -> str:
+    """Of the rows of a problem the fastest that approximates, and how many more there are, in words."""
+    others = rows[rows["approximate"] != ""].sort_values("time/total/median_s")
+    if others.empty:
+        return ""
+    first = others.iloc[0]
+    ratio = times(float(first["time/total/median_s"] / best["time/total/median_s"]))
+    more = f"; and {len(others) - 1} more" if len(others) > 1 else ""
+    _, comma, distance = first["approximate"].partition(", ")  # of a prediction nobody knows it
+    return f"{first['choice']} takes {ratio} the time{comma}{distance}{more}"
 
 
 def lead(times: Sequence[Median]) -> tuple[Ratio, float, int, bool]:

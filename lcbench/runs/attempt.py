@@ -94,7 +94,8 @@ class Attempt:
 
     @property
     def prediction(self) -> dict[str, Any]:
-        """Of a prediction: machine, fit, relative half-width of its 95 % interval (``error``), basis; empty of a measurement."""
+        """Of a prediction: machine, fit, relative half-width of its 95 % interval (``error``), basis, and ``approximate`` where its
+        strategy is; empty of a measurement."""
         found = self.provenance.get("prediction")
         return found if isinstance(found, dict) else {}
 
@@ -103,6 +104,15 @@ class Attempt:
         """Relative half-width of the 95 % interval of a prediction's times: they lie within a factor of 1 + it; else None."""
         error = self.prediction.get("error")
         return float(error) if self.status == "predicted" and isinstance(error, Numbers) and error >= 0 else None
+
+    @property
+    def approximate(self) -> str:
+        """Of results of a strategy that approximates: that, and how far they are from exact ones (``check/distance``), which a
+        prediction does not know. Empty: they are exact, and may win."""
+        if self.prediction.get("approximate"):
+            return "approximate"
+        distance = self.metrics.get("check/distance", 0.0)
+        return f"approximate, distance {distance:.2g}" if distance > 0 else ""
 
     @property
     def no_speed(self) -> str:

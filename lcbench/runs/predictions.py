@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lcbench.grid.cell import Cell
+from lcbench.grid.expand import approximates
 from lcbench.grid.paths import CONF
 from lcbench.predict.machines import machine_of_site
 from lcbench.predict.predictor import Predictor
@@ -71,6 +72,7 @@ class Source:
         except ValueError as error:  # CannotPredict, and what code of the user's says
             failure = Failure("unsupported", f"cannot be predicted: {' '.join(str(error).split())}"[:CAUSE_LENGTH])
             return self._record(cell, sweep, "skipped", {"prediction": made}, begun, failure=failure)
+        made |= {"approximate": True} if approximates(cell) else {}
         made |= {"error": found.error, "basis": found.basis, "peak_interval": list(found.peak_interval)}
         provenance = {"prediction": made, "device": found.machine.device, "versions": {"lcbench": made["lcbench"]}}
         return self._record(cell, sweep, "predicted", provenance, begun, metrics=found.metrics())

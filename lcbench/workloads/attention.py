@@ -169,7 +169,7 @@ class AttentionSession(Session):
 
     def timeline(self) -> list[list[float]] | None:
         shard = self.shard
-        return self.run.timeline(shard.q, shard.k, shard.v, shard.dout, *(() if shard.sink is None else (shard.sink,)))
+        return self.run.timeline(shard.q, shard.k, shard.v, shard.dout, shard.sink)
 
     # -- checks ----------------------------------------------------------------------------------------------------
 

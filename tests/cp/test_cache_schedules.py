@@ -148,5 +148,5 @@ def test_bad_options_name_the_value(name: str, options: dict[str, Any], message:
 @pytest.mark.parametrize("strategy", [KVP(), PCP()], ids=str)
 def test_what_serves_computes_no_gradients(strategy: Scheduled) -> None:
     of = Problem(64, Heads(4, 4, 8), Scale(1, 4), "float32", "forward_backward")
-    assert strategy.unsupported(of, causal(64)) == "computes no gradients, since it serves: direction=forward_backward"
+    assert strategy.unsupported(of, causal(64)) == "is for inference and has no backward; direction=forward runs it"
     assert strategy.unsupported(replace(of, direction="forward"), causal(64)) is None

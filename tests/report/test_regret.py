@@ -23,7 +23,7 @@ def frame_of(times: dict[str, dict[str, float]]) -> pd.DataFrame:
             rows.append(
                 {
                     "cell": f"{choice}-{problem}", "choice": choice, "problem": problem, "mask": problem, "what_mask": problem,
-                    "seqlen": 65536, "scale": "1x8", "where": "heads 8x8x64", "time/total/median_s": seconds,
+                    "seqlen": 65536, "scale": "1x8", "where": "heads 8x8x64", "time/total/median_s": seconds, "approximate": "",
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)

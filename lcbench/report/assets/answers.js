@@ -12,10 +12,14 @@ function oneEach(good) {
     .flatMap(([, choices]) => choices.map(([, same]) => d3.sort(same, cell => cell.total)[same.length >> 1]));
 }
 
-/** Per choice: its time over the best of each problem. Those that ran in nearly all problems first, by their mean. */
+/**
+ * Per choice: its time over the best exact one of each problem. Those that ran in nearly all problems first, by their mean; those
+ * that approximate last.
+ */
 function regretsOf(good) {
-  const cells = oneEach(good),
-    problems = d3.groups(cells, cell => cell.problem),
+  const every = d3.groups(oneEach(good), cell => cell.problem),
+    problems = every.filter(([, mine]) => mine.some(isExact)),
+    cells = problems.flatMap(([, mine]) => mine),
     ran = d3.rollup(
       cells,
       mine => mine.length,
@@ -24,35 +28,41 @@ function regretsOf(good) {
   const ratios = problems
     .filter(([, mine]) => mine.length > 1)
     .flatMap(([, mine]) => {
-      const best = d3.min(mine, cell => cell.total);
+      const best = d3.min(mine.filter(isExact), cell => cell.total);
       return mine.map(cell => ({cell, ratio: cell.total / best}));
     });
   const found = d3
     .groups(ratios, r => r.cell.choice)
     .map(([choice, mine]) => {
-      const worst = d3.greatest(mine, r => r.ratio);
+      const worst = d3.greatest(mine, r => r.ratio),
+        approximate = !mine.every(r => isExact(r.cell)),
+        furthest = d3.max(mine, r => r.cell.distance);
       return {
         choice,
+        approximate,
+        named: approximate && furthest !== undefined ? `${choice}, distance up to ${digits(furthest)}` : choice,
         mean: geometric(mine.map(r => r.ratio)),
         worst: worst.ratio,
         worstCell: worst.cell,
-        fastest: mine.filter(r => r.ratio === 1).length,
+        fastest: approximate ? 0 : mine.filter(r => r.ratio === 1).length,
         ran: ran.get(choice),
         compared: mine.length,
         problems: problems.length,
       };
     });
+  const most = d3.max(d3.rollup(cells.filter(isExact), mine => mine.length, cell => cell.choice).values());
   return d3.sort(
     found,
-    r => ran.get(r.choice) < BLOCK.nearlyAll * d3.max(ran.values()),
+    r => r.approximate,
+    r => ran.get(r.choice) < BLOCK.nearlyAll * most,
     r => r.mean,
   );
 }
 
-/** The fastest cell of every problem, and how far the next is behind; less than 2 %, or than the two intervals, is close. */
+/** The fastest exact cell of every problem, and how far the next is behind; less than 2 %, or than the two intervals, is close. */
 function winnersOf(good) {
   return d3
-    .groups(good, cell => cell.problem)
+    .groups(good.filter(isExact), cell => cell.problem)
     .map(([, cells]) => {
       const [best, next] = d3.sort(cells, cell => cell.total);
       const margin = next ? next.total / best.total : null;
@@ -68,7 +78,7 @@ function regretRow(r, widest) {
   return h(
     "tr",
     {style: `--c: ${styleOf(r.choice).color}`},
-    h("th", {scope: "row", class: "mine"}, r.choice),
+    h("th", {scope: "row", class: "mine"}, r.named),
     h("td", {class: "number"}, times(r.mean)),
     h(
       "td",
@@ -145,8 +155,9 @@ function matrixOf(winners) {
 
 /** What to use of what the filter leaves; nothing for fewer problems or choices than report/regret.py asks for. */
 function verdictOf(regrets) {
-  const [best] = regrets;
-  if (regrets.length < BLOCK.fewestChoices || best.compared < BLOCK.fewestProblems) return [];
+  const exact = regrets.filter(r => !r.approximate),
+    [best] = exact;
+  if (exact.length < BLOCK.fewestChoices || best.compared < BLOCK.fewestProblems) return [];
   const over = `Over these ${best.compared} problems it takes on average ${times(best.mean)} the time of the best`;
   return [h("b", {}, `Use ${best.choice}.`), ` ${over}, at worst ${times(best.worst)} (${best.worstCell.place}).`];
 }

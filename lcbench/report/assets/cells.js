@@ -18,7 +18,7 @@ function cellColumns(cells) {
   const varies = key => unique(cells.map(cell => cell[key])).length > 1;
   const best = d3.rollup(
     cells.filter(isGood),
-    found => d3.min(found, cell => cell.total),
+    found => d3.min(rivals(found), cell => cell.total),
     cell => cell.problem,
   );
   for (const cell of cells) cell.behind = isGood(cell) ? cell.total / best.get(cell.problem) : null;

@@ -65,8 +65,9 @@ const ranking = {
 
 function rankingSaid(good, bad) {
   if (!good.length) return "Nothing ran.";
-  const [best, next] = good,
+  const [best, next] = rivals(good),
     last = good.at(-1);
+  if (!isExact(best)) return `Nothing exact ran; ${best.choice} takes ${seconds(best.total)}.`;
   const others = next
     ? `; next ${next.choice}, ${more(next.total / best.total)}; last ${last.choice}, ${times(last.total / best.total)}`
     : "";
@@ -76,7 +77,7 @@ function rankingSaid(good, bad) {
 /** Bars of the times, the best on top, with their intervals; what did not run below, with its class. */
 function rankingBars(good, bad, finding) {
   const names = [...good, ...bad].map(cell => cell.choice),
-    best = good[0],
+    [best] = rivals(good),
     most = d3.max(good, cell => cell.total);
   const unit = most < 1e-3 ? 1e6 : most < 1 ? 1e3 : 1;
   return plotted(

@@ -18,8 +18,9 @@ function frontOf(cells) {
     )
     .filter(([, mine]) => unique(mine.map(cell => cell.ranks)).length > 1)
     .flatMap(([, mine]) => {
-      const best = unbeaten(mine.map(cell => [cell.ranks, cell.total, cell.peak]));
-      return mine.map((cell, i) => ({cell, choice: cell.choice, front: best[i]}));
+      const exact = mine.filter(isExact),
+        best = unbeaten(exact.map(cell => [cell.ranks, cell.total, cell.peak]));
+      return mine.map(cell => ({cell, choice: cell.choice, front: best[exact.indexOf(cell)] ?? false}));
     });
 }
 

@@ -13,6 +13,10 @@ const lengthAxis = (values, label = "sequence length") => ({
   tickFormat: tokens,
   domain: d3.extent(values),
 });
+/** Whether it is an answer that may win: what approximates is none. */
+const isExact = cell => !cell.approximate;
+/** Those that are exact; all, where none is. */
+const rivals = cells => (cells.some(isExact) ? cells.filter(isExact) : cells);
 const gpuAxis = values => ({type: "log", base: 2, label: "GPUs", ticks: values, tickFormat: String, domain: d3.extent(values)});
 const tipOf = cell =>
   [
@@ -39,7 +43,7 @@ function linePoints(cells, x, phase, relative) {
   const drawn = cells.filter(cell => isDrawn(cell) && cell[`${phase}_rate`] !== null);
   const best = d3.rollup(
     drawn.filter(isGood),
-    found => d3.max(found, cell => cell[`${phase}_rate`]),
+    found => d3.max(rivals(found), cell => cell[`${phase}_rate`]),
     cell => cell.problem,
   );
   const shown = drawn.filter(cell => !relative || best.has(cell.problem));

@@ -272,7 +272,10 @@ function legend(choices) {
 /** In words: who leads how often, and who is how far behind. `points`: {panel, x, choice, value}; the higher the better. */
 function leadersSaid(points, more = true) {
   const contests = d3
-    .groups(points, p => `${p.panel} ${p.x}`)
+    .groups(
+      points.filter(p => isExact(p.cell)),
+      p => `${p.panel} ${p.x}`,
+    )
     .map(([, mine]) => d3.sort(mine, p => (more ? -p.value : p.value)))
     .filter(mine => mine.length > 1);
   if (!contests.length) return "Nothing to compare: one choice at each point.";
