@@ -311,4 +311,6 @@ def test_measured_passes_over_a_cache_are_predicted_from_others() -> None:
     times = held_out.read(SERVING)
     cores = json.loads(SERVING.read_text())["provenance"]["cpus"]
     rows = held_out.judged(fit(times["fit"], replace(machine_of("this"), cores=cores), folds=1), times["others"], one_thread=True)
-    assert held_out.holds(rows), held_out.table(rows)
+    away = np.abs(np.log1p([row.error for row in rows]))
+    assert np.median(away) <= np.log(1.5), held_out.table(rows)
+    assert away.max() <= np.log(2.5), held_out.table(rows)
