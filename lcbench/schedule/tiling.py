@@ -435,8 +435,8 @@ class _Bands(_Sheet):
         place = place[order]
         self._parts, self._bundle = parts.take(place, axis=0), bundle[order]
         tall, last_of_band = _stacked(self._parts, self._bundle, number[place], parted=bool((np.diff(keys.runs) > 1).any()))
-        begin, end = _span_of(keys, parts)  # of parts in the order of bands, in which neighbours are looked up near one another
-        whole, met = [each[place] for each in self._whole_units(parts, begin, end)], [each[place] for each in (begin, end)]
+        first, last = _span_of(keys, parts)  # of parts in the order of bands, in which neighbours are looked up near one another
+        first_whole, last_whole, first, last = (each[place] for each in (*self._whole_units(parts, first, last), first, last))
         edges = keys.edges
         self._hard_before = np.maximum.accumulate(np.where(np.concatenate([[True], keys.hard[:-1]]), edges[:-1], edges[0]))
         pad = np.where(keys.hard, -(edges[1:] - self._hard_before) % BLOCK, 0)
@@ -445,12 +445,14 @@ class _Bands(_Sheet):
         filled = -(-(keys.size + keys.size[follows]) // BLOCK) * BLOCK - -(-keys.size[follows] // BLOCK) * BLOCK
         filled = np.where(follows >= 0, filled, keys.size + pad)
         high = (self._parts[:, 1] - self._parts[:, 0]).astype(np.float64)
-        self._first, self._last, self._ones = met[0], met[1], last_of_band
-        self._cuts = (met[0], whole[0]), (whole[1], met[1])
+        self._first, self._last, self._ones = first, last, last_of_band
+        self._cuts = (first, first_whole), (last_whole, last)
         self._ranges = (
-            _Range(whole[0], whole[1], ((PAIRS, high, keys.size.astype(np.float64)), (COVERED, tall, filled.astype(np.float64)))),
-            _Range(met[0], met[1], ((PIECES, last_of_band, begins), (READ, last_of_band, keys.size.astype(np.float64)))),
-            _Range(met[0], np.maximum(met[1] - 1, met[0]), ((GO_ON, last_of_band, np.ones(len(keys))),)),
+            _Range(
+                first_whole, last_whole, ((PAIRS, high, keys.size.astype(np.float64)), (COVERED, tall, filled.astype(np.float64)))
+            ),
+            _Range(first, last, ((PIECES, last_of_band, begins), (READ, last_of_band, keys.size.astype(np.float64)))),
+            _Range(first, np.maximum(last - 1, first), ((GO_ON, last_of_band, np.ones(len(keys))),)),
         )
 
     def of(self, first: int, last: int) -> Floats:
