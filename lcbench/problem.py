@@ -334,6 +334,11 @@ class Problem:
     softmax: Softmax = PLAIN
 
     @property
+    def requests(self) -> Batch:
+        """The batch; of a sequence, one request all of whose tokens are new."""
+        return self.batch or Batch((Requests(1, self.seqlen, self.seqlen),))
+
+    @property
     def queries(self) -> int:
         """Tokens over the context-parallel group that have queries."""
         return self.seqlen if self.batch is None else self.batch.queries

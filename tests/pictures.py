@@ -20,7 +20,7 @@ from lcbench.report.publishing import publish_sweep
 from lcbench.runs.store import Sweep
 from lcbench.runs.tracking.links import view_url
 from tests.browser import CHROMIUM, Browser, browser
-from tests.report.made import big_sweep, steps_sweep
+from tests.report.made import big_sweep, serving_sweep, steps_sweep
 from tests.slurm.stage import ROOT, Server
 
 DOCS = ROOT / "docs"
@@ -67,8 +67,8 @@ def main(arguments: list[str]) -> int:
 
 
 def report_pictures(docs: Path = DOCS) -> None:
-    """The first screen of a report, the same page with numbers at its parts, and a section of training steps; a line in each says
-    that it is synthetic.
+    """The first screen of a report, the same page with numbers at its parts, and sections of training steps and of serving; a line
+    in each says that it is synthetic.
     """
     with tempfile.TemporaryDirectory() as folder, chdir(folder):  # so that commands on the page name no folder
         page = write_report(big_sweep(Path("results"), "big", begun=BEGUN), Path("report"), known_devices()).page
@@ -91,7 +91,13 @@ def report_pictures(docs: Path = DOCS) -> None:
             b.page.evaluate(BANNER, ["#steps", b.page.evaluate("CELLS.length")])
             _keep(b.page.locator("#step").screenshot(), docs / "training.png")
             _no_complaints(b)
-    print(f"decision.png, report.png and training.png in {docs}")
+        page = write_report(serving_sweep(Path("results"), "serving", begun=BEGUN), Path("serving"), known_devices()).page
+        with browser(WIDTH, 900) as b:
+            b.page.goto(page.resolve().as_uri())
+            b.page.evaluate(BANNER, ["#serving .answer", b.page.evaluate("CELLS.length")])
+            _keep(b.page.locator("#serving").screenshot(), docs / "serving.png")
+            _no_complaints(b)
+    print(f"decision.png, report.png, training.png and serving.png in {docs}")
 
 
 def _keep(png: bytes, path: Path) -> None:

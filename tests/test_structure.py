@@ -111,10 +111,10 @@ def test_commands_are_in_their_room_and_their_entries_short() -> None:
         assert f"lcbench.commands.{name}" in imports(module)
 
 
-# Besides peers: the engine, what makes its communicators known, messages of runs that are no schedules, and what a model's weights
-# are shared by.
+# Besides peers: the engine, what makes its communicators known, messages, those of runs that are no schedules, and what a model's
+# weights are shared by.
 TALKERS = {
-    "lcbench.schedule.execute", "lcbench.schedule.groups", "lcbench.cp.base", "lcbench.cp.exchange", "lcbench.cp.wire",
+    "lcbench.schedule.execute", "lcbench.schedule.groups", "lcbench.schedule.messages", "lcbench.cp.base", "lcbench.cp.exchange",
     "lcbench.workloads.sharing", "lcbench.workloads.traffic", "lcbench.workloads.reshard", "lcbench.workloads.step_check",
 }  # fmt: skip
 
@@ -125,6 +125,15 @@ def test_only_execute_weights_and_the_measuring_side_talk_to_other_ranks() -> No
         if not module.startswith("lcbench.cp.peers.") and any(used.startswith("torch.distributed") for used in imports(module))
     }  # fmt: skip
     assert found == TALKERS
+
+
+def test_ranks_wait_for_others_in_one_place() -> None:
+    """By its name the judge of a hang knows a rank that waits (``runs/failure.py``)."""
+    found = {
+        module for module in TALKERS | set(of_room("measure")) for node in ast.walk(tree(module))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "wait"
+    }  # fmt: skip
+    assert found == {"lcbench.schedule.messages"}
 
 
 def test_launchers_know_nothing_of_attention() -> None:

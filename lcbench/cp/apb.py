@@ -131,10 +131,6 @@ class APBRun(BlockRun):
     def communicates(self) -> bool:
         return super().communicates or bool(self._prompts)
 
-    @property
-    def as_given(self) -> bool:
-        return not self._prompts
-
     # -- the kernel's call -----------------------------------------------------------------------------------------
 
     def tile(self, tile: BandMask) -> BandMask:

@@ -51,7 +51,7 @@ class Place:
 
 
 class Passes(Protocol):
-    """Forward and backward on one rank. Tensors are packed and hold what the rank holds (``Held``). Both methods are collective."""
+    """Forward and backward on one rank. Tensors are packed and hold what the rank holds (``Held``). All methods are collective."""
 
     def forward(
         self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", sink: "torch.Tensor | None" = None
@@ -62,6 +62,10 @@ class Passes(Protocol):
             sink: (Hq,) of all query heads, in the type of sums; only where the problem's softmax has one.
         """
         ...
+
+    def forward_cache(self, q: "torch.Tensor", cache: "Cache", sink: "torch.Tensor | None" = None) -> "tuple[torch.Tensor, Any]":
+        """``forward`` over what a cache holds, in the order of this rank's keys."""
+        return self.forward(q, *cache.read(), sink)
 
     def backward(self, dout: "torch.Tensor", saved: Any) -> "tuple[torch.Tensor, ...]":
         """dq (Tq, Hq, D), dk (Tk, Hk, D) and dv (Tk, Hk, Dv) from dout (Tq, Hq, Dv); where values are numbers of keys, dk has
@@ -80,6 +84,7 @@ class RankRun(Passes, Protocol):
         sums_are_wide: whether gradients are added up in float32 or wider on their way between ranks. The check allows the
             roundings of as many additions as there are ranks where that is not known.
         resumes: whether it is known what forward saves: ``apart`` gives the tensors, and ``resume`` does without computing.
+        negates: whether inputs that are all negated give the negative results. Not so where inputs choose anew what is computed.
         gives: whether inputs are to come one by one before ``forward`` or ``resume``, and gradients to be waited for one by one.
     """
 
@@ -88,6 +93,7 @@ class RankRun(Passes, Protocol):
     sums_are_wide: bool = False
     resumes: bool = False
     gives: bool = False
+    negates: bool = True
 
     @property
     def held(self) -> Held:
@@ -103,9 +109,13 @@ class RankRun(Passes, Protocol):
         """Why it does not read such a cache of this rank's keys and values where it lies, but a copy of it; None: it does."""
         return f"{type(self).__name__} takes keys and values as they are"
 
-    def forward_cache(self, q: "torch.Tensor", cache: "Cache", sink: "torch.Tensor | None" = None) -> "tuple[torch.Tensor, Any]":
-        """``forward`` over what a cache holds, in the order of this rank's keys. Collective."""
-        return self.forward(q, *cache.read(), sink)
+    def share(self, other: "RankRun") -> None:
+        """Put buffers where those of another run are, as far as these are large enough: of such runs one is at work at a time."""
+        return
+
+    def for_lse(self, saved: Any) -> Any:
+        """What ``lse`` needs of what ``forward`` has saved, while other passes run; backward needs more."""
+        return saved
 
     def hold(self, saved: Any) -> Any:
         """What ``forward`` has just saved, as it has to be kept while other forward passes run before its backward."""
@@ -178,13 +188,15 @@ class RankRun(Passes, Protocol):
         return None
 
     def timeline(
-        self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", dout: "torch.Tensor | None"
+        self,
+        q: "torch.Tensor",
+        k: "torch.Tensor",
+        v: "torch.Tensor",
+        dout: "torch.Tensor | None",
+        sink: "torch.Tensor | None" = None,
     ) -> list[list[float]] | None:
         """Seconds of each step of one iteration, as of ``Executor.timeline``; None where steps are not known. Collective."""
         return None
-
-    # Whether inputs that are all negated give the negative results. Not so where what is chosen by the inputs is chosen anew.
-    negates: bool = True
 
     def chosen(self, saved: Any) -> BandsByHead | None:
         """Of a run that chooses by its inputs which pairs it computes: the mask of this pass, over all queries and keys. None:

@@ -9,28 +9,25 @@ tokens lie on the last rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lcbench.cp.base import Passes, Place, RankRun
-from lcbench.kernels.base import Kernel, OutLse, Platform, Prepared, Unsupported, accumulation_dtype, prepare
-from lcbench.kernels.cache import Cache, CacheKind, PreparedForCache, unread
+from lcbench.cp.base import Place
+from lcbench.cp.one_call import OneCall
+from lcbench.kernels.base import Kernel, OutLse
+from lcbench.kernels.cache import Cache, CacheKind
 from lcbench.masks.band import BandMask, Ints, TokenSpan, areas, cropped, spread
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.build import only_forward
 from lcbench.schedule.held import Held, Part
-from lcbench.schedule.layout import Layout
-from lcbench.schedule.schedule import Schedule, Step, head_groups, rows, singles
 
 if TYPE_CHECKING:
     import torch
 
-    from lcbench.cp.exchange import Exchange
-    from lcbench.schedule.execute import Counters
-    from lcbench.schedule.simulate import Modelled
 
 ANCHOR, OWN = 0, 1  # the two stretches of a request that a rank is given, in this order
 
@@ -55,9 +52,7 @@ class Blocks:
     @classmethod
     def of(cls, problem: Problem, anchor: int | None) -> Blocks:
         """The blocks of a problem; ``anchor``: tokens of each anchor, None: all of the first block."""
-        ranks, batch = problem.scale.world_size, problem.batch
-        whole = np.array([0, problem.seqlen], dtype=np.int64)
-        q_bounds, k_bounds = (whole, whole) if batch is None else (batch.q_bounds, batch.k_bounds)
+        ranks, (q_bounds, k_bounds) = problem.scale.world_size, (problem.requests.q_bounds, problem.requests.k_bounds)
         new, total = np.diff(q_bounds), np.diff(k_bounds)
         prompts = (new == total) & (total >= ranks)
         context = np.where(prompts, total, total - new)
@@ -125,8 +120,8 @@ def _touching(bands: Ints, queries: Ints) -> tuple[Ints, Ints]:
 
 def refusal(problem: Problem, mask: Mask, anchor: int | None) -> str | None:
     """Why a problem cannot be cut into blocks with such anchors for inference, or None."""
-    if problem.backward:
-        return "is for inference and has no backward; direction=forward runs it"
+    if reason := only_forward(problem):
+        return reason
     if not isinstance(mask, BandMask):
         return "leaves out pairs of a static mask; a dynamic block mask has its own choice of them"
     blocks = Blocks.of(problem, anchor)
@@ -134,21 +129,6 @@ def refusal(problem: Problem, mask: Mask, anchor: int | None) -> str | None:
     if anchor is not None and blocks.ranks > 1 and anchor > (least := int(first.min(initial=anchor))):
         return f"anchor={anchor} is longer than the first block of a prompt, which has {least} tokens"
     return None
-
-
-def without_messages(problem: Problem, mask: BandMask, blocks: Blocks) -> Modelled:
-    """What ranks do with prompts of which nothing is sent: as if each rank's anchors and blocks were a sequence of its own."""
-    from lcbench.schedule.simulate import Modelled  # with scipy, which planning does without
-
-    tiles = [blocks.within(mask).tile(*map(spans, blocks.stretches(rank))) for rank in range(blocks.ranks)]
-    ends = np.cumsum([tile.num_q for tile in tiles]).tolist()
-    bands = [tile.bands + (end - tile.num_q) * np.array([1, 1, 1, 1, 0, 0]) for end, tile in zip(ends, tiles, strict=True)]
-    apart = BandMask(ends[-1], ends[-1], np.concatenate(bands)).merged()
-    shards = Layout(tuple((TokenSpan(end - tile.num_q, tile.num_q),) for end, tile in zip(ends, tiles, strict=True)))
-    every = np.arange(blocks.ranks)
-    steps = (Step(rows(every, 0, every, every)),)
-    schedule = Schedule.of(blocks.ranks, shards, every, head_groups(problem.heads, 1), singles(blocks.ranks), steps)
-    return Modelled(schedule, apart, replace(problem, seqlen=apart.num_q, batch=None))
 
 
 def lengths(stretches: Ints) -> Ints:
@@ -174,7 +154,7 @@ class Answer(NamedTuple):
     passed: torch.Tensor | None = None
 
 
-class BlockRun(RankRun):
+class BlockRun(OneCall):
     """A rank's run over its blocks; ``operand`` may add to the keys that its queries see.
 
     Results that are given: those of this rank's blocks of prompts, and an even share of all others, which every rank has.
@@ -185,42 +165,33 @@ class BlockRun(RankRun):
     Attributes:
         computed: the mask, without what an operand adds.
         queries, keys: stretches that it is given, as ``Blocks.stretches`` has them.
-        exchange: its messages.
-        sums: the type of sums.
     """
+
+    collectives = ("all_gather",)
 
     def __init__(
         self, problem: Problem, mask: BandMask, kernel: Kernel, place: Place, blocks: Blocks, asked: Sequence[int] | Ints = ()
     ) -> None:
-        import torch
-
         from lcbench.cp.exchange import Exchange  # with torch, which planning does without
 
-        self.problem, self.blocks, self.rank, self.device = problem, blocks, place.rank, place.device
-        self.exchange: Exchange = Exchange(problem, place)
-        self._cache: Cache | None = None
-        self._kernel, self.computed = kernel, blocks.within(mask)
-        self._input: torch.dtype = getattr(torch, problem.dtype)
-        self.sums = accumulation_dtype(self._input)
-        self._reduced = self._input if problem.reduce_dtype == "input" else self.sums
+        super().__init__(problem, place, Exchange.of(problem, place), problem.heads)
+        self.blocks, self.computed = blocks, blocks.within(mask)
         queries, keys = blocks.stretches(place.rank)
         self.queries, self.keys = queries, keys
         number, given = tokens(queries)
         prompt, own = blocks.prompts[number // 2], number % 2 == OWN
         self._own, self._others = np.nonzero(prompt & own)[0], np.nonzero(~prompt & own)[0]
+        self._own_at, self._others_at = _index(self._own, place.device), _index(self._others, place.device)
         count = len(self._others)
         self._share = slice(count * place.rank // blocks.ranks, count * (place.rank + 1) // blocks.ranks)
         self._rows = len(given)
         more = np.setdiff1d(np.asarray(asked, dtype=np.int64), given)
         self.tokens = np.concatenate([given[self._own], given[self._others[self._share]]])
         self._held = Held(Part(np.concatenate([given, more])), Part(tokens(keys)[1]), Part(self.tokens))
-        self._scale: dict[str, float] = {"softmax_scale": problem.softmax_scale}
-        if problem.softmax.softcap:
-            self._scale["softcap"] = problem.softmax.softcap
-        tile = self.tile(self.computed.tile(spans(queries), spans(keys))).merged()
-        self._prepared: Prepared | None = prepare(kernel, tile, problem.heads, self._input, place.device) if len(tile) else None
+        # What anchors' own queries cost is in the time, and is no result.
         results = self.computed.tile(spans(queries[:, OWN]), spans(keys))
-        self._pairs = (results.area + self.more_pairs()) * problem.heads.q
+        pairs = (results.area + self.more_pairs()) * problem.heads.q
+        self.get_ready(kernel, self.tile(self.computed.tile(spans(queries), spans(keys))).merged(), pairs)
 
     @property
     def held(self) -> Held:
@@ -228,13 +199,7 @@ class BlockRun(RankRun):
 
     @property
     def communicates(self) -> bool:
-        """Whether a pass has messages."""
         return self.blocks.ranks > 1 and len(self._others) > 0
-
-    @property
-    def as_given(self) -> bool:
-        """Whether the kernel's call takes keys as this rank is given them."""
-        return True
 
     # -- what a subclass adds --------------------------------------------------------------------------------------
 
@@ -254,30 +219,19 @@ class BlockRun(RankRun):
 
     # -- a pass ----------------------------------------------------------------------------------------------------
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sink: torch.Tensor | None = None,
-        *,
-        compute: bool = True,
-        communicate: bool = True,
+    def passed(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache | None, sink: torch.Tensor | None, *, compute: bool
     ) -> tuple[torch.Tensor, Answer]:
-        """out (T, Hq, Dv) of the results that this rank gives, from what it is given (``held``), and their LSE.
-
-        Without ``compute`` or without ``communicate`` everything else is done as usual, and the results mean nothing.
-        """
+        """out (T, Hq, Dv) of the results that this rank gives, from what it is given (``held``), and their LSE."""
         import torch
 
-        self.exchange.begin(communicate=communicate)
         k, v, passed = self.operand(q, k, v, compute=compute)
-        out, lse = self._attend(q[: self._rows], k, v, compute=compute)
+        out, lse = self.attend(q[: self._rows], k, v, cache, compute=compute)
         parts: list[OutLse] = []
         if len(self._own):
-            parts.append(_with_sink((_taken(out, self._own), _taken(lse, self._own)), sink))
+            parts.append(_with_sink((out[self._own_at], lse[self._own_at]), sink))
         if len(self._others):
-            whole = _with_sink(self._everybodys(_taken(out, self._others), _taken(lse, self._others)), sink)
+            whole = _with_sink(self._everybodys(out[self._others_at], lse[self._others_at]), sink)
             parts.append((whole[0][self._share], whole[1][self._share]))
         if len(parts) == 1:
             ((out, lse),) = parts
@@ -286,36 +240,8 @@ class BlockRun(RankRun):
         return out.to(q.dtype), Answer(lse, passed)
 
     def reads(self, kind: CacheKind) -> str | None:
-        """See ``RankRun``: its one call takes all keys that it has as they are, unless others' are put between them."""
-        if not self.as_given:
-            return "keys that arrive from other ranks lie between this rank's own"
-        return unread(self._kernel, kind, self.problem, Platform.of(self.device))
-
-    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, Answer]:
-        """``forward`` over what a cache holds, in the order of this rank's keys: read where it lies if ``reads`` says so."""
-        if self.reads(cache.kind) is not None:
-            return self.forward(q, *cache.read(), sink)
-        self._cache = cache
-        try:
-            return self.forward(q, cache.k, cache.v, sink)
-        finally:
-            self._cache = None
-
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, compute: bool) -> OutLse:
-        """This rank's results over the keys that it has, LSE in the type of sums."""
-        import torch
-
-        if self._prepared is None or not compute:
-            shape = (len(q), self.problem.heads.q, self.problem.heads.v)
-            out = torch.zeros(shape, dtype=self._reduced, device=self.device)
-            return out, torch.full(shape[:2], -torch.inf, dtype=self.sums, device=self.device)
-        if self._cache is not None:
-            out, lse = cast(PreparedForCache, self._prepared).forward_cache(q, self._cache, **self._scale)
-            return out, lse.to(self.sums)
-        if self._kernel.contiguous_kv:
-            k, v = k.contiguous(), v.contiguous()
-        out, lse = self._prepared.forward(q, k, v, **self._scale)
-        return out, lse.to(self.sums)
+        """Its one call takes all of this rank's keys, which of prompts are no cache."""
+        return "the keys of a prompt are in no cache" if self.blocks.prompts.any() else super().reads(kind)
 
     def _everybodys(self, out: torch.Tensor, lse: torch.Tensor) -> OutLse:
         """Partial results merged over all ranks, the same on each."""
@@ -323,7 +249,7 @@ class BlockRun(RankRun):
 
         if self.blocks.ranks == 1:
             return out, lse
-        outs, every = self.exchange.all_gather(out.to(self._reduced)), self.exchange.all_gather(lse)
+        outs, every = self.exchange.all_gather(out.to(self.reduced)), self.exchange.all_gather(lse)
         out, lse = outs[0].to(self.sums), every[0].clone()
         for other, of_other in zip(outs[1:], every[1:], strict=True):
             merge_into(out, lse, other, of_other)
@@ -333,37 +259,6 @@ class BlockRun(RankRun):
         found: torch.Tensor = saved.lse
         return found
 
-    def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, ...]:
-        raise Unsupported("inference has no backward")
-
-    def counters(self) -> Counters:
-        """Pairs are those of results that are given: what anchors' own queries cost is in the time, and is no result."""
-        from lcbench.schedule.execute import Counters
-
-        sent, collectives = self.exchange, ["all_gather"] if self.communicates else []
-        calls = self._prepared.calls if self._prepared else 0
-        return Counters(sent.bytes_sent, sent.bytes_between_nodes, 0, calls, self._pairs, collectives)
-
-    def replay(self, *, compute: bool, communicate: bool) -> Passes | None:
-        return Replay(self, compute, communicate) if self.communicates else None
-
-
-@dataclass(frozen=True)
-class Replay:
-    """The passes of a run without kernels or without messages. Results mean nothing."""
-
-    run: BlockRun
-    compute: bool
-    communicate: bool
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, Answer]:
-        return self.run.forward(q, k, v, sink, compute=self.compute, communicate=self.communicate)
-
-    def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, ...]:
-        return self.run.backward(dout, saved)
-
 
 def _with_sink(part: OutLse, sink: torch.Tensor | None) -> OutLse:
     from lcbench.kernels.sink import with_sink
@@ -371,10 +266,10 @@ def _with_sink(part: OutLse, sink: torch.Tensor | None) -> OutLse:
     return part if sink is None else with_sink(*part, sink)
 
 
-def _taken(x: torch.Tensor, rows: Ints) -> torch.Tensor:
-    """Rows of x by number, rising; one stretch of them is a view."""
+def _index(rows: Ints, device: torch.device) -> slice | torch.Tensor:
+    """Rows by number, rising, as an index: a slice where they are one stretch, so that taking them copies nothing."""
     import torch
 
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
-        return x[int(rows[0]) : int(rows[-1]) + 1]
-    return x[torch.from_numpy(rows).to(x.device)]
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows).to(device)

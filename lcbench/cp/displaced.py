@@ -31,7 +31,8 @@ from lcbench.schedule.layout import contiguous
 if TYPE_CHECKING:
     import torch
 
-    from lcbench.schedule.execute import Counters, Waits
+    from lcbench.schedule.execute import Counters
+    from lcbench.schedule.messages import Waits
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class DisplacedRun(LayerByLayer):
         tile = mask.tile(layout.shards[place.rank], (TokenSpan(0, problem.seqlen),))
         self._kernel = prepare(kernel, tile, problem.heads, getattr(torch, problem.dtype), place.device)
         self._pairs = tile.pairs(problem.heads.q)
-        self._exchange = Exchange(problem, place)
+        self._exchange = Exchange.of(problem, place)
         self._read, self._arriving = ([Stored(problem, kernel, place.device) for _ in range(layers)] for _ in range(2))
         self._under_way: list[list[Waits]] = [[] for _ in range(layers)]
 
@@ -119,14 +120,14 @@ class DisplacedRun(LayerByLayer):
 
     def _fill(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Have all keys and values of this step."""
-        from lcbench.schedule.execute import wait_all
+        from lcbench.schedule.messages import wait_all
 
         self._put(layer, k, v)
         wait_all(self._sent(layer, self._read[layer]))
 
     def _renew(self, layer: int, k: torch.Tensor, v: torch.Tensor, *, more: bool) -> None:
         """Have the keys and values of this rank of this step and the others' of the step before, and begin to send this step's."""
-        from lcbench.schedule.execute import wait_all
+        from lcbench.schedule.messages import wait_all
 
         if self._under_way[layer]:
             wait_all(self._under_way[layer])
@@ -154,6 +155,7 @@ class DisplacedRun(LayerByLayer):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Any]:
         """A layer of a step that waits for its keys and values."""
+        self.begin()
         self._fill(0, k, v)
         return self._attended(0, q)
 

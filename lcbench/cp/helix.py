@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lcbench.cp.base import Place, Strategy
-from lcbench.cp.split_cache import fewest, refused, split
+from lcbench.cp.split_cache import fewest, modelled, refused, split
 from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -24,6 +24,7 @@ from lcbench.schedule.build import check_choice, check_count, ranks_of
 
 if TYPE_CHECKING:
     from lcbench.cp.split_run import SplitRun
+    from lcbench.schedule.simulate import Modelled
 
 Neighbours = Literal["kvp", "tpa"]
 
@@ -55,6 +56,10 @@ class Helix(Strategy):
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return refused(problem, "kvp", self._kvp(problem))
+
+    def modelled(self, problem: Problem, mask: Mask) -> "Modelled":
+        grid = ranks_of(problem.scale.world_size, self._kvp(problem), outside=self.neighbours == "tpa")
+        return modelled(problem, mask, grid, self.interleave, "all_to_all", gathers=False)
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> "SplitRun":
         from lcbench.cp.split_run import SplitRun  # with torch, which planning does without

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from lcbench.cp.base import Scheduled
-from lcbench.masks.band import Ints, TokenSpan
+from lcbench.masks.band import Ints, spread
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import only_self_attention, rings, too_short
@@ -71,31 +70,35 @@ class Hybrid(Scheduled):
         return Schedule.of(ranks, layout, np.arange(ranks), head_groups(problem.heads, 1), singles(ranks), rings(groups))
 
     def _layout(self, groups: Sequence[int], bounds: Ints, work: Ints) -> Layout:
-        rank, start, size = self._dealt(groups, bounds, work)
-        spans = list(map(TokenSpan, start.tolist(), size.tolist()))
-        cuts = np.searchsorted(rank, np.arange(sum(groups) + 1)).tolist()
-        return Layout(tuple(tuple(spans[begin:end]) or (TokenSpan(0, 0),) for begin, end in pairwise(cuts)))
+        dealt = self._dealt(groups, bounds, work)
+        order = np.argsort(dealt[0].astype(np.min_scalar_type(sum(groups))), kind="stable")  # small numbers are sorted in one pass
+        rank, start, size = (each[order] for each in dealt)
+        return Layout.of_stretches(rank, start, size, sum(groups))
 
     def _dealt(self, groups: Sequence[int], bounds: Ints, work: Ints) -> tuple[Ints, Ints, Ints]:
-        """(rank, start, size) of every stretch of tokens, in the order of ranks and of each rank's tokens."""
+        """(rank, start, size) of every stretch of tokens, of each rank in the order of its tokens."""
         chosen = _least_loaded(work, groups) if self.documents is None else np.array(self.documents)
         parts = []
         for first, size, group in zip(np.cumsum([0, *groups]).tolist(), groups, range(len(groups)), strict=False):
-            number = np.nonzero(chosen == group)[0]
-            chunk = np.arange(2 * size)
-            cuts = bounds[number, None] + np.diff(bounds)[number, None] * np.arange(2 * size + 1) // (2 * size)
+            number, chunks = np.nonzero(chosen == group)[0], 2 * size
+            length = np.diff(bounds)[number]
+            # Chunks that hold a token. Of a document with fewer tokens than chunks these are as many as its tokens, one in each.
+            place, token = spread(np.zeros_like(length), np.minimum(length, chunks))
+            number, length = number[place], length[place]
+            chunk = np.where(length < chunks, -(-chunks * (token + 1) // length) - 1, token)
+            start, end = (length * each // chunks for each in (chunk, chunk + 1))
             # In zigzag. Short documents leave the first places empty, so they begin at another rank each time.
-            rank = first + (np.minimum(chunk, 2 * size - 1 - chunk) + number[:, None]) % size
-            found = np.stack([rank, cuts[:, :-1], np.diff(cuts, axis=1)]).reshape(3, -1)
-            parts.append(found[:, found[2] > 0])
-        every = np.concatenate(parts, axis=1)
-        rank, start, size = every[:, np.argsort(every[0], kind="stable")]
-        return rank, start, size
+            rank = first + (np.minimum(chunk, chunks - 1 - chunk) + number) % size
+            parts.append(np.stack([rank, bounds[number] + start, end - start]))
+        rank, start, length = np.concatenate(parts, axis=1)
+        return rank, start, length
 
 
 def _least_loaded(work: Ints, groups: Sequence[int]) -> Ints:
     """The sub-group of each document: most work first, to the one that then has the least per rank."""
     chosen = np.zeros(len(work), dtype=np.int64)
+    if len(groups) == 1:
+        return chosen
     load = [0] * len(groups)
     for document in np.argsort(-work, kind="stable").tolist():
         extra = int(work[document])

@@ -18,18 +18,18 @@ from itertools import pairwise
 import numpy as np
 
 from lcbench.cp.base import Scheduled
-from lcbench.cp.split_cache import NO_TOKENS, bounds, query_runs, share
+from lcbench.cp.split_cache import NO_TOKENS, query_runs, share
 from lcbench.masks.band import BandMask, Ints, TokenSpan
 from lcbench.masks.mask import Mask
-from lcbench.problem import Problem
-from lcbench.schedule.build import check_count
+from lcbench.problem import Batch, Problem
+from lcbench.schedule.build import check_count, only_forward
 from lcbench.schedule.layout import Layout, tile_areas
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Side, Step, head_groups, rows, singles
 
 
 @dataclass(frozen=True)
 class KVP(Scheduled):
-    """KV parallelism.
+    """KV parallelism, forward only.
 
     Attributes:
         tokens_per_rank: tokens of a request that a rank holds before another one joins; None: every request has all ranks.
@@ -46,12 +46,12 @@ class KVP(Scheduled):
                 check_count(option, value)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
+        return only_forward(problem)
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size
         every = np.arange(ranks)
-        q, owner, keys, reaches = self._dealt(ranks, *bounds(problem))
+        q, owner, keys, reaches = self._dealt(ranks, problem.requests)
         if isinstance(mask, BandMask):
             reaches &= tile_areas(mask, q, keys) > 0
         shard, rank = np.nonzero(reaches)
@@ -71,7 +71,7 @@ class KVP(Scheduled):
             head_groups(problem.heads, 1), tuple(steps),
         )  # fmt: skip
 
-    def _dealt(self, ranks: int, q_bounds: Ints, k_bounds: Ints) -> tuple[Layout, Ints, Layout, Ints]:
+    def _dealt(self, ranks: int, batch: Batch) -> tuple[Layout, Ints, Layout, Ints]:
         """Shards of queries, the owner of each, a shard of keys per rank, and which ranks have keys of each (shards, ranks).
 
         Queries with the same owner and the same ranks are one shard.
@@ -79,7 +79,8 @@ class KVP(Scheduled):
         held, owned = np.zeros(ranks, dtype=np.int64), np.zeros(ranks, dtype=np.int64)
         keys: list[list[TokenSpan]] = [[] for _ in range(ranks)]
         queries: dict[tuple[int, tuple[int, ...]], list[TokenSpan]] = {}
-        for (q_begin, q_end), (begin, end) in zip(pairwise(q_bounds.tolist()), pairwise(k_bounds.tolist()), strict=True):
+        q_bounds, k_bounds = batch.q_bounds.tolist(), batch.k_bounds.tolist()
+        for (q_begin, q_end), (begin, end) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True):
             group = self._group(held, end - begin)
             for part, rank in enumerate(group):
                 mine = share(begin, end, len(group), part, self.interleave)

@@ -17,10 +17,11 @@ from typing import Literal
 import numpy as np
 
 from lcbench.cp.base import Scheduled
-from lcbench.cp.split_cache import bounds, dealt, query_runs
+from lcbench.cp.split_cache import query_runs, shares
+from lcbench.masks.band import TokenSpan
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import check_choice, check_count, rings
+from lcbench.schedule.build import check_choice, check_count, only_forward, rings
 from lcbench.schedule.layout import Layout, by_document
 from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Side, Step, head_groups, rows, singles
 
@@ -29,7 +30,7 @@ Exchange = Literal["allgather", "ring"]
 
 @dataclass(frozen=True)
 class PCP(Scheduled):
-    """Prefill context parallelism.
+    """Prefill context parallelism, forward only.
 
     Attributes:
         exchange: how keys and values come to all ranks.
@@ -46,24 +47,22 @@ class PCP(Scheduled):
             check_count("interleave", self.interleave)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return None
+        return only_forward(problem)
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size
         every = np.arange(ranks)
-        q_bounds, k_bounds = bounds(problem)
-        zigzag = by_document(q_bounds, ranks, folded=True)
-        queries = Layout(
-            tuple(
-                tuple(run for span in spans for run in query_runs(span.start, span.start + span.size, ranks, self.interleave))
-                or spans
-                for spans in zigzag.shards
-            )
-        )
-        q = Side(queries, every, singles(ranks))
-        k = Side(dealt(k_bounds, ranks, self.interleave), every, (*singles(ranks), tuple(range(ranks))))
+        zigzag = by_document(problem.requests.q_bounds, ranks, folded=True)
+        queries = Layout(tuple(self._runs(spans, ranks) for spans in zigzag.shards))
+        keys = shares(problem.requests.k_bounds, ranks, self.interleave)
+        q, k = Side(queries, every, singles(ranks)), Side(keys, every, (*singles(ranks), tuple(range(ranks))))
         steps = rings([ranks]) if self.exchange == "ring" else _gathered(ranks)
         return Schedule(ranks, q, k, head_groups(problem.heads, 1), steps)
+
+    def _runs(self, spans: tuple[TokenSpan, ...], ranks: int) -> tuple[TokenSpan, ...]:
+        """The queries of a rank in the order of ``query_runs``."""
+        found = [query_runs(span.start, span.start + span.size, ranks, self.interleave) for span in spans]
+        return tuple(run for runs in found for run in runs) or spans
 
 
 def _gathered(ranks: int) -> tuple[Step, ...]:

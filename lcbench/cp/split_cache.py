@@ -7,33 +7,32 @@ one part in D of the row's query heads, so with one in P of all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lcbench.masks.band import Ints, TokenSpan
-from lcbench.problem import Heads, Problem
-from lcbench.schedule.build import indivisible_heads
+from lcbench.masks.band import BandMask, Ints, TokenSpan
+from lcbench.masks.mask import Mask
+from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.build import indivisible_heads, only_forward
 from lcbench.schedule.held import Held, Part
 from lcbench.schedule.layout import Layout, by_document
+from lcbench.schedule.lowering import Operation
+from lcbench.schedule.payload import element_bytes
+from lcbench.schedule.schedule import Schedule, Side, Step, head_groups, rows, singles
+
+if TYPE_CHECKING:
+    from lcbench.schedule.simulate import Around, Modelled
 
 Merge = Literal["reduce_scatter", "all_to_all"]
 MERGES: tuple[Merge, ...] = ("reduce_scatter", "all_to_all")
 NO_TOKENS = (TokenSpan(0, 0),)
 
 
-def bounds(problem: Problem) -> tuple[Ints, Ints]:
-    """Where each request's queries begin, and where its keys do, each with the end, (requests + 1,); a sequence is one request."""
-    if problem.batch is None:
-        whole = np.array([0, problem.seqlen], dtype=np.int64)
-        return whole, whole
-    return problem.batch.q_bounds, problem.batch.k_bounds
-
-
-def dealt(k_bounds: Ints, parts: int, interleave: int | None) -> Layout:
-    """The tokens of each of ``parts`` ranks.
+def shares(k_bounds: Ints, parts: int, interleave: int | None) -> Layout:
+    """The tokens of each of ``parts`` ranks, of requests that begin at ``k_bounds`` (requests + 1,), the end with them.
 
     Args:
         interleave: tokens of a request that go to one rank before the next ones go to the next; None: of every request each rank
@@ -47,7 +46,8 @@ def dealt(k_bounds: Ints, parts: int, interleave: int | None) -> Layout:
 
 
 def share(begin: int, end: int, parts: int, part: int, interleave: int | None) -> list[TokenSpan]:
-    """The tokens of a request that one of several ranks has; None: a stretch, and those left over one each to the first ranks."""
+    """The tokens of a request that one of several ranks has, as ``shares`` deals them out; of stretches the first ranks have those
+    left over."""
     if interleave is None:
         size, left = divmod(end - begin, parts)
         first = begin + part * size + min(part, left)
@@ -97,13 +97,12 @@ def split(problem: Problem, grid: Ints, rank: int, interleave: int | None, *, ga
     """What a rank of a (G, D) grid has to do; every row of it is ascending.
 
     Args:
-        interleave: see ``dealt``.
+        interleave: see ``shares``.
         gathers: see ``Split``.
     """
     (count, degree), heads = grid.shape, problem.heads
     row, column = (int(place[0]) for place in np.nonzero(grid == rank))
-    q_bounds, k_bounds = bounds(problem)
-    keys = dealt(k_bounds, degree, interleave)
+    keys = shares(problem.requests.k_bounds, degree, interleave)
     each, kv_each, part = heads.q // count, max(1, heads.kv // count), heads.q // grid.size
     first, kv_first = row * each, row * heads.kv // count
     every = np.arange(problem.queries, dtype=np.int64)
@@ -114,7 +113,7 @@ def split(problem: Problem, grid: Ints, rank: int, interleave: int | None, *, ga
         out=own,
     )
     rows = tuple(map(tuple, grid.tolist()))
-    queries = tuple(run for ends in pairwise(q_bounds.tolist()) for run in query_runs(*ends, degree, interleave))
+    queries = tuple(run for ends in pairwise(problem.requests.q_bounds.tolist()) for run in query_runs(*ends, degree, interleave))
     of_row = heads.of(each, kv_each)
     return Split(rows, rows[row], column, queries, keys.shards[column], of_row, first, gathers, held)
 
@@ -125,11 +124,59 @@ def fewest(problem: Problem) -> int:
     return next(d for d in range(1, ranks + 1) if ranks % d == 0 and heads.kv % (ranks // d) == 0)
 
 
+def modelled(problem: Problem, mask: Mask, grid: Ints, interleave: int | None, merge: Merge, *, gathers: bool) -> Modelled:
+    """What is simulated: the tile of the rank with most pairs, and the collectives of its row; arguments as of ``split``."""
+    from lcbench.schedule.simulate import Modelled  # with scipy, which planning does without
+
+    tiles = []
+    for rank in (grid[:1] if isinstance(mask, BandMask) else grid).ravel().tolist():
+        of_rank = split(problem, grid, rank, interleave, gathers=gathers)
+        tile = mask.of_heads(of_rank.first, of_rank.heads.q, problem.heads.q).tile(of_rank.q_runs, of_rank.k_runs).merged()
+        tiles.append((tile.pairs(of_rank.heads.q), of_rank, tile))
+    _, of_rank, tile = max(tiles, key=lambda each: each[0])
+    queries, keys = (
+        Side(Layout(((TokenSpan(0, tokens),),)), np.zeros(1, dtype=np.int64), singles(1)) for tokens in (tile.num_q, tile.num_k)
+    )
+    schedule = Schedule(1, queries, keys, head_groups(of_rank.heads, 1), (Step(rows(0, 0, 0, 0)),))
+    alone = replace(problem, heads=of_rank.heads, scale=Scale(1, 1), seqlen=tile.num_k, batch=None)
+    held = len(grid) * of_rank.heads.kv // problem.heads.kv
+    return Modelled(schedule, tile, alone, _around(problem, of_rank, merge) if len(of_rank.members) > 1 else (), held)
+
+
+def _around(problem: Problem, of_rank: Split, merge: Merge) -> tuple[Around, ...]:
+    """The collectives of a row, as ``SplitRun`` makes them."""
+    from lcbench.schedule.simulate import COPIED, MERGED, Around
+
+    ranks, heads = len(of_rank.members), of_rank.heads
+    each = problem.queries * heads.q // ranks  # rows of the heads of one rank
+    inputs, reduced, sums = (element_bytes(precision, problem) for precision in ("input", "reduce", "sum"))
+
+    def around(operation: Operation, block: int, moved: int, launches: int, buffers: int) -> Around:
+        return Around(operation, block, of_rank.rows, problem.scale.gpus_per_node, moved, launches, buffers)
+
+    q, result, lse = each * heads.dim * inputs, each * heads.v, each * sums
+    gathered = [around("all_gather", q, COPIED * ranks * q, 1, 2 * ranks * q)] if of_rank.gathers else []
+    part = result * reduced
+    if merge == "all_to_all":
+        packed, merged = (sums + reduced) * ranks * result, MERGED * sums * (ranks - 1) * result
+        merging = [
+            around("all_to_all", part, packed + merged, ranks, 2 * ranks * part),
+            around("all_to_all", lse, COPIED * ranks * lse, 1, 2 * ranks * lse),
+        ]
+    else:
+        scaled = (COPIED * sums + sums + reduced) * ranks * result
+        merging = [
+            around("all_gather", ranks * lse, COPIED * ranks * lse, 2, ranks**2 * lse),
+            around("reduce_scatter", part, scaled, 3, (ranks + 1) * part),
+        ]
+    return (*gathered, *merging)
+
+
 def refused(problem: Problem, option: str, degree: int) -> str | None:
     """Why ranks cannot be a grid of rows of ``degree`` ranks with these heads, or not for this problem; or None."""
     ranks, heads = problem.scale.world_size, problem.heads
-    if problem.backward:
-        return "computes no gradients, since it serves: direction=forward_backward"
+    if reason := only_forward(problem):
+        return reason
     if ranks % degree:
         return f"{option}={degree} does not divide the {ranks} ranks of scale={problem.scale}"
     if heads.q % ranks:

@@ -7,25 +7,24 @@ in the type of sums. What is sent for a new token does not depend on how many th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from lcbench.cp.base import Passes, Place, RankRun
+from lcbench.cp.base import Place, RankRun
 from lcbench.cp.exchange import Exchange
+from lcbench.cp.one_call import OneCall
 from lcbench.cp.split_cache import Merge, Split
-from lcbench.kernels.base import Kernel, OutLse, Platform, Prepared, Unsupported, accumulation_dtype, prepare, softmax_arguments
-from lcbench.kernels.cache import Cache, CacheKind, PreparedForCache, unread
+from lcbench.kernels.base import Kernel, OutLse
+from lcbench.kernels.cache import Cache
 from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sink import with_sink
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.execute import Counters, wait_all
 from lcbench.schedule.held import Held
 from lcbench.schedule.layout import Layout
+from lcbench.schedule.messages import wait_all
 
 
 class Merging(ABC):
@@ -48,14 +47,12 @@ class Merging(ABC):
         self, row: Exchange, tokens: int, heads: int, value_dim: int, reduced: torch.dtype, sums: torch.dtype, device: torch.device
     ) -> None:
         self._row, self._heads, self._sums, self._device = row, heads, sums, device
+        self.memory: list[torch.Tensor] = []
         self._parts = self._buffer((row.size, tokens, heads, value_dim), reduced)
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=self._device)
-
-    @property
-    def memory(self) -> list[torch.Tensor]:
-        return [x for x in vars(self).values() if isinstance(x, torch.Tensor)]
+        self.memory.append(torch.zeros(shape, dtype=dtype, device=self._device))
+        return self.memory[-1]
 
     def _by_rank(self, x: torch.Tensor) -> torch.Tensor:
         """(T, H, ...) of the row's heads as (D, T, H/D, ...)."""
@@ -74,7 +71,7 @@ class Exchanged(Merging):
 
     def __init__(self, row: Exchange, tokens: int, *rest: Any) -> None:
         super().__init__(row, tokens, *rest)
-        self._arrived = torch.zeros_like(self._parts)
+        self._arrived = self._buffer(self._parts.shape, self._parts.dtype)
         self._lse, self._lses = (self._buffer((row.size, tokens, self._heads), self._sums) for _ in range(2))
 
     def merged(self, out: torch.Tensor, lse: torch.Tensor, compute: bool) -> OutLse:
@@ -96,7 +93,7 @@ class Summed(Merging):
     def __init__(self, row: Exchange, tokens: int, *rest: Any) -> None:
         super().__init__(row, tokens, *rest)
         self._lses = self._buffer((row.size, tokens, row.size * self._heads), self._sums)
-        self._total = torch.zeros_like(self._parts[0])
+        self._total = self._buffer(self._parts.shape[1:], self._parts.dtype)
 
     def merged(self, out: torch.Tensor, lse: torch.Tensor, compute: bool) -> OutLse:
         wait_all(self._row.gather(self._lses, lse))
@@ -121,10 +118,7 @@ class Gathering:
         self._row = row
         self._arrived = torch.zeros((row.size, tokens, heads, dim), dtype=dtype, device=device)
         self._queries = torch.zeros((tokens, row.size * heads, dim), dtype=dtype, device=device)
-
-    @property
-    def memory(self) -> list[torch.Tensor]:
-        return [self._arrived, self._queries]
+        self.memory = [self._arrived, self._queries]
 
     def gathered(self, q: torch.Tensor) -> torch.Tensor:
         """(T, H, D) from (T, H/D, D) of each rank."""
@@ -133,138 +127,61 @@ class Gathering:
         return self._queries
 
 
-class SplitRun(RankRun):
-    """A rank at work. What depends on the mask alone is prepared here, outside of any timing.
-
-    Attributes:
-        tokens, held: see ``RankRun``.
-    """
+class SplitRun(OneCall):
+    """A rank at work. What depends on the mask alone is prepared here, outside of any timing."""
 
     def __init__(self, split: Split, problem: Problem, mask: Mask, kernel: Kernel, place: Place, merge: Merge) -> None:
-        self.tokens = split.held.out.tokens
-        self._split, self._problem, self._device = split, problem, place.device
-        self._input: torch.dtype = getattr(torch, problem.dtype)
-        self._sums, self._softmax = accumulation_dtype(self._input), softmax_arguments(problem)
-        self._row = Exchange(problem, place, split.rows)
+        super().__init__(problem, place, Exchange.of(problem, place, split.rows), split.heads)
+        self.tokens, self._split = split.held.out.tokens, split
         self._gathering = self._merging = None
-        if self._row.size > 1:
-            own, tokens = split.heads.q // self._row.size, problem.queries
-            reduced = self._input if problem.reduce_dtype == "input" else self._sums
+        row = self.exchange
+        if row.size > 1:
+            own, tokens, heads = split.heads.q // row.size, problem.queries, split.heads
             if split.gathers:
-                self._gathering = Gathering(self._row, tokens, own, split.heads.dim, self._input, self._device)
-            self._merging = MERGINGS[merge](self._row, tokens, own, split.heads.v, reduced, self._sums, self._device)
-        self._prepare(mask, kernel)
+                self._gathering = Gathering(row, tokens, own, heads.dim, self.dtype, self.device)
+            self._merging = MERGINGS[merge](row, tokens, own, heads.v, self.reduced, self.sums, self.device)
+        parts = [part for part in (self._gathering, self._merging) if part is not None]
+        self.buffer_bytes = sum(x.numel() * x.element_size() for part in parts for x in part.memory)
+        self.collectives = sorted({name for part in parts for name in part.collectives})
+        tile = mask.of_heads(split.first, split.heads.q, problem.heads.q).tile(split.q_runs, split.k_runs).merged()
+        self.get_ready(kernel, tile, tile.pairs(split.heads.q))
+        # The order in which the kernel takes queries, and back; None: the one in which they come.
+        taken = Layout((split.q_runs,)).tokens(0)
+        self._order = self._back = None
+        if (np.diff(taken) != 1).any():
+            self._order, self._back = (torch.from_numpy(x).to(self.device) for x in (taken, np.argsort(taken)))
 
     @property
     def held(self) -> Held:
         return self._split.held
 
-    def _prepare(self, mask: Mask, kernel: Kernel) -> None:
-        """Its kernel, None where it has no pair, and the order in which this takes queries."""
-        split = self._split
-        tile = mask.of_heads(split.first, split.heads.q, self._problem.heads.q).tile(split.q_runs, split.k_runs).merged()
-        self._kernel = prepare(kernel, tile, split.heads, self._input, self._device) if len(tile) else None
-        self._asked, self._contiguous = kernel, kernel.contiguous_kv
-        self._pairs = tile.pairs(split.heads.q)
-        taken = Layout((split.q_runs,)).tokens(0)
-        self._order = self._place = None
-        if (np.diff(taken) != 1).any():
-            self._order, self._place = (torch.from_numpy(x).to(self._device) for x in (taken, np.argsort(taken)))
+    @property
+    def communicates(self) -> bool:
+        return self.exchange.size > 1
 
-    # -- passes --------------------------------------------------------------------------------------------------------
-
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sink: torch.Tensor | None = None,
-        *,
-        compute: bool = True,
-        communicate: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """out (Tq, Hq/P, Dv) of this rank's heads, and their LSE (Tq, Hq/P), from its q (Tq, H, D) and its k and v (Tk, Hk, .).
-
-        Without ``compute`` or without ``communicate`` everything else is done as usual, and the results mean nothing.
-        """
-        if self._contiguous:
-            k, v = k.contiguous(), v.contiguous()
-        return self._pass(q, lambda kernel, queries: kernel.forward(queries, k, v, **self._softmax), sink, compute, communicate)
-
-    def reads(self, kind: CacheKind) -> str | None:
-        of_row = replace(self._problem, heads=self._split.heads)
-        return unread(self._asked, kind, of_row, Platform.of(self._device))
-
-    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.reads(cache.kind) is not None:
-            return self.forward(q, *cache.read(), sink)
-        attend = lambda kernel, queries: cast(PreparedForCache, kernel).forward_cache(queries, cache, **self._softmax)  # noqa: E731
-        return self._pass(q, attend, sink)
-
-    def _pass(
-        self,
-        q: torch.Tensor,
-        attend: Callable[[Prepared, torch.Tensor], OutLse],
-        sink: torch.Tensor | None,
-        compute: bool = True,
-        communicate: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Results of this rank's heads; ``attend``: partial ones of the row's, over this rank's own keys."""
-        self._row.begin(communicate=communicate)
-        queries = self._gathering.gathered(q) if self._gathering else q
-        out, lse = self._partial(queries, attend) if compute and self._kernel else self._nothing()
+    def passed(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache | None, sink: torch.Tensor | None, *, compute: bool
+    ) -> OutLse:
+        """out (Tq, Hq/P, Dv) of this rank's heads, and their LSE (Tq, Hq/P), from its q (Tq, H, D) and its k and v (Tk, Hk, .)."""
+        out, lse = self._partial(self._gathering.gathered(q) if self._gathering else q, k, v, cache, compute)
         if self._merging:
             out, lse = self._merging.merged(out, lse, compute)
         if sink is not None:
             own = self._split.held.out.heads
             assert own is not None
             out, lse = with_sink(out, lse, sink[own.start : own.stop])
-        return out.to(self._input), lse
+        return out.to(self.dtype), lse
 
-    def _partial(self, q: torch.Tensor, attend: Callable[[Prepared, torch.Tensor], OutLse]) -> OutLse:
-        """Results over this rank's own keys, of queries in the order in which they come."""
-        assert self._kernel is not None
-        out, lse = attend(self._kernel, q if self._order is None else q.index_select(0, self._order))
-        if self._place is not None:
-            out, lse = out.index_select(0, self._place), lse.index_select(0, self._place)
-        return out, lse.to(self._sums).contiguous()
+    def _partial(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Cache | None, compute: bool) -> OutLse:
+        """Results of the row's heads over this rank's own keys, of queries in the order in which they come."""
+        out, lse = self.attend(q if self._order is None else q.index_select(0, self._order), k, v, cache, compute=compute)
+        if self._back is not None:
+            out, lse = out.index_select(0, self._back), lse.index_select(0, self._back)
+        return out, lse.contiguous()
 
-    def _nothing(self) -> OutLse:
-        """The result over no keys."""
-        heads, tokens = self._split.heads, self._problem.queries
-        out = torch.zeros((tokens, heads.q, heads.v), dtype=self._sums, device=self._device)
-        return out, torch.full(out.shape[:2], -torch.inf, dtype=self._sums, device=self._device)
+    def share(self, other: RankRun) -> None:
+        if isinstance(other, SplitRun) and other.problem.queries == self.problem.queries:
+            self._gathering, self._merging = other._gathering, other._merging
 
     def lse(self, saved: torch.Tensor) -> torch.Tensor:
         return saved
-
-    def backward(self, dout: torch.Tensor, saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        raise Unsupported("a split cache is for serving, and has no backward")
-
-    def counters(self) -> Counters:
-        parts = [part for part in (self._gathering, self._merging) if part is not None]
-        held = sum(x.numel() * x.element_size() for part in parts for x in part.memory)
-        collectives = sorted({name for part in parts for name in part.collectives})
-        calls = self._kernel.calls if self._kernel else 0
-        return Counters(self._row.bytes_sent, self._row.bytes_between_nodes, held, calls, self._pairs, collectives)
-
-    def replay(self, *, compute: bool, communicate: bool) -> Passes | None:
-        """The same passes without kernels or without messages; None for a rank alone, which sends nothing."""
-        return Alone(self, compute, communicate) if self._row.size > 1 else None
-
-
-@dataclass(frozen=True)
-class Alone:
-    """The passes of a run without kernels or without messages. Results mean nothing."""
-
-    run: SplitRun
-    compute: bool
-    communicate: bool
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.run.forward(q, k, v, sink, compute=self.compute, communicate=self.communicate)
-
-    def backward(self, dout: torch.Tensor, saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.run.backward(dout, saved)

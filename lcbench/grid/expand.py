@@ -466,7 +466,7 @@ def skip_reason(cell: Cell) -> str | None:
         made[group] = _object(group, json.dumps(config[group]), builder)
         if reason := own.reason_not(group, config[group], made[group], problem, mask):
             return f"{group} {config[group]['name']}: {reason}"
-    if reason := _refused_by_workload(config, problem, mask, made["kernel"], made["cp"]):
+    if reason := _refused_by_workload(cell, mask, made["kernel"], made["cp"]):
         return reason
     if own.named_in(config["cp"]):
         _prove(cell)
@@ -482,8 +482,9 @@ def approximates(cell: Cell) -> bool:
     return bool(strategy.approximates(cell.problem, _mask(cell)))
 
 
-def _refused_by_workload(config: dict[str, Any], problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy) -> str | None:
-    """What the workload says to a problem; the axis's default takes what kernel and strategy take, and a plan need not load it."""
+def _refused_by_workload(cell: Cell, mask: Mask, kernel: Kernel, strategy: Strategy) -> str | None:
+    """What the workload says to a cell; the axis's default takes what kernel and strategy take, and a plan need not load it."""
+    config = cell.config
     said = config.get("workload")
     if said is None:
         reason = strategy.only_in_a_step()
@@ -491,7 +492,8 @@ def _refused_by_workload(config: dict[str, Any], problem: Problem, mask: Mask, k
     workload = _object("workload", json.dumps(said), build.build_workload)
     taken = {name: config[name] for name in ("workload", "recompute") if name in config}
     recompute = _object("recompute", json.dumps(taken), build.build_recompute)
-    reason = own.reason_not("workload", said, workload, problem, mask, kernel, strategy, recompute)
+    given = cell.problem, mask, kernel, strategy, recompute
+    reason = workload.misfit(cell.mesh) or own.reason_not("workload", said, workload, *given)
     return reason and f"workload {said['name']}: {reason}"
 
 

@@ -277,6 +277,11 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
+def forward_only(problem: Problem, name: str) -> str | None:
+    """Why a kernel without backward does not run a problem, or None."""
+    return f"{name} has no backward; direction=forward runs" if problem.backward else None
+
+
 def only_blocks(mask: Mask) -> str | None:
     """Why a kernel that takes block maps only does not run a mask, or None."""
     return None if isinstance(mask, BlockMap) else "takes dynamic block masks only (mask=block_...); dense kernels run this one"

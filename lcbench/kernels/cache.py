@@ -15,7 +15,7 @@ import numpy as np
 
 from lcbench.kernels.base import Kernel, OutLse, Platform, Prepared
 from lcbench.masks.band import spread
-from lcbench.problem import Problem
+from lcbench.problem import Problem, itemsize
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,16 @@ class CacheKind:
     def stored_as(self, dtype: str) -> str:
         """The type that numbers have in memory, for inputs of a type."""
         return {"input": dtype, "float8": FLOAT8}.get(self.storage, self.storage)
+
+    def stored_bytes(self, dtype: str) -> int:
+        """Bytes of a number in memory, for inputs of a type."""
+        return 1 if self.storage == "float8" else itemsize(self.stored_as(dtype))
+
+    def read_bytes(self, dtype: str) -> int:
+        """Bytes that ``Cache.read`` reads and writes for a number: pages are gathered, then numbers cast, then scaled."""
+        stored, given = self.stored_bytes(dtype), itemsize(dtype)
+        gathered, cast = self.page is not None, self.stored_as(dtype) != dtype
+        return 2 * stored * gathered + (stored + given) * cast + 2 * given * (self.storage == "float8")
 
     def __str__(self) -> str:
         return ("contiguous" if self.page is None else f"in pages of {self.page}") + f", stored as {self.storage}"

@@ -17,14 +17,50 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass
-class _Graph:
-    """A built graph: run it with tensors by name."""
+class Graph:
+    """A graph under way, and built: run it with tensors by name.
 
-    graph: Any
-    handles: dict[str, Any]
-    constants: dict[Any, torch.Tensor]
-    workspace: torch.Tensor
+    Attributes:
+        graph: cuDNN's; operations are added to it.
+        kind: the type of inputs and results, as cuDNN names it.
+        single: that of statistics and of what lies between.
+        handles: tensors of the graph by name, which ``run`` is given.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        import cudnn
+        import torch
+
+        self.kind = cudnn.data_type.BFLOAT16 if dtype == torch.bfloat16 else cudnn.data_type.HALF
+        self.single = cudnn.data_type.FLOAT
+        types = {"io_data_type": self.kind, "intermediate_data_type": self.single, "compute_data_type": self.single}
+        self.graph = cudnn.pygraph(**types, handle=_handle())
+        self.handles: dict[str, Any] = {}
+        self._constants: dict[Any, torch.Tensor] = {}
+        self._workspace: torch.Tensor | None = None
+
+    def constant(self, values: torch.Tensor) -> Any:
+        """A tensor that every run has: numbers of sequences, (n, 1, 1, 1)."""
+        values = values.reshape(-1, 1, 1, 1).contiguous()
+        return self.held(self.graph.tensor_like(values), values)
+
+    def held(self, tensor: Any, values: torch.Tensor) -> Any:
+        """Give a tensor of the graph the same values in every run."""
+        self._constants[tensor] = values
+        return tensor
+
+    def build(self, device: torch.device) -> Graph:
+        """Itself, ready to run."""
+        import cudnn
+        import torch
+
+        self.graph.validate()
+        self.graph.build_operation_graph()
+        self.graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        self.graph.check_support()
+        self.graph.build_plans()
+        self._workspace = torch.empty(max(1, self.graph.get_workspace_size()), dtype=torch.uint8, device=device)
+        return self
 
     def run(self, **tensors: torch.Tensor) -> None:
         import cudnn
@@ -33,13 +69,13 @@ class _Graph:
         handle = _handle()
         cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
         named = {self.handles[name]: x for name, x in tensors.items()}
-        self.graph.execute({**named, **self.constants}, self.workspace, handle=handle)
+        self.graph.execute({**named, **self._constants}, self._workspace, handle=handle)
 
 
 @dataclass
 class _Run:
     call: VarlenCall
-    _graphs: dict[tuple[str, float], _Graph] = field(default_factory=dict)
+    _graphs: dict[tuple[str, float], Graph] = field(default_factory=dict)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> OutLse:
 
@@ -58,7 +94,7 @@ class _Run:
         graph.run(q=q, k=k, v=v, o=out, dO=dout, stats=lse.T.contiguous(), dQ=dq, dK=dk, dV=dv)
         return dq, dk, dv
 
-    def _graph(self, direction: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> _Graph:
+    def _graph(self, direction: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Graph:
         if (direction, scale) not in self._graphs:
             self._graphs[direction, scale] = _build(direction, self.call, q, k, v, scale)
         return self._graphs[direction, scale]
@@ -131,7 +167,7 @@ def cudnn_name(version: int) -> str:
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
-def _bounds(window: tuple[int, int]) -> dict[str, Any]:
+def bounds(window: tuple[int, int]) -> dict[str, Any]:
     """A window as options of a graph: causal, or open."""
     import cudnn
 
@@ -143,22 +179,9 @@ def _bounds(window: tuple[int, int]) -> dict[str, Any]:
     return options
 
 
-def _build(direction: str, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> _Graph:
-    import cudnn
-    import torch
-
-    number = len(call.lengths)
-    kind = cudnn.data_type.BFLOAT16 if q.dtype == torch.bfloat16 else cudnn.data_type.HALF
-    single = cudnn.data_type.FLOAT
-    graph = cudnn.pygraph(io_data_type=kind, intermediate_data_type=single, compute_data_type=single, handle=_handle())
-    constants: dict[Any, torch.Tensor] = {}
-
-    def constant(values: torch.Tensor) -> Any:
-        values = values.reshape(-1, 1, 1, 1).contiguous()
-        tensor = graph.tensor_like(values)
-        constants[tensor] = values
-        return tensor
-
+def _build(direction: str, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Graph:
+    number, made = len(call.lengths), Graph(q.dtype)
+    graph, kind, single, constant = made.graph, made.kind, made.single, made.constant
     cu_q, cu_k = call.cu_q.long(), call.cu_k.long()
     lengths = {"seq_len_q": constant(cu_q.diff().int()), "seq_len_kv": constant(cu_k.diff().int())}
     # (heads, longest sequence, width of a head) of each kind of tensor; the LSE has one number per head.
@@ -185,7 +208,7 @@ def _build(direction: str, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v
         tensor.set_ragged_offset(offsets[side])
         return tensor
 
-    options: dict[str, Any] = {"attn_scale": scale, "use_padding_mask": True, **lengths, **_bounds(call.window)}
+    options: dict[str, Any] = {"attn_scale": scale, "use_padding_mask": True, **lengths, **bounds(call.window)}
     handles = {name: given(name, name) for name in "qkv"}
     if direction == "forward":
         out, stats = graph.sdpa(**handles, generate_stats=True, name="forward", **options)
@@ -195,13 +218,8 @@ def _build(direction: str, call: VarlenCall, q: torch.Tensor, k: torch.Tensor, v
         totals = {"max_total_seq_len_q": q.shape[0], "max_total_seq_len_kv": k.shape[0]}
         dq, dk, dv = graph.sdpa_backward(**handles, name="backward", **totals, **options)
         handles |= {"dQ": wanted(dq, "q"), "dK": wanted(dk, "k"), "dV": wanted(dv, "v")}
-    graph.validate()
-    graph.build_operation_graph()
-    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-    graph.check_support()
-    graph.build_plans()
-    workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=q.device)
-    return _Graph(graph, handles, constants, workspace)
+    made.handles = handles
+    return made.build(q.device)
 
 
 _handles: list[Any] = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
-from lcbench.kernels.base import LOG2_E, Gradients, OutLse, Platform, Saved, half_on_cuda
+from lcbench.kernels.base import LOG2_E, Gradients, OutLse, Platform, Saved, forward_only, half_on_cuda
 from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.kernels.varlen import CAUSAL, Style, VarlenCall, VarlenKernel, VarlenRun
 from lcbench.masks.mask import Mask
@@ -71,11 +71,6 @@ def workspace(heads: Heads, device: torch.device) -> torch.Tensor:
     if found is None:
         found = _workspaces[device, size] = torch.empty(size, dtype=torch.uint8, device=device)
     return found
-
-
-def forward_only(problem: Problem, name: str) -> str | None:
-    """Why a kernel without backward does not run a problem, or None."""
-    return f"{name} has no backward; direction=forward runs" if problem.backward else None
 
 
 @dataclass

@@ -14,9 +14,19 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lcbench.kernels.base import Gradients, Kernel, OutLse, Platform, Prepared, Saved, Unsupported, accumulation_dtype, heads_whole
+from lcbench.kernels.base import (
+    Gradients,
+    Kernel,
+    OutLse,
+    Platform,
+    Prepared,
+    Saved,
+    Unsupported,
+    accumulation_dtype,
+    forward_only,
+    heads_whole,
+)  # fmt: skip
 from lcbench.kernels.cache import Cache, CacheKind
-from lcbench.kernels.flashinfer import forward_only
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
@@ -152,6 +162,8 @@ class RequestKernel(Kernel):
         ...
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        if reason := super().unsupported(problem, mask):
+            return reason
         try:
             self._groups(mask)
         except Unsupported as error:

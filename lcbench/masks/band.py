@@ -387,7 +387,9 @@ def spread(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
     """Every integer of many ranges: (number of the range, integer), both of length ``sum(end - begin)``."""
     count = np.maximum(end - begin, 0)
     number = np.repeat(np.arange(len(count)), count)
-    return number, np.arange(len(number)) - np.repeat(np.cumsum(count) - count, count) + begin[number]
+    place = np.repeat(begin - np.cumsum(count) + count, count)
+    place += np.arange(len(place))
+    return number, place
 
 
 def distinct(values: Ints) -> Ints:

@@ -221,6 +221,7 @@ class _Draw:
     def shares(self) -> None:
         """What the whole is made of."""
         self.measured.metrics.update(self._session.shares())
+        self.measured.samples.update(self._session.series())
 
     def overlap(self) -> None:
         """The same phases without messages, and without kernels: what of the communication is hidden."""

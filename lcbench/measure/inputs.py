@@ -23,6 +23,7 @@ def draw(
     device: torch.device,
     group: tuple[int, int] = (0, 0),
     heads: range | None = None,
+    layer: int = 0,
 ) -> torch.Tensor:
     """Rows ``tokens`` (global indices, any order) of the global tensor ``name``: q (T, Hq, D) and dout (T, Hq, Dv) by the indices
     of queries, k (T, Hk, D) and v (T, Hk, Dv) by those of keys. Of latent heads v is a view of k's numbers.
@@ -33,12 +34,14 @@ def draw(
     Args:
         group: (dp, tp) index of the context-parallel group: others have other data, or other heads of the same.
         heads: those of the tensor that are wanted, adjacent; None: all.
+        layer: others have other data.
     """
     own = problem.heads
     if name == "v" and own.latent:
-        return draw("k", tokens, problem, seed, device, group, heads)[..., : own.v]
+        return draw("k", tokens, problem, seed, device, group, heads, layer)[..., : own.v]
     shape = own.q if name in ("q", "dout") else own.kv, own.v if name in ("v", "dout") else own.dim
-    return draw_rows(name, tokens, shape, getattr(torch, problem.dtype), seed, device, group, heads)
+    text = f"{name}/{layer}" if layer else name
+    return draw_rows(text, tokens, shape, getattr(torch, problem.dtype), seed, device, group, heads)
 
 
 def draw_sink(problem: Problem, keys: float, seed: int, device: torch.device, group: tuple[int, int] = (0, 0)) -> torch.Tensor:

@@ -243,6 +243,25 @@ METRICS = (
     Metric(
         "serving/bytes_sent_per_token", "byte", "what the rank that sends most sends in `forward`, over the new tokens", "lower",
     ),
+    Metric("chunk/count", "1", "chunks of a prompt"),
+    Metric("chunk/first_s", "s", "what its first chunk takes, the slowest rank; median over passes of its own", "lower"),
+    Metric("chunk/median_s", "s", "the median of its chunks; `chunk_s` of the samples has each", "lower"),
+    Metric(
+        "chunk/slowest_s", "s", "the slowest of its chunks: as long a decode step that came in between would wait", "lower",
+    ),
+    Metric(
+        "chunk/moved_tokens", "token",
+        "cached tokens of a layer that a rank has in a chunk and had not in the chunk before, added up over chunks and ranks: what "
+        "moves as the cache grows, which is not timed", "lower",
+    ),
+    Metric(
+        "chunk/bubble", "0..1",
+        "of a pipeline: the share of a pass in which ranks wait for chunks to come or for others to end, mean over the ranks",
+        "lower",
+    ),
+    Metric(
+        "chunk/least_bubble", "0..1", "the same of stages and chunks that all take as long: (stages - 1) / (chunks + stages - 1)",
+    ),
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from lcbench.measure.environment import device_name, node_name, versions
 from lcbench.measure.gpus import gpus_here
 from lcbench.measure.peak import entry_of
+from lcbench.schedule.messages import wait_all
 
 # Bits of the throttle reasons (NVML) that cost speed against one's will: hardware slowdown, software and hardware thermal
 # slowdown, power brake. A power cap under load (bit 2) is no fault, and idle (bit 0) no throttling.
@@ -181,8 +182,7 @@ def _exchange(device: torch.device, partner: int | None) -> float | None:
     def once() -> None:
         if partner is not None:
             ops = [dist.P2POp(dist.isend, buffers[0], partner), dist.P2POp(dist.irecv, buffers[1], partner)]
-            for work in dist.batch_isend_irecv(ops):
-                work.wait()
+            wait_all(dist.batch_isend_irecv(ops))
 
     seconds = _best_s(once, device)
     return None if partner is None else MESSAGE_BYTES[device.type] / seconds / 1e9

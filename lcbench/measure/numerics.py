@@ -67,7 +67,7 @@ class Result:
 
 def forward(run: Passes, shard: Shard) -> tuple[torch.Tensor, Any]:
     """out and what backward needs. Collective."""
-    return run.forward(shard.q, shard.k, shard.v, *(() if shard.sink is None else (shard.sink,)))
+    return run.forward(shard.q, shard.k, shard.v, shard.sink)
 
 
 def one_pass(run: RankRun, shard: Shard, problem: Problem) -> Result:

@@ -240,6 +240,10 @@ class Session(Protocol):
         """Metrics of what the whole is made of, by passes of their own."""
         return {}
 
+    def series(self) -> dict[str, list[float]]:
+        """Samples that the passes of ``shares`` have left."""
+        return {}
+
     def alone(self) -> Phases:
         """What is timed while all other context-parallel groups are idle, by the names of ``phases``: it needs no rank of theirs.
         Empty where there is no such thing.

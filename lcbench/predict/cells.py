@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
+from lcbench.predict.draws import unforeseen
 from lcbench.predict.observations import CellMemory, CellTime
 from lcbench.schedule.machine import Machine
 
@@ -42,8 +43,8 @@ class Result(Protocol):
 
 def cell_times(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[CellTime]:
     """A ``CellTime`` of each cell with a good result. Left out are those whose ranks shared a GPU, which say nothing of its speed,
-    those of several context-parallel groups, which meet on links that no cell of one group tells of, and those with a cache, which
-    is not simulated.
+    those of several context-parallel groups, which meet on links that no cell of one group tells of, and those that do what no
+    prediction knows of (``unforeseen``).
 
     Args:
         results: cells with their attempts.
@@ -72,15 +73,17 @@ def cell_peaks(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machin
 
 def group_of(cell: Cell) -> str:
     """What a cell's time is left out of a fit with: cells of its mask; of another workload than the default, of its strategy and
-    recomputation too, since a step's mask says little of it."""
+    recomputation too, since a step's mask says little of it; with a cache, of its batch, which says most of what is computed."""
     words = cell.words
+    if cell.problem.rectangular:
+        return f"{words['mask']} {cell.batch}"
     return " ".join(words[axis] for axis in ("cp", "mask", "recompute") if axis in words) if "workload" in words else words["mask"]
 
 
 def _good(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[tuple[Cell, list[Result]]]:
     """Cells with their good attempts."""
     good = [(cell, [a for a in attempts if a.status == "ok" and not a.no_speed]) for cell, attempts in results]
-    good = [(cell, attempts) for cell, attempts in good if attempts and cell.mesh.count == 1 and not cell.problem.rectangular]
+    good = [(cell, attempts) for cell, attempts in good if attempts and cell.mesh.count == 1 and unforeseen(cell) is None]
     if not good:
         raise ValueError(f"{source}: no cell has a good result with a time")
     for _, attempts in good:

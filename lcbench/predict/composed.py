@@ -9,19 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
 from lcbench.grid import build
 from lcbench.grid.cell import Cell
+from lcbench.kernels.base import Kernel, Platform
+from lcbench.kernels.cache import CacheKind, ReadsCache, unread
+from lcbench.masks.band import Ints
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.predict.draws import draws_of
 from lcbench.predict.fitted import DenseFit, KernelFit
+from lcbench.predict.machines import platform_of
 from lcbench.problem import Mesh, Scale
 from lcbench.schedule.machine import Machine
 from lcbench.schedule.simulate import COPIED, Groups, Holding, Phase, Prepared, Simulated, holdings, play
-from lcbench.workloads.parts import Attend, Compute, Exchange, Made, Part, Share, ToHost
+from lcbench.workloads.parts import Attend, Compute, Copied, Exchange, Made, Part, Share, ToHost
 
 FLOPS = {"forward": forward_flops, "backward": backward_flops}
 NOTHING = Phase(0.0, 0.0, 0.0, 0.0, 0.0)
@@ -56,7 +60,7 @@ class Composed:
     cell: Cell
     draws: tuple[Prepared, ...]
     pairs: tuple[float, ...]
-    device: bool
+    platform: Platform
     memory: bool = True
 
     @classmethod
@@ -65,7 +69,12 @@ class Composed:
         CannotPredict: nothing is known of how the strategy works, or it cannot run the cell.
         """
         draws, pairs = zip(*draws_of(cell, machine), strict=True)
-        return cls(cell, draws, pairs, machine.device != "cpu", memory)
+        return cls(cell, draws, pairs, platform_of(machine), memory)
+
+    @cached_property
+    def key_bytes(self) -> float:
+        """Of a number of keys and values as kernels read it; 0: as inputs have it."""
+        return self.made().key_bytes
 
     @cached_property
     def more(self) -> bool:
@@ -83,6 +92,27 @@ class Composed:
         return int(np.bincount(queries.owner, weights=queries.sizes).max())
 
     @cached_property
+    def keys(self) -> int:
+        """Tokens of the rank that holds keys of most."""
+        keys = self.draws[0].modelled.schedule.k
+        return int(np.bincount(keys.owner, weights=keys.sizes).max())
+
+    @cached_property
+    def _kernel(self) -> Kernel:
+        return build.build_kernel(self.cell.config["kernel"])
+
+    @cached_property
+    def _copies(self) -> Callable[[CacheKind], bool]:
+        """Whether a cache is copied out: kernels do not read it, or are not called on what a rank has."""
+        modelled, moves = self.draws[0].modelled, self.draws[0].moves
+        schedule, problem = modelled.schedule, modelled.problem
+        moved = any(transfer.payload.side == "kv" for transfer in moves.transfers)
+        parted = any(len(group.kv) < problem.heads.kv for group in schedule.heads)
+        if moved or parted or not all(_in_order(schedule.k.tokens(rank), self.cell) for rank in range(schedule.world_size)):
+            return lambda _: True
+        return cache(lambda kind: unread(self._kernel, kind, problem, self.platform) is not None)
+
+    @cached_property
     def _held(self) -> Holding | None:
         """What the rank that keeps most of an attention holds of it."""
         if not self.memory or "workload" not in self.cell.config:
@@ -91,10 +121,11 @@ class Composed:
 
     def made(self, hides: Callable[[Sequence[Part]], float] = lambda _: 0.0) -> Made:
         """What the cell is made of on the rank with most; ``hides`` as of ``Share``."""
-        problem, held = self.cell.problem, self._held
+        problem, held, modelled = self.cell.problem, self._held, self.draws[0].modelled
         share = Share(
-            problem, self.tokens, self.cell.mesh, held.finals if held else (), held.kept if held else (), self.device, hides
-        )
+            problem, self.tokens, self.cell.mesh, held.finals if held else (), held.kept if held else (),
+            self.platform.type == "cuda", hides, self.keys, modelled.problem.heads.kv, modelled.replicas, self._copies,
+        )  # fmt: skip
         return build.made_of(self.cell.config, share)
 
     def flops(self, made: Made, phase: str, *, again: bool = False) -> float:
@@ -113,11 +144,17 @@ class Composed:
         cell, scale = self.cell, self.cell.scale
         at_work = cell.problem.scale.gpus_per_node if alone else scale.gpus_per_node
         cores = rank_cores(kernel.cores, scale.gpus_per_node, at_work)
-        kernel, groups = kernel.model_copy(update={"rank_cores": cores}), None
+        state = {
+            "rank_cores": cores, "read_bytes_per_s": machine.read_bytes_per_s, "key_bytes": self.key_bytes,
+            "packed": cell.problem.rectangular and isinstance(self._kernel, ReadsCache),
+        }  # fmt: skip
+        kernel, groups = kernel.model_copy(update=state), None
         if not alone and cell.mesh.count > 1:
             ranks = cell.mesh.groups(scale)
-            groups = Groups(ranks.reshape(-1, ranks.shape[-1]), scale.gpus_per_node)
-        draws = tuple(play(draw, machine, kernel, memory=self.memory, groups=groups) for draw in self.draws)
+            simulated = self.draws[0].modelled.schedule.world_size
+            groups = Groups(ranks.reshape(-1, ranks.shape[-1])[:, :simulated], scale.gpus_per_node)
+        ready = [replace(draw, in_place=self.key_bytes > 0) for draw in self.draws]
+        draws = tuple(play(draw, machine, kernel, memory=self.memory, groups=groups) for draw in ready)
         attention = {name: _mean([draw.phases[name] for draw in draws]) for name in draws[0].phases}
         times = _Times(machine, dense, cores or 1.0, attention, cell.mesh, scale)
         made = self.made(times.hides)
@@ -148,6 +185,7 @@ class _Times:
         waited = sum(self._exchange_s(part) for part in exchanges if not part.beside)
         beside = sum(self._exchange_s(part) for part in exchanges if part.beside)
         copied = sum(part.bytes for part in parts if isinstance(part, ToHost)) / self._host_bytes_per_s
+        waited += sum(part.bytes for part in parts if isinstance(part, Copied)) / self.machine.memory_bytes_per_s
         if self.machine.cores:
             waited += beside + copied
         else:
@@ -190,6 +228,11 @@ def _sets(over: tuple[str, ...], mesh: Mesh, scale: Scale) -> Iterator[tuple[int
     for ranks in sets:
         counts = np.unique(ranks // scale.gpus_per_node, return_counts=True)[1]
         yield len(ranks), int(counts.max()), int(counts.min())
+
+
+def _in_order(tokens: Ints, cell: Cell) -> bool:
+    """Whether tokens that lie so are those of one request of a cell behind those of another."""
+    return cell.batch is None or bool((np.diff(np.searchsorted(cell.batch.k_bounds, tokens, side="right")) >= 0).all())
 
 
 def _mean(phases: Sequence[Phase]) -> Phase:

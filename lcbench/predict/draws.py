@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from lcbench.cp.base import Scheduled
 from lcbench.grid import build
 from lcbench.grid.cell import Cell
 from lcbench.masks.band import DoesNotFit
@@ -28,6 +29,15 @@ def operations_on(machine: Machine) -> tuple[Operation, ...]:
     return OPERATIONS["gloo" if machine.device == "cpu" else "nccl"]
 
 
+def unforeseen(cell: Cell) -> str | None:
+    """Why a cell does something that no prediction knows of, so that it is neither predicted nor fitted on; None: it does not."""
+    strategy, workload = build.build_strategy(cell.config["cp"]), cell.config.get("workload")
+    if isinstance(strategy, Scheduled) and strategy.apart:
+        option = f"cp={cell.words['cp']}"
+        return f"{option} exchanges q, k and v one by one while a layer projects them, which is not simulated yet"
+    return None if workload is None else build.build_workload(workload).unforeseen()
+
+
 def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
     """The draws of a cell that are looked at, each by the context-parallel group with most to compute, and the unmasked pairs of
     each over all query heads of all groups.
@@ -36,8 +46,8 @@ def draws_of(cell: Cell, machine: Machine) -> Iterator[tuple[Prepared, float]]:
         CannotPredict: nothing is known of how the strategy works, or it cannot run the cell.
     """
     config, problem = cell.config, cell.problem
-    if problem.rectangular:
-        raise CannotPredict(f"batch={cell.batch} has keys without queries: a cache is not simulated yet")
+    if reason := unforeseen(cell):
+        raise CannotPredict(reason)
     strategy = build.build_strategy(config["cp"])
     try:
         masks = [build.cell_mask(cell, number) for number in range(build.draws(config["mask"]))]

@@ -15,13 +15,13 @@ import numpy as np
 
 from lcbench.grid.cell import Cell
 from lcbench.predict.composed import Composed
-from lcbench.predict.fitted import Coefficients, DenseFit, Fit, KernelFit, Residual
+from lcbench.predict.fitted import Coefficients, DenseFit, Fit, KernelFit, Residual, regime
 from lcbench.predict.machines import peak_flops
 from lcbench.predict.memory import memory_fits
 from lcbench.predict.observations import CellMemory, CellTime, CollectiveTime, KernelTime, Observation
 from lcbench.predict.search import search
 from lcbench.predict.unknowns import GUESSED, PHASES, Key, Unknown, Unknowns, kernel_unknowns
-from lcbench.problem import Problem, Scale, itemsize
+from lcbench.problem import Heads, Problem, Scale, itemsize
 from lcbench.schedule.machine import Floats, Machine, Tiles
 from lcbench.schedule.simulate import Prepared
 
@@ -59,7 +59,10 @@ def guess_dense(machine: Machine, dtype: str) -> DenseFit:
 
 
 def error_key(cell: Cell, phase: str) -> str:
-    """Under which name a fit holds the error of a phase: as it is, and of what runs another workload with the workload's name."""
+    """Under which name a fit holds the error of a phase: as it is, of what has a cache with its regime's name before it, and of
+    what runs another workload with the workload's."""
+    if cell.problem.rectangular:
+        return f"{regime(cell.problem)}/{phase}"
     said = cell.config.get("workload")
     return phase if said is None else f"{said['name']}/{phase}"
 
@@ -161,9 +164,9 @@ def _neighbours(unknowns: Unknowns, kernels: Sequence[KernelTime]) -> Unknowns:
 def _seconds_of(kernel: KernelFit, calls: Sequence[KernelTime]) -> Floats:
     """Predicted seconds of calls of one kernel, (n,)."""
     found = np.zeros(len(calls))
-    by: dict[tuple[int, bool], list[int]] = defaultdict(list)
+    by: dict[tuple[Heads, bool], list[int]] = defaultdict(list)
     for number, call in enumerate(calls):
-        by[call.heads.dim, call.backward].append(number)
+        by[call.heads.of(1, 1), call.backward].append(number)
     for (_, backward), numbers in by.items():
         first = calls[numbers[0]]
         problem = Problem(1, first.heads, Scale(1, 1), first.dtype, "forward")
@@ -350,13 +353,16 @@ def _written(
     residuals: Sequence[Residual],
 ) -> Fit:
     sources: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+    regimes: dict[tuple[str, str], set[str]] = defaultdict(set)
     by_strategy: dict[str, dict[str, None]] = defaultdict(dict)
     for each in seen:
         if isinstance(each, KernelTime):
             sources[each.kernel, each.dtype][each.source] = None
+            regimes[each.kernel, each.dtype].add("whole")
     of_dense: dict[str, dict[str, None]] = defaultdict(dict)
     for cell in cells:
         sources[cell.kernel][cell.time.source] = None
+        regimes[cell.kernel].add(regime(cell.time.cell.problem))
         if cell.composed.more:
             of_dense[cell.kernel[1]][cell.time.source] = None
         by_strategy[cell.strategy][cell.time.source] = None
@@ -364,8 +370,12 @@ def _written(
         f"{strategy}/{phase}": found.factor(strategy, phase).model_copy(update={"sources": tuple(by_strategy[strategy])})
         for strategy in by_strategy for phase in PHASES
     }  # fmt: skip
+    kernels = tuple(
+        found.kernel(*key, sources=said).model_copy(update={"regimes": tuple(sorted(regimes[key]))})
+        for key, said in sources.items()
+    )  # fmt: skip
     return Fit(
-        machine=found.machine.name, kernels=tuple(found.kernel(*key, sources=said) for key, said in sources.items()),
+        machine=found.machine.name, kernels=kernels,
         dense=tuple(found.dense(dtype, said) for dtype, said in of_dense.items()),
         factors=factors, links=found.links(), error=_error(cells, left_out), residuals=tuple(residuals),
         cells=tuple(cell.time.cell.id for cell in cells),

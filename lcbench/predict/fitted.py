@@ -10,12 +10,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lcbench.masks.band import Ints
-from lcbench.problem import Problem
+from lcbench.measure.flops import backward_flops, forward_flops
+from lcbench.problem import Heads, Problem
 from lcbench.schedule.machine import Collective, Floats, Link, Machine, Tiles
 
 SCHEMA = 2
 BLOCK = 128  # rows that one block of a kernel computes
-FLOPS = {False: 4.0, True: 10.0}  # per pair and element of a head, forward and backward
+FLOPS = {False: forward_flops, True: backward_flops}
 
 
 class Frozen(BaseModel):
@@ -32,9 +33,9 @@ class Coefficients(Frozen):
         waste_s: per FLOP of pairs that are masked, in blocks that are computed all the same.
         tail_s: per FLOP of one block of rows of one head on the keys that a row sees on average: what the last blocks of a call
             take while most of the device has nothing left to do.
-        row_s: per element of q; key_s: per element of k and v.
+        row_s: per element of q and of out, two of which count as one; key_s: the same of k and v, of keys that some row sees.
         piece_s: per piece of the mask and query head.
-        gather_s: per element of q, k and v that is copied for a call and merged or added up after it.
+        gather_s: as ``row_s`` and ``key_s``, of what is copied for a call and merged or added up after it.
     """
 
     call_s: float = 0.0
@@ -80,12 +81,12 @@ class Workspace(Frozen):
     gathered: float = 0.0
     score: float = 0.0
 
-    def bytes(self, tiles: Tiles, dim: int) -> Floats:
-        """Of each tile, (n,); ``dim``: elements of a head."""
+    def bytes(self, tiles: Tiles, heads: Heads) -> Floats:
+        """Of each tile, (n,); ``heads``: whose dimensions they have."""
         found: Floats = (
-            self.call + dim * (self.row * tiles.rows * tiles.q_heads + 2 * self.key * tiles.keys * tiles.kv_heads
-                               + 2 * self.spread * tiles.keys * tiles.q_heads
-                               + self.gathered * (tiles.most_rows * tiles.q_heads + 2 * tiles.most_keys * tiles.kv_heads))
+            self.call + self.row * heads.dim * tiles.rows * tiles.q_heads
+            + heads.kv_width * (self.key * tiles.keys * tiles.kv_heads + self.spread * tiles.keys * tiles.q_heads)
+            + self.gathered * (heads.dim * tiles.most_rows * tiles.q_heads + heads.kv_width * tiles.most_keys * tiles.kv_heads)
             + self.score * tiles.rows.astype(np.float64) * tiles.keys * tiles.q_heads
         )  # fmt: skip
         return found
@@ -109,12 +110,23 @@ class MemoryFit(Frozen):
     sources: tuple[str, ...] = ()
 
 
+def regime(problem: Problem) -> str:
+    """What decides how a kernel spends its time: ``whole``: every token has a query; ``decode``: each request has one new token, so
+    that its keys and values are read for a row; ``cache``: anything else with keys that have no query."""
+    if not problem.rectangular:
+        return "whole"
+    return "decode" if problem.batch is not None and problem.batch.decodes else "cache"
+
+
 class KernelFit(Frozen):
     """A kernel on a device for a type of inputs; ``sources``: what it was fitted on, in words.
 
     ``factors``: of the implementation that calls it, forward and backward. ``workspace``: of its memory. ``cores``: of the node
     that it was fitted on, which CPU ranks share; 0: every rank has a device. ``rank_cores``: of a rank, where that is known; 0: the
-    ranks of its group have the node for themselves.
+    ranks of its group have the node for themselves. ``regimes``: of what it was fitted on, see ``regime``.
+
+    ``key_bytes``: of a number of keys and values, where a cache stores them otherwise than inputs; 0: as these. ``packed``: whether
+    query heads that share a key/value head are rows of one block. ``read_bytes_per_s``: see ``Machine``.
     """
 
     kernel: str
@@ -126,20 +138,34 @@ class KernelFit(Frozen):
     workspace: Workspace = Workspace()
     cores: int = 0
     rank_cores: float = 0.0
+    regimes: tuple[str, ...] = ("whole",)
+    key_bytes: float = 0.0
+    packed: bool = False
+    read_bytes_per_s: float = 0.0
 
     def seconds(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
         """Seconds of each tile, (n,)."""
-        c, dim, factor = self.backward if backward else self.forward, problem.heads.dim, self.factors[backward]
-        queries, keys = tiles.rows * tiles.q_heads * dim, tiles.keys * tiles.kv_heads * dim
-        pairs = FLOPS[backward] * dim * (c.flop_s * tiles.pairs + c.waste_s * (tiles.covered - tiles.pairs))
-        gathered = (tiles.gathered_rows * tiles.q_heads + 2 * tiles.gathered_keys * tiles.kv_heads) * dim
-        tail = c.tail_s * FLOPS[backward] * dim * np.minimum(tiles.rows, BLOCK) * tiles.pairs / np.maximum(tiles.rows, 1)
+        c, heads, factor = self.backward if backward else self.forward, problem.heads, self.factors[backward]
+        of_row, of_key, flops = (heads.dim + heads.v) / 2, heads.kv_width / 2, FLOPS[backward](1.0, heads)
+        queries, keys = of_row * tiles.rows * tiles.q_heads, of_key * tiles.keys * tiles.kv_heads
+        key_bytes = self.key_bytes or problem.itemsize
+        read = key_bytes * of_key * tiles.read * tiles.kv_heads
+        pairs = flops * (c.flop_s * tiles.pairs + c.waste_s * (self._covered(tiles) - tiles.pairs))
+        gathered = of_row * tiles.gathered_rows * tiles.q_heads + 2 * of_key * tiles.gathered_keys * tiles.kv_heads
+        tail = c.tail_s * flops * np.minimum(tiles.rows, BLOCK) * tiles.pairs / np.maximum(tiles.rows, 1)
         found: Floats = (
             factor.compute * (c.call_s * self.calls(tiles) + (
-                tiles.q_heads * (pairs + c.pair_s * tiles.pairs) + tail + c.row_s * queries + c.key_s * keys
+                tiles.q_heads * (pairs + c.pair_s * tiles.pairs) + tail + c.row_s * queries + c.key_s * read / problem.itemsize
                 + c.piece_s * tiles.pieces * tiles.q_heads + c.gather_s * gathered) / self.cores_of(problem))
             + factor.operand_s * 2 * problem.itemsize * (queries + keys)
         )  # fmt: skip
+        return np.maximum(found, 2 * read / self.read_bytes_per_s) if self.read_bytes_per_s else found
+
+    def _covered(self, tiles: Tiles) -> Floats:
+        """Pairs of the blocks that are computed, of each tile and query head, (n,)."""
+        if not self.packed:
+            return tiles.covered
+        found: Floats = np.maximum(tiles.covered * tiles.kv_heads / tiles.q_heads, tiles.pairs)
         return found
 
     def calls(self, tiles: Tiles) -> Ints:
@@ -147,7 +173,7 @@ class KernelFit(Frozen):
 
     def workspace_bytes(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
         """What a call holds inside, of each tile, (n,): in the last phase of an iteration, the one that it was fitted on."""
-        return self.workspace.bytes(tiles, problem.heads.dim) if backward == problem.backward else np.zeros(len(tiles))
+        return self.workspace.bytes(tiles, problem.heads) if backward == problem.backward else np.zeros(len(tiles))
 
     def cores_of(self, problem: Problem) -> float:
         """Cores that a rank has: whole ones, one thread each, unless there are more ranks than cores."""

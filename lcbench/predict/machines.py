@@ -43,7 +43,7 @@ def machine_of(name: str) -> Machine:
         launch_s=entry["launch_s"], message_s=entry["message_s"],
         collectives={name: Collective(**how) for name, how in entry["collectives"].items()},
         cores=0 if device else os.cpu_count() or 1,
-        nics=entry["nics"], host_bytes_per_s=entry["host_gbytes_per_s"] * 1e9,
+        nics=entry["nics"], host_bytes_per_s=entry["host_gbytes_per_s"] * 1e9, read_bytes_per_s=memory * 1e9 if device else 0.0,
     )  # fmt: skip
 
 

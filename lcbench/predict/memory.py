@@ -70,11 +70,11 @@ class _Held:
 
     def bytes(self, workspace: Workspace) -> float:
         """The peak of the draw with most."""
-        dim, backward = self.seen.cell.heads.dim, self.seen.cell.problem.backward
+        heads, backward = self.seen.cell.heads, self.seen.cell.problem.backward
         found = []
         for prepared, held in self.draws:
             tiles = prepared.tiling.tiles
-            inside, none = workspace.bytes(tiles, dim), np.zeros(len(tiles))
+            inside, none = workspace.bytes(tiles, heads), np.zeros(len(tiles))
             found.append(peak_bytes(held, (none, inside) if backward else (inside, none)))
         return float(max(found))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lcbench.cp.base import Scheduled
@@ -12,7 +12,7 @@ from lcbench.measure.derived import derived
 from lcbench.predict.composed import Composed, Together
 from lcbench.predict.draws import CannotPredict
 from lcbench.predict.fit import UNFITTED_SHARE, error_key, guess, guess_dense
-from lcbench.predict.fitted import Fit, KernelFit, MemoryFit, Workspace
+from lcbench.predict.fitted import Coefficients, DenseFit, Factor, Fit, KernelFit, MemoryFit, Workspace, regime
 from lcbench.predict.machines import fit_of, machine_of, peak_flops, platform_of
 from lcbench.predict.memory import SCORE
 from lcbench.schedule.machine import Machine
@@ -23,6 +23,10 @@ __all__ = ["CannotPredict", "Prediction", "Predictor"]
 
 # How far a prediction may be off whose kernel was not fitted: with another one of the device in its place, and with a mere guess.
 NEIGHBOUR_ERROR, UNFITTED_ERROR = 0.5, 1.0
+# And one of a kernel that was fitted in other regimes only. What a decode takes beside reading its cache is how the kernel shares a
+# request's keys among blocks, which nothing with more rows shows.
+UNSEEN = {"whole": "a batch without a cache", "cache": "a batch with a cache", "decode": "a decode"}
+UNSEEN_ERROR = {"whole": UNFITTED_ERROR, "cache": UNFITTED_ERROR, "decode": 3.0}
 # How far a peak may be off whose kernel was not fitted for memory: from what the schedule holds, down, and from the guess, up. On
 # an H200 peaks of eight kernels were 0.87 to 3.8 times what the schedule holds, but for one mask of one of them (results/h200).
 OWN_ERROR, UNFITTED_MEMORY = 0.2, 3.0
@@ -49,6 +53,7 @@ class Prediction:
         error: relative half-width of the 95 % interval of every time.
         basis: what it rests on, in words.
         draws: the simulated draws.
+        least_s: with a cache: what the rank with most needs to read its keys and values at the speed of its memory.
     """
 
     cell: Cell
@@ -65,6 +70,7 @@ class Prediction:
     error: float
     basis: str
     draws: tuple[Simulated, ...]
+    least_s: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -74,7 +80,7 @@ class Prediction:
     @property
     def interval(self) -> tuple[float, float]:
         """Of ``seconds``, 95 %."""
-        return self.seconds / (1 + self.error), self.seconds * (1 + self.error)
+        return max(self.seconds / (1 + self.error), self.least_s), self.seconds * (1 + self.error)
 
     @property
     def needs_bytes(self) -> float:
@@ -105,7 +111,7 @@ class Prediction:
             found |= {key.replace("tflops_per_gpu", "mfu"): rate * 1e12 / peak for key, rate in found.items() if key.endswith(RATE)}
         if self.peak_bytes:
             found["memory/peak_bytes"], found["memory/buffer_bytes"] = float(self.peak_bytes), float(self.buffer_bytes)
-        return found | self._of_mesh() | self._of_step(found)
+        return found | self._of_mesh() | self._of_step(found) | self._of_serving(found)
 
     def _of_mesh(self) -> dict[str, float]:
         """What groups cost one another."""
@@ -116,6 +122,11 @@ class Prediction:
         found = {f"mesh/{name}/alone_s": seconds for name, seconds in alone.items()}
         slowdowns = {name: whole[name] / seconds for name, seconds in alone.items()}
         return found | {"mesh/slowdown" if name == "total" else f"mesh/{name}/slowdown": each for name, each in slowdowns.items()}
+
+    def _of_serving(self, found: dict[str, float]) -> dict[str, float]:
+        """What a pass over a cache comes to for a token."""
+        own = self.made.metrics if self.made.room is None else {}
+        return own | derived(found | own)
 
     def _of_step(self, found: dict[str, float]) -> dict[str, float]:
         """What a step is made of, and what follows from it."""
@@ -201,7 +212,14 @@ class Predictor:
             {name: composed.flops(made, name, again=True) for name in made.phases}, alone,
             max(d.buffer_bytes for d in found.draws), peak, bounds,
             max(error, *(self._error(cell, name) for name in found.phases)), basis, found.draws,
+            self._least_s(composed, kernel, model) if cell.problem.rectangular else 0.0,
         )  # fmt: skip
+
+    def _least_s(self, composed: Composed, kernel: KernelFit, dense: DenseFit) -> float:
+        """Of the busiest rank, were its kernels to do nothing but read."""
+        nothing = kernel.model_copy(update={"forward": Coefficients(), "backward": Coefficients(), "factors": (Factor(), Factor())})
+        found = replace(composed, memory=False).play(self.machine, nothing, dense)
+        return sum(found.made.attends(direction) * phase.busiest_s for direction, phase in found.attention.items())
 
     def _error(self, cell: Cell, phase: str) -> float:
         """Of a phase of cells like this one, by cross-validation."""
@@ -209,7 +227,8 @@ class Predictor:
 
     def _peak(self, found: Together, inside: MemoryFit | None) -> tuple[int, tuple[float, float]]:
         """The peak of the rank with most, and its 95 % interval."""
-        peak, own = (max(getattr(draw, name) for draw in found.draws) for name in ("peak_bytes", "own_bytes"))
+        names, held = ("peak_bytes", "own_bytes"), int(found.made.held)
+        peak, own = (held + max(getattr(draw, name) for draw in found.draws) for name in names)
         if found.made.room is None:
             if inside is not None:
                 return peak, (peak / (1 + inside.error), peak * (1 + inside.error))
@@ -234,9 +253,9 @@ class Predictor:
         name, dtype, strategy = cell.config["kernel"]["name"], cell.problem.dtype, cell.config["cp"]["name"]
         if self.fitted is None:
             mere = guess(self.machine, dtype)
-            return KernelFit(kernel=name, dtype=dtype, forward=mere, backward=mere), NO_FIT, UNFITTED_ERROR
+            return KernelFit(kernel=name, dtype=dtype, forward=mere, backward=mere), NO_FIT, UNSEEN_ERROR[regime(cell.problem)]
         factors = (self.fitted.factor(strategy, "forward"), self.fitted.factor(strategy, "backward"))
-        error = 0.0
+        error, of = 0.0, regime(cell.problem)
         said: tuple[str, ...] = ()
         found = self.fitted.kernel(name, dtype)
         if found is None and (found := self.fitted.neighbour(dtype)) is not None:
@@ -244,7 +263,10 @@ class Predictor:
         if found is None:
             mere = guess(self.machine, dtype)
             found = KernelFit(kernel=name, dtype=dtype, forward=mere, backward=mere, sources=(NO_FIT,))
-            error = UNFITTED_ERROR
+            error = UNSEEN_ERROR[of]
+        elif of not in found.regimes:
+            said = (*said, f"kernel {found.kernel} was fitted on nothing like {UNSEEN[of]}")
+            error = max(error, UNSEEN_ERROR[of])
         if not factors[0].sources:
             said = (*said, f"cp={strategy} was not fitted: its schedule with the kernel alone")
             error = max(error, STRATEGY_ERROR if self.fitted.factors else 0.0)

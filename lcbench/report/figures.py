@@ -13,6 +13,7 @@ from lcbench.report.lines import efficiency, memory_by_length, phases_by_gpus, p
 from lcbench.report.maps import kernel_by_strategy, mask_by_kernel, mask_by_strategy
 from lcbench.report.parts import shown
 from lcbench.report.roofline import roofline
+from lcbench.report.serving_figures import serving_lines
 from lcbench.report.step_figures import step_parts
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def all_figures(frame: pd.DataFrame, devices: Sequence[dict[str, Any]], links: d
     kinds = [
         rate_by_length(of), ranking(of), rate_by_gpus(of), kernel_by_strategy(of), efficiency(of), mask_by_kernel(of),
         mask_by_strategy(of), memory_by_length(of), time_split(of), roofline(of, links), phases_by_length(of), phases_by_gpus(of),
-        pareto(of), step_parts(of),
+        pareto(of), step_parts(of), serving_lines(of),
     ]  # fmt: skip
     for round_ in itertools.zip_longest(*kinds):
         yield from filter(None, round_)

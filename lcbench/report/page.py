@@ -25,7 +25,11 @@ from lcbench.report.figures import all_figures
 from lcbench.report.foretold import Held, held, said
 from lcbench.report.frame import PHASES, column_of, good_rows, rate_column, reported
 from lcbench.report.palette import Style, styles
+from lcbench.report.parts import shown as drawn_from
 from lcbench.report.regret import FEWEST_CHOICES, FEWEST_PROBLEMS, NEARLY_ALL, Regret, contests, problem_labels, regrets, verdict
+from lcbench.report.serving import answers, pays, served_rows
+from lcbench.report.serving import table as serving_table
+from lcbench.report.serving_figures import page_panels
 from lcbench.report.step import MEMORY, SCALED, Step, colors_of, reached, steps_of
 from lcbench.report.step import table as step_table
 from lcbench.report.table import why_not
@@ -41,9 +45,9 @@ if TYPE_CHECKING:
 
 STATUSES = get_args(Status)
 SECTIONS = (
-    ("fastest", "Fastest"), ("step", "Training step"), ("longest", "Longest length"), ("trace", "Trace"),
-    ("figures", "Figures"),
-    ("foretold", "Predicted and measured"), ("failures", "What did not run"), ("cells", "Cells"), ("environment", "Where it ran"),
+    ("fastest", "Fastest"), ("step", "Training step"), ("longest", "Longest length"), ("serving", "Serving"), ("trace", "Trace"),
+    ("figures", "Figures"), ("foretold", "Predicted and measured"), ("failures", "What did not run"), ("cells", "Cells"),
+    ("environment", "Where it ran"),
 )  # fmt: skip
 PAGE = "report.html"
 HERE = Path(__file__).parent
@@ -51,7 +55,7 @@ LIBRARIES = ("d3.min.js", "plot.umd.min.js")
 SCRIPTS = ("basics.js", "view.js", "tables.js", "plots.js")  # of every page
 REPORT = (
     "answers.js", "detail.js", "cells.js", "figures-lines.js", "figures-cells.js", "figures-front.js", "figures.js", "step.js",
-    "report.js",
+    "serving.js", "report.js",
 )  # fmt: skip
 # Of one sweep these should be one; a page says so where they are not.
 ONE = ("lcbench", "device", "torch", "driver", "nccl", "cuda")
@@ -91,13 +95,17 @@ def write_report(
     searched = page_data.searched_of(seen, predicted=predicted)
     lengths = _lengths(searched, frame)
     traces = rows_of(served(sweep, seen, frame, predicted=predicted))
+    batches = served_rows(frame, devices)
     folder.mkdir(parents=True, exist_ok=True)
-    files = _write_tables(sweep, frame, fastest, choices, compared, lengths, traces, folder / "tables", ran=bool(len(good)))
+    files = _write_tables(
+        sweep, frame, fastest, choices, compared, lengths, traces, batches, folder / "tables", ran=bool(len(good))
+    )
     links = links_of(attempts)
     drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links, predicted=predicted) | {"details": page_data.details_of(seen.records)}
     data |= _steps(steps, list(choices)) | {"searched": searched}
-    there = {"foretold": bool(compared), "step": bool(steps), "longest": bool(lengths), "trace": bool(traces)}
+    found = {"foretold": compared, "step": steps, "longest": lengths, "serving": batches.index, "trace": traces}
+    there = {section: len(its) > 0 for section, its in found.items()}
     environment = environment_of(attempts)
     page = folder / PAGE
     page.write_text(
@@ -109,6 +117,7 @@ def write_report(
             sections=[section for section in SECTIONS if there.get(section[0], True)],
             steps=there["step"],
             lengths=there["longest"],
+            serving=_serving(frame, batches, devices) if there["serving"] else None,
             traces=traces,
             about_traces=[*(f"{trace}. Its batches: {trace.batches}" for trace in seen.traces), HOW],
             predicted=predicted,
@@ -167,7 +176,7 @@ def _foretold(sweep: Sweep, frame: pd.DataFrame, *, predicted: bool) -> str:
 
 def _write_tables(
     sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: dict[str, list[Regret]], compared: list[Held],
-    lengths: list[dict[str, str]], traces: list[dict[str, str]], folder: Path, *, ran: bool,
+    lengths: list[dict[str, str]], traces: list[dict[str, str]], batches: pd.DataFrame, folder: Path, *, ran: bool,
 ) -> list[Path]:  # fmt: skip
     several = len(choices) > 1
     ranked = [({"workload": name} if several else {}) | r.row() for name, found in choices.items() for r in found]
@@ -176,6 +185,8 @@ def _write_tables(
         rows_table("regret", "If it has to be one choice for everything", ranked),
         rows_table("steps", "Training steps", step_table(frame)),
         rows_table("longest", "The longest length of every choice", lengths),
+        rows_table("serving", "Passes of a server", serving_table(batches)),
+        rows_table("prefill", "From which length on context parallelism pays", [p.row() for p in pays(batches)]),
         rows_table("trace", "The time of a trace with every choice", traces),
         *(rate_tables(frame) if ran else ()),
         rows_table("failures", "What did not run, and why", _failures(frame, sweep)),
@@ -230,6 +241,19 @@ def _steps(steps: dict[str, Step], workloads: list[str]) -> dict[str, Any]:
     return {
         "steps": page_data.steps_data(steps), "stepPhases": list(colors.items()), "stepMemory": list(MEMORY.items()),
         "scaled": SCALED, "workloads": workloads,
+    }  # fmt: skip
+
+
+def _serving(frame: pd.DataFrame, batches: pd.DataFrame, devices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The section of batches of requests, all of which stands in the page without scripts."""
+    rows = serving_table(batches)
+    # What is empty in all rows, and what of the problem is the same in all, is no column of the page.
+    told = {name: {row[name] for row in rows} for name in (rows[0] if rows else ())}
+    kept = [name for name, values in told.items() if values != {""} and (len(values) > 1 or name not in ("mask", "setting"))]
+    return {
+        "answers": answers(batches), "panels": list(page_panels(drawn_from(frame, devices))),
+        "pays": [{"cells": p.cells, "row": p.row()} for p in pays(batches)],
+        "rows": [{name: row[name] for name in kept} for row in rows],
     }  # fmt: skip
 
 

@@ -4,8 +4,8 @@ A plan of ten thousand cells is to take seconds, so a plan may simulate only so 
 long. Seeds of one mask are simulated once, and follow their FLOPs. Beyond its allowance a length follows the nearest simulated one
 of the same cell by its FLOPs; what has none, more ranks than are simulated, and what cannot be simulated (a library of which
 nobody says how it works, a mask whose file is gone) has a bound: its FLOPs at the pace of its kernel on one rank, and then all
-keys and values from the others, and their gradients back, over one rank's link. What a workload computes beside its attention
-has the pace of the kernel there.
+keys and values from the others, and their gradients back, over one rank's link. With a cache it takes at least as long as reading
+that once. What a workload computes beside its attention has the pace of the kernel there.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ class Passes:
         link = machine.across if problem.scale.nodes > 1 else machine.inside
         made = _parts(cell)
         sent = exchanged_bytes(problem) * made.attends() / (2 if problem.backward else 1)
-        seconds = self.slower * work / cell.scale.world_size / self._pace(cell) + sent / link.bytes_per_s
+        read = problem.rectangular * cached_bytes(problem) / problem.scale.world_size / machine.memory_bytes_per_s
+        seconds = self.slower * max(work / cell.scale.world_size / self._pace(cell), read) + sent / link.bytes_per_s
         held = input_bytes(cell) + (sum(made.room.classes.values()) if made.room else 0.0)
         return Expected(seconds, ROUGH, work, held, f"FLOPs and bytes: {reason}", False)
 
@@ -198,15 +199,20 @@ def flops(cell: Cell) -> float:
 def _parts(cell: Cell) -> Made:
     """What a cell is made of on a rank with its even share of the tokens."""
     problem = cell.problem
-    return made_of(cell.config, Share(problem, math.ceil(problem.seqlen / problem.scale.world_size), cell.mesh))
+    return made_of(cell.config, Share(problem, math.ceil(problem.queries / problem.scale.world_size), cell.mesh))
 
 
 def exchanged_bytes(problem: Problem) -> float:
     """Bytes that a rank gets at most: the keys and values of all others, with backward once more, and their gradients as sums."""
-    heads, ranks = problem.heads, problem.scale.world_size
+    ranks = problem.scale.world_size
     sums = problem.itemsize if problem.reduce_dtype == "input" else max(problem.itemsize, 4)
     per_element = 2 * problem.itemsize + sums if problem.backward else problem.itemsize
-    return problem.seqlen * (ranks - 1) / ranks * heads.kv * heads.kv_width * per_element
+    return cached_bytes(problem) / problem.itemsize * (ranks - 1) / ranks * per_element
+
+
+def cached_bytes(problem: Problem) -> float:
+    """Of all keys and values, in the inputs' type."""
+    return float(problem.seqlen * problem.heads.kv * problem.heads.kv_width * problem.itemsize)
 
 
 def _cost(cell: Cell, pair: float) -> float:

@@ -27,9 +27,9 @@ STEP = 64  # rows of blocks that are read together, below 256
 EXACT = 1 << 24  # whole numbers below it are exact in float32
 
 
-def cut_evenly(weights: Ints) -> Iterator[tuple[int, int]]:
-    """(first, last) of stretches of about ``PORTION`` each, or of one entry, ``last`` not included."""
-    cuts = np.nonzero(np.diff(np.cumsum(weights) // PORTION))[0] + 1
+def cut_evenly(weights: Ints, portion: int | None = None) -> Iterator[tuple[int, int]]:
+    """(first, last) of stretches of about ``portion`` each (None: ``PORTION``), or of one entry, ``last`` not included."""
+    cuts = np.nonzero(np.diff(np.cumsum(weights) // (portion or PORTION)))[0] + 1
     yield from zip([0, *cuts.tolist()], [*cuts.tolist(), len(weights)], strict=True)
 
 

@@ -65,6 +65,11 @@ def only_self_attention(problem: Problem) -> str | None:
     return None
 
 
+def only_forward(problem: Problem) -> str | None:
+    """Why a strategy of inference does not run a problem with gradients, or None."""
+    return "is for inference and has no backward; direction=forward runs it" if problem.backward else None
+
+
 def refused_grid(problem: Problem, degree: int) -> str | None:
     """Why ranks cannot form head exchanges of ``degree`` ranks with rings across them, or None."""
     ranks = problem.scale.world_size

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from lcbench.kernels.base import Kernel, Platform, Prepared, Saved, accumulation_dtype, prepare, softmax_arguments
-from lcbench.kernels.cache import Cache, CacheKind, PreparedForCache, ReadsCache
+from lcbench.kernels.cache import Cache, CacheKind, PreparedForCache, unread
 from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sink import sink_gradient, with_sink
 from lcbench.masks.mask import Mask
@@ -33,6 +33,7 @@ from lcbench.schedule.adjoint import SIDES, Traffic, traffic
 from lcbench.schedule.groups import MAIN, Groups
 from lcbench.schedule.held import Held, Part
 from lcbench.schedule.lowering import Lowering, operations_of, sets_of
+from lcbench.schedule.messages import Sending, Waits, all_gather, all_to_all, reduce_scatter, wait_all
 from lcbench.schedule.packing import Packing, Plane
 from lcbench.schedule.payload import PAYLOADS, Precision, gradients_of, token_bytes
 from lcbench.schedule.program import Buffer, End, Exchange, Message, Operand, OwnPart, Piece, Program, RankStep, TileCall
@@ -42,12 +43,6 @@ HeadIndex = slice | torch.Tensor
 Partial = tuple[torch.Tensor, torch.Tensor]  # out, lse
 Mark = float | torch.cuda.Event
 TileRun = Callable[[TileCall, Prepared, int], None]
-
-
-class Waits(Protocol):
-    """Something that is under way."""
-
-    def wait(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,7 @@ class Executor:
         resumes: True, see ``RankRun``.
         gives: whether inputs may come one by one, and gradients be waited for one by one, see ``RankRun``.
         sums_are_wide: whether gradients are added up in the type of sums on their way between ranks.
-        bytes_sent, bytes_between_nodes, buffer_bytes, calls, pairs, collectives: see ``Counters``; bytes since a pass last began.
+        bytes_sent, buffer_bytes, calls, pairs, collectives: see ``Counters``; bytes since a pass last began.
     """
 
     def __init__(
@@ -125,7 +120,6 @@ class Executor:
         self.held = Held(queries, queries if schedule.k is schedule.q else Part(schedule.k.tokens(rank)), queries)
         self.own_lse = self.resumes = self.negates = True
         self.sums_are_wide = problem.reduce_dtype != "input"
-        self.bytes_sent = self.bytes_between_nodes = 0
         self._marks: list[tuple[int, list[Mark]]] | None = None
         self._apart: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
         self._views: dict[int, dict[tuple[int, int], torch.Tensor]] = {}  # by slot
@@ -160,7 +154,8 @@ class Executor:
 
     def _join(self, groups: Groups, moves: Traffic) -> None:
         """The communicators that this rank needs. Every rank makes every group, in the same order."""
-        self._through_host = bool(moves.transfers) and groups.goes_through_host(self.device)
+        through_host = bool(moves.transfers) and groups.goes_through_host(self.device)
+        self._sending = Sending(self.rank, self.problem.scale.gpus_per_node, self.device, through_host=through_host)
         every, sets = tuple(range(self.schedule.world_size)), sets_of(moves, self._program.lowered)
         channels = sorted({MAIN, *(t.channel for t in moves.transfers)} if moves.transfers else set())
         groups.prepare([*((channel, every) for channel in channels), *sets])
@@ -196,8 +191,13 @@ class Executor:
                 calls += ready.calls if ready else 0
         return found, pairs, calls
 
+    @property
+    def bytes_sent(self) -> int:
+        return self._sending.bytes_sent
+
     def counters(self) -> Counters:
-        return Counters(self.bytes_sent, self.bytes_between_nodes, self.buffer_bytes, self.calls, self.pairs, self.collectives)
+        sent = self._sending
+        return Counters(sent.bytes_sent, sent.bytes_between_nodes, self.buffer_bytes, self.calls, self.pairs, self.collectives)
 
     def replay(self, *, compute: bool, communicate: bool) -> Replay | None:
         """The same passes without kernels or without messages; None on a single rank, which sends nothing."""
@@ -259,8 +259,6 @@ class Executor:
 
     def reads(self, kind: CacheKind) -> str | None:
         """Why this rank's tiles do not read such a cache where it lies; None: they do."""
-        if not isinstance(self._kernel, ReadsCache):
-            return f"{type(self._kernel).__name__} reads no cache"
         if self._keys_move:
             return "keys and values move between ranks"
         own = 0, self._program.tokens["kv"]
@@ -268,16 +266,24 @@ class Executor:
             every = self.schedule.heads[call.group].kv_heads == slice(0, self.problem.heads.kv)
             if self._program.local(call.operand("kv")) != own or not every:
                 return "a kernel call takes a part of this rank's keys and values"
-        return self._kernel.reads(kind, self.problem, Platform.of(self.device))
+        return unread(self._kernel, kind, self.problem, Platform.of(self.device))
 
-    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, SavedPass]:
+    def forward_cache(
+        self,
+        q: torch.Tensor,
+        cache: Cache,
+        sink: torch.Tensor | None = None,
+        *,
+        compute: bool = True,
+        communicate: bool = True,
+    ) -> tuple[torch.Tensor, SavedPass]:
         """``forward`` over what a cache holds, in the order of this rank's keys: read where it lies if ``reads`` says so. What it
         saves is for ``lse`` only."""
         if self.reads(cache.kind) is not None:
-            return self.forward(q, *cache.read(), sink)
+            return self.forward(q, *cache.read(), sink, compute=compute, communicate=communicate)
         self._cache = cache
         try:
-            return self.forward(q, cache.k, cache.v, sink)
+            return self.forward(q, cache.k, cache.v, sink, compute=compute, communicate=communicate)
         finally:
             self._cache = None
 
@@ -400,6 +406,17 @@ class Executor:
         return lse
 
     # -- several passes under way --------------------------------------------------------------------------------
+
+    def share(self, other: object) -> None:
+        """Put buffers where those of another executor are, as far as these are large enough, see ``RankRun``."""
+        assert isinstance(other, Executor)
+        for slot, (own, memory) in enumerate(zip(self._slots, other._slots, strict=False)):
+            if len(own) <= len(memory):
+                self._put(slot, memory[: len(own)])
+
+    def for_lse(self, saved: SavedPass) -> SavedPass:
+        """Without the inputs, see ``RankRun``."""
+        return replace(saved, q=saved.q[:0], kv=saved.q[:0], slots={})
 
     def hold(self, saved: SavedPass) -> SavedPass:
         """What ``forward`` has just saved, with all that backward needs of it: the next forward overwrites nothing of it."""
@@ -614,7 +631,7 @@ class Executor:
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def _begin(self, compute: bool, communicate: bool, returns: bool = True) -> None:
-        self.bytes_sent = self.bytes_between_nodes = 0
+        self._sending.begin()
         self._compute, self._communicate, self._returns = compute, communicate, returns
         self._works: dict[tuple[int, int], list[Waits]] = {}  # by when they end, and round
         self._apart = {}
@@ -705,65 +722,39 @@ class Executor:
             group = self._groups[channel]
             outgoing = [(m, self._pack(m)) for m in sends if (m.channel, m.end) == (channel, end)]
             for message, x in outgoing:
-                self._count(x.numel() * x.element_size(), message.peer)
+                self._sending.count(x.numel() * x.element_size(), message.peer)
             incoming = [(_stretch(self._landing(m)), m.peer) for m in receives if (m.channel, m.end) == (channel, end)]
             works = self._messages([(_stretch(x), m.peer) for m, x in outgoing], incoming, group)
             self._works.setdefault((end, turn), []).extend(works)
-
-    def _count(self, size: int, peer: int) -> None:
-        """Bytes that go to another rank. Ranks of a node are adjacent in the group, since ranks are counted node after node."""
-        per_node = self.problem.scale.gpus_per_node
-        self.bytes_sent += size
-        self.bytes_between_nodes += size if peer // per_node != self.rank // per_node else 0
 
     def _messages(
         self, outgoing: list[tuple[torch.Tensor, int]], incoming: list[tuple[torch.Tensor, int]], group: dist.ProcessGroup
     ) -> list[Waits]:
         """Send to peers and receive from peers, in one batch; peers by their numbers within the group."""
-        sent, landing, copies = self._ends([x for x, _ in outgoing], [x for x, _ in incoming])
+        sent, landing, copies = self._sending.ends([x for x, _ in outgoing], [x for x, _ in incoming])
         ops = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for x, (_, peer) in zip(sent, outgoing, strict=True)]
         ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for x, (_, peer) in zip(landing, incoming, strict=True)]
         return [*dist.batch_isend_irecv(ops), *copies] if ops else []
 
-    def _ends(
-        self, outgoing: list[torch.Tensor], incoming: list[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[Waits]]:
-        """The tensors that the backend sends and receives into, and what to wait for after it.
-
-        Where messages go through the host's memory, the host waits here until what is sent is computed and copied.
-        """
-        if not self._through_host:
-            return outgoing, incoming, []
-        sent, landing = ([self._on_host(x) for x in each] for each in (outgoing, incoming))
-        for host, x in zip(sent, outgoing, strict=True):
-            host.copy_(x, non_blocking=True)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        return sent, landing, [FromHost(list(zip(landing, incoming, strict=True)))]
-
-    def _on_host(self, x: torch.Tensor) -> torch.Tensor:
-        # torch hands pinned memory out again only when copies from it are done.
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=self.device.type == "cuda")
-
     def _post_exchange(self, exchange: Exchange) -> list[Waits]:
-        """Begin a collective of this rank's set. ``bytes_sent`` counts what goes to the others of it."""
+        """Begin a collective of this rank's set. What goes to each other rank of it is counted."""
         for message in exchange.packed:
             self._pack(message)
         (source, size), others = self._end(exchange, exchange.source), len(exchange.ranks) - 1
         target, _ = self._end(exchange, exchange.target)
         group = self._sets[exchange.channel, exchange.ranks]
-        (source,), (target,), copies = self._ends([source], [target])
+        (source,), (target,), copies = self._sending.ends([source], [target])
         gathers = exchange.operation == "all_gather"
         for rank in exchange.ranks:
             if rank != self.rank:
-                self._count(size if gathers else size // (others + exchange.own), rank)
+                self._sending.count(size if gathers else size // (others + exchange.own), rank)
         if gathers:
             return [all_gather(target, source, group), *copies]
         if exchange.operation == "reduce_scatter":
             return [reduce_scatter(target, source, group), *copies]
         block = source.numel() // (others + exchange.own)
         splits = None if exchange.own else [0 if rank == self.rank else block for rank in exchange.ranks]
-        return [dist.all_to_all_single(target, source, splits, splits, group=group, async_op=True), *copies]
+        return [all_to_all(target, source, group, splits), *copies]
 
     def _end(self, exchange: Exchange, end: End) -> tuple[torch.Tensor, int]:
         """One end of a collective as a stretch of memory, and its bytes."""
@@ -903,52 +894,41 @@ class Executor:
         return found
 
 
-@dataclass(frozen=True)
-class FromHost:
-    """Copies of what has arrived in the host's memory, (host, where it belongs), in the order of the stream of computation."""
+class Bare(Protocol):
+    """A run whose passes do without kernels or without messages where they are told to."""
 
-    pairs: list[tuple[torch.Tensor, torch.Tensor]]
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, *, compute: bool, communicate: bool
+    ) -> tuple[torch.Tensor, Any]: ...
 
-    def wait(self) -> None:
-        for host, x in self.pairs:
-            x.copy_(host, non_blocking=True)
+    def forward_cache(
+        self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None, *, compute: bool, communicate: bool
+    ) -> tuple[torch.Tensor, Any]: ...
+
+    def backward(self, dout: torch.Tensor, saved: Any, *, compute: bool, communicate: bool) -> tuple[torch.Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The passes of an executor without kernels or without messages. Results mean nothing.
+    """The passes of a run without kernels or without messages. Results mean nothing.
 
     Backward takes what a whole forward pass saved.
     """
 
-    executor: Executor
+    run: Bare
     compute: bool
     communicate: bool
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, SavedPass]:
-        return self.executor.forward(q, k, v, sink, compute=self.compute, communicate=self.communicate)
+    ) -> tuple[torch.Tensor, Any]:
+        return self.run.forward(q, k, v, sink, compute=self.compute, communicate=self.communicate)
 
-    def backward(self, dout: torch.Tensor, saved: SavedPass) -> tuple[torch.Tensor, ...]:
-        return self.executor.backward(dout, saved, compute=self.compute, communicate=self.communicate)
+    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, Any]:
+        return self.run.forward_cache(q, cache, sink, compute=self.compute, communicate=self.communicate)
 
-
-def wait_all(works: list[Waits]) -> None:
-    """Wait for all of them. ``runs/failure.py`` knows a rank that waits for others by the name of this function."""
-    for work in works:
-        work.wait()
-
-
-def all_gather(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Under its name of torch 2.13 or of before."""
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(target, source, group=group, async_op=True)
-
-
-def reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return scatter(target, source, group=group, async_op=True)
+    def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, ...]:
+        return self.run.backward(dout, saved, compute=self.compute, communicate=self.communicate)
 
 
 def _stretch(x: torch.Tensor) -> torch.Tensor:

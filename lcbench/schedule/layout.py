@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
+from typing import overload
 
 import numpy as np
 
@@ -14,19 +15,66 @@ from lcbench.masks.convert import block_areas
 from lcbench.masks.mask import Mask
 
 
+@dataclass(frozen=True, eq=False)
+class Spans(Sequence[tuple[TokenSpan, ...]]):
+    """The runs of all shards in an array, for layouts of up to a run per token: as objects, millions take seconds and a gigabyte.
+
+    Attributes:
+        every: (start, size, stride) of all runs, shard after shard, (runs, 3).
+        begins: where the runs of each shard begin, and where the last one's end, (shards + 1,).
+    """
+
+    every: Ints
+    begins: Ints
+
+    def __len__(self) -> int:
+        return len(self.begins) - 1
+
+    @overload
+    def __getitem__(self, shard: int) -> tuple[TokenSpan, ...]: ...
+
+    @overload
+    def __getitem__(self, shard: slice) -> tuple[tuple[TokenSpan, ...], ...]: ...
+
+    def __getitem__(self, shard: int | slice) -> tuple[TokenSpan, ...] | tuple[tuple[TokenSpan, ...], ...]:
+        """The runs of a shard; one that has no token has one run of none."""
+        if isinstance(shard, slice):
+            return tuple(self[i] for i in range(*shard.indices(len(self))))
+        place = range(len(self))[shard]
+        return tuple(map(TokenSpan._make, self.every[self.begins[place] : self.begins[place + 1]].tolist())) or (TokenSpan(0, 0),)
+
+
 @dataclass(frozen=True)
 class Layout:
     """``shards[i]``: the runs of tokens of shard i, in the order in which its tensors hold them."""
 
-    shards: tuple[tuple[TokenSpan, ...], ...]
+    shards: Sequence[tuple[TokenSpan, ...]]
+
+    @classmethod
+    def of_stretches(cls, shard: Ints, start: Ints, size: Ints, shards: int) -> Layout:
+        """Stretches of tokens, (n,) each, that lie in the order of their shards and of each shard's tensors; none is empty."""
+        every = np.stack([start, size, np.ones_like(size)], axis=1)
+        return cls(Spans(every, np.searchsorted(shard, np.arange(shards + 1))))
 
     def __len__(self) -> int:
         return len(self.shards)
 
     @cached_property
+    def _flat(self) -> Spans:
+        if isinstance(self.shards, Spans):
+            return self.shards
+        every = np.fromiter(chain.from_iterable(chain.from_iterable(self.shards)), dtype=np.int64).reshape(-1, 3)
+        return Spans(every, np.cumsum([0, *map(len, self.shards)]))
+
+    @property
     def spans(self) -> Ints:
         """(start, size, stride) of all runs, shard after shard, (runs, 3)."""
-        return np.fromiter(chain.from_iterable(chain.from_iterable(self.shards)), dtype=np.int64).reshape(-1, 3)
+        return self._flat.every
+
+    @property
+    def begins(self) -> Ints:
+        """Where the runs of each shard begin in ``spans``, and where the last one's end, (shards + 1,)."""
+        return self._flat.begins
 
     def size(self, shard: int) -> int:
         """Tokens of a shard."""
@@ -53,14 +101,17 @@ class Layout:
     @property
     def striped(self) -> bool:
         """Whether tokens of a run lie apart."""
-        return any(run.stride > 1 and run.size > 1 for runs in self.shards for run in runs)
+        _, size, stride = self.spans.T
+        return bool(((stride > 1) & (size > 1)).any())
 
     @property
     def stretches(self) -> tuple[Ints, Ints]:
         """Where runs that are not striped begin, and where the last one ends, (runs + 1,); and the shard of each."""
-        runs = [(run.start, run.start + run.size, shard) for shard, runs in enumerate(self.shards) for run in runs if run.size]
-        begin, end, shard = np.array(sorted(runs), dtype=np.int64).reshape(-1, 3).T
-        return np.append(begin, end[-1:]), shard
+        start, size, _ = self.spans.T
+        shard = np.repeat(np.arange(len(self)), np.diff(self.begins))
+        order = np.argsort(start, kind="stable")
+        order = order[size[order] > 0]
+        return np.append(start[order], start[order[-1:]] + size[order[-1:]]), shard[order]
 
     def split(self, parts: int) -> Layout:
         """Each shard cut into ``parts`` pieces of its local order: shard i becomes shards i*parts ... i*parts+parts-1."""
@@ -124,9 +175,12 @@ def by_document(bounds: Ints, shards: int, *, folded: bool) -> Layout:
     sizes = np.repeat((lengths // count)[:, None], count, axis=1)
     np.add.at(sizes, (number, np.where(again, count - 1 - shard, shard)), 1)
     starts = bounds[:-1, None] + np.cumsum(sizes, axis=1) - sizes
-    owned = [[i, count - 1 - i] if folded else [i] for i in range(shards)]
-    spans = [map(TokenSpan, starts[:, own].ravel().tolist(), sizes[:, own].ravel().tolist()) for own in owned]
-    return Layout(tuple(tuple(span for span in each if span.size) or (TokenSpan(0, 0),) for each in spans))
+    every = np.arange(shards)[:, None]
+    owned = np.concatenate([every, count - 1 - every], axis=1) if folded else every
+    owner = np.repeat(np.arange(shards), len(lengths) * owned.shape[1])
+    start, size = (each[:, owned].swapaxes(0, 1).ravel() for each in (starts, sizes))
+    some = size > 0
+    return Layout.of_stretches(owner[some], start[some], size[some], shards)
 
 
 def documents(mask: Mask) -> tuple[Ints, Ints]:

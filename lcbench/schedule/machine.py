@@ -53,6 +53,8 @@ class Machine:
         nics: of a node, each shared by as many ranks; 0: every rank has its own.
         memory_bytes: of a device; 0: not known.
         memory_bytes_per_s: of a rank, for copies, merges and sums.
+        read_bytes_per_s: of a device's memory by its data sheet, which no kernel reads keys and values faster than; 0: not known,
+            as of CPU ranks, whose caches hold what was read before.
         cores: of a node, which its ranks share; 0: every rank has a device of its own.
         launch_s: the host's time to start a kernel or a copy.
         message_s: the host's time to start a batch of messages.
@@ -72,6 +74,7 @@ class Machine:
     cores: int = 0
     nics: int = 0
     host_bytes_per_s: float = 0.0
+    read_bytes_per_s: float = 0.0
 
     def nics_of(self, ranks: int) -> int:
         """NICs of a node with so many ranks; no rank has more than one."""
@@ -115,6 +118,7 @@ class Tiles:
         calls: native calls.
         gathered_rows, gathered_keys: that are copied for these calls, and merged or added up after them, of each head.
         most_rows, most_keys: of these, of the largest call, each as often as a copy of it is held at once.
+        read: keys that some row sees; what no row sees need not be read.
     """
 
     pairs: Floats
@@ -129,9 +133,12 @@ class Tiles:
     gathered_keys: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     most_rows: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     most_keys: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    read: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
-        """Where nobody says more a tile is one call, which takes its operands as they are."""
+        """Where nobody says more a tile is one call, which takes its operands as they are, and reads all keys."""
+        if len(self.read) != len(self):
+            object.__setattr__(self, "read", self.keys)
         for name, each in (("calls", 1), *((name, 0) for name in ("gathered_rows", "gathered_keys", "most_rows", "most_keys"))):
             if len(getattr(self, name)) != len(self):
                 object.__setattr__(self, name, np.broadcast_to(np.int64(each), len(self)))  # which takes no memory

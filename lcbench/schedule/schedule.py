@@ -145,7 +145,7 @@ class Side:
     @cached_property
     def sizes(self) -> Ints:
         """Tokens of each shard, (shards,)."""
-        number = np.repeat(np.arange(len(self.shards)), [len(runs) for runs in self.shards.shards])
+        number = np.repeat(np.arange(len(self.shards)), np.diff(self.shards.begins))
         sizes = np.zeros(len(self.shards), dtype=np.int64)
         np.add.at(sizes, number, self.shards.spans[:, 1])
         return sizes

@@ -82,16 +82,59 @@ class Simulated:
 
 
 @dataclass(frozen=True)
+class Around:
+    """A collective before or after the tiles of a rank, which waits for it.
+
+    Attributes:
+        operation: as of ``schedule.lowering``.
+        block: bytes from each rank of a set to each other.
+        sets: ranks that exchange among themselves; none: nothing is sent.
+        per_node: ranks of a node, which are adjacent.
+        moved: bytes that are read and written to put together what is sent, and to take what has come.
+        launches: kernels and copies for that.
+        buffers: bytes of its ends.
+    """
+
+    operation: Operation
+    block: float
+    sets: tuple[tuple[int, ...], ...]
+    per_node: int
+    moved: float
+    launches: int
+    buffers: int
+
+    def exposed_s(self, machine: Machine) -> float:
+        """What its messages take, of the slowest set."""
+        shared = self.per_node // machine.nics_of(self.per_node)
+        found = 0.0
+        for ranks in self.sets:
+            nodes = np.unique(np.array(ranks) // self.per_node, return_counts=True)[1]
+            most, fewest = int(nodes.max()), int(nodes.min())
+            one = machine.collective_s(self.operation, self.block, len(ranks), most, fewest, min(shared, most))
+            found = max(found, machine.message_s + one)
+        return found
+
+    def own_s(self, machine: Machine) -> float:
+        """What a rank does for it by itself."""
+        return self.moved / machine.memory_bytes_per_s + self.launches * machine.launch_s
+
+
+@dataclass(frozen=True)
 class Modelled:
-    """What is simulated for a strategy: its own schedule, or, for a library's, one that does the same.
+    """What is simulated for a strategy: its own schedule, or, for a library's, one that does the same; of one that is no schedule,
+    the tiles of the rank with most as a schedule of one rank, and what is around them.
 
     Attributes:
         problem: as the schedule is of it; what a library does otherwise than ours, the type of its sums, say, is in it.
+        around: what is waited for in forward, one after the other.
+        replicas: ranks that hold each key.
     """
 
     schedule: Schedule
     mask: Mask
     problem: Problem
+    around: tuple[Around, ...] = ()
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -101,6 +144,7 @@ class Prepared:
     Attributes:
         found: the collective of each transfer of ``moves``, or None.
         operations: what goes by collectives.
+        in_place: whether kernels read keys and values where a cache has them, so that they are not packed.
     """
 
     modelled: Modelled
@@ -108,15 +152,18 @@ class Prepared:
     found: list[Collective | None]
     tiling: Tiling
     operations: tuple[Operation, ...]
+    in_place: bool = False
 
     def without_messages(self) -> Prepared:
         """The same with nothing that is sent, as it is timed to see what of the communication is hidden."""
-        return replace(self, moves=replace(self.moves, transfers=()), found=[])
+        around = tuple(replace(each, sets=()) for each in self.modelled.around)
+        return replace(self, moves=replace(self.moves, transfers=()), found=[], modelled=replace(self.modelled, around=around))
 
     def without_kernels(self) -> Prepared:
         """The same with messages alone."""
-        tiles = self.tiling.tiles
-        return replace(self, tiling=replace(self.tiling, tiles=replace(tiles, pairs=np.zeros(len(tiles)))))
+        tiles, around = self.tiling.tiles, tuple(replace(each, moved=0.0) for each in self.modelled.around)
+        bare = replace(self.tiling, tiles=replace(tiles, pairs=np.zeros(len(tiles))))
+        return replace(self, tiling=bare, modelled=replace(self.modelled, around=around))
 
 
 def prepare(modelled: Modelled, operations: tuple[Operation, ...] = ()) -> Prepared:
@@ -164,7 +211,17 @@ def play(
         clocks.step(time, by_begin.get(time, []))
     times = clocks.times()
     buffers, peak, own = _memory(prepared, model) if memory else (0, 0, 0)
-    return Simulated(clocks.phases(times), times[: groups.ranks.shape[1]], buffers, peak, own)
+    phases = clocks.phases(times)
+    phases["forward"] = _with(phases["forward"], modelled.around, machine)
+    return Simulated(phases, times[: groups.ranks.shape[1]], buffers, peak, own)
+
+
+def _with(phase: Phase, around: Sequence[Around], machine: Machine) -> Phase:
+    """A phase with what is around its tiles."""
+    exposed, own = (sum(each(one, machine) for one in around) for each in (Around.exposed_s, Around.own_s))
+    return replace(
+        phase, seconds=phase.seconds + exposed + own, exposed_s=phase.exposed_s + exposed, overhead_s=phase.overhead_s + own
+    )
 
 
 def simulate(
@@ -217,7 +274,7 @@ def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
     times = 2 * moves.steps + 1 if problem.backward else moves.steps
     shape = (times, schedule.world_size)
     compute, launches = np.zeros(shape), np.zeros(shape)
-    besides = _own_copies(modelled, moves, made, shape)
+    besides = _own_copies(prepared, shape)
     tiles, some = made.tiles, made.tiles.pairs > 0
     calls = model.calls(tiles)
     sums, inputs, heads = element_bytes("sum", problem), problem.itemsize, problem.heads
@@ -236,8 +293,9 @@ def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
     return _Work(compute, besides / machine.memory_bytes_per_s, launches, made)
 
 
-def _own_copies(modelled: Modelled, moves: Traffic, made: Tiling, shape: tuple[int, int]) -> Floats:
+def _own_copies(prepared: Prepared, shape: tuple[int, int]) -> Floats:
     """Bytes read and written at each time whatever is computed: own tensors packed, cleared and converted."""
+    modelled, moves, made = prepared.modelled, prepared.moves, prepared.tiling
     schedule, problem = modelled.schedule, modelled.problem
     found = np.zeros(shape)
     if shape[1] == 1:
@@ -245,7 +303,8 @@ def _own_copies(modelled: Modelled, moves: Traffic, made: Tiling, shape: tuple[i
     queries, keys = (np.bincount(side.owner, weights=side.sizes, minlength=shape[1]) for side in (schedule.q, schedule.k))
     q, kv = queries * problem.heads.q * problem.heads.dim, keys * problem.heads.kv * problem.heads.kv_width
     sums, inputs = element_bytes("sum", problem), problem.itemsize
-    found[0] += COPIED * inputs * kv  # keys and values behind one another
+    # Keys and values behind one another; a latent key has its value in it.
+    found[0] += 0 if prepared.in_place or problem.heads.latent else COPIED * inputs * kv
     merges = np.bincount(made.rank, weights=made.again, minlength=shape[1]) > 0
     out = queries * problem.heads.q * problem.heads.v
     found[moves.steps - 1] += np.where(merges | (not moves.final.all()), (sums + inputs) * out, 0.0)
@@ -512,7 +571,8 @@ def _memory(prepared: Prepared, model: KernelModel) -> tuple[int, int, int]:
     tiles, problem, held = prepared.tiling.tiles, prepared.modelled.problem, holdings(prepared)
     inside = [model.workspace_bytes(tiles, problem, backward=backward) for backward in (False, True)]
     own = peak_bytes(held, [np.zeros(len(tiles)), np.zeros(len(tiles))])
-    return max(each.buffer_bytes for each in held), peak_bytes(held, inside), own
+    around = sum(each.buffers for each in prepared.modelled.around)
+    return around + max(each.buffer_bytes for each in held), around + peak_bytes(held, inside), around + own
 
 
 def holdings(prepared: Prepared) -> tuple[Holding, ...]:
@@ -522,8 +582,7 @@ def holdings(prepared: Prepared) -> tuple[Holding, ...]:
     tiles = np.bincount(made.rank, minlength=schedule.world_size)
     ranks = dict.fromkeys([int(tiles.argmax()), 0, schedule.world_size - 1])
     return tuple(
-        _holding(modelled, Program(schedule, prepared.moves, modelled.problem, rank, prepared.operations), made, rank)
-        for rank in ranks
+        _holding(prepared, Program(schedule, prepared.moves, modelled.problem, rank, prepared.operations), rank) for rank in ranks
     )
 
 
@@ -532,8 +591,9 @@ def peak_bytes(held: Sequence[Holding], workspaces: Sequence[Floats]) -> int:
     return max(each.peak_bytes(workspaces) for each in held)
 
 
-def _holding(modelled: Modelled, program: Program, made: Tiling, rank: int) -> Holding:
+def _holding(prepared: Prepared, program: Program, rank: int) -> Holding:
     """What ``execute`` allocates."""
+    modelled, made = prepared.modelled, prepared.tiling
     problem, tiles = modelled.problem, made.tiles
     heads, inputs, sums = problem.heads, problem.itemsize, element_bytes("sum", problem)
     queries, tokens = program.tokens["q"], program.tokens["kv"]
@@ -554,7 +614,8 @@ def _holding(modelled: Modelled, program: Program, made: Tiling, rank: int) -> H
     )
     finals = sum(rows * held * (heads.v * inputs + sums) for rows, held in others)
     wide = bool(made.again[own].any()) or not program.all_final  # merged, so summed up in the type of sums
-    total, held = result * (sums if wide else inputs) + lse, program.buffer_bytes + kv * inputs + finals
+    packed = 0 if prepared.in_place or heads.latent else kv * inputs
+    total, held = result * (sums if wide else inputs) + lse, program.buffer_bytes + finals + packed
     forward, backward = held + total, None
     stats = (2 * lse, 2 * result * sums) if program.sends_stats else (0, 0)  # and what it takes to work them out
     if problem.backward:

@@ -7,14 +7,14 @@ summed up once and a tile is the difference of two of its entries per stretch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from scipy import sparse
 
-from lcbench.masks.band import BandMask, Ints, areas, cropped, distinct, reindexed, spread
+from lcbench.masks.band import LOWER, BandMask, Ints, areas, cropped, distinct, reindexed, spread
 from lcbench.masks.block import Keep
 from lcbench.masks.mask import Mask
 from lcbench.schedule.block_sums import PORTION, BlockSums, cut_evenly
@@ -23,9 +23,12 @@ from lcbench.schedule.schedule import Schedule, Side, TileColumn
 
 CACHED = 1 << 17  # values that are worked out together, so that they fit into a cache
 BLOCK = 128  # rows and keys of the blocks that kernels compute or skip
-# Of a bundle of queries with each unit of keys: pairs, covered pairs, pieces, and pieces that go on in the next unit.
-PAIRS, COVERED, PIECES, GO_ON = range(4)
-VALUES = 4
+# Of a bundle of queries with each unit of keys: pairs, covered pairs, pieces, keys that some row sees, and pieces that go on in the
+# next unit.
+PAIRS, COVERED, PIECES, READ, GO_ON = range(5)
+VALUES = 5
+DENSE = 16  # numbers of which at least one in so many is taken go into a table
+SCATTERED = 2  # what a look at one part with one unit takes, in looks at one of a whole row of units
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,11 @@ def tiling(schedule: Schedule, mask: Mask) -> Tiling:
     rank, group, q, k = every.T
     found = _found(schedule, mask, every)
     pieces = np.where(found[PAIRS] > 0, np.maximum(np.ceil(found[PIECES]), 1), 0)
+    rows, keys = _sizes(schedule.q)[q], _sizes(schedule.k)[k]
+    # No key has more pairs than there are rows; of a block map nothing else is known.
+    read = np.minimum(np.ceil(np.maximum(found[READ], found[PAIRS] / np.maximum(rows, 1))), keys).astype(np.int64)
     tiles = Tiles(
-        pairs=found[PAIRS], covered=np.maximum(found[COVERED], found[PAIRS]),
-        rows=_sizes(schedule.q)[q], keys=_sizes(schedule.k)[k],
+        pairs=found[PAIRS], covered=np.maximum(found[COVERED], found[PAIRS]), rows=rows, keys=keys, read=read,
         pieces=pieces.astype(np.int64), q_heads=heads[group, 0], kv_heads=heads[group, 1],
     )  # fmt: skip
     some = np.nonzero(tiles.pairs > 0)[0]
@@ -74,8 +79,8 @@ def _sizes(side: Side) -> Ints:
 
 
 def _found(schedule: Schedule, mask: Mask, every: Ints) -> Floats:
-    """Pairs, covered pairs and pieces of each tile, (3, tiles). Of heads with maps of their own a tile has the mean."""
-    total = np.zeros((3, len(every)))
+    """Pairs, covered pairs, pieces and read keys of each tile, (4, tiles). Of heads with maps of their own a tile has the mean."""
+    total = np.zeros((GO_ON, len(every)))
     if not len(every):
         return total
     queries, keys = Operands.of(schedule.q, every[:, TileColumn.Q]), Operands.of(schedule.k, every[:, TileColumn.K])
@@ -142,11 +147,9 @@ class Operands:
                 [code[row] for row in zip(start.tolist(), size.tolist(), stride.tolist(), strict=True)], dtype=np.int64
             )
             return cls(place, every[:, 0], every[:, 1], every[:, 2], first, first + 1, runs, True, np.ones(len(every), dtype=bool))
-        edges = distinct(np.concatenate([start, start + size]))
-        first, last = np.searchsorted(edges, start), np.searchsorted(edges, start + size)
-        joined = np.zeros(len(edges) + 1, dtype=np.int64)
-        np.add.at(joined, first + 1, 1)
-        np.add.at(joined, last, -1)
+        edges, places = _ranked(np.concatenate([start, start + size]))
+        first, last = places[: len(start)], places[len(start) :]
+        joined = np.bincount(first + 1, minlength=len(edges) + 1) - np.bincount(last, minlength=len(edges) + 1)
         hard = np.cumsum(joined)[1:-1] == 0  # of the end of each unit
         return cls(place, edges[:-1], np.diff(edges), np.ones(len(edges) - 1, dtype=np.int64), first, last, runs, False, hard)
 
@@ -183,10 +186,22 @@ class Operands:
         return sparse.vstack(parts, format="csr")
 
 
+def _ranked(values: Ints) -> tuple[Ints, Ints]:
+    """Every value once, sorted, and which of these each value is. None is below 0."""
+    top = int(values.max(initial=-1)) + 1
+    if top > DENSE * len(values):
+        found = distinct(values)
+        return found, np.searchsorted(found, values)
+    there = np.zeros(top, dtype=bool)  # a look at a table takes a tenth of a search
+    there[values] = True
+    places = np.cumsum(there, dtype=np.int32)
+    return np.flatnonzero(there), places[values].astype(np.int64) - 1
+
+
 def _spans(side: Side, bundles: Ints) -> Iterator[tuple[Ints, Ints, Ints, Ints]]:
     """(place in ``bundles``, start, size, stride) of their spans, in portions; spans that continue one another are one."""
     start, size, stride = side.shards.spans.T
-    begins = np.cumsum([0, *map(len, side.shards.shards)])
+    begins = side.shards.begins
     lengths = np.cumsum(side.lengths[bundles])
     cuts = np.nonzero(np.diff(lengths // PORTION))[0] + 1
     for first, part in zip([0, *cuts.tolist()], np.split(bundles, cuts), strict=True):
@@ -206,28 +221,41 @@ def _spans(side: Side, bundles: Ints) -> Iterator[tuple[Ints, Ints, Ints, Ints]]
 # -- what bundles of queries have with units of keys ---------------------------------------------------------------------
 
 
+_Cut = Callable[[Ints, int, int], Iterator["_Besides"]]
+
+
 class _Sheet:
     """Values of bundles of queries with units of keys."""
 
     def of(self, first: int, last: int) -> Floats:
-        """(4, bundles first to last, units of keys)."""
+        """(5, bundles first to last, units of keys)."""
         raise NotImplementedError
 
     def stretches(self, first: int, last: int) -> Iterator[tuple[Ints, int, Floats]]:
         """The same in stretches of units: which of these bundles have something there, its first unit, and their values."""
         yield np.arange(last - first), 0, self.of(first, last)
 
+    def scattered(self) -> _Scattered | None:
+        """A look at what meets alone; None where all that could meet takes less, or is all there is."""
+        return None
+
+
+_Look = Callable[[Operands, _Sheet, int, int, Ints, Ints], Floats]
+
 
 def _looked_up(queries: Operands, keys: Operands, sheet: _Sheet, tiles: Ints) -> Floats:
-    """Pairs, covered pairs and pieces of tiles, (3, tiles)."""
+    """Pairs, covered pairs, pieces and keys that are read of tiles, (4, tiles)."""
     q, k = queries.place[tiles[:, TileColumn.Q]], keys.place[tiles[:, TileColumn.K]]
     bundles, every = len(queries.runs) - 1, len(keys.runs) - 1
     lookups, runs = int((keys.runs[k + 1] - keys.runs[k]).sum()), len(keys.first)
-    if lookups < bundles * runs:
+    look: _Look
+    if (scattered := sheet.scattered()) is not None:
+        look, width = scattered, every
+    elif lookups < bundles * runs:
         look, width = _one_by_one, len(keys) + 1
     else:
         look, width = _AllAtOnce(keys), every
-    found = np.zeros((3, len(tiles)))
+    found = np.zeros((GO_ON, len(tiles)))
     order = np.argsort(q, kind="stable")
     for first, last in cut_evenly(np.full(bundles, width)):
         here = order[slice(*np.searchsorted(q[order], [first, last]))]
@@ -237,12 +265,12 @@ def _looked_up(queries: Operands, keys: Operands, sheet: _Sheet, tiles: Ints) ->
 
 
 def _one_by_one(keys: Operands, sheet: _Sheet, first: int, last: int, row: Ints, bundle: Ints) -> Floats:
-    """What bundles of queries first to last, a row each, have with bundles of keys, (3, n), looked up run by run in their sums."""
+    """What bundles of queries first to last, a row each, have with bundles of keys, (4, n), looked up run by run in their sums."""
     sums = np.zeros((VALUES, last - first, len(keys) + 1))
     np.cumsum(sheet.of(first, last), axis=2, out=sums[:, :, 1:])
     number, run = spread(keys.runs[bundle], keys.runs[bundle + 1])
     at, begin, end = row[number], keys.first[run], keys.last[run]
-    values = [sums[column, at, end] - sums[column, at, begin] for column in (PAIRS, COVERED, PIECES)]
+    values = [sums[column, at, end] - sums[column, at, begin] for column in range(GO_ON)]
     values[PIECES] -= sums[GO_ON, at, end - 1] - sums[GO_ON, at, begin]  # within a run a piece that goes on is the same
     return np.stack([np.bincount(number, weights=value, minlength=len(row)) for value in values])
 
@@ -255,7 +283,7 @@ class _AllAtOnce:
         self._going = keys.inside(going_on=True).T.tocsr()
 
     def __call__(self, keys: Operands, sheet: _Sheet, first: int, last: int, row: Ints, bundle: Ints) -> Floats:
-        found = np.zeros((3, last - first, self._inside.shape[1]))
+        found = np.zeros((GO_ON, last - first, self._inside.shape[1]))
         for rows, begin, values in sheet.stretches(first, last):
             inside, going = (each[begin : begin + values.shape[2]] for each in (self._inside, self._going))
             some = distinct(inside.indices)
@@ -275,35 +303,155 @@ def _product(values: Floats, units: sparse.csr_array, columns: Ints) -> Floats:
     return found.reshape(*values.shape[:2], len(columns))
 
 
+@dataclass(frozen=True)
+class _Range:
+    """Units of keys that parts of bands have something with.
+
+    Attributes:
+        first, last: of each part, ``last`` not included, (parts,).
+        products: (value, height of each part (parts,), number of each unit (units,)): a part and a unit add their product to it.
+    """
+
+    first: Ints
+    last: Ints
+    products: tuple[tuple[int, Floats, Floats], ...]
+
+
+# Of numbers of parts and units, (n,) each: what is added to some of the values.
+_Besides = tuple[Ints, Ints, tuple[tuple[int, Floats], ...]]
+
+
+class _Scattered:
+    """What bundles have with one another, from each part of a band with each unit of keys that it meets.
+
+    Where documents are short these are few: a part meets some units of a million, those of its document.
+
+    Args:
+        bundle: of queries, of each part, sorted.
+        cut: what parts have with units to begin to end besides: ``_Bands._cut``.
+    """
+
+    def __init__(self, keys: Operands, bundle: Ints, ranges: Sequence[_Range], cut: _Cut) -> None:
+        self._bundle, self._cut, self._units = bundle, cut, len(keys)
+        self._inside, going = _Entries.of(keys.inside()), _Entries.of(keys.inside(going_on=True))
+        self._sums: list[tuple[_Range, _Entries, list[tuple[int, Floats, Floats]]]] = []
+        self._met = np.zeros(len(bundle), dtype=np.int64)
+        for each in ranges:
+            # Of what goes on in the next unit of a run there is one piece less.
+            less = [column == GO_ON for column, _, _ in each.products]
+            entries = (going if all(less) else self._inside).of_units(np.any([units for _, _, units in each.products], axis=0))
+            self._met += entries.begins[each.last] - entries.begins[each.first]
+            products = [
+                (PIECES if one_less else column, height, entries.spread(-units if one_less else units))
+                for one_less, (column, height, units) in zip(less, each.products, strict=True)
+            ]
+            self._sums.append((each, entries, products))
+
+    def __call__(self, keys: Operands, sheet: _Sheet, first: int, last: int, row: Ints, bundle: Ints) -> Floats:
+        width = self._inside.bundles
+        found = np.zeros((GO_ON, last - first, width))
+        begin, end = np.searchsorted(self._bundle, [first, last])
+        for one, other in cut_evenly(self._met[begin:end], CACHED) if begin < end else ():
+            here = np.arange(begin + one, begin + other)
+            low, high = self._bundle[here[0]], self._bundle[here[-1]] + 1
+            added = self._added(here, (self._bundle[here] - low) * width, (high - low) * width)
+            found[:, low - first : high - first] += added.reshape(GO_ON, -1, width)
+        return found[:, row, bundle]
+
+    def _added(self, here: Ints, row: Ints, size: int) -> Floats:
+        """What parts have whose rows begin at ``row`` of ``size`` places, (4, size)."""
+        found = np.zeros((GO_ON, size))
+        for each, entries, products in self._sums:
+            first = entries.begins[each.first[here]]
+            count = np.where(products[0][1][here] > 0, entries.begins[each.last[here]] - first, 0)
+            entry = np.repeat(first - np.cumsum(count) + count, count)
+            entry += np.arange(len(entry))
+            place = np.repeat(row, count)
+            place += entries.bundle.take(entry)
+            for column, height, units in products:
+                weights = np.repeat(height[here], count)
+                weights *= units.take(entry)
+                found[column] += np.bincount(place, weights=weights, minlength=size)
+        for part, unit, besides in self._cut(here, 0, self._units):
+            number, entry = spread(self._inside.begins[unit], self._inside.begins[unit + 1])
+            place = row[part[number]] + self._inside.bundle[entry]
+            for column, value in besides:
+                found[column] += np.bincount(place, weights=value[number] * self._inside.times[entry], minlength=size)
+        return found
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Which bundles have each unit, unit by unit.
+
+    Attributes:
+        begins: where the entries of each unit begin, and where the last one's end, (units + 1,).
+        bundle: of each entry.
+        times: how often it has the unit.
+        bundles: how many there are.
+    """
+
+    begins: Ints
+    bundle: Ints
+    times: Floats
+    bundles: int
+
+    @classmethod
+    def of(cls, inside: sparse.csr_array) -> _Entries:
+        """From (bundles, units)."""
+        columns = inside.tocsc()
+        return cls(columns.indptr.astype(np.int64), columns.indices.astype(np.int64), columns.data, columns.shape[0])
+
+    def of_units(self, some: Keep) -> _Entries:
+        """Without the entries of the other units."""
+        if some.all():
+            return self
+        unit = np.repeat(np.arange(len(some)), np.diff(self.begins))
+        kept = some[unit]
+        begins = np.concatenate([[0], np.cumsum(np.bincount(unit[kept], minlength=len(some)))])
+        return _Entries(begins, self.bundle[kept], self.times[kept], self.bundles)
+
+    def spread(self, units: Floats) -> Floats:
+        """What each entry has of what units have."""
+        spread_out: Floats = np.repeat(units, np.diff(self.begins)) * self.times
+        return spread_out
+
+
 class _Bands(_Sheet):
     """Bands cut by neighbouring units."""
 
     def __init__(self, queries: Operands, keys: Operands, mask: BandMask) -> None:
-        self._keys = keys
+        self._queries, self._keys = queries, keys
         edges = queries.edges
         number, row = spread(np.searchsorted(edges, mask.bands[:, 0], side="right") - 1, _last(edges, mask.bands[:, 1]))
         inner = (row >= 0) & (row < len(queries))
         number, row = number[inner], row[inner]
-        parts, kept = cropped(mask.bands[number], edges[row], edges[row + 1], None, None)
+        parts, kept = _cropped_rows(mask.bands, number, edges[row], edges[row + 1])
         number, row = number[kept], row[kept]
         inside = queries.inside().tocsc()
         place, entry = spread(inside.indptr[row].astype(np.int64), inside.indptr[row + 1].astype(np.int64))
         bundle = inside.indices[entry]
         order = np.argsort(bundle, kind="stable")
-        self._parts, self._bundle = parts[place[order]], bundle[order]
-        self._tall, self._last_of_band = _stacked(
-            self._parts, self._bundle, number[place[order]], parted=bool((np.diff(keys.runs) > 1).any())
-        )
-        self._first, self._last = _span_of(keys, self._parts)
+        place = place[order]
+        self._parts, self._bundle = parts.take(place, axis=0), bundle[order]
+        tall, last_of_band = _stacked(self._parts, self._bundle, number[place], parted=bool((np.diff(keys.runs) > 1).any()))
+        begin, end = _span_of(keys, parts)  # of parts in the order of bands, in which neighbours are looked up near one another
+        whole, met = [each[place] for each in self._whole_units(parts, begin, end)], [each[place] for each in (begin, end)]
         edges = keys.edges
         self._hard_before = np.maximum.accumulate(np.where(np.concatenate([[True], keys.hard[:-1]]), edges[:-1], edges[0]))
         pad = np.where(keys.hard, -(edges[1:] - self._hard_before) % BLOCK, 0)
         follows = _follows(keys, mask)
-        self._begins = (follows < 0).astype(np.float64)  # units of keys that do not go on with what an operand has of a document
+        begins = (follows < 0).astype(np.float64)  # units of keys that do not go on with what an operand has of a document
         filled = -(-(keys.size + keys.size[follows]) // BLOCK) * BLOCK - -(-keys.size[follows] // BLOCK) * BLOCK
-        self._filled = np.where(follows >= 0, filled, keys.size + pad)
-        self._high = (self._parts[:, 1] - self._parts[:, 0]).astype(np.float64)
-        self._whole = self._whole_units(self._parts, self._first, self._last)
+        filled = np.where(follows >= 0, filled, keys.size + pad)
+        high = (self._parts[:, 1] - self._parts[:, 0]).astype(np.float64)
+        self._first, self._last, self._ones = met[0], met[1], last_of_band
+        self._cuts = (met[0], whole[0]), (whole[1], met[1])
+        self._ranges = (
+            _Range(whole[0], whole[1], ((PAIRS, high, keys.size.astype(np.float64)), (COVERED, tall, filled.astype(np.float64)))),
+            _Range(met[0], met[1], ((PIECES, last_of_band, begins), (READ, last_of_band, keys.size.astype(np.float64)))),
+            _Range(met[0], np.maximum(met[1] - 1, met[0]), ((GO_ON, last_of_band, np.ones(len(keys))),)),
+        )
 
     def of(self, first: int, last: int) -> Floats:
         here = np.arange(*np.searchsorted(self._bundle, [first, last]))
@@ -325,22 +473,25 @@ class _Bands(_Sheet):
                 yield bundles - first, begin, self._values(some, bundles, begin, end)
 
     def _values(self, here: Ints, bundles: Ints, begin: int, end: int) -> Floats:
-        """(4, bundles, units begin to end) of these parts."""
-        row, rows, keys = np.searchsorted(bundles, self._bundle[here]), len(bundles), self._keys
-        from_, to, first_whole, last_whole = (
-            np.clip(each[here], begin, end) - begin for each in (self._first, self._last, *self._whole)
-        )
-        before_last = np.clip(np.maximum(self._last[here] - 1, self._first[here]), begin, end) - begin
-        high, ones, units = self._high[here], self._last_of_band[here], slice(begin, end)
-        values = np.stack([
-            _risen(row, first_whole, last_whole, high, rows, end - begin) * keys.size[units],
-            _risen(row, first_whole, last_whole, self._tall[here], rows, end - begin) * self._filled[units],
-            _risen(row, from_, to, ones, rows, end - begin) * self._begins[units],
-            _risen(row, from_, before_last, ones, rows, end - begin),
-        ])  # fmt: skip
-        for cut in ((from_, first_whole), (last_whole, to)):
-            self._add_cut(values, here, row, begin, *cut)
+        """(5, bundles, units begin to end) of these parts."""
+        row, shape = np.searchsorted(bundles, self._bundle[here]), (len(bundles), end - begin)
+        values = np.empty((VALUES, *shape))
+        for each in self._ranges:
+            first, last = (np.clip(bound[here], begin, end) - begin for bound in (each.first, each.last))
+            for column, height, units in each.products:
+                np.multiply(_risen(row, first, last, height[here], *shape), units[begin:end], out=values[column])
+        for number, unit, besides in self._cut(here, begin, end):
+            flat = row[number] * shape[1] + unit - begin
+            for column, value in besides:
+                values[column] += np.bincount(flat, weights=value, minlength=values[column].size).reshape(shape)
         return values
+
+    def scattered(self) -> _Scattered | None:
+        bundles, width, units = len(self._queries.runs) - 1, len(self._keys.runs) - 1, len(self._keys)
+        meetings = int((self._last - self._first).sum()) * int((self._keys.last - self._keys.first).sum()) / max(units, 1)
+        if SCATTERED * (meetings + bundles * width) > bundles * units:
+            return None
+        return _Scattered(self._keys, self._bundle, self._ranges, self._cut)
 
     def _whole_units(self, parts: Ints, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
         """(first, last) units of keys of which every query of a part sees every key: they need not be looked at one by one."""
@@ -352,20 +503,36 @@ class _Bands(_Sheet):
         first = np.clip(first, begin, end)
         return first, np.maximum(last, first)
 
-    def _add_cut(self, values: Floats, here: Ints, row: Ints, offset: int, begin: Ints, end: Ints) -> None:
-        """Add pairs and covered pairs of parts in units of keys, counted from ``offset``, that are looked at one by one."""
-        keys = self._keys
-        number, place = spread(begin, end)
-        unit, parts = place + offset, self._parts[here[number]]
-        edges = keys.edges
-        found, kept = cropped(parts, None, None, edges[unit], edges[unit + 1])
-        number, unit, place, parts = number[kept], unit[kept], place[kept], parts[kept]
-        begins = np.maximum(parts[:, 2], self._hard_before[unit])
-        ends = keys.hard[unit] | (parts[:, 3] <= edges[unit + 1])
-        pad = np.where(ends, -(found[:, 3] - begins) % BLOCK, 0)
-        flat, shape = row[number] * values.shape[2] + place, values.shape[1:]
-        for column, value in ((PAIRS, areas(found).astype(np.float64)), (COVERED, covered(found, pad))):
-            values[column] += np.bincount(flat, weights=value, minlength=values[column].size).reshape(shape)
+    def _cut(self, here: Ints, begin: int, end: int) -> Iterator[_Besides]:
+        """What parts have with units of keys, of begin to end, besides what each has with a range of them.
+
+        That is pairs and covered pairs of units of which some query does not see every key, first of those before the units that
+        are seen whole, then of those behind; and, to be taken away, keys that are not read where parts begin and end.
+        """
+        keys, edges = self._keys, self._keys.edges
+        for cut in self._cuts:
+            number, unit = spread(*(np.clip(each[here], begin, end) for each in cut))
+            parts = self._parts.take(here[number], axis=0)
+            found, kept = cropped(parts, None, None, edges[unit], edges[unit + 1])
+            number, unit = number[kept], unit[kept]
+            begins = np.maximum(parts[kept, 2], self._hard_before[unit])
+            ends = keys.hard[unit] | (parts[kept, 3] <= edges[unit + 1])
+            pad = np.where(ends, -(found[:, 3] - begins) % BLOCK, 0)
+            yield number, unit, ((PAIRS, areas(found).astype(np.float64)), (COVERED, covered(found, pad)))
+        parts, first, last = self._parts[here], self._first[here], self._last[here] - 1
+        for unit, unseen in ((first, parts[:, 2] - edges[first]), (last, edges[last + 1] - parts[:, 3])):
+            number = np.flatnonzero((begin <= unit) & (unit < end) & (first <= last) & (unseen > 0))
+            yield number, unit[number], ((READ, -self._ones[here[number]] * unseen[number]),)
+
+
+def _cropped_rows(bands: Ints, number: Ints, begin: Ints, end: Ints) -> tuple[Ints, Keep]:
+    """Bands, by number, each in rows of its own: as ``cropped``, in portions that fit into a cache."""
+    found = [
+        cropped(bands.take(number[first:last], axis=0), begin[first:last], end[first:last], None, None)
+        for first, last in cut_evenly(np.full(len(number), len(LOWER)), CACHED)
+    ]
+    parts, kept = zip(*found, strict=True)
+    return np.concatenate(parts), np.concatenate(kept)
 
 
 def _stacked(parts: Ints, bundle: Ints, band: Ints, *, parted: bool) -> tuple[Floats, Floats]:
@@ -461,11 +628,15 @@ class _Stripes(_Sheet):
             some = np.nonzero(np.diff(self._queries.before(band[:2]))[used, 0])[0]
             others = np.nonzero(np.diff(self._keys.before(band[2:4]))[:, 0])[0]
             at, to = np.repeat(some, len(others)), np.tile(others, len(some))
-            parts, kept = reindexed(np.broadcast_to(band, (len(at), 6)), q[:, used[at]], k[:, to])
-            at, to = at[kept], to[kept]
-            values[PAIRS, at, to] += areas(parts)
-            values[COVERED, at, to] += covered(parts)
-            values[PIECES, at, to] += 1
+            (start, size, stride), of_k = q[:, used[at]], k[:, to]
+            # Between stripes of different strides a band is none: queries one by one, which have any stride.
+            single = (size > 1) & (of_k[1] > 1) & (stride != of_k[2])
+            number, row = spread(np.zeros_like(size), np.where(single, size, 1))
+            of_q = np.stack([start[number] + stride[number] * row, np.where(single, 1, size)[number], stride[number]])
+            parts, kept = reindexed(np.broadcast_to(band, (len(number), 6)), of_q, of_k[:, number])
+            number = number[kept]
+            for column, value in ((PAIRS, areas(parts)), (COVERED, covered(parts)), (PIECES, 1), (READ, parts[:, 3] - parts[:, 2])):
+                np.add.at(values[column], (at[number], to[number]), value)
         return np.stack([inside[:, used] @ value for value in values])
 
 
@@ -477,4 +648,4 @@ class _Blocks(_Sheet):
 
     def of(self, first: int, last: int) -> Floats:
         values = self._blocks.of(first, last, self._keep)
-        return np.concatenate([values, np.zeros_like(values[:1])])
+        return np.concatenate([values, np.zeros_like(values[:2])])

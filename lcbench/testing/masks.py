@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from lcbench.grid.build import build_mask, check_options, with_option
+from lcbench.cp.base import Scheduled
+from lcbench.grid.build import build_mask, build_strategy, check_options, with_option
 from lcbench.grid.paths import CONF
+from lcbench.masks.causal import causal
 from lcbench.masks.mask import Mask
-from lcbench.problem import Heads
+from lcbench.problem import Heads, Problem, Scale
 from lcbench.testing.shrink import shrunk, tokens_of
 
 
@@ -32,6 +34,13 @@ def aliases(group: str = "mask") -> dict[str, str]:
     """Other names of axis values: alias -> name."""
     stems = [path.stem for path in sorted((CONF / group).glob("*.yaml"))]
     return {stem: load(group, stem)["name"] for stem in stems if load(group, stem)["name"] != stem}
+
+
+def trained_by() -> dict[str, Scheduled]:
+    """Every strategy of conf/cp that is a schedule and computes gradients."""
+    of = Problem(64, Heads(4, 4, 8), Scale(1, 1), "float64", "forward_backward")
+    built = {name: build_strategy(load("cp", name)) for name in names("cp")}
+    return {name: s for name, s in built.items() if isinstance(s, Scheduled) and not s.unsupported(of, causal(64))}
 
 
 def small_config(name: str, seqlen: int, heads: Heads, folder: Path, **options: Any) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class AttentionSession(Session):
         self.mask, self.pairs, self.run, self.wrong = begun.mask, begun.pairs, begun.run, begun.owners.wrong
         self.prepare_s, self.examination = begun.prepare_s, begun.examination(no_probe=self._no_probe)
         self._started = begun
+        self._keys = begun.mask.density * begun.mask.num_k  # of a row, in the mean, before a pass chooses any
         held = begun.owners.held
         drawn = {name: self._drawn(name, held) for name in self._names()}
         self.shard = _shard(held, drawn, work.problem)
@@ -75,7 +76,7 @@ class AttentionSession(Session):
         gang, work = self._gang, self._work
         group = (gang.dp_index, gang.tp_index)
         if name == "sink":
-            return draw_sink(work.problem, self.mask.density * self.mask.num_k, work.seed, gang.device, group)
+            return draw_sink(work.problem, self._keys, work.seed, gang.device, group)
         part = {"q": held.q, "k": held.kv, "v": held.kv, "dout": held.out}[name]
         return draw(name, part.tokens, work.problem, work.seed, gang.device, group, part.heads)
 
@@ -168,7 +169,7 @@ class AttentionSession(Session):
 
     def timeline(self) -> list[list[float]] | None:
         shard = self.shard
-        return self.run.timeline(shard.q, shard.k, shard.v, shard.dout, *(() if shard.sink is None else (shard.sink,)))
+        return self.run.timeline(shard.q, shard.k, shard.v, shard.dout, shard.sink)
 
     # -- checks ----------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,10 @@ class Workload(Protocol):
         """
         return None
 
+    def misfit(self, mesh: Mesh) -> str | None:
+        """Why it does not run with such groups of ranks; None: it does. Asked where ``unsupported`` is."""
+        return None
+
     def made(self, share: Share, recompute: Any) -> Made:
         """What it is made of on a rank with a share of a cell, for predictions (``lcbench.predict``).
 
@@ -45,6 +49,10 @@ class Workload(Protocol):
             recompute: as in ``Work``.
         """
         return attention_alone(share)
+
+    def unforeseen(self) -> str | None:
+        """Why ``made`` leaves out something that takes time, so that cells of it are not predicted; None: it does not."""
+        return None
 
     def input_bytes(self, problem: Problem) -> float:
         """Bytes of what a rank with its even share of the tokens is given, which ``memory/peak_bytes`` leaves out: here q, k, v

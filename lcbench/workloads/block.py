@@ -37,6 +37,11 @@ class Block(Trained, Workload):
     def made(self, share: Share, recompute: Recompute) -> Made:
         return made_of(self, share, recompute)
 
+    def unforeseen(self) -> str | None:
+        if not self.vision:
+            return None
+        return f"workload.vision={self.vision:g} moves images between ranks (reshard, reshard_backward), which is not simulated yet"
+
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
         if not problem.backward:
             return (

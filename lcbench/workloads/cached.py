@@ -2,45 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from lcbench.cp.base import Passes, RankRun
+from lcbench.kernels.base import Unsupported
 from lcbench.kernels.cache import Cache, CacheKind, head_scales
-from lcbench.measure.ranks import EVERY, Ranks
+from lcbench.measure.ranks import EVERY, Ranks, first_refusal
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases
-from lcbench.problem import Batch, Problem, Requests
+from lcbench.problem import Problem
 from lcbench.workloads.attention import AttentionSession
 from lcbench.workloads.base import Work
 from lcbench.workloads.started import Started, started
 
-if TYPE_CHECKING:
-    from lcbench.workloads.serving import Serving
-
 
 class CachedRun:
-    """A strategy's run whose keys and values are in a cache.
+    """A strategy's run whose keys and values are in a cache. Making it is collective.
 
     ``forward`` stores what it is given and computes over it; ``read`` computes over what is stored. All else is the run's own.
 
     Attributes:
-        copies: why the cache is copied out before it is computed on; None: kernels read it where it lies.
+        copies: why ranks copy the cache out before they compute on it; None: their kernels read it where it lies.
     """
 
     def __init__(self, run: RankRun, problem: Problem, kind: CacheKind, seed: int, ranks: Ranks) -> None:
         self._run, self._problem, self._kind, self._seed, self._ranks = run, problem, kind, seed, ranks
-        batch = problem.batch or Batch((Requests(1, problem.seqlen, problem.seqlen),))
+        batch = problem.requests
         request = np.searchsorted(batch.k_bounds, run.held.kv.tokens, side="right") - 1
         self._lengths = tuple(np.bincount(request, minlength=len(batch)).tolist())
         # A cache has requests back to back; a layout of tokens may have them otherwise.
         order = np.argsort(request, kind="stable")
         self._order = None if (np.diff(order) == 1).all() else torch.from_numpy(order)
-        self.copies = run.reads(kind) if self._order is None else "a rank's tokens are not in the order of requests"
+        self._back = torch.from_numpy(np.argsort(order))
+        own = run.reads(kind) if self._order is None else "a rank's tokens are not in the order of requests"
+        self.copies = first_refusal(ranks.all_gather_object(own))  # a pass is timed as one, so that all ranks do the same
         self._cache: Cache | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -55,7 +54,8 @@ class CachedRun:
         """Put keys (Tk, Hk, D) and values (Tk, Hk, Dv) of this rank's tokens into the cache. Collective."""
         scales = self._scales(k, v)
         if self._order is not None:
-            k, v = k[self._order.to(k.device)], v[self._order.to(v.device)]
+            self._order, self._back = self._order.to(k.device), self._back.to(k.device)
+            k, v = k[self._order], v[self._order]
             v = k[..., : v.shape[-1]] if self._problem.heads.latent else v
         self._cache = Cache.of(k, v, self._lengths, self._kind, latent=self._problem.heads.latent, seed=self._seed, scales=scales)
 
@@ -88,15 +88,15 @@ class CachedRun:
         k, v = self.cache.read()
         if self._order is None:
             return k, v
-        back = torch.argsort(self._order).to(k.device)
-        k = k[back]
-        return k, k[..., : v.shape[-1]] if self._problem.heads.latent else v[back]
+        k = k[self._back]
+        return k, k[..., : v.shape[-1]] if self._problem.heads.latent else v[self._back]
 
-    def read(self, q: torch.Tensor, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, Any]:
-        """``forward`` over what is stored. Collective."""
+    def read(self, q: torch.Tensor, sink: torch.Tensor | None = None, passes: Passes | None = None) -> tuple[torch.Tensor, Any]:
+        """``forward`` over what is stored; ``passes``: of what, None: of the run itself. Collective."""
+        passes = passes or self._run
         if self.copies is None:
-            return self._run.forward_cache(q, self.cache, sink)
-        return self._run.forward(q, *self.stored(), *(() if sink is None else (sink,)))
+            return passes.forward_cache(q, self.cache, sink)
+        return passes.forward(q, *self.stored(), sink)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
@@ -104,28 +104,8 @@ class CachedRun:
         self.store(k, v)
         return self.read(q, sink)
 
-    def replay(self, *, compute: bool, communicate: bool) -> Passes | None:
-        """The run's own, over what is stored."""
-        bare = self._run.replay(compute=compute, communicate=communicate)
-        return None if bare is None else _Replayed(bare, self)
-
-
-@dataclass(frozen=True)
-class _Replayed:
-    """Bare passes over what a cache holds."""
-
-    passes: Any
-    run: CachedRun
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, Any]:
-        if self.run.copies is None:
-            return self.passes.forward_cache(q, self.run.cache, sink)  # type: ignore[no-any-return]
-        return self.passes.forward(q, *self.run.stored(), *(() if sink is None else (sink,)))  # type: ignore[no-any-return]
-
     def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, ...]:
-        raise NotImplementedError("a cache has no backward")
+        raise Unsupported("a cache has no backward")
 
 
 class ServingSession(AttentionSession):
@@ -133,10 +113,10 @@ class ServingSession(AttentionSession):
 
     run: CachedRun  # type: ignore[assignment]
 
-    def __init__(self, serving: Serving, work: Work, number: int, gang: Gang) -> None:
-        self._serving = serving
-        if serving.kind.stored_as(work.problem.dtype) != work.problem.dtype:
-            self._no_probe = f"stored as {serving.storage}, the numbers of a probe would not be what they are"
+    def __init__(self, kind: CacheKind, work: Work, number: int, gang: Gang) -> None:
+        self._kind = kind
+        if kind.stored_as(work.problem.dtype) != work.problem.dtype:
+            self._no_probe = f"stored as {kind.storage}, the numbers of a probe would not be what they are"
         super().__init__(work, number, gang)
         if self.refused is None:
             self._store()
@@ -145,14 +125,14 @@ class ServingSession(AttentionSession):
         begun = started(work, number, gang)
         if isinstance(begun, str):
             return begun
-        run = CachedRun(begun.run, work.problem, self._serving.kind, work.seed, gang.ranks)
+        run = CachedRun(begun.run, work.problem, self._kind, work.seed, gang.ranks)
         return replace(begun, run=run)  # type: ignore[arg-type]
 
     def _store(self) -> None:
         """Put the inputs into the cache, and what is stored back into the inputs."""
         shard = self.shard
         self.run.store(shard.k, shard.v)
-        if self._serving.storage != "input":
+        if self._kind.storage != "input":
             k, v = self.run.stored()
             shard.k.copy_(k)
             if not self._work.problem.heads.latent:
@@ -160,7 +140,7 @@ class ServingSession(AttentionSession):
 
     def _by_tokens(self) -> Shard:
         shard, run = super()._by_tokens(), self.run
-        if self._serving.storage == "input":
+        if self._kind.storage == "input":
             return shard
         k, v = run.as_stored(shard.k, shard.v)
         return replace(shard, k=k, v=v)
@@ -183,9 +163,14 @@ class ServingSession(AttentionSession):
 
     def phases(self) -> Phases:
         """Forward gives (out, saved)."""
+        return self._reading(None)
+
+    def _alone(self, passes: Passes, saved: Any) -> Phases:
+        return self._reading(passes)
+
+    def _reading(self, passes: Passes | None) -> Phases:
         run, shard = self.run, self.shard
-        phases: dict[str, Callable[[Any], Any]] = {"forward": lambda _: run.read(shard.q, shard.sink)}
-        return phases
+        return {"forward": lambda _: run.read(shard.q, shard.sink, passes)}
 
     def timeline(self) -> list[list[float]] | None:
         """None where kernels read the cache, of which a run's own timeline knows nothing."""
@@ -207,7 +192,7 @@ class ServingSession(AttentionSession):
         counted.metrics["serving/cache_bytes_per_token"] = sum(bytes_read) / tokens
         if "forward" in counted.bytes_sent:
             counted.metrics["serving/bytes_sent_per_token"] = counted.bytes_sent["forward"] / tokens
-        counted.notes["cache"] = f"{self._serving.kind}: " + (
+        counted.notes["cache"] = f"{self._kind}: " + (
             "read where it lies" if self.run.copies is None else f"copied out in each pass: {self.run.copies}"
         )
         return counted

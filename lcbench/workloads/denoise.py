@@ -17,7 +17,7 @@ from lcbench.cp.base import Strategy
 from lcbench.cp.steps import STEADY, OverSteps
 from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
-from lcbench.problem import PLAIN, Problem
+from lcbench.problem import Problem
 from lcbench.workloads.base import Work, Workload
 from lcbench.workloads.parts import Attend, Made, Share
 
@@ -41,8 +41,7 @@ class Denoise(Workload):
     def __post_init__(self) -> None:
         for name, value in (("steps", self.steps), ("layers", self.layers)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                said = "all" if value is None else value
-                raise ValueError(f"workload.{name}={said} is no number of at least 1")
+                raise ValueError(f"workload.{name}={value} is no number of at least 1")
         if not 0 <= self.drift <= 1:
             raise ValueError(f"workload.drift={self.drift} is no share, 0 to 1")
 
@@ -55,7 +54,7 @@ class Denoise(Workload):
             return (
                 f"heads={problem.heads}: a layer's result is added to what its queries come from, so that both have one dimension"
             )
-        if problem.softmax.sink or problem.softmax.softcap != PLAIN.softcap:
+        if problem.softmax.sink or problem.softmax.softcap:
             return f"softmax={problem.softmax}: no diffusion model has a sink or a softcap"
         if isinstance(strategy, OverSteps):
             return strategy.too_few(self.steps, self.layers, problem)

@@ -25,6 +25,7 @@ from lcbench.cp.steps import InSteps, Kept, Layer, OverSteps, StepRun, View
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.block import BlockMap
 from lcbench.measure.bounds import Check, Judge, of_groups, verdict
+from lcbench.measure.digests import SENT, digest, told
 from lcbench.measure.flops import forward_flops
 from lcbench.measure.inputs import draw_rows
 from lcbench.measure.least import least_traffic
@@ -38,7 +39,6 @@ from lcbench.workloads.base import Work
 from lcbench.workloads.started import Sent, started
 
 BETWEEN = "between layers"
-SENT = 1e-12  # of the sum of sizes: how far sums of the same numbers on two ranks may be apart
 
 
 NOT_BY_TOKENS = "its ranks do not give the results of the tokens that they are given, which the next layer begins with"
@@ -194,7 +194,7 @@ class DenoisingSession(Session):
             assert latent is not None
             self._same(kept, "what it passes on", kept.after, latent[len(latent) - len(kept.after) :])
         self._chain()
-        self._digest = [_digest(x) for x in self._first]
+        self._digest = [digest(x) for x in self._first]
         self._first, self._kept = [], []
 
     def _of_rows(self, kept: Kept, x: torch.Tensor) -> torch.Tensor:
@@ -251,12 +251,12 @@ class DenoisingSession(Session):
     def _as_sent(self, kept: Kept, what: str, got: torch.Tensor, sent: list[float]) -> None:
         """The same of what another rank has, which told a number of it per head."""
         want = torch.tensor(sent, dtype=torch.float64)
-        self._same(kept, what, torch.tensor(_told(got), dtype=torch.float64), want, SENT * float(got.double().abs().sum()))
+        self._same(kept, what, torch.tensor(told(got), dtype=torch.float64), want, SENT * float(got.double().abs().sum()))
 
     def _chain(self) -> None:
         """What every rank begins with, against what the rank or the step before it gave."""
         run, results = self.run, self._first
-        own = {(kept.step, kept.part): _told(kept.after) for kept in self._kept}
+        own = {(kept.step, kept.part): told(kept.after) for kept in self._kept}
         ends = {run.layers.stop: own}
         if not run.together:
             ends = dict(self._gang.ranks.all_gather_object((run.layers.stop, own)))
@@ -287,7 +287,7 @@ class DenoisingSession(Session):
             # Sums in another order end up elsewhere, and every layer's queries come from those of the layers before.
             unit = (16 if half else 4) * self._started.bounds.unit * (step + 1) * self._layers
             bound = unit * (norm + 16 * (square / count).sqrt() * (2.0**-10 if half else 1.0))
-            self.judge.elements(part, "latent", _digest(x), sign * first, bound, self.run.tokens)
+            self.judge.elements(part, "latent", digest(x), sign * first, bound, self.run.tokens)
 
     def check(self) -> Check:
         whole = len(self._rows) == self._mask.num_q
@@ -341,16 +341,3 @@ def _places(order: Ints, tokens: Ints) -> torch.Tensor:
     """Where tokens are among others that hold them, in any order."""
     sorting = np.argsort(order, kind="stable")
     return torch.from_numpy(sorting[np.searchsorted(order[sorting], tokens)])
-
-
-def _digest(x: torch.Tensor) -> torch.Tensor:
-    """A number per token and head of x (T, H, D), float64 (T, H): elements with signs of their own, added up."""
-    signs = torch.from_numpy(np.random.default_rng(x.shape[-1]).choice([-1.0, 1.0], x.shape[-1])).to(x.device)
-    return x.double() @ signs
-
-
-def _told(x: torch.Tensor) -> list[float]:
-    """A number per head of x (T, H, D), in which every element has a weight of its own."""
-    weights = torch.from_numpy(np.random.default_rng(len(x)).uniform(0.5, 1.0, len(x))).to(x.device)
-    found: list[float] = (weights @ _digest(x)).tolist()
-    return found

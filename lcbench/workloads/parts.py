@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from lcbench.kernels.cache import CacheKind
 from lcbench.problem import ALONE, Mesh, Problem
 
 
@@ -80,7 +81,14 @@ class ToHost:
     bytes: float
 
 
-Part = Attend | Compute | Exchange | ToHost
+@dataclass(frozen=True)
+class Copied:
+    """Bytes that copies on the device read and write, one after the other with all else."""
+
+    bytes: float
+
+
+Part = Attend | Compute | Exchange | ToHost | Copied
 REDUCED, GATHERED = ("reduce_scatter", "all_gather"), ("all_gather",)
 
 
@@ -96,6 +104,9 @@ class Share:
         buffers: bytes of each of its strategy's buffers that are kept from forward to backward.
         fused: whether a norm is one kernel, as on CUDA.
         hides: bytes that it can copy to the host's memory while it does some parts.
+        keys: tokens whose keys and values it holds, and ``kv_heads``: of how many heads; None: its even share, of all heads.
+        replicas: ranks that hold each key.
+        copies: whether a cache of some kind is copied out before it is computed on, since no kernel of this cell reads it.
     """
 
     problem: Problem
@@ -105,6 +116,17 @@ class Share:
     buffers: Sequence[int] = ()
     fused: bool = True
     hides: Callable[[Sequence[Part]], float] = lambda _: 0.0
+    keys: int | None = None
+    kv_heads: int | None = None
+    replicas: int = 1
+    copies: Callable[[CacheKind], bool] = lambda _: True
+
+    @property
+    def cached(self) -> float:
+        """Numbers of the keys and values that it holds."""
+        problem = self.problem
+        keys = problem.seqlen / problem.scale.world_size if self.keys is None else self.keys
+        return keys * (self.kv_heads or problem.heads.kv) * problem.heads.kv_width
 
 
 @dataclass(frozen=True)
@@ -130,11 +152,15 @@ class Made:
         phases: in their order, by name.
         room: beside the attention; None: there is nothing else.
         metrics: by keys of ``measure.metrics``, as sessions count them.
+        key_bytes: of a number of keys and values as kernels read it; 0: as inputs have it.
+        held: bytes that are held beside inputs while the attention is under way; of what has a ``room``, none.
     """
 
     phases: dict[str, tuple[Part, ...]]
     room: Room | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    key_bytes: float = 0.0
+    held: float = 0.0
 
     def attends(self, direction: str | None = None, *, again: bool = True) -> float:
         """Passes of the attention in one direction or in both; ``again``: those that have been done before included."""

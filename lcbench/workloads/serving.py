@@ -15,6 +15,7 @@ from lcbench.kernels.cache import CacheKind
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.workloads.base import Work, Workload
+from lcbench.workloads.parts import Attend, Copied, Made, Share
 
 if TYPE_CHECKING:
     from lcbench.measure.session import Gang, Session
@@ -49,9 +50,34 @@ class Serving(Workload):
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
         if problem.backward:
             return "workload=serving has no backward: write direction=forward"
-        return None
+        return strategy.only_in_a_step()
+
+    def made(self, share: Share, recompute: Any) -> Made:
+        problem, kind, mesh = share.problem, self.kind, share.mesh
+        copies = share.copies(kind)
+        copied = kind.read_bytes(problem.dtype) * share.cached if copies else 0.0
+        stored, tokens = kind.stored_bytes(problem.dtype), float(problem.queries * mesh.dp)
+        every = problem.seqlen * problem.heads.kv * problem.heads.kv_width * share.replicas * mesh.count
+        return Made(
+            {"forward": (*([Copied(copied)] if copied else []), Attend("forward"))},
+            metrics={
+                "serving/new_tokens": tokens,
+                "serving/tokens_per_gpu": tokens / (problem.scale.world_size * mesh.count),
+                "serving/cache_bytes": stored * share.cached,
+                "serving/cache_bytes_per_token": stored * every / tokens,
+            },
+            key_bytes=0.0 if copies else float(stored),
+            held=problem.itemsize * share.cached if copied else 0.0,
+        )
+
+    def input_bytes(self, problem: Problem) -> float:
+        """Of queries, keys and values, and of a cache that is not these."""
+        kind, heads = self.kind, problem.heads
+        apart = kind.page is not None or kind.stored_as(problem.dtype) != problem.dtype
+        cached = problem.seqlen * heads.kv * heads.kv_width / problem.scale.world_size
+        return problem.input_bytes + apart * kind.stored_bytes(problem.dtype) * cached
 
     def start(self, work: Work, draw: int, gang: Gang) -> Session:
         from lcbench.workloads.cached import ServingSession  # with torch, which planning does without
 
-        return ServingSession(self, work, draw, gang)
+        return ServingSession(self.kind, work, draw, gang)

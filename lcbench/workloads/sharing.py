@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lcbench.kernels.base import accumulation_dtype
+from lcbench.schedule.messages import wait_all
 from lcbench.workloads.transformer import Division, Half
 
 BUCKET = 1 << 24  # elements of gradients that are summed in one message: 64 MiB in float32
@@ -206,6 +207,6 @@ def _buckets(flat: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 def _take(bucket: list[torch.Tensor], flat: torch.Tensor, work: dist.Work) -> None:
-    work.wait()
+    wait_all([work])
     for x, summed in zip(bucket, flat.split([len(x) for x in bucket]), strict=True):
         x.copy_(summed)

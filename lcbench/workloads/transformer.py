@@ -8,10 +8,9 @@ Llama's layer: RMSNorm (arXiv 1910.07467), rotary positions by the two halves of
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from lcbench.cp.base import RankRun
 from lcbench.masks.band import Ints
 from lcbench.measure.inputs import seed_of
 from lcbench.workloads.models import Model
+from lcbench.workloads.watch import Watch
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 Give = Callable[[str, torch.Tensor], None]
@@ -246,29 +246,6 @@ class Kept:
     """Results of one attention call, between its first pass and the one that does without computing them."""
 
     results: list[torch.Tensor] | None = None
-
-
-@dataclass
-class Watch:
-    """Begin and end of each pass of attention, ``forward`` or ``backward``."""
-
-    cuda: bool
-    spans: list[tuple[str, Any, Any]] = field(default_factory=list)
-
-    def now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds by phase; on CUDA after the device has done all."""
-        found: dict[str, float] = {}
-        for phase, begun, ended in self.spans:
-            seconds = begun.elapsed_time(ended) / 1e3 if self.cuda else ended - begun
-            found[phase] = found.get(phase, 0.0) + seconds
-        return found
 
 
 class Given:

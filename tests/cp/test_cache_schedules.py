@@ -1,10 +1,8 @@
-"""KV parallelism and prefill context parallelism, every option: on real gloo ranks against dense float64, and bytes by formula.
-
-With their options as conf/cp has them, ``tests/schedule/test_sides.py`` runs them too, backward included.
-"""
+"""KV parallelism and prefill context parallelism, every option: on real gloo ranks against dense float64, and bytes by formula."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -145,3 +143,10 @@ def test_prompts_are_balanced_and_lie_as_decoding_wants_them() -> None:
 def test_bad_options_name_the_value(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_strategy({**load("cp", name), **options})
+
+
+@pytest.mark.parametrize("strategy", [KVP(), PCP()], ids=str)
+def test_what_serves_computes_no_gradients(strategy: Scheduled) -> None:
+    of = Problem(64, Heads(4, 4, 8), Scale(1, 4), "float32", "forward_backward")
+    assert strategy.unsupported(of, causal(64)) == "is for inference and has no backward; direction=forward runs it"
+    assert strategy.unsupported(replace(of, direction="forward"), causal(64)) is None

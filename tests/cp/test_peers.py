@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -11,9 +12,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
+from test_regressions import dense, errors, results, tensors
 
 from lcbench.cp.base import Place
 from lcbench.cp.peers.library import LibraryStrategy, Segments, segments
+from lcbench.cp.peers.torch_cp import ROTATIONS, TorchCP
 from lcbench.grid.build import build_strategy
 from lcbench.grid.command_line import look
 from lcbench.grid.expand import Planned
@@ -106,6 +109,23 @@ def test_a_prediction_does_not_ask_what_is_installed_and_respects_what_a_library
     assert window.skip is not None
     with pytest.raises(CannotPredict, match="only"):
         h100.predict(window.cell)
+
+
+def check_values_of_another_dimension(rank: int, ranks: int) -> None:
+    problem = Problem(64, Heads(4, 2, 24, 16), Scale(1, ranks), "float64", "forward_backward")
+    inputs, groups = tensors(problem), Groups()
+    for rotate, mask in product(ROTATIONS, (causal(64), full(64))):
+        peer = TorchCP(rotate=rotate)  # type: ignore[arg-type]
+        assert peer.unsupported(problem, mask) is None
+        run = peer.start(problem, mask, SDPAFlash(), Place(rank, torch.device("cpu"), groups))
+        found = errors(results(run, run.tokens, inputs), dense(problem, mask, inputs), run.tokens)
+        assert max(found.values()) <= 1e-12, (rotate, found)
+
+
+@pytest.mark.gloo
+def test_torch_runs_values_of_another_dimension_on_a_kernel_that_adds_zeros() -> None:
+    """On CPU ``sdpa_flash`` knows one head dim, so the peer has to prepare it as all strategies do."""
+    run_ranks(2, check_values_of_another_dimension, 2)
 
 
 class DotProductAttention(torch.nn.Module):

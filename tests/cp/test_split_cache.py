@@ -226,6 +226,11 @@ def check_caches(rank: int, ranks: int) -> None:
                 got, again = run.forward_cache(q, cache, sink)
                 near(f"{strategy} {kernel} {page}", got, want)
                 near(f"{strategy} {kernel} {page}", run.lse(again), run.lse(saved))
+                sent = run.counters().bytes_sent
+                for bare in (run.replay(compute=compute, communicate=not compute) for compute in (True, False)):
+                    assert bare is not None
+                    bare.forward_cache(q, cache, sink)
+                assert run.counters().bytes_sent == sent > 0
 
 
 def check_the_rest(rank: int, ranks: int) -> None:
@@ -301,7 +306,7 @@ EIGHT = Problem(64, Heads(8, 2, 8), Scale(1, 4), "float64", "forward")
         (
             Helix(),
             replace(EIGHT, direction="forward_backward"),
-            "computes no gradients, since it serves: direction=forward_backward",
+            "is for inference and has no backward; direction=forward runs it",
         ),
     ],
 )

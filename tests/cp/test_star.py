@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from lcbench.cp.base import Place
 from lcbench.cp.star import Star
 from lcbench.kernels.base import Gradients, Kernel, OutLse, Platform, Prepared, Saved
-from lcbench.kernels.reference import Reference
+from lcbench.kernels.cache import Cache, CacheKind
+from lcbench.kernels.reference import PreparedReference, Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import OPEN, Band, BandMask
 from lcbench.masks.block_random import block_random
@@ -189,6 +190,49 @@ def _elsewhere(problem: Problem) -> int:
     return problem.scale.world_size - problem.scale.gpus_per_node
 
 
+@dataclass(frozen=True)
+class OfCache(Reference):
+    """The reference on what a cache holds, as a kernel that reads it where it lies."""
+
+    def reads(self, kind: CacheKind, problem: Problem, platform: Platform) -> str | None:
+        return None if kind.storage == "input" else "of another type"
+
+    def prepare(self, mask: Any, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
+        return OfCacheCall(mask)
+
+
+class OfCacheCall(PreparedReference):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
+        raise AssertionError("there is a cache")
+
+    def forward_cache(self, q: torch.Tensor, cache: Cache, *, softmax_scale: float) -> OutLse:
+        return PreparedReference.forward(self, q, *cache.read(), softmax_scale=softmax_scale)
+
+
+def caches(rank: int, problem: Problem, groups: Groups) -> None:
+    """Pages are read where they lie by a kernel that can; a copy of them by others, and where there are prompts."""
+    for name in ("chunks", "mixed"):
+        batch = BATCHES[name]
+        problem = replace(problem, seqlen=batch.tokens, batch=batch)
+        q, k, v, _ = tensors(problem)
+        for kernel in (Reference(), OfCache()):
+            run = Star().start(problem, batch_mask(batch), kernel, Place(rank, CPU, groups))
+            q_own, k_own, v_own = q[run.held.q.tokens], k[run.held.kv.tokens], v[run.held.kv.tokens]
+            kind = CacheKind(page=4)
+            native = name == "chunks" and isinstance(kernel, OfCache)
+            assert (run.reads(kind) is None) == native, (name, kernel)
+            assert run.reads(CacheKind(storage="bfloat16")) is not None
+            if name == "mixed" and isinstance(kernel, OfCache):
+                continue  # without a cache it has nothing to read
+            lengths = np.bincount(np.searchsorted(batch.k_bounds, run.held.kv.tokens, side="right") - 1, minlength=len(batch))
+            cache = Cache.of(k_own, v_own, tuple(lengths.tolist()), kind)
+            out, saved = run.forward_cache(q_own, cache)
+            plain = Star().start(problem, batch_mask(batch), Reference(), Place(rank, CPU, groups))
+            want, lse = plain.forward(q_own, k_own, v_own)
+            assert torch.equal(out, want), (name, kernel)
+            assert torch.equal(run.lse(saved), plain.lse(lse)), (name, kernel)
+
+
 def everything(rank: int, ranks: int) -> None:
     groups = Groups()
     scale = Scale(2, ranks // 2) if ranks % 2 == 0 else Scale(1, ranks)
@@ -206,6 +250,7 @@ def everything(rank: int, ranks: int) -> None:
         for star in (Star(), Star(3)):
             check(rank, problem, mask, star, Reference(), groups, f"{name} {star} P={ranks}")
     flash(rank, replace(problem, dtype="float32"), groups)
+    caches(rank, problem, groups)
 
 
 def flash(rank: int, problem: Problem, groups: Groups) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from lcbench.advice.frameworks.base import Cannot, exported
 from lcbench.advice.sizing import break_even
 from lcbench.cp.peers.library import LibraryStrategy, refused_problem
+from lcbench.grid.axes import CELL_GROUPS, value_of
 from lcbench.grid.build import build_strategy, cell_mask
 from lcbench.grid.cell import Cell, flat_config
 from lcbench.grid.command_line import look
@@ -21,8 +23,9 @@ from lcbench.grid.expand import mask_of, pairs
 from lcbench.grid.search import at
 from lcbench.grid.values import MOST_NUMBER, parse_batch, parse_heads, parse_softmax
 from lcbench.masks.band import BandMask
-from lcbench.predict.predictor import CannotPredict, Predictor
+from lcbench.predict.predictor import Predictor
 from lcbench.problem import PLAIN, Batch, Heads, Mesh, Problem, Requests, Scale, Softmax
+from lcbench.report.page import _about
 from lcbench.runs.passes import exchanged_bytes, flops, passes_on
 from lcbench.testing.masks import load, names
 
@@ -305,14 +308,13 @@ def test_what_frameworks_are_not_told_is_refused(word: str, says: str) -> None:
 # -- what is computed from sizes -----------------------------------------------------------------------------------------
 
 
-def test_keys_without_queries_are_not_predicted_and_have_an_estimate() -> None:
+def test_keys_without_queries_are_predicted_and_estimated_alike() -> None:
     (served, whole) = cells("batch=16q1s4k,16q4k", "cp=none", "scale=1x1")
     predictor = Predictor.of("h100")
-    with pytest.raises(CannotPredict, match="batch=16q1s4k has keys without queries"):
-        predictor.predict(served)
-    assert predictor.predict(whole, memory=False).seconds > 0
+    times = [predictor.predict(cell, memory=False).seconds for cell in (served, whole)]
+    assert 0 < times[0] < times[1]
     expected = passes_on(None).of(served)
-    assert expected.basis.startswith("FLOPs and bytes: batch=16q1s4k has keys without queries")
+    assert expected.simulated
     assert expected.flops == 4 * 64 * 8 * 16 * 4096
     assert 0 < expected.seconds < passes_on(None).of(whole).seconds
 
@@ -336,3 +338,21 @@ def test_bounds_of_a_batch_add_up() -> None:
     assert np.diff(batch.q_bounds).tolist() == [2048, 2048] + [1] * 32
     assert (batch.q_bounds[-1], batch.k_bounds[-1]) == (batch.queries, batch.tokens)
     assert batch.plane == int((batch.new * batch.total).sum())
+
+
+def test_a_page_tells_the_batch_that_all_cells_have() -> None:
+    def about(*words: str) -> str:
+        rows = [
+            {
+                **flat_config(cell),
+                "mesh": value_of(cell.config, "mesh"),
+                **{f"what_{g}": value_of(cell.config, g) for g in CELL_GROUPS},
+            }
+            for cell in cells(*words)
+        ]
+        return _about(pd.DataFrame(rows), {})[0]
+
+    served = about("batch=4q1s64", "cp=ring,ulysses", "softmax=sink", "mesh.dp=2")
+    assert served.endswith("heads 8x4x64, batch 4q1s64, mesh dp=2, softmax sink")
+    assert "batch" not in about("batch=4q1s64,8q1s64")
+    assert about("seqlen=4k").endswith("heads 8x4x64")

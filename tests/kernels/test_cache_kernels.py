@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain, product
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from lcbench.masks.band import Band, BandMask
 from lcbench.masks.block_random import block_random
 from lcbench.problem import Batch, Heads, Problem, Requests, Scale, Softmax
 from lcbench.testing.dense import dense_mask
-from lcbench.testing.fake_libraries import flash_attn2_cache, flash_attn3_cache, flash_attn4_cache, flashinfer_cache
+from lcbench.testing.fake_libraries import cudnn, flash_attn2_cache, flash_attn3_cache, flash_attn4_cache, flashinfer_cache
 from lcbench.testing.masks import load, names
 
 Tensor = torch.Tensor
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 FAR = 1 << 20
 LIBRARIES: dict[str, Callable[[], dict[str, ModuleType]]] = {
     "flash_attn2_cache": flash_attn2_cache.modules, "flash_attn3_cache": flash_attn3_cache.modules,
-    "flash_attn4_cache": flash_attn4_cache.modules, "flashinfer_cache": flashinfer_cache.modules,
+    "flash_attn4_cache": flash_attn4_cache.modules, "flashinfer_cache": flashinfer_cache.modules, "cudnn_paged": cudnn.modules,
 }  # fmt: skip
 # (new, total) of each request: a token, a first token, a chunk, a whole prompt, and tokens alone in their last page.
 MIXED = ((1, 40), (1, 1), (3, 37), (5, 5), (2, 17))
@@ -158,6 +158,9 @@ def test_a_bound_between_full_and_causal_runs_on_ours_and_is_refused_by_librarie
 def install(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for module, standin in LIBRARIES.get(name, dict)().items():
         monkeypatch.setitem(sys.modules, module, standin)
+    if name == "cudnn_paged":
+        monkeypatch.setattr("lcbench.kernels.cudnn._handles", [])
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
@@ -176,8 +179,9 @@ def test_a_library_reads_the_caches_that_it_says(name: str, monkeypatch: pytest.
         lengths = tuple(batch.total.tolist())
         check(kernel, mask, lengths, heads, kind, torch.bfloat16, 0.03, stale=400.0)
         if storage != "bfloat16":  # of float64 inputs no library reads it
-            check(kernel, mask, lengths, heads, kind, stale=400.0, softcap=0.0 if heads.latent else 2.0)
-    assert read == {"flash_attn2_cache": 8, "flash_attn3_cache": 30, "flash_attn4_cache": 24, "flashinfer_cache": 33}[name]
+            check(kernel, mask, lengths, heads, kind, stale=400.0, softcap=2.0 if kernel.softcaps and not heads.latent else 0.0)
+    want = {"flash_attn2_cache": 8, "flash_attn3_cache": 30, "flash_attn4_cache": 24, "flashinfer_cache": 33, "cudnn_paged": 24}
+    assert read == want[name]
 
 
 def test_flash_attn2_copies_contiguous_requests_of_unequal_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +196,8 @@ def test_flash_attn2_copies_contiguous_requests_of_unequal_length(monkeypatch: p
     ("flash_attn2_cache", CacheKind(256, "float8"), "reads caches of the queries' type, bfloat16, not float8_e4m3fn"),
     ("flash_attn3_cache", CacheKind(16, "float8"), "reads float8 keys with float8 queries only"),
     ("flash_attn4_cache", CacheKind(16, "float8"), "reads caches of the queries' type"),
+    ("cudnn_paged", CacheKind(48), "takes pages of a power of two of tokens, not of 48"),
+    ("cudnn_paged", CacheKind(16, "float8"), "reads float8 keys with float8 queries only"),
 ])  # fmt: skip
 def test_what_a_library_does_not_read_it_says(name: str, kind: CacheKind, reason: str) -> None:
     batch = Batch(tuple(Requests(1, new, total) for new, total in MIXED))
@@ -223,12 +229,69 @@ def test_what_cannot_run_is_refused_with_the_reason(name: str, monkeypatch: pyte
         prepared.forward_cache(q, cache, softmax_scale=-1.0)
 
 
+def test_cudnn_packs_rows_only_where_requests_have_unequally_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of equally many rows are a plain batch, whose LSE lies by heads: a packed one of single rows is left out."""
+    install(monkeypatch, "cudnn_paged")
+    packed: list[bool] = []
+
+    class Watched(cudnn.pygraph):
+        def validate(self) -> None:
+            super().validate()
+            packed.append(self.inputs[0].offset is not None)
+
+    monkeypatch.setattr(sys.modules["cudnn"], "pygraph", Watched)
+    for requests in (MIXED, DECODE, ALIKE):
+        mask, lengths = requests_mask(requests), tuple(total for _, total in requests)
+        check(kernel_of("cudnn_paged"), mask, lengths, Heads(6, 2, 16), CacheKind(8))
+    assert packed == [True, False, False]
+
+
+def test_cudnn_graphs_have_the_cache_that_they_were_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contiguous caches have no table to tell them apart: another number of tokens, or other strides, is another graph."""
+    install(monkeypatch, "cudnn_paged")
+    heads, mask = Heads(4, 2, 16), requests_mask(((2, 12),))
+    prepared = kernel_of("cudnn_paged").prepare(mask, heads, torch.float64, CPU)
+    q = torch.randn(2, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kv = random_kv(20, heads, torch.float64)
+    beside = torch.stack(kv, 2).unbind(2)
+    for (k, v), lengths in ((kv, (12, 8)), ((kv[0][:12], kv[1][:12]), (12,)), (beside, (12, 8))):
+        for scale in (0.25, 0.5):
+            out, lse = prepared.forward_cache(q, Cache.of(k, v, lengths), softmax_scale=scale)
+            want, want_lse = dense(q, k[:12], v[:12], mask, scale)
+            assert (out - want).abs().max() <= 1e-12
+            assert (lse - want_lse).abs().max() <= 1e-12
+
+
+def test_cudnn_that_is_known_to_be_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "cudnn_paged")
+    kernel, heads = kernel_of("cudnn_paged"), Heads(8, 2, 64)
+
+    def version(number: int) -> None:
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
+
+    version(91002)
+    assert kernel.missing() == "cuDNN's paged attention has limits and bugs in cuDNN 9.10.2; 9.11.0 and later run"
+    version(91100)
+    assert kernel.missing() is None
+    monkeypatch.setattr(torch, "from_numpy", lambda x: SimpleNamespace(to=lambda _: x))  # there is no such device here
+    for capability, number, requests in product([(9, 0), (10, 0)], [91800, 91900, 92501, 92600], [DECODE, MIXED]):
+        version(number)
+        monkeypatch.setattr(Platform, "of", lambda _, found=capability: Platform("cuda", found))
+        mask, wrong = requests_mask(requests), capability == (10, 0) and 91900 <= number < 92600 and requests == DECODE
+        if wrong:
+            with pytest.raises(Unsupported, match=r"computes single rows wrongly on this device, as all from 9\.19\.0 on"):
+                kernel.prepare(mask, heads, torch.bfloat16, torch.device("cuda"))
+        else:
+            kernel.prepare(mask, heads, torch.bfloat16, torch.device("cuda"))
+
+
 def test_heads_that_libraries_do_not_have_are_refused() -> None:
     problem = Problem(64, LATENT, Scale(1, 1), "bfloat16", "forward")
     causal = BandMask.of(64, 64, [Band(0, 64, 0, 64, -FAR, 0)])
     for name, runs in (
         ("flash_attn2_cache", False),
         ("flash_attn4_cache", False),
+        ("cudnn_paged", False),
         ("flash_attn3_cache", True),
         ("flashinfer_cache", True),
     ):

@@ -407,7 +407,7 @@ class Uncounted(Faulty):
     def _post(self, step: RankStep, turn: int, kinds: Collection[str] = PAYLOADS) -> None:
         before = self.bytes_sent
         super()._post(step, turn, kinds)
-        self.bytes_sent = before + (self.bytes_sent - before) // 3
+        self._sending.bytes_sent = before + (self.bytes_sent - before) // 3
 
 
 # -- merges that are wrong ---------------------------------------------------------------------------------------------

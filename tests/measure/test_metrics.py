@@ -16,6 +16,7 @@ from lcbench.measure.metrics import METRICS, metric_of, table
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.workloads.base import Work
 from lcbench.workloads.block import Block
+from lcbench.workloads.chunked_prefill import ChunkedPrefill
 from lcbench.workloads.denoise import Denoise
 from lcbench.workloads.models import Model
 from lcbench.workloads.recompute.token_wise import TokenWise
@@ -44,16 +45,26 @@ def of_denoising() -> set[str]:
     return {metric_of(key).key for key in found.metrics}
 
 
+def of_chunks() -> set[str]:
+    """Keys of a prompt in chunks, which has those of a cache too."""
+    problem = Problem(64, Heads(4, 2, 8), Scale(1, 1), "float32", "forward")
+    work = Work(ChunkedPrefill(chunk=24), problem, lambda _: causal(64), SDPAFlash(), Local(), SETTINGS, 5)
+    found = measure_cell(work, GANG, lambda _: None)
+    assert found.stands, found.check
+    return {metric_of(key).key for key in found.metrics}
+
+
 @pytest.mark.slow
 def test_every_key_of_a_cell_is_in_the_table_and_every_key_of_that_in_some_cell(tmp_path: Path) -> None:
-    of_steps = of_a_step() | of_denoising()
+    of_steps = of_a_step() | of_denoising() | of_chunks()
     for draws in (1, 2):
         first = measured("causal_document", 150, "float32", tmp_path, draws=draws)
         metrics, _ = with_block(first.metrics, first.samples, first)
         found = {metric_of(key).key for key in metrics}
         # What is in the table and not here needs several ranks, several groups of them, or several draws.
         absent = {metric.key for metric in METRICS} - found - of_steps
-        assert {key.split("/")[0] for key in absent} == {"overlap", "mesh", *(["draws"] if draws == 1 else [])}
+        assert {key for key in absent if key.startswith("chunk/")} == {"chunk/bubble", "chunk/least_bubble"}
+        assert {key.split("/")[0] for key in absent} == {"overlap", "mesh", "chunk", *(["draws"] if draws == 1 else [])}
         samples = {"draw_area", "draw_forward_median_s", "draw_backward_median_s", "draw_total_median_s"}
         assert {key for key in first.samples if key.startswith("draw_")} == (samples if draws > 1 else set())
 

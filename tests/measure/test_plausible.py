@@ -12,6 +12,7 @@ import torch
 from lcbench.cp.allgather import AllGather
 from lcbench.cp.base import Scheduled
 from lcbench.cp.ring import Ring
+from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.grid.build import build_strategy
 from lcbench.kernels.base import Saved
@@ -26,7 +27,9 @@ from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.adjoint import traffic
 from lcbench.schedule.schedule import Schedule
 from lcbench.testing.dense import dense_heads
-from lcbench.testing.masks import load, names, small
+from lcbench.testing.masks import load, names, small, trained_by
+from tests.measure.sides import BATCHES, SHAPES, causal_mask
+from tests.measure.sides import problem as of_batch
 
 HEADS = [Heads(8, 8, 16), Heads(8, 2, 16), Heads(24, 1, 8), Heads(70, 35, 8)]
 
@@ -53,7 +56,7 @@ def bounds(schedule: Schedule, mask: Mask, problem: Problem) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("name", [n for n in names("cp") if isinstance(build_strategy(load("cp", n)), Scheduled)])
+@pytest.mark.parametrize("name", trained_by())
 def test_every_strategy_moves_what_a_mask_needs_at_least(name: str, tmp_path: Path) -> None:
     strategy, seqlen = build_strategy(load("cp", name)), 83
     assert isinstance(strategy, Scheduled)
@@ -87,6 +90,26 @@ def test_the_bound_is_not_far_below(strategy: Scheduled) -> None:
     schedule = strategy.schedule(problem, full(256))
     sent, received = crossing(schedule, problem, backward=False)
     assert (sent + received == 2 * np.array(bounds(schedule, full(256), problem))).all()
+
+
+@pytest.mark.parametrize("strategy", [Ring("zigzag"), Ring("striped"), AllGather(), TokenRing()], ids=str)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_the_bound_holds_on_two_sides(strategy: Scheduled, batch: str) -> None:
+    """Few queries are sent to many keys, and values may be shorter than keys or in them."""
+    tried = 0
+    for ranks in (2, 3, 4):
+        for shape in SHAPES:
+            problem, mask = of_batch(BATCHES[batch], shape, "bfloat16", ranks=ranks), causal_mask(BATCHES[batch])
+            if strategy.unsupported(problem, mask):
+                continue
+            schedule = strategy.schedule(problem, mask)
+            least = bounds(schedule, mask, problem)
+            assert any(least)
+            for backward in (False, True):
+                sent, received = crossing(schedule, problem, backward=backward)
+                assert (sent + received >= np.array(least) * (1 - 1e-12)).all(), (ranks, shape, backward)
+            tried += 1
+    assert tried == 3 * len(SHAPES)
 
 
 def test_no_remote_pair_needs_no_byte() -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from lcbench.cp.apb import APB
 from lcbench.cp.base import Place, RankRun, Strategy
 from lcbench.cp.dcp import DCP
 from lcbench.cp.helix import Helix
 from lcbench.cp.ring import Ring
+from lcbench.cp.selectors.key_norm import KeyNorm
 from lcbench.cp.star import Star
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.merge import merge_into
@@ -42,6 +44,8 @@ SOUND: list[tuple[Strategy, Batch, str, str, str]] = [
     (Helix(), BATCHES["mixed"], "softcap", "float64", "forward"),
     (Star(anchor=8), PROMPTS, "GQA, sink", "float64", "forward"),
     (Star(anchor=4), PROMPTS, "latent", "float32", "forward"),
+    (APB(anchor=4, passing=3), PROMPTS, "GQA, sink", "float64", "forward"),
+    (APB(anchor=4, passing=3, selector=KeyNorm()), PROMPTS, "latent", "bfloat16", "forward"),
 ]
 
 
@@ -102,8 +106,8 @@ def sound(rank: int) -> None:
         found = measured(rank, *case)
         assert refused(found) is None, (case, refused(found))
         assert found.unavailable is None, case
-        assert ("check/distance" in found.metrics) == isinstance(case[0], Star), case
-        if isinstance(case[0], Star):
+        assert ("check/distance" in found.metrics) == isinstance(case[0], Star | APB), case
+        if isinstance(case[0], Star | APB):
             assert 0.01 < found.metrics["check/distance"] < 2, found.metrics["check/distance"]
         assert found.check is not None
         assert found.check.whole

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ from lcbench.grid.build import made_of
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.measure.metrics import metric_of
+from lcbench.predict.cells import cell_times
 from lcbench.predict.composed import rank_cores
 from lcbench.predict.fit import error_key, fit
 from lcbench.predict.machines import machine_of
 from lcbench.predict.observations import CellTime
-from lcbench.predict.predictor import NO_DENSE, Prediction, Predictor
+from lcbench.predict.predictor import NO_DENSE, CannotPredict, Prediction, Predictor
 from lcbench.problem import Mesh, Scale
 from lcbench.workloads.models import Model
 from lcbench.workloads.parts import Attend, Compute, Exchange, Share, ToHost
@@ -34,6 +37,27 @@ def cell_of(*words: str) -> Cell:
     (planned,) = look([*(word for word in STEP if word.partition("=")[0] not in named), *words]).cells
     assert planned.skip is None, planned.skip
     return planned.cell
+
+
+UNFORESEEN = {
+    ("workload.vision=0.25",): "workload.vision=0.25 moves images between ranks (reshard, reshard_backward), which",
+    ("cp=ulysses", "cp.async_projections=true", "scale=1x8"): "exchanges q, k and v one by one while a layer projects them",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", UNFORESEEN)
+def test_what_no_prediction_knows_of_is_neither_predicted_nor_fitted_on(words: tuple[str, ...]) -> None:
+    cell = cell_of(*words)
+    plain = cell_of(*(word for word in words if not word.endswith(("true", "0.25"))))
+    with pytest.raises(CannotPredict, match=re.escape(UNFORESEEN[words])):
+        Predictor(H100).predict(cell)
+    assert Predictor(H100).predict(plain, memory=False).seconds > 0
+    device = {"device": "NVIDIA H100 80GB HBM3", "cuda": True}
+    good = SimpleNamespace(status="ok", no_speed="", metrics={"time/forward/median_s": 1.0}, samples={}, provenance=device)
+    (time,) = cell_times([(cell, [good]), (plain, [good])], H100, "here")
+    assert time.cell == plain
+    with pytest.raises(ValueError, match="here: no cell has a good result with a time"):
+        cell_times([(cell, [good])], H100, "here")
 
 
 def predicted(*words: str) -> Prediction:

@@ -81,6 +81,8 @@ def made_sweep(
         config, problem = cell.config, cell.problem
         ranks, work = problem.scale.world_size, pairs(cell)
         flops = {"forward": forward_flops(work, problem.heads), "backward": backward_flops(work, problem.heads)}
+        if not problem.backward:
+            del flops["backward"]
         step = _Step.of(cell, flops)
         flops = step.flops if step else flops
         rate = _rate(cell)
@@ -116,6 +118,9 @@ def made_sweep(
             metrics["check/distance"] = distance
         if step:
             metrics |= step.metrics(peak_of(cell))
+            metrics |= derived(metrics)
+        if problem.batch is not None:
+            metrics |= _served(cell)
             metrics |= derived(metrics)
         for phase in flops if ranks > 1 and not step else ():
             metrics[f"overlap/{phase}/compute_s"] = 0.8 * metrics[f"time/{phase}/median_s"]
@@ -208,6 +213,43 @@ def steps_sweep(root: Path, name: str = "steps", *, begun: float | None = None) 
         root, name, [*STEPS], run_to_run=0.004, begun=begun, peak_of=peak,
         failure_of=lambda cell: MEMORY_FAILURE if peak(cell) > _FULL else None,
         factor_of=lambda cell: _rate(cell) / 550 * slower[cell.config["cp"]["name"]],
+    )  # fmt: skip
+
+
+SERVING = (
+    "workload=serving", "cp=none,ring,kvp,dcp,pcp", "kernel=flash_attn3", "mask=causal", "heads=64x8x128", "direction=forward",
+    "site=plain", "batch=32q1s8k,32q1s32k,32q1s128k,q8k,q32k,q128k,q2k_32q1s8k",
+)  # fmt: skip
+_WAITED = {"none": 8e-6, "ring": 3e-4, "kvp": 6e-5, "dcp": 5e-5, "pcp": 1e-4}  # seconds of a pass whatever it computes
+
+
+def _served(cell: Cell) -> dict[str, float]:
+    """What a serving session counts, by the formulas of the strategies' own modules."""
+    problem, heads, ranks = cell.problem, cell.problem.heads, cell.problem.scale.world_size
+    tokens, cache = float(problem.queries), 2.0 * problem.seqlen * heads.kv * heads.kv_width
+    name = cell.config["cp"]["name"]
+    returned = heads.q * (2 * heads.dim + 4 * heads.v + 4)
+    sent = {"none": 0.0, "kvp": returned * (ranks - 1) / ranks, "dcp": returned * (ranks - 1) / ranks / 2}
+    bytes_sent = sent.get(name, (ranks - 1) / ranks * cache / tokens)
+    return {
+        "serving/new_tokens": tokens, "serving/tokens_per_gpu": tokens / ranks, "serving/cache_bytes": cache / ranks,
+        "serving/cache_bytes_per_token": cache / tokens, "serving/bytes_sent_per_token": bytes_sent,
+    }  # fmt: skip
+
+
+def serving_sweep(root: Path, name: str = "serving", *, begun: float | None = None) -> Sweep:
+    """Passes of a server as 16 GPUs might give them; the ring does not take the longest contexts of 32 requests."""
+
+    def seconds(cell: Cell) -> float:
+        counted, ranks = _served(cell), cell.problem.scale.world_size
+        computed = forward_flops(pairs(cell), cell.problem.heads) / ranks / 500e12
+        sent = counted["serving/bytes_sent_per_token"] * counted["serving/new_tokens"] / 45e9
+        return _WAITED[cell.config["cp"]["name"]] + max(computed, counted["serving/cache_bytes"] / 2.4e12) + sent
+
+    return made_sweep(
+        root, name, list(SERVING), run_to_run=0.006, begun=begun, failed={"ring flash_attn3 causal 4m": MEMORY_FAILURE},
+        factor_of=lambda cell: seconds(cell) * cell.problem.scale.world_size * _rate(cell) * 1e12
+        / forward_flops(pairs(cell), cell.problem.heads),
     )  # fmt: skip
 
 

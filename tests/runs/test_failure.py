@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from lcbench.runs.attempt import FAILURE_CLASSES
 from lcbench.runs.failure import classify_exception, error_in, first_failure, from_slurm_state, job_words
 from lcbench.runs.files import write_json
-from lcbench.schedule.execute import wait_all
+from lcbench.schedule.messages import wait_all
 
 
 def test_exceptions_are_classified_by_their_innermost_cause() -> None:
@@ -75,7 +75,7 @@ def test_a_hang_names_the_rank_that_waits_for_nobody(tmp_path: Path) -> None:
     )
     stuck = 'Thread 0x1 (most recent call first):\n  File "/x/lcbench/kernels/k.py", line 7 in forward\n'
     receives = (
-        f'Thread 0x1 (most recent call first):\n  File "/x/lcbench/schedule/execute.py", line 2 in {wait_all.__name__}\n'
+        f'Thread 0x1 (most recent call first):\n  File "/x/lcbench/schedule/messages.py", line 2 in {wait_all.__name__}\n'
         '  File "/x/lcbench/schedule/execute.py", line 3 in _moment\n'
     )
     for rank, dump in enumerate((receives, stuck, waits)):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lcbench.cp.base import Scheduled
 from lcbench.cp.hybrid import Hybrid
 from lcbench.cp.ring import Ring
-from lcbench.masks.band import Ints, TokenSpan
+from lcbench.grid.build import build_strategy
+from lcbench.masks.band import BandMask, Ints, TokenSpan
 from lcbench.masks.block import BlockMap
 from lcbench.masks.causal_document import causal_document
 from lcbench.masks.lengths import Uniform
@@ -19,8 +22,10 @@ from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule import block_sums, tiling
 from lcbench.schedule.adjoint import SPARSE, Table
 from lcbench.schedule.block_sums import BlockSums
-from lcbench.schedule.layout import contiguous, striped, zigzag
+from lcbench.schedule.layout import Layout, contiguous, striped, zigzag
+from lcbench.schedule.machine import Tiles
 from lcbench.schedule.schedule import Schedule, Step, head_groups, rows
+from lcbench.testing.masks import load, names, small
 
 HEADS = Heads(2, 2, 4)
 LAYOUTS = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
@@ -108,6 +113,69 @@ def test_tiles_of_many_units_are_the_same_in_stretches(strategy: Hybrid | Ring, 
     assert parts.covered == pytest.approx(whole.covered, rel=1e-12)
 
 
+@pytest.mark.parametrize("name", names())
+def test_tiles_are_the_same_part_by_part(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = Problem(211, Heads(8, 4, 16), Scale(2, 2), "float32", "forward")
+    mask = small(name, of.seqlen, of.heads, tmp_path)
+    if not isinstance(mask, BandMask):
+        pytest.skip("a block map is not summed by bands")
+    built = [build_strategy(load("cp", each)) for each in names("cp")]
+    found = [*(each for each in built if isinstance(each, Scheduled)), Ring("documents"), Hybrid(groups=(1, 3))]
+    schedules = [each.schedule(of, mask) for each in found if not each.unsupported(of, mask)]
+    made: list[list[Tiles]] = []
+    for times in (np.inf, 0):  # never, and always
+        monkeypatch.setattr(tiling, "SCATTERED", times)
+        made.append([tiling.tiling(schedule, mask).tiles for schedule in schedules])
+    monkeypatch.setattr(tiling, "CACHED", 50)
+    made.append([tiling.tiling(schedule, mask).tiles for schedule in schedules])
+    for whole, *others in zip(*made, strict=True):
+        for parts in others:
+            assert parts.pairs.tolist() == whole.pairs.tolist()
+            assert parts.pieces.tolist() == whole.pieces.tolist()
+            assert parts.covered == pytest.approx(whole.covered, rel=1e-12)
+
+
+def test_short_documents_in_many_stretches_are_looked_at_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    added = tiling._Scattered._added
+    monkeypatch.setattr(tiling._Scattered, "_added", lambda self, here, *rest: looked.append(len(here)) or added(self, here, *rest))
+    for lengths, wanted in ((Uniform(1, 20), True), (Uniform(4096, 4096), False)):
+        of = Problem(4096, HEADS, Scale(2, 8), "float32", "forward")
+        mask = causal_document(of.seqlen, seed=(0, 0), lengths=lengths)
+        looked.clear()
+        tiling.tiling(Hybrid().schedule(of, mask), mask)
+        assert bool(looked) is wanted
+        assert sum(looked) <= of.seqlen  # a token of queries each, or some that lie together
+
+
+@given(values=st.lists(st.integers(0, 60), max_size=40), times=st.sampled_from([1, 1000]))
+def test_values_are_ranked_by_place_as_by_sorting(values: list[int], times: int) -> None:
+    every = times * np.array(values, dtype=np.int64)
+    want = np.unique(every, return_inverse=True)
+    assert [each.tolist() for each in tiling._ranked(every)] == [each.tolist() for each in want]
+
+
+@given(shards=st.lists(st.lists(st.integers(1, 5), max_size=4), min_size=1, max_size=6).filter(any))
+def test_a_layout_of_stretches_is_that_of_their_runs(shards: list[list[int]]) -> None:
+    size = np.array([each for runs in shards for each in runs], dtype=np.int64)
+    shard = np.repeat(np.arange(len(shards)), [len(runs) for runs in shards])
+    start = np.cumsum(size)[::-1] - size
+    found = Layout.of_stretches(shard, start, size, len(shards))
+    runs = [
+        tuple(TokenSpan(a, n) for a, n, s in zip(start.tolist(), size.tolist(), shard, strict=True) if s == i)
+        for i in range(len(shards))
+    ]
+    want = Layout(tuple(each or (TokenSpan(0, 0),) for each in runs))
+    assert tuple(found.shards) == want.shards == found.shards[:]
+    assert found.shards[-1] == want.shards[-1]
+    for one, other in zip(found.stretches, want.stretches, strict=True):
+        assert one.tolist() == other.tolist()
+    assert [found.size(i) for i in range(len(found))] == [want.size(i) for i in range(len(want))]
+    assert not found.striped
+    with pytest.raises(IndexError):
+        found.shards[len(shards)]
+
+
 @given(seed=st.integers(0, 1 << 20), count=st.integers(0, 40), times=st.sampled_from([1, SPARSE, 4 * SPARSE]))
 def test_a_table_finds_its_keys_by_place_as_by_search(seed: int, count: int, times: int) -> None:
     space = max(1, count * times)
@@ -132,4 +200,4 @@ def test_a_hybrid_deals_each_document_out_in_zigzag_and_begins_at_another_rank_e
             own = want[sum(groups[:group]) + (place + number) % groups[group]]
             own += [TokenSpan(int(bounds[number]) + run.start, run.size) for run in pieces if run.size]
     assert strategy.unsupported(of, mask) is None
-    assert strategy.schedule(of, mask).q.shards.shards == tuple(map(tuple, want))
+    assert list(map(tuple, strategy.schedule(of, mask).q.shards.shards)) == list(map(tuple, want))

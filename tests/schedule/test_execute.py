@@ -20,7 +20,6 @@ from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
-from lcbench.grid.build import build_strategy
 from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import Band, BandMask, DoesNotFit
@@ -35,7 +34,7 @@ from lcbench.schedule.groups import Groups
 from lcbench.schedule.lowering import OPERATIONS
 from lcbench.schedule.verify import verify
 from lcbench.testing.dense import dense_attention, dense_heads
-from lcbench.testing.masks import load, names, small
+from lcbench.testing.masks import names, small, trained_by
 from lcbench.testing.spawn import run_ranks
 
 BOUND = 1e-12
@@ -58,7 +57,7 @@ def masks(seqlen: int, heads: Heads, folder: Path) -> dict[str, Mask]:
 
 def strategies(world_size: int, heads: Heads) -> tuple[list[Scheduled], list[Scheduled]]:
     """Every strategy of conf/cp as it is there, and, with grouped-query heads, their options."""
-    named = [s for name in names("cp") if isinstance(s := build_strategy(load("cp", name)), Scheduled)]
+    named = list(trained_by().values())
     if heads.q == heads.kv:
         return named, []
     degrees = [u for u in range(2, world_size) if world_size % u == 0]

@@ -79,3 +79,35 @@ def test_a_search_brings_its_rounds_to_the_cluster_and_the_same_command_goes_on(
     again = lcbench("sweep", *words, environment=devcluster)
     assert json.loads(again.stdout)["answers"] == answers
     assert attempts == {cell: len(sweep.attempts(cell)) for cell in sweep.entries()}
+
+
+@pytest.mark.timeout(900)
+def test_serving_on_two_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
+    """A decode step, a prompt and both together, with the cache over both nodes."""
+    done = lcbench(
+        "sweep", "-m", "workload=serving", "cp=kvp,pcp", "batch=4q1s256,q128,q64_4q1s128", "direction=forward", "scale=2x8",
+        "kernel=naive", "mask=causal", "heads=4x2x16", "dtype=float64", "measure.warmup=0", "measure.min_iterations=1",
+        "measure.max_iterations=1", "measure.blocks=1", "sweep=serving", "site=devcluster", "wait=true", "output=json",
+        f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", environment=devcluster,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["status"] for row in json.loads(done.stdout)["cells"]] == ["ok"] * 6
+    sweep = Sweep(tmp_path, "serving")
+    sent = {}
+    for cell_id, entry in sweep.entries().items():
+        (attempt,) = sweep.attempts(cell_id)
+        errors = attempt.checks["errors"]
+        assert {"out", "lse"} <= set(errors)
+        assert max(errors.values()) <= 1e-12
+        assert len(attempt.samples["rank_forward_median_s"]) == 16
+        assert attempt.provenance["slurm_job_id"]
+        metrics = attempt.metrics
+        assert metrics["serving/us_per_token"] == pytest.approx(
+            1e6 * metrics["time/forward/median_s"] / metrics["serving/new_tokens"]
+        )
+        assert metrics["comm/forward/between_nodes_bytes"] > 0
+        sent[attempt.config["cp"]["name"], attempt.config["batch"]] = metrics["serving/bytes_sent_per_token"]
+        assert entry.cell.id == cell_id
+    # Of four decoded tokens ranks 0 to 3 own one each: 15 queries and, for those of others, results of 4 heads in float64.
+    assert sent["kvp", "4q1s256"] == 15 * 4 * 16 * 8 / 4 + 3 * 4 * (16 * 8 + 8) / 4
+    assert sent["pcp", "4q1s256"] == pytest.approx(15 * 4 * 256 / 16 * 2 * 32 * 8 / 4)

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lcbench.cp.base import Scheduled
 from lcbench.grid.build import build, build_strategy
 from lcbench.kernels.reference import Reference
 from lcbench.masks.block_random import block_random
@@ -23,7 +22,7 @@ from lcbench.measure.session import Gang
 from lcbench.problem import Problem, Scale
 from lcbench.schedule.groups import Groups
 from lcbench.testing.dense import dense_heads
-from lcbench.testing.masks import load, names
+from lcbench.testing.masks import load, names, trained_by
 from lcbench.testing.spawn import run_ranks
 from lcbench.workloads.base import Work
 from lcbench.workloads.block import Block
@@ -87,7 +86,7 @@ def recomputes() -> dict[str, Any]:
 
 def check_all(rank: int, ranks: int, folder: Path) -> None:
     groups, ran = Groups(), Counter[str]()
-    strategies = {name: s for name in names("cp") if isinstance(s := build_strategy(load("cp", name)), Scheduled)}
+    strategies = trained_by()
     for model_name, model in MODELS.items():
         for mask_name, mask in masks(model).items():
             want = torch.load(folder / f"{model_name}-{mask_name}.pt")

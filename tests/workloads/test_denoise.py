@@ -15,7 +15,8 @@ import torch
 
 from lcbench.cp.base import Place, Strategy
 from lcbench.cp.displaced import Displaced, DisplacedRun, Stored
-from lcbench.cp.dualparal import DualParal, Flow
+from lcbench.cp.dualparal import DualParal
+from lcbench.cp.dualparal_run import Flow
 from lcbench.cp.ring import Ring
 from lcbench.cp.steps import STEADY, WARMUP, Layer, OverSteps
 from lcbench.grid.build import build_strategy
@@ -147,6 +148,9 @@ def check_runs(rank: int, ranks: int) -> None:
             once = (ranks - 1) * SEQLEN // ranks * 2 * HEADS.kv * HEADS.dim * 8 * LAYERS
             # The last step sends nothing: no step reads it.
             assert sent == {WARMUP: warmup * once, STEADY: (STEPS - warmup - 1) * once}
+            if (silent := run.bare(compute=True, communicate=False)) is not None:
+                silent.advance(range(STEPS), own, [], None)
+            near([run.forward(*own[0][0])[0]], [every[0][0][run.tokens]], f"a layer behind passes without messages {name}")
         for blocks, context in ((6, 0.5), (3, 1.0), (4, 0.0), (1, 0.5))[: 4 if name == "dual_scope" else 1]:
             case = f"dualparal {name} {blocks} {context}"
             want, outs = pipelined_densely(drawn, mask, blocks, context)

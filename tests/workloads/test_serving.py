@@ -4,7 +4,8 @@ fewer bits; what its metrics say.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ import torch.distributed as dist
 
 from lcbench.cp.base import Place, Strategy
 from lcbench.grid.build import build_strategy
-from lcbench.kernels.cache import CacheKind
+from lcbench.kernels.base import Kernel, OutLse, Platform
+from lcbench.kernels.cache import Cache, CacheKind
 from lcbench.kernels.reference import Reference
+from lcbench.masks.mask import Mask
 from lcbench.measure.cell import measure_cell
 from lcbench.measure.ranks import EVERY
 from lcbench.measure.session import Gang
@@ -25,9 +28,11 @@ from lcbench.testing.spawn import run_ranks
 from lcbench.workloads.base import Work
 from lcbench.workloads.cached import CachedRun
 from lcbench.workloads.serving import Serving
+from tests.measure.faults import SETTINGS
 from tests.schedule.test_sides import BATCHES, causal, dense, near
 
 CPU = torch.device("cpu")
+READS_NONE = Reference()
 SHAPES = {
     "MHA": Heads(8, 8, 6),
     "GQA": Heads(8, 2, 6),
@@ -102,16 +107,29 @@ def test_every_strategy_reads_a_cache_as_dense_attention_does(ranks: int) -> Non
     run_ranks(ranks, check, ranks)
 
 
-def cell(rank: int, serving: Serving, name: str, heads: Heads, dtype: str, ranks: int) -> None:
+@dataclass(frozen=True)
+class Reads(Reference):
+    """A kernel that reads any cache."""
+
+    def reads(self, kind: CacheKind, problem: Problem, platform: Platform) -> str | None:
+        return None
+
+    def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Any:
+        prepared = super().prepare(mask, heads, dtype, device)
+
+        def forward_cache(q: torch.Tensor, cache: Cache, **softmax: float) -> OutLse:
+            return prepared.forward(q, *cache.read(), **softmax)
+
+        prepared.forward_cache = forward_cache  # type: ignore[attr-defined]
+        return prepared
+
+
+def cell(rank: int, serving: Serving, name: str, heads: Heads, dtype: str, ranks: int, kernel: Kernel = READS_NONE) -> None:
     """A whole cell, checked, with its metrics."""
     batch = replace(BATCHES["mixed"], groups=(Requests(3, 1, 40), Requests(1, 8, 24)))
     mask, of = causal(batch), Problem(batch.tokens, heads, Scale(1, ranks), dtype, "forward", batch=batch)
-    settings = {
-        "warmup": 1, "min_iterations": 3, "max_iterations": 3, "budget_s": 0.1, "max_noise": 0.5, "overlap": True,
-        "timeline": False, "blocks": 1,
-    }  # fmt: skip
-    work = Work(serving, of, lambda _: mask, Reference(), build_strategy(load("cp", name)), settings, 3)
-    measured = measure_cell(work, Gang(rank, ranks, CPU, Groups()))
+    work = Work(serving, of, lambda _: mask, kernel, build_strategy(load("cp", name)), SETTINGS, 3)
+    measured = measure_cell(work, Gang(rank, ranks, CPU, Groups(), []), lambda _: None)
     case = f"{name} {serving} {heads} {dtype}"
     assert measured.check is not None, case
     assert not measured.check.failures, f"{case}: {measured.check.failures}"
@@ -127,18 +145,48 @@ def cell(rank: int, serving: Serving, name: str, heads: Heads, dtype: str, ranks
     assert metrics["serving/tokens_per_s_per_gpu"] == pytest.approx(batch.queries / seconds / ranks)
     assert metrics["serving/cache_gb_per_s"] == pytest.approx(metrics["serving/cache_bytes"] / seconds / 1e9)
     assert metrics["serving/bytes_sent_per_token"] > 0, case
-    assert "copied out" in measured.notes["cache"], case
+    where_it_lies = isinstance(kernel, Reads) and name != "ring"  # whose keys and values move
+    assert ("read where it lies" in measured.notes["cache"]) == where_it_lies, case
+    assert "overlap/forward/compute_s" in metrics, case
     told = "every row and column" in measured.check.unchecked
     assert told == (stored != size), case
 
 
 def cells(rank: int, ranks: int) -> None:
-    gqa, latent = Heads(4, 2, 16), Heads(4, 1, 24, 16, latent=True)
+    gqa, latent = Heads(4, 1, 16), Heads(4, 1, 24, 16, latent=True)
     cell(rank, Serving(), "kvp", gqa, "float64", ranks)
     cell(rank, Serving(page=16), "helix", gqa, "float64", ranks)
     cell(rank, Serving(page=16, storage="float8"), "dcp", gqa, "float32", ranks)
     cell(rank, Serving(storage="float8"), "kvp", latent, "float32", ranks)
     cell(rank, Serving(page=8, storage="bfloat16"), "ring", gqa, "float32", ranks)
+    for name in ("kvp", "dcp", "star", "ring"):
+        cell(rank, Serving(page=8), name, gqa, "float64", ranks, Reads())
+
+
+@dataclass(frozen=True)
+class ReadsOnOne(Reads):
+    """A kernel that reads caches on the first rank alone."""
+
+    def reads(self, kind: CacheKind, problem: Problem, platform: Platform) -> str | None:
+        return f"rank {dist.get_rank()} has none" if dist.get_rank() else None
+
+
+def differing(rank: int, ranks: int) -> None:
+    """Ranks of which one cannot read its cache all copy theirs, and measure a timeline together."""
+    batch = BATCHES["mixed"]
+    mask, of = causal(batch), Problem(batch.tokens, Heads(4, 1, 16), Scale(1, ranks), "float64", "forward", batch=batch)
+    settings = SETTINGS | {"timeline": True}
+    work = Work(Serving(page=8), of, lambda _: mask, ReadsOnOne(), build_strategy(load("cp", "kvp")), settings, 3)
+    measured = measure_cell(work, Gang(rank, ranks, CPU, Groups(), []), lambda _: None)
+    assert measured.check is not None
+    assert not measured.check.failures, measured.check.failures
+    assert measured.notes["cache"].endswith("copied out in each pass: rank 1 has none")
+    assert len(measured.notes["timeline"]) == ranks
+
+
+@pytest.mark.gloo
+def test_ranks_that_differ_in_what_they_read_do_the_same() -> None:
+    run_ranks(2, differing, 2)
 
 
 @pytest.mark.gloo
@@ -153,18 +201,8 @@ def lossy(rank: int, ranks: int) -> None:
     of = Problem(batch.tokens, heads, Scale(1, ranks), "float32", "forward", batch=batch)
     for storage in ("input", "float8"):
         serving = Serving(page=4, storage=storage)  # type: ignore[arg-type]
-        settings = {
-            "warmup": 0,
-            "min_iterations": 2,
-            "max_iterations": 2,
-            "budget_s": 0.1,
-            "max_noise": 0.5,
-            "overlap": False,
-            "timeline": False,
-            "blocks": 1,
-        }
-        work = Work(serving, of, lambda _: mask, Reference(), Lost(build_strategy(load("cp", "kvp"))), settings, 3)
-        measured = measure_cell(work, Gang(rank, ranks, CPU, Groups()))
+        work = Work(serving, of, lambda _: mask, Reference(), Lost(build_strategy(load("cp", "kvp"))), SETTINGS, 3)
+        measured = measure_cell(work, Gang(rank, ranks, CPU, Groups(), []), lambda _: None)
         assert measured.check is not None
         assert measured.check.failures, storage
 

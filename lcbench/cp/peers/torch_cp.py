@@ -16,7 +16,7 @@ from lcbench.cp.allgather import AllGather
 from lcbench.cp.base import Place, RankRun, Scheduled
 from lcbench.cp.peers.library import LibraryStrategy, refused_length, refused_mask, segments
 from lcbench.cp.ring import Ring
-from lcbench.kernels.base import Kernel, Prepared, Saved, heads_first
+from lcbench.kernels.base import Kernel, Prepared, Saved, heads_first, prepare
 from lcbench.masks.band import Band, BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
@@ -42,6 +42,10 @@ class TorchCP(LibraryStrategy):
 
     def __post_init__(self) -> None:
         check_choice("rotate", self.rotate, ROTATIONS)
+
+    @property
+    def value_dims(self) -> bool:
+        return True  # a hop sends keys and values end to end and takes each apart by its own shape
 
     def refused(self, problem: Problem, mask: Mask) -> str | None:
         refused = refused_mask(mask, known="full and causal")
@@ -92,7 +96,7 @@ class TorchRing(RankRun):
         self._kernels: dict[tuple[int, int, bool], Prepared] = {}
         for q, k, bounded in shapes:
             tile = BandMask.of(q, k, [Band(0, q, 0, k, hi=0) if bounded else Band(0, q, 0, k)])
-            self._kernels[q, k, bounded] = kernel.prepare(tile, problem.heads, getattr(torch, problem.dtype), place.device)
+            self._kernels[q, k, bounded] = prepare(kernel, tile, problem.heads, getattr(torch, problem.dtype), place.device)
 
     @contextmanager
     def _options(self, dtype: torch.dtype) -> Iterator[None]:

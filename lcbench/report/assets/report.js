@@ -28,6 +28,7 @@ function draw() {
   if (steps) drawSteps(steps, left);
   const longest = document.getElementById("lengths");
   if (longest) drawLongest(longest, left);
+  showServing(document.getElementById("serving"), left);
   showCells(ROWS, left);
   document.getElementById("text").value = view.words;
   const said = document.getElementById("narrowed");
