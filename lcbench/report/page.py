@@ -97,7 +97,9 @@ def write_report(
     traces = rows_of(served(sweep, seen, frame, predicted=predicted))
     batches = served_rows(frame, devices)
     folder.mkdir(parents=True, exist_ok=True)
-    files = _write_tables(sweep, frame, fastest, choices, compared, lengths, traces, batches, folder / "tables")
+    files = _write_tables(
+        sweep, frame, fastest, choices, compared, lengths, traces, batches, folder / "tables", ran=bool(len(good))
+    )
     links = links_of(attempts)
     drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links, predicted=predicted) | {"details": page_data.details_of(seen.records)}
@@ -174,7 +176,7 @@ def _foretold(sweep: Sweep, frame: pd.DataFrame, *, predicted: bool) -> str:
 
 def _write_tables(
     sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: dict[str, list[Regret]], compared: list[Held],
-    lengths: list[dict[str, str]], traces: list[dict[str, str]], batches: pd.DataFrame, folder: Path,
+    lengths: list[dict[str, str]], traces: list[dict[str, str]], batches: pd.DataFrame, folder: Path, *, ran: bool,
 ) -> list[Path]:  # fmt: skip
     several = len(choices) > 1
     ranked = [({"workload": name} if several else {}) | r.row() for name, found in choices.items() for r in found]
@@ -186,7 +188,7 @@ def _write_tables(
         rows_table("serving", "Passes of a server", serving_table(batches)),
         rows_table("prefill", "From which length on context parallelism pays", [p.row() for p in pays(batches)]),
         rows_table("trace", "The time of a trace with every choice", traces),
-        *(rate_tables(frame) if fastest else ()),
+        *(rate_tables(frame) if ran else ()),
         rows_table("failures", "What did not run, and why", _failures(frame, sweep)),
         rows_table("cells", "All cells", _cells(frame)),
         rows_table("predicted-measured", "Predictions held against what was measured", [h.row() for h in compared]),
@@ -289,6 +291,7 @@ def _first_screen(
         ],
         "matrix": _matrix(good, fastest, drawn, unit),
         "rate": unit.name,
+        "ran": bool(len(good)),
         "known": all(w.known for w in fastest if w.margin is not None),
         "seeds": bool(len(frame)) and frame["seed"].nunique() > 1,
     }  # fmt: skip
@@ -324,6 +327,7 @@ def _alone(fastest: list[Winner]) -> list[tuple[bool, str]]:
     rest = "" if len(fastest) == 1 else f", one of {len(fastest)} problems"
     unsure = f" The order of the two is not known: {found.why}." if found.verdict == "close" else ""
     said = f" is fastest for {where}{rest}: {amounts.duration(found.seconds)}. Next: {found.next_choice}, {found.slower}.{unsure}"
+    said += f" No rival: {found.approximate}." if found.approximate else ""
     return [(True, found.choice), (False, said)]
 
 
@@ -355,10 +359,11 @@ def _shown(w: Winner | None, unit: amounts.Unit, drawn: dict[str, dict[str, Any]
     if w is None:
         return None
     next_is = f"; next: {w.next_choice}, {w.slower}" if w.margin is not None else ""
+    beside = f"; no rival: {w.approximate}" if w.approximate else ""
     return {
         "choice": w.choice, "cell": w.cell, "close": w.verdict == "close", "rate": unit.of(w.tflops_per_gpu, named=False),
         "margin": amounts.more(w.margin.value) if w.margin is not None else "", "color": drawn[w.choice]["color"],
-        "title": f"{amounts.duration(w.seconds)}{next_is}; {w.verdict}{f': {w.why}' if w.why else ''}",
+        "title": f"{amounts.duration(w.seconds)}{next_is}; {w.verdict}{f': {w.why}' if w.why else ''}{beside}",
     }  # fmt: skip
 
 
