@@ -13,7 +13,7 @@ from lcbench.grid.values import parse_batch
 from lcbench.measure.peak import entry_of
 from lcbench.problem import Batch, Requests, format_tokens
 from lcbench.report.amounts import digits, duration, more, percent, size
-from lcbench.report.frame import over_seeds
+from lcbench.report.frame import exact_rows, over_seeds
 from lcbench.report.intervals import LEVEL, Median, Ratio
 from lcbench.report.winners import CLOSE
 
@@ -85,8 +85,8 @@ def _per(time: Median | None, tokens: int) -> Median | None:
 
 
 def timed(rows: pd.DataFrame) -> pd.DataFrame:
-    """Those of ``served_rows`` that have a time of their own: measured, or predicted in a report of predictions."""
-    return rows[rows["good"] & rows["token"].notna()] if len(rows) else rows
+    """Those of ``served_rows`` that may win: exact, with a time of their own, measured or predicted in a report of predictions."""
+    return exact_rows(rows[rows["good"] & rows["token"].notna()]) if len(rows) else rows
 
 
 def on(row: dict[str, Any]) -> str:

@@ -174,6 +174,18 @@ def test_a_choice_is_faster_from_the_length_that_its_times_say(rows: pd.DataFram
 # -- words and tables --------------------------------------------------------------------------------------------------
 
 
+def test_an_approximation_is_fastest_of_nothing_and_pays_from_no_length(rows: pd.DataFrame) -> None:
+    longest = timed(rows)[timed(rows)["batch"] == "32q1s128k"]
+    fastest = min(longest.to_dict("records"), key=lambda row: row["token"].value)["choice"]
+    marked = rows.assign(approximate=["approximate, distance 0.41" if choice == fastest else "" for choice in rows["choice"]])
+    said = ["".join(text for _, text in answer.parts) for answer in answers(marked)]
+    assert len(said) == 4
+    assert not any(f"{fastest} on" in text for text in said), said
+    assert any(each.choice == fastest for each in pays(rows))
+    assert not any(each.choice == fastest for each in pays(marked))
+    assert len(table(marked)) == len(table(rows))
+
+
 def test_answers_name_what_is_fastest_and_what_it_is_worth(rows: pd.DataFrame) -> None:
     said = ["".join(text for _, text in answer.parts) for answer in answers(rows)]
     assert len(said) == 4
