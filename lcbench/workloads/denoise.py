@@ -41,7 +41,8 @@ class Denoise(Workload):
     def __post_init__(self) -> None:
         for name, value in (("steps", self.steps), ("layers", self.layers)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"workload.{name}={value} is no number of at least 1")
+                said = "all" if value is None else value  # as layers=all comes
+                raise ValueError(f"workload.{name}={said} is no number of at least 1")
         if not 0 <= self.drift <= 1:
             raise ValueError(f"workload.drift={self.drift} is no share, 0 to 1")
 

@@ -95,7 +95,8 @@ def test_every_framework_can_or_cannot_every_strategy(name: str, cp: str) -> Non
     found = outcome(one, name)
     assert isinstance(found, Export) == (cp in CAN[name]), found
     if isinstance(found, str):
-        assert found.startswith(f"{name} cannot run cp={cp} ")
+        # Strategies for serving refuse the cell before a framework is asked.
+        assert found.startswith((f"{name} cannot run cp={cp} ", f"this cell cannot run: cp {cp}: "))
         assert "\n" not in found
 
 
@@ -168,7 +169,8 @@ def test_a_pattern_has_all_ranks_and_moves_what_the_schedule_moves(cp: str) -> N
     problem = Problem(512, Heads(16, 8, 64), scale, "bfloat16", "forward")
     pattern = pattern_of(strategy, problem)
     if pattern is None:
-        assert cp in ("groupcast", "hybrid", "lightseq", "tokenring")
+        training = {"groupcast", "hybrid", "lightseq", "tokenring"}
+        assert cp in training | {"apb", "dcp", "displaced", "dualparal", "helix", "kvp", "pcp", "star"}
         return
     assert pattern.ranks == scale.world_size
     if isinstance(strategy, Scheduled):

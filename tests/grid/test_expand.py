@@ -136,7 +136,7 @@ def test_experiment_sweeps_and_the_command_line_overrides_an_axis() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["cp=rign"], ["cp=rign", "loongtrain, none, ring, ", "did you mean ring?"]),
+        (["cp=rign"], ["cp=rign", "loongtrain, none, pcp, ring, ", "did you mean ring?"]),
         (["seqlen=64q"], ["seqlen=64q", "64k"]),
         (["scale=0x8"], ["scale=0x8", "2x8"]),
         (["mask=sliding_window", "mask.left=null"], ["mask=sliding_window", "mask.left"]),
@@ -235,7 +235,7 @@ def run_sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("longca_sparse", 360, 189),
         ("longca_cp", 100, 4),
         ("scaling", 90, 2),
-        ("choose scale=1x1", 100, 0),
+        ("choose scale=1x1", 140, 0),
         ("model_step model=llama3_8b scale=4x8 site=plain", 27, 0),
         ("model_step model=tiny_mha,tiny scale=1x8 site=plain", 54, 18),
         ("smoke", 18, 0),
