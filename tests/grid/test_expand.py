@@ -235,7 +235,7 @@ def run_sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("longca_sparse", 360, 189),
         ("longca_cp", 100, 4),
         ("scaling", 90, 2),
-        ("choose scale=1x1", 140, 0),
+        ("choose scale=1x1", 100, 0),
         ("model_step model=llama3_8b scale=4x8 site=plain", 27, 0),
         ("model_step model=tiny_mha,tiny scale=1x8 site=plain", 54, 18),
         ("smoke", 18, 0),
