@@ -32,6 +32,7 @@ from lcbench.measure.session import Gang
 from lcbench.problem import ALONE, Heads, Mesh, Problem, Scale
 from lcbench.schedule.execute import Executor
 from lcbench.schedule.groups import Groups
+from lcbench.schedule.held import Held, Part
 from lcbench.schedule.lowering import OPERATIONS
 from lcbench.schedule.schedule import Schedule
 from lcbench.schedule.verify import verify
@@ -181,7 +182,9 @@ class Half(Ring):
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> Executor:
         run = super().start(problem, mask, kernel, place)
-        run.tokens = run.tokens[1:] if dist.get_rank() == self.broken else run.tokens
+        if dist.get_rank() == self.broken:
+            own = Part(run.tokens[1:])
+            run.tokens, run.held = own.tokens, Held(own, own, own)
         return run
 
 
