@@ -36,7 +36,7 @@ from lcbench.cp.usp import USP
 from lcbench.kernels.base import Kernel, Prepared, prepare
 from lcbench.kernels.merge import merge_into
 from lcbench.kernels.sdpa_flash import SDPAFlash
-from lcbench.masks.band import BandMask
+from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.block_random import block_random
 from lcbench.masks.causal import causal
 from lcbench.masks.causal_document import causal_document
@@ -49,6 +49,7 @@ from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Executor, SavedPass
 from lcbench.schedule.groups import Groups
+from lcbench.schedule.held import Held, Part
 from lcbench.schedule.layout import Layout, contiguous, zigzag
 from lcbench.schedule.payload import PAYLOADS
 from lcbench.schedule.program import Exchange, Message, Piece, RankStep, TileCall
@@ -101,7 +102,7 @@ class Faulty(Executor):
         return super().forward(*args, **kwargs)
 
     def remote(self, call: TileCall) -> bool:
-        return any(shard not in self._program.begin for shard in call.k)
+        return any(shard not in self._program.begin["kv"] for shard in call.k)
 
 
 class Deaf(Faulty):
@@ -110,7 +111,7 @@ class Deaf(Faulty):
     def __init__(
         self, *args: Any, kinds: tuple[str, ...] | None = None, at: tuple[int, ...] | None = None, share: float = 1.0, **kwargs: Any
     ) -> None:
-        self._kinds, self._at, self._share, self._packing = kinds, at, share, False
+        self._kinds, self._at, self._share, self._packs = kinds, at, share, False
         self._old: dict[int, torch.Tensor] = {}
         super().__init__(*args, **kwargs)
 
@@ -119,14 +120,14 @@ class Deaf(Faulty):
         return self.wrong and kind and (self._at is None or message.begin in self._at)
 
     def _pack(self, message: Message) -> torch.Tensor:
-        self._packing = True
+        self._packs = True
         found = super()._pack(message)
-        self._packing = False
+        self._packs = False
         return found
 
     def _landing(self, message: Message) -> torch.Tensor:
         place = super()._landing(message)
-        if not self._packing and self._lost(message):
+        if not self._packs and self._lost(message):
             self._old[id(message)] = place.clone()
         return place
 
@@ -194,12 +195,13 @@ class SwappedPeers(Faulty):
         value = super()._value(kind, call, number)
         if kind != "kv" or number != self._number or self.rank > 1:
             return value
-        theirs, mine = torch.empty_like(value[:, :, 1]), value[:, :, 1].contiguous()
+        mine = self._packing.values(value).contiguous()
+        theirs = torch.empty_like(mine)
         peer = 1 - self.rank
         works = dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, peer), dist.P2POp(dist.irecv, theirs, peer)])
         for work in works:
             work.wait()
-        return torch.stack([value[:, :, 0], theirs], 2)
+        return self._packing.together(self._packing.keys(value), theirs)
 
 
 class SwappedShards(Faulty):
@@ -210,8 +212,9 @@ class SwappedShards(Faulty):
         if kind != "kv" or not self.wrong or not self.remote(call):
             return value
         value, part = value.clone(), len(value) // 8
-        first, second = value[:part, :, 1].clone(), value[part : 2 * part, :, 1].clone()
-        value[:part, :, 1], value[part : 2 * part, :, 1] = second, first
+        values = self._packing.values(value)
+        first, second = values[:part].clone(), values[part : 2 * part].clone()
+        values[:part], values[part : 2 * part] = second, first
         return value
 
 
@@ -479,6 +482,14 @@ class HalfPeer(RingPeer):
         return super().start(replace(problem, seqlen=half), MASKS["causal"](half), kernel, place)
 
 
+def says(run: Any, tokens: Ints) -> RankRun:
+    """A run that says that it holds and gives other tokens."""
+    own = Part(tokens)
+    run.tokens, run.held = tokens, Held(own, own, own)
+    found: RankRun = run
+    return found
+
+
 @dataclass(frozen=True)
 class DoublePeer(RingPeer):
     """A token of rank 0 is the last rank's, too."""
@@ -486,8 +497,9 @@ class DoublePeer(RingPeer):
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> RankRun:
         run, ranks = super().start(problem, mask, kernel, place), problem.scale.world_size
         if place.rank == ranks - 1:
-            run.tokens = run.tokens.copy()
-            run.tokens[0] = zigzag(problem.seqlen, ranks).tokens(0)[0]
+            tokens = run.tokens.copy()
+            tokens[0] = zigzag(problem.seqlen, ranks).tokens(0)[0]
+            says(run, tokens)
         return run
 
 
@@ -497,8 +509,7 @@ class BeyondPeer(RingPeer):
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> RankRun:
         run = super().start(problem, mask, kernel, place)
-        run.tokens = run.tokens + (run.tokens == problem.seqlen - 1)
-        return run
+        return says(run, run.tokens + (run.tokens == problem.seqlen - 1))
 
 
 @dataclass(frozen=True)
@@ -507,8 +518,7 @@ class OrderPeer(RingPeer):
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> RankRun:
         run = super().start(problem, mask, kernel, place)
-        run.tokens = contiguous(problem.seqlen, problem.scale.world_size).tokens(place.rank)
-        return run
+        return says(run, contiguous(problem.seqlen, problem.scale.world_size).tokens(place.rank))
 
 
 class OtherBase(RankRun):
