@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 STORAGES = ("input", "bfloat16", "float8")
 FLOAT8 = "float8_e4m3fn"  # sign, 4 bits of exponent, 3 of fraction, no infinity: OCP 8-bit floating point, E4M3
-FLOAT8_LARGEST = 448.0
 # What rounding to nearest changes at most: relative to the number, and absolutely among the smallest (half of a subnormal's step).
 ROUNDING = {"bfloat16": (2.0**-8, 2.0**-134), "float8": (2.0**-4, 2.0**-10)}
 

@@ -259,6 +259,11 @@ class Executor:
 
     def reads(self, kind: CacheKind) -> str | None:
         """Why this rank's tiles do not read such a cache where it lies; None: they do."""
+        return self._keys_in_parts or unread(self._kernel, kind, self.problem, Platform.of(self.device))
+
+    @cached_property
+    def _keys_in_parts(self) -> str | None:
+        """Why no kernel call takes all of this rank's keys and values, and no others; None: each does."""
         if self._keys_move:
             return "keys and values move between ranks"
         own = 0, self._program.tokens["kv"]
@@ -266,7 +271,7 @@ class Executor:
             every = self.schedule.heads[call.group].kv_heads == slice(0, self.problem.heads.kv)
             if self._program.local(call.operand("kv")) != own or not every:
                 return "a kernel call takes a part of this rank's keys and values"
-        return unread(self._kernel, kind, self.problem, Platform.of(self.device))
+        return None
 
     def forward_cache(
         self,

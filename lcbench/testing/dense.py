@@ -1,4 +1,4 @@
-"""The dense oracle of tests: masks as boolean matrices, attention as four lines of float64. Shares no code with lcbench."""
+"""The dense oracle of tests: masks as boolean matrices, attention as a few lines of float64. Shares no code with lcbench."""
 
 from __future__ import annotations
 
@@ -33,16 +33,31 @@ def dense_heads(mask: Any, q_heads: int) -> NDArray[np.bool_]:
 
 
 def dense_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: NDArray[np.bool_], softmax_scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: NDArray[np.bool_],
+    softmax_scale: float,
+    *,
+    softcap: float = 0.0,
+    sink: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (Tq, Hq, D) and natural-log LSE (Tq, Hq) of q (Tq, Hq, D), k and v (Tk, Hk, D); an empty row gives 0 and -inf.
+    """out (Tq, Hq, Dv) and natural-log LSE (Tq, Hq) of q (Tq, Hq, D), k (Tk, Hk, D) and v (Tk, Hk, Dv); an empty row gives 0 and
+    -inf.
 
-    ``mask``: (Tq, Tk), or (Hq, Tq, Tk) where heads differ.
+    Args:
+        mask: (Tq, Tk), or (Hq, Tq, Tk) where heads differ.
+        softcap: scores are ``softcap * tanh(score / softcap)``; 0: they are as they are.
+        sink: (Hq,), one more score of each row, without a value.
     """
-    group = q.shape[1] // k.shape[1]
+    group, keys = q.shape[1] // k.shape[1], len(k)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * softmax_scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~torch.from_numpy(np.array(mask)), float("-inf"))
+    if sink is not None:
+        scores = torch.cat([scores, sink[:, None, None].expand(-1, len(q), 1)], -1)
     lse = scores.logsumexp(-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])[..., :keys]
     return torch.einsum("hqk,khd->qhd", weights, v), lse.T

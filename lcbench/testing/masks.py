@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 from lcbench.cp.base import Scheduled
 from lcbench.grid.build import build_mask, build_strategy, check_options, with_option
 from lcbench.grid.paths import CONF
+from lcbench.masks.band import OPEN, BandMask
 from lcbench.masks.causal import causal
 from lcbench.masks.mask import Mask
-from lcbench.problem import Heads, Problem, Scale
+from lcbench.problem import Batch, Heads, Problem, Scale
 from lcbench.testing.shrink import shrunk, tokens_of
 
 
@@ -77,3 +78,10 @@ def _file(name: str, seqlen: int, heads: Heads, folder: Path) -> Path:
     path = path.with_suffix(".npz")
     np.savez(path, q_edges=edges[0], k_edges=edges[1], keep=keep)
     return path
+
+
+def causal_batch(batch: Batch) -> BandMask:
+    """Each new token sees its request up to itself: by hand, for what is held against ``masks.requests``."""
+    q, k = batch.q_bounds, batch.k_bounds
+    ends = np.full(len(batch), -OPEN), k[1:] - q[1:]  # a request's last new token sees its last key
+    return BandMask.of(batch.queries, batch.tokens, np.stack([q[:-1], q[1:], k[:-1], k[1:], *ends], 1))

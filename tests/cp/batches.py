@@ -1,4 +1,4 @@
-"""Batches of requests, heads and masks for tests of strategies that serve, and what attention over them is, head by head."""
+"""Batches of requests, heads and masks for tests of strategies that serve, and what attention over them is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lcbench.masks.mask import Mask
 from lcbench.masks.requests import of_requests
 from lcbench.masks.sliding_window import sliding_window
 from lcbench.problem import Batch, Heads, Problem, Requests
+from lcbench.testing.dense import dense_attention
 
 CPU = torch.device("cpu")
 BOUND = 1e-12
@@ -51,22 +52,12 @@ def seen(batch: Batch, sees: Callable[[Any, Any], Any]) -> torch.Tensor:
 
 
 def dense(problem: Problem, allowed: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and LSE head by head, with a sink as one more score whose value is zero; ``allowed``: (Tq, Tk), or (Hq, Tq, Tk)."""
-    outs, lses = [], []
-    for head in range(problem.heads.q):
-        of = head * problem.heads.kv // problem.heads.q
-        scores = inputs["q"][:, head] @ inputs["k"][:, of].T * problem.softmax_scale
-        if problem.softmax.softcap:
-            scores = problem.softmax.softcap * torch.tanh(scores / problem.softmax.softcap)
-        scores[~(allowed[head] if allowed.ndim == 3 else allowed)] = -torch.inf
-        values = inputs["v"][:, of]
-        if problem.softmax.sink:
-            scores = torch.cat([scores, inputs["sink"][head].expand(len(scores), 1)], 1)
-            values = torch.cat([values, torch.zeros_like(values[:1])])
-        lse = scores.logsumexp(1)
-        outs.append(torch.exp(scores - lse.nan_to_num(neginf=0.0)[:, None]) @ values)
-        lses.append(lse)
-    return torch.stack(outs, 1), torch.stack(lses, 1)
+    """out and LSE; ``allowed``: (Tq, Tk), or (Hq, Tq, Tk)."""
+    softmax = problem.softmax
+    return dense_attention(
+        inputs["q"], inputs["k"], inputs["v"], allowed.numpy(), problem.softmax_scale,
+        softcap=softmax.softcap, sink=inputs["sink"] if softmax.sink else None,
+    )  # fmt: skip
 
 
 def drawn(problem: Problem) -> dict[str, torch.Tensor]:

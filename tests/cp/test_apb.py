@@ -25,11 +25,12 @@ from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import Band, BandMask
 from lcbench.masks.causal import causal
 from lcbench.masks.full import full
-from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale
+from lcbench.problem import Batch, Heads, Problem, Requests, Scale
 from lcbench.schedule.groups import Groups
-from lcbench.testing.dense import dense_mask
+from lcbench.testing.dense import dense_attention, dense_mask
+from lcbench.testing.masks import causal_batch
 from lcbench.testing.spawn import run_ranks
-from tests.cp.test_star import BATCHES, BOUND, CPU, SHAPES, Capped, batch_mask, check_given, cuts, dense, is_prompt, summed, tensors
+from tests.cp.test_star import BATCHES, BOUND, CPU, SHAPES, Capped, check_given, cuts, dense, is_prompt, summed, tensors
 
 # Blocks of at least 4 tokens with an anchor of 2 and 2 that are passed, on up to 4 ranks; twice as long on 8.
 PROMPTS = {
@@ -120,7 +121,7 @@ def check(
     if expected is not None:
         assert np.array_equal(passed, choices(problem, (q, k, v), allowed, apb, expected)), case
     check_passed(problem, passed, allowed, apb, case)
-    want = dense(q, k, v, np.repeat(by_head, heads.q // heads.kv, 0), problem.softmax, sink)
+    want = dense(problem, (q, k, v, sink), np.repeat(by_head, heads.q // heads.kv, 0))
     for name, got, exact in (("out", out, want[0]), ("lse", run.lse(saved), want[1])):
         exact = exact[held.out.tokens]
         assert got.shape == exact.shape, (case, name)
@@ -194,7 +195,7 @@ def everything(rank: int, ranks: int) -> None:
                 if ranks > 2 and (turn + place + number) % 3 and turn:
                     continue  # the oracle meets every case, the others a third of them
                 apb = APB(2, 2, selector)
-                check(rank, problem, batch_mask(batch), apb, kernel, groups, f"{apb} {shape} {name} P={ranks}", expected)
+                check(rank, problem, causal_batch(batch), apb, kernel, groups, f"{apb} {shape} {name} P={ranks}", expected)
     draws(rank, ranks, groups)
     whole(rank, ranks, groups)
 
@@ -206,7 +207,7 @@ def draws(rank: int, ranks: int, groups: Groups) -> None:
     found = {}
     for seed in (0, 1):
         for data in (0, 1):
-            run = APB(2, 5, Random(seed)).start(problem, batch_mask(batch), Reference(), Place(rank, CPU, groups))
+            run = APB(2, 5, Random(seed)).start(problem, causal_batch(batch), Reference(), Place(rank, CPU, groups))
             q, k, v, _ = tensors(problem, data)
             _, saved = run.forward(q[run.held.q.tokens], k[run.held.kv.tokens], v[run.held.kv.tokens])
             found[seed, data] = saved.passed
@@ -239,7 +240,7 @@ def trained(rank: int, ranks: int, folder: Path) -> None:
     save_file(weights, path)
     first, second = (weights[f"model.layers.1.self_attn.{name}.weight"] for name in ("fc1", "fc2"))
     apb = APB(2, 2, RetainingHeads(str(path), 1))
-    mask = batch_mask(batch)
+    mask = causal_batch(batch)
     run = check(rank, problem, mask, apb, Reference(), groups, f"{apb} P={ranks}", None)
     assert not run.negates
     q, k, v, _ = tensors(problem)
@@ -288,7 +289,7 @@ def whole(rank: int, ranks: int, groups: Groups) -> None:
         if ranks == 1:
             assert np.array_equal(allowed[0], dense_mask(seqlen, seqlen, mask))
         assert not allowed[:, block[:, None] < block].any(), "blocks after one's own are not seen"
-        want, _ = dense(q, k, v, np.repeat(allowed, 4 // len(allowed), 0), PLAIN, None)
+        want, _ = dense_attention(q, k, v, np.repeat(allowed, 4 // len(allowed), 0), q.shape[-1] ** -0.5)
         assert torch.allclose(out.double(), want[run.held.out.tokens], atol=1e-5)
 
 
@@ -316,7 +317,7 @@ def test_apb_refuses_what_it_cannot_do() -> None:
     assert "see all keys before their block" in str(APB(4, 2).unsupported(problem, window))
     assert APB(4, 2).unsupported(replace(problem, scale=Scale(1, 1)), window) is None
     decode = replace(problem, seqlen=128, batch=Batch((Requests(2, 1, 64),)))
-    assert APB(4000, 2000).unsupported(decode, batch_mask(Batch((Requests(2, 1, 64),)))) is None
+    assert APB(4000, 2000).unsupported(decode, causal_batch(Batch((Requests(2, 1, 64),)))) is None
     for options, words in (((0, 2), "cp.anchor=0"), ((4, 0), "cp.passing=0")):
         with pytest.raises(ValueError, match=words):
             APB(*options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,14 +17,15 @@ from lcbench.kernels.base import Gradients, Kernel, OutLse, Platform, Prepared, 
 from lcbench.kernels.cache import Cache, CacheKind
 from lcbench.kernels.reference import PreparedReference, Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
-from lcbench.masks.band import OPEN, Band, BandMask
+from lcbench.masks.band import Band, BandMask
 from lcbench.masks.block_random import block_random
 from lcbench.masks.causal import causal
 from lcbench.masks.full import full
 from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softmax
 from lcbench.schedule.groups import Groups
 from lcbench.schedule.verify import verify
-from lcbench.testing.dense import dense_mask
+from lcbench.testing.dense import dense_attention, dense_mask
+from lcbench.testing.masks import causal_batch
 from lcbench.testing.spawn import run_ranks
 
 BOUND = 1e-12
@@ -65,18 +65,10 @@ class CappedCall(Prepared):
     calls: int = 1
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float, softcap: float = 0.0) -> OutLse:
-        return dense(q, k, v, self.allowed, Softmax(scale=softmax_scale, softcap=softcap), None)
+        return dense_attention(q, k, v, self.allowed, softmax_scale, softcap=softcap)
 
     def backward(self, dout: torch.Tensor, saved: Saved, *, softmax_scale: float) -> Gradients:
         raise NotImplementedError
-
-
-def batch_mask(batch: Batch) -> BandMask:
-    """Each new token sees its request up to itself."""
-    bands = []
-    for (q0, q1), (k0, k1) in zip(pairwise(batch.q_bounds.tolist()), pairwise(batch.k_bounds.tolist()), strict=True):
-        bands.append(Band(q0, q1, k0, k1, -OPEN, k1 - q1))
-    return BandMask.of(batch.queries, batch.tokens, bands)
 
 
 def cuts(total: int, ranks: int) -> list[int]:
@@ -105,18 +97,11 @@ def star_mask(problem: Problem, allowed: NDArray[np.bool_], anchor: int | None) 
 
 
 def dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: NDArray[np.bool_], softmax: Softmax, sink: torch.Tensor | None
+    problem: Problem, given: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], allowed: NDArray[np.bool_]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and LSE by a whole matrix of scores, a sink as one more column of it; ``allowed``: (queries, keys), or by query head."""
-    each, scale = q.shape[1] // k.shape[1], softmax.scale or q.shape[-1] ** -0.5
-    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(each, 1)) * scale
-    if softmax.softcap:
-        scores = softmax.softcap * torch.tanh(scores / softmax.softcap)
-    scores = scores.masked_fill(~torch.from_numpy(np.array(allowed)), -torch.inf)
-    if sink is not None:
-        scores = torch.cat([scores, sink[:, None, None].expand(-1, len(q), 1)], -1)
-    weights = torch.softmax(scores, -1)[..., : len(k)].nan_to_num(0.0)
-    return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(each, 1)), torch.logsumexp(scores, -1).T
+    """out and LSE of a problem's tensors; ``allowed``: (queries, keys), or by query head."""
+    q, k, v, sink = given
+    return dense_attention(q, k, v, allowed, problem.softmax_scale, softcap=problem.softmax.softcap, sink=sink)
 
 
 def tensors(problem: Problem, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -152,7 +137,7 @@ def check(rank: int, problem: Problem, mask: BandMask, star: Star, kernel: Kerne
     allowed = star_mask(problem, dense_mask(mask.num_q, mask.num_k, mask), star.anchor)
     assert np.array_equal(dense_mask(mask.num_q, mask.num_k, computed), allowed), case
     q, k, v, sink = tensors(problem)
-    want = dense(q, k, v, allowed, problem.softmax, sink)
+    want = dense(problem, (q, k, v, sink), allowed)
     run = star.start(problem, computed, kernel, Place(rank, CPU, groups))
     held = run.held
     check_given(held.out.tokens, problem)
@@ -216,7 +201,7 @@ def caches(rank: int, problem: Problem, groups: Groups) -> None:
         problem = replace(problem, seqlen=batch.tokens, batch=batch)
         q, k, v, _ = tensors(problem)
         for kernel in (Reference(), OfCache()):
-            run = Star().start(problem, batch_mask(batch), kernel, Place(rank, CPU, groups))
+            run = Star().start(problem, causal_batch(batch), kernel, Place(rank, CPU, groups))
             q_own, k_own, v_own = q[run.held.q.tokens], k[run.held.kv.tokens], v[run.held.kv.tokens]
             kind = CacheKind(page=4)
             native = name == "chunks" and isinstance(kernel, OfCache)
@@ -227,7 +212,7 @@ def caches(rank: int, problem: Problem, groups: Groups) -> None:
             lengths = np.bincount(np.searchsorted(batch.k_bounds, run.held.kv.tokens, side="right") - 1, minlength=len(batch))
             cache = Cache.of(k_own, v_own, tuple(lengths.tolist()), kind)
             out, saved = run.forward_cache(q_own, cache)
-            plain = Star().start(problem, batch_mask(batch), Reference(), Place(rank, CPU, groups))
+            plain = Star().start(problem, causal_batch(batch), Reference(), Place(rank, CPU, groups))
             want, lse = plain.forward(q_own, k_own, v_own)
             assert torch.equal(out, want), (name, kernel)
             assert torch.equal(run.lse(saved), plain.lse(lse)), (name, kernel)
@@ -241,7 +226,7 @@ def everything(rank: int, ranks: int) -> None:
         for name, batch in BATCHES.items():
             problem = Problem(batch.tokens, heads, scale, "float64", "forward", batch=batch, softmax=softmax)
             anchor = None if place % 2 else 1
-            check(rank, problem, batch_mask(batch), Star(anchor), kernel, groups, f"{shape} {name} anchor={anchor} P={ranks}")
+            check(rank, problem, causal_batch(batch), Star(anchor), kernel, groups, f"{shape} {name} anchor={anchor} P={ranks}")
     # Sequences that are no batch, and masks that leave rows without keys or cut into blocks.
     problem = Problem(53, Heads(4, 2, 8), scale, "float64", "forward")
     holes = BandMask.of(53, 53, [Band(3, 9, 0, 5), Band(26, 50, 4, 26, hi=-2)])
@@ -256,11 +241,11 @@ def everything(rank: int, ranks: int) -> None:
 def flash(rank: int, problem: Problem, groups: Groups) -> None:
     """In float32, on a kernel that takes pieces, partial results travel as reduce_dtype says."""
     batch = BATCHES["mixed"]
-    mask = batch_mask(batch)
+    mask = causal_batch(batch)
     problem = replace(problem, seqlen=batch.tokens, batch=batch)
     q, k, v, _ = tensors(problem)
     allowed = star_mask(problem, dense_mask(mask.num_q, mask.num_k, mask), None)
-    want, _ = dense(q, k, v, allowed, PLAIN, None)
+    want, _ = dense_attention(q, k, v, allowed, q.shape[-1] ** -0.5)
     others = sum(new for new, total in zip(*_sizes(problem), strict=True) if new < total)
     for dtype, reduce_dtype, size in (("float32", "float32", 4), ("bfloat16", "float32", 4), ("bfloat16", "input", 2)):
         kernel = SDPAFlash() if dtype == "float32" else Reference()
@@ -314,7 +299,7 @@ def test_prompts_are_modelled_by_a_schedule_that_is_proven(anchor: int | None, r
     """It has the pairs of the blocks, and those of the anchor's own queries on every rank but the first."""
     for batch in (None, BATCHES["prompts"]):
         seqlen = 61 if batch is None else batch.tokens
-        mask = causal(61) if batch is None else batch_mask(batch)
+        mask = causal(61) if batch is None else causal_batch(batch)
         problem = Problem(seqlen, Heads(4, 2, 8), Scale(1, ranks), "bfloat16", "forward", batch=batch)
         star = Star(anchor and min(anchor, 9 // ranks))
         found = star.modelled(problem, mask)
@@ -328,4 +313,4 @@ def test_prompts_are_modelled_by_a_schedule_that_is_proven(anchor: int | None, r
         assert cost.rank_pairs.sum() == 4 * (computed.area + again)
         assert not cost.forward_bytes.any()
     batch = BATCHES["decode"]
-    assert Star().modelled(replace(problem, seqlen=batch.tokens, batch=batch), batch_mask(batch)) is None
+    assert Star().modelled(replace(problem, seqlen=batch.tokens, batch=batch), causal_batch(batch)) is None

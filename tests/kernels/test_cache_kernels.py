@@ -25,7 +25,7 @@ from lcbench.kernels.triton_split import Dims
 from lcbench.masks.band import Band, BandMask
 from lcbench.masks.block_random import block_random
 from lcbench.problem import Batch, Heads, Problem, Requests, Scale, Softmax
-from lcbench.testing.dense import dense_mask
+from lcbench.testing.dense import dense_attention, dense_mask
 from lcbench.testing.fake_libraries import cudnn, flash_attn2_cache, flash_attn3_cache, flash_attn4_cache, flashinfer_cache
 from lcbench.testing.masks import load, names
 
@@ -54,18 +54,6 @@ def requests_mask(requests: Any, full: bool = False) -> BandMask:
     return BandMask.of(int(q[-1]), int(k[-1]), bands)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, mask: BandMask, scale: float, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
-    """out and lse in float64, point by point."""
-    q, k, v = (x.double() for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    scores = scores.masked_fill(~torch.from_numpy(dense_mask(mask.num_q, mask.num_k, mask)), -torch.inf)
-    lse = scores.logsumexp(-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    return torch.einsum("hqk,khd->qhd", weights, v), lse.T
-
-
 def check(
     kernel: RequestKernel, mask: BandMask, lengths: tuple[int, ...], heads: Heads, kind: CacheKind,
     dtype: torch.dtype = torch.float64, bound: float = 1e-12, softcap: float = 0.0, stale: float = 0.0,
@@ -75,7 +63,7 @@ def check(
     q = (2 * torch.randn(mask.num_q, heads.q, heads.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2))).to(dtype)
     cache = Cache.of(k, v, lengths, kind, latent=heads.latent, seed=3)
     scale = heads.dim**-0.5
-    want, want_lse = dense(q, *cache.stored(), mask, scale, softcap)
+    want, want_lse = dense_attention(q.double(), *cache.stored(), dense_mask(mask.num_q, mask.num_k, mask), scale, softcap=softcap)
     if stale and cache.places is not None:
         rest = torch.ones(len(cache.k) * cache.kind.page, dtype=torch.bool)  # type: ignore[operator]
         rest[cache.places] = False
@@ -257,7 +245,9 @@ def test_cudnn_graphs_have_the_cache_that_they_were_built_for(monkeypatch: pytes
     for (k, v), lengths in ((kv, (12, 8)), ((kv[0][:12], kv[1][:12]), (12,)), (beside, (12, 8))):
         for scale in (0.25, 0.5):
             out, lse = prepared.forward_cache(q, Cache.of(k, v, lengths), softmax_scale=scale)
-            want, want_lse = dense(q, k[:12], v[:12], mask, scale)
+            want, want_lse = dense_attention(
+                *(x.double() for x in (q, k[:12], v[:12])), dense_mask(mask.num_q, mask.num_k, mask), scale
+            )
             assert (out - want).abs().max() <= 1e-12
             assert (lse - want_lse).abs().max() <= 1e-12
 

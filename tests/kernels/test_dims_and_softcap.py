@@ -22,7 +22,7 @@ from lcbench.masks.block import BlockMap
 from lcbench.masks.block_random import block_random
 from lcbench.masks.mask import Mask
 from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softmax
-from lcbench.testing.dense import dense_heads
+from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.fake_libraries import cudnn, flash_attn2, flash_attn3, flash_attn4, flashinfer, flashmask, torch_operators
 from lcbench.testing.masks import names
 
@@ -49,17 +49,6 @@ CACHES = {
 }
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-    """out (Tq, Hq, Dv) and LSE (Tq, Hq)."""
-    group = q.shape[1] // k.shape[1]
-    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * scale
-    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    scores = scores.masked_fill(~torch.from_numpy(dense_heads(mask, q.shape[1]).copy()), -torch.inf)
-    lse = scores.logsumexp(-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1)), lse.T
-
-
 def check(
     kernel: Kernel, mask: Mask, heads: Heads, softcap: float = 0.0, *, strided: bool = False, backward: bool = True,
     scale: float = 0.4,
@@ -71,7 +60,7 @@ def check(
     q, k, dout = (among_heads(x) for x in (q, k, dout)) if strided else (q, k, dout)
     v = k[..., : heads.v] if heads.latent else among_heads(v) if strided else v
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    want, want_lse = dense(leaves[0], leaves[1], leaves[2], mask, scale, softcap)
+    want, want_lse = dense_attention(leaves[0], leaves[1], leaves[2], dense_heads(mask, heads.q), scale, softcap=softcap)
     wanted = [want, want_lse, *(torch.autograd.grad(want, leaves, dout) if backward else ())]
 
     arguments = {"softmax_scale": scale} | ({"softcap": softcap} if softcap else {})
@@ -118,7 +107,7 @@ def test_single_precision(name: str) -> None:
     mask = blocks(SHORTER) if kernel.takes == "blocks" else CACHES["mixed"]
     sizes = (mask.num_q, 4, 24), (mask.num_k, 2, 24), (mask.num_k, 2, 16)
     q, k, v = (torch.randn(size, generator=torch.Generator().manual_seed(5)) for size in sizes)
-    want, want_lse = dense(q.double(), k.double(), v.double(), mask, 2.0, 0.7)
+    want, want_lse = dense_attention(q.double(), k.double(), v.double(), dense_heads(mask, q.shape[1]), 2.0, softcap=0.7)
     out, lse = prepare(kernel, mask, SHORTER, torch.float32, CPU).forward(q, k, v, softmax_scale=2.0, softcap=0.7)
     assert (out.double() - want).abs().max() <= 1e-5
     assert torch.where(want_lse == -torch.inf, 0.0, lse.double() - want_lse).abs().max() <= 1e-5

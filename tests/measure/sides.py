@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.measure.inputs import draw, draw_sink
 from lcbench.measure.owners import Owners
 from lcbench.measure.reference import Shard
 from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softmax
 from lcbench.schedule.held import Held, Part
-from lcbench.testing.dense import dense_heads
+from lcbench.testing.dense import dense_attention, dense_heads
 
 CPU = torch.device("cpu")
 BATCHES = {
@@ -37,14 +36,6 @@ def problem(
     return Problem(90 if batch is None else batch.tokens, heads, Scale(1, ranks), dtype, direction, batch=batch, softmax=softmax)
 
 
-def causal_mask(batch: Batch) -> BandMask:
-    """Each new token sees its request up to itself."""
-    q, k, new, total = batch.q_bounds, batch.k_bounds, batch.new, batch.total
-    last = k[:-1] + total - new - q[:-1]
-    rows = [q[:-1], q[1:], k[:-1], k[1:], np.full(len(batch), -(1 << 40)), last]
-    return BandMask.of(batch.queries, batch.tokens, np.stack(rows, 1))
-
-
 def owned(queries: np.ndarray, keys: np.ndarray) -> Owners:
     """Tokens of one rank by itself."""
     own = Part(queries)
@@ -61,26 +52,19 @@ def shard(of: Problem, mask: Mask, queries: np.ndarray, keys: np.ndarray, seed: 
 
 
 def dense(of: Problem, mask: Mask, given: Shard) -> dict[str, torch.Tensor]:
-    """All results by whole matrices of scores, from inputs in the order of indices, the sink as one more column."""
+    """All results, from inputs in the order of indices."""
     leaves = [x.detach().clone().double().requires_grad_() for x in (given.q, given.k, given.v)]
     names = ["dq", "dk", "dv"]
     q, k, v = leaves
     if of.heads.latent:
         v = k[..., : of.heads.v]
         del leaves[2], names[2]
-    each = of.heads.q // of.heads.kv
-    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(each, 1)) * of.softmax_scale
-    if of.softmax.softcap:
-        scores = of.softmax.softcap * torch.tanh(scores / of.softmax.softcap)
-    scores = scores.masked_fill(~torch.from_numpy(np.array(dense_heads(mask, of.heads.q))), -torch.inf)
+    sink = None
     if given.sink is not None:
         sink = given.sink.detach().clone().double().requires_grad_()
         leaves.append(sink)
         names.append("dsink")
-        scores = torch.cat([scores, sink[:, None, None].expand(-1, len(q), 1)], -1)
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])[..., : len(k)]
-    out = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(each, 1))
+    out, lse = dense_attention(q, k, v, dense_heads(mask, of.heads.q), of.softmax_scale, softcap=of.softmax.softcap, sink=sink)
     assert given.dout is not None
     grads = torch.autograd.grad(out, leaves, given.dout.double())
-    return {"out": out.detach(), "lse": lse.detach().T, **dict(zip(names, grads, strict=True))}
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, grads, strict=True))}

@@ -27,8 +27,8 @@ from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.adjoint import traffic
 from lcbench.schedule.schedule import Schedule
 from lcbench.testing.dense import dense_heads
-from lcbench.testing.masks import load, names, small, trained_by
-from tests.measure.sides import BATCHES, SHAPES, causal_mask
+from lcbench.testing.masks import causal_batch, load, names, small, trained_by
+from tests.measure.sides import BATCHES, SHAPES
 from tests.measure.sides import problem as of_batch
 
 HEADS = [Heads(8, 8, 16), Heads(8, 2, 16), Heads(24, 1, 8), Heads(70, 35, 8)]
@@ -99,7 +99,7 @@ def test_the_bound_holds_on_two_sides(strategy: Scheduled, batch: str) -> None:
     tried = 0
     for ranks in (2, 3, 4):
         for shape in SHAPES:
-            problem, mask = of_batch(BATCHES[batch], shape, "bfloat16", ranks=ranks), causal_mask(BATCHES[batch])
+            problem, mask = of_batch(BATCHES[batch], shape, "bfloat16", ranks=ranks), causal_batch(BATCHES[batch])
             if strategy.unsupported(problem, mask):
                 continue
             schedule = strategy.schedule(problem, mask)

@@ -22,7 +22,8 @@ from lcbench.measure.ranks import EVERY
 from lcbench.measure.reference import Exact, Shard, columns, rows, sinks
 from lcbench.problem import Batch, Heads, Problem, Requests, Scale, Softmax
 from lcbench.schedule.held import Held, Part
-from tests.measure.sides import BATCHES, CPU, SHAPES, causal_mask, dense, owned, problem, shard
+from lcbench.testing.masks import causal_batch
+from tests.measure.sides import BATCHES, CPU, SHAPES, dense, owned, problem, shard
 
 CASES = [(batch, shape) for batch in (*BATCHES, "square") for shape in SHAPES]
 
@@ -30,7 +31,7 @@ CASES = [(batch, shape) for batch in (*BATCHES, "square") for shape in SHAPES]
 def masked(batch: str, shape: str) -> tuple[Problem, Mask]:
     if batch == "square":
         return problem(None, shape), causal(90)
-    return problem(BATCHES[batch], shape), causal_mask(BATCHES[batch])
+    return problem(BATCHES[batch], shape), causal_batch(BATCHES[batch])
 
 
 def near(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
@@ -168,7 +169,7 @@ def found(held: Held, mask: Mask, batch: Batch | None = None) -> Owners:
 
 def test_tokens_of_both_sides_are_owned_by_one_rank() -> None:
     batch = Batch((Requests(2, 3, 10),))
-    queries, keys, mask = Part(np.arange(6)), Part(np.arange(20)), causal_mask(batch)
+    queries, keys, mask = Part(np.arange(6)), Part(np.arange(20)), causal_batch(batch)
     good = found(Held(queries, keys, queries), mask, batch=batch)
     assert (good.wrong, good.queries_once, good.keys_once, good.by_tokens) == (None, True, True, True)
     short = found(Held(queries, Part(np.arange(19)), queries), mask, batch=batch)

@@ -23,10 +23,11 @@ from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem
 from lcbench.schedule.groups import Groups
 from lcbench.schedule.held import Held
+from lcbench.testing.masks import causal_batch
 from lcbench.workloads.attention import Attention
 from lcbench.workloads.base import Work
 from tests.measure.faults import SETTINGS, refused, without
-from tests.measure.sides import BATCHES, CPU, causal_mask, problem
+from tests.measure.sides import BATCHES, CPU, problem
 
 Tensors = tuple[torch.Tensor, ...]
 DTYPES = ("float64", "float32", "bfloat16")
@@ -239,7 +240,7 @@ FAULTS = {
 
 
 def measured(shape: str, batch: str, dtype: str, fault: Fault | None, direction: str = "forward_backward") -> Measured:
-    of, mask = problem(BATCHES[batch], shape, dtype, direction), causal_mask(BATCHES[batch])
+    of, mask = problem(BATCHES[batch], shape, dtype, direction), causal_batch(BATCHES[batch])
     strategy = Wrapped(fault.run) if fault and fault.run else Local()
     work = Work(Attention(), of, lambda _: mask, Faulty(fault), strategy, SETTINGS, 1)
     return measure_cell(work, Gang(0, 1, CPU, Groups(), []), lambda _: None)
@@ -283,7 +284,7 @@ def test_what_a_probe_leaves_to_the_reference_is_said() -> None:
 def test_a_mask_without_a_request_of_its_last_rows_is_no_fault_of_theirs() -> None:
     """Rows that see no key have what a sink leaves of them."""
     batch = BATCHES["mixed"]
-    whole = causal_mask(batch)
+    whole = causal_batch(batch)
     mask = BandMask.of(whole.num_q, whole.num_k, whole.bands[:-1])
     for shape in ("GQA, sink", "latent"):
         of = problem(batch, shape, "float32")

@@ -25,11 +25,12 @@ from lcbench.measure.session import Gang
 from lcbench.problem import Batch, Problem, Requests
 from lcbench.schedule.groups import Groups
 from lcbench.schedule.held import Held, Part
+from lcbench.testing.masks import causal_batch
 from lcbench.testing.spawn import run_ranks
 from lcbench.workloads.attention import Attention
 from lcbench.workloads.base import Work
 from tests.measure.faults import SETTINGS, refused
-from tests.measure.sides import BATCHES, CPU, causal_mask, problem
+from tests.measure.sides import BATCHES, CPU, problem
 from tests.measure.test_two_sides_faults import Around
 
 RANKS = 4
@@ -95,7 +96,7 @@ def averaged(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_ls
 
 
 def measured(rank: int, strategy: Strategy, batch: Batch, shape: str, dtype: str, direction: str) -> Measured:
-    of, mask = problem(batch, shape, dtype, direction, RANKS), causal_mask(batch)
+    of, mask = problem(batch, shape, dtype, direction, RANKS), causal_batch(batch)
     assert strategy.unsupported(of, mask) is None, strategy
     work = Work(Attention(), of, lambda _: mask, Reference(), strategy, SETTINGS, 1)
     return measure_cell(work, Gang(rank, RANKS, CPU, Groups(), []), lambda _: None)

@@ -6,12 +6,8 @@ python -m tests.predict.serving_seconds FILE    # measures all, writes FILE, and
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from lcbench.predict.fit import fit
-from lcbench.predict.machines import machine_of
-from tests.predict import held_out
-from tests.predict.step_seconds import measured
+from tests.predict.step_seconds import run
 
 ITERATIONS = 20
 SERVING = ("workload=serving", "dtype=float32", "direction=forward", "site.device=cpu", "mask=causal", "heads=8x2x64",
@@ -29,17 +25,5 @@ OTHERS = (
 )
 
 
-def main() -> int:
-    wanted, others = held_out.cells(*FIT), held_out.cells(*OTHERS)
-    times = measured([*wanted, *others], ITERATIONS)
-    seen, unseen = times[: len(wanted)], times[len(wanted) :]
-    if len(sys.argv) > 1:
-        said = held_out.provenance(clock="CPU seconds of ranks with one thread")
-        held_out.write(Path(sys.argv[1]), {"fit": seen, "others": unseen}, said)
-    rows = held_out.judged(fit(seen, machine_of("this"), folds=1), unseen, one_thread=True)
-    print(held_out.table(rows))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(FIT, OTHERS, ITERATIONS))

@@ -17,15 +17,14 @@ from lcbench.cp.ulysses import Ulysses
 from lcbench.grid.build import build_strategy
 from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
-from lcbench.masks.band import BandMask
 from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softmax
 from lcbench.schedule.execute import Executor
 from lcbench.schedule.groups import Groups
 from lcbench.schedule.lowering import OPERATIONS
 from lcbench.schedule.tiling import tiling
 from lcbench.schedule.verify import verify
-from lcbench.testing.dense import dense_mask
-from lcbench.testing.masks import load, names
+from lcbench.testing.dense import dense_attention, dense_mask
+from lcbench.testing.masks import causal_batch, load, names
 from lcbench.testing.spawn import run_ranks
 
 BOUND = 1e-12
@@ -44,27 +43,6 @@ SHAPES = {
 }
 
 
-def causal(batch: Batch) -> BandMask:
-    """Each new token sees its request up to itself."""
-    q, k, new, total = batch.q_bounds, batch.k_bounds, batch.new, batch.total
-    last = k[:-1] + total - new - q[:-1]  # the key of a request's first new token, less its row
-    rows = [q[:-1], q[1:], k[:-1], k[1:], np.full(len(batch), -(1 << 40)), last]
-    return BandMask.of(batch.queries, batch.tokens, np.stack(rows, 1))
-
-
-def dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, allowed: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and LSE by a whole matrix of scores, the sink as one more column of it."""
-    each = q.shape[1] // k.shape[1]
-    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(each, 1)) * scale
-    scores = scores.masked_fill(~allowed, -torch.inf)
-    if sink is not None:
-        scores = torch.cat([scores, sink[:, None, None].expand(-1, len(q), 1)], -1)
-    weights = torch.softmax(scores, -1)[..., : len(k)]
-    return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(each, 1)), torch.logsumexp(scores, -1).T
-
-
 def strategies(ranks: int) -> list[Scheduled]:
     """Every strategy of conf/cp that is a schedule, and layouts of a batch."""
     named = [s for name in names("cp") if isinstance(s := build_strategy(load("cp", name)), Scheduled)]
@@ -75,8 +53,8 @@ def check(rank: int, ranks: int) -> None:
     groups, device, random = Groups(), torch.device("cpu"), torch.Generator().manual_seed(5)
     ran = set()
     for number, (name, batch) in enumerate(BATCHES.items()):
-        mask = causal(batch)
-        allowed = torch.from_numpy(dense_mask(mask.num_q, mask.num_k, mask))
+        mask = causal_batch(batch)
+        allowed = dense_mask(mask.num_q, mask.num_k, mask)
         for place, (shape, (heads, softmax)) in enumerate(SHAPES.items()):
             if ranks > 4 and (number + place) % 2:
                 continue
@@ -90,7 +68,9 @@ def check(rank: int, ranks: int) -> None:
                 x.clone().requires_grad_() for x in (q, k, *(() if heads.latent else (v,)), *(() if sink is None else (sink,)))
             ]
             values = leaves[1][..., : heads.v] if heads.latent else leaves[2]
-            out, lse = dense(leaves[0], leaves[1], values, None if sink is None else leaves[-1], allowed, of.softmax_scale)
+            out, lse = dense_attention(
+                leaves[0], leaves[1], values, allowed, of.softmax_scale, sink=None if sink is None else leaves[-1]
+            )
             want = torch.autograd.grad(out, leaves, dout)
             for strategy in strategies(ranks):
                 if strategy.unsupported(of, mask):
@@ -146,16 +126,16 @@ def test_a_strategy_that_shares_queries_and_keys_together_says_that_it_cannot_ta
     batch = BATCHES["chunk"]
     of = Problem(batch.tokens, Heads(4, 4, 4), Scale(1, 2), "float64", "forward", batch=batch)
     for name in ("lightseq", "hybrid"):
-        refused = build_strategy(load("cp", name)).unsupported(of, causal(batch))
+        refused = build_strategy(load("cp", name)).unsupported(of, causal_batch(batch))
         assert refused == "needs a query for every key: a batch has 11 new tokens of 47", name
     whole = replace(of, seqlen=11, batch=Batch((Requests(1, 11, 11),)))
-    assert build_strategy(load("cp", "lightseq")).unsupported(whole, causal(Batch((Requests(1, 11, 11),)))) is None
+    assert build_strategy(load("cp", "lightseq")).unsupported(whole, causal_batch(Batch((Requests(1, 11, 11),)))) is None
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_tiles_of_two_sides_have_the_pairs_that_the_proof_counts(ranks: int) -> None:
     for name, batch in BATCHES.items():
-        mask = causal(batch)
+        mask = causal_batch(batch)
         of = Problem(batch.tokens, Heads(8, 2, 6), Scale(1, ranks), "float32", "forward_backward", batch=batch)
         for strategy in strategies(ranks):
             if strategy.unsupported(of, mask):

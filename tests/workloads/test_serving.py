@@ -22,14 +22,14 @@ from lcbench.measure.ranks import EVERY
 from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Requests, Scale, Softmax
 from lcbench.schedule.groups import Groups
-from lcbench.testing.dense import dense_mask
-from lcbench.testing.masks import load, names
+from lcbench.testing.dense import dense_attention, dense_mask
+from lcbench.testing.masks import causal_batch, load, names
 from lcbench.testing.spawn import run_ranks
 from lcbench.workloads.base import Work
 from lcbench.workloads.cached import CachedRun
 from lcbench.workloads.serving import Serving
 from tests.measure.faults import SETTINGS
-from tests.schedule.test_sides import BATCHES, causal, dense, near
+from tests.schedule.test_sides import BATCHES, near
 
 CPU = torch.device("cpu")
 READS_NONE = Reference()
@@ -53,8 +53,8 @@ def check(rank: int, ranks: int) -> None:
     place, random = Place(rank, CPU, Groups()), torch.Generator().manual_seed(3)
     ran: set[tuple[str, str]] = set()
     for number, (name, batch) in enumerate(BATCHES.items()):
-        mask = causal(batch)
-        allowed = torch.from_numpy(dense_mask(mask.num_q, mask.num_k, mask))
+        mask = causal_batch(batch)
+        allowed = dense_mask(mask.num_q, mask.num_k, mask)
         for turn, heads in enumerate(SHAPES.values()):
             if ranks > 4 and (number + turn) % 2:
                 continue
@@ -70,7 +70,7 @@ def check(rank: int, ranks: int) -> None:
                 else torch.randn(batch.tokens, heads.kv, heads.v, dtype=torch.float64, generator=random)
             )
             sink = torch.randn(heads.q, dtype=torch.float64, generator=random) if softmax.sink else None
-            want = dense(q, k, v, sink, allowed, of.softmax_scale)
+            want = dense_attention(q, k, v, allowed, of.softmax_scale, sink=sink)
             for strategy_name, strategy in ours().items():
                 if strategy.unsupported(of, mask) or strategy.only_in_a_step() or strategy.computes(of, mask) is not mask:
                     continue
@@ -127,7 +127,7 @@ class Reads(Reference):
 def cell(rank: int, serving: Serving, name: str, heads: Heads, dtype: str, ranks: int, kernel: Kernel = READS_NONE) -> None:
     """A whole cell, checked, with its metrics."""
     batch = replace(BATCHES["mixed"], groups=(Requests(3, 1, 40), Requests(1, 8, 24)))
-    mask, of = causal(batch), Problem(batch.tokens, heads, Scale(1, ranks), dtype, "forward", batch=batch)
+    mask, of = causal_batch(batch), Problem(batch.tokens, heads, Scale(1, ranks), dtype, "forward", batch=batch)
     work = Work(serving, of, lambda _: mask, kernel, build_strategy(load("cp", name)), SETTINGS, 3)
     measured = measure_cell(work, Gang(rank, ranks, CPU, Groups(), []), lambda _: None)
     case = f"{name} {serving} {heads} {dtype}"
@@ -174,7 +174,7 @@ class ReadsOnOne(Reads):
 def differing(rank: int, ranks: int) -> None:
     """Ranks of which one cannot read its cache all copy theirs, and measure a timeline together."""
     batch = BATCHES["mixed"]
-    mask, of = causal(batch), Problem(batch.tokens, Heads(4, 1, 16), Scale(1, ranks), "float64", "forward", batch=batch)
+    mask, of = causal_batch(batch), Problem(batch.tokens, Heads(4, 1, 16), Scale(1, ranks), "float64", "forward", batch=batch)
     settings = SETTINGS | {"timeline": True}
     work = Work(Serving(page=8), of, lambda _: mask, ReadsOnOne(), build_strategy(load("cp", "kvp")), settings, 3)
     measured = measure_cell(work, Gang(rank, ranks, CPU, Groups(), []), lambda _: None)
@@ -197,7 +197,7 @@ def test_a_serving_cell_is_checked_on_what_is_stored_and_says_what_it_read() -> 
 def lossy(rank: int, ranks: int) -> None:
     """A cache whose last page is lost is found, whatever it is stored as."""
     batch = BATCHES["decode"]
-    mask, heads = causal(batch), Heads(4, 2, 16)
+    mask, heads = causal_batch(batch), Heads(4, 2, 16)
     of = Problem(batch.tokens, heads, Scale(1, ranks), "float32", "forward", batch=batch)
     for storage in ("input", "float8"):
         serving = Serving(page=4, storage=storage)  # type: ignore[arg-type]
@@ -239,10 +239,10 @@ def test_backward_is_refused_and_a_storage_that_there_is_not() -> None:
     of = Problem(batch.tokens, Heads(4, 2, 8), Scale(1, 1), "float32", "forward_backward", batch=batch)
     strategy = build_strategy(load("cp", "none"))
     assert (
-        Serving().unsupported(of, causal(batch), Reference(), strategy, None)
+        Serving().unsupported(of, causal_batch(batch), Reference(), strategy, None)
         == "workload=serving has no backward: write direction=forward"
     )
-    assert Serving().unsupported(replace(of, direction="forward"), causal(batch), Reference(), strategy, None) is None
+    assert Serving().unsupported(replace(of, direction="forward"), causal_batch(batch), Reference(), strategy, None) is None
     with pytest.raises(ValueError, match="input, bfloat16, float8"):
         Serving(storage="int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a page of 0 tokens"):
