@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     import torch
 
 
+COMPUTES = "it computes requests: rows that see all keys of theirs, or causally"
+
+
 @dataclass(frozen=True)
 class Sequences:
     """Sequences by their rows.
@@ -81,17 +84,15 @@ def sequences_of(mask: Mask) -> Sequences:
         Unsupported: it is none: a dynamic block mask, a window that is bounded on the left, or a row with gaps.
     """
     if not isinstance(mask, BandMask):
-        raise Unsupported("it computes requests: rows that see all keys of theirs, or causally; not a dynamic block mask")
+        raise Unsupported(f"{COMPUTES}; not a dynamic block mask")
     bands = mask.merged().bands
     bands = bands[np.argsort(bands[:, 0], kind="stable")]
     q0, q1, k0, _, lo, hi = bands.T
     # Bands are tight, so a left bound that binds nowhere is the one of the corner.
     if (lo > k0 - q1 + 1).any():
-        raise Unsupported("it computes requests: rows that see all keys of theirs, or causally; this mask has bounds on the left")
+        raise Unsupported(f"{COMPUTES}; this mask has bounds on the left")
     if (q1[:-1] > q0[1:]).any():
-        raise Unsupported(
-            "it computes requests: rows that see all keys of theirs, or causally; rows of this mask see keys with gaps"
-        )
+        raise Unsupported(f"{COMPUTES}; rows of this mask see keys with gaps")
     return Sequences(bands[:, 0:2], bands[:, 2:4], q0 + hi - k0 + 1)
 
 
