@@ -234,6 +234,11 @@ class Strategy(ABC):
         """Whether its results are not those of the cell's mask. ``unsupported`` has nothing against the problem."""
         return self.computes(problem, mask) is not mask
 
+    @property
+    def inside(self) -> "dict[str, Scheduled]":
+        """By which strategies a sub-group of ranks may share documents of a batch, by name; none: by no schedule of ours."""
+        return {}
+
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         """Why it does not run on such a machine, whatever is installed; None: it does."""
         return None
@@ -269,6 +274,10 @@ class Scheduled(Strategy):
 
     # At its default it is no part of a cell, whose id is from before there was a choice.
     lowering: Lowering = field(default="auto", kw_only=True, metadata={"left_out": True})
+
+    @property
+    def inside(self) -> "dict[str, Scheduled]":
+        return {type(self).__name__.lower(): self}
 
     @property
     def apart(self) -> bool:

@@ -94,6 +94,10 @@ _DECLARED = (
         "recompute", "choice", home="lcbench.workloads.", needs=("forward",), of="workload", label=7, paces=True,
         unsaid={"name": "none", "_target_": "lcbench.workloads.recompute.none.NoRecompute"},
     ),
+    Axis(
+        "planner", "choice", home="lcbench.planners.", needs=("plan",), of="workload", label=11, paces=True,
+        unsaid={"name": "none", "_target_": "lcbench.planners.none.NoPlanner"},
+    ),
     Axis("seqlen", "problem", values.parse_tokens, label=4),
     Axis("seqlen_per_rank", "problem", folds_into="seqlen"),
     Axis(

@@ -29,6 +29,7 @@ from lcbench.problem import Heads
 from lcbench.workloads.parts import Made, Share, attention_alone
 
 if TYPE_CHECKING:
+    from lcbench.planners.base import Planner
     from lcbench.workloads.base import Workload
 
 # Options that are the cell's and not its owner's: seeded draws of a mask to measure, and the digest of a file's content: as it is
@@ -156,7 +157,17 @@ def build_workload(config: dict[str, Any] | None) -> Workload:
 
 def build_recompute(config: dict[str, Any]) -> Any:
     """What backward computes again, by a whole cell's config; None where the workload does not take it."""
-    axis = AXES["recompute"]
+    return _build_taken("recompute", config)
+
+
+def build_planner(config: dict[str, Any]) -> Planner | None:
+    """Who shares out the documents of a batch, by a whole cell's config; None where the workload has no batch."""
+    return cast("Planner | None", _build_taken("planner", config))
+
+
+def _build_taken(name: str, config: dict[str, Any]) -> Any:
+    """The value of an axis that only some values of another take; None where a cell's does not."""
+    axis = AXES[name]
     return build(config.get(axis.name, axis.unsaid)) if takes_axis(config.get(axis.of, AXES[axis.of].unsaid), axis) else None
 
 

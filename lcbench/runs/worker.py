@@ -38,6 +38,7 @@ import torch.distributed as dist
 from lcbench.grid.build import (
     allow,
     build_kernel,
+    build_planner,
     build_recompute,
     build_strategy,
     build_workload,
@@ -324,6 +325,7 @@ def work_of(cell: Cell, running: Running | None = None) -> Work:
         # Each block has its check look elsewhere.
         attempt=number + BLOCK_STRIDE * (block - 1),
         recompute=build_recompute(config),
+        planner=build_planner(config),
     )
 
 

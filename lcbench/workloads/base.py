@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from lcbench.cp.base import Strategy
 from lcbench.kernels.base import Kernel, refusal
 from lcbench.masks.mask import Mask
+from lcbench.planners.base import Cost, Planner
 from lcbench.problem import ALONE, Mesh, Problem, Scale
 from lcbench.workloads.parts import Made, Share, attention_alone
 
@@ -79,6 +80,8 @@ class Work:
         problem: of one context-parallel group.
         mesh: which groups are at work at once.
         scale: of all ranks; None: that of the problem, of which there is one group.
+        planner: who shares out the documents of a batch; None: the workload has none.
+        cost: gives what documents cost, for the planner; None: nobody has said it.
         recompute: what backward computes again (``lcbench.workloads.recompute``); None: the workload does not take it.
     """
 
@@ -94,6 +97,8 @@ class Work:
     recompute: Any = None
     mesh: Mesh = ALONE
     scale: Scale | None = None
+    planner: Planner | None = None
+    cost: Callable[[], Cost] | None = None
 
     def arranged(self, gang: Gang) -> Gang:
         return gang.arranged(self.mesh, self.scale or self.problem.scale)

@@ -1,0 +1,218 @@
+"""What a planner is: from the documents of a batch, the ranks and what things cost, to an assignment.
+
+A batch is computed in micro-batches, one after the other. In each, some sub-groups of ranks share some documents. A rank goes on to
+its next micro-batch as soon as its own sub-group is done: nobody waits for ranks that it shares nothing with.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcbench.masks.band import Ints
+
+Floats = NDArray[np.float64]
+Say = Callable[[str], None]  # takes a line of progress
+
+
+class Infeasible(ValueError):
+    """Why there is no assignment of a batch, in one line."""
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The documents of a batch, numbered as they lie in its sequence.
+
+    Attributes:
+        tokens: of each, (n,).
+        pairs: unmasked (query, key) pairs of each, of one query head, (n,).
+    """
+
+    tokens: Ints
+    pairs: Ints
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def of(self, numbers: Sequence[int] | Ints) -> Documents:
+        """Some of them."""
+        chosen = np.asarray(numbers, dtype=np.int64)
+        return Documents(self.tokens[chosen], self.pairs[chosen])
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The ranks of a batch.
+
+    Attributes:
+        ranks: N.
+        per_node: ranks of a node, which are adjacent; it divides N.
+        capacity: tokens that a rank may have in a micro-batch, at most.
+    """
+
+    ranks: int
+    per_node: int
+    capacity: int
+
+    def needed(self, tokens: int) -> int:
+        """The fewest ranks whose capacity holds so many tokens."""
+        return -(-tokens // self.capacity)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that share some documents in a micro-batch.
+
+    Attributes:
+        ranks: their numbers, in the order in which they hold the tokens; they need not be neighbours.
+        documents: their numbers, in the order in which they are packed.
+        method: the name of the strategy by which the ranks share them, one of ``Cost.methods``.
+        offload: share of what backward needs that is in the host's memory meanwhile, 0 to 1.
+    """
+
+    ranks: tuple[int, ...]
+    documents: tuple[int, ...]
+    method: str
+    offload: float = 0.0
+
+    def held(self, documents: Documents) -> int:
+        """Tokens of the rank with most, of which the share that is not offloaded counts."""
+        tokens = -(-int(documents.tokens[list(self.documents)].sum()) // len(self.ranks))
+        return math.ceil(tokens * (1 - self.offload))
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """``micro_batches[m]``: the sub-groups that are at work in micro-batch m; a rank is in one at most, and may be in none."""
+
+    micro_batches: tuple[tuple[Group, ...], ...]
+
+    def wrong(self, documents: Documents, fleet: Fleet) -> str | None:
+        """Why it is no assignment of these documents, or None: each is computed once, by ranks that there are and that hold it."""
+        seen = np.zeros(len(documents), dtype=np.int64)
+        for number, groups in enumerate(self.micro_batches):
+            busy: set[int] = set()
+            for group in groups:
+                name = f"micro-batch {number}, ranks {group.ranks[0] if group.ranks else 'none'}..."
+                if not group.ranks or not group.documents:
+                    return f"{name}: a group without ranks or without documents"
+                if len(set(group.ranks)) < len(group.ranks) or busy & set(group.ranks):
+                    return f"{name}: a rank is there twice"
+                if min(group.ranks) < 0 or max(group.ranks) >= fleet.ranks:
+                    return f"{name}: there are ranks 0 to {fleet.ranks - 1}"
+                if min(group.documents) < 0 or max(group.documents) >= len(documents):
+                    return f"{name}: there are documents 0 to {len(documents) - 1}"
+                if not 0 <= group.offload <= 1:
+                    return f"{name}: offload {group.offload} is no share"
+                busy |= set(group.ranks)
+                np.add.at(seen, list(group.documents), 1)
+                if (held := group.held(documents)) > fleet.capacity:
+                    return f"{name}: {held} tokens on a rank are more than the capacity of {fleet.capacity}"
+        odd = np.nonzero(seen != 1)[0]
+        return f"document {odd[0]} is computed {seen[odd[0]]} times" if len(odd) else None
+
+    @property
+    def groups(self) -> list[tuple[int, Group]]:
+        """All groups with the number of their micro-batch, in order."""
+        return [(number, group) for number, groups in enumerate(self.micro_batches) for group in groups]
+
+    def played(self, seconds: Sequence[float], ranks: int) -> tuple[Floats, Floats]:
+        """(begins, ends) of all ``groups``, which take so long: each begins when the last of its ranks is done with what it has
+        before. The batch takes until the last one ends."""
+        free, begins = np.zeros(ranks), np.zeros(len(seconds))
+        for place, ((_, group), own) in enumerate(zip(self.groups, seconds, strict=True)):
+            members = list(group.ranks)
+            begins[place] = free[members].max()
+            free[members] = begins[place] + own
+        return begins, begins + np.asarray(seconds)
+
+    def seconds(self, documents: Documents, cost: Cost) -> list[float]:
+        """What each of ``groups`` takes by its own method."""
+
+        def of(group: Group) -> float:
+            degree, own = len(group.ranks), documents.of(group.documents)
+            return float(cost.documents_s(own, degree, group.method).sum()) + cost.overhead_s(degree)
+
+        return [of(group) for _, group in self.groups]
+
+    def makespan_s(self, documents: Documents, cost: Cost, ranks: int) -> float:
+        """Seconds of the batch by a cost, what is summed at its end included."""
+        return float(self.played(self.seconds(documents, cost), ranks)[1].max(initial=0.0)) + cost.reduce_s
+
+    def plain(self) -> list[list[dict[str, Any]]]:
+        """As plain values, for results."""
+        return [
+            [
+                {"ranks": list(g.ranks), "documents": list(g.documents), "method": g.method}
+                | ({"offload": g.offload} if g.offload else {})
+                for g in groups
+            ]
+            for groups in self.micro_batches
+        ]
+
+    @classmethod
+    def of_plain(cls, plain: Sequence[Sequence[dict[str, Any]]]) -> Assignment:
+        """From what ``plain`` gives."""
+
+        def group(said: dict[str, Any]) -> Group:
+            return Group(tuple(said["ranks"]), tuple(said["documents"]), said["method"], said.get("offload", 0.0))
+
+        return cls(tuple(tuple(map(group, groups)) for groups in plain))
+
+
+class Cost(Protocol):
+    """What documents cost on the machine at hand, by its simulator's fitted model: seconds of forward and, where cells have it,
+    backward.
+
+    Documents of a group cost the sum of what each costs there, and the group's overhead once.
+
+    Attributes:
+        methods: names of the strategies by which a group may share documents.
+        degrees: sizes of groups that some method can run, ascending, 1 among them.
+        reduce_s: of what is summed over all ranks at the end of the batch.
+        basis: what it rests on, in words.
+    """
+
+    methods: tuple[str, ...]
+    degrees: tuple[int, ...]
+    reduce_s: float
+    basis: str
+
+    @abstractmethod
+    def documents_s(self, documents: Documents, degree: int, method: str | None = None) -> Floats:
+        """(n,), what each adds to a group of ``degree`` ranks that are as near to each other as can be; infinite where no method
+        can share it among so many.
+
+        Args:
+            method: by which; None: by that which is fastest for each.
+        """
+
+    @abstractmethod
+    def overhead_s(self, degree: int) -> float:
+        """What a group takes in a micro-batch whatever is in it."""
+
+    @abstractmethod
+    def group(self, documents: Documents, ranks: Sequence[int]) -> tuple[float, str]:
+        """Seconds of a group of these ranks, wherever they are, with these documents, by the method that is fastest for all of them
+        together, and its name; the overhead is in it."""
+
+
+class Planner(Protocol):
+    """A frozen dataclass of options, found by conf/planner/<name>.yaml. It is deterministic, and knows no torch."""
+
+    @abstractmethod
+    def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
+        """Assign all documents of a batch.
+
+        Args:
+            say: gets a line now and then where it takes long.
+
+        Raises:
+            Infeasible: there is no assignment, or not by this method; one line.
+        """
