@@ -1,0 +1,56 @@
+"""The axis of planners: which cells have it, and what a plan refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from lcbench.grid.build import build_planner
+from lcbench.grid.cell import Cell
+from lcbench.grid.command_line import look
+from lcbench.planners.none import NoPlanner
+from lcbench.testing.masks import load, names
+
+BASE = ["cp=ring", "mask=causal_document", "heads=8x4x64", "scale=1x2", "seqlen=8k", "site=plain", "workload.capacity=8k"]
+
+
+def cells(*words: str) -> list[Cell]:
+    return [each.cell for each in look([*BASE, *words]).cells]
+
+
+def refused(*words: str) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        look([*BASE, *words])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_batch_has_a_planner_and_says_nothing_of_none() -> None:
+    found = {cell.words.get("planner"): cell for cell in cells("workload=batch", f"planner={','.join(names('planner'))}", "-m")}
+    assert set(found) == {None, *names("planner")} - {"none"}
+    assert "planner" not in found[None].config
+    assert isinstance(build_planner(found[None].config), NoPlanner)
+    assert len({cell.id for cell in found.values()}) == len(names("planner"))
+
+
+@pytest.mark.parametrize("name", [name for name in names("planner") if name != "none"])
+def test_its_options_are_a_part_of_the_cell_and_of_what_is_built(name: str) -> None:
+    (cell,) = cells("workload=batch", f"planner={name}")
+    assert cell.config["planner"]["name"] == name
+    assert f"planner={name}" in cell.label
+    assert type(build_planner(cell.config)).__module__ == f"lcbench.planners.{name}"
+    assert {key for key in cell.config["planner"] if key not in ("name", "_target_")} <= set(load("planner", name))
+
+
+def test_other_workloads_have_none() -> None:
+    plain = [word for word in BASE if not word.startswith("workload.")]
+    (cell,) = (each.cell for each in look(plain).cells)
+    assert "planner" not in cell.config
+    assert build_planner(cell.config) is None
+    with pytest.raises(ValueError, match="planner"):
+        look([*plain, "planner=fixed"])
+
+
+def test_what_is_wrong_is_one_line() -> None:
+    assert "fixed" in refused("workload=batch", "planner=fixd")
+    assert "workload.capacity=0" in refused("workload=batch", "workload.capacity=0")
+    assert "workload.gradient_bytes=-1" in refused("workload=batch", "workload.gradient_bytes=-1")
