@@ -32,8 +32,8 @@ class Fixed(Planner):
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
         possible = [degree for degree in cost.degrees if fleet.ranks % degree == 0]
         if self.degree is not None and self.degree not in possible:
-            raise Infeasible(f"planner.degree={self.degree} is none of those that a method can run and that divide {fleet.ranks}: {possible}")
-        degree = check_longest(documents, possible if self.degree is None else [self.degree], fleet, "degrees that divide the ranks and")
+            raise Infeasible(f"planner.degree={self.degree} is none that a method can run and that divides {fleet.ranks}: {possible}")
+        degree = check_longest(documents, possible if self.degree is None else [self.degree], fleet)
         replicas = [tuple(range(begin, begin + degree)) for begin in range(0, fleet.ranks, degree)]
         room = degree * fleet.capacity
         packed = best_fit_decreasing(documents.tokens, room)
@@ -41,9 +41,6 @@ class Fixed(Planner):
         sequences = [one for one in level(documents.tokens, rounds * len(replicas), room) or packed if one]
         sizes = [int(documents.tokens[one].sum()) for one in sequences]
         seconds = Seconds(documents, cost)
-        dealt = _dealt(sizes, len(replicas), rounds)
+        dealt = longest_first(sizes, [0.0] * len(replicas), most=rounds)
         return in_order(seconds.made(replica, sequences[n], fleet) for replica, own in zip(replicas, dealt, strict=True) for n in own)
 
-
-def _dealt(sizes: list[int], replicas: int, rounds: int) -> list[list[int]]:
-    """Sequences of each replica, at most ``rounds``: the largest first, each to the replica with fewest tokens that has room for one."""

@@ -44,12 +44,20 @@ def best_fit_decreasing(sizes: Sequence[int] | Ints, capacity: int) -> list[list
     return bins
 
 
-def longest_first(weights: Sequence[float] | Ints | Floats, loads: Sequence[float] | Floats) -> list[list[int]]:
+def longest_first(
+    weights: Sequence[float] | Ints | Floats, loads: Sequence[float] | Floats, most: int | None = None
+) -> list[list[int]]:
     """Numbers of weights per bin: the heaviest first, each to the bin that has least (Graham's LPT).
 
     Args:
         loads: what the bins have already.
+        most: how many a bin takes; None: any number.
+
+    Raises:
+        ValueError: more weights than all bins take.
     """
+    if most is not None and len(weights) > most * len(loads):
+        raise ValueError(f"{len(weights)} weights for {len(loads)} bins of at most {most}")
     bins: list[list[int]] = [[] for _ in loads]
     heap = [(float(load), place) for place, load in enumerate(loads)]
     heapq.heapify(heap)
@@ -57,7 +65,10 @@ def longest_first(weights: Sequence[float] | Ints | Floats, loads: Sequence[floa
     for number in descending(weights):
         load, place = heap[0]
         bins[place].append(number)
-        heapq.heapreplace(heap, (load + values[number], place))
+        if len(bins[place]) == most:
+            heapq.heappop(heap)
+        else:
+            heapq.heapreplace(heap, (load + values[number], place))
     return bins
 
 
@@ -126,21 +137,21 @@ def smallest(tokens: int, degrees: Sequence[int], fleet: Fleet) -> int | None:
     return next((degree for degree in degrees if degree >= fleet.needed(tokens)), None)
 
 
-def check_longest(documents: Documents, degrees: Sequence[int], fleet: Fleet, what: str = "degrees") -> int:
-    """The smallest of ascending degrees that holds the longest document; 1 where there are no documents and so nothing to hold.
+def check_longest(documents: Documents, degrees: Sequence[int], fleet: Fleet) -> int:
+    """The smallest of ascending degrees that holds the longest document; the first where there are no documents.
 
     Args:
-        what: what the degrees are, for the message.
+        degrees: those that come into question, which is what the message says.
 
     Raises:
-        Infeasible: none holds it.
+        Infeasible: none holds it, or there is none.
     """
-    if not len(documents):
-        return 1
-    longest = int(documents.tokens.argmax())
-    tokens = int(documents.tokens[longest])
+    if not degrees:
+        raise Infeasible(f"no method can run a group of any size that this planner makes on {fleet.ranks} ranks")
+    longest = int(documents.tokens.argmax()) if len(documents) else 0
+    tokens = int(documents.tokens[longest]) if len(documents) else 0
     degree = smallest(tokens, degrees, fleet)
     if degree is None:
-        most = f"{max(degrees)} ranks, the most of them, hold {max(degrees) * fleet.capacity}" if degrees else "there are none"
-        raise Infeasible(f"document {longest} has {tokens} tokens; of the {what} that a method can run on {fleet.ranks} ranks, {most}")
+        most = f"the largest group that this planner makes on {fleet.ranks}, {degrees[-1]} ranks of {fleet.capacity}"
+        raise Infeasible(f"document {longest} has {tokens} tokens; {most}, holds {degrees[-1] * fleet.capacity}")
     return degree
