@@ -14,6 +14,7 @@ from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.workloads.base import Work, Workload
+from lcbench.workloads.parts import REDUCED, Exchange, Made, Share, attention_alone
 
 if TYPE_CHECKING:
     from lcbench.measure.session import Gang, Session
@@ -45,6 +46,10 @@ class Batch(Workload):
         if not strategy.inside:
             return "a planner's groups share documents by schedules, and this strategy has none"
         return None
+
+    def made(self, share: Share, recompute: Any) -> Made:
+        reduced = {"reduce": (Exchange(REDUCED, ("cp",), self.gradient_bytes),)} if self.gradient_bytes else {}
+        return Made({"batch": tuple(part for parts in attention_alone(share).phases.values() for part in parts), **reduced})
 
     def start(self, work: Work, draw: int, gang: Gang) -> Session:
         from lcbench.workloads.batching import BatchSession  # with torch, which planning does without
