@@ -32,7 +32,9 @@ class Fixed(Planner):
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
         possible = [degree for degree in cost.degrees if fleet.ranks % degree == 0]
         if self.degree is not None and self.degree not in possible:
-            raise Infeasible(f"planner.degree={self.degree} is none that a method can run and that divides {fleet.ranks}: {possible}")
+            raise Infeasible(
+                f"planner.degree={self.degree} is none that a method can run and that divides {fleet.ranks}: {possible}"
+            )
         degree = check_longest(documents, possible if self.degree is None else [self.degree], fleet)
         replicas = [tuple(range(begin, begin + degree)) for begin in range(0, fleet.ranks, degree)]
         room = degree * fleet.capacity
@@ -42,5 +44,6 @@ class Fixed(Planner):
         sizes = [int(documents.tokens[one].sum()) for one in sequences]
         seconds = Seconds(documents, cost)
         dealt = longest_first(sizes, [0.0] * len(replicas), most=rounds)
-        return in_order(seconds.made(replica, sequences[n], fleet) for replica, own in zip(replicas, dealt, strict=True) for n in own)
-
+        return in_order(
+            seconds.made(replica, sequences[n], fleet) for replica, own in zip(replicas, dealt, strict=True) for n in own
+        )
