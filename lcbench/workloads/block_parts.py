@@ -66,11 +66,11 @@ class _Step:
 
     @property
     def _sharded(self) -> bool:
-        return self.options.fsdp and self._same > 1
+        return self.options.sharded and self._same > 1
 
     @property
     def _summed(self) -> bool:
-        return not self.options.fsdp and self._same > 1
+        return not self.options.sharded and self._same > 1
 
     def made(self) -> Made:
         policy = self.recompute.foreseen(self.saved, self.share.hides(self._layer_forward()))

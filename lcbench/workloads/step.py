@@ -70,7 +70,7 @@ class BlockSession(Session):
     @property
     def held_bytes(self) -> int:
         """Of the check, and what is in the host's memory where that is the device's too."""
-        host = self.training.recompute.host_bytes if self._gang.device.type == "cpu" else 0
+        host = self.training.host_bytes if self._gang.device.type == "cpu" else 0
         return host + self.checks.held_bytes + sum(each.held_bytes for each in self.examinations.values())
 
     # -- passes ----------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class BlockSession(Session):
     def costs(self) -> dict[str, Cost]:
         """Cost by phase: 2 FLOPs per weight and token forward and 4 backward, attention by the mask's pairs; what is computed again
         is apart. Traffic is what every layer's attention needs, memory what weights take that are read, and their gradients."""
-        problem, model, again = self._work.problem, self._block.model, self.training.recompute.policy.again()
+        problem, model, again = self._work.problem, self._block.model, self.training.again
         gang, layers, size = self._gang, len(self.training.stack.layers), problem.itemsize
         least = least_traffic(self.mask, problem, self._started.owners, gang.device, gang.ranks)
         pairs, tokens = sum(gang.of_groups(self.pairs)), float(problem.seqlen * gang.mesh.dp)
@@ -183,9 +183,9 @@ class BlockSession(Session):
             counted.metrics.update(of_worst({"step/images_max_over_mean": self.training.reshard.max_over_mean}))
         counted.metrics.update((f"model/{phase}/repeats", repeats) for phase, repeats in self._block.repeats(self.phases()).items())
         counted.metrics.update(of_worst({f"memory/{name}_bytes": float(size) for name, size in self.training.memory().items()}))
-        counted.metrics.update(of_worst(self.training.recompute.metrics()))
-        counted.notes.update(self.training.recompute.notes)
-        if not self._block.fsdp:  # which gathers and frees weights as it sees fit
+        counted.metrics.update(of_worst(self.training.offloaded()))
+        counted.notes.update(self.training.notes)
+        if not self._block.sharded:  # which gathers and frees weights as it sees fit
             plan = self.training.planned()
             counted.metrics.update(of_worst({"memory/planned_peak_bytes": float(self._held_between_steps() + plan.peak)}))
             counted.notes["memory_plan"] = plan.notes()
