@@ -6,7 +6,7 @@ float32 or wider. The loss is the mean over all labelled tokens of the batch, so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +33,16 @@ class OwnPart:
     """What a rank has of a micro-batch.
 
     Attributes:
-        run: its attention. tokens: how many of this rank's tokens are in it. recompute: what the layers' forward keeps.
+        run: its attention.
+        tokens: how many of this rank's tokens are in it.
+        recompute: what the layers' forward keeps.
+        ended: called behind its backward.
     """
 
     run: RankRun
     tokens: int
     recompute: Recompute
+    ended: Callable[[], None] = lambda: None
 
 
 class BatchTraining(Training):
@@ -112,13 +116,14 @@ class BatchTraining(Training):
         self._forget()
         self.moved = {}
         dx, loss = [self.x[:0]], torch.zeros((), dtype=accumulation_dtype(self.x.dtype), device=self._device)
-        for micro_batch in self.micro_batches:
+        for own, micro_batch in zip(self._parts, self.micro_batches, strict=True):
             last = micro_batch is self.micro_batches[-1]
             self._gradients.begin(last=last)
-            own, part = self._one(micro_batch, done)
+            of_x, of_loss = self._one(micro_batch, done)
             self._gradients.end(last=last)
-            dx.append(own)
-            loss += part
+            own.ended()
+            dx.append(of_x)
+            loss += of_loss
             if (swap := micro_batch.recompute.swap) is not None:
                 self.moved = {phase: self.moved.get(phase, 0) + count for phase, count in swap.moved.items()}
         for weight in self.weights().values():
