@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class BatchStepSession(BlockSession):
         self._runs = [CountedRun(part.run) for part in run.parts]
         self._numbers = [part.number for part in run.parts]
         parts = [
-            OwnPart(counted, part.rows.stop - part.rows.start, policies[shares[part.number]], part.ended)
+            OwnPart(counted, part.rows.stop - part.rows.start, policies[shares[part.number]], partial(run.ended, part))
             for counted, part in zip(self._runs, run.parts, strict=True)
         ]
         swaps = isinstance(self._work.recompute, Swapping) or any(group.offload for _, group in assignment.groups)
