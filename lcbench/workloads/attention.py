@@ -214,11 +214,16 @@ class AttentionSession(Session):
 
     def costs(self) -> dict[str, Cost]:
         """Cost by phase: FLOPs of the mask's pairs in all groups; traffic that the mask needs from who owns what."""
+        passes = self._of_passes()
+        return {phase: passes[phase] for phase in self.phases()}
+
+    def _of_passes(self) -> dict[str, Cost]:
+        """The cost of forward and of backward. Collective."""
         problem = self._work.problem
         least = least_traffic(self.mask, problem, self._started.owners, self._gang.device, self._gang.ranks)
         pairs = sum(self._gang.of_groups(self.pairs))
         flops = {"forward": forward_flops(pairs, problem.heads), "backward": backward_flops(pairs, problem.heads)}
-        return {phase: Cost(flops[phase], least.sent, least.memory[phase]) for phase in self.phases()}
+        return {phase: Cost(flops[phase], least.sent, least.memory[phase]) for phase in flops}
 
     def counted(self) -> Counted:
         counted = self._started.counted(self._sent, ("forward", "backward"))
