@@ -70,11 +70,6 @@ class Batch(Workload):
             )
         return None
 
-<<<<<<< HEAD
-    def made(self, share: Share, recompute: Any) -> Made:
-        reduced = {"reduce": (Exchange(REDUCED, ("cp",), self.gradient_bytes),)} if self.gradient_bytes else {}
-        return Made({"batch": tuple(part for parts in attention_alone(share).phases.values() for part in parts), **reduced})
-=======
     def misfit(self, mesh: Mesh) -> str | None:
         if mesh.dp > 1:
             return f"mesh.dp={mesh.dp}: a planner shares documents out among all ranks, replicas included; write mesh.dp=1"
