@@ -243,7 +243,18 @@ def traffic(schedule: Schedule, *, backward: bool) -> Traffic:
     found = list(_forward(schedule, final))
     if backward:
         found += _backward(schedule, queries, keys, final)
-    return Traffic(tuple(t for t in found if len(t.rows)), queries, keys, final, len(schedule.steps))
+    parts = (part for whole in found for part in _by_kind(whole, schedule.kinds))
+    return Traffic(tuple(t for t in parts if len(t.rows)), queries, keys, final, len(schedule.steps))
+
+
+def _by_kind(transfer: Transfer, kinds: Ints | None) -> Iterator[Transfer]:
+    """A transfer in one for each kind of sub-groups that has a part in it."""
+    if kinds is None:
+        yield transfer
+        return
+    of = kinds[transfer.rows[:, MoveColumn.SOURCE]]
+    for kind in distinct(of).tolist():
+        yield replace(transfer, rows=_picked(transfer.rows, of == kind))
 
 
 def _forward(schedule: Schedule, final: Bools) -> Iterator[Transfer]:
@@ -294,10 +305,12 @@ class _Values:
 
 def _gradients(schedule: Schedule, queries: Uses, keys: Uses) -> Iterator[Transfer]:
     """The gradients that go back along every move, those of queries first among those that leave at the same time."""
-    count, shared = len(schedule.steps), _shared_heads(schedule.heads)
+    count, shared = len(schedule.steps), _shared_heads(schedule.heads, keys)
     for kind, uses in zip(SIDES, (queries, keys), strict=True):
         shard, group = uses.rows[:, [MoveColumn.SHARD, MoveColumn.GROUP]].T
-        alone = (uses.beyond == uses.users[shard, group]) & ~(shared[group] & (kind == "kv"))
+        alone = uses.beyond == uses.users[shard, group]
+        if kind == "kv":
+            alone &= ~shared[shard, group]
         ends = np.cumsum([len(m.rows) for _, m in uses.moves])
         gradient = PAYLOADS[kind].gradient
         for (number, move), part in zip(uses.moves, np.split(alone, ends[:-1]), strict=False):
@@ -312,10 +325,11 @@ def _picked(rows: Ints, which: Bools) -> Ints:
     return rows if which.all() else rows[which]
 
 
-def _shared_heads(groups: tuple[HeadGroup, ...]) -> Bools:
-    """Whether each group has a key/value head that it holds twice or that another group reads too, so that gradients add up."""
-    readers: dict[int, int] = {}
-    for group in groups:
-        for head in group.kv:
-            readers[head] = readers.get(head, 0) + 1
-    return np.array([any(readers[head] > 1 for head in group.kv) for group in groups])
+def _shared_heads(groups: tuple[HeadGroup, ...], keys: Uses) -> Bools:
+    """Whether each (shard of keys, head group) has a key/value head that the group holds twice, or that another group of this shard
+    reads too, so that gradients add up."""
+    read = np.zeros((len(groups), max(head for group in groups for head in group.kv) + 1), dtype=np.int64)
+    for number, group in enumerate(groups):
+        np.add.at(read[number], list(group.kv), 1)
+    twice = (keys.users > 0).astype(np.int64) @ read > 1  # (shards, key/value heads)
+    return np.stack([twice[:, list(group.kv)].any(axis=1) for group in groups], axis=1)

@@ -94,6 +94,7 @@ class Executor:
         resumes: True, see ``RankRun``.
         gives: whether inputs may come one by one, and gradients be waited for one by one, see ``RankRun``.
         sums_are_wide: whether gradients are added up in the type of sums on their way between ranks.
+        communicators: that all ranks need, as ``Groups.among`` takes them: (channel, ranks).
         bytes_sent, buffer_bytes, calls, pairs, collectives: see ``Counters``; bytes since a pass last began.
     """
 
@@ -158,7 +159,8 @@ class Executor:
         self._sending = Sending(self.rank, self.problem.scale.gpus_per_node, self.device, through_host=through_host)
         every, sets = tuple(range(self.schedule.world_size)), sets_of(moves, self._program.lowered)
         channels = sorted({MAIN, *(t.channel for t in moves.transfers)} if moves.transfers else set())
-        groups.prepare([*((channel, every) for channel in channels), *sets])
+        self.communicators = [*((channel, every) for channel in channels), *sets]
+        groups.prepare(self.communicators)
         self._groups = {channel: groups.of(channel) for channel in channels}
         self._sets: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
         for channel, members in sets:
@@ -293,11 +295,11 @@ class Executor:
             self._cache = None
 
     def _only_kernel(self) -> Prepared | None:
-        """The kernel of the only tile, if that is all tokens and heads of a single rank, else None.
+        """The kernel of the only tile, if that is all tokens and heads of a rank that shares nothing with others, else None.
 
         Nothing is packed or summed then, and the time of a cell without context parallelism is its kernel's.
         """
-        if self.schedule.world_size > 1 or len(self._tiles) != 1:
+        if len(self._tiles) != 1 or not self._program.silent:
             return None
         ((call, kernel),) = self._tiles.items()
         sides: tuple[Kind, ...] = ("q", "kv")
@@ -412,10 +414,19 @@ class Executor:
 
     # -- several passes under way --------------------------------------------------------------------------------
 
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """The memory of all buffers, bytes."""
+        return self._slots
+
     def share(self, other: object) -> None:
         """Put buffers where those of another executor are, as far as these are large enough, see ``RankRun``."""
         assert isinstance(other, Executor)
-        for slot, (own, memory) in enumerate(zip(self._slots, other._slots, strict=False)):
+        self.share_memory(other.buffers)
+
+    def share_memory(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Put buffers where these are, as far as they are large enough."""
+        for slot, (own, memory) in enumerate(zip(self._slots, buffers, strict=False)):
             if len(own) <= len(memory):
                 self._put(slot, memory[: len(own)])
 
@@ -429,6 +440,10 @@ class Executor:
         for slot, memory in taken.items():
             self._put(slot, torch.zeros_like(memory))
         return replace(saved, slots=taken)
+
+    def copied(self, saved: SavedPass) -> SavedPass:
+        """Like ``hold``, with copies: the buffers stay where they are, for others that share them."""
+        return replace(saved, slots={slot: self._slots[slot].clone() for slot in self._kept_slots})
 
     def _put(self, slot: int, memory: torch.Tensor) -> None:
         self._slots[slot] = memory
@@ -687,12 +702,8 @@ class Executor:
             self._post(step, turn + 2)
 
     def _mark(self) -> Mark:
-        """Now: the host's time, or an event in the device's stream, for which nothing waits."""
-        if self._marks is None or self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        """Now; where nobody asked, the host's time, which costs nothing."""
+        return time.perf_counter() if self._marks is None else now(self.device)
 
     def chosen(self, saved: SavedPass) -> None:
         """See ``RankRun``: a schedule computes the mask that it is given."""
@@ -712,7 +723,7 @@ class Executor:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         first = rows[0][1][0]
-        return [[float(number), *(_seconds(first, mark) for mark in marks)] for number, marks in rows]
+        return [[float(number), *(seconds_between(first, mark) for mark in marks)] for number, marks in rows]
 
     def _post(self, step: RankStep, turn: int, kinds: Collection[str] = PAYLOADS) -> None:
         """Begin all messages of a round, or those of some kinds: its collectives, and the others in one batch per channel and end.
@@ -941,7 +952,17 @@ def _stretch(x: torch.Tensor) -> torch.Tensor:
     return x if x.is_contiguous() else x.permute(2, 0, 1, 3)
 
 
-def _seconds(first: Mark, mark: Mark) -> float:
+def now(device: torch.device) -> Mark:
+    """The host's time, or an event in the device's stream, for which nothing waits."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first: Mark, mark: Mark) -> float:
+    """What passes from one to the other; both events have happened."""
     if isinstance(first, float) or isinstance(mark, float):
         assert isinstance(first, float)
         assert isinstance(mark, float)

@@ -6,6 +6,7 @@ Those of a context-parallel group know its own ranks only; there may be several 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from copy import copy
 from datetime import timedelta
@@ -40,6 +41,8 @@ class Groups:
         """
         self._timeout, self._through_host = timeout, through_host
         self._made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
+        self._took: dict[tuple[str, tuple[int, ...]], float] = {}  # seconds that making each took, and its first use
+        self._used: set[tuple[str, tuple[int, ...]]] = set()
         self._meshes: dict[tuple[Any, ...], DeviceMesh] = {}
         self._every: list[tuple[int, ...]] | None = None  # ranks of each context-parallel group; None: one of all ranks
 
@@ -106,7 +109,9 @@ class Groups:
             if key == (MAIN, tuple(range(dist.get_world_size()))):
                 self._made[key] = dist.group.WORLD
             else:
+                begun = time.perf_counter()
                 made = dist.new_group(list(members), self._timeout, pg_options=group_options(dist.get_backend()))
+                self._took[key] = time.perf_counter() - begun
                 self._made[key] = made if dist.get_rank() in members else None
         return self._made[key]
 
@@ -121,6 +126,23 @@ class Groups:
             dist.all_gather_object(every, wanted)
         for channel, ranks in dict.fromkeys(each for own in every for each in own):
             self.among(ranks, channel)
+
+    def took(self, wanted: Sequence[tuple[str, tuple[int, ...]]], device: torch.device) -> tuple[int, float]:
+        """How many communicators these are besides those that are there anyway, (channel, ranks) each, and the seconds that this
+        rank took to make them and, of those that it is in, to use them once: NCCL connects ranks then. Collective over all ranks.
+        """
+        sets = self._sets
+        keys = [(channel, tuple(group[rank] for rank in sorted(ranks))) for channel, ranks in wanted for group in sets]
+        for key in keys:
+            if (group := self._made[key]) is not None and key in self._took and key not in self._used:
+                begun = time.perf_counter()
+                dist.all_reduce(torch.zeros(1, device=device), group=group)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                self._took[key] += time.perf_counter() - begun
+                self._used.add(key)
+        made = [self._took[key] for key in dict.fromkeys(keys) if key in self._took]
+        return len(made), sum(made)
 
     def goes_through_host(self, device: torch.device) -> bool:
         """Whether messages of this device's tensors are copied to the host's memory and back.

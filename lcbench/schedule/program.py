@@ -667,9 +667,14 @@ class Program:
         return sum(self.slots)
 
     @property
+    def silent(self) -> bool:
+        """Whether this rank neither sends nor receives anything."""
+        return not any(step.sends or step.receives or step.exchanges for step in self.steps)
+
+    @property
     def all_final(self) -> bool:
         """Whether every query of this rank is computed by one rank alone, so that nothing is ever merged here."""
-        return bool(self._traffic.final[list(self.begin["q"])].all())
+        return bool((self._traffic.queries.users[list(self.begin["q"])] <= 1).all())
 
 
 def rounds_of(transfer: Transfer, schedule: Schedule, rows: Ints) -> Ints:

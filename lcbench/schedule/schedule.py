@@ -200,8 +200,10 @@ class Schedule:
         world_size: P, ranks.
         q: how queries are dealt out.
         k: how keys and values are; in self-attention the same object.
-        heads: the head groups.
+        heads: the head groups. Two of them may share heads: no shard is computed for both.
         steps: what happens, one after the other.
+        kinds: where sub-groups of ranks are at work side by side, what kind of sub-group each rank is in, (P,): ranks of two kinds
+            send one another nothing, and what each kind sends may be a collective by itself. None: all are of one.
     """
 
     world_size: int
@@ -209,6 +211,7 @@ class Schedule:
     k: Side
     heads: tuple[HeadGroup, ...]
     steps: tuple[Step, ...]
+    kinds: Ints | None = None
 
     @classmethod
     def of(

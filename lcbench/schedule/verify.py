@@ -7,18 +7,19 @@ message are read from the same row, and all messages of a step are under way tog
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lcbench.masks.band import BandMask, Ints
+from lcbench.masks.band import BandMask, Ints, distinct, spread
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, Transfer, Uses, traffic
 from lcbench.schedule.layout import tile_areas
 from lcbench.schedule.lowering import Operation
 from lcbench.schedule.program import Program
-from lcbench.schedule.schedule import Schedule, Side
+from lcbench.schedule.schedule import Schedule, Side, TileColumn
 
 
 class ScheduleError(ValueError):
@@ -79,6 +80,7 @@ def verify(schedule: Schedule, mask: Mask, problem: Problem) -> ScheduleCost:
     """
     for side, tokens in ((schedule.q, mask.num_q), (schedule.k, mask.num_k)):
         _check_shards(schedule, side, tokens)
+    _check_heads(schedule, problem.heads.q)
     _check_rows(schedule)
     moves = traffic(schedule, backward=problem.backward)
     for uses, kind in ((moves.queries, "queries"), (moves.keys, "keys")):
@@ -96,9 +98,20 @@ def _check_shards(schedule: Schedule, side: Side, count: int) -> None:
         raise ScheduleError(f"the shards do not hold each of {count} tokens exactly once")
     if len(side.owner) != len(side) or not ((side.owner >= 0) & (side.owner < schedule.world_size)).all():
         raise ScheduleError(f"shards need an owner each, among {schedule.world_size} ranks")
-    heads = [head for group in schedule.heads for head in range(group.begin, group.end)]
-    if sorted(heads) != list(range(len(heads))):
-        raise ScheduleError(f"head groups do not hold each query head exactly once: {heads}")
+
+
+def _check_heads(schedule: Schedule, heads: int) -> None:
+    outside = [group for group in schedule.heads if not 0 <= group.begin < group.end <= heads]
+    if outside:
+        raise ScheduleError(f"head group {outside[0]} does not consist of some of the {heads} query heads")
+
+
+def _head_ranges(schedule: Schedule, heads: int) -> tuple[Ints, Ints, Ints]:
+    """Where ranges of query heads begin that no head group cuts, and where the last one ends, (ranges + 1,); and the first and the
+    last + 1 range of each head group, (head groups,) each."""
+    begin, end = (np.array([getattr(group, name) for group in schedule.heads], dtype=np.int64) for name in ("begin", "end"))
+    edges = distinct(np.concatenate([begin, end, [0, heads]]))
+    return edges, np.searchsorted(edges, begin), np.searchsorted(edges, end)
 
 
 def _check_rows(schedule: Schedule) -> None:
@@ -186,14 +199,16 @@ def _check_returns(schedule: Schedule, uses: Uses) -> None:
 
 
 def _check_tiles(schedule: Schedule, mask: Mask, problem: Problem) -> Ints:
-    """Each tile with pairs is computed once for each head group, none twice; and the pairs of each step and rank."""
-    pairs, times = _tile_pairs(schedule, mask, problem)
-    computed = np.zeros((len(schedule.heads), len(schedule.q), len(schedule.k)), dtype=bool)
+    """Each tile with pairs is computed once for each query head, none twice; and the pairs of each step and rank."""
+    edges, begin, end = _head_ranges(schedule, problem.heads.q)
+    pairs, times = _tile_pairs(schedule, mask, problem, edges)
+    computed = np.zeros((len(times), len(schedule.q), len(schedule.k)), dtype=bool)
     step_pairs = np.zeros((len(schedule.steps), schedule.world_size), dtype=np.int64)
     for number, step in enumerate(schedule.steps):
         for part in schedule.shard_tiles(step):
-            rank, group, q, k = part.T
-            flat = np.ravel_multi_index((group, q, k), computed.shape)
+            place, heads = spread(begin[part[:, TileColumn.GROUP]], end[part[:, TileColumn.GROUP]])
+            rank, group, q, k = part[place].T
+            flat = np.ravel_multi_index((heads, q, k), computed.shape)
             repeated = np.ones(len(flat), dtype=bool)
             repeated[np.unique(flat, return_index=True)[1]] = False
             repeated |= computed.ravel()[flat]
@@ -201,26 +216,26 @@ def _check_tiles(schedule: Schedule, mask: Mask, problem: Problem) -> Ints:
                 i = int(np.argmax(repeated))
                 raise _error(schedule, number, f"rank {rank[i]} computes q{q[i]}k{k[i]}, heads {group[i]}, a second time")
             computed.ravel()[flat] = True
-            np.add.at(step_pairs[number], rank, pairs[group % len(pairs), q, k] * times[group])
+            np.add.at(step_pairs[number], rank, pairs[heads % len(pairs), q, k] * times[heads])
     missing = np.argwhere((pairs > 0) & ~computed)
     if len(missing):
-        group, q, k = missing[0].tolist()
-        raise _error(schedule, len(schedule.steps) - 1, f"nobody computed q{q}k{k} of head group {group}")
+        heads, q, k = missing[0].tolist()
+        named = f"query heads {edges[heads]} to {edges[heads + 1] - 1}"
+        raise _error(schedule, len(schedule.steps) - 1, f"nobody computed q{q}k{k} of {named}")
     return step_pairs
 
 
-def _tile_pairs(schedule: Schedule, mask: Mask, problem: Problem) -> tuple[Ints, Ints]:
-    """Unmasked pairs of every two shards, (1 or head groups, shards, shards), and how many times they count for each group."""
-    total = problem.heads.q
-    lengths = np.array([len(group) for group in schedule.heads], dtype=np.int64)
+def _tile_pairs(schedule: Schedule, mask: Mask, problem: Problem, edges: Ints) -> tuple[Ints, Ints]:
+    """Unmasked pairs of every two shards, (1 or ranges of heads, shards, shards), and how many times they count for each range."""
+    total, lengths = problem.heads.q, np.diff(edges)
     if isinstance(mask, BandMask):
         pairs = tile_areas(mask, schedule.q.shards, schedule.k.shards)[None]
-        found = int(pairs.sum() * lengths.sum())
+        found = int(pairs.sum()) * total
     else:
         maps = [tile_areas(mask.bands(i), schedule.q.shards, schedule.k.shards) for i in range(mask.maps)]
         each = total // mask.maps
-        pairs = np.array([np.sum([maps[h // each] for h in range(g.begin, g.end)], axis=0) for g in schedule.heads])
-        lengths[:] = 1
+        pairs = np.array([np.sum([maps[h // each] for h in range(a, b)], axis=0) for a, b in pairwise(edges.tolist())])
+        lengths = np.ones_like(lengths)
         found = int(pairs.sum())
     if found != mask.pairs(total):
         raise ScheduleError(f"the tiles hold {found} pairs, the mask {mask.pairs(total)}")
