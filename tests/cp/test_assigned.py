@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
 
-from lcbench.cp.assigned import Assigned, scale_of
-from lcbench.cp.batch_run import BatchRun
+from lcbench.cp.assigned import Assigned
 from lcbench.cp.base import Place, Scheduled
+from lcbench.cp.batch_run import BatchRun
 from lcbench.cp.groupcast import GroupCast
 from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
-from lcbench.kernels.base import Unsupported
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import BandMask
 from lcbench.masks.causal_document import causal_document

@@ -26,13 +26,13 @@ from lcbench.masks.block_random import block_random
 from lcbench.masks.causal_document import causal_document
 from lcbench.masks.document import document
 from lcbench.masks.lengths import Explicit
-from lcbench.measure.cell import measure_cell
+from lcbench.measure.cell import measure_again, measure_cell
 from lcbench.measure.inputs import draw
 from lcbench.measure.measured import Measured
 from lcbench.measure.session import Gang
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Group, Infeasible, Planner, Say
 from lcbench.planners.none import NoPlanner
-from lcbench.problem import ALONE, Heads, Mesh, Problem, Requests, Scale
+from lcbench.problem import ALONE, PLAIN, Heads, Mesh, Problem, Requests, Scale, Softmax
 from lcbench.problem import Batch as Requested
 from lcbench.schedule.groups import Groups
 from lcbench.schedule.layout import documents
@@ -235,6 +235,14 @@ class Given(Planner):
 
 
 @dataclass(frozen=True)
+class OnFirst(Planner):
+    """Rank 0 computes everything, a document at a time, and all other ranks nothing."""
+
+    def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
+        return Assignment(tuple((Group((0,), (number,), cost.methods[0]),) for number in range(len(documents))))
+
+
+@dataclass(frozen=True)
 class Impossible(Planner):
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
         raise Infeasible("document 3 is too long for this test")
@@ -359,14 +367,21 @@ FAULTS: dict[str, tuple[Planner, Patch | None, str]] = {
 
 
 def measured(rank: int, ranks: int, planner: Planner, patch: Patch | None = None, **how: Any) -> Measured:
-    mesh, dtype = how.pop("mesh", ALONE), how.pop("dtype", "float32")
-    batch = Batch(capacity=SEQLEN, gradient_bytes=4096)
-    problem = problem_of(ranks, dtype, mesh)
-    work = work_of(problem, mask_of("causal_document"), planner, Ring(), batch=batch, mesh=mesh, **how)
+    """A cell measured, and a later block of its timings unless something is ``patch``ed."""
+    mesh, dtype, softmax = how.pop("mesh", ALONE), how.pop("dtype", "float32"), how.pop("softmax", PLAIN)
+    batch, strategy = Batch(capacity=SEQLEN, gradient_bytes=4096), how.pop("strategy", Ring())
+    problem = replace(problem_of(ranks, dtype, mesh), softmax=softmax)
+    work = work_of(problem, mask_of("causal_document"), planner, strategy, batch=batch, mesh=mesh, **how)
+    gang = Gang(rank, ranks, CPU, Groups(), [])
     with pytest.MonkeyPatch.context() as monkeypatch:
         if patch:
             patch(monkeypatch, rank)
-        return measure_cell(work, Gang(rank, ranks, CPU, Groups(), []), lambda _: None)
+        found = measure_cell(work, gang, lambda _: None)
+        if not patch and found.stands:
+            again = measure_again(replace(work, attempt=2), gang, lambda _: None)
+            assert again.stands, again.check
+            assert set(again.samples) >= {"batch_s", "reduce_s", "total_s"}
+        return found
 
 
 def faulty(rank: int, ranks: int, path: Path) -> None:
@@ -390,10 +405,12 @@ def sound(rank: int, ranks: int, path: Path) -> None:
     told: dict[str, Any] = {}
     cases: dict[str, dict[str, Any]] = {
         "float64": {"dtype": "float64"}, "bfloat16": {"dtype": "bfloat16"}, "draws": {"draws": 2},
-        "tensor-parallel": {"mesh": Mesh(tp=2)},
+        "tensor-parallel": {"mesh": Mesh(tp=2), "planner": NoPlanner()}, "all on one rank": {"planner": OnFirst()},
+        "messages": {"strategy": Ring(lowering="p2p")}, "sink": {"softmax": Softmax(sink=True), "dtype": "float64"},
+        "heads": {"strategy": Ulysses()},
     }  # fmt: skip
     for name, how in cases.items():
-        found = measured(rank, ranks, NoPlanner() if name == "tensor-parallel" else Given(), **how)
+        found = measured(rank, ranks, **({"planner": Given()} | how))
         assert found.check is not None, found.unavailable
         told[name] = {
             "refused": refused(found), "metrics": found.metrics, "notes": found.notes, "checks": found.check.ratios,
@@ -451,3 +468,12 @@ def test_a_sound_batch_is_counted(tmp_path: Path) -> None:
     assert divided["comm/reduce/bytes"] == 4096
     assert divided["mesh/batch/alone_s"] > 0
     assert told["draws"]["metrics"]["batch/tokens"] == SEQLEN
+    one = told["all on one rank"]
+    assert one["metrics"]["batch/padding"] == pytest.approx(0.75)
+    assert 0.7 < one["metrics"]["batch/idle_share"] < 1
+    assert one["metrics"]["balance/area_max_over_mean"] == 4
+    assert one["notes"]["gantt"][1:] == [[], [], []]
+    # By messages nothing needs a communicator besides that of all ranks; heads are exchanged by those of the sub-groups.
+    assert told["messages"]["metrics"]["comm/communicators"] == 0
+    assert told["heads"]["metrics"]["comm/communicators"] >= 1
+    assert told["heads"]["metrics"]["time/communicators_s"] > 0
