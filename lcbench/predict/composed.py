@@ -156,7 +156,7 @@ class Composed:
         ready = [replace(draw, in_place=self.key_bytes > 0) for draw in self.draws]
         draws = tuple(play(draw, machine, kernel, memory=self.memory, groups=groups) for draw in ready)
         attention = {name: _mean([draw.phases[name] for draw in draws]) for name in draws[0].phases}
-        times = _Times(machine, dense, cores or 1.0, attention, cell.mesh, scale)
+        times = Times(machine, dense, cores or 1.0, attention, cell.mesh, scale)
         made = self.made(times.hides)
         return Together({name: times.phase(parts) for name, parts in made.phases.items()}, attention, made, draws)
 
@@ -167,7 +167,7 @@ def rank_cores(cores: int, per_node: int, at_work: int) -> float:
 
 
 @dataclass(frozen=True)
-class _Times:
+class Times:
     """How long parts take on a rank. ``attention``: a pass of it, by direction."""
 
     machine: Machine

@@ -190,14 +190,14 @@ class Predictor:
         Raises:
             CannotPredict: nothing is known of how the strategy works.
         """
-        kernel, basis, error = self._kernel(cell)
+        kernel, basis, error = self.kernel(cell, cell.config["cp"]["name"])
         dense = self.fitted.dense_of(cell.problem.dtype) if self.fitted is not None else None
         inside = self._memory(cell)
         if inside is not None:
             kernel = kernel.model_copy(update={"workspace": inside.workspace})
         elif build_kernel(cell.config["kernel"]).holds_scores(platform_of(self.machine)):
             kernel = kernel.model_copy(update={"workspace": Workspace(score=SCORE)})
-        composed, model = Composed.of(cell, self.machine, memory=memory), dense or guess_dense(self.machine, cell.problem.dtype)
+        composed, model = Composed.of(cell, self.machine, memory=memory), self.dense(cell)
         found = composed.play(self.machine, kernel, model)
         made, alone = found.made, {}
         if cell.mesh.count > 1 and made.room is None:
@@ -248,9 +248,14 @@ class Predictor:
             return None
         return self.fitted.memory_of(cell.config["kernel"]["name"], cell.problem)
 
-    def _kernel(self, cell: Cell) -> tuple[KernelFit, str, float]:
-        """The kernel as the cell's strategy calls it, what that rests on, and the least error of it."""
-        name, dtype, strategy = cell.config["kernel"]["name"], cell.problem.dtype, cell.config["cp"]["name"]
+    def dense(self, cell: Cell) -> DenseFit:
+        """What treats every token alone, as far as anything is known of it."""
+        found = self.fitted.dense_of(cell.problem.dtype) if self.fitted is not None else None
+        return found or guess_dense(self.machine, cell.problem.dtype)
+
+    def kernel(self, cell: Cell, strategy: str) -> tuple[KernelFit, str, float]:
+        """The kernel of a cell as a strategy calls it, what that rests on, and the least error of it."""
+        name, dtype = cell.config["kernel"]["name"], cell.problem.dtype
         if self.fitted is None:
             mere = guess(self.machine, dtype)
             return KernelFit(kernel=name, dtype=dtype, forward=mere, backward=mere), NO_FIT, UNSEEN_ERROR[regime(cell.problem)]
