@@ -12,6 +12,7 @@ groups that are at work at once are simulated as if each had its links alone. ``
 from __future__ import annotations
 
 import math
+import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -152,6 +153,7 @@ class Curves:
     machine: Machine
     capacity: int
     _points: dict[tuple[str, Shape, int, int], float] = field(default_factory=dict)
+    _spent_s: list[float] = field(default_factory=list)
 
     @property
     def per_node(self) -> int:
@@ -177,6 +179,7 @@ class Curves:
             mask: of its documents, behind one another.
             memory: whether what it holds is worked out too.
         """
+        begun = time.perf_counter()
         scale, strategy = scale_of(ranks.tolist(), self.per_node), self.inside[method]
         problem = replace(self.problem, seqlen=mask.num_q, scale=scale)
         modelled = strategy.modelled(problem, mask)
@@ -188,7 +191,14 @@ class Curves:
         held = np.bincount(modelled.schedule.q.owner, weights=modelled.schedule.q.sizes, minlength=len(ranks))
         times = self._times(simulated.phases)
         share = Share(problem, int(held.max()), self.mesh, fused=self.machine.device != "cpu", hides=times.hides)
-        return Micro(times.phase(self.workload.made(share, self.recompute).phases[BATCH]), simulated, share.tokens)
+        found = Micro(times.phase(self.workload.made(share, self.recompute).phases[BATCH]), simulated, share.tokens)
+        self._spent_s.append(time.perf_counter() - begun)
+        return found
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds that simulating took so far."""
+        return sum(self._spent_s)
 
     def _times(self, attention: dict[str, Phase]) -> Times:
         return Times(self.machine, self.dense, self.cores or 1.0, attention, self.mesh, self.scale)
@@ -266,6 +276,10 @@ class FittedCost(Cost):
     @property
     def reduce_s(self) -> float:  # type: ignore[override]
         return sum(phase.seconds for phase in self.curves.once.values())
+
+    @property
+    def prepared_s(self) -> float:  # type: ignore[override]
+        return self.curves.spent_s
 
     def documents_s(self, documents: Documents, degree: int, method: str | None = None) -> Floats:
         shape = Shape.compact(degree, self.curves.per_node)
@@ -363,20 +377,23 @@ def _behind_one_another(bounds: Ints, hi: int) -> BandMask:
     return BandMask.of(int(bounds[-1]), int(bounds[-1]), squares(bounds, hi=hi))
 
 
-def cost_of(cell: Cell, rates: Rates) -> FittedCost:
+def cost_of(cell: Cell, rates: Rates, slower: float = 1.0) -> FittedCost:
     """What documents cost a cell of a workload that takes a planner. What was simulated for one cell others of the same shape use.
+
+    Args:
+        slower: how many times as long as those of the rates kernels take.
 
     Raises:
         ValueError: its workload has no capacity, since it takes no planner, or its strategy no schedule inside of groups.
     """
-    curves, basis, error = curves_of(cell, rates)
+    curves, basis, error = curves_of(cell, rates, slower)
     ranks = cell.problem.scale.world_size
     by_method = {name: frozenset(d for d in range(1, ranks + 1) if curves.supported(name, d)) for name in curves.inside}
     bounds, pairs = documents(build.cell_mask(cell, 0))
     return FittedCost(curves, by_method, basis, error, Documents(np.diff(bounds), pairs))
 
 
-def curves_of(cell: Cell, rates: Rates) -> tuple[Curves, str, float]:
+def curves_of(cell: Cell, rates: Rates, slower: float = 1.0) -> tuple[Curves, str, float]:
     """The curves of a cell, what they rest on, in words, and the least error of that."""
     workload, strategy = build.build_workload(cell.config.get("workload")), build.build_strategy(cell.config["cp"])
     capacity = getattr(workload, "capacity", None)
@@ -386,7 +403,10 @@ def curves_of(cell: Cell, rates: Rates) -> tuple[Curves, str, float]:
     found = {name: rates.kernel(cell, name) for name in inside}
     cores = rank_cores(next(iter(found.values()))[0].cores, cell.scale.gpus_per_node, cell.scale.gpus_per_node)
     state = {"rank_cores": cores, "read_bytes_per_s": rates.machine.read_bytes_per_s}
-    models = {name: fit.model_copy(update=state) for name, (fit, _, _) in found.items()}
+    models = {}
+    for name, (fit, _, _) in found.items():
+        factors = tuple(factor.model_copy(update={"compute": slower * factor.compute}) for factor in fit.factors)
+        models[name] = fit.model_copy(update=state | {"factors": factors})
     dense = rates.dense(cell)
     problem = replace(cell.problem, seqlen=0)
     recompute = build.build_recompute(cell.config)
