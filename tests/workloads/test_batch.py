@@ -49,7 +49,7 @@ from tests.measure.faults import refused
 
 CPU = torch.device("cpu")
 HEADS = Heads(8, 4, 8)
-LENGTHS = [37, 96, 11, 64, 20, 28]
+LENGTHS = [36, 96, 12, 64, 20, 28]
 SEQLEN = sum(LENGTHS)
 SETTINGS = {"warmup": 0, "min_iterations": 2, "max_iterations": 2, "budget_s": 0.5, "precision": 1e-9, "timeline": False}
 MASKS: dict[str, Callable[..., BandMask]] = {"causal_document": causal_document, "document": document}
@@ -396,7 +396,7 @@ def faulty(rank: int, ranks: int, path: Path) -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_wrong_batch_is_refused(ranks: int, tmp_path: Path) -> None:
     run_ranks(ranks, faulty, ranks, tmp_path / "told")
     told = json.loads((tmp_path / "told").read_text())
@@ -422,6 +422,7 @@ def sound(rank: int, ranks: int, path: Path) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_a_sound_batch_is_counted(tmp_path: Path) -> None:
     ranks = 4
     run_ranks(ranks, sound, ranks, tmp_path / "told")
@@ -432,13 +433,13 @@ def test_a_sound_batch_is_counted(tmp_path: Path) -> None:
     assert told["float64"]["checks"]["sums of gradients"] == {"first pass": 0, "last timed pass": 0, "last pass": 0}
     want = {
         "batch/tokens": SEQLEN, "batch/documents": 6, "batch/micro_batches": 3, "batch/groups": 4,
-        "batch/degree": (4 * (96 + 37) + 64 + 20 + 3 * (11 + 28)) / SEQLEN, "batch/peak_tokens": 64,
+        "batch/degree": (4 * (96 + 36) + 64 + 20 + 3 * (12 + 28)) / SEQLEN, "batch/peak_tokens": 64,
         "comm/reduce/bytes": 4096 * 2 * 3 // 4,
         # Two thirds of what a rank of a sum sends goes to the other node.
         "comm/reduce/between_nodes_bytes": 4096,
     }  # fmt: skip
     assert {key: metrics[key] for key in want} == pytest.approx(want)
-    fullest = [34, 64, 13]
+    fullest = [33, 64, 14]
     assert metrics["batch/padding"] == pytest.approx(1 - SEQLEN / (4 * sum(fullest)), abs=0.01)
     assert 0 <= metrics["batch/idle_share"] < 1
     total = metrics["time/total/median_s"]
