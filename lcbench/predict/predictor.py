@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lcbench.predict.machines import fit_of, machine_of, peak_flops, platform_of
 from lcbench.predict.memory import SCORE
 from lcbench.schedule.machine import Machine
 from lcbench.schedule.simulate import Phase, Simulated
-from lcbench.workloads.parts import Attend, Made
+from lcbench.workloads.parts import Attend, Made, Share
 
 __all__ = ["CannotPredict", "Prediction", "Predictor"]
 
@@ -54,6 +55,7 @@ class Prediction:
         basis: what it rests on, in words.
         draws: the simulated draws.
         least_s: with a cache: what the rank with most needs to read its keys and values at the speed of its memory.
+        share: what the rank with most has of the cell.
     """
 
     cell: Cell
@@ -71,6 +73,7 @@ class Prediction:
     basis: str
     draws: tuple[Simulated, ...]
     least_s: float = 0.0
+    share: Share | None = None
 
     @property
     def seconds(self) -> float:
@@ -190,6 +193,16 @@ class Predictor:
         Raises:
             CannotPredict: nothing is known of how the strategy works.
         """
+        return self.predict_alike([cell], memory=memory)[0]
+
+    def predict_alike(self, cells: Sequence[Cell], *, memory: bool = True) -> list[Prediction]:
+        """Predictions of cells with one attention, which is played once: they differ in the options of their workload and in what
+        is recomputed.
+
+        Raises:
+            CannotPredict: nothing is known of how the strategy works.
+        """
+        cell = cells[0]
         kernel, basis, error = self._kernel(cell)
         dense = self.fitted.dense_of(cell.problem.dtype) if self.fitted is not None else None
         inside = self._memory(cell)
@@ -198,22 +211,27 @@ class Predictor:
         elif build_kernel(cell.config["kernel"]).holds_scores(platform_of(self.machine)):
             kernel = kernel.model_copy(update={"workspace": Workspace(score=SCORE)})
         composed, model = Composed.of(cell, self.machine, memory=memory), dense or guess_dense(self.machine, cell.problem.dtype)
-        found = composed.play(self.machine, kernel, model)
-        made, alone = found.made, {}
-        if cell.mesh.count > 1 and made.room is None:
-            alone = {name: phase.seconds for name, phase in composed.play(self.machine, kernel, model, alone=True).phases.items()}
-        if made.room is not None:
+        attended, alone = composed.attended(self.machine, kernel, model), {}
+        if composed.more:
             basis = f"{basis}; {'; '.join(dense.sources) if dense else NO_DENSE}"
             error = error if dense else UNFITTED_ERROR
-        peak, bounds = self._peak(found, inside) if memory else (0, (0.0, 0.0))
-        return Prediction(
-            cell, self.machine, found.phases, found.attention, made,
-            {name: composed.flops(made, name) for name in made.phases},
-            {name: composed.flops(made, name, again=True) for name in made.phases}, alone,
-            max(d.buffer_bytes for d in found.draws), peak, bounds,
-            max(error, *(self._error(cell, name) for name in found.phases)), basis, found.draws,
-            self._least_s(composed, kernel, model) if cell.problem.rectangular else 0.0,
-        )  # fmt: skip
+        elif cell.mesh.count > 1:
+            alone = {name: phase.seconds for name, phase in composed.play(self.machine, kernel, model, alone=True).phases.items()}
+        least_s = self._least_s(composed, kernel, model) if cell.problem.rectangular else 0.0
+        found = []
+        for each in cells:
+            own = composed.like(each)
+            together = own.together(attended)
+            made, phases = together.made, together.phases
+            peak, bounds = self._peak(together, inside) if memory else (0, (0.0, 0.0))
+            found.append(Prediction(
+                each, self.machine, phases, together.attention, made,
+                {name: own.flops(made, name) for name in made.phases},
+                {name: own.flops(made, name, again=True) for name in made.phases}, alone,
+                max(d.buffer_bytes for d in attended.draws), peak, bounds,
+                max(error, *(self._error(each, name) for name in phases)), basis, attended.draws, least_s, own.share(),
+            ))  # fmt: skip
+        return found
 
     def _least_s(self, composed: Composed, kernel: KernelFit, dense: DenseFit) -> float:
         """Of the busiest rank, were its kernels to do nothing but read."""
