@@ -17,6 +17,7 @@ from lcbench.predict.fitted import Coefficients, DenseFit, Factor, Fit, KernelFi
 from lcbench.predict.machines import fit_of, machine_of, peak_flops, platform_of
 from lcbench.predict.memory import SCORE
 from lcbench.schedule.machine import Machine
+from lcbench.schedule.schedule import Side
 from lcbench.schedule.simulate import Phase, Simulated
 from lcbench.workloads.parts import Attend, Made, Share
 
@@ -56,6 +57,7 @@ class Prediction:
         draws: the simulated draws.
         least_s: with a cache: what the rank with most needs to read its keys and values at the speed of its memory.
         share: what the rank with most has of the cell.
+        queries: how the tokens of the first draw are dealt out.
     """
 
     cell: Cell
@@ -74,6 +76,7 @@ class Prediction:
     draws: tuple[Simulated, ...]
     least_s: float = 0.0
     share: Share | None = None
+    queries: Side | None = None
 
     @property
     def seconds(self) -> float:
@@ -229,7 +232,7 @@ class Predictor:
                 {name: own.flops(made, name) for name in made.phases},
                 {name: own.flops(made, name, again=True) for name in made.phases}, alone,
                 max(d.buffer_bytes for d in attended.draws), peak, bounds,
-                max(error, *(self._error(each, name) for name in phases)), basis, attended.draws, least_s, own.share(),
+                max(error, *(self._error(each, name) for name in phases)), basis, attended.draws, least_s, own.share(), composed.draws[0].modelled.schedule.q,
             ))  # fmt: skip
         return found
 
