@@ -54,6 +54,21 @@ class Together:
 
 
 @dataclass(frozen=True)
+class Attended:
+    """The attention of a cell as a machine plays it.
+
+    Attributes:
+        attention: passes, by direction.
+        draws: the simulated draws.
+        times: how long parts take beside it.
+    """
+
+    attention: dict[str, Phase]
+    draws: tuple[Simulated, ...]
+    times: Times
+
+
+@dataclass(frozen=True)
 class Composed:
     """A cell with its draws, ready to be played.
 
@@ -85,6 +100,12 @@ class Composed:
     def more(self) -> bool:
         """Whether there is anything beside its attention."""
         return self.made().room is not None
+
+    def like(self, cell: Cell) -> Composed:
+        """Another cell with the same attention: one that differs in the options of its workload, or in what is recomputed."""
+        found = replace(self, cell=cell)
+        vars(found)["_held"] = self._held  # which is of the attention alone, and takes longer than all else
+        return found
 
     def varied(self, change: Callable[[Prepared], Prepared]) -> Composed:
         """With other draws."""
@@ -126,12 +147,15 @@ class Composed:
 
     def made(self, hides: Callable[[Sequence[Part]], float] = lambda _: 0.0) -> Made:
         """What the cell is made of on the rank with most; ``hides`` as of ``Share``."""
+        return build.made_of(self.cell.config, self.share(hides))
+
+    def share(self, hides: Callable[[Sequence[Part]], float] = lambda _: 0.0) -> Share:
+        """What the rank with most has of the cell; ``hides`` as of ``Share``."""
         problem, held, modelled = self.cell.problem, self._held, self.draws[0].modelled
-        share = Share(
+        return Share(
             problem, self.tokens, self.cell.mesh, held.finals if held else (), held.kept if held else (),
             self.platform.type == "cuda", hides, self.keys, modelled.problem.heads.kv, modelled.replicas, self._copies,
         )  # fmt: skip
-        return build.made_of(self.cell.config, share)
 
     def flops(self, made: Made, phase: str, *, again: bool = False) -> float:
         """Of a phase, over all ranks of all groups; ``again``: of what has been done before, else of what has not."""
@@ -140,6 +164,16 @@ class Composed:
 
     def play(self, machine: Machine, kernel: KernelFit, dense: DenseFit, *, alone: bool = False) -> Together:
         """What the phases take; ``alone``: of one context-parallel group while the others are idle."""
+        return self.together(self.attended(machine, kernel, dense, alone=alone))
+
+    def together(self, attended: Attended) -> Together:
+        """What the phases take with an attention that has been played."""
+        made = self.made(attended.times.hides)
+        phases = {name: attended.times.phase(parts) for name, parts in made.phases.items()}
+        return Together(phases, attended.attention, made, attended.draws)
+
+    def attended(self, machine: Machine, kernel: KernelFit, dense: DenseFit, *, alone: bool = False) -> Attended:
+        """The attention alone, as ``play`` plays it."""
         cell, scale = self.cell, self.cell.scale
         at_work = cell.problem.scale.gpus_per_node if alone else scale.gpus_per_node
         cores = rank_cores(kernel.cores, scale.gpus_per_node, at_work)
@@ -155,9 +189,7 @@ class Composed:
         ready = [replace(draw, in_place=self.key_bytes > 0) for draw in self.draws]
         draws = tuple(play(draw, machine, kernel, memory=self.memory, groups=groups) for draw in ready)
         attention = {name: mean_of([draw.phases[name] for draw in draws]) for name in draws[0].phases}
-        times = Times(machine, dense, cores or 1.0, attention, cell.mesh, scale)
-        made = self.made(times.hides)
-        return Together({name: times.phase(parts) for name, parts in made.phases.items()}, attention, made, draws)
+        return Attended(attention, draws, Times(machine, dense, cores or 1.0, attention, cell.mesh, scale))
 
 
 def flops_of(parts: Sequence[Part], pairs: float, heads: Heads, ranks: float, *, again: bool) -> float:

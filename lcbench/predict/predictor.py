@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from lcbench.predict.fitted import Coefficients, DenseFit, Factor, Fit, KernelFi
 from lcbench.predict.machines import fit_of, machine_of, peak_flops, platform_of
 from lcbench.predict.memory import SCORE
 from lcbench.schedule.machine import Machine
+from lcbench.schedule.schedule import Side
 from lcbench.schedule.simulate import Phase, Simulated
-from lcbench.workloads.parts import Attend, Made
+from lcbench.workloads.parts import Attend, Made, Share
 
 __all__ = ["CannotPredict", "Prediction", "Predictor"]
 
@@ -58,6 +60,8 @@ class Prediction:
         least_s: with a cache: what the rank with most needs to read its keys and values at the speed of its memory.
         known: of a batch that is planned, what its plan comes to, by keys of ``measure.metrics``.
         notes: of the first draw, what a result would have in its provenance.
+        share: what the rank with most has of the cell.
+        queries: how the tokens of the first draw are dealt out.
     """
 
     cell: Cell
@@ -77,6 +81,8 @@ class Prediction:
     least_s: float = 0.0
     known: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    share: Share | None = None
+    queries: Side | None = None
 
     @property
     def seconds(self) -> float:
@@ -196,37 +202,73 @@ class Predictor:
         Raises:
             CannotPredict: nothing is known of how the strategy works.
         """
+        return self._batch(cell, memory) if build_planner(cell.config) is not None else self.predict_alike([cell], memory=memory)[0]
+
+    def _batch(self, cell: Cell, memory: bool) -> Prediction:
+        """Of a batch that is planned."""
+        _, inside = self._with_memory(cell, self.kernel(cell, cell.config["cp"]["name"])[0])
+        composed = Batched.of(cell, self, memory=memory)
+        found, basis, error = composed.play(), composed.cost.basis, composed.cost.error
+        made = found.made
+        if made.room is not None:
+            basis, error = self._beside(cell, basis, error)
+        peak, bounds = self._peak(found, inside) if memory else (0, (0.0, 0.0))
+        return Prediction(
+            cell, self.machine, found.phases, found.attention, made,
+            {name: composed.flops(made, name) for name in made.phases},
+            {name: composed.flops(made, name, again=True) for name in made.phases}, {},
+            max(d.buffer_bytes for d in found.draws), peak, bounds,
+            max(error, *(self._error(cell, name) for name in found.phases)), basis, found.draws,
+            known=found.metrics, notes=found.notes,
+        )  # fmt: skip
+
+    def predict_alike(self, cells: Sequence[Cell], *, memory: bool = True) -> list[Prediction]:
+        """Predictions of cells with one attention, which is played once: they differ in the options of their workload and in what
+        is recomputed.
+
+        Raises:
+            CannotPredict: nothing is known of how the strategy works.
+        """
+        cell = cells[0]
         kernel, basis, error = self.kernel(cell, cell.config["cp"]["name"])
-        dense = self.fitted.dense_of(cell.problem.dtype) if self.fitted is not None else None
+        kernel, inside = self._with_memory(cell, kernel)
+        model = self.dense(cell)
+        composed = Composed.of(cell, self.machine, memory=memory)
+        attended, alone = composed.attended(self.machine, kernel, model), {}
+        if composed.more:
+            basis, error = self._beside(cell, basis, error)
+        elif cell.mesh.count > 1:
+            alone = {name: phase.seconds for name, phase in composed.play(self.machine, kernel, model, alone=True).phases.items()}
+        least_s = self._least_s(composed, kernel, model) if cell.problem.rectangular else 0.0
+        queries, found = composed.draws[0].modelled.schedule.q, []
+        for each in cells:
+            own = composed.like(each)
+            together = own.together(attended)
+            made, phases = together.made, together.phases
+            peak, bounds = self._peak(together, inside) if memory else (0, (0.0, 0.0))
+            found.append(Prediction(
+                each, self.machine, phases, together.attention, made,
+                {name: own.flops(made, name) for name in made.phases},
+                {name: own.flops(made, name, again=True) for name in made.phases}, alone,
+                max(d.buffer_bytes for d in attended.draws), peak, bounds,
+                max(error, *(self._error(each, name) for name in phases)), basis, attended.draws, least_s,
+                share=own.share(), queries=queries,
+            ))  # fmt: skip
+        return found
+
+    def _with_memory(self, cell: Cell, kernel: KernelFit) -> tuple[KernelFit, MemoryFit | None]:
+        """A kernel with what it needs inside, and what of that was fitted."""
         inside = self._memory(cell)
         if inside is not None:
             kernel = kernel.model_copy(update={"workspace": inside.workspace})
         elif build_kernel(cell.config["kernel"]).holds_scores(platform_of(self.machine)):
             kernel = kernel.model_copy(update={"workspace": Workspace(score=SCORE)})
-        model = self.dense(cell)
-        composed: Composed | Batched
-        if build_planner(cell.config) is not None:
-            composed = Batched.of(cell, self, memory=memory)
-            found, basis, error = composed.play(), composed.cost.basis, composed.cost.error
-        else:
-            composed = Composed.of(cell, self.machine, memory=memory)
-            found = composed.play(self.machine, kernel, model)
-        made, alone = found.made, {}
-        if cell.mesh.count > 1 and made.room is None and isinstance(composed, Composed):
-            alone = {name: phase.seconds for name, phase in composed.play(self.machine, kernel, model, alone=True).phases.items()}
-        if made.room is not None:
-            basis = f"{basis}; {'; '.join(dense.sources) if dense else NO_DENSE}"
-            error = error if dense else UNFITTED_ERROR
-        peak, bounds = self._peak(found, inside) if memory else (0, (0.0, 0.0))
-        return Prediction(
-            cell, self.machine, found.phases, found.attention, made,
-            {name: composed.flops(made, name) for name in made.phases},
-            {name: composed.flops(made, name, again=True) for name in made.phases}, alone,
-            max(d.buffer_bytes for d in found.draws), peak, bounds,
-            max(error, *(self._error(cell, name) for name in found.phases)), basis, found.draws,
-            self._least_s(composed, kernel, model) if isinstance(composed, Composed) and cell.problem.rectangular else 0.0,
-            found.metrics, found.notes,
-        )  # fmt: skip
+        return kernel, inside
+
+    def _beside(self, cell: Cell, basis: str, error: float) -> tuple[str, float]:
+        """What a prediction rests on and its error where there is more than attention."""
+        dense = self.fitted.dense_of(cell.problem.dtype) if self.fitted is not None else None
+        return f"{basis}; {'; '.join(dense.sources) if dense else NO_DENSE}", error if dense else UNFITTED_ERROR
 
     def _least_s(self, composed: Composed, kernel: KernelFit, dense: DenseFit) -> float:
         """Of the busiest rank, were its kernels to do nothing but read."""
