@@ -3,8 +3,9 @@
 Assignments are built for several times within which every document is to be done: each document gets the degree that takes fewest
 rank-seconds of those that keep the time, documents of one degree share groups, and those of one rank fill up what is left, the longest
 first (two-phase scheduling of malleable tasks, Turek, Wolf and Yu, SPAA 1992). The best are improved by moves: another degree, documents
-to other groups or groups of their own, documents exchanged, groups joined, another order. What ``fixed`` gives is one of the starts and
-is returned where nothing better is found.
+to other groups or groups of their own, documents exchanged, groups joined, another order. Where no move helps, some groups are taken
+apart and their documents put back one by one where they cost least (ruin and recreate, Schrimpf et al., J. Comput. Phys. 159, 2000). What
+``fixed`` gives is one of the starts, and is returned where nothing better is found.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from lcbench.planners.placing import Timetable
 EVERY = 32  # degrees up to it are all tried; above, multiples of a node
 TIMES = 16  # within which assignments are built
 STARTS = 3  # the best of them, which are improved
+REBUILT = 8  # documents that are taken out at most
+VAIN = 20  # times that this may help nothing, one after the other
+WORSE = 1.1  # times the best: from what is longer, the search does not go on
 EQUAL = 1e-9  # of a makespan: what is gained less is nothing
 
 
@@ -41,6 +45,18 @@ class _Piece:
 Pieces = tuple[_Piece, ...]  # in the order in which they are placed
 
 
+@dataclass
+class _Effort:
+    """How many pieces may yet be placed."""
+
+    left: int
+
+    def spend(self, pieces: int) -> bool:
+        """Whether so many may be placed, which are then gone."""
+        self.left -= pieces
+        return self.left >= 0
+
+
 @dataclass(frozen=True)
 class DynamicCp(Planner):
     """No worse than ``fixed`` by the cost.
@@ -52,7 +68,7 @@ class DynamicCp(Planner):
         ValueError: an effort below 0.
     """
 
-    effort: int = 100_000
+    effort: int = 60_000
 
     def __post_init__(self) -> None:
         if isinstance(self.effort, bool) or not isinstance(self.effort, int) or self.effort < 0:
@@ -71,8 +87,8 @@ class DynamicCp(Planner):
             starts.add(tuple(_Piece(g.documents, len(g.ranks)) for _, g in fixed.groups))
         ranked = sorted(starts, key=lambda pieces: (*work.score(pieces), [(p.degree, p.documents) for p in pieces]))[:STARTS]
         say(f"{len(starts)} assignments of {len(documents)} documents are built, the best takes {work.score(ranked[0])[0]:.4g} s")
-        best = min((work.improved(pieces, self.effort // len(ranked)) for pieces in ranked), key=work.score)
-        placed = work.placed(best)
+        best = min((work.improved(pieces, _Effort(self.effort // (2 * len(ranked)))) for pieces in ranked), key=work.score)
+        placed = work.placed(work.rebuilt(best, _Effort(self.effort // 2)))
         if fixed is not None and fixed.makespan_s(documents, cost, fleet.ranks) < placed.makespan_s(documents, cost, fleet.ranks):
             return fixed
         return placed
@@ -156,21 +172,59 @@ class _Work:
         ranks = [table.put(piece.degree, self._takes(piece))[1] for piece in pieces]
         return in_order(self.seconds.made(r, p.documents, self.fleet) for r, p in zip(ranks, pieces, strict=True))
 
-    def improved(self, pieces: Pieces, effort: int) -> Pieces:
-        """What moves make better, one after the other, until none does or so many pieces were placed."""
+    def improved(self, pieces: Pieces, effort: _Effort) -> Pieces:
+        """What moves make better, one after the other, until none does or the effort is spent."""
         best, moves = self.score(pieces), self._moves(pieces)
-        while (moved := next(moves, None)) is not None and effort >= len(moved):
-            effort -= len(moved)
+        while (moved := next(moves, None)) is not None and effort.spend(len(moved)):
             score = self.score(moved)
-            shorter = score[0] < best[0] * (1 - EQUAL)
-            if shorter or (score[0] <= best[0] and score[1] < best[1] * (1 - EQUAL)):
+            if self._is_better(score, best):
                 pieces, best, moves = moved, score, self._moves(moved)
         return pieces
+
+    def _is_better(self, score: tuple[float, float], than: tuple[float, float]) -> bool:
+        shorter = score[0] < than[0] * (1 - EQUAL)
+        return shorter or (score[0] <= than[0] and score[1] < than[1] * (1 - EQUAL))
+
+    def rebuilt(self, pieces: Pieces, effort: _Effort) -> Pieces:
+        """The best that comes of taking pieces apart, putting them together again and improving them, from the last that was not much
+        worse than the best (record-to-record travel, Dueck, J. Comput. Phys. 104, 1993), as long as that helps now and then."""
+        random, vain, now = np.random.default_rng(0), 0, pieces
+        while vain < VAIN and effort.left > 0:
+            other = self.improved(self._recreated(now, random, effort), effort)
+            vain += 1
+            if self._is_better(self.score(other), self.score(pieces)):
+                pieces, vain = other, 0
+            now = other if self.score(other)[0] <= WORSE * self.score(pieces)[0] else pieces
+        return pieces
+
+    def _recreated(self, pieces: Pieces, random: np.random.Generator, effort: _Effort) -> Pieces:
+        """Pieces of which some lost documents, which were put back one by one where they cost least."""
+        chosen = random.permutation(len(pieces))[: random.integers(1, REBUILT)]
+        out = random.permutation([n for place in chosen for n in pieces[place].documents])[:REBUILT].tolist()
+        left = (_Piece(tuple(n for n in piece.documents if n not in out), piece.degree) for piece in pieces)
+        now: Pieces = tuple(piece for piece in left if piece.documents)
+        for number in out:
+            ways = []
+            for way in self._ways(now, number):
+                if not effort.spend(len(way)):
+                    return pieces
+                ways.append(way)
+            now = min(ways, key=self.score)
+        return now
+
+    def _ways(self, pieces: Pieces, number: int) -> Iterator[Pieces]:
+        """All ways to add a document to pieces: to one of them, or as a piece of its own."""
+        for place, piece in enumerate(pieces):
+            more = _Piece(tuple(sorted((*piece.documents, number))), piece.degree)
+            if self._fits(more):
+                yield self._with(pieces, {place: [more]})
+        yield from (self._sorted([*pieces, one]) for one in self._degrees(_Piece((number,), 0)))
 
     def _moves(self, pieces: Pieces) -> Iterator[Pieces]:
         """Assignments that are one move away: of the piece that ends last first, and to those that end first."""
         table = Timetable(self.fleet)
-        ends = [table.put(piece.degree, self._takes(piece))[0] for piece in pieces]
+        put = [table.put(piece.degree, self._takes(piece)) for piece in pieces]
+        ends, ranks = [end for end, _ in put], [{*own} for _, own in put]
         late = sorted(range(len(pieces)), key=lambda place: -ends[place])
         for here in late:
             for one in self._degrees(pieces[here]):
@@ -181,6 +235,10 @@ class _Work:
             for number in pieces[here].documents if len(pieces[here].documents) > 1 else ():
                 rest = _Piece(tuple(n for n in pieces[here].documents if n != number), pieces[here].degree)
                 yield from (self._with(pieces, {here: [rest, one]}) for one in self._degrees(_Piece((number,), 0)))
+            inside = {place for place in late if ranks[place] <= ranks[here]}
+            joined = _Piece(tuple(sorted(n for place in inside for n in pieces[place].documents)), 0)
+            gone: dict[int, list[_Piece]] = dict.fromkeys(inside, [])
+            yield from (self._with(pieces, {**gone, here: [one]}) for one in self._degrees(joined) if len(inside) > 1)
             others = [*pieces[:here], *pieces[here + 1 :]]
             yield from ((*others[:place], pieces[here], *others[place:]) for place in range(len(pieces)) if place != here)
 
@@ -189,7 +247,7 @@ class _Work:
         return (one for d in self.degrees if d != piece.degree and self._fits(one := _Piece(piece.documents, d)))
 
     def _between(self, here: _Piece, there: _Piece) -> Iterator[tuple[list[_Piece], list[_Piece]]]:
-        """What two pieces may become: one, or two of which one document moved, or two that exchanged one for a shorter one."""
+        """What two pieces may become: two of which one document moved, two that exchanged one for a shorter one, or one."""
         tokens = self.seconds.documents.tokens
 
         def made(*ways: tuple[_Piece, set[int], set[int]]) -> list[list[_Piece]] | None:
@@ -203,8 +261,8 @@ class _Work:
             for other in there.documents:
                 if tokens[other] < tokens[number] and (ways := made((here, {number}, {other}), (there, {other}, {number}))):
                     yield ways[0], ways[1]
-        if ways := made((there, set(), {*here.documents})):
-            yield [], ways[0]
+        joined = _Piece(tuple(sorted((*here.documents, *there.documents))), 0)
+        yield from (([], [one]) for one in self._degrees(joined))
 
     def _fits(self, piece: _Piece) -> bool:
         """Whether its ranks hold it and a method can run it; a piece of no documents is none, and fits."""

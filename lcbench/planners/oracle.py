@@ -77,7 +77,8 @@ class _Search:
         members = (sets[:, None] >> np.arange(count)) & 1
         taken = {degree: self._of_sets(members, degree) for degree in self.degrees}
         # Ranks times seconds that documents take at least: each where it takes least, and one group's overhead.
-        least = np.min([d * self.seconds.by_method(d).min(axis=0) for d in self.degrees], axis=0)
+        alone = {degree: seconds[1 << np.arange(count)] for degree, seconds in taken.items()}
+        least = np.min([d * (alone[d] - self.seconds.cost.overhead_s(d)) for d in self.degrees], axis=0)
         overhead = min(d * self.seconds.cost.overhead_s(d) for d in self.degrees)
         work = (1 - members) @ least + overhead * (sets < sets[-1])
         free: dict[int, Floats] = {}
@@ -88,7 +89,8 @@ class _Search:
             if done not in found:
                 continue
             every, origins = (np.concatenate(parts) for parts in zip(*found.pop(done), strict=True))
-            kept = self._needed(every)
+            hopeful = np.nonzero(self._ends(every, alone, members[done] == 0) < self.bound)[0]
+            kept = hopeful[self._needed(every[hopeful])]
             free[done], parents[done] = every[kept], origins[kept]
             self._go_on(done, free[done], choices, taken, work, found)
         return self._told(choices, taken, free, parents, int(sets[-1]))
@@ -137,6 +139,12 @@ class _Search:
             order = np.take_along_axis(order, np.argsort(by, axis=1, kind="stable"), axis=1)
         columns = np.take_along_axis(inside, order[:, :, None], axis=1) + order[:, :, None] * self.fleet.per_node
         return columns.reshape(free.shape)
+
+    def _ends(self, free: Floats, alone: dict[int, Floats], rest: NDArray[np.bool_]) -> Floats:
+        """(n,), when states end at least: none of the other documents before it is done on the ranks that are free first."""
+        ranks = np.sort(free, axis=1)
+        ends = np.min([ranks[:, d - 1, None] + alone[d][rest] for d in self.degrees], axis=0)
+        return np.asarray(ends.max(axis=1, initial=0.0))
 
     def _needed(self, free: Floats) -> Ints:
         """Numbers of states of one set of which none makes another needless."""

@@ -12,13 +12,16 @@ groups that are at work at once are simulated as if each had its links alone. ``
 from __future__ import annotations
 
 import math
+import time
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from lcbench.cp.assigned import scale_of
 from lcbench.cp.base import Scheduled
 from lcbench.grid import build
 from lcbench.grid.cell import Cell
@@ -31,14 +34,11 @@ from lcbench.predict.counted import counted
 from lcbench.predict.draws import operations_on
 from lcbench.predict.fitted import DenseFit, KernelFit
 from lcbench.problem import Mesh, Problem, Scale
-from lcbench.schedule.layout import documents
 from lcbench.schedule.machine import Floats, Machine
-from lcbench.schedule.simulate import Groups, play, prepare
+from lcbench.schedule.simulate import Groups, Phase, Simulated, play, prepare
 from lcbench.workloads.base import Workload
 from lcbench.workloads.parts import Share
-
-if TYPE_CHECKING:
-    from lcbench.predict.predictor import Predictor
+from lcbench.workloads.planned import documents_of
 
 SHORTEST = 128  # tokens of the shortest documents that are simulated; shorter ones cost as much a token
 PACKED = 64  # documents of a simulated group, at most
@@ -86,16 +86,44 @@ class Shape:
             return Shape(degree, degree)
         return Shape(degree, max(1, min(self.together, degree // 2)))
 
-    @property
-    def scale(self) -> Scale:
-        """As strategies are told of it: nodes x ranks on each, where these are equal."""
-        whole = self.degree % self.together == 0
-        return Scale(self.degree // self.together, self.together) if whole else Scale(1, self.degree)
-
     def ranks(self, per_node: int) -> Ints:
         """Ranks that lie so, (degree,)."""
         node, place = np.divmod(np.arange(self.degree), self.together)
         return np.asarray(node * per_node + place, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch of one group.
+
+    Attributes:
+        phase: what it takes, forward and backward.
+        simulated: its attention, once.
+        tokens: of the rank with most.
+    """
+
+    phase: Phase
+    simulated: Simulated
+    tokens: int
+
+    @property
+    def forward_s(self) -> float:
+        """When its forward ends, seconds from its begin: attention's forward and backward share what is beside it."""
+        forward, every = self.simulated.phases["forward"].seconds, sum(p.seconds for p in self.simulated.phases.values())
+        return self.phase.seconds * forward / every
+
+
+class Rates(Protocol):
+    """What is known of a machine (``predict.predictor``)."""
+
+    @property
+    def machine(self) -> Machine: ...
+
+    @abstractmethod
+    def dense(self, cell: Cell) -> DenseFit: ...
+
+    @abstractmethod
+    def kernel(self, cell: Cell, strategy: str) -> tuple[KernelFit, str, float]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +153,7 @@ class Curves:
     machine: Machine
     capacity: int
     _points: dict[tuple[str, Shape, int, int], float] = field(default_factory=dict)
+    _spent_s: list[float] = field(default_factory=list)
 
     @property
     def per_node(self) -> int:
@@ -139,35 +168,46 @@ class Curves:
     def supported(self, method: str, degree: int) -> bool:
         """Whether a method shares documents among so many ranks at all."""
         mask = packed(2 * SHORTEST * degree, 1)
-        scale = Shape.compact(degree, self.per_node).scale
+        scale = scale_of(list(range(degree)), self.per_node)
         return self.inside[method].unsupported(replace(self.problem, seqlen=mask.num_q, scale=scale), mask) is None
 
-    def group_s(self, method: str, scale: Scale, ranks: Ints, mask: BandMask) -> float:
-        """Seconds of a micro-batch of one group.
+    def group(self, method: str, ranks: Ints, mask: BandMask, *, memory: bool = False) -> Micro:
+        """A micro-batch of one group.
 
         Args:
-            scale: as its strategy is told.
             ranks: where they are.
             mask: of its documents, behind one another.
+            memory: whether what it holds is worked out too.
         """
-        problem, strategy = replace(self.problem, seqlen=mask.num_q, scale=scale), self.inside[method]
+        begun = time.perf_counter()
+        scale, strategy = scale_of(ranks.tolist(), self.per_node), self.inside[method]
+        problem = replace(self.problem, seqlen=mask.num_q, scale=scale)
         modelled = strategy.modelled(problem, mask)
         prepared = prepare(modelled, operations_on(self.machine) if strategy.lowering == "auto" else ())
         if self.machine.device == "cpu":
             prepared = replace(prepared, tiling=counted(prepared.tiling, modelled, self.kernel))
         groups = Groups(ranks[None], self.per_node)
-        attention = play(prepared, self.machine, self.models[method], memory=False, groups=groups).phases
+        simulated = play(prepared, self.machine, self.models[method], memory=memory, groups=groups)
         held = np.bincount(modelled.schedule.q.owner, weights=modelled.schedule.q.sizes, minlength=len(ranks))
-        times = Times(self.machine, self.dense, self.cores or 1.0, attention, self.mesh, self.scale)
+        times = self._times(simulated.phases)
         share = Share(problem, int(held.max()), self.mesh, fused=self.machine.device != "cpu", hides=times.hides)
-        return times.phase(self.workload.made(share, self.recompute).phases[BATCH]).seconds
+        found = Micro(times.phase(self.workload.made(share, self.recompute).phases[BATCH]), simulated, share.tokens)
+        self._spent_s.append(time.perf_counter() - begun)
+        return found
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds that simulating took so far."""
+        return sum(self._spent_s)
+
+    def _times(self, attention: dict[str, Phase]) -> Times:
+        return Times(self.machine, self.dense, self.cores or 1.0, attention, self.mesh, self.scale)
 
     @cached_property
-    def once_s(self) -> float:
-        """Of what comes once in a batch, such as sums of gradients."""
-        times = Times(self.machine, self.dense, self.cores or 1.0, {}, self.mesh, self.scale)
+    def once(self) -> dict[str, Phase]:
+        """What comes once in a batch, such as sums of gradients, by name."""
         phases = self.workload.made(Share(self.problem, self.capacity, self.mesh), self.recompute).phases
-        return sum(times.phase(parts).seconds for name, parts in phases.items() if name != BATCH)
+        return {name: self._times({}).phase(parts) for name, parts in phases.items() if name != BATCH}
 
     def overhead_s(self, method: str, shape: Shape) -> float:
         """Of a group with next to nothing in it."""
@@ -201,9 +241,9 @@ class Curves:
     def _simulated(self, method: str, shape: Shape, tokens: int, hi: int) -> float:
         ranks, least = shape.ranks(self.per_node), 2 * shape.degree  # strategies want two tokens of every rank
         if not tokens:
-            return self.group_s(method, shape.scale, ranks, packed(least, 1))
+            return self.group(method, ranks, packed(least, 1)).phase.seconds
         count = max(min(self.capacity * shape.degree // tokens, PACKED), -(-least // tokens), 1)
-        whole = self.group_s(method, shape.scale, ranks, packed(tokens, count, hi))
+        whole = self.group(method, ranks, packed(tokens, count, hi)).phase.seconds
         return max(whole - self.overhead_s(method, shape), TINY * whole) / count
 
 
@@ -214,12 +254,14 @@ class FittedCost(Cost):
     Attributes:
         curves: what is simulated, when it is asked for.
         by_method: among how many ranks each method shares documents.
+        error: the least that times by it may be off, relative, by what the kernel's fit rests on.
         sample: documents of which mixed groups are simulated, to see what these take more than groups of one length.
     """
 
     curves: Curves
     by_method: dict[str, frozenset[int]]
     basis: str
+    error: float
     sample: Documents
     _factors: dict[tuple[str, Shape], float] = field(default_factory=dict)
 
@@ -233,7 +275,11 @@ class FittedCost(Cost):
 
     @property
     def reduce_s(self) -> float:  # type: ignore[override]
-        return self.curves.once_s
+        return sum(phase.seconds for phase in self.curves.once.values())
+
+    @property
+    def prepared_s(self) -> float:  # type: ignore[override]
+        return self.curves.spent_s
 
     def documents_s(self, documents: Documents, degree: int, method: str | None = None) -> Floats:
         shape = Shape.compact(degree, self.curves.per_node)
@@ -296,7 +342,7 @@ class FittedCost(Cost):
             return None
         own = self.sample.of(order[:count])
         hi = 0 if own.pairs.sum() < FULLER * (own.tokens.astype(np.float64) ** 2).sum() else OPEN
-        whole = curves.group_s(method, shape.scale, shape.ranks(curves.per_node), _behind_one_another(bounds[: count + 1], hi))
+        whole = curves.group(method, shape.ranks(curves.per_node), _behind_one_another(bounds[: count + 1], hi)).phase.seconds
         overhead = curves.overhead_s(method, shape)
         return max(whole - overhead, TINY * whole) / float(curves.shares_s(method, shape, own.tokens, hi).sum())
 
@@ -331,35 +377,41 @@ def _behind_one_another(bounds: Ints, hi: int) -> BandMask:
     return BandMask.of(int(bounds[-1]), int(bounds[-1]), squares(bounds, hi=hi))
 
 
-def cost_of(cell: Cell, predictor: Predictor) -> FittedCost:
+def cost_of(cell: Cell, rates: Rates, slower: float = 1.0) -> FittedCost:
     """What documents cost a cell of a workload that takes a planner. What was simulated for one cell others of the same shape use.
+
+    Args:
+        slower: how many times as long as those of the rates kernels take.
 
     Raises:
         ValueError: its workload has no capacity, since it takes no planner, or its strategy no schedule inside of groups.
     """
-    curves, basis = curves_of(cell, predictor)
+    curves, basis, error = curves_of(cell, rates, slower)
     ranks = cell.problem.scale.world_size
     by_method = {name: frozenset(d for d in range(1, ranks + 1) if curves.supported(name, d)) for name in curves.inside}
-    bounds, pairs = documents(build.cell_mask(cell, 0))
-    return FittedCost(curves, by_method, basis, Documents(np.diff(bounds), pairs))
+    return FittedCost(curves, by_method, basis, error, documents_of(build.cell_mask(cell, 0))[1])
 
 
-def curves_of(cell: Cell, predictor: Predictor) -> tuple[Curves, str]:
-    """The curves of a cell, and what they rest on, in words."""
+def curves_of(cell: Cell, rates: Rates, slower: float = 1.0) -> tuple[Curves, str, float]:
+    """The curves of a cell, what they rest on, in words, and the least error of that."""
     workload, strategy = build.build_workload(cell.config.get("workload")), build.build_strategy(cell.config["cp"])
     capacity = getattr(workload, "capacity", None)
     if capacity is None or not strategy.inside:
         raise ValueError(f"nothing is planned for workload={cell.words.get('workload', 'attention')} cp={cell.words['cp']}")
     inside = strategy.inside
-    found = {name: predictor.kernel(cell, name) for name in inside}
+    found = {name: rates.kernel(cell, name) for name in inside}
     cores = rank_cores(next(iter(found.values()))[0].cores, cell.scale.gpus_per_node, cell.scale.gpus_per_node)
-    state = {"rank_cores": cores, "read_bytes_per_s": predictor.machine.read_bytes_per_s}
-    models = {name: fit.model_copy(update=state) for name, (fit, _, _) in found.items()}
-    dense = predictor.dense(cell)
+    state = {"rank_cores": cores, "read_bytes_per_s": rates.machine.read_bytes_per_s}
+    models = {}
+    for name, (fit, _, _) in found.items():
+        factors = tuple(factor.model_copy(update={"compute": slower * factor.compute}) for factor in fit.factors)
+        models[name] = fit.model_copy(update=state | {"factors": factors})
+    dense = rates.dense(cell)
     problem = replace(cell.problem, seqlen=0)
     recompute = build.build_recompute(cell.config)
     made = Curves(
         problem, cell.mesh, cell.scale, workload, recompute, inside, build.build_kernel(cell.config["kernel"]), models, dense,
-        predictor.machine, capacity,
+        rates.machine, capacity,
     )  # fmt: skip
-    return _known.setdefault(repr(made), made), "; ".join(dict.fromkeys(basis for _, basis, _ in found.values()))
+    basis = "; ".join(dict.fromkeys(basis for _, basis, _ in found.values()))
+    return _known.setdefault(repr(made), made), basis, max(error for _, _, error in found.values())
