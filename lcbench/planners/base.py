@@ -203,6 +203,7 @@ class Cost(Protocol):
         reduce_s: of what is summed over all ranks at the end of the batch.
         basis: what it rests on, in words.
         offloads: what documents may offload; None: nothing, as where a cell has no layers.
+        prepared_s: seconds spent so far on making ready what it rests on, which no plan counts as its own.
     """
 
     methods: tuple[str, ...]
@@ -210,6 +211,7 @@ class Cost(Protocol):
     reduce_s: float
     basis: str
     offloads: Offload | None = None
+    prepared_s: float = 0.0
 
     @abstractmethod
     def documents_s(self, documents: Documents, degree: int, method: str | None = None) -> Floats:

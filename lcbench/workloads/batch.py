@@ -18,7 +18,7 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Mesh, Problem, Scale
 from lcbench.schedule.layout import documents
 from lcbench.workloads.base import Work, Workload
-from lcbench.workloads.parts import GATHERED, REDUCED, Attend, Exchange, Made, Part, Share
+from lcbench.workloads.parts import REDUCED, Attend, Exchange, Made, Part, Share
 
 if TYPE_CHECKING:
     from lcbench.measure.session import Gang, Session
@@ -79,11 +79,8 @@ class Batch(Workload):
         """Of a rank's mean share: which sub-groups share what is the planner's business."""
         phases: dict[str, tuple[Part, ...]] = {"batch": (Attend("forward"), Attend("backward"))}
         if self.gradient_bytes:
-            phases["reduce"] = (Exchange(REDUCED + GATHERED, ("dp", "cp"), float(self.gradient_bytes)),)
+            phases["reduce"] = (Exchange(REDUCED, ("dp", "cp"), float(self.gradient_bytes)),)
         return Made(phases, metrics={"batch/tokens": float(share.problem.seqlen)})
-
-    def unforeseen(self) -> str | None:
-        return "which sub-groups share which documents is a planner's choice, which predictions do not know of"
 
     def input_bytes(self, problem: Problem) -> float:
         return problem.input_bytes + self.gradient_bytes

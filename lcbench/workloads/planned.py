@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.measure import progress
-from lcbench.measure.session import Gang
-from lcbench.planners.base import Assignment, Documents, Fleet, Infeasible
+from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Infeasible, Planner, Say
 from lcbench.schedule.layout import documents
 from lcbench.workloads.base import Work
+
+if TYPE_CHECKING:
+    from lcbench.measure.session import Gang  # with torch, which predictions do without
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,25 +86,33 @@ def planned(work: Work, mask: Mask, gang: Gang, capacity: int) -> Planned | str:
     """
     assert work.planner is not None
     assert work.cost is not None, "nobody has said what documents cost"
-    bounds, pairs = documents(mask)
-    every = Documents(np.diff(bounds), pairs)
     scale = work.problem.scale
     fleet = Fleet(scale.world_size, scale.gpus_per_node, capacity)
-    found: tuple[Any, ...] | str | None = None
+    found: Planned | str | None = None
     if gang.cp_rank == 0:
-        cost = work.cost()
-        begun = time.perf_counter()
         try:
-            assignment = work.planner.plan(every, fleet, cost, lambda _: progress.own.mark())
+            found = plan_of(work.planner, mask, fleet, work.cost(), lambda _: progress.own.mark())
         except Infeasible as refused:
             found = str(refused)
-        else:
-            seconds = time.perf_counter() - begun
-            wrong = assignment.wrong(every, fleet)
-            predicted_s = float("nan") if wrong else assignment.makespan_s(every, cost, fleet.ranks)
-            found = assignment, wrong, seconds, predicted_s, cost.basis
     found = gang.ranks.broadcast_object(found)
-    return found if isinstance(found, str) else Planned(bounds, every, fleet, *found)
+    assert found is not None
+    return found
+
+
+def plan_of(planner: Planner, mask: Mask, fleet: Fleet, cost: Cost, say: Say = lambda _: None) -> Planned:
+    """The plan of the documents of a mask, timed; ``say`` as of ``Planner.plan``.
+
+    Raises:
+        Infeasible: there is none.
+    """
+    bounds, pairs = documents(mask)
+    every = Documents(np.diff(bounds), pairs)
+    begun, before_s = time.perf_counter(), cost.prepared_s
+    assignment = planner.plan(every, fleet, cost, say)
+    seconds = time.perf_counter() - begun - (cost.prepared_s - before_s)
+    wrong = assignment.wrong(every, fleet)
+    predicted_s = float("nan") if wrong else assignment.makespan_s(every, cost, fleet.ranks)
+    return Planned(bounds, every, fleet, assignment, wrong, seconds, predicted_s, cost.basis)
 
 
 def padding(held: NDArray[np.int64]) -> float:
