@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
@@ -83,7 +84,7 @@ class Batched:
             CannotPredict: the planner has no assignment, or a wrong one.
         """
         curves = self.cost.curves
-        draws = [self._draw(mask) for mask in self.masks]
+        draws = [self.drawn(mask, self._planned(mask)) for mask in self.masks]
         metrics = {name: fmean(draw.metrics[name] for draw in draws) for name in draws[0].metrics}
         metrics["batch/peak_tokens"] = max(draw.metrics["batch/peak_tokens"] for draw in draws)
         return Together(
@@ -92,18 +93,28 @@ class Batched:
             self._made, tuple(draw.fullest for draw in draws), metrics, draws[0].notes,
         )  # fmt: skip
 
-    def _draw(self, mask: BandMask) -> Drawn:
-        cell, curves = self.cell, self.cost.curves
-        planner, scale = build.build_planner(cell.config), cell.problem.scale
+    def _planned(self, mask: BandMask) -> Planned:
+        planner = build.build_planner(self.cell.config)
         assert planner is not None
         try:
-            planned = plan_of(planner, mask, Fleet(scale.world_size, scale.gpus_per_node, curves.capacity), self.cost)
+            planned = plan_of(planner, mask, self.fleet, self.cost)
         except Infeasible as refused:
             raise CannotPredict(str(refused)) from refused
         if planned.wrong:
             raise CannotPredict(f"the planner's assignment: {planned.wrong}")
+        return planned
+
+    @property
+    def fleet(self) -> Fleet:
+        """Its ranks."""
+        scale = self.cell.problem.scale
+        return Fleet(scale.world_size, scale.gpus_per_node, self.cost.curves.capacity)
+
+    def drawn(self, mask: BandMask, planned: Planned) -> Drawn:
+        """A draw played as it is planned."""
+        problem, curves = self.cell.problem, self.cost.curves
         groups = [group for _, group in planned.assignment.groups]
-        tiles = [sub_problems(cell.problem, mask, planned.bounds, group, curves.inside)[2] for group in groups]
+        tiles = [sub_problems(problem, mask, planned.bounds, group, curves.inside)[2] for group in groups]
         played = [
             curves.group(group.method, np.array(group.ranks), tile) for group, tile in zip(groups, tiles, strict=True)
         ]  # fmt: skip
@@ -112,7 +123,7 @@ class Batched:
         if self.memory:
             found = groups[fullest]
             inside = curves.group(found.method, np.array(found.ranks), tiles[fullest], memory=True).simulated
-        return Drawn(cell.problem, planned, played, inside)
+        return Drawn(problem, planned, played, inside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +140,10 @@ class Drawn:
     played: list[Micro]
     inside: Simulated
 
-    def __post_init__(self) -> None:
-        seconds = [micro.phase.seconds for micro in self.played]
-        begins, ends = self.planned.assignment.played(seconds, self.ranks)
-        object.__setattr__(self, "_times", (begins, ends))
+    @cached_property
+    def _times(self) -> tuple[Floats, Floats]:
+        """Begins and ends of the sub-groups."""
+        return self.planned.assignment.played([micro.phase.seconds for micro in self.played], self.ranks)
 
     @property
     def ranks(self) -> int:
@@ -148,7 +159,7 @@ class Drawn:
     @property
     def gantt(self) -> list[list[list[float]]]:
         """As a measured one: of each rank its micro-batches, each with its number, its begin, the end of forward, and its end."""
-        begins, ends = self._times  # type: ignore[attr-defined]
+        begins, ends = self._times
         found: list[list[list[float]]] = [[] for _ in range(self.ranks)]
         every = zip(self.planned.assignment.groups, self.played, begins.tolist(), ends.tolist(), strict=True)
         for (number, group), micro, begin, end in every:
@@ -159,7 +170,7 @@ class Drawn:
     @property
     def phase(self) -> Phase:
         """All micro-batches. What the rank that is done last waits for, others included, counts as exposed."""
-        _, ends = self._times  # type: ignore[attr-defined]
+        _, ends = self._times
         seconds = float(ends.max())
         of = {name: self._of_ranks(np.array([getattr(m.phase, name) for m in self.played])) for name in Phase.__dataclass_fields__}
         last = self.planned.assignment.groups[int(ends.argmax())][1].ranks[0]
@@ -170,7 +181,7 @@ class Drawn:
     @property
     def attention(self) -> dict[str, Phase]:
         """One attention of each micro-batch of the rank that is done last, by direction."""
-        _, ends = self._times  # type: ignore[attr-defined]
+        _, ends = self._times
         last = self.planned.assignment.groups[int(ends.argmax())][1].ranks[0]
         own = [
             micro.simulated.phases

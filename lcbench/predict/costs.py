@@ -34,11 +34,11 @@ from lcbench.predict.counted import counted
 from lcbench.predict.draws import operations_on
 from lcbench.predict.fitted import DenseFit, KernelFit
 from lcbench.problem import Mesh, Problem, Scale
-from lcbench.schedule.layout import documents
 from lcbench.schedule.machine import Floats, Machine
 from lcbench.schedule.simulate import Groups, Phase, Simulated, play, prepare
 from lcbench.workloads.base import Workload
 from lcbench.workloads.parts import Share
+from lcbench.workloads.planned import documents_of
 
 SHORTEST = 128  # tokens of the shortest documents that are simulated; shorter ones cost as much a token
 PACKED = 64  # documents of a simulated group, at most
@@ -389,8 +389,7 @@ def cost_of(cell: Cell, rates: Rates, slower: float = 1.0) -> FittedCost:
     curves, basis, error = curves_of(cell, rates, slower)
     ranks = cell.problem.scale.world_size
     by_method = {name: frozenset(d for d in range(1, ranks + 1) if curves.supported(name, d)) for name in curves.inside}
-    bounds, pairs = documents(build.cell_mask(cell, 0))
-    return FittedCost(curves, by_method, basis, error, Documents(np.diff(bounds), pairs))
+    return FittedCost(curves, by_method, basis, error, documents_of(build.cell_mask(cell, 0))[1])
 
 
 def curves_of(cell: Cell, rates: Rates, slower: float = 1.0) -> tuple[Curves, str, float]:

@@ -105,14 +105,25 @@ def plan_of(planner: Planner, mask: Mask, fleet: Fleet, cost: Cost, say: Say = l
     Raises:
         Infeasible: there is none.
     """
-    bounds, pairs = documents(mask)
-    every = Documents(np.diff(bounds), pairs)
+    every = documents_of(mask)[1]
     begun, before_s = time.perf_counter(), cost.prepared_s
     assignment = planner.plan(every, fleet, cost, say)
     seconds = time.perf_counter() - begun - (cost.prepared_s - before_s)
+    return as_assigned(mask, assignment, fleet, cost, seconds)
+
+
+def as_assigned(mask: Mask, assignment: Assignment, fleet: Fleet, cost: Cost, seconds: float) -> Planned:
+    """The plan of the documents of a mask that is this assignment, which took so many seconds to find."""
+    bounds, every = documents_of(mask)
     wrong = assignment.wrong(every, fleet)
     predicted_s = float("nan") if wrong else assignment.makespan_s(every, cost, fleet.ranks)
     return Planned(bounds, every, fleet, assignment, wrong, seconds, predicted_s, cost.basis)
+
+
+def documents_of(mask: Mask) -> tuple[Ints, Documents]:
+    """Bounds of the documents of a mask in its sequence, (documents + 1,), and their tokens and pairs."""
+    bounds, pairs = documents(mask)
+    return bounds, Documents(np.diff(bounds), pairs)
 
 
 def padding(held: NDArray[np.int64]) -> float:
