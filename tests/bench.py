@@ -218,7 +218,7 @@ def inside_steps(rank: int, ranks: int) -> None:
 
         def step(_: Any, session: BlockSession = session, inside: list[float] = inside) -> None:
             passed: Any = None
-            with session.training.stack.attention.watched(device) as watch:
+            with session.training.watched() as watch:
                 for phase in session.phases().values():
                     passed = phase(passed)
             inside.append(sum(watch.seconds().values()) / layers)

@@ -34,13 +34,16 @@ def derived(metrics: Mapping[str, float]) -> dict[str, float]:
     if peak:
         found["compute/hfu"] = metrics["compute/mfu"] + metrics["step/recomputed_flops_per_gpu"] / total / peak / 1e12
     for phase in LAYERS:
-        found[f"layer/{phase}/median_s"] = metrics[f"time/{phase}/median_s"] / metrics["step/layers"]
+        if (seconds := metrics.get(f"time/{phase}/median_s")) is not None:
+            found[f"layer/{phase}/median_s"] = seconds / metrics["step/layers"]
+    repeated = [(key, of[1]) for key in metrics if (of := REPEATS.fullmatch(key))]
+    if not repeated:
+        return found  # layers and head are timed together
     step, tflop = 0.0, 0.0
-    for key in metrics:
-        if of := REPEATS.fullmatch(key):
-            found[f"model/{of[1]}/step_s"] = seconds = metrics[key] * metrics[f"time/{of[1]}/median_s"]
-            step += seconds
-            tflop += seconds * metrics.get(f"compute/{of[1]}/tflops_per_gpu", 0.0)
+    for key, phase in repeated:
+        found[f"model/{phase}/step_s"] = seconds = metrics[key] * metrics[f"time/{phase}/median_s"]
+        step += seconds
+        tflop += seconds * metrics.get(f"compute/{phase}/tflops_per_gpu", 0.0)
     found["model/step_s"], found["model/tokens_per_s_per_gpu"] = step, tokens / step
     if peak:
         found["model/mfu"] = tflop / step / peak

@@ -10,9 +10,11 @@ from heapq import nsmallest
 import numpy as np
 
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Floats, Infeasible
+from lcbench.planners.fixed import Fixed
 from lcbench.planners.packing import Seconds, in_order
 
 Score = tuple[float, float]  # of a timeline; less is better
+FEW = 8  # degrees, of which all are looked at
 TIE = 1e-9  # relative difference of two times that are the same
 
 
@@ -44,29 +46,25 @@ class Table:
 
     @classmethod
     def of(cls, documents: Documents, fleet: Fleet, cost: Cost) -> Table:
-        """With all powers of two that the cost knows and, where those do not hold a document, the fewest ranks that do.
+        """With all degrees that the cost knows, or, where these are more than ``FEW``, with the powers of two and, where those do not hold
+        a document, the fewest ranks that do.
 
         Raises:
             Infeasible: a document that no degree holds.
         """
         known = Seconds(documents, cost)
         possible = [degree for degree in cost.degrees if degree <= fleet.ranks]
-
-        def each(degree: int) -> Floats:
-            held = documents.tokens <= degree * fleet.capacity
-            return np.where(held, known.by_method(degree).min(axis=0), np.inf)
-
+        usual = possible if len(possible) <= FEW else [degree for degree in possible if not degree & (degree - 1)]
         table: dict[int, Floats] = {}
         homeless = np.ones(len(documents), dtype=np.bool_)
-        powers = [degree for degree in possible if not degree & (degree - 1)]
-        for degree in [*powers, *possible]:
-            if degree in powers or homeless.any():
-                seconds = each(degree)
-                if np.isfinite(seconds[homeless]).any():
-                    table[degree] = seconds
-                    homeless &= ~np.isfinite(seconds)
-                elif degree in powers and np.isfinite(seconds).any():
-                    table[degree] = seconds
+        for degree in [*usual, *(one for one in possible if one not in usual)]:
+            if degree not in usual and not homeless.any():
+                break
+            held = documents.tokens <= degree * fleet.capacity
+            seconds = np.where(held, known.by_method(degree).min(axis=0), np.inf)
+            if np.isfinite(seconds[homeless] if degree not in usual else seconds).any():
+                table[degree] = seconds
+                homeless &= ~np.isfinite(seconds)
         if homeless.any():
             number = int(np.where(homeless, documents.tokens, -1).argmax())
             raise Infeasible(
@@ -84,6 +82,14 @@ class Table:
         """So many ranks with these documents."""
         own = tuple(documents)
         return Piece(degree, own, self.known.group(own, degree)[0])
+
+    def of_fixed(self) -> list[Piece]:
+        """Those of one degree for all documents, as ``fixed`` has it; none where there is no such degree."""
+        try:
+            same = Fixed().plan(self.documents, self.fleet, self.known.cost)
+        except Infeasible:
+            return []
+        return [self.piece(len(group.ranks), group.documents) for _, group in same.groups]
 
     def tried(self, degree: int, documents: Iterable[int]) -> Piece | None:
         """The same; None where so many ranks cannot share or hold them."""
@@ -104,8 +110,9 @@ class Timeline:
             [(0.0, rank) for rank in range(begin, begin + fleet.per_node)] for begin in range(0, fleet.ranks, fleet.per_node)
         ]
 
-    def take(self, degree: int, seconds: float) -> tuple[int, ...]:
-        """Keep those ranks busy that can begin first, on as few nodes as hold so many; returns them, ascending."""
+    def take(self, degree: int, seconds: float) -> tuple[tuple[int, ...], float]:
+        """Keep those ranks busy that can begin first, on as few nodes as hold so many; returns them, ascending, and until
+        when."""
         whole, rest = divmod(degree, self.per_node)
         if whole:
             nodes = nsmallest(whole + (rest > 0), self.rows, key=lambda row: row[-1][0])
@@ -120,7 +127,7 @@ class Timeline:
             for rank in taken:
                 insort(row, (end, rank))
             ranks += taken
-        return tuple(sorted(ranks))
+        return tuple(sorted(ranks)), end
 
     def score(self) -> Score:
         """When the last rank is done, and, of timelines that are as long, less where ranks are busy for less long."""
@@ -135,79 +142,98 @@ def better(one: Score, other: Score) -> bool:
     return one[1] < other[1] * (1 - TIE)
 
 
-def _laid(pieces: Sequence[Piece], fleet: Fleet) -> tuple[Score, list[Piece], list[tuple[int, ...]]]:
-    """Pieces each on the ranks that can begin it first, those of many ranks first or those that take longest first, whichever is
-    better: score, order, and the ranks of each."""
+@dataclass(frozen=True)
+class Laid:
+    """Pieces on ranks.
 
-    def tried(order: list[Piece]) -> tuple[Score, list[Piece], list[tuple[int, ...]]]:
-        timeline = Timeline(fleet)
-        ranks = [timeline.take(piece.degree, piece.seconds) for piece in order]
-        return timeline.score(), order, ranks
+    Attributes:
+        pieces: in the order in which they were laid.
+        ranks: of each.
+        ends: of each, seconds.
+    """
 
-    return min(
-        tried(sorted(pieces, key=lambda piece: (-piece.degree, -piece.seconds, piece.documents))),
-        tried(sorted(pieces, key=lambda piece: (-piece.seconds, -piece.degree, piece.documents))),
-        key=lambda one: one[0],
-    )
+    score: Score
+    pieces: list[Piece]
+    ranks: list[tuple[int, ...]]
+    ends: list[float]
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], fleet: Fleet) -> Laid:
+        """Each on the ranks that can begin it first: those of many ranks first, or those that take longest first, whichever is
+        better."""
+
+        def tried(order: list[Piece]) -> Laid:
+            timeline = Timeline(fleet)
+            taken = [timeline.take(piece.degree, piece.seconds) for piece in order]
+            return cls(timeline.score(), order, [ranks for ranks, _ in taken], [end for _, end in taken])
+
+        return min(
+            tried(sorted(pieces, key=lambda piece: (-piece.degree, -piece.seconds, piece.documents))),
+            tried(sorted(pieces, key=lambda piece: (-piece.seconds, -piece.degree, piece.documents))),
+            key=lambda one: one.score,
+        )
+
+    def assigned(self, table: Table) -> Assignment:
+        """A rank's first piece is in its first micro-batch; a piece is in the first one in which all of its ranks are without one."""
+        return in_order(
+            table.known.made(own, piece.documents, table.fleet) for own, piece in zip(self.ranks, self.pieces, strict=True)
+        )
 
 
-def score(pieces: Sequence[Piece], table: Table) -> Score:
-    """How good they are where they are laid as ``assigned`` does."""
-    return _laid(pieces, table.fleet)[0]
-
-
-def assigned(pieces: Sequence[Piece], table: Table) -> Assignment:
-    """Pieces on ranks, one behind the other. A rank's first piece is in its first micro-batch; a piece is in the first micro-batch in
-    which all of its ranks are without one."""
-    _, order, ranks = _laid(pieces, table.fleet)
-    return in_order(table.known.made(own, piece.documents, table.fleet) for own, piece in zip(ranks, order, strict=True))
-
-
-def improved(pieces: Sequence[Piece], table: Table, effort: int) -> list[Piece]:
-    """Pieces after small changes, as long as one makes the timeline better: another degree, a document into another piece or one of
-    its own, two documents change places, two pieces become one.
+def improved(laid: Laid, table: Table, effort: int) -> Laid:
+    """After small changes, as long as one makes it better: another degree, a document into another piece or one of its own, two
+    documents change places, two pieces become one. What ends last is changed first.
 
     Args:
-        effort: pieces that are laid, at most.
+        effort: changes looked at and pieces laid, at most.
     """
-    found, least, left = list(pieces), score(pieces, table), effort
+    left = effort
     while True:
-        for without, new in _changes(found, table):
-            left -= len(found)
+        for change in _changes(laid, table):
+            left -= 1
+            if change is not None:
+                without, new = change
+                left -= len(laid.pieces)
+                changed = Laid.of([piece for piece in laid.pieces if piece not in without] + new, table.fleet)
+                if better(changed.score, laid.score):
+                    laid = changed
+                    break
             if left < 0:
-                return found
-            changed = [piece for piece in found if piece not in without] + new
-            if better(now := score(changed, table), least):
-                found, least = changed, now
-                break
+                return laid
         else:
-            return found
+            return laid
 
 
-def _changes(pieces: list[Piece], table: Table) -> Iterator[tuple[list[Piece], list[Piece]]]:
-    """(pieces, those in their place) of whatever is one small change away, those of pieces that take longest first."""
-    order = sorted(pieces, key=lambda piece: (-piece.seconds, piece.documents))
-    for piece in order:
+def _changes(laid: Laid, table: Table) -> Iterator[tuple[list[Piece], list[Piece]] | None]:
+    """(pieces, those in their place) of whatever is one small change away; None of one that is not worth laying: where the ranks stayed
+    the same, something of it would end no sooner than now."""
+    order = sorted(zip(laid.ends, laid.pieces, strict=True), key=lambda one: (-one[0], -one[1].seconds, one[1].documents))
+
+    def sooner(end: float, *changes: tuple[float, Piece, Piece]) -> bool:
+        return all(was + new.seconds - old.seconds < end for was, old, new in changes)
+
+    for end, piece in order:
         for degree in table.degrees:
             if degree != piece.degree and (other := table.tried(degree, piece.documents)):
                 yield [piece], [other]
-        kept = {one: [other for other in piece.documents if other != one] for one in piece.documents}
-        for document in piece.documents if len(piece.documents) > 1 else ():
+        kept = {
+            one: table.piece(piece.degree, [other for other in piece.documents if other != one]) for one in piece.documents
+        } if len(piece.documents) > 1 else {}
+        for document, rest in kept.items():
             for degree in table.degrees:
                 if own := table.tried(degree, [document]):
-                    yield [piece], [table.piece(piece.degree, kept[document]), own]
-        for other in reversed(order):
+                    yield [piece], [rest, own]
+        for until, other in reversed(order):
             if other is piece:
                 continue
-            for document in piece.documents:
-                rest = [table.piece(piece.degree, kept[document])] if kept[document] else []
-                if more := table.tried(other.degree, [*other.documents, document]):
-                    yield [piece, other], [*rest, more]
-                for back in other.documents:
-                    given = table.tried(other.degree, [*(one for one in other.documents if one != back), document])
-                    taken = table.tried(piece.degree, [*kept[document], back])
-                    if given and taken:
-                        yield [piece, other], [taken, given]
             for degree in table.degrees:
                 if both := table.tried(degree, [*piece.documents, *other.documents]):
                     yield [piece, other], [both]
+            for document, rest in kept.items():
+                more = table.tried(other.degree, [*other.documents, document])
+                yield ([piece, other], [rest, more]) if more and sooner(end, (until, other, more)) else None
+                for back in other.documents:
+                    given = table.tried(other.degree, [*(one for one in other.documents if one != back), document])
+                    taken = table.tried(piece.degree, [*rest.documents, back])
+                    good = given and taken and sooner(end, (until, other, given), (end, piece, taken))
+                    yield ([piece, other], [taken, given]) if given and taken and good else None

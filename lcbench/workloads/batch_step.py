@@ -1,4 +1,4 @@
-"""A training step of a few transformer layers on a batch of documents of mixed lengths, in micro-batches as a planner shares it out.
+"""A training step of a few transformer layers on a batch of documents of mixed lengths, in micro-batches as planned.
 
 The documents are those of the cell's mask. Phases: ``batch``, all micro-batches, each forward through the layers, through the head
 and back; ``reduce``: sums of the weights' gradients over all ranks; ``optimizer``: its step, if any. The loss is the mean over all
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lcbench.cp.base import Strategy
 from lcbench.kernels.base import Kernel
@@ -61,8 +61,8 @@ class BatchStep(Trained, Workload):
             )
         if (option := recompute.unsettled()) is not None:
             return (
-                f"{option}=null is measured on the tokens of one pass, and micro-batches have different ones; write a share, such as "
-                f"{option}=0.5"
+                f"{option}=null is measured on the tokens of one pass, and micro-batches have different ones; write a share, such "
+                f"as {option}=0.5"
             )
         return self.untrainable(problem) or self._attention.unsupported(problem, mask, kernel, strategy, recompute)
 

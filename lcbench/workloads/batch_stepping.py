@@ -5,14 +5,11 @@ The check is that of ``workload=block``, over the tokens of all micro-batches of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from lcbench.cp.assigned import Assigned
 from lcbench.cp.base import RankRun
@@ -22,7 +19,7 @@ from lcbench.measure.session import Cost, Counted, Gang
 from lcbench.planners.base import Assignment
 from lcbench.workloads.base import Work
 from lcbench.workloads.batch_training import BATCH, BatchTraining, OwnPart
-from lcbench.workloads.planned import Planned, idle_share, padding, planned
+from lcbench.workloads.planned import idle_share, padding, planned
 from lcbench.workloads.recompute.none import NoRecompute
 from lcbench.workloads.recompute.offload import Offload
 from lcbench.workloads.recompute.swapping import Swapping

@@ -108,7 +108,8 @@ class BatchTraining(Training):
         """``batch`` and what comes after it give (dx, loss), dx of all tokens of this rank in their order; see ``Training.phases``.
 
         Args:
-            done: called after ``forward``, ``head`` and ``backward`` of each micro-batch, with what ``Training.phases`` gives there.
+            done: called after ``forward``, ``head`` and ``backward`` of each micro-batch, with what these give in
+                ``Training.phases``.
         """
         return {BATCH: lambda _: self._batch(done)} | self._of_weights()
 

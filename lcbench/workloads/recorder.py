@@ -132,8 +132,13 @@ class Recorder:
     def digest(self, name: str) -> torch.Tensor:
         return joined(self._of(name).digest)
 
-    def all_of(self, name: str) -> torch.Tensor:
-        return joined(self._of(name).whole)
+    def attention(self, name: str) -> torch.Tensor:
+        """(T, heads, D), a tensor of the attention of ``layer``, of this rank's tokens."""
+        training = self._training
+        if not training.micro_batches:
+            heads = training.heads.kv if name in ("k", "v", "dk", "dv") else training.heads.q
+            return training.x.new_empty((0, heads, training.heads.dim))
+        return joined(self._of(f"layer {self.layer} {name}").whole)
 
     def _of(self, name: str) -> Caught:
         if name not in self._caught:
@@ -151,6 +156,12 @@ class Recorder:
 
     def digested(self, x: torch.Tensor) -> torch.Tensor:
         """(T,) of x (T, ...): elements with signs of their own, added up in float64."""
+        micro_batches = self._training.micro_batches
+        # Modules see a micro-batch at a time, and the same rows among others may be added up in another order.
+        pieces = x.split([len(each.x) for each in micro_batches]) if len(micro_batches) > 1 else [x]
+        return torch.cat([self._digested(each) for each in pieces])
+
+    def _digested(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.detach().flatten(1)
         signs = self.signs(flat.shape[1])[:, 0]
         return torch.cat([some.double() @ signs for some in _few(flat)])
@@ -216,7 +227,7 @@ class Recorder:
         inside = self._sample[(self._sample >= begin) & (self._sample < begin + len(x))] - begin
         caught.rows[begin] = x[inside]
         if digested:
-            caught.digest[begin] = self.digested(x)
+            caught.digest[begin] = self._digested(x)
         elif layer == f"layer {self.layer}":
             caught.whole[begin] = x
 

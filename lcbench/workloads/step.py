@@ -134,7 +134,7 @@ class BlockSession(Session):
         """Check a pass that was caught; gives the tensors of its attention."""
         self.checks.first(recorder, self.negated)
         names = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
-        caught = {name: recorder.all_of(f"layer {recorder.layer} {name}").contiguous() for name in names}
+        caught = {name: recorder.attention(name).contiguous() for name in names}
         q, k, v, dout = (caught[name] for name in ("q", "k", "v", "dout"))
         shard = Shard(self._started.owners.held, q, k, v, dout)
         # A pass of its own has the LSE, which a step keeps to itself; where it is wrong there, so are the gradients.
@@ -162,8 +162,9 @@ class BlockSession(Session):
         return {phase: found.get(phase, Cost(0.0, 0.0, 0.0)) for phase in self.phases()}
 
     def _of_parts(self) -> dict[str, Cost]:
-        """Cost by part of a step: 2 FLOPs per weight and token forward and 4 backward, attention by the mask's pairs; what is computed again
-        is apart. Traffic is what every layer's attention needs, memory what weights take that are read, and their gradients."""
+        """Cost by part of a step: 2 FLOPs per weight and token forward and 4 backward, attention by the mask's pairs; what is
+        computed again is apart. Traffic is what every layer's attention needs, memory what weights take that are read, and their
+        gradients."""
         problem, model, again = self._work.problem, self._block.model, self.training.again
         gang, layers, size = self._gang, len(self.training.stack.layers), problem.itemsize
         least = least_traffic(self.mask, problem, self._started.owners, gang.device, gang.ranks)
@@ -256,7 +257,7 @@ class BlockSession(Session):
     def shares(self) -> dict[str, float]:
         """What of a step is attention, by passes that are timed for it. Collective."""
         EVERY.all_gather_object(None)  # ranks begin together
-        with self.training.stack.attention.watched(self._gang.device) as watch:
+        with self.training.watched() as watch:
             begun = watch.now()
             self.training.step()
             watch.spans.append((STEP, begun, watch.now()))

@@ -134,6 +134,8 @@ class StepCheck:
 
     def _layer(self, recorder: Recorder, number: int, tokens: Any) -> None:
         """The token-wise halves of a layer."""
+        if not len(tokens):
+            return  # as of a rank without documents
         names = ("x", "out", "dy", "dq", "dk", "dv")
         given = {name: self._every_head(name, recorder.rows(f"layer {number} {name}")) for name in names}
         weights = _whole(self._training.stack.layers[number].named_parameters())
@@ -159,6 +161,8 @@ class StepCheck:
 
     def _head(self, recorder: Recorder, tokens: Any) -> None:
         """dy of the head, and the loss."""
+        if not len(tokens):
+            return
         y, dy, loss = recorder.head
         labels = self._training.labels[self._sample]
         weights = _whole(self._training.head.named_parameters())
@@ -177,6 +181,9 @@ class StepCheck:
 
     def _between(self, recorder: Recorder) -> None:
         """Whether halves and layers go on with what those before gave; ``_layer`` does so for gradients."""
+        self._images(recorder, recorder.dx)
+        if not len(self._tokens):
+            return
         y, dy, _ = recorder.head
         at, end = recorder.digest, len(self._training.stack.layers) - 1
         links = [
@@ -188,7 +195,6 @@ class StepCheck:
             links.append((f"layer {i}", at(f"layer {i} x"), "its second half", at(f"layer {i} {AGAIN}")))
         for i in range(end):
             links.append((f"layer {i}", at(f"layer {i} y"), f"x of layer {i + 1}", at(f"layer {i + 1} x")))
-        self._images(recorder, recorder.dx)
         for one, gave, other, got in links:
             self._judge.elements(CHAIN, f"{one} to {other}", got, gave, torch.zeros_like(gave), self._tokens)
 

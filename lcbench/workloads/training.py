@@ -23,6 +23,7 @@ from lcbench.workloads.sharing import Sharing, memory_of
 from lcbench.workloads.spans import answers, images
 from lcbench.workloads.traffic import Traffic
 from lcbench.workloads.transformer import Attention, Half, Head, Layer, Stack, give_weights, rotations
+from lcbench.workloads.watch import Watch
 
 if TYPE_CHECKING:
     from lcbench.workloads.base import Work
@@ -65,6 +66,7 @@ class Training:
     """The layers and the head on this rank, and its share of a sequence.
 
     Attributes:
+        heads: of its attention on this rank.
         x: (T, hidden), what the first layer gets; the same on all ranks of tensor parallelism.
         recompute: what the layers' forward keeps, ready to run.
         labels: (T,), what the head is to say of each token; ``labelled``: how many of the whole sequence have one.
@@ -82,6 +84,7 @@ class Training:
         model, problem, tokens, device = block.model, work.problem, attention.run.tokens, gang.device
         self.sharing = sharing = Sharing(gang.device_mesh, block.sharded)
         self._block, self._device = block, device
+        self.heads = problem.heads
         dtype: torch.dtype = getattr(torch, problem.dtype)
         layers = []
         # A half after the other is made whole and divided, so that no rank ever has more than one of them whole.
@@ -268,6 +271,19 @@ class Training:
         with Traffic({kind: mesh.get_group() for kind, mesh in groups.items() if mesh is not None}) as traffic:
             yield traffic
 
+    @contextmanager
+    def watched(self) -> Iterator[Watch]:
+        """Note how long each pass of attention takes within."""
+        watch = Watch(self._device.type == "cuda")
+        attentions = [each.stack.attention for each in self.micro_batches]
+        for attention in attentions:
+            attention.watch = watch
+        try:
+            yield watch
+        finally:
+            for attention in attentions:
+                attention.watch = None
+
     def held_between_steps(self) -> int:
         """Bytes of this rank's weights and of the optimizer's states."""
         return memory_of(self.weights().values()) + self._of_optimizer()
@@ -277,8 +293,8 @@ class Training:
         return memory_of(x for state in states for x in state.values())
 
     def planned(self) -> Plan | None:
-        """The plan of this rank's memory in a step, whose weights are not sharded: of the micro-batch with most tokens; None: it has
-        no tokens."""
+        """The plan of this rank's memory in a step, whose weights are not sharded: of the micro-batch with most tokens; None: it
+        has no tokens."""
         if not self.micro_batches:
             return None
         tp, block = self.sharing.tp, self._block

@@ -210,7 +210,7 @@ class Attention:
 
     Attributes:
         run: what runs it; its buffers serve all layers.
-        watch: None, or where the seconds of each pass are noted (``watched``).
+        watch: None, or where the seconds of each pass are noted; on CUDA by events, for which nothing waits.
     """
 
     def __init__(self, run: RankRun) -> None:
@@ -228,15 +228,6 @@ class Attention:
         inputs = (q, k, v) if given is None else tuple(x.detach() for x in (q, k, v))
         out: torch.Tensor = _Attend.apply(*inputs, self, keep, *(given.signs if given else ()))  # type: ignore[no-untyped-call]
         return out
-
-    @contextmanager
-    def watched(self, device: torch.device) -> Iterator[Watch]:
-        """Note how long each pass of attention takes within. On CUDA by events, for which nothing waits."""
-        self.watch = watch = Watch(device.type == "cuda")
-        try:
-            yield watch
-        finally:
-            self.watch = None
 
     @contextmanager
     def noted(self, phase: str) -> Iterator[None]:

@@ -1,5 +1,5 @@
-"""A training step of a batch of documents on real gloo ranks: loss, gradients of x and of all weights as those of an unsharded float64
-model, whoever planned it; sound cells pass the check, and faults that are put in from outside are refused."""
+"""A training step of a batch of documents on real gloo ranks: loss, gradients of x and of all weights as those of an unsharded
+float64 model, whoever planned it; sound cells pass the check, and faults that are put in from outside are refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +27,7 @@ from lcbench.measure.cell import measure_again, measure_cell
 from lcbench.measure.measured import Measured
 from lcbench.measure.metrics import metric_of
 from lcbench.measure.session import Gang
-from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Group, Infeasible, Planner
+from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Group, Planner
 from lcbench.planners.base import Offload as Offloads
 from lcbench.planners.bytescale_hdp import BytescaleHDP
 from lcbench.planners.fixed import Fixed
@@ -49,9 +49,10 @@ from lcbench.workloads.recompute.token_wise import TokenWise
 from lcbench.workloads.sharing import Accumulation, Sharing, whole
 from lcbench.workloads.step import BlockSession
 from tests.workloads import plain
-from tests.workloads.test_batch import FEW, InTurn, cost_of
+from tests.workloads.test_batch import FEW, cost_of
 
-BOUND = 1e-11
+BOUND = 1e-12
+SOUND = 0.8  # of a bound of the check that a sound run comes to at most
 CPU = torch.device("cpu")
 MODEL = Model(4, 24, 8, 4, 4, 40, 30, 1e4, qk_norm=True)
 LENGTHS = [17, 20, 60, 18, 16, 24]
@@ -86,19 +87,18 @@ class Cell:
     capacity: int = CAPACITY
     options: tuple[tuple[str, Any], ...] = ()
     lengths: tuple[int, ...] = tuple(LENGTHS)
-    kernel: Any = Reference()
+    kernel: Any = field(default_factory=Reference)
+    model: Model = MODEL
     offloads: Offloads | None = None
 
     def work(self, ranks: int) -> Work:
         scale = Scale(2, ranks // 2) if ranks > 2 else Scale(1, ranks)
         mask, strategy = mask_of(self.mask, list(self.lengths)), build_strategy(load("cp", self.cp))
-        problem = Problem(
-            mask.num_q, self.mesh.heads(MODEL.heads()), self.mesh.group_scale(scale), self.dtype, "forward_backward"
-        )
+        problem = Problem(mask.num_q, self.mesh.heads(MODEL.heads()), self.mesh.group_scale(scale), self.dtype, "forward_backward")
         recompute = build(load("recompute", self.recompute)) if isinstance(self.recompute, str) else self.recompute
         if self.recompute == "token_wise":
             recompute = replace(recompute, fraction=0.5)
-        step = BatchStep(MODEL, 2, loss_chunk=7, capacity=self.capacity, **dict(self.options))
+        step = BatchStep(self.model, 2, loss_chunk=7, capacity=self.capacity, **dict(self.options))
 
         def cost() -> Cost:
             found = cost_of(strategy, problem, mask)
@@ -211,3 +211,237 @@ def check_all(rank: int, ranks: int, folder: Path) -> None:
 def test_a_step_of_a_batch_is_that_of_an_unsharded_model(ranks: int, tmp_path: Path) -> None:
     unsharded(tmp_path)
     run_ranks(ranks, check_all, ranks, tmp_path)
+
+
+# -- the check ---------------------------------------------------------------------------------------------------------
+
+LONG = (130, 40, 20, 66)
+WIDE = Model(6, 32, 4, 2, 8, 48, 40, 1e4, qk_norm=True)
+ROOM = 96
+
+
+def measured(cell: Cell, rank: int, ranks: int, groups: Groups, one: Any = measure_cell) -> Measured:
+    found: Measured = one(cell.work(ranks), gang_of(rank, ranks, groups), lambda _: None)
+    return found
+
+
+def long(planner: Planner, **options: Any) -> Cell:
+    return Cell(planner, **{"kernel": SDPAFlash(), "model": WIDE, "lengths": LONG, "capacity": ROOM, **options})
+
+
+def check_sound(rank: int, ranks: int) -> None:
+    groups = Groups()
+    alone = Given(Assignment((
+        (Group((0, 1), (0,), "ring"),), (Group((1,), (1, 2), "ring"),), (Group((1,), (3,), "ring"),)
+    )))  # fmt: skip
+    idle = Given(Assignment(((Group((1,), (0,), "ring"),), (Group((1,), (1, 2, 3), "ring"),))))
+    cells = [long(Fixed(), dtype="float32"), long(Fixed(), dtype="bfloat16", cp="ulysses", mask="document")]
+    cells += [
+        long(alone, dtype="float64", options=(("optimizer", "adamw"),)),
+        long(alone, dtype="bfloat16", recompute="token_wise"),
+    ]
+    cells += [long(idle, dtype="bfloat16", capacity=160, recompute="full")]
+    for cell in cells:
+        found = measured(cell, rank, ranks, groups)
+        assert found.unavailable is None, f"{cell}: {found.unavailable}"
+        assert found.implausible is None, f"{cell}: {found.implausible}"
+        assert found.check is not None
+        assert not found.check.failures, f"{cell}: {found.check.failures}"
+        worst = {part: max(ratios.items(), key=lambda one: one[1]) for part, ratios in found.check.ratios.items() if ratios}
+        assert found.check.of_bound < SOUND, f"{cell}: {worst}"
+        assert set(found.check.ratios) >= {"layers", "head", "between layers", "weights", "last timed pass", "last pass", "level"}
+        check_metrics(found, cell, ranks)
+        again = measured(cell, rank, ranks, groups, measure_again)
+        assert again.check is not None
+        assert not again.check.failures, f"{cell}: {again.check.failures}"
+
+
+def check_metrics(found: Measured, cell: Cell, ranks: int) -> None:
+    """Every key is declared, and what follows from others does."""
+    metrics, notes = found.metrics, found.notes
+    assert [key for key in metrics if metric_of(key)]
+    mask, model = mask_of(cell.mask, list(cell.lengths)), cell.model
+    flops = 6 * (2 * model.layer_parameters() + model.head_parameters()) * mask.num_q
+    flops += 2 * 3.5 * 4 * metrics["mask/area"] * model.heads_q * model.head_dim
+    rate = metrics["compute/tflops_per_gpu"] * 1e12 * metrics["time/total/median_s"] * ranks
+    assert rate == pytest.approx(flops)
+    assert metrics["batch/tokens"] == mask.num_q
+    assert metrics["batch/micro_batches"] == len(notes["assignment"])
+    assert metrics["batch/peak_tokens"] <= cell.capacity
+    assert 0 <= metrics["batch/idle_share"] < 1
+    assert 0 < metrics["attention/share"] < 1
+    assert not [key for key in metrics if key.startswith("model/")]
+    elements = 2 * model.layer_parameters() + model.head_parameters()
+    wide = 8 if cell.dtype == "float64" else 4
+    assert metrics["comm/reduce/bytes"] == pytest.approx(2 * (ranks - 1) / ranks * elements * wide, abs=2)
+    assert metrics["step/recomputed_flops_per_gpu"] > 0 or cell.recompute == "none"
+    spans = notes["gantt"]
+    for rank, own in enumerate(spans):
+        numbers = [m for m, groups in enumerate(notes["assignment"]) if any(rank in group["ranks"] for group in groups)]
+        assert [int(span[0]) for span in own] == numbers
+        moments = [moment for span in own for moment in span[1:]]
+        assert moments == sorted(moments)
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+def test_sound_cells_are_far_from_their_bounds() -> None:
+    run_ranks(2, check_sound, 2)
+
+
+@contextmanager
+def lost_micro_batch(rank: int) -> Iterator[None]:
+    """Of rank 1 the weights' gradients lack those of its first micro-batch."""
+    right = BatchTraining._one
+
+    def wrong(self: BatchTraining, micro_batch: Any, done: Any) -> Any:
+        found = right(self, micro_batch, done)
+        if rank == 1 and micro_batch is self.micro_batches[0]:
+            for weight in self.weights().values():
+                weight.grad.zero_()  # type: ignore[union-attr]
+        return found
+
+    with patch.object(BatchTraining, "_one", wrong):
+        yield
+
+
+@contextmanager
+def counted_twice(rank: int) -> Iterator[None]:
+    """Rank 1 adds the gradients of its first micro-batch once more."""
+    right = BatchTraining._one
+
+    def wrong(self: BatchTraining, micro_batch: Any, done: Any) -> Any:
+        found = right(self, micro_batch, done)
+        if rank == 1 and micro_batch is self.micro_batches[0]:
+            for weight in self.weights().values():
+                weight.grad.mul_(2)  # type: ignore[union-attr]
+        return found
+
+    with patch.object(BatchTraining, "_one", wrong):
+        yield
+
+
+@contextmanager
+def own_mean(rank: int) -> Iterator[None]:
+    """The loss is a mean over the tokens of a micro-batch."""
+    right = ChunkedLoss.__init__
+
+    def wrong(self: ChunkedLoss, head: Any, labels: Any, chunk: int, share: float, sharing: Any, **options: Any) -> None:
+        right(self, head, labels, chunk, 1 / len(labels), sharing, **options)
+
+    with patch.object(ChunkedLoss, "__init__", wrong):
+        yield
+
+
+@contextmanager
+def not_summed(rank: int) -> Iterator[None]:
+    """Every rank keeps its own gradients."""
+    with patch.object(Sharing, "sum_gradients", lambda self, weights: None):
+        yield
+
+
+@contextmanager
+def narrow_sums(rank: int) -> Iterator[None]:
+    """The gradients of all micro-batches but the last are forgotten, where they are added up apart."""
+    right = Accumulation.end
+
+    def wrong(self: Accumulation, *, last: bool) -> None:
+        right(self, last=last)
+        if not last and type(self._module).__name__ == "Whole":
+            self._sums = []
+            for weight in self._module.parameters():
+                weight.grad = None
+
+    with patch.object(Accumulation, "end", wrong):
+        yield
+
+
+@contextmanager
+def other_rows(rank: int) -> Iterator[None]:
+    """The second micro-batch of rank 1 has the positions of its first rows."""
+    right = BatchTraining._micro_batches
+
+    def wrong(self: BatchTraining, recompute: Any) -> Any:
+        found = right(self, recompute)
+        if rank == 1:
+            for micro_batch in found[1:]:
+                cos, sin = (x[: len(micro_batch.x)] for x in self.stack.rope)
+                found[1] = replace(micro_batch, stack=replace(micro_batch.stack, rope=(cos, sin)))
+                forward = recompute.start(found[1].stack, micro_batch.x, 4)
+                found[1] = replace(found[1], recompute=forward)
+                break
+        return found
+
+    with patch.object(BatchTraining, "_micro_batches", wrong):
+        yield
+
+
+FAULTS: dict[str, tuple[Any, str]] = {
+    "a micro-batch's gradients left out": (lost_micro_batch, "weights"),
+    "counted twice": (counted_twice, "weights"),
+    "a mean of its own": (own_mean, "head"),
+    "gradients not summed": (not_summed, "weights"),
+    "only the last micro-batch": (narrow_sums, "weights"),
+    "positions of other rows": (other_rows, "layers"),
+}
+
+
+def check_faults(rank: int, ranks: int) -> None:
+    groups = Groups()
+    alone = Given(Assignment((
+        (Group((0, 1), (0,), "ring"),), (Group((0,), (1,), "ring"), Group((1,), (2,), "ring")), (Group((1,), (3,), "ring"),)
+    )))  # fmt: skip
+    for name, (fault, part) in FAULTS.items():
+        for dtype in ("bfloat16", "float64"):
+            where = f"{name}, {dtype}"
+            with fault(rank):
+                found = measured(long(alone, dtype=dtype), rank, ranks, groups)
+            gc.collect()
+            assert found.check is not None, f"{where}: {found.unavailable}"
+            assert found.check.failures, f"{where}: not refused; {found.check.ratios}"
+            worst = {key: max(ratios.values()) for key, ratios in found.check.ratios.items()}
+            assert worst[part] > 1, f"{where}: seen by others than {part}: {worst}"
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+def test_faults_are_refused() -> None:
+    run_ranks(2, check_faults, 2)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_refusals() -> None:
+    cell = Cell(Fixed())
+    work = cell.work(2)
+
+    def refused(**options: Any) -> str:
+        asked = {"problem": work.problem, "mask": work.make_mask(0), "recompute": NoRecompute(), **options}
+        step = BatchStep(MODEL, 2, capacity=asked.pop("capacity", CAPACITY))
+        return step.unsupported(asked["problem"], asked["mask"], work.kernel, work.strategy, asked["recompute"]) or ""
+
+    assert refused() == ""
+    assert "workload=batch_step has direction=forward_backward only" in refused(problem=replace(work.problem, direction="forward"))
+    assert "recompute.fraction=null" in refused(recompute=TokenWise())
+    assert refused(recompute=TokenWise(0.5)) == ""
+    assert "float16" in refused(problem=replace(work.problem, dtype="float16"))
+    assert "capacity=20" in refused(capacity=20)
+    assert "mesh.dp=2" in str(work.workload.misfit(Mesh(dp=2)))
+    with pytest.raises(ValueError, match=r"workload\.capacity=0 is no whole number"):
+        BatchStep(MODEL, capacity=0)
+    with pytest.raises(TypeError):
+        BatchStep(MODEL, fsdp=True)  # type: ignore[call-arg]
+
+
+def test_offloading_goes_without_recomputation_only() -> None:
+    every = Given(Assignment(((Group((0,), tuple(range(len(LENGTHS))), "ring", 0.8),),)))
+    told = {name: started(Cell(every, recompute=name, capacity=SEQLEN), 0, 1, Groups()).refused for name in ("none", "full")}
+    assert told["none"] is None
+    assert "the planner offloads 0.8" in str(told["full"])
+
+
+def test_a_wrong_assignment_is_no_result() -> None:
+    found = measured(Cell(Given(Assignment(((Group((0,), (0, 1), "ring"),),)))), 0, 1, Groups())
+    assert found.check is not None
+    assert "document 2 is computed 0 times" in found.check.failures[0]
