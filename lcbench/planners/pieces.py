@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from heapq import nsmallest
 
 import numpy as np
 
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Floats, Infeasible
 from lcbench.planners.fixed import Fixed
 from lcbench.planners.packing import Seconds, in_order
+from lcbench.planners.placing import Timetable
 
-Score = tuple[float, float]  # of a timeline; less is better
+Score = tuple[float, float]  # when the last rank is done, and the sum of squares of when all are; less is better
 FEW = 8  # degrees, of which all are looked at
 TIE = 1e-9  # relative difference of two times that are the same
 
@@ -100,41 +99,6 @@ class Table:
         return piece if np.isfinite(piece.seconds) else None
 
 
-class Timeline:
-    """Until when each rank is busy, node by node. It does what ``placing.earliest`` does, for many thousand groups."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self.per_node = fleet.per_node
-        # Of each node its ranks as (busy until, number), those that are free first in front.
-        self.rows = [
-            [(0.0, rank) for rank in range(begin, begin + fleet.per_node)] for begin in range(0, fleet.ranks, fleet.per_node)
-        ]
-
-    def take(self, degree: int, seconds: float) -> tuple[tuple[int, ...], float]:
-        """Keep those ranks busy that can begin first, on as few nodes as hold so many; returns them, ascending, and until
-        when."""
-        whole, rest = divmod(degree, self.per_node)
-        if whole:
-            nodes = nsmallest(whole + (rest > 0), self.rows, key=lambda row: row[-1][0])
-        else:
-            nodes = [min(self.rows, key=lambda row: row[rest - 1][0])]
-        counts = [self.per_node] * whole + [rest] * (rest > 0)
-        end = max(row[count - 1][0] for row, count in zip(nodes, counts, strict=True)) + seconds
-        ranks = []
-        for row, count in zip(nodes, counts, strict=True):
-            taken = [rank for _, rank in row[:count]]
-            del row[:count]
-            for rank in taken:
-                insort(row, (end, rank))
-            ranks += taken
-        return tuple(sorted(ranks)), end
-
-    def score(self) -> Score:
-        """When the last rank is done, and, of timelines that are as long, less where ranks are busy for less long."""
-        ends = np.array([end for row in self.rows for end, _ in row])
-        return float(ends.max()), float(ends @ ends)
-
-
 def better(one: Score, other: Score) -> bool:
     """Whether a timeline is better than another by more than rounding."""
     if abs(one[0] - other[0]) > TIE * other[0]:
@@ -163,9 +127,10 @@ class Laid:
         better."""
 
         def tried(order: list[Piece]) -> Laid:
-            timeline = Timeline(fleet)
-            taken = [timeline.take(piece.degree, piece.seconds) for piece in order]
-            return cls(timeline.score(), order, [ranks for ranks, _ in taken], [end for _, end in taken])
+            timetable = Timetable(fleet)
+            taken = [timetable.put(piece.degree, piece.seconds) for piece in order]
+            free = timetable.free()
+            return cls((timetable.end, float(free @ free)), order, [ranks for _, ranks in taken], [end for end, _ in taken])
 
         return min(
             tried(sorted(pieces, key=lambda piece: (-piece.degree, -piece.seconds, piece.documents))),
@@ -216,9 +181,11 @@ def _changes(laid: Laid, table: Table) -> Iterator[tuple[list[Piece], list[Piece
         for degree in table.degrees:
             if degree != piece.degree and (other := table.tried(degree, piece.documents)):
                 yield [piece], [other]
-        kept = {
-            one: table.piece(piece.degree, [other for other in piece.documents if other != one]) for one in piece.documents
-        } if len(piece.documents) > 1 else {}
+        kept = (
+            {one: table.piece(piece.degree, [other for other in piece.documents if other != one]) for one in piece.documents}
+            if len(piece.documents) > 1
+            else {}
+        )
         for document, rest in kept.items():
             for degree in table.degrees:
                 if own := table.tried(degree, [document]):
