@@ -11,10 +11,9 @@ import torch
 from lcbench.cp.base import Place, RankRun
 from lcbench.cp.micro_batch import MicroBatch
 from lcbench.kernels.base import Kernel
-from lcbench.kernels.cache import Cache
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
-from lcbench.schedule.execute import Counters, Executor, Mark, Replay, SavedPass, now, seconds_between
+from lcbench.schedule.execute import Counters, Executor, Mark, SavedPass, now, seconds_between
 from lcbench.schedule.lowering import Lowering
 
 
@@ -130,10 +129,6 @@ class BatchRun(RankRun):
         calls, pairs = (sum(getattr(part.run, name) for part in self._parts) for name in ("calls", "pairs"))
         return Counters(self._bytes_sent, self._bytes_between_nodes, buffers, calls, pairs, self._collectives)
 
-    def replay(self, *, compute: bool, communicate: bool) -> Replay | None:
-        """The passes over all micro-batches without kernels or without messages; of whole batches ``batch`` has them."""
-        return Replay(self, compute, communicate) if self.problem.scale.world_size > 1 else None
-
     # -- whole batches ---------------------------------------------------------------------------------------------
 
     def batch(
@@ -214,38 +209,22 @@ class BatchRun(RankRun):
         k: torch.Tensor,
         v: torch.Tensor,
         sink: torch.Tensor | None = None,
-        *,
-        compute: bool = True,
-        communicate: bool = True,
     ) -> tuple[torch.Tensor, SavedBatch]:
         self._begin()
         outs, saved = [], []
         for part in self._parts:
             run, rows = part.run, part.rows
-            out, own = run.forward(q[rows], k[rows], v[rows], sink, compute=compute, communicate=communicate)
+            out, own = run.forward(q[rows], k[rows], v[rows], sink)
             self._sent(run)
             outs.append(out)
             saved.append(run.copied(own))
         return self._together(outs), SavedBatch(tuple(saved))
 
-    def forward_cache(
-        self,
-        q: torch.Tensor,
-        cache: Cache,
-        sink: torch.Tensor | None = None,
-        *,
-        compute: bool = True,
-        communicate: bool = True,
-    ) -> tuple[torch.Tensor, SavedBatch]:
-        return self.forward(q, *cache.read(), sink, compute=compute, communicate=communicate)
-
-    def backward(
-        self, dout: torch.Tensor, saved: SavedBatch, *, compute: bool = True, communicate: bool = True
-    ) -> tuple[torch.Tensor, ...]:
+    def backward(self, dout: torch.Tensor, saved: SavedBatch) -> tuple[torch.Tensor, ...]:
         self._begin()
         found = []
         for part, own in zip(self._parts, saved.parts, strict=True):
-            found.append(part.run.backward(dout[part.rows], own, compute=compute, communicate=communicate))
+            found.append(part.run.backward(dout[part.rows], own))
             self._sent(part.run)
             part.run.share_memory(self._pool.buffers)  # it has computed where ``own`` has its copies
         return self._gradients(found)
