@@ -7,8 +7,7 @@ arXiv 2502.21231; FlexSP, arXiv 2412.01523; Hydraulis, arXiv 2412.07894).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,12 +15,13 @@ import numpy as np
 
 from lcbench.cp.base import Place, Scheduled, Strategy
 from lcbench.cp.micro_batch import MicroBatch
+from lcbench.cp.sub_groups import sub_problem
 from lcbench.kernels.base import Kernel, Unsupported
 from lcbench.masks.band import BandMask, Ints, spread
 from lcbench.masks.documents import packed
 from lcbench.masks.mask import Mask
 from lcbench.planners.base import Assignment, Group
-from lcbench.problem import Problem, Scale
+from lcbench.problem import Problem
 from lcbench.schedule.beside import Member, beside
 from lcbench.schedule.lowering import Lowering
 
@@ -108,16 +108,7 @@ def sub_problems(
         bounds: of its documents, (documents + 1,).
         inside: strategies by name.
     """
-    tile = packed(mask, bounds, np.array(group.documents, dtype=np.int64))
-    scale = scale_of(group.ranks, problem.scale.gpus_per_node)
-    return inside[group.method], replace(problem, seqlen=tile.num_q, scale=scale), tile
-
-
-def scale_of(ranks: Sequence[int], per_node: int) -> Scale:
-    """The scale of some ranks by themselves: so many are on one node that each node that they are on has a multiple of it."""
-    counts = np.unique(np.array(ranks) // per_node, return_counts=True)[1]
-    together = math.gcd(*counts.tolist())
-    return Scale(len(ranks) // together, together)
+    return inside[group.method], *sub_problem(problem, mask, bounds, group.ranks, group.documents)
 
 
 def _refused(problem: Problem, mask: BandMask, bounds: Ints, group: Group, inside: Mapping[str, Scheduled]) -> str | None:

@@ -9,15 +9,14 @@ takes one bucket after the other; without pipeline stages that is this order.)
 
 from __future__ import annotations
 
-import heapq
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lcbench.masks.band import Ints
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Floats, Group, Infeasible, Offload, Planner, Say
+from lcbench.planners.packing import Seconds, best_fit_decreasing, in_order, longest_first
+from lcbench.planners.placing import earliest
 
 TARGETS = 16  # times that ``spread`` tries for the batch
 HALF = 0.5  # of a token: what is held of offloaded documents is rounded up to whole tokens
@@ -49,7 +48,7 @@ class BytescaleHDP(Planner):
             if len(choices) > 1:
                 say(f"bytescale_hdp: {number + 1} of {len(choices)} degrees of long sequences tried, best {best.ends:.3g} s")
         assert best is not None
-        return best.assignment(documents, fleet, cost, cost.offloads if self.offload else None)
+        return best.assignment(documents, fleet, cost)
 
 
 def _fewest(documents: Documents, fleet: Fleet, cost: Cost, sizes: Ints, offloads: Offload | None) -> Ints:
@@ -124,12 +123,12 @@ class _Shared:
 
     Attributes:
         wide: documents of several ranks, with these, in the order in which they begin.
-        single: of each rank, the documents that it has alone.
+        packs: of each rank, the documents that it has alone, by micro-batch.
         ends: seconds until the last rank is done.
     """
 
     wide: list[tuple[int, tuple[int, ...]]]
-    single: dict[int, list[int]]
+    packs: list[list[list[int]]]
     ends: float
 
     @classmethod
@@ -141,44 +140,37 @@ class _Shared:
         wide = []
         for number in order[degrees[order] > 1].tolist():
             ranks, ends = _soonest(free, int(degrees[number]), float(seconds[number]), documents.of([number]), fleet, cost)
-            free[ranks] = ends
-            wide.append((number, tuple(ranks.tolist())))
-        # Micro-batches of one rank are as good as full, so a document bears its share of what each takes whatever is in it.
-        idle_s = cost.overhead_s(1)
-        own = seconds - idle_s + idle_s * np.minimum(1.0, documents.tokens / fleet.capacity)
-        single: dict[int, list[int]] = defaultdict(list)
-        queue = [(float(ends), rank) for rank, ends in enumerate(free)]
-        heapq.heapify(queue)
+            free[list(ranks)] = ends
+            wide.append((number, ranks))
         alone = np.nonzero(degrees == 1)[0]
-        for number in alone[np.argsort(-own[alone], kind="stable")].tolist():
-            ends, rank = queue[0]
-            single[rank].append(number)
-            heapq.heapreplace(queue, (ends + float(own[number]), rank))
-        return cls(wide, single, max(ends for ends, _ in queue))
+        overhead_s = cost.overhead_s(1)
+        # Micro-batches of one rank are as good as full, so a document bears its share of what each takes whatever is in it.
+        filled = np.minimum(documents.tokens[alone], fleet.capacity)
+        own_s = seconds[alone] - overhead_s
+        shares = longest_first(own_s + overhead_s * filled / fleet.capacity, free)
+        packs = [best_fit_decreasing(filled[share], fleet.capacity) for share in shares]
+        sums = np.array([own_s[share].sum() + overhead_s * len(own) for share, own in zip(shares, packs, strict=True)])
+        named = [
+            [alone[np.array(share)[pack]].tolist() for pack in own] for share, own in zip(shares, packs, strict=True)
+        ]  # fmt: skip
+        return cls(wide, named, float((free + sums).max()))
 
-    def assignment(self, documents: Documents, fleet: Fleet, cost: Cost, offloads: Offload | None) -> Assignment:
-        """Micro-batches of these: wide documents first, each a group; then what each rank has alone, packed."""
-        micro_batches: dict[int, list[Group]] = defaultdict(list)
-        behind = np.zeros(fleet.ranks, dtype=np.int64)
+    def assignment(self, documents: Documents, fleet: Fleet, cost: Cost) -> Assignment:
+        """Micro-batches of these: wide documents first, each a group; then what each rank has alone."""
+        known = Seconds(documents, cost)
 
-        def add(ranks: tuple[int, ...], numbers: Sequence[int]) -> None:
-            own = documents.of(numbers)
-            share = 0.0
-            if offloads is not None and (most := -(-int(own.tokens.sum()) // len(ranks))) > fleet.capacity:
-                share = 1 - (fleet.capacity - HALF) / most
-            place = int(behind[list(ranks)].max())
-            micro_batches[place].append(Group(ranks, tuple(numbers), cost.group(own, ranks)[1], share))
-            behind[list(ranks)] = place + 1
+        def group(ranks: tuple[int, ...], numbers: list[int]) -> Group:
+            made = known.made(ranks, numbers, fleet)
+            most = -(-int(documents.tokens[numbers].sum()) // len(ranks))
+            return made if most <= fleet.capacity else replace(made, offload=1 - (fleet.capacity - HALF) / most)
 
-        for number, ranks in self.wide:
-            add(ranks, [number])
-        for rank, numbers in sorted(self.single.items()):
-            for pack in _packed(documents.tokens, numbers, fleet.capacity):
-                add((rank,), pack)
-        return Assignment(tuple(tuple(micro_batches[place]) for place in sorted(micro_batches)))
+        alone = (group((rank,), pack) for rank, packs in enumerate(self.packs) for pack in packs)
+        return in_order([*(group(ranks, [number]) for number, ranks in self.wide), *alone])
 
 
-def _soonest(free: Floats, count: int, seconds: float, own: Documents, fleet: Fleet, cost: Cost) -> tuple[Ints, float]:
+def _soonest(
+    free: Floats, count: int, seconds: float, own: Documents, fleet: Fleet, cost: Cost
+) -> tuple[tuple[int, ...], float]:  # fmt: skip
     """The ranks that are done soonest with a document, and when: those that are free first, or, where that is sooner since they
     are nearer to each other, some on as few nodes as can be.
 
@@ -186,32 +178,12 @@ def _soonest(free: Floats, count: int, seconds: float, own: Documents, fleet: Fl
         free: (N,), when each is.
         seconds: that ranks near to each other take.
     """
-    first = np.sort(np.argsort(free, kind="stable")[:count])
-    nodes = free.reshape(-1, fleet.per_node)
-    if count < fleet.per_node:
-        node = int(np.argmin(np.sort(nodes, axis=1)[:, count - 1]))
-        near = node * fleet.per_node + np.argsort(nodes[node], kind="stable")[:count]
-    else:
-        some = np.argsort(nodes.max(axis=1), kind="stable")[: -(-count // fleet.per_node)]
-        of_nodes = (some[:, None] * fleet.per_node + np.argsort(nodes[some], axis=1, kind="stable")).ravel()
-        near = of_nodes[:count]
-    ends = float(free[near].max()) + seconds
-    if free[first].max() < free[near].max() and (sooner := float(free[first].max()) + cost.group(own, first.tolist())[0]) < ends:
-        return first, sooner
-    return np.sort(near), ends
-
-
-def _packed(tokens: Ints, numbers: list[int], capacity: int) -> list[list[int]]:
-    """Documents in as few packs of so many tokens as best fit, from the longest on, finds; one that is longer has its own."""
-    packs: list[list[int]] = []
-    left: list[int] = []
-    for number in sorted(numbers, key=lambda number: (-int(tokens[number]), number)):
-        size = int(tokens[number])
-        place = min((at for at, room in enumerate(left) if room >= size), key=left.__getitem__, default=None)
-        if place is None:
-            packs.append([number])
-            left.append(max(0, capacity - size))
-        else:
-            packs[place].append(number)
-            left[place] -= size
-    return packs
+    near = earliest(count, free, fleet)
+    ends = float(free[list(near)].max()) + seconds
+    first = np.argsort(free, kind="stable")[:count]
+    begin = float(free[first].max())
+    if begin + seconds < ends:
+        ranks = tuple(np.sort(first).tolist())
+        if (sooner := begin + cost.group(own, ranks)[0]) < ends:
+            return ranks, sooner
+    return near, ends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -65,32 +66,56 @@ def _aligned(free: NDArray[np.bool_], count: int) -> list[int]:
     return np.nonzero(free)[0][:count].tolist()
 
 
-def earliest(degree: int, busy: Floats, fleet: Fleet) -> tuple[int, ...]:
-    """So many ranks on as few nodes as can be that are all free as early as can be, ascending. Of those that are free by then, the ones
-    that became so last, which leaves to others what is free for longer.
+class Timetable:
+    """Until when ranks are at work, as groups are put on them one after the other.
 
     Args:
-        busy: (ranks,), until when each is at work.
+        fleet: the ranks, which are free at 0.
     """
-    by_node = busy.reshape(-1, fleet.per_node)
-    ordered = np.sort(by_node, axis=1)
-    whole, rest = (degree - 1) // fleet.per_node, (degree - 1) % fleet.per_node + 1
-    # The group needs ``rest`` ranks of one node and all ranks of ``whole`` others: those that are free first, without that one.
-    begins = ordered[:, rest - 1]
-    if whole:
-        full = ordered[:, -1]
-        first = np.argsort(full, kind="stable")
-        others = np.full(len(full), full[first[whole - 1]])
-        others[first[:whole]] = full[first[whole]]
-        begins = np.maximum(begins, others)
-    begin = begins.min()
-    equal = np.nonzero(begins == begin)[0]
-    waste = np.maximum(begin - by_node[equal], 0).sum(axis=1)  # of what is idle there until then
-    node = int(equal[waste.argmin()])
-    # Sorted by the time since which they are idle; of equal ones, the first.
-    inside = np.argsort(np.where(by_node[node] <= begin, -by_node[node], np.inf), kind="stable")[:rest]
-    chosen = (node * fleet.per_node + inside).tolist()
-    if whole:
-        for one in [int(n) for n in first if n != node][:whole]:
-            chosen += range(one * fleet.per_node, (one + 1) * fleet.per_node)
-    return tuple(sorted(chosen))
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        # Of each node, (free from, rank), ascending.
+        self._nodes = [
+            [(0.0, rank) for rank in range(begin, begin + fleet.per_node)] for begin in range(0, fleet.ranks, fleet.per_node)
+        ]
+
+    def free(self) -> Floats:
+        """(ranks,), from when on each is free."""
+        times = np.zeros(self._fleet.ranks)
+        for node in self._nodes:
+            for time, rank in node:
+                times[rank] = time
+        return times
+
+    @property
+    def end(self) -> float:
+        """When the last rank is done."""
+        return max(node[-1][0] for node in self._nodes)
+
+    def put(self, degree: int, seconds: float) -> tuple[float, tuple[int, ...]]:
+        """A group begins as early as it can on as few nodes as can be: its end and its ranks, ascending. Of ranks that are free by
+        then it gets those that became so last, and of equal nodes the fullest, which leaves to others what is free for longer."""
+        per_node = self._fleet.per_node
+        whole, rest = (degree - 1) // per_node, (degree - 1) % per_node
+        begins = [node[rest][0] for node in self._nodes]
+        first: list[int] = []
+        if whole:  # nodes that are taken whole: those that are free first, without the one of which the rest is taken
+            first = sorted(range(len(self._nodes)), key=lambda n: self._nodes[n][-1][0])
+            ends = [self._nodes[n][-1][0] for n in first[: whole + 1]]
+            among = set(first[:whole])
+            begins = [max(begin, ends[whole if n in among else whole - 1]) for n, begin in enumerate(begins)]
+        begin = min(begins)
+        free = {n: bisect_right(self._nodes[n], (begin, self._fleet.ranks)) for n, at in enumerate(begins) if at == begin}
+        chosen = min(free, key=lambda n: (-sum(time for time, _ in self._nodes[n][free[n] - rest - 1 : free[n]]), free[n]))
+        taken = [rank for _, rank in self._take(chosen, free[chosen] - rest - 1, rest + 1, begin + seconds)]
+        for node in [n for n in first if n != chosen][:whole]:
+            taken += [rank for _, rank in self._take(node, 0, per_node, begin + seconds)]
+        return begin + seconds, tuple(sorted(taken))
+
+    def _take(self, node: int, first: int, count: int, until: float) -> list[tuple[float, int]]:
+        """So many ranks of a node from a place on, which are at work until then."""
+        ranks = self._nodes[node]
+        taken = ranks[first : first + count]
+        self._nodes[node] = sorted([*ranks[:first], *ranks[first + count :], *((until, rank) for _, rank in taken)])
+        return taken

@@ -39,7 +39,7 @@ def check_count(option: str, value: object) -> None:
 
 def too_short(problem: Problem, shards: int) -> str | None:
     """Why the sequence cannot be cut into a shard per rank, or None."""
-    if problem.seqlen < 2 * shards:
+    if problem.seqlen < (2 * shards if shards > 1 else 1):  # one rank's only token needs no other
         return f"needs at least two tokens per rank: seqlen={problem.seqlen} over {shards} ranks"
     return None
 

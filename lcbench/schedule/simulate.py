@@ -19,7 +19,7 @@ import numpy as np
 from lcbench.masks.band import Ints, distinct
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem, Scale
-from lcbench.schedule.adjoint import Traffic, Transfer, traffic
+from lcbench.schedule.adjoint import Bools, Traffic, Transfer, traffic
 from lcbench.schedule.lowering import Collective, Operation, collectives
 from lcbench.schedule.machine import Floats, KernelModel, Machine
 from lcbench.schedule.payload import element_bytes
@@ -144,6 +144,8 @@ class Prepared:
     Attributes:
         found: the collective of each transfer of ``moves``, or None.
         operations: what goes by collectives.
+        alone: of each rank whether it has nothing but one kernel call over all of its tokens, around which nothing is packed,
+            summed or sent, (P,).
         in_place: whether kernels read keys and values where a cache has them, so that they are not packed.
     """
 
@@ -152,6 +154,7 @@ class Prepared:
     found: list[Collective | None]
     tiling: Tiling
     operations: tuple[Operation, ...]
+    alone: Bools
     in_place: bool = False
 
     def without_messages(self) -> Prepared:
@@ -170,7 +173,22 @@ def prepare(modelled: Modelled, operations: tuple[Operation, ...] = ()) -> Prepa
     schedule, problem = modelled.schedule, modelled.problem
     moves = traffic(schedule, backward=problem.backward)
     found = collectives(schedule, moves, problem, operations)
-    return Prepared(modelled, moves, found, tiling(schedule, modelled.mask), operations)
+    made = tiling(schedule, modelled.mask)
+    return Prepared(modelled, moves, found, made, operations, _alone(schedule, moves, made, problem))
+
+
+def _alone(schedule: Schedule, moves: Traffic, made: Tiling, problem: Problem) -> Bools:
+    """The ranks whose one tile is all that there is of them. A schedule of one rank may be a library's."""
+    ranks, tiles = schedule.world_size, made.tiles
+    if ranks == 1:
+        return np.ones(1, dtype=bool)
+    queries, keys = (np.bincount(side.owner, weights=side.sizes, minlength=ranks) for side in (schedule.q, schedule.k))
+    whole = (tiles.rows == queries[made.rank]) & (tiles.keys == keys[made.rank])
+    whole &= (tiles.q_heads == problem.heads.q) & (tiles.kv_heads == problem.heads.kv)
+    found: Bools = (np.bincount(made.rank, minlength=ranks) == 1) & (np.bincount(made.rank, weights=whole, minlength=ranks) == 1)
+    for transfer in moves.transfers:
+        found[transfer.rows[:, : MoveColumn.SHARD].ravel()] = False
+    return found
 
 
 @dataclass(frozen=True)
@@ -281,12 +299,13 @@ def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
     merged = np.where(made.again, float(MERGED * sums * heads.v) * tiles.rows * tiles.q_heads, 0.0)
     numbers = tiles.rows * tiles.q_heads * heads.dim + tiles.keys * tiles.kv_heads * heads.kv_width
     added = np.where(some, (sums * COPIED + inputs) * numbers, 0.0)
+    shared = ~prepared.alone[made.rank]
     for backward in (False, True)[: 2 if problem.backward else 1]:
         place = (2 * moves.steps - made.step if backward else made.step) * shape[1] + made.rank
-        once = (schedule.world_size > 1) * (3.0 if backward else 1.0 * (merged > 0))
+        once = shared * (3.0 if backward else 1.0 * (merged > 0))
         for target, value in (
             (compute, model.seconds(tiles, problem, backward=backward)),
-            (besides, (added if backward else merged) * (schedule.world_size > 1)),
+            (besides, (added if backward else merged) * shared),
             (launches, calls + once),
         ):
             target += np.bincount(place, weights=np.where(some, value, 0.0), minlength=times * shape[1]).reshape(shape)
@@ -298,7 +317,7 @@ def _own_copies(prepared: Prepared, shape: tuple[int, int]) -> Floats:
     modelled, moves, made = prepared.modelled, prepared.moves, prepared.tiling
     schedule, problem = modelled.schedule, modelled.problem
     found = np.zeros(shape)
-    if shape[1] == 1:
+    if prepared.alone.all():
         return found
     queries, keys = (np.bincount(side.owner, weights=side.sizes, minlength=shape[1]) for side in (schedule.q, schedule.k))
     q, kv = queries * problem.heads.q * problem.heads.dim, keys * problem.heads.kv * problem.heads.kv_width
@@ -307,10 +326,12 @@ def _own_copies(prepared: Prepared, shape: tuple[int, int]) -> Floats:
     found[0] += 0 if prepared.in_place or problem.heads.latent else COPIED * inputs * kv
     merges = np.bincount(made.rank, weights=made.again, minlength=shape[1]) > 0
     out = queries * problem.heads.q * problem.heads.v
-    found[moves.steps - 1] += np.where(merges | (not moves.final.all()), (sums + inputs) * out, 0.0)
+    several = np.bincount(schedule.q.owner, weights=(moves.queries.users > 1).any(axis=1), minlength=shape[1]) > 0
+    found[moves.steps - 1] += np.where(merges | several, (sums + inputs) * out, 0.0)
     if problem.backward:
         found[moves.steps] += sums * (q + kv)
         found[-1] += (sums + inputs) * (q + kv)
+    found[:, prepared.alone] = 0.0
     return found
 
 
@@ -606,7 +627,7 @@ def _holding(prepared: Prepared, program: Program, rank: int) -> Holding:
         ((rows * heads.dim + keys * (heads.dim + heads.v)) * inputs).astype(np.float64),
     )
     out = result * inputs + lse
-    if modelled.schedule.world_size == 1:
+    if prepared.alone[rank]:
         return Holding(own, 0, (0, out if problem.backward else None), (out, 0), results, queries)
     others = tuple(
         (sum(modelled.schedule.q.sizes[list(bundle)].tolist()), len(modelled.schedule.heads[group]))
