@@ -1,11 +1,13 @@
 """Fit a profile of document lengths to your own data: ``python -m lcbench.lengths lengths.txt --name mine``.
 
-The file holds one length in tokens per line. What is written is a value of the lengths axis: ``mask=document lengths=mine``.
+The file holds one length in tokens per line. What is written is a value of the lengths axis: ``mask=document lengths=mine``. The
+documents of the file themselves, in its order, are ``lengths=file lengths.file=lengths.txt``.
 """
 
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -13,8 +15,7 @@ from omegaconf import OmegaConf
 from lcbench.commands.arguments import command_parser
 from lcbench.grid.paths import CONF, REPOSITORY
 from lcbench.grid.values import parse_tokens
-from lcbench.masks.lengths import fit
-from lcbench.masks.text import read_text
+from lcbench.masks.lengths import batches_of, fit
 from lcbench.report.ending import bad_input
 
 EXAMPLES = """
@@ -52,20 +53,9 @@ def main(arguments: list[str]) -> int:
 
 
 def read(path: Path) -> list[int]:
-    """Lengths of a file, one per line, as token counts are written everywhere: ``512``, ``64k``.
+    """Lengths of a file, one per line, of whichever batch, as token counts are written everywhere: ``512``, ``64k``.
 
     Raises:
         ValueError: no file, a line that is no token count, or no lines at all.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is no file; write one length per line into it")
-    lengths = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if line.strip():
-            try:
-                lengths.append(parse_tokens(line.strip(), "length"))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-    if not lengths:
-        raise ValueError(f"{path} holds no lengths; write one per line")
-    return lengths
+    return [length for batch in batches_of(path, partial(parse_tokens, name="length")) for length in batch]

@@ -41,7 +41,7 @@ class BatchPass:
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class RankPart:
     """A micro-batch that this rank is in: its number, and the rows of this rank's tensors that are of it."""
 
     number: int
@@ -90,7 +90,7 @@ class BatchRun(RankRun):
             Unsupported: the kernel cannot run a tile of this rank.
         """
         self.problem, self.device = problem, place.device
-        self._parts: list[_Part] = []
+        self._parts: list[RankPart] = []
         self._pool = _Pool()
         made: dict[bytes, Executor] = {}
         tokens, row = [np.empty(0, dtype=np.int64)], 0
@@ -103,7 +103,7 @@ class BatchRun(RankRun):
                 self._pool.take(list(made.values()))
             run = made[each.key]
             if own := len(run.tokens):
-                self._parts.append(_Part(number, run, slice(row, row + own)))
+                self._parts.append(RankPart(number, run, slice(row, row + own)))
                 tokens.append(each.tokens[run.tokens])
                 row += own
             self.micro_batches = number + 1
@@ -114,6 +114,16 @@ class BatchRun(RankRun):
         self._collectives = sorted({name for run in made.values() for name in run.collectives})
         wanted = dict.fromkeys(each for run in made.values() for each in run.communicators)
         self.communicators, self.communicators_s = place.groups.took(list(wanted), place.device)
+
+    @property
+    def parts(self) -> list[RankPart]:
+        """The micro-batches that this rank is in, in order, for who runs the passes of each itself; then calls ``ended``."""
+        return self._parts
+
+    def ended(self, part: RankPart) -> None:
+        """Backward of a micro-batch is over, of which several forward passes were under way: put its buffers back where those of
+        all are."""
+        part.run.share_memory(self._pool.buffers)
 
     def counters(self) -> Counters:
         buffers = sum(map(len, self._pool.buffers))

@@ -133,7 +133,14 @@ class Checked(dict[str, Any]):
 
 
 def build(config: dict[str, Any], *given: Any, **more: Any) -> Any:
-    """The value that a config names, with its options; an option that names a ``_target_`` itself is built first."""
+    """The value that a config names, with its options; an option that names a ``_target_`` itself is built first.
+
+    Raises:
+        ValueError: a file of which the config has a digest is not what it was when the cell was planned.
+    """
+    known = next((config[key] for key in DIGESTS if key in config), None)
+    if known is not None and (not _is_file(Path(config["file"])) or _digest(config["file"]) != known):
+        raise ValueError(f"file={config['file']} of {config['name']} has changed since this cell was planned; plan it anew")
     options = {key: build(value) if _is_nested(value) else value for key, value in _options(config).items()}
     return get_object(config["_target_"])(*given, **more, **options)
 
@@ -195,9 +202,6 @@ def build_mask(config: dict[str, Any], seqlen: int, heads: Heads, seed: int, dra
         DoesNotFit: the mask cannot exist at this length or with these heads.
         ValueError: options that are bad at any length, or a file that is not what it was when the cell was planned.
     """
-    known = next((config[key] for key in DIGESTS if key in config), None)
-    if known is not None and _digest(config["file"]) != known:
-        raise ValueError(f"mask.file={config['file']} has changed since this cell was planned; plan it anew")
     given = {"heads": heads, "seed": (seed, draw) if request is None else (seed, draw, request)}
     takes = _parameters(config["_target_"])
     options = {key: value for key, value in config.items() if key != SAMPLES}

@@ -461,9 +461,12 @@ def skip_reason(cell: Cell) -> str | None:
         mask = _mask(cell)
     except DoesNotFit as error:
         return f"mask {config['mask']['name']}: {error}"
-    made = {}
+    said, made = config.get("workload"), {}
+    workload = None if said is None else _object("workload", json.dumps(said), build.build_workload)
     for group, builder in (("kernel", build.build_kernel), ("cp", build.build_strategy)):
         made[group] = _object(group, json.dumps(config[group]), builder)
+        if group == "cp" and workload is not None and workload.in_groups:
+            continue
         if reason := own.reason_not(group, config[group], made[group], problem, mask):
             return f"{group} {config[group]['name']}: {reason}"
     if reason := _refused_by_workload(cell, mask, made["kernel"], made["cp"]):
@@ -691,6 +694,8 @@ def _mask(cell: Cell) -> Mask:
     if key not in _masks:
         try:
             made = build.group_mask(cell)
+            for draw in range(1, build.draws(config)):
+                build.group_mask(cell, draw)  # each may not fit by itself: batches of a file
             if isinstance(made, BlockMap) and own.named_in(config):
                 made.draw(0)  # code of the user's, which is to fail here and not in a job
             _masks[key] = made

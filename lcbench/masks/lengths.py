@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lcbench.masks.band import DoesNotFit, Ints
+from lcbench.masks.text import read_text
 
 Weighing = Literal["documents", "tokens"]
+DIGITS = 12  # of a length in a file
 
 
 class Lengths(Protocol):
     """A distribution of document lengths."""
 
     def sample(self, seqlen: int, random: np.random.Generator) -> Ints:
-        """Lengths in tokens, each at least 1, that add up to ``seqlen`` or more.
+        """Lengths in tokens, each at least 1, that add up to ``seqlen`` or more. An argument ``draw``, where there is one, is the
+        number of the draw, from 0 on (``mask.samples``).
 
         Raises:
             DoesNotFit: lengths that cannot make up this ``seqlen``.
@@ -30,11 +36,15 @@ class Lengths(Protocol):
 def document_bounds(seqlen: int, lengths: Lengths, seed: Sequence[int]) -> Ints:
     """Offsets 0 = b0 < b1 < ... = seqlen of documents in tokens; the last one drawn is cut where the sequence ends.
 
+    Args:
+        seed: the cell's, and the number of the draw.
+
     Raises:
         DoesNotFit: lengths that cannot make up this ``seqlen``.
         ValueError: a document without a token.
     """
-    sizes = np.asarray(lengths.sample(seqlen, np.random.default_rng(seed)))
+    more: dict[str, Any] = {"draw": seed[1]} if "draw" in inspect.signature(lengths.sample).parameters else {}
+    sizes = np.asarray(lengths.sample(seqlen, np.random.default_rng(seed), **more))
     if len(sizes) and sizes.min() < 1:
         raise ValueError(f"a document of {sizes.min()} tokens; each has at least 1")
     ends = np.cumsum(sizes)
@@ -176,6 +186,83 @@ class Explicit:
         if sum(self.values) != seqlen:
             raise DoesNotFit(f"lengths.values add up to {sum(self.values)} tokens, seqlen is {seqlen}")
         return np.array(self.values, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """The lengths of a file, in its order, as a data loader gave them out; nothing of it is drawn twice.
+
+    Blank lines separate batches: draw i has batch i, of which what is beyond ``seqlen`` is cut off. Without any the documents are a
+    stream: draw i begins where draw i - 1 ended, maybe inside of a document.
+
+    Attributes:
+        file: one length in tokens per line; what follows a ``#`` is a comment (``batches_of``).
+
+    Raises:
+        ValueError: there is no such file, or a line of it is no length.
+    """
+
+    file: str
+
+    def __post_init__(self) -> None:
+        _ = self._batches  # read now, so that a bad line is found before any job
+
+    @cached_property
+    def _batches(self) -> tuple[Ints, ...]:
+        return tuple(np.array(batch, dtype=np.int64) for batch in batches_of(Path(self.file), _whole))
+
+    def sample(self, seqlen: int, random: np.random.Generator, *, draw: int) -> Ints:
+        if len(self._batches) == 1:
+            return self._of_stream(seqlen, draw)
+        if draw >= len(self._batches):
+            raise DoesNotFit(f"lengths.file has {len(self._batches)} batches, and mask.samples wants a batch {draw + 1}")
+        batch = self._batches[draw]
+        if batch.sum() < seqlen:
+            raise DoesNotFit(f"batch {draw + 1} of lengths.file has {batch.sum()} tokens, fewer than seqlen={seqlen}")
+        return batch
+
+    def _of_stream(self, seqlen: int, draw: int) -> Ints:
+        ends = np.cumsum(self._batches[0])
+        begin = draw * seqlen
+        if begin + seqlen > ends[-1]:
+            wanted = f"draw {draw + 1} of seqlen={seqlen} ends at token {begin + seqlen}"
+            raise DoesNotFit(
+                f"lengths.file has {ends[-1]} tokens, and {wanted}; python -m lcbench.lengths fits a profile to a file"
+            )
+        return np.diff(np.concatenate([[begin], ends[ends > begin]]))
+
+
+def batches_of(path: Path, read: Callable[[str], int]) -> list[list[int]]:
+    """Batches of document lengths of a text file, one length per line. Blank lines separate batches, and ``#`` begins a comment,
+    which a line may consist of.
+
+    Args:
+        read: a line's length in tokens; raises ValueError.
+
+    Raises:
+        ValueError: no file, a line that is no length, which it names, or no lengths at all.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; write one length per line into it")
+    batches: list[list[int]] = [[]]
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        said, comment, _ = line.partition("#")
+        if said.strip():
+            try:
+                batches[-1].append(read(said.strip()))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+        elif batches[-1] and not comment:
+            batches.append([])
+    if not batches[0]:
+        raise ValueError(f"{path} holds no lengths; write one per line")
+    return [batch for batch in batches if batch]
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= DIGITS and int(text)):
+        raise ValueError(f"length={text} is no whole number of tokens of at least 1, such as 4096")
+    return int(text)
 
 
 def fit(lengths: Sequence[int]) -> Histogram:

@@ -222,6 +222,7 @@ class _Draw:
         """What the whole is made of."""
         self.measured.metrics.update(self._session.shares())
         self.measured.samples.update(self._session.series())
+        self.measured.notes.update(self._session.remarks())
 
     def overlap(self) -> None:
         """The same phases without messages, and without kernels: what of the communication is hidden."""

@@ -1,7 +1,8 @@
 """Metrics that follow from others: they are worked out anew whenever a later block of timings, or another draw, changes a time.
 
 Of a training step: tokens per second, what recomputation adds to the rate, a layer's time, and what a whole model's step would
-take. Of denoising: what a step takes. Of serving: what a token takes, and how fast the cache is read.
+take. Of denoising: what a step takes. Of serving: what a token takes, and how fast the cache is read. Of a batch of documents: its
+tokens per second, and what planning adds to its time.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ def derived(metrics: Mapping[str, float]) -> dict[str, float]:
     }
     if "serving/new_tokens" in metrics:
         found |= _of_serving(metrics)
+    if "batch/tokens" in metrics:
+        found |= _of_batch(metrics)
     if "step/tokens_per_gpu" not in metrics:
         return found
     tokens, total, peak = metrics["step/tokens_per_gpu"], metrics["time/total/median_s"], metrics.get("compute/peak_tflops")
@@ -52,3 +55,11 @@ def _of_serving(metrics: Mapping[str, float]) -> dict[str, float]:
         "serving/tokens_per_s_per_gpu": metrics["serving/tokens_per_gpu"] / seconds,
         "serving/cache_gb_per_s": metrics["serving/cache_bytes"] / seconds / 1e9,
     }
+
+
+def _of_batch(metrics: Mapping[str, float]) -> dict[str, float]:
+    total = metrics["time/total/median_s"]
+    found = {"batch/tokens_per_s": metrics["batch/tokens"] / total}
+    if (planning := metrics.get("plan/seconds")) is not None:  # a prediction takes no time for it
+        found |= {"plan/share": planning / total, "batch/with_plan_s": total + planning, "batch/pipelined_s": max(total, planning)}
+    return found

@@ -262,6 +262,39 @@ METRICS = (
     Metric(
         "chunk/least_bubble", "0..1", "the same of stages and chunks that all take as long: (stages - 1) / (chunks + stages - 1)",
     ),
+    Metric("batch/tokens", "token", "tokens of a batch of documents"),
+    Metric("batch/documents", "1", "its documents"),
+    Metric("batch/micro_batches", "1", "micro-batches that its planner has made of it"),
+    Metric("batch/groups", "1", "sub-groups of ranks that share documents, in all micro-batches together"),
+    Metric("batch/degree", "1", "ranks that share a token's document, mean over the tokens"),
+    Metric("batch/tokens_per_s", "token/s", "`batch/tokens` over the median of the whole batch, of all ranks", "higher"),
+    Metric(
+        "batch/padding", "0..1",
+        "what would be padding if all ranks had as many tokens as the fullest one in each micro-batch: 1 - tokens / the sum over "
+        "micro-batches of ranks x tokens of the fullest", "lower",
+    ),
+    Metric(
+        "batch/idle_share", "0..1",
+        "of the time of a batch without `reduce` in which a rank waits: until the last rank of its sub-group has come, between "
+        "micro-batches and behind its last one; mean over the ranks, from passes of its own", "lower",
+    ),
+    Metric("batch/peak_tokens", "token", "tokens of the fullest rank in a micro-batch", "lower", "max"),
+    Metric(
+        "batch/with_plan_s", "s", "the median of a batch and `plan/seconds`: nothing is planned while a batch runs", "lower",
+    ),
+    Metric(
+        "batch/pipelined_s", "s", "the longer of both: the next batch is planned on another core while a batch runs", "lower",
+    ),
+    Metric("plan/seconds", "s", "planning a batch, on one rank, without making its costs ready; in no time of a batch", "lower"),
+    Metric("plan/share", "1", "`plan/seconds` over the median of a batch", "lower"),
+    Metric("plan/predicted_s", "s", "the time of the batch by the costs that it was planned with"),
+    Metric(
+        "comm/communicators", "1", "of a batch: communicators that its sub-groups use besides the one of all ranks", "lower",
+    ),
+    Metric(
+        "time/communicators_s", "s",
+        "what making them and connecting their ranks took when they were first made in this pack, slowest rank", "lower",
+    ),
 )  # fmt: skip
 
 

@@ -81,25 +81,27 @@ class Examination:
     """The check of one draw of a cell, on one rank; its methods are collective among ``ranks``, and called in this order.
 
     Args:
-        mask: what ``run`` computes, unless its inputs choose that.
+        passed: one pass of some inputs, collective over all ranks.
+        mask: what is computed, unless inputs choose that.
         asked: what the cell asks for, where that is another.
         owners: what this rank holds.
         ranks: those that share the sequence.
         rank: this one's number among them.
         no_probe: why its inputs cannot be a probe's; None: the problem decides.
-        own_lse: whether the LSE that ``run.lse`` gives is the run's own; another is compared with nothing.
+        own_lse: whether the LSE of a pass is its own; another is compared with nothing.
         seed: of the sample and of the probes: the cell's seed and the attempt, so that repeats look elsewhere.
 
     Attributes:
         distance: of the first pass's out from what ``asked`` gives, by the sample's rows: the root of the sum of the squares of
             what is between them, over that of what is exact; None where nothing else is asked for.
+        judge: what has been found; a workload adds parts of its own.
     """
 
     distance: float | None = None
 
     def __init__(
         self,
-        run: RankRun,
+        passed: Callable[[Shard], Result],
         mask: Computed,
         problem: Problem,
         owners: Owners,
@@ -112,9 +114,10 @@ class Examination:
         asked: Computed | None = None,
         no_probe: str | None = None,
     ) -> None:
-        self._run, self._mask, self._problem, self._owners, self._bounds, self._seed = run, mask, problem, owners, bounds, seed
+        self._mask, self._problem, self._owners, self._bounds, self._seed = mask, problem, owners, bounds, seed
+        self._passed = passed
         self._ranks, self._rank, self._asked = ranks, rank, asked
-        self._judge = Judge()
+        self.judge = Judge()
         self._keys = mask.density * mask.num_k  # of a row, in the mean
         self._rows = sample(mask, "q", seed, problem.heads.q)
         self._columns = sample(mask, "k", seed, problem.heads.q)
@@ -174,11 +177,11 @@ class Examination:
         inputs = self._owners, _number(self._seed), device, self._ranks.reduce
         probe = Probe(self._mask, problem, *inputs, zero=zero, keys=self._keys, rank=self._rank)
         probe.fill(shard)
-        result = one_pass(self._run, shard, problem)
+        result = self._passed(shard)
         if result.chosen is not None:
             probe = Probe(result.chosen, problem, *inputs, zero=zero, keys=self._keys, rank=self._rank)
         score = abs(probe.largest_score)
-        factors = _Factors(self._judge, self._ranks, result.out.device)
+        factors = _Factors(self.judge, self._ranks, result.out.device)
         for place, head in enumerate(self._heads("out")):
             want = probe.rows(head)
             if "lse" not in self._unchecked:
@@ -207,7 +210,7 @@ class Examination:
         every = self._ranks.reduce(got.to(torch.float64, copy=True))  # a sum over ranks is in place
         errors, allowed = (every - exact).abs().tolist(), self._bounds.element(spread, common).tolist()
         for head, (error, bound) in enumerate(zip(errors, allowed, strict=True)):
-            self._judge.number(part, "dsink", error, bound, f"head {head}")
+            self.judge.number(part, "dsink", error, bound, f"head {head}")
 
     def _of_terms(
         self,
@@ -244,21 +247,21 @@ class Examination:
             usual = (square / count).sqrt()
             bound = unit * (norm + 16 * usual * (2.0**-10 if half else 1.0))
             tokens = self._part(name).tokens
-            self._judge.elements(part, name, digest[name], (-1.0 if negated else 1.0) * self._digest[name], bound, tokens)
+            self.judge.elements(part, name, digest[name], (-1.0 if negated else 1.0) * self._digest[name], bound, tokens)
         if "lse" not in self._unchecked:
             size = self._digest["lse"].abs().nan_to_num(posinf=0.0) + 1
             bound, tokens = (1e-5 if half else unit) * size, self._part("lse").tokens
-            self._judge.elements(part, "lse", digest["lse"], self._digest["lse"], bound, tokens)
+            self.judge.elements(part, "lse", digest["lse"], self._digest["lse"], bound, tokens)
         if result.dsink is not None:
             now, first = self._ranks.reduce(torch.stack([digest["dsink"], self._digest["dsink"]]))
             usual = first.square().mean().sqrt()
             for head, (error, one) in enumerate(zip((now - first).abs().tolist(), first.abs().tolist(), strict=True)):
-                self._judge.number(part, "dsink", error, unit * (one + 16 * float(usual)), f"head {head}")
+                self.judge.number(part, "dsink", error, unit * (one + 16 * float(usual)), f"head {head}")
 
     def check(self) -> Check:
         """What all ranks have found so far, of every sequence. Collective over all ranks."""
         whole = len(self._rows) == self._mask.num_q and len(self._columns) == self._mask.num_k
-        judges = self._ranks.all_gather_object(self._judge.found)
+        judges = self._ranks.all_gather_object(self.judge.found)
         own = verdict(judges, REFERENCE, len(self._rows), len(self._columns), whole, self._unchecked)
         checks: dict[str, Check] = dict(EVERY.all_gather_object((self._ranks.name, own)))
         return of_groups(checks) if len(checks) > 1 else own
@@ -278,7 +281,7 @@ class Examination:
         return heads.kv if tensor in ("dk", "dv") else heads.q
 
     def _of_head(self, part: str, head: int, tensor: str, got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor) -> None:
-        self._judge.elements(part, tensor, got.double(), want, bound, self._part(tensor).tokens, head)
+        self.judge.elements(part, tensor, got.double(), want, bound, self._part(tensor).tokens, head)
 
     def _digested(self, result: Result) -> dict[str, torch.Tensor]:
         """A number per token and head of each tensor: elements with signs of their own, added up."""
@@ -293,7 +296,7 @@ class Examination:
 
     def _against_reference(self, shard: Shard, result: Result) -> None:
         mask = self._mask if result.chosen is None else result.chosen
-        scores, factors = self._bounds.rounding.scores, _Factors(self._judge, self._ranks, result.out.device)
+        scores, factors = self._bounds.rounding.scores, _Factors(self.judge, self._ranks, result.out.device)
         exact = rows(mask, self._problem, shard, self._rows, self._ranks, scores=scores)
         for name in [str(n) for n in ("out", "dq", "lse") if n in exact and n not in self._unchecked]:
             self._compare(name, result.named()[name], exact[name], self._rows, factors)
@@ -347,15 +350,15 @@ class Examination:
         rows_got = got[mine.to(got.device)].double()
         tokens = wanted[at.numpy()]
         if name == "lse":
-            self._judge.elements(
+            self.judge.elements(
                 REFERENCE, name, rows_got, own.value, self._bounds.lse(own.value, own.spread), tokens, first=heads.start
             )
             return
         bound = self._allowed(name, own)
-        self._judge.elements(REFERENCE, name, rows_got, own.value, bound, tokens, first=heads.start)
+        self.judge.elements(REFERENCE, name, rows_got, own.value, bound, tokens, first=heads.start)
         together = ((rows_got - own.value) / bound.clamp_min(torch.finfo(torch.float64).tiny)).square().mean(-1).sqrt()
         limit = torch.full_like(together, TOGETHER)
-        self._judge.elements("rows together", name, together, torch.zeros_like(together), limit, tokens, first=heads.start)
+        self.judge.elements("rows together", name, together, torch.zeros_like(together), limit, tokens, first=heads.start)
         # Each element counts by how well its bound lets it tell, so that a few large ones do not hide what all others share.
         told = exact.value / self._allowed(name, exact)
         for head in range(told.shape[1]):
@@ -404,7 +407,7 @@ class Examination:
         for (name, where), (left, right, squares) in zip(names, self._ranks.reduce_together(*sums), strict=True):
             errors, bounds = (left - right).abs(), self._bounds.factor * self._bounds.unit * squares.sqrt()
             for one, allowed in zip(errors.tolist(), bounds.tolist(), strict=True):
-                self._judge.number(SUMS, name, one, allowed, where)
+                self.judge.number(SUMS, name, one, allowed, where)
 
 
 class _Factors:

@@ -41,8 +41,11 @@ class Ranks:
 
     def broadcast_object(self, value: Any) -> Any:
         """The first rank's value, on every rank."""
+        if not self._several:
+            return value
         box = [value]
         dist.broadcast_object_list(box, group=self.group, group_src=0)
+        progress.own.mark()
         return box[0]
 
     def reduce(self, x: torch.Tensor, operation: str = "sum") -> torch.Tensor:

@@ -244,6 +244,10 @@ class Session(Protocol):
         """Samples that the passes of ``shares`` have left."""
         return {}
 
+    def remarks(self) -> dict[str, Any]:
+        """Notes for the provenance that the passes of ``shares`` have left, the same on every rank."""
+        return {}
+
     def alone(self) -> Phases:
         """What is timed while all other context-parallel groups are idle, by the names of ``phases``: it needs no rank of theirs.
         Empty where there is no such thing.

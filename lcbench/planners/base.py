@@ -166,6 +166,31 @@ class Assignment:
         return cls(tuple(tuple(map(group, groups)) for groups in plain))
 
 
+@dataclass(frozen=True)
+class Offload:
+    """What of a training step may wait for backward in the host's memory (ByteScale, arXiv 2502.21231, section 4).
+
+    Attributes:
+        layers: of the model; the first and the last are not offloaded.
+        token_bytes: of activations of a token in all layers, on all ranks that share its heads.
+        host_bytes_per_s: between a rank and its host.
+        forward: share of a document's seconds that is forward, during which activations are moved.
+    """
+
+    layers: int
+    token_bytes: float
+    host_bytes_per_s: float
+    forward: float
+
+    def seconds(self, tokens: Floats) -> Floats:
+        """To move all activations of so many tokens of a rank."""
+        return tokens * (self.token_bytes / self.host_bytes_per_s)
+
+    def gone(self, ratio: Floats) -> Floats:
+        """Share of all activations that is in the host's memory where a ratio of those that may be is: of all layers but two."""
+        return ratio * (max(0, self.layers - 2) / self.layers)
+
+
 class Cost(Protocol):
     """What documents cost on the machine at hand, by its simulator's fitted model: seconds of forward and, where cells have it,
     backward.
@@ -177,12 +202,16 @@ class Cost(Protocol):
         degrees: sizes of groups that some method can run, ascending, 1 among them.
         reduce_s: of what is summed over all ranks at the end of the batch.
         basis: what it rests on, in words.
+        offloads: what documents may offload; None: nothing, as where a cell has no layers.
+        prepared_s: seconds spent so far on making ready what it rests on, which no plan counts as its own.
     """
 
     methods: tuple[str, ...]
     degrees: tuple[int, ...]
     reduce_s: float
     basis: str
+    offloads: Offload | None = None
+    prepared_s: float = 0.0
 
     @abstractmethod
     def documents_s(self, documents: Documents, degree: int, method: str | None = None) -> Floats:

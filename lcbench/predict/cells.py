@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, Protocol
 
+from lcbench.grid.build import build_planner
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.predict.draws import unforeseen
@@ -43,8 +44,8 @@ class Result(Protocol):
 
 def cell_times(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[CellTime]:
     """A ``CellTime`` of each cell with a good result. Left out are those whose ranks shared a GPU, which say nothing of its speed,
-    those of several context-parallel groups, which meet on links that no cell of one group tells of, and those that do what no
-    prediction knows of (``unforeseen``).
+    those of several context-parallel groups, which meet on links that no cell of one group tells of, those whose documents a
+    planner shares out, and those that do what no prediction knows of (``unforeseen``).
 
     Args:
         results: cells with their attempts.
@@ -83,13 +84,18 @@ def group_of(cell: Cell) -> str:
 def _good(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[tuple[Cell, list[Result]]]:
     """Cells with their good attempts."""
     good = [(cell, [a for a in attempts if a.status == "ok" and not a.no_speed]) for cell, attempts in results]
-    good = [(cell, attempts) for cell, attempts in good if attempts and cell.mesh.count == 1 and unforeseen(cell) is None]
+    good = [(cell, attempts) for cell, attempts in good if attempts and _tells(cell)]
     if not good:
         raise ValueError(f"{source}: no cell has a good result with a time")
     for _, attempts in good:
         for attempt in attempts:
             _check_device(attempt.provenance, machine, source)
     return good
+
+
+def _tells(cell: Cell) -> bool:
+    """Whether a cell's time says something of kernels and links."""
+    return cell.mesh.count == 1 and build_planner(cell.config) is None and unforeseen(cell) is None
 
 
 def _check_device(provenance: dict[str, Any], machine: Machine, source: str) -> None:

@@ -8,8 +8,9 @@ one thing after the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.predict.draws import draws_of
 from lcbench.predict.fitted import DenseFit, KernelFit
 from lcbench.predict.machines import platform_of
-from lcbench.problem import Mesh, Scale
+from lcbench.problem import Heads, Mesh, Scale
 from lcbench.schedule.machine import Machine
 from lcbench.schedule.simulate import COPIED, Groups, Holding, Phase, Prepared, Simulated, holdings, play
 from lcbench.workloads.parts import Attend, Compute, Copied, Exchange, Made, Part, Share, ToHost
@@ -40,12 +41,16 @@ class Together:
         attention: passes of the attention, by direction.
         made: what the cell is made of.
         draws: the simulated draws.
+        metrics: what is known besides, by keys of ``measure.metrics``.
+        notes: what a result would have in its provenance.
     """
 
     phases: dict[str, Phase]
     attention: dict[str, Phase]
     made: Made
     draws: tuple[Simulated, ...]
+    metrics: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,13 +136,7 @@ class Composed:
     def flops(self, made: Made, phase: str, *, again: bool = False) -> float:
         """Of a phase, over all ranks of all groups; ``again``: of what has been done before, else of what has not."""
         ranks = self.cell.problem.queries / self.tokens * self.cell.mesh.count  # as many as have the tokens of the rank with most
-        found = 0.0
-        for part in made.phases[phase]:
-            if isinstance(part, Attend) and part.again == again:
-                found += part.times * FLOPS[part.direction](float(np.mean(self.pairs)), self.cell.problem.heads)
-            elif isinstance(part, Compute) and part.again == again:
-                found += ranks * part.flops * part.useful
-        return found
+        return flops_of(made.phases[phase], float(np.mean(self.pairs)), self.cell.problem.heads, ranks, again=again)
 
     def play(self, machine: Machine, kernel: KernelFit, dense: DenseFit, *, alone: bool = False) -> Together:
         """What the phases take; ``alone``: of one context-parallel group while the others are idle."""
@@ -155,10 +154,21 @@ class Composed:
             groups = Groups(ranks.reshape(-1, ranks.shape[-1])[:, :simulated], scale.gpus_per_node)
         ready = [replace(draw, in_place=self.key_bytes > 0) for draw in self.draws]
         draws = tuple(play(draw, machine, kernel, memory=self.memory, groups=groups) for draw in ready)
-        attention = {name: _mean([draw.phases[name] for draw in draws]) for name in draws[0].phases}
-        times = _Times(machine, dense, cores or 1.0, attention, cell.mesh, scale)
+        attention = {name: mean_of([draw.phases[name] for draw in draws]) for name in draws[0].phases}
+        times = Times(machine, dense, cores or 1.0, attention, cell.mesh, scale)
         made = self.made(times.hides)
         return Together({name: times.phase(parts) for name, parts in made.phases.items()}, attention, made, draws)
+
+
+def flops_of(parts: Sequence[Part], pairs: float, heads: Heads, ranks: float, *, again: bool) -> float:
+    """Of parts, over all ranks; ``pairs``: of all query heads of all ranks; ``again`` as of ``Composed.flops``."""
+    found = 0.0
+    for part in parts:
+        if isinstance(part, Attend) and part.again == again:
+            found += part.times * FLOPS[part.direction](pairs, heads)
+        elif isinstance(part, Compute) and part.again == again:
+            found += ranks * part.flops * part.useful
+    return found
 
 
 def rank_cores(cores: int, per_node: int, at_work: int) -> float:
@@ -167,7 +177,7 @@ def rank_cores(cores: int, per_node: int, at_work: int) -> float:
 
 
 @dataclass(frozen=True)
-class _Times:
+class Times:
     """How long parts take on a rank. ``attention``: a pass of it, by direction."""
 
     machine: Machine
@@ -178,8 +188,8 @@ class _Times:
     scale: Scale
 
     def phase(self, parts: Sequence[Part]) -> Phase:
-        passes = [_scaled(self.attention[part.direction], part.times) for part in parts if isinstance(part, Attend)]
-        attended = _sum([NOTHING, *passes])
+        passes = [scaled(self.attention[part.direction], part.times) for part in parts if isinstance(part, Attend)]
+        attended = sum_of([NOTHING, *passes])
         computed = sum(self._compute_s(part) for part in parts if isinstance(part, Compute))
         exchanges = [part for part in parts if isinstance(part, Exchange)]
         waited = sum(self._exchange_s(part) for part in exchanges if not part.beside)
@@ -191,7 +201,7 @@ class _Times:
         else:
             waited += max(0.0, max(beside, copied) - attended.seconds - computed)
         own = Phase(computed + waited, computed, computed, waited, 0.0)
-        return _sum([attended, own])
+        return sum_of([attended, own])
 
     def hides(self, parts: Sequence[Part]) -> float:
         return self.phase(parts).seconds * self._host_bytes_per_s
@@ -235,14 +245,14 @@ def _in_order(tokens: Ints, cell: Cell) -> bool:
     return cell.batch is None or bool((np.diff(np.searchsorted(cell.batch.k_bounds, tokens, side="right")) >= 0).all())
 
 
-def _mean(phases: Sequence[Phase]) -> Phase:
+def mean_of(phases: Sequence[Phase]) -> Phase:
     """The mean of draws."""
-    return _scaled(_sum(phases), 1 / len(phases))
+    return scaled(sum_of(phases), 1 / len(phases))
 
 
-def _sum(phases: Sequence[Phase]) -> Phase:
+def sum_of(phases: Sequence[Phase]) -> Phase:
     return Phase(**{name: float(sum(getattr(phase, name) for phase in phases)) for name in Phase.__dataclass_fields__})
 
 
-def _scaled(phase: Phase, by: float) -> Phase:
+def scaled(phase: Phase, by: float) -> Phase:
     return Phase(**{name: by * getattr(phase, name) for name in Phase.__dataclass_fields__})

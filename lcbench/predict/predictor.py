@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from lcbench.cp.base import Scheduled
-from lcbench.grid.build import build_kernel, build_strategy, input_bytes
+from lcbench.grid.build import build_kernel, build_planner, build_strategy, input_bytes
 from lcbench.grid.cell import Cell
 from lcbench.measure.derived import derived
+from lcbench.predict.batches import Batched
 from lcbench.predict.composed import Composed, Together
 from lcbench.predict.draws import CannotPredict
 from lcbench.predict.fit import UNFITTED_SHARE, error_key, guess, guess_dense
@@ -54,6 +56,8 @@ class Prediction:
         basis: what it rests on, in words.
         draws: the simulated draws.
         least_s: with a cache: what the rank with most needs to read its keys and values at the speed of its memory.
+        known: of a batch that is planned, what its plan comes to, by keys of ``measure.metrics``.
+        notes: of the first draw, what a result would have in its provenance.
     """
 
     cell: Cell
@@ -71,6 +75,8 @@ class Prediction:
     basis: str
     draws: tuple[Simulated, ...]
     least_s: float = 0.0
+    known: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -111,7 +117,7 @@ class Prediction:
             found |= {key.replace("tflops_per_gpu", "mfu"): rate * 1e12 / peak for key, rate in found.items() if key.endswith(RATE)}
         if self.peak_bytes:
             found["memory/peak_bytes"], found["memory/buffer_bytes"] = float(self.peak_bytes), float(self.buffer_bytes)
-        return found | self._of_mesh() | self._of_step(found) | self._of_serving(found)
+        return found | self._of_mesh() | self._of_step(found) | self._of_workload(found)
 
     def _of_mesh(self) -> dict[str, float]:
         """What groups cost one another."""
@@ -123,9 +129,9 @@ class Prediction:
         slowdowns = {name: whole[name] / seconds for name, seconds in alone.items()}
         return found | {"mesh/slowdown" if name == "total" else f"mesh/{name}/slowdown": each for name, each in slowdowns.items()}
 
-    def _of_serving(self, found: dict[str, float]) -> dict[str, float]:
-        """What a pass over a cache comes to for a token."""
-        own = self.made.metrics if self.made.room is None else {}
+    def _of_workload(self, found: dict[str, float]) -> dict[str, float]:
+        """What a pass over a cache, or a batch, comes to."""
+        own = (self.made.metrics if self.made.room is None else {}) | self.known
         return own | derived(found | own)
 
     def _of_step(self, found: dict[str, float]) -> dict[str, float]:
@@ -190,17 +196,23 @@ class Predictor:
         Raises:
             CannotPredict: nothing is known of how the strategy works.
         """
-        kernel, basis, error = self._kernel(cell)
+        kernel, basis, error = self.kernel(cell, cell.config["cp"]["name"])
         dense = self.fitted.dense_of(cell.problem.dtype) if self.fitted is not None else None
         inside = self._memory(cell)
         if inside is not None:
             kernel = kernel.model_copy(update={"workspace": inside.workspace})
         elif build_kernel(cell.config["kernel"]).holds_scores(platform_of(self.machine)):
             kernel = kernel.model_copy(update={"workspace": Workspace(score=SCORE)})
-        composed, model = Composed.of(cell, self.machine, memory=memory), dense or guess_dense(self.machine, cell.problem.dtype)
-        found = composed.play(self.machine, kernel, model)
+        model = self.dense(cell)
+        composed: Composed | Batched
+        if build_planner(cell.config) is not None:
+            composed = Batched.of(cell, self, memory=memory)
+            found, basis, error = composed.play(), composed.cost.basis, composed.cost.error
+        else:
+            composed = Composed.of(cell, self.machine, memory=memory)
+            found = composed.play(self.machine, kernel, model)
         made, alone = found.made, {}
-        if cell.mesh.count > 1 and made.room is None:
+        if cell.mesh.count > 1 and made.room is None and isinstance(composed, Composed):
             alone = {name: phase.seconds for name, phase in composed.play(self.machine, kernel, model, alone=True).phases.items()}
         if made.room is not None:
             basis = f"{basis}; {'; '.join(dense.sources) if dense else NO_DENSE}"
@@ -211,8 +223,9 @@ class Predictor:
             {name: composed.flops(made, name) for name in made.phases},
             {name: composed.flops(made, name, again=True) for name in made.phases}, alone,
             max(d.buffer_bytes for d in found.draws), peak, bounds,
-            max(error, *(self._error(cell, name) for name in found.phases)), basis, found.draws,
-            self._least_s(composed, kernel, model) if cell.problem.rectangular else 0.0,
+            max(error, self._error(cell, found)), basis, found.draws,
+            self._least_s(composed, kernel, model) if isinstance(composed, Composed) and cell.problem.rectangular else 0.0,
+            found.metrics, found.notes,
         )  # fmt: skip
 
     def _least_s(self, composed: Composed, kernel: KernelFit, dense: DenseFit) -> float:
@@ -221,9 +234,12 @@ class Predictor:
         found = replace(composed, memory=False).play(self.machine, nothing, dense)
         return sum(found.made.attends(direction) * phase.busiest_s for direction, phase in found.attention.items())
 
-    def _error(self, cell: Cell, phase: str) -> float:
-        """Of a phase of cells like this one, by cross-validation."""
-        return self.fitted.error.get(error_key(cell, phase), UNFITTED_ERROR) if self.fitted is not None else UNFITTED_ERROR
+    def _error(self, cell: Cell, found: Together) -> float:
+        """Of phases of cells like this one, by cross-validation. No batch that is planned is fitted on; it is made of attention."""
+        if self.fitted is None:
+            return UNFITTED_ERROR
+        keys = found.attention if build_planner(cell.config) is not None else [error_key(cell, name) for name in found.phases]
+        return max(self.fitted.error.get(key, UNFITTED_ERROR) for key in keys)
 
     def _peak(self, found: Together, inside: MemoryFit | None) -> tuple[int, tuple[float, float]]:
         """The peak of the rank with most, and its 95 % interval."""
@@ -248,9 +264,14 @@ class Predictor:
             return None
         return self.fitted.memory_of(cell.config["kernel"]["name"], cell.problem)
 
-    def _kernel(self, cell: Cell) -> tuple[KernelFit, str, float]:
-        """The kernel as the cell's strategy calls it, what that rests on, and the least error of it."""
-        name, dtype, strategy = cell.config["kernel"]["name"], cell.problem.dtype, cell.config["cp"]["name"]
+    def dense(self, cell: Cell) -> DenseFit:
+        """What treats every token alone, as far as anything is known of it."""
+        found = self.fitted.dense_of(cell.problem.dtype) if self.fitted is not None else None
+        return found or guess_dense(self.machine, cell.problem.dtype)
+
+    def kernel(self, cell: Cell, strategy: str) -> tuple[KernelFit, str, float]:
+        """The kernel of a cell as a strategy calls it, what that rests on, and the least error of it."""
+        name, dtype = cell.config["kernel"]["name"], cell.problem.dtype
         if self.fitted is None:
             mere = guess(self.machine, dtype)
             return KernelFit(kernel=name, dtype=dtype, forward=mere, backward=mere), NO_FIT, UNSEEN_ERROR[regime(cell.problem)]

@@ -25,11 +25,10 @@ from lcbench.grid.axes import PACE, value_of
 from lcbench.grid.build import draws
 from lcbench.grid.cell import Cell
 from lcbench.measure.blocks import blocks_of, shared
-from lcbench.measure.gpus import gpus_here
 from lcbench.measure.peak import entry_of
 from lcbench.runs.attempt import Attempt
 from lcbench.runs.files import BROKEN
-from lcbench.runs.passes import LEAST_SHARE, Passes, flops, passes_on
+from lcbench.runs.passes import LEAST_SHARE, Passes, device_of, flops, passes_on
 from lcbench.runs.store import newest_attempts
 
 # Newest results that are looked at for like cells, and how many of these say what others of a kernel take.
@@ -102,9 +101,7 @@ class Estimator:
     @classmethod
     def of(cls, root: Path, site: dict[str, Any], devices: list[dict[str, Any]], *, here: bool = False) -> Estimator:
         """An estimator that knows the newest results below ``root``. ``here``: for this machine, and its GPUs by default."""
-        device = next((d for d in devices if d["name"] == site.get("device")), None)
-        if here and site.get("device") is None:
-            device = next((entry_of(devices, gpu["name"]) for gpu in gpus_here() or ()), None)
+        device = device_of(site, devices, here=here)
         node_cores = float(site.get("cpus_per_task") or math.inf)
         cores = (float(os.cpu_count() or math.inf), math.inf) if here else (math.inf, node_cores)
         made = cls(device, cores)

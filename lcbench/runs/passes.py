@@ -1,11 +1,12 @@
 """What one iteration of a cell would take on a site's devices: simulated, or within limits of FLOPs and bytes, which it says.
 
-A plan of ten thousand cells is to take seconds, so a plan may simulate only so much, and no cell of which one simulation takes too
-long. Seeds of one mask are simulated once, and follow their FLOPs. Beyond its allowance a length follows the nearest simulated one
-of the same cell by its FLOPs; what has none, more ranks than are simulated, and what cannot be simulated (a library of which
-nobody says how it works, a mask whose file is gone) has a bound: its FLOPs at the pace of its kernel on one rank, and then all
-keys and values from the others, and their gradients back, over one rank's link. With a cache it takes at least as long as reading
-that once. What a workload computes beside its attention has the pace of the kernel there.
+A plan of ten thousand cells is to take seconds, so a plan may simulate only so much, and no cell of which one simulation takes
+too long. Seeds of one mask are simulated once, and follow their FLOPs. A batch of documents is estimated as if nobody planned it,
+which takes time itself, and makes the batch faster. Beyond its allowance a length follows the nearest simulated one of the same
+cell by its FLOPs; what has none, more ranks than are simulated, and what cannot be simulated (a library of which nobody says how
+it works, a mask whose file is gone) has a bound: its FLOPs at the pace of its kernel on one rank, and then all keys and values
+from the others, and their gradients back, over one rank's link. With a cache it takes at least as long as reading that once. What
+a workload computes beside its attention has the pace of the kernel there.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lcbench.grid import own
-from lcbench.grid.build import SAMPLES, input_bytes, made_of
+from lcbench.grid.build import SAMPLES, build_planner, input_bytes, made_of
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import mask_of, pairs
 from lcbench.masks.band import BandMask
 from lcbench.measure.flops import backward_flops, forward_flops
+from lcbench.measure.gpus import gpus_here
+from lcbench.measure.peak import entry_of
 from lcbench.problem import Problem, Scale
 from lcbench.runs.files import BROKEN
 from lcbench.workloads.parts import Compute, Made, Share
 
 if TYPE_CHECKING:
+    from lcbench.planners.base import Cost
     from lcbench.predict.predictor import Predictor
 
 # What simulating costs, in units of about 10 us on a core of 2026: of any cell, per band of its mask, per 128 x 128 block of a
@@ -47,7 +51,8 @@ ALONE = {
     "scale": "1x1",
 }
 NOT_ALONE = ("workload", "recompute", "mesh", "batch")  # which attention of one sequence on one rank has not
-NOT_OF_SHAPE = ("seqlen", "seed", "measure")
+NOT_OF_SHAPE = ("seqlen", "seed", "measure", "planner")
+CURVE = 20  # simulations of a sub-group of a batch that is planned, by which its documents' costs are known
 
 _made: dict[str, Passes] = {}  # by device
 
@@ -99,6 +104,16 @@ class Passes:
             return replace(found, error=max(found.error, ROUGH), basis="simulation of another length", simulated=False)
         return self._bound(cell, work, reason or "")
 
+    def cost(self, cell: Cell) -> Cost:
+        """What documents cost a cell whose workload takes a planner, by the same predictor.
+
+        Raises:
+            ValueError: it takes none.
+        """
+        from lcbench.predict.costs import cost_of  # with scipy, which commands that plan nothing do without
+
+        return cost_of(cell, self.predictor, slower=self.slower)
+
     def turns_of(self, scale: Scale) -> float:
         """How many ranks share a core by what was fitted, which was fitted on nodes whose ranks share their cores."""
         cores = self.predictor.machine.cores if self.predictor.fitted is not None else 0
@@ -113,7 +128,8 @@ class Passes:
             if cost > self.allowance:
                 return "the plan has simulated as much as it may"
             self.allowance -= cost
-            one = Cell.from_config({**cell.config, "mask": {k: v for k, v in cell.config["mask"].items() if k != SAMPLES}})
+            config: dict[str, Any] = {key: value for key, value in cell.config.items() if key != "planner"}
+            one = Cell.from_config(config | {"mask": {k: v for k, v in config["mask"].items() if k != SAMPLES}})
             found = self.predictor.predict(one, memory=self.predictor.machine.memory_bytes > 0)
         except Exception as error:
             if not isinstance(error, (*BROKEN, OSError)) and not own.named_in(cell.config["cp"]):
@@ -180,6 +196,14 @@ def _passes_on(device: dict[str, Any] | None) -> Passes:
     return Passes(replace(predictor, machine=replace(predictor.machine, **own_parts)), slower)
 
 
+def device_of(site: dict[str, Any], devices: list[dict[str, Any]], *, here: bool) -> dict[str, Any] | None:
+    """The entry of conf/device that a site measures on; None: CPU ranks. ``here``: on this machine, by default on its GPUs."""
+    found = next((d for d in devices if d["name"] == site.get("device")), None)
+    if here and site.get("device") is None:
+        found = next((entry_of(devices, gpu["name"]) for gpu in gpus_here() or ()), None)
+    return found
+
+
 def flops(cell: Cell) -> float:
     """FLOPs of one iteration of a cell over all ranks, what is computed again not counted. Where its mask cannot be built here (its
     file has changed, say), a full mask counts; the attempt reports the reason.
@@ -222,7 +246,8 @@ def _cost(cell: Cell, pair: float) -> float:
         ValueError: its mask cannot be built.
     """
     mask, ranks = mask_of(cell), cell.problem.scale.world_size
-    each = pair * cell.mesh.count  # all groups are played
+    planned = build_planner(cell.config) is not None
+    each = pair * cell.mesh.count * (CURVE if planned else 1)  # all groups are played
     blocks = cell.problem.plane / BLOCK_SIDE**2
     drawn = BAND * len(mask) if isinstance(mask, BandMask) else BLOCK * mask.maps * blocks
     return float(ANY + each * ranks**2 + drawn)

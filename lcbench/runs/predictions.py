@@ -74,7 +74,7 @@ class Source:
             return self._record(cell, sweep, "skipped", {"prediction": made}, begun, failure=failure)
         made |= {"approximate": True} if approximates(cell) else {}
         made |= {"error": found.error, "basis": found.basis, "peak_interval": list(found.peak_interval)}
-        provenance = {"prediction": made, "device": found.machine.device, "versions": {"lcbench": made["lcbench"]}}
+        provenance = found.notes | {"prediction": made, "device": found.machine.device, "versions": {"lcbench": made["lcbench"]}}
         return self._record(cell, sweep, "predicted", provenance, begun, metrics=found.metrics())
 
     @staticmethod

@@ -47,6 +47,7 @@ from lcbench.grid.build import (
     draws,
 )
 from lcbench.grid.cell import Cell
+from lcbench.grid.devices import known_devices
 from lcbench.measure import progress
 from lcbench.measure.blocks import blocks_of, shared, with_block, without_times
 from lcbench.measure.cell import measure_again, measure_cell
@@ -55,6 +56,7 @@ from lcbench.measure.measured import Measured
 from lcbench.measure.nodes import check_gang
 from lcbench.measure.ranks import EVERY
 from lcbench.measure.session import Gang
+from lcbench.planners.base import Cost
 from lcbench.runs.attempt import CAUSE_LENGTH, Attempt, Failure, Running
 from lcbench.runs.failure import classify_exception, stem_of
 from lcbench.runs.files import write_json
@@ -62,7 +64,8 @@ from lcbench.runs.hang import REST_S, STACKS_SIGNAL
 from lcbench.runs.logs import cell_mark
 from lcbench.runs.machine import beside
 from lcbench.runs.notes import CHECK
-from lcbench.runs.pack import Pack, later_blocks, tries_again
+from lcbench.runs.pack import Pack, Settings, later_blocks, tries_again
+from lcbench.runs.passes import device_of, passes_on
 from lcbench.runs.results import STOP, Results, append_line
 from lcbench.runs.settle import close_all, with_lost_block
 from lcbench.runs.store import Sweep
@@ -292,7 +295,7 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
     with _stacks(failures / f"{stem}.hang.txt", limit_s + OVERDUE_S):
         progress.own.begin(stem_of(running), patience_s=pack.patience_s(cell.id), limit_s=limit_s)
         try:
-            measured = (measure_cell if first else measure_again)(work_of(cell, running), gang, say)
+            measured = (measure_cell if first else measure_again)(work_of(cell, running, pack.settings), gang, say)
             _rest(progress.own)
             return measured
         except BaseException as error:
@@ -307,8 +310,17 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
             os._exit(FAILED_EXIT)
 
 
-def work_of(cell: Cell, running: Running | None = None) -> Work:
-    """A cell as objects, for the first block of timings of an attempt or for a later one."""
+def work_of(cell: Cell, running: Running | None = None, settings: Settings | None = None) -> Work:
+    """A cell as objects, for the first block of timings of an attempt or for a later one.
+
+    Args:
+        settings: which site's device says what documents cost; None: what there is here.
+    """
+
+    def cost() -> Cost:
+        site, devices = (settings.site, settings.devices) if settings is not None else ({}, known_devices())
+        return passes_on(device_of(site, devices, here=True)).cost(cell)
+
     number, block = (running.number, running.block) if running else (1, 1)
     config, problem = cell.config, cell.problem
     return Work(
@@ -326,6 +338,7 @@ def work_of(cell: Cell, running: Running | None = None) -> Work:
         attempt=number + BLOCK_STRIDE * (block - 1),
         recompute=build_recompute(config),
         planner=build_planner(config),
+        cost=cost,
     )
 
 

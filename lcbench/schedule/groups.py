@@ -131,6 +131,8 @@ class Groups:
         """How many communicators these are besides those that are there anyway, (channel, ranks) each, and the seconds that this
         rank took to make them and, of those that it is in, to use them once: NCCL connects ranks then. Collective over all ranks.
         """
+        if not wanted:
+            return 0, 0.0  # perhaps there is one rank, which has no communicators
         sets = self._sets
         keys = [(channel, tuple(group[rank] for rank in sorted(ranks))) for channel, ranks in wanted for group in sets]
         for key in keys:

@@ -14,7 +14,7 @@ from lcbench.measure.bounds import Check
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.inputs import draw, draw_sink
 from lcbench.measure.least import least_traffic
-from lcbench.measure.numerics import Result, forward, one_pass
+from lcbench.measure.numerics import Result, forward
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.problem import Problem
@@ -54,8 +54,8 @@ class AttentionSession(Session):
         if isinstance(begun, str):
             return
         self.mask, self.pairs, self.run, self.wrong = begun.mask, begun.pairs, begun.run, begun.owners.wrong
-        self.prepare_s, self.examination = begun.prepare_s, begun.examination(no_probe=self._no_probe)
-        self._started = begun
+        self.prepare_s, self._started = begun.prepare_s, begun
+        self.examination = begun.examination(no_probe=self._no_probe, passed=self._one_pass)
         self._keys = begun.mask.density * begun.mask.num_k  # of a row, in the mean, before a pass chooses any
         held = begun.owners.held
         drawn = {name: self._drawn(name, held) for name in self._names()}
@@ -144,6 +144,10 @@ class AttentionSession(Session):
     def _result(self, passed: Any, lse: torch.Tensor | None = None) -> Result:
         return Result.of(self._work.problem, self.run, passed, lse)
 
+    def _one_pass(self, shard: Shard) -> Result:
+        """What all phases give of some inputs. Collective."""
+        return self._started.passed(shard)
+
     def variants(self) -> dict[str, Phases]:
         alone = {
             "compute": self.run.replay(compute=True, communicate=False),
@@ -184,7 +188,7 @@ class AttentionSession(Session):
         self.draw()
 
     def check_again(self) -> None:
-        result = one_pass(self.run, self.shard, self._work.problem)
+        result = self._one_pass(self.shard)
         if self.examination.probes:
             self.examination.begin(result)
             self.examination.probe("level", self.shard)
@@ -201,7 +205,7 @@ class AttentionSession(Session):
 
     def check_last(self) -> None:
         self.vary()
-        self.examination.last("last pass", one_pass(self.run, self.shard, self._work.problem), self.negated)
+        self.examination.last("last pass", self._one_pass(self.shard), self.negated)
 
     def check(self) -> Check:
         return self.examination.check()
@@ -210,11 +214,16 @@ class AttentionSession(Session):
 
     def costs(self) -> dict[str, Cost]:
         """Cost by phase: FLOPs of the mask's pairs in all groups; traffic that the mask needs from who owns what."""
+        passes = self._of_passes()
+        return {phase: passes[phase] for phase in self.phases()}
+
+    def _of_passes(self) -> dict[str, Cost]:
+        """The cost of forward and of backward. Collective."""
         problem = self._work.problem
         least = least_traffic(self.mask, problem, self._started.owners, self._gang.device, self._gang.ranks)
         pairs = sum(self._gang.of_groups(self.pairs))
         flops = {"forward": forward_flops(pairs, problem.heads), "backward": backward_flops(pairs, problem.heads)}
-        return {phase: Cost(flops[phase], least.sent, least.memory[phase]) for phase in self.phases()}
+        return {phase: Cost(flops[phase], least.sent, least.memory[phase]) for phase in flops}
 
     def counted(self) -> Counted:
         counted = self._started.counted(self._sent, ("forward", "backward"))

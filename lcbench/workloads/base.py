@@ -25,10 +25,13 @@ class Workload(Protocol):
     node, so modules import torch lazily.
 
     Attributes:
-        takes: the axes that cells of it have besides those that all cells have: ``recompute``.
+        takes: the axes that cells of it have besides those that all cells have: ``recompute``, ``planner``.
+        in_groups: whether sub-groups of ranks share parts of the sequence, so that nobody asks whether the strategy can share all
+            of it among all ranks.
     """
 
     takes: ClassVar[tuple[str, ...]] = ()
+    in_groups: ClassVar[bool] = False
 
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
         """None if it can run this problem with this mask, kernel and strategy, all of which take the problem; else the reason,

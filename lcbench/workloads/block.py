@@ -8,31 +8,50 @@ and, as often as it has layers, a layer's share of the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lcbench.cp.base import Strategy
 from lcbench.kernels.base import Kernel
 from lcbench.masks.mask import Mask
-from lcbench.problem import PLAIN, Problem
+from lcbench.problem import Problem
 from lcbench.workloads.base import Work, Workload
 from lcbench.workloads.block_parts import made_of
 from lcbench.workloads.parts import Made, Share
 from lcbench.workloads.recompute.base import Recompute
-from lcbench.workloads.trained import Trained
+from lcbench.workloads.trained import LABEL_BYTES, Trained, is_number
 
 if TYPE_CHECKING:
     from lcbench.measure.session import Gang
     from lcbench.workloads.step import BlockSession
 
-LABEL_BYTES = 8
-
 
 @dataclass(frozen=True)
 class Block(Trained, Workload):
-    """Layers of a model, and its head, trained as ``Trained`` says."""
+    """Layers of a model, and its head, trained as ``Trained`` says.
+
+    Attributes:
+        fsdp: see ``Trained.sharded``; ``vision``: see ``Trained.shown``.
+    """
 
     takes: ClassVar[tuple[str, ...]] = ("recompute",)
+
+    fsdp: bool = False
+    # At its default it is no part of a cell, whose id is from before there was a choice.
+    vision: float = field(default=0.0, metadata={"left_out": True})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.vision) or not 0 <= self.vision <= 1:
+            raise ValueError(f"workload.vision={self.vision} is no share of the tokens from 0 to 1, such as 0.5")
+
+    @property
+    def sharded(self) -> bool:
+        return self.fsdp
+
+    @property
+    def shown(self) -> float:
+        return self.vision
 
     def made(self, share: Share, recompute: Recompute) -> Made:
         return made_of(self, share, recompute)
@@ -47,19 +66,7 @@ class Block(Trained, Workload):
             return (
                 "direction=forward: a training step has a backward pass, so that workload=block has direction=forward_backward only"
             )
-        if problem.batch is not None:
-            return f"batch={problem.batch}: a training step is of one sequence, all of whose tokens are computed"
-        if problem.softmax != PLAIN:
-            return f"softmax={problem.softmax}: layers of its models have a plain softmax"
-        if problem.dtype == "float16":
-            return "dtype=float16: gradients of a mean loss are below what float16 holds, and there is no loss scaling here"
-        tp = self.model.heads_q // problem.heads.q  # the problem has one tensor-parallel rank's heads
-        for name in ("ffn", "vocab"):
-            if (size := getattr(self.model, name)) % tp:
-                return f"mesh.tp={tp} does not divide model.{name}={size}, of which each tensor-parallel rank has an equal part"
-        if self.masked_logits and self.labelled == 1:
-            return "workload.masked_logits=true leaves nothing out where every token has a label (workload.labelled=1.0)"
-        return None
+        return self.untrainable(problem)
 
     def input_bytes(self, problem: Problem) -> float:
         """Of what the first layer gets, of the images that it gets from elsewhere, and of the labels. Weights are no inputs."""

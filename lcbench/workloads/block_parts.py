@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from lcbench.problem import Mesh, Problem
 from lcbench.workloads.models import Model
 from lcbench.workloads.parts import GATHERED, REDUCED, Attend, Compute, Exchange, Made, Part, Room, Share, ToHost
 from lcbench.workloads.recompute.base import Recompute
@@ -28,6 +29,23 @@ MOMENTS = {"none": 0, "adamw": 2}
 def made_of(options: Trained, share: Share, recompute: Recompute) -> Made:
     """A step of some layers and the head on one rank."""
     return _Step(options, share, recompute, *_of_rank(options.model, share)).made()
+
+
+def batch_made_of(options: Trained, share: Share, recompute: Recompute) -> Made:
+    """A step of a batch on a rank with so many tokens, as one micro-batch of them: ``batch`` is forward, head and backward."""
+    step = _Step(options, share, recompute, *_of_rank(options.model, share))
+    made = step.made()
+    parts = ("forward", "head", "backward")
+    batch = tuple(part for name in parts for part in made.phases[name])
+    others = {name: phase for name, phase in made.phases.items() if name not in parts}
+    return replace(made, phases={"batch": batch} | others)
+
+
+def micro_batch_of(options: Trained, problem: Problem, tokens: int, recompute: Recompute) -> tuple[Part, ...]:
+    """What a rank with so many tokens does in a micro-batch besides attention."""
+    share = Share(problem, tokens, Mesh(tp=options.model.heads_q // problem.heads.q))
+    found = batch_made_of(options, share, recompute).phases["batch"]
+    return tuple(part for part in found if not isinstance(part, Attend))
 
 
 def _of_rank(model: Model, share: Share) -> tuple[Model, LayerBytes]:
@@ -66,11 +84,11 @@ class _Step:
 
     @property
     def _sharded(self) -> bool:
-        return self.options.fsdp and self._same > 1
+        return self.options.sharded and self._same > 1
 
     @property
     def _summed(self) -> bool:
-        return not self.options.fsdp and self._same > 1
+        return not self.options.sharded and self._same > 1
 
     def made(self) -> Made:
         policy = self.recompute.foreseen(self.saved, self.share.hides(self._layer_forward()))

@@ -26,7 +26,6 @@ AGAIN = "x of after"  # a layer's x, as its second half gets it
 DIGESTED = ("x", AGAIN, "y")  # what goes on between halves and layers
 # Whose gradients are caught. That of x is dy of the layer before: what a half gets may be another tensor with a part of it (FSDP2).
 BACK = ("q", "k", "v", "out", "y")
-RECORDED = ("forward", "head")  # phases in which modules are caught; what comes after computes again, or goes back
 
 
 @dataclass
@@ -36,10 +35,23 @@ class Sums:
     Attributes:
         value: (out, SIGNS) or (out,).
         squares: (out,), of the terms: how far roundings of each carry it.
+        rounded: (out,), the squares of what each micro-batch has added: how far rounding that to the inputs' type carries it.
     """
 
     value: torch.Tensor
     squares: torch.Tensor
+    rounded: torch.Tensor
+    _before: torch.Tensor
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], device: torch.device) -> Sums:
+        return cls(*(torch.zeros(size, dtype=torch.float64, device=device) for size in (shape, shape[:1], shape[:1], shape)))
+
+    def settle(self) -> None:
+        """A micro-batch ends."""
+        added = (self.value - self._before).square()
+        self.rounded += added if added.ndim == 1 else added.mean(1)
+        self._before = self.value.clone()
 
 
 @dataclass
@@ -72,19 +84,47 @@ class Recorder:
         self._on = False
         self._caught: dict[str, Caught] = {}
         self._begin: dict[str, int] = {}  # tokens that a module has had so far
-        self.sums: dict[str, Sums] = {}
+        self._sums: dict[str, Sums] = {}
+        self.watched: set[str] = set()  # weights of whose gradients sums are kept
         self.losses: list[torch.Tensor] = []  # of labelled tokens, added up
-        self.passed: dict[str, Any] = {}
+        self._heads: list[Any] = []  # what each micro-batch's head gave: (x, y, dy, loss)
 
     def run(self) -> None:
         """One pass. Collective."""
-        passed: Any = None
         with self._hooks():
-            for phase, run in self._training.phases().items():
-                self._on = phase in RECORDED
-                self.passed[phase] = passed = run(passed)
+            self._on = True
+            self.passed = self._training.step(self._done)
+
+    def _done(self, part: str, passed: Any) -> None:
+        """Modules are caught up to the head of a micro-batch; what comes after it computes again, or goes back."""
+        if part == "head":
+            self._on = False
+            self._heads.append(passed)
+        elif part == "backward":
+            self._on = True
+            for sums in self._sums.values():
+                sums.settle()
 
     # -- what was caught -------------------------------------------------------------------------------------------
+
+    @property
+    def head(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """y and dy (T, hidden) of all micro-batches, and this rank's part of the loss."""
+        none = self._training.x[:0]
+        y, dy = (torch.cat([none, *(given[at].detach() for given in self._heads)]) for at in (1, 2))
+        return y, dy, sum((given[3] for given in self._heads), none.new_zeros(()))
+
+    @property
+    def dx(self) -> torch.Tensor:
+        """(T, hidden), of what the first layer gets."""
+        dx: torch.Tensor = self.passed[0]
+        return dx
+
+    def sums(self, name: str, shape: tuple[int, ...]) -> Sums:
+        """What the gradient of a weight must sum to; of no tokens zeros."""
+        if name not in self._sums:
+            self._sums[name] = Sums.zeros(shape, self._training.x.device)
+        return self._sums[name]
 
     def rows(self, name: str) -> torch.Tensor:
         return joined(self._of(name).rows)
@@ -184,8 +224,10 @@ class Recorder:
         handles = []
         for name, module in modules:
             if isinstance(module, nn.Linear):
+                self.watched.add(f"{name}.weight")
                 handles.append(module.register_forward_hook(self._linear(f"{name}.weight")))
             elif isinstance(module, nn.RMSNorm) and norms:
+                self.watched.add(f"{name}.weight")
                 handles.append(module.register_forward_hook(self._norm(f"{name}.weight")))
         return handles
 
@@ -200,7 +242,7 @@ class Recorder:
 
             def back(grad: torch.Tensor) -> None:
                 flat, at = self._settled(grad).flatten(0, -2), 0
-                sums = self._sums(name, (flat.shape[1], SIGNS))
+                sums = self.sums(name, (flat.shape[1], SIGNS))
                 for some in _few(flat):
                     wide, until = some.double(), at + len(some)
                     sums.value += wide.T @ shared[at:until]
@@ -220,7 +262,7 @@ class Recorder:
 
             def back(grad: torch.Tensor) -> None:
                 flat = self._settled(grad).flatten(0, -2)
-                sums = self._sums(name, (flat.shape[1],))
+                sums = self.sums(name, (flat.shape[1],))
                 for one, other in zip(_few(flat), _few(x), strict=True):
                     wide = other.double()
                     terms = one.double() * wide / (wide.square().mean(1, keepdim=True) + eps).sqrt()
@@ -237,18 +279,12 @@ class Recorder:
         parts = any(each.is_partial() for each in getattr(grad, "placements", ()))
         return self._divided.reduce(own.clone()) if parts else own
 
-    def _sums(self, name: str, shape: tuple[int, ...]) -> Sums:
-        if name not in self.sums:
-            zeros = (torch.zeros(size, dtype=torch.float64, device=self._training.x.device) for size in (shape, shape[:1]))
-            self.sums[name] = Sums(*zeros)
-        return self.sums[name]
-
     def _logits(self, module: nn.Linear, args: tuple[torch.Tensor], result: torch.Tensor) -> None:
         if not self._on:
             return
         own = local(result.detach())
         begin = self._placed("head", len(own))
-        labels = self._training.loss.labels[begin : begin + len(own)]
+        labels = self._training.head_labels[begin : begin + len(own)]
         for logits, some in zip(_few(own), labels.split(_count(own.shape[1])), strict=True):
             self.losses.append(self._loss(logits.double(), some))
 

@@ -88,14 +88,7 @@ class Sharing:
     def sum_gradients(self, weights: Iterable[torch.Tensor]) -> None:
         """Sum gradients over the ranks that have the same weights, in float32 or wider, a bucket at a time and two under way."""
         assert self.same is not None
-        group, waiting = self.same.get_group(), []
-        for bucket in _buckets([local(weight.grad).view(-1) for weight in weights if weight.grad is not None]):
-            flat = torch.cat(bucket).to(accumulation_dtype(bucket[0].dtype))
-            waiting.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
-            if len(waiting) == 2:
-                _take(*waiting.pop(0))
-        for summed in waiting:
-            _take(*summed)
+        sum_over(self.same.get_group(), [local(weight.grad).view(-1) for weight in weights if weight.grad is not None])
 
     def settle(self, weights: Iterable[torch.Tensor]) -> None:
         """Sum what ranks of tensor parallelism have each a part of: gradients of norms that saw some of the heads."""
@@ -148,6 +141,18 @@ class Accumulation:
             weight.grad = total.to(weight.dtype) if last else None
         if last:
             self._sums = []
+
+
+def sum_over(group: dist.ProcessGroup, flat: Iterable[torch.Tensor]) -> None:
+    """Sum flat tensors of one type in place, in float32 or wider, a bucket at a time and two under way. Collective."""
+    waiting: list[tuple[list[torch.Tensor], torch.Tensor, Any]] = []
+    for bucket in _buckets(flat):
+        whole = torch.cat(bucket).to(accumulation_dtype(bucket[0].dtype))
+        waiting.append((bucket, whole, dist.all_reduce(whole, group=group, async_op=True)))
+        if len(waiting) == 2:
+            _take(*waiting.pop(0))
+    for summed in waiting:
+        _take(*summed)
 
 
 def local(x: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,10 @@ from lcbench.cp.base import RankRun
 from lcbench.kernels.base import Platform, Unsupported
 from lcbench.masks.mask import Computed, Mask
 from lcbench.measure.bounds import Bounds
-from lcbench.measure.numerics import Examination
+from lcbench.measure.numerics import Examination, Result, one_pass
 from lcbench.measure.owners import Owners, owners
 from lcbench.measure.ranks import EVERY, first_refusal
+from lcbench.measure.reference import Shard
 from lcbench.measure.session import Counted, Gang
 from lcbench.schedule.execute import Counters
 from lcbench.workloads.base import Work
@@ -66,13 +67,18 @@ class Started:
         rounding = self.work.kernel.rounding(Platform.of(self.gang.device))
         return Bounds(self.work.problem, rounding, self.calls * ranks, hops)
 
-    def examination(self, *more: int, no_probe: str | None = None) -> Examination:
-        """The check of its passes; ``more``: numbers that choose where else it looks; ``no_probe``: see ``Examination``."""
+    def examination(self, *more: int, no_probe: str | None = None, passed: Callable[[Shard], Result] | None = None) -> Examination:
+        """The check of its passes; ``more``: numbers that choose where else it looks; ``no_probe``, ``passed``: see
+        ``Examination``; None: the run's forward and backward."""
         run, gang = self.run, self.gang
         return Examination(
-            run, self.mask, self.work.problem, self.owners, self.bounds, [*self.seed, *more], gang.ranks,
+            passed or self.passed, self.mask, self.work.problem, self.owners, self.bounds, [*self.seed, *more], gang.ranks,
             own_lse=run.own_lse, rank=gang.cp_rank, asked=self.asked, no_probe=no_probe,
         )  # fmt: skip
+
+    def passed(self, shard: Shard) -> Result:
+        """Forward and backward of some inputs. Collective."""
+        return one_pass(self.run, shard, self.work.problem)
 
     def choosing(self, mask: Computed) -> Started:
         """The same of a mask that a pass has chosen."""

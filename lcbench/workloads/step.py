@@ -21,7 +21,7 @@ from lcbench.workloads.base import Work
 from lcbench.workloads.loss import UNLABELLED
 from lcbench.workloads.recorder import Recorder
 from lcbench.workloads.reshard import BACK, PHASE
-from lcbench.workloads.started import Sent, distance, started
+from lcbench.workloads.started import Sent, Started, distance, started
 from lcbench.workloads.step_check import StepCheck
 from lcbench.workloads.trained import Trained
 from lcbench.workloads.training import Training
@@ -44,7 +44,7 @@ class BlockSession(Session):
 
     def __init__(self, block: Trained, work: Work, number: int, gang: Gang) -> None:
         self._block, self._work, self._gang = block, work, gang
-        begun = started(work, number, gang, work.recompute.refuses)
+        begun = self._begun(number)
         self.refused = begun if isinstance(begun, str) else None
         if isinstance(begun, str):
             return
@@ -52,7 +52,7 @@ class BlockSession(Session):
         self.mask, self.pairs, self.wrong = begun.mask, begun.pairs, begun.owners.wrong
         self.run = CountedRun(begun.run)
         try:
-            self.training = Training(block, work, Attention(self.run), work.recompute, gang)
+            self.training = self._trained()
         except Unsupported as refused:  # by all ranks
             self.refused = str(refused)
             return
@@ -60,6 +60,22 @@ class BlockSession(Session):
         self.negated = False
         self.checks = StepCheck(self.training, block.model, begun.bounds, begun.seed, gang)
         self.examinations = {negated: begun.examination(negated) for negated in (False, True)}
+
+    def _begun(self, number: int) -> Started | str:
+        """A draw's attention, ready to run on this rank, or why the ranks cannot run it. Collective."""
+        return started(self._work, number, self._gang, self._work.recompute.refuses)
+
+    def _trained(self) -> Training:
+        """The layers around it. Collective.
+
+        Raises:
+            Unsupported: on all ranks.
+        """
+        return Training(self._block, self._work, Attention(self.run), self._work.recompute, self._gang)
+
+    def _passes(self) -> list[CountedRun]:
+        """What the attention of a step goes through."""
+        return [self.run]
 
     @property
     def input_bytes(self) -> int:
@@ -70,19 +86,13 @@ class BlockSession(Session):
     @property
     def held_bytes(self) -> int:
         """Of the check, and what is in the host's memory where that is the device's too."""
-        host = self.training.recompute.host_bytes if self._gang.device.type == "cpu" else 0
+        host = self.training.host_bytes if self._gang.device.type == "cpu" else 0
         return host + self.checks.held_bytes + sum(each.held_bytes for each in self.examinations.values())
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
     def phases(self) -> Phases:
         return self.training.phases()
-
-    def _step(self) -> Any:
-        passed: Any = None
-        for phase in self.phases().values():
-            passed = phase(passed)
-        return passed
 
     def vary(self) -> None:
         """Negate x in place: queries and keys of the first layer are negative then, and all else is something else."""
@@ -138,7 +148,7 @@ class BlockSession(Session):
 
     def check_last(self) -> None:
         self.vary()
-        self.checks.last("last pass", self._step(), self.negated)
+        self.checks.last("last pass", self.training.step(), self.negated)
 
     def check(self) -> Check:
         names = {False: "attention", True: "attention of negated inputs"}
@@ -148,9 +158,13 @@ class BlockSession(Session):
     # -- what it is made of ----------------------------------------------------------------------------------------
 
     def costs(self) -> dict[str, Cost]:
-        """Cost by phase: 2 FLOPs per weight and token forward and 4 backward, attention by the mask's pairs; what is computed again
+        found = self._of_parts()
+        return {phase: found.get(phase, Cost(0.0, 0.0, 0.0)) for phase in self.phases()}
+
+    def _of_parts(self) -> dict[str, Cost]:
+        """Cost by part of a step: 2 FLOPs per weight and token forward and 4 backward, attention by the mask's pairs; what is computed again
         is apart. Traffic is what every layer's attention needs, memory what weights take that are read, and their gradients."""
-        problem, model, again = self._work.problem, self._block.model, self.training.recompute.policy.again()
+        problem, model, again = self._work.problem, self._block.model, self.training.again
         gang, layers, size = self._gang, len(self.training.stack.layers), problem.itemsize
         least = least_traffic(self.mask, problem, self._started.owners, gang.device, gang.ranks)
         pairs, tokens = sum(gang.of_groups(self.pairs)), float(problem.seqlen * gang.mesh.dp)
@@ -161,12 +175,11 @@ class BlockSession(Session):
         # A rank reads its part of each weight, and writes as much of gradients.
         read, head_read = (size * each / gang.mesh.tp for each in (weights, head))
         recomputed = again.token_wise * dense + again.attention * forward
-        found = {
+        return {
             "forward": Cost(dense + forward, moved, read),
             "head": Cost(6.0 * head * labelled, 0.0, 2 * head_read),
             "backward": Cost(2 * dense + backward, moved, 2 * read, recomputed),
         }
-        return {phase: found.get(phase, Cost(0.0, 0.0, 0.0)) for phase in self.phases()}
 
     def counted(self) -> Counted:
         sent, world = self._sent(), self._gang.world_size
@@ -183,12 +196,13 @@ class BlockSession(Session):
             counted.metrics.update(of_worst({"step/images_max_over_mean": self.training.reshard.max_over_mean}))
         counted.metrics.update((f"model/{phase}/repeats", repeats) for phase, repeats in self._block.repeats(self.phases()).items())
         counted.metrics.update(of_worst({f"memory/{name}_bytes": float(size) for name, size in self.training.memory().items()}))
-        counted.metrics.update(of_worst(self.training.recompute.metrics()))
-        counted.notes.update(self.training.recompute.notes)
-        if not self._block.fsdp:  # which gathers and frees weights as it sees fit
+        counted.metrics.update(of_worst(self.training.offloaded()))
+        counted.notes.update(self.training.notes)
+        if not self._block.sharded:  # which gathers and frees weights as it sees fit
             plan = self.training.planned()
-            counted.metrics.update(of_worst({"memory/planned_peak_bytes": float(self._held_between_steps() + plan.peak)}))
-            counted.notes["memory_plan"] = plan.notes()
+            peak = self._held_between_steps() + (plan.peak if plan else 0)
+            counted.metrics.update(of_worst({"memory/planned_peak_bytes": float(peak)}))
+            counted.notes.update({"memory_plan": plan.notes()} if plan else {})
         return counted
 
     def _labelled_max_over_mean(self) -> float:
@@ -206,15 +220,19 @@ class BlockSession(Session):
         sharing, passed, found = self.training.sharing, None, {}
         meshes = {"tp": sharing.tp, "weights": sharing.same}
         outside = {kind: self._outside(mesh.mesh.flatten().tolist()) for kind, mesh in meshes.items() if mesh is not None}
-        self.run.take()
+        self._take()
         for phase, run in self.phases().items():
             with self.training.counting() as traffic:
                 passed = run(passed)
             of_weights = (Sent(sent, round(sent * outside[kind])) for kind, sent in traffic.sent.items())
-            found[phase] = reduce(Sent.plus, of_weights, self.run.take())
+            found[phase] = reduce(Sent.plus, of_weights, self._take())
         if (reshard := self.training.reshard) is not None:
             found[PHASE], found[BACK] = self._of_rows(reshard.sent), self._of_rows(reshard.received)
         return found
+
+    def _take(self) -> Sent:
+        """What attention has sent since this was last asked."""
+        return reduce(Sent.plus, (run.take() for run in self._passes()), Sent(0, 0))
 
     def _of_rows(self, counts: list[int]) -> Sent:
         """Rows of x to each rank of the context-parallel group, as bytes."""
@@ -240,7 +258,7 @@ class BlockSession(Session):
         EVERY.all_gather_object(None)  # ranks begin together
         with self.training.stack.attention.watched(self._gang.device) as watch:
             begun = watch.now()
-            self._step()
+            self.training.step()
             watch.spans.append((STEP, begun, watch.now()))
         if watch.cuda:
             torch.cuda.synchronize(self._gang.device)
@@ -256,14 +274,18 @@ def of_worst(own: dict[str, float]) -> dict[str, float]:
 
 
 class CountedRun:
-    """A strategy's run as it is; what its passes send adds up until it is taken."""
+    """A strategy's run as it is; what its passes send adds up until it is taken.
+
+    Attributes:
+        run: it.
+    """
 
     def __init__(self, run: RankRun) -> None:
-        self._run = run
+        self.run = run
         self._sent = Sent(0, 0)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._run, name)
+        return getattr(self.run, name)
 
     def take(self) -> Sent:
         """What was sent since this was last asked."""
@@ -271,19 +293,19 @@ class CountedRun:
         return sent
 
     def _counted(self, result: Any) -> Any:
-        if counters := self._run.counters():
+        if counters := self.run.counters():
             self._sent = self._sent.plus(Sent(counters.bytes_sent, counters.bytes_between_nodes))
         return result
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None) -> Any:
-        return self._counted(self._run.forward(q, k, v, sink))
+        return self._counted(self.run.forward(q, k, v, sink))
 
     def resume(self, *args: Any) -> Any:
-        return self._counted(self._run.resume(*args))
+        return self._counted(self.run.resume(*args))
 
     def begin_backward(self, dout: torch.Tensor, saved: Any) -> None:
-        self._run.begin_backward(dout, saved)
+        self.run.begin_backward(dout, saved)
         self._counted(None)
 
     def backward(self, dout: torch.Tensor, saved: Any) -> Any:
-        return self._counted(self._run.backward(dout, saved))
+        return self._counted(self.run.backward(dout, saved))

@@ -112,7 +112,7 @@ class StepCheck:
         """Check a later pass, of which the last phase has just given ``passed``."""
         first, bounds = self._firsts[negated], self._bounds
         recorder = self.recorder(negated)
-        recorder.passed["last"] = passed
+        recorder.passed = passed
         now = self._digest(recorder, first.spread)
         layers = len(self._training.stack.layers)
         unit = (AGAIN_HALF if bounds.half else AGAIN_SINGLE) * bounds.unit * (1 + layers)
@@ -146,8 +146,7 @@ class StepCheck:
         """Rows of what a layer gives back: what the layer before gets, or the step."""
         if number:
             return recorder.rows(f"layer {number - 1} dy")
-        dx, _ = recorder.passed["backward"]
-        return dx[self._sample]
+        return recorder.dx[self._sample]
 
     def _every_head(self, name: str, own: torch.Tensor) -> torch.Tensor:
         """Rows (n, heads, D) of this rank's heads as those of all; of what has no heads as they are. Collective."""
@@ -160,10 +159,10 @@ class StepCheck:
 
     def _head(self, recorder: Recorder, tokens: Any) -> None:
         """dy of the head, and the loss."""
-        _, y, dy, loss = recorder.passed["head"]
+        y, dy, loss = recorder.head
         labels = self._training.labels[self._sample]
         weights = _whole(self._training.head.named_parameters())
-        known = exact.head(self._model, weights, y.detach()[self._sample], labels, self._share, self._number)
+        known = exact.head(self._model, weights, y[self._sample], labels, self._share, self._number)
         self._compare("head", "dy", dy[self._sample], known["dy"], tokens)
         want = float(torch.stack(recorder.losses).sum()) * self._share
         wide = torch.finfo(torch.float64 if self._bounds.dtype == torch.float64 else torch.float32).eps
@@ -178,7 +177,7 @@ class StepCheck:
 
     def _between(self, recorder: Recorder) -> None:
         """Whether halves and layers go on with what those before gave; ``_layer`` does so for gradients."""
-        _, y, dy, _ = recorder.passed["head"]
+        y, dy, _ = recorder.head
         at, end = recorder.digest, len(self._training.stack.layers) - 1
         links = [
             ("the step", recorder.digested(self._training.x), "x of layer 0", at("layer 0 x")),
@@ -189,8 +188,7 @@ class StepCheck:
             links.append((f"layer {i}", at(f"layer {i} x"), "its second half", at(f"layer {i} {AGAIN}")))
         for i in range(end):
             links.append((f"layer {i}", at(f"layer {i} y"), f"x of layer {i + 1}", at(f"layer {i + 1} x")))
-        dx, _ = recorder.passed["backward"]
-        self._images(recorder, dx)
+        self._images(recorder, recorder.dx)
         for one, gave, other, got in links:
             self._judge.elements(CHAIN, f"{one} to {other}", got, gave, torch.zeros_like(gave), self._tokens)
 
@@ -209,12 +207,11 @@ class StepCheck:
         """Weights' gradients against their sums over all tokens of all ranks; the spread of each."""
         spreads = {}
         for name, got in self._gradients(recorder).items():
-            if name not in recorder.sums:
+            if name not in recorder.watched:
                 continue  # a norm of another layer
-            sums = recorder.sums[name]
+            sums = recorder.sums(name, tuple(got.shape))
             # What a rank has summed is rounded to the inputs' type, however little is left of it over all ranks.
-            own = sums.value.square() if sums.value.ndim == 1 else sums.value.square().mean(1)
-            want, squares = self._same.reduce_together(sums.value, sums.squares + own)
+            want, squares = self._same.reduce_together(sums.value, sums.squares + sums.rounded)
             if _by_head(self._training, name):
                 want, squares = self._divided.reduce_together(want, squares)
             spreads[name] = spread = squares.sqrt()
@@ -243,7 +240,7 @@ class StepCheck:
         return grad.chunk(ranks, 1 if module in division.rows else 0)[own]
 
     def _digest(self, recorder: Recorder, spread: dict[str, torch.Tensor]) -> Digest:
-        dx, loss = list(recorder.passed.values())[-1]
+        dx, loss = recorder.passed
         weights = {name: x.clone() for name, x in self._gradients(recorder).items() if name in spread}
         return Digest(recorder.digested(dx), weights, spread, float(loss))
 

@@ -1,13 +1,15 @@
-"""What a training step is a step of, and how it is trained: the options of ``workload=block``. Plans read them without torch."""
+"""What a training step is a step of, and how it is trained: options of workloads that train. Plans read them without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from lcbench.problem import PLAIN, Problem
 from lcbench.workloads.models import Model
 
 OPTIMIZERS = ("none", "adamw")
+LABEL_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,9 @@ class Trained:
         model: sizes.
         layers: how many layers are run; None: all of the model's.
         loss_chunk: tokens whose logits exist at once.
-        fsdp: whether weights, gradients and the optimizer's states are sharded over all ranks that have the same weights (FSDP2).
         optimizer: ``none``, or what takes a step after each backward: ``adamw``, with a learning rate of 0, so that weights stay.
         labelled: the share of a sequence's tokens that have a label, in contiguous answers (``lcbench.workloads.spans``).
         masked_logits: whether the head is computed only where a label is.
-        vision: the share of a sequence's tokens that are of images, which begin on other ranks (``lcbench.workloads.reshard``).
 
     Raises:
         ValueError: layers that the model has not, an optimizer that there is not, or a share that is none.
@@ -31,24 +31,46 @@ class Trained:
     model: Model
     layers: int | None = None
     loss_chunk: int = 1024
-    fsdp: bool = False
     optimizer: str = "none"
     # At their defaults they are no part of a cell, whose id is from before there was a choice.
     labelled: float = field(default=1.0, metadata={"left_out": True})
     masked_logits: bool = field(default=False, metadata={"left_out": True})
-    vision: float = field(default=0.0, metadata={"left_out": True})
 
     def __post_init__(self) -> None:
         if self.layers is not None and not 1 <= self.layers <= self.model.layers:
             raise ValueError(
                 f"workload.layers={self.layers} is none of the model's 1 to {self.model.layers} layers; all of them: layers=all"
             )
-        if not _is_number(self.vision) or not 0 <= self.vision <= 1:
-            raise ValueError(f"workload.vision={self.vision} is no share of the tokens from 0 to 1, such as 0.5")
-        if not _is_number(self.labelled) or not 0 < self.labelled <= 1:
+        if not is_number(self.labelled) or not 0 < self.labelled <= 1:
             raise ValueError(f"workload.labelled={self.labelled} is no share of the tokens above 0 and up to 1, such as 0.25")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"workload.optimizer={self.optimizer} is none of {', '.join(OPTIMIZERS)}")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights, gradients and the optimizer's states are sharded over all ranks that have the same weights (FSDP2)."""
+        return False
+
+    @property
+    def shown(self) -> float:
+        """The share of a sequence's tokens that are of images, which begin on other ranks (``lcbench.workloads.reshard``)."""
+        return 0.0
+
+    def untrainable(self, problem: Problem) -> str | None:
+        """Why such a model does not train on a problem, or None; the problem has one tensor-parallel rank's heads."""
+        if problem.batch is not None:
+            return f"batch={problem.batch}: a training step is of one sequence, all of whose tokens are computed"
+        if problem.softmax != PLAIN:
+            return f"softmax={problem.softmax}: layers of its models have a plain softmax"
+        if problem.dtype == "float16":
+            return "dtype=float16: gradients of a mean loss are below what float16 holds, and there is no loss scaling here"
+        tp = self.model.heads_q // problem.heads.q
+        for name in ("ffn", "vocab"):
+            if (size := getattr(self.model, name)) % tp:
+                return f"mesh.tp={tp} does not divide model.{name}={size}, of which each tensor-parallel rank has an equal part"
+        if self.masked_logits and self.labelled == 1:
+            return "workload.masked_logits=true leaves nothing out where every token has a label (workload.labelled=1.0)"
+        return None
 
     @property
     def depth(self) -> int:
@@ -65,5 +87,5 @@ class Trained:
         return {phase: found.get(phase, 1.0) for phase in phases}
 
 
-def _is_number(x: object) -> bool:
+def is_number(x: object) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)

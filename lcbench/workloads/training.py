@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from lcbench.measure.inputs import draw_rows
 from lcbench.measure.memory import in_use
 from lcbench.measure.session import Gang, Phases
 from lcbench.workloads.loss import UNLABELLED, ChunkedLoss, labels_of
-from lcbench.workloads.recompute.base import Recompute
+from lcbench.workloads.recompute.base import Again, Recompute, Started
 from lcbench.workloads.recompute.plan import Plan, planned
 from lcbench.workloads.recompute.sizes import layer_bytes
 from lcbench.workloads.reshard import BACK, PHASE, Reshard
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lcbench.workloads.trained import Trained
 
 META = torch.device("meta")
+Done = Callable[[str, Any], None]  # takes the name of a part of a phase, and what that part gave
 
 
 class Whole(nn.Module):
@@ -42,6 +44,23 @@ class Whole(nn.Module):
         return run(x)
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tokens of this rank that go through the layers and the head together.
+
+    Attributes:
+        stack: the layers, around the attention of these tokens.
+        x: (T, hidden), what the first layer gets.
+        recompute: what the layers' forward keeps, ready to run.
+        loss: the head, by chunks of the tokens that it is computed for.
+    """
+
+    stack: Stack
+    x: torch.Tensor
+    recompute: Started
+    loss: ChunkedLoss
+
+
 class Training:
     """The layers and the head on this rank, and its share of a sequence.
 
@@ -49,6 +68,7 @@ class Training:
         x: (T, hidden), what the first layer gets; the same on all ranks of tensor parallelism.
         recompute: what the layers' forward keeps, ready to run.
         labels: (T,), what the head is to say of each token; ``labelled``: how many of the whole sequence have one.
+        micro_batches: what goes through the layers one after the other; here it is one, of all tokens.
         reshard: between the ranks of images and those of tokens; None: there are no images.
         loss: the head, by chunks of the tokens that it is computed for.
         sharing: which ranks have which weights. Those that are divided or sharded are torch's DTensors, and so are their gradients.
@@ -60,7 +80,7 @@ class Training:
 
     def __init__(self, block: Trained, work: Work, attention: Attention, recompute: Recompute, gang: Gang) -> None:
         model, problem, tokens, device = block.model, work.problem, attention.run.tokens, gang.device
-        self.sharing = sharing = Sharing(gang.device_mesh, block.fsdp)
+        self.sharing = sharing = Sharing(gang.device_mesh, block.sharded)
         self._block, self._device = block, device
         dtype: torch.dtype = getattr(torch, problem.dtype)
         layers = []
@@ -80,17 +100,57 @@ class Training:
         sequence = gang.dp_index, 0  # every rank of tensor parallelism has all of the same tokens
         self.x = draw_rows("x", tokens, (model.hidden,), dtype, work.seed, device, sequence)
         self.reshard: Reshard | None = None
-        if block.vision:
-            shown = images(problem.seqlen, block.vision, [work.seed, *sequence, 2])
+        if block.shown:
+            shown = images(problem.seqlen, block.shown, [work.seed, *sequence, 2])
             self.reshard = Reshard(shown, tokens, problem.scale.world_size, gang)
             self.images = draw_rows("x", self.reshard.tokens, (model.hidden,), dtype, work.seed, device, sequence)
         self._whole(lambda x: x, self.x)  # units know that they are parts of it, before a layer runs by itself
-        self.recompute = recompute.start(self.stack, self.x, model.layers)
         spoken = answers(problem.seqlen, block.labelled, [work.seed, *sequence]) if block.labelled < 1 else None
         self.labels = labels_of(tokens, model.vocab, work.seed, device, sequence, spoken)
         self.labelled = int(gang.ranks.reduce((self.labels != UNLABELLED).sum()))
-        share = 1 / max(1, self.labelled) / gang.mesh.dp
-        self.loss = ChunkedLoss(self.head, self.labels, block.loss_chunk, share, sharing, masked=block.masked_logits)
+        self._share = 1 / max(1, self.labelled) / gang.mesh.dp
+        self.micro_batches = self._micro_batches(recompute)
+
+    def _micro_batches(self, recompute: Recompute) -> list[MicroBatch]:
+        ready = recompute.start(self.stack, self.x, self._block.model.layers)
+        return [MicroBatch(self.stack, self.x, ready, self._loss(self.labels))]
+
+    def _loss(self, labels: torch.Tensor) -> ChunkedLoss:
+        """Of some of this rank's tokens; those of all tokens of all ranks sum to the mean over the labelled ones."""
+        block = self._block
+        return ChunkedLoss(self.head, labels, block.loss_chunk, self._share, self.sharing, masked=block.masked_logits)
+
+    @property
+    def recompute(self) -> Started:
+        return self.micro_batches[0].recompute
+
+    @property
+    def loss(self) -> ChunkedLoss:
+        return self.micro_batches[0].loss
+
+    @property
+    def again(self) -> Again:
+        """What of forward backward computes again."""
+        return self.recompute.policy.again()
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of the host that this rank holds for what it puts there."""
+        return self.recompute.host_bytes
+
+    def offloaded(self) -> dict[str, float]:
+        """Metrics of what this rank has put there in its last step."""
+        return self.recompute.metrics()
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What was measured and chosen for recomputation."""
+        return self.recompute.notes
+
+    @property
+    def head_labels(self) -> torch.Tensor:
+        """Labels of the tokens that the head gets in a step, in their order."""
+        return torch.cat([self.labels[:0], *(each.loss.labels for each in self.micro_batches)])
 
     def _make(self, half: Half, name: str, seed: int, reshard: bool = True) -> None:
         half.to_empty(device=self._device)
@@ -115,12 +175,27 @@ class Training:
         }
         return named | {f"head.{name}": weight for name, weight in self.head.named_parameters()}
 
-    def phases(self) -> Phases:
+    def step(self, done: Done = lambda part, passed: None) -> Any:
+        """A step; what its last phase gave.
+
+        Args:
+            done: called after each phase, and after each part of a phase that has several.
+        """
+        passed: Any = None
+        for name, phase in self.phases(done).items():
+            passed = phase(passed)
+            done(name, passed)
+        return passed
+
+    def phases(self, done: Done = lambda part, passed: None) -> Phases:
         """Forward gives (x, y); head (x, y, dy, loss); backward and what comes after it (dx, loss), and then the weights have their
         gradients, summed over all ranks of context and data parallelism.
 
         ``loss`` is this rank's part: those of all ranks of context and data parallelism sum to the mean over sequences of the mean
         over a sequence's labelled tokens. ``dx`` and the gradients are this sum's derivatives.
+
+        Args:
+            done: as of ``step``, for parts of a phase.
         """
         phases: dict[str, Callable[[Any], Any]] = {}
         if self.reshard is not None:
@@ -133,6 +208,11 @@ class Training:
         }
         if self.reshard is not None:
             phases[BACK] = self._reshard_backward
+        return phases | self._of_weights()
+
+    def _of_weights(self) -> Phases:
+        """What comes after backward."""
+        phases: Phases = {}
         if self.sharing.reduces:
             phases["reduce"] = self._reduce
         if self.optimizer is not None:
@@ -148,8 +228,12 @@ class Training:
     def forward(self, x: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """``x``: what the first layer gets where that has come from elsewhere."""
         self._forget()
-        x = (self.x if x is None else x).detach().requires_grad_()
-        return x, self._whole(self.recompute.forward, x)
+        return self._through(self.micro_batches[0], self.x if x is None else x)
+
+    def _through(self, micro_batch: MicroBatch, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layers get, as a leaf of autograd, and what the last one gives."""
+        x = x.detach().requires_grad_()
+        return x, self._whole(micro_batch.recompute.forward, x)
 
     def _forget(self) -> None:
         for weight in self.weights().values():
@@ -192,38 +276,46 @@ class Training:
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         return memory_of(x for state in states for x in state.values())
 
-    def planned(self) -> Plan:
-        """The plan of this rank's memory in a step, whose weights are not sharded."""
-        tp, block, run = self.sharing.tp, self._block, self.stack.attention.run
+    def planned(self) -> Plan | None:
+        """The plan of this rank's memory in a step, whose weights are not sharded: of the micro-batch with most tokens; None: it has
+        no tokens."""
+        if not self.micro_batches:
+            return None
+        tp, block = self.sharing.tp, self._block
+        most = max(self.micro_batches, key=lambda each: len(each.x))
         model = block.model.divided(1 if tp is None else tp.size())
-        buffers, finals = run.keeps()
+        buffers, finals = most.stack.attention.run.keeps()
         dtype = str(self.x.dtype).removeprefix("torch.")
         layer = layer_bytes(
-            model, len(self.x), dtype, fused_norms=self._device.type == "cuda", finals=finals, buffers=buffers
+            model, len(most.x), dtype, fused_norms=self._device.type == "cuda", finals=finals, buffers=buffers
         )  # fmt: skip
         return planned(
-            model, layer, self.recompute.policy, layers=len(self.stack.layers), dtype=dtype,
-            loss_rows=min(block.loss_chunk, len(self.loss.labels)),
+            model, layer, most.recompute.policy, layers=len(self.stack.layers), dtype=dtype,
+            loss_rows=min(block.loss_chunk, len(most.loss.labels)),
         )  # fmt: skip
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds, by class; runs a step for it. Collective.
 
         ``weights``, ``gradients``, ``optimizer``: of this rank's parts, at the end of the step. ``activations``: what is allocated
-        at the end of ``forward`` and was not at its begin, which is all that backward needs of it, and the output. Weights that are
-        gathered for a while are in none of them.
+        at the end of a forward and was not at its begin, which is all that backward needs of it, and the output; the most of all
+        micro-batches. Weights that are gathered for a while are in none of them.
         """
         self._forget()
-        passed, activations = None, 0
-        for name, phase in self.phases().items():
-            before = in_use(self._device)
-            passed = phase(passed)
-            if name == "forward":
-                activations = in_use(self._device) - before
+        activations, before = 0, in_use(self._device)
+
+        def done(part: str, _: Any) -> None:
+            nonlocal activations, before
+            now = in_use(self._device)
+            if part == "forward":
+                activations = max(activations, now - before)
+            before = now
+
+        self.step(done)
         weights = list(self.weights().values())
         return {
             "weights": memory_of(weights),
             "gradients": memory_of(weight.grad for weight in weights if weight.grad is not None),
             "optimizer": self._of_optimizer(),
-            "activations": max(0, activations),
+            "activations": activations,
         }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -138,6 +139,12 @@ class Layer(nn.Module):
         super().__init__()
         self.before, self.after = Before(model, dtype, device), After(model, dtype, device)
         self.attention = attention
+
+    def around(self, attention: Attention) -> Layer:
+        """The same layer, with its weights, around another attention."""
+        layer = copy(self)
+        layer.attention = attention
+        return layer
 
     def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         return self.after(x, self.attend(x, rope))

@@ -28,6 +28,12 @@ class Watch:
         """Seconds of all spans of a name; on CUDA after the device has done all."""
         found: dict[str, float] = {}
         for name, begun, ended in self.spans:
-            seconds = begun.elapsed_time(ended) / 1e3 if self.cuda else ended - begun
-            found[name] = found.get(name, 0.0) + seconds
+            found[name] = found.get(name, 0.0) + self.between(begun, ended)
         return found
+
+    def between(self, begun: Any, ended: Any) -> float:
+        """Seconds from one moment to another; on CUDA it waits for the device."""
+        if not self.cuda:
+            return float(ended - begun)
+        ended.synchronize()
+        return float(begun.elapsed_time(ended)) / 1e3

@@ -21,11 +21,12 @@ from omegaconf import OmegaConf
 from lcbench.grid.build import check_options
 from lcbench.grid.command_line import look
 from lcbench.grid.paths import CONF, REPOSITORY
-from lcbench.grid.values import parse_tokens
+from lcbench.grid.values import axis_values, parse_tokens
 from lcbench.masks.band import DoesNotFit
 from lcbench.masks.lengths import Explicit, Fixed, Histogram, Lengths, LogNormal, Uniform, document_bounds, fit
-from lcbench.testing.masks import load, names
+from lcbench.testing.masks import load
 
+DRAWING = axis_values(CONF, "lengths")  # those that do not wait for lengths of the user's
 DISTRIBUTIONS = st.one_of(
     st.builds(Fixed, st.integers(1, 40)),
     st.tuples(st.integers(1, 20), st.integers(0, 20)).map(lambda t: Uniform(t[0], t[0] + t[1])),
@@ -61,7 +62,7 @@ def test_distributions_are_what_they_say() -> None:
     assert tokens == pytest.approx([0.25, 0.25, 0.5], abs=0.01)
 
 
-@pytest.mark.parametrize("name", [n for n in names("lengths") if n != "explicit"])
+@pytest.mark.parametrize("name", DRAWING)
 def test_shipped_lengths_fill_a_million_tokens(name: str) -> None:
     config = check_options("lengths", load("lengths", name))
     options = {k: v for k, v in config.items() if k not in ("name", "_target_")}
@@ -95,9 +96,6 @@ def probabilities(config: dict[str, Any]) -> dict[int, float]:
 
 def stated(text: str) -> float:
     return float(text.replace(",", ""))
-
-
-DRAWING = [n for n in names("lengths") if n != "explicit"]
 
 
 @pytest.mark.parametrize("name", DRAWING)

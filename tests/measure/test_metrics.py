@@ -8,13 +8,17 @@ import pytest
 
 from lcbench.cp.displaced import Displaced
 from lcbench.cp.none import Local
+from lcbench.cp.ring import Ring
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.causal import causal
 from lcbench.measure.blocks import with_block
 from lcbench.measure.cell import measure_cell
 from lcbench.measure.metrics import METRICS, metric_of, table
+from lcbench.planners.none import NoPlanner
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.testing.costs import Quadratic
 from lcbench.workloads.base import Work
+from lcbench.workloads.batch import Batch
 from lcbench.workloads.block import Block
 from lcbench.workloads.chunked_prefill import ChunkedPrefill
 from lcbench.workloads.denoise import Denoise
@@ -54,9 +58,19 @@ def of_chunks() -> set[str]:
     return {metric_of(key).key for key in found.metrics}
 
 
+def of_batches() -> set[str]:
+    """Keys of a batch of documents."""
+    problem, mask = Problem(150, Heads(4, 2, 8), Scale(1, 1), "float32", "forward_backward"), causal(150)
+    work = Work(Batch(capacity=150, gradient_bytes=64), problem, lambda _: mask, SDPAFlash(), Ring(), SETTINGS, 5,
+                planner=NoPlanner(), cost=lambda: Quadratic((1,)))  # fmt: skip
+    found = measure_cell(work, GANG, lambda _: None)
+    assert found.stands, found.check
+    return {metric_of(key).key for key in found.metrics}
+
+
 @pytest.mark.slow
 def test_every_key_of_a_cell_is_in_the_table_and_every_key_of_that_in_some_cell(tmp_path: Path) -> None:
-    of_steps = of_a_step() | of_denoising() | of_chunks()
+    of_steps = of_a_step() | of_denoising() | of_chunks() | of_batches()
     for draws in (1, 2):
         first = measured("causal_document", 150, "float32", tmp_path, draws=draws)
         metrics, _ = with_block(first.metrics, first.samples, first)

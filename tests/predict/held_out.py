@@ -133,11 +133,12 @@ def write(path: Path, sets: dict[str, Sequence[CellTime]], said: dict[str, Any])
 def read(path: Path) -> dict[str, list[CellTime]]:
     """What ``write`` has written, by set, and the cores of that machine under its provenance."""
     known = json.loads(path.read_text())
-    return {
-        name: [
-            CellTime(Cell.from_config(c["config"]), c["phases"], group_of(Cell.from_config(c["config"])), path.stem, own=True,
-                     compute=c["compute"], communication=c["communication"])
-            for c in cells
-        ]
-        for name, cells in known.items() if name != "provenance"
-    }  # fmt: skip
+    return {name: [time_of(c, path.stem) for c in cells] for name, cells in known.items() if name != "provenance"}
+
+
+def time_of(known: dict[str, Any], source: str) -> CellTime:
+    """A cell as ``write`` has written it."""
+    cell = Cell.from_config(known["config"])
+    return CellTime(
+        cell, known["phases"], group_of(cell), source, own=True, compute=known["compute"], communication=known["communication"]
+    )

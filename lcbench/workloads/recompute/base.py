@@ -53,6 +53,10 @@ class Recompute(ABC):
     def refuses(self, run: RankRun) -> str | None:
         """Why it cannot be with a strategy at work, or None."""
 
+    def unsettled(self) -> str | None:
+        """Which of its options is left to measurements; None: none is."""
+        return None
+
     @abstractmethod
     def again(self) -> Again:
         """What its backward computes again."""

@@ -46,12 +46,12 @@ class HostMemory:
         return sum(map(len, self._made.values()))
 
     def of(self, layer: int, index: int, size: int) -> torch.Tensor:
-        """``size`` bytes for the tensor of that index of a layer."""
+        """``size`` bytes for the tensor of that index of a layer; more are kept for a larger one."""
         key = layer, index
-        if key not in self._made or len(self._made[key]) != size:
+        if key not in self._made or len(self._made[key]) < size:
             self._made.pop(key, None)
             self._made[key] = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
-        return self._made[key]
+        return self._made[key][:size]
 
 
 class Lane:

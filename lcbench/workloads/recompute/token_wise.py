@@ -78,6 +78,9 @@ class TokenWise(Swapping):
         always, whole = (replace(self, fraction=share).kept(layer).host for share in (0.0, 1.0))
         return replace(self, fraction=min(1.0, max(0.0, (hides - always) / max(1, whole - always))))
 
+    def unsettled(self) -> str | None:
+        return "recompute.fraction" if self.fraction is None else None
+
     def again(self) -> Again:
         return Again(token_wise=1 - (self.fraction or 0.0))
 
