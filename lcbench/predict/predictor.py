@@ -218,7 +218,7 @@ class Predictor:
             {name: composed.flops(made, name) for name in made.phases},
             {name: composed.flops(made, name, again=True) for name in made.phases}, {},
             max(d.buffer_bytes for d in found.draws), peak, bounds,
-            max(error, *(self._error(cell, name) for name in found.phases)), basis, found.draws,
+            max(error, self._error(cell, found)), basis, found.draws,
             known=found.metrics, notes=found.notes,
         )  # fmt: skip
 
@@ -251,7 +251,7 @@ class Predictor:
                 {name: own.flops(made, name) for name in made.phases},
                 {name: own.flops(made, name, again=True) for name in made.phases}, alone,
                 max(d.buffer_bytes for d in attended.draws), peak, bounds,
-                max(error, *(self._error(each, name) for name in phases)), basis, attended.draws, least_s,
+                max(error, self._error(each, together)), basis, attended.draws, least_s,
                 share=own.share(), queries=queries,
             ))  # fmt: skip
         return found
@@ -276,9 +276,12 @@ class Predictor:
         found = replace(composed, memory=False).play(self.machine, nothing, dense)
         return sum(found.made.attends(direction) * phase.busiest_s for direction, phase in found.attention.items())
 
-    def _error(self, cell: Cell, phase: str) -> float:
-        """Of a phase of cells like this one, by cross-validation."""
-        return self.fitted.error.get(error_key(cell, phase), UNFITTED_ERROR) if self.fitted is not None else UNFITTED_ERROR
+    def _error(self, cell: Cell, found: Together) -> float:
+        """Of phases of cells like this one, by cross-validation. No batch that is planned is fitted on; it is made of attention."""
+        if self.fitted is None:
+            return UNFITTED_ERROR
+        keys = found.attention if build_planner(cell.config) is not None else [error_key(cell, name) for name in found.phases]
+        return max(self.fitted.error.get(key, UNFITTED_ERROR) for key in keys)
 
     def _peak(self, found: Together, inside: MemoryFit | None) -> tuple[int, tuple[float, float]]:
         """The peak of the rank with most, and its 95 % interval."""
