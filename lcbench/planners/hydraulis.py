@@ -11,9 +11,10 @@ import numpy as np
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Planner, Say
 from lcbench.planners.flexsp import bucketed
 from lcbench.planners.packing import best_fit_decreasing, in_order, level
-from lcbench.planners.pieces import Laid, Score, Table, better, improved
+from lcbench.planners.moves import Moves, Piece
 from lcbench.planners.placing import side_by_side
 from lcbench.planners.programs import Sharing, alike
+from lcbench.planners.table import Table
 
 BUCKETS, GAP, NODES = 16, 0.01, 200  # of the program that proposes replicas
 SPREAD = 0.3  # of a trial: standard deviation of the logarithm of what documents are sorted by
@@ -30,7 +31,7 @@ class _Dealt:
         own: numbers of documents of each replica.
     """
 
-    score: Score
+    score: tuple[float, float]
     degrees: tuple[int, ...]
     own: list[list[int]]
 
@@ -47,7 +48,7 @@ class Hydraulis(Planner):
     ``(pp - 1) max cost``, is 0: a batch has no stages here.
 
     In the paper replicas change between batches only. So where one document needs many ranks, these share all that they have, and the
-    batch may take much longer than the best plan. Unless ``stay``, small changes at the end (``pieces.improved``) let ranks come
+    batch may take much longer than the best plan. Unless ``stay``, small changes at the end (``Moves.best``) let ranks come
     together in other groups between micro-batches; they are ours.
 
     Attributes:
@@ -77,7 +78,7 @@ class Hydraulis(Planner):
         for number in range(1, self.trials):
             noise = np.exp(random.normal(0.0, SPREAD, len(documents)))
             dealt = _dealt(table, found.degrees, _longest_first(documents.pairs * noise))
-            if dealt is not None and better(dealt.score, found.score):
+            if dealt is not None and dealt.score < found.score:
                 found = dealt
                 say(f"hydraulis: trial {number + 1} of {self.trials}: {found.score[0]:.4g} s")
         found = self._leveled(found, table)
@@ -90,9 +91,8 @@ class Hydraulis(Planner):
         stayed = in_order(table.known.made(own, batch, fleet) for own, batch in groups)
         if self.stay:
             return stayed
-        starts = [[table.piece(len(own), batch) for own, batch in groups], table.of_fixed()]
-        laid = [improved(Laid.of(pieces, fleet), table, self.effort // 2) for pieces in starts if pieces]
-        changed = min(laid, key=lambda one: one.score).assigned(table)
+        moves = Moves(table.known, fleet, table.degrees)
+        changed = moves.best([tuple(Piece(tuple(batch), len(own)) for own, batch in groups)], self.effort)
         return min(changed, stayed, key=lambda plan: plan.makespan_s(documents, cost, fleet.ranks))
 
     def _replicas(self, table: Table, order: list[int], say: Say) -> _Dealt:
@@ -115,7 +115,7 @@ class Hydraulis(Planner):
                 seen.add(degrees)
                 left -= len(order)
                 other = _dealt(table, degrees, order)
-                if other is not None and better(other.score, best.score):
+                if other is not None and other.score < best.score:
                     best, found = other, True
                     break
         say(f"hydraulis: {len(seen)} sets of replicas looked at: {len(best.degrees)} replicas, {best.score[0]:.4g} s")
@@ -180,7 +180,7 @@ def _longest_first(sizes: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[
     return [int(one) for one in np.argsort(-sizes, kind="stable")]
 
 
-def _scored(spent: Sequence[float], degrees: Sequence[int]) -> Score:
+def _scored(spent: Sequence[float], degrees: Sequence[int]) -> tuple[float, float]:
     seconds = np.array(spent)
     return float(seconds.max()), float(seconds**2 @ np.array(degrees))
 
@@ -246,4 +246,4 @@ def _packed(table: Table, degree: int, numbers: Sequence[int]) -> list[list[int]
     sizes, room = table.documents.tokens[list(numbers)], degree * table.fleet.capacity
     tight = best_fit_decreasing(sizes, room)
     packed = [[numbers[place] for place in one] for one in level(sizes, len(tight), room) or tight if one]
-    return sorted(packed, key=lambda one: (-table.piece(degree, one).seconds, one))
+    return sorted(packed, key=lambda one: (-table.each_s[degree][one].sum(), one))
