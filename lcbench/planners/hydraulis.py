@@ -150,6 +150,7 @@ class Hydraulis(Planner):
         def moved() -> bool:
             nonlocal left
             last = int(np.argmax(spent))
+            here = table.each_s[dealt.degrees[last]]
             for other in np.argsort(spent, kind="stable").tolist():
                 there = table.each_s[dealt.degrees[other]]
                 for document in own[last] if other != last else ():
@@ -162,7 +163,7 @@ class Hydraulis(Planner):
                         given = [one for one in own[other] if one != back] + [document]
                         kept = [one for one in own[last] if one != document] + ([] if back is None else [back])
                         # What documents cost first, since packing takes longer to try.
-                        if there[given].sum() >= spent[last]:
+                        if there[given].sum() >= spent[last] or (back is not None and not np.isfinite(here[back])):
                             continue
                         after = _takes(table, dealt.degrees[last], kept), _takes(table, dealt.degrees[other], given)
                         if max(after) < spent[last] * (1 - 1e-9):
