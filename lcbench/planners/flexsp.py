@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from lcbench.masks.band import Ints
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Planner, Say
 from lcbench.planners.packing import best_fit_decreasing
-from lcbench.planners.pieces import Laid, Piece, Table, improved
+from lcbench.planners.moves import Moves, Piece, Pieces
 from lcbench.planners.programs import Sharing, alike, exact
+from lcbench.planners.table import Table
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class FlexSP(Planner):
     program chooses the groups of each micro-batch and how many documents of each bucket they share.
 
     The paper waits for all ranks after each micro-batch. Here nobody waits, so that its micro-batches are only where documents are
-    packed together: groups are laid on the ranks that are free first. Small changes at the end (``pieces.improved``) make good what
+    packed together: groups are laid on the ranks that are free first. Small changes at the end (``Moves.best``) make good what
     cutting at one length and rounding to buckets cost; they are ours.
 
     Attributes:
@@ -51,17 +52,15 @@ class FlexSP(Planner):
         table = Table.of(documents, fleet, cost)
         order = np.argsort(-documents.tokens, kind="stable")
         fewest = fleet.needed(-(-int(documents.tokens.sum()) // fleet.ranks))
-        # One degree for all is what the program may choose too, but not what rounding to buckets always lets it find.
-        found = [Laid.of(same, fleet)] if (same := table.of_fixed()) else []
+        moves, found = Moves(table.known, fleet, table.degrees), list[Pieces]()
         for count in range(fewest, min(fewest + self.trials, max(len(documents), fewest + 1))):
             pieces: list[Piece] = []
             parts = blasted(documents.tokens[order], count)
             for number, (begin, end) in enumerate(parts):
                 pieces += self._grouped(order[begin:end], table)
                 say(f"flexsp: {count} micro-batches: {number + 1} of {len(parts)} planned, {len(pieces)} groups")
-            found.append(Laid.of(pieces, fleet))
-        best = min((improved(laid, table, self.effort // len(found)) for laid in found), key=lambda laid: laid.score)
-        return best.assigned(table)
+            found.append(moves.ordered(pieces))
+        return moves.best(found, self.effort)
 
     def _grouped(self, numbers: Ints, table: Table) -> list[Piece]:
         """The groups of a micro-batch.
@@ -99,7 +98,7 @@ class FlexSP(Planner):
             own = np.concatenate([
                 bucket[shares[kind + 1 :].sum() : shares[kind:].sum()] for bucket, shares in zip(buckets, many[1], strict=True)
             ])  # fmt: skip
-            pieces += [table.piece(degree, one) for one in _spread(own, table, degree, int(many[0][kind]))]
+            pieces += [Piece(tuple(one), degree) for one in _spread(own, table, degree, int(many[0][kind]))]
         return pieces
 
 
@@ -180,7 +179,7 @@ def _dealt(buckets: Sequence[Ints], groups: Sequence[tuple[int, Ints]], table: T
             own[group].append(number)
             left[group, bucket] -= 1
             load[group] += table.each_s[groups[group][0]][number]
-    return [table.piece(degree, numbers) for (degree, _), numbers in zip(groups, own, strict=True)]
+    return [Piece(tuple(numbers), degree) for (degree, _), numbers in zip(groups, own, strict=True)]
 
 
 def _spread(numbers: Ints, table: Table, degree: int, bins: int) -> list[list[int]]:

@@ -17,8 +17,8 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Mesh, Problem
 from lcbench.workloads.base import Work, Workload
 from lcbench.workloads.batch import Batch
-from lcbench.workloads.block_parts import batch_made_of, micro_batch_of
-from lcbench.workloads.parts import Made, Part, Share
+from lcbench.workloads.block_parts import batch_made_of
+from lcbench.workloads.parts import Made, Share
 from lcbench.workloads.recompute.base import Recompute
 from lcbench.workloads.trained import LABEL_BYTES, Trained
 
@@ -70,19 +70,8 @@ class BatchStep(Trained, Workload):
         return self._attention.misfit(mesh)
 
     def made(self, share: Share, recompute: Recompute) -> Made:
+        """Of a rank's mean share, or of what it has of a micro-batch."""
         return batch_made_of(self, share, recompute)
-
-    def token_wise(self, problem: Problem, tokens: int, recompute: Recompute) -> tuple[Part, ...]:
-        """What a rank with so many tokens does in a micro-batch besides attention: layers forward, head, layers backward, and what
-        that computes again. Attention is ``depth`` times that of the micro-batch.
-
-        Args:
-            problem: of one tensor-parallel rank's heads.
-        """
-        return micro_batch_of(self, problem, tokens, recompute)
-
-    def unforeseen(self) -> str | None:
-        return self._attention.unforeseen()
 
     def repeats(self, phases: Iterable[str]) -> dict[str, float]:
         """Nothing is scaled to a whole model: layers and head are timed together."""

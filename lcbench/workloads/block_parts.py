@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from lcbench.problem import Mesh, Problem
 from lcbench.workloads.models import Model
 from lcbench.workloads.parts import GATHERED, REDUCED, Attend, Compute, Exchange, Made, Part, Room, Share, ToHost
 from lcbench.workloads.recompute.base import Recompute
@@ -39,13 +38,6 @@ def batch_made_of(options: Trained, share: Share, recompute: Recompute) -> Made:
     batch = tuple(part for name in parts for part in made.phases[name])
     others = {name: phase for name, phase in made.phases.items() if name not in parts}
     return replace(made, phases={"batch": batch} | others)
-
-
-def micro_batch_of(options: Trained, problem: Problem, tokens: int, recompute: Recompute) -> tuple[Part, ...]:
-    """What a rank with so many tokens does in a micro-batch besides attention."""
-    share = Share(problem, tokens, Mesh(tp=options.model.heads_q // problem.heads.q))
-    found = batch_made_of(options, share, recompute).phases["batch"]
-    return tuple(part for part in found if not isinstance(part, Attend))
 
 
 def _of_rank(model: Model, share: Share) -> tuple[Model, LayerBytes]:

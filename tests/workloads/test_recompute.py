@@ -257,7 +257,9 @@ def check_peaks(rank: int) -> None:
         assert measured is not None
         assert measured > 40 << 20, f"{name}: {measured} bytes are too few to tell"
         assert 0.9 < measured / formula < 1.1, f"{name}: {measured / 1e6:.1f} MB, {formula / 1e6:.1f} MB by the formula"
-        planned = training.planned().peak
+        plan = training.planned()
+        assert plan is not None
+        planned = plan.peak
         assert 0.8 < measured / planned < 1.1, f"{name}: {measured / 1e6:.1f} MB, {planned / 1e6:.1f} MB planned"
 
 
