@@ -232,7 +232,8 @@ class Predictor:
                 {name: own.flops(made, name) for name in made.phases},
                 {name: own.flops(made, name, again=True) for name in made.phases}, alone,
                 max(d.buffer_bytes for d in attended.draws), peak, bounds,
-                max(error, *(self._error(each, name) for name in phases)), basis, attended.draws, least_s, own.share(), composed.draws[0].modelled.schedule.q,
+                max(error, *(self._error(each, name) for name in phases)), basis, attended.draws, least_s,
+                own.share(), composed.draws[0].modelled.schedule.q,
             ))  # fmt: skip
         return found
 
