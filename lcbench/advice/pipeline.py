@@ -1,13 +1,13 @@
-"""A plan of a model's step: pipeline stages, and a way for each of their layers. Its time and its memory, and the search for the best.
+"""A plan of a model's step: pipeline stages, and a way for each of their layers; its time, its memory, and the search for the best.
 
-The search is Galvatron's (arXiv 2211.13878, section 3.3; 2307.02031): for each number of stages a dynamic program over the layers of a
-stage finds what is fastest within the memory that a rank may have, where neighbours of another order cost a move of activations. Where
-Galvatron rounds memory to a grid, this keeps exact bytes: of what layers behind a cut may come to, only what nothing else beats in
-time, in what a step ends with, in peak and in what stays is kept, so that the answer is the best there is.
+The search is Galvatron's (arXiv 2211.13878, section 3.3; 2307.02031): for each number of stages a dynamic program over the layers
+of a stage finds what is fastest within the memory that a rank may have; neighbours of another order cost a move of activations.
+Where Galvatron rounds memory to a grid, this keeps exact bytes. Of what the layers behind a cut may come to it keeps what nothing
+else beats in time, in what a step ends with, in peak and in what stays, so that the answer is the best there is.
 
 A step: each of m micro-batches passes the stages forward and backward, one forward one backward (1F1B, arXiv 1806.03377), and then
-gradients are summed and the optimizer takes its step. With t the seconds that a stage needs for a micro-batch and e those that it ends
-with, a step takes sum(t) + (m - 1) max(t) + max(e).
+gradients are summed and the optimizer takes its step. With t the seconds that a stage needs for a micro-batch and e those that it
+ends with, a step takes sum(t) + (m - 1) max(t) + max(e).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from lcbench.advice.ways import Asked, Way
 from lcbench.schedule.machine import Machine
 
 Floats = NDArray[np.float64]
+# What a stage may come to, by its number of layers: (n, 2) seconds of a micro-batch and of the end, and the ways of its layers.
+Ends = list[tuple[Floats, list[tuple[Way, ...]]]]
 TIME, END, PEAK, STAYS = range(4)  # of a row of labels
 # What of a way a plan counts, beside the seconds of a layer and what its first layer is given.
 COUNTED = ("end_s", "head_s", "head_end_s", "steady", "gradient", "kept", "moment", "head_steady", "head_gradient", "head_moment")
@@ -58,7 +60,7 @@ class Stage:
 
     @property
     def under_way(self) -> int:
-        """Micro-batches whose activations it holds at once, at most: as many as are between its forward and its backward in 1F1B."""
+        """Micro-batches whose activations it holds at once, at most: those between its forward and its backward in 1F1B."""
         return min(self.batches, self.stages - self.number)
 
     @property
@@ -119,7 +121,7 @@ def load(way: Way, sequences: int, batches: int, under_way: int) -> Load:
 
 
 def head_load(way: Way, sequences: int, batches: int) -> tuple[float, float]:
-    """Of the head: bytes while it is at work, without activations that layers keep, and its gradient while layers are in backward."""
+    """Of the head: bytes while it is at work, without what layers keep, and its gradient while layers are in backward."""
     stay = way.head_gradient if batches > 1 else 0.0
     return way.head_steady + stay + way.head_moment + 2 * way.passes(sequences) * way.x_bytes, way.head_gradient - stay
 
@@ -141,8 +143,8 @@ def switch_s(a: Way, b: Way, sequences: int, per_node: int, machine: Machine) ->
 
 
 def hop_s(way: Way, stage: Stage, boundary: int) -> float:
-    """What a rank of a stage receives over a boundary, the activations or, from behind, their gradients. Boundary i lies before stage
-    i; before the first and behind the last stage there is none."""
+    """What a rank of a stage receives over a boundary, the activations or, from behind, their gradients. Boundary i lies before
+    stage i; before the first and behind the last stage there is none."""
     if boundary in (0, stage.stages):
         return 0.0
     machine, first = stage.machine, boundary * way.ranks
@@ -228,7 +230,7 @@ def _plan(by_stage: Sequence[tuple[Way, ...]], asked: Asked, sequences: int, mac
 
 
 def best(ways: Sequence[Way], asked: Asked, stages: int, sequences: int, machine: Machine, bound_s: float) -> Plan | None:
-    """The fastest plan of these ways, stages and micro-batches that fits; None where none fits, or none takes less than ``bound_s``.
+    """The fastest plan of these ways, stages and micro-batches that fits; None where none does, or takes less than ``bound_s``.
 
     Args:
         ways: on the ranks of a stage, each with a number of replicas that divides ``sequences``.
@@ -261,7 +263,9 @@ def _sensible(ways: Sequence[Way]) -> list[Way]:
     found: list[Way] = []
     for order in dict.fromkeys(way.order for way in ways):
         own = [way for way in ways if way.order == order]
-        counted = np.array([[*(getattr(way, name) for name in COUNTED), way.forward_s + way.backward_s, first_bytes(way, way.dp)] for way in own])
+        counted = np.array([
+            [*(getattr(way, name) for name in COUNTED), way.forward_s + way.backward_s, first_bytes(way, way.dp)] for way in own
+        ])  # fmt: skip
         found += [own[at] for at in sorted(unbeaten(counted))]
     return found
 
@@ -305,7 +309,7 @@ class _Search:
         if layers < stages or self._least_s(layers) >= self.bound_s:
             return None
         cuts: dict[int, list[_Cut]] = {0: [_Cut(0.0, 0.0, 0.0)]}
-        ends: list[list[tuple[Floats, list[tuple[Way, ...]]]]] = []
+        ends: list[Ends] = []
         for number in range(stages - 1, -1, -1):
             own = self._ends(Stage((), number, *self._alike))
             ends.append(own)
@@ -336,7 +340,7 @@ class _Search:
     def _seconds(self, cut: _Cut) -> float:
         return cut.summed + (self.stage.batches - 1) * cut.longest + cut.end
 
-    def _joined(self, cuts: dict[int, list[_Cut]], own: list[tuple[Floats, list[tuple[Way, ...]]]], number: int) -> dict[int, list[_Cut]]:
+    def _joined(self, cuts: dict[int, list[_Cut]], own: Ends, number: int) -> dict[int, list[_Cut]]:
         """Each of the cuts with a stage before it, by layers; ``own``: what that stage may come to, by layers."""
         found: dict[int, list[_Cut]] = {}
         for behind, known in cuts.items():
@@ -354,7 +358,7 @@ class _Search:
                             found.setdefault(behind + count, []).append(one)
         return {count: _unbeaten_cuts(each) for count, each in found.items()}
 
-    def _ends(self, stage: Stage) -> list[tuple[Floats, list[tuple[Way, ...]]]]:
+    def _ends(self, stage: Stage) -> Ends:
         """What a stage may come to, by its number of layers from 1 on: (n, 2) seconds of a micro-batch and of the end, and its
         ways."""
         levels: list[_Level] = []
@@ -409,8 +413,8 @@ class _Search:
     def _before(
         self, stage: Stage, count: int, own: NDArray[np.int64], rows: Floats, numbers: NDArray[np.int64]
     ) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64]]:
-        """Rows with a layer before them that is run in each of some ways of one order, ``count`` layers in all: those that fit and that
-        nothing beats."""
+        """Rows with a layer before them that is run in each of some ways of one order, ``count`` layers in all: those that fit and
+        that nothing beats."""
         loads = [load(self.ways[at], stage.sequences, stage.batches, stage.under_way) for at in own]
         steady, gradient, kept, moment = (
             np.array([getattr(each, name) for each in loads])[:, None] for name in ("steady", "gradient", "kept", "moment")
@@ -458,7 +462,7 @@ def _unbeaten_cuts(cuts: list[_Cut]) -> list[_Cut]:
 
 
 def unbeaten(rows: Floats) -> NDArray[np.int64]:
-    """Numbers of the rows that no other is at most as large as in all columns, equal rows once, in the order of the first column."""
+    """Numbers of the rows that no other is at most as large as in all columns, equal rows once, by the first column."""
     order = np.lexsort(rows.T[::-1])
     kept = np.empty(0, dtype=np.int64)
     for begin in range(0, len(order), CHUNK):

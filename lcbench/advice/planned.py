@@ -62,8 +62,8 @@ class Told:
         words = self.asked.cells[0].words
         model = self.asked.cells[0].config["workload"]["model"]["name"]
         return (
-            f"{model}, mask {words['mask']}, seqlen {words['seqlen']}, {self.asked.batch} sequences a step, scale {self.asked.scale}, "
-            f"kernel {words['kernel']}"
+            f"{model}, mask {words['mask']}, seqlen {words['seqlen']}, {_count(self.asked.batch, 'sequence')} a step, "
+            f"scale {self.asked.scale}, kernel {words['kernel']}"
         )
 
     def lines(self) -> Iterator[str]:
@@ -83,8 +83,8 @@ class Told:
             f"{'' if mfu is None else f', MFU {percent(mfu)}'}, {size(plan.bytes)} of {size(budget)} a rank"
         )
         yield (
-            f"{_count(len(plan.stages), 'stage')}, {_count(plan.batches, 'micro-batch', 'es')} of {_count(plan.sequences, 'sequence')}; "
-            "where the time goes: "
+            f"{_count(len(plan.stages), 'stage')}, {_count(plan.batches, 'micro-batch', 'es')} of "
+            f"{_count(plan.sequences, 'sequence')}; where the time goes: "
             + ", ".join(f"{name} {duration(seconds)}" for name, seconds in plan.parts.items() if seconds)
         )
         yield f"predicted times are {band(plan.error)} in 95 % of cases; {'; '.join(dict.fromkeys(w.basis for w in plan.ways))}"
@@ -100,14 +100,16 @@ class Told:
         best = self.found.plan
         table = Fitted("what it was up against: the best of each pp, tp and cp, predicted", [
             Column("pp", right=True), Column("tp", right=True), Column("cp", right=True), Column("dp", right=True),
-            Column("layers are run by", 3, folds=True, wanted=36), Column("s,\npredicted", right=True), Column("vs best", right=True),
+            Column("layers are run by", 3, folds=True, wanted=36), Column("s,\npredicted", right=True),
+            Column("vs best", right=True),
             *(Column(part.replace(" ", "\n", 1), 2, right=True) for part in PARTS),
             Column("GiB a\nrank", right=True), Column("loses by", folds=True, wanted=24),
         ])  # fmt: skip
         for rival in self.found.rivals[:MOST_RIVALS]:
             plan = rival.plan
             way, seconds = plan.ways[0], plan.seconds
-            against = "-" if best is None or not rival.fits else times(1.0) if seconds <= best.seconds else more(seconds / best.seconds)
+            ratio = seconds / best.seconds if best is not None and rival.fits else None
+            against = "-" if ratio is None else times(1.0) if ratio <= 1 else more(ratio)
             table.add(
                 str(len(plan.stages)), str(way.tp), str(way.cp), str(way.dp), _how(plan.ways), digits(seconds), against,
                 *(digits(plan.parts[part]) for part in PARTS), digits(plan.bytes / GIB), why(rival, best),

@@ -13,8 +13,8 @@ from lcbench.predict.predictor import Predictor
 
 @dataclass(frozen=True)
 class Rival:
-    """The best plan with one number of stages and one pair of degrees for all layers, whose strategy, sharding and recomputation may
-    differ; where nothing fits, the one that needs least.
+    """The best plan with one number of stages and one pair of degrees for all layers, whose strategy, sharding and recomputation
+    may differ; where nothing fits, the one that needs least.
 
     Attributes:
         over: bytes by which it does not fit; 0: it fits.

@@ -1,9 +1,9 @@
 """What a layer of a model takes on the ranks of a pipeline stage, by how it is run: the space that a plan is searched in.
 
-A way is a degree of tensor parallelism, a degree and a strategy of context parallelism, whether weights are sharded (ZeRO stage 3, as
-FSDP2 does) and what backward computes again; what is left of the ranks is data parallel. It is Galvatron's space of a layer
+A way is a degree of tensor parallelism, a degree and a strategy of context parallelism, whether weights are sharded (ZeRO stage 3,
+as FSDP2 does) and what backward computes again; what is left of the ranks is data parallel. It is Galvatron's space of a layer
 (arXiv 2211.13878, section 3; 2307.02031), with the strategies and policies that lcbench measures. Times are those of
-``workload=block`` as ``lcbench.predict`` foresees them, and memory is by the same formulas.
+``workload=block`` as ``lcbench.predict`` foresees them, and memory is by the same formulas. As there, nothing is an embedding's.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Way:
         given: what the first layer of a stage is given, and the labels.
         moment: the most that a layer's backward takes besides, without its result and the gradient of that.
         head_steady, head_gradient, head_moment: the same of the head.
-        computing_s, exposed_s, again_s: of forward and backward: what the busiest rank computes that it has not computed before, what
-            it waits for messages, and what it does again.
+        computing_s, exposed_s, again_s: of forward and backward: what the busiest rank computes that it has not computed before,
+            what it waits for messages, and what it does again.
         flops, head_flops: of one sequence, over all ranks, that have not been done before.
         error: relative half-width of the 95 % interval of the times.
         basis: what they rest on, in words.
@@ -249,7 +249,8 @@ def _way(one: Prediction, every: Prediction, plain: Prediction, cp: int) -> Way:
     return Way(
         share.mesh.tp, cp, share.mesh.dp, cell.config["cp"]["name"], 3 * block.fsdp, cell.words.get("recompute", NOT_AGAIN),
         _order(one), cell, **_memory(block, policy, share, one),
-        forward_s=forward.seconds, backward_s=backward.seconds, end_s=end, head_s=one.phases["head"].seconds, head_end_s=first - end,
+        forward_s=forward.seconds, backward_s=backward.seconds, end_s=end,
+        head_s=one.phases["head"].seconds, head_end_s=first - end,
         computing_s=forward.seconds + plain.phases["backward"].seconds - exposed, exposed_s=exposed, again_s=again,
         flops=flops["forward"] + flops["backward"], head_flops=flops["head"], error=one.error, basis=one.basis,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Plan the training step of a model on some GPUs: for each layer tensor and context parallelism, ZeRO and recomputation.
 
-Words are a sweep's: model, seqlen, mask, kernel, dtype; cp= and recompute= say what the search may take. nodes= says how many nodes,
-or scale= all ranks; global_batch=, memory_gib=, max_tp=, max_cp=, max_pp= bound it. Nothing is measured: every number is predicted.
+Words are a sweep's: model, seqlen, mask, kernel, dtype; cp= and recompute= say what the search may take. nodes= says how many
+nodes, or scale= all ranks; global_batch=, memory_gib=, max_tp=, max_cp=, max_pp= bound it. Nothing is measured: all is predicted.
 """
 
 from __future__ import annotations
@@ -122,8 +122,10 @@ def _asked(own: Mapping[str, str], grid: Grid, predictor: Predictor) -> Asked:
     for cell in cells:
         if not isinstance(build.build_recompute(cell.config), OnDevice):
             name = cell.config["recompute"]["name"]
-            raise ValueError(f"recompute={name} moves activations to the host, which a plan does not share among layers; write some of"
-                             " none, selective, full, attention_out")  # fmt: skip
+            raise ValueError(
+                f"recompute={name} moves activations to the host, which a plan does not share among layers; write some of none,"
+                " selective, full, attention_out"
+            )
     scale = _scale(own, scales[0], grid, predictor)
     batch = parse_int(own.get("global_batch", max(1, BATCH_TOKENS // problem.seqlen)), "global_batch", least=1)
     most = {name: parse_int(own[f"max_{name}"], f"max_{name}", least=1) for name in DEGREES if f"max_{name}" in own}
@@ -141,5 +143,6 @@ def _budget(own: Mapping[str, str], predictor: Predictor) -> float:
     if "memory_gib" in own:
         return parse_number(own["memory_gib"], "memory_gib") * GIB
     if not predictor.machine.memory_bytes:
-        raise ValueError(f"machine={predictor.machine.name} has no memory of its own; write what a rank may have, such as memory_gib=4")
+        name = predictor.machine.name
+        raise ValueError(f"machine={name} has no memory of its own; write what a rank may have, such as memory_gib=4")
     return (1 - RESERVE) * predictor.machine.memory_bytes
