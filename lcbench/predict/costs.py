@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lcbench.cp.sub_groups import scale_of
 from lcbench.cp.base import Scheduled
+from lcbench.cp.sub_groups import scale_of
 from lcbench.grid import build
 from lcbench.grid.cell import Cell
 from lcbench.kernels.base import Kernel
