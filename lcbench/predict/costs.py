@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lcbench.cp.assigned import scale_of
+from lcbench.cp.sub_groups import scale_of
 from lcbench.cp.base import Scheduled
 from lcbench.grid import build
 from lcbench.grid.cell import Cell
