@@ -94,7 +94,9 @@ class Cell:
     def work(self, ranks: int) -> Work:
         scale = Scale(2, ranks // 2) if ranks > 2 else Scale(1, ranks)
         mask, strategy = mask_of(self.mask, list(self.lengths)), build_strategy(load("cp", self.cp))
-        problem = Problem(mask.num_q, self.mesh.heads(MODEL.heads()), self.mesh.group_scale(scale), self.dtype, "forward_backward")
+        problem = Problem(
+            mask.num_q, self.mesh.heads(self.model.heads()), self.mesh.group_scale(scale), self.dtype, "forward_backward"
+        )
         recompute = build(load("recompute", self.recompute)) if isinstance(self.recompute, str) else self.recompute
         if self.recompute == "token_wise":
             recompute = replace(recompute, fraction=0.5)
