@@ -1,11 +1,11 @@
 """Any degree for each document, chosen by cost: the general form of what power-of-two planners approximate.
 
 Assignments are built for several times within which every document is to be done: each document gets the degree that takes fewest
-rank-seconds of those that keep the time, documents of one degree share groups, and those of one rank fill up what is left, the longest
-first (two-phase scheduling of malleable tasks, Turek, Wolf and Yu, SPAA 1992). The best are improved by moves: another degree, documents
-to other groups or groups of their own, documents exchanged, groups joined, another order. Where no move helps, some groups are taken
-apart and their documents put back one by one where they cost least (ruin and recreate, Schrimpf et al., J. Comput. Phys. 159, 2000). What
-``fixed`` gives is one of the starts, and is returned where nothing better is found.
+rank-seconds of those that keep the time, documents of one degree share groups, and those of one rank fill up what is left, the
+longest first (two-phase scheduling of malleable tasks, Turek, Wolf and Yu, SPAA 1992). The best are improved by moves: another
+degree, documents to other groups or groups of their own, documents exchanged, groups joined, another order. Where no move helps,
+some groups are taken apart and their documents put back one by one where they cost least (ruin and recreate, Schrimpf et al., J.
+Comput. Phys. 159, 2000). What ``fixed`` gives is one of the starts, and is returned where nothing better is found.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class _Work:
         return np.unique(np.append(np.geomspace(longest, max(2 * low, high), TIMES), low)).tolist()
 
     def built(self, time: float) -> Pieces:
-        """Pieces of documents by the degree that takes fewest rank-seconds within a time, or that is fastest where none keeps it."""
+        """Pieces of documents by the degree that takes fewest rank-seconds within a time, or is fastest where none keeps it."""
         alone, areas = self._fastest
         kept = np.where(alone <= time, areas, np.inf)
         chosen = np.where(np.isfinite(kept).any(axis=0), kept.argmin(axis=0), alone.argmin(axis=0))
@@ -144,9 +144,8 @@ class _Work:
         took = float(self.seconds.by_method(degree)[:, own].sum(axis=1).min())
         fewest = -(-int(tokens.sum()) // room)
         parts = max(fewest, min(len(own), int(np.ceil(took / max(time - self.seconds.cost.overhead_s(degree), took / len(own))))))
-        return [
-            _Piece(tuple(own[b].tolist()), degree) for b in level(tokens, parts, room) or best_fit_decreasing(tokens, room) if b
-        ]
+        bins = level(tokens, parts, room) or best_fit_decreasing(tokens, room)
+        return [_Piece(tuple(own[held].tolist()), degree) for held in bins if held]
 
     def _narrow(self, own: Ints, wider: list[_Piece]) -> list[_Piece]:
         """Documents of one rank, to the ranks that are free first beside wider groups, in as few micro-batches as hold them."""
@@ -188,8 +187,8 @@ class _Work:
         return shorter or (score[0] <= than[0] and score[1] < than[1] * (1 - EQUAL))
 
     def rebuilt(self, pieces: Pieces, effort: _Effort) -> Pieces:
-        """The best that comes of taking pieces apart, putting them together again and improving them, from the last that was not much
-        worse than the best (record-to-record travel, Dueck, J. Comput. Phys. 104, 1993), as long as that helps now and then."""
+        """The best that comes of taking pieces apart, putting them together again and improving them, from the last that was not
+        much worse than the best (record-to-record travel, Dueck, J. Comput. Phys. 104, 1993), as long as that helps now and then."""
         random, vain, now = np.random.default_rng(0), 0, pieces
         while vain < VAIN and effort.left > 0:
             other = self.improved(self._recreated(now, random, effort), effort)
@@ -239,7 +238,7 @@ class _Work:
                 yield from (self._with(pieces, {here: [rest, one]}) for one in self._degrees(_Piece((number,), 0)))
             inside = {place for place in late if ranks[place] <= ranks[here]}
             joined = _Piece(tuple(sorted(n for place in inside for n in pieces[place].documents)), 0)
-            gone: dict[int, list[_Piece]] = dict.fromkeys(inside, [])
+            gone: dict[int, list[_Piece]] = {place: [] for place in inside}
             yield from (self._with(pieces, {**gone, here: [one]}) for one in self._degrees(joined) if len(inside) > 1)
             others = [*pieces[:here], *pieces[here + 1 :]]
             yield from ((*others[:place], pieces[here], *others[place:]) for place in range(len(pieces)) if place != here)

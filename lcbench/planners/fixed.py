@@ -1,7 +1,7 @@
 """One degree for every document, as training with a static context-parallel size has it: what other planners are held against.
 
-The ranks are cut into replicas of that degree. Documents are packed into sequences of the length that a replica holds, every replica
-has as many of these (some may stay short or empty), and tokens say what is level, since a data loader knows no costs.
+The ranks are cut into replicas of that degree. Documents are packed into sequences of the length that a replica holds, every
+replica has as many of these (some may stay short or empty), and tokens say what is level, since a data loader knows no costs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Fixed(Planner):
         possible = [degree for degree in cost.degrees if fleet.ranks % degree == 0]
         if self.degree is not None and self.degree not in possible:
             raise Infeasible(
-                f"planner.degree={self.degree} is none that a method can run and that divides {fleet.ranks}: {possible}"
+                f"planner.degree={self.degree} is none of {possible}, which can be run and divide {fleet.ranks}"
             )
         degree = check_longest(documents, possible if self.degree is None else [self.degree], fleet)
         replicas = [tuple(range(begin, begin + degree)) for begin in range(0, fleet.ranks, degree)]
@@ -44,6 +44,5 @@ class Fixed(Planner):
         sizes = [int(documents.tokens[one].sum()) for one in sequences]
         seconds = Seconds(documents, cost)
         dealt = longest_first(sizes, [0.0] * len(replicas), most=rounds)
-        return in_order(
-            seconds.made(replica, sequences[n], fleet) for replica, own in zip(replicas, dealt, strict=True) for n in own
-        )
+        own = zip(replicas, dealt, strict=True)
+        return in_order(seconds.made(replica, sequences[n], fleet) for replica, numbers in own for n in numbers)

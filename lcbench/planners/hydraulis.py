@@ -48,8 +48,8 @@ class Hydraulis(Planner):
     ``(pp - 1) max cost``, is 0: a batch has no stages here.
 
     In the paper replicas change between batches only. So where one document needs many ranks, these share all that they have, and the
-    batch may take much longer than the best plan. Unless ``stay``, small changes at the end (``Moves.best``) let ranks come
-    together in other groups between micro-batches; they are ours.
+    batch may take much longer than the best plan. Unless ``stay``, the longest documents may have replicas of their own first, and small
+    changes at the end (``Moves.best``) let ranks come together in other groups between micro-batches. Both are ours.
 
     Attributes:
         stay: ranks of a replica stay the same in all micro-batches, as in the paper.
@@ -73,7 +73,8 @@ class Hydraulis(Planner):
             return Assignment(())
         table = Table.of(documents, fleet, cost)
         order = _longest_first(documents.pairs.astype(np.float64))
-        found = self._replicas(table, order, say)
+        found = self._replicas(table, order, self.effort)
+        say(f"hydraulis: {len(found.degrees)} replicas, {found.score[0]:.4g} s")
         random = np.random.default_rng(SEED)
         for number in range(1, self.trials):
             noise = np.exp(random.normal(0.0, SPREAD, len(documents)))
@@ -82,28 +83,37 @@ class Hydraulis(Planner):
                 found = dealt
                 say(f"hydraulis: trial {number + 1} of {self.trials}: {found.score[0]:.4g} s")
         found = self._leveled(found, table)
-        ranks = side_by_side(found.degrees, fleet)
-        groups = [
-            (own, batch)
-            for own, degree, numbers in zip(ranks, found.degrees, found.own, strict=True)
+        stayed = in_order(
+            table.known.made(ranks, batch, fleet)
+            for ranks, degree, numbers in zip(side_by_side(found.degrees, fleet), found.degrees, found.own, strict=True)
             for batch in _packed(table, degree, numbers)
-        ]
-        stayed = in_order(table.known.made(own, batch, fleet) for own, batch in groups)
+        )
         if self.stay:
             return stayed
         moves = Moves(table.known, fleet, table.degrees)
-        changed = moves.best([tuple(Piece(tuple(batch), len(own)) for own, batch in groups)], self.effort)
+        starts = [_pieces(table, [found])]
+        firsts = [1 << power for power in range((len(order) - 1).bit_length())]
+        for first in firsts:
+            effort = self.effort // len(firsts)
+            both = [self._replicas(table, numbers, effort) for numbers in (order[:first], order[first:])]
+            starts.append(_pieces(table, both))
+        say(f"hydraulis: replicas that change once, after the longest {', '.join(map(str, firsts))}")
+        changed = moves.best(map(moves.ordered, starts), self.effort)
         return min(changed, stayed, key=lambda plan: plan.makespan_s(documents, cost, fleet.ranks))
 
-    def _replicas(self, table: Table, order: list[int], say: Say) -> _Dealt:
-        """The best replicas that are found, with documents dealt to them once."""
+    def _replicas(self, table: Table, order: list[int], effort: int) -> _Dealt:
+        """The best replicas that are found for some documents, which are dealt to them once.
+
+        Args:
+            effort: documents that are dealt, at most, beside those of the replicas that it starts from.
+        """
         ranks = table.fleet.ranks
         starts = [(degree,) * (ranks // degree) for degree in table.degrees if ranks % degree == 0]
-        starts += [_filled(proposed, table) for proposed in self._proposed(table)]
+        starts += [_filled(proposed, table) for proposed in self._proposed(table, order)]
         seen = set(starts)
         dealt = [one for one in (_dealt(table, degrees, order) for degrees in dict.fromkeys(starts)) if one is not None]
         best = min(dealt, key=lambda one: one.score)
-        left = self.effort - len(starts) * len(order)
+        left = effort
         found = True
         while found:
             found = False
@@ -118,13 +128,12 @@ class Hydraulis(Planner):
                 if other is not None and other.score < best.score:
                     best, found = other, True
                     break
-        say(f"hydraulis: {len(seen)} sets of replicas looked at: {len(best.degrees)} replicas, {best.score[0]:.4g} s")
         return best
 
-    def _proposed(self, table: Table) -> Iterator[list[int]]:
+    def _proposed(self, table: Table, numbers: list[int]) -> Iterator[list[int]]:
         """Degrees of replicas by the program, which sees no micro-batches: what they cost is in what documents cost."""
         documents, room = table.documents, np.array(table.degrees) * table.fleet.capacity
-        longest = np.argsort(-documents.tokens, kind="stable")
+        longest = np.array(numbers)[np.argsort(-documents.tokens[numbers], kind="stable")]
         buckets = np.split(longest, bucketed(documents.tokens[longest], BUCKETS)[:-1])
         overhead = np.array([table.overhead_s[degree] for degree in table.degrees])
         tokens = np.array([int(documents.tokens[own].mean()) for own in buckets])
@@ -150,6 +159,7 @@ class Hydraulis(Planner):
         def moved() -> bool:
             nonlocal left
             last = int(np.argmax(spent))
+            here = table.each_s[dealt.degrees[last]]
             for other in np.argsort(spent, kind="stable").tolist():
                 there = table.each_s[dealt.degrees[other]]
                 for document in own[last] if other != last else ():
@@ -162,7 +172,7 @@ class Hydraulis(Planner):
                         given = [one for one in own[other] if one != back] + [document]
                         kept = [one for one in own[last] if one != document] + ([] if back is None else [back])
                         # What documents cost first, since packing takes longer to try.
-                        if there[given].sum() >= spent[last]:
+                        if there[given].sum() >= spent[last] or (back is not None and not np.isfinite(here[back])):
                             continue
                         after = _takes(table, dealt.degrees[last], kept), _takes(table, dealt.degrees[other], given)
                         if max(after) < spent[last] * (1 - 1e-9):
@@ -247,3 +257,13 @@ def _packed(table: Table, degree: int, numbers: Sequence[int]) -> list[list[int]
     tight = best_fit_decreasing(sizes, room)
     packed = [[numbers[place] for place in one] for one in level(sizes, len(tight), room) or tight if one]
     return sorted(packed, key=lambda one: (-table.each_s[degree][one].sum(), one))
+
+
+def _pieces(table: Table, turns: Sequence[_Dealt]) -> list[Piece]:
+    """All micro-batches of replicas."""
+    return [
+        Piece(tuple(batch), degree)
+        for dealt in turns
+        for degree, numbers in zip(dealt.degrees, dealt.own, strict=True)
+        for batch in _packed(table, degree, numbers)
+    ]

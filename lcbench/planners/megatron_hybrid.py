@@ -1,13 +1,14 @@
 """Megatron-Core's hybrid context parallelism: a power of two of ranks per document, by greedy steps of balanced load.
 
 After ``BalancedCPScheduler`` of Megatron-LM (megatron/core/pipeline_parallel/hybrid_cp_schedule.py at 00caa53): a document takes
-2^ceil(log2(tokens / capacity)) ranks. Documents, the longest first, are cut into as many buckets of equal work as there are sizes of
-groups. A step takes the next document of the first bucket whose head has a place: on free ranks, else in the least loaded group of its
-size. It ends when no head has one or, once a smaller group came, when the loads of all ranks are within 5 %. Then what was put last
-into the heaviest group goes back while that makes the ranks more level, and groups of the smallest size double until no rank is idle.
+2^ceil(log2(tokens / capacity)) ranks. Documents, the longest first, are cut into as many buckets of equal work as there are sizes
+of groups. A step takes the next document of the first bucket whose head has a place: on free ranks, else in the least loaded
+group of its size. It ends when no head has one or, once a smaller group came, when the loads of all ranks are within 5 %. Then
+what was put last into the heaviest group goes back while that makes the ranks more level, and groups of the smallest size double
+until no rank is idle.
 
-Other than there: work is the seconds of the cost instead of tokens^2 / ranks, no barrier stands between steps, and documents
-that a group has in a step may be packed.
+Other than there: work is the seconds of the cost instead of tokens^2 / ranks, no barrier stands between steps, and documents that
+a group has in a step may be packed.
 """
 
 from __future__ import annotations
@@ -126,8 +127,8 @@ class MegatronHybrid(Planner):
 
 
 def _buckets(left: Sequence[int], own: Sequence[int], work: Floats) -> list[deque[int]]:
-    """Documents in their order, cut into at most as many buckets as there are sizes of groups among them, each of at most 1.1 parts of
-    the work where more than one document is in it; what is left over at the end is in the last."""
+    """Documents in their order, cut into at most as many buckets as there are sizes of groups among them, each of at most 1.1 parts
+    of the work where more than one document is in it; what is left over at the end is in the last."""
     count = len({own[number] for number in left})
     target = float(work[left].sum()) / count
     buckets, load = [deque[int]()], 0.0

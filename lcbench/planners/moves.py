@@ -167,7 +167,10 @@ class Moves:
                     yield from (self._with(pieces, {here: a, there: b}) for a, b in self._between(pieces[here], pieces[there]))
             for number in pieces[here].documents if len(pieces[here].documents) > 1 else ():
                 rest = Piece(tuple(n for n in pieces[here].documents if n != number), pieces[here].degree)
-                yield from (self._with(pieces, {here: [rest, one]}) for one in self._degrees(Piece((number,), 0)))
+                for one in self._degrees(Piece((number,), 0)):
+                    beside = Piece(rest.documents, rest.degree - one.degree)  # on the ranks that these leave of what there was
+                    for other in (rest, beside) if beside.degree in self.degrees and self._fits(beside) else (rest,):
+                        yield self._with(pieces, {here: [other, one]})
             inside = {place for place in late if ranks[place] <= ranks[here]}
             joined = Piece(tuple(sorted(n for place in inside for n in pieces[place].documents)), 0)
             gone: dict[int, list[Piece]] = {place: [] for place in inside}

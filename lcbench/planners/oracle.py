@@ -1,10 +1,10 @@
 """The best assignment that there is under a cost, where that can be found: what other planners are held against.
 
 Groups are begun one after the other in the order of their begins, each on the ranks that are free first: every assignment can be
-brought into that form without ending later, since the ranks of a node are alike, and so are nodes. So a state is the set of documents
-that are done and the times at which ranks become free; of two states of one set, one whose ranks all become free no later makes the
-other needless. All sets are gone through in the order of their numbers, and with them every group, every degree, every method and as
-many micro-batches as it takes. What cannot end before the best that is known is dropped.
+brought into that form without ending later, since the ranks of a node are alike, and so are nodes. So a state is the set of
+documents that are done and the times at which ranks become free; of two states of one set, one whose ranks all become free no
+later makes the other needless. All sets are gone through in the order of their numbers, and with them every group, every degree,
+every method and as many micro-batches as it takes. What cannot end before the best that is known is dropped.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ class Oracle(Planner):
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
         for count, most, what in ((len(documents), self.documents, "documents"), (fleet.ranks, self.ranks, "ranks")):
             if count > most:
-                raise Infeasible(
-                    f"a batch of {count} {what} is too large for planner=oracle, which tries everything: at most {most}"
-                )
+                raise Infeasible(f"a batch of {count} {what} is too large for planner=oracle, which takes at most {most}")
         degrees = [degree for degree in cost.degrees if degree <= fleet.ranks]
         check_longest(documents, degrees, fleet)
         if not len(documents):

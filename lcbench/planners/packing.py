@@ -20,8 +20,8 @@ def descending(sizes: Sequence[float] | Ints | Floats) -> list[int]:
 
 
 def best_fit_decreasing(sizes: Sequence[int] | Ints, capacity: int) -> list[list[int]]:
-    """Bins of numbers of sizes: the largest first, each into the fullest bin that has room for it. At most 11/9 of the fewest bins and
-    one (Johnson, 1973); n log n searches.
+    """Bins of numbers of sizes: the largest first, each into the fullest bin that has room for it. At most 11/9 of the fewest bins
+    and one (Johnson, 1973); n log n searches.
 
     Raises:
         ValueError: a size above the capacity.
@@ -73,15 +73,15 @@ def longest_first(
 
 
 def level(sizes: Sequence[int] | Ints, bins: int, capacity: int) -> list[list[int]] | None:
-    """Numbers of sizes in so many bins, as level as ``longest_first`` makes them, each within the capacity; None where the bins that
-    this fills do not hold all. A bin may be empty."""
+    """Numbers of sizes in so many bins, as level as ``longest_first`` makes them, each within the capacity; None where the bins
+    that this fills do not hold all. A bin may be empty."""
     shared = longest_first(sizes, [0.0] * bins)
     whole = np.asarray(sizes)
     return shared if all(int(whole[one].sum()) <= capacity for one in shared) else None
 
 
 def in_order(groups: Iterable[Group]) -> Assignment:
-    """Groups of which each rank has its own in this order, each in the first micro-batch in which all of its ranks are without one."""
+    """Groups of which each rank has its own in this order, each in the first micro-batch in which its ranks have none."""
     micro_batches: list[list[Group]] = []
     last: dict[int, int] = {}  # the first micro-batch in which a rank has nothing yet
     for group in groups:
@@ -125,10 +125,8 @@ class Seconds:
     def made(self, ranks: Sequence[int], numbers: Iterable[int], fleet: Fleet) -> Group:
         """The group of these ranks with these documents in the order of the batch, by the method that is fastest where they are."""
         held = sorted(numbers)
-        if is_near(ranks, fleet):
-            method = self.group(held, len(ranks))[1]
-        else:
-            method = self.cost.group(self.documents.of(held), ranks)[1]
+        near = is_near(ranks, fleet)
+        _, method = self.group(held, len(ranks)) if near else self.cost.group(self.documents.of(held), ranks)
         return Group(tuple(ranks), tuple(held), method)
 
 
