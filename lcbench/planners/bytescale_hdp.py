@@ -18,6 +18,7 @@ from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Floats, Gr
 from lcbench.planners.packing import Seconds, best_fit_decreasing, in_order, longest_first
 
 TARGETS = 16  # times that ``spread`` tries for the batch
+WIDENED, WIDER = 32, 4  # assignments that it tries then, and sizes of a group among these
 HALF = 0.5  # of a token: what is held of offloaded documents is rounded up to whole tokens
 
 
@@ -47,6 +48,8 @@ class BytescaleHDP(Planner):
             if len(choices) > 1:
                 say(f"bytescale_hdp: {number + 1} of {len(choices)} degrees of long sequences tried, best {best.ends:.3g} s")
         assert best is not None
+        if self.spread:
+            best = _widened(best, documents, fleet, cost, sizes)
         return best.assignment(documents, fleet, cost)
 
 
@@ -107,6 +110,18 @@ def _spread(documents: Documents, fleet: Fleet, cost: Cost, sizes: Ints, fewest:
     return list(choices.values())
 
 
+def _widened(best: _Shared, documents: Documents, fleet: Fleet, cost: Cost, sizes: Ints) -> _Shared:
+    """The same with the document that ends last on the next larger groups, as long as that ends the batch sooner."""
+    tried, place = 0, 0
+    while tried < WIDENED and place < len(wider := sizes[sizes > best.degrees[best.last]][:WIDER]):
+        degrees = best.degrees.copy()
+        degrees[best.last] = wider[place]
+        found = _Shared.of(documents, fleet, cost, degrees)
+        best, place = (found, 0) if found.ends < best.ends else (best, place + 1)
+        tried += 1
+    return best
+
+
 def _seconds(documents: Documents, cost: Cost, degrees: Ints) -> Floats:
     """(n,): each alone among so many ranks."""
     seconds = np.empty(len(documents))
@@ -124,11 +139,15 @@ class _Shared:
         wide: documents of several ranks, with these, in the order in which they begin.
         packs: of each rank, the documents that it has alone, by micro-batch.
         ends: seconds until the last rank is done.
+        last: the longest document of what that rank does last.
+        degrees: (n,), ranks of each document.
     """
 
     wide: list[tuple[int, tuple[int, ...]]]
     packs: list[list[list[int]]]
     ends: float
+    last: int
+    degrees: Ints
 
     @classmethod
     def of(cls, documents: Documents, fleet: Fleet, cost: Cost, degrees: Ints) -> _Shared:
@@ -152,7 +171,9 @@ class _Shared:
         named = [
             [alone[np.array(share)[pack]].tolist() for pack in own] for share, own in zip(shares, packs, strict=True)
         ]  # fmt: skip
-        return cls(wide, named, float((free + sums).max()))
+        slowest = int((free + sums).argmax())
+        last = named[slowest][0][0] if named[slowest] else next(number for number, ranks in reversed(wide) if slowest in ranks)
+        return cls(wide, named, float((free + sums)[slowest]), last, degrees)
 
     def assignment(self, documents: Documents, fleet: Fleet, cost: Cost) -> Assignment:
         """Micro-batches of these: wide documents first, each a group; then what each rank has alone."""
