@@ -16,7 +16,6 @@ import numpy as np
 from lcbench.masks.band import Ints
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Floats, Group, Infeasible, Offload, Planner, Say
 from lcbench.planners.packing import Seconds, best_fit_decreasing, in_order, longest_first
-from lcbench.planners.placing import earliest
 
 TARGETS = 16  # times that ``spread`` tries for the batch
 HALF = 0.5  # of a token: what is held of offloaded documents is rounded up to whole tokens
@@ -178,7 +177,13 @@ def _soonest(
         free: (N,), when each is.
         seconds: that ranks near to each other take.
     """
-    near = earliest(count, free, fleet)
+    per_node, nodes = fleet.per_node, free.reshape(-1, fleet.per_node)
+    if count < per_node:
+        some = np.argsort(np.sort(nodes, axis=1)[:, count - 1], kind="stable")[:1]
+    else:
+        some = np.argsort(nodes.max(axis=1), kind="stable")[: -(-count // per_node)]
+    soon = some[:, None] * per_node + np.argsort(nodes[some], axis=1, kind="stable")
+    near = tuple(sorted(soon.ravel()[:count].tolist()))
     ends = float(free[list(near)].max()) + seconds
     first = np.argsort(free, kind="stable")[:count]
     begin = float(free[first].max())

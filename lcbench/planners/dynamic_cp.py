@@ -144,7 +144,9 @@ class _Work:
         took = float(self.seconds.by_method(degree)[:, own].sum(axis=1).min())
         fewest = -(-int(tokens.sum()) // room)
         parts = max(fewest, min(len(own), int(np.ceil(took / max(time - self.seconds.cost.overhead_s(degree), took / len(own))))))
-        return [_Piece(tuple(own[b].tolist()), degree) for b in level(tokens, parts, room) or best_fit_decreasing(tokens, room) if b]
+        return [
+            _Piece(tuple(own[b].tolist()), degree) for b in level(tokens, parts, room) or best_fit_decreasing(tokens, room) if b
+        ]
 
     def _narrow(self, own: Ints, wider: list[_Piece]) -> list[_Piece]:
         """Documents of one rank, to the ranks that are free first beside wider groups, in as few micro-batches as hold them."""

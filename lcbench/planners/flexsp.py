@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from lcbench.masks.band import Ints
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Planner, Say
 from lcbench.planners.packing import best_fit_decreasing
-from lcbench.planners.pieces import Piece, Table, assigned, improved, score
+from lcbench.planners.moves import Moves, Piece, Pieces
 from lcbench.planners.programs import Sharing, alike, exact
+from lcbench.planners.table import Table
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class FlexSP(Planner):
     program chooses the groups of each micro-batch and how many documents of each bucket they share.
 
     The paper waits for all ranks after each micro-batch. Here nobody waits, so that its micro-batches are only where documents are
-    packed together: groups are laid on the ranks that are free first. Small changes at the end (``pieces.improved``) make good what
+    packed together: groups are laid on the ranks that are free first. Small changes at the end (``Moves.best``) make good what
     cutting at one length and rounding to buckets cost; they are ours.
 
     Attributes:
@@ -29,7 +30,7 @@ class FlexSP(Planner):
         trials: numbers of micro-batches that are tried, from the fewest that hold the batch up.
         gap: relative, at which the solver may stop.
         nodes: of the solver's search, at most.
-        variables: documents of a bucket in a group, counts of which the program may have; beyond, groups of one size are taken alike.
+        groups: that can be, each of which the program has by itself; where there can be more, those of one size are taken alike.
         effort: groups that are laid for small changes, at most.
     """
 
@@ -37,11 +38,11 @@ class FlexSP(Planner):
     trials: int = 3
     gap: float = 0.01
     nodes: int = 200
-    variables: int = 128
+    groups: int = 15
     effort: int = 50_000
 
     def __post_init__(self) -> None:
-        for name in ("buckets", "trials", "nodes", "variables", "effort"):
+        for name in ("buckets", "trials", "nodes", "groups", "effort"):
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"planner.{name}={value} is no whole number of at least 1")
         if isinstance(self.gap, bool) or not isinstance(self.gap, int | float) or not 0 < self.gap < 1:
@@ -51,17 +52,15 @@ class FlexSP(Planner):
         table = Table.of(documents, fleet, cost)
         order = np.argsort(-documents.tokens, kind="stable")
         fewest = fleet.needed(-(-int(documents.tokens.sum()) // fleet.ranks))
-        found: list[list[Piece]] = []
+        moves, found = Moves(table.known, fleet, table.degrees), list[Pieces]()
         for count in range(fewest, min(fewest + self.trials, max(len(documents), fewest + 1))):
             pieces: list[Piece] = []
             parts = blasted(documents.tokens[order], count)
             for number, (begin, end) in enumerate(parts):
                 pieces += self._grouped(order[begin:end], table)
                 say(f"flexsp: {count} micro-batches: {number + 1} of {len(parts)} planned, {len(pieces)} groups")
-            found.append(pieces)
-        found.sort(key=lambda pieces: score(pieces, table))
-        best = min((improved(pieces, table, self.effort // 2) for pieces in found[:2]), key=lambda pieces: score(pieces, table))
-        return assigned(best, table)
+            found.append(moves.ordered(pieces))
+        return moves.best(found, self.effort)
 
     def _grouped(self, numbers: Ints, table: Table) -> list[Piece]:
         """The groups of a micro-batch.
@@ -85,10 +84,10 @@ class FlexSP(Planner):
                 capacity=capacity,
             )
 
-        if len(buckets) * int((fleet.ranks // degrees).sum()) <= self.variables:
+        if int((fleet.ranks // degrees).sum()) <= self.groups:
             longest = np.array([documents.tokens[own].max() for own in buckets])
-            if (groups := exact(sharing(longest, fleet.capacity), self.gap, self.nodes)) is not None:
-                return _dealt(buckets, groups, table)
+            if (chosen := exact(sharing(longest, fleet.capacity), self.gap, self.nodes)) is not None:
+                return _dealt(buckets, chosen, table)
         mean = np.array([int(documents.tokens[own].mean()) for own in buckets])
         # Without the capacity where these ranks do not hold all at once: the program then makes groups that have several turns.
         many = alike(sharing(mean, fleet.capacity), self.gap, self.nodes) or alike(sharing(mean, None), self.gap, self.nodes)
@@ -99,7 +98,7 @@ class FlexSP(Planner):
             own = np.concatenate([
                 bucket[shares[kind + 1 :].sum() : shares[kind:].sum()] for bucket, shares in zip(buckets, many[1], strict=True)
             ])  # fmt: skip
-            pieces += [table.piece(degree, one) for one in _spread(own, table, degree, int(many[0][kind]))]
+            pieces += [Piece(tuple(one), degree) for one in _spread(own, table, degree, int(many[0][kind]))]
         return pieces
 
 
@@ -180,12 +179,12 @@ def _dealt(buckets: Sequence[Ints], groups: Sequence[tuple[int, Ints]], table: T
             own[group].append(number)
             left[group, bucket] -= 1
             load[group] += table.each_s[groups[group][0]][number]
-    return [table.piece(degree, numbers) for (degree, _), numbers in zip(groups, own, strict=True)]
+    return [Piece(tuple(numbers), degree) for (degree, _), numbers in zip(groups, own, strict=True)]
 
 
 def _spread(numbers: Ints, table: Table, degree: int, bins: int) -> list[list[int]]:
     """Documents in so many groups of a degree: what takes longest first, each to the group that is done first of those with room for
-    it. Where this needs more groups, packed as tightly as can be, if that needs fewer."""
+    it. Where these groups do not hold them so, as few as best-fit-decreasing packing needs."""
     seconds, tokens = table.each_s[degree][numbers], table.documents.tokens[numbers]
     room = degree * table.fleet.capacity
     load, left = np.zeros(bins), np.full(bins, room)
@@ -194,12 +193,8 @@ def _spread(numbers: Ints, table: Table, degree: int, bins: int) -> list[list[in
         free = np.where(left >= tokens[place], load, np.inf)
         group = int(free.argmin()) if bins else 0
         if not bins or not np.isfinite(free[group]):
-            load, left, group = np.r_[load, 0.0], np.r_[left, room], len(own)
-            own.append([])
-            bins += 1
+            return [numbers[one].tolist() for one in best_fit_decreasing(tokens, room)]
         own[group].append(int(numbers[place]))
         load[group] += seconds[place]
         left[group] -= tokens[place]
-    own = [one for one in own if one]
-    tight = best_fit_decreasing(tokens, room)
-    return own if len(own) <= len(tight) else [numbers[one].tolist() for one in tight]
+    return [one for one in own if one]

@@ -39,7 +39,9 @@ class Oracle(Planner):
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
         for count, most, what in ((len(documents), self.documents, "documents"), (fleet.ranks, self.ranks, "ranks")):
             if count > most:
-                raise Infeasible(f"a batch of {count} {what} is too large for planner=oracle, which tries everything: at most {most}")
+                raise Infeasible(
+                    f"a batch of {count} {what} is too large for planner=oracle, which tries everything: at most {most}"
+                )
         degrees = [degree for degree in cost.degrees if degree <= fleet.ranks]
         check_longest(documents, degrees, fleet)
         if not len(documents):

@@ -88,7 +88,7 @@ class Batch(Workload):
     def start(self, work: Work, draw: int, gang: Gang) -> Session:
         from lcbench.workloads.batching import BatchSession  # with torch, which planning does without
 
-        return BatchSession(self, work, draw, gang)
+        return BatchSession(work, draw, gang, capacity=self.capacity, gradient_bytes=self.gradient_bytes)
 
 
 def _no_group(problem: Problem, mask: BandMask, strategy: Strategy) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from lcbench.workloads.planned import idle_share, padding, planned
 from lcbench.workloads.sharing import BUCKET, Sharing, sum_over
 from lcbench.workloads.started import Sent
 from lcbench.workloads.traffic import Traffic
-
-if TYPE_CHECKING:
-    from lcbench.workloads.batch import Batch
 
 BATCH, REDUCE, SUMS = "batch", "reduce", "sums of gradients"
 WATCHED = 3  # passes by which it is seen when micro-batches begin and end
@@ -110,11 +107,15 @@ class BatchSession(AttentionSession):
 
     run: BatchRun
 
-    def __init__(self, options: Batch, work: Work, number: int, gang: Gang) -> None:
+    def __init__(self, work: Work, number: int, gang: Gang, *, capacity: int, gradient_bytes: int) -> None:
+        """
+        Args:
+            capacity, gradient_bytes: see ``Batch``.
+        """
         self._gradients: Gradients | None = None
         self._gantt: list[list[list[float]]] = []
         whole = work.make_mask(number)
-        found = planned(work, whole, gang, options.capacity)
+        found = planned(work, whole, gang, capacity)
         if isinstance(found, str):
             self.refused = found
             return
@@ -128,8 +129,8 @@ class BatchSession(AttentionSession):
             return
         strays = gang.ranks.all_gather_object(found.strays(gang.cp_rank, self.run.tokens))
         self.wrong = self.wrong or first_refusal(EVERY.all_gather_object(first_refusal(strays)))
-        if options.gradient_bytes:
-            self._gradients = Gradients(options.gradient_bytes, gang, getattr(torch, work.problem.dtype))
+        if gradient_bytes:
+            self._gradients = Gradients(gradient_bytes, gang, getattr(torch, work.problem.dtype))
 
     # -- inputs ----------------------------------------------------------------------------------------------------
 

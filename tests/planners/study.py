@@ -1,8 +1,8 @@
 """What planners gain over one degree for all, by prediction: ``python -m tests.planners.study [--ranks 32,64] [--batches 200]``.
 
 Seeded batches of each profile of document lengths are planned by every planner, and what they take is predicted by the cost of a
-machine of conf/machine. Prints a table per number of ranks, and fails where a planner is slower than ``fixed`` by more than 2 % on any
-batch. ``--scale`` plans 10,000 documents for 1,024 ranks instead, once per planner and profile.
+machine of conf/machine. Prints a table per number of ranks, and fails where a planner is slower than ``fixed`` by more than 2 % on
+any batch. ``--scale`` plans 10,000 documents for 1,024 ranks instead, once per planner and profile.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -53,11 +53,12 @@ class Row:
     refusal: str = ""
 
 
-def planners() -> dict[str, Planner]:
-    """Every planner at its defaults, and as it was published where that is something else."""
-    options = {name: {name: {}} for name in names("planner")}
+def planners(chosen: Sequence[str]) -> dict[str, Planner]:
+    """Planners at their defaults, and as they were published where that is something else."""
+    options: dict[str, dict[str, dict[str, Any]]] = {name: {name: {}} for name in chosen}
     for name, said in AS_PUBLISHED.items():
-        options[name][f"{name} {', '.join(f'{k}={str(v).lower()}' for k, v in said.items())}"] = said
+        if name in chosen:
+            options[name][f"{name} {', '.join(f'{k}={str(v).lower()}' for k, v in said.items())}"] = said
     return {
         label: build(check_options("planner", {**load("planner", name), **said}))
         for name, labels in options.items() for label, said in labels.items()
@@ -81,10 +82,13 @@ def batch(of: Cell, draw: int) -> Documents:
     return Documents(sizes, pairs)
 
 
-def rows(profile: str, ranks: int, cp: str, tokens: int, batches: int, *, told: bool = False) -> list[Row]:
-    """Every planner on the batches of a profile.
+def rows(
+    profile: str, ranks: int, cp: str, tokens: int, batches: int, chosen: Sequence[str], *, told: bool = False
+) -> list[Row]:  # fmt: skip
+    """Planners on the batches of a profile.
 
     Args:
+        chosen: their names.
         told: print a planner's progress.
     """
     of = cell(profile, ranks, cp, tokens, batches)
@@ -93,7 +97,7 @@ def rows(profile: str, ranks: int, cp: str, tokens: int, batches: int, *, told: 
     for degree in cost.degrees:  # groups are simulated once in a process, which is no part of planning
         cost.documents_s(every[0], degree)
     found = []
-    for name, planner in planners().items():
+    for name, planner in planners(chosen).items():
         makespan_s, planning_s, refusal = np.full(batches, np.nan), np.full(batches, np.nan), ""
         for draw, own in enumerate(every):
             begun = time.process_time()
@@ -140,11 +144,11 @@ def _shown(row: Row, base: Row) -> str:
 
 def missed(found: dict[str, list[Row]]) -> Iterator[str]:
     """What is asked for and not so."""
-    published = [label for label in planners() if label not in names("planner")]
+    defaults = names("planner")
     for profile, of in found.items():
         base = next(row for row in of if row.name == BASE)
         for row in of:
-            if row.name in (*published, "none") or row.refusal:
+            if row.name not in defaults or row.name == "none" or row.refusal:
                 continue
             gained = gains(row, base)
             if gained.min() < -WORST:
@@ -160,17 +164,19 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=1 << 20)
     parser.add_argument("--cp", default="ring")
     parser.add_argument("--profiles", default=",".join(axis_values(CONF, "lengths")))
+    parser.add_argument("--planners", default=",".join(names("planner")), help=f"{BASE} is one of them in any case")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--scale", action="store_true", help=f"plan {LARGE_DOCUMENTS} documents for {LARGE_RANKS} ranks")
     options = parser.parse_args()
     profiles, failed = options.profiles.split(","), []
+    chosen = list(dict.fromkeys([BASE, *options.planners.split(",")]))
     pool = ProcessPoolExecutor(options.processes, mp_context=get_context("spawn"))
     if options.scale:
         tokens = {p: int(LARGE_DOCUMENTS * batch(cell(p, PER_NODE, options.cp, 1 << 24, 1), 0).tokens.mean()) for p in profiles}
-        work = {LARGE_RANKS: {p: pool.submit(rows, p, LARGE_RANKS, options.cp, tokens[p], 1, told=True) for p in profiles}}
+        work = {LARGE_RANKS: {p: pool.submit(rows, p, LARGE_RANKS, options.cp, tokens[p], 1, chosen, told=True) for p in profiles}}
     else:
         work = {
-            ranks: {p: pool.submit(rows, p, ranks, options.cp, options.tokens, options.batches) for p in profiles}
+            ranks: {p: pool.submit(rows, p, ranks, options.cp, options.tokens, options.batches, chosen) for p in profiles}
             for ranks in map(int, options.ranks.split(","))
         }  # fmt: skip
     for ranks, submitted in work.items():

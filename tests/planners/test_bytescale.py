@@ -88,7 +88,7 @@ def test_groups_are_within_a_node_where_that_is_sooner() -> None:
         for exchange_s in (1e-5, 0.0)  # nothing is lost across nodes by the second
     ]
     assert [[group.ranks for _, group in plan.groups] for plan in plans] == [
-        [(0, 1, 2), (4, 5, 6), (0, 1)],
+        [(0, 1, 2), (4, 5, 6), (0, 3)],
         [(0, 1, 2), (4, 5, 6), (3, 7)],
     ]
 

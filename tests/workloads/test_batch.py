@@ -180,7 +180,8 @@ def equal_one_rank(rank: int, ranks: int, path: Path) -> None:
                 planner = build_planner({"workload": load("workload", "batch"), "planner": load("planner", name)})
                 assert planner is not None
                 batch = Batch(capacity=2 * max(LENGTHS) // ranks)
-                session = BatchSession(batch, work_of(problem, mask, planner, strategy, batch=batch), 0, gang)
+                session = batch.start(work_of(problem, mask, planner, strategy, batch=batch), 0, gang)
+                assert isinstance(session, BatchSession)
                 case = f"{name} {mask_name} {type(strategy).__name__}"
                 if session.refused is not None:
                     told.append([name, case, session.refused, 0, 0])
