@@ -31,7 +31,7 @@ from lcbench.workloads.recompute.base import OnDevice
 
 EXAMPLES = """
 python -m lcbench.plan model=llama3_8b nodes=4 seqlen=256k
-python -m lcbench.plan model=llama3_70b nodes=16 seqlen=128k kernel=flash_attn3 machine=h200 global_batch=32 max_pp=8
+python -m lcbench.plan model=llama3_70b nodes=4 seqlen=64k kernel=flash_attn3 machine=h200 cp=none,ring max_tp=2 max_pp=2
 python -m lcbench.plan model=llama3_8b scale=1x8 seqlen=64k memory_gib=40 cp=ring,ulysses output=json
 """
 DEGREES = ("tp", "cp", "pp")

@@ -102,7 +102,11 @@ def test_synthetic_numbers_are_called_so_where_they_stand() -> None:
         lines = page.read_text().splitlines()
         for number, line in enumerate(lines):
             if line.startswith("<!-- prints:") and not line.startswith("<!-- prints: masks"):  # areas are counted, not measured
-                wanted = "Nothing in this table is measured" if line.startswith("<!-- prints: choose") else "synthetic"
+                wanted = (
+                    "Nothing in this table is measured"
+                    if line.startswith(("<!-- prints: choose", "<!-- prints: plan "))
+                    else "synthetic"
+                )
                 assert wanted in " ".join(lines[max(0, number - 3) : number]), f"{page.name}:{number + 1}"
             if re.match(r"!\[.*\]\((docs/)?decision\.png\)", line):
                 assert "synthetic" in " ".join(lines[number : number + 3]), f"{page.name}:{number + 1}"
