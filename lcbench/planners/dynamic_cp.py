@@ -21,7 +21,7 @@ import numpy as np
 
 from lcbench.masks.band import Ints
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Floats, Infeasible, Planner, Say
-from lcbench.planners.fixed import Fixed
+from lcbench.planners.fixed import Fixed, shorter_than_fixed
 from lcbench.planners.packing import Seconds, best_fit_decreasing, check_longest, in_order, level, longest_first
 from lcbench.planners.placing import Timetable
 
@@ -81,17 +81,12 @@ class DynamicCp(Planner):
             return Assignment(())
         work = _Work(Seconds(documents, cost), fleet, degrees)
         starts = {work.built(time) for time in work.times()}
-        fixed = None
-        with suppress(Infeasible):  # no one degree for all
-            fixed = Fixed().plan(documents, fleet, cost)
-            starts.add(tuple(_Piece(g.documents, len(g.ranks)) for _, g in fixed.groups))
+        with suppress(Infeasible):  # no one degree holds all
+            starts.add(tuple(_Piece(g.documents, len(g.ranks)) for _, g in Fixed().plan(documents, fleet, cost).groups))
         ranked = sorted(starts, key=lambda pieces: (*work.score(pieces), [(p.degree, p.documents) for p in pieces]))[:STARTS]
         say(f"{len(starts)} assignments of {len(documents)} documents are built, the best takes {work.score(ranked[0])[0]:.4g} s")
         best = min((work.improved(pieces, _Effort(self.effort // (2 * len(ranked)))) for pieces in ranked), key=work.score)
-        placed = work.placed(work.rebuilt(best, _Effort(self.effort // 2)))
-        if fixed is not None and fixed.makespan_s(documents, cost, fleet.ranks) < placed.makespan_s(documents, cost, fleet.ranks):
-            return fixed
-        return placed
+        return shorter_than_fixed(work.placed(work.rebuilt(best, _Effort(self.effort // 2))), documents, fleet, cost)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +182,8 @@ class _Work:
         return shorter or (score[0] <= than[0] and score[1] < than[1] * (1 - EQUAL))
 
     def rebuilt(self, pieces: Pieces, effort: _Effort) -> Pieces:
-        """The best that comes of taking pieces apart, putting them together again and improving them, from the last that was not
-        much worse than the best (record-to-record travel, Dueck, J. Comput. Phys. 104, 1993), as long as that helps now and then."""
+        """The best that comes of taking pieces apart, putting them together again and improving them, from the last that was
+        not much worse than the best (record-to-record travel, Dueck, J. Comput. Phys. 104, 1993), as long as it helps."""
         random, vain, now = np.random.default_rng(0), 0, pieces
         while vain < VAIN and effort.left > 0:
             other = self.improved(self._recreated(now, random, effort), effort)

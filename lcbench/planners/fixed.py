@@ -32,9 +32,7 @@ class Fixed(Planner):
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
         possible = [degree for degree in cost.degrees if fleet.ranks % degree == 0]
         if self.degree is not None and self.degree not in possible:
-            raise Infeasible(
-                f"planner.degree={self.degree} is none of {possible}, which can be run and divide {fleet.ranks}"
-            )
+            raise Infeasible(f"planner.degree={self.degree} is none of {possible}, which can be run and divide {fleet.ranks}")
         degree = check_longest(documents, possible if self.degree is None else [self.degree], fleet)
         replicas = [tuple(range(begin, begin + degree)) for begin in range(0, fleet.ranks, degree)]
         room = degree * fleet.capacity
@@ -46,3 +44,12 @@ class Fixed(Planner):
         dealt = longest_first(sizes, [0.0] * len(replicas), most=rounds)
         own = zip(replicas, dealt, strict=True)
         return in_order(seconds.made(replica, sequences[n], fleet) for replica, numbers in own for n in numbers)
+
+
+def shorter_than_fixed(assignment: Assignment, documents: Documents, fleet: Fleet, cost: Cost) -> Assignment:
+    """An assignment, or what ``Fixed`` gives where there is that and it is shorter by the cost."""
+    try:
+        fixed = Fixed().plan(documents, fleet, cost)
+    except Infeasible:  # no one degree holds all
+        return assignment
+    return min((assignment, fixed), key=lambda one: one.makespan_s(documents, cost, fleet.ranks))

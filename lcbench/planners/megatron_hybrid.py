@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Floats, Group, Planner, Say
+from lcbench.planners.fixed import shorter_than_fixed
 from lcbench.planners.packing import Seconds, best_fit_decreasing, check_longest, descending, in_order, smallest
 from lcbench.planners.placing import side_by_side
 
@@ -42,19 +43,22 @@ class MegatronHybrid(Planner):
         slack: by which share of the highest load the loads of a step may differ.
         packed: documents that a group has in a step share micro-batches as far as the capacity goes; False: each is a forward and
             backward of its own, as Megatron-LM has it.
+        fallback: what ``fixed`` gives is taken where that is shorter by the cost, which Megatron-LM does not look at.
 
     Raises:
-        ValueError: a slack below 0 or from 1 on, or ``packed`` that is neither true nor false.
+        ValueError: a slack below 0 or from 1 on, or ``packed`` or ``fallback`` that is neither true nor false.
     """
 
     slack: float = 0.05
     packed: bool = True
+    fallback: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.slack, bool) or not isinstance(self.slack, int | float) or not 0 <= self.slack < 1:
             raise ValueError(f"planner.slack={self.slack} is no share from 0 to below 1")
-        if not isinstance(self.packed, bool):
-            raise ValueError(f"planner.packed={self.packed} is neither true nor false")
+        for name, value in (("packed", self.packed), ("fallback", self.fallback)):
+            if not isinstance(value, bool):
+                raise ValueError(f"planner.{name}={value} is neither true nor false")
 
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
         degrees = [d for d in cost.degrees if d <= fleet.ranks and (d & (d - 1) == 0 or d == fleet.ranks)]
@@ -69,7 +73,8 @@ class MegatronHybrid(Planner):
             _fill(shares, degrees, fleet.ranks)
             for share, ranks in zip(shares, side_by_side([s.degree for s in shares], fleet), strict=True):
                 groups += [seconds.made(ranks, one, fleet) for one in self._micro_batches(share, documents, fleet)]
-        return in_order(groups)
+        greedy = in_order(groups)
+        return shorter_than_fixed(greedy, documents, fleet, cost) if self.fallback else greedy
 
     def _step(self, left: list[int], own: list[int], work: Floats, ranks: int) -> tuple[list[_Share], list[int]]:
         """The groups of a step, and the documents that it leaves, in the order in which the next looks at them."""
