@@ -62,8 +62,8 @@ class Moves:
     _known: dict[Piece, float] = field(default_factory=dict, init=False)
 
     def best(self, starts: Iterable[Pieces], effort: int) -> Assignment:
-        """The best that comes of some ways to cut a batch into pieces, and of what ``fixed`` gives, which is returned as it is where
-        nothing better is found.
+        """The best that comes of some ways to cut a batch into pieces, and of what ``fixed`` gives, which is returned as it is
+        where nothing better is found.
 
         Args:
             effort: pieces that are placed for it, at most.
@@ -120,7 +120,7 @@ class Moves:
 
     def rebuilt(self, pieces: Pieces, effort: _Effort) -> Pieces:
         """The best that comes of taking pieces apart, putting them together again and improving them, from the last that was not
-        much worse than the best (record-to-record travel, Dueck, J. Comput. Phys. 104, 1993), as long as that helps now and then."""
+        much worse than the best (record-to-record travel, Dueck, J. Comput. Phys. 104, 1993), as long as that helps at times."""
         random, vain, now = np.random.default_rng(0), 0, pieces
         while vain < VAIN and effort.left > 0:
             other = self.improved(self._recreated(now, random, effort), effort)
