@@ -119,7 +119,7 @@ class Assignment:
         return f"document {odd[0]} is computed {seen[odd[0]]} times" if len(odd) else None
 
     def without_spare_ranks(self, documents: Documents, cost: Cost) -> Assignment:
-        """The same without ranks of a group that would have fewer than ``LEAST`` tokens each, which no strategy shares among so many:
+        """The same without ranks that leave fewer than ``LEAST`` tokens to each of their group, which no strategy shares so widely:
         a group of few tokens has the first of its ranks only."""
 
         def fitting(group: Group) -> Group:

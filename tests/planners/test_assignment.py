@@ -35,7 +35,7 @@ def group(ranks: tuple[int, ...], *numbers: int) -> Group:
     ],
 )
 def test_what_is_wrong(groups: list[tuple[Group, ...]], word: str | None) -> None:
-    found = Assignment(tuple(groups)).wrong(documents(150, 60), FLEET)
+    found = Assignment(tuple(groups)).wrong(documents(150, 40), FLEET)
     assert (found is None) if word is None else (found is not None and word in found)
 
 
