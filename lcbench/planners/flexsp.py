@@ -50,6 +50,8 @@ class FlexSP(Planner):
             raise ValueError(f"planner.gap={self.gap} is no number between 0 and 1, such as 0.01")
 
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
+        if not len(documents):
+            return Assignment(())
         table = Table.of(documents, fleet, cost)
         order = np.argsort(-documents.tokens, kind="stable")
         fewest = fleet.needed(-(-int(documents.tokens.sum()) // fleet.ranks))

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Planner, Say
+from lcbench.masks.band import Ints
+from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Floats, Planner, Say
 from lcbench.planners.flexsp import bucketed
 from lcbench.planners.moves import Moves, Piece
 from lcbench.planners.packing import best_fit_decreasing, in_order, level
@@ -72,7 +73,7 @@ class Hydraulis(Planner):
         if not len(documents):
             return Assignment(())
         table = Table.of(documents, fleet, cost)
-        order = _longest_first(documents.pairs.astype(np.float64))
+        order = _longest_first(documents.pairs)
         found = self._replicas(table, order, self.effort)
         say(f"hydraulis: {len(found.degrees)} replicas, {found.score[0]:.4g} s")
         random = np.random.default_rng(SEED)
@@ -186,7 +187,7 @@ class Hydraulis(Planner):
         return _Dealt(_scored(spent, dealt.degrees), dealt.degrees, own)
 
 
-def _longest_first(sizes: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[int]:
+def _longest_first(sizes: Floats | Ints) -> list[int]:
     return [int(one) for one in np.argsort(-sizes, kind="stable")]
 
 
@@ -220,8 +221,8 @@ def _steps(degrees: tuple[int, ...], known: Sequence[int]) -> Iterator[tuple[int
 
 
 def _dealt(table: Table, degrees: tuple[int, ...], order: Sequence[int]) -> _Dealt | None:
-    """Documents in this order, each to the replica that is done with it first; None where one fits no replica. While they are dealt,
-    a micro-batch's overhead is spread over the tokens that it has room for."""
+    """Documents in this order, each to the replica that is done with it first; None where one fits no replica. While they are
+    dealt, a micro-batch's overhead is spread over the tokens that it has room for."""
     heaps: dict[int, list[tuple[float, int]]] = {degree: [] for degree in degrees}
     for place, degree in enumerate(degrees):
         heaps[degree].append((table.overhead_s[degree], place))

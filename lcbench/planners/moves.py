@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 
 from lcbench.planners.base import Assignment, Fleet, Infeasible
-from lcbench.planners.fixed import Fixed
+from lcbench.planners.fixed import Fixed, shorter_than_fixed
 from lcbench.planners.packing import Seconds, in_order
 from lcbench.planners.placing import Timetable
 
@@ -68,14 +68,18 @@ class Moves:
         Args:
             effort: pieces that are placed for it, at most.
         """
-        known, fixed = list(starts), None
-        with suppress(Infeasible):  # no one degree for all
-            fixed = Fixed().plan(self.seconds.documents, self.fleet, self.seconds.cost)
-            known.append(tuple(Piece(group.documents, len(group.ranks)) for _, group in fixed.groups))
-        known = sorted(dict.fromkeys(known), key=self.score)[:STARTS]
+        known = list(starts)
+        batch, cost = self.seconds.documents, self.seconds.cost
+        with suppress(Infeasible):  # no one degree holds all
+            known.append(
+                tuple(Piece(group.documents, len(group.ranks)) for _, group in Fixed().plan(batch, self.fleet, cost).groups)
+            )
+        known = sorted(dict.fromkeys(known), key=lambda pieces: (*self.score(pieces), [(p.degree, p.documents) for p in pieces]))[
+            :STARTS
+        ]
         improved = min((self.improved(pieces, _Effort(effort // (2 * len(known)))) for pieces in known), key=self.score)
-        plans = [fixed] * (fixed is not None) + [self.placed(self.rebuilt(improved, _Effort(effort // 2)))]
-        return min(plans, key=lambda plan: plan.makespan_s(self.seconds.documents, self.seconds.cost, self.fleet.ranks))
+        placed = self.placed(self.rebuilt(improved, _Effort(effort // 2)))
+        return shorter_than_fixed(placed, batch, self.fleet, cost)
 
     def ordered(self, pieces: Iterable[Piece]) -> Pieces:
         """The widest first, then the longest."""
