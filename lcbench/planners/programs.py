@@ -185,7 +185,7 @@ def _solved(
     from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import
     from scipy.sparse import csr_array
 
-    # Presolved, HiGHS prints a line on stdout now and then, and is no faster on programs of this size.
+    # Presolving, HiGHS often prints a line of its own on stdout (else seldom), and is no faster on programs of this size.
     found = milp(
         target, constraints=LinearConstraint(csr_array(rows), low, high), integrality=whole, bounds=Bounds(0.0, upper),
         options={"node_limit": nodes, "mip_rel_gap": gap, "presolve": False},
