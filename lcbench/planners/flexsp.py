@@ -1,25 +1,26 @@
-"""FlexSP (Wang et al., ASPLOS 2025, arXiv 2412.01523): groups of different sizes in each micro-batch, by a mixed-integer program."""
+"""FlexSP (Wang et al., ASPLOS 2025, arXiv 2412.01523): groups of different sizes in each micro-batch, by a program."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lcbench.masks.band import Ints
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Planner, Say
-from lcbench.planners.packing import best_fit_decreasing
 from lcbench.planners.moves import Moves, Piece, Pieces
+from lcbench.planners.packing import best_fit_decreasing
 from lcbench.planners.programs import Sharing, alike, exact
 from lcbench.planners.table import Table
 
 
 @dataclass(frozen=True)
 class FlexSP(Planner):
-    """Documents, sorted by length, are cut into micro-batches ("blaster"), and those of each into buckets of about one length; then a
-    program chooses the groups of each micro-batch and how many documents of each bucket they share.
+    """Documents, sorted by length, are cut into micro-batches ("blaster"), and those of each into buckets of about one length; then
+    a mixed-integer program chooses the groups of each micro-batch and how many documents of each bucket they share.
 
     The paper waits for all ranks after each micro-batch. Here nobody waits, so that its micro-batches are only where documents are
     packed together: groups are laid on the ranks that are free first. Small changes at the end (``Moves.best``) make good what
@@ -49,6 +50,8 @@ class FlexSP(Planner):
             raise ValueError(f"planner.gap={self.gap} is no number between 0 and 1, such as 0.01")
 
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
+        if not len(documents):
+            return Assignment(())
         table = Table.of(documents, fleet, cost)
         order = np.argsort(-documents.tokens, kind="stable")
         fewest = fleet.needed(-(-int(documents.tokens.sum()) // fleet.ranks))
@@ -118,15 +121,15 @@ def blasted(tokens: Ints, count: int) -> list[tuple[int, int]]:
         middle = (low + high) // 2
         low, high = (low, middle) if len(cut(middle)) - 1 <= count else (middle + 1, high)
     ends = cut(low)
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(pairwise(ends))
 
 
 def bucketed(tokens: Ints, count: int) -> Ints:
     """Ends of at most ``count`` buckets of documents that are sorted, the longest first, so that their lengths, each rounded up to
     the longest of its bucket, add up to as little as can be (the paper's 4.1.3).
 
-    Dynamic programming: with the first j lengths in q buckets, ``best[q, j] = min_i best[q - 1, i] + tokens[i] (j - i)``; for each q the
-    terms are lines in j, of which the lowest are a hull, so that all of it takes q times as many steps as there are lengths.
+    Dynamic programming: with the first j lengths in q buckets, ``best[q, j] = min_i best[q - 1, i] + tokens[i] (j - i)``. For each
+    q the terms are lines in j, of which the lowest are a hull, so that a bucket takes n log n steps.
     """
     values, counts = np.unique(tokens, return_counts=True)
     values, at = values[::-1], np.concatenate([[0], np.cumsum(counts[::-1])])
@@ -183,8 +186,8 @@ def _dealt(buckets: Sequence[Ints], groups: Sequence[tuple[int, Ints]], table: T
 
 
 def _spread(numbers: Ints, table: Table, degree: int, bins: int) -> list[list[int]]:
-    """Documents in so many groups of a degree: what takes longest first, each to the group that is done first of those with room for
-    it. Where these groups do not hold them so, as few as best-fit-decreasing packing needs."""
+    """Documents in so many groups of a degree: what takes longest first, each to the group that is done first of those with room
+    for it. Where these groups do not hold them so, as few as best-fit-decreasing packing needs."""
     seconds, tokens = table.each_s[degree][numbers], table.documents.tokens[numbers]
     room = degree * table.fleet.capacity
     load, left = np.zeros(bins), np.full(bins, room)

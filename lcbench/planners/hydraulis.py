@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Planner, Say
+from lcbench.masks.band import Ints
+from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Floats, Planner, Say
 from lcbench.planners.flexsp import bucketed
-from lcbench.planners.packing import best_fit_decreasing, in_order, level
 from lcbench.planners.moves import Moves, Piece
+from lcbench.planners.packing import best_fit_decreasing, in_order, level
 from lcbench.planners.placing import side_by_side
 from lcbench.planners.programs import Sharing, alike
 from lcbench.planners.table import Table
@@ -40,16 +41,16 @@ class _Dealt:
 class Hydraulis(Planner):
     """Stage 1 chooses replicas, whose degrees add up to the ranks, and deals documents to them so that the largest sum of what a
     replica's documents cost is as small as can be: the longest documents first, each where it is done first, in several trials, of
-    which each but the first sorts by lengths that are off by chance; then documents move and change places. Stage 2 packs those of a
-    replica into as few micro-batches as hold them, level by tokens.
+    which each but the first sorts by lengths that are off by chance; then documents move and change places. Stage 2 packs those of
+    a replica into as few micro-batches as hold them, level by tokens.
 
-    Which replicas: those of one degree, those that a program over buckets proposes (``programs.alike``), and what is one step away from
-    the best: a replica is cut in two, two become one, or ranks move from one to another. The paper's term for pipeline stages,
+    Which replicas: those of one degree, those that a program over buckets proposes (``programs.alike``), and what is one step away
+    from the best: a replica is cut in two, two become one, or ranks move from one to another. The paper's term for pipeline stages,
     ``(pp - 1) max cost``, is 0: a batch has no stages here.
 
-    In the paper replicas change between batches only. So where one document needs many ranks, these share all that they have, and the
-    batch may take much longer than the best plan. Unless ``stay``, the longest documents may have replicas of their own first, and small
-    changes at the end (``Moves.best``) let ranks come together in other groups between micro-batches. Both are ours.
+    In the paper replicas change between batches only. So where one document needs many ranks, these share all that they have, and
+    the batch may take much longer than the best plan. Unless ``stay``, the longest documents may have replicas of their own first,
+    and small changes at the end (``Moves.best``) let ranks come together in other groups between micro-batches. Both are ours.
 
     Attributes:
         stay: ranks of a replica stay the same in all micro-batches, as in the paper.
@@ -72,7 +73,7 @@ class Hydraulis(Planner):
         if not len(documents):
             return Assignment(())
         table = Table.of(documents, fleet, cost)
-        order = _longest_first(documents.pairs.astype(np.float64))
+        order = _longest_first(documents.pairs)
         found = self._replicas(table, order, self.effort)
         say(f"hydraulis: {len(found.degrees)} replicas, {found.score[0]:.4g} s")
         random = np.random.default_rng(SEED)
@@ -92,7 +93,7 @@ class Hydraulis(Planner):
             return stayed
         moves = Moves(table.known, fleet, table.degrees)
         starts = [_pieces(table, [found])]
-        firsts = [1 << power for power in range((len(order) - 1).bit_length())]
+        firsts = [1 << power for power in range(min(len(order) - 1, fleet.ranks).bit_length())]
         for first in firsts:
             effort = self.effort // len(firsts)
             both = [self._replicas(table, numbers, effort) for numbers in (order[:first], order[first:])]
@@ -186,7 +187,7 @@ class Hydraulis(Planner):
         return _Dealt(_scored(spent, dealt.degrees), dealt.degrees, own)
 
 
-def _longest_first(sizes: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[int]:
+def _longest_first(sizes: Floats | Ints) -> list[int]:
     return [int(one) for one in np.argsort(-sizes, kind="stable")]
 
 
@@ -220,8 +221,8 @@ def _steps(degrees: tuple[int, ...], known: Sequence[int]) -> Iterator[tuple[int
 
 
 def _dealt(table: Table, degrees: tuple[int, ...], order: Sequence[int]) -> _Dealt | None:
-    """Documents in this order, each to the replica that is done with it first; None where one fits no replica. While they are dealt, a
-    micro-batch's overhead is spread over the tokens that it has room for."""
+    """Documents in this order, each to the replica that is done with it first; None where one fits no replica. While they are
+    dealt, a micro-batch's overhead is spread over the tokens that it has room for."""
     heaps: dict[int, list[tuple[float, int]]] = {degree: [] for degree in degrees}
     for place, degree in enumerate(degrees):
         heaps[degree].append((table.overhead_s[degree], place))

@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 
 from lcbench.planners.base import Assignment, Fleet, Infeasible
-from lcbench.planners.fixed import Fixed
+from lcbench.planners.fixed import Fixed, shorter_than_fixed
 from lcbench.planners.packing import Seconds, in_order
 from lcbench.planners.placing import Timetable
 
@@ -62,20 +62,24 @@ class Moves:
     _known: dict[Piece, float] = field(default_factory=dict, init=False)
 
     def best(self, starts: Iterable[Pieces], effort: int) -> Assignment:
-        """The best that comes of some ways to cut a batch into pieces, and of what ``fixed`` gives, which is returned as it is where
-        nothing better is found.
+        """The best that comes of some ways to cut a batch into pieces, and of what ``fixed`` gives, which is returned as it is
+        where nothing better is found.
 
         Args:
             effort: pieces that are placed for it, at most.
         """
-        known, fixed = list(starts), None
-        with suppress(Infeasible):  # no one degree for all
-            fixed = Fixed().plan(self.seconds.documents, self.fleet, self.seconds.cost)
-            known.append(tuple(Piece(group.documents, len(group.ranks)) for _, group in fixed.groups))
-        known = sorted(dict.fromkeys(known), key=self.score)[:STARTS]
+        known = list(starts)
+        batch, cost = self.seconds.documents, self.seconds.cost
+        with suppress(Infeasible):  # no one degree holds all
+            known.append(
+                tuple(Piece(group.documents, len(group.ranks)) for _, group in Fixed().plan(batch, self.fleet, cost).groups)
+            )
+        known = sorted(dict.fromkeys(known), key=lambda pieces: (*self.score(pieces), [(p.degree, p.documents) for p in pieces]))[
+            :STARTS
+        ]
         improved = min((self.improved(pieces, _Effort(effort // (2 * len(known)))) for pieces in known), key=self.score)
-        plans = [fixed] * (fixed is not None) + [self.placed(self.rebuilt(improved, _Effort(effort // 2)))]
-        return min(plans, key=lambda plan: plan.makespan_s(self.seconds.documents, self.seconds.cost, self.fleet.ranks))
+        placed = self.placed(self.rebuilt(improved, _Effort(effort // 2)))
+        return shorter_than_fixed(placed, batch, self.fleet, cost)
 
     def ordered(self, pieces: Iterable[Piece]) -> Pieces:
         """The widest first, then the longest."""
@@ -120,7 +124,7 @@ class Moves:
 
     def rebuilt(self, pieces: Pieces, effort: _Effort) -> Pieces:
         """The best that comes of taking pieces apart, putting them together again and improving them, from the last that was not
-        much worse than the best (record-to-record travel, Dueck, J. Comput. Phys. 104, 1993), as long as that helps now and then."""
+        much worse than the best (record-to-record travel, Dueck, J. Comput. Phys. 104, 1993), as long as that helps at times."""
         random, vain, now = np.random.default_rng(0), 0, pieces
         while vain < VAIN and effort.left > 0:
             other = self.improved(self._recreated(now, random, effort), effort)

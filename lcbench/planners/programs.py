@@ -47,8 +47,8 @@ class Sharing:
 
 
 def exact(sharing: Sharing, gap: float, nodes: int) -> list[tuple[int, Ints]] | None:
-    """FlexSP's program (arXiv 2412.01523, 4.1), with groups g of degree d_g, of which each may be used (y) or not, and A documents of
-    each bucket in each group::
+    """FlexSP's program (arXiv 2412.01523, 4.1), with groups g of degree d_g, of which each may be used (y) or not, and A documents
+    of each bucket in each group::
 
         minimise M + AREA * sum_g d_g (sum_b A[b, g] t[b, g] + o_g y_g) / N
         sum_g d_g y_g <= N,   sum_g A[b, g] = counts[b],   sum_b A[b, g] s_b <= d_g C y_g,   sum_b A[b, g] t[b, g] + o_g y_g <= M
@@ -117,7 +117,8 @@ def alike(sharing: Sharing, gap: float, nodes: int) -> tuple[Ints, Ints] | None:
         minimise sum_d d n_d   (at most N)
         sum_d A[b, d] = counts[b],   sum_b A[b, d] s_b <= n_d d C,   sum_b A[b, d] t[b, d] + n_d o_d <= n_d M
 
-    The bisection is over programs without integrality; the last one is integer, with as much more of M as it needs.
+    The bisection is over programs without integrality; in the last one groups are whole, with as much more of M as that needs.
+    Shares are rounded then.
 
     Returns:
         (groups of each degree, (G,); documents of each bucket at each degree, (Q, G)); None where there are none.
@@ -155,7 +156,9 @@ def alike(sharing: Sharing, gap: float, nodes: int) -> tuple[Ints, Ints] | None:
         wasted = AREA * np.where(possible, seconds * sharing.degrees, 0).reshape(-1)
         target = np.r_[wasted, sharing.degrees.astype(float)]
         upper = np.r_[np.where(possible, sharing.counts[:, None], 0).reshape(-1), sharing.ranks // sharing.degrees]
-        x = _solved(target, np.array(rows), low, high, np.full(size, int(whole)), upper, gap, nodes)
+        x = _solved(
+            target, np.array(rows), low, high, np.r_[np.zeros(buckets * kinds), np.full(kinds, int(whole))], upper, gap, nodes
+        )
         return x if x is not None and x[buckets * kinds :] @ sharing.degrees <= sharing.ranks * (1 + 1e-6) else None
 
     under, over = max(longest, 1e-9), max(longest, 1.0)
@@ -168,8 +171,8 @@ def alike(sharing: Sharing, gap: float, nodes: int) -> tuple[Ints, Ints] | None:
         under, over = (under, middle) if solved(middle, whole=False) is not None else (middle, over)
     for _ in range(40):
         if (x := solved(over, whole=True)) is not None:
-            whole = np.rint(x).astype(np.int64)
-            return whole[buckets * kinds :], whole[: buckets * kinds].reshape(buckets, kinds)
+            shares = x[: buckets * kinds].reshape(buckets, kinds)
+            return np.rint(x[buckets * kinds :]).astype(np.int64), np.stack([*map(_rounded, shares, sharing.counts)])
         over *= 1 + gap
     return None
 
@@ -187,3 +190,10 @@ def _solved(
         options={"node_limit": nodes, "mip_rel_gap": gap},
     )  # fmt: skip
     return None if found.x is None else np.asarray(found.x)
+
+
+def _rounded(shares: Floats, count: int) -> Ints:
+    """Whole numbers near to shares that add up to a count: what is largest of a whole is rounded up."""
+    whole = np.floor(shares + 1e-6).astype(np.int64)
+    whole[np.argsort(whole - shares, kind="stable")[: count - int(whole.sum())]] += 1
+    return whole

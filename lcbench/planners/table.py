@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,8 +31,8 @@ class Table:
 
     @classmethod
     def of(cls, documents: Documents, fleet: Fleet, cost: Cost) -> Table:
-        """With all degrees that the cost knows, or, where these are more than ``FEW``, with the powers of two and, where those do not hold
-        a document, the fewest ranks that do.
+        """With all degrees that the cost knows, or, where these are more than ``FEW``, with the powers of two and,
+        where those do not hold a document, the fewest ranks that do.
 
         Raises:
             Infeasible: a document that no degree holds.

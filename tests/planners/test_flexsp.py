@@ -205,8 +205,10 @@ def test_a_degree_that_is_no_power_of_two_is_taken_where_it_must_be(planner: Pla
     assert {len(group.ranks) for _, group in plan.groups if 0 in group.documents} <= {11, 12}
 
 
-@pytest.mark.parametrize("options", [{"buckets": 0}, {"trials": True}, {"gap": 1.0}, {"nodes": 1.5}, {"groups": "x"}, {"effort": -1}])
+@pytest.mark.parametrize(
+    "options", [{"buckets": 0}, {"trials": True}, {"gap": 1.0}, {"nodes": 1.5}, {"groups": "x"}, {"effort": -1}]
+)
 def test_bad_options_are_named(options: dict[str, Any]) -> None:
-    (name, value), = options.items()
+    ((name, value),) = options.items()
     with pytest.raises(ValueError, match=rf"^planner\.{name}={value} is no "):
         FlexSP(**options)

@@ -68,7 +68,7 @@ def test_replicas_that_stay_are_near_the_best_that_stay(seed: int) -> None:
 
 def test_replicas_of_several_degrees_stay_through_many_micro_batches() -> None:
     random = np.random.default_rng(1)
-    documents = causal([30_000, 28_000, *random.integers(100, 4000, 60).tolist()])
+    documents = causal([30_000, *random.integers(100, 4000, 60).tolist()])
     fleet, cost = Fleet(16, 8, 4096), Quadratic((1, 2, 4, 8, 16))
     plan = Hydraulis(stay=True).plan(documents, fleet, cost)
     assert plan.wrong(documents, fleet) is None
@@ -91,6 +91,6 @@ def test_changing_replicas_gains_where_one_document_needs_all_ranks() -> None:
 
 @pytest.mark.parametrize("options", [{"stay": 1}, {"trials": 0}, {"effort": False}])
 def test_bad_options_are_named(options: dict[str, Any]) -> None:
-    (name, value), = options.items()
+    ((name, value),) = options.items()
     with pytest.raises(ValueError, match=rf"^planner\.{name}={value} is n"):
         Hydraulis(**options)
