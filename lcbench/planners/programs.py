@@ -5,7 +5,7 @@ HiGHS is bounded by nodes, never by seconds, so that the same batch always has t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -70,39 +70,25 @@ def exact(sharing: Sharing, gap: float, nodes: int) -> list[tuple[int, Ints]] | 
     possible = np.isfinite(seconds)
     seconds = np.where(possible, seconds, 0.0)
     # Variables: A, bucket by bucket, then y, then M.
-    size = buckets * groups + groups + 1
-    rows: list[Floats] = []
-    low: list[float] = []
-    high: list[float] = []
-
-    def row(least: float, most: float, **parts: Any) -> None:
-        own = np.zeros(size)
-        own[: buckets * groups] = parts.get("a", np.zeros((buckets, groups))).reshape(-1)
-        own[buckets * groups : -1] = parts.get("y", 0.0)
-        own[-1] = parts.get("m", 0.0)
-        rows.append(own)
-        low.append(least)
-        high.append(most)
-
-    row(-np.inf, sharing.ranks, y=degrees.astype(float))
+    rows, no_a, no_y = _Rows(), np.zeros((buckets, groups)), np.zeros(groups)
+    rows.add(-np.inf, sharing.ranks, no_a, degrees, 0.0)
     for bucket, count in enumerate(sharing.counts):
-        chosen = np.zeros((buckets, groups))
+        chosen = no_a.copy()
         chosen[bucket] = 1
-        row(count, count, a=chosen)
+        rows.add(count, count, chosen, no_y, 0.0)
     for group, kind in enumerate(kinds):
         unit = np.eye(groups)[group]
         room = float(degrees[group] * sharing.capacity)
-        row(-np.inf, 0, a=np.outer(sharing.tokens / room, unit), y=-unit)
-        busy = np.outer(seconds[:, group], unit)
-        row(-np.inf, 0, a=busy, y=overhead[group] * unit, m=-1.0)
+        rows.add(-np.inf, 0, np.outer(sharing.tokens / room, unit), -unit, 0.0)
+        rows.add(-np.inf, 0, np.outer(seconds[:, group], unit), overhead[group] * unit, -1.0)
         if group and kinds[group - 1] == kind:
             before = np.eye(groups)[group - 1]
-            row(0, np.inf, a=np.outer(seconds[:, group], before - unit), y=overhead[group] * (before - unit))
+            rows.add(0, np.inf, np.outer(seconds[:, group], before - unit), overhead[group] * (before - unit), 0.0)
     spread = AREA / sharing.ranks * degrees
     upper = np.where(possible, sharing.counts[:, None], 0).reshape(-1)
     x = _solved(
-        np.r_[(seconds * spread).reshape(-1), overhead * spread, 1.0], np.array(rows), low, high,
-        np.r_[np.ones(size - 1), 0], np.r_[upper, np.ones(groups), np.inf], gap, nodes,
+        np.r_[(seconds * spread).reshape(-1), overhead * spread, 1.0], rows,
+        np.r_[np.ones(buckets * groups + groups), 0], np.r_[upper, np.ones(groups), np.inf], gap, nodes,
     )  # fmt: skip
     if x is None:
         return None
@@ -125,7 +111,7 @@ def alike(sharing: Sharing, gap: float, nodes: int) -> tuple[Ints, Ints] | None:
     """
     kinds, buckets = len(sharing.degrees), len(sharing.counts)
     scale = sharing.scale
-    size = buckets * kinds + kinds
+    size = buckets * kinds
     longest = sharing.seconds.min(axis=1).max() / scale
     seconds, overhead = sharing.seconds / scale, sharing.overhead_s / scale
 
@@ -133,33 +119,21 @@ def alike(sharing: Sharing, gap: float, nodes: int) -> tuple[Ints, Ints] | None:
         possible = np.isfinite(seconds) & (seconds + overhead <= makespan * (1 + 1e-9))
         if not possible.any(axis=1).all():
             return None
-        rows, low, high = [], [], []
+        rows = _Rows()
         for bucket, count in enumerate(sharing.counts):
-            own = np.zeros(size)
-            own[bucket * kinds : (bucket + 1) * kinds] = 1
-            rows.append(own)
-            low.append(float(count))
-            high.append(float(count))
+            rows.add(count, count, np.outer(np.eye(buckets)[bucket], np.ones(kinds)), np.zeros(kinds))
         for kind in range(kinds):
-            busy = np.zeros(size)
-            busy[kind : buckets * kinds : kinds] = np.where(possible[:, kind], seconds[:, kind], 0) / makespan
-            busy[buckets * kinds + kind] = overhead[kind] / makespan - 1
-            rows.append(busy)
+            unit = np.eye(kinds)[kind]
+            busy = np.where(possible[:, kind], seconds[:, kind], 0) / makespan
+            rows.add(-np.inf, 0, np.outer(busy, unit), (overhead[kind] / makespan - 1) * unit)
             if sharing.capacity is not None:
-                held = np.zeros(size)
-                held[kind : buckets * kinds : kinds] = sharing.tokens / (sharing.degrees[kind] * sharing.capacity)
-                held[buckets * kinds + kind] = -1
-                rows.append(held)
-        low += [-np.inf] * (len(rows) - len(low))
-        high += [0.0] * (len(rows) - len(high))
+                rows.add(-np.inf, 0, np.outer(sharing.tokens / (sharing.degrees[kind] * sharing.capacity), unit), -unit)
         # So little that it decides between programs of as many ranks only: the fewer busy seconds.
         wasted = AREA * np.where(possible, seconds * sharing.degrees, 0).reshape(-1)
         target = np.r_[wasted, sharing.degrees.astype(float)]
         upper = np.r_[np.where(possible, sharing.counts[:, None], 0).reshape(-1), sharing.ranks // sharing.degrees]
-        x = _solved(
-            target, np.array(rows), low, high, np.r_[np.zeros(buckets * kinds), np.full(kinds, int(whole))], upper, gap, nodes
-        )
-        return x if x is not None and x[buckets * kinds :] @ sharing.degrees <= sharing.ranks * (1 + 1e-6) else None
+        x = _solved(target, rows, np.r_[np.zeros(size), np.full(kinds, int(whole))], upper, gap, nodes)
+        return x if x is not None and x[size:] @ sharing.degrees <= sharing.ranks * (1 + 1e-6) else None
 
     under, over = max(longest, 1e-9), max(longest, 1.0)
     while solved(over, whole=False) is None:
@@ -171,23 +145,39 @@ def alike(sharing: Sharing, gap: float, nodes: int) -> tuple[Ints, Ints] | None:
         under, over = (under, middle) if solved(middle, whole=False) is not None else (middle, over)
     for _ in range(40):
         if (x := solved(over, whole=True)) is not None:
-            shares = x[: buckets * kinds].reshape(buckets, kinds)
-            return np.rint(x[buckets * kinds :]).astype(np.int64), np.stack([*map(_rounded, shares, sharing.counts)])
+            shares = x[:size].reshape(buckets, kinds)
+            return np.rint(x[size:]).astype(np.int64), np.stack([*map(_rounded, shares, sharing.counts)])
         over *= 1 + gap
     return None
 
 
-def _solved(
-    target: Floats, rows: NDArray[Any], low: list[float], high: list[float], whole: NDArray[Any], upper: NDArray[Any], gap: float,
-    nodes: int,
-) -> Floats | None:  # fmt: skip
-    """The least ``target @ x`` with ``low <= rows @ x <= high`` and ``0 <= x <= upper``, or None."""
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Constraints ``low <= row @ x <= high`` of a program, one after the other."""
+
+    rows: list[Floats] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+
+    def add(self, low: float, high: float, *parts: Any) -> None:
+        """One of which the coefficients are these parts behind one another."""
+        self.rows.append(np.concatenate([np.ravel(part) for part in parts]))
+        self.low.append(low)
+        self.high.append(high)
+
+
+def _solved(target: Floats, rows: _Rows, whole: NDArray[Any], upper: NDArray[Any], gap: float, nodes: int) -> Floats | None:
+    """The least ``target @ x`` within the rows and ``0 <= x <= upper``, or None.
+
+    Args:
+        whole: of each variable, 1 where it is to be a whole number, else 0.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import
     from scipy.sparse import csr_array
 
     found = milp(
-        target, constraints=LinearConstraint(csr_array(rows), low, high), integrality=whole, bounds=Bounds(0.0, upper),
-        options={"node_limit": nodes, "mip_rel_gap": gap},
+        target, constraints=LinearConstraint(csr_array(np.array(rows.rows)), rows.low, rows.high), integrality=whole,
+        bounds=Bounds(0.0, upper), options={"node_limit": nodes, "mip_rel_gap": gap},
     )  # fmt: skip
     return None if found.x is None else np.asarray(found.x)
 
