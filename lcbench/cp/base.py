@@ -7,7 +7,7 @@ Our own strategies are ``Scheduled``: they give a schedule, and the engine runs 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from lcbench.kernels.base import Kernel, Platform, Unsupported
@@ -15,7 +15,7 @@ from lcbench.masks.band import Ints
 from lcbench.masks.by_head import BandsByHead
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import Order, check_count, check_order, largest_degree, too_short
+from lcbench.schedule.build import DOCUMENTS, Order, check_count, check_order, largest_degree, too_short
 from lcbench.schedule.held import Held, Part
 from lcbench.schedule.lowering import Lowering
 from lcbench.schedule.schedule import Schedule
@@ -277,7 +277,9 @@ class Scheduled(Strategy):
 
     @property
     def inside(self) -> "dict[str, Scheduled]":
-        return {type(self).__name__.lower(): self}
+        """Itself; a layout ``auto`` is then that of documents, of which every rank of a sub-group gets its share."""
+        own = replace(self, layout=DOCUMENTS) if getattr(self, "layout", None) == "auto" else self  # type: ignore[call-arg]
+        return {type(self).__name__.lower(): own}
 
     @property
     def apart(self) -> bool:

@@ -138,6 +138,8 @@ CHOICE = tuple(axis.name for axis in CELL_AXES.values() if axis.role == "choice"
 # ... to a problem, which is the rest of its config but how long it was measured.
 PROBLEM = tuple(axis.name for axis in CELL_AXES.values() if axis.role == "problem")
 LABEL = tuple(axis.name for axis in sorted(_DECLARED, key=lambda axis: axis.label) if axis.label)
+# Choices that only some workloads leave.
+OF_WORKLOAD = tuple(name for name in CHOICE if AXES[name].of == "workload")
 # Those that every label tells; of the others a label tells the name too.
 ALWAYS_TOLD = tuple(name for name in LABEL if AXES[name].unsaid is None)
 PACE = tuple(axis.name for axis in CELL_AXES.values() if axis.paces)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lcbench.masks.band import Ints
 
 Floats = NDArray[np.float64]
+LEAST = 2  # tokens of a rank that shares documents with others, on average of its group
 Say = Callable[[str], None]  # takes a line of progress
 
 
@@ -116,6 +117,20 @@ class Assignment:
                     return f"{name}: {held} tokens on a rank are more than the capacity of {fleet.capacity}"
         odd = np.nonzero(seen != 1)[0]
         return f"document {odd[0]} is computed {seen[odd[0]]} times" if len(odd) else None
+
+    def without_spare_ranks(self, documents: Documents, cost: Cost) -> Assignment:
+        """The same without ranks that leave fewer than ``LEAST`` tokens to each of their group, which no strategy shares so widely:
+        a group of few tokens has the first of its ranks only."""
+
+        def fitting(group: Group) -> Group:
+            own, count = documents.of(group.documents), len(group.ranks)
+            most = max(1, int(own.tokens.sum()) // LEAST)
+            if count <= most:
+                return group
+            able = (d for d in cost.degrees if d <= most and np.isfinite(cost.documents_s(own, d, group.method)).all())
+            return replace(group, ranks=group.ranks[: max(able, default=1)])
+
+        return Assignment(tuple(tuple(map(fitting, groups)) for groups in self.micro_batches))
 
     @property
     def groups(self) -> list[tuple[int, Group]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lcbench.report.bars import ranking, time_split
+from lcbench.report.batches_figures import gains_by_lengths, gantts, makespans
 from lcbench.report.drawing import Drawn
 from lcbench.report.front import pareto
 from lcbench.report.lines import efficiency, memory_by_length, phases_by_gpus, phases_by_length, rate_by_gpus, rate_by_length
@@ -37,7 +38,7 @@ def all_figures(frame: pd.DataFrame, devices: Sequence[dict[str, Any]], links: d
     kinds = [
         rate_by_length(of), ranking(of), rate_by_gpus(of), kernel_by_strategy(of), efficiency(of), mask_by_kernel(of),
         mask_by_strategy(of), memory_by_length(of), time_split(of), roofline(of, links), phases_by_length(of), phases_by_gpus(of),
-        pareto(of), step_parts(of), serving_lines(of),
+        pareto(of), step_parts(of), serving_lines(of), makespans(of), gains_by_lengths(of), gantts(of),
     ]  # fmt: skip
     for round_ in itertools.zip_longest(*kinds):
         yield from filter(None, round_)

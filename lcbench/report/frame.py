@@ -28,6 +28,7 @@ RANKS = re.compile(r"samples/rank_(\w+)_median_s")  # a value per rank of a phas
 FOLDED = frozenset(f"{axis.folds_into}.{axis.name}" for axis in AXES.values() if axis.home and axis.folds_into)
 APPROXIMATE = " (approximate)"  # behind a strategy whose results are not those of the mask
 PREDICTED = " (predicted)"  # at the end of a choice that was not measured
+ASSIGNED = ("assignment", "documents", "gantt")  # of provenance, of a batch that a planner shares out
 
 
 def frame_of(sweeps: Iterable[Sweep], *, attempts: Literal["newest", "all"] = "newest", samples: bool = False) -> pd.DataFrame:
@@ -85,7 +86,8 @@ def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False)
     mean over ranks for a time, as others count, where ours is the slowest rank's; ``timed/<phase>``: its time as a ``Median``, with
     the noise that all good cells of the sweep tell together; of a prediction with its band; ``approximate``: of a result that is
     not exact, that, in words (``Attempt.approximate``), which its ``what_cp`` and ``choice`` say too: it is drawn and listed, and
-    wins nothing; ``good``: whether it is one of the results that answers rest on.
+    wins nothing; ``good``: whether it is one of the results that answers rest on; ``assigned/measured``, ``assigned/predicted``: of
+    a batch that a planner shares out what provenance says of that (``ASSIGNED``), of the run and of its prediction; None of others.
 
     Where ranks shared a GPU (``no_speed``) there is neither a time nor a rate. A cell that was only predicted has the status
     ``predicted``, and says so in its ``choice``; it is not good, and so wins nothing.
@@ -100,6 +102,9 @@ def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False)
     if frame.empty:
         return frame
     frame["good"] = frame["status"] == ("predicted" if predicted else "ok")
+    records = [seen.records[cell] for cell in frame["cell"]]
+    for what, tried in (("measured", [r.last for r in records]), ("predicted", [r.prediction for r in records])):
+        frame[f"assigned/{what}"] = pd.Series([_assigned(attempt) for attempt in tried], dtype=object)
     speeds = [c for c in frame.columns if c.startswith(("time/", "compute/", "overlap/", "draws/", "mesh/"))]
     frame.loc[frame["no_speed"] != "", speeds] = np.nan
     for group in CELL_GROUPS:
@@ -125,6 +130,13 @@ def reported(sweep: Sweep, seen: Look | None = None, *, predicted: bool = False)
         frame[f"{phase}_by_mean"] = [_by_mean(row, phase) for row in rows]
         frame[f"timed/{phase}"] = _timed(rows, phase)
     return frame
+
+
+def _assigned(attempt: Attempt | None) -> dict[str, Any] | None:
+    """What an attempt has of ``ASSIGNED``, or None."""
+    if attempt is None or attempt.status not in ("ok", "predicted") or not all(attempt.provenance.get(k) for k in ASSIGNED):
+        return None
+    return {key: attempt.provenance[key] for key in ASSIGNED}
 
 
 def good_rows(frame: pd.DataFrame) -> pd.DataFrame:

@@ -15,10 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from lcbench.grid.axes import CELL_AXES, value_of
+from lcbench.grid.axes import CELL_AXES, OF_WORKLOAD, value_of
 from lcbench.problem import format_tokens
 from lcbench.redact import redacted
 from lcbench.report import amounts, page_data, published
+from lcbench.report.batches import answers as batch_answers
+from lcbench.report.batches import batch_rows, gains
+from lcbench.report.batches import table as batch_table
+from lcbench.report.batches_figures import page_figures
 from lcbench.report.causes import causes, suspects
 from lcbench.report.environment import Environment, environment_of, links_of
 from lcbench.report.figures import all_figures
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
 STATUSES = get_args(Status)
 SECTIONS = (
     ("fastest", "Fastest"), ("step", "Training step"), ("longest", "Longest length"), ("serving", "Serving"), ("trace", "Trace"),
+    ("mixed", "Mixed lengths"),
     ("figures", "Figures"), ("foretold", "Predicted and measured"), ("failures", "What did not run"), ("cells", "Cells"),
     ("environment", "Where it ran"),
 )  # fmt: skip
@@ -55,7 +60,7 @@ LIBRARIES = ("d3.min.js", "plot.umd.min.js")
 SCRIPTS = ("basics.js", "view.js", "tables.js", "plots.js")  # of every page
 REPORT = (
     "answers.js", "detail.js", "cells.js", "figures-lines.js", "figures-cells.js", "figures-front.js", "figures.js", "step.js",
-    "serving.js", "report.js",
+    "standing.js", "report.js",
 )  # fmt: skip
 # Of one sweep these should be one; a page says so where they are not.
 ONE = ("lcbench", "device", "torch", "driver", "nccl", "cuda")
@@ -95,16 +100,18 @@ def write_report(
     searched = page_data.searched_of(seen, predicted=predicted)
     lengths = _lengths(searched, frame)
     traces = rows_of(served(sweep, seen, frame, predicted=predicted))
-    batches = served_rows(frame, devices)
+    batches, mixed = served_rows(frame, devices), batch_rows(frame)
     folder.mkdir(parents=True, exist_ok=True)
     files = _write_tables(
-        sweep, frame, fastest, choices, compared, lengths, traces, batches, folder / "tables", ran=bool(len(good))
+        sweep, frame, fastest, choices, compared, lengths, traces, batches, mixed, folder / "tables", ran=bool(len(good))
     )
     links = links_of(attempts)
     drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links, predicted=predicted) | {"details": page_data.details_of(seen.records)}
     data |= _steps(steps, list(choices)) | {"searched": searched}
-    found = {"foretold": compared, "step": steps, "longest": lengths, "serving": batches.index, "trace": traces}
+    found = {
+        "foretold": compared, "step": steps, "longest": lengths, "serving": batches.index, "trace": traces, "mixed": mixed.index,
+    }  # fmt: skip
     there = {section: len(its) > 0 for section, its in found.items()}
     environment = environment_of(attempts)
     page = folder / PAGE
@@ -118,6 +125,7 @@ def write_report(
             steps=there["step"],
             lengths=there["longest"],
             serving=_serving(frame, batches, devices) if there["serving"] else None,
+            mixed=_mixed(frame, mixed, devices) if there["mixed"] else None,
             traces=traces,
             about_traces=[*(f"{trace}. Its batches: {trace.batches}" for trace in seen.traces), HOW],
             predicted=predicted,
@@ -176,7 +184,8 @@ def _foretold(sweep: Sweep, frame: pd.DataFrame, *, predicted: bool) -> str:
 
 def _write_tables(
     sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: dict[str, list[Regret]], compared: list[Held],
-    lengths: list[dict[str, str]], traces: list[dict[str, str]], batches: pd.DataFrame, folder: Path, *, ran: bool,
+    lengths: list[dict[str, str]], traces: list[dict[str, str]], batches: pd.DataFrame, mixed: pd.DataFrame,
+    folder: Path, *, ran: bool,
 ) -> list[Path]:  # fmt: skip
     several = len(choices) > 1
     ranked = [({"workload": name} if several else {}) | r.row() for name, found in choices.items() for r in found]
@@ -187,6 +196,8 @@ def _write_tables(
         rows_table("longest", "The longest length of every choice", lengths),
         rows_table("serving", "Passes of a server", serving_table(batches)),
         rows_table("prefill", "From which length on context parallelism pays", [p.row() for p in pays(batches)]),
+        rows_table("batches", "Batches of documents", batch_table(mixed)),
+        rows_table("gains", "How much sooner batches are done than with one degree", [g.row() for g in gains(mixed)]),
         rows_table("trace", "The time of a trace with every choice", traces),
         *(rate_tables(frame) if ran else ()),
         rows_table("failures", "What did not run, and why", _failures(frame, sweep)),
@@ -214,6 +225,7 @@ def _block(
         "settings": bool(len(frame) and frame["where"].nunique() > 1),
         "matrixBy": _matrix_by(good), "known": bool(len(good)) and all(t.known for t in good["timed/total"]),
         "published": {"label": published.LABEL, "share": published.TOKENS_PER_GPU, "rows": page_data.published_for(good)},
+        "ofWorkload": OF_WORKLOAD,
         "devices": page_data.devices_of(frame, devices), "links": {k: page_data.short(v) for k, v in links.items()},
         "commands": page_data.commands_of(sweep),
     }  # fmt: skip
@@ -246,15 +258,27 @@ def _steps(steps: dict[str, Step], workloads: list[str]) -> dict[str, Any]:
 
 def _serving(frame: pd.DataFrame, batches: pd.DataFrame, devices: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The section of batches of requests, all of which stands in the page without scripts."""
-    rows = serving_table(batches)
-    # What is empty in all rows, and what of the problem is the same in all, is no column of the page.
-    told = {name: {row[name] for row in rows} for name in (rows[0] if rows else ())}
-    kept = [name for name, values in told.items() if values != {""} and (len(values) > 1 or name not in ("mask", "setting"))]
     return {
         "answers": answers(batches), "panels": list(page_panels(drawn_from(frame, devices))),
         "pays": [{"cells": p.cells, "row": p.row()} for p in pays(batches)],
-        "rows": [{name: row[name] for name in kept} for row in rows],
+        "rows": _telling(serving_table(batches), ("mask", "setting")),
     }  # fmt: skip
+
+
+def _mixed(frame: pd.DataFrame, mixed: pd.DataFrame, devices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The section of batches of documents, all of which stands in the page without scripts."""
+    return {
+        "answers": batch_answers(mixed), "panels": list(page_figures(drawn_from(frame, devices))),
+        "gains": [{"cells": g.cells, "row": g.row()} for g in gains(mixed)],
+        "rows": _telling(batch_table(mixed), ("documents", "length", "scale", "setting")),
+    }  # fmt: skip
+
+
+def _telling(rows: list[dict[str, str]], problem: Sequence[str]) -> list[dict[str, str]]:
+    """Rows for the page: what is empty in all of them, and what of the problem is the same in all, is no column."""
+    told = {name: {row[name] for row in rows} for name in (rows[0] if rows else ())}
+    kept = [name for name, values in told.items() if values != {""} and (len(values) > 1 or name not in problem)]
+    return [{name: row[name] for name in kept} for row in rows]
 
 
 def _styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:

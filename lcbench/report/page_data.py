@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lcbench.grid.axes import OF_WORKLOAD
 from lcbench.measure.peak import entry_of
 from lcbench.report import published
 from lcbench.report.amounts import Unit
-from lcbench.report.frame import PHASES, rate_column
+from lcbench.report.frame import PHASES, column_of, rate_column
 from lcbench.report.intervals import Median
 from lcbench.report.longest import ANSWERS, by_choice, longest_of
 from lcbench.report.parts import least_bytes, only_attention, split
@@ -35,7 +36,8 @@ WORDS = {
     "approximate": "approximate",
     "mask": "what_mask", "scale": "scale",
     "strategy": "what_cp", "kernel": "what_kernel", "where": "where", "setting": "setting", "problem": "problem",
-    "device": "device", "dtype": "dtype", "slow": "no_speed", "recompute": "what_recompute", "workload": "workload",
+    "device": "device", "dtype": "dtype", "slow": "no_speed", "workload": "workload",
+    **{axis: column_of(axis) for axis in OF_WORKLOAD},
 }  # fmt: skip
 COUNTS = {"seqlen": "seqlen", "ranks": "world_size", "share": "tokens_per_rank", "attempt": "attempt"}
 NUMBERS = {

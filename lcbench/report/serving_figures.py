@@ -4,11 +4,10 @@ a page, which needs no script for them.
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lcbench.problem import format_tokens
@@ -17,6 +16,7 @@ from lcbench.report.drawing import Drawn, draw_line, grid, legend, mark_failures
 from lcbench.report.palette import Style
 from lcbench.report.parts import Shown, slug
 from lcbench.report.serving import WHERE, base_of, lines, on, served_rows, timed
+from lcbench.report.svg import inked, key_of, svg_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 
 PANEL = (3.9, 2.7)  # inches
 BASE = Style("#7f7f7f", "circle", (4.0, 2.0))
-INK = "#010203"  # of a page's text: what becomes currentColor
-# Of a page: what stands for the symbols of matplotlib in its key.
-GLYPHS = {
-    "circle": "●", "square": "■", "diamond": "◆", "triangle": "▲", "star": "★", "cross": "✚", "times": "✖", "hexagon": "⬢",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,43 +167,14 @@ def page_panels(of: Shown) -> Iterator[dict[str, Any]]:
     """For a page, of each panel: ``where``, ``cells`` (ids), ``key`` (name, glyph, color, look), ``caption`` and ``figures``
     (title, svg).
     """
-    styles = {choice: replace(style, color=_ink(style.color)) for choice, style in of.styles.items()}
-    inked = replace(of, styles=styles)
+    here = replace(of, styles=inked(of.styles))
     for panel in panels_of(of):
         names: dict[str, Any] = {}
         figures = []
         for title, draw in panel.plots:
-            svg, drawn = _svg(draw, inked, f"{panel.name} {title}", f"{title}: {panel.where}. {panel.finding}")
+            alt = f"{title}: {panel.where}. {panel.finding}"
+            svg, drawn = svg_of(partial(draw, of=here), f"{panel.name} {title}", alt, PANEL)
             names |= drawn
             figures.append({"title": title, "svg": svg})
-        key = [_key(name, of.styles.get(name, BASE)) for name in names]
+        key = [key_of(name, of.styles.get(name, BASE)) for name in names]
         yield {"where": panel.where, "cells": panel.cells, "key": key, "caption": caption_of(panel), "figures": figures}
-
-
-def _ink(color: str) -> str:
-    return INK if color == "#000000" else color
-
-
-def _key(name: str, style: Style) -> dict[str, str]:
-    color = "currentColor" if style.color == "#000000" else style.color
-    return {"name": name, "glyph": GLYPHS[style.marker], "color": color, "look": "hollow" if style.hollow else ""}
-
-
-def _svg(draw: Callable[[Axes, Shown], dict[str, Any]], of: Shown, salt: str, alt: str) -> tuple[str, dict[str, Any]]:
-    """A panel as SVG within HTML, in the colours and letters of the page, with text as text; and what is drawn, by name."""
-    import matplotlib
-    from markupsafe import escape
-    from matplotlib.figure import Figure
-
-    ink: Any = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, **ink}):
-        figure = Figure(figsize=PANEL, layout="constrained")
-        drawn = draw(figure.subplots(), of)
-        made = io.StringIO()
-        figure.savefig(made, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = made.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' id="[a-zA-Z0-9]+_[0-9]+"', "", text)  # nothing refers to these, and all figures have them
-    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
-    text = text.replace(INK, "currentColor").replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
-    return re.sub(r">\s+<", "><", text), drawn

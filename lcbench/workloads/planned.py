@@ -107,7 +107,7 @@ def plan_of(planner: Planner, mask: Mask, fleet: Fleet, cost: Cost, say: Say = l
     """
     every = documents_of(mask)[1]
     begun, before_s = time.perf_counter(), cost.prepared_s
-    assignment = planner.plan(every, fleet, cost, say)
+    assignment = planner.plan(every, fleet, cost, say).without_spare_ranks(every, cost)
     seconds = time.perf_counter() - begun - (cost.prepared_s - before_s)
     return as_assigned(mask, assignment, fleet, cost, seconds)
 

@@ -11,16 +11,20 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lcbench.grid.axes import value_of
+from lcbench.grid.build import cell_mask
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.expand import pairs
+from lcbench.masks.band import BandMask
 from lcbench.measure.derived import derived
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.stopping import Stopping, summary
+from lcbench.planners.base import Assignment, Group
 from lcbench.runs.attempt import FORETOLD, Attempt, Failure
 from lcbench.runs.files import write_json
 from lcbench.runs.manifest import Entry
 from lcbench.runs.store import Sweep
+from lcbench.schedule.layout import documents
 from lcbench.workloads.models import Model
 
 SLOWER = {"sliding_window": 1.4}  # how much longer what is predicted takes than what was measured, by label
@@ -122,6 +126,11 @@ def made_sweep(
         if problem.batch is not None:
             metrics |= _served(cell)
             metrics |= derived(metrics)
+        planned = _planned(cell) if value_of(config, "workload") == "batch" else None
+        if planned is not None:
+            makespan = metrics["time/total/median_s"]
+            metrics |= {**planned.metrics, "plan/seconds": 0.3 * makespan, "plan/predicted_s": 0.9 * makespan}
+            metrics |= derived(metrics)
         for phase in flops if ranks > 1 and not step else ():
             metrics[f"overlap/{phase}/compute_s"] = 0.8 * metrics[f"time/{phase}/median_s"]
             metrics[f"overlap/{phase}/exposed_s"] = 0.2 * metrics[f"time/{phase}/median_s"]
@@ -130,7 +139,8 @@ def made_sweep(
             Attempt(
                 cell.id, name, running.number, "failed" if failure else "ok", failure,
                 {} if failure else metrics, {} if failure else samples,
-                provenance=PROVENANCE | {"timeline": timeline} | (provenance or {}), config=config, pack="p",
+                provenance=PROVENANCE | {"timeline": timeline} | (planned.notes(makespan) if planned else {}) | (provenance or {}),
+                config=config, pack="p",
                 started_at=begun or running.started_at, finished_at=(begun or running.started_at) + 1,
             )
         )  # fmt: skip
@@ -250,6 +260,54 @@ def serving_sweep(root: Path, name: str = "serving", *, begun: float | None = No
         root, name, list(SERVING), run_to_run=0.006, begun=begun, failed={"ring flash_attn3 causal 4m": MEMORY_FAILURE},
         factor_of=lambda cell: seconds(cell) * cell.problem.scale.world_size * _rate(cell) * 1e12
         / forward_flops(pairs(cell), cell.problem.heads),
+    )  # fmt: skip
+
+
+BATCHES = (
+    "workload=batch", "planner=none,fixed,megatron_hybrid,flexsp", "cp=hybrid", "kernel=flash_attn3", "mask=causal_document",
+    "lengths=web_text,long_text_64k", "seqlen=128k", "heads=32x8x128", "scale=1x8", "site=plain",
+)  # fmt: skip
+_SHARED = {"none": 2.0, "fixed": 1.0, "megatron_hybrid": 0.85, "flexsp": 0.7}  # time of a batch over that with fixed
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A batch that nobody ran: halves of its documents in two micro-batches, one of all ranks and one of pairs."""
+
+    assignment: Assignment
+    documents: list[int]
+    ranks: int
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {
+            "batch/tokens": float(sum(self.documents)), "batch/documents": float(len(self.documents)), "batch/micro_batches": 2.0,
+            "batch/padding": 0.25, "batch/idle_share": 0.125, "batch/peak_tokens": 16384.0, "batch/degree": 4.5,
+        }  # fmt: skip
+
+    def notes(self, makespan: float) -> dict[str, Any]:
+        half = makespan / 2
+        gantt = [[[0, 0.0, 0.3 * half, half], [1, half, 1.3 * half, makespan * (1 - rank / 32)]] for rank in range(self.ranks)]
+        return {"assignment": self.assignment.plain(), "documents": self.documents, "gantt": gantt}
+
+
+def _planned(cell: Cell) -> _Planned:
+    mask, ranks = cell_mask(cell, 0), cell.problem.scale.world_size
+    assert isinstance(mask, BandMask)
+    tokens = np.diff(documents(mask)[0])
+    order = np.argsort(-tokens)
+    half = len(order) // 4
+    pairs_ = np.array_split(order[half:], ranks // 2)
+    groups = tuple(Group((2 * n, 2 * n + 1), tuple(map(int, own)), "ring") for n, own in enumerate(pairs_))
+    whole = Group(tuple(range(ranks)), tuple(map(int, order[:half])), "ulysses")
+    return _Planned(Assignment(((whole,), groups)), tokens.tolist(), ranks)
+
+
+def batches_sweep(root: Path, name: str = "batches", *, begun: float | None = None) -> Sweep:
+    """Batches of documents as 8 GPUs might give them."""
+    return made_sweep(
+        root, name, list(BATCHES), run_to_run=0.006, begun=begun, factor_of=lambda cell: _SHARED[value_of(cell.config, "planner")],
+        failure_of=lambda cell: MEMORY_FAILURE if value_of(cell.config, "planner") == "none" and "long" in cell.label else None,
     )  # fmt: skip
 
 

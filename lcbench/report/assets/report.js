@@ -13,7 +13,7 @@ const FACETS = facetsOf(CELLS, [
   {name: "strategy", of: cell => cell.strategy},
   {name: "kernel", of: cell => cell.kernel},
   {name: "workload", of: cell => cell.workload},
-  {name: "recompute", of: cell => cell.recompute},
+  ...BLOCK.ofWorkload.map(axis => ({name: axis, of: cell => cell[axis]})),
   {name: "setting", of: cell => cell.where},
   {name: "status", of: cell => cell.status},
 ]);
@@ -28,7 +28,7 @@ function draw() {
   if (steps) drawSteps(steps, left);
   const longest = document.getElementById("lengths");
   if (longest) drawLongest(longest, left);
-  showServing(document.getElementById("serving"), left);
+  for (const id of ["serving", "mixed"]) showStanding(document.getElementById(id), left);
   showCells(ROWS, left);
   document.getElementById("text").value = view.words;
   const said = document.getElementById("narrowed");

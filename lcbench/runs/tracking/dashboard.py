@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lcbench.grid.axes import OF_WORKLOAD
 from lcbench.grid.cell import flat_config
 from lcbench.problem import format_tokens
 from lcbench.runs.manifest import Entry, entries_of
@@ -29,10 +30,10 @@ PAGE = 100  # runs that MLflow's page loads at once
 # What is never in one view of a part; and what else cells are told apart by where there are too many for one view, in this order,
 # then by their place in the plan.
 APART = ("workload", "mask", "mask.lengths")
-CUTS = (*APART, "workload.model", "recompute", "scale", "seqlen", "kernel", "heads", "dtype")
+CUTS = (*APART, "workload.model", *OF_WORKLOAD, "scale", "seqlen", "kernel", "heads", "dtype")
 PLACE = "lcbench.place"
 CHARTS, TABLE = "CHART", "TABLE"
-LINES = ("cp", "kernel", "recompute", "length", "scale")  # axes of the parallel coordinates, where they differ
+LINES = ("cp", "kernel", *OF_WORKLOAD, "length", "scale")  # axes of the parallel coordinates, where they differ
 NARROW, MEDIUM, WIDE = 90, 150, 420  # px of a column
 CELL_COLUMNS = {
     "params.`cp`": NARROW, "params.`kernel`": NARROW, "params.`mask`": MEDIUM, "params.`length`": NARROW, "params.`scale`": NARROW,
@@ -46,8 +47,15 @@ STEP_COLUMNS = {
     "metrics.`tokens_per_s`": MEDIUM, "metrics.`hfu_percent`": MEDIUM, "metrics.`attention_percent`": MEDIUM,
     "metrics.`model_step_ms_scaled`": MEDIUM,
 }  # fmt: skip
+# Of batches of documents, whose makespan is ``total_ms``.
+BATCH_COLUMNS = {
+    "params.`planner`": MEDIUM, "metrics.`batch_tokens_per_s`": MEDIUM, "metrics.`padding_percent`": MEDIUM,
+    "metrics.`idle_percent`": MEDIUM, "metrics.`planning_ms`": MEDIUM,
+}  # fmt: skip
 CALL_BARS = ("tflops", "mfu_percent", "fwd_ms", "bwd_ms", "peak_gib", "overlap/forward/exposed_ms")
 STEP_SCATTERS = (("length", "tokens_per_s"), ("recompute", "total_ms"), ("recompute", "peak_gib"))
+BATCH_SCATTERS = (("planner", "total_ms"), ("planner", "idle_percent"))
+BATCH_BARS = ("total_ms", "batch_tokens_per_s", "idle_percent", "padding_percent", "planning_ms")
 STEP_BARS = ("total_ms", "tokens_per_s", "mfu_percent", "hfu_percent", "attention_percent", "peak_gib")
 FAILURE_COLUMNS = {
     "tags.`lcbench.failure`": MEDIUM, "tags.`lcbench.cause`": WIDE, "tags.`lcbench.nodes`": MEDIUM,
@@ -71,6 +79,8 @@ cell: a kernel x context-parallel strategy x mask x length x scale, checked agai
 - short names for tables: `tflops`, `mfu_percent`, `total_ms`, `fwd_ms`, `bwd_ms`, `peak_gib`, `noise_percent`
 - of a training step besides: `step/`, `attention/`, `memory/` by class, `tokens_per_s` (per GPU), `hfu_percent`; `model/` and
   `model_step_ms_scaled` are of the whole model, scaled from the layers that were run, not measured
+- of a batch of documents besides: `batch/`, `plan/`, `batch_tokens_per_s` (of all ranks), `idle_percent`, `padding_percent`,
+  `planning_ms` (in no other time); `total_ms` is the makespan
 - tags `lcbench.status`, `lcbench.failure`, `lcbench.cause`: what did not run, and why
 - a prediction is a run of its own, grey, with the tag `lcbench.predicted`; no view of a sweep's cells has it
 """
@@ -215,23 +225,26 @@ def _is(key: str, value: Any) -> str:
 def _charts(name: str, where: str, cells: list[Flat]) -> dict[str, Any]:
     """The state of a view of charts, runs grouped by strategy, in the colours of their choices (``mlflow.runColor``)."""
     steps = any("workload.model" in cell for cell in cells)
+    mixed = any("workload.capacity" in cell for cell in cells)
+    columns = (STEP_COLUMNS if steps else {}) | (BATCH_COLUMNS if mixed else {})
+    bars = tuple(dict.fromkeys((*(STEP_BARS if steps else () if mixed else CALL_BARS), *(BATCH_BARS if mixed else ()))))
     lines = [axis for axis in LINES if _differs({"length": "seqlen"}.get(axis, axis), cells)] or ["cp"]
     charts = [
         _scatter("length", "tflops"),
         _scatter("scale", "tflops"),
         _scatter("length", "peak_gib"),
-        *(_scatter(x, y) for x, y in (STEP_SCATTERS if steps else ())),
+        *(_scatter(x, y) for x, y in (*(STEP_SCATTERS if steps else ()), *(BATCH_SCATTERS if mixed else ()))),
         {"type": "PARALLEL", "metricSectionId": "overview", "selectedParams": lines, "selectedMetrics": ["tflops"],
          "showAllRuns": False},
         *(
             {"type": "BAR", "metricSectionId": "cells", "metricKey": key}
-            for key in (STEP_BARS if steps else CALL_BARS)
+            for key in bars
         ),
     ]  # fmt: skip
-    colored = ["cp", *(["recompute"] if _differs("recompute", cells) else [])]
+    colored = ["cp", *(axis for axis in OF_WORKLOAD if _differs(axis, cells))]
     return {
         # The page lays out categories by where they come first, from the last run: so lengths and scales are in the plan's order.
-        **_state(where, _with_steps() if steps else CELL_COLUMNS, order=f"tags.`{PLACE}`", descending=True),
+        **_state(where, _columns(columns), order=f"tags.`{PLACE}`", descending=True),
         "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": key} for key in colored]},
         "useGroupedValuesInCharts": False,
         "compareRunSections": [
@@ -245,11 +258,11 @@ def _charts(name: str, where: str, cells: list[Flat]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _with_steps() -> dict[str, int]:
-    """The columns of cells with those of training steps behind what a cell is."""
+def _columns(more: Mapping[str, int]) -> dict[str, int]:
+    """The columns of cells with more of them behind what a cell is."""
     columns = list(CELL_COLUMNS.items())
     first = next(place for place, (name, _) in enumerate(columns) if name.startswith("metrics."))
-    return dict([*columns[:first], *STEP_COLUMNS.items(), *columns[first:]])
+    return dict([*columns[:first], *more.items(), *columns[first:]])
 
 
 def _scatter(x: str, y: str) -> dict[str, Any]:

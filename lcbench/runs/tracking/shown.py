@@ -23,6 +23,9 @@ SHORT = {
     # of a training step only
     "tokens_per_s": "step/tokens_per_s_per_gpu", "hfu_percent": "compute/hfu", "attention_percent": "attention/share",
     "model_step_ms_scaled": "model/step_s",
+    # of a batch of documents only
+    "batch_tokens_per_s": "batch/tokens_per_s", "padding_percent": "batch/padding", "idle_percent": "batch/idle_share",
+    "planning_ms": "plan/seconds",
 }  # fmt: skip
 # (unit of the store at the end of a key, unit that is shown, factor); shares are known by their metric's unit.
 UNITS = ((re.compile(r"(?<!per)_s$"), "_ms", 1e3), (re.compile(r"(?<=[_/])bytes$"), "gib", 2.0**-30))

@@ -1,8 +1,8 @@
 "use strict";
-// Batches of requests: what stands in the page already, of which a filter leaves what its cells are in.
+// Sections that stand in the page already, of which a filter leaves what its cells are in.
 
 /** Hides what is about none of these cells. */
-function showServing(section, cells) {
+function showStanding(section, cells) {
   if (!section) return;
   const left = new Set(cells.map(cell => cell.id));
   const parts = [...section.querySelectorAll("[data-cells]")];
@@ -11,5 +11,5 @@ function showServing(section, cells) {
     const empty = [...table.tBodies[0].rows].every(row => row.hidden);
     table.closest(".scroll").hidden = empty;
   }
-  document.getElementById("serving-view").hidden = parts.some(part => !part.hidden);
+  section.querySelector(".nothing").hidden = parts.some(part => !part.hidden);
 }
