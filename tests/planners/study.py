@@ -48,7 +48,7 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
 }
 UNASKED = ("none", "oracle")  # what others are held against, and what plans small batches only
 LARGE_DOCUMENTS, LARGE_RANKS = 10_000, 1024
-PART = 20  # batches that a process plans before it asks for more
+PART = 10  # batches that a process plans before it asks for more
 
 
 @dataclass(frozen=True)
