@@ -46,8 +46,9 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "hydraulis": {"stay": True},
     "megatron_hybrid": {"fallback": False},
 }
+UNASKED = ("none", "oracle")  # what others are held against, and what plans small batches only
 LARGE_DOCUMENTS, LARGE_RANKS = 10_000, 1024
-PART = 20  # batches that a process plans before it asks for more
+PART = 10  # batches that a process plans before it asks for more
 
 
 @dataclass(frozen=True)
@@ -169,22 +170,19 @@ def all_rows(studies: Sequence[Study], batches: int, chosen: Sequence[str], jobs
     """
     labels = list(planners(chosen))
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
-    known = {(Study(**line["study"]), line["first"]): line for line in lines if [row["name"] for row in line["rows"]] == labels}
-    parts = [(study, first) for first in range(0, batches, PART) for study in studies]
+    known = {(Study(**line["study"]), *line["draws"]): line for line in lines if [row["name"] for row in line["rows"]] == labels}
+    parts = [(study, first, min(first + PART, batches)) for first in range(0, batches, PART) for study in studies]
     found = {part: [Row.of_plain(row) for row in known[part]["rows"]] for part in parts if part in known}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        left = {
-            pool.submit(rows, study, range(first, min(first + PART, batches)), chosen): (study, first)
-            for study, first in parts if (study, first) not in found
-        }  # fmt: skip
+        left = {pool.submit(rows, part[0], range(*part[1:]), chosen): part for part in parts if part not in found}
         for future in as_completed(left):
-            study, first = left[future]
-            found[study, first] = future.result()
-            line = {"study": asdict(study), "first": first, "rows": [row.plain() for row in found[study, first]]}
+            part = left[future]
+            found[part] = future.result()
+            line = {"study": asdict(part[0]), "draws": part[1:], "rows": [row.plain() for row in found[part]]}
             if out:
                 with out.open("a") as file:
                     print(json.dumps(line), file=file)
-            print(f"{len(found)} of {len(parts)} parts are done: {study.profile}", file=sys.stderr, flush=True)
+            print(f"{len(found)} of {len(parts)} parts are done: {part[0].profile}", file=sys.stderr, flush=True)
     return {study: [Row.joined(of) for of in zip(*(found[p] for p in parts if p[0] == study), strict=True)] for study in studies}
 
 
@@ -221,7 +219,10 @@ def missed(found: dict[str, list[Row]]) -> Iterator[str]:
     for profile, of in found.items():
         base = next(row for row in of if row.name == BASE)
         for row in of:
-            if row.name not in defaults or row.name == "none" or row.refusal:
+            if row.name not in defaults or row.name in UNASKED or base.refusal:
+                continue
+            if row.refusal:
+                yield f"{row.name} has no plan of a batch of {profile}, and {BASE} has: {row.refusal}"
                 continue
             gained = gains(row, base)
             if gained.min() < -WORST:
