@@ -165,7 +165,7 @@ def caption_of(panel: Panel) -> str:
 
 def page_panels(of: Shown) -> Iterator[dict[str, Any]]:
     """For a page, of each panel: ``where``, ``cells`` (ids), ``key`` (name, glyph, color, look), ``caption`` and ``figures``
-    (title, svg).
+    (title, svg, words below it).
     """
     here = replace(of, styles=inked(of.styles))
     for panel in panels_of(of):
@@ -175,7 +175,7 @@ def page_panels(of: Shown) -> Iterator[dict[str, Any]]:
             alt = f"{title}: {panel.where}. {panel.finding}"
             svg, drawn = svg_of(partial(_on, draw, here), f"{panel.name} {title}", alt, PANEL)
             names |= drawn
-            figures.append({"title": title, "svg": svg})
+            figures.append({"title": title, "svg": svg, "words": ""})
         key = [key_of(name, of.styles.get(name, BASE)) for name in names]
         yield {"where": panel.where, "cells": panel.cells, "key": key, "caption": caption_of(panel), "figures": figures}
 
