@@ -238,11 +238,13 @@ class Picture:
     def words(self) -> str:
         """What it shows."""
         degrees = [box.degree for box in self.boxes]
-        span = f"{min(degrees)}" if len(set(degrees)) == 1 else f"{min(degrees)} to {max(degrees)}"
+        span = f"{min(degrees)} rank{'s' * (max(degrees) > 1)}"
+        span = span if len(set(degrees)) == 1 else f"{min(degrees)} to {max(degrees)} ranks"
         how = "predicted" if self.foretold else "measured"
+        groups = f"{len(self.boxes)} sub-group{'s' * (len(self.boxes) > 1)} of {span}"
         return (
-            f"{self.ranks} ranks are at work on {len(self.boxes)} sub-groups of {span} ranks, until {duration(self.end)} ({how}); "
-            f"they wait for {percent(self.idle, 0)} of that"
+            f"{self.ranks} ranks are at work on {groups}, until {duration(self.end)} ({how}); they wait for "
+            f"{percent(self.idle, 0)} of that"
         )
 
 
