@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lcbench.masks.band import Ints
-from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Floats, Planner, Say
+from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Floats, Infeasible, Planner, Say
 from lcbench.planners.flexsp import bucketed
 from lcbench.planners.moves import Moves, Piece
 from lcbench.planners.packing import best_fit_decreasing, in_order, level
@@ -28,7 +28,7 @@ class _Dealt:
 
     Attributes:
         score: when the last replica is done, and the sum over ranks of the squares of when each is.
-        degrees: of the replicas, descending; they add up to the ranks.
+        degrees: of the replicas, descending; they add up to the ranks, or so nearly that no other replica fits.
         own: numbers of documents of each replica.
     """
 
@@ -109,10 +109,13 @@ class Hydraulis(Planner):
             effort: documents that are dealt, at most, beside those of the replicas that it starts from.
         """
         ranks = table.fleet.ranks
-        starts = [(degree,) * (ranks // degree) for degree in table.degrees if ranks % degree == 0]
+        starts = [_filled([degree] * (ranks // degree), table) for degree in table.degrees]
         starts += [_filled(proposed, table) for proposed in self._proposed(table, order)]
         seen = set(starts)
         dealt = [one for one in (_dealt(table, degrees, order) for degrees in dict.fromkeys(starts)) if one is not None]
+        if not dealt:
+            known = ", ".join(map(str, table.degrees))
+            raise Infeasible(f"no replicas of {known} ranks side by side on {ranks} ranks take every document")
         best = min(dealt, key=lambda one: one.score)
         left = effort
         found = True
@@ -197,9 +200,9 @@ def _scored(spent: Sequence[float], degrees: Sequence[int]) -> tuple[float, floa
 
 
 def _filled(degrees: Sequence[int], table: Table) -> tuple[int, ...]:
-    """Degrees, descending, with the largest that there are for ranks that are left."""
+    """Degrees, descending, with the largest that there are for ranks that are left; what is fewer than any stays idle."""
     own = list(degrees)
-    while left := table.fleet.ranks - sum(own):
+    while (left := table.fleet.ranks - sum(own)) >= table.degrees[0]:
         own.append(max(degree for degree in table.degrees if degree <= left))
     return tuple(sorted(own, reverse=True))
 

@@ -66,37 +66,6 @@ def _aligned(free: NDArray[np.bool_], count: int) -> list[int]:
     return np.nonzero(free)[0][:count].tolist()
 
 
-def earliest(degree: int, busy: Floats, fleet: Fleet) -> tuple[int, ...]:
-    """So many ranks on as few nodes as can be that are all free as early as can be, ascending. Of those that are free by then, the ones
-    that became so last, which leaves to others what is free for longer.
-
-    Args:
-        busy: (ranks,), until when each is at work.
-    """
-    by_node = busy.reshape(-1, fleet.per_node)
-    ordered = np.sort(by_node, axis=1)
-    whole, rest = (degree - 1) // fleet.per_node, (degree - 1) % fleet.per_node + 1
-    # The group needs ``rest`` ranks of one node and all ranks of ``whole`` others: those that are free first, without that one.
-    begins = ordered[:, rest - 1]
-    if whole:
-        full = ordered[:, -1]
-        first = np.argsort(full, kind="stable")
-        others = np.full(len(full), full[first[whole - 1]])
-        others[first[:whole]] = full[first[whole]]
-        begins = np.maximum(begins, others)
-    begin = begins.min()
-    equal = np.nonzero(begins == begin)[0]
-    waste = np.maximum(begin - by_node[equal], 0).sum(axis=1)  # of what is idle there until then
-    node = int(equal[waste.argmin()])
-    # Sorted by the time since which they are idle; of equal ones, the first.
-    inside = np.argsort(np.where(by_node[node] <= begin, -by_node[node], np.inf), kind="stable")[:rest]
-    chosen = (node * fleet.per_node + inside).tolist()
-    if whole:
-        for one in [int(n) for n in first if n != node][:whole]:
-            chosen += range(one * fleet.per_node, (one + 1) * fleet.per_node)
-    return tuple(sorted(chosen))
-
-
 class Timetable:
     """Until when ranks are at work, as groups are put on them one after the other.
 

@@ -65,8 +65,7 @@ def exact(sharing: Sharing, gap: float, nodes: int) -> list[tuple[int, Ints]] | 
     assert sharing.capacity is not None
     kinds = np.repeat(np.arange(len(sharing.degrees)), sharing.ranks // sharing.degrees)
     degrees, groups, buckets = sharing.degrees[kinds], len(kinds), len(sharing.counts)
-    scale = sharing.scale
-    seconds, overhead = sharing.seconds[:, kinds] / scale, sharing.overhead_s[kinds] / scale
+    seconds, overhead = sharing.seconds[:, kinds] / sharing.scale, sharing.overhead_s[kinds] / sharing.scale
     possible = np.isfinite(seconds)
     seconds = np.where(possible, seconds, 0.0)
     # Variables: A, bucket by bucket, then y, then M.
@@ -91,10 +90,8 @@ def exact(sharing: Sharing, gap: float, nodes: int) -> list[tuple[int, Ints]] | 
         row(count, count, a=chosen)
     for group, kind in enumerate(kinds):
         unit = np.eye(groups)[group]
-        room = float(degrees[group] * sharing.capacity)
-        row(-np.inf, 0, a=np.outer(sharing.tokens / room, unit), y=-unit)
-        busy = np.outer(seconds[:, group], unit)
-        row(-np.inf, 0, a=busy, y=overhead[group] * unit, m=-1.0)
+        row(-np.inf, 0, a=np.outer(sharing.tokens / (degrees[group] * sharing.capacity), unit), y=-unit)
+        row(-np.inf, 0, a=np.outer(seconds[:, group], unit), y=overhead[group] * unit, m=-1.0)
         if group and kinds[group - 1] == kind:
             before = np.eye(groups)[group - 1]
             row(0, np.inf, a=np.outer(seconds[:, group], before - unit), y=overhead[group] * (before - unit))
@@ -123,58 +120,61 @@ def alike(sharing: Sharing, gap: float, nodes: int) -> tuple[Ints, Ints] | None:
     Returns:
         (groups of each degree, (G,); documents of each bucket at each degree, (Q, G)); None where there are none.
     """
-    kinds, buckets = len(sharing.degrees), len(sharing.counts)
-    scale = sharing.scale
-    size = buckets * kinds + kinds
-    longest = sharing.seconds.min(axis=1).max() / scale
-    seconds, overhead = sharing.seconds / scale, sharing.overhead_s / scale
-
-    def solved(makespan: float, whole: bool) -> Floats | None:
-        possible = np.isfinite(seconds) & (seconds + overhead <= makespan * (1 + 1e-9))
-        if not possible.any(axis=1).all():
-            return None
-        rows, low, high = [], [], []
-        for bucket, count in enumerate(sharing.counts):
-            own = np.zeros(size)
-            own[bucket * kinds : (bucket + 1) * kinds] = 1
-            rows.append(own)
-            low.append(float(count))
-            high.append(float(count))
-        for kind in range(kinds):
-            busy = np.zeros(size)
-            busy[kind : buckets * kinds : kinds] = np.where(possible[:, kind], seconds[:, kind], 0) / makespan
-            busy[buckets * kinds + kind] = overhead[kind] / makespan - 1
-            rows.append(busy)
-            if sharing.capacity is not None:
-                held = np.zeros(size)
-                held[kind : buckets * kinds : kinds] = sharing.tokens / (sharing.degrees[kind] * sharing.capacity)
-                held[buckets * kinds + kind] = -1
-                rows.append(held)
-        low += [-np.inf] * (len(rows) - len(low))
-        high += [0.0] * (len(rows) - len(high))
-        # So little that it decides between programs of as many ranks only: the fewer busy seconds.
-        wasted = AREA * np.where(possible, seconds * sharing.degrees, 0).reshape(-1)
-        target = np.r_[wasted, sharing.degrees.astype(float)]
-        upper = np.r_[np.where(possible, sharing.counts[:, None], 0).reshape(-1), sharing.ranks // sharing.degrees]
-        x = _solved(
-            target, np.array(rows), low, high, np.r_[np.zeros(buckets * kinds), np.full(kinds, int(whole))], upper, gap, nodes
-        )
-        return x if x is not None and x[buckets * kinds :] @ sharing.degrees <= sharing.ranks * (1 + 1e-6) else None
-
+    longest = float(sharing.seconds.min(axis=1).max()) / sharing.scale
     under, over = max(longest, 1e-9), max(longest, 1.0)
-    while solved(over, whole=False) is None:
+    while _within(sharing, over, False, gap, nodes) is None:
         under, over = over, over * 1.5
         if over > 1e6:  # what fits no micro-batch
             return None
     while over / under > 1 + gap / 2:
         middle = (under + over) / 2
-        under, over = (under, middle) if solved(middle, whole=False) is not None else (middle, over)
+        under, over = (under, middle) if _within(sharing, middle, False, gap, nodes) is not None else (middle, over)
     for _ in range(40):
-        if (x := solved(over, whole=True)) is not None:
-            shares = x[: buckets * kinds].reshape(buckets, kinds)
-            return np.rint(x[buckets * kinds :]).astype(np.int64), np.stack([*map(_rounded, shares, sharing.counts)])
+        if (x := _within(sharing, over, True, gap, nodes)) is not None:
+            shares = x[: -len(sharing.degrees)].reshape(sharing.seconds.shape)
+            return np.rint(x[-len(sharing.degrees) :]).astype(np.int64), np.stack([*map(_rounded, shares, sharing.counts)])
         over *= 1 + gap
     return None
+
+
+def _within(sharing: Sharing, makespan: float, whole: bool, gap: float, nodes: int) -> Floats | None:
+    """Shares, bucket by bucket, and groups of each degree that need fewest ranks within a makespan; None where these are more than
+    there are.
+
+    Args:
+        makespan: in ``sharing.scale``.
+        whole: groups are whole.
+    """
+    kinds, buckets = len(sharing.degrees), len(sharing.counts)
+    size = buckets * kinds + kinds
+    seconds, overhead = sharing.seconds / sharing.scale, sharing.overhead_s / sharing.scale
+    possible = np.isfinite(seconds) & (seconds + overhead <= makespan * (1 + 1e-9))
+    if not possible.any(axis=1).all():
+        return None
+    rows, counts = [], sharing.counts.tolist()
+    for bucket in range(buckets):
+        own = np.zeros(size)
+        own[bucket * kinds : (bucket + 1) * kinds] = 1
+        rows.append(own)
+    for kind in range(kinds):
+        busy = np.zeros(size)
+        busy[kind : buckets * kinds : kinds] = np.where(possible[:, kind], seconds[:, kind], 0) / makespan
+        busy[buckets * kinds + kind] = overhead[kind] / makespan - 1
+        rows.append(busy)
+        if sharing.capacity is not None:
+            held = np.zeros(size)
+            held[kind : buckets * kinds : kinds] = sharing.tokens / (sharing.degrees[kind] * sharing.capacity)
+            held[buckets * kinds + kind] = -1
+            rows.append(held)
+    rest = len(rows) - buckets
+    # So little that it decides between programs of as many ranks only: the fewer busy seconds.
+    wasted = AREA * np.where(possible, seconds * sharing.degrees, 0).reshape(-1)
+    upper = np.r_[np.where(possible, sharing.counts[:, None], 0).reshape(-1), sharing.ranks // sharing.degrees]
+    x = _solved(
+        np.r_[wasted, sharing.degrees.astype(float)], np.array(rows), [*counts, *[-np.inf] * rest], [*counts, *[0.0] * rest],
+        np.r_[np.zeros(buckets * kinds), np.full(kinds, int(whole))], upper, gap, nodes,
+    )  # fmt: skip
+    return x if x is not None and x[buckets * kinds :] @ sharing.degrees <= sharing.ranks * (1 + 1e-6) else None
 
 
 def _solved(
@@ -185,9 +185,10 @@ def _solved(
     from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import
     from scipy.sparse import csr_array
 
+    # Presolving, HiGHS often prints a line of its own on stdout (else seldom), and is no faster on programs of this size.
     found = milp(
         target, constraints=LinearConstraint(csr_array(rows), low, high), integrality=whole, bounds=Bounds(0.0, upper),
-        options={"node_limit": nodes, "mip_rel_gap": gap},
+        options={"node_limit": nodes, "mip_rel_gap": gap, "presolve": False},
     )  # fmt: skip
     return None if found.x is None else np.asarray(found.x)
 

@@ -61,6 +61,50 @@ def test_groups_of_a_mesh_on_two_nodes(devcluster: dict[str, str], tmp_path: Pat
         assert (attempt.metrics["comm/forward/between_nodes_bytes"] > 0) == crosses, attempt.config
 
 
+@pytest.mark.timeout(2400)
+def test_batches_on_sixty_four_ranks_of_eight_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
+    """A batch as three planners share it out among the same ranks, with the gradients' sum: what was planned is what was run."""
+    done = lcbench(
+        "sweep", "-m", "workload=batch", "workload.capacity=48", "workload.gradient_bytes=4k", "planner=fixed,megatron_hybrid,flexsp",
+        "cp=ring", "mask=causal_document", "lengths=log_normal", "lengths.median=64", "lengths.high=768", "seqlen=4k", "scale=8x8",
+        "heads=4x2x8", "dtype=float64", "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=1",
+        "measure.blocks=1", "hang.min_s=120", "hang.factor=1", "sweep=batches", "site=devcluster", "wait=true", "output=json",
+        f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", environment=devcluster,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["status"] for row in json.loads(done.stdout)["cells"]] == ["ok"] * 3
+    sweep = Sweep(tmp_path, "batches")
+    batches, degrees = set(), {}
+    for cell_id in sweep.entries():
+        (attempt,) = sweep.attempts(cell_id)
+        metrics, provenance = attempt.metrics, attempt.provenance
+        errors = attempt.checks["errors"]
+        assert {"out", "lse", "dq", "dk", "dv"} <= set(errors)
+        assert max(errors.values()) <= 1e-12
+        assert provenance["slurm_job_id"]
+        batches.add(tuple(provenance["documents"]))
+        groups = [group for micro_batch in provenance["assignment"] for group in micro_batch]
+        assert sorted(document for group in groups for document in group["documents"]) == list(
+            range(int(metrics["batch/documents"]))
+        )
+        assert metrics["batch/groups"] == len(groups)
+        # Every rank took part in a micro-batch, and in those alone in which it has a group.
+        at_work = [
+            {number for number, groups in enumerate(provenance["assignment"]) if any(rank in group["ranks"] for group in groups)}
+            for rank in range(64)
+        ]
+        assert [{bar[0] for bar in bars} for bars in provenance["gantt"]] == at_work
+        assert 0 <= metrics["batch/idle_share"] < 1
+        assert metrics["plan/seconds"] > 0
+        assert metrics["time/reduce/median_s"] > 0
+        degrees[attempt.config["planner"]["name"]] = {len(group["ranks"]) for group in groups}
+    (tokens,) = batches
+    assert sum(tokens) == 4096
+    assert max(tokens) > 8 * 48, "a document that one node does not hold"
+    assert len(degrees["fixed"]) == 1
+    assert min(len(degrees[name]) for name in ("megatron_hybrid", "flexsp")) > 1
+
+
 @pytest.mark.timeout(1800)
 def test_a_search_brings_its_rounds_to_the_cluster_and_the_same_command_goes_on(devcluster: dict[str, str], tmp_path: Path) -> None:
     words = [
