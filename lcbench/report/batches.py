@@ -108,14 +108,13 @@ def gains(rows: pd.DataFrame) -> list[Gain]:
     """Of every planner but ``fixed`` in ``batch_rows``, against the fastest ``fixed`` with the same rest of the choice; what was
     measured against what was measured, what was predicted against what was predicted.
     """
-    found = []
+    found: list[Gain] = []
     for problem, batch in contests(rows):
         for (_, foretold), mine in exact_rows(batch).groupby(["rest", "foretold"], sort=False):
             its = mine.to_dict("records")
-            base = min((row for row in its if is_base(row)), key=lambda row: row["makespan"].value, default=None)
-            for row in its if base is not None else ():
-                if not is_base(row):
-                    found.append(_gain(problem, row, base, bool(foretold)))
+            bases = sorted((row for row in its if is_base(row)), key=lambda row: row["makespan"].value)
+            others = [row for row in its if not is_base(row)]
+            found += [_gain(problem, row, base, bool(foretold)) for base in bases[:1] for row in others]
     return found
 
 
@@ -239,11 +238,13 @@ class Picture:
     def words(self) -> str:
         """What it shows."""
         degrees = [box.degree for box in self.boxes]
-        span = f"{min(degrees)}" if len(set(degrees)) == 1 else f"{min(degrees)} to {max(degrees)}"
+        span = f"{min(degrees)} rank{'s' * (max(degrees) > 1)}"
+        span = span if len(set(degrees)) == 1 else f"{min(degrees)} to {max(degrees)} ranks"
         how = "predicted" if self.foretold else "measured"
+        groups = f"{len(self.boxes)} sub-group{'s' * (len(self.boxes) > 1)} of {span}"
         return (
-            f"{self.ranks} ranks are at work on {len(self.boxes)} sub-groups of {span} ranks, until {duration(self.end)} ({how}); "
-            f"they wait for {percent(self.idle, 0)} of that"
+            f"{self.ranks} ranks are at work on {groups}, until {duration(self.end)} ({how}); they wait for "
+            f"{percent(self.idle, 0)} of that"
         )
 
 

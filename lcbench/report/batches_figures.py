@@ -56,7 +56,10 @@ def bars(axis: Axes, rows: pd.DataFrame, of: Shown) -> None:
     best = min((row for row in its if row["good"]), key=lambda row: row["makespan"].value, default=its[0])["makespan"].value
     unit = unit_for(max(row["makespan"].value for row in its), SECONDS)
     planning = [(known(row, "plan/seconds") or 0.0) / unit.size for row in its]
-    ends = []
+    # An interval or a planning time that is far longer than all makespans is cut.
+    times = [(row["makespan"].value / unit.size, row["makespan"].high / unit.size) for row in its]
+    ends = [max(high, value + plan) for (value, high), plan in zip(times, planning, strict=True)]
+    most = 1.4 * min(max(ends), 4 * max(value for value, _ in times))
     for place, (row, plan) in enumerate(zip(its, planning, strict=True)):
         time, style = row["makespan"], of.styles[row["choice"]]
         look: dict[str, Any] = (
@@ -66,12 +69,12 @@ def bars(axis: Axes, rows: pd.DataFrame, of: Shown) -> None:
         axis.barh(place, value, height=0.62, label=row["choice"], **look)
         axis.barh(place, plan, left=value, height=0.28, color=PLANNING)
         axis.hlines(place, low, high, color="#555555", linewidth=1.2)
-        ends.append(max(high, value + plan))
         text = unit.of(time.value) if time.value == best else f"{unit.of(time.value)}  {more(time.value / best)}"
-        axis.annotate(text, (ends[-1], place), xytext=(5, 0), textcoords="offset points", fontsize=7, va="center")
+        at = (min(ends[place], 0.74 * most), place)
+        axis.annotate(text, at, xytext=(5, 0), textcoords="offset points", fontsize=7, va="center")
     axis.set_yticks(range(len(its)), [row["choice"] for row in its], fontsize=7)
     axis.set_ylim(len(its) - 0.4, -0.6)
-    axis.set_xlim(0, 1.4 * min(max(ends), 4 * max(row["makespan"].value for row in its) / unit.size))
+    axis.set_xlim(0, most)
     axis.set_xlabel(f"makespan, {unit.name}", fontsize=8)
     axis.tick_params(labelsize=7)
 

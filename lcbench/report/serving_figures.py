@@ -165,7 +165,7 @@ def caption_of(panel: Panel) -> str:
 
 def page_panels(of: Shown) -> Iterator[dict[str, Any]]:
     """For a page, of each panel: ``where``, ``cells`` (ids), ``key`` (name, glyph, color, look), ``caption`` and ``figures``
-    (title, svg).
+    (title, svg, words below it).
     """
     here = replace(of, styles=inked(of.styles))
     for panel in panels_of(of):
@@ -173,8 +173,12 @@ def page_panels(of: Shown) -> Iterator[dict[str, Any]]:
         figures = []
         for title, draw in panel.plots:
             alt = f"{title}: {panel.where}. {panel.finding}"
-            svg, drawn = svg_of(partial(draw, of=here), f"{panel.name} {title}", alt, PANEL)
+            svg, drawn = svg_of(partial(_on, draw, here), f"{panel.name} {title}", alt, PANEL)
             names |= drawn
-            figures.append({"title": title, "svg": svg})
+            figures.append({"title": title, "svg": svg, "words": ""})
         key = [key_of(name, of.styles.get(name, BASE)) for name in names]
         yield {"where": panel.where, "cells": panel.cells, "key": key, "caption": caption_of(panel), "figures": figures}
+
+
+def _on(draw: Callable[[Axes, Shown], dict[str, Any]], of: Shown, axis: Axes) -> dict[str, Any]:
+    return draw(axis, of)

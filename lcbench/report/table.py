@@ -107,6 +107,8 @@ def _row(cell_id: str, record: Record, label: str) -> dict[str, Any]:
         "tokens_per_s_per_gpu": metrics.get("step/tokens_per_s_per_gpu"),
         "hfu": metrics.get("compute/hfu"),
         "model_step_s": metrics.get("model/step_s"),
+        "batch_tokens_per_s": metrics.get("batch/tokens_per_s"),
+        "idle_share": metrics.get("batch/idle_share"),
         "recompute": value_of(config, "recompute") if "model" in config.get("workload", {}) else None,
         "peak_bytes": metrics.get("memory/peak_bytes"),
         "noise": metrics.get("time/noise"),
@@ -188,7 +190,7 @@ def _versus(ratio: float) -> str:
 @dataclass(frozen=True)
 class _Form:
     """The columns of a table of cells, each number in one unit, that of its largest value. ``steps``: whether there are training
-    steps, whose whole time and tokens tell most.
+    steps, and ``batches``: batches of documents, whose whole time and tokens tell most.
     """
 
     columns: list[Column]
@@ -197,6 +199,7 @@ class _Form:
     ranked: bool
     foretold: bool
     steps: bool
+    batches: bool
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], *, ranked: bool) -> _Form:
@@ -207,6 +210,9 @@ class _Form:
         noise = 0 if most("noise") > NOISY else 3
         steps = any(row["recompute"] is not None for row in rows)
         whole = [Column("step ms", right=True), Column("tokens/s\nper GPU", right=True)] if steps else []
+        batches = any(row["batch_tokens_per_s"] is not None for row in rows)
+        whole += [] if steps or not batches else [Column("makespan\nms", right=True)]
+        whole += [Column("tokens/s\nof all", right=True), Column("idle", right=True)] if batches else []
         phase, mfu, peak = (5, 0, 0) if steps else (0, 4, 2)
         numbers = [
             *whole, Column("fwd ms", phase, right=True), Column("bwd ms", phase, right=True), Column("noise", noise, right=True),
@@ -217,15 +223,16 @@ class _Form:
         foretold = any(row["band"] is not None for row in rows)
         band = [Column("95 % band", right=True)] if foretold else []
         columns = [Column("status"), Column("cell"), Column("what", folds=True, wanted=WHAT), *versus, *band, *numbers]
-        return cls(columns, rate, size, ranked, foretold, steps)
+        return cls(columns, rate, size, ranked, foretold, steps, batches)
 
     def numbers(self, row: Mapping[str, Any], versus: str) -> list[str]:
         """What of a row stands behind what the cell is."""
         errors = "" if row["error"] is None else f"{row['error']:.1e}"
-        step = row["recompute"] is not None
-        whole = [digits(1e3 * row["total_s"] if step and row["total_s"] else None), digits(row["tokens_per_s_per_gpu"])]
+        whole_s = row["total_s"] if row["recompute"] is not None or row["batch_tokens_per_s"] is not None else None
+        makespan = digits(1e3 * whole_s if whole_s else None)
         shown = [
-            *(whole if self.steps else ()),
+            *((makespan, digits(row["tokens_per_s_per_gpu"])) if self.steps else (makespan,) if self.batches else ()),
+            *((digits(row["batch_tokens_per_s"]), percent(row["idle_share"], 0)) if self.batches else ()),
             *(digits(s if s is None else 1e3 * s) for s in (row["forward_s"], row["backward_s"])), percent(row["noise"]),
             self.rate.of(row["tflops_per_gpu"], named=False), percent(row["mfu"]), self.size.of(row["peak_bytes"], named=False),
             errors,

@@ -238,6 +238,8 @@ def run_sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("choose scale=1x1", 100, 0),
         ("model_step model=llama3_8b scale=4x8 site=plain", 27, 0),
         ("model_step model=tiny_mha,tiny scale=1x8 site=plain", 54, 18),
+        ("mixed_lengths scale=4x8 site=plain", 42, 0),
+        ("mixed_lengths_cpu", 12, 0),
         ("smoke", 18, 0),
     ],
 )

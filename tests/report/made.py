@@ -126,10 +126,12 @@ def made_sweep(
         if problem.batch is not None:
             metrics |= _served(cell)
             metrics |= derived(metrics)
-        planned = _planned(cell) if value_of(config, "workload") == "batch" else None
-        if planned is not None:
+        notes: dict[str, Any] = {}
+        shared_out = _planned(cell) if value_of(config, "workload") == "batch" else None
+        if shared_out is not None:
             makespan = metrics["time/total/median_s"]
-            metrics |= {**planned.metrics, "plan/seconds": 0.3 * makespan, "plan/predicted_s": 0.9 * makespan}
+            notes = shared_out.notes(makespan)
+            metrics |= {**shared_out.metrics, "plan/seconds": 0.3 * makespan, "plan/predicted_s": 0.9 * makespan}
             metrics |= derived(metrics)
         for phase in flops if ranks > 1 and not step else ():
             metrics[f"overlap/{phase}/compute_s"] = 0.8 * metrics[f"time/{phase}/median_s"]
@@ -139,7 +141,7 @@ def made_sweep(
             Attempt(
                 cell.id, name, running.number, "failed" if failure else "ok", failure,
                 {} if failure else metrics, {} if failure else samples,
-                provenance=PROVENANCE | {"timeline": timeline} | (planned.notes(makespan) if planned else {}) | (provenance or {}),
+                provenance=PROVENANCE | {"timeline": timeline} | notes | (provenance or {}),
                 config=config, pack="p",
                 started_at=begun or running.started_at, finished_at=(begun or running.started_at) + 1,
             )
