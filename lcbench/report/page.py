@@ -102,9 +102,8 @@ def write_report(
     traces = rows_of(served(sweep, seen, frame, predicted=predicted))
     batches, mixed = served_rows(frame, devices), batch_rows(frame)
     folder.mkdir(parents=True, exist_ok=True)
-    files = _write_tables(
-        sweep, frame, fastest, choices, compared, lengths, traces, batches, mixed, folder / "tables", ran=bool(len(good))
-    )
+    tables, ran = folder / "tables", bool(len(good))
+    files = _write_tables(sweep, frame, fastest, choices, compared, lengths, traces, batches, mixed, tables, ran=ran)
     links = links_of(attempts)
     drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links, predicted=predicted) | {"details": page_data.details_of(seen.records)}
