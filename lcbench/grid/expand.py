@@ -21,6 +21,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override, QuotedString
@@ -42,8 +43,11 @@ from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask
+from lcbench.planners.base import Documents, Fleet
 from lcbench.problem import Batch, Heads, Mesh, Problem, Scale
 from lcbench.redact import refuse_readable
+from lcbench.schedule.layout import documents
+from lcbench.workloads.base import Workload
 
 CONFIG = "config"
 # What an axis may not look at: everything but the site. An axis is composed under site and experiment alone.
@@ -496,8 +500,24 @@ def _refused_by_workload(cell: Cell, mask: Mask, kernel: Kernel, strategy: Strat
     taken = {name: config[name] for name in ("workload", "recompute") if name in config}
     recompute = _object("recompute", json.dumps(taken), build.build_recompute)
     given = cell.problem, mask, kernel, strategy, recompute
-    reason = workload.misfit(cell.mesh) or own.reason_not("workload", said, workload, *given)
-    return reason and f"workload {said['name']}: {reason}"
+    if reason := workload.misfit(cell.mesh) or own.reason_not("workload", said, workload, *given):
+        return f"workload {said['name']}: {reason}"
+    return _refused_by_planner(cell, mask, workload)
+
+
+def _refused_by_planner(cell: Cell, mask: Mask, workload: Workload) -> str | None:
+    """What a planner says to the documents of a batch on its ranks before it knows what they cost."""
+    config = cell.config
+    taken = {name: config[name] for name in ("workload", "planner") if name in config}
+    planner = _object("planner", json.dumps(taken), build.build_planner)
+    capacity = getattr(workload, "capacity", None)
+    if planner is None or capacity is None:
+        return None
+    scale, (bounds, pairs_of) = cell.problem.scale, documents(mask)
+    said = config.get("planner", AXES["planner"].unsaid)
+    given = Documents(np.diff(bounds), pairs_of), Fleet(scale.world_size, scale.gpus_per_node, capacity)
+    reason = own.reason_not("planner", said, planner, *given)
+    return reason and f"planner {said['name']}: {reason}"
 
 
 def pairs(cell: Cell) -> float:

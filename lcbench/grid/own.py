@@ -147,17 +147,17 @@ def _kind(value: Any) -> str:
 # -- kernels and strategies ----------------------------------------------------------------------------------------------
 
 
-def reason_not(group: str, config: dict[str, Any], value: Any, problem: Problem, mask: Mask, *given: Any) -> str | None:
-    """What a kernel, a strategy or a workload says to a problem: None if it takes it, else why not.
+def reason_not(group: str, config: dict[str, Any], value: Any, *given: Any) -> str | None:
+    """What a kernel, a strategy or a workload says to a problem, or a planner to documents: None if it takes it, else why not.
 
     Args:
-        given: what else it is asked with.
+        given: what it is asked with.
 
     Raises:
         ValueError: code of the user's fails, or says something else.
     """
     with blamed(group, config):
-        reason = value.unsupported(problem, mask, *given)
+        reason = value.unsupported(*given)
         if named_in(config) and not isinstance(reason, str | None):
             raise ValueError(f"unsupported() gives {reason!r}; it gives None, or the reason as a text")
     found: str | None = reason

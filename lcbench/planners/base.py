@@ -250,6 +250,10 @@ class Cost(Protocol):
 class Planner(Protocol):
     """A frozen dataclass of options, found by conf/planner/<name>.yaml. It is deterministic, and knows no torch."""
 
+    def unsupported(self, documents: Documents, fleet: Fleet) -> str | None:
+        """Why it never plans such a batch on such ranks, whatever things cost there: said before anything runs. None: it may."""
+        return None
+
     @abstractmethod
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
         """Assign all documents of a batch.

@@ -29,6 +29,11 @@ class Fixed(Planner):
         if self.degree is not None and (isinstance(self.degree, bool) or not isinstance(self.degree, int) or self.degree < 1):
             raise ValueError(f"planner.degree={self.degree} is neither null nor a whole number of at least 1")
 
+    def unsupported(self, documents: Documents, fleet: Fleet) -> str | None:
+        if self.degree is not None and fleet.ranks % self.degree:
+            return f"planner.degree={self.degree} does not divide {fleet.ranks} ranks"
+        return None
+
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
         possible = [degree for degree in cost.degrees if fleet.ranks % degree == 0]
         if self.degree is not None and self.degree not in possible:

@@ -36,10 +36,15 @@ class Oracle(Planner):
     documents: ClassVar[int] = 8
     ranks: ClassVar[int] = 4
 
-    def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
+    def unsupported(self, documents: Documents, fleet: Fleet) -> str | None:
         for count, most, what in ((len(documents), self.documents, "documents"), (fleet.ranks, self.ranks, "ranks")):
             if count > most:
-                raise Infeasible(f"a batch of {count} {what} is too large for planner=oracle, which takes at most {most}")
+                return f"a batch of {count} {what} is too large for planner=oracle, which takes at most {most}"
+        return None
+
+    def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
+        if (reason := self.unsupported(documents, fleet)) is not None:
+            raise Infeasible(reason)
         degrees = [degree for degree in cost.degrees if degree <= fleet.ranks]
         check_longest(documents, degrees, fleet)
         if not len(documents):

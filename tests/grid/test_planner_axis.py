@@ -53,3 +53,16 @@ def test_what_is_wrong_is_one_line() -> None:
     assert "planner=" in refused("workload=batch", "planner=fixd")
     assert "workload.capacity=0" in refused("workload=batch", "workload.capacity=0")
     assert "workload.gradient_bytes=-1" in refused("workload=batch", "workload.gradient_bytes=-1")
+
+
+@pytest.mark.parametrize(
+    "words", [["planner=oracle", "seqlen=9k"], ["planner=fixed", "planner.degree=3"], ["planner=oracle", "scale=1x8"]]
+)
+def test_what_a_planner_never_plans_is_skipped_before_any_job(words: list[str]) -> None:
+    batch = ["workload=batch", "lengths=fixed", "lengths.length=1k"]
+    (found,) = look([*BASE, *batch, *words]).cells
+    assert found.skip is not None
+    assert found.skip.startswith(f"planner {words[0].removeprefix('planner=')}: ")
+    assert "\n" not in found.skip
+    (taken,) = look([*BASE, *batch, words[0]]).cells
+    assert taken.skip is None

@@ -65,9 +65,10 @@ def test_groups_of_a_mesh_on_two_nodes(devcluster: dict[str, str], tmp_path: Pat
 def test_batches_on_sixty_four_ranks_of_eight_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
     """A batch as three planners share it out among the same ranks, with the gradients' sum: what was planned is what was run."""
     done = lcbench(
-        "sweep", "-m", "workload=batch", "workload.capacity=48", "workload.gradient_bytes=4k", "planner=fixed,megatron_hybrid,flexsp",
-        "cp=ring", "mask=causal_document", "lengths=log_normal", "lengths.median=64", "lengths.high=768", "seqlen=4k", "scale=8x8",
-        "heads=4x2x8", "dtype=float64", "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=1",
+        "sweep", "-m", "workload=batch", "workload.capacity=48", "workload.gradient_bytes=4k", "cp=ring",
+        "planner=fixed,megatron_hybrid,flexsp", "mask=causal_document", "lengths=log_normal", "lengths.median=64",
+        "lengths.high=768", "seqlen=4k", "scale=8x8", "heads=4x2x8",
+        "dtype=float64", "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=1",
         "measure.blocks=1", "hang.min_s=120", "hang.factor=1", "sweep=batches", "site=devcluster", "wait=true", "output=json",
         f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", environment=devcluster,
     )  # fmt: skip
