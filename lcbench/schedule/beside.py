@@ -60,14 +60,17 @@ def _check(members: Sequence[Member], ranks: int) -> None:
 
 def _kinds(members: Sequence[Member], ranks: int) -> Ints:
     """The kind of sub-group of each rank, (ranks,): 0 where nothing can be a collective, since no kernel call takes several shards
-    at once or they are of several sizes; else those of one kind have as many ranks, and do the same with shards of one size."""
+    at once; else those of one kind have as many ranks, and do the same with shards of one size, or of any sizes where the same of
+    them have tokens."""
     known: dict[tuple[object, ...], int] = {}
     found = np.zeros(ranks, dtype=np.int64)
     for member in members:
         schedule = member.schedule
-        sizes = [int(side.sizes[0]) for side in schedule.sides.values() if (side.sizes == side.sizes[0]).all()]
-        if len(sizes) < len(schedule.sides) or all(len(bundle) == 1 for side in schedule.sides.values() for bundle in side.bundles):
+        if all(len(bundle) == 1 for side in schedule.sides.values() for bundle in side.bundles):
             continue
+        each = [side.sizes for side in schedule.sides.values()]
+        even = all((size == size[0]).all() for size in each)
+        sizes = [int(size[0]) if even else tuple((size > 0).tolist()) for size in each]
         key = (schedule.world_size, schedule.heads, *sizes, schedule.q.bundles, schedule.k.bundles, len(schedule.steps))
         found[member.ranks] = known.setdefault(key, len(known) + 1)
     return found

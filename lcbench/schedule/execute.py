@@ -756,24 +756,25 @@ class Executor:
         """Begin a collective of this rank's set. What goes to each other rank of it is counted."""
         for message in exchange.packed:
             self._pack(message)
-        (source, size), others = self._end(exchange, exchange.source), len(exchange.ranks) - 1
-        target, _ = self._end(exchange, exchange.target)
+        source, target = self._end(exchange, exchange.source), self._end(exchange, exchange.target)
         group = self._sets[exchange.channel, exchange.ranks]
         (source,), (target,), copies = self._sending.ends([source], [target])
-        gathers = exchange.operation == "all_gather"
-        for rank in exchange.ranks:
+        for rank, size in zip(exchange.ranks, exchange.sent, strict=True):
             if rank != self.rank:
-                self._sending.count(size if gathers else size // (others + exchange.own), rank)
-        if gathers:
+                self._sending.count(size, rank)
+        if exchange.operation == "all_gather":
             return [all_gather(target, source, group), *copies]
         if exchange.operation == "reduce_scatter":
             return [reduce_scatter(target, source, group), *copies]
-        block = source.numel() // (others + exchange.own)
-        splits = None if exchange.own else [0 if rank == self.rank else block for rank in exchange.ranks]
-        return [all_to_all(target, source, group, splits), *copies]
+        if exchange.even and all(exchange.sent):
+            return [all_to_all(target, source, group), *copies]
+        sent, received = (
+            [size // x.element_size() for size in of] for of, x in ((exchange.sent, source), (exchange.received, target))
+        )
+        return [all_to_all(target, source, group, sent, received), *copies]
 
-    def _end(self, exchange: Exchange, end: End) -> tuple[torch.Tensor, int]:
-        """One end of a collective as a stretch of memory, and its bytes."""
+    def _end(self, exchange: Exchange, end: End) -> torch.Tensor:
+        """One end of a collective as a stretch of memory."""
         place, size = end
         if isinstance(place, Buffer):
             flat = self._slots[place.slot][:size].view(self._dtypes[exchange.payload.precision])
@@ -782,7 +783,7 @@ class Executor:
         else:
             flat = _stretch(self._piece(exchange.kind, place, exchange.begin)).view(-1)
         assert flat.numel() * flat.element_size() == size
-        return flat, size
+        return flat
 
     def _pack(self, message: Message) -> torch.Tensor:
         """What a message sends, as one stretch of memory: where it lies if it is one, else a copy in its staging."""

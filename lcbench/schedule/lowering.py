@@ -3,8 +3,10 @@
 A transfer is a collective if its ranks form sets: each rank sends the same number of bytes to every other rank of its set, and one
 of its operands holds the shards of all ranks of the set, its own included. A head exchange is an all-to-all, in both directions.
 Keys and values of the same heads for every rank are an all-gather. Their gradients, which are summed where they arrive, are a
-reduce-scatter. Everything else goes from point to point: hops of a ring, casts to the ranks that need something, shards of uneven
-sizes.
+reduce-scatter. Everything else goes from point to point: hops of a ring, casts to the ranks that need something.
+
+A head exchange may have uneven parts, where ranks have other numbers of tokens or of heads; some may have no tokens, but no rank
+all of its set's. All-gather and reduce-scatter are for even ones only.
 
 Every rank finds the same collectives, since each looks at the rows of all ranks.
 """
@@ -39,12 +41,15 @@ class Collective:
     Attributes:
         operation: ``all_to_all``, ``all_gather`` or ``reduce_scatter``.
         sets: the ranks of each set, ascending; a rank is in one at most.
-        block: bytes from each rank of a set to each other.
+        blocks: of each set the bytes from each of its ranks to each other; where these differ, what the rank that sends or
+            receives most has with each other on average.
+        even: whether each rank of any set sends as much to each other.
     """
 
     operation: Operation
     sets: tuple[tuple[int, ...], ...]
-    block: int
+    blocks: tuple[float, ...]
+    even: bool
 
     def of(self, rank: int) -> tuple[int, ...] | None:
         """The set of a rank, None where it takes no part."""
@@ -86,12 +91,10 @@ def _collective(schedule: Schedule, transfer: Transfer, problem: Problem, bundle
     sizes = np.zeros(len(pairs), dtype=np.int64)
     np.add.at(sizes, place, transfer.bytes(schedule, problem))
     block = int(sizes[0])
-    if not block or (sizes != block).any():
-        return None
-    sets = _sets(*np.divmod(pairs, schedule.world_size))
+    sets = _sets(*np.divmod(pairs, schedule.world_size)) if block and (sizes == block).all() else {}
     held = _held(schedule, transfer, problem, bundles, holder, sets, block) if sets else None
     if held is None:
-        return None
+        return _uneven(schedule, transfer, bundles, holder, pairs[sizes > 0], sizes[sizes > 0])
     same = bool((group == group[0]).all()) and all(len(each) == 1 for each in held.values())
     operation: Operation = "all_to_all"
     if same and gathers:
@@ -100,7 +103,49 @@ def _collective(schedule: Schedule, transfer: Transfer, problem: Problem, bundle
         if element_bytes(transfer.payload.precision, problem) != element_bytes(transfer.payload.held, problem):
             return None  # on its way it would be summed in the inputs' type
         operation = "reduce_scatter"
-    return Collective(operation, tuple(sorted(held)), block)
+    return Collective(operation, tuple(sorted(held)), (float(block),) * len(held), even=True)
+
+
+def _uneven(
+    schedule: Schedule, transfer: Transfer, bundles: Bundles, holder: Ints, pairs: Ints, sizes: Ints
+) -> Collective | None:  # fmt: skip
+    """The head exchange of uneven parts that a transfer is; None for any other.
+
+    Each rank of a set has a head group of its own, for which it holds the shards of all of them. ``pairs``: (holder, owner) as one
+    number each, of all that have something to send; ``sizes``: bytes of each.
+    """
+    side, ranks = schedule.side(transfer.payload.side), schedule.world_size
+    some = side.sizes[transfer.rows[:, MoveColumn.SHARD]] > 0
+    rows, holder = transfer.rows[some], holder[some]
+    holders, owners = np.divmod(pairs, ranks)
+    group = np.full(ranks, -1)
+    group[holder] = rows[:, MoveColumn.GROUP]
+    # A ring, a cast: what ends most searches, without a look at bundles.
+    if not len(pairs) or (group[holder] != rows[:, MoveColumn.GROUP]).any() or (group[holders] == group[owners]).any():
+        return None
+    from scipy.sparse import coo_array  # slow to import, and most cells do without
+    from scipy.sparse.csgraph import connected_components
+
+    members: dict[int, list[int]] = {}
+    for rank, label in enumerate(connected_components(coo_array((sizes, (holders, owners)), (ranks, ranks)), directed=False)[1]):
+        members.setdefault(int(label), []).append(rank)
+    sets = {rank: tuple(each) for each in members.values() if len(each) > 1 for rank in each}
+    if set(sets) != set(holders.tolist()) or any(len(set(group[list(each)].tolist())) < len(each) for each in sets.values()):
+        return None
+    held: dict[tuple[int, ...], set[bytes]] = {}
+    order = np.argsort(holder, kind="stable")
+    for places in np.split(order, np.nonzero(np.diff(holder[order]))[0] + 1):
+        rank = int(holder[places[0]])
+        found = _bundle(schedule, transfer, bundles, rank, rows[places])
+        if found is None:
+            return None
+        held.setdefault(sets[rank], set()).add(found[0].tobytes())
+    if any(len(each) > 1 for each in held.values()):
+        return None
+    busiest = np.maximum(*(np.bincount(each, weights=sizes, minlength=ranks) for each in (holders, owners)))
+    ordered = tuple(sorted(held))
+    blocks = tuple(float(busiest[list(each)].max()) / (len(each) - 1) for each in ordered)
+    return Collective("all_to_all", ordered, blocks, even=False)
 
 
 def _sets(holders: Ints, owners: Ints) -> dict[int, tuple[int, ...]]:
@@ -143,16 +188,29 @@ def _whole(
     """The one bundle of a rank that holds what comes to it, or leaves it, and as much of its own, named by its sorted shards; None
     if there is none.
     """
+    found = _bundle(schedule, transfer, bundles, rank, rows)
+    if found is None:
+        return None
+    members, group = found
+    own = members[schedule.side(transfer.payload.side).owner[members] == rank]
+    mine = replace(transfer, rows=table(rank, rank, own, group))
+    return members.tobytes() if int(mine.bytes(schedule, problem).sum()) == block else None
+
+
+def _bundle(schedule: Schedule, transfer: Transfer, bundles: Bundles, rank: int, rows: Ints) -> tuple[Ints, int] | None:
+    """The bundle of a rank, its sorted shards that have tokens, which holds what comes to it, or leaves it, and shards of its own;
+    and its head group. None if there is none."""
+    side = schedule.side(transfer.payload.side)
     shards, groups = distinct(rows[:, MoveColumn.SHARD]), distinct(rows[:, MoveColumn.GROUP])
     if len(groups) > 1 or len(shards) < len(rows):
         return None
-    group = int(groups[0])
+    group, shards = int(groups[0]), shards[side.sizes[shards] > 0]
     for bundle in bundles.get((transfer.payload.side, rank, group), ()):
         members = distinct(bundle)
-        own = members[schedule.side(transfer.payload.side).owner[members] == rank]
+        members = members[side.sizes[members] > 0]
+        own = members[side.owner[members] == rank]
         if np.array_equal(members, distinct(np.concatenate([shards, own]))):
-            mine = replace(transfer, rows=table(rank, rank, own, group))
-            return members.tobytes() if int(mine.bytes(schedule, problem).sum()) == block else None
+            return members, group
     return None
 
 

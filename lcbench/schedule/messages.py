@@ -95,6 +95,12 @@ def reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: dist.Proce
     return scatter(target, source, group=group, async_op=True)
 
 
-def all_to_all(target: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup, splits: list[int] | None = None) -> dist.Work:
-    """``splits``: elements to and from each rank; None: as many to all."""
-    return dist.all_to_all_single(target, source, splits, splits, group=group, async_op=True)
+def all_to_all(
+    target: torch.Tensor,
+    source: torch.Tensor,
+    group: dist.ProcessGroup,
+    sent: list[int] | None = None,
+    received: list[int] | None = None,
+) -> dist.Work:
+    """``sent``, ``received``: elements for, and from, each rank; None: as many for all."""
+    return dist.all_to_all_single(target, source, received, sent, group=group, async_op=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
@@ -130,8 +130,8 @@ class Exchange:
 
     Attributes:
         ranks: the set, ascending.
-        block: bytes.
-        own: whether this rank's own block is among them.
+        sent, received: bytes of the block for, or from, each rank of the set; 0 for this rank's own where it is not among them.
+        even: whether all of them have one size, on all ranks.
         packed: what is copied into the source before it leaves; nothing where the source is a buffer as it is.
         source, target: staging, an operand's buffer, or a piece of this rank's own tensor, with its bytes.
     """
@@ -143,8 +143,9 @@ class Exchange:
     end: int
     channel: str
     round: int
-    block: int
-    own: bool
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    even: bool
     packed: list[Message]
     source: End
     target: End
@@ -392,6 +393,8 @@ class Program:
         values = transfer.payload.combine == "replace"
         held = self._held_operand(transfer, ranks, next(iter((receives if values else sends).values())).group)
         self._add_own_blocks(transfer, held, sends, receives)
+        for rank, blocks in product(ranks, (sends, receives)):  # a rank without tokens has nothing that others hold
+            blocks.setdefault(rank, replace(sends[self._rank], peer=rank, pieces=[], tokens=0))
         for rank in ranks:
             self._live_pieces(sends[rank], outgoing=True)
             self._live_pieces(receives[rank], outgoing=False)
@@ -405,9 +408,10 @@ class Program:
         cuts = [tokens * turn // rounds for turn in range(rounds + 1)]
         self.steps[transfer.begin].rounds = max(self.steps[transfer.begin].rounds, rounds)
         for turn, (first, last) in enumerate(pairwise(cuts)):
-            out, into = ({rank: _part(m, first, last, turn) for rank, m in each.items()} for each in (sends, receives))
-            block = together.block * (last - first) // tokens
-            self._place_round(transfer, together.operation, ranks, out, into, held if direct else None, included, block, turn)
+            out, into = sends, receives
+            if rounds > 1:
+                out, into = ({rank: _part(m, first, last, turn) for rank, m in each.items()} for each in (sends, receives))
+            self._place_round(transfer, together, ranks, out, into, held if direct else None, included, turn)
         if direct and values:
             self._brought[held].append(transfer.begin)
         elif included and not values:
@@ -416,41 +420,58 @@ class Program:
     def _place_round(
         self,
         transfer: Transfer,
-        operation: Operation,
+        together: Collective,
         ranks: tuple[int, ...],
         out: dict[int, Message],
         into: dict[int, Message],
         direct: Operand | None,
         included: bool,
-        block: int,
         turn: int,
     ) -> None:
-        """One round of a collective, of blocks of ``block`` bytes. ``direct``: the operand whose buffer is its end as it is;
+        """One round of a collective, a block for, and from, each rank. ``direct``: the operand whose buffer is its end as it is;
         ``included``: whether this rank's own block is in it."""
+        operation = together.operation
         values, gather, scatter = transfer.payload.combine == "replace", operation == "all_gather", operation == "reduce_scatter"
         members = [rank for rank in ranks if included or rank != self._rank]
-        packed = [out[self._rank]] if gather else [out[rank] for rank in members]
+        sent, received = (tuple(self._bytes(each[r]) if r in members else 0 for r in ranks) for each in (out, into))
+        packed = [m for m in ([out[self._rank]] if gather else [out[rank] for rank in members]) if m.tokens]
         source: End
         target: End
         if gather and self._in_one_piece(out[self._rank]):
-            source, packed = (out[self._rank].pieces[0], block), []
+            source, packed = (out[self._rank].pieces[0], self._bytes(out[self._rank])), []
         elif direct is not None and not values:
-            source, packed = (direct, len(members) * block), []
+            source, packed = (direct, sum(sent)), []
         else:
-            source = _staged(packed, block)
+            source = self._staged(packed, transfer, turn)
         if direct is not None and values:
-            target = direct, len(members) * block
+            target = direct, sum(received)
         else:
-            target = _staged([into[self._rank]] if scatter else [into[rank] for rank in members], block)
+            target = self._staged([into[self._rank]] if scatter else [into[rank] for rank in members], transfer, turn)
         arriving = [self._rank] if scatter else [rank for rank in members if rank != self._rank or not values]
         landed = [into[rank] for rank in arriving if into[rank].staging is not None]
         begins, ends = self.steps[transfer.begin], self.steps[transfer.end]
         begins.exchanged += landed
         ends.arrivals += landed
         times = transfer.begin, transfer.end
+        blocks = sent, received
         begins.exchanges.append(
-            Exchange(operation, transfer.kind, ranks, *times, transfer.channel, turn, block, included, packed, source, target)
+            Exchange(
+                operation, transfer.kind, ranks, *times, transfer.channel, turn, *blocks, together.even, packed, source, target
+            )
         )
+
+    def _staged(self, messages: list[Message], transfer: Transfer, turn: int) -> tuple[Buffer, int]:
+        """Room for the messages of a round, one behind the other; and its bytes."""
+        sizes = [self._bytes(message) for message in messages]
+        memory = Buffer(sum(sizes), transfer.begin, transfer.end, turn if transfer.begin == transfer.end else None)
+        for message, size, end in zip(messages, sizes, np.cumsum(sizes).tolist(), strict=True):
+            if size:
+                message.staging, message.offset = memory, end - size
+        return memory, sum(sizes)
+
+    def _bytes(self, message: Message) -> int:
+        """Of a message on its way."""
+        return message.tokens * token_bytes(message.kind, self._schedule.heads[message.group], self._problem)
 
     def _add_own_blocks(
         self, transfer: Transfer, held: Operand, sends: dict[int, Message], receives: dict[int, Message]
@@ -490,7 +511,8 @@ class Program:
     def _held_operand(self, transfer: Transfer, ranks: tuple[int, ...], group: int) -> Operand:
         """The operand of this rank that holds the shards of a set."""
         rows, other = self._own_rows(transfer, outgoing=transfer.payload.combine != "replace")
-        row = next(row for row in rows.tolist() if row[other] in ranks)
+        sizes = self._sizes[transfer.payload.side]
+        row = next(row for row in rows.tolist() if row[other] in ranks and sizes[row[MoveColumn.SHARD]])
         bundle, _ = self._home[transfer.payload.side, row[MoveColumn.SHARD], group]
         return Operand(transfer.payload.operand, group, bundle)
 
@@ -552,8 +574,7 @@ class Program:
         payload = message.payload
         as_it_is = payload.combine == "replace" or (outgoing and payload.partial_sum and self._travels_as_held(payload))
         if not (as_it_is and self._in_one_piece(message)):
-            size = message.tokens * token_bytes(message.kind, self._schedule.heads[message.group], self._problem)
-            message.staging = Buffer(size, message.begin, message.end, message.inside)
+            message.staging = Buffer(self._bytes(message), message.begin, message.end, message.inside)
 
     def _live_pieces(self, message: Message, outgoing: bool) -> None:
         """The buffers that a message leaves or enters are needed as long as it is under way."""
@@ -701,12 +722,3 @@ def _part(message: Message, first: int, last: int, turn: int) -> Message:
             pieces.append(piece._replace(begin=piece.begin + begin, end=piece.begin + end))
         passed += size
     return replace(message, pieces=pieces, tokens=last - first, round=turn)
-
-
-def _staged(messages: list[Message], block: int) -> tuple[Buffer, int]:
-    """Room for messages of ``block`` bytes each, one behind the other; and its bytes."""
-    size = len(messages) * block
-    memory = Buffer(size, messages[0].begin, messages[0].end, messages[0].inside)
-    for place, message in enumerate(messages):
-        message.staging, message.offset = memory, place * block
-    return memory, size

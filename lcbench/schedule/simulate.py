@@ -282,7 +282,7 @@ def _of_all(transfer: Transfer, collective: Collective | None, groups: int, rank
     rows[:, : MoveColumn.SHARD] += np.repeat(np.arange(groups) * ranks, len(transfer.rows))[:, None]
     if collective is not None:
         sets = tuple(tuple(g * ranks + r for r in members) for g in range(groups) for members in collective.sets)
-        collective = replace(collective, sets=sets)
+        collective = replace(collective, sets=sets, blocks=collective.blocks * groups)
     return replace(transfer, rows=rows), collective
 
 
@@ -505,7 +505,7 @@ class _Play:
         """A collective of each set, of this share of its bytes. It begins when all ranks of the set are ready."""
         stream = self._streams[transfer.channel]
         free = np.maximum(ready, stream)
-        for members in collective.sets:
+        for members, block in zip(collective.sets, collective.blocks, strict=True):
             ranks = np.array(members)
             nodes = np.unique(self._node[ranks], return_counts=True)[1]
             shared = int(np.unique(self._way["across"][ranks], return_counts=True)[1].max())
@@ -513,7 +513,7 @@ class _Play:
             ways = [(self._links[name, direction], self._way[name][ranks]) for name in used for direction in (0, 1)]
             begin = float(max(free[ranks].max(), *(busy[way].max() for busy, way in ways)))
             end = begin + self._machine.collective_s(
-                collective.operation, share * collective.block, len(ranks), int(nodes.max()), int(nodes.min()), shared
+                collective.operation, share * block, len(ranks), int(nodes.max()), int(nodes.min()), shared
             )
             for each, way in ((self._arrivals[transfer.end], ranks), (stream, ranks), *ways):
                 each[way] = np.maximum(each[way], end)

@@ -84,4 +84,4 @@ class BatchStep(Trained, Workload):
     def start(self, work: Work, draw: int, gang: Gang) -> BatchStepSession:
         from lcbench.workloads.batch_stepping import BatchStepSession  # with torch, which planning does without
 
-        return BatchStepSession(self, work, draw, gang)
+        return BatchStepSession(self, self.capacity, work, draw, gang)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,11 +25,9 @@ from lcbench.workloads.recompute.offload import Offload
 from lcbench.workloads.recompute.swapping import Swapping
 from lcbench.workloads.started import Started, started
 from lcbench.workloads.step import BlockSession, CountedRun
+from lcbench.workloads.trained import Trained
 from lcbench.workloads.transformer import Attention
 from lcbench.workloads.watch import Watch
-
-if TYPE_CHECKING:
-    from lcbench.workloads.batch_step import BatchStep
 
 WATCHED = 3  # steps by which it is seen when micro-batches begin and end
 
@@ -42,11 +40,10 @@ class BatchStepSession(BlockSession):
     """
 
     training: BatchTraining
-    _block: BatchStep
 
-    def __init__(self, options: BatchStep, work: Work, number: int, gang: Gang) -> None:
+    def __init__(self, options: Trained, capacity: int, work: Work, number: int, gang: Gang) -> None:
         whole = work.make_mask(number)
-        found = planned(work, whole, gang, options.capacity)
+        found = planned(work, whole, gang, capacity)
         self.refused = found if isinstance(found, str) else _offloads(found.assignment, work)
         if isinstance(found, str) or self.refused:
             return

@@ -72,6 +72,10 @@ def assignments(ranks: int) -> dict[str, Assignment]:
             (Group(even, (6,), "usp"), Group(odd[:1], (1,), "ring"), Group(odd[1:2], (5, 8), "ulysses")),
             (Group((ranks - 1, 0, 1), (0,), "ring"), ),
         ))  # fmt: skip
+        found["uneven"] = Assignment((
+            (Group(odd, (2, 8), "ulysses"), Group(even, (0, 1), "ulysses")),
+            (Group(every, (3, 4, 5, 6, 7), "usp"), ),
+        ))  # fmt: skip
     if ranks == 8:
         found["all kinds"] = Assignment((
             (Group((5, 0), (3, 7), "ulysses"), Group((1, 6), (4,), "ulysses"), Group((7, 2, 3), (2, 1), "ring")),
@@ -99,6 +103,11 @@ def check(rank: int, ranks: int) -> None:
                 run = strategy.start(problem, mask, SDPAFlash(), Place(rank, device, groups))
                 found[lowering] = _run(run, inputs, sink)
                 _near(f"{case} {name} {lowering} P={ranks} rank {rank}", run.tokens, found[lowering], expected)
+                if case == "all by ulysses":  # also where ranks have other numbers of tokens
+                    assert run.counters().collectives == (["all_to_all"] if lowering == "auto" else [])
+                if case == "uneven":
+                    assert run.counters().collectives == (["all_to_all"] if lowering == "auto" else [])
+                    assert run.communicators == (4 if lowering == "auto" else 0)  # of two sub-groups, and of the rows of a grid
             if ranks == 8 and case == "all kinds":
                 assert run.counters().collectives == ["all_to_all"]
                 assert run.communicators == 4  # of two exchanges of heads, and of the two rows of a grid

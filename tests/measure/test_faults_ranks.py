@@ -141,7 +141,7 @@ class Deaf(Faulty):
     def _post_exchange(self, exchange: Exchange) -> Any:
         if not self._lost(exchange):
             return super()._post_exchange(exchange)
-        place, _ = self._end(exchange, exchange.target)
+        place = self._end(exchange, exchange.target)
         old = place.clone()
         for work in super()._post_exchange(exchange):
             work.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +27,7 @@ from lcbench.grid.build import build_strategy
 from lcbench.grid.command_line import look
 from lcbench.kernels.base import Prepared, Saved, prepare
 from lcbench.kernels.sdpa_flash import SDPAFlash
+from lcbench.masks.band import TokenSpan
 from lcbench.masks.block import BlockMap
 from lcbench.masks.causal import causal
 from lcbench.masks.causal_document import causal_document
@@ -36,10 +37,13 @@ from lcbench.measure.inputs import draw
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule import lowering, program
 from lcbench.schedule.adjoint import traffic
+from lcbench.schedule.beside import Member, beside
 from lcbench.schedule.execute import Executor
 from lcbench.schedule.groups import Groups
-from lcbench.schedule.lowering import OPERATIONS, collectives, sets_of
-from lcbench.schedule.program import Program
+from lcbench.schedule.layout import Layout, contiguous
+from lcbench.schedule.lowering import OPERATIONS, Lowering, collectives, sets_of
+from lcbench.schedule.program import Exchange, Program
+from lcbench.schedule.schedule import Schedule
 from lcbench.schedule.verify import verify
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import load, names, small
@@ -98,13 +102,97 @@ def test_ranks_of_a_head_exchange_are_sets_and_rings_around_them_are_not(ranks: 
         assert sorted(rank for each in members for rank in each) == list(range(ranks))
 
 
-def test_sizes_that_differ_go_from_point_to_point() -> None:
-    for ranks, seqlen, heads, strategy in (
-        (4, 67, Heads(8, 8, 8), Ulysses()),
-        (4, 67, Heads(8, 8, 8), AllGather()),
-        (3, 48, Heads(7, 7, 8), Ulysses(uneven_heads=True)),
-    ):
-        assert set(found(strategy, problem_of(ranks, seqlen, heads), causal(seqlen))) == {"p2p"}, strategy
+@dataclass(frozen=True)
+class Idle(Ulysses):
+    """Ulysses of a sequence that some ranks have no tokens of."""
+
+    idle: tuple[int, ...] = (1,)
+
+    def schedule(self, problem: Problem, mask: Mask) -> Schedule:
+        made = super().schedule(problem, mask)
+        tokens = iter(contiguous(problem.seqlen, problem.scale.world_size - len(self.idle)).shards)
+        shards = [(TokenSpan(0, 0),) if rank in self.idle else next(tokens) for rank in range(problem.scale.world_size)]
+        side = replace(made.q, shards=Layout(shards))
+        return replace(made, q=side, k=side)
+
+
+def uneven_cases(ranks: int) -> list[tuple[Scheduled, int, Heads]]:
+    """Head exchanges (strategy, tokens, heads) whose parts have several sizes, or none."""
+    seqlen, heads = 16 * ranks + 3, Heads(4 * ranks, 2 * ranks, 8)
+    cases: list[tuple[Scheduled, int, Heads]] = [
+        (Ulysses(), seqlen, heads), (Ulysses(stages=2), seqlen, heads), (Ulysses(), seqlen, Heads(4 * ranks, 1, 8)),
+        (Ulysses(uneven_heads=True), 16 * ranks, Heads(2 * ranks + 1, 2 * ranks + 1, 8)),
+        (Ulysses(uneven_heads=True), seqlen, Heads(2 * ranks + 1, 2 * ranks + 1, 8)),
+    ]  # fmt: skip
+    if ranks > 2:
+        cases += [(Idle(), seqlen, heads), (Idle(idle=(0,)), seqlen, heads), (Idle(idle=(ranks - 1,)), seqlen, heads)]
+        cases += [(Hybrid([ranks - 1, 1], [0, 1], within=["ulysses"]), seqlen, Heads(4 * (ranks - 1), ranks - 1, 8))]
+    if ranks == 4:
+        cases += [
+            (USP(2), seqlen, heads), (USP(2, ulysses="outside"), seqlen, heads), (LoongTrain(2), seqlen, heads),
+            (Hybrid([2, 2], [0, 1], within=["ulysses"]), seqlen, heads),
+            (Hybrid([2, 2], [0, 1], within=["ulysses", "ring"], ranks=[3, 0, 2, 1]), seqlen, heads),
+        ]  # fmt: skip
+    return cases
+
+
+def of_two(seqlen: int) -> Mask:
+    """Two causal documents, of odd lengths or of one odd length."""
+    return causal_document(seqlen, seed=(0, 0), lengths=Explicit([seqlen - 13, 13]))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_parts_of_a_head_exchange_have_the_sizes_that_they_have(ranks: int) -> None:
+    for strategy, seqlen, heads in uneven_cases(ranks):
+        problem, mask = problem_of(ranks, seqlen, heads), of_two(seqlen)
+        assert strategy.unsupported(problem, mask) is None, strategy
+        assert "all_to_all" in found(strategy, problem, mask), strategy
+        if isinstance(strategy, Ulysses):
+            assert set(found(strategy, problem, mask)) == {"all_to_all"}, strategy
+        schedule = strategy.schedule(problem, mask)
+        report, moves = verify(schedule, mask, problem), traffic(schedule, backward=True)
+        programs = [Program(schedule, moves, problem, rank, NCCL) for rank in range(ranks)]
+        by: dict[tuple[int, int], list[Exchange]] = {}
+        for rank, made in enumerate(programs):
+            exchanges = [each for step in made.steps for each in step.exchanges]
+            sent = sum(n for e in exchanges for peer, n in zip(e.ranks, e.sent, strict=True) if peer != rank)
+            rows = [t.bytes(schedule, problem)[t.rows[:, 0] == rank].sum() for t in moves.transfers]
+            alone = sum(int(n) for n, each in zip(rows, made.lowered, strict=True) if each is None)
+            assert sent + alone == report.forward_bytes[rank] + report.backward_bytes[rank], strategy
+            for each in exchanges:
+                for peer in each.ranks:
+                    by.setdefault((rank, peer), []).append(each)
+        for (rank, peer), exchanges in by.items():  # what one sends is what the other receives, one after the other
+            assert [e.sent[e.ranks.index(peer)] for e in exchanges if peer != rank] == [
+                e.received[e.ranks.index(rank)] for e in by[peer, rank] if peer != rank
+            ], strategy
+        for transfer, together in zip(moves.transfers, programs[0].lowered, strict=True):
+            if together is not None:
+                amounts, size = np.zeros((2, ranks)), transfer.bytes(schedule, problem)
+                for column in (0, 1):
+                    np.add.at(amounts[column], transfer.rows[:, column], size)
+                most = [amounts[:, list(members)].max() / (len(members) - 1) for members in together.sets]
+                assert np.allclose(together.blocks, most, rtol=1e-12), strategy
+                assert together.even == (len(set(together.blocks)) == 1 and bool((size == together.blocks[0]).all())), strategy
+
+
+def test_what_differs_and_is_no_head_exchange_goes_from_point_to_point() -> None:
+    mask = causal(67)
+    assert set(found(AllGather(), problem_of(4, 67, Heads(8, 8, 8)), mask)) == {"p2p"}
+    for strategy in (Ring(), TokenRing(), GroupCast(), LightSeq()):
+        assert set(found(strategy, problem_of(3, 67, Heads(8, 8, 8)), mask)) == {"p2p"}, strategy
+    # All tokens are one rank's: no other has anything to give it.
+    assert set(found(Idle(idle=(1, 2)), problem_of(3, 67, Heads(9, 9, 8)), mask)) == {"p2p"}
+    # The exchange of ranks beside it is one all the same.
+    both = []
+    for place, strategy in enumerate((Ulysses(), Idle())):
+        schedule = strategy.schedule(problem_of(2, 67, Heads(8, 8, 8)), mask)
+        both.append(Member(schedule, np.array([0, 3]) + place * np.array([1, -1]), np.array([[67 * place, 67]])))
+    problem, schedule = problem_of(4, 134, Heads(8, 8, 8)), beside(both, 4)
+    moves = traffic(schedule, backward=True)
+    lowered = collectives(schedule, moves, problem, NCCL)
+    assert [each.sets for each in lowered if each] == [((0, 3),)] * len(EXCHANGED)
+    assert {transfer.kind for transfer, each in zip(moves.transfers, lowered, strict=True) if each is None} == EXCHANGED
 
 
 @pytest.mark.parametrize("ranks", [4, 24])
@@ -117,7 +205,8 @@ def test_blocks_of_collectives_are_the_bytes_of_the_formulas(ranks: int) -> None
             report, moves = verify(schedule, mask, problem), traffic(schedule, backward=True)
             for rank in (0, ranks - 1):
                 made = Program(schedule, moves, problem, rank, NCCL)
-                sent = sum(e.block * (len(e.ranks) - 1) for step in made.steps for e in step.exchanges)
+                exchanges = [e for step in made.steps for e in step.exchanges]
+                sent = sum(n for e in exchanges for peer, n in zip(e.ranks, e.sent, strict=True) if peer != rank)
                 one_by_one = Program(schedule, moves, problem, rank)
                 rows = [t.bytes(schedule, problem)[t.rows[:, 0] == rank].sum() for t in moves.transfers]
                 alone = sum(int(n) for n, each in zip(rows, made.lowered, strict=True) if each is None)
@@ -156,7 +245,7 @@ def ways(rank: int, ranks: int) -> None:
     lowering.OPERATIONS["gloo"] = NCCL  # its reduce-scatter is slow, and right
     program.ROUND = 3  # so that sums that are copied go in two rounds
     direct, through_host = Groups(), Groups(through_host=True)
-    everything = {
+    everything: dict[str, Way] = {
         "messages": (SDPAFlash(), direct, "p2p"), "collectives": (SDPAFlash(), direct, "auto"),
         "through the host": (SDPAFlash(), through_host, "auto"), "messages through the host": (SDPAFlash(), through_host, "p2p"),
         "contiguous": (Strict(), direct, "auto"), "messages, contiguous": (Strict(), direct, "p2p"),
@@ -166,31 +255,40 @@ def ways(rank: int, ranks: int) -> None:
     documents = causal_document(seqlen, seed=(0, 0), lengths=Explicit([seqlen // 2 + 3, seqlen // 2 - 3]))
     for heads, mask in ((Heads(8, 8, 8), causal(seqlen)), (Heads(8, 2, 8), documents)):
         problem = problem_of(ranks, seqlen, heads, dtype="float64")
-        tensors = [draw(name, np.arange(seqlen), problem, 7, CPU) for name in ("q", "k", "v", "dout")]
-        dout = tensors.pop()
-        leaves = [x.clone().requires_grad_() for x in tensors]
-        out, lse = dense_attention(*leaves, dense_heads(mask, heads.q), problem.softmax_scale)
-        want = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
         strategies = [s for name in names("cp") if isinstance(s := build_strategy(load("cp", name)), Scheduled)]
         strategies += [AllGather(layout="contiguous"), AllGather(heads_per_step=1), Ulysses(stages=2), USP(2), LoongTrain(2)]
         for strategy in strategies:
-            if strategy.unsupported(problem, mask):
-                continue
-            schedule = strategy.schedule(problem, mask)
-            report, own = verify(schedule, mask, problem), schedule.q.tokens(rank)
-            for way, (kernel, groups, lowered) in everything.items():
-                case = f"{strategy} {way} {heads}"
-                run = Executor(
-                    schedule, mask, kernel, problem, rank=rank, device=CPU, groups=groups, lowering=lowered  # type: ignore[arg-type]
-                )  # fmt: skip
-                for _ in range(2):  # buffers are used again
-                    got_out, saved = run.forward(*(x[own] for x in tensors))
-                    assert run.bytes_sent == report.forward_bytes[rank], case
-                    got = [got_out, run.lse(saved), *run.backward(dout[own], saved)]
-                    assert run.bytes_sent == report.backward_bytes[rank], case
-                error = max(float((mine - exact[own]).abs().max()) for mine, exact in zip(got, want, strict=True))
-                assert error <= 1e-12, f"{case}: {error}"
+            if not strategy.unsupported(problem, mask):
+                all_ways(rank, strategy, problem, mask, everything)
     dist.barrier()
+
+
+Way = tuple[SDPAFlash, Groups, Lowering]
+
+
+def all_ways(rank: int, strategy: Scheduled, problem: Problem, mask: Mask, everything: dict[str, Way]) -> set[str]:
+    """Run a strategy in some ways and compare it with dense attention; the operations by which something went."""
+    schedule, heads = strategy.schedule(problem, mask), problem.heads
+    report, own = verify(schedule, mask, problem), schedule.q.tokens(rank)
+    q, k, v, dout = (draw(name, np.arange(problem.seqlen), problem, 7, CPU) for name in ("q", "k", "v", "dout"))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, lse = dense_attention(*leaves, dense_heads(mask, heads.q), problem.softmax_scale)
+    want = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
+    used: set[str] = set()
+    for way, (kernel, groups, lowered) in everything.items():
+        case = f"{strategy} {way} {heads}"
+        run = Executor(schedule, mask, kernel, problem, rank=rank, device=CPU, groups=groups, lowering=lowered)
+        assert lowered == "auto" or not run.collectives
+        used |= set(run.collectives)
+        for _ in range(2):  # buffers are used again
+            got_out, saved = run.forward(q[own], k[own], v[own])
+            assert run.bytes_sent == report.forward_bytes[rank], case
+            got = [got_out, run.lse(saved), *run.backward(dout[own], saved)]
+            assert run.bytes_sent == report.backward_bytes[rank], case
+        assert [len(x) for x in got] == [len(own)] * len(want), case
+        error = max(float((mine - exact[own]).abs().max()) for mine, exact in zip(got, want, strict=True)) if len(own) else 0.0
+        assert error <= 1e-12, f"{case}: {error}"
+    return used
 
 
 @pytest.mark.gloo
@@ -198,6 +296,26 @@ def ways(rank: int, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_way_to_move_data_gives_the_same(ranks: int) -> None:
     run_ranks(ranks, ways, ranks)
+
+
+def uneven_ways(rank: int, ranks: int) -> None:
+    """Head exchanges of uneven parts are collectives, with the results and bytes of messages."""
+    direct, through_host = Groups(), Groups(through_host=True)
+    everything: dict[str, Way] = {
+        "messages": (SDPAFlash(), direct, "p2p"), "collectives": (SDPAFlash(), direct, "auto"),
+        "contiguous": (Strict(), direct, "auto"), "through the host": (SDPAFlash(), through_host, "auto"),
+    }  # fmt: skip
+    for strategy, seqlen, heads in uneven_cases(ranks):
+        for reduce_dtype in ("float32", "input"):
+            problem = problem_of(ranks, seqlen, heads, reduce_dtype, dtype="float64")
+            assert all_ways(rank, strategy, problem, of_two(seqlen), everything) == {"all_to_all"}, strategy
+    dist.barrier()
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_head_exchanges_of_uneven_parts_give_the_same(ranks: int) -> None:
+    run_ranks(ranks, uneven_ways, ranks)
 
 
 def made_once(rank: int, ranks: int) -> None:

@@ -111,6 +111,13 @@ def test_an_exchange_of_heads_goes_inside_the_node_and_out_of_it_at_once() -> No
     assert played(Ulysses(), of, full(16), slow_inside, 0.01).phases["forward"].seconds == pytest.approx(4 + 8 + 2.56 + 4)
 
 
+def test_an_exchange_of_uneven_parts_takes_as_long_as_what_the_busiest_rank_sends() -> None:
+    # 5 and 4 tokens of a head each: 80 bytes of q and out, 160 of k and v. A tile has 9 x 9 pairs.
+    machine = replace(NOTHING, inside=Link(0.0, 80.0))
+    found = played(Ulysses(), problem(9, Scale(1, 2), Heads(2, 2, 4)), full(9), machine, 0.01).phases["forward"]
+    assert found.seconds == pytest.approx(1 + 2 + 0.81 + 1)
+
+
 def test_an_all_gather_is_a_ring_over_all_network_links_of_a_node() -> None:
     # 2 tokens a rank: blocks of k and v of 1 head of 64 bytes, 3 of them by 2 links of 32 bytes/s.
     machine = replace(NOTHING, across=Link(0.0, 32.0))
