@@ -5,6 +5,10 @@ HiGHS is bounded by nodes, never by seconds, so that the same batch always has t
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,12 +189,26 @@ def _solved(
     from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import
     from scipy.sparse import csr_array
 
-    # Presolving, HiGHS often prints a line of its own on stdout (else seldom), and is no faster on programs of this size.
-    found = milp(
-        target, constraints=LinearConstraint(csr_array(rows), low, high), integrality=whole, bounds=Bounds(0.0, upper),
-        options={"node_limit": nodes, "mip_rel_gap": gap, "presolve": False},
-    )  # fmt: skip
+    # Presolving, HiGHS often prints a line of its own (else seldom), and is no faster on programs of this size.
+    with _printing_to_stderr():
+        found = milp(
+            target, constraints=LinearConstraint(csr_array(rows), low, high), integrality=whole, bounds=Bounds(0.0, upper),
+            options={"node_limit": nodes, "mip_rel_gap": gap, "presolve": False},
+        )  # fmt: skip
     return None if found.x is None else np.asarray(found.x)
+
+
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """What a library writes to the process's own stdout goes to its stderr: stdout may be a command's JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _rounded(shares: Floats, count: int) -> Ints:

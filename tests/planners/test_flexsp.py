@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lcbench.planners import programs
 from lcbench.planners.base import Documents, Fleet, Infeasible, Planner
 from lcbench.planners.fixed import Fixed
 from lcbench.planners.flexsp import FlexSP, blasted, bucketed
@@ -212,3 +214,10 @@ def test_bad_options_are_named(options: dict[str, Any]) -> None:
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=rf"^planner\.{name}={value} is no "):
         FlexSP(**options)
+
+
+def test_what_a_solver_prints_is_not_on_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    with programs._printing_to_stderr():
+        os.write(1, b"a line of the solver\n")
+    print("own")
+    assert capfd.readouterr() == ("own\n", "a line of the solver\n")

@@ -199,7 +199,8 @@ def test_planning_does_not_count_what_costs_are_made_of() -> None:
 
 
 def test_what_cannot_be_planned_is_not_predicted() -> None:
-    cell = cell_of("planner=fixed", "planner.degree=5")
+    config = cell_of("planner=fixed").config  # which a plan would skip with this degree
+    cell = Cell.from_config({**config, "planner": {**config["planner"], "degree": 5}})
     with pytest.raises(CannotPredict, match=r"planner\.degree=5"):
         H100.predict(cell, memory=False)
 
