@@ -59,11 +59,12 @@ lint: setup ## ruff, and mypy of code and tests
 wheel: setup ## dist/lcbench-<version>-py3-none-any.whl, with conf/ inside
 	$(BIN)/python -m hatchling build -t wheel
 
-bench: setup cluster-up ## how long planning, masks, strategies and large sweeps take; how well 60 cells are predicted from 12; which faults the check finds; 2,000 sound cells
+bench: setup cluster-up ## how long planning, masks, strategies and large sweeps take; how well 60 cells are predicted from 12; what planners gain; which faults the check finds; 2,000 sound cells
 	$(BIN)/python -m tests.bench_sweeps
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench_predict
 	$(BIN)/python -m tests.advice.recorded
+	$(BIN)/python -m tests.planners.study --batches 20
 	$(BIN)/python -m tests.measure.faults --processes $$(nproc)
 	$(BIN)/python -m tests.measure.sound --processes $$(nproc)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from lcbench.masks.band import Ints
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Floats, Group, Infeasible, Offload, Planner, Say
+from lcbench.planners.fixed import shorter_than_fixed
 from lcbench.planners.packing import Seconds, best_fit_decreasing, in_order, longest_first
 
 TARGETS = 16  # times that ``spread`` tries for the batch
@@ -29,10 +30,20 @@ class BytescaleHDP(Planner):
         paper's rule is false: its batches are so large that no sequence does.
     offload: whether a sequence takes fewer ranks with a share of its activations in the host's memory: the least share that makes
         them fewest, and no more than is moved there while forward computes.
+    fallback: what ``fixed`` gives is taken where that is shorter by the cost, which ByteScale does not look at.
+
+    Raises:
+        ValueError: one of them that is neither true nor false.
     """
 
     spread: bool = True
     offload: bool = False
+    fallback: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("spread", "offload", "fallback"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"planner.{name}={value} is neither true nor false")
 
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
         sizes = np.array([size for size in cost.degrees if size <= fleet.ranks], dtype=np.int64)
@@ -50,7 +61,8 @@ class BytescaleHDP(Planner):
         assert best is not None
         if self.spread:
             best = _widened(best, documents, fleet, cost, sizes)
-        return best.assignment(documents, fleet, cost)
+        handed = best.assignment(documents, fleet, cost)
+        return shorter_than_fixed(handed, documents, fleet, cost) if self.fallback else handed
 
 
 def _fewest(documents: Documents, fleet: Fleet, cost: Cost, sizes: Ints, offloads: Offload | None) -> Ints:

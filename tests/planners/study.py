@@ -42,7 +42,7 @@ MUST_GAIN = ("flexsp", "bytescale_hdp", "hydraulis")
 ON = ("web_text", "long_text_64k", "long_text_512k")
 # Besides each planner at its defaults: a published rule, of which no gain is asked.
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
-    "bytescale_hdp": {"spread": False},
+    "bytescale_hdp": {"spread": False, "fallback": False},
     "hydraulis": {"stay": True},
     "megatron_hybrid": {"fallback": False},
 }

@@ -90,7 +90,7 @@ def test_no_degree_that_holds_it_is_refused() -> None:
     ("name", "option", "value"),
     [
         ("fixed", "degree", 0), ("fixed", "degree", True), ("megatron_hybrid", "slack", 1), ("megatron_hybrid", "packed", 1),
-        ("megatron_hybrid", "fallback", "x"), ("dynamic_cp", "effort", -1),
+        ("megatron_hybrid", "fallback", "x"), ("bytescale_hdp", "spread", "x"), ("dynamic_cp", "effort", -1),
     ],
 )  # fmt: skip
 def test_bad_options_are_one_line_with_the_value(name: str, option: str, value: Any) -> None:
@@ -183,7 +183,7 @@ def test_planners_that_claim_to_be_optimal_are_near_the_oracle(seed: int, option
         assert best * (1 - 1e-9) <= own <= best * most, name
 
 
-@pytest.mark.parametrize("name", ["megatron_hybrid", "dynamic_cp"])
+@pytest.mark.parametrize("name", ["megatron_hybrid", "bytescale_hdp", "dynamic_cp"])
 def test_what_falls_back_is_never_longer_than_fixed(name: str) -> None:
     random, cost = np.random.default_rng(1), Quadratic(tuple(range(1, 9)))
     for _ in range(5):

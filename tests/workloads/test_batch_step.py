@@ -163,7 +163,7 @@ def cells(ranks: int) -> dict[str, Cell]:
     found["some labels"] = Cell(one, options=some)
     found["masked logits"] = Cell(Fixed(), "ulysses", "document", options=(*some, ("masked_logits", True), ("optimizer", "adamw")))
     found["tensor parallel"] = Cell(one, mesh=Mesh(tp=2), capacity=2 * CAPACITY)
-    found["offloaded"] = Cell(BytescaleHDP(offload=True), offloads=HOST)
+    found["offloaded"] = Cell(BytescaleHDP(offload=True, fallback=False), offloads=HOST)
     # Ranks in no order, one that has nothing, offloading beside none.
     far = (ranks - 1, 0) if ranks > 2 else (1, 0)
     found["odd"] = Cell(
