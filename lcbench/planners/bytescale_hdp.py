@@ -48,7 +48,9 @@ class BytescaleHDP(Planner):
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
         sizes = np.array([size for size in cost.degrees if size <= fleet.ranks], dtype=np.int64)
         if self.offload and cost.offloads is None:
-            raise Infeasible("planner.offload=true: what this cell computes has no activations of layers to offload")
+            raise Infeasible(
+                "planner.offload=true needs layers whose activations wait for backward: workload=batch_step with recompute=none"
+            )
         fewest = _fewest(documents, fleet, cost, sizes, cost.offloads if self.offload else None)
         best: _Shared | None = None
         choices = _spread(documents, fleet, cost, sizes, fewest, say) if self.spread else [fewest]

@@ -116,7 +116,8 @@ class Batched:
         groups = [group for _, group in planned.assignment.groups]
         tiles = [sub_problems(problem, mask, planned.bounds, group, curves.inside)[2] for group in groups]
         played = [
-            curves.group(group.method, np.array(group.ranks), tile) for group, tile in zip(groups, tiles, strict=True)
+            curves.group(group.method, np.array(group.ranks), tile, offload=group.offload)
+            for group, tile in zip(groups, tiles, strict=True)
         ]  # fmt: skip
         fullest = max(range(len(played)), key=lambda n: played[n].tokens)
         inside = played[fullest].simulated

@@ -226,7 +226,7 @@ class Times:
         exchanges = [part for part in parts if isinstance(part, Exchange)]
         waited = sum(self._exchange_s(part) for part in exchanges if not part.beside)
         beside = sum(self._exchange_s(part) for part in exchanges if part.beside)
-        copied = sum(part.bytes for part in parts if isinstance(part, ToHost)) / self._host_bytes_per_s
+        copied = sum(part.bytes for part in parts if isinstance(part, ToHost)) / self.host_bytes_per_s
         waited += sum(part.bytes for part in parts if isinstance(part, Copied)) / self.machine.memory_bytes_per_s
         if self.machine.cores:
             waited += beside + copied
@@ -236,10 +236,10 @@ class Times:
         return sum_of([attended, own])
 
     def hides(self, parts: Sequence[Part]) -> float:
-        return self.phase(parts).seconds * self._host_bytes_per_s
+        return self.phase(parts).seconds * self.host_bytes_per_s
 
     @property
-    def _host_bytes_per_s(self) -> float:
+    def host_bytes_per_s(self) -> float:
         return self.machine.host_bytes_per_s or self.machine.memory_bytes_per_s / COPIED
 
     def _compute_s(self, part: Compute) -> float:

@@ -29,6 +29,7 @@ from lcbench.kernels.base import Kernel
 from lcbench.masks.band import OPEN, BandMask, Ints
 from lcbench.masks.document import squares
 from lcbench.planners.base import Cost, Documents
+from lcbench.planners.base import Offload as Offloads
 from lcbench.predict.composed import Times, rank_cores
 from lcbench.predict.counted import counted
 from lcbench.predict.draws import operations_on
@@ -39,6 +40,8 @@ from lcbench.schedule.simulate import Groups, Phase, Simulated, play, prepare
 from lcbench.workloads.base import Workload
 from lcbench.workloads.parts import Share
 from lcbench.workloads.planned import documents_of
+from lcbench.workloads.recompute.none import NoRecompute
+from lcbench.workloads.recompute.offload import Offload
 
 SHORTEST = 128  # tokens of the shortest documents that are simulated; shorter ones cost as much a token
 PACKED = 64  # documents of a simulated group, at most
@@ -171,13 +174,14 @@ class Curves:
         scale = scale_of(list(range(degree)), self.per_node)
         return self.inside[method].unsupported(replace(self.problem, seqlen=mask.num_q, scale=scale), mask) is None
 
-    def group(self, method: str, ranks: Ints, mask: BandMask, *, memory: bool = False) -> Micro:
+    def group(self, method: str, ranks: Ints, mask: BandMask, *, memory: bool = False, offload: float = 0.0) -> Micro:
         """A micro-batch of one group.
 
         Args:
             ranks: where they are.
             mask: of its documents, behind one another.
             memory: whether what it holds is worked out too.
+            offload: share of what its layers keep that goes to the host's memory.
         """
         begun = time.perf_counter()
         scale, strategy = scale_of(ranks.tolist(), self.per_node), self.inside[method]
@@ -191,7 +195,8 @@ class Curves:
         held = np.bincount(modelled.schedule.q.owner, weights=modelled.schedule.q.sizes, minlength=len(ranks))
         times = self._times(simulated.phases)
         share = Share(problem, int(held.max()), self.mesh, fused=self.machine.device != "cpu", hides=times.hides)
-        found = Micro(times.phase(self.workload.made(share, self.recompute).phases[BATCH]), simulated, share.tokens)
+        recompute = Offload(offload) if offload else self.recompute
+        found = Micro(times.phase(self.workload.made(share, recompute).phases[BATCH]), simulated, share.tokens)
         self._spent_s.append(time.perf_counter() - begun)
         return found
 
@@ -208,6 +213,17 @@ class Curves:
         """What comes once in a batch, such as sums of gradients, by name."""
         phases = self.workload.made(Share(self.problem, self.capacity, self.mesh), self.recompute).phases
         return {name: self._times({}).phase(parts) for name, parts in phases.items() if name != BATCH}
+
+    @cached_property
+    def offloads(self) -> Offloads | None:
+        """What documents may offload: of layers of which nothing is computed again."""
+        share = Share(self.problem, self.capacity, self.mesh, fused=self.machine.device != "cpu")
+        keeps = self.workload.layers_keep(share)
+        if keeps is None or not isinstance(self.recompute, NoRecompute):
+            return None
+        layers, token_bytes = keeps
+        alone = self.group(next(iter(self.inside)), np.zeros(1, dtype=np.int64), packed(self.capacity, 1))
+        return Offloads(layers, token_bytes, self._times({}).host_bytes_per_s, alone.forward_s / alone.phase.seconds)
 
     def overhead_s(self, method: str, shape: Shape) -> float:
         """Of a group with next to nothing in it."""
@@ -276,6 +292,10 @@ class FittedCost(Cost):
     @property
     def reduce_s(self) -> float:  # type: ignore[override]
         return sum(phase.seconds for phase in self.curves.once.values())
+
+    @property
+    def offloads(self) -> Offloads | None:  # type: ignore[override]
+        return self.curves.offloads
 
     @property
     def prepared_s(self) -> float:  # type: ignore[override]

@@ -54,6 +54,12 @@ class Workload(Protocol):
         """
         return attention_alone(share)
 
+    def layers_keep(self, share: Share) -> tuple[int, float] | None:
+        """Layers of its whole model, and bytes that those which are run keep of a token from forward to backward on a rank, where a
+        planner may have some of that in the host's memory meanwhile; None: it may not.
+        """
+        return None
+
     def unforeseen(self) -> str | None:
         """Why ``made`` leaves out something that takes time, so that cells of it are not predicted; None: it does not."""
         return None

@@ -17,7 +17,7 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Mesh, Problem
 from lcbench.workloads.base import Work, Workload
 from lcbench.workloads.batch import Batch
-from lcbench.workloads.block_parts import batch_made_of
+from lcbench.workloads.block_parts import batch_made_of, layers_keep
 from lcbench.workloads.parts import Made, Share
 from lcbench.workloads.recompute.base import Recompute
 from lcbench.workloads.trained import LABEL_BYTES, Trained
@@ -72,6 +72,9 @@ class BatchStep(Trained, Workload):
     def made(self, share: Share, recompute: Recompute) -> Made:
         """Of a rank's mean share, or of what it has of a micro-batch."""
         return batch_made_of(self, share, recompute)
+
+    def layers_keep(self, share: Share) -> tuple[int, float]:
+        return self.model.layers, layers_keep(self, share)
 
     def repeats(self, phases: Iterable[str]) -> dict[str, float]:
         """Nothing is scaled to a whole model: layers and head are timed together."""

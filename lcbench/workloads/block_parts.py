@@ -40,6 +40,11 @@ def batch_made_of(options: Trained, share: Share, recompute: Recompute) -> Made:
     return replace(made, phases={"batch": batch} | others)
 
 
+def layers_keep(options: Trained, share: Share) -> float:
+    """Bytes that its layers keep of a token from forward to backward where nothing is computed again."""
+    return options.depth * _of_rank(options.model, share)[1].all / share.tokens
+
+
 def _of_rank(model: Model, share: Share) -> tuple[Model, LayerBytes]:
     """The model as a rank has it, and what one of its layers saves."""
     own = model.divided(share.mesh.tp)

@@ -17,7 +17,7 @@ from lcbench.masks.document import squares
 from lcbench.measure.metrics import METRICS
 from lcbench.planners.base import Assignment, Documents
 from lcbench.predict.batches import Batched
-from lcbench.predict.costs import FittedCost, Shape, cost_of
+from lcbench.predict.costs import FittedCost, Shape, cost_of, packed
 from lcbench.predict.fit import fit
 from lcbench.predict.machines import machine_of
 from lcbench.predict.predictor import CannotPredict, Predictor
@@ -237,3 +237,32 @@ def test_makespans_of_batches_that_no_fit_has_seen() -> None:
         errors = np.abs([getattr(row, name) for row in rows])
         assert np.median(errors) <= MEDIAN, batch_seconds.table(rows)
         assert np.quantile(errors, 0.9) <= 2 * MEDIAN, batch_seconds.table(rows)
+
+
+STEP = ("workload=batch_step", "model=llama3_8b", "heads=32x8x128", "layers=2", "workload.capacity=16k",
+        "lengths=long_text_512k", "seqlen=512k",
+        "planner=bytescale_hdp", "planner.spread=false", "planner.fallback=false")  # fmt: skip
+
+
+def test_what_layers_keep_may_be_offloaded_as_far_as_it_is_known() -> None:
+    of_step, of_attention = (cost_of(cell_of(*words), H100) for words in (STEP, ()))
+    offloads = of_step.offloads
+    assert of_attention.offloads is None
+    assert offloads is not None
+    assert offloads.layers == 32
+    assert offloads.host_bytes_per_s == H100.machine.host_bytes_per_s
+    assert 0.2 < offloads.forward < 0.4
+    kept = cell_of(*STEP, "recompute=full")
+    assert cost_of(kept, H100).offloads is None
+    with pytest.raises(CannotPredict, match="recompute=none"):
+        H100.predict(cell_of(*STEP, "planner.offload=true", "recompute=full"), memory=False)
+
+
+def test_offloading_takes_fewer_ranks_and_its_copies_are_predicted() -> None:
+    plain, offloaded = (H100.predict(cell_of(*STEP, f"planner.offload={word}"), memory=False) for word in ("false", "true"))
+    assert offloaded.metrics()["batch/degree"] < plain.metrics()["batch/degree"]
+    shares = [group.get("offload", 0.0) for groups in offloaded.notes["assignment"] for group in groups]
+    assert max(shares) > 0
+    curves = cost_of(cell_of(*STEP), H100).curves
+    none, half = (curves.group("ring", np.zeros(1, dtype=np.int64), packed(4096, 2), offload=share) for share in (0.0, 0.5))
+    assert half.phase.seconds >= none.phase.seconds

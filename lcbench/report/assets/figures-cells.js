@@ -129,7 +129,10 @@ function rankingBars(good, bad, finding) {
   );
 }
 
-const AXES = {mask: "mask", kernel: "kernel", strategy: "strategy", ...Object.fromEntries(BLOCK.ofWorkload.map(axis => [axis, axis]))};
+const AXES = {
+  mask: "mask", kernel: "kernel", strategy: "strategy",
+  ...Object.fromEntries(BLOCK.ofWorkload.map(axis => [axis, axis])),
+};
 const severalOf = cells => Object.keys(AXES).filter(axis => unique(cells.map(cell => cell[axis])).length > 1);
 
 const heatMap = {
