@@ -105,7 +105,7 @@ def check_order(rank: int) -> None:
             result.register_hook(lambda grad: events.append(f"back through {name}"))
 
         module.register_forward_hook(hook)
-    executor: Any = session.run._run
+    executor: Any = session.run.run
     post, give, gradient = executor._post, executor.give, executor.gradient
 
     def noted(step: Any, turn: int, kinds: Any = None) -> None:
