@@ -19,6 +19,7 @@ from lcbench.grid import build
 from lcbench.grid.cell import Cell
 from lcbench.masks.band import BandMask, DoesNotFit, Ints
 from lcbench.planners.base import Fleet, Infeasible
+from lcbench.planners.telling import telling
 from lcbench.predict.composed import Together, flops_of, mean_of, sum_of
 from lcbench.predict.costs import BATCH, FittedCost, Micro, Rates, cost_of
 from lcbench.predict.draws import CannotPredict, looked_at, unforeseen
@@ -97,7 +98,7 @@ class Batched:
         planner = build.build_planner(self.cell.config)
         assert planner is not None
         try:
-            planned = plan_of(planner, mask, self.fleet, self.cost)
+            planned = plan_of(planner, mask, self.fleet, self.cost, telling())
         except Infeasible as refused:
             raise CannotPredict(str(refused)) from refused
         if planned.wrong:

@@ -28,8 +28,9 @@ from lcbench.grid.cell import Cell
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import OPEN, BandMask, Ints
 from lcbench.masks.document import squares
-from lcbench.planners.base import Cost, Documents
+from lcbench.planners.base import Cost, Documents, Say
 from lcbench.planners.base import Offload as Offloads
+from lcbench.planners.telling import telling
 from lcbench.predict.composed import Times, rank_cores
 from lcbench.predict.counted import counted
 from lcbench.predict.draws import operations_on
@@ -52,6 +53,7 @@ LEAST = 0.02  # of a causal document's cost: what one of fewer pairs costs at le
 
 UNEVEN, GOLDEN = 0.25, (math.sqrt(5) - 1) / 2  # how far simulated documents are from one length
 SAMPLES, SAMPLED = 3, 256  # groups of real documents that are simulated, and documents of each, at most
+FEW = 64  # ranks of a group, of more than which one is simulated, since that takes seconds
 TINY = 1e-6  # of what a group takes: what its documents take at least
 BATCH = "batch"  # the phase that is all micro-batches; others come once
 
@@ -157,6 +159,7 @@ class Curves:
     capacity: int
     _points: dict[tuple[str, Shape, int, int], float] = field(default_factory=dict)
     _spent_s: list[float] = field(default_factory=list)
+    _say: Say = field(default_factory=telling, repr=False)  # curves of the same shape are known by what they say of themselves
 
     @property
     def per_node(self) -> int:
@@ -184,6 +187,7 @@ class Curves:
             offload: share of what its layers keep that goes to the host's memory.
         """
         begun = time.perf_counter()
+        self._say(f"{len(self._spent_s)} groups simulated to know what documents cost, next {len(ranks)} ranks by {method}")
         scale, strategy = scale_of(ranks.tolist(), self.per_node), self.inside[method]
         problem = replace(self.problem, seqlen=mask.num_q, scale=scale)
         modelled = strategy.modelled(problem, mask)
@@ -347,7 +351,10 @@ class FittedCost(Cost):
         key = (method, shape)
         if key not in self._factors:
             random = np.random.default_rng(0)
-            every = [self._sampled(method, shape, random.permutation(len(self.sample))) for _ in range(SAMPLES)]
+            every = [
+                self._sampled(method, shape, random.permutation(len(self.sample)))
+                for _ in range(SAMPLES if shape.degree <= FEW else 1)
+            ]
             found = [one for one in every if one is not None]
             self._factors[key] = float(np.median(found)) if found else 1.0
         return self._factors[key]

@@ -13,6 +13,7 @@ from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.measure import progress
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Infeasible, Planner, Say
+from lcbench.planners.telling import telling
 from lcbench.schedule.layout import documents
 from lcbench.workloads.base import Work
 
@@ -91,7 +92,7 @@ def planned(work: Work, mask: Mask, gang: Gang, capacity: int) -> Planned | str:
     found: Planned | str | None = None
     if gang.cp_rank == 0:
         try:
-            found = plan_of(work.planner, mask, fleet, work.cost(), lambda _: progress.own.mark())
+            found = plan_of(work.planner, mask, fleet, work.cost(), telling(progress.own.mark))
         except Infeasible as refused:
             found = str(refused)
     found = gang.ranks.broadcast_object(found)

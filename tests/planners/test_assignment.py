@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lcbench.planners import telling
 from lcbench.planners.base import LEAST, Assignment, Documents, Fleet, Group
 from lcbench.testing.costs import Quadratic
 
@@ -55,3 +56,14 @@ def test_a_group_of_few_tokens_has_no_spare_ranks(tokens: int, left: int) -> Non
     assert left == 1 or tokens // left >= LEAST
     assert made.micro_batches[1] == (group((0,), 1),)
     assert made.wrong(every, FLEET) is None
+
+
+def test_progress_is_told_once_a_second(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 0.5, 1.0, 1.0, 1.9, 2.5, 2.5])
+    monkeypatch.setattr(telling.time, "monotonic", lambda: next(times))
+    marks: list[None] = []
+    say = telling.telling(lambda: marks.append(None))
+    for line in ("early", "first", "soon", "second"):
+        say(line)
+    assert capsys.readouterr() == ("", "planning: first\nplanning: second\n")
+    assert len(marks) == 4
