@@ -156,7 +156,7 @@ def test_the_worked_examples_work(tmp_path: Path) -> None:
         else:
             assert not (tmp_path / name).exists(), f"{name} is there already"
             (tmp_path / name).write_text(text)
-    assert len(waiting) == 8
+    assert len(waiting) == 9
     for command in waiting:
         words = shlex.split(command)
         done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True)
