@@ -192,6 +192,16 @@ class Plan:
         return max(way.error for way in self.ways)
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """Of ``seconds``, 95 %."""
+        return self.seconds / (1 + self.error), self.seconds * (1 + self.error)
+
+    @property
+    def basis(self) -> str:
+        """What its times rest on, in words."""
+        return "; ".join(dict.fromkeys(way.basis for way in self.ways))
+
+    @property
     def parts(self) -> dict[str, float]:
         """Where the seconds go; they sum to ``seconds``. ``bubble``: what the average stage waits for others."""
         size = len(self.stages)

@@ -75,7 +75,7 @@ class Told:
                 near = self.found.rivals[0]
                 yield f"nearest: {degrees(near.plan)}, {_how(near.plan.ways)}, which needs {size(near.plan.bytes)}: {_over(near)}"
             return
-        low, high = plan.seconds / (1 + plan.error), plan.seconds * (1 + plan.error)
+        low, high = plan.interval
         rate = f"{self.tokens / plan.seconds:,.0f} tokens/s"
         mfu = self._mfu(plan)
         yield (
@@ -87,7 +87,7 @@ class Told:
             f"{_count(plan.sequences, 'sequence')}; where the time goes: "
             + ", ".join(f"{name} {duration(seconds)}" for name, seconds in plan.parts.items() if seconds)
         )
-        yield f"predicted times are {band(plan.error)} in 95 % of cases; {'; '.join(dict.fromkeys(w.basis for w in plan.ways))}"
+        yield f"predicted times are {band(plan.error)} in 95 % of cases; {plan.basis}"
         yield f"looked at {self.found.ways} ways to run a layer; every mix of them over layers and stages that fits was compared"
 
     def _mfu(self, plan: Plan) -> float | None:
@@ -141,12 +141,12 @@ class Told:
         }  # fmt: skip
 
     def _plan(self, plan: Plan) -> dict[str, Any]:
-        low, high = plan.seconds / (1 + plan.error), plan.seconds * (1 + plan.error)
+        low, high = plan.interval
         return {
             "predicted": {
                 "seconds": plan.seconds, "low_s": low, "high_s": high, "tokens_per_s": self.tokens / plan.seconds,
                 "mfu": self._mfu(plan), "bytes": plan.bytes, "split_s": plan.parts,
-                "basis": "; ".join(dict.fromkeys(way.basis for way in plan.ways)),
+                "basis": plan.basis,
             },
             "micro_batches": plan.batches, "sequences": plan.sequences,
             "stages": [

@@ -86,16 +86,16 @@ class Hybrid(Scheduled):
         if too_short(problem, ranks):
             return too_short(problem, ranks)
         if self.within is not None:
-            return self._unshared(problem, mask)
+            return self._unshared(problem, mask, bounds, work)
         held = np.bincount(self._dealt(groups, bounds, work)[0], minlength=ranks)
         empty = np.nonzero(held == 0)[0]
         return f"rank {empty[0]} gets no token of the {len(bounds) - 1} documents in groups={list(groups)}" if len(empty) else None
 
-    def _unshared(self, problem: Problem, mask: Mask) -> str | None:
+    def _unshared(self, problem: Problem, mask: Mask, bounds: Ints, work: Ints) -> str | None:
         """Why some sub-group shares its documents by none of ``within``; None: all do."""
         if not isinstance(mask, BandMask):
             return f"within={list(self.within or ())} needs a mask of bands"
-        for number, (_, _, own, tile) in enumerate(self._apart(problem, mask)):
+        for number, (_, _, own, tile) in enumerate(self._apart(problem, mask, bounds, work)):
             refused = {name: each.unsupported(own, tile) for name, each in self.inside.items()}
             if all(refused.values()):
                 return f"sub-group {number}: " + "; ".join(f"{name}: {why}" for name, why in refused.items())
@@ -117,10 +117,11 @@ class Hybrid(Scheduled):
             return found
         return beside([Member(found, np.array(self.ranks), np.array([[0, problem.seqlen]]))], ranks)
 
-    def _apart(self, problem: Problem, mask: BandMask) -> Iterator[tuple[Ints, Ints, Problem, BandMask]]:
+    def _apart(
+        self, problem: Problem, mask: BandMask, bounds: Ints, work: Ints
+    ) -> Iterator[tuple[Ints, Ints, Problem, BandMask]]:  # fmt: skip
         """(ranks, documents, problem, mask) of each sub-group by itself."""
         groups = self.groups or (problem.scale.world_size,)
-        bounds, work = documents(mask)
         chosen, first = self._chosen(groups, work), 0
         every = np.arange(sum(groups)) if self.ranks is None else np.array(self.ranks)
         for number, size in enumerate(groups):
@@ -129,8 +130,8 @@ class Hybrid(Scheduled):
             first += size
 
     def _members(self, problem: Problem, mask: BandMask) -> Iterator[Member]:
-        bounds, _ = documents(mask)
-        for ranks, own, of_group, tile in self._apart(problem, mask):
+        bounds, work = documents(mask)
+        for ranks, own, of_group, tile in self._apart(problem, mask, bounds, work):
             strategy = next(each for each in self.inside.values() if each.unsupported(of_group, tile) is None)
             stretches = np.stack([bounds[own], np.diff(bounds)[own]], axis=1)
             yield Member(strategy.schedule(of_group, tile), ranks, stretches)

@@ -23,6 +23,7 @@ from lcbench.grid.cell import CONTENT, CONTENT_BEFORE, Cell
 from lcbench.grid.paths import CONF
 from lcbench.grid.values import check_finite, listed, parse_int, parse_option, parse_tokens
 from lcbench.kernels.base import Kernel
+from lcbench.masks.lengths import knows_draws
 from lcbench.masks.mask import Mask
 from lcbench.masks.requests import of_requests
 from lcbench.problem import Heads
@@ -228,6 +229,12 @@ def group_mask(cell: Cell, draw: int = 0) -> Mask:
     """
     whole = cell_mask(cell, draw)
     return whole if cell.mesh.tp == 1 else whole.of_heads(0, cell.problem.heads.q, cell.heads.q)
+
+
+def fits_by_draw(config: dict[str, Any]) -> bool:
+    """Whether one draw of a mask may fit where another does not: each batch of a file of document lengths has its own."""
+    lengths = config.get("lengths")
+    return lengths is not None and knows_draws(get_object(lengths["_target_"]))
 
 
 def draws(config: dict[str, Any]) -> int:

@@ -714,8 +714,8 @@ def _mask(cell: Cell) -> Mask:
     if key not in _masks:
         try:
             made = build.group_mask(cell)
-            for draw in range(1, build.draws(config)):
-                build.group_mask(cell, draw)  # each may not fit by itself: batches of a file
+            for draw in range(1, build.draws(config) if build.fits_by_draw(config) else 1):
+                build.group_mask(cell, draw)
             if isinstance(made, BlockMap) and own.named_in(config):
                 made.draw(0)  # code of the user's, which is to fail here and not in a job
             _masks[key] = made

@@ -33,6 +33,11 @@ class Lengths(Protocol):
         ...
 
 
+def knows_draws(lengths: Lengths | type[Lengths]) -> bool:
+    """Whether lengths are told the number of a draw, so that one draw may fit where another does not."""
+    return "draw" in inspect.signature(lengths.sample).parameters
+
+
 def document_bounds(seqlen: int, lengths: Lengths, seed: Sequence[int]) -> Ints:
     """Offsets 0 = b0 < b1 < ... = seqlen of documents in tokens; the last one drawn is cut where the sequence ends.
 
@@ -43,7 +48,7 @@ def document_bounds(seqlen: int, lengths: Lengths, seed: Sequence[int]) -> Ints:
         DoesNotFit: lengths that cannot make up this ``seqlen``.
         ValueError: a document without a token.
     """
-    more: dict[str, Any] = {"draw": seed[1]} if "draw" in inspect.signature(lengths.sample).parameters else {}
+    more: dict[str, Any] = {"draw": seed[1]} if knows_draws(lengths) else {}
     sizes = np.asarray(lengths.sample(seqlen, np.random.default_rng(seed), **more))
     if len(sizes) and sizes.min() < 1:
         raise ValueError(f"a document of {sizes.min()} tokens; each has at least 1")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lcbench.masks.band import Ints
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Planner, Say
 from lcbench.planners.moves import Moves, Piece, Pieces
-from lcbench.planners.packing import best_fit_decreasing
+from lcbench.planners.packing import best_fit_decreasing, descending
 from lcbench.planners.programs import Sharing, alike, exact
 from lcbench.planners.table import Table
 
@@ -192,7 +192,7 @@ def _spread(numbers: Ints, table: Table, degree: int, bins: int) -> list[list[in
     room = degree * table.fleet.capacity
     load, left = np.zeros(bins), np.full(bins, room)
     own: list[list[int]] = [[] for _ in range(bins)]
-    for place in np.argsort(-seconds, kind="stable").tolist():
+    for place in descending(seconds):
         free = np.where(left >= tokens[place], load, np.inf)
         group = int(free.argmin()) if bins else 0
         if not bins or not np.isfinite(free[group]):

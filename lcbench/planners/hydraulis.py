@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcbench.masks.band import Ints
-from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Floats, Infeasible, Planner, Say
+from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Infeasible, Planner, Say
 from lcbench.planners.flexsp import bucketed
 from lcbench.planners.moves import Moves, Piece
-from lcbench.planners.packing import best_fit_decreasing, in_order, level
+from lcbench.planners.packing import best_fit_decreasing, descending, in_order, level
 from lcbench.planners.placing import side_by_side
 from lcbench.planners.programs import Sharing, alike
 from lcbench.planners.table import Table
@@ -73,13 +72,13 @@ class Hydraulis(Planner):
         if not len(documents):
             return Assignment(())
         table = Table.of(documents, fleet, cost)
-        order = _longest_first(documents.pairs)
+        order = descending(documents.pairs)
         found = self._replicas(table, order, self.effort)
         say(f"hydraulis: {len(found.degrees)} replicas, {found.score[0]:.4g} s")
         random = np.random.default_rng(SEED)
         for number in range(1, self.trials):
             noise = np.exp(random.normal(0.0, SPREAD, len(documents)))
-            dealt = _dealt(table, found.degrees, _longest_first(documents.pairs * noise))
+            dealt = _dealt(table, found.degrees, descending(documents.pairs * noise))
             if dealt is not None and dealt.score < found.score:
                 found = dealt
                 say(f"hydraulis: trial {number + 1} of {self.trials}: {found.score[0]:.4g} s")
@@ -188,10 +187,6 @@ class Hydraulis(Planner):
         while moved():
             pass
         return _Dealt(_scored(spent, dealt.degrees), dealt.degrees, own)
-
-
-def _longest_first(sizes: Floats | Ints) -> list[int]:
-    return [int(one) for one in np.argsort(-sizes, kind="stable")]
 
 
 def _scored(spent: Sequence[float], degrees: Sequence[int]) -> tuple[float, float]:

@@ -21,12 +21,12 @@ from lcbench.masks.band import BandMask, DoesNotFit, Ints
 from lcbench.planners.base import Fleet, Infeasible
 from lcbench.planners.telling import telling
 from lcbench.predict.composed import Together, flops_of, mean_of, sum_of
-from lcbench.predict.costs import BATCH, FittedCost, Micro, Rates, cost_of
+from lcbench.predict.costs import FittedCost, Micro, Rates, cost_of
 from lcbench.predict.draws import CannotPredict, looked_at, unforeseen
 from lcbench.problem import Problem
 from lcbench.schedule.machine import Floats
 from lcbench.schedule.simulate import Phase, Simulated
-from lcbench.workloads.parts import Made, Share
+from lcbench.workloads.parts import BATCH, Made, Share
 from lcbench.workloads.planned import Planned, idle_share, plan_of
 
 SUMS = 4  # bytes of an LSE
@@ -151,6 +151,11 @@ class Drawn:
     def ranks(self) -> int:
         return self.problem.scale.world_size
 
+    @property
+    def _last(self) -> int:
+        """A rank that is done last."""
+        return self.planned.assignment.groups[int(self._times[1].argmax())][1].ranks[0]
+
     def _of_ranks(self, values: Floats) -> Floats:
         """Sums over the sub-groups that each rank is in, (ranks,)."""
         found = np.zeros(self.ranks)
@@ -175,16 +180,14 @@ class Drawn:
         _, ends = self._times
         seconds = float(ends.max())
         of = {name: self._of_ranks(np.array([getattr(m.phase, name) for m in self.played])) for name in Phase.__dataclass_fields__}
-        last = self.planned.assignment.groups[int(ends.argmax())][1].ranks[0]
         busiest = min(float(of["busiest_s"].max()), seconds)
-        overhead = min(float(of["overhead_s"][last]), seconds - busiest)
+        overhead = min(float(of["overhead_s"][self._last]), seconds - busiest)
         return Phase(seconds, min(float(of["compute_s"].mean()), busiest), busiest, seconds - busiest - overhead, overhead)
 
     @property
     def attention(self) -> dict[str, Phase]:
         """One attention of each micro-batch of the rank that is done last, by direction."""
-        _, ends = self._times
-        last = self.planned.assignment.groups[int(ends.argmax())][1].ranks[0]
+        last = self._last
         own = [
             micro.simulated.phases
             for (_, group), micro in zip(self.planned.assignment.groups, self.played, strict=True) if last in group.ranks

@@ -39,7 +39,7 @@ from lcbench.problem import Mesh, Problem, Scale
 from lcbench.schedule.machine import Floats, Machine
 from lcbench.schedule.simulate import Groups, Phase, Simulated, play, prepare
 from lcbench.workloads.base import Workload
-from lcbench.workloads.parts import Share
+from lcbench.workloads.parts import BATCH, Share
 from lcbench.workloads.planned import documents_of
 from lcbench.workloads.recompute.none import NoRecompute
 from lcbench.workloads.recompute.offload import Offload
@@ -55,7 +55,6 @@ UNEVEN, GOLDEN = 0.25, (math.sqrt(5) - 1) / 2  # how far simulated documents are
 SAMPLES, SAMPLED = 3, 256  # groups of real documents that are simulated, and documents of each, at most
 FEW = 64  # ranks of a group, of more than which one is simulated, since that takes seconds
 TINY = 1e-6  # of what a group takes: what its documents take at least
-BATCH = "batch"  # the phase that is all micro-batches; others come once
 
 _known: dict[str, Curves] = {}
 

@@ -206,7 +206,7 @@ class Predictor:
 
     def _batch(self, cell: Cell, memory: bool) -> Prediction:
         """Of a batch that is planned."""
-        _, inside = self._with_memory(cell, self.kernel(cell, cell.config["cp"]["name"])[0])
+        inside = self._memory(cell)
         composed = Batched.of(cell, self, memory=memory)
         found, basis, error = composed.play(), composed.cost.basis, composed.cost.error
         made = found.made

@@ -18,7 +18,7 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Mesh, Problem, Scale
 from lcbench.schedule.layout import documents
 from lcbench.workloads.base import Work, Workload
-from lcbench.workloads.parts import REDUCED, Attend, Exchange, Made, Part, Share
+from lcbench.workloads.parts import BATCH, REDUCED, Attend, Exchange, Made, Part, Share
 
 if TYPE_CHECKING:
     from lcbench.measure.session import Gang, Session
@@ -77,7 +77,7 @@ class Batch(Workload):
 
     def made(self, share: Share, recompute: Any) -> Made:
         """Of a rank's mean share: which sub-groups share what is the planner's business."""
-        phases: dict[str, tuple[Part, ...]] = {"batch": (Attend("forward"), Attend("backward"))}
+        phases: dict[str, tuple[Part, ...]] = {BATCH: (Attend("forward"), Attend("backward"))}
         if self.gradient_bytes:
             phases["reduce"] = (Exchange(REDUCED, ("dp", "cp"), float(self.gradient_bytes)),)
         return Made(phases, metrics={"batch/tokens": float(share.problem.seqlen)})

@@ -9,17 +9,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from lcbench.cp.assigned import Assigned
 from lcbench.cp.base import RankRun
 from lcbench.cp.batch_run import BatchRun
-from lcbench.measure.ranks import EVERY
 from lcbench.measure.session import Cost, Counted, Gang
 from lcbench.planners.base import Assignment
 from lcbench.workloads.base import Work
-from lcbench.workloads.batch_training import BATCH, BatchTraining, OwnPart
-from lcbench.workloads.planned import idle_share, padding, planned
+from lcbench.workloads.batch_training import BatchTraining, OwnPart
+from lcbench.workloads.micro_batches import counted as counted_plan
+from lcbench.workloads.micro_batches import watched
+from lcbench.workloads.parts import BATCH
+from lcbench.workloads.planned import planned
 from lcbench.workloads.recompute.none import NoRecompute
 from lcbench.workloads.recompute.offload import Offload
 from lcbench.workloads.recompute.swapping import Swapping
@@ -28,8 +28,6 @@ from lcbench.workloads.step import BlockSession, CountedRun
 from lcbench.workloads.trained import Trained
 from lcbench.workloads.transformer import Attention
 from lcbench.workloads.watch import Watch
-
-WATCHED = 3  # steps by which it is seen when micro-batches begin and end
 
 
 class BatchStepSession(BlockSession):
@@ -100,32 +98,16 @@ class BatchStepSession(BlockSession):
         counted = super().counted()
         run = self.run.run
         assert isinstance(run, BatchRun)
-        made = EVERY.all_gather_object((self.planned.seconds, run.communicators, run.communicators_s))
-        seconds, communicators, making = (max(values) for values in zip(*made, strict=True))
-        held = np.zeros(len(self.planned.assignment.micro_batches), dtype=np.int64)
-        for part in run.parts:
-            held[part.number] = part.rows.stop - part.rows.start
-        every = np.stack(self._gang.ranks.all_gather_object(held), axis=1)
-        counted.metrics.update(self.planned.metrics)
-        counted.metrics.update({
-            "plan/seconds": seconds, "comm/communicators": float(communicators), "time/communicators_s": making,
-            "batch/padding": padding(every), "batch/peak_tokens": float(every.max()),
-        })  # fmt: skip
+        counted.metrics.update(counted_plan(self.planned, run, self._gang))
         counted.notes.update(self.planned.notes)
         return counted
 
     def shares(self) -> dict[str, float]:
         """What of a step is attention, and when micro-batches begin and end, by steps of their own: that with the median time is
         told. Collective."""
-        shares, found = super().shares(), []
-        for _ in range(WATCHED):
-            EVERY.all_gather_object(None)  # ranks begin together
-            found.append(self._gang.ranks.all_gather_object(self._moments()))
-        found.sort(key=lambda spans: max(span[-1] for own in spans for span in own))
-        middle = self._gang.of_groups((self.planned.assignment, found[WATCHED // 2]))
-        self._gantt = middle[0][1]
-        idle = [idle_share(assignment, spans) for assignment, spans in middle]
-        return shares | {"batch/idle_share": sum(idle) / len(idle)}
+        shares = super().shares()
+        self._gantt, idle = watched(self.planned, self._gang, self._moments)
+        return shares | {"batch/idle_share": idle}
 
     def _moments(self) -> list[list[float]]:
         """Of each of this rank's micro-batches its number, and when it begins, its forward through the layers ends, and it ends."""

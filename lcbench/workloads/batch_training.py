@@ -15,6 +15,7 @@ import torch
 from lcbench.cp.base import RankRun
 from lcbench.kernels.base import accumulation_dtype
 from lcbench.measure.session import Gang, Phases
+from lcbench.workloads.parts import BATCH
 from lcbench.workloads.recompute.base import Again, Recompute
 from lcbench.workloads.recompute.swapping import started_each
 from lcbench.workloads.sharing import Accumulation
@@ -24,8 +25,6 @@ from lcbench.workloads.transformer import Attention, Stack
 if TYPE_CHECKING:
     from lcbench.workloads.base import Work
     from lcbench.workloads.trained import Trained
-
-BATCH = "batch"
 
 
 @dataclass(frozen=True)

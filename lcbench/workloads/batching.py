@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -25,13 +24,15 @@ from lcbench.measure.reference import Shard
 from lcbench.measure.session import Cost, Counted, Gang, Phases, Say
 from lcbench.workloads.attention import AttentionSession
 from lcbench.workloads.base import Work
-from lcbench.workloads.planned import idle_share, padding, planned
+from lcbench.workloads.micro_batches import counted as counted_plan
+from lcbench.workloads.micro_batches import watched
+from lcbench.workloads.parts import BATCH
+from lcbench.workloads.planned import planned
 from lcbench.workloads.sharing import BUCKET, Sharing, sum_over
 from lcbench.workloads.started import Sent
 from lcbench.workloads.traffic import Traffic
 
-BATCH, REDUCE, SUMS = "batch", "reduce", "sums of gradients"
-WATCHED = 3  # passes by which it is seen when micro-batches begin and end
+REDUCE, SUMS = "reduce", "sums of gradients"
 VALUES = 251  # different numbers among gradients: few enough that float32 has each sum over 4,096 ranks exactly
 
 
@@ -192,15 +193,11 @@ class BatchSession(AttentionSession):
 
     def shares(self) -> dict[str, float]:
         """When micro-batches begin and end, by passes of their own: that with the median makespan is told. Collective."""
-        shard, ranks, found = self.shard, self._gang.ranks, []
-        for _ in range(WATCHED):
-            self.vary()
-            EVERY.all_gather_object(None)  # ranks begin together
-            found.append(ranks.all_gather_object(self.run.gantt(shard.q, shard.k, shard.v, shard.dout, shard.sink)))
-        found.sort(key=lambda spans: max(span[-1] for own in spans for span in own))
-        spans = found[WATCHED // 2]
-        self._gantt = self._gang.of_groups(spans)[0]
-        return {"batch/idle_share": fmean(self._gang.of_groups(idle_share(self.planned.assignment, spans)))}
+        shard = self.shard
+        self._gantt, idle = watched(
+            self.planned, self._gang, lambda: self.run.gantt(shard.q, shard.k, shard.v, shard.dout, shard.sink), self.vary
+        )
+        return {"batch/idle_share": idle}
 
     def remarks(self) -> dict[str, Any]:
         return {"gantt": self._gantt}
@@ -243,13 +240,6 @@ class BatchSession(AttentionSession):
         counted = self._started.counted(self._sent, list(self.phases()))
         # A library may sum in the switches, with fewer bytes over links than are counted.
         counted.bytes_sent.pop(REDUCE, None)
-        every = EVERY.all_gather_object((self.planned.seconds, self.run.communicators, self.run.communicators_s))
-        seconds, communicators, making = (max(values) for values in zip(*every, strict=True))
-        held = np.array(self._gang.ranks.all_gather_object(self.planned.held(self.run.tokens))).T
-        counted.metrics.update(self.planned.metrics)
-        counted.metrics.update({
-            "plan/seconds": seconds, "comm/communicators": float(communicators), "time/communicators_s": making,
-            "batch/padding": padding(held), "batch/peak_tokens": float(held.max()),
-        })  # fmt: skip
+        counted.metrics.update(counted_plan(self.planned, self.run, self._gang))
         counted.notes.update(self.planned.notes)
         return counted

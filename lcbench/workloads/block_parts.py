@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lcbench.workloads.models import Model
-from lcbench.workloads.parts import GATHERED, REDUCED, Attend, Compute, Exchange, Made, Part, Room, Share, ToHost
+from lcbench.workloads.parts import BATCH, GATHERED, REDUCED, Attend, Compute, Exchange, Made, Part, Room, Share, ToHost
 from lcbench.workloads.recompute.base import Recompute
 from lcbench.workloads.recompute.sizes import Held, LayerBytes, layer_bytes, step_peak
 from lcbench.workloads.trained import Trained
@@ -37,7 +37,7 @@ def batch_made_of(options: Trained, share: Share, recompute: Recompute) -> Made:
     parts = ("forward", "head", "backward")
     batch = tuple(part for name in parts for part in made.phases[name])
     others = {name: phase for name, phase in made.phases.items() if name not in parts}
-    return replace(made, phases={"batch": batch} | others)
+    return replace(made, phases={BATCH: batch} | others)
 
 
 def layers_keep(options: Trained, share: Share) -> float:

@@ -89,6 +89,7 @@ class Copied:
 
 
 Part = Attend | Compute | Exchange | ToHost | Copied
+BATCH = "batch"  # the phase of a batch of documents that is all its micro-batches; others come once
 REDUCED, GATHERED = ("reduce_scatter", "all_gather"), ("all_gather",)
 
 

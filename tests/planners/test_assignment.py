@@ -60,7 +60,7 @@ def test_a_group_of_few_tokens_has_no_spare_ranks(tokens: int, left: int) -> Non
 
 def test_progress_is_told_once_a_second(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 0.5, 1.0, 1.0, 1.9, 2.5, 2.5])
-    monkeypatch.setattr(telling.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr("lcbench.planners.telling.time.monotonic", lambda: next(times))
     marks: list[None] = []
     say = telling.telling(lambda: marks.append(None))
     for line in ("early", "first", "soon", "second"):
