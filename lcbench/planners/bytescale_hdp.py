@@ -49,7 +49,8 @@ class BytescaleHDP(Planner):
         sizes = np.array([size for size in cost.degrees if size <= fleet.ranks], dtype=np.int64)
         if self.offload and cost.offloads is None:
             raise Infeasible(
-                "planner.offload=true: this has no activations of layers that wait for backward; workload=batch_step recompute=none has"
+                "planner.offload=true: this has no activations of layers that wait for backward; workload=batch_step with "
+                "recompute=none has"
             )
         fewest = _fewest(documents, fleet, cost, sizes, cost.offloads if self.offload else None)
         best: _Shared | None = None
