@@ -18,6 +18,7 @@ from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
 from lcbench.grid.build import build_mask, build_strategy, check_options, with_option
 from lcbench.grid.command_line import look
+from lcbench.inputs.drawing import draw
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.causal import causal
@@ -25,7 +26,6 @@ from lcbench.masks.causal_document import causal_document
 from lcbench.masks.convert import varlen
 from lcbench.masks.lengths import Uniform
 from lcbench.masks.mask import Mask
-from lcbench.measure.inputs import draw
 from lcbench.measure.session import Gang
 from lcbench.measure.stopping import Stopping
 from lcbench.measure.timing import measure

@@ -14,12 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the lowest to the highest: a room may import what is below it, and itself.
 ROOMS = (
-    "problem", "redact", "masks", "planners", "kernels", "schedule", "cp", "measure", "workloads", "grid", "predict", "runs",
-    "report", "advice", "launchers", "commands", "entries",
+    "problem", "redact", "masks", "inputs", "planners", "kernels", "selectors", "schedule", "cp", "measure", "workloads", "grid",
+    "predict", "runs", "report", "advice", "launchers", "commands", "entries",
 )  # fmt: skip
 # What is below a room and still none of its business.
 STRANGERS = {
-    "masks": {"redact"}, "planners": {"redact"}, "kernels": {"redact"}, "schedule": {"redact"}, "cp": {"redact"},
+    "masks": {"redact"}, "inputs": {"redact"}, "selectors": {"redact", "planners", "inputs"},
+    "planners": {"redact"}, "kernels": {"redact"}, "schedule": {"redact"}, "cp": {"redact"},
     "measure": {"redact"}, "workloads": {"redact"},
     # Reached by the files in conf/hydra/launcher only.
     "commands": {"launchers"}, "entries": {"launchers"},

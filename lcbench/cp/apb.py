@@ -1,6 +1,6 @@
 """APB: Star Attention with a small anchor, and with keys that blocks pass on (arXiv 2502.12085; thunlp/APB).
 
-Of each block of a prompt a selector chooses ``passing`` keys that are not in the anchor, for each key/value head by itself. They
+Of each block of a prompt a compressor chooses ``passing`` keys that are not in the anchor, for each key/value head by itself. They
 are all-gathered with their values: (P-1) passing Hk (D + Dv) b bytes of a prompt, of latent heads (P-1) passing Hk D b. Rank r puts
 those of the ranks before it in front of what it is given: its queries see passing keys, anchor and their own block, causally, and
 the anchor's own queries see the anchor alone (``ring_flash_attn/lring_flash_attn.py`` there). What was passed on is dropped after
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from lcbench.cp.base import Place, Strategy
 from lcbench.cp.blocks import OWN, Answer, BlockRun, Blocks, lengths, refusal, spans
-from lcbench.cp.selectors.base import Block, Selector
-from lcbench.cp.selectors.oracle import Oracle
+from lcbench.cp.compressors.base import Block, Compressor
+from lcbench.cp.compressors.oracle import Oracle
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import OPEN, BandMask, Ints, TokenSpan, spread
 from lcbench.masks.by_head import BandsByHead
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class APB(Strategy):
-    """``anchor``: its tokens; ``passing``: keys of each block and key/value head that are passed on; ``selector``: which ones."""
+    """``anchor``: its tokens; ``passing``: keys of each block and key/value head that are passed on; ``compressor``: which ones."""
 
     anchor: int = 4096
     passing: int = 2048
-    selector: Selector = field(default_factory=Oracle)
+    compressor: Compressor = field(default_factory=Oracle)
 
     def __post_init__(self) -> None:
         check_count("anchor", self.anchor)
@@ -63,7 +63,7 @@ class APB(Strategy):
         return blocks.ranks > 1 and bool(blocks.prompts.any())
 
     def missing(self) -> str | None:
-        return self.selector.missing()
+        return self.compressor.missing()
 
     def start(self, problem: Problem, mask: Mask, kernel: Kernel, place: Place) -> APBRun:
         assert isinstance(mask, BandMask)
@@ -85,15 +85,15 @@ class APBRun(BlockRun):
     """A rank's run. What depends on the mask alone is prepared here; keys are chosen in every pass."""
 
     def __init__(self, problem: Problem, mask: BandMask, kernel: Kernel, place: Place, blocks: Blocks, options: APB) -> None:
-        selector = options.selector
+        compressor = options.compressor
         # By request: keys that a block passes on, and keys that arrive here from the blocks before.
         self._passing = np.where(blocks.prompts & (blocks.ranks > 1), options.passing, 0)
         self._arriving = place.rank * self._passing
         begin, end = blocks.q_bounds[:-1], blocks.q_bounds[1:]
-        last = np.stack([np.maximum(begin, end - selector.asks), end], axis=1)[self._passing > 0]
+        last = np.stack([np.maximum(begin, end - compressor.asks), end], axis=1)[self._passing > 0]
         super().__init__(problem, mask, kernel, place, blocks, spread(*last.T)[1])
-        self.negates = selector.odd
-        self._scores = selector.start(problem, place.device, self.exchange)
+        self.negates = compressor.odd
+        self._scores = compressor.start(problem, place.device, self.exchange)
         self._lay_out()
         self._prompts = self._look(mask, last)
 

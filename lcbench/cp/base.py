@@ -210,10 +210,12 @@ class Strategy(ABC):
     Attributes:
         one_rank: whether it is for a single rank: where nobody asks for a scale it gets 1x1.
         own_kernel: whether it brings its own kernel, so that a cell's kernel changes nothing of what is timed.
+        operators: what attention it shares among ranks: ``softmax``, ``linear`` or both.
     """
 
     one_rank: ClassVar[bool] = False
     own_kernel: ClassVar[bool] = False
+    operators: ClassVar[tuple[str, ...]] = ("softmax",)
 
     @abstractmethod
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:

@@ -78,7 +78,7 @@ def _has(found: type, method: str) -> bool:
 _DECLARED = (
     Axis("kernel", "choice", home="lcbench.kernels.", needs=("unavailable", "prepare"), label=2, paces=True),
     Axis("cp", "choice", home="lcbench.cp.", needs=("unsupported", "unavailable", "start"), label=1, paces=True),
-    Axis("selector", "choice", home="lcbench.cp.selectors.", needs=("start", "missing"), folds_into="cp"),
+    Axis("compressor", "choice", home="lcbench.cp.compressors.", needs=("start", "missing"), folds_into="cp"),
     Axis("mask", "problem", home="lcbench.masks.", given=("seqlen", "heads", "seed"), token_counts=True, label=3, paces=True),
     Axis("lengths", "problem", home="lcbench.masks.", needs=("sample",), token_counts=True, folds_into="mask"),
     Axis(
@@ -97,6 +97,14 @@ _DECLARED = (
     Axis(
         "planner", "choice", home="lcbench.planners.", needs=("plan",), of="workload", label=11, paces=True,
         unsaid={"name": "none", "_target_": "lcbench.planners.none.NoPlanner"},
+    ),
+    Axis(
+        "selector", "choice", home="lcbench.selectors.", needs=("keep",), of="workload", label=12, paces=True,
+        unsaid={"name": "none", "_target_": "lcbench.selectors.none.NoSelector"},
+    ),
+    Axis(
+        "inputs", "problem", home="lcbench.inputs.", needs=("draw",), label=13, paces=True,
+        unsaid={"name": "gaussian", "_target_": "lcbench.inputs.gaussian.Gaussian"},
     ),
     Axis("seqlen", "problem", values.parse_tokens, label=4),
     Axis("seqlen_per_rank", "problem", folds_into="seqlen"),
@@ -185,13 +193,18 @@ RENAMED = (
     Renamed("transit", "reduce_dtype"),
     Renamed("cp.order", "cp.layout", targets="lcbench.cp."),
     Renamed("mask.draws", "mask.samples"),
+    Renamed("cp.selector", "cp.compressor", targets="lcbench.cp."),
 )
+# Where classes of values lay before, and where they are.
+RELOCATED = (("lcbench.cp.selectors.", "lcbench.cp.compressors."),)
 
 
 def with_present_names(config: dict[str, Any]) -> dict[str, Any]:
     """A cell's config, of this version or an earlier one, with the names of this version."""
     for name in RENAMED:
         config = _moved(config, name.old, name.new, name.targets)
+    for old, new in RELOCATED:
+        config = _relocated(config, old, new)
     return config
 
 
@@ -199,7 +212,20 @@ def with_first_names(config: dict[str, Any]) -> dict[str, Any]:
     """A cell's config with the first name that each thing ever had: ids are made of these, so no renaming changes an id."""
     for name in RENAMED:
         config = _moved(config, name.new, name.old, name.targets)
+    for old, new in RELOCATED:
+        config = _relocated(config, new, old)
     return config
+
+
+def _relocated(value: Any, source: str, to: str) -> Any:
+    """A config whose ``_target_`` of any depth that begins with one text begins with another."""
+    if not isinstance(value, dict):
+        return value
+    found = {key: _relocated(one, source, to) for key, one in value.items()}
+    target = found.get("_target_")
+    return (
+        {**found, "_target_": to + target.removeprefix(source)} if isinstance(target, str) and target.startswith(source) else found
+    )
 
 
 def _moved(config: dict[str, Any], source: str, to: str, targets: str) -> dict[str, Any]:

@@ -30,7 +30,9 @@ from lcbench.problem import Heads
 from lcbench.workloads.parts import Made, Share, attention_alone
 
 if TYPE_CHECKING:
+    from lcbench.inputs.base import Inputs
     from lcbench.planners.base import Planner
+    from lcbench.selectors.base import Selector
     from lcbench.workloads.base import Workload
 
 # Options that are the cell's and not its owner's: seeded draws of a mask to measure, and the digest of a file's content: as it is
@@ -171,6 +173,16 @@ def build_recompute(config: dict[str, Any]) -> Any:
 def build_planner(config: dict[str, Any]) -> Planner | None:
     """Who shares out the documents of a batch, by a whole cell's config; None where the workload has no batch."""
     return cast("Planner | None", _build_taken("planner", config))
+
+
+def build_selector(config: dict[str, Any]) -> Selector | None:
+    """Who chooses the keys of sparse attention, by a whole cell's config; None where the workload chooses none."""
+    return cast("Selector | None", _build_taken("selector", config))
+
+
+def build_inputs(config: dict[str, Any]) -> Inputs:
+    """What q, k and v are, by a whole cell's config."""
+    return cast("Inputs", build(config.get("inputs", AXES["inputs"].unsaid)))
 
 
 def _build_taken(name: str, config: dict[str, Any]) -> Any:

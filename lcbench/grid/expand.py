@@ -469,6 +469,8 @@ def skip_reason(cell: Cell) -> str | None:
     workload = None if said is None else _object("workload", json.dumps(said), build.build_workload)
     for group, builder in (("kernel", build.build_kernel), ("cp", build.build_strategy)):
         made[group] = _object(group, json.dumps(config[group]), builder)
+        if reason := _other_operator(group, made[group], workload):
+            return f"{group} {config[group]['name']}: {reason}"
         if group == "cp" and workload is not None and workload.in_groups:
             continue
         if reason := own.reason_not(group, config[group], made[group], problem, mask):
@@ -478,6 +480,13 @@ def skip_reason(cell: Cell) -> str | None:
     if own.named_in(config["cp"]):
         _prove(cell)
     return None
+
+
+def _other_operator(group: str, value: Kernel | Strategy, workload: Workload | None) -> str | None:
+    """Why a kernel or a strategy is for another kind of attention than the workload, or None."""
+    own = value.operators if isinstance(value, Strategy) else (value.operator,)
+    wanted = "softmax" if workload is None else workload.operator
+    return None if wanted in own else f"is for {' and '.join(own)} attention, and the workload's is {wanted}"
 
 
 def approximates(cell: Cell) -> bool:

@@ -142,11 +142,13 @@ class Kernel(Protocol):
         contiguous_kv: k and v must each be contiguous, because the kernel ignores their strides or would copy them in every
             call; else both may be views of one tensor.
         softcaps: whether it computes softcapped scores (``Prepared``).
+        operator: what attention it computes: ``softmax``, or ``linear`` (``kernels.linear``).
     """
 
     takes: ClassVar[str] = "bands"
     contiguous_kv: ClassVar[bool] = False
     softcaps: ClassVar[bool] = False
+    operator: ClassVar[str] = "softmax"
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         """Why it runs this problem on no machine. A subclass that has other reasons asks this one first."""

@@ -37,9 +37,11 @@ import torch.distributed as dist
 
 from lcbench.grid.build import (
     allow,
+    build_inputs,
     build_kernel,
     build_planner,
     build_recompute,
+    build_selector,
     build_strategy,
     build_workload,
     cell_mask,
@@ -338,6 +340,8 @@ def work_of(cell: Cell, running: Running | None = None, settings: Settings | Non
         attempt=number + BLOCK_STRIDE * (block - 1),
         recompute=build_recompute(config),
         planner=build_planner(config),
+        selector=build_selector(config),
+        inputs=build_inputs(config),
         cost=cost,
     )
 

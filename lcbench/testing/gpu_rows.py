@@ -23,6 +23,7 @@ import torch
 from lcbench.cp.none import Local
 from lcbench.grid.paths import CONF
 from lcbench.grid.values import axis_values, parse_tokens
+from lcbench.inputs.drawing import draw
 from lcbench.kernels.base import Kernel, Saved, Unsupported, prepare, refusal
 from lcbench.kernels.reference import Reference
 from lcbench.masks.band import Band, BandMask, DoesNotFit
@@ -32,7 +33,6 @@ from lcbench.masks.lengths import Uniform
 from lcbench.masks.mask import Mask
 from lcbench.masks.sliding_window import sliding_window
 from lcbench.measure.cell import measure_cell
-from lcbench.measure.inputs import draw
 from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.groups import Groups

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from lcbench.cp.base import Place, Strategy
+from lcbench.inputs.drawing import draw
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.full import full
-from lcbench.measure.inputs import draw
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.groups import Groups
 from lcbench.testing.dense import dense_attention, dense_heads

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from lcbench.cp.base import Passes, RankRun
+from lcbench.inputs.drawing import draw, draw_sink
 from lcbench.measure.bounds import Check
 from lcbench.measure.flops import backward_flops, forward_flops
-from lcbench.measure.inputs import draw, draw_sink
 from lcbench.measure.least import least_traffic
 from lcbench.measure.numerics import Result, forward
 from lcbench.measure.reference import Shard

@@ -8,14 +8,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lcbench.cp.base import Strategy
+from lcbench.inputs.base import Inputs
+from lcbench.inputs.gaussian import Gaussian
 from lcbench.kernels.base import Kernel, refusal
 from lcbench.masks.mask import Mask
 from lcbench.planners.base import Cost, Planner
 from lcbench.problem import ALONE, Mesh, Problem, Scale
+from lcbench.selectors.base import Selector
 from lcbench.workloads.parts import Made, Share, attention_alone
 
 if TYPE_CHECKING:
     from lcbench.measure.session import Gang, Session  # with torch, which planning does without
+
+
+GAUSSIAN = Gaussian()
 
 
 class Workload(Protocol):
@@ -25,13 +31,15 @@ class Workload(Protocol):
     node, so modules import torch lazily.
 
     Attributes:
-        takes: the axes that cells of it have besides those that all cells have: ``recompute``, ``planner``.
+        takes: the axes that cells of it have besides those that all cells have: ``recompute``, ``planner``, ``selector``.
         in_groups: whether sub-groups of ranks share parts of the sequence, so that nobody asks whether the strategy can share all
             of it among all ranks.
+        operator: what attention it is, ``softmax`` or ``linear``: kernels have one, strategies one or more.
     """
 
     takes: ClassVar[tuple[str, ...]] = ()
     in_groups: ClassVar[bool] = False
+    operator: ClassVar[str] = "softmax"
 
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
         """None if it can run this problem with this mask, kernel and strategy, all of which take the problem; else the reason,
@@ -91,6 +99,8 @@ class Work:
         scale: of all ranks; None: that of the problem, of which there is one group.
         planner: who shares out the documents of a batch; None: the workload has none.
         cost: gives what documents cost, for the planner; None: nobody has said it.
+        selector: who chooses the keys of sparse attention; None: the workload chooses none.
+        inputs: what q, k and v are.
         recompute: what backward computes again (``lcbench.workloads.recompute``); None: the workload does not take it.
     """
 
@@ -107,6 +117,8 @@ class Work:
     mesh: Mesh = ALONE
     scale: Scale | None = None
     planner: Planner | None = None
+    selector: Selector | None = None
+    inputs: Inputs = GAUSSIAN
     cost: Callable[[], Cost] | None = None
 
     def arranged(self, gang: Gang) -> Gang:

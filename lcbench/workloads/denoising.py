@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from lcbench.cp.steps import InSteps, Kept, Layer, OverSteps, StepRun, View
+from lcbench.inputs.drawing import draw_rows
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.block import BlockMap
 from lcbench.measure.bounds import Check, Judge, of_groups, verdict
 from lcbench.measure.digests import SENT, digest, told
 from lcbench.measure.flops import forward_flops
-from lcbench.measure.inputs import draw_rows
 from lcbench.measure.least import least_traffic
 from lcbench.measure.numerics import REFERENCE
 from lcbench.measure.ranks import ALONE, EVERY, Ranks

@@ -7,9 +7,9 @@ import math
 import torch
 from torch.nn import functional
 
+from lcbench.inputs.drawing import draw_rows
 from lcbench.kernels.base import accumulation_dtype
 from lcbench.masks.band import Ints
-from lcbench.measure.inputs import draw_rows
 from lcbench.workloads.sharing import Accumulation, Sharing, local
 from lcbench.workloads.spans import within
 from lcbench.workloads.transformer import Head

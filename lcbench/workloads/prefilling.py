@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 
 from lcbench.cp.base import Passes, RankRun
 from lcbench.cp.exchange import Exchange
+from lcbench.inputs.drawing import draw, draw_sink
 from lcbench.masks.band import Ints
 from lcbench.measure.bounds import Check, Judge, of_groups, verdict
 from lcbench.measure.digests import SENT, told
 from lcbench.measure.flops import forward_flops
-from lcbench.measure.inputs import draw, draw_sink
 from lcbench.measure.least import Least, least_traffic
 from lcbench.measure.numerics import REFERENCE, Examination, Result
 from lcbench.measure.ranks import EVERY, Ranks

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lcbench.measure.inputs import draw_rows
+from lcbench.inputs.drawing import draw_rows
 from lcbench.measure.memory import in_use
 from lcbench.measure.session import Gang, Phases
 from lcbench.workloads.loss import UNLABELLED, ChunkedLoss, labels_of

@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn import functional
 
 from lcbench.cp.base import RankRun
+from lcbench.inputs.drawing import seed_of
 from lcbench.masks.band import Ints
-from lcbench.measure.inputs import seed_of
 from lcbench.workloads.models import Model
 from lcbench.workloads.watch import Watch
 

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from lcbench.cp.apb import APB, APBRun
 from lcbench.cp.base import Place
-from lcbench.cp.selectors.base import Selector
-from lcbench.cp.selectors.key_norm import KeyNorm
-from lcbench.cp.selectors.oracle import Oracle
-from lcbench.cp.selectors.random import Random
-from lcbench.cp.selectors.retaining_heads import RetainingHeads
+from lcbench.cp.compressors.base import Compressor
+from lcbench.cp.compressors.key_norm import KeyNorm
+from lcbench.cp.compressors.oracle import Oracle
+from lcbench.cp.compressors.random import Random
+from lcbench.cp.compressors.retaining_heads import RetainingHeads
 from lcbench.kernels.base import Kernel, Unsupported
 from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
@@ -170,7 +170,7 @@ def prompts_of(problem: Problem) -> list[int]:
 
 
 def scores_bytes(problem: Problem, apb: APB) -> int:
-    asked = sum(min(apb.selector.asks, total) for total in prompts_of(problem))
+    asked = sum(min(apb.compressor.asks, total) for total in prompts_of(problem))
     return (problem.scale.world_size - 1) * asked * problem.heads.q * 8
 
 
@@ -186,15 +186,15 @@ def bytes_of(problem: Problem, apb: APB) -> int:
 
 def everything(rank: int, ranks: int) -> None:
     groups, scale = Groups(), Scale(1, ranks)
-    selectors: list[tuple[Selector, Expected | None]] = [(Oracle(3), masses), (KeyNorm(), norms), (Random(1), None)]
+    compressors: list[tuple[Compressor, Expected | None]] = [(Oracle(3), masses), (KeyNorm(), norms), (Random(1), None)]
     for place, (shape, (heads, softmax)) in enumerate(SHAPES.items()):
         kernel: Kernel = Capped() if softmax.softcap else Reference()
         for number, (name, batch) in enumerate((LONGER if ranks == 8 else PROMPTS).items()):
             problem = Problem(batch.tokens, heads, scale, "float64", "forward", batch=batch, softmax=softmax)
-            for turn, (selector, expected) in enumerate(selectors):
+            for turn, (compressor, expected) in enumerate(compressors):
                 if ranks > 2 and (turn + place + number) % 3 and turn:
                     continue  # the oracle meets every case, the others a third of them
-                apb = APB(2, 2, selector)
+                apb = APB(2, 2, compressor)
                 check(rank, problem, causal_batch(batch), apb, kernel, groups, f"{apb} {shape} {name} P={ranks}", expected)
     draws(rank, ranks, groups)
     whole(rank, ranks, groups)
@@ -322,9 +322,9 @@ def test_apb_refuses_what_it_cannot_do() -> None:
         with pytest.raises(ValueError, match=words):
             APB(*options)
     for wrong, words in (
-        (lambda: Oracle(0), "selector.sample=0"),
-        (lambda: Random(-1), "selector.seed=-1"),
-        (lambda: RetainingHeads("x", -1), "selector.layer=-1"),
+        (lambda: Oracle(0), "compressor.sample=0"),
+        (lambda: Random(-1), "compressor.seed=-1"),
+        (lambda: RetainingHeads("x", -1), "compressor.layer=-1"),
     ):
         with pytest.raises(ValueError, match=words):
             wrong()

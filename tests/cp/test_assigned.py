@@ -18,13 +18,13 @@ from lcbench.cp.sub_groups import scale_of
 from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
+from lcbench.inputs.drawing import draw
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.causal_document import causal_document
 from lcbench.masks.document import document
 from lcbench.masks.lengths import Explicit
 from lcbench.masks.mask import Mask
-from lcbench.measure.inputs import draw
 from lcbench.planners.base import Assignment, Documents, Fleet, Group
 from lcbench.problem import Heads, Problem, Scale, Softmax
 from lcbench.schedule.groups import Groups

@@ -23,6 +23,7 @@ from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
 from lcbench.grid.build import build_strategy
+from lcbench.inputs.drawing import draw
 from lcbench.kernels.base import Gradients, Prepared, Saved, accumulation_dtype
 from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
@@ -33,7 +34,6 @@ from lcbench.masks.full import full
 from lcbench.masks.lengths import Explicit
 from lcbench.masks.mask import Mask
 from lcbench.masks.sliding_window import sliding_window
-from lcbench.measure.inputs import draw
 from lcbench.measure.memory import peak_bytes
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Executor

@@ -252,6 +252,16 @@ def test_a_file_counts_by_its_content(tmp_path: Path) -> None:
     assert "UTF-8" in refused("mask=band_file", f"mask.file={tmp_path}/u16.json", "seqlen=8")
 
 
+def test_what_was_a_selector_of_apb_is_its_compressor_under_the_same_id() -> None:
+    selector = {"name": "random", "_target_": "lcbench.cp.selectors.random.Random", "seed": 3}
+    words = ["cp=apb", "cp.anchor=1k", "cp.passing=512", "seqlen=16k", "scale=1x4", "heads=8x4x64", "direction=forward"]
+    cell = look([*words, "compressor=random", "compressor.seed=3"]).cells[0].cell
+    strategy = {key: value for key, value in cell.config["cp"].items() if key != "compressor"}
+    assert Cell.from_config({**cell.config, "cp": {**strategy, "selector": selector}}) == cell
+    assert cell.id == "165dd224f076"  # as the version before gave it
+    assert refused(*words, "cp.selector=random") == "cp.selector is called cp.compressor now; write cp.compressor"
+
+
 def test_lengths_are_read_as_editors_write_them(tmp_path: Path) -> None:
     path = tmp_path / "l.txt"
     path.write_bytes(b"\xef\xbb\xbf1024\r\n64k\r\n\r\n1_000\r\n")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from lcbench.inputs.drawing import draw, draw_sink
 from lcbench.masks.mask import Mask
-from lcbench.measure.inputs import draw, draw_sink
 from lcbench.measure.owners import Owners
 from lcbench.measure.reference import Shard
 from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softmax

@@ -19,6 +19,7 @@ from lcbench.cp.peers.torch_cp import TorchCP
 from lcbench.cp.ring import Ring
 from lcbench.cp.ulysses import Ulysses
 from lcbench.grid.build import build_strategy
+from lcbench.inputs.drawing import draw
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.block import BlockMap
@@ -26,7 +27,6 @@ from lcbench.masks.causal import causal
 from lcbench.masks.mask import Mask
 from lcbench.measure.cell import measure_cell
 from lcbench.measure.flops import backward_flops, forward_flops
-from lcbench.measure.inputs import draw
 from lcbench.measure.measured import Measured
 from lcbench.measure.session import Gang
 from lcbench.problem import ALONE, Heads, Mesh, Problem, Scale

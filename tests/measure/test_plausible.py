@@ -15,12 +15,12 @@ from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.grid.build import build_strategy
+from lcbench.inputs.drawing import draw
 from lcbench.kernels.base import Saved
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.full import full
 from lcbench.masks.mask import Mask
 from lcbench.measure.flops import backward_flops, forward_flops
-from lcbench.measure.inputs import draw
 from lcbench.measure.peak import measured_limit
 from lcbench.measure.plausible import MARGIN, implausible, lower_bound_bytes, lower_bound_memory, lower_bound_sent
 from lcbench.problem import Heads, Problem, Scale

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from lcbench.inputs.drawing import draw
 from lcbench.masks.block_random import block_random
 from lcbench.masks.mask import Mask
 from lcbench.measure import reference
-from lcbench.measure.inputs import draw
 from lcbench.measure.ranks import EVERY
 from lcbench.measure.reference import Exact, Shard, columns, rows
 from lcbench.problem import Heads, Problem, Scale

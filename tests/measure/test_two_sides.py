@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from lcbench.inputs.drawing import draw, draw_sink
 from lcbench.masks.band import BandMask
 from lcbench.masks.block_random import block_random
 from lcbench.masks.causal import causal
 from lcbench.masks.mask import Mask
 from lcbench.measure import reference
 from lcbench.measure.flops import backward_flops, forward_flops
-from lcbench.measure.inputs import draw, draw_sink
 from lcbench.measure.owners import Owners, owners
 from lcbench.measure.probe import Probe, impossible
 from lcbench.measure.ranks import EVERY

@@ -10,10 +10,10 @@ import torch
 
 from lcbench.cp.apb import APB
 from lcbench.cp.base import Place, RankRun, Strategy
+from lcbench.cp.compressors.key_norm import KeyNorm
 from lcbench.cp.dcp import DCP
 from lcbench.cp.helix import Helix
 from lcbench.cp.ring import Ring
-from lcbench.cp.selectors.key_norm import KeyNorm
 from lcbench.cp.star import Star
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.merge import merge_into
@@ -46,7 +46,7 @@ SOUND: list[tuple[Strategy, Batch, str, str, str]] = [
     (Star(anchor=8), PROMPTS, "GQA, sink", "float64", "forward"),
     (Star(anchor=4), PROMPTS, "latent", "float32", "forward"),
     (APB(anchor=4, passing=3), PROMPTS, "GQA, sink", "float64", "forward"),
-    (APB(anchor=4, passing=3, selector=KeyNorm()), PROMPTS, "latent", "bfloat16", "forward"),
+    (APB(anchor=4, passing=3, compressor=KeyNorm()), PROMPTS, "latent", "bfloat16", "forward"),
 ]
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from lcbench.cp.base import Passes, Place
 from lcbench.grid import build
 from lcbench.grid.cell import Cell
-from lcbench.measure.inputs import draw
+from lcbench.inputs.drawing import draw
 from lcbench.predict.observations import CellTime
 from lcbench.schedule.groups import Groups
 from lcbench.testing.spawn import run_ranks

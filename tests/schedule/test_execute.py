@@ -20,13 +20,13 @@ from lcbench.cp.ring import Ring
 from lcbench.cp.tokenring import TokenRing
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
+from lcbench.inputs.drawing import draw
 from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import Band, BandMask, DoesNotFit
 from lcbench.masks.causal_document import causal_document
 from lcbench.masks.lengths import Explicit
 from lcbench.masks.mask import Mask
-from lcbench.measure.inputs import draw
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule import program
 from lcbench.schedule.execute import Executor

@@ -25,6 +25,7 @@ from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.usp import USP
 from lcbench.grid.build import build_strategy
 from lcbench.grid.command_line import look
+from lcbench.inputs.drawing import draw
 from lcbench.kernels.base import Prepared, Saved, prepare
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import TokenSpan
@@ -33,7 +34,6 @@ from lcbench.masks.causal import causal
 from lcbench.masks.causal_document import causal_document
 from lcbench.masks.lengths import Explicit
 from lcbench.masks.mask import Mask
-from lcbench.measure.inputs import draw
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule import lowering, program
 from lcbench.schedule.adjoint import traffic

@@ -20,6 +20,7 @@ from lcbench.cp.ring import Ring
 from lcbench.cp.star import Star
 from lcbench.cp.ulysses import Ulysses
 from lcbench.grid.build import build_planner
+from lcbench.inputs.drawing import draw
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import BandMask
 from lcbench.masks.block_random import block_random
@@ -27,7 +28,6 @@ from lcbench.masks.causal_document import causal_document
 from lcbench.masks.document import document
 from lcbench.masks.lengths import Explicit
 from lcbench.measure.cell import measure_again, measure_cell
-from lcbench.measure.inputs import draw
 from lcbench.measure.measured import Measured
 from lcbench.measure.session import Gang
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Group, Infeasible, Planner, Say

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lcbench.cp.base import Strategy
 from lcbench.cp.kvp import KVP
 from lcbench.grid.build import build_strategy
+from lcbench.inputs.drawing import draw, draw_sink
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
@@ -24,7 +25,6 @@ from lcbench.masks.causal import causal
 from lcbench.masks.full import full
 from lcbench.masks.mask import Mask
 from lcbench.measure.cell import measure_again, measure_cell
-from lcbench.measure.inputs import draw, draw_sink
 from lcbench.measure.measured import Measured
 from lcbench.measure.metrics import metric_of
 from lcbench.measure.session import Gang

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcbench.measure.inputs import draw_rows
+from lcbench.inputs.drawing import draw_rows
 from lcbench.measure.session import Gang
 from lcbench.problem import ALONE, Mesh, Scale
 from lcbench.schedule.groups import Groups

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from lcbench.cp.base import Strategy
 from lcbench.grid.build import build, build_kernel, build_strategy
+from lcbench.inputs.drawing import draw_rows
 from lcbench.masks.causal import causal
-from lcbench.measure.inputs import draw_rows
 from lcbench.measure.session import Gang
 from lcbench.problem import ALONE, Mesh, Problem, Scale
 from lcbench.schedule.groups import Groups

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.cp.selectors.base import Block, Scores, Selector
+from lcbench.cp.compressors.base import Block, Compressor, Scores
 from lcbench.problem import Problem
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class KeyNorm(Selector):
+class KeyNorm(Compressor):
     """Scores are minus the Euclidean norms of keys, in the type of sums."""
 
     def start(self, problem: Problem, device: torch.device, exchange: Exchange) -> Scores:

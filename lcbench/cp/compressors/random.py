@@ -1,4 +1,4 @@
-"""Keys at random, the same ones in every pass: what any selector has to beat."""
+"""Keys at random, the same ones in every pass: what any compressor has to beat."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lcbench.cp.selectors.base import Block, Scores, Selector, check_whole
+from lcbench.cp.compressors.base import Block, Compressor, Scores, check_whole
 from lcbench.problem import Problem
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Random(Selector):
+class Random(Compressor):
     """``seed``: of the draw, beside the place of the block."""
 
     seed: int = 0

@@ -1,4 +1,4 @@
-"""What a selector is: scores of keys, of which the highest of each key/value head are passed on."""
+"""What a compressor is: scores of keys, of which the highest of each key/value head are passed on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Block:
 
     Attributes:
         q, k, v: of its tokens, (T, Hq, D), (T, Hk, D) and (T, Hk, Dv).
-        last: queries of the prompt's last tokens, (n, Hq, D), as many as the selector asks for.
+        last: queries of the prompt's last tokens, (n, Hq, D), as many as the compressor asks for.
         sees: which keys of the block these see, bool (n, T).
         place: (prompt, rank), whole numbers that no other block has.
     """
@@ -39,13 +39,13 @@ Scores = Callable[[Sequence[Block]], "list[torch.Tensor]"]
 
 
 def check_whole(option: str, value: object, least: int) -> None:
-    """Raises ValueError unless the value of ``selector.<option>`` is a whole number of at least ``least``."""
+    """Raises ValueError unless the value of ``compressor.<option>`` is a whole number of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"selector.{option}={value} is no whole number of at least {least}")
+        raise ValueError(f"compressor.{option}={value} is no whole number of at least {least}")
 
 
 @dataclass(frozen=True)
-class Selector(ABC):
+class Compressor(ABC):
     """A way to choose keys, and its options.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 Retaining heads (Locret, arXiv 2410.01805; APB, arXiv 2502.12085; ``cis`` in thunlp/APB ``apb/models/modeling_llama.py``) are
 ``fc2(silu(fc1(q, k, v)))`` without biases, then a max-pool over 5 neighbouring tokens. There q and k are those before rotary
-embeddings. Nothing here is trained: without weights there is no such selector.
+embeddings. Nothing here is trained: without weights there is no such compressor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.cp.selectors.base import Block, Scores, Selector, check_whole
+from lcbench.cp.compressors.base import Block, Compressor, Scores, check_whole
 from lcbench.kernels.base import Unsupported, importable
 from lcbench.problem import Problem
 
@@ -24,7 +24,7 @@ POOL = 5  # tokens
 
 
 @dataclass(frozen=True)
-class RetainingHeads(Selector):
+class RetainingHeads(Compressor):
     """``file``: safetensors with fc1.weight and fc2.weight, alone or of ``layers.<layer>.self_attn``; ``layer``: which one's."""
 
     odd: ClassVar[bool] = False
@@ -45,9 +45,9 @@ class RetainingHeads(Selector):
         first, second = (self._weight(name).to(device, dtype) for name in ("fc1.weight", "fc2.weight"))
         width = heads.q * heads.dim + heads.kv * (heads.dim + heads.v)
         if first.ndim != 2 or first.shape[1] != width:
-            raise Unsupported(f"fc1.weight of selector.file is {_shape(first)}; heads={heads} have {width} numbers in q, k and v")
+            raise Unsupported(f"fc1.weight of compressor.file is {_shape(first)}; heads={heads} have {width} numbers in q, k and v")
         if second.ndim != 2 or second.shape[1] != first.shape[0] or heads.kv % second.shape[0]:
-            raise Unsupported(f"fc2.weight of selector.file is {_shape(second)}, and not {heads.kv}x{first.shape[0]}")
+            raise Unsupported(f"fc2.weight of compressor.file is {_shape(second)}, and not {heads.kv}x{first.shape[0]}")
         return Retaining(first, second)
 
     def _weight(self, name: str) -> torch.Tensor:
@@ -67,8 +67,8 @@ class RetainingHeads(Selector):
                     weight: torch.Tensor = opened.get_tensor(found[0])
                     return weight
         except (OSError, SafetensorError) as error:
-            raise Unsupported(f"selector.file={self.file} is no file of safetensors: {error}") from error
-        raise Unsupported(f"selector.file={self.file} has {len(found)} weights {ends[1]} or {name}, and not one")
+            raise Unsupported(f"compressor.file={self.file} is no file of safetensors: {error}") from error
+        raise Unsupported(f"compressor.file={self.file} has {len(found)} weights {ends[1]} or {name}, and not one")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.cp.selectors.base import Block, Scores, Selector, check_whole
+from lcbench.cp.compressors.base import Block, Compressor, Scores, check_whole
 from lcbench.problem import Problem
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Oracle(Selector):
+class Oracle(Compressor):
     """``sample``: how many of a prompt's last queries it looks at; all of a shorter prompt's."""
 
     sample: int = 64
