@@ -27,6 +27,8 @@ def derived(metrics: Mapping[str, float]) -> dict[str, float]:
         found |= _of_serving(metrics)
     if "batch/tokens" in metrics:
         found |= _of_batch(metrics)
+    if "recurrent/tokens" in metrics:
+        found["recurrent/tokens_per_s"] = metrics["recurrent/tokens"] / metrics["time/total/median_s"]
     if "step/tokens_per_gpu" not in metrics:
         return found
     tokens, total, peak = metrics["step/tokens_per_gpu"], metrics["time/total/median_s"], metrics.get("compute/peak_tflops")

@@ -288,6 +288,14 @@ METRICS = (
     Metric("plan/seconds", "s", "planning a batch, on one rank, without making its costs ready; in no time of a batch", "lower"),
     Metric("plan/share", "1", "`plan/seconds` over the median of a batch", "lower"),
     Metric("plan/predicted_s", "s", "the time of the batch by the costs that it was planned with"),
+    Metric("recurrent/tokens", "token", "tokens of the sequence, without those of the memory"),
+    Metric("recurrent/segments", "1", "segments that it is read in"),
+    Metric("recurrent/members", "1", "layers of segments that are run: segments x layers"),
+    Metric(
+        "recurrent/groups", "1", "groups of these that run one after the other: all of them, or segments + layers - 1 in diagonal "
+        "order", "lower",
+    ),
+    Metric("recurrent/tokens_per_s", "token/s", "`recurrent/tokens` over the median of all phases", "higher"),
     Metric(
         "comm/communicators", "1", "of a batch: communicators that its sub-groups use besides the one of all ranks", "lower",
     ),
