@@ -60,7 +60,7 @@ def test_schedule_covers_every_mask_once(name: str, scale: Scale, tmp_path: Path
     strategy = build_strategy(load("cp", name))
     problem = Problem(seqlen, Heads(96, 8, 64), scale, "bfloat16", "forward_backward")
     # At many ranks a tile costs more than it shows: a few masks stand for all.
-    chosen = every_mask() if scale.world_size <= 4 else ["full", "causal", "share_question", "dual_scope", "chosen_causal"]
+    chosen = every_mask() if scale.world_size <= 4 else ["full", "causal", "share_question", "dual_scope", "chosen_document"]
     for mask in (small(mask, seqlen, problem.heads, tmp_path) for mask in chosen):
         if strategy.unsupported(problem, mask):
             continue
