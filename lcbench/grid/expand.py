@@ -524,9 +524,10 @@ def _refused_by_inputs(cell: Cell, workload: Workload | None) -> str | None:
         reason: str | None = f"workload={cell.config['workload']['name']} makes its queries, keys and values itself"
     else:
         reason = inputs.misfit(cell.mesh) or own.reason_not("inputs", said, inputs, cell.problem)
-    layers, has = getattr(workload, "layers", 1), inputs.layers()
-    if reason is None and has is not None and layers > has:
-        reason = f"there are {has} layers, and workload.layers={layers}"
+    if reason is None:
+        layers, has = getattr(workload, "layers", 1), inputs.layers(cell.problem)
+        if has is not None and layers > has:
+            reason = f"it has inputs of {has} such layers, and workload.layers={layers}"
     return reason and f"inputs {said['name']}: {reason}"
 
 

@@ -52,8 +52,8 @@ class Inputs(ABC):
         """Why it has no inputs for such groups of ranks; None: it has."""
         return None
 
-    def layers(self) -> int | None:
-        """How many layers it has inputs of; None: any number."""
+    def layers(self, problem: Problem) -> int | None:
+        """How many layers it has inputs of, for a problem that it takes; None: any number."""
         return None
 
     def missing(self) -> str | None:

@@ -78,9 +78,10 @@ class File(Inputs):
             raise ValueError(f"inputs.file={self.file}: layers.{layer} has {told} (tokens x heads x dim), which do not go together")
         return tensors
 
-    def layers(self) -> int:
+    def layers(self, problem: Problem) -> int:
         has = _layers(_header(self.file))
-        return next(n for n in range(1, len(has) + 1) if self.layer + n not in has)
+        fit = (n for n in range(1, len(has) + 1) if self.layer + n not in has or self._other(self.layer + n, problem))
+        return next(fit)
 
     def misfit(self, mesh: Mesh) -> str | None:
         if mesh.count == 1:
@@ -93,13 +94,16 @@ class File(Inputs):
             return f"a file has one sequence, and no batch={problem.batch}"
         if heads.latent:
             return f"heads={heads}: a file has keys and values, and no latent keys"
-        for layer in range(self.layer, self.layer + self.layers()):
-            q, k, v = (self._tensors(layer)[name].shape for name in NAMES)
-            own = f"{q[1]}x{k[1]}x{q[2]}" + (f":{v[2]}" if v[2] != q[2] else "")
-            if own != str(heads):
-                return f"layer {layer} of the file has heads={own}, and the cell heads={heads}"
-            if q[0] < problem.seqlen:
-                return f"layer {layer} of the file has {q[0]} tokens, and the cell {problem.seqlen}"
+        return self._other(self.layer, problem)
+
+    def _other(self, layer: int, problem: Problem) -> str | None:
+        """Why a layer is none of such a problem, or None."""
+        q, k, v = (self._tensors(layer)[name].shape for name in NAMES)
+        own = f"{q[1]}x{k[1]}x{q[2]}" + (f":{v[2]}" if v[2] != q[2] else "")
+        if own != str(problem.heads):
+            return f"layer {layer} of the file has heads={own}, and the cell heads={problem.heads}"
+        if q[0] < problem.seqlen:
+            return f"layer {layer} of the file has {q[0]} tokens, and the cell {problem.seqlen}"
         return None
 
     def missing(self) -> str | None:
