@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 import numpy as np
 
-from lcbench.masks.band import Ints
+from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.block import Keep, Sharing
 from lcbench.problem import Heads, Problem
 
@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     import torch
 
 Features = dict[str, "torch.Tensor"]
+
+
+def check_whole(option: str, value: object, least: int) -> None:
+    """Raises ValueError unless the value of ``selector.<option>`` is a whole number of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"selector.{option}={value} is no whole number of at least {least}")
 
 
 def block_edges(tokens: int, size: int) -> Ints:
@@ -41,12 +47,14 @@ class Rows:
         number: of the block of queries.
         q: (T, Hq, D), all of its queries.
         pairs: how many pairs the cell's mask has in each block of keys, int64 (columns of blocks,); 0: no query sees any of it.
+        sees: the cell's mask of these queries and all keys, cropped: query 0 is the first of the block.
         lse: (T, Hq) over all keys that the cell's mask lets them see, of an earlier step; only where ``Selector.needs_lse``.
     """
 
     number: int
     q: torch.Tensor
     pairs: Ints
+    sees: BandMask
     lse: torch.Tensor | None = None
 
 
@@ -69,6 +77,12 @@ class Selector(ABC):
     k_block: int = field(default=128, kw_only=True)
     per: Sharing = field(default="q_head", kw_only=True)
     every: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("q_block", "k_block", "every"):
+            check_whole(name, getattr(self, name), 1)
+        if self.per not in get_args(Sharing):
+            raise ValueError(f"selector.per={self.per} is not one of {', '.join(get_args(Sharing))}")
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why it cannot choose for a problem, stored word for word in the skipped result; None: it can."""
