@@ -7,7 +7,7 @@ query heads that share a key/value head (equation 10, ``per=kv_head``). The bloc
 and those next to the query (``sink``, ``local``).
 
 What differs: the paper's keys are compressed by a trained network with a position inside of the block; here they are means, which
-need no training. And the queries of a block attend to the same blocks: scores are summed over them, and ``q_block=1`` is the paper's.
+need no training. And the queries of a block attend to the same blocks: scores are summed over them. ``q_block=1`` is the paper's.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Nsa(Budgeted):
         return of_maps(of_blocks[:, first:last], maps)
 
     def _compressed(self, edges: Ints) -> tuple[Ints, Ints]:
-        """Where the keys of each compressed key begin and end, (compressed,): the last may stand for fewer, so that all are seen."""
+        """Where the keys of each compressed key begin and end, (compressed,); the last may be of fewer, so that no key is left out."""
         tokens = int(edges[-1])
         begins = self.stride * np.arange(1 + max(0, -(-(tokens - self.compress) // self.stride)))
         return begins, np.minimum(begins + self.compress, tokens)
