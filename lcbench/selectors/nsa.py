@@ -90,7 +90,7 @@ class Nsa(Budgeted):
         return of_maps(of_blocks[:, first:last], maps)
 
     def _compressed(self, edges: Ints) -> tuple[Ints, Ints]:
-        """Where the keys of each compressed key begin and end, (compressed,); the last may be of fewer, so that no key is left out."""
+        """Where the keys of each compressed key begin and end, (compressed,). The last may be of fewer: none is left out."""
         tokens = int(edges[-1])
         begins = self.stride * np.arange(1 + max(0, -(-(tokens - self.compress) // self.stride)))
         return begins, np.minimum(begins + self.compress, tokens)

@@ -24,9 +24,9 @@ class Oracle(Budgeted):
     """It has no options of its own."""
 
     def unsupported(self, problem: Problem) -> str | None:
-        return (
-            "selector=oracle is not given the softmax's sinks, so its weights would not be exact" if problem.softmax.sink else None
-        )
+        if problem.softmax.sink:
+            return "selector=oracle is not given the sinks of softmax=sink, and its weights would not be exact"
+        return None
 
     def of_keys(self, k: torch.Tensor, sizes: Ints, problem: Problem) -> Features:
         return {"k": k}
@@ -52,7 +52,7 @@ def block_masses(rows: Rows, k: torch.Tensor, edges: Ints, size: int, problem: P
 
     first, last = reach(rows)
     begin, end = int(edges[first]), int(edges[last])
-    q, visible = by_head(rows.q)(rows, begin, end, k.device)
+    q, visible = by_head(rows.q), rows.sees(begin, end)
     each, masses = len(q) // len(k), []
     for head in range(len(k)):
         found = scores(q[head * each : (head + 1) * each], k[head : head + 1, begin:end], problem)

@@ -1,15 +1,14 @@
-"""Blocks with the keys that an indexer of few numbers scores highest, after DeepSeek-V3.2's lightning indexer (arXiv 2512.02556, section
-2.1, equation 1).
+"""Blocks with the keys that an indexer of few numbers scores highest, after DeepSeek-V3.2's lightning indexer.
 
-There a query t scores a key s by ``sum_j w_tj ReLU(qI_tj . kI_s)`` over a few index heads j of a small dimension, and the keys of
-highest scores are attended to. Here an index head is a query head, of which the indexer reads ``dim`` numbers: a seeded rotation of
-the head's numbers (signs, then a Hadamard transform, as DeepSeek's own code turns its index vectors before it rounds them), of which
-a seeded choice is kept. Products of what is kept are those of the whole heads but for an error that falls with ``dim``, whatever the
-inputs are, and at the head's own dimension there is none.
+There (arXiv 2512.02556, section 2.1, equation 1) a query t scores a key s by ``sum_j w_tj ReLU(qI_tj . kI_s)`` over a few index
+heads j of a small dimension, and attends to the keys of highest scores. Here an index head is a query head, of which the indexer
+reads ``dim`` numbers: a seeded choice of those of a seeded rotation (signs, then a Hadamard transform, by which DeepSeek's own code
+turns its index vectors before it rounds them). Products of what is read are those of the whole heads but for an error that falls
+with ``dim``, whatever the inputs are; at the head's own dimension, a power of two, there is none.
 
-The paper's projections and weights ``w`` are trained to follow the attention. These are not: weights are 1, so this is what an indexer
-of this size can do before it is trained, and takes the time that a trained one takes. All query heads share a choice in the paper
-(``per=all_heads``): their scores are summed. Attention runs on blocks: a query's score of a block is its highest score of a key in it
+The paper's projections and weights ``w`` are trained to follow the attention. These are not, and weights are 1: this is what an
+indexer of this size can do before it is trained, in the time that a trained one takes. In the paper all query heads share a choice
+(``per=all_heads``); their scores are summed. Attention runs on blocks: a query's score of a block is the highest of its keys'
 (``pool=max``) or their sum, and the queries of a block are summed.
 """
 
