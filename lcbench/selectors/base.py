@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 import numpy as np
 
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     import torch
 
 Features = dict[str, "torch.Tensor"]
+
+
+def check_whole(option: str, value: object, least: int) -> None:
+    """Raises ValueError unless the value of ``selector.<option>`` is a whole number of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"selector.{option}={value} is no whole number of at least {least}")
 
 
 def block_edges(tokens: int, size: int) -> Ints:
@@ -53,27 +59,15 @@ class Rows:
         number: of the block of queries.
         q: (T, Hq, D), all of its queries.
         pairs: how many pairs the cell's mask has in each block of keys, int64 (columns of blocks,); 0: no query sees any of it.
-        mask: the cell's mask of these queries x all keys, the queries counted from 0.
+        sees: the cell's mask of these queries and all keys, cropped: query 0 is the first of the block.
         lse: (T, Hq) over all keys that the cell's mask lets them see, of an earlier step; only where ``Selector.needs_lse``.
     """
 
     number: int
     q: torch.Tensor
     pairs: Ints
-    mask: BandMask
+    sees: BandMask
     lse: torch.Tensor | None = None
-
-    def sees(self, k0: int, k1: int) -> torch.Tensor:
-        """Which of the keys ``k0 ... k1 - 1`` each of its queries sees, bool (T, k1 - k0), where ``q`` is."""
-        import torch
-
-        q, k = (torch.arange(*ends, device=self.q.device) for ends in ((len(self.q),), (k0, k1)))
-        found = torch.zeros((len(q), len(k)), dtype=torch.bool, device=q.device)
-        for band in self.mask.crop(0, len(q), k0, k1):
-            rows, keys = slice(band.q0, band.q1), slice(band.k0, band.k1)
-            distance = k[keys] - k0 - q[rows, None]
-            found[rows, keys] |= (distance >= band.lo) & (distance <= band.hi)
-        return found
 
 
 @dataclass(frozen=True)
@@ -118,6 +112,12 @@ class Selector(ABC):
     k_block: int = field(default=128, kw_only=True)
     per: Sharing = field(default="q_head", kw_only=True)
     every: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("q_block", "k_block", "every"):
+            check_whole(name, getattr(self, name), 1)
+        if self.per not in get_args(Sharing):
+            raise ValueError(f"selector.per={self.per} is not one of {', '.join(get_args(Sharing))}")
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why it cannot choose for a problem, stored word for word in the skipped result; None: it can."""
