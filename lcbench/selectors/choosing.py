@@ -203,11 +203,11 @@ def _stretches(at: Ints, first: Ints, last: Ints, rows: Rows, columns: int) -> K
     return found
 
 
-def seen_keys(rows: Rows, begin: int, end: int) -> torch.Tensor:
-    """Which keys ``begin ... end - 1`` a query sees, bool (T, end - begin), where the queries are."""
+def seen_keys(rows: Rows, begin: int, end: int, device: torch.device) -> torch.Tensor:
+    """Which keys ``begin ... end - 1`` a query sees, bool (T, end - begin), on a device."""
     import torch
 
-    q, k = (torch.arange(count, device=rows.q.device) for count in (len(rows.q), end - begin))
+    q, k = (torch.arange(count, device=device) for count in (len(rows.q), end - begin))
     found = torch.zeros((len(q), len(k)), dtype=torch.bool, device=q.device)
     for band in rows.sees.crop(0, len(q), begin, end):
         part = slice(band.q0, band.q1), slice(band.k0, band.k1)

@@ -71,7 +71,7 @@ class TopK(Budgeted):
 
         first, last = reach(rows)
         begin, end = int(edges[first]), int(edges[last])
-        hidden = ~seen_keys(rows, begin, end)
+        hidden = ~seen_keys(rows, begin, end, rows.q.device)
         q, k, maps = by_head(self._index(rows.q)), keys["index"][:, begin:end], self.maps(problem.heads)
         found = []
         for own in np.arange(len(q)).reshape(maps, -1).tolist():
