@@ -7,7 +7,8 @@ over a block of keys are trees of elementwise sums (``block_sums``). Where score
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import numpy as np
 
 from lcbench.masks.band import Ints
 from lcbench.masks.block import Keep
-from lcbench.selectors.base import Rows, Selector, check_whole
+from lcbench.selectors.base import Features, Rows, Selector, check_whole
 
 if TYPE_CHECKING:
     import torch
@@ -70,9 +71,21 @@ class Budgeted(Selector):
         """Blocks that are kept whatever their scores, bool (columns,)."""
         return sinks(rows, self.sink) | own_blocks(rows, edges, rows.number * self.q_block, self.local)
 
-    def best(self, scores: torch.Tensor, rows: Rows, edges: Ints) -> Keep:
-        """The blocks to keep, bool (maps, columns), by scores (maps, columns); those of blocks without pairs mean nothing."""
-        return covering(scores, self.budget(rows), self.always(rows, edges), rows, edges)
+    @abstractmethod
+    def score(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> torch.Tensor:
+        """How much a block of queries wants the blocks that it sees, (maps, last - first) of those that ``reach`` names; blocks
+        without pairs among them may have any score. Of equal scores the lower block is kept."""
+
+    def keep(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> Keep:
+        import torch
+
+        first, last = reach(rows)
+        if first == last:
+            return np.zeros((self.maps(problem.heads), len(rows.pairs)), dtype=bool)
+        with steady(rows.q.device):
+            found = self.score(rows, keys, edges, problem)
+        found = torch.nn.functional.pad(found, (first, len(rows.pairs) - last), value=-torch.inf)
+        return covering(found, self.budget(rows), self.always(rows, edges), rows, edges)
 
 
 def check_share(option: str, value: object) -> None:
@@ -191,12 +204,16 @@ def _stretches(at: Ints, first: Ints, last: Ints, rows: Rows, columns: int) -> K
 
 
 def seen_keys(rows: Rows, begin: int, end: int, device: torch.device) -> torch.Tensor:
-    """Which keys ``begin ... end - 1`` a query sees, bool (T, end - begin)."""
+    """Which keys ``begin ... end - 1`` a query sees, bool (T, end - begin), on a device."""
     import torch
 
-    at, first, last = rows.sees.intervals(np.arange(len(rows.q)))
-    first, last = (np.clip(edge, begin, end) - begin for edge in (first, last))
-    return torch.from_numpy(_stretches(at, first, last, rows, end - begin)).to(device)
+    q, k = (torch.arange(count, device=device) for count in (len(rows.q), end - begin))
+    found = torch.zeros((len(q), len(k)), dtype=torch.bool, device=q.device)
+    for band in rows.sees.crop(0, len(q), begin, end):
+        part = slice(band.q0, band.q1), slice(band.k0, band.k1)
+        distance = k[part[1]] - q[part[0], None]
+        found[part] |= (distance >= band.lo) & (distance <= band.hi)
+    return found
 
 
 def reach(rows: Rows) -> tuple[int, int]:
@@ -267,6 +284,22 @@ def block_sums(x: torch.Tensor, sizes: Ints) -> torch.Tensor:
     while (width := width // 2) >= 1:
         level = level[:, :width] + level[:, width:]
     return level[:, 0]
+
+
+def block_means(x: torch.Tensor, sizes: Ints) -> torch.Tensor:
+    """(blocks, ...): means as ``block_sums`` adds them."""
+    import torch
+
+    sums = block_sums(x, sizes)
+    return sums / torch.from_numpy(sizes).to(sums).unflatten(0, (-1, *[1] * (x.dim() - 1)))
+
+
+def each_block(of: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, sizes: Ints) -> torch.Tensor:
+    """What a function gives of the rows (T, ...) of every block, each by itself, one behind the other: for products, whose sums
+    depend on how many rows there are."""
+    import torch
+
+    return torch.cat([of(own) for own in x.split(sizes.tolist())])
 
 
 def of_columns(x: torch.Tensor, size: int, fill: float) -> torch.Tensor:
