@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
@@ -51,6 +51,10 @@ class Inputs(ABC):
     def missing(self) -> str | None:
         """Why it does not run in this process: which library is not installed."""
         return None
+
+    def states(self, problem: Problem, seed: int, group: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+        """What it makes of a problem, for the provenance of results; empty: its name and options say it."""
+        return {}
 
     @abstractmethod
     def draw(self, wanted: Wanted) -> torch.Tensor:
