@@ -1,13 +1,13 @@
-"""Blocks with most softmax weight by the LSE of an earlier step, as few of them as have a share of it: AdaSpa (arXiv 2502.21079,
-"Fused LSE-Cached Search").
+"""Blocks with most softmax weight by the LSE of an earlier step, as few as have a share of it: AdaSpa (arXiv 2502.21079, "Fused
+LSE-Cached Search with Head-adaptive Hierarchical Block Sparse Attention").
 
-In a diffusion model, which keys matter and the LSE of a query change little from step to step. So the weights ``exp(s_ij - LSE_i)`` of
-this step's queries and keys, summed over blocks, take one pass over them if the LSE is that of an earlier step; by itself it would take
-two. What is found is used for several steps (``every``).
+In a diffusion model, which keys matter and the LSE of a query change little from step to step. So the weights ``exp(s_ij -
+LSE_i)`` of a step's queries and keys, summed over blocks, take one pass over them where the LSE is that of an earlier step; else
+they take two. What is chosen is used for several steps (``every``).
 
-Each map keeps, in each row of blocks, the blocks of highest sums, as few as together have ``recall`` of the row's. Heads differ in how
-many these are: that is what the paper calls head-adaptive. It gives each head one number of blocks for all of its rows, from the mean
-recall of these; here rows differ too, so that no row falls short. ``density`` bounds the number from above.
+Each map keeps in each row of blocks those of the highest sums, as few as together have ``recall`` of the row's. So heads differ
+in how many they keep, as in the paper, and here rows do as well: no row of a head falls short for another's sake. ``density``
+bounds the number from above.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lcbench.masks.band import Ints
 from lcbench.masks.block import Keep
 from lcbench.problem import Problem
 from lcbench.selectors.base import Features, Rows
-from lcbench.selectors.choosing import Budgeted, by_head, check_share, of_columns, of_maps, scores, steady
+from lcbench.selectors.choosing import Budgeted, by_head, check_share, of_columns, of_maps, reach, scores, steady
 from lcbench.selectors.partial import hide, keep_best, runs
 
 if TYPE_CHECKING:
@@ -63,26 +63,32 @@ class AdaSpa(Budgeted):
         import torch
 
         assert rows.lse is not None
-        heads, q = problem.heads, by_head(rows.q)
-        each, found = heads.q // heads.kv, q.new_zeros((heads.q, len(rows.pairs)))
+        heads, q, (first, last) = problem.heads, by_head(rows.q), reach(rows)
+        each, found = heads.q // heads.kv, q.new_zeros((heads.q, last - first))
         lse = rows.lse.T[..., None].to(q)
         lse = lse.masked_fill(lse == -torch.inf, 0.0)  # of queries that see no key
         together = max(1, (CACHE if q.device.type == "cpu" else MEMORY) // (each * len(rows.q) * self.k_block))
         for head in range(heads.kv):
             group = slice(head * each, (head + 1) * each)
             for columns in runs(rows.pairs > 0, together):
-                keys_of = keys["k"][head : head + 1, edges[columns.start] : edges[columns.stop]]
-                weights = torch.exp_(scores(q[group], keys_of, problem).sub_(lse[group]))
-                hide(weights, rows, edges, columns, 0.0)
-                found[group, columns.start : columns.stop] = of_columns(weights.sum(1), self.k_block, 0.0).sum(-1)
+                k = keys["k"][head : head + 1, edges[columns.start] : edges[columns.stop]]
+                weights = hide(scores(q[group], k, problem).sub_(lse[group]).exp_(), rows, edges, columns, 0.0)
+                found[group, columns.start - first : columns.stop - first] = of_columns(weights.sum(1), self.k_block, 0.0).sum(-1)
         return of_maps(found, self.maps(heads))
 
     def keep(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> Keep:
+        import torch
+
+        first, last = reach(rows)
+        if first == last:
+            return np.zeros((self.maps(problem.heads), len(rows.pairs)), dtype=bool)
         with steady(rows.q.device):
             found = self.score(rows, keys, edges, problem)
-        most, always = self.budget(rows), self.always(rows, edges)
-        counts = np.full(len(found), most)
+        always, counts = self.always(rows, edges), np.full(len(found), self.budget(rows))
         if self.recall < 1:
-            sums = found.double().sort(dim=1, descending=True).values.cumsum(1).cpu().numpy()
-            counts = np.minimum(counts, 1 + (sums < self.recall * sums[:, -1:]).sum(1))
-        return keep_best(found.masked_fill(found.new_tensor(rows.pairs == 0, dtype=bool_of()), -1.0), counts, always, rows, edges)
+            forced = torch.from_numpy(always[first:last]).to(found.device)
+            order = found.masked_fill(forced, torch.inf).sort(dim=1, descending=True, stable=True).indices
+            sums = found.double().gather(1, order).cumsum(1)
+            counts = np.minimum(counts, 1 + (sums < self.recall * sums[:, -1:]).sum(1).cpu().numpy())
+        found = torch.nn.functional.pad(found, (first, len(rows.pairs) - last), value=-torch.inf)
+        return keep_best(found, counts, always, rows, edges)

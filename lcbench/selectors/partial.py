@@ -24,15 +24,19 @@ def runs(blocks: Keep, most: int) -> Iterator[range]:
             yield range(begin, min(begin + most, last))
 
 
-def hide(x: torch.Tensor, rows: Rows, edges: Ints, columns: range, fill: float) -> torch.Tensor:
-    """x (..., T, keys of adjacent blocks ``columns``), changed: ``fill`` where a query does not see a key.
+def hide(x: torch.Tensor, rows: Rows, edges: Ints, columns: range, fill: float, group: int = 1) -> torch.Tensor:
+    """x (..., T / group, keys of adjacent blocks ``columns``), changed: ``fill`` where none of ``group`` queries sees a key.
 
     Only blocks that the queries do not see whole are looked at key by key: of a causal mask, those of the diagonal.
     """
+    import torch
+
     offset, whole = int(edges[columns.start]), rows.pairs == len(rows.q) * np.diff(edges)
     for part in runs(~whole[columns.start : columns.stop], len(columns)):
         begin, end = (int(edges[columns.start + at]) for at in (part.start, part.stop))
-        x[..., begin - offset : end - offset].masked_fill_(~seen_keys(rows, begin, end, x.device), fill)
+        seen = seen_keys(rows, begin, end, x.device)
+        seen = seen if group == 1 else torch.stack([own.any(0) for own in seen.split(group)])
+        x[..., begin - offset : end - offset].masked_fill_(~seen, fill)
     return x
 
 

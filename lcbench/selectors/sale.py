@@ -1,5 +1,5 @@
-"""Blocks with a pair whose weight, estimated from 4-bit queries and keys, is not small beside that of sink and local blocks: SALE
-(arXiv 2505.24179).
+"""Blocks with a pair whose weight, estimated from 4-bit queries and keys, is not small beside that of sink and local blocks:
+SALE (arXiv 2505.24179).
 
 A query's relative attention score of a key is ``exp(s_ij) / sum over the region of exp(s_i)``. The region is what is always kept:
 the sequence's first block and those around the query's own. A block is kept where any query has a score of at least the head's
@@ -7,15 +7,15 @@ threshold for any key of it. As in the authors' code:
 
 - **4 bits.** The means over all tokens are taken away from queries and keys. What is left is rounded, a half to the even one, to
   -7 ... 7 times a scale: the largest number of its rows over 7. Products are whole numbers, and exact.
-- **Smoothed queries.** The mean query's product with a key is worked out before the key is rounded, and added as a multiple of both
-  scales. The mean key's product is the same for all keys, so it is left out.
+- **Smoothed queries.** The mean query's product with a key is worked out before the key is rounded, and added as a multiple of
+  both scales. The mean key's product is the same for all keys, so it is left out.
 - **Thresholds per head.** There, a model's are found once, by halving 0.008 until outputs are near enough. Here one is given for
   all heads (``threshold``), or each map's is worked out anew, so that ``sample`` blocks of queries, evenly apart, keep the share
   ``density`` of the blocks that they see. Other blocks of queries then keep about that.
 
-Other than there: queries have a scale per 16 rows, those of a warp, and keys one per block; there each thread of a warp has its own.
-The region's scores are of 4 bits too, so that ranks need tell one another only 4 bits of each number of a key. A map of several
-heads takes the highest of their scores. There, everything is attended to up to 1024 tokens; here it is as at any length.
+Other than there: queries have a scale per 16 rows, those of a warp, and keys one per block; there each thread of a warp has its
+own. The region's scores are of 4 bits too, so that ranks need tell one another only 4 bits of each number of a key. A map of
+several heads takes the highest of their scores. There, everything is attended to up to 1024 tokens; here it is as at any length.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lcbench.masks.band import Ints
 from lcbench.masks.block import Keep
 from lcbench.problem import Problem
 from lcbench.selectors.base import Features, Round, Rows, Selector, block_edges, check_whole
-from lcbench.selectors.choosing import block_sums, by_head, check_share, own_blocks, products, share_of, sinks, steady
+from lcbench.selectors.choosing import block_sums, by_head, check_share, each_block, own_blocks, products, share_of, sinks, steady
 from lcbench.selectors.partial import hide, keep_best, runs
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def quantised_keys(k: torch.Tensor, sizes: Ints, known: Features) -> Features:
     whole = (rest / scale.repeat_interleave(lengths, 0)[..., None]).round_().to(torch.int8)
     pairs = torch.nn.functional.pad(whole, (0, whole.shape[-1] % 2)).unflatten(-1, (-1, 2)) & 15
     mean = known["q_mean"][:, None]
-    shift = torch.cat([products(mean, by_head(own))[:, 0].T for own in rest.split(sizes.tolist())])
+    shift = each_block(lambda own: products(mean, by_head(own))[:, 0].T, rest, sizes)
     return {"k4": (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8), "k_scale": scale, "shift": shift}
 
 
