@@ -1,5 +1,5 @@
-"""Selection as the papers have it, written down once more for small sequences: dense float64 matrices, and loops over queries and
-blocks. It shares nothing with what it judges."""
+"""Selection as the papers have it, written down once more for small sequences: dense float64 matrices, and loops over queries
+and blocks. It shares nothing with what it judges."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ Bools = NDArray[np.bool_]
 def visible(mask: BandMask) -> Bools:
     """(queries, keys): whether a pair counts."""
     found = np.zeros((mask.num_q, mask.num_k), dtype=bool)
+    q, k = np.arange(mask.num_q)[:, None], np.arange(mask.num_k)
     for q0, q1, k0, k1, lo, hi in mask.bands.tolist():
-        for q in range(q0, q1):
-            for k in range(k0, k1):
-                found[q, k] |= lo <= k - q <= hi
+        found |= (q0 <= q) & (q < q1) & (k0 <= k) & (k < k1) & (lo <= k - q) & (k - q <= hi)
     return found
 
 

@@ -28,7 +28,11 @@ from tests.selectors import dense
 from tests.selectors.dense import Bools, Floats
 
 HEADS = Heads(4, 2, 16)
-MASKS: dict[str, Callable[[int], BandMask]] = {"causal": causal, "full": full, "window": lambda n: sliding_window(n, left=40, right=0)}
+MASKS: dict[str, Callable[[int], BandMask]] = {
+    "causal": causal,
+    "full": full,
+    "window": lambda n: sliding_window(n, left=40, right=0),
+}
 LENGTHS = (96, 101, 5)  # whole blocks, ragged ones, less than one
 
 
@@ -111,7 +115,9 @@ def test_topk_keeps_what_its_indexer_says(seqlen: int, name: str, per: Any, pool
     selector = TopK(density=0.4, q_block=8, k_block=8, per=per, dim=6, pool=pool, seed=3)
     turn = rotation(16, 6, 3)
     maps = selector.maps(HEADS)
-    scores = dense.indexer(q.numpy() @ turn, k.numpy() @ turn, dense.visible(mask), 8, 8, maps, {"max": np.max, "sum": np.sum}[pool])
+    scores = dense.indexer(
+        q.numpy() @ turn, k.numpy() @ turn, dense.visible(mask), 8, 8, maps, {"max": np.max, "sum": np.sum}[pool]
+    )
     np.testing.assert_array_equal(choose(selector, problem(seqlen), mask, q, k), expected(selector, scores, mask))
 
 
