@@ -40,6 +40,7 @@ from lcbench.selectors.choosing import (
     of_columns,
     of_maps,
     reach,
+    scores,
     steady,
 )
 from lcbench.selectors.partial import hide

@@ -67,7 +67,7 @@ class Sale(Selector):
     k_block: int = field(default=32, kw_only=True)
     threshold: float | None = None
     density: float | None = None
-    sample: int = 16
+    sample: int = 32
     sink: int = 1
     local: int = 3
 
