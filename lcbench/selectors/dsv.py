@@ -14,9 +14,10 @@ With the singular values ``C_q^1/2 C_k^1/2 = U S V^T`` it is least for the first
 At the head's own dimension predictions are exact. The mean key adds the same to all predictions of a query. Moments are those of
 ``sample`` tokens, evenly apart, which all ranks are told; query heads that share a key/value head share its matrices.
 
-A group is ``group`` adjacent queries, and its prediction the sum of theirs. As attention runs on blocks, a block's score is how
-many of its keys are critical, counted over the groups of a block of queries and the heads of a map. Nothing but these counts is
-kept of the predictions of a block of queries.
+A group is ``group`` adjacent queries, and its query their mean. Attention runs on blocks here, on critical keys there; so a
+block's score is the softmax weight that its critical keys have among all critical ones by their predictions, summed over the
+groups of a block of queries and the heads of a map. (How many critical keys it has would not do: one sink has more weight than
+many others.) Nothing but these sums is kept of the predictions of a block of queries.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from lcbench.problem import Problem
 from lcbench.selectors.base import Features, Round, Rows, check_whole
 from lcbench.selectors.choosing import (
     Budgeted,
-    block_sums,
+    block_means,
     by_head,
     check_share,
     each_block,
     of_columns,
     of_maps,
-    products,
     reach,
+    scores,
     steady,
 )
 from lcbench.selectors.partial import hide
@@ -108,16 +109,16 @@ class Dsv(Budgeted):
         heads, (first, last) = problem.heads, reach(rows)
         each, begin, end = heads.q // heads.kv, int(edges[first]), int(edges[last])
         sizes = np.diff(np.append(np.arange(0, len(rows.q), self.group), len(rows.q)))
-        q, found = by_head(block_sums(rows.q, sizes)), []
+        q, found = by_head(block_means(rows.q, sizes)), []
         for head in range(heads.kv):
             own = q[head * each : (head + 1) * each] @ keys["w_q"][head]
-            predicted = products(own, keys["k_low"][head : head + 1, begin:end])
+            predicted = scores(own, keys["k_low"][head : head + 1, begin:end], problem)
             hide(predicted, rows, edges, range(first, last), -torch.inf, self.group)
             seen = (predicted[0] > -torch.inf).sum(-1)
             count = torch.round(self.critical * seen.double()).long().clamp_(1)
             least = predicted.topk(int(count.max()), dim=-1).values.gather(-1, (count - 1).expand(each, -1)[..., None])
-            critical = (predicted >= least).logical_and_(predicted > -torch.inf)
-            found.append(of_columns(critical.sum(1), self.k_block, 0).sum(-1).to(q.dtype))
+            weights = torch.softmax(predicted.masked_fill_(predicted < least, -torch.inf), -1).nan_to_num_(0.0)
+            found.append(of_columns(weights.sum(1), self.k_block, 0.0).sum(-1))
         return of_maps(torch.cat(found), self.maps(heads))
 
 

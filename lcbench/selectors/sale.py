@@ -67,7 +67,7 @@ class Sale(Selector):
     k_block: int = field(default=32, kw_only=True)
     threshold: float | None = None
     density: float | None = None
-    sample: int = 16
+    sample: int = 32
     sink: int = 1
     local: int = 3
 
@@ -99,7 +99,9 @@ class Sale(Selector):
             },
         )
         quantised = Round(
-            keys=quantised_keys, by_block=("k_scale",), all=lambda found, edges: unpacked(found, edges, problem.heads.dim)
+            keys=quantised_keys,
+            by_block=("k_scale",),
+            all=lambda found, edges: unpacked(found, (len(edges) - 1) * self.k_block, problem.heads.dim),
         )
         if self.density is None:
             return means, quantised
@@ -221,14 +223,13 @@ def quantised_keys(k: torch.Tensor, sizes: Ints, known: Features) -> Features:
     return {"k4": (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8), "k_scale": scale, "shift": shift}
 
 
-def unpacked(found: Features, edges: Ints, dim: int) -> Features:
+def unpacked(found: Features, tokens: int, dim: int) -> Features:
     """All keys as products want them: bytes (Hk, S', D'), filled up with zeros; scales (Hk, blocks), shifts (Hq, S')."""
     import torch
 
     packed = found["k4"].transpose(0, 1)
     both = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :dim].to(torch.int8)
-    blocks, size = len(edges) - 1, int(edges[1])
-    more = blocks * size + EIGHT - both.shape[1]
+    more = tokens + EIGHT - both.shape[1]
     k4 = torch.nn.functional.pad((both ^ 8) - 8, (0, -dim % EIGHT, 0, more))
     shift = torch.nn.functional.pad(found["shift"].T, (0, more))
     return {"k4": k4, "k_scale": found["k_scale"].T.contiguous(), "shift": shift, "q_mean": found["q_mean"]}

@@ -193,7 +193,7 @@ def test_negated_queries_and_keys_choose_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in SELECTORS if name not in ("none", "random")])
 def test_a_choice_depends_on_q_and_on_k(name: str) -> None:
-    problem, shown, config = problem_of(512, "float32"), causal(512), load("selector", name)
+    problem, shown, config = problem_of(1024, "float32"), causal(1024), load("selector", name)
     more = {"density": 0.6} if "density" in config else {}  # than what is always kept
     selector = build(check_options("selector", {**config, **SIZES, **more}))
     q, k, lse = inputs(problem, shown)
