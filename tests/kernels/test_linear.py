@@ -90,7 +90,7 @@ def test_rules_are_all_here() -> None:
 def test_chunked_is_the_recurrence(
     rule: Rule, count: int, chunk: int, heads: Heads, strength: float, zero: bool, seed: int
 ) -> None:
-    """It is the recurrence at any length and chunk, with groups of query heads, values of another dim, and decays from none to all."""
+    """It is the recurrence at any length and chunk, with groups, values of another dim, and decays from none to all."""
     x = draw(rule, count, heads, seed=seed, strength=strength)
     found = errors(scan_of(rule, heads, chunk), rule, x, heads, zero=zero)
     assert max(found.values()) < 1e-12, found
