@@ -15,7 +15,7 @@ from lcbench.cp.base import LinearOnly
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.build import state_blocks, stretches
-from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, rows
+from lcbench.schedule.schedule import Move, Schedule, Step, rows, singles
 
 
 @dataclass(frozen=True)
@@ -30,5 +30,5 @@ class LASP2(LinearOnly):
         moves = (Move("summary", rows(source[others], to[others], source[others], 0)),) if ranks > 1 else ()
         tiles = rows(every, 0, every, every)
         # The first rank needs nothing of the others.
-        steps = (Step(tiles[:1], moves), Step(tiles[1:])) if ranks > 1 else (Step(tiles, (), NO_ROWS),)
-        return Schedule.of(ranks, stretches(problem), every, state_blocks(problem.heads, 1), tuple((r,) for r in range(ranks)), steps)
+        steps = (Step(tiles[:1], moves), Step(tiles[1:])) if ranks > 1 else (Step(tiles),)
+        return Schedule.of(ranks, stretches(problem), every, state_blocks(problem.heads, 1), singles(ranks), steps)

@@ -110,7 +110,7 @@ def element_bytes(precision: Precision, problem: Problem) -> int:
 
 
 def token_bytes(kind: str, group: HeadGroup, problem: Problem, precision: Precision | None = None) -> int:
-    """Bytes per token of a message of a kind for a head group, or of one state; with ``precision``, of what it holds in that one."""
+    """Bytes per token of a message of a kind for a head group, or of a state; with ``precision``, of what it holds in that one."""
     payload = PAYLOADS[kind]
     heads = len(group) if payload.side == "q" else len(group.kv)
     return heads * payload.elements(problem.heads, problem.rule) * element_bytes(precision or payload.precision, problem)

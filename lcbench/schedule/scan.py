@@ -27,7 +27,7 @@ from lcbench.schedule.groups import Groups
 from lcbench.schedule.held import Held, Part
 from lcbench.schedule.lowering import Collective, Lowering, collectives, operations_of, sets_of
 from lcbench.schedule.messages import Sending, Waits, all_gather, all_to_all, wait_all
-from lcbench.schedule.payload import PAYLOADS, Precision, token_bytes
+from lcbench.schedule.payload import PAYLOADS, Precision
 from lcbench.schedule.schedule import HeadGroup, MoveColumn, Schedule
 from lcbench.schedule.states import PASSES, Arrivals, backward_times, received_bytes, summarised
 
@@ -80,6 +80,7 @@ class ScanRun:
 
     Attributes:
         held: its tokens, see ``RankRun``.
+        sums_are_wide: whether gradients of key/value heads that several ranks have are added up in the type of sums.
         bytes_sent, buffer_bytes, calls, pairs, collectives: see ``Counters``; ``pairs`` are tokens, over its query heads.
     """
 
@@ -103,6 +104,7 @@ class ScanRun:
         self.schedule, self.problem, self.rank, self.device = schedule, problem, rank, device
         tokens = Part(schedule.k.tokens(rank))
         self.held = Held(tokens, tokens, tokens)
+        self.sums_are_wide = problem.reduce_dtype != "input"
         moves = traffic(schedule, backward=problem.backward, gates=True)
         self._steps = moves.steps
         operations = operations_of(lowering, dist.get_backend()) if moves.transfers else ()
@@ -112,7 +114,8 @@ class ScanRun:
         for transfer, collective in zip(moves.transfers, found, strict=True):
             if (post := self._of_rank(transfer, collective)) is not None:
                 self._posts[transfer.begin].append(post)
-        self._join(groups, [t.channel for t, each in zip(moves.transfers, found, strict=True) if each is None], sets_of(moves, found))
+        channels = [transfer.channel for transfer, each in zip(moves.transfers, found, strict=True) if each is None]
+        self._join(groups, channels, sets_of(moves, found))
         self.buffer_bytes = received_bytes(schedule, moves, problem, rank)
         input_dtype: torch.dtype = getattr(torch, problem.dtype)
         sums = accumulation_dtype(input_dtype)
@@ -158,14 +161,14 @@ class ScanRun:
 
     def _prepare(self, kernel: LinearKernel, times: Ints | None) -> None:
         """The kernel for all heads, whose summaries leave, and for each head group; and when which stretch is computed."""
-        schedule, problem = self.schedule, self.problem
-        assert problem.rule is not None
+        schedule, problem, rule = self.schedule, self.problem, self.problem.rule
+        assert rule is not None
         made: dict[tuple[int, int], PreparedScan] = {}
 
         def scan(q: int, kv: int) -> PreparedScan:
             if (q, kv) not in made:
                 heads, scale = problem.heads.of(q, kv), problem.softmax_scale
-                made[q, kv] = kernel.scan(problem.rule, heads, self._dtypes["input"], self.device, scale=scale)
+                made[q, kv] = kernel.scan(rule, heads, self._dtypes["input"], self.device, scale=scale)
             return made[q, kv]
 
         self._whole = scan(problem.heads.q, problem.heads.kv)
@@ -250,7 +253,7 @@ class ScanRun:
         return Replayed(self, compute, communicate) if any(self._posts.values()) or self.schedule.world_size > 1 else None
 
     def timeline(self, x: Tokens, dout: torch.Tensor | None) -> list[list[float]]:
-        """One iteration: (number of the time, begin, messages sent, tiles computed, messages there) of each, in seconds. Collective.
+        """One iteration: (time, begin, messages sent, tiles computed, messages there) of each time, in seconds. Collective.
 
         On CUDA these are times of the stream that computes: "sent" is when messages were allowed to leave.
         """

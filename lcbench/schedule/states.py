@@ -1,9 +1,9 @@
 """States of linear attention on their way among ranks: from what each is put together, that this is all of it, and when.
 
-What n shards in the order of their tokens do to a state is n affine maps, one after the other (``kernels.linear``). A rank knows the
-map of its own shards, their *summaries*. Others come to it: the *state* after a shard, that is all maps up to it on a state of
-zeros, or the summaries of single shards. The state before a shard is the last state that came from before it, with the summaries
-of the shards between. Nothing else is it: a shard that is missing, or in it twice, is a fault.
+What n shards in the order of their tokens do to a state is n affine maps, one after the other (``kernels.linear``). A rank knows
+those of its own shards, their *summaries*. Others come to it: the *state* after a shard, that is all maps up to it on a state of
+zeros, or summaries of single shards. The state before a shard is the last state that came from before it, with the summaries of
+the shards between. Nothing else is it: a shard that is missing, or in it twice, is a fault.
 
 In backward everything is the same from the last shard to the first: the gradient of the state after a shard is made of what the
 shards after it do. So shards have a *place* in a pass: their number in forward, counted from the last one in backward.
