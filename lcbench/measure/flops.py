@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lcbench.problem import Heads, Problem
+from lcbench.problem import Heads, Problem, Rule
+from lcbench.schedule.states import products
 
 
 def forward_flops(pairs: float, heads: Heads) -> float:
@@ -25,10 +26,9 @@ def backward_flops(pairs: float, heads: Heads) -> float:
     return 2.0 * pairs * (3 * heads.dim + 2 * heads.v)
 
 
-def linear_flops(tokens: float, heads: Heads, rule: str) -> float:
+def linear_flops(tokens: float, heads: Heads, rule: Rule) -> float:
     """Of forward of linear attention; backward has twice as many."""
-    reads = heads.q + (2 if rule == "gated_delta_rule" else 1) * heads.kv
-    return 2.0 * tokens * reads * heads.dim * heads.v
+    return float(2 * tokens * products(heads.q, heads.kv, rule) * heads.dim * heads.v)
 
 
 def pass_flops(direction: Literal["forward", "backward"], pairs: float, problem: Problem) -> float:

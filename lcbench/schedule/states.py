@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from lcbench.masks.band import Ints, distinct
-from lcbench.problem import Problem
+from lcbench.problem import Problem, Rule
 from lcbench.schedule.adjoint import Traffic, Transfer
 from lcbench.schedule.fault import ScheduleError, fault_at
 from lcbench.schedule.payload import PAYLOADS
@@ -145,6 +146,20 @@ def received_bytes(schedule: Schedule, moves: Traffic, problem: Problem, rank: i
         if mine.any():
             found[transfer.begin >= moves.steps] += int(transfer.bytes(schedule, problem)[mine].sum())
     return max(found)
+
+
+def products(q: Any, kv: Any, rule: Rule | None) -> Any:
+    """Products of a vector with a state, or of two vectors that make one, of 2 Dk Dv FLOPs each, that the recurrence has for a
+    token: each query head reads a state, and each key/value head adds to one, with the delta rule what it has read of it."""
+    return q + (2 if rule == "gated_delta_rule" else 1) * kv
+
+
+def summary_share(problem: Problem, *, backward: bool) -> float:
+    """What the summary of some tokens is of their pass, by products: what is added to a state, with the delta rule to one with the
+    Dk columns of its transition beside it; in backward what queries, and with the delta rule keys, add to its gradient."""
+    heads, delta = problem.heads, problem.rule == "gated_delta_rule"
+    own = heads.q + (2 * heads.kv * delta) if backward else heads.kv * (2 * (1 + heads.dim / heads.v) if delta else 1)
+    return float(own / products(heads.q, heads.kv, problem.rule)) / (2 if backward else 1)
 
 
 # -- proof ---------------------------------------------------------------------------------------------------------------
