@@ -3,7 +3,7 @@
 Its All-Scan cuts a state into K blocks. A rank applies what its own tokens do to a block when that comes, and sends it on while
 the next block is on its way. A rank sends as much as a state, as in LASP; the last block arrives after P - 1 + K - 1 hops of a
 K-th of it each, so its latency grows by a K-th of a state's with each rank. Here a block is the state of some of the heads, which
-are one stretch of memory; a rank computes the tokens of a block's heads when it has nothing left to send on.
+are one stretch of memory; a rank computes its tokens, all heads together, when all blocks have come and are sent on.
 """
 
 from __future__ import annotations

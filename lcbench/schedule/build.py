@@ -183,21 +183,21 @@ def state_blocks(heads: Heads, blocks: int) -> tuple[HeadGroup, ...]:
 
 
 def state_chain(problem: Problem, blocks: int) -> Schedule:
-    """The state of each of so many head groups goes from every rank to the next, one head group in each step behind the other.
+    """The state goes from every rank to the next in blocks of heads, one in each step behind the other.
 
-    A rank sends on what others wait for before it computes its tokens: all head groups then, but the last rank each as it comes.
+    A rank computes its tokens, all heads in one call, once all blocks have come and are sent on: others wait for these.
     """
     ranks, groups = problem.scale.world_size, state_blocks(problem.heads, blocks)
-    rank, block = (each.ravel() for each in np.meshgrid(np.arange(ranks), np.arange(blocks), indexing="ij"))
-    sends = rank < ranks - 1
-    # Block b leaves rank r in step r + b, and is there for rank r + 1 in the step after.
-    leaves, computed = rank + block, np.where(sends, rank + blocks - 1, (rank + block) * (ranks > 1))
+    every, all_heads = np.arange(ranks), len(groups) if blocks > 1 else 0
+    whole = state_blocks(problem.heads, 1) if blocks > 1 else ()
+    sender, block = (each.ravel() for each in np.meshgrid(every[:-1], np.arange(blocks), indexing="ij"))
     steps = []
-    for number in range(int(computed.max()) + 1):
-        now, tile = sends & (leaves == number), computed == number
-        moves = (Move("state", rows(rank[now], rank[now] + 1, rank[now], block[now])),) if now.any() else ()
-        steps.append(Step(rows(rank[tile], block[tile], rank[tile], rank[tile]), moves))
-    return Schedule.of(ranks, stretches(problem), np.arange(ranks), groups, singles(ranks), tuple(steps))
+    for number in range(ranks + blocks - 1 if ranks > 1 else 1):
+        # Block b leaves rank r in step r + b, and is there for rank r + 1 in the step after.
+        now, tile = sender + block == number, every[every + blocks - 1 == number] if ranks > 1 else every
+        moves = (Move("state", rows(sender[now], sender[now] + 1, sender[now], block[now])),) if now.any() else ()
+        steps.append(Step(rows(tile, all_heads, tile, tile), moves))
+    return Schedule.of(ranks, stretches(problem), every, (*groups, *whole), singles(ranks), tuple(steps))
 
 
 # -- grids: heads exchanged along rows, rings along columns --------------------------------------------------------------

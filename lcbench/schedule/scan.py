@@ -28,7 +28,7 @@ from lcbench.schedule.held import Held, Part
 from lcbench.schedule.lowering import Collective, Lowering, collectives, operations_of, sets_of
 from lcbench.schedule.messages import Sending, Waits, all_gather, all_to_all, wait_all
 from lcbench.schedule.payload import PAYLOADS, Precision
-from lcbench.schedule.schedule import HeadGroup, MoveColumn, Schedule
+from lcbench.schedule.schedule import HeadGroup, MoveColumn, Schedule, TileColumn
 from lcbench.schedule.states import PASSES, Arrivals, backward_times, received_bytes, summarised
 
 Item = tuple[str, int, int]  # kind, shard, head group
@@ -176,6 +176,7 @@ class ScanRun:
         self._tiles: dict[int, list[Stretch]] = defaultdict(list)
         self._of_backward: dict[int, list[Stretch]] = defaultdict(list)
         self.pairs, number = 0, 0
+        self._computed = {group for step in schedule.steps for group in step.tiles[:, TileColumn.GROUP].tolist()}
         for time, step in enumerate(schedule.steps):
             for rank, group, _, bundle in step.tiles.tolist():
                 if rank == self.rank:
@@ -187,7 +188,7 @@ class ScanRun:
                         self._of_backward[int(times[number])].append((group, bundle))
                 number += 1
         self.calls = sum(map(len, self._tiles.values()))
-        every = [head for group in schedule.heads for head in group.kv]
+        every = [head for group in self._computed for head in schedule.heads[group].kv]
         self._replicated = len(set(every)) < len(every)
 
     # -- passes ----------------------------------------------------------------------------------------------------
@@ -293,11 +294,14 @@ class ScanRun:
         for stretches in self._of_backward.values():
             for group, bundle in stretches:
                 heads = self.schedule.heads[group]
-                if self._compute:
-                    dout = on.dout[:, heads.begin : heads.end]
-                    on.own[group] = self._scans[group].summary_backward(dout, on.kept.saved[group, bundle])
-                else:
+                if not self._compute:
                     self._sum_up(on)
+                    continue
+                whole = self._scans[group].summary_backward(on.dout[:, heads.begin : heads.end], on.kept.saved[group, bundle])
+                for part in self._arrivals[True].parts(group):
+                    kv = self.schedule.heads[part].kv
+                    mine = slice(heads.kv.index(kv[0]), heads.kv.index(kv[-1]) + 1)
+                    on.own[part] = Summary(whole.state[mine], whole.transition[mine])
 
     def _computed_ahead(self, on: _Pass, time: int) -> None:
         """What of later stretches of own tokens needs no state."""
@@ -429,6 +433,11 @@ class ScanRun:
 
     def _before(self, on: _Pass, group: int, place: int, time: int | None) -> torch.Tensor | None:
         """The state before a place of the pass, (heads, Dk, Dv), from what is there; None: there is nothing before it."""
+        parts = [self._part_before(on, part, place, time) for part in self._arrivals[on.backward].parts(group)]
+        return None if parts[0] is None else self._joined([part for part in parts if part is not None])
+
+    def _part_before(self, on: _Pass, group: int, place: int, time: int | None) -> torch.Tensor | None:
+        """The same of a head group whose states move."""
         arrivals = self._arrivals[on.backward]
         found = arrivals.before(self.rank, group, place, time)
         assert found is not None, f"rank {self.rank} lacks the state before place {place}"
@@ -460,7 +469,7 @@ class ScanRun:
             state, _ = PASSES[on.backward]
             if kind != state:
                 return torch.cat([part.reshape(-1) for part in on.own[group]])
-            found = self._before(on, group, arrivals.place(state, shard) + 1, time)
+            found = self._part_before(on, group, arrivals.place(state, shard) + 1, time)
             assert found is not None
             return found.reshape(-1)
         if kind == "dout":

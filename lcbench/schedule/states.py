@@ -34,12 +34,10 @@ class Before:
     Attributes:
         state: the place after which a state has come; None: none has, so the first summary is applied to zeros.
         summaries: the places whose maps follow, in order; the rank's own and those that have come.
-        ready: the time from which all of it is there.
     """
 
     state: int | None
     summaries: tuple[int, ...]
-    ready: int
 
 
 @dataclass
@@ -61,6 +59,7 @@ class Arrivals:
         self._backward, self._shards = backward, len(schedule.k)
         self._owner: Ints = schedule.k.owner[::-1] if backward else schedule.k.owner
         self._state, self._summary = PASSES[backward]
+        self._heads = schedule.heads
         self.transfers: list[Transfer] = [t for t in moves.transfers if t.kind in PASSES[backward]]
         self._come: dict[tuple[int, int], _Come] = defaultdict(_Come)
         for transfer in self.transfers:
@@ -68,6 +67,13 @@ class Arrivals:
                 come = self._come[to, group]
                 of_kind = come.states if transfer.kind == self._state else come.summaries
                 of_kind.setdefault(self.place(transfer.kind, shard), transfer.end + 1)
+        self._carriers = sorted({group for _, group in self._come})
+
+    def parts(self, group: int) -> list[int]:
+        """The head groups whose states make up that of a head group, in the order of their heads: itself, or those of its blocks."""
+        heads = self._heads[group]
+        inside = [i for i in self._carriers if heads.begin <= self._heads[i].begin and self._heads[i].end <= heads.end]
+        return inside if group not in inside and sum(len(self._heads[i]) for i in inside) == len(heads) else [group]
 
     def place(self, kind: str, shard: int) -> int:
         """Of a shard in this pass; of a gradient's state the place of the shard after it, from which it comes."""
@@ -88,7 +94,6 @@ class Arrivals:
         come = self._come.get((rank, group), _Come())
         there = [at for at, when in come.states.items() if at < place and (time is None or when <= time)]
         state = max(there, default=None)
-        ready = 0 if state is None else come.states[state]
         between = range(0 if state is None else state + 1, place)
         for at in between:
             if self._owner[at] == rank:
@@ -96,8 +101,7 @@ class Arrivals:
             when = come.summaries.get(at)
             if when is None or (time is not None and when > time):
                 return None
-            ready = max(ready, when)
-        return Before(state, tuple(between), ready)
+        return Before(state, tuple(between))
 
     def used(self, rank: int, group: int, before: Before) -> list[tuple[str, int, int, int]]:
         """(kind, rank, head group, shard) of what came from others, of what a state is put together from."""
@@ -109,24 +113,21 @@ class Arrivals:
 def backward_times(schedule: Schedule, moves: Traffic) -> Ints:
     """When backward of each tile is computed, in the order of the steps, (tiles,).
 
-    A stretch of own tokens waits for the gradient of the state after it, and for nothing else; but what others wait for is sent
-    before. Any other tile comes when its step is undone.
+    A stretch of own tokens waits for the gradient of the state after it, and for nothing else; but what this rank has to send and
+    to get of states comes first, since others wait for that. Any other tile comes when its step is undone.
     """
     steps, tiles = moves.steps, [(number, *row) for number, step in enumerate(schedule.steps) for row in step.tiles.tolist()]
     arrivals = Arrivals(schedule, moves, backward=True)
     if not arrivals.transfers:
         return np.array([2 * steps - number for number, *_ in tiles], dtype=np.int64)
-    last_sent = np.zeros(schedule.world_size, dtype=np.int64)
+    busy = np.full(schedule.world_size, steps + 1, dtype=np.int64)
     for transfer in arrivals.transfers:
-        np.maximum.at(last_sent, transfer.rows[:, MoveColumn.SOURCE], transfer.begin)
+        np.maximum.at(busy, transfer.rows[:, MoveColumn.SOURCE], transfer.begin)
+        np.maximum.at(busy, transfer.rows[:, MoveColumn.TARGET], transfer.end + 1)
     found = []
-    for number, rank, group, _, k in tiles:
-        members = schedule.k.members(k)
-        if not (schedule.k.owner[members] == rank).all():
-            found.append(2 * steps - number)
-            continue
-        after = arrivals.before(rank, group, len(schedule.k) - 1 - int(members[-1]))
-        found.append(max(steps + 1, int(last_sent[rank]), after.ready if after is not None else 0))
+    for number, rank, _, _, k in tiles:
+        own = (schedule.k.owner[schedule.k.members(k)] == rank).all()
+        found.append(int(busy[rank]) if own else 2 * steps - number)
     return np.array(found, dtype=np.int64)
 
 
@@ -185,11 +186,14 @@ def check_stretches(schedule: Schedule, moves: Traffic, problem: Problem) -> Int
             members, heads = schedule.k.members(k), schedule.heads[group]
             if not np.array_equal(schedule.q.members(q), members) or (np.diff(members) != 1).any():
                 raise fault_at(schedule, number, f"rank {rank} computes bundles q{q}k{k}, which are no stretch of tokens on itself")
-            before = forward.before(rank, group, int(members[0]), number)
-            if before is None:
-                named = f"shards 0 to {members[0] - 1}, heads {group},"
-                raise fault_at(schedule, number, f"rank {rank} computes shard {members[0]} before the state of {named} is there")
-            used.update(forward.used(rank, group, before))
+            for part in forward.parts(group):
+                before = forward.before(rank, part, int(members[0]), number)
+                if before is None:
+                    named = f"shards 0 to {members[0] - 1}, heads {part},"
+                    raise fault_at(
+                        schedule, number, f"rank {rank} computes shard {members[0]} before the state of {named} is there"
+                    )
+                used.update(forward.used(rank, part, before))
             times[heads.begin : heads.end, members] += 1
             tokens[number, rank] += int(schedule.k.sizes[members].sum()) * len(heads)
             if (times[heads.begin : heads.end, members] > 1).any():
@@ -213,10 +217,14 @@ def _check_order(schedule: Schedule) -> None:
 
 
 def _check_heads(schedule: Schedule, moves: Traffic) -> None:
-    """Where states move, each key/value head is in one head group, once: a part of its state would be another's."""
-    every = [head for group in schedule.heads for head in group.kv]
-    if any(t.kind in STATES for t in moves.transfers) and len(set(every)) < len(every):
-        raise ScheduleError("states move, and some key/value head is in two head groups, or twice in one")
+    """Of the head groups whose states move each has key/value heads of its own, and each rank one shard: who has which summary is
+    then known."""
+    carriers = {group for t in moves.transfers if t.kind in STATES for group in t.rows[:, MoveColumn.GROUP].tolist()}
+    every = [head for group in carriers for head in schedule.heads[group].kv]
+    if len(set(every)) < len(every):
+        raise ScheduleError("states move, and some key/value head is in two of their head groups, or twice in one")
+    if carriers and not np.array_equal(np.sort(schedule.k.owner), np.arange(schedule.world_size)):
+        raise ScheduleError("states move, and some rank has no shard, or several")
 
 
 Item = tuple[str, int, int, int]  # kind, rank that it comes to, head group, shard
@@ -267,6 +275,6 @@ def _check_backward(schedule: Schedule, moves: Traffic) -> None:
     for number, step in enumerate(schedule.steps):
         for rank, group, _, k in step.tiles.tolist():
             last = int(schedule.k.members(k)[-1])
-            if arrivals.before(rank, group, len(schedule.k) - 1 - last) is None:
+            if any(arrivals.before(rank, part, len(schedule.k) - 1 - last) is None for part in arrivals.parts(group)):
                 named = f"rank {rank}, shard {last}, heads {group}"
                 raise fault_at(schedule, number, f"backward of this schedule brings no gradient of the state after it to {named}")
