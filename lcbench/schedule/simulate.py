@@ -260,9 +260,11 @@ def simulate(
 
 @dataclass(frozen=True)
 class _Work:
-    """Seconds of kernels; of merging, adding up and copying without any message; and launches: each (times, ranks)."""
+    """Seconds of kernels, and of those of them whose results leave at the same time, ``first``; of merging, adding up and copying
+    without any message; and launches: each (times, ranks)."""
 
     compute: Floats
+    first: Floats
     besides: Floats
     launches: Floats
     tiling: Tiling
@@ -271,8 +273,10 @@ class _Work:
         """The same of several groups, one behind the other."""
         if groups == 1:
             return self
-        compute, besides, launches = (np.tile(each, (1, groups)) for each in (self.compute, self.besides, self.launches))
-        return _Work(compute, besides, launches, self.tiling)
+        compute, first, besides, launches = (
+            np.tile(each, (1, groups)) for each in (self.compute, self.first, self.besides, self.launches)
+        )
+        return _Work(compute, first, besides, launches, self.tiling)
 
 
 def _of_all(transfer: Transfer, collective: Collective | None, groups: int, ranks: int) -> tuple[Transfer, Collective | None]:
@@ -292,7 +296,7 @@ def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
     schedule, problem = modelled.schedule, modelled.problem
     times = 2 * moves.steps + 1 if problem.backward else moves.steps
     shape = (times, schedule.world_size)
-    compute, launches = np.zeros(shape), np.zeros(shape)
+    compute, first, launches = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     besides = _own_copies(prepared, shape)
     tiles, some = made.tiles, made.tiles.pairs > 0
     calls = model.calls(tiles)
@@ -316,9 +320,10 @@ def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
             target += np.bincount(place, weights=np.where(some, value, 0.0), minlength=times * shape[1]).reshape(shape)
         for rank in summarised(schedule, moves, backward=backward) if linear else ():  # before anything is sent
             own = model.seconds(tiles, problem, backward=backward)[made.rank == rank].sum()
-            compute[moves.steps * backward, rank] += summary_share(problem, backward=backward) * own
+            first[moves.steps * backward, rank] = summary_share(problem, backward=backward) * own
+            compute[moves.steps * backward, rank] += first[moves.steps * backward, rank]
             launches[moves.steps * backward, rank] += 1
-    return _Work(compute, besides / machine.memory_bytes_per_s, launches, made)
+    return _Work(compute, first, besides / machine.memory_bytes_per_s, launches, made)
 
 
 def _own_copies(prepared: Prepared, shape: tuple[int, int]) -> Floats:
@@ -385,12 +390,13 @@ class _Play:
             of = [t.rows[:, : MoveColumn.SHARD].ravel() for t, _ in transfers if (t.channel, t.end) == (channel, end)]
             batches += np.bincount(np.concatenate(of), minlength=self._ranks) > 0
         self._host = self._host + batches * machine.message_s
-        sent = np.maximum(begin + packed / machine.memory_bytes_per_s, self._host)
-        computing, launching = work.compute[time] + work.besides[time], work.launches[time] * machine.launch_s
+        first, launching = work.first[time], work.launches[time] * machine.launch_s
+        sent = np.maximum(begin + first + packed / machine.memory_bytes_per_s, self._host)
+        computing = work.compute[time] - first + work.besides[time]
         self._host = self._host + launching
         computed = np.maximum(sent + computing, self._host)
         self._alone_host = self._alone_host + launching
-        self._alone = np.maximum(self._alone + computing, self._alone_host)
+        self._alone = np.maximum(self._alone + first + computing, self._alone_host)
         # Those that may take several times first: the others share the links with them.
         for transfer, collective in sorted(transfers, key=lambda each: each[0].begin - each[0].end):
             self._post(transfer, collective, sent, computed)

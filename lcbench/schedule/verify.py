@@ -52,9 +52,13 @@ class ScheduleCost:
 
     @property
     def imbalance(self) -> float:
-        """Time of the steps, each as long as its busiest rank, over the mean work of a rank: 1.0 is perfect."""
+        """Time of the steps, each as long as its busiest rank, over the mean work of a rank: 1.0 is perfect. In linear attention,
+        whose ranks compute when their state has come, each by itself: the work of the busiest rank over the mean."""
         mean = self.rank_pairs.mean()
-        return float(self.step_pairs.max(axis=1).sum() / mean) if mean else 1.0
+        if not mean:
+            return 1.0
+        busiest = self.rank_pairs.max() if self.problem.rule is not None else self.step_pairs.max(axis=1).sum()
+        return float(busiest / mean)
 
     def buffer_bytes(self, rank: int, operations: tuple[Operation, ...] = ()) -> int:
         """Memory that a rank holds for buffers, besides its own tensors, where these operations go by collectives."""
