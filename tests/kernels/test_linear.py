@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from typing import get_args
 
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 from lcbench.kernels import chunked
 from lcbench.kernels.chunked import Chunked
+from lcbench.kernels.fla import FLA
 from lcbench.kernels.linear import PreparedScan, Rule, Summary, Tokens
 from lcbench.problem import Heads
+from lcbench.testing.fake_libraries import fla as fake_fla
 from lcbench.testing.recurrence import RULES, draw, recurrence, recurrence_backward
 
 SCALE = 0.3
@@ -90,7 +93,7 @@ def test_rules_are_all_here() -> None:
 def test_chunked_is_the_recurrence(
     rule: Rule, count: int, chunk: int, heads: Heads, strength: float, zero: bool, seed: int
 ) -> None:
-    """It is the recurrence at any length and chunk, with groups of query heads, values of another dim, and decays from none to all."""
+    """It is the recurrence at any length and chunk, with groups, values of another dim, and decays from none to all."""
     x = draw(rule, count, heads, seed=seed, strength=strength)
     found = errors(scan_of(rule, heads, chunk), rule, x, heads, zero=zero)
     assert max(found.values()) < 1e-12, found
@@ -151,3 +154,34 @@ def test_stretches_by_their_summaries(rule: Rule) -> None:
             if grad is not None and wanted is not None:
                 assert error(grad, wanted[part]) < 1e-12
         dstate = applied(scan.summary_backward(dout[part], saved), dstate)
+
+
+@pytest.fixture
+def fla(monkeypatch: pytest.MonkeyPatch) -> FLA:
+    for name, module in fake_fla.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    kernel = FLA()
+    assert kernel.missing() is None
+    return kernel
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("heads", [Heads(2, 2, 8), Heads(6, 2, 8, 16)])
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_fla(fla: FLA, rule: Rule, heads: Heads, count: int) -> None:
+    scan = fla.scan(rule, heads, torch.float64, CPU, scale=SCALE)
+    for zero in (False, True):
+        found = errors(scan, rule, draw(rule, count, heads), heads, zero=zero)
+        assert max(found.values()) < 1e-12, found
+    half = fla.scan(rule, heads, torch.bfloat16, CPU, scale=SCALE)
+    found = errors(half, rule, draw(rule, count, heads, dtype=torch.bfloat16), heads)
+    assert max(found.values()) < 2.0**-7, found
+
+
+def test_fla_of_another_release_says_so(fla: FLA, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["fla"], "__version__", "0.3.2")
+    assert fla.missing() == "flash-linear-attention 0.3.2 is older than 0.4"
+    monkeypatch.setattr(sys.modules["fla.ops.gla"], "chunk_gla", lambda q, k, v, g, scale: None)
+    assert "chunk_gla of this version is another" in str(fla.missing())
+    monkeypatch.undo()
+    assert "fla.ops.gla cannot be imported" in str(fla.missing())
