@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from lcbench.kernels.cache import Cache, CacheKind
+    from lcbench.kernels.linear import LinearKernel
     from lcbench.schedule.execute import Counters, Executor
     from lcbench.schedule.groups import Groups
+    from lcbench.schedule.scan import ScanRun
     from lcbench.schedule.simulate import Modelled
 
 
@@ -265,6 +267,14 @@ class Strategy(ABC):
             Unsupported: the kernel cannot run a tile of this rank.
         """
 
+    def start_linear(self, problem: Problem, mask: Mask, kernel: "LinearKernel", place: Place) -> "ScanRun":
+        """``start`` for linear attention, where ``operators`` has that. Collective.
+
+        Raises:
+            Unsupported: the kernel cannot run these heads.
+        """
+        raise Unsupported(f"{type(self).__name__} shares no linear attention among ranks")
+
 
 @dataclass(frozen=True)
 class Scheduled(Strategy):
@@ -304,6 +314,24 @@ class Scheduled(Strategy):
             self.schedule(problem, mask), mask, kernel, problem,
             rank=place.rank, device=place.device, groups=place.groups, lowering=self.lowering, apart=self.apart,
         )  # fmt: skip
+
+    def start_linear(self, problem: Problem, mask: Mask, kernel: "LinearKernel", place: Place) -> "ScanRun":
+        from lcbench.schedule import scan  # with torch, which planning does without
+
+        return scan.ScanRun(
+            self.schedule(problem, mask), kernel, problem,
+            rank=place.rank, device=place.device, groups=place.groups, lowering=self.lowering,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LinearOnly(Scheduled):
+    """A strategy that moves states of linear attention: ranks have stretches of the tokens in their order, of any length."""
+
+    operators: ClassVar[tuple[str, ...]] = ("linear",)
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return None if problem.rule is not None else "is for linear attention: workload=linear_attention"
 
 
 @dataclass(frozen=True)

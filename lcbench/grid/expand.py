@@ -483,10 +483,24 @@ def skip_reason(cell: Cell) -> str | None:
 
 
 def _other_operator(group: str, value: Kernel | Strategy, workload: Workload | None) -> str | None:
-    """Why a kernel or a strategy is for another kind of attention than the workload, or None."""
+    """Why a kernel or a strategy is for another kind of attention than the workload, and what is for the same; None: it is not."""
     own = value.operators if isinstance(value, Strategy) else (value.operator,)
     wanted = "softmax" if workload is None else workload.operator
-    return None if wanted in own else f"is for {' and '.join(own)} attention, and the workload's is {wanted}"
+    if wanted in own:
+        return None
+    # Of softmax attention there is nearly everything, so what is named is the workload that this one would be for.
+    groups = ("kernel", "cp") if wanted != "softmax" else ("workload",)
+    of = own[0] if wanted == "softmax" else wanted
+    named = " and ".join(f"{other}={'|'.join(_of_operator(other, of))}" for other in groups)
+    return f"is for {' and '.join(own)} attention, and the workload's is {wanted}; for {of} attention there are {named}"
+
+
+@cache
+def _of_operator(group: str, operator: str) -> tuple[str, ...]:
+    """The files of an axis in conf whose values are for a kind of attention."""
+    every = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in sorted((CONF / group).glob("*.yaml"))}
+    kinds = {name: build.get_object(config["_target_"]) for name, config in every.items()}  # type: ignore[call-overload, index]
+    return tuple(name for name, kind in kinds.items() if operator in getattr(kind, "operators", (getattr(kind, "operator", ""),)))
 
 
 def approximates(cell: Cell) -> bool:

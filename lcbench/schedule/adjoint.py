@@ -37,8 +37,8 @@ from numpy.typing import NDArray
 
 from lcbench.masks.band import Ints, distinct
 from lcbench.problem import Problem
-from lcbench.schedule.payload import APART, PAYLOADS, Payload, token_bytes
-from lcbench.schedule.schedule import HeadGroup, Kind, Move, MoveColumn, Schedule, TileColumn
+from lcbench.schedule.payload import APART, GATES, PAYLOADS, Payload, token_bytes
+from lcbench.schedule.schedule import STATES, HeadGroup, Kind, Move, MoveColumn, Schedule, TileColumn
 
 SIDES: tuple[Kind, ...] = ("q", "kv")
 Bools = NDArray[np.bool_]
@@ -62,8 +62,8 @@ class Transfer:
 
     def bytes(self, schedule: Schedule, problem: Problem) -> Ints:
         """Bytes of each row, (n,)."""
-        per_token = np.array([token_bytes(self.kind, group, problem) for group in schedule.heads])
-        return schedule.side(self.payload.side).sizes[self.rows[:, MoveColumn.SHARD]] * per_token[self.rows[:, MoveColumn.GROUP]]
+        each = np.array([token_bytes(self.kind, group, problem) for group in schedule.heads])[self.rows[:, MoveColumn.GROUP]]
+        return each * schedule.side(self.payload.side).sizes[self.rows[:, MoveColumn.SHARD]] if self.payload.per_token else each
 
 
 @dataclass(frozen=True)
@@ -236,13 +236,16 @@ class Traffic:
         )
 
 
-def traffic(schedule: Schedule, *, backward: bool) -> Traffic:
-    """The messages of forward and, derived from them, of backward."""
+def traffic(schedule: Schedule, *, backward: bool, gates: bool = False) -> Traffic:
+    """The messages of forward and, derived from them, of backward; ``gates``: whether those go along with keys and values."""
     queries, keys = Uses(schedule, "q"), Uses(schedule, "kv")
     final = queries.users == 1
     found = list(_forward(schedule, final))
     if backward:
         found += _backward(schedule, queries, keys, final)
+        found = sorted([*found, *_state_gradients(schedule)], key=lambda transfer: transfer.begin)
+    if gates:
+        found = [each for t in found for each in (t, *(replace(t, kind=GATES[t.kind]) for _ in range(t.kind in GATES)))]
     parts = (part for whole in found for part in _by_kind(whole, schedule.kinds))
     return Traffic(tuple(t for t in parts if len(t.rows)), queries, keys, final, len(schedule.steps))
 
@@ -318,6 +321,25 @@ def _gradients(schedule: Schedule, queries: Uses, keys: Uses) -> Iterator[Transf
             begin, end = 2 * count - (number + move.steps - 1), 2 * count - number
             yield Transfer(PAYLOADS[gradient].final, _picked(back, part), begin, end, move.channel)
             yield Transfer(gradient, _picked(back, ~part), begin, end, move.channel)
+
+
+def _state_gradients(schedule: Schedule) -> Iterator[Transfer]:
+    """The gradient of a state goes back where the state came from, later moves first. A rank that got the summary of a shard owes
+    that shard's owner what its own shard does to the gradient of any state.
+
+    After the last forward step nothing moves, so what moves in step n goes back at time 2N - 1 - n, and what needs it is computed
+    at the time after.
+    """
+    last = 2 * len(schedule.steps) - 1
+    of_rank = np.zeros(schedule.world_size, dtype=np.int64)
+    of_rank[schedule.k.owner] = np.arange(len(schedule.k))
+    for number, step in reversed(list(enumerate(schedule.steps))):
+        for move in step.moves:
+            if move.kind in STATES:
+                source, to, shard, group = move.rows.T
+                back = np.stack([to, source, shard if move.kind == "state" else of_rank[to], group], axis=1)
+                begin = max(last - (number + move.steps - 1), last // 2 + 1)
+                yield Transfer(PAYLOADS[move.kind].gradient, back, begin, last - number, move.channel)
 
 
 def _picked(rows: Ints, which: Bools) -> Ints:

@@ -83,6 +83,8 @@ def _bundles(schedule: Schedule) -> Bundles:
 def _collective(schedule: Schedule, transfer: Transfer, problem: Problem, bundles: Bundles) -> Collective | None:
     """The collective that a transfer is; None for one from point to point."""
     source, to, shard, group = transfer.rows.T
+    if transfer.payload.combine == "scan":
+        return _gathered_states(schedule, transfer, problem)
     gathers = transfer.payload.combine == "replace"
     holder, owner = (to, source) if gathers else (source, to)
     if (schedule.side(transfer.payload.side).owner[shard] != owner).any():
@@ -104,6 +106,20 @@ def _collective(schedule: Schedule, transfer: Transfer, problem: Problem, bundle
             return None  # on its way it would be summed in the inputs' type
         operation = "reduce_scatter"
     return Collective(operation, tuple(sorted(held)), (float(block),) * len(held), even=True)
+
+
+def _gathered_states(schedule: Schedule, transfer: Transfer, problem: Problem) -> Collective | None:
+    """The all-gather that a transfer of summaries is: every rank of a set has one, which all others of the set get."""
+    source, to, shard, group = transfer.rows.T
+    sizes, pairs = transfer.bytes(schedule, problem), distinct(to * schedule.world_size + source)
+    if (schedule.k.owner[shard] != source).any() or len(pairs) < len(transfer.rows) or (sizes != sizes[0]).any() or not sizes[0]:
+        return None
+    sets = _sets(*np.divmod(pairs, schedule.world_size))
+    one = all(len(distinct(each[source == rank])) == 1 for each in (shard, group) for rank in sets)
+    if not sets or not one:
+        return None
+    members = tuple(sorted(set(sets.values())))
+    return Collective("all_gather", members, (float(sizes[0]),) * len(members), even=True)
 
 
 def _uneven(

@@ -8,6 +8,9 @@ always move together. Its owner holds their q, or k and v, for all heads at the 
 group* is a range of query heads that are computed together, with the key/value heads that they read. An *item* is the q, or the k
 and v, of one shard for one head group. A *bundle* is a sequence of shards that one kernel call takes as one operand. A *tile* is
 the computation of one bundle of queries on one bundle of keys for one head group by one rank.
+
+In linear attention a tile is a stretch of tokens on itself, from the state that all tokens before it leave. That state comes by
+moves of states: as it is after some shard, or as what shards do to any state, one after the other.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -28,6 +31,9 @@ from lcbench.schedule.layout import Layout
 EXPANDED = 1 << 22  # rows of tiles, one per pair of shards, that are looked at together
 
 Kind = Literal["q", "kv"]
+# Of linear attention: the state after a shard and all before it, or what a shard does to any state.
+StateKind = Literal["state", "summary"]
+STATES: tuple[StateKind, ...] = get_args(StateKind)
 
 
 def rows(*values: ArrayLike) -> Ints:
@@ -95,14 +101,14 @@ class Move:
     """Items that travel while a step computes.
 
     Attributes:
-        kind: what travels: ``q``, or ``kv`` together.
+        kind: what travels: ``q``, or ``kv`` together; in linear attention also ``state`` or ``summary``.
         rows: int64 (n, 4): see ``MoveColumn``.
         kept: whether the receiver holds the items for backward instead of fetching them again.
         steps: how many steps the move may take; what it brings may be used in the step after them.
         channel: the communicator that it runs over, by name.
     """
 
-    kind: Kind
+    kind: Kind | StateKind
     rows: Ints
     kept: bool = False
     steps: int = 1
@@ -227,8 +233,8 @@ class Schedule:
         side = Side(shards, owner, bundles)
         return cls(world_size, side, side, heads, steps)
 
-    def side(self, kind: Kind) -> Side:
-        """Queries, ``q``, or keys with values, ``kv``."""
+    def side(self, kind: Kind | StateKind) -> Side:
+        """Queries, ``q``, or keys with values, ``kv``, of which there are states."""
         return self.q if kind == "q" else self.k
 
     @property

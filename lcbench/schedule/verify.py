@@ -6,6 +6,7 @@ message are read from the same row, and all messages of a step are under way tog
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,25 +17,12 @@ from lcbench.masks.band import BandMask, Ints, distinct, spread
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, Transfer, Uses, traffic
+from lcbench.schedule.fault import ScheduleError, fault_at
 from lcbench.schedule.layout import tile_areas
 from lcbench.schedule.lowering import Operation
 from lcbench.schedule.program import Program
-from lcbench.schedule.schedule import Schedule, Side, TileColumn
-
-
-class ScheduleError(ValueError):
-    """A strategy's schedule is wrong.
-
-    Attributes:
-        fault: one line: step, rank, and what is wrong there.
-        grid: the schedule with an arrow at that step; empty where it is too large to read, or too wrong to be drawn.
-    """
-
-    def __init__(self, fault: str, grid: str = "") -> None:
-        super().__init__(fault)
-        self.fault, self.grid = fault, grid
-        if grid:
-            self.add_note(grid)  # of a traceback
+from lcbench.schedule.schedule import STATES, Schedule, Side, TileColumn
+from lcbench.schedule.states import check_stretches, received_bytes
 
 
 @dataclass(frozen=True)
@@ -42,7 +30,8 @@ class ScheduleCost:
     """What a valid schedule costs.
 
     Attributes:
-        step_pairs: unmasked pairs per step and rank, over the query heads that the rank computes, shape (steps, P).
+        step_pairs: unmasked pairs per step and rank, over the query heads that the rank computes, shape (steps, P); in linear
+            attention tokens.
         forward_bytes, backward_bytes: sent per rank, shape (P,).
         forward_bytes_out, backward_bytes_out: the part of them that leaves the node.
     """
@@ -58,17 +47,23 @@ class ScheduleCost:
 
     @property
     def rank_pairs(self) -> Ints:
-        """Unmasked pairs per rank, shape (P,)."""
+        """Unmasked pairs, or tokens, per rank, shape (P,)."""
         return self.step_pairs.sum(axis=0)
 
     @property
     def imbalance(self) -> float:
-        """Time of the steps, each as long as its busiest rank, over the mean work of a rank: 1.0 is perfect."""
+        """Time of the steps, each as long as its busiest rank, over the mean work of a rank: 1.0 is perfect. In linear attention,
+        whose ranks compute when their state has come, each by itself: the work of the busiest rank over the mean."""
         mean = self.rank_pairs.mean()
-        return float(self.step_pairs.max(axis=1).sum() / mean) if mean else 1.0
+        if not mean:
+            return 1.0
+        busiest = self.rank_pairs.max() if self.problem.rule is not None else self.step_pairs.max(axis=1).sum()
+        return float(busiest / mean)
 
     def buffer_bytes(self, rank: int, operations: tuple[Operation, ...] = ()) -> int:
         """Memory that a rank holds for buffers, besides its own tensors, where these operations go by collectives."""
+        if self.problem.rule is not None:
+            return received_bytes(self.schedule, self.traffic, self.problem, rank)
         return Program(self.schedule, self.traffic, self.problem, rank, operations).buffer_bytes
 
 
@@ -81,12 +76,12 @@ def verify(schedule: Schedule, mask: Mask, problem: Problem) -> ScheduleCost:
     for side, tokens in ((schedule.q, mask.num_q), (schedule.k, mask.num_k)):
         _check_shards(schedule, side, tokens)
     _check_heads(schedule, problem.heads.q)
-    _check_rows(schedule)
-    moves = traffic(schedule, backward=problem.backward)
+    _check_rows(schedule, SIDES if problem.rule is None else (*SIDES, *STATES))
+    moves = traffic(schedule, backward=problem.backward, gates=problem.rule is not None)
     for uses, kind in ((moves.queries, "queries"), (moves.keys, "keys")):
         _check_moves(schedule, uses, kind)
     _check_returns(schedule, moves.queries)
-    step_pairs = _check_tiles(schedule, mask, problem)
+    step_pairs = _check_tiles(schedule, mask, problem) if problem.rule is None else check_stretches(schedule, moves, problem)
     forward = _bytes(schedule, [t for t in moves.transfers if t.begin < moves.steps], problem)
     backward = _bytes(schedule, [t for t in moves.transfers if t.begin >= moves.steps], problem)
     return ScheduleCost(schedule, problem, moves, step_pairs, forward[0], backward[0], forward[1], backward[1])
@@ -114,8 +109,8 @@ def _head_ranges(schedule: Schedule, heads: int) -> tuple[Ints, Ints, Ints]:
     return edges, np.searchsorted(edges, begin), np.searchsorted(edges, end)
 
 
-def _check_rows(schedule: Schedule) -> None:
-    """Every tile, move and return names ranks, head groups, bundles and shards that there are."""
+def _check_rows(schedule: Schedule, kinds: Sequence[str]) -> None:
+    """Every tile, move and return names ranks, head groups, bundles and shards that there are; ``kinds``: of moves."""
     ranks, groups, queries = schedule.world_size, len(schedule.heads), len(schedule.q)
     for side in (schedule.q, schedule.k):
         for bundle in side.bundles:
@@ -125,8 +120,8 @@ def _check_rows(schedule: Schedule) -> None:
     for number, step in enumerate(schedule.steps):
         _check_range(number, "tile (rank, head group, bundle of queries, bundle of keys)", step.tiles, (ranks, groups, *bundles))
         for move in step.moves:
-            if move.kind not in SIDES or move.steps < 1:
-                raise ScheduleError(f"step {number}: a move of {move.kind} in {move.steps} steps; kinds are {', '.join(SIDES)}")
+            if move.kind not in kinds or move.steps < 1:
+                raise ScheduleError(f"step {number}: a move of {move.kind} in {move.steps} steps; kinds are {', '.join(kinds)}")
             shards = len(schedule.side(move.kind))
             _check_range(number, "move (from rank, to rank, shard, head group)", move.rows, (ranks, ranks, shards, groups))
         _check_range(number, "return (from rank, to rank, shard, head group)", step.returns, (ranks, ranks, queries, groups))
@@ -164,7 +159,7 @@ def _check_moves(schedule: Schedule, uses: Uses, kind: str) -> None:
     early = np.nonzero((rank != uses.side.owner[shard]) & (~arrived | (when > first)))[0]
     if len(early):
         i = early[np.argmin(first[early])]
-        raise _error(
+        raise fault_at(
             schedule, int(first[i]), f"rank {rank[i]} computes before {kind} of shard {shard[i]}, heads {group[i]}, are there"
         )
 
@@ -174,7 +169,7 @@ def _none(schedule: Schedule, uses: Uses, steps: Ints, wrong: NDArray[np.bool_],
     found = np.nonzero(wrong)[0]
     if len(found):
         source, to, shard, group = uses.rows[found[0]].tolist()
-        raise _error(schedule, int(steps[found[0]]), f"{kind} of shard {shard}, heads {group}, {what} (rank {source} to {to})")
+        raise fault_at(schedule, int(steps[found[0]]), f"{kind} of shard {shard}, heads {group}, {what} (rank {source} to {to})")
 
 
 def _check_returns(schedule: Schedule, uses: Uses) -> None:
@@ -191,11 +186,11 @@ def _check_returns(schedule: Schedule, uses: Uses) -> None:
         ):
             if wrong.any():
                 i = int(np.argmax(wrong))
-                raise _error(schedule, number, f"rank {source[i]} returns shard {of[i]}, heads {heads[i]}, {what}")
+                raise fault_at(schedule, number, f"rank {source[i]} returns shard {of[i]}, heads {heads[i]}, {what}")
         owed[place] = False
     if owed.any():
         i = int(np.argmax(owed))
-        raise _error(schedule, len(schedule.steps) - 1, f"rank {rank[i]} never returns shard {shard[i]}, heads {group[i]}")
+        raise fault_at(schedule, len(schedule.steps) - 1, f"rank {rank[i]} never returns shard {shard[i]}, heads {group[i]}")
 
 
 def _check_tiles(schedule: Schedule, mask: Mask, problem: Problem) -> Ints:
@@ -214,14 +209,14 @@ def _check_tiles(schedule: Schedule, mask: Mask, problem: Problem) -> Ints:
             repeated |= computed.ravel()[flat]
             if repeated.any():
                 i = int(np.argmax(repeated))
-                raise _error(schedule, number, f"rank {rank[i]} computes q{q[i]}k{k[i]}, heads {group[i]}, a second time")
+                raise fault_at(schedule, number, f"rank {rank[i]} computes q{q[i]}k{k[i]}, heads {group[i]}, a second time")
             computed.ravel()[flat] = True
             np.add.at(step_pairs[number], rank, pairs[heads % len(pairs), q, k] * times[heads])
     missing = np.argwhere((pairs > 0) & ~computed)
     if len(missing):
         heads, q, k = missing[0].tolist()
         named = f"query heads {edges[heads]} to {edges[heads + 1] - 1}"
-        raise _error(schedule, len(schedule.steps) - 1, f"nobody computed q{q}k{k} of {named}")
+        raise fault_at(schedule, len(schedule.steps) - 1, f"nobody computed q{q}k{k} of {named}")
     return step_pairs
 
 
@@ -253,12 +248,3 @@ def _bytes(schedule: Schedule, transfers: list[Transfer], problem: Problem) -> t
         leaves = source // per_node != to // per_node
         np.add.at(outside, source[leaves], size[leaves])
     return every, outside
-
-
-def _error(schedule: Schedule, step: int, message: str) -> ScheduleError:
-    """The error of a fault in a step, with the grid where it is small enough to read."""
-    if schedule.world_size > 16 or len(schedule.steps) > 64:
-        return ScheduleError(f"step {step}: {message}")
-    lines = str(schedule).splitlines()
-    lines[step + 1] += f"   <-- {message}"
-    return ScheduleError(f"step {step}: {message}", "\n".join(lines))
