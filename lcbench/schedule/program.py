@@ -269,7 +269,8 @@ class Program:
     def local(self, operand: Operand) -> tuple[int, int] | None:
         """The rows (begin, end) of this rank's own tensor that are the operand as it is, or None where it needs a buffer."""
         side = operand.payload.side
-        in_order = side == "q" or isinstance(self._schedule.heads[operand.group].kv_heads, slice)
+        group = self._schedule.heads[operand.group]
+        in_order = isinstance(group.q_heads if side == "q" else group.kv_heads, slice)
         if not in_order or any(shard not in self.begin[side] for shard in operand.bundle):
             return None
         begin = end = self.begin[side][operand.bundle[0]]
@@ -694,8 +695,13 @@ class Program:
 
     @property
     def all_final(self) -> bool:
-        """Whether every query of this rank is computed by one rank alone, so that nothing is ever merged here."""
-        return bool((self._traffic.queries.users[list(self.begin["q"])] <= 1).all())
+        """Whether nothing is ever merged in this rank's own results, each of which one rank computes at once; what is merged by
+        tiles of all of them takes no part."""
+        often = ((group, bundle) for (side, group, bundle), steps in self._use.items() if side == "q" and len(steps) > 1)
+        some = ((group, bundle) for group, bundle in often if len(self._schedule.heads[group]) < self._problem.heads.q)
+        if any(self.local(Operand("q", *each)) is not None for each in some):
+            return False
+        return bool((self._traffic.queries.computing[list(self.begin["q"])] <= 1).all())
 
 
 def rounds_of(transfer: Transfer, schedule: Schedule, rows: Ints) -> Ints:
