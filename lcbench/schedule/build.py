@@ -44,6 +44,12 @@ def too_short(problem: Problem, shards: int) -> str | None:
     return None
 
 
+def too_few_queries(problem: Problem) -> str | None:
+    """Why not every rank can have a query, or None."""
+    ranks = problem.scale.world_size
+    return f"needs at least a query per rank: {problem.queries} over {ranks} ranks" if problem.queries < ranks else None
+
+
 def indivisible_heads(heads: Heads, ranks: int) -> str | None:
     """Why heads cannot be dealt out evenly to an exchange group of this size, or None."""
     if heads.q % ranks:

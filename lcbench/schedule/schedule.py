@@ -98,7 +98,7 @@ class HeadGroup:
         maps, count = np.unique([head // (heads // mask.maps) for head in self.q], return_counts=True)
         if len(set(count.tolist())) > 1:  # query head i of n reads map i // (n / maps), so each has a map of its own
             maps = np.repeat(maps, count)
-        return replace(mask, maps=len(maps), draw=lambda number: mask.keep(int(maps[number])))
+        return replace(mask, maps=len(maps), draw=lambda number: mask.drawn(int(maps[number])))
 
 
 def _index(numbers: tuple[int, ...]) -> slice | list[int]:
