@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -19,16 +20,19 @@ from lcbench.cp.sparse_sequence import SparseSequence
 from lcbench.inputs.drawing import draw
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import Ints
-from lcbench.masks.block import BlockMap
+from lcbench.masks.block import BlockMap, chosen
 from lcbench.masks.causal import causal
 from lcbench.masks.causal_document import causal_document
 from lcbench.masks.lengths import Explicit
 from lcbench.masks.mask import Mask
+from lcbench.predict.machines import machine_of
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.execute import Executor
 from lcbench.schedule.groups import Groups
 from lcbench.schedule.lowering import OPERATIONS, collectives
+from lcbench.schedule.machine import Floats, Tiles
 from lcbench.schedule.schedule import HeadGroup
+from lcbench.schedule.simulate import Modelled, simulate
 from lcbench.schedule.sparse import dealt_heads
 from lcbench.schedule.verify import verify
 from lcbench.testing.dense import dense_attention, dense_heads
@@ -224,3 +228,69 @@ def check_ranks(rank: int, ranks: int, cases: list[tuple[Heads, int, int]]) -> N
 )
 def test_results_and_gradients_are_those_of_dense_attention(ranks: int, cases: list[tuple[Heads, int, int]]) -> None:
     run_ranks(ranks, check_ranks, ranks, cases)
+
+
+# -- the choice of a grid ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """A kernel at a rate of its pairs, and 2.5 times as long in backward."""
+
+    flops: float
+
+    def seconds(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
+        found: Floats = 4.0 * problem.heads.dim * tiles.pairs * tiles.q_heads / self.flops * (2.5 if backward else 1)
+        return found
+
+    def calls(self, tiles: Tiles) -> Ints:
+        return np.ones(len(tiles), dtype=np.int64)
+
+    def workspace_bytes(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
+        return np.zeros(len(tiles))
+
+
+def patterned(seed: int, seqlen: int, heads: Heads, block: int) -> BlockMap:
+    """Heads of a kind each, as heads are: nearly dense ones, local ones with sinks, vertical lines, and scattered blocks."""
+    random = np.random.default_rng(seed)
+    count = seqlen // block
+    row, column = np.arange(count)[:, None], np.arange(count)
+    kinds = random.choice(4, heads.q, p=random.dirichlet([0.5] * 4))
+    kept = []
+    for kind in kinds.tolist():
+        share = random.uniform(0.02, 0.5)
+        local = (column >= row - int(share * count / 2)) | (column < 1)
+        found = [
+            random.random((count, count)) < 0.6 + share / 2, local, local | (random.random(count) < share),
+            random.random((count, count)) < share,
+        ][kind]  # fmt: skip
+        kept.append((found | (row == column)) & (column <= row))
+    edges = np.arange(count + 1) * block
+    return chosen(np.stack(kept), edges, edges, causal(seqlen))
+
+
+SCALES = (Scale(1, 8), Scale(1, 16), Scale(2, 8), Scale(4, 8))
+MACHINES = ("a100", "h100", "b200")
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_the_grid_that_is_chosen_is_never_slower_than_heads_or_sequence_alone(part: int) -> None:
+    heads, better = Heads(16, 8, 128), 0
+    for seed in range(10 * part, 10 * part + 10):
+        name, scale = MACHINES[seed % 3], SCALES[seed // 3 % 4]
+        machine, seqlen = machine_of(name), 16384 if seed % 2 else 4096
+        problem = Problem(seqlen, heads, scale, "bfloat16", "forward_backward" if seed % 5 else "forward")
+        mask = patterned(seed, seqlen, heads, 64)
+        tflops = {"a100": 180.0, "h100": 450.0, "b200": 1100.0}[name]
+        hybrid = SparseHybrid(
+            tflops=tflops, inside_gbytes_per_s=machine.inside.bytes_per_s / 1e9,
+            across_gbytes_per_s=machine.across.bytes_per_s / 1e9, memory_gbytes_per_s=machine.memory_bytes_per_s / 1e9,
+        )  # fmt: skip
+        seconds = []
+        for strategy in (hybrid, SparseHeads(), SparseSequence()):
+            modelled = Modelled(strategy.schedule(problem, mask), mask, problem)
+            found = simulate(modelled, machine, Roofline(tflops * 1e12), operations=OPERATIONS["nccl"], memory=False)
+            seconds.append(sum(phase.seconds for phase in found.phases.values()))
+        assert seconds[0] <= min(seconds[1:]), (seed, seconds)
+        better += seconds[0] < 0.999 * min(seconds[1:])
+    print(part, better)
