@@ -392,14 +392,17 @@ class Program:
         """A collective. Its messages lie in its source and its target, block behind block; each may be an operand's buffer."""
         sends, receives = ({m.peer: m for m in self._blocks(transfer, outgoing)} for outgoing in (True, False))
         values = transfer.payload.combine == "replace"
-        held = self._held_operand(transfer, ranks, next(iter((receives if values else sends).values())).group)
-        self._add_own_blocks(transfer, held, sends, receives)
+        any_message = next(iter((*sends.values(), *receives.values())))
+        held = None
+        if mine := receives if values else sends:  # nothing: this rank has no head
+            held = self._held_operand(transfer, ranks, next(iter(mine.values())).group)
+            self._add_own_blocks(transfer, held, sends, receives)
         for rank, blocks in product(ranks, (sends, receives)):  # a rank without tokens has nothing that others hold
-            blocks.setdefault(rank, replace(sends[self._rank], peer=rank, pieces=[], tokens=0))
+            blocks.setdefault(rank, replace(any_message, peer=rank, pieces=[], tokens=0))
         for rank in ranks:
             self._live_pieces(sends[rank], outgoing=True)
             self._live_pieces(receives[rank], outgoing=False)
-        fits = self._by_rank(held, ranks) and self._lies_as_sent(transfer)
+        fits = held is not None and self._by_rank(held, ranks) and self._lies_as_sent(transfer)
         direct = fits and transfer.payload.plane is None
         # A rank's own gradients are added in their turn, whether keys and values travel together or apart.
         included = direct or (fits and not values) or together.operation != "all_to_all"
@@ -413,9 +416,9 @@ class Program:
             if rounds > 1:
                 out, into = ({rank: _part(m, first, last, turn) for rank, m in each.items()} for each in (sends, receives))
             self._place_round(transfer, together, ranks, out, into, held if direct else None, included, turn)
-        if direct and values:
+        if held is not None and direct and values:
             self._brought[held].append(transfer.begin)
-        elif included and not values:
+        elif held is not None and included and not values:
             self._taken.add(held)
 
     def _place_round(
@@ -499,7 +502,7 @@ class Program:
         """One message for each other rank of a set, or from it, of all its shards in order."""
         rows, peer = self._own_rows(transfer, outgoing=outgoing)
         rows, sizes = rows[np.lexsort((rows[:, MoveColumn.SHARD], rows[:, peer]))], self._sizes[transfer.payload.side]
-        for part in np.split(rows, np.nonzero(np.diff(rows[:, peer]))[0] + 1):
+        for part in np.split(rows, np.nonzero(np.diff(rows[:, peer]))[0] + 1) if len(rows) else ():
             shards = [s for s in part[:, MoveColumn.SHARD].tolist() if sizes[s]]
             yield self._message(transfer, int(part[0, peer]), int(part[0, MoveColumn.GROUP]), shards)
 

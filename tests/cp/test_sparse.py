@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from lcbench.cp.sparse_hybrid import SparseHybrid
 from lcbench.cp.sparse_sequence import SparseSequence
 from lcbench.inputs.drawing import draw
 from lcbench.kernels.sdpa_flash import SDPAFlash
-from lcbench.masks.band import Ints
+from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.block import BlockMap, chosen
 from lcbench.masks.causal import causal
 from lcbench.masks.causal_document import causal_document
@@ -41,7 +42,9 @@ from lcbench.testing.spawn import run_ranks
 BOUND = 1e-12
 
 
-def uneven(seed: int, seqlen: int, maps: int, *, block: int = 8, densities: Sequence[float] | None = None) -> BlockMap:
+def uneven(
+    seed: int, seqlen: int, maps: int, *, block: int = 8, densities: Sequence[float] | None = None, within: BandMask | None = None
+) -> BlockMap:
     """Blocks of various sizes, whose density is of each map's own: from none at all to all of them, or those given."""
     random = np.random.default_rng(seed)
 
@@ -52,7 +55,7 @@ def uneven(seed: int, seqlen: int, maps: int, *, block: int = 8, densities: Sequ
     q_edges, k_edges = edges(), edges()
     shares = random.beta(0.5, 1.0, maps) if densities is None else np.array(densities)
     kept = [random.random((len(q_edges) - 1, len(k_edges) - 1)) < share for share in shares]
-    return BlockMap(q_edges, k_edges, maps, kept.__getitem__)
+    return BlockMap(q_edges, k_edges, maps, kept.__getitem__, within)
 
 
 def problem_of(ranks: int, seqlen: int, heads: Heads, nodes: int = 1, direction: str = "forward_backward") -> Problem:
@@ -71,13 +74,13 @@ def every_strategy(ranks: int) -> list[Scheduled]:
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 1 << 30), ranks=st.sampled_from([1, 2, 3, 4, 6, 8]), kv=st.sampled_from([1, 2, 3]),
-    group=st.sampled_from([1, 2, 4]), sharing=st.sampled_from(["all", "kv", "q"]), seqlen=st.integers(16, 150),
+    group=st.sampled_from([1, 2, 4]), sharing=st.sampled_from(["all", "kv", "q"]), seqlen=st.integers(16, 150), cut=st.booleans(),
 )  # fmt: skip
 def test_every_pair_is_computed_once_whatever_the_maps(
-    seed: int, ranks: int, kv: int, group: int, sharing: str, seqlen: int
+    seed: int, ranks: int, kv: int, group: int, sharing: str, seqlen: int, cut: bool
 ) -> None:
     heads = Heads(kv * group, kv, 8)
-    mask = uneven(seed, seqlen, {"all": 1, "kv": kv, "q": heads.q}[sharing])
+    mask = uneven(seed, seqlen, {"all": 1, "kv": kv, "q": heads.q}[sharing], within=causal(seqlen) if cut else None)
     problem = problem_of(ranks, seqlen, heads)
     for strategy in every_strategy(ranks):
         assert strategy.unsupported(problem, mask) is None
@@ -86,27 +89,36 @@ def test_every_pair_is_computed_once_whatever_the_maps(
         assert report.buffer_bytes(ranks - 1, OPERATIONS["gloo"]) >= 0
 
 
-def critical(mask: Mask, heads: Heads, tokens: Sequence[Ints]) -> tuple[int, int]:
-    """Distinct (token, key/value head) that some rank's queries see and the rank does not own; and those seen of all heads."""
+def critical(mask: Mask, heads: Heads, tokens: Sequence[Ints], edges: Ints) -> tuple[int, int]:
+    """Tokens, by key/value head, of the distinct cells between ``edges`` that some rank's queries see and the rank does not own; and
+    the same where what some head sees is of all of them."""
     seen, found, union = dense_heads(mask, heads.q), 0, 0
     for own in tokens:
         keys = seen[:, own].any(axis=1).reshape(heads.kv, heads.q // heads.kv, -1).any(axis=1)
-        keys[:, own] = False
-        found += int(keys.sum())
-        union += heads.kv * int(keys.any(axis=0).sum())
+        for begin, end in pairwise(edges.tolist()):
+            if begin in own:
+                continue
+            of_cell = keys[:, begin:end].any(axis=1)
+            found += (end - begin) * int(of_cell.sum())
+            union += (end - begin) * heads.kv * int(of_cell.any())
     return found, union
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 1 << 30), ranks=st.sampled_from([2, 3, 5, 8]), per=st.sampled_from([1, 2, 8]), stages=st.sampled_from([1, 2, 3]))
-def test_keys_that_are_sent_are_the_distinct_critical_ones(seed: int, ranks: int, per: int, stages: int) -> None:
+@given(
+    seed=st.integers(0, 1 << 30), ranks=st.sampled_from([2, 3, 5, 8]), per=st.sampled_from([1, 2, 8]),
+    stages=st.sampled_from([1, 2, 3]), cut=st.booleans(),
+)  # fmt: skip
+def test_keys_that_are_sent_are_the_distinct_critical_ones(seed: int, ranks: int, per: int, stages: int, cut: bool) -> None:
     heads, seqlen = Heads(8, 2, 8), 211
-    mask, problem = uneven(seed, seqlen, per), problem_of(ranks, seqlen, heads)
-    token = 2 * heads.dim * 8
-    for strategy in (SparseSequence(stages), GroupCast(stages=stages, by_head=True), GroupCast(stages=stages)):
+    mask, problem = uneven(seed, seqlen, per, within=causal(seqlen) if cut else None), problem_of(ranks, seqlen, heads)
+    token, cast = 2 * heads.dim * 8, GroupCast(stages=stages)
+    for strategy, parts in ((SparseSequence(stages), stages), (replace(cast, by_head=True), 8), (cast, 8)):
         report = verify(strategy.schedule(problem, mask), mask, problem)
-        by_head, union = critical(mask, heads, [report.schedule.q.tokens(rank) for rank in range(ranks)])
-        expected = union if strategy == GroupCast(stages=stages) else by_head
+        owned = [report.schedule.q.tokens(rank) for rank in range(ranks)]
+        stretches = seqlen * np.arange(ranks * parts + 1) // (ranks * parts)
+        by_head, union = critical(mask, heads, owned, np.unique(np.concatenate([stretches, mask.k_edges])))
+        expected = union if strategy == cast else by_head
         assert report.forward_bytes.sum() == expected * token
         assert report.backward_bytes.sum() == 2 * expected * token  # values again, and gradients
 
@@ -118,7 +130,7 @@ def test_masks_of_bands_are_those_of_all_heads(mask: Mask) -> None:
     for strategy in every_strategy(ranks):
         assert verify(strategy.schedule(problem, mask), mask, problem).rank_pairs.sum() == mask.pairs(heads.q)
     report = verify(SparseSequence().schedule(problem, mask), mask, problem)
-    found, _ = critical(mask, heads, [report.schedule.q.tokens(rank) for rank in range(ranks)])
+    found, _ = critical(mask, heads, [report.schedule.q.tokens(rank) for rank in range(ranks)], np.arange(212))
     assert report.forward_bytes.sum() == found * 2 * heads.dim * 8
 
 
@@ -142,18 +154,18 @@ def test_heads_of_equal_work_stay_together_as_in_ulysses() -> None:
     assert dealt_heads(np.array([[3], [2]]), 3) == [(0,), (1,), ()]
 
 
-def test_heads_of_a_rank_are_exchanged_by_one_all_to_all_of_uneven_parts() -> None:
-    heads, ranks = Heads(8, 8, 16), 4
-    mask = uneven(5, 256, 8, densities=[0.9, 0.1, 0.1, 0.1, 0.4, 0.05, 0.3, 0.2])
+@pytest.mark.parametrize("count", [8, 3, 2])  # and fewer heads than ranks: some rank has none
+def test_heads_of_a_rank_are_exchanged_by_one_all_to_all_of_uneven_parts(count: int) -> None:
+    heads, ranks = Heads(count, count, 16), 4
+    mask = uneven(5, 256, count, densities=[0.9, 0.1, 0.1, 0.1, 0.4, 0.05, 0.3, 0.2][:count])
     problem = problem_of(ranks, 256, heads)
     schedule = SparseHeads().schedule(problem, mask)
-    assert len({len(group) for group in schedule.heads}) > 1  # ranks have different numbers of heads
+    assert len(schedule.heads) < ranks or len({len(group) for group in schedule.heads}) > 1  # ranks have other numbers of heads
     report = verify(schedule, mask, problem)
     found = collectives(schedule, report.traffic, problem, OPERATIONS["nccl"])
     assert all(each is not None and each.operation == "all_to_all" for each in found)
     # Of every rank's heads all tokens but its own come, and their results go.
-    count = {int(rank): len(schedule.heads[group]) for rank, group in report.schedule.steps[1].tiles[:, :2].tolist()}
-    assert report.forward_bytes.sum() == sum(n * (256 - 64) * 16 * 8 * 4 for n in count.values())
+    assert report.forward_bytes.sum() == heads.q * (256 - 64) * 16 * 8 * 4
 
 
 def test_a_key_value_head_is_copied_once_to_a_rank_that_has_some_of_its_query_heads() -> None:
@@ -185,33 +197,36 @@ def test_a_head_group_has_the_maps_of_its_heads() -> None:
 
 def check_ranks(rank: int, ranks: int, cases: list[tuple[Heads, int, int]]) -> None:
     groups, device = Groups(), torch.device("cpu")
+    collectives_of: dict[Scheduled, set[str]] = {}
     for heads, per, seed in cases:
         seqlen = 67
         problem = problem_of(ranks, seqlen, heads)
         everything = np.arange(seqlen)
         q, k, v, dout = (draw(name, everything, problem, 7, device) for name in ("q", "k", "v", "dout"))
-        for mask in (uneven(seed, seqlen, per), causal(seqlen)):
+        for mask in (uneven(seed, seqlen, per), uneven(seed, seqlen, per, within=causal(seqlen)), causal(seqlen)):
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
             out, lse = dense_attention(*leaves, dense_heads(mask, heads.q), problem.softmax_scale)
             expected = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
-            for strategy in every_strategy(ranks):
-                for kernel in (SDPAFlash(),):
-                    case = f"{strategy} {heads} {per} {type(mask).__name__} P={ranks}"
-                    schedule = strategy.schedule(problem, mask)
-                    own = schedule.q.tokens(rank)
-                    assert np.array_equal(own, schedule.k.tokens(rank))
-                    run = Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups)
-                    got, saved = run.forward(*(x[own] for x in (q, k, v)))
-                    sent = run.bytes_sent
-                    grads = run.backward(dout[own], saved)
+            for number, strategy in enumerate(every_strategy(ranks)):
+                case = f"{strategy} {heads} {per} {type(mask).__name__} P={ranks}"
+                schedule = strategy.schedule(problem, mask)
+                own = schedule.q.tokens(rank)
+                assert np.array_equal(own, schedule.k.tokens(rank))
+                run = Executor(schedule, mask, SDPAFlash(), problem, rank=rank, device=device, groups=groups)
+                got, saved = run.forward(*(x[own] for x in (q, k, v)))
+                sent = run.bytes_sent
+                grads = run.backward(dout[own], saved)
+                if number % ranks == rank:  # ranks share the work of counting
                     report = verify(schedule, mask, problem)
                     assert (sent, run.bytes_sent) == (report.forward_bytes[rank], report.backward_bytes[rank]), case
                     assert run.pairs == report.rank_pairs[rank], case
                     assert run.buffer_bytes == report.buffer_bytes(rank, OPERATIONS["gloo"]), case
-                    for mine, want in zip([got, run.lse(saved), *grads], expected, strict=True):
-                        both = torch.isinf(mine) & torch.isinf(want[own])
-                        error = torch.where(both, 0.0, mine - want[own]).abs().max()
-                        assert error <= BOUND, f"{case}: {error}"
+                collectives_of.setdefault(strategy, set()).update(run.collectives)
+                for mine, want in zip([got, run.lse(saved), *grads], expected, strict=True):
+                    both = torch.isinf(mine) & torch.isinf(want[own])
+                    error = torch.where(both, 0.0, mine - want[own]).abs().max()
+                    assert error <= BOUND, f"{case}: {error}"
+    assert collectives_of[SparseHeads()] == ({"all_to_all"} if ranks > 1 else set())
     dist.barrier()
 
 
