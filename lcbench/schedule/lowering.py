@@ -5,8 +5,8 @@ of its operands holds the shards of all ranks of the set, its own included. A he
 Keys and values of the same heads for every rank are an all-gather. Their gradients, which are summed where they arrive, are a
 reduce-scatter. Everything else goes from point to point: hops of a ring, casts to the ranks that need something.
 
-A head exchange may have uneven parts, where ranks have other numbers of tokens or of heads; some may have no tokens, or no head, but
-no rank all of its set's. All-gather and reduce-scatter are for even ones only.
+A head exchange may have uneven parts, where ranks have other numbers of tokens or of heads; some may have no head, or no tokens,
+but no rank all of its set's. All-gather and reduce-scatter are for even ones only.
 
 Every rank finds the same collectives, since each looks at the rows of all ranks.
 """
@@ -111,8 +111,8 @@ def _uneven(
 ) -> Collective | None:  # fmt: skip
     """The head exchange of uneven parts that a transfer is; None for any other.
 
-    Each rank of a set, or some of them, have a head group of their own, for which they hold the shards of all of them. ``pairs``: (holder, owner) as one
-    number each, of all that have something to send; ``sizes``: bytes of each.
+    Ranks of a set have a head group of their own, if they have one, for which they hold the shards of all of them. ``pairs``:
+    (holder, owner) as one number each, of all that have something to send; ``sizes``: bytes of each.
     """
     side, ranks = schedule.side(transfer.payload.side), schedule.world_size
     some = side.sizes[transfer.rows[:, MoveColumn.SHARD]] > 0

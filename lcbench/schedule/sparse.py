@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from lcbench.masks.convert import block_areas, needed_keys
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 from lcbench.schedule.layout import Layout, contiguous
-from lcbench.schedule.schedule import NO_ROWS, HeadGroup, Kind, Move, Schedule, Side, Step, rows
+from lcbench.schedule.schedule import NO_ROWS, HeadGroup, Kind, Move, MoveColumn, Schedule, Side, Step, rows
 
 MOST_CUTS = 1 << 14  # of the keys, at the ends of what is needed; with more of them whole stretches are sent
 
@@ -56,18 +55,18 @@ class Demand:
 
     def of_rows(self, row: Ints) -> Demand:
         """Of rows of neighbouring ranks, which ``row`` names."""
-        return replace(self, needed=np.logical_or.reduceat(self.needed, np.flatnonzero(np.diff(row, prepend=-1)), axis=1))
+        needed: Keep = np.logical_or.reduceat(self.needed, np.flatnonzero(np.diff(row, prepend=-1)), axis=1)
+        return replace(self, needed=needed)
 
     def coarser(self, edges: Ints) -> Demand:
         """With fewer cells: those between some of the edges, which are those of stretches too."""
-        first = np.searchsorted(self.edges, edges[:-1])
-        return replace(
-            self, edges=edges, stretch=np.arange(len(first)), needed=np.logical_or.reduceat(self.needed, first, axis=2)
-        )
+        needed: Keep = np.logical_or.reduceat(self.needed, np.searchsorted(self.edges, edges[:-1]), axis=2)
+        return Demand(edges, np.arange(len(edges) - 1), needed)
 
     def all_heads(self) -> Demand:
         """What is needed for any head as needed for all of them."""
-        return replace(self, needed=self.needed.any(axis=0, keepdims=True))
+        needed: Keep = np.logical_or.reduce(self.needed, axis=0, keepdims=True)
+        return replace(self, needed=needed)
 
     def of_keys(self, heads: Heads, q: Sequence[int]) -> tuple[list[tuple[int, ...]], Keep]:
         """Query heads, those of a key/value head together, in sets that read the same maps, as many of each of their key/value
@@ -132,8 +131,7 @@ def _needed(mask: Mask, q_edges: Ints, cells: Ints, owner: Ints) -> Keep:
 
 def _cut(mask: BlockMap, q_edges: Ints, k_edges: Ints) -> BlockMap:
     """The same map in blocks that none of these edges cut."""
-    sides = (distinct(np.concatenate(each)) for each in ((mask.q_edges, q_edges), (mask.k_edges, k_edges)))
-    tops, lefts = sides
+    tops, lefts = (distinct(np.concatenate(each)) for each in ((mask.q_edges, q_edges), (mask.k_edges, k_edges)))
     row, column = (
         np.searchsorted(edges, parts[:-1], side="right") - 1 for edges, parts in ((mask.q_edges, tops), (mask.k_edges, lefts))
     )
@@ -188,11 +186,9 @@ class Fetched:
         rank, group = (np.repeat([each[i] for each in found], [len(each[2]) for each in found]).astype(np.int64) for i in (0, 1))
         cell = np.concatenate([np.empty(0, dtype=np.int64), *(cells for _, _, cells in found)])
         weight = np.array([len(each.kv) for each in groups], dtype=np.int64)[group] * sizes[cell]
-        before = np.cumsum(weight)
-        begins = np.searchsorted(rank, rank)
-        total = before[np.searchsorted(rank, rank, side="right") - 1] if len(rank) else before
-        earlier = np.where(begins > 0, before[begins - 1], 0) if len(rank) else before
-        return cls(rank, group, cell, (before - earlier - 1) * stages // np.maximum(total - earlier, 1))
+        total = np.bincount(rank, weights=weight).astype(np.int64)
+        before = np.cumsum(weight) - (np.cumsum(total) - total)[rank]  # of the rank, this one with them
+        return cls(rank, group, cell, (before - 1) * stages // np.maximum(total[rank], 1))
 
     def steps(
         self, local: Ints, source: Ints, row: Ints, own: Sequence[tuple[int, ...]]
@@ -243,46 +239,53 @@ def grid_of_heads(problem: Problem, demand: Demand, pairs: Ints, degree: int, st
         stages: parts in which keys are fetched, each while the one before it is computed.
     """
     ranks, heads = problem.scale.world_size, problem.heads
-    owner = owner_of_cells(demand, ranks)
+    every, owner = np.arange(ranks), owner_of_cells(demand, ranks)
     if 1 < degree == ranks:  # each has all keys of its heads
-        demand, owner = demand.coarser(demand.edges[np.searchsorted(owner, np.arange(ranks + 1))]), np.arange(ranks)
-    q = Side(contiguous(problem.queries, ranks), np.arange(ranks), ())
+        demand, owner = demand.coarser(demand.edges[np.searchsorted(owner, np.arange(ranks + 1))]), every
+    q = Side(contiguous(problem.queries, ranks), every, ())
     if degree == 1:
         return fetching(problem, demand, q, owner, stages)
-    every, grid = np.arange(ranks), np.arange(ranks).reshape(-1, degree)
+    grid = every.reshape(-1, degree)
     row, column = np.divmod(every, degree)
-    row_of_cell = owner // degree
+    row_of_cell = row[owner]
+    of_rows = demand.of_rows(row)
     known: dict[HeadGroup, int] = {}
-    of_column: list[list[int]] = []
+    groups_of: list[list[int]] = []  # each column
     found: list[tuple[int, int, Ints]] = []
-    of_rows, begins = demand.of_rows(row), grid[:, 0]
-    for number, members in enumerate(dealt_heads(np.add.reduceat(pairs, begins, axis=1), degree)):
-        of_column.append([])
+    for number, members in enumerate(dealt_heads(np.add.reduceat(pairs, grid[:, 0], axis=1), degree)):
+        groups_of.append([])
         sets, needed = of_rows.of_keys(heads, members)
         for group, keys in _alike(heads, sets, needed & (row_of_cell != np.arange(len(grid))[:, None])):
-            place = known.setdefault(group, len(known))
-            of_column[-1].append(place)
-            found += [(rank, place, np.flatnonzero(cells)) for rank, cells in zip(grid[:, number].tolist(), keys, strict=True)]
+            groups_of[-1].append(known.setdefault(group, len(known)))
+            found += [
+                (rank, known[group], np.flatnonzero(cells)) for rank, cells in zip(grid[:, number].tolist(), keys, strict=True)
+            ]
     groups = tuple(known)
     fetched = Fetched.of(sorted(found, key=lambda each: each[:2]), groups, demand.sizes, stages)
-
-    exchanges: dict[Kind, list[Move]] = {"q": [], "kv": []}
-    returns = [NO_ROWS]
-    for place in range(max(map(len, of_column))):  # the head groups of one number of all columns, which one exchange may bring
-        group = np.array([each[place] if place < len(each) else -1 for each in of_column])[column]
-        for kind, of_shard in (("q", every), ("kv", owner)):
-            to, shard = np.nonzero((row[:, None] == row[of_shard]) & (every[:, None] != of_shard) & (group >= 0)[:, None])
-            exchanges[kind].append(Move(kind, rows(of_shard[shard], to, shard, group[to]), kept=True))
-            if kind == "q":
-                returns.append(rows(to, shard, shard, group[to]))
-    computes = [(rank, group) for rank in every.tolist() for group in of_column[column[rank]]]
-    rank, group = np.array(computes, dtype=np.int64).T
+    computed = np.array([(rank, group) for rank in every.tolist() for group in groups_of[column[rank]]], dtype=np.int64)
+    local = rows(*computed.T, row[computed[:, 0]], row[computed[:, 0]])
     own = [tuple(np.flatnonzero(row_of_cell == number).tolist()) for number in range(len(grid))]
-    source = grid[row_of_cell[fetched.cell], column[fetched.rank]]
-    steps, k = fetched.steps(rows(rank, group, row[rank], row[rank]), source, row, own)
-    steps = [Step(NO_ROWS, (*exchanges["q"], *exchanges["kv"])), *steps, Step(NO_ROWS, (), np.concatenate(returns))]
+    steps, k = fetched.steps(local, grid[row_of_cell[fetched.cell], column[fetched.rank]], row, own)
+    moves, returns = _exchanges(groups_of, row, column, owner)
+    steps = [Step(NO_ROWS, moves), *steps, Step(NO_ROWS, (), returns)]
     q = replace(q, bundles=tuple(map(tuple, grid.tolist())))
     return Schedule(ranks, q, Side(_shards(demand.edges), owner, k), groups, tuple(steps))
+
+
+def _exchanges(groups_of: Sequence[Sequence[int]], row: Ints, column: Ints, owner: Ints) -> tuple[tuple[Move, ...], Ints]:
+    """The moves that bring what ranks of a row own to its other ranks, each for the head groups of its column, kept for backward;
+    and the returns of the results. Rank i owns queries i, and ``owner`` the cells of keys."""
+    every = np.arange(len(row))
+    moves: dict[Kind, list[Move]] = {"q": [], "kv": []}
+    sides: dict[Kind, Ints] = {"q": every, "kv": owner}
+    for place in range(max(map(len, groups_of))):  # the head groups of that number of all columns may be one all-to-all
+        group = np.array([each[place] if place < len(each) else -1 for each in groups_of])[column]
+        for kind, of_shard in sides.items():
+            to, shard = np.nonzero((row[:, None] == row[of_shard]) & (every[:, None] != of_shard) & (group >= 0)[:, None])
+            moves[kind].append(Move(kind, rows(of_shard[shard], to, shard, group[to]), kept=True))
+    brought = np.concatenate([move.rows for move in moves["q"]])
+    returns = brought[:, [MoveColumn.TARGET, MoveColumn.SOURCE, MoveColumn.SHARD, MoveColumn.GROUP]]
+    return (*moves["q"], *moves["kv"]), returns
 
 
 def fetching(problem: Problem, demand: Demand, q: Side, owner: Ints, stages: int) -> Schedule:
@@ -303,9 +306,8 @@ def fetching(problem: Problem, demand: Demand, q: Side, owner: Ints, stages: int
         for group, cells in _alike(heads, sets, needed[:, rank] & (owner != rank)):
             if cells.any():
                 found.append((rank, known.setdefault(group, len(known)), np.flatnonzero(cells)))
-    found.sort(key=lambda each: each[:2])
     groups = tuple(known)
-    fetched = Fetched.of(found, groups, demand.sizes, stages)
+    fetched = Fetched.of(sorted(found, key=lambda each: each[:2]), groups, demand.sizes, stages)
     q = replace(q, bundles=tuple(tuple(np.flatnonzero(q.owner == rank).tolist()) for rank in range(ranks)))
     own = [tuple(np.flatnonzero(owner == rank).tolist()) for rank in range(ranks)]
     every = np.arange(ranks)

@@ -63,15 +63,15 @@ def problem_of(ranks: int, seqlen: int, heads: Heads, nodes: int = 1, direction:
 
 
 def every_strategy(ranks: int) -> list[Scheduled]:
-    found: list[Scheduled] = [SparseHeads(), SparseSequence(), SparseSequence(1), SparseSequence(3), SparseHybrid()]
-    found += [GroupCast(by_head=True), GroupCast(chunks_per_rank=3, stages=3, by_head=True)]
-    return found + [SparseHybrid(degree) for degree in range(1, ranks + 1) if ranks % degree == 0]
+    found: list[Scheduled] = [SparseHeads(), SparseSequence(), SparseSequence(1), SparseHybrid()]
+    found += [GroupCast(chunks_per_rank=3, stages=3, by_head=True)]
+    return found + [SparseHybrid(degree) for degree in range(2, ranks) if ranks % degree == 0]
 
 
 # -- proofs without processes --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 1 << 30), ranks=st.sampled_from([1, 2, 3, 4, 6, 8]), kv=st.sampled_from([1, 2, 3]),
     group=st.sampled_from([1, 2, 4]), sharing=st.sampled_from(["all", "kv", "q"]), seqlen=st.integers(16, 150), cut=st.booleans(),
@@ -90,7 +90,7 @@ def test_every_pair_is_computed_once_whatever_the_maps(
 
 
 def critical(mask: Mask, heads: Heads, tokens: Sequence[Ints], edges: Ints) -> tuple[int, int]:
-    """Tokens, by key/value head, of the distinct cells between ``edges`` that some rank's queries see and the rank does not own; and
+    """Tokens, by key/value head, of the cells between ``edges`` that a rank's queries see and it does not own, over all ranks; and
     the same where what some head sees is of all of them."""
     seen, found, union = dense_heads(mask, heads.q), 0, 0
     for own in tokens:
@@ -104,7 +104,7 @@ def critical(mask: Mask, heads: Heads, tokens: Sequence[Ints], edges: Ints) -> t
     return found, union
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 1 << 30), ranks=st.sampled_from([2, 3, 5, 8]), per=st.sampled_from([1, 2, 8]),
     stages=st.sampled_from([1, 2, 3]), cut=st.booleans(),
@@ -123,8 +123,10 @@ def test_keys_that_are_sent_are_the_distinct_critical_ones(seed: int, ranks: int
         assert report.backward_bytes.sum() == 2 * expected * token  # values again, and gradients
 
 
-@pytest.mark.parametrize("mask", [causal(211), causal_document(211, seed=(0, 0), lengths=Explicit([100, 11, 60, 40]))], ids=["causal", "documents"])
-def test_masks_of_bands_are_those_of_all_heads(mask: Mask) -> None:
+@pytest.mark.parametrize("name", ["causal", "documents"])
+def test_masks_of_bands_are_those_of_all_heads(name: str) -> None:
+    documents = causal_document(211, seed=(0, 0), lengths=Explicit([100, 11, 60, 40]))
+    mask = causal(211) if name == "causal" else documents
     heads, ranks = Heads(6, 3, 8), 6
     problem = problem_of(ranks, 211, heads)
     for strategy in every_strategy(ranks):
@@ -173,7 +175,8 @@ def test_a_key_value_head_is_copied_once_to_a_rank_that_has_some_of_its_query_he
     mask = uneven(5, 96, 8, densities=[0.9, 0.1, 0.3, 0.1, 0.4, 0.05, 0.3, 0.2])
     problem = problem_of(ranks, 96, heads)
     schedule = SparseHeads().schedule(problem, mask)
-    of_rank = [{h for rank, g in schedule.steps[1].tiles[:, :2].tolist() if rank == r for h in schedule.heads[g].q} for r in range(ranks)]
+    tiles = schedule.steps[1].tiles[:, :2].tolist()
+    of_rank = [{head for rank, group in tiles if rank == own for head in schedule.heads[group].q} for own in range(ranks)]
     assert sorted(h for each in of_rank for h in each) == list(range(8))
     copies = sum(len({h // 4 for h in each}) for each in of_rank)
     assert copies > heads.kv
@@ -290,7 +293,7 @@ MACHINES = ("a100", "h100", "b200")
 
 @pytest.mark.parametrize("part", range(10))
 def test_the_grid_that_is_chosen_is_never_slower_than_heads_or_sequence_alone(part: int) -> None:
-    heads, better = Heads(16, 8, 128), 0
+    heads = Heads(16, 8, 128)
     for seed in range(10 * part, 10 * part + 10):
         name, scale = MACHINES[seed % 3], SCALES[seed // 3 % 4]
         machine, seqlen = machine_of(name), 16384 if seed % 2 else 4096
@@ -307,5 +310,3 @@ def test_the_grid_that_is_chosen_is_never_slower_than_heads_or_sequence_alone(pa
             found = simulate(modelled, machine, Roofline(tflops * 1e12), operations=OPERATIONS["nccl"], memory=False)
             seconds.append(sum(phase.seconds for phase in found.phases.values()))
         assert seconds[0] <= min(seconds[1:]), (seed, seconds)
-        better += seconds[0] < 0.999 * min(seconds[1:])
-    print(part, better)
