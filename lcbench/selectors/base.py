@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 import numpy as np
 
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     import torch
 
 Features = dict[str, "torch.Tensor"]
+
+
+def check_whole(option: str, value: object, least: int) -> None:
+    """Raises ValueError unless the value of ``selector.<option>`` is a whole number of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"selector.{option}={value} is no whole number of at least {least}")
 
 
 def block_edges(tokens: int, size: int) -> Ints:
@@ -118,6 +124,12 @@ class Selector(ABC):
     k_block: int = field(default=128, kw_only=True)
     per: Sharing = field(default="q_head", kw_only=True)
     every: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("q_block", "k_block", "every"):
+            check_whole(name, getattr(self, name), 1)
+        if self.per not in get_args(Sharing):
+            raise ValueError(f"selector.per={self.per} is not one of {', '.join(get_args(Sharing))}")
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why it cannot choose for a problem, stored word for word in the skipped result; None: it can."""
