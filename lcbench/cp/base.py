@@ -237,8 +237,8 @@ class Strategy(ABC):
         return self.computes(problem, mask) is not mask
 
     def settled(self, problem: Problem, mask: Mask) -> "Strategy":
-        """The same strategy with tokens dealt out as for ``mask``, the cell's own: started for any part of that mask, its ranks hold
-        what they hold for all of it. Inputs lie where they are before anything is chosen."""
+        """The same strategy with tokens dealt out as for ``mask``, the cell's own: started for any part of that mask, its ranks
+        hold what they hold for all of it. Inputs lie where they are before anything is chosen."""
         return self
 
     @property
@@ -319,8 +319,8 @@ class Scheduled(Strategy):
 
 @dataclass(frozen=True)
 class Settled(Scheduled):
-    """A strategy that runs a part of a mask by the schedule of all of it: tokens lie, and travel, as they do for the whole mask, and
-    tiles without a pair are left out.
+    """A strategy that runs a part of a mask by the schedule of all of it: tokens lie, and travel, as for the whole mask, and tiles
+    without a pair are left out.
 
     Attributes:
         strategy: whose schedule it is.

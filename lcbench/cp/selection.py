@@ -112,7 +112,7 @@ class Blocks:
         return _from_bytes(_taken(every, places.index), x)
 
     def _places(self, some: Ints | None) -> _Places:
-        """Where the rows of blocks lie in what is gathered: each rank's own, one block behind the other, and then up to the longest."""
+        """Where the rows of blocks lie in what is gathered: each rank's own, one block behind the other, up to the longest."""
         key = None if some is None else some.tobytes()
         if key not in self._known:
             blocks = np.arange(len(self.sizes)) if some is None else some
@@ -153,7 +153,9 @@ class Selection:
         mask: within which blocks are chosen.
     """
 
-    def __init__(self, selector: Selector, problem: Problem, mask: BandMask, held: Held, tokens: Sequence[Held], place: Place) -> None:
+    def __init__(
+        self, selector: Selector, problem: Problem, mask: BandMask, held: Held, tokens: Sequence[Held], place: Place
+    ) -> None:
         """
         Args:
             held: what this rank holds, all heads of its tokens; ``tokens``: what every rank of the group holds.
@@ -171,6 +173,16 @@ class Selection:
         """What a block of queries may see."""
         begin, end = self.queries.edges[number : number + 2].tolist()
         return self.mask.crop(begin, end, 0, self.mask.num_k)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Maps, rows and columns of blocks."""
+        return self.selector.maps(self._problem.heads), len(self.queries.sizes), len(self.keys.sizes)
+
+    @property
+    def edges(self) -> tuple[Ints, Ints]:
+        """Those of the blocks of queries and of keys."""
+        return self.queries.edges, self.keys.edges
 
     def pairs(self, choice: BlockMap) -> Ints:
         """Pairs of the blocks of queries that this rank looks at which are in a choice, by map, (maps,)."""
@@ -224,7 +236,8 @@ class Selection:
         some = parts or [of_keys(k.new_zeros((1, *k.shape[1:])), np.array([1]), known)]
         every = np.arange(len(self.keys.sizes))
         return {
-            name: self.keys.gathered(_joined(parts, name, some), every if name in one.by_block else None) for name in sorted(some[0])
+            name: self.keys.gathered(_joined(parts, name, some), every if name in one.by_block else None)
+            for name in sorted(some[0])
         }
 
     def _of_queries(self, one: Round, blocks: Sequence[Rows], q: torch.Tensor, known: Features) -> Features:
@@ -249,12 +262,12 @@ class Selection:
         """The map of which this rank has chosen some rows. Collective."""
         import torch
 
-        maps, columns = self.selector.maps(self._problem.heads), len(self.keys.sizes)
+        maps, _, columns = self.shape
         own = np.stack(keeps) if keeps else np.zeros((0, maps, columns), dtype=bool)
         bits = np.packbits(own.reshape(len(own), maps * columns), axis=1)
         every = self.queries.gathered(torch.from_numpy(bits).to(self._device), np.arange(len(self.queries.sizes)))
         keep = np.unpackbits(every.cpu().numpy(), axis=1, count=maps * columns).view(bool).reshape(-1, maps, columns)
-        return chosen(np.ascontiguousarray(keep.swapaxes(0, 1)), self.queries.edges, self.keys.edges, self.mask)
+        return chosen(np.ascontiguousarray(keep.swapaxes(0, 1)), *self.edges, self.mask)
 
 
 def kept(selector: Selector, rows: Rows, known: Features, edges: Ints, problem: Problem) -> Keep:

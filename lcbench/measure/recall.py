@@ -1,9 +1,9 @@
-"""How much of the softmax of full attention lies in the blocks that were chosen, in float64 and exact for the rows that are looked at.
+"""How much of the softmax of full attention lies in the blocks that were chosen: float64, exact for the rows that are looked at.
 
 Of a row, the *mass* of a block of keys is the sum of its softmax weights over the keys of the block that the cell's mask lets it
-see; a row's masses add up to 1. *Recall* of a head is the mass of the blocks that it keeps, mean over rows that see a key. No choice
-of as many blocks in each row of blocks has a higher one than that of the blocks with the most mass, summed over the row's queries
-and over the heads that share a map.
+see; a row's masses add up to 1. *Recall* of a head is the mass of the blocks that it keeps, mean over rows that see a key. No
+choice of as many blocks for each block of queries has a higher one, over the heads that share a map, than that of the blocks with
+the most mass, summed over these queries and heads.
 
 That mass is also ``exp(lse - full)``, of the LSE of what was chosen and of all that the mask has: two ways to one number.
 """

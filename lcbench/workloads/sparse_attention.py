@@ -1,4 +1,4 @@
-"""Sparse attention whose mask is found at run time: a selector chooses, within the cell's mask, which blocks of keys each query sees.
+"""Sparse attention whose mask is found at run time: a selector chooses which keys, of those that the cell's mask has, are seen.
 
 Every pass has the phases ``select`` (q and k to a block map, the same on all ranks), ``plan`` (the strategy is started anew for it:
 schedule, messages, tables of the kernel), ``forward`` and, unless direction=forward, ``backward``, in which the choice is constant.

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lcbench.cp.base import RankRun
+from lcbench.cp.base import RankRun, Scheduled
 from lcbench.cp.selection import Selection, kept
 from lcbench.inputs.base import Wanted
 from lcbench.kernels.base import Unsupported
 from lcbench.masks.band import BandMask, Ints, spread
-from lcbench.masks.block import BlockMap, Keep
+from lcbench.masks.block import BlockMap, Keep, chosen
 from lcbench.masks.mask import Mask
 from lcbench.masks.sums import Visible
 from lcbench.measure.bounds import Check
@@ -54,7 +54,7 @@ TOGETHER = 16  # blocks of keys that are drawn together
 
 
 class Passed(NamedTuple):
-    """What the phases of a pass have come to: what was chosen, the strategy at work on it, out with what backward needs, gradients."""
+    """What the phases of a pass came to: what was chosen, the strategy at work on it, out and what backward needs, gradients."""
 
     choice: BlockMap
     run: RankRun | None = None
@@ -70,8 +70,8 @@ class SparseSession(AttentionSession):
         min_recall: the least recall, mean over heads, that is no failure; None: any.
 
     Attributes:
-        mask: the cell's own, within which blocks are chosen.
-        choice: what is chosen for the inputs as they are first drawn.
+        within: the cell's own mask, within which blocks are chosen.
+        choice: what is chosen for the inputs as they are first drawn; ``mask``: the same.
     """
 
     def __init__(self, work: Work, number: int, gang: Gang, min_recall: float | None) -> None:
@@ -81,6 +81,8 @@ class SparseSession(AttentionSession):
         self._sent: dict[str, Sent] = {}
         self._remarks: dict[str, Any] = {}
         self._seed, self.negated = work.seed, False
+        self._lse: torch.Tensor | None = None
+        self._lse_s = 0.0
         # Selectors that use what an earlier step left choose for the step after it.
         self._step = int(work.selector.needs_lse)
         self.refused = first_refusal(EVERY.all_gather_object(self._begin(number)))
@@ -92,11 +94,12 @@ class SparseSession(AttentionSession):
             return reason
         mask = gang.own_heads(work.make_mask(number), problem.heads.q)
         assert isinstance(mask, BandMask)
-        self.mask, self._check_seed = mask, [work.seed, work.attempt, number]
+        self.within, self._check_seed = mask, [work.seed, work.attempt, number]
         if gang.mesh.count > 1:
             self._check_seed += [gang.dp_index, gang.tp_index]
-        self._strategy: Any = work.strategy.settled(problem, mask)
-        self._held: Held = self._strategy.schedule(problem, mask).held(gang.cp_rank)
+        assert isinstance(work.strategy, Scheduled)
+        self._strategy = work.strategy.settled(problem, mask)
+        self._held = self._strategy.schedule(problem, mask).held(gang.cp_rank)
         every_held = gang.ranks.all_gather_object(self._held)
         self._owners = owners(self._held, mask, problem, gang.device, gang.ranks)
         self.wrong = self._owners.wrong
@@ -105,7 +108,6 @@ class SparseSession(AttentionSession):
         self._selection = Selection(self._selector, problem, mask, self._held, every_held, gang.place)
         self.shard = self._of_step(self._step)
         prepare_s = time.perf_counter() - begun
-        self._lse, self._lse_s = None, 0.0
         if self._selector.needs_lse and (reason := self._look_back()):
             return f"the selector needs the LSE of full attention: {reason}"
         begun = time.perf_counter()
@@ -113,7 +115,7 @@ class SparseSession(AttentionSession):
         planned = self._started_for(self.choice)
         if isinstance(planned, str):
             return planned
-        self._started = planned
+        self._started, self.mask, self.pairs = planned, self.choice, planned.pairs
         self.prepare_s = prepare_s + time.perf_counter() - begun
         self.examination = planned.examination(passed=self._of_probe)
         return None
@@ -136,14 +138,14 @@ class SparseSession(AttentionSession):
         return shard_of(self._held, drawn, self._problem)
 
     def vary(self) -> None:
-        """Negate all inputs in place: scores stay, so a selector that goes by them chooses the same, and the results are negated."""
+        """Negate all inputs in place: scores stay, so a selector that goes by them chooses the same, and results are negated."""
         for x in self._inputs().values():
             x.neg_()
         self.negated = not self.negated
 
     def _look_back(self) -> str | None:
         """Have full attention of the step before, whose LSE a selector is given; why the ranks cannot run it. Collective."""
-        full = self._started_for(self.mask)
+        full = self._all_started()
         if isinstance(full, str):
             return full
         earlier = self._of_step(self._step - 1)
@@ -188,9 +190,19 @@ class SparseSession(AttentionSession):
         assert run is not None
         return self._at_work(mask, run, max(every_calls))
 
+    def _all_started(self) -> Started | str:
+        """Full attention on this rank, of the cell's mask or, where a kernel takes blocks alone, of all of its blocks; or why the
+        ranks cannot run it. Collective."""
+        kernel, problem = self._work.kernel, self._problem
+        reason = kernel.unsupported(problem, self.within)
+        if reason is None:
+            return self._started_for(self.within)
+        every = chosen(np.broadcast_to(True, self._selection.shape), *self._selection.edges, self.within)
+        return self._started_for(every) if kernel.unsupported(problem, every) is None else f"kernel: {reason}"
+
     def _at_work(self, mask: Mask, run: RankRun, calls: int) -> Started:
         pairs, heads = mask.pairs(self._problem.heads.q), self._problem.heads.q
-        asked = self.mask if pairs < self.mask.pairs(heads) else None
+        asked = self.within if pairs < self.within.pairs(heads) else None
         return Started(self._work, self._gang, mask, asked, pairs, run, self._owners, calls, 0.0, self._check_seed)
 
     def phases(self) -> Phases:
@@ -324,10 +336,12 @@ class SparseSession(AttentionSession):
 
     def _check_repeated(self, part: str, choice: BlockMap) -> None:
         """The same inputs, the same choice. Collective."""
-        self.examination.judge.number(CHOICE, "blocks", float(self._differing(self.choice, choice)), 0.0, f"{part}: chosen otherwise")
+        self.examination.judge.number(
+            CHOICE, "blocks", float(self._differing(self.choice, choice)), 0.0, f"{part}: chosen otherwise"
+        )
 
     def _check_choice(self, part: str, choice: BlockMap) -> None:
-        """What a pass on the inputs as they are has chosen, against what one rank chooses; and queries that see no key. Collective."""
+        """What a pass on the inputs as they are has chosen, against what one rank chooses; and queries without a key. Collective."""
         judge, ranks = self.examination.judge, self._gang.ranks
         digests = ranks.all_gather_object([hash(choice.keep(i).tobytes()) for i in range(choice.maps)])
         judge.number(CHOICE, "ranks", float(sum(each != digests[0] for each in digests)), 0.0, f"{part}: ranks with other maps")
@@ -338,7 +352,7 @@ class SparseSession(AttentionSession):
         judge.number(CHOICE, "queries", float(self._blind(choice)), 0.0, f"{part}: queries that see none of the keys kept")
 
     def _again(self, choice: BlockMap) -> Ints:
-        """The blocks of queries that are chosen once more: all of a short sequence, else the last one and a seeded draw of others."""
+        """The blocks of queries that are chosen once more: all of a short sequence, else the last one and a draw of others."""
         blocks = len(choice.q_edges) - 1
         if self._problem.queries * self._problem.seqlen <= ALL_BLOCKS or blocks <= BLOCKS:
             return np.arange(blocks)
@@ -349,7 +363,7 @@ class SparseSession(AttentionSession):
         """Queries of this rank, over the maps, that see a key by the cell's mask and none by what was chosen."""
         device, tokens = self._gang.device, self._held.q.tokens
         ones = torch.ones((1, self._problem.seqlen), device=device)
-        sees = Visible(self.mask, tokens, device).sums(ones, whole=True)[0] > 0
+        sees = Visible(self.within, tokens, device).sums(ones, whole=True)[0] > 0
         some = (Visible(choice, tokens, device, one).sums(ones, whole=True)[0] == 0 for one in range(choice.maps))
         return sum(int((none & sees).sum()) for none in some)
 
@@ -401,14 +415,14 @@ class SparseSession(AttentionSession):
     def _rows_alone(self, number: int, lse: Mapping[int, torch.Tensor | None]) -> Rows:
         """A block of queries."""
         begin, end = self._selection.queries.edges[number : number + 2].tolist()
-        own = self.mask.crop(begin, end, 0, self.mask.num_k)
+        own = self.within.crop(begin, end, 0, self.mask.num_k)
         return Rows(number, self._row_drawn("q", begin, end), pairs_of(own, self._selection.keys.edges), own, lse[number])
 
     def _recalled(self, choice: BlockMap, result: Result) -> Recall:
         """The recall of a choice, counted in two ways. Collective."""
         problem, q_block = self._problem, self._selector.q_block
-        numbers = sample(self.mask, q_block, problem.heads.q, self._check_seed)
-        found = recall(choice, self.mask, problem, self.shard, result.lse, numbers, self._gang.ranks)
+        numbers = sample(self.within, q_block, problem.heads.q, self._check_seed)
+        found = recall(choice, self.within, problem, self.shard, result.lse, numbers, self._gang.ranks)
         by_blocks, by_lse = found.apart
         # The LSE is off by its own bound, and the mass by as much of itself.
         lse = torch.log(by_lse).nan_to_num(neginf=0.0)
@@ -440,7 +454,7 @@ class SparseSession(AttentionSession):
         pairs = gang.ranks.reduce(torch.from_numpy(self._selection.pairs(self.choice)).to(gang.device)).cpu().numpy()
         if (own := int(pairs.sum()) * (heads // len(pairs))) != self._started.pairs:
             raise AssertionError(f"selection counts {own} pairs over all query heads, the chosen mask has {self._started.pairs}")
-        density = np.repeat(pairs / max(1, self.mask.area), heads // len(pairs))
+        density = np.repeat(pairs / max(1, self.within.area), heads // len(pairs))
         every: list[tuple[Any, Any, Any]] = gang.of_groups((found.kept, found.best, density))
         kept_of, best_of, density_of = (np.concatenate(each) for each in zip(*every, strict=True))
         counted.metrics.update({
@@ -461,7 +475,7 @@ class SparseSession(AttentionSession):
 
     def shares(self) -> dict[str, float]:
         """How long full attention takes by the same strategy and kernel, with nothing to choose or plan."""
-        full = self._started_for(self.mask)
+        full = self._all_started()
         if isinstance(full, str):
             self._remarks["dense"] = f"full attention was not timed: {full}"
             return {}
