@@ -7,14 +7,15 @@ build the tables grows with the number of bands and of tiles at their edges, not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
-from lcbench.masks.band import BandMask, Ints, cropped, spread
+from lcbench.masks.band import BandMask, Ints, spread
 from lcbench.masks.block import BlockMap, stretches
+from lcbench.masks.cover import by_rows
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,20 @@ def of_bands(mask: BandMask, height: int, width: int, tested_width: int) -> Tile
 
     ``width`` is a multiple of ``tested_width``. Every tile begins at a multiple of ``tested_width``.
     """
-    each, grid = width // tested_width, tested_width
-    bands = mask.bands
     tops = np.arange(0, mask.num_q, height)
-    rows = np.stack([tops, np.minimum(tops + height, mask.num_q)], axis=1)
-    number, row = spread(bands[:, 0] // height, -(-bands[:, 1] // height))
-    parts, kept = cropped(bands[number], row * height, np.minimum((row + 1) * height, mask.num_q), None, None)
-    row = row[kept]
+    return _of_bands([mask], np.append(tops, mask.num_q), height, width, tested_width)
+
+
+def _of_bands(masks: Sequence[BandMask], edges: Ints, height: int, width: int, tested_width: int) -> TileTables:
+    """Tables of band masks of one shape, one after the other, for blocks of rows between ``edges``."""
+    each, grid = width // tested_width, tested_width
+    rows = np.stack([edges[:-1], edges[1:]], axis=1)
+    cut = [by_rows(mask.bands, edges) for mask in masks]
+    parts = np.concatenate([bands for bands, _ in cut])
+    # Rows of all masks behind one another: entries.
+    row = np.concatenate([of + number * len(rows) for number, (_, of) in enumerate(cut)])
     q0, q1, k0, k1, lo, hi = parts.T
-    covers = (q0 == row * height) & (q1 == np.minimum((row + 1) * height, mask.num_q))
+    covers = (q1 - q0) == (rows[:, 1] - rows[:, 0])[row % max(1, len(rows))]
     # Columns that the last row already sees and the first one still does, rounded inwards to whole tiles.
     begin = -(-np.maximum(k0, q1 - 1 + lo) // grid)
     end = np.minimum(k1, q0 + hi + 1) // grid
@@ -85,7 +91,7 @@ def of_bands(mask: BandMask, height: int, width: int, tested_width: int) -> Tile
     part, column = np.concatenate([before, after]), np.concatenate([columns, later])
     order = np.lexsort((column, row[part]))
     tested_row, tested, used = _tested(row[part[order]], column[order], part[order], parts, grid)
-    return _tables(rows, 1, whole_row, whole, tested_row, tested, used, height, width, grid)
+    return _tables(rows, len(masks), whole_row, whole, tested_row, tested, used, height, width, grid)
 
 
 def _tested(row: Ints, column: Ints, part: Ints, parts: Ints, width: int) -> tuple[Ints, Ints, Ints]:
@@ -117,11 +123,14 @@ def of_blocks(mask: BlockMap, height: int, width: int, tested_width: int) -> Til
     """Tables of a block map, its maps one after the other; sizes as for ``of_bands``.
 
     Blocks of rows end where the map's blocks end, so that kept blocks are seen whole. What whole tiles leave of a stretch of kept
-    blocks is tested.
+    blocks is tested. A map with blocks that are cut is taken as bands, of which tiles at an edge are tested.
     """
     heights = np.diff(mask.q_edges)
     number, piece = spread(np.zeros(len(heights), dtype=np.int64), -(-heights // height))
     rows = np.stack([begin := mask.q_edges[number] + piece * height, np.minimum(begin + height, mask.q_edges[number + 1])], axis=1)
+    if mask.blocks_cut:
+        edges = np.append(rows[:, 0], mask.num_q)
+        return _of_bands([mask.bands(i) for i in range(mask.maps)], edges, height, width, tested_width)
     first = np.searchsorted(number, np.arange(len(heights)))
     entries, found = [], []
     for i in range(mask.maps):

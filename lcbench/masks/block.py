@@ -3,8 +3,8 @@
 Blocks need not be equal, so cutting a block map along any rows and columns, in any order and stride, leaves a block map:
 every strategy can run one. What is kept is drawn when it is first asked for, one map at a time, so a plan never draws it.
 
-A map may lie within a band mask, such as blocks that a selector chose under a causal mask: then a pair counts where its block is kept
-and the band mask has it. The band mask is cut like the map, so this is closed under the same operations.
+A map may lie within a band mask, such as blocks that a selector chose under a causal mask: then a pair counts where its block is
+kept and the band mask has it. The band mask is cut like the map, so this is closed under the same operations.
 """
 
 from __future__ import annotations
@@ -164,6 +164,12 @@ class BlockMap:
         whole = first % each == 0 and count % each == 0
         kept = np.unique(index) if whole or index[0] == index[-1] else index
         return BlockMap(self.q_edges, self.k_edges, len(kept), lambda i: self.drawn(int(kept[i])), self.within)
+
+    def in_any_head(self) -> BlockMap:
+        """One map of the blocks that some map keeps."""
+        return BlockMap(
+            self.q_edges, self.k_edges, 1, lambda _: np.logical_or.reduce([self.drawn(i) for i in range(self.maps)]), self.within
+        )
 
     def transpose(self) -> BlockMap:
         """Queries and keys change places."""

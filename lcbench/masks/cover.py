@@ -36,7 +36,7 @@ class Cover:
 def cover(mask: BandMask, q_edges: Ints, k_edges: Ints) -> Cover:
     """What a mask has of the blocks ``q_edges[i]:q_edges[i+1]`` x ``k_edges[j]:k_edges[j+1]``.
 
-    Runs of whole blocks are found as such, and only blocks at the edges of bands are looked at one by one: the time goes with the rows
+    Runs of whole blocks are found as such. Only blocks at the edges of bands are looked at one by one: the time goes with the rows
     of blocks and with the blocks that are cut.
     """
     parts, row = by_rows(mask.bands, q_edges)

@@ -13,10 +13,15 @@ from lcbench.cp.base import Scheduled
 from lcbench.grid.build import build_mask, build_strategy, check_options, with_option
 from lcbench.grid.paths import CONF
 from lcbench.masks.band import OPEN, BandMask
+from lcbench.masks.block import BlockMap, chosen
 from lcbench.masks.causal import causal
 from lcbench.masks.mask import Mask
 from lcbench.problem import Batch, Heads, Problem, Scale
+from lcbench.selectors.base import block_edges
 from lcbench.testing.shrink import shrunk, tokens_of
+
+# Block maps as selectors choose them, within masks of conf/: name -> mask. Those of ``chosen_causal`` differ by query head.
+WITHIN = {"chosen_causal": "causal", "chosen_document": "causal_document", "chosen_prefix": "prefix_lm_document"}
 
 
 def load(group: str, name: str) -> dict[str, Any]:
@@ -29,6 +34,11 @@ def load(group: str, name: str) -> dict[str, Any]:
 def names(group: str = "mask") -> list[str]:
     """Every value of an axis, aliases left out."""
     return [path.stem for path in sorted((CONF / group).glob("*.yaml")) if load(group, path.stem)["name"] == path.stem]
+
+
+def every_mask() -> list[str]:
+    """Names that ``small`` knows: every mask of conf/, and maps within masks."""
+    return [*names(), *WITHIN]
 
 
 def aliases(group: str = "mask") -> dict[str, str]:
@@ -58,7 +68,20 @@ def small_config(name: str, seqlen: int, heads: Heads, folder: Path, **options: 
 
 
 def small(name: str, seqlen: int, heads: Heads, folder: Path, *, seed: int = 0, **options: Any) -> Mask:
+    """A mask of ``names()`` or of ``WITHIN`` at a small length."""
+    if name in WITHIN:
+        return _chosen(name, seqlen, heads, folder, seed)
     return build_mask(small_config(name, seqlen, heads, folder, **options), seqlen, heads, seed)
+
+
+def _chosen(name: str, seqlen: int, heads: Heads, folder: Path, seed: int) -> BlockMap:
+    """Blocks as a selector may choose them: at random, those of the diagonal among them."""
+    within = small(WITHIN[name], seqlen, heads, folder, seed=seed)
+    assert isinstance(within, BandMask)
+    edges = block_edges(seqlen, max(2, seqlen // 6))
+    random, blocks = np.random.default_rng([seed, seqlen]), len(edges) - 1
+    keep = random.random((heads.q if name == "chosen_causal" else heads.kv, blocks, blocks)) < 0.4
+    return chosen(keep | np.eye(blocks, dtype=bool), edges, edges, within)
 
 
 def _file(name: str, seqlen: int, heads: Heads, folder: Path) -> Path:

@@ -83,9 +83,7 @@ def test_bands_and_index_lists_hold_the_same_blocks(mask: BlockMap) -> None:
     for number in range(mask.maps):
         dense = dense_heads(mask, mask.maps)[number]
         assert (dense_mask(mask.num_q, mask.num_k, mask.bands(number)) == dense).all()
-        blocks = [
-            [dense[q0:q1, k0:k1] for k0, k1 in pairwise(mask.k_edges.tolist())] for q0, q1 in pairwise(mask.q_edges.tolist())
-        ]
+        blocks = [[dense[q0:q1, k0:k1] for k0, k1 in pairwise(mask.k_edges.tolist())] for q0, q1 in pairwise(mask.q_edges.tolist())]
         assert mask.keep(number).tolist() == [[bool(block.any()) for block in row] for row in blocks]
         assert mask.whole(number).tolist() == [[bool(block.all()) for block in row] for row in blocks]
         cut = [(i, j, int(b.sum())) for i, row in enumerate(blocks) for j, b in enumerate(row) if b.any() and not b.all()]
