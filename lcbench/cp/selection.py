@@ -75,11 +75,11 @@ class Blocks:
         ranks = range(len(tokens))
         to = [self.looker[np.searchsorted(self.edges, own, side="right") - 1] for own in tokens]
         # By the rank that they go to, then as they follow one another.
-        self._order = self._index(np.lexsort((tokens[rank], to[rank])))
+        self._order = self._index(np.lexsort((tokens[rank], to[rank])), len(tokens[rank]))
         self._sent = [int((to[rank] == other).sum()) for other in ranks]
         arriving = [np.sort(tokens[other][to[other] == rank]) for other in ranks]
         self._received = [len(each) for each in arriving]
-        self._placed = self._index(np.argsort(np.concatenate(arriving), kind="stable"))
+        self._placed = self._index(np.argsort(np.concatenate(arriving), kind="stable"), sum(self._received))
         self._known: dict[bytes | None, _Places] = {}
         self._moves = any((whom != other).any() for other, whom in enumerate(to))
 
@@ -125,15 +125,15 @@ class Blocks:
             start = np.empty(len(blocks), dtype=np.int64)
             start[order] = np.cumsum(lengths[order]) - lengths[order]
             start += (most * np.arange(len(totals)) - (np.cumsum(totals) - totals))[looker]
-            self._known[key] = _Places(most, self._index(spread(start, start + lengths)[1]))
+            self._known[key] = _Places(most, self._index(spread(start, start + lengths)[1], most * len(totals)))
         return self._known[key]
 
-    def _index(self, values: Ints) -> torch.Tensor | None:
-        """An index on the device; None: all, as they are."""
+    def _index(self, values: Ints, rows: int) -> torch.Tensor | None:
+        """An index of so many rows, on the device; None: all of them, as they are."""
         import torch
 
-        if np.array_equal(values, np.arange(len(values))):
-            return None if len(values) else torch.empty(0, dtype=torch.int64, device=self._device)
+        if len(values) == rows and np.array_equal(values, np.arange(rows)):
+            return None
         return torch.from_numpy(values).to(self._device)
 
 

@@ -33,7 +33,7 @@ from lcbench.masks.block import BlockMap, Keep, chosen
 from lcbench.masks.mask import Mask
 from lcbench.masks.sums import Visible
 from lcbench.measure.bounds import Check
-from lcbench.measure.numerics import Examination, Result, forward
+from lcbench.measure.numerics import Result, forward
 from lcbench.measure.owners import owners
 from lcbench.measure.ranks import EVERY, first_refusal
 from lcbench.measure.recall import Recall, recall, sample
@@ -341,7 +341,7 @@ class SparseSession(AttentionSession):
         )
 
     def _check_choice(self, part: str, choice: BlockMap) -> None:
-        """What a pass on the inputs as they are has chosen, against what one rank chooses; and queries without a key. Collective."""
+        """What a pass on the inputs as they are has chosen, against what one rank alone does; queries without a key. Collective."""
         judge, ranks = self.examination.judge, self._gang.ranks
         digests = ranks.all_gather_object([hash(choice.keep(i).tobytes()) for i in range(choice.maps)])
         judge.number(CHOICE, "ranks", float(sum(each != digests[0] for each in digests)), 0.0, f"{part}: ranks with other maps")
