@@ -24,6 +24,7 @@ from lcbench.problem import Heads
 Keep = NDArray[np.bool_]
 Sharing = Literal["all_heads", "kv_head", "q_head"]
 Sizes = Literal["uniform", "variable"]
+Stretches = tuple[Ints, Ints, Ints]
 Pattern = Callable[[np.random.Generator, Ints, Ints, int], Keep]
 
 MAX_BLOCKS = 1 << 30  # of one head, a byte each
@@ -198,14 +199,20 @@ class BlockMap:
     def bands(self, number: int) -> BandMask:
         """One map as bands, for kernels that know no blocks: adjacent kept blocks become one rectangle, or, where blocks of a
         stretch are cut, what ``within`` has of it."""
+        whole, cut = self.parted(number)
+        return BandMask(self.num_q, self.num_k, np.concatenate([self._rectangles(*whole), cut.bands]))
+
+    def parted(self, number: int) -> tuple[Stretches, BandMask]:
+        """One map as stretches of whole blocks, as ``stretches`` gives them, and bands: what ``within`` has of the other
+        stretches."""
         rows, begin, end = stretches(self.keep(number))
+        if self.within is None:
+            return (rows, begin, end), BandMask.of(self.num_q, self.num_k, [])
         columns, cut_rows, cut_columns = len(self.k_edges), *self.cut(number)[:2]
         of = np.searchsorted(rows * columns + begin, cut_rows * columns + cut_columns, side="right") - 1
         cut = np.bincount(of, minlength=len(rows)) > 0
-        found = [self._rectangles(rows[~cut], begin[~cut], end[~cut])]
-        if self.within is not None and cut.any():
-            found.append(self._bounded(self.within, rows[cut], begin[cut], end[cut]))
-        return BandMask(self.num_q, self.num_k, np.concatenate(found))
+        bands = self._bounded(self.within, rows[cut], begin[cut], end[cut])
+        return (rows[~cut], begin[~cut], end[~cut]), bands
 
     def _rectangles(self, rows: Ints, begin: Ints, end: Ints) -> Ints:
         """Stretches of blocks as bands, (n, 6)."""
@@ -219,8 +226,8 @@ class BlockMap:
         bound = np.full(len(first), OPEN)
         return BandMask.of(self.num_q, self.num_k, np.stack([*corners, -bound, bound], axis=1)).bands
 
-    def _bounded(self, within: BandMask, rows: Ints, begin: Ints, end: Ints) -> Ints:
-        """What a band mask has of stretches of blocks, which are sorted, as bands, (n, 6)."""
+    def _bounded(self, within: BandMask, rows: Ints, begin: Ints, end: Ints) -> BandMask:
+        """What a band mask has of stretches of blocks, which are sorted."""
         parts, row = by_rows(within.bands, self.q_edges)
         left, right = self.k_edges[begin], self.k_edges[end]
         # Of its own row, the stretches that end behind a part's first key and begin before its end.
@@ -228,7 +235,7 @@ class BlockMap:
         first = np.searchsorted(rows * each + right, row * each + parts[:, 2], side="right")
         part, stretch = spread(first, np.searchsorted(rows * each + left, row * each + parts[:, 3]))
         bands, _ = cropped(parts[part], None, None, left[stretch], right[stretch])
-        return BandMask(self.num_q, self.num_k, bands).merged().bands
+        return BandMask(self.num_q, self.num_k, bands).merged()
 
     def csr(self, number: int) -> tuple[Ints, Ints]:
         """One map as index lists: columns of blocks of row i are ``indices[indptr[i]:indptr[i+1]]``."""
@@ -312,7 +319,7 @@ def _cut(edges: Ints, runs: Sequence[TokenSpan]) -> tuple[Ints, Ints]:
     return starts, np.concatenate([*blocks, np.empty(0, dtype=np.int64)]).astype(np.int64)
 
 
-def stretches(keep: Keep) -> tuple[Ints, Ints, Ints]:
+def stretches(keep: Keep) -> Stretches:
     """(row, first column, last column + 1) of every stretch of kept blocks, sorted by row, then column."""
     step = np.diff(np.pad(keep, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     (rows, begin), (_, end) = np.nonzero(step == 1), np.nonzero(step == -1)

@@ -106,7 +106,7 @@ class Visible:
 
         running = torch.nn.functional.pad(running, (1, 0))
         if self._within is not None:
-            return torch.stack([self._of_line(line) for line in running])
+            return self._of_kept(running)
         if self._keep is not None:
             blocks = (running[:, self._edges[1:]] - running[:, self._edges[:-1]]).T
             step = max(1, BLOCK_ELEMENTS // max(1, self._keep.shape[1]))
@@ -116,23 +116,23 @@ class Visible:
             found.index_add_(1, at, running[:, end] - running[:, begin])
         return found
 
-    def _of_line(self, running: torch.Tensor) -> torch.Tensor:
-        """(rows,): sums of the sorted rows over the kept keys of their intervals, from running sums (keys + 1,)."""
+    def _of_kept(self, running: torch.Tensor) -> torch.Tensor:
+        """(C, rows): sums of the sorted rows over the kept keys of their intervals, from running sums (C, keys + 1)."""
         import torch
 
         assert self._keep is not None
         assert self._within is not None
-        found = torch.zeros(self._count, dtype=torch.float64, device=self._device)
-        begins = running[self._edges]
+        found = torch.zeros((len(running), self._count), dtype=torch.float64, device=self._device)
+        begins = running[:, self._edges]
         for some in self._within:
-            kept = torch.nn.functional.pad(self._keep[some.blocks].double(), (0, 1))  # of keys that end with the last block
-            # Of each row of blocks, running sums of the kept keys before each column.
-            before = torch.nn.functional.pad(torch.cumsum(kept[:, :-1] * (begins[1:] - begins[:-1]), 1), (1, 0))
-            begin, end = (
-                before[some.block, column] + kept[some.block, column] * (running[token] - begins[column])
-                for token, column in some.interval
-            )
-            found.index_add_(0, some.at, end - begin)
+            kept = torch.nn.functional.pad(self._keep[some.blocks].double(), (0, 1))  # an interval may end with the last block
+            places = [(token, column, some.block * kept.shape[1] + column) for token, column in some.interval]
+            parts = [kept.take(place) * (running[:, token] - begins[:, column]) for token, column, place in places]
+            for number, (tokens, line) in enumerate(zip(begins, found, strict=True)):
+                # Of each row of blocks, running sums of the kept keys before each column.
+                before = torch.nn.functional.pad(torch.cumsum(kept[:, :-1] * torch.diff(tokens), 1), (1, 0))
+                begin, end = (before.take(place) + part[number] for (_, _, place), part in zip(places, parts, strict=True))
+                line.index_add_(0, some.at, end - begin)
         return found
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import sparse
 
 from lcbench.masks.band import LOWER, BandMask, Ints, areas, cropped, distinct, reindexed, spread
-from lcbench.masks.block import Keep
+from lcbench.masks.block import BlockMap, Keep
 from lcbench.masks.mask import Mask
 from lcbench.schedule.block_sums import PORTION, BlockSums, cut_evenly
 from lcbench.schedule.machine import Floats, Tiles
@@ -50,7 +50,7 @@ def tiling(schedule: Schedule, mask: Mask) -> Tiling:
     """The tiles of a schedule in the order of its steps.
 
     Pieces are counted as a kernel gets them: what goes on from one shard to the next in memory is one. Those of a block map are
-    the stretches of kept blocks in a row of blocks.
+    the stretches of kept blocks in a row of blocks, and within a band mask the bands of both.
     """
     counts = [len(step.tiles) for step in schedule.steps]
     every = np.concatenate([np.empty((0, 4), dtype=np.int64), *(step.tiles for step in schedule.steps)])
@@ -85,16 +85,26 @@ def _found(schedule: Schedule, mask: Mask, every: Ints) -> Floats:
         return total
     queries, keys = Operands.of(schedule.q, every[:, TileColumn.Q]), Operands.of(schedule.k, every[:, TileColumn.K])
     if isinstance(mask, BandMask):
-        sheet: _Sheet = _Stripes(queries, keys, mask) if queries.striped or keys.striped else _Bands(queries, keys, mask)
-        return _looked_up(queries, keys, sheet, every)
-    shares = _shares(schedule, mask.maps)
-    blocks = BlockSums(queries.inside(), queries.tokens_in(mask.q_edges), keys.tokens_in(mask.k_edges), BLOCK)
+        return _looked_up(queries, keys, _of_bands(queries, keys, mask), every)
+    shares, of_map = _shares(schedule, mask.maps), _of_maps(queries, keys, mask)
     for number in range(mask.maps):
         share = shares[every[:, TileColumn.GROUP], number]
         reads = share > 0
         if reads.any():
-            total[:, reads] += share[reads] * _looked_up(queries, keys, _Blocks(blocks, mask.keep(number)), every[reads])
+            total[:, reads] += share[reads] * _looked_up(queries, keys, of_map(number), every[reads])
     return total
+
+
+def _of_bands(queries: Operands, keys: Operands, mask: BandMask) -> _Sheet:
+    return _Stripes(queries, keys, mask) if queries.striped or keys.striped else _Bands(queries, keys, mask)
+
+
+def _of_maps(queries: Operands, keys: Operands, mask: BlockMap) -> Callable[[int], _Sheet]:
+    """What bundles have of each map; of blocks that a mask may cut as bands."""
+    if mask.within is not None:
+        return lambda number: _of_bands(queries, keys, mask.bands(number))
+    blocks = BlockSums(queries.inside(), queries.tokens_in(mask.q_edges), keys.tokens_in(mask.k_edges), BLOCK)
+    return lambda number: _Blocks(blocks, mask.keep(number))
 
 
 def _shares(schedule: Schedule, maps: int) -> Floats:

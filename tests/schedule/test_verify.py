@@ -34,7 +34,7 @@ from lcbench.schedule.layout import contiguous, documents
 from lcbench.schedule.schedule import HeadGroup, Move, Schedule, Step, rows
 from lcbench.schedule.verify import ScheduleCost, ScheduleError, verify
 from lcbench.testing.dense import dense_heads
-from lcbench.testing.masks import load, names, small
+from lcbench.testing.masks import WITHIN, every_mask, load, names, small
 
 SCALES = [Scale(1, p) for p in (1, 2, 3, 4, 5, 6, 7, 8)] + [Scale(2, 8), Scale(3, 4), Scale(12, 8)]
 PER_RANK = 8192  # tokens, in the setting of LongCA-bench: 64:8 heads of 128, bfloat16
@@ -60,7 +60,7 @@ def test_schedule_covers_every_mask_once(name: str, scale: Scale, tmp_path: Path
     strategy = build_strategy(load("cp", name))
     problem = Problem(seqlen, Heads(96, 8, 64), scale, "bfloat16", "forward_backward")
     # At many ranks a tile costs more than it shows: a few masks stand for all.
-    chosen = names() if scale.world_size <= 4 else ["full", "causal", "share_question", "dual_scope", "block_random"]
+    chosen = every_mask() if scale.world_size <= 4 else ["full", "causal", "share_question", "dual_scope", "chosen_document"]
     for mask in (small(mask, seqlen, problem.heads, tmp_path) for mask in chosen):
         if strategy.unsupported(problem, mask):
             continue
@@ -227,7 +227,7 @@ def test_lightseq_balance(ranks: int) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"stages": 4, "solver": "swap"}, {"stages": 1, "chunks_per_rank": 3}], ids=str)
-@pytest.mark.parametrize("name", ["causal", "sliding_window", "causal_document", "share_question", "block_random"])
+@pytest.mark.parametrize("name", ["causal", "sliding_window", "causal_document", "share_question", "block_random", *WITHIN])
 def test_groupcast_sends_what_is_needed_and_no_more(name: str, options: dict[str, int], tmp_path: Path) -> None:
     seqlen, ranks, heads = 211, 5, Heads(4, 2, 8)
     mask = small(name, seqlen, heads, tmp_path)
