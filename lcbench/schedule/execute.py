@@ -31,7 +31,6 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, traffic
 from lcbench.schedule.groups import MAIN, Groups
-from lcbench.schedule.held import Held, Part
 from lcbench.schedule.lowering import Lowering, operations_of, sets_of
 from lcbench.schedule.messages import Sending, Waits, all_gather, all_to_all, reduce_scatter, wait_all
 from lcbench.schedule.packing import Packing, Plane
@@ -116,9 +115,8 @@ class Executor:
             apart: whether keys and values travel in messages of their own, as they come.
         """
         self.schedule, self.problem, self.rank, self.device = schedule, problem, rank, device
-        self.tokens = schedule.q.tokens(rank)
-        queries = Part(self.tokens)
-        self.held = Held(queries, queries if schedule.k is schedule.q else Part(schedule.k.tokens(rank)), queries)
+        self.held = schedule.held(rank)
+        self.tokens = self.held.q.tokens
         self.own_lse = self.resumes = self.negates = True
         self.sums_are_wide = problem.reduce_dtype != "input"
         self._marks: list[tuple[int, list[Mark]]] | None = None

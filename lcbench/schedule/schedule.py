@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike
 from lcbench.masks.band import BandMask, Ints, TokenSpan, spread
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
+from lcbench.schedule.held import Held, Part
 from lcbench.schedule.layout import Layout
 
 EXPANDED = 1 << 22  # rows of tiles, one per pair of shards, that are looked at together
@@ -254,6 +255,11 @@ class Schedule:
         """A schedule of self-attention, whose keys are dealt out as its queries."""
         side = Side(shards, owner, bundles)
         return cls(world_size, side, side, heads, steps)
+
+    def held(self, rank: int) -> Held:
+        """What a rank is given, and gives: all heads of its tokens."""
+        queries = Part(self.q.tokens(rank))
+        return Held(queries, queries if self.k is self.q else Part(self.k.tokens(rank)), queries)
 
     def side(self, kind: Kind | StateKind) -> Side:
         """Queries, ``q``, or keys with values, ``kv``, of which there are states."""
