@@ -191,7 +191,7 @@ def stretches(problem: Problem) -> Layout:
 def state_blocks(heads: Heads, blocks: int) -> tuple[HeadGroup, ...]:
     """Head groups of whole key/value heads, whose numbers differ by at most one."""
     each, cuts = heads.q // heads.kv, [heads.kv * i // blocks for i in range(blocks + 1)]
-    return tuple(HeadGroup(a * each, b * each, tuple(range(a, b))) for a, b in pairwise(cuts))
+    return tuple(HeadGroup.of(heads, range(a * each, b * each)) for a, b in pairwise(cuts))
 
 
 def state_chain(problem: Problem, blocks: int) -> Schedule:

@@ -297,7 +297,7 @@ class ScanRun:
                 if not self._compute:
                     self._sum_up(on)
                     continue
-                whole = self._scans[group].summary_backward(on.dout[:, heads.begin : heads.end], on.kept.saved[group, bundle])
+                whole = self._scans[group].summary_backward(on.dout[:, heads.q_heads], on.kept.saved[group, bundle])
                 for part in self._arrivals[True].parts(group):
                     kv = self.schedule.heads[part].kv
                     mine = slice(heads.kv.index(kv[0]), heads.kv.index(kv[-1]) + 1)
@@ -339,7 +339,7 @@ class ScanRun:
             return
         assert on.dout is not None
         dout = self._joined([
-            on.dout[self._rows[shard], heads.begin : heads.end] if shard in self._rows
+            on.dout[self._rows[shard], heads.q_heads] if shard in self._rows
             else on.items.pop(("dout", shard, group)).view(-1, len(heads), self.problem.heads.v)
             for shard in members
         ])  # fmt: skip
@@ -379,7 +379,7 @@ class ScanRun:
         if len(heads) == self.problem.heads.q and len(heads.kv) == self.problem.heads.kv:
             return Tokens(*(None if part is None else part[rows] for part in x))  # type: ignore[arg-type]
         kv = (None if part is None else part[rows][:, heads.kv_heads] for part in x[1:])
-        return Tokens(x.q[rows, heads.begin : heads.end], *kv)  # type: ignore[arg-type]
+        return Tokens(x.q[rows, heads.q_heads], *kv)  # type: ignore[arg-type]
 
     @staticmethod
     def _split(flat: torch.Tensor, widths: tuple[int, int], heads: int) -> Iterator[torch.Tensor]:
@@ -405,7 +405,7 @@ class ScanRun:
     def _put(self, out: torch.Tensor, item: Item, part: torch.Tensor) -> None:
         _, shard, group = item
         heads = self.schedule.heads[group]
-        rows = out[self._rows[shard], heads.begin : heads.end]
+        rows = out[self._rows[shard], heads.q_heads]
         rows.copy_(part.view(rows.shape))
 
     def _add(self, grads: Tokens, item: Item, flat: torch.Tensor) -> None:
@@ -413,7 +413,7 @@ class ScanRun:
         kind, shard, group = item
         heads, rows, own = self.schedule.heads[group], self._rows[shard], self.problem.heads
         if kind == "dq":
-            into = grads.q[rows, heads.begin : heads.end]
+            into = grads.q[rows, heads.q_heads]
             into.copy_(flat.view(into.shape))
             return
         if kind == "dkv":
@@ -475,7 +475,7 @@ class ScanRun:
         if kind == "dout":
             assert on.dout is not None
             heads = self.schedule.heads[group]
-            return on.dout[self._rows[shard], heads.begin : heads.end].reshape(-1)
+            return on.dout[self._rows[shard], heads.q_heads].reshape(-1)
         if kind == "final" or on.backward:
             return on.items.pop((GRADIENTS.get(kind, kind), shard, group)).to(precision)
         return self._flat(self._own_tokens(on.kept.x, shard, self.schedule.heads[group]), kind)

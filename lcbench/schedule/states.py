@@ -72,7 +72,7 @@ class Arrivals:
     def parts(self, group: int) -> list[int]:
         """The head groups whose states make up that of a head group, in the order of their heads: itself, or its blocks."""
         heads = self._heads[group]
-        inside = [i for i in self._carriers if heads.begin <= self._heads[i].begin and self._heads[i].end <= heads.end]
+        inside = [i for i in self._carriers if set(self._heads[i].q) <= set(heads.q)]
         return inside if group not in inside and sum(len(self._heads[i]) for i in inside) == len(heads) else [group]
 
     def place(self, kind: str, shard: int) -> int:

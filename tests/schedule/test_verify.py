@@ -30,9 +30,10 @@ from lcbench.masks.lengths import Explicit
 from lcbench.masks.mask import Mask
 from lcbench.masks.sliding_window import sliding_window
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.fault import ScheduleError
 from lcbench.schedule.layout import contiguous, documents
 from lcbench.schedule.schedule import HeadGroup, Move, Schedule, Step, rows
-from lcbench.schedule.verify import ScheduleCost, ScheduleError, verify
+from lcbench.schedule.verify import ScheduleCost, verify
 from lcbench.testing.dense import dense_heads
 from lcbench.testing.masks import WITHIN, every_mask, load, names, small
 
