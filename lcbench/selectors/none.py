@@ -19,5 +19,8 @@ class NoSelector(Selector):
 
     dense: ClassVar[bool] = True
 
+    def __init__(self) -> None:
+        """It has no options."""
+
     def keep(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> Keep:
         return np.broadcast_to(rows.pairs > 0, (self.maps(problem.heads), len(rows.pairs)))

@@ -10,7 +10,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from lcbench.cp.base import Scheduled
-from lcbench.grid.build import build_mask, build_strategy, check_options, with_option
+from lcbench.grid.build import build_kernel, build_mask, build_strategy, check_options, with_option
 from lcbench.grid.paths import CONF
 from lcbench.masks.band import OPEN, BandMask
 from lcbench.masks.block import BlockMap, chosen
@@ -45,6 +45,11 @@ def aliases(group: str = "mask") -> dict[str, str]:
     """Other names of axis values: alias -> name."""
     stems = [path.stem for path in sorted((CONF / group).glob("*.yaml"))]
     return {stem: load(group, stem)["name"] for stem in stems if load(group, stem)["name"] != stem}
+
+
+def softmax_kernels() -> list[str]:
+    """Every kernel of conf/kernel that computes attention over a mask; those of linear attention have tests of their own."""
+    return [name for name in names("kernel") if build_kernel(load("kernel", name)).operator == "softmax"]
 
 
 def trained_by() -> dict[str, Scheduled]:

@@ -17,7 +17,7 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.faulty import Blind
-from lcbench.testing.masks import every_mask, load, names, small
+from lcbench.testing.masks import every_mask, load, small, softmax_kernels
 
 CPU = torch.device("cpu")
 SEQLEN = 70
@@ -46,7 +46,7 @@ def runs_here(kernel: Kernel) -> bool:
     return refusal(kernel, problem_of(GROUPED), CPU) is None and not isinstance(kernel, RequestKernel)
 
 
-HERE = [name for name in names("kernel") if runs_here(kernel_of(name))]
+HERE = [name for name in softmax_kernels() if runs_here(kernel_of(name))]
 
 
 def test_cpu_has_its_kernels() -> None:

@@ -31,7 +31,7 @@ from lcbench.measure.numerics import one_pass
 from lcbench.measure.session import Gang
 from lcbench.problem import DTYPES, Heads, Problem, Scale
 from lcbench.schedule.groups import Groups
-from lcbench.testing.masks import every_mask, load, names, small
+from lcbench.testing.masks import every_mask, load, small, softmax_kernels
 from lcbench.workloads.attention import Attention, AttentionSession
 from lcbench.workloads.base import Work
 
@@ -58,7 +58,7 @@ def kernels(device: torch.device = CPU, wanted: tuple[str, ...] = ()) -> dict[st
     problem = Problem(512, HEADS[0], Scale(1, 1), "float32" if device == CPU else "bfloat16", "forward_backward")
     found = {
         name: build_kernel(load("kernel", name))
-        for name in wanted or names("kernel")
+        for name in wanted or softmax_kernels()
         if device != CPU or not name.startswith("triton")
     }
     return {name: kernel for name, kernel in found.items() if refusal(kernel, problem, device) is None}
