@@ -476,7 +476,7 @@ def skip_reason(cell: Cell) -> str | None:
             continue
         if reason := own.reason_not(group, config[group], made[group], problem, blocks if group == "kernel" else mask):
             return f"{group} {config[group]['name']}: {reason}"
-    if reason := _refused_by_workload(cell, mask, blocks, made["kernel"], made["cp"]):
+    if reason := _refused_by_workload(cell, mask, blocks, made["kernel"], made["cp"]) or _refused_by_inputs(cell, workload):
         return reason
     if own.named_in(config["cp"]):
         _prove(cell)
@@ -517,6 +517,23 @@ def _refused_by_workload(cell: Cell, mask: Mask, blocks: Mask, kernel: Kernel, s
     if reason := workload.misfit(cell.mesh) or own.reason_not("workload", said, workload, *given):
         return f"workload {said['name']}: {reason}"
     return _refused_by_planner(cell, mask, workload) or _refused_by_selector(cell, mask, blocks, strategy)
+
+
+def _refused_by_inputs(cell: Cell, workload: Workload | None) -> str | None:
+    """What inputs say to a cell; the axis's default can make all."""
+    said = cell.config.get("inputs")
+    if said is None:
+        return None
+    inputs = _object("inputs", json.dumps({"inputs": said}), build.build_inputs)
+    if workload is not None and not workload.any_inputs:
+        reason: str | None = f"workload={cell.config['workload']['name']} makes its queries, keys and values itself"
+    else:
+        reason = inputs.misfit(cell.mesh) or own.reason_not("inputs", said, inputs, cell.problem)
+    if reason is None:
+        layers, has = getattr(workload, "layers", 1), inputs.layers(cell.problem)
+        if has is not None and layers > has:
+            reason = f"it has inputs of {has} such layers, and workload.layers={layers}"
+    return reason and f"inputs {said['name']}: {reason}"
 
 
 def _refused_by_planner(cell: Cell, mask: Mask, workload: Workload) -> str | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lcbench.masks.band import Ints
-from lcbench.problem import Problem
+from lcbench.problem import Mesh, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +48,21 @@ class Inputs(ABC):
         """Why it cannot make the inputs of a problem, stored word for word in the skipped result; None: it can."""
         return None
 
+    def misfit(self, mesh: Mesh) -> str | None:
+        """Why it has no inputs for such groups of ranks; None: it has."""
+        return None
+
+    def layers(self, problem: Problem) -> int | None:
+        """How many layers it has inputs of, for a problem that it takes; None: any number."""
+        return None
+
     def missing(self) -> str | None:
         """Why it does not run in this process: which library is not installed."""
         return None
+
+    def states(self, problem: Problem, seed: int, group: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+        """What it makes of a problem, for the provenance of results; empty: its name and options say it."""
+        return {}
 
     @abstractmethod
     def draw(self, wanted: Wanted) -> torch.Tensor:
