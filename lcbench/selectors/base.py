@@ -59,27 +59,15 @@ class Rows:
         number: of the block of queries.
         q: (T, Hq, D), all of its queries.
         pairs: how many pairs the cell's mask has in each block of keys, int64 (columns of blocks,); 0: no query sees any of it.
-        mask: the cell's mask of these queries x all keys, the queries counted from 0.
+        sees: the cell's mask of these queries and all keys, cropped: query 0 is the first of the block.
         lse: (T, Hq) over all keys that the cell's mask lets them see, of an earlier step; only where ``Selector.needs_lse``.
     """
 
     number: int
     q: torch.Tensor
     pairs: Ints
-    mask: BandMask
+    sees: BandMask
     lse: torch.Tensor | None = None
-
-    def sees(self, k0: int, k1: int) -> torch.Tensor:
-        """Which of the keys ``k0 ... k1 - 1`` each of its queries sees, bool (T, k1 - k0), where ``q`` is."""
-        import torch
-
-        q, k = (torch.arange(*ends, device=self.q.device) for ends in ((len(self.q),), (k0, k1)))
-        found = torch.zeros((len(q), len(k)), dtype=torch.bool, device=q.device)
-        for band in self.mask.crop(0, len(q), k0, k1):
-            rows, keys = slice(band.q0, band.q1), slice(band.k0, band.k1)
-            distance = k[keys] - k0 - q[rows, None]
-            found[rows, keys] |= (distance >= band.lo) & (distance <= band.hi)
-        return found
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def covering(scores: torch.Tensor, count: int, always: Keep, rows: Rows, edges: 
 
 def seen_blocks(rows: Rows, edges: Ints) -> Keep:
     """Whether a query sees any key of a block, bool (T, columns)."""
-    at, begin, end = rows.mask.intervals(np.arange(len(rows.q)))
+    at, begin, end = rows.sees.intervals(np.arange(len(rows.q)))
     return _stretches(at, np.searchsorted(edges, begin, side="right") - 1, np.searchsorted(edges, end), rows, len(edges) - 1)
 
 
@@ -189,7 +189,7 @@ def seen_whole(rows: Rows, begins: Ints, ends: Ints) -> Keep:
     Args:
         begins, ends: (stretches,), both rising.
     """
-    at, begin, end = rows.mask.intervals(np.arange(len(rows.q)))
+    at, begin, end = rows.sees.intervals(np.arange(len(rows.q)))
     first, last = np.searchsorted(begins, begin), np.searchsorted(ends, end, side="right")
     return _stretches(at, first, np.maximum(first, last), rows, len(begins))
 
@@ -200,6 +200,19 @@ def _stretches(at: Ints, first: Ints, last: Ints, rows: Rows, columns: int) -> K
     np.add.at(step, (at, first), 1)
     np.add.at(step, (at, last), -1)
     found: Keep = np.cumsum(step, axis=1)[:, :-1] > 0
+    return found
+
+
+def seen_keys(rows: Rows, begin: int, end: int, device: torch.device) -> torch.Tensor:
+    """Which keys ``begin ... end - 1`` a query sees, bool (T, end - begin), on a device."""
+    import torch
+
+    q, k = (torch.arange(count, device=device) for count in (len(rows.q), end - begin))
+    found = torch.zeros((len(q), len(k)), dtype=torch.bool, device=q.device)
+    for band in rows.sees.crop(0, len(q), begin, end):
+        part = slice(band.q0, band.q1), slice(band.k0, band.k1)
+        distance = k[part[1]] - q[part[0], None]
+        found[part] |= (distance >= band.lo) & (distance <= band.hi)
     return found
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
 from lcbench.selectors.base import Features, Rows
-from lcbench.selectors.choosing import Budgeted, by_head, of_columns, of_maps, reach, scores
+from lcbench.selectors.choosing import Budgeted, by_head, of_columns, of_maps, reach, scores, seen_keys
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ def block_masses(rows: Rows, k: torch.Tensor, edges: Ints, size: int, problem: P
 
     first, last = reach(rows)
     begin, end = int(edges[first]), int(edges[last])
-    q, visible = by_head(rows.q), rows.sees(begin, end)
+    q, visible = by_head(rows.q), seen_keys(rows, begin, end, rows.q.device)
     each, masses = len(q) // len(k), []
     for head in range(len(k)):
         found = scores(q[head * each : (head + 1) * each], k[head : head + 1, begin:end], problem)

@@ -23,7 +23,7 @@ import numpy as np
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
 from lcbench.selectors.base import Features, Rows, check_whole
-from lcbench.selectors.choosing import Budgeted, by_head, each_block, of_columns, products, reach, steady
+from lcbench.selectors.choosing import Budgeted, by_head, each_block, of_columns, products, reach, seen_keys, steady
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ class TopK(Budgeted):
 
         first, last = reach(rows)
         begin, end = int(edges[first]), int(edges[last])
-        hidden = ~rows.sees(begin, end)
+        hidden = ~seen_keys(rows, begin, end, rows.q.device)
         q, k, maps = by_head(self._index(rows.q)), keys["index"][:, begin:end], self.maps(problem.heads)
         found = []
         for own in np.arange(len(q)).reshape(maps, -1).tolist():

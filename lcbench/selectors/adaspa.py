@@ -1,0 +1,94 @@
+"""Blocks with most softmax weight by the LSE of an earlier step, as few as have a share of it: AdaSpa (arXiv 2502.21079, "Fused
+LSE-Cached Search with Head-adaptive Hierarchical Block Sparse Attention").
+
+In a diffusion model, which keys matter and the LSE of a query change little from step to step. So the weights ``exp(s_ij -
+LSE_i)`` of a step's queries and keys, summed over blocks, take one pass over them where the LSE is that of an earlier step; else
+they take two. What is chosen is used for several steps (``every``).
+
+Each map keeps in each row of blocks those of the highest sums, as few as together have ``recall`` of the row's. So heads differ
+in how many they keep, as in the paper, and here rows do as well: no row of a head falls short for another's sake. ``density``
+bounds the number from above.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from lcbench.masks.band import Ints
+from lcbench.masks.block import Keep
+from lcbench.problem import Problem
+from lcbench.selectors.base import Features, Rows
+from lcbench.selectors.choosing import Budgeted, by_head, check_share, of_columns, of_maps, reach, scores, steady
+from lcbench.selectors.partial import hide, keep_best, runs
+
+if TYPE_CHECKING:
+    import torch
+
+CACHE = 1 << 18  # scores that are in memory at once: on a CPU in its cache
+MEMORY = 1 << 26
+
+
+@dataclass(frozen=True)
+class AdaSpa(Budgeted):
+    """A selector by block sums with an LSE of before.
+
+    Attributes:
+        recall: share of a row's weight that the blocks have that are kept, above 0; 1: as many as there may be.
+        density: share of the blocks that a block of queries sees that is kept at most.
+
+    Raises:
+        ValueError: a ``recall`` that is no such share.
+    """
+
+    needs_lse: ClassVar[bool] = True
+
+    density: float | None = field(default=1.0, kw_only=True)
+    recall: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("recall", self.recall)
+
+    def of_keys(self, k: torch.Tensor, sizes: Ints, problem: Problem) -> Features:
+        return {"k": k}
+
+    def of_all(self, features: Features, edges: Ints, problem: Problem) -> Features:
+        return {"k": by_head(features["k"])}
+
+    def score(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> torch.Tensor:
+        """Sums of ``exp(s_ij - LSE_i)`` over blocks, (maps, columns)."""
+        import torch
+
+        assert rows.lse is not None
+        heads, q, (first, last) = problem.heads, by_head(rows.q), reach(rows)
+        each, found = heads.q // heads.kv, q.new_zeros((heads.q, last - first))
+        lse = rows.lse.T[..., None].to(q)
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)  # of queries that see no key
+        together = max(1, (CACHE if q.device.type == "cpu" else MEMORY) // (each * len(rows.q) * self.k_block))
+        for head in range(heads.kv):
+            group = slice(head * each, (head + 1) * each)
+            for columns in runs(rows.pairs > 0, together):
+                k = keys["k"][head : head + 1, edges[columns.start] : edges[columns.stop]]
+                weights = hide(scores(q[group], k, problem).sub_(lse[group]).exp_(), rows, edges, columns, 0.0)
+                found[group, columns.start - first : columns.stop - first] = of_columns(weights.sum(1), self.k_block, 0.0).sum(-1)
+        return of_maps(found, self.maps(heads))
+
+    def keep(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> Keep:
+        import torch
+
+        first, last = reach(rows)
+        if first == last:
+            return np.zeros((self.maps(problem.heads), len(rows.pairs)), dtype=bool)
+        with steady(rows.q.device):
+            found = self.score(rows, keys, edges, problem)
+        always, counts = self.always(rows, edges), np.full(len(found), self.budget(rows))
+        if self.recall < 1:
+            forced = torch.from_numpy(always[first:last]).to(found.device)
+            order = found.masked_fill(forced, torch.inf).sort(dim=1, descending=True, stable=True).indices
+            sums = found.double().gather(1, order).cumsum(1)
+            counts = np.minimum(counts, 1 + (sums < self.recall * sums[:, -1:]).sum(1).cpu().numpy())
+        found = torch.nn.functional.pad(found, (first, len(rows.pairs) - last), value=-torch.inf)
+        return keep_best(found, counts, always, rows, edges)
