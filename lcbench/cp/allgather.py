@@ -47,7 +47,7 @@ class AllGather(Scheduled):
         q, k = _stretches(queries, ranks), _stretches(keys, ranks)
         part = heads.kv if self.heads_per_step == "all" else self.heads_per_step
         each = heads.q // heads.kv * part
-        groups = tuple(HeadGroup.of(heads, begin, begin + each) for begin in range(0, heads.q, each))
+        groups = tuple(HeadGroup.of(heads, range(begin, begin + each)) for begin in range(0, heads.q, each))
 
         every, everything, owner = np.arange(ranks), ranks, k.owner
         steps = []

@@ -173,6 +173,17 @@ class Uses:
         return count
 
     @cached_property
+    def computing(self) -> Ints:
+        """Of queries: in how many places, a rank and a head group each, something of each item is computed, (shards, head groups):
+        of groups that share heads in those of both."""
+        groups = self._schedule.heads
+        heads = np.zeros((len(groups), 1 + max(group.q[-1] for group in groups)), dtype=np.int64)
+        for number, group in enumerate(groups):
+            heads[number, list(group.q)] = 1
+        found: Ints = self.users @ ((heads @ heads.T) > 0).astype(np.int64)
+        return found
+
+    @cached_property
     def parent(self) -> Ints:
         """For each row, the row by which its sender received the item; -1 where the sender received it by none."""
         source, _, shard, group = self.rows.T
@@ -215,7 +226,8 @@ class Traffic:
     Attributes:
         transfers: every message, forward and backward.
         queries, keys: the uses of queries, and of keys with values.
-        final: whether each (shard, head group) of queries is computed by one rank alone, (shards, head groups).
+        final: whether each (shard, head group) of queries is computed by one rank alone, and in this group alone, (shards, head
+            groups).
         steps: N, steps of forward.
     """
 
@@ -239,7 +251,7 @@ class Traffic:
 def traffic(schedule: Schedule, *, backward: bool) -> Traffic:
     """The messages of forward and, derived from them, of backward."""
     queries, keys = Uses(schedule, "q"), Uses(schedule, "kv")
-    final = queries.users == 1
+    final = queries.computing == 1
     found = list(_forward(schedule, final))
     if backward:
         found += _backward(schedule, queries, keys, final)
@@ -305,12 +317,11 @@ class _Values:
 
 def _gradients(schedule: Schedule, queries: Uses, keys: Uses) -> Iterator[Transfer]:
     """The gradients that go back along every move, those of queries first among those that leave at the same time."""
-    count, shared = len(schedule.steps), _shared_heads(schedule.heads, keys)
+    count = len(schedule.steps)
+    shared = {"q": queries.computing > queries.users, "kv": _shared_heads(schedule.heads, keys)}
     for kind, uses in zip(SIDES, (queries, keys), strict=True):
         shard, group = uses.rows[:, [MoveColumn.SHARD, MoveColumn.GROUP]].T
-        alone = uses.beyond == uses.users[shard, group]
-        if kind == "kv":
-            alone &= ~shared[shard, group]
+        alone = (uses.beyond == uses.users[shard, group]) & ~shared[kind][shard, group]
         ends = np.cumsum([len(m.rows) for _, m in uses.moves])
         gradient = PAYLOADS[kind].gradient
         for (number, move), part in zip(uses.moves, np.split(alone, ends[:-1]), strict=False):

@@ -37,11 +37,23 @@ def check_count(option: str, value: object) -> None:
         raise ValueError(f"cp.{option}={value} is no number of at least 1")
 
 
+def check_rate(option: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a number above 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ValueError(f"cp.{option}={value} is no number above 0")
+
+
 def too_short(problem: Problem, shards: int) -> str | None:
     """Why the sequence cannot be cut into a shard per rank, or None."""
     if problem.seqlen < (2 * shards if shards > 1 else 1):  # one rank's only token needs no other
         return f"needs at least two tokens per rank: seqlen={problem.seqlen} over {shards} ranks"
     return None
+
+
+def too_few_queries(problem: Problem) -> str | None:
+    """Why not every rank can have a query, or None."""
+    ranks = problem.scale.world_size
+    return f"needs at least a query per rank: {problem.queries} over {ranks} ranks" if problem.queries < ranks else None
 
 
 def indivisible_heads(heads: Heads, ranks: int) -> str | None:

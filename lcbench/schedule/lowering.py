@@ -5,8 +5,8 @@ of its operands holds the shards of all ranks of the set, its own included. A he
 Keys and values of the same heads for every rank are an all-gather. Their gradients, which are summed where they arrive, are a
 reduce-scatter. Everything else goes from point to point: hops of a ring, casts to the ranks that need something.
 
-A head exchange may have uneven parts, where ranks have other numbers of tokens or of heads; some may have no tokens, but no rank
-all of its set's. All-gather and reduce-scatter are for even ones only.
+A head exchange may have uneven parts, where ranks have other numbers of tokens or of heads; some may have no head, or no tokens,
+but no rank all of its set's. All-gather and reduce-scatter are for even ones only.
 
 Every rank finds the same collectives, since each looks at the rows of all ranks.
 """
@@ -111,8 +111,8 @@ def _uneven(
 ) -> Collective | None:  # fmt: skip
     """The head exchange of uneven parts that a transfer is; None for any other.
 
-    Each rank of a set has a head group of its own, for which it holds the shards of all of them. ``pairs``: (holder, owner) as one
-    number each, of all that have something to send; ``sizes``: bytes of each.
+    Ranks of a set have a head group of their own, if they have one, for which they hold the shards of all of them. ``pairs``:
+    (holder, owner) as one number each, of all that have something to send; ``sizes``: bytes of each.
     """
     side, ranks = schedule.side(transfer.payload.side), schedule.world_size
     some = side.sizes[transfer.rows[:, MoveColumn.SHARD]] > 0
@@ -130,7 +130,8 @@ def _uneven(
     for rank, label in enumerate(connected_components(coo_array((sizes, (holders, owners)), (ranks, ranks)), directed=False)[1]):
         members.setdefault(int(label), []).append(rank)
     sets = {rank: tuple(each) for each in members.values() if len(each) > 1 for rank in each}
-    if set(sets) != set(holders.tolist()) or any(len(set(group[list(each)].tolist())) < len(each) for each in sets.values()):
+    groups = {each: [number for number in group[list(each)].tolist() if number >= 0] for each in sets.values()}
+    if any(len(set(each)) < len(each) for each in groups.values()):
         return None
     held: dict[tuple[int, ...], set[bytes]] = {}
     order = np.argsort(holder, kind="stable")
@@ -140,8 +141,11 @@ def _uneven(
         if found is None:
             return None
         held.setdefault(sets[rank], set()).add(found[0].tobytes())
-    if any(len(each) > 1 for each in held.values()):
-        return None
+    tokens = np.bincount(side.owner, weights=side.sizes, minlength=ranks)
+    for members_of_set, (whole, *others) in held.items():
+        owning = {rank for rank in members_of_set if tokens[rank]}
+        if others or len(owning) < 2 or owning != set(side.owner[np.frombuffer(whole, dtype=np.int64)].tolist()):
+            return None
     busiest = np.maximum(*(np.bincount(each, weights=sizes, minlength=ranks) for each in (holders, owners)))
     ordered = tuple(sorted(held))
     blocks = tuple(float(busiest[list(each)].max()) / (len(each) - 1) for each in ordered)

@@ -326,7 +326,7 @@ def _own_copies(prepared: Prepared, shape: tuple[int, int]) -> Floats:
     found[0] += 0 if prepared.in_place or problem.heads.latent else COPIED * inputs * kv
     merges = np.bincount(made.rank, weights=made.again, minlength=shape[1]) > 0
     out = queries * problem.heads.q * problem.heads.v
-    several = np.bincount(schedule.q.owner, weights=(moves.queries.users > 1).any(axis=1), minlength=shape[1]) > 0
+    several = np.bincount(schedule.q.owner, weights=(moves.queries.computing > 1).any(axis=1), minlength=shape[1]) > 0
     found[moves.steps - 1] += np.where(merges | several, (sums + inputs) * out, 0.0)
     if problem.backward:
         found[moves.steps] += sums * (q + kv)

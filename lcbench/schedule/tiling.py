@@ -66,10 +66,28 @@ def tiling(schedule: Schedule, mask: Mask) -> Tiling:
         pieces=pieces.astype(np.int64), q_heads=heads[group, 0], kv_heads=heads[group, 1],
     )  # fmt: skip
     some = np.nonzero(tiles.pairs > 0)[0]
-    again = tiles.pairs > 0
-    results = (rank[some] * len(heads) + group[some]) * len(schedule.q.bundles) + q[some]
-    again[some[np.unique(results, return_index=True)[1]]] = False
+    again = np.zeros(len(tiles), dtype=bool)
+    again[some] = _again(schedule, every[some])
     return Tiling(tiles, np.repeat(np.arange(len(schedule.steps)), counts), rank.copy(), again)  # a view would keep all columns
+
+
+def _again(schedule: Schedule, tiles: Ints) -> Keep:
+    """Whether each tile's rank has computed some of its heads of these queries in an earlier one, (n,)."""
+    counts = np.array([len(group) for group in schedule.heads])
+    every = np.concatenate([np.empty(0, dtype=np.int64), *(np.array(group.q) for group in schedule.heads)])
+    group, begins = tiles[:, TileColumn.GROUP], np.cumsum(counts) - counts
+    if len(every) > len(distinct(every)):  # groups share heads: head by head
+        number, head = spread(begins[group], begins[group] + counts[group])
+        head = every[head]
+    else:
+        number, head = np.arange(len(tiles)), group
+    rank, q = tiles[number][:, [TileColumn.RANK, TileColumn.Q]].T
+    results = (rank * (1 + int(every.max(initial=0)) + len(counts)) + head) * len(schedule.q.bundles) + q
+    again = np.ones(len(results), dtype=bool)
+    again[np.unique(results, return_index=True)[1]] = False
+    found = np.zeros(len(tiles), dtype=bool)
+    found[number[again]] = True
+    return found
 
 
 def _sizes(side: Side) -> Ints:
@@ -109,10 +127,10 @@ def _of_maps(queries: Operands, keys: Operands, mask: BlockMap) -> Callable[[int
 
 def _shares(schedule: Schedule, maps: int) -> Floats:
     """Which share of the heads of each group reads each map, (groups, maps)."""
-    each = max(group.end for group in schedule.heads) // maps
+    each = (1 + max(group.q[-1] for group in schedule.heads)) // maps
     shares = np.zeros((len(schedule.heads), maps))
     for number, group in enumerate(schedule.heads):
-        np.add.at(shares[number], np.arange(group.begin, group.end) // each, 1 / len(group))
+        np.add.at(shares[number], np.array(group.q) // each, 1 / len(group))
     return shares
 
 

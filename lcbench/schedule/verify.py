@@ -7,12 +7,11 @@ message are read from the same row, and all messages of a step are under way tog
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lcbench.masks.band import BandMask, Ints, distinct, spread
+from lcbench.masks.band import BandMask, Ints, spread
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, Transfer, Uses, traffic
@@ -101,17 +100,40 @@ def _check_shards(schedule: Schedule, side: Side, count: int) -> None:
 
 
 def _check_heads(schedule: Schedule, heads: int) -> None:
-    outside = [group for group in schedule.heads if not 0 <= group.begin < group.end <= heads]
-    if outside:
-        raise ScheduleError(f"head group {outside[0]} does not consist of some of the {heads} query heads")
+    for group in schedule.heads:
+        if not group.q or list(group.q) != sorted({*group.q} & {*range(heads)}):
+            raise ScheduleError(f"head group {group} does not consist of some of the {heads} query heads, rising")
 
 
-def _head_ranges(schedule: Schedule, heads: int) -> tuple[Ints, Ints, Ints]:
-    """Where ranges of query heads begin that no head group cuts, and where the last one ends, (ranges + 1,); and the first and the
-    last + 1 range of each head group, (head groups,) each."""
-    begin, end = (np.array([getattr(group, name) for group in schedule.heads], dtype=np.int64) for name in ("begin", "end"))
-    edges = distinct(np.concatenate([begin, end, [0, heads]]))
-    return edges, np.searchsorted(edges, begin), np.searchsorted(edges, end)
+@dataclass(frozen=True)
+class _HeadSets:
+    """Sets of query heads that no head group parts.
+
+    Attributes:
+        members: the heads of each.
+        begins, sets: those of head group g are ``sets[begins[g]:begins[g + 1]]``.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+    begins: Ints
+    sets: Ints
+
+    @classmethod
+    def of(cls, schedule: Schedule, heads: int) -> _HeadSets:
+        inside = np.zeros((len(schedule.heads), heads), dtype=bool)
+        for number, group in enumerate(schedule.heads):
+            inside[number, list(group.q)] = True
+        alike: dict[bytes, list[int]] = {}
+        for head, column in enumerate(inside.T):
+            alike.setdefault(column.tobytes(), []).append(head)
+        members = tuple(map(tuple, alike.values()))
+        of_group, sets = np.nonzero(inside[:, [each[0] for each in members]])
+        return cls(members, np.searchsorted(of_group, np.arange(len(inside) + 1)), sets)
+
+    def spread(self, groups: Ints) -> tuple[Ints, Ints]:
+        """(position in ``groups``, set) of every set of every head group."""
+        number, place = spread(self.begins[groups], self.begins[groups + 1])
+        return number, self.sets[place]
 
 
 def _check_rows(schedule: Schedule) -> None:
@@ -200,13 +222,13 @@ def _check_returns(schedule: Schedule, uses: Uses) -> None:
 
 def _check_tiles(schedule: Schedule, mask: Mask, problem: Problem) -> Ints:
     """Each tile with pairs is computed once for each query head, none twice; and the pairs of each step and rank."""
-    edges, begin, end = _head_ranges(schedule, problem.heads.q)
-    pairs, times = _tile_pairs(schedule, mask, problem, edges)
+    every = _HeadSets.of(schedule, problem.heads.q)
+    pairs, times = _tile_pairs(schedule, mask, problem, every)
     computed = np.zeros((len(times), len(schedule.q), len(schedule.k)), dtype=bool)
     step_pairs = np.zeros((len(schedule.steps), schedule.world_size), dtype=np.int64)
     for number, step in enumerate(schedule.steps):
         for part in schedule.shard_tiles(step):
-            place, heads = spread(begin[part[:, TileColumn.GROUP]], end[part[:, TileColumn.GROUP]])
+            place, heads = every.spread(part[:, TileColumn.GROUP])
             rank, group, q, k = part[place].T
             flat = np.ravel_multi_index((heads, q, k), computed.shape)
             repeated = np.ones(len(flat), dtype=bool)
@@ -220,21 +242,21 @@ def _check_tiles(schedule: Schedule, mask: Mask, problem: Problem) -> Ints:
     missing = np.argwhere((pairs > 0) & ~computed)
     if len(missing):
         heads, q, k = missing[0].tolist()
-        named = f"query heads {edges[heads]} to {edges[heads + 1] - 1}"
+        named = f"query heads {', '.join(map(str, every.members[heads]))}"
         raise _error(schedule, len(schedule.steps) - 1, f"nobody computed q{q}k{k} of {named}")
     return step_pairs
 
 
-def _tile_pairs(schedule: Schedule, mask: Mask, problem: Problem, edges: Ints) -> tuple[Ints, Ints]:
-    """Unmasked pairs of every two shards, (1 or ranges of heads, shards, shards), and how many times they count for each range."""
-    total, lengths = problem.heads.q, np.diff(edges)
+def _tile_pairs(schedule: Schedule, mask: Mask, problem: Problem, every: _HeadSets) -> tuple[Ints, Ints]:
+    """Unmasked pairs of every two shards, (1 or sets of heads, shards, shards), and how many times they count for each set."""
+    total, lengths = problem.heads.q, np.array([len(each) for each in every.members])
     if isinstance(mask, BandMask):
         pairs = tile_areas(mask, schedule.q.shards, schedule.k.shards)[None]
         found = int(pairs.sum()) * total
     else:
         maps = [tile_areas(mask.bands(i), schedule.q.shards, schedule.k.shards) for i in range(mask.maps)]
         each = total // mask.maps
-        pairs = np.array([np.sum([maps[h // each] for h in range(a, b)], axis=0) for a, b in pairwise(edges.tolist())])
+        pairs = np.array([np.sum([maps[h // each] for h in heads], axis=0) for heads in every.members])
         lengths = np.ones_like(lengths)
         found = int(pairs.sum())
     if found != mask.pairs(total):

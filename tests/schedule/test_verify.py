@@ -312,12 +312,12 @@ def test_bad_options_name_themselves(name: str, option: str, value: object) -> N
 
 def test_head_groups_read_the_right_heads() -> None:
     heads = Heads(8, 2, 16)
-    assert HeadGroup.of(heads, 0, 8).kv == (0, 1)
-    assert HeadGroup.of(heads, 4, 8).kv == (1,)
-    assert HeadGroup.of(heads, 2, 6).kv == (0, 1)
-    assert HeadGroup.of(heads, 3, 6).kv == (0, 1, 1)  # no two rows of one size: a head is held twice
+    assert HeadGroup.of(heads, range(0, 8)).kv == (0, 1)
+    assert HeadGroup.of(heads, range(4, 8)).kv == (1,)
+    assert HeadGroup.of(heads, range(2, 6)).kv == (0, 1)
+    assert HeadGroup.of(heads, range(3, 6)).kv == (0, 1, 1)  # no two rows of one size: a head is held twice
     for begin, end in ((0, 3), (3, 5), (5, 8), (1, 8)):
-        group = HeadGroup.of(heads, begin, end)
+        group = HeadGroup.of(heads, range(begin, end))
         each = len(group) // len(group.kv)
         assert [group.kv[i // each] for i in range(len(group))] == [h // 4 for h in range(begin, end)]
 
