@@ -8,7 +8,7 @@ own keys are computed first. Gradients go straight back to the owners.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
@@ -53,10 +53,17 @@ class GroupCast(Scheduled):
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return too_few_queries(problem)
 
+    def weighed(self, mask: Mask) -> Mask:
+        """The mask by whose areas chunks are dealt out."""
+        return mask
+
+    def settled(self, problem: Problem, mask: Mask) -> SettledCast:
+        return SettledCast(**{each.name: getattr(self, each.name) for each in fields(self)}, dealt=mask)
+
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size
         chunks = contiguous(problem.queries, ranks * min(self.chunks_per_rank, problem.queries // ranks))
-        owner_of_chunk = dispatch(np.array(chunks.areas(mask)), ranks, swap=self.solver == "swap")
+        owner_of_chunk = dispatch(np.array(chunks.areas(self.weighed(mask))), ranks, swap=self.solver == "swap")
         q_edges = edges_of(chunks)
         # Keys live where their queries do; those of a cache in equal stretches.
         k_edges, owner_of_stretch = q_edges, owner_of_chunk
@@ -65,6 +72,17 @@ class GroupCast(Scheduled):
         demand = Demand.of(mask, q_edges, k_edges, owner_of_chunk)
         demand = demand if self.by_head else demand.all_heads()
         return fetching(problem, demand, Side(chunks, owner_of_chunk, ()), owner_of_stretch[demand.stretch], self.stages)
+
+
+@dataclass(frozen=True)
+class SettledCast(GroupCast):
+    """A group-cast of a part of a mask, with chunks dealt out by the areas of all of it (``dealt``): ranks are sent the keys that
+    the part needs."""
+
+    dealt: Mask = field(kw_only=True)
+
+    def weighed(self, mask: Mask) -> Mask:
+        return self.dealt
 
 
 def dispatch(areas: Ints, ranks: int, *, swap: bool) -> Ints:

@@ -476,8 +476,7 @@ def skip_reason(cell: Cell) -> str | None:
             continue
         if reason := own.reason_not(group, config[group], made[group], problem, blocks if group == "kernel" else mask):
             return f"{group} {config[group]['name']}: {reason}"
-    reason = _refused_by_workload(cell, mask, blocks, made["kernel"], made["cp"])
-    if reason := reason or _refused_by_inputs(cell, workload):
+    if reason := _refused_by_workload(cell, mask, blocks, made["kernel"], made["cp"]) or _refused_by_inputs(cell, workload):
         return reason
     if own.named_in(config["cp"]):
         _prove(cell)

@@ -128,7 +128,7 @@ class Work:
 
     def unavailable(self, gang: Gang) -> str | None:
         chosen = refusal(self.kernel, self.problem, gang.device) or refusal(self.strategy, self.problem, gang.device)
-        return chosen or self.inputs.missing()
+        return chosen or self.inputs.missing() or (self.selector.missing() if self.selector is not None else None)
 
     def stated(self, gang: Gang) -> dict[str, Any]:
         """What the inputs of a group state of themselves, for the provenance."""

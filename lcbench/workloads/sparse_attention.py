@@ -31,6 +31,7 @@ class SparseAttention(Workload):
     """
 
     takes: ClassVar[tuple[str, ...]] = ("selector",)
+    any_inputs: ClassVar[bool] = True
 
     min_recall: float | None = None
 

@@ -90,8 +90,6 @@ class SparseSession(AttentionSession):
     def _begin(self, number: int) -> str | None:
         """Make ready; why the ranks cannot run it, or None. Collective."""
         begun, work, gang, problem = time.perf_counter(), self._work, self._gang, self._problem
-        if reason := first_refusal(EVERY.all_gather_object(self._selector.missing())):
-            return reason
         mask = gang.own_heads(work.make_mask(number), problem.heads.q)
         assert isinstance(mask, BandMask)
         self.within, self._check_seed = mask, [work.seed, work.attempt, number]
@@ -467,6 +465,7 @@ class SparseSession(AttentionSession):
         if self._selector.needs_lse:
             counted.metrics["time/earlier_step_s"] = max(EVERY.all_gather_object(self._lse_s))
         counted.metrics.update(distance(self.examination, gang))
+        counted.notes.update(self._work.stated(gang))
         counted.notes["selection"] = {
             "recall": kept_of.tolist(), "oracle_recall": best_of.tolist(), "density": density_of.tolist(),
             "rows": found.rows, "blocks": found.blocks,

@@ -289,7 +289,8 @@ def whole_part(problem: Problem) -> Part:
 
 
 def dense_on_ranks(rank: int, ranks: int, seqlen: int) -> None:
-    for mask in (causal(seqlen), full(seqlen), sliding_window(seqlen, left=40, right=0)):
+    others = [full(seqlen), sliding_window(seqlen, left=40, right=0)] if ranks < 4 else []
+    for mask in (causal(seqlen), *others):
         problem = problem_of(seqlen, ranks)
         for name, strategy in strategies(problem, mask).items():
             session = work_of(problem, mask, strategy).start(0, gang_of(rank, ranks))
