@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lcbench.masks.band import Ints
-from lcbench.problem import Problem
+from lcbench.problem import Mesh, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,14 @@ class Inputs(ABC):
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why it cannot make the inputs of a problem, stored word for word in the skipped result; None: it can."""
+        return None
+
+    def misfit(self, mesh: Mesh) -> str | None:
+        """Why it has no inputs for such groups of ranks; None: it has."""
+        return None
+
+    def layers(self, problem: Problem) -> int | None:
+        """How many layers it has inputs of, for a problem that it takes; None: any number."""
         return None
 
     def missing(self) -> str | None:

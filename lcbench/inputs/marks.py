@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from statistics import NormalDist
@@ -59,11 +59,12 @@ SHORTEST = 8.0  # tokens of the fastest cosine's period
 NARROW = 16  # keys of a local band at least; of a slash line a third
 MASS = 0.9  # of a row's weight, which its critical keys hold
 MOST = 0.6  # share of keys that are critical without structure, about
-ROWS = 16  # rows that calibration looks at
+ROWS = 12  # rows that calibration looks at
 WHOLE = 16384  # keys of a row up to which it looks at all; of more at a sample, with weights
 EXACT, RATIO = 64, 1.02  # of that sample: keys on either side of a line that are all in it, and how strata widen beyond
 VERTICALS = 64  # and keys with a vertical mark
 STEP, LOWEST, STEPS = 0.125, -10.0, 128  # of the number that is added to sizes
+ROUNDS, MOVE = 4, 1.0  # in which sizes of parts are set against one another, each by so much at most
 LIKE = torch.zeros((), dtype=torch.float64)
 
 
@@ -76,7 +77,8 @@ class Head:
         local: keys of its band, which ends at the query.
         slashes: distances of its slash lines; ``width``: keys of each.
         topics: how many it asks for, from its segment's own on.
-        sizes: scores that each of ``PARTS`` adds to a key that has all of it.
+        parts: shares of the structure's weight that were aimed at, of each of ``PARTS``.
+        sizes: scores that each adds to a key that has all of it.
         share: of the keys that a row sees under a causal mask, those that hold 90 % of its weight, heaviest first: what
             calibration found, in the mean over rows of the second half.
         masses: share of a row's weight on the keys of each part, found so too; a key may be of several parts.
@@ -87,6 +89,7 @@ class Head:
     slashes: tuple[int, ...]
     width: int
     topics: int
+    parts: tuple[float, ...]
     sizes: tuple[float, ...]
     share: float = 0.0
     masses: tuple[float, ...] = ()
@@ -106,6 +109,17 @@ class Marks:
     vertical: Bools
     topic: Ints
     ask: Ints
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some adjacent tokens: vertical marks (BLOCK, Hk), topics that segments have and ask for, (segments, Hk), and the cosine and
+    sine of the first one's position, (2, Hk, F)."""
+
+    vertical: Bools
+    topic: Ints
+    ask: Ints
+    begin: Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +144,7 @@ class Plan:
     periods: Floats
     rates: Floats
     heads: tuple[Head, ...] = ()
+    blocks: dict[int, Block] = field(default_factory=dict, repr=False)  # those that were looked at
 
     # -- what a token is -------------------------------------------------------------------------------------------
 
@@ -142,22 +157,29 @@ class Plan:
         return np.asarray(tokens - requests.q_bounds[number + 1] + requests.k_bounds[number + 1], dtype=np.int64)
 
     def marks(self, places: Ints) -> Marks:
-        blocks, inverse = np.unique(places // BLOCK, return_inverse=True)
+        drawn, inverse = self._of(places)
         number = np.searchsorted(self.requests.k_bounds, places, "right") - 1
-        drawn = [self._block(int(block)) for block in blocks]
         within, segment = places % BLOCK, places % BLOCK // SEGMENT
-        vertical = np.stack([each[0] for each in drawn])[inverse, within]
-        topic = np.stack([each[1] for each in drawn])[inverse, segment]
-        ask = np.stack([each[2] for each in drawn])[inverse, segment]
-        return Marks(places - self.requests.k_bounds[number] < SINKS, vertical, topic, ask)
+        vertical = np.stack([each.vertical for each in drawn])[inverse, within]
+        topic, ask = np.stack([each.topic for each in drawn]), np.stack([each.ask for each in drawn])
+        return Marks(places - self.requests.k_bounds[number] < SINKS, vertical, topic[inverse, segment], ask[inverse, segment])
 
-    def _block(self, block: int) -> tuple[Bools, Ints, Ints]:
-        """Vertical marks of a block's tokens; topics that its segments have, and ask for."""
+    def _of(self, places: Ints) -> tuple[list[Block], Ints]:
+        """The blocks of tokens, and which of them each token is in. Each is made by itself, so that no number depends on which
+        others are made with it."""
+        numbers, inverse = np.unique(places // BLOCK, return_inverse=True)
+        for number in numbers.tolist():
+            if number not in self.blocks:
+                self.blocks[number] = self._block(number)
+        return [self.blocks[number] for number in numbers.tolist()], inverse
+
+    def _block(self, block: int) -> Block:
         random, heads = np.random.default_rng(seed_of(f"{self.text}/{block}")), self.counts.kv
         vertical = random.random((BLOCK, heads)) < self.rates
         topic, ask = random.integers(0, self.topics, (2, BLOCK // SEGMENT, heads))
         has = random.random((BLOCK // SEGMENT, heads)) < TOPICAL
-        return vertical, np.where(has, topic, -1), ask
+        angle = 2 * np.pi * np.remainder(block * BLOCK / self.periods, 1.0)
+        return Block(vertical, np.where(has, topic, -1), ask, np.stack([np.cos(angle), np.sin(angle)]))
 
     # -- numbers -----------------------------------------------------------------------------------------------------
 
@@ -185,11 +207,9 @@ class Plan:
         return np.stack([np.cos(angles), np.sin(angles)])
 
     def _phases(self, places: Ints, kv: Ints, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of position, (T, len(kv), F): those of the block's begin turned by those within it. Blocks are looked at
-        one at a time, so that no number depends on which others are made with it."""
-        blocks, inverse = np.unique(places // BLOCK, return_inverse=True)
-        begins = [2 * np.pi * np.remainder(float(block * BLOCK) / self.periods, 1.0) for block in blocks]
-        first = np.stack([np.stack([np.cos(angle), np.sin(angle)]) for angle in begins], 1)[:, :, kv]  # (2, blocks, len(kv), F)
+        """Cosine and sine of position, (T, len(kv), F): those of the block's begin turned by those within it."""
+        blocks, inverse = self._of(places)
+        first = np.stack([block.begin for block in blocks], 1)[:, :, kv]  # (2, blocks, len(kv), F)
         a, b = (_like(x, like)[_index(inverse, like)] for x in first)
         c, d = (_like(x, like)[_index(places % BLOCK, like)] for x in self._turns[:, :, kv])
         return a * c - b * d, a * d + b * c
@@ -334,29 +354,40 @@ def _head(kind: str, keys: float, seen: float, rate: float, topics: int, random:
     background = seen * math.exp(0.5)
     with np.errstate(divide="ignore"):
         sizes = np.where(parts > 0, np.log(19 * background * parts / counts), -np.inf)
-    return Head(kind, local, slashes, width, asked, tuple(float(size) for size in sizes))
+    return Head(kind, local, slashes, width, asked, tuple(parts.tolist()), tuple(sizes.tolist()))
 
 
 # -- calibration -----------------------------------------------------------------------------------------------------
 
 
 def _calibrated(made: Plan, number: int, aim: float) -> Head:
-    """The head with sizes whose share of critical keys is nearest to the aim, and with what was found of its weights."""
-    head, looked = made.heads[number], _looked_at(made, number)
+    """The head with sizes whose parts have about the shares that they were to have, and whose share of critical keys is nearest to
+    the aim; and with what was found of its weights."""
+    head, looked, softcap = made.heads[number], _looked_at(made, number), made.softmax.softcap
+    raw, parts = np.array(head.sizes), np.array(head.parts)
 
     def sizes(step: int) -> Floats:
-        return np.maximum(0.0, np.array(head.sizes) + LOWEST + STEP * step)
+        return np.maximum(0.0, raw + LOWEST + STEP * step)
 
     def share(step: int) -> float:
-        return float(np.mean([row.share(sizes(step), made.softmax.softcap) for row in looked]))
+        return float(np.mean([row.share(sizes(step), softcap) for row in looked]))
 
-    low, high = 0, STEPS  # share falls as sizes grow
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if share(middle) > aim else (low, middle)
-    step = min((low, high), key=lambda one: abs(share(one) - aim))
-    masses = np.mean([row.masses(sizes(step), made.softmax.softcap) for row in looked], 0)
-    return replace(head, sizes=tuple(sizes(step).tolist()), share=share(step), masses=tuple(masses.tolist()))
+    def fitting() -> int:
+        low, high = 0, STEPS  # share falls as sizes grow
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if share(middle) > aim else (low, middle)
+        return min((low, high), key=lambda one: abs(share(one) - aim))
+
+    def masses(step: int) -> Floats:
+        return np.asarray(np.mean([row.masses(sizes(step), softcap) for row in looked], 0))
+
+    for _ in range(ROUNDS):
+        found = masses(fitting()) * (parts > 0)
+        wanted = parts * found.sum()
+        raw[parts > 0] += np.clip(np.log(wanted[parts > 0] / np.maximum(found[parts > 0], 1e-6)), -MOVE, MOVE)
+    step = fitting()
+    return replace(head, sizes=tuple(sizes(step).tolist()), share=share(step), masses=tuple(masses(step).tolist()))
 
 
 @dataclass(frozen=True)
@@ -433,7 +464,7 @@ class _Keys:
     def until(self, place: int) -> _Keys:
         """Those up to a place, of adjacent ones."""
         count = place + 1 - int(self.places[0])
-        return _Keys(*(getattr(self, field.name)[:count] for field in fields(self)))
+        return _Keys(*(getattr(self, one.name)[:count] for one in fields(self)))
 
 
 @lru_cache(maxsize=1)

@@ -114,14 +114,15 @@ def _object(target: str) -> Any:
 
 
 def kernels(wanted: list[str] | None = None) -> dict[str, Kernel]:
-    """The kernels of conf/kernel by name, but for the reference; our own, which need no library, come first."""
-    found = {}
+    """The kernels of conf/kernel that compute softmax attention, by name, but for the reference; our own, which need no library,
+    come first."""
+    found: dict[str, Kernel] = {}
     for path in sorted((CONF / "kernel").glob("*.yaml"), key=lambda path: (not path.stem.startswith("triton"), path.stem)):
         config = flat_yaml(path)
         name, target = config.pop("name"), config.pop("_target_")
         if name != "reference" and (wanted is None or name in wanted):
             found[name] = _object(target)(**config)
-    return found
+    return {name: kernel for name, kernel in found.items() if kernel.operator == "softmax"}
 
 
 def devices() -> list[Row]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from lcbench.cp.base import Passes, RankRun
-from lcbench.inputs.drawing import draw, draw_sink
+from lcbench.inputs.base import Wanted
+from lcbench.inputs.drawing import draw_sink
 from lcbench.measure.bounds import Check
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.measure.least import least_traffic
@@ -26,6 +27,8 @@ from lcbench.workloads.started import Sent, Started, distance, started
 @dataclass(frozen=True)
 class Attention(Workload):
     """Attention alone; it has no options. Phases are ``forward`` and, unless direction=forward, ``backward``."""
+
+    any_inputs: ClassVar[bool] = True
 
     def start(self, work: Work, draw: int, gang: Gang) -> AttentionSession:
         return AttentionSession(work, draw, gang)
@@ -59,7 +62,7 @@ class AttentionSession(Session):
         self._keys = begun.mask.density * begun.mask.num_k  # of a row, in the mean, before a pass chooses any
         held = begun.owners.held
         drawn = {name: self._drawn(name, held) for name in self._names()}
-        self.shard = _shard(held, drawn, work.problem)
+        self.shard = shard_of(held, drawn, work.problem)
         self.negated = False
 
     def _begun(self, work: Work, number: int, gang: Gang) -> Started | str:
@@ -78,7 +81,7 @@ class AttentionSession(Session):
         if name == "sink":
             return draw_sink(work.problem, self._keys, work.seed, gang.device, group)
         part = {"q": held.q, "k": held.kv, "v": held.kv, "dout": held.out}[name]
-        return draw(name, part.tokens, work.problem, work.seed, gang.device, group, part.heads)
+        return work.inputs.draw(Wanted(name, part.tokens, work.problem, work.seed, gang.device, group, part.heads))
 
     def _by_tokens(self) -> Shard:
         """The inputs of as many adjacent queries, and keys, as each rank's, all heads of them: for the check of ranks that hold
@@ -87,7 +90,7 @@ class AttentionSession(Session):
         own, ranks = gang.cp_rank, problem.scale.world_size
         queries, keys = (Part(np.arange(n * own // ranks, n * (own + 1) // ranks)) for n in (problem.queries, problem.seqlen))
         held = Held(queries, keys, queries)
-        return _shard(held, {name: self._drawn(name, held) for name in self._names()}, problem)
+        return shard_of(held, {name: self._drawn(name, held) for name in self._names()}, problem)
 
     def _inputs(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self.shard, name) for name in self._names()}
@@ -228,9 +231,11 @@ class AttentionSession(Session):
     def counted(self) -> Counted:
         counted = self._started.counted(self._sent, ("forward", "backward"))
         counted.metrics.update(distance(self.examination, self._gang))
+        counted.notes.update(self._work.stated(self._gang))
         return counted
 
 
-def _shard(held: Held, drawn: dict[str, torch.Tensor], problem: Problem) -> Shard:
+def shard_of(held: Held, drawn: dict[str, torch.Tensor], problem: Problem) -> Shard:
+    """What a rank is given, of inputs by name: values of latent heads are a part of their keys."""
     v = drawn["v"] if "v" in drawn else drawn["k"][..., : problem.heads.v]
     return Shard(held, drawn["q"], drawn["k"], v, drawn.get("dout"), drawn.get("sink"))

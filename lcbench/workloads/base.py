@@ -34,11 +34,13 @@ class Workload(Protocol):
         takes: the axes that cells of it have besides those that all cells have: ``recompute``, ``planner``, ``selector``.
         in_groups: whether sub-groups of ranks share parts of the sequence, so that nobody asks whether the strategy can share all
             of it among all ranks.
+        any_inputs: whether its queries, keys and values are what the axis ``inputs`` says, and no results of something else.
         operator: what attention it is, ``softmax`` or ``linear``: kernels have one, strategies one or more.
     """
 
     takes: ClassVar[tuple[str, ...]] = ()
     in_groups: ClassVar[bool] = False
+    any_inputs: ClassVar[bool] = False
     operator: ClassVar[str] = "softmax"
 
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
@@ -125,7 +127,13 @@ class Work:
         return gang.arranged(self.mesh, self.scale or self.problem.scale)
 
     def unavailable(self, gang: Gang) -> str | None:
-        return refusal(self.kernel, self.problem, gang.device) or refusal(self.strategy, self.problem, gang.device)
+        chosen = refusal(self.kernel, self.problem, gang.device) or refusal(self.strategy, self.problem, gang.device)
+        return chosen or self.inputs.missing()
+
+    def stated(self, gang: Gang) -> dict[str, Any]:
+        """What the inputs of a group state of themselves, for the provenance."""
+        found = self.inputs.states(self.problem, self.seed, (gang.dp_index, gang.tp_index))
+        return {"inputs": found} if found else {}
 
     def start(self, draw: int, gang: Gang) -> Session:
         return self.workload.start(self, draw, gang)

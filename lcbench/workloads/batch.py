@@ -36,6 +36,7 @@ class Batch(Workload):
         ValueError: a capacity below 1, or a negative size.
     """
 
+    any_inputs: ClassVar[bool] = True
     takes: ClassVar[tuple[str, ...]] = ("planner",)
     in_groups: ClassVar[bool] = True
 

@@ -10,7 +10,7 @@ pipeline parallelism, SPP, in the same paper). S stages and N equal chunks then 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lcbench.cp.base import Strategy
 from lcbench.kernels.base import Kernel
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ChunkedPrefill(Chunks, Workload):
     """A prompt in chunks; its options are those of ``Chunks``."""
+
+    any_inputs: ClassVar[bool] = True
 
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
         if problem.backward:

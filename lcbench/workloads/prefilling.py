@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from lcbench.cp.base import Passes, RankRun
 from lcbench.cp.exchange import Exchange
-from lcbench.inputs.drawing import draw, draw_sink
+from lcbench.inputs.base import Wanted
+from lcbench.inputs.drawing import draw_sink
 from lcbench.masks.band import Ints
 from lcbench.measure.bounds import Check, Judge, of_groups, verdict
 from lcbench.measure.digests import SENT, told
@@ -290,7 +291,8 @@ class PrefillSession(Session):
 
     def _drawn(self, name: str, tokens: Ints, layer: int, heads: range | None) -> torch.Tensor:
         gang, work = self._gang, self._work
-        return draw(name, tokens, work.problem, work.seed, gang.device, (gang.dp_index, gang.tp_index), heads, layer)
+        group = (gang.dp_index, gang.tp_index)
+        return work.inputs.draw(Wanted(name, tokens, work.problem, work.seed, gang.device, group, heads, layer))
 
     def _made(self, layer: int) -> Layer:
         held, gang, work = self._owns[0].held, self._gang, self._work
@@ -595,6 +597,7 @@ class PrefillSession(Session):
         if known := [one.distance for of_chunk in self._examinations for one in of_chunk if one.distance is not None]:
             metrics["check/distance"] = max(gang.of_groups(max(known)))
         copied = max(EVERY.all_gather_object(self._cached.copied))
+        counted.notes.update(self._work.stated(gang))
         counted.notes["chunk_tokens"] = [chunk.end - chunk.begin for chunk in self.chunks]
         counted.notes["cache"] = (
             f"{moved} cached tokens are on another rank in one chunk than in the chunk before, which is not timed; "

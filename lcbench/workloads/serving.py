@@ -7,7 +7,7 @@ where a strategy moves it. The one phase is ``forward``: a decode step, a chunk 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lcbench.cp.base import Strategy
 from lcbench.kernels.base import Kernel
@@ -32,6 +32,8 @@ class Serving(Workload):
     Raises:
         ValueError: a page without a token, or a storage that there is not.
     """
+
+    any_inputs: ClassVar[bool] = True
 
     page: int | None = None
     storage: Literal["input", "bfloat16", "float8"] = "input"
