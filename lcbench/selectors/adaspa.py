@@ -22,13 +22,10 @@ from lcbench.masks.block import Keep
 from lcbench.problem import Problem
 from lcbench.selectors.base import Features, Rows
 from lcbench.selectors.choosing import Budgeted, by_head, check_share, of_columns, of_maps, reach, scores, steady
-from lcbench.selectors.partial import hide, keep_best, runs
+from lcbench.selectors.partial import at_once, hide, keep_best, runs
 
 if TYPE_CHECKING:
     import torch
-
-CACHE = 1 << 18  # scores that are in memory at once: on a CPU in its cache
-MEMORY = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -67,10 +64,9 @@ class AdaSpa(Budgeted):
         each, found = heads.q // heads.kv, q.new_zeros((heads.q, last - first))
         lse = rows.lse.T[..., None].to(q)
         lse = lse.masked_fill(lse == -torch.inf, 0.0)  # of queries that see no key
-        together = max(1, (CACHE if q.device.type == "cpu" else MEMORY) // (each * len(rows.q) * self.k_block))
         for head in range(heads.kv):
             group = slice(head * each, (head + 1) * each)
-            for columns in runs(rows.pairs > 0, together):
+            for columns in runs(rows.pairs > 0, at_once(rows, each, self.k_block)):
                 k = keys["k"][head : head + 1, edges[columns.start] : edges[columns.stop]]
                 weights = hide(scores(q[group], k, problem).sub_(lse[group]).exp_(), rows, edges, columns, 0.0)
                 found[group, columns.start - first : columns.stop - first] = of_columns(weights.sum(1), self.k_block, 0.0).sum(-1)

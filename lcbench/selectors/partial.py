@@ -15,6 +15,14 @@ from lcbench.selectors.choosing import covering, seen_keys
 if TYPE_CHECKING:
     import torch
 
+CACHE = 1 << 18  # scores that are in memory at once: on a CPU as many as its cache holds
+MEMORY = 1 << 26
+
+
+def at_once(rows: Rows, heads: int, size: int) -> int:
+    """How many blocks of ``size`` keys so many heads of a block of queries are scored against at once."""
+    return max(1, (CACHE if rows.q.device.type == "cpu" else MEMORY) // (heads * len(rows.q) * size))
+
 
 def runs(blocks: Keep, most: int) -> Iterator[range]:
     """Adjacent blocks, of bool (columns,), at most so many at once."""

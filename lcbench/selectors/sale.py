@@ -33,7 +33,7 @@ from lcbench.masks.block import Keep
 from lcbench.problem import Problem
 from lcbench.selectors.base import Features, Round, Rows, Selector, block_edges, check_whole
 from lcbench.selectors.choosing import block_sums, by_head, check_share, each_block, own_blocks, products, share_of, sinks, steady
-from lcbench.selectors.partial import hide, keep_best, runs
+from lcbench.selectors.partial import at_once, hide, keep_best, runs
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +44,6 @@ EIGHT = 8  # of what products of bytes on a GPU want multiples, in both dimensio
 FEWEST = 32  # rows of such a product
 LIMIT = 1 << 30  # of a product with the mean query, so that sums fit 32 bits
 UNSEEN = -(1 << 31)  # less than any sum
-CACHE = 1 << 18  # products that are in memory at once: on a CPU in its cache
-MEMORY = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class Sale(Selector):
 
         heads, device, always = problem.heads, rows.q.device, self._always(rows, edges)
         each = heads.q // heads.kv
-        together = max(1, (CACHE if device.type == "cpu" else MEMORY) // (each * len(rows.q) * self.k_block))
+        together = at_once(rows, each, self.k_block)
         found = torch.full((heads.q, len(rows.pairs)), -torch.inf, device=device)
         for head in range(heads.kv):
             tile = Tile(rows, edges, self.k_block, keys, head, each, problem)
