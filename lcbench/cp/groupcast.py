@@ -8,7 +8,7 @@ own keys are computed first. Gradients go straight back to the owners.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
@@ -53,10 +53,18 @@ class GroupCast(Scheduled):
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return too_few_queries(problem)
 
+    def settled(self, problem: Problem, mask: Mask) -> GroupCast:
+        """The same with chunks dealt out by the work of ``mask``, whichever part of it is computed: what is sent is of that part."""
+        return _Settled(**{option.name: getattr(self, option.name) for option in fields(self)}, by=mask)
+
+    def dealt_by(self, mask: Mask) -> Mask:
+        """The mask whose work is dealt out where ``mask`` is computed."""
+        return mask
+
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size
         chunks = contiguous(problem.queries, ranks * min(self.chunks_per_rank, problem.queries // ranks))
-        owner_of_chunk = dispatch(np.array(chunks.areas(mask)), ranks, swap=self.solver == "swap")
+        owner_of_chunk = dispatch(np.array(chunks.areas(self.dealt_by(mask))), ranks, swap=self.solver == "swap")
         q_edges = edges_of(chunks)
         # Keys live where their queries do; those of a cache in equal stretches.
         k_edges, owner_of_stretch = q_edges, owner_of_chunk
@@ -65,6 +73,14 @@ class GroupCast(Scheduled):
         demand = Demand.of(mask, q_edges, k_edges, owner_of_chunk)
         demand = demand if self.by_head else demand.all_heads()
         return fetching(problem, demand, Side(chunks, owner_of_chunk, ()), owner_of_stretch[demand.stretch], self.stages)
+
+
+@dataclass(frozen=True)
+class _Settled(GroupCast):
+    by: Mask = field(kw_only=True)
+
+    def dealt_by(self, mask: Mask) -> Mask:
+        return self.by
 
 
 def dispatch(areas: Ints, ranks: int, *, swap: bool) -> Ints:
