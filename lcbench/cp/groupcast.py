@@ -54,7 +54,7 @@ class GroupCast(Scheduled):
         return too_few_queries(problem)
 
     def settled(self, problem: Problem, mask: Mask) -> GroupCast:
-        """The same with chunks dealt out by the work of ``mask``, whichever part of it is computed; what is sent is of that part."""
+        """The same with chunks dealt out by the work of ``mask``, whatever part of it is computed; what is sent is of that part."""
         return _Settled(**{option.name: getattr(self, option.name) for option in fields(self)}, by=mask)
 
     def dealt_by(self, mask: Mask) -> Mask:
