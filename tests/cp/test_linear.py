@@ -125,6 +125,8 @@ def check_half(strategy: Scheduled, rule: Rule, rank: int, ranks: int, groups: G
     assert (out - want[rows]).abs().max() <= 2e-2
     for got, exact, of in zip(gradients, recurrence_backward(rule, x, dout, scale=scale)[0], x, strict=False):
         if got is not None:
+            assert of is not None
+            assert exact is not None
             assert got.dtype == of.dtype
             assert (got - exact[rows]).abs().max() <= 2e-2 * exact.abs().max()
 
