@@ -162,3 +162,13 @@ def test_functions_are_short() -> None:
     assert ordered[9 * len(ordered) // 10] <= 22
     long = {name: lines for name, lines in lengths.items() if lines > 60}
     assert not long, long
+
+
+def test_no_hash_that_differs_between_processes_is_used() -> None:
+    """Python's own hash of a text or of bytes is another in each process that is no fork, so it tells ranks of two nodes apart."""
+    wrong = [
+        f"{module}:{node.lineno}" for module in modules() for function in ast.walk(tree(module))
+        if isinstance(function, ast.FunctionDef) and function.name != "__hash__" for node in ast.walk(function)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hash"
+    ]  # fmt: skip
+    assert not wrong
