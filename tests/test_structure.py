@@ -115,7 +115,8 @@ def test_commands_are_in_their_room_and_their_entries_short() -> None:
 # Besides peers: the engine, what makes its communicators known, messages, those of runs that are no schedules, and what a model's
 # weights are shared by.
 TALKERS = {
-    "lcbench.schedule.execute", "lcbench.schedule.groups", "lcbench.schedule.messages", "lcbench.cp.base", "lcbench.cp.exchange",
+    "lcbench.schedule.execute", "lcbench.schedule.scan", "lcbench.schedule.groups", "lcbench.schedule.messages", "lcbench.cp.base",
+    "lcbench.cp.exchange",
     "lcbench.workloads.sharing", "lcbench.workloads.traffic", "lcbench.workloads.reshard", "lcbench.workloads.step_check",
 }  # fmt: skip
 
@@ -161,3 +162,13 @@ def test_functions_are_short() -> None:
     assert ordered[9 * len(ordered) // 10] <= 22
     long = {name: lines for name, lines in lengths.items() if lines > 60}
     assert not long, long
+
+
+def test_no_hash_that_differs_between_processes_is_used() -> None:
+    """Python's own hash of a text or of bytes is another in each process that is no fork, so it tells ranks of two nodes apart."""
+    wrong = [
+        f"{module}:{node.lineno}" for module in modules() for function in ast.walk(tree(module))
+        if isinstance(function, ast.FunctionDef) and function.name != "__hash__" for node in ast.walk(function)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hash"
+    ]  # fmt: skip
+    assert not wrong

@@ -55,6 +55,8 @@ SINKS = 4
 SEGMENT, TOPICAL = 128, 0.25  # tokens that have one topic; the share of segments whose keys have one
 NOISE = 0.5  # of each number of a key, and of a query where scores have the usual scale
 SPARSE_MARK, COMMON_MARK = 3.0, 1.5  # numbers of a mark that few keys have, and of one that many or all have
+WEAKEST = 0.7  # a vertical mark's part of a whole one, at the least
+QUIET = 0.2  # of the noise, what keys have that are sinks or have a vertical mark
 SHORTEST = 8.0  # tokens of the fastest cosine's period
 NARROW = 16  # keys of a local band at least; of a slash line a third
 MASS = 0.9  # of a row's weight, which its critical keys hold
@@ -102,11 +104,11 @@ class Head:
 
 @dataclass(frozen=True)
 class Marks:
-    """What tokens are: ``sink`` (T,), ``vertical`` (T, Hk), the ``topic`` of keys, -1 for none, and that which queries ``ask``
-    for first, (T, Hk) each."""
+    """What tokens are: ``sink`` (T,); ``vertical`` (T, Hk), how much of a vertical mark they have; the ``topic`` of keys, -1 for
+    none, and that which queries ``ask`` for first, (T, Hk) each."""
 
     sink: Bools
-    vertical: Bools
+    vertical: Floats
     topic: Ints
     ask: Ints
 
@@ -116,7 +118,7 @@ class Block:
     """Some adjacent tokens: vertical marks (BLOCK, Hk), topics that segments have and ask for, (segments, Hk), and the cosine and
     sine of the first one's position, (2, Hk, F)."""
 
-    vertical: Bools
+    vertical: Floats
     topic: Ints
     ask: Ints
     begin: Floats
@@ -175,7 +177,7 @@ class Plan:
 
     def _block(self, block: int) -> Block:
         random, heads = np.random.default_rng(seed_of(f"{self.text}/{block}")), self.counts.kv
-        vertical = random.random((BLOCK, heads)) < self.rates
+        vertical = np.where(random.random((BLOCK, heads)) < self.rates, random.uniform(WEAKEST, 1.0, (BLOCK, heads)), 0.0)
         topic, ask = random.integers(0, self.topics, (2, BLOCK // SEGMENT, heads))
         has = random.random((BLOCK // SEGMENT, heads)) < TOPICAL
         angle = 2 * np.pi * np.remainder(block * BLOCK / self.periods, 1.0)
@@ -216,13 +218,26 @@ class Plan:
 
     def put(self, name: str, tokens: Ints, heads: range, into: torch.Tensor) -> None:
         """Scale noise, (T, len(heads), D), and add the marks of q or of k to it, in place."""
-        into.mul_(NOISE / (self.scale * math.sqrt(self.counts.dim)) if name == "q" else NOISE)
         rows = max(1, ELEMENTS // max(1, len(heads) * self.counts.dim))
         for first in range(0, len(tokens), rows):
             part = slice(first, first + rows)
             places = self.places(name, tokens[part])
-            made = self.queries if name == "q" else self.keys
-            into[part] += made(places, self.marks(places), heads, into)
+            marks = self.marks(places)
+            made, noise = (
+                (self.queries, self.query_noise) if name == "q" else (self.keys, self.key_noise(marks)[:, heads.start : heads.stop])
+            )
+            into[part] *= _like(noise, into)[..., None]
+            into[part] += made(places, marks, heads, into)
+
+    @property
+    def query_noise(self) -> Floats:
+        """(1, 1), of each number."""
+        return np.full((1, 1), NOISE / (self.scale * math.sqrt(self.counts.dim)))
+
+    def key_noise(self, marks: Marks) -> Floats:
+        """(T, Hk), of each number: little where a key has a mark that few have, so that what few keys weigh is the same however
+        the noise falls."""
+        return NOISE * np.where(marks.sink[:, None] | (marks.vertical > 0), QUIET, 1.0)
 
     def keys(self, places: Ints, marks: Marks, heads: range, like: torch.Tensor) -> torch.Tensor:
         """Marks of keys, (T, len(heads), D)."""
@@ -435,7 +450,7 @@ def _looked_at(made: Plan, number: int) -> list[_Row]:
         )
         row = made.marks(np.array([place]))
         asked = [made._asked(np.array([place]), row, single, one[None], LIKE)[0, 0].numpy() for one in np.eye(len(PARTS))]
-        noise = NOISE / (made.scale * math.sqrt(heads.dim)) * random.standard_normal(heads.dim)
+        noise = made.query_noise[0] * random.standard_normal(heads.dim)
         distance = place - seen.places
         near = np.abs(distance[:, None] - np.array(head.slashes, dtype=np.int64)) <= head.width
         topic = (seen.topic >= 0) & ((seen.topic - row.ask[0, kv]) % made.topics < head.topics)
@@ -458,8 +473,8 @@ class _Keys:
     @classmethod
     def of(cls, made: Plan, kv: int, places: Ints, weights: Floats, marks: Marks, random: np.random.Generator) -> _Keys:
         k = made.keys(places, marks, range(kv, kv + 1), LIKE)[:, 0].numpy()
-        k += NOISE * random.standard_normal(k.shape)
-        return cls(places, weights, marks.sink, marks.vertical[:, kv], marks.topic[:, kv], k)
+        k += made.key_noise(marks)[:, kv, None] * random.standard_normal(k.shape)
+        return cls(places, weights, marks.sink, marks.vertical[:, kv] > 0, marks.topic[:, kv], k)
 
     def until(self, place: int) -> _Keys:
         """Those up to a place, of adjacent ones."""
@@ -492,5 +507,6 @@ def _some_keys(made: Plan, kv: int, begin: int, place: int, head: Head, random: 
     marks, rate = made.marks(places), float(made.rates[kv])
     sampled, added = weights > 1, np.arange(len(places)) >= len(places) - VERTICALS
     weights = np.where(sampled, weights * (1 - rate), np.where(added, rate * weights[sampled].sum() / VERTICALS, weights))
-    vertical = np.where((sampled | added)[:, None], added[:, None], marks.vertical)
+    strength = added * random.uniform(WEAKEST, 1.0, len(places))
+    vertical = np.where((sampled | added)[:, None], strength[:, None], marks.vertical)
     return _Keys.of(made, kv, places, weights, replace(marks, vertical=vertical), random)

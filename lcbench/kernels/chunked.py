@@ -32,10 +32,17 @@ class Chunked(LinearKernel):
 
     Attributes:
         chunk: tokens of a chunk.
+
+    Raises:
+        ValueError: a chunk below 1.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = ("gla", "gated_delta_rule")
     chunk: int = 64
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.chunk, int) or isinstance(self.chunk, bool) or self.chunk < 1:
+            raise ValueError(f"kernel.chunk={self.chunk} is no whole number of at least 1")
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return None

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -341,7 +342,7 @@ class SparseSession(AttentionSession):
     def _check_choice(self, part: str, choice: BlockMap) -> None:
         """What a pass on the inputs as they are has chosen, against what one rank alone does; queries without a key. Collective."""
         judge, ranks = self.examination.judge, self._gang.ranks
-        digests = ranks.all_gather_object([hash(choice.keep(i).tobytes()) for i in range(choice.maps)])
+        digests = ranks.all_gather_object([blake2b(choice.keep(i).tobytes()).digest() for i in range(choice.maps)])
         judge.number(CHOICE, "ranks", float(sum(each != digests[0] for each in digests)), 0.0, f"{part}: ranks with other maps")
         numbers = self._again(choice)
         mine = numbers[self._gang.cp_rank :: len(digests)].tolist()

@@ -136,6 +136,23 @@ def test_masks_of_bands_are_those_of_all_heads(name: str) -> None:
     assert report.forward_bytes.sum() == found * 2 * heads.dim * 8
 
 
+def test_a_settled_group_cast_holds_what_it_holds_for_the_whole_mask() -> None:
+    heads, ranks, whole = Heads(4, 2, 8), 4, causal(211)
+    problem, strategy = problem_of(ranks, 211, heads), GroupCast(chunks_per_rank=4, by_head=True)
+    before, settled = strategy.schedule(problem, whole), strategy.settled(problem, whole)
+    assert settled.unsupported(problem, whole) is None
+    alone = 0
+    for seed in range(3):
+        part = uneven(seed, 211, 4, within=whole)
+        schedule = settled.schedule(problem, part)
+        assert verify(schedule, part, problem).rank_pairs.sum() == part.pairs(heads.q)
+        same = [np.array_equal(schedule.q.tokens(rank), before.q.tokens(rank)) for rank in range(ranks)]
+        assert all(same)
+        others = strategy.schedule(problem, part).q
+        alone += any(not np.array_equal(others.tokens(rank), before.q.tokens(rank)) for rank in range(ranks))
+    assert alone  # by itself it would deal them out otherwise
+
+
 # -- heads ---------------------------------------------------------------------------------------------------------------
 
 
