@@ -34,7 +34,7 @@ class Recall:
         kept, best: (Hq,), 0 to 1: the mass that each head keeps, and that of the best as many blocks; mean over rows.
         rows: how many rows that see a key were looked at.
         blocks: in how many blocks of queries.
-        apart: of this rank's rows, (rows, Hq): the mass that is kept, once by its blocks and once by the LSE of the pass.
+        apart: of this rank's rows, (rows, Hq): the mass that is kept, once by its blocks and once by the LSE of the pass; that LSE.
         tokens: of these rows.
     """
 
@@ -42,7 +42,7 @@ class Recall:
     best: NDArray[np.float64]
     rows: int
     blocks: int
-    apart: tuple[torch.Tensor, torch.Tensor]
+    apart: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     tokens: Ints
 
 
@@ -70,7 +70,7 @@ def recall(
     keys = shard.held.kv.tokens
     column = torch.from_numpy(np.searchsorted(choice.k_edges, keys, side="right") - 1).to(device)
     kept, best, rows = np.zeros(heads.q), np.zeros(heads.q), 0
-    by_blocks, by_lse, tokens = [], [], []
+    by_blocks, by_lse, own_lse, tokens = [], [], [], []
     for number in numbers.tolist():
         begin, end = choice.q_edges[number : number + 2].tolist()
         wanted = np.arange(begin, end)
@@ -88,12 +88,12 @@ def recall(
         some = sees[at]
         mine, at = mine[some], at[some]
         by_blocks.append((shares * keep[:, None]).sum(-1).T[at])
-        by_lse.append(torch.exp(lse[mine].double() - full.T[at]))
+        own_lse.append(lse[mine].double())
+        by_lse.append(torch.exp(own_lse[-1] - full.T[at]))
         tokens.append(wanted[at.cpu().numpy()])
     count = max(1, rows)
-    return Recall(
-        kept / count, best / count, rows, len(numbers), (torch.cat(by_blocks), torch.cat(by_lse)), np.concatenate(tokens)
-    )  # fmt: skip
+    apart = (torch.cat(by_blocks), torch.cat(by_lse), torch.cat(own_lse))
+    return Recall(kept / count, best / count, rows, len(numbers), apart, np.concatenate(tokens))
 
 
 def _shares(

@@ -422,9 +422,8 @@ class SparseSession(AttentionSession):
         problem, q_block = self._problem, self._selector.q_block
         numbers = sample(self.within, q_block, problem.heads.q, self._check_seed)
         found = recall(choice, self.within, problem, self.shard, result.lse, numbers, self._gang.ranks)
-        by_blocks, by_lse = found.apart
+        by_blocks, by_lse, lse = found.apart
         # The LSE is off by its own bound, and the mass by as much of itself.
-        lse = torch.log(by_lse).nan_to_num(neginf=0.0)
         bound = by_blocks * self._started.bounds.lse(lse, torch.ones_like(lse)) + torch.finfo(torch.float64).eps
         self.examination.judge.elements(RECALL, "mass", by_lse, by_blocks, bound, found.tokens)
         return found
