@@ -38,10 +38,13 @@ def linear_rows(frame: pd.DataFrame) -> pd.DataFrame:
     rows = over_seeds(frame)
     rows = rows[(rows["workload"] == WORKLOAD) & rows["timed/total"].notna()]
     state = rows["num_heads_kv"] * rows["head_dim"] * rows["head_dim_v"] * rows["dtype"].map(lambda d: 8 if d == "float64" else 4)
+    # What is the same of all of them is no part of what tells them apart.
+    where = rows["where"].str.replace(f"workload {WORKLOAD}, ", "", regex=False)
+    where = where.str.replace(rf"workload {WORKLOAD}\((.*?)\)", r"\1", regex=True)
     tokens = rows["seqlen"] * rows["mesh.dp"]
     phases = {f"states/{p}": rows[key] / state for p in ("forward", "backward") if (key := f"comm/{p}/bytes") in rows}
     seconds = [time.value for time in rows["timed/total"]]
-    return rows.assign(**{RATE: tokens / seconds / rows["world_size"]}, **phases)
+    return rows.assign(where=where, **{RATE: tokens / seconds / rows["world_size"]}, **phases)
 
 
 # -- how bytes grow ------------------------------------------------------------------------------------------------------
@@ -114,7 +117,7 @@ def bytes_in_words(grown: list[Growth]) -> str:
     said = []
     if flat := [one for one in grown if one.flat]:
         each = ", ".join(f"{one.choice} ({size(one.sent[0])})" for one in flat)
-        said.append(f"at any length the same bytes are sent by {each}")
+        said.append(f"At any length the same bytes are sent by {each}")
     said += [
         f"{one.choice} sends {times(one.sent[1] / one.sent[0])} as much at {format_tokens(one.lengths[1])} as at "
         f"{format_tokens(one.lengths[0])}, {size(one.sent[1])}"

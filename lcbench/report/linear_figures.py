@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lcbench.problem import format_tokens
-from lcbench.report.amounts import BYTES, digits, size, unit_for
+from lcbench.report.amounts import digits, size
 from lcbench.report.drawing import draw_line, tune
 from lcbench.report.linear import RATE, SENT, bytes_in_words, growths, linear_rows
 from lcbench.report.palette import Style
@@ -76,19 +76,19 @@ def rates(axis: Axes, styles: dict[str, Style], rows: pd.DataFrame, line: Line) 
         ends = [(rate * t.value / t.high, rate * t.value / t.low) for rate, t in zip(its[RATE], its["timed/total"], strict=True)]
         axis.vlines(its[line.column], *zip(*ends, strict=True), color=styles[choice].color, linewidth=1.0)
     tune(axis, line.column, sorted(rows[line.column].unique()), "", line.label, "tokens/s per GPU")
-    axis.set_ylim(bottom=0)
+    # Intervals that are far wider than what is between the lines would leave nothing to see.
+    axis.set_ylim(0, 1.4 * float(rows[RATE].max()))
     return drawn
 
 
 def volumes(axis: Axes, styles: dict[str, Style], rows: pd.DataFrame, line: Line) -> dict[str, Any]:
     """Bytes that are sent, a line for each choice; gives what is drawn, by choice."""
-    unit = unit_for(float(rows[SENT].max()), BYTES)
     drawn = {
-        choice: draw_line(axis, its[line.column], its[SENT] / unit.size, styles[choice], label=choice)
-        for choice, its in _lines(rows, line)
+        choice: draw_line(axis, its[line.column], its[SENT], styles[choice], label=choice) for choice, its in _lines(rows, line)
     }
-    tune(axis, line.column, sorted(rows[line.column].unique()), "", line.label, f"sent by the rank that sends most, {unit.name}")
-    axis.set_yscale("log")
+    tune(axis, line.column, sorted(rows[line.column].unique()), "", line.label, "sent by the rank that sends most")
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter(lambda value, _: size(value))
     return drawn
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -57,12 +58,21 @@ def as_files(given: Iterable[Panel], source: str) -> Iterator[Drawn]:
 
 
 def in_page(given: Iterable[Panel]) -> Iterator[dict[str, Any]]:
-    """For a page, of each: ``where``, ``cells`` (ids), ``key`` (name, glyph, color, look), ``caption`` and ``figures``."""
-    for one in given:
-        styles = inked(one.styles)
-        svg, names = svg_of(partial(_drawn, one, styles), f"{one.kind} {one.where}", f"{one.where}. {one.finding}", one.size)
+    """For a page, of those behind one another that have one problem and one key: ``where``, ``cells`` (ids), ``key`` (name, glyph,
+    color, look), ``caption`` and ``figures`` (title, svg, words).
+    """
+    for (where, _), beside in itertools.groupby(given, key=lambda one: (one.where, tuple(one.styles))):
+        its = list(beside)
+        styles = inked(its[0].styles)
+        drawn = [svg_of(partial(_drawn, one, styles), f"{one.kind} {where}", f"{where}. {one.finding}", one.size) for one in its]
+        names = dict.fromkeys(name for _, named in drawn for name in named)
         yield {
-            "where": f"{one.title}: {one.where}", "cells": list(dict.fromkeys(one.cells)), "caption": one.caption,
+            "where": f"{its[0].title}: {where}" if len(its) == 1 else where,
+            "cells": list(dict.fromkeys(cell for one in its for cell in one.cells)),
+            "caption": " ".join(one.caption for one in its),
             "key": [key_of(name, styles[name]) for name in names],
-            "figures": [{"title": "", "svg": svg, "words": one.finding}],
+            "figures": [
+                {"title": one.title if len(its) > 1 else "", "svg": svg, "words": one.finding}
+                for one, (svg, _) in zip(its, drawn, strict=True)
+            ],
         }  # fmt: skip

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WORKLOAD = "sparse_attention"
 RECALL, BEST, DENSITY = "select/recall", "select/oracle_recall", "select/density"
 DENSE, SPEEDUP = "time/dense_s", "select/amortised_speedup"
-NEAR = 0.1  # selections whose densities differ by less than this share of them are held against one another
+ORACLE = "oracle"  # the selector that knows the best choice
 # What a column of the table says, by metric.
 SAYS = (
     ("recall", RECALL, percent), ("best possible", BEST, percent), ("head with least", "select/recall_min_head", percent),
@@ -67,6 +67,7 @@ class Selection:
 
     Attributes:
         selector: alone, and ``by``: with those of its options that differ.
+        asked: share of the blocks that it was to keep, 0 to 1; None: it was asked otherwise.
         density: pairs that are kept over those of the mask, 0 to 1.
         recall: mass that is kept, 0 to 1, mean over heads; ``least``, ``most``: of the heads with least and most.
         best: the most that as many blocks can keep.
@@ -75,12 +76,24 @@ class Selection:
 
     selector: str
     by: str
+    asked: float | None
     density: float
     recall: float
     least: float
     most: float
     best: float
     cells: tuple[str, ...]
+
+    @property
+    def of_best(self) -> float:
+        """The mass that is kept over the most that as many blocks can keep."""
+        return self.recall / self.best if self.best else 0.0
+
+    @property
+    def words(self) -> str:
+        return (
+            f"{percent(self.of_best)} of it ({percent(self.recall)} of the softmax's mass in {percent(self.density)} of the pairs)"
+        )
 
 
 def selections(rows: pd.DataFrame) -> list[Selection]:
@@ -92,7 +105,8 @@ def selections(rows: pd.DataFrame) -> list[Selection]:
         first = mine.iloc[0]
         found.append(
             Selection(
-                str(first["selector"]), str(by), density=float(first[DENSITY]), recall=float(first[RECALL]),
+                str(first["selector"]), str(by), known(first, "selector.density"),
+                density=float(first[DENSITY]), recall=float(first[RECALL]),
                 least=float(first["select/recall_min_head"]), most=float(first["select/recall_max_head"]),
                 best=float(first[BEST]), cells=tuple(mine["cell"].astype(str)),
             )
@@ -100,31 +114,29 @@ def selections(rows: pd.DataFrame) -> list[Selection]:
     return found
 
 
-def alike(found: list[Selection]) -> list[list[Selection]]:
-    """Selections of about one density, by increasing density; within a group the one that keeps most comes first."""
-    groups: list[list[Selection]] = []
-    for one in sorted(found, key=lambda one: one.density):
-        if groups and one.density <= groups[-1][0].density * (1 + NEAR):
-            groups[-1].append(one)
-        else:
-            groups.append([one])
-    return [sorted(group, key=lambda one: -one.recall) for group in groups]
+def asked(found: list[Selection]) -> list[tuple[float | None, list[Selection]]]:
+    """Selections by the density that was asked for, None where none was, without ``ORACLE``; the one that comes closest to the best
+    choice of as many blocks is the first of each.
+    """
+    others = [one for one in found if one.selector != ORACLE]
+    groups = {one.asked: [same for same in others if same.asked == one.asked] for one in others}
+    return [(density, sorted(its, key=lambda one: -one.of_best)) for density, its in groups.items()]
 
 
 # -- in words ------------------------------------------------------------------------------------------------------------
 
 
 def answers(rows: pd.DataFrame) -> list[Answer]:
-    """Of every problem in ``sparse_rows``: what keeps most at each density, and what a step takes against full attention."""
+    """Of every problem in ``sparse_rows``: what comes closest to the best choice for each density that was asked for, and what a step
+    takes against full attention.
+    """
     found = []
     for problem, mine in contests(rows):
-        for group in alike(selections(mine)):
-            best, rest = group[0], group[1:]
-            span = percent(best.density, 0)
-            parts = [(False, f"{words_of(problem)}, about {span} of the pairs: "), (True, best.by)]
-            parts.append((False, f" keeps most, {percent(best.recall)} of the softmax's mass (best possible {percent(best.best)})"))
-            said = ", ".join(f"{one.by} {percent(one.recall)}" for one in rest)
-            parts.append((False, f"; then {said}." if said else "."))
+        for density, group in asked(selections(mine)):
+            what = "no share asked for" if density is None else f"{percent(density, 0)} of the blocks asked for"
+            first = f" comes closest to the best choice of as many blocks, with {group[0].words}"
+            rest = f"; then {', '.join(f'{one.by} {one.words}' for one in group[1:])}" if group[1:] else ""
+            parts = [(False, f"{words_of(problem)}, {what}: "), (True, group[0].by), (False, f"{first}{rest}.")]
             found.append(Answer(parts, tuple(cell for one in group for cell in one.cells)))
         if (one := _against_full(problem, mine)) is not None:
             found.append(one)
@@ -145,7 +157,7 @@ def _against_full(problem: dict[str, Any], rows: pd.DataFrame) -> Answer | None:
     faster = sum(float(row[SPEEDUP]) > 1 for row in its)
     parts = [
         (False, f"{words_of(problem)}: "), (True, str(best["choice"])),
-        (False, f"{tail}. {faster} of {len(its)} choices are faster than full attention."),
+        (False, f"{tail}. Faster than full attention: {faster} of {len(its)} choices."),
     ]  # fmt: skip
     return Answer(parts, tuple(str(row["cell"]) for row in its))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcbench.report.amounts import BYTES, SECONDS, duration, percent, size, times, unit_for
 from lcbench.report.batches import known, words_of
+from lcbench.report.frame import APPROXIMATE
 from lcbench.report.palette import COLORS, MARKERS, Style, style
 from lcbench.report.panel import Panel
 from lcbench.report.parts import Shown, in_order
@@ -23,7 +24,7 @@ FULL = "full attention"
 POSSIBLE = "best possible"
 OTHERS = {POSSIBLE: Style("#888888", "cross", ())}
 SPLIT = {**{part: Style(color, "square", ()) for part, color in PARTS.items()}, FULL: Style(INK, "square", ())}
-MOST_BARS = 48  # of a figure: the fastest; the rest are in the table
+MOST_BARS = 36  # of a figure: the fastest; the rest are in the table
 
 RECALLED = (
     "Share of the softmax's mass that is kept, mean over heads, against the pairs that are kept. A vertical line goes from the "
@@ -31,7 +32,8 @@ RECALLED = (
 )
 SPENT = (
     "What a pass goes to. A black line: full attention of the whole mask by the same strategy and kernel. Every pass here chooses "
-    "and plans; where several steps may share a choice, the table has the mean step. Hatched: predicted."
+    "and plans; where several steps may share a choice, the table has the mean step. Choices that keep less than all are "
+    "approximate: the table has their distance. Hatched: predicted."
 )
 MOVED = (
     "Bytes of the rank that sends most in a pass, to choose and to compute, against the pairs that are kept: a mark for every "
@@ -57,7 +59,7 @@ def figures_of(of: Shown) -> Iterator[Panel]:
             more = f" The {MOST_BARS} fastest are drawn." if len(bars) > MOST_BARS else ""
             bars = bars[:MOST_BARS]
             yield Panel(
-                "selecting", "What a pass goes to", where, SPENT + more, spent(bars), (WIDTH + 2.6, 0.7 + BAR * len(bars)),
+                "selecting", "What a pass goes to", where, SPENT + more, spent(bars), (WIDTH + 1.2, 0.7 + BAR * len(bars)),
                 partial(split, rows=bars), SPLIT, [str(row["cell"]) for row in bars],
             )  # fmt: skip
         moved = [row for row in mine.to_dict("records") if known(row, "comm/bytes") and known(row, DENSITY) is not None]
@@ -126,12 +128,16 @@ def split(axis: Axes, styles: dict[str, Style], rows: list[dict[str, Any]]) -> d
         ends = max(left, (known(row, DENSE) or 0.0) / unit.size)
         text = f"{duration(total)}{'' if not full else f', {times(full / total)}'}"
         axis.annotate(text, (ends, place), xytext=(5, 0), textcoords="offset points", fontsize=6, va="center")
-    axis.set_yticks(range(len(rows)), [row["choice"] for row in rows], fontsize=6)
+    axis.set_yticks(range(len(rows)), [f"{_plain(row['what_cp'])}, {row['by']}" for row in rows], fontsize=6)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlim(0, 1.3 * max(*totals, *fulls) / unit.size)
     named(axis, f"time of a pass, {unit.name}", "")
     axis.tick_params(axis="y", labelsize=6)
     return drawn
+
+
+def _plain(strategy: str) -> str:
+    return strategy.removesuffix(APPROXIMATE)
 
 
 def spent(rows: list[dict[str, Any]]) -> str:
@@ -152,13 +158,13 @@ def bytes_(axis: Axes, styles: dict[str, Style], rows: list[dict[str, Any]]) -> 
     """A mark for each row; gives what is drawn, by strategy."""
     drawn: dict[str, Any] = {}
     unit = unit_for(max(float(row["comm/bytes"]) for row in rows), BYTES)
-    for name, its in _by_strategy(rows).items():
+    for number, (name, its) in enumerate((strategies := _by_strategy(rows)).items()):
         x, y = [100 * float(row[DENSITY]) for row in its], [float(row["comm/bytes"]) / unit.size for row in its]
         look: dict[str, Any] = {
             "linestyle": "none",
             "marker": MARKERS[styles[name].marker],
             "color": styles[name].color,
-            "markersize": 5,
+            "markersize": 2 + 3 * (len(strategies) - number),
         }
         drawn[name] = axis.plot(x, y, label=name, **look)[0]
     axis.set_xlim(left=0)
