@@ -325,7 +325,7 @@ _KEEPS = {"oracle": 0.9, "dsv": 0.8, "random": 0.2}  # mass at a fifth of the pa
 
 
 def chosen_of(cell: Cell, metrics: dict[str, float]) -> dict[str, float]:
-    """What a session of sparse attention counts: choosing takes a tenth of a pass, planning a twentieth, full attention twice it."""
+    """What a session of sparse attention counts: choosing takes a tenth of a pass, planning a twentieth."""
     selector = cell.config["selector"]
     density, total = selector["density"], metrics["time/total/median_s"]
     keeps = _KEEPS[selector["name"]] - (0.2 - density)

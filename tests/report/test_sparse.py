@@ -46,7 +46,8 @@ def test_strategies_choose_the_same_so_a_selection_is_told_once(frame: pd.DataFr
     assert problem["what_mask"] == "causal"
     assert len(rows) == 12
     assert [(one.selector, one.asked, round(one.recall, 6)) for one in found] == [
-        ("oracle", 0.1, 0.8), ("oracle", 0.2, 0.9), ("dsv", 0.1, 0.7), ("dsv", 0.2, 0.8), ("random", 0.1, 0.1), ("random", 0.2, 0.2),
+        ("oracle", 0.1, 0.8), ("oracle", 0.2, 0.9), ("dsv", 0.1, 0.7), ("dsv", 0.2, 0.8),
+        ("random", 0.1, 0.1), ("random", 0.2, 0.2),
     ]  # fmt: skip
     assert sorted(cell for one in found for cell in one.cells) == sorted(rows["cell"])
 

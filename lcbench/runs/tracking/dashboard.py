@@ -88,8 +88,8 @@ cell: a kernel x context-parallel strategy x mask x length x scale, checked agai
   `model_step_ms_scaled` are of the whole model, scaled from the layers that were run, not measured
 - of a batch of documents besides: `batch/`, `plan/`, `batch_tokens_per_s` (of all ranks), `idle_percent`, `padding_percent`,
   `planning_ms` (in no other time); `total_ms` is the makespan
-- of attention that chooses its mask besides: `select/`, `recall_percent` (of the softmax's mass), `density_percent`, `select_ms` and
-  `replan_ms` (both in `total_ms`), `mean_step_ms` (where several steps share a choice)
+- of attention that chooses its mask besides: `select/`, `recall_percent` (of the softmax's mass), `density_percent`, `select_ms`
+  and `replan_ms` (both in `total_ms`), `mean_step_ms` (where several steps share a choice)
 - tags `lcbench.status`, `lcbench.failure`, `lcbench.cause`: what did not run, and why
 - a prediction is a run of its own, grey, with the tag `lcbench.predicted`; no view of a sweep's cells has it
 """
