@@ -127,8 +127,8 @@ def asked(found: list[Selection]) -> list[tuple[float | None, list[Selection]]]:
 
 
 def answers(rows: pd.DataFrame) -> list[Answer]:
-    """Of every problem in ``sparse_rows``: what comes closest to the best choice for each density that was asked for, and what a step
-    takes against full attention.
+    """Of every problem in ``sparse_rows``: what comes closest to the best choice for each density that was asked for, and what a
+    step takes against full attention.
     """
     found = []
     for problem, mine in contests(rows):
