@@ -293,14 +293,12 @@ def said(check: Check) -> str:
 
 
 def check_stale(rank: int, ranks: int, groups: Groups, dtype: str) -> None:
-    """What came with the pass before is the same in the first passes, and the negative of what it should be in the last."""
+    """What came with the pass before is right in the first pass, and the negative of what it should be later."""
     for backward in (False, True):
         with faulty_state(stale(), backward=backward)(rank):
             found = Cell(LASP(), dtype=dtype).measured(rank, ranks, groups).check
         assert found is not None
-        # Of the gradient of the state nothing changes where values are negated, so that one that is late is the same.
-        assert bool(found.failures) != backward, said(found)
-        assert all("last" in failure for failure in found.failures)
+        assert any(f.startswith("dv:" if backward else "out:") and "last timed pass" in f for f in found.failures), said(found)
 
 
 @pytest.mark.gloo
@@ -374,7 +372,7 @@ def test_what_a_rank_gets_at_the_least() -> None:
     assert least_received(100, 1, heads) == 2 * 16  # one row of it
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mask": ({"mask": full(64)}, "it takes mask=causal"),
     "batch": ({"problem": {"batch": Batch((Requests(1, 64, 64),))}}, "it takes seqlen, no batch"),
     "sink": ({"problem": {"softmax": Softmax(sink=True)}}, "has no softmax"),
@@ -416,7 +414,7 @@ def test_who_says_only_the_workload_is_told_what_else_to_say() -> None:
         assert "kernel=chunked|" in skip
         assert "cp=lasp|lasp2|none|ulysses|zeco" in skip
     (other,) = look(["site=local", "cp=zeco", "scale=1x2"]).cells
-    assert other.skip.endswith("for linear attention there are workload=linear_attention")
+    assert str(other.skip).endswith("for linear attention there are workload=linear_attention")
 
 
 def test_a_cell_is_what_its_words_say() -> None:
