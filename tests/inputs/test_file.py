@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -183,8 +184,8 @@ def test_layers_are_cells_and_the_content_is_pinned(captured: str, tmp_path: Pat
 
 def test_a_large_file_is_digested_once(captured: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    digest = build.hashlib.file_digest
-    monkeypatch.setattr(build.hashlib, "file_digest", lambda file, name: read.append(file.name) or digest(file, name))
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or digest(file, name))
     for cell, _ in cells(f"inputs.file={captured}", "inputs.layer=0,1,5", "seqlen=64,128", "-m"):
         build.build_inputs(cell.config)
     assert read == [captured]
