@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 DIRECTIONS = ("forward", "forward_backward")
 REDUCE_DTYPES = ("float32", "input")
+
+# Recurrences of linear attention (``kernels.linear``).
+Rule = Literal["gla", "gated_delta_rule"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 def itemsize(dtype: str) -> int:
@@ -322,6 +326,7 @@ class Problem:
             ``input``, the inputs' type, which is fewer bytes and less exact.
         batch: requests, of which the new tokens have queries; None: one sequence, all of whose tokens have.
         softmax: how scores become weights.
+        rule: the recurrence of linear attention; None: attention is a softmax over keys.
     """
 
     seqlen: int
@@ -332,6 +337,7 @@ class Problem:
     reduce_dtype: str = "float32"
     batch: Batch | None = None
     softmax: Softmax = PLAIN
+    rule: Rule | None = None
 
     @property
     def requests(self) -> Batch:

@@ -28,10 +28,11 @@ from lcbench.report.ending import BAD_INPUT, bad_input, say_error
 from lcbench.report.fitted import Column, Fitted, console
 from lcbench.report.inert import plain
 from lcbench.report.table import Names
+from lcbench.schedule.fault import ScheduleError
 from lcbench.schedule.lowering import operations_of
 from lcbench.schedule.plot import Predicted, Timeline, save
 from lcbench.schedule.schedule import Schedule
-from lcbench.schedule.verify import ScheduleCost, ScheduleError
+from lcbench.schedule.verify import ScheduleCost
 
 FIRST_RANKS, FIRST_STEPS = 4, 8  # of a single schedule, where --grid is not asked for
 EXAMPLES = """

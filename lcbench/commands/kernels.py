@@ -77,6 +77,8 @@ def matrix(cells: list[Cell], platform: Platform, *, installed: bool) -> Iterato
         for dtype, direction in product(DTYPES, DIRECTIONS):
             problem = replace(cell.problem, dtype=dtype, direction=direction)
             reason = kernel.unsupported(problem, mask) or kernel.unavailable(problem, platform) or missing
+            if kernel.operator != "softmax":
+                reason = f"is for {kernel.operator} attention, which has no masks (workload={kernel.operator}_attention)"
             if reason is None and calls is None:
                 calls = native_calls(kernel, mask, platform)
             yield {
@@ -101,7 +103,8 @@ def _platform(name: str) -> Platform:
 
 
 def _cells(overrides: list[str]) -> list[Cell]:
-    """A cell per kernel and mask; all there are where the overrides name none, but for masks that need a file of the user's."""
+    """A cell per kernel and mask; all there are where the overrides name none, but for kernels of linear attention, which know no
+    masks, and masks that need a file of the user's."""
     given = {override.split("=")[0].lstrip("+~") for override in overrides}
     whole = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in given]
     for axis in ("kernel", "mask"):
@@ -110,7 +113,8 @@ def _cells(overrides: list[str]) -> list[Cell]:
     cells = look([*whole, *overrides]).cells
     if "lengths" not in given and any("lengths" in planned.cell.config["mask"] for planned in cells):
         cells = look([*whole, LENGTHS, *overrides]).cells
-    return [planned.cell for planned in cells]
+    found = [planned.cell for planned in cells]
+    return found if "kernel" in given else [cell for cell in found if build_kernel(cell.config["kernel"]).operator == "softmax"]
 
 
 def _by_kernel(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

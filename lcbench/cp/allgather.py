@@ -7,7 +7,7 @@ every rank's gradients straight to the owners, which sum them: a reduce-scatter.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -24,6 +24,8 @@ ORDERS = ("auto", "zigzag", "contiguous", "documents")
 @dataclass(frozen=True)
 class AllGather(Scheduled):
     """``heads_per_step``: key/value heads gathered at a time, or ``all``; ``layout``: how tokens are dealt out."""
+
+    by_mask: ClassVar[bool] = True
 
     heads_per_step: int | Literal["all"] = "all"
     layout: Literal["auto", "zigzag", "contiguous", "documents"] = "auto"
@@ -45,7 +47,7 @@ class AllGather(Scheduled):
         q, k = _stretches(queries, ranks), _stretches(keys, ranks)
         part = heads.kv if self.heads_per_step == "all" else self.heads_per_step
         each = heads.q // heads.kv * part
-        groups = tuple(HeadGroup.of(heads, begin, begin + each) for begin in range(0, heads.q, each))
+        groups = tuple(HeadGroup.of(heads, range(begin, begin + each)) for begin in range(0, heads.q, each))
 
         every, everything, owner = np.arange(ranks), ranks, k.owner
         steps = []

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from lcbench.kernels.cache import Cache, CacheKind
+    from lcbench.kernels.linear import LinearKernel
     from lcbench.schedule.execute import Counters, Executor
     from lcbench.schedule.groups import Groups
+    from lcbench.schedule.scan import ScanRun
     from lcbench.schedule.simulate import Modelled
 
 
@@ -236,6 +238,11 @@ class Strategy(ABC):
         """Whether its results are not those of the cell's mask. ``unsupported`` has nothing against the problem."""
         return self.computes(problem, mask) is not mask
 
+    def settled(self, problem: Problem, mask: Mask) -> "Strategy":
+        """The same strategy with tokens dealt out as for ``mask``, the cell's own: started for any part of that mask, its ranks
+        hold what they hold for all of it. Inputs lie where they are before anything is chosen."""
+        return self
+
     @property
     def inside(self) -> "dict[str, Scheduled]":
         """By which strategies a sub-group of ranks may share documents of a batch, by name; none: by no schedule of ours."""
@@ -265,6 +272,14 @@ class Strategy(ABC):
             Unsupported: the kernel cannot run a tile of this rank.
         """
 
+    def start_linear(self, problem: Problem, mask: Mask, kernel: "LinearKernel", place: Place) -> "ScanRun":
+        """``start`` for linear attention, where ``operators`` has that. Collective.
+
+        Raises:
+            Unsupported: the kernel cannot run these heads.
+        """
+        raise Unsupported(f"{type(self).__name__} shares no linear attention among ranks")
+
 
 @dataclass(frozen=True)
 class Scheduled(Strategy):
@@ -272,7 +287,10 @@ class Scheduled(Strategy):
 
     Attributes:
         lowering: ``auto``: what moves within whole sets of ranks goes by collectives; ``p2p``: everything from point to point.
+        by_mask: whether the schedule depends on the mask; then a part of a mask is run by the schedule of all of it (``settled``).
     """
+
+    by_mask: ClassVar[bool] = False
 
     # At its default it is no part of a cell, whose id is from before there was a choice.
     lowering: Lowering = field(default="auto", kw_only=True, metadata={"left_out": True})
@@ -287,6 +305,9 @@ class Scheduled(Strategy):
     def apart(self) -> bool:
         """Whether q, k and v are exchanged one by one, as a layer projects them."""
         return False
+
+    def settled(self, problem: Problem, mask: Mask) -> "Scheduled":
+        return Settled(self, mask, lowering=self.lowering) if self.by_mask else self
 
     @abstractmethod
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
@@ -305,6 +326,48 @@ class Scheduled(Strategy):
             rank=place.rank, device=place.device, groups=place.groups, lowering=self.lowering, apart=self.apart,
         )  # fmt: skip
 
+    def start_linear(self, problem: Problem, mask: Mask, kernel: "LinearKernel", place: Place) -> "ScanRun":
+        from lcbench.schedule import scan  # with torch, which planning does without
+
+        return scan.ScanRun(
+            self.schedule(problem, mask), kernel, problem,
+            rank=place.rank, device=place.device, groups=place.groups, lowering=self.lowering,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LinearOnly(Scheduled):
+    """A strategy that moves states of linear attention: ranks have stretches of the tokens in their order, of any length."""
+
+    operators: ClassVar[tuple[str, ...]] = ("linear",)
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return None if problem.rule is not None else "is for linear attention: workload=linear_attention"
+
+
+@dataclass(frozen=True)
+class Settled(Scheduled):
+    """A strategy that runs a part of a mask by the schedule of all of it: tokens lie, and travel, as for the whole mask, and tiles
+    without a pair are left out.
+
+    Attributes:
+        strategy: whose schedule it is.
+        mask: for which.
+    """
+
+    strategy: Scheduled
+    mask: Mask
+
+    def unsupported(self, problem: Problem, mask: Mask) -> str | None:
+        return self.strategy.unsupported(problem, self.mask)
+
+    @property
+    def apart(self) -> bool:
+        return self.strategy.apart
+
+    def schedule(self, problem: Problem, mask: Mask) -> Schedule:
+        return self.strategy.schedule(problem, self.mask)
+
 
 @dataclass(frozen=True)
 class Dealt(Scheduled):
@@ -313,6 +376,8 @@ class Dealt(Scheduled):
     Attributes:
         layout: how tokens are dealt out; ``auto``: zigzag or contiguous, whichever is better balanced by exact area.
     """
+
+    by_mask: ClassVar[bool] = True
 
     layout: Order = "auto"
 

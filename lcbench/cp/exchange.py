@@ -83,6 +83,26 @@ class Exchange:
         """``target`` (P, ...) gets what every rank has for this one in its ``source`` (P, ...). Collective."""
         return self._begun(all_to_all, target, source, source.numel() // self.size)
 
+    def to_each(self, target: torch.Tensor, source: torch.Tensor, received: list[int], sent: list[int]) -> list[Waits]:
+        """``target`` (rows, n) gets the rows that each rank has for this one in its ``source``, rank after rank. Collective.
+
+        Args:
+            received, sent: rows from, and for, each rank, this one among them.
+        """
+        if self.size > 1 and not self._communicate:
+            return []
+        width = source.shape[1]
+        for place, rank in enumerate(self._members):
+            if place != self.place:
+                self._sending.count(sent[place] * width * source.element_size(), rank)
+        if self.size == 1:
+            target.copy_(source)
+            return []
+        assert self._group is not None
+        (source,), (target,), copies = self._sending.ends([source], [target])
+        elements = ([width * rows for rows in each] for each in (sent, received))
+        return [all_to_all(target.view(-1), source.view(-1), self._group, *elements), *copies]
+
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """(P, ...): x, of one shape on all ranks, of every rank. Collective."""
         found = x.new_zeros((self.size, *x.shape))

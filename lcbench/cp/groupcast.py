@@ -8,23 +8,22 @@ own keys are computed first. Gradients go straight back to the owners.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from lcbench.cp.base import Scheduled
-from lcbench.masks.band import Ints, TokenSpan, distinct
-from lcbench.masks.convert import needed_keys
+from lcbench.masks.band import Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.schedule.build import check_choice, check_count
-from lcbench.schedule.layout import Layout, contiguous
-from lcbench.schedule.schedule import Move, Schedule, Side, Step, head_groups, rows
+from lcbench.schedule.build import check_choice, check_count, too_few_queries
+from lcbench.schedule.layout import contiguous
+from lcbench.schedule.schedule import Schedule, Side
+from lcbench.schedule.sparse import Demand, edges_of, fetching
 
 SOLVERS = ("greedy", "swap")
 MAX_SWAPS = 1000
-MOST_CUTS = 1 << 14  # of the sequence, at the ends of what ranks need; with more of them whole chunks are sent
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,15 @@ class GroupCast(Scheduled):
         stages: parts of the remote keys.
         solver: ``greedy``: largest chunk first, to the least loaded rank that has room; ``swap``: then chunks change places
             between the busiest rank and others as long as that helps.
+        by_head: whether keys go to a rank for those heads alone whose map needs them, where heads have maps of their own: fewer
+            bytes, in more messages and more kernel calls. Else what some head needs goes for all of them.
     """
 
     chunks_per_rank: int = 8
     stages: int = 2
     solver: Literal["greedy", "swap"] = "greedy"
+    # At its default it is no part of a cell, whose id is from before there was a choice.
+    by_head: bool = field(default=False, metadata={"left_out": True})
 
     def __post_init__(self) -> None:
         check_count("chunks_per_rank", self.chunks_per_rank)
@@ -48,60 +51,20 @@ class GroupCast(Scheduled):
         check_choice("solver", self.solver, SOLVERS)
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        if problem.queries < problem.scale.world_size:
-            return f"needs at least a query per rank: {problem.queries} over {problem.scale.world_size} ranks"
-        return None
+        return too_few_queries(problem)
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size
         chunks = contiguous(problem.queries, ranks * min(self.chunks_per_rank, problem.queries // ranks))
         owner_of_chunk = dispatch(np.array(chunks.areas(mask)), ranks, swap=self.solver == "swap")
-        q_edges = _edges(chunks)
-        chunk, begin, end = needed_keys(mask, q_edges)
+        q_edges = edges_of(chunks)
         # Keys live where their queries do; those of a cache in equal stretches.
-        edges, owner_of_stretch = q_edges, owner_of_chunk
+        k_edges, owner_of_stretch = q_edges, owner_of_chunk
         if problem.rectangular:
-            edges, owner_of_stretch = _edges(contiguous(problem.seqlen, ranks)), np.arange(ranks)
-        cuts = distinct(np.concatenate([edges, begin, end]))
-        if len(cuts) > MOST_CUTS:
-            cuts = edges
-        # needed[r, i]: whether a query of rank r sees a key of stretch i
-        marks = np.zeros((ranks, len(cuts)), dtype=np.int64)
-        np.add.at(marks, (owner_of_chunk[chunk], np.searchsorted(cuts, begin, side="right") - 1), 1)
-        np.add.at(marks, (owner_of_chunk[chunk], np.searchsorted(cuts, end)), -1)
-        needed = np.cumsum(marks, axis=1)[:, :-1] > 0
-        owner = owner_of_stretch[np.searchsorted(edges, cuts[:-1], side="right") - 1]
-        shards = Layout(tuple((TokenSpan(a, b - a),) for a, b in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)))
-
-        every = np.arange(ranks)
-        bundles: list[tuple[int, ...]] = [tuple(np.nonzero(owner == rank)[0].tolist()) for rank in range(ranks)]
-        tiles = [rows(every, 0, every, every)]
-        moves: list[tuple[Move, ...]] = []
-        remote = needed & (owner != every[:, None])
-        # Stretches go to stages by the tokens before them, so that stages are equally long.
-        before = np.cumsum(remote * np.diff(cuts), axis=1)
-        stage_of = (before - 1) * self.stages // np.maximum(before[:, -1:], 1)
-        for stage in range(self.stages):
-            rank, shard = np.nonzero(remote & (stage_of == stage))
-            if not len(rank):
-                continue
-            users, begins = np.unique(rank, return_index=True)
-            first = len(bundles)
-            bundles += [tuple(part.tolist()) for part in np.split(shard, begins[1:])]
-            moves.append((Move("kv", rows(owner[shard], rank, shard, 0)),))
-            tiles.append(rows(users, 0, users, first + np.arange(len(users))))
-        steps = tuple(Step(*step) for step in zip(tiles, [*moves, ()], strict=True))
-        k = q = Side(shards, owner, tuple(bundles))
-        if problem.rectangular:
-            queries = [tuple(np.nonzero(owner_of_chunk == rank)[0].tolist()) for rank in range(ranks)]
-            q = Side(chunks, owner_of_chunk, tuple(queries))
-        return Schedule(ranks, q, k, head_groups(problem.heads, 1), steps)
-
-
-def _edges(layout: Layout) -> Ints:
-    """Where each of the stretches of a contiguous layout begins, and where the last one ends."""
-    first = [runs[0].start for runs in layout.shards]
-    return np.array([*first, layout.shards[-1][0].start + layout.size(len(layout) - 1)])
+            k_edges, owner_of_stretch = edges_of(contiguous(problem.seqlen, ranks)), np.arange(ranks)
+        demand = Demand.of(mask, q_edges, k_edges, owner_of_chunk)
+        demand = demand if self.by_head else demand.all_heads()
+        return fetching(problem, demand, Side(chunks, owner_of_chunk, ()), owner_of_stretch[demand.stretch], self.stages)
 
 
 def dispatch(areas: Ints, ranks: int, *, swap: bool) -> Ints:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
@@ -47,6 +48,8 @@ class Hybrid(Scheduled):
         within: by which strategies a sub-group may share its documents, the first that can run them; in a batch the planner chooses
             among them. None: by a ring.
     """
+
+    by_mask: ClassVar[bool] = True
 
     groups: tuple[int, ...] | list[int] | None = None
     documents: tuple[int, ...] | list[int] | None = None

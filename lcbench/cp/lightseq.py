@@ -9,6 +9,7 @@ their queries gets the mirrored rounds too. Tiles without a pair are left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups
 @dataclass(frozen=True)
 class LightSeq(Scheduled):
     """Workers and helpers; there is nothing to choose but ``lowering``."""
+
+    by_mask: ClassVar[bool] = True
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return only_self_attention(problem) or too_short(problem, problem.scale.world_size)

@@ -7,7 +7,7 @@ next window travel over a communicator of their own and have w steps to arrive. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lcbench.cp.base import HeadGrid, Scheduled
 from lcbench.masks.mask import Mask
@@ -28,6 +28,8 @@ class LoongTrain(HeadGrid, Scheduled):
         placement: which ranks are neighbours: those of a head exchange, or those of an inner ring.
         layout: of tokens over the ring positions.
     """
+
+    by_mask: ClassVar[bool] = True
 
     window: int | Literal["auto"] = "auto"
     placement: Placement = "head_first"

@@ -17,9 +17,10 @@ from lcbench.schedule.schedule import Schedule, head_groups, singles
 
 @dataclass(frozen=True)
 class Local(Scheduled):
-    """One tile: all queries on all keys."""
+    """One tile: all queries on all keys, or all tokens from a state of zeros."""
 
     one_rank: ClassVar[bool] = True
+    operators: ClassVar[tuple[str, ...]] = ("softmax", "linear")
     lowering: Lowering = field(default="auto", init=False)  # no option: one rank sends nothing
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:

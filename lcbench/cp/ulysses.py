@@ -3,6 +3,8 @@
 KV heads are replicated where there are fewer of them than ranks; their gradients are summed over the replicas. With several
 stages the heads of a rank come in as many parts, and the exchange of one part runs while another is computed.
 
+In linear attention decays and strengths go where keys and values go, and each rank goes through all tokens with its heads' states.
+
 With ``async_projections`` a training step exchanges q while it projects k, and k while it projects v; in backward those of v and
 k compute while the gradients after theirs arrive (asynchronous Ulysses of VeOmni, arXiv 2508.02317).
 """
@@ -10,6 +12,7 @@ k compute while the gradients after theirs arrive (asynchronous Ulysses of VeOmn
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
@@ -29,6 +32,7 @@ class Ulysses(Scheduled):
     stages: int = 1
     # At its default it is no part of a cell, whose id is from before there was a choice.
     async_projections: bool = field(default=False, metadata={"left_out": True})
+    operators: ClassVar[tuple[str, ...]] = ("softmax", "linear")
 
     @property
     def apart(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lcbench.cp.base import HeadGrid, Scheduled
 from lcbench.masks.mask import Mask
@@ -21,6 +21,8 @@ class USP(HeadGrid, Scheduled):
         ulysses: ``inside``: the ranks of a head exchange are neighbours, in one node as long as U fits; ``outside``: those of
             a ring are.
     """
+
+    by_mask: ClassVar[bool] = True
 
     layout: Order = "auto"
     ulysses: Literal["inside", "outside"] = "inside"

@@ -72,8 +72,9 @@ class Cell:
         config = self.config
         heads, scale = self.mesh.heads(self.heads), self.mesh.group_scale(self.scale)
         return Problem(
-            config["seqlen"], heads, scale, config["dtype"], config["direction"], config["reduce_dtype"], self.batch, self.softmax
-        )
+            config["seqlen"], heads, scale, config["dtype"], config["direction"], config["reduce_dtype"], self.batch, self.softmax,
+            config.get("workload", {}).get("rule"),
+        )  # fmt: skip
 
     @property
     def mesh(self) -> Mesh:

@@ -41,12 +41,13 @@ from lcbench.grid.search import Bracket, Search, at
 from lcbench.grid.trace import Trace
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask, DoesNotFit
-from lcbench.masks.block import BlockMap
+from lcbench.masks.block import MAX_BLOCKS, BlockMap, chosen
 from lcbench.masks.mask import Mask
 from lcbench.planners.base import Documents, Fleet
 from lcbench.problem import Batch, Heads, Mesh, Problem, Scale
 from lcbench.redact import refuse_readable
 from lcbench.schedule.layout import documents
+from lcbench.selectors.base import Selector, block_edges, blocks_of
 from lcbench.workloads.base import Workload
 
 CONFIG = "config"
@@ -465,7 +466,7 @@ def skip_reason(cell: Cell) -> str | None:
         mask = _mask(cell)
     except DoesNotFit as error:
         return f"mask {config['mask']['name']}: {error}"
-    said, made = config.get("workload"), {}
+    said, made, blocks = config.get("workload"), {}, _widest(cell, mask)
     workload = None if said is None else _object("workload", json.dumps(said), build.build_workload)
     for group, builder in (("kernel", build.build_kernel), ("cp", build.build_strategy)):
         made[group] = _object(group, json.dumps(config[group]), builder)
@@ -473,9 +474,10 @@ def skip_reason(cell: Cell) -> str | None:
             return f"{group} {config[group]['name']}: {reason}"
         if group == "cp" and workload is not None and workload.in_groups:
             continue
-        if reason := own.reason_not(group, config[group], made[group], problem, mask):
+        if reason := own.reason_not(group, config[group], made[group], problem, blocks if group == "kernel" else mask):
             return f"{group} {config[group]['name']}: {reason}"
-    if reason := _refused_by_workload(cell, mask, made["kernel"], made["cp"]) or _refused_by_inputs(cell, workload):
+    reason = _refused_by_workload(cell, mask, blocks, made["kernel"], made["cp"])
+    if reason := reason or _refused_by_inputs(cell, workload):
         return reason
     if own.named_in(config["cp"]):
         _prove(cell)
@@ -483,22 +485,40 @@ def skip_reason(cell: Cell) -> str | None:
 
 
 def _other_operator(group: str, value: Kernel | Strategy, workload: Workload | None) -> str | None:
-    """Why a kernel or a strategy is for another kind of attention than the workload, or None."""
+    """Why a kernel or a strategy is for another kind of attention than the workload, and what is for the same; None: it is not."""
     own = value.operators if isinstance(value, Strategy) else (value.operator,)
     wanted = "softmax" if workload is None else workload.operator
-    return None if wanted in own else f"is for {' and '.join(own)} attention, and the workload's is {wanted}"
+    if wanted in own:
+        return None
+    # Of softmax attention there is nearly everything, so what is named is the workload that this one would be for.
+    groups = ("kernel", "cp") if wanted != "softmax" else ("workload",)
+    of = own[0] if wanted == "softmax" else wanted
+    named = " and ".join(f"{other}={'|'.join(_of_operator(other, of))}" for other in groups)
+    return f"is for {' and '.join(own)} attention, and the workload's is {wanted}; for {of} attention there are {named}"
+
+
+@cache
+def _of_operator(group: str, operator: str) -> tuple[str, ...]:
+    """The files of an axis in conf whose values are for a kind of attention."""
+    every = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in sorted((CONF / group).glob("*.yaml"))}
+    kinds = {name: build.get_object(config["_target_"]) for name, config in every.items()}  # type: ignore[call-overload, index]
+    return tuple(name for name, kind in kinds.items() if operator in getattr(kind, "operators", (getattr(kind, "operator", ""),)))
 
 
 def approximates(cell: Cell) -> bool:
-    """Whether the results of a cell that can run are not those of its mask (``Strategy.approximates``).
+    """Whether the results of a cell that can run are not those of its mask: its strategy computes another, or its selector may
+    leave out keys.
 
     Raises: as ``mask_of`` does.
     """
+    selector = _selector(cell)
+    if selector is not None and not selector.dense:
+        return True
     strategy = _object("cp", json.dumps(cell.config["cp"]), build.build_strategy)
     return bool(strategy.approximates(cell.problem, _mask(cell)))
 
 
-def _refused_by_workload(cell: Cell, mask: Mask, kernel: Kernel, strategy: Strategy) -> str | None:
+def _refused_by_workload(cell: Cell, mask: Mask, blocks: Mask, kernel: Kernel, strategy: Strategy) -> str | None:
     """What the workload says to a cell; the axis's default takes what kernel and strategy take, and a plan need not load it."""
     config = cell.config
     said = config.get("workload")
@@ -511,7 +531,7 @@ def _refused_by_workload(cell: Cell, mask: Mask, kernel: Kernel, strategy: Strat
     given = cell.problem, mask, kernel, strategy, recompute
     if reason := workload.misfit(cell.mesh) or own.reason_not("workload", said, workload, *given):
         return f"workload {said['name']}: {reason}"
-    return _refused_by_planner(cell, mask, workload)
+    return _refused_by_planner(cell, mask, workload) or _refused_by_selector(cell, mask, blocks, strategy)
 
 
 def _refused_by_inputs(cell: Cell, workload: Workload | None) -> str | None:
@@ -544,6 +564,35 @@ def _refused_by_planner(cell: Cell, mask: Mask, workload: Workload) -> str | Non
     given = Documents(np.diff(bounds), pairs_of), Fleet(scale.world_size, scale.gpus_per_node, capacity)
     reason = own.reason_not("planner", said, planner, *given)
     return reason and f"planner {said['name']}: {reason}"
+
+
+def _refused_by_selector(cell: Cell, mask: Mask, blocks: Mask, strategy: Strategy) -> str | None:
+    """What a selector says to a problem, and the strategy to the blocks that it may choose."""
+    selector, problem = _selector(cell), cell.problem
+    if selector is None or selector.dense:
+        return None
+    said = cell.config.get("selector", AXES["selector"].unsaid)
+    if reason := own.reason_not("selector", said, selector, problem):
+        return f"selector {said['name']}: {reason}"
+    if (count := math.prod(blocks_of(selector, problem))) > MAX_BLOCKS:
+        return f"selector {said['name']}: {count} blocks are more than {MAX_BLOCKS}; take larger blocks"
+    reason = own.reason_not("cp", cell.config["cp"], strategy.settled(problem, mask), problem, blocks)
+    return reason and f"cp {cell.config['cp']['name']}: {reason}"
+
+
+def _widest(cell: Cell, mask: Mask) -> Mask:
+    """What a kernel may be given of a cell: its mask, or all blocks of it that a selector may choose."""
+    selector, problem = _selector(cell), cell.problem
+    if selector is None or selector.dense or not isinstance(mask, BandMask):
+        return mask
+    edges = (block_edges(mask.num_q, selector.q_block), block_edges(mask.num_k, selector.k_block))
+    return chosen(np.broadcast_to(True, (selector.maps(problem.heads), *blocks_of(selector, problem))), *edges, mask)
+
+
+def _selector(cell: Cell) -> Selector | None:
+    taken = {name: cell.config[name] for name in ("workload", "selector") if name in cell.config}
+    found: Selector | None = _object("selector", json.dumps(taken), build.build_selector)
+    return found
 
 
 def pairs(cell: Cell) -> float:

@@ -25,8 +25,9 @@ from lcbench.masks.band import BandMask, DoesNotFit
 from lcbench.masks.block import BlockMap, Keep
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
+from lcbench.schedule.fault import ScheduleError
 from lcbench.schedule.schedule import Schedule
-from lcbench.schedule.verify import ScheduleCost, ScheduleError, verify
+from lcbench.schedule.verify import ScheduleCost, verify
 
 # Where nothing is a user's: this package, and Python with what is installed beside it.
 NOT_THEIRS = (PACKAGE, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")))

@@ -289,6 +289,13 @@ def only_blocks(mask: Mask) -> str | None:
     return None if isinstance(mask, BlockMap) else "takes dynamic block masks only (mask=block_...); dense kernels run this one"
 
 
+def cut_blocks(mask: Mask, name: str) -> str | None:
+    """Why a kernel that computes whole blocks only does not run a mask, or None."""
+    if isinstance(mask, BlockMap) and (cut := mask.blocks_cut):
+        return f"{name} takes whole blocks only: {cut} of {len(mask)} kept blocks are cut by the mask that they lie within"
+    return None
+
+
 def native_calls(kernel: Kernel, mask: Mask, platform: Platform) -> int:
     """Native calls of a kernel that compute a mask, a block map map by map if the kernel takes bands."""
     if not isinstance(mask, BlockMap):

@@ -8,7 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import Gradients, Kernel, OutLse, Platform, Prepared, Saved, Unsupported, half_on_cuda, only_blocks
+from lcbench.kernels.base import (
+    Gradients,
+    Kernel,
+    OutLse,
+    Platform,
+    Prepared,
+    Saved,
+    Unsupported,
+    cut_blocks,
+    half_on_cuda,
+    only_blocks,
+)
 from lcbench.kernels.flash_attn4 import LIBRARIES, MODULE, overwritten
 from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.block import BlockMap, kept_first, uniform_blocks
@@ -56,7 +67,7 @@ class FlashAttn4Sparse(Kernel):
 def _other_blocks(mask: Mask) -> str | None:
     if isinstance(mask, BlockMap) and not uniform_blocks(mask, BLOCK):
         return f"flash-attn-4 takes uniform blocks of {BLOCK} tokens (mask.block_size={BLOCK} mask.sizes=uniform)"
-    return None
+    return cut_blocks(mask, "flash-attn-4 with blocks")
 
 
 class PreparedBlocks:

@@ -12,6 +12,7 @@ from lcbench.kernels.base import (
     Prepared,
     Saved,
     Unsupported,
+    cut_blocks,
     forward_only,
     half_on_cuda,
     importable,
@@ -69,7 +70,7 @@ class FlashInferSparse(Kernel):
 def _refused(mask: Mask, heads: Heads) -> str | None:
     if isinstance(mask, BlockMap) and mask.maps > heads.kv:
         return "flashinfer takes one map per key/value head at most, this mask has one per query head"
-    return None
+    return cut_blocks(mask, "flashinfer")
 
 
 def _too_many(indices: int) -> str | None:

@@ -33,7 +33,7 @@ class Tokens(NamedTuple):
         q: (T, Hq, Dk).
         k: (T, Hk, Dk).
         v: (T, Hk, Dv).
-        decay: log a_t, at most 0, in the accumulation type: (T, Hk, Dk) for ``gla``, (T, Hk) for ``gated_delta_rule``.
+        decay: log a_t, finite and at most 0, in the accumulation type: (T, Hk, Dk) for ``gla``, (T, Hk) for ``gated_delta_rule``.
         beta: b_t in (0, 1), in the accumulation type, (T, Hk); None for ``gla``.
     """
 
@@ -59,25 +59,34 @@ class Summary(NamedTuple):
 class PreparedScan(Protocol):
     """A kernel of linear attention made ready for stretches of one sequence on one device. T may be any number, also 0.
 
-    Forward of a stretch may come in two parts, since the state that it begins with comes from another rank: ``summary`` and what
-    else needs no state (``local``), then ``forward``.
+    Forward of a stretch comes in parts where the state that it begins with comes from another rank: ``summary``, whose results
+    leave first, ``local`` while states are on their way, then ``forward``. Where the state is there, ``forward`` is all of it.
+    Backward has two parts, ``summary_backward`` and ``backward``. What two parts need both is worked out by each, as libraries do.
+
+    States, given or made, are of the accumulation type. Nothing that is given is written to.
     """
 
     def summary(self, x: Tokens) -> Summary:
         """What the stretch does to any state."""
         ...
 
-    def forward(self, x: Tokens, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """(out (T, Hq, Dv) in the inputs' type, S_end (Hk, Dk, Dv) in the accumulation type, what backward needs) from the state
-        that the stretch begins with; None: zero."""
+    def local(self, x: Tokens) -> Any:
+        """What of ``forward`` needs no state, for it to go on from; None: nothing that this kernel could do apart."""
+        ...
+
+    def forward(self, x: Tokens, state: torch.Tensor | None, local: Any = None) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """(out (T, Hq, Dv) in the inputs' type, S_end (Hk, Dk, Dv), what backward needs) from the state that the stretch begins
+        with; None: zero."""
         ...
 
     def summary_backward(self, dout: torch.Tensor, saved: Any) -> Summary:
-        """What the stretch does to the gradient of a state on its way back: dS_begin = M^T dS_end + L, from dout alone."""
+        """What the stretch does to the gradient of a state on its way back, from dout alone: dS_begin = M dS_end + L, where this M,
+        the summary's ``transition``, is the transpose of that of forward."""
         ...
 
     def backward(self, dout: torch.Tensor, saved: Any, dstate: torch.Tensor | None) -> tuple[Tokens, torch.Tensor]:
-        """(gradients of what it was given, dS_begin (Hk, Dk, Dv)) from the gradient of S_end; None: zero."""
+        """(gradients of the tokens, each in the type of what it is of, and dS_begin (Hk, Dk, Dv)) from the gradient of S_end; None:
+        zero."""
         ...
 
 

@@ -7,14 +7,15 @@ build the tables grows with the number of bands and of tiles at their edges, not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from lcbench.masks.band import BandMask, Ints, cropped, spread
-from lcbench.masks.block import BlockMap, stretches
+from lcbench.masks.band import BandMask, Ints, spread
+from lcbench.masks.block import BlockMap
+from lcbench.masks.cover import by_rows
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,27 @@ class TileTables:
         return bool((self.tested[:, 3] - self.tested[:, 2] == 1).all())
 
 
+class _Listed(NamedTuple):
+    """The lists of ``TileTables`` with the entry of each stretch, both sorted by entry."""
+
+    whole_entry: Ints
+    whole: Ints
+    tested_entry: Ints
+    tested: Ints
+    bands: Ints
+
+    def joined(self, other: _Listed) -> _Listed:
+        """With the stretches of another one, whose bands are put behind these."""
+        more = other.tested + np.array([0, 0, len(self.bands), len(self.bands)])
+        of_whole, of_tested = (
+            np.concatenate(entries) for entries in ((self.whole_entry, other.whole_entry), (self.tested_entry, other.tested_entry))
+        )
+        by_whole, by_tested = (np.argsort(entry, kind="stable") for entry in (of_whole, of_tested))
+        whole, tested = np.concatenate([self.whole, other.whole]), np.concatenate([self.tested, more])
+        bands = np.concatenate([self.bands, other.bands])
+        return _Listed(of_whole[by_whole], whole[by_whole], of_tested[by_tested], tested[by_tested], bands)
+
+
 MakeTables: TypeAlias = Callable[[int, int, int], TileTables]  # tables of one mask for (height, width, tested width)
 
 
@@ -59,15 +81,21 @@ def of_bands(mask: BandMask, height: int, width: int, tested_width: int) -> Tile
 
     ``width`` is a multiple of ``tested_width``. Every tile begins at a multiple of ``tested_width``.
     """
-    each, grid = width // tested_width, tested_width
-    bands = mask.bands
     tops = np.arange(0, mask.num_q, height)
-    rows = np.stack([tops, np.minimum(tops + height, mask.num_q)], axis=1)
-    number, row = spread(bands[:, 0] // height, -(-bands[:, 1] // height))
-    parts, kept = cropped(bands[number], row * height, np.minimum((row + 1) * height, mask.num_q), None, None)
-    row = row[kept]
+    edges = np.append(tops, mask.num_q)
+    rows = np.stack([edges[:-1], edges[1:]], axis=1)
+    return _tables(rows, 1, _of_bands([mask], edges, width, tested_width), height, width, tested_width)
+
+
+def _of_bands(masks: Sequence[BandMask], edges: Ints, width: int, tested_width: int) -> _Listed:
+    """Lists of band masks of one shape, one after the other, for blocks of rows between ``edges``."""
+    each, grid, blocks = width // tested_width, tested_width, len(edges) - 1
+    cut = [by_rows(mask.bands, edges) for mask in masks]
+    parts = np.concatenate([bands for bands, _ in cut])
+    # Rows of all masks behind one another: entries.
+    row = np.concatenate([of + number * blocks for number, (_, of) in enumerate(cut)])
     q0, q1, k0, k1, lo, hi = parts.T
-    covers = (q0 == row * height) & (q1 == np.minimum((row + 1) * height, mask.num_q))
+    covers = q1 - q0 == np.tile(np.diff(edges), len(masks))[row]
     # Columns that the last row already sees and the first one still does, rounded inwards to whole tiles.
     begin = -(-np.maximum(k0, q1 - 1 + lo) // grid)
     end = np.minimum(k1, q0 + hi + 1) // grid
@@ -85,7 +113,7 @@ def of_bands(mask: BandMask, height: int, width: int, tested_width: int) -> Tile
     part, column = np.concatenate([before, after]), np.concatenate([columns, later])
     order = np.lexsort((column, row[part]))
     tested_row, tested, used = _tested(row[part[order]], column[order], part[order], parts, grid)
-    return _tables(rows, 1, whole_row, whole, tested_row, tested, used, height, width, grid)
+    return _Listed(whole_row, whole, tested_row, tested, used)
 
 
 def _tested(row: Ints, column: Ints, part: Ints, parts: Ints, width: int) -> tuple[Ints, Ints, Ints]:
@@ -117,15 +145,15 @@ def of_blocks(mask: BlockMap, height: int, width: int, tested_width: int) -> Til
     """Tables of a block map, its maps one after the other; sizes as for ``of_bands``.
 
     Blocks of rows end where the map's blocks end, so that kept blocks are seen whole. What whole tiles leave of a stretch of kept
-    blocks is tested.
+    blocks is tested. Stretches with blocks that are cut are taken as bands, of which tiles at an edge are tested.
     """
     heights = np.diff(mask.q_edges)
     number, piece = spread(np.zeros(len(heights), dtype=np.int64), -(-heights // height))
     rows = np.stack([begin := mask.q_edges[number] + piece * height, np.minimum(begin + height, mask.q_edges[number + 1])], axis=1)
     first = np.searchsorted(number, np.arange(len(heights)))
+    parted = [mask.parted(i) for i in range(mask.maps)]
     entries, found = [], []
-    for i in range(mask.maps):
-        block, left, right = stretches(mask.keep(i))
+    for i, ((block, left, right), _) in enumerate(parted):
         stretch, row = spread(first[block], np.append(first, len(number))[block + 1])
         order = np.argsort(row, kind="stable")
         entries.append(i * len(number) + row[order])
@@ -140,16 +168,15 @@ def of_blocks(mask: BlockMap, height: int, width: int, tested_width: int) -> Til
     band = band.reshape(-1)  # numpy 2.0 gives it another shape
     tiles = -(-(end - rest)[left] // tested_width)
     tested = np.stack([rest[left], rest[left] + tiles * tested_width, band, band + 1], axis=1)
-    return _tables(
-        rows, mask.maps, entry[some], np.stack([begin, rest], axis=1)[some], entry[left], tested, bands, height, width, tested_width
-    )
+    listed = _Listed(entry[some], np.stack([begin, rest], axis=1)[some], entry[left], tested, bands)
+    if any(len(cut) for _, cut in parted):
+        edges = np.append(rows[:, 0], mask.num_q)
+        listed = listed.joined(_of_bands([cut for _, cut in parted], edges, width, tested_width))
+    return _tables(rows, mask.maps, listed, height, width, tested_width)
 
 
-def _tables(
-    rows: Ints, maps: int, whole_entry: Ints, whole: Ints, tested_entry: Ints, tested: Ints, bands: Ints,
-    height: int, width: int, tested_width: int,
-) -> TileTables:  # fmt: skip
-    """Tables from stretches with the entry of each, both lists sorted by entry."""
+def _tables(rows: Ints, maps: int, listed: _Listed, height: int, width: int, tested_width: int) -> TileTables:
+    whole_entry, whole, tested_entry, tested, bands = listed
     ats = []
     for entry, stretch, tile in ((whole_entry, whole, width), (tested_entry, tested, tested_width)):
         tiles = np.bincount(entry, weights=(stretch[:, 1] - stretch[:, 0]) // tile, minlength=maps * len(rows)).astype(np.int64)

@@ -15,6 +15,7 @@ from lcbench.kernels.base import (
     Prepared,
     Saved,
     Unsupported,
+    cut_blocks,
     dims,
     half_on_cuda,
     heads_first,
@@ -79,7 +80,7 @@ def _refused(mask: Mask, heads: Heads) -> str | None:
         return f"VSA takes as many key/value as query heads, not {heads.q} and {heads.kv}"
     if isinstance(mask, BlockMap) and (not uniform_blocks(mask, BLOCK) or mask.num_q % BLOCK or mask.num_k % BLOCK):
         return f"VSA takes uniform blocks of {BLOCK} tokens that divide the sequence (mask.block_size={BLOCK} mask.sizes=uniform)"
-    return None
+    return cut_blocks(mask, "VSA")
 
 
 class PreparedVSA:

@@ -336,7 +336,7 @@ def _gathered(bands: Ints, runs: Sequence[TokenSpan], column: int) -> Ints:
     places = np.cumsum(array[:, 1] - array[:, 0]) - (array[:, 1] - array[:, 0])
     order = np.argsort(array[:, 0])
     array, shift = array[order], (places - array[:, 0])[order]
-    first = np.searchsorted(array[:, 1], bands[:, column], side="right")
+    first = np.searchsorted(np.maximum.accumulate(array[:, 1]), bands[:, column], side="right")  # runs may share tokens
     number, run = spread(first, np.searchsorted(array[:, 0], bands[:, column + 1], side="left"))
     bounds: list[Ints | None] = [None] * 4
     bounds[column : column + 2] = [array[run, 0], array[run, 1]]

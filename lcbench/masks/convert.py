@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from lcbench.masks.band import OPEN, Band, BandMask, Ints, areas, cropped, spread
-from lcbench.masks.block import stretches
+from lcbench.masks.block import BlockMap, stretches
+from lcbench.masks.cover import blocks_of, by_rows
 from lcbench.masks.mask import Mask
 
 if TYPE_CHECKING:
@@ -195,12 +196,8 @@ def block_areas(mask: BandMask, q_edges: Ints, k_edges: Ints) -> tuple[Ints, Int
 
     Built band by band: the work goes with the number of blocks that bands touch, not with the plane.
     """
-    bands = mask.bands
-    number, row = spread(np.searchsorted(q_edges, bands[:, 0], side="right") - 1, _last(q_edges, bands[:, 1]))
-    parts, kept = cropped(bands[number], q_edges[row], q_edges[row + 1], None, None)
-    row = row[kept]
-    first = np.searchsorted(k_edges, parts[:, 2], side="right") - 1
-    number, column = spread(first, _last(k_edges, parts[:, 3]))
+    parts, row = by_rows(mask.bands, q_edges)
+    number, column = spread(*blocks_of(k_edges, parts[:, 2], parts[:, 3]))
     blocks, kept = cropped(parts[number], None, None, k_edges[column], k_edges[column + 1])
     row, column = row[number][kept], column[kept]
     key, place = np.unique(row * (len(k_edges) - 1) + column, return_inverse=True)
@@ -211,11 +208,11 @@ def block_areas(mask: BandMask, q_edges: Ints, k_edges: Ints) -> tuple[Ints, Int
 
 def needed_keys(mask: Mask, q_edges: Ints) -> tuple[Ints, Ints, Ints]:
     """(row, first key, last key + 1) of the stretches of keys that each block of rows sees, in any head; they may overlap."""
+    if isinstance(mask, BlockMap) and mask.within is not None:
+        mask = mask.in_any_head().bands(0)
     if isinstance(mask, BandMask):
-        bands = mask.bands
-        number, row = spread(np.searchsorted(q_edges, bands[:, 0], side="right") - 1, _last(q_edges, bands[:, 1]))
-        parts, kept = cropped(bands[number], q_edges[row], q_edges[row + 1], None, None)
-        return row[kept], parts[:, 2], parts[:, 3]  # a tight band touches every one of its columns
+        parts, row = by_rows(mask.bands, q_edges)
+        return row, parts[:, 2], parts[:, 3]  # a tight band touches every one of its columns
     found = []
     for block, (top, bottom) in enumerate(pairwise(q_edges.tolist())):
         blocks = slice(np.searchsorted(mask.q_edges, top, side="right") - 1, np.searchsorted(mask.q_edges, bottom))
@@ -224,11 +221,6 @@ def needed_keys(mask: Mask, q_edges: Ints) -> tuple[Ints, Ints, Ints]:
         found.append(np.column_stack([np.full(len(first), block), mask.k_edges[first], mask.k_edges[last]]))
     rows, begin, end = np.concatenate(found).T
     return rows, begin, end
-
-
-def _last(edges: Ints, end: Ints) -> Ints:
-    """One past the block that holds token ``end - 1``."""
-    return np.searchsorted(edges, end - 1, side="right")
 
 
 def points(mask: BandMask, device: torch.device) -> torch.Tensor:

@@ -26,7 +26,19 @@ def mask_mod(mask: Mask, device: torch.device, q_heads: int = 1) -> Any:
 
 def mask_lookup(mask: Mask, device: torch.device, q_heads: int = 1) -> tuple[Any, tuple[torch.Tensor, ...]]:
     """The same with the tables that it reads as further arguments: (``mod(batch, head, q, k, *tables) -> bool``, tables)."""
-    return _block_lookup(mask, device, q_heads) if isinstance(mask, BlockMap) else _band_lookup(mask, device)
+    if isinstance(mask, BandMask):
+        return _band_lookup(mask, device)
+    blocks, tables = _block_lookup(mask, device, q_heads)
+    if mask.within is None:
+        return blocks, tables
+    bands, of_bands = _band_lookup(mask.within, device)
+    own = len(tables)
+
+    def lookup(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *every: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = blocks(batch, head, q, k, *every[:own]) & bands(batch, head, q, k, *every[own:])
+        return found
+
+    return lookup, (*tables, *of_bands)
 
 
 def block_mask(mask: Mask, device: torch.device, q_heads: int = 1, block: int = BLOCK, mod: Any = None) -> BlockMask:

@@ -12,6 +12,7 @@ import numpy as np
 
 from lcbench.masks.band import BandMask, DoesNotFit, Ints, TokenSpan, shifted
 from lcbench.masks.block import MAX_BLOCKS, BlockMap, Keep
+from lcbench.masks.full import full
 from lcbench.masks.mask import Mask
 from lcbench.problem import Batch, Requests
 
@@ -78,7 +79,10 @@ def _of_blocks(batch: Batch, wholes: list[BlockMap]) -> BlockMap:
             keep[rows[place] : rows[place + 1], columns[place] : columns[place + 1]] = part
         return keep
 
-    return BlockMap(_behind(of_q, batch.q_bounds), _behind(of_k, batch.k_bounds), maps.pop(), draw)
+    within = None
+    if any(whole.within is not None for whole in wholes):
+        within = _of_bands(batch, [full(whole.num_q) if whole.within is None else whole.within for whole in wholes])
+    return BlockMap(_behind(of_q, batch.q_bounds), _behind(of_k, batch.k_bounds), maps.pop(), draw, within)
 
 
 def _behind(sides: list[Ints], bounds: Ints) -> Ints:

@@ -221,6 +221,7 @@ class _Draw:
     def shares(self) -> None:
         """What the whole is made of."""
         self.measured.metrics.update(self._session.shares())
+        self.measured.metrics.update(derived(self.measured.metrics))
         self.measured.samples.update(self._session.series())
         self.measured.notes.update(self._session.remarks())
 

@@ -1,8 +1,9 @@
 """Metrics that follow from others: they are worked out anew whenever a later block of timings, or another draw, changes a time.
 
 Of a training step: tokens per second, what recomputation adds to the rate, a layer's time, and what a whole model's step would
-take. Of denoising: what a step takes. Of serving: what a token takes, and how fast the cache is read. Of a batch of documents: its
-tokens per second, and what planning adds to its time.
+take. Of denoising: what a step takes. Of sparse attention: what a step takes where several share a choice, and how that compares
+with full attention. Of serving: what a token takes, and how fast the cache is read. Of a batch of documents: its tokens per second,
+and what planning adds to its time.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ def derived(metrics: Mapping[str, float]) -> dict[str, float]:
         found |= _of_serving(metrics)
     if "batch/tokens" in metrics:
         found |= _of_batch(metrics)
+    if "recurrent/tokens" in metrics:
+        found["recurrent/tokens_per_s"] = metrics["recurrent/tokens"] / metrics["time/total/median_s"]
+    if "select/every" in metrics:
+        found |= _of_selection(metrics)
     if "step/tokens_per_gpu" not in metrics:
         return found
     tokens, total, peak = metrics["step/tokens_per_gpu"], metrics["time/total/median_s"], metrics.get("compute/peak_tflops")
@@ -65,4 +70,15 @@ def _of_batch(metrics: Mapping[str, float]) -> dict[str, float]:
     found = {"batch/tokens_per_s": metrics["batch/tokens"] / total}
     if (planning := metrics.get("plan/seconds")) is not None:  # a prediction takes no time for it
         found |= {"plan/share": planning / total, "batch/with_plan_s": total + planning, "batch/pipelined_s": max(total, planning)}
+    return found
+
+
+def _of_selection(metrics: Mapping[str, float]) -> dict[str, float]:
+    total = metrics["time/total/median_s"]
+    choosing = metrics["time/select/median_s"] + metrics["time/plan/median_s"]
+    own = choosing / metrics["select/every"]
+    amortised = max(0.0, total - choosing) + own
+    found = {"select/amortised_s": amortised, "select/share": min(1.0, own / amortised)}
+    if (dense := metrics.get("time/dense_s")) is not None:
+        found |= {"select/speedup": dense / total, "select/amortised_speedup": dense / amortised}
     return found

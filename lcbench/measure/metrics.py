@@ -223,7 +223,44 @@ METRICS = (
         "check/distance", "1",
         "of a strategy that approximates: how far out is from what the cell's own mask gives of the keys of now, by the rows of "
         "the reference: the root of the sum of the squares of what is between them, over that of what is exact; of denoising in "
-        "the steps of its last phase. Its other checks are against what it computes", "lower", "max",
+        "the steps of its last phase. So of sparse attention that keeps less than all. Its other checks are against what it "
+        "computes", "lower", "max",
+    ),
+    Metric(
+        "select/recall", "0..1",
+        "of sparse attention: the share of the softmax's mass in full attention that the chosen blocks have, mean over heads and "
+        "rows; exact for the rows that are looked at, whole blocks of queries of which `provenance.selection` says how many",
+        "higher",
+    ),
+    Metric(
+        "select/oracle_recall", "0..1", "the most that as many blocks of each block of queries can have: the best choice's recall",
+    ),
+    Metric("select/recall_min_head", "0..1", "`select/recall` of the head that has least", "higher"),
+    Metric("select/recall_max_head", "0..1", "of the head that has most"),
+    Metric("select/density", "0..1", "pairs of the chosen blocks over those of the cell's mask, mean over heads", "lower"),
+    Metric("select/density_min_head", "0..1", "of the head that keeps least"),
+    Metric("select/density_max_head", "0..1", "of the head that keeps most"),
+    Metric("select/every", "1", "steps that share a choice and a plan: `selector.every`"),
+    Metric(
+        "select/amortised_s", "s",
+        "the median of the total with `select` and `plan` divided by `select/every`: what a step takes in the mean", "lower",
+    ),
+    Metric("select/share", "0..1", "of that, choosing and planning", "lower"),
+    Metric(
+        "select/speedup", "1",
+        "`time/dense_s` over the median of the total, choosing and planning in every step included", "higher",
+    ),
+    Metric("select/amortised_speedup", "1", "`time/dense_s` over `select/amortised_s`", "higher"),
+    Metric(
+        "time/dense_s", "s",
+        "of sparse attention: the median of full attention of the cell's mask, by the same strategy and kernel, with nothing to "
+        "choose or plan. `provenance.dense` says why it is not there where the kernel cannot run that mask",
+        "lower",
+    ),
+    Metric(
+        "time/earlier_step_s", "s",
+        "of a selector that is given the LSE of an earlier step: what full attention of that step took, once, slowest rank",
+        "lower",
     ),
     Metric("serving/new_tokens", "token", "new tokens of a pass, of all context-parallel groups"),
     Metric("serving/tokens_per_gpu", "token", "the same over the ranks"),
@@ -288,6 +325,14 @@ METRICS = (
     Metric("plan/seconds", "s", "planning a batch, on one rank, without making its costs ready; in no time of a batch", "lower"),
     Metric("plan/share", "1", "`plan/seconds` over the median of a batch", "lower"),
     Metric("plan/predicted_s", "s", "the time of the batch by the costs that it was planned with"),
+    Metric("recurrent/tokens", "token", "tokens of the sequence, without those of the memory"),
+    Metric("recurrent/segments", "1", "segments that it is read in"),
+    Metric("recurrent/members", "1", "layers of segments that are run: segments x layers"),
+    Metric(
+        "recurrent/groups", "1", "groups of these that run one after the other: all of them, or segments + layers - 1 in diagonal "
+        "order", "lower",
+    ),
+    Metric("recurrent/tokens_per_s", "token/s", "`recurrent/tokens` over the median of all phases", "higher"),
     Metric(
         "comm/communicators", "1", "of a batch: communicators that its sub-groups use besides the one of all ranks", "lower",
     ),

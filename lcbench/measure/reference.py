@@ -260,19 +260,24 @@ class _Seen:
             return
         sides = (mask.q_edges, wanted), (mask.k_edges, tokens)
         row, column = (np.searchsorted(edges, at, side="right") - 1 for edges, at in sides)
-        self._kept = torch.from_numpy(np.stack([mask.keep(i)[row] for i in range(mask.maps)])).to(device)
+        self._kept = torch.from_numpy(np.stack([mask.drawn(i)[row] for i in range(mask.maps)])).to(device)
+        self._within = mask.within
         self._column = torch.from_numpy(column).to(device)
 
     def of(self, some: slice, heads: slice) -> torch.Tensor:
         """bool (heads, rows, tokens) of some of the rows, on the device; (1, rows, tokens) where heads do not differ."""
         if isinstance(self._mask, BandMask):
-            return torch.from_numpy(_allowed_by_bands(self._mask, self._wanted[some], self._tokens))[None].to(self._device)
+            return self._by_bands(self._mask, some)
         if isinstance(self._mask, BandsByHead):
             numbers = self._map[heads].tolist()
             of_maps = [_allowed_by_bands(self._mask.bands(n), self._wanted[some], self._tokens) for n in dict.fromkeys(numbers)]
             place = torch.tensor([number - numbers[0] for number in numbers], device=self._device)
             return torch.from_numpy(np.stack(of_maps)).to(self._device)[place]
-        return self._kept[:, some][self._map[heads]][..., self._column]
+        kept = self._kept[:, some][self._map[heads]][..., self._column]
+        return kept if self._within is None else kept & self._by_bands(self._within, some)
+
+    def _by_bands(self, mask: BandMask, some: slice) -> torch.Tensor:
+        return torch.from_numpy(_allowed_by_bands(mask, self._wanted[some], self._tokens))[None].to(self._device)
 
 
 def _allowed_by_bands(mask: BandMask, wanted: Ints, keys: Ints) -> NDArray[np.bool_]:

@@ -76,7 +76,7 @@ class Batched:
     def flops(self, made: Made, phase: str, *, again: bool = False) -> float:
         """As of ``Composed.flops``."""
         ranks = float(self.cell.scale.world_size)
-        return flops_of(made.phases[phase], fmean(self.pairs), self.cell.problem.heads, ranks, again=again)
+        return flops_of(made.phases[phase], fmean(self.pairs), self.cell.problem, ranks, again=again)
 
     def play(self) -> Together:
         """Plan and play all draws.

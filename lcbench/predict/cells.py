@@ -95,7 +95,8 @@ def _good(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, so
 
 def _tells(cell: Cell) -> bool:
     """Whether a cell's time says something of kernels and links."""
-    return cell.mesh.count == 1 and build_planner(cell.config) is None and unforeseen(cell) is None
+    softmax = cell.problem.rule is None
+    return softmax and cell.mesh.count == 1 and build_planner(cell.config) is None and unforeseen(cell) is None
 
 
 def _check_device(provenance: dict[str, Any], machine: Machine, source: str) -> None:

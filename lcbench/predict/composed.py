@@ -19,16 +19,15 @@ from lcbench.grid.cell import Cell
 from lcbench.kernels.base import Kernel, Platform
 from lcbench.kernels.cache import CacheKind, ReadsCache, unread
 from lcbench.masks.band import Ints
-from lcbench.measure.flops import backward_flops, forward_flops
+from lcbench.measure.flops import pass_flops
 from lcbench.predict.draws import draws_of
 from lcbench.predict.fitted import DenseFit, KernelFit
 from lcbench.predict.machines import platform_of
-from lcbench.problem import Heads, Mesh, Scale
+from lcbench.problem import Mesh, Problem, Scale
 from lcbench.schedule.machine import Machine
 from lcbench.schedule.simulate import COPIED, Groups, Holding, Phase, Prepared, Simulated, holdings, play
 from lcbench.workloads.parts import Attend, Compute, Copied, Exchange, Made, Part, Share, ToHost
 
-FLOPS = {"forward": forward_flops, "backward": backward_flops}
 NOTHING = Phase(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
@@ -160,7 +159,7 @@ class Composed:
     def flops(self, made: Made, phase: str, *, again: bool = False) -> float:
         """Of a phase, over all ranks of all groups; ``again``: of what has been done before, else of what has not."""
         ranks = self.cell.problem.queries / self.tokens * self.cell.mesh.count  # as many as have the tokens of the rank with most
-        return flops_of(made.phases[phase], float(np.mean(self.pairs)), self.cell.problem.heads, ranks, again=again)
+        return flops_of(made.phases[phase], float(np.mean(self.pairs)), self.cell.problem, ranks, again=again)
 
     def play(self, machine: Machine, kernel: KernelFit, dense: DenseFit, *, alone: bool = False) -> Together:
         """What the phases take; ``alone``: of one context-parallel group while the others are idle."""
@@ -192,12 +191,12 @@ class Composed:
         return Attended(attention, draws, Times(machine, dense, cores or 1.0, attention, cell.mesh, scale))
 
 
-def flops_of(parts: Sequence[Part], pairs: float, heads: Heads, ranks: float, *, again: bool) -> float:
+def flops_of(parts: Sequence[Part], pairs: float, problem: Problem, ranks: float, *, again: bool) -> float:
     """Of parts, over all ranks; ``pairs``: of all query heads of all ranks; ``again`` as of ``Composed.flops``."""
     found = 0.0
     for part in parts:
         if isinstance(part, Attend) and part.again == again:
-            found += part.times * FLOPS[part.direction](pairs, heads)
+            found += part.times * pass_flops(part.direction, pairs, problem)
         elif isinstance(part, Compute) and part.again == again:
             found += ranks * part.flops * part.useful
     return found

@@ -24,7 +24,7 @@ TOLD = tuple(field.name for field in fields(Work))
 def counted(tiling: Tiling, modelled: Modelled, kernel: Kernel) -> Tiling:
     """The tiles with what the kernel says of each; as they were where it says nothing."""
     schedule, every = modelled.schedule, np.concatenate([step.tiles for step in modelled.schedule.steps])
-    masks = [modelled.mask.of_heads(group.begin, len(group), modelled.problem.heads.q) for group in schedule.heads]
+    masks = [group.part(modelled.mask, modelled.problem.heads.q) for group in schedule.heads]
     known: dict[tuple[int, int, int], Work | None] = {}
     works: list[Work] = []
     for _, group, q, k in every.tolist():

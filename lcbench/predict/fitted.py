@@ -13,6 +13,7 @@ from lcbench.masks.band import Ints
 from lcbench.measure.flops import backward_flops, forward_flops
 from lcbench.problem import Heads, Problem
 from lcbench.schedule.machine import Collective, Floats, Link, Machine, Tiles
+from lcbench.schedule.states import products
 
 SCHEMA = 2
 BLOCK = 128  # rows that one block of a kernel computes
@@ -145,6 +146,8 @@ class KernelFit(Frozen):
 
     def seconds(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
         """Seconds of each tile, (n,)."""
+        if problem.rule is not None:
+            return self._linear(tiles, problem, backward=backward)
         c, heads, factor = self.backward if backward else self.forward, problem.heads, self.factors[backward]
         of_row, of_key, flops = (heads.dim + heads.v) / 2, heads.kv_width / 2, FLOPS[backward](1.0, heads)
         queries, keys = of_row * tiles.rows * tiles.q_heads, of_key * tiles.keys * tiles.kv_heads
@@ -160,6 +163,15 @@ class KernelFit(Frozen):
             + factor.operand_s * 2 * problem.itemsize * (queries + keys)
         )  # fmt: skip
         return np.maximum(found, 2 * read / self.read_bytes_per_s) if self.read_bytes_per_s else found
+
+    def _linear(self, tiles: Tiles, problem: Problem, *, backward: bool) -> Floats:
+        """Of linear attention: the products of its recurrence, and a pass over the operands."""
+        c, heads, twice = self.backward if backward else self.forward, problem.heads, 2 if backward else 1
+        flops = 2.0 * heads.dim * heads.v * tiles.rows * products(tiles.q_heads, tiles.kv_heads, problem.rule)
+        queries, keys = tiles.rows * tiles.q_heads * (heads.dim + heads.v), tiles.keys * tiles.kv_heads * heads.kv_width
+        passed = (c.flop_s * flops + c.row_s * queries / 2 + c.key_s * keys / 2) * twice
+        found: Floats = c.call_s * self.calls(tiles) + passed / self.cores_of(problem)
+        return found
 
     def _covered(self, tiles: Tiles) -> Floats:
         """Pairs of the blocks that are computed, of each tile and query head, (n,)."""

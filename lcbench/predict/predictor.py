@@ -38,6 +38,7 @@ OWN_ERROR, UNFITTED_MEMORY = 0.2, 3.0
 STRATEGY_ERROR = 0.5
 RATE = "tflops_per_gpu"
 NO_DENSE = f"what is beside the attention was not fitted: {UNFITTED_SHARE:.0%} of the peak is guessed"
+NO_LINEAR = f"no kernel of linear attention was fitted: {UNFITTED_SHARE:.0%} of the peak is guessed for its recurrence"
 NO_FIT = f"no fit: {UNFITTED_SHARE:.0%} of the peak is guessed"
 
 
@@ -314,9 +315,9 @@ class Predictor:
     def kernel(self, cell: Cell, strategy: str) -> tuple[KernelFit, str, float]:
         """The kernel of a cell as a strategy calls it, what that rests on, and the least error of it."""
         name, dtype = cell.config["kernel"]["name"], cell.problem.dtype
-        if self.fitted is None:
-            mere = guess(self.machine, dtype)
-            return KernelFit(kernel=name, dtype=dtype, forward=mere, backward=mere), NO_FIT, UNSEEN_ERROR[regime(cell.problem)]
+        if self.fitted is None or cell.problem.rule is not None:
+            mere, said_so = guess(self.machine, dtype), NO_FIT if self.fitted is None else NO_LINEAR
+            return KernelFit(kernel=name, dtype=dtype, forward=mere, backward=mere), said_so, UNSEEN_ERROR[regime(cell.problem)]
         factors = (self.fitted.factor(strategy, "forward"), self.fitted.factor(strategy, "backward"))
         error, of = 0.0, regime(cell.problem)
         said: tuple[str, ...] = ()

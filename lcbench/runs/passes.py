@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lcbench.grid import own
 from lcbench.grid.build import SAMPLES, build_planner, input_bytes, made_of
@@ -22,11 +22,12 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.expand import mask_of, pairs
 from lcbench.masks.band import BandMask
-from lcbench.measure.flops import backward_flops, forward_flops
+from lcbench.measure.flops import pass_flops
 from lcbench.measure.gpus import gpus_here
 from lcbench.measure.peak import entry_of
 from lcbench.problem import Problem, Scale
 from lcbench.runs.files import BROKEN
+from lcbench.schedule.payload import PAYLOADS, element_bytes
 from lcbench.workloads.parts import Compute, Made, Share
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ ALONE = {
 }
 NOT_ALONE = ("workload", "recompute", "mesh", "batch")  # which attention of one sequence on one rank has not
 NOT_OF_SHAPE = ("seqlen", "seed", "measure", "planner")
+DIRECTIONS: tuple[Literal["forward"], Literal["backward"]] = ("forward", "backward")
 CURVE = 20  # simulations of a sub-group of a batch that is planned, by which its documents' costs are known
 
 _made: dict[str, Passes] = {}  # by device
@@ -208,16 +210,15 @@ def flops(cell: Cell) -> float:
     """FLOPs of one iteration of a cell over all ranks, what is computed again not counted. Where its mask cannot be built here (its
     file has changed, say), a full mask counts; the attempt reports the reason.
     """
-    heads, made = cell.problem.heads, _parts(cell)
+    problem, made = cell.problem, _parts(cell)
     try:
         work = pairs(cell)
     except (*BROKEN, OSError):
-        work = float(cell.problem.plane) * heads.q
-    counts = (("forward", forward_flops), ("backward", backward_flops))
-    attended = sum(made.attends(direction, again=False) * count(work, heads) for direction, count in counts)
+        work = float(problem.plane) * problem.heads.q
+    attended = sum(made.attends(one, again=False) * pass_flops(one, work, problem) for one in DIRECTIONS)
     every = (part for parts in made.phases.values() for part in parts)
     computed = sum(part.flops * part.useful for part in every if isinstance(part, Compute) and not part.again)
-    return cell.mesh.count * (attended + computed * cell.problem.scale.world_size)
+    return cell.mesh.count * (attended + computed * problem.scale.world_size)
 
 
 def _parts(cell: Cell) -> Made:
@@ -227,8 +228,12 @@ def _parts(cell: Cell) -> Made:
 
 
 def exchanged_bytes(problem: Problem) -> float:
-    """Bytes that a rank gets at most: the keys and values of all others, with backward once more, and their gradients as sums."""
+    """Bytes that a rank gets at most: the keys and values of all others, with backward once more, and their gradients as sums; of
+    linear attention the summaries of all others, each way."""
     ranks = problem.scale.world_size
+    if problem.rule is not None:
+        elements = PAYLOADS["summary"].elements(problem.heads, problem.rule) * problem.heads.kv * element_bytes("sum", problem)
+        return float((2 if problem.backward else 1) * (ranks - 1) * elements)
     sums = problem.itemsize if problem.reduce_dtype == "input" else max(problem.itemsize, 4)
     per_element = 2 * problem.itemsize + sums if problem.backward else problem.itemsize
     return cached_bytes(problem) / problem.itemsize * (ranks - 1) / ranks * per_element

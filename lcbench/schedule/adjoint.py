@@ -37,8 +37,8 @@ from numpy.typing import NDArray
 
 from lcbench.masks.band import Ints, distinct
 from lcbench.problem import Problem
-from lcbench.schedule.payload import APART, PAYLOADS, Payload, token_bytes
-from lcbench.schedule.schedule import HeadGroup, Kind, Move, MoveColumn, Schedule, TileColumn
+from lcbench.schedule.payload import APART, GATES, PAYLOADS, Payload, token_bytes
+from lcbench.schedule.schedule import STATES, HeadGroup, Kind, Move, MoveColumn, Schedule, TileColumn
 
 SIDES: tuple[Kind, ...] = ("q", "kv")
 Bools = NDArray[np.bool_]
@@ -62,8 +62,8 @@ class Transfer:
 
     def bytes(self, schedule: Schedule, problem: Problem) -> Ints:
         """Bytes of each row, (n,)."""
-        per_token = np.array([token_bytes(self.kind, group, problem) for group in schedule.heads])
-        return schedule.side(self.payload.side).sizes[self.rows[:, MoveColumn.SHARD]] * per_token[self.rows[:, MoveColumn.GROUP]]
+        each = np.array([token_bytes(self.kind, group, problem) for group in schedule.heads])[self.rows[:, MoveColumn.GROUP]]
+        return each * schedule.side(self.payload.side).sizes[self.rows[:, MoveColumn.SHARD]] if self.payload.per_token else each
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,17 @@ class Uses:
         return count
 
     @cached_property
+    def computing(self) -> Ints:
+        """Of queries: in how many places, a rank and a head group each, something of each item is computed, (shards, head groups):
+        of groups that share heads in those of both."""
+        groups = self._schedule.heads
+        heads = np.zeros((len(groups), 1 + max(group.q[-1] for group in groups)), dtype=np.int64)
+        for number, group in enumerate(groups):
+            heads[number, list(group.q)] = 1
+        found: Ints = self.users @ ((heads @ heads.T) > 0).astype(np.int64)
+        return found
+
+    @cached_property
     def parent(self) -> Ints:
         """For each row, the row by which its sender received the item; -1 where the sender received it by none."""
         source, _, shard, group = self.rows.T
@@ -215,7 +226,8 @@ class Traffic:
     Attributes:
         transfers: every message, forward and backward.
         queries, keys: the uses of queries, and of keys with values.
-        final: whether each (shard, head group) of queries is computed by one rank alone, (shards, head groups).
+        final: whether each (shard, head group) of queries is computed by one rank alone, and in this group alone, (shards, head
+            groups).
         steps: N, steps of forward.
     """
 
@@ -236,13 +248,16 @@ class Traffic:
         )
 
 
-def traffic(schedule: Schedule, *, backward: bool) -> Traffic:
-    """The messages of forward and, derived from them, of backward."""
+def traffic(schedule: Schedule, *, backward: bool, gates: bool = False) -> Traffic:
+    """The messages of forward and, derived from them, of backward; ``gates``: whether those go along with keys and values."""
     queries, keys = Uses(schedule, "q"), Uses(schedule, "kv")
-    final = queries.users == 1
+    final = queries.computing == 1
     found = list(_forward(schedule, final))
     if backward:
         found += _backward(schedule, queries, keys, final)
+        found = sorted([*found, *_state_gradients(schedule)], key=lambda transfer: transfer.begin)
+    if gates:
+        found = [each for t in found for each in (t, *(replace(t, kind=GATES[t.kind]) for _ in range(t.kind in GATES)))]
     parts = (part for whole in found for part in _by_kind(whole, schedule.kinds))
     return Traffic(tuple(t for t in parts if len(t.rows)), queries, keys, final, len(schedule.steps))
 
@@ -305,12 +320,11 @@ class _Values:
 
 def _gradients(schedule: Schedule, queries: Uses, keys: Uses) -> Iterator[Transfer]:
     """The gradients that go back along every move, those of queries first among those that leave at the same time."""
-    count, shared = len(schedule.steps), _shared_heads(schedule.heads, keys)
+    count = len(schedule.steps)
+    shared = {"q": queries.computing > queries.users, "kv": _shared_heads(schedule.heads, keys)}
     for kind, uses in zip(SIDES, (queries, keys), strict=True):
         shard, group = uses.rows[:, [MoveColumn.SHARD, MoveColumn.GROUP]].T
-        alone = uses.beyond == uses.users[shard, group]
-        if kind == "kv":
-            alone &= ~shared[shard, group]
+        alone = (uses.beyond == uses.users[shard, group]) & ~shared[kind][shard, group]
         ends = np.cumsum([len(m.rows) for _, m in uses.moves])
         gradient = PAYLOADS[kind].gradient
         for (number, move), part in zip(uses.moves, np.split(alone, ends[:-1]), strict=False):
@@ -318,6 +332,25 @@ def _gradients(schedule: Schedule, queries: Uses, keys: Uses) -> Iterator[Transf
             begin, end = 2 * count - (number + move.steps - 1), 2 * count - number
             yield Transfer(PAYLOADS[gradient].final, _picked(back, part), begin, end, move.channel)
             yield Transfer(gradient, _picked(back, ~part), begin, end, move.channel)
+
+
+def _state_gradients(schedule: Schedule) -> Iterator[Transfer]:
+    """The gradient of a state goes back where the state came from, later moves first. A rank that got the summary of a shard owes
+    that shard's owner what its own shard does to the gradient of any state.
+
+    After the last forward step nothing moves, so what moves in step n goes back at time 2N - 1 - n, and what needs it is computed
+    at the time after.
+    """
+    last = 2 * len(schedule.steps) - 1
+    of_rank = np.zeros(schedule.world_size, dtype=np.int64)
+    of_rank[schedule.k.owner] = np.arange(len(schedule.k))
+    for number, step in reversed(list(enumerate(schedule.steps))):
+        for move in step.moves:
+            if move.kind in STATES:
+                source, to, shard, group = move.rows.T
+                back = np.stack([to, source, shard if move.kind == "state" else of_rank[to], group], axis=1)
+                begin = max(last - (number + move.steps - 1), last // 2 + 1)
+                yield Transfer(PAYLOADS[move.kind].gradient, back, begin, last - number, move.channel)
 
 
 def _picked(rows: Ints, which: Bools) -> Ints:

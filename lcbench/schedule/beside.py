@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -139,8 +140,9 @@ class _Joined:
             if len(own.tiles):
                 tiles.append(self._tiles(place, own.tiles))
             for move in own.moves:
-                moved = self._moved(place, move.rows, move.kind)
-                moves.setdefault((move.kind, (move.kept, move.steps, move.channel)), []).append(moved)
+                kind = cast(Kind, move.kind)  # no strategy of sub-groups moves states
+                moved = self._moved(place, move.rows, kind)
+                moves.setdefault((kind, (move.kept, move.steps, move.channel)), []).append(moved)
             if len(own.returns):
                 returns.append(self._moved(place, own.returns, "q"))
         together = [Move(kind, np.concatenate(rows), *how) for (kind, how), rows in moves.items()]

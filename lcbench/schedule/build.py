@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 from lcbench.schedule.layout import Layout, by_document, contiguous, documents, striped, zigzag
-from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Side, Step, head_groups, rows
+from lcbench.schedule.schedule import NO_ROWS, HeadGroup, Move, Schedule, Side, Step, head_groups, rows, singles
 
 Order = Literal["auto", "zigzag", "striped", "contiguous", "documents"]
 DOCUMENTS = "documents"  # each by itself shared evenly, in zigzag if it is causal
@@ -37,11 +38,23 @@ def check_count(option: str, value: object) -> None:
         raise ValueError(f"cp.{option}={value} is no number of at least 1")
 
 
+def check_rate(option: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a number above 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ValueError(f"cp.{option}={value} is no number above 0")
+
+
 def too_short(problem: Problem, shards: int) -> str | None:
     """Why the sequence cannot be cut into a shard per rank, or None."""
     if problem.seqlen < (2 * shards if shards > 1 else 1):  # one rank's only token needs no other
         return f"needs at least two tokens per rank: seqlen={problem.seqlen} over {shards} ranks"
     return None
+
+
+def too_few_queries(problem: Problem) -> str | None:
+    """Why not every rank can have a query, or None."""
+    ranks = problem.scale.world_size
+    return f"needs at least a query per rank: {problem.queries} over {ranks} ranks" if problem.queries < ranks else None
 
 
 def indivisible_heads(heads: Heads, ranks: int) -> str | None:
@@ -165,6 +178,38 @@ def returned(grid: Ints, groups: Ints) -> Ints:
     """The returns of what ``gathered`` brought: each result goes from the rank that computed it to the owner of its queries."""
     owner, other, column = exchanged(grid)
     return rows(other, owner, owner, groups[column])
+
+
+# -- states of linear attention ------------------------------------------------------------------------------------------
+
+
+def stretches(problem: Problem) -> Layout:
+    """A stretch of tokens per rank, in their order; where there are fewer tokens than ranks, some have none."""
+    return contiguous(problem.seqlen, problem.scale.world_size)
+
+
+def state_blocks(heads: Heads, blocks: int) -> tuple[HeadGroup, ...]:
+    """Head groups of whole key/value heads, whose numbers differ by at most one."""
+    each, cuts = heads.q // heads.kv, [heads.kv * i // blocks for i in range(blocks + 1)]
+    return tuple(HeadGroup.of(heads, range(a * each, b * each)) for a, b in pairwise(cuts))
+
+
+def state_chain(problem: Problem, blocks: int) -> Schedule:
+    """The state goes from every rank to the next in blocks of heads, one in each step behind the other.
+
+    A rank computes its tokens, all heads in one call, once all blocks have come and are sent on: others wait for these.
+    """
+    ranks, groups = problem.scale.world_size, state_blocks(problem.heads, blocks)
+    every, all_heads = np.arange(ranks), len(groups) if blocks > 1 else 0
+    whole = state_blocks(problem.heads, 1) if blocks > 1 else ()
+    sender, block = (each.ravel() for each in np.meshgrid(every[:-1], np.arange(blocks), indexing="ij"))
+    steps = []
+    for number in range(ranks + blocks - 1 if ranks > 1 else 1):
+        # Block b leaves rank r in step r + b, and is there for rank r + 1 in the step after.
+        now, tile = sender + block == number, every[every + blocks - 1 == number] if ranks > 1 else every
+        moves = (Move("state", rows(sender[now], sender[now] + 1, sender[now], block[now])),) if now.any() else ()
+        steps.append(Step(rows(tile, all_heads, tile, tile), moves))
+    return Schedule.of(ranks, stretches(problem), every, (*groups, *whole), singles(ranks), tuple(steps))
 
 
 # -- grids: heads exchanged along rows, rings along columns --------------------------------------------------------------

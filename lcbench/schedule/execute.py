@@ -31,7 +31,6 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, traffic
 from lcbench.schedule.groups import MAIN, Groups
-from lcbench.schedule.held import Held, Part
 from lcbench.schedule.lowering import Lowering, operations_of, sets_of
 from lcbench.schedule.messages import Sending, Waits, all_gather, all_to_all, reduce_scatter, wait_all
 from lcbench.schedule.packing import Packing, Plane
@@ -116,9 +115,8 @@ class Executor:
             apart: whether keys and values travel in messages of their own, as they come.
         """
         self.schedule, self.problem, self.rank, self.device = schedule, problem, rank, device
-        self.tokens = schedule.q.tokens(rank)
-        queries = Part(self.tokens)
-        self.held = Held(queries, queries if schedule.k is schedule.q else Part(schedule.k.tokens(rank)), queries)
+        self.held = schedule.held(rank)
+        self.tokens = self.held.q.tokens
         self.own_lse = self.resumes = self.negates = True
         self.sums_are_wide = problem.reduce_dtype != "input"
         self._marks: list[tuple[int, list[Mark]]] | None = None
@@ -145,7 +143,9 @@ class Executor:
         self.collectives = sorted({each.operation for each in self._program.lowered if each is not None})
         self._kept_slots = sorted(self._program.kept_slots) if problem.backward else []
         self._slots = [torch.zeros(size, dtype=torch.uint8, device=device) for size in self._program.slots]
-        self._kv_heads = [self._index(group.kv_heads) for group in schedule.heads]
+        self._q_heads, self._kv_heads = (
+            [self._index(heads) for heads in of] for of in zip(*((g.q_heads, g.kv_heads) for g in schedule.heads), strict=True)
+        )
         input_dtype: torch.dtype = getattr(torch, problem.dtype)
         sums = accumulation_dtype(input_dtype)
         reduced = input_dtype if problem.reduce_dtype == "input" else sums
@@ -175,7 +175,7 @@ class Executor:
         """The kernel of every tile (None for one without pairs), and their pairs and calls. Equal tiles share one."""
         total = self.problem.heads.q
         made: dict[tuple[int, Heads, tuple[int, ...], tuple[int, ...]], tuple[Mask, Prepared | None]] = {}
-        masks = [mask.of_heads(group.begin, len(group), total) for group in self.schedule.heads]
+        masks = [group.part(mask, total) for group in self.schedule.heads]
         found: dict[TileCall, Prepared | None] = {}
         pairs = calls = 0
         for step in self._program.steps[: self._forward_steps]:
@@ -354,15 +354,18 @@ class Executor:
         """Merge a partial result into this rank's own rows."""
         heads = self._heads("q", group)
         begin, end = rows
-        whole = (begin, end) == (0, self._program.tokens["q"]) and heads == slice(0, self.problem.heads.q)
-        if whole:
+        if (begin, end) == (0, self._program.tokens["q"]) and len(self.schedule.heads[group]) == self.problem.heads.q:
             self._total = part if self._total is None else _merged(self._total, part)
             return
         out, lse = self._own_total()
         if self._program.all_final:
             out[begin:end, heads], lse[begin:end, heads] = part[0].to(out.dtype), part[1]
-        else:
+        elif isinstance(heads, slice):
             merge_into(out[begin:end, heads], lse[begin:end, heads], *part)
+        else:  # an index of scattered heads copies them
+            merged = out[begin:end, heads], lse[begin:end, heads]
+            merge_into(*merged, *part)
+            out[begin:end, heads], lse[begin:end, heads] = merged
 
     def _own_total(self) -> Partial:
         """This rank's own result to write into, in the type that merging needs."""
@@ -868,8 +871,7 @@ class Executor:
 
     def _heads(self, side: Kind, group: int) -> HeadIndex:
         """The heads of a group as an index of tensors with all heads."""
-        members = self.schedule.heads[group]
-        return slice(members.begin, members.end) if side == "q" else self._kv_heads[group]
+        return self._q_heads[group] if side == "q" else self._kv_heads[group]
 
     def _piece(self, kind: str, piece: Piece, number: int) -> torch.Tensor:
         """Rows of an operand of a kind, in its buffer or in this rank's own tensor."""

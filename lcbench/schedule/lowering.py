@@ -5,8 +5,8 @@ of its operands holds the shards of all ranks of the set, its own included. A he
 Keys and values of the same heads for every rank are an all-gather. Their gradients, which are summed where they arrive, are a
 reduce-scatter. Everything else goes from point to point: hops of a ring, casts to the ranks that need something.
 
-A head exchange may have uneven parts, where ranks have other numbers of tokens or of heads; some may have no tokens, but no rank
-all of its set's. All-gather and reduce-scatter are for even ones only.
+A head exchange may have uneven parts, where ranks have other numbers of tokens or of heads; some may have no head, or no tokens,
+but no rank all of its set's. All-gather and reduce-scatter are for even ones only.
 
 Every rank finds the same collectives, since each looks at the rows of all ranks.
 """
@@ -83,6 +83,8 @@ def _bundles(schedule: Schedule) -> Bundles:
 def _collective(schedule: Schedule, transfer: Transfer, problem: Problem, bundles: Bundles) -> Collective | None:
     """The collective that a transfer is; None for one from point to point."""
     source, to, shard, group = transfer.rows.T
+    if transfer.payload.combine == "scan":
+        return _gathered_states(schedule, transfer, problem)
     gathers = transfer.payload.combine == "replace"
     holder, owner = (to, source) if gathers else (source, to)
     if (schedule.side(transfer.payload.side).owner[shard] != owner).any():
@@ -106,13 +108,27 @@ def _collective(schedule: Schedule, transfer: Transfer, problem: Problem, bundle
     return Collective(operation, tuple(sorted(held)), (float(block),) * len(held), even=True)
 
 
+def _gathered_states(schedule: Schedule, transfer: Transfer, problem: Problem) -> Collective | None:
+    """The all-gather that a transfer of summaries is: every rank of a set has one, which all others of the set get."""
+    source, to, shard, group = transfer.rows.T
+    sizes, pairs = transfer.bytes(schedule, problem), distinct(to * schedule.world_size + source)
+    if (schedule.k.owner[shard] != source).any() or len(pairs) < len(transfer.rows) or (sizes != sizes[0]).any() or not sizes[0]:
+        return None
+    sets = _sets(*np.divmod(pairs, schedule.world_size))
+    one = all(len(distinct(each[source == rank])) == 1 for each in (shard, group) for rank in sets)
+    if not sets or not one:
+        return None
+    members = tuple(sorted(set(sets.values())))
+    return Collective("all_gather", members, (float(sizes[0]),) * len(members), even=True)
+
+
 def _uneven(
     schedule: Schedule, transfer: Transfer, bundles: Bundles, holder: Ints, pairs: Ints, sizes: Ints
 ) -> Collective | None:  # fmt: skip
     """The head exchange of uneven parts that a transfer is; None for any other.
 
-    Each rank of a set has a head group of its own, for which it holds the shards of all of them. ``pairs``: (holder, owner) as one
-    number each, of all that have something to send; ``sizes``: bytes of each.
+    Ranks of a set have a head group of their own, if they have one, for which they hold the shards of all of them. ``pairs``:
+    (holder, owner) as one number each, of all that have something to send; ``sizes``: bytes of each.
     """
     side, ranks = schedule.side(transfer.payload.side), schedule.world_size
     some = side.sizes[transfer.rows[:, MoveColumn.SHARD]] > 0
@@ -130,7 +146,8 @@ def _uneven(
     for rank, label in enumerate(connected_components(coo_array((sizes, (holders, owners)), (ranks, ranks)), directed=False)[1]):
         members.setdefault(int(label), []).append(rank)
     sets = {rank: tuple(each) for each in members.values() if len(each) > 1 for rank in each}
-    if set(sets) != set(holders.tolist()) or any(len(set(group[list(each)].tolist())) < len(each) for each in sets.values()):
+    groups = {each: [number for number in group[list(each)].tolist() if number >= 0] for each in sets.values()}
+    if any(len(set(each)) < len(each) for each in groups.values()):
         return None
     held: dict[tuple[int, ...], set[bytes]] = {}
     order = np.argsort(holder, kind="stable")
@@ -140,8 +157,11 @@ def _uneven(
         if found is None:
             return None
         held.setdefault(sets[rank], set()).add(found[0].tobytes())
-    if any(len(each) > 1 for each in held.values()):
-        return None
+    tokens = np.bincount(side.owner, weights=side.sizes, minlength=ranks)
+    for members_of_set, (whole, *others) in held.items():
+        owning = {rank for rank in members_of_set if tokens[rank]}
+        if others or len(owning) < 2 or owning != set(side.owner[np.frombuffer(whole, dtype=np.int64)].tolist()):
+            return None
     busiest = np.maximum(*(np.bincount(each, weights=sizes, minlength=ranks) for each in (holders, owners)))
     ordered = tuple(sorted(held))
     blocks = tuple(float(busiest[list(each)].max()) / (len(each) - 1) for each in ordered)

@@ -80,10 +80,11 @@ def _planned(report: ScheduleCost, title: str, axes: Axes) -> None:
         if ranks <= FEWEST_ROWS:
             _label(report, step, begins[step], axes)
     axes.set_title(
-        f"planned, {title}: {steps} steps, each as long as its busiest rank; balance {report.imbalance:.2f}, 1.00 is perfect",
+        f"planned, {title}: {steps} steps, each as wide as its busiest rank; balance {report.imbalance:.2f}, 1.00 is perfect",
         fontsize=9,
     )
-    axes.set_xlabel("blue: million unmasked pairs, over the query heads; orange: bytes sent in the step", fontsize=8)
+    what = "unmasked pairs" if report.problem.rule is None else "tokens"
+    axes.set_xlabel(f"blue: million {what}, over the query heads; orange: bytes sent in the step", fontsize=8)
     axes.xaxis.set_major_formatter(lambda pairs, _: f"{pairs / 1e6:g}")
     _ranks(axes, ranks, begins[-1])
 

@@ -269,7 +269,8 @@ class Program:
     def local(self, operand: Operand) -> tuple[int, int] | None:
         """The rows (begin, end) of this rank's own tensor that are the operand as it is, or None where it needs a buffer."""
         side = operand.payload.side
-        in_order = side == "q" or isinstance(self._schedule.heads[operand.group].kv_heads, slice)
+        group = self._schedule.heads[operand.group]
+        in_order = isinstance(group.q_heads if side == "q" else group.kv_heads, slice)
         if not in_order or any(shard not in self.begin[side] for shard in operand.bundle):
             return None
         begin = end = self.begin[side][operand.bundle[0]]
@@ -391,14 +392,17 @@ class Program:
         """A collective. Its messages lie in its source and its target, block behind block; each may be an operand's buffer."""
         sends, receives = ({m.peer: m for m in self._blocks(transfer, outgoing)} for outgoing in (True, False))
         values = transfer.payload.combine == "replace"
-        held = self._held_operand(transfer, ranks, next(iter((receives if values else sends).values())).group)
-        self._add_own_blocks(transfer, held, sends, receives)
+        any_message = next(iter((*sends.values(), *receives.values())))
+        held = None
+        if mine := receives if values else sends:  # nothing: this rank has no head
+            held = self._held_operand(transfer, ranks, next(iter(mine.values())).group)
+            self._add_own_blocks(transfer, held, sends, receives)
         for rank, blocks in product(ranks, (sends, receives)):  # a rank without tokens has nothing that others hold
-            blocks.setdefault(rank, replace(sends[self._rank], peer=rank, pieces=[], tokens=0))
+            blocks.setdefault(rank, replace(any_message, peer=rank, pieces=[], tokens=0))
         for rank in ranks:
             self._live_pieces(sends[rank], outgoing=True)
             self._live_pieces(receives[rank], outgoing=False)
-        fits = self._by_rank(held, ranks) and self._lies_as_sent(transfer)
+        fits = held is not None and self._by_rank(held, ranks) and self._lies_as_sent(transfer)
         direct = fits and transfer.payload.plane is None
         # A rank's own gradients are added in their turn, whether keys and values travel together or apart.
         included = direct or (fits and not values) or together.operation != "all_to_all"
@@ -412,9 +416,9 @@ class Program:
             if rounds > 1:
                 out, into = ({rank: _part(m, first, last, turn) for rank, m in each.items()} for each in (sends, receives))
             self._place_round(transfer, together, ranks, out, into, held if direct else None, included, turn)
-        if direct and values:
+        if held is not None and direct and values:
             self._brought[held].append(transfer.begin)
-        elif included and not values:
+        elif held is not None and included and not values:
             self._taken.add(held)
 
     def _place_round(
@@ -498,7 +502,7 @@ class Program:
         """One message for each other rank of a set, or from it, of all its shards in order."""
         rows, peer = self._own_rows(transfer, outgoing=outgoing)
         rows, sizes = rows[np.lexsort((rows[:, MoveColumn.SHARD], rows[:, peer]))], self._sizes[transfer.payload.side]
-        for part in np.split(rows, np.nonzero(np.diff(rows[:, peer]))[0] + 1):
+        for part in np.split(rows, np.nonzero(np.diff(rows[:, peer]))[0] + 1) if len(rows) else ():
             shards = [s for s in part[:, MoveColumn.SHARD].tolist() if sizes[s]]
             yield self._message(transfer, int(part[0, peer]), int(part[0, MoveColumn.GROUP]), shards)
 
@@ -694,8 +698,13 @@ class Program:
 
     @property
     def all_final(self) -> bool:
-        """Whether every query of this rank is computed by one rank alone, so that nothing is ever merged here."""
-        return bool((self._traffic.queries.users[list(self.begin["q"])] <= 1).all())
+        """Whether nothing is ever merged in this rank's own results, each of which one rank computes at once; what is merged by
+        tiles of all of them takes no part."""
+        often = ((group, bundle) for (side, group, bundle), steps in self._use.items() if side == "q" and len(steps) > 1)
+        some = ((group, bundle) for group, bundle in often if len(self._schedule.heads[group]) < self._problem.heads.q)
+        if any(self.local(Operand("q", *each)) is not None for each in some):
+            return False
+        return bool((self._traffic.queries.computing[list(self.begin["q"])] <= 1).all())
 
 
 def rounds_of(transfer: Transfer, schedule: Schedule, rows: Ints) -> Ints:

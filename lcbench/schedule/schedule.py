@@ -8,26 +8,34 @@ always move together. Its owner holds their q, or k and v, for all heads at the 
 group* is a range of query heads that are computed together, with the key/value heads that they read. An *item* is the q, or the k
 and v, of one shard for one head group. A *bundle* is a sequence of shards that one kernel call takes as one operand. A *tile* is
 the computation of one bundle of queries on one bundle of keys for one head group by one rank.
+
+In linear attention a tile is a stretch of tokens on itself, from the state that all tokens before it leave. That state comes by
+moves of states: as it is after some shard, or as what shards do to any state, one after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lcbench.masks.band import Ints, TokenSpan, spread
+from lcbench.masks.band import BandMask, Ints, TokenSpan, spread
+from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
+from lcbench.schedule.held import Held, Part
 from lcbench.schedule.layout import Layout
 
 EXPANDED = 1 << 22  # rows of tiles, one per pair of shards, that are looked at together
 
 Kind = Literal["q", "kv"]
+# Of linear attention: the state after a shard and all before it, or what a shard does to any state.
+StateKind = Literal["state", "summary"]
+STATES: tuple[StateKind, ...] = get_args(StateKind)
 
 
 def rows(*values: ArrayLike) -> Ints:
@@ -53,41 +61,62 @@ class MoveColumn:
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """Query heads ``begin ... end - 1`` with the key/value heads that they read, in order, possibly one several times.
+    """Query heads ``q``, rising, with the key/value heads that they read, in order, possibly one several times.
 
-    Query head i of the group reads entry ``i // (heads / entries)``, as in grouped-query attention of the whole.
+    Query head number i of the group reads entry ``i // (heads / entries)``, as in grouped-query attention of the whole.
     """
 
-    begin: int
-    end: int
+    q: tuple[int, ...]
     kv: tuple[int, ...]
 
     @classmethod
-    def of(cls, heads: Heads, begin: int, end: int) -> HeadGroup:
-        """The group of a range of query heads, with as few copies of key/value heads as grouped-query attention allows."""
+    def of(cls, heads: Heads, q: Sequence[int]) -> HeadGroup:
+        """The group of some query heads, rising, with as few copies of key/value heads as grouped-query attention allows.
+
+        Raises:
+            ValueError: no head.
+        """
         each = heads.q // heads.kv
-        reads = [h // each for h in range(begin, end)]
-        count = end - begin
+        reads = [h // each for h in q]
+        count = len(reads)
         for size in range(count, 0, -1):
             runs = [reads[i : i + size] for i in range(0, count, size)]
             if count % size == 0 and all(run[0] == run[-1] for run in runs):
-                return cls(begin, end, tuple(run[0] for run in runs))
-        raise ValueError(f"query heads {begin} to {end} are none")
+                return cls(tuple(q), tuple(run[0] for run in runs))
+        raise ValueError("a head group needs a query head")
 
     def __len__(self) -> int:
-        return self.end - self.begin
+        return len(self.q)
+
+    @property
+    def q_heads(self) -> slice | list[int]:
+        """The query heads as an index: a slice where they are a stretch of all, so that taking them copies nothing."""
+        return _index(self.q)
 
     @property
     def kv_heads(self) -> slice | list[int]:
-        """The key/value heads as an index: a slice where they are a stretch of all, so that taking them copies nothing."""
-        first, last = self.kv[0], self.kv[-1]
-        return slice(first, last + 1) if self.kv == tuple(range(first, last + 1)) else list(self.kv)
+        """The key/value heads as an index, as ``q_heads``."""
+        return _index(self.kv)
+
+    def part(self, mask: Mask, heads: int) -> Mask:
+        """The mask of these query heads of all ``heads``."""
+        if isinstance(self.q_heads, slice) or isinstance(mask, BandMask):
+            return mask.of_heads(self.q[0], len(self), heads)
+        maps, count = np.unique([head // (heads // mask.maps) for head in self.q], return_counts=True)
+        if len(set(count.tolist())) > 1:  # query head i of n reads map i // (n / maps), so each has a map of its own
+            maps = np.repeat(maps, count)
+        return replace(mask, maps=len(maps), draw=lambda number: mask.drawn(int(maps[number])))
+
+
+def _index(numbers: tuple[int, ...]) -> slice | list[int]:
+    first, last = numbers[0], numbers[-1]
+    return slice(first, last + 1) if numbers == tuple(range(first, last + 1)) else list(numbers)
 
 
 def head_groups(heads: Heads, parts: int) -> tuple[HeadGroup, ...]:
     """All heads in ``parts`` groups whose sizes differ by at most one query head; groups without a head are left out."""
     cuts = [heads.q * i // parts for i in range(parts + 1)]
-    return tuple(HeadGroup.of(heads, a, b) for a, b in pairwise(cuts) if a < b)
+    return tuple(HeadGroup.of(heads, range(a, b)) for a, b in pairwise(cuts) if a < b)
 
 
 @dataclass(frozen=True)
@@ -95,14 +124,14 @@ class Move:
     """Items that travel while a step computes.
 
     Attributes:
-        kind: what travels: ``q``, or ``kv`` together.
+        kind: what travels: ``q``, or ``kv`` together; in linear attention also ``state`` or ``summary``.
         rows: int64 (n, 4): see ``MoveColumn``.
         kept: whether the receiver holds the items for backward instead of fetching them again.
         steps: how many steps the move may take; what it brings may be used in the step after them.
         channel: the communicator that it runs over, by name.
     """
 
-    kind: Kind
+    kind: Kind | StateKind
     rows: Ints
     kept: bool = False
     steps: int = 1
@@ -227,8 +256,13 @@ class Schedule:
         side = Side(shards, owner, bundles)
         return cls(world_size, side, side, heads, steps)
 
-    def side(self, kind: Kind) -> Side:
-        """Queries, ``q``, or keys with values, ``kv``."""
+    def held(self, rank: int) -> Held:
+        """What a rank is given, and gives: all heads of its tokens."""
+        queries = Part(self.q.tokens(rank))
+        return Held(queries, queries if self.k is self.q else Part(self.k.tokens(rank)), queries)
+
+    def side(self, kind: Kind | StateKind) -> Side:
+        """Queries, ``q``, or keys with values, ``kv``, of which there are states."""
         return self.q if kind == "q" else self.k
 
     @property

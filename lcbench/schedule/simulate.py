@@ -22,9 +22,10 @@ from lcbench.problem import Problem, Scale
 from lcbench.schedule.adjoint import Bools, Traffic, Transfer, traffic
 from lcbench.schedule.lowering import Collective, Operation, collectives
 from lcbench.schedule.machine import Floats, KernelModel, Machine
-from lcbench.schedule.payload import element_bytes
+from lcbench.schedule.payload import PAYLOADS, element_bytes
 from lcbench.schedule.program import ROUND, Program, rounds_of
 from lcbench.schedule.schedule import MoveColumn, Schedule
+from lcbench.schedule.states import backward_times, received_bytes, summarised, summary_share
 from lcbench.schedule.tiling import Tiling, tiling
 
 COPIED = 2  # a copy reads and writes
@@ -171,7 +172,7 @@ class Prepared:
 
 def prepare(modelled: Modelled, operations: tuple[Operation, ...] = ()) -> Prepared:
     schedule, problem = modelled.schedule, modelled.problem
-    moves = traffic(schedule, backward=problem.backward)
+    moves = traffic(schedule, backward=problem.backward, gates=problem.rule is not None)
     found = collectives(schedule, moves, problem, operations)
     made = tiling(schedule, modelled.mask)
     return Prepared(modelled, moves, found, made, operations, _alone(schedule, moves, made, problem))
@@ -259,9 +260,11 @@ def simulate(
 
 @dataclass(frozen=True)
 class _Work:
-    """Seconds of kernels; of merging, adding up and copying without any message; and launches: each (times, ranks)."""
+    """Seconds of kernels, and of those of them whose results leave at the same time, ``first``; of merging, adding up and copying
+    without any message; and launches: each (times, ranks)."""
 
     compute: Floats
+    first: Floats
     besides: Floats
     launches: Floats
     tiling: Tiling
@@ -270,8 +273,10 @@ class _Work:
         """The same of several groups, one behind the other."""
         if groups == 1:
             return self
-        compute, besides, launches = (np.tile(each, (1, groups)) for each in (self.compute, self.besides, self.launches))
-        return _Work(compute, besides, launches, self.tiling)
+        compute, first, besides, launches = (
+            np.tile(each, (1, groups)) for each in (self.compute, self.first, self.besides, self.launches)
+        )
+        return _Work(compute, first, besides, launches, self.tiling)
 
 
 def _of_all(transfer: Transfer, collective: Collective | None, groups: int, ranks: int) -> tuple[Transfer, Collective | None]:
@@ -291,7 +296,7 @@ def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
     schedule, problem = modelled.schedule, modelled.problem
     times = 2 * moves.steps + 1 if problem.backward else moves.steps
     shape = (times, schedule.world_size)
-    compute, launches = np.zeros(shape), np.zeros(shape)
+    compute, first, launches = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     besides = _own_copies(prepared, shape)
     tiles, some = made.tiles, made.tiles.pairs > 0
     calls = model.calls(tiles)
@@ -300,8 +305,12 @@ def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
     numbers = tiles.rows * tiles.q_heads * heads.dim + tiles.keys * tiles.kv_heads * heads.kv_width
     added = np.where(some, (sums * COPIED + inputs) * numbers, 0.0)
     shared = ~prepared.alone[made.rank]
+    linear = problem.rule is not None  # results and gradients are written where they belong, and summed up nowhere
+    if linear:
+        added = np.zeros(len(tiles))
     for backward in (False, True)[: 2 if problem.backward else 1]:
-        place = (2 * moves.steps - made.step if backward else made.step) * shape[1] + made.rank
+        later = backward_times(schedule, moves) if linear and backward else 2 * moves.steps - made.step
+        place = (later if backward else made.step) * shape[1] + made.rank
         once = shared * (3.0 if backward else 1.0 * (merged > 0))
         for target, value in (
             (compute, model.seconds(tiles, problem, backward=backward)),
@@ -309,7 +318,12 @@ def _work(prepared: Prepared, machine: Machine, model: KernelModel) -> _Work:
             (launches, calls + once),
         ):
             target += np.bincount(place, weights=np.where(some, value, 0.0), minlength=times * shape[1]).reshape(shape)
-    return _Work(compute, besides / machine.memory_bytes_per_s, launches, made)
+        for rank in summarised(schedule, moves, backward=backward) if linear else ():  # before anything is sent
+            own = model.seconds(tiles, problem, backward=backward)[made.rank == rank].sum()
+            first[moves.steps * backward, rank] = summary_share(problem, backward=backward) * own
+            compute[moves.steps * backward, rank] += first[moves.steps * backward, rank]
+            launches[moves.steps * backward, rank] += 1
+    return _Work(compute, first, besides / machine.memory_bytes_per_s, launches, made)
 
 
 def _own_copies(prepared: Prepared, shape: tuple[int, int]) -> Floats:
@@ -317,7 +331,7 @@ def _own_copies(prepared: Prepared, shape: tuple[int, int]) -> Floats:
     modelled, moves, made = prepared.modelled, prepared.moves, prepared.tiling
     schedule, problem = modelled.schedule, modelled.problem
     found = np.zeros(shape)
-    if prepared.alone.all():
+    if prepared.alone.all() or problem.rule is not None:
         return found
     queries, keys = (np.bincount(side.owner, weights=side.sizes, minlength=shape[1]) for side in (schedule.q, schedule.k))
     q, kv = queries * problem.heads.q * problem.heads.dim, keys * problem.heads.kv * problem.heads.kv_width
@@ -326,7 +340,7 @@ def _own_copies(prepared: Prepared, shape: tuple[int, int]) -> Floats:
     found[0] += 0 if prepared.in_place or problem.heads.latent else COPIED * inputs * kv
     merges = np.bincount(made.rank, weights=made.again, minlength=shape[1]) > 0
     out = queries * problem.heads.q * problem.heads.v
-    several = np.bincount(schedule.q.owner, weights=(moves.queries.users > 1).any(axis=1), minlength=shape[1]) > 0
+    several = np.bincount(schedule.q.owner, weights=(moves.queries.computing > 1).any(axis=1), minlength=shape[1]) > 0
     found[moves.steps - 1] += np.where(merges | several, (sums + inputs) * out, 0.0)
     if problem.backward:
         found[moves.steps] += sums * (q + kv)
@@ -376,12 +390,13 @@ class _Play:
             of = [t.rows[:, : MoveColumn.SHARD].ravel() for t, _ in transfers if (t.channel, t.end) == (channel, end)]
             batches += np.bincount(np.concatenate(of), minlength=self._ranks) > 0
         self._host = self._host + batches * machine.message_s
-        sent = np.maximum(begin + packed / machine.memory_bytes_per_s, self._host)
-        computing, launching = work.compute[time] + work.besides[time], work.launches[time] * machine.launch_s
+        first, launching = work.first[time], work.launches[time] * machine.launch_s
+        sent = np.maximum(begin + first + packed / machine.memory_bytes_per_s, self._host)
+        computing = work.compute[time] - first + work.besides[time]
         self._host = self._host + launching
         computed = np.maximum(sent + computing, self._host)
         self._alone_host = self._alone_host + launching
-        self._alone = np.maximum(self._alone + computing, self._alone_host)
+        self._alone = np.maximum(self._alone + first + computing, self._alone_host)
         # Those that may take several times first: the others share the links with them.
         for transfer, collective in sorted(transfers, key=lambda each: each[0].begin - each[0].end):
             self._post(transfer, collective, sent, computed)
@@ -409,13 +424,17 @@ class _Play:
         """Bytes that are read and written to pack messages, of each rank; notes what is taken where they arrive."""
         payload, size = transfer.payload, self._bytes(transfer)
         source, to, _, group = transfer.rows.T
-        held = {"replace": 0, "merge": COPIED if transfer.kind == "final" else MERGED, "add": MERGED}[payload.combine]
+        held = {"replace": 0, "merge": COPIED if transfer.kind == "final" else MERGED, "add": MERGED, "scan": MERGED}[
+            payload.combine
+        ]
         np.add.at(self._taken[transfer.end], to, held * size)
         if payload.combine == "add":
             copied = element_bytes(payload.precision, self._problem) != element_bytes(payload.held, self._problem)
             staged = np.full(len(size), copied)
         elif payload.combine == "merge":
             staged = np.ones(len(size), dtype=bool)
+        elif payload.combine == "scan":  # a state leaves as it was put together
+            staged = np.zeros(len(size), dtype=bool)
         else:  # some heads of own tensors are no stretch of memory
             lengths = np.array([len(g) for g in self._schedule.heads])
             own = self._schedule.side(payload.side).owner[transfer.rows[:, MoveColumn.SHARD]] == source % self._of_group
@@ -602,9 +621,25 @@ def holdings(prepared: Prepared) -> tuple[Holding, ...]:
     schedule = modelled.schedule
     tiles = np.bincount(made.rank, minlength=schedule.world_size)
     ranks = dict.fromkeys([int(tiles.argmax()), 0, schedule.world_size - 1])
+    if modelled.problem.rule is not None:
+        return tuple(_linear_holding(prepared, rank) for rank in ranks)
     return tuple(
         _holding(prepared, Program(schedule, prepared.moves, modelled.problem, rank, prepared.operations), rank) for rank in ranks
     )
+
+
+def _linear_holding(prepared: Prepared, rank: int) -> Holding:
+    """What ``scan`` allocates: what comes, results, and gradients. What the kernel keeps for backward is the kernel's."""
+    modelled, made = prepared.modelled, prepared.tiling
+    problem, schedule = modelled.problem, modelled.schedule
+    own = np.flatnonzero((made.rank == rank) & (made.tiles.pairs > 0))
+    heads, tokens = problem.heads, int(schedule.k.sizes[schedule.k.own(rank)].sum())
+    come = received_bytes(schedule, prepared.moves, problem, rank)
+    gates = PAYLOADS["gates"].elements(heads, problem.rule) * heads.kv * element_bytes("sum", problem)
+    given = (heads.q * heads.dim + heads.kv * heads.kv_width) * problem.itemsize + gates
+    out = come + tokens * heads.q * heads.v * problem.itemsize
+    nothing = np.zeros(len(own))
+    return Holding(own, come, (out, out + tokens * given if problem.backward else None), (0, 0), (nothing, nothing), tokens)
 
 
 def peak_bytes(held: Sequence[Holding], workspaces: Sequence[Floats]) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import sparse
 
 from lcbench.masks.band import LOWER, BandMask, Ints, areas, cropped, distinct, reindexed, spread
-from lcbench.masks.block import Keep
+from lcbench.masks.block import BlockMap, Keep
 from lcbench.masks.mask import Mask
 from lcbench.schedule.block_sums import PORTION, BlockSums, cut_evenly
 from lcbench.schedule.machine import Floats, Tiles
@@ -50,7 +50,7 @@ def tiling(schedule: Schedule, mask: Mask) -> Tiling:
     """The tiles of a schedule in the order of its steps.
 
     Pieces are counted as a kernel gets them: what goes on from one shard to the next in memory is one. Those of a block map are
-    the stretches of kept blocks in a row of blocks.
+    the stretches of kept blocks in a row of blocks, and within a band mask the bands of both.
     """
     counts = [len(step.tiles) for step in schedule.steps]
     every = np.concatenate([np.empty((0, 4), dtype=np.int64), *(step.tiles for step in schedule.steps)])
@@ -66,10 +66,28 @@ def tiling(schedule: Schedule, mask: Mask) -> Tiling:
         pieces=pieces.astype(np.int64), q_heads=heads[group, 0], kv_heads=heads[group, 1],
     )  # fmt: skip
     some = np.nonzero(tiles.pairs > 0)[0]
-    again = tiles.pairs > 0
-    results = (rank[some] * len(heads) + group[some]) * len(schedule.q.bundles) + q[some]
-    again[some[np.unique(results, return_index=True)[1]]] = False
+    again = np.zeros(len(tiles), dtype=bool)
+    again[some] = _again(schedule, every[some])
     return Tiling(tiles, np.repeat(np.arange(len(schedule.steps)), counts), rank.copy(), again)  # a view would keep all columns
+
+
+def _again(schedule: Schedule, tiles: Ints) -> Keep:
+    """Whether each tile's rank has computed some of its heads of these queries in an earlier one, (n,)."""
+    counts = np.array([len(group) for group in schedule.heads])
+    every = np.concatenate([np.empty(0, dtype=np.int64), *(np.array(group.q) for group in schedule.heads)])
+    group, begins = tiles[:, TileColumn.GROUP], np.cumsum(counts) - counts
+    if len(every) > len(distinct(every)):  # groups share heads: head by head
+        number, head = spread(begins[group], begins[group] + counts[group])
+        head = every[head]
+    else:
+        number, head = np.arange(len(tiles)), group
+    rank, q = tiles[number][:, [TileColumn.RANK, TileColumn.Q]].T
+    results = (rank * (1 + int(every.max(initial=0)) + len(counts)) + head) * len(schedule.q.bundles) + q
+    again = np.ones(len(results), dtype=bool)
+    again[np.unique(results, return_index=True)[1]] = False
+    found = np.zeros(len(tiles), dtype=bool)
+    found[number[again]] = True
+    return found
 
 
 def _sizes(side: Side) -> Ints:
@@ -85,24 +103,34 @@ def _found(schedule: Schedule, mask: Mask, every: Ints) -> Floats:
         return total
     queries, keys = Operands.of(schedule.q, every[:, TileColumn.Q]), Operands.of(schedule.k, every[:, TileColumn.K])
     if isinstance(mask, BandMask):
-        sheet: _Sheet = _Stripes(queries, keys, mask) if queries.striped or keys.striped else _Bands(queries, keys, mask)
-        return _looked_up(queries, keys, sheet, every)
-    shares = _shares(schedule, mask.maps)
-    blocks = BlockSums(queries.inside(), queries.tokens_in(mask.q_edges), keys.tokens_in(mask.k_edges), BLOCK)
+        return _looked_up(queries, keys, _of_bands(queries, keys, mask), every)
+    shares, of_map = _shares(schedule, mask.maps), _of_maps(queries, keys, mask)
     for number in range(mask.maps):
         share = shares[every[:, TileColumn.GROUP], number]
         reads = share > 0
         if reads.any():
-            total[:, reads] += share[reads] * _looked_up(queries, keys, _Blocks(blocks, mask.keep(number)), every[reads])
+            total[:, reads] += share[reads] * _looked_up(queries, keys, of_map(number), every[reads])
     return total
+
+
+def _of_bands(queries: Operands, keys: Operands, mask: BandMask) -> _Sheet:
+    return _Stripes(queries, keys, mask) if queries.striped or keys.striped else _Bands(queries, keys, mask)
+
+
+def _of_maps(queries: Operands, keys: Operands, mask: BlockMap) -> Callable[[int], _Sheet]:
+    """What bundles have of each map; of blocks that a mask may cut as bands."""
+    if mask.within is not None:
+        return lambda number: _of_bands(queries, keys, mask.bands(number))
+    blocks = BlockSums(queries.inside(), queries.tokens_in(mask.q_edges), keys.tokens_in(mask.k_edges), BLOCK)
+    return lambda number: _Blocks(blocks, mask.keep(number))
 
 
 def _shares(schedule: Schedule, maps: int) -> Floats:
     """Which share of the heads of each group reads each map, (groups, maps)."""
-    each = max(group.end for group in schedule.heads) // maps
+    each = (1 + max(group.q[-1] for group in schedule.heads)) // maps
     shares = np.zeros((len(schedule.heads), maps))
     for number, group in enumerate(schedule.heads):
-        np.add.at(shares[number], np.arange(group.begin, group.end) // each, 1 / len(group))
+        np.add.at(shares[number], np.array(group.q) // each, 1 / len(group))
     return shares
 
 

@@ -6,35 +6,22 @@ message are read from the same row, and all messages of a step are under way tog
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lcbench.masks.band import BandMask, Ints, distinct, spread
+from lcbench.masks.band import BandMask, Ints, spread
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, Transfer, Uses, traffic
+from lcbench.schedule.fault import ScheduleError, fault_at
 from lcbench.schedule.layout import tile_areas
 from lcbench.schedule.lowering import Operation
 from lcbench.schedule.program import Program
-from lcbench.schedule.schedule import Schedule, Side, TileColumn
-
-
-class ScheduleError(ValueError):
-    """A strategy's schedule is wrong.
-
-    Attributes:
-        fault: one line: step, rank, and what is wrong there.
-        grid: the schedule with an arrow at that step; empty where it is too large to read, or too wrong to be drawn.
-    """
-
-    def __init__(self, fault: str, grid: str = "") -> None:
-        super().__init__(fault)
-        self.fault, self.grid = fault, grid
-        if grid:
-            self.add_note(grid)  # of a traceback
+from lcbench.schedule.schedule import STATES, Schedule, Side, TileColumn
+from lcbench.schedule.states import check_stretches, received_bytes
 
 
 @dataclass(frozen=True)
@@ -42,7 +29,8 @@ class ScheduleCost:
     """What a valid schedule costs.
 
     Attributes:
-        step_pairs: unmasked pairs per step and rank, over the query heads that the rank computes, shape (steps, P).
+        step_pairs: unmasked pairs per step and rank, over the query heads that the rank computes, shape (steps, P); in linear
+            attention tokens.
         forward_bytes, backward_bytes: sent per rank, shape (P,).
         forward_bytes_out, backward_bytes_out: the part of them that leaves the node.
     """
@@ -58,17 +46,23 @@ class ScheduleCost:
 
     @property
     def rank_pairs(self) -> Ints:
-        """Unmasked pairs per rank, shape (P,)."""
+        """Unmasked pairs, or tokens, per rank, shape (P,)."""
         return self.step_pairs.sum(axis=0)
 
     @property
     def imbalance(self) -> float:
-        """Time of the steps, each as long as its busiest rank, over the mean work of a rank: 1.0 is perfect."""
+        """Time of the steps, each as long as its busiest rank, over the mean work of a rank: 1.0 is perfect. In linear attention,
+        whose ranks compute when their state has come, each by itself: the work of the busiest rank over the mean."""
         mean = self.rank_pairs.mean()
-        return float(self.step_pairs.max(axis=1).sum() / mean) if mean else 1.0
+        if not mean:
+            return 1.0
+        busiest = self.rank_pairs.max() if self.problem.rule is not None else self.step_pairs.max(axis=1).sum()
+        return float(busiest / mean)
 
     def buffer_bytes(self, rank: int, operations: tuple[Operation, ...] = ()) -> int:
         """Memory that a rank holds for buffers, besides its own tensors, where these operations go by collectives."""
+        if self.problem.rule is not None:
+            return received_bytes(self.schedule, self.traffic, self.problem, rank)
         return Program(self.schedule, self.traffic, self.problem, rank, operations).buffer_bytes
 
 
@@ -81,12 +75,12 @@ def verify(schedule: Schedule, mask: Mask, problem: Problem) -> ScheduleCost:
     for side, tokens in ((schedule.q, mask.num_q), (schedule.k, mask.num_k)):
         _check_shards(schedule, side, tokens)
     _check_heads(schedule, problem.heads.q)
-    _check_rows(schedule)
-    moves = traffic(schedule, backward=problem.backward)
+    _check_rows(schedule, SIDES if problem.rule is None else (*SIDES, *STATES))
+    moves = traffic(schedule, backward=problem.backward, gates=problem.rule is not None)
     for uses, kind in ((moves.queries, "queries"), (moves.keys, "keys")):
         _check_moves(schedule, uses, kind)
     _check_returns(schedule, moves.queries)
-    step_pairs = _check_tiles(schedule, mask, problem)
+    step_pairs = _check_tiles(schedule, mask, problem) if problem.rule is None else check_stretches(schedule, moves, problem)
     forward = _bytes(schedule, [t for t in moves.transfers if t.begin < moves.steps], problem)
     backward = _bytes(schedule, [t for t in moves.transfers if t.begin >= moves.steps], problem)
     return ScheduleCost(schedule, problem, moves, step_pairs, forward[0], backward[0], forward[1], backward[1])
@@ -101,21 +95,44 @@ def _check_shards(schedule: Schedule, side: Side, count: int) -> None:
 
 
 def _check_heads(schedule: Schedule, heads: int) -> None:
-    outside = [group for group in schedule.heads if not 0 <= group.begin < group.end <= heads]
-    if outside:
-        raise ScheduleError(f"head group {outside[0]} does not consist of some of the {heads} query heads")
+    for group in schedule.heads:
+        if not group.q or list(group.q) != sorted({*group.q} & {*range(heads)}):
+            raise ScheduleError(f"head group {group} does not consist of some of the {heads} query heads, rising")
 
 
-def _head_ranges(schedule: Schedule, heads: int) -> tuple[Ints, Ints, Ints]:
-    """Where ranges of query heads begin that no head group cuts, and where the last one ends, (ranges + 1,); and the first and the
-    last + 1 range of each head group, (head groups,) each."""
-    begin, end = (np.array([getattr(group, name) for group in schedule.heads], dtype=np.int64) for name in ("begin", "end"))
-    edges = distinct(np.concatenate([begin, end, [0, heads]]))
-    return edges, np.searchsorted(edges, begin), np.searchsorted(edges, end)
+@dataclass(frozen=True)
+class _HeadSets:
+    """Sets of query heads that no head group parts.
+
+    Attributes:
+        members: the heads of each.
+        begins, sets: those of head group g are ``sets[begins[g]:begins[g + 1]]``.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+    begins: Ints
+    sets: Ints
+
+    @classmethod
+    def of(cls, schedule: Schedule, heads: int) -> _HeadSets:
+        inside = np.zeros((len(schedule.heads), heads), dtype=bool)
+        for number, group in enumerate(schedule.heads):
+            inside[number, list(group.q)] = True
+        alike: dict[bytes, list[int]] = {}
+        for head, column in enumerate(inside.T):
+            alike.setdefault(column.tobytes(), []).append(head)
+        members = tuple(map(tuple, alike.values()))
+        of_group, sets = np.nonzero(inside[:, [each[0] for each in members]])
+        return cls(members, np.searchsorted(of_group, np.arange(len(inside) + 1)), sets)
+
+    def spread(self, groups: Ints) -> tuple[Ints, Ints]:
+        """(position in ``groups``, set) of every set of every head group."""
+        number, place = spread(self.begins[groups], self.begins[groups + 1])
+        return number, self.sets[place]
 
 
-def _check_rows(schedule: Schedule) -> None:
-    """Every tile, move and return names ranks, head groups, bundles and shards that there are."""
+def _check_rows(schedule: Schedule, kinds: Sequence[str]) -> None:
+    """Every tile, move and return names ranks, head groups, bundles and shards that there are; ``kinds``: of moves."""
     ranks, groups, queries = schedule.world_size, len(schedule.heads), len(schedule.q)
     for side in (schedule.q, schedule.k):
         for bundle in side.bundles:
@@ -125,8 +142,8 @@ def _check_rows(schedule: Schedule) -> None:
     for number, step in enumerate(schedule.steps):
         _check_range(number, "tile (rank, head group, bundle of queries, bundle of keys)", step.tiles, (ranks, groups, *bundles))
         for move in step.moves:
-            if move.kind not in SIDES or move.steps < 1:
-                raise ScheduleError(f"step {number}: a move of {move.kind} in {move.steps} steps; kinds are {', '.join(SIDES)}")
+            if move.kind not in kinds or move.steps < 1:
+                raise ScheduleError(f"step {number}: a move of {move.kind} in {move.steps} steps; kinds are {', '.join(kinds)}")
             shards = len(schedule.side(move.kind))
             _check_range(number, "move (from rank, to rank, shard, head group)", move.rows, (ranks, ranks, shards, groups))
         _check_range(number, "return (from rank, to rank, shard, head group)", step.returns, (ranks, ranks, queries, groups))
@@ -164,7 +181,7 @@ def _check_moves(schedule: Schedule, uses: Uses, kind: str) -> None:
     early = np.nonzero((rank != uses.side.owner[shard]) & (~arrived | (when > first)))[0]
     if len(early):
         i = early[np.argmin(first[early])]
-        raise _error(
+        raise fault_at(
             schedule, int(first[i]), f"rank {rank[i]} computes before {kind} of shard {shard[i]}, heads {group[i]}, are there"
         )
 
@@ -174,7 +191,7 @@ def _none(schedule: Schedule, uses: Uses, steps: Ints, wrong: NDArray[np.bool_],
     found = np.nonzero(wrong)[0]
     if len(found):
         source, to, shard, group = uses.rows[found[0]].tolist()
-        raise _error(schedule, int(steps[found[0]]), f"{kind} of shard {shard}, heads {group}, {what} (rank {source} to {to})")
+        raise fault_at(schedule, int(steps[found[0]]), f"{kind} of shard {shard}, heads {group}, {what} (rank {source} to {to})")
 
 
 def _check_returns(schedule: Schedule, uses: Uses) -> None:
@@ -191,22 +208,22 @@ def _check_returns(schedule: Schedule, uses: Uses) -> None:
         ):
             if wrong.any():
                 i = int(np.argmax(wrong))
-                raise _error(schedule, number, f"rank {source[i]} returns shard {of[i]}, heads {heads[i]}, {what}")
+                raise fault_at(schedule, number, f"rank {source[i]} returns shard {of[i]}, heads {heads[i]}, {what}")
         owed[place] = False
     if owed.any():
         i = int(np.argmax(owed))
-        raise _error(schedule, len(schedule.steps) - 1, f"rank {rank[i]} never returns shard {shard[i]}, heads {group[i]}")
+        raise fault_at(schedule, len(schedule.steps) - 1, f"rank {rank[i]} never returns shard {shard[i]}, heads {group[i]}")
 
 
 def _check_tiles(schedule: Schedule, mask: Mask, problem: Problem) -> Ints:
     """Each tile with pairs is computed once for each query head, none twice; and the pairs of each step and rank."""
-    edges, begin, end = _head_ranges(schedule, problem.heads.q)
-    pairs, times = _tile_pairs(schedule, mask, problem, edges)
+    every = _HeadSets.of(schedule, problem.heads.q)
+    pairs, times = _tile_pairs(schedule, mask, problem, every)
     computed = np.zeros((len(times), len(schedule.q), len(schedule.k)), dtype=bool)
     step_pairs = np.zeros((len(schedule.steps), schedule.world_size), dtype=np.int64)
     for number, step in enumerate(schedule.steps):
         for part in schedule.shard_tiles(step):
-            place, heads = spread(begin[part[:, TileColumn.GROUP]], end[part[:, TileColumn.GROUP]])
+            place, heads = every.spread(part[:, TileColumn.GROUP])
             rank, group, q, k = part[place].T
             flat = np.ravel_multi_index((heads, q, k), computed.shape)
             repeated = np.ones(len(flat), dtype=bool)
@@ -214,27 +231,27 @@ def _check_tiles(schedule: Schedule, mask: Mask, problem: Problem) -> Ints:
             repeated |= computed.ravel()[flat]
             if repeated.any():
                 i = int(np.argmax(repeated))
-                raise _error(schedule, number, f"rank {rank[i]} computes q{q[i]}k{k[i]}, heads {group[i]}, a second time")
+                raise fault_at(schedule, number, f"rank {rank[i]} computes q{q[i]}k{k[i]}, heads {group[i]}, a second time")
             computed.ravel()[flat] = True
             np.add.at(step_pairs[number], rank, pairs[heads % len(pairs), q, k] * times[heads])
     missing = np.argwhere((pairs > 0) & ~computed)
     if len(missing):
         heads, q, k = missing[0].tolist()
-        named = f"query heads {edges[heads]} to {edges[heads + 1] - 1}"
-        raise _error(schedule, len(schedule.steps) - 1, f"nobody computed q{q}k{k} of {named}")
+        named = f"query heads {', '.join(map(str, every.members[heads]))}"
+        raise fault_at(schedule, len(schedule.steps) - 1, f"nobody computed q{q}k{k} of {named}")
     return step_pairs
 
 
-def _tile_pairs(schedule: Schedule, mask: Mask, problem: Problem, edges: Ints) -> tuple[Ints, Ints]:
-    """Unmasked pairs of every two shards, (1 or ranges of heads, shards, shards), and how many times they count for each range."""
-    total, lengths = problem.heads.q, np.diff(edges)
+def _tile_pairs(schedule: Schedule, mask: Mask, problem: Problem, every: _HeadSets) -> tuple[Ints, Ints]:
+    """Unmasked pairs of every two shards, (1 or sets of heads, shards, shards), and how many times they count for each set."""
+    total, lengths = problem.heads.q, np.array([len(each) for each in every.members])
     if isinstance(mask, BandMask):
         pairs = tile_areas(mask, schedule.q.shards, schedule.k.shards)[None]
         found = int(pairs.sum()) * total
     else:
         maps = [tile_areas(mask.bands(i), schedule.q.shards, schedule.k.shards) for i in range(mask.maps)]
         each = total // mask.maps
-        pairs = np.array([np.sum([maps[h // each] for h in range(a, b)], axis=0) for a, b in pairwise(edges.tolist())])
+        pairs = np.array([np.sum([maps[h // each] for h in heads], axis=0) for heads in every.members])
         lengths = np.ones_like(lengths)
         found = int(pairs.sum())
     if found != mask.pairs(total):
@@ -253,12 +270,3 @@ def _bytes(schedule: Schedule, transfers: list[Transfer], problem: Problem) -> t
         leaves = source // per_node != to // per_node
         np.add.at(outside, source[leaves], size[leaves])
     return every, outside
-
-
-def _error(schedule: Schedule, step: int, message: str) -> ScheduleError:
-    """The error of a fault in a step, with the grid where it is small enough to read."""
-    if schedule.world_size > 16 or len(schedule.steps) > 64:
-        return ScheduleError(f"step {step}: {message}")
-    lines = str(schedule).splitlines()
-    lines[step + 1] += f"   <-- {message}"
-    return ScheduleError(f"step {step}: {message}", "\n".join(lines))

@@ -171,3 +171,8 @@ class Selector(ABC):
             keys: what is known after the last round; where there is one round only, what ``of_all`` gave.
             edges: of the blocks of keys, (columns + 1,).
         """
+
+
+def blocks_of(selector: Selector, problem: Problem) -> tuple[int, int]:
+    """How many blocks of queries, and of keys, there are."""
+    return -(-problem.queries // selector.q_block), -(-problem.seqlen // selector.k_block)

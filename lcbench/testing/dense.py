@@ -21,15 +21,15 @@ def dense_mask(num_q: int, num_k: int, bands: Iterable[Sequence[int]]) -> NDArra
 
 
 def dense_heads(mask: Any, q_heads: int) -> NDArray[np.bool_]:
-    """The (q_heads, num_q, num_k) matrix of a band mask or of a block map, blocks expanded one by one."""
+    """The (q_heads, num_q, num_k) matrix of a band mask or of a block map, blocks expanded one by one, each as it was drawn."""
     if not hasattr(mask, "maps"):
         return np.broadcast_to(dense_mask(mask.num_q, mask.num_k, mask), (q_heads, mask.num_q, mask.num_k))
     found = np.zeros((q_heads, mask.num_q, mask.num_k), dtype=bool)
     for head in range(q_heads):
-        keep = mask.keep(head * mask.maps // q_heads)
+        keep = mask.drawn(head * mask.maps // q_heads)
         for i, j in zip(*np.nonzero(keep), strict=True):
             found[head, mask.q_edges[i] : mask.q_edges[i + 1], mask.k_edges[j] : mask.k_edges[j + 1]] = True
-    return found
+    return found if mask.within is None else found & dense_mask(mask.num_q, mask.num_k, mask.within)
 
 
 def dense_attention(

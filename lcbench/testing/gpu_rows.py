@@ -27,7 +27,7 @@ from lcbench.inputs.drawing import draw
 from lcbench.kernels.base import Kernel, Saved, Unsupported, prepare, refusal
 from lcbench.kernels.reference import Reference
 from lcbench.masks.band import Band, BandMask, DoesNotFit
-from lcbench.masks.block import BlockMap
+from lcbench.masks.block import BlockMap, chosen
 from lcbench.masks.causal import causal
 from lcbench.masks.lengths import Uniform
 from lcbench.masks.mask import Mask
@@ -37,6 +37,7 @@ from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.groups import Groups
 from lcbench.schedule.layout import zigzag
+from lcbench.selectors.base import block_edges
 from lcbench.testing.shrink import shrunk, tokens_of
 from lcbench.workloads.attention import Attention
 from lcbench.workloads.base import Work
@@ -114,14 +115,15 @@ def _object(target: str) -> Any:
 
 
 def kernels(wanted: list[str] | None = None) -> dict[str, Kernel]:
-    """The kernels of conf/kernel by name, but for the reference; our own, which need no library, come first."""
-    found = {}
+    """The kernels of conf/kernel that compute softmax attention, by name, but for the reference; our own, which need no library,
+    come first."""
+    found: dict[str, Kernel] = {}
     for path in sorted((CONF / "kernel").glob("*.yaml"), key=lambda path: (not path.stem.startswith("triton"), path.stem)):
         config = flat_yaml(path)
         name, target = config.pop("name"), config.pop("_target_")
         if name != "reference" and (wanted is None or name in wanted):
             found[name] = _object(target)(**config)
-    return found
+    return {name: kernel for name, kernel in found.items() if kernel.operator == "softmax"}
 
 
 def devices() -> list[Row]:
@@ -155,6 +157,9 @@ def small_masks(tokens: int, heads: Heads) -> Iterator[tuple[str, Mask]]:
     for name, whole in (("causal", causal(2 * tokens)), ("window", sliding_window(2 * tokens, left=tokens // 8, right=0))):
         for q, k in ((0, 1), (1, 0), (1, 1)):
             yield f"{name} tile {q}{k}", layout.tile(whole, q, k).merged()
+    edges = block_edges(tokens, 128)
+    keep = np.random.default_rng(0).random((heads.kv, len(edges) - 1, len(edges) - 1)) < 0.5
+    yield "chosen causal", chosen(keep | np.eye(len(edges) - 1, dtype=bool), edges, edges, causal(tokens))
     third = tokens // 3
     yield "holes", BandMask.of(tokens, tokens, [Band(5, third, 0, 300), Band(2 * third, tokens - 7, third, tokens, -third, -100)])
     yield "tall", BandMask.of(tokens, tokens, [Band(0, tokens, 100, 100 + third, -third, 50)])

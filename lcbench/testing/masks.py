@@ -10,13 +10,18 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from lcbench.cp.base import Scheduled
-from lcbench.grid.build import build_mask, build_strategy, check_options, with_option
+from lcbench.grid.build import build_kernel, build_mask, build_strategy, check_options, with_option
 from lcbench.grid.paths import CONF
 from lcbench.masks.band import OPEN, BandMask
+from lcbench.masks.block import BlockMap, chosen
 from lcbench.masks.causal import causal
 from lcbench.masks.mask import Mask
 from lcbench.problem import Batch, Heads, Problem, Scale
+from lcbench.selectors.base import block_edges
 from lcbench.testing.shrink import shrunk, tokens_of
+
+# Block maps as selectors choose them, within masks of conf/: name -> mask. Those of ``chosen_causal`` differ by query head.
+WITHIN = {"chosen_causal": "causal", "chosen_document": "causal_document", "chosen_prefix": "prefix_lm_document"}
 
 
 def load(group: str, name: str) -> dict[str, Any]:
@@ -31,10 +36,20 @@ def names(group: str = "mask") -> list[str]:
     return [path.stem for path in sorted((CONF / group).glob("*.yaml")) if load(group, path.stem)["name"] == path.stem]
 
 
+def every_mask() -> list[str]:
+    """Names that ``small`` knows: every mask of conf/, and maps within masks."""
+    return [*names(), *WITHIN]
+
+
 def aliases(group: str = "mask") -> dict[str, str]:
     """Other names of axis values: alias -> name."""
     stems = [path.stem for path in sorted((CONF / group).glob("*.yaml"))]
     return {stem: load(group, stem)["name"] for stem in stems if load(group, stem)["name"] != stem}
+
+
+def softmax_kernels() -> list[str]:
+    """Every kernel of conf/kernel that computes attention over a mask; those of linear attention have tests of their own."""
+    return [name for name in names("kernel") if build_kernel(load("kernel", name)).operator == "softmax"]
 
 
 def trained_by() -> dict[str, Scheduled]:
@@ -58,7 +73,20 @@ def small_config(name: str, seqlen: int, heads: Heads, folder: Path, **options: 
 
 
 def small(name: str, seqlen: int, heads: Heads, folder: Path, *, seed: int = 0, **options: Any) -> Mask:
+    """A mask of ``names()`` or of ``WITHIN`` at a small length."""
+    if name in WITHIN:
+        return _chosen(name, seqlen, heads, folder, seed)
     return build_mask(small_config(name, seqlen, heads, folder, **options), seqlen, heads, seed)
+
+
+def _chosen(name: str, seqlen: int, heads: Heads, folder: Path, seed: int) -> BlockMap:
+    """Blocks as a selector may choose them: at random, those of the diagonal among them."""
+    within = small(WITHIN[name], seqlen, heads, folder, seed=seed)
+    assert isinstance(within, BandMask)
+    edges = block_edges(seqlen, max(2, seqlen // 6))
+    random, blocks = np.random.default_rng([seed, seqlen]), len(edges) - 1
+    keep = random.random((heads.q if name == "chosen_causal" else heads.kv, blocks, blocks)) < 0.4
+    return chosen(keep | np.eye(blocks, dtype=bool), edges, edges, within)
 
 
 def _file(name: str, seqlen: int, heads: Heads, folder: Path) -> Path:

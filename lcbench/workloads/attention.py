@@ -62,7 +62,7 @@ class AttentionSession(Session):
         self._keys = begun.mask.density * begun.mask.num_k  # of a row, in the mean, before a pass chooses any
         held = begun.owners.held
         drawn = {name: self._drawn(name, held) for name in self._names()}
-        self.shard = _shard(held, drawn, work.problem)
+        self.shard = shard_of(held, drawn, work.problem)
         self.negated = False
 
     def _begun(self, work: Work, number: int, gang: Gang) -> Started | str:
@@ -90,7 +90,7 @@ class AttentionSession(Session):
         own, ranks = gang.cp_rank, problem.scale.world_size
         queries, keys = (Part(np.arange(n * own // ranks, n * (own + 1) // ranks)) for n in (problem.queries, problem.seqlen))
         held = Held(queries, keys, queries)
-        return _shard(held, {name: self._drawn(name, held) for name in self._names()}, problem)
+        return shard_of(held, {name: self._drawn(name, held) for name in self._names()}, problem)
 
     def _inputs(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self.shard, name) for name in self._names()}
@@ -235,6 +235,7 @@ class AttentionSession(Session):
         return counted
 
 
-def _shard(held: Held, drawn: dict[str, torch.Tensor], problem: Problem) -> Shard:
+def shard_of(held: Held, drawn: dict[str, torch.Tensor], problem: Problem) -> Shard:
+    """What a rank is given, of inputs by name: values of latent heads are a part of their keys."""
     v = drawn["v"] if "v" in drawn else drawn["k"][..., : problem.heads.v]
     return Shard(held, drawn["q"], drawn["k"], v, drawn.get("dout"), drawn.get("sink"))

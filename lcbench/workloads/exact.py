@@ -50,7 +50,7 @@ def layer(model: Model, weights: Weights, tokens: Ints, given: Tensors, seed: in
         found = torch.autograd.grad(list(results.values()), [x, out], [given[f"d{name}"].double() for name in results])
         return {name: one.detach() for name, one in results.items()} | dict(zip(("dx", "dout"), found, strict=True))
 
-    return _with_spread(run, given["x"].device, seed)
+    return with_spread(run, given["x"].device, seed)
 
 
 def head(model: Model, weights: Weights, y: torch.Tensor, labels: torch.Tensor, share: float, seed: int) -> dict[str, Known]:
@@ -66,7 +66,7 @@ def head(model: Model, weights: Weights, y: torch.Tensor, labels: torch.Tensor, 
         (dy,) = torch.autograd.grad(losses.sum() * share, leaf)
         return {"dy": dy}
 
-    return _with_spread(run, y.device, seed)
+    return with_spread(run, y.device, seed)
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------
@@ -139,7 +139,8 @@ def _few(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 # -- roundings ---------------------------------------------------------------------------------------------------------
 
 
-def _with_spread(run: Callable[[Rounded], Tensors], device: torch.device, seed: int) -> dict[str, Known]:
+def with_spread(run: Callable[[Rounded], Tensors], device: torch.device, seed: int) -> dict[str, Known]:
+    """What ``run`` gives where nothing is rounded, with its spread. ``run`` puts every operation's result through its argument."""
     generator = torch.Generator(device)
     generator.manual_seed(seed)
     exact = run(_exact)

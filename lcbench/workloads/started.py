@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lcbench.cp.base import RankRun
-from lcbench.kernels.base import Platform, Unsupported
+from lcbench.cp.base import Place, RankRun
+from lcbench.kernels.base import Kernel, Platform, Unsupported
 from lcbench.masks.mask import Computed, Mask
 from lcbench.measure.bounds import Bounds
 from lcbench.measure.numerics import Examination, Result, one_pass
@@ -17,6 +17,7 @@ from lcbench.measure.owners import Owners, owners
 from lcbench.measure.ranks import EVERY, first_refusal
 from lcbench.measure.reference import Shard
 from lcbench.measure.session import Counted, Gang
+from lcbench.problem import Problem
 from lcbench.schedule.execute import Counters
 from lcbench.workloads.base import Work
 
@@ -127,18 +128,25 @@ def distance(examination: Examination, gang: Gang) -> dict[str, float]:
     return {} if own is None else {"check/distance": max(gang.of_groups(own))}
 
 
-def started(work: Work, number: int, gang: Gang, refuses: Callable[[RankRun], str | None] = lambda run: None) -> Started | str:
+def started(
+    work: Work,
+    number: int,
+    gang: Gang,
+    refuses: Callable[[RankRun], str | None] = lambda run: None,
+    begin: Callable[[Problem, Mask, Kernel, Place], Any] | None = None,
+) -> Started | str:
     """Draw ``number`` of a cell, ready to run, or why the ranks cannot run it. Collective.
 
     Args:
         refuses: why a run will not do, or None.
+        begin: makes the run; None: ``Strategy.start``.
     """
     begun, problem = time.perf_counter(), work.problem
     asked = gang.own_heads(work.make_mask(number), problem.heads.q)
     mask = work.strategy.computes(problem, asked)
     reason, calls, run = None, 1, None
     try:
-        run = work.strategy.start(problem, mask, work.kernel, gang.place)
+        run = (begin or work.strategy.start)(problem, mask, work.kernel, gang.place)
         calls = counters.calls if (counters := run.counters()) else 1
         reason = refuses(run)
     except Unsupported as refused:

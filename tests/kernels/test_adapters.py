@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_kernels import CPU, GROUPED, HARD, SEQLEN, check_kernel, kernel_of, problem_of
@@ -24,10 +25,12 @@ from lcbench.kernels.flex import PreparedFlex
 from lcbench.kernels.library import LibraryCall, signature_of, unfit
 from lcbench.kernels.te_fused import FORMATS
 from lcbench.masks.band import Band, BandMask
-from lcbench.masks.block import BlockMap
+from lcbench.masks.block import BlockMap, chosen
 from lcbench.masks.block_random import block_random
+from lcbench.masks.causal import causal
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.selectors.base import block_edges
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.fake_libraries import (
     fastvideo,
@@ -41,7 +44,7 @@ from lcbench.testing.fake_libraries import (
     transformer_engine,
     xformers,
 )
-from lcbench.testing.masks import names, small
+from lcbench.testing.masks import WITHIN, names, small
 
 Tensor = torch.Tensor
 H200 = Platform("cuda", (9, 0), 141 << 30)
@@ -111,7 +114,7 @@ def check_adapter(kernel: Kernel, masks: Iterable[Mask], heads: Heads = GROUPED,
 
 
 def every_mask(folder: Path) -> dict[str, Mask]:
-    return {name: small(name, SEQLEN, GROUPED, folder) for name in names()} | HARD
+    return {name: small(name, SEQLEN, GROUPED, folder) for name in [*names(), *WITHIN]} | HARD
 
 
 def install(monkeypatch: pytest.MonkeyPatch, modules: dict[str, ModuleType]) -> None:
@@ -185,7 +188,7 @@ def test_flashinfer_sparse_runs_block_maps_forward(tmp_path: Path, monkeypatch: 
     kernel = kernel_of("flashinfer_sparse")
     forward = Problem(SEQLEN, GROUPED, Scale(1, 1), "bfloat16", "forward")
     for mask in every_mask(tmp_path).values():
-        if isinstance(mask, BlockMap):
+        if isinstance(mask, BlockMap) and not mask.blocks_cut:
             assert kernel.unsupported(forward, mask) is None
             check_forward(kernel, mask, GROUPED, 0.7)
     each = block_random(64, heads=GROUPED, seed=(1, 0), density=0.3, block_size=8, sizes="uniform", per="q_head")
@@ -205,6 +208,23 @@ def test_sparse_library_runs_its_blocks(name: str, block: int, heads: Heads, mon
     assert f"takes uniform blocks of {block} tokens" in str(kernel.unsupported(problem_of(heads), other))
     with pytest.raises(Unsupported, match="uniform blocks"):
         prepare(kernel, other, heads, torch.float64, CPU)
+
+
+@pytest.mark.parametrize("name", ["flashinfer_sparse", "flash_attn4_sparse", "vsa"])
+def test_a_library_of_whole_blocks_refuses_blocks_that_are_cut(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, STANDINS[name]())
+    kernel, heads, seqlen = kernel_of(name), Heads(2, 2, 64), 512
+    problem = Problem(seqlen, heads, Scale(1, 1), "bfloat16", "forward")
+    edges = block_edges(seqlen, 64 if name == "vsa" else 128)
+    count = len(edges) - 1
+    below = np.tril(np.ones((heads.kv, count, count), dtype=bool), -1)
+    whole, cut = (chosen(keep, edges, edges, causal(seqlen)) for keep in (below, below | np.eye(count, dtype=bool)))
+    assert kernel.unsupported(problem, whole) is None
+    check_forward(kernel, whole, heads, heads.dim**-0.5)
+    reason = f"takes whole blocks only: {2 * count} of {count * (count + 1)} kept blocks are cut by the mask that they lie within"
+    assert reason in str(kernel.unsupported(problem, cut))
+    with pytest.raises(Unsupported, match="whole blocks only"):
+        prepare(kernel, cut, heads, torch.float64, CPU)
 
 
 @pytest.mark.parametrize("name", [name for name in names("kernel") if kernel_of(name).missing()])

@@ -24,7 +24,7 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softmax
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.fake_libraries import cudnn, flash_attn2, flash_attn3, flash_attn4, flashinfer, flashmask, torch_operators
-from lcbench.testing.masks import names
+from lcbench.testing.masks import softmax_kernels
 
 Tensor = torch.Tensor
 SHORTER, LONGER, LATENT = Heads(4, 2, 24, 16), Heads(2, 2, 16, 40), Heads(4, 1, 40, 32, latent=True)
@@ -188,7 +188,7 @@ def test_flash_attn3_on_latent_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not 576:512" in str(kernel.unavailable(problem(replace(whole, latent=False)), H200))
 
 
-@pytest.mark.parametrize("name", names("kernel"))
+@pytest.mark.parametrize("name", softmax_kernels())
 def test_a_softcap_is_computed_or_refused(name: str) -> None:
     kernel, mask = kernel_of(name), CACHES["chunk"]
     heads = Heads(4, 4, 64)
@@ -313,5 +313,5 @@ def shown(name: str) -> str:
 
 def test_docs_say_which_kernel_takes_what() -> None:
     text = DOCS.read_text()
-    for name in names("kernel"):
+    for name in softmax_kernels():
         assert shown(name) in text, shown(name)

@@ -17,7 +17,7 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.faulty import Blind
-from lcbench.testing.masks import load, names, small
+from lcbench.testing.masks import every_mask, load, small, softmax_kernels
 
 CPU = torch.device("cpu")
 SEQLEN = 70
@@ -46,7 +46,7 @@ def runs_here(kernel: Kernel) -> bool:
     return refusal(kernel, problem_of(GROUPED), CPU) is None and not isinstance(kernel, RequestKernel)
 
 
-HERE = [name for name in names("kernel") if runs_here(kernel_of(name))]
+HERE = [name for name in softmax_kernels() if runs_here(kernel_of(name))]
 
 
 def test_cpu_has_its_kernels() -> None:
@@ -79,7 +79,7 @@ def check_kernel(kernel: Kernel, mask: Mask, heads: Heads, dtype: torch.dtype, b
 
 
 @pytest.mark.parametrize("kernel_name", HERE)
-@pytest.mark.parametrize("name", [*names(), *HARD])
+@pytest.mark.parametrize("name", [*every_mask(), *HARD])
 def test_kernel_matches_dense_attention(kernel_name: str, name: str, tmp_path: Path) -> None:
     kernel = kernel_of(kernel_name)
     mask = HARD[name] if name in HARD else small(name, SEQLEN, GROUPED, tmp_path)

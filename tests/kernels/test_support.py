@@ -32,6 +32,14 @@ def test_matrix_says_native_grouped_or_no_and_why(capsys: pytest.CaptureFixture[
     assert "block masks only" in str(found["triton_block_sparse", "causal", "bfloat16", "forward"]["reason"])
 
 
+def test_linear_attention_has_no_masks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its kernels are no rows of the matrix; who names one is told why."""
+    found = rows(capsys, "kernel=chunked,naive", "mask=causal", "heads=4x2x64", "seqlen=128")
+    assert found["naive", "causal", "float32", "forward"]["support"] == "native"
+    told = {row["reason"] for (kernel, *_), row in found.items() if kernel == "chunked"}
+    assert told == {"is for linear attention, which has no masks (workload=linear_attention)"}
+
+
 def test_this_machine_counts_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
     found = rows(capsys, "kernel=sdpa_flash,flash_attn2", "mask=causal", "heads=4x2x64", "seqlen=128")
     assert found["sdpa_flash", "causal", "float32", "forward_backward"]["support"] == "native"

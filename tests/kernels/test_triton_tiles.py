@@ -21,7 +21,7 @@ from lcbench.masks.block_random import block_random
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads
 from lcbench.testing.dense import dense_attention, dense_heads
-from lcbench.testing.masks import names, small
+from lcbench.testing.masks import every_mask, small
 
 CPU = torch.device("cpu")
 HEADS = Heads(4, 2, 16)
@@ -57,7 +57,7 @@ def counted(tables: TileTables, num_q: int, num_k: int) -> NDArray[np.int64]:
     return found[:, :, :num_k]
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", every_mask())
 def test_tables_visit_every_pair_of_a_mask_once(name: str, tmp_path: Path) -> None:
     mask = small(name, 83, HEADS, tmp_path)
     for part in (mask, mask.transpose()):

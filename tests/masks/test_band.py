@@ -63,6 +63,15 @@ def test_area_normal_form_merge_and_transpose_match_dense(case: tuple[int, int, 
         assert one.any(axis=1).all()
 
 
+def test_runs_of_a_tile_may_share_tokens() -> None:
+    mask = BandMask.of(20, 20, [Band(0, 20, 0, 20, -OPEN, 0), Band(8, 16, 9, 20, 1, OPEN)])
+    shared, every = [TokenSpan(1, 1), TokenSpan(0, 9), TokenSpan(7, 2)], [TokenSpan(0, 20)]
+    rows = tokens_of(shared)
+    dense = dense_mask(20, 20, mask)
+    assert (dense_mask(12, 20, mask.tile(shared, every)) == dense[rows]).all()
+    assert (dense_mask(20, 12, mask.tile(every, shared)) == dense[:, rows]).all()
+
+
 @given(bands(), st.data())
 def test_crop_and_tile_match_dense(case: tuple[int, int, list[Band]], data: st.DataObject) -> None:
     num_q, num_k, found = case

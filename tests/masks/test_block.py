@@ -8,31 +8,39 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcbench.masks.band import DoesNotFit, TokenSpan
-from lcbench.masks.block import BlockMap
+from lcbench.masks.band import Band, BandMask, DoesNotFit, TokenSpan
+from lcbench.masks.block import BlockMap, chosen
 from lcbench.masks.block_file import block_file
 from lcbench.masks.block_local_sink import block_local_sink
 from lcbench.masks.block_random import block_random
 from lcbench.masks.block_slash import block_slash
 from lcbench.masks.block_vertical import block_vertical
+from lcbench.masks.causal import causal
+from lcbench.masks.full import full
+from lcbench.masks.sliding_window import sliding_window
 from lcbench.problem import Heads
+from lcbench.selectors.base import block_edges
 from lcbench.testing.dense import dense_heads, dense_mask
+from lcbench.testing.masks import names, small
+from tests.masks.test_band import bands
 
 HEADS = Heads(6, 3, 8)
 
 
 @st.composite
-def maps(draw: st.DrawFn) -> BlockMap:
-    edges = [
-        np.array(sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=4))})) for n in draw(st.tuples(*[st.integers(1, 14)] * 2))
-    ]
+def maps(draw: st.DrawFn, *, within: bool | None = None) -> BlockMap:
+    """Maps of any blocks, half of them within bands of any kind; ``within``: all of them, or none."""
+    num_q, num_k, found = draw(bands())
+    edges = [np.array(sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=4))})) for n in (num_q, num_k)]
     count = draw(st.sampled_from([1, 2, 3, 6]))
     seed = draw(st.integers(0, 99))
     shape = (count, len(edges[0]) - 1, len(edges[1]) - 1)
-    keep = np.random.default_rng(seed).random(shape) < 0.5
+    keep = np.random.default_rng(seed).random(shape) < draw(st.sampled_from([0.5, 0.9]))
+    if draw(st.booleans()) if within is None else within:
+        return chosen(keep, *edges, BandMask.of(num_q, num_k, found))
     return BlockMap(edges[0], edges[1], count, lambda i: keep[i])
 
 
@@ -65,6 +73,9 @@ def test_block_maps_are_closed_under_the_algebra(mask: BlockMap, data: st.DataOb
     count = data.draw(st.integers(1, 6 - first))
     part = mask.of_heads(first, count, 6)
     assert (dense_heads(part, count) == dense[first : first + count]).all()
+    # And so are those operations of one another.
+    assert (dense_heads(tile.transpose().merged(), 6) == wanted.transpose(0, 2, 1)).all()
+    assert tile.pairs(6) == tile.transpose().pairs(6) == wanted.sum()
 
 
 @given(maps())
@@ -72,10 +83,89 @@ def test_bands_and_index_lists_hold_the_same_blocks(mask: BlockMap) -> None:
     for number in range(mask.maps):
         dense = dense_heads(mask, mask.maps)[number]
         assert (dense_mask(mask.num_q, mask.num_k, mask.bands(number)) == dense).all()
+        blocks = [[dense[q0:q1, k0:k1] for k0, k1 in pairwise(mask.k_edges.tolist())] for q0, q1 in pairwise(mask.q_edges.tolist())]
+        assert mask.keep(number).tolist() == [[bool(block.any()) for block in row] for row in blocks]
+        assert mask.whole(number).tolist() == [[bool(block.all()) for block in row] for row in blocks]
+        cut = [(i, j, int(b.sum())) for i, row in enumerate(blocks) for j, b in enumerate(row) if b.any() and not b.all()]
+        assert list(zip(*(part.tolist() for part in mask.cut(number)), strict=True)) == cut
         indptr, indices = mask.csr(number)
         assert len(indptr) == len(mask.q_edges)
         for row, (begin, end) in enumerate(pairwise(indptr)):
             assert indices[begin:end].tolist() == np.nonzero(mask.keep(number)[row])[0].tolist()
+
+
+STATIC = [name for name in names() if not name.startswith("block_") or name.startswith("block_causal")]
+
+
+@pytest.mark.parametrize("name", STATIC)
+@given(st.data())
+@settings(max_examples=8)
+def test_blocks_within_a_mask_of_any_family_are_what_both_say(name: str, tmp_path_factory: Any, data: st.DataObject) -> None:
+    seqlen = data.draw(st.sampled_from([24, 61]))
+    within = small(name, seqlen, HEADS, tmp_path_factory.mktemp("masks"), seed=data.draw(st.integers(0, 3)))
+    assert isinstance(within, BandMask)
+    edges = [np.unique([0, seqlen, *data.draw(st.lists(st.integers(1, seqlen - 1), max_size=6))]) for _ in range(2)]
+    keep = np.random.default_rng(data.draw(st.integers(0, 99))).random((3, len(edges[0]) - 1, len(edges[1]) - 1)) < 0.6
+    mask = chosen(keep, *edges, within)
+    blocks = np.repeat(np.repeat(keep, np.diff(edges[0]), 1), np.diff(edges[1]), 2)
+    dense = np.repeat(blocks, 2, 0) & dense_mask(seqlen, seqlen, within)
+    stride = data.draw(st.integers(1, 3))
+    q_runs, k_runs = ([run._replace(stride=1) for run in data.draw(runs(seqlen))], [TokenSpan(0, -(-seqlen // stride), stride)])
+    for part, wanted in (
+        (mask, dense),
+        (mask.transpose(), dense.transpose(0, 2, 1)),
+        (mask.tile(q_runs, k_runs), dense[:, tokens_of(q_runs)][:, :, tokens_of(k_runs)]),
+        (mask.of_heads(2, 4, 6), np.repeat(dense[2:6], [2, 1, 2, 1], 0)),
+    ):
+        each = len(wanted) // part.maps
+        assert part.pairs(len(wanted)) == wanted.sum()
+        for number in range(part.maps):
+            assert (dense_mask(part.num_q, part.num_k, part.bands(number)) == wanted[number * each]).all()
+    every = [TokenSpan(data.draw(st.integers(0, 3)), (seqlen - 4) // stride, stride)]
+    assert mask.row_area(every) * 2 == dense[:, tokens_of(every)].sum()
+
+
+def test_bands_within_a_mask_are_as_few_as_can_be() -> None:
+    seqlen = 512
+    edges = block_edges(seqlen, 64)
+    every = np.ones((1, 8, 8), dtype=bool)
+    assert list(chosen(every, edges, edges, causal(seqlen)).bands(0)) == list(causal(seqlen))
+    window = sliding_window(seqlen, left=150, right=0)
+    assert list(chosen(every, edges, edges, window).bands(0)) == list(window)
+    # A sink and the block of the diagonal with that before it: a rectangle and two bands, of which the first row has one.
+    i, j = np.arange(8)[:, None], np.arange(8)[None, :]
+    local = chosen(((j == 0) | (i == j) | (i == j + 1))[None], edges, edges, causal(seqlen))
+    assert local.blocks_cut == 8
+    assert [band for band in local.bands(0) if not (band.cuts_below or band.cuts_above)] == [Band(192, 512, 0, 64, -511, -129)]
+    assert len(local.bands(0)) == 1 + 1 + 5
+    # Nothing is cut off the diagonal: rectangles, as without a mask.
+    below = chosen((j < i)[None], edges, edges, causal(seqlen))
+    free = BlockMap(edges, edges, 1, lambda _: j < i)
+    assert list(below.bands(0)) == list(free.bands(0))
+    assert below.blocks_cut == 0
+
+
+def test_a_mask_that_takes_no_pair_is_none() -> None:
+    edges = block_edges(100, 30)
+    assert chosen(np.ones((1, 4, 4), dtype=bool), edges, edges, full(100)).within is None
+    mask = chosen(np.ones((1, 4, 4), dtype=bool), edges, edges, causal(100))
+    assert mask.tile([TokenSpan(50, 50)], [TokenSpan(0, 50)]).within is None
+    assert mask.tile([TokenSpan(50, 50)], [TokenSpan(0, 52)]).within is not None
+    with pytest.raises(ValueError, match="100 x 100 tokens within a mask of 99 x 99"):
+        chosen(np.ones((1, 4, 4), dtype=bool), edges, edges, causal(99))
+
+
+def test_pairs_of_a_long_map_within_a_mask_are_exact() -> None:
+    """By counting block by block with the closed form of a causal mask."""
+    seqlen, size = 1 << 16, 128
+    edges, count = block_edges(seqlen, size), seqlen // size
+    keep = np.random.default_rng(0).random((4, count, count)) < 0.3
+    i, j = np.arange(count)[:, None], np.arange(count)[None, :]
+    pairs = np.where(j < i, size * size, np.where(i == j, size * (size + 1) // 2, 0))
+    mask = chosen(keep, edges, edges, causal(seqlen))
+    assert mask.pairs(8) == 2 * (keep * pairs).sum()
+    assert mask.row_area([TokenSpan(0, seqlen // 2)]) == (keep * pairs)[:, : count // 2].sum()
+    assert len(mask) == (keep & (j <= i)).sum()
 
 
 @pytest.mark.parametrize("block_size", [64, 128])

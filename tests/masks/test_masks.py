@@ -30,7 +30,7 @@ from lcbench.masks.sliding_window import sliding_window
 from lcbench.masks.star_attention import star_attention
 from lcbench.problem import Heads
 from lcbench.testing.dense import dense_heads
-from lcbench.testing.masks import aliases, load, names, small, small_config
+from lcbench.testing.masks import aliases, every_mask, load, names, small, small_config
 from lcbench.testing.shrink import tokens_of
 
 HEADS = Heads(4, 2, 8)
@@ -159,7 +159,7 @@ def refused(name: str, c: dict[str, Any], seqlen: int) -> bool:
     }.get(name, lambda: False)()
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", every_mask())
 @pytest.mark.parametrize("seqlen", [64, 101])
 def test_flex_forms_agree_with_the_dense_mask(name: str, seqlen: int, tmp_path: Path) -> None:
     mask = small(name, seqlen, HEADS, tmp_path)

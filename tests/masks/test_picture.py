@@ -16,12 +16,12 @@ from lcbench.masks.full import full
 from lcbench.masks.picture import ASCII, BLOCKS, LETTERS, drawn, shades
 from lcbench.masks.sliding_window import sliding_window
 from lcbench.problem import Heads
-from lcbench.testing.masks import names, small
+from lcbench.testing.masks import every_mask, small
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", every_mask())
 @pytest.mark.parametrize("seqlen", [13, 1000])
 def test_a_character_is_blank_only_where_no_pair_counts(name: str, seqlen: int, tmp_path: Path) -> None:
     mask = small(name, seqlen, Heads(2, 2, 8), tmp_path)

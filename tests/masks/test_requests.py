@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lcbench.grid.build import build_mask
 from lcbench.masks.band import Band, BandMask, DoesNotFit
-from lcbench.masks.block import BlockMap
+from lcbench.masks.block import BlockMap, chosen
 from lcbench.masks.causal import causal
 from lcbench.masks.causal_document import causal_document
 from lcbench.masks.lengths import Uniform, document_bounds
@@ -119,6 +119,21 @@ def test_block_maps_of_requests_are_one(batch: Batch) -> None:
     wholes: list[Mask] = [drawn(total) for total in batch.total.tolist()]
     assert isinstance(mask, BlockMap)
     assert (dense_heads(mask, HEADS.q) == assembled(batch, wholes)).all()
+
+
+@given(batches(), st.integers(1, 12))
+def test_block_maps_within_masks_are_one_where_any_is_within_one(batch: Batch, most: int) -> None:
+    """Short requests have maps alone, long ones causal maps, by which every row sees what it sees in its own."""
+
+    def make(total: int, number: int) -> Mask:
+        whole = drawn(total)
+        return whole if total < most else chosen(whole.keeps(), whole.q_edges, whole.k_edges, causal(total))
+
+    mask = of_requests(batch, make, alike=True)
+    wholes = [make(total, 0) for total in batch.total.tolist()]
+    expected = assembled(batch, wholes)
+    assert (dense_heads(mask, HEADS.q) == expected).all()
+    assert mask.pairs(HEADS.q) == int(expected.sum())
 
 
 def test_nothing_is_drawn_before_it_is_asked_for_and_the_requests_keep_nothing() -> None:

@@ -11,13 +11,13 @@ import torch
 from lcbench.masks.sums import Visible
 from lcbench.problem import Heads
 from lcbench.testing.dense import dense_heads
-from lcbench.testing.masks import names, small
+from lcbench.testing.masks import every_mask, small
 
 HEADS = Heads(4, 2, 8)
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", every_mask())
 def test_sums_are_those_of_the_matrix(name: str, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     mask = small(name, 97, HEADS, tmp_path, seed=3)

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from multiprocessing import get_context
 from typing import Any, ClassVar
@@ -21,8 +21,8 @@ import torch
 from lcbench.cp.none import Local
 from lcbench.kernels.base import Kernel, Platform, Prepared, Rounding, Saved, prepare
 from lcbench.kernels.sdpa_flash import SDPAFlash
-from lcbench.masks.band import BandMask, cropped
-from lcbench.masks.block import BlockMap
+from lcbench.masks.band import OPEN, Band, BandMask, cropped
+from lcbench.masks.block import BlockMap, chosen
 from lcbench.masks.block_random import block_random
 from lcbench.masks.causal import causal
 from lcbench.masks.causal_document import causal_document
@@ -36,6 +36,7 @@ from lcbench.measure.measured import Measured
 from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.groups import Groups
+from lcbench.selectors.base import block_edges
 from lcbench.workloads.attention import Attention
 from lcbench.workloads.base import Work
 
@@ -59,8 +60,17 @@ def masks(seqlen: int, name: str, seed: int) -> Mask:
         "blocks": lambda: block_random(
             seqlen, heads=HEADS, seed=(seed, 0), density=min(0.25, 1024 / seqlen), block_size=64, sizes="uniform", per="all_heads"
         ),
+        "chosen": lambda: chosen_blocks(seqlen, seed),
     }
     return make[name]()
+
+
+def chosen_blocks(seqlen: int, seed: int) -> BlockMap:
+    """Blocks of 64 under a causal mask: those of the diagonal, and others at random."""
+    edges = block_edges(seqlen, 64)
+    blocks = len(edges) - 1
+    keep = np.random.default_rng((seed, 0)).random((1, blocks, blocks)) < min(0.25, 1024 / seqlen)
+    return chosen(keep | np.eye(blocks, dtype=bool), edges, edges, causal(seqlen))
 
 
 @dataclass
@@ -211,7 +221,16 @@ def forgotten_block(mask: BlockMap, state: State) -> BlockMap:
         keep[tuple(places[len(places) // 2])] = False
         return keep
 
-    return BlockMap(mask.q_edges, mask.k_edges, mask.maps, draw)
+    return replace(mask, draw=draw)
+
+
+def uncut(mask: BlockMap, state: State) -> BlockMap:
+    return replace(mask, within=None)
+
+
+def cut_short(mask: BlockMap, state: State) -> BlockMap:
+    """No query sees the key at its own place."""
+    return replace(mask, within=BandMask.of(mask.num_q, mask.num_k, [Band(0, mask.num_q, 0, mask.num_k, -OPEN, -1)]))
 
 
 def transposed(mask: BlockMap, state: State) -> BlockMap:
@@ -378,6 +397,8 @@ FAULTS: dict[str, Fault] = {
     "one document of many begins one key late": Fault(mask=shifted("document"), on="boxes"),
     "a block forgotten": Fault(mask=forgotten_block, on="blocks"),
     "block map transposed": Fault(mask=transposed, on="blocks"),
+    "blocks that are cut computed whole": Fault(mask=uncut, on="chosen"),
+    "blocks that are cut one key short": Fault(mask=cut_short, on="chosen"),
     "two blocks of keys exchanged": Fault(inputs=blocks_of_keys("swapped")),
     "a block of keys in the place of another": Fault(inputs=blocks_of_keys("stale")),
     # backward

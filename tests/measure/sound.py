@@ -31,7 +31,7 @@ from lcbench.measure.numerics import one_pass
 from lcbench.measure.session import Gang
 from lcbench.problem import DTYPES, Heads, Problem, Scale
 from lcbench.schedule.groups import Groups
-from lcbench.testing.masks import load, names, small
+from lcbench.testing.masks import every_mask, load, small, softmax_kernels
 from lcbench.workloads.attention import Attention, AttentionSession
 from lcbench.workloads.base import Work
 
@@ -58,7 +58,7 @@ def kernels(device: torch.device = CPU, wanted: tuple[str, ...] = ()) -> dict[st
     problem = Problem(512, HEADS[0], Scale(1, 1), "float32" if device == CPU else "bfloat16", "forward_backward")
     found = {
         name: build_kernel(load("kernel", name))
-        for name in wanted or names("kernel")
+        for name in wanted or softmax_kernels()
         if device != CPU or not name.startswith("triton")
     }
     return {name: kernel for name, kernel in found.items() if refusal(kernel, problem, device) is None}
@@ -76,7 +76,9 @@ def cells(first_seed: int = 0, cast: Iterable[str] | None = None) -> Iterator[Ce
             seqlen = int(random.choice(lengths, p=weights / weights.sum()))
             heads = HEADS[2] if seqlen > 4096 else HEADS[random.integers(len(HEADS))]
             masks = (
-                [n for n in names() if n.startswith("block_") and n != "block_causal"] if kernel.endswith("_sparse") else names()
+                [n for n in every_mask() if n.startswith(("block_", "chosen_")) and n != "block_causal"]
+                if kernel.endswith("_sparse")
+                else every_mask()
             )
             yield Cell(kernel, str(random.choice(masks)), dtype, seqlen, heads, seed)
 

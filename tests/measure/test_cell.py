@@ -23,7 +23,7 @@ from lcbench.measure.session import Gang
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.groups import Groups
 from lcbench.schedule.held import Held, Part
-from lcbench.testing.masks import names, small_config
+from lcbench.testing.masks import WITHIN, every_mask, small, small_config
 from lcbench.workloads.attention import Attention
 from lcbench.workloads.base import Work
 
@@ -33,16 +33,16 @@ SETTINGS = {"warmup": 0, "min_iterations": 2, "max_iterations": 2, "budget_s": 1
 
 
 def measured(name: str, seqlen: int, dtype: str, folder: Path, draws: int = 1) -> Measured:
-    config = small_config(name, seqlen, HEADS, folder)
-
     def make(draw: int) -> Mask:
-        return build_mask(config, seqlen, HEADS, 5, draw)
+        if name in WITHIN:
+            return small(name, seqlen, HEADS, folder, seed=5 + draw)
+        return build_mask(small_config(name, seqlen, HEADS, folder), seqlen, HEADS, 5, draw)
 
     problem = Problem(seqlen, HEADS, Scale(1, 1), dtype, "forward_backward")
     return measure_cell(Work(Attention(), problem, make, SDPAFlash(), Local(), SETTINGS, 5, draws), GANG, lambda _: None)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", every_mask())
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_mask_passes_its_check_in_every_type(name: str, dtype: str, tmp_path: Path) -> None:
     result = measured(name, 200, dtype, tmp_path)
@@ -54,7 +54,7 @@ def test_every_mask_passes_its_check_in_every_type(name: str, dtype: str, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["causal_document", "dual_scope", "star_attention", "block_random", "block_file"])
+@pytest.mark.parametrize("name", ["causal_document", "dual_scope", "star_attention", "block_random", "block_file", *WITHIN])
 def test_long_masks_are_checked_by_sampled_rows_and_columns(name: str, tmp_path: Path) -> None:
     result = measured(name, 3001, "float64", tmp_path)
     assert result.check is not None

@@ -249,7 +249,7 @@ class Square(Faulty):
         if self.faulty:
             call = [call for call, ready in tiles.items() if ready is not None][-1]
             group = self.schedule.heads[call.group]
-            of_group = mask.of_heads(group.begin, len(group), self.problem.heads.q)
+            of_group = group.part(mask, self.problem.heads.q)
             tile = of_group.tile(self.schedule.q.runs(call.q), self.schedule.k.runs(call.k)).merged()
             assert isinstance(tile, BandMask)
             last = max(band.q1 for band in tile)

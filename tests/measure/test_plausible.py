@@ -27,7 +27,7 @@ from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.adjoint import traffic
 from lcbench.schedule.schedule import Schedule
 from lcbench.testing.dense import dense_heads
-from lcbench.testing.masks import causal_batch, load, names, small, trained_by
+from lcbench.testing.masks import causal_batch, every_mask, load, small, trained_by
 from tests.measure.sides import BATCHES, SHAPES
 from tests.measure.sides import problem as of_batch
 
@@ -62,7 +62,7 @@ def test_every_strategy_moves_what_a_mask_needs_at_least(name: str, tmp_path: Pa
     assert isinstance(strategy, Scheduled)
     tried: set[int] = set()
     for ranks in range(2, 9):
-        for number, mask_name in enumerate(names()):
+        for number, mask_name in enumerate(every_mask()):
             # Masks take turns with heads and types: each mask meets each number of ranks, with the next heads that fit it.
             turns = [*HEADS[(number + ranks) % len(HEADS) :], *HEADS[: (number + ranks) % len(HEADS)]]
             dtype, reduce_dtype = (("bfloat16", "input"), ("bfloat16", "float32"), ("float64", "float32"))[number % 3]

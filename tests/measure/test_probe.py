@@ -22,7 +22,7 @@ from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.groups import Groups
 from lcbench.schedule.held import Held, Part
 from lcbench.testing.dense import dense_attention, dense_heads
-from lcbench.testing.masks import names, small
+from lcbench.testing.masks import every_mask, small
 from lcbench.workloads.attention import Attention, AttentionSession
 from lcbench.workloads.base import Work
 
@@ -42,7 +42,7 @@ def test_what_is_expected_is_what_dense_attention_gives(heads: Heads, zero: bool
     problem = Problem(SEQLEN, heads, Scale(1, 1), "float64", "forward_backward")
     tokens = np.random.default_rng(0).permutation(SEQLEN)
     back = np.argsort(tokens)
-    for name in names():
+    for name in every_mask():
         mask = small(name, SEQLEN, heads, tmp_path, seed=3)
         probe = Probe(mask, problem, owned(tokens), 5, CPU, lambda x: x, zero=zero)
         q, dout = (torch.zeros(SEQLEN, heads.q, heads.dim, dtype=torch.float64) for _ in range(2))

@@ -42,7 +42,7 @@ def exact(mask: Mask) -> dict[str, Exact]:
     return found
 
 
-@pytest.mark.parametrize("name", ["full", "causal_document", "per head"])
+@pytest.mark.parametrize("name", ["full", "causal_document", "per head", "chosen_causal", "chosen_document"])
 @pytest.mark.parametrize(("heads_at_a_time", "rows_at_a_time"), [(1, 1), (2, 3), (1, 100), (3, 2)])
 def test_parts_give_what_the_whole_gives(
     name: str, heads_at_a_time: int, rows_at_a_time: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -28,10 +28,11 @@ from lcbench.masks.prefix_lm_document import prefix_lm_document
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule.adjoint import traffic
 from lcbench.schedule.beside import Member, beside
+from lcbench.schedule.fault import ScheduleError
 from lcbench.schedule.layout import documents
 from lcbench.schedule.lowering import OPERATIONS, Collective, collectives
 from lcbench.schedule.simulate import Modelled, prepare
-from lcbench.schedule.verify import ScheduleError, verify
+from lcbench.schedule.verify import verify
 from lcbench.testing.dense import dense_mask
 
 HEADS = Heads(8, 2, 8)

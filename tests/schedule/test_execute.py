@@ -34,16 +34,16 @@ from lcbench.schedule.groups import Groups
 from lcbench.schedule.lowering import OPERATIONS
 from lcbench.schedule.verify import verify
 from lcbench.testing.dense import dense_attention, dense_heads
-from lcbench.testing.masks import names, small, trained_by
+from lcbench.testing.masks import every_mask, small, trained_by
 from lcbench.testing.spawn import run_ranks
 
 BOUND = 1e-12
 
 
 def masks(seqlen: int, heads: Heads, folder: Path) -> dict[str, Mask]:
-    """Every mask of conf/mask that fits, and hard ones."""
+    """Every mask of conf/mask that fits, maps within masks, and hard ones."""
     found: dict[str, Mask] = {}
-    for name in names():
+    for name in every_mask():
         with suppress(DoesNotFit):
             found[name] = small(name, seqlen, heads, folder, seed=7)
     lengths = [10, 16, 5, 1, 1]  # documents shorter than P, none a multiple of 2P

@@ -38,7 +38,7 @@ from lcbench.schedule.schedule import NO_ROWS, Move, Schedule, Step, head_groups
 from lcbench.schedule.simulate import Groups, Modelled, Simulated, play, prepare, simulate
 from lcbench.schedule.tiling import tiling
 from lcbench.schedule.verify import verify
-from lcbench.testing.masks import load, names, small
+from lcbench.testing.masks import every_mask, load, names, small
 
 FREE = Link(0.0, math.inf)
 NOTHING = Machine("nothing", "none", FREE, FREE, 0, math.inf, 0.0, 0.0)
@@ -231,7 +231,7 @@ def test_where_nothing_costs_anything_nothing_takes_time(strategy: Scheduled) ->
     assert {phase.seconds for phase in found.phases.values()} == {0.0}
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", every_mask())
 def test_tiles_have_the_pairs_that_the_proof_counts(name: str, tmp_path: Path) -> None:
     of = problem(203, Scale(2, 2), Heads(8, 4, 16))
     mask = small(name, of.seqlen, of.heads, tmp_path)

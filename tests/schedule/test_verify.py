@@ -30,11 +30,12 @@ from lcbench.masks.lengths import Explicit
 from lcbench.masks.mask import Mask
 from lcbench.masks.sliding_window import sliding_window
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.schedule.fault import ScheduleError
 from lcbench.schedule.layout import contiguous, documents
 from lcbench.schedule.schedule import HeadGroup, Move, Schedule, Step, rows
-from lcbench.schedule.verify import ScheduleCost, ScheduleError, verify
+from lcbench.schedule.verify import ScheduleCost, verify
 from lcbench.testing.dense import dense_heads
-from lcbench.testing.masks import load, names, small
+from lcbench.testing.masks import WITHIN, every_mask, load, names, small
 
 SCALES = [Scale(1, p) for p in (1, 2, 3, 4, 5, 6, 7, 8)] + [Scale(2, 8), Scale(3, 4), Scale(12, 8)]
 PER_RANK = 8192  # tokens, in the setting of LongCA-bench: 64:8 heads of 128, bfloat16
@@ -60,7 +61,7 @@ def test_schedule_covers_every_mask_once(name: str, scale: Scale, tmp_path: Path
     strategy = build_strategy(load("cp", name))
     problem = Problem(seqlen, Heads(96, 8, 64), scale, "bfloat16", "forward_backward")
     # At many ranks a tile costs more than it shows: a few masks stand for all.
-    chosen = names() if scale.world_size <= 4 else ["full", "causal", "share_question", "dual_scope", "block_random"]
+    chosen = every_mask() if scale.world_size <= 4 else ["full", "causal", "share_question", "dual_scope", "chosen_document"]
     for mask in (small(mask, seqlen, problem.heads, tmp_path) for mask in chosen):
         if strategy.unsupported(problem, mask):
             continue
@@ -227,7 +228,7 @@ def test_lightseq_balance(ranks: int) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"stages": 4, "solver": "swap"}, {"stages": 1, "chunks_per_rank": 3}], ids=str)
-@pytest.mark.parametrize("name", ["causal", "sliding_window", "causal_document", "share_question", "block_random"])
+@pytest.mark.parametrize("name", ["causal", "sliding_window", "causal_document", "share_question", "block_random", *WITHIN])
 def test_groupcast_sends_what_is_needed_and_no_more(name: str, options: dict[str, int], tmp_path: Path) -> None:
     seqlen, ranks, heads = 211, 5, Heads(4, 2, 8)
     mask = small(name, seqlen, heads, tmp_path)
@@ -312,12 +313,12 @@ def test_bad_options_name_themselves(name: str, option: str, value: object) -> N
 
 def test_head_groups_read_the_right_heads() -> None:
     heads = Heads(8, 2, 16)
-    assert HeadGroup.of(heads, 0, 8).kv == (0, 1)
-    assert HeadGroup.of(heads, 4, 8).kv == (1,)
-    assert HeadGroup.of(heads, 2, 6).kv == (0, 1)
-    assert HeadGroup.of(heads, 3, 6).kv == (0, 1, 1)  # no two rows of one size: a head is held twice
+    assert HeadGroup.of(heads, range(0, 8)).kv == (0, 1)
+    assert HeadGroup.of(heads, range(4, 8)).kv == (1,)
+    assert HeadGroup.of(heads, range(2, 6)).kv == (0, 1)
+    assert HeadGroup.of(heads, range(3, 6)).kv == (0, 1, 1)  # no two rows of one size: a head is held twice
     for begin, end in ((0, 3), (3, 5), (5, 8), (1, 8)):
-        group = HeadGroup.of(heads, begin, end)
+        group = HeadGroup.of(heads, range(begin, end))
         each = len(group) // len(group.kv)
         assert [group.kv[i // each] for i in range(len(group))] == [h // 4 for h in range(begin, end)]
 
