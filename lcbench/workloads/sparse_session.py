@@ -423,8 +423,9 @@ class SparseSession(AttentionSession):
         found = recall(choice, self.within, problem, self.shard, result.lse, numbers, self._gang.ranks)
         by_blocks, by_lse = found.apart
         # The LSE is off by its own bound, and the mass by as much of itself.
-        lse = torch.log(by_lse).nan_to_num(neginf=0.0)
-        bound = by_blocks * self._started.bounds.lse(lse, torch.ones_like(lse)) + torch.finfo(torch.float64).eps
+        mine = torch.from_numpy(np.argsort(self._held.q.tokens)[np.searchsorted(np.sort(self._held.q.tokens), found.tokens)])
+        lse = result.lse[mine.to(result.lse.device)].double().nan_to_num(neginf=0.0)
+        bound = by_blocks * self._started.bounds.lse(lse, found.spread) + torch.finfo(torch.float64).eps
         self.examination.judge.elements(RECALL, "mass", by_lse, by_blocks, bound, found.tokens)
         return found
 
