@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -295,6 +295,11 @@ class SparseSession(AttentionSession):
         else:
             self.examination.first(self.shard, result)
         self.draw()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget the plan of the checks: its buffers are no memory of a pass, which plans anew."""
+        self._started = replace(self._started, run=cast("RankRun", None))
 
     def check_timed(self, passed: Passed) -> None:
         part = "last timed pass"
@@ -471,6 +476,7 @@ class SparseSession(AttentionSession):
             "recall": kept_of.tolist(), "oracle_recall": best_of.tolist(), "density": density_of.tolist(),
             "rows": found.rows, "blocks": found.blocks,
         }  # fmt: skip
+        self._let_go()
         return counted
 
     def shares(self) -> dict[str, float]:
