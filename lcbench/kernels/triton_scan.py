@@ -1,15 +1,15 @@
 """Gated linear attention in Triton, by chunks of 64 tokens: Yang et al., arXiv 2312.06635, section 4.
 
-Forward: pairs of tokens of a chunk, the states that chunks begin with, out. Backward: the gradients of the states that chunks end with,
-then those of tokens, each number written by one program, so that results repeat bit by bit.
+Forward: pairs of tokens of a chunk, the states that chunks begin with, out. Backward: the gradients of the states that chunks end
+with, then those of tokens, each number written by one program, so that results repeat bit by bit.
 
-Decays are summed where they are needed, and no sum is taken from another: between two blocks of 16 tokens from the later block's first
-token on and up to it, within a block pair by pair. So every exponent is at most 0, however strong decays are. Only the gradient of
-decays is a difference of sums, within a chunk: a token's is what later queries of the chunk, and the state at its end, get of all
-before it.
+Decays are summed where they are needed, and no sum is taken from another: between two blocks of 16 tokens from the later block's
+first token on and up to it, within a block pair by pair. So every exponent is at most 0, however strong decays are. Only the
+gradient of decays is a difference of sums, within a chunk: a token's is what later queries of the chunk, and the state at its end,
+get of all before it.
 
-Names: D numbers of a key, V of a value, padded to powers of two. ``_t`` and ``_h``: strides over tokens and heads. The code is compiled
-for CUDA. Under ``TRITON_INTERPRET=1`` it runs on a CPU, slowly; tests run it so.
+Names: D numbers of a key, V of a value, padded to powers of two. ``_t`` and ``_h``: strides over tokens and heads. The code is
+compiled for CUDA. Under ``TRITON_INTERPRET=1`` it runs on a CPU, slowly; tests run it so.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCKS = CHUNK // BLOCK
 
 
 class Ran(NamedTuple):
-    """What backward takes: the tokens, with the numbers of each head side by side, the state that they began with, and their pairs."""
+    """What backward takes: the tokens, each head's numbers side by side, the state that they began with, and their pairs."""
 
     x: Tokens
     begin: torch.Tensor
@@ -68,7 +68,16 @@ class PreparedTritonChunk:
         out = x.q.new_empty(len(x.q), self.heads.q, self.heads.v)
         if len(x.q):
             out_kernel[_chunks(x), self.heads.q, self._columns(x)](
-                x.q, x.v, x.decay, pairs, states, out, *_strides(x.q, x.v, x.decay, out), len(x.q), self.scale, **self._sizes(x)
+                x.q,
+                x.v,
+                x.decay,
+                pairs,
+                states,
+                out,
+                *_strides(x.q, x.v, x.decay, out),
+                len(x.q),
+                self.scale,
+                **self._sizes(x, tall=True),
             )
         return out, end, Ran(x, begin, pairs)
 
@@ -92,7 +101,7 @@ class PreparedTritonChunk:
         chunks, heads, sizes = _chunks(x), self.heads, self._sizes(x)
         keys = triton.cdiv(heads.dim, sizes["DIMS"])
         dv_kernel[chunks, heads.kv, self._columns(x)](
-            x.k, x.decay, pairs, dends, dout, dv, *_strides(x.k, x.decay, dout, dv), tokens, **sizes
+            x.k, x.decay, pairs, dends, dout, dv, *_strides(x.k, x.decay, dout, dv), tokens, **self._sizes(x, tall=True)
         )
         dpairs_kernel[chunks, heads.q](x.v, dout, dpairs, *_strides(x.v, dout), tokens, **sizes)
         dq_kernel[chunks * BLOCKS, heads.q, keys](
@@ -111,7 +120,8 @@ class PreparedTritonChunk:
         end = self._zeros(x)
         states_kernel[self.heads.kv, self._columns(x)](
             x.k, x.v, x.decay, end if begin is None else begin, end if states is None else states, end,
-            *_strides(x.k, x.v, x.decay), len(x.k), _chunks(x), BEGINS=begin is not None, KEPT=states is not None, **self._sizes(x),
+            *_strides(x.k, x.v, x.decay), len(x.k), _chunks(x), BEGINS=begin is not None, KEPT=states is not None,
+            **self._sizes(x, tall=True),
         )  # fmt: skip
         return end
 
@@ -121,7 +131,7 @@ class PreparedTritonChunk:
         dstates_kernel[self.heads.kv, self._columns(x)](
             x.q, x.decay, dout, begin if dend is None else dend, begin if dends is None else dends[-1:], begin,
             *_strides(x.q, x.decay, dout), len(x.q), _chunks(x), self.scale, BEGINS=dend is not None, KEPT=dends is not None,
-            **self._sizes(x),
+            **self._sizes(x, tall=True),
         )  # fmt: skip
         return begin
 
@@ -131,14 +141,16 @@ class PreparedTritonChunk:
     def _columns(self, x: Tokens) -> int:
         return int(triton.cdiv(self.heads.v, self._sizes(x)["COLUMNS"]))
 
-    def _sizes(self, x: Tokens) -> dict[str, Any]:
-        """What every kernel is compiled for, and its warps. COLUMNS of values and DIMS of keys are those of a program."""
+    def _sizes(self, x: Tokens, *, tall: bool = False) -> dict[str, Any]:
+        """What every kernel is compiled for, and its launch: COLUMNS of values and DIMS of keys are those of a program, which is
+        ``tall`` if it has all tokens of a chunk with whole keys."""
         dim, value = padded(self.heads.dim), padded(self.heads.v)
         wide = accumulation_dtype(x.q.dtype)
         return {
             "HEADS": self.heads.q, "GROUP": self.heads.q // self.heads.kv, "D": self.heads.dim, "PAD": dim, "V": self.heads.v,
             "COLUMNS": min(value, 64 if dim <= 128 else 32), "DIMS": min(dim, 32),
-            "SUM": tl.float64 if wide == torch.float64 else tl.float32, "num_warps": 4,
+            "SUM": tl.float64 if wide == torch.float64 else tl.float32,
+            "num_warps": 8 if tall and (dim > 64 or x.q.dtype == wide) else 4, "num_stages": 2 if dim <= 128 else 1,
         }  # fmt: skip
 
 

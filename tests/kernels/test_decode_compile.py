@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from lcbench.testing.compiled import rows_of
+
 pytestmark = pytest.mark.slow
 
 PROGRAM = """
-import json, re, subprocess, sys
+import json, re, sys
 from pathlib import Path
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lcbench.kernels.triton_decode import TritonDecode
-from lcbench.kernels.triton_shapes import SHARED
 from lcbench.kernels.triton_split import Dims, merge_parts_kernel, split_kernel
 from lcbench.problem import Heads
+from lcbench.testing.compiled import taken
 
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 INTEGERS = ("items", "sequences", "table", "merges")
 WIDE = ("lse", "parts", "part_lse", "k_scales", "v_scales")
 for heads, rows, stored, capability, page in (
@@ -45,32 +42,16 @@ for heads, rows, stored, capability, page in (
         source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
         options = {"num_warps": shape.warps, "num_stages": shape.stages}
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        ptx = Path(sys.argv[1]) / "kernel.ptx"
-        ptx.write_text(made.asm["ptx"])
-        target = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        done = subprocess.run([PTXAS, "-v", "--gpu-name", target, ptx, "-o", "/dev/null"], capture_output=True, text=True)
-        said = done.stdout + done.stderr
-        assert done.returncode == 0, said
         print(json.dumps({
             "name": function.fn.__name__, "heads": str(heads), "rows": rows, "stored": stored, "capability": capability,
-            "shape": list(shape), "shared": made.metadata.shared, "room": SHARED[divmod(capability, 10)] << 10,
-            "mma": "mma" in made.asm["ptx"], "asynchronous": "cp.async" in made.asm["ptx"],
-            "spilled": int(re.search(r"(\\d+) bytes spill stores", said)[1]),
-            "registers": int(re.search(r"Used (\\d+) registers", said)[1]),
+            "shape": list(shape), **taken(made, capability, Path(sys.argv[1])),
         }))
 """
 
 
 def test_the_decode_kernel_compiles_without_spills_and_uses_tensor_cores(tmp_path: Path) -> None:
     pytest.importorskip("triton.backends.nvidia")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    environment.pop("TRITON_INTERPRET", None)  # which would not compile
-    program = tmp_path / "compile.py"  # from a file: Triton reads the source of its functions
-    program.write_text(PROGRAM)
-    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    print(*rows, sep="\n")
+    rows = rows_of(PROGRAM, tmp_path)
     assert len(rows) == 16
     for row in rows:
         assert row["shared"] <= row["room"], row

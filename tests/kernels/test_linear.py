@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcbench.kernels import chunked
+from lcbench.kernels.base import Platform
 from lcbench.kernels.chunked import Chunked
 from lcbench.kernels.fla import FLA
 from lcbench.kernels.linear import PreparedScan, Rule, Summary, Tokens
-from lcbench.problem import Heads
+from lcbench.kernels.triton_chunk import TritonChunk
+from lcbench.problem import Heads, Problem, Scale
 from lcbench.testing.fake_libraries import fla as fake_fla
+from lcbench.testing.masks import names, softmax_kernels
 from lcbench.testing.recurrence import RULES, draw, recurrence, recurrence_backward
 
 SCALE = 0.3
@@ -185,3 +188,49 @@ def test_fla_of_another_release_says_so(fla: FLA, monkeypatch: pytest.MonkeyPatc
     assert "chunk_gla of this version is another" in str(fla.missing())
     monkeypatch.undo()
     assert "fla.ops.gla cannot be imported" in str(fla.missing())
+
+
+@pytest.mark.parametrize(
+    ("count", "heads", "dtype", "strength", "bound"),
+    [
+        (0, Heads(4, 2, 8, 6), torch.float64, 1.0, 1e-12),
+        (70, Heads(4, 2, 20, 6), torch.float64, 1.0, 1e-12),
+        (131, Heads(1, 1, 8, 40), torch.float64, 0.01, 1e-12),
+        (70, Heads(1, 1, 40, 16), torch.float32, 60.0, 1e-4),
+        (70, Heads(2, 1, 16), torch.float16, 1.0, 2.0**-10),
+    ],
+)
+def test_triton_chunk(count: int, heads: Heads, dtype: torch.dtype, strength: float, bound: float) -> None:
+    """Under the interpreter: chunks that end early, groups, dims that are no powers of two, programs that share values and keys.
+    A float32 error of 1e-4 is that of gradients of decays, which are a difference of sums."""
+    scan = TritonChunk().scan("gla", heads, dtype, CPU, scale=SCALE)
+    found = errors(scan, "gla", draw("gla", count, heads, dtype=dtype, strength=strength), heads, zero=heads.v == 40)
+    assert max(found.values()) < bound, found
+    if dtype == torch.float32:
+        assert max(value for name, value in found.items() if name != "ddecay") < 1e-6, found
+
+
+def test_triton_chunk_reads_any_strides() -> None:
+    heads = Heads(2, 1, 8)
+    x = draw("gla", 20, heads)
+    wider = (torch.cat([part, part], 2).transpose(0, 1).contiguous().transpose(0, 1) for part in x[:4])
+    laid = Tokens(*(part[..., : part.shape[2] // 2] for part in wider))
+    assert not laid.q.is_contiguous()
+    found = errors(TritonChunk().scan("gla", heads, torch.float64, CPU, scale=SCALE), "gla", laid, heads)
+    assert max(found.values()) < 1e-12, found
+
+
+def test_triton_chunk_says_what_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(heads: Heads, dtype: str, platform: Platform) -> str | None:
+        return TritonChunk().unavailable(Problem(64, heads, Scale(1, 1), dtype, "forward"), platform)
+
+    h200, cpu = Platform("cuda", (9, 0)), Platform("cpu")
+    assert refused(Heads(4, 2, 256), "bfloat16", h200) is None
+    assert refused(Heads(4, 2, 64, 264), "bfloat16", h200) == "triton_chunk takes head dims up to 256, not 64:264"
+    assert "multiplies no bfloat16" in str(refused(Heads(4, 2, 64), "bfloat16", cpu))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "under TRITON_INTERPRET=1 only" in str(refused(Heads(4, 2, 64), "float32", cpu))
+
+
+def test_every_linear_kernel_is_tested_here() -> None:
+    assert set(names("kernel")) - set(softmax_kernels()) == {"chunked", "fla", "triton_chunk"}
