@@ -28,12 +28,21 @@ from lcbench.report.environment import Environment, environment_of, links_of
 from lcbench.report.figures import all_figures
 from lcbench.report.foretold import Held, held, said
 from lcbench.report.frame import PHASES, column_of, good_rows, rate_column, reported
+from lcbench.report.linear import answers as linear_answers
+from lcbench.report.linear import linear_rows
+from lcbench.report.linear import table as linear_table
+from lcbench.report.linear_figures import figures_of as linear_figures
 from lcbench.report.palette import Style, styles
+from lcbench.report.panel import in_page
 from lcbench.report.parts import shown as drawn_from
 from lcbench.report.regret import FEWEST_CHOICES, FEWEST_PROBLEMS, NEARLY_ALL, Regret, contests, problem_labels, regrets, verdict
 from lcbench.report.serving import answers, pays, served_rows
 from lcbench.report.serving import table as serving_table
 from lcbench.report.serving_figures import page_panels
+from lcbench.report.sparse import answers as sparse_answers
+from lcbench.report.sparse import sparse_rows
+from lcbench.report.sparse import table as sparse_table
+from lcbench.report.sparse_figures import figures_of as sparse_figures
 from lcbench.report.step import MEMORY, SCALED, Step, colors_of, reached, steps_of
 from lcbench.report.step import table as step_table
 from lcbench.report.table import why_not
@@ -50,7 +59,7 @@ if TYPE_CHECKING:
 STATUSES = get_args(Status)
 SECTIONS = (
     ("fastest", "Fastest"), ("step", "Training step"), ("longest", "Longest length"), ("serving", "Serving"), ("trace", "Trace"),
-    ("mixed", "Mixed lengths"),
+    ("mixed", "Mixed lengths"), ("sparse", "Sparse attention"), ("linear", "Linear attention"),
     ("figures", "Figures"), ("foretold", "Predicted and measured"), ("failures", "What did not run"), ("cells", "Cells"),
     ("environment", "Where it ran"),
 )  # fmt: skip
@@ -101,15 +110,19 @@ def write_report(
     lengths = _lengths(searched, frame)
     traces = rows_of(served(sweep, seen, frame, predicted=predicted))
     batches, mixed = served_rows(frame, devices), batch_rows(frame)
+    sparse, linear = sparse_rows(frame), linear_rows(frame)
     folder.mkdir(parents=True, exist_ok=True)
     tables, ran = folder / "tables", bool(len(good))
-    files = _write_tables(sweep, frame, fastest, choices, compared, lengths, traces, batches, mixed, tables, ran=ran)
+    files = _write_tables(
+        sweep, frame, fastest, choices, compared, lengths, traces, batches, mixed, sparse, linear, tables, ran=ran
+    )
     links = links_of(attempts)
     drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links, predicted=predicted) | {"details": page_data.details_of(seen.records)}
     data |= _steps(steps, list(choices)) | {"searched": searched}
     found = {
         "foretold": compared, "step": steps, "longest": lengths, "serving": batches.index, "trace": traces, "mixed": mixed.index,
+        "sparse": sparse.index, "linear": linear.index,
     }  # fmt: skip
     there = {section: len(its) > 0 for section, its in found.items()}
     environment = environment_of(attempts)
@@ -125,6 +138,8 @@ def write_report(
             lengths=there["longest"],
             serving=_serving(frame, batches, devices) if there["serving"] else None,
             mixed=_mixed(frame, mixed, devices) if there["mixed"] else None,
+            sparse=_sparse(frame, sparse, devices) if there["sparse"] else None,
+            linear=_linear(frame, linear, devices) if there["linear"] else None,
             traces=traces,
             about_traces=[*(f"{trace}. Its batches: {trace.batches}" for trace in seen.traces), HOW],
             predicted=predicted,
@@ -184,7 +199,7 @@ def _foretold(sweep: Sweep, frame: pd.DataFrame, *, predicted: bool) -> str:
 def _write_tables(
     sweep: Sweep, frame: pd.DataFrame, fastest: list[Winner], choices: dict[str, list[Regret]], compared: list[Held],
     lengths: list[dict[str, str]], traces: list[dict[str, str]], batches: pd.DataFrame, mixed: pd.DataFrame,
-    folder: Path, *, ran: bool,
+    sparse: pd.DataFrame, linear: pd.DataFrame, folder: Path, *, ran: bool,
 ) -> list[Path]:  # fmt: skip
     several = len(choices) > 1
     ranked = [({"workload": name} if several else {}) | r.row() for name, found in choices.items() for r in found]
@@ -197,6 +212,8 @@ def _write_tables(
         rows_table("prefill", "From which length on context parallelism pays", [p.row() for p in pays(batches)]),
         rows_table("batches", "Batches of documents", batch_table(mixed)),
         rows_table("gains", "How much sooner batches are done than with one degree", [g.row() for g in gains(mixed)]),
+        rows_table("sparse", "Attention that chooses its mask", sparse_table(sparse)),
+        rows_table("linear", "Linear attention", linear_table(linear)),
         rows_table("trace", "The time of a trace with every choice", traces),
         *(rate_tables(frame) if ran else ()),
         rows_table("failures", "What did not run, and why", _failures(frame, sweep)),
@@ -270,6 +287,22 @@ def _mixed(frame: pd.DataFrame, mixed: pd.DataFrame, devices: Sequence[dict[str,
         "answers": batch_answers(mixed), "panels": list(page_figures(drawn_from(frame, devices))),
         "gains": [{"cells": g.cells, "row": g.row()} for g in gains(mixed)],
         "rows": _telling(batch_table(mixed), ("documents", "length", "scale", "setting")),
+    }  # fmt: skip
+
+
+def _sparse(frame: pd.DataFrame, sparse: pd.DataFrame, devices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The section of attention that chooses its mask, all of which stands in the page without scripts."""
+    return {
+        "answers": sparse_answers(sparse), "panels": list(in_page(sparse_figures(drawn_from(frame, devices)))),
+        "rows": _telling(sparse_table(sparse), ("mask", "length", "scale", "setting")),
+    }  # fmt: skip
+
+
+def _linear(frame: pd.DataFrame, linear: pd.DataFrame, devices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The section of linear attention, all of which stands in the page without scripts."""
+    return {
+        "answers": linear_answers(linear), "panels": list(in_page(linear_figures(drawn_from(frame, devices)))),
+        "rows": _telling(linear_table(linear), ("length", "scale", "setting")),
     }  # fmt: skip
 
 

@@ -240,6 +240,11 @@ def run_sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("model_step model=tiny_mha,tiny scale=1x8 site=plain", 54, 18),
         ("mixed_lengths scale=4x8 site=plain", 42, 0),
         ("mixed_lengths_cpu", 12, 0),
+        ("sparse_selection scale=2x8 site=plain", 192, 0),
+        ("sparse_selection scale=1x1 cp=none site=plain", 48, 0),
+        ("sparse_selection_cpu", 36, 0),
+        ("linear_scaling site=plain", 72, 0),
+        ("linear_scaling_cpu", 32, 0),
         ("smoke", 18, 0),
     ],
 )

@@ -50,6 +50,7 @@ def made_sweep(
     factor_of: Callable[[Cell], float] = lambda cell: 1.0,
     peak_of: Callable[[Cell], float] = lambda cell: 1e9 + 1e3 * cell.problem.seqlen,
     distance_of: Callable[[Cell], float | None] = lambda cell: None,
+    counted_of: Callable[[Cell, dict[str, float]], dict[str, float]] = lambda cell, metrics: {},
     provenance: dict[str, Any] | None = None,
     launch: dict[str, Any] | None = None,
     begun: float | None = None,
@@ -65,6 +66,7 @@ def made_sweep(
         failure_of: how a cell failed, besides.
         factor_of: factor on the time of a cell.
         peak_of: its peak of memory, in bytes.
+        counted_of: metrics besides, from those that it has.
         distance_of: how far its results are from exact ones, of a strategy that approximates.
         begun: when it was begun and each cell was, in seconds since the epoch; by default as it is made.
     """
@@ -120,6 +122,8 @@ def made_sweep(
         }  # fmt: skip
         if (distance := distance_of(cell)) is not None:
             metrics["check/distance"] = distance
+        metrics |= counted_of(cell, metrics)
+        metrics |= derived(metrics)
         if step:
             metrics |= step.metrics(peak_of(cell))
             metrics |= derived(metrics)
@@ -311,6 +315,52 @@ def batches_sweep(root: Path, name: str = "batches", *, begun: float | None = No
         root, name, list(BATCHES), run_to_run=0.006, begun=begun, factor_of=lambda cell: _SHARED[value_of(cell.config, "planner")],
         failure_of=lambda cell: MEMORY_FAILURE if value_of(cell.config, "planner") == "none" and "long" in cell.label else None,
     )  # fmt: skip
+
+
+SPARSE = (
+    "workload=sparse_attention", "selector=oracle,dsv,random", "selector.density=0.1,0.2", "inputs=structured", "mask=causal",
+    "cp=sparse_heads,sparse_sequence", "kernel=triton_block_sparse", "seqlen=64k", "heads=32x8x128", "scale=1x8", "site=plain",
+)  # fmt: skip
+_KEEPS = {"oracle": 0.9, "dsv": 0.8, "random": 0.2}  # mass at a fifth of the pairs
+
+
+def chosen_of(cell: Cell, metrics: dict[str, float]) -> dict[str, float]:
+    """What a session of sparse attention counts: choosing takes a tenth of a pass, planning a twentieth."""
+    selector = cell.config["selector"]
+    density, total = selector["density"], metrics["time/total/median_s"]
+    keeps = _KEEPS[selector["name"]] - (0.2 - density)
+    sent = 3e6 * (1 if cell.config["cp"]["name"] == "sparse_heads" else density)
+    return {
+        "select/recall": keeps, "select/oracle_recall": 0.9 - (0.2 - density), "select/recall_min_head": keeps - 0.05,
+        "select/recall_max_head": keeps + 0.05, "select/density": density, "select/density_min_head": density,
+        "select/density_max_head": density, "select/every": 4.0, "time/select/median_s": 0.1 * total,
+        "time/plan/median_s": 0.05 * total, "time/dense_s": 2 * total * density / 0.15, "comm/select/bytes": 1e5,
+        "comm/bytes": sent, "check/distance": 1 - keeps,
+    }  # fmt: skip
+
+
+def sparse_sweep(root: Path, name: str = "sparse") -> Sweep:
+    """Attention that chooses its mask as 8 GPUs might give it."""
+    return made_sweep(root, name, list(SPARSE), run_to_run=0.006, counted_of=chosen_of)
+
+
+LINEAR = (
+    "workload=linear_attention", "workload.rule=gla", "cp=lasp,lasp2,ulysses", "kernel=chunked", "mask=causal", "heads=8x8x64:128",
+    "dtype=float32", "seqlen=null", "seqlen_per_rank=2k,8k", "scale=1x2,1x4", "site=plain",
+)  # fmt: skip
+
+
+def states_of(cell: Cell, metrics: dict[str, float]) -> dict[str, float]:
+    """What linear attention sends: a state, all others' states, or tokens."""
+    ranks, state = cell.problem.scale.world_size, 8.0 * 64 * 128 * 4
+    sent = {"lasp": state, "lasp2": state * (ranks - 1), "ulysses": 512.0 * cell.problem.seqlen / ranks}
+    each = sent[cell.config["cp"]["name"]]
+    return {"comm/forward/bytes": each, "comm/backward/bytes": each, "comm/bytes": 2 * each}
+
+
+def linear_sweep(root: Path, name: str = "linear") -> Sweep:
+    """Linear attention as 2 and 4 GPUs might give it."""
+    return made_sweep(root, name, list(LINEAR), run_to_run=0.006, counted_of=states_of)
 
 
 STRATEGIES = ("ring", "allgather", "ulysses", "usp", "loongtrain", "groupcast", "lightseq", "tokenring")

@@ -28,7 +28,7 @@ function draw() {
   if (steps) drawSteps(steps, left);
   const longest = document.getElementById("lengths");
   if (longest) drawLongest(longest, left);
-  for (const id of ["serving", "mixed"]) showStanding(document.getElementById(id), left);
+  for (const id of ["serving", "mixed", "sparse", "linear"]) showStanding(document.getElementById(id), left);
   showCells(ROWS, left);
   document.getElementById("text").value = view.words;
   const said = document.getElementById("narrowed");

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcbench.grid.axes import OF_WORKLOAD
+from lcbench.grid.axes import OF_WORKLOAD, value_of
 from lcbench.grid.cell import flat_config
 from lcbench.problem import format_tokens
 from lcbench.runs.manifest import Entry, entries_of
@@ -52,9 +52,16 @@ BATCH_COLUMNS = {
     "params.`planner`": MEDIUM, "metrics.`batch_tokens_per_s`": MEDIUM, "metrics.`padding_percent`": MEDIUM,
     "metrics.`idle_percent`": MEDIUM, "metrics.`planning_ms`": MEDIUM,
 }  # fmt: skip
+# Of attention that chooses its mask.
+SPARSE_COLUMNS = {
+    "params.`selector`": MEDIUM, "metrics.`recall_percent`": MEDIUM, "metrics.`density_percent`": MEDIUM,
+    "metrics.`select_ms`": NARROW, "metrics.`replan_ms`": NARROW, "metrics.`mean_step_ms`": MEDIUM,
+}  # fmt: skip
 CALL_BARS = ("tflops", "mfu_percent", "fwd_ms", "bwd_ms", "peak_gib", "overlap/forward/exposed_ms")
 STEP_SCATTERS = (("length", "tokens_per_s"), ("recompute", "total_ms"), ("recompute", "peak_gib"))
 BATCH_SCATTERS = (("planner", "total_ms"), ("planner", "idle_percent"))
+SPARSE_SCATTERS = (("selector", "recall_percent"), ("selector", "total_ms"))
+SPARSE_BARS = ("recall_percent", "density_percent", "select_ms", "replan_ms", "mean_step_ms")
 BATCH_BARS = ("total_ms", "batch_tokens_per_s", "idle_percent", "padding_percent", "planning_ms")
 STEP_BARS = ("total_ms", "tokens_per_s", "mfu_percent", "hfu_percent", "attention_percent", "peak_gib")
 FAILURE_COLUMNS = {
@@ -81,6 +88,8 @@ cell: a kernel x context-parallel strategy x mask x length x scale, checked agai
   `model_step_ms_scaled` are of the whole model, scaled from the layers that were run, not measured
 - of a batch of documents besides: `batch/`, `plan/`, `batch_tokens_per_s` (of all ranks), `idle_percent`, `padding_percent`,
   `planning_ms` (in no other time); `total_ms` is the makespan
+- of attention that chooses its mask besides: `select/`, `recall_percent` (of the softmax's mass), `density_percent`, `select_ms`
+  and `replan_ms` (both in `total_ms`), `mean_step_ms` (where several steps share a choice)
 - tags `lcbench.status`, `lcbench.failure`, `lcbench.cause`: what did not run, and why
 - a prediction is a run of its own, grey, with the tag `lcbench.predicted`; no view of a sweep's cells has it
 """
@@ -226,14 +235,18 @@ def _charts(name: str, where: str, cells: list[Flat]) -> dict[str, Any]:
     """The state of a view of charts, runs grouped by strategy, in the colours of their choices (``mlflow.runColor``)."""
     steps = any("workload.model" in cell for cell in cells)
     mixed = any("workload.capacity" in cell for cell in cells)
-    columns = (STEP_COLUMNS if steps else {}) | (BATCH_COLUMNS if mixed else {})
-    bars = tuple(dict.fromkeys((*(STEP_BARS if steps else () if mixed else CALL_BARS), *(BATCH_BARS if mixed else ()))))
+    none = value_of({}, "selector")
+    sparse = any(cell.get("selector", none) != none for cell in cells)
+    columns = (STEP_COLUMNS if steps else {}) | (BATCH_COLUMNS if mixed else {}) | (SPARSE_COLUMNS if sparse else {})
+    calls = STEP_BARS if steps else () if mixed else CALL_BARS
+    bars = tuple(dict.fromkeys((*calls, *(BATCH_BARS if mixed else ()), *(SPARSE_BARS if sparse else ()))))
+    scatters = (*(STEP_SCATTERS if steps else ()), *(BATCH_SCATTERS if mixed else ()), *(SPARSE_SCATTERS if sparse else ()))
     lines = [axis for axis in LINES if _differs({"length": "seqlen"}.get(axis, axis), cells)] or ["cp"]
     charts = [
         _scatter("length", "tflops"),
         _scatter("scale", "tflops"),
         _scatter("length", "peak_gib"),
-        *(_scatter(x, y) for x, y in (*(STEP_SCATTERS if steps else ()), *(BATCH_SCATTERS if mixed else ()))),
+        *(_scatter(x, y) for x, y in scatters),
         {"type": "PARALLEL", "metricSectionId": "overview", "selectedParams": lines, "selectedMetrics": ["tflops"],
          "showAllRuns": False},
         *(

@@ -26,6 +26,9 @@ SHORT = {
     # of a batch of documents only
     "batch_tokens_per_s": "batch/tokens_per_s", "padding_percent": "batch/padding", "idle_percent": "batch/idle_share",
     "planning_ms": "plan/seconds",
+    # of attention that chooses its mask only
+    "recall_percent": "select/recall", "density_percent": "select/density", "select_ms": "time/select/median_s",
+    "replan_ms": "time/plan/median_s", "mean_step_ms": "select/amortised_s",
 }  # fmt: skip
 # (unit of the store at the end of a key, unit that is shown, factor); shares are known by their metric's unit.
 UNITS = ((re.compile(r"(?<!per)_s$"), "_ms", 1e3), (re.compile(r"(?<=[_/])bytes$"), "gib", 2.0**-30))
