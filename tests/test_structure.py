@@ -112,7 +112,7 @@ def test_commands_are_in_their_room_and_their_entries_short() -> None:
         assert f"lcbench.commands.{name}" in imports(module)
 
 
-# Besides peers: the engine, what makes its communicators known, messages, those of runs that are no schedules, and what a model's
+# Besides peers: the engines, what makes its communicators known, messages, those of runs that are no schedules, and what a model's
 # weights are shared by.
 TALKERS = {
     "lcbench.schedule.execute", "lcbench.schedule.scan", "lcbench.schedule.groups", "lcbench.schedule.messages", "lcbench.cp.base",

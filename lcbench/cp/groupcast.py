@@ -53,18 +53,17 @@ class GroupCast(Scheduled):
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
         return too_few_queries(problem)
 
-    def settled(self, problem: Problem, mask: Mask) -> GroupCast:
-        """The same with chunks dealt out by the work of ``mask``, whatever part of it is computed; what is sent is of that part."""
-        return _Settled(**{option.name: getattr(self, option.name) for option in fields(self)}, by=mask)
-
-    def dealt_by(self, mask: Mask) -> Mask:
-        """The mask whose work is dealt out where ``mask`` is computed."""
+    def weighed(self, mask: Mask) -> Mask:
+        """The mask by whose areas chunks are dealt out."""
         return mask
+
+    def settled(self, problem: Problem, mask: Mask) -> SettledCast:
+        return SettledCast(**{each.name: getattr(self, each.name) for each in fields(self)}, dealt=mask)
 
     def schedule(self, problem: Problem, mask: Mask) -> Schedule:
         ranks = problem.scale.world_size
         chunks = contiguous(problem.queries, ranks * min(self.chunks_per_rank, problem.queries // ranks))
-        owner_of_chunk = dispatch(np.array(chunks.areas(self.dealt_by(mask))), ranks, swap=self.solver == "swap")
+        owner_of_chunk = dispatch(np.array(chunks.areas(self.weighed(mask))), ranks, swap=self.solver == "swap")
         q_edges = edges_of(chunks)
         # Keys live where their queries do; those of a cache in equal stretches.
         k_edges, owner_of_stretch = q_edges, owner_of_chunk
@@ -76,11 +75,14 @@ class GroupCast(Scheduled):
 
 
 @dataclass(frozen=True)
-class _Settled(GroupCast):
-    by: Mask = field(kw_only=True)
+class SettledCast(GroupCast):
+    """A group-cast of a part of a mask, with chunks dealt out by the areas of all of it (``dealt``): ranks are sent the keys that
+    the part needs."""
 
-    def dealt_by(self, mask: Mask) -> Mask:
-        return self.by
+    dealt: Mask = field(kw_only=True)
+
+    def weighed(self, mask: Mask) -> Mask:
+        return self.dealt
 
 
 def dispatch(areas: Ints, ranks: int, *, swap: bool) -> Ints:

@@ -34,7 +34,9 @@ class Recall:
         kept, best: (Hq,), 0 to 1: the mass that each head keeps, and that of the best as many blocks; mean over rows.
         rows: how many rows that see a key were looked at.
         blocks: in how many blocks of queries.
-        apart: of this rank's rows, (rows, Hq): the mass that is kept, once by its blocks and once by the LSE of the pass; that LSE.
+        apart: of this rank's rows, (rows, Hq): the mass that is kept, once by its blocks and once by the LSE of the pass.
+        spread: of the same, of the terms of that LSE, as the bounds of it take it: the root of the sum of the squares of each kept
+            key's weight times its score.
         tokens: of these rows.
     """
 
@@ -42,7 +44,8 @@ class Recall:
     best: NDArray[np.float64]
     rows: int
     blocks: int
-    apart: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    apart: tuple[torch.Tensor, torch.Tensor]
+    spread: torch.Tensor
     tokens: Ints
 
 
@@ -70,7 +73,7 @@ def recall(
     keys = shard.held.kv.tokens
     column = torch.from_numpy(np.searchsorted(choice.k_edges, keys, side="right") - 1).to(device)
     kept, best, rows = np.zeros(heads.q), np.zeros(heads.q), 0
-    by_blocks, by_lse, own_lse, tokens = [], [], [], []
+    by_blocks, by_lse, spreads, tokens = [], [], [], []
     for number in numbers.tolist():
         begin, end = choice.q_edges[number : number + 2].tolist()
         wanted = np.arange(begin, end)
@@ -78,7 +81,7 @@ def recall(
         q = collected([shard.q], shard.held.q.tokens, wanted, ranks)[0]
         keep = torch.from_numpy(np.stack([choice.keep(i)[number] for i in range(choice.maps)])).to(device)
         keep = keep.repeat_interleave(heads.q // choice.maps, 0)
-        shares, full = _shares(q, shard.k, _seen(own, keys, device), column, keep.shape[1], problem, ranks)
+        shares, squares, full = _shares(q, shard.k, _seen(own, keys, device), column, keep.shape[1], problem, ranks)
         sees = full[0] > -torch.inf
         mass = shares.sum(1)
         kept += (mass * keep).sum(1).cpu().numpy()
@@ -87,24 +90,30 @@ def recall(
         mine, at = (place.to(device) for place in owned(shard.held.q.tokens, wanted))
         some = sees[at]
         mine, at = mine[some], at[some]
-        by_blocks.append((shares * keep[:, None]).sum(-1).T[at])
-        own_lse.append(lse[mine].double())
-        by_lse.append(torch.exp(own_lse[-1] - full.T[at]))
+        held = (shares * keep[:, None]).sum(-1).T[at]
+        rough = (squares * keep[:, None]).sum(-1).sqrt().T[at]
+        by_blocks.append(held)
+        spreads.append(rough / torch.where(held == 0, 1.0, held))
+        by_lse.append(torch.exp(lse[mine].double() - full.T[at]))
         tokens.append(wanted[at.cpu().numpy()])
     count = max(1, rows)
-    apart = (torch.cat(by_blocks), torch.cat(by_lse), torch.cat(own_lse))
-    return Recall(kept / count, best / count, rows, len(numbers), apart, np.concatenate(tokens))
+    return Recall(
+        kept / count, best / count, rows, len(numbers), (torch.cat(by_blocks), torch.cat(by_lse)),
+        torch.cat(spreads), np.concatenate(tokens),
+    )  # fmt: skip
 
 
 def _shares(
     q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, column: torch.Tensor, columns: int, problem: Problem, ranks: Ranks
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Hq, rows, columns): the mass of each block of keys of all ranks, and (Hq, rows): the LSE of all of them. Collective.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(Hq, rows, columns): the mass of each block of keys of all ranks, and the sum of the squares of its weights times scores; and
+    (Hq, rows): the LSE of all blocks. Collective.
 
     Args:
         q: (rows, Hq, D) in float64; k: (T, Hk, D) of this rank; seen: bool (rows, T); column: the block of each of these keys.
     """
-    heads, shares, full = problem.heads, [], []
+    heads = problem.heads
+    found: list[tuple[torch.Tensor, ...]] = []
     group = heads.q // heads.kv
     # As many rows at a time on every rank, since each time is a message.
     size = max(1, CHUNK_ELEMENTS[q.device.type] // (group * -(-problem.seqlen // problem.scale.world_size)))
@@ -116,12 +125,14 @@ def _shares(
             s = s.masked_fill(~seen[some : some + size], -torch.inf)
             top = ranks.reduce(s.amax(-1) if len(keys) else s.new_full(s.shape[:2], -torch.inf), "max")
             weights = torch.exp(s - torch.where(top == -torch.inf, 0.0, top)[..., None])
-            sums = ranks.reduce(weights.new_zeros((*s.shape[:2], columns)).index_add_(2, column, weights))
+            terms = weights, torch.where(weights > 0, weights * s, 0.0).square()
+            sums, squares = ranks.reduce_together(*(x.new_zeros((*s.shape[:2], columns)).index_add_(2, column, x) for x in terms))
             total = sums.sum(-1)
-            parts.append((sums / torch.where(total == 0, 1.0, total)[..., None], torch.log(total) + top))
-        shares.append(torch.cat([share for share, _ in parts], 1))
-        full.append(torch.cat([lse for _, lse in parts], 1))
-    return torch.cat(shares), torch.cat(full)
+            whole = torch.where(total == 0, 1.0, total)[..., None]
+            parts.append((sums / whole, squares / whole.square(), torch.log(total) + top))
+        found.append(tuple(torch.cat(each, 1) for each in zip(*parts, strict=True)))
+    shares, squares, full = (torch.cat(each) for each in zip(*found, strict=True))
+    return shares, squares, full
 
 
 def _best(mass: torch.Tensor, keep: torch.Tensor, maps: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -35,7 +36,19 @@ from lcbench.schedule.lowering import Lowering, operations_of, sets_of
 from lcbench.schedule.messages import Sending, Waits, all_gather, all_to_all, reduce_scatter, wait_all
 from lcbench.schedule.packing import Packing, Plane
 from lcbench.schedule.payload import PAYLOADS, Precision, gradients_of, token_bytes
-from lcbench.schedule.program import Buffer, End, Exchange, Message, Operand, OwnPart, Piece, Program, RankStep, TileCall
+from lcbench.schedule.program import (
+    MOST_STRETCHES,
+    Buffer,
+    End,
+    Exchange,
+    Message,
+    Operand,
+    OwnPart,
+    Piece,
+    Program,
+    RankStep,
+    TileCall,
+)
 from lcbench.schedule.schedule import HeadGroup, Kind, Schedule
 
 HeadIndex = slice | torch.Tensor
@@ -122,6 +135,7 @@ class Executor:
         self._marks: list[tuple[int, list[Mark]]] | None = None
         self._apart: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
         self._views: dict[int, dict[tuple[int, int], torch.Tensor]] = {}  # by slot
+        self._rows: dict[int, torch.Tensor] = {}  # of messages of many pieces
         self._compute = self._communicate = self._returns = True
         self._kernel, self._cache = kernel, cast("Cache | None", None)
         self._sink: torch.Tensor | None = None
@@ -796,6 +810,10 @@ class Executor:
         result = message.payload.combine == "merge"
         if result and not self._compute:
             return staged  # there is no result to send
+        if not result and (rows := self._scattered(message)) is not None:
+            own, heads = self._own[message.payload.operand], self._heads(message.payload.side, message.group)
+            own = own[:, heads][rows] if isinstance(heads, slice) else own[rows[:, None], heads]
+            return staged.copy_(own if message.payload.plane is None else self._packing.plane(own, message.payload.plane))
         for piece, part in _cut(message.pieces, staged):
             if result:
                 out, lse = self._part(piece)
@@ -803,6 +821,15 @@ class Executor:
             else:
                 part.copy_(self._rows_of(message, piece, message.begin))
         return staged
+
+    def _scattered(self, message: Message) -> torch.Tensor | None:
+        """The rows of a message of many pieces of this rank's own tensor, which are copied or added at once; None for any other."""
+        if len(message.pieces) < MOST_STRETCHES or any(piece.buffer is not None for piece in message.pieces):
+            return None
+        if id(message) not in self._rows:
+            rows = np.concatenate([np.arange(piece.begin, piece.end) for piece in message.pieces])
+            self._rows[id(message)] = torch.from_numpy(rows).to(self.device)
+        return self._rows[id(message)]
 
     def _landing(self, message: Message) -> torch.Tensor:
         """Where a message arrives, or lies before it leaves: its staging, or the one piece of memory that it is."""
@@ -815,6 +842,13 @@ class Executor:
         """Take what has arrived from a message's staging, as its payload is combined."""
         if message.staging is None:
             return
+        if message.payload.combine == "add" and (rows := self._scattered(message)) is not None:
+            heads = self._heads(message.payload.side, message.group)
+            if isinstance(heads, slice):  # else a head that is held several times gets all of its gradients, piece by piece
+                own, plane = self._own[message.payload.operand], message.payload.plane
+                own = own if plane is None else self._packing.plane(own, plane)
+                own[:, heads].index_add_(0, rows, self._staging(message).to(own.dtype))
+                return
         take = {"replace": self._take_values, "merge": self._take_result, "add": self._take_gradient}[message.payload.combine]
         for piece, part in _cut(message.pieces, self._staging(message)):
             take(message, piece, part)

@@ -103,10 +103,13 @@ def pairs_of(mask: Mask, heads: Heads, q_edges: Ints) -> Ints:
 
 def _cells(mask: Mask, q_edges: Ints, k_edges: Ints) -> Ints:
     """Where what is needed of keys may begin or end."""
-    if isinstance(mask, BandMask):
-        _, begin, end = needed_keys(mask, q_edges)
-        return distinct(np.concatenate([k_edges, begin, end]))
-    return distinct(np.concatenate([k_edges, mask.k_edges]))
+    edges = [k_edges]
+    if not isinstance(mask, BandMask):
+        edges.append(mask.k_edges)
+        q_edges = distinct(np.concatenate([q_edges, mask.q_edges]))
+    if (bands := mask if isinstance(mask, BandMask) else mask.within) is not None:
+        edges += needed_keys(bands, q_edges)[1:]
+    return distinct(np.concatenate(edges))
 
 
 def _needed(mask: Mask, q_edges: Ints, cells: Ints, owner: Ints) -> Keep:

@@ -194,9 +194,9 @@ def check_stretches(schedule: Schedule, moves: Traffic, problem: Problem) -> Int
                         schedule, number, f"rank {rank} computes shard {members[0]} before the state of {named} is there"
                     )
                 used.update(forward.used(rank, part, before))
-            times[heads.begin : heads.end, members] += 1
+            times[np.ix_(heads.q, members)] += 1
             tokens[number, rank] += int(schedule.k.sizes[members].sum()) * len(heads)
-            if (times[heads.begin : heads.end, members] > 1).any():
+            if (times[np.ix_(heads.q, members)] > 1).any():
                 raise fault_at(schedule, number, f"rank {rank} computes shards {members.tolist()}, heads {group}, a second time")
     _check_used(schedule, forward, used)
     missing = np.argwhere((times == 0) & (schedule.k.sizes > 0))

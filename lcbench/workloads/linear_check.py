@@ -7,7 +7,7 @@
                         place of a value the recurrence is as cheap as a vector
     factor              of all heads: q_t dq_t is dout_t out_t for each token, since out is linear in q, and with gated linear
                         attention k_t dk_t is v_t dv_t; no part of either may be missing that other tokens' states have
-    last passes         the last timed one, and one after all else: with values negated all but dv must be negated too
+    last passes         the last timed one, and one after all else: with values and dout negated, out and dv must be negated too
 
 States come to the reference by no message of the run: a rank works out what its tokens do to any state, all ranks tell it to all,
 and each puts together the state before its own tokens, and the gradient of the one behind them. So a hop that is lost, a state
@@ -38,7 +38,7 @@ ALONG, FACTOR = "along one direction", "factor"
 # whose transitions are matrices, is.
 WHOLE, MATRICES = 1 << 27, 1 << 32
 GRADIENTS = ("dq", "dk", "dv", "ddecay", "dbeta")
-SAME_SIGN = "dv"  # with values negated
+NEGATED = ("out", "dv")  # with values and dout negated
 
 
 class Result(NamedTuple):
@@ -195,7 +195,7 @@ class LinearCheck:
         return unit * math.sqrt(dim / self._problem.seqlen) + 4 * self._bounds.unit
 
     def last(self, part: str, result: Result, *, negated: bool) -> None:
-        """A later pass on the inputs of the first, or with values negated."""
+        """A later pass on the inputs of the first, or with values and dout negated."""
         half = self._bounds.half
         unit = (16 if half else 4) * self._bounds.unit
         for name, x in result.named().items():
@@ -203,7 +203,7 @@ class LinearCheck:
             square, count = self._ranks.reduce(torch.stack([norm.square().sum(), norm.new_tensor(float(norm.numel()))]))
             # Sums in another order end up elsewhere by what rounds their terms, which are as large where little is left.
             bound = unit * (norm + 16 * (square / count).sqrt() * (2.0**-10 if half else 1.0))
-            sign = -1.0 if negated and name != SAME_SIGN else 1.0
+            sign = -1.0 if negated and name in NEGATED else 1.0
             self.judge.elements(part, name, digest(x), sign * self._digest[name], bound, self._tokens)
 
     def check(self) -> Check:

@@ -74,8 +74,11 @@ class LinearSession(Session):
         return Tokens(q, unit, v, DECAY * sigmoid, torch.sigmoid(self._gates("beta", (heads.kv,))))
 
     def vary(self) -> None:
-        """Negate the values in place: states, out, and all gradients that are linear in them are then the negative ones."""
-        self.x.v.neg_()
+        """Negate values and dout in place: states, out, gradients of states and dv are then negative too, all else stays, being of
+        products of one with the other."""
+        for x in (self.x.v, self.dout):
+            if x is not None:
+                x.neg_()
         self.negated = not self.negated
 
     @property

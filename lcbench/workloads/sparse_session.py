@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -296,6 +296,11 @@ class SparseSession(AttentionSession):
         else:
             self.examination.first(self.shard, result)
         self.draw()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget the plan of the checks: its buffers are no memory of a pass, which plans anew."""
+        self._started = replace(self._started, run=cast("RankRun", None))
 
     def check_timed(self, passed: Passed) -> None:
         part = "last timed pass"
@@ -422,9 +427,11 @@ class SparseSession(AttentionSession):
         problem, q_block = self._problem, self._selector.q_block
         numbers = sample(self.within, q_block, problem.heads.q, self._check_seed)
         found = recall(choice, self.within, problem, self.shard, result.lse, numbers, self._gang.ranks)
-        by_blocks, by_lse, lse = found.apart
+        by_blocks, by_lse = found.apart
         # The LSE is off by its own bound, and the mass by as much of itself.
-        bound = by_blocks * self._started.bounds.lse(lse, torch.ones_like(lse)) + torch.finfo(torch.float64).eps
+        mine = torch.from_numpy(np.argsort(self._held.q.tokens)[np.searchsorted(np.sort(self._held.q.tokens), found.tokens)])
+        lse = result.lse[mine.to(result.lse.device)].double().nan_to_num(neginf=0.0)
+        bound = by_blocks * self._started.bounds.lse(lse, found.spread) + torch.finfo(torch.float64).eps
         self.examination.judge.elements(RECALL, "mass", by_lse, by_blocks, bound, found.tokens)
         return found
 
@@ -470,6 +477,7 @@ class SparseSession(AttentionSession):
             "recall": kept_of.tolist(), "oracle_recall": best_of.tolist(), "density": density_of.tolist(),
             "rows": found.rows, "blocks": found.blocks,
         }  # fmt: skip
+        self._let_go()
         return counted
 
     def shares(self) -> dict[str, float]:

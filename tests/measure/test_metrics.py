@@ -16,6 +16,7 @@ from lcbench.measure.cell import measure_cell
 from lcbench.measure.metrics import METRICS, metric_of, table
 from lcbench.planners.none import NoPlanner
 from lcbench.problem import Heads, Problem, Scale
+from lcbench.selectors.adaspa import AdaSpa
 from lcbench.testing.costs import Quadratic
 from lcbench.workloads.base import Work
 from lcbench.workloads.batch import Batch
@@ -24,6 +25,7 @@ from lcbench.workloads.chunked_prefill import ChunkedPrefill
 from lcbench.workloads.denoise import Denoise
 from lcbench.workloads.models import Model
 from lcbench.workloads.recompute.token_wise import TokenWise
+from lcbench.workloads.sparse_attention import SparseAttention
 from tests.measure.test_cell import GANG, SETTINGS, measured
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -68,9 +70,19 @@ def of_batches() -> set[str]:
     return {metric_of(key).key for key in found.metrics}
 
 
+def of_selection() -> set[str]:
+    """Keys of attention that chooses its mask, by a selector that is given what an earlier step left."""
+    problem = Problem(128, Heads(2, 1, 8), Scale(1, 1), "float32", "forward_backward")
+    work = Work(SparseAttention(), problem, lambda _: causal(128), SDPAFlash(), Local(), SETTINGS, 5,
+                selector=AdaSpa(q_block=32, k_block=32))  # fmt: skip
+    found = measure_cell(work, GANG, lambda _: None)
+    assert found.stands, found.check
+    return {metric_of(key).key for key in found.metrics}
+
+
 @pytest.mark.slow
 def test_every_key_of_a_cell_is_in_the_table_and_every_key_of_that_in_some_cell(tmp_path: Path) -> None:
-    of_steps = of_a_step() | of_denoising() | of_chunks() | of_batches()
+    of_steps = of_a_step() | of_denoising() | of_chunks() | of_batches() | of_selection()
     for draws in (1, 2):
         first = measured("causal_document", 150, "float32", tmp_path, draws=draws)
         metrics, _ = with_block(first.metrics, first.samples, first)
