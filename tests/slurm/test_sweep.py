@@ -156,3 +156,42 @@ def test_serving_on_two_nodes(devcluster: dict[str, str], tmp_path: Path) -> Non
     # Of four decoded tokens ranks 0 to 3 own one each: 15 queries and, for those of others, results of 4 heads in float64.
     assert sent["kvp", "4q1s256"] == 15 * 4 * 16 * 8 / 4 + 3 * 4 * (16 * 8 + 8) / 4
     assert sent["pcp", "4q1s256"] == pytest.approx(15 * 4 * 256 / 16 * 2 * 32 * 8 / 4)
+
+
+@pytest.mark.timeout(900)
+def test_sparse_and_linear_strategies_on_two_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
+    """Each strategy of attention that chooses its mask and of linear attention, in one sweep whose other products are skipped."""
+    done = lcbench(
+        "sweep", "-m", "workload=sparse_attention,linear_attention", "selector=oracle", "selector.q_block=16",
+        "selector.k_block=16", "kernel=naive,chunked", "cp=sparse_heads,sparse_sequence,sparse_hybrid,ulysses,lasp,lasp2,zeco",
+        "scale=2x8", "mask=causal", "seqlen=300", "heads=16x16x8", "dtype=float64", "measure.warmup=0",
+        "measure.min_iterations=1", "measure.max_iterations=1", "measure.blocks=1", "sweep=operators", "site=devcluster",
+        "wait=true", "output=json", f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", environment=devcluster,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    sweep = Sweep(tmp_path, "operators")
+    found = {}
+    for cell_id, entry in sweep.entries().items():
+        attempts = sweep.attempts(cell_id)
+        assert (entry.skip is None) == (len(attempts) == 1)
+        if entry.skip is not None:
+            continue
+        (attempt,) = attempts
+        found[attempt.config["workload"]["name"], attempt.config["cp"]["name"]] = attempt
+        assert attempt.status == "ok", attempt.failure
+        assert attempt.metrics["check/of_bound"] <= 1
+        assert {"out", "dq", "dk", "dv"} <= set(attempt.checks["errors"])
+        assert max(attempt.checks["errors"].values()) <= 1e-12
+        assert len(attempt.samples["rank_backward_median_s"]) == 16
+        assert attempt.provenance["slurm_job_id"]
+    sparse = {"sparse_heads", "sparse_sequence", "sparse_hybrid", "ulysses"}
+    linear = {"lasp", "lasp2", "zeco", "ulysses"}
+    assert set(found) == {("sparse_attention", cp) for cp in sparse} | {("linear_attention", cp) for cp in linear}
+    chosen = {cp: found["sparse_attention", cp].metrics for cp in sparse}
+    # All choose the same blocks, the best ones there are.
+    assert len({(each["select/recall"], each["select/density"]) for each in chosen.values()}) == 1
+    assert all(each["select/recall"] == pytest.approx(each["select/oracle_recall"]) for each in chosen.values())
+    state = 16 * 8 * 8 * 8  # heads, numbers of a state of one, bytes of a number
+    sent = {cp: found["linear_attention", cp].metrics["comm/forward/bytes_sent_max"] for cp in linear}
+    assert sent["lasp"] == sent["zeco"] == state
+    assert sent["lasp2"] == 15 * (state + 16 * 8 * 8)
