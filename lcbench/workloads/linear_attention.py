@@ -1,6 +1,6 @@
 """One pass of linear attention over a sequence, and backward where the cell asks for it.
 
-q, k, v and dout are what ``inputs`` says, k of unit length for the delta rule, as models have it. Log decays are a sixteenth of
+q, k, v and dout are standard normal, k of unit length for the delta rule, as models have it. Log decays are a sixteenth of
 log(sigmoid(normal)), as gated linear attention has them, so that states reach over some dozens of tokens; strengths of the delta
 rule are sigmoid(normal). All are drawn by blocks of tokens, so every strategy sees the same.
 """
