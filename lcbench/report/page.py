@@ -109,8 +109,7 @@ def write_report(
     searched = page_data.searched_of(seen, predicted=predicted)
     lengths = _lengths(searched, frame)
     traces = rows_of(served(sweep, seen, frame, predicted=predicted))
-    batches, mixed = served_rows(frame, devices), batch_rows(frame)
-    sparse, linear = sparse_rows(frame), linear_rows(frame)
+    batches, mixed, sparse, linear = served_rows(frame, devices), batch_rows(frame), sparse_rows(frame), linear_rows(frame)
     folder.mkdir(parents=True, exist_ok=True)
     tables, ran = folder / "tables", bool(len(good))
     files = _write_tables(
