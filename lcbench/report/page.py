@@ -109,8 +109,7 @@ def write_report(
     searched = page_data.searched_of(seen, predicted=predicted)
     lengths = _lengths(searched, frame)
     traces = rows_of(served(sweep, seen, frame, predicted=predicted))
-    batches, mixed = served_rows(frame, devices), batch_rows(frame)
-    sparse, linear = sparse_rows(frame), linear_rows(frame)
+    batches, mixed, sparse, linear = served_rows(frame, devices), batch_rows(frame), sparse_rows(frame), linear_rows(frame)
     folder.mkdir(parents=True, exist_ok=True)
     tables, ran = folder / "tables", bool(len(good))
     files = _write_tables(
@@ -120,10 +119,8 @@ def write_report(
     drawn = [path for figure in all_figures(frame, devices, links) for path in figure.save(folder / "figures")] if figures else []
     data = _block(sweep, frame, good, devices, links, predicted=predicted) | {"details": page_data.details_of(seen.records)}
     data |= _steps(steps, list(choices)) | {"searched": searched}
-    found = {
-        "foretold": compared, "step": steps, "longest": lengths, "serving": batches.index, "trace": traces, "mixed": mixed.index,
-        "sparse": sparse.index, "linear": linear.index,
-    }  # fmt: skip
+    standing = {"serving": batches, "mixed": mixed, "sparse": sparse, "linear": linear}
+    found: dict[str, Any] = {"foretold": compared, "step": steps, "longest": lengths, "trace": traces, **standing}
     there = {section: len(its) > 0 for section, its in found.items()}
     environment = environment_of(attempts)
     page = folder / PAGE
@@ -136,10 +133,7 @@ def write_report(
             sections=[section for section in SECTIONS if there.get(section[0], True)],
             steps=there["step"],
             lengths=there["longest"],
-            serving=_serving(frame, batches, devices) if there["serving"] else None,
-            mixed=_mixed(frame, mixed, devices) if there["mixed"] else None,
-            sparse=_sparse(frame, sparse, devices) if there["sparse"] else None,
-            linear=_linear(frame, linear, devices) if there["linear"] else None,
+            **_standing(frame, standing, devices),
             traces=traces,
             about_traces=[*(f"{trace}. Its batches: {trace.batches}" for trace in seen.traces), HOW],
             predicted=predicted,
@@ -270,6 +264,12 @@ def _steps(steps: dict[str, Step], workloads: list[str]) -> dict[str, Any]:
         "steps": page_data.steps_data(steps), "stepPhases": list(colors.items()), "stepMemory": list(MEMORY.items()),
         "scaled": SCALED, "workloads": workloads,
     }  # fmt: skip
+
+
+def _standing(frame: pd.DataFrame, rows: dict[str, pd.DataFrame], devices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The sections that stand without scripts, from the rows of each; None of those that have none."""
+    made = {"serving": _serving, "mixed": _mixed, "sparse": _sparse, "linear": _linear}
+    return {name: make(frame, rows[name], devices) if len(rows[name]) else None for name, make in made.items()}
 
 
 def _serving(frame: pd.DataFrame, batches: pd.DataFrame, devices: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def run_sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("mixed_lengths_cpu", 12, 0),
         ("sparse_selection scale=2x8 site=plain", 192, 0),
         ("sparse_selection scale=1x1 cp=none site=plain", 48, 0),
-        ("sparse_selection_cpu", 36, 0),
+        ("sparse_selection_cpu", 16, 0),
         ("linear_scaling site=plain", 72, 0),
         ("linear_scaling_cpu", 32, 0),
         ("smoke", 18, 0),
