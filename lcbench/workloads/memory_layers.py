@@ -208,7 +208,7 @@ class MemoryLayers:
                 found[name] = self._norm(layers, found[name], f"{name}_norm")
             found[name] = rotated(found[name], self._rope)
         out = self._attentions[members](*(found[name].flatten(0, 1) for name in "qkv"))
-        return out.view(members, rows, -1)
+        return out.reshape(members, rows, -1)
 
     def _written(self, tokens: torch.Tensor, memory: Memory, layers: slice) -> Memory:
         """The memories once these memory tokens (G, m, hidden) are in them."""
