@@ -150,7 +150,7 @@ def one_rank(rank: int) -> None:
     strategies = [build_strategy(load("cp", name)) for name in names("cp")]
     found = []
     for strategy in strategies:
-        if isinstance(strategy, Scheduled):
+        if isinstance(strategy, Scheduled) and "softmax" in strategy.operators:
             run, tokens = executor_of(strategy, problem, mask, rank, Groups())
             by_token = np.argsort(tokens)
             found.append([x[by_token] for x in results(run, tokens, inputs)])

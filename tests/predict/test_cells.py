@@ -162,7 +162,7 @@ def test_tiles_are_counted_as_their_kernels_are_made_ready(strategy: str, mask: 
     calls = []
     for _, group, q, k in np.concatenate([step.tiles for step in schedule.steps]).tolist():
         heads = schedule.heads[group]
-        tile = heads.part(mask, 6).tile(*(schedule.q.runs(schedule.q.bundles[b]) for b in (q, k))).merged()
+        tile = heads.part(mask, 6).tile(schedule.q.runs(schedule.q.bundles[q]), schedule.k.runs(schedule.k.bundles[k])).merged()
         calls.append(kernel_calls(tile))
     assert after.tiles.calls.tolist() == calls
     np.testing.assert_array_equal(after.tiles.pairs, before.tiles.pairs)
