@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
 from lcbench.selectors.base import Features, Rows
-from lcbench.selectors.choosing import Budgeted, by_head, of_columns, of_maps, reach, scores, seen_keys
+from lcbench.selectors.choosing import Budgeted, by_head, of_columns, of_maps, reach, scores, seen_blocks
+from lcbench.selectors.partial import hide
 
 if TYPE_CHECKING:
     import torch
@@ -52,10 +53,11 @@ def block_masses(rows: Rows, k: torch.Tensor, edges: Ints, size: int, problem: P
 
     first, last = reach(rows)
     begin, end = int(edges[first]), int(edges[last])
-    q, visible = by_head(rows.q), seen_keys(rows, begin, end, rows.q.device)
+    q, blind = by_head(rows.q), torch.from_numpy(~seen_blocks(rows, edges).any(1)).to(rows.q.device)
     each, masses = len(q) // len(k), []
     for head in range(len(k)):
         found = scores(q[head * each : (head + 1) * each], k[head : head + 1, begin:end], problem)
-        weights = torch.softmax(found.masked_fill(~visible, -torch.inf), -1).masked_fill(~visible, 0.0)
+        found = hide(found, rows, edges, range(first, last), -torch.inf)
+        weights = torch.softmax(found, -1).masked_fill_(blind[:, None], 0.0)
         masses.append(of_columns(weights.sum(1), size, 0.0).sum(-1))
     return torch.cat(masses)

@@ -23,7 +23,8 @@ import numpy as np
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
 from lcbench.selectors.base import Features, Rows, check_whole
-from lcbench.selectors.choosing import Budgeted, by_head, each_block, of_columns, products, reach, seen_keys, steady
+from lcbench.selectors.choosing import Budgeted, by_head, each_block, of_columns, products, reach, steady
+from lcbench.selectors.partial import at_once, hide, runs
 
 if TYPE_CHECKING:
     import torch
@@ -69,19 +70,20 @@ class TopK(Budgeted):
     def score(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> torch.Tensor:
         import torch
 
-        first, last = reach(rows)
-        begin, end = int(edges[first]), int(edges[last])
-        hidden = ~seen_keys(rows, begin, end, rows.q.device)
-        q, k, maps = by_head(self._index(rows.q)), keys["index"][:, begin:end], self.maps(problem.heads)
-        found = []
-        for own in np.arange(len(q)).reshape(maps, -1).tolist():
-            total = q.new_zeros((len(rows.q), end - begin))
-            for kv, group in groupby(own, key=lambda head: head // (len(q) // len(k))):
-                heads = list(group)
-                total += torch.relu_(products(q[heads[0] : heads[-1] + 1], k[kv : kv + 1])).sum(0)
-            of_blocks = of_columns(total.masked_fill_(hidden, 0.0), self.k_block, 0.0)
-            found.append((of_blocks.amax(-1) if self.pool == "max" else of_blocks.sum(-1)).sum(0))
-        return torch.stack(found)
+        (first, last), q, maps = reach(rows), by_head(self._index(rows.q)), self.maps(problem.heads)
+        per_kv = len(q) // len(keys["index"])
+        found = q.new_zeros((maps, last - first))
+        for number, own in enumerate(np.arange(len(q)).reshape(maps, -1).tolist()):
+            groups = [(kv, list(heads)) for kv, heads in groupby(own, key=lambda head: head // per_kv)]
+            for columns in runs(rows.pairs > 0, at_once(rows, len(groups[0][1]), self.k_block)):
+                k = keys["index"][:, edges[columns.start] : edges[columns.stop]]
+                total = q.new_zeros((len(rows.q), k.shape[1]))
+                for kv, heads in groups:
+                    total += torch.relu_(products(q[heads[0] : heads[-1] + 1], k[kv : kv + 1])).sum(0)
+                of_blocks = of_columns(hide(total, rows, edges, columns, 0.0), self.k_block, 0.0)
+                best = of_blocks.amax(-1) if self.pool == "max" else of_blocks.sum(-1)
+                found[number, columns.start - first : columns.stop - first] = best.sum(0)
+        return found
 
     def _index(self, x: torch.Tensor) -> torch.Tensor:
         """(T, H, dim): what the indexer reads of (T, H, D), in the type of sums."""
