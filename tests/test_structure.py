@@ -115,7 +115,8 @@ def test_commands_are_in_their_room_and_their_entries_short() -> None:
 # Besides peers: the engines, what makes its communicators known, messages, those of runs that are no schedules, and what a model's
 # weights are shared by.
 TALKERS = {
-    "lcbench.schedule.execute", "lcbench.schedule.scan", "lcbench.schedule.groups", "lcbench.schedule.messages", "lcbench.cp.base", "lcbench.cp.exchange",
+    "lcbench.schedule.execute", "lcbench.schedule.scan", "lcbench.schedule.groups", "lcbench.schedule.messages",
+    "lcbench.cp.base", "lcbench.cp.exchange",
     "lcbench.workloads.sharing", "lcbench.workloads.traffic", "lcbench.workloads.reshard", "lcbench.workloads.step_check",
 }  # fmt: skip
 
