@@ -498,8 +498,10 @@ def _other_operator(group: str, value: Kernel | Strategy, workload: Workload | N
 
 @cache
 def _of_operator(group: str, operator: str) -> tuple[str, ...]:
-    """The files of an axis in conf whose values are for a kind of attention."""
-    every = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in sorted((CONF / group).glob("*.yaml"))}
+    """The files of an axis in conf whose values are for a kind of attention; without the axis's default, which is for softmax and
+    need not be loaded."""
+    paths = (path for path in sorted((CONF / group).glob("*.yaml")) if path.stem != (AXES[group].unsaid or {}).get("name"))
+    every = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in paths}
     kinds = {name: build.get_object(config["_target_"]) for name, config in every.items()}  # type: ignore[call-overload, index]
     return tuple(name for name, kind in kinds.items() if operator in getattr(kind, "operators", (getattr(kind, "operator", ""),)))
 

@@ -74,8 +74,8 @@ class LinearSession(Session):
         return Tokens(q, unit, v, DECAY * sigmoid, torch.sigmoid(self._gates("beta", (heads.kv,))))
 
     def vary(self) -> None:
-        """Negate values and dout in place: states, out, gradients of states and dv are then negative too, all else stays, being of
-        products of one with the other."""
+        """Negate values and dout in place: states and out are then the negative ones, gradients of states and dv too. All others
+        are products of one with the other, and stay."""
         for x in (self.x.v, self.dout):
             if x is not None:
                 x.neg_()

@@ -170,7 +170,7 @@ def test_a_pattern_has_all_ranks_and_moves_what_the_schedule_moves(cp: str) -> N
     pattern = pattern_of(strategy, problem)
     if pattern is None:
         training = {"groupcast", "hybrid", "lightseq", "tokenring", "sparse_heads", "sparse_sequence", "sparse_hybrid"}
-        assert cp in training | {"apb", "dcp", "displaced", "dualparal", "helix", "kvp", "pcp", "star"}
+        assert cp in training | {"apb", "dcp", "displaced", "dualparal", "helix", "kvp", "lasp", "lasp2", "pcp", "star", "zeco"}
         return
     assert pattern.ranks == scale.world_size
     if isinstance(strategy, Scheduled):
