@@ -11,6 +11,8 @@ import torch
 
 from lcbench.cp.none import Local
 from lcbench.grid.command_line import look
+from lcbench.kernels.base import Kernel
+from lcbench.kernels.naive import Naive
 from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.causal import causal
@@ -85,8 +87,9 @@ def test_out_and_gradients_are_those_of_the_definition(order: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
-def test_a_cell_is_measured_and_checked(dtype: str, direction: str) -> None:
-    one = work(replace(OPTIONS, order="diagonal"), dtype=dtype, direction=direction)
+@pytest.mark.parametrize("kernel", [SDPAFlash(), Naive()], ids=["sdpa_flash", "naive"])
+def test_a_cell_is_measured_and_checked(dtype: str, direction: str, kernel: Kernel) -> None:
+    one = work(replace(OPTIONS, order="diagonal"), dtype=dtype, direction=direction, kernel=kernel)
     measured = measure_cell(one, gang(), lambda line: None)
     assert measured.check is not None
     assert not measured.check.failures
