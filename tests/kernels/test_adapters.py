@@ -113,8 +113,8 @@ def check_adapter(kernel: Kernel, masks: Iterable[Mask], heads: Heads = GROUPED,
         check_kernel(some, masks[0], heads, torch.bfloat16, 0.05, scale)
 
 
-def every_mask(folder: Path) -> dict[str, Mask]:
-    return {name: small(name, SEQLEN, GROUPED, folder) for name in [*names(), *WITHIN]} | HARD
+def every_mask(folder: Path, heads: Heads = GROUPED) -> dict[str, Mask]:
+    return {name: small(name, SEQLEN, heads, folder) for name in [*names(), *WITHIN]} | HARD
 
 
 def install(monkeypatch: pytest.MonkeyPatch, modules: dict[str, ModuleType]) -> None:

@@ -145,7 +145,7 @@ def test_cudnn_by_its_frontend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr("lcbench.kernels.cudnn._handles", [])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     everywhere(kernel_of("cudnn"))
-    for mask in every_mask(tmp_path).values():
+    for mask in every_mask(tmp_path, SHORTER).values():
         check(kernel_of("cudnn"), mask, SHORTER)
 
 
