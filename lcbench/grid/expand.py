@@ -60,6 +60,7 @@ OPTION_GROUPS: dict[str, Callable[[Any, str], Any]] = {
 }  # fmt: skip
 # Run options that are texts, and of what.
 TEXTS = {"results": "folder", "tracking_uri": "address", "fit": "file"}
+FILE_BYTES = 255  # of a file's name, as every file system of Linux has it
 # Run options that are a file of conf/, if anything: what is composed of them is no run option of a plan as it is.
 CHOSEN = ("site", "experiment", "machine", "search", "trace")
 NAME_BYTES = 200  # of a sweep's name: a file's name holds 255, and some are made of it and a cell's
@@ -733,6 +734,9 @@ def _check_run_options(options: dict[str, Any]) -> None:
         if value is not None and not str(value).isprintable():
             raise ValueError(f"{name}={str(value)!r} holds characters that cannot be shown")
         options[name] = None if value is None else str(value)
+        parts = [] if name == "tracking_uri" else str(value).split("/")  # an address may be as long as its server likes
+        if long := next((one for one in parts if len(one.encode()) > FILE_BYTES), None):
+            raise ValueError(f"{name}={values.shown(long)} is {len(long.encode())} bytes long, and a name has at most {FILE_BYTES}")
     options["results"] = os.path.expanduser(options["results"])
     options["fit"] = options["fit"] and os.path.expanduser(options["fit"])
     options["sweep"] = check_name(options["sweep"])

@@ -252,6 +252,13 @@ def test_a_file_counts_by_its_content(tmp_path: Path) -> None:
     assert "UTF-8" in refused("mask=band_file", f"mask.file={tmp_path}/u16.json", "seqlen=8")
 
 
+@pytest.mark.parametrize("name", ["results", "fit"])
+def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
+    assert "is 300 bytes long, and a name has at most 255" in refused(f"{name}=a/{'x' * 300}/b", "seqlen=1k")
+    assert "is 256 bytes long" in refused(f"{name}={'ü' * 128}", "seqlen=1k")
+    look([f"results={'x' * 255}/{'y' * 255}", "seqlen=1k"])
+
+
 def test_what_was_a_selector_of_apb_is_its_compressor_under_the_same_id() -> None:
     selector = {"name": "random", "_target_": "lcbench.cp.selectors.random.Random", "seed": 3}
     words = ["cp=apb", "cp.anchor=1k", "cp.passing=512", "seqlen=16k", "scale=1x4", "heads=8x4x64", "direction=forward"]
