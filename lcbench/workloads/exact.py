@@ -59,7 +59,7 @@ def head(model: Model, weights: Weights, y: torch.Tensor, labels: torch.Tensor, 
 
     def run(rounded: Rounded) -> Tensors:
         leaf = y.double().requires_grad_()
-        logits = rounded(_product(rounded(_normed(leaf, weights["norm.weight"], model.norm_eps)), weights["logits.weight"]))
+        logits = rounded(_product(rounded(normed_by(leaf, weights["norm.weight"], model.norm_eps)), weights["logits.weight"]))
         mine = torch.nonzero(labels >= 0).flatten()
         chosen = logits[mine, labels[mine]]
         losses = rounded(logits)[mine].logsumexp(-1) - chosen
@@ -73,7 +73,7 @@ def head(model: Model, weights: Weights, y: torch.Tensor, labels: torch.Tensor, 
 
 
 def _before(model: Model, weights: Weights, tokens: Ints, x: torch.Tensor, rounded: Rounded) -> Tensors:
-    normed = rounded(_normed(x, weights["before.norm.weight"], model.norm_eps))
+    normed = rounded(normed_by(x, weights["before.norm.weight"], model.norm_eps))
     # Angles are float64's whatever the type, so they tell in float64 alone.
     wide = weights["before.norm.weight"].dtype == torch.float64
     found = {}
@@ -82,25 +82,25 @@ def _before(model: Model, weights: Weights, tokens: Ints, x: torch.Tensor, round
         heads = projected.reshape(len(x), -1, model.head_dim)
         if name != "v":
             if model.qk_norm:
-                heads = rounded(_normed(heads, weights[f"before.{name}_norm.weight"], model.norm_eps))
-            heads = rounded(_turned(heads, tokens, model.rope_theta, rounded if wide else _exact))
+                heads = rounded(normed_by(heads, weights[f"before.{name}_norm.weight"], model.norm_eps))
+            heads = rounded(turned(heads, tokens, model.rope_theta, rounded if wide else as_it_is))
         found[name] = heads
     return found
 
 
 def _after(model: Model, weights: Weights, x: torch.Tensor, out: torch.Tensor, rounded: Rounded) -> torch.Tensor:
     x = rounded(x + rounded(_product(out.reshape(len(x), -1), weights["after.o.weight"])))
-    normed = rounded(_normed(x, weights["after.norm.weight"], model.norm_eps))
+    normed = rounded(normed_by(x, weights["after.norm.weight"], model.norm_eps))
     gate, up = (rounded(_product(normed, weights[f"after.{name}.weight"])) for name in ("gate", "up"))
     gated = rounded(rounded(gate / (1 + torch.exp(-gate))) * up)
     return rounded(x + rounded(_product(gated, weights["after.down.weight"])))
 
 
-def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def normed_by(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
-def _turned(x: torch.Tensor, tokens: Ints, theta: float, angle_rounded: Rounded) -> torch.Tensor:
+def turned(x: torch.Tensor, tokens: Ints, theta: float, angle_rounded: Rounded) -> torch.Tensor:
     """Element i of the first half of a head and of the second are a complex number, turned by position / theta^(2i/D)."""
     half = x.shape[-1] // 2
     places = torch.arange(half, dtype=torch.float64, device=x.device)
@@ -143,7 +143,7 @@ def with_spread(run: Callable[[Rounded], Tensors], device: torch.device, seed: i
     """What ``run`` gives where nothing is rounded, with its spread. ``run`` puts every operation's result through its argument."""
     generator = torch.Generator(device)
     generator.manual_seed(seed)
-    exact = run(_exact)
+    exact = run(as_it_is)
     squares = {name: torch.zeros_like(one) for name, one in exact.items()}
     for _ in range(TRIES):
         for name, one in run(lambda x: _rounded(x, generator)).items():
@@ -155,7 +155,7 @@ def with_spread(run: Callable[[Rounded], Tensors], device: torch.device, seed: i
     }
 
 
-def _exact(x: torch.Tensor) -> torch.Tensor:
+def as_it_is(x: torch.Tensor) -> torch.Tensor:
     return x
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
-from lcbench.workloads.exact import Known, Rounded, Tensors, with_spread
+from lcbench.workloads.exact import Known, Rounded, Tensors, as_it_is, normed_by, turned, with_spread
 from lcbench.workloads.memory_model import MemoryModel
 
 EPS = 1e-5
@@ -94,7 +95,7 @@ def _features(x: torch.Tensor, nu: int, rounded: Rounded) -> torch.Tensor:
 
 
 def _normed(x: torch.Tensor, weight: torch.Tensor, options: MemoryModel, rounded: Rounded) -> torch.Tensor:
-    return rounded(x / (x.square().mean(-1, keepdim=True) + options.model.norm_eps).sqrt() * weight)
+    return rounded(normed_by(x, weight, options.model.norm_eps))
 
 
 def _attention(options: MemoryModel, weights: Layer, normed: torch.Tensor, rounded: Rounded) -> torch.Tensor:
@@ -104,7 +105,7 @@ def _attention(options: MemoryModel, weights: Layer, normed: torch.Tensor, round
         one = rounded(normed @ weights[name].T).view(rows, -1, model.head_dim)
         if name != "v":
             one = _normed(one, weights[f"{name}_norm"], options, rounded) if model.qk_norm else one
-            one = rounded(_turned(one, model.rope_theta, rounded))
+            one = rounded(turned(one, np.arange(rows), model.rope_theta, as_it_is))
         heads[name] = one
     each = model.heads_q // model.heads_kv
     k, v = (heads[name].repeat_interleave(each, 1) for name in "kv")
@@ -112,12 +113,3 @@ def _attention(options: MemoryModel, weights: Layer, normed: torch.Tensor, round
     later = torch.ones((rows, rows), dtype=torch.bool, device=normed.device).triu(1)
     weight = rounded(scores.masked_fill(later, -torch.inf).softmax(-1))
     return rounded(torch.einsum("hqk,khd->qhd", weight, v)).reshape(rows, -1) @ weights["o"].T
-
-
-def _turned(x: torch.Tensor, theta: float, rounded: Rounded) -> torch.Tensor:
-    """Element i of the first half of a head and of the second are a complex number, turned by position / theta^(2i/D)."""
-    half = x.shape[-1] // 2
-    places = torch.arange(half, dtype=torch.float64, device=x.device)
-    angles = torch.arange(len(x), dtype=torch.float64, device=x.device)[:, None] / theta ** (places / half)
-    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
-    return torch.cat([turned.real, turned.imag], -1)
