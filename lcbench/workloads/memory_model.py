@@ -58,10 +58,7 @@ class MemoryModel:
     order: Order = "sequential"
 
     def __post_init__(self) -> None:
-        if self.layers is not None and not 1 <= self.layers <= self.model.layers:
-            raise ValueError(
-                f"workload.layers={self.layers} is none of the model's 1 to {self.model.layers} layers; all of them: layers=all"
-            )
+        self.model.check_layers(self.layers)
         for name in ("segment", "memory_tokens", "memory_dim", "nu"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -55,6 +55,11 @@ class Model:
     def heads(self) -> Heads:
         return Heads(self.heads_q, self.heads_kv, self.head_dim)
 
+    def check_layers(self, layers: int | None) -> None:
+        """Raises ValueError unless so many layers, ``workload.layers``, can be run; None: all of them."""
+        if layers is not None and not 1 <= layers <= self.layers:
+            raise ValueError(f"workload.layers={layers} is none of the model's 1 to {self.layers} layers; all of them: layers=all")
+
     def divided(self, parts: int) -> Model:
         """The model as each of so many ranks of tensor parallelism has it, where they divide its sizes."""
         divided = ("heads_q", "heads_kv", "ffn", "vocab")

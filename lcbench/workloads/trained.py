@@ -37,10 +37,7 @@ class Trained:
     masked_logits: bool = field(default=False, metadata={"left_out": True})
 
     def __post_init__(self) -> None:
-        if self.layers is not None and not 1 <= self.layers <= self.model.layers:
-            raise ValueError(
-                f"workload.layers={self.layers} is none of the model's 1 to {self.model.layers} layers; all of them: layers=all"
-            )
+        self.model.check_layers(self.layers)
         if not is_number(self.labelled) or not 0 < self.labelled <= 1:
             raise ValueError(f"workload.labelled={self.labelled} is no share of the tokens above 0 and up to 1, such as 0.25")
         if self.optimizer not in OPTIMIZERS:
