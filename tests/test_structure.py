@@ -172,3 +172,9 @@ def test_no_hash_that_differs_between_processes_is_used() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hash"
     ]  # fmt: skip
     assert not wrong
+
+
+def test_folders_of_tests_are_packages() -> None:
+    """Of two modules with one name in folders that are none, pytest imports the first only."""
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    assert not [folder for folder in folders if not (folder / "__init__.py").exists()]

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-from test_regressions import dense, errors, results, tensors
 
 from lcbench.cp.base import Place
 from lcbench.cp.peers.library import LibraryStrategy, Segments, segments
@@ -37,6 +36,7 @@ from lcbench.schedule.groups import Groups
 from lcbench.testing.fake_libraries import flash_attn2
 from lcbench.testing.masks import load, names
 from lcbench.testing.spawn import run_ranks
+from tests.cp.test_regressions import dense, errors, results, tensors
 
 PEERS = [n for n in names("cp") if isinstance(build_strategy(load("cp", n)), LibraryStrategy)]
 CUDA = Platform("cuda", (9, 0), 80 << 30)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from test_regressions import CPU, dense, errors, results, tensors
 
 from lcbench.cp.base import Place, Strategy
 from lcbench.grid.build import build_strategy
@@ -23,6 +22,7 @@ from lcbench.testing import wheels
 from lcbench.testing.fake_libraries import flash_attn2
 from lcbench.testing.masks import load, names
 from lcbench.testing.spawn import run_ranks
+from tests.cp.test_regressions import CPU, dense, errors, results, tensors
 
 WHEELS = ("ring-flash-attn==0.1.8", "yunchang==0.6.4")
 SEQLEN, HEADS = 64, Heads(4, 2, 16)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_kernels import CPU, GROUPED, HARD, SEQLEN, check_kernel, kernel_of, problem_of
 
 from lcbench.kernels import flashinfer as flashinfer_kernel
 from lcbench.kernels.base import Gradients, Kernel, Platform, Prepared, Saved, Unsupported, accumulation_dtype, importable, prepare
@@ -45,6 +44,7 @@ from lcbench.testing.fake_libraries import (
     xformers,
 )
 from lcbench.testing.masks import WITHIN, names, small
+from tests.kernels.test_kernels import CPU, GROUPED, HARD, SEQLEN, check_kernel, kernel_of, problem_of
 
 Tensor = torch.Tensor
 H200 = Platform("cuda", (9, 0), 141 << 30)

@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cache import HOPPER, random_kv
 
 from lcbench.grid.build import build_kernel
 from lcbench.kernels.base import Platform, Unsupported
@@ -28,6 +27,7 @@ from lcbench.problem import Batch, Heads, Problem, Requests, Scale, Softmax
 from lcbench.testing.dense import dense_attention, dense_mask
 from lcbench.testing.fake_libraries import cudnn, flash_attn2_cache, flash_attn3_cache, flash_attn4_cache, flashinfer_cache
 from lcbench.testing.masks import load, names
+from tests.kernels.test_cache import HOPPER, random_kv
 
 Tensor = torch.Tensor
 CPU = torch.device("cpu")

@@ -10,8 +10,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from test_adapters import DENSE, H200, STANDINS, among_heads, every_mask, install
-from test_kernels import CPU, HERE, kernel_of
 
 from lcbench.kernels.base import Kernel, Platform, Saved, Unsupported, dims, half_on_cuda, prepare, softmax_arguments
 from lcbench.kernels.triton_band import TritonBand
@@ -25,6 +23,8 @@ from lcbench.problem import PLAIN, Batch, Heads, Problem, Requests, Scale, Softm
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.fake_libraries import cudnn, flash_attn2, flash_attn3, flash_attn4, flashinfer, flashmask, torch_operators
 from lcbench.testing.masks import softmax_kernels
+from tests.kernels.test_adapters import DENSE, H200, STANDINS, among_heads, every_mask, install
+from tests.kernels.test_kernels import CPU, HERE, kernel_of
 
 Tensor = torch.Tensor
 SHORTER, LONGER, LATENT = Heads(4, 2, 24, 16), Heads(2, 2, 16, 40), Heads(4, 1, 40, 32, latent=True)

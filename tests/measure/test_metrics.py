@@ -25,6 +25,7 @@ from lcbench.workloads.chunked_prefill import ChunkedPrefill
 from lcbench.workloads.denoise import Denoise
 from lcbench.workloads.models import Model
 from lcbench.workloads.recompute.token_wise import TokenWise
+from lcbench.workloads.recurrent_memory import RecurrentMemory
 from lcbench.workloads.sparse_attention import SparseAttention
 from tests.measure.test_cell import GANG, SETTINGS, measured
 
@@ -80,9 +81,19 @@ def of_selection() -> set[str]:
     return {metric_of(key).key for key in found.metrics}
 
 
+def of_memory() -> set[str]:
+    """Keys of layers with a memory."""
+    model = Model(2, hidden=32, heads_q=4, heads_kv=2, head_dim=8, ffn=48, vocab=64, rope_theta=1e4)
+    memory = RecurrentMemory(model, layers=2, segment=8, memory_tokens=3, memory_dim=6, nu=2)
+    problem = Problem(24, model.heads(), Scale(1, 1), "float32", "forward_backward")
+    found = measure_cell(Work(memory, problem, lambda _: causal(24), SDPAFlash(), Local(), SETTINGS, 5), GANG, lambda _: None)
+    assert found.stands, found.check
+    return {metric_of(key).key for key in found.metrics}
+
+
 @pytest.mark.slow
 def test_every_key_of_a_cell_is_in_the_table_and_every_key_of_that_in_some_cell(tmp_path: Path) -> None:
-    of_steps = of_a_step() | of_denoising() | of_chunks() | of_batches() | of_selection()
+    of_steps = of_a_step() | of_denoising() | of_chunks() | of_batches() | of_selection() | of_memory()
     for draws in (1, 2):
         first = measured("causal_document", 150, "float32", tmp_path, draws=draws)
         metrics, _ = with_block(first.metrics, first.samples, first)
