@@ -20,7 +20,7 @@ from lcbench.grid.paths import CONF
 from lcbench.grid.site import ClusterSite
 from lcbench.report.ending import bad_input
 
-SEED, LISTS = 17, 2000
+SEED, LISTS = 17, 1000
 KINDS = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in (*GROUPS, "site", "experiment")}
 OPTIONS = [
     "mask.left", "mask.right", "mask.sink", "mask.block_size", "mask.density", "mask.sizes", "mask.per", "mask.samples",
