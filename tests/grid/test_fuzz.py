@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Callable
@@ -153,6 +154,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
     monkeypatch.setattr(expand, "compose", once)
     monkeypatch.setattr(command, "_enter", enter)
+    monkeypatch.setattr("lcbench.planners.telling.EVERY_S", math.inf)  # how long planning takes is nobody's mistake
     monkeypatch.chdir(folder)
     monkeypatch.setenv("LCBENCH_SITE", "plain")  # of GPUs, so that a plan of the defaults is within its budget
 
