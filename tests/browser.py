@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,15 +24,39 @@ class Browser:
     complaints: list[str] = field(default_factory=list)
 
 
+_shared: dict[str, Any] = {}
+
+
 @contextmanager
-def browser(width: int = 1400, height: int = 1000) -> Iterator[Browser]:
+def one_chromium() -> Iterator[None]:
+    """Within, every ``browser()`` is a window of one Chromium, with cookies and a store of its own; the first starts it."""
+    with ExitStack() as stack:
+        _shared["stack"] = stack
+        try:
+            yield
+        finally:
+            _shared.clear()
+
+
+def _launched(until: ExitStack) -> Any:
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        made = Browser(chromium.new_page(viewport={"width": width, "height": height}))
+    chromium = until.enter_context(sync_playwright()).chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    until.callback(chromium.close)
+    return chromium
+
+
+@contextmanager
+def browser(width: int = 1400, height: int = 1000) -> Iterator[Browser]:
+    with ExitStack() as own:
+        if "stack" not in _shared:
+            chromium = _launched(own)
+        else:
+            chromium = _shared.get("chromium") or _shared.setdefault("chromium", _launched(_shared["stack"]))
+        context = chromium.new_context(viewport={"width": width, "height": height})
+        own.callback(context.close)
+        made = Browser(context.new_page())
         made.page.on("console", lambda m: made.complaints.append(m.text) if m.type == "error" else None)
         made.page.on("pageerror", lambda e: made.complaints.append(str(e)))
         made.page.on("requestfailed", lambda r: made.complaints.append(f"{r.url}: {r.failure}"))
         yield made
-        chromium.close()

@@ -110,8 +110,10 @@ def _cells(overrides: list[str]) -> list[Cell]:
     for axis in ("kernel", "mask"):
         if axis not in given:
             whole.append(f"{axis}={','.join(axis_values(CONF, axis))}")
+    if "lengths" not in given and "mask" not in given:  # among all masks are some of documents
+        whole.append(LENGTHS)
     cells = look([*whole, *overrides]).cells
-    if "lengths" not in given and any("lengths" in planned.cell.config["mask"] for planned in cells):
+    if "lengths" not in given and LENGTHS not in whole and any("lengths" in planned.cell.config["mask"] for planned in cells):
         cells = look([*whole, LENGTHS, *overrides]).cells
     found = [planned.cell for planned in cells]
     return found if "kernel" in given else [cell for cell in found if build_kernel(cell.config["kernel"]).operator == "softmax"]

@@ -96,19 +96,19 @@ def rows(mask: Computed, problem: Problem, shard: Shard, wanted: Ints, ranks: Ra
             seen = _some(allowed.any(0).any(0))
             q, allowed, k, v = q_some[chunk, part.q], allowed[..., seen], keys[seen], values[seen]
             s, slope = _scores(q, k, problem)
-            s = s.masked_fill(~allowed, -torch.inf)
+            s.masked_fill_(~allowed, -torch.inf)
             top = ranks.reduce(s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:2], -torch.inf), "max")
             if sink is not None:
                 top = torch.maximum(top, sink)
             shift = torch.where(top == -torch.inf, 0.0, top)
-            weights = torch.exp(s - shift[..., None])
+            weights = (s - shift[..., None]).exp_()
             total, count = ranks.reduce(torch.stack([weights.sum(-1), (weights > 0).double().sum(-1)]))
             if sink is not None:
                 total = total + torch.exp(sink - shift)
-            p = weights / torch.where(total == 0, 1.0, total)[..., None]
-            size = torch.where(p > 0, s, 0.0)
-            squares = p.square() * (1 + size.square() if scores else 1.0)
-            sums = [_over_keys(p, v), _over_keys(squares, v.square()), (p.square() * size.square()).sum(-1)]
+            p = weights.div_(torch.where(total == 0, 1.0, total)[..., None])
+            squared, sizes = p.square(), torch.where(p > 0, s, 0.0).square_()
+            squares = squared * (1 + sizes) if scores else squared
+            sums = [_over_keys(p, v), _over_keys(squares, v.square()), sizes.mul_(squared).sum(-1)]
             if douts:
                 sums.append(_over_keys(p, k))
             out, spread, rough, *means = ranks.reduce_together(*sums)
@@ -122,9 +122,10 @@ def rows(mask: Computed, problem: Problem, shard: Shard, wanted: Ints, ranks: Ra
             product = dout * out
             delta = product.sum(-1).T[..., None]
             dp = _products(dout, v)
+            moved = _times(dp.abs().add_(delta.abs()), slope).square_().mul_(squares)
             dq, spread = ranks.reduce_together(
-                _over_keys(p * (dp - delta) * slope, k) * problem.softmax_scale,
-                _over_keys(squares * ((dp.abs() + delta.abs()) * slope).square(), k.square()),
+                _over_keys(_times(dp.sub_(delta).mul_(p), slope), k) * problem.softmax_scale,
+                _over_keys(moved, k.square()),
             )
             # A rounded out shifts delta, and that a whole row.
             common = dq.abs() + problem.softmax_scale * product.square().sum(-1, keepdim=True).sqrt() * means[0].abs()
@@ -169,16 +170,16 @@ def columns(
                 product = dout * out_some[seen]
                 delta = product.sum(-1).T[..., None]
                 s, slope = _scores(q, every_key[chunk, part.kv], problem)
-                p = torch.exp(s - lse_some[seen].T[..., None]).masked_fill(~allowed, 0.0)
+                p = (s - lse_some[seen].T[..., None]).exp_().masked_fill_(~allowed, 0.0)
                 dp = _products(dout, every_value[chunk, part.kv])
-                squares = p.square() * (1 + s.square() if scores else 1.0)
-                shifted = p.square() * product.square().sum(-1).T[..., None]
-                terms = squares * (dp.abs() + delta.abs()).square() + shifted
+                squared = p.square()
+                squares = squared * s.square_().add_(1) if scores else squared
+                terms = dp.abs().add_(delta.abs()).square_().mul_(squares).add_(squared * product.square().sum(-1).T[..., None])
                 of_chunks.append((
                     _over_queries(p, dout, each),
                     _over_queries(squares, dout.square(), each),
-                    _over_queries(p * (dp - delta) * slope, q, each),
-                    _over_queries(terms * slope**2, q.square(), each),
+                    _over_queries(_times(dp.sub_(delta).mul_(p), slope), q, each),
+                    _over_queries(_times(terms, None if slope is None else slope.square()), q.square(), each),
                     (p > 0).double().sum(1).unflatten(0, (-1, each)).sum(1).T[..., None],
                 ))  # fmt: skip
             sums = [_added(*both) for both in zip(sums, of_chunks, strict=True)] if sums else of_chunks
@@ -302,13 +303,18 @@ def _products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return torch.einsum("qhgd,khd->hgqk", q.unflatten(1, (k.shape[1], -1)), k).flatten(0, 1)
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, torch.Tensor | float]:
-    """Scores (H, rows, keys), and the derivative of each by the product of its query and key times the softmax scale."""
-    s, cap = _products(q, k) * problem.softmax_scale, problem.softmax.softcap
+def _scores(q: torch.Tensor, k: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scores (H, rows, keys), and the derivative of each by the product of its query and key times the softmax scale; None: 1."""
+    s, cap = _products(q, k).mul_(problem.softmax_scale), problem.softmax.softcap
     if not cap:
-        return s, 1.0
+        return s, None
     share = torch.tanh(s / cap)
     return cap * share, 1 - share.square()
+
+
+def _times(x: torch.Tensor, slope: torch.Tensor | None) -> torch.Tensor:
+    """x times a derivative of scores, in place: what is here as large as all scores is read and written as seldom as may be."""
+    return x if slope is None else x.mul_(slope)
 
 
 def _over_keys(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from lcbench.predict.fitted import Coefficients, DenseFit, Factor, KernelFit, MachineFit
@@ -51,10 +52,21 @@ class Unknowns:
 
     def kernel(self, name: str, dtype: str, strategy: str = "", sources: Iterable[str] = ()) -> KernelFit:
         """A kernel as an implementation of a strategy calls it."""
+        said = name, dtype, strategy, tuple(sources)
+        if said not in self._kernels:
+            self._kernels[said] = self._kernel(*said)
+        return self._kernels[said]
+
+    @cached_property
+    def _kernels(self) -> dict[tuple[str, str, str, tuple[str, ...]], KernelFit]:
+        """Those that were asked for: every cell of a fit asks, at values that few cells have for themselves."""
+        return {}
+
+    def _kernel(self, name: str, dtype: str, strategy: str, sources: tuple[str, ...]) -> KernelFit:
         forward, backward = (Coefficients(**self.below("kernel", name, dtype, phase)) for phase in PHASES)
         factors = (self.factor(strategy, "forward"), self.factor(strategy, "backward"))
         return KernelFit(
-            kernel=name, dtype=dtype, forward=forward, backward=backward, factors=factors, sources=tuple(sources),
+            kernel=name, dtype=dtype, forward=forward, backward=backward, factors=factors, sources=sources,
             cores=self.machine.cores,
         )  # fmt: skip
 
@@ -80,6 +92,10 @@ class Unknowns:
 
     def fitted(self) -> Machine:
         """The machine at these values."""
+        return self._fitted
+
+    @cached_property
+    def _fitted(self) -> Machine:
         return self.links().of(self.machine)
 
 

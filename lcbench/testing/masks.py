@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,12 @@ WITHIN = {"chosen_causal": "causal", "chosen_document": "causal_document", "chos
 
 
 def load(group: str, name: str) -> dict[str, Any]:
-    """The YAML of an axis value as plain values."""
+    """The YAML of an axis value as plain values, which are the caller's own."""
+    return copy.deepcopy(_read(group, name))
+
+
+@cache
+def _read(group: str, name: str) -> dict[str, Any]:
     config = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
     assert isinstance(config, dict)
     return {str(k): v for k, v in config.items()}

@@ -222,6 +222,7 @@ def test_a_cell_of_ones_own_values_runs(own: Path) -> None:
         *OWN, "workload=own,attention", "direction=forward", "measure.budget_s=0.1", "measure.max_iterations=3",
         "measure.min_iterations=1", "measure.blocks=1", *flags, "site=local", "site.device=cpu", "sweep=own",
         f"results={own}/results", f"tracking_uri=sqlite:///{own}/mlflow.db", "output=quiet",
+        "site.publish=login",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "lcbench.sweep", *asked], env={**os.environ, "PYTHONPATH": str(own)}, cwd=REPOSITORY,

@@ -11,10 +11,8 @@ from lcbench.testing.compiled import rows_of
 pytestmark = pytest.mark.slow
 
 PROGRAM = """
-import json, sys
-from pathlib import Path
-import torch, triton
-from triton.backends.compiler import GPUTarget
+import json
+import torch
 from triton.compiler import ASTSource
 from lcbench.kernels import triton_scan
 from lcbench.kernels.linear import Tokens
@@ -46,9 +44,8 @@ for heads, kind, capability in (
         aligned = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(function.arg_names)
                    if signature[argument][0] == "*" or argument.endswith(("_t", "_h"))}
         source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         head = {"name": name, "heads": str(heads), "kind": kind, "capability": capability}
-        print(json.dumps(head | taken(made, capability, Path(sys.argv[1]))))
+        print(json.dumps(head | taken(source, capability, options)))
 """
 
 
@@ -59,4 +56,4 @@ def test_the_chunk_kernels_compile_and_use_tensor_cores(tmp_path: Path) -> None:
     for row in rows:
         assert row["shared"] <= row["room"], row
         assert row["spilled"] <= 64, row
-        assert row["mma"] == (row["kind"] == "bf16" and row["name"] != "ddecay_kernel"), row
+        assert bool(row["mma"]) == (row["kind"] == "bf16" and row["name"] != "ddecay_kernel"), row

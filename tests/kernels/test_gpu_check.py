@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from lcbench.problem import Heads
 from lcbench.testing import gpu_check, gpu_rows
 from lcbench.testing.faulty import Blind
 from lcbench.testing.masks import names, softmax_kernels
+from lcbench.testing.spawn import PRELOAD
 
 PLAN = gpu_rows.Plan(
     torch.device("cpu"), "float32", 96, (Heads(4, 2, 16),), Heads(4, 2, 16), (("causal", "256"), ("block_random", "256")),
@@ -61,7 +63,11 @@ class Dying(SDPAFlash):
 def run(cast: dict[str, Kernel], out: Path, seconds: float = 2000.0, hang_s: float = 60.0) -> tuple[dict[str, Any], list[str]]:
     said: list[str] = []
     report = gpu_check.Report(PLAN, out, said.append)
-    gpu_check.check(PLAN, cast, report, seconds=seconds, hang_s=hang_s)
+    forked = multiprocessing.get_context("forkserver")  # which only a GPU forbids; ten processes that import torch take long
+    forked.set_forkserver_preload(PRELOAD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_check, "get_context", lambda method: forked)
+        gpu_check.check(PLAN, cast, report, seconds=seconds, hang_s=hang_s)
     assert json.loads((out / "gpu-check.json").read_text()) == report.found
     assert (out / "gpu-check.md").read_text() == gpu_check.markdown(report.found)
     return report.found, said

@@ -6,13 +6,11 @@ reports, which needs no driver.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from lcbench.testing.compiled import rows_of
 
 pytestmark = pytest.mark.slow
 
@@ -20,18 +18,16 @@ pytestmark = pytest.mark.slow
 SHARED = {80: 163 << 10, 90: 227 << 10}
 
 PROGRAM = """
-import json, re, subprocess, sys
-from pathlib import Path
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
+import json
+import triton.language as tl
 from triton.compiler import ASTSource
 from lcbench.kernels.triton_band import TritonBand
 from lcbench.kernels.triton_block_sparse import TritonBlockSparse
 from lcbench.kernels.triton_shapes import Shape, key_width, value_width
 from lcbench.kernels.triton_tiles import DELTA_ROWS, DELTA_WARPS, delta_kernel, dkv_kernel, dq_kernel, forward_kernel
 from lcbench.problem import Heads
+from lcbench.testing.compiled import taken
 
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 TABLES = ("block_rows", "order", "whole_at", "whole", "tested_at", "tested", "bands")
 
 def compiled(function, shape, heads, tested, capability, kind, capped):
@@ -63,15 +59,7 @@ def compiled(function, shape, heads, tested, capability, kind, capped):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": shape.warps, "num_stages": shape.stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-def used(made, capability):
-    ptx = Path(sys.argv[1]) / "kernel.ptx"
-    ptx.write_text(made.asm["ptx"])
-    target = f"sm_{capability}{'a' if capability >= 90 else ''}"
-    done = subprocess.run([PTXAS, "-v", "--gpu-name", target, ptx, "-o", "/dev/null"], capture_output=True, text=True, check=True)
-    said = done.stdout + done.stderr
-    return [int(re.search(pattern, said)[1]) for pattern in (r"Used (\\d+) registers", r"(\\d+) bytes spill stores")]
+    return taken(source, capability, options)
 
 PLAIN = [(Heads(64, 8, 128), 90, "bf16"), (Heads(64, 8, 64), 90, "fp16"), (Heads(64, 8, 128), 80, "bf16")]
 APART = [(Heads(128, 128, 192, 128), 90, "bf16"), (Heads(128, 1, 576, 512, True), 90, "bf16")]
@@ -81,35 +69,24 @@ for kernel, tested, capped, (heads, capability, kind) in CASES:
     shapes = kernel.shapes(heads, 2, (capability // 10, capability % 10))
     row_stats = Shape(DELTA_ROWS, 16, 16, DELTA_WARPS, 1)
     for function, shape in zip((forward_kernel, dq_kernel, dkv_kernel, delta_kernel), (*shapes, row_stats)):
-        made = compiled(function, shape, heads, tested, capability, kind, capped)
-        ptx = made.asm["ptx"]
-        tensor_cores = "wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else ""
-        print(json.dumps({"name": function.fn.__name__, "heads": str(heads), "capability": capability, "tested": tested,
-            "capped": capped, "shape": shape, "shared": made.metadata.shared, "tensor_cores": tensor_cores,
-            "by_tma": "cp.async.bulk.tensor" in ptx, "used": used(made, capability)}), flush=True)
+        head = {"name": function.fn.__name__, "heads": str(heads), "tested": tested, "capped": capped, "shape": shape}
+        found = compiled(function, shape, heads, tested, capability, kind, capped)
+        print(json.dumps({**head, "capability": capability, **found}), flush=True)
 """
 
 
 def test_kernels_compile_for_gpus_without_spills_and_use_their_tensor_cores(tmp_path: Path) -> None:
     pytest.importorskip("triton.backends.nvidia")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    environment.pop("TRITON_INTERPRET", None)  # which would not compile
-    # From a file: Triton reads the source of its functions.
-    program = tmp_path / "compile.py"
-    program.write_text(PROGRAM)
-    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = rows_of(PROGRAM, tmp_path)
     assert len(rows) == 36
     for row in rows:
         capability, name = row["capability"], row["name"]
         assert row["shared"] <= SHARED[capability], row
         hopper = "wgmma" if row["shape"][0] >= 64 else "mma"  # which a warp group's product takes 64 rows for
-        assert row["tensor_cores"] == ("" if name == "delta_kernel" else {90: hopper, 80: "mma"}[capability]), row
+        assert row["mma"] == ("" if name == "delta_kernel" else {90: hopper, 80: "mma"}[capability]), row
         long = row["heads"].endswith("576:512")  # longer than what descriptors read
         assert row["by_tma"] == (capability == 90 and name != "delta_kernel" and not long), row
         if capability == 90:
-            registers, spilled = row["used"]
-            assert registers <= 255, row
+            assert row["registers"] <= 255, row
             # Sums of long heads, and slopes of softcapped scores, leave a few numbers no register.
-            assert spilled <= (256 if long or row["capped"] else 0), row
+            assert row["spilled"] <= (256 if long or row["capped"] else 0), row

@@ -107,13 +107,15 @@ def test_any_layout_and_narrow_tested_tiles_give_what_dense_attention_gives() ->
         assert all(_describable(x) == described for x in laid)
 
         shapes = Shapes(Shape(32, 32, 16, 4, 2), Shape(16, 64, 16, 4, 2), Shape(32, 32, 16, 4, 2))
+        # What cannot be described is read by pointers whatever shapes say.
+        ways = [shapes, *([Shapes(*(replace_described(shape) for shape in shapes))] if described else [])]
         results = []
-        for using in (shapes, Shapes(*(replace_described(shape) for shape in shapes))):
+        for using in ways:
             prepared = PreparedTiles(tables_of(mask), tables_of(mask.transpose()), using, HEADS, CPU)
             out, lse = prepared.forward(laid[0], laid[1], laid[2], softmax_scale=scale)
             results.append([out, lse, *prepared.backward(laid[3], Saved(laid[0], laid[1], laid[2], out, lse), softmax_scale=scale)])
         for name, got, by_pointers, wanted in zip(
-            ("out", "lse", "dq", "dk", "dv"), *results, (want.detach(), want_lse.detach(), *grads), strict=True
+            ("out", "lse", "dq", "dk", "dv"), results[0], results[-1], (want.detach(), want_lse.detach(), *grads), strict=True
         ):
             assert torch.equal(got, by_pointers), name
             assert torch.equal(got == -torch.inf, wanted == -torch.inf)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import timeit
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -34,19 +35,19 @@ from tests.measure.sides import problem as of_batch
 HEADS = [Heads(8, 8, 16), Heads(8, 2, 16), Heads(24, 1, 8), Heads(70, 35, 8)]
 
 
-def crossing(schedule: Schedule, problem: Problem, *, backward: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes that each rank sends and receives in one pass, by its messages."""
-    moves = traffic(schedule, backward=True)
-    sent, received = np.zeros((2, schedule.world_size))
-    for transfer in (t for t in moves.transfers if (t.begin >= moves.steps) == backward):
+def crossing(schedule: Schedule, problem: Problem) -> np.ndarray:
+    """(2, 2, ranks): bytes that each rank sends and receives in forward, and in backward, by its messages."""
+    moves, found = traffic(schedule, backward=True), np.zeros((2, 2, schedule.world_size))
+    for transfer in moves.transfers:
+        sent, received = found[int(transfer.begin >= moves.steps)]
         np.add.at(sent, transfer.rows[:, 0], transfer.bytes(schedule, problem))
         np.add.at(received, transfer.rows[:, 1], transfer.bytes(schedule, problem))
-    return sent, received
+    return found
 
 
-def bounds(schedule: Schedule, mask: Mask, problem: Problem) -> list[float]:
-    """By the dense matrix, pair by pair."""
-    seen = dense_heads(mask, problem.heads.q)
+def bounds(schedule: Schedule, mask: Mask, problem: Problem, seen: np.ndarray | None = None) -> list[float]:
+    """By the dense matrix, (Hq, Nq, Nk), pair by pair."""
+    seen = dense_heads(mask, problem.heads.q) if seen is None else seen
     found = []
     for rank in range(schedule.world_size):
         own, keys = schedule.q.tokens(rank), schedule.k.tokens(rank)
@@ -56,9 +57,25 @@ def bounds(schedule: Schedule, mask: Mask, problem: Problem) -> list[float]:
     return found
 
 
+SEQLEN = 83
+Drawn = Callable[[str, Heads], tuple[Mask, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    """A mask and its dense matrix, made once: all strategies at all numbers of ranks look at the same."""
+
+    @cache
+    def make(name: str, heads: Heads) -> tuple[Mask, np.ndarray]:
+        mask = small(name, SEQLEN, heads, tmp_path_factory.mktemp("mask"))
+        return mask, dense_heads(mask, heads.q)
+
+    return make
+
+
 @pytest.mark.parametrize("name", trained_by())
-def test_every_strategy_moves_what_a_mask_needs_at_least(name: str, tmp_path: Path) -> None:
-    strategy, seqlen = build_strategy(load("cp", name)), 83
+def test_every_strategy_moves_what_a_mask_needs_at_least(name: str, drawn: Drawn) -> None:
+    strategy = build_strategy(load("cp", name))
     assert isinstance(strategy, Scheduled)
     tried: set[int] = set()
     for ranks in range(2, 9):
@@ -67,17 +84,16 @@ def test_every_strategy_moves_what_a_mask_needs_at_least(name: str, tmp_path: Pa
             turns = [*HEADS[(number + ranks) % len(HEADS) :], *HEADS[: (number + ranks) % len(HEADS)]]
             dtype, reduce_dtype = (("bfloat16", "input"), ("bfloat16", "float32"), ("float64", "float32"))[number % 3]
             for heads in turns:
-                problem = Problem(seqlen, heads, Scale(1, ranks), dtype, "forward_backward", reduce_dtype)
-                mask = small(mask_name, seqlen, heads, tmp_path)
+                problem = Problem(SEQLEN, heads, Scale(1, ranks), dtype, "forward_backward", reduce_dtype)
+                mask, seen = drawn(mask_name, heads)
                 if not strategy.unsupported(problem, mask):
                     break
             else:
                 continue
             tried.add(ranks)
             schedule = strategy.schedule(problem, mask)
-            least = bounds(schedule, mask, problem)
-            for backward in (False, True):
-                sent, received = crossing(schedule, problem, backward=backward)
+            least = bounds(schedule, mask, problem, seen)
+            for backward, (sent, received) in enumerate(crossing(schedule, problem)):
                 assert (sent + received >= least).all(), (ranks, heads, mask_name, backward)
                 assert sent.max() >= lower_bound_sent(least)
     assert tried == (set() if name == "none" else set(range(2, 9)))
@@ -88,7 +104,7 @@ def test_the_bound_is_not_far_below(strategy: Scheduled) -> None:
     """Two ranks and a full mask: the bound is what comes in; as much goes out, for the other."""
     problem = Problem(256, Heads(4, 4, 16), Scale(1, 2), "bfloat16", "forward")
     schedule = strategy.schedule(problem, full(256))
-    sent, received = crossing(schedule, problem, backward=False)
+    sent, received = crossing(schedule, problem)[0]
     assert (sent + received == 2 * np.array(bounds(schedule, full(256), problem))).all()
 
 
@@ -105,8 +121,7 @@ def test_the_bound_holds_on_two_sides(strategy: Scheduled, batch: str) -> None:
             schedule = strategy.schedule(problem, mask)
             least = bounds(schedule, mask, problem)
             assert any(least)
-            for backward in (False, True):
-                sent, received = crossing(schedule, problem, backward=backward)
+            for backward, (sent, received) in enumerate(crossing(schedule, problem)):
                 assert (sent + received >= np.array(least) * (1 - 1e-12)).all(), (ranks, shape, backward)
             tried += 1
     assert tried == 3 * len(SHAPES)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pandas as pd
 import pytest
 
 from lcbench.report.frame import reported
 from lcbench.runs.store import Sweep
+from tests.browser import one_chromium
 from tests.report.made import big_sweep
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_chromium() -> Iterator[None]:
+    """To start Chromium takes longer than most of what tests look at in it."""
+    with one_chromium():
+        yield
 
 
 @pytest.fixture(scope="session")

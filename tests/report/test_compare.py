@@ -131,6 +131,7 @@ def test_two_real_sweeps_of_which_one_strategy_was_slowed(tmp_path: Path) -> Non
         "--config-dir", str(ROOT / "tests" / "conf"), "-m", "cp=slowed_ring,ulysses,allgather", "mask=full,causal", "seqlen=512",
         "scale=1x2", "heads=4x4x32", "dtype=float32", "direction=forward", "measure.budget_s=0.5", "measure.min_iterations=12",
         "measure.precision=0.001", "output=quiet", f"results={tmp_path / 'results'}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db",
+        "site.publish=login",
     ]  # fmt: skip
     for name in ("before", "after"):
         done = subprocess.run(

@@ -114,6 +114,22 @@ def test_a_sweep_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
     assert "No cell has a good result yet." in text
 
 
+# -- in a browser ------------------------------------------------------------------------------------------------------
+
+
+@needs_browser
+def test_windows_of_one_chromium_have_neither_stores_nor_complaints_of_another(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("<script>localStorage.seen = (localStorage.seen || '') + 'x'; console.error(localStorage.seen)</script>")
+    said = []
+    for _ in range(2):
+        with browser() as b:
+            b.page.goto(page.as_uri())
+            said.append(b.complaints)
+            b.page.context.set_offline(True)
+    assert said == [["x"], ["x"]]
+
+
 # -- first screen ----------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -22,6 +23,7 @@ from rich.text import Text
 
 from lcbench.commands import cancel, collect, compare, cp, kernels, logs, masks, rerun, results, status, sync
 from lcbench.commands import report as report_command
+from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.report import comparison
 from lcbench.report.ending import INTERRUPTED
@@ -224,11 +226,16 @@ def test_noise_stands_beside_the_times_where_it_is_large_or_there_is_room(
 # -- where a sweep stands ------------------------------------------------------------------------------------------------
 
 
+@cache
+def planned() -> list[Cell]:
+    """512 cells."""
+    grid = ["cp=ring,usp,lightseq,tokenring", "mask=full,causal,sliding_window,causal_document", "seqlen=64k,128k,256k,512k"]
+    return [p.cell for p in look([*grid, "scale=1x8,2x8,4x8,8x8", "direction=forward,forward_backward"]).cells]
+
+
 def standing_of(packs: int, causes: int, failures: int, *, name: str = "live") -> tuple[SweepStatus, Sweep]:
     """A sweep of 512 cells in so many jobs, each at a cell, of which so many failed of so many causes; nothing is on disk."""
-    grid = ["cp=ring,usp,lightseq,tokenring", "mask=full,causal,sliding_window,causal_document", "seqlen=64k,128k,256k,512k"]
-    cells = [p.cell for p in look([*grid, "scale=1x8,2x8,4x8,8x8", "direction=forward,forward_backward"]).cells]
-    now = time.time()
+    cells, now = planned(), time.time()
     states, records = [], {}
     jobs = [
         PackState(f"p{n}", "slurm", f"2842_{n}", "RUNNING", "", tuple(c.id for c in cells[n::packs]), 1, "n", seconds={
