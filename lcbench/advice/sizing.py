@@ -12,7 +12,7 @@ from typing import Any
 from lcbench.advice.ranking import Candidate, Fate
 from lcbench.grid.cell import Cell
 from lcbench.grid.search import at
-from lcbench.predict.predictor import CannotPredict, Prediction, Predictor
+from lcbench.predict.predictor import CannotPredict, Predictor
 from lcbench.problem import Scale, format_tokens
 from lcbench.report.amounts import digits
 from lcbench.report.fitted import Column, Fitted
@@ -124,20 +124,43 @@ class BreakEven:
         return f"{'' if self.tokens > SHORTEST else 'at most '}{format_tokens(self.tokens)}"
 
 
-def break_even(cell: Cell, other: Cell, predictor: Predictor) -> int | None:
+class AtLengths:
+    """Predictions of cells at lengths that are not their own, each made once: a choice is compared with several."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self._known: dict[tuple[str, int], float | None] = {}
+
+    def seconds(self, cell: Cell, tokens: int) -> float | None:
+        """Of an iteration; None where it does not run, or is not predicted."""
+        key = cell.id, tokens
+        if key not in self._known:
+            try:
+                self._known[key] = self._predictor.predict(at(cell, tokens), memory=False).seconds
+            except CannotPredict:
+                self._known[key] = None
+        return self._known[key]
+
+    def faster(self, cell: Cell, other: Cell, tokens: int) -> bool:
+        """Whether a choice is faster at a length; one that does not run there is not, and anything is faster than one that does
+        not."""
+        mine = self.seconds(cell, tokens)
+        return mine is not None and ((its := self.seconds(other, tokens)) is None or mine < its)
+
+
+def break_even(cell: Cell, other: Cell, predicted: AtLengths) -> int | None:
     """Tokens from which on ``cell`` is predicted to be faster than ``other`` at every length that is looked at, up to ``BEYOND``
     times its own; None if it is not at the longest. Within a doubling it is found by bisection, to a sixteenth.
     """
-    faster = {tokens: _faster(cell, other, tokens, predictor) for tokens in lengths(cell)}
-    if not faster[max(faster)]:
-        return None
-    above = max(faster)
-    for tokens in sorted(faster, reverse=True):
-        if not faster[tokens]:
+    above = None
+    for tokens in sorted(lengths(cell), reverse=True):
+        if not predicted.faster(cell, other, tokens):
+            if above is None:
+                return None
             low, step = tokens, tokens // STEPS
             while above - low > step:
                 middle = low + (above - low) // (2 * step) * step
-                low, above = (low, middle) if _faster(cell, other, middle, predictor) else (middle, above)
+                low, above = (low, middle) if predicted.faster(cell, other, middle) else (middle, above)
             return above
         above = tokens
     return above
@@ -149,19 +172,6 @@ def lengths(cell: Cell) -> list[int]:
     while found[-1] < BEYOND * cell.problem.seqlen:
         found.append(2 * found[-1])
     return found
-
-
-def _faster(cell: Cell, other: Cell, tokens: int, predictor: Predictor) -> bool:
-    """Whether a choice is faster at a length; one that does not run there is not, and anything is faster than one that does not."""
-    mine, its = (_at(c, tokens, predictor) for c in (cell, other))
-    return mine is not None and (its is None or mine.seconds < its.seconds)
-
-
-def _at(cell: Cell, tokens: int, predictor: Predictor) -> Prediction | None:
-    try:
-        return predictor.predict(at(cell, tokens), memory=False)
-    except CannotPredict:
-        return None
 
 
 def without_cp(cell: Cell, none: dict[str, Any]) -> Cell:
@@ -178,12 +188,12 @@ def break_evens(
     found: dict[str, Candidate] = {}
     for c in sizable(ranked):
         found.setdefault(c.cell.words["cp"], c)
-    cells = [c.cell for c in sorted(found.values(), key=predicted_s)]
+    cells, predicted = [c.cell for c in sorted(found.values(), key=predicted_s)], AtLengths(predictor)
     for place, cell in enumerate(cells):
         longest = lengths(cell)[-1]
-        alone = BreakEven(cell, "no context parallelism", break_even(cell, without_cp(cell, none), predictor), longest)
+        alone = BreakEven(cell, "no context parallelism", break_even(cell, without_cp(cell, none), predicted), longest)
         after = cells[place + 1] if place + 1 < len(cells) else None
-        yield alone, None if after is None else BreakEven(cell, after.words["cp"], break_even(cell, after, predictor), longest)
+        yield alone, None if after is None else BreakEven(cell, after.words["cp"], break_even(cell, after, predicted), longest)
 
 
 def break_even_table(found: Sequence[tuple[BreakEven, BreakEven | None]]) -> Fitted:

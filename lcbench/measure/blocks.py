@@ -31,10 +31,15 @@ def blocks_of(settings: dict[str, Any]) -> int:
     return int(settings.get("blocks", BLOCKS))
 
 
+def short_warmup(settings: dict[str, Any]) -> int:
+    """Iterations before those that count, of what has run in this process by then: one, of a cell that has any."""
+    return min(1, int(settings["warmup"]))
+
+
 def shared(settings: dict[str, Any], *, first: bool = True) -> dict[str, Any]:
     """The ``measure`` settings of one block; blocks after the first warm up once at most. What is shared stays as it is."""
     blocks = blocks_of(settings)
-    own = {**settings, "blocks": 1} if first else {**settings, "blocks": 1, "warmup": min(settings["warmup"], 1)}
+    own = {**settings, "blocks": 1} if first else {**settings, "blocks": 1, "warmup": short_warmup(settings)}
     if blocks == 1:
         return own
     return own | {

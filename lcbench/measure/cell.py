@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lcbench.measure import progress
+from lcbench.measure.blocks import short_warmup
 from lcbench.measure.bounds import Check
 from lcbench.measure.derived import derived
 from lcbench.measure.limits import cannot_be, peak_tflops
@@ -235,7 +236,7 @@ class _Draw:
         stopping = Stopping.from_config(settings | {"budget_s": settings["budget_s"] / 4})
         alone: dict[str, dict[str, float]] = {}
         for name, phases in variants.items():
-            timed, _ = measure(phases, stopping, 1, self._gang.device)
+            timed, _ = measure(phases, stopping, short_warmup(settings), self._gang.device)
             alone[name] = {phase: float(np.median(seconds)) for phase, seconds in timed.slowest.items()}
         for phase, communication in alone["communication"].items():
             whole = self.measured.metrics[f"time/{phase}/median_s"]
@@ -253,7 +254,8 @@ class _Draw:
         if gang.dp_index * gang.mesh.tp + gang.tp_index != int(of_group.argmax()):
             phases = {phase: lambda _: None for phase in phases}
         settings = self._work.settings
-        timed, _ = measure(phases, Stopping.from_config(settings | {"budget_s": settings["budget_s"] / 4}), 1, gang.device)
+        stopping = Stopping.from_config(settings | {"budget_s": settings["budget_s"] / 4})
+        timed, _ = measure(phases, stopping, short_warmup(settings), gang.device)
         metrics = self.measured.metrics
         for phase, seconds in _with_total(timed.slowest).items():
             metrics[f"mesh/{phase}/alone_s"] = alone = float(np.median(seconds))

@@ -24,17 +24,16 @@ from lcbench.runs.rendezvous import NoRendezvous, innermost, meeting_of, use
 from lcbench.runs.settle import close_all, in_flight
 from lcbench.runs.squeue import environment, last_incarnation, site_variables
 from lcbench.runs.store import Sweep
-from lcbench.runs.tracking.publish import publish_or_say
+from lcbench.runs.tracking.publish import PUBLISH_S, publish_or_say
 from lcbench.runs.users import user_name
 
 # Seconds ahead of the job's time limit at which Slurm warns (it may be a minute earlier), less for short jobs, and the share of
 # it in which the cell in flight may still finish.
 WARNING_S, WARNING_S_PER_MIN = 120, 15
 WARNING_SHARE = 0.6
-PUBLISH_S = 30.0
 
 
-def run_node(pack: Pack, *, node_rank: int, hosts: list[str], incarnation: str) -> bool:
+def run_node(pack: Pack, *, node_rank: int, hosts: list[str], incarnation: str, publishes: bool = True) -> bool:
     """Run this node's workers until every cell was tried. Blocks; True if they all ended well.
 
     Node 0 closes what an earlier run of the job left open, and after its workers have ended what a dying gang left, and publishes
@@ -43,6 +42,7 @@ def run_node(pack: Pack, *, node_rank: int, hosts: list[str], incarnation: str) 
     Args:
         hosts: names of all nodes of the job, by which the others reach them.
         incarnation: names this run of the job; Slurm may requeue it.
+        publishes: whether node 0 publishes at its end; not where the command stays with the pack and does.
     """
     os.environ.setdefault("LOGNAME", user_name())  # libraries ask for a name, and a uid may have none
     os.environ.update(site_variables(pack.site))
@@ -60,6 +60,10 @@ def run_node(pack: Pack, *, node_rank: int, hosts: list[str], incarnation: str) 
         failure = _run_gangs(sweep, pack, server, logs, node_rank=node_rank, hosts=hosts, incarnation=incarnation)
     if node_rank == 0:
         _come_to_an_end(sweep, pack, failure)
+        if publishes and pack.site.get("publish", "nodes") == "nodes":
+            # What is left after a while, or a server that is away, is left to the collector.
+            publish_or_say(sweep, pack.settings.tracking_uri, budget_s=PUBLISH_S)
+        forget_secrets(pack.folder)
     return failure is None
 
 
@@ -95,15 +99,11 @@ def _run_gangs(
 
 
 def _come_to_an_end(sweep: Sweep, pack: Pack, failure: Failure | None) -> None:
-    """Close what a dying gang left open, say how the pack ended, and publish."""
+    """Close what a dying gang left open, and say how the pack ended."""
     close_all(sweep, pack)
     (pack.folder / RESERVE).unlink(missing_ok=True)
     if not ended(pack.folder):  # it may have said already why it stops
         pack.write_note(END, failure)
-    if pack.site.get("publish", "nodes") == "nodes":
-        # What is left after a while, or a server that is away, is left to the collector.
-        publish_or_say(sweep, pack.settings.tracking_uri, budget_s=PUBLISH_S)
-    forget_secrets(pack.folder)
 
 
 def begin_anew(sweep: Sweep, pack: Pack) -> None:
@@ -201,7 +201,8 @@ def main() -> int:
     end_with_parent(signal.SIGTERM, arguments.of)
     pack = Pack.read(arguments.pack)
     hosts = parse_scale(pack.scale).nodes * ["127.0.0.1"]
-    done = run_node(pack, node_rank=arguments.node_rank, hosts=hosts, incarnation=pack.id)
+    # The command that it ends with publishes: a second process that loads MLflow takes longer than many a pack.
+    done = run_node(pack, node_rank=arguments.node_rank, hosts=hosts, incarnation=pack.id, publishes=False)
     return 0 if done else 1
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from lcbench.grid.axes import PACE, value_of
 from lcbench.grid.build import draws
 from lcbench.grid.cell import Cell
-from lcbench.measure.blocks import blocks_of, shared
+from lcbench.measure.blocks import blocks_of, shared, short_warmup
 from lcbench.measure.peak import entry_of
 from lcbench.runs.attempt import Attempt
 from lcbench.runs.files import BROKEN
@@ -215,7 +215,7 @@ def _every_s(cell: Cell, one: _Pass, pass_s: float) -> float:
     first, later = shared(measure), shared(measure, first=False)
     # What computes and what is sent are timed apart, where there is something to send, and a group alone where there are several.
     extra = 2 * (cell.problem.scale.world_size > 1) + (cell.mesh.count > 1)
-    apart = extra * (pass_s + _timed_s(first, pass_s, first["budget_s"] / 4))
+    apart = extra * (short_warmup(first) * pass_s + _timed_s(first, pass_s, first["budget_s"] / 4))
     once = one.prepare_s + one.once_s + (first["warmup"] + 1) * pass_s + _timed_s(first, pass_s, first["budget_s"]) + apart
     again = one.prepare_s + (later["warmup"] + AGAIN_PASSES) * pass_s + _timed_s(later, pass_s, later["budget_s"])
     return float(once + (blocks_of(measure) - 1) * again)

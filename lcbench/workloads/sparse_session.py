@@ -33,6 +33,7 @@ from lcbench.masks.band import BandMask, Ints, spread
 from lcbench.masks.block import BlockMap, Keep, chosen
 from lcbench.masks.mask import Mask
 from lcbench.masks.sums import Visible
+from lcbench.measure.blocks import short_warmup
 from lcbench.measure.bounds import Check
 from lcbench.measure.numerics import Result, forward
 from lcbench.measure.owners import owners
@@ -493,7 +494,7 @@ class SparseSession(AttentionSession):
             dout = shard.dout
             phases["backward"] = lambda passed: full.run.backward(dout, passed[1])
         stopping = Stopping.from_config(settings | {"budget_s": settings["budget_s"] / 4})
-        timed, _ = measure(phases, stopping, 1, self._gang.device)
+        timed, _ = measure(phases, stopping, short_warmup(settings), self._gang.device)
         return {"time/dense_s": float(np.median(np.sum(list(timed.slowest.values()), axis=0)))}
 
     def remarks(self) -> dict[str, Any]:

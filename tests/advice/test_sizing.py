@@ -11,6 +11,7 @@ from lcbench.advice.front import pareto, pareto_figure
 from lcbench.advice.ranking import Candidate
 from lcbench.advice.sizing import (
     GIB,
+    AtLengths,
     BreakEven,
     Limits,
     break_even,
@@ -92,14 +93,14 @@ def test_break_even_is_where_the_lines_cross() -> None:
     ring = candidates(predictor, "cp=ring", "scale=1x4")[0].cell
     alone = without_cp(ring, look(["cp=none", "scale=1x1"]).cells[0].cell.config["cp"])
     assert alone.config["scale"] == "1x1"
-    tokens = break_even(ring, alone, predictor)
+    tokens = break_even(ring, alone, AtLengths(predictor))
     assert tokens is not None
     crossing = 3e-3 / (1e-6 * 3 / 4)  # 4,000 tokens
     assert crossing <= tokens <= crossing * (1 + 1 / 16)
-    assert break_even(alone, ring, predictor) is None
-    always = break_even(ring, alone, replace(predictor, lines={"ring": (0.0, 1e-6), "none": (0.0, 1e-6)}))
+    assert break_even(alone, ring, AtLengths(predictor)) is None
+    always = break_even(ring, alone, AtLengths(replace(predictor, lines={"ring": (0.0, 1e-6), "none": (0.0, 1e-6)})))
     assert BreakEven(ring, "", always, 1).said == "at most 1k"
-    late = break_even(ring, alone, replace(predictor, least=9000))
+    late = break_even(ring, alone, AtLengths(replace(predictor, least=9000)))
     assert late is not None
     assert 9000 <= late <= 9000 * (1 + 1 / 8)
 

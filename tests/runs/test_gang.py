@@ -12,6 +12,7 @@ import pytest
 
 from lcbench.runs.attempt import Attempt
 from lcbench.runs.store import Sweep
+from tests.databases import database
 from tests.slurm.stage import ROOT, processes, ranks, wait_until
 
 pytestmark = [pytest.mark.gloo, pytest.mark.slow]
@@ -38,7 +39,7 @@ def sweep_of(folder: Path, *faults: str) -> tuple[Sweep, list[str]]:
         f"kernel={','.join(f'{number}_{fault}' for number, fault in enumerate(faults))}", "cp=ring", "mask=causal", "seqlen=64",
         "scale=1x2", "heads=2x2x8", "dtype=float64", "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=1",
         "measure.blocks=1", "hang.min_s=900", "site.publish=login", "sweep=deaths", f"results={folder}",
-        f"tracking_uri=sqlite:///{folder}/mlflow.db",
+        f"tracking_uri={database(folder)}",
     ]  # fmt: skip
     return Sweep(folder, "deaths"), command
 

@@ -10,6 +10,7 @@ import mlflow
 from lcbench.runs.manifest import Entry
 from lcbench.runs.store import Sweep
 from lcbench.runs.tracking.publish import publish
+from tests.databases import database
 from tests.report.made import foretell, made_sweep
 
 GRID = ["-m", "cp=ring,ulysses", "kernel=flash_attn3", "mask=causal", "seqlen=48k,96k", "scale=1x8", "heads=16x16x64"]
@@ -23,7 +24,7 @@ def runs_of(uri: str, where: str) -> list[Any]:
 
 
 def test_a_prediction_has_a_run_of_its_own_that_no_view_of_measured_ones_has(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = database(tmp_path)
     measured = made_sweep(tmp_path / "results", "measured", [w for w in GRID if "96k" not in w] + ["seqlen=48k"])
     sweep = foretell(measured, made_sweep(tmp_path / "other", "longer", GRID))
     assert publish(sweep, uri).published == 2 + 4
@@ -46,7 +47,7 @@ def test_a_prediction_has_a_run_of_its_own_that_no_view_of_measured_ones_has(tmp
 
 
 def test_publishing_again_changes_nothing_and_a_new_prediction_stays_in_its_run(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = database(tmp_path)
     source = made_sweep(tmp_path / "results", "measured", GRID)
     sweep = foretell(Sweep(tmp_path / "results", "foretold"), source)
     assert publish(sweep, uri).published == 4
@@ -61,7 +62,7 @@ def test_publishing_again_changes_nothing_and_a_new_prediction_stays_in_its_run(
 
 
 def test_a_prediction_that_cannot_be_made_any_more_leaves_the_server(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = database(tmp_path)
     source = made_sweep(tmp_path / "results", "measured", GRID)
     sweep = foretell(Sweep(tmp_path / "results", "foretold"), source)
     publish(sweep, uri)

@@ -20,6 +20,7 @@ from lcbench.runs.manifest import Entry
 from lcbench.runs.store import Sweep
 from lcbench.runs.tracking.publish import publish
 from lcbench.runs.tracking.server import TrackingUnavailable
+from tests.databases import database
 from tests.runs.test_store import made_cell
 from tests.runs.test_tracking import attempt
 from tests.slurm.stage import ROOT, Server, processes, wait_until
@@ -187,7 +188,7 @@ def test_the_same_command_twice_at_once_runs_each_cell_once(tmp_path: Path) -> N
     command = [
         sys.executable, "-m", "lcbench.sweep", "seed=range(4)", "seqlen=64", "scale=1x1", "cp=none", "heads=2x2x8", "dtype=float64",
         "measure.budget_s=0.1", "measure.max_iterations=3", "measure.min_iterations=2", "sweep=twice", f"results={tmp_path}",
-        f"tracking_uri=sqlite:///{tmp_path}/mlflow.db",
+        f"tracking_uri={database(tmp_path)}",
     ]  # fmt: skip
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate() for process in both]

@@ -25,6 +25,7 @@ from lcbench.runs.tracking.publish import attach, publish, tell
 from lcbench.runs.tracking.server import TrackingUnavailable
 from lcbench.runs.tracking.shown import SAMPLE_STRIDE, SHORT, in_units, values
 from lcbench.runs.worker import amended
+from tests.databases import database
 from tests.runs.test_again import WRONG
 from tests.runs.test_store import made_cell
 
@@ -105,7 +106,7 @@ def with_blocks(sweep: Sweep, cell_id: str, blocks: int) -> None:
 def test_an_attempt_that_got_another_block_is_published_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, cell, other = Sweep(tmp_path / "results", "s"), made_cell(), made_cell(1)
     sweep.add([Entry(cell), Entry(other)], command=["cp=ring"])
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = database(tmp_path)
     attempt(sweep, cell.id, "failed", 1.0)
     for each in (cell, other):
         attempt(sweep, each.id, "ok", 1.0)
@@ -168,7 +169,7 @@ def test_an_attempt_that_got_another_block_is_published_again(tmp_path: Path, mo
 def test_what_an_older_version_published_is_brought_up_to_date_once(tmp_path: Path) -> None:
     sweep, cell = Sweep(tmp_path / "results", "s"), made_cell()
     sweep.add([Entry(cell)], command=["cp=ring"])
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = database(tmp_path)
     attempt(sweep, cell.id, "ok", 1.0)
     publish(sweep, uri)
     client = mlflow.MlflowClient(tracking_uri=uri)
@@ -203,7 +204,7 @@ def test_what_an_older_version_published_is_brought_up_to_date_once(tmp_path: Pa
 def test_what_was_deleted_on_the_server_is_made_again(tmp_path: Path) -> None:
     sweep, cells = Sweep(tmp_path / "results", "s"), [made_cell(seed) for seed in range(3)]
     sweep.add([Entry(cell) for cell in cells], command=[], launch={"launcher": "slurm", "settings": {"site": {}}, "by": "ada"})
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = database(tmp_path)
     for cell in cells:
         attempt(sweep, cell.id, "ok", 1.0)
     publish(sweep, uri)
@@ -241,7 +242,7 @@ def test_what_was_deleted_on_the_server_is_made_again(tmp_path: Path) -> None:
 def test_files_that_cannot_be_put_cost_a_line_and_come_later(tmp_path: Path) -> None:
     sweep, cells = Sweep(tmp_path / "results", "s"), [made_cell(seed) for seed in range(2)]
     sweep.add([Entry(cell) for cell in cells], command=[])
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = database(tmp_path)
     client = mlflow.MlflowClient(tracking_uri=uri)
     root = tmp_path / "root"
     root.touch()  # no folder, so nobody can write below it
@@ -297,7 +298,7 @@ def test_a_run_has_no_tag_that_says_nothing_and_names_who_and_what(tmp_path: Pat
     sweep, cell = Sweep(tmp_path / "results", "s"), made_cell()
     launch = {"launcher": "local", "settings": {"site": {}}, "by": "ada"}
     sweep.add([Entry(cell)], command=["cp=ring", "+site.env.HF_TOKEN=hunter2"], launch=launch)
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = database(tmp_path)
     attempt(sweep, cell.id, "failed", 1.0)
     publish(sweep, uri)
     client = mlflow.MlflowClient(tracking_uri=uri)
@@ -328,7 +329,7 @@ def test_a_sweep_failed_only_if_nothing_is_ok(tmp_path: Path, statuses: list[str
     for cell, its in zip(cells, statuses, strict=True):
         if its:
             attempt(sweep, cell.id, its, 1.0)
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = database(tmp_path)
     counts = publish(sweep, uri)
     assert counts.ended == (None not in statuses)
     client = mlflow.MlflowClient(tracking_uri=uri)
@@ -342,7 +343,7 @@ def test_a_sweep_failed_only_if_nothing_is_ok(tmp_path: Path, statuses: list[str
 def test_what_a_sweep_comes_to_is_told_again_only_when_it_changed(tmp_path: Path) -> None:
     sweep, cell = Sweep(tmp_path / "results", "s"), made_cell()
     sweep.add([Entry(cell)], command=["cp=ring"])
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = database(tmp_path)
     attempt(sweep, cell.id, "ok", 1.0)
     assert not publish(sweep, uri).told  # as a pack does, which does not know it
     told = Summary(
@@ -369,7 +370,7 @@ def test_a_copied_or_moved_checkout_writes_nothing_into_the_old_one(tmp_path: Pa
     sweep, cells = Sweep(old / "results", "s"), [made_cell(seed) for seed in range(2)]
     sweep.add([Entry(cell) for cell in cells], command=[])
     attempt(sweep, cells[0].id, "ok", 1.0)
-    assert publish(sweep, f"sqlite:///{old}/mlflow.db").files == ""
+    assert publish(sweep, database(old)).files == ""
     if how == "moved":
         old.rename(new)
     else:
@@ -420,6 +421,6 @@ def test_no_secret_is_stored_but_for_the_pack_that_needs_it(tmp_path: Path, monk
     sweep.add([Entry(made_cell())], command=["tracking_uri=http://me:hunter2-c@host:5000", "+site.env.HF_TOKEN=hunter2-a"])
     attempt(sweep, made_cell().id, "ok", 1.0)
     write_json(sweep.folder / "mlflow.json", {"http://me:hunter2-c@host:5000": {"sweep_id": "1", "experiment": "1", "cells": {}}})
-    publish(sweep, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    publish(sweep, database(tmp_path))
     written = [p for p in tmp_path.rglob("*") if p.is_file() and b"hunter2" in p.read_bytes()]
     assert written == []

@@ -73,7 +73,15 @@ def test_of_two_packs_at_the_same_cells_one_leaves_out_what_the_other_has_measur
     fault = tmp_path / "fault"
     fault.touch()
     monkeypatch.setenv("LCBENCH_TEST_FAULT", str(fault))
-    plan = look(["--config-dir", str(ROOT / "tests" / "conf"), *WORDS, f"results={tmp_path}"])
+    plan = look(
+        [
+            "--config-dir",
+            str(ROOT / "tests" / "conf"),
+            *WORDS,
+            f"results={tmp_path}",
+            f"tracking_uri=sqlite:///{tmp_path}/mlflow.db",
+        ]
+    )
     sweep, settings = sweep_of(plan), settings_of(plan)
     cells = [planned.cell for planned in plan.cells]
     slow = next(cell.id for cell in cells if cell.label.startswith("slowed_ring"))
@@ -129,6 +137,7 @@ def test_of_two_packs_at_the_same_cells_one_leaves_out_what_the_other_has_measur
     third = pack_of(sweep, [cell for cell in cells if cell.id == slow], settings, force=True)
     assert third.good == {slow: 1}
     assert agent(third, fault).wait(timeout=300) == 0
+    assert not (tmp_path / "mlflow.db").exists()  # the command publishes what agents of this machine measure
     (again,) = tries(sweep, slow, third)
     assert (again.number, again.status, again.blocks) == (2, "ok", 2)
     assert tries(sweep, slow, first) == [own]

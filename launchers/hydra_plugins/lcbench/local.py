@@ -27,6 +27,8 @@ from lcbench.runs.pack import Pack, later_blocks, owes
 from lcbench.runs.settle import in_flight, settled
 from lcbench.runs.squeue import site_variables
 from lcbench.runs.store import Sweep
+from lcbench.runs.tracking.publish import PUBLISH_S, publish
+from lcbench.runs.tracking.server import TrackingUnavailable
 
 POLL_S = 0.3
 LOOK_EVERY_S = 5.0
@@ -51,8 +53,11 @@ class LocalLauncher(PackLauncher):
         watch, next_look = Watch(sweep), 0.0
         with _told_to_end(), Progress(*columns, console=self.console) as progress:
             task = progress.add_task("starting", total=sum(len(pack.cells) for pack in packs), left="")
-            before = 0
-            for pack in packs:
+            before, server = 0, True
+            for number, pack in enumerate(packs):
+                if number and server:  # what the last one measured is published at the command's end
+                    progress.update(task, description="publishing")
+                    server = _published(sweep, pack.settings.tracking_uri)
                 with closing(_run_pack(sweep, pack)) as steps:
                     for done, text in steps:
                         progress.update(task, completed=before + done, description=text)
@@ -62,6 +67,17 @@ class LocalLauncher(PackLauncher):
                             # Ranks measure on these cores: of a large sweep it is looked at seldom.
                             next_look = time.monotonic() + max(LOOK_EVERY_S, LOOKING_SHARE * (time.monotonic() - begun))
                 before += len(pack.cells)
+
+
+def _published(sweep: Sweep, uri: str | None) -> bool:
+    """Publish what is there so far; False where there is no server, or one that is away, which the command's end says."""
+    if not uri:
+        return False
+    try:
+        publish(sweep, uri, budget_s=PUBLISH_S)
+    except TrackingUnavailable:
+        return False
+    return True
 
 
 @contextmanager

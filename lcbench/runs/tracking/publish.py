@@ -35,6 +35,8 @@ from lcbench.runs.tracking.server import TrackingUnavailable, alone_with, exists
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+PUBLISH_S = 30.0  # of what a pack has measured, at its end
+
 
 @dataclass(frozen=True)
 class Counts:
