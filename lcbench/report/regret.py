@@ -13,6 +13,7 @@ import numpy as np
 
 from lcbench.problem import format_tokens
 from lcbench.report.amounts import times
+from lcbench.report.frame import rank_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,9 +77,9 @@ def regrets(good: pd.DataFrame, problems: Collection[str] | None = None) -> list
     """Every choice of the good rows of ``frame.reported``, the best first.
 
     Those that ran in nearly all problems (at least ``NEARLY_ALL`` of the most that any choice ran) come first, by their mean; then
-    the others, by theirs; then those that approximate, over the best of the exact ones. What ran alone in a problem has nothing to
-    be compared with there: such problems count in ``ran`` and ``problems`` only, and a choice that has no other has no place in the
-    list.
+    the others, by theirs; then those that approximate, over the best of the exact ones, the closest first (``frame.rank_of``).
+    What ran alone in a problem has nothing to be compared with there: such problems count in ``ran`` and ``problems`` only, and a
+    choice that has no other has no place in the list.
 
     Args:
         problems: keys (the frame's ``problem``) of those to look at; None: all.
@@ -108,7 +109,7 @@ def regrets(good: pd.DataFrame, problems: Collection[str] | None = None) -> list
                 bool(ran[choice] >= NEARLY_ALL * most), approximate, None if np.isnan(distance) else distance,
             )
         )  # fmt: skip
-    return sorted(found, key=lambda r: (r.approximate, not r.everywhere, r.mean))
+    return sorted(found, key=lambda r: (rank_of(r.mean, r.distance, approximate=r.approximate)[0], not r.everywhere, r.mean))
 
 
 def contests(good: pd.DataFrame) -> dict[str, pd.DataFrame]:
