@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from lcbench.commands.compare import main as compare_command
@@ -20,6 +21,7 @@ from lcbench.report.page import write_report
 from lcbench.report.table import Names
 from lcbench.runs.jobs import Watch
 from lcbench.runs.store import Sweep
+from lcbench.runs.tracking.publish import publish
 from tests.report.made import foretell, made_sweep
 
 # Every kind of axis value that has options: what differs, and in which words it has to be told.
@@ -83,6 +85,19 @@ def test_every_cell_has_a_name_of_its_own_wherever_it_stands(
     assert words <= set(words_of(cells, axis).values())
     assert words <= {share.value for share in found.by_axis() if share.axis == axis}
     assert len(set(zip(frame["choice"], frame["problem"], strict=True))) == len(cells)
+
+
+@pytest.mark.slow
+def test_runs_of_mlflow_are_told_apart(tmp_path: Path) -> None:
+    grid, _ = ALIKE["a mask's"]
+    sweep = made_sweep(tmp_path, "a", [*grid, *REST], blocks=1)
+    foretell(sweep, sweep)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert publish(sweep, uri).published >= 2
+    runs = mlflow.MlflowClient(tracking_uri=uri).search_runs(["1"])
+    names = [run.info.run_name for run in runs if "mlflow.parentRunId" in run.data.tags]
+    told = [f"ring flash_attn3 sliding_window 64k 1x8 mask.left={left}" for left in (1024, 4096)]
+    assert sorted(names) == sorted([*told, *(f"{name} (predicted)" for name in told)])
 
 
 def test_options_that_are_the_same_are_not_told() -> None:
