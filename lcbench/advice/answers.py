@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lcbench.advice.racing import EQUAL, Outcome, Runner
 from lcbench.advice.ranking import MAY_WIN, Candidate, by_problem
 from lcbench.advice.why import PARTS, Split, decided, measured_splits, predicted_split
+from lcbench.grid.labels import labels
 from lcbench.predict.predictor import Predictor
 from lcbench.report.amounts import digits, duration, more, percent, times
 from lcbench.report.fitted import Column, Fitted
@@ -119,12 +120,13 @@ def _listed(words: Sequence[str]) -> str:
 
 def to_rows(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
     """Candidates for a program; what is predicted has a key that says so."""
-    return [_row(c) for c in candidates]
+    named = labels(c.cell for c in candidates)
+    return [_row(c, named[c.cell.id]) for c in candidates]
 
 
-def _row(candidate: Candidate) -> dict[str, Any]:
+def _row(candidate: Candidate, label: str) -> dict[str, Any]:
     cell, found = candidate.cell, candidate.prediction
-    row: dict[str, Any] = {"cell": cell.id, "label": cell.label, "fate": candidate.fate, "why": candidate.why}
+    row: dict[str, Any] = {"cell": cell.id, "label": label, "fate": candidate.fate, "why": candidate.why}
     if found is not None:
         (low, high), (least, most) = found.interval, found.needs_interval
         row["predicted"] = {

@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.text import Text
 
 from lcbench.commands.arguments import add_results_argument, command_parser, find_sweep
+from lcbench.grid.labels import labels
 from lcbench.report.amounts import digits, percent, times
 from lcbench.report.causes import Unwell, grouped
 from lcbench.report.comparison import Compared, Comparison, Share, Side, compare, predictions_of, side_of
@@ -108,9 +109,10 @@ def _held(sides: tuple[Side, Side], options: argparse.Namespace) -> int:
     if not rows:
         raise ValueError(f"no cell is predicted in one of {options.a} and {options.b} and measured in the other")
     if options.json:
+        named = labels(r.cell for r in rows)
         found = [
-            {"cell": r.cell.id, "label": r.cell.label, "phase": r.phase, "predicted_s": r.predicted_s, "measured_s": r.measured_s,
-             "error": r.error, "band": r.band, "within": r.within}
+            {"cell": r.cell.id, "label": named[r.cell.id], "phase": r.phase, "predicted_s": r.predicted_s,
+             "measured_s": r.measured_s, "error": r.error, "band": r.band, "within": r.within}
             for r in rows
         ]  # fmt: skip
         print(json.dumps({"phase": options.phase, "said": said(rows), "cells": found}, indent=1))
@@ -165,12 +167,13 @@ def _sweep(root: Path, name: str) -> Sweep:
 
 
 def _plain(found: Comparison) -> dict[str, object]:
+    named = labels(c.cell for c in found.cells)
     return {
         "phase": found.phase, "run_to_run": found.run_to_run, "known": found.known, "median_ratio": found.median_ratio,
         "environment": found.environment,
         "cells": [
             {
-                "cell": c.cell.id, "label": c.cell.label, "verdict": c.verdict, **asdict(c.ratio), "p_adjusted": c.p_adjusted,
+                "cell": c.cell.id, "label": named[c.cell.id], "verdict": c.verdict, **asdict(c.ratio), "p_adjusted": c.p_adjusted,
                 "a_blocks": c.a.blocks, "b_blocks": c.b.blocks,
                 "a_s": c.a.metrics[f"time/{found.phase}/median_s"], "b_s": c.b.metrics[f"time/{found.phase}/median_s"],
             }

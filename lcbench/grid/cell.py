@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lcbench.grid.axes import ALWAYS_TOLD, AXES, GROUPS, LABEL, value_of, with_first_names, with_present_names
+from lcbench.grid.axes import ALWAYS_TOLD, AXES, GROUPS, LABEL, RESERVED, value_of, with_first_names, with_present_names
 from lcbench.grid.values import parse_batch, parse_heads, parse_scale, parse_softmax
 from lcbench.problem import PLAIN, Batch, Heads, Mesh, Problem, Scale, Softmax, format_tokens
 
@@ -148,6 +148,12 @@ def flat_config(cell: Cell) -> dict[str, Any]:
         "num_heads_q": heads.q, "num_heads_kv": heads.kv, "head_dim": heads.dim, "head_dim_v": heads.v,
         "requests": 1 if problem.batch is None else len(problem.batch), "queries": problem.queries,
     }  # fmt: skip
+
+
+def flat_options(cell: Cell, axis: str) -> dict[str, Any]:
+    """The options of a cell's value of an axis, those of what is folded into it below its name: of none, or without any, empty."""
+    value = cell.config.get(axis, AXES[axis].unsaid)
+    return _flat("", {k: v for k, v in value.items() if k not in RESERVED}) if isinstance(value, dict) else {}
 
 
 def _flat(prefix: str, config: dict[str, Any]) -> dict[str, Any]:

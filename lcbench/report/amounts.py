@@ -1,4 +1,4 @@
-"""Numbers for people: three significant digits, no exponent between 1e-3 and 1e6, a unit by size. Missing ones are empty text.
+"""Numbers for people: three significant digits, no exponent between 1e-3 and 1e15, a unit by size. Missing ones are empty text.
 
 Stored values are in SI units and bytes; only what is shown passes through here.
 """
@@ -27,17 +27,20 @@ class Unit:
 SECONDS = (Unit("ns", 1e-9), Unit("µs", 1e-6), Unit("ms", 1e-3), Unit("s", 1.0))
 BYTES = (Unit("B", 1.0), Unit("KiB", 2.0**10), Unit("MiB", 2.0**20), Unit("GiB", 2.0**30), Unit("TiB", 2.0**40))
 TFLOPS = (Unit("MFLOP/s", 1e-6), Unit("GFLOP/s", 1e-3), Unit("TFLOP/s", 1.0))
+LARGE = (Unit("M", 1e6), Unit("G", 1e9), Unit("T", 1e12))  # of plain numbers
 
 
 def digits(value: Number) -> str:
-    """A number with three significant digits: ``0.00123``, ``4.50``, ``989``, ``4540``, ``1.23e+06``; empty where there is none."""
+    """Of a number three significant digits: ``0.00123``, ``4.50``, ``989``, ``4540``, ``1.23M``; empty where there is none."""
     if value is None or math.isnan(value):
         return ""
     if math.isinf(value) or value == 0:
         return f"{value:g}"
     rounded = float(f"{value:.2e}")
-    if not 1e-3 <= abs(rounded) < 1e6:
+    if not 1e-3 <= abs(rounded) < 1e15:
         return f"{value:.2e}"
+    if abs(rounded) >= 1e6:
+        return unit_for(value, LARGE).of(value, named=True).replace(" ", "")
     return f"{rounded:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from lcbench.problem import format_tokens
 from lcbench.report.amounts import SECONDS, duration, more, percent, times, unit_for
 from lcbench.report.drawing import CROSS, GREY, Drawn, legend, panels
-from lcbench.report.frame import best_of, exact_rows
+from lcbench.report.frame import best_of, exact_rows, ranked
 from lcbench.report.palette import Style
 from lcbench.report.parts import RATE, TIME, Group, Shown, groups, in_order, split
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # A problem with fewer choices needs no ranking.
 FEWEST_CHOICES = 3
 MOST_BARS = 40
+BY_DISTANCE = "What approximates comes after what is exact, the closest first, whatever time it takes."
 PARTS = {"computing": "#4477aa", "imbalance": "#ccbb44", "exposed communication": "#ee6677", "rest": "#bbbbbb"}
 # Bars of where the time goes end here, in times of the best: one slow choice would make all others short.
 LONGEST = 4.0
@@ -29,8 +30,8 @@ NO_REST = 0.005
 
 
 def ranking(of: Shown) -> Iterator[Drawn]:
-    """Time of every choice for a problem, the fastest on top, failed ones at the end: a panel per mask, at the longest sequence
-    that at least three choices ran; a figure per scale.
+    """Time of every choice for a problem, the fastest on top, then what approximates, failed ones at the end: a panel per mask, at
+    the longest sequence that at least three choices ran; a figure per scale.
     """
     for group in groups(of, ["scale", "setting"]):
         problems = list(_problems(group))
@@ -46,14 +47,14 @@ def ranking(of: Shown) -> Iterator[Drawn]:
             at = format_tokens(int(rows["seqlen"].iloc[0]))
             axis.set_title(f"{mask} {at}", fontsize=9)
             said.append(_ranked(f"{mask} {at}", rows, failed))
-        caption = "Time of an iteration with its 95 % interval; line: the best. Failed cells are at the end, with their class." + (
-            f" Only the {MOST_BARS} fastest." if any(len(rows) > MOST_BARS for _, rows, _ in problems) else ""
-        )
+        caption = "Time of an iteration with its 95 % interval; line: the best. Failed cells are at the end, with their class."
+        caption += f" {BY_DISTANCE}" if any((rows["approximate"] != "").any() for _, rows, _ in problems) else ""
+        caption += f" Only the first {MOST_BARS}." if any(len(rows) > MOST_BARS for _, rows, _ in problems) else ""
         yield Drawn(f"ranking_{group.slug}", title, caption, " ".join(said), figure)
 
 
 def _problems(group: Group) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """Per mask (mask, good rows by time, failed rows) of the longest sequence that enough choices ran."""
+    """Per mask (mask, good rows in the order of ``ranked``, failed rows) of the longest sequence that enough choices ran."""
     for mask in in_order(group.rows, "what_mask"):
         rows = group.rows[group.rows["what_mask"] == mask]
         count = rows.groupby("seqlen").size()
@@ -61,15 +62,15 @@ def _problems(group: Group) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
         if len(enough):
             seqlen = enough.index.max()
             failed = group.failed[(group.failed["what_mask"] == mask) & (group.failed["seqlen"] == seqlen)]
-            yield str(mask), rows[rows["seqlen"] == seqlen].sort_values(TIME), failed
+            yield str(mask), ranked(rows[rows["seqlen"] == seqlen]), failed
 
 
 def _rank(axis: Axes, rows: pd.DataFrame, failed: pd.DataFrame, styles: dict[str, Style]) -> None:
     rows = rows.head(MOST_BARS)
     unit = unit_for(float(rows[TIME].iloc[0]), SECONDS)
     seconds = rows[TIME].to_numpy(dtype=float)
-    values, first = seconds / unit.size, int(np.argmax((rows["approximate"] == "").to_numpy()))
-    best = values[first]
+    values = seconds / unit.size
+    best = values[0] if len(exact_rows(rows)) else None  # what approximates is the best of nothing
     lows, highs = (np.array([getattr(time, end) for time in rows["timed/total"]]) / unit.size for end in ("low", "high"))
     places = range(len(rows))
     bars = axis.barh(places, values, color=[styles[c].color for c in rows["choice"]], height=0.7)
@@ -78,12 +79,14 @@ def _rank(axis: Axes, rows: pd.DataFrame, failed: pd.DataFrame, styles: dict[str
             bar.set(facecolor="none", edgecolor=styles[choice].color, hatch="////")
     axis.errorbar(values, places, xerr=[values - lows, highs - values], fmt="none", ecolor="0.2", elinewidth=1.0, capsize=2)
     for place, (value, high) in enumerate(zip(values, highs, strict=True)):
-        text = unit.of(seconds[place]) if place == first else f"{unit.of(seconds[place])}  {more(value / best)}"
+        behind = "" if place == 0 or best is None else f"  {more(value / best)}"
+        text = f"{unit.of(seconds[place])}{behind}"
         axis.annotate(text, (high, place), xytext=(6, 0), textcoords="offset points", fontsize=7, va="center")
     for place, (choice, kind) in enumerate(zip(failed["choice"], failed["failure"], strict=True), start=len(rows)):
         axis.plot([0], [place], color=styles[choice].color, clip_on=False, label=f"_failed {choice}", **CROSS)
         axis.annotate(kind, (0, place), xytext=(6, 0), textcoords="offset points", fontsize=7, va="center", color=GREY)
-    axis.axvline(best, color="0.4", linewidth=0.8)
+    if best is not None:
+        axis.axvline(best, color="0.4", linewidth=0.8)
     names = [*rows["choice"], *failed["choice"]]
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set_ylim(len(names) - 0.4, -0.6)

@@ -9,6 +9,7 @@ from statistics import geometric_mean, median
 
 from lcbench.grid.axes import CHOICE, LABEL, PROBLEM, renamed
 from lcbench.grid.cell import Cell
+from lcbench.grid.labels import labels, words_of
 from lcbench.report.environment import Environment, environment_of
 from lcbench.report.foretold import Held, against
 from lcbench.report.frame import PHASES
@@ -91,12 +92,13 @@ class Comparison:
         return Share.of("", "", self.cells)
 
     def by_axis(self) -> list[Share]:
-        """Of each axis of a label that has several values here: each value, in the order of the plan."""
+        """Of each axis of a label with several values here: each of them, with options that differ, in the order of the plan."""
         found = []
         for axis in LABEL:
             groups: dict[str, list[Compared]] = {}
+            words = words_of((c.cell for c in self.cells), axis)
             for c in self.cells:
-                groups.setdefault(c.cell.word(axis), []).append(c)
+                groups.setdefault(words[c.cell.id], []).append(c)
             if len(groups) > 1:
                 found += [Share.of(axis, value, cells) for value, cells in groups.items()]
         return found
@@ -197,7 +199,8 @@ def _only(mine: Side, other: Side) -> dict[str, str]:
         (cell, _unlike(attempt, other.good[key][1])) for key, (cell, attempt) in mine.good.items() if key in other.good
         and _unlike(attempt, other.good[key][1])
     ]  # fmt: skip
-    return {f"{cell.label} {cell.id}": why for cell, why in missing}
+    named = labels(cell for cell, _ in mine.good.values())
+    return {f"{named[cell.id]} {cell.id}": why for cell, why in missing}
 
 
 def _unlike(mine: Attempt, other: Attempt) -> str:

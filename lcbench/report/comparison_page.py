@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from lcbench.grid.labels import labels, words_of
 from lcbench.report.amounts import times
 from lcbench.report.comparison import Compared, Comparison
 from lcbench.report.page import PAGE, drawn_style, render
@@ -17,7 +18,8 @@ from lcbench.runs.store import Sweep
 SECTIONS = (
     ("axes", "By axis"), ("figures", "Figures"), ("cells", "Cells"), ("only", "Only in one"), ("environment", "Environments"),
 )  # fmt: skip
-REPEATED = ("verdict", "choice", "kernel", "mask", "scale")
+WORDS = {"choice": "cp", "kernel": "kernel", "mask": "mask", "scale": "scale"}  # axes
+REPEATED = ("verdict", *WORDS)
 NO_CELLS: dict[str, list[Any]] = {"id": [], **{name: [] for name in REPEATED}}
 
 
@@ -61,15 +63,16 @@ def write_comparison(found: Comparison, a: Sweep, b: Sweep, page: Path, *, noise
 
 
 def _columns(found: Comparison) -> dict[str, list[Any]]:
-    rows = [_row(c, found.phase) for c in found.cells]
+    cells = [c.cell for c in found.cells]
+    words = {"label": labels(cells), **{name: words_of(cells, axis) for name, axis in WORDS.items()}}
+    rows = [_row(c, found.phase, {name: by_id[c.cell.id] for name, by_id in words.items()}) for c in found.cells]
     return {name: [row[name] for row in rows] for name in rows[0]} if rows else NO_CELLS
 
 
-def _row(c: Compared, phase: str) -> dict[str, Any]:
-    words, problem, key = c.cell.words, c.cell.problem, f"time/{phase}/median_s"
+def _row(c: Compared, phase: str, words: dict[str, str]) -> dict[str, Any]:
+    key = f"time/{phase}/median_s"
     return {
-        "id": c.a.cell_id, "other": c.b.cell_id, "label": c.cell.label, "verdict": c.verdict, "choice": words["cp"],
-        "kernel": words["kernel"], "mask": words["mask"], "scale": words["scale"], "seqlen": problem.seqlen,
+        "id": c.a.cell_id, "other": c.b.cell_id, "verdict": c.verdict, **words, "seqlen": c.cell.problem.seqlen,
         "a": short(c.a.metrics[key]), "b": short(c.b.metrics[key]), "ratio": short(c.ratio.value), "low": short(c.ratio.low),
         "high": short(c.ratio.high), "p": short(c.p_adjusted),
     }  # fmt: skip

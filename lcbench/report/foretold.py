@@ -9,7 +9,9 @@ from statistics import median
 
 import numpy as np
 
+from lcbench.grid.axes import ALWAYS_TOLD, AXES, LABEL
 from lcbench.grid.cell import Cell
+from lcbench.grid.labels import words_of
 from lcbench.problem import format_tokens
 from lcbench.report.amounts import duration, percent, times
 from lcbench.report.frame import PHASES
@@ -43,15 +45,29 @@ class Held:
         """Whether what was measured lies within the prediction's band."""
         return abs(math.log(self.predicted_s / self.measured_s)) <= math.log1p(self.band)
 
-    def row(self) -> dict[str, str]:
-        """For a table."""
-        words = self.cell.words
+    def row(self, choice: str, mask: str, further: str) -> dict[str, str]:
+        """For a table. ``choice``, ``mask``, ``further``: what to call those of its cell, and the rest of its label."""
         return {
-            "cell": self.cell.id, "choice": f"{words['cp']} {words['kernel']}", "mask": words["mask"],
-            "length": format_tokens(self.cell.problem.seqlen), "scale": words["scale"], "phase": self.phase,
+            "cell": self.cell.id, "choice": choice, "mask": mask, "length": format_tokens(self.cell.problem.seqlen),
+            "scale": self.cell.config["scale"], "further": further, "phase": self.phase,
             "predicted": duration(self.predicted_s), "measured": duration(self.measured_s), "error": signed(self.error),
             "band": f"within {times(1 + self.band)}", "in its band": "yes" if self.within else "no",
         }  # fmt: skip
+
+
+def rows_of(found: Sequence[Held]) -> list[dict[str, str]]:
+    """For a table, with all that tells one cell from another; no column of what none of them has."""
+    cells = [h.cell for h in found]
+    words = {axis: words_of(cells, axis) for axis in LABEL if any(axis in cell.config for cell in cells)}
+    rest = [axis for axis in words if axis not in ALWAYS_TOLD]
+    rows = []
+    for h in found:
+        told = {axis: by_id[h.cell.id] for axis, by_id in words.items()}
+        further = " ".join(
+            f"{axis}({told[axis]})" if AXES[axis].has_options else f"{axis}={told[axis]}" for axis in rest if axis in h.cell.config
+        )
+        rows.append(h.row(f"{told['cp']} {told['kernel']}", told["mask"], further))
+    return rows if rest else [{k: v for k, v in row.items() if k != "further"} for row in rows]
 
 
 def held(records: Iterable[Record], phases: Sequence[str] = PHASES) -> list[Held]:

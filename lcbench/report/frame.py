@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ import numpy as np
 
 from lcbench.grid.axes import ALWAYS_TOLD, AXES, CELL_GROUPS, CHOICE, PROBLEM, WITH_OPTIONS, value_of
 from lcbench.grid.cell import flat_config
+from lcbench.grid.labels import labels
 from lcbench.report.intervals import KNOWN, NORMAL_95, Median, Timing, medians
 from lcbench.runs.attempt import Attempt
 from lcbench.runs.files import Unreadable
@@ -49,16 +51,17 @@ def frame_of(sweeps: Iterable[Sweep], *, attempts: Literal["newest", "all"] = "n
 
 
 def _rows(sweep: str, seen: Look, attempts: Literal["newest", "all"], samples: bool) -> Iterator[dict[str, Any]]:
+    named = labels(record.entry.cell for record in seen.records.values())
     for cell_id, record in seen.records.items():
         every = (*filter(None, [record.prediction]), *record.attempts)
         tries: tuple[Attempt | None, ...] = every if attempts == "all" else (record.known,)
-        yield from (_row(sweep, cell_id, record, attempt, samples) for attempt in tries or (None,))
+        yield from (_row(sweep, named[cell_id], record, attempt, samples) for attempt in tries or (None,))
 
 
-def _row(sweep: str, cell_id: str, record: Record, attempt: Attempt | None, samples: bool) -> dict[str, Any]:
+def _row(sweep: str, label: str, record: Record, attempt: Attempt | None, samples: bool) -> dict[str, Any]:
     failure = attempt.failure if attempt else record.failure
     row: dict[str, Any] = {
-        "sweep": sweep, "cell": cell_id, "label": record.entry.cell.label,
+        "sweep": sweep, "cell": record.entry.cell.id, "label": label,
         "status": attempt.status if attempt else record.status,
         "failure": failure.kind if failure else "", "cause": failure.cause if failure else "",
         "attempt": attempt.number if attempt else 0, "no_speed": attempt.no_speed if attempt else "",
@@ -150,6 +153,33 @@ def good_rows(frame: pd.DataFrame) -> pd.DataFrame:
 def exact_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """Of rows of ``reported`` those that may win: what a strategy that approximates gives is no equal answer."""
     return rows[rows["approximate"] == ""] if len(rows) else rows
+
+
+def rank_of(seconds: float, distance: float | None, *, approximate: bool) -> tuple[float, float]:
+    """A key by which answers to one problem are in order: exact ones by their time; then those that approximate, the closest first
+    and by time only where they are as close, to the two digits that are shown: a choice that is further off is no better for being
+    sooner done. One whose distance nobody knows is the last.
+    """
+    if not approximate:
+        return 0.0, seconds
+    return math.inf if distance is None or math.isnan(distance) else float(f"{distance:.2g}"), seconds
+
+
+def ranked(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``reported`` in the order of ``rank_of``."""
+    keys = _ranks(rows)
+    return rows.iloc[sorted(range(len(rows)), key=keys.__getitem__)]
+
+
+def closest(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Of rows of ``reported`` that share ``keys`` the exact ones; where none is, those that are closest by ``rank_of``."""
+    off = rows.assign(off=[distance for distance, _ in _ranks(rows)], all=0)
+    return rows[off.groupby([*keys, "all"])["off"].rank(method="min") == 1]
+
+
+def _ranks(rows: pd.DataFrame) -> list[tuple[float, float]]:
+    columns = rows.reindex(columns=["time/total/median_s", "check/distance", "approximate"]).to_numpy()
+    return [rank_of(seconds, distance, approximate=said != "") for seconds, distance, said in columns]
 
 
 def best_of(rows: pd.DataFrame, keys: list[str], column: str, how: Literal["min", "max"]) -> pd.Series[float]:

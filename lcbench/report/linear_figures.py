@@ -76,6 +76,7 @@ def rates(axis: Axes, styles: dict[str, Style], rows: pd.DataFrame, line: Line) 
         ends = [(rate * t.value / t.high, rate * t.value / t.low) for rate, t in zip(its[RATE], its["timed/total"], strict=True)]
         axis.vlines(its[line.column], *zip(*ends, strict=True), color=styles[choice].color, linewidth=1.0)
     tune(axis, line.column, sorted(rows[line.column].unique()), "", line.label, "tokens/s per GPU")
+    axis.yaxis.set_major_formatter(lambda value, _: digits(value))
     # Intervals that are far wider than what is between the lines would leave nothing to see.
     axis.set_ylim(0, 1.4 * float(rows[RATE].max()))
     return drawn

@@ -10,6 +10,7 @@ import numpy as np
 
 from lcbench.problem import format_tokens
 from lcbench.report.drawing import Drawn, panels
+from lcbench.report.frame import closest, exact_rows
 from lcbench.report.parts import RATE, Group, Shown, groups, in_order
 
 if TYPE_CHECKING:
@@ -61,14 +62,22 @@ def _map(of: Shown, group: Group, down: str, right: str, parts: list[tuple[str, 
     figure, axes = panels(len(parts), title, of.source, size=size, across=max(1, int(WIDE // size[0])))
     highest = float(group.rows[RATE].max())
     for axis, (name, rows) in zip(axes, parts, strict=True):
-        best = rows.groupby([down, right])[RATE].max().unstack().reindex(index=index, columns=columns)
+        best = _best(rows, down, right).unstack().reindex(index=index, columns=columns)
         failed = group.failed[group.failed["seqlen"].isin(rows["seqlen"]) & group.failed["what_mask"].isin(rows["what_mask"])]
         _fill(axis, best, {key: cells["failure"].iloc[0] for key, cells in failed.groupby([down, right])}, highest)
         axis.set_title(name, fontsize=9)
+    which = "" if len(exact_rows(group.rows)) == len(group.rows) else ", of what is closest to exact results"
     caption = (
-        f"The best of what else was varied for each {WORDS[down]} and {WORDS[right]}; a word says why none ran, empty: not tried."
+        f"The best of what else was varied for each {WORDS[down]} and {WORDS[right]}{which}; a word says why none ran, empty: not "
+        "tried."
     )
     return Drawn(f"{WORDS[down]}-by-{WORDS[right]}_{group.slug}", title, caption, _extremes(parts, down, right), figure)
+
+
+def _best(rows: pd.DataFrame, down: str, right: str) -> pd.Series[float]:
+    """The highest rate of each pair, of what is closest to exact results there."""
+    best: pd.Series[float] = closest(rows, [down, right]).groupby([down, right])[RATE].max()
+    return best
 
 
 def _fill(axis: Axes, best: pd.DataFrame, failed: dict[tuple[str, str], str], highest: float) -> None:
@@ -86,7 +95,7 @@ def _extremes(parts: list[tuple[str, pd.DataFrame]], down: str, right: str) -> s
     """Per panel the pair with the highest rate, and that with the lowest best one."""
     said = []
     for name, rows in parts:
-        best = rows.groupby([down, right])[RATE].max()
+        best = _best(closest(rows, []), down, right)
         (top, low) = best.idxmax(), best.idxmin()
         ends = f"{top[0]} with {top[1]} reaches most, {best.max():.0f} TFLOP/s per GPU"
         said.append(f"{name}: {ends}" + (f"; {low[0]} with {low[1]} least, {best.min():.0f}" if top != low else ""))

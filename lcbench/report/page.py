@@ -19,6 +19,7 @@ from lcbench.grid.axes import CELL_AXES, OF_WORKLOAD, value_of
 from lcbench.problem import format_tokens
 from lcbench.redact import redacted
 from lcbench.report import amounts, page_data, published
+from lcbench.report.bars import BY_DISTANCE
 from lcbench.report.batches import answers as batch_answers
 from lcbench.report.batches import batch_rows, gains
 from lcbench.report.batches import table as batch_table
@@ -27,6 +28,7 @@ from lcbench.report.causes import causes, suspects
 from lcbench.report.environment import Environment, environment_of, links_of
 from lcbench.report.figures import all_figures
 from lcbench.report.foretold import Held, held, said
+from lcbench.report.foretold import rows_of as held_rows
 from lcbench.report.frame import PHASES, column_of, good_rows, rate_column, reported
 from lcbench.report.linear import answers as linear_answers
 from lcbench.report.linear import linear_rows
@@ -139,7 +141,7 @@ def write_report(
             predicted=predicted,
             foretold=_foretold(sweep, frame, predicted=predicted),
             compared=[said([h for h in compared if h.phase == p]) for p in PHASES if any(h.phase == p for h in compared)],
-            rows=[h.row() for h in compared],
+            rows=held_rows(compared),
             **_first_screen(frame, good, environment, fastest, choices),
             **_rest(sweep, frame, environment),
             published=published.LABEL if data["published"]["rows"] else None,
@@ -212,7 +214,7 @@ def _write_tables(
         *(rate_tables(frame) if ran else ()),
         rows_table("failures", "What did not run, and why", _failures(frame, sweep)),
         rows_table("cells", "All cells", _cells(frame)),
-        rows_table("predicted-measured", "Predictions held against what was measured", [h.row() for h in compared]),
+        rows_table("predicted-measured", "Predictions held against what was measured", held_rows(compared)),
     ]
     return [path for table in tables if len(table.rows) for path in table.write(folder)]
 
@@ -229,7 +231,7 @@ def _block(
     return {
         "name": sweep.name, "cells": page_data.packed(cells, page_data.REPEATED), "repeated": sorted(page_data.REPEATED),
         "rate": {"name": unit.name, "flops": unit.size * 1e12},
-        "part": page_data.PART, "nearlyAll": NEARLY_ALL, "fewestProblems": FEWEST_PROBLEMS,
+        "part": page_data.PART, "byDistance": BY_DISTANCE, "nearlyAll": NEARLY_ALL, "fewestProblems": FEWEST_PROBLEMS,
         "fewestChoices": FEWEST_CHOICES, "close": CLOSE, "unmeasured": UNMEASURED,
         "good": "predicted" if predicted else "ok", "styles": _styles(frame), "phases": phases,
         "settings": bool(len(frame) and frame["where"].nunique() > 1),

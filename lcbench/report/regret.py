@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lcbench.grid.axes import ALWAYS_TOLD, PROBLEM
 from lcbench.problem import format_tokens
 from lcbench.report.amounts import times
+from lcbench.report.frame import column_of, rank_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,9 +78,9 @@ def regrets(good: pd.DataFrame, problems: Collection[str] | None = None) -> list
     """Every choice of the good rows of ``frame.reported``, the best first.
 
     Those that ran in nearly all problems (at least ``NEARLY_ALL`` of the most that any choice ran) come first, by their mean; then
-    the others, by theirs; then those that approximate, over the best of the exact ones. What ran alone in a problem has nothing to
-    be compared with there: such problems count in ``ran`` and ``problems`` only, and a choice that has no other has no place in the
-    list.
+    the others, by theirs; then those that approximate, over the best of the exact ones, the closest first (``frame.rank_of``).
+    What ran alone in a problem has nothing to be compared with there: such problems count in ``ran`` and ``problems`` only, and a
+    choice that has no other has no place in the list.
 
     Args:
         problems: keys (the frame's ``problem``) of those to look at; None: all.
@@ -108,7 +110,7 @@ def regrets(good: pd.DataFrame, problems: Collection[str] | None = None) -> list
                 bool(ran[choice] >= NEARLY_ALL * most), approximate, None if np.isnan(distance) else distance,
             )
         )  # fmt: skip
-    return sorted(found, key=lambda r: (r.approximate, not r.everywhere, r.mean))
+    return sorted(found, key=lambda r: (rank_of(r.mean, r.distance, approximate=r.approximate)[0], not r.everywhere, r.mean))
 
 
 def contests(good: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -134,7 +136,11 @@ def problem_labels(frame: pd.DataFrame) -> pd.Series:
     short = frame.groupby("mask")["what_mask"].transform("nunique") == 1
     masks = frame["mask"].where(short, frame["what_mask"])
     labels = masks + " " + frame["seqlen"].map(lambda n: format_tokens(int(n))) + " " + frame["scale"].astype(str)
-    return labels if frame["where"].nunique() <= 1 else labels + ", " + frame["where"]
+    for axis in PROBLEM:
+        column = column_of(axis)
+        if axis not in ALWAYS_TOLD and column in frame and frame[column].nunique() > 1:
+            labels = labels + f", {axis} " + frame[column].astype(str)
+    return labels
 
 
 def verdict(found: Sequence[Regret]) -> str | None:
@@ -155,7 +161,9 @@ def verdict(found: Sequence[Regret]) -> str | None:
     if best.ran < best.problems:
         said.append(f"It has a result in {best.ran} of {best.problems}.")
     most = max(found, key=lambda r: r.fastest)
-    if most.fastest > best.fastest:
+    if most.fastest > best.fastest and most.fastest == most.compared:
+        said.append(f"{most.choice} is fastest wherever it ran ({most.ran} of {most.problems}).")
+    elif most.fastest > best.fastest:
         partly = "" if most.everywhere else f", has a result in {most.ran} of {most.problems} only"
         but = ", and" if partly else " but" if most.worst > best.worst else " and"
         victories = f"{most.choice} is fastest most often ({most.fastest} of {most.compared})"

@@ -154,6 +154,7 @@ def _against_full(problem: dict[str, Any], rows: pd.DataFrame) -> Answer | None:
     tail = (
         f" has the shortest step beside full attention by the same strategy: {duration(amortised)} against {duration(full)}{shared}"
     )
+    tail += f", and keeps {percent(recall)} of the softmax's mass" if (recall := known(best, RECALL)) is not None else ""
     faster = sum(float(row[SPEEDUP]) > 1 for row in its)
     parts = [
         (False, f"{words_of(problem)}: "), (True, str(best["choice"])),

@@ -12,7 +12,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from lcbench.grid.axes import LABEL, PROBLEM, value_of
-from lcbench.grid.cell import Cell, flat_config
+from lcbench.grid.cell import Cell
+from lcbench.grid.labels import labels, told_apart
 from lcbench.report.amounts import BYTES, TFLOPS, Unit, digits, more, percent, times, unit_for
 from lcbench.report.fitted import Column, Fitted
 from lcbench.report.inert import plain
@@ -36,29 +37,6 @@ def to_rows(seen: Look, ids: Iterable[str] | None = None) -> list[dict[str, Any]
     return [_row(cell_id, record, named[cell_id]) for cell_id, record in shown.items()]
 
 
-def labels(cells: Iterable[Cell]) -> dict[str, str]:
-    """What to call cells among each other: those that share a label are told apart by what differs between them."""
-    several = list(cells)
-    told = _told_apart(several)
-    return {cell.id: " ".join(filter(None, [cell.label, told[cell.id]])) for cell in several}
-
-
-def _told_apart(cells: Iterable[Cell]) -> dict[str, str]:
-    """By id what differs between cells of the same label; empty for a label that only one has."""
-    alike: dict[str, list[Cell]] = {}
-    for cell in cells:
-        alike.setdefault(cell.label, []).append(cell)
-    found = {}
-    for members in alike.values():
-        flat = [flat_config(cell) for cell in members] if len(members) > 1 else [{}]
-        differing = [k for k in flat[0] if any(f.get(k) != flat[0][k] for f in flat)]
-        # What heads consist of says nothing that they do not.
-        differing = [k for k in differing if not (k.startswith(("num_heads", "head_dim")) and "heads" in differing)]
-        for cell, values in zip(members, flat, strict=True):
-            found[cell.id] = " ".join(f"{k}={values.get(k)}" for k in differing)
-    return found
-
-
 @dataclass(frozen=True)
 class Names:
     """What to call cells in one table. ``what``: by id, without what all of them share; ``same``: that, for the title."""
@@ -74,7 +52,7 @@ class Names:
         shared = {axis: next(iter(found)) for axis, found in words.items() if len(found) == 1}
         if len(several) < 2 or len(shared) == len(words):  # a label in a row says more than an empty one
             return cls(labels(several), _heads(several))
-        apart = _told_apart(several)
+        apart = told_apart(several)
         what = {
             cell.id: " ".join(filter(None, [*(cell.told(axis) for axis in words if axis not in shared), apart[cell.id]]))
             for cell in several
@@ -132,14 +110,14 @@ def why_not(row: Mapping[str, Any]) -> str:
 
 
 def cells_table(seen: Look, name: str, ids: Iterable[str] | None = None, *, predicted: bool = False) -> Fitted:
-    """Cells problem by problem, the fastest first, with how much longer than it the others take; of predictions (``Look.foretold``)
-    with ``predicted``, else only what was measured has a rank.
+    """Cells problem by problem, the fastest exact one first, with how much longer than it the others take, then those that
+    approximate, the closest first; of predictions (``Look.foretold``) with ``predicted``, else only what was measured has a rank.
     """
     rows = {row["cell"]: row for row in to_rows(seen, ids)}
     cells = {cell_id: seen.records[cell_id].entry.cell for cell_id in rows}
     names = Names.of(cells.values())
     problems = list(by_problem({cell_id: seen.records[cell_id] for cell_id in rows}, predicted=predicted))
-    ranked = any(sum(math.isfinite(ratio) for ratio in problem.values()) > 1 for problem in problems)
+    ranked = any(sum(map(math.isfinite, problem.values())) > 1 for problem in problems)
     form = _Form.of(list(rows.values()), ranked=ranked)
     table = Fitted(names.title(f"sweep {name}"), form.columns)
     for problem in problems:
@@ -158,19 +136,29 @@ def cells_table(seen: Look, name: str, ids: Iterable[str] | None = None, *, pred
 
 
 def by_problem(records: Mapping[str, Record], *, predicted: bool = False) -> Iterator[dict[str, float]]:
-    """Of every problem, in the order of the plan, its cells by id, the fastest first, with their time over that of the fastest
-    that is exact (of all, where none is); then those without a time, for which it is infinite.
+    """Of every problem, in the order of the plan, its cells by id in the order of ``frame.rank_of``, with their time over that of
+    the fastest that is exact, nan where none is; then those without a time, for which it is infinite.
     """
+    from lcbench.report.frame import rank_of
+
     problems: dict[str, dict[str, float]] = {}
     for cell_id, record in records.items():
         config = record.entry.cell.config
         key = json.dumps({axis: config[axis] for axis in PROBLEM if axis in config}, sort_keys=True)
         problems.setdefault(key, {})[cell_id] = _seconds(record, "predicted" if predicted else "ok")
+
     exact = {cell_id for cell_id, record in records.items() if record.known is not None and not record.known.approximate}
+
+    def place(cell_id: str, seconds: float) -> tuple[float, float, float]:
+        known = records[cell_id].known
+        if known is None or math.isinf(seconds):  # as the plan has them
+            return math.inf, 0.0, 0.0
+        return 0.0, *rank_of(seconds, known.metrics.get("check/distance"), approximate=cell_id not in exact)
+
     for seconds in problems.values():
-        best = min((s for c, s in seconds.items() if c in exact and math.isfinite(s)), default=min(seconds.values()))
-        # Two that have no time are left as the plan has them.
-        yield {c: s / best if math.isfinite(s) else math.inf for c, s in sorted(seconds.items(), key=lambda item: item[1])}
+        best = min((s for c, s in seconds.items() if c in exact and math.isfinite(s)), default=math.nan)
+        order = sorted(seconds.items(), key=lambda item: place(*item))
+        yield {c: s / best if math.isfinite(s) else math.inf for c, s in order}
 
 
 def _seconds(record: Record, good: str) -> float:
@@ -184,7 +172,7 @@ def _seconds(record: Record, good: str) -> float:
 
 def _versus(ratio: float) -> str:
     """A time over that of the best: ``1.00x`` for the best itself, ``+12.0 %``, ``2.40x``."""
-    return "-" if math.isinf(ratio) else times(1.0) if ratio == 1 else more(ratio)
+    return "-" if not math.isfinite(ratio) else times(1.0) if ratio == 1 else more(ratio)
 
 
 @dataclass(frozen=True)

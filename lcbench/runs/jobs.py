@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lcbench.grid.labels import labels
 from lcbench.measure.blocks import blocks_of, share
 from lcbench.runs.attempt import Attempt
 from lcbench.runs.notes import END, Job, read_ending, read_job
@@ -291,11 +292,12 @@ def _cells(seen: Look, packs: list[PackState]) -> list[CellState]:
     """All cells of a sweep, in the order in which they were asked for."""
     by_id = {p.id: p for p in packs}
     newest_of = {cell_id: pack for pack in packs for cell_id in pack.cells}
+    named = labels(record.entry.cell for record in seen.records.values())
     found = []
     for cell_id, seen_cell in seen.records.items():
         last, marked, newest = seen_cell.last, seen_cell.running, newest_of.get(cell_id)
         pack = by_id.get(marked[-1].pack if marked else last.pack if last else "") or newest
-        state = CellState(cell_id, seen_cell.entry.cell.label, "missing", last.number if last else 0)
+        state = CellState(cell_id, named[cell_id], "missing", last.number if last else 0)
         if pack is not None:
             state = replace(state, pack=pack.id, job_id=pack.job_id, job_state=pack.state)
         if marked:

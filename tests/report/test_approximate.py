@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
 from lcbench.predict.predictor import Predictor
 from lcbench.report.comparison import compare, side_of
-from lcbench.report.frame import APPROXIMATE, good_rows, reported
+from lcbench.report.frame import APPROXIMATE, closest, good_rows, rank_of, ranked, reported
 from lcbench.report.front import front_of
 from lcbench.report.page import write_report
 from lcbench.report.palette import styles
@@ -84,18 +85,35 @@ def test_the_fastest_wins_only_where_it_is_exact(tmp_path: Path, distance: float
 
 def test_regret_is_over_the_best_exact_choice_and_names_what_approximates_last(tmp_path: Path) -> None:
     found = regrets(good_rows(reported(sweep_of(tmp_path, "star,ulysses,apb,ring"))))
-    assert [r.choice.split("(")[0].strip() for r in found] == ["ring", "ulysses", "star", "apb"]
+    assert [r.choice.split("(")[0].strip() for r in found] == ["ring", "ulysses", "apb", "star"]
     assert [r.approximate for r in found] == [False, False, True, True]
-    assert [r.distance for r in found] == [None, None, 0.41, 0.13]
+    assert [r.distance for r in found] == [None, None, 0.13, 0.41]
     assert [r.fastest for r in found] == [3, 0, 0, 0]
     assert found[0].mean == 1.0 < found[1].mean
     assert max(r.mean for r in found[2:]) < 1.0
     text = verdict(found)
     assert text is not None
     assert text.startswith("Use ring. Over 3 problems")
-    assert "No rivals, as they approximate: star (approximate), distance up to 0.41 (0." in text
+    assert re.search(r"No rivals, as they approximate: apb.*distance up to 0\.13 .*, star.*, distance up to 0\.41 \(0", text), text
     # One exact choice has no rival, whatever approximates beside it.
     assert verdict(regrets(good_rows(reported(sweep_of(tmp_path, "star,ring", name="one"))))) is None
+
+
+def test_what_approximates_is_in_the_order_of_its_distance_not_of_its_time(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, "star,ulysses,apb,ring", "seqlen=64k")
+    (problem,) = by_problem(sweep.look().records)
+    names = {c: r.entry.cell.config["cp"]["name"] for c, r in sweep.look().records.items()}
+    assert [names[c] for c in problem] == ["ring", "ulysses", "apb", "star"]
+    assert problem[list(problem)[3]] < problem[list(problem)[2]] < 1  # star is sooner done, and further off
+    good = good_rows(reported(sweep))
+    assert [name.split("(")[0].strip() for name in ranked(good)["choice"]] == ["ring", "ulysses", "apb", "star"]
+    assert set(closest(good, [])["what_cp"]) == {"ring", "ulysses"}
+    # As close to the digits that are shown: the fastest first, exactness that nobody knows last.
+    keys = {
+        "slow": rank_of(2.0, 0.131, approximate=True), "fast": rank_of(1.0, 0.134, approximate=True),
+        "unknown": rank_of(0.1, None, approximate=True), "exact": rank_of(9.0, 0.0, approximate=False),
+    }  # fmt: skip
+    assert sorted(keys, key=keys.__getitem__) == ["exact", "fast", "slow", "unknown"]
 
 
 def test_where_nothing_exact_ran_nothing_wins(tmp_path: Path) -> None:
@@ -105,6 +123,8 @@ def test_where_nothing_exact_ran_nothing_wins(tmp_path: Path) -> None:
     assert winners(good) == regrets(good) == []
     assert summary_of(sweep, sweep.look()).tags["lcbench.verdict"] == "Nothing exact ran."
     assert not re.search(BOLD_CELL, said(sweep))
+    assert all(math.isnan(ratio) for problem in by_problem(sweep.look().records) for ratio in problem.values())
+    assert "vs best" not in said(sweep)
 
 
 def test_the_terminal_ranks_by_the_best_exact_choice_and_says_what_approximates(tmp_path: Path) -> None:
@@ -112,7 +132,7 @@ def test_the_terminal_ranks_by_the_best_exact_choice_and_says_what_approximates(
     (problem,) = by_problem(sweep.look().records)
     names = {c: r.entry.cell.config["cp"]["name"] for c, r in sweep.look().records.items()}
     ratios = {names[c]: ratio for c, ratio in problem.items()}
-    assert list(ratios) == ["star", "ring", "ulysses"]
+    assert list(ratios) == ["ring", "ulysses", "star"]
     assert ratios["star"] < 1 == ratios["ring"] < ratios["ulysses"]
     assert len(re.findall(BOLD_CELL, said(sweep))) == 1
     text = plainly(said(sweep))

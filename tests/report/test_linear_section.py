@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -89,6 +90,8 @@ def test_the_page_says_it_without_scripts(page: Path) -> None:
     assert section.count("<figure ") == 4, "two scales over length, two numbers of tokens over GPUs"
     assert section.count('<svg role="img" aria-label="') == section.count("<svg ") == 8
     assert "#010203" not in section, "text is that of the page, light or dark"
+    assert re.search(r"is fastest, [\d.]+M tokens/s per GPU", re.sub("<.*?>", "", section))
+    assert not re.search(r"\de\+\d", re.sub(r"<(script|style).*?</\1>|<.*?>", "", text, flags=re.DOTALL)), "no exponent"
 
 
 @needs_browser

@@ -166,6 +166,7 @@ def test_one_problem_has_a_ranking_first_whose_first_label_is_the_winner(tmp_pat
         )
         assert labels[0] == best
         assert labels[-1] == "usp + flash_attn3"
+        assert b.page.locator("#figure-ranking svg [aria-label=bar] rect").count() == len(labels) - 1
         assert "✕ hang" in b.page.inner_text("#figure-ranking")
         assert best in b.page.inner_text("#verdict")
         b.page.click("#tab-heat")

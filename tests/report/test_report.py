@@ -16,13 +16,13 @@ from lcbench.commands import results
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
+from lcbench.grid.labels import labels
 from lcbench.report import published
 from lcbench.report.drawing import Drawn
 from lcbench.report.figures import all_figures
 from lcbench.report.frame import over_seeds, rate_of, reported
 from lcbench.report.page import HERE, LIBRARIES, write_report
 from lcbench.report.parts import least_bytes, split
-from lcbench.report.table import labels
 from lcbench.report.tables import rate_tables
 from lcbench.report.winners import winners
 from lcbench.runs.attempt import Failure

@@ -12,7 +12,7 @@ import pytest
 
 from lcbench.grid.devices import known_devices
 from lcbench.report.figures import all_figures
-from lcbench.report.frame import reported
+from lcbench.report.frame import ranked, reported
 from lcbench.report.page import write_report
 from lcbench.report.parts import shown
 from lcbench.report.sparse import answers, asked, contests, seconds_of, selections, sparse_rows, table
@@ -67,7 +67,10 @@ def test_answers_say_what_keeps_most_and_what_a_step_takes(frame: pd.DataFrame) 
     assert "10.0 %" not in said[0].partition(":")[0]
     assert ", 10 % of the blocks asked for: dsv(density=0.1) comes closest to the best choice" in said[0]
     assert "87.5 % of it (70.0 % of the softmax's mass in 10.0 % of the pairs); then random(density=0.1) 12.5 % of it" in said[0]
-    assert "where 4 steps share a choice. Faster than full attention: 12 of 12 choices." in said[2]
+    assert (
+        "where 4 steps share a choice, and keeps 90.0 % of the softmax's mass. Faster than full attention: 12 of 12 choices."
+        in said[2]
+    )
 
 
 def test_the_table_has_the_phases_and_the_steps_that_share_a_choice(frame: pd.DataFrame) -> None:
@@ -130,6 +133,27 @@ def test_the_page_says_it_without_scripts(page: Path) -> None:
     assert "#010203" not in section, "text is that of the page, light or dark"
     with (page.parent / "tables" / "sparse.csv").open(encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 12
+
+
+@needs_browser
+def test_a_ranking_of_what_approximates_begins_with_the_closest_and_has_no_best(page: Path, frame: pd.DataFrame) -> None:
+    order = ["oracle(density=0.2)", "oracle(density=0.1)", "dsv(density=0.2)", "dsv(density=0.1)"]
+    with browser() as b:
+        b.page.goto(f"{page.as_uri()}#.fig=ranking")
+        names = b.page.evaluate(
+            "[...document.querySelectorAll('#figure-ranking svg [aria-label^=\"y-axis tick label\"] text')].map(t => t.textContent)"
+        )
+        found = [name.partition("selector=")[2] for name in names]
+        assert set(found[:2]) == {order[0]}
+        assert set(found[2:6]) == {order[1], order[2]}, "both are as far off, so that the fastest of them is first"
+        assert found[-2:] == ["random(density=0.1)"] * 2
+        assert list(ranked(frame)["choice"]) == names
+        assert b.page.locator("#figure-ranking svg [aria-label=bar] rect").count() == len(names) == 12
+        text = b.page.inner_text("#figure-ranking")
+        assert "+" not in text.replace(" + selector", "")
+        assert f"Nothing exact ran; {names[0]} is the closest" in b.page.inner_text("#figure")
+        assert "vs best" not in b.page.inner_text("#rows thead")
+        assert b.complaints == []
 
 
 @needs_browser

@@ -13,6 +13,7 @@ from hydra_plugins.lcbench.base import PackLauncher
 from hydra_plugins.lcbench.slurm import arrays, sbatch_text
 
 from lcbench.grid.expand import Plan
+from lcbench.grid.labels import labels
 from lcbench.grid.site import runs_here
 from lcbench.grid.values import parse_scale
 from lcbench.report.ending import BAD_INPUT, OK
@@ -39,11 +40,12 @@ class DryLauncher(PackLauncher):
         self.say_trace(plan)
         said = {"done before": todo.done, "under way": todo.under_way, "given up: killed its gang twice": todo.given_up}
         fates = {cell.id: fate for fate, cells in said.items() for cell in cells}
+        named = labels(planned.cell for planned in plan.cells)
         for planned in plan.cells:
             cell = planned.cell
             ready = "to run, its strategy on one rank: nothing is parallel" if alone(cell) else "to run"
             fate = f"skipped: {planned.skip}" if planned.skip else fates.get(cell.id, ready)
-            print(f"  {cell.id}  {cell.label:<44} {fate}")
+            print(f"  {cell.id}  {named[cell.id]:<44} {fate}")
         code = _show(packs)
         if refusal := cost.refusal(plan.options["budget"], settings.hang["max_s"]):
             sys.stdout.flush()

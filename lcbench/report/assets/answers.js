@@ -14,7 +14,7 @@ function oneEach(good) {
 
 /**
  * Per choice: its time over the best exact one of each problem. Those that ran in nearly all problems first, by their mean; those
- * that approximate last.
+ * that approximate last, the closest of them first.
  */
 function regretsOf(good) {
   const every = d3.groups(oneEach(good), cell => cell.problem),
@@ -40,6 +40,7 @@ function regretsOf(good) {
       return {
         choice,
         approximate,
+        furthest,
         named: approximate && furthest !== undefined ? `${choice}, distance up to ${digits(furthest)}` : choice,
         mean: geometric(mine.map(r => r.ratio)),
         worst: worst.ratio,
@@ -54,6 +55,7 @@ function regretsOf(good) {
   return d3.sort(
     found,
     r => r.approximate,
+    r => farOff(!r.approximate, r.furthest),
     r => ran.get(r.choice) < BLOCK.nearlyAll * most,
     r => r.mean,
   );

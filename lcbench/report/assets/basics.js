@@ -14,13 +14,20 @@ function h(name, attributes = {}, ...children) {
   return made;
 }
 
-/** Three significant digits without an exponent from 1e-3 to 1e6, as `report/amounts.py` writes them; empty where there is none. */
+const LARGE = [
+  ["M", 1e6],
+  ["G", 1e9],
+  ["T", 1e12],
+];
+
+/** Three significant digits without an exponent from 1e-3 to 1e15, as `report/amounts.py` writes them; empty where there is none. */
 function digits(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "";
   if (value === 0) return "0";
   const rounded = Number(value.toExponential(2)),
     size = Math.abs(rounded);
-  if (size < 1e-3 || size >= 1e6) return value.toExponential(2).replace(/e([+-])(\d)$/, "e$10$2");
+  if (size >= 1e6 && size < 1e15) return scaled(value, LARGE).replace(" ", "");
+  if (size < 1e-3 || size >= 1e15) return value.toExponential(2).replace(/e([+-])(\d)$/, "e$10$2");
   return rounded.toFixed(Math.max(0, 2 - Math.floor(Math.log10(size))));
 }
 

@@ -2,7 +2,7 @@
 // The table of cells: a row with an address each, what is known of it behind the row, and a file of what is filtered.
 
 const ABOUT = {
-  "vs best": "its time over that of the fastest choice for the same problem",
+  "vs best": "its time over that of the fastest exact choice for the same problem",
   band: "of a prediction: the time lies within this factor of it with 95 %",
   noise: "half-width of the 95 % interval of the median of the total",
   peak: "memory of the worst rank in an iteration, above what was in use before",
@@ -18,10 +18,10 @@ function cellColumns(cells) {
   const varies = key => unique(cells.map(cell => cell[key])).length > 1;
   const best = d3.rollup(
     cells.filter(isGood),
-    found => d3.min(rivals(found), cell => cell.total),
+    found => d3.min(found.filter(isExact), cell => cell.total),
     cell => cell.problem,
   );
-  for (const cell of cells) cell.behind = isGood(cell) ? cell.total / best.get(cell.problem) : null;
+  for (const cell of cells) cell.behind = isGood(cell) && best.get(cell.problem) ? cell.total / best.get(cell.problem) : null;
   return [
     {name: "cell", of: cell => entry(idOf(cell), cell.id, "id")},
     {name: "status", of: cell => entry(cell.status, cell.status, cell.status)},
@@ -36,7 +36,7 @@ function cellColumns(cells) {
     },
     varies("where") && {name: "setting", of: cell => entry(cell.where)},
     {name: "time", kind: "number", of: cell => number(cell.total, seconds(cell.total))},
-    {name: "vs best", kind: "number", of: cell => number(cell.behind, cell.behind ? times(cell.behind) : "")},
+    cells.some(cell => cell.behind !== null) && {name: "vs best", kind: "number", of: cell => number(cell.behind, cell.behind ? times(cell.behind) : "")},
     {name: BLOCK.rate.name, kind: "number", of: cell => number(cell.total_rate, digits(cell.total_rate))},
     {name: "MFU", kind: "number", of: cell => number(cell.mfu, percent(cell.mfu))},
     {name: "noise", kind: "number", of: cell => number(cell.noise, percent(cell.noise))},

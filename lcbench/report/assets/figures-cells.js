@@ -49,7 +49,7 @@ const ranking = {
     ),
   draw(cells) {
     const problem = chooseProblem(cells);
-    const good = d3.sort(problem.cells.filter(isGood), cell => cell.total),
+    const good = ranked(problem.cells.filter(isGood)),
       bad = problem.cells.filter(cell => !isGood(cell));
     const finding = rankingSaid(good, bad);
     const node = rankingBars(good, bad, finding);
@@ -58,16 +58,17 @@ const ranking = {
       fields: problem.fields,
       finding,
       node,
-      caption: "Bars: median iteration; whiskers: 95 % interval; dashed: the best.",
+      caption: `Bars: median iteration; whiskers: 95 % interval; dashed: the best.${good.every(isExact) ? "" : ` ${BLOCK.byDistance}`}`,
     };
   },
 };
 
 function rankingSaid(good, bad) {
   if (!good.length) return "Nothing ran.";
-  const [best, next] = rivals(good),
-    last = good.at(-1);
-  if (!isExact(best)) return `Nothing exact ran; ${best.choice} takes ${seconds(best.total)}.`;
+  const exact = good.filter(isExact),
+    [best, next] = exact,
+    last = exact.at(-1);
+  if (!best) return `Nothing exact ran; ${good[0].choice} is the closest and takes ${seconds(good[0].total)}.`;
   const others = next
     ? `; next ${next.choice}, ${more(next.total / best.total)}; last ${last.choice}, ${times(last.total / best.total)}`
     : "";
@@ -77,7 +78,9 @@ function rankingSaid(good, bad) {
 /** Bars of the times, the best on top, with their intervals; what did not run below, with its class. */
 function rankingBars(good, bad, finding) {
   const names = [...good, ...bad].map(cell => cell.choice),
-    [best] = rivals(good),
+    best = good.find(isExact),
+    bars = {x: cell => cell.total * unit, y: "choice", fill: cell => styleOf(cell.choice).color, insetTop: 3, insetBottom: 3},
+    foretold = cell => styleOf(cell.choice).hollow,
     most = d3.max(good, cell => cell.total);
   const unit = most < 1e-3 ? 1e6 : most < 1 ? 1e3 : 1;
   return plotted(
@@ -89,16 +92,12 @@ function rankingBars(good, bad, finding) {
       x: {label: `time, ${unit === 1e6 ? "µs" : unit === 1e3 ? "ms" : "s"}`, grid: true},
       y: {domain: names, label: null},
       marks: [
-        Plot.barX(good, {
-          x: cell => cell.total * unit,
-          y: "choice",
-          fill: cell => styleOf(cell.choice).color,
-          fillOpacity: cell => (styleOf(cell.choice).hollow ? 0.25 : 1),
-          stroke: cell => (styleOf(cell.choice).hollow ? styleOf(cell.choice).color : null),
-          strokeDasharray: "2,2",
-          insetTop: 3,
-          insetBottom: 3,
-        }),
+        // Of a mark with a stroke Plot leaves out what has none, so that those with and without are two.
+        Plot.barX(
+          good.filter(cell => !foretold(cell)),
+          bars,
+        ),
+        Plot.barX(good.filter(foretold), {...bars, fillOpacity: 0.25, stroke: bars.fill, strokeDasharray: "2,2"}),
         Plot.ruleY(good, {
           x1: cell => cell.total * unit * Math.exp(-cell.total_reach),
           x2: cell => cell.total * unit * Math.exp(cell.total_reach),
@@ -109,7 +108,7 @@ function rankingBars(good, bad, finding) {
         Plot.text(good, {
           x: cell => cell.total * unit * Math.exp(cell.total_reach),
           y: "choice",
-          text: cell => ` ${seconds(cell.total)}${cell === best ? "" : ` · ${more(cell.total / best.total)}`}`,
+          text: cell => ` ${seconds(cell.total)}${cell === best || !best ? "" : ` · ${more(cell.total / best.total)}`}`,
           textAnchor: "start",
           dx: 6,
         }),
@@ -161,12 +160,12 @@ const heatMap = {
       fields: [pairField, maskField, scaleField, lengthField],
       finding,
       node,
-      caption: "The best of what else was varied for each pair.",
+      caption: `The best of what else was varied for each pair${mine.every(isExact) ? "" : ", of what is closest to exact results"}.`,
     };
   },
 };
 
-/** The best of each pair of values, and why there is none. */
+/** The best of each pair of values, of the closest to exact ones, and why there is none. */
 function squaresOf(cells, down, across) {
   const groups = d3.groups(
     cells,
@@ -175,7 +174,12 @@ function squaresOf(cells, down, across) {
   );
   return groups.flatMap(([a, inner]) =>
     inner.map(([b, found]) => {
-      const best = d3.greatest(found.filter(isGood), cell => cell.total_rate);
+      const good = found.filter(isGood),
+        closest = d3.min(good, farOffOf),
+        best = d3.greatest(
+          good.filter(cell => farOffOf(cell) === closest),
+          cell => cell.total_rate,
+        );
       return {a, b, best, why: best ? "" : found[0].kind || found[0].status};
     }),
   );
@@ -184,9 +188,12 @@ function squaresOf(cells, down, across) {
 const rateOf = square => square.best?.total_rate;
 
 function squaresSaid(squares) {
-  const top = d3.greatest(squares, rateOf);
-  if (!top?.best) return "Nothing ran.";
-  const [low, high] = [d3.min(squares, rateOf), rateOf(top)].map(digits);
+  const rated = squares.filter(square => square.best),
+    closest = d3.min(rated, square => farOffOf(square.best)),
+    equal = rated.filter(square => farOffOf(square.best) === closest),
+    top = d3.greatest(equal, rateOf);
+  if (!top) return "Nothing ran.";
+  const [low, high] = [d3.min(equal, rateOf), rateOf(top)].map(digits);
   return `Best: ${top.a} with ${top.b}, ${high} ${BLOCK.rate.name} per GPU; lowest ${low}.`;
 }
 

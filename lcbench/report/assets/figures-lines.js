@@ -17,6 +17,17 @@ const lengthAxis = (values, label = "sequence length") => ({
 const isExact = cell => !cell.approximate;
 /** Those that are exact; all, where none is. */
 const rivals = cells => (cells.some(isExact) ? cells.filter(isExact) : cells);
+/** How far off what approximates is, to the two digits that are shown; 0: it is exact, infinite: nobody knows. */
+const farOff = (exact, distance) => (exact ? 0 : Number((distance ?? Infinity).toPrecision(2)));
+const farOffOf = cell => farOff(isExact(cell), cell.distance);
+/** Answers to one problem in the order of report/frame.py: exact ones by time, then the others, the closest first. */
+const ranked = cells =>
+  d3.sort(
+    cells,
+    cell => !isExact(cell),
+    farOffOf,
+    cell => cell.total,
+  );
 const gpuAxis = values => ({type: "log", base: 2, label: "GPUs", ticks: values, tickFormat: String, domain: d3.extent(values)});
 const tipOf = cell =>
   [

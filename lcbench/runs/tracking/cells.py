@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lcbench.grid.cell import Cell
+from lcbench.grid.labels import labels
 from lcbench.redact import redacted
 from lcbench.runs.attempt import Attempt
 from lcbench.runs.manifest import Entry
@@ -46,9 +47,11 @@ class CellRuns:
         self.published = self.unchanged = 0
         self.looked = False
         self._saved = 0.0
+        self._named: dict[str, str] = {}  # what to call cells, by id
 
     def publish(self, entries: Mapping[str, Entry], end: float | None) -> bool:
         """Bring the runs up to date; whether there was time for all before ``end`` (``time.monotonic``)."""
+        self._named = labels(entry.cell for entry in entries.values())
         for place, (cell_id, entry) in enumerate(entries.items()):
             newest = self._origin.sweep.newest(cell_id)
             written_ns = self._origin.sweep.written_ns(cell_id, newest) if newest else 0
@@ -84,7 +87,7 @@ class CellRuns:
     def _create(self, cell: Cell, first: Attempt) -> str:
         tags = {**self._origin.tags(), "mlflow.parentRunId": self._memory.parent, CELL_ID: cell.id}
         run = self._client.create_run(
-            self._experiment.id, start_time=int(first.started_at * 1000), run_name=cell.label, tags=tags
+            self._experiment.id, start_time=int(first.started_at * 1000), run_name=self._named[cell.id], tags=tags
         )  # fmt: skip
         return str(run.info.run_id)
 

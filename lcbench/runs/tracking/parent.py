@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lcbench.grid.labels import labels
 from lcbench.redact import redacted
 from lcbench.runs.manifest import Entry
 from lcbench.runs.tracking.dashboard import View, failures_view, predictions_view, run_path, views_of
@@ -77,7 +78,8 @@ class ParentRun:
             parent, metrics=[Metric(key, float(count), now, 0) for key, count in counts.items()],
             tags=[RunTag(k, v) for k, v in tags.items()],
         )  # fmt: skip
-        skipped = {i: {"what": e.cell.label, "why": e.skip} for i, e in entries.items() if e.skip}
+        named = labels(e.cell for e in entries.values())
+        skipped = {i: {"what": named[i], "why": e.skip} for i, e in entries.items() if e.skip}
         if skipped:
             self._experiment.try_files(lambda: self._client.log_text(parent, json.dumps(skipped, indent=1), "skipped.json"))
         if complete and not statuses["missing"]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lcbench.grid.labels import labels
 from lcbench.redact import redacted
 from lcbench.runs.attempt import FORETOLD, Attempt
 from lcbench.runs.manifest import Entry
@@ -28,9 +29,11 @@ class PredictionRuns:
     def __init__(self, client: MlflowClient, experiment: Experiment, origin: Origin, memory: Memory) -> None:
         self._client, self._experiment, self._origin, self._memory = client, experiment, origin, memory
         self.published = 0
+        self._named: dict[str, str] = {}  # what to call cells, by id
 
     def publish(self, entries: Mapping[str, Entry], end: float | None) -> bool:
         """Give every prediction that is new a run; whether there was time for all before ``end`` (``time.monotonic``)."""
+        self._named = labels(entry.cell for entry in entries.values())
         there = self._memory.predictions
         for place, (cell_id, entry) in enumerate(entries.items()):
             written_ns = self._origin.sweep.written_ns(cell_id, FORETOLD)
@@ -62,7 +65,7 @@ class PredictionRuns:
         at = shown.written_ms(prediction)
         if not exists(self._client, run_id):
             tags = {**mine, "mlflow.parentRunId": self._memory.parent, CELL_ID: entry.cell.id, shown.PREDICTED: "true"}
-            name = f"{entry.cell.label} (predicted)"
+            name = f"{self._named[entry.cell.id]} (predicted)"
             run_id = str(self._client.create_run(self._experiment.id, start_time=at, run_name=name, tags=tags).info.run_id)
         self._client.log_batch(
             run_id, params=[Param(key, value) for key, value in shown.params(entry.cell).items()],
