@@ -424,8 +424,8 @@ class _Alike(_Scattered):
 
     def __init__(self, keys: Operands, bundle: Ints, ranges: Sequence[_Range], cut: _Cut) -> None:
         super().__init__(keys, bundle, ranges, cut)
-        # Of each range of units: which one each part meets, (parts,), and what it adds by value: heights of parts, and the sums over
-        # its units with each bundle, (ranges, bundles).
+        # Which range of units each part meets, (parts,), and by value: heights of parts, and the sums over the units of each range
+        # with each bundle, (ranges, bundles).
         self._tables: list[tuple[Ints, int, Floats, Floats]] = []
         width = self._inside.bundles
         for each, entries, products in self._sums:
