@@ -29,6 +29,8 @@ PAIRS, COVERED, PIECES, READ, GO_ON = range(5)
 VALUES = 5
 DENSE = 16  # numbers of which at least one in so many is taken go into a table
 SCATTERED = 2  # what a look at one part with one unit takes, in looks at one of a whole row of units
+ALIKE = 2  # the same of a look at units that many parts meet
+PRODUCT = 8  # products of a matrix with another that take no longer than such a look
 
 
 @dataclass(frozen=True)
@@ -400,12 +402,57 @@ class _Scattered:
                 weights = np.repeat(height[here], count)
                 weights *= units.take(entry)
                 found[column] += np.bincount(place, weights=weights, minlength=size)
+        self._add_cut(found, here, row)
+        return found
+
+    def _add_cut(self, found: Floats, here: Ints, row: Ints) -> None:
+        """Add to (4, places) what parts have besides, whose rows begin at ``row``."""
         for part, unit, besides in self._cut(here, 0, self._units):
             number, entry = spread(self._inside.begins[unit], self._inside.begins[unit + 1])
             place = row[part[number]] + self._inside.bundle[entry]
             for column, value in besides:
-                found[column] += np.bincount(place, weights=value[number] * self._inside.times[entry], minlength=size)
-        return found
+                weights = value[number] * self._inside.times[entry]
+                found[column] += np.bincount(place, weights=weights, minlength=found.shape[1])
+
+
+class _Alike(_Scattered):
+    """The same where many parts meet the same units, as all of a document do: these units are summed up once for each bundle.
+
+    Args:
+        bundle, ranges, cut: as of ``_Scattered``.
+    """
+
+    def __init__(self, keys: Operands, bundle: Ints, ranges: Sequence[_Range], cut: _Cut) -> None:
+        super().__init__(keys, bundle, ranges, cut)
+        # Which range of units each part meets, (parts,), and by value: heights of parts, and the sums over the units of each range
+        # with each bundle, (ranges, bundles).
+        self._tables: list[tuple[Ints, int, Floats, Floats]] = []
+        width = self._inside.bundles
+        for each, entries, products in self._sums:
+            first, last, of_part = _distinct_ranges(each.first, each.last, len(keys))
+            number, entry = spread(entries.begins[first], entries.begins[last])
+            place = number * width + entries.bundle[entry]
+            for column, height, units in products:
+                table = np.bincount(place, weights=units[entry], minlength=len(first) * width).reshape(-1, width)
+                self._tables.append((of_part, column, height, table))
+
+    def __call__(self, keys: Operands, sheet: _Sheet, first: int, last: int, row: Ints, bundle: Ints) -> Floats:
+        width = self._inside.bundles
+        here = np.arange(*np.searchsorted(self._bundle, [first, last]))
+        own = self._bundle[here] - first
+        found = np.zeros((GO_ON, last - first, width))
+        for of_part, column, height, table in self._tables:
+            shape = last - first, len(table)
+            place = own * shape[1] + of_part[here]
+            found[column] += np.bincount(place, weights=height[here], minlength=shape[0] * shape[1]).reshape(shape) @ table
+        self._add_cut(found.reshape(GO_ON, -1), here, own * width)
+        return found[:, row, bundle]
+
+
+def _distinct_ranges(first: Ints, last: Ints, units: int) -> tuple[Ints, Ints, Ints]:
+    """Each of some ranges of units once, sorted, and which of these each is."""
+    codes, places = np.unique(first * (units + 1) + last, return_inverse=True)
+    return *np.divmod(codes, units + 1), places
 
 
 @dataclass(frozen=True)
@@ -518,10 +565,19 @@ class _Bands(_Sheet):
 
     def scattered(self) -> _Scattered | None:
         bundles, width, units = len(self._queries.runs) - 1, len(self._keys.runs) - 1, len(self._keys)
+        if ALIKE * self._looks_alike(bundles, width) <= bundles * units:
+            return _Alike(self._keys, self._bundle, self._ranges, self._cut)
         meetings = int((self._last - self._first).sum()) * int((self._keys.last - self._keys.first).sum()) / max(units, 1)
         if SCATTERED * (meetings + bundles * width) > bundles * units:
             return None
         return _Scattered(self._keys, self._bundle, self._ranges, self._cut)
+
+    def _looks_alike(self, bundles: int, width: int) -> int:
+        """What ``_Alike`` takes, in looks at a part with a unit of keys."""
+        (first, first_whole), (last_whole, last) = self._cuts
+        cut = int((first_whole - first + last - last_whole).sum())
+        first, last, _ = _distinct_ranges(first_whole, last_whole, len(self._keys))
+        return cut + int((last - first).sum()) + len(first) * bundles * width // PRODUCT
 
     def _whole_units(self, parts: Ints, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
         """(first, last) units of keys of which every query of a part sees every key: they need not be looked at one by one."""

@@ -17,6 +17,7 @@ from lcbench.grid.build import build_strategy
 from lcbench.masks.band import BandMask, Ints, TokenSpan
 from lcbench.masks.block import BlockMap
 from lcbench.masks.causal_document import causal_document
+from lcbench.masks.document import document
 from lcbench.masks.lengths import Uniform
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule import block_sums, tiling
@@ -123,8 +124,9 @@ def test_tiles_are_the_same_part_by_part(name: str, tmp_path: Path, monkeypatch:
     found = [*(each for each in built if isinstance(each, Scheduled)), Ring("documents"), Hybrid(groups=(1, 3))]
     schedules = [each.schedule(of, mask) for each in found if not each.unsupported(of, mask)]
     made: list[list[Tiles]] = []
-    for times in (np.inf, 0):  # never, and always
-        monkeypatch.setattr(tiling, "SCATTERED", times)
+    for scattered, alike in ((np.inf, np.inf), (0, np.inf), (np.inf, 0)):  # neither of both, and always one of them
+        monkeypatch.setattr(tiling, "SCATTERED", scattered)
+        monkeypatch.setattr(tiling, "ALIKE", alike)
         made.append([tiling.tiling(schedule, mask).tiles for schedule in schedules])
     monkeypatch.setattr(tiling, "CACHED", 50)
     made.append([tiling.tiling(schedule, mask).tiles for schedule in schedules])
@@ -146,6 +148,18 @@ def test_short_documents_in_many_stretches_are_looked_at_part_by_part(monkeypatc
         tiling.tiling(Hybrid().schedule(of, mask), mask)
         assert bool(looked) is wanted
         assert sum(looked) <= of.seqlen  # a token of queries each, or some that lie together
+
+
+def test_documents_whose_tokens_all_meet_are_summed_once_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[tuple[int, ...]] = []
+    call = tiling._Alike.__call__
+    monkeypatch.setattr(tiling._Alike, "__call__", lambda self, *of: looked.append(self._tables[0][3].shape) or call(self, *of))
+    of = Problem(4096, HEADS, Scale(2, 8), "float32", "forward")
+    for make, wanted in ((document, True), (causal_document, False)):
+        mask = make(of.seqlen, seed=(0, 0), lengths=Uniform(256, 512))
+        looked.clear()
+        tiling.tiling(Hybrid().schedule(of, mask), mask)
+        assert looked[:1] == ([(len(mask), 16)] if wanted else [])
 
 
 @given(values=st.lists(st.integers(0, 60), max_size=40), times=st.sampled_from([1, 1000]))
