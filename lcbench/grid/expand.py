@@ -564,10 +564,9 @@ def _refused_by_planner(cell: Cell, mask: Mask, workload: Workload) -> str | Non
         return None
     scale, (bounds, pairs_of) = cell.problem.scale, documents(mask)
     said = config.get("planner", AXES["planner"].unsaid)
-    given = Documents(np.diff(bounds), pairs_of), Fleet(
-        scale.world_size, scale.gpus_per_node, capacity, waits="recompute" in workload.takes and "recompute" not in config
-    )
-    reason = own.reason_not("planner", said, planner, *given)
+    waits = "recompute" in workload.takes and "recompute" not in config  # as it is not where it is none
+    fleet = Fleet(scale.world_size, scale.gpus_per_node, capacity, waits)
+    reason = own.reason_not("planner", said, planner, Documents(np.diff(bounds), pairs_of), fleet)
     return reason and f"planner {said['name']}: {reason}"
 
 

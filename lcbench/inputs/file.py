@@ -194,7 +194,7 @@ def _read(file: str, size: int, changed: int) -> dict[str, Captured]:
 
 @lru_cache(maxsize=64)
 def _first_without(file: str, changed: int, tensor: Captured, tokens: int, most: float) -> tuple[int, int, float] | None:
-    """(token, head, number) of the first of so many tokens that has NaN, an infinity or a number beyond ``most``; None: none has."""
+    """(token, head, number) of the first of so many tokens with NaN, an infinity or a number beyond ``most``; None: none has."""
     kinds = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
     every = np.memmap(file, kinds[tensor.dtype], "r", tensor.begin, tensor.shape)
     for begin in range(0, tokens, TOGETHER):
