@@ -21,9 +21,9 @@ from lcbench.grid.build import build_kernel
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
-from lcbench.grid.expand import mask_of
 from lcbench.grid.own import answer
 from lcbench.grid.paths import CONF
+from lcbench.grid.refusals import mask_of
 from lcbench.grid.values import axis_values
 from lcbench.kernels.base import Platform, native_calls
 from lcbench.masks.block import BlockMap
