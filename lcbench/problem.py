@@ -27,6 +27,12 @@ def itemsize(dtype: str) -> int:
     return {"float64": 8, "float32": 4}.get(dtype, 2)
 
 
+def check_whole(option: str, value: object, least: int) -> None:
+    """Raises ValueError unless the value of an option, such as ``mesh.tp``, is a whole number of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{option}={value} is no whole number of at least {least}")
+
+
 def format_tokens(tokens: int) -> str:
     """``65536 -> 64k``; a count that is no whole number of k stays as it is."""
     for suffix, unit in (("m", 1 << 20), ("k", 1 << 10)):
@@ -250,8 +256,7 @@ class Mesh:
 
     def __post_init__(self) -> None:
         for name, count in (("tp", self.tp), ("dp", self.dp)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"mesh.{name}={count} is no whole number of at least 1")
+            check_whole(f"mesh.{name}", count, 1)
         if sorted(str(self.order).split("-")) != sorted(self.DIMENSIONS):
             raise ValueError(f"mesh.order={self.order} is no order of tp, cp and dp from the innermost out, such as tp-cp-dp")
 

@@ -152,7 +152,7 @@ def test_no_package_init_in_the_plugin_namespace() -> None:
 def test_functions_are_short() -> None:
     """Lines from ``def`` to the end."""
     lengths = {
-        f"{module}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        f"{module}.{node.name}:{node.lineno}": (node.end_lineno or 0) - node.lineno + 1
         for module in modules()
         for node in ast.walk(tree(module))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)

@@ -22,7 +22,8 @@ from rich.console import Console
 from lcbench.advice.measuring import NothingMeasured, have_measured
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
-from lcbench.grid.expand import Plan, Planned, skip_reason
+from lcbench.grid.expand import Plan, Planned
+from lcbench.grid.refusals import skip_reason
 from lcbench.grid.search import CELLS, GIB, Search, at
 from lcbench.grid.site import predicts, runs_here
 from lcbench.predict.machines import device_of_site, fit_of, machine_of, machine_of_site

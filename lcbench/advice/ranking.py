@@ -15,7 +15,8 @@ from lcbench.cp.base import Strategy
 from lcbench.grid import build
 from lcbench.grid.axes import PROBLEM
 from lcbench.grid.cell import Cell
-from lcbench.grid.expand import Planned, approximates
+from lcbench.grid.expand import Planned
+from lcbench.grid.refusals import approximates
 from lcbench.predict.predictor import CannotPredict, Prediction, Predictor
 from lcbench.report.amounts import size, times
 from lcbench.runs.budget import alone

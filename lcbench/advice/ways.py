@@ -16,7 +16,7 @@ from typing import Any
 
 from lcbench.grid import build
 from lcbench.grid.cell import Cell
-from lcbench.grid.expand import approximates, skip_reason
+from lcbench.grid.refusals import approximates, skip_reason
 from lcbench.predict.predictor import CannotPredict, Prediction, Predictor
 from lcbench.problem import ALONE, Mesh, Scale
 from lcbench.workloads.block import Block

@@ -26,7 +26,7 @@ from lcbench.advice.sizing import GIB, Limits, break_even_table, break_evens, la
 from lcbench.commands.arguments import add_plan_arguments, command_parser
 from lcbench.commands.launchers import launcher_named
 from lcbench.commands.sweep import with_site
-from lcbench.grid import build
+from lcbench.grid import build, own
 from lcbench.grid.axes import PROBLEM
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import loader_of
@@ -209,8 +209,8 @@ def _asked(options: argparse.Namespace) -> Asked:
 def _missing_here(cell: Cell) -> str | None:
     """Why a cell does not run in a process like this one: which library is not installed."""
     kernel, strategy = build.build_kernel(cell.config["kernel"]), build.build_strategy(cell.config["cp"])
-    for axis, reason in (("cp", strategy.missing()), ("kernel", kernel.missing())):
-        if reason:
+    for axis, value in (("cp", strategy), ("kernel", kernel)):
+        if reason := own.answer(axis, cell.config[axis], value.missing):
             return f"{axis} {cell.config[axis]['name']}: {reason}"
     return None
 

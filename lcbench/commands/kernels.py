@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -20,8 +21,9 @@ from lcbench.grid.build import build_kernel
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
-from lcbench.grid.expand import mask_of
+from lcbench.grid.own import answer
 from lcbench.grid.paths import CONF
+from lcbench.grid.refusals import mask_of
 from lcbench.grid.values import axis_values
 from lcbench.kernels.base import Platform, native_calls
 from lcbench.masks.block import BlockMap
@@ -72,11 +74,12 @@ def matrix(cells: list[Cell], platform: Platform, *, installed: bool) -> Iterato
         config = cell.config
         name = config["mask"]["name"]
         kernel, mask = build_kernel(config["kernel"]), mask_of(cell)
-        missing = None if installed else kernel.missing()
+        ask = partial(answer, "kernel", config["kernel"])
+        missing = None if installed else ask(kernel.missing)
         calls: int | None = None
         for dtype, direction in product(DTYPES, DIRECTIONS):
             problem = replace(cell.problem, dtype=dtype, direction=direction)
-            reason = kernel.unsupported(problem, mask) or kernel.unavailable(problem, platform) or missing
+            reason = ask(kernel.unsupported, problem, mask) or ask(kernel.unavailable, problem, platform) or missing
             if kernel.operator != "softmax":
                 reason = f"is for {kernel.operator} attention, which has no masks (workload={kernel.operator}_attention)"
             if reason is None and calls is None:

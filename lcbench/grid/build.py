@@ -461,7 +461,9 @@ def _parameters(target: str) -> dict[str, Parameter]:
     owner = get_object(target)
     names = vars(sys.modules[owner.__module__]) if hasattr(owner, "__module__") else {}
     unsaid = {f.name for f in fields(owner) if f.metadata.get("left_out")} if is_dataclass(owner) else set()
-    return {p.name: _parameter(p, names, p.name in unsaid) for p in inspect.signature(owner).parameters.values()}
+    # A class that forgot its @dataclass may take anything by its place, which no file can give.
+    taken = [p for p in inspect.signature(owner).parameters.values() if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    return {p.name: _parameter(p, names, p.name in unsaid) for p in taken}
 
 
 def _parameter(parameter: inspect.Parameter, names: dict[str, Any], unsaid: bool) -> Parameter:

@@ -12,16 +12,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override, QuotedString
@@ -30,44 +28,26 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lcbench.cp.base import Scheduled, Strategy
-from lcbench.grid import build, overrides, own, values
+from lcbench.grid import build, overrides, values
 from lcbench.grid import site as sites
 from lcbench.grid.axes import AXES, CELL_AXES, GROUPS, OTHER_WAYS, RESERVED, WAYS, WITH_OPTIONS, Axis, plain_axes, renamed
 from lcbench.grid.cell import Cell
 from lcbench.grid.overrides import LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
 from lcbench.grid.paths import CONF, REPOSITORY
+from lcbench.grid.refusals import skip_reason
+from lcbench.grid.run_options import OPTION_GROUPS, check_run_options
 from lcbench.grid.search import Bracket, Search, at
 from lcbench.grid.trace import Trace
-from lcbench.kernels.base import Kernel
-from lcbench.masks.band import BandMask, DoesNotFit
-from lcbench.masks.block import MAX_BLOCKS, BlockMap, chosen
-from lcbench.masks.mask import Mask
-from lcbench.planners.base import Documents, Fleet
-from lcbench.problem import Batch, Heads, Mesh, Problem, Scale
+from lcbench.problem import Mesh, Scale
 from lcbench.redact import refuse_readable
-from lcbench.schedule.layout import documents
-from lcbench.selectors.base import Selector, block_edges, blocks_of
-from lcbench.workloads.base import Workload
 
 CONFIG = "config"
 # What an axis may not look at: everything but the site. An axis is composed under site and experiment alone.
 HIDDEN = tuple(key for key in (*AXES, *RUN_OPTIONS) if key != "site")
-OUTPUTS = ("table", "quiet", "json")
-# Run options with options of their own, and how each of these is read.
-OPTION_GROUPS: dict[str, Callable[[Any, str], Any]] = {
-    "pack": values.parse_limit, "hang": values.parse_number, "retry": values.parse_int, "budget": values.parse_limit_number,
-}  # fmt: skip
-# Run options that are texts, and of what.
-TEXTS = {"results": "folder", "tracking_uri": "address", "fit": "file"}
-FILE_BYTES = 255  # of a file's name, as every file system of Linux has it
 # Run options that are a file of conf/, if anything: what is composed of them is no run option of a plan as it is.
 CHOSEN = ("site", "experiment", "machine", "search", "trace")
-NAME_BYTES = 200  # of a sweep's name: a file's name holds 255, and some are made of it and a cell's
-NOT_IN_NAMES = "/\\%|,"
 # Axes that say the length of one sequence.
 LENGTHS = {"seqlen", *(name for name, way in OTHER_WAYS.items() if way == "seqlen")}
-WORDS_OF_COMMANDS = ("last", "all")
 
 _STARTED = time.localtime()
 
@@ -271,7 +251,7 @@ def _run_options(base: dict[str, Any]) -> dict[str, Any]:
     """Everything but axes, site and experiment, checked."""
     options = {k: base[k] for k in RUN_OPTIONS if k not in CHOSEN}
     options["machine"] = base["hydra"]["choices"].get("machine")
-    _check_run_options(options)
+    check_run_options(options)
     if unknown := [k for k in base if k not in (*AXES, *RUN_OPTIONS, "hydra")]:
         raise ValueError(overrides.unknown_key(unknown[0]))
     return options
@@ -456,167 +436,6 @@ def _seqlen(config: dict[str, Any], ranks: int, said: Collection[str]) -> int:
     return values.parse_tokens(values.parse_tokens(config["seqlen_per_rank"], "seqlen_per_rank") * ranks)
 
 
-def skip_reason(cell: Cell) -> str | None:
-    """Why no run of this cell can give a result, from its kernel, its strategy and its mask; None if one can.
-
-    Raises:
-        ValueError: code of the user's is wrong: a mask, a schedule. Ours is proven by tests.
-    """
-    config, problem = cell.config, cell.problem
-    try:
-        mask = _mask(cell)
-    except DoesNotFit as error:
-        return f"mask {config['mask']['name']}: {error}"
-    said, made, blocks = config.get("workload"), {}, _widest(cell, mask)
-    workload = None if said is None else _object("workload", json.dumps(said), build.build_workload)
-    for group, builder in (("kernel", build.build_kernel), ("cp", build.build_strategy)):
-        made[group] = _object(group, json.dumps(config[group]), builder)
-        if reason := _other_operator(group, made[group], workload):
-            return f"{group} {config[group]['name']}: {reason}"
-        if group == "cp" and workload is not None and workload.in_groups:
-            continue
-        if reason := own.reason_not(group, config[group], made[group], problem, blocks if group == "kernel" else mask):
-            return f"{group} {config[group]['name']}: {reason}"
-    if reason := _refused_by_workload(cell, mask, blocks, made["kernel"], made["cp"]) or _refused_by_inputs(cell, workload):
-        return reason
-    if own.named_in(config["cp"]):
-        _prove(cell)
-    return None
-
-
-def _other_operator(group: str, value: Kernel | Strategy, workload: Workload | None) -> str | None:
-    """Why a kernel or a strategy is for another kind of attention than the workload, and what is for the same; None: it is not."""
-    own = value.operators if isinstance(value, Strategy) else (value.operator,)
-    wanted = "softmax" if workload is None else workload.operator
-    if wanted in own:
-        return None
-    # Of softmax attention there is nearly everything, so what is named is the workload that this one would be for.
-    groups = ("kernel", "cp") if wanted != "softmax" else ("workload",)
-    of = own[0] if wanted == "softmax" else wanted
-    named = " and ".join(f"{other}={'|'.join(_of_operator(other, of))}" for other in groups)
-    return f"is for {' and '.join(own)} attention, and the workload's is {wanted}; for {of} attention there are {named}"
-
-
-@cache
-def _of_operator(group: str, operator: str) -> tuple[str, ...]:
-    """The files of an axis in conf whose values are for a kind of attention; without the axis's default, which is for softmax and
-    need not be loaded."""
-    paths = (path for path in sorted((CONF / group).glob("*.yaml")) if path.stem != (AXES[group].unsaid or {}).get("name"))
-    every = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in paths}
-    kinds = {name: build.get_object(config["_target_"]) for name, config in every.items()}  # type: ignore[call-overload, index]
-    return tuple(name for name, kind in kinds.items() if operator in getattr(kind, "operators", (getattr(kind, "operator", ""),)))
-
-
-def approximates(cell: Cell) -> bool:
-    """Whether the results of a cell that can run are not those of its mask: its strategy computes another, or its selector may
-    leave out keys.
-
-    Raises: as ``mask_of`` does.
-    """
-    selector = _selector(cell)
-    if selector is not None and not selector.dense:
-        return True
-    strategy = _object("cp", json.dumps(cell.config["cp"]), build.build_strategy)
-    return bool(strategy.approximates(cell.problem, _mask(cell)))
-
-
-def _refused_by_workload(cell: Cell, mask: Mask, blocks: Mask, kernel: Kernel, strategy: Strategy) -> str | None:
-    """What the workload says to a cell; the axis's default takes what kernel and strategy take, and a plan need not load it."""
-    config = cell.config
-    said = config.get("workload")
-    if said is None:
-        reason = strategy.only_in_a_step()
-        return reason and f"cp {config['cp']['name']}: {reason}"
-    workload = _object("workload", json.dumps(said), build.build_workload)
-    taken = {name: config[name] for name in ("workload", "recompute") if name in config}
-    recompute = _object("recompute", json.dumps(taken), build.build_recompute)
-    given = cell.problem, mask, kernel, strategy, recompute
-    if reason := workload.misfit(cell.mesh) or own.reason_not("workload", said, workload, *given):
-        return f"workload {said['name']}: {reason}"
-    return _refused_by_planner(cell, mask, workload) or _refused_by_selector(cell, mask, blocks, strategy)
-
-
-def _refused_by_inputs(cell: Cell, workload: Workload | None) -> str | None:
-    """What inputs say to a cell; the axis's default can make all."""
-    said = cell.config.get("inputs")
-    if said is None:
-        return None
-    inputs = _object("inputs", json.dumps({"inputs": said}), build.build_inputs)
-    if workload is not None and not workload.any_inputs:
-        reason: str | None = f"workload={cell.config['workload']['name']} makes its queries, keys and values itself"
-    else:
-        reason = inputs.misfit(cell.mesh) or own.reason_not("inputs", said, inputs, cell.problem)
-    if reason is None:
-        layers = getattr(workload, "layers", 1)
-        has = inputs.layers(cell.problem) if layers > 1 else None  # a file is read for it
-        if has is not None and layers > has:
-            reason = f"it has inputs of {has} such layers, and workload.layers={layers}"
-    return reason and f"inputs {said['name']}: {reason}"
-
-
-def _refused_by_planner(cell: Cell, mask: Mask, workload: Workload) -> str | None:
-    """What a planner says to the documents of a batch on its ranks before it knows what they cost."""
-    config = cell.config
-    taken = {name: config[name] for name in ("workload", "planner") if name in config}
-    planner = _object("planner", json.dumps(taken), build.build_planner)
-    capacity = getattr(workload, "capacity", None)
-    if planner is None or capacity is None:
-        return None
-    scale, (bounds, pairs_of) = cell.problem.scale, documents(mask)
-    said = config.get("planner", AXES["planner"].unsaid)
-    waits = "recompute" in workload.takes and "recompute" not in config  # as it is not where it is none
-    fleet = Fleet(scale.world_size, scale.gpus_per_node, capacity, waits)
-    reason = own.reason_not("planner", said, planner, Documents(np.diff(bounds), pairs_of), fleet)
-    return reason and f"planner {said['name']}: {reason}"
-
-
-def _refused_by_selector(cell: Cell, mask: Mask, blocks: Mask, strategy: Strategy) -> str | None:
-    """What a selector says to a problem, and the strategy to the blocks that it may choose."""
-    selector, problem = _selector(cell), cell.problem
-    if selector is None or selector.dense:
-        return None
-    said = cell.config.get("selector", AXES["selector"].unsaid)
-    if reason := own.reason_not("selector", said, selector, problem):
-        return f"selector {said['name']}: {reason}"
-    if (count := math.prod(blocks_of(selector, problem))) > MAX_BLOCKS:
-        return f"selector {said['name']}: {count} blocks are more than {MAX_BLOCKS}; take larger blocks"
-    reason = own.reason_not("cp", cell.config["cp"], strategy.settled(problem, mask), problem, blocks)
-    return reason and f"cp {cell.config['cp']['name']}: {reason}"
-
-
-def _widest(cell: Cell, mask: Mask) -> Mask:
-    """What a kernel may be given of a cell: its mask, or all blocks of it that a selector may choose."""
-    selector, problem = _selector(cell), cell.problem
-    if selector is None or selector.dense or not isinstance(mask, BandMask):
-        return mask
-    edges = (block_edges(mask.num_q, selector.q_block), block_edges(mask.num_k, selector.k_block))
-    return chosen(np.broadcast_to(True, (selector.maps(problem.heads), *blocks_of(selector, problem))), *edges, mask)
-
-
-def _selector(cell: Cell) -> Selector | None:
-    taken = {name: cell.config[name] for name in ("workload", "selector") if name in cell.config}
-    found: Selector | None = _object("selector", json.dumps(taken), build.build_selector)
-    return found
-
-
-def pairs(cell: Cell) -> float:
-    """Unmasked pairs over all query heads: exact for bands; of a block map, which is not drawn for this, what was asked for."""
-    mask, problem = mask_of(cell), cell.problem
-    if isinstance(mask, BandMask):
-        return float(mask.pairs(problem.heads.q))
-    return float(cell.config["mask"].get("density", 1.0)) * problem.plane * problem.heads.q
-
-
-def mask_of(cell: Cell) -> Mask:
-    """The first draw of a cell's mask, of one context-parallel group, made once.
-
-    Raises:
-        DoesNotFit: the mask cannot exist at this length or with these heads.
-        ValueError: a file that is not what it was when the cell was planned, or code that is not known here.
-    """
-    return _mask(cell)
-
-
 # -- the product -----------------------------------------------------------------------------------------------------
 
 
@@ -716,59 +535,6 @@ def _option_error(root: str, lines: list[str], base_lines: list[str], loader: Co
     return None
 
 
-def _check_run_options(options: dict[str, Any]) -> None:
-    """Check the run options, and put values of the right type in their places."""
-    options["force"] = values.parse_bool(options["force"], "force")
-    if options["wait"] is not None:
-        options["wait"] = values.parse_bool(options["wait"], "wait")
-    if options["output"] not in OUTPUTS:
-        raise ValueError(f"output={values.shown(options['output'])} is not one of {', '.join(OUTPUTS)}")
-    for group, parse in OPTION_GROUPS.items():
-        if not isinstance(options[group], dict):
-            raise ValueError(f"{group}={values.shown(options[group])} means nothing; {group} has options, such as pack.max_cells=1")
-        options[group] = {key: parse(value, f"{group}.{key}") for key, value in options[group].items()}
-    if options["hang"]["min_s"] > options["hang"]["max_s"]:
-        raise ValueError(f"hang.min_s={options['hang']['min_s']} is more than hang.max_s={options['hang']['max_s']}")
-    for name, kind in TEXTS.items():
-        value = options[name]
-        if isinstance(value, dict | list) or (value is None and name == "results") or not str(value).strip():
-            raise ValueError(f"{name}={values.shown(value)} is no {kind}; write a text")
-        if value is not None and not str(value).isprintable():
-            raise ValueError(f"{name}={str(value)!r} holds characters that cannot be shown")
-        options[name] = None if value is None else str(value)
-        parts = [] if name == "tracking_uri" else str(value).split("/")  # an address may be as long as its server likes
-        if long := next((one for one in parts if len(one.encode()) > FILE_BYTES), None):
-            raise ValueError(f"{name}={values.shown(long)} is {len(long.encode())} bytes long, and a name has at most {FILE_BYTES}")
-    options["results"] = os.path.expanduser(options["results"])
-    options["fit"] = options["fit"] and os.path.expanduser(options["fit"])
-    options["sweep"] = check_name(options["sweep"])
-
-
-def check_name(name: Any) -> str | None:
-    """A sweep's name, which is a folder's and goes into files' names; null is none.
-
-    Raises:
-        ValueError: one that cannot be a folder's everywhere, or is a word of the commands.
-    """
-    if name is None:
-        return None
-    text = str(name)
-    shown = values.shown(repr(text))
-    advice = "use letters, digits, - and _, such as sweep=first-try"
-    if isinstance(name, dict | list) or not text.strip():
-        raise ValueError(f"sweep={shown} is no folder name; {advice}")
-    wrong = next((c for c in text if c in NOT_IN_NAMES or c.isspace() or not c.isprintable()), None)
-    if wrong is not None:
-        raise ValueError(f"sweep={shown} is no folder name, because of {wrong!r}; {advice}")
-    if text[0] in "-.":
-        raise ValueError(f"sweep={shown} begins with {text[0]!r}, as options and hidden folders do; {advice}")
-    if text.lower() in WORDS_OF_COMMANDS:
-        raise ValueError(f"sweep={shown} is a word of the commands (status last, results all); take another name")
-    if len(text.encode()) > NAME_BYTES:
-        raise ValueError(f"sweep={shown} is {len(text.encode())} bytes long, and a name has at most {NAME_BYTES}")
-    return text
-
-
 def _site(site: Any, launchers: list[str]) -> dict[str, Any]:
     try:
         resolved = OmegaConf.to_container(site, resolve=True, throw_on_missing=True) if OmegaConf.is_config(site) else site
@@ -781,49 +547,3 @@ def _site(site: Any, launchers: list[str]) -> dict[str, Any]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
-
-
-# -- objects, each made once -----------------------------------------------------------------------------------------
-
-_masks: dict[tuple[str, int, Batch | None, Heads, int, int], Mask | DoesNotFit] = {}
-_objects: dict[tuple[str, str], Any] = {}
-_proven: set[tuple[str, str, Heads, Problem, int]] = set()
-
-
-def _mask(cell: Cell) -> Mask:
-    config = cell.config["mask"]
-    key = (json.dumps(config), cell.config["seqlen"], cell.batch, cell.heads, cell.mesh.tp, cell.config["seed"])
-    if key not in _masks:
-        try:
-            made = build.group_mask(cell)
-            for draw in range(1, build.draws(config) if build.fits_by_draw(config) else 1):
-                build.group_mask(cell, draw)
-            if isinstance(made, BlockMap) and own.named_in(config):
-                made.draw(0)  # code of the user's, which is to fail here and not in a job
-            _masks[key] = made
-        except DoesNotFit as error:
-            _masks[key] = error
-    mask = _masks[key]
-    if isinstance(mask, DoesNotFit):
-        raise mask
-    return mask
-
-
-def _object(group: str, config: str, builder: Any) -> Any:
-    if (group, config) not in _objects:
-        _objects[group, config] = builder(json.loads(config))
-    return _objects[group, config]
-
-
-def _prove(cell: Cell) -> None:
-    """Prove the schedule of a strategy of the user's, once for all types that are computed in: milliseconds up to 64 ranks, some
-    ten seconds of 512.
-    """
-    problem, said, seed = cell.problem, cell.config["cp"], cell.config["seed"]
-    config, mask = json.dumps(said), json.dumps(cell.config["mask"])
-    key = (config, mask, cell.heads, replace(problem, dtype="float32", reduce_dtype="float32"), seed)
-    strategy = _object("cp", config, build.build_strategy)
-    if key not in _proven and isinstance(strategy, Scheduled):
-        drawn = _mask(cell)
-        own.proven(said, strategy, own.scheduled(said, strategy, problem, drawn), problem, drawn)
-    _proven.add(key)

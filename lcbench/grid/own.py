@@ -9,7 +9,7 @@ import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -75,10 +75,27 @@ def where(error: BaseException, targets: Collection[str]) -> str:
     """File and line of the user's code in which an exception arose; the file alone where no line of it was running."""
     if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
         return f"{error.filename}:{error.lineno}"
-    files = {file for target in targets if (file := file_of(target))}
-    folders = {Path(file).parent for file in files}
+    return _line(error, targets) or ", ".join(sorted(_files(targets) or targets))
+
+
+def line_in(error: BaseException, config: dict[str, Any]) -> str | None:
+    """File and line of the user's code that was running when an exception arose in a cell; None where none was.
+
+    Args:
+        config: the whole cell's.
+    """
+    targets = named_in(config)
+    return _line(error, targets) if targets else None
+
+
+def _line(error: BaseException, targets: Collection[str]) -> str | None:
+    folders = {Path(file).parent for file in _files(targets)}
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_theirs(frame.filename, folders)]
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ", ".join(sorted(files or targets))
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+
+
+def _files(targets: Collection[str]) -> set[str]:
+    return {file for target in targets if (file := file_of(target))}
 
 
 def file_of(target: str) -> str | None:
@@ -151,16 +168,25 @@ def _kind(value: Any) -> str:
 def reason_not(group: str, config: dict[str, Any], value: Any, *given: Any) -> str | None:
     """What a kernel, a strategy or a workload says to a problem, or a planner to documents: None if it takes it, else why not.
 
+    Raises: as ``answer`` does.
+    """
+    return answer(group, config, value.unsupported, *given)
+
+
+def answer(group: str, config: dict[str, Any], asked: Callable[..., str | None], *given: Any) -> str | None:
+    """Why a value of an axis does not run something, by a method of it; None: it does.
+
     Args:
+        asked: the method: ``unsupported``, ``unavailable`` or ``missing``.
         given: what it is asked with.
 
     Raises:
         ValueError: code of the user's fails, or says something else.
     """
     with blamed(group, config):
-        reason = value.unsupported(*given)
+        reason: Any = asked(*given)
         if named_in(config) and not isinstance(reason, str | None):
-            raise ValueError(f"unsupported() gives {reason!r}; it gives None, or the reason as a text")
+            raise ValueError(f"{asked.__name__}() gives {reason!r}; it gives None, or the reason as a text")
     found: str | None = reason
     return found
 

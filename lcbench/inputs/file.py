@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lcbench.inputs.base import Inputs, Wanted
-from lcbench.problem import Mesh, Problem
+from lcbench.problem import Mesh, Problem, check_whole
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +57,7 @@ class File(Inputs):
     layer: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise ValueError(f"inputs.layer={self.layer} is no whole number of at least 0")
+        check_whole("inputs.layer", self.layer, 0)
         self._tensors(self.layer)
 
     def _tensors(self, layer: int) -> dict[str, Captured]:

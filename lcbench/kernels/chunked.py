@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from lcbench.kernels.base import Platform, accumulation_dtype
 from lcbench.kernels.linear import LinearKernel, PreparedScan, Rule, Summary, Tokens
-from lcbench.problem import Heads, Problem
+from lcbench.problem import Heads, Problem, check_whole
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +41,7 @@ class Chunked(LinearKernel):
     chunk: int = 64
 
     def __post_init__(self) -> None:
-        if not isinstance(self.chunk, int) or isinstance(self.chunk, bool) or self.chunk < 1:
-            raise ValueError(f"kernel.chunk={self.chunk} is no whole number of at least 1")
+        check_whole("kernel.chunk", self.chunk, 1)
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return None

@@ -183,12 +183,7 @@ class Probe:
         self.scored = slice(scored.start, scored.stop)
         self._u = random.choice([-1, 1], (heads.kv, len(scored)))
         self._v = random.choice([-1, 1], (heads.kv, heads.v))
-        # v times dout of a dim, by pattern: 1 or 2 together, so that the products of digits weigh alike; those of levels all agree.
-        place = np.arange(heads.v) // len(order)
-        last = place == place[-1]
-        even = np.bincount(np.arange(heads.v) % len(order), minlength=len(order))[np.arange(heads.v) % len(order)] % 2 == 0
-        agrees = (order[np.arange(heads.v) % len(order)] == LEVELS) | self._turns
-        self._joint = np.where(agrees | (place % 2 == 0) | (last & even), 1, -1)
+        self._joint = _joint(order, heads.v, alike=self._turns)
         # As their queries' signs are, so that dk adds up over the heads that share a key.
         group = heads.q // heads.kv
         own = [VARIANTS[head % group % len(VARIANTS)][1] for head in range(heads.q)]
@@ -525,6 +520,16 @@ class Probe:
         return Columns(
             Terms(dk, spreads[0], dk_common[:, None], spreads[2]), Terms(dv, spreads[1], dv_common, spreads[3]), shared.count
         )
+
+
+def _joint(order: Ints, dims: int, *, alike: bool) -> Ints:
+    """(dims,): the sign of v times dout, of a value's dims that have the patterns of ``order`` in turn. Those of one come to 1
+    or 2, so that the products of digits weigh alike; those of levels all agree, and ``alike`` those of every pattern.
+    """
+    place, pattern = np.divmod(np.arange(dims), len(order))
+    last = place == place[-1]
+    even = np.bincount(pattern, minlength=len(order))[pattern] % 2 == 0
+    return np.where(alike | (order[pattern] == LEVELS) | (place % 2 == 0) | (last & even), 1, -1)
 
 
 class _RowsOf:

@@ -19,6 +19,7 @@ from lcbench.masks.band import Ints
 from lcbench.planners.base import Assignment, Cost, Documents, Fleet, Floats, Planner, Say
 from lcbench.planners.moves import Moves, Piece, Pieces
 from lcbench.planners.packing import Seconds, best_fit_decreasing, check_longest, level, longest_first
+from lcbench.problem import check_whole
 
 EVERY = 32  # degrees up to it are all tried; above, multiples of a node
 TIMES = 16  # within which assignments are built
@@ -38,8 +39,7 @@ class DynamicCp(Planner):
     effort: int = 60_000
 
     def __post_init__(self) -> None:
-        if isinstance(self.effort, bool) or not isinstance(self.effort, int) or self.effort < 0:
-            raise ValueError(f"planner.effort={self.effort} is no whole number of at least 0")
+        check_whole("planner.effort", self.effort, 0)
 
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
         degrees = [d for d in cost.degrees if d <= min(EVERY, fleet.ranks) or (d <= fleet.ranks and d % fleet.per_node == 0)]

@@ -15,6 +15,7 @@ from lcbench.planners.moves import Moves, Piece, Pieces
 from lcbench.planners.packing import best_fit_decreasing, descending
 from lcbench.planners.programs import Sharing, alike, exact
 from lcbench.planners.table import Table
+from lcbench.problem import check_whole
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class FlexSP(Planner):
 
     def __post_init__(self) -> None:
         for name in ("buckets", "trials", "nodes", "groups", "effort"):
-            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"planner.{name}={value} is no whole number of at least 1")
+            check_whole(f"planner.{name}", getattr(self, name), 1)
         if isinstance(self.gap, bool) or not isinstance(self.gap, int | float) or not 0 < self.gap < 1:
             raise ValueError(f"planner.gap={self.gap} is no number between 0 and 1, such as 0.01")
 

@@ -15,6 +15,7 @@ from lcbench.planners.packing import best_fit_decreasing, descending, in_order, 
 from lcbench.planners.placing import side_by_side
 from lcbench.planners.programs import Sharing, alike
 from lcbench.planners.table import Table
+from lcbench.problem import check_whole
 
 BUCKETS, GAP, NODES = 16, 0.01, 200  # of the program that proposes replicas
 SPREAD = 0.3  # of a trial: standard deviation of the logarithm of what documents are sorted by
@@ -65,8 +66,7 @@ class Hydraulis(Planner):
         if not isinstance(self.stay, bool):
             raise ValueError(f"planner.stay={self.stay} is neither true nor false")
         for name in ("trials", "effort"):
-            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"planner.{name}={value} is no whole number of at least 1")
+            check_whole(f"planner.{name}", getattr(self, name), 1)
 
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
         if not len(documents):

@@ -10,6 +10,7 @@ from typing import Any
 from lcbench.cp.base import Scheduled
 from lcbench.grid.build import build_kernel, build_planner, build_strategy, input_bytes
 from lcbench.grid.cell import Cell
+from lcbench.grid.own import answer
 from lcbench.measure.derived import derived
 from lcbench.predict.batches import Batched
 from lcbench.predict.composed import Composed, Together
@@ -193,7 +194,7 @@ class Predictor:
         """
         platform = platform_of(self.machine)
         for axis, choice in (("kernel", build_kernel(cell.config["kernel"])), ("cp", build_strategy(cell.config["cp"]))):
-            if reason := choice.unavailable(cell.problem, platform):
+            if reason := answer(axis, cell.config[axis], choice.unavailable, cell.problem, platform):
                 return f"{axis} {cell.config[axis]['name']}: {reason}"
         return None
 

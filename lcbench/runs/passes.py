@@ -20,7 +20,7 @@ from lcbench.grid import own
 from lcbench.grid.build import SAMPLES, build_planner, input_bytes, made_of
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
-from lcbench.grid.expand import mask_of, pairs
+from lcbench.grid.refusals import mask_of, pairs
 from lcbench.masks.band import BandMask
 from lcbench.measure.flops import pass_flops
 from lcbench.measure.gpus import gpus_here

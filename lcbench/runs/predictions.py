@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lcbench.grid.cell import Cell
-from lcbench.grid.expand import approximates
 from lcbench.grid.paths import CONF
+from lcbench.grid.refusals import approximates
 from lcbench.predict.machines import machine_of_site
 from lcbench.predict.predictor import Predictor
 from lcbench.runs.attempt import CAUSE_LENGTH, FORETOLD, Attempt, Failure

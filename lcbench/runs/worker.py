@@ -50,6 +50,7 @@ from lcbench.grid.build import (
 )
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
+from lcbench.grid.own import line_in
 from lcbench.measure import progress
 from lcbench.measure.blocks import blocks_of, shared, with_block, without_times
 from lcbench.measure.cell import measure_again, measure_cell
@@ -302,7 +303,9 @@ def _guarded(cell: Cell, gang: Gang, sweep: Sweep, pack: Pack, running: Running)
             return measured
         except BaseException as error:
             failure = classify_exception(error)
-            word = {"kind": failure.kind, "cause": failure.cause, "rank": gang.rank, "time": time.time()}
+            line = line_in(error, cell.config)  # code of the user's is theirs to mend
+            cause = f"{failure.cause} ({line})" if line else failure.cause
+            word = {"kind": failure.kind, "cause": cause, "rank": gang.rank, "time": time.time()}
             with suppress(OSError):
                 write_json(failures / f"{stem}.json", word)
             append_line(log, f"rank {gang.rank}: {traceback.format_exc()}")

@@ -25,6 +25,7 @@ import numpy as np
 from lcbench.masks.band import BandMask, Ints
 from lcbench.masks.block import Keep, Sharing
 from lcbench.problem import Heads, Problem
+from lcbench.problem import check_whole as check_number
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +35,7 @@ Features = dict[str, "torch.Tensor"]
 
 def check_whole(option: str, value: object, least: int) -> None:
     """Raises ValueError unless the value of ``selector.<option>`` is a whole number of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"selector.{option}={value} is no whole number of at least {least}")
+    check_number(f"selector.{option}", value, least)
 
 
 def block_edges(tokens: int, size: int) -> Ints:

@@ -15,7 +15,7 @@ from lcbench.cp.base import Strategy
 from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
-from lcbench.problem import Mesh, Problem, Scale
+from lcbench.problem import Mesh, Problem, Scale, check_whole
 from lcbench.schedule.layout import documents
 from lcbench.workloads.base import Work, Workload
 from lcbench.workloads.parts import BATCH, REDUCED, Attend, Exchange, Made, Part, Share
@@ -45,8 +45,7 @@ class Batch(Workload):
 
     def __post_init__(self) -> None:
         for name, value, least in (("capacity", self.capacity, 1), ("gradient_bytes", self.gradient_bytes, 0)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"workload.{name}={value} is no whole number of at least {least}")
+            check_whole(f"workload.{name}", value, least)
 
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
         if not problem.backward:

@@ -19,7 +19,7 @@ from lcbench.grid.axes import CELL_GROUPS, value_of
 from lcbench.grid.build import build_strategy, cell_mask
 from lcbench.grid.cell import Cell, flat_config
 from lcbench.grid.command_line import look
-from lcbench.grid.expand import mask_of, pairs
+from lcbench.grid.refusals import mask_of, pairs
 from lcbench.grid.search import at
 from lcbench.grid.values import MOST_NUMBER, parse_batch, parse_heads, parse_softmax
 from lcbench.masks.band import BandMask

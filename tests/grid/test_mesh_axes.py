@@ -10,7 +10,7 @@ import pytest
 from lcbench.grid.build import build_mask, group_mask
 from lcbench.grid.cell import Cell, flat_config
 from lcbench.grid.command_line import look
-from lcbench.grid.expand import mask_of, pairs
+from lcbench.grid.refusals import mask_of, pairs
 from lcbench.masks.block import BlockMap
 from lcbench.problem import Heads, Mesh, Scale
 

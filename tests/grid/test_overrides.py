@@ -18,7 +18,8 @@ from lcbench.grid import expand
 from lcbench.grid.axes import with_first_names
 from lcbench.grid.cell import Cell, flat_config
 from lcbench.grid.command_line import loader_of, look
-from lcbench.grid.expand import Plan, check_name
+from lcbench.grid.expand import Plan
+from lcbench.grid.run_options import check_name
 from lcbench.masks.text import read_text
 from lcbench.runs.budget import Cost
 

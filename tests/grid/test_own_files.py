@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from lcbench.commands.kernels import main as kernels
 from lcbench.grid.command_line import look
+from lcbench.grid.own import line_in
 from lcbench.grid.paths import REPOSITORY
+from lcbench.report.ending import BAD_INPUT
 from lcbench.results import load
 
 MODULE = """
@@ -118,6 +121,24 @@ class Divides(OwnKernel):
 
 
 @dataclass(frozen=True)
+class Unavailable(OwnKernel):
+    def unavailable(self, problem, platform):
+        return {}["platform"]
+
+
+@dataclass(frozen=True)
+class Unsure(OwnKernel):
+    def missing(self):
+        return True
+
+
+@dataclass(frozen=True)
+class Unready(OwnKernel):
+    def prepare(self, mask, heads, dtype, device):
+        return {}["ready"]
+
+
+@dataclass(frozen=True)
 class SaysTrue(Ring):
     def unsupported(self, problem, mask):
         return True
@@ -157,6 +178,7 @@ WORKLOAD = """
 from dataclasses import dataclass, replace
 
 from lcbench.workloads.attention import Attention, AttentionSession
+from lcbench.workloads.base import Workload
 
 
 @dataclass(frozen=True)
@@ -165,6 +187,11 @@ class Twice(Attention):
 
     def start(self, work, draw, gang):
         return Repeated(self.times, work, draw, gang)
+
+
+class NoDataclass(Workload):
+    def start(self, work, draw, gang):
+        return AttentionSession(work, draw, gang)
 
 
 class Repeated(AttentionSession):
@@ -326,6 +353,43 @@ def test_what_code_of_ones_own_does_wrong_is_one_line_with_its_file(group: str, 
     assert f"({own}/own_values.py{f':{line_of(line)}' if line else ''})" in str(error.value)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("Unavailable", '{}["platform"]', "KeyError: 'platform'"),
+        ("Unsure", "", "missing() gives True; it gives None, or the reason as a text"),
+    ],
+)
+def test_what_a_kernel_of_ones_own_says_of_a_machine_is_one_line_with_its_file(
+    name: str, line: str, said: str, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = write(own, {"kernel/bad.yaml": f"_target_: own_values.{name}\nname: bad\n"})
+    with pytest.raises(SystemExit) as left:
+        kernels(["kernel=bad", "mask=causal", *flags])
+    assert left.value.code == BAD_INPUT
+    where = f"{own}/own_values.py{f':{line_of(line)}' if line else ''}"
+    assert capsys.readouterr().err == f"error: kernel=bad ({where}): {said}\n"
+
+
+def test_a_class_that_takes_anything_has_no_option_of_that_name(own: Path) -> None:
+    """As one of a protocol, whose author forgot @dataclass."""
+    flags = write(own, {"workload/bare.yaml": "_target_: own_workload.NoDataclass\nname: bare\n"})
+    (planned,) = look(["workload=bare", "seqlen=256", "scale=1x2", "cp=ring", "site=plain", *flags]).cells
+    assert planned.skip is None
+
+
+def test_the_line_of_ones_own_code_in_which_a_cell_failed(own: Path) -> None:
+    write(own, {})
+    import own_values  # type: ignore[import-not-found]
+
+    config = {"kernel": {"_target_": "own_values.Unready", "name": "bad"}, "seqlen": 256}
+    with pytest.raises(KeyError) as error:
+        own_values.Unready().prepare(None, None, None, None)
+    line = line_of('["ready"]')
+    assert line_in(error.value, config) == f"{own}/own_values.py:{line}"
+    assert line_in(error.value, {"kernel": {"_target_": "lcbench.kernels.naive.Naive", "name": "naive"}}) is None
 
 
 def test_lengths_of_ones_own_that_are_none_name_their_file(own: Path) -> None:

@@ -14,7 +14,7 @@ from lcbench.grid.axes import value_of
 from lcbench.grid.build import cell_mask
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
-from lcbench.grid.expand import pairs
+from lcbench.grid.refusals import pairs
 from lcbench.masks.band import BandMask
 from lcbench.measure.derived import derived
 from lcbench.measure.flops import backward_flops, forward_flops

@@ -24,7 +24,7 @@ from lcbench.cp.star import Star
 from lcbench.cp.ulysses import Ulysses
 from lcbench.grid.build import build_selector, build_strategy
 from lcbench.grid.command_line import look
-from lcbench.grid.expand import approximates, skip_reason
+from lcbench.grid.refusals import approximates, skip_reason
 from lcbench.kernels.base import Kernel
 from lcbench.kernels.reference import Reference
 from lcbench.kernels.sdpa_flash import SDPAFlash

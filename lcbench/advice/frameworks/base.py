@@ -23,8 +23,8 @@ from lcbench.cp.base import Scheduled, Strategy
 from lcbench.grid.axes import AXES, CELL_AXES, value_of
 from lcbench.grid.build import build_kernel, build_strategy, check_options, group_mask
 from lcbench.grid.cell import Cell
-from lcbench.grid.expand import skip_reason
 from lcbench.grid.paths import CONF
+from lcbench.grid.refusals import skip_reason
 from lcbench.grid.values import axis_values
 from lcbench.kernels.base import HALVES, Kernel
 from lcbench.problem import Problem

@@ -38,12 +38,6 @@ class Block:
 Scores = Callable[[Sequence[Block]], "list[torch.Tensor]"]
 
 
-def check_whole(option: str, value: object, least: int) -> None:
-    """Raises ValueError unless the value of ``compressor.<option>`` is a whole number of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"compressor.{option}={value} is no whole number of at least {least}")
-
-
 @dataclass(frozen=True)
 class Compressor(ABC):
     """A way to choose keys, and its options.

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcbench.cp.compressors.base import Block, Compressor, Scores, check_whole
-from lcbench.problem import Problem
+from lcbench.cp.compressors.base import Block, Compressor, Scores
+from lcbench.problem import Problem, check_whole
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ class Oracle(Compressor):
     sample: int = 64
 
     def __post_init__(self) -> None:
-        check_whole("sample", self.sample, 1)
+        check_whole("compressor.sample", self.sample, 1)
 
     @property
     def asks(self) -> int:

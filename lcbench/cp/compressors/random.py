@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lcbench.cp.compressors.base import Block, Compressor, Scores, check_whole
-from lcbench.problem import Problem
+from lcbench.cp.compressors.base import Block, Compressor, Scores
+from lcbench.problem import Problem, check_whole
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ class Random(Compressor):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("seed", self.seed, 0)
+        check_whole("compressor.seed", self.seed, 0)
 
     def start(self, problem: Problem, device: torch.device, exchange: Exchange) -> Scores:
         return self._scores

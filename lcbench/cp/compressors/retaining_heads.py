@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.cp.compressors.base import Block, Compressor, Scores, check_whole
+from lcbench.cp.compressors.base import Block, Compressor, Scores
 from lcbench.kernels.base import Unsupported, importable
-from lcbench.problem import Problem
+from lcbench.problem import Problem, check_whole
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ class RetainingHeads(Compressor):
     layer: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("layer", self.layer, 0)
+        check_whole("compressor.layer", self.layer, 0)
 
     def missing(self) -> str | None:
         return importable("safetensors")
