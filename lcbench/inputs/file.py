@@ -114,6 +114,7 @@ class File(Inputs):
         return {"layer": self.layer, "tokens": tensors["q"].shape[0], "dtype": {n: tensors[n].dtype for n in NAMES}}
 
     def draw(self, wanted: Wanted) -> torch.Tensor:
+        """Raises ValueError for a number that is none, or that the problem's type cannot hold."""
         import numpy as np
         import torch  # which planning does without
         from safetensors import safe_open
@@ -134,8 +135,14 @@ class File(Inputs):
             for stretch in stretches:
                 tokens = w.tokens[stretch]
                 first, last = int(tokens[0]), int(tokens[-1])
-                read = rows[first : last + 1, heads.start : heads.stop]
-                found[torch.from_numpy(stretch).to(w.device)] = read[torch.from_numpy(tokens - first)].to(w.device, found.dtype)
+                read = rows[first : last + 1, heads.start : heads.stop][torch.from_numpy(tokens - first)]
+                taken = read.to(found.dtype)
+                if not bool(taken.isfinite().all()):
+                    token, head, at = (~taken.isfinite()).nonzero()[0].tolist()
+                    where = f"token {tokens[token]}, head {heads[head]}"
+                    odd = f"{read[token, head, at].item():g} at {where}, which is no finite number of {w.problem.dtype}"
+                    raise ValueError(f"inputs.file={self.file}: {name} has {odd}")
+                found[torch.from_numpy(stretch).to(w.device)] = taken.to(w.device)
         return found
 
 

@@ -154,6 +154,17 @@ def test_a_problem_that_it_does_not_have_is_refused_with_the_reason(captured: st
     assert one.misfit(Mesh()) is None
 
 
+@pytest.mark.parametrize(("value", "shown"), [(float("nan"), "nan"), (1e6, "1e+06")])
+def test_a_number_that_is_none_is_told_with_its_place(tmp_path: Path, value: float, shown: str) -> None:
+    tensors = {name: x.float() for name, x in layer(0).items()}
+    tensors["layers.0.k"][650, 1, 3] = value
+    file = File(saved(tmp_path / "odd.safetensors", tensors))
+    odd = rf"layers\.0\.k has {re.escape(shown)} at token 650, head 1, which is no finite number of float16"
+    with pytest.raises(ValueError, match=odd):
+        file.draw(Wanted("k", np.arange(700)[::-1], problem(dtype="float16"), 1, CPU))
+    assert file.draw(Wanted("k", np.arange(650), problem(dtype="float16"), 1, CPU)).isfinite().all()
+
+
 def test_a_plan_reads_headers_without_torch(captured: str) -> None:
     loaded = "assert not {'torch', 'safetensors'} & set(sys.modules)"
     code = f"import sys; from lcbench.inputs.file import File; File({captured!r}); {loaded}"
