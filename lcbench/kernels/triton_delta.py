@@ -63,8 +63,8 @@ class PreparedTritonDelta(ByTriton):
     """The rule ``gated_delta_rule`` for heads."""
 
     def _sizes(self, x: Tokens, *, tall: bool = False) -> dict[str, Any]:
-        """Without tensor cores a thread holds rows and columns of a product whole, so that fewer columns fit."""
-        few = {"COLUMNS": 16} if x.q.dtype == accumulation_dtype(x.q.dtype) else {}
+        """Without tensor cores a thread holds rows and columns of a product whole, so that fewer fit."""
+        few = {"COLUMNS": 16, "DIMS": 16} if x.q.dtype == accumulation_dtype(x.q.dtype) else {}
         return super()._sizes(x, tall=tall) | few
 
     def summary(self, x: Tokens) -> Summary:
