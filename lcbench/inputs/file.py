@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lcbench.inputs.base import Inputs, Wanted
-from lcbench.problem import Mesh, Problem, check_whole
+from lcbench.problem import Mesh, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,8 @@ class File(Inputs):
     layer: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("inputs.layer", self.layer, 0)
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
+            raise ValueError(f"inputs.layer={self.layer} is no whole number of at least 0")
         self._tensors(self.layer)
 
     def _tensors(self, layer: int) -> dict[str, Captured]:

@@ -36,6 +36,7 @@ import torch
 from numpy.typing import NDArray
 
 from lcbench.inputs.drawing import BLOCK, ELEMENTS, seed_of
+from lcbench.inputs.structured import MOST
 from lcbench.masks.band import Ints
 from lcbench.problem import Batch, Heads, Softmax
 
@@ -60,7 +61,6 @@ QUIET = 0.2  # of the noise, what keys have that are sinks or have a vertical ma
 SHORTEST = 8.0  # tokens of the fastest cosine's period
 NARROW = 16  # keys of a local band at least; of a slash line a third
 MASS = 0.9  # of a row's weight, which its critical keys hold
-MOST = 0.6  # share of keys that are critical without structure, about
 ROWS = 12  # rows that calibration looks at
 WHOLE = 16384  # keys of a row up to which it looks at all; of more at a sample, with weights
 EXACT, RATIO = 64, 1.02  # of that sample: keys on either side of a line that are all in it, and how strata widen beyond

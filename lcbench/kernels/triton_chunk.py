@@ -1,4 +1,4 @@
-"""Gated linear attention by chunks in Triton: our own, forward and backward; no library needed."""
+"""Linear attention by chunks in Triton: our own, forward and backward; no library needed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MOST_DIM = 256  # a program keeps a state's whole column
 
 @dataclass(frozen=True)
 class TritonChunk(LinearKernel):
-    """``gla``, head dims up to 256."""
+    """Both rules, head dims up to 256."""
 
-    rules: ClassVar[tuple[Rule, ...]] = ("gla",)
+    rules: ClassVar[tuple[Rule, ...]] = ("gla", "gated_delta_rule")
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         if reason := where_triton_runs(problem, platform):
@@ -33,6 +33,7 @@ class TritonChunk(LinearKernel):
         return importable("triton")
 
     def scan(self, rule: Rule, heads: Heads, dtype: torch.dtype, device: torch.device, *, scale: float) -> PreparedScan:
+        from lcbench.kernels.triton_delta import PreparedTritonDelta
         from lcbench.kernels.triton_scan import PreparedTritonChunk
 
-        return PreparedTritonChunk(heads, scale)
+        return (PreparedTritonChunk if rule == "gla" else PreparedTritonDelta)(heads, scale)

@@ -39,101 +39,11 @@ class Ran(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PreparedTritonChunk:
-    """The rule ``gla`` for heads."""
+class ByTriton:
+    """What a rule's kernels of heads are compiled for, and how they are launched."""
 
     heads: Heads
     scale: float
-
-    def summary(self, x: Tokens) -> Summary:
-        return Summary(self._states(_whole(x), None, None), _transition(x))
-
-    def local(self, x: Tokens) -> torch.Tensor:
-        """Pairs (chunks, Hq, 64, 64), in the inputs' type."""
-        x = _whole(x)
-        pairs = x.q.new_zeros(_chunks(x), self.heads.q, CHUNK, CHUNK)
-        if len(x.q):
-            pairs_kernel[_chunks(x) * BLOCKS, self.heads.q](
-                x.q, x.k, x.decay, pairs, *_strides(x.q, x.k, x.decay), len(x.q), self.scale, **self._sizes(x)
-            )
-        return pairs
-
-    def forward(
-        self, x: Tokens, state: torch.Tensor | None, local: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, Ran]:
-        x = _whole(x)
-        pairs, begin = self.local(x) if local is None else local, self._zeros(x) if state is None else state.contiguous()
-        states = begin.new_empty(_chunks(x), *begin.shape, dtype=x.q.dtype)
-        end = self._states(x, begin, states)
-        out = x.q.new_empty(len(x.q), self.heads.q, self.heads.v)
-        if len(x.q):
-            out_kernel[_chunks(x), self.heads.q, self._columns(x)](
-                x.q,
-                x.v,
-                x.decay,
-                pairs,
-                states,
-                out,
-                *_strides(x.q, x.v, x.decay, out),
-                len(x.q),
-                self.scale,
-                **self._sizes(x, tall=True),
-            )
-        return out, end, Ran(x, begin, pairs)
-
-    def summary_backward(self, dout: torch.Tensor, saved: Ran) -> Summary:
-        return Summary(self._dstates(saved.x, heads_whole(dout), None, None), _transition(saved.x))
-
-    def backward(self, dout: torch.Tensor, saved: Ran, dstate: torch.Tensor | None) -> tuple[Tokens, torch.Tensor]:
-        x, begin, pairs = saved
-        dout, wide, tokens = heads_whole(dout), begin.dtype, len(x.q)
-        dend = self._zeros(x) if dstate is None else dstate.contiguous()
-        dends = begin.new_empty(_chunks(x), *begin.shape)
-        dbegin = self._dstates(x, dout, dend, dends)
-        # The gradient of decays is a difference of sums of these.
-        dq, dk = (torch.empty(part.shape, dtype=wide, device=part.device) for part in (x.q, x.k))
-        dv, ddecay = torch.empty_like(x.v), torch.empty_like(x.decay)
-        if not tokens:
-            return Tokens(dq.to(x.q.dtype), dk.to(x.k.dtype), dv, ddecay), dbegin
-        states = begin.new_empty(_chunks(x) + 1, *begin.shape)
-        states[-1] = self._states(x, begin, states)
-        dpairs = torch.empty_like(pairs, dtype=wide)
-        chunks, heads, sizes = _chunks(x), self.heads, self._sizes(x)
-        keys = triton.cdiv(heads.dim, sizes["DIMS"])
-        dv_kernel[chunks, heads.kv, self._columns(x)](
-            x.k, x.decay, pairs, dends, dout, dv, *_strides(x.k, x.decay, dout, dv), tokens, **self._sizes(x, tall=True)
-        )
-        dpairs_kernel[chunks, heads.q](x.v, dout, dpairs, *_strides(x.v, dout), tokens, **sizes)
-        dq_kernel[chunks * BLOCKS, heads.q, keys](
-            x.k, x.decay, dpairs, states, dout, dq, *_strides(x.k, x.decay, dout, dq), tokens, self.scale, **sizes
-        )
-        dk_kernel[chunks * BLOCKS, heads.kv, keys](
-            x.q, x.v, x.decay, dpairs, dends, dk, *_strides(x.q, x.v, x.decay, dk), tokens, self.scale, **sizes
-        )
-        ddecay_kernel[chunks, heads.kv, keys](
-            x.q, x.k, dq, dk, states, dends, ddecay, *_strides(x.q, x.k, dq, dk, ddecay), tokens, **sizes
-        )
-        return Tokens(dq.to(x.q.dtype), dk.to(x.k.dtype), dv, ddecay), dbegin
-
-    def _states(self, x: Tokens, begin: torch.Tensor | None, states: torch.Tensor | None) -> torch.Tensor:
-        """The state behind the last token; writes those before each chunk into ``states`` (chunks, Hk, D, V)."""
-        end = self._zeros(x)
-        states_kernel[self.heads.kv, self._columns(x)](
-            x.k, x.v, x.decay, end if begin is None else begin, end if states is None else states, end,
-            *_strides(x.k, x.v, x.decay), len(x.k), _chunks(x), BEGINS=begin is not None, KEPT=states is not None,
-            **self._sizes(x, tall=True),
-        )  # fmt: skip
-        return end
-
-    def _dstates(self, x: Tokens, dout: torch.Tensor, dend: torch.Tensor | None, dends: torch.Tensor | None) -> torch.Tensor:
-        """The gradient of the state before the first token; writes those behind each chunk into ``dends``."""
-        begin = self._zeros(x)
-        dstates_kernel[self.heads.kv, self._columns(x)](
-            x.q, x.decay, dout, begin if dend is None else dend, begin if dends is None else dends[-1:], begin,
-            *_strides(x.q, x.decay, dout), len(x.q), _chunks(x), self.scale, BEGINS=dend is not None, KEPT=dends is not None,
-            **self._sizes(x, tall=True),
-        )  # fmt: skip
-        return begin
 
     def _zeros(self, x: Tokens) -> torch.Tensor:
         return x.v.new_zeros(self.heads.kv, self.heads.dim, self.heads.v, dtype=accumulation_dtype(x.v.dtype))
@@ -154,11 +64,107 @@ class PreparedTritonChunk:
         }  # fmt: skip
 
 
-def _whole(x: Tokens) -> Tokens:
-    return Tokens(heads_whole(x.q), heads_whole(x.k), heads_whole(x.v), heads_whole(x.decay))
+class PreparedTritonChunk(ByTriton):
+    """The rule ``gla`` for heads."""
+
+    def summary(self, x: Tokens) -> Summary:
+        return Summary(self._states(whole(x), None, None), _transition(x))
+
+    def local(self, x: Tokens) -> torch.Tensor:
+        """Pairs (chunks, Hq, 64, 64), in the inputs' type."""
+        x = whole(x)
+        pairs = x.q.new_zeros(chunks_of(x), self.heads.q, CHUNK, CHUNK)
+        if len(x.q):
+            pairs_kernel[chunks_of(x) * BLOCKS, self.heads.q](
+                x.q, x.k, x.decay, pairs, *strides(x.q, x.k, x.decay), len(x.q), self.scale, **self._sizes(x)
+            )
+        return pairs
+
+    def forward(
+        self, x: Tokens, state: torch.Tensor | None, local: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Ran]:
+        x = whole(x)
+        pairs, begin = self.local(x) if local is None else local, self._zeros(x) if state is None else state.contiguous()
+        states = begin.new_empty(chunks_of(x), *begin.shape, dtype=x.q.dtype)
+        end = self._states(x, begin, states)
+        out = x.q.new_empty(len(x.q), self.heads.q, self.heads.v)
+        if len(x.q):
+            out_kernel[chunks_of(x), self.heads.q, self._columns(x)](
+                x.q,
+                x.v,
+                x.decay,
+                pairs,
+                states,
+                out,
+                *strides(x.q, x.v, x.decay, out),
+                len(x.q),
+                self.scale,
+                EACH=True,
+                **self._sizes(x, tall=True),
+            )
+        return out, end, Ran(x, begin, pairs)
+
+    def summary_backward(self, dout: torch.Tensor, saved: Ran) -> Summary:
+        return Summary(self._dstates(saved.x, heads_whole(dout), None, None), _transition(saved.x))
+
+    def backward(self, dout: torch.Tensor, saved: Ran, dstate: torch.Tensor | None) -> tuple[Tokens, torch.Tensor]:
+        x, begin, pairs = saved
+        dout, wide, tokens = heads_whole(dout), begin.dtype, len(x.q)
+        dend = self._zeros(x) if dstate is None else dstate.contiguous()
+        dends = begin.new_empty(chunks_of(x), *begin.shape)
+        dbegin = self._dstates(x, dout, dend, dends)
+        # The gradient of decays is a difference of sums of these.
+        dq, dk = (torch.empty(part.shape, dtype=wide, device=part.device) for part in (x.q, x.k))
+        dv, ddecay = torch.empty_like(x.v), torch.empty_like(x.decay)
+        if not tokens:
+            return Tokens(dq.to(x.q.dtype), dk.to(x.k.dtype), dv, ddecay), dbegin
+        states = begin.new_empty(chunks_of(x) + 1, *begin.shape)
+        states[-1] = self._states(x, begin, states)
+        dpairs = torch.empty_like(pairs, dtype=wide)
+        chunks, heads, sizes = chunks_of(x), self.heads, self._sizes(x)
+        keys = triton.cdiv(heads.dim, sizes["DIMS"])
+        dv_kernel[chunks, heads.kv, self._columns(x)](
+            x.k, x.decay, pairs, dends, dout, dv, *strides(x.k, x.decay, dout, dv), tokens, **self._sizes(x, tall=True)
+        )
+        dpairs_kernel[chunks, heads.q](x.v, dout, dpairs, *strides(x.v, dout), tokens, **sizes)
+        dq_kernel[chunks * BLOCKS, heads.q, keys](
+            x.k, x.decay, dpairs, states, dout, dq, *strides(x.k, x.decay, dout, dq), tokens, self.scale, **sizes
+        )
+        dk_kernel[chunks * BLOCKS, heads.kv, keys](
+            x.q, x.v, x.decay, dpairs, dends, dk, *strides(x.q, x.v, x.decay, dk), tokens, self.scale, **sizes
+        )
+        ddecay_kernel[chunks, heads.kv, keys](
+            x.q, x.k, dq, dk, states, dends, ddecay, *strides(x.q, x.k, dq, dk, ddecay), tokens, **sizes
+        )
+        return Tokens(dq.to(x.q.dtype), dk.to(x.k.dtype), dv, ddecay), dbegin
+
+    def _states(self, x: Tokens, begin: torch.Tensor | None, states: torch.Tensor | None) -> torch.Tensor:
+        """The state behind the last token; writes those before each chunk into ``states`` (chunks, Hk, D, V)."""
+        end = self._zeros(x)
+        states_kernel[self.heads.kv, self._columns(x)](
+            x.k, x.v, x.decay, end if begin is None else begin, end if states is None else states, end,
+            *strides(x.k, x.v, x.decay), len(x.k), chunks_of(x), BEGINS=begin is not None, KEPT=states is not None,
+            **self._sizes(x, tall=True),
+        )  # fmt: skip
+        return end
+
+    def _dstates(self, x: Tokens, dout: torch.Tensor, dend: torch.Tensor | None, dends: torch.Tensor | None) -> torch.Tensor:
+        """The gradient of the state before the first token; writes those behind each chunk into ``dends``."""
+        begin = self._zeros(x)
+        dstates_kernel[self.heads.kv, self._columns(x)](
+            x.q, x.decay, dout, begin if dend is None else dend, begin if dends is None else dends[-1:], begin,
+            *strides(x.q, x.decay, dout), len(x.q), chunks_of(x), self.scale, BEGINS=dend is not None, KEPT=dends is not None,
+            **self._sizes(x, tall=True),
+        )  # fmt: skip
+        return begin
 
 
-def _chunks(x: Tokens) -> int:
+def whole(x: Tokens) -> Tokens:
+    """The tokens with each head's numbers side by side in memory."""
+    return Tokens(*(None if part is None else heads_whole(part) for part in x))  # type: ignore[arg-type]
+
+
+def chunks_of(x: Tokens) -> int:
     return -(-len(x.q) // CHUNK)
 
 
@@ -166,14 +172,14 @@ def _transition(x: Tokens) -> torch.Tensor:
     return x.decay.sum(0).exp()
 
 
-def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
+def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
     """Over tokens and heads."""
     return tuple(step for x in tensors for step in x.stride()[:2])
 
 
 # Every kernel takes all of ``_sizes``; one that needs less of it takes the rest unread.
 @triton.jit
-def _load(x, token, at, END, d, LAST: tl.constexpr, x_t):
+def load_rows(x, token, at, END, d, LAST: tl.constexpr, x_t):
     """Numbers d of the tokens, whose head begins at ``at``; zeros from token END and number LAST on."""
     inside = (token < END)[:, None] & (d < LAST)[None, :]
     return tl.load(x + at + token.to(tl.int64)[:, None] * x_t + d[None, :], mask=inside, other=0.0)
@@ -184,14 +190,14 @@ def _sum_of(decay, begin, end, tokens, at, d, D: tl.constexpr, decay_t, SUM: tl.
     """Sums of log decays of tokens begin ... end - 1, both multiples of 16, for numbers d."""
     total = tl.sum(tl.zeros([16, d.shape[0]], SUM), 0)
     for first in range(begin, end, 16):
-        total += tl.sum(_load(decay, first + tl.arange(0, 16), at, tokens, d, D, decay_t), 0)
+        total += tl.sum(load_rows(decay, first + tl.arange(0, 16), at, tokens, d, D, decay_t), 0)
     return total
 
 
 @triton.jit
 def _kept(decay, token, END, tokens, at, d, D: tl.constexpr, decay_t):
     """Sums of log decays behind each token up to END, which is no later than the next chunk: (tokens, d)."""
-    later = _load(decay, tl.where(token + 1 < END, token + 1, tokens), at, tokens, d, D, decay_t)
+    later = load_rows(decay, tl.where(token + 1 < END, token + 1, tokens), at, tokens, d, D, decay_t)
     return tl.cumsum(later, 0, reverse=True)
 
 
@@ -206,17 +212,17 @@ def pairs_kernel(
     row, d = tl.arange(0, 16), tl.arange(0, PAD)
     first = block * 16
     into = pairs + ((chunk.to(tl.int64) * HEADS + head) * 64 + own * 16 + row)[:, None] * 64
-    queries = _load(q, first + row, head * q_h, tokens, d, D, q_t).to(SUM) * scale
-    decays = _load(decay, first + row, kv * a_h, tokens, d, D, a_t)
+    queries = load_rows(q, first + row, head * q_h, tokens, d, D, q_t).to(SUM) * scale
+    decays = load_rows(decay, first + row, kv * a_h, tokens, d, D, a_t)
     left = (queries * tl.exp(tl.cumsum(decays, 0))).to(q.dtype.element_ty)
     between = tl.sum(tl.zeros([16, PAD], SUM), 0)
     for back in range(1, own + 1):
         start = first - back * 16
         gone = tl.exp(_kept(decay, start + row, start + 16, tokens, kv * a_h, d, D, a_t) + between[None, :])
-        keys = (_load(k, start + row, kv * k_h, tokens, d, D, k_t).to(SUM) * gone).to(q.dtype.element_ty)
+        keys = (load_rows(k, start + row, kv * k_h, tokens, d, D, k_t).to(SUM) * gone).to(q.dtype.element_ty)
         found = tl.dot(left, tl.trans(keys), input_precision="ieee", out_dtype=SUM)
         tl.store(into + ((own - back) * 16 + row)[None, :], found.to(pairs.dtype.element_ty))
-        between += tl.sum(_load(decay, start + row, kv * a_h, tokens, d, D, a_t), 0)
+        between += tl.sum(load_rows(decay, start + row, kv * a_h, tokens, d, D, a_t), 0)
     found = tl.zeros([16, 16], SUM)
     for j in range(16):
         key = tl.load(k + (first + j).to(tl.int64) * k_t + kv * k_h + d, mask=(d < D) & (first + j < tokens), other=0.0).to(SUM)
@@ -246,30 +252,35 @@ def states_kernel(
             states += HEADS // GROUP * D * V
         token = chunk * 64 + row
         gone = tl.exp(_kept(decay, token, chunk * 64 + 64, tokens, head * a_h, d, D, a_t))
-        keys = (_load(k, token, head * k_h, tokens, d, D, k_t).to(SUM) * gone).to(k.dtype.element_ty)
-        total = tl.sum(_load(decay, token, head * a_h, tokens, d, D, a_t), 0)
-        values = _load(v, token, head * v_h, tokens, column, V, v_t)
+        keys = (load_rows(k, token, head * k_h, tokens, d, D, k_t).to(SUM) * gone).to(k.dtype.element_ty)
+        total = tl.sum(load_rows(decay, token, head * a_h, tokens, d, D, a_t), 0)
+        values = load_rows(v, token, head * v_h, tokens, column, V, v_t)
         state = state * tl.exp(total)[:, None] + tl.dot(tl.trans(keys), values, input_precision="ieee", out_dtype=SUM)
     tl.store(end + place, state, mask=inside)
 
 
 @triton.jit
 def out_kernel(
-    q, v, decay, pairs, states, out, q_t, q_h, v_t, v_h, a_t, a_h, o_t, o_h, tokens, scale, HEADS: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, V: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
-    SUM: tl.constexpr,
+    q, v, decay, pairs, states, out, q_t, q_h, v_t, v_h, a_t, a_h, o_t, o_h, tokens, scale, EACH: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, V: tl.constexpr, COLUMNS: tl.constexpr,
+    DIMS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, query head, columns of values): what the chunk reads of the state before it and of its own tokens."""
+    """Program (chunk, query head, columns of values): what the chunk reads of the state before it and of its own tokens. ``EACH``
+    number of a key decays by itself, or all as one."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     kv, row, d = head // GROUP, tl.arange(0, 64), tl.arange(0, PAD)
     token, column = chunk * 64 + row, tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    left = tl.exp(tl.cumsum(_load(decay, token, kv * a_h, tokens, d, D, a_t), 0))
-    queries = (_load(q, token, head * q_h, tokens, d, D, q_t).to(SUM) * scale * left).to(q.dtype.element_ty)
+    if EACH:
+        decays = load_rows(decay, token, kv * a_h, tokens, d, D, a_t)
+    else:
+        decays = tl.load(decay + kv * a_h + token * a_t, mask=token < tokens, other=0.0)[:, None]
+    left = tl.exp(tl.cumsum(decays, 0))
+    queries = (load_rows(q, token, head * q_h, tokens, d, D, q_t).to(SUM) * scale * left).to(q.dtype.element_ty)
     place = ((chunk * (HEADS // GROUP) + kv) * D + d)[:, None] * V + column[None, :]
     state = tl.load(states + place, mask=(d < D)[:, None] & (column < V)[None, :], other=0.0)
     found = tl.dot(queries, state, input_precision="ieee", out_dtype=SUM)
     own = tl.load(pairs + ((chunk * HEADS + head) * 64 + row)[:, None] * 64 + row[None, :])
-    values = _load(v, token, kv * v_h, tokens, column, V, v_t)
+    values = load_rows(v, token, kv * v_h, tokens, column, V, v_t)
     found = tl.dot(own, values, found, input_precision="ieee", out_dtype=SUM)
     at = out + head * o_h + token[:, None] * o_t + column[None, :]
     tl.store(at, found.to(out.dtype.element_ty), mask=(token < tokens)[:, None] & (column < V)[None, :])
@@ -295,13 +306,13 @@ def dstates_kernel(
             tl.store(dends + place, dstate, mask=inside)
             dends -= HEADS // GROUP * D * V
         token = chunk * 64 + row
-        decays = _load(decay, token, head * a_h, tokens, d, D, a_t)
+        decays = load_rows(decay, token, head * a_h, tokens, d, D, a_t)
         left = tl.exp(tl.cumsum(decays, 0)) * scale
         dstate = dstate * tl.exp(tl.sum(decays, 0))[:, None]
         for each in range(GROUP):
             query = head * GROUP + each
-            queries = (_load(q, token, query * q_h, tokens, d, D, q_t).to(SUM) * left).to(q.dtype.element_ty)
-            douts = _load(dout, token, query * o_h, tokens, column, V, o_t)
+            queries = (load_rows(q, token, query * q_h, tokens, d, D, q_t).to(SUM) * left).to(q.dtype.element_ty)
+            douts = load_rows(dout, token, query * o_h, tokens, column, V, o_t)
             dstate = tl.dot(tl.trans(queries), douts, dstate, input_precision="ieee", out_dtype=SUM)
     tl.store(dbegin + place, dstate, mask=inside)
 
@@ -317,14 +328,14 @@ def dv_kernel(
     row, d = tl.arange(0, 64), tl.arange(0, PAD)
     token, column = chunk * 64 + row, tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     gone = tl.exp(_kept(decay, token, chunk * 64 + 64, tokens, head * a_h, d, D, a_t))
-    keys = (_load(k, token, head * k_h, tokens, d, D, k_t).to(SUM) * gone).to(k.dtype.element_ty)
+    keys = (load_rows(k, token, head * k_h, tokens, d, D, k_t).to(SUM) * gone).to(k.dtype.element_ty)
     place = ((chunk * (HEADS // GROUP) + head) * D + d)[:, None] * V + column[None, :]
     dstate = tl.load(dends + place, mask=(d < D)[:, None] & (column < V)[None, :], other=0.0).to(k.dtype.element_ty)
     found = tl.dot(keys, dstate, input_precision="ieee", out_dtype=SUM)
     for each in range(GROUP):
         query = head * GROUP + each
         own = tl.load(pairs + ((chunk * HEADS + query) * 64 + row)[:, None] * 64 + row[None, :])
-        douts = _load(dout, token, query * o_h, tokens, column, V, o_t)
+        douts = load_rows(dout, token, query * o_h, tokens, column, V, o_t)
         found = tl.dot(tl.trans(own), douts, found, input_precision="ieee", out_dtype=SUM)
     at = dv + head * dv_h + token[:, None] * dv_t + column[None, :]
     tl.store(at, found.to(dv.dtype.element_ty), mask=(token < tokens)[:, None] & (column < V)[None, :])
@@ -341,8 +352,8 @@ def dpairs_kernel(
     token, found = chunk * 64 + row, tl.zeros([64, 64], SUM)
     for first in range(0, V, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
-        douts = _load(dout, token, head * o_h, tokens, column, V, o_t)
-        values = _load(v, token, head // GROUP * v_h, tokens, column, V, v_t)
+        douts = load_rows(dout, token, head * o_h, tokens, column, V, o_t)
+        values = load_rows(v, token, head // GROUP * v_h, tokens, column, V, v_t)
         found = tl.dot(douts, tl.trans(values), found, input_precision="ieee", out_dtype=SUM)
     tl.store(dpairs + ((chunk * HEADS + head) * 64 + row)[:, None] * 64 + row[None, :], found)
 
@@ -357,13 +368,13 @@ def dq_kernel(
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv, own, chunk = head // GROUP, block % 4, (block // 4).to(tl.int64)
     row, d, first = tl.arange(0, 16), tl.program_id(2) * DIMS + tl.arange(0, DIMS), block * 16
-    decays = _load(decay, first + row, kv * a_h, tokens, d, D, a_t)
+    decays = load_rows(decay, first + row, kv * a_h, tokens, d, D, a_t)
     left = tl.exp(tl.cumsum(decays, 0))
     # What the block reads of the state before the chunk, and of tokens of the blocks between; both decay as its own tokens do.
     found = tl.zeros([16, DIMS], SUM)
     for start in range(0, V, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        douts = _load(dout, first + row, head * o_h, tokens, column, V, o_t)
+        douts = load_rows(dout, first + row, head * o_h, tokens, column, V, o_t)
         place = ((chunk * (HEADS // GROUP) + kv) * D + d)[:, None] * V + column[None, :]
         state = tl.load(states + place, mask=(d < D)[:, None] & (column < V)[None, :], other=0.0).to(douts.dtype)
         found = tl.dot(douts, tl.trans(state), found, input_precision="ieee", out_dtype=SUM)
@@ -373,10 +384,10 @@ def dq_kernel(
     for back in range(1, own + 1):
         start = first - back * 16
         gone = tl.exp(_kept(decay, start + row, start + 16, tokens, kv * a_h, d, D, a_t) + between[None, :])
-        keys = (_load(k, start + row, kv * k_h, tokens, d, D, k_t).to(SUM) * gone).to(k.dtype.element_ty)
+        keys = (load_rows(k, start + row, kv * k_h, tokens, d, D, k_t).to(SUM) * gone).to(k.dtype.element_ty)
         grads = tl.load(rows + ((own - back) * 16 + row)[None, :]).to(k.dtype.element_ty)
         found = tl.dot(grads, keys, found, input_precision="ieee", out_dtype=SUM)
-        between += tl.sum(_load(decay, start + row, kv * a_h, tokens, d, D, a_t), 0)
+        between += tl.sum(load_rows(decay, start + row, kv * a_h, tokens, d, D, a_t), 0)
     found *= left
     for j in range(16):
         inside = (d < D) & (first + j < tokens)
@@ -403,7 +414,7 @@ def dk_kernel(
     found = tl.zeros([16, DIMS], SUM)
     for start in range(0, V, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        values = _load(v, first + row, head * v_h, tokens, column, V, v_t)
+        values = load_rows(v, first + row, head * v_h, tokens, column, V, v_t)
         place = ((chunk * (HEADS // GROUP) + head) * D + d)[:, None] * V + column[None, :]
         dstate = tl.load(dends + place, mask=(d < D)[:, None] & (column < V)[None, :], other=0.0).to(values.dtype)
         found = tl.dot(values, tl.trans(dstate), found, input_precision="ieee", out_dtype=SUM)
@@ -411,11 +422,11 @@ def dk_kernel(
     between = tl.sum(tl.zeros([16, DIMS], SUM), 0)
     for ahead in range(1, 4 - own):
         start = first + ahead * 16
-        decays = _load(decay, start + row, head * a_h, tokens, d, D, a_t)
+        decays = load_rows(decay, start + row, head * a_h, tokens, d, D, a_t)
         left = tl.exp(tl.cumsum(decays, 0) + between[None, :]) * scale
         for each in range(GROUP):
             query = head * GROUP + each
-            queries = (_load(q, start + row, query * q_h, tokens, d, D, q_t).to(SUM) * left).to(q.dtype.element_ty)
+            queries = (load_rows(q, start + row, query * q_h, tokens, d, D, q_t).to(SUM) * left).to(q.dtype.element_ty)
             rows = dpairs + ((chunk * HEADS + query) * 64 + (own + ahead) * 16 + row)[:, None] * 64
             grads = tl.load(rows + (own * 16 + row)[None, :]).to(q.dtype.element_ty)
             found = tl.dot(tl.trans(grads), queries, found, input_precision="ieee", out_dtype=SUM)
@@ -423,7 +434,7 @@ def dk_kernel(
     found *= gone
     for i in range(16):
         # Tokens behind j up to i decay the pair (i, j).
-        later = _load(decay, tl.where(row < i, first + row + 1, tokens), head * a_h, tokens, d, D, a_t)
+        later = load_rows(decay, tl.where(row < i, first + row + 1, tokens), head * a_h, tokens, d, D, a_t)
         kept = tl.exp(tl.cumsum(later, 0, reverse=True)) * scale
         inside = (d < D) & (first + i < tokens)
         for each in range(GROUP):
@@ -445,10 +456,11 @@ def ddecay_kernel(
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row, d = tl.arange(0, 64), tl.program_id(2) * DIMS + tl.arange(0, DIMS)
     token = chunk * 64 + row
-    found = -_load(k, token, head * k_h, tokens, d, D, k_t).to(SUM) * _load(dk, token, head * dk_h, tokens, d, D, dk_t)
+    found = -load_rows(k, token, head * k_h, tokens, d, D, k_t).to(SUM) * load_rows(dk, token, head * dk_h, tokens, d, D, dk_t)
     for each in range(GROUP):
         query = head * GROUP + each
-        found += _load(q, token, query * q_h, tokens, d, D, q_t).to(SUM) * _load(dq, token, query * dq_h, tokens, d, D, dq_t)
+        queries = load_rows(q, token, query * q_h, tokens, d, D, q_t).to(SUM)
+        found += queries * load_rows(dq, token, query * dq_h, tokens, d, D, dq_t)
     atend = tl.sum(tl.zeros([16, DIMS], SUM), 0)
     for first in range(0, V, COLUMNS):
         column = first + tl.arange(0, COLUMNS)

@@ -112,7 +112,8 @@ def split(axis: Axes, styles: dict[str, Style], rows: list[dict[str, Any]]) -> d
     drawn: dict[str, Any] = {}
     fulls = [full for row in rows if (full := known(row, DENSE))]
     totals = [sum(seconds_of(row).values()) for row in rows]
-    unit = unit_for(max(*totals, *fulls), SECONDS)
+    longest = max([*totals, *fulls])
+    unit = unit_for(longest, SECONDS)
     for place, (row, total) in enumerate(zip(rows, totals, strict=True)):
         left = 0.0
         for part, seconds in seconds_of(row).items():
@@ -130,7 +131,7 @@ def split(axis: Axes, styles: dict[str, Style], rows: list[dict[str, Any]]) -> d
         axis.annotate(text, (ends, place), xytext=(5, 0), textcoords="offset points", fontsize=6, va="center")
     axis.set_yticks(range(len(rows)), [f"{_plain(row['what_cp'])}, {row['by']}" for row in rows], fontsize=6)
     axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set_xlim(0, 1.3 * max(*totals, *fulls) / unit.size)
+    axis.set_xlim(0, 1.3 * longest / unit.size)
     named(axis, f"time of a pass, {unit.name}", "")
     axis.tick_params(axis="y", labelsize=6)
     return drawn

@@ -3,8 +3,9 @@
 It is beside ``execute``, whose results are merged and whose memory grows with what ranks hold of one another: here a result is
 whole, and what stays of other ranks' tokens is a state. Nothing is placed in memory ahead; what comes lies in a tensor of its own.
 
-A rank works out the summary of its own tokens first where others wait for something with it in it. Once it has nothing left to
-send on in forward, it computes what of its tokens needs no state, while the state is on its way.
+A rank works out the summary of its own tokens first where others wait for something with it in it. If it then has nothing to send
+on in forward before its tokens are due (the last of a chain, all of an all-gather), it computes what of them needs no state, while
+the state is on its way. One stream computes: earlier, that would hold up what others of a chain wait for.
 """
 
 from __future__ import annotations

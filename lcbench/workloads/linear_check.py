@@ -75,6 +75,11 @@ class LinearCheck:
         self._all = per_head * heads.kv <= WHOLE
         self._matrices = problem.rule != "gated_delta_rule" or per_head * heads.kv // problem.scale.world_size <= MATRICES
         self._heads = range(heads.kv) if self._all else range(drawn, drawn + 1)
+        if problem.backward and not self._all:
+            left = ("dk", "ddecay", "dbeta") if problem.rule == "gated_delta_rule" else ("ddecay",)
+            self._unchecked = {
+                f"{name} of other heads": f"head {drawn} is drawn, and no direction or factor shows it" for name in left
+            }
         self._direction = torch.from_numpy(random.choice([-1.0, 1.0], heads.v))
         starts: list[int] = ranks.all_gather_object(int(tokens.min(initial=problem.seqlen)))
         self._order: list[int] = np.argsort(starts, kind="stable").tolist()  # ranks by their tokens
@@ -150,7 +155,7 @@ class LinearCheck:
 
     def _along(self, x: Tokens, dout: torch.Tensor | None, named: dict[str, torch.Tensor]) -> None:
         if not self._matrices:
-            self._unchecked["heads that are not drawn"] = "the delta rule's transitions of a sequence of this length take too long"
+            self._unchecked["out and dv of other heads"] = "the delta rule's transitions of a sequence of this length take too long"
             return
         every, direction = range(self._problem.heads.kv), self._direction
         whole = self._stretch(x, every)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import pytest
@@ -15,7 +15,8 @@ from lcbench.cp.none import Local
 from lcbench.cp.ulysses import Ulysses
 from lcbench.cp.zeco import ZeCO
 from lcbench.kernels.chunked import Chunked
-from lcbench.kernels.linear import Tokens
+from lcbench.kernels.linear import LinearKernel, Tokens
+from lcbench.kernels.triton_chunk import TritonChunk
 from lcbench.masks.causal import causal
 from lcbench.problem import RULES, Heads, Problem, Rule, Scale
 from lcbench.schedule import scan
@@ -52,8 +53,8 @@ def of_rank(x: Tokens, run: ScanRun) -> Tokens:
     return Tokens(*(None if part is None else part[rows] for part in x))  # type: ignore[arg-type]
 
 
-def started(strategy: Scheduled, problem: Problem, rank: int, groups: Groups) -> ScanRun:
-    return strategy.start_linear(problem, causal(problem.seqlen), Chunked(chunk=4), Place(rank, CPU, groups))
+def started(strategy: Scheduled, problem: Problem, rank: int, groups: Groups, kernel: LinearKernel | None = None) -> ScanRun:
+    return strategy.start_linear(problem, causal(problem.seqlen), kernel or Chunked(chunk=4), Place(rank, CPU, groups))
 
 
 @cache
@@ -64,6 +65,20 @@ def known(rule: Rule, problem: Problem) -> tuple[Tokens, torch.Tensor, torch.Ten
         problem.seqlen, problem.heads.q, problem.heads.v, generator=torch.Generator().manual_seed(5), dtype=torch.float64
     )
     return x, dout, recurrence(rule, x, scale=scale)[0], recurrence_backward(rule, x, dout, scale=scale)[0]
+
+
+def check_numbers(
+    found: Sequence[torch.Tensor | None], known: Sequence[torch.Tensor | None], rows: torch.Tensor, where: str
+) -> None:
+    """out and gradients of own tokens against those of the whole sequence."""
+    for name, got, want in zip(("out", *Tokens._fields), found, known, strict=True):
+        assert (got is None) == (want is None), f"{where}: {name}"
+        if got is None or want is None:
+            continue
+        assert got.shape == want[rows].shape
+        assert got.dtype == torch.float64
+        error = (got - want[rows]).abs().max().item() if len(rows) else 0.0
+        assert error <= BOUND, f"{where}: {name} is off by {error}"
 
 
 def check_strategies(rank: int, ranks: int) -> None:
@@ -82,13 +97,7 @@ def check_strategies(rank: int, ranks: int) -> None:
             assert run.bytes_sent == report.backward_bytes[rank], strategy
             assert run.counters().buffer_bytes == report.buffer_bytes(rank)
             assert run.counters().pairs == report.rank_pairs[rank]
-            for name, got, want in (("out", found, out), *zip(Tokens._fields, given, gradients, strict=False)):
-                if got is None:
-                    continue
-                assert got.shape == want[rows].shape
-                assert got.dtype == torch.float64
-                error = (got - want[rows]).abs().max().item() if len(rows) else 0.0
-                assert error <= BOUND, f"{strategy} {problem}: {name} is off by {error}"
+            check_numbers((found, *given), (out, *gradients), rows, f"{strategy} {problem}")
         seen.add(type(strategy))
     assert seen == {LASP, ZeCO, LASP2, Ulysses, *([Local] if ranks == 1 else [])}
 
@@ -96,6 +105,23 @@ def check_strategies(rank: int, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 def test_every_strategy_is_the_recurrence(ranks: int) -> None:
     run_ranks(ranks, check_strategies, ranks)
+
+
+def check_triton_chunk(rank: int, ranks: int) -> None:
+    groups, heads, rule = Groups(), Heads(ranks if ranks > 2 else 2, 2, 4, 6), RULES[1]
+    problem = Problem(9, heads, Scale(1, ranks), "float64", "forward_backward", rule=rule)
+    x, dout, out, gradients = known(rule, problem)
+    for strategy in (LASP(), ZeCO(2), LASP2(), Ulysses(uneven_heads=True)):
+        run = started(strategy, problem, rank, groups, TritonChunk())
+        rows = torch.from_numpy(run.held.q.tokens)
+        found, kept = run.forward(of_rank(x, run))
+        check_numbers((found, *run.backward(dout[rows], kept)), (out, *gradients), rows, f"{strategy}")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_triton_chunk_gives_strategies_what_they_need(ranks: int) -> None:
+    """Summaries with matrices, states and their gradients as they move, under the interpreter."""
+    run_ranks(ranks, check_triton_chunk, ranks)
 
 
 def check_runs(rank: int, ranks: int) -> None:

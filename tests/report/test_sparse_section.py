@@ -104,6 +104,11 @@ def test_bars_are_what_a_pass_goes_to(frame: pd.DataFrame) -> None:
     assert widths == pytest.approx([1e3 * part for row in its for part in seconds_of(row).values()])
 
 
+def test_one_choice_without_full_attention_is_drawn(frame: pd.DataFrame) -> None:
+    one = frame[frame["workload"] == "sparse_attention"].iloc[:1].assign(**{"time/dense_s": float("nan")})
+    assert len(drawn(one, "selecting").patches) == 3
+
+
 def test_findings_are_alternative_texts(frame: pd.DataFrame) -> None:
     found = {one.kind: one.finding for one in figures_of(shown(frame, known_devices()))}
     assert found["recall"].startswith(

@@ -94,6 +94,8 @@ def test_a_cell_is_measured_and_checked(dtype: str, direction: str, kernel: Kern
     assert measured.check is not None
     assert not measured.check.failures
     assert measured.check.whole
+    assert measured.check.columns == (measured.check.rows if direction == "forward_backward" else 0)
+    assert not measured.check.unchecked
     assert measured.metrics["recurrent/tokens_per_s"] > 0
     assert ("time/backward/median_s" in measured.metrics) == (direction == "forward_backward")
     again = measure_again(one, gang(), lambda line: None)
@@ -107,7 +109,8 @@ def test_a_long_pass_is_compared_by_its_first_segments_and_some_layers(monkeypat
     assert measured.check is not None
     assert not measured.check.failures
     assert not measured.check.whole
-    assert measured.check.rows == 2 * OPTIONS.segment
+    assert measured.check.rows == measured.check.columns == 2 * OPTIONS.segment
+    assert list(measured.check.unchecked) == ["gradients of the whole pass"]
     assert any(name.startswith("a of layer") for name in measured.check.ratios["layers"])
 
 
