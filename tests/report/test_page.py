@@ -358,6 +358,9 @@ def test_every_question_has_its_figure_and_each_says_what_it_shows(shown: Browse
             said = picture.get_attribute("aria-label")
             assert re.search(r"\d", said), said
         assert len(shown.page.locator("figure svg[role=img]").all()) >= (0 if tab == "tab-table" else 1)
+        kind = {"ranking": "bar", "time": "bar", "heat": "cell"}.get(tab.removeprefix("tab-"), "dot")
+        # Of every choice there is a mark; a figure of words and axes alone would still say what it shows.
+        assert tab == "tab-table" or shown.page.locator(f"figure svg[role=img] [aria-label={kind}] > *").count() >= 7, tab
 
 
 @needs_browser
