@@ -53,6 +53,15 @@ def predicted_table(group: Sequence[Candidate], predictor: Predictor) -> Fitted:
     return table
 
 
+def none_may_win(group: Sequence[Candidate]) -> str | None:
+    """A line for a problem that no choice may win, whose table would have no row; None: some may. ``reasons`` says why of each."""
+    if any(c.fate in MAY_WIN for c in group):
+        return None
+    alone = any(c.fate == "approximates" for c in group)
+    advice = "; what only approximates is measured, side by side and with its errors, by python -m lcbench.sweep" if alone else ""
+    return f"{Names.of(c.cell for c in group).title('nothing to rank')}: no exact choice fits and can run{advice}"
+
+
 def _alike(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     """Candidates whose predictions differ in nothing but the name of the kernel, together, in their order."""
     found: dict[str, list[Candidate]] = {}

@@ -17,7 +17,7 @@ from typing import Any
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from rich.console import Console
 
-from lcbench.advice.answers import answers, predicted_table, reasons, to_rows
+from lcbench.advice.answers import answers, none_may_win, predicted_table, reasons, to_rows
 from lcbench.advice.front import pareto_figure
 from lcbench.advice.measuring import NothingMeasured, Rounds
 from lcbench.advice.racing import Budget, Outcome, Race
@@ -169,7 +169,10 @@ class Asked:
     def show(self, candidates: Sequence[Candidate]) -> None:
         """What is predicted of them, problem by problem."""
         for group in by_problem(candidates).values():
-            self.terminal.print(predicted_table(group, self.predictor))
+            if (empty := none_may_win(group)) is not None:
+                self.say(empty)
+            else:
+                self.terminal.print(predicted_table(group, self.predictor))
             for line in reasons(group):
                 self.say(line, "dim")
 

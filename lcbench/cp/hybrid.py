@@ -62,6 +62,8 @@ class Hybrid(Scheduled):
             names = self.within if isinstance(self.within, list | tuple) else []
             if not names or not all(isinstance(name, str) and name in WITHIN for name in names):
                 raise ValueError(f"cp.within={self.within} is no list of some of {', '.join(WITHIN)}")
+            if len(set(names)) < len(names):
+                raise ValueError(f"cp.within={self.within} names a strategy twice; name each once")
             object.__setattr__(self, "within", tuple(self.within))  # from a config it comes as a list
         for option in ("groups", "documents", "ranks"):
             values = getattr(self, option)

@@ -367,7 +367,9 @@ def _is_set(group: str, option: str, parameter: Parameter, config: dict[str, Any
     if value is not None and value != "???":
         return True
     if parameter.required:
-        example = "4k" if "int" in parameter.annotation or "NonNegative" in parameter.annotation else "a value"
+        number = "4k" if "int" in parameter.annotation or "NonNegative" in parameter.annotation else "a value"
+        listed_too = f"[{number},{number}]" if parameter.annotation.startswith(("list", "tuple")) else number
+        example = "path/to/file" if option == "file" else listed_too
         name = f"{group}.{option}"
         raise ValueError(f"{group}={config['name']} needs {name}, which is not set; for example {name}={example}")
     if value is None and option in config and not parameter.optional:

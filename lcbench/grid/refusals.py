@@ -118,7 +118,8 @@ def _refused_by_inputs(cell: Cell, workload: Workload | None) -> str | None:
     else:
         reason = inputs.misfit(cell.mesh) or own.reason_not("inputs", said, inputs, cell.problem)
     if reason is None:
-        layers, has = getattr(workload, "layers", 1), inputs.layers(cell.problem)
+        layers = getattr(workload, "layers", 1)
+        has = inputs.layers(cell.problem) if layers > 1 else None  # a file is read for it
         if has is not None and layers > has:
             reason = f"it has inputs of {has} such layers, and workload.layers={layers}"
     return reason and f"inputs {said['name']}: {reason}"
@@ -134,8 +135,9 @@ def _refused_by_planner(cell: Cell, mask: Mask, workload: Workload) -> str | Non
         return None
     scale, (bounds, pairs_of) = cell.problem.scale, documents(mask)
     said = config.get("planner", AXES["planner"].unsaid)
-    given = Documents(np.diff(bounds), pairs_of), Fleet(scale.world_size, scale.gpus_per_node, capacity)
-    reason = own.reason_not("planner", said, planner, *given)
+    waits = "recompute" in workload.takes and "recompute" not in config  # as it is not where it is none
+    fleet = Fleet(scale.world_size, scale.gpus_per_node, capacity, waits)
+    reason = own.reason_not("planner", said, planner, Documents(np.diff(bounds), pairs_of), fleet)
     return reason and f"planner {said['name']}: {reason}"
 
 

@@ -31,10 +31,8 @@ MOST_INT = (1 << 63) - 1
 MOST_NUMBER = 1e15
 LONG = 200  # characters of a value that a message shows
 # Types of options, as a person calls their values.
-WORDS: dict[Any, str] = {
-    int: "a whole number", float: "a number", bool: "true, false", str: "text", NoneType: "null", list: "a list of whole numbers",
-    tuple: "a list of whole numbers",
-}  # fmt: skip
+WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true, false", str: "text", NoneType: "null"}
+LISTS: dict[Any, str] = {int: "a list of whole numbers", float: "a list of numbers", str: "a list of names, such as [a,b]"}
 _TRUTH: dict[str, object] = {"true": True, "false": False}
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
 
@@ -296,6 +294,8 @@ def _accepted(kind: Any) -> list[str]:
     for one in alternatives:
         if get_origin(one) is Literal:
             words += sorted(map(str, get_args(one)))
+        elif get_origin(one) in (list, tuple):
+            words.append(LISTS.get(get_args(one)[0], "a list"))
         else:
             words.append(WORDS.get(get_origin(one) or one, str(one)))
     return list(dict.fromkeys(words))

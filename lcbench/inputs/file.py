@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lcbench.inputs.base import Inputs, Wanted
 from lcbench.problem import Mesh, Problem, check_whole
 
@@ -25,14 +27,17 @@ NAMES = ("q", "k", "v")
 TYPES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # bytes of a number, by the types that are taken
 LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 TOGETHER = 4096  # tokens that are read at once, of which a rank may want some
+# The largest number of each type of cells.
+MOST = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120, "float32": 2.0**128 - 2.0**104, "float64": float(np.finfo("f8").max)}
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A tensor as a file's header has it."""
+    """A tensor as a file's header has it, and the byte of the file that it begins at."""
 
     dtype: str
     shape: tuple[int, ...]
+    begin: int
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,15 @@ class File(Inputs):
             return f"layer {layer} of the file has heads={own}, and the cell heads={problem.heads}"
         if q[0] < problem.seqlen:
             return f"layer {layer} of the file has {q[0]} tokens, and the cell {problem.seqlen}"
+        changed = Path(self.file).stat().st_mtime_ns
+        for name in NAMES:
+            tensor = self._tensors(layer)[name]
+            if found := _first_without(self.file, changed, tensor, problem.seqlen, MOST[problem.dtype]):
+                token, head, number = found
+                return (
+                    f"layers.{layer}.{name} of the file has {number:g} at token {token} of head {head}, which is no number of "
+                    f"dtype={problem.dtype}"
+                )
         return None
 
     def missing(self) -> str | None:
@@ -113,7 +127,6 @@ class File(Inputs):
         return {"layer": self.layer, "tokens": tensors["q"].shape[0], "dtype": {n: tensors[n].dtype for n in NAMES}}
 
     def draw(self, wanted: Wanted) -> torch.Tensor:
-        import numpy as np
         import torch  # which planning does without
         from safetensors import safe_open
 
@@ -161,8 +174,11 @@ def _read(file: str, size: int, changed: int) -> dict[str, Captured]:
         text = opened.read(length)
     try:
         header = {name: value for name, value in json.loads(text).items() if name != "__metadata__"}
-        found = {name: Captured(str(value["dtype"]), tuple(map(int, value["shape"]))) for name, value in header.items()}
         places = {name: tuple(map(int, value["data_offsets"])) for name, value in header.items()}
+        found = {
+            name: Captured(str(value["dtype"]), tuple(map(int, value["shape"])), 8 + length + places[name][0])
+            for name, value in header.items()
+        }
         ends = {name: last for name, (_, last) in places.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{no_file}: its header is none") from error
@@ -173,6 +189,21 @@ def _read(file: str, size: int, changed: int) -> dict[str, Captured]:
         if tensor.dtype in TYPES and last - first != math.prod(tensor.shape) * TYPES[tensor.dtype]:
             raise ValueError(f"{no_file}: {name} has {last - first} bytes, which its shape and type do not have")
     return found
+
+
+@lru_cache(maxsize=64)
+def _first_without(file: str, changed: int, tensor: Captured, tokens: int, most: float) -> tuple[int, int, float] | None:
+    """(token, head, number) of the first of so many tokens with NaN, an infinity or a number beyond ``most``; None: none has."""
+    kinds = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
+    every = np.memmap(file, kinds[tensor.dtype], "r", tensor.begin, tensor.shape)
+    for begin in range(0, tokens, TOGETHER):
+        rows = np.asarray(every[begin : min(tokens, begin + TOGETHER)])
+        numbers = (rows.astype("<u4") << 16).view("<f4") if tensor.dtype == "BF16" else rows
+        bad = ~np.isfinite(numbers) | (np.abs(numbers) > most)
+        if bad.any():
+            token, head, place = (int(at) for at in np.argwhere(bad)[0])
+            return begin + token, head, float(numbers[token, head, place])
+    return None
 
 
 def _layers(header: dict[str, Captured]) -> list[int]:

@@ -81,7 +81,10 @@ METRICS = (
         "FLOPs / (median time x ranks); of attention forward 2 x pairs (area x query heads) x (dim of keys + dim of values), "
         "backward 2 x pairs x (3 x dim of keys + 2 x dim of values), which is 2.5 times that where they are equal; of a training "
         "step besides, per weight and token, 2 forward and 4 backward, of the head 6 per labelled token, and nothing for "
-        "what is computed again. A phase without FLOPs has no rate", "higher", "rate",
+        "what is computed again; of linear attention, per token and Dk x Dv of a head, forward 2 for each query head and 2 "
+        "(`gla`) or 4 (`gated_delta_rule`) for each key/value head, as its recurrence has, and twice that backward; of sparse "
+        "attention only the pairs that were kept, and nothing for choosing, whose time counts in the total. A phase without FLOPs "
+        "has no rate", "higher", "rate",
     ),
     Metric("compute/<phase>/mfu", "0..1", "the same over `compute/peak_tflops`", "higher", "rate"),
     Metric("compute/tflops_per_gpu", "TFLOP/s", "of the total", "higher", "rate"),

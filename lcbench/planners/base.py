@@ -55,11 +55,13 @@ class Fleet:
         ranks: N.
         per_node: ranks of a node, which are adjacent; it divides N.
         capacity: tokens that a rank may have in a micro-batch, at most.
+        waits: whether activations of layers wait on ranks for backward, as of a training step that computes nothing again.
     """
 
     ranks: int
     per_node: int
     capacity: int
+    waits: bool = True
 
     def needed(self, tokens: int) -> int:
         """The fewest ranks whose capacity holds so many tokens."""

@@ -20,6 +20,9 @@ from lcbench.planners.packing import Seconds, best_fit_decreasing, in_order, lon
 
 TARGETS = 16  # times that ``spread`` tries for the batch
 WIDENED, WIDER = 32, 4  # assignments that it tries then, and sizes of a group among these
+NOTHING_WAITS = (
+    "planner.offload=true: this has no activations of layers that wait for backward; workload=batch_step with recompute=none has"
+)
 HALF = 0.5  # of a token: what is held of offloaded documents is rounded up to whole tokens
 
 
@@ -45,13 +48,13 @@ class BytescaleHDP(Planner):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"planner.{name}={value} is neither true nor false")
 
+    def unsupported(self, documents: Documents, fleet: Fleet) -> str | None:
+        return None if fleet.waits or not self.offload else NOTHING_WAITS
+
     def plan(self, documents: Documents, fleet: Fleet, cost: Cost, say: Say = lambda line: None) -> Assignment:
         sizes = np.array([size for size in cost.degrees if size <= fleet.ranks], dtype=np.int64)
         if self.offload and cost.offloads is None:
-            raise Infeasible(
-                "planner.offload=true: this has no activations of layers that wait for backward; workload=batch_step with "
-                "recompute=none has"
-            )
+            raise Infeasible(NOTHING_WAITS)
         fewest = _fewest(documents, fleet, cost, sizes, cost.offloads if self.offload else None)
         best: _Shared | None = None
         choices = _spread(documents, fleet, cost, sizes, fewest, say) if self.spread else [fewest]

@@ -25,7 +25,7 @@ class Trained:
         masked_logits: whether the head is computed only where a label is.
 
     Raises:
-        ValueError: layers that the model has not, an optimizer that there is not, or a share that is none.
+        ValueError: layers that the model has not, no tokens at once, an optimizer that there is not, or a share that is none.
     """
 
     model: Model
@@ -38,6 +38,8 @@ class Trained:
 
     def __post_init__(self) -> None:
         self.model.check_layers(self.layers)
+        if self.loss_chunk < 1:
+            raise ValueError(f"workload.loss_chunk={self.loss_chunk} is no whole number of at least 1")
         if not is_number(self.labelled) or not 0 < self.labelled <= 1:
             raise ValueError(f"workload.labelled={self.labelled} is no share of the tokens above 0 and up to 1, such as 0.25")
         if self.optimizer not in OPTIMIZERS:

@@ -69,6 +69,29 @@ def test_a_prediction_says_what_it_is_and_measures_nothing(tmp_path: Path, capsy
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("words", "advised"),
+    [
+        (["cp=star,apb", "direction=forward"], True),
+        (["workload=sparse_attention", "selector=oracle,sale", "kernel=naive", "cp=ring"], True),
+        (["cp=none"], False),
+        (["cp=ulysses", "heads=3x3x64"], False),
+    ],
+)
+def test_where_no_choice_may_win_there_is_a_sentence_and_no_empty_table(
+    words: list[str], advised: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swept = {word.partition("=")[0] for word in words}
+    problem = [word for word in PREDICT if word.partition("=")[0] not in swept]
+    assert main([*problem, *words, f"results={tmp_path}"]) == 1
+    printed = capsys.readouterr().out
+    assert "vs best" not in printed
+    assert "nothing to rank: " in printed
+    assert "no exact choice fits and can run" in printed
+    assert ("what only approximates is measured" in printed) == advised
+    assert ("no rival, as it approximates" in printed) == advised
+
+
 def test_a_fit_that_lcbench_has_of_the_machine_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

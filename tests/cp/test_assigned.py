@@ -161,6 +161,11 @@ def _near(case: str, tokens: Ints, found: list[torch.Tensor], expected: list[tor
         assert float((total - expected[-1]).abs().max()) < BOUND, f"{case}: dsink"
 
 
+def test_each_strategy_inside_is_named_once() -> None:
+    with pytest.raises(ValueError, match=r"cp\.within=\['ring', 'ring'\] names a strategy twice"):
+        Hybrid(within=["ring", "ring"])
+
+
 def test_what_cannot_run_is_said_with_its_place(tmp_path: Path) -> None:
     mask = causal_document(sum(LENGTHS), seed=(0, 0), lengths=Explicit([*LENGTHS]))
     bounds, _ = documents(mask)

@@ -220,6 +220,8 @@ def test_a_workload_says_what_it_cannot_run(own: list[str]) -> None:
         ([*STEPS, "model.hidden=wide"], "model.hidden=wide is not one of a whole number"),
         ([*STEPS, "model.width=3"], "model=tiny has no option 'width'"),
         ([*STEPS, "workload.model=tiny"], "workload=steps has no option 'model'"),
+        (["workload=block", "model=tiny", "workload.loss_chunk=0"], "workload.loss_chunk=0 is no whole number of at least 1"),
+        (["workload=batch_step", "model=tiny", "workload.loss_chunk=-4"], "workload.loss_chunk=-4 is no whole"),
         (["workload=block", "model=tiny", "workload.optimizer=sgd"], "workload.optimizer=sgd is none of none, adamw"),
         (["mesh.tp=0"], "mesh.tp=0 is no whole number of at least 1"),
         (["mesh.dp=two"], "mesh.dp=two is no whole number of at least 1"),

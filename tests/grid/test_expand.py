@@ -145,7 +145,7 @@ def test_experiment_sweeps_and_the_command_line_overrides_an_axis() -> None:
         (["mask=sliding_window", "mask.left=-1"], ["mask.left=-1", "token count"]),
         (["mask=document", "lengths=webtext"], ["lengths=webtext", "web_text", "did you mean web_text?"]),
         (["mask=document", "lengths=uniform", "lengths.low=9k"], ["lengths.low=9216 is above lengths.high=8192"]),
-        (["mask=document", "lengths=explicit"], ["lengths=explicit needs lengths.values"]),
+        (["mask=document", "lengths=explicit"], ["lengths=explicit needs lengths.values", "for example lengths.values=[4k,4k]"]),
         (["mask=document", "mask.samples=0"], ["mask.samples=0", "at least 1"]),
         (["measure.blocks=0"], ["measure.blocks=0", "at least 1"]),
         (["mask=causal", "+mask.samples=2"], ["mask=causal", "draws nothing"]),

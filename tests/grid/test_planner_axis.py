@@ -41,6 +41,17 @@ def test_its_options_are_a_part_of_the_cell_and_of_what_is_built(name: str) -> N
     assert {key for key in cell.config["planner"] if key not in ("name", "_target_")} <= set(load("planner", name))
 
 
+@pytest.mark.parametrize("words", [["workload=batch"], ["workload=batch_step", "recompute=full"]])
+def test_a_planner_cannot_offload_where_nothing_waits(words: list[str]) -> None:
+    batch = [word for word in BASE if not word.startswith("heads=")]
+    offloads, model = ["planner=bytescale_hdp", "planner.offload=true"], ["model=tiny", "heads=4x2x16"]
+    (found,) = look([*batch, *words, *offloads, *(model if "batch_step" in words[0] else ["heads=4x2x16"])]).cells
+    assert found.skip is not None
+    assert found.skip.startswith("planner bytescale_hdp: planner.offload=true")
+    (taken,) = look([*batch, *model, "workload=batch_step", *offloads]).cells
+    assert taken.skip is None
+
+
 def test_other_workloads_have_none() -> None:
     (cell,) = (each.cell for each in look(BASE).cells)
     assert "planner" not in cell.config

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lcbench.grid.cell import Cell
-from lcbench.grid.values import parse_dtype, parse_heads, parse_scale, parse_tokens
+from lcbench.grid.values import parse_dtype, parse_heads, parse_option, parse_scale, parse_tokens
 from lcbench.problem import Heads, Scale, format_tokens
 
 
@@ -34,6 +34,21 @@ def test_scale_heads_and_dtype() -> None:
     ):
         with pytest.raises(ValueError, match=str(text)):
             parse(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (tuple[str, ...] | list[str] | None, "a list of names, such as [a,b], null"),
+        (list[int], "a list of whole numbers"),
+        (tuple[float, ...], "a list of numbers"),
+        (int | None, "a whole number, null"),
+    ],
+)
+def test_what_an_option_takes_is_said_as_it_is(kind: object, words: str) -> None:
+    with pytest.raises(ValueError, match=r"cp\.x=ring") as caught:
+        parse_option("ring", "cp.x", kind)
+    assert str(caught.value) == f"cp.x=ring is not one of {words}"
 
 
 def test_cell_id_depends_on_the_config_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -152,6 +153,30 @@ def test_a_problem_that_it_does_not_have_is_refused_with_the_reason(captured: st
     assert "latent" in str(one.unsupported(problem(heads=Heads(4, 1, 16, 8, latent=True))))
     assert "2 groups" in str(one.misfit(Mesh(tp=2)))
     assert one.misfit(Mesh()) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "number"), [("q", math.nan), ("k", math.inf), ("v", -math.inf)])
+def test_what_is_no_number_is_found_before_anything_runs(
+    tmp_path: Path, dtype: torch.dtype, name: str, number: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TOGETHER", 64)
+    tensors = layer(0, dtype=dtype)
+    tensors[f"layers.0.{name}"][130, 1, 7] = number
+    one = File(saved(tmp_path / "wrong.safetensors", tensors, layer(1)))
+    assert f"layers.0.{name} of the file has {number:g} at token 130 of head 1" in str(one.unsupported(problem()))
+    assert one.unsupported(problem(130)) is None
+    assert File(one.file, 1).unsupported(problem()) is None
+
+
+def test_what_the_type_of_a_cell_does_not_hold_is_refused(tmp_path: Path) -> None:
+    tensors = {name: x.clamp(-9, 9) for name, x in layer(0, dtype=torch.float64).items()}
+    tensors["layers.0.k"][3, 0, 0] = -1e6
+    one = File(saved(tmp_path / "large.safetensors", tensors))
+    assert "has -1e+06 at token 3 of head 0, which is no number of dtype=float16" in str(one.unsupported(problem(dtype="float16")))
+    assert [one.unsupported(problem(dtype=dtype)) for dtype in ("bfloat16", "float32", "float64")] == [None] * 3
+    for dtype, most in module.MOST.items():
+        assert most == torch.finfo(getattr(torch, dtype)).max
 
 
 def test_a_plan_reads_headers_without_torch(captured: str) -> None:
