@@ -8,7 +8,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
+from lcbench.redact import redacted
+from lcbench.report.ending import BAD_INPUT
 from lcbench.report.inert import printable
 from lcbench.runs.files import Unreadable
 from lcbench.runs.manifest import Entry
@@ -20,10 +23,32 @@ LAST = "last"  # the newest sweep
 MANY = 12  # sweeps that an error names
 
 
-def command_parser(name: str, description: str | None, examples: str) -> argparse.ArgumentParser:
+class CommandParser(argparse.ArgumentParser):
+    """Takes options before, between and behind other words; what it does not take is one line, and exit code 2."""
+
+    def parse_args(  # type: ignore[override]  # without the overloads for a namespace of one's own
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        options, rest = self.parse_known_intermixed_args(args, namespace)
+        if rest:
+            word = next((word for word in rest if word.startswith("-")), rest[0])
+            self.error(f"{word!r} is no argument of this command{self._meant(word)}")
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"error: {printable(redacted(message))}; {self.prog} --help says more\n")
+
+    def _meant(self, word: str) -> str:
+        """What somebody meant who wrote an option as an override, or misspelt it."""
+        name, sign, value = word.lstrip("-").partition("=")
+        near = get_close_matches(f"--{name}", self._option_string_actions, n=1, cutoff=0.75)
+        return f" (did you mean {near[0]}{f' {value}' if sign else ''}?)" if near else ""
+
+
+def command_parser(name: str, description: str | None, examples: str) -> CommandParser:
     """The parser of ``python -m lcbench.<name>``; its help ends with examples, one per line."""
     lines = "\n".join(f"  {line}" for line in examples.strip().splitlines())
-    return argparse.ArgumentParser(
+    return CommandParser(
         prog=f"python -m lcbench.{name}", description=description, epilog=f"examples:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

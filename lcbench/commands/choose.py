@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max-gib", metavar="GIB", help="find the smallest scale where a GPU needs no more memory")
     parser.add_argument("--break-even", action="store_true", help="from which length on each strategy beats none, and the next")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw time, memory and GPUs of all scales, as PNG and PDF")
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_args(arguments)
     with bad_input():
         limits = _limits(options)
         asked = _asked(options)

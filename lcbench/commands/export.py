@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
         "--config-dir", type=Path, action="append", default=[], metavar="FOLDER", help="files of your own, as for a sweep"
     )
     add_results_argument(parser)
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_args(arguments)
     with bad_input():
         checked = framework(options.framework).CHECKED
         cell = _cell(options)

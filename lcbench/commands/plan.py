@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     parser = command_parser("plan", __doc__, EXAMPLES)
     add_plan_arguments(parser, "model=... nodes=... seqlen=..., and machine=..., global_batch=..., memory_gib=...")
     parser.add_argument("--fit", type=Path, metavar="FILE", help="of python -m lcbench.fit; without it predictions are guesses")
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_args(arguments)
     with bad_input():
         own, grid = _read(options.overrides, options.config_dir)
         output = str(grid.options["output"])

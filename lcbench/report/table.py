@@ -72,6 +72,7 @@ def _row(cell_id: str, record: Record, label: str) -> dict[str, Any]:
     attempt, failure = record.known, record.failure
     metrics, config = attempt.metrics if attempt else {}, record.entry.cell.config
     errors = [metrics[f"check/{name}_error"] for name in CHECKED if f"check/{name}_error" in metrics]
+    choosing = [metrics[key] for key in ("time/select/median_s", "time/plan/median_s") if key in metrics]
     return {
         "cell": cell_id,
         "label": label,
@@ -87,6 +88,7 @@ def _row(cell_id: str, record: Record, label: str) -> dict[str, Any]:
         "model_step_s": metrics.get("model/step_s"),
         "batch_tokens_per_s": metrics.get("batch/tokens_per_s"),
         "idle_share": metrics.get("batch/idle_share"),
+        "choosing_s": sum(choosing) if choosing else None,
         "recompute": value_of(config, "recompute") if "model" in config.get("workload", {}) else None,
         "peak_bytes": metrics.get("memory/peak_bytes"),
         "noise": metrics.get("time/noise"),
@@ -178,7 +180,8 @@ def _versus(ratio: float) -> str:
 @dataclass(frozen=True)
 class _Form:
     """The columns of a table of cells, each number in one unit, that of its largest value. ``steps``: whether there are training
-    steps, and ``batches``: batches of documents, whose whole time and tokens tell most.
+    steps, ``batches``: batches of documents, whose whole time and tokens tell most, and ``choosing``: masks that are chosen, which
+    takes a share of the time that cells are ranked by.
     """
 
     columns: list[Column]
@@ -188,6 +191,7 @@ class _Form:
     foretold: bool
     steps: bool
     batches: bool
+    choosing: bool
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], *, ranked: bool) -> _Form:
@@ -201,6 +205,8 @@ class _Form:
         batches = any(row["batch_tokens_per_s"] is not None for row in rows)
         whole += [] if steps or not batches else [Column("makespan\nms", right=True)]
         whole += [Column("tokens/s\nof all", right=True), Column("idle", right=True)] if batches else []
+        choosing = any(row["choosing_s"] is not None for row in rows)
+        whole += [Column("select,\nplan ms", right=True)] if choosing else []
         phase, mfu, peak = (5, 0, 0) if steps else (0, 4, 2)
         numbers = [
             *whole, Column("fwd ms", phase, right=True), Column("bwd ms", phase, right=True), Column("noise", noise, right=True),
@@ -211,7 +217,7 @@ class _Form:
         foretold = any(row["band"] is not None for row in rows)
         band = [Column("95 % band", right=True)] if foretold else []
         columns = [Column("status"), Column("cell"), Column("what", folds=True, wanted=WHAT), *versus, *band, *numbers]
-        return cls(columns, rate, size, ranked, foretold, steps, batches)
+        return cls(columns, rate, size, ranked, foretold, steps, batches, choosing)
 
     def numbers(self, row: Mapping[str, Any], versus: str) -> list[str]:
         """What of a row stands behind what the cell is."""
@@ -221,6 +227,7 @@ class _Form:
         shown = [
             *((makespan, digits(row["tokens_per_s_per_gpu"])) if self.steps else (makespan,) if self.batches else ()),
             *((digits(row["batch_tokens_per_s"]), percent(row["idle_share"], 0)) if self.batches else ()),
+            *(digits(s if s is None else 1e3 * s) for s in ((row["choosing_s"],) if self.choosing else ())),
             *(digits(s if s is None else 1e3 * s) for s in (row["forward_s"], row["backward_s"])), percent(row["noise"]),
             self.rate.of(row["tflops_per_gpu"], named=False), percent(row["mfu"]), self.size.of(row["peak_bytes"], named=False),
             errors,

@@ -89,6 +89,7 @@ def test_the_page_says_it_without_scripts(page: Path) -> None:
     section = section[: section.index("</section>")]
     assert section.count("<figure ") == 4, "two scales over length, two numbers of tokens over GPUs"
     assert section.count('<svg role="img" aria-label="') == section.count("<svg ") == 8
+    assert "of linear attention those of its recurrence" in text, "what a rate counts"
     assert "#010203" not in section, "text is that of the page, light or dark"
     assert re.search(r"is fastest, [\d.]+M tokens/s per GPU", re.sub("<.*?>", "", section))
     assert not re.search(r"\de\+\d", re.sub(r"<(script|style).*?</\1>|<.*?>", "", text, flags=re.DOTALL)), "no exponent"

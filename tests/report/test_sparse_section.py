@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 import re
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from lcbench.grid.devices import known_devices
+from lcbench.report.amounts import digits
 from lcbench.report.figures import all_figures
 from lcbench.report.frame import ranked, reported
 from lcbench.report.page import write_report
 from lcbench.report.parts import shown
 from lcbench.report.sparse import answers, asked, contests, seconds_of, selections, sparse_rows, table
 from lcbench.report.sparse_figures import figures_of
+from lcbench.report.table import cells_table, to_rows
 from lcbench.report.winners import winners
 from lcbench.runs.store import Sweep
 from lcbench.runs.tracking.dashboard import cell_views
@@ -33,6 +37,17 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
 @pytest.fixture(scope="module")
 def frame(sweep: Sweep) -> pd.DataFrame:
     return reported(sweep)
+
+
+def test_the_table_of_a_sweep_has_choosing_beside_what_is_computed(sweep: Sweep) -> None:
+    seen, lines = sweep.look(), StringIO()
+    Console(width=400, file=lines).print(cells_table(seen, "sparse"))
+    assert "select," in lines.getvalue()
+    rows = [row for row in to_rows(seen) if row["choosing_s"] is not None]
+    assert rows
+    for row in rows:
+        assert row["choosing_s"] == pytest.approx(0.15 * row["total_s"])
+        assert digits(1e3 * row["choosing_s"]) in lines.getvalue()
 
 
 def drawn(frame: pd.DataFrame, kind: str) -> Any:
