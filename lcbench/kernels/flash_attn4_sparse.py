@@ -66,7 +66,10 @@ class FlashAttn4Sparse(Kernel):
 
 def _other_blocks(mask: Mask) -> str | None:
     if isinstance(mask, BlockMap) and not uniform_blocks(mask, BLOCK):
-        return f"flash-attn-4 takes uniform blocks of {BLOCK} tokens (mask.block_size={BLOCK} mask.sizes=uniform)"
+        return (
+            f"flash-attn-4 takes uniform blocks of {BLOCK} tokens (mask.block_size={BLOCK} mask.sizes=uniform, or of a selector "
+            f"selector.q_block={BLOCK} selector.k_block={BLOCK})"
+        )
     return cut_blocks(mask, "flash-attn-4 with blocks")
 
 

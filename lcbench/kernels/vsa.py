@@ -79,7 +79,10 @@ def _refused(mask: Mask, heads: Heads) -> str | None:
     if heads.q != heads.kv:
         return f"VSA takes as many key/value as query heads, not {heads.q} and {heads.kv}"
     if isinstance(mask, BlockMap) and (not uniform_blocks(mask, BLOCK) or mask.num_q % BLOCK or mask.num_k % BLOCK):
-        return f"VSA takes uniform blocks of {BLOCK} tokens that divide the sequence (mask.block_size={BLOCK} mask.sizes=uniform)"
+        return (
+            f"VSA takes uniform blocks of {BLOCK} tokens that divide the sequence (mask.block_size={BLOCK} mask.sizes=uniform, "
+            f"or of a selector selector.q_block={BLOCK} selector.k_block={BLOCK})"
+        )
     return cut_blocks(mask, "VSA")
 
 

@@ -205,7 +205,9 @@ def test_sparse_library_runs_its_blocks(name: str, block: int, heads: Heads, mon
         assert kernel.unsupported(problem_of(heads), mask) is None
         check_adapter(kernel, [mask], heads, heads.dim**-0.5)
     other = block_random(4 * block, heads=heads, seed=(1, 0), density=0.4, block_size=block // 2, sizes="uniform", per="q_head")
-    assert f"takes uniform blocks of {block} tokens" in str(kernel.unsupported(problem_of(heads), other))
+    refused = str(kernel.unsupported(problem_of(heads), other))
+    assert f"takes uniform blocks of {block} tokens" in refused
+    assert f"selector.q_block={block} selector.k_block={block}" in refused
     with pytest.raises(Unsupported, match="uniform blocks"):
         prepare(kernel, other, heads, torch.float64, CPU)
 
