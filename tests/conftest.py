@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import os
 import readline  # noqa: F401  # pytest's debugger would load it later
 import signal
@@ -85,26 +84,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     for line in too_slow:
         terminalreporter.write_line(line, yellow=True)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _composed_once() -> Iterator[None]:
-    """Of lcbench's own files, Hydra composes the same lines once for all tests: it takes longer than they do."""
-    from lcbench.grid import command_line, expand
-
-    compose, made = expand.compose, dict[tuple[str, ...], dict[str, Any]]()
-
-    def once(lines: list[str], loader: Any) -> dict[str, Any]:
-        # What lies in a folder of a test's own, and what a line looks up, may be another thing the next time.
-        if loader is not command_line.loader_of(None) or any("${" in line for line in lines):
-            return compose(lines, loader)
-        if (key := tuple(lines)) not in made:
-            made[key] = compose(lines, loader)
-        return copy.deepcopy(made[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expand, "compose", once)
-        yield
 
 
 @pytest.fixture(scope="module")
