@@ -12,6 +12,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import pickle
 import re
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -27,6 +29,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from lcbench.grid import build, overrides, values
 from lcbench.grid import site as sites
@@ -50,6 +53,9 @@ CHOSEN = ("site", "experiment", "machine", "search", "trace")
 LENGTHS = {"seqlen", *(name for name, way in OTHER_WAYS.items() if way == "seqlen")}
 
 _STARTED = time.localtime()
+# What ``compose`` has made, pickled, by what it was asked, and with the variables of the environment that interpolations wanted.
+_composed: dict[tuple[tuple[str, ...], ConfigLoaderImpl], list[tuple[dict[str, str | None], bytes]]] = {}
+_asked: dict[str, str | None] = {}
 
 
 class ReachesOut(ValueError):
@@ -64,6 +70,12 @@ def _hydra(key: str) -> None:
     raise ValueError(f"${{hydra:{key}}} has no value in a plan; write it out, or use ${{now:%Y-%m-%d}} or ${{oc.env:NAME}}")
 
 
+def _environment(name: str, *default: Any) -> Any:
+    _asked[name] = os.environ.get(name)
+    return oc.env(name, *default)
+
+
+OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 # For site files: paths that do not depend on where the command was typed.
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 OmegaConf.register_new_resolver("another_axis", _another_axis, replace=True)
@@ -282,6 +294,20 @@ def compose(lines: list[str], loader: ConfigLoaderImpl) -> dict[str, Any]:
     Raises:
         ValueError: what Hydra refuses, and an interpolation into an axis from outside of it.
     """
+    # Hydra takes a tenth of a second, its files are read once, and plans ask for the same again and again.
+    kept = _composed.setdefault((tuple(lines), loader), [])
+    made = next((made for asked, made in kept if asked == {name: os.environ.get(name) for name in asked}), None)
+    if made is None:
+        _asked.clear()
+        made = pickle.dumps(_compose(lines, loader))
+        kept.append((dict(_asked), made))
+    plain: dict[str, Any] = pickle.loads(made)
+    plain["site"] = OmegaConf.create(plain["site"])
+    return plain
+
+
+def _compose(lines: list[str], loader: ConfigLoaderImpl) -> dict[str, Any]:
+    """Of ``compose``, whose site is plain as well."""
     try:
         config = loader.load_configuration(CONFIG, lines, run_mode=RunMode.RUN)
         assert isinstance(config, DictConfig)
@@ -291,7 +317,6 @@ def compose(lines: list[str], loader: ConfigLoaderImpl) -> dict[str, Any]:
         OmegaConf.set_struct(config, False)
         del config["hydra"]
         plain: dict[str, Any] = {str(k): _plain_value(config, str(k), lines) for k in config}
-        plain["site"] = OmegaConf.create(plain["site"])
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_one_line(error)) from error
     plain["hydra"] = {"params": params, "choices": choices}

@@ -84,6 +84,7 @@ def test_an_installed_lcbench_measures_and_writes_where_it_was_typed(lcbench: Co
     assert done.returncode == 0, done.stderr
     assert [cell["status"] for cell in json.loads(done.stdout)["cells"]] == ["ok"]
     assert {path.name for path in tmp_path.iterdir()} == {"results", ".mlflow"}
+    assert " INFO " not in done.stderr  # of a database that MLflow makes
     # The charts are served by a command that there is: a Makefile belongs to a checkout.
     (dashboard,) = [line for line in done.stderr.splitlines() if line.startswith("dashboard:")]
     assert f"mlflow server --backend-store-uri sqlite:///{tmp_path}/.mlflow/mlflow.db" in dashboard

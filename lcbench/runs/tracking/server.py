@@ -71,6 +71,9 @@ def _client(address: str) -> MlflowClient:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without what MLflow and its libraries log: what is wrong is said in one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mlflow  # noqa: F401  # which sets the levels of its loggers
     loggers = {logging.getLogger(name): logging.getLogger(name).level for name in NOISY}
     for name in loggers:
         name.setLevel(logging.CRITICAL)
