@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,12 @@ WITHIN = {"chosen_causal": "causal", "chosen_document": "causal_document", "chos
 
 def load(group: str, name: str) -> dict[str, Any]:
     """The YAML of an axis value as plain values."""
-    config = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+    return deepcopy(_read(CONF / group / f"{name}.yaml"))
+
+
+@cache  # tests ask for the same few again and again
+def _read(path: Path) -> dict[str, Any]:
+    config = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(config, dict)
     return {str(k): v for k, v in config.items()}
 
