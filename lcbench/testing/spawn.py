@@ -23,6 +23,8 @@ PRELOAD = [
     "lcbench.testing.spawn",
     "torch.fx.experimental.symbolic_shapes",
 ]
+# Modules of tests import these too, and each rank imports the module that its function is in.
+OF_TESTS = ("lcbench", "hypothesis", "pytest")
 
 STARTED = "lcbench.testing.run_ranks"
 
@@ -33,8 +35,14 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> None
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload(PRELOAD)
+    multiprocessing.set_forkserver_preload(preload())
     start_processes(_rank, (world_size, port, function, args), nprocs=world_size, join=True, start_method="forkserver")
+
+
+def preload() -> list[str]:
+    """``PRELOAD``, and what the caller has imported of ``OF_TESTS``: the first call starts the process that all ranks come from."""
+    loaded = [name for name in sys.modules if name in OF_TESTS or name.startswith("lcbench.")]
+    return [*PRELOAD, *loaded]
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
