@@ -63,12 +63,9 @@ class PreparedTritonDelta(ByTriton):
     """The rule ``gated_delta_rule`` for heads."""
 
     def _sizes(self, x: Tokens, *, tall: bool = False) -> dict[str, Any]:
-        """Columns of the largest keys are few, so that registers hold them. Without tensor cores a thread holds rows and columns of
-        a product whole, so that fewer of both fit."""
-        sizes = super()._sizes(x, tall=tall)
-        if x.q.dtype == accumulation_dtype(x.q.dtype):
-            return sizes | {"COLUMNS": 16, "DIMS": 16}
-        return sizes | ({"COLUMNS": 16} if sizes["PAD"] > 128 else {})
+        """Without tensor cores a thread holds rows and columns of a product whole, so that fewer fit."""
+        few = {"COLUMNS": 16, "DIMS": 16} if x.q.dtype == accumulation_dtype(x.q.dtype) else {}
+        return super()._sizes(x, tall=tall) | few
 
     def summary(self, x: Tokens) -> Summary:
         x = whole(x)
