@@ -63,9 +63,12 @@ class PreparedTritonDelta(ByTriton):
     """The rule ``gated_delta_rule`` for heads."""
 
     def _sizes(self, x: Tokens, *, tall: bool = False) -> dict[str, Any]:
-        """Without tensor cores a thread holds rows and columns of a product whole, so that fewer fit."""
-        few = {"COLUMNS": 16, "DIMS": 16} if x.q.dtype == accumulation_dtype(x.q.dtype) else {}
-        return super()._sizes(x, tall=tall) | few
+        """A program has few columns, since its registers hold more than one sum of them; without tensor cores a thread holds rows
+        and columns of a product whole, so that fewer of both fit."""
+        sizes = super()._sizes(x, tall=tall)
+        if x.q.dtype == accumulation_dtype(x.q.dtype):
+            return sizes | {"COLUMNS": 16, "DIMS": 16}
+        return sizes | {"COLUMNS": min(sizes["COLUMNS"], 32 if sizes["PAD"] <= 128 else 16)}
 
     def summary(self, x: Tokens) -> Summary:
         x = whole(x)
@@ -107,6 +110,7 @@ class PreparedTritonDelta(ByTriton):
         grads = Tokens(*(torch.empty_like(part) for part in x))  # type: ignore[arg-type]
         if not len(x.q):
             return grads, dend
+        dbeta = torch.empty_like(x.beta)
         tokens, chunks, sizes, wide = len(x.q), chunks_of(x), self._sizes(x, tall=True), begin.dtype
         states, u = begin.new_empty(chunks + 1, *begin.shape), torch.empty_like(local.inside.values)
         states[-1] = self._states(x, local.inside, begin, states, u)
@@ -117,8 +121,8 @@ class PreparedTritonDelta(ByTriton):
         dpairs, dinside = torch.empty_like(local.pairs, dtype=wide), torch.empty_like(local.inside.inverse)
         keys = triton.cdiv(heads.dim, sizes["DIMS"])
         delta_dv_kernel[chunks, heads.kv](
-            x.k, x.v, x.decay, x.beta, local.inside.inverse, states, u, du, dinside, dv, grads.beta,
-            *strides(x.k, x.v, x.decay, x.beta, u, grads.beta), tokens, **sizes,
+            x.k, x.v, x.decay, x.beta, local.inside.inverse, states, u, du, dinside, dv, dbeta,
+            *strides(x.k, x.v, x.decay, x.beta, u, dbeta), tokens, **sizes,
         )  # fmt: skip
         dpairs_kernel[chunks, heads.q](u, dout, dpairs, *strides(u, dout), tokens, **self._sizes(x))
         delta_dq_kernel[chunks, heads.q, keys](
@@ -131,7 +135,7 @@ class PreparedTritonDelta(ByTriton):
         delta_ddecay_kernel[chunks, heads.kv](
             x.q, x.v, dq, dv, states, dends, grads.decay, *strides(x.q, x.v, dq, dv, grads.decay), tokens, **sizes
         )
-        return grads._replace(q=dq.to(x.q.dtype), v=dv.to(x.v.dtype)), dbegin
+        return Tokens(dq.to(x.q.dtype), grads.k, dv.to(x.v.dtype), grads.decay, dbeta), dbegin
 
     def _inside(self, x: Tokens) -> Inside:
         assert x.beta is not None
@@ -362,17 +366,19 @@ def delta_dstates_kernel(
         if KEPT:
             tl.store(dends + chunk * kvs * D * V + place, dstate, mask=inside)
         token = chunk * 64 + row
-        gone = _gone(decay, token, tokens, head * a_h, a_t)
-        keys = (load_rows(k, token, head * k_h, tokens, d, D, k_t).to(SUM) * gone[:, None]).to(k.dtype.element_ty)
+        # Decays are applied to the smaller tiles: keys and queries are read as they are.
+        keys = load_rows(k, token, head * k_h, tokens, d, D, k_t)
         du = tl.dot(keys, dstate.to(k.dtype.element_ty), input_precision="ieee", out_dtype=SUM)
+        du *= _gone(decay, token, tokens, head * a_h, a_t)[:, None]
         dstate *= tl.exp(tl.sum(_numbers(decay, token, head * a_h, tokens, a_t), 0))
         left = _left(decay, token, tokens, head * a_h, a_t) * scale
         for each in range(GROUP):
             query = head * GROUP + each
-            queries = (load_rows(q, token, query * q_h, tokens, d, D, q_t).to(SUM) * left[:, None]).to(k.dtype.element_ty)
+            queries = load_rows(q, token, query * q_h, tokens, d, D, q_t)
             douts = load_rows(dout, token, query * o_h, tokens, column, V, o_t)
             own = tl.load(pairs + ((chunk * HEADS + query) * 64 + row)[:, None] * 64 + row[None, :])
             du = tl.dot(tl.trans(own), douts, du, input_precision="ieee", out_dtype=SUM)
+            douts = (douts.to(SUM) * left[:, None]).to(k.dtype.element_ty)
             dstate = tl.dot(tl.trans(queries), douts, dstate, input_precision="ieee", out_dtype=SUM)
         du = du.to(k.dtype.element_ty)
         if KEPT:
