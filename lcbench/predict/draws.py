@@ -17,6 +17,7 @@ from lcbench.problem import Problem
 from lcbench.schedule.lowering import OPERATIONS, Operation
 from lcbench.schedule.machine import Floats, Machine
 from lcbench.schedule.simulate import Prepared, prepare
+from lcbench.selectors import foreseen
 from lcbench.workloads.base import Attended
 
 DRAWS = 4  # of a mask that are looked at, at most
@@ -37,7 +38,12 @@ def unforeseen(cell: Cell) -> str | None:
     if isinstance(strategy, Scheduled) and strategy.apart:
         option = f"cp={cell.words['cp']}"
         return f"{option} exchanges q, k and v one by one while a layer projects them, which is not simulated yet"
-    return None if workload is None else build.build_workload(workload).unforeseen()
+    if workload is None:
+        return None
+    if reason := build.build_workload(workload).unforeseen():
+        return reason
+    selector = build.build_selector(cell.config)
+    return None if selector is None else foreseen.unforeseen(selector, cell.problem)
 
 
 @dataclass(frozen=True)
@@ -82,18 +88,11 @@ def draws_of(cell: Cell, machine: Machine) -> Iterator[Draw]:
 
 
 def _attended(cell: Cell, mask: Mask) -> list[Attended]:
-    """What passes of a cell's attention are of.
-
-    Raises:
-        CannotPredict: nobody knows before.
-    """
+    """What passes of a cell's attention are of."""
     said = cell.config.get("workload")
     if said is None:
         return [(cell.problem, mask, 1.0)]
-    try:
-        return build.build_workload(said).attends(cell.problem, mask, build.build_selector(cell.config))
-    except ValueError as error:
-        raise CannotPredict(str(error)) from error
+    return build.build_workload(said).attends(cell.problem, mask, build.build_selector(cell.config))
 
 
 def _prepared(cell: Cell, machine: Machine, strategy: Strategy, problem: Problem, mask: Mask) -> Prepared:

@@ -15,12 +15,20 @@ from lcbench.problem import Problem
 from lcbench.selectors.base import Rows, Selector, block_edges
 
 
-def foreseen(selector: Selector, problem: Problem, mask: BandMask) -> BlockMap:
-    """A map as a selector may choose it within a mask, by head.
+def unforeseen(selector: Selector, problem: Problem) -> str | None:
+    """Why nobody knows before what a selector leaves, or what it takes; None: that is known."""
+    if selector.dense:
+        return None
+    one = Rows(0, np.empty((1, 0)), np.ones(1, dtype=np.int64), BandMask.of(1, 1, []))  # type: ignore[arg-type]
+    if selector.asked(one, np.array([0, 1])) is None:
+        return f"how many blocks {type(selector).__name__} keeps with these options depends on queries and keys"
+    if selector.work(problem, 0.0) is None:
+        return f"{type(selector).__name__} does not say what choosing takes (Selector.work), so nobody predicts it"
+    return None
 
-    Raises:
-        ValueError: how much it keeps depends on queries and keys.
-    """
+
+def foreseen(selector: Selector, problem: Problem, mask: BandMask) -> BlockMap:
+    """A map as a selector may choose it within a mask, by head; of one that is not ``unforeseen``."""
     edges = block_edges(problem.queries, selector.q_block), block_edges(problem.seqlen, selector.k_block)
     pairs = np.zeros((len(edges[0]) - 1, len(edges[1]) - 1), dtype=np.int64)
     row, column, found = block_areas(mask, *edges)
@@ -29,8 +37,7 @@ def foreseen(selector: Selector, problem: Problem, mask: BandMask) -> BlockMap:
     for number, of_row in enumerate(pairs):
         begin, end = edges[0][number : number + 2].tolist()
         asked = selector.asked(Rows(number, np.empty((end - begin, 0)), of_row, mask), edges[1])  # type: ignore[arg-type]
-        if asked is None:
-            raise ValueError(f"how many blocks {type(selector).__name__} keeps with these options depends on queries and keys")
+        assert asked is not None
         counts.append(asked[0])
         always.append(asked[1])
     maps = [_drawn(number, pairs > 0, np.stack(always), np.array(counts)) for number in range(selector.maps(problem.heads))]

@@ -70,9 +70,6 @@ class Workload(Protocol):
 
         Args:
             selector: who chooses the keys; None: nobody does.
-
-        Raises:
-            ValueError: nobody knows before, and why.
         """
         return [(problem, mask, 1.0)]
 

@@ -66,11 +66,7 @@ class SparseAttention(Workload):
         """The mask that the selector would leave: what density it is asked for is known, the places are drawn."""
         assert selector is not None
         assert isinstance(mask, BandMask)
-        if selector.dense:
-            return [(problem, mask, 1.0)]
-        if selector.work(problem, 0.0) is None:
-            raise ValueError(f"{type(selector).__name__} does not say what choosing takes (Selector.work), so nobody predicts it")
-        return [(problem, foreseen(selector, problem, mask), 1.0)]
+        return [(problem, mask if selector.dense else foreseen(selector, problem, mask), 1.0)]
 
     def made(self, share: Share, recompute: Any) -> Made:
         selector, problem, passes = share.selector, share.problem, attention_alone(share)
