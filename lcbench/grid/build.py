@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache, lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -194,7 +194,9 @@ def _build_taken(name: str, config: dict[str, Any]) -> Any:
 def made_of(config: dict[str, Any], share: Share) -> Made:
     """What a cell is made of on a rank with a share of it, by the whole cell's config; the default workload need not be loaded."""
     said = config.get("workload")
-    return attention_alone(share) if said is None else build_workload(said).made(share, build_recompute(config))
+    if said is None:
+        return attention_alone(share)
+    return build_workload(said).made(replace(share, selector=build_selector(config)), build_recompute(config))
 
 
 def input_bytes(cell: Cell) -> float:

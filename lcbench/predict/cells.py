@@ -73,12 +73,14 @@ def cell_peaks(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machin
 
 
 def group_of(cell: Cell) -> str:
-    """What a cell's time is left out of a fit with: cells of its mask; of another workload than the default, of its strategy and
-    recomputation too, since a step's mask says little of it; with a cache, of its batch, which says most of what is computed."""
+    """What a cell's time is left out of a fit with: cells of its mask; of another workload than the default, of its strategy,
+    recomputation and selector too, since a step's mask says little of it; with a cache, of its batch, which says most of what is
+    computed."""
     words = cell.words
     if cell.problem.rectangular:
         return f"{words['mask']} {cell.batch}"
-    return " ".join(words[axis] for axis in ("cp", "mask", "recompute") if axis in words) if "workload" in words else words["mask"]
+    axes = ("cp", "mask", "recompute", "selector") if "workload" in words else ("mask",)
+    return " ".join(words[axis] for axis in axes if axis in words)
 
 
 def _good(results: Iterable[tuple[Cell, Sequence[Result]]], machine: Machine, source: str) -> list[tuple[Cell, list[Result]]]:

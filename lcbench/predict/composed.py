@@ -19,12 +19,14 @@ from lcbench.grid.cell import Cell
 from lcbench.kernels.base import Kernel, Platform
 from lcbench.kernels.cache import CacheKind, ReadsCache, unread
 from lcbench.masks.band import Ints
+from lcbench.masks.block import BlockMap
 from lcbench.measure.flops import pass_flops
 from lcbench.predict.draws import draws_of
 from lcbench.predict.fitted import DenseFit, KernelFit
 from lcbench.predict.machines import platform_of
 from lcbench.problem import Mesh, Problem, Scale
 from lcbench.schedule.machine import Machine
+from lcbench.schedule.schedule import MoveColumn
 from lcbench.schedule.simulate import COPIED, Groups, Holding, Phase, Prepared, Simulated, holdings, play
 from lcbench.workloads.parts import Attend, Compute, Copied, Exchange, Made, Part, Share, ToHost
 
@@ -73,12 +75,14 @@ class Composed:
 
     Attributes:
         pairs: of each draw, over all query heads of all groups.
+        shares: of all passes of the attention, by draw.
         memory: whether what is kept between ranks is worked out, which takes longer than the play.
     """
 
     cell: Cell
     draws: tuple[Prepared, ...]
     pairs: tuple[float, ...]
+    shares: tuple[float, ...]
     platform: Platform
     memory: bool = True
 
@@ -87,8 +91,9 @@ class Composed:
         """Raises:
         CannotPredict: nothing is known of how the strategy works, or it cannot run the cell.
         """
-        draws, pairs = zip(*draws_of(cell, machine), strict=True)
-        return cls(cell, draws, pairs, platform_of(machine), memory)
+        found = tuple(draws_of(cell, machine))
+        draws, pairs, shares = (tuple(getattr(draw, name) for draw in found) for name in ("prepared", "pairs", "share"))
+        return cls(cell, draws, pairs, shares, platform_of(machine), memory)
 
     @cached_property
     def key_bytes(self) -> float:
@@ -98,7 +103,7 @@ class Composed:
     @cached_property
     def more(self) -> bool:
         """Whether there is anything beside its attention."""
-        return self.made().room is not None
+        return any(isinstance(part, Compute) for parts in self.made().phases.values() for part in parts)
 
     def like(self, cell: Cell) -> Composed:
         """Another cell with the same attention: one that differs in the options of its workload, or in what is recomputed."""
@@ -113,6 +118,8 @@ class Composed:
     @cached_property
     def tokens(self) -> int:
         """Of the rank with most."""
+        if self.cell.problem.scale.world_size == 1:
+            return self.cell.problem.queries
         queries = self.draws[0].modelled.schedule.q
         return int(np.bincount(queries.owner, weights=queries.sizes).max())
 
@@ -121,6 +128,21 @@ class Composed:
         """Tokens of the rank that holds keys of most."""
         keys = self.draws[0].modelled.schedule.k
         return int(np.bincount(keys.owner, weights=keys.sizes).max())
+
+    @cached_property
+    def _seen(self) -> float | None:
+        """Pairs of a query head of the mask within which blocks were chosen; None: none were."""
+        mask = self.draws[0].modelled.mask
+        return None if not isinstance(mask, BlockMap) else float(mask.within.area if mask.within else mask.num_q * mask.num_k)
+
+    @cached_property
+    def _calls(self) -> int:
+        """Tiles and messages of the rank with most of both."""
+        draw, ranks = self.draws[0], self.draws[0].modelled.schedule.world_size
+        found = np.bincount(draw.tiling.rank, minlength=ranks)
+        for transfer in draw.moves.transfers:
+            found = found + np.bincount(transfer.rows[:, MoveColumn.SOURCE], minlength=ranks)
+        return int(found.max())
 
     @cached_property
     def _kernel(self) -> Kernel:
@@ -153,13 +175,14 @@ class Composed:
         problem, held, modelled = self.cell.problem, self._held, self.draws[0].modelled
         return Share(
             problem, self.tokens, self.cell.mesh, held.finals if held else (), held.kept if held else (),
-            self.platform.type == "cuda", hides, self.keys, modelled.problem.heads.kv, modelled.replicas, self._copies,
+            self.platform.type == "cuda", hides, self.keys, modelled.problem.heads.kv, modelled.replicas,
+            seen=self._seen, calls=self._calls, copies=self._copies,
         )  # fmt: skip
 
     def flops(self, made: Made, phase: str, *, again: bool = False) -> float:
         """Of a phase, over all ranks of all groups; ``again``: of what has been done before, else of what has not."""
         ranks = self.cell.problem.queries / self.tokens * self.cell.mesh.count  # as many as have the tokens of the rank with most
-        return flops_of(made.phases[phase], float(np.mean(self.pairs)), self.cell.problem, ranks, again=again)
+        return flops_of(made.phases[phase], float(np.dot(self.shares, self.pairs)), self.cell.problem, ranks, again=again)
 
     def play(self, machine: Machine, kernel: KernelFit, dense: DenseFit, *, alone: bool = False) -> Together:
         """What the phases take; ``alone``: of one context-parallel group while the others are idle."""
@@ -187,8 +210,12 @@ class Composed:
             groups = Groups(ranks.reshape(-1, ranks.shape[-1])[:, :simulated], scale.gpus_per_node)
         ready = [replace(draw, in_place=self.key_bytes > 0) for draw in self.draws]
         draws = tuple(play(draw, machine, kernel, memory=self.memory, groups=groups) for draw in ready)
-        attention = {name: mean_of([draw.phases[name] for draw in draws]) for name in draws[0].phases}
+        attention = {name: self._mean([draw.phases[name] for draw in draws]) for name in draws[0].phases}
         return Attended(attention, draws, Times(machine, dense, cores or 1.0, attention, cell.mesh, scale))
+
+    def _mean(self, phases: Sequence[Phase]) -> Phase:
+        """Of passes, one of each draw."""
+        return sum_of([scaled(phase, share) for phase, share in zip(phases, self.shares, strict=True)])
 
 
 def flops_of(parts: Sequence[Part], pairs: float, problem: Problem, ranks: float, *, again: bool) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 from lcbench.cp.base import Scheduled
 from lcbench.grid.build import build_kernel, build_strategy
@@ -31,6 +32,7 @@ FOLDS = 5
 CALL, SHARE, SCORE = 2.0**20, 0.1, 16.0
 LEAST, FEW = 0.05, 0.5  # the least error that is claimed, and that of a kernel of which one group was measured
 PERCENTILE = 0.95
+SMALLEST, WIDEST = 0.01, 1.0  # an error of a peak that counts as no smaller, and the widest band that few cells are taken to say
 
 
 def guess(kernel: str, dtype: str, *, scores: bool) -> Workspace:
@@ -66,7 +68,7 @@ class _Held:
 
     @classmethod
     def of(cls, seen: CellMemory, machine: Machine) -> _Held:
-        return cls(seen, tuple((prepared, holdings(prepared)) for prepared, _ in draws_of(seen.cell, machine)))
+        return cls(seen, tuple((draw.prepared, holdings(draw.prepared)) for draw in draws_of(seen.cell, machine)))
 
     def bytes(self, workspace: Workspace) -> float:
         """The peak of the draw with most."""
@@ -91,11 +93,25 @@ def _fitted(kernel: str, dtype: str, backward: bool, cells: Sequence[_Held], mac
         out = set(groups[part::parts])
         without = _searched(unknowns, [cell for cell in cells if cell.seen.group not in out])
         errors += [abs(float(np.log(c.bytes(without) / c.seen.peak_bytes))) for c in cells if c.seen.group in out]
-    error = float(np.expm1(np.quantile(errors, PERCENTILE, method="higher"))) if errors else FEW
+    error = _band(np.array(errors)) if errors else FEW
     return MemoryFit(
         kernel=kernel, dtype=dtype, backward=backward, workspace=found, error=max(error, LEAST), cells=len(cells),
         sources=tuple(dict.fromkeys(cell.seen.source for cell in cells)),
     )  # fmt: skip
+
+
+def _band(errors: Floats) -> float:
+    """The relative error that 95 % of other cells stay within, by those of cells that were left out, in logarithms, (n,).
+
+    Of few cells the worst has less than 95 % below it. So it is no less than the bound of one more from a log-normal distribution
+    (Student's t of the logarithms of absolute errors), which knows how few they are.
+    """
+    sizes = np.log(np.maximum(np.abs(errors), SMALLEST))
+    worst, count = float(np.quantile(np.abs(errors), PERCENTILE, method="higher")), len(sizes)
+    if count < 2:
+        return float(np.expm1(worst))
+    beyond = stdtrit(count - 1, PERCENTILE) * sizes.std(ddof=1) * np.sqrt(1 + 1 / count)
+    return float(np.expm1(max(worst, min(np.exp(sizes.mean() + beyond), np.log1p(WIDEST)))))
 
 
 def _searched(unknowns: Unknowns, cells: Sequence[_Held]) -> Workspace:

@@ -40,6 +40,8 @@ STRATEGY_ERROR = 0.5
 RATE = "tflops_per_gpu"
 NO_DENSE = f"what is beside the attention was not fitted: {UNFITTED_SHARE:.0%} of the peak is guessed"
 NO_LINEAR = f"no kernel of linear attention was fitted: {UNFITTED_SHARE:.0%} of the peak is guessed for its recurrence"
+# And one of an attention whose mask was drawn: as many blocks as are asked for, in other places than a selector's.
+DRAWN_ERROR = 0.5
 NO_FIT = f"no fit: {UNFITTED_SHARE:.0%} of the peak is guessed"
 
 
@@ -115,7 +117,7 @@ class Prediction:
             found[f"time/{name}/median_s"] = phase.seconds
             if self.flops[name]:
                 found[f"compute/{name}/tflops_per_gpu"] = self.flops[name] / phase.seconds / ranks / 1e12
-            if ranks > 1 and self.made.room is None:  # of a step nobody measures it
+            if ranks > 1 and self.made.room is None and name in self._attending:  # of a step nobody measures it
                 found[f"overlap/{name}/compute_s"] = phase.seconds - phase.exposed_s
                 found[f"overlap/{name}/exposed_s"] = phase.exposed_s
         found["time/total/median_s"] = self.seconds
@@ -126,6 +128,11 @@ class Prediction:
         if self.peak_bytes:
             found["memory/peak_bytes"], found["memory/buffer_bytes"] = float(self.peak_bytes), float(self.buffer_bytes)
         return found | self._of_mesh() | self._of_step(found) | self._of_workload(found)
+
+    @property
+    def _attending(self) -> list[str]:
+        """Phases with an attention."""
+        return [name for name, parts in self.made.phases.items() if any(isinstance(part, Attend) for part in parts)]
 
     def _of_mesh(self) -> dict[str, float]:
         """What groups cost one another."""
@@ -139,14 +146,16 @@ class Prediction:
 
     def _of_workload(self, found: dict[str, float]) -> dict[str, float]:
         """What a pass over a cache, or a batch, comes to."""
-        own = (self.made.metrics if self.made.room is None else {}) | self.known
+        own = (self.made.metrics if "step/layers" not in self.made.metrics else {}) | self.known
         return own | derived(found | own)
 
     def _of_step(self, found: dict[str, float]) -> dict[str, float]:
         """What a step is made of, and what follows from it."""
         made = self.made
-        if made.room is None:
-            return {}
+        if made.room is None or "step/layers" not in made.metrics:
+            return (
+                {f"memory/{name}_bytes": size for name, size in made.room.classes.items()} if made.room and self.peak_bytes else {}
+            )
         attending = sum(
             part.times * self.attention[part.direction].seconds
             for parts in made.phases.values() for part in parts if isinstance(part, Attend)
@@ -248,12 +257,14 @@ class Predictor:
             together = own.together(attended)
             made, phases = together.made, together.phases
             peak, bounds = self._peak(together, inside) if memory else (0, (0.0, 0.0))
+            drawn = made.drawn
             found.append(Prediction(
                 each, self.machine, phases, together.attention, made,
                 {name: own.flops(made, name) for name in made.phases},
                 {name: own.flops(made, name, again=True) for name in made.phases}, alone,
                 max(d.buffer_bytes for d in attended.draws), peak, bounds,
-                max(error, self._error(each, together)), basis, attended.draws, least_s,
+                max(error, self._error(each, together), DRAWN_ERROR if drawn else 0.0),
+                f"{basis}; {drawn}" if drawn else basis, attended.draws, least_s, notes={"foreseen": drawn} if drawn else {},
                 share=own.share(), queries=queries,
             ))  # fmt: skip
         return found

@@ -219,7 +219,7 @@ def _cell(strategy: tuple[str, ...], mask: str, ranks: int, heads: str, tokens: 
 
 def _time(cell: Cell, name: str, tflops: dict[str, float], machine: Machine) -> CellTime:
     """Seconds from TFLOP/s per GPU: of the pairs of the draws that are simulated, not of the published ones, which nobody has."""
-    pairs = float(np.mean([each for _, each in draws_of(cell, machine)]))
+    pairs = sum(draw.share * draw.pairs for draw in draws_of(cell, machine))
     flops = {"forward": forward_flops(pairs, cell.heads), "backward": backward_flops(pairs, cell.heads)}
     ranks = cell.scale.world_size
     return CellTime(
@@ -254,7 +254,7 @@ def _gpu_check(path: Path, text: str, machine: Machine) -> Read:
 def _of_check(row: dict[str, Any], device: str, machine: Machine) -> Iterator[KernelTime | CellMemory]:
     words = [f"{axis}={row[axis]}" for axis in ("kernel", "mask", "seqlen", "heads", "dtype")]
     (planned,) = look([*words, "cp=none", "scale=1x1", "site=local"]).cells
-    (prepared, _), *_ = draws_of(planned.cell, machine)
+    prepared = next(draws_of(planned.cell, machine)).prepared
     source = f"gpu-check of {row['kernel']} on {device}"
     for phase in PHASES:
         seconds = row["metrics"].get(f"time/{phase}/median_s")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lcbench.grid import own
 from lcbench.grid.build import SAMPLES, build_planner, input_bytes, made_of
@@ -28,7 +28,7 @@ from lcbench.measure.peak import entry_of
 from lcbench.problem import Problem, Scale
 from lcbench.runs.files import BROKEN
 from lcbench.schedule.payload import PAYLOADS, element_bytes
-from lcbench.workloads.parts import Compute, Made, Share
+from lcbench.workloads.parts import Attend, Compute, Made, Share
 
 if TYPE_CHECKING:
     from lcbench.planners.base import Cost
@@ -53,7 +53,6 @@ ALONE = {
 }
 NOT_ALONE = ("workload", "recompute", "mesh", "batch")  # which attention of one sequence on one rank has not
 NOT_OF_SHAPE = ("seqlen", "seed", "measure", "planner")
-DIRECTIONS: tuple[Literal["forward"], Literal["backward"]] = ("forward", "backward")
 CURVE = 20  # simulations of a sub-group of a batch that is planned, by which its documents' costs are known
 
 _made: dict[str, Passes] = {}  # by device
@@ -215,9 +214,10 @@ def flops(cell: Cell) -> float:
         work = pairs(cell)
     except (*BROKEN, OSError):
         work = float(problem.plane) * problem.heads.q
-    attended = sum(made.attends(one, again=False) * pass_flops(one, work, problem) for one in DIRECTIONS)
-    every = (part for parts in made.phases.values() for part in parts)
-    computed = sum(part.flops * part.useful for part in every if isinstance(part, Compute) and not part.again)
+    every = [part for parts in made.phases.values() for part in parts if not getattr(part, "again", False)]
+    attends = (part for part in every if isinstance(part, Attend))
+    attended = sum(part.times * part.share * pass_flops(part.direction, work, problem) for part in attends)
+    computed = sum(part.flops * part.useful for part in every if isinstance(part, Compute))
     return cell.mesh.count * (attended + computed * problem.scale.world_size)
 
 

@@ -20,8 +20,9 @@ import numpy as np
 from lcbench.masks.band import Ints
 from lcbench.masks.block import Keep
 from lcbench.problem import Problem
-from lcbench.selectors.base import Features, Rows
-from lcbench.selectors.choosing import Budgeted, by_head, check_share, of_columns, of_maps, reach, scores, steady
+from lcbench.selectors.base import Effort, Features, Rows
+from lcbench.selectors.choosing import Budgeted, by_head, by_head_effort, check_share, of_columns, of_maps, reach, scores, steady
+from lcbench.selectors.oracle import masses_effort
 from lcbench.selectors.partial import at_once, hide, keep_best, runs
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ class AdaSpa(Budgeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("recall", self.recall)
+
+    def asked(self, rows: Rows, edges: Ints) -> tuple[int, Keep] | None:
+        return super().asked(rows, edges) if self.recall == 1 else None
+
+    def scoring(self, problem: Problem, pairs: float) -> Effort:
+        return by_head_effort(problem) + masses_effort(self, problem, pairs)
 
     def of_keys(self, k: torch.Tensor, sizes: Ints, problem: Problem) -> Features:
         return {"k": k}

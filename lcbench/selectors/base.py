@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, get_args
 
 import numpy as np
@@ -94,6 +94,28 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What choosing takes, counted: of all ranks together, but for ``shared``.
+
+    Attributes:
+        flops: of products.
+        moved: bytes that torch's operations one by one read and write.
+        kernels: operations.
+        shared: bytes that every rank goes over by itself, to put together what all were told.
+        told: bytes that ranks tell one another.
+    """
+
+    flops: float = 0.0
+    moved: float = 0.0
+    kernels: float = 0.0
+    shared: float = 0.0
+    told: float = 0.0
+
+    def __add__(self, other: Effort) -> Effort:
+        return Effort(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+
+@dataclass(frozen=True)
 class Selector(ABC):
     """A way to choose blocks of keys, and its options.
 
@@ -160,6 +182,19 @@ class Selector(ABC):
                 all=lambda features, edges: self.of_all(features, edges, problem),
             ),
         )
+
+    def asked(self, rows: Rows, edges: Ints) -> tuple[int, Keep] | None:
+        """How many blocks of keys each map keeps for a block of queries, whose q is not known, and which in any case, bool
+        (columns,); None: that depends on q and k."""
+        return None
+
+    def work(self, problem: Problem, pairs: float) -> Effort | None:
+        """What choosing takes, for predictions; None: nobody has counted it.
+
+        Args:
+            pairs: of a query head within the cell's mask.
+        """
+        return None
 
     @abstractmethod
     def keep(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> Keep:

@@ -17,7 +17,7 @@ import numpy as np
 
 from lcbench.masks.band import Ints
 from lcbench.masks.block import Keep
-from lcbench.selectors.base import Features, Rows, Selector, check_whole
+from lcbench.selectors.base import Effort, Features, Rows, Selector, blocks_of, check_whole
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,22 @@ class Budgeted(Selector):
         """Blocks that are kept whatever their scores, bool (columns,)."""
         return sinks(rows, self.sink) | own_blocks(rows, edges, rows.number * self.q_block, self.local)
 
+    def asked(self, rows: Rows, edges: Ints) -> tuple[int, Keep] | None:
+        return self.budget(rows), self.always(rows, edges)
+
+    def work(self, problem: Problem, pairs: float) -> Effort | None:
+        """Scores, and their order."""
+        scoring = self.scoring(problem, pairs)
+        return None if scoring is None else scoring + ordering(self, problem, pairs)
+
+    def scoring(self, problem: Problem, pairs: float) -> Effort | None:
+        """What scores take, features of keys included; None: nobody has counted it.
+
+        Args:
+            pairs: of a query head within the cell's mask.
+        """
+        return None
+
     @abstractmethod
     def score(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> torch.Tensor:
         """How much a block of queries wants the blocks that it sees, (maps, last - first) of those that ``reach`` names; blocks
@@ -86,6 +102,36 @@ class Budgeted(Selector):
             found = self.score(rows, keys, edges, problem)
         found = torch.nn.functional.pad(found, (first, len(rows.pairs) - last), value=-torch.inf)
         return covering(found, self.budget(rows), self.always(rows, edges), rows, edges)
+
+
+# Bytes per score of a block, and operations per block of queries, to put the blocks in order and keep the first; bytes per bit of a
+# map to put all of it together; operations of sums over a block of keys.
+ORDERED, ORDERING, UNPACKED, SUMMING = 120, 10, 4, 5
+
+
+def ordering(selector: Selector, problem: Problem, pairs: float) -> Effort:
+    """What it takes to keep the blocks of highest scores and to tell all ranks, by ``pairs`` of a query head."""
+    (rows, columns), maps = blocks_of(selector, problem), selector.maps(problem.heads)
+    scores = maps * blocks_seen(selector, problem, pairs)
+    bits = float(maps * rows * columns)
+    return Effort(moved=ORDERED * scores, kernels=float(ORDERING * rows), shared=UNPACKED * bits, told=bits / 8)
+
+
+def blocks_seen(selector: Selector, problem: Problem, pairs: float) -> float:
+    """About how many blocks have some of the pairs of a query head: as many as they fill, and what is cut of each row of blocks."""
+    rows, columns = blocks_of(selector, problem)
+    return min(pairs / (selector.q_block * selector.k_block) + rows / 2, float(rows * columns))
+
+
+def wide(problem: Problem) -> int:
+    """Bytes of a number in the type of sums."""
+    return max(problem.itemsize, 4)
+
+
+def by_head_effort(problem: Problem, each: float = 1.0) -> Effort:
+    """Whole keys, or ``each`` of a number of theirs, that all ranks are told and have by head."""
+    numbers = each * problem.seqlen * problem.heads.kv * problem.heads.dim
+    return Effort(shared=numbers * 2 * wide(problem), told=numbers * problem.itemsize)
 
 
 def check_share(option: str, value: object) -> None:

@@ -30,11 +30,13 @@ import numpy as np
 
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
-from lcbench.selectors.base import Features, Round, Rows, check_whole
+from lcbench.selectors.base import Effort, Features, Round, Rows, blocks_of, check_whole
 from lcbench.selectors.choosing import (
+    SUMMING,
     Budgeted,
     block_means,
     by_head,
+    by_head_effort,
     check_share,
     each_block,
     of_columns,
@@ -42,12 +44,14 @@ from lcbench.selectors.choosing import (
     reach,
     scores,
     steady,
+    wide,
 )
 from lcbench.selectors.partial import hide
 
 if TYPE_CHECKING:
     import torch
 
+PREDICTED = 30  # numbers read and written per prediction: hidden, counted, the highest, those below them, a softmax, sums
 RIDGE = 1e-6  # of the mean variance, added to every direction: a sample may not have all of them
 
 
@@ -102,6 +106,15 @@ class Dsv(Budgeted):
             all=lambda found, edges: {"k_low": by_head(found["k_low"]), "w_q": found["w_q"]},
         )
         return moments, low
+
+    def scoring(self, problem: Problem, pairs: float) -> Effort:
+        (rows, columns), heads, size = blocks_of(self, problem), problem.heads, wide(problem)
+        predicted, grouped = heads.q * pairs / self.group, problem.queries * heads.q / self.group
+        flops = 2.0 * self.rank * (predicted + heads.dim * (problem.seqlen * heads.kv + grouped))
+        moved = size * (PREDICTED * predicted + 4 * heads.dim * (problem.seqlen * heads.kv + problem.queries * heads.q))
+        kernels = float(SUMMING * rows * heads.kv + 5 * columns)
+        told = by_head_effort(problem, self.rank / heads.dim)
+        return told + Effort(flops, moved, kernels, told=float(self.sample * (heads.q + heads.kv) * heads.dim * problem.itemsize))
 
     def score(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> torch.Tensor:
         import torch

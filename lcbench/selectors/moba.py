@@ -16,8 +16,8 @@ import numpy as np
 
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
-from lcbench.selectors.base import Features, Rows
-from lcbench.selectors.choosing import Budgeted, block_means, by_head, of_maps, products, reach
+from lcbench.selectors.base import Effort, Features, Rows, blocks_of
+from lcbench.selectors.choosing import SUMMING, Budgeted, block_means, blocks_seen, by_head, of_maps, products, reach, wide
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,13 @@ class Moba(Budgeted):
 
     def of_all(self, features: Features, edges: Ints, problem: Problem) -> Features:
         return {"mean": by_head(features["mean"])}
+
+    def scoring(self, problem: Problem, pairs: float) -> Effort:
+        (rows, columns), heads, size = blocks_of(self, problem), problem.heads, wide(problem)
+        summed = 4 * size * heads.dim * (problem.seqlen * heads.kv + problem.queries * heads.q)
+        means = float(columns * heads.kv * heads.dim * size)
+        products = 2.0 * heads.q * heads.dim * blocks_seen(self, problem, pairs)
+        return Effort(products, float(summed), float(SUMMING * (rows + columns)), 2 * means, means)
 
     def score(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> torch.Tensor:
         first, last = reach(rows)

@@ -19,8 +19,9 @@ import numpy as np
 
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
-from lcbench.selectors.base import Features, Rows, check_whole
-from lcbench.selectors.choosing import Budgeted, block_sums, by_head, of_maps, reach, scores, seen_whole
+from lcbench.selectors.base import Effort, Features, Rows, blocks_of, check_whole
+from lcbench.selectors.choosing import SUMMING, Budgeted, block_sums, by_head, of_maps, reach, scores, seen_whole, wide
+from lcbench.selectors.oracle import WEIGHED
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,15 @@ class Nsa(Budgeted):
             keys += padded[part : part + len(begins)]
         sizes = torch.from_numpy(ends - begins).to(keys)
         return {"keys": by_head(keys / sizes[:, None, None])}
+
+    def scoring(self, problem: Problem, pairs: float) -> Effort:
+        (rows, columns), heads, size = blocks_of(self, problem), problem.heads, wide(problem)
+        keys, weights = problem.seqlen // self.stride * heads.kv * heads.dim, heads.q * pairs / self.stride
+        moved = 4 * size * heads.dim * (problem.seqlen * heads.kv + problem.queries * heads.q / 2)
+        moved += (WEIGHED + 3 * self.compress // self.stride) * size * weights
+        shared = (2 + 3 * self.compress // self.stride) * size * keys
+        kernels = SUMMING * (rows + columns)
+        return Effort(2 * heads.dim * weights, moved, float(kernels), float(shared), float(size * keys))
 
     def score(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> torch.Tensor:
         import torch

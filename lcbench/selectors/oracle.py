@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING
 
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
-from lcbench.selectors.base import Features, Rows
-from lcbench.selectors.choosing import Budgeted, by_head, of_columns, of_maps, reach, scores, seen_blocks
+from lcbench.selectors.base import Effort, Features, Rows, Selector, blocks_of
+from lcbench.selectors.choosing import (
+    Budgeted,
+    by_head,
+    by_head_effort,
+    of_columns,
+    of_maps,
+    reach,
+    scores,
+    seen_blocks,
+    wide,
+)
 from lcbench.selectors.partial import hide
 
 if TYPE_CHECKING:
@@ -35,8 +45,22 @@ class Oracle(Budgeted):
     def of_all(self, features: Features, edges: Ints, problem: Problem) -> Features:
         return {"k": by_head(features["k"])}
 
+    def scoring(self, problem: Problem, pairs: float) -> Effort:
+        return by_head_effort(problem) + masses_effort(self, problem, pairs)
+
     def score(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> torch.Tensor:
         return of_maps(block_masses(rows, keys["k"], edges, self.k_block, problem), self.maps(problem.heads))
+
+
+# Scores scaled, hidden, exponentials of a softmax, their sum, and sums over queries and keys: numbers that are read and written per
+# pair; and operations per key/value head.
+WEIGHED, WEIGHING = 12, 14
+
+
+def masses_effort(selector: Selector, problem: Problem, pairs: float) -> Effort:
+    """What ``block_masses`` of all blocks of queries takes, by ``pairs`` of a query head."""
+    every, rows = problem.heads.q * pairs, blocks_of(selector, problem)[0]
+    return Effort(2.0 * problem.heads.dim * every, WEIGHED * wide(problem) * every, float(WEIGHING * rows * problem.heads.kv))
 
 
 def block_masses(rows: Rows, k: torch.Tensor, edges: Ints, size: int, problem: Problem) -> torch.Tensor:

@@ -9,8 +9,8 @@ import numpy as np
 
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
-from lcbench.selectors.base import Features, Rows, check_whole
-from lcbench.selectors.choosing import Budgeted, reach
+from lcbench.selectors.base import Effort, Features, Rows, check_whole
+from lcbench.selectors.choosing import Budgeted, blocks_seen, reach
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,9 @@ class Random(Budgeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole("seed", self.seed, 0)
+
+    def scoring(self, problem: Problem, pairs: float) -> Effort:
+        return Effort(moved=16.0 * self.maps(problem.heads) * blocks_seen(self, problem, pairs))
 
     def score(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> torch.Tensor:
         import torch

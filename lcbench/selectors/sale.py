@@ -31,8 +31,20 @@ import numpy as np
 from lcbench.masks.band import Ints
 from lcbench.masks.block import Keep
 from lcbench.problem import Problem
-from lcbench.selectors.base import Features, Round, Rows, Selector, block_edges, check_whole
-from lcbench.selectors.choosing import block_sums, by_head, check_share, each_block, own_blocks, products, share_of, sinks, steady
+from lcbench.selectors.base import Effort, Features, Round, Rows, Selector, block_edges, blocks_of, check_whole
+from lcbench.selectors.choosing import (
+    SUMMING,
+    block_sums,
+    by_head,
+    check_share,
+    each_block,
+    ordering,
+    own_blocks,
+    products,
+    share_of,
+    sinks,
+    steady,
+)
 from lcbench.selectors.partial import at_once, hide, keep_best, runs
 
 if TYPE_CHECKING:
@@ -44,6 +56,8 @@ EIGHT = 8  # of what products of bytes on a GPU want multiples, in both dimensio
 FEWEST = 32  # rows of such a product
 LIMIT = 1 << 30  # of a product with the mean query, so that sums fit 32 bits
 UNSEEN = -(1 << 31)  # less than any sum
+# Numbers of 4 bytes that are read and written per pair, and per number of q and k; operations per block of queries and head.
+SCORED, QUANTISED, SCORING = 8, 12, 40
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,21 @@ class Sale(Selector):
             all=lambda found, edges: calibrated(found),
         )
         return means, quantised, thresholds
+
+    def asked(self, rows: Rows, edges: Ints) -> tuple[int, Keep] | None:
+        if self.density is None:
+            return None
+        seen = int((rows.pairs > 0).sum())
+        return share_of(seen, self.density) if seen else 0, self._always(rows, edges)
+
+    def work(self, problem: Problem, pairs: float) -> Effort:
+        (rows, columns), heads = blocks_of(self, problem), problem.heads
+        every, numbers = heads.q * pairs, problem.seqlen * heads.kv * heads.dim
+        again = min(self.sample / rows, 1.0) if self.density is not None else 0.0  # blocks that thresholds are worked out from
+        moved = SCORED * 4.0 * every * (1 + again) + QUANTISED * 4.0 * (numbers + problem.queries * heads.q * heads.dim)
+        kernels = SCORING * rows * heads.kv * (1 + again) + SUMMING * columns
+        scoring = Effort(2.0 * heads.dim * every * (1 + again), moved, kernels, 4.0 * numbers, numbers / 2)
+        return scoring + ordering(self, problem, pairs)
 
     def keep(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> Keep:
         with steady(rows.q.device):

@@ -22,13 +22,14 @@ import numpy as np
 
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
-from lcbench.selectors.base import Features, Rows, check_whole
-from lcbench.selectors.choosing import Budgeted, by_head, each_block, of_columns, products, reach, steady
+from lcbench.selectors.base import Effort, Features, Rows, blocks_of, check_whole
+from lcbench.selectors.choosing import Budgeted, by_head, by_head_effort, each_block, of_columns, products, reach, steady, wide
 from lcbench.selectors.partial import at_once, hide, runs
 
 if TYPE_CHECKING:
     import torch
 
+POOLED, POOLING = 8, 10  # numbers read and written per pair, and operations per block of queries and map
 Pool = Literal["max", "sum"]
 
 
@@ -66,6 +67,13 @@ class TopK(Budgeted):
 
     def of_all(self, features: Features, edges: Ints, problem: Problem) -> Features:
         return {"index": by_head(features["index"])}
+
+    def scoring(self, problem: Problem, pairs: float) -> Effort:
+        (rows, columns), heads, size = blocks_of(self, problem), problem.heads, wide(problem)
+        every, tokens = heads.q * pairs, problem.seqlen * heads.kv + problem.queries * heads.q
+        moved = (POOLED * every + tokens * (2 * heads.dim + 3 * self.dim)) * size
+        kernels = columns + POOLING * rows * max(heads.kv, self.maps(heads))
+        return by_head_effort(problem, self.dim / heads.dim) + Effort(2.0 * self.dim * (every + tokens * heads.dim), moved, kernels)
 
     def score(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> torch.Tensor:
         import torch

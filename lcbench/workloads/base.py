@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 GAUSSIAN = Gaussian()
+Attended = tuple[Problem, Mask, float]
 
 
 class Workload(Protocol):
@@ -63,6 +64,14 @@ class Workload(Protocol):
             recompute: as in ``Work``.
         """
         return attention_alone(share)
+
+    def attends(self, problem: Problem, mask: Mask, selector: Selector | None) -> list[Attended]:
+        """What its passes of attention are of, for predictions: (problem, mask, share of the passes) each. Default: the cell's own.
+
+        Args:
+            selector: who chooses the keys; None: nobody does.
+        """
+        return [(problem, mask, 1.0)]
 
     def layers_keep(self, share: Share) -> tuple[int, float] | None:
         """Layers of its whole model, and bytes that those which are run keep of a token from forward to backward on a rank, where a

@@ -7,7 +7,6 @@ large as all layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,7 @@ from torch.nn import functional
 
 from lcbench.inputs.drawing import seed_of
 from lcbench.kernels.base import accumulation_dtype
-from lcbench.workloads.memory_model import MemoryModel
+from lcbench.workloads.memory_model import MemoryModel, shapes
 from lcbench.workloads.transformer import INITIAL_STD, Attention, Rope, rotated
 
 EPS = 1e-5  # under what a memory divides by
@@ -46,21 +45,6 @@ class Cell:
     def gave(self) -> dict[str, torch.Tensor]:
         """y (rows, hidden), a (F, hidden) and z (F, 1), without their gradients."""
         return {name: x.detach()[0] for name, x in zip("yaz", (self.y, *self.after), strict=True)}
-
-
-def shapes(options: MemoryModel) -> dict[str, tuple[int, ...]]:
-    """The weights of a layer, by name."""
-    model, inner = options.model, options.memory_dim
-    heads = model.heads()
-    found: dict[str, tuple[int, ...]] = {
-        "attention_norm": (model.hidden,), "q": (heads.q * heads.dim, model.hidden), "k": (heads.kv * heads.dim, model.hidden),
-        "v": (heads.kv * heads.dim, model.hidden), "o": (model.hidden, heads.q * heads.dim),
-        "mlp_norm": (model.hidden,), "gate": (model.ffn, model.hidden), "up": (model.ffn, model.hidden),
-        "down": (model.hidden, model.ffn),
-        "memory_q": (inner, model.hidden), "memory_k": (inner, model.hidden), "memory_v": (model.hidden, model.hidden),
-        "memory_b": (1, model.hidden),
-    }  # fmt: skip
-    return found | ({"q_norm": (heads.dim,), "k_norm": (heads.dim,)} if model.qk_norm else {})
 
 
 @dataclass
@@ -243,15 +227,3 @@ def _each(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> 
 
 def _together(memories: list[Memory]) -> Memory:
     return Memory(*(torch.cat(parts) for parts in zip(*memories, strict=True)))
-
-
-def flops(options: MemoryModel, segments: int) -> tuple[float, float]:
-    """(FLOPs of matrix products with weights and with memories, forward; pairs of a query and a key) of all segments and layers."""
-    of_weights = 2.0 * sum(
-        math.prod(shape) * (options.memory_tokens if name in ("memory_k", "memory_v", "memory_b") else options.rows)
-        for name, shape in shapes(options).items() if len(shape) > 1
-    )  # fmt: skip
-    width = options.features * (options.model.hidden + 1)
-    of_memories = 2.0 * width * (options.rows + 2 * options.memory_tokens)
-    cells = segments * options.depth
-    return cells * (of_weights + of_memories), cells * options.rows * (options.rows + 1) / 2

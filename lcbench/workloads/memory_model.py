@@ -19,6 +19,7 @@ All memory tokens of a segment are written at once, from the memory before it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -106,3 +107,30 @@ class MemoryModel:
         bands = np.stack([starts, starts + self.rows, starts, starts + self.rows, np.full(size, -OPEN), np.zeros_like(starts)], 1)
         tokens = size * self.rows
         return replace(problem, seqlen=tokens), BandMask.of(tokens, tokens, bands)
+
+
+def shapes(options: MemoryModel) -> dict[str, tuple[int, ...]]:
+    """The weights of a layer, by name."""
+    model, inner = options.model, options.memory_dim
+    heads = model.heads()
+    found: dict[str, tuple[int, ...]] = {
+        "attention_norm": (model.hidden,), "q": (heads.q * heads.dim, model.hidden), "k": (heads.kv * heads.dim, model.hidden),
+        "v": (heads.kv * heads.dim, model.hidden), "o": (model.hidden, heads.q * heads.dim),
+        "mlp_norm": (model.hidden,), "gate": (model.ffn, model.hidden), "up": (model.ffn, model.hidden),
+        "down": (model.hidden, model.ffn),
+        "memory_q": (inner, model.hidden), "memory_k": (inner, model.hidden), "memory_v": (model.hidden, model.hidden),
+        "memory_b": (1, model.hidden),
+    }  # fmt: skip
+    return found | ({"q_norm": (heads.dim,), "k_norm": (heads.dim,)} if model.qk_norm else {})
+
+
+def flops(options: MemoryModel, segments: int) -> tuple[float, float]:
+    """(FLOPs of matrix products with weights and with memories, forward; pairs of a query and a key) of all segments and layers."""
+    of_weights = 2.0 * sum(
+        math.prod(shape) * (options.memory_tokens if name in ("memory_k", "memory_v", "memory_b") else options.rows)
+        for name, shape in shapes(options).items() if len(shape) > 1
+    )  # fmt: skip
+    width = options.features * (options.model.hidden + 1)
+    of_memories = 2.0 * width * (options.rows + 2 * options.memory_tokens)
+    cells = segments * options.depth
+    return cells * (of_weights + of_memories), cells * options.rows * (options.rows + 1) / 2

@@ -11,6 +11,7 @@ from typing import Literal
 
 from lcbench.kernels.cache import CacheKind
 from lcbench.problem import ALONE, Mesh, Problem
+from lcbench.selectors.base import Selector
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class Attend:
         direction: which pass.
         times: how often; a share where some of it is done.
         again: whether it has been done before, so that no FLOPs are counted.
+        share: the pairs of a pass over those of the cell's mask, where it is of something else.
     """
 
     direction: Literal["forward", "backward"]
     times: float = 1.0
     again: bool = False
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,9 @@ class Share:
         hides: bytes that it can copy to the host's memory while it does some parts.
         keys: tokens whose keys and values it holds, and ``kv_heads``: of how many heads; None: its even share, of all heads.
         replicas: ranks that hold each key.
+        selector: who chooses the keys; None: nobody does.
+        seen: pairs of a query head among which it chooses; None: half of all, as a causal mask has.
+        calls: tiles that a rank computes and messages that it sends in a pass; what it takes to plan goes by these.
         copies: whether a cache of some kind is copied out before it is computed on, since no kernel of this cell reads it.
     """
 
@@ -120,6 +126,9 @@ class Share:
     keys: int | None = None
     kv_heads: int | None = None
     replicas: int = 1
+    selector: Selector | None = None
+    seen: float | None = None
+    calls: int = 1
     copies: Callable[[CacheKind], bool] = lambda _: True
 
     @property
@@ -154,6 +163,7 @@ class Made:
         room: beside the attention; None: there is nothing else.
         metrics: by keys of ``measure.metrics``, as sessions count them.
         key_bytes: of a number of keys and values as kernels read it; 0: as inputs have it.
+        drawn: what of the attention was drawn, since nobody knows it before; empty: nothing.
         held: bytes that are held beside inputs while the attention is under way; of what has a ``room``, none.
     """
 
@@ -162,6 +172,7 @@ class Made:
     metrics: dict[str, float] = field(default_factory=dict)
     key_bytes: float = 0.0
     held: float = 0.0
+    drawn: str = ""
 
     def attends(self, direction: str | None = None, *, again: bool = True) -> float:
         """Passes of the attention in one direction or in both; ``again``: those that have been done before included."""

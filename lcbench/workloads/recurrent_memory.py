@@ -16,8 +16,11 @@ from lcbench.masks.band import BandMask
 from lcbench.masks.causal import causal
 from lcbench.masks.mask import Mask
 from lcbench.problem import ALONE, PLAIN, Mesh, Problem
-from lcbench.workloads.base import Work, Workload
+from lcbench.selectors.base import Selector
+from lcbench.workloads.base import Attended, Work, Workload
 from lcbench.workloads.memory_model import MemoryModel
+from lcbench.workloads.memory_parts import made_of
+from lcbench.workloads.parts import Made, Share
 
 if TYPE_CHECKING:
     from lcbench.measure.session import Gang
@@ -49,8 +52,13 @@ class RecurrentMemory(MemoryModel, Workload):
                 return f"the kernel does not run {size} segments side by side: {reason}"
         return None
 
-    def unforeseen(self) -> str | None:
-        return "what segments take one by one or in groups is not simulated yet"
+    def made(self, share: Share, recompute: Any) -> Made:
+        return made_of(self, share.problem, fused=share.fused)
+
+    def attends(self, problem: Problem, mask: Mask, selector: Selector | None) -> list[Attended]:
+        """One group after the other: of each size as many as there are."""
+        sizes = [len(group) for group in self.groups(self.segments(problem))]
+        return [(*self.of_group(problem, size), sizes.count(size) / len(sizes)) for size in self.group_sizes(problem)]
 
     def input_bytes(self, problem: Problem) -> float:
         """Of the tokens and, with backward, of the gradients of what comes out."""

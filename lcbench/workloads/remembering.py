@@ -29,8 +29,8 @@ from lcbench.measure.session import Cost, Counted, Gang, Phases, Say, Session
 from lcbench.workloads import memory_exact
 from lcbench.workloads.base import Work
 from lcbench.workloads.exact import Known
-from lcbench.workloads.memory_layers import Cell, MemoryLayers, Weights, flops
-from lcbench.workloads.memory_model import MemoryModel
+from lcbench.workloads.memory_layers import Cell, MemoryLayers, Weights
+from lcbench.workloads.memory_model import MemoryModel, flops
 from lcbench.workloads.transformer import Attention, rotations
 
 BUDGET = {"cpu": 1 << 32, "cuda": 1 << 39}  # FLOPs of forward that the reference may have

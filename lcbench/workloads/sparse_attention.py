@@ -7,7 +7,8 @@ schedule, messages, tables of the kernel), ``forward`` and, unless direction=for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lcbench.cp.base import Scheduled, Strategy
@@ -15,11 +16,19 @@ from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask
 from lcbench.masks.mask import Mask
 from lcbench.problem import Problem
-from lcbench.workloads.base import Work, Workload
+from lcbench.selectors.base import Effort, Selector, blocks_of
+from lcbench.selectors.foreseen import foreseen
+from lcbench.workloads.base import Attended, Work, Workload
+from lcbench.workloads.parts import GATHERED, Compute, Exchange, Made, Part, Share, attention_alone
 
 if TYPE_CHECKING:
     from lcbench.measure.session import Gang
     from lcbench.workloads.attention import AttentionSession
+
+# What choosing takes in operations whatever is chosen; what planning takes: to start a strategy, and for each tile and message; and
+# bytes for each block of a map.
+CHOOSING, STARTED, EACH_CALL, PLANNED = 150, 250, 40, 8
+DRAWN = "density asked, places drawn"
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,27 @@ class SparseAttention(Workload):
             return "the strategy computes another mask than the cell's, within which blocks would be chosen"
         return strategy.only_in_a_step()
 
-    def unforeseen(self) -> str | None:
-        return "workload=sparse_attention chooses its mask and plans for it in every pass, which is not simulated"
+    def attends(self, problem: Problem, mask: Mask, selector: Selector | None) -> list[Attended]:
+        """The mask that the selector would leave: what density it is asked for is known, the places are drawn."""
+        assert selector is not None
+        assert isinstance(mask, BandMask)
+        return [(problem, mask if selector.dense else foreseen(selector, problem, mask), 1.0)]
+
+    def made(self, share: Share, recompute: Any) -> Made:
+        selector, problem, passes = share.selector, share.problem, attention_alone(share)
+        if selector is None or selector.dense:
+            return passes
+        work = selector.work(problem, problem.plane / 2 if share.seen is None else share.seen) or Effort()
+        ranks, every = problem.scale.world_size, selector.every
+        # None of its products counts as attention's.
+        chosen: tuple[Part, ...] = (
+            Compute(work.flops / ranks, 0.0, work.moved / ranks + work.shared, CHOOSING + work.kernels / ranks, useful=0.0),
+            *((Exchange(GATHERED, ("cp",), work.told),) if ranks > 1 else ()),
+        )
+        blocks = math.prod(blocks_of(selector, problem)) * selector.maps(problem.heads)
+        planned = Compute(moved_bytes=float(PLANNED * blocks), launches=float(STARTED + EACH_CALL * share.calls))
+        phases = {"select": chosen, "plan": (planned,)} | passes.phases
+        return replace(passes, phases=phases, metrics={"select/every": float(every)}, drawn=DRAWN)
 
     def start(self, work: Work, draw: int, gang: Gang) -> AttentionSession:
         from lcbench.workloads.attention import AttentionSession  # with torch, which planning does without

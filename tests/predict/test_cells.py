@@ -177,7 +177,7 @@ def kernel_calls(tile: Mask) -> int:
 
 def test_a_kernel_that_says_nothing_leaves_tiles_as_they_were() -> None:
     (cell,) = cells("cp=ring", "mask=causal", "seqlen=640", "kernel=reference")
-    (prepared, _), *_ = draws_of(cell, THIS)
+    prepared = next(draws_of(cell, THIS)).prepared
     assert counted(prepared.tiling, prepared.modelled, build_kernel(cell.config["kernel"])) is prepared.tiling
     assert SDPAFlash().work(MASKS["full"], Platform("cuda", (9, 0))) is None
     assert SDPAFlash().work(BandMask(4, 4, np.empty((0, 6), dtype=np.int64)), CPU) == Work(0, 0)
@@ -188,7 +188,7 @@ def test_ranks_share_the_cores_of_their_node() -> None:
     seconds = {}
     for ranks in (1, 2, 3, 16):
         (cell,) = cells("cp=ring", "mask=full", "seqlen=960", f"scale=1x{ranks}")
-        (prepared, _), *_ = draws_of(cell, THIS)
+        prepared = next(draws_of(cell, THIS)).prepared
         seconds[ranks] = play(prepared.without_messages(), THIS, model, memory=False).phases["forward"].compute_s * ranks
     # Threads: 8, 4, 2 of 8 / 3, and half a core.
     assert seconds[2] / seconds[1] == pytest.approx(2)
@@ -209,7 +209,8 @@ def test_known_coefficients_are_found_again() -> None:
     def timed(cell: Cell) -> CellTime:
         seen = {}
         for name, change in (("whole", None), ("compute", Prepared.without_messages), ("communication", Prepared.without_kernels)):
-            draws = [change(prepared) if change else prepared for prepared, _ in draws_of(cell, real)]
+            every = (draw.prepared for draw in draws_of(cell, real))
+            draws = [change(prepared) if change else prepared for prepared in every]
             seen[name] = {"forward": float(np.mean([play(d, real, truth, memory=False).phases["forward"].seconds for d in draws]))}
         return CellTime(cell, seen["whole"], cell.label, "made up", True, seen["compute"], seen["communication"])
 
