@@ -6,6 +6,8 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +56,24 @@ def report_of(strategy: Scheduled, mask: Mask, problem: Problem) -> ScheduleCost
     return verify(strategy.schedule(problem, mask), mask, problem)
 
 
+SEQLEN, MANY = 1013, Heads(96, 8, 64)  # a prime: no shard is even
+
+
+@pytest.fixture(scope="module")
+def mask_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Mask]:
+    """Every mask once, for all strategies and scales."""
+    folder = tmp_path_factory.mktemp("masks")
+    return cache(lambda name: small(name, SEQLEN, MANY, folder))
+
+
 @pytest.mark.parametrize("name", [n for n in names("cp") if isinstance(build_strategy(load("cp", n)), Scheduled)])
 @pytest.mark.parametrize("scale", SCALES, ids=str)
-def test_schedule_covers_every_mask_once(name: str, scale: Scale, tmp_path: Path) -> None:
-    seqlen = 1013  # a prime: no shard is even
+def test_schedule_covers_every_mask_once(name: str, scale: Scale, mask_of: Callable[[str], Mask]) -> None:
     strategy = build_strategy(load("cp", name))
-    problem = Problem(seqlen, Heads(96, 8, 64), scale, "bfloat16", "forward_backward")
+    problem = Problem(SEQLEN, MANY, scale, "bfloat16", "forward_backward")
     # At many ranks a tile costs more than it shows: a few masks stand for all.
     chosen = every_mask() if scale.world_size <= 4 else ["full", "causal", "share_question", "dual_scope", "chosen_document"]
-    for mask in (small(mask, seqlen, problem.heads, tmp_path) for mask in chosen):
+    for mask in map(mask_of, chosen):
         if strategy.unsupported(problem, mask):
             continue
         report = report_of(strategy, mask, problem)
