@@ -24,8 +24,8 @@ def command(results: Path) -> list[str]:
     return [
         sys.executable, "-m", "lcbench.sweep", "--config-dir", str(ROOT / "tests" / "conf"), "kernel=sdpa_flash,faulty_hang",
         "cp=ring,usp", "mask=causal", "seqlen=512", "scale=2x1", "heads=4x2x16", "dtype=float64", "measure.budget_s=2",
-        "measure.max_iterations=20", "hang.min_s=900", "sweep=killed", f"results={results}",
-        f"tracking_uri={database(results)}",
+        "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=2", "measure.blocks=1", "hang.min_s=900",
+        "sweep=killed", f"results={results}", f"tracking_uri={database(results)}",
     ]  # fmt: skip
 
 
