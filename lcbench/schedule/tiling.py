@@ -434,7 +434,7 @@ class _Alike(_Scattered):
             place = number * width + entries.bundle[entry]
             for column, height, units in products:
                 table = np.bincount(place, weights=units[entry], minlength=len(first) * width).reshape(-1, width)
-                self._tables.append((of_part, column, height, table))
+                self._tables.append((of_part, column, height, np.asarray(table, dtype=np.float64)))
 
     def __call__(self, keys: Operands, sheet: _Sheet, first: int, last: int, row: Ints, bundle: Ints) -> Floats:
         width = self._inside.bundles

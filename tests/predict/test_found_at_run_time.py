@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.causal import causal
 from lcbench.measure.metrics import metric_of
 from lcbench.measure.session import Gang
+from lcbench.predict.cells import cell_times
 from lcbench.predict.draws import CannotPredict
 from lcbench.predict.fit import fit
 from lcbench.predict.machines import machine_of
@@ -102,9 +104,14 @@ def test_what_is_asked_of_a_selector_decides_what_its_cell_takes() -> None:
 
 
 @pytest.mark.parametrize("words", [("selector=adaspa",), ("selector=sale", "selector.density=null", "selector.threshold=0.004")])
-def test_a_choice_whose_size_depends_on_the_inputs_has_no_prediction(words: tuple[str, ...]) -> None:
+def test_a_choice_whose_size_depends_on_the_inputs_is_neither_predicted_nor_fitted_on(words: tuple[str, ...]) -> None:
     with pytest.raises(CannotPredict, match="depends on queries and keys"):
         predicted(*SPARSE, "cp=ring", *words)
+    device = {"device": "NVIDIA H100 80GB HBM3", "cuda": True}
+    good = SimpleNamespace(status="ok", no_speed="", metrics={"time/forward/median_s": 1.0}, samples={}, provenance=device)
+    cell, other = cell_of(*SPARSE, "cp=ring", *words), cell_of(*SPARSE, "cp=ring", "selector=moba")
+    (time,) = cell_times([(cell, [good]), (other, [good])], H100, "here")
+    assert time.cell == other
 
 
 def test_a_selector_that_does_not_say_what_it_takes_has_no_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
