@@ -1,4 +1,4 @@
-"""Records what ended without a result: attempts and blocks of timings in flight, and cells that a job never began."""
+"""Records what ended without a result: attempts and blocks of timings in flight, and those that a job never began."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def settled(watch: Watch, *, as_mine: bool = False) -> SweepStatus:
 
 
 def settle(sweep: Sweep, seen: Look, packs: Sequence[PackState]) -> list[Attempt]:
-    """Record as failed what has no result though its job has ended: attempts in flight, and cells that the job never began. A later
-    block of timings that was in flight is recorded as lost; the result of its cell stays good.
+    """Record as failed what has no result though its job has ended: attempts in flight, and cells that the job never began. Later
+    blocks of timings that were in flight or never begun are recorded as lost; the result of their cell stays good.
 
     Several processes may call this, again and again. Nothing is recorded where the results belong to somebody else.
     """
@@ -62,7 +62,8 @@ class OpenEnds:
     """What jobs that have ended left without a result."""
 
     cells: list[tuple[PackState, Cell]]  # that a pack had begun, or never came to
-    blocks: list[tuple[PackState, Running]]  # later blocks of timings
+    blocks: list[tuple[PackState, Running]]  # later blocks of timings in flight
+    owed: list[tuple[PackState, str]]  # cells with a good result that the pack never came back to for all blocks
     stray: list[tuple[Running, Cell]]  # attempts whose pack's file is gone
 
     @classmethod
@@ -73,15 +74,16 @@ class OpenEnds:
         return cls(
             [(p, records[c].entry.cell) for p in dead for c in p.cells if c in records and _is_open(records[c], p)],
             [(p, running) for p in dead for running in sweep.again(p.id)],
+            [(p, c) for p in dead for c in p.cells if c in records and later_blocks(records[c].attempts, p.id)],
             [(r, record.entry.cell) for record in records.values() for r in record.running if r.pack not in known],
         )
 
     def none(self) -> bool:
-        return not (self.cells or self.blocks or self.stray)
+        return not (self.cells or self.blocks or self.owed or self.stray)
 
     def close(self, sweep: Sweep) -> Iterator[Attempt]:
         """Record them, under the sweep's lock."""
-        whys = {pack.id: _job_failure(sweep, pack) for pack, _ in (*self.cells, *self.blocks)}
+        whys = {pack.id: _job_failure(sweep, pack) for pack, _ in (*self.cells, *self.blocks, *self.owed)}
         for pack_id in whys:
             (sweep.pack_folder(pack_id) / RESERVE).unlink(missing_ok=True)
         for pack, cell in self.cells:
@@ -89,6 +91,9 @@ class OpenEnds:
         for pack, running in self.blocks:
             if (lost := lose(sweep, running, whys[pack.id])) is not None:
                 yield lost
+        for pack, cell_id in self.owed:
+            if attempts := sweep.attempts(cell_id):
+                yield from _lose_the_rest(sweep, pack, attempts, whys[pack.id])
         for running, cell in self.stray:  # nobody can say whether its job lives; if it does, its result will replace this
             yield close(sweep, running, cell.config, Failure("crash", "the file of its pack is gone"))
 
@@ -116,6 +121,16 @@ def _damage(sweep: Sweep, pack: PackState, cell_id: str, otherwise: Failure) -> 
     if attempts[-1].number > max(own) if attempts else len(aside) < DAMAGED_TWICE:
         return None
     return Failure("crash", f"its result was damaged after it was written, and set aside: {aside[max(own)].name}")
+
+
+def _lose_the_rest(sweep: Sweep, pack: PackState, attempts: Sequence[Attempt], why: Failure) -> Iterator[Attempt]:
+    """Record, with the good result that stays, the later blocks that an ended pack never began."""
+    if never := later_blocks(attempts, pack.id):
+        attempt = attempts[-1]
+        for block in never:
+            attempt = with_lost_block(attempt, block, why)
+        sweep.finish(attempt)
+        yield attempt
 
 
 def close(sweep: Sweep, running: Running, config: dict[str, Any], otherwise: Failure | None = None) -> Attempt:
@@ -205,6 +220,6 @@ def _job_failure(sweep: Sweep, pack: PackState) -> Failure:
         if said and said.failure:
             return said.failure
     if not pack.queued:
-        return Failure("cancelled", "the launching command and its agents ended while the cell was in flight")
+        return Failure("cancelled", "the launching command and its agents ended before the pack did")
     began = pack.done > 0 or any(r.pack == pack.id for cell_id in pack.cells for r in sweep.running(cell_id))
     return from_slurm_state(pack.state, began, job_words(sweep.folder / "jobs" / pack.job_name, pack.job_id))

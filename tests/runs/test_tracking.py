@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +87,37 @@ def test_a_server_that_is_away_is_said_quickly(tmp_path: Path) -> None:
     with pytest.raises(TrackingUnavailable, match=r"127\.0\.0\.1:9"):
         publish(sweep, "http://127.0.0.1:9")
     assert sweep.attempts(cell.id)[0].status == "ok"
+
+
+KILLED_AT_A_TABLE = """
+import os, sys
+from alembic.operations import Operations
+real = Operations.create_table
+def create(self, name, *columns, **options):
+    made = real(self, name, *columns, **options)
+    if name == "logged_models":
+        os.kill(os.getpid(), 9)
+    return made
+Operations.create_table = create
+from pathlib import Path
+from lcbench.runs.store import Sweep
+from lcbench.runs.tracking.publish import publish
+publish(Sweep(Path(sys.argv[1]), "s"), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_database_whose_making_was_killed_is_made_again(tmp_path: Path) -> None:
+    sweep, cell = Sweep(tmp_path, "s"), made_cell()
+    sweep.add([Entry(cell)], command=[])
+    attempt(sweep, cell.id, "ok", 1.0)
+    uri = f"sqlite:///{tmp_path}/new/mlflow.db"
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", KILLED_AT_A_TABLE, tmp_path, uri], capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not (tmp_path / "new" / "mlflow.db").exists()
+    assert publish(sweep, uri).published == 1
+    assert {path.name for path in (tmp_path / "new").iterdir()} <= {"mlflow.db", "mlartifacts", ".mlflow.db.lock"}
 
 
 def with_blocks(sweep: Sweep, cell_id: str, blocks: int) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
@@ -65,7 +67,26 @@ def _client(address: str) -> MlflowClient:
         utils.MAX_RETRY_COUNT = 1  # MLflow tries for 100 s to open a database, with a page of warnings
     if file := sqlite_file(address):
         file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            _make_database(file, address.partition(":")[0])
     return MlflowClient(tracking_uri=address)
+
+
+def _make_database(file: Path, driver: str) -> None:
+    """Make an SQLite file for MLflow whole, or not at all: MLflow makes its tables one by one, and where a process was killed
+    meanwhile it never opens the file again.
+    """
+    from mlflow import MlflowClient
+
+    folder = file.with_name(f".{file.name}.new")
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        if file.exists():  # somebody else has made it meanwhile
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        folder.mkdir()
+        MlflowClient(tracking_uri=f"{driver}:///{folder / file.name}")
+        (folder / file.name).rename(file)
+        folder.rmdir()
 
 
 @contextmanager
