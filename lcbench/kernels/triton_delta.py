@@ -107,10 +107,9 @@ class PreparedTritonDelta(ByTriton):
         (x, begin, local), dout, heads = saved, heads_whole(dout), self.heads
         assert x.beta is not None
         dend = self._zeros(x) if dstate is None else dstate.contiguous()
-        grads = Tokens(*(torch.empty_like(part) for part in x))  # type: ignore[arg-type]
+        dk, ddecay, dbeta = (torch.empty_like(part) for part in (x.k, x.decay, x.beta))
         if not len(x.q):
-            return grads, dend
-        dbeta = torch.empty_like(x.beta)
+            return Tokens(torch.empty_like(x.q), dk, torch.empty_like(x.v), ddecay, dbeta), dend
         tokens, chunks, sizes, wide = len(x.q), chunks_of(x), self._sizes(x, tall=True), begin.dtype
         states, u = begin.new_empty(chunks + 1, *begin.shape), torch.empty_like(local.inside.values)
         states[-1] = self._states(x, local.inside, begin, states, u)
@@ -129,13 +128,13 @@ class PreparedTritonDelta(ByTriton):
             x.k, x.decay, dpairs, states, dout, dq, *strides(x.k, x.decay, dout, dq), tokens, self.scale, **sizes
         )
         delta_dk_kernel[chunks, heads.kv, keys](
-            x.q, x.k, x.decay, dpairs, dinside, states, dends, u, dv, grads.k,
-            *strides(x.q, x.k, x.decay, u, grads.k), tokens, self.scale, **sizes,
+            x.q, x.k, x.decay, dpairs, dinside, states, dends, u, dv, dk,
+            *strides(x.q, x.k, x.decay, u, dk), tokens, self.scale, **sizes,
         )  # fmt: skip
         delta_ddecay_kernel[chunks, heads.kv](
-            x.q, x.v, dq, dv, states, dends, grads.decay, *strides(x.q, x.v, dq, dv, grads.decay), tokens, **sizes
+            x.q, x.v, dq, dv, states, dends, ddecay, *strides(x.q, x.v, dq, dv, ddecay), tokens, **sizes
         )
-        return Tokens(dq.to(x.q.dtype), grads.k, dv.to(x.v.dtype), grads.decay, dbeta), dbegin
+        return Tokens(dq.to(x.q.dtype), dk, dv.to(x.v.dtype), ddecay, dbeta), dbegin
 
     def _inside(self, x: Tokens) -> Inside:
         assert x.beta is not None
