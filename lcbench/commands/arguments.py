@@ -29,6 +29,8 @@ class CommandParser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # without the overloads for a namespace of one's own
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
+        if self.usage is None:  # argparse, before Python 3.13, keeps it meanwhile, and stumbles over a "%" in it
+            self.usage = self.format_usage().removeprefix("usage: ").replace("%", "%%")
         options, rest = self.parse_known_intermixed_args(args, namespace)
         if rest:
             word = next((word for word in rest if word.startswith("-")), rest[0])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcbench.advice.frameworks.base import Cannot, exported
-from lcbench.advice.sizing import break_even
+from lcbench.advice.sizing import AtLengths, break_even
 from lcbench.cp.peers.library import LibraryStrategy, refused_problem
 from lcbench.grid.axes import CELL_GROUPS, value_of
 from lcbench.grid.build import build_strategy, cell_mask
@@ -327,7 +327,7 @@ def test_bytes_that_move_are_of_keys_and_values_as_they_are_stored() -> None:
 
 def test_cells_of_a_batch_have_no_other_length() -> None:
     (cell,) = cells("batch=4q64", "cp=none", "scale=1x1")
-    for ask in (lambda: at(cell, 128), lambda: break_even(cell, cell, Predictor.of("h100"))):
+    for ask in (lambda: at(cell, 128), lambda: break_even(cell, cell, AtLengths(Predictor.of("h100")))):
         with pytest.raises(ValueError, match="batch=4q64 has its lengths: its cells have no other length"):
             ask()
 

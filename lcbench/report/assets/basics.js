@@ -20,7 +20,9 @@ const LARGE = [
   ["T", 1e12],
 ];
 
-/** Three significant digits without an exponent from 1e-3 to 1e15, as `report/amounts.py` writes them; empty where there is none. */
+/**
+ * Three significant digits without an exponent from 1e-3 to 1e15, as `report/amounts.py` writes them; empty where there is none.
+ */
 function digits(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "";
   if (value === 0) return "0";

@@ -36,7 +36,9 @@ function cellColumns(cells) {
     },
     varies("where") && {name: "setting", of: cell => entry(cell.where)},
     {name: "time", kind: "number", of: cell => number(cell.total, seconds(cell.total))},
-    cells.some(cell => cell.behind !== null) && {name: "vs best", kind: "number", of: cell => number(cell.behind, cell.behind ? times(cell.behind) : "")},
+    cells.some(cell => cell.behind !== null) && {
+      name: "vs best", kind: "number", of: cell => number(cell.behind, cell.behind ? times(cell.behind) : ""),
+    },
     {name: BLOCK.rate.name, kind: "number", of: cell => number(cell.total_rate, digits(cell.total_rate))},
     {name: "MFU", kind: "number", of: cell => number(cell.mfu, percent(cell.mfu))},
     {name: "noise", kind: "number", of: cell => number(cell.noise, percent(cell.noise))},

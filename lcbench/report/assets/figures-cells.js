@@ -58,7 +58,8 @@ const ranking = {
       fields: problem.fields,
       finding,
       node,
-      caption: `Bars: median iteration; whiskers: 95 % interval; dashed: the best.${good.every(isExact) ? "" : ` ${BLOCK.byDistance}`}`,
+      caption:
+        `Bars: median iteration; whiskers: 95 % interval; dashed: the best.${good.every(isExact) ? "" : ` ${BLOCK.byDistance}`}`,
     };
   },
 };
@@ -160,7 +161,8 @@ const heatMap = {
       fields: [pairField, maskField, scaleField, lengthField],
       finding,
       node,
-      caption: `The best of what else was varied for each pair${mine.every(isExact) ? "" : ", of what is closest to exact results"}.`,
+      caption:
+        `The best of what else was varied for each pair${mine.every(isExact) ? "" : ", of what is closest to exact results"}.`,
     };
   },
 };
