@@ -31,7 +31,10 @@ class CommandParser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         if self.usage is None:  # argparse, before Python 3.13, keeps it meanwhile, and stumbles over a "%" in it
             self.usage = self.format_usage().removeprefix("usage: ").replace("%", "%%")
-        options, rest = self.parse_known_intermixed_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        # Of two passes the second no longer knows what stood behind "--".
+        parse = self.parse_known_args if "--" in words else self.parse_known_intermixed_args
+        options, rest = parse(words, namespace)
         if rest:
             word = next((word for word in rest if word.startswith("-")), rest[0])
             self.error(f"{word!r} is no argument of this command{self._meant(word)}")

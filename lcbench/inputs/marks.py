@@ -35,8 +35,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lcbench.inputs.base import MOST_CRITICAL
 from lcbench.inputs.drawing import BLOCK, ELEMENTS, seed_of
-from lcbench.inputs.structured import MOST
 from lcbench.masks.band import Ints
 from lcbench.problem import Batch, Heads, Softmax
 
@@ -340,7 +340,7 @@ def plan(
     )  # fmt: skip
     normal = NormalDist()
     aims = np.exp([spread * normal.inv_cdf((n + 0.5) / heads.q) for n in range(heads.q)])
-    aims = random.permutation(np.minimum(MOST, critical * aims / aims.mean()))
+    aims = random.permutation(np.minimum(MOST_CRITICAL, critical * aims / aims.mean()))
     kinds = random.permutation([DEALT[n % len(DEALT)] for n in range(heads.q)])
     group_size = heads.q // heads.kv
     rough = tuple(

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lcbench.inputs.base import Inputs, Wanted
+from lcbench.inputs.base import MOST_CRITICAL, Inputs, Wanted
 from lcbench.problem import Problem
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lcbench.inputs.marks import Plan
 
 LEAST_DIM = 16
-MOST = 0.6  # share of keys that are critical without structure, about
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class Structured(Inputs):
     drift: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 < self.critical <= MOST:
-            raise ValueError(f"inputs.critical={self.critical} is no share of keys above 0 and up to {MOST}")
+        if not 0 < self.critical <= MOST_CRITICAL:
+            raise ValueError(f"inputs.critical={self.critical} is no share of keys above 0 and up to {MOST_CRITICAL}")
         if not 0 <= self.spread <= 2:
             raise ValueError(f"inputs.spread={self.spread} is no number from 0 to 2")
         if not 0 <= self.drift <= math.pi / 2:
