@@ -37,7 +37,7 @@ BESIDE := -p no:cacheprovider -n auto --maxprocesses 4 --dist loadfile --no-load
 NONE_IS_FINE = $(if $(K),|| [ $$? -eq 5 ])
 
 # The tests on the cluster wait for most of their time; the others compute meanwhile, as long as nobody on the cluster wants to.
-# Those with a rank for each GPU of the cluster fill the machine's memory and cores, so they come last and alone.
+# Those with a rank for most GPUs of the cluster fill the machine's memory and cores, so they come last and alone.
 test: setup cluster-up browser ## all tests, on the development cluster too (needs root and Debian for that); K=... chooses by name
 	@{ $(PYTEST) -m 'slurm and not wide' $(NONE_IS_FINE); } >$(VENV)/slurm-tests.log 2>&1 & cluster=$$!; \
 	{ nice -n 15 $(PYTEST) -m 'not slurm' $(BESIDE) $(NONE_IS_FINE); }; others=$$?; \

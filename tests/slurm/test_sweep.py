@@ -10,9 +10,10 @@ import pytest
 from lcbench.runs.store import Sweep
 from tests.slurm.stage import lcbench
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.wide]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
+@pytest.mark.wide
 @pytest.mark.timeout(1800)
 def test_ninety_six_ranks_on_twelve_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
     """On a few cores they are slow: by its estimate the ring has some 150 s without progress, and it is measured."""
@@ -38,7 +39,7 @@ def test_ninety_six_ranks_on_twelve_nodes(devcluster: dict[str, str], tmp_path: 
     assert all(checked[f"{link} GB/s"]["worst"] > 0 for link in ("allreduce", "within a node", "between nodes"))
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_groups_of_a_mesh_on_two_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
     """Attention and training steps in four context-parallel groups of four ranks, which lie on both nodes or on one each."""
     done = lcbench(
@@ -61,6 +62,7 @@ def test_groups_of_a_mesh_on_two_nodes(devcluster: dict[str, str], tmp_path: Pat
         assert (attempt.metrics["comm/forward/between_nodes_bytes"] > 0) == crosses, attempt.config
 
 
+@pytest.mark.wide
 @pytest.mark.timeout(2400)
 def test_batches_on_sixty_four_ranks_of_eight_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
     """A batch as three planners share it out among the same ranks, with the gradients' sum: what was planned is what was run."""
@@ -126,7 +128,7 @@ def test_a_search_brings_its_rounds_to_the_cluster_and_the_same_command_goes_on(
     assert attempts == {cell: len(sweep.attempts(cell)) for cell in sweep.entries()}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_serving_on_two_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
     """A decode step, a prompt and both together, with the cache over both nodes."""
     done = lcbench(
@@ -158,7 +160,7 @@ def test_serving_on_two_nodes(devcluster: dict[str, str], tmp_path: Path) -> Non
     assert sent["pcp", "4q1s256"] == pytest.approx(15 * 4 * 256 / 16 * 2 * 32 * 8 / 4)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_sparse_and_linear_strategies_on_two_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
     """Each strategy of attention that chooses its mask and of linear attention, in one sweep whose other products are skipped."""
     done = lcbench(
