@@ -21,9 +21,9 @@ from lcbench.masks.band import Ints
 from lcbench.masks.block import Keep
 from lcbench.problem import Problem
 from lcbench.selectors.base import Effort, Features, Rows
-from lcbench.selectors.choosing import Budgeted, by_head, by_head_effort, check_share, of_columns, of_maps, reach, scores, steady
+from lcbench.selectors.choosing import Budgeted, by_head, by_head_effort, check_share, of_columns, of_maps, reach, scores
 from lcbench.selectors.oracle import masses_effort
-from lcbench.selectors.partial import at_once, hide, keep_best, runs
+from lcbench.selectors.partial import at_once, hide, runs
 
 if TYPE_CHECKING:
     import torch
@@ -79,19 +79,13 @@ class AdaSpa(Budgeted):
                 found[group, columns.start - first : columns.stop - first] = of_columns(weights.sum(1), self.k_block, 0.0).sum(-1)
         return of_maps(found, self.maps(heads))
 
-    def keep(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> Keep:
+    def counts(self, scores: torch.Tensor, always: Keep, rows: Rows) -> Ints:
         import torch
 
-        first, last = reach(rows)
-        if first == last:
-            return np.zeros((self.maps(problem.heads), len(rows.pairs)), dtype=bool)
-        with steady(rows.q.device):
-            found = self.score(rows, keys, edges, problem)
-        always, counts = self.always(rows, edges), np.full(len(found), self.budget(rows))
+        counts = super().counts(scores, always, rows)
         if self.recall < 1:
-            forced = torch.from_numpy(always[first:last]).to(found.device)
-            order = found.masked_fill(forced, torch.inf).sort(dim=1, descending=True, stable=True).indices
-            sums = found.double().gather(1, order).cumsum(1)
+            forced = torch.from_numpy(always).to(scores.device)
+            order = scores.masked_fill(forced, torch.inf).sort(dim=1, descending=True, stable=True).indices
+            sums = scores.double().gather(1, order).cumsum(1)
             counts = np.minimum(counts, 1 + (sums < self.recall * sums[:, -1:]).sum(1).cpu().numpy())
-        found = torch.nn.functional.pad(found, (first, len(rows.pairs) - last), value=-torch.inf)
-        return keep_best(found, counts, always, rows, edges)
+        return counts

@@ -100,8 +100,14 @@ class Budgeted(Selector):
             return np.zeros((self.maps(problem.heads), len(rows.pairs)), dtype=bool)
         with steady(rows.q.device):
             found = self.score(rows, keys, edges, problem)
+        always = self.always(rows, edges)
+        counts = self.counts(found, always[first:last], rows)
         found = torch.nn.functional.pad(found, (first, len(rows.pairs) - last), value=-torch.inf)
-        return covering(found, self.budget(rows), self.always(rows, edges), rows, edges)
+        return covering(found, counts, always, rows, edges)
+
+    def counts(self, scores: torch.Tensor, always: Keep, rows: Rows) -> Ints:
+        """How many blocks of each map are kept, (maps,); ``scores`` and ``always`` are of the blocks that ``reach`` names."""
+        return np.full(len(scores), self.budget(rows))
 
 
 # Bytes per score of a block, and operations per block of queries, to put the blocks in order and keep the first; bytes per bit of a
@@ -167,12 +173,13 @@ def own_blocks(rows: Rows, edges: Ints, first: int, count: int) -> Keep:
     return found & (rows.pairs > 0)
 
 
-def top(scores: torch.Tensor, count: int, always: Keep, seen: Keep) -> Keep:
-    """The ``count`` blocks of highest scores of each map, those that are ``always`` kept among them; of equal ones the lower.
+def top(scores: torch.Tensor, counts: Ints, always: Keep, seen: Keep) -> Keep:
+    """As many blocks of highest scores of each map as ``counts`` has, those that are ``always`` kept among them; of equal ones the
+    lower.
 
     Args:
         scores: (maps, columns).
-        count: of the blocks that are kept; at least as many as ``always`` has are.
+        counts: of the blocks that are kept, (maps,); at least as many as ``always`` has are.
         always, seen: bool (columns,), the former also (maps, columns); blocks that are not ``seen`` are never kept.
 
     Returns:
@@ -186,20 +193,20 @@ def top(scores: torch.Tensor, count: int, always: Keep, seen: Keep) -> Keep:
     order = torch.sort(own, dim=-1, descending=True, stable=True).indices.cpu().numpy()
     first = np.take_along_axis(np.broadcast_to(always, keep.shape)[:, columns], order, axis=1)
     order = np.take_along_axis(order, np.argsort(~first, axis=1, kind="stable"), axis=1)
-    kept = np.arange(len(columns)) < np.maximum(count, first.sum(1, keepdims=True))
+    kept = np.arange(len(columns)) < np.maximum(counts[:, None], first.sum(1, keepdims=True))
     np.put_along_axis(keep, columns[order], kept, axis=1)
     return keep
 
 
-def covering(scores: torch.Tensor, count: int, always: Keep, rows: Rows, edges: Ints) -> Keep:
+def covering(scores: torch.Tensor, counts: Ints, always: Keep, rows: Rows, edges: Ints) -> Keep:
     """As ``top``, and every query that sees a key sees one of a block that is kept: where the blocks of highest scores leave
     queries without, those that most of them see are always kept as well, of equal ones that of the highest score.
 
     Returns:
-        bool (maps, columns); ``count`` blocks of each map, unless so few cannot have a key for every query.
+        bool (maps, columns); ``counts`` blocks of each map, unless so few cannot have a key for every query.
     """
     seen = rows.pairs > 0
-    keep = top(scores, count, always, seen)
+    keep = top(scores, counts, always, seen)
     whole = rows.pairs == len(rows.q) * np.diff(edges)
     lacking = np.nonzero(~keep[:, whole].any(1))[0]
     if not len(lacking) or not seen.any():
@@ -219,7 +226,7 @@ def covering(scores: torch.Tensor, count: int, always: Keep, rows: Rows, edges: 
         own = scores[lacking.tolist()].cpu().numpy()
         best = np.where(gain == gain.max(1, keepdims=True), own, -np.inf)
         forced[lacking, best.argmax(1)] = True
-        keep[lacking] = top(scores[lacking.tolist()], count, forced[lacking], seen)
+        keep[lacking] = top(scores[lacking.tolist()], counts[lacking], forced[lacking], seen)
     return keep
 
 

@@ -1,4 +1,4 @@
-"""Blocks of keys that queries see a part of, and selectors whose maps keep different numbers of blocks."""
+"""Blocks of keys that queries see a part of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from lcbench.masks.band import Ints
 from lcbench.masks.block import Keep
 from lcbench.selectors.base import Rows
-from lcbench.selectors.choosing import covering, seen_keys
+from lcbench.selectors.choosing import seen_keys
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +46,3 @@ def hide(x: torch.Tensor, rows: Rows, edges: Ints, columns: range, fill: float, 
         seen = seen if group == 1 else torch.stack([own.any(0) for own in seen.split(group)])
         x[..., begin - offset : end - offset].masked_fill_(~seen, fill)
     return x
-
-
-def keep_best(scores: torch.Tensor, counts: Ints, always: Keep, rows: Rows, edges: Ints) -> Keep:
-    """As ``covering``, with a number of blocks for each map, (maps,)."""
-    return np.concatenate([covering(scores[i : i + 1], int(count), always, rows, edges) for i, count in enumerate(counts)])

@@ -37,6 +37,7 @@ from lcbench.selectors.choosing import (
     block_sums,
     by_head,
     check_share,
+    covering,
     each_block,
     ordering,
     own_blocks,
@@ -45,7 +46,7 @@ from lcbench.selectors.choosing import (
     sinks,
     steady,
 )
-from lcbench.selectors.partial import at_once, hide, keep_best, runs
+from lcbench.selectors.partial import at_once, hide, runs
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +145,7 @@ class Sale(Selector):
             always, found = self._always(rows, edges), self.score(rows, keys, edges, problem)
         least = keys["threshold"][:, None] if self.threshold is None else math.log(self.threshold)
         counts = ((found >= least).cpu().numpy() | always).sum(1)
-        return keep_best(found, counts, always, rows, edges)
+        return covering(found, counts, always, rows, edges)
 
     def score(self, rows: Rows, keys: Features, edges: Ints, problem: Problem) -> torch.Tensor:
         """The logarithm of the highest relative attention score in each block, (maps, columns), float32: -inf in blocks without

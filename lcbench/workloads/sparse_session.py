@@ -28,7 +28,6 @@ import torch
 from lcbench.cp.base import RankRun, Scheduled
 from lcbench.cp.selection import Selection, kept
 from lcbench.inputs.base import Wanted
-from lcbench.kernels.base import Unsupported
 from lcbench.masks.band import BandMask, Ints, spread
 from lcbench.masks.block import BlockMap, Keep, chosen
 from lcbench.masks.mask import Mask
@@ -47,7 +46,7 @@ from lcbench.schedule.held import Held, Part
 from lcbench.selectors.base import Features, Rows, pairs_of
 from lcbench.workloads.attention import AttentionSession, shard_of
 from lcbench.workloads.base import Work
-from lcbench.workloads.started import Sent, Started, distance
+from lcbench.workloads.started import OnAllRanks, Sent, Started, distance, run_of_all
 
 CHOICE, RECALL = "choice", "recall"
 BLOCKS = 8  # of queries that are chosen once more by one rank alone, however long the sequence is
@@ -178,17 +177,8 @@ class SparseSession(AttentionSession):
 
     def _started_for(self, mask: Mask) -> Started | str:
         """The strategy at work on this rank, or why the ranks cannot run it. Collective."""
-        reason, calls, run = None, 1, None
-        try:
-            run = self._plan(mask)
-            calls = counters.calls if (counters := run.counters()) else 1
-        except Unsupported as refused:
-            reason = str(refused)
-        reasons, every_calls = zip(*EVERY.all_gather_object((reason, calls)), strict=True)
-        if (refusal := first_refusal(reasons)) is not None:
-            return refusal
-        assert run is not None
-        return self._at_work(mask, run, max(every_calls))
+        run = run_of_all(lambda: self._plan(mask))
+        return run if isinstance(run, str) else self._at_work(mask, run)
 
     def _all_started(self) -> Started | str:
         """Full attention on this rank, of the cell's mask or, where a kernel takes blocks alone, of all of its blocks; or why the
@@ -200,10 +190,10 @@ class SparseSession(AttentionSession):
         every = chosen(np.broadcast_to(True, self._selection.shape), *self._selection.edges, self.within)
         return self._started_for(every) if kernel.unsupported(problem, every) is None else f"kernel: {reason}"
 
-    def _at_work(self, mask: Mask, run: RankRun, calls: int) -> Started:
+    def _at_work(self, mask: Mask, run: OnAllRanks) -> Started:
         pairs, heads = mask.pairs(self._problem.heads.q), self._problem.heads.q
         asked = self.within if pairs < self.within.pairs(heads) else None
-        return Started(self._work, self._gang, mask, asked, pairs, run, self._owners, calls, 0.0, self._check_seed)
+        return Started(self._work, self._gang, mask, asked, pairs, run.own, self._owners, run.calls, 0.0, self._check_seed)
 
     def phases(self) -> Phases:
         shard = self.shard
@@ -327,7 +317,7 @@ class SparseSession(AttentionSession):
     def _examine(self, passed: Passed, result: Result) -> None:
         """Compare a later pass with float64, by the mask that it chose. Collective."""
         assert passed.run is not None
-        self._against_reference(self._at_work(passed.choice, passed.run, self._started.calls), result)
+        self._against_reference(self._at_work(passed.choice, OnAllRanks(passed.run, self._started.calls)), result)
 
     def _against_reference(self, started: Started, result: Result) -> None:
         later = replace(started, asked=None).examination(1)

@@ -128,6 +128,30 @@ def distance(examination: Examination, gang: Gang) -> dict[str, float]:
     return {} if own is None else {"check/distance": max(gang.of_groups(own))}
 
 
+class OnAllRanks(NamedTuple):
+    """A strategy at work on every rank: this rank's run, and the kernel calls of the rank that makes most."""
+
+    own: RankRun
+    calls: int
+
+
+def run_of_all(begin: Callable[[], RankRun], refuses: Callable[[RankRun], str | None] = lambda run: None) -> OnAllRanks | str:
+    """What ``begin`` makes on this rank, or why some rank cannot run it. Collective."""
+    reason, calls, run = None, 1, None
+    try:
+        run = begin()
+        calls = counters.calls if (counters := run.counters()) else 1
+        reason = refuses(run)
+    except Unsupported as refused:
+        reason = str(refused)
+    # One rank's tile may be what its kernel cannot run while the others' are well.
+    reasons, every_calls = zip(*EVERY.all_gather_object((reason, calls)), strict=True)
+    if (refusal := first_refusal(reasons)) is not None:
+        return refusal
+    assert run is not None
+    return OnAllRanks(run, max(every_calls))
+
+
 def started(
     work: Work,
     number: int,
@@ -144,20 +168,12 @@ def started(
     begun, problem = time.perf_counter(), work.problem
     asked = gang.own_heads(work.make_mask(number), problem.heads.q)
     mask = work.strategy.computes(problem, asked)
-    reason, calls, run = None, 1, None
-    try:
-        run = (begin or work.strategy.start)(problem, mask, work.kernel, gang.place)
-        calls = counters.calls if (counters := run.counters()) else 1
-        reason = refuses(run)
-    except Unsupported as refused:
-        reason = str(refused)
-    # One rank's tile may be what its kernel cannot run while the others' are well.
-    reasons, every_calls = zip(*EVERY.all_gather_object((reason, calls)), strict=True)
-    if (refusal := first_refusal(reasons)) is not None:
-        return refusal
-    assert run is not None
+    begins = begin or work.strategy.start
+    run = run_of_all(lambda: begins(problem, mask, work.kernel, gang.place), refuses)
+    if isinstance(run, str):
+        return run
     prepare_s = time.perf_counter() - begun
-    found = owners(run.held, mask, problem, gang.device, gang.ranks)
+    found = owners(run.own.held, mask, problem, gang.device, gang.ranks)
     seed = [work.seed, work.attempt, number, *([gang.dp_index, gang.tp_index] if gang.mesh.count > 1 else [])]
     pairs = mask.pairs(problem.heads.q)
-    return Started(work, gang, mask, None if asked is mask else asked, pairs, run, found, max(every_calls), prepare_s, seed)
+    return Started(work, gang, mask, None if asked is mask else asked, pairs, run.own, found, run.calls, prepare_s, seed)

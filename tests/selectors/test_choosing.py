@@ -69,30 +69,33 @@ def test_top_keeps_the_highest_scores_the_lower_of_equal_ones_and_always_what_it
                                          max_size=maps * columns))).reshape(maps, columns)  # fmt: skip
     flags = st.lists(st.booleans(), min_size=columns, max_size=columns)
     seen = np.array(data.draw(flags))
-    always, count = seen & data.draw(flags), data.draw(st.integers(0, columns))
-    kept = top(torch.from_numpy(scores), count, always, seen)
+    always = seen & data.draw(flags)
+    counts = np.array(data.draw(st.lists(st.integers(0, columns), min_size=maps, max_size=maps)))
+    kept = top(torch.from_numpy(scores), counts, always, seen)
     for m in range(maps):
         order = sorted(np.nonzero(seen)[0].tolist(), key=lambda j: (not always[j], -scores[m, j], j))
-        assert np.nonzero(kept[m])[0].tolist() == sorted(order[: max(count, int(always.sum()))])
+        assert np.nonzero(kept[m])[0].tolist() == sorted(order[: max(counts[m], int(always.sum()))])
 
 
-@given(masks(), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**32 - 1))
+@given(
+    masks(), st.integers(1, 9), st.integers(1, 9), st.lists(st.integers(1, 4), min_size=3, max_size=3), st.integers(0, 2**32 - 1)
+)
 @settings(deadline=None)
 def test_covering_leaves_no_query_without_a_key_and_adds_none_that_is_not_needed(
-    mask: BandMask, q_block: int, k_block: int, count: int, seed: int
+    mask: BandMask, q_block: int, k_block: int, counts: list[int], seed: int
 ) -> None:
     random, allowed, edges = np.random.default_rng(seed), dense.visible(mask), block_edges(mask.num_k, k_block)
     for one, row in zip(rows(mask, q_block, k_block), dense.blocks(mask.num_q, q_block), strict=True):
         scores = torch.from_numpy(random.integers(0, 3, (3, len(edges) - 1)).astype(float))
         seen = np.array([allowed[np.ix_(row, column)].any() for column in dense.blocks(mask.num_k, k_block)])
         always = seen & (random.random(len(seen)) < 0.2)
-        kept = covering(scores, count, always, one, edges)
+        kept = covering(scores, np.array(counts), always, one, edges)
         columns = np.repeat(kept, np.diff(edges), axis=1)
         own = allowed[row]
         assert ((own & columns[:, None]).any(2) == own.any(1)).all()
         assert not (kept & ~seen).any()
         assert kept[:, always].all()
-        plain = top(scores, count, always, seen)
+        plain = top(scores, np.array(counts), always, seen)
         enough = ((own & np.repeat(plain, np.diff(edges), axis=1)[:, None]).any(2) == own.any(1)).all(1)
         np.testing.assert_array_equal(kept[enough], plain[enough])
         assert (kept.sum(1) >= plain.sum(1)).all()
