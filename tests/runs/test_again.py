@@ -437,11 +437,12 @@ def of_this_process(pack: Pack) -> None:
 def test_cancelling_a_cell_that_has_its_result_ends_its_later_blocks(
     tmp_path: Path, alone: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    _, ended = made_sweep(tmp_path / "ended")
+    assert cancel.main([ended.cells[1], f"--results={tmp_path / 'ended'}"]) == 0
+    assert f"cell {ended.cells[1]} is not under way: it is ok" in capsys.readouterr().out
+    assert not (ended.folder / "cancel").exists()
     sweep, pack = made_sweep(tmp_path)
     command = [pack.cells[1], f"--results={tmp_path}"]
-    assert cancel.main(command) == 0  # its job has ended
-    assert f"cell {pack.cells[1]} is not under way: it is ok" in capsys.readouterr().out
-    assert not (pack.folder / "cancel").exists()
     of_this_process(pack)
     assert pack.cells[1] in settled(Watch(sweep)).under_way
     assert cancel.main(command) == 0
@@ -518,7 +519,8 @@ def test_the_end_of_a_job_in_a_later_block_fails_nothing(tmp_path: Path) -> None
     assert standing.counts() == {"ok": 3}
     assert not standing.under_way
     lost = [a.lost_blocks for a in newest(sweep, pack)]
-    assert lost == [[{"block": 2, "cause": "timeout: its job ended as TIMEOUT"}], [], []]
+    # The one in flight, and those that nobody came to.
+    assert lost == [[{"block": block, "cause": "timeout: its job ended as TIMEOUT"} for block in (2, 3)]] * 3
     assert [len(sweep.attempts(c)) for c in pack.cells] == [1, 1, 1]
     assert not sweep.again("p")
     assert settled(asked("TIMEOUT")(sweep)).seen == standing.seen  # said once
