@@ -111,7 +111,7 @@ def parse_batch(value: object) -> Batch | None:
     wanted = "write [count]q<new>[s<total>], several joined by _, such as 32q1s128k or 2q2k_32q1s8k"
     groups = []
     for part in str(value).strip().lower().split("_"):
-        match = re.fullmatch(r"([0-9]{0,9})q([0-9]{1,9})([km]?)(?:s([0-9]{1,9})([km]?))?", part)
+        match = re.fullmatch(r"([0-9]{0,9})q([0-9]{1,10})([km]?)(?:s([0-9]{1,10})([km]?))?", part)
         if not match or isinstance(value, bool):
             raise ValueError(f"batch={shown(value)} is no batch of requests; {wanted}")
         count, new = int(match[1] or 1), int(match[2]) * UNITS[match[3]]

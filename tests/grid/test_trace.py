@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lcbench.grid.trace import TOLERANCE, TOTALS, Trace, Weighted, read, reduced
@@ -87,6 +87,7 @@ def test_what_is_decoded_is_never_mixed_with_what_is_filled(data: st.DataObject)
     assert {(c.prefix > 0, c.new > 1) for c in cells} <= {(p > 0, n > 1) for p, n, _ in rows}
 
 
+@example([(463129088, 536870912)])  # 1,000,000,000 tokens: ten digits
 @given(st.lists(st.tuples(st.integers(0, MOST_TOKENS // 2), st.integers(1, MOST_TOKENS // 2)), min_size=1, max_size=20))
 def test_batches_of_the_largest_lines_can_be_said(pairs: list[tuple[int, int]]) -> None:
     rows = [(p, n, MOST_TOKENS // (p + n)) for p, n in pairs]
