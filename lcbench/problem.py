@@ -370,6 +370,11 @@ class Problem:
         return itemsize(self.dtype)
 
     @property
+    def sum_itemsize(self) -> int:
+        """Bytes per element of sums: float32, or float64 for float64 inputs."""
+        return max(self.itemsize, 4)
+
+    @property
     def backward(self) -> bool:
         return self.direction == "forward_backward"
 

@@ -234,8 +234,7 @@ def exchanged_bytes(problem: Problem) -> float:
     if problem.rule is not None:
         elements = PAYLOADS["summary"].elements(problem.heads, problem.rule) * problem.heads.kv * element_bytes("sum", problem)
         return float((2 if problem.backward else 1) * (ranks - 1) * elements)
-    sums = problem.itemsize if problem.reduce_dtype == "input" else max(problem.itemsize, 4)
-    per_element = 2 * problem.itemsize + sums if problem.backward else problem.itemsize
+    per_element = 2 * problem.itemsize + element_bytes("reduce", problem) if problem.backward else problem.itemsize
     return cached_bytes(problem) / problem.itemsize * (ranks - 1) / ranks * per_element
 
 

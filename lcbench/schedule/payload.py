@@ -106,7 +106,7 @@ def gradients_of(kind: str) -> tuple[str, str]:
 def element_bytes(precision: Precision, problem: Problem) -> int:
     """Bytes of an element of a precision class; sums are float32, or float64 for float64 inputs."""
     low = precision == "input" or (precision == "reduce" and problem.reduce_dtype == "input")
-    return problem.itemsize if low else max(problem.itemsize, 4)
+    return problem.itemsize if low else problem.sum_itemsize
 
 
 def token_bytes(kind: str, group: HeadGroup, problem: Problem, precision: Precision | None = None) -> int:

@@ -129,15 +129,10 @@ def blocks_seen(selector: Selector, problem: Problem, pairs: float) -> float:
     return min(pairs / (selector.q_block * selector.k_block) + rows / 2, float(rows * columns))
 
 
-def wide(problem: Problem) -> int:
-    """Bytes of a number in the type of sums."""
-    return max(problem.itemsize, 4)
-
-
 def by_head_effort(problem: Problem, each: float = 1.0) -> Effort:
     """Whole keys, or ``each`` of a number of theirs, that all ranks are told and have by head."""
     numbers = each * problem.seqlen * problem.heads.kv * problem.heads.dim
-    return Effort(shared=numbers * 2 * wide(problem), told=numbers * problem.itemsize)
+    return Effort(shared=numbers * 2 * problem.sum_itemsize, told=numbers * problem.itemsize)
 
 
 def check_share(option: str, value: object) -> None:

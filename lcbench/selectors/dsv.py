@@ -44,7 +44,6 @@ from lcbench.selectors.choosing import (
     reach,
     scores,
     steady,
-    wide,
 )
 from lcbench.selectors.partial import hide
 
@@ -108,7 +107,7 @@ class Dsv(Budgeted):
         return moments, low
 
     def scoring(self, problem: Problem, pairs: float) -> Effort:
-        (rows, columns), heads, size = blocks_of(self, problem), problem.heads, wide(problem)
+        (rows, columns), heads, size = blocks_of(self, problem), problem.heads, problem.sum_itemsize
         predicted, grouped = heads.q * pairs / self.group, problem.queries * heads.q / self.group
         flops = 2.0 * self.rank * (predicted + heads.dim * (problem.seqlen * heads.kv + grouped))
         moved = size * (PREDICTED * predicted + 4 * heads.dim * (problem.seqlen * heads.kv + problem.queries * heads.q))

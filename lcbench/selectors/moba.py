@@ -17,7 +17,7 @@ import numpy as np
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
 from lcbench.selectors.base import Effort, Features, Rows, blocks_of
-from lcbench.selectors.choosing import SUMMING, Budgeted, block_means, blocks_seen, by_head, of_maps, products, reach, wide
+from lcbench.selectors.choosing import SUMMING, Budgeted, block_means, blocks_seen, by_head, of_maps, products, reach
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class Moba(Budgeted):
         return {"mean": by_head(features["mean"])}
 
     def scoring(self, problem: Problem, pairs: float) -> Effort:
-        (rows, columns), heads, size = blocks_of(self, problem), problem.heads, wide(problem)
+        (rows, columns), heads, size = blocks_of(self, problem), problem.heads, problem.sum_itemsize
         summed = 4 * size * heads.dim * (problem.seqlen * heads.kv + problem.queries * heads.q)
         means = float(columns * heads.kv * heads.dim * size)
         products = 2.0 * heads.q * heads.dim * blocks_seen(self, problem, pairs)

@@ -20,7 +20,7 @@ import numpy as np
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
 from lcbench.selectors.base import Effort, Features, Rows, blocks_of, check_whole
-from lcbench.selectors.choosing import SUMMING, Budgeted, block_sums, by_head, of_maps, reach, scores, seen_whole, wide
+from lcbench.selectors.choosing import SUMMING, Budgeted, block_sums, by_head, of_maps, reach, scores, seen_whole
 from lcbench.selectors.oracle import WEIGHED
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Nsa(Budgeted):
         return {"keys": by_head(keys / sizes[:, None, None])}
 
     def scoring(self, problem: Problem, pairs: float) -> Effort:
-        (rows, columns), heads, size = blocks_of(self, problem), problem.heads, wide(problem)
+        (rows, columns), heads, size = blocks_of(self, problem), problem.heads, problem.sum_itemsize
         keys, weights = problem.seqlen // self.stride * heads.kv * heads.dim, heads.q * pairs / self.stride
         moved = 4 * size * heads.dim * (problem.seqlen * heads.kv + problem.queries * heads.q / 2)
         moved += (WEIGHED + 3 * self.compress // self.stride) * size * weights

@@ -22,7 +22,6 @@ from lcbench.selectors.choosing import (
     reach,
     scores,
     seen_blocks,
-    wide,
 )
 from lcbench.selectors.partial import hide
 
@@ -60,7 +59,9 @@ WEIGHED, WEIGHING = 12, 14
 def masses_effort(selector: Selector, problem: Problem, pairs: float) -> Effort:
     """What ``block_masses`` of all blocks of queries takes, by ``pairs`` of a query head."""
     every, rows = problem.heads.q * pairs, blocks_of(selector, problem)[0]
-    return Effort(2.0 * problem.heads.dim * every, WEIGHED * wide(problem) * every, float(WEIGHING * rows * problem.heads.kv))
+    return Effort(
+        2.0 * problem.heads.dim * every, WEIGHED * problem.sum_itemsize * every, float(WEIGHING * rows * problem.heads.kv)
+    )
 
 
 def block_masses(rows: Rows, k: torch.Tensor, edges: Ints, size: int, problem: Problem) -> torch.Tensor:

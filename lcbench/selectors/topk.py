@@ -23,7 +23,7 @@ import numpy as np
 from lcbench.masks.band import Ints
 from lcbench.problem import Problem
 from lcbench.selectors.base import Effort, Features, Rows, blocks_of, check_whole
-from lcbench.selectors.choosing import Budgeted, by_head, by_head_effort, each_block, of_columns, products, reach, steady, wide
+from lcbench.selectors.choosing import Budgeted, by_head, by_head_effort, each_block, of_columns, products, reach, steady
 from lcbench.selectors.partial import at_once, hide, runs
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class TopK(Budgeted):
         return {"index": by_head(features["index"])}
 
     def scoring(self, problem: Problem, pairs: float) -> Effort:
-        (rows, columns), heads, size = blocks_of(self, problem), problem.heads, wide(problem)
+        (rows, columns), heads, size = blocks_of(self, problem), problem.heads, problem.sum_itemsize
         every, tokens = heads.q * pairs, problem.seqlen * heads.kv + problem.queries * heads.q
         moved = (POOLED * every + tokens * (2 * heads.dim + 3 * self.dim)) * size
         kernels = columns + POOLING * rows * max(heads.kv, self.maps(heads))

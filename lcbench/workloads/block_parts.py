@@ -72,7 +72,7 @@ class _Step:
 
     @property
     def _wide(self) -> int:
-        return max(self._size, 4)
+        return self.share.problem.sum_itemsize
 
     @property
     def _same(self) -> int:

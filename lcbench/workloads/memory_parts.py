@@ -47,7 +47,7 @@ class _Layers:
 
     @property
     def _wide(self) -> int:
-        return max(self._size, 4)
+        return self.problem.sum_itemsize
 
     def made(self) -> Made:
         segments = self.options.segments(self.problem)

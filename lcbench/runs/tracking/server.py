@@ -95,16 +95,15 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import mlflow  # noqa: F401  # which sets the levels of its loggers
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in NOISY}
-    for name in loggers:
-        name.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+
+        levels = {logging.getLogger(name): logging.getLogger(name).level for name in NOISY}
+        for logger in levels:
+            logger.setLevel(logging.CRITICAL)
+        try:
             yield
-    finally:
-        for logger, level in loggers.items():
-            logger.setLevel(level)
+        finally:
+            for logger, level in levels.items():
+                logger.setLevel(level)
 
 
 def exists(client: MlflowClient, run_id: str) -> bool:
