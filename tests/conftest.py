@@ -21,6 +21,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads of 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Our Triton kernels run on a CPU by Triton's interpreter; it decides when a kernel is defined.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Thousands of processes would each compile lcbench anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # GNU readline exports the size of a terminal that is not there, by which tables would fit themselves.
 for size in ("COLUMNS", "LINES"):
     os.environ[size] = ""  # so that C's environment, too, loses what it has

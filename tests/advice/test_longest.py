@@ -25,6 +25,8 @@ from lcbench.report.longest import Choice, Longest, longest_of
 from lcbench.runs.attempt import Attempt, Failure
 from lcbench.runs.manifest import Entry
 from lcbench.runs.store import Sweep
+from tests.commands import lcbench
+from tests.databases import database
 from tests.slurm.stage import ROOT
 
 WORDS = ["cp=ring,ulysses", "kernel=sdpa_math", "scale=1x2", "heads=2x2x8", "dtype=float64", "search=max_seqlen"]
@@ -298,9 +300,7 @@ TINY = [
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lcbench.sweep", *words], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    return lcbench("sweep", *words, env=environment())
 
 
 def environment() -> dict[str, str]:
@@ -309,11 +309,12 @@ def environment() -> dict[str, str]:
 
 def stored(root: Path, name: str = "tiny") -> list[str]:
     # The command publishes when the search is at its end, and not every round besides.
-    return [f"results={root}", f"sweep={name}", f"tracking_uri=sqlite:///{root}/mlflow.db", "site.publish=login"]
+    return [f"results={root}", f"sweep={name}", f"tracking_uri={database(root)}", "site.publish=login"]
 
 
 def test_dry_shows_the_first_round_and_writes_nothing(tmp_path: Path) -> None:
-    done = command(*TINY, "cp=ring,ulysses", "scale=1x2", "search.gib=0.01", "hydra/launcher=dry", *stored(tmp_path))
+    where = [f"results={tmp_path}", "sweep=tiny", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db"]
+    done = command(*TINY, "cp=ring,ulysses", "scale=1x2", "search.gib=0.01", "hydra/launcher=dry", *where)
     assert done.returncode == 0, done.stderr
     assert "the longest length of 2 choices, 64 to 2k, 10.2 MiB a rank, at most 8 cells of each" in done.stdout
     assert "2 cells, 2 to run" in done.stdout

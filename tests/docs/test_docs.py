@@ -21,6 +21,7 @@ from lcbench.predict.fitted import Fit
 from lcbench.predict.machines import known
 from lcbench.runs.attempt import Failure
 from lcbench.runs.store import Sweep
+from tests.commands import lcbench
 from tests.docs.commands import COMMANDS, blocks, told
 from tests.docs.shown import launch, make_files
 from tests.report.made import foretell, made_sweep
@@ -102,7 +103,7 @@ def test_a_command_of_the_docs_runs(
 def _sweep(arguments: list[str]) -> None:
     """Plan it: what runs is the machine's matter."""
     if any(a in arguments for a in ("--cfg", "-sc", "--help")):
-        done = subprocess.run([sys.executable, "-m", "lcbench.sweep", *arguments], cwd=ROOT, capture_output=True, text=True)
+        done = lcbench("sweep", *arguments)
         assert done.returncode == 0, done.stderr
         return
     flags = read_flags(arguments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lcbench.grid.values import MESH, parse_mesh
 from lcbench.problem import Mesh
 from lcbench.report.frame import reported
 from lcbench.report.table import Names
+from tests.commands import lcbench
 from tests.report.made import made_sweep
 
 # A workload of one's own with all that a block has, so that planning it costs no torch.
@@ -241,7 +241,7 @@ def test_bad_input_is_one_line(words: list[str], said: str, own: list[str]) -> N
 
 def test_it_ends_the_command_with_code_2(tmp_path: Path) -> None:
     words = ["model=tiny", "hydra/launcher=dry", "site=plain", f"results={tmp_path}/r"]
-    done = subprocess.run([sys.executable, "-m", "lcbench.sweep", *words], capture_output=True, text=True)
+    done = lcbench("sweep", *words)
     assert done.returncode == 2
     assert done.stderr == "error: model=tiny means nothing here: workload=attention has no model\n"
     assert not list(tmp_path.iterdir())

@@ -21,6 +21,7 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.paths import CONF
 from lcbench.measure.blocks import BLOCKS, blocks_of
+from tests.commands import lcbench
 
 
 @pytest.fixture
@@ -223,7 +224,7 @@ def test_planning_loads_neither_torch_nor_mlflow_nor_submitit() -> None:
 
 
 def run_sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "lcbench.sweep", *arguments], capture_output=True, text=True)
+    return lcbench("sweep", *arguments)
 
 
 @pytest.mark.parametrize(

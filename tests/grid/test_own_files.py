@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,9 +11,10 @@ import pytest
 from lcbench.commands.kernels import main as kernels
 from lcbench.grid.command_line import look
 from lcbench.grid.own import line_in
-from lcbench.grid.paths import REPOSITORY
 from lcbench.report.ending import BAD_INPUT
 from lcbench.results import load
+from tests.commands import lcbench
+from tests.databases import database
 
 MODULE = """
 from dataclasses import dataclass, replace
@@ -248,13 +248,10 @@ def test_a_cell_of_ones_own_values_runs(own: Path) -> None:
     asked = [
         *OWN, "workload=own,attention", "direction=forward", "measure.budget_s=0.1", "measure.max_iterations=3",
         "measure.min_iterations=1", "measure.blocks=1", *flags, "site=local", "site.device=cpu", "sweep=own",
-        f"results={own}/results", f"tracking_uri=sqlite:///{own}/mlflow.db", "output=quiet",
+        f"results={own}/results", f"tracking_uri={database(own)}", "output=quiet",
         "site.publish=login",
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "lcbench.sweep", *asked], env={**os.environ, "PYTHONPATH": str(own)}, cwd=REPOSITORY,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = lcbench("sweep", *asked, env={**os.environ, "PYTHONPATH": str(own)})
     assert done.returncode == 0, done.stderr
     twice, once = load(str(own / "results"), "own").to_dict("records")
     for row in (twice, once):
@@ -313,10 +310,8 @@ def test_what_is_wrong_in_a_file_names_it(name: str, text: str, said: str, own: 
 
 def test_a_bad_file_is_one_line_and_exit_code_2(own: Path) -> None:
     flags = write(own, {"kernel/bad.yaml": "_target_: own_values.NoKernel\nname: bad\n"})
-    done = subprocess.run(
-        [sys.executable, "-m", "lcbench.sweep", "kernel=bad", "hydra/launcher=dry", f"results={own}/results", *flags],
-        env={**os.environ, "PYTHONPATH": str(own)}, cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    words = ["kernel=bad", "hydra/launcher=dry", f"results={own}/results", *flags]
+    done = lcbench("sweep", *words, env={**os.environ, "PYTHONPATH": str(own)})
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert f"{own}/conf/kernel/bad.yaml" in done.stderr
@@ -437,10 +432,8 @@ def test_a_module_that_does_not_load_is_one_line_with_its_file(group: str, text:
 
 def test_a_wrong_schedule_submits_nothing(own: Path) -> None:
     flags = write(own, {"cp/own.yaml": "_target_: own_values.Twice\nname: own\n"})
-    done = subprocess.run(
-        [sys.executable, "-m", "lcbench.sweep", *OWN[2:], "site=local", "site.device=cpu", f"results={own}/results", *flags],
-        env={**os.environ, "PYTHONPATH": str(own)}, cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    words = [*OWN[2:], "site=local", "site.device=cpu", f"results={own}/results", *flags]
+    done = lcbench("sweep", *words, env={**os.environ, "PYTHONPATH": str(own)})
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: cp=own ({own}/own_values.py): step 2: keys of shard 0")

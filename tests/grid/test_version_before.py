@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from lcbench.grid.axes import RENAMED
 from lcbench.grid.paths import REPOSITORY
 from lcbench.results import load
 from lcbench.runs.store import Sweep
+from tests.commands import lcbench
 
 STORED = REPOSITORY / "tests" / "data" / "results-0.1"
 SAME = [
@@ -38,10 +37,8 @@ def root(tmp_path: Path) -> Path:
     return shutil.copytree(STORED, tmp_path / "results")
 
 
-def lcbench(command: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", f"lcbench.{command}", *arguments], capture_output=True, text=True, cwd=REPOSITORY, check=False
-    )
+def said_by(command: str, *arguments: str) -> str:
+    done = lcbench(command, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -73,17 +70,17 @@ def test_cells_load_under_their_ids(root: Path) -> None:
 
 @pytest.mark.parametrize("typed", GRIDS, ids=" ".join)
 def test_a_sweep_of_the_same_finds_them_done(typed: tuple[str, ...], root: Path) -> None:
-    said = lcbench("sweep", "-m", *SAME, *typed, f"results={root}", "sweep=before")
+    said = said_by("sweep", "-m", *SAME, *typed, f"results={root}", "sweep=before")
     done = {line.split()[0] for line in said.splitlines() if "done before" in line}
     assert done == set(GRIDS[typed]), said
 
 
 @pytest.mark.slow
 def test_commands_show_them(root: Path, tmp_path: Path) -> None:
-    assert "7 ok" in lcbench("status", "before", "--results", str(root))
-    lcbench("results", "before", "--results", str(root), "--out", str(tmp_path / "cells.json"))
+    assert "7 ok" in said_by("status", "before", "--results", str(root))
+    said_by("results", "before", "--results", str(root), "--out", str(tmp_path / "cells.json"))
     assert len(json.loads((tmp_path / "cells.json").read_text())) == 8
-    report = lcbench("report", "before", "--results", str(root), "--out", str(tmp_path / "report"))
+    report = said_by("report", "before", "--results", str(root), "--out", str(tmp_path / "report"))
     assert (tmp_path / "report").is_dir(), report
-    compared = json.loads(lcbench("compare", "before", "before", "--results", str(root), "--json"))
+    compared = json.loads(said_by("compare", "before", "before", "--results", str(root), "--json"))
     assert compared

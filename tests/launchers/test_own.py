@@ -15,6 +15,8 @@ from lcbench.commands.launchers import launcher_named
 from lcbench.runs.queues import SLURM, Queue, Slurm, queue_of
 from lcbench.runs.squeue import Answer
 from lcbench.runs.store import Sweep
+from tests.commands import lcbench
+from tests.databases import database
 from tests.slurm.stage import ROOT
 
 LAUNCHER = '''
@@ -91,15 +93,13 @@ def folder(tmp_path: Path) -> Path:
 def run(folder: Path, command: str, *words: str, own: bool = True) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(folder)}
     where = ["--config-dir", str(folder / "conf")] if own else []
-    return subprocess.run(
-        [sys.executable, "-m", f"lcbench.{command}", *where, *words], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    return lcbench(command, *where, *words, env=env)
 
 
 @pytest.mark.slow
 def test_a_launcher_outside_of_the_checkout_submits_is_asked_collects_and_cancels(folder: Path) -> None:
     results, states = folder / "results", folder / "hydra_plugins" / "states.json"
-    done = run(folder, "sweep", *PLAN, "site=pbs", f"results={results}", f"tracking_uri=sqlite:///{folder}/mlflow.db")
+    done = run(folder, "sweep", *PLAN, "site=pbs", f"results={results}", f"tracking_uri={database(folder)}")
     assert done.returncode == 0, done.stderr
     assert "#PBS -l select=2:ngpus=8,walltime=00:" in done.stdout
     assert "python -m lcbench.status own --follow" in done.stdout.replace(f" --results {results}", "")
@@ -146,7 +146,7 @@ def test_a_queue_that_one_has_not_launched_with_is_not_imported(folder: Path, mo
             queue_of("evil.Queue", allowed)
     assert "evil" not in sys.modules
     results = folder / "results"
-    run(folder, "sweep", *PLAN, "site=pbs", f"results={results}", f"tracking_uri=sqlite:///{folder}/mlflow.db")
+    run(folder, "sweep", *PLAN, "site=pbs", f"results={results}", f"tracking_uri={database(folder)}")
     sweep = Sweep(results, "own")
     next(sweep.folder.glob(".allowed.*")).unlink()
     looked = json.loads(run(folder, "status", "own", "--results", str(results), "--json", own=False).stdout)

@@ -29,6 +29,8 @@ from lcbench.runs.launch import todo_of
 from lcbench.runs.passes import passes_on
 from lcbench.runs.predictions import Source
 from lcbench.runs.store import Sweep
+from tests.commands import lcbench
+from tests.databases import database
 
 GRID = ["cp=ring,ulysses", "kernel=flash_attn3", "mask=causal,full", "seqlen=96k", "scale=3x8", "heads=48x24x64"]
 SIMULATE = ["hydra/launcher=simulate", "machine=h200", *GRID]
@@ -36,9 +38,7 @@ SIMULATE = ["hydra/launcher=simulate", "machine=h200", *GRID]
 
 def sweep(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """The command as a user types it, in a folder of its own."""
-    places = [f"results={folder}/results", "sweep=foretold", f"tracking_uri=sqlite:///{folder}/mlflow.db"]
-    command = [sys.executable, "-m", "lcbench.sweep", *places, *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return lcbench("sweep", f"results={folder}/results", "sweep=foretold", f"tracking_uri={database(folder)}", *words)
 
 
 def here(folder: Path, *words: str) -> int:

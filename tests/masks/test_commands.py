@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from lcbench.masks.causal import causal
 from lcbench.masks.picture import shades
+from tests.commands import lcbench
 
 
 def masks(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run([sys.executable, "-m", "lcbench.masks", *arguments], capture_output=True, text=True, env=environment)
+    return lcbench("masks", *arguments, env={**os.environ, "COLUMNS": "200"})
 
 
 def test_a_mask_is_shown_with_its_area_bands_balance_and_picture(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
@@ -25,6 +23,7 @@ from lcbench.grid.values import axis_values, parse_tokens
 from lcbench.masks.band import DoesNotFit
 from lcbench.masks.lengths import Explicit, Fixed, Histogram, Lengths, LogNormal, Uniform, document_bounds, fit
 from lcbench.testing.masks import load
+from tests.commands import lcbench
 
 DRAWING = axis_values(CONF, "lengths")  # those that do not wait for lengths of the user's
 DISTRIBUTIONS = st.one_of(
@@ -187,8 +186,8 @@ def test_the_fit_command_writes_a_value_of_the_axis(tmp_path: Path) -> None:
     path = tmp_path / "lengths.txt"
     path.write_text("120\n4096\n\n77\n" * 20)
     conf = tmp_path / "conf"
-    run = [sys.executable, "-m", "lcbench.lengths", str(path), "--name", "mine", "--conf", str(conf)]
-    done = subprocess.run(run, capture_output=True, text=True)
+    run = ["lengths", str(path), "--name", "mine", "--conf", str(conf)]
+    done = lcbench(*run)
     assert done.returncode == 0, done.stderr
     assert "lengths=mine" in done.stdout
     config = OmegaConf.to_container(OmegaConf.load(conf / "lengths" / "mine.yaml"))
@@ -197,11 +196,11 @@ def test_the_fit_command_writes_a_value_of_the_axis(tmp_path: Path) -> None:
     assert sum(config["weights"]) == 60
     plan = look(["mask=document", "lengths=mine", "--config-dir", str(conf)])
     assert plan.cells[0].cell.config["mask"]["lengths"]["name"] == "mine"
-    again = subprocess.run(run, capture_output=True, text=True)
+    again = lcbench(*run)
     assert again.returncode == 2
     assert "mine.yaml is there" in again.stderr
     path.write_text("12\nabc\n")
-    bad = subprocess.run([*run[:-3], "other", *run[-2:]], capture_output=True, text=True)
+    bad = lcbench(*run[:-3], "other", *run[-2:])
     assert bad.returncode == 2
     assert "line 2: length=abc is no token count" in bad.stderr
     assert not (conf / "lengths" / "other.yaml").exists()
