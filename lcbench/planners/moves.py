@@ -9,7 +9,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +27,7 @@ WORSE = 1.1  # times the best: from what is longer, the search does not go on
 EQUAL = 1e-9  # of a makespan: what is gained less is nothing
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A group that is not placed yet."""
 
     documents: tuple[int, ...]
@@ -81,15 +82,19 @@ class Moves:
         placed = self.placed(self.rebuilt(improved, _Effort(effort // 2)))
         return shorter_than_fixed(placed, batch, self.fleet, cost)
 
+    @cached_property
+    def _tokens(self) -> list[int]:
+        return self.seconds.documents.tokens.tolist()
+
     def ordered(self, pieces: Iterable[Piece]) -> Pieces:
         """The widest first, then the longest."""
         return tuple(sorted(pieces, key=lambda p: (-p.degree, -self.takes(p), p.documents)))
 
     def takes(self, piece: Piece) -> float:
         """Seconds of a piece by the method that is fastest for all of it."""
-        if piece not in self._known:
-            self._known[piece] = self.seconds.group(piece.documents, piece.degree)[0]
-        return self._known[piece]
+        if (known := self._known.get(piece)) is None:
+            known = self._known[piece] = self.seconds.group(piece.documents, piece.degree)[0]
+        return known
 
     def table(self, pieces: Iterable[Piece]) -> Timetable:
         """With these pieces on it."""
@@ -98,9 +103,14 @@ class Moves:
             table.put(piece.degree, self.takes(piece))
         return table
 
-    def score(self, pieces: Pieces) -> tuple[float, float]:
-        """(makespan, sum of squares of the times at which ranks are done): the smaller, the better."""
-        free = self.table(pieces).free()
+    def score(self, pieces: Pieces, most: float = math.inf) -> tuple[float, float]:
+        """(makespan, sum of squares of the times at which ranks are done): the smaller, the better. Infinite where a makespan is
+        longer than ``most``: what comes after the piece that ends so late is not placed."""
+        table = Timetable(self.fleet)
+        for piece in pieces:
+            if table.put(piece.degree, self.takes(piece))[0] > most:
+                return math.inf, math.inf
+        free = table.free()
         return float(free.max()), float(free @ free)
 
     def placed(self, pieces: Pieces) -> Assignment:
@@ -113,7 +123,7 @@ class Moves:
         """What moves make better, one after the other, until none does or the effort is spent."""
         best, moves = self.score(pieces), self._moves(pieces)
         while (moved := next(moves, None)) is not None and effort.spend(len(moved)):
-            score = self.score(moved)
+            score = self.score(moved, best[0])
             if self._is_better(score, best):
                 pieces, best, moves = moved, score, self._moves(moved)
         return pieces
@@ -188,7 +198,7 @@ class Moves:
 
     def _between(self, here: Piece, there: Piece) -> Iterator[tuple[list[Piece], list[Piece]]]:
         """What two pieces may become: two of which one document moved, two that exchanged one for a shorter one, or one."""
-        tokens = self.seconds.documents.tokens
+        tokens = self._tokens
 
         def made(*ways: tuple[Piece, set[int], set[int]]) -> list[list[Piece]] | None:
             """Pieces without some documents and with others; None where one does not fit."""
@@ -206,7 +216,7 @@ class Moves:
 
     def _fits(self, piece: Piece) -> bool:
         """Whether its ranks hold it and a method can run it; a piece of no documents is none, and fits."""
-        tokens = int(self.seconds.documents.tokens[list(piece.documents)].sum())
+        tokens = sum(self._tokens[number] for number in piece.documents)
         return tokens <= piece.degree * self.fleet.capacity and math.isfinite(self.takes(piece))
 
     def _with(self, pieces: Pieces, changed: dict[int, list[Piece]]) -> Pieces:

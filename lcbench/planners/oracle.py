@@ -94,8 +94,10 @@ class _Search:
             if done not in found:
                 continue
             every, origins = (np.concatenate(parts) for parts in zip(*found.pop(done), strict=True))
-            hopeful = np.nonzero(self._ends(every, alone, members[done] == 0) < self.bound)[0]
-            kept = hopeful[self._needed(every[hopeful])]
+            hopeful = self._ends(every, alone, members[done] == 0) < self.bound
+            every, origins = every[hopeful], origins[hopeful]
+            every = np.take_along_axis(every, self._order(every), axis=1)
+            kept = self._needed(every)
             free[done], parents[done] = every[kept], origins[kept]
             self._go_on(done, free[done], choices, taken, work, found)
         return self._told(choices, taken, free, parents, int(sets[-1]))
@@ -119,7 +121,8 @@ class _Search:
         self, done: int, free: Floats, choices: list[_Choice], taken: dict[int, Floats], work: Floats,
         found: defaultdict[int, list[tuple[Floats, Ints]]],
     ) -> None:  # fmt: skip
-        """Put what one more group makes of states into ``found``, by the set of documents that are then done."""
+        """Put what one more group makes of states into ``found``, by the set of documents that are then done; columns are not in
+        order there."""
         rest = len(work) - 1 - done
         groups = np.array([g for g in range(1, len(work)) if g & rest == g], dtype=np.int64)
         for number, choice in enumerate(choices):
@@ -131,11 +134,11 @@ class _Search:
                 states = np.nonzero(bounds[place] < self.bound)[0]
                 after = np.where(choice.columns, ends[place, states][:, None], free[states])
                 origins = np.stack([np.full(len(states), done), states, np.full(len(states), number)], axis=1)
-                found[done | int(groups[place])].append((np.take_along_axis(after, self._order(after), axis=1), origins))
+                found[done | int(groups[place])].append((after, origins))
 
     def _order(self, free: Floats) -> Ints:
         """(n, ranks), the columns of states in the order that all have: ascending in each node, and nodes by their first times."""
-        nodes = free.reshape(len(free), -1, self.fleet.per_node)
+        nodes = free.reshape(len(free), self.fleet.ranks // self.fleet.per_node, self.fleet.per_node)
         inside = np.argsort(nodes, axis=2, kind="stable")
         nodes = np.take_along_axis(nodes, inside, axis=2)
         order = np.tile(np.arange(nodes.shape[1]), (len(free), 1))

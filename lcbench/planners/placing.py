@@ -97,7 +97,7 @@ class Timetable:
         """A group begins as early as it can on as few nodes as can be: its end and its ranks, ascending. Of ranks that are free by
         then it gets those that became so last, and of equal nodes the fullest, which leaves to others what is free for longer."""
         per_node = self._fleet.per_node
-        whole, rest = (degree - 1) // per_node, (degree - 1) % per_node
+        whole, rest = divmod(degree - 1, per_node)
         begins = [node[rest][0] for node in self._nodes]
         first: list[int] = []
         if whole:  # nodes that are taken whole: those that are free first, without the one of which the rest is taken
@@ -107,7 +107,9 @@ class Timetable:
             begins = [max(begin, ends[whole if n in among else whole - 1]) for n, begin in enumerate(begins)]
         begin = min(begins)
         free = {n: bisect_right(self._nodes[n], (begin, self._fleet.ranks)) for n, at in enumerate(begins) if at == begin}
-        chosen = min(free, key=lambda n: (-sum(time for time, _ in self._nodes[n][free[n] - rest - 1 : free[n]]), free[n]))
+        (chosen, *others) = free
+        if others:
+            chosen = min(free, key=lambda n: (-sum(time for time, _ in self._nodes[n][free[n] - rest - 1 : free[n]]), free[n]))
         taken = [rank for _, rank in self._take(chosen, free[chosen] - rest - 1, rest + 1, begin + seconds)]
         for node in [n for n in first if n != chosen][:whole]:
             taken += [rank for _, rank in self._take(node, 0, per_node, begin + seconds)]
@@ -117,5 +119,6 @@ class Timetable:
         """So many ranks of a node from a place on, which are at work until then."""
         ranks = self._nodes[node]
         taken = ranks[first : first + count]
-        self._nodes[node] = sorted([*ranks[:first], *ranks[first + count :], *((until, rank) for _, rank in taken)])
+        ranks[first : first + count] = [(until, rank) for _, rank in taken]
+        ranks.sort()
         return taken

@@ -207,12 +207,18 @@ def check_all(rank: int, ranks: int, folder: Path) -> None:
         print(f"{ranks} ranks: off by {max(worst for _, worst in every):.1e} at most")
 
 
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wanted")
+    unsharded(folder)
+    return folder
+
+
 @pytest.mark.gloo
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_a_step_of_a_batch_is_that_of_an_unsharded_model(ranks: int, tmp_path: Path) -> None:
-    unsharded(tmp_path)
-    run_ranks(ranks, check_all, ranks, tmp_path)
+def test_a_step_of_a_batch_is_that_of_an_unsharded_model(ranks: int, wanted: Path) -> None:
+    run_ranks(ranks, check_all, ranks, wanted)
 
 
 # -- the check ---------------------------------------------------------------------------------------------------------

@@ -169,14 +169,16 @@ def choose_on_ranks(rank: int, ranks: int) -> None:
         for mask in (causal(seqlen), full(seqlen)):
             problem = problem_of(seqlen, ranks, dtype)
             single = replace(problem, scale=Scale(1, 1))
+            whole_held = held_by(Local(), single, mask)
+            shared = {layout: held_by(make(), problem, mask) for layout, make in LAYOUTS.items()}
             for name, selector in selectors().items():
                 if selector.unsupported(problem) is not None:
                     continue
-                want, sent = chosen_by(selector, single, mask, held_by(Local(), single, mask), alone)
+                want, sent = chosen_by(selector, single, mask, whole_held, alone)
                 assert sent == 0
                 assert want.any()
-                for layout, make in LAYOUTS.items():
-                    got, _ = chosen_by(selector, problem, mask, held_by(make(), problem, mask), place)
+                for layout, every in shared.items():
+                    got, _ = chosen_by(selector, problem, mask, every, place)
                     assert np.array_equal(got, want), (name, layout, seqlen)
 
 
