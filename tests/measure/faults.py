@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lcbench.cp.none import Local
-from lcbench.kernels.base import Kernel, Platform, Prepared, Rounding, Saved, prepare
+from lcbench.kernels.base import Gradients, Kernel, OutLse, Platform, Prepared, Rounding, Saved, prepare
 from lcbench.kernels.sdpa_flash import SDPAFlash
 from lcbench.masks.band import OPEN, Band, BandMask, cropped
 from lcbench.masks.block import BlockMap, chosen
@@ -120,6 +120,20 @@ class Fault:
     @property
     def dtypes(self) -> tuple[str, ...]:
         return DTYPES[: DTYPES.index(self.least) + 1]
+
+
+class InFloat32(SDPAFlash):
+    """torch's own kernel in float32, its results rounded: a CPU without instructions for halves takes several times as long for
+    these. What it says of its roundings is the same, so its cells have the same bounds."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> OutLse:
+        out, lse = super().attend(q.float(), k.float(), v.float(), causal, scale)
+        return out.to(q.dtype), lse
+
+    def adjoint(self, dout: torch.Tensor, saved: Saved, causal: bool, scale: float) -> Gradients:
+        wide = Saved(*(x.float() for x in (saved.q, saved.k, saved.v, saved.out, saved.lse)))
+        dq, dk, dv = super().adjoint(dout.float(), wide, causal, scale)
+        return dq.to(dout.dtype), dk.to(dout.dtype), dv.to(dout.dtype)
 
 
 class Faulty(Kernel):
@@ -437,13 +451,15 @@ LONG = (
 )  # fmt: skip
 
 
-def measured(name: str | None, dtype: str, seqlen: int, seed: int, *, direction: str = "forward_backward") -> Measured:
-    """What ``measure_cell`` says of a fault, or with None of the sound kernel (on causal)."""
+def measured(
+    name: str | None, dtype: str, seqlen: int, seed: int, *, heads: Heads | None = None, base: Kernel | None = None
+) -> Measured:
+    """What ``measure_cell`` says of a fault put into ``base``, or with None of the sound kernel (on causal)."""
     fault = FAULTS[name] if name else Fault()
-    heads = HEADS if seqlen <= 8192 else LONG_HEADS
+    heads = heads or (HEADS if seqlen <= 8192 else LONG_HEADS)
     on = fault.on if seqlen <= 8192 or fault.on != "causal" else "window"
-    problem = Problem(seqlen, heads, Scale(1, 1), dtype, direction)
-    kernel = Faulty(fault, State(seqlen, heads, seed))
+    problem = Problem(seqlen, heads, Scale(1, 1), dtype, "forward_backward")
+    kernel = Faulty(fault, State(seqlen, heads, seed), base)
     work = Work(Attention(), problem, lambda draw: masks(seqlen, on, seed), kernel, Local(), SETTINGS, seed)
     return measure_cell(work, Gang(0, 1, CPU, Groups(), []), lambda _: None)
 

@@ -23,10 +23,25 @@ from lcbench.schedule.groups import Groups
 from lcbench.workloads.attention import Attention
 from lcbench.workloads.base import Work
 from tests.measure import sound
-from tests.measure.faults import CPU, DTYPES, FAULTS, LONG, SETTINGS, Fault, Faulty, State, measured, refused, shifted, tile
+from tests.measure.faults import (
+    CPU,
+    DTYPES,
+    FAULTS,
+    LONG,
+    SETTINGS,
+    Fault,
+    Faulty,
+    InFloat32,
+    State,
+    measured,
+    refused,
+    shifted,
+    tile,
+)
 
 TOKENS = 384
 MILLION = 1 << 20
+ONE_HEAD = Heads(1, 1, 16)
 
 
 def test_there_are_as_many_kinds_as_promised() -> None:
@@ -66,7 +81,7 @@ def test_a_factor_that_a_few_large_columns_hide_is_refused_at_16k() -> None:
     ],
 )
 def test_a_local_fault_is_refused_at_64k(name: str, dtype: str) -> None:
-    assert refused(measured(name, dtype, 1 << 16, 0))
+    assert refused(measured(name, dtype, 1 << 16, 0, heads=ONE_HEAD, base=InFloat32()))
 
 
 class Nothing(Kernel):
@@ -90,7 +105,7 @@ class Nothing(Kernel):
 
 
 def at_a_million(kernel: Kernel, mask: Mask) -> Measured:
-    problem = Problem(MILLION, Heads(1, 1, 16), Scale(1, 1), "bfloat16", "forward")
+    problem = Problem(MILLION, ONE_HEAD, Scale(1, 1), "bfloat16", "forward")
     work = Work(Attention(), problem, lambda _: mask, kernel, Local(), SETTINGS, 0)
     return measure_cell(work, Gang(0, 1, CPU, Groups(), []), lambda _: None)
 
@@ -102,9 +117,9 @@ def test_at_a_million_tokens_a_kernel_that_computes_nothing_is_refused() -> None
 
 @pytest.mark.slow
 def test_at_a_million_tokens_one_tile_and_one_boundary_are_seen() -> None:
-    documents = causal_document(MILLION, seed=(0, 0), lengths=Uniform(1, 4000))
-    state = State(MILLION, Heads(1, 1, 16), 0)
-    assert refused(at_a_million(Faulty(Fault(mask=tile(1024)), state), documents))
+    documents = causal_document(MILLION, seed=(0, 0), lengths=Uniform(1, 1000))
+    state = State(MILLION, ONE_HEAD, 0)
+    assert refused(at_a_million(Faulty(Fault(mask=tile(256)), state), documents))
     assert refused(at_a_million(Faulty(Fault(mask=shifted("document")), state), documents))
 
 

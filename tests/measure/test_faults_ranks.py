@@ -71,7 +71,7 @@ MASKS: dict[str, Callable[[int], Mask]] = {
     "causal": causal,
     "documents": lambda seqlen: causal_document(seqlen, seed=(0, 0), lengths=Uniform(1, seqlen // 4)),
     "blocks": lambda seqlen: block_random(
-        seqlen, heads=HEADS, seed=(0, 0), density=0.25, block_size=64, sizes="uniform", per="all_heads"
+        seqlen, heads=HEADS, seed=(0, 0), density=0.25, block_size=seqlen // 8, sizes="uniform", per="all_heads"
     ),
 }
 
@@ -596,7 +596,7 @@ class Cell:
     ranks: int
     strategy: Any
     mask: str = "causal"
-    seqlen: int = 512
+    seqlen: int = 256
     direction: str = "forward_backward"
 
     def __str__(self) -> str:
