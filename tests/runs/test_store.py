@@ -48,7 +48,9 @@ def made_data(chance: random.Random, depth: int) -> Any:
         return chance.choice(VALUES)
     within = [made_data(chance, depth - 1) for _ in range(chance.randrange(4))]
     names = ("a", "größe", 'say "x": [', 3, 1.25, None, False)
-    return {chance.choice(names): value for value in within} if kind > 0.4 else chance.choice((list, tuple))(within)
+    if kind > 0.4:
+        return {chance.choice(names): value for value in within}
+    return within if kind > 0.2 else tuple(within)
 
 
 def test_files_have_the_layout_that_json_gives_with_an_indent() -> None:
