@@ -32,7 +32,7 @@ import stat
 import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +226,7 @@ class Sweep:
         assert attempt.status in (("predicted", "skipped") if attempt.number == FORETOLD else ("ok", "failed", "skipped"))
         metrics = {k: v for k, v in attempt.metrics.items() if math.isfinite(v)}
         record = replace(attempt, sweep=self.name, metrics=metrics)
-        write_json(self.attempt_path(attempt.cell_id, attempt.number), _finite(asdict(record)))
+        write_json(self.attempt_path(attempt.cell_id, attempt.number), _plain(record))
         if attempt.number != FORETOLD:
             self.attempt_path(attempt.cell_id, attempt.number, "running.json").unlink(missing_ok=True)
 
@@ -349,9 +349,12 @@ def _numbers(names: list[str]) -> list[int]:
     return [int(n[8:-5]) for n in names if re.fullmatch(r"attempt-\d{1,9}\.json", n, re.ASCII)]
 
 
-def _finite(data: Any) -> Any:
+def _plain(data: Any) -> Any:
+    """What JSON can say of a record, which ``asdict`` would copy first, value by value; what is not finite is null."""
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    return {f.name: _plain(getattr(data, f.name)) for f in fields(data)} if is_dataclass(data) else data

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from lcbench.report.frame import reported
 from lcbench.runs.store import Sweep
@@ -22,8 +24,15 @@ def _one_chromium() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """512 cells: 483 good, 13 failed, 16 skipped. Nothing may be written into it."""
-    return big_sweep(tmp_path_factory.mktemp("big"))
+    """512 cells: 483 good, 13 failed, 16 skipped. Nothing may be written into it: all processes of a run of tests have the same."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "big"
+    with FileLock(f"{root}.lock"):
+        whole = Sweep(root, "big")
+        if not whole.exists():
+            made = big_sweep(base / "made")
+            made.root.rename(root)
+    return whole
 
 
 @pytest.fixture(scope="session")

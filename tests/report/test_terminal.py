@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,7 +37,7 @@ from lcbench.runs.jobs import CellState, PackState, SweepStatus, Watch
 from lcbench.runs.manifest import Entry
 from lcbench.runs.records import Look, Record
 from lcbench.runs.store import Sweep
-from tests.report.made import NODE_FAILURE, SOCKET_FAILURE, big_sweep, made_sweep
+from tests.report.made import NODE_FAILURE, SOCKET_FAILURE, made_sweep
 from tests.slurm.stage import ROOT
 
 WIDTHS = (80, 100, 120, 200)
@@ -44,8 +45,11 @@ ID = re.compile(r"\b[0-9a-f]{12}\b")
 
 
 @pytest.fixture(scope="module")
-def big(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    return big_sweep(tmp_path_factory.mktemp("results"))
+def big(big: Sweep, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """A copy, which may be written into and has other sweeps beside it."""
+    root = tmp_path_factory.mktemp("results")
+    shutil.copytree(big.folder, root / big.name)
+    return Sweep(root, big.name)
 
 
 @pytest.fixture(scope="module")
