@@ -89,15 +89,9 @@ class OneCall(RankRun):
     # -- see ``RankRun`` -------------------------------------------------------------------------------------------
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sink: torch.Tensor | None = None,
-        *,
-        compute: bool = True,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None, *, compute: bool = True,
         communicate: bool = True,
-    ) -> tuple[torch.Tensor, Any]:
+    ) -> tuple[torch.Tensor, Any]:  # fmt: skip
         """Without ``compute`` or without ``communicate`` everything else is done as usual, and the results mean nothing."""
         self.exchange.begin(communicate=communicate)
         return self.passed(q, k, v, None, sink, compute=compute)

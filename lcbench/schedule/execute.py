@@ -222,15 +222,9 @@ class Executor:
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sink: torch.Tensor | None = None,
-        *,
-        compute: bool = True,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None, *, compute: bool = True,
         communicate: bool = True,
-    ) -> tuple[torch.Tensor, SavedPass]:
+    ) -> tuple[torch.Tensor, SavedPass]:  # fmt: skip
         """out (Tq, Hq, Dv) of this rank's queries from its q (Tq, Hq, D), k (Tk, Hk, D) and v (Tk, Hk, Dv), and what is kept.
 
         Without ``compute`` or without ``communicate`` everything else is done as usual, and the results mean nothing.
@@ -290,13 +284,7 @@ class Executor:
         return None
 
     def forward_cache(
-        self,
-        q: torch.Tensor,
-        cache: Cache,
-        sink: torch.Tensor | None = None,
-        *,
-        compute: bool = True,
-        communicate: bool = True,
+        self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None, *, compute: bool = True, communicate: bool = True
     ) -> tuple[torch.Tensor, SavedPass]:
         """``forward`` over what a cache holds, in the order of this rank's keys: read where it lies if ``reads`` says so. What it
         saves is for ``lse`` only."""
