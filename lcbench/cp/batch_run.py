@@ -132,16 +132,9 @@ class BatchRun(RankRun):
     # -- whole batches ---------------------------------------------------------------------------------------------
 
     def batch(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        dout: torch.Tensor | None,
-        sink: torch.Tensor | None = None,
-        *,
-        compute: bool = True,
-        communicate: bool = True,
-    ) -> BatchPass:
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor | None, sink: torch.Tensor | None = None,
+        *, compute: bool = True, communicate: bool = True,
+    ) -> BatchPass:  # fmt: skip
         """Forward and, where there is a ``dout``, backward of each micro-batch before the next. Collective.
 
         Without ``compute`` or without ``communicate`` everything else is done as usual, and the results mean nothing.
@@ -152,12 +145,7 @@ class BatchRun(RankRun):
         return self._batch(q, k, v, dout, sink, compute=compute, communicate=communicate, marks=None)
 
     def gantt(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        dout: torch.Tensor | None,
-        sink: torch.Tensor | None = None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor | None, sink: torch.Tensor | None = None
     ) -> list[list[float]]:
         """One batch: (number of the micro-batch, begin, end of forward, end) of each that this rank is in, in seconds since the
         call. Collective. On CUDA these are times of the stream that computes."""
@@ -170,17 +158,9 @@ class BatchRun(RankRun):
         return [[float(part.number), *seconds[3 * i : 3 * i + 3]] for i, part in enumerate(self._parts)]
 
     def _batch(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        dout: torch.Tensor | None,
-        sink: torch.Tensor | None,
-        *,
-        compute: bool,
-        communicate: bool,
-        marks: list[Mark] | None,
-    ) -> BatchPass:
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor | None, sink: torch.Tensor | None,
+        *, compute: bool, communicate: bool, marks: list[Mark] | None,
+    ) -> BatchPass:  # fmt: skip
         self._begin()
         outs, gradients, kept = [], [], []
         for part in self._parts:
@@ -204,11 +184,7 @@ class BatchRun(RankRun):
     # -- as a check takes them ---------------------------------------------------------------------------------------
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sink: torch.Tensor | None = None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, SavedBatch]:
         self._begin()
         outs, saved = [], []

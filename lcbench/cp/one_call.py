@@ -12,6 +12,7 @@ from lcbench.kernels.base import Kernel, OutLse, Platform, Prepared, Unsupported
 from lcbench.kernels.cache import Cache, CacheKind, PreparedForCache, unread
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
+from lcbench.schedule.replay import Replay
 
 if TYPE_CHECKING:
     import torch
@@ -89,15 +90,9 @@ class OneCall(RankRun):
     # -- see ``RankRun`` -------------------------------------------------------------------------------------------
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sink: torch.Tensor | None = None,
-        *,
-        compute: bool = True,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None, *, compute: bool = True,
         communicate: bool = True,
-    ) -> tuple[torch.Tensor, Any]:
+    ) -> tuple[torch.Tensor, Any]:  # fmt: skip
         """Without ``compute`` or without ``communicate`` everything else is done as usual, and the results mean nothing."""
         self.exchange.begin(communicate=communicate)
         return self.passed(q, k, v, None, sink, compute=compute)
@@ -127,6 +122,4 @@ class OneCall(RankRun):
         return Counters(sent.bytes_sent, sent.bytes_between_nodes, self.buffer_bytes, calls, self._pairs, collectives)
 
     def replay(self, *, compute: bool, communicate: bool) -> Passes | None:
-        from lcbench.schedule.execute import Replay
-
         return Replay(self, compute, communicate) if self.communicates else None

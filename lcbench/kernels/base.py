@@ -112,6 +112,12 @@ class Saved(NamedTuple):
     out: torch.Tensor
     lse: torch.Tensor
 
+    def empty_gradients(self) -> Gradients:
+        """Where a library writes dq, dk and dv."""
+        import torch
+
+        return torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.v)
+
 
 class Prepared(Protocol):
     """A kernel made ready for one mask on one device. ``calls``: its native calls; more than one, and the mask was split.
@@ -282,18 +288,6 @@ def _dotted(capability: tuple[int, int]) -> str:
 def forward_only(problem: Problem, name: str) -> str | None:
     """Why a kernel without backward does not run a problem, or None."""
     return f"{name} has no backward; direction=forward runs" if problem.backward else None
-
-
-def only_blocks(mask: Mask) -> str | None:
-    """Why a kernel that takes block maps only does not run a mask, or None."""
-    return None if isinstance(mask, BlockMap) else "takes dynamic block masks only (mask=block_...); dense kernels run this one"
-
-
-def cut_blocks(mask: Mask, name: str) -> str | None:
-    """Why a kernel that computes whole blocks only does not run a mask, or None."""
-    if isinstance(mask, BlockMap) and (cut := mask.blocks_cut):
-        return f"{name} takes whole blocks only: {cut} of {len(mask)} kept blocks are cut by the mask that they lie within"
-    return None
 
 
 def native_calls(kernel: Kernel, mask: Mask, platform: Platform) -> int:

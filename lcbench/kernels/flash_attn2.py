@@ -35,18 +35,15 @@ class _Run(OneCall):
         return out, lse
 
     def backward(self, dout: torch.Tensor, saved: Saved, scale: float, softcap: float = 0.0) -> Gradients:
-        import torch
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-        q, k, v, out, lse = saved
-        call = self.call
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        call, gradients = self.call, saved.empty_gradients()
         _flash_attn_varlen_backward(
-            dout, q, k, v, out, lse, dq, dk, dv, call.cu_q, call.cu_k, call.max_q, call.max_k,
-            dropout_p=0.0, softmax_scale=scale, causal=call.causal, window_size_left=call.window[0],
-            window_size_right=call.window[1], softcap=softcap, alibi_slopes=None, deterministic=False,
+            dout, *saved, *gradients, call.cu_q, call.cu_k, call.max_q, call.max_k, dropout_p=0.0, softmax_scale=scale,
+            causal=call.causal, window_size_left=call.window[0], window_size_right=call.window[1], softcap=softcap,
+            alibi_slopes=None, deterministic=False,
         )  # fmt: skip
-        return dq, dk, dv
+        return gradients
 
 
 @dataclass(frozen=True)

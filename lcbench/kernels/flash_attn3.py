@@ -47,14 +47,11 @@ class _Run(OneCall):
         return out, lse
 
     def backward(self, dout: torch.Tensor, saved: Saved, scale: float, softcap: float = 0.0) -> Gradients:
-        import torch
         from flash_attn_interface import _flash_attn_backward
 
-        q, k, v, out, lse = saved
-        call = self.call
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        call, (dq, dk, dv) = self.call, saved.empty_gradients()
         _flash_attn_backward(
-            dout, q, k, v, out, lse, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k, max_seqlen_q=call.max_q,
+            dout, *saved, cu_seqlens_q=call.cu_q, cu_seqlens_k=call.cu_k, max_seqlen_q=call.max_q,
             max_seqlen_k=call.max_k, dq=dq, dk=dk, dv=dv, softmax_scale=scale, is_causal=call.causal,
             window_size_left=call.window[0], window_size_right=call.window[1], softcap=softcap,
         )  # fmt: skip

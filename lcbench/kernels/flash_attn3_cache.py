@@ -9,17 +9,13 @@ from lcbench.kernels.base import OutLse, Platform, half_on_cuda
 from lcbench.kernels.cache import Cache, CacheKind
 from lcbench.kernels.flash_attn3 import MODULE
 from lcbench.kernels.library import LibraryCall, unfit
-from lcbench.kernels.requests import RequestCall, RequestKernel, RequestRun, keys_of, of_input_type
+from lcbench.kernels.requests import FLASH_OPTIONS, RequestCall, RequestKernel, RequestRun, flash_arguments, of_input_type
 from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
     import torch
 
-_OPTIONS = (
-    "qv", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "max_seqlen_q", "max_seqlen_k", "page_table", "softmax_scale", "causal",
-    "softcap", "num_splits",
-)  # fmt: skip
-CALLS = (LibraryCall(MODULE, "_flash_attn_forward", 3, _OPTIONS),)
+CALLS = (LibraryCall(MODULE, "_flash_attn_forward", 3, ("qv", *FLASH_OPTIONS, "num_splits")),)
 ROTARY = 64  # the most numbers of a latent key besides those that are its value
 
 
@@ -31,15 +27,13 @@ class _Run:
     def forward(self, q: torch.Tensor, cache: Cache, scale: float, softcap: float) -> OutLse:
         from flash_attn_interface import _flash_attn_forward
 
-        call, k, latent = self.call, cache.k, {}
+        k, latent = cache.k, {}
         if self.heads.latent:
             # Products with the part of a key that is its value come from a query of their own, as SGLang calls it.
             latent = {"qv": q[..., : self.heads.v]}
             q, k = q[..., self.heads.v :], k[..., self.heads.v :]
-        out, lse, *_ = _flash_attn_forward(
-            q, k, cache.v, **latent, cu_seqlens_q=call.cu_q, **keys_of(call), seqused_k=call.lengths, max_seqlen_q=call.max_q,
-            max_seqlen_k=call.max_k, softmax_scale=scale, causal=call.causal, softcap=softcap, num_splits=0,
-        )  # fmt: skip
+        told = flash_arguments(self.call, scale, softcap)
+        out, lse, *_ = _flash_attn_forward(q, k, cache.v, **latent, **told, num_splits=0)
         return out, lse.T
 
 

@@ -9,17 +9,21 @@ from lcbench.kernels.base import OutLse, Platform, half_on_cuda
 from lcbench.kernels.cache import Cache, CacheKind
 from lcbench.kernels.flash_attn4 import LIBRARIES, MODULE, overwritten
 from lcbench.kernels.library import LibraryCall, unfit
-from lcbench.kernels.requests import RequestCall, RequestKernel, RequestRun, keys_of, of_equal_dims, of_input_type
+from lcbench.kernels.requests import (
+    FLASH_OPTIONS,
+    RequestCall,
+    RequestKernel,
+    RequestRun,
+    flash_arguments,
+    of_equal_dims,
+    of_input_type,
+)
 from lcbench.problem import Heads, Problem
 
 if TYPE_CHECKING:
     import torch
 
-_OPTIONS = (
-    "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "max_seqlen_q", "max_seqlen_k", "page_table", "softmax_scale", "causal", "softcap",
-    "num_splits", "return_lse",
-)  # fmt: skip
-CALLS = (LibraryCall(MODULE, "_flash_attn_fwd", 3, _OPTIONS),)
+CALLS = (LibraryCall(MODULE, "_flash_attn_fwd", 3, (*FLASH_OPTIONS, "num_splits", "return_lse")),)
 SPLITS_SINCE = (10, 0)  # on Hopper it has no kernel that splits keys
 
 
@@ -31,12 +35,8 @@ class _Run:
     def forward(self, q: torch.Tensor, cache: Cache, scale: float, softcap: float) -> OutLse:
         from flash_attn.cute.interface import _flash_attn_fwd
 
-        call = self.call
-        out, lse, *_ = _flash_attn_fwd(
-            q, cache.k, cache.v, cu_seqlens_q=call.cu_q, **keys_of(call), seqused_k=call.lengths, max_seqlen_q=call.max_q,
-            max_seqlen_k=call.max_k, softmax_scale=scale, causal=call.causal, softcap=softcap, num_splits=self.splits,
-            return_lse=True,
-        )  # fmt: skip
+        told = flash_arguments(self.call, scale, softcap)
+        out, lse, *_ = _flash_attn_fwd(q, cache.k, cache.v, **told, num_splits=self.splits, return_lse=True)
         return out, lse.T
 
 

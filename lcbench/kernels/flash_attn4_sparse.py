@@ -8,21 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import (
-    Gradients,
-    Kernel,
-    OutLse,
-    Platform,
-    Prepared,
-    Saved,
-    Unsupported,
-    cut_blocks,
-    half_on_cuda,
-    only_blocks,
-)
+from lcbench.kernels.base import Gradients, Kernel, OutLse, Platform, Prepared, Saved, Unsupported, half_on_cuda
+from lcbench.kernels.block_maps import cut_blocks, only_blocks, other_blocks
 from lcbench.kernels.flash_attn4 import LIBRARIES, MODULE, overwritten
 from lcbench.kernels.library import LibraryCall, unfit
-from lcbench.masks.block import BlockMap, kept_first, uniform_blocks
+from lcbench.masks.block import BlockMap, kept_first
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 
@@ -49,7 +39,7 @@ class FlashAttn4Sparse(Kernel):
     libraries: ClassVar[tuple[str, ...]] = LIBRARIES
 
     def unsupported(self, problem: Problem, mask: Mask) -> str | None:
-        return super().unsupported(problem, mask) or only_blocks(mask) or _other_blocks(mask)
+        return super().unsupported(problem, mask) or only_blocks(mask) or _refused(mask)
 
     def unavailable(self, problem: Problem, platform: Platform) -> str | None:
         return half_on_cuda(problem, platform, "flash-attn-4 with blocks of 128", least=(9, 0), most=(9, 0), head_dim=128)
@@ -59,18 +49,13 @@ class FlashAttn4Sparse(Kernel):
 
     def prepare(self, mask: Mask, heads: Heads, dtype: torch.dtype, device: torch.device) -> Prepared:
         assert isinstance(mask, BlockMap)
-        if reason := _other_blocks(mask):
+        if reason := _refused(mask):
             raise Unsupported(reason)
         return PreparedBlocks(mask, heads, device)
 
 
-def _other_blocks(mask: Mask) -> str | None:
-    if isinstance(mask, BlockMap) and not uniform_blocks(mask, BLOCK):
-        return (
-            f"flash-attn-4 takes uniform blocks of {BLOCK} tokens (mask.block_size={BLOCK} mask.sizes=uniform, or of a selector "
-            f"selector.q_block={BLOCK} selector.k_block={BLOCK})"
-        )
-    return cut_blocks(mask, "flash-attn-4 with blocks")
+def _refused(mask: Mask) -> str | None:
+    return other_blocks(mask, BLOCK, "flash-attn-4") or cut_blocks(mask, "flash-attn-4 with blocks")
 
 
 class PreparedBlocks:

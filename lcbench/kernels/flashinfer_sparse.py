@@ -5,19 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lcbench.kernels.base import (
-    LOG2_E,
-    Kernel,
-    Platform,
-    Prepared,
-    Saved,
-    Unsupported,
-    cut_blocks,
-    forward_only,
-    half_on_cuda,
-    importable,
-    only_blocks,
-)  # fmt: skip
+from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, Saved, Unsupported, forward_only, half_on_cuda, importable
+from lcbench.kernels.block_maps import cut_blocks, only_blocks
 from lcbench.kernels.flashinfer import LIBRARIES, workspace
 from lcbench.kernels.library import LibraryCall, unfit
 from lcbench.masks.block import BlockMap

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import Kernel, Platform, Prepared, only_blocks
+from lcbench.kernels.base import Kernel, Platform, Prepared
+from lcbench.kernels.block_maps import only_blocks
 from lcbench.kernels.flex import PreparedFlex, flex_limits
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 
 COMPUTES = "it computes requests: rows that see all keys of theirs, or causally"
+FLASH_OPTIONS = (
+    "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "max_seqlen_q", "max_seqlen_k", "page_table", "softmax_scale", "causal", "softcap",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -269,13 +272,18 @@ class PreparedRequests(Prepared):
         return self._kernel.ready(call, self._heads, self._dtype)
 
 
-def keys_of(call: RequestCall) -> dict[str, torch.Tensor]:
-    """Where flash-attn 3 and 4 find the keys of a call: by a table of pages, or by where each sequence begins, and the end."""
+def flash_arguments(call: RequestCall, scale: float, softcap: float) -> dict[str, Any]:
+    """What flash-attn 3 and 4 are told of a call, some of ``FLASH_OPTIONS``. Keys are found by a table of pages, or by where each
+    sequence begins, and the end."""
+    found = {
+        "cu_seqlens_q": call.cu_q, "seqused_k": call.lengths, "max_seqlen_q": call.max_q, "max_seqlen_k": call.max_k,
+        "softmax_scale": scale, "causal": call.causal, "softcap": softcap,
+    }  # fmt: skip
     if call.table is not None:
-        return {"page_table": call.table}
+        return {**found, "page_table": call.table}
     import torch
 
-    return {"cu_seqlens_k": torch.cat([call.begins, call.begins[-1:] + call.lengths[-1:]])}
+    return {**found, "cu_seqlens_k": torch.cat([call.begins, call.begins[-1:] + call.lengths[-1:]])}
 
 
 def of_equal_dims(called: str, heads: Heads) -> str | None:

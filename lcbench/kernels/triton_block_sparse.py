@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import only_blocks
+from lcbench.kernels.block_maps import only_blocks
 from lcbench.kernels.tiled import Tiled
 from lcbench.masks.block import BlockMap
 from lcbench.masks.mask import Mask

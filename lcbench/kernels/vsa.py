@@ -8,21 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lcbench.kernels.base import (
-    LOG2_E,
-    Kernel,
-    Platform,
-    Prepared,
-    Saved,
-    Unsupported,
-    cut_blocks,
-    dims,
-    half_on_cuda,
-    heads_first,
-    only_blocks,
-)
+from lcbench.kernels.base import LOG2_E, Kernel, Platform, Prepared, Saved, Unsupported, dims, half_on_cuda, heads_first
+from lcbench.kernels.block_maps import cut_blocks, only_blocks, other_blocks
 from lcbench.kernels.library import LibraryCall, unfit
-from lcbench.masks.block import BlockMap, kept_first, uniform_blocks
+from lcbench.masks.block import BlockMap, kept_first
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 
@@ -78,12 +67,7 @@ def _other(problem: Problem) -> str | None:
 def _refused(mask: Mask, heads: Heads) -> str | None:
     if heads.q != heads.kv:
         return f"VSA takes as many key/value as query heads, not {heads.q} and {heads.kv}"
-    if isinstance(mask, BlockMap) and (not uniform_blocks(mask, BLOCK) or mask.num_q % BLOCK or mask.num_k % BLOCK):
-        return (
-            f"VSA takes uniform blocks of {BLOCK} tokens that divide the sequence (mask.block_size={BLOCK} mask.sizes=uniform, "
-            f"or of a selector selector.q_block={BLOCK} selector.k_block={BLOCK})"
-        )
-    return cut_blocks(mask, "VSA")
+    return other_blocks(mask, BLOCK, "VSA", divide=True) or cut_blocks(mask, "VSA")
 
 
 class PreparedVSA:

@@ -20,13 +20,13 @@ from lcbench.grid.cell import Cell
 from lcbench.masks.band import BandMask, DoesNotFit, Ints
 from lcbench.planners.base import Fleet, Infeasible
 from lcbench.planners.telling import telling
-from lcbench.predict.composed import Together, flops_of, mean_of, sum_of
+from lcbench.predict.composed import Together, mean_of, sum_of
 from lcbench.predict.costs import FittedCost, Micro, Rates, cost_of
 from lcbench.predict.draws import CannotPredict, looked_at, unforeseen
 from lcbench.problem import Problem
 from lcbench.schedule.machine import Floats
 from lcbench.schedule.simulate import Phase, Simulated
-from lcbench.workloads.parts import BATCH, Made, Share
+from lcbench.workloads.parts import BATCH, Made, Share, flops_of
 from lcbench.workloads.planned import Planned, idle_share, plan_of
 
 SUMS = 4  # bytes of an LSE
@@ -76,7 +76,8 @@ class Batched:
     def flops(self, made: Made, phase: str, *, again: bool = False) -> float:
         """As of ``Composed.flops``."""
         ranks = float(self.cell.scale.world_size)
-        return flops_of(made.phases[phase], fmean(self.pairs), self.cell.problem, ranks, again=again)
+        pairs = fmean(self.pairs)
+        return flops_of(made.phases[phase], lambda _: pairs, self.cell.problem, ranks, again=again)
 
     def play(self) -> Together:
         """Plan and play all draws.

@@ -20,15 +20,14 @@ from lcbench.kernels.base import Kernel, Platform
 from lcbench.kernels.cache import CacheKind, ReadsCache, unread
 from lcbench.masks.band import Ints
 from lcbench.masks.block import BlockMap
-from lcbench.measure.flops import pass_flops
 from lcbench.predict.draws import draws_of
 from lcbench.predict.fitted import DenseFit, KernelFit
 from lcbench.predict.machines import platform_of
-from lcbench.problem import Mesh, Problem, Scale
+from lcbench.problem import Mesh, Scale
 from lcbench.schedule.machine import Machine
 from lcbench.schedule.schedule import MoveColumn
 from lcbench.schedule.simulate import COPIED, Groups, Holding, Phase, Prepared, Simulated, holdings, play
-from lcbench.workloads.parts import Attend, Compute, Copied, Exchange, Made, Part, Share, ToHost
+from lcbench.workloads.parts import Attend, Compute, Copied, Exchange, Made, Part, Share, ToHost, flops_of
 
 NOTHING = Phase(0.0, 0.0, 0.0, 0.0, 0.0)
 
@@ -180,9 +179,10 @@ class Composed:
         )  # fmt: skip
 
     def flops(self, made: Made, phase: str, *, again: bool = False) -> float:
-        """Of a phase, over all ranks of all groups; ``again``: of what has been done before, else of what has not."""
+        """Of a phase, over all ranks of all groups; ``again`` as of ``flops_of``. Pairs of draws are those that passes are of."""
         ranks = self.cell.problem.queries / self.tokens * self.cell.mesh.count  # as many as have the tokens of the rank with most
-        return flops_of(made.phases[phase], float(np.dot(self.shares, self.pairs)), self.cell.problem, ranks, again=again)
+        pairs = float(np.dot(self.shares, self.pairs))
+        return flops_of(made.phases[phase], lambda _: pairs, self.cell.problem, ranks, again=again)
 
     def play(self, machine: Machine, kernel: KernelFit, dense: DenseFit, *, alone: bool = False) -> Together:
         """What the phases take; ``alone``: of one context-parallel group while the others are idle."""
@@ -216,17 +216,6 @@ class Composed:
     def _mean(self, phases: Sequence[Phase]) -> Phase:
         """Of passes, one of each draw."""
         return sum_of([scaled(phase, share) for phase, share in zip(phases, self.shares, strict=True)])
-
-
-def flops_of(parts: Sequence[Part], pairs: float, problem: Problem, ranks: float, *, again: bool) -> float:
-    """Of parts, over all ranks; ``pairs``: of all query heads of all ranks; ``again`` as of ``Composed.flops``."""
-    found = 0.0
-    for part in parts:
-        if isinstance(part, Attend) and part.again == again:
-            found += part.times * pass_flops(part.direction, pairs, problem)
-        elif isinstance(part, Compute) and part.again == again:
-            found += ranks * part.flops * part.useful
-    return found
 
 
 def rank_cores(cores: int, per_node: int, at_work: int) -> float:

@@ -22,13 +22,12 @@ from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.refusals import mask_of, pairs
 from lcbench.masks.band import BandMask
-from lcbench.measure.flops import pass_flops
 from lcbench.measure.gpus import gpus_here
 from lcbench.measure.peak import entry_of
 from lcbench.problem import Problem, Scale
 from lcbench.runs.files import BROKEN
 from lcbench.schedule.payload import PAYLOADS, element_bytes
-from lcbench.workloads.parts import Attend, Compute, Made, Share
+from lcbench.workloads.parts import Made, Share, flops_of
 
 if TYPE_CHECKING:
     from lcbench.planners.base import Cost
@@ -214,11 +213,8 @@ def flops(cell: Cell) -> float:
         work = pairs(cell)
     except (*BROKEN, OSError):
         work = float(problem.plane) * problem.heads.q
-    every = [part for parts in made.phases.values() for part in parts if not getattr(part, "again", False)]
-    attends = (part for part in every if isinstance(part, Attend))
-    attended = sum(part.times * part.share * pass_flops(part.direction, work, problem) for part in attends)
-    computed = sum(part.flops * part.useful for part in every if isinstance(part, Compute))
-    return cell.mesh.count * (attended + computed * problem.scale.world_size)
+    every = (part for parts in made.phases.values() for part in parts)
+    return cell.mesh.count * flops_of(every, lambda attend: attend.share * work, problem, problem.scale.world_size)
 
 
 def _parts(cell: Cell) -> Made:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ from lcbench.schedule.program import (
     RankStep,
     TileCall,
 )
+from lcbench.schedule.replay import Replay
 from lcbench.schedule.schedule import HeadGroup, Kind, Schedule
 
 HeadIndex = slice | torch.Tensor
@@ -222,15 +223,9 @@ class Executor:
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sink: torch.Tensor | None = None,
-        *,
-        compute: bool = True,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None, *, compute: bool = True,
         communicate: bool = True,
-    ) -> tuple[torch.Tensor, SavedPass]:
+    ) -> tuple[torch.Tensor, SavedPass]:  # fmt: skip
         """out (Tq, Hq, Dv) of this rank's queries from its q (Tq, Hq, D), k (Tk, Hk, D) and v (Tk, Hk, Dv), and what is kept.
 
         Without ``compute`` or without ``communicate`` everything else is done as usual, and the results mean nothing.
@@ -290,13 +285,7 @@ class Executor:
         return None
 
     def forward_cache(
-        self,
-        q: torch.Tensor,
-        cache: Cache,
-        sink: torch.Tensor | None = None,
-        *,
-        compute: bool = True,
-        communicate: bool = True,
+        self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None, *, compute: bool = True, communicate: bool = True
     ) -> tuple[torch.Tensor, SavedPass]:
         """``forward`` over what a cache holds, in the order of this rank's keys: read where it lies if ``reads`` says so. What it
         saves is for ``lse`` only."""
@@ -945,43 +934,6 @@ class Executor:
                 found = flat.view(tokens, heads, payload.elements(self.problem.heads))
             views[id(memory), offset] = found
         return found
-
-
-class Bare(Protocol):
-    """A run whose passes do without kernels or without messages where they are told to."""
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, *, compute: bool, communicate: bool
-    ) -> tuple[torch.Tensor, Any]: ...
-
-    def forward_cache(
-        self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None, *, compute: bool, communicate: bool
-    ) -> tuple[torch.Tensor, Any]: ...
-
-    def backward(self, dout: torch.Tensor, saved: Any, *, compute: bool, communicate: bool) -> tuple[torch.Tensor, ...]: ...
-
-
-@dataclass(frozen=True)
-class Replay:
-    """The passes of a run without kernels or without messages. Results mean nothing.
-
-    Backward takes what a whole forward pass saved.
-    """
-
-    run: Bare
-    compute: bool
-    communicate: bool
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, Any]:
-        return self.run.forward(q, k, v, sink, compute=self.compute, communicate=self.communicate)
-
-    def forward_cache(self, q: torch.Tensor, cache: Cache, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, Any]:
-        return self.run.forward_cache(q, cache, sink, compute=self.compute, communicate=self.communicate)
-
-    def backward(self, dout: torch.Tensor, saved: Any) -> tuple[torch.Tensor, ...]:
-        return self.run.backward(dout, saved, compute=self.compute, communicate=self.communicate)
 
 
 def _stretch(x: torch.Tensor) -> torch.Tensor:

@@ -146,7 +146,7 @@ def with_spread(run: Callable[[Rounded], Tensors], device: torch.device, seed: i
     exact = run(as_it_is)
     squares = {name: torch.zeros_like(one) for name, one in exact.items()}
     for _ in range(TRIES):
-        for name, one in run(lambda x: _rounded(x, generator)).items():
+        for name, one in run(lambda x: _Rounded.apply(x, generator)).items():  # type: ignore[no-untyped-call]
             squares[name] += ((one - exact[name]) / STEP).square() / TRIES
     # Of an element itself two tries say little: a token's elements have the mean of all of them, and each its own last rounding.
     return {
@@ -157,11 +157,6 @@ def with_spread(run: Callable[[Rounded], Tensors], device: torch.device, seed: i
 
 def as_it_is(x: torch.Tensor) -> torch.Tensor:
     return x
-
-
-def _rounded(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    found: torch.Tensor = _Rounded.apply(x, generator)  # type: ignore[no-untyped-call]
-    return found
 
 
 class _Rounded(torch.autograd.Function):

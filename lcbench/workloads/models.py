@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-from lcbench.problem import Heads
+from lcbench.problem import PLAIN, Heads, Problem
 
 
 @dataclass(frozen=True)
@@ -74,3 +74,12 @@ class Model:
     def head_parameters(self) -> int:
         """Weights behind the layers: the final norm, and the projection to the vocabulary, which is as large as the embedding."""
         return self.vocab * self.hidden + self.hidden
+
+
+def not_of_layers(problem: Problem, batch: str, float16: str) -> str | None:
+    """Why layers of a model are not run on a problem, or None. ``batch`` and ``float16`` say why not on one with these."""
+    if problem.batch is not None:
+        return f"batch={problem.batch}: {batch}"
+    if problem.softmax != PLAIN:
+        return f"softmax={problem.softmax}: layers of its models have a plain softmax"
+    return f"dtype=float16: {float16}" if problem.dtype == "float16" else None

@@ -5,11 +5,12 @@ Counts are of one rank. What a part takes is ``lcbench.predict``'s business: a w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lcbench.kernels.cache import CacheKind
+from lcbench.measure.flops import pass_flops
 from lcbench.problem import ALONE, Mesh, Problem
 from lcbench.selectors.base import Selector
 
@@ -186,3 +187,22 @@ def attention_alone(share: Share) -> Made:
     """A workload that is its attention and nothing else."""
     names: tuple[Literal["forward", "backward"], ...] = ("forward", "backward") if share.problem.backward else ("forward",)
     return Made({name: (Attend(name),) for name in names})
+
+
+def flops_of(
+    parts: Iterable[Part], pairs: Callable[[Attend], float], problem: Problem, ranks: float, *, again: bool = False
+) -> float:
+    """Of parts, over all ranks.
+
+    Args:
+        pairs: of one of the passes, of all query heads of all ranks.
+        ranks: how many compute as much as the one whose parts these are.
+        again: of what has been done before, else of what has not.
+    """
+    found = 0.0
+    for part in parts:
+        if isinstance(part, Attend) and part.again == again:
+            found += part.times * pass_flops(part.direction, pairs(part), problem)
+        elif isinstance(part, Compute) and part.again == again:
+            found += ranks * part.flops * part.useful
+    return found

@@ -15,11 +15,12 @@ from lcbench.kernels.base import Kernel
 from lcbench.masks.band import BandMask
 from lcbench.masks.causal import causal
 from lcbench.masks.mask import Mask
-from lcbench.problem import ALONE, PLAIN, Mesh, Problem
+from lcbench.problem import ALONE, Mesh, Problem
 from lcbench.selectors.base import Selector
 from lcbench.workloads.base import Attended, Work, Workload
 from lcbench.workloads.memory_model import MemoryModel
 from lcbench.workloads.memory_parts import made_of
+from lcbench.workloads.models import not_of_layers
 from lcbench.workloads.parts import Made, Share
 
 if TYPE_CHECKING:
@@ -37,12 +38,9 @@ class RecurrentMemory(MemoryModel, Workload):
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:
         if problem.scale.world_size != 1:
             return f"scale={problem.scale}: a memory is read and written by one rank; cp=none"
-        if problem.batch is not None:
-            return f"batch={problem.batch}: it reads one sequence, all of whose tokens are new"
-        if problem.softmax != PLAIN:
-            return f"softmax={problem.softmax}: layers of its models have a plain softmax"
-        if problem.dtype == "float16":
-            return "dtype=float16: sums of a memory are beyond what float16 holds; bfloat16 runs"
+        batch = "it reads one sequence, all of whose tokens are new"
+        if reason := not_of_layers(problem, batch, "sums of a memory are beyond what float16 holds; bfloat16 runs"):
+            return reason
         if not isinstance(mask, BandMask) or not np.array_equal(mask.bands, causal(problem.seqlen).bands):
             return "it sees what came before, in the segment or by the memory: mask=causal only"
         if problem.seqlen % self.segment:

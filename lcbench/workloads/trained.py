@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lcbench.problem import PLAIN, Problem
-from lcbench.workloads.models import Model
+from lcbench.problem import Problem
+from lcbench.workloads.models import Model, not_of_layers
 
 OPTIMIZERS = ("none", "adamw")
 LABEL_BYTES = 8
@@ -57,12 +57,10 @@ class Trained:
 
     def untrainable(self, problem: Problem) -> str | None:
         """Why such a model does not train on a problem, or None; the problem has one tensor-parallel rank's heads."""
-        if problem.batch is not None:
-            return f"batch={problem.batch}: a training step is of one sequence, all of whose tokens are computed"
-        if problem.softmax != PLAIN:
-            return f"softmax={problem.softmax}: layers of its models have a plain softmax"
-        if problem.dtype == "float16":
-            return "dtype=float16: gradients of a mean loss are below what float16 holds, and there is no loss scaling here"
+        batch = "a training step is of one sequence, all of whose tokens are computed"
+        float16 = "gradients of a mean loss are below what float16 holds, and there is no loss scaling here"
+        if reason := not_of_layers(problem, batch, float16):
+            return reason
         tp = self.model.heads_q // problem.heads.q
         for name in ("ffn", "vocab"):
             if (size := getattr(self.model, name)) % tp:

@@ -65,10 +65,12 @@ def attention_of(choice: Choice) -> str:
     return attention
 
 
-def model_window(choice: Choice) -> str:
-    """What the model's configuration has to say of a window."""
+def model_window(choice: Choice) -> list[str]:
+    """What the model's configuration has to say of a window, where there is one."""
+    if not choice.shape.windowed:
+        return []
     assert choice.shape.left is not None
-    return f"the window is the model's own: sliding_window={choice.shape.left + 1} in its config, which counts the query too"
+    return [f"the window is the model's own: sliding_window={choice.shape.left + 1} in its config, which counts the query too"]
 
 
 def _program(config: dict[str, Any], call: dict[str, Any]) -> str:
@@ -102,8 +104,7 @@ def _notes(choice: Choice, attention: str) -> tuple[str, ...]:
         found.append("every batch has position_ids, which UlyssesSPDataLoaderAdapter shards")
     if choice.shape.documents:
         found.append("position_ids begin at 0 in each document")
-    if choice.shape.windowed:
-        found.append(model_window(choice))
+    found += model_window(choice)
     if choice.ranks > 1:
         found.append("this is DeepSpeed's code, not that which was measured")
     return tuple(found)

@@ -43,9 +43,7 @@ def _fsdp(choice: Choice) -> tuple[dict[str, Any], list[str]]:
         f"+{MODEL}.override_config.attn_implementation": choice.of_kernel(FLASH, FLASH[FlashAttn2]),
     }  # fmt: skip
     notes = ["this is verl's code, not that which was measured"] if choice.ranks > 1 else []
-    if choice.shape.windowed:
-        notes.append(model_window(choice))
-    return settings, notes
+    return settings, notes + model_window(choice)
 
 
 def _megatron(choice: Choice) -> tuple[dict[str, Any], list[str]]:

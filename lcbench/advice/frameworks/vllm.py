@@ -81,6 +81,4 @@ def _notes(choice: Choice) -> tuple[str, ...]:
         found.append("for models with latent attention (MLA) only: what it gathers are latent keys, fewer bytes than were measured")
     if choice.shape.documents:
         found.append("documents are requests of one batch; set --max-num-batched-tokens to hold them")
-    if choice.shape.windowed:
-        found.append(model_window(choice))
-    return tuple(found)
+    return (*found, *model_window(choice))

@@ -82,6 +82,13 @@ def longest(cu: Tensor) -> int:
     return int(cu.diff().max())
 
 
+def lengths(cu_q: Tensor, cu_k: Tensor, max_q: Any, max_k: Any) -> None:
+    """The longest sequences are given as numbers of the host, and none is longer."""
+    assert type(max_q) is type(max_k) is int
+    assert max_q >= longest(cu_q)
+    assert max_k >= longest(cu_k)
+
+
 def whole(*tensors: Tensor) -> None:
     """Queries, keys and the like: one type and device, heads whole in memory, everything at multiples of 16 bytes."""
     for x in tensors:
@@ -121,9 +128,13 @@ def one_dim(*tensors: Tensor) -> None:
     assert len({x.shape[-1] for x in tensors}) == 1, "one head dim for all"
 
 
-def gradients(dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, found: tuple[Tensor, ...]) -> None:
-    """Write gradients into what the caller gave for them."""
+def gradients(
+    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, allowed: Tensor,
+    scale: float, softcap: float = 0.0,
+) -> None:  # fmt: skip
+    """Write gradients, as of ``dense_backward``, into what the caller gave for them."""
     whole(q, dq, dk, dv)
+    found = dense_backward(dout, q, k, v, out, lse, allowed, scale, softcap)
     for into, like, grad in zip((dq, dk, dv), (q, k, v), found, strict=True):
         assert into.shape == like.shape
         into.copy_(grad)
@@ -151,3 +162,8 @@ def modules_of(name: str, *members: Any) -> dict[str, ModuleType]:
     for member in members:
         setattr(found[name], member.__name__, member)
     return found
+
+
+def operators(name: str, *functions: Callable[..., Any]) -> dict[str, ModuleType]:
+    """A module with these functions as operators of torch, and its parents."""
+    return modules_of(name, *map(Operator, functions))

@@ -9,11 +9,10 @@ import torch
 
 from lcbench.testing.fake_libraries.common import (
     LN2,
-    Operator,
     Tensor,
     dense,
     dense_backward,
-    modules_of,
+    operators,
     packed,
     statistics,
     table,
@@ -60,4 +59,4 @@ def block_sparse_attn_backward_triton(
 def modules() -> dict[str, ModuleType]:
     """The library's modules by name, for ``sys.modules``."""
     functions = block_sparse_attn_triton, block_sparse_attn_backward_triton
-    return modules_of("fastvideo_kernel.block_sparse_attn", *map(Operator, functions))
+    return operators("fastvideo_kernel.block_sparse_attn", *functions)

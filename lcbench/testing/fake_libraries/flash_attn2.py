@@ -10,14 +10,12 @@ import torch
 
 from lcbench.testing.fake_libraries.common import (
     OPEN,
-    Operator,
     Tensor,
     dense,
-    dense_backward,
     gradients,
-    longest,
-    modules_of,
+    lengths,
     one_dim,
+    operators,
     sequences,
     statistics,
     whole,
@@ -46,10 +44,8 @@ def _flash_attn_varlen_forward(
     one_dim(q, k, v)
     assert q.shape[-1] <= 256
     assert dropout_p == 0.0
-    assert type(max_seqlen_q) is type(max_seqlen_k) is int
+    lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     assert max_seqlen_q > 1, "one query a sequence runs another layout"
-    assert max_seqlen_q >= longest(cu_seqlens_q)
-    assert max_seqlen_k >= longest(cu_seqlens_k)
     window = _flash_window(max_seqlen_k, causal, window_size_left, window_size_right)
     out, lse = dense(q, k, v, sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), *window), softmax_scale, softcap)
     return out, torch.where(lse == -torch.inf, torch.inf, lse), None, torch.zeros(2)
@@ -64,13 +60,12 @@ def _flash_attn_varlen_backward(
     whole(dout, q, k, v, out)
     one_dim(dout, q, k, v, out)
     assert dropout_p == 0.0
-    assert type(max_seqlen_q) is type(max_seqlen_k) is int
-    assert max_seqlen_q >= longest(cu_seqlens_q)
-    assert max_seqlen_k >= max(1, longest(cu_seqlens_k))
+    lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    assert max_seqlen_k >= 1
     statistics(softmax_lse, q, q.shape[1], q.shape[0])
     window = _flash_window(max_seqlen_k, causal, window_size_left, window_size_right)
     allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), *window)
-    gradients(dq, dk, dv, q, k, v, dense_backward(dout, q, k, v, out, softmax_lse, allowed, softmax_scale, softcap))
+    gradients(dq, dk, dv, dout, q, k, v, out, softmax_lse, allowed, softmax_scale, softcap)
     return torch.zeros(())
 
 
@@ -104,16 +99,15 @@ def _flash_attn_backward(
     assert (dropout_p, softcap, alibi_slopes) == (0.0, 0.0, None)
     statistics(softmax_lse, q, q.shape[0], q.shape[2], q.shape[1])
     allowed = batches(q, k, causal, window_size_left, window_size_right)
-    members = zip(dout, q, k, v, out, softmax_lse, strict=True)
-    found = [dense_backward(*member, allowed, softmax_scale) for member in members]
-    gradients(dq, dk, dv, q, k, v, tuple(torch.stack(parts) for parts in zip(*found, strict=True)))
+    for member in zip(dq, dk, dv, dout, q, k, v, out, softmax_lse, strict=True):
+        gradients(*member, allowed, softmax_scale)
     return torch.zeros(())
 
 
 def modules() -> dict[str, ModuleType]:
     """The library's modules by name, for ``sys.modules``."""
     functions = _flash_attn_varlen_forward, _flash_attn_varlen_backward, _flash_attn_forward, _flash_attn_backward
-    found = modules_of("flash_attn.flash_attn_interface", *map(Operator, functions))
+    found = operators("flash_attn.flash_attn_interface", *functions)
     package: Any = found["flash_attn"]
     package.__version__, package.flash_attn_func = "2.8.3", None
     return found

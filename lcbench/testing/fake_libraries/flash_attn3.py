@@ -8,19 +8,7 @@ from typing import Any
 
 import torch
 
-from lcbench.testing.fake_libraries.common import (
-    OPEN,
-    Operator,
-    Tensor,
-    dense,
-    dense_backward,
-    gradients,
-    longest,
-    modules_of,
-    sequences,
-    statistics,
-    whole,
-)
+from lcbench.testing.fake_libraries.common import OPEN, Tensor, dense, gradients, lengths, operators, sequences, statistics, whole
 
 
 def _flash_attn_forward(
@@ -42,9 +30,7 @@ def _flash_attn_forward(
         assert dim_v >= 256
         assert qv.shape == (*q.shape[:2], dim_v)
         q, k = torch.cat([q, qv], 2), torch.cat([k, v], 2)
-    assert type(max_seqlen_q) is type(max_seqlen_k) is int
-    assert max_seqlen_q >= longest(cu_seqlens_q)
-    assert max_seqlen_k >= longest(cu_seqlens_k)
+    lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     left, right = (OPEN if bound < 0 else bound for bound in (window_size_left, 0 if causal else window_size_right))
     allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), left, right)
     return *dense(q, k, v, allowed, softmax_scale, softcap), None, None
@@ -59,14 +45,14 @@ def _flash_attn_backward(
 ) -> Tensor:  # fmt: skip
     whole(dout, q, k, v, out)
     assert max(q.shape[2], v.shape[2]) <= 256
-    assert type(max_seqlen_q) is type(max_seqlen_k) is int
+    lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     statistics(softmax_lse, q, q.shape[1], q.shape[0])
     left, right = (OPEN if bound < 0 else bound for bound in (window_size_left, 0 if is_causal else window_size_right))
     allowed = sequences(cu_seqlens_q, cu_seqlens_k, (len(q), len(k)), left, right)
-    gradients(dq, dk, dv, q, k, v, dense_backward(dout, q, k, v, out, softmax_lse, allowed, softmax_scale, softcap))
+    gradients(dq, dk, dv, dout, q, k, v, out, softmax_lse, allowed, softmax_scale, softcap)
     return torch.zeros(())
 
 
 def modules() -> dict[str, ModuleType]:
     """The library's modules by name, for ``sys.modules``."""
-    return modules_of("flash_attn_interface", *map(Operator, (_flash_attn_forward, _flash_attn_backward)))
+    return operators("flash_attn_interface", _flash_attn_forward, _flash_attn_backward)

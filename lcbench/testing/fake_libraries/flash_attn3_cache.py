@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lcbench.testing.fake_libraries.caches import flash_requests, packed_requests
-from lcbench.testing.fake_libraries.common import Operator, Tensor, modules_of, whole
+from lcbench.testing.fake_libraries.common import Tensor, operators, whole
 
 
 def _flash_attn_forward(
@@ -41,4 +41,4 @@ def _flash_attn_forward(
 
 def modules() -> dict[str, ModuleType]:
     """The library's modules by name, for ``sys.modules``."""
-    return modules_of("flash_attn_interface", Operator(_flash_attn_forward))
+    return operators("flash_attn_interface", _flash_attn_forward)
