@@ -20,7 +20,7 @@ import numpy as np
 
 from lcbench.masks.band import Ints, distinct
 from lcbench.problem import Problem
-from lcbench.schedule.adjoint import SIDES, Traffic, Transfer
+from lcbench.schedule.adjoint import SIDES, Bools, Traffic, Transfer
 from lcbench.schedule.payload import element_bytes
 from lcbench.schedule.schedule import Kind, MoveColumn, Schedule, TileColumn
 from lcbench.schedule.schedule import rows as table
@@ -65,19 +65,33 @@ def collectives(schedule: Schedule, moves: Traffic, problem: Problem, operations
     return [each if each is not None and each.operation in operations else None for each in found]
 
 
-Bundles = dict[tuple[Kind, int, int], list[Ints]]
+@dataclass(frozen=True)
+class _Bundle:
+    """Shards with tokens of a bundle that a rank uses, ascending: all of them, and those of other ranks."""
+
+    members: Ints
+    others: Ints
+
+
+Bundles = dict[tuple[Kind, int, int], list[_Bundle]]
 
 
 def _bundles(schedule: Schedule) -> Bundles:
     """The bundles of several shards that ranks use, by side, rank and head group."""
-    found: dict[tuple[Kind, int, int], dict[int, None]] = {}
-    for side, column in zip(SIDES, (TileColumn.Q, TileColumn.K), strict=True):
-        several = schedule.side(side).lengths > 1
+    found: Bundles = {}
+    for kind, column in zip(SIDES, (TileColumn.Q, TileColumn.K), strict=True):
+        side, space = schedule.side(kind), (schedule.world_size, len(schedule.heads), len(schedule.side(kind).lengths))
+        used: dict[int, None] = {}  # in the order of the steps
         for step in schedule.steps:
-            tiles = step.tiles[several[step.tiles[:, column]]]
-            for rank, group, bundle in np.unique(tiles[:, [TileColumn.RANK, TileColumn.GROUP, column]], axis=0).tolist():
-                found.setdefault((side, rank, group), {})[bundle] = None
-    return {key: [schedule.side(key[0]).members(i) for i in numbers] for key, numbers in found.items()}
+            tiles = step.tiles[side.lengths[step.tiles[:, column]] > 1]
+            keys = distinct(np.ravel_multi_index(tiles[:, [TileColumn.RANK, TileColumn.GROUP, column]].T, space))
+            used.update(dict.fromkeys(keys.tolist()))
+        rows = np.stack(np.unravel_index(np.array([*used], dtype=np.int64), space), axis=1)
+        for rank, group, bundle in rows.tolist():
+            members = distinct(side.members(bundle))
+            members = members[side.sizes[members] > 0]
+            found.setdefault((kind, rank, group), []).append(_Bundle(members, members[side.owner[members] != rank]))
+    return found
 
 
 def _collective(schedule: Schedule, transfer: Transfer, problem: Problem, bundles: Bundles) -> Collective | None:
@@ -139,15 +153,10 @@ def _uneven(
     # A ring, a cast: what ends most searches, without a look at bundles.
     if not len(pairs) or (group[holder] != rows[:, MoveColumn.GROUP]).any() or (group[holders] == group[owners]).any():
         return None
-    from scipy.sparse import coo_array  # slow to import, and most cells do without
-    from scipy.sparse.csgraph import connected_components
-
-    members: dict[int, list[int]] = {}
-    for rank, label in enumerate(connected_components(coo_array((sizes, (holders, owners)), (ranks, ranks)), directed=False)[1]):
-        members.setdefault(int(label), []).append(rank)
-    sets = {rank: tuple(each) for each in members.values() if len(each) > 1 for rank in each}
+    tokens = np.bincount(side.owner, weights=side.sizes, minlength=ranks)
+    sets = _exchanging(holders, owners, tokens > 0)
     groups = {each: [number for number in group[list(each)].tolist() if number >= 0] for each in sets.values()}
-    if any(len(set(each)) < len(each) for each in groups.values()):
+    if not sets or any(len(set(each)) < len(each) for each in groups.values()):
         return None
     held: dict[tuple[int, ...], set[bytes]] = {}
     order = np.argsort(holder, kind="stable")
@@ -157,7 +166,6 @@ def _uneven(
         if found is None:
             return None
         held.setdefault(sets[rank], set()).add(found[0].tobytes())
-    tokens = np.bincount(side.owner, weights=side.sizes, minlength=ranks)
     for members_of_set, (whole, *others) in held.items():
         owning = {rank for rank in members_of_set if tokens[rank]}
         if others or len(owning) < 2 or owning != set(side.owner[np.frombuffer(whole, dtype=np.int64)].tolist()):
@@ -166,6 +174,18 @@ def _uneven(
     ordered = tuple(sorted(held))
     blocks = tuple(float(busiest[list(each)].max()) / (len(each) - 1) for each in ordered)
     return Collective("all_to_all", ordered, blocks, even=False)
+
+
+def _exchanging(holders: Ints, owners: Ints, owning: Bools) -> dict[int, tuple[int, ...]]:
+    """The set of each rank, from all pairs (holder, owner), sorted: these owners and all ranks that hold what they own; none if they
+    form no sets. ``owning``: whether a rank has tokens, and so is among the owners of what it holds."""
+    ranks, starts = np.unique(holders, return_index=True)
+    together: dict[tuple[int, ...], set[int]] = {}
+    for rank, others in zip(ranks.tolist(), np.split(owners, starts[1:]), strict=True):
+        owned = tuple(sorted([rank, *others.tolist()])) if owning[rank] else tuple(others.tolist())
+        together.setdefault(owned, set(owned)).add(rank)
+    sets = {rank: each for each in (tuple(sorted(members)) for members in together.values()) for rank in each}
+    return sets if len(sets) == sum(map(len, together.values())) else {}
 
 
 def _sets(holders: Ints, owners: Ints) -> dict[int, tuple[int, ...]]:
@@ -225,13 +245,8 @@ def _bundle(schedule: Schedule, transfer: Transfer, bundles: Bundles, rank: int,
     if len(groups) > 1 or len(shards) < len(rows):
         return None
     group, shards = int(groups[0]), shards[side.sizes[shards] > 0]
-    for bundle in bundles.get((transfer.payload.side, rank, group), ()):
-        members = distinct(bundle)
-        members = members[side.sizes[members] > 0]
-        own = members[side.owner[members] == rank]
-        if np.array_equal(members, distinct(np.concatenate([shards, own]))):
-            return members, group
-    return None
+    held = bundles.get((transfer.payload.side, rank, group), ())
+    return next(((bundle.members, group) for bundle in held if np.array_equal(bundle.others, shards)), None)
 
 
 def sets_of(moves: Traffic, found: list[Collective | None]) -> list[tuple[str, tuple[int, ...]]]:

@@ -29,20 +29,35 @@ OF_TESTS = ("lcbench", "hypothesis", "pytest")
 STARTED = "lcbench.testing.run_ranks"
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> None:
-    """``function(rank, *args)`` on every rank; an exception on any of them is raised here. Raises an audit event."""
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, prepare: Callable[..., Any] | None = None) -> None:
+    """``function(rank, *args)`` on every rank; an exception on any of them is raised here. Raises an audit event.
+
+    ``prepare(*args)`` runs once, in a process that the ranks are forked from; they are then called with what it returns in the place
+    of ``args``. What every rank would find out by itself, such as plans and references, is found out there.
+    """
     sys.audit(STARTED, world_size)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     multiprocessing.set_forkserver_preload(preload())
-    start_processes(_rank, (world_size, port, function, args), nprocs=world_size, join=True, start_method="forkserver")
+    if prepare is None:
+        start_processes(_rank, (world_size, port, function, args), nprocs=world_size, join=True, start_method="forkserver")
+    else:
+        start_processes(_lead, (world_size, port, function, prepare, args), nprocs=1, join=True, start_method="forkserver")
 
 
 def preload() -> list[str]:
     """``PRELOAD``, and what the caller has imported of ``OF_TESTS``: the first call starts the process that all ranks come from."""
     loaded = [name for name in sys.modules if name in OF_TESTS or name.startswith("lcbench.")]
     return [*PRELOAD, *loaded]
+
+
+def _lead(
+    _: int, world_size: int, port: int, function: Callable[..., Any], prepare: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    prepared = (prepare(*args),)
+    start_processes(_rank, (world_size, port, function, prepared), nprocs=world_size, join=True, start_method="fork")
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from lcbench.schedule import program
 from lcbench.schedule.execute import Executor
 from lcbench.schedule.groups import Groups
 from lcbench.schedule.lowering import OPERATIONS
+from lcbench.schedule.schedule import Schedule
 from lcbench.schedule.verify import verify
 from lcbench.testing.dense import dense_attention, dense_heads
 from lcbench.testing.masks import every_mask, small, trained_by
@@ -71,20 +73,33 @@ def strategies(world_size: int, heads: Heads) -> tuple[list[Scheduled], list[Sch
     return named, more
 
 
-def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Path) -> None:
-    groups = Groups()
-    device = torch.device("cpu")
-    if world_size > 3:
-        program.ROUND = 2  # so that sums come in several rounds, as they do at many ranks
+@dataclass(frozen=True)
+class Case:
+    """A strategy on a mask, and what dense attention gives: out, LSE, dq, dk, dv of all tokens."""
+
+    mask_name: str
+    mask: Mask
+    strategy: Scheduled
+    schedule: Schedule
+    expected: list[torch.Tensor]
+    counts: int
+
+
+@dataclass(frozen=True)
+class Cases:
+    problem: Problem
+    inputs: list[torch.Tensor]
+    cases: list[Case]
+
+
+def all_cases(world_size: int, seqlen: int, heads: Heads, folder: Path) -> Cases:
+    """Every strategy on every mask."""
     problem = Problem(seqlen, heads, Scale(1, world_size), "float64", "forward_backward")
     everything = np.arange(seqlen)
-    q, k, v, dout = (draw(name, everything, problem, 7, device) for name in ("q", "k", "v", "dout"))
-    own_folder = folder / str(rank)
-    own_folder.mkdir()
-    ran, due = set(), set()
-    every_mask = masks(seqlen, heads, own_folder)
+    q, k, v, dout = (draw(name, everything, problem, 7, torch.device("cpu")) for name in ("q", "k", "v", "dout"))
+    cases, due = [], set()
     named, options = strategies(world_size, heads)
-    for number, (mask_name, mask) in enumerate(every_mask.items()):
+    for number, (mask_name, mask) in enumerate(masks(seqlen, heads, folder).items()):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out, lse = dense_attention(*leaves, dense_heads(mask, heads.q), problem.softmax_scale)
         expected = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)]
@@ -97,37 +112,47 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
                 continue
             if place < len(named) and not (world_size > 1 and isinstance(strategy, Local)):
                 due.add((mask_name, type(strategy).__name__))
-            kernel = SDPAFlash() if strategy != Ring() else Reference()
             if strategy.unsupported(problem, mask):
                 continue
-            case = f"{strategy} {kernel} {mask_name} P={world_size}"
             schedule = strategy.schedule(problem, mask)
-            own = schedule.q.tokens(rank)
-            executor = Executor(schedule, mask, kernel, problem, rank=rank, device=device, groups=groups)
-            shards = [x[own] for x in (q, k, v)]
-            got_out, saved = executor.forward(*shards)
-            forward_bytes = executor.bytes_sent
-            grads = executor.backward(dout[own], saved)
-            if number % world_size == rank:  # ranks share the work of counting
-                report = verify(schedule, mask, problem)
-                assert executor.pairs == report.rank_pairs[rank], case
-                assert forward_bytes == report.forward_bytes[rank], case
-                assert executor.bytes_sent == report.backward_bytes[rank], case
-                assert executor.buffer_bytes == report.buffer_bytes(rank, OPERATIONS["gloo"]), case
-            for got, want in zip([got_out, executor.lse(saved), *grads], expected, strict=True):
-                assert got.shape == want[own].shape, case
-                if got.numel():
-                    both = torch.isinf(got) & torch.isinf(want[own])
-                    error = torch.where(both, 0.0, got - want[own]).abs().max()
-                    assert error <= BOUND, f"{case}: {error}"
-            if mask_name in ("causal", "holes"):
-                again, saved_again = executor.forward(*shards)
-                assert torch.equal(again, got_out), case
-                repeated = executor.backward(dout[own], saved_again)
-                assert all(torch.equal(a, b) for a, b in zip(repeated, grads, strict=True)), case
-            ran.add((mask_name, type(strategy).__name__))
+            cases.append(Case(mask_name, mask, strategy, schedule, expected, number % world_size))
     if problem.seqlen >= 2 * world_size:
+        ran = {(case.mask_name, type(case.strategy).__name__) for case in cases}
         assert not due - ran, due - ran
+    return Cases(problem, [q, k, v, dout], cases)
+
+
+def check_all(rank: int, found: Cases) -> None:
+    groups, device, problem = Groups(), torch.device("cpu"), found.problem
+    if (world_size := problem.scale.world_size) > 3:
+        program.ROUND = 2  # so that sums come in several rounds, as they do at many ranks
+    q, k, v, dout = found.inputs
+    for of in found.cases:
+        kernel = SDPAFlash() if of.strategy != Ring() else Reference()
+        case = f"{of.strategy} {kernel} {of.mask_name} P={world_size}"
+        own = of.schedule.q.tokens(rank)
+        executor = Executor(of.schedule, of.mask, kernel, problem, rank=rank, device=device, groups=groups)
+        shards = [x[own] for x in (q, k, v)]
+        got_out, saved = executor.forward(*shards)
+        forward_bytes = executor.bytes_sent
+        grads = executor.backward(dout[own], saved)
+        if of.counts == rank:  # ranks share the work of counting
+            report = verify(of.schedule, of.mask, problem)
+            assert executor.pairs == report.rank_pairs[rank], case
+            assert forward_bytes == report.forward_bytes[rank], case
+            assert executor.bytes_sent == report.backward_bytes[rank], case
+            assert executor.buffer_bytes == report.buffer_bytes(rank, report.lowered(OPERATIONS["gloo"])), case
+        for got, want in zip([got_out, executor.lse(saved), *grads], of.expected, strict=True):
+            assert got.shape == want[own].shape, case
+            if got.numel():
+                both = torch.isinf(got) & torch.isinf(want[own])
+                error = torch.where(both, 0.0, got - want[own]).abs().max()
+                assert error <= BOUND, f"{case}: {error}"
+        if of.mask_name in ("causal", "holes"):
+            again, saved_again = executor.forward(*shards)
+            assert torch.equal(again, got_out), case
+            repeated = executor.backward(dout[own], saved_again)
+            assert all(torch.equal(a, b) for a, b in zip(repeated, grads, strict=True)), case
     dist.barrier()
 
 
@@ -151,4 +176,4 @@ def check_all(rank: int, world_size: int, seqlen: int, heads: Heads, folder: Pat
     ids=str,
 )
 def test_every_strategy_and_mask_matches_dense_attention(world_size: int, seqlen: int, heads: Heads, tmp_path: Path) -> None:
-    run_ranks(world_size, check_all, world_size, seqlen, heads, tmp_path)
+    run_ranks(world_size, check_all, world_size, seqlen, heads, tmp_path, prepare=all_cases)
