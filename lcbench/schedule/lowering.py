@@ -177,7 +177,7 @@ def _uneven(
 
 
 def _exchanging(holders: Ints, owners: Ints, owning: Bools) -> dict[int, tuple[int, ...]]:
-    """The set of each rank, from all pairs (holder, owner), sorted: these owners and all ranks that hold what they own; none if they
+    """The set of each rank, from all pairs (holder, owner), sorted: these owners, and all who hold what they own; none if they
     form no sets. ``owning``: whether a rank has tokens, and so is among the owners of what it holds."""
     ranks, starts = np.unique(holders, return_index=True)
     together: dict[tuple[int, ...], set[int]] = {}

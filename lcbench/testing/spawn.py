@@ -32,7 +32,7 @@ STARTED = "lcbench.testing.run_ranks"
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, prepare: Callable[..., Any] | None = None) -> None:
     """``function(rank, *args)`` on every rank; an exception on any of them is raised here. Raises an audit event.
 
-    ``prepare(*args)`` runs once, in a process that the ranks are forked from; they are then called with what it returns in the place
+    ``prepare(*args)`` runs once, in a process that the ranks are forked from; they are then called with what it returns in place
     of ``args``. What every rank would find out by itself, such as plans and references, is found out there.
     """
     sys.audit(STARTED, world_size)
