@@ -16,7 +16,6 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +26,6 @@ CORRUPT = ".corrupt"
 # What reading something that is no such file may raise.
 BROKEN = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
 T = TypeVar("T")
-_NESTED = {dict, list, tuple}
 
 
 class Unreadable(ValueError):
@@ -58,7 +56,7 @@ def write_json(path: Path, data: Any, *, new: bool = False, private: bool = Fals
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text_of(data))
+            json.dump(data, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         if new:
@@ -74,29 +72,6 @@ def write_json(path: Path, data: Any, *, new: bool = False, private: bool = Fals
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def text_of(data: Any, indent: int = 0) -> str:
-    """The text of ``json.dumps(data, indent=1)``, for which json does not use its encoder in C. Here it writes every list and table
-    of plain values, which is where the numbers are.
-    """
-    if not data or not isinstance(data, (dict, list, tuple)):
-        return json.dumps(data)
-    line, within = "\n" + " " * (indent + 1), data.values() if isinstance(data, dict) else data
-    if _NESTED.isdisjoint(map(type, within)):
-        text = _encoder("," + line).encode(data)[1:-1]
-    elif isinstance(data, dict):
-        names = (json.dumps({name: 0})[1:-2] for name in data)  # names are not always text
-        text = ("," + line).join(name + text_of(value, indent + 1) for name, value in zip(names, within, strict=True))
-    else:
-        text = ("," + line).join(text_of(value, indent + 1) for value in data)
-    opens, closes = "{}" if isinstance(data, dict) else "[]"
-    return opens + line + text + line[:-1] + closes
-
-
-@cache
-def _encoder(between: str) -> json.JSONEncoder:
-    return json.JSONEncoder(separators=(between, ": "))
 
 
 def read_json(path: Path) -> Any:

@@ -6,21 +6,19 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lcbench.commands.arguments import find_cell
 from lcbench.grid.cell import Cell
 from lcbench.runs.attempt import Attempt, Failure
-from lcbench.runs.files import read_json, text_of, write_json
+from lcbench.runs.files import read_json, write_json
 from lcbench.runs.manifest import Entry
 from lcbench.runs.store import Sweep, sweeps
 
@@ -37,26 +35,6 @@ def made_cell(seed: int = 0) -> Cell:
 
 def claim(root: Path, cell_id: str) -> int:
     return Sweep(root, "s").begin(cell_id, "p").number
-
-
-VALUES = (None, True, -3, 2.5, 1e-300, math.nan, -math.inf, 'a "b"\n', "größer", "", [], (), {}, [1.5], (1, "x"), {"a": None})
-
-
-def made_data(chance: random.Random, depth: int) -> Any:
-    kind = chance.random() if depth else 1.0
-    if kind > 0.7:
-        return chance.choice(VALUES)
-    within = [made_data(chance, depth - 1) for _ in range(chance.randrange(4))]
-    names = ("a", "größe", 'say "x": [', 3, 1.25, None, False)
-    if kind > 0.4:
-        return {chance.choice(names): value for value in within}
-    return within if kind > 0.2 else tuple(within)
-
-
-def test_files_have_the_layout_that_json_gives_with_an_indent() -> None:
-    chance = random.Random(0)
-    for data in (*VALUES, *(made_data(chance, 5) for _ in range(1000))):
-        assert text_of(data) == json.dumps(data, indent=1), data
 
 
 def test_a_result_is_written_as_plain_values(tmp_path: Path) -> None:
