@@ -13,6 +13,7 @@ Every rank finds the same collectives, since each looks at the rows of all ranks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -84,8 +85,8 @@ def _bundles(schedule: Schedule) -> Bundles:
         used: dict[int, None] = {}  # in the order of the steps
         for step in schedule.steps:
             tiles = step.tiles[side.lengths[step.tiles[:, column]] > 1]
-            keys = distinct(np.ravel_multi_index(tiles[:, [TileColumn.RANK, TileColumn.GROUP, column]].T, space))
-            used.update(dict.fromkeys(keys.tolist()))
+            keys = np.ravel_multi_index(tiles[:, [TileColumn.RANK, TileColumn.GROUP, column]].T, space)
+            used.update(dict.fromkeys(np.unique(keys).tolist()))
         rows = np.stack(np.unravel_index(np.array([*used], dtype=np.int64), space), axis=1)
         for rank, group, bundle in rows.tolist():
             members = distinct(side.members(bundle))
@@ -249,7 +250,7 @@ def _bundle(schedule: Schedule, transfer: Transfer, bundles: Bundles, rank: int,
     return next(((bundle.members, group) for bundle in held if np.array_equal(bundle.others, shards)), None)
 
 
-def sets_of(moves: Traffic, found: list[Collective | None]) -> list[tuple[str, tuple[int, ...]]]:
+def sets_of(moves: Traffic, found: Sequence[Collective | None]) -> list[tuple[str, tuple[int, ...]]]:
     """(channel, ranks) of every set once, in an order that is the same on all ranks."""
     seen = {
         (transfer.channel, members): None
