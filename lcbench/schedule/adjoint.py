@@ -28,9 +28,10 @@ first is fetched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -237,6 +238,11 @@ class Traffic:
     final: Bools
     steps: int
 
+    @cached_property
+    def known(self) -> dict[Hashable, Any]:
+        """As ``Schedule.known``."""
+        return {}
+
     def backward_time(self, step: int) -> int:
         """The time at which backward of a step is computed."""
         return 2 * self.steps - step
@@ -250,6 +256,14 @@ class Traffic:
 
 def traffic(schedule: Schedule, *, backward: bool, gates: bool = False) -> Traffic:
     """The messages of forward and, derived from them, of backward; ``gates``: whether those go along with keys and values."""
+    asked = ("traffic", backward, gates)
+    if asked not in schedule.known:
+        schedule.known[asked] = _traffic(schedule, backward=backward, gates=gates)
+    found: Traffic = schedule.known[asked]
+    return found
+
+
+def _traffic(schedule: Schedule, *, backward: bool, gates: bool) -> Traffic:
     queries, keys = Uses(schedule, "q"), Uses(schedule, "kv")
     final = queries.computing == 1
     found = list(_forward(schedule, final))

@@ -61,8 +61,10 @@ def collectives(schedule: Schedule, moves: Traffic, problem: Problem, operations
     """The collective of each transfer; None for one that goes from point to point, or whose operation is not among those given."""
     if not operations:
         return [None] * len(moves.transfers)
-    bundles = _bundles(schedule)
-    found = (_collective(schedule, transfer, problem, bundles) for transfer in moves.transfers)
+    if problem not in moves.known:
+        bundles = _bundles(schedule)
+        moves.known[problem] = [_collective(schedule, transfer, problem, bundles) for transfer in moves.transfers]
+    found: list[Collective | None] = moves.known[problem]
     return [each if each is not None and each.operation in operations else None for each in found]
 
 

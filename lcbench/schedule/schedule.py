@@ -15,11 +15,11 @@ moves of states: as it is after some shard, or as what shards do to any state, o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -255,6 +255,11 @@ class Schedule:
         """A schedule of self-attention, whose keys are dealt out as its queries."""
         side = Side(shards, owner, bundles)
         return cls(world_size, side, side, heads, steps)
+
+    @cached_property
+    def known(self) -> dict[Hashable, Any]:
+        """What has been worked out of it by whoever was asked: a check, a simulation and a run ask for the same traffic."""
+        return {}
 
     def held(self, rank: int) -> Held:
         """What a rank is given, and gives: all heads of its tokens."""

@@ -30,9 +30,10 @@ from lcbench.masks.lengths import Explicit
 from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem, Scale
 from lcbench.schedule import program
+from lcbench.schedule.adjoint import traffic
 from lcbench.schedule.execute import Executor
 from lcbench.schedule.groups import Groups
-from lcbench.schedule.lowering import OPERATIONS
+from lcbench.schedule.lowering import OPERATIONS, collectives
 from lcbench.schedule.schedule import Schedule
 from lcbench.schedule.verify import verify
 from lcbench.testing.dense import dense_attention, dense_heads
@@ -115,6 +116,7 @@ def all_cases(world_size: int, seqlen: int, heads: Heads, folder: Path) -> Cases
             if strategy.unsupported(problem, mask):
                 continue
             schedule = strategy.schedule(problem, mask)
+            collectives(schedule, traffic(schedule, backward=True), problem, OPERATIONS["gloo"])  # which ranks find in it
             cases.append(Case(mask_name, mask, strategy, schedule, expected, number % world_size))
     if problem.seqlen >= 2 * world_size:
         ran = {(case.mask_name, type(case.strategy).__name__) for case in cases}
