@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 
 RANKS_OF_A_TEST = "lcbench.testing.run_ranks"  # the audit event of lcbench/testing/spawn.py, which is not imported for it
 AGENT = "lcbench.runs.agent"
-SLOW_S = 20.0  # a busy machine takes twice as long
+SLOW_S = 20.0  # a busy machine takes several times as long
 started_ranks: list[str] = []
 too_slow: list[str] = []
 

@@ -291,6 +291,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
     return code, shown.out, shown.err
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_plan_and_what_it_was_up_against(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = said(capsys, *FAST, "memory_gib=30")
     assert code == 0
@@ -300,6 +301,7 @@ def test_the_command_prints_the_plan_and_what_it_was_up_against(capsys: pytest.C
     assert "within a factor 2 in 95 % of cases; no fit" in out
 
 
+@pytest.mark.slow
 def test_json_has_every_layer_and_rival(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = said(capsys, *FAST, "memory_gib=30", "output=json")
     assert code == 0

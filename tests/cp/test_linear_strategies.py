@@ -102,6 +102,7 @@ def check_strategies(rank: int, ranks: int) -> None:
     assert seen == {LASP, ZeCO, LASP2, Ulysses, *([Local] if ranks == 1 else [])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 def test_every_strategy_is_the_recurrence(ranks: int) -> None:
     run_ranks(ranks, check_strategies, ranks)
@@ -118,6 +119,7 @@ def check_triton_chunk(rank: int, ranks: int) -> None:
         check_numbers((found, *run.backward(dout[rows], kept)), (out, *gradients), rows, f"{strategy}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_triton_chunk_gives_strategies_what_they_need(ranks: int) -> None:
     """Summaries with matrices, states and their gradients as they move, under the interpreter."""

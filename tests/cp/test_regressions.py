@@ -161,6 +161,7 @@ def one_rank(rank: int) -> None:
         assert all(torch.equal(mine, same) for mine, same in zip(got, found[-1], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_all_strategies_are_the_same_on_one_rank() -> None:
     run_ranks(1, one_rank)

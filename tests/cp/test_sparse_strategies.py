@@ -70,6 +70,7 @@ def every_strategy(ranks: int) -> list[Scheduled]:
 # -- proofs without processes --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 1 << 30), ranks=st.sampled_from([1, 2, 3, 4, 6, 8]), kv=st.sampled_from([1, 2, 3]),
@@ -244,6 +245,7 @@ def check_ranks(rank: int, ranks: int, cases: list[tuple[Heads, int, int]]) -> N
     dist.barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     ("ranks", "cases"),
@@ -302,6 +304,7 @@ SCALES = (Scale(1, 8), Scale(1, 16), Scale(2, 8), Scale(4, 8))
 MACHINES = ("a100", "h100", "b200")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 def test_the_grid_that_is_chosen_is_never_slower_than_heads_or_sequence_alone(part: int) -> None:
     heads = Heads(16, 8, 128)

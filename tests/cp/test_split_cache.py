@@ -241,6 +241,7 @@ def check_the_rest(rank: int, ranks: int) -> None:
     check_bytes(rank, ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_whole_sequences_half_types_softcaps_caches_and_long_contexts() -> None:
     run_ranks(4, check_the_rest, 4)

@@ -42,6 +42,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", FORMS, ids=" ".join)
 def test_cells_equal_hydras_own_composition(overrides: list[str], loader: Any) -> None:
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
@@ -52,6 +53,7 @@ def test_cells_equal_hydras_own_composition(overrides: list[str], loader: Any) -
     assert len(cells) == len(composed)
 
 
+@pytest.mark.slow
 def test_each_axis_value_is_composed_once(loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     count = 0
     compose = expand.compose
@@ -213,6 +215,7 @@ def test_a_grid_with_options_needs_no_multirun_flag(tmp_path: Path) -> None:
         assert "2 cells" in done.stdout
 
 
+@pytest.mark.slow
 def test_planning_loads_neither_torch_nor_mlflow_nor_submitit() -> None:
     code = (
         "import sys; from lcbench.grid.command_line import look; look(['cp=ring,usp', 'mask=glob(*,exclude=*_file)', 'scale=2x8']);"

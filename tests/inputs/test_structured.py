@@ -123,6 +123,7 @@ def test_a_row_costs_the_same_however_long_the_sequence_is(monkeypatch: pytest.M
     assert looked
 
 
+@pytest.mark.slow
 def test_groups_layers_and_seeds_have_other_heads() -> None:
     of = problem(600)
     plans = [STRUCTURED.plan(of, 1), STRUCTURED.plan(of, 2), STRUCTURED.plan(of, 1, (0, 1)), STRUCTURED.plan(of, 1, layer=1)]

@@ -132,6 +132,7 @@ def wrong(rank: int) -> None:
         assert refused(measured(rank, Ring("zigzag"), BATCHES["chunk"], "latent", "float32", "forward_backward"))
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_sound_runs_pass_whatever_ranks_hold() -> None:
     run_ranks(RANKS, sound)

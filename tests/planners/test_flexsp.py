@@ -151,6 +151,7 @@ def test_a_micro_batch_that_no_group_holds_has_no_groups() -> None:
     assert alike(shared(documents, fleet, cost), 0.01, 100) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planner", [*BOTH, Hydraulis(stay=True), FlexSP(groups=1, buckets=2, trials=1, effort=1)])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())

@@ -226,6 +226,7 @@ def test_a_rank_is_told_what_documents_cost() -> None:
 # -- how near it comes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_makespans_of_batches_that_no_fit_has_seen() -> None:
     """CPU seconds of gloo ranks with a thread each (``batch_seconds``), by a fit of 12 cells of attention alone."""
     seen, batches = batch_seconds.read(DATA)
@@ -257,6 +258,7 @@ def test_what_layers_keep_may_be_offloaded_as_far_as_it_is_known() -> None:
         cell_of(*STEP, "planner.offload=true", "recompute=full")
 
 
+@pytest.mark.slow
 def test_offloading_takes_fewer_ranks_and_its_copies_are_predicted() -> None:
     plain, offloaded = (H100.predict(cell_of(*STEP, f"planner.offload={word}"), memory=False) for word in ("false", "true"))
     assert offloaded.metrics()["batch/degree"] < plain.metrics()["batch/degree"]

@@ -199,6 +199,7 @@ def test_ranks_share_the_cores_of_their_node() -> None:
 # -- how well cells are predicted ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_known_coefficients_are_found_again() -> None:
     truth = KernelFit(
         kernel="sdpa_flash", dtype="float32", cores=2,
@@ -225,6 +226,7 @@ def test_known_coefficients_are_found_again() -> None:
     assert max(abs(row.error) for row in rows) < 0.12, held_out.table(rows)
 
 
+@pytest.mark.slow
 def test_sixty_measured_cells_are_predicted_from_twelve() -> None:
     times = held_out.read(held_out.DATA / "cpu_seconds.json")
     rows = held_out.judged(fit(times["fit"], THIS, folds=1), times["others"], one_thread=True)
@@ -236,6 +238,7 @@ def test_sixty_measured_cells_are_predicted_from_twelve() -> None:
     assert not held_out.holds(slow)
 
 
+@pytest.mark.slow
 def test_the_recorded_cells_are_those_that_are_measured() -> None:
     times = held_out.read(held_out.DATA / "cpu_seconds.json")
     for name, grids in (("fit", (held_out.FIT,)), ("others", held_out.OTHERS)):

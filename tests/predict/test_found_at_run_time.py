@@ -179,6 +179,7 @@ def test_groups_are_launched_together_and_forward_alone_keeps_nothing() -> None:
     assert list(forward.phases) == ["forward"]
 
 
+@pytest.mark.slow
 def test_measured_layers_with_a_memory_are_predicted_from_others() -> None:
     times = held_out.read(held_out.DATA / "memory_seconds.json")
     rows = held_out.judged(fit(times["fit"], machine_of("this"), folds=1), times["others"])

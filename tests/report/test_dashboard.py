@@ -128,6 +128,7 @@ def test_views_of_a_sweep_and_the_report_beside_its_run(tmp_path: Path) -> None:
     assert "report/report.html" in {a.path for a in client.list_artifacts(parent.info.run_id, "report")}
 
 
+@pytest.mark.slow
 def test_a_sweep_that_grows_loses_the_view_that_held_all_of_it(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     sweep = made_sweep(tmp_path, "s", ["cp=ring", "seqlen=64k", "scale=1x8"])

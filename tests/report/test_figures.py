@@ -58,6 +58,7 @@ def look(handle: Any) -> tuple[str, str]:
 # -- one look per choice -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_choice_looks_the_same_in_every_figure_of_a_sweep_in_which_one_is_missing_at_one_scale(
     big_frame: pd.DataFrame, figures: dict[str, Drawn]
 ) -> None:
@@ -264,6 +265,7 @@ def test_where_the_time_goes_shows_how_long_it_is(figures: dict[str, Drawn], big
 # -- names, words, order -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_name_of_a_figure_does_not_depend_on_other_scales(tmp_path: Path) -> None:
     one, two = (
         reported(made_sweep(tmp_path, scales.replace(",", "-"), [*LENGTHS, f"scale={scales}"])) for scales in ("4x8", "1x8,4x8")

@@ -45,6 +45,7 @@ def figures(sweep: Sweep) -> dict[str, Drawn]:
     return {f.name: f for f in all_figures(reported(sweep), known_devices(), {"between nodes": 45.0})}
 
 
+@pytest.mark.slow
 def test_a_sweep_over_scales_has_scaling_heat_map_split_and_roofline(tmp_path: Path) -> None:
     drawn = figures(made_sweep(tmp_path, "cp", CP))
     kinds = {figure.kind for figure in drawn.values()}

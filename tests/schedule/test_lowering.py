@@ -316,6 +316,7 @@ def uneven_ways(rank: int, ranks: int) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_head_exchanges_of_uneven_parts_give_the_same(ranks: int) -> None:

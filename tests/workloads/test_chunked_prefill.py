@@ -439,6 +439,7 @@ def test_cells_pass_their_check_and_say_what_chunks_take(ranks: int) -> None:
     run_ranks(ranks, check_cells, ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_every_fault_is_found() -> None:
     run_ranks(2, check_faults, 2)
