@@ -63,7 +63,7 @@ def sync(sweep: Sweep, server: Server) -> list[str]:
 def is_at_it(sweep: Sweep, server: Server) -> None:
     """Wait until a publisher has begun; forget what an earlier one left."""
     (sweep.folder / "mlflow.json").unlink(missing_ok=True)
-    wait_until(lambda: sweep.remembered().get(server.uri, {}).get("open"), 30, every=0.02)
+    wait_until(lambda: sweep.remembered().get(server.uri, {}).get("open"), every=0.02)
 
 
 def test_a_server_that_dies_while_it_is_told_and_one_that_is_down(server: Server, tmp_path: Path) -> None:
