@@ -145,7 +145,7 @@ def _look(cell: Cell) -> tuple[dict[str, Any], ScheduleCost | None]:
     schedule = own.scheduled(config["cp"], strategy, problem, mask)
     planned = time.perf_counter() - begun
     report = own.proven(config["cp"], strategy, schedule, problem, mask)
-    lowered = report.lowered(operations_of(strategy.lowering, "nccl"))
+    operations = operations_of(strategy.lowering, "nccl")
     ranks = sorted({0, schedule.world_size // 2, schedule.world_size - 1})
     row |= {
         "steps": len(schedule.steps),
@@ -154,7 +154,7 @@ def _look(cell: Cell) -> tuple[dict[str, Any], ScheduleCost | None]:
         "forward_bytes_out_of_node": int(report.forward_bytes_out.max()),
         "backward_bytes": int(report.backward_bytes.max()),
         "backward_bytes_out_of_node": int(report.backward_bytes_out.max()),
-        "buffer_bytes": max(report.buffer_bytes(rank, lowered) for rank in ranks),
+        "buffer_bytes": max(report.buffer_bytes(rank, operations) for rank in ranks),
         "plan_s": planned,
     }
     return row, report

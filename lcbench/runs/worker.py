@@ -82,13 +82,6 @@ BLOCK_STRIDE = 1000
 STDERR = 2
 
 
-def load_workloads(pack: Pack) -> None:
-    """Import what the cells of a pack run, where their ranks are forked: each of them would import it by itself."""
-    for config in pack.configs.values():
-        with suppress(ValueError):  # the cell fails by itself
-            build_workload(config.get("workload"))
-
-
 def run_rank(pack_path: Path, node_rank: int) -> None:
     """Be a rank; torch elastic's environment says which."""
     # Slurm's warning goes to every process of the job, and is the agent's to act on.

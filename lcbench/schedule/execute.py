@@ -32,7 +32,7 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Heads, Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, traffic
 from lcbench.schedule.groups import MAIN, Groups
-from lcbench.schedule.lowering import Lowering, collectives, operations_of, sets_of
+from lcbench.schedule.lowering import Lowering, operations_of, sets_of
 from lcbench.schedule.messages import Sending, Waits, all_gather, all_to_all, reduce_scatter, wait_all
 from lcbench.schedule.packing import Packing, Plane
 from lcbench.schedule.payload import PAYLOADS, Precision, gradients_of, token_bytes
@@ -152,8 +152,7 @@ class Executor:
         self._contiguous = kernel.contiguous_kv
         self._packing = Packing.of(problem.heads, contiguous=kernel.contiguous_kv)
         self._softmax = softmax_arguments(problem)
-        lowered = collectives(schedule, moves, problem, operations)
-        self._program = Program(schedule, moves, problem, rank, lowered, planes=self._packing.planes)
+        self._program = Program(schedule, moves, problem, rank, operations, planes=self._packing.planes)
         self._join(groups, moves)
         self.buffer_bytes = self._program.buffer_bytes
         self.collectives = sorted({each.operation for each in self._program.lowered if each is not None})

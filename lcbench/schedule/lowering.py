@@ -13,7 +13,6 @@ Every rank finds the same collectives, since each looks at the rows of all ranks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -252,7 +251,7 @@ def _bundle(schedule: Schedule, transfer: Transfer, bundles: Bundles, rank: int,
     return next(((bundle.members, group) for bundle in held if np.array_equal(bundle.others, shards)), None)
 
 
-def sets_of(moves: Traffic, found: Sequence[Collective | None]) -> list[tuple[str, tuple[int, ...]]]:
+def sets_of(moves: Traffic, found: list[Collective | None]) -> list[tuple[str, tuple[int, ...]]]:
     """(channel, ranks) of every set once, in an order that is the same on all ranks."""
     seen = {
         (transfer.channel, members): None

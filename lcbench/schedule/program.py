@@ -11,7 +11,7 @@ a slot. A ring thus runs on two slots for keys and values, whatever P is. Here i
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from typing import NamedTuple
@@ -21,7 +21,7 @@ import numpy as np
 from lcbench.masks.band import Ints, distinct
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, Transfer
-from lcbench.schedule.lowering import Collective, Operation
+from lcbench.schedule.lowering import Collective, Operation, collectives
 from lcbench.schedule.payload import PAYLOADS, Payload, element_bytes, token_bytes
 from lcbench.schedule.schedule import Kind, MoveColumn, Schedule, TileColumn
 
@@ -215,7 +215,7 @@ class Program:
         tokens: by side, rows of these tensors.
 
     Args:
-        lowered: the collective of each transfer (``lowering.collectives``); None: all go from point to point.
+        operations: what may go by a collective.
         planes: keys and values of an operand lie apart, (2, T, Hk, D), for a kernel that wants each contiguous; without,
             any stretch of tokens is one stretch of memory, (T, Hk, 2, D).
 
@@ -229,12 +229,12 @@ class Program:
         moves: Traffic,
         problem: Problem,
         rank: int,
-        lowered: Sequence[Collective | None] | None = None,
+        operations: tuple[Operation, ...] = (),
         *,
         planes: bool = False,
     ) -> None:
         self._schedule, self._traffic, self._problem, self._rank, self._planes = schedule, moves, problem, rank, planes
-        self.lowered = [None] * len(moves.transfers) if lowered is None else lowered
+        self.lowered = collectives(schedule, moves, problem, operations)
         # Operands whose own part a collective brings, with when, and gradients whose own part it takes home.
         self._brought: dict[Operand, list[int]] = defaultdict(list)
         self._taken: set[Operand] = set()

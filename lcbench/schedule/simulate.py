@@ -144,6 +144,7 @@ class Prepared:
 
     Attributes:
         found: the collective of each transfer of ``moves``, or None.
+        operations: what goes by collectives.
         alone: of each rank whether it has nothing but one kernel call over all of its tokens, around which nothing is packed,
             summed or sent, (P,).
         in_place: whether kernels read keys and values where a cache has them, so that they are not packed.
@@ -153,6 +154,7 @@ class Prepared:
     moves: Traffic
     found: list[Collective | None]
     tiling: Tiling
+    operations: tuple[Operation, ...]
     alone: Bools
     in_place: bool = False
 
@@ -173,7 +175,7 @@ def prepare(modelled: Modelled, operations: tuple[Operation, ...] = ()) -> Prepa
     moves = traffic(schedule, backward=problem.backward, gates=problem.rule is not None)
     found = collectives(schedule, moves, problem, operations)
     made = tiling(schedule, modelled.mask)
-    return Prepared(modelled, moves, found, made, _alone(schedule, moves, made, problem))
+    return Prepared(modelled, moves, found, made, operations, _alone(schedule, moves, made, problem))
 
 
 def _alone(schedule: Schedule, moves: Traffic, made: Tiling, problem: Problem) -> Bools:
@@ -622,7 +624,7 @@ def holdings(prepared: Prepared) -> tuple[Holding, ...]:
     if modelled.problem.rule is not None:
         return tuple(_linear_holding(prepared, rank) for rank in ranks)
     return tuple(
-        _holding(prepared, Program(schedule, prepared.moves, modelled.problem, rank, prepared.found), rank) for rank in ranks
+        _holding(prepared, Program(schedule, prepared.moves, modelled.problem, rank, prepared.operations), rank) for rank in ranks
     )
 
 

@@ -18,7 +18,7 @@ from lcbench.problem import Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, Transfer, Uses, traffic
 from lcbench.schedule.fault import ScheduleError, fault_at
 from lcbench.schedule.layout import tile_areas
-from lcbench.schedule.lowering import Collective, Operation, collectives
+from lcbench.schedule.lowering import Operation
 from lcbench.schedule.program import Program
 from lcbench.schedule.schedule import STATES, Schedule, Side, TileColumn
 from lcbench.schedule.states import check_stretches, received_bytes
@@ -59,15 +59,11 @@ class ScheduleCost:
         busiest = self.rank_pairs.max() if self.problem.rule is not None else self.step_pairs.max(axis=1).sum()
         return float(busiest / mean)
 
-    def lowered(self, operations: tuple[Operation, ...]) -> list[Collective | None]:
-        """The collective of each transfer, where these operations go by collectives."""
-        return collectives(self.schedule, self.traffic, self.problem, operations)
-
-    def buffer_bytes(self, rank: int, lowered: Sequence[Collective | None] | None = None) -> int:
-        """Memory that a rank holds for buffers, besides its own tensors; ``lowered``: as ``Program`` takes it."""
+    def buffer_bytes(self, rank: int, operations: tuple[Operation, ...] = ()) -> int:
+        """Memory that a rank holds for buffers, besides its own tensors, where these operations go by collectives."""
         if self.problem.rule is not None:
             return received_bytes(self.schedule, self.traffic, self.problem, rank)
-        return Program(self.schedule, self.traffic, self.problem, rank, lowered).buffer_bytes
+        return Program(self.schedule, self.traffic, self.problem, rank, operations).buffer_bytes
 
 
 def verify(schedule: Schedule, mask: Mask, problem: Problem) -> ScheduleCost:

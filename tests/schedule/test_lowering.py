@@ -153,14 +153,13 @@ def test_parts_of_a_head_exchange_have_the_sizes_that_they_have(ranks: int) -> N
             assert set(found(strategy, problem, mask)) == {"all_to_all"}, strategy
         schedule = strategy.schedule(problem, mask)
         report, moves = verify(schedule, mask, problem), traffic(schedule, backward=True)
-        lowered = collectives(schedule, moves, problem, NCCL)
-        programs = [Program(schedule, moves, problem, rank, lowered) for rank in range(ranks)]
+        programs = [Program(schedule, moves, problem, rank, NCCL) for rank in range(ranks)]
         by: dict[tuple[int, int], list[Exchange]] = {}
         for rank, made in enumerate(programs):
             exchanges = [each for step in made.steps for each in step.exchanges]
             sent = sum(n for e in exchanges for peer, n in zip(e.ranks, e.sent, strict=True) if peer != rank)
             rows = [t.bytes(schedule, problem)[t.rows[:, 0] == rank].sum() for t in moves.transfers]
-            alone = sum(int(n) for n, each in zip(rows, lowered, strict=True) if each is None)
+            alone = sum(int(n) for n, each in zip(rows, made.lowered, strict=True) if each is None)
             assert sent + alone == report.forward_bytes[rank] + report.backward_bytes[rank], strategy
             for each in exchanges:
                 for peer in each.ranks:
@@ -169,7 +168,7 @@ def test_parts_of_a_head_exchange_have_the_sizes_that_they_have(ranks: int) -> N
             assert [e.sent[e.ranks.index(peer)] for e in exchanges if peer != rank] == [
                 e.received[e.ranks.index(rank)] for e in by[peer, rank] if peer != rank
             ], strategy
-        for transfer, together in zip(moves.transfers, lowered, strict=True):
+        for transfer, together in zip(moves.transfers, programs[0].lowered, strict=True):
             if together is not None:
                 amounts, size = np.zeros((2, ranks)), transfer.bytes(schedule, problem)
                 for column in (0, 1):
@@ -206,14 +205,13 @@ def test_blocks_of_collectives_are_the_bytes_of_the_formulas(ranks: int) -> None
         for strategy in (Ulysses(), Ulysses(stages=2), AllGather(), AllGather(heads_per_step=1), USP(2), LoongTrain(2)):
             schedule = strategy.schedule(problem, mask)
             report, moves = verify(schedule, mask, problem), traffic(schedule, backward=True)
-            lowered = collectives(schedule, moves, problem, NCCL)
             for rank in (0, ranks - 1):
-                made = Program(schedule, moves, problem, rank, lowered)
+                made = Program(schedule, moves, problem, rank, NCCL)
                 exchanges = [e for step in made.steps for e in step.exchanges]
                 sent = sum(n for e in exchanges for peer, n in zip(e.ranks, e.sent, strict=True) if peer != rank)
                 one_by_one = Program(schedule, moves, problem, rank)
                 rows = [t.bytes(schedule, problem)[t.rows[:, 0] == rank].sum() for t in moves.transfers]
-                alone = sum(int(n) for n, each in zip(rows, lowered, strict=True) if each is None)
+                alone = sum(int(n) for n, each in zip(rows, made.lowered, strict=True) if each is None)
                 assert sent + alone == report.forward_bytes[rank] + report.backward_bytes[rank], strategy
                 assert not any(step.exchanges for step in one_by_one.steps)
 
