@@ -18,7 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lcbench.commands.launchers import launcher_named
 from lcbench.grid.command_line import loader_of, read_flags
-from lcbench.grid.expand import CONFIG, expand, remember, single_lines
+from lcbench.grid.compose import CONFIG
+from lcbench.grid.expand import expand, remember, single_lines
 from lcbench.grid.overrides import key_of
 from lcbench.grid.paths import CONF
 from lcbench.report.ending import bad_input

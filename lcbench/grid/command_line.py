@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 
 from lcbench.grid import own
 from lcbench.grid.axes import AXES
-from lcbench.grid.expand import CONFIG, Plan, expand
+from lcbench.grid.compose import CONFIG
+from lcbench.grid.expand import Plan, expand
 from lcbench.grid.paths import CONF
 from lcbench.measure.gpus import gpus_here
 

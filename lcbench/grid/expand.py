@@ -12,10 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import pickle
-import re
-import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -25,18 +21,16 @@ from typing import Any
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override, QuotedString
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from omegaconf.resolvers import oc
 
 from lcbench.grid import build, overrides, values
 from lcbench.grid import site as sites
-from lcbench.grid.axes import AXES, CELL_AXES, GROUPS, OTHER_WAYS, RESERVED, WAYS, WITH_OPTIONS, Axis, plain_axes, renamed
+from lcbench.grid.axes import AXES, CELL_AXES, GROUPS, OTHER_WAYS, RESERVED, WAYS, WITH_OPTIONS, Axis, renamed
 from lcbench.grid.cell import Cell
+from lcbench.grid.compose import compose, compose_axis, one_line
 from lcbench.grid.overrides import LAUNCHER, RUN_OPTIONS, lines_of, root_of, text_of
-from lcbench.grid.paths import CONF, REPOSITORY
+from lcbench.grid.paths import CONF
 from lcbench.grid.refusals import skip_reason
 from lcbench.grid.run_options import OPTION_GROUPS, check_run_options
 from lcbench.grid.search import Bracket, Search, at
@@ -44,49 +38,10 @@ from lcbench.grid.trace import Trace
 from lcbench.problem import Mesh, Scale
 from lcbench.redact import refuse_readable
 
-CONFIG = "config"
-# What an axis may not look at: everything but the site. An axis is composed under site and experiment alone.
-HIDDEN = tuple(key for key in (*AXES, *RUN_OPTIONS) if key != "site")
 # Run options that are a file of conf/, if anything: what is composed of them is no run option of a plan as it is.
 CHOSEN = ("site", "experiment", "machine", "search", "trace")
 # Axes that say the length of one sequence.
 LENGTHS = {"seqlen", *(name for name, way in OTHER_WAYS.items() if way == "seqlen")}
-
-_STARTED = time.localtime()
-# What ``compose`` has made, pickled, by what it was asked, and with the variables of the environment that interpolations wanted.
-_composed: dict[tuple[tuple[str, ...], ConfigLoaderImpl], list[tuple[dict[str, str | None], bytes]]] = {}
-_asked: dict[str, str | None] = {}
-
-
-class ReachesOut(ValueError):
-    """An interpolation wants another axis."""
-
-
-def _another_axis(axis: str) -> None:
-    raise ReachesOut(axis)
-
-
-def _hydra(key: str) -> None:
-    raise ValueError(f"${{hydra:{key}}} has no value in a plan; write it out, or use ${{now:%Y-%m-%d}} or ${{oc.env:NAME}}")
-
-
-def _environment(name: str, *default: Any) -> Any:
-    _asked[name] = os.environ.get(name)
-    return oc.env(name, *default)
-
-
-OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
-# For site files: paths that do not depend on where the command was typed.
-OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
-OmegaConf.register_new_resolver("another_axis", _another_axis, replace=True)
-# What Hydra's own application knows: one time for all of a command.
-OmegaConf.register_new_resolver("now", lambda pattern: time.strftime(pattern, _STARTED), replace=True)
-OmegaConf.register_new_resolver("hydra", _hydra, replace=True)
-# What the help text of the command lists.
-OmegaConf.register_new_resolver("plain_axes", plain_axes, replace=True)
-OmegaConf.register_new_resolver(
-    "run_options", lambda: ", ".join(f"{o}.*" if o in OPTION_GROUPS else o for o in RUN_OPTIONS), replace=True
-)
 
 
 @dataclass(frozen=True)
@@ -288,75 +243,6 @@ def launchers_of(loader: ConfigLoaderImpl) -> list[str]:
     return sorted({name for source in files for name in source.list(LAUNCHER, ObjectType.CONFIG)})
 
 
-def compose(lines: list[str], loader: ConfigLoaderImpl) -> dict[str, Any]:
-    """One whole config as Hydra composes it, as plain values; ``hydra`` holds the sweeper's parameters and the chosen files only.
-
-    Raises:
-        ValueError: what Hydra refuses, and an interpolation into an axis from outside of it.
-    """
-    # Hydra takes a tenth of a second, its files are read once, and plans ask for the same again and again.
-    kept = _composed.setdefault((tuple(lines), loader), [])
-    made = next((made for asked, made in kept if asked == {name: os.environ.get(name) for name in asked}), None)
-    if made is None:
-        _asked.clear()
-        made = pickle.dumps(_compose(lines, loader))
-        kept.append((dict(_asked), made))
-    plain: dict[str, Any] = pickle.loads(made)
-    plain["site"] = OmegaConf.create(plain["site"])
-    return plain
-
-
-def _compose(lines: list[str], loader: ConfigLoaderImpl) -> dict[str, Any]:
-    """Of ``compose``, whose site is plain as well."""
-    try:
-        config = loader.load_configuration(CONFIG, lines, run_mode=RunMode.RUN)
-        assert isinstance(config, DictConfig)
-        params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}))
-        choices = dict(config.hydra.runtime.choices)
-        OmegaConf.set_readonly(config, False)
-        OmegaConf.set_struct(config, False)
-        del config["hydra"]
-        plain: dict[str, Any] = {str(k): _plain_value(config, str(k), lines) for k in config}
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_one_line(error)) from error
-    plain["hydra"] = {"params": params, "choices": choices}
-    return plain
-
-
-def _plain_value(config: DictConfig, key: str, lines: list[str]) -> Any:
-    """The resolved value of a top-level key."""
-    node = config._get_node(key)
-    if not _interpolates(node):
-        return OmegaConf.to_container(node) if OmegaConf.is_config(node) else config[key]
-    alone = OmegaConf.create({})
-    for other in map(str, config):  # a config in which every other axis refuses to be looked at
-        hidden = other in (HIDDEN if key in AXES else AXES) and other != key
-        alone[other] = f"${{another_axis:{other}}}" if hidden else config._get_node(other)
-    try:
-        value = alone[key]
-        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    except OmegaConfBaseException as error:
-        raise ValueError(_unresolved(error, key, lines)) from error
-    except RecursionError as error:
-        raise ValueError(f"{key}: an interpolation that leads back to itself has no value") from error
-
-
-def _interpolates(node: Any) -> bool:
-    return "${" in str(OmegaConf.to_container(node) if OmegaConf.is_config(node) else node._value())
-
-
-def _unresolved(error: BaseException, key: str, lines: list[str]) -> str:
-    """One line on an interpolation that has no value: the override that it is in, and why."""
-    where = next((line for line in reversed(lines) if overrides.key_of(line).split(".")[0] == key and "${" in line), key)
-    said = _one_line(error).partition(" full_key:")[0]
-    if reached := re.fullmatch(rf"{ReachesOut.__name__} raised while resolving interpolation: (\w+)", said):
-        return (
-            f"{where}: {key} refers to {reached[1]} by an interpolation; no value depends on {reached[1]}, "
-            f"so write the values of {key} out"
-        )
-    return f"{where}: {re.sub(r'^[A-Za-z]*Error raised while resolving interpolation: ', '', said)}"
-
-
 def _one_way(said: dict[str, Override], base: dict[str, Any], params: dict[str, Any]) -> None:
     """What is on the command line, in any way of saying it, takes the place of an experiment's in the others."""
     for ways in WAYS.values():
@@ -474,7 +360,8 @@ def _product(
     if (count := math.prod(len(values) for values in choices)) > overrides.MOST_CELLS:
         raise ValueError(f"these are {count} cells, and a sweep has at most {overrides.MOST_CELLS}; make several of it")
     # The product combines the same few values again and again: each is checked once.
-    rest = {group: _checked(group, base, loader) for group in GROUPS if group not in by_root}
+    chosen = base["hydra"]["choices"]
+    rest = {group: _checked(group, base[group], chosen.get(group), loader) for group in GROUPS if group not in by_root}
     for combination in itertools.product(*choices):
         yield {**base, **rest, **dict(combination)}
 
@@ -489,18 +376,17 @@ def _values(root: str, members: list[Override], base_lines: list[str], loader: C
     return [_plain(override) for override in overrides.read(last, loader)]
 
 
-def _checked(group: str, composed: dict[str, Any], loader: ConfigLoaderImpl) -> build.Checked:
-    """The value of a group in a composed config, checked; what is wrong with a file names it."""
-    value = composed[group]
+def _checked(group: str, value: Any, file: str | None, loader: ConfigLoaderImpl) -> build.Checked:
+    """The value of a group, chosen from this file of it, checked; what is wrong with a file names it."""
     if not isinstance(value, dict):
         raise ValueError(f"{group}={values.shown(value)} is no value of this axis")
     try:
         return build.Checked(build.check_options(group, value))
     except ValueError as error:
-        source = loader.repository.load_config(f"{group}/{composed['hydra']['choices'].get(group)}")
+        source = loader.repository.load_config(f"{group}/{file}")
         folder = Path(source.path.removeprefix("file://")) if source else CONF
         if source and (folder != CONF or isinstance(error, build.BadFile)):
-            raise ValueError(f"{folder / group / composed['hydra']['choices'][group]}.yaml: {error}") from error
+            raise ValueError(f"{folder / group / str(file)}.yaml: {error}") from error
         raise
 
 
@@ -529,10 +415,10 @@ def _compose_base(fixed: list[Override], loader: ConfigLoaderImpl) -> dict[str, 
 def _compose_key(root: str, lines: list[str], base_lines: list[str], loader: ConfigLoaderImpl) -> Any:
     """The value of one top-level key under these overrides."""
     try:
-        composed = compose(base_lines + lines, loader)
+        value, file = compose_axis(root, base_lines + lines, loader)
     except ValueError as error:
         raise ValueError(_option_error(root, lines, base_lines, loader) or str(error)) from error
-    return _checked(root, composed, loader) if root in GROUPS else composed[root]
+    return _checked(root, value, file, loader) if root in GROUPS else value
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
@@ -564,11 +450,7 @@ def _site(site: Any, launchers: list[str]) -> dict[str, Any]:
     try:
         resolved = OmegaConf.to_container(site, resolve=True, throw_on_missing=True) if OmegaConf.is_config(site) else site
     except OmegaConfBaseException as error:
-        raise ValueError(f"site: {_one_line(error)}") from error
+        raise ValueError(f"site: {one_line(error)}") from error
     found = sites.checked({str(k): v for k, v in resolved.items()} if isinstance(resolved, dict) else resolved, launchers)
     refuse_readable(found)
     return found
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
+from lcbench.grid import compose as made
 from lcbench.grid.command_line import loader_of
-from lcbench.grid.expand import compose, expand
+from lcbench.grid.compose import compose
+from lcbench.grid.expand import expand
 
 LINES = ["cp=ring,ulysses", "mask=causal", "kernel=naive", "seqlen=64", "scale=1x2", "heads=2x2x8"]
 
@@ -17,18 +20,23 @@ LINES = ["cp=ring,ulysses", "mask=causal", "kernel=naive", "seqlen=64", "scale=1
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What Hydra is asked to compose."""
     found: list[list[str]] = []
-    original = ConfigLoaderImpl.load_configuration
+    whole, axis = made._whole, made._axis
 
-    def load(self: ConfigLoaderImpl, name: str, lines: list[str], *words: object, **more: object) -> object:
+    def of_all(lines: list[str], loader: ConfigLoaderImpl) -> dict[str, Any]:
         found.append(lines)
-        return original(self, name, lines, *words, **more)  # type: ignore[arg-type]
+        return whole(lines, loader)
 
-    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", load)
+    def of_one(name: str, lines: list[str], loader: ConfigLoaderImpl) -> tuple[Any, str | None]:
+        found.append(lines)
+        return axis(name, lines, loader)
+
+    monkeypatch.setattr(made, "_whole", of_all)
+    monkeypatch.setattr(made, "_axis", of_one)
     return found
 
 
 def test_the_same_plan_is_composed_once_and_is_the_same(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcbench.grid.expand._composed", {})
+    monkeypatch.setattr("lcbench.grid.compose._composed", {})
     first = expand(LINES, loader_of(None))
     before = len(asked)
     assert before

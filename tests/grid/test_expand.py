@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from lcbench.grid import expand, values
+from lcbench.grid.axes import GROUPS
 from lcbench.grid.build import build_mask
 from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
+from lcbench.grid.compose import compose, compose_axis
 from lcbench.grid.paths import CONF
 from lcbench.measure.blocks import BLOCKS, blocks_of
 from tests.commands import lcbench
@@ -48,22 +52,35 @@ def test_cells_equal_hydras_own_composition(overrides: list[str], loader: Any) -
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
     batches = list(itertools.chain(*BasicSweeper.split_arguments(parsed, None)))
     cells = [p.cell for p in expand.expand(overrides, loader).cells]
-    composed = {Cell.from_config(expand.cell_config(expand.compose(list(batch), loader))): batch for batch in batches}
+    composed = {Cell.from_config(expand.cell_config(compose(list(batch), loader))): batch for batch in batches}
     assert [batch for cell, batch in composed.items() if cell not in cells] == []
     assert len(cells) == len(composed)
 
 
 @pytest.mark.slow
+def test_the_value_of_an_axis_is_that_of_the_whole_config(loader: Any) -> None:
+    draw = random.Random(0)
+    experiments = [None, *loader.get_group_options("experiment")]
+    asked = [(group, value) for group in GROUPS for value in loader.get_group_options(group)]
+    for group, value in draw.sample(asked, 30):
+        lines = [f"site={draw.choice(['local', 'plain', 'devcluster'])}", f"{group}={value}"]
+        if experiment := draw.choice(experiments):
+            lines.insert(0, f"+experiment={experiment}")
+        whole = compose(lines, loader)
+        assert compose_axis(group, lines, loader) == (whole[group], whole["hydra"]["choices"].get(group)), lines
+
+
+@pytest.mark.slow
 def test_each_axis_value_is_composed_once(loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     count = 0
-    compose = expand.compose
 
-    def counted(overrides: list[str], used: Any) -> dict[str, Any]:
+    def counted(ask: Callable[..., Any], *asked: Any) -> Any:
         nonlocal count
         count += 1
-        return compose(overrides, used)
+        return ask(*asked)
 
-    monkeypatch.setattr(expand, "compose", counted)
+    for ask in (compose, compose_axis):
+        monkeypatch.setattr(expand, ask.__name__, partial(counted, ask))
     lengths = ",".join(f"{n}k" for n in range(1, 101))
     plan = expand.expand([f"seqlen={lengths}", "seed=range(0,10)", "cp=ring,usp,ulysses", "scale=1x2,1x4,2x8"], loader)
     assert len(plan.cells) == 100 * 10 * 3 * 3

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from lcbench.commands import sweep as command
 from lcbench.commands.launchers import launcher_named
 from lcbench.grid import expand
 from lcbench.grid.axes import AXES, GROUPS, RESERVED
+from lcbench.grid.compose import compose
 from lcbench.grid.overrides import RUN_OPTIONS
 from lcbench.grid.paths import CONF
 from lcbench.grid.site import ClusterSite
@@ -132,7 +132,6 @@ def outcome(words: list[str], capsys: Any) -> tuple[Any, str | None]:
 def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Make a list cheap: what was composed is composed once, and a plan reaches the launcher without Hydra's application."""
     composed: dict[tuple[str, ...], Any] = {}
-    compose: Callable[..., Any] = expand.compose
 
     def once(lines: list[str], loader: Any) -> Any:
         key = tuple(lines)
