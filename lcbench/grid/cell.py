@@ -76,39 +76,55 @@ class Cell:
             config.get("workload", {}).get("rule"),
         )  # fmt: skip
 
-    @property
+    @cached_property
     def mesh(self) -> Mesh:
         """The context-parallel groups that are at work at once."""
         return Mesh(**self.config.get("mesh", {}))
 
-    @property
+    @cached_property
     def scale(self) -> Scale:
         return parse_scale(self.config["scale"])
 
-    @property
+    @cached_property
     def heads(self) -> Heads:
         return parse_heads(self.config["heads"])
 
-    @property
+    @cached_property
     def batch(self) -> Batch | None:
         """Requests of each replica; None: one sequence."""
         return parse_batch(self.config.get("batch"))
 
-    @property
+    @cached_property
     def softmax(self) -> Softmax:
         return parse_softmax(self.config["softmax"]) if "softmax" in self.config else PLAIN
 
-    @property
+    @cached_property
     def label(self) -> str:
         """For people: ``ring sdpa_flash causal_document(web_text) 64k 2x8``, and ``workload=block(llama3_8b, layers=2)
         recompute=full mesh(tp=2)`` behind it where that is so; not unique.
         """
         return " ".join(map(self.told, self.words))
 
-    @property
+    @cached_property
     def words(self) -> dict[str, str]:
         """The words of the label by axis."""
         return {axis: self.word(axis) for axis in LABEL if axis in self.config}
+
+    @cached_property
+    def flat(self) -> dict[str, Any]:
+        """Every axis as one value: a group's value under the group's name, its options below it. Shared, so not to be changed.
+
+        Beside them numbers: of all ranks, of the heads that a rank's context-parallel group has, and of what its batch is made of,
+        a sequence being one request.
+        """
+        scale, problem = self.scale, self.problem
+        heads = problem.heads
+        unsaid = {name: axis.unsaid for name, axis in AXES.items() if axis.unsaid is not None and name not in self.config}
+        return _flat("", {**self.config, **unsaid}) | {
+            "nodes": scale.nodes, "gpus_per_node": scale.gpus_per_node, "world_size": scale.world_size,
+            "num_heads_q": heads.q, "num_heads_kv": heads.kv, "head_dim": heads.dim, "head_dim_v": heads.v,
+            "requests": 1 if problem.batch is None else len(problem.batch), "queries": problem.queries,
+        }  # fmt: skip
 
     def told(self, axis: str) -> str:
         """The word of an axis as a label tells it: with the axis's name where labels do not always tell it."""
@@ -134,20 +150,6 @@ def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
     """The config without every ``file`` that has the digest of its content beside it, at any depth."""
     kept = {k: v for k, v in config.items() if not (k == "file" and CONTENT in config)}
     return {k: _without_paths(v) if isinstance(v, dict) else v for k, v in kept.items()}
-
-
-def flat_config(cell: Cell) -> dict[str, Any]:
-    """Every axis as one value: a group's value under the group's name, its options below it. Beside them numbers: of all ranks, of
-    the heads that a rank's context-parallel group has, and of what its batch is made of, a sequence being one request."""
-    scale, problem = cell.scale, cell.problem
-    heads = problem.heads
-    unsaid = {name: axis.unsaid for name, axis in AXES.items() if axis.unsaid is not None and name not in cell.config}
-    params = _flat("", {**cell.config, **unsaid})
-    return params | {
-        "nodes": scale.nodes, "gpus_per_node": scale.gpus_per_node, "world_size": scale.world_size,
-        "num_heads_q": heads.q, "num_heads_kv": heads.kv, "head_dim": heads.dim, "head_dim_v": heads.v,
-        "requests": 1 if problem.batch is None else len(problem.batch), "queries": problem.queries,
-    }  # fmt: skip
 
 
 def flat_options(cell: Cell, axis: str) -> dict[str, Any]:

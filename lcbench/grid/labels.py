@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lcbench.grid.cell import Cell, flat_config, flat_options
+from lcbench.grid.cell import Cell, flat_options
 
 
 def labels(cells: Iterable[Cell]) -> dict[str, str]:
@@ -21,7 +21,7 @@ def told_apart(cells: Iterable[Cell]) -> dict[str, str]:
         alike.setdefault(cell.label, []).append(cell)
     found = {}
     for members in alike.values():
-        flat = [flat_config(cell) for cell in members] if len(members) > 1 else [{}]
+        flat = [cell.flat for cell in members] if len(members) > 1 else [{}]
         differing = _differing(flat)
         # What heads consist of says nothing that they do not.
         differing = [k for k in differing if not (k.startswith(("num_heads", "head_dim")) and "heads" in differing)]

@@ -199,7 +199,7 @@ def _only(mine: Side, other: Side) -> dict[str, str]:
         (cell, _unlike(attempt, other.good[key][1])) for key, (cell, attempt) in mine.good.items() if key in other.good
         and _unlike(attempt, other.good[key][1])
     ]  # fmt: skip
-    named = labels(cell for cell, _ in mine.good.values())
+    named = labels(cell for cell, _ in mine.good.values()) if missing else {}
     return {f"{named[cell.id]} {cell.id}": why for cell, why in missing}
 
 

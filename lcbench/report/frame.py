@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lcbench.grid.axes import ALWAYS_TOLD, AXES, CELL_GROUPS, CHOICE, PROBLEM, WITH_OPTIONS, value_of
-from lcbench.grid.cell import flat_config
 from lcbench.grid.labels import labels
 from lcbench.report.intervals import KNOWN, NORMAL_95, Median, Timing, medians
 from lcbench.runs.attempt import Attempt
@@ -67,7 +66,7 @@ def _row(sweep: str, label: str, record: Record, attempt: Attempt | None, sample
         "attempt": attempt.number if attempt else 0, "no_speed": attempt.no_speed if attempt else "",
         "band": attempt.band if attempt else None, "approximate": attempt.approximate if attempt else "",
         "started_at": attempt.started_at if attempt else None, "finished_at": attempt.finished_at if attempt else None,
-        **flat_config(record.entry.cell),
+        **record.entry.cell.flat,
     }  # fmt: skip
     provenance = attempt.provenance if attempt else {}
     # Text is empty where there is none: pandas makes of a None beside text a nan, which is true and reads "nan".

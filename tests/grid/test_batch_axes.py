@@ -17,7 +17,7 @@ from lcbench.advice.sizing import AtLengths, break_even
 from lcbench.cp.peers.library import LibraryStrategy, refused_problem
 from lcbench.grid.axes import CELL_GROUPS, value_of
 from lcbench.grid.build import build_strategy, cell_mask
-from lcbench.grid.cell import Cell, flat_config
+from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.refusals import mask_of, pairs
 from lcbench.grid.search import at
@@ -163,10 +163,10 @@ def test_cells_without_them_are_those_of_before() -> None:
 
 def test_numbers_of_a_cell_tell_its_batch_and_its_heads() -> None:
     (batch,), (sequence,) = cells("batch=2q4s64_q8", "heads=8x4x64:32"), cells("batch=null", "seqlen=4k")
-    flat = flat_config(batch)
+    flat = batch.flat
     assert (flat["batch"], flat["softmax"], flat["requests"], flat["queries"], flat["seqlen"]) == ("2q4s64_q8", "plain", 3, 16, 136)
     assert (flat["head_dim"], flat["head_dim_v"]) == (64, 32)
-    flat = flat_config(sequence)
+    flat = sequence.flat
     assert (flat["batch"], flat["requests"], flat["queries"]) == ("null", 1, flat["seqlen"])
 
 
@@ -344,7 +344,7 @@ def test_a_page_tells_the_batch_that_all_cells_have() -> None:
     def about(*words: str) -> str:
         rows = [
             {
-                **flat_config(cell),
+                **cell.flat,
                 "mesh": value_of(cell.config, "mesh"),
                 **{f"what_{g}": value_of(cell.config, g) for g in CELL_GROUPS},
             }

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from lcbench.grid import build, values
 from lcbench.grid.axes import AXES, GROUPS
-from lcbench.grid.cell import Cell, flat_config
+from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.expand import Planned
 from lcbench.grid.paths import CONF
@@ -128,7 +128,7 @@ def test_a_model_and_its_layers_are_options_of_the_workload_and_its_heads_the_ce
     assert "layers" not in cell.config
     assert cell.config["heads"] == "32x8x128"
     assert cell.label == "ring sdpa_flash causal 64k 2x8 workload=steps(qwen3_8b, layers=2) recompute=some"
-    flat = flat_config(cell)
+    flat = cell.flat
     assert (flat["workload"], flat["workload.model"], flat["workload.model.ffn"]) == ("steps", "qwen3_8b", 12288)
     assert (flat["recompute"], flat["recompute.share"], flat["mesh.tp"]) == ("some", 0.25, 1)
     made: Any = build.build_workload(workload)

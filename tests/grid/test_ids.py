@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lcbench.grid.axes import RENAMED
-from lcbench.grid.cell import Cell, flat_config
+from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 
 GOLDEN: list[dict[str, Any]] = json.loads(Path(__file__).with_name("golden_cells.json").read_text())
@@ -52,11 +52,11 @@ def test_overrides_make_the_same_cells(typed: tuple[str, ...]) -> None:
 def test_what_is_read_has_the_names_of_now() -> None:
     """In configs, frames and MLflow's parameters."""
     cells = [Cell.from_config(golden["config"]) for golden in GOLDEN]
-    keys = {key for cell in cells for key in flat_config(cell)}
+    keys = {key for cell in cells for key in cell.flat}
     assert {name.new for name in RENAMED if name.old != "cp.selector"} <= keys
     assert not {name.old for name in RENAMED} & keys
     drawn = next(cell for cell in cells if cell.config["mask"].get("samples", 1) > 1)
-    assert flat_config(drawn)["mask.samples"] > 1
+    assert drawn.flat["mask.samples"] > 1
 
 
 def test_an_option_of_ones_own_keeps_its_name() -> None:

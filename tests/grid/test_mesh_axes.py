@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lcbench.grid.build import build_mask, group_mask
-from lcbench.grid.cell import Cell, flat_config
+from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import look
 from lcbench.grid.refusals import mask_of, pairs
 from lcbench.masks.block import BlockMap
@@ -30,7 +30,7 @@ def test_the_problem_is_that_of_a_group_and_the_cell_has_all_ranks() -> None:
     (across,) = planned("mesh.tp=2", "mesh.dp=2", "mesh.order=tp-dp-cp")
     assert across.problem.scale == Scale(2, 2)
     assert across.id != cell.id
-    flat = flat_config(cell)
+    flat = cell.flat
     assert (flat["nodes"], flat["gpus_per_node"], flat["world_size"]) == (2, 8, 16)
     assert (flat["mesh.tp"], flat["mesh.dp"]) == (2, 2)
 

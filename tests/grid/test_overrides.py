@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 
 from lcbench.commands import lengths
 from lcbench.commands import sweep as command
-from lcbench.grid import expand
+from lcbench.grid import compose
 from lcbench.grid.axes import with_first_names
-from lcbench.grid.cell import Cell, flat_config
+from lcbench.grid.cell import Cell
 from lcbench.grid.command_line import loader_of, look
 from lcbench.grid.expand import Plan
 from lcbench.grid.run_options import check_name
@@ -69,7 +69,7 @@ def test_names_that_cannot_be_a_folder_or_a_word_are_refused(monkeypatch: pytest
     monkeypatch.setenv("LCBENCH_X", "1.10")
     assert option("sweep", "sweep=${oc.env:LCBENCH_X}") == "1.10"
     assert option("sweep", "sweep=e_${now:%Y}") == f"e_{time.strftime('%Y')}"
-    OmegaConf.register_new_resolver("hydra", expand._hydra, replace=True)  # a Hydra that ran in this process has its own
+    OmegaConf.register_new_resolver("hydra", compose._hydra, replace=True)  # a Hydra that ran in this process has its own
     assert "${now:" in refused("sweep=${hydra:job.name}")
     assert "NOPE_NOPE" in refused("results=${oc.env:NOPE_NOPE}")
 
@@ -248,7 +248,7 @@ def test_a_file_counts_by_its_content(tmp_path: Path) -> None:
     old = {**first.config, "mask": {"name": "band_file", "file": "/x/m.json", "file_sha256": "0123456789abcdef"}}
     text_before = json.dumps(with_first_names(old), sort_keys=True, separators=(",", ":"))
     assert Cell.from_config(old).id == hashlib.sha256(text_before.encode()).hexdigest()[:12]
-    assert flat_config(Cell.from_config(old))["mask.content_sha256"] == "0123456789abcdef"
+    assert Cell.from_config(old).flat["mask.content_sha256"] == "0123456789abcdef"
     (tmp_path / "u16.json").write_text(text, encoding="utf-16")
     assert "UTF-8" in refused("mask=band_file", f"mask.file={tmp_path}/u16.json", "seqlen=8")
 

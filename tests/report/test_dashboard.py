@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from lcbench.grid.cell import flat_config
 from lcbench.grid.command_line import look
 from lcbench.grid.devices import known_devices
 from lcbench.report.page import write_report
@@ -84,9 +83,7 @@ def published(tmp_path_factory: pytest.TempPathFactory, server: Any) -> tuple[Sw
 def test_a_view_has_no_more_cells_than_the_page_shows_and_says_how_many(grid: list[str]) -> None:
     planned = look(grid).cells
     views = cell_views("s", "0123456789abcdef", 1e9, {p.cell.id: Entry(p.cell, p.skip) for p in planned})
-    flat = [
-        {**{k: str(v) for k, v in flat_config(p.cell).items()}, PLACE: place_tag(i)} for i, p in enumerate(planned) if not p.skip
-    ]
+    flat = [{**{k: str(v) for k, v in p.cell.flat.items()}, PLACE: place_tag(i)} for i, p in enumerate(planned) if not p.skip]
     seen: Counter[int] = Counter()
     for view in views:
         where = state_of(view.value)["searchFilter"]

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcbench.grid.axes import OF_WORKLOAD, value_of
-from lcbench.grid.cell import flat_config
 from lcbench.problem import format_tokens
 from lcbench.runs.manifest import Entry, entries_of
 from lcbench.runs.tracking.shown import BAND, PREDICTIONS_OF
@@ -166,7 +165,7 @@ def cell_views(sweep: str, sweep_id: str, created_at: float, entries: Mapping[st
     """Views that the page shows whole, of all cells of a sweep that can run: of all together if they are few enough, and of every
     mask, or of parts of it.
     """
-    flat = [{**flat_config(e.cell), PLACE: place // PAGE} for place, e in enumerate(entries.values()) if not e.skip]
+    flat = [{**e.cell.flat, PLACE: place // PAGE} for place, e in enumerate(entries.values()) if not e.skip]
     whole: list[tuple[Flat, list[Flat]]] = [] if len(flat) > PAGE else [({}, flat)]
     masks = [key for key in APART if _differs(key, flat)]
     parts = [part for group in _cut(flat, masks, {}) for part in _small_enough(*group)] if masks or not whole else []

@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 
-from lcbench.grid.cell import Cell, flat_config
+from lcbench.grid.cell import Cell
 from lcbench.measure.metrics import METRICS, Metric, metric_of
 from lcbench.problem import format_tokens
 from lcbench.runs.attempt import Attempt
@@ -44,7 +44,7 @@ BAND = "band_percent"  # times lie within a factor of 1 + it
 
 def params(cell: Cell) -> dict[str, str]:
     """A cell's parameters, and its length as people write it, which charts take for a category: 64k."""
-    flat = flat_config(cell)
+    flat = cell.flat
     return {key: str(value)[:6000] for key, value in {**flat, "length": format_tokens(cell.problem.seqlen)}.items()}
 
 
