@@ -148,11 +148,12 @@ def _draw(axis: Axes, of: Shown, lines: Lines, mask: str, choices: Sequence[str]
         line = lines.get((mask, choice))
         if line is None or line[y].isna().all():
             continue
-        line = with_gaps(line, x, places)
+        ends = [f"{interval}_low", f"{interval}_high"] if interval else []
+        line = with_gaps(line[[x, y, *ends]], x, places)
         at, style = dodged(line[x], place, len(choices)), of.styles[choice]
         drawn[choice] = draw_line(axis, at, line[y], style, label=choice)
         if interval:
-            axis.vlines(at, line[f"{interval}_low"], line[f"{interval}_high"], color=style.color, linewidth=1.0)
+            axis.vlines(at, line[ends[0]], line[ends[1]], color=style.color, linewidth=1.0)
     return drawn
 
 
@@ -257,7 +258,7 @@ def efficiency(of: Shown) -> Iterator[Drawn]:
                     {} if own is None else {"markerfacecolor": "none", "markeredgecolor": of.styles[choice].color, "alpha": 0.7}
                 )
                 name = choice if own is None else f"{choice} (from {own})"
-                line = with_gaps(mine[choice].assign(share=share), "world_size", places)
+                line = with_gaps(mine[choice][["world_size"]].assign(share=share), "world_size", places)
                 drawn[name] = draw_line(axis, line["world_size"], line["share"], of.styles[choice], label=name, **hollow)
             axis.axhline(100, color="0.7", linewidth=0.8, label="_perfect")
             tune(
