@@ -114,16 +114,18 @@ def _shares(
     """
     heads = problem.heads
     found: list[tuple[torch.Tensor, ...]] = []
-    group = heads.q // heads.kv
-    # As many rows at a time on every rank, since each time is a message.
+    group, rows = heads.q // heads.kv, len(q)
+    # As many rows and heads at a time on every rank, since each time is two messages.
     size = max(1, CHUNK_ELEMENTS[q.device.type] // (group * -(-problem.seqlen // problem.scale.world_size)))
-    for head in range(heads.kv):
-        keys, of_head = k[:, head].double(), q[:, head * group : (head + 1) * group].transpose(0, 1)
+    together = max(1, size // max(1, rows))
+    for first in range(0, heads.kv, together):
+        keys = k[:, first : first + together].double().permute(1, 2, 0)
+        of_heads = q[:, first * group : (first + together) * group].transpose(0, 1).unflatten(0, (-1, group))
         parts = []
-        for some in range(0, len(q), size):
-            s = (of_head[:, some : some + size] @ keys.T) * problem.softmax_scale
-            s = s.masked_fill(~seen[some : some + size], -torch.inf)
-            top = ranks.reduce(s.amax(-1) if len(keys) else s.new_full(s.shape[:2], -torch.inf), "max")
+        for some in range(0, rows, size):
+            s = (of_heads[:, :, some : some + size].flatten(1, 2) @ keys).unflatten(1, (group, -1)).flatten(0, 1)
+            s = (s * problem.softmax_scale).masked_fill(~seen[some : some + size], -torch.inf)
+            top = ranks.reduce(s.amax(-1) if len(k) else s.new_full(s.shape[:2], -torch.inf), "max")
             weights = torch.exp(s - torch.where(top == -torch.inf, 0.0, top)[..., None])
             terms = weights, torch.where(weights > 0, weights * s, 0.0).square()
             sums, squares = ranks.reduce_together(*(x.new_zeros((*s.shape[:2], columns)).index_add_(2, column, x) for x in terms))
