@@ -71,6 +71,17 @@ def check_targets(config: dict[str, Any]) -> set[str]:
     return {target for _, target in named if not target.startswith(HOMES)}
 
 
+def imports_of(config: dict[str, Any]) -> tuple[str, ...]:
+    """Modules that ranks of a cell would each import by themselves, by its workload; none of one that is not lcbench's own, whose
+    module is not imported for it.
+
+    Raises:
+        ValueError: there is no such workload.
+    """
+    target = str(config.get("workload", {}).get("_target_", ""))
+    return tuple(get_object(target, "workload").imports) if target.startswith(HOMES) else ()
+
+
 def _targets(value: Any) -> Iterator[Any]:
     """Every ``_target_`` of an axis value, its own and those of values in its options."""
     if isinstance(value, dict):

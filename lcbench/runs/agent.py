@@ -52,8 +52,9 @@ def run_node(pack: Pack, *, node_rank: int, hosts: list[str], incarnation: str, 
     logs.mkdir(parents=True, exist_ok=True)
     if node_rank == 0:
         begin_anew(sweep, pack)
-    from lcbench.runs.worker import run_rank  # loads torch, which launchers that submit this do without
+    from lcbench.runs.worker import import_once, run_rank  # load torch, which launchers that submit this do without
 
+    import_once(pack)
     with forking(run_rank) as server:  # before anybody looks at a GPU
         if not _node_is_well(pack, node_rank, scale.gpus_per_node):
             return False

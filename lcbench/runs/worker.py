@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from lcbench.grid.build import (
     cell_mask,
     check_targets,
     draws,
+    imports_of,
 )
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
@@ -80,6 +82,14 @@ FAILED_EXIT = 70
 OVERDUE_S = 30.0
 BLOCK_STRIDE = 1000
 STDERR = 2
+
+
+def import_once(pack: Pack) -> None:
+    """Import once per node what its ranks, which are forked from here, would each import by themselves."""
+    for config in pack.configs.values():
+        with suppress(ValueError, ImportError):  # the cell says by itself what it lacks
+            for module in imports_of(config):
+                import_module(module)
 
 
 def run_rank(pack_path: Path, node_rank: int) -> None:

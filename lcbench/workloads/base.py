@@ -36,12 +36,15 @@ class Workload(Protocol):
         in_groups: whether sub-groups of ranks share parts of the sequence, so that nobody asks whether the strategy can share all
             of it among all ranks.
         any_inputs: whether its queries, keys and values are what the axis ``inputs`` says, and no results of something else.
+        imports: modules of others' that a rank imports when it runs, which takes it seconds. They are imported once for all ranks
+            of a node, where ranks are forked; so none may look at a GPU when it is imported.
         operator: what attention it is, ``softmax`` or ``linear``: kernels have one, strategies one or more.
     """
 
     takes: ClassVar[tuple[str, ...]] = ()
     in_groups: ClassVar[bool] = False
     any_inputs: ClassVar[bool] = False
+    imports: ClassVar[tuple[str, ...]] = ()
     operator: ClassVar[str] = "softmax"
 
     def unsupported(self, problem: Problem, mask: Mask, kernel: Kernel, strategy: Strategy, recompute: Any) -> str | None:

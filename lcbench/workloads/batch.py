@@ -37,6 +37,7 @@ class Batch(Workload):
     """
 
     any_inputs: ClassVar[bool] = True
+    imports: ClassVar[tuple[str, ...]] = ("torch.distributed.fsdp", "torch._dynamo")
     takes: ClassVar[tuple[str, ...]] = ("planner",)
     in_groups: ClassVar[bool] = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from lcbench.problem import Problem
 from lcbench.workloads.models import Model, not_of_layers
@@ -27,6 +28,8 @@ class Trained:
     Raises:
         ValueError: layers that the model has not, no tokens at once, an optimizer that there is not, or a share that is none.
     """
+
+    imports: ClassVar[tuple[str, ...]] = ("torch.distributed.fsdp", "torch._dynamo", "scipy.optimize")
 
     model: Model
     layers: int | None = None

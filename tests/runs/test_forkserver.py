@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from lcbench.grid.build import imports_of
 from lcbench.runs.forkserver import ForkServer
 from tests.runs.forks import ENDS
 from tests.slurm.stage import ROOT, wait_until
@@ -83,3 +84,39 @@ def test_a_process_that_has_used_cuda_forks_nobody(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match="CUDA is in use here already"):
         ForkServer(print)
+
+
+LOOKS = """
+import json, os, sys
+import torch
+from lcbench.grid.build import imports_of
+from lcbench.runs.worker import run_rank
+from lcbench.testing.masks import load, names
+
+looked = []
+for module, name in ((torch._C, "_cuda_getDeviceCount"), (torch.cuda, "device_count"), (torch.cuda, "is_available")):
+    if hasattr(module, name):  # torch's builds for CPUs have no such members of _C
+        setattr(module, name, lambda *_, name=name: looked.append(name) or 0)
+tasks = set(os.listdir("/proc/self/task"))
+wanted = {workload: imports_of({"workload": load("workload", workload)}) for workload in names("workload")}
+for module in {module for modules in wanted.values() for module in modules}:
+    __import__(module)
+print(json.dumps([wanted, looked, sorted(set(os.listdir("/proc/self/task")) - tasks), torch.cuda.is_initialized()]))
+"""
+
+
+def test_what_is_imported_where_ranks_are_forked_looks_at_no_gpu_and_starts_no_thread() -> None:
+    # OpenBLAS ends its own threads before a fork, and starts them anew after it.
+    alone = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", LOOKS], cwd=ROOT, env=alone, capture_output=True, text=True, check=True)
+    wanted, *rest = json.loads(done.stdout)
+    assert rest == [[], [], False]
+    assert "torch._dynamo" in wanted["block"]
+    assert wanted["attention"] == []
+
+
+def test_an_own_workload_is_not_imported_where_ranks_are_forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert imports_of({"workload": {"name": "mine", "_target_": "mine.Workload"}}) == ()
+    assert imports_of({}) == ()
