@@ -21,7 +21,10 @@ PRELOAD = [
     "lcbench.workloads.attention",
     "lcbench.measure.cell",
     "lcbench.testing.spawn",
-    "torch.fx.experimental.symbolic_shapes",
+    "torch._dynamo",  # what autograd, DTensor and FSDP import when they first run
+    "torch.distributed.fsdp",
+    "triton.language",
+    "scipy.optimize",
 ]
 # Modules of tests import these too, and each rank imports the module that its function is in.
 OF_TESTS = ("lcbench", "hypothesis", "pytest")

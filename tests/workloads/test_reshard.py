@@ -20,7 +20,7 @@ from lcbench.workloads.block import Block
 from lcbench.workloads.reshard import BACK, PHASE
 from tests.workloads.test_sharing import CPU, MODEL, RANKS, SEED, session_of
 
-SEQLEN, VISION = 1600, 0.5  # four images, the last one of 32 tokens
+SEQLEN, CHUNK, VISION = 1600, 150, 0.5  # four images, the last one of 32 tokens
 CASES = [(ALONE, "ring"), (ALONE, "ulysses"), (Mesh(tp=2, dp=2), "none"), (Mesh(dp=2), "ring"), (Mesh(tp=2), "ring")]
 ROW = MODEL.hidden * 8
 
@@ -48,8 +48,8 @@ def check(rank: int) -> None:
     moved = 0
     for mesh, strategy in CASES:
         case = f"{mesh} {strategy}"
-        plain = session_of(gang, mesh, scale, strategy, "none", seqlen=SEQLEN).training
-        session = session_of(gang, mesh, scale, strategy, "none", seqlen=SEQLEN, vision=VISION)
+        plain = session_of(gang, mesh, scale, strategy, "none", seqlen=SEQLEN, loss_chunk=CHUNK).training
+        session = session_of(gang, mesh, scale, strategy, "none", seqlen=SEQLEN, loss_chunk=CHUNK, vision=VISION)
         training, arranged = session.training, gang.arranged(mesh, scale)
         reshard, ranks = training.reshard, RANKS // mesh.count
         assert reshard is not None
