@@ -12,8 +12,11 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lcbench.commands.arguments import find_cell
 from lcbench.grid.cell import Cell
@@ -45,10 +48,26 @@ def test_a_result_is_written_as_plain_values(tmp_path: Path) -> None:
     plain = {"times": [[1.0, None], [None, 2]], "failure": {"kind": "oom", "cause": "too big", "rank": 3}, "none": None}
     failure = {"kind": "hang", "cause": "it waits", "rank": None}
     said = {**asdict(attempt), "sweep": "s", "failure": failure, "metrics": {"a": 1.0}, "provenance": plain}
-    assert sweep.attempt_path("c", 1).read_text() == json.dumps(said, indent=1)
+    text = sweep.attempt_path("c", 1).read_text()
+    assert json.dumps(json.loads(text)) == json.dumps(said)  # in the same order
+    assert ' "times": [\n   [1.0, null],\n   [null, 2]\n  ],\n' in text
     assert attempt.provenance is nested
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers() | st.booleans(), inner),
+)
+
+
+@given(data=JSON)
+def test_whatever_is_written_says_what_python_s_own_encoder_says(data: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "anything.json"
+    write_json(path, data)
+    assert json.dumps(json.loads(path.read_text())) == json.dumps(json.loads(json.dumps(data)))
+
+
+@pytest.mark.slow
 def test_concurrent_attempts_get_numbers_of_their_own(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         numbers = pool.starmap(claim, [(tmp_path, "cell")] * 24)
@@ -84,6 +103,7 @@ def test_result_counts_when_death_came_before_the_marker_was_dropped(tmp_path: P
     assert sweep.begin("cell", "p").number == 2
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle_of_writing_leaves_whole_files(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     code = (
@@ -115,6 +135,7 @@ def begin_and_finish(root: Path, count: int) -> None:
         sweep.finish(Attempt("cell", "s", running.number, "ok"))
 
 
+@pytest.mark.slow
 def test_whoever_looks_while_attempts_begin_and_end_sees_whole_files(tmp_path: Path) -> None:
     writer = multiprocessing.get_context("spawn").Process(target=begin_and_finish, args=(tmp_path, 60))
     writer.start()
