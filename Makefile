@@ -45,7 +45,7 @@ test: setup cluster-up browser ## all tests, on the development cluster too (nee
 	{ $(PYTEST) -m wide $(NONE_IS_FINE); }; exit $$((code | others | $$?))
 
 # Of a test that goes through all kernels or masks one case in sixteen; all of those that K chooses.
-test-fast: setup ## a share of the tests that need no cluster, no root and less than five seconds each; K=... chooses by name
+test-fast: setup ## a share of the tests that need no cluster, no root and little time each; K=... chooses by name
 	$(PYTEST) -m 'not slow and not slurm' $(if $(K),,--one-in 16) $(BESIDE) $(NONE_IS_FINE)
 
 coverage: setup ## which lines the fast tests reach in their own process (ranks and commands in processes of their own count not)

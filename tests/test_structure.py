@@ -85,6 +85,7 @@ def test_every_module_is_in_a_room() -> None:
     assert {room_of(module) for module in modules()} <= {*ROOMS, "testing", "lcbench"}
 
 
+@pytest.mark.slow
 def test_nothing_but_testing_imports_testing() -> None:
     assert not [m for m in modules() if room_of(m) != "testing" and any(used.startswith("lcbench.testing") for used in imports(m))]
 
@@ -164,6 +165,7 @@ def test_functions_are_short() -> None:
     assert not long, long
 
 
+@pytest.mark.slow
 def test_no_hash_that_differs_between_processes_is_used() -> None:
     """Python's own hash of a text or of bytes is another in each process that is no fork, so it tells ranks of two nodes apart."""
     wrong = [

@@ -125,6 +125,7 @@ def test_json_marks_what_is_predicted(capsys: pytest.CaptureFixture[str]) -> Non
     assert all({"low_s", "seconds", "high_s", "basis"} <= row["predicted"].keys() for row in rows if row["fate"] == "may win")
 
 
+@pytest.mark.slow
 def test_the_smallest_scale_is_named_with_its_interval(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*PREDICT, "cp=ring,ulysses", "kernel=flash_attn3", "--max-gib", "2", "--break-even", "output=json"]
     assert main([w for w in words if w != "scale=2x4"] + ["scale=1x4,2x4,4x4"]) == 0
@@ -145,6 +146,7 @@ def test_the_plan_of_the_first_round_is_shown_by_the_dry_launcher(tmp_path: Path
     assert not (tmp_path / "planned" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_prediction_loads_neither_torch_nor_mlflow() -> None:
     program = (
         "import sys; from lcbench.commands.choose import main; main(sys.argv[1:]);"

@@ -398,6 +398,7 @@ def test_bad_input_is_one_line(
     assert not shown.out
 
 
+@pytest.mark.slow
 def test_it_loads_neither_torch_nor_mlflow() -> None:
     words = ["cp=usp", "scale=2x8", "heads=16x16x64", "--for", "megatron"]
     loaded = "sys.exit(bool({'torch', 'mlflow'} & set(sys.modules)))"

@@ -405,6 +405,7 @@ def test_a_killed_search_of_two_ranks_goes_on_where_it_was_and_finds_it(tmp_path
     assert all(len(sweep.attempts(cell)) == 1 for cell in good)
 
 
+@pytest.mark.slow
 def test_a_search_loads_neither_torch_nor_mlflow_before_it_begins() -> None:
     program = (
         "import sys; from lcbench.grid.command_line import loader_of; from lcbench.grid.expand import expand;"

@@ -145,6 +145,7 @@ def test_a_plan_is_the_best_of_all_assignments(problem: tuple[list[Way], int, in
         assert sum(found.parts.values()) >= found.seconds * (1 - 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.8, 1.0])
 def test_a_plan_of_a_real_model_is_the_best_of_all_assignments(share: float) -> None:
     words = ("model=tiny", "model.layers=3", "layers=1", "mask=causal", "seqlen=64k", "cp=none,ring", "recompute=none,full")
@@ -174,6 +175,7 @@ def test_a_plan_of_a_real_model_is_the_best_of_all_assignments(share: float) -> 
 # -- uniform plans are cells ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [
     ("model=llama3_8b", "mask=causal", "seqlen=128k", "kernel=flash_attn3"),
     ("model=qwen3_8b", "mask=causal_document", "seqlen=64k", "kernel=flash_attn2"),
@@ -315,6 +317,7 @@ def test_json_has_every_layer_and_rival(capsys: pytest.CaptureFixture[str]) -> N
     assert all(layer["tp"] <= 2 for layer in layers)
 
 
+@pytest.mark.slow
 def test_nothing_fits_and_what_comes_nearest_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = said(capsys, *FAST, "memory_gib=2")
     assert code == 1

@@ -187,6 +187,7 @@ def check_parts(strategy: Scheduled, rule: Rule, rank: int, ranks: int, groups: 
     assert all(row[1:] == sorted(row[1:]) for row in times)
 
 
+@pytest.mark.slow
 def test_types_parts_and_timelines() -> None:
     run_ranks(3, check_runs, 3)
 

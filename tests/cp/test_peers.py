@@ -122,6 +122,7 @@ def check_values_of_another_dimension(rank: int, ranks: int) -> None:
         assert max(found.values()) <= 1e-12, (rotate, found)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_torch_runs_values_of_another_dimension_on_a_kernel_that_adds_zeros() -> None:
     """On CPU ``sdpa_flash`` knows one head dim, so the peer has to prepare it as all strategies do."""
@@ -181,6 +182,7 @@ def check_groups_of_transformer_engine(rank: int, ranks: int) -> None:
     assert dist.get_process_group_ranks(given) == numbers == [rank % 2, rank % 2 + 2]
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_transformer_engine_gets_the_same_communicators_in_every_cell() -> None:
     run_ranks(4, check_groups_of_transformer_engine, 4)

@@ -101,6 +101,7 @@ def critical(mask: Mask, heads: Heads, tokens: Sequence[Ints]) -> tuple[int, int
     return found, union
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 1 << 30), ranks=st.sampled_from([2, 3, 5, 8]), per=st.sampled_from([1, 2, 8]),

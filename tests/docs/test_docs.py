@@ -55,6 +55,7 @@ def test_there_is_something_to_test() -> None:
     assert {command.split()[2].removeprefix("lcbench.") for command, _ in ALL if "python -m" in command} >= {*COMMANDS, "sweep"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [command for command, _ in ALL], ids=[f"{where}: {command}" for command, where in ALL])
 def test_a_command_of_the_docs_runs(
     command: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

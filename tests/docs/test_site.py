@@ -24,6 +24,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_page_of_the_docs_is_in_it(site: Path) -> None:
     pages = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in (ROOT / "docs").rglob("*.md")}
     built = {
@@ -41,6 +42,7 @@ def test_no_page_takes_anything_from_elsewhere(site: Path) -> None:
         assert not loaded, page.name
 
 
+@pytest.mark.slow
 @needs_browser
 def test_search_works_from_files(site: Path) -> None:
     with browser() as b:

@@ -170,6 +170,7 @@ def test_numbers_of_a_cell_tell_its_batch_and_its_heads() -> None:
     assert (flat["batch"], flat["requests"], flat["queries"]) == ("null", 1, flat["seqlen"])
 
 
+@pytest.mark.slow
 def test_a_command_line_takes_the_place_of_an_experiments_way_to_say_the_length(tmp_path: Path) -> None:
     folder = tmp_path / "experiment"
     folder.mkdir()

@@ -173,6 +173,7 @@ def test_layers_are_said_in_one_way(own: list[str]) -> None:
         assert {c.config["workload"]["layers"] for c in found} == {count}
 
 
+@pytest.mark.slow
 def test_a_model_has_heads_and_no_other_are_taken_beside_it(own: list[str]) -> None:
     assert cells(own, *STEPS, "heads=4x2x16") == cells(own, *STEPS)
     said = refused(own, *STEPS, "heads=8x2x64")
@@ -251,6 +252,7 @@ def test_what_every_cell_says_may_be_said(own: list[str]) -> None:
     assert cells(own, "recompute=none", "layers=null", "mesh.tp=1") == cells(own)
 
 
+@pytest.mark.slow
 def test_experiments_together_use_what_one_of_them_does(own: list[str]) -> None:
     both = cells(own, "+experiment=deep,smoke", "model=tiny", "cp=ring", "seqlen=1k", "mask=causal")
     assert {c.word("workload") for c in both} == {"steps(tiny, layers=4)", "attention"}

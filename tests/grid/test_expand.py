@@ -247,6 +247,7 @@ def run_sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
     return lcbench("sweep", *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "cells", "skipped"),
     [

@@ -282,6 +282,7 @@ def test_lengths_are_read_as_editors_write_them(tmp_path: Path) -> None:
             lengths.main([str(path), "--name", name, "--conf", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_the_site_gives_the_scale_and_the_budget() -> None:
     scales = {site: {p.cell.config["scale"] for p in look(["cp=ring", f"site={site}"]).cells} for site in ("plain", "container")}
     assert scales == {"plain": {"2x8"}, "container": {"2x8"}}
@@ -292,6 +293,7 @@ def test_the_site_gives_the_scale_and_the_budget() -> None:
     assert option("budget", "site=plain", "~site.budget") == {"hours": None, "gpu_hours": None}
 
 
+@pytest.mark.slow
 def test_the_command_as_its_user_writes_it_is_planned_on_many_gpus_and_refused_on_a_laptop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -326,6 +328,7 @@ def test_the_command_as_its_user_writes_it_is_planned_on_many_gpus_and_refused_o
     assert str(Cost.of([], here=True)) == "estimated: nothing to run"
 
 
+@pytest.mark.slow
 def test_hydra_shows_what_it_is_asked_or_says_why_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def shown(*words: str) -> str:
         monkeypatch.setattr("sys.argv", ["lcbench.sweep"])

@@ -155,6 +155,7 @@ def test_what_cannot_go_together(
         assert word in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_command_line_and_site_files_of_ones_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

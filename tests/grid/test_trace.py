@@ -67,6 +67,7 @@ def test_totals_are_those_of_all_lines_or_the_least_number_of_batches_is_named(r
     assert len({str(cell.batch) for cell in cells}) == len(cells)
 
 
+@pytest.mark.slow
 @given(ROWS, st.randoms())
 def test_the_order_of_lines_does_not_matter_and_the_same_lines_give_the_same_cells(rows: list[Row], random: Any) -> None:
     shuffled = random.sample(rows, len(rows))

@@ -94,6 +94,7 @@ def whole(name: str, dtype: str, batch: Batch | None) -> torch.Tensor:
     return drawn(name, of, np.arange(of.queries if name in ("q", "dout") else of.seqlen), step=1)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(["q", "k", "v", "dout"]),
@@ -134,6 +135,7 @@ def test_groups_layers_and_seeds_have_other_heads() -> None:
 # -- what is stated is what is there ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_share_of_critical_keys_is_what_is_stated() -> None:
     stated, found = np.array([head.share for head in plan().heads]), dense().share().numpy()
     np.testing.assert_allclose(found, stated, rtol=0.4)
@@ -143,6 +145,7 @@ def test_the_share_of_critical_keys_is_what_is_stated() -> None:
     assert (even > 0.5).all()  # as independent numbers have it, which no selector can do anything with
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critical", [0.03, 0.3])
 def test_another_share_may_be_asked_for(critical: float) -> None:
     inputs = Structured(critical=critical, spread=0.3)
@@ -203,6 +206,7 @@ def test_query_heads_of_a_group_attend_to_other_keys() -> None:
         assert plan().heads[first] != plan().heads[first + 1]
 
 
+@pytest.mark.slow
 def test_a_sample_of_a_long_row_says_what_all_keys_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(marks, "WHOLE", 256)
     given = (0.1, 0.7, problem().requests, HEADS, Softmax(), SEED, (0, 0), 0)
@@ -214,6 +218,7 @@ def test_a_sample_of_a_long_row_says_what_all_keys_say(monkeypatch: pytest.Monke
     assert Dense.of(own, problem()).share().mean() == pytest.approx(0.1, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softmax", [Softmax(softcap=15.0), Softmax(scale=0.5)], ids=str)
 def test_it_knows_how_scores_become_weights(softmax: Softmax) -> None:
     of = replace(problem(2048), softmax=softmax)
@@ -272,6 +277,7 @@ def on_ranks(rank: int, ranks: int) -> None:
         cell(rank, ranks, dtype, mask)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_cells_on_two_ranks_pass_their_check() -> None:
     run_ranks(2, on_ranks, 2)

@@ -108,6 +108,7 @@ def test_a_name_that_is_no_command_is_one_line() -> None:
     assert "'sweep'" in done.stderr
 
 
+@pytest.mark.slow
 def test_arguments_and_exit_codes_are_those_of_the_command() -> None:
     asked = {"--version": 0, "status nothing --results nowhere": BAD_INPUT, "sweep cp=rign": BAD_INPUT}
     for line, code in asked.items():

@@ -131,6 +131,7 @@ def test_dense_library_runs_every_mask(library: str, tmp_path: Path, monkeypatch
     check_adapter(kernel, every_mask(tmp_path).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdpa_efficient", "sdpa_cudnn"])
 def test_torch_cuda_backend_runs_every_mask(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for operator, fake in torch_operators.operators().items():
@@ -155,6 +156,7 @@ def test_torch_flash_on_cuda_runs_every_mask(tmp_path: Path, monkeypatch: pytest
     check_adapter(OnCuda(), every_mask(tmp_path).values())
 
 
+@pytest.mark.slow
 def test_flashmask_runs_every_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of several sizes, so that a test's sequence has many of them, and bounds lie within and between them."""
     kernel, masks = kernel_of("flashmask"), every_mask(tmp_path)
@@ -195,6 +197,7 @@ def test_flashinfer_sparse_runs_block_maps_forward(tmp_path: Path, monkeypatch: 
     assert "one per query head" in str(kernel.unsupported(forward, each))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "block", "heads"), [("flash_attn4_sparse", 128, Heads(4, 2, 16)), ("vsa", 64, Heads(2, 2, 16))])
 def test_sparse_library_runs_its_blocks(name: str, block: int, heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, {"flash_attn4_sparse": flash_attn4.modules, "vsa": fastvideo.modules}[name]())
@@ -431,6 +434,7 @@ def test_xformers_whose_compiled_part_is_for_another_torch_is_missing(monkeypatc
     assert str(kernel_of("xformers").missing()).endswith("is not for this torch and CUDA: built for PyTorch 2.10.0")
 
 
+@pytest.mark.slow
 def test_what_flex_compiles_holds_no_tensor_of_its_own() -> None:
     """Inductor takes no constant tensor in a mask function, which a number among its indices becomes."""
     mask = BandMask.of(256, 256, [Band(5, 80, 0, 100), Band(100, 250, 0, 256, -100, 0), Band(100, 250, 0, 20, -1000, -150)])

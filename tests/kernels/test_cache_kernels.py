@@ -84,6 +84,7 @@ def check(
         assert (out.double() - want).abs().max() <= bound * max(1.0, float(want.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "storage"), [(None, "input"), (None, "float8"), (1, "bfloat16"), (8, "input"), (8, "float8"), (64, "bfloat16")]
 )
@@ -95,6 +96,7 @@ def test_our_decode_kernel_reads_every_cache(heads: Heads, page: int | None, sto
     check(kernel, requests_mask(MIXED), lengths, heads, CacheKind(page, storage), stale=torch.nan)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.integers(1, 5), st.integers(0, 60)).map(lambda x: (x[0], sum(x))), min_size=1, max_size=4),
     st.sampled_from([16, 32, 64]), st.sampled_from([None, 5]),
@@ -106,6 +108,7 @@ def test_splits_and_pages_of_any_requests(requests: Any, split: int, page: int |
     check(kernel, requests_mask(requests), lengths, Heads(4, 2, 16), CacheKind(page), torch.float32, 1e-5)
 
 
+@pytest.mark.slow
 def test_our_decode_kernel_takes_softcaps_single_precision_and_many_rows() -> None:
     kernel, lengths = TritonDecode(split=32, block_k=32), tuple(total for _, total in MIXED)
     check(kernel, requests_mask(MIXED), lengths, Heads(6, 2, 16), CacheKind(8, "float8"), softcap=3.0)

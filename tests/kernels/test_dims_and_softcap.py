@@ -84,6 +84,7 @@ def problem(heads: Heads, dtype: str = "bfloat16", direction: str = "forward_bac
     return Problem(1024, heads, Scale(1, 1), dtype, direction, softmax=softmax)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HERE)
 def test_kernels_of_this_machine(name: str) -> None:
     kernel = kernel_of(name)

@@ -108,6 +108,7 @@ def test_it_checks_and_times_what_runs_and_names_the_rest(tmp_path: Path) -> Non
     assert any("sdpa_flash" in line for line in said)
 
 
+@pytest.mark.slow
 def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
     found, _ = run(gpu_rows.kernels(["sdpa_flash"]), tmp_path, seconds=0.0)
     assert {row["status"] for row in found["checks"] + found["timings"]} == {"not reached"}
@@ -146,6 +147,7 @@ def test_the_platform_of_a_cpu_has_memory() -> None:
     assert Platform.of(torch.device("cpu")).memory_bytes > 1 << 30
 
 
+@pytest.mark.slow
 def test_it_needs_neither_hydra_nor_mlflow() -> None:
     program = "import sys, lcbench.testing.gpu_check; print(sorted({'hydra', 'omegaconf', 'mlflow', 'rich'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

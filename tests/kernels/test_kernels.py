@@ -78,6 +78,7 @@ def check_kernel(kernel: Kernel, mask: Mask, heads: Heads, dtype: torch.dtype, b
             assert (got.double() - wanted).abs().max() <= bound * max(1.0, float(wanted.abs().max())), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_name", HERE)
 @pytest.mark.parametrize("name", [*every_mask(), *HARD])
 def test_kernel_matches_dense_attention(kernel_name: str, name: str, tmp_path: Path) -> None:
@@ -90,6 +91,7 @@ def test_kernel_matches_dense_attention(kernel_name: str, name: str, tmp_path: P
     check_kernel(kernel, mask, GROUPED, torch.float64, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_name", HERE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_kernel_with_equal_heads_and_in_single_precision(kernel_name: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -99,6 +101,7 @@ def test_kernel_with_equal_heads_and_in_single_precision(kernel_name: str, dtype
         check_kernel(kernel, small(name, SEQLEN, EQUAL, tmp_path), EQUAL, dtype, bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_name", ["flex_sparse", "triton_block_sparse", "sdpa_flash"])
 @pytest.mark.parametrize("sizes", ["uniform", "variable"])
 @pytest.mark.parametrize("per", ["all_heads", "kv_head", "q_head"])

@@ -83,6 +83,7 @@ def test_rules_are_all_here() -> None:
     assert get_args(Rule) == RULES == Chunked.rules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @settings(max_examples=25, deadline=None)
 @given(
@@ -212,6 +213,7 @@ def test_triton_chunk(rule: Rule, count: int, heads: Heads, dtype: torch.dtype, 
         assert max(value for name, value in found.items() if name != "ddecay") < 1e-6, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_triton_chunk_takes_decays_of_any_strength(rule: Rule) -> None:
     """Some in every block of a chunk, and in two chunks."""
@@ -222,6 +224,7 @@ def test_triton_chunk_takes_decays_of_any_strength(rule: Rule) -> None:
     assert max(found.values()) < 1e-12, found
 
 
+@pytest.mark.slow
 def test_triton_chunk_where_keys_are_alike() -> None:
     """One key for all tokens, which each erase nearly all: powers of the system have numbers up to 1e18, its inverse up to 1."""
     heads = Heads(1, 1, 8)
@@ -233,6 +236,7 @@ def test_triton_chunk_where_keys_are_alike() -> None:
     assert max(found.values()) < 1e-5, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_triton_chunk_reads_any_strides(rule: Rule) -> None:
     heads = Heads(2, 1, 8)

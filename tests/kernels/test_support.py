@@ -46,6 +46,7 @@ def test_this_machine_counts_what_is_installed(capsys: pytest.CaptureFixture[str
     assert found["flash_attn2", "causal", "bfloat16", "forward"]["support"] == "no"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "h200"])
 def test_docs_show_the_matrix_as_it_is(platform: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

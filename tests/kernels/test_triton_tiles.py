@@ -129,6 +129,7 @@ def replace_described(shape: Shape) -> Shape:
     return shape._replace(described=False)
 
 
+@pytest.mark.slow
 def test_out_may_be_wider_than_the_inputs() -> None:
     mask = BandMask.of(40, 40, [Band(0, 40, 0, 40, -40, 0)])
     q, k, v, dout = pieces(40, torch.float32)

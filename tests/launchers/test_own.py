@@ -137,6 +137,7 @@ def test_a_launcher_outside_of_the_checkout_submits_is_asked_collects_and_cancel
     assert again.stdout.count("#PBS") == 1
 
 
+@pytest.mark.slow
 def test_a_queue_that_one_has_not_launched_with_is_not_imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pack of somebody else's names a class; nothing of it runs, and its cells are not taken for ended."""
     (folder / "evil.py").write_text("raise SystemExit('ran')\n")

@@ -97,6 +97,7 @@ def test_predictions_win_nothing_unless_they_are_asked_for(predicted: Predicted)
     assert all(choice.endswith(" (predicted)") for choice in asked["choice"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unpublished")
 def test_the_same_command_predicts_nothing_again_and_another_fit_everything(
     predicted: Predicted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -203,6 +204,7 @@ def made() -> Callable[..., Attempt]:
     return attempt
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unpublished")
 def test_a_kill_loses_nothing_that_was_predicted_and_the_command_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -241,6 +243,7 @@ def test_ctrl_c_keeps_what_is_predicted(
     assert [i for i, record in Sweep(tmp_path / "results", "foretold").look().records.items() if record.prediction] == made
 
 
+@pytest.mark.slow
 def test_predicting_loads_neither_torch_nor_a_kernel_s_library(tmp_path: Path) -> None:
     code = (
         "import sys; from lcbench.grid.command_line import look; from lcbench.runs.predictions import Source;"

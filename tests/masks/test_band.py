@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,6 +88,7 @@ def test_crop_and_tile_match_dense(case: tuple[int, int, list[Band]], data: st.D
     assert mask.row_area(q_runs) == dense[tokens_of(q_runs)].sum()
 
 
+@pytest.mark.slow
 @given(bands())
 @settings(max_examples=300)
 def test_kernel_forms_match_dense(case: tuple[int, int, list[Band]]) -> None:

@@ -111,6 +111,7 @@ def test_the_average_that_the_docs_state_is_the_one_that_is_drawn(name: str) -> 
     assert min(shares) <= drawn.min() <= drawn.max() <= max(shares)
 
 
+@pytest.mark.slow
 def test_comments_of_profiles_state_what_is_drawn() -> None:
     comments = {n: " ".join(re.findall(r"^# (.*)$", (CONF / "lengths" / f"{n}.yaml").read_text(), re.MULTILINE)) for n in DRAWING}
     for name in ("web_text", "long_text_64k", "long_text_512k"):

@@ -121,6 +121,7 @@ def test_block_maps_of_requests_are_one(batch: Batch) -> None:
     assert (dense_heads(mask, HEADS.q) == assembled(batch, wholes)).all()
 
 
+@pytest.mark.slow
 @given(batches(), st.integers(1, 12))
 def test_block_maps_within_masks_are_one_where_any_is_within_one(batch: Batch, most: int) -> None:
     """Short requests have maps alone, long ones causal maps, by which every row sees what it sees in its own."""

@@ -249,6 +249,7 @@ def single(rank: int, folder: Path) -> None:
         (folder / "found").write_text(json.dumps([told(result), told(broken)]))
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_replicas_of_one_rank_each(tmp_path: Path) -> None:
     run_ranks(2, single, tmp_path)

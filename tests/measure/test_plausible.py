@@ -73,6 +73,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", trained_by())
 def test_every_strategy_moves_what_a_mask_needs_at_least(name: str, drawn: Drawn) -> None:
     strategy = build_strategy(load("cp", name))

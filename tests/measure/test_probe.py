@@ -36,6 +36,7 @@ def owned(tokens: np.ndarray) -> Owners:
     return Owners(Held(own, own, own), None, True, True, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [True, False])
 @pytest.mark.parametrize("heads", [Heads(4, 2, 8), Heads(8, 2, 24), Heads(1, 1, 16), Heads(3, 3, 1)], ids=str)
 def test_what_is_expected_is_what_dense_attention_gives(heads: Heads, zero: bool, tmp_path: Path) -> None:
@@ -92,6 +93,7 @@ def test_a_long_sequence_stays_in_the_range_of_half_types(dtype: str) -> None:
         assert (x != 0).all()
 
 
+@pytest.mark.slow
 def test_terms_that_cancel_have_no_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     """dv of a probe of zeros is 0 where four heads share a key; a GPU, which adds in any order, makes it all but 0."""
     exact = Probe.columns

@@ -256,6 +256,7 @@ def test_a_fault_is_refused(name: str) -> None:
         assert refused(measured(fault.shape, batch, dtype, fault, fault.direction)), f"{name} passes in {dtype} on {batch}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_without_a_fault_passes(dtype: str) -> None:
     shapes = sorted({fault.shape for fault in FAULTS.values()})

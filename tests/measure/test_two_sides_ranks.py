@@ -138,6 +138,7 @@ def test_sound_runs_pass_whatever_ranks_hold() -> None:
     run_ranks(RANKS, sound)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_faults_among_ranks_are_refused() -> None:
     run_ranks(RANKS, wrong)

@@ -138,6 +138,7 @@ def test_degrees_that_methods_know_are_taken() -> None:
     assert degrees(found) == {0: 4, 1: 8}
 
 
+@pytest.mark.slow
 def test_ten_thousand_documents_on_a_thousand_ranks_say_how_far_they_are() -> None:
     lengths = np.random.default_rng(0).lognormal(7, 1.6, 10_000).astype(np.int64).clip(1, 400_000)
     batch, fleet = documents(*lengths.tolist()), Fleet(1024, 8, 16384)

@@ -182,6 +182,7 @@ def test_plans_are_near_the_best_and_no_worse_than_fixed(planner: Planner, seed:
     assert seconds <= Fixed().plan(documents, fleet, cost).makespan_s(documents, cost, ranks) * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planner", BOTH)
 def test_a_long_tail_is_faster_than_by_one_degree(planner: Planner) -> None:
     random = np.random.default_rng(0)

@@ -79,6 +79,7 @@ def test_replicas_of_several_degrees_stay_through_many_micro_batches() -> None:
     assert all(len({rank // 8 for rank in own}) == 1 for own in replicas(plan) if len(own) <= 8)
 
 
+@pytest.mark.slow
 def test_changing_replicas_gains_where_one_document_needs_all_ranks() -> None:
     documents = causal([4000, *[500] * 7])
     fleet, cost = Fleet(4, 4, 1000), Quadratic((1, 2, 4), exchange_s=1e-6)

@@ -172,6 +172,7 @@ def test_the_oracle_refuses_what_is_too_large() -> None:
         planner("oracle").plan(causal([1]), Fleet(8, 8, 100), Quadratic((1,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SETTINGS)
 @pytest.mark.parametrize("seed", range(5))
 def test_planners_that_claim_to_be_optimal_are_near_the_oracle(seed: int, options: dict[str, float]) -> None:

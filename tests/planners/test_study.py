@@ -21,6 +21,7 @@ def found() -> dict[str, list[Row]]:
     return {profile: rows(Study(profile, 16, "ring", 1 << 18), range(2), FAST) for profile in PROFILES}
 
 
+@pytest.mark.slow
 def test_fast_planners_are_not_slower_than_fixed_by_more_than_2_percent(found: dict[str, list[Row]]) -> None:
     assert list(missed(found)) == []
     for of in found.values():
@@ -42,6 +43,7 @@ def test_what_is_slower_gains_nothing_or_refuses_is_said(found: dict[str, list[R
     assert line.endswith("too long")
 
 
+@pytest.mark.slow
 def test_parts_are_kept_and_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     studies, out = [Study("uniform", 8, "ring", 1 << 16)], tmp_path / "parts.jsonl"
     monkeypatch.setattr(study, "PART", 1)

@@ -54,6 +54,7 @@ def cost() -> FittedCost:
 # -- what documents cost -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_more_tokens_and_more_pairs_never_cost_less(cost: FittedCost) -> None:
     tokens = np.unique(np.geomspace(16, 1 << 18, 60).astype(np.int64))
     for degree in (1, 3, 8, 16):

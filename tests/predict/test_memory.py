@@ -51,6 +51,7 @@ def cells(*words: str) -> list[Cell]:
 # -- fits ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_known_workspace_is_found_again_and_peaks_are_within_their_bands() -> None:
     truth = Workspace(call=3e6, row=4.0, spread=2.5)
     noise = np.random.default_rng(7)

@@ -252,6 +252,7 @@ def test_a_fit_without_decodes_has_a_wide_band_of_them_and_says_so() -> None:
     assert Predictor(H100).predict(cell_of("batch=8q1s64k"), memory=False).error == 3.0
 
 
+@pytest.mark.slow
 def test_a_fit_on_decodes_finds_them_again_and_holds_their_error_apart() -> None:
     truth = Predictor(H100, Fit(machine="h100", kernels=(KernelFit(
         kernel="flash_attn3_cache", dtype="bfloat16", backward=Coefficients(),

@@ -211,6 +211,7 @@ def test_parts_of_a_step_are_those_of_its_policy() -> None:
     assert isinstance(made.phases["forward"][0], Attend)
 
 
+@pytest.mark.slow
 def test_a_fit_finds_what_goes_token_by_token() -> None:
     """From steps that were made with other numbers, and says so; the band is one of steps."""
     machine = machine_of("h100")

@@ -152,6 +152,7 @@ def test_the_server_is_told_of_exact_winners(tmp_path: Path) -> None:
     assert summary_of(many, many.look()).tags["lcbench.verdict"].startswith("Use ring.")
 
 
+@pytest.mark.slow
 def test_the_page_and_its_tables_say_it(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, "star,ulysses,ring")
     page = write_report(sweep, tmp_path / "report", known_devices()).page

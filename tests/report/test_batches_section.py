@@ -183,6 +183,7 @@ def test_pictures_of_many_ranks_show_some_of_them(frame: pd.DataFrame) -> None:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_figure_of_batches_is_among_those_of_the_report(frame: pd.DataFrame) -> None:
     names = [drawn.name for drawn in all_figures(frame, known_devices(), {})]
     assert len(set(names)) == len(names)
@@ -222,6 +223,7 @@ def page(sweep: Sweep, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(sweep, tmp_path_factory.mktemp("page"), known_devices()).page
 
 
+@pytest.mark.slow
 def test_the_page_says_it_without_scripts(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     section = text[text.index('<section id="mixed">') :]
@@ -238,6 +240,7 @@ def test_the_page_says_it_without_scripts(page: Path) -> None:
         ElementTree.fromstring(svg)
 
 
+@pytest.mark.slow
 def test_nothing_in_the_page_refers_to_what_is_not_there(frame: pd.DataFrame) -> None:
     for panel in page_figures(shown(frame, known_devices())):
         for figure in panel["figures"]:
@@ -267,6 +270,7 @@ def test_the_terminal_shows_makespans_of_batches(sweep: Sweep) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_dashboard_has_columns_of_batches(sweep: Sweep) -> None:
     records = sweep.look().records
     for view in cell_views(sweep.name, "id", 0.0, {cell: record.entry for cell, record in records.items()}):

@@ -93,6 +93,7 @@ def test_a_choice_that_failed_everywhere_keeps_its_place(tmp_path: Path) -> None
 # -- what failed, and axes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_failed_cell_leaves_a_mark_with_its_class_and_a_gap(figures: dict[str, Drawn]) -> None:
     full, causal, window, _ = shown_axes(figures["rate-by-length_4x8"])[:4]
     assert [text for axis in (full, causal, window) for text in texts(axis)] == [
@@ -110,6 +111,7 @@ def test_a_failed_cell_leaves_a_mark_with_its_class_and_a_gap(figures: dict[str,
     assert "cross" not in figures["rate-by-length_1x8"].caption or any(map(texts, shown_axes(figures["rate-by-length_1x8"])))
 
 
+@pytest.mark.slow
 def test_a_length_that_a_mask_was_not_asked_for_is_no_gap(tmp_path: Path) -> None:
     made_sweep(tmp_path, "s", ["cp=ring,usp", "mask=full", "seqlen=64k,256k", "scale=1x8"])
     both = made_sweep(tmp_path, "s", ["cp=ring,usp", "mask=causal", "seqlen=64k,128k,256k", "scale=1x8"])
@@ -239,6 +241,7 @@ def test_the_first_of_a_ranking_is_the_winner_and_failures_stand_at_the_end_with
     assert len(texts(heat)) == 12
 
 
+@pytest.mark.slow
 def test_there_is_no_ranking_of_two(tmp_path: Path) -> None:
     assert not any("ranking" in name for name in drawn_of(reported(made_sweep(tmp_path, "s", [*LENGTHS, "scale=1x8"]))))
 
@@ -304,6 +307,7 @@ def test_the_first_of_every_kind_comes_before_the_second_of_any(figures: dict[st
     assert len(figures) > 41
 
 
+@pytest.mark.slow
 def test_a_figure_is_written_as_png_and_pdf(tmp_path: Path) -> None:
     frame = reported(made_sweep(tmp_path, "s", [*LENGTHS, "scale=1x8"], failed={"usp sdpa_flash full 64k": MEMORY_FAILURE}))
     figure = next(all_figures(frame, known_devices(), LINKS))

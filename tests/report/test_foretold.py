@@ -228,6 +228,7 @@ def test_a_browser_shows_the_page_without_complaint(mixed: Sweep, tmp_path: Path
         assert not seen.complaints
 
 
+@pytest.mark.slow
 def test_a_prediction_is_no_attempt(mixed: Sweep) -> None:
     cell_id, record = next((i, r) for i, r in mixed.look().records.items() if r.prediction is not None)
     prediction = record.prediction

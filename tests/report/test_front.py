@@ -99,6 +99,7 @@ def test_a_mask_is_compared_with_itself_and_only_where_it_ran_on_several_numbers
 # -- figures as files --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_figure_per_length_is_named_by_it_and_written(frame: pd.DataFrame, tmp_path: Path) -> None:
     figures = drawn_of(frame)
     assert list(figures) == ["pareto_48k", "pareto_96k"]
@@ -152,6 +153,7 @@ def test_words_say_what_nothing_beats_and_how_many_failed(frame: pd.DataFrame) -
     assert alt.endswith("of 11 are beaten.")
 
 
+@pytest.mark.slow
 def test_predictions_are_hollow_and_beat_nothing(swept: Sweep, tmp_path: Path) -> None:
     words = [w for w in GRID if "cp=" not in w] + ["seqlen=48k", "scale=1x8,2x8"]
     sweep = foretell(made_sweep(tmp_path, "part", ["cp=allgather,ring", *words], factor_of=factor, peak_of=peak), swept)

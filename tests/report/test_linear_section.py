@@ -56,6 +56,7 @@ def test_answers_name_the_fastest_and_what_is_flat(frame: pd.DataFrame) -> None:
     assert "At any length the same bytes are sent by lasp (512 KiB), lasp2 (512 KiB); ulysses sends 4.00x as much" in said[1]
 
 
+@pytest.mark.slow
 def test_lines_go_over_length_and_over_gpus(frame: pd.DataFrame) -> None:
     found = [one for one in all_figures(frame, known_devices(), {}) if one.kind in ("tokens-by-length", "states-by-gpus")]
     assert [one.kind for one in found].count("tokens-by-length") == 2
@@ -83,6 +84,7 @@ def page(sweep: Sweep, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(sweep, tmp_path_factory.mktemp("page"), known_devices()).page
 
 
+@pytest.mark.slow
 def test_the_page_says_it_without_scripts(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     section = text[text.index('<section id="linear">') :]
@@ -95,6 +97,7 @@ def test_the_page_says_it_without_scripts(page: Path) -> None:
     assert not re.search(r"\de\+\d", re.sub(r"<(script|style).*?</\1>|<.*?>", "", text, flags=re.DOTALL)), "no exponent"
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_filter_leaves_what_its_cells_are_in(page: Path) -> None:
     with browser() as b:

@@ -119,6 +119,7 @@ def test_a_problem_is_called_by_what_differs() -> None:
     assert set(problem_labels(frame[frame["seed"] == 1])) == {"x 64k 1x8"}, "what all share is not told"
 
 
+@pytest.mark.slow
 def test_regrets_of_a_sweep_are_those_of_its_own_times(big_frame: pd.DataFrame) -> None:
     good = good_rows(big_frame)
     found = {r.choice: r for r in regrets(good)}

@@ -53,6 +53,7 @@ def test_a_sweep_over_scales_has_scaling_heat_map_split_and_roofline(tmp_path: P
     assert "rate-by-gpus_weak-8k" in drawn
 
 
+@pytest.mark.slow
 def test_a_sweep_of_kernels_has_lengths_memory_and_mask_by_kernel(tmp_path: Path) -> None:
     drawn = figures(made_sweep(tmp_path, "kernels", KERNELS))
     kinds = {figure.kind for figure in drawn.values()}
@@ -140,6 +141,7 @@ def test_a_verdict_names_the_choice_that_it_rests_on(tmp_path: Path) -> None:
     assert (winner.verdict, winner.why) == ("close", f"within the noise of {ranked.iloc[-1]['choice']}")
 
 
+@pytest.mark.slow
 def test_figures_say_whether_run_to_run_noise_was_measured(tmp_path: Path) -> None:
     grid = ["cp=ring,ulysses,usp", "mask=causal", "seqlen=64k,128k", "scale=1x8"]
     old = made_sweep(tmp_path, "old", grid, noise=0.001, blocks=1)
@@ -165,6 +167,7 @@ def test_rates_by_mean_over_ranks_are_those_of_shorter_times(tmp_path: Path) -> 
     assert rate.low <= rate.value <= rate.high
 
 
+@pytest.mark.slow
 def test_the_parts_of_an_iteration_add_up_to_it(tmp_path: Path) -> None:
     frame = good(made_sweep(tmp_path, "s", CP))
     parts = split(frame)
@@ -180,6 +183,7 @@ def test_least_bytes_by_hand() -> None:
     assert least_bytes(row | {"direction": "forward_backward"}) == 2 * (960 + 960 + 2 * 320 + 2 * 160)
 
 
+@pytest.mark.slow
 def test_tables_have_the_papers_layout_in_three_formats(tmp_path: Path) -> None:
     hang = Failure("oom", "out of memory", 0)
     sweep = made_sweep(tmp_path, "s", CP, failed={"ring sdpa_flash causal 768k": hang})
@@ -245,6 +249,7 @@ def test_cells_from_different_environments_are_warned_of(tmp_path: Path) -> None
     assert "device differs between cells (NVIDIA A100, NVIDIA H100 80GB HBM3)" in text
 
 
+@pytest.mark.slow
 def test_seeds_are_one_line_and_the_median_is_drawn(tmp_path: Path) -> None:
     frame = reported(made_sweep(tmp_path, "s", [*KERNELS, "seed=range(5)"]))
     one = over_seeds(frame)

@@ -202,6 +202,7 @@ def test_answers_name_what_is_fastest_and_what_it_is_worth(rows: pd.DataFrame) -
     assert all(answer.cells and set(answer.cells) <= ids for answer in answers(rows))
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_of_every_batch_with_a_time(sweep: Sweep, rows: pd.DataFrame, tmp_path: Path) -> None:
     write_report(sweep, tmp_path, known_devices())
     with (tmp_path / "tables" / "serving.csv").open(encoding="utf-8") as file:
@@ -236,6 +237,7 @@ def test_a_panel_has_a_line_per_choice_and_the_one_without_context_parallelism(f
     assert "none" not in {line.get_label() for line in sent.get_lines()}, "it sends nothing"
 
 
+@pytest.mark.slow
 def test_figures_of_a_page_have_its_ink_and_no_name_twice(frame: pd.DataFrame) -> None:
     panels = list(page_panels(shown(frame, known_devices())))
     text = "".join(figure["svg"] for panel in panels for figure in panel["figures"])

@@ -144,6 +144,7 @@ def page(sweep: Sweep, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(sweep, tmp_path_factory.mktemp("page"), known_devices()).page
 
 
+@pytest.mark.slow
 def test_the_page_says_it_without_scripts(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     section = text[text.index('<section id="sparse">') :]
@@ -186,6 +187,7 @@ def test_a_filter_leaves_what_its_cells_are_in(page: Path) -> None:
         assert b.complaints == []
 
 
+@pytest.mark.slow
 def test_the_dashboard_has_columns_of_selections(sweep: Sweep) -> None:
     records = sweep.look().records
     for view in cell_views(sweep.name, "id", 0.0, {cell: record.entry for cell, record in records.items()}):

@@ -168,6 +168,7 @@ def test_a_choice_that_ran_nowhere_says_so(frame: pd.DataFrame) -> None:
 # -- figures as files --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_figure_per_problem_has_a_bar_per_choice_and_says_what_failed(frame: pd.DataFrame, tmp_path: Path) -> None:
     figures = {figure.name: figure for figure in step_parts(shown(frame, known_devices()))}
     assert len(figures) == 3
@@ -278,6 +279,7 @@ def test_a_sweeps_run_has_a_verdict_and_a_table_for_each_workload(mixed: Sweep) 
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pages_and_tables_have_steps_only_where_there_are_some(mixed: Sweep, frame: pd.DataFrame, tmp_path: Path) -> None:
     page = write_report(mixed, tmp_path / "mixed", known_devices()).page
     text = page.read_text(encoding="utf-8")

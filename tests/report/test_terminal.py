@@ -80,6 +80,7 @@ def room_of(head: str, lines: list[str]) -> int:
 # -- tables by width -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 def test_ids_and_what_a_cell_is_are_there_at_any_width(big: Sweep, width: int) -> None:
     seen = big.look()
@@ -153,6 +154,7 @@ def test_what_matters_least_is_left_out_first_and_nothing_is_cut() -> None:
         assert text.count("words") == 2
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_wide_tables_and_words_are_never_markup(tmp_path: Path) -> None:
     table = Fitted("[red]t[/]", [Column("[b]x[/b]")])
     table.add("[/red] \x1b[2J", below="[bold]y")
@@ -171,6 +173,7 @@ def test_a_pipe_gets_wide_tables_and_words_are_never_markup(tmp_path: Path) -> N
 # -- the table of a sweep ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cells_are_ranked_within_their_problem(big: Sweep) -> None:
     seen = big.look()
     problems = list(by_problem(seen.records))
@@ -192,6 +195,7 @@ def test_cells_are_ranked_within_their_problem(big: Sweep) -> None:
     assert re.search(r"\+\d+\.\d %", text)
 
 
+@pytest.mark.slow
 def test_a_choice_is_summed_up_in_few_lines(big: Sweep) -> None:
     said = summary(big, big.look(), list(big.entries()))
     assert said is not None
@@ -299,6 +303,7 @@ def test_time_left_says_when_and_how_fast() -> None:
     assert time_left(ended) == ""
 
 
+@pytest.mark.slow
 def test_failures_are_grouped_by_cause_and_node_and_jobs_are_a_line(big: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.main([big.name, "--results", str(big.root)]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -323,6 +328,7 @@ def test_all_gives_every_cell_a_row(later: Sweep, capsys: pytest.CaptureFixture[
     assert len(set(ID.findall(capsys.readouterr().out))) == 2  # those that failed
 
 
+@pytest.mark.slow
 def test_sweeps_are_listed_with_what_one_looks_for(later: Sweep) -> None:
     lines = printed(sweeps_table(later.root), 120)
     found = {line.split()[0]: line.split() for line in lines[3:]}
@@ -342,6 +348,7 @@ def test_a_sweep_that_cannot_be_read_is_listed_with_why(tmp_path: Path) -> None:
     assert "999" in text
 
 
+@pytest.mark.slow
 def test_the_state_of_jobs_is_asked_only_where_cells_have_no_result(later: Sweep) -> None:
     asked: list[str] = []
 

@@ -240,6 +240,7 @@ def test_a_note_that_is_none_is_set_aside_with_its_manifest(tmp_path: Path) -> N
     assert seen.damaged
 
 
+@pytest.mark.slow
 def test_a_report_has_a_section_and_a_table(tmp_path: Path) -> None:
     sweep = made_sweep(tmp_path, "served", grid_of(tmp_path))
     page = write_report(sweep, tmp_path / "out", known_devices()).page.read_text()

@@ -110,6 +110,7 @@ def coded() -> Iterator[int]:
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_the_innermost_cause_comes_first(
     coded: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

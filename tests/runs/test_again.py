@@ -572,6 +572,7 @@ def killed_at(step: int, root: Path, work: Callable[[], None]) -> bool:
     return status != 0
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_step_loses_the_block_in_flight_at_most(tmp_path: Path) -> None:
     results, whole = tmp_path / "results", tmp_path / "whole"
     sweep, pack = made_sweep(results, cells=2)

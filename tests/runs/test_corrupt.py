@@ -57,6 +57,7 @@ FILES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_cut_at_any_byte_is_set_aside_and_named(tmp_path: Path, name: str) -> None:
     sweep, cell_id = made_sweep(tmp_path)

@@ -344,6 +344,7 @@ def test_ninety_six_ranks_on_a_few_cores_have_the_time_that_they_took() -> None:
     assert Estimator(cores=(2.0, math.inf)).seconds(cell(scale="1x2", seqlen=512, heads="4x2x32", dtype="float32")) < 20
 
 
+@pytest.mark.slow
 def test_estimating_loads_neither_torch_nor_mlflow() -> None:
     code = (
         "import sys; from lcbench.grid.command_line import look; from lcbench.runs.estimate import Estimator;"

@@ -105,6 +105,7 @@ print(json.dumps([wanted, looked, sorted(set(os.listdir("/proc/self/task")) - ta
 """
 
 
+@pytest.mark.slow
 def test_what_is_imported_where_ranks_are_forked_looks_at_no_gpu_and_starts_no_thread() -> None:
     # OpenBLAS ends its own threads before a fork, and starts them anew after it.
     alone = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}

@@ -107,6 +107,7 @@ class Bomb:
         return exec, ("import pathlib; pathlib.Path('PWNED').touch()",)
 
 
+@pytest.mark.slow
 def test_what_another_wrote_is_never_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """He reaches the port, and finds the key by listing all."""
     from base64 import b64encode

@@ -46,6 +46,7 @@ def attempt(sweep: Sweep, cell_id: str, status: str, seconds: float) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_publish_is_idempotent_and_shows_the_newest_attempt(tmp_path: Path) -> None:
     sweep, cell, other = Sweep(tmp_path / "results", "s"), made_cell(), made_cell(1)
     sweep.add([Entry(cell), Entry(other)], command=["cp=ring"])
@@ -137,6 +138,7 @@ def with_blocks(sweep: Sweep, cell_id: str, blocks: int) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_attempt_that_got_another_block_is_published_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, cell, other = Sweep(tmp_path / "results", "s"), made_cell(), made_cell(1)
     sweep.add([Entry(cell), Entry(other)], command=["cp=ring"])

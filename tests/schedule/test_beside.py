@@ -82,6 +82,7 @@ def compositions(draw: st.DrawFn) -> tuple[BandMask, list[Placed], int]:
     return mask, groups, ranks
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(compositions())
 def test_sub_groups_side_by_side_are_proven_and_send_what_each_sends(made: tuple[BandMask, list[Placed], int]) -> None:

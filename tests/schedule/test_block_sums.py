@@ -45,6 +45,7 @@ def dense(mask: BlockMap, number: int) -> Ints:
     return np.repeat(np.repeat(mask.keep(number), np.diff(mask.q_edges), 0), np.diff(mask.k_edges), 1).astype(np.int64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [False, True], ids=["at once", "in parts"])
 @settings(deadline=None, max_examples=60)
 @given(

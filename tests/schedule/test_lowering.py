@@ -339,6 +339,7 @@ def made_once(rank: int, ranks: int) -> None:
     assert total.item() == 2 * (rank % 2) + 2
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_groups_of_some_ranks_are_made_once_for_each_channel() -> None:
     run_ranks(4, made_once, 4)

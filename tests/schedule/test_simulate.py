@@ -197,6 +197,7 @@ SCALES = (Scale(1, 2), Scale(2, 2), Scale(2, 1), Scale(1, 4))
 links = st.builds(Link, st.floats(0, 0.01), st.floats(1e3, 1e7))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(STRATEGIES), st.sampled_from(SCALES), st.sampled_from([causal, full]), st.integers(16, 60), links, links,

@@ -66,6 +66,7 @@ def mask_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Mask]:
     return cache(lambda name: small(name, SEQLEN, MANY, folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in names("cp") if isinstance(build_strategy(load("cp", n)), Scheduled)])
 @pytest.mark.parametrize("scale", SCALES, ids=str)
 def test_schedule_covers_every_mask_once(name: str, scale: Scale, mask_of: Callable[[str], Mask]) -> None:
@@ -138,6 +139,7 @@ class Wrong(Ring):
 """
 
 
+@pytest.mark.slow
 def test_command_names_file_and_fault_of_a_wrong_schedule_and_shows_it(tmp_path: Path) -> None:
     (tmp_path / "wrong_cp.py").write_text(WRONG)
     (tmp_path / "cp").mkdir()

@@ -77,6 +77,7 @@ def test_top_keeps_the_highest_scores_the_lower_of_equal_ones_and_always_what_it
         assert np.nonzero(kept[m])[0].tolist() == sorted(order[: max(counts[m], int(always.sum()))])
 
 
+@pytest.mark.slow
 @given(
     masks(), st.integers(1, 9), st.integers(1, 9), st.lists(st.integers(1, 4), min_size=3, max_size=3), st.integers(0, 2**32 - 1)
 )
@@ -122,6 +123,7 @@ def test_a_budget_is_kept_exactly_under_causal_masks(
         assert kept[:, i, : own[0] + 1].any(1).all()  # a block that the first query sees
 
 
+@pytest.mark.slow
 @given(masks(), st.integers(1, 9), st.integers(1, 9))
 @settings(deadline=None)
 def test_what_queries_see_is_what_the_mask_says(mask: BandMask, q_block: int, k_block: int) -> None:

@@ -206,6 +206,7 @@ def test_scores_of_four_bits_are_off_by_no_more_than_roundings_and_by_less_than_
     assert error.mean() < 0.7 * coarse.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [causal, full])
 @pytest.mark.parametrize("per", ["q_head", "all_heads"])
 def test_calibrated_thresholds_reach_the_density_of_the_samples_exactly_and_of_all_about(mask: Any, per: Any) -> None:
@@ -372,6 +373,7 @@ def weight(kept: Keep, masses: Floats) -> float:
     return float((masses * kept.repeat(len(masses) // len(kept), 0)).sum() / masses.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [causal, full])
 @pytest.mark.parametrize("density", [0.1, 0.2])
 def test_with_structure_each_finds_nearly_what_the_oracle_finds_and_far_more_than_chance(mask: Any, density: float) -> None:

@@ -23,6 +23,7 @@ def results(request: pytest.FixtureRequest) -> dict[tuple[str, float], list[Foun
     return {key: [of[key] for of in of_seeds] for key in of_seeds[0]}
 
 
+@pytest.mark.slow
 def test_the_order_of_selectors_is_as_it_must_be(results: dict[tuple[str, float], list[Found]]) -> None:
     assert list(missed(results)) == []
     for name in MUST_FIND:

@@ -54,6 +54,7 @@ def test_no_target_of_a_stored_cell_is_run(evil: tuple[Path, Path, list[str]]) -
     assert "evil_module" not in sys.modules
 
 
+@pytest.mark.slow
 def test_commands_that_read_run_nothing(
     evil: tuple[Path, Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

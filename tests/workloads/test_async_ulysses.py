@@ -129,6 +129,7 @@ def check_order(rank: int) -> None:
     assert backward == [*posts, *waits[::2], *posts, *waits], backward  # only the first layer's projections are watched
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_each_exchange_begins_before_the_next_projection_runs() -> None:
     run_ranks(RANKS, check_order)
@@ -142,6 +143,7 @@ def check_session(rank: int) -> None:
     assert not session.check().failures, session.check()
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_a_step_passes_its_check() -> None:
     run_ranks(RANKS, check_session)

@@ -57,6 +57,7 @@ def whole(requests: Requests, name: str) -> tuple[Problem, Mask]:
     return problem_of(batch, HEADS["GQA"], 1), mask_of(batch, SEES[name][0])
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 3), st.integers(1, 60), st.integers(0, 40), st.integers(1, 25), st.integers(1, 25), st.booleans(),
     st.sampled_from(["causal", "window"]),

@@ -466,6 +466,7 @@ def test_runs_match_a_dense_simulation_and_cells_pass_their_check(ranks: int) ->
     run_ranks(ranks, check_all, ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_every_fault_is_found() -> None:
     run_ranks(2, check_faults, 2)

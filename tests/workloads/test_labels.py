@@ -90,6 +90,7 @@ def check_masked(rank: int) -> None:
     assert empty > 0, "no rank was without a label"
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_a_head_only_where_a_label_is_gives_the_same_gradients() -> None:
     run_ranks(RANKS, check_masked)
@@ -125,6 +126,7 @@ def check_session(rank: int) -> None:
         assert metrics["step/labelled_max_over_mean"] == max(every) / (sum(every) / 2) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_the_check_and_the_counts_of_a_masked_step() -> None:
     run_ranks(2, check_session)

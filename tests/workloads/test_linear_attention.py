@@ -131,6 +131,7 @@ def check_metrics(cell: Cell, found: Measured, ranks: int) -> None:
         assert {"overlap/forward/compute_s", "overlap/forward/communication_s"} <= set(metrics)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_cells_are_checked(ranks: int) -> None:
@@ -302,6 +303,7 @@ def check_stale(rank: int, ranks: int, groups: Groups, dtype: str) -> None:
         assert any(f.startswith("dv:" if backward else "out:") and "last timed pass" in f for f in found.failures), said(found)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_faults_are_found(dtype: str) -> None:

@@ -85,6 +85,7 @@ def test_exact_is_never_above_best_fit(tensors: list[Lifetime]) -> None:
     assert found.peak <= best_fit(tensors).peak
 
 
+@pytest.mark.slow
 def test_a_case_that_best_fit_misses_is_solved() -> None:
     cases = [
         tensors for seed in range(200)

@@ -85,6 +85,7 @@ def test_out_and_gradients_are_those_of_the_definition(order: Any) -> None:
         assert error <= 1e-12, (name, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 @pytest.mark.parametrize("kernel", [SDPAFlash(), Naive()], ids=["sdpa_flash", "naive"])
@@ -103,6 +104,7 @@ def test_a_cell_is_measured_and_checked(dtype: str, direction: str, kernel: Kern
     assert not again.check.failures
 
 
+@pytest.mark.slow
 def test_a_long_pass_is_compared_by_its_first_segments_and_some_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lcbench.workloads.remembering.BUDGET", {"cpu": 1})
     measured = measure_cell(work(OPTIONS), gang(), lambda line: None)

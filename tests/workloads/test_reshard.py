@@ -115,6 +115,7 @@ def check_session(rank: int) -> None:
             assert metrics[f"model/{PHASE}/repeats"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_the_check_sees_rows_that_are_mistaken() -> None:
     run_ranks(2, check_session)

@@ -189,6 +189,7 @@ def test_ranks_that_differ_in_what_they_read_do_the_same() -> None:
     run_ranks(2, differing, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_a_serving_cell_is_checked_on_what_is_stored_and_says_what_it_read() -> None:
     run_ranks(2, cells, 2)

@@ -202,6 +202,7 @@ def check_memory(training: Training, mesh: Mesh, fsdp: bool, case: str) -> None:
     assert memory["optimizer"] == moments + 4 * count, case  # and the number of each weight's steps
 
 
+@pytest.mark.slow
 def test_activations_are_what_backward_needs() -> None:
     model = replace(MODEL, hidden=256, heads_q=4, heads_kv=2, head_dim=64, ffn=320, layers=3)
     gang, seqlen = Gang(0, 1, CPU, Groups(), []), 256

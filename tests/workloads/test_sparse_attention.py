@@ -182,6 +182,7 @@ def choose_on_ranks(rank: int, ranks: int) -> None:
                     assert np.array_equal(got, want), (name, layout, seqlen)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_choose_bit_for_bit_what_one_rank_chooses(ranks: int) -> None:
@@ -202,6 +203,7 @@ def bytes_on_ranks(rank: int) -> None:
     assert sent == gathered + rows
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_ranks_send_rows_of_blocks_that_others_look_at_and_what_they_found() -> None:
     run_ranks(2, bytes_on_ranks)
@@ -252,6 +254,7 @@ def restless_on_ranks(rank: int) -> None:
         measure_cell(work_of(problem_of(128, 2), causal(128), Restless()), gang_of(rank, 2), silent)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_a_strategy_that_moves_tokens_when_something_is_chosen_is_found_out() -> None:
     run_ranks(2, restless_on_ranks)
@@ -305,6 +308,7 @@ def dense_on_ranks(rank: int, ranks: int, seqlen: int) -> None:
                 assert error <= BOUND, (name, tensor, error)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 @pytest.mark.parametrize(("ranks", "seqlen"), [(1, 131), (2, 131), (4, 200)])
 def test_results_are_those_of_dense_float64_of_the_chosen_mask(ranks: int, seqlen: int) -> None:
@@ -350,11 +354,13 @@ def cells_on_ranks(rank: int, ranks: int) -> None:
         assert {"select_s", "plan_s", "forward_s"} <= set(again.samples)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_whole_cells_are_well_and_say_what_was_kept() -> None:
     run_ranks(2, cells_on_ranks, 2)
 
 
+@pytest.mark.slow
 def test_what_keeps_everything_is_exact_and_has_no_distance() -> None:
     work = work_of(problem_of(160, 1), causal(160), Local(), replace(ORACLE, density=1.0))
     found = sound(measure_cell(work, gang_of(), silent)).metrics
