@@ -356,6 +356,7 @@ def _plain(data: Any) -> Any:
     if isinstance(data, dict):
         return {key: _plain(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        numbers = all(isinstance(value, (int, float)) for value in data)  # thousands of times, as a rule
-        return list(data) if numbers and all(map(math.isfinite, data)) else [_plain(value) for value in data]
+        if all(isinstance(value, (int, float)) for value in data):  # thousands of times, as a rule
+            return [value if isinstance(value, int) or math.isfinite(value) else None for value in data]
+        return [_plain(value) for value in data]
     return {f.name: _plain(getattr(data, f.name)) for f in fields(data)} if is_dataclass(data) else data

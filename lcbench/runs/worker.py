@@ -87,7 +87,7 @@ STDERR = 2
 def import_once(pack: Pack) -> None:
     """Import once per node what its ranks, which are forked from here, would each import by themselves."""
     for config in pack.configs.values():
-        with suppress(ValueError, ImportError):  # the cell says by itself what it lacks
+        with suppress(Exception):  # what does not load fails the cell that wants it, and no other
             for module in imports_of(config):
                 import_module(module)
 

@@ -42,15 +42,23 @@ def claim(root: Path, cell_id: str) -> int:
 
 def test_a_result_is_written_as_plain_values(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, "s")
-    nested = {"times": ((1.0, math.nan), [math.inf, 2]), "failure": Failure("oom", "too big", 3), "none": None}
+    nested = {
+        "times": ((1.0, math.nan), [math.inf, 2], [10**400, -math.inf]),
+        "failure": Failure("oom", "too big", 3),
+        "none": None,
+    }
     attempt = Attempt("c", "", 1, "failed", Failure("hang", "it waits"), {"a": 1.0, "b": math.nan}, provenance=nested)
     sweep.finish(attempt)
-    plain = {"times": [[1.0, None], [None, 2]], "failure": {"kind": "oom", "cause": "too big", "rank": 3}, "none": None}
+    plain = {
+        "times": [[1.0, None], [None, 2], [10**400, None]],
+        "failure": {"kind": "oom", "cause": "too big", "rank": 3},
+        "none": None,
+    }
     failure = {"kind": "hang", "cause": "it waits", "rank": None}
     said = {**asdict(attempt), "sweep": "s", "failure": failure, "metrics": {"a": 1.0}, "provenance": plain}
     text = sweep.attempt_path("c", 1).read_text()
     assert json.dumps(json.loads(text)) == json.dumps(said)  # in the same order
-    assert ' "times": [\n   [1.0, null],\n   [null, 2]\n  ],\n' in text
+    assert ' "times": [\n   [1.0, null],\n   [null, 2],\n' in text
     assert attempt.provenance is nested
 
 
