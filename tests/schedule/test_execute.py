@@ -58,6 +58,9 @@ def masks(seqlen: int, heads: Heads, folder: Path) -> dict[str, Mask]:
     return found
 
 
+BOTH_HEADS = (3, 4, 8)  # ranks that have equal heads in one test and grouped ones in another
+
+
 def strategies(world_size: int, heads: Heads) -> tuple[list[Scheduled], list[Scheduled]]:
     """Every strategy of conf/cp as it is there, and, with grouped-query heads, their options."""
     named = list(trained_by().values())
@@ -115,8 +118,8 @@ def all_cases(world_size: int, seqlen: int, heads: Heads, folder: Path) -> Cases
             # At many ranks the options take turns at the masks: each meets a third of them, and each mask a third of the options.
             if world_size > 3 and place >= len(named) and (place + number) % 3:
                 continue
-            # Eight ranks meet every strategy with every mask once: half of the pairs with 16x16 heads, the others with 16x1.
-            if world_size == 8 and place < len(named) and (place + number + heads.kv) % 2:
+            # There every strategy meets every mask once: half of the pairs with equal heads, the others with grouped.
+            if world_size in BOTH_HEADS and place < len(named) and (place + number + (heads.q == heads.kv)) % 2:
                 continue
             if place < len(named) and not (world_size > 1 and isinstance(strategy, Local)):
                 due.add((mask_name, type(strategy).__name__))
