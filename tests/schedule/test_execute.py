@@ -119,7 +119,7 @@ def all_cases(world_size: int, seqlen: int, heads: Heads, folder: Path) -> Cases
             if world_size > 3 and place >= len(named) and (place + number) % 3:
                 continue
             # There every strategy meets every mask once: half of the pairs with equal heads, the others with grouped.
-            if world_size in BOTH_HEADS and place < len(named) and (place + number + (heads.q == heads.kv)) % 2:
+            if world_size in BOTH_HEADS and place < len(named) and (place + number + (heads.q != heads.kv)) % 2:
                 continue
             if place < len(named) and not (world_size > 1 and isinstance(strategy, Local)):
                 due.add((mask_name, type(strategy).__name__))
