@@ -13,12 +13,14 @@ import pytest
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # Without these it looks for its maker's hosts as it starts.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+# The browser itself ended a request: its page was left, or asked for something newer. A server that fails reads otherwise.
+WITHDRAWN = "net::ERR_ABORTED"
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: tests/browser.sh installs Debian's, as root")
 
 
 @dataclass
 class Browser:
-    """``page`` is Playwright's; ``complaints``: errors of its console, exceptions of its scripts, requests that failed."""
+    """``page`` is Playwright's; ``complaints``: errors of its console, exceptions of its scripts, requests that a server failed."""
 
     page: Any
     complaints: list[str] = field(default_factory=list)
@@ -58,5 +60,5 @@ def browser(width: int = 1400, height: int = 1000) -> Iterator[Browser]:
         made = Browser(context.new_page())
         made.page.on("console", lambda m: made.complaints.append(m.text) if m.type == "error" else None)
         made.page.on("pageerror", lambda e: made.complaints.append(str(e)))
-        made.page.on("requestfailed", lambda r: made.complaints.append(f"{r.url}: {r.failure}"))
+        made.page.on("requestfailed", lambda r: made.complaints.append(f"{r.url}: {r.failure}") if r.failure != WITHDRAWN else None)
         yield made
