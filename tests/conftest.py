@@ -59,15 +59,18 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--one-in", type=int, default=1, metavar="N", help="of each parametrised test, only every Nth case")
+    parser.addoption("--turn", type=int, default=0, help="which of them, so that N runs with turns in a row take every case")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     seen: Counter[str] = Counter()
+    cases = Counter(item.nodeid.partition("[")[0] for item in items)
     every: int = config.getoption("--one-in")
+    turn: int = config.getoption("--turn")
     left_out = []
     for item in items:
         case_of = item.nodeid.partition("[")[0]
-        if seen[case_of] % every:
+        if seen[case_of] % every != turn % min(every, cases[case_of]):
             left_out.append(item)
         seen[case_of] += 1
         if "devcluster" in getattr(item, "fixturenames", ()) and not any(item.iter_markers("slurm")):

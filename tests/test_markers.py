@@ -36,12 +36,23 @@ def devcluster(): pass
 
 def test_it(devcluster): pass
 """
+CASES = """
+import pytest
+
+@pytest.mark.parametrize("case", range(7))
+def test_many(case): pass
+
+@pytest.mark.parametrize("case", range(2))
+def test_two(case): pass
+
+def test_one(): pass
+"""
 
 
-def outcome(path: Path, text: str) -> tuple[int, str]:
+def outcome(path: Path, text: str, *more: str) -> tuple[int, str]:
     """Exit code and words of pytest, with the project's conftest."""
     path.write_text(text)
-    options = ["-q", "-rA", "-p", "tests.conftest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    options = ["-q", "-rA", "-p", "tests.conftest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), *more]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(path)], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -61,3 +72,17 @@ def test_a_test_that_starts_ranks_is_marked_gloo(tmp_path: Path) -> None:
 def test_a_test_on_the_cluster_is_marked_slurm(tmp_path: Path) -> None:
     code, said = outcome(tmp_path / "test_made.py", CLUSTER)
     assert (code, "mark it slurm" in said) == (4, True), said
+
+
+@pytest.mark.slow
+def test_one_case_in_n_runs_of_every_test_and_n_turns_run_all_of_them(tmp_path: Path) -> None:
+    ran: list[str] = []
+    for turn in (4, 5, 6):
+        code, said = outcome(tmp_path / "test_made.py", CASES, "--one-in=3", f"--turn={turn}")
+        assert code == 0, said
+        names = [line.rpartition("::")[2] for line in said.splitlines() if line.startswith("PASSED")]
+        assert {name.partition("[")[0] for name in names} == {"test_many", "test_two", "test_one"}
+        ran += names
+    many = [name for name in ran if name.startswith("test_many")]
+    assert sorted(many) == [f"test_many[{case}]" for case in range(7)]
+    assert {name for name in ran if name.startswith("test_two")} == {"test_two[0]", "test_two[1]"}
