@@ -85,6 +85,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     """What was imported stays: collections, which take a tenth of some tests' time, visit it no more, and come less often."""
+    if "triton.runtime.interpreter" in sys.modules:
+        import lcbench.testing.interpreter  # noqa: F401
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

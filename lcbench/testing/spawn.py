@@ -23,7 +23,7 @@ PRELOAD = [
     "lcbench.testing.spawn",
     "torch._dynamo",  # what autograd, DTensor and FSDP import when they first run
     "torch.distributed.fsdp",
-    "triton.language",
+    "lcbench.testing.interpreter",
     "scipy.optimize",
 ]
 # Modules of tests import these too, and each rank imports the module that its function is in.
