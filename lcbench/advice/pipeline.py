@@ -31,6 +31,7 @@ TIME, END, PEAK, STAYS = range(4)  # of a row of labels
 COUNTED = ("end_s", "head_s", "head_end_s", "steady", "gradient", "kept", "moment", "head_steady", "head_gradient", "head_moment")
 ROUNDING = 1e-12  # of sums of the same seconds in another order
 CHUNK = 256  # rows that are compared at once
+EARLIER = np.tri(CHUNK, k=-1, dtype=bool)  # whether a row (second index) comes before another (first)
 
 
 @dataclass(frozen=True)
@@ -342,6 +343,11 @@ class _Search:
         """Seconds of a layer, forward and backward, by way."""
         return np.array([way.passes(self.stage.sequences) * (way.forward_s + way.backward_s) for way in self.ways])
 
+    @cached_property
+    def _given(self) -> Floats:
+        """``first_bytes`` of each way."""
+        return np.array([first_bytes(way, self.stage.sequences) for way in self.ways])
+
     def _least_s(self, layers: int) -> float:
         """No plan of so many layers takes less."""
         summed = layers * float(self._each_s.min())
@@ -383,7 +389,7 @@ class _Search:
     def _ended(self, stage: Stage, levels: list[_Level]) -> tuple[Floats, list[tuple[Way, ...]]]:
         """The last level as a whole stage: with what its first layer is given, and what comes from the stage before."""
         level = levels[-1]
-        given = np.array([first_bytes(way, stage.sequences) for way in self.ways])[level.way]
+        given = self._given[level.way]
         hops = np.array([hop_s(way, stage, stage.number) for way in self.ways])[level.way]
         fits = np.flatnonzero(level.rows[:, PEAK] + given <= self.asked.budget)
         times = np.stack([level.rows[fits, TIME] + hops[fits], level.rows[fits, END]], axis=1)
@@ -437,7 +443,7 @@ class _Search:
         way, behind = np.repeat(own, len(rows)), np.tile(numbers, len(own))
         fits = np.flatnonzero((grown[:, PEAK] <= self.asked.budget) & (self._bounds_s(grown, count) < self.bound_s))
         # Of two that go on alike one may be the better end of a stage: by what its first layer is given.
-        as_first = grown[fits, PEAK] + np.array([first_bytes(self.ways[at], stage.sequences) for at in way[fits]])
+        as_first = grown[fits, PEAK] + self._given[way[fits]]
         chosen = fits[unbeaten(np.column_stack([grown[fits], as_first]))]
         return grown[chosen], way[chosen], behind[chosen]
 
@@ -477,8 +483,9 @@ def unbeaten(rows: Floats) -> NDArray[np.int64]:
     kept = np.empty(0, dtype=np.int64)
     for begin in range(0, len(order), CHUNK):
         own = order[begin : begin + CHUNK]
-        own = own[~_at_most(rows[kept], rows[own]).any(axis=1)]
-        before = _at_most(rows[own], rows[own]) & np.tri(len(own), k=-1, dtype=bool)
+        if len(kept):
+            own = own[~_at_most(rows[kept], rows[own]).any(axis=1)]
+        before = _at_most(rows[own], rows[own]) & EARLIER[: len(own), : len(own)]
         kept = np.concatenate([kept, own[~before.any(axis=1)]])
     return kept
 

@@ -115,13 +115,18 @@ def get_object(target: str, group: str | None = None) -> Any:
         theirs = "" if target.startswith(HOMES) else f" ({own.file_of(target)})"
         raise ValueError(f"_target_={target} cannot be imported: {module} has no {name}{theirs}")
     found = members[name]
-    if group is not None and (lacking := AXES[group].missing(found)):
-        raise ValueError(f"_target_={target} {lacking}, and so no value of {group}")
-    if not (inspect.isclass(found) or inspect.isfunction(found)) or (target.startswith(HOMES) and found.__module__ != module):
-        raise ValueError(f"_target_={target} is not {WANTED}")
-    if all(AXES[name].missing(found) for name in GROUPS):
+    could_be = _groups_of(found) if inspect.isclass(found) or inspect.isfunction(found) else frozenset()
+    if group is not None and group not in could_be:
+        raise ValueError(f"_target_={target} {AXES[group].missing(found)}, and so no value of {group}")
+    if not could_be or (target.startswith(HOMES) and found.__module__ != module):
         raise ValueError(f"_target_={target} is not {WANTED}")
     return found
+
+
+@cache
+def _groups_of(found: Any) -> frozenset[str]:
+    """The axes that a class or function can be a value of."""
+    return frozenset(name for name in GROUPS if AXES[name].missing(found) is None)
 
 
 def _allowed_target(target: Any) -> str:

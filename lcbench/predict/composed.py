@@ -7,9 +7,9 @@ one thing after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -268,23 +268,23 @@ class Times:
         per_node = self.scale.gpus_per_node
         shared = per_node // self.machine.nics_of(per_node)
         found = 0.0
-        for ranks, most, fewest in set(_sets(part.over, self.mesh, self.scale)):
+        for ranks, most, fewest in _sets(part.over, self.mesh, self.scale):
             block = part.bytes / ranks
             one = sum(self.machine.collective_s(each, block, ranks, most, fewest, shared) for each in part.operations)
             found = max(found, one * (ranks > 1))
         return part.times * found
 
 
-def _sets(over: tuple[str, ...], mesh: Mesh, scale: Scale) -> Iterator[tuple[int, int, int]]:
-    """Of each set of ranks that differ in some dimensions: how many there are, and of them in one node, at most and at least."""
+@lru_cache(maxsize=256)
+def _sets(over: tuple[str, ...], mesh: Mesh, scale: Scale) -> frozenset[tuple[int, int, int]]:
+    """Of sets of ranks that differ in some dimensions: how many there are, and of them in one node, at most and at least."""
     dimensions = ("dp", "tp", "cp")
     groups = mesh.groups(scale)
     others = [i for i, name in enumerate(dimensions) if name not in over]
     inner = [i for i, name in enumerate(dimensions) if name in over]
     sets = groups.transpose([*others, *inner]).reshape(-1, int(np.prod([groups.shape[i] for i in inner])))
-    for ranks in sets:
-        counts = np.unique(ranks // scale.gpus_per_node, return_counts=True)[1]
-        yield len(ranks), int(counts.max()), int(counts.min())
+    counts = (np.unique(ranks // scale.gpus_per_node, return_counts=True)[1] for ranks in sets)
+    return frozenset((sets.shape[1], int(each.max()), int(each.min())) for each in counts)
 
 
 def _in_order(tokens: Ints, cell: Cell) -> bool:

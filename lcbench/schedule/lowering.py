@@ -13,7 +13,7 @@ Every rank finds the same collectives, since each looks at the rows of all ranks
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,9 +21,8 @@ import numpy as np
 from lcbench.masks.band import Ints, distinct
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import SIDES, Bools, Traffic, Transfer
-from lcbench.schedule.payload import element_bytes
+from lcbench.schedule.payload import element_bytes, token_bytes
 from lcbench.schedule.schedule import Kind, MoveColumn, Schedule, TileColumn
-from lcbench.schedule.schedule import rows as table
 
 Lowering = Literal["auto", "p2p"]
 Operation = Literal["all_to_all", "all_gather", "reduce_scatter"]
@@ -234,9 +233,9 @@ def _whole(
     if found is None:
         return None
     members, group = found
-    own = members[schedule.side(transfer.payload.side).owner[members] == rank]
-    mine = replace(transfer, rows=table(rank, rank, own, group))
-    return members.tobytes() if int(mine.bytes(schedule, problem).sum()) == block else None
+    side = schedule.side(transfer.payload.side)
+    tokens = int(side.sizes[members[side.owner[members] == rank]].sum())
+    return members.tobytes() if tokens * token_bytes(transfer.kind, schedule.heads[group], problem) == block else None
 
 
 def _bundle(schedule: Schedule, transfer: Transfer, bundles: Bundles, rank: int, rows: Ints) -> tuple[Ints, int] | None:

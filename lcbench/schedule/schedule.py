@@ -88,6 +88,10 @@ class HeadGroup:
     def __len__(self) -> int:
         return len(self.q)
 
+    def count(self, side: Kind) -> int:
+        """How many heads it has of queries, or of keys and values."""
+        return len(self.q if side == "q" else self.kv)
+
     @property
     def q_heads(self) -> slice | list[int]:
         """The query heads as an index: a slice where they are a stretch of all, so that taking them copies nothing."""
@@ -260,6 +264,11 @@ class Schedule:
     def known(self) -> dict[Hashable, Any]:
         """What has been worked out of it by whoever was asked: a check, a simulation and a run ask for the same traffic."""
         return {}
+
+    @cached_property
+    def head_counts(self) -> dict[Kind, Ints]:
+        """How many heads each head group has of queries, and of keys and values, (groups,)."""
+        return {side: np.array([group.count(side) for group in self.heads]) for side in self.sides}
 
     def held(self, rank: int) -> Held:
         """What a rank is given, and gives: all heads of its tokens."""

@@ -1,7 +1,8 @@
 """Importing this has Triton's interpreter leave out what it repeats, which takes three quarters of a test's time in it.
 
 In every launch it puts its own functions in place of the language's, and does so again for each call of a device function; and it
-adds, subtracts and multiplies every 32-bit integer once more in 64 bits, to see overflows, which need larger tensors than tests have.
+computes sums, differences and products of 32-bit integers once more in 64 bits, to see overflows, which tensors of tests are too
+small for.
 """
 
 from __future__ import annotations
