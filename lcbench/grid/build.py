@@ -115,7 +115,8 @@ def get_object(target: str, group: str | None = None) -> Any:
         theirs = "" if target.startswith(HOMES) else f" ({own.file_of(target)})"
         raise ValueError(f"_target_={target} cannot be imported: {module} has no {name}{theirs}")
     found = members[name]
-    could_be = _groups_of(found) if inspect.isclass(found) or inspect.isfunction(found) else frozenset()
+    named = inspect.isclass(found) or inspect.isfunction(found)
+    could_be = _groups_of(found) if named else frozenset()
     if group is not None and group not in could_be:
         raise ValueError(f"_target_={target} {AXES[group].missing(found)}, and so no value of {group}")
     if not could_be or (target.startswith(HOMES) and found.__module__ != module):
