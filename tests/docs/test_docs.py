@@ -161,7 +161,10 @@ def test_the_worked_examples_work(tmp_path: Path) -> None:
     assert len(waiting) == 9
     for command in waiting:
         words = shlex.split(command)
-        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        quick = ["measure.blocks=1", "measure.max_iterations=5", "measure.budget_s=0.5"] if "lcbench.sweep" in words else []
+        done = subprocess.run(
+            [sys.executable, *words[1:], *quick], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     results = Sweep(tmp_path / "results", "direct")
     assert [results.attempts(c)[-1].status for c in results.entries()] == ["ok"] * 4

@@ -23,7 +23,7 @@ def test_ninety_six_ranks_on_twelve_nodes(devcluster: dict[str, str], tmp_path: 
         "dtype=float64",
         "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=1", "measure.blocks=1", "hang.min_s=90",
         "hang.factor=1", "sweep=wide", "site=devcluster", "wait=true", "output=json", f"results={tmp_path}",
-        f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", environment=devcluster,
+        "tracking_uri=null", environment=devcluster,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert [row["status"] for row in json.loads(done.stdout)["cells"]] == ["ok"]
@@ -49,7 +49,7 @@ def test_groups_of_a_mesh_on_two_nodes(devcluster: dict[str, str], tmp_path: Pat
         "mesh.tp=2", "mesh.dp=2", "mesh.order=tp-cp-dp,tp-dp-cp", "scale=2x8", "cp=ring", "mask=causal_document", "seqlen=512",
         "dtype=float64", "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=1", "measure.blocks=1",
         "sweep=mesh", "site=devcluster", "wait=true", "output=json", f"results={tmp_path}",
-        f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", environment=devcluster,
+        "tracking_uri=null", environment=devcluster,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert [row["status"] for row in json.loads(done.stdout)["cells"]] == ["ok"] * 4
@@ -84,7 +84,7 @@ def test_batches_on_nodes(
         "lengths.high=768", f"seqlen={tokens_of_batch}", f"scale={scale}", "heads=4x2x8",
         "dtype=float64", "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=1",
         "measure.blocks=1", "hang.min_s=120", "hang.factor=1", "sweep=batches", "site=devcluster", "wait=true", "output=json",
-        f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", environment=devcluster,
+        f"results={tmp_path}", "tracking_uri=null", environment=devcluster,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert [row["status"] for row in json.loads(done.stdout)["cells"]] == ["ok"] * len(planners)
@@ -125,7 +125,7 @@ def test_a_search_brings_its_rounds_to_the_cluster_and_the_same_command_goes_on(
         "cp=ring,none", "kernel=sdpa_math", "mask=causal", "scale=2x1,1x1", "heads=2x2x8", "dtype=float32", "search=max_seqlen",
         "search.from=592", "search.to=720", "search.gib=0.03", "measure.warmup=0", "measure.min_iterations=1",
         "measure.max_iterations=1", "measure.blocks=1", "sweep=longest", "site=devcluster", "output=json", f"results={tmp_path}",
-        f"tracking_uri=sqlite:///{tmp_path}/mlflow.db",
+        "tracking_uri=null",
     ]  # fmt: skip
     done = lcbench("sweep", *words, environment=devcluster)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -146,7 +146,7 @@ def test_serving_on_two_nodes(devcluster: dict[str, str], tmp_path: Path) -> Non
         "sweep", "-m", "workload=serving", "cp=kvp,pcp", "batch=4q1s256,q128,q64_4q1s128", "direction=forward", "scale=2x8",
         "kernel=naive", "mask=causal", "heads=4x2x16", "dtype=float64", "measure.warmup=0", "measure.min_iterations=1",
         "measure.max_iterations=1", "measure.blocks=1", "sweep=serving", "site=devcluster", "wait=true", "output=json",
-        f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", environment=devcluster,
+        f"results={tmp_path}", "tracking_uri=null", environment=devcluster,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert [row["status"] for row in json.loads(done.stdout)["cells"]] == ["ok"] * 6
@@ -179,7 +179,7 @@ def test_sparse_and_linear_strategies_on_two_nodes(devcluster: dict[str, str], t
         "selector.k_block=16", "kernel=naive,chunked", "cp=sparse_heads,sparse_sequence,sparse_hybrid,ulysses,lasp,lasp2,zeco",
         "scale=2x8", "mask=causal", "seqlen=300", "heads=16x16x8", "dtype=float64", "measure.warmup=0",
         "measure.min_iterations=1", "measure.max_iterations=1", "measure.blocks=1", "sweep=operators", "site=devcluster",
-        "wait=true", "output=json", f"results={tmp_path}", f"tracking_uri=sqlite:///{tmp_path}/mlflow.db", environment=devcluster,
+        "wait=true", "output=json", f"results={tmp_path}", "tracking_uri=null", environment=devcluster,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     sweep = Sweep(tmp_path, "operators")
