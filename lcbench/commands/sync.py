@@ -13,7 +13,7 @@ from lcbench.commands.arguments import add_as_mine_argument, add_sweep_arguments
 from lcbench.redact import redacted_uri
 from lcbench.report.ending import bad_input
 from lcbench.report.publishing import publish_sweep
-from lcbench.runs.address import checked_address
+from lcbench.runs.address import NOWHERE, checked_address
 from lcbench.runs.jobs import Watch
 from lcbench.runs.settle import settled
 from lcbench.runs.tracking.links import sweep_url, tracked_at
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         sweep = chosen_sweep(options)
         agree_to_act(sweep, "this publishes its results", as_mine=options.as_mine)
         given = options.tracking_uri or tracked_at(settled(Watch(sweep)).seen.launch) or os.environ.get("MLFLOW_TRACKING_URI")
-        if not given:
+        if not given or given == NOWHERE:
             raise ValueError(f"sweep {sweep.name} names no tracking server; add --tracking-uri, such as http://127.0.0.1:5000")
         uri = checked_address(given, "--tracking-uri" if options.tracking_uri else "its tracking_uri")
     try:

@@ -18,18 +18,27 @@ from lcbench.redact import redacted, redacted_uri, without
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 EXPERIMENT = "lcbench"
-EXAMPLES = "http://mlflow.example.org:5000 for a server, sqlite:////home/me/mlflow.db for a file"
+NOWHERE = "none"  # an address at which nothing is published
+EXAMPLES = f"http://mlflow.example.org:5000 for a server, sqlite:////home/me/mlflow.db for a file, {NOWHERE} to publish nothing"
+
+
+def given_address(option: Any, site: Any) -> tuple[str, Any]:
+    """What names where a sweep publishes to, and what it says: the option ``tracking_uri``, else the site's, else
+    ``MLFLOW_TRACKING_URI``; None where nothing does."""
+    given = (("tracking_uri", option), ("site.tracking_uri", site), ("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI")))
+    return next(((name, value) for name, value in given if value is not None and value != ""), ("", None))
 
 
 def planned_address(option: Any, site: Any, default: str | None) -> str | None:
-    """Where a sweep publishes to: the option ``tracking_uri``, else the site's, else ``MLFLOW_TRACKING_URI``, else the default.
+    """Where a sweep publishes to: what ``given_address`` finds, else the default; None: nowhere.
 
     Raises:
         ValueError: it is no address that MLflow can publish to.
     """
-    given = (("tracking_uri", option), ("site.tracking_uri", site), ("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI")))
-    name, uri = next(((name, value) for name, value in given if value is not None and value != ""), ("", default))
-    return None if uri is None else checked_address(uri, name)
+    name, uri = given_address(option, site)
+    if uri is None:
+        return default
+    return None if uri == NOWHERE else checked_address(uri, name)
 
 
 def planned_experiment(option: Any) -> str:

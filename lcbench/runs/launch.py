@@ -22,7 +22,7 @@ from lcbench.grid.search import Search
 from lcbench.grid.site import runs_here
 from lcbench.grid.trace import Trace
 from lcbench.redact import redacted, redacted_uri, secrets_of
-from lcbench.runs.address import planned_address, planned_experiment, variables
+from lcbench.runs.address import NOWHERE, given_address, planned_address, planned_experiment, variables
 from lcbench.runs.attempt import Failure
 from lcbench.runs.estimate import Estimator
 from lcbench.runs.jobs import Watch
@@ -164,6 +164,13 @@ def settings_of(plan: Plan) -> Settings:
         hang=options["hang"],
         retry=options["retry"],
         experiment=experiment,
+    )
+
+
+def lacks_a_place(plan: Plan, settings: Settings) -> bool:
+    """Whether nothing is published although nobody has said so."""
+    return (
+        settings.tracking_uri is None and given_address(plan.options["tracking_uri"], plan.site.get("tracking_uri"))[1] != NOWHERE
     )
 
 

@@ -160,7 +160,7 @@ def test_a_prediction_loads_neither_torch_nor_mlflow() -> None:
 @pytest.mark.gloo
 @pytest.mark.slow
 def test_a_race_with_real_ranks_answers_and_the_same_command_measures_nothing_again(tmp_path: Path) -> None:
-    stored = [f"results={tmp_path}", "tracking_uri=null"]
+    stored = [f"results={tmp_path}", "tracking_uri=none"]
     command = [sys.executable, "-m", "lcbench.choose", *TINY, *stored]
     environment = {**os.environ, "LCBENCH_SHARE_MACHINE": "1"}
 

@@ -307,7 +307,7 @@ def environment() -> dict[str, str]:
 
 
 def stored(root: Path, name: str = "tiny") -> list[str]:
-    return [f"results={root}", f"sweep={name}", "tracking_uri=null"]
+    return [f"results={root}", f"sweep={name}", "tracking_uri=none"]
 
 
 def test_dry_shows_the_first_round_and_writes_nothing(tmp_path: Path) -> None:

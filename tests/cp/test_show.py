@@ -57,7 +57,7 @@ def test_a_sweep_records_overlap_and_a_timeline_that_can_be_drawn(tmp_path: Path
         [
             sys.executable, "-m", "lcbench.sweep", "cp=groupcast,torch_cp,te_p2p", "mask=causal", "seqlen=256", "scale=1x2",
             "heads=4x2x16", "dtype=float32", "measure.budget_s=1", "measure.timeline=true", "sweep=shown",
-            f"results={tmp_path}", "tracking_uri=null",
+            f"results={tmp_path}", "tracking_uri=none",
         ],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip

@@ -247,7 +247,7 @@ def test_a_cell_of_ones_own_values_runs(own: Path) -> None:
     asked = [
         *OWN, "workload=own,attention", "direction=forward", "measure.budget_s=0.1", "measure.max_iterations=3",
         "measure.min_iterations=1", "measure.blocks=1", *flags, "site=local", "site.device=cpu", "sweep=own",
-        f"results={own}/results", "tracking_uri=null", "output=quiet",
+        f"results={own}/results", "tracking_uri=none", "output=quiet",
     ]  # fmt: skip
     done = lcbench("sweep", *asked, env={**os.environ, "PYTHONPATH": str(own)})
     assert done.returncode == 0, done.stderr

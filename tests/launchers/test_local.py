@@ -24,7 +24,7 @@ def command(results: Path) -> list[str]:
         sys.executable, "-m", "lcbench.sweep", "--config-dir", str(ROOT / "tests" / "conf"), "kernel=sdpa_flash,faulty_hang",
         "cp=ring,usp", "mask=causal", "seqlen=512", "scale=2x1", "heads=4x2x16", "dtype=float64", "measure.budget_s=2",
         "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=2", "measure.blocks=1", "hang.min_s=900",
-        "sweep=killed", f"results={results}", "tracking_uri=null",
+        "sweep=killed", f"results={results}", "tracking_uri=none",
     ]  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def test_a_cell_that_goes_on_is_no_hang_and_has_until_max_s(tmp_path: Path) -> N
             *command(tmp_path)[:5], "-m", "cp=slowed_ring", "measure.min_iterations=60,2000", "measure.max_iterations=2000",
             "measure.warmup=0", "measure.budget_s=1", "measure.blocks=1", "seqlen=64", "scale=1x2", "heads=2x2x8", "dtype=float64",
             "hang.factor=0.01", "hang.min_s=15", "hang.max_s=60", "sweep=slow", f"results={tmp_path}",
-            "tracking_uri=null",
+            "tracking_uri=none",
         ],
         cwd=ROOT, env={**os.environ, "LCBENCH_TEST_FAULT": str(fault)}, capture_output=True, text=True,
     )  # fmt: skip
@@ -131,7 +131,7 @@ def faulty_again(folder: Path, *faults: str) -> list[str]:
         sys.executable, "-m", "lcbench.sweep", "--config-dir", str(folder / "conf"),
         f"kernel=sdpa_flash,{','.join(f'again_{fault}' for fault in faults)}", "cp=ring", "mask=causal", "seqlen=64", "scale=1x2",
         "heads=2x2x8", "dtype=float64", "measure.max_iterations=9", "measure.budget_s=1", "sweep=again", f"results={folder}",
-        "tracking_uri=null", "output=json",
+        "tracking_uri=none", "output=json",
     ]  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def test_a_sweep_of_every_kernel_ends_with_a_result_or_a_reason_for_each(tmp_pat
             f"kernel={','.join([*names('kernel'), 'faulty_blind'])}", "mask=causal_document,block_random", "lengths=fixed",
             "lengths.length=64", "cp=none", "seqlen=256", "scale=1x1", "heads=2x2x16", "dtype=float32", "measure.warmup=0",
             "measure.min_iterations=1", "measure.max_iterations=1", "measure.blocks=1", "sweep=kernels", f"results={results}",
-            "tracking_uri=null",
+            "tracking_uri=none",
         ],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1", "LCBENCH_TEST_FAULT": str(fault)},
     )  # fmt: skip

@@ -30,6 +30,11 @@ def test_which_address_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert planned_address(None, None, default) == f"sqlite:///{tmp_path}/from/env.db"  # whatever folder a job is in
     assert planned_address(None, "http://site:1", default) == "http://site:1"
     assert planned_address("HTTP://option:1/x", "http://site:1", default) == "http://option:1/x"
+    assert planned_address("none", "http://site:1", default) is None
+    assert planned_address(None, "none", default) is None
+    assert planned_address("http://option:1", "none", default) == "http://option:1"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    assert planned_address(None, None, default) is None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlflow:5000")
     with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI=mlflow:5000 names no scheme; write http://mlflow:5000"):
         planned_address(None, None, default)

@@ -38,7 +38,7 @@ def sweep_of(folder: Path, *faults: str) -> tuple[Sweep, list[str]]:
         f"kernel={','.join(f'{number}_{fault}' for number, fault in enumerate(faults))}", "cp=ring", "mask=causal", "seqlen=64",
         "scale=1x2", "heads=2x2x8", "dtype=float64", "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=1",
         "measure.blocks=1", "hang.min_s=900", "sweep=deaths", f"results={folder}",
-        "tracking_uri=null",
+        "tracking_uri=none",
     ]  # fmt: skip
     return Sweep(folder, "deaths"), command
 

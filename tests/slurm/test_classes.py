@@ -43,12 +43,12 @@ def late(devcluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     environment = {**devcluster, "LCBENCH_TEST_FAULT": str(fault)}
     done = lcbench(
         "sweep", *SMALL, "kernel=faulty_hang,sdpa_flash", "cp=ring,ulysses", "scale=1x2", "pack.max_minutes=2", "retry.timeout=0",
-        "hang.min_s=900", "sweep=late", f"results={folder}", "tracking_uri=null", environment=environment,
+        "hang.min_s=900", "sweep=late", f"results={folder}", "tracking_uri=none", environment=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     done = lcbench(
         "sweep", *SMALL, "kernel=faulty_stop", "kernel.rank=0", "cp=none", "scale=1x1", "hang.min_s=5", "hang.factor=0.01",
-        "sweep=stopped", f"results={folder}", "tracking_uri=null", environment=environment,
+        "sweep=stopped", f"results={folder}", "tracking_uri=none", environment=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return Sweep(folder, "late"), environment
@@ -141,7 +141,7 @@ def test_failures_carry_class_and_cause_and_rerun_repairs_one(
 def test_cancel_a_cell_then_the_sweep(faulty: dict[str, str], tmp_path: Path) -> None:
     done = lcbench(
         "sweep", *SMALL, "kernel=faulty_hang,sdpa_math,faulty_exit", "mask=causal", "scale=1x2", "hang.min_s=600", "sweep=cut",
-        f"results={tmp_path}", "tracking_uri=null", environment=faulty,
+        f"results={tmp_path}", "tracking_uri=none", environment=faulty,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "--follow" in done.stdout
@@ -256,7 +256,7 @@ def test_more_jobs_than_the_quota_has_room_for(devcluster: dict[str, str], tmp_p
     try:
         command = [
             *SMALL, "cp=none", "seed=range(4)", "scale=1x1", "pack.max_cells=1", "sweep=quota", f"results={tmp_path}",
-            "tracking_uri=null",
+            "tracking_uri=none",
         ]  # fmt: skip
         done = lcbench("sweep", *command, "site.collector=false", environment=devcluster)
         assert done.returncode == 3, done.stdout + done.stderr

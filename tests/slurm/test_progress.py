@@ -19,7 +19,7 @@ def test_a_rank_that_is_stopped_on_another_node_and_an_agent_that_is_killed(devc
     fault = tmp_path / "fault"
     fault.touch()
     environment = {**devcluster, "LCBENCH_TEST_FAULT": str(fault)}
-    common = [*SMALL, "cp=ring", "scale=2x1", f"results={tmp_path}", "tracking_uri=null"]
+    common = [*SMALL, "cp=ring", "scale=2x1", f"results={tmp_path}", "tracking_uri=none"]
     # One that hangs until its agent on the second node is killed, and one whose rank there is stopped.
     for sweep, kernel, patience in (("killed", "faulty_hang", "900"), ("stopped", "faulty_stop", "10")):
         asked = [*common, f"kernel={kernel}", f"sweep={sweep}", f"hang.min_s={patience}", "hang.factor=0.01"]

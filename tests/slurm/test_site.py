@@ -37,7 +37,7 @@ def test_jobs_are_found_whatever_a_sweep_is_called_and_released_where_slurm_hold
     quoted = str(results).replace("'", "\\'")
     command = [
         *SMALL, "seed=1,2,3", "pack.max_cells=1", f'sweep="{name}"', f"results='{quoted}'", "+site.sbatch.hold=true",
-        "site.collector=false", "tracking_uri=null",
+        "site.collector=false", "tracking_uri=none",
     ]  # fmt: skip
     done = lcbench("sweep", *command, environment=odd)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -20,6 +20,7 @@ from lcbench.runs.launch import (
     Todo,
     default_tracking_uri,
     hand_over,
+    lacks_a_place,
     make_packs,
     missing,
     settings_of,
@@ -98,7 +99,7 @@ class PackLauncher(Launcher):
         if refusal := cost.refusal(plan.options["budget"], settings.hang["max_s"]):
             print(f"error: {refusal}", file=sys.stderr)
             return BAD_INPUT
-        if settings.tracking_uri is None:
+        if lacks_a_place(plan, settings):
             self.say(NOT_PUBLISHED)
         sweep.check_writable([p.cell.id for p in plan.cells])
         write_cells(sweep, [Entry(p.cell, p.skip) for p in plan.cells], plan.overrides, self.name, settings, trace=plan.trace)

@@ -15,7 +15,7 @@ from hydra_plugins.lcbench.base import NOT_PUBLISHED, PackLauncher
 from lcbench.grid.cell import Cell
 from lcbench.grid.expand import Plan
 from lcbench.report.ending import BAD_INPUT, INTERRUPTED, bad_input
-from lcbench.runs.launch import Todo, settings_of, sweep_of, write_cells
+from lcbench.runs.launch import Todo, lacks_a_place, settings_of, sweep_of, write_cells
 from lcbench.runs.manifest import Entry
 from lcbench.runs.pack import Pack, Settings
 from lcbench.runs.store import Sweep
@@ -39,7 +39,7 @@ class SimulateLauncher(PackLauncher):
         sweep, settings = sweep_of(plan), settings_of(plan)
         with bad_input():
             source = Source.of(plan.options["machine"], plan.options["fit"], plan.site)
-        if settings.tracking_uri is None:
+        if lacks_a_place(plan, settings):
             self.say(NOT_PUBLISHED)
         sweep.check_writable([p.cell.id for p in plan.cells])
         entries = [Entry(p.cell, p.skip, predicted=True) for p in plan.cells]
