@@ -161,7 +161,11 @@ def test_the_worked_examples_work(tmp_path: Path) -> None:
     assert len(waiting) == 9
     for command in waiting:
         words = shlex.split(command)
-        quick = ["measure.blocks=1", "measure.max_iterations=5", "measure.budget_s=0.5"] if "lcbench.sweep" in words else []
+        quick = (
+            ["measure.blocks=1", "measure.max_iterations=5", "measure.budget_s=0.5", "tracking_uri=none"]
+            if "lcbench.sweep" in words
+            else []
+        )
         done = subprocess.run(
             [sys.executable, *words[1:], *quick], cwd=tmp_path, env=environment, capture_output=True, text=True
         )  # fmt: skip
