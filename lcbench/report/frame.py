@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -214,7 +215,7 @@ def named(frame: pd.DataFrame, group: str) -> list[str]:
             own += [c for c in frame.columns if c.startswith(f"{inside}.") and any(_differs(alike[c]) for alike in parts)]
         differ[str(name)] = [*folded, *own]
     names = []
-    for row in frame.to_dict("records"):
+    for row in frame[list(dict.fromkeys([group, *chain.from_iterable(differ.values())]))].to_dict("records"):
         said = [_option(c, row[c]) for c in differ[str(row[group])] if _plain(row[c]) is not None]
         names.append(f"{row[group]}({', '.join(said)})" if said else str(row[group]))
     return names

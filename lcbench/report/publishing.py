@@ -83,7 +83,7 @@ def summary_of(sweep: Sweep, seen: Look) -> Summary:
                         *_regret_tables(found), *_causes(frame, sweep)]),
         metrics={"gpu_hours": round(hours, 3)} if hours else {},
         tags={"lcbench.verdict": said, "lcbench.device": ", ".join(dict.fromkeys(filter(None, devices)))},
-        colors={row["cell"]: colors[row["choice"]].color for _, row in frame.iterrows()} if len(frame) else {},
+        colors={row.cell: colors[row.choice].color for row in frame[["cell", "choice"]].itertuples()} if len(frame) else {},
         at=max((written_ms(attempt) for attempt in attempts), default=0) / 1000,
     )  # fmt: skip
 

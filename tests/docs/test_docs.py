@@ -29,6 +29,7 @@ from tests.slurm.stage import ROOT
 
 WRITTEN = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")})
 EXTENDING = "extending.md"  # its commands run where its files are
+BRIEFLY = ["measure.blocks=1", "measure.max_iterations=5", "measure.budget_s=0.5", "tracking_uri=none"]
 ALL = sorted({command: where for where, command in told() if where != EXTENDING}.items())
 GRID = ["cp=ring,ulysses", "mask=full,causal", "seqlen=64k,128k", "scale=1x8"]
 NAMES = ["first", "mine", "other", "before", "after", "flash2", "flash3", "try", "demo", "choose", "scaling"]
@@ -161,14 +162,8 @@ def test_the_worked_examples_work(tmp_path: Path) -> None:
     assert len(waiting) == 9
     for command in waiting:
         words = shlex.split(command)
-        quick = (
-            ["measure.blocks=1", "measure.max_iterations=5", "measure.budget_s=0.5", "tracking_uri=none"]
-            if "lcbench.sweep" in words
-            else []
-        )
-        done = subprocess.run(
-            [sys.executable, *words[1:], *quick], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )  # fmt: skip
+        words += BRIEFLY if "lcbench.sweep" in words else []
+        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     results = Sweep(tmp_path / "results", "direct")
     assert [results.attempts(c)[-1].status for c in results.entries()] == ["ok"] * 4
