@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from hydra_plugins.lcbench import local
 
+from lcbench.commands import sync
 from lcbench.grid.command_line import look
-from lcbench.runs.launch import make_packs, settings_of
+from lcbench.runs.launch import lacks_a_place, make_packs, settings_of
 from lcbench.runs.manifest import Entry
 from lcbench.runs.pack import Pack
 from lcbench.runs.store import Sweep
@@ -66,3 +67,23 @@ def test_a_command_publishes_between_its_packs(
     launcher.follow(sweep, packs)
     assert told.happened == happened
     assert not capfd.readouterr().err
+
+
+def test_nothing_is_published_where_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("lcbench.runs.launch.default_tracking_uri", lambda: None)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    words = [*WORDS, f"results={tmp_path}", "sweep=s"]
+    unsaid, said = look(words), look([*words, "tracking_uri=none"])
+    assert settings_of(unsaid).tracking_uri is settings_of(said).tracking_uri is None
+    assert lacks_a_place(unsaid, settings_of(unsaid))
+    assert not lacks_a_place(said, settings_of(said))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    assert not lacks_a_place(unsaid, settings_of(unsaid))
+    cells = [planned.cell for planned in said.cells]
+    Sweep(tmp_path, "s").add([Entry(cell) for cell in cells], command=[], launch={
+        "launcher": "local", "settings": settings_of(said).public(),
+    })  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        sync.main(["s", "--results", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "sweep s names no tracking server; add --tracking-uri" in capsys.readouterr().err
