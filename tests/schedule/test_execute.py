@@ -58,7 +58,12 @@ def masks(seqlen: int, heads: Heads, folder: Path) -> dict[str, Mask]:
     return found
 
 
-BOTH_HEADS = (3, 4, 8)  # ranks that have equal heads in one test and grouped ones in another
+# The part of all pairs of strategy and mask that a test runs, (which, of how many), by ranks and heads; all where it is not here.
+# Tests of 3 ranks have each pair once together, and so have those of 4, and those of 6 and 8.
+SHARES = {
+    (3, "equal"): (0, 2), (3, "grouped"): (1, 2), (4, "equal"): (0, 2), (4, "grouped"): (1, 2),
+    (6, "equal"): (0, 3), (8, "equal"): (1, 3), (8, "grouped"): (2, 3),
+}  # fmt: skip
 
 
 def strategies(world_size: int, heads: Heads) -> tuple[list[Scheduled], list[Scheduled]]:
@@ -110,6 +115,7 @@ def all_cases(world_size: int, seqlen: int, heads: Heads, folder: Path) -> Cases
     q, k, v, dout = (draw(name, everything, problem, 7, torch.device("cpu")) for name in ("q", "k", "v", "dout"))
     cases, due = [], set()
     named, options = strategies(world_size, heads)
+    which, parts = SHARES.get((world_size, "equal" if heads.q == heads.kv else "grouped"), (0, 1))
     for number, (mask_name, mask) in enumerate(masks(seqlen, heads, folder).items()):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out, lse = dense_attention(*leaves, dense_heads(mask, heads.q), problem.softmax_scale)
@@ -118,8 +124,7 @@ def all_cases(world_size: int, seqlen: int, heads: Heads, folder: Path) -> Cases
             # At many ranks the options take turns at the masks: each meets a third of them, and each mask a third of the options.
             if world_size > 3 and place >= len(named) and (place + number) % 3:
                 continue
-            # There every strategy meets every mask once: half of the pairs with equal heads, the others with grouped.
-            if world_size in BOTH_HEADS and place < len(named) and (place + number + (heads.q != heads.kv)) % 2:
+            if place < len(named) and (place + number) % parts != which:
                 continue
             if place < len(named) and not (world_size > 1 and isinstance(strategy, Local)):
                 due.add((mask_name, type(strategy).__name__))
