@@ -213,7 +213,7 @@ class Tile:
         (q, scale), size = self.queries, len(columns) * self.k_block
         begin = columns.start * self.k_block
         own = torch.nn.functional.pad(q.flatten(0, 1), (0, 0, 0, max(0, FEWEST - q.shape[0] * q.shape[1])))
-        found = torch._int_mm(own, self.keys["k4"][self.head, begin : begin + -(-size // EIGHT) * EIGHT].T)
+        found = exact_products(own, self.keys["k4"][self.head, begin : begin + -(-size // EIGHT) * EIGHT])
         found = found[: q.shape[0] * q.shape[1], :size].unflatten(0, (*scale.shape, WARP))
         unit = scale[..., None] * self._key_scale(columns, self.k_block)
         shift = self.keys["shift"][self.group, None, begin : begin + size] / unit
@@ -235,6 +235,16 @@ class Tile:
 
     def _key_scale(self, columns: range, size: int) -> torch.Tensor:
         return self.keys["k_scale"][self.head, columns.start : columns.stop].repeat_interleave(size)
+
+
+def exact_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Of rows (m, D) and (n, D), int8 numbers of 4 bits, the products (m, n), int32."""
+    import torch
+
+    if a.is_cuda:
+        return torch._int_mm(a, b.T)
+    # torch multiplies bytes on a CPU in a plain loop. Float32 has these sums exactly: 64 D is far below 2^24.
+    return (a.float() @ b.float().T).int()
 
 
 def quantised_keys(k: torch.Tensor, sizes: Ints, known: Features) -> Features:

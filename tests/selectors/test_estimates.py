@@ -27,7 +27,7 @@ from lcbench.selectors.dsv import Dsv, predictors
 from lcbench.selectors.oracle import Oracle
 from lcbench.selectors.partial import hide, runs
 from lcbench.selectors.random import Random
-from lcbench.selectors.sale import Sale, quantised_keys, quantised_queries, unpacked
+from lcbench.selectors.sale import Sale, exact_products, quantised_keys, quantised_queries, unpacked
 from lcbench.testing.selecting import choose, rows_of, told
 from tests.selectors import dense
 from tests.selectors.dense import Bools, Floats
@@ -204,6 +204,17 @@ def test_scores_of_four_bits_are_off_by_no_more_than_roundings_and_by_less_than_
                 (own, unit), (others, step) = four_bits(q[row, h]), four_bits(rest_k[column])
                 coarse[tile] = np.abs(own @ others.T * float(unit * step) - q[row, h] @ rest_k[column].T)
     assert error.mean() < 0.7 * coarse.mean()
+
+
+@pytest.mark.parametrize("dim", [8, 72, 1024])
+def test_products_of_4_bits_are_exact(dim: int) -> None:
+    random = torch.Generator().manual_seed(dim)
+    a, b = (torch.randint(-8, 8, (rows, dim), dtype=torch.int8, generator=random) for rows in (17, 40))
+    a[0], b[0] = -8, -8  # the largest sum there is
+    found = exact_products(a, b)
+    assert found.dtype == torch.int32
+    assert torch.equal(found, torch._int_mm(a, b.T))
+    assert torch.equal(found.long(), a.long() @ b.long().T)
 
 
 @pytest.mark.slow
