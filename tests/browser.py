@@ -20,7 +20,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: t
 
 @dataclass
 class Browser:
-    """``page`` is Playwright's; ``complaints``: errors of its console, exceptions of its scripts, requests that a server failed."""
+    """``page`` is Playwright's; ``complaints``: errors of its console, exceptions of its scripts, requests that failed."""
 
     page: Any
     complaints: list[str] = field(default_factory=list)

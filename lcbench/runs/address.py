@@ -36,9 +36,8 @@ def planned_address(option: Any, site: Any, default: str | None) -> str | None:
         ValueError: it is no address that MLflow can publish to.
     """
     name, uri = given_address(option, site)
-    if uri is None:
-        return default
-    return None if uri == NOWHERE else checked_address(uri, name)
+    uri = default if uri is None else uri
+    return None if uri in (None, NOWHERE) else checked_address(uri, name)
 
 
 def planned_experiment(option: Any) -> str:

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from lcbench.masks.band import Ints, distinct
 from lcbench.problem import Problem
-from lcbench.schedule.payload import APART, GATES, PAYLOADS, Payload, head_bytes
+from lcbench.schedule.payload import APART, GATES, PAYLOADS, Payload, bytes_per_head
 from lcbench.schedule.schedule import STATES, HeadGroup, Kind, Move, MoveColumn, Schedule, TileColumn
 
 SIDES: tuple[Kind, ...] = ("q", "kv")
@@ -64,7 +64,7 @@ class Transfer:
     def bytes(self, schedule: Schedule, problem: Problem) -> Ints:
         """Bytes of each row, (n,)."""
         side = self.payload.side
-        each = head_bytes(self.kind, problem) * schedule.head_counts[side][self.rows[:, MoveColumn.GROUP]]
+        each = bytes_per_head(self.kind, problem) * schedule.head_counts[side][self.rows[:, MoveColumn.GROUP]]
         return each * schedule.side(side).sizes[self.rows[:, MoveColumn.SHARD]] if self.payload.per_token else each
 
 

@@ -925,7 +925,7 @@ class Executor:
         found = views.get((id(memory), offset))
         if found is None:
             payload = PAYLOADS[kind]
-            heads = len(group) if payload.side == "q" else len(group.kv)
+            heads = group.count(payload.side)
             size = tokens * token_bytes(kind, group, self.problem, precision)
             flat = self._slots[memory.slot][offset : offset + size].view(self._dtypes[precision])
             if payload.width == "key and value":

@@ -109,12 +109,12 @@ def element_bytes(precision: Precision, problem: Problem) -> int:
     return problem.itemsize if low else problem.sum_itemsize
 
 
-def head_bytes(kind: str, problem: Problem, precision: Precision | None = None) -> int:
+def bytes_per_head(kind: str, problem: Problem, precision: Precision | None = None) -> int:
     """Bytes per head and token of a message of a kind, or per head of a state; with ``precision``, of what it holds in that one."""
     payload = PAYLOADS[kind]
     return payload.elements(problem.heads, problem.rule) * element_bytes(precision or payload.precision, problem)
 
 
 def token_bytes(kind: str, group: HeadGroup, problem: Problem, precision: Precision | None = None) -> int:
-    """``head_bytes`` of all heads of a group."""
-    return group.count(PAYLOADS[kind].side) * head_bytes(kind, problem, precision)
+    """``bytes_per_head`` of all heads of a group."""
+    return group.count(PAYLOADS[kind].side) * bytes_per_head(kind, problem, precision)

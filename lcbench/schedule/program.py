@@ -22,7 +22,7 @@ from lcbench.masks.band import Ints, distinct
 from lcbench.problem import Problem
 from lcbench.schedule.adjoint import SIDES, Traffic, Transfer
 from lcbench.schedule.lowering import Collective, Operation, collectives
-from lcbench.schedule.payload import PAYLOADS, Payload, element_bytes, head_bytes, token_bytes
+from lcbench.schedule.payload import PAYLOADS, Payload, bytes_per_head, element_bytes, token_bytes
 from lcbench.schedule.schedule import Kind, MoveColumn, Schedule, TileColumn
 
 ROUND = 4  # sums of one head group that a rank receives in one round; two rounds are under way at once
@@ -235,7 +235,7 @@ class Program:
     ) -> None:
         self._schedule, self._traffic, self._problem, self._rank, self._planes = schedule, moves, problem, rank, planes
         self.lowered = collectives(schedule, moves, problem, operations)
-        self._head_bytes = {kind: head_bytes(kind, problem) for kind in {transfer.kind for transfer in moves.transfers}}
+        self._bytes_per_head = {kind: bytes_per_head(kind, problem) for kind in {transfer.kind for transfer in moves.transfers}}
         # Operands whose own part a collective brings, with when, and gradients whose own part it takes home.
         self._brought: dict[Operand, list[int]] = defaultdict(list)
         self._taken: set[Operand] = set()
@@ -477,7 +477,7 @@ class Program:
     def _bytes(self, message: Message) -> int:
         """Of a message on its way."""
         heads = self._schedule.heads[message.group].count(message.payload.side)
-        return message.tokens * heads * self._head_bytes[message.kind]
+        return message.tokens * heads * self._bytes_per_head[message.kind]
 
     def _add_own_blocks(
         self, transfer: Transfer, held: Operand, sends: dict[int, Message], receives: dict[int, Message]

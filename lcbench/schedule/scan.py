@@ -148,7 +148,7 @@ class ScanRun:
     def _elements(self, item: Item) -> int:
         kind, shard, group = item
         payload, heads = PAYLOADS[kind], self.schedule.heads[group]
-        each = payload.elements(self.problem.heads, self.problem.rule) * (len(heads) if payload.side == "q" else len(heads.kv))
+        each = payload.elements(self.problem.heads, self.problem.rule) * heads.count(payload.side)
         return each * (int(self.schedule.k.sizes[shard]) if payload.per_token else 1)
 
     def _join(self, groups: Groups, channels: Sequence[str], sets: list[tuple[str, tuple[int, ...]]]) -> None:

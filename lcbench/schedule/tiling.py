@@ -56,7 +56,6 @@ def tiling(schedule: Schedule, mask: Mask) -> Tiling:
     """
     counts = [len(step.tiles) for step in schedule.steps]
     every = np.concatenate([np.empty((0, 4), dtype=np.int64), *(step.tiles for step in schedule.steps)])
-    heads = np.array([[len(g), len(g.kv)] for g in schedule.heads], dtype=np.int64)
     rank, group, q, k = every.T
     found = _found(schedule, mask, every)
     pieces = np.where(found[PAIRS] > 0, np.maximum(np.ceil(found[PIECES]), 1), 0)
@@ -65,7 +64,8 @@ def tiling(schedule: Schedule, mask: Mask) -> Tiling:
     read = np.minimum(np.ceil(np.maximum(found[READ], found[PAIRS] / np.maximum(rows, 1))), keys).astype(np.int64)
     tiles = Tiles(
         pairs=found[PAIRS], covered=np.maximum(found[COVERED], found[PAIRS]), rows=rows, keys=keys, read=read,
-        pieces=pieces.astype(np.int64), q_heads=heads[group, 0], kv_heads=heads[group, 1],
+        pieces=pieces.astype(np.int64), q_heads=schedule.head_counts["q"][group],
+        kv_heads=schedule.head_counts["kv"][group],
     )  # fmt: skip
     some = np.nonzero(tiles.pairs > 0)[0]
     again = np.zeros(len(tiles), dtype=bool)
@@ -75,7 +75,7 @@ def tiling(schedule: Schedule, mask: Mask) -> Tiling:
 
 def _again(schedule: Schedule, tiles: Ints) -> Keep:
     """Whether each tile's rank has computed some of its heads of these queries in an earlier one, (n,)."""
-    counts = np.array([len(group) for group in schedule.heads])
+    counts = schedule.head_counts["q"]
     every = np.concatenate([np.empty(0, dtype=np.int64), *(np.array(group.q) for group in schedule.heads)])
     group, begins = tiles[:, TileColumn.GROUP], np.cumsum(counts) - counts
     if len(every) > len(distinct(every)):  # groups share heads: head by head

@@ -1,4 +1,4 @@
-"""Importing this has Triton's interpreter leave out what it repeats, which takes three quarters of a test's time in it.
+"""Importing this has Triton's interpreter leave out work that it repeats: three quarters of the time of a test's launch.
 
 In every launch it puts its own functions in place of the language's, and does so again for each call of a device function; and it
 computes sums, differences and products of 32-bit integers once more in 64 bits, to see overflows, which tensors of tests are too
