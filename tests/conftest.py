@@ -20,6 +20,8 @@ too_slow: list[str] = []
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads of all on all cores would only get in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A rank with several threads has them spin while they wait for each other, for as long as another process has their core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Our Triton kernels run on a CPU by Triton's interpreter; it decides when a kernel is defined.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # Thousands of processes would each compile lcbench anew.

@@ -32,7 +32,7 @@ def main() -> int:
         server.start()
         while time.monotonic() < end:
             number = counts["sweeps"] = counts["sweeps"] + 1
-            stage = Stage(Path(folder) / f"results-{number}", server, environment, chance.randrange(1 << 30))
+            stage = Stage(Path(folder) / f"results-{number}", server, environment, chance.randrange(1 << 30), cells=40)
             chosen = chance.choices(sorted(FAULTS), k=chance.choice((1, 2, 3)))
             print(f"{time.strftime('%H:%M:%S')} sweep {number}: {', '.join(chosen)}", flush=True)
             before: dict[str, float] = {}

@@ -27,7 +27,7 @@ from lcbench.runs.store import Sweep
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "devcluster" / "devcluster"
 CELLS = [
-    "cp=ring,ulysses", "mask=full,causal", "seed=range(10)", "seqlen=64", "scale=1x2", "heads=2x2x8", "dtype=float64",
+    "cp=ring,ulysses", "mask=full,causal", "seqlen=64", "scale=1x2", "heads=2x2x8", "dtype=float64",
     "measure.warmup=0", "measure.min_iterations=2", "measure.max_iterations=3", "measure.budget_s=0.2", "measure.precision=0.5",
     "measure.blocks=2",
 ]  # fmt: skip
@@ -124,14 +124,19 @@ class TooLate(AssertionError):
 
 
 class Stage:
-    """One sweep of 40 cells. ``server``: where it publishes."""
+    """One sweep in two jobs.
 
-    def __init__(self, results: Path, server: Server, environment: dict[str, str], seed: int, *more: str) -> None:
-        self.sweep, self.server, self.environment = Sweep(results, "faults"), server, environment
+    Args:
+        server: where it publishes.
+        cells: how many it has, a multiple of 4.
+    """
+
+    def __init__(self, results: Path, server: Server, environment: dict[str, str], seed: int, *more: str, cells: int = 24) -> None:
+        self.sweep, self.server, self.environment, self.cells = Sweep(results, "faults"), server, environment, cells
         self.random = random.Random(seed)
         self.command = [
-            *CELLS, "pack.max_cells=20", "sweep=faults", f"results={results}", "site=devcluster",
-            f"tracking_uri={server.uri}", *more,
+            *CELLS, f"seed=range({cells // 4})", f"pack.max_cells={cells // 2}", "sweep=faults", f"results={results}",
+            "site=devcluster", f"tracking_uri={server.uri}", *more,
         ]  # fmt: skip
 
     def run(self, *more: str) -> subprocess.CompletedProcess[str]:
@@ -152,7 +157,8 @@ class Stage:
 
     def reach_a_random_moment(self, after: int = 0) -> None:
         """Wait until a random number of cells, more than ``after``, is done and a random while has passed."""
-        count = self.random.randint(min(after + 1, 35), max(25, min(after + 8, 35)))
+        last = self.cells - self.cells // 8
+        count = self.random.randint(min(after + 1, last), max(self.cells * 5 // 8, min(after + self.cells // 5, last)))
         self._before_the_end(lambda: len(self.measured()) >= count)
         time.sleep(self.random.random())
 
@@ -206,7 +212,7 @@ class Stage:
         the way is of an ``allowed`` class.
         """
         entries = self.sweep.entries()
-        assert len(entries) == 40
+        assert len(entries) == self.cells
         for cell_id in entries:
             attempts = self.sweep.attempts(cell_id)
             assert [a.status for a in attempts].count("ok") == 1, [(a.number, a.status, a.failure) for a in attempts]
@@ -235,7 +241,7 @@ class Stage:
             assert run.data.metrics["time/forward/median_ms"] == newest.metrics["time/forward/median_s"] * 1e3
             assert run.info.status == "FINISHED"
         (parent,) = (r for r in runs if "lcbench.cell_id" not in r.data.tags)
-        assert parent.data.tags["lcbench.cells.ok"] == "40"
+        assert parent.data.tags["lcbench.cells.ok"] == str(self.cells)
 
     # -- what goes wrong ------------------------------------------------------------------------------------------------
 
