@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from omegaconf import OmegaConf
 from lcbench.grid.devices import known_devices
 from lcbench.grid.paths import CONF
 from lcbench.kernels.base import Platform
+from lcbench.measure.cores import usable_cores
 from lcbench.measure.gpus import gpus_here
 from lcbench.measure.peak import entry_of
 from lcbench.schedule.machine import Collective, Link, Machine
@@ -42,7 +42,7 @@ def machine_of(name: str) -> Machine:
         memory_bytes_per_s=memory * float(entry["memory_share"]) * 1e9,
         launch_s=entry["launch_s"], message_s=entry["message_s"],
         collectives={name: Collective(**how) for name, how in entry["collectives"].items()},
-        cores=0 if device else os.cpu_count() or 1,
+        cores=0 if device else usable_cores(),
         nics=entry["nics"], host_bytes_per_s=entry["host_gbytes_per_s"] * 1e9, read_bytes_per_s=memory * 1e9 if device else 0.0,
     )  # fmt: skip
 

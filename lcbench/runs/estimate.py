@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from lcbench.grid.axes import PACE, value_of
 from lcbench.grid.build import draws
 from lcbench.grid.cell import Cell
 from lcbench.measure.blocks import blocks_of, shared, short_warmup
+from lcbench.measure.cores import usable_cores
 from lcbench.measure.peak import entry_of
 from lcbench.runs.attempt import Attempt
 from lcbench.runs.files import BROKEN
@@ -103,7 +103,7 @@ class Estimator:
         """An estimator that knows the newest results below ``root``. ``here``: for this machine, and its GPUs by default."""
         device = device_of(site, devices, here=here)
         node_cores = float(site.get("cpus_per_task") or math.inf)
-        cores = (float(os.cpu_count() or math.inf), math.inf) if here else (math.inf, node_cores)
+        cores = (float(usable_cores()), math.inf) if here else (math.inf, node_cores)
         made = cls(device, cores)
         for attempt in itertools.islice(newest_attempts(root), HISTORY):
             with suppress(*BROKEN):  # another version's, or no cell at all

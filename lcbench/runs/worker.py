@@ -56,6 +56,7 @@ from lcbench.grid.own import line_in
 from lcbench.measure import progress
 from lcbench.measure.blocks import blocks_of, shared, with_block, without_times
 from lcbench.measure.cell import measure_again, measure_cell
+from lcbench.measure.cores import usable_cores
 from lcbench.measure.environment import describe
 from lcbench.measure.measured import Measured
 from lcbench.measure.nodes import check_gang
@@ -394,8 +395,8 @@ def _device(promised: str | None, *, share: bool) -> torch.device:
         device = torch.device("cuda", number % torch.cuda.device_count() if share else number)
         torch.cuda.set_device(device)
         return device
-    # Ranks share the host's cores; more threads than that only get in each other's way.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    # Ranks share the cores that there are for them; more threads than that only get in each other's way.
+    torch.set_num_threads(max(1, usable_cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
     return torch.device("cpu")
 
 

@@ -29,6 +29,7 @@ import torch
 
 from lcbench.grid.paths import REPOSITORY
 from lcbench.kernels.base import Kernel, refusal
+from lcbench.measure.cores import usable_cores
 from lcbench.measure.environment import describe
 from lcbench.measure.peak import entry_of, measured_peak
 from lcbench.problem import Problem, Scale
@@ -40,7 +41,7 @@ HANG_S = 120.0
 GRACE_S = 60.0
 # What first passes and checks may take of all seconds; the rest is for timing.
 CHECK_PART = 0.4
-AT_ONCE = min(8, os.cpu_count() or 1)
+AT_ONCE = min(8, usable_cores())
 # A process may be silent for longer before its first word: it imports torch and libraries, and others do the same.
 IMPORT_S = 60.0
 # Processes of one job that may die or hang before the rest of its rows is given up.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +17,7 @@ from lcbench.grid.build import build
 from lcbench.grid.cell import Cell
 from lcbench.grid.devices import known_devices
 from lcbench.grid.paths import CONF
+from lcbench.measure.cores import usable_cores
 from lcbench.measure.peak import entry_of
 from lcbench.predict import machines
 from lcbench.predict.fitted import Fit, KernelFit
@@ -314,7 +314,7 @@ def test_cpu_ranks_that_share_a_core_take_turns(tmp_path: Path) -> None:
     assert crowded.seconds(large) > 10 * alone.seconds(large)
     assert crowded.seconds(cell(scale="1x2")) == alone.seconds(cell(scale="1x2"))
     here = Estimator.of(tmp_path, {"device": "cpu"}, [], here=True)
-    assert here.cores[0] == os.cpu_count()
+    assert here.cores[0] == usable_cores()
     nodes = Estimator.of(tmp_path, {"device": "cpu", "cpus_per_task": 4}, [])
     assert nodes.seconds(large) > 1.5 * alone.seconds(large)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+from lcbench.measure.cores import usable_cores
 from lcbench.runs.worker import _backend, _device
 from lcbench.schedule.groups import Groups, group_options
 
@@ -52,6 +55,22 @@ def test_ranks_on_cpus_have_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
         assert device == torch.device("cpu")
         assert _backend(device) == "gloo"
     torch.set_num_threads(threads)
+
+
+def test_ranks_on_cpus_share_the_cores_that_were_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    for cores, ranks, each in ((6, 2, 3), (3, 8, 1), (1, 1, 1)):  # whatever the machine has
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(5, 5 + cores)))
+        a_node(monkeypatch, gpus=0, ranks=ranks, rank=0)
+        _device(None, share=False)
+        assert torch.get_num_threads() == each
+    torch.set_num_threads(threads)
+
+
+def test_cores_are_all_where_the_system_cannot_say_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert usable_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == os.cpu_count()
 
 
 def test_messages_of_gpus_go_through_the_host_over_gloo_alone(monkeypatch: pytest.MonkeyPatch) -> None:
