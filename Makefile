@@ -34,14 +34,15 @@ demo: setup ## a small checked sweep on this machine and its report, in a few mi
 # K chooses tests by name (pytest's -k); then a part that has none of them is no failure.
 PYTEST = $(BIN)/python -m pytest -q $(if $(K),-k '$(K)')
 BESIDE := -p no:cacheprovider -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-ONE_IN ?= 1
-TURN ?= 0
+ONE_IN ?= 3
+TURN ?= $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
 NONE_IS_FINE = $(if $(K),|| [ $$? -eq 5 ])
 
 # The tests on the cluster wait for most of their time; the others compute meanwhile, as long as nobody on the cluster wants to.
 # Those with a rank for most GPUs of the cluster fill the machine's memory and cores, so they come last and alone.
-# ONE_IN=N takes of a test with many cases that needs no cluster one case in N, TURN says which: N turns in a row take all.
-test: setup cluster-up browser ## all tests, on the development cluster too (needs root and Debian for that); K=... chooses by name
+# Of a test with many cases that needs no cluster it takes one case in ONE_IN, and TURN says which: with each commit other ones, so
+# that ONE_IN commits in a row take all.
+test: setup cluster-up browser ## all tests, of their cases a third by turns (ONE_IN=1: all), on the development cluster too (needs root and Debian for that); K=... chooses by name
 	@{ $(PYTEST) -m 'slurm and not wide' $(NONE_IS_FINE); } >$(VENV)/slurm-tests.log 2>&1 & cluster=$$!; \
 	{ nice -n 15 $(PYTEST) -m 'not slurm' $(if $(K),,--one-in $(ONE_IN) --turn $(TURN)) $(BESIDE) $(NONE_IS_FINE); }; others=$$?; \
 	wait $$cluster; code=$$?; cat $(VENV)/slurm-tests.log; \

@@ -99,7 +99,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         too_slow.append(f"{report.nodeid} took {report.duration:.0f} s and is not marked slow")
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if (every := config.getoption("--one-in")) > 1:
+        left = f"one case in {every} of each test, turn {config.getoption('--turn') % every} of {every}"
+        terminalreporter.write_line(f"{left}: --one-in 1 takes all")
     for line in too_slow:
         terminalreporter.write_line(line, yellow=True)
 

@@ -16,6 +16,7 @@ import yaml  # type: ignore[import-untyped]
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):(?!=)", MAKEFILE, re.M))
+VARIABLES = set(re.findall(r"^([A-Z_]+) \?=", MAKEFILE, re.M))
 SETS_UP = {"apt-get", "git"}  # what a step may call besides make: a bare container has neither make nor Python
 
 
@@ -48,7 +49,8 @@ def test_the_workflow_runs_targets_that_there_are_and_nothing_else() -> None:
         for command in line.split(" && "):
             word, *rest = command.split()
             assert word == "make" or word in SETS_UP, line
-            called |= set(rest) if word == "make" else set()
+            called |= {name for name in rest if "=" not in name} if word == "make" else set()
+            assert {name.partition("=")[0] for name in rest if word == "make" and "=" in name} <= VARIABLES, line
     assert {"lint", "test", "coverage", "wheel", "site"} <= called
     assert called <= TARGETS, called - TARGETS
 
