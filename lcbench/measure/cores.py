@@ -6,7 +6,7 @@ import os
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: those that a scheduler, a container or ``taskset`` left it; all where nobody can say."""
+    """Cores that this process may use: those that a scheduler, a cpuset or ``taskset`` left it; all where nobody can say."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

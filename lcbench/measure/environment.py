@@ -25,6 +25,7 @@ import torch
 
 import lcbench.cp.peers
 import lcbench.kernels
+from lcbench.measure.cores import usable_cores
 
 # Modules whose classes say which libraries they use (``libraries``), as do those that cells name from outside of lcbench.
 USERS = (lcbench.kernels, lcbench.cp.peers)
@@ -51,7 +52,7 @@ def describe(device: torch.device, targets: Iterable[str] = ()) -> dict[str, Any
         "device": device_name(device),
         "host": socket.gethostname(),
         "platform": platform.platform(),
-        "cpus": os.cpu_count(),
+        "cpus": usable_cores(),
         "threads": torch.get_num_threads(),
         "cuda": _cuda(device) if device.type == "cuda" else None,
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),

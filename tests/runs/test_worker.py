@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from lcbench.measure.cores import usable_cores
+from lcbench.measure.environment import describe
+from lcbench.predict.machines import machine_of
 from lcbench.runs.worker import _backend, _device
 from lcbench.schedule.groups import Groups, group_options
 
@@ -62,8 +64,10 @@ def test_ranks_on_cpus_share_the_cores_that_were_left_to_them(monkeypatch: pytes
     for cores, ranks, each in ((6, 2, 3), (3, 8, 1), (1, 1, 1)):  # whatever the machine has
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(5, 5 + cores)))
         a_node(monkeypatch, gpus=0, ranks=ranks, rank=0)
-        _device(None, share=False)
+        device = _device(None, share=False)
         assert torch.get_num_threads() == each
+        # A fit of results from here is for a machine of as many cores.
+        assert describe(device)["cpus"] == machine_of.__wrapped__("this").cores == cores
     torch.set_num_threads(threads)
 
 
