@@ -7,6 +7,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 RANKS_OF_A_TEST = "lcbench.testing.run_ranks"  # the audit event of lcbench/testing/spawn.py, which is not imported for it
 AGENT = "lcbench.runs.agent"
+TRACEBACK_CHARS = 4000
 SLOW_S = 20.0  # a busy machine takes several times as long
 started_ranks: list[str] = []
 too_slow: list[str] = []
@@ -57,6 +59,26 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     if started_ranks and not any(item.iter_markers("gloo")):
         pytest.fail(f"{item.nodeid} starts ranks; mark it gloo")
     return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails shows what its own folder holds of the errors of processes that it started."""
+    report = yield
+    folder = getattr(item, "funcargs", {}).get("tmp_path")
+    if report.failed and folder is not None:
+        report.sections += tracebacks_below(folder)
+    return report
+
+
+def tracebacks_below(folder: Path) -> list[tuple[str, str]]:
+    """The logs below a folder that hold a traceback: the name of each, and the traceback with what follows it."""
+    found = []
+    for log in sorted(folder.rglob("*.log")):
+        before, traceback, after = log.read_text(errors="replace").partition("Traceback (most recent call last)")
+        if traceback:
+            found.append((str(log.relative_to(folder)), f"{before.rpartition(chr(10))[2]}{traceback}{after}"[:TRACEBACK_CHARS]))
+    return found
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

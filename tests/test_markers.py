@@ -1,4 +1,4 @@
-"""The markers that people choose tests by are true: what tests/conftest.py refuses."""
+"""What tests/conftest.py refuses, chooses and shows: the markers that people choose tests by are true."""
 
 from __future__ import annotations
 
@@ -36,6 +36,22 @@ def devcluster(): pass
 
 def test_it(devcluster): pass
 """
+LOGS = """
+import pytest
+
+def write(folder):
+    (folder / "cell").mkdir()
+    (folder / "cell" / "attempt-1.log").write_text("09:00 begun\\nrank 1: Traceback (most recent call last):\\nValueError: a pair")
+    (folder / "cell" / "attempt-2.log").write_text("all went well")
+
+def test_fails(tmp_path):
+    write(tmp_path)
+    assert False
+
+def test_passes(tmp_path): write(tmp_path)
+
+def test_fails_without_a_folder(): assert False
+"""
 CASES = """
 import pytest
 
@@ -72,6 +88,18 @@ def test_a_test_that_starts_ranks_is_marked_gloo(tmp_path: Path) -> None:
 def test_a_test_on_the_cluster_is_marked_slurm(tmp_path: Path) -> None:
     code, said = outcome(tmp_path / "test_made.py", CLUSTER)
     assert (code, "mark it slurm" in said) == (4, True), said
+
+
+@pytest.mark.slow
+def test_a_test_that_fails_shows_the_tracebacks_in_its_folder(tmp_path: Path) -> None:
+    code, said = outcome(tmp_path / "test_made.py", LOGS)
+    assert code == 1
+    assert "2 failed, 1 passed" in said
+    shown = said.partition("cell/attempt-1.log")[2]
+    assert "rank 1: Traceback (most recent call last):\nValueError: a pair" in shown
+    assert said.count("ValueError: a pair") == 1
+    assert "attempt-2.log" not in said
+    assert "09:00 begun" not in said
 
 
 @pytest.mark.slow
