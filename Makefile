@@ -34,6 +34,7 @@ demo: setup ## a small checked sweep on this machine and its report, in a few mi
 # K chooses tests by name (pytest's -k); then a part that has none of them is no failure.
 PYTEST = $(BIN)/python -m pytest -q $(if $(K),-k '$(K)')
 BESIDE := -p no:cacheprovider -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+ON_CLUSTER := tests/slurm
 ONE_IN ?= 3
 TURN ?= $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
 NONE_IS_FINE = $(if $(K),|| [ $$? -eq 5 ])
@@ -43,10 +44,10 @@ NONE_IS_FINE = $(if $(K),|| [ $$? -eq 5 ])
 # Of a test with many cases that needs no cluster it takes one case in ONE_IN, and TURN says which: with each commit other ones, so
 # that ONE_IN commits in a row take all.
 test: setup cluster-up browser ## all tests, of their cases a third by turns (ONE_IN=1: all), on the development cluster too (needs root and Debian for that); K=... chooses by name
-	@{ $(PYTEST) -m 'slurm and not wide' $(NONE_IS_FINE); } >$(VENV)/slurm-tests.log 2>&1 & cluster=$$!; \
+	@{ $(PYTEST) -m 'slurm and not wide' $(ON_CLUSTER) $(NONE_IS_FINE); } >$(VENV)/slurm-tests.log 2>&1 & cluster=$$!; \
 	{ nice -n 15 $(PYTEST) -m 'not slurm' $(if $(K),,--one-in $(ONE_IN) --turn $(TURN)) $(BESIDE) $(NONE_IS_FINE); }; others=$$?; \
 	wait $$cluster; code=$$?; cat $(VENV)/slurm-tests.log; \
-	{ $(PYTEST) -m wide $(NONE_IS_FINE); }; exit $$((code | others | $$?))
+	{ $(PYTEST) -m wide $(ON_CLUSTER) $(NONE_IS_FINE); }; exit $$((code | others | $$?))
 
 # Of a test that goes through all kernels or masks one case in sixteen; all of those that K chooses.
 test-fast: setup ## a share of the tests that need no cluster, no root and little time each; K=... chooses by name

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 RANKS_OF_A_TEST = "lcbench.testing.run_ranks"  # the audit event of lcbench/testing/spawn.py, which is not imported for it
+ON_CLUSTER = Path(__file__).parent / "slurm"
 AGENT = "lcbench.runs.agent"
 TRACEBACK_CHARS = 4000
 SLOW_S = 20.0  # a busy machine takes several times as long
@@ -99,6 +100,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         seen[case_of] += 1
         if "devcluster" in getattr(item, "fixturenames", ()) and not any(item.iter_markers("slurm")):
             raise pytest.UsageError(f"{item.nodeid} needs the development cluster; mark it slurm")
+        if any(item.iter_markers("slurm")) and ON_CLUSTER not in item.path.parents:
+            raise pytest.UsageError(f"{item.nodeid} is marked slurm; make test looks for those in tests/slurm alone")
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]

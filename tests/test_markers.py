@@ -85,9 +85,11 @@ def test_a_test_that_starts_ranks_is_marked_gloo(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_test_on_the_cluster_is_marked_slurm(tmp_path: Path) -> None:
+def test_a_test_on_the_cluster_is_marked_slurm_and_is_where_make_test_looks_for_it(tmp_path: Path) -> None:
     code, said = outcome(tmp_path / "test_made.py", CLUSTER)
     assert (code, "mark it slurm" in said) == (4, True), said
+    code, said = outcome(tmp_path / "test_made.py", f"{CLUSTER}\npytestmark = pytest.mark.slurm\n")
+    assert (code, "looks for those in tests/slurm" in said) == (4, True), said
 
 
 @pytest.mark.slow
