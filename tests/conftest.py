@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.turns import is_due, tell
+
 RANKS_OF_A_TEST = "lcbench.testing.run_ranks"  # the audit event of lcbench/testing/spawn.py, which is not imported for it
 ON_CLUSTER = Path(__file__).parent / "slurm"
 AGENT = "lcbench.runs.agent"
@@ -83,19 +85,21 @@ def tracebacks_below(folder: Path) -> list[tuple[str, str]]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-in", type=int, default=1, metavar="N", help="of each parametrised test, only every Nth case")
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="of each test with several cases, only every Nth")
     parser.addoption("--turn", type=int, default=0, help="which of them, so that N runs with turns in a row take every case")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    tell(config.getoption("--one-in"), config.getoption("--turn"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     seen: Counter[str] = Counter()
     cases = Counter(item.nodeid.partition("[")[0] for item in items)
-    every: int = config.getoption("--one-in")
-    turn: int = config.getoption("--turn")
     left_out = []
     for item in items:
         case_of = item.nodeid.partition("[")[0]
-        if seen[case_of] % every != turn % min(every, cases[case_of]):
+        if not is_due(seen[case_of], cases[case_of]):
             left_out.append(item)
         seen[case_of] += 1
         if "devcluster" in getattr(item, "fixturenames", ()) and not any(item.iter_markers("slurm")):

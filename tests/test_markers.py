@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from ast import literal_eval
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def test_passes(tmp_path): write(tmp_path)
 def test_fails_without_a_folder(): assert False
 """
 CASES = """
+import subprocess, sys
 import pytest
 
 @pytest.mark.parametrize("case", range(7))
@@ -62,6 +64,12 @@ def test_many(case): pass
 def test_two(case): pass
 
 def test_one(): pass
+
+def test_by_itself(capfd):
+    one = "from tests.turns import due; print('of its own:', due('abcde'))"
+    subprocess.run([sys.executable, "-S", "-c", one], check=True)
+    with capfd.disabled():
+        print(capfd.readouterr().out)
 """
 
 
@@ -107,12 +115,16 @@ def test_a_test_that_fails_shows_the_tracebacks_in_its_folder(tmp_path: Path) ->
 @pytest.mark.slow
 def test_one_case_in_n_runs_of_every_test_and_n_turns_run_all_of_them(tmp_path: Path) -> None:
     ran: list[str] = []
+    own: list[str] = []
     for turn in (4, 5, 6):
         code, said = outcome(tmp_path / "test_made.py", CASES, "--one-in=3", f"--turn={turn}")
         assert code == 0, said
         names = [line.rpartition("::")[2] for line in said.splitlines() if line.startswith("PASSED")]
-        assert {name.partition("[")[0] for name in names} == {"test_many", "test_two", "test_one"}
+        assert {name.partition("[")[0] for name in names} == {"test_many", "test_two", "test_one", "test_by_itself"}
+        (taken,) = (line.partition("of its own: ")[2] for line in said.splitlines() if "of its own: " in line)
+        own += literal_eval(taken)
         ran += names
     many = [name for name in ran if name.startswith("test_many")]
     assert sorted(many) == [f"test_many[{case}]" for case in range(7)]
     assert {name for name in ran if name.startswith("test_two")} == {"test_two[0]", "test_two[1]"}
+    assert sorted(own) == list("abcde")
