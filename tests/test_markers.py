@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.turns import VARIABLE, due, is_due
+
 ROOT = Path(__file__).parents[1]
 MADE = """
 import subprocess, sys
@@ -116,7 +118,7 @@ def test_a_test_that_fails_shows_the_tracebacks_in_its_folder(tmp_path: Path) ->
 def test_one_case_in_n_runs_of_every_test_and_n_turns_run_all_of_them(tmp_path: Path) -> None:
     ran: list[str] = []
     own: list[str] = []
-    for turn in (4, 5, 6):
+    for turn in (6, 7, 8):
         code, said = outcome(tmp_path / "test_made.py", CASES, "--one-in=3", f"--turn={turn}")
         assert code == 0, said
         names = [line.rpartition("::")[2] for line in said.splitlines() if line.startswith("PASSED")]
@@ -128,3 +130,18 @@ def test_one_case_in_n_runs_of_every_test_and_n_turns_run_all_of_them(tmp_path: 
     assert sorted(many) == [f"test_many[{case}]" for case in range(7)]
     assert {name for name in ran if name.startswith("test_two")} == {"test_two[0]", "test_two[1]"}
     assert sorted(own) == list("abcde")
+
+
+@pytest.mark.parametrize("one_in", [1, 2, 3, 5])
+def test_in_time_every_case_of_a_test_comes_with_each_that_it_goes_through_by_itself(
+    one_in: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cases in (1, 2, 3, 5, 31):
+        for inner in (1, 2, 4, 33):
+            seen = set()
+            for turn in range(6 * one_in**2):
+                monkeypatch.setenv(VARIABLE, f"{one_in} {turn}")
+                taken = due(range(inner))
+                assert taken
+                seen |= {(case, own) for case in range(cases) if is_due(case, cases) for own in taken}
+            assert len(seen) == cases * inner, (cases, inner)

@@ -38,6 +38,7 @@ from tests.measure.faults import (
     shifted,
     tile,
 )
+from tests.turns import due
 
 TOKENS = 384
 MILLION = 1 << 20
@@ -126,7 +127,7 @@ def test_at_a_million_tokens_one_tile_and_one_boundary_are_seen() -> None:
 @pytest.mark.slow
 def test_no_sound_cell_is_refused(tmp_path: Path) -> None:
     """Some of those that ``make bench`` runs 2,000 of, at half their lengths."""
-    for long in itertools.islice((c for c in sound.cells(1) if c.seqlen <= 1000), 48):
+    for long in due(itertools.islice((c for c in sound.cells(1) if c.seqlen <= 1000), 48)):
         cell = replace(long, seqlen=long.seqlen // 2)
         check = sound.examined(cell, tmp_path)
         if check is not None:

@@ -58,6 +58,7 @@ from lcbench.testing.spawn import run_ranks
 from lcbench.workloads.attention import Attention
 from lcbench.workloads.base import Work
 from tests.measure.faults import refused, without
+from tests.turns import due
 
 CPU = torch.device("cpu")
 HEADS = Heads(4, 2, 16)
@@ -745,9 +746,7 @@ def told(rank: int, ranks: int, path: Path, kind: str) -> None:
     else:
         cases += [(None, cell, DTYPES[i % len(DTYPES)]) for i, cell in enumerate(SOUND)]
     found = []
-    for fault, cell, dtype in cases:
-        if cell.ranks != ranks:
-            continue
+    for fault, cell, dtype in due(case for case in cases if case[1].ranks == ranks):
         result = measured(cell, dtype, gang, fault)
         check = result.check
         assert check is not None

@@ -42,6 +42,7 @@ from lcbench.testing.masks import load, names, small
 from lcbench.testing.spawn import run_ranks
 from lcbench.workloads.attention import Attention
 from lcbench.workloads.base import Work
+from tests.turns import due
 
 CPU = torch.device("cpu")
 HEADS = Heads(8, 4, 8)  # of all tensor-parallel ranks
@@ -80,7 +81,7 @@ def engine(rank: int, folder: Path) -> None:
             leaves = [x.clone().requires_grad_() for x in tensors[:3]]
             out, lse = dense_attention(*leaves, dense, problem.softmax_scale)
             want = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, tensors[3])]
-            for strategy in strategies():
+            for strategy in due(strategies()):
                 if strategy.unsupported(problem, mask):
                     continue
                 case = f"{strategy} {name} {mesh}"

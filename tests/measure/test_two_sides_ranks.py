@@ -32,6 +32,7 @@ from lcbench.workloads.base import Work
 from tests.measure.faults import SETTINGS, refused
 from tests.measure.sides import BATCHES, CPU, problem
 from tests.measure.test_two_sides_faults import Around
+from tests.turns import due
 
 RANKS = 4
 PROMPTS = Batch((Requests(2, 64, 64), Requests(1, 1, 40)))
@@ -103,7 +104,7 @@ def measured(rank: int, strategy: Strategy, batch: Batch, shape: str, dtype: str
 
 
 def sound(rank: int) -> None:
-    for case in SOUND:
+    for case in due(SOUND):
         found = measured(rank, *case)
         assert refused(found) is None, (case, refused(found))
         assert found.unavailable is None, case
@@ -124,7 +125,7 @@ def wrong(rank: int) -> None:
         (DCP, SinkOnEveryRank, "decode", "GQA, sink"),
         (Ring, SinkOnEveryRank, "mixed", "GQA, sink"),
     ]
-    for strategy, kind, batch, shape in cases:
+    for strategy, kind, batch, shape in due(cases):
         found = measured(rank, around(strategy, kind)(), BATCHES[batch], shape, "float32", "forward")
         assert refused(found), (strategy, kind)
     with pytest.MonkeyPatch.context() as patch:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -48,6 +49,7 @@ from lcbench.workloads.recompute.none import NoRecompute
 from lcbench.workloads.recompute.token_wise import TokenWise
 from lcbench.workloads.sharing import Accumulation, Sharing, whole
 from lcbench.workloads.step import BlockSession
+from tests.turns import due
 from tests.workloads import plain
 from tests.workloads.test_batch import FEW, cost_of
 
@@ -251,7 +253,7 @@ def check_sound(rank: int, ranks: int) -> None:
         long(alone, dtype="bfloat16", recompute="token_wise"),
     ]
     cells += [long(idle, dtype="bfloat16", capacity=160, recompute="full")]
-    for cell in cells:
+    for cell in due(cells):
         found = measured(cell, rank, ranks, groups)
         assert found.unavailable is None, f"{cell}: {found.unavailable}"
         assert found.implausible is None, f"{cell}: {found.implausible}"
@@ -401,16 +403,15 @@ def check_faults(rank: int, ranks: int) -> None:
     alone = Given(Assignment((
         (Group((0, 1), (0,), "ring"),), (Group((0,), (1,), "ring"), Group((1,), (2,), "ring")), (Group((1,), (3,), "ring"),)
     )))  # fmt: skip
-    for name, (fault, part) in FAULTS.items():
-        for dtype in ("bfloat16", "float64"):
-            where = f"{name}, {dtype}"
-            with fault(rank):
-                found = measured(long(alone, dtype=dtype), rank, ranks, groups)
-            gc.collect()
-            assert found.check is not None, f"{where}: {found.unavailable}"
-            assert found.check.failures, f"{where}: not refused; {found.check.ratios}"
-            worst = {key: max(ratios.values()) for key, ratios in found.check.ratios.items()}
-            assert worst[part] > 1, f"{where}: seen by others than {part}: {worst}"
+    for (name, (fault, part)), dtype in due(product(FAULTS.items(), ("bfloat16", "float64"))):
+        where = f"{name}, {dtype}"
+        with fault(rank):
+            found = measured(long(alone, dtype=dtype), rank, ranks, groups)
+        gc.collect()
+        assert found.check is not None, f"{where}: {found.unavailable}"
+        assert found.check.failures, f"{where}: not refused; {found.check.ratios}"
+        worst = {key: max(ratios.values()) for key, ratios in found.check.ratios.items()}
+        assert worst[part] > 1, f"{where}: seen by others than {part}: {worst}"
 
 
 @pytest.mark.gloo

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -38,6 +39,7 @@ from lcbench.workloads.recompute.full import Full
 from lcbench.workloads.sharing import Sharing
 from lcbench.workloads.training import Training
 from lcbench.workloads.transformer import After, Attention, Before, Stack, rotations
+from tests.turns import due
 
 SEQLEN = 128
 MODEL = Model(6, 32, 4, 2, 8, 48, 40, 1e4, qk_norm=True)
@@ -94,7 +96,7 @@ def check_sound(rank: int, ranks: int) -> None:
             for dtype in ("float64", "bfloat16")
         ]
         cells += [Cell("bfloat16", "ring", "full", Mesh(tp=2), block={"fsdp": True})]
-    for cell in cells:
+    for cell in due(cells):
         found = measured(cell, rank, ranks, groups)
         assert found.unavailable is None, f"{cell}: {found.unavailable}"
         assert found.implausible is None, f"{cell}: {found.implausible}"
@@ -312,17 +314,16 @@ FAULTS: dict[str, tuple[Any, Cell, str]] = {
 
 def check_faults(rank: int, ranks: int) -> None:
     groups = Groups()
-    for name, (fault, cell, part) in FAULTS.items():
-        for dtype in ("bfloat16", "float64"):
-            where = f"{name}, {dtype}"
-            with fault(rank):
-                found = measured(replace(cell, dtype=dtype), rank, ranks, groups)
-            gc.collect()
-            assert found.check is not None, f"{where}: {found.unavailable}"
-            assert found.check.failures, f"{where}: not refused; {found.check.ratios}"
-            worst = {key: max(ratios.values()) for key, ratios in found.check.ratios.items()}
-            assert worst[part] > 1, f"{where}: seen by others than {part}: {worst}"
-            assert not math.isnan(found.check.of_bound), where
+    for (name, (fault, cell, part)), dtype in due(product(FAULTS.items(), ("bfloat16", "float64"))):
+        where = f"{name}, {dtype}"
+        with fault(rank):
+            found = measured(replace(cell, dtype=dtype), rank, ranks, groups)
+        gc.collect()
+        assert found.check is not None, f"{where}: {found.unavailable}"
+        assert found.check.failures, f"{where}: not refused; {found.check.ratios}"
+        worst = {key: max(ratios.values()) for key, ratios in found.check.ratios.items()}
+        assert worst[part] > 1, f"{where}: seen by others than {part}: {worst}"
+        assert not math.isnan(found.check.of_bound), where
 
 
 @pytest.mark.gloo

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -38,6 +39,7 @@ from lcbench.workloads.chunked_prefill import ChunkedPrefill
 from lcbench.workloads.chunks import Chunk
 from lcbench.workloads.prefilling import Cached, Link, PrefillSession
 from tests.cp.batches import BOUND, CPU, HEADS, SEES, dense, mask_of, near, seen
+from tests.turns import due
 
 SETTINGS = {"warmup": 1, "min_iterations": 2, "max_iterations": 2, "budget_s": 0.5, "precision": 1e-9, "timeline": False}
 SEED = 5
@@ -417,15 +419,14 @@ FAULTS: dict[str, tuple[Any, str, Any, Cell, str]] = {
 
 def check_faults(rank: int, ranks: int) -> None:
     groups = Groups()
-    for dtype in ("float64", "bfloat16"):
-        for name, (owner, method, fault, cell, part) in FAULTS.items():
-            cell = replace(cell, dtype=dtype)
-            if cell is not PIPED and not cell.options.pipeline:
-                cell = replace(cell, mesh=Mesh(dp=ranks))
-            with patch.object(owner, method, fault):
-                found = cell.measured(rank, ranks, groups)
-            assert found.check is not None, name
-            assert any(part in failure for failure in found.check.failures), f"{name} {dtype}: {found.check.failures}"
+    for dtype, (name, (owner, method, fault, cell, part)) in due(product(("float64", "bfloat16"), FAULTS.items())):
+        cell = replace(cell, dtype=dtype)
+        if cell is not PIPED and not cell.options.pipeline:
+            cell = replace(cell, mesh=Mesh(dp=ranks))
+        with patch.object(owner, method, fault):
+            found = cell.measured(rank, ranks, groups)
+        assert found.check is not None, name
+        assert any(part in failure for failure in found.check.failures), f"{name} {dtype}: {found.check.failures}"
 
 
 @pytest.mark.gloo

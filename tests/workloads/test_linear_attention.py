@@ -42,6 +42,7 @@ from lcbench.workloads import linear_check
 from lcbench.workloads.base import Work
 from lcbench.workloads.linear_attention import LinearAttention
 from lcbench.workloads.linear_session import LinearSession, least_received
+from tests.turns import due
 
 ALONE = Mesh()
 CPU = torch.device("cpu")
@@ -89,7 +90,7 @@ def sound(ranks: int) -> list[Cell]:
 
 def check_cells(rank: int, ranks: int) -> None:
     groups = Groups()
-    for cell in sound(ranks):
+    for cell in due(sound(ranks)):
         found = cell.measured(rank, ranks, groups)
         assert found.unavailable is None, f"{cell}: {found.unavailable}"
         assert found.implausible is None, f"{cell}: {found.implausible}"
@@ -274,7 +275,7 @@ WHOLE_ONLY = {
 
 
 def check_faults(rank: int, ranks: int, dtype: str) -> None:
-    groups = Groups()
+    groups, cases = Groups(), []
     for long in (False, True):
         for name, (strategy, fault, tensor) in (FAULTS if long else FAULTS | WHOLE_ONLY).items():
             for rule in RULES if "dbeta" not in tensor else ("gated_delta_rule",):
@@ -282,11 +283,12 @@ def check_faults(rank: int, ranks: int, dtype: str) -> None:
                     continue
                 if dtype != "float64" and "tenth" in name:
                     continue  # of the roundings of half types
-                cell = Cell(strategy, rule, dtype, long=long)
-                with fault(rank):
-                    found = cell.measured(rank, ranks, groups).check
-                assert found is not None
-                assert any(failure.startswith(f"{tensor}:") for failure in found.failures), f"{cell} {name}: {said(found)}"
+                cases.append((name, Cell(strategy, rule, dtype, long=long), fault, tensor))
+    for name, cell, fault, tensor in due(cases):
+        with fault(rank):
+            found = cell.measured(rank, ranks, groups).check
+        assert found is not None
+        assert any(failure.startswith(f"{tensor}:") for failure in found.failures), f"{cell} {name}: {said(found)}"
     check_stale(rank, ranks, groups, dtype)
 
 

@@ -43,6 +43,7 @@ from lcbench.workloads.recompute.token_wise import TokenWise
 from lcbench.workloads.sharing import whole
 from lcbench.workloads.step import BlockSession
 from lcbench.workloads.training import Training
+from tests.turns import due
 from tests.workloads import plain
 
 CPU = torch.device("cpu")
@@ -92,7 +93,7 @@ def one_step(training: Training, ranks: int) -> dict[str, torch.Tensor]:
 def check_results(rank: int, ranks: int, folder: Path) -> None:
     groups, mask = Groups(), causal(SEQLEN)
     want = torch.load(folder / "want.pt")
-    for strategy in ("none",) if ranks == 1 else ("ring", "ulysses", "groupcast"):
+    for strategy in due(("none",) if ranks == 1 else ("ring", "ulysses", "groupcast")):
         found: dict[str, dict[str, torch.Tensor]] = {}
         moved: dict[str, int] = {}
         for name, policy in policies().items():
@@ -131,7 +132,7 @@ def test_a_policy_changes_no_result_and_keeps_what_its_formula_says(ranks: int, 
 def check_shared(rank: int, ranks: int) -> None:
     """Policies under weights that ranks share: the same as with none."""
     mask, groups = causal(SEQLEN), Groups()
-    for strategy, mesh, fsdp in (("ulysses", Mesh(), True), ("none", Mesh(tp=2), False), ("none", Mesh(dp=2), True)):
+    for strategy, mesh, fsdp in due([("ulysses", Mesh(), True), ("none", Mesh(tp=2), False), ("none", Mesh(dp=2), True)]):
         made = {
             name: session_of(policy, mask, strategy, rank, ranks, groups=groups, mesh=mesh, fsdp=fsdp)
             for name, policy in policies().items()
@@ -242,7 +243,7 @@ TOKENS = 2048
 def check_peaks(rank: int) -> None:
     ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed is the system's at once, so resident is what is used
     mask = causal(TOKENS)
-    for name, policy in policies().items():
+    for name, policy in due(policies().items()):
         session = session_of(
             policy, mask, "none", model=BIG, dtype="float32", kernel=build_kernel(load("kernel", "sdpa_flash")), seqlen=TOKENS,
         )  # fmt: skip

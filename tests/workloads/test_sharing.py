@@ -31,6 +31,7 @@ from lcbench.workloads.sharing import Sharing, local, whole
 from lcbench.workloads.step import BlockSession
 from lcbench.workloads.training import Training
 from lcbench.workloads.transformer import Head, give_weights
+from tests.turns import due
 
 CPU = torch.device("cpu")
 # Four ranks divide neither the heads' norms (6), nor the vocabulary, nor what a chunk of the loss leaves over.
@@ -108,7 +109,7 @@ def test_shared_weights_change_no_result(tmp_path: Path) -> None:
 def shared(rank: int, folder: Path) -> None:
     sequences = torch.load(folder / "alone.pt")
     gang, scale = Gang(rank, RANKS, CPU, Groups(), []), Scale(1, RANKS)
-    for mesh, strategy, recompute, fsdp in CASES:
+    for mesh, strategy, recompute, fsdp in due(CASES):
         case = f"{mesh} {strategy} {recompute} fsdp={fsdp}"
         session = session_of(gang, mesh, scale, strategy, recompute, fsdp=fsdp, optimizer="adamw")
         training, arranged = session.training, gang.arranged(mesh, scale)
