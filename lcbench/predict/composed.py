@@ -148,6 +148,11 @@ class Composed:
         return build.build_kernel(self.cell.config["kernel"])
 
     @cached_property
+    def _ready(self) -> tuple[Prepared, ...]:
+        """Its draws as they are played, as often as anybody wants."""
+        return tuple(replace(draw, in_place=self.key_bytes > 0) for draw in self.draws)
+
+    @cached_property
     def _copies(self) -> Callable[[CacheKind], bool]:
         """Whether a cache is copied out: kernels do not read it, or are not called on what a rank has."""
         modelled, moves = self.draws[0].modelled, self.draws[0].moves
@@ -208,8 +213,7 @@ class Composed:
             ranks = cell.mesh.groups(scale)
             simulated = self.draws[0].modelled.schedule.world_size
             groups = Groups(ranks.reshape(-1, ranks.shape[-1])[:, :simulated], scale.gpus_per_node)
-        ready = [replace(draw, in_place=self.key_bytes > 0) for draw in self.draws]
-        draws = tuple(play(draw, machine, kernel, memory=self.memory, groups=groups) for draw in ready)
+        draws = tuple(play(draw, machine, kernel, memory=self.memory, groups=groups) for draw in self._ready)
         attention = {name: self._mean([draw.phases[name] for draw in draws]) for name in draws[0].phases}
         return Attended(attention, draws, Times(machine, dense, cores or 1.0, attention, cell.mesh, scale))
 

@@ -11,8 +11,9 @@ numpy expression, so a schedule of a thousand ranks and steps takes seconds.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from lcbench.masks.mask import Mask
 from lcbench.problem import Problem, Scale
 from lcbench.schedule.adjoint import Bools, Traffic, Transfer, traffic
 from lcbench.schedule.lowering import Collective, Operation, collectives
-from lcbench.schedule.machine import Floats, KernelModel, Machine
+from lcbench.schedule.machine import Floats, KernelModel, Link, Machine
 from lcbench.schedule.payload import PAYLOADS, element_bytes
 from lcbench.schedule.program import ROUND, Program, rounds_of
 from lcbench.schedule.schedule import MoveColumn, Schedule
@@ -158,6 +159,17 @@ class Prepared:
     alone: Bools
     in_place: bool = False
 
+    def laid_out(self, groups: Groups, nics: int) -> _LaidOut:
+        """Its messages as all groups send them, on nodes of so many NICs."""
+        key = (groups.ranks.shape, groups.ranks.tobytes(), groups.per_node, nics)
+        if key not in self._laid_out:
+            self._laid_out[key] = _LaidOut.of(self, groups, nics)
+        return self._laid_out[key]
+
+    @cached_property
+    def _laid_out(self) -> dict[Hashable, _LaidOut]:
+        return {}
+
     def without_messages(self) -> Prepared:
         """The same with nothing that is sent, as it is timed to see what of the communication is hidden."""
         around = tuple(replace(each, sets=()) for each in self.modelled.around)
@@ -219,15 +231,12 @@ def play(
         memory: whether buffers are worked out, which takes longer than the play.
         groups: who does it at once, on links that they share; None: one group alone.
     """
-    modelled, moves = prepared.modelled, prepared.moves
+    modelled = prepared.modelled
     groups = groups or Groups.alone(modelled.problem.scale)
     work = _work(prepared, machine, model).times(len(groups.ranks))
-    clocks = _Play(modelled, machine, moves, work, groups)
-    by_begin: dict[int, list[tuple[Transfer, Collective | None]]] = defaultdict(list)
-    for transfer, collective in zip(moves.transfers, prepared.found, strict=True):
-        by_begin[transfer.begin].append(_of_all(transfer, collective, *groups.ranks.shape))
+    clocks = _Play(prepared, machine, work, prepared.laid_out(groups, machine.nics_of(groups.per_node)))
     for time in range(len(work.compute)):
-        clocks.step(time, by_begin.get(time, []))
+        clocks.step(time)
     times = clocks.times()
     buffers, peak, own = _memory(prepared, model) if memory else (0, 0, 0)
     phases = clocks.phases(times)
@@ -349,85 +358,129 @@ def _own_copies(prepared: Prepared, shape: tuple[int, int]) -> Floats:
     return found
 
 
-# -- what goes between them ----------------------------------------------------------------------------------------------
+# -- what goes between them, whatever it takes ------------------------------------------------------------------------------
 
 
-class _Play:
-    """The clocks of all ranks of all groups."""
+@dataclass(frozen=True)
+class _Messages:
+    """Messages of a transfer from point to point over one kind of link.
 
-    def __init__(self, modelled: Modelled, machine: Machine, moves: Traffic, work: _Work, groups: Groups) -> None:
-        self._modelled, self._machine, self._moves, self._work = modelled, machine, moves, work
+    Attributes:
+        link: ``inside`` or ``across``.
+        late: whether they leave after tiles are computed.
+        source, to: ranks, (n,).
+        ways: the links by which they leave and arrive, as numbers below that of ranks, (n,) each.
+        size: bytes, (n,).
+    """
+
+    link: str
+    late: bool
+    source: Ints
+    to: Ints
+    ways: tuple[Ints, Ints]
+    size: Floats
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Ranks that make a collective among themselves.
+
+    Attributes:
+        block: bytes from each to each other.
+        most, fewest: ranks of a node.
+        shared: ranks that send by the NIC with most.
+        ways: each kind of link that it uses, in a direction, with the links of its ranks.
+    """
+
+    ranks: Ints
+    block: float
+    most: int
+    fewest: int
+    shared: int
+    ways: tuple[tuple[tuple[str, int], Ints], ...]
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A transfer: messages, or the sets of a collective, of whose bytes the share ``early`` leaves before tiles are computed."""
+
+    begin: int
+    end: int
+    channel: str
+    messages: tuple[_Messages, ...] = ()
+    operation: Operation | None = None
+    sets: tuple[_Set, ...] = ()
+    early: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Leaving:
+    """What begins at a time.
+
+    Attributes:
+        packed: bytes that are read and written to pack it, (ranks,).
+        batches: batches of messages that a host begins, (ranks,).
+        taken: bytes that are read and written where it arrives, (ranks,), each with the time of that.
+    """
+
+    sent: tuple[_Sent, ...]
+    packed: Floats
+    batches: Floats
+    taken: tuple[tuple[int, Floats], ...]
+
+
+class _LaidOut:
+    """All messages of all groups, and where they go. It depends on no speed, so a fit lays them out once.
+
+    Attributes:
+        ranks: of all groups.
+        leaving: by the time at which it begins.
+    """
+
+    def __init__(self, modelled: Modelled, groups: Groups, nics: int) -> None:
         self._schedule, self._problem = modelled.schedule, modelled.problem
-        ranks = self._ranks = groups.ranks.size
-        self._of_group = groups.ranks.shape[1]
+        self.ranks, self._of_group = groups.ranks.size, groups.ranks.shape[1]
         self._node, place = np.divmod(groups.ranks.ravel(), groups.per_node)
-        nics = machine.nics_of(groups.per_node)
         # The link that a rank sends by, as a number below that of ranks: its own inside the node, and a NIC that others may share.
         own_nic = self._node * nics + place * nics // groups.per_node
-        self._way = {"inside": np.arange(ranks), "across": np.unique(own_nic, return_inverse=True)[1]}
-        self._now, self._host = np.zeros(ranks), np.zeros(ranks)
-        self._alone, self._alone_host = np.zeros(ranks), np.zeros(ranks)  # the same without any message
-        self._at_half: list[Floats] = []  # what phases take so
-        self._streams: dict[str, Floats] = defaultdict(lambda: np.zeros(ranks))  # until when a channel is busy
-        self._links: dict[tuple[str, int], Floats] = defaultdict(lambda: np.zeros(ranks))  # and a link, by direction
-        self._long: dict[tuple[str, int], Floats] = defaultdict(lambda: np.zeros(ranks))  # with what may take several times
-        self._awaited: dict[int, list[_Awaited]] = defaultdict(list)
-        self._arrivals: dict[int, Floats] = defaultdict(lambda: np.zeros(ranks))
-        self._taken: dict[int, Floats] = defaultdict(lambda: np.zeros(ranks))  # bytes, by the time at which they are taken
-        self._times = np.empty((len(work.compute), ranks, 4))
+        self._way = {"inside": np.arange(self.ranks), "across": np.unique(own_nic, return_inverse=True)[1]}
+        self.leaving: dict[int, _Leaving] = {}
 
-    def step(self, time: int, transfers: list[tuple[Transfer, Collective | None]]) -> None:
-        machine, work = self._machine, self._work
-        if time == self._moves.steps:  # phases are timed apart: all ranks begin backward together
-            self._end_phase()
-        begin = self._now
-        if machine.device == "cpu":  # the host is the rank
-            self._host, self._alone_host = np.maximum(self._host, begin), np.maximum(self._alone_host, self._alone)
-        packed, batches = np.zeros(self._ranks), np.zeros(self._ranks)
+    @classmethod
+    def of(cls, prepared: Prepared, groups: Groups, nics: int) -> _LaidOut:
+        made = cls(prepared.modelled, groups, nics)
+        by_begin: dict[int, list[tuple[Transfer, Collective | None]]] = defaultdict(list)
+        for transfer, collective in zip(prepared.moves.transfers, prepared.found, strict=True):
+            by_begin[transfer.begin].append(_of_all(transfer, collective, *groups.ranks.shape))
+        made.leaving = {begin: made._leaving(transfers) for begin, transfers in by_begin.items()}
+        return made
+
+    def _leaving(self, transfers: list[tuple[Transfer, Collective | None]]) -> _Leaving:
+        packed, batches = np.zeros(self.ranks), np.zeros(self.ranks)
+        taken: dict[int, Floats] = defaultdict(lambda: np.zeros(self.ranks))
         for transfer, collective in transfers:
-            packed += self._packed(transfer, collective)
+            size = transfer.bytes(self._schedule, self._problem).astype(np.float64)
+            packed += self._packed(transfer, collective, size)
+            taken[transfer.end] += self._taken(transfer, size)
         for channel, end in {(t.channel, t.end) for t, _ in transfers}:
             of = [t.rows[:, : MoveColumn.SHARD].ravel() for t, _ in transfers if (t.channel, t.end) == (channel, end)]
-            batches += np.bincount(np.concatenate(of), minlength=self._ranks) > 0
-        self._host = self._host + batches * machine.message_s
-        first, launching = work.first[time], work.launches[time] * machine.launch_s
-        sent = np.maximum(begin + first + packed / machine.memory_bytes_per_s, self._host)
-        computing = work.compute[time] - first + work.besides[time]
-        self._host = self._host + launching
-        computed = np.maximum(sent + computing, self._host)
-        self._alone_host = self._alone_host + launching
-        self._alone = np.maximum(self._alone + first + computing, self._alone_host)
+            batches += np.bincount(np.concatenate(of), minlength=self.ranks) > 0
         # Those that may take several times first: the others share the links with them.
-        for transfer, collective in sorted(transfers, key=lambda each: each[0].begin - each[0].end):
-            self._post(transfer, collective, sent, computed)
-        there = self._arrived(time, computed)
-        np.stack([begin, sent, computed, there], axis=1, out=self._times[time])
-        self._now = there
+        ordered = sorted(transfers, key=lambda each: each[0].begin - each[0].end)
+        return _Leaving(tuple(self._sent(*each) for each in ordered), packed, batches, tuple(taken.items()))
 
-    def _end_phase(self) -> None:
-        self._at_half.append(self._alone)
-        for name in ("_now", "_host"):
-            setattr(self, name, np.full(self._ranks, self._now.max()))
-        for name in ("_alone", "_alone_host"):
-            setattr(self, name, np.zeros(self._ranks))
-
-    def _arrived(self, time: int, computed: Floats) -> Floats:
-        """When all that must be there by the end of a time is there and taken."""
-        for awaited in self._awaited.pop(time, []):
-            way = self._way[awaited.link]
-            ends = np.maximum(self._long[awaited.link, 0][way[awaited.source]], self._long[awaited.link, 1][way[awaited.to]])
-            self._come(awaited.channel, time, awaited.source, awaited.to, ends + awaited.latency_s)
-        there = np.maximum(computed, self._arrivals.pop(time, computed))
-        return there + self._taken.pop(time, np.zeros(self._ranks)) / self._machine.memory_bytes_per_s
-
-    def _packed(self, transfer: Transfer, collective: Collective | None) -> Floats:
-        """Bytes that are read and written to pack messages, of each rank; notes what is taken where they arrive."""
-        payload, size = transfer.payload, self._bytes(transfer)
-        source, to, _, group = transfer.rows.T
+    def _taken(self, transfer: Transfer, size: Floats) -> Floats:
+        """Bytes that are read and written to take messages where they arrive, of each rank."""
         held = {"replace": 0, "merge": COPIED if transfer.kind == "final" else MERGED, "add": MERGED, "scan": MERGED}[
-            payload.combine
+            transfer.payload.combine
         ]
-        np.add.at(self._taken[transfer.end], to, held * size)
+        to = transfer.rows[:, MoveColumn.TARGET]
+        return np.bincount(to, weights=held * size, minlength=self.ranks).astype(np.float64)
+
+    def _packed(self, transfer: Transfer, collective: Collective | None, size: Floats) -> Floats:
+        """Bytes that are read and written to pack messages, of each rank."""
+        payload = transfer.payload
+        source, group = transfer.rows[:, MoveColumn.SOURCE], transfer.rows[:, MoveColumn.GROUP]
         if payload.combine == "add":
             copied = element_bytes(payload.precision, self._problem) != element_bytes(payload.held, self._problem)
             staged = np.full(len(size), copied)
@@ -441,28 +494,29 @@ class _Play:
             staged = (lengths[group] < self._problem.heads.q) & own
         if collective is not None and collective.operation == "all_gather":  # what goes to all is packed once
             size = size / (len(collective.sets[0]) - 1)
-        found: Floats = np.bincount(source, weights=COPIED * size * staged, minlength=self._ranks).astype(np.float64)
+        found: Floats = np.bincount(source, weights=COPIED * size * staged, minlength=self.ranks).astype(np.float64)
         return found
 
-    def _bytes(self, transfer: Transfer) -> Floats:
-        return transfer.bytes(self._schedule, self._problem).astype(np.float64)
-
-    def _post(self, transfer: Transfer, collective: Collective | None, sent: Floats, computed: Floats) -> None:
-        """Begin a transfer. Of sums that come from many ranks only the first rounds leave before tiles are computed."""
+    def _sent(self, transfer: Transfer, collective: Collective | None) -> _Sent:
+        """A transfer. Of sums that come from many ranks only the first rounds leave before tiles are computed."""
         if collective is not None:
             in_rounds = collective.operation == "reduce_scatter" and transfer.begin == transfer.end
             rounds = -(-len(collective.sets[0]) // ROUND) if in_rounds and not self._direct(transfer) else 1
+            sets = tuple(self._set(members, block) for members, block in zip(collective.sets, collective.blocks, strict=True))
             early = min(1.0, AT_ONCE / rounds)
-            self._collective(transfer, collective, sent, early)
-            if early < 1:
-                self._collective(transfer, collective, computed, 1 - early)
-            return
+            return _Sent(transfer.begin, transfer.end, transfer.channel, (), collective.operation, sets, early)
         source, to = transfer.rows[:, MoveColumn.SOURCE], transfer.rows[:, MoveColumn.TARGET]
-        size = self._bytes(transfer)
+        size = transfer.bytes(self._schedule, self._problem).astype(np.float64)
         late = rounds_of(transfer, self._schedule, transfer.rows) >= AT_ONCE
-        for which, ready in ((~late, sent), (late, computed)):
-            if which.any():
-                self._messages(transfer, source[which], to[which], size[which], ready)
+        outside = self._node[source] != self._node[to]
+        messages = []
+        for is_late in (False, True):
+            for link, there in (("inside", ~outside), ("across", outside)):
+                which = there & (late == is_late)
+                if which.any():
+                    one, other, way = source[which], to[which], self._way[link]
+                    messages.append(_Messages(link, is_late, one, other, (way[one], way[other]), size[which]))
+        return _Sent(transfer.begin, transfer.end, transfer.channel, tuple(messages))
 
     def _direct(self, transfer: Transfer) -> bool:
         """Whether sums leave from the buffer as it is: that is, in the order of their ranks, in the type in which they are held."""
@@ -472,26 +526,105 @@ class _Play:
         owners = self._schedule.side(payload.side).owner[distinct(transfer.rows[:, MoveColumn.SHARD])]
         return bool((np.diff(owners) >= 0).all())
 
-    def _messages(self, transfer: Transfer, source: Ints, to: Ints, size: Floats, ready: Floats) -> None:
-        """Messages from point to point: each begins when both ends are ready."""
-        outside = self._node[source] != self._node[to]
-        free = np.maximum(ready, self._streams[transfer.channel])
-        begins = np.maximum(free[source], free[to])
-        for name, link, which in (("inside", self._machine.inside, ~outside), ("across", self._machine.across, outside)):
-            if which.any():
-                one, other, seconds = source[which], to[which], size[which] / link.bytes_per_s
-                if transfer.end > transfer.begin:
-                    self._on_link_long(name, one, other, seconds, begins[which])
-                    self._awaited[transfer.end].append(_Awaited(name, transfer.channel, one, other, link.latency_s))
-                else:
-                    ends = self._on_link(name, one, other, seconds, begins[which])
-                    self._come(transfer.channel, transfer.end, one, other, ends + link.latency_s)
+    def _set(self, members: Sequence[int], block: float) -> _Set:
+        ranks = np.array(members)
+        nodes = np.unique(self._node[ranks], return_counts=True)[1]
+        shared = int(np.unique(self._way["across"][ranks], return_counts=True)[1].max())
+        used = [name for name, some in (("inside", nodes.max() > 1), ("across", len(nodes) > 1)) if some]
+        ways = tuple(((name, direction), self._way[name][ranks]) for name in used for direction in (0, 1))
+        return _Set(ranks, block, int(nodes.max()), int(nodes.min()), shared, ways)
 
-    def _on_link(self, name: str, source: Ints, to: Ints, seconds: Floats, begins: Floats) -> Floats:
+
+# -- and when ------------------------------------------------------------------------------------------------------------
+
+
+class _Play:
+    """The clocks of all ranks of all groups."""
+
+    def __init__(self, prepared: Prepared, machine: Machine, work: _Work, laid_out: _LaidOut) -> None:
+        self._machine, self._work, self._laid_out = machine, work, laid_out
+        self._steps, self._backward = prepared.moves.steps, prepared.modelled.problem.backward
+        ranks = self._ranks = laid_out.ranks
+        self._now, self._host = np.zeros(ranks), np.zeros(ranks)
+        self._alone, self._alone_host = np.zeros(ranks), np.zeros(ranks)  # the same without any message
+        self._at_half: list[Floats] = []  # what phases take so
+        self._streams: dict[str, Floats] = defaultdict(lambda: np.zeros(ranks))  # until when a channel is busy
+        self._links: dict[tuple[str, int], Floats] = defaultdict(lambda: np.zeros(ranks))  # and a link, by direction
+        self._long: dict[tuple[str, int], Floats] = defaultdict(lambda: np.zeros(ranks))  # with what may take several times
+        self._awaited: dict[int, list[tuple[str, _Messages]]] = defaultdict(list)  # with their channel
+        self._arrivals: dict[int, Floats] = defaultdict(lambda: np.zeros(ranks))
+        self._taken: dict[int, Floats] = defaultdict(lambda: np.zeros(ranks))  # bytes, by the time at which they are taken
+        self._nothing = _Leaving((), np.zeros(ranks), np.zeros(ranks), ())
+        self._times = np.empty((len(work.compute), ranks, 4))
+
+    def step(self, time: int) -> None:
+        machine, work, leaving = self._machine, self._work, self._laid_out.leaving.get(time, self._nothing)
+        if time == self._steps:  # phases are timed apart: all ranks begin backward together
+            self._end_phase()
+        begin = self._now
+        if machine.device == "cpu":  # the host is the rank
+            self._host, self._alone_host = np.maximum(self._host, begin), np.maximum(self._alone_host, self._alone)
+        for end, taken in leaving.taken:
+            self._taken[end] += taken
+        self._host = self._host + leaving.batches * machine.message_s
+        first, launching = work.first[time], work.launches[time] * machine.launch_s
+        sent = np.maximum(begin + first + leaving.packed / machine.memory_bytes_per_s, self._host)
+        computing = work.compute[time] - first + work.besides[time]
+        self._host = self._host + launching
+        computed = np.maximum(sent + computing, self._host)
+        self._alone_host = self._alone_host + launching
+        self._alone = np.maximum(self._alone + first + computing, self._alone_host)
+        for each in leaving.sent:
+            self._post(each, sent, computed)
+        there = self._arrived(time, computed)
+        np.stack([begin, sent, computed, there], axis=1, out=self._times[time])
+        self._now = there
+
+    def _end_phase(self) -> None:
+        self._at_half.append(self._alone)
+        for name in ("_now", "_host"):
+            setattr(self, name, np.full(self._ranks, self._now.max()))
+        for name in ("_alone", "_alone_host"):
+            setattr(self, name, np.zeros(self._ranks))
+
+    def _arrived(self, time: int, computed: Floats) -> Floats:
+        """When all that must be there by the end of a time is there and taken."""
+        for channel, messages in self._awaited.pop(time, []):
+            one, other = messages.ways
+            ends = np.maximum(self._long[messages.link, 0][one], self._long[messages.link, 1][other])
+            self._come(channel, time, messages, ends)
+        there = np.maximum(computed, self._arrivals.pop(time, computed))
+        return there + self._taken.pop(time, np.zeros(self._ranks)) / self._machine.memory_bytes_per_s
+
+    def _post(self, transfer: _Sent, sent: Floats, computed: Floats) -> None:
+        """Begin a transfer."""
+        if transfer.operation is not None:
+            self._collective(transfer, transfer.operation, sent, transfer.early)
+            if transfer.early < 1:
+                self._collective(transfer, transfer.operation, computed, 1 - transfer.early)
+        for late, ready in ((False, sent), (True, computed)):
+            if messages := [each for each in transfer.messages if each.late == late]:
+                self._messages(transfer, messages, np.maximum(ready, self._streams[transfer.channel]))
+
+    def _messages(self, transfer: _Sent, messages: list[_Messages], free: Floats) -> None:
+        """Messages from point to point: each begins when both ends are ready."""
+        for each in messages:
+            begins = np.maximum(free[each.source], free[each.to])
+            seconds = each.size / self._link(each).bytes_per_s
+            if transfer.end > transfer.begin:
+                self._on_link_long(each, seconds, begins)
+                self._awaited[transfer.end].append((transfer.channel, each))
+            else:
+                self._come(transfer.channel, transfer.end, each, self._on_link(each, seconds, begins))
+
+    def _link(self, messages: _Messages) -> Link:
+        return self._machine.inside if messages.link == "inside" else self._machine.across
+
+    def _on_link(self, messages: _Messages, seconds: Floats, begins: Floats) -> Floats:
         """When messages that each take ``seconds`` by themselves have gone over a link, (n,)."""
         ends = begins + seconds
-        for direction, ranks in enumerate((self._way[name][source], self._way[name][to])):
-            free, long = self._links[name, direction], self._long[name, direction]
+        for direction, ranks in enumerate(messages.ways):
+            free, long = self._links[messages.link, direction], self._long[messages.link, direction]
             first, busy = self._sums(ranks, seconds, begins)
             start = np.maximum(first, free)
             shared = np.minimum(busy, np.maximum(long - start, 0))
@@ -501,10 +634,10 @@ class _Play:
             ends = np.maximum(ends, np.where(used[ranks], free[ranks], ends))
         return ends
 
-    def _on_link_long(self, name: str, source: Ints, to: Ints, seconds: Floats, begins: Floats) -> None:
+    def _on_link_long(self, messages: _Messages, seconds: Floats, begins: Floats) -> None:
         """Messages that others go past: they end later for each of these."""
-        for direction, ranks in enumerate((self._way[name][source], self._way[name][to])):
-            long = self._long[name, direction]
+        for direction, ranks in enumerate(messages.ways):
+            long = self._long[messages.link, direction]
             first, busy = self._sums(ranks, seconds, begins)
             used = np.isfinite(first)
             long[used] = (np.maximum(first, long) + busy)[used]
@@ -515,51 +648,37 @@ class _Play:
         np.minimum.at(first, ranks, begins)
         return first, np.bincount(ranks, weights=seconds, minlength=self._ranks).astype(np.float64)
 
-    def _come(self, channel: str, end: int, source: Ints, to: Ints, ends: Floats) -> None:
-        for ranks in (source, to):
-            np.maximum.at(self._arrivals[end], ranks, ends)
-            np.maximum.at(self._streams[channel], ranks, ends)
+    def _come(self, channel: str, end: int, messages: _Messages, ends: Floats) -> None:
+        """Messages have gone over their link: they are there a latency later."""
+        there = ends + self._link(messages).latency_s
+        for ranks in (messages.source, messages.to):
+            np.maximum.at(self._arrivals[end], ranks, there)
+            np.maximum.at(self._streams[channel], ranks, there)
 
-    def _collective(self, transfer: Transfer, collective: Collective, ready: Floats, share: float) -> None:
+    def _collective(self, transfer: _Sent, operation: Operation, ready: Floats, share: float) -> None:
         """A collective of each set, of this share of its bytes. It begins when all ranks of the set are ready."""
         stream = self._streams[transfer.channel]
         free = np.maximum(ready, stream)
-        for members, block in zip(collective.sets, collective.blocks, strict=True):
-            ranks = np.array(members)
-            nodes = np.unique(self._node[ranks], return_counts=True)[1]
-            shared = int(np.unique(self._way["across"][ranks], return_counts=True)[1].max())
-            used = [name for name, some in (("inside", nodes.max() > 1), ("across", len(nodes) > 1)) if some]
-            ways = [(self._links[name, direction], self._way[name][ranks]) for name in used for direction in (0, 1)]
-            begin = float(max(free[ranks].max(), *(busy[way].max() for busy, way in ways)))
+        for each in transfer.sets:
+            ways = [(self._links[link], way) for link, way in each.ways]
+            begin = float(max(free[each.ranks].max(), *(busy[way].max() for busy, way in ways)))
             end = begin + self._machine.collective_s(
-                collective.operation, share * block, len(ranks), int(nodes.max()), int(nodes.min()), shared
+                operation, share * each.block, len(each.ranks), each.most, each.fewest, each.shared
             )
-            for each, way in ((self._arrivals[transfer.end], ranks), (stream, ranks), *ways):
-                each[way] = np.maximum(each[way], end)
+            for busy, way in ((self._arrivals[transfer.end], each.ranks), (stream, each.ranks), *ways):
+                busy[way] = np.maximum(busy[way], end)
 
     def times(self) -> Floats:
         return self._times.swapaxes(0, 1)
 
     def phases(self, times: Floats) -> dict[str, Phase]:
-        steps = self._moves.steps
-        names = ("forward", "backward") if self._problem.backward else ("forward",)
-        parts = (slice(0, steps), slice(steps, None))
+        names = ("forward", "backward") if self._backward else ("forward",)
+        parts = (slice(0, self._steps), slice(self._steps, None))
         alone = (*self._at_half, self._alone)
         return {
             name: _phase(times[:, part], self._work.compute[part], own)
             for name, part, own in zip(names, parts, alone, strict=False)
         }
-
-
-@dataclass(frozen=True)
-class _Awaited:
-    """Messages that may take several times: whether they are there is asked at the last of them."""
-
-    link: str
-    channel: str
-    source: Ints
-    to: Ints
-    latency_s: float
 
 
 def _phase(times: Floats, compute: Floats, alone: Floats) -> Phase:
