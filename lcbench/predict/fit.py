@@ -15,7 +15,7 @@ import numpy as np
 
 from lcbench.grid.cell import Cell
 from lcbench.predict.composed import Composed
-from lcbench.predict.fitted import Coefficients, DenseFit, Fit, KernelFit, Residual, regime
+from lcbench.predict.fitted import Coefficients, DenseFit, Fit, Residual, regime
 from lcbench.predict.machines import peak_flops
 from lcbench.predict.memory import memory_fits
 from lcbench.predict.observations import CellMemory, CellTime, CollectiveTime, KernelTime, Observation
@@ -138,11 +138,7 @@ def _of_kernels(unknowns: Unknowns, kernels: Sequence[KernelTime]) -> Unknowns:
         path = ("kernel", name, dtype, PHASES[backward])
         free = [p for p in unknowns.of if p[:4] == path]
         observed = np.array([call.seconds for call in calls])
-
-        def predict(at: Unknowns, _: Key | None, calls: Sequence[KernelTime] = calls) -> Floats:
-            return _seconds_of(at.kernel(calls[0].kernel, calls[0].dtype), calls)
-
-        found = search(unknowns, free, predict, observed)
+        found = search(unknowns, free, _Calls(calls).seconds, observed)
         unknowns = found.with_values({p: found.of[p].value for p in free}, ALONE)
         other = ("kernel", name, dtype, PHASES[not backward])
         if (name, dtype, not backward) not in by:
@@ -161,17 +157,29 @@ def _neighbours(unknowns: Unknowns, kernels: Sequence[KernelTime]) -> Unknowns:
     return unknowns
 
 
-def _seconds_of(kernel: KernelFit, calls: Sequence[KernelTime]) -> Floats:
-    """Predicted seconds of calls of one kernel, (n,)."""
-    found = np.zeros(len(calls))
-    by: dict[tuple[Heads, bool], list[int]] = defaultdict(list)
-    for number, call in enumerate(calls):
-        by[call.heads.of(1, 1), call.backward].append(number)
-    for (_, backward), numbers in by.items():
-        first = calls[numbers[0]]
-        problem = Problem(1, first.heads, Scale(1, 1), first.dtype, "forward")
-        found[numbers] = kernel.seconds(_joined([calls[n].tiles for n in numbers]), problem, backward=backward)
-    return found
+class _Calls:
+    """Calls of one kernel and type. Those of like heads and direction are joined once, and timed as often as a fit wants."""
+
+    def __init__(self, calls: Sequence[KernelTime]) -> None:
+        by: dict[tuple[Heads, bool], list[int]] = defaultdict(list)
+        for number, call in enumerate(calls):
+            by[call.heads.of(1, 1), call.backward].append(number)
+        self._kernel, self._count = (calls[0].kernel, calls[0].dtype), len(calls)
+        self._parts = [
+            (numbers, _joined([calls[n].tiles for n in numbers]), _problem(calls[numbers[0]]), backward)
+            for (_, backward), numbers in by.items()
+        ]
+
+    def seconds(self, at: Unknowns, _: Key | None = None) -> Floats:
+        """Predicted, (n,)."""
+        kernel, found = at.kernel(*self._kernel), np.zeros(self._count)
+        for numbers, tiles, problem, backward in self._parts:
+            found[numbers] = kernel.seconds(tiles, problem, backward=backward)
+        return found
+
+
+def _problem(call: KernelTime) -> Problem:
+    return Problem(1, call.heads, Scale(1, 1), call.dtype, "forward")
 
 
 def _joined(tiles: Sequence[Tiles]) -> Tiles:
@@ -312,8 +320,8 @@ def _kernel_residuals(unknowns: Unknowns, kernels: Sequence[KernelTime]) -> list
     for each in kernels:
         by[each.group, each.kernel, each.dtype].append(each)
     return [
-        _residual(group, np.log(_seconds_of(unknowns.kernel(name, dtype), calls) / [call.seconds for call in calls]))
-        for (group, name, dtype), calls in by.items()
+        _residual(group, np.log(_Calls(calls).seconds(unknowns) / [call.seconds for call in calls]))
+        for (group, *_), calls in by.items()
     ]
 
 
