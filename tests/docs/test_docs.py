@@ -150,7 +150,7 @@ def test_completion_knows_axes_and_values() -> None:
 def test_the_worked_examples_work(tmp_path: Path) -> None:
     """Every file of docs/extending.md is put into a copy of the checkout, and every command is run there, for real."""
     for part in ("lcbench", "conf", "launchers"):
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / part, tmp_path / part)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{tmp_path / 'launchers'}"}
     waiting: list[str] = []
     for name, text in blocks(ROOT / "docs" / EXTENDING):
