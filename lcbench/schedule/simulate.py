@@ -163,7 +163,7 @@ class Prepared:
         """Its messages as all groups send them, on nodes of so many NICs."""
         key = (groups.ranks.shape, groups.ranks.tobytes(), groups.per_node, nics)
         if key not in self._laid_out:
-            self._laid_out[key] = _LaidOut.of(self, groups, nics)
+            self._laid_out[key] = _LaidOut(self, groups, nics)
         return self._laid_out[key]
 
     @cached_property
@@ -437,23 +437,17 @@ class _LaidOut:
         leaving: by the time at which it begins.
     """
 
-    def __init__(self, modelled: Modelled, groups: Groups, nics: int) -> None:
-        self._schedule, self._problem = modelled.schedule, modelled.problem
+    def __init__(self, prepared: Prepared, groups: Groups, nics: int) -> None:
+        self._schedule, self._problem = prepared.modelled.schedule, prepared.modelled.problem
         self.ranks, self._of_group = groups.ranks.size, groups.ranks.shape[1]
         self._node, place = np.divmod(groups.ranks.ravel(), groups.per_node)
         # The link that a rank sends by, as a number below that of ranks: its own inside the node, and a NIC that others may share.
         own_nic = self._node * nics + place * nics // groups.per_node
         self._way = {"inside": np.arange(self.ranks), "across": np.unique(own_nic, return_inverse=True)[1]}
-        self.leaving: dict[int, _Leaving] = {}
-
-    @classmethod
-    def of(cls, prepared: Prepared, groups: Groups, nics: int) -> _LaidOut:
-        made = cls(prepared.modelled, groups, nics)
         by_begin: dict[int, list[tuple[Transfer, Collective | None]]] = defaultdict(list)
         for transfer, collective in zip(prepared.moves.transfers, prepared.found, strict=True):
             by_begin[transfer.begin].append(_of_all(transfer, collective, *groups.ranks.shape))
-        made.leaving = {begin: made._leaving(transfers) for begin, transfers in by_begin.items()}
-        return made
+        self.leaving = {begin: self._leaving(transfers) for begin, transfers in by_begin.items()}
 
     def _leaving(self, transfers: list[tuple[Transfer, Collective | None]]) -> _Leaving:
         packed, batches = np.zeros(self.ranks), np.zeros(self.ranks)
