@@ -81,6 +81,7 @@ def offered(folder: Path, *words: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", [["lcbench", "sweep"], ["python", "-m", "lcbench.sweep"]])
+@pytest.mark.slow
 def test_axes_are_completed_after_either_name_of_the_command(command: list[str], tmp_path: Path) -> None:
     assert offered(tmp_path, *command, "mask=causal_d") == ["mask=causal_document"]
     assert {"cp=ring", "cp=ring_flash_attn_zigzag"} <= set(offered(tmp_path, *command, "mask=full", "cp=r"))

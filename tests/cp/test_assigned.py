@@ -197,5 +197,6 @@ def test_ranks_of_a_group_have_a_scale_of_their_own(ranks: list[int], scale: Sca
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_batches_match_dense_attention(ranks: int) -> None:
     run_ranks(ranks, check, ranks)

@@ -217,5 +217,6 @@ def check_scan_is_needed(rank: int) -> None:
     assert ((found - out[8 * rank : 8 * rank + 8]).abs().max() > 0.05) == (rank == 1)
 
 
+@pytest.mark.slow
 def test_states_of_others_matter() -> None:
     run_ranks(2, check_scan_is_needed)

@@ -36,6 +36,7 @@ def test_every_page_of_the_docs_is_in_it(site: Path) -> None:
         assert re.search(rf">\s*{part}\s*<", menu), part
 
 
+@pytest.mark.slow
 def test_no_page_takes_anything_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|img|link|iframe)\b[^>]*?(?:src|href)="?(https?:[^" >]+)', page.read_text())

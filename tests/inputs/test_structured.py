@@ -152,6 +152,7 @@ def test_another_share_may_be_asked_for(critical: float) -> None:
     assert Dense.of(inputs, problem(2048)).share().mean() == pytest.approx(critical, rel=0.25)
 
 
+@pytest.mark.slow
 def test_parts_have_the_weight_that_is_stated_and_was_aimed_at() -> None:
     made, found = plan(), dense()
     told = made.marks(np.arange(SEQLEN))

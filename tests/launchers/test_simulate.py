@@ -63,6 +63,7 @@ def unpublished(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lcbench.runs.tracking.publish.publish_or_say", lambda *_, **__: None)
 
 
+@pytest.mark.slow
 def test_the_same_cells_are_predicted_and_marked(predicted: Predicted) -> None:
     found, ran = predicted
     assert ran.returncode == 0, ran.stderr

@@ -32,6 +32,7 @@ def test_fast_planners_are_not_slower_than_fixed_by_more_than_2_percent(found: d
     assert len(lines) == 2 + len(FAST) - 1 + 2  # the oracle has no plan; two are shown as published too
 
 
+@pytest.mark.slow
 def test_what_is_slower_gains_nothing_or_refuses_is_said(found: dict[str, list[Row]]) -> None:
     base, own = found["web_text"][:2]
     slower = replace(own, makespan_s=base.makespan_s * np.array([0.5, 1.1]))

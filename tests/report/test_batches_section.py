@@ -250,6 +250,7 @@ def test_nothing_in_the_page_refers_to_what_is_not_there(frame: pd.DataFrame) ->
 
 
 @needs_browser
+@pytest.mark.slow
 def test_a_filter_leaves_what_its_cells_are_in(page: Path) -> None:
     with browser() as b:
         b.page.goto(page.as_uri())
@@ -263,6 +264,7 @@ def test_a_filter_leaves_what_its_cells_are_in(page: Path) -> None:
 # -- elsewhere ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_terminal_shows_makespans_of_batches(sweep: Sweep) -> None:
     columns = [column.head for column in cells_table(sweep.look(), sweep.name).columns]
     assert [name for name in columns if name in ("makespan\nms", "tokens/s\nof all", "idle")] == [

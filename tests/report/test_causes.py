@@ -18,6 +18,7 @@ from tests.report.made import made_sweep
 SWEEP = Sweep(Path("results").absolute(), "s")
 
 
+@pytest.mark.slow
 def test_failures_of_one_node_name_it_with_the_command_that_leaves_it_out(big: Sweep, big_frame: pd.DataFrame) -> None:
     (suspect,) = suspects(big_frame, big)
     assert (suspect.node, len(suspect.cells), suspect.failed) == ("node003", 8, 13)

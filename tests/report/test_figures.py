@@ -121,6 +121,7 @@ def test_a_length_that_a_mask_was_not_asked_for_is_no_gap(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["rate-by-length_4x8", "rate-by-gpus_strong-64k", "efficiency_strong-64k", "phases-by-length_4x8"])
+@pytest.mark.slow
 def test_panels_of_a_row_share_their_y_limits(figures: dict[str, Drawn], name: str) -> None:
     rows: dict[int, set[Any]] = {}
     for axis in shown_axes(figures[name]):
@@ -129,6 +130,7 @@ def test_panels_of_a_row_share_their_y_limits(figures: dict[str, Drawn], name: s
     assert all(len(limits) == 1 for limits in rows.values())
 
 
+@pytest.mark.slow
 def test_intervals_of_choices_stand_beside_each_other(figures: dict[str, Drawn]) -> None:
     axis = shown_axes(figures["rate-by-length_2x8"])[0]
     starts = [float(line.get_xdata()[0]) for line in axis.get_lines() if not line.get_label().startswith("_")]
@@ -136,6 +138,7 @@ def test_intervals_of_choices_stand_beside_each_other(figures: dict[str, Drawn])
     assert all(abs(np.log2(start / 65536)) < 0.2 for start in starts)
 
 
+@pytest.mark.slow
 def test_below_the_rates_are_shares_of_the_best(figures: dict[str, Drawn]) -> None:
     axes = shown_axes(figures["rate-by-length_1x8"])
     assert len(axes) == 8
@@ -146,6 +149,7 @@ def test_below_the_rates_are_shares_of_the_best(figures: dict[str, Drawn]) -> No
         assert len(axis.get_yticklabels()) >= 3
 
 
+@pytest.mark.slow
 def test_every_memory_panel_has_three_labelled_ticks_the_devices_line_and_crosses(
     figures: dict[str, Drawn], tmp_path: Path
 ) -> None:
@@ -175,6 +179,7 @@ def test_every_memory_panel_has_three_labelled_ticks_the_devices_line_and_crosse
 # -- efficiency --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_choice_without_the_smallest_scale_is_not_drawn_as_a_hundred_percent_of_it(figures: dict[str, Drawn]) -> None:
     figure = figures["efficiency_strong-64k"]
     panel = next(axis for axis in shown_axes(figure) if axis.get_title().startswith("causal_document"))
@@ -246,6 +251,7 @@ def test_there_is_no_ranking_of_two(tmp_path: Path) -> None:
     assert not any("ranking" in name for name in drawn_of(reported(made_sweep(tmp_path, "s", [*LENGTHS, "scale=1x8"]))))
 
 
+@pytest.mark.slow
 def test_where_the_time_goes_shows_how_long_it_is(figures: dict[str, Drawn], big_frame: pd.DataFrame) -> None:
     (axis,) = shown_axes(figures["time-split_2x8"])
     names = [label.get_text().split() for label in axis.get_yticklabels()]
@@ -282,6 +288,7 @@ def test_the_name_of_a_figure_does_not_depend_on_other_scales(tmp_path: Path) ->
     assert all(re.fullmatch(r"[a-z-]+_[a-z0-9._-]+", name) for name in alone | both | heads)
 
 
+@pytest.mark.slow
 def test_a_figure_holds_its_title_and_where_it_comes_from(figures: dict[str, Drawn], big_frame: pd.DataFrame) -> None:
     for figure in figures.values():
         assert figure.figure.get_suptitle() == figure.title
@@ -290,6 +297,7 @@ def test_a_figure_holds_its_title_and_where_it_comes_from(figures: dict[str, Dra
     assert re.fullmatch(r"big · NVIDIA H100 80GB HBM3 · lcbench 0123456789ab · \d{4}-\d\d-\d\d", source_of(big_frame))
 
 
+@pytest.mark.slow
 def test_the_words_for_a_figure_say_what_is_found(figures: dict[str, Drawn], big_frame: pd.DataFrame) -> None:
     choices = set(big_frame["choice"])
     for figure in figures.values():
@@ -299,6 +307,7 @@ def test_the_words_for_a_figure_say_what_is_found(figures: dict[str, Drawn], big
         assert not re.search(r"\bnan\b|e\+\d", figure.alt)
 
 
+@pytest.mark.slow
 def test_the_first_of_every_kind_comes_before_the_second_of_any(figures: dict[str, Drawn]) -> None:
     kinds = [figure.kind for figure in figures.values()]
     count = len(set(kinds))

@@ -213,6 +213,7 @@ def test_files_of_figures_show_predictions_beside_measurements(tmp_path: Path) -
 
 @needs_browser
 @pytest.mark.parametrize("predicted", [False, True])
+@pytest.mark.slow
 def test_a_browser_shows_the_page_without_complaint(mixed: Sweep, tmp_path: Path, predicted: bool) -> None:
     page = write_report(mixed, tmp_path, known_devices(), predicted=predicted).page
     with browser() as seen:

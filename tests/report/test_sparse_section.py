@@ -157,6 +157,7 @@ def test_the_page_says_it_without_scripts(page: Path) -> None:
 
 
 @needs_browser
+@pytest.mark.slow
 def test_a_ranking_of_what_approximates_begins_with_the_closest_and_has_no_best(page: Path, frame: pd.DataFrame) -> None:
     order = ["oracle(density=0.2)", "oracle(density=0.1)", "dsv(density=0.2)", "dsv(density=0.1)"]
     with browser() as b:
@@ -178,6 +179,7 @@ def test_a_ranking_of_what_approximates_begins_with_the_closest_and_has_no_best(
 
 
 @needs_browser
+@pytest.mark.slow
 def test_a_filter_leaves_what_its_cells_are_in(page: Path) -> None:
     with browser() as b:
         b.page.goto(page.as_uri())

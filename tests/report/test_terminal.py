@@ -113,6 +113,7 @@ def test_ids_and_what_a_cell_is_are_there_at_any_width(big: Sweep, width: int) -
         (kernels.main, ["kernel=naive,sdpa_flash,flash_attn2,cudnn"], ["one call"], ["sdpa_flash", "flash_attn2, cudnn"]),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_every_table_fits_and_says_what_it_is_about(
     main: Callable[[list[str]], int], arguments: list[str], heads: list[str], words: list[str], width: int, later: Sweep,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

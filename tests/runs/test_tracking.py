@@ -202,6 +202,7 @@ def test_an_attempt_that_got_another_block_is_published_again(tmp_path: Path, mo
     assert (counts_again.published, counts_again.unchanged) == (0, 2)
 
 
+@pytest.mark.slow
 def test_what_an_older_version_published_is_brought_up_to_date_once(tmp_path: Path) -> None:
     sweep, cell = Sweep(tmp_path / "results", "s"), made_cell()
     sweep.add([Entry(cell)], command=["cp=ring"])

@@ -38,6 +38,7 @@ def test_the_order_of_selectors_is_as_it_must_be(results: dict[tuple[str, float]
         np.testing.assert_allclose(one.recall.mean(), one.random.mean(), atol=0.05)
 
 
+@pytest.mark.slow
 def test_what_is_not_as_it_must_be_is_said(results: dict[tuple[str, float], list[Found]]) -> None:
     one = results["dsv", DENSITY][0]
     worse, more = replace(one, recall=one.random), replace(one, recall=one.best + 1e-3)

@@ -197,7 +197,8 @@ def equal_one_rank(rank: int, ranks: int, path: Path) -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.slow
 def test_every_planner_gives_the_gradients_of_one_rank(ranks: int, tmp_path: Path) -> None:
     run_ranks(ranks, equal_one_rank, ranks, tmp_path / "told")
     every = json.loads((tmp_path / "told").read_text())
@@ -397,7 +398,8 @@ def faulty(rank: int, ranks: int, path: Path) -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.slow
 def test_a_wrong_batch_is_refused(ranks: int, tmp_path: Path) -> None:
     run_ranks(ranks, faulty, ranks, tmp_path / "told")
     told = json.loads((tmp_path / "told").read_text())

@@ -430,7 +430,8 @@ def check_faults(rank: int, ranks: int) -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.slow
 def test_chunks_together_are_the_prompt_at_once(ranks: int) -> None:
     run_ranks(ranks, check_runs, ranks)
 

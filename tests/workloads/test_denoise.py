@@ -462,6 +462,7 @@ def check_all(rank: int, ranks: int) -> None:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_runs_match_a_dense_simulation_and_cells_pass_their_check(ranks: int) -> None:
     run_ranks(ranks, check_all, ranks)
 

@@ -161,6 +161,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("budget", [1 << 32, 1], ids=["whole", "sampled"])
+@pytest.mark.slow
 def test_a_wrong_pass_is_found(fault: str, dtype: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, name, wrong = FAULTS[fault]
     monkeypatch.setattr(owner, name, wrong)

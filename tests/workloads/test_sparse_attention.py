@@ -385,6 +385,7 @@ def mesh_on_ranks(rank: int) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_groups_of_a_mesh_choose_for_themselves() -> None:
     run_ranks(4, mesh_on_ranks)
 
@@ -444,6 +445,7 @@ def by_sign_on_ranks(rank: int) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_a_selector_that_goes_by_signs_and_by_an_earlier_step_is_checked_by_what_each_pass_chose() -> None:
     run_ranks(2, by_sign_on_ranks)
 
@@ -569,6 +571,7 @@ def misplaced_on_ranks(rank: int) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_ranks_that_do_not_choose_what_one_rank_does_are_found_out() -> None:
     run_ranks(2, moody_on_ranks)
     run_ranks(2, torn_on_ranks)
