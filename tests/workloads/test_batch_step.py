@@ -51,6 +51,7 @@ from lcbench.workloads.sharing import Accumulation, Sharing, whole
 from lcbench.workloads.step import BlockSession
 from tests.turns import due
 from tests.workloads import plain
+from tests.workloads.refused import assert_refused
 from tests.workloads.test_batch import FEW, cost_of
 
 BOUND = 1e-12
@@ -408,10 +409,7 @@ def check_faults(rank: int, ranks: int) -> None:
         with fault(rank):
             found = measured(long(alone, dtype=dtype), rank, ranks, groups)
         gc.collect()
-        assert found.check is not None, f"{where}: {found.unavailable}"
-        assert found.check.failures, f"{where}: not refused; {found.check.ratios}"
-        worst = {key: max(ratios.values()) for key, ratios in found.check.ratios.items()}
-        assert worst[part] > 1, f"{where}: seen by others than {part}: {worst}"
+        assert_refused(found, part, where)
 
 
 @pytest.mark.gloo

@@ -40,6 +40,7 @@ from lcbench.workloads.sharing import Sharing
 from lcbench.workloads.training import Training
 from lcbench.workloads.transformer import After, Attention, Before, Stack, rotations
 from tests.turns import due
+from tests.workloads.refused import assert_refused
 
 SEQLEN = 128
 MODEL = Model(6, 32, 4, 2, 8, 48, 40, 1e4, qk_norm=True)
@@ -319,10 +320,8 @@ def check_faults(rank: int, ranks: int) -> None:
         with fault(rank):
             found = measured(replace(cell, dtype=dtype), rank, ranks, groups)
         gc.collect()
-        assert found.check is not None, f"{where}: {found.unavailable}"
-        assert found.check.failures, f"{where}: not refused; {found.check.ratios}"
-        worst = {key: max(ratios.values()) for key, ratios in found.check.ratios.items()}
-        assert worst[part] > 1, f"{where}: seen by others than {part}: {worst}"
+        assert_refused(found, part, where)
+        assert found.check is not None
         assert not math.isnan(found.check.of_bound), where
 
 
