@@ -1,4 +1,4 @@
-"""Cases come by turns: of each test a run takes one case in N, and N runs with turns in a row take them all."""
+"""Cases of tests come by turns: a run takes one case in N, and its turn says which (docs/decisions/cases-by-turns.md)."""
 
 from __future__ import annotations
 

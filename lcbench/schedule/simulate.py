@@ -434,7 +434,6 @@ class _LaidOut:
 
     Attributes:
         ranks: of all groups.
-        leaving: by the time at which it begins.
     """
 
     def __init__(self, prepared: Prepared, groups: Groups, nics: int) -> None:
@@ -444,24 +443,35 @@ class _LaidOut:
         # The link that a rank sends by, as a number below that of ranks: its own inside the node, and a NIC that others may share.
         own_nic = self._node * nics + place * nics // groups.per_node
         self._way = {"inside": np.arange(self.ranks), "across": np.unique(own_nic, return_inverse=True)[1]}
-        by_begin: dict[int, list[tuple[Transfer, Collective | None]]] = defaultdict(list)
+        self._by_begin: dict[int, list[tuple[Transfer, Collective | None]]] = defaultdict(list)
         for transfer, collective in zip(prepared.moves.transfers, prepared.found, strict=True):
-            by_begin[transfer.begin].append(_of_all(transfer, collective, *groups.ranks.shape))
-        self.leaving = {begin: self._leaving(transfers) for begin, transfers in by_begin.items()}
+            self._by_begin[transfer.begin].append(_of_all(transfer, collective, *groups.ranks.shape))
+        self._played: set[int] = set()
+        self._kept: dict[int, _Leaving] = {}
+
+    def leaving(self, time: int) -> _Leaving:
+        """What begins at a time. It is kept from the second play on: a single one of thousands of ranks needs no room for all."""
+        if time in self._kept:
+            return self._kept[time]
+        made = self._leaving(self._by_begin.get(time, []))
+        if time in self._played:
+            self._kept[time] = made
+        self._played.add(time)
+        return made
 
     def _leaving(self, transfers: list[tuple[Transfer, Collective | None]]) -> _Leaving:
         packed, batches = np.zeros(self.ranks), np.zeros(self.ranks)
         taken: dict[int, Floats] = defaultdict(lambda: np.zeros(self.ranks))
-        for transfer, collective in transfers:
-            size = transfer.bytes(self._schedule, self._problem).astype(np.float64)
+        sizes = [transfer.bytes(self._schedule, self._problem).astype(np.float64) for transfer, _ in transfers]
+        for (transfer, collective), size in zip(transfers, sizes, strict=True):
             packed += self._packed(transfer, collective, size)
             taken[transfer.end] += self._taken(transfer, size)
         for channel, end in {(t.channel, t.end) for t, _ in transfers}:
             of = [t.rows[:, : MoveColumn.SHARD].ravel() for t, _ in transfers if (t.channel, t.end) == (channel, end)]
             batches += np.bincount(np.concatenate(of), minlength=self.ranks) > 0
         # Those that may take several times first: the others share the links with them.
-        ordered = sorted(transfers, key=lambda each: each[0].begin - each[0].end)
-        return _Leaving(tuple(self._sent(*each) for each in ordered), packed, batches, tuple(taken.items()))
+        ordered = sorted(zip(transfers, sizes, strict=True), key=lambda each: each[0][0].begin - each[0][0].end)
+        return _Leaving(tuple(self._sent(*each, size) for each, size in ordered), packed, batches, tuple(taken.items()))
 
     def _taken(self, transfer: Transfer, size: Floats) -> Floats:
         """Bytes that are read and written to take messages where they arrive, of each rank."""
@@ -491,7 +501,7 @@ class _LaidOut:
         found: Floats = np.bincount(source, weights=COPIED * size * staged, minlength=self.ranks).astype(np.float64)
         return found
 
-    def _sent(self, transfer: Transfer, collective: Collective | None) -> _Sent:
+    def _sent(self, transfer: Transfer, collective: Collective | None, size: Floats) -> _Sent:
         """A transfer. Of sums that come from many ranks only the first rounds leave before tiles are computed."""
         if collective is not None:
             in_rounds = collective.operation == "reduce_scatter" and transfer.begin == transfer.end
@@ -500,7 +510,6 @@ class _LaidOut:
             early = min(1.0, AT_ONCE / rounds)
             return _Sent(transfer.begin, transfer.end, transfer.channel, (), collective.operation, sets, early)
         source, to = transfer.rows[:, MoveColumn.SOURCE], transfer.rows[:, MoveColumn.TARGET]
-        size = transfer.bytes(self._schedule, self._problem).astype(np.float64)
         late = rounds_of(transfer, self._schedule, transfer.rows) >= AT_ONCE
         outside = self._node[source] != self._node[to]
         messages = []
@@ -548,11 +557,10 @@ class _Play:
         self._awaited: dict[int, list[tuple[str, _Messages]]] = defaultdict(list)  # with their channel
         self._arrivals: dict[int, Floats] = defaultdict(lambda: np.zeros(ranks))
         self._taken: dict[int, Floats] = defaultdict(lambda: np.zeros(ranks))  # bytes, by the time at which they are taken
-        self._nothing = _Leaving((), np.zeros(ranks), np.zeros(ranks), ())
         self._times = np.empty((len(work.compute), ranks, 4))
 
     def step(self, time: int) -> None:
-        machine, work, leaving = self._machine, self._work, self._laid_out.leaving.get(time, self._nothing)
+        machine, work, leaving = self._machine, self._work, self._laid_out.leaving(time)
         if time == self._steps:  # phases are timed apart: all ranks begin backward together
             self._end_phase()
         begin = self._now

@@ -68,6 +68,7 @@ def check_same(rank: int) -> None:
     cases: list[tuple[str, str, dict[str, Any]]] = [("gqa", recompute, {}) for recompute in names("recompute")]
     cases += [("mha", "none", {"dtype": "bfloat16"}), ("gqa", "none", {"dtype": "float32"}), ("mha", "full", {"fsdp": True})]
     cases += [("gqa", "none", {"lowering": "p2p"}), ("gqa", "selective", {"mesh": Mesh(tp=2)}), ("six", "none", {"uneven": True})]
+    assert len(cases) == len(names("recompute")) + 6
     for model, recompute, options in due(cases):
         lowering, uneven = options.pop("lowering", "auto"), options.pop("uneven", False)
         found = []

@@ -81,7 +81,7 @@ def check(rank: int) -> None:
         total = torch.tensor([sent[PHASE].bytes, sent[BACK].bytes])
         dist.all_reduce(total)
         assert total[0] == total[1], case
-        assert (int(total[0]) > 10 * ROW) == (ranks > 1), case
+        assert (int(total[0]) > 100 * ROW) == (ranks > 1), (case, int(total[0]) / ROW)
         sizes = {1: [800], 2: [512, 288], 4: [256, 256, 256, 32]}[ranks]
         assert reshard.max_over_mean == max(sizes) * ranks / sum(sizes), case
 
