@@ -35,23 +35,24 @@ demo: setup ## a small checked sweep on this machine and its report, in a few mi
 PYTEST = $(BIN)/python -m pytest -q $(if $(K),-k '$(K)')
 BESIDE := -p no:cacheprovider -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 ON_CLUSTER := tests/slurm
-ONE_IN ?= 3
+ONE_IN ?= 6
 TURN ?= $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
+BY_TURNS = $(if $(K),,--one-in $(ONE_IN) --turn $(TURN))
 NONE_IS_FINE = $(if $(K),|| [ $$? -eq 5 ])
 
 # The tests on the cluster wait for most of their time; the others compute meanwhile, as long as nobody on the cluster wants to.
 # Those with a rank for most GPUs of the cluster fill the machine's memory and cores, so they come last and alone.
 # Of a test with many cases that needs no cluster it takes one case in ONE_IN, and TURN says which: with each commit other ones, so
 # that ONE_IN commits in a row take all.
-test: setup cluster-up browser ## all tests, of their cases a third by turns (ONE_IN=1: all), on the development cluster too (needs root and Debian for that); K=... chooses by name
-	@{ $(PYTEST) -m 'slurm and not wide' $(ON_CLUSTER) $(NONE_IS_FINE); } >$(VENV)/slurm-tests.log 2>&1 & cluster=$$!; \
-	{ nice -n 15 $(PYTEST) -m 'not slurm' $(if $(K),,--one-in $(ONE_IN) --turn $(TURN)) $(BESIDE) $(NONE_IS_FINE); }; others=$$?; \
+test: setup cluster-up browser ## all tests, of cases and of slow tests a sixth by turns (ONE_IN=1: all), on the development cluster too (needs root and Debian for that); K=... chooses by name
+	@{ $(PYTEST) -m 'slurm and not wide' $(ON_CLUSTER) $(BY_TURNS) $(NONE_IS_FINE); } >$(VENV)/slurm-tests.log 2>&1 & cluster=$$!; \
+	{ nice -n 15 $(PYTEST) -m 'not slurm' $(BY_TURNS) $(BESIDE) $(NONE_IS_FINE); }; others=$$?; \
 	wait $$cluster; code=$$?; cat $(VENV)/slurm-tests.log; \
-	{ $(PYTEST) -m wide $(ON_CLUSTER) $(NONE_IS_FINE); }; exit $$((code | others | $$?))
+	{ $(PYTEST) -m wide $(ON_CLUSTER) $(BY_TURNS) $(NONE_IS_FINE); }; exit $$((code | others | $$?))
 
 # Of a test that goes through all kernels or masks one case in sixteen; all of those that K chooses.
 test-fast: setup ## a share of the tests that need no cluster, no root and little time each; K=... chooses by name
-	$(PYTEST) -m 'not slow and not slurm' $(if $(K),,--one-in 16) $(BESIDE) $(NONE_IS_FINE)
+	$(PYTEST) -m 'not slow and not slurm' $(if $(K),,--one-in 32) $(BESIDE) $(NONE_IS_FINE)
 
 coverage: setup ## which lines the fast tests reach in their own process (ranks and commands in processes of their own count not)
 	$(PYTEST) -m 'not slow and not slurm' $(BESIDE) --cov --cov-report=term:skip-covered $(NONE_IS_FINE)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.turns import is_due, tell
+from tests.turns import goes_by_turns, is_due, is_its_turn, tell
 
 RANKS_OF_A_TEST = "lcbench.testing.run_ranks"  # the audit event of lcbench/testing/spawn.py, which is not imported for it
 ON_CLUSTER = Path(__file__).parent / "slurm"
@@ -22,6 +22,7 @@ TRACEBACK_CHARS = 4000
 SLOW_S = 20.0  # a busy machine takes several times as long
 started_ranks: list[str] = []
 too_slow: list[str] = []
+cases_of: Counter[str] = Counter()
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads of all on all cores would only get in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -52,6 +53,10 @@ def _hear_of_ranks(event: str, args: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_hear_of_ranks)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    tell(item.config.getoption("--one-in"), item.config.getoption("--turn"), cases_of[item.nodeid.partition("[")[0]])
 
 
 @pytest.hookimpl(wrapper=True)
@@ -93,13 +98,21 @@ def pytest_configure(config: pytest.Config) -> None:
     tell(config.getoption("--one-in"), config.getoption("--turn"))
 
 
+def may_wait(item: pytest.Item) -> bool:
+    """A slow test without cases comes by turns too, unless what it goes through does or it needs the cluster."""
+    if "[" in item.nodeid or not isinstance(item, pytest.Function):
+        return False
+    marked = {mark.name for mark in item.iter_markers()}
+    return "slow" in marked and "slurm" not in marked and not goes_by_turns(item.function)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     seen: Counter[str] = Counter()
-    cases = Counter(item.nodeid.partition("[")[0] for item in items)
+    cases_of.update(item.nodeid.partition("[")[0] for item in items)
     left_out = []
     for item in items:
         case_of = item.nodeid.partition("[")[0]
-        if not is_due(seen[case_of], cases[case_of]):
+        if not is_due(seen[case_of], cases_of[case_of]) or (may_wait(item) and not is_its_turn(item.nodeid)):
             left_out.append(item)
         seen[case_of] += 1
         if "devcluster" in getattr(item, "fixturenames", ()) and not any(item.iter_markers("slurm")):
@@ -130,7 +143,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if (every := config.getoption("--one-in")) > 1:
-        left = f"one case in {every} of each test, turn {config.getoption('--turn') % every} of {every}"
+        left = (
+            f"one case in {every} of each test and one slow test in {every}, turn {config.getoption('--turn') % every} of {every}"
+        )
         terminalreporter.write_line(f"{left}: --one-in 1 takes all")
     for line in too_slow:
         terminalreporter.write_line(line, yellow=True)

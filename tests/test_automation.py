@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).parents[1]
@@ -87,14 +86,13 @@ def test_the_hooks_of_ruff_run_as_they_are_written() -> None:
             assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("module", sorted(set(re.findall(r"-m ((?:lcbench|tests)[\w.]*)", MAKEFILE))))
-def test_a_module_that_the_makefile_runs_is_there(module: str) -> None:
-    assert find_spec(module) is not None
-
-
-@pytest.mark.parametrize("script", sorted(set(re.findall(r"^\t@?((?:slurm|tests)/[\w./-]+)", MAKEFILE, re.M))))
-def test_a_script_that_the_makefile_runs_is_there(script: str) -> None:
-    assert os.access(ROOT / script, os.X_OK)
+def test_modules_and_scripts_that_the_makefile_runs_are_there() -> None:
+    run = set(re.findall(r"-m ((?:lcbench|tests)[\w.]*)", MAKEFILE))
+    scripts = set(re.findall(r"^\t@?((?:slurm|tests)/[\w./-]+)", MAKEFILE, re.M))
+    assert len(run) > 5
+    assert len(scripts) > 2
+    assert not [module for module in run if find_spec(module) is None]
+    assert not [script for script in scripts if not os.access(ROOT / script, os.X_OK)]
 
 
 def test_help_lists_every_target_and_each_is_one_that_no_file_shadows() -> None:

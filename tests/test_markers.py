@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.turns import VARIABLE, due, is_due
+from tests.turns import VARIABLE, due, goes_by_turns, is_due, is_its_turn
 
 ROOT = Path(__file__).parents[1]
 MADE = """
@@ -58,6 +58,7 @@ def test_fails_without_a_folder(): assert False
 CASES = """
 import subprocess, sys
 import pytest
+from tests.turns import due
 
 @pytest.mark.parametrize("case", range(7))
 def test_many(case): pass
@@ -66,6 +67,18 @@ def test_many(case): pass
 def test_two(case): pass
 
 def test_one(): pass
+
+@pytest.mark.slow
+def test_slow(): pass
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(3))
+def test_slow_cases(case): pass
+
+def own(): return due("ab")
+
+@pytest.mark.slow
+def test_slow_by_itself(): own()
 
 def test_by_itself(capfd):
     one = "from tests.turns import due; print('of its own:', due('abcde'))"
@@ -122,26 +135,56 @@ def test_one_case_in_n_runs_of_every_test_and_n_turns_run_all_of_them(tmp_path: 
         code, said = outcome(tmp_path / "test_made.py", CASES, "--one-in=3", f"--turn={turn}")
         assert code == 0, said
         names = [line.rpartition("::")[2] for line in said.splitlines() if line.startswith("PASSED")]
-        assert {name.partition("[")[0] for name in names} == {"test_many", "test_two", "test_one", "test_by_itself"}
+        every = {"test_many", "test_two", "test_one", "test_slow_cases", "test_slow_by_itself", "test_by_itself"}
+        assert {name.partition("[")[0] for name in names} - {"test_slow"} == every
         (taken,) = (line.partition("of its own: ")[2] for line in said.splitlines() if "of its own: " in line)
         own += literal_eval(taken)
         ran += names
     many = [name for name in ran if name.startswith("test_many")]
     assert sorted(many) == [f"test_many[{case}]" for case in range(7)]
     assert {name for name in ran if name.startswith("test_two")} == {"test_two[0]", "test_two[1]"}
+    assert ran.count("test_slow") == 1
     assert sorted(own) == list("abcde")
 
 
-@pytest.mark.parametrize("one_in", [1, 2, 3, 5])
+@pytest.mark.parametrize("one_in", [1, 2, 3, 5, 6, 8])
 def test_in_time_every_case_of_a_test_comes_with_each_that_it_goes_through_by_itself(
     one_in: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for cases in (1, 2, 3, 5, 31):
+    for cases in (1, 2, 3, 5, 6, 31):
         for inner in (1, 2, 4, 33):
             seen = set()
-            for turn in range(6 * one_in**2):
-                monkeypatch.setenv(VARIABLE, f"{one_in} {turn}")
+            for turn in range(min(one_in, cases) * min(one_in, inner)):
+                monkeypatch.setenv(VARIABLE, f"{one_in} {turn} {cases}")
                 taken = due(range(inner))
                 assert taken
                 seen |= {(case, own) for case in range(cases) if is_due(case, cases) for own in taken}
             assert len(seen) == cases * inner, (cases, inner)
+
+
+@pytest.mark.parametrize("one_in", [1, 2, 6])
+def test_a_test_without_cases_comes_once_in_n_turns(one_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for test in ("tests/a.py::test_one", "tests/a.py::test_other", "tests/b.py::test_one"):
+        taken = []
+        for turn in range(40, 40 + one_in):
+            monkeypatch.setenv(VARIABLE, f"{one_in} {turn} 1")
+            taken.append(is_its_turn(test))
+        assert sum(taken) == 1
+
+
+def of_its_own() -> None:
+    assert [due(case) for case in ("ab", "cd")]
+
+
+def through_a_function() -> None:
+    of_its_own()
+
+
+def not_by_turns() -> None:
+    assert sorted("ab")
+
+
+def test_what_goes_through_its_cases_by_turns_is_found_by_what_it_names() -> None:
+    assert goes_by_turns(of_its_own)
+    assert goes_by_turns(through_a_function)
+    assert not goes_by_turns(not_by_turns)

@@ -33,7 +33,9 @@ STARTED = "lcbench.testing.run_ranks"
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, prepare: Callable[..., Any] | None = None) -> None:
-    """``function(rank, *args)`` on every rank; an exception on any of them is raised here. Raises an audit event.
+    """``function(rank, *args)`` on every rank, in the environment of the caller; an exception on any of them is raised here.
+
+    Raises an audit event.
 
     ``prepare(*args)`` runs once, in a process that the ranks are forked from; they are then called with what it returns in place
     of ``args``. What every rank would find out by itself, such as plans and references, is found out there.
@@ -43,10 +45,11 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, prepare
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     multiprocessing.set_forkserver_preload(preload())
+    start = (dict(os.environ), world_size, port, function)
     if prepare is None:
-        start_processes(_rank, (world_size, port, function, args), nprocs=world_size, join=True, start_method="forkserver")
+        start_processes(_rank, (*start, args), nprocs=world_size, join=True, start_method="forkserver")
     else:
-        start_processes(_lead, (world_size, port, function, prepare, args), nprocs=1, join=True, start_method="forkserver")
+        start_processes(_lead, (*start, prepare, args), nprocs=1, join=True, start_method="forkserver")
 
 
 def preload() -> list[str]:
@@ -56,14 +59,24 @@ def preload() -> list[str]:
 
 
 def _lead(
-    _: int, world_size: int, port: int, function: Callable[..., Any], prepare: Callable[..., Any], args: tuple[Any, ...]
+    _: int,
+    environment: dict[str, str],
+    world_size: int,
+    port: int,
+    function: Callable[..., Any],
+    prepare: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
+    os.environ.update(environment)
     torch.set_num_threads(1)
     prepared = (prepare(*args),)
-    start_processes(_rank, (world_size, port, function, prepared), nprocs=world_size, join=True, start_method="fork")
+    start_processes(_rank, (environment, world_size, port, function, prepared), nprocs=world_size, join=True, start_method="fork")
 
 
-def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, environment: dict[str, str], world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(environment)  # that of the process it is forked from is as old as the first ranks
     torch.set_num_threads(1)
     gc.freeze()  # what the parent imported, which the collections before each measurement need not visit
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)

@@ -42,6 +42,7 @@ TINY = [
         ([*PREDICT, "--fit", "nowhere.json"], "fit nowhere.json cannot be read"),
     ],
 )
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_code_2(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(words)

@@ -226,6 +226,7 @@ def test_a_note_that_is_none_is_set_aside_with_its_manifest(tmp_path: Path) -> N
 # -- what a prediction may do --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_fit_of_the_machine_says_where_to_begin_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "this.fit.json"
     kernel = KernelFit(kernel="sdpa_math", dtype="float64", forward=Coefficients(flop_s=1e-9), backward=Coefficients())
@@ -259,6 +260,7 @@ def plan_of(*words: str) -> Plan:
     return expand([*WORDS, *words], loader_of(None))
 
 
+@pytest.mark.slow
 def test_the_cap_is_the_memory_of_the_device_or_of_the_machine_that_is_predicted() -> None:
     assert capped(plan_of("site=plain")).cap_bytes == 80e9
     assert capped(plan_of("site=plain", "search.gib=40")).cap_bytes == 40 * GIB

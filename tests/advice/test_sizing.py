@@ -125,6 +125,7 @@ def test_the_front_holds_what_nothing_beats() -> None:
     assert [c.cell.config["scale"] for c in pareto(every)] == ["1x2", "1x4", "1x8"]
 
 
+@pytest.mark.slow
 def test_the_figure_and_the_table_say_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     predictor = straight(ring=(0.0, 1e-6), usp=(1e-3, 1e-6))
     every = candidates(predictor, "cp=ring,usp", "scale=1x2,1x4,1x8")

@@ -132,6 +132,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
+@pytest.mark.slow
 def test_completion_knows_axes_and_values() -> None:
     script = """
         eval "$(python -m lcbench.sweep -sc install=bash)"

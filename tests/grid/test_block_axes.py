@@ -157,6 +157,7 @@ def test_a_product_has_them_once_per_workload_that_takes_them(own: list[str]) ->
     assert set(told) == {("attention", "none", "32x8x128")} | steps
 
 
+@pytest.mark.slow
 def test_layers_are_said_in_one_way(own: list[str]) -> None:
     (one,), (other,) = cells(own, *STEPS, "layers=3"), cells(own, *STEPS, "workload.layers=3")
     assert one == other
@@ -334,6 +335,7 @@ def test_a_choice_tells_the_recompute_and_a_setting_the_rest_of_the_workload(own
     assert set(frame["setting"]) == settings
 
 
+@pytest.mark.slow
 def test_options_of_what_is_folded_in_tell_problems_apart(own: list[str], tmp_path: Path) -> None:
     grid = [*STEPS[:1], "model=tiny,tiny_mha", "model.ffn=80,160", "recompute=all", "seqlen=1k", "scale=1x8", *own]
     frame = reported(made_sweep(tmp_path / "r", "s", grid))

@@ -57,6 +57,7 @@ def test_what_one_does_with_a_config_another_does_not_see(monkeypatch: pytest.Mo
     assert other["site"]["name"] != "changed"
 
 
+@pytest.mark.slow
 def test_another_environment_and_another_folder_of_configs_are_asked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "conf" / "cp"
     own.mkdir(parents=True)

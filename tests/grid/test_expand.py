@@ -143,6 +143,7 @@ def test_a_file_is_part_of_the_cell_by_what_is_in_it(tmp_path: Path) -> None:
         build_mask(config, 8, planned.cell.heads, 0)
 
 
+@pytest.mark.slow
 def test_experiment_sweeps_and_the_command_line_overrides_an_axis() -> None:
     smoke = look(["+experiment=smoke"])
     assert len(smoke.cells) > 4

@@ -42,6 +42,7 @@ def test_a_name_is_taken_as_it_was_typed(name: str) -> None:
     assert option("results", f"results=/r/{name} [a]") == f"/r/{name} [a]"
 
 
+@pytest.mark.slow
 def test_names_that_cannot_be_a_folder_or_a_word_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [
         "a%j",
@@ -95,6 +96,7 @@ def test_an_axis_that_looks_at_another_is_refused(words: list[str], axis: str) -
     assert words[0].partition("=")[0].split(".")[0] in message
 
 
+@pytest.mark.slow
 def test_an_axis_may_look_at_itself_and_at_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LCBENCH_X", "2")
     (cell,) = look(["mask=global_sliding_window", "mask.right=${.left}", "mask.global_tokens=${mask.left}", "mask.left=512"]).cells

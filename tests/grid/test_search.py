@@ -139,6 +139,7 @@ def test_a_plan_has_one_cell_of_each_choice_at_a_length_that_suits_its_ranks() -
         assert each.cell.problem.seqlen in plan.search.lengths(ranks)
 
 
+@pytest.mark.slow
 def test_lengths_of_an_experiment_give_way() -> None:
     plan = planned(["+experiment=model_step", "search=max_seqlen"])
     assert len(look(["+experiment=model_step"]).cells) > len(plan.cells) > 0

@@ -49,6 +49,7 @@ ROWS = st.lists(
 
 
 @given(ROWS, st.integers(1, 24))
+@pytest.mark.slow
 def test_totals_are_those_of_all_lines_or_the_least_number_of_batches_is_named(rows: list[Row], most: int) -> None:
     lines = np.array(rows)
     try:
@@ -75,6 +76,7 @@ def test_the_order_of_lines_does_not_matter_and_the_same_lines_give_the_same_cel
 
 
 @given(ROWS)
+@pytest.mark.slow
 def test_lines_of_few_kinds_are_their_own_batches(rows: list[Row]) -> None:
     counts = Counter(rows)
     cells = reduced(np.array(rows), len(counts))
@@ -82,6 +84,7 @@ def test_lines_of_few_kinds_are_their_own_batches(rows: list[Row]) -> None:
 
 
 @given(st.data())
+@pytest.mark.slow
 def test_what_is_decoded_is_never_mixed_with_what_is_filled(data: st.DataObject) -> None:
     rows = data.draw(ROWS)
     cells = reduced(np.array(rows), 60)

@@ -112,6 +112,7 @@ def test_rows_of_some_heads_are_those_of_the_whole_bit_for_bit(
     assert torch.equal(drawn(name, of, tokens, heads=heads, step=1), every[tokens][:, heads.start : heads.stop])
 
 
+@pytest.mark.slow
 def test_a_row_costs_the_same_however_long_the_sequence_is(monkeypatch: pytest.MonkeyPatch) -> None:
     of = problem(1 << 20, Heads(2, 1, 16))
     STRUCTURED.plan(of, SEED)  # calibration is once
@@ -229,6 +230,7 @@ def test_it_knows_how_scores_become_weights(softmax: Softmax) -> None:
 # -- steps -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_steps_drift_and_keep_their_lines() -> None:
     of = problem(1024)
     first, second, later = (Dense.of(STRUCTURED, of, step) for step in (0, 1, 12))
@@ -252,6 +254,7 @@ def test_an_option_that_is_none_is_named(options: dict[str, float]) -> None:
         Structured(**options)
 
 
+@pytest.mark.slow
 def test_heads_without_room_and_latent_ones_are_refused() -> None:
     assert "keys of 8 numbers" in str(STRUCTURED.unsupported(problem(heads=Heads(2, 1, 8))))
     assert "latent" in str(STRUCTURED.unsupported(problem(heads=Heads(4, 1, 72, 64, latent=True))))

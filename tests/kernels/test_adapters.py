@@ -123,6 +123,7 @@ def install(monkeypatch: pytest.MonkeyPatch, modules: dict[str, ModuleType]) -> 
 
 
 @pytest.mark.parametrize("library", DENSE)
+@pytest.mark.slow
 def test_dense_library_runs_every_mask(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, DENSE[library]())
     kernel = kernel_of(library.partition(" ")[0])
@@ -139,6 +140,7 @@ def test_torch_cuda_backend_runs_every_mask(name: str, tmp_path: Path, monkeypat
     check_adapter(kernel_of(name), every_mask(tmp_path).values())
 
 
+@pytest.mark.slow
 def test_torch_flash_on_cuda_runs_every_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lcbench.kernels.sdpa_flash import _CUDA, SDPAFlash
     from lcbench.kernels.varlen import count_varlen, prepare_varlen

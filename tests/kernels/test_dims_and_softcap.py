@@ -141,6 +141,7 @@ def test_backends_of_torch_on_cuda(name: str, monkeypatch: pytest.MonkeyPatch) -
     everywhere(kernel_of(name))
 
 
+@pytest.mark.slow
 def test_cudnn_by_its_frontend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch, cudnn.modules())
     monkeypatch.setattr("lcbench.kernels.cudnn._handles", [])

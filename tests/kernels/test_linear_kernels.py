@@ -203,6 +203,7 @@ def test_fla_of_another_release_says_so(fla: FLA, monkeypatch: pytest.MonkeyPatc
         (70, Heads(2, 1, 16), torch.float16, 1.0, 2.0**-10),
     ],
 )
+@pytest.mark.slow
 def test_triton_chunk(rule: Rule, count: int, heads: Heads, dtype: torch.dtype, strength: float, bound: float) -> None:
     """Under the interpreter: chunks that end early, groups, dims that are no powers of two, programs that share values and keys.
     A float32 error of 1e-4 or more is that of gradients of strong decays, which are a difference of sums."""

@@ -74,6 +74,7 @@ def test_runs_of_a_tile_may_share_tokens() -> None:
 
 
 @given(bands(), st.data())
+@pytest.mark.slow
 def test_crop_and_tile_match_dense(case: tuple[int, int, list[Band]], data: st.DataObject) -> None:
     num_q, num_k, found = case
     dense, mask = dense_mask(num_q, num_k, found), BandMask.of(num_q, num_k, found)
@@ -156,6 +157,7 @@ def test_overlap_is_found_exactly(one: tuple[int, int, list[Band]], two: tuple[i
 
 
 @given(bands(), st.integers(1, 4), st.sampled_from([contiguous, zigzag, striped]))
+@pytest.mark.slow
 def test_the_tiles_of_a_layout_hold_every_pair_once(case: tuple[int, int, list[Band]], shards: int, deal: object) -> None:
     assert callable(deal)
     num_q, _, found = case
@@ -220,6 +222,7 @@ def test_a_tile_of_runs_of_different_strides_is_what_it_is_point_by_point(data: 
 
 
 @given(bands(), st.data())
+@pytest.mark.slow
 def test_a_tile_of_many_runs_of_any_stride_is_what_it_is_point_by_point(
     case: tuple[int, int, list[Band]], data: st.DataObject
 ) -> None:

@@ -58,6 +58,7 @@ def tokens_of(found: list[TokenSpan]) -> np.ndarray:
 
 
 @given(maps(), st.data())
+@pytest.mark.slow
 def test_block_maps_are_closed_under_the_algebra(mask: BlockMap, data: st.DataObject) -> None:
     dense = dense_heads(mask, 6)
     assert mask.pairs(6) == dense.sum()
@@ -79,6 +80,7 @@ def test_block_maps_are_closed_under_the_algebra(mask: BlockMap, data: st.DataOb
 
 
 @given(maps())
+@pytest.mark.slow
 def test_bands_and_index_lists_hold_the_same_blocks(mask: BlockMap) -> None:
     for number in range(mask.maps):
         dense = dense_heads(mask, mask.maps)[number]
@@ -274,6 +276,7 @@ def test_variable_blocks_have_the_mean_that_was_asked_for(block_size: int) -> No
         assert sizes.mean() == pytest.approx(block_size, rel=0.03)
 
 
+@pytest.mark.slow
 def test_heads_share_maps_as_asked() -> None:
     for per, maps in (("all_heads", 1), ("kv_head", 3), ("q_head", 6)):
         mask = block_random(4096, **options_of(per=per, density=0.3))

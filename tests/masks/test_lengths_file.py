@@ -43,6 +43,7 @@ def test_blank_lines_separate_batches_and_comments_do_not(write: Write) -> None:
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 100))
+@pytest.mark.slow
 def test_draws_of_a_stream_are_all_of_its_tokens_once(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seqlen: int
 ) -> None:

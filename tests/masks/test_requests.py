@@ -59,6 +59,7 @@ def test_causal_requests_see_what_came_before_in_their_own(batch: Batch) -> None
 
 
 @given(batches(), st.integers(0, 3))
+@pytest.mark.slow
 def test_documents_of_each_request_are_its_own(batch: Batch, seed: int) -> None:
     def make(total: int, number: int) -> Mask:
         return causal_document(total, seed=(seed, 0, number), lengths=Uniform(1, 4))
@@ -114,6 +115,7 @@ def drawn(total: int, maps: int = 2, size: int = 4) -> BlockMap:
 
 
 @given(batches())
+@pytest.mark.slow
 def test_block_maps_of_requests_are_one(batch: Batch) -> None:
     mask = of_requests(batch, lambda total, number: drawn(total), alike=True)
     wholes: list[Mask] = [drawn(total) for total in batch.total.tolist()]

@@ -55,6 +55,7 @@ def test_every_mask_passes_its_check_in_every_type(name: str, dtype: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["causal_document", "dual_scope", "star_attention", "block_random", "block_file", *WITHIN])
+@pytest.mark.slow
 def test_long_masks_are_checked_by_sampled_rows_and_columns(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a quarter of the elements that are looked at as a whole, half the length is long already."""
     monkeypatch.setattr(reference, "ELEMENTS", reference.ELEMENTS // 4)

@@ -60,6 +60,7 @@ def test_a_fault_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow
 def test_the_same_kernel_without_a_fault_passes(dtype: str) -> None:
     for seed in range(2):
         assert refused(measured(None, dtype, TOKENS, seed)) is None

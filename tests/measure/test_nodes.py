@@ -110,6 +110,7 @@ def test_partners_are_mutual() -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_real_ranks_measure_their_links() -> None:
     run_ranks(6, links_of_three_nodes)
 

@@ -190,6 +190,7 @@ def test_what_receives_nothing_and_what_is_faster_than_its_links_and_its_memory_
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.slow
 def test_a_sound_kernel_passes_and_one_that_does_nothing_does_not(dtype: str) -> None:
     cpu, heads, tokens = torch.device("cpu"), Heads(2, 2, 128), 768
     problem = Problem(tokens, heads, Scale(1, 1), dtype, "forward_backward")

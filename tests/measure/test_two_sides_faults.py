@@ -268,6 +268,7 @@ def test_the_same_without_a_fault_passes(dtype: str) -> None:
     assert refused(measured("GQA, sink", "mixed", dtype, around)) is None
 
 
+@pytest.mark.slow
 def test_what_a_probe_leaves_to_the_reference_is_said() -> None:
     check = measured("latent", "decode", "float32", None).check
     assert check is not None
@@ -282,6 +283,7 @@ def test_what_a_probe_leaves_to_the_reference_is_said() -> None:
     assert of_sinks.errors["dsink"] <= of_sinks.bounds["dsink"]
 
 
+@pytest.mark.slow
 def test_a_mask_without_a_request_of_its_last_rows_is_no_fault_of_theirs() -> None:
     """Rows that see no key have what a sink leaves of them."""
     batch = BATCHES["mixed"]

@@ -40,6 +40,7 @@ BATCHES = st.lists(st.integers(1, 8000), min_size=1, max_size=40)
 
 
 @given(BATCHES, st.booleans(), st.booleans())
+@pytest.mark.slow
 def test_every_document_is_computed_once_by_ranks_that_hold_it(tokens: list[int], spread: bool, offload: bool) -> None:
     batch, cost = documents(*tokens), Offloading(COST.degrees, per_node=4, offloads=LAYERS)
     found = BytescaleHDP(spread, offload, fallback=False).plan(batch, FLEET, cost)
@@ -64,6 +65,7 @@ def test_ranks_end_together(tokens: list[int]) -> None:
 
 
 @given(BATCHES)
+@pytest.mark.slow
 def test_spreading_never_makes_a_batch_slower(tokens: list[int]) -> None:
     batch, cost = documents(*tokens), replace(COST, exchange_s=0.0)  # which a makespan does not know across nodes
     by_rule, spread = (BytescaleHDP(fallback=False, spread=spread).plan(batch, FLEET, cost) for spread in (False, True))

@@ -187,6 +187,7 @@ def test_planners_that_claim_to_be_optimal_are_near_the_oracle(seed: int, option
 
 
 @pytest.mark.parametrize("name", ["megatron_hybrid", "bytescale_hdp", "dynamic_cp"])
+@pytest.mark.slow
 def test_what_falls_back_is_never_longer_than_fixed(name: str) -> None:
     random, cost = np.random.default_rng(1), Quadratic(tuple(range(1, 9)))
     for _ in range(5):
@@ -235,6 +236,7 @@ def test_groups_side_by_side_lie_inside_of_nodes() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9)), max_size=20))
+@pytest.mark.slow
 def test_a_timetable_is_what_playing_its_groups_gives(puts: list[tuple[int, int]]) -> None:
     fleet = Fleet(12, 4, 1)
     table = Timetable(fleet)

@@ -115,6 +115,7 @@ def test_the_sum_of_gradients_is_an_all_reduce() -> None:
 
 
 @pytest.mark.parametrize("words", [("cp=ring", "cp.layout=documents"), ("cp=ulysses",)])
+@pytest.mark.slow
 def test_documents_of_a_group_add_up(words: tuple[str, ...]) -> None:
     """Against whole groups that are simulated: random ones of a batch's own documents."""
     cell = cell_of(*words, "seqlen=1m")
@@ -184,11 +185,13 @@ def test_a_prediction_has_what_a_result_has(planner: str) -> None:
     assert sorted(d for _, group in assigned.groups for d in group.documents) == list(range(len(found.notes["documents"])))
 
 
+@pytest.mark.slow
 def test_draws_are_batches_of_a_stream() -> None:
     found = H100.predict(cell_of("mask.samples=3", "planner=megatron_hybrid"), memory=False)
     assert len(found.draws) == 3
 
 
+@pytest.mark.slow
 def test_planning_does_not_count_what_costs_are_made_of() -> None:
     """Those of a problem that nobody has asked for yet take longer than the plan, which is of one document."""
     words = ("lengths=explicit", "lengths.values=[262144]", "heads=16x8x96", "planner=none", "scale=4x8", "workload.capacity=8k")

@@ -128,6 +128,7 @@ def inside(prediction: Prediction, seen: CellMemory) -> bool:
     return low <= seen.peak_bytes <= high
 
 
+@pytest.mark.slow
 def test_peaks_of_cpu_ranks_are_predicted_from_twelve_cells() -> None:
     known = json.loads((held_out.DATA / "cpu_peaks.json").read_text())
     seen, others = (
@@ -189,6 +190,7 @@ class Live(TorchDispatchMode):
     ],
     ids=["full", "window", "equal documents", "documents"],
 )  # fmt: skip
+@pytest.mark.slow
 def test_copies_that_a_kernel_says_it_holds_are_those_that_it_holds(mask: BandMask) -> None:
     kernel: Kernel = SDPAFlash()
     heads, item = Heads(4, 2, 32), 4

@@ -137,6 +137,7 @@ def sliding(length: int, window: int) -> BandMask:
     choice=st.sampled_from([("cp=none", "scale=1x1"), ("cp=kvp", "scale=1x2"), ("cp=dcp", "cp.degree=4", "scale=1x4"),
                             ("cp=allgather", "scale=1x4")]),
 )  # fmt: skip
+@pytest.mark.slow
 def test_more_context_is_never_predicted_faster(shape: str, count: int, lengths: list[int], choice: tuple[str, ...]) -> None:
     cells = [cell_of(f"batch={shape.format(n=count, t=length)}", *choice) for length in lengths]
     for predictor in (Predictor(H100), NO_TIME):

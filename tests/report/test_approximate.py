@@ -71,6 +71,7 @@ def plainly(text: str) -> str:
 
 
 @pytest.mark.parametrize("distance", [1e-6, 0.13, 2.0])
+@pytest.mark.slow
 def test_the_fastest_wins_only_where_it_is_exact(tmp_path: Path, distance: float) -> None:
     cp = "ring,ulysses,star"
     off = sweep_of(tmp_path, cp, name="off", distance=lambda c: distance if c.config["cp"]["name"] == "star" else None)
@@ -116,6 +117,7 @@ def test_what_approximates_is_in_the_order_of_its_distance_not_of_its_time(tmp_p
     assert sorted(keys, key=keys.__getitem__) == ["exact", "fast", "slow", "unknown"]
 
 
+@pytest.mark.slow
 def test_where_nothing_exact_ran_nothing_wins(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, "star,apb")
     good = good_rows(reported(sweep))

@@ -124,6 +124,7 @@ def test_the_table_has_every_batch_with_planning_apart(rows: pd.DataFrame) -> No
         assert row["planned meanwhile"] == row["makespan"]
 
 
+@pytest.mark.slow
 def test_sweeps_without_batches_have_no_section(tmp_path: Path) -> None:
     other = made_sweep(tmp_path, "a", ["cp=ring,ulysses", "seqlen=64k,128k", "scale=1x8", "kernel=flash_attn3", "site=plain"])
     assert batch_rows(reported(other)).empty
@@ -166,6 +167,7 @@ def test_measured_and_predicted_are_side_by_side(frame: pd.DataFrame) -> None:
     assert alone.pictures[0][0] == "hybrid (predicted)", "of what never ran the choice says it"
 
 
+@pytest.mark.slow
 def test_pictures_of_many_ranks_show_some_of_them(frame: pd.DataFrame) -> None:
     ranks = 4 * MOST_RANKS
     notes = {

@@ -33,6 +33,7 @@ def test_the_page_says_what_changed_by_axis_without_scripts(tmp_path: Path) -> N
     assert "torch" in text  # what of the environments is the same
 
 
+@pytest.mark.slow
 def test_the_page_may_lie_elsewhere_and_a_folder_that_refuses_is_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def test_a_choice_looks_the_same_in_every_figure_of_a_sweep_in_which_one_is_miss
     assert "usp" in at_8x8
 
 
+@pytest.mark.slow
 def test_a_choice_that_failed_everywhere_keeps_its_place(tmp_path: Path) -> None:
     failed = made_sweep(tmp_path, "s", ["cp=ring,ulysses,usp", "seqlen=64k,128k", "scale=1x8"], failed={"ring": NODE_FAILURE})
     frame = reported(failed)
@@ -222,6 +223,7 @@ def test_lines_that_lie_on_each_other() -> None:
 # -- ranking, maps, time -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_first_of_a_ranking_is_the_winner_and_failures_stand_at_the_end_with_their_class(tmp_path: Path) -> None:
     out = Failure("oom", "out of memory", 0)
     sweep = made_sweep(tmp_path, "choose", CHOOSE, failed={"ring flash_attn3": out, "usp cudnn": NODE_FAILURE})

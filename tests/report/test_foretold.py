@@ -159,6 +159,7 @@ def block_of(page: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_page_marks_predictions_and_its_answers_leave_them_out(mixed: Sweep, tmp_path: Path) -> None:
     page = write_report(mixed, tmp_path, known_devices()).page
     text, block = page.read_text(), block_of(page)
@@ -175,6 +176,7 @@ def test_a_page_marks_predictions_and_its_answers_leave_them_out(mixed: Sweep, t
     assert (tmp_path / "tables" / "predicted-measured.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_page_of_predictions_says_so_first(mixed: Sweep, tmp_path: Path) -> None:
     page = write_report(mixed, tmp_path, known_devices(), predicted=True).page
     text = page.read_text()
@@ -183,6 +185,7 @@ def test_a_page_of_predictions_says_so_first(mixed: Sweep, tmp_path: Path) -> No
     assert "float64 reference before it was timed" not in text
 
 
+@pytest.mark.slow
 def test_a_page_of_a_measured_sweep_is_as_ever(measured: Sweep, tmp_path: Path) -> None:
     text = write_report(measured, tmp_path, known_devices()).page.read_text()
     assert "not measured but predicted" not in text
@@ -201,6 +204,7 @@ def test_figures_draw_predictions_hollow(mixed: Sweep) -> None:
     assert "markerfacecolor" not in found["ring"].matplotlib
 
 
+@pytest.mark.slow
 def test_files_of_figures_show_predictions_beside_measurements(tmp_path: Path) -> None:
     grid = ["-m", "cp=ring,ulysses", "kernel=flash_attn3", "mask=causal", "scale=1x8", "heads=48x24x64"]
     longer = made_sweep(tmp_path, "longer", [*grid, "seqlen=48k,96k,192k"])

@@ -81,6 +81,7 @@ def test_the_front_by_hand() -> None:
     assert unbeaten(rows) == [True, True, False, True, False, True]
 
 
+@pytest.mark.slow
 def test_a_mask_is_compared_with_itself_and_only_where_it_ran_on_several_numbers_of_gpus(frame: pd.DataFrame) -> None:
     good = shown(frame, known_devices()).good
     rows = front_of(good[good["seqlen"] == 96 * 1024])

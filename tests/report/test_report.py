@@ -106,6 +106,7 @@ def test_the_winner_has_a_margin_and_says_if_it_is_noise(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("run_to_run", [0.0, 0.012])
+@pytest.mark.slow
 def test_a_difference_of_three_in_a_thousand_is_never_clear(tmp_path: Path, blocks: int, run_to_run: float) -> None:
     grid = [*GRID[:2], "seqlen=range(16384,540672,16384)", GRID[3]]
     sweep = made_sweep(tmp_path, "s", grid, noise=1e-4, run_to_run=run_to_run, blocks=blocks, factor_of=times_of(1.003))
@@ -272,6 +273,7 @@ def test_cells_that_share_a_label_are_told_apart_by_what_differs() -> None:
 
 
 @pytest.mark.parametrize("also", [["seqlen=64k,128k"], ["seqlen=64k", "mask=causal,causal_document"], ["seqlen=64k", "seed=1,2"]])
+@pytest.mark.slow
 def test_what_there_is_no_word_for_is_empty_and_never_nan(tmp_path: Path, also: list[str]) -> None:
     grid = ["cp=ring,ulysses,none", "kernel=sdpa_flash", "scale=1x8,1x1", "heads=12x4x64", *also]  # 12 heads over 8 ranks: skipped
     sweep = made_sweep(tmp_path, "s", grid, failed={"ring": Failure("oom", "out of memory", 0)})

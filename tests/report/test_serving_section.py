@@ -92,6 +92,7 @@ def test_replicas_have_a_batch_each(frame: pd.DataFrame) -> None:
     assert once["peak_gb_s"].isna().all(), "of a device that nobody wrote down"
 
 
+@pytest.mark.slow
 def test_sweeps_without_batches_have_no_section(tmp_path: Path) -> None:
     other = made_sweep(tmp_path, "a", ["cp=ring,ulysses", "seqlen=64k,128k", "scale=1x8", "kernel=flash_attn3", "site=plain"])
     assert served_rows(reported(other), known_devices()).empty
@@ -216,6 +217,7 @@ def test_the_table_has_a_row_of_every_batch_with_a_time(sweep: Sweep, rows: pd.D
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_panel_has_a_line_per_choice_and_the_one_without_context_parallelism(frame: pd.DataFrame, rows: pd.DataFrame) -> None:
     of = shown(frame, known_devices())
     panels = {panel.where: panel for panel in panels_of(of)}

@@ -102,6 +102,7 @@ def test_what_approximates_wins_nothing(frame: pd.DataFrame) -> None:
     assert not winners(frame[frame["good"]])
 
 
+@pytest.mark.slow
 def test_recall_is_drawn_over_the_density_that_was_reached(frame: pd.DataFrame) -> None:
     axis = drawn(frame, "recall")
     lines = {line.get_label(): line for line in axis.get_lines()}
@@ -112,6 +113,7 @@ def test_recall_is_drawn_over_the_density_that_was_reached(frame: pd.DataFrame) 
     assert [list(end[:, 1]) for end in spread] == [pytest.approx([65, 75]), pytest.approx([75, 85])]
 
 
+@pytest.mark.slow
 def test_bars_are_what_a_pass_goes_to(frame: pd.DataFrame) -> None:
     axis = drawn(frame, "selecting")
     widths = [bar.get_width() for bar in axis.patches]

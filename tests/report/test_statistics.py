@@ -77,6 +77,7 @@ def test_the_interval_of_a_cell_covers(count: int, sd: float) -> None:
     [*((c, sd, 0.0) for c in (*COUNTS, 6) for sd in (0.01, 0.03)), *((c, 0.0025, s) for c in (4, 6, 12, 48) for s in (0.01, 0.03)),
      *((c, 0.01, 0.01) for c in (4, 12, 48))],
 )  # fmt: skip
+@pytest.mark.slow
 def test_the_interval_of_a_ratio_covers_and_the_gate_does_not_trip_on_nothing(count: int, sd: float, apart: float) -> None:
     random, draws = np.random.default_rng([count, int(1e4 * sd), int(1e4 * apart)]), draws_of(count)
     found = [compared(random, count, sd, apart=apart) for _ in range(draws)]
@@ -90,6 +91,7 @@ def test_the_interval_of_a_ratio_covers_and_the_gate_does_not_trip_on_nothing(co
 
 
 @pytest.mark.parametrize(("sd", "apart"), [(0.01, 0.0), (0.0025, 0.01)])
+@pytest.mark.slow
 def test_a_slowdown_of_one_cell_of_twelve_is_found(sd: float, apart: float) -> None:
     random = np.random.default_rng(1)
     truth = np.where(np.arange(12) == 7, math.log(1.1), 0.0)
@@ -98,6 +100,7 @@ def test_a_slowdown_of_one_cell_of_twelve_is_found(sd: float, apart: float) -> N
     assert sum(one.cells[7] in one.regressions(0.05) for one in found) / DRAWS >= 0.95
 
 
+@pytest.mark.slow
 def test_a_slower_strategy_of_three_is_found() -> None:
     random = np.random.default_rng(2)
     truth = np.where(np.arange(18) < 6, math.log(1.1), 0.0)
@@ -131,6 +134,7 @@ def leads(logs: Array, choices: int) -> list[float]:
 
 @pytest.mark.parametrize("count", [6, 12, 48])
 @pytest.mark.parametrize("kind", ["one", "half", "all"])
+@pytest.mark.slow
 def test_cells_that_differ_in_their_noise_keep_most_of_their_coverage(count: int, kind: str) -> None:
     """One cell five times as noisy; every second four times; all by a lognormal factor."""
     random = np.random.default_rng([count, len(kind)])
@@ -158,6 +162,7 @@ def test_equal_choices_of_unequal_noise_are_seldom_called_different(kind: str) -
 
 
 @pytest.mark.parametrize("sd", [0.01, 0.05])
+@pytest.mark.slow
 def test_iterations_that_drift_do_not_narrow_the_interval_of_a_cell(sd: float) -> None:
     """33 iterations a block, each with 0.9 of the one before it (AR(1)); blocks apart from each other. Of one block the interval is
     wider than that of iterations taken as independent, which covers 26 to 37 %, but iterations cannot tell all of a drift.

@@ -365,6 +365,7 @@ def test_a_narrow_page_has_one_figure_below_the_other(mixed: Sweep, tmp_path: Pa
             assert b.complaints == []
 
 
+@pytest.mark.slow
 def test_a_search_has_its_answers_in_the_page_of_attention_too(tmp_path: Path) -> None:
     """Of 32k to 128k at 60 GiB: a ring, which needs 40 at 128k, and ulysses, which runs out of memory there."""
     failed = {"ulysses flash_attn3 causal 128k 2x8": MEMORY_FAILURE}

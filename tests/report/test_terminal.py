@@ -550,6 +550,7 @@ def test_the_verdict_has_its_colour(
     assert first.startswith(f"\x1b[1;{colour}m" if colour else "\x1b[1m")
 
 
+@pytest.mark.slow
 def test_a_dry_plan_estimates_before_it_limits_and_counts_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from lcbench.commands.launchers import launcher_named
 
@@ -580,6 +581,7 @@ def test_one_schedule_shows_its_first_ranks(capsys: pytest.CaptureFixture[str], 
     assert "rank 0" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_kernels_that_run_nothing_are_a_line_for_each_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert kernels.main(["--platform", "cpu", "mask=causal,block_random"]) == 0
     out = capsys.readouterr().out

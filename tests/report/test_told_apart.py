@@ -59,6 +59,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return sweep, said
 
 
+@pytest.mark.slow
 def test_every_cell_has_a_name_of_its_own_wherever_it_stands(
     case: tuple[Sweep, tuple[str, set[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

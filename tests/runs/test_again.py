@@ -598,6 +598,7 @@ def test_kill_9_at_any_step_loses_the_block_in_flight_at_most(tmp_path: Path) ->
     assert lost >= 4 * 2  # at least while it measured and before its result was written
 
 
+@pytest.mark.slow
 def test_gangs_that_are_killed_again_and_again(tmp_path: Path) -> None:
     chance = random.Random(0)
     sweep, pack = made_sweep(tmp_path / "results", cells=4, blocks=4)

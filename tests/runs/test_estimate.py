@@ -142,6 +142,7 @@ def test_estimates_are_within_a_factor_of_three_of_stored_results(folder: str) -
     assert sorted(np.abs(np.log(walls)))[-3] < math.log(3)
 
 
+@pytest.mark.slow
 def test_longer_cells_take_longer_and_more_ranks_less_each() -> None:
     simulated = fresh()
     lengths = [simulated.of(cell(seqlen=1 << power)).seconds for power in range(15, 22)]

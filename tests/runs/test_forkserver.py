@@ -62,6 +62,7 @@ def test_workers_end_with_an_agent_that_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: not any(map(alive, pids)), 10)
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_server_and_count_as_killed(tmp_path: Path) -> None:
     (*pids, codes, lives, why), _ = run("the server is killed", tmp_path)
     wait_until(lambda: not any(map(alive, pids)), 10)

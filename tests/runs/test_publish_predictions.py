@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pytest
 
 from lcbench.runs.manifest import Entry
 from lcbench.runs.store import Sweep
@@ -23,6 +24,7 @@ def runs_of(uri: str, where: str) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id], where))
 
 
+@pytest.mark.slow
 def test_a_prediction_has_a_run_of_its_own_that_no_view_of_measured_ones_has(tmp_path: Path) -> None:
     uri = database(tmp_path)
     measured = made_sweep(tmp_path / "results", "measured", [w for w in GRID if "96k" not in w] + ["seqlen=48k"])
@@ -46,6 +48,7 @@ def test_a_prediction_has_a_run_of_its_own_that_no_view_of_measured_ones_has(tmp
         assert run.data.metrics["total_ms"] > 0
 
 
+@pytest.mark.slow
 def test_publishing_again_changes_nothing_and_a_new_prediction_stays_in_its_run(tmp_path: Path) -> None:
     uri = database(tmp_path)
     source = made_sweep(tmp_path / "results", "measured", GRID)

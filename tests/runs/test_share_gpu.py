@@ -65,6 +65,7 @@ def test_share_gpu_is_true_or_false() -> None:
         checked({"launcher": "local", "share_gpu": 2})
 
 
+@pytest.mark.slow
 def test_times_of_a_shared_gpu_are_in_no_table_of_times(tmp_path: Path) -> None:
     shared_on = PROVENANCE | {"check": PROVENANCE["check"] | {"no_speed": "2 ranks shared a GPU"}}
     alone = made_sweep(tmp_path / "a", "alone", GRID)
@@ -88,6 +89,7 @@ def test_times_of_a_shared_gpu_are_in_no_table_of_times(tmp_path: Path) -> None:
     assert not Estimator.of(shared.root, {}, []).known
 
 
+@pytest.mark.slow
 def test_the_cells_of_make_gpu_cells_can_all_run_on_ranks_that_share() -> None:
     plan = look(["+experiment=gpu_cells,gpu_cells_sparse,gpu_cells_ranks"])
     assert plan.site["share_gpu"]

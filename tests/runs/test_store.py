@@ -69,6 +69,7 @@ JSON = st.recursive(
 
 
 @given(data=JSON)
+@pytest.mark.slow
 def test_whatever_is_written_says_what_python_s_own_encoder_says(data: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "anything.json"
     write_json(path, data)

@@ -238,6 +238,7 @@ def test_what_an_older_version_published_is_brought_up_to_date_once(tmp_path: Pa
     assert publish(sweep, uri).published == 1
 
 
+@pytest.mark.slow
 def test_what_was_deleted_on_the_server_is_made_again(tmp_path: Path) -> None:
     sweep, cells = Sweep(tmp_path / "results", "s"), [made_cell(seed) for seed in range(3)]
     sweep.add([Entry(cell) for cell in cells], command=[], launch={"launcher": "slurm", "settings": {"site": {}}, "by": "ada"})
@@ -377,6 +378,7 @@ def test_a_sweep_failed_only_if_nothing_is_ok(tmp_path: Path, statuses: list[str
     assert parent.data.metrics["cells/missing"] == statuses.count(None)
 
 
+@pytest.mark.slow
 def test_what_a_sweep_comes_to_is_told_again_only_when_it_changed(tmp_path: Path) -> None:
     sweep, cell = Sweep(tmp_path / "results", "s"), made_cell()
     sweep.add([Entry(cell)], command=["cp=ring"])

@@ -59,6 +59,7 @@ def test_ranks_on_cpus_have_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_ranks_on_cpus_share_the_cores_that_were_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     for cores, ranks, each in ((6, 2, 3), (3, 8, 1), (1, 1, 1)):  # whatever the machine has

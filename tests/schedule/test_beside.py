@@ -147,6 +147,7 @@ def test_tokens_that_two_sub_groups_have_are_found() -> None:
 
 
 @given(compositions())
+@pytest.mark.slow
 def test_documents_are_packed_as_they_are_in_a_dense_mask(made: tuple[BandMask, list[Placed], int]) -> None:
     mask, groups, _ = made
     bounds, _ = documents(mask)

@@ -172,6 +172,7 @@ def test_a_strategy_that_shares_queries_and_keys_together_says_that_it_cannot_ta
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.slow
 def test_tiles_of_two_sides_have_the_pairs_that_the_proof_counts(ranks: int) -> None:
     for name, batch in BATCHES.items():
         mask = causal_batch(batch)

@@ -233,6 +233,7 @@ def test_where_nothing_costs_anything_nothing_takes_time(strategy: Scheduled) ->
 
 
 @pytest.mark.parametrize("name", every_mask())
+@pytest.mark.slow
 def test_tiles_have_the_pairs_that_the_proof_counts(name: str, tmp_path: Path) -> None:
     of = problem(203, Scale(2, 2), Heads(8, 4, 16))
     mask = small(name, of.seqlen, of.heads, tmp_path)

@@ -58,6 +58,7 @@ def summary_bytes(problem: Problem) -> int:
 
 @pytest.mark.parametrize("ranks", COUNTS)
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.slow
 def test_bytes_are_the_formulas_and_do_not_depend_on_length(ranks: int, rule: Rule) -> None:
     for seqlen in (1, 7, 1013, 1 << 20):
         for dtype in ("bfloat16", "float64"):
@@ -174,6 +175,7 @@ BREAKS = ("lost", "late", "twice", "elsewhere", "other shard", "other heads", "e
 @given(
     st.sampled_from([LASP(), ZeCO(3), LASP2()]), st.integers(3, 6), st.sampled_from(BREAKS), st.randoms(use_true_random=False)
 )  # fmt: skip
+@pytest.mark.slow
 def test_whatever_is_broken_is_found(strategy: Scheduled, ranks: int, how: str, random: object) -> None:
     """One row of a move or of tiles is dropped, doubled, moved in time or to another rank, shard or head group."""
     choose = random.randrange  # type: ignore[attr-defined]

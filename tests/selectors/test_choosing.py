@@ -106,6 +106,7 @@ def test_covering_leaves_no_query_without_a_key_and_adds_none_that_is_not_needed
 
 @given(st.integers(1, 90), st.integers(1, 20), st.integers(1, 20), st.floats(0.01, 1.0), st.integers(0, 3), st.integers(0, 3))
 @settings(deadline=None)
+@pytest.mark.slow
 def test_a_budget_is_kept_exactly_under_causal_masks(
     seqlen: int, q_block: int, k_block: int, density: float, sink: int, local: int
 ) -> None:

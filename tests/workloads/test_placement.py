@@ -143,6 +143,7 @@ def test_transients_are_neither_saved_nor_left() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5, 32])
+@pytest.mark.slow
 def test_the_plan_is_near_the_formula(layers: int) -> None:
     policies: dict[str, Recompute] = {name: build(load("recompute", name)) for name in names("recompute")}
     policies["token_wise"] = TokenWise(0.5)

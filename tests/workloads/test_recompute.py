@@ -304,6 +304,7 @@ def check_refusals(rank: int, ranks: int) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_all_ranks_refuse_what_does_not_fit_one_host() -> None:
     run_ranks(2, check_refusals, 2)
 

@@ -73,6 +73,7 @@ def test_diagonal_order_gives_the_bits_of_sequential_order(dtype: str, segments:
 
 
 @pytest.mark.parametrize("order", ["sequential", "diagonal"])
+@pytest.mark.slow
 def test_out_and_gradients_are_those_of_the_definition(order: Any) -> None:
     session = begun(replace(OPTIONS, order=order, model=replace(MODEL, qk_norm=True)), kernel=Reference())
     weights, dout = session.layers.weights, session.dout

@@ -185,6 +185,7 @@ def differing(rank: int, ranks: int) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_ranks_that_differ_in_what_they_read_do_the_same() -> None:
     run_ranks(2, differing, 2)
 

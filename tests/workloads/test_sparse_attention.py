@@ -498,6 +498,7 @@ def test_long_sequences_are_sampled_and_the_last_block_is_always_looked_at() -> 
     assert not np.array_equal(numbers, recalls.sample(causal(1 << 20), 128, 8, [1, 2, 4]))
 
 
+@pytest.mark.slow
 def test_a_recall_below_the_bound_of_the_cell_is_a_failure_that_names_both() -> None:
     problem, mask = problem_of(160, 1), causal(160)
     found = measure_cell(work_of(problem, mask, Local(), workload=SparseAttention(min_recall=0.9)), gang_of(), silent)
@@ -614,6 +615,7 @@ class Stale:
         return choose
 
 
+@pytest.mark.slow
 def test_a_choice_of_other_inputs_is_found_out() -> None:
     work = work_of(problem_of(160, 1), causal(160), Local())
     with patch.object(Selection, "choose", Stale(0)):
@@ -636,6 +638,7 @@ def test_a_choice_that_changes_from_pass_to_pass_is_found_out(which: int) -> Non
 
 
 @pytest.mark.parametrize("since", [1, 2, 4])
+@pytest.mark.slow
 def test_a_plan_that_forgets_a_block_is_found_out(since: int) -> None:
     """From the very first on, from the first pass on, and in timed passes only."""
     work = work_of(problem_of(160, 1), causal(160), Local())
@@ -737,6 +740,7 @@ def test_what_is_no_choice_is_an_error_that_names_selector_and_block(kind: type[
         failures_of(work)
 
 
+@pytest.mark.slow
 def test_full_attention_that_is_wrong_is_no_number_to_compare_with() -> None:
     work = work_of(problem_of(160, 1), causal(160), Local())
 
