@@ -175,15 +175,12 @@ def test_serving_on_two_nodes(devcluster: dict[str, str], tmp_path: Path) -> Non
 
 @pytest.mark.timeout(1800)
 def test_sparse_and_linear_strategies_on_two_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
-    """Each strategy of attention that chooses its mask or of linear attention, in one sweep whose other products are skipped."""
-    strategies = {
-        "sparse_attention": {"sparse_heads", "sparse_sequence", "sparse_hybrid", "ulysses"},
-        "linear_attention": {"lasp", "lasp2", "zeco", "ulysses"},
-    }
-    workloads = due(strategies)
+    """Strategies of attention that chooses its mask and of linear attention, in one sweep whose other products are skipped."""
+    chosen = due([("sparse_heads", "lasp"), ("sparse_sequence", "lasp2"), ("sparse_hybrid", "zeco")])
+    sparse, linear = ({"ulysses", *names} for names in zip(*chosen, strict=True))
     done = lcbench(
-        "sweep", "-m", f"workload={','.join(workloads)}", "selector=oracle", "selector.q_block=16",
-        "selector.k_block=16", "kernel=naive,chunked", "cp=sparse_heads,sparse_sequence,sparse_hybrid,ulysses,lasp,lasp2,zeco",
+        "sweep", "-m", "workload=sparse_attention,linear_attention", "selector=oracle", "selector.q_block=16",
+        "selector.k_block=16", "kernel=naive,chunked", f"cp={','.join(sorted(sparse | linear))}",
         "scale=2x4", "mask=causal", "seqlen=300", "heads=8x8x8", "dtype=float64", "measure.warmup=0",
         "measure.min_iterations=1", "measure.max_iterations=1", "measure.blocks=1", "sweep=operators", "site=devcluster",
         "wait=true", "output=json", f"results={tmp_path}", "tracking_uri=none", environment=devcluster,
@@ -204,14 +201,12 @@ def test_sparse_and_linear_strategies_on_two_nodes(devcluster: dict[str, str], t
         assert max(attempt.checks["errors"].values()) <= 1e-12
         assert len(attempt.samples["rank_backward_median_s"]) == 8
         assert attempt.provenance["slurm_job_id"]
-    assert set(found) == {(workload, cp) for workload in workloads for cp in strategies[workload]}
-    if "sparse_attention" in workloads:
-        chosen = [found["sparse_attention", cp].metrics for cp in strategies["sparse_attention"]]
-        # All choose the same blocks, the best ones there are.
-        assert len({(each["select/recall"], each["select/density"]) for each in chosen}) == 1
-        assert all(each["select/recall"] == pytest.approx(each["select/oracle_recall"]) for each in chosen)
-    if "linear_attention" in workloads:
-        state = 8 * 8 * 8 * 8  # heads, numbers of a state of one, bytes of a number
-        sent = {cp: found["linear_attention", cp].metrics["comm/forward/bytes"] for cp in strategies["linear_attention"]}
-        assert sent["lasp"] == sent["zeco"] == state
-        assert sent["lasp2"] == 7 * (state + 8 * 8 * 8)
+    assert set(found) == {("sparse_attention", cp) for cp in sparse} | {("linear_attention", cp) for cp in linear}
+    measured = [found["sparse_attention", cp].metrics for cp in sparse]
+    # All choose the same blocks, the best ones there are.
+    assert len({(each["select/recall"], each["select/density"]) for each in measured}) == 1
+    assert all(each["select/recall"] == pytest.approx(each["select/oracle_recall"]) for each in measured)
+    state = 8 * 8 * 8 * 8  # heads, numbers of a state of one, bytes of a number
+    formulas = {"lasp": state, "zeco": state, "lasp2": 7 * (state + 8 * 8 * 8)}
+    for cp in linear - {"ulysses"}:
+        assert found["linear_attention", cp].metrics["comm/forward/bytes"] == formulas[cp]
