@@ -143,10 +143,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if (every := config.getoption("--one-in")) > 1:
-        left = (
-            f"one case in {every} of each test and one slow test in {every}, turn {config.getoption('--turn') % every} of {every}"
-        )
-        terminalreporter.write_line(f"{left}: --one-in 1 takes all")
+        turn = f"turn {config.getoption('--turn') % every} of {every}"
+        terminalreporter.write_line(f"of cases and of slow tests one in {every}, {turn}: --one-in 1 takes all")
     for line in too_slow:
         terminalreporter.write_line(line, yellow=True)
 
