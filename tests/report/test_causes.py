@@ -28,6 +28,7 @@ def test_failures_of_one_node_name_it_with_the_command_that_leaves_it_out(big: S
     assert "--exclude node003" in suspect.command
 
 
+@pytest.mark.slow
 def test_cells_are_grouped_by_cause_the_most_frequent_first(big: Sweep, big_frame: pd.DataFrame) -> None:
     found = causes(big_frame, big)
     assert [(c.kind, len(c.cells)) for c in found if c.status == "failed"] == [

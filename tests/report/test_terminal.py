@@ -322,6 +322,7 @@ def test_failures_are_grouped_by_cause_and_node_and_jobs_are_a_line(big: Sweep, 
     assert "128 ended; 3 pending, Priority; 2 running" in shown
 
 
+@pytest.mark.slow
 def test_all_gives_every_cell_a_row(later: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.main([later.name, "--all", "--results", str(later.root)]) == 1
     assert set(ID.findall(capsys.readouterr().out)) == set(later.entries())
@@ -482,6 +483,7 @@ def test_ctrl_c_in_any_command_is_one_line() -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(("typed", "meant"), [("lsat", "last"), ("befor", "before"), ("bigg", "big"), ("qqqq", "")])
+@pytest.mark.slow
 def test_a_sweep_that_there_is_not_names_the_one_that_was_meant(
     main: Callable[[list[str]], int], arguments: list[str], typed: str, meant: str, later: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -495,6 +497,7 @@ def test_a_sweep_that_there_is_not_names_the_one_that_was_meant(
 # -- the others ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_comparison_answers_first_and_then_by_axis(later: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main(["before", "after", "--results", str(later.root)]) == 0
     out = capsys.readouterr().out
@@ -521,6 +524,7 @@ def test_a_comparison_answers_first_and_then_by_axis(later: Sweep, capsys: pytes
     )
 
 
+@pytest.mark.slow
 def test_what_is_only_in_one_is_counted_by_cause(big: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     everything = {
         **{f"{s} flash_attn3 full 64k 1x8": SOCKET_FAILURE for s in ("ring", "usp")},

@@ -52,6 +52,7 @@ def test_what_is_not_as_it_must_be_is_said(results: dict[tuple[str, float], list
     assert line.startswith("oracle at 0.3 of seed 0 has")
 
 
+@pytest.mark.slow
 def test_a_table_has_a_row_per_selector(results: dict[tuple[str, float], list[Found]]) -> None:
     lines = list(table(results, [DENSITY]))
     assert [line.split("`")[1] for line in lines[2:]] == SELECTORS

@@ -437,7 +437,8 @@ def test_chunks_together_are_the_prompt_at_once(ranks: int) -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_cells_pass_their_check_and_say_what_chunks_take(ranks: int) -> None:
     run_ranks(ranks, check_cells, ranks)
 

@@ -486,6 +486,7 @@ def recall_on_ranks(rank: int) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_recall_and_the_best_recall_are_those_of_dense_float64() -> None:
     run_ranks(2, recall_on_ranks)
 
