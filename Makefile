@@ -42,15 +42,15 @@ NONE_IS_FINE = $(if $(K),|| [ $$? -eq 5 ])
 
 # The tests on the cluster wait for most of their time; the others compute meanwhile, as long as nobody on the cluster wants to.
 # Those with a rank for most GPUs of the cluster fill the machine's memory and cores, so they come last and alone.
-# Of a test with many cases that needs no cluster it takes one case in ONE_IN, and TURN says which: with each commit other ones, so
-# that ONE_IN commits in a row take all.
+# Of a test with many cases it takes one case in ONE_IN, of slow tests that need no cluster one test in ONE_IN, and TURN says which: with
+# each commit other ones, so that ONE_IN commits in a row take all.
 test: setup cluster-up browser ## all tests, of cases and of slow tests a sixth by turns (ONE_IN=1: all), on the development cluster too (needs root and Debian for that); K=... chooses by name
 	@{ $(PYTEST) -m 'slurm and not wide' $(ON_CLUSTER) $(BY_TURNS) $(NONE_IS_FINE); } >$(VENV)/slurm-tests.log 2>&1 & cluster=$$!; \
 	{ nice -n 15 $(PYTEST) -m 'not slurm' $(BY_TURNS) $(BESIDE) $(NONE_IS_FINE); }; others=$$?; \
 	wait $$cluster; code=$$?; cat $(VENV)/slurm-tests.log; \
 	{ $(PYTEST) -m wide $(ON_CLUSTER) $(BY_TURNS) $(NONE_IS_FINE); }; exit $$((code | others | $$?))
 
-# Of a test that goes through all kernels or masks one case in sixteen; all of those that K chooses.
+# Of a test that goes through all kernels or masks one case in 32; all of those that K chooses.
 test-fast: setup ## a share of the tests that need no cluster, no root and little time each; K=... chooses by name
 	$(PYTEST) -m 'not slow and not slurm' $(if $(K),,--one-in 32) $(BESIDE) $(NONE_IS_FINE)
 

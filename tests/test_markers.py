@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from ast import literal_eval
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lcbench.testing.spawn import run_ranks
 from tests.turns import VARIABLE, due, goes_by_turns, is_due, is_its_turn
 
 ROOT = Path(__file__).parents[1]
@@ -188,3 +190,28 @@ def test_what_goes_through_its_cases_by_turns_is_found_by_what_it_names() -> Non
     assert goes_by_turns(of_its_own)
     assert goes_by_turns(through_a_function)
     assert not goes_by_turns(not_by_turns)
+
+
+def takes(_: int, variable: str, value: str | None) -> None:
+    assert os.environ.get(variable) == value
+
+
+def same(variable: str, value: str | None) -> tuple[str, str | None]:
+    assert os.environ.get(variable) == value
+    return variable, value
+
+
+def takes_what_is_prepared(rank: int, prepared: tuple[str, str | None]) -> None:
+    takes(rank, *prepared)
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+def test_ranks_have_the_environment_of_the_test_that_starts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("1", "2", None):  # the first starts the process that all come from
+        if value is None:
+            monkeypatch.delenv("LCBENCH_OF_A_TEST")
+        else:
+            monkeypatch.setenv("LCBENCH_OF_A_TEST", value)
+        run_ranks(2, takes, "LCBENCH_OF_A_TEST", value)
+        run_ranks(2, takes_what_is_prepared, "LCBENCH_OF_A_TEST", value, prepare=same)

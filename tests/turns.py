@@ -50,7 +50,7 @@ def goes_by_turns(test: Callable[..., Any]) -> bool:
             continue
         seen.add(function)
         used = [function.__globals__.get(name) for name in _named(function.__code__)]
-        if due in used:
+        if any(value is due for value in used):
             return True
         names += [value for value in used if inspect.isfunction(value)]
     return False

@@ -67,7 +67,7 @@ def _lead(
     prepare: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    os.environ.update(environment)
+    _take(environment)
     torch.set_num_threads(1)
     prepared = (prepare(*args),)
     start_processes(_rank, (environment, world_size, port, function, prepared), nprocs=world_size, join=True, start_method="fork")
@@ -76,7 +76,7 @@ def _lead(
 def _rank(
     rank: int, environment: dict[str, str], world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(environment)  # that of the process it is forked from is as old as the first ranks
+    _take(environment)
     torch.set_num_threads(1)
     gc.freeze()  # what the parent imported, which the collections before each measurement need not visit
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
@@ -88,3 +88,9 @@ def _rank(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # taking torch down costs seconds where ranks share cores, and aborts now and then
+
+
+def _take(environment: dict[str, str]) -> None:
+    """In place of that of the process which this one is forked from, and which is as old as the first ranks."""
+    os.environ.clear()
+    os.environ.update(environment)
