@@ -44,17 +44,17 @@ def test_ninety_six_ranks_on_twelve_nodes(devcluster: dict[str, str], tmp_path: 
 
 @pytest.mark.timeout(1800)
 def test_groups_of_a_mesh_on_two_nodes(devcluster: dict[str, str], tmp_path: Path) -> None:
-    """Attention or training steps in four context-parallel groups of two ranks, which lie on both nodes or on one each."""
-    workloads = due(["attention", "block"])
+    """Attention and training steps in four context-parallel groups of two ranks, which lie on both nodes or on one each."""
+    orders = due(["tp-cp-dp", "tp-dp-cp"])
     done = lcbench(
-        "sweep", "-m", f"workload={','.join(workloads)}", "model=tiny", "layers=2", "recompute=selective",
-        "mesh.tp=2", "mesh.dp=2", "mesh.order=tp-cp-dp,tp-dp-cp", "scale=2x4", "cp=ring", "mask=causal_document", "seqlen=512",
+        "sweep", "-m", "workload=attention,block", "model=tiny", "layers=2", "recompute=selective",
+        "mesh.tp=2", "mesh.dp=2", f"mesh.order={','.join(orders)}", "scale=2x4", "cp=ring", "mask=causal_document", "seqlen=512",
         "dtype=float64", "measure.warmup=0", "measure.min_iterations=1", "measure.max_iterations=1", "measure.blocks=1",
         "sweep=mesh", "site=devcluster", "wait=true", "output=json", f"results={tmp_path}",
         "tracking_uri=none", environment=devcluster,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [row["status"] for row in json.loads(done.stdout)["cells"]] == ["ok"] * 2 * len(workloads)
+    assert [row["status"] for row in json.loads(done.stdout)["cells"]] == ["ok"] * 2 * len(orders)
     sweep = Sweep(tmp_path, "mesh")
     for cell_id in sweep.entries():
         (attempt,) = sweep.attempts(cell_id)
