@@ -35,7 +35,7 @@ demo: setup ## a small checked sweep on this machine and its report, in a few mi
 PYTEST = $(BIN)/python -m pytest -q $(if $(K),-k '$(K)')
 BESIDE := -p no:cacheprovider -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 ON_CLUSTER := tests/slurm
-ONE_IN ?= 6
+ONE_IN ?= 8
 TURN ?= $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
 BY_TURNS = $(if $(K),,--one-in $(ONE_IN) --turn $(TURN))
 NONE_IS_FINE = $(if $(K),|| [ $$? -eq 5 ])
@@ -44,7 +44,7 @@ NONE_IS_FINE = $(if $(K),|| [ $$? -eq 5 ])
 # Those with a rank for most GPUs of the cluster fill the machine's memory and cores, so they come last and alone.
 # Of a test with many cases it takes one case in ONE_IN, of slow tests that need no cluster one test in ONE_IN, and TURN says which: with
 # each commit other ones, so that ONE_IN commits in a row take all.
-test: setup cluster-up browser ## all tests, of cases and of slow tests a sixth by turns (ONE_IN=1: all), on the development cluster too (needs root and Debian for that); K=... chooses by name
+test: setup cluster-up browser ## all tests, of cases and of slow tests an eighth by turns (ONE_IN=1: all), on the development cluster too (needs root and Debian for that); K=... chooses by name
 	@{ $(PYTEST) -m 'slurm and not wide' $(ON_CLUSTER) $(BY_TURNS) $(NONE_IS_FINE); } >$(VENV)/slurm-tests.log 2>&1 & cluster=$$!; \
 	{ nice -n 15 $(PYTEST) -m 'not slurm' $(BY_TURNS) $(BESIDE) $(NONE_IS_FINE); }; others=$$?; \
 	wait $$cluster; code=$$?; cat $(VENV)/slurm-tests.log; \
