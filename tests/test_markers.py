@@ -149,6 +149,19 @@ def test_one_case_in_n_runs_of_every_test_and_n_turns_run_all_of_them(tmp_path: 
     assert sorted(own) == list("abcde")
 
 
+@pytest.mark.slow
+def test_every_test_on_the_cluster_comes_every_time() -> None:
+    def collected(*more: str) -> set[str]:
+        options = ["--collect-only", "-q", "-p", "no:cacheprovider", *more, "tests/slurm"]
+        done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True, check=True)
+        return {line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line}
+
+    every = collected()
+    assert len(every) > 20
+    for turn in (0, 3):
+        assert collected("--one-in=8", f"--turn={turn}") == every
+
+
 @pytest.mark.parametrize("one_in", [1, 2, 3, 5, 6, 8])
 def test_in_time_every_case_of_a_test_comes_with_each_that_it_goes_through_by_itself(
     one_in: int, monkeypatch: pytest.MonkeyPatch

@@ -26,8 +26,7 @@ def is_due(number: int, cases: int) -> bool:
 
 def is_its_turn(test: str) -> bool:
     """Whether a test without cases is run, by a number that follows from its name alone: other tests come and go."""
-    one_in, turn, _ = _told()
-    return zlib.crc32(test.encode()) % one_in == turn % one_in
+    return is_due(zlib.crc32(test.encode()), cases=2**32)
 
 
 def due(cases: Iterable[Case]) -> list[Case]:
